@@ -16,7 +16,6 @@ Sources: the STOMP specifications 1.0, 1.1 and 1.2 (sections are named where the
 docs/protocol.md for the words.
 """
 
-import collections
 import errno
 import fnmatch
 import json
@@ -292,3 +291,832 @@ class FrameReader:
     def _check_body(self, length: int) -> None:
         if length > self._max_body:
             raise RemoteError('body of more than %d bytes' % self._max_body)
+
+
+# --- words -----------------------------------------------------------------------------------
+
+CONNECTIONS = '/topic/connections'       # guest -> host: HELLO BYE STILL_ALIVE
+CMD_REQUESTS = '/topic/cmd_requests'     # host -> guests
+CMD_RESPONSES = '/topic/cmd_responses'   # guest -> host
+
+HEADERS_LIMIT = 8 * 1024   # bytes of args and env that may stand in headers; more goes into JSON
+LONGEST_INTEGER = 24       # digits; int() of a megabyte of digits would take a guest's minute
+RUSAGE_FIELDS = (
+    'ru_utime', 'ru_stime', 'ru_maxrss', 'ru_ixrss', 'ru_idrss', 'ru_isrss', 'ru_minflt',
+    'ru_majflt', 'ru_nswap', 'ru_inblock', 'ru_oublock', 'ru_msgsnd', 'ru_msgrcv', 'ru_nsignals',
+    'ru_nvcsw', 'ru_nivcsw')
+
+
+class BadWord(RemoteError):
+    """A body that is no word, or a word whose headers or keys can't be used."""
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError('%s is no JSON' % text)
+
+
+def _read_integer(text: str) -> Any:
+    return int(text) if len(text) <= LONGEST_INTEGER else float(text)
+
+
+def read_json(text: str) -> Any:
+    """The value of a JSON text from a peer. Raises ValueError for whatever is wrong with it."""
+    try:
+        return json.loads(text, parse_int=_read_integer, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError('JSON nested too deeply')
+
+
+def write_json(value: Any) -> str:
+    """One line of JSON in ASCII, so that neither line ends nor odd characters can stand in it."""
+    return json.dumps(value, separators=(',', ':'), sort_keys=True)
+
+
+class Message:
+    """A word with what it says: ``headers`` (text) and ``keys`` (the JSON object's values).
+
+    The accessors never fail on what a peer sent but by BadWord, which names the header or key.
+    """
+
+    __slots__ = ('topic', 'word', 'headers', 'keys')
+
+    def __init__(self, topic: str, word: str, headers: Optional[Dict[str, str]] = None,
+                 keys: Optional[Dict[str, Any]] = None) -> None:
+        self.topic = topic
+        self.word = word
+        self.headers = headers or {}
+        self.keys = keys or {}
+
+    def body(self) -> bytes:
+        """``WORD``, or ``WORD`` space one-line JSON object."""
+        text = self.word + ' ' + write_json(self.keys) if self.keys else self.word
+        return text.encode('utf-8')
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """What the word says under that name; a JSON key overrides the header."""
+        if name in self.keys:
+            return self.keys[name]
+        return self.headers.get(name, default)
+
+    def text(self, name: str, default: str = '') -> str:
+        """The same, as text. Raises BadWord where it is neither text nor a number."""
+        value = self.get(name, default)
+        if isinstance(value, str):
+            # Half of a surrogate pair can be written in JSON, and breaks whatever encodes it later.
+            return value.encode('utf-8', 'replace').decode('utf-8')
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return str(value)
+        raise BadWord('%s: %s should be text' % (self.word, name))
+
+    def number(self, name: str, default: float = 0) -> float:
+        """The same, as a finite number. Raises BadWord."""
+        value = self.get(name, default)
+        if isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                raise BadWord('%s: %s should be a number' % (self.word, name))
+        if isinstance(value, bool) or not isinstance(value, (int, float)) \
+                or not math.isfinite(value):
+            raise BadWord('%s: %s should be a number' % (self.word, name))
+        return value
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """The same, as true or false. Raises BadWord."""
+        value = self.get(name, default)
+        if value in (True, False):
+            return bool(value)
+        if isinstance(value, str) and value.lower() in ('true', 'yes', '1', 'false', 'no', '0', ''):
+            return value.lower() in ('true', 'yes', '1')
+        raise BadWord('%s: %s should be true or false' % (self.word, name))
+
+    def mapping(self, name: str) -> Dict[str, Any]:
+        """A JSON object, from a key or from a header's text; {} where there is none."""
+        return self._structure(name, dict, 'object')
+
+    def sequence(self, name: str) -> List[Any]:
+        """A JSON array, from a key or from a header's text; [] where there is none."""
+        return self._structure(name, list, 'array')
+
+    def _structure(self, name: str, kind: Any, noun: str) -> Any:
+        value = self.get(name)
+        if value is None or value == '':
+            return kind()
+        if isinstance(value, str):
+            try:
+                value = read_json(value)
+            except ValueError:
+                value = None
+        if not isinstance(value, kind):
+            raise BadWord('%s: %s should be a JSON %s' % (self.word, name, noun))
+        return value
+
+
+def interpret(headers: Dict[str, str], body: str, topic: str = '') -> Message:
+    """The message in a frame. Raises BadWord where the body is no word with a JSON object."""
+    word, _, text = body.partition(' ')
+    if not word or len(word) > 64:
+        raise BadWord('no word: %.40r' % body)
+    text = text.strip()
+    if not text:
+        return Message(topic, word, headers)
+    try:
+        keys = read_json(text)
+    except ValueError as error:
+        raise BadWord('%.64s: broken JSON: %s' % (word, error))
+    if not isinstance(keys, dict):
+        raise BadWord('%.64s: JSON, but no object' % word)
+    return Message(topic, word, headers, keys)
+
+
+def is_addressed(to: str, machine_id: str, name: str) -> bool:
+    """Whether a header ``to`` means that machine: its id, its name, a glob of either, or ``*``."""
+    if to in ('*', machine_id, name):
+        return True
+    if to.upper() == machine_id.upper():
+        return True
+    return fnmatch.fnmatchcase(name, to) or fnmatch.fnmatchcase(machine_id, to.upper())
+
+
+def timestamp() -> str:
+    """Seconds since 1970 for the header ``timestamp``: to be read by people, compared with nothing."""
+    return '%.3f' % time.time()
+
+
+class HELLO:
+    """A guest tells that it is there, and its facts; a host greets it, or asks who is there."""
+    listeners = ('host', 'guest')
+
+    @staticmethod
+    def howToSay(id: str, ip: str, **facts: Any) -> Message:
+        """By a guest. Facts: proto host name boot session chirp os python cpus mem cmds."""
+        return Message(CONNECTIONS, 'HELLO', {'id': id, 'ip': ip}, dict(facts, proto=PROTO))
+
+    @staticmethod
+    def howToGreet(to: str, **keys: Any) -> Message:
+        """By the host. Keys: name, beacon_interval, session, addresses, chirp-ticket."""
+        return Message(CMD_REQUESTS, 'HELLO', {'to': to}, keys)
+
+    @staticmethod
+    def listenAndAct(agent: Any, message: Message) -> None:
+        agent.heard_hello(message)
+
+
+class BYE:
+    """A guest goes, or the host does."""
+    listeners = ('host', 'guest')
+
+    @staticmethod
+    def howToSay(id: str, ip: str, reason: str = '') -> Message:
+        return Message(CONNECTIONS, 'BYE', {'id': id, 'ip': ip}, {'reason': reason})
+
+    @staticmethod
+    def howToLeave(reason: str = '') -> Message:
+        """By the host, to all guests."""
+        return Message(CMD_REQUESTS, 'BYE', {'to': '*', 'id': 'host', 'ip': ''}, {'reason': reason})
+
+    @staticmethod
+    def listenAndAct(agent: Any, message: Message) -> None:
+        agent.heard_bye(message)
+
+
+class STILL_ALIVE:
+    """A guest's beacon."""
+    listeners = ('host',)
+
+    @staticmethod
+    def howToSay(id: str, ip: str, **load: Any) -> Message:
+        """Load: load1, mem_free and disk_free in bytes, running, uptime in seconds."""
+        return Message(CONNECTIONS, 'STILL_ALIVE', {'id': id, 'ip': ip}, load)
+
+    @staticmethod
+    def listenAndAct(agent: Any, message: Message) -> None:
+        agent.heard_still_alive(message)
+
+
+class PING:
+    """The host asks whether a guest answers."""
+    listeners = ('guest',)
+
+    @staticmethod
+    def howToSay(to: str, ping_id: str) -> Message:
+        return Message(CMD_REQUESTS, 'PING', {'to': to, 'ping-id': ping_id})
+
+    @staticmethod
+    def listenAndAct(agent: Any, message: Message) -> None:
+        agent.say(PONG.howToSay(message.text('ping-id')))
+
+
+class PONG:
+    """A guest answers PING."""
+    listeners = ('host',)
+
+    @staticmethod
+    def howToSay(ping_id: str) -> Message:
+        return Message(CMD_RESPONSES, 'PONG', {'ping-id': ping_id}, {'time': time.time()})
+
+    @staticmethod
+    def listenAndAct(agent: Any, message: Message) -> None:
+        agent.heard_pong(message)
+
+
+class CMD_RUN:
+    """The host asks for a command to be run, at most once per cmd-id."""
+    listeners = ('guest',)
+
+    @staticmethod
+    def howToSay(to: str, cmd_id: str, cmd: str, args: List[str], env: Dict[str, str],
+                 path: str = '', **options: Any) -> Message:
+        """Options: the JSON keys of docs/protocol.md, such as stdin, timeout and limits."""
+        headers = {'to': to, 'cmd-id': cmd_id, 'cmd': cmd, 'path': path}
+        keys = dict(options)
+        texts = {'args': write_json(args), 'env': write_json(env)}
+        if sum(map(len, texts.values())) > HEADERS_LIMIT:
+            keys.update(args=args, env=env)
+        else:
+            headers.update(texts)
+        return Message(CMD_REQUESTS, 'CMD_RUN', headers, keys)
+
+    @staticmethod
+    def listenAndAct(agent: Any, message: Message) -> None:
+        agent.heard_cmd_run(message)
+
+
+class CMD_STATUS:
+    """A guest tells how far a command is."""
+    listeners = ('host',)
+
+    @staticmethod
+    def howToSay(cmd_id: str, state: str, **keys: Any) -> Message:
+        return Message(CMD_RESPONSES, 'CMD_STATUS', {'cmd-id': cmd_id}, dict(keys, state=state))
+
+    @staticmethod
+    def listenAndAct(agent: Any, message: Message) -> None:
+        agent.heard_cmd_status(message)
+
+
+class CMD_QUERY:
+    """The host asks how far a command is, and for a slice of its output."""
+    listeners = ('guest',)
+
+    @staticmethod
+    def howToSay(to: str, cmd_id: str, **keys: Any) -> Message:
+        """Keys: out-offset, err-offset, max (bytes of each)."""
+        return Message(CMD_REQUESTS, 'CMD_QUERY', {'to': to, 'cmd-id': cmd_id}, keys)
+
+    @staticmethod
+    def listenAndAct(agent: Any, message: Message) -> None:
+        agent.heard_cmd_query(message)
+
+
+class CMD_SIGNAL:
+    """The host sends a signal to all processes of a command."""
+    listeners = ('guest',)
+
+    @staticmethod
+    def howToSay(to: str, cmd_id: str, signal: str) -> Message:
+        return Message(CMD_REQUESTS, 'CMD_SIGNAL', {'to': to, 'cmd-id': cmd_id, 'signal': signal})
+
+    @staticmethod
+    def listenAndAct(agent: Any, message: Message) -> None:
+        agent.heard_cmd_signal(message)
+
+
+class CMD_RESULTS:
+    """A guest tells the end of a command, until CMD_ACK."""
+    listeners = ('host',)
+
+    @staticmethod
+    def howToSay(cmd_id: str, results: Dict[str, Any]) -> Message:
+        return Message(CMD_RESPONSES, 'CMD_RESULTS', {'cmd-id': cmd_id}, results)
+
+    @staticmethod
+    def listenAndAct(agent: Any, message: Message) -> None:
+        agent.heard_cmd_results(message)
+
+
+class CMD_ACK:
+    """The host has the results safe."""
+    listeners = ('guest',)
+
+    @staticmethod
+    def howToSay(to: str, cmd_id: str) -> Message:
+        return Message(CMD_REQUESTS, 'CMD_ACK', {'to': to, 'cmd-id': cmd_id})
+
+    @staticmethod
+    def listenAndAct(agent: Any, message: Message) -> None:
+        agent.heard_cmd_ack(message)
+
+
+# The one table: a peer can name a word in it, and nothing else.
+WORDS = {
+    'HELLO': HELLO,
+    'BYE': BYE,
+    'STILL_ALIVE': STILL_ALIVE,
+    'PING': PING,
+    'PONG': PONG,
+    'CMD_RUN': CMD_RUN,
+    'CMD_STATUS': CMD_STATUS,
+    'CMD_QUERY': CMD_QUERY,
+    'CMD_SIGNAL': CMD_SIGNAL,
+    'CMD_RESULTS': CMD_RESULTS,
+    'CMD_RESULT': CMD_RESULTS,     # an older guest's spelling
+    'CMD_ACK': CMD_ACK,
+}  # type: Dict[str, Any]
+
+
+def hear(agent: Any, message: Message) -> None:
+    """Lets the word act on the agent (``agent.side`` is 'host' or 'guest').
+
+    A word that isn't in the table, or isn't for this side, is AINT: ``agent.heard_aint``.
+    """
+    word = WORDS.get(message.word)
+    if word is None or agent.side not in word.listeners:
+        agent.heard_aint(message)
+    else:
+        word.listenAndAct(agent, message)
+
+
+# --- the link --------------------------------------------------------------------------------
+
+CONNECT_TIMEOUT = 5.0      # seconds for TCP, TLS and CONNECTED, each
+FIRST_DELAY = 1.0          # seconds before the first reconnect
+LONGEST_DELAY = 30.0
+OUTBOX_LIMIT = 8 * 1024 * 1024     # bytes that wait for a broker that doesn't read
+RECV_SIZE = 64 * 1024
+FAREWELL = 1.0             # seconds for DISCONNECT to be answered
+
+Address = Tuple[str, int]
+
+
+class _Stopped(Exception):
+    """The link was told to close while it waited."""
+
+
+class Link:
+    """An agent's connection to the broker, kept up until ``close``.
+
+    candidates      gives the (host, port) pairs to try in turn, anew for each attempt
+    subscriptions   [(destination, ack mode)]; MESSAGEs of the modes other than ``auto`` are ACKed
+                    when on_message returns, and NACKed when it raises
+    on_up(link)     connected, and every subscription confirmed by its RECEIPT
+    on_message(frame)   a ``stomper.Frame``; its body is text
+    on_down(reason) the connection is gone; another is being made
+    heartbeat       seconds, both ways; 0: none
+    tls             an ssl.SSLContext, or None
+    headers         further headers of CONNECT
+    max_body        bytes of the largest body that is taken
+
+    Callbacks run on the link's thread, and must not block for long, or heart-beats stop. ``send``
+    and the attributes may be used from any thread, callbacks included; ``close`` from any but the
+    link's own.
+    """
+
+    def __init__(self, candidates: Callable[[], List[Address]],
+                 subscriptions: List[Tuple[str, str]],
+                 on_up: Callable[['Link'], None], on_message: Callable[[Any], None],
+                 on_down: Callable[[str], None] = lambda reason: None,
+                 login: str = '', passcode: str = '', heartbeat: float = 10, tls: Any = None,
+                 headers: Optional[Dict[str, str]] = None, max_body: int = MAX_BODY,
+                 name: str = 'link', first_delay: float = FIRST_DELAY) -> None:
+        self._candidates = candidates
+        self._subscriptions = subscriptions
+        self._on_up = on_up
+        self._on_message = on_message
+        self._on_down = on_down
+        self._login = login
+        self._passcode = passcode
+        self._heartbeat = heartbeat
+        self._tls = tls
+        self._headers = headers or {}
+        self._max_body = max_body
+        self._first_delay = first_delay
+        self.up = False
+        self.version = ''
+        self.server = ''                              # what the broker calls itself
+        self.local_address = ('', 0)                  # type: Address
+        self.peer_address = ('', 0)                   # type: Address
+        self.last_error = ''
+        # Guards the socket's reads and writes (a TLS socket can't do both at once) and the outbox.
+        # All of these are non-blocking; nothing else happens while it is held.
+        self._lock = threading.Lock()
+        self._socket = None                           # type: Any
+        self._outbox = bytearray()
+        self._stopping = threading.Event()
+        self._wake_receiver, self._wake_sender = socket.socketpair()
+        self._wake_receiver.setblocking(False)
+        self._wake_sender.setblocking(False)
+        self._engine = self._make_engine()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def _make_engine(self) -> Any:
+        # Imported here, since the broker uses the codec of this file with nothing installed.
+        try:
+            import stomper
+        except ImportError:
+            raise LocalError('the package stomper is missing for this Python: '
+                             'python -m pip install stomper, or use the bundle (--bundle)')
+        self._new_frame = stomper.Frame
+        engine = stomper.Engine()
+        engine.states = {'CONNECTED': self._on_connected, 'MESSAGE': self._on_stomp_message,
+                         'RECEIPT': self._on_receipt, 'ERROR': self._on_error}
+        return engine
+
+    # What others call.
+
+    def start(self) -> None:
+        """Begins to connect; returns at once."""
+        self._thread.start()
+
+    def close(self, timeout: float = 2.5) -> None:
+        """Sends what waits, DISCONNECTs, and ends the thread. Safe to call twice."""
+        self._stopping.set()
+        self._wake()
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+            if self._thread.is_alive():
+                log.warning('thread %s still runs after %s s', self._thread.name, timeout)
+                return
+        self._wake_receiver.close()
+        self._wake_sender.close()
+
+    def send(self, destination: str, headers: Dict[str, str], body: bytes) -> bool:
+        """Sends a SEND frame, or leaves it to the link's thread; never waits.
+
+        False when there is no connection, or when the broker hasn't read for so long that no more
+        may wait. Raises LocalError for what can't be a frame. True doesn't mean that it arrived.
+        """
+        if not self.up:
+            return False
+        return self._send_frame('SEND', dict(headers, destination=destination), body)
+
+    def _send_frame(self, command: str, headers: Dict[str, str], body: bytes = b'') -> bool:
+        return self._send_bytes(encode(command, headers, body, self.version or '1.0'))
+
+    def _send_bytes(self, data: bytes) -> bool:
+        with self._lock:
+            if self._socket is None or len(self._outbox) > OUTBOX_LIMIT:
+                return False
+            was_empty = not self._outbox
+            self._outbox += data
+            if was_empty:
+                self._flush()
+            waits = bool(self._outbox)
+        if waits and was_empty:
+            self._wake()
+        return True
+
+    def _flush(self) -> None:
+        """Sends what the socket takes now. With the lock held. An error is left to the reader."""
+        try:
+            while self._outbox:
+                sent = self._socket.send(self._outbox[:RECV_SIZE] if self._tls else self._outbox)
+                del self._outbox[:sent]
+                self._last_sent = time.monotonic()
+        except OSError as error:
+            if not _would_block(error):
+                self._broken = str(error)
+
+    def _wake(self) -> None:
+        try:
+            self._wake_sender.send(b'w')
+        except OSError as error:
+            if not _would_block(error) and not self._stopping.is_set():
+                log.warning('wake-up of the link failed: %s', error)
+
+    # The thread.
+
+    def _run(self) -> None:
+        delay = self._first_delay
+        while not self._stopping.is_set():
+            if self._try_candidates():
+                delay = self._first_delay
+            self._sleep(min(LONGEST_DELAY, delay * random.uniform(1, 1.5)))
+            delay = min(LONGEST_DELAY, delay * 2)
+
+    def _sleep(self, seconds: float) -> None:
+        self._stopping.wait(seconds)
+
+    def _try_candidates(self) -> bool:
+        """One round over the candidates, until one of them served. Whether one did."""
+        try:
+            addresses = self._candidates()
+        except Exception as error:      # whatever looks for a broker must not end the link
+            log.exception('looking for the broker')
+            self.last_error = str(error)
+            return False
+        for address in addresses:
+            if self._stopping.is_set():
+                return True
+            if self._session(address):
+                return True
+        return False
+
+    def _session(self, address: Address) -> bool:
+        """One connection from start to end. Whether the broker answered CONNECTED."""
+        reason = 'closed'
+        self._begin_session()
+        try:
+            self._connect(address)
+            self._handshake()
+            self._serve()
+        except _Stopped:
+            log.debug('told to stop')
+        except (OSError, ProtocolError) as error:
+            reason = '%s:%s: %s' % (address[0], address[1], error or type(error).__name__)
+            self.last_error = reason
+            log.log(logging.INFO if self._connected else logging.DEBUG, 'no connection: %s', reason)
+        finally:
+            self._end_session()
+        if self._was_up:
+            self._call(self._on_down, reason)
+        return self._connected
+
+    def _begin_session(self) -> None:
+        self.version = ''
+        self._broken = ''
+        self._connected = self._was_up = False
+        self._farewell_confirmed = False
+        self._unconfirmed = {'subscribed-%d' % n for n in range(len(self._subscriptions))}
+        self._reader = FrameReader(SERVER_COMMANDS, '1.0', max_body=self._max_body)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._wake_receiver, selectors.EVENT_READ)
+        self._send_every = self._give_up_after = 0.0
+        self._last_sent = self._last_received = time.monotonic()
+
+    def _end_session(self) -> None:
+        self.up = False
+        with self._lock:
+            connection, self._socket = self._socket, None
+            self._outbox.clear()
+        self._selector.close()
+        if connection is not None:
+            connection.close()
+
+    def _connect(self, address: Address) -> None:
+        """TCP and TLS, never blocking, so that close() is obeyed at any moment."""
+        error = None  # type: Optional[OSError]
+        for family, kind, proto, _, target in socket.getaddrinfo(
+                address[0], address[1], 0, socket.SOCK_STREAM):
+            connection = socket.socket(family, kind, proto)
+            try:
+                self._connect_tcp(connection, target)
+                self._socket = self._wrap(connection, address[0])
+                break
+            except OSError as failed:
+                connection.close()
+                error = failed
+            except BaseException:
+                connection.close()
+                raise
+        else:
+            raise error or OSError('no address of %s' % address[0])
+        self.local_address = self._socket.getsockname()[:2]
+        self.peer_address = self._socket.getpeername()[:2]
+        self._selector.register(self._socket, selectors.EVENT_READ)
+
+    def _connect_tcp(self, connection: socket.socket, target: Any) -> None:
+        connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        code = connection.connect_ex(target)
+        if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, 'WSAEWOULDBLOCK', 0)):
+            raise OSError(code, errno.errorcode.get(code, str(code)))
+        if code:
+            self._wait_for(connection, selectors.EVENT_WRITE)
+        code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, errno.errorcode.get(code, str(code)))
+
+    def _wrap(self, connection: socket.socket, host: str) -> Any:
+        if self._tls is None:
+            return connection
+        import ssl
+        wrapped = self._tls.wrap_socket(connection, server_hostname=host,
+                                        do_handshake_on_connect=False)
+        try:
+            while True:
+                try:
+                    wrapped.do_handshake()
+                    return wrapped
+                except ssl.SSLWantReadError:
+                    self._wait_for(wrapped, selectors.EVENT_READ)
+                except ssl.SSLWantWriteError:
+                    self._wait_for(wrapped, selectors.EVENT_WRITE)
+        except BaseException:
+            wrapped.close()
+            raise
+
+    def _wait_for(self, connection: Any, event: int) -> None:
+        """Waits until the socket can be read or written. Raises _Stopped, or OSError when late."""
+        self._selector.register(connection, event)
+        deadline = time.monotonic() + CONNECT_TIMEOUT
+        try:
+            while True:
+                self._check_stopped()
+                ready = self._selector.select(max(0, deadline - time.monotonic()))
+                if any(key.fileobj is connection for key, _ in ready):
+                    return
+                self._drain_wakes()
+                if time.monotonic() >= deadline:
+                    raise OSError(errno.ETIMEDOUT, 'no answer within %g s' % CONNECT_TIMEOUT)
+        finally:
+            self._selector.unregister(connection)
+
+    def _check_stopped(self) -> None:
+        if self._stopping.is_set():
+            raise _Stopped()
+
+    def _drain_wakes(self) -> None:
+        try:
+            while self._wake_receiver.recv(4096):
+                pass
+        except OSError as error:
+            if not _would_block(error):
+                raise
+
+    def _handshake(self) -> None:
+        """CONNECT, CONNECTED, and the subscriptions. Raises RemoteError, OSError, _Stopped."""
+        beat = int(self._heartbeat * 1000)
+        headers = {'accept-version': '1.0,1.1,1.2', 'host': self.peer_address[0],
+                   'heart-beat': '%d,%d' % (beat, beat)}
+        if self._login:
+            headers.update(login=self._login, passcode=self._passcode)
+        self._send_frame('CONNECT', dict(headers, **self._headers))
+        deadline = time.monotonic() + CONNECT_TIMEOUT
+        while not self._connected:
+            self._check_stopped()
+            if time.monotonic() >= deadline:
+                raise RemoteError('no CONNECTED within %g s' % CONNECT_TIMEOUT)
+            self._turn(deadline - time.monotonic())
+
+    def _serve(self) -> None:
+        while not self._stopping.is_set():
+            self._turn(self._beat())
+        self._say_goodbye()
+
+    def _say_goodbye(self) -> None:
+        self.up = False
+        self._send_frame('DISCONNECT', {'receipt': 'bye'})
+        deadline = time.monotonic() + FAREWELL
+        while not self._farewell_confirmed and time.monotonic() < deadline:
+            self._turn(deadline - time.monotonic())
+
+    def _beat(self) -> float:
+        """Sends a heart-beat where one is due; gives the seconds to the next look at the clock.
+
+        Raises RemoteError when the peer has been silent, or hasn't read, for too long.
+        """
+        now = time.monotonic()
+        if self._give_up_after and now - self._last_received > self._give_up_after:
+            raise RemoteError('nothing heard for %.1f s' % (now - self._last_received))
+        if self._broken:
+            raise OSError(self._broken)
+        if self._outbox and now - self._last_sent > max(30, self._give_up_after):
+            raise RemoteError('broker reads nothing for %.0f s' % (now - self._last_sent))
+        if self._send_every and now - self._last_sent >= self._send_every and not self._outbox:
+            self._send_bytes(b'\n')
+        waits = [60.0]
+        if self._send_every:
+            waits.append(self._last_sent + self._send_every - now)
+        if self._give_up_after:
+            waits.append(self._last_received + self._give_up_after - now)
+        return max(0.01, min(waits))
+
+    def _turn(self, timeout: float) -> None:
+        """Waits for the socket, the wake-up or the time; reads and writes what can be."""
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._outbox else 0)
+        if self._selector.get_key(self._socket).events != events:
+            self._selector.modify(self._socket, events)
+        for key, ready in self._selector.select(max(0, timeout)):
+            if key.fileobj is self._wake_receiver:
+                self._drain_wakes()
+                continue
+            if ready & selectors.EVENT_WRITE:
+                with self._lock:
+                    self._flush()
+            if ready & selectors.EVENT_READ:
+                self._receive()
+        if self._broken:
+            raise OSError(self._broken)
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                with self._lock:
+                    data = self._socket.recv(RECV_SIZE)
+            except OSError as error:
+                if _would_block(error):
+                    return
+                raise
+            if not data:
+                raise RemoteError('the broker closed the connection')
+            self._last_received = time.monotonic()
+            self._reader.feed(data)
+            self._react_to_frames()
+            if self._tls is None and len(data) < RECV_SIZE:
+                return
+
+    def _react_to_frames(self) -> None:
+        while True:
+            frame = self._reader.next_frame()
+            if frame is None:
+                return
+            log.debug('%s %s', frame.command, frame.headers)
+            self._engine.react({'cmd': frame.command, 'headers': frame.headers,
+                                'body': frame.body.decode('utf-8', 'replace')})
+
+    # Reactions: what stomper's Engine calls for each command.
+
+    def _on_connected(self, message: Dict[str, Any]) -> str:
+        headers = message['headers']
+        self.version = headers.get('version', '1.0')
+        if self.version not in ('1.0', '1.1', '1.2'):
+            raise RemoteError('broker chose STOMP version %.20r' % self.version)
+        self._reader.version = self.version
+        self._engine.sessionId = headers.get('session', '')
+        self.server = headers.get('server', '')
+        self._agree_on_heartbeats(headers.get('heart-beat', '0,0'))
+        self._connected = True
+        self._subscribe()
+        return ''
+
+    def _agree_on_heartbeats(self, text: str) -> None:
+        """STOMP 1.2, Heart-beating: each way, the slower of what one can and the other wants."""
+        try:
+            can, wants = (int(part) for part in text.split(','))
+        except ValueError:
+            raise RemoteError('bad heart-beat header %.40r' % text)
+        if self._heartbeat and wants > 0:
+            self._send_every = 0.5 * max(self._heartbeat, wants / 1000)
+        if self._heartbeat and can > 0:
+            self._give_up_after = 2.0 * max(self._heartbeat, can / 1000)
+
+    def _subscribe(self) -> None:
+        for number, (destination, ack) in enumerate(self._subscriptions):
+            if self.version == '1.0' and ack == 'client-individual':
+                ack = 'client'
+            self._send_frame('SUBSCRIBE', {'id': str(number), 'destination': destination,
+                                           'ack': ack, 'receipt': 'subscribed-%d' % number})
+        if not self._subscriptions:
+            self._came_up()
+
+    def _on_receipt(self, message: Dict[str, Any]) -> str:
+        receipt = message['headers'].get('receipt-id', '')
+        if receipt == 'bye':
+            self._farewell_confirmed = True
+        elif receipt in self._unconfirmed:
+            self._unconfirmed.discard(receipt)
+            if not self._unconfirmed:
+                self._came_up()
+        return ''
+
+    def _came_up(self) -> None:
+        self.up = self._was_up = True
+        self.last_error = ''
+        log.info('connected to %s:%s, STOMP %s, %s', self.peer_address[0], self.peer_address[1],
+                 self.version, self.server)
+        self._call(self._on_up, self)
+
+    def _on_error(self, message: Dict[str, Any]) -> str:
+        raise RemoteError('broker says: %s %s' % (
+            message['headers'].get('message', ''), message['body'].strip()[:500]))
+
+    def _on_stomp_message(self, message: Dict[str, Any]) -> str:
+        frame = self._new_frame()
+        frame.cmd = 'MESSAGE'
+        frame.headers = message['headers']
+        frame.body = message['body']
+        accepted = self._call(self._on_message, frame)
+        self._acknowledge(frame.headers, 'ACK' if accepted else 'NACK')
+        return ''
+
+    def _acknowledge(self, headers: Dict[str, str], command: str) -> None:
+        """ACK or NACK by the version's key (where the versions differ: STOMP 1.2, ACK)."""
+        number = headers.get('subscription', '0')
+        if number.isdigit() and int(number) < len(self._subscriptions) \
+                and self._subscriptions[int(number)][1] == 'auto':
+            return
+        if self.version == '1.2':
+            key = {'id': headers.get('ack', '')}
+        else:
+            key = {'message-id': headers.get('message-id', '')}
+            if self.version == '1.1':
+                key['subscription'] = number
+            command = 'ACK' if self.version == '1.0' else command
+        self._send_frame(command, key)
+
+    def _call(self, callback: Callable[[Any], None], argument: Any) -> bool:
+        """Whether the callback returned; what it raised is logged, and the link lives on."""
+        try:
+            callback(argument)
+            return True
+        except Exception:
+            log.exception('in a callback of the link')
+            return False
+
+
+def _would_block(error: OSError) -> bool:
+    if isinstance(error, (BlockingIOError, InterruptedError)):
+        return True
+    # ssl.SSLWantReadError and SSLWantWriteError, without importing ssl where there is no TLS.
+    return type(error).__name__ in ('SSLWantReadError', 'SSLWantWriteError')
