@@ -16,17 +16,22 @@ Sources: the STOMP specifications 1.0, 1.1 and 1.2 (sections are named where the
 docs/protocol.md for the words.
 """
 
+import configparser
 import errno
 import fnmatch
 import json
 import logging
+import logging.config
+import logging.handlers
 import math
+import os
 import random
 import re
 import selectors
 import socket
 import threading
 import time
+import types
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 VERSION = '1.0.0'      # of the project; all its files are released together
@@ -1120,3 +1125,158 @@ def _would_block(error: OSError) -> bool:
         return True
     # ssl.SSLWantReadError and SSLWantWriteError, without importing ssl where there is no TLS.
     return type(error).__name__ in ('SSLWantReadError', 'SSLWantWriteError')
+
+
+# --- configuration ---------------------------------------------------------------------------
+
+class ConfigError(ProtocolError):
+    """A configuration that can't be used; one line that names file, section, key and what is wanted."""
+
+
+def text(value: str) -> str:
+    """Any text."""
+    return value
+
+
+def path(value: str) -> str:
+    """A path; ``read_settings`` makes it relative to the ini file."""
+    return value
+
+
+def yes_no(value: str) -> bool:
+    """yes or no."""
+    try:
+        return configparser.ConfigParser.BOOLEAN_STATES[value.lower()]
+    except KeyError:
+        raise ValueError('yes or no')
+
+
+def integer(low: int, high: int) -> Callable[[str], int]:
+    """A kind: a whole number in that range."""
+    def kind(value: str) -> int:
+        if not re.fullmatch('-?[0-9]{1,12}', value) or not low <= int(value) <= high:
+            raise ValueError('a whole number from %d to %d' % (low, high))
+        return int(value)
+    return kind
+
+
+def choice(*names: str) -> Callable[[str], str]:
+    """A kind: one of these, in upper or lower case."""
+    def kind(value: str) -> str:
+        for name in names:
+            if name.lower() == value.lower():
+                return name
+        raise ValueError('one of ' + ', '.join(names))
+    return kind
+
+
+def _with_unit(value: str, units: Dict[str, int], expected: str) -> float:
+    match = re.fullmatch(r'([0-9]{1,12}(?:\.[0-9]{1,6})?)\s*([a-zA-Z]?)', value)
+    if match is None or match.group(2).lower() not in units:
+        raise ValueError(expected)
+    return float(match.group(1)) * units[match.group(2).lower()]
+
+
+def size(value: str) -> int:
+    """Bytes, such as 65536, 64K, 1M or 2G."""
+    return int(_with_unit(value, {'': 1, 'k': 2 ** 10, 'm': 2 ** 20, 'g': 2 ** 30},
+                          'a size such as 65536, 64K, 1M or 2G'))
+
+
+def duration(value: str) -> float:
+    """Seconds, such as 45, 30s, 10m, 12h or 7d."""
+    return _with_unit(value, {'': 1, 's': 1, 'm': 60, 'h': 3600, 'd': 86400},
+                      'a duration such as 45, 30s, 10m, 12h or 7d')
+
+
+LOGGING = {'level': (choice('DEBUG', 'INFO', 'WARNING', 'ERROR'), 'INFO'), 'file': (path, ''),
+           'config': (path, '')}  # type: Dict[str, Tuple[Callable[[str], Any], str]]
+
+
+def read_settings(file: Optional[str], spec: Dict[str, Dict[str, Tuple[Callable, str]]]) -> Any:
+    """The settings in an ini file: one attribute per section, each with one per key.
+
+    spec    {section: {key: (kind, default)}}; a kind turns the text into the value, or raises
+            ValueError with what it expects
+    file    None: the defaults, relative to the working directory
+
+    Raises ConfigError for a file that can't be read, an unknown section or key, or a bad value.
+    """
+    parser = configparser.ConfigParser(interpolation=None, strict=True)
+    if file is not None:
+        try:
+            with open(file, encoding='utf-8-sig') as lines:
+                parser.read_file(lines, file)
+        except OSError as error:
+            raise ConfigError('%s: %s' % (file, error.strerror or error))
+        except (configparser.Error, UnicodeDecodeError) as error:
+            raise ConfigError('%s: %s' % (file, ' '.join(str(error).split())))
+    _refuse_unknown(file, parser, spec)
+    folder = os.path.dirname(os.path.abspath(file)) if file is not None else os.getcwd()
+    sections = {section: _read_section(file, parser, section, keys, folder)
+                for section, keys in spec.items()}
+    return types.SimpleNamespace(**sections)
+
+
+def _refuse_unknown(file: Optional[str], parser: configparser.ConfigParser,
+                    spec: Dict[str, Dict[str, Any]]) -> None:
+    if parser.defaults():
+        raise ConfigError('%s: section [DEFAULT] is unknown; there are %s'
+                          % (file, ', '.join('[%s]' % name for name in spec)))
+    for section in parser.sections():
+        if section not in spec:
+            raise ConfigError('%s: section [%s] is unknown; there are %s'
+                              % (file, section, ', '.join('[%s]' % name for name in spec)))
+        for key in parser[section]:
+            if key not in spec[section]:
+                raise ConfigError('%s: [%s] %s: unknown key; there are %s'
+                                  % (file, section, key, ', '.join(spec[section])))
+
+
+def _read_section(file: Optional[str], parser: configparser.ConfigParser, section: str,
+                  keys: Dict[str, Tuple[Callable, str]], folder: str) -> Any:
+    values = {}
+    for key, (kind, default) in keys.items():
+        given = parser.get(section, key, fallback=default).strip()
+        try:
+            value = kind(given)
+        except ValueError as expected:
+            raise ConfigError('%s: [%s] %s = %.80s: expected %s'
+                              % (file, section, key, given, expected))
+        if kind is path and value:
+            value = os.path.join(folder, os.path.expanduser(value))
+        values[key] = value
+    return types.SimpleNamespace(**values)
+
+
+LOG_FORMAT = '%(asctime)s %(levelname)s %(name)s: %(message)s'
+LOG_SIZE = 10 * 1000 * 1000    # bytes, after which the file is rotated
+LOG_FILES = 5                  # rotated ones that are kept
+
+
+def set_up_logging(settings: Any) -> None:
+    """Logging as the section [Logging] wants it. Raises ConfigError."""
+    try:
+        if settings.config:
+            logging.config.fileConfig(settings.config, disable_existing_loggers=False)
+            return
+        handler = logging.StreamHandler()  # type: logging.Handler
+        if settings.file:
+            handler = logging.handlers.RotatingFileHandler(
+                settings.file, maxBytes=LOG_SIZE, backupCount=LOG_FILES, encoding='utf-8')
+    except Exception as error:      # fileConfig raises whatever its file makes it meet
+        raise ConfigError('[Logging] %s: %s: %s' % (settings.config or settings.file,
+                                                    type(error).__name__, error))
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(settings.level)
+
+
+def client_tls(ca_file: str) -> Any:
+    """An ssl.SSLContext that trusts that CA, or the system's where none is named. Raises ConfigError."""
+    import ssl
+    try:
+        return ssl.create_default_context(cafile=ca_file or None)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError('[Broker] ca_file %s: %s' % (ca_file, error))

@@ -1,0 +1,2458 @@
+"""The host agent: knows the guests, runs commands in them, keeps the journal, answers XML-RPC.
+
+``python vmhost.py host.ini`` runs it; ``python vmhost.py host.ini VERB …`` talks to the running one.
+Read from the top: errors, configuration, the journal (what is remembered), guests (who is there),
+commands (what runs where), trust (who may say what to the embedded broker), VirtualBox, transfers,
+the host itself (which words do what), the API, its server, the command line.
+
+What it is not: a broker (stompbroker.py), a file server (chirp.py), or an authority on what a guest
+says: nothing that a guest sends is evaluated, or used as a path.
+
+Threads: ``main`` ticks the clock; ``link`` is the STOMP connection, where all words are heard;
+``vbox`` owns VirtualBox; ``xmlrpc`` accepts, with a thread per request; ``fetch-N`` fetch output;
+the broker has its own. Signal handlers set an event, and nothing else.
+"""
+
+import base64
+import binascii
+import collections
+import contextlib
+import fnmatch
+import hmac
+import http.server
+import inspect
+import io
+import json
+import logging
+import os
+import queue
+import secrets
+import signal
+import socket
+import socketserver
+import sqlite3
+import sys
+import threading
+import time
+import xmlrpc.client
+from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
+
+import protocol
+import stompbroker
+from protocol import Message
+
+log = logging.getLogger('vmhost')
+
+
+# --- errors ----------------------------------------------------------------------------------
+
+class VMHostError(Exception):
+    """Base of this module's errors; ``fault`` is the XML-RPC fault number (DESIGN, XML-RPC)."""
+    fault = -32603
+
+
+class InvalidParams(VMHostError):
+    """The call's arguments are wrong."""
+    fault = -32602
+
+
+class NoSuchVM(VMHostError):
+    """No VM of that name or id is known."""
+    fault = 1
+
+
+class AgentNotConnected(VMHostError):
+    """The VM is known, but its agent isn't there."""
+    fault = 2
+
+
+class NoSuchCommand(VMHostError):
+    """No command of that id is in the journal."""
+    fault = 3
+
+
+class BadState(VMHostError):
+    """Not possible in the state that the VM, command or transfer is in."""
+    fault = 4
+
+
+class HypervisorError(VMHostError):
+    """VirtualBox refused; the text is its own."""
+    fault = 5
+
+
+class TransferError(VMHostError):
+    """A file couldn't be moved."""
+    fault = 6
+
+
+class DeadlineExceeded(VMHostError):
+    """It took too long."""
+    fault = 7
+
+
+class AlreadyExists(VMHostError):
+    """There is one of that name."""
+    fault = 8
+
+
+class NotSupported(VMHostError):
+    """Not with this hypervisor."""
+    fault = 9
+
+
+class Busy(VMHostError):
+    """Something else holds it; try again later."""
+    fault = 10
+
+
+class AccessDenied(VMHostError):
+    """Not allowed."""
+    fault = 11
+
+
+class JournalError(VMHostError):
+    """The journal can't be read or written (a full disk, say)."""
+
+
+# --- journal ---------------------------------------------------------------------------------
+
+JOURNAL_FORMAT = 1
+UNFINISHED = ('queued', 'sent', 'running', 'suspended')
+FINISHED = ('exited', 'signaled', 'timeout', 'failed', 'lost')
+ROWS_AT_ONCE = 1000            # of a list, where the caller names no limit
+ORPHANS_KEPT = 1000
+
+SCHEMA = """
+CREATE TABLE commands (
+    cmd_id TEXT PRIMARY KEY, target TEXT NOT NULL, multicast INTEGER NOT NULL,
+    request TEXT NOT NULL, submitted REAL NOT NULL, client TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE executions (
+    number INTEGER PRIMARY KEY, cmd_id TEXT NOT NULL, vm_id TEXT NOT NULL, vm TEXT NOT NULL,
+    multicast INTEGER NOT NULL, cmd TEXT NOT NULL, state TEXT NOT NULL, submitted REAL NOT NULL,
+    ended REAL NOT NULL DEFAULT 0, results TEXT NOT NULL DEFAULT '',
+    fetched INTEGER NOT NULL DEFAULT 1, UNIQUE (cmd_id, vm_id));
+CREATE INDEX unfinished ON executions (number) WHERE ended = 0;
+CREATE INDEX unfetched ON executions (number) WHERE fetched = 0;
+CREATE INDEX of_vm ON executions (vm, number);
+CREATE INDEX of_state ON executions (state, number);
+CREATE INDEX by_end ON executions (ended) WHERE ended > 0;
+CREATE TABLE orphans (
+    cmd_id TEXT NOT NULL, vm_id TEXT NOT NULL, received REAL NOT NULL, results TEXT NOT NULL,
+    PRIMARY KEY (cmd_id, vm_id));
+CREATE TABLE events (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, type TEXT NOT NULL,
+    vm TEXT NOT NULL, cmd_id TEXT NOT NULL, text TEXT NOT NULL);
+CREATE TABLE guests (
+    id TEXT PRIMARY KEY, name TEXT NOT NULL, ip TEXT NOT NULL, boot TEXT NOT NULL,
+    session TEXT NOT NULL, facts TEXT NOT NULL, last_seen REAL NOT NULL);
+"""
+
+
+class Journal:
+    """The host's memory and audit trail: a SQLite file. May be used from any thread.
+
+    What ``writing`` has committed is on the disk: it survives the process and the power.
+    A file that is no database, or a torn one, is set aside with a log line, and a new one begun.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Raises JournalError where the file can't be made, or is of a newer format."""
+        self.path = path
+        # Guards the writing connection, from BEGIN to COMMIT; nothing but SQL happens while it is
+        # held. Waiters for events sleep on it.
+        self._lock = threading.Condition(threading.Lock())
+        # Guards the reading connection: readers see the last commit, and never wait for a writer.
+        self._read_lock = threading.Lock()
+        self._closed = False
+        try:
+            self._open()
+        except sqlite3.DatabaseError as error:
+            if not os.path.exists(path) or isinstance(error, sqlite3.OperationalError):
+                raise JournalError('%s: %s' % (path, error))
+            self._set_aside(error)
+            self._open()
+        self.last_event = self._row('SELECT max(seq) FROM events')[0] or 0
+
+    def _open(self) -> None:
+        self._writer = self._connect()
+        try:
+            self._check_format()
+            self._writer.execute('SELECT count(*) FROM executions WHERE ended = 0').fetchone()
+            self._reader = self._connect()
+        except BaseException:
+            self._writer.close()
+            raise
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False,
+                                     timeout=10)
+        connection.execute('PRAGMA journal_mode = WAL')
+        connection.execute('PRAGMA synchronous = FULL')
+        return connection
+
+    def _check_format(self) -> None:
+        found = self._writer.execute('PRAGMA user_version').fetchone()[0]
+        if found == 0:
+            self._writer.executescript('BEGIN;' + SCHEMA + 'PRAGMA user_version = %d; COMMIT;'
+                                       % JOURNAL_FORMAT)
+        elif found > JOURNAL_FORMAT:
+            raise JournalError('%s was written by a newer vmhost (format %d, this one knows %d)'
+                               % (self.path, found, JOURNAL_FORMAT))
+
+    def _set_aside(self, error: Exception) -> None:
+        aside = '%s.corrupt-%d' % (self.path, time.time())
+        for suffix in ('', '-wal', '-shm'):
+            if os.path.exists(self.path + suffix):
+                os.replace(self.path + suffix, aside + suffix)
+        log.error('%s is damaged (%s): set aside as %s; a new journal begins',
+                  self.path, error, aside)
+
+    def close(self) -> None:
+        """Wakes whoever waits for events, and closes the file."""
+        with self._lock:
+            self._closed = True
+            self._lock.notify_all()
+            self._writer.close()
+        with self._read_lock:
+            self._reader.close()
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator['Transaction']:
+        """One durable transaction: all of it or nothing. Raises JournalError."""
+        with self._lock:
+            try:
+                self._writer.execute('BEGIN IMMEDIATE')
+                transaction = Transaction(self._writer)
+                try:
+                    yield transaction
+                    self._writer.execute('COMMIT')
+                except BaseException:
+                    if self._writer.in_transaction:
+                        self._writer.execute('ROLLBACK')
+                    raise
+            except sqlite3.Error as error:
+                raise JournalError('journal %s: %s' % (self.path, error))
+            if transaction.last_event:
+                self.last_event = transaction.last_event
+                self._lock.notify_all()
+
+    def event(self, type: str, vm: str = '', cmd_id: str = '', text: str = '') -> None:
+        """Writes one event."""
+        with self.writing() as transaction:
+            transaction.event(type, vm, cmd_id, text)
+
+    def rows(self, query: str, *values: Any) -> List[Tuple]:
+        """What a SELECT gives. Raises JournalError."""
+        with self._read_lock:
+            try:
+                return self._reader.execute(query, values).fetchall()
+            except sqlite3.Error as error:
+                raise JournalError('journal %s: %s' % (self.path, error))
+
+    def _row(self, query: str, *values: Any) -> Tuple:
+        rows = self.rows(query, *values)
+        return rows[0] if rows else ()
+
+    def events_after(self, after: int, timeout: float, limit: int = ROWS_AT_ONCE) -> Dict[str, Any]:
+        """{last, events}: those with a number above ``after``; waits up to timeout for the first."""
+        deadline = time.monotonic() + timeout
+        with self._lock:
+            while self.last_event <= after and not self._closed:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    break
+                self._lock.wait(left)
+            if self._closed:
+                return {'last': after, 'events': []}
+        found = self.rows('SELECT seq, time, type, vm, cmd_id, text FROM events WHERE seq > ? '
+                          'ORDER BY seq LIMIT ?', after, limit)
+        events = [dict(zip(('seq', 'time', 'type', 'vm', 'cmdId', 'text'), row)) for row in found]
+        return {'last': events[-1]['seq'] if events else max(after, 0), 'events': events}
+
+    def command(self, cmd_id: str) -> Optional[Dict[str, Any]]:
+        """What was asked for under that id."""
+        row = self._row('SELECT target, multicast, request, submitted, client FROM commands '
+                        'WHERE cmd_id = ?', cmd_id)
+        return row and {'target': row[0], 'multicast': bool(row[1]), 'request': json.loads(row[2]),
+                        'submitted': row[3], 'client': row[4]} or None
+
+    def executions(self, where: str, *values: Any, limit: int = -1) -> List['Execution']:
+        """The executions that a WHERE clause chooses, the newest last."""
+        found = self.rows('SELECT cmd_id, vm_id, vm, multicast, cmd, state, submitted, ended, '
+                          'results, fetched FROM executions WHERE %s ORDER BY number DESC LIMIT ?'
+                          % where, *(values + (limit,)))
+        return [Execution(*row) for row in reversed(found)]
+
+    def guests(self) -> List[Tuple]:
+        """(id, name, ip, boot, session, facts, last_seen) of all that were ever seen, and kept."""
+        return self.rows('SELECT id, name, ip, boot, session, facts, last_seen FROM guests')
+
+    def forget_before(self, when: float) -> int:
+        """Deletes what ended before that time (seconds since 1970), a slice at a time. How many."""
+        with self.writing() as transaction:
+            run = transaction.execute
+            count = run('DELETE FROM executions WHERE number IN (SELECT number FROM executions '
+                        'WHERE ended > 0 AND ended < ? LIMIT 5000)', when).rowcount
+            run('DELETE FROM commands WHERE cmd_id IN (SELECT cmd_id FROM commands WHERE '
+                'submitted < ? AND cmd_id NOT IN (SELECT cmd_id FROM executions) LIMIT 5000)', when)
+            run('DELETE FROM events WHERE seq IN (SELECT seq FROM events WHERE time < ? '
+                'ORDER BY seq LIMIT 20000)', when)
+            run('DELETE FROM orphans WHERE received < ?', when)
+            run('DELETE FROM guests WHERE last_seen < ? AND id NOT IN '
+                '(SELECT vm_id FROM executions WHERE ended = 0)', when)
+        return count
+
+
+class Transaction:
+    """What can be written within ``Journal.writing``."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+        self.last_event = 0
+
+    def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
+        """Runs one SQL statement."""
+        return self._connection.execute(statement, values)
+
+    def event(self, type: str, vm: str = '', cmd_id: str = '', text: str = '') -> None:
+        """Adds a numbered event."""
+        cursor = self.execute('INSERT INTO events (time, type, vm, cmd_id, text) '
+                              'VALUES (?, ?, ?, ?, ?)', time.time(), type, vm, cmd_id, text[:2000])
+        self.last_event = cursor.lastrowid
+
+    def add_execution(self, execution: 'Execution') -> None:
+        """Adds one execution of a command."""
+        self.execute('INSERT INTO executions (cmd_id, vm_id, vm, multicast, cmd, state, submitted) '
+                     'VALUES (?, ?, ?, ?, ?, ?, ?)', execution.cmd_id, execution.vm_id,
+                     execution.vm, int(execution.multicast), execution.cmd, execution.state,
+                     execution.submitted)
+
+
+# --- guests ----------------------------------------------------------------------------------
+
+LOADS_KEPT = 120               # beacons of which the load is remembered, for the status page
+GUESTS_KEPT = 10000            # ids that may say HELLO
+
+
+class Guest:
+    """What is known of one agent. Times: ``heard`` is monotonic, ``last_seen`` since 1970."""
+
+    def __init__(self, id: str, name: str) -> None:
+        self.id = id
+        self.name = name
+        self.ip = ''
+        self.boot = ''
+        self.session = ''
+        self.facts = {}                # type: Dict[str, Any]
+        self.agent = 'lost'            # alive, late or lost
+        self.heard = 0.0
+        self.last_seen = 0.0
+        self.clock_offset = 0.0
+        self.loads = collections.deque(maxlen=LOADS_KEPT)  # type: collections.deque
+
+    @property
+    def chirp_port(self) -> int:
+        """Where its Chirp server listens; 0: nowhere."""
+        port = self.facts.get('chirp')
+        port = port.get('port') if isinstance(port, dict) else port
+        return port if isinstance(port, int) and 0 < port < 65536 else 0
+
+
+class Guests:
+    """The agents that said HELLO, and whether they are still there. Safe from any thread.
+
+    Alive; ``late`` when nothing was heard for ``grace`` seconds; ``lost``, and off the list, after
+    1.5 times that. The clock is the host's monotonic one, and comes in as an argument.
+    """
+
+    def __init__(self, grace: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._grace = grace
+        self._clock = clock
+        # Guards the two tables and what is in them; nothing outside this class is called while
+        # it is held.
+        self._lock = threading.Lock()
+        self._known = {}               # type: Dict[str, Guest]
+
+    def remember(self, id: str, name: str, ip: str, boot: str, session: str, facts: str,
+                 last_seen: float) -> None:
+        """A guest of an earlier run of the host: known, and lost until it says HELLO."""
+        guest = Guest(id, name)
+        guest.ip, guest.boot, guest.session, guest.last_seen = ip, boot, session, last_seen
+        guest.facts = json.loads(facts)
+        with self._lock:
+            self._known[id] = guest
+
+    def add(self, id: str, name: str, ip: str, boot: str, session: str,
+            facts: Dict[str, Any], clock_offset: float) -> Tuple[Guest, bool]:
+        """A HELLO: the guest, and whether it is news (a new agent, or one that was away)."""
+        with self._lock:
+            guest = self._known.get(id)
+            if guest is None:
+                self._make_room()
+                guest = self._known[id] = Guest(id, name)
+            news = guest.agent == 'lost' or guest.session != session
+            guest.name = self._free_name(id, name)
+            guest.ip, guest.boot, guest.session = ip, boot, session
+            guest.facts, guest.clock_offset = facts, clock_offset
+            self._touch(guest)
+            return guest, news
+
+    def _make_room(self) -> None:
+        if len(self._known) < GUESTS_KEPT:
+            return
+        lost = [guest for guest in self._known.values() if guest.agent == 'lost']
+        if not lost:
+            raise Busy('%d agents are known already' % len(self._known))
+        del self._known[min(lost, key=lambda guest: guest.last_seen).id]
+
+    def _free_name(self, id: str, name: str) -> str:
+        """The name, with the id appended where another one on the list has it."""
+        for other in self._known.values():
+            if other.id != id and other.agent != 'lost' and name in (other.name, other.id):
+                return '%s-%s' % (name, id)
+        return name
+
+    def _touch(self, guest: Guest) -> None:
+        guest.agent = 'alive'
+        guest.heard = self._clock()
+        guest.last_seen = time.time()
+
+    def heard(self, id: str, load: Optional[Dict[str, float]] = None) -> bool:
+        """Any word counts as a beacon. Whether the guest is on the list."""
+        with self._lock:
+            guest = self._known.get(id)
+            if guest is None or guest.agent == 'lost':
+                return False
+            self._touch(guest)
+            if load:
+                guest.loads.append(dict(load, time=guest.last_seen))
+            return True
+
+    def gone(self, id: str) -> Optional[Guest]:
+        """A BYE: off the list."""
+        with self._lock:
+            guest = self._known.get(id)
+            if guest is None or guest.agent == 'lost':
+                return None
+            guest.agent = 'lost'
+            return guest
+
+    def forgive(self) -> None:
+        """Nobody was late: it was the host, or the broker, that slept."""
+        with self._lock:
+            for guest in self._known.values():
+                if guest.agent != 'lost':
+                    self._touch(guest)
+
+    def tick(self, excused: Callable[[str], bool]) -> List[Tuple[Guest, str]]:
+        """Those whose liveness changed, with what it is now. ``excused`` ones are not judged."""
+        with self._lock:
+            suspects = [guest for guest in self._known.values() if guest.agent != 'lost'
+                        and self._clock() - guest.heard > self._grace]
+        excused_ids = {guest.id for guest in suspects if excused(guest.name)}
+        changed = []
+        with self._lock:
+            for guest in suspects:
+                silence = self._clock() - guest.heard
+                if guest.id in excused_ids:
+                    guest.heard = self._clock()
+                elif silence > 1.5 * self._grace and guest.agent != 'lost':
+                    guest.agent = 'lost'
+                    changed.append((guest, 'lost'))
+                elif silence > self._grace and guest.agent == 'alive':
+                    guest.agent = 'late'
+                    changed.append((guest, 'late'))
+        return changed
+
+    def find(self, vm: str) -> Optional[Guest]:
+        """By name or id; one on the list comes before one that is lost."""
+        with self._lock:
+            known = list(self._known.values())
+        for there in (True, False):
+            for guest in known:
+                if (guest.agent != 'lost') == there and \
+                        (vm in (guest.name, guest.id) or vm.upper() == guest.id.upper()):
+                    return guest
+        return None
+
+    def by_id(self, id: str) -> Optional[Guest]:
+        """The guest of exactly that id."""
+        with self._lock:
+            return self._known.get(id)
+
+    def on_list(self) -> List[Guest]:
+        """All that are alive or late, by name."""
+        with self._lock:
+            return sorted((guest for guest in self._known.values() if guest.agent != 'lost'),
+                          key=lambda guest: guest.name)
+
+    def all(self) -> List[Guest]:
+        """All that are known, lost ones too."""
+        with self._lock:
+            return list(self._known.values())
+
+
+# --- commands --------------------------------------------------------------------------------
+
+RETRY_DELAYS = (5, 10, 20, 40, 60)     # seconds between publications of a CMD_RUN; the last repeats
+QUERY_TIMEOUT = 5.0                    # seconds a guest has to answer CMD_QUERY
+
+
+class Execution:
+    """One command on one VM. What a thread reads of it may be a moment old, and is never torn."""
+
+    __slots__ = ('cmd_id', 'vm_id', 'vm', 'multicast', 'cmd', 'state', 'submitted', 'ended',
+                 'results', 'fetched', 'status', 'status_time', 'attempts', 'next_publish', 'done')
+
+    def __init__(self, cmd_id: str, vm_id: str, vm: str, multicast: Any, cmd: str, state: str,
+                 submitted: float, ended: float = 0, results: str = '', fetched: Any = 1) -> None:
+        self.cmd_id = cmd_id
+        self.vm_id = vm_id
+        self.vm = vm
+        self.multicast = bool(multicast)
+        self.cmd = cmd
+        self.state = state
+        self.submitted = submitted
+        self.ended = ended
+        self.results = results
+        self.fetched = bool(fetched)       # whether all output is here, or never will be
+        self.status = {}                   # type: Dict[str, Any]
+        self.status_time = 0.0             # monotonic
+        self.attempts = 0
+        self.next_publish = None           # type: Optional[float]
+        self.done = threading.Event()
+        if ended:
+            self.done.set()
+
+    @property
+    def key(self) -> str:
+        """The cmd-id as XML-RPC knows it: of a multicast, ``cmdId@vmName``."""
+        return '%s@%s' % (self.cmd_id, self.vm) if self.multicast else self.cmd_id
+
+    @property
+    def index(self) -> Tuple[str, str]:
+        return self.cmd_id, self.vm_id
+
+    def answer(self) -> Dict[str, Any]:
+        """The results, as journalled; {} while unfinished."""
+        return json.loads(self.results) if self.results else {}
+
+
+class _Reply:
+    """A CMD_STATUS that somebody waits for."""
+
+    def __init__(self, matches: Callable[[Message], bool]) -> None:
+        self.matches = matches
+        self.message = None            # type: Optional[Message]
+        self.arrived = threading.Event()
+
+
+class Commands:
+    """What was asked for, and how far it is. Safe from any thread.
+
+    The unfinished executions are in memory, everything is in the journal; a change is journalled
+    before anybody hears of it.
+    """
+
+    def __init__(self, journal: Journal, clock: Callable[[], float] = time.monotonic) -> None:
+        self._journal = journal
+        self._clock = clock
+        # Guards the tables below. The journal is called with the lock released.
+        self._lock = threading.Lock()
+        self._open = {}                # type: Dict[Tuple[str, str], Execution]
+        self._by_key = {}              # type: Dict[str, Execution]
+        self._replies = {}             # type: Dict[Tuple[str, str], List[_Reply]]
+        self._unwritten = {}           # type: Dict[Tuple[str, str], Execution]
+        for execution in journal.executions('ended = 0'):
+            self._keep(execution)
+
+    def _keep(self, execution: Execution) -> None:
+        self._open[execution.index] = execution
+        self._by_key[execution.key] = execution
+
+    def new(self, request: Dict[str, Any], target: str, multicast: bool, guests: List[Guest],
+            queued: bool, client: str) -> Tuple[str, List[Execution]]:
+        """Journals a command before anything else is done with it. Raises JournalError."""
+        cmd_id = time.strftime('%Y%m%d-%H%M%S-', time.gmtime()) + secrets.token_hex(4)
+        submitted = time.time()
+        state = 'queued' if queued else 'sent'
+        executions = [Execution(cmd_id, guest.id, guest.name, multicast, request['cmd'], state,
+                                submitted) for guest in guests]
+        with self._journal.writing() as journal:
+            journal.execute('INSERT INTO commands VALUES (?, ?, ?, ?, ?, ?)', cmd_id, target,
+                            int(multicast), protocol.write_json(request), submitted, client)
+            for execution in executions:
+                journal.add_execution(execution)
+            journal.event('cmd-submitted', target, cmd_id, 'by %s: %s' % (
+                client, ' '.join([request['cmd']] + request['args'])))
+        with self._lock:
+            for execution in executions:
+                self._keep(execution)
+        return cmd_id, executions
+
+    def published(self, execution: Execution) -> None:
+        """It was sent; when to send it again, should the guest not answer."""
+        with self._lock:
+            delay = RETRY_DELAYS[min(execution.attempts, len(RETRY_DELAYS) - 1)]
+            execution.attempts += 1
+            execution.next_publish = self._clock() + delay
+            if execution.state == 'queued':
+                execution.state = 'sent'
+                self._unwritten[execution.index] = execution
+
+    def due(self) -> List[Execution]:
+        """What was sent, not answered, and should be sent again by now."""
+        now = self._clock()
+        with self._lock:
+            return [execution for execution in self._open.values() if execution.state == 'sent'
+                    and execution.next_publish is not None and execution.next_publish <= now]
+
+    def request(self, cmd_id: str) -> Dict[str, Any]:
+        """What was asked for. Raises NoSuchCommand."""
+        command = self._journal.command(cmd_id)
+        if command is None:
+            raise NoSuchCommand('no command %.100s' % cmd_id)
+        return command
+
+    def open_of(self, vm_id: str) -> List[Execution]:
+        """The unfinished executions on that VM."""
+        with self._lock:
+            return [execution for execution in self._open.values() if execution.vm_id == vm_id]
+
+    def is_open(self, execution: Execution) -> bool:
+        """Whether it is unfinished."""
+        with self._lock:
+            return self._open.get(execution.index) is execution
+
+    def find_open(self, cmd_id: str, vm_id: str) -> Optional[Execution]:
+        """The unfinished execution of that command on that VM."""
+        with self._lock:
+            return self._open.get((cmd_id, vm_id))
+
+    def find(self, key: str) -> List[Execution]:
+        """One execution; of a multicast's own id, all of them. Raises NoSuchCommand."""
+        with self._lock:
+            execution = self._by_key.get(key)
+        if execution is not None:
+            return [execution]
+        cmd_id, at, vm = key.partition('@')
+        if at:
+            found = self._journal.executions('cmd_id = ? AND vm = ? AND multicast = 1', cmd_id, vm)
+        else:
+            found = self._journal.executions('cmd_id = ?', cmd_id)
+        if not found and not (self._journal.command(cmd_id) and not at):
+            raise NoSuchCommand('no command %.100s' % key)
+        with self._lock:
+            return [self._open.get(execution.index, execution) for execution in found]
+
+    # What guests say.
+
+    def heard_status(self, execution: Execution, state: str, message: Message) -> None:
+        """A CMD_STATUS: remembered, and given to whoever waits for it."""
+        with self._lock:
+            if execution.index in self._open:
+                execution.next_publish = None
+                execution.status = dict(message.keys)
+                execution.status_time = self._clock()
+                if state in ('running', 'queued') and execution.state in ('sent', 'queued', 'running'):
+                    if execution.state != 'running':
+                        self._unwritten[execution.index] = execution
+                    execution.state = 'running'
+        self._give_reply(execution.index, message)
+
+    def _give_reply(self, index: Tuple[str, str], message: Message) -> None:
+        with self._lock:
+            replies = [reply for reply in self._replies.get(index, ()) if reply.matches(message)]
+        for reply in replies:
+            reply.message = message
+            reply.arrived.set()
+
+    def write_states(self) -> None:
+        """Journals the states that changed since the last call; results don't wait for that."""
+        with self._lock:
+            changed = [execution for execution in self._unwritten.values()
+                       if execution.index in self._open]
+            self._unwritten.clear()
+        if not changed:
+            return
+        with self._journal.writing() as journal:
+            for execution in changed:
+                journal.execute('UPDATE executions SET state = ? WHERE cmd_id = ? AND vm_id = ? '
+                                'AND ended = 0', execution.state, *execution.index)
+                journal.event('cmd-' + execution.state, execution.vm, execution.key)
+
+    def ask(self, execution: Execution, matches: Callable[[Message], bool],
+            say: Callable[[], None], timeout: float = QUERY_TIMEOUT) -> Optional[Message]:
+        """Says something, and waits for the CMD_STATUS that matches; None when it is late."""
+        reply = _Reply(matches)
+        with self._lock:
+            self._replies.setdefault(execution.index, []).append(reply)
+        try:
+            say()
+            reply.arrived.wait(timeout)
+            return reply.message
+        finally:
+            with self._lock:
+                waiting = self._replies[execution.index]
+                waiting.remove(reply)
+                if not waiting:
+                    del self._replies[execution.index]
+
+    def finish(self, execution: Execution, results: Dict[str, Any], fetched: bool) -> bool:
+        """Journals the end of an execution, once, then wakes whoever waits. False: it had ended."""
+        with self._lock:
+            if self._open.get(execution.index) is not execution:
+                return False
+        ended, text = time.time(), protocol.write_json(results)
+        with self._journal.writing() as journal:
+            changed = journal.execute(
+                'UPDATE executions SET state = ?, ended = ?, results = ?, fetched = ? '
+                'WHERE cmd_id = ? AND vm_id = ? AND ended = 0', results['state'], ended, text,
+                int(fetched), *execution.index).rowcount
+            if changed:
+                journal.event('cmd-finished', execution.vm, execution.key, describe_end(results))
+        with self._lock:
+            execution.state, execution.ended, execution.results = results['state'], ended, text
+            execution.fetched = fetched
+            self._open.pop(execution.index, None)
+            self._by_key.pop(execution.key, None)
+            self._unwritten.pop(execution.index, None)
+        execution.done.set()
+        log.info('%s on %s: %s', execution.key, execution.vm, describe_end(results))
+        return bool(changed)
+
+    def lose(self, execution: Execution, reason: str) -> None:
+        """Ends an execution as lost."""
+        self.finish(execution, lost_results(execution.cmd_id, reason), True)
+
+    def finished(self, cmd_id: str, vm_id: str) -> Optional[Execution]:
+        """The execution of that command on that VM, if it is in the journal and has ended."""
+        found = self._journal.executions('cmd_id = ? AND vm_id = ? AND ended > 0', cmd_id, vm_id)
+        return found[0] if found else None
+
+    def fetched(self, execution: Execution) -> None:
+        """All output is here that ever will be."""
+        execution.fetched = True
+        with self._journal.writing() as journal:
+            journal.execute('UPDATE executions SET fetched = 1 WHERE cmd_id = ? AND vm_id = ?',
+                            *execution.index)
+
+    def keep_orphan(self, cmd_id: str, vm_id: str, vm: str, results: Dict[str, Any]) -> None:
+        """Results of a command that this host never asked for: kept, and never asked about."""
+        with self._journal.writing() as journal:
+            journal.execute('INSERT OR REPLACE INTO orphans VALUES (?, ?, ?, ?)', cmd_id[:200],
+                            vm_id, time.time(), protocol.write_json(results))
+            journal.execute('DELETE FROM orphans WHERE rowid IN (SELECT rowid FROM orphans '
+                            'ORDER BY received DESC LIMIT -1 OFFSET ?)', ORPHANS_KEPT)
+            journal.event('orphan-result', vm, cmd_id[:200], describe_end(results))
+
+    # What the API asks.
+
+    def list(self, filter: Dict[str, Any]) -> List[Execution]:
+        """Executions, the newest ``limit`` (1000), by vm, state, cmdId and since."""
+        columns = {'vm': 'vm = ?', 'state': 'state = ?', 'cmd': 'cmd = ?', 'cmdId': 'cmd_id = ?',
+                   'since': 'submitted >= ?'}
+        clauses, values = ['1'], []
+        for name, value in filter.items():
+            if name == 'finished':
+                clauses.append('ended > 0' if value else 'ended = 0')
+            elif name in columns:
+                clauses.append(columns[name])
+                values.append(value)
+            elif name != 'limit':
+                raise InvalidParams('listCmds: no filter %r; there are vm, state, cmd, cmdId, '
+                                    'since, finished, limit' % name)
+        found = self._journal.executions(' AND '.join(clauses), *values,
+                                         limit=int(filter.get('limit', ROWS_AT_ONCE)))
+        with self._lock:
+            return [self._open.get(execution.index, execution) for execution in found]
+
+    def forget(self, executions: List[Execution]) -> None:
+        """Deletes finished executions, and the command with its last one. Raises BadState."""
+        for execution in executions:
+            if not execution.ended:
+                raise BadState('%s is %s; only a finished command can be forgotten'
+                               % (execution.key, execution.state))
+        with self._journal.writing() as journal:
+            for execution in executions:
+                journal.execute('DELETE FROM executions WHERE cmd_id = ? AND vm_id = ?',
+                                *execution.index)
+                journal.execute('DELETE FROM commands WHERE cmd_id = ? AND cmd_id NOT IN '
+                                '(SELECT cmd_id FROM executions)', execution.cmd_id)
+                journal.event('cmd-forgotten', execution.vm, execution.key)
+
+    def count(self) -> int:
+        """How many are unfinished."""
+        with self._lock:
+            return len(self._open)
+
+
+def lost_results(cmd_id: str, reason: str) -> Dict[str, Any]:
+    """The results of a command of which nothing will ever be heard."""
+    return {'cmd-id': cmd_id, 'out': '', 'err': '', 'finished': False, 'exitCodeOrSignal': -1,
+            'resources': dict.fromkeys(protocol.RUSAGE_FIELDS, 0), 'state': 'lost',
+            'error': reason, 'wall': 0, 'started': 0, 'ended': time.time(), 'out-size': 0,
+            'err-size': 0, 'out-offset': 0, 'err-offset': 0, 'out-truncated': False,
+            'err-truncated': False, 'spool': ''}
+
+
+def describe_end(results: Dict[str, Any]) -> str:
+    """How it ended, in three words."""
+    state = results['state']
+    if state in ('exited', 'signaled', 'timeout'):
+        return '%s %s' % (state, results['exitCodeOrSignal'])
+    return '%s: %s' % (state, results.get('error', ''))
+
+
+def read_results(message: Message) -> Dict[str, Any]:
+    """The results in a CMD_RESULTS, of the right types, and nothing else. Raises BadWord."""
+    state = message.text('state', 'exited' if message.flag('finished') else 'signaled')
+    if state not in FINISHED:
+        raise protocol.BadWord('CMD_RESULTS: state %.40r' % state)
+    resources = message.mapping('resources')
+    results = {'cmd-id': message.text('cmd-id'), 'state': state,
+               'finished': message.flag('finished'),
+               'exitCodeOrSignal': int(message.number('exitCodeOrSignal', -1)),
+               'resources': {name: Message('', 'CMD_RESULTS', None, resources).number(name)
+                             for name in protocol.RUSAGE_FIELDS}}
+    for name in ('out', 'err', 'error', 'spool'):
+        results[name] = message.text(name)
+    for name in ('wall', 'started', 'ended'):
+        results[name] = message.number(name)
+    for stream in ('out', 'err'):
+        _read_stream(message, stream, results)
+    return results
+
+
+def _read_stream(message: Message, stream: str, results: Dict[str, Any]) -> None:
+    """What CMD_RESULTS says of one stream."""
+    exact = message.text(stream + '64')
+    if exact:
+        try:
+            inline = base64.b64decode(exact, validate=True)
+        except (ValueError, binascii.Error):
+            raise protocol.BadWord('CMD_RESULTS: %s64 is no base64' % stream)
+        results[stream + '64'] = exact
+    else:
+        inline = results[stream].encode('utf-8')
+    offset = max(0, int(message.number(stream + '-offset')))
+    results[stream + '-offset'] = offset
+    results[stream + '-size'] = max(offset + len(inline), int(message.number(stream + '-size')))
+    results[stream + '-truncated'] = message.flag(stream + '-truncated')
+
+
+def inline_output(results: Dict[str, Any], stream: str) -> bytes:
+    """The exact bytes of a stream that came with the results."""
+    exact = results.get(stream + '64')
+    return base64.b64decode(exact) if exact else results[stream].encode('utf-8')
+
+
+# --- trust -----------------------------------------------------------------------------------
+
+class _Role:
+    """Who a connection to the embedded broker is."""
+
+    def __init__(self, is_host: bool) -> None:
+        self.is_host = is_host
+        self.id = ''
+        self.name = ''
+        self.session = ''
+        self.boot = ''
+
+
+class HostPolicy(stompbroker.Policy):
+    """Roles on the embedded broker: the host's own connection, by a secret; all others are guests.
+
+    A guest may SEND to connections and cmd_responses alone, SUBSCRIBE to cmd_requests alone, is
+    bound to the id of its first HELLO, and is sent only what is addressed to it. The header
+    ``from`` of all that a guest sends is written here, so that the host can lean on it.
+    """
+
+    def __init__(self, secret: str, mac_of: Callable[[str], str]) -> None:
+        self._secret = secret
+        self._mac_of = mac_of
+        # Guards the table of bound sessions; nothing is called while it is held.
+        self._lock = threading.Lock()
+        self._sessions = {}            # type: Dict[str, Any]
+
+    def connecting(self, session: Any, headers: Dict[str, str]) -> None:
+        secret = headers.get('vmhost-secret', '')
+        session.policy_data = _Role(hmac.compare_digest(secret.encode(), self._secret.encode()))
+
+    def subscribing(self, session: Any, destination: str, headers: Dict[str, str]) -> None:
+        if not session.policy_data.is_host and destination != protocol.CMD_REQUESTS:
+            raise stompbroker.Refused('a guest may subscribe to %s alone' % protocol.CMD_REQUESTS)
+
+    def sending(self, session: Any, destination: str, frame: Any) -> bool:
+        role = session.policy_data
+        if role.is_host:
+            return True
+        if destination not in (protocol.CONNECTIONS, protocol.CMD_RESPONSES):
+            raise stompbroker.Refused('a guest may not send to %.100s' % destination)
+        if not role.id and not self._bind(session, role, frame):
+            return False
+        for name in ('from', 'id'):
+            if frame.headers.get(name, role.id).upper() != role.id.upper():
+                raise stompbroker.Refused('this connection is bound to the id %s' % role.id)
+        frame.headers['from'] = role.id
+        return True
+
+    def _bind(self, session: Any, role: _Role, frame: Any) -> bool:
+        """Gives the connection the id of its HELLO. False: it said something else before."""
+        try:
+            message = protocol.interpret(frame.headers, frame.body.decode('utf-8', 'replace'))
+            if message.word != 'HELLO':
+                return False
+            machine_id = read_id(message.text('id'))
+            role.session, role.boot = message.text('session'), message.text('boot')
+        except protocol.BadWord as error:
+            raise stompbroker.Refused(str(error))
+        self._check_neighbour(session, machine_id)
+        self._take_id(session, role, machine_id)
+        return True
+
+    def _check_neighbour(self, session: Any, machine_id: str) -> None:
+        mac = self._mac_of(session.peer[0])
+        if mac and is_mac(machine_id) and mac.upper() != machine_id.upper():
+            raise stompbroker.Refused('id %s, but the network card at %s is %s'
+                                      % (machine_id, session.peer[0], mac))
+
+    def _take_id(self, session: Any, role: _Role, machine_id: str) -> None:
+        """Binds, unless another living agent has that id.
+
+        A reconnect (same session), and a machine that was reset (same address, another boot), take
+        the place of their old connection, which may not have noticed yet that it is dead.
+        """
+        with self._lock:
+            other = self._sessions.get(machine_id)
+            if other is not None and other is not session:
+                data = other.policy_data
+                same = data.session == role.session
+                reset = other.peer[0] == session.peer[0] and data.boot != role.boot
+                if not same and not reset:
+                    raise stompbroker.Refused('id %s is taken by an agent at %s'
+                                              % (machine_id, other.peer[0]))
+            role.id = machine_id
+            self._sessions[machine_id] = session
+        if other is not None and other is not session:
+            other.close()
+
+    def named(self, machine_id: str, name: str) -> None:
+        """The host's name for a guest; what is addressed to it by name reaches it from now on."""
+        with self._lock:
+            session = self._sessions.get(machine_id)
+        if session is not None:
+            session.policy_data.name = name
+
+    def address_of(self, machine_id: str) -> str:
+        """The address that a guest's connection comes from; '' where it has none."""
+        with self._lock:
+            session = self._sessions.get(machine_id)
+        return session.peer[0] if session is not None else ''
+
+    def audience(self, destination: str, frame: Any) -> Callable[[Any], bool]:
+        to = frame.headers.get('to', '')
+        asks_all = to == '*' and frame.body.startswith(b'HELLO')
+
+        def is_sent_to(session: Any) -> bool:
+            role = session.policy_data
+            if role.is_host or not role.id:
+                return role.is_host or asks_all
+            return protocol.is_addressed(to, role.id, role.name)
+        return is_sent_to
+
+    def closed(self, session: Any) -> None:
+        role = session.policy_data
+        with self._lock:
+            if role is not None and self._sessions.get(role.id) is session:
+                del self._sessions[role.id]
+
+
+def is_mac(text: str) -> bool:
+    """Whether it is a MAC address with colons."""
+    parts = text.split(':')
+    return len(parts) == 6 and all(len(part) == 2 and set(part) <= set('0123456789abcdefABCDEF')
+                                   for part in parts)
+
+
+def read_id(text: str) -> str:
+    """A guest's id, MACs in upper case. Raises BadWord for what can't be one."""
+    if not 0 < len(text) <= 64 or not text.isprintable() or set(text) & set('@*?[]/\\ '):
+        raise protocol.BadWord('HELLO: id %.80r' % text)
+    return text.upper() if is_mac(text) else text
+
+
+def read_name(text: str) -> str:
+    """A machine's name as it may be shown: printable, at most 64 characters, no '@'."""
+    name = ''.join(char for char in text if char.isprintable() and char != '@').strip()
+    return name[:64]
+
+
+def neighbour_mac(address: str) -> str:
+    """The MAC that the kernel knows for an address on a directly attached network, else ''.
+
+    On Linux, from /proc/net/arp; elsewhere nothing is known.
+    """
+    try:
+        with open('/proc/net/arp') as table:
+            for line in table.readlines()[1:]:
+                fields = line.split()
+                if fields[0] == address and fields[3] != '00:00:00:00:00:00':
+                    return fields[3].upper()
+    except OSError as error:
+        log.debug('no neighbour table: %s', error)
+    return ''
+
+
+# --- the host --------------------------------------------------------------------------------
+
+TICK = 0.25                    # seconds between looks at the clock
+SLEPT = 5.0                    # seconds that a tick may be late before the host is said to have slept
+RETENTION_EVERY = 60.0         # seconds between looks for what keep_results lets go
+MISSING_GRACE = 5.0            # seconds to answer for a command that a HELLO doesn't list
+OUTPUT_SLICE = 256 * 1024      # bytes that one CMD_QUERY asks for, at most
+FRAME_RESERVE = 16 * 1024      # bytes of a frame that are not the command's own
+
+
+class StateFolder:
+    """``state_dir``: journal, token, output of commands; one host at a time may use it."""
+
+    def __init__(self, path: str) -> None:
+        """Raises VMHostError with a sentence where the folder can't be used."""
+        self.path = path
+        try:
+            os.makedirs(path, mode=0o700, exist_ok=True)
+            self._lock = sqlite3.connect(self.file('lock'), isolation_level=None, timeout=0,
+                                         check_same_thread=False)
+            # A lock of SQLite's works on every system, and ends with the process, however it ends.
+            self._lock.execute('BEGIN EXCLUSIVE')
+        except OSError as error:
+            raise VMHostError('state_dir %s can\'t be used: %s' % (path, error.strerror or error))
+        except sqlite3.OperationalError as error:
+            if 'locked' in str(error):
+                raise Busy('another vmhost runs on the state folder %s; stop it, or give this one '
+                           'a state_dir of its own in [Host]' % path)
+            raise VMHostError('state_dir %s can\'t be written: %s' % (path, error))
+
+    def file(self, name: str) -> str:
+        """The path of a file in the folder."""
+        return os.path.join(self.path, name)
+
+    def secret(self, name: str) -> str:
+        """The text of a file that only this user can read; made at the first call."""
+        path = self.file(name)
+        if not os.path.exists(path):
+            temporary = path + '.new'
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(temporary)
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, 'w') as file:
+                file.write(secrets.token_urlsafe(24) + '\n')
+            os.replace(temporary, path)
+        with open(path) as file:
+            return file.read().strip()
+
+    def close(self) -> None:
+        """Lets another host use the folder."""
+        self._lock.close()
+
+
+class Host:
+    """The agent: puts the parts together, and says what each word does. ``start``, ``run``, ``stop``.
+
+    The heard_… methods run on the link's thread; ``tick`` on the main thread; all others may be
+    called from any thread.
+    """
+    side = 'host'
+
+    def __init__(self, settings: Any) -> None:
+        """Raises VMHostError where state folder or journal can't be used."""
+        self.settings = settings
+        self.started = time.monotonic()
+        self.session = secrets.token_hex(8)
+        self.stopping = threading.Event()
+        self.aint = 0                          # words that weren't any
+        self.folder = StateFolder(settings.Host.state_dir)
+        self.token = self.folder.secret('xmlrpc.token')
+        self.journal = Journal(self.folder.file('journal.sqlite'))
+        self.commands = Commands(self.journal)
+        self.guests = Guests(settings.Host.vm_gc_grace)
+        for known in self.journal.guests():
+            self.guests.remember(*known)
+        self.hypervisor = None                 # type: Any
+        self.broker = None                     # type: Optional[stompbroker.Broker]
+        self.policy = None                     # type: Optional[HostPolicy]
+        self.link = None                       # type: Optional[protocol.Link]
+        self.server = None                     # type: Optional[XMLRPCServer]
+        # Guards the two tables of who waits for an answer; nothing is called while it is held.
+        self._lock = threading.Lock()
+        self._pings = {}                       # type: Dict[str, threading.Event]
+        self._missing = {}                     # type: Dict[Tuple[str, str], float]
+        self._last_tick = self._last_retention = time.monotonic()
+        self._last_clock = time.time()
+        self._last_roll_call = 0.0
+
+    # Start and stop.
+
+    def start(self) -> None:
+        """Starts everything. Raises VMHostError, BrokerError or ProtocolError with a sentence."""
+        self._start_hypervisor()
+        address = self._start_broker()
+        self._start_link(address)
+        self.server = XMLRPCServer(self)
+        self.server.start()
+        self.journal.event('host-start', text='vmhost %s, pid %d' % (protocol.VERSION, os.getpid()))
+        log.info('vmhost %s runs as pid %d: XML-RPC on %s:%s, broker on %s:%s, hypervisor %s, '
+                 'state in %s', protocol.VERSION, os.getpid(), *(self.server.address + address + (
+                     self.hypervisor_name, os.path.abspath(self.folder.path))))
+
+    @property
+    def hypervisor_name(self) -> str:
+        return 'VirtualBox' if self.hypervisor is not None else 'none'
+
+    def _start_hypervisor(self) -> None:
+        """VirtualBox comes with the class of that name."""
+
+    def _broker_host(self) -> str:
+        """Broker.host=auto: the host-only interface's address, or loopback without one."""
+        configured = self.settings.Broker.host
+        if configured != 'auto':
+            return configured
+        if self.hypervisor is not None and self.settings.Network.mode == 'hostonly':
+            return self.hypervisor.broker_address() or '127.0.0.1'
+        return '127.0.0.1'
+
+    def _start_broker(self) -> Tuple[str, int]:
+        """The broker's address: of the embedded one, started here, or of another."""
+        broker = self.settings.Broker
+        host = self._broker_host()
+        if not broker.embedded:
+            return host, broker.port
+        self._secret = secrets.token_urlsafe(24)
+        self.policy = HostPolicy(self._secret, neighbour_mac)
+        self.broker = stompbroker.Broker(
+            host, broker.port, login=broker.username, passcode=broker.password, tls=server_tls(broker),
+            policy=self.policy, heartbeat=broker.heartbeat, max_frame=broker.max_frame)
+        self.broker.start()
+        return self.broker.address
+
+    def _start_link(self, address: Tuple[str, int]) -> None:
+        broker = self.settings.Broker
+        embedded = self.broker is not None
+        tls = protocol.client_tls(broker.ca_file or (broker.cert_file if embedded else '')) \
+            if broker.tls else None
+        if tls is not None and embedded:
+            tls.check_hostname = False      # our own certificate, on our own machine
+        self.link = protocol.Link(
+            lambda: [address], [(protocol.CONNECTIONS, 'client-individual'),
+                                (protocol.CMD_RESPONSES, 'client-individual')],
+            self._link_up, self._hear, self._link_down, broker.username, broker.password,
+            broker.heartbeat, tls, {'vmhost-secret': self._secret} if embedded else {},
+            broker.max_frame, first_delay=0.05 if embedded else protocol.FIRST_DELAY)
+        self._link_is_up = threading.Event()
+        self.link.start()
+        if embedded and not self._link_is_up.wait(10):
+            raise VMHostError('the embedded broker doesn\'t answer: %s' % self.link.last_error)
+
+    def run(self) -> None:
+        """Ticks until ``stopping`` is set. On the main thread."""
+        while not self.stopping.wait(TICK):
+            try:
+                self.tick()
+            except Exception:       # the agent lives on, whatever one tick met
+                log.exception('in the tick')
+
+    def stop(self) -> None:
+        """Stops in the order XML-RPC, link, broker, VirtualBox; then nothing of it is left."""
+        self.stopping.set()
+        if self.server is not None:
+            self.server.stop()
+        if self.link is not None:
+            self.say(protocol.BYE.howToLeave('the host stops'))
+            self.link.close()
+        if self.broker is not None:
+            self.broker.stop()
+        if self.hypervisor is not None:
+            self.hypervisor.close()
+        with contextlib.suppress(JournalError):
+            self.commands.write_states()
+            self.journal.event('host-stop')
+        self.journal.close()
+        self.folder.close()
+
+    # The link.
+
+    def say(self, message: Message) -> bool:
+        """Publishes a word. False where there is no connection to the broker."""
+        if self.link is None:
+            return False
+        headers = dict(message.headers, timestamp=protocol.timestamp())
+        headers['from'] = 'host'
+        return self.link.send(message.topic, headers, message.body())
+
+    def _link_up(self, link: protocol.Link) -> None:
+        self.guests.forgive()
+        self._link_is_up.set()
+        self.call_the_roll()
+
+    def _link_down(self, reason: str) -> None:
+        if not self.stopping.is_set():
+            log.warning('no connection to the broker: %s', reason)
+
+    def call_the_roll(self) -> None:
+        """Asks all to announce themselves, once in a while at most."""
+        now = time.monotonic()
+        if now - self._last_roll_call > 2 or not self._last_roll_call:
+            self._last_roll_call = now
+            self.say(protocol.HELLO.howToGreet('*', session=self.session))
+
+    def _hear(self, frame: Any) -> None:
+        """One MESSAGE. What isn't a word is counted and dropped; ACKed all the same."""
+        try:
+            message = protocol.interpret(frame.headers, frame.body,
+                                         frame.headers.get('destination', ''))
+            protocol.hear(self, message)
+        except protocol.BadWord as error:
+            self._drop('%s' % error, frame.headers.get('from', ''))
+
+    def _drop(self, what: str, sender: str) -> None:
+        self.aint += 1
+        # A guest may send thousands: the first are enough to find it.
+        log.log(logging.INFO if self.aint <= 100 else logging.DEBUG,
+                'AINT from %.80r: %s', sender, what)
+
+    def _sender(self, message: Message) -> str:
+        """The id of who said it. With the embedded broker, the policy has written it."""
+        sender = message.headers.get('from') or (
+            '' if self.policy is not None else message.text('id'))
+        return read_id(sender)
+
+    # Words.
+
+    def heard_aint(self, message: Message) -> None:
+        """An unknown word, or one that isn't for a host."""
+        self._drop('%.40r' % message.word, message.headers.get('from', ''))
+
+    def heard_hello(self, message: Message) -> None:
+        """A guest is there: into the list, greeted, and its commands compared with ours."""
+        machine_id = read_id(message.text('id'))
+        if self.policy is not None:
+            machine_id = self._sender(message)
+            ip = self.policy.address_of(machine_id)
+        else:
+            ip = message.text('ip')[:64]
+        guest, news = self.guests.add(
+            machine_id, self._name_for(machine_id, message), ip, message.text('boot')[:64],
+            message.text('session')[:64], self._facts(message), self._clock_offset(message))
+        if self.policy is not None:
+            self.policy.named(machine_id, guest.name)
+        if news:
+            self._note_guest(guest)
+        self._greet(guest)
+        if isinstance(message.get('cmds'), dict):
+            self._reconcile(guest, message.mapping('cmds'))
+
+    def _name_for(self, machine_id: str, message: Message) -> str:
+        """The hypervisor's name for it; else its own, else its host name, else its id."""
+        if self.hypervisor is not None:
+            name = self.hypervisor.name_of(machine_id)
+            if name:
+                return name
+        return read_name(message.text('name')) or read_name(message.text('host')) or machine_id
+
+    def _facts(self, message: Message) -> Dict[str, Any]:
+        """What the guest says about itself, bounded."""
+        facts = {}
+        for name in ('proto', 'host', 'os', 'python', 'version', 'cpus', 'mem', 'chirp'):
+            value = message.get(name)
+            if isinstance(value, (str, int, float)):
+                facts[name] = value[:200] if isinstance(value, str) else value
+            elif name == 'chirp' and isinstance(value, dict):
+                facts[name] = {'port': value.get('port', 0)}
+        return facts
+
+    def _clock_offset(self, message: Message) -> float:
+        """Guest's clock less ours, in seconds, as far as a message on its way can tell."""
+        try:
+            return round(message.number('timestamp', time.time()) - time.time(), 3)
+        except protocol.BadWord:
+            return 0.0
+
+    def _note_guest(self, guest: Guest) -> None:
+        with self.journal.writing() as journal:
+            journal.execute('INSERT OR REPLACE INTO guests VALUES (?, ?, ?, ?, ?, ?, ?)',
+                            guest.id, guest.name, guest.ip, guest.boot, guest.session,
+                            json.dumps(guest.facts), guest.last_seen)
+            journal.event('guest-hello', guest.name, '', '%s at %s' % (guest.id, guest.ip))
+        log.info('%s joined: %s at %s', guest.name, guest.id, guest.ip)
+
+    def _greet(self, guest: Guest) -> None:
+        keys = {'name': guest.name, 'session': self.session}  # type: Dict[str, Any]
+        if self.settings.Host.vm_gc_grace < 30:
+            keys['beacon_interval'] = max(1, self.settings.Host.vm_gc_grace / 3)
+        if self.broker is None:
+            keys['addresses'] = own_addresses(self.link)
+        self.say(protocol.HELLO.howToGreet(guest.id, **keys))
+
+    def _reconcile(self, guest: Guest, listed: Dict[str, Any]) -> None:
+        """What its HELLO doesn't list and was running is lost; what was only sent is sent again."""
+        for execution in self.commands.open_of(guest.id):
+            if execution.cmd_id in listed:
+                with self._lock:
+                    self._missing.pop(execution.index, None)
+            elif execution.state in ('queued', 'sent'):
+                self.publish(execution)
+            else:
+                # Asked once more, since another broker may have turned the order of words round.
+                with self._lock:
+                    self._missing[execution.index] = time.monotonic() + MISSING_GRACE
+                self.say(protocol.CMD_QUERY.howToSay(guest.id, execution.cmd_id))
+
+    def heard_bye(self, message: Message) -> None:
+        """A guest goes; its commands stay as they are."""
+        guest = self.guests.gone(self._sender(message))
+        if guest is not None:
+            reason = read_name(message.text('reason'))
+            self.journal.event('guest-bye', guest.name, '', reason)
+            log.info('%s left: %s', guest.name, reason)
+
+    def heard_still_alive(self, message: Message) -> None:
+        """A beacon, with the load."""
+        load = {name: message.number(name) for name in
+                ('load1', 'mem_free', 'disk_free', 'running', 'uptime') if message.get(name) is not None}
+        self._heard_from(self._sender(message), load)
+
+    def _heard_from(self, machine_id: str, load: Optional[Dict[str, float]] = None) -> None:
+        if not self.guests.heard(machine_id, load):
+            self.call_the_roll()
+
+    def heard_pong(self, message: Message) -> None:
+        """An answer to PING, from whom it was sent to."""
+        sender = self._sender(message)
+        self._heard_from(sender)
+        with self._lock:
+            waiting = self._pings.get(message.text('ping-id') + '@' + sender)
+        if waiting is not None:
+            waiting.set()
+
+    def heard_cmd_status(self, message: Message) -> None:
+        """How far a command is; ``unknown`` where the guest never heard of it, or no longer knows."""
+        sender = self._sender(message)
+        self._heard_from(sender)
+        execution = self.commands.find_open(message.text('cmd-id'), sender)
+        state = message.text('state')
+        if execution is None:
+            execution = self.commands.finished(message.text('cmd-id'), sender)
+            if execution is not None:
+                self.commands.heard_status(execution, state, message)
+            return
+        with self._lock:
+            self._missing.pop(execution.index, None)
+        was = execution.state
+        self.commands.heard_status(execution, state, message)
+        if state == 'unknown' and was in ('running', 'suspended'):
+            self.commands.lose(execution, 'the guest no longer knows this command: '
+                               'its disk was lost, or restored from an earlier state')
+        elif state == 'unknown':
+            self.publish(execution)
+
+    def heard_cmd_results(self, message: Message) -> None:
+        """The end of a command: journalled, then acknowledged; once more where it came before."""
+        sender = self._sender(message)
+        self._heard_from(sender)
+        results = read_results(message)
+        cmd_id = results['cmd-id']
+        execution = self.commands.find_open(cmd_id, sender)
+        if execution is not None:
+            with self._lock:
+                self._missing.pop(execution.index, None)
+            self.commands.finish(execution, results, True)
+        elif self.commands.finished(cmd_id, sender) is None:
+            self.commands.keep_orphan(cmd_id, sender, self.name_of(sender), results)
+        self.say(protocol.CMD_ACK.howToSay(sender, cmd_id))
+
+    # The clock.
+
+    def tick(self) -> None:
+        """What time brings: liveness, publishing again, what is missing, what may be forgotten."""
+        now, clock = time.monotonic(), time.time()
+        slept = now - self._last_tick > SLEPT or clock - self._last_clock > now - self._last_tick + SLEPT
+        if slept or (self.link is not None and not self.link.up):
+            self.guests.forgive()
+        self._last_tick, self._last_clock = now, clock
+        self.commands.write_states()
+        for execution in self.commands.due():
+            guest = self.guests.by_id(execution.vm_id)
+            if guest is not None and guest.agent != 'lost':
+                self.publish(execution)
+        self._judge_liveness()
+        self._give_up_missing(now)
+        if now - self._last_retention > RETENTION_EVERY:
+            self._last_retention = now
+            self._forget_old()
+
+    def _judge_liveness(self) -> None:
+        for guest, liveness in self.guests.tick(self.is_suspended):
+            log.info('%s is %s', guest.name, liveness)
+            self.journal.event('guest-' + liveness, guest.name, '',
+                               'nothing heard for %.0f s' % (time.time() - guest.last_seen))
+
+    def _give_up_missing(self, now: float) -> None:
+        with self._lock:
+            late = [index for index, deadline in self._missing.items() if deadline < now]
+            for index in late:
+                del self._missing[index]
+        for index in late:
+            execution = self.commands.find_open(*index)
+            if execution is not None:
+                self.commands.lose(execution, 'the guest came back without this command: it was '
+                                   'rebooted, or its disk lost or restored from an earlier state')
+
+    def _forget_old(self) -> None:
+        count = self.journal.forget_before(time.time() - self.settings.Host.keep_results)
+        if count:
+            log.info('%d results older than keep_results were let go', count)
+
+    def is_suspended(self, vm: str) -> bool:
+        """Whether the VM is paused or saved, so that nothing can be heard of it."""
+        return self.hypervisor is not None and self.hypervisor.is_suspended(vm)
+
+    # What the API asks for.
+
+    def name_of(self, machine_id: str) -> str:
+        """The name of a guest, or its id."""
+        guest = self.guests.by_id(machine_id)
+        return guest.name if guest is not None else machine_id
+
+    def machine(self, vm: str) -> Guest:
+        """A known VM, by name or id. Raises NoSuchVM."""
+        guest = self.guests.find(vm)
+        if guest is None and self.hypervisor is not None:
+            described = self.hypervisor.describe(vm)
+            guest = self.guests.by_id(described['id']) or Guest(described['id'], described['name'])
+        if guest is None:
+            raise NoSuchVM('no VM %.100r' % vm)
+        return guest
+
+    def connected(self, vm: str) -> Guest:
+        """A VM whose agent is there. Raises NoSuchVM, AgentNotConnected."""
+        guest = self.machine(vm)
+        if guest.agent == 'lost':
+            raise AgentNotConnected('the agent of %s is not connected' % guest.name)
+        return guest
+
+    def ping(self, vm: str, timeout: float) -> str:
+        """'PONG from NAME'. Raises NoSuchVM, AgentNotConnected, DeadlineExceeded."""
+        guest = self.connected(vm)
+        ping_id = secrets.token_hex(8)
+        answered = threading.Event()
+        with self._lock:
+            self._pings[ping_id + '@' + guest.id] = answered
+        try:
+            self.say(protocol.PING.howToSay(guest.id, ping_id))
+            if not answered.wait(timeout):
+                raise DeadlineExceeded('%s gave no PONG within %g s' % (guest.name, timeout))
+        finally:
+            with self._lock:
+                del self._pings[ping_id + '@' + guest.id]
+        return 'PONG from %s' % guest.name
+
+    def run_cmd(self, vm: str, request: Dict[str, Any], queue: bool, client: str) -> str:
+        """Journals a command, then sends it. Its cmd-id. Raises NoSuchVM, AgentNotConnected."""
+        guest = self.machine(vm)
+        if guest.agent == 'lost' and not queue:
+            raise AgentNotConnected('the agent of %s is not connected (queue lets the command wait '
+                                    'for it)' % guest.name)
+        self._check_size(request)
+        cmd_id, executions = self.commands.new(request, guest.name, False, [guest],
+                                               guest.agent == 'lost', client)
+        if guest.agent != 'lost':
+            self.publish(executions[0], request)
+        return cmd_id
+
+    def run_cmd_on_all(self, pattern: str, request: Dict[str, Any], client: str) -> str:
+        """The same on every connected VM whose name or id matches the glob. Raises NoSuchVM."""
+        guests = [guest for guest in self.guests.on_list()
+                  if protocol.is_addressed(pattern, guest.id, guest.name)]
+        if not guests:
+            raise NoSuchVM('no connected VM matches %.100r' % pattern)
+        self._check_size(request)
+        cmd_id, executions = self.commands.new(request, pattern, True, guests, False, client)
+        self.say(self._cmd_run(pattern, cmd_id, request))
+        for execution in executions:
+            self.commands.published(execution)
+        return cmd_id
+
+    def _check_size(self, request: Dict[str, Any]) -> None:
+        size = len(self._cmd_run('', '', request).body())
+        size += sum(map(len, (request['cmd'], request['path'])))
+        if size > self.settings.Broker.max_frame - FRAME_RESERVE:
+            raise InvalidParams('%d bytes of command, arguments, environment and stdin; at most %d '
+                                'fit. Send the input as a file, and name it as fileForStdin'
+                                % (size, self.settings.Broker.max_frame - FRAME_RESERVE))
+
+    def _cmd_run(self, to: str, cmd_id: str, request: Dict[str, Any]) -> Message:
+        return protocol.CMD_RUN.howToSay(to, cmd_id, request['cmd'], request['args'],
+                                         request['env'], request['path'], **request['options'])
+
+    def publish(self, execution: Execution, request: Optional[Dict[str, Any]] = None) -> None:
+        """Sends a command to its VM, for the first time or again: the guest runs it once."""
+        if request is None:
+            request = self.commands.request(execution.cmd_id)['request']
+        if self.say(self._cmd_run(execution.vm_id, execution.cmd_id, request)):
+            log.debug('%s sent to %s', execution.key, execution.vm)
+        self.commands.published(execution)
+
+    def status(self, execution: Execution, refresh: bool) -> Dict[str, Any]:
+        """How far it is, asked of the guest where that is wanted and possible."""
+        if refresh and execution.state == 'running' and self._is_connected(execution):
+            asked = time.monotonic()
+            self.commands.ask(
+                execution, lambda message: True,
+                lambda: self._query(execution), timeout=min(QUERY_TIMEOUT, 2.0))
+            log.debug('%s: status after %.3f s', execution.key, time.monotonic() - asked)
+        if execution.ended:
+            return self._final_status(execution)
+        status = execution.status
+        state = execution.state
+        if state == 'running' and self.is_suspended(execution.vm):
+            state = 'suspended'
+        return {'state': state, 'pid': status.get('pid', 0), 'wall': status.get('wall', 0),
+                'resources': status.get('resources', {}), 'processes': status.get('processes', 0),
+                'outSize': status.get('out-size', 0), 'errSize': status.get('err-size', 0),
+                'progress': status.get('progress', ''), 'error': status.get('error', ''),
+                'age': time.monotonic() - execution.status_time if execution.status_time else -1}
+
+    def _final_status(self, execution: Execution) -> Dict[str, Any]:
+        results = execution.answer()
+        return {'state': execution.state, 'pid': 0, 'wall': results['wall'],
+                'resources': results['resources'], 'processes': 0, 'outSize': results['out-size'],
+                'errSize': results['err-size'], 'progress': execution.status.get('progress', ''),
+                'error': results['error'], 'age': max(0, time.time() - execution.ended)}
+
+    def _is_connected(self, execution: Execution) -> bool:
+        guest = self.guests.by_id(execution.vm_id)
+        return guest is not None and guest.agent != 'lost' and not self.is_suspended(guest.name)
+
+    def _query(self, execution: Execution, **keys: Any) -> None:
+        self.say(protocol.CMD_QUERY.howToSay(execution.vm_id, execution.cmd_id, **keys))
+
+    def output(self, execution: Execution, stream: str, offset: int, length: int) -> Dict[str, Any]:
+        """{data: bytes, offset, next, size, eof} of one stream; while it runs, too.
+
+        From what came with the results, or is here as a file; else asked of the guest.
+        Raises AgentNotConnected, DeadlineExceeded.
+        """
+        if execution.ended:
+            results = execution.answer()
+            size, begin = results[stream + '-size'], results[stream + '-offset']
+            if offset >= size:
+                return self._slice(b'', offset, size, True)
+            if offset >= begin:
+                data = inline_output(results, stream)[offset - begin:offset - begin + length]
+                return self._slice(data, offset, size, True)
+        elif execution.state in ('queued', 'sent'):
+            return self._slice(b'', offset, 0, False)
+        return self._ask_output(execution, stream, offset, length)
+
+    def _slice(self, data: bytes, offset: int, size: int, ended: bool) -> Dict[str, Any]:
+        end = offset + len(data)
+        return {'data': data, 'offset': offset, 'next': end, 'size': max(size, end),
+                'eof': ended and end >= size}
+
+    def _ask_output(self, execution: Execution, stream: str, offset: int,
+                    length: int) -> Dict[str, Any]:
+        """A slice by CMD_QUERY and CMD_STATUS."""
+        if not self._is_connected(execution):
+            raise AgentNotConnected('the output of %s is in %s, whose agent is not connected'
+                                    % (execution.key, execution.vm))
+        key = stream + '-offset'
+        message = self.commands.ask(
+            execution, lambda message: message.number(key, -1) == offset,
+            lambda: self._query(execution, **{key: offset, 'max': min(length, OUTPUT_SLICE)}))
+        if message is None:
+            if execution.done.is_set() and not execution.answer()[key]:
+                return self.output(execution, stream, offset, length)    # it ended meanwhile
+            raise DeadlineExceeded('%s gave no output of %s within %g s'
+                                   % (execution.vm, execution.key, QUERY_TIMEOUT))
+        exact = message.text(stream + '64')
+        data = base64.b64decode(exact) if exact else message.text(stream).encode('utf-8')
+        ended = message.text('state') in FINISHED and execution.done.is_set()
+        return self._slice(data, offset, int(message.number(stream + '-size')), ended)
+
+    def signal(self, execution: Execution, name: str) -> bool:
+        """Sends a signal to all processes of a command. Raises BadState, AgentNotConnected."""
+        if execution.ended:
+            return False
+        if execution.state == 'queued':
+            self.commands.finish(execution, dict(
+                lost_results(execution.cmd_id, 'signalled before it was sent'), state='failed'), True)
+            return True
+        if not self._is_connected(execution):
+            raise AgentNotConnected('the agent of %s is not connected' % execution.vm)
+        return self.say(protocol.CMD_SIGNAL.howToSay(execution.vm_id, execution.cmd_id, name))
+
+
+def own_addresses(link: Any) -> List[str]:
+    """This machine's addresses, as guests may see them: towards the broker, and by its name."""
+    found = {link.local_address[0]}
+    try:
+        found.update(info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None))
+    except OSError as error:
+        log.debug('own name: %s', error)
+    return sorted(str(address) for address in found if address)
+
+
+def server_tls(broker: Any) -> Any:
+    """The embedded broker's ssl.SSLContext, or None. Raises VMHostError that names the key."""
+    if not broker.tls:
+        return None
+    import ssl
+    if not broker.cert_file:
+        raise VMHostError('[Broker] tls=yes needs cert_file, and key_file where the key is apart')
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if hasattr(ssl, 'PROTOCOL_TLS_SERVER')
+                             else ssl.PROTOCOL_TLS)
+    try:
+        context.load_cert_chain(broker.cert_file, broker.key_file or None)
+    except (OSError, ssl.SSLError) as error:
+        raise VMHostError('[Broker] cert_file %s, key_file %s: %s'
+                          % (broker.cert_file, broker.key_file, error))
+    return context
+
+
+# --- the API ---------------------------------------------------------------------------------
+
+LONGEST_POLL = 60.0            # seconds that a call may wait
+OPTIONS = {                    # of runCmd: what it is called here, on the wire, and its type
+    'stdin': ('stdin', (str, xmlrpc.client.Binary)), 'timeout': ('timeout', (int, float)),
+    'killAfter': ('kill-after', (int, float)), 'user': ('user', (str,)),
+    'envClear': ('env-clear', (bool,)), 'nice': ('nice', (int,)), 'limits': ('limits', (dict,)),
+    'statusInterval': ('status-interval', (int, float)), 'outputLimit': ('output-limit', (int, float)),
+    'inlineOutput': ('inline-output', (int, float)), 'queue': ('queue', (bool, int)),
+}
+LIMITS = ('as', 'cpu', 'fsize', 'nofile', 'nproc')
+XML_UNSAFE = {code: '\ufffd' for code in list(range(32)) + [0xfffe, 0xffff] + list(range(0xd800, 0xe000))
+              if code not in (9, 10, 13)}
+
+
+class Api:
+    """The methods of the XML-RPC interface; each public method is one. Any thread may call them.
+
+    Times are seconds since 1970, durations seconds, sizes bytes. A VM is given by name or id.
+    Faults: -32601 no such method, -32602 wrong arguments, -32603 internal; 1 NoSuchVM,
+    2 AgentNotConnected, 3 NoSuchCommand, 4 BadState, 5 HypervisorError, 6 TransferError, 7 Timeout,
+    8 AlreadyExists, 9 NotSupported, 10 Busy, 11 AccessDenied.
+    """
+
+    ALIASES = {'listAvailableVMs': 'listVMs', 'unpause': 'resume', 'saveSnapshot': 'takeSnapshot',
+               'getPerformanceData': 'getStats'}
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._caller = threading.local()       # who is calling, per request's thread
+
+    # About the agent.
+
+    def help(self, method: str = '') -> str:
+        """What a method does; of all methods, where none is named."""
+        if method:
+            return self._describe(method)
+        return '\n\n'.join(self._describe(name) for name in api_methods())
+
+    def _describe(self, name: str) -> str:
+        return '%s%s\n    %s' % (name, describe_signature(find_method(self, name)),
+                                 inspect.getdoc(find_method(self, name)))
+
+    def agentInfo(self) -> dict:
+        """{version, proto, python, hypervisor, broker, xmlrpc, uptime, vms, cmds, aint} of the host agent.
+
+        vms: how many agents are connected; cmds: how many commands are unfinished; aint: how many
+        words weren't any; broker: where it is, and the embedded one's counters.
+        """
+        host = self._host
+        link = host.link
+        broker = {'address': '%s:%s' % link.peer_address, 'connected': link.up,
+                  'embedded': host.broker is not None, 'server': link.server}
+        if host.broker is not None:
+            broker['counters'] = host.broker.counters()
+        return {'version': protocol.VERSION, 'proto': protocol.PROTO,
+                'python': sys.version.split()[0], 'hypervisor': host.hypervisor_name,
+                'broker': broker, 'xmlrpc': '%s:%s' % host.server.address,
+                'uptime': time.monotonic() - host.started, 'vms': len(host.guests.on_list()),
+                'cmds': host.commands.count(), 'aint': host.aint}
+
+    def getEvents(self, after: int = 0, timeout: float = 0) -> dict:
+        """{last, events: [{seq, time, type, vm, cmdId, text}]} with numbers above ``after``.
+
+        Waits up to ``timeout`` (60) seconds for the first; at most 1,000 at a time, oldest first.
+        """
+        return self._host.journal.events_after(after, min(max(timeout, 0), LONGEST_POLL))
+
+    def version(self) -> str:
+        """The hypervisor's version."""
+        return self._hypervisor().version()
+
+    def states(self) -> dict:
+        """{MachineState name: code} of the hypervisor."""
+        return self._hypervisor().machine_states()
+
+    def _hypervisor(self) -> Any:
+        if self._host.hypervisor is None:
+            raise NotSupported('no VirtualBox here (hypervisor=%s): VMs can be neither made nor '
+                               'controlled' % self._host.settings.Hypervisor.hypervisor)
+        return self._host.hypervisor
+
+    # VMs.
+
+    def listVMs(self) -> list:
+        """Names of all VMs; without a hypervisor, of the machines whose agents are connected."""
+        if self._host.hypervisor is not None:
+            return self._host.hypervisor.list_vms()
+        return self.listRegisteredVMs()
+
+    def listRunningVMs(self) -> list:
+        """Names of the VMs that run."""
+        if self._host.hypervisor is not None:
+            return self._host.hypervisor.list_running()
+        return self.listRegisteredVMs()
+
+    def listVMsWithState(self) -> dict:
+        """{name: MachineState name} of all VMs."""
+        if self._host.hypervisor is not None:
+            return self._host.hypervisor.vms_with_state()
+        return dict.fromkeys(self.listRegisteredVMs(), 'Running')
+
+    def listRegisteredVMs(self) -> list:
+        """Names of the VMs whose agents are connected."""
+        return [guest.name for guest in self._host.guests.on_list()]
+
+    def getVM(self, vm: str) -> dict:
+        """{name, id, uuid, state, agent, ip, lastSeen, clockOffset, facts, rdp, commands} of a VM.
+
+        state is the machine's, agent (alive, late, lost or never) the agent's; commands: the ids
+        of those that are unfinished; clockOffset: guest's clock less the host's, roughly.
+        """
+        host = self._host
+        guest = host.machine(vm)
+        described = {'uuid': '', 'state': self._state_of(guest), 'rdp': {}}
+        if host.hypervisor is not None:
+            with contextlib.suppress(NoSuchVM):
+                described = host.hypervisor.describe(guest.name)
+        return {'name': guest.name, 'id': guest.id, 'uuid': described['uuid'],
+                'state': described['state'], 'rdp': described['rdp'],
+                'agent': guest.agent if guest.last_seen else 'never', 'ip': guest.ip,
+                'lastSeen': guest.last_seen, 'clockOffset': guest.clock_offset,
+                'facts': dict(guest.facts, boot=guest.boot),
+                'commands': [execution.key for execution in host.commands.open_of(guest.id)]}
+
+    def _state_of(self, guest: Guest) -> str:
+        return 'Null' if guest.agent == 'lost' else 'Running'
+
+    def getState(self, vm: str) -> str:
+        """The MachineState's name of a VM; without a hypervisor Running, or Null once it is lost."""
+        if self._host.hypervisor is not None:
+            return self._host.hypervisor.state(vm)
+        return self._state_of(self._host.machine(vm))
+
+    def getNamesToIdsMapping(self) -> dict:
+        """{name: MAC} of all VMs."""
+        names = {}
+        if self._host.hypervisor is not None:
+            names.update(self._host.hypervisor.names_to_ids())
+        names.update({guest.name: guest.id for guest in self._host.guests.on_list()})
+        return names
+
+    def getIdsToNamesMapping(self) -> dict:
+        """{MAC: name} of all VMs."""
+        return {machine_id: name for name, machine_id in self.getNamesToIdsMapping().items()}
+
+    def createVM(self, name: str, image: str = '', options: dict = {}) -> list:
+        """Makes a VM from .ova, .ovf, .vdi, .vmdk or .iso; or registers a .vbox file. [True, name].
+
+        Options: memory (MB), cpus, ostype, network, disksize (MB).
+        """
+        return [True, self._hypervisor().create_vm(name, image, options)]
+
+    def removeVM(self, vm: str, deleteDisks: bool = False) -> bool:
+        """Takes a VM out of the hypervisor, with its disks where asked."""
+        return self._done(self._hypervisor().remove_vm(vm, deleteDisks))
+
+    def start(self, vm: str, guiMode: bool = False) -> bool:
+        """Starts a VM, headless or with a window; True once it runs."""
+        return self._done(self._hypervisor().start(vm, guiMode))
+
+    def shutdown(self, vm: str) -> bool:
+        """Asks the guest's system to power off, by ACPI; True once it is off."""
+        return self._done(self._hypervisor().shutdown(vm))
+
+    def reset(self, vm: str) -> bool:
+        """Presses the reset button of a VM."""
+        return self._done(self._hypervisor().reset(vm))
+
+    def powerOff(self, vm: str) -> bool:
+        """Cuts a VM's power; True once it is off."""
+        return self._done(self._hypervisor().power_off(vm))
+
+    def pause(self, vm: str) -> bool:
+        """Halts a running VM in memory; its commands are suspended."""
+        return self._done(self._hypervisor().pause(vm))
+
+    def resume(self, vm: str) -> bool:
+        """Lets a paused VM go on."""
+        return self._done(self._hypervisor().resume(vm))
+
+    def saveState(self, vm: str) -> bool:
+        """Writes a running VM to disk and stops it; ``start`` goes on from there."""
+        return self._done(self._hypervisor().save_state(vm))
+
+    def discardState(self, vm: str) -> bool:
+        """Throws a saved state away."""
+        return self._done(self._hypervisor().discard_state(vm))
+
+    def takeSnapshot(self, vm: str, name: str, desc: str = '') -> bool:
+        """Takes a snapshot, of a running VM too."""
+        return self._done(self._hypervisor().take_snapshot(vm, name, desc))
+
+    def restoreSnapshot(self, vm: str, name: str = '') -> bool:
+        """Sets a VM that is off back to a snapshot; to the current one, where none is named."""
+        return self._done(self._hypervisor().restore_snapshot(vm, name))
+
+    def deleteSnapshot(self, vm: str, name: str) -> bool:
+        """Deletes a snapshot; what the VM is now stays as it is."""
+        return self._done(self._hypervisor().delete_snapshot(vm, name))
+
+    def listSnapshots(self, vm: str) -> list:
+        """Names of a VM's snapshots, parents first."""
+        return self._hypervisor().list_snapshots(vm)
+
+    def getStats(self, vm: str, key: str = '*') -> list:
+        """[{name, values, unit}] of CPU, RAM, network and disk, from VirtualBox's collector."""
+        return self._hypervisor().get_stats(vm, key)
+
+    def getLog(self, vm: str, tail: int = 65536) -> str:
+        """The end of a VM's VBox.log."""
+        return self._hypervisor().get_log(vm, tail)
+
+    def screenshot(self, vm: str) -> xmlrpc.client.Binary:
+        """What a running VM's screen shows, as PNG."""
+        return xmlrpc.client.Binary(self._hypervisor().screenshot(vm))
+
+    def setLimits(self, vm: str, limits: dict) -> bool:
+        """Limits of a VM: cpuPercent, netKBps, network (on or off)."""
+        return self._done(self._hypervisor().set_limits(vm, limits))
+
+    def remoteDesktop(self, vm: str, enable: bool = True, options: dict = {}) -> dict:
+        """Switches a VM's remote desktop: {enabled, address, port, auth, security}."""
+        return self._hypervisor().remote_desktop(vm, enable, options)
+
+    def getNetwork(self) -> dict:
+        """{mode, interface, hostIp, netmask, dhcp: {server, lower, upper, enabled}}."""
+        return self._hypervisor().get_network()
+
+    def setupNetwork(self) -> dict:
+        """Makes the host-only interface, its address and its DHCP pool, as host.ini says."""
+        return self._hypervisor().setup_network()
+
+    def cleanup(self, dryRun: bool = True) -> list:
+        """What is, or would be, removed: VMs and disks that this tool made and nobody owns."""
+        return self._hypervisor().cleanup(dryRun)
+
+    def _done(self, result: Any) -> bool:
+        return True
+
+    # Commands.
+
+    def ping(self, vm: str, timeout_secs: float = 5.0) -> str:
+        """Asks the agent of a VM whether it is there: 'PONG from NAME'."""
+        return self._host.ping(vm, min(max(timeout_secs, 0), LONGEST_POLL))
+
+    def runCmd(self, toVmName: str, cmd: str, args: list = [], env: Any = {}, path: Any = '',
+               fileForStdin: str = '', options: dict = {}) -> str:
+        """Runs a program in a VM, at most once; the cmd-id at once, as soon as it is journalled.
+
+        args: a list of texts; env: laid over the guest's own; path: the folder it starts in,
+        relative to dir_to_serve; fileForStdin: a file in the guest. Options: stdin (text, or base64
+        for exact bytes), timeout, killAfter (s), user, envClear, nice, limits {as, cpu, fsize,
+        nofile, nproc}, statusInterval (s), outputLimit, inlineOutput (bytes), queue (waits for an
+        agent that isn't connected).
+        """
+        request, queue = read_request(cmd, args, env, path, fileForStdin, options)
+        return self._host.run_cmd(toVmName, request, queue, self._client())
+
+    def runCmdOnAll(self, pattern: str, cmd: str, args: list = [], env: Any = {}, path: Any = '',
+                    fileForStdin: str = '', options: dict = {}) -> str:
+        """The same on every connected VM that matches the glob; each one's id is cmdId@vmName."""
+        request, _ = read_request(cmd, args, env, path, fileForStdin, options)
+        return self._host.run_cmd_on_all(pattern, request, self._client())
+
+    def _client(self) -> str:
+        return getattr(self._caller, 'name', 'vmhost')
+
+    def called_by(self, client: str) -> None:
+        """Notes who calls on this thread, for the journal."""
+        self._caller.name = client
+
+    called_by.hidden = True      # type: ignore[attr-defined]
+
+    def listCmds(self, filter: dict = {}) -> list:
+        """[{cmdId, vm, cmd, state, submitted, ended}], the newest 1,000, the newest last.
+
+        filter: vm, state, cmd, cmdId, since, finished, limit.
+        """
+        return [{'cmdId': execution.key, 'vm': execution.vm, 'cmd': execution.cmd,
+                 'state': self._shown_state(execution), 'submitted': execution.submitted,
+                 'ended': execution.ended} for execution in self._host.commands.list(filter)]
+
+    def _shown_state(self, execution: Execution) -> str:
+        if execution.state == 'running' and self._host.is_suspended(execution.vm):
+            return 'suspended'
+        return execution.state
+
+    def listFinishedCmds(self) -> list:
+        """Ids of finished commands, the newest 1,000; each stays until forgetCmd or keep_results."""
+        return [execution.key for execution in self._host.commands.list({'finished': True})]
+
+    def getCmdDetails(self, id: str) -> dict:
+        """What was asked for: {cmdId, vm, cmd, args, env, path, options, submitted, client, executions}."""
+        executions = self._host.commands.find(id)
+        command = self._host.commands.request(id.partition('@')[0])
+        request = command['request']
+        return dict(request, cmdId=id, vm=command['target'], submitted=command['submitted'],
+                    client=command['client'], fileForStdin=request['options'].get('fileForStdin', ''),
+                    executions=[execution.key for execution in executions])
+
+    def getCmdStatus(self, id: str, refresh: bool = True) -> dict:
+        """{state, pid, wall, resources, processes, outSize, errSize, progress, error, age}.
+
+        refresh asks the guest; age is how many seconds ago it said so (-1: never). Of a multicast's
+        own id: {cmdId@vmName: the same}.
+        """
+        executions = self._host.commands.find(id)
+        if self._is_one(id, executions):
+            return self._host.status(executions[0], refresh)
+        return {execution.key: self._host.status(execution, False) for execution in executions}
+
+    def _is_one(self, id: str, executions: List[Execution]) -> bool:
+        return len(executions) == 1 and executions[0].key == id
+
+    def _one(self, id: str) -> Execution:
+        executions = self._host.commands.find(id)
+        if not self._is_one(id, executions):
+            raise InvalidParams('%s ran on %d VMs; name one of them as %s@vmName'
+                                % (id, len(executions), id))
+        return executions[0]
+
+    def getCmdResults(self, id: str) -> Any:
+        """The results, '' while unfinished. Of a multicast's own id: {cmdId@vmName: results}.
+
+        {cmd-id, out, err, finished, exitCodeOrSignal, resources, state, error, wall, started, ended,
+        out-size, err-size, …}: see docs/protocol.md. out64 and err64 hold the exact bytes where
+        out and err can't.
+        """
+        executions = self._host.commands.find(id)
+        if self._is_one(id, executions):
+            return shown_results(executions[0].answer()) if executions[0].ended else ''
+        if not all(execution.ended for execution in executions):
+            return ''
+        return {execution.key: shown_results(execution.answer()) for execution in executions}
+
+    def getCmdOutput(self, id: str, stream: str = 'out', offset: int = 0, length: int = 65536) -> dict:
+        """{data: base64, offset, next, size, eof} of a stream, ``out`` or ``err``; while it runs, too."""
+        if stream not in ('out', 'err'):
+            raise InvalidParams('stream is out or err, not %.40r' % stream)
+        if offset < 0 or length < 0:
+            raise InvalidParams('offset and length are bytes, from 0')
+        found = self._host.output(self._one(id), stream, int(offset), int(length))
+        return dict(found, data=xmlrpc.client.Binary(found['data']))
+
+    def signalCmd(self, id: str, signal: str = 'TERM') -> bool:
+        """Sends a signal to all processes of a command; False where it has ended."""
+        name = read_signal(signal)
+        return any([self._host.signal(execution, name) for execution in self._host.commands.find(id)])
+
+    def waitCmd(self, id: str, timeout: float = 30) -> bool:
+        """Waits up to ``timeout`` (60) seconds for the end; of a multicast's own id, of all. Whether it came."""
+        deadline = time.monotonic() + min(max(timeout, 0), LONGEST_POLL)
+        return all([execution.done.wait(max(0, deadline - time.monotonic()))
+                    for execution in self._host.commands.find(id)])
+
+    def forgetCmd(self, id: str) -> bool:
+        """Deletes a finished command from the journal."""
+        self._host.commands.forget(self._host.commands.find(id))
+        return True
+
+
+def read_request(cmd: str, args: List[Any], env: Any, path: Any, file_for_stdin: str,
+                 options: Dict[str, Any]) -> Tuple[Dict[str, Any], bool]:
+    """What runCmd was asked for, and whether it may wait. Raises InvalidParams that names the argument."""
+    if not cmd:
+        raise InvalidParams('cmd is empty')
+    if not all(isinstance(arg, (str, int, float)) for arg in args):
+        raise InvalidParams('args: each should be text')
+    read = read_options(options)
+    if file_for_stdin:
+        if 'stdin' in read or 'stdin64' in read:
+            raise InvalidParams('fileForStdin and stdin: one of them')
+        read['fileForStdin'] = file_for_stdin
+    queue = bool(read.pop('queue', False))
+    request = {'cmd': cmd, 'args': [str(arg) for arg in args], 'env': read_env(env),
+               'path': '' if path in (None, '', 'None') else read_text('path', path), 'options': read}
+    for text in [cmd, request['path']] + request['args']:
+        if '\0' in text:
+            raise InvalidParams('NUL in %.40r' % text)
+    return request, queue
+
+
+def read_text(name: str, value: Any) -> str:
+    """The value, which should be text. Raises InvalidParams."""
+    if not isinstance(value, str):
+        raise InvalidParams('%s should be text' % name)
+    return value
+
+
+def read_env(env: Any) -> Dict[str, str]:
+    """An environment, given as {} or as the text of a JSON object. Raises InvalidParams."""
+    if isinstance(env, str):
+        try:
+            env = protocol.read_json(env) if env not in ('', 'None') else {}
+        except ValueError as error:
+            raise InvalidParams('env: %s' % error)
+    if env is None:
+        return {}
+    if not isinstance(env, dict):
+        raise InvalidParams('env should be a mapping')
+    for name, value in env.items():
+        if not name or '=' in name or '\0' in name + str(value):
+            raise InvalidParams('env: %.40r can\'t be a variable' % name)
+    return {name: str(value) for name, value in env.items()}
+
+
+def read_options(options: Dict[str, Any]) -> Dict[str, Any]:
+    """The options of runCmd, by their names on the wire. Raises InvalidParams."""
+    by_wire_name = {wire: name for name, (wire, _) in OPTIONS.items()}
+    read = {}  # type: Dict[str, Any]
+    for name, value in options.items():
+        name = by_wire_name.get(name, name)
+        if name not in OPTIONS:
+            raise InvalidParams('no option %r; there are %s' % (name, ', '.join(sorted(OPTIONS))))
+        wire, kinds = OPTIONS[name]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise InvalidParams('option %s: %r is of the wrong type' % (name, value))
+        if isinstance(value, (int, float)) and name != 'nice' and value < 0:
+            raise InvalidParams('option %s: %r is less than 0' % (name, value))
+        read[wire] = value
+    if isinstance(read.get('stdin'), xmlrpc.client.Binary):
+        read['stdin64'] = base64.b64encode(read.pop('stdin').data).decode('ascii')
+    for name, value in read.get('limits', {}).items():
+        if name not in LIMITS or isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise InvalidParams('limits: %r; there are %s, each a number' % (name, ', '.join(LIMITS)))
+    return read
+
+
+def read_signal(name: Any) -> str:
+    """A signal as the guest understands it: a name without SIG, or a number."""
+    text = str(name).upper()
+    text = text[3:] if text.startswith('SIG') else text
+    if not text.isalnum() or len(text) > 12:
+        raise InvalidParams('no signal %.40r' % name)
+    return text
+
+
+def shown_results(results: Dict[str, Any]) -> Dict[str, Any]:
+    """The results for XML-RPC, which alters some text: the exact bytes go beside it then."""
+    shown = dict(results)
+    for stream in ('out', 'err'):
+        text = results[stream]
+        if stream + '64' not in results and ('\r' in text or text.translate(XML_UNSAFE) != text):
+            shown[stream + '64'] = base64.b64encode(text.encode('utf-8')).decode('ascii')
+    return shown
+
+
+def api_methods() -> List[str]:
+    """The names of the API's own methods, in the order of their definition."""
+    return [name for name, value in vars(Api).items()
+            if inspect.isfunction(value) and not name.startswith('_') and not hasattr(value, 'hidden')]
+
+
+def find_method(api: Api, name: str) -> Callable:
+    """A method of the API by its name, or an older one of it. Raises xmlrpc.client.Fault."""
+    name = Api.ALIASES.get(name, name)
+    if name not in api_methods():
+        raise xmlrpc.client.Fault(-32601, 'no method %.100r; system.listMethods lists them' % name)
+    return getattr(api, name)
+
+
+def describe_signature(method: Callable) -> str:
+    """Its parameters, with their defaults."""
+    parameters = inspect.signature(method).parameters.values()
+    return '(%s)' % ', '.join(
+        parameter.name if parameter.default is parameter.empty
+        else '%s=%r' % (parameter.name, parameter.default) for parameter in parameters)
+
+
+# --- XML-RPC ---------------------------------------------------------------------------------
+
+USER = 'vmhost'
+LARGEST_CALL = 16 * 1024 * 1024        # bytes of a request
+CALLS_AT_ONCE = 200
+SOCKET_TIMEOUT = 75.0                  # seconds of silence on a connection
+XMLRPC_NAMES = {str: 'string', int: 'int', float: 'double', bool: 'boolean', list: 'array',
+                dict: 'struct', xmlrpc.client.Binary: 'base64'}
+
+
+def xml_safe(value: Any) -> Any:
+    """The value as XML-RPC can carry it: no None, no control characters, no big integers."""
+    if value is None:
+        return ''
+    if isinstance(value, str):
+        return value.translate(XML_UNSAFE)
+    if isinstance(value, bool) or isinstance(value, (float, xmlrpc.client.Binary)):
+        return value
+    if isinstance(value, int):
+        return value if -2 ** 31 <= value < 2 ** 31 else float(value)
+    if isinstance(value, dict):
+        return {xml_safe(str(name)): xml_safe(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [xml_safe(item) for item in value]
+    raise TypeError('%s in an answer' % type(value).__name__)
+
+
+class Dispatcher:
+    """Calls methods by name, and turns what they raise into faults."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+        self._system = {'system.listMethods': self.list_methods,
+                        'system.methodHelp': self.method_help,
+                        'system.methodSignature': self.method_signature,
+                        'system.multicall': self.multicall}
+
+    def answer(self, body: bytes, client: str) -> bytes:
+        """The XML that answers the XML of a call; whatever goes wrong is a fault in it."""
+        try:
+            params, method = xmlrpc.client.loads(body, use_builtin_types=False)
+            if method is None:
+                raise xmlrpc.client.Fault(-32600, 'no methodCall')
+        except xmlrpc.client.Fault as fault:
+            return self._dump(fault)
+        except Exception as error:      # expat, base64, int(): XML from outside may break any of them
+            return self._dump(xmlrpc.client.Fault(-32700, 'no XML-RPC: %s' % error))
+        self._api.called_by(client)
+        try:
+            return self._dump((self.call(method, list(params)),))
+        except xmlrpc.client.Fault as fault:
+            return self._dump(fault)
+
+    def _dump(self, value: Any) -> bytes:
+        return xmlrpc.client.dumps(value, methodresponse=True).encode('utf-8', 'xmlcharrefreplace')
+
+    def call(self, name: str, params: List[Any]) -> Any:
+        """The method's answer. Raises xmlrpc.client.Fault, and nothing else."""
+        try:
+            method = self._system.get(name) or find_method(self._api, name)
+            return xml_safe(method(*check_arguments(method, params)))
+        except xmlrpc.client.Fault as fault:
+            raise xmlrpc.client.Fault(fault.faultCode, xml_safe(fault.faultString))
+        except VMHostError as error:
+            raise xmlrpc.client.Fault(error.fault, xml_safe(str(error)))
+        except Exception as error:
+            log.exception('in %s', name)
+            raise xmlrpc.client.Fault(-32603, xml_safe('%s: %s' % (type(error).__name__, error)))
+
+    def list_methods(self) -> list:
+        """Names of all methods."""
+        return sorted(api_methods() + list(Api.ALIASES) + list(self._system))
+
+    def _find(self, name: str) -> Callable:
+        return self._system.get(name) or find_method(self._api, name)
+
+    def method_help(self, name: str) -> str:
+        """What a method does."""
+        return inspect.getdoc(self._find(name)) or ''
+
+    def method_signature(self, name: str) -> list:
+        """The types of answer and parameters, once for each number of parameters."""
+        signature = inspect.signature(self._find(name))
+        kinds = [XMLRPC_NAMES.get(signature.return_annotation, 'undef')]
+        found = []
+        for parameter in signature.parameters.values():
+            if parameter.default is not parameter.empty:
+                found.append(list(kinds))
+            kinds.append(XMLRPC_NAMES.get(parameter.annotation, 'undef'))
+        return found + [kinds]
+
+    def multicall(self, calls: list) -> list:
+        """[{methodName, params}] -> [[answer] or {faultCode, faultString}]."""
+        return [self._one_of_many(call) for call in calls]
+
+    def _one_of_many(self, call: Any) -> Any:
+        try:
+            if not isinstance(call, dict) or not isinstance(call.get('params', []), list):
+                raise xmlrpc.client.Fault(-32602, 'a call is {methodName, params}')
+            if call.get('methodName') == 'system.multicall':
+                raise xmlrpc.client.Fault(-32602, 'system.multicall within system.multicall')
+            return [self.call(str(call.get('methodName')), call.get('params', []))]
+        except xmlrpc.client.Fault as fault:
+            return {'faultCode': fault.faultCode, 'faultString': fault.faultString}
+
+
+def check_arguments(method: Callable, params: List[Any]) -> List[Any]:
+    """The arguments, for a method that takes as many, of these types. Raises InvalidParams."""
+    signature = inspect.signature(method)
+    try:
+        bound = signature.bind(*params)
+    except TypeError as error:
+        raise InvalidParams('%s%s: %s' % (method.__name__, describe_signature(method), error))
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].annotation
+        accepted = {float: (int, float), bool: (bool, int), int: (int, float)}.get(kind, kind)
+        if kind is not Any and not isinstance(value, accepted):
+            raise InvalidParams('%s: %s should be %s' % (method.__name__, name,
+                                                         XMLRPC_NAMES.get(kind, kind)))
+    return list(bound.args)
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    """One connection: POST calls the API, GET shows pages. On a thread of its own."""
+
+    protocol_version = 'HTTP/1.1'
+    server_version = 'vmhost/' + protocol.VERSION
+    sys_version = ''
+    timeout = SOCKET_TIMEOUT
+    wbufsize = -1                      # the answer leaves in one segment …
+    disable_nagle_algorithm = True     # … and at once
+    server = None                      # type: Any
+
+    def do_POST(self) -> None:
+        """A call of the API."""
+        if not self._is_allowed():
+            return
+        if self.path not in ('/', '/RPC2'):
+            return self._refuse(404, 'calls go to / or /RPC2')
+        length = self.headers.get('Content-Length', '')
+        if not length.isdigit():
+            return self._refuse(411, 'Content-Length is missing')
+        if int(length) > LARGEST_CALL:
+            return self._refuse(413, 'at most %d bytes are taken' % LARGEST_CALL)
+        body = self.rfile.read(int(length))
+        if len(body) == int(length):
+            answer = self.server.dispatcher.answer(body, 'vmhost@%s' % self.client_address[0])
+            self.respond(200, 'text/xml; charset=utf-8', answer)
+
+    def do_GET(self) -> None:
+        """A page."""
+        self._refuse(404, 'no page %.100s' % self.path)
+
+    def _is_allowed(self) -> bool:
+        """Token, Host and Origin; else it has been refused."""
+        if not self.is_from_here():
+            return False
+        if not self.has_token():
+            self._refuse(401, 'user %s and the password in state_dir/xmlrpc.token are wanted' % USER,
+                         {'WWW-Authenticate': 'Basic realm="vmhost"'})
+            return False
+        return True
+
+    def is_from_here(self) -> bool:
+        """Refuses what a page in a browser can send: Origin, or the name of a foreign host."""
+        if self.headers.get('Origin') is not None:
+            self._refuse(403, 'requests from web pages are refused')
+            return False
+        if not self.server.is_own_name(self.headers.get('Host')):
+            self._refuse(403, 'foreign Host')
+            return False
+        return True
+
+    def has_token(self) -> bool:
+        """Whether the request carries user and password, or needs none."""
+        if not self.server.token:
+            return True
+        scheme, _, given = self.headers.get('Authorization', '').partition(' ')
+        wanted = base64.b64encode(('%s:%s' % (USER, self.server.token)).encode())
+        return scheme.lower() == 'basic' and hmac.compare_digest(
+            given.strip().encode('utf-8', 'replace'), wanted)
+
+    def _refuse(self, code: int, why: str, headers: Optional[Dict[str, str]] = None) -> None:
+        # What the request still holds is not read; the connection can't be used for another one.
+        self.close_connection = True
+        log.debug('refused %s: %s', self.client_address, why)
+        self.respond(code, 'text/plain; charset=utf-8', (why + '\n').encode(),
+                     dict(headers or {}, Connection='close'))
+
+    def respond(self, code: int, kind: str, body: bytes,
+                headers: Optional[Dict[str, str]] = None) -> None:
+        """Sends a whole answer."""
+        self.send_response(code)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header('Content-Type', kind)
+        self.send_header('Content-Length', str(len(body)))
+        self.send_header('X-Content-Type-Options', 'nosniff')
+        self.send_header('Cache-Control', 'no-store')
+        self.end_headers()
+        self.wfile.write(body)
+        self.wfile.flush()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Requests are for the log's eyes only when it looks closely."""
+        log.debug('%s ' + format, self.client_address[0], *args)
+
+
+class XMLRPCServer(socketserver.TCPServer):
+    """HTTP on the XML-RPC port, a thread per connection, no call holding up another."""
+
+    request_queue_size = 128
+    # On Windows it would let another process take the port.
+    allow_reuse_address = os.name == 'posix'
+
+    def __init__(self, host: Host) -> None:
+        """Binds. Raises VMHostError that names the port."""
+        listen_on, port = host.settings.Host.xmlrpc_listen_on, host.settings.Host.xmlrpc_port
+        self.address_family = socket.AF_INET6 if ':' in listen_on else socket.AF_INET
+        self.token = host.token if host.settings.Host.xmlrpc_auth else ''
+        self.api = Api(host)
+        self.dispatcher = Dispatcher(self.api)
+        self._address_file = host.folder.file('xmlrpc.address')
+        # Guards the table of connections; nothing is called while it is held.
+        self._lock = threading.Lock()
+        self._connections = {}         # type: Dict[socket.socket, threading.Thread]
+        try:
+            super().__init__((listen_on, port), _Handler)
+        except (OSError, OverflowError) as error:
+            raise VMHostError('XML-RPC can\'t listen on %s:%s ([Host] xmlrpc_listen_on, xmlrpc_port):'
+                              ' %s' % (listen_on, port, getattr(error, 'strerror', '') or error))
+        self.address = self.server_address[:2]     # type: Any
+        self._names = {'localhost', '127.0.0.1', '[::1]', listen_on.lower(), '[%s]' % listen_on,
+                       socket.gethostname().lower()}
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.1,), name='xmlrpc',
+                                        daemon=True)
+
+    def start(self) -> None:
+        """Serves, on the thread ``xmlrpc``; the file xmlrpc.address tells the command line where."""
+        self._thread.start()
+        with open(self._address_file, 'w') as file:
+            file.write('%s:%s\n' % self.address)
+
+    def is_own_name(self, host: Optional[str]) -> bool:
+        """Whether a Host header names this server (none: no browser sent it)."""
+        if host is None:
+            return True
+        name = host.strip().lower()
+        head, colon, port = name.rpartition(':')
+        if colon and port.isdigit():
+            name = head
+        return name in self._names
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Hands a connection to a thread of its own."""
+        thread = threading.Thread(target=self._serve, args=(request, client_address),
+                                  name='xmlrpc-%s:%s' % client_address[:2], daemon=True)
+        with self._lock:
+            if len(self._connections) >= CALLS_AT_ONCE:
+                log.warning('more than %d connections: one is refused', CALLS_AT_ONCE)
+                self.shutdown_request(request)
+                return
+            self._connections[request] = thread
+        thread.start()
+
+    def _serve(self, request: Any, client_address: Any) -> None:
+        try:
+            self.finish_request(request, client_address)
+        except OSError as error:
+            log.debug('connection from %s: %s', client_address, error)
+        except Exception:       # one connection's end is not the server's
+            log.exception('connection from %s', client_address)
+        finally:
+            self.shutdown_request(request)
+            with self._lock:
+                self._connections.pop(request, None)
+
+    def stop(self, timeout: float = 1.0) -> None:
+        """Ends all connections, and the threads with a deadline."""
+        if self._thread.ident is not None:
+            self.shutdown()
+            self._thread.join(timeout)
+        self.server_close()
+        with self._lock:
+            connections = dict(self._connections)
+        for connection in connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        deadline = time.monotonic() + timeout
+        for thread in connections.values():
+            thread.join(max(0, deadline - time.monotonic()))
+            if thread.is_alive():
+                log.warning('thread %s still runs', thread.name)
+        with contextlib.suppress(OSError):
+            os.remove(self._address_file)
+
+
+# --- configuration ---------------------------------------------------------------------------
+
+SETTINGS = {
+    'Broker': {
+        'embedded': (protocol.yes_no, 'yes'), 'host': (protocol.text, 'auto'),
+        'port': (protocol.integer(0, 65535), '61613'), 'username': (protocol.text, ''),
+        'password': (protocol.text, ''), 'heartbeat': (protocol.integer(0, 3600), '10'),
+        'max_frame': (protocol.size, '1M'), 'tls': (protocol.yes_no, 'no'),
+        'ca_file': (protocol.path, ''), 'cert_file': (protocol.path, ''),
+        'key_file': (protocol.path, '')},
+    'Host': {
+        'xmlrpc_listen_on': (protocol.text, '127.0.0.1'),
+        'xmlrpc_port': (protocol.integer(0, 65535), '50505'),
+        'xmlrpc_auth': (protocol.yes_no, 'yes'), 'state_dir': (protocol.path, 'vmhost-state'),
+        'vm_gc_grace': (protocol.duration, '30'), 'keep_results': (protocol.duration, '7d'),
+        'fetch_limit': (protocol.size, '64M'), 'max_transfers': (protocol.integer(1, 1000), '4')},
+    'Hypervisor': {
+        'hypervisor': (protocol.choice('auto', 'VirtualBox', 'none'), 'auto'),
+        'command_timeout': (protocol.duration, '45')},
+    'Network': {
+        'mode': (protocol.choice('hostonly', 'nat'), 'hostonly'),
+        'interface': (protocol.text, 'vboxnet0'), 'manage': (protocol.yes_no, 'no'),
+        'host_ip': (protocol.text, '192.168.56.1'), 'netmask': (protocol.text, '255.255.255.0'),
+        'dhcp_server': (protocol.text, '192.168.56.100'),
+        'dhcp_lower': (protocol.text, '192.168.56.101'),
+        'dhcp_upper': (protocol.text, '192.168.56.254')},
+    'RemoteDesktop': {
+        'address': (protocol.text, '127.0.0.1'), 'ports': (protocol.text, '5000-5050'),
+        'auth': (protocol.text, 'external'), 'security': (protocol.text, 'TLS')},
+    'Logging': protocol.LOGGING,
+}  # type: Dict[str, Dict[str, Tuple[Callable, str]]]
+
+
+# --- command line ----------------------------------------------------------------------------
+
+def run_host(settings: Any) -> int:
+    """Runs the host agent in the foreground until SIGTERM or Ctrl-C; gives the exit code."""
+    try:
+        host = Host(settings)
+    except VMHostError as error:
+        print('vmhost: %s' % error, file=sys.stderr)
+        return 1
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: host.stopping.set())
+    try:
+        host.start()
+        host.run()
+        return 0
+    except (VMHostError, stompbroker.BrokerError, protocol.ProtocolError) as error:
+        print('vmhost: %s' % error, file=sys.stderr)
+        return 1
+    finally:
+        host.stop()
+
+
+def main(argv: List[str]) -> int:
+    """The command line; gives the exit code."""
+    try:
+        settings = protocol.read_settings(argv[0] if argv else None, SETTINGS)
+        protocol.set_up_logging(settings.Logging)
+    except protocol.ConfigError as error:
+        print('vmhost: %s' % error, file=sys.stderr)
+        return 1
+    return run_host(settings)
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))
