@@ -436,6 +436,8 @@ def interpret(headers: Dict[str, str], body: str, topic: str = '') -> Message:
 
 def is_addressed(to: str, machine_id: str, name: str) -> bool:
     """Whether a header ``to`` means that machine: its id, its name, a glob of either, or ``*``."""
+    if not to:
+        return False
     if to in ('*', machine_id, name):
         return True
     if to.upper() == machine_id.upper():

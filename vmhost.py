@@ -17,15 +17,12 @@ import base64
 import binascii
 import collections
 import contextlib
-import fnmatch
 import hmac
 import http.server
 import inspect
-import io
 import json
 import logging
 import os
-import queue
 import secrets
 import signal
 import socket
@@ -35,10 +32,11 @@ import sys
 import threading
 import time
 import xmlrpc.client
-from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+import stompbroker
 
 import protocol
-import stompbroker
 from protocol import Message
 
 log = logging.getLogger('vmhost')
@@ -319,7 +317,7 @@ class Transaction:
         """Adds a numbered event."""
         cursor = self.execute('INSERT INTO events (time, type, vm, cmd_id, text) '
                               'VALUES (?, ?, ?, ?, ?)', time.time(), type, vm, cmd_id, text[:2000])
-        self.last_event = cursor.lastrowid
+        self.last_event = cursor.lastrowid or 0
 
     def add_execution(self, execution: 'Execution') -> None:
         """Adds one execution of a command."""
@@ -1263,7 +1261,7 @@ class Host:
 
     def _facts(self, message: Message) -> Dict[str, Any]:
         """What the guest says about itself, bounded."""
-        facts = {}
+        facts = {}  # type: Dict[str, Any]
         for name in ('proto', 'host', 'os', 'python', 'version', 'cpus', 'mem', 'chirp'):
             value = message.get(name)
             if isinstance(value, (str, int, float)):
@@ -1671,14 +1669,15 @@ class Api:
         words weren't any; broker: where it is, and the embedded one's counters.
         """
         host = self._host
-        link = host.link
+        link, server = host.link, host.server
+        assert link is not None and server is not None     # the API is served by a started host
         broker = {'address': '%s:%s' % link.peer_address, 'connected': link.up,
-                  'embedded': host.broker is not None, 'server': link.server}
+                  'embedded': host.broker is not None, 'server': link.server}  # type: Dict[str, Any]
         if host.broker is not None:
             broker['counters'] = host.broker.counters()
         return {'version': protocol.VERSION, 'proto': protocol.PROTO,
                 'python': sys.version.split()[0], 'hypervisor': host.hypervisor_name,
-                'broker': broker, 'xmlrpc': '%s:%s' % host.server.address,
+                'broker': broker, 'xmlrpc': '%s:%s' % server.address,
                 'uptime': time.monotonic() - host.started, 'vms': len(host.guests.on_list()),
                 'cmds': host.commands.count(), 'aint': host.aint}
 
@@ -1972,7 +1971,7 @@ class Api:
         return any([self._host.signal(execution, name) for execution in self._host.commands.find(id)])
 
     def waitCmd(self, id: str, timeout: float = 30) -> bool:
-        """Waits up to ``timeout`` (60) seconds for the end; of a multicast's own id, of all. Whether it came."""
+        """Waits up to ``timeout`` (60) seconds for the end; whether it came. Of a multicast's own id: for all."""
         deadline = time.monotonic() + min(max(timeout, 0), LONGEST_POLL)
         return all([execution.done.wait(max(0, deadline - time.monotonic()))
                     for execution in self._host.commands.find(id)])
@@ -1996,9 +1995,11 @@ def read_request(cmd: str, args: List[Any], env: Any, path: Any, file_for_stdin:
             raise InvalidParams('fileForStdin and stdin: one of them')
         read['fileForStdin'] = file_for_stdin
     queue = bool(read.pop('queue', False))
-    request = {'cmd': cmd, 'args': [str(arg) for arg in args], 'env': read_env(env),
-               'path': '' if path in (None, '', 'None') else read_text('path', path), 'options': read}
-    for text in [cmd, request['path']] + request['args']:
+    texts = [str(arg) for arg in args]
+    folder = '' if path in (None, '', 'None') else read_text('path', path)
+    request = {'cmd': cmd, 'args': texts, 'env': read_env(env), 'path': folder,
+               'options': read}
+    for text in [cmd, folder] + texts:
         if '\0' in text:
             raise InvalidParams('NUL in %.40r' % text)
     return request, queue
@@ -2126,7 +2127,7 @@ class Dispatcher:
         self._system = {'system.listMethods': self.list_methods,
                         'system.methodHelp': self.method_help,
                         'system.methodSignature': self.method_signature,
-                        'system.multicall': self.multicall}
+                        'system.multicall': self.multicall}  # type: Dict[str, Callable]
 
     def answer(self, body: bytes, client: str) -> bytes:
         """The XML that answers the XML of a call; whatever goes wrong is a fault in it."""
@@ -2150,7 +2151,7 @@ class Dispatcher:
     def call(self, name: str, params: List[Any]) -> Any:
         """The method's answer. Raises xmlrpc.client.Fault, and nothing else."""
         try:
-            method = self._system.get(name) or find_method(self._api, name)
+            method = self._find(name)
             return xml_safe(method(*check_arguments(method, params)))
         except xmlrpc.client.Fault as fault:
             raise xmlrpc.client.Fault(fault.faultCode, xml_safe(fault.faultString))

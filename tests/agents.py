@@ -1,0 +1,158 @@
+"""Real host and guest processes for the tests, each in a folder of its own.
+
+``Host`` and ``Agent`` start what a user would start: ``python vmhost.py host.ini`` and
+``python vmguest.py guest.ini``, on free ports; both end with the ``with`` block.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import xmlrpc.client
+
+from helpers import wait_until
+
+TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+class Process:
+    """One agent's process; what it logs goes into a file."""
+
+    def __init__(self, folder, program, ini):
+        self.folder = str(folder)
+        os.makedirs(self.folder, exist_ok=True)
+        self.program = program
+        self.ini = os.path.join(self.folder, 'agent.ini')
+        with open(self.ini, 'w') as file:
+            for section, keys in ini.items():
+                file.write('[%s]\n' % section)
+                file.writelines('%s = %s\n' % item for item in keys.items())
+        self.log_path = os.path.join(self.folder, 'log')
+        self.process = None
+
+    def start(self):
+        with open(self.log_path, 'ab') as log:
+            self.process = subprocess.Popen(
+                [sys.executable, os.path.join(TOP, self.program), self.ini], stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, cwd=self.folder)
+        return self
+
+    def log(self):
+        with open(self.log_path, errors='replace') as file:
+            return file.read()
+
+    def stop(self, number=signal.SIGTERM, timeout=5):
+        """Ends it; gives the exit code. KILLs it, and fails, when it takes too long."""
+        if self.process is None:
+            return None
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise AssertionError('%s took more than %s s to stop:\n%s'
+                                 % (self.program, timeout, self.log()))
+
+    def __enter__(self):
+        return self.start()
+
+    def __exit__(self, *exc):
+        self.stop()
+
+
+class Host(Process):
+    """A host agent on free ports, with its API as ``api``."""
+
+    def __init__(self, folder, broker=None, hypervisor='none', **host):
+        ini = {'Broker': dict({'port': 0}, **(broker or {})),
+               'Host': dict({'xmlrpc_port': 0}, **host), 'Hypervisor': {'hypervisor': hypervisor}}
+        super().__init__(folder, 'vmhost.py', ini)
+        self.state = os.path.join(self.folder, host.get('state_dir', 'vmhost-state'))
+
+    def start(self):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(self.state, 'xmlrpc.address'))
+        super().start()
+        try:
+            wait_until(lambda: self.process.poll() is not None or self.answers(), 20)
+            assert self.process.poll() is None, 'the host ended:\n' + self.log()
+        except BaseException:
+            self.stop(signal.SIGKILL)
+            raise
+        return self
+
+    @property
+    def address(self):
+        with open(os.path.join(self.state, 'xmlrpc.address')) as file:
+            return file.read().strip()
+
+    @property
+    def token(self):
+        with open(os.path.join(self.state, 'xmlrpc.token')) as file:
+            return file.read().strip()
+
+    @property
+    def url(self):
+        return 'http://vmhost:%s@%s/' % (self.token, self.address)
+
+    @property
+    def api(self):
+        """A new proxy: one per thread."""
+        return xmlrpc.client.ServerProxy(self.url, allow_none=True)
+
+    def answers(self):
+        try:
+            with self.api as api:
+                self.broker_port = int(api.agentInfo()['broker']['address'].rpartition(':')[2])
+            return True
+        except (OSError, ValueError):
+            return False
+
+    def run(self, vm, cmd, *args, **options):
+        """Runs a command to its end; gives its results."""
+        with self.api as api:
+            return self.results(api.runCmd(vm, cmd, list(args), {}, '', '', options))
+
+    def results(self, cmd_id, timeout=60):
+        deadline = time.monotonic() + timeout
+        with self.api as api:
+            while not api.waitCmd(cmd_id, 20):
+                assert time.monotonic() < deadline, 'no end of %s:\n%s' % (cmd_id, self.log())
+            return api.getCmdResults(cmd_id)
+
+    def verb(self, *words, **kwargs):
+        """Runs a verb of the command line; gives the finished process, with bytes."""
+        return subprocess.run([sys.executable, os.path.join(TOP, 'vmhost.py'), self.ini] + list(words),
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120, **kwargs)
+
+
+class Agent(Process):
+    """A guest agent with an explicit id, that joins a host."""
+
+    def __init__(self, folder, host, id, broker=None, **vm):
+        self.host = host
+        self.id = id
+        self.files = os.path.join(str(folder), 'files')
+        os.makedirs(self.files, exist_ok=True)
+        vm = dict({'id': id, 'name': id, 'dir_to_serve': self.files}, **vm)
+        ini = {'Broker': dict({'host': '127.0.0.1', 'port': host.broker_port}, **(broker or {})),
+               'VM': vm, 'Chirp': {'port': 0}}
+        super().__init__(folder, 'vmguest.py', ini)
+
+    def start(self, wait=True):
+        super().start()
+        if wait:
+            try:
+                wait_until(self.has_joined, 20)
+            except BaseException:
+                self.stop(signal.SIGKILL)
+                raise AssertionError('%s did not join:\n%s' % (self.id, self.log()))
+        return self
+
+    def has_joined(self):
+        with self.host.api as api:
+            return self.id in api.getNamesToIdsMapping().values()

@@ -1,0 +1,346 @@
+"""The host's parts by themselves: journal, guests, commands, trust, marshalling. No sockets."""
+
+import os
+import sqlite3
+import threading
+import types
+import xmlrpc.client
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import protocol
+import stompbroker
+import vmhost
+from protocol import Message
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def journal(tmp_path):
+    journal = vmhost.Journal(str(tmp_path / 'journal'))
+    yield journal
+    journal.close()
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+REQUEST = {'cmd': 'true', 'args': [], 'env': {}, 'path': '', 'options': {}}
+
+
+def results_of(cmd_id, **changes):
+    results = dict(vmhost.lost_results(cmd_id, ''), state='exited', finished=True, exitCodeOrSignal=0)
+    return dict(results, **changes)
+
+
+def new_command(commands, names=('a',), multicast=False, queued=False):
+    guests = [vmhost.Guest(name.upper(), name) for name in names]
+    return commands.new(REQUEST, names[0], multicast, guests, queued, 'tester')
+
+
+# --- journal ---
+
+def test_a_transaction_is_all_or_nothing(journal):
+    with pytest.raises(KeyError):
+        with journal.writing() as transaction:
+            transaction.event('lost-in-time')
+            raise KeyError
+    journal.event('kept')
+    assert [event['type'] for event in journal.events_after(0, 0)['events']] == ['kept']
+
+
+def test_waiting_for_an_event_ends_with_it(journal):
+    found = []
+    waiter = threading.Thread(target=lambda: found.append(journal.events_after(0, 30)))
+    waiter.start()
+    journal.event('news')
+    waiter.join(10)
+    assert found[0]['events'][0]['type'] == 'news'
+    assert journal.events_after(found[0]['last'], 0) == {'last': found[0]['last'], 'events': []}
+
+
+def test_closing_wakes_who_waits(tmp_path):
+    journal = vmhost.Journal(str(tmp_path / 'journal'))
+    waiter = threading.Thread(target=journal.events_after, args=(0, 60))
+    waiter.start()
+    journal.close()
+    waiter.join(10)
+    assert not waiter.is_alive()
+
+
+@pytest.mark.parametrize('damage', [b'no database at all' * 100, b''])
+def test_a_damaged_journal_is_set_aside(tmp_path, damage, caplog):
+    path = str(tmp_path / 'journal')
+    journal = vmhost.Journal(path)
+    journal.event('before')
+    journal.close()
+    with open(path, 'r+b') as file:
+        file.write(damage)
+    journal = vmhost.Journal(path)
+    try:
+        assert bool(journal.events_after(0, 0)['events']) == (not damage)
+        aside = [name for name in os.listdir(str(tmp_path)) if 'corrupt' in name]
+        assert bool(aside) == bool(damage)
+        assert not damage or aside[0] in caplog.text
+    finally:
+        journal.close()
+
+
+def test_a_newer_journal_is_refused(tmp_path):
+    path = str(tmp_path / 'journal')
+    connection = sqlite3.connect(path)
+    connection.execute('PRAGMA user_version = 99')
+    connection.close()
+    with pytest.raises(vmhost.JournalError, match='newer'):
+        vmhost.Journal(path)
+
+
+def test_old_results_are_let_go(journal):
+    commands = vmhost.Commands(journal)
+    old, executions = new_command(commands)
+    commands.finish(executions[0], results_of(old), True)
+    running, _ = new_command(commands)
+    assert journal.forget_before(0) == 0
+    assert journal.forget_before(executions[0].ended + 1) == 1
+    with pytest.raises(vmhost.NoSuchCommand):
+        commands.find(old)
+    assert commands.find(running)
+
+
+# --- guests ---
+
+def add(guests, id, name='n', session='s'):
+    return guests.add(id, name, '10.0.0.1', 'boot', session, {}, 0.0)
+
+
+def test_liveness(clock):
+    guests = vmhost.Guests(30, clock)
+    guest, news = add(guests, 'A')
+    assert news and guest.agent == 'alive'
+    clock.now += 30.5
+    assert [(g.id, state) for g, state in guests.tick(lambda vm: False)] == [('A', 'late')]
+    assert guests.heard('A') and guest.agent == 'alive'
+    clock.now += 46
+    assert [state for _, state in guests.tick(lambda vm: False)] == ['lost']
+    assert guests.on_list() == [] and not guests.heard('A')
+    assert guests.find('n') is guest
+    assert add(guests, 'A')[1]
+
+
+def test_the_suspended_and_the_forgiven_are_not_judged(clock):
+    guests = vmhost.Guests(30, clock)
+    add(guests, 'A')
+    clock.now += 1000
+    assert guests.tick(lambda vm: True) == []
+    clock.now += 1000
+    guests.forgive()
+    assert guests.tick(lambda vm: False) == []
+
+
+def test_the_second_of_a_name_gets_its_id(clock):
+    guests = vmhost.Guests(30, clock)
+    assert add(guests, 'A')[0].name == 'n'
+    assert add(guests, 'B')[0].name == 'n-B'
+    assert add(guests, 'A', session='again')[0].name == 'n'
+    assert guests.find('n').id == 'A' and guests.find('n-B').id == 'B'
+
+
+# --- commands ---
+
+def test_a_command_ends_once(journal):
+    commands = vmhost.Commands(journal)
+    cmd_id, [execution] = new_command(commands)
+    assert commands.finish(execution, results_of(cmd_id), True)
+    assert not commands.finish(execution, results_of(cmd_id, exitCodeOrSignal=5), True)
+    assert commands.find(cmd_id)[0].answer()['exitCodeOrSignal'] == 0
+
+
+def test_what_is_not_answered_is_published_again(journal, clock):
+    commands = vmhost.Commands(journal, clock)
+    cmd_id, [execution] = new_command(commands)
+    begin = clock.now
+    published = []
+    commands.published(execution)
+    while clock.now < begin + 200:
+        clock.now += 1
+        for due in commands.due():
+            published.append(clock.now - begin)
+            commands.published(due)
+    assert published == [5, 15, 35, 75, 135, 195]
+    commands.heard_status(execution, 'running', Message('', 'CMD_STATUS', {}, {'state': 'running'}))
+    clock.now += 1000
+    assert commands.due() == []
+
+
+def test_a_host_that_restarts_knows_its_commands(tmp_path):
+    path = str(tmp_path / 'journal')
+    journal = vmhost.Journal(path)
+    commands = vmhost.Commands(journal)
+    sent, _ = new_command(commands)
+    running, [execution] = new_command(commands)
+    commands.heard_status(execution, 'running', Message('', 'CMD_STATUS', {}, {}))
+    commands.write_states()
+    journal.close()
+    journal = vmhost.Journal(path)
+    again = vmhost.Commands(journal)
+    assert [again.find(cmd_id)[0].state for cmd_id in (sent, running)] == ['sent', 'running']
+    assert again.count() == 2
+    journal.close()
+
+
+def test_a_multicast_has_an_execution_per_vm(journal):
+    commands = vmhost.Commands(journal)
+    cmd_id, executions = new_command(commands, ('a', 'b'), multicast=True)
+    assert [execution.key for execution in executions] == [cmd_id + '@a', cmd_id + '@b']
+    assert commands.find(cmd_id + '@b') == [executions[1]]
+    commands.finish(executions[1], results_of(cmd_id), True)
+    assert [execution.key for execution in commands.find(cmd_id)] == [cmd_id + '@a', cmd_id + '@b']
+    assert commands.find(cmd_id + '@b')[0].ended
+    with pytest.raises(vmhost.NoSuchCommand):
+        commands.find(cmd_id + '@c')
+    with pytest.raises(vmhost.BadState):
+        commands.forget(commands.find(cmd_id))
+
+
+def test_orphans_are_bounded(journal, monkeypatch):
+    monkeypatch.setattr(vmhost, 'ORPHANS_KEPT', 3)
+    commands = vmhost.Commands(journal)
+    for number in range(10):
+        commands.keep_orphan('unknown-%d' % number, 'A', 'a', results_of('x'))
+    assert journal.rows('SELECT cmd_id FROM orphans ORDER BY cmd_id') == [
+        ('unknown-7',), ('unknown-8',), ('unknown-9',)]
+
+
+@given(st.dictionaries(st.sampled_from([
+    'cmd-id', 'state', 'finished', 'exitCodeOrSignal', 'resources', 'out', 'err64', 'out-offset',
+    'out-size', 'wall', 'spool', 'error']), st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=3)))
+def test_results_are_read_or_refused(keys):
+    try:
+        results = vmhost.read_results(Message('', 'CMD_RESULTS', {'cmd-id': 'x'}, keys))
+    except protocol.BadWord:
+        return
+    assert set(vmhost.lost_results('x', '')) <= set(results)
+    protocol.read_json(protocol.write_json(results))
+    xmlrpc.client.dumps((vmhost.xml_safe(vmhost.shown_results(results)),))
+
+
+# --- trust ---
+
+class Session:
+    def __init__(self, policy, secret='', peer='10.0.0.1'):
+        self.policy, self.peer, self.policy_data, self.is_closed = policy, (peer, 1), None, False
+        policy.connecting(self, {'vmhost-secret': secret})
+
+    def close(self):
+        self.is_closed = True
+        self.policy.closed(self)
+
+    def says(self, word, destination=protocol.CONNECTIONS, **headers):
+        frame = types.SimpleNamespace(headers=dict(headers), body=word.encode())
+        return self.policy.sending(self, destination, frame), frame.headers
+
+
+@pytest.fixture
+def policy():
+    return vmhost.HostPolicy('secret', {'10.0.0.9': '0A:00:00:00:00:09'}.get)
+
+
+def test_a_guest_is_bound_to_its_first_hello(policy):
+    guest = Session(policy)
+    assert guest.says('STILL_ALIVE', id='A')[0] is False
+    assert guest.says('HELLO', id='A')[0] is True
+    assert guest.says('STILL_ALIVE')[1]['from'] == 'A'
+    for headers in ({'id': 'B'}, {'from': 'B'}):
+        with pytest.raises(stompbroker.Refused):
+            guest.says('STILL_ALIVE', **headers)
+
+
+def test_what_a_guest_may_not(policy):
+    guest = Session(policy, 'wrong')
+    with pytest.raises(stompbroker.Refused):
+        guest.says('CMD_RUN', protocol.CMD_REQUESTS, to='B')
+    for destination in (protocol.CONNECTIONS, protocol.CMD_RESPONSES, '/queue/x'):
+        with pytest.raises(stompbroker.Refused):
+            policy.subscribing(guest, destination, {})
+    policy.subscribing(guest, protocol.CMD_REQUESTS, {})
+    host = Session(policy, 'secret')
+    policy.subscribing(host, protocol.CMD_RESPONSES, {})
+    assert host.says('CMD_RUN', protocol.CMD_REQUESTS, to='A')[0] is True
+
+
+def test_the_network_card_must_be_its_own(policy):
+    with pytest.raises(stompbroker.Refused, match='0A:00:00:00:00:09'):
+        Session(policy, peer='10.0.0.9').says('HELLO', id='0a:00:00:00:00:01')
+    neighbour = Session(policy, peer='10.0.0.9')
+    assert neighbour.says('HELLO', id='0a:00:00:00:00:09')[1]['from'] == '0A:00:00:00:00:09'
+
+
+def test_one_id_one_agent(policy):
+    first = Session(policy)
+    first.says('HELLO {"session": "1", "boot": "b"}', id='A')
+    with pytest.raises(stompbroker.Refused, match='taken'):
+        Session(policy).says('HELLO {"session": "2", "boot": "b"}', id='A')
+    again = Session(policy)
+    again.says('HELLO {"session": "1", "boot": "b"}', id='A')
+    assert first.is_closed and not again.is_closed
+    rebooted = Session(policy)
+    rebooted.says('HELLO {"session": "3", "boot": "c"}', id='A')
+    assert again.is_closed
+    elsewhere = Session(policy, peer='10.0.0.2')
+    with pytest.raises(stompbroker.Refused):
+        elsewhere.says('HELLO {"session": "4", "boot": "d"}', id='A')
+
+
+def test_only_the_addressed_are_sent_it(policy):
+    host, first, second, silent = (Session(policy, secret) for secret in ('secret', '', '', ''))
+    first.says('HELLO', id='A')
+    second.says('HELLO', id='B')
+    policy.named('B', 'berta')
+
+    def reached(to, word=b'CMD_RUN'):
+        audience = policy.audience(protocol.CMD_REQUESTS, types.SimpleNamespace(headers={'to': to}, body=word))
+        return [session for session in (first, second, silent) if audience(session)]
+    assert reached('A') == [first] and reached('berta') == [second] and reached('be*') == [second]
+    assert reached('*') == [first, second] and reached('') == [] and reached('C') == []
+    assert reached('*', b'HELLO') == [first, second, silent]
+
+
+# --- what XML-RPC can carry ---
+
+values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+                      lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
+
+
+@given(values)
+def test_every_answer_can_be_carried(value):
+    xml = xmlrpc.client.dumps((vmhost.xml_safe(value),), methodresponse=True)
+    xmlrpc.client.loads(xml.encode('utf-8'))
+
+
+def test_the_arrows_between_the_files():
+    top = os.path.dirname(os.path.abspath(vmhost.__file__))
+    ours = {'protocol', 'stompbroker', 'chirp', 'vmguest', 'vmhost'}
+    allowed = {'protocol': set(), 'chirp': set(), 'stompbroker': {'protocol'},
+               'vmguest': {'protocol', 'chirp'}, 'vmhost': {'protocol', 'chirp', 'stompbroker'}}
+    import ast
+    for name in ours:
+        with open(os.path.join(top, name + '.py'), encoding='utf-8') as file:
+            tree = ast.parse(file.read())
+        imported = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split('.')[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add((node.module or '').split('.')[0])
+        assert imported & ours <= allowed[name], name

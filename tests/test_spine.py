@@ -1,0 +1,534 @@
+"""From runCmd to the result: real host, real guests, real programs."""
+
+import base64
+import http.client
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import xmlrpc.client
+
+import pytest
+from agents import TOP, Agent, Host
+from helpers import wait_until
+
+pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
+
+
+@pytest.fixture(scope='module')
+def host(tmp_path_factory):
+    with Host(tmp_path_factory.mktemp('host')) as host:
+        yield host
+
+
+@pytest.fixture(scope='module')
+def guest(host, tmp_path_factory):
+    with Agent(tmp_path_factory.mktemp('guest'), host, 'one') as guest:
+        yield guest
+
+
+@pytest.fixture
+def api(host):
+    with host.api as api:
+        yield api
+
+
+def fault_of(call, *args):
+    with pytest.raises(xmlrpc.client.Fault) as caught:
+        call(*args)
+    return caught.value
+
+
+# --- results ---
+
+def test_the_result_of_a_program(host, guest):
+    results = host.run('one', 'sh', '-c', 'echo out; echo err >&2; exit 3')
+    assert (results['out'], results['err']) == ('out\n', 'err\n')
+    assert (results['finished'], results['exitCodeOrSignal'], results['state']) == (True, 3, 'exited')
+    assert len(results['resources']) == 16
+    assert results['resources']['ru_maxrss'] > 0
+
+
+def test_a_signal_is_no_exit_code(host, guest):
+    results = host.run('one', 'sh', '-c', 'kill -USR1 $$')
+    assert (results['finished'], results['exitCodeOrSignal'], results['state']) == \
+        (False, signal.SIGUSR1, 'signaled')
+    results = host.run('one', 'sh', '-c', 'exit %d' % (128 + signal.SIGUSR1))
+    assert (results['finished'], results['exitCodeOrSignal']) == (True, 128 + signal.SIGUSR1)
+
+
+def test_200_exit_codes_from_16_clients(host, guest):
+    codes = list(range(200))
+    random.Random(16).shuffle(codes)
+    found = {}
+
+    def client(mine):
+        with host.api as api:
+            ids = {api.runCmd('one', 'sh', ['-c', 'echo %d; exit %d' % (code, code)]): code
+                   for code in mine}
+            for cmd_id, code in ids.items():
+                while not api.waitCmd(cmd_id, 30):
+                    pass
+                results = api.getCmdResults(cmd_id)
+                found[code] = (results['exitCodeOrSignal'], results['out'], results['finished'])
+
+    clients = [threading.Thread(target=client, args=(codes[n::16],)) for n in range(16)]
+    for thread in clients:
+        thread.start()
+    for thread in clients:
+        thread.join(120)
+    assert found == {code: (code, '%d\n' % code, True) for code in range(200)}
+
+
+@pytest.mark.parametrize('cmd, path, error', [
+    ('no-such-program', '', 'FileNotFoundError'),
+    ('/etc/passwd', '', 'PermissionError'),
+    ('true', 'no/such/folder', 'FileNotFoundError')])
+def test_what_can_not_start_fails_at_once(host, guest, api, cmd, path, error):
+    results = host.results(api.runCmd('one', cmd, [], {}, path), 10)
+    assert (results['state'], results['finished'], results['exitCodeOrSignal']) == ('failed', False, -1)
+    assert error in results['error']
+
+
+def test_timeout_leaves_no_process_of_the_session(host, guest):
+    begin = time.monotonic()
+    results = host.run('one', 'sh', '-c', 'echo $$; trap "" TERM; sleep 77 & setsid sleep 78 & sleep 79',
+                       timeout=1, killAfter=1)
+    assert results['state'] == 'timeout'
+    assert time.monotonic() - begin < 20
+    session = int(results['out'])
+    with pytest.raises(ProcessLookupError):
+        os.killpg(session, 0)
+    for number in processes_called('sleep 78'):        # it left the session, and is ours to end
+        os.kill(number, signal.SIGKILL)
+    assert not processes_called('sleep 77') and not processes_called('sleep 79')
+
+
+def processes_called(words):
+    found = []
+    for number in filter(str.isdigit, os.listdir('/proc')):
+        try:
+            with open('/proc/%s/cmdline' % number, 'rb') as file:
+                if file.read().replace(b'\0', b' ').decode().strip() == words:
+                    found.append(int(number))
+        except OSError:
+            continue
+    return found
+
+
+# --- input ---
+
+def test_stdin_as_text_bytes_and_file(host, guest, api):
+    assert host.run('one', 'cat', stdin='zwölf\n')['out'] == 'zwölf\n'
+    exact = bytes(range(256))
+    results = host.run('one', 'cat', stdin=xmlrpc.client.Binary(exact))
+    assert base64.b64decode(results['out64']) == exact
+    with open(os.path.join(guest.files, 'input'), 'w') as file:
+        file.write('from a file')
+    results = host.results(api.runCmd('one', 'cat', [], {}, '', 'input'))
+    assert results['out'] == 'from a file'
+    results = host.results(api.runCmd('one', 'cat', [], {}, '', 'no-such-input'))
+    assert results['state'] == 'failed' and 'no-such-input' in results['error']
+    assert host.run('one', 'cat')['out'] == ''
+
+
+def test_env_is_laid_over_the_guests_own(host, guest, api):
+    out = host.results(api.runCmd('one', 'env', [], {'DAY': 'Dienstag ü'}))['out']
+    assert 'DAY=Dienstag ü' in out.splitlines() and 'PATH=' in out
+    assert 'PATH=' in host.results(api.runCmd('one', 'env', [], '{}'))['out']
+    cleared = host.results(api.runCmd('one', '/usr/bin/env', [], {'A': '1'}, None, '', {'envClear': True}))
+    assert 'A=1' in cleared['out'].splitlines()
+    assert 'HOME=' not in cleared['out']
+
+
+def test_path_is_relative_to_the_served_folder(host, guest, api):
+    os.makedirs(os.path.join(guest.files, 'deep/er'), exist_ok=True)
+    real = os.path.realpath(guest.files)
+    assert host.results(api.runCmd('one', 'pwd', [], {}, 'deep/er'))['out'] == real + '/deep/er\n'
+    for nothing in ('', None, 'None'):
+        assert host.results(api.runCmd('one', 'pwd', [], {}, nothing))['out'] == real + '\n'
+
+
+def test_nice_and_limits(host, guest):
+    assert host.run('one', 'nice', nice=7)['out'] == '7\n'
+    assert host.run('one', 'sh', '-c', 'ulimit -n', limits={'nofile': 50})['out'] == '50\n'
+    results = host.run('one', 'sh', '-c', 'while :; do :; done', limits={'cpu': 1})
+    assert (results['state'], results['exitCodeOrSignal']) in (
+        ('signaled', signal.SIGXCPU), ('signaled', signal.SIGKILL))
+
+
+@pytest.mark.skipif(os.name != 'posix' or os.getuid() != 0, reason='only root may change the user')
+def test_user(host, guest):
+    assert host.run('one', 'id', '-un', user='nobody', path='/')['out'] == 'nobody\n'
+    results = host.run('one', 'id', user='nobody-of-that-name')
+    assert results['state'] == 'failed' and 'nobody-of-that-name' in results['error']
+
+
+# --- output ---
+
+def read_output(api, cmd_id, stream):
+    data, offset = b'', 0
+    while True:
+        part = api.getCmdOutput(cmd_id, stream, offset, 1024 * 1024)
+        data += part['data'].data
+        offset = part['next']
+        if part['eof']:
+            assert part['size'] == offset == len(data)
+            return data
+
+
+def test_100_mib_on_both_streams(host, guest, api):
+    program = ('import os, sys\n'
+               'block = bytes(range(256)) * 256\n'
+               'for n in range(1600):\n'
+               '    os.write(1, block); os.write(2, block[::-1])\n')
+    cmd_id = api.runCmd('one', sys.executable, ['-c', program])
+    results = host.results(cmd_id, 300)
+    assert (results['out-size'], results['err-size']) == (1600 * 65536, 1600 * 65536)
+    tail = base64.b64decode(results['out64'])
+    assert (bytes(range(256)) * 256).endswith(tail[-256:]) and len(tail) <= 65536
+    part = api.getCmdOutput(cmd_id, 'err', 50 * 2 ** 20 + 1, 1000)
+    whole = (bytes(range(256)) * 256)[::-1]
+    assert part['data'].data == (whole * 2)[(50 * 2 ** 20 + 1) % 65536:][:1000]
+
+
+def test_bytes_that_xml_can_not_carry(host, guest, api):
+    exact = b'a\x1b[1mb\x00c\r\n\xff\xfe\xc3'
+    cmd_id = api.runCmd('one', sys.executable, ['-c', 'import os; os.write(1, %r)' % exact])
+    results = host.results(cmd_id)
+    assert base64.b64decode(results['out64']) == exact
+    assert read_output(api, cmd_id, 'out') == exact
+    text = b'esc \x1b nul \x00 return \r end'
+    cmd_id = api.runCmd('one', sys.executable, ['-c', 'import os; os.write(1, %r)' % text])
+    assert base64.b64decode(host.results(cmd_id)['out64']) == text
+
+
+def test_a_daemon_left_behind_does_not_hold_the_result(host, guest):
+    begin = time.monotonic()
+    results = host.run('one', 'sh', '-c', 'echo early; sleep 71 & exit 5')
+    assert time.monotonic() - begin < 10
+    assert (results['out'], results['exitCodeOrSignal']) == ('early\n', 5)
+    for number in processes_called('sleep 71'):
+        os.kill(number, signal.SIGKILL)
+
+
+def test_output_and_usage_of_a_running_command(host, guest, api):
+    program = ('import os, sys, time\n'
+               'print("begun", flush=True)\n'
+               'open(os.environ["VM_PROGRESS_FILE"], "w").write("42 %")\n'
+               'children = [os.fork() or time.sleep(60) for _ in range(2)]\n'
+               'while True: pass\n')
+    cmd_id = api.runCmd('one', sys.executable, ['-c', program])
+    try:
+        wait_until(lambda: api.getCmdStatus(cmd_id)['resources'].get('ru_utime', 0) > 0.3, 20)
+        status = api.getCmdStatus(cmd_id)
+        assert status['state'] == 'running' and status['age'] < 1
+        assert status['progress'] == '42 %' and status['processes'] >= 3
+        assert status['resources']['ru_maxrss'] > 1000
+        part = api.getCmdOutput(cmd_id, 'out', 2)
+        assert (part['data'].data, part['eof']) == (b'gun\n', False)
+    finally:
+        assert api.signalCmd(cmd_id, 'KILL') is True
+    results = host.results(cmd_id)
+    assert (results['state'], results['exitCodeOrSignal']) == ('signaled', 9)
+
+
+# --- exact usage ---
+
+@pytest.mark.slow
+@pytest.mark.once
+@pytest.mark.skipif(not os.path.exists('/usr/bin/time'), reason='needs /usr/bin/time (package time)')
+def test_usage_agrees_with_time(host, tmp_path):
+    """Three programs on three guests at once; each agrees with /usr/bin/time of it alone."""
+    data = tmp_path / 'data'
+    block = bytes(random.Random(1).getrandbits(8) for _ in range(65536))
+    data.write_bytes((block + b'x' * 65536) * 400)
+    forks = ('import os\n'
+             'def work(): sum(i * i for i in range(4000000))\n'
+             'for n in range(4):\n'
+             '    if not os.fork(): work(); os._exit(0)\n'
+             'for n in range(4): os.wait()\n')
+    programs = [['gzip', '-9', '-c', str(data)],
+                [sys.executable, '-c', 'sum(i * i for i in range(30000000))'],
+                [sys.executable, '-c', forks]]
+
+    def one_round():
+        with contextlib_stack([Agent(tmp_path / ('g%d' % n), host, 'usage%d' % n) for n in range(3)]):
+            with host.api as api:
+                ids = [api.runCmd('usage%d' % n, 'sh', ['-c', 'exec "$@" > /dev/null', 'sh'] + program)
+                       for n, program in enumerate(programs)]
+            together = [host.results(cmd_id, 300)['resources'] for cmd_id in ids]
+        return together, [time_of(program) for program in programs]
+
+    for _ in range(3):        # the machine is shared: another program's burst is not ours
+        together, alone = one_round()
+        cpu = [(usage['ru_utime'] + usage['ru_stime']) / single[0]
+               for usage, single in zip(together, alone)]
+        memory = [usage['ru_maxrss'] / single[1] for usage, single in zip(together, alone)]
+        if all(0.9 <= ratio <= 1.1 for ratio in cpu + memory):
+            return
+    raise AssertionError('CPU %s, memory %s' % (cpu, memory))
+
+
+def contextlib_stack(managers):
+    import contextlib
+    stack = contextlib.ExitStack()
+    for manager in managers:
+        stack.enter_context(manager)
+    return stack
+
+
+def time_of(program):
+    """CPU seconds and KiB, by /usr/bin/time -v."""
+    run = subprocess.run(['/usr/bin/time', '-v'] + program, stdout=subprocess.DEVNULL,
+                         stderr=subprocess.PIPE, universal_newlines=True)
+    user, system = re.findall(r'(?:User|System) time \(seconds\): ([0-9.]+)', run.stderr)
+    return float(user) + float(system), int(re.search(r'Maximum resident.*: (\d+)', run.stderr).group(1))
+
+
+# --- many ---
+
+@pytest.mark.slow
+def test_multicast_to_50_guests(host, tmp_path):
+    agents = [Agent(tmp_path / ('m%d' % n), host, 'many%d' % n) for n in range(50)]
+    try:
+        for agent in agents:
+            agent.start(wait=False)
+        with host.api as api:
+            wait_until(lambda: len([name for name in api.listVMs() if name.startswith('many')]) == 50, 90)
+            cmd_id = api.runCmdOnAll('many*', 'sh', ['-c', 'echo $$'])
+            wait_until(lambda: api.waitCmd(cmd_id, 10), 60)
+            results = api.getCmdResults(cmd_id)
+            assert sorted(results) == sorted('%s@many%d' % (cmd_id, n) for n in range(50))
+            assert all(result['exitCodeOrSignal'] == 0 for result in results.values())
+            assert len({result['out'] for result in results.values()}) == 50
+            assert len(api.listCmds({'cmdId': cmd_id})) == 50
+    finally:
+        for agent in agents:
+            agent.process.send_signal(signal.SIGTERM)
+        for agent in agents:
+            agent.stop()
+
+
+# --- what the API refuses ---
+
+def post(host, body, **headers):
+    address, port = host.address.rsplit(':', 1)
+    connection = http.client.HTTPConnection(address, int(port), timeout=20)
+    token = base64.b64encode(('vmhost:' + host.token).encode()).decode()
+    headers = {name.replace('_', '-'): value for name, value in headers.items()}
+    if 'Authorization' not in headers:
+        headers['Authorization'] = 'Basic ' + token
+    connection.request('POST', '/RPC2', body, {k: v for k, v in headers.items() if v is not None})
+    response = connection.getresponse()
+    answer = response.status, response.read()
+    connection.close()
+    return answer
+
+
+CALL = xmlrpc.client.dumps((), 'agentInfo').encode()
+
+
+def test_who_may_call(host):
+    assert post(host, CALL)[0] == 200
+    assert post(host, CALL, Authorization=None)[0] == 401
+    assert post(host, CALL, Authorization='Basic ' + base64.b64encode(b'vmhost:no').decode())[0] == 401
+    assert post(host, CALL, Authorization='Basic \xff')[0] == 401
+    assert post(host, CALL, Origin='http://127.0.0.1')[0] == 403
+    assert post(host, CALL, Host='evil.example')[0] == 403
+    assert post(host, CALL, Host='evil.example:50505')[0] == 403
+    assert post(host, CALL, Host='localhost:50505')[0] == 200
+
+
+def test_malformed_calls_get_their_fault(host, api):
+    for body in (b'', b'<', b'<methodCall/>', b'\xff\xfe', CALL[:-20], b'<a>' * 20000):
+        status, answer = post(host, body)
+        assert status == 200
+        with pytest.raises(xmlrpc.client.Fault):
+            xmlrpc.client.loads(answer)
+    assert fault_of(api.noSuchMethod).faultCode == -32601
+    assert fault_of(api.getVM).faultCode == -32602
+    assert fault_of(api.runCmd, 'one', 'true', 'not a list').faultCode == -32602
+    assert fault_of(api.runCmd, 'one', 'true', [], {}, '', '', {'typo': 1}).faultCode == -32602
+    assert fault_of(api.runCmd, 'nobody', 'true').faultCode == 1
+    assert fault_of(api.getCmdResults, 'no-such-id').faultCode == 3
+    assert fault_of(api.start, 'one').faultCode == 9
+    assert 'fileForStdin' in fault_of(api.runCmd, 'one', 'cat', [], {}, '', '',
+                                      {'stdin': 'x' * 2000000}).faultString
+
+
+def test_system_methods(host, api):
+    names = api.system.listMethods()
+    assert {'runCmd', 'listAvailableVMs', 'unpause', 'system.multicall'} <= set(names)
+    for name in names:
+        assert api.system.methodHelp(name)
+        assert api.system.methodSignature(name)
+    multi = xmlrpc.client.MultiCall(api)
+    multi.listVMs()
+    multi.noSuchMethod()
+    answers = multi()
+    assert isinstance(answers[0], list)
+    with pytest.raises(xmlrpc.client.Fault):
+        answers[1]
+
+
+def test_names_and_ids(host, guest, api):
+    assert api.getNamesToIdsMapping()['one'] == 'one'
+    assert api.getVM('one')['agent'] == 'alive'
+    assert api.getState('one') == 'Running'
+    assert api.ping('one') == 'PONG from one'
+    info = api.agentInfo()
+    assert info['hypervisor'] == 'none' and info['vms'] >= 1
+
+
+def test_the_journal_tells_the_story(host, guest, api):
+    last = api.getEvents(0, 0)['last']
+    while True:
+        more = api.getEvents(last, 0)
+        if not more['events']:
+            break
+        last = more['last']
+    cmd_id = api.runCmd('one', 'true')
+    host.results(cmd_id)
+    seen = []
+    wait_until(lambda: seen.extend(api.getEvents(seen[-1]['seq'] if seen else last, 5)['events'])
+               or any(event['type'] == 'cmd-finished' for event in seen), 20)
+    story = [event for event in seen if event['cmdId'] == cmd_id]
+    assert [story[0]['type'], story[-1]['type']] == ['cmd-submitted', 'cmd-finished']
+    assert 'vmhost@127.0.0.1' in story[0]['text'] and 'true' in story[0]['text']
+    assert api.getCmdDetails(cmd_id)['cmd'] == 'true'
+    assert cmd_id in api.listFinishedCmds()
+    assert api.forgetCmd(cmd_id) is True
+    assert fault_of(api.getCmdResults, cmd_id).faultCode == 3
+
+
+# --- hostile guests ---
+
+def hostile(host, *frames):
+    """A connection that says these frames; gives what came back until the end, or 2 s of silence."""
+    with socket.create_connection(('127.0.0.1', host.broker_port), timeout=10) as connection:
+        connection.sendall(b'CONNECT\naccept-version:1.2\nhost:x\n\n\0')
+        answer = connection.recv(65536)
+        assert answer.startswith(b'CONNECTED')
+        connection.settimeout(2)
+        answer = b''
+        try:
+            for frame in frames:
+                connection.sendall(frame)
+            while True:
+                data = connection.recv(65536)
+                if not data:
+                    break
+                answer += data
+        except (socket.timeout, ConnectionError):
+            pass
+        return answer
+
+
+def send(destination, body, **headers):
+    head = ''.join('%s:%s\n' % (k.replace('_', '-'), v) for k, v in headers.items())
+    return ('SEND\ndestination:%s\n%s\n%s\0' % (destination, head, body)).encode()
+
+
+HELLO = send('/topic/connections', 'HELLO {"name": "evil"}', id='evil', ip='1.2.3.4')
+
+
+def test_hostile_words_harm_nobody(host, guest, api):
+    before = api.agentInfo()['aint']
+    to_host = '/topic/cmd_responses'
+    hostile(host, HELLO, *[send(to_host, body) for body in (
+        'NONSENSE', 'CMD_RESULTS {', 'CMD_RESULTS []', 'CMD_RESULTS {"cmd-id": 5, "state": "x"}', '',
+        'CMD_STATUS ' + '[' * 100000, 'CMD_RUN {}', '__import__', 'CMD_STATUS {"state": NaN}',
+        'CMD_RESULTS {"cmd-id": "x", "exitCodeOrSignal": 1e999}', 'PONG {"ping-id": {}}')])
+    wait_until(lambda: api.agentInfo()['aint'] >= before + 8, 10)
+    assert host.run('one', 'echo', 'well')['out'] == 'well\n'
+
+
+def test_a_guest_can_not_forge_or_listen(host, guest, api):
+    cmd_id = api.runCmd('one', 'sleep', ['2'])
+    forged = json.dumps({'cmd-id': cmd_id, 'state': 'exited', 'finished': True, 'exitCodeOrSignal': 66,
+                         'from': 'one', 'id': 'one'})
+    assert b'ERROR' in hostile(host, HELLO, send('/topic/cmd_responses', 'CMD_RESULTS ' + forged,
+                                                 **{'from': 'one'}))
+    hostile(host, HELLO, send('/topic/cmd_responses', 'CMD_RESULTS ' + forged))
+    assert b'ERROR' in hostile(host, send('/topic/cmd_requests', 'CMD_RUN', to='one', cmd='true'))
+    for topic in ('/topic/cmd_responses', '/topic/connections', '/queue/x'):
+        assert b'ERROR' in hostile(host, ('SUBSCRIBE\nid:0\ndestination:%s\n\n\0' % topic).encode())
+    assert b'taken' in hostile(host, send('/topic/connections', 'HELLO {"session": "s"}', id='one', ip='x'))
+    heard = []
+    spy = threading.Thread(target=lambda: heard.append(hostile(
+        host, HELLO, b'SUBSCRIBE\nid:0\ndestination:/topic/cmd_requests\n\n\0')))
+    spy.start()
+    assert host.run('one', 'echo', 'a-secret')['out'] == 'a-secret\n'
+    spy.join()
+    assert b'a-secret' not in heard[0]
+    assert host.results(cmd_id)['exitCodeOrSignal'] == 0
+
+
+def test_giant_and_half_frames(host, guest, api):
+    giant = b'SEND\ndestination:/topic/connections\ncontent-length:104857600\n\n'
+    assert b'ERROR' in hostile(host, giant + b'x' * 1000)
+    assert b'ERROR' in hostile(host, b'SEND\ndestination:/topic/connections\n\n', b'x' * (2 * 2 ** 20))
+    hostile(host, b'SEND\ndestination:/top')
+    assert api.ping('one') == 'PONG from one'
+
+
+# --- start and stop ---
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_stops_within_three_seconds_and_leaves_nothing(tmp_path, number):
+    host = Host(tmp_path / 'host').start()
+    address, port = host.address.split(':')
+    guest = Agent(tmp_path / 'guest', host, 'g').start()
+    begin = time.monotonic()
+    assert guest.stop(number, 3) == 0
+    assert host.stop(number, 3) == 0, host.log()
+    assert time.monotonic() - begin < 6
+    assert 'Traceback' not in host.log() + guest.log()
+    with socket.socket() as again:
+        if os.name == 'posix':
+            again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        again.bind((address, int(port)))
+    assert not processes_called(' '.join([sys.executable, os.path.join(TOP, 'vmguest.py'), guest.ini]))
+    assert 'xmlrpc.address' not in os.listdir(host.state)
+
+
+def test_a_command_outlives_host_and_agent(tmp_path):
+    with Host(tmp_path / 'host') as host:
+        guest = Agent(tmp_path / 'guest', host, 'g').start()
+        try:
+            with host.api as api:
+                cmd_id = api.runCmd('g', 'sh', ['-c', 'echo $$ >> runs; sleep 3; echo done'])
+                wait_until(lambda: api.getCmdStatus(cmd_id)['state'] == 'running', 10)
+            guest.stop(signal.SIGKILL)
+            host.stop(signal.SIGKILL)
+            port = host.broker_port
+            host.start()
+            assert port != 0
+            guest.stop()
+            guest = Agent(tmp_path / 'guest', host, 'g').start()
+            results = host.results(cmd_id)
+            assert (results['out'], results['state']) == ('done\n', 'exited')
+            with open(os.path.join(guest.files, 'runs')) as runs:
+                assert len(runs.readlines()) == 1
+        finally:
+            guest.stop()
+
+
+def test_a_command_waits_for_its_guest(tmp_path):
+    with Host(tmp_path / 'host', vm_gc_grace=2) as host:
+        with Agent(tmp_path / 'guest', host, 'g'):
+            pass
+        with host.api as api:
+            wait_until(lambda: not api.listVMs(), 10)
+            assert fault_of(api.runCmd, 'g', 'true').faultCode == 2
+            cmd_id = api.runCmd('g', 'true', [], {}, '', '', {'queue': True})
+            assert api.getCmdStatus(cmd_id)['state'] == 'queued'
+        with Agent(tmp_path / 'guest', host, 'g'):
+            assert host.results(cmd_id)['exitCodeOrSignal'] == 0
