@@ -1,0 +1,1235 @@
+"""The embedded STOMP broker: topics and queues for STOMP 1.0, 1.1 and 1.2.
+
+What it is not: persistent (messages live in memory, and end with it), clustered, or aware of what
+the messages mean; the host's rules about who may say what come in as a ``Policy``.
+
+Threads: one, named ``broker``. It owns every socket, session and destination, so nothing here
+needs a lock; ``start``, ``stop``, ``counters`` and ``address`` may be called from any thread.
+"""
+
+import argparse
+import collections
+import errno
+import heapq
+import hmac
+import itertools
+import logging
+import os
+import re
+import selectors
+import signal
+import socket
+import ssl
+import sys
+import threading
+import time
+from typing import Any, Callable, Deque, Dict, Iterable, List, NamedTuple, Optional, Tuple
+
+import protocol
+from protocol import CLIENT_COMMANDS, FrameReader, LocalError, RemoteError, WireFrame
+
+log = logging.getLogger('vmhost.broker')
+
+SERVER = 'vmhost-broker/' + protocol.VERSION
+VERSIONS = ('1.2', '1.1', '1.0')          # the best first
+RECEIVE = 64 * 1024                       # bytes taken from a client at a time
+JOINED = 256 * 1024                       # bytes that one write carries, if the chunks are small
+LARGE = 32 * 1024                         # a body from here on is sent as it is, never copied
+LINGER = 2.0                              # seconds from our last frame to the socket's end
+MESSAGE_OVERHEAD = 512                    # bytes that a kept message costs beside its body
+# Headers of a SEND that are about this one sending, or that MESSAGE has of its own.
+NOT_PASSED_ON = frozenset(('receipt', 'transaction', 'content-length', 'message-id',
+                           'subscription', 'ack'))
+
+
+class BrokerError(Exception):
+    """Base of this module's errors."""
+
+
+class Refused(BrokerError):
+    """A policy forbids it. The text goes into an ERROR frame; then the connection is closed."""
+
+
+class Fault(BrokerError):
+    """A client broke a rule of STOMP or a limit; handled like Refused."""
+
+
+class Policy:
+    """Who may do what. This one allows everything; the host passes its own.
+
+    All methods are called on the broker's thread and must not block.
+    """
+
+    def connecting(self, session: 'Session', headers: Dict[str, str]) -> None:
+        """A CONNECT whose login and passcode matched. May raise Refused."""
+
+    def subscribing(self, session: 'Session', destination: str, headers: Dict[str, str]) -> None:
+        """A SUBSCRIBE. May raise Refused."""
+
+    def sending(self, session: 'Session', destination: str, frame: WireFrame) -> Optional[bool]:
+        """A SEND. May raise Refused, or return False: dropped in silence, counted as refused."""
+
+    def audience(self, destination: str,
+                 frame: WireFrame) -> Optional[Callable[['Session'], bool]]:
+        """None: all subscribers get the message; or a function that says which sessions do."""
+
+    def closed(self, session: 'Session') -> None:
+        """A session that ``connecting`` was asked about is over."""
+
+
+class Counters:
+    """What the broker has done; plain integers, written on its thread alone."""
+
+    NAMES = ('connections_total', 'frames_in', 'frames_out', 'bytes_in', 'bytes_out',
+             'waiting_bytes', 'queued_bytes', 'dropped', 'refused', 'errors', 'cut_off')
+    __slots__ = NAMES
+
+    def __init__(self) -> None:
+        for name in self.NAMES:
+            setattr(self, name, 0)
+
+
+class Limits(NamedTuple):
+    """How much of anything a client, or all together, may take."""
+    connections: int = 10000
+    subscriptions: int = 1000              # a client
+    transactions: int = 100                # a client
+    waiting: int = 8 * 1024 * 1024         # bytes that one client has not read yet
+    waiting_in_all: int = 256 * 1024 * 1024
+    queued: int = 64 * 1024 * 1024         # bytes in all queues and transactions
+    unacknowledged: int = 10000            # messages of a subscription
+    connect_time: float = 10.0             # seconds from the connection to a whole CONNECT
+    max_frame: int = 1024 * 1024           # bytes of a body
+
+
+# --- messages and destinations -----------------------------------------------------------------
+
+class Envelope:
+    """What stands round the bodies of one SEND head: destination and headers, encoded once."""
+    __slots__ = ('destination', 'headers', '_lines')
+
+    def __init__(self, headers: Dict[str, str]) -> None:
+        self.destination = headers['destination']
+        self.headers = headers
+        self._lines = {}  # type: Dict[str, bytes]
+
+    def lines(self, version: str) -> bytes:
+        """The header lines as a receiver of that version gets them."""
+        lines = self._lines.get(version)
+        if lines is None:
+            escape = protocol.escape
+            lines = self._lines[version] = ''.join(
+                '%s:%s\n' % (escape(name, version), escape(value, version))
+                for name, value in self.headers.items()
+                if name not in NOT_PASSED_ON).encode('utf-8', 'replace')
+        return lines
+
+
+class Message:
+    """A SEND on its way: its number, envelope and body."""
+    __slots__ = ('number', 'envelope', 'body', 'refusers')
+
+    def __init__(self, number: str, envelope: Envelope, body: bytes) -> None:
+        self.number = number
+        self.envelope = envelope
+        self.body = body
+        self.refusers = ()  # type: Tuple['Subscription', ...]
+
+    @property
+    def cost(self) -> int:
+        """Bytes that it takes while it is kept."""
+        return len(self.body) + MESSAGE_OVERHEAD
+
+    def head(self, version: str, acked: bool) -> bytes:
+        """The head from the message's number on: a subscription's ``lead`` stands before it."""
+        number = self.number.encode('ascii')
+        if acked:
+            number = b'%b\nmessage-id:%b' % (number, number)
+        return b'%b\n%bcontent-length:%d\n\n' % (number, self.envelope.lines(version),
+                                                 len(self.body))
+
+    def rest(self, version: str, acked: bool) -> bytes:
+        """The whole frame from the message's number on."""
+        return b'%b%b\0\n' % (self.head(version, acked), self.body)
+
+
+class Subscription:
+    """What a SUBSCRIBE made: ``lead`` begins each of its MESSAGE frames."""
+    __slots__ = ('session', 'id', 'key', 'destination', 'mode', 'lead', 'kind', 'unacked')
+
+    def __init__(self, session: 'Session', number: int, key: str, headers: Dict[str, str],
+                 destination: 'Destination', mode: str) -> None:
+        version = session.version
+        self.session = session
+        self.id = str(number)
+        self.key = key
+        self.destination = destination
+        self.mode = mode
+        ack_header = mode != 'auto' and version == '1.2'
+        self.kind = version, ack_header
+        self.unacked = collections.OrderedDict()  # type: collections.OrderedDict[str, Message]
+        lead = 'MESSAGE\n'
+        if 'id' in headers:
+            lead += 'subscription:%s\n' % protocol.escape(headers['id'], version)
+        lead += 'ack:%d-' % number if ack_header else 'message-id:'
+        self.lead = lead.encode('utf-8', 'replace')
+
+    def give(self, message: Message) -> None:
+        """Sends one message to the subscriber."""
+        if len(message.body) < LARGE:
+            self.session.put(self.lead + message.rest(*self.kind), 1)
+        else:
+            self.session.put(self.lead + message.head(*self.kind), 1)
+            self.session.put(message.body, 0)
+            self.session.put(b'\0\n', 0)
+
+    def acknowledge(self, number: str) -> Iterable[Message]:
+        """Takes the messages that an ACK or NACK of this one is about, out of ``unacked``."""
+        if number not in self.unacked:
+            return []
+        if self.mode == 'client-individual':
+            return [self.unacked.pop(number)]
+        taken = []
+        while number in self.unacked:
+            taken.append(self.unacked.popitem(last=False)[1])
+        return taken
+
+
+class Destination:
+    """A name with subscribers; either a Topic or a Queue."""
+
+    def __init__(self, broker: 'Broker', name: str) -> None:
+        self.broker = broker
+        self.name = name
+        self.subscriptions = ()  # type: Tuple[Subscription, ...]
+
+    def add(self, subscription: Subscription) -> None:
+        self.subscriptions += (subscription,)
+
+    def remove(self, subscription: Subscription) -> None:
+        self.subscriptions = tuple(other for other in self.subscriptions
+                                   if other is not subscription)
+
+    @property
+    def idle(self) -> bool:
+        """Whether it may be forgotten."""
+        return not self.subscriptions
+
+
+class Topic(Destination):
+    """Each subscriber gets each message; without subscribers it is dropped.
+
+    Messages are gathered while the broker reads, and given to each subscriber in one piece: the
+    subscription's lead, joined between the rests of the frames, which all subscribers share.
+    """
+
+    def __init__(self, broker: 'Broker', name: str) -> None:
+        super().__init__(broker, name)
+        self._batch = []  # type: List[Message]
+
+    def publish(self, message: Message,
+                audience: Optional[Callable[['Session'], bool]] = None) -> None:
+        if not self.subscriptions:
+            self.broker.count.dropped += 1
+        elif audience is None and len(message.body) < LARGE:
+            self._batch.append(message)
+            self.broker.gathering(self)
+        else:
+            self.flush()
+            for subscription in self.subscriptions:
+                if audience is None or audience(subscription.session):
+                    subscription.give(message)
+
+    def flush(self) -> None:
+        """Gives what was gathered to the subscribers."""
+        if not self._batch:
+            return
+        batch, self._batch = self._batch, []
+        rests = {}  # type: Dict[Tuple[str, bool], List[bytes]]
+        blobs = {}  # type: Dict[Tuple[Tuple[str, bool], bytes], bytes]
+        for subscription in self.subscriptions:
+            kind, lead = subscription.kind, subscription.lead
+            blob = blobs.get((kind, lead))
+            if blob is None:
+                if kind not in rests:
+                    rests[kind] = [b''] + [message.rest(*kind) for message in batch]
+                blob = blobs[kind, lead] = lead.join(rests[kind])
+            subscription.session.put(blob, len(batch))
+
+    def add(self, subscription: Subscription) -> None:
+        self.flush()
+        super().add(subscription)
+
+    def remove(self, subscription: Subscription) -> None:
+        self.flush()
+        super().remove(subscription)
+
+
+class Queue(Destination):
+    """Each message goes to one subscriber, in turn; without subscribers it waits."""
+
+    MOST_REFUSALS = 5
+
+    def __init__(self, broker: 'Broker', name: str) -> None:
+        super().__init__(broker, name)
+        self._messages = collections.deque()  # type: Deque[Message]
+        self._refused = []                    # type: List[Message]
+        self._turns = collections.deque()     # type: Deque[Subscription]
+
+    @property
+    def idle(self) -> bool:
+        return not (self.subscriptions or self._messages or self._refused)
+
+    def publish(self, message: Message,
+                audience: Optional[Callable[['Session'], bool]] = None) -> None:
+        self.broker.keep(message.cost)
+        self._messages.append(message)
+        self.dispatch()
+
+    def dispatch(self) -> None:
+        """Gives out what consumers have room for."""
+        while self._messages:
+            consumer = self._next_consumer()
+            if consumer is None:
+                return
+            self._give(consumer, self._messages.popleft())
+
+    def _next_consumer(self) -> Optional[Subscription]:
+        for _ in range(len(self._turns)):
+            consumer = self._turns[0]
+            self._turns.rotate(-1)
+            if self._has_room(consumer):
+                return consumer
+        return None
+
+    def _has_room(self, consumer: Subscription) -> bool:
+        return (consumer.session.has_room()
+                and len(consumer.unacked) < self.broker.limits.unacknowledged)
+
+    def _give(self, consumer: Subscription, message: Message) -> None:
+        if consumer.mode == 'auto':
+            self.broker.let_go(message.cost)
+        else:
+            consumer.unacked[message.number] = message
+        consumer.give(message)
+
+    def add(self, subscription: Subscription) -> None:
+        super().add(subscription)
+        self._turns.append(subscription)
+        self._offer_refused()
+        self.dispatch()
+
+    def remove(self, subscription: Subscription) -> None:
+        super().remove(subscription)
+        self._turns.remove(subscription)
+        self._messages.extendleft(reversed(list(subscription.unacked.values())))
+        subscription.unacked.clear()
+        for message in self._refused:
+            message.refusers = tuple(one for one in message.refusers if one is not subscription)
+        self._offer_refused()
+        self.dispatch()
+
+    def acknowledged(self, messages: Iterable[Message]) -> None:
+        for message in messages:
+            self.broker.let_go(message.cost)
+        self.dispatch()
+
+    def refused(self, messages: Iterable[Message], refuser: Subscription) -> None:
+        """NACK: offered to the other consumers; after several refusals it is dropped."""
+        for message in messages:
+            message.refusers += (refuser,)
+            if len(message.refusers) >= self.MOST_REFUSALS:
+                self.broker.count.dropped += 1
+                self.broker.let_go(message.cost)
+            else:
+                self._refused.append(message)
+        self._offer_refused()
+        self.dispatch()
+
+    def _offer_refused(self) -> None:
+        """A message goes to no consumer that refused it; it waits for another."""
+        waiting, self._refused = self._refused, []
+        for message in waiting:
+            for consumer in self._turns:
+                if consumer not in message.refusers and self._has_room(consumer):
+                    self._give(consumer, message)
+                    break
+            else:
+                self._refused.append(message)
+
+
+# --- sessions ----------------------------------------------------------------------------------
+
+class Session:
+    """One client's connection: its socket, what waits for it, and its STOMP state.
+
+    ``peer``, ``id`` and ``policy_data`` are for the policy; the rest is the broker's own.
+    """
+
+    HIGH = 256 * 1024      # bytes waiting at which queues give no more
+
+    def __init__(self, broker: 'Broker', sock: socket.socket, peer: Tuple[Any, ...],
+                 number: int, handshake: bool) -> None:
+        self.broker = broker
+        self.peer = peer
+        self.id = '%s-%d' % (broker.token, number)
+        self.policy_data = None  # type: Any
+        self.version = '1.0'
+        self.connected = False
+        self.ending = False                # our last frame is written, or the peer's has come
+        self.closed = False
+        self.heard = self.spoke = broker.now
+        self.due = float('inf')            # when the clock looks at this session next
+        self._number = number
+        self._sock = sock
+        self._handshake = handshake
+        self._reader = FrameReader(CLIENT_COMMANDS, max_body=broker.limits.max_frame)
+        self._outbox = collections.deque()  # type: Deque[Any]
+        self._waiting = 0                  # bytes in the outbox
+        self._counted = 0                  # of these, in the broker's counter
+        self._to_flush = False
+        self._wants_room = False
+        self._mute = False                 # nothing more can be sent
+        self._eof = False
+        self._events = selectors.EVENT_READ
+        self._subscriptions = {}  # type: Dict[str, Subscription]
+        self._by_number = {}      # type: Dict[str, Subscription]
+        self._numbers = itertools.count(1)
+        self._transactions = {}   # type: Dict[str, List[Tuple[str, WireFrame]]]
+        self._kept = 0                     # bytes in transactions
+        self._asked_policy = False
+        self._beat = 0.0                   # seconds; 0: none
+        self._silence = 0.0                # seconds; 0: any
+        self._deadline = broker.now + broker.limits.connect_time
+
+    def __repr__(self) -> str:
+        return '<session %s of %s>' % (self.id, _spoken(self.peer))
+
+    # -- reading
+
+    def ready(self, events: int) -> None:
+        """The selector says that the socket can be read or written."""
+        try:
+            if self._handshake and not self._shake_hands():
+                return
+            if events & selectors.EVENT_READ:
+                self._read()
+            if events & selectors.EVENT_WRITE and not self.closed:
+                self.flush()
+        except (OSError, ssl.SSLError) as error:
+            self.close(str(error))
+        except Exception:
+            log.exception('%r is closed after an error of the broker', self)
+            self.close('internal error')
+
+    def _shake_hands(self) -> bool:
+        """Whether TLS is established."""
+        try:
+            self._sock.do_handshake()  # type: ignore[attr-defined]
+        except ssl.SSLWantReadError:
+            self._listen_for(selectors.EVENT_READ)
+            return False
+        except ssl.SSLWantWriteError:
+            self._listen_for(selectors.EVENT_WRITE)
+            return False
+        self._handshake = False
+        self._listen_for(selectors.EVENT_READ)
+        return True
+
+    def _read(self) -> None:
+        data = self._receive()
+        while data:
+            self.heard = self.broker.now
+            self.broker.count.bytes_in += len(data)
+            if not self.ending:
+                self._take(data)
+            data = self._receive() if self._buffered_by_tls() else None
+        if data == b'':
+            self._hung_up()
+
+    def _receive(self) -> Optional[bytes]:
+        """What has come; b'' at the end, None where nothing has."""
+        try:
+            return self._sock.recv(RECEIVE)
+        except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return None
+
+    def _buffered_by_tls(self) -> bool:
+        return self.broker.tls is not None and not self.closed and bool(
+            self._sock.pending())  # type: ignore[attr-defined]
+
+    def _hung_up(self) -> None:
+        """The peer says no more; it may still read what it is owed."""
+        self._eof = True
+        self.end()
+        if not self.closed and self._outbox and not self._mute:
+            self._listen_for(selectors.EVENT_WRITE)
+        else:
+            self.close('closed by the client')
+
+    def _take(self, data: bytes) -> None:
+        frame = None
+        try:
+            self._reader.feed(data)
+            frame = self._reader.next_frame()
+            while frame is not None:
+                self.broker.count.frames_in += 1
+                self._handle(frame)
+                if self.ending:
+                    return
+                frame = self._reader.next_frame()
+        except Refused as error:
+            self.broker.count.refused += 1
+            self.fail(str(error), frame)
+        except (Fault, RemoteError) as error:
+            self.fail(str(error), frame)
+
+    # -- what frames do
+
+    def _handle(self, frame: WireFrame) -> None:
+        if not self.connected:
+            if frame.command not in ('CONNECT', 'STOMP'):
+                raise Fault('%s before CONNECT' % frame.command)
+            return self._connect(frame)
+        _HANDLERS[frame.command](self, frame)
+        if 'receipt' in frame.headers and frame.command != 'DISCONNECT':
+            self._receipt(frame.headers['receipt'])
+
+    def _receipt(self, receipt: str) -> None:
+        self.put(protocol.encode('RECEIPT', {'receipt-id': receipt}, b'', self.version), 1)
+
+    def _connect(self, frame: WireFrame) -> None:
+        headers = frame.headers
+        version = self._negotiate(headers.get('accept-version'))
+        beat, silence = self._negotiate_beats(headers.get('heart-beat'))
+        if not self.broker.admits(headers.get('login', ''), headers.get('passcode', '')):
+            self.broker.count.refused += 1
+            raise Fault('login or passcode is wrong')
+        self._asked_policy = True
+        self.broker.policy.connecting(self, headers)
+        self.version = self._reader.version = version
+        self.connected = True
+        answer = {'version': version, 'session': self.id, 'server': SERVER}
+        if version != '1.0':
+            answer['heart-beat'] = '%d,%d' % (self.broker.beat_ms, self.broker.beat_ms)
+            self._beat, self._silence = beat, silence
+        self.put(protocol.encode('CONNECTED', answer, b'', version), 1)
+        self._deadline = float('inf')
+        self._set_clock()
+        log.debug('%r connected, STOMP %s', self, version)
+
+    def _negotiate(self, accepted: Optional[str]) -> str:
+        if accepted is None:
+            return '1.0'
+        offered = [version.strip() for version in accepted.split(',')]
+        for version in VERSIONS:
+            if version in offered:
+                return version
+        raise Fault('no common version: this broker speaks 1.0, 1.1 and 1.2')
+
+    def _negotiate_beats(self, offered: Optional[str]) -> Tuple[float, float]:
+        """Seconds between our beats, and between the client's; 0: none (1.2, Heart-beating)."""
+        match = re.match(r'\s*([0-9]{1,9})\s*,\s*([0-9]{1,9})\s*\Z', offered or '0,0')
+        if match is None:
+            raise Fault('heart-beat is not two numbers: %.40r' % offered)
+        theirs, wanted = int(match.group(1)), int(match.group(2))
+        ours = self.broker.beat_ms
+        return (max(ours, wanted) / 1000.0 if ours and wanted else 0.0,
+                max(ours, theirs) / 1000.0 if ours and theirs else 0.0)
+
+    def _again(self, frame: WireFrame) -> None:
+        raise Fault('%s on a session that is connected' % frame.command)
+
+    def _send(self, frame: WireFrame) -> None:
+        destination = self._needed(frame, 'destination')
+        if self.broker.policy.sending(self, destination, frame) is False:
+            self.broker.count.refused += 1
+        elif 'transaction' in frame.headers:
+            self._defer('send', frame)
+        else:
+            self.broker.route(frame)
+
+    def _needed(self, frame: WireFrame, name: str) -> str:
+        value = frame.headers.get(name)
+        if not value:
+            raise Fault('%s without the header %s' % (frame.command, name))
+        return value
+
+    def _subscribe(self, frame: WireFrame) -> None:
+        destination = self._needed(frame, 'destination')
+        mode = frame.headers.get('ack', 'auto')
+        if self.version == '1.0':
+            key = frame.headers.get('id', 'destination ' + destination)
+        else:
+            key = self._needed(frame, 'id')
+        if key in self._subscriptions:
+            raise Fault('there is a subscription with the id %.80r already' % key)
+        if mode not in ('auto', 'client', 'client-individual'):
+            raise Fault('ack is none of auto, client, client-individual: %.40r' % mode)
+        if len(self._subscriptions) >= self.broker.limits.subscriptions:
+            raise Fault('more than %d subscriptions' % self.broker.limits.subscriptions)
+        self.broker.policy.subscribing(self, destination, frame.headers)
+        place = self.broker.destination(destination)
+        subscription = Subscription(self, next(self._numbers), key, frame.headers, place, mode)
+        self._subscriptions[key] = self._by_number[subscription.id] = subscription
+        place.add(subscription)
+
+    def _unsubscribe(self, frame: WireFrame) -> None:
+        if self.version == '1.0' and 'id' not in frame.headers:
+            key = 'destination ' + self._needed(frame, 'destination')
+        else:
+            key = self._needed(frame, 'id')
+        subscription = self._subscriptions.pop(key, None)
+        if subscription is None:
+            raise Fault('no subscription %.80r' % key)
+        self._leave(subscription)
+
+    def _leave(self, subscription: Subscription) -> None:
+        del self._by_number[subscription.id]
+        subscription.destination.remove(subscription)
+        self.broker.forget(subscription.destination)
+
+    def _ack(self, frame: WireFrame) -> None:
+        self._check_ack(frame)
+        if 'transaction' in frame.headers:
+            self._defer('ack', frame)
+        else:
+            self._settle(frame)
+
+    def _check_ack(self, frame: WireFrame) -> None:
+        if self.version == '1.2':
+            self._needed(frame, 'id')
+        else:
+            self._needed(frame, 'message-id')
+            if self.version == '1.1':
+                self._needed(frame, 'subscription')
+
+    def _settle(self, frame: WireFrame) -> None:
+        """ACK or NACK. One that fits nothing is ignored: the message may be gone for reasons
+        that the client couldn't know. Topics keep nothing, so there it has no effect."""
+        subscription, number = self._find_unacked(frame.headers)
+        if subscription is None or not isinstance(subscription.destination, Queue):
+            return
+        messages = subscription.acknowledge(number)
+        if frame.command == 'ACK':
+            subscription.destination.acknowledged(messages)
+        else:
+            subscription.destination.refused(messages, subscription)
+
+    def _find_unacked(self, headers: Dict[str, str]) -> Tuple[Optional[Subscription], str]:
+        if self.version == '1.2':
+            key, _, number = headers['id'].partition('-')
+            return self._by_number.get(key), number
+        number = headers['message-id']
+        if 'subscription' in headers:
+            return self._subscriptions.get(headers['subscription']), number
+        for subscription in self._subscriptions.values():
+            if number in subscription.unacked:
+                return subscription, number
+        return None, number
+
+    def _begin(self, frame: WireFrame) -> None:
+        name = self._needed(frame, 'transaction')
+        if name in self._transactions:
+            raise Fault('transaction %.80r is open already' % name)
+        if len(self._transactions) >= self.broker.limits.transactions:
+            raise Fault('more than %d transactions' % self.broker.limits.transactions)
+        self._transactions[name] = []
+
+    def _defer(self, what: str, frame: WireFrame) -> None:
+        name = frame.headers['transaction']
+        if name not in self._transactions:
+            raise Fault('no transaction %.80r' % name)
+        self.broker.keep(self._cost(frame))
+        self._kept += self._cost(frame)
+        self._transactions[name].append((what, frame))
+
+    def _cost(self, frame: WireFrame) -> int:
+        return len(frame.body) + 4 * MESSAGE_OVERHEAD
+
+    def _commit(self, frame: WireFrame) -> None:
+        for what, part in self._end_transaction(frame):
+            if what == 'send':
+                self.broker.route(part)
+            else:
+                self._settle(part)
+
+    def _abort(self, frame: WireFrame) -> None:
+        self._end_transaction(frame)
+
+    def _end_transaction(self, frame: WireFrame) -> List[Tuple[str, WireFrame]]:
+        name = self._needed(frame, 'transaction')
+        parts = self._transactions.pop(name, None)
+        if parts is None:
+            raise Fault('no transaction %.80r' % name)
+        cost = sum(self._cost(part) for _, part in parts)
+        self._kept -= cost
+        self.broker.let_go(cost)
+        return parts
+
+    def _disconnect(self, frame: WireFrame) -> None:
+        if 'receipt' in frame.headers:
+            self._receipt(frame.headers['receipt'])
+        self.end()
+
+    # -- writing
+
+    def put(self, data: Any, frames: int) -> None:
+        """Bytes for the client; they leave with all others when the broker has read its round."""
+        if self.closed or self._mute:
+            return
+        self._outbox.append(data)
+        self._waiting += len(data)
+        self.broker.count.frames_out += frames
+        if not self._to_flush:
+            self._to_flush = True
+            self.broker.to_flush(self)
+
+    def has_room(self) -> bool:
+        """Whether a queue may give more; if not, the queues are asked again when there is."""
+        if self._waiting < self.HIGH:
+            return True
+        self._wants_room = True
+        return False
+
+    def flush(self) -> None:
+        """Writes as much as the socket takes."""
+        self._to_flush = False
+        if self.closed or self._handshake:
+            return
+        try:
+            self._write()
+        except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            pass                           # the selector says when to go on
+        except OSError as error:
+            self._go_mute(error)
+        self._after_write()
+
+    def _write(self) -> None:
+        while self._outbox:
+            chunk = self._next_chunk()
+            self._outbox.appendleft(chunk)
+            sent = self._sock.send(chunk)
+            self.spoke = self.broker.now
+            self.broker.count.bytes_out += sent
+            self._waiting -= sent
+            self._outbox.popleft()
+            if sent < len(chunk):
+                self._outbox.appendleft(memoryview(chunk)[sent:])
+                return
+
+    def _next_chunk(self) -> Any:
+        """The first chunk, or several small ones in one. What was begun stays as it is: TLS wants
+        the same bytes again."""
+        outbox = self._outbox
+        first = outbox.popleft()
+        if not outbox or len(first) >= LARGE or isinstance(first, memoryview):
+            return first
+        parts, size = [first], len(first)
+        while outbox and size < JOINED and len(outbox[0]) < LARGE:
+            parts.append(outbox.popleft())
+            size += len(parts[-1])
+        return b''.join(parts)
+
+    def _go_mute(self, error: OSError) -> None:
+        """The peer reads no more; what it said before it went is still read."""
+        log.debug('%r: %s', self, error)
+        self._mute = True
+        self._outbox.clear()
+        self._waiting = 0
+
+    def _after_write(self) -> None:
+        self._count_waiting()
+        if self._outbox:
+            if self._waiting - len(self._outbox[0]) > self.broker.limits.waiting:
+                return self._cut_off()
+        elif self.ending:
+            return self._finish()
+        self._listen_for((0 if self._eof else selectors.EVENT_READ)
+                         | (selectors.EVENT_WRITE if self._outbox else 0))
+        if self._wants_room and self._waiting < self.HIGH // 2:
+            self._wants_room = False
+            self._ask_queues()
+
+    def _count_waiting(self) -> None:
+        self.broker.count.waiting_bytes += self._waiting - self._counted
+        self._counted = self._waiting
+
+    def _ask_queues(self) -> None:
+        for subscription in list(self._subscriptions.values()):
+            if isinstance(subscription.destination, Queue):
+                subscription.destination.dispatch()
+
+    def _cut_off(self) -> None:
+        self.broker.count.cut_off += 1
+        log.warning('%r is cut off: it has not read %d bytes', self, self._waiting)
+        self.close('does not read')
+
+    def cut_off(self) -> None:
+        """All clients together don't read enough, and this one least of all."""
+        self._cut_off()
+
+    @property
+    def waiting(self) -> int:
+        return self._waiting
+
+    def _listen_for(self, events: int) -> None:
+        if events != self._events and not self.closed:
+            self.broker.listen_for(self, self._sock, events, self._events)
+            self._events = events
+
+    # -- the clock
+
+    def _set_clock(self) -> None:
+        due = self._deadline
+        if self._beat:
+            due = min(due, self.spoke + 0.6 * self._beat)
+        if self._silence:
+            due = min(due, self.heard + 2 * self._silence)
+        if due < float('inf'):
+            self.broker.wake_at(self, due)
+
+    def tick(self) -> None:
+        """The clock reached ``due``."""
+        now = self.broker.now
+        if now >= self._deadline:
+            return self.close('its time to connect or to end is over')
+        if self._silence and now >= self.heard + 2 * self._silence:
+            log.info('%r is taken for dead: silent for %.1f s', self, now - self.heard)
+            return self.close('silent')
+        if self._beat and now >= self.spoke + 0.6 * self._beat:
+            if not self._outbox:           # else the beat would land in a half-sent frame
+                self.put(b'\n', 0)
+            self.spoke = now
+        self._set_clock()
+
+    # -- the end
+
+    def fail(self, text: str, frame: Optional[WireFrame] = None) -> None:
+        """An ERROR frame, then the end."""
+        self.broker.count.errors += 1
+        log.info('%r: %s', self, text)
+        headers = {'message': text.replace('\0', ' ').replace('\n', ' ')}
+        if frame is not None and 'receipt' in frame.headers:
+            headers['receipt-id'] = frame.headers['receipt']
+        if not self.connected:
+            headers['version'] = '1.0,1.1,1.2'
+        headers['content-type'] = 'text/plain'
+        body = (text + '\n').encode('utf-8', 'replace')
+        self.put(protocol.encode('ERROR', headers, body, self.version), 1)
+        self.end()
+
+    def end(self) -> None:
+        """No frame is taken any more; what is owed is still written, then the socket closed."""
+        if self.ending:
+            return
+        self.ending = True
+        self._release()
+        self._beat = self._silence = 0.0
+        self._deadline = self.broker.now + LINGER
+        self._set_clock()
+        if not self._to_flush:
+            self._to_flush = True
+            self.broker.to_flush(self)
+
+    def _finish(self) -> None:
+        """All is written: says so, and waits shortly for the peer to close first, since closing
+        with unread bytes would throw away what the peer has not read yet."""
+        if self._eof or self._mute:
+            return self.close('ended')
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            return self.close(str(error))
+        self._listen_for(selectors.EVENT_READ)
+
+    def _release(self) -> None:
+        """Leaves destinations and transactions."""
+        subscriptions, self._subscriptions = self._subscriptions, {}
+        for subscription in subscriptions.values():
+            self._leave(subscription)
+        self._transactions.clear()
+        self.broker.let_go(self._kept)
+        self._kept = 0
+        if self._asked_policy:
+            self._asked_policy = False
+            self.broker.policy.closed(self)
+
+    def close(self, why: str) -> None:
+        """Closes the socket at once."""
+        if self.closed:
+            return
+        log.debug('%r is closed: %s', self, why)
+        self.ending = True
+        self._release()
+        self._listen_for(0)
+        self.closed = True
+        self._outbox.clear()
+        self._waiting = 0
+        self._count_waiting()
+        self._sock.close()
+        self.broker.gone(self, self._number)
+
+
+_HANDLERS = {
+    'CONNECT': Session._again, 'STOMP': Session._again, 'SEND': Session._send,
+    'SUBSCRIBE': Session._subscribe, 'UNSUBSCRIBE': Session._unsubscribe,
+    'ACK': Session._ack, 'NACK': Session._ack, 'BEGIN': Session._begin,
+    'COMMIT': Session._commit, 'ABORT': Session._abort, 'DISCONNECT': Session._disconnect,
+}  # type: Dict[str, Callable[[Session, WireFrame], None]]
+
+
+# --- the broker --------------------------------------------------------------------------------
+
+class Broker:
+    """A STOMP server on one address. ``start``, then ``stop``; both from any thread.
+
+    tls: an ssl.SSLContext for servers, or None. heartbeat: the shortest interval, in seconds,
+    that is offered in both directions; the larger of it and what a client asks for holds; 0: none.
+    Further keywords are the fields of Limits.
+    """
+
+    BACKLOG = 1024
+
+    def __init__(self, host: str = '127.0.0.1', port: int = 61613, login: str = '',
+                 passcode: str = '', tls: Optional[ssl.SSLContext] = None,
+                 policy: Optional[Policy] = None, heartbeat: float = 0.2,
+                 **limits: Any) -> None:
+        self.limits = Limits(**limits)
+        self.policy = policy or Policy()
+        self.tls = tls
+        self.beat_ms = int(heartbeat * 1000)
+        self.token = '%08x' % int.from_bytes(os.urandom(4), 'big')
+        self.count = Counters()
+        self.now = time.monotonic()
+        self._host, self._port = host, port
+        self._login, self._passcode = login, passcode
+        self._listener = None  # type: Optional[socket.socket]
+        self._waker = None     # type: Optional[socket.socket]
+        self._thread = None    # type: Optional[threading.Thread]
+        self._stopping = False
+        self._sessions = {}      # type: Dict[int, Session]
+        self._destinations = {}  # type: Dict[str, Destination]
+        self._gathering = None   # type: Optional[Topic]
+        self._to_flush = []      # type: List[Session]
+        self._alarms = []        # type: List[Tuple[float, int]]
+        self._accept_again = 0.0
+        self._session_numbers = itertools.count(1)
+        self._message_numbers = itertools.count(1)
+
+    # -- from any thread
+
+    def start(self) -> None:
+        """Listens, and starts the thread. Raises BrokerError where the address can't be had."""
+        _allow_many_sockets()
+        self._stopping = False
+        self._listener = self._listen()
+        self._selector = selectors.DefaultSelector()
+        self._wakee, self._waker = socket.socketpair()
+        self._wakee.setblocking(False)
+        self._selector.register(self._wakee, selectors.EVENT_READ, self._woken)
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._thread = threading.Thread(target=self._run, name='broker', daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> socket.socket:
+        try:
+            found = socket.getaddrinfo(self._host, self._port, 0, socket.SOCK_STREAM, 0,
+                                       socket.AI_PASSIVE)[0]
+            listener = socket.socket(found[0], found[1])
+            try:
+                _claim_port(listener)
+                listener.bind(found[4])
+                listener.listen(self.BACKLOG)
+                listener.setblocking(False)
+            except OSError:
+                listener.close()
+                raise
+        except (OSError, OverflowError) as error:
+            raise BrokerError('the broker cannot listen on %s: %s'
+                              % (_spoken((self._host, self._port)), error))
+        return listener
+
+    @property
+    def address(self) -> Tuple[str, int]:
+        """Host and port that it listens on."""
+        if self._listener is None:
+            raise BrokerError('the broker does not listen')
+        return self._listener.getsockname()[:2]
+
+    def stop(self, timeout: float = 3.0) -> None:
+        """Closes all sockets and ends the thread; waits for it at most ``timeout`` seconds."""
+        if self._thread is None or self._waker is None:
+            return
+        self._stopping = True
+        self._waker.send(b'.')
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            log.error('thread %s still runs %.1f s after stop', self._thread.name, timeout)
+        else:
+            self._waker.close()
+        self._thread = None
+
+    def counters(self) -> Dict[str, int]:
+        """What it did so far, and holds now."""
+        counted = {name: getattr(self.count, name) for name in Counters.NAMES}
+        counted['connections'] = len(self._sessions)
+        counted['destinations'] = len(self._destinations)
+        return counted
+
+    # -- the loop
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._round()
+        except Exception:
+            log.exception('the broker ends')
+        finally:
+            self._close_all()
+
+    def _round(self) -> None:
+        ready = self._selector.select(self._patience())
+        self.now = time.monotonic()
+        for key, events in ready:
+            key.data(events)
+        self._deliver()
+        self._ring()
+
+    def _patience(self) -> Optional[float]:
+        """Seconds until the next alarm."""
+        if not self._alarms:
+            return None
+        return max(0.0, self._alarms[0][0] - time.monotonic())
+
+    def _woken(self, events: int) -> None:
+        self._wakee.recv(64)
+
+    def _close_all(self) -> None:
+        for session in list(self._sessions.values()):
+            session.close('the broker stops')
+        for sock in (self._listener, self._wakee):
+            if sock is not None:
+                sock.close()
+        self._listener = None
+        self._selector.close()
+
+    def _accept(self, events: int) -> None:
+        """Takes the connections that wait."""
+        assert self._listener is not None
+        for _ in range(128):
+            try:
+                sock, peer = self._listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionError):
+                return
+            except OSError as error:
+                return self._pause_accepting(error)
+            self._admit(sock, peer)
+
+    def _pause_accepting(self, error: OSError) -> None:
+        """No descriptors left: waits for some to be closed, without spinning."""
+        log.error('cannot accept a connection: %s', error)
+        self._selector.unregister(self._listener)  # type: ignore[arg-type]
+        heapq.heappush(self._alarms, (self.now + 0.5, 0))
+
+    def _admit(self, sock: socket.socket, peer: Tuple[Any, ...]) -> None:
+        self.count.connections_total += 1
+        if len(self._sessions) >= self.limits.connections:
+            self.count.refused += 1
+            log.warning('%s is sent away: %d connections', _spoken(peer), len(self._sessions))
+            sock.close()
+            return
+        try:
+            session = self._new_session(sock, peer)
+        except (OSError, ValueError) as error:
+            log.info('%s is gone already: %s', _spoken(peer), error)
+            sock.close()
+            return
+        self._selector.register(session._sock, selectors.EVENT_READ, session.ready)
+        session._set_clock()
+
+    def _new_session(self, sock: socket.socket, peer: Tuple[Any, ...]) -> Session:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if self.tls is not None:
+            sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        number = next(self._session_numbers)
+        session = self._sessions[number] = Session(self, sock, peer, number, self.tls is not None)
+        return session
+
+    def _deliver(self) -> None:
+        """Gives out what the round gathered, each session its own in one write."""
+        if self._gathering is not None:
+            self._gathering.flush()
+            self._gathering = None
+        waiting = self._to_flush
+        for session in waiting:            # grows while queues find room
+            session.flush()
+        del waiting[:]
+        if self.count.waiting_bytes > self.limits.waiting_in_all:
+            max(self._sessions.values(), key=lambda session: session.waiting).cut_off()
+
+    def _ring(self) -> None:
+        """Lets the sessions whose time has come look at the clock."""
+        alarms = self._alarms
+        while alarms and alarms[0][0] <= self.now:
+            when, number = heapq.heappop(alarms)
+            session = self._sessions.get(number)
+            if number == 0:
+                self._selector.register(self._listener,  # type: ignore[arg-type]
+                                        selectors.EVENT_READ, self._accept)
+            elif session is not None and session.due == when:
+                session.due = float('inf')
+                session.tick()
+        if self._to_flush:
+            self._deliver()
+
+    # -- for sessions and destinations, on the broker's thread
+
+    def admits(self, login: str, passcode: str) -> bool:
+        """Whether login and passcode are right. The time it takes tells nothing about them."""
+        if not self._login and not self._passcode:
+            return True
+        right = [hmac.compare_digest(ours.encode('utf-8'), theirs.encode('utf-8', 'replace'))
+                 for ours, theirs in ((self._login, login), (self._passcode, passcode))]
+        return all(right)
+
+    def destination(self, name: str) -> Destination:
+        """The topic or queue of that name. What isn't /queue/… is a topic."""
+        place = self._destinations.get(name)
+        if place is None:
+            kind = Queue if name.startswith('/queue/') else Topic
+            place = self._destinations[name] = kind(self, name)
+        return place
+
+    def forget(self, destination: Destination) -> None:
+        """Drops a destination that holds nothing."""
+        if destination.idle:
+            self._destinations.pop(destination.name, None)
+
+    def route(self, frame: WireFrame) -> None:
+        """Gives a SEND to its destination."""
+        envelope = Envelope(frame.headers)
+        name = envelope.destination
+        place = self._destinations.get(name)
+        if place is None:
+            if not name.startswith('/queue/'):
+                self.count.dropped += 1
+                return
+            place = self.destination(name)
+        if self._gathering is not None and self._gathering is not place:
+            self._gathering.flush()
+            self._gathering = None
+        message = Message('%s-%d' % (self.token, next(self._message_numbers)), envelope,
+                          frame.body)
+        place.publish(message, self.policy.audience(name, frame))  # type: ignore[attr-defined]
+
+    def gathering(self, topic: Topic) -> None:
+        """The topic has a batch. One at a time does, so that order holds between topics, too."""
+        self._gathering = topic
+
+    def to_flush(self, session: Session) -> None:
+        self._to_flush.append(session)
+
+    def keep(self, cost: int) -> None:
+        """Accounts bytes that wait in queues or transactions. Raises Fault where it's too much."""
+        if self.count.queued_bytes + cost > self.limits.queued:
+            raise Fault('queues and transactions hold %d bytes already' % self.count.queued_bytes)
+        self.count.queued_bytes += cost
+
+    def let_go(self, cost: int) -> None:
+        self.count.queued_bytes -= cost
+
+    def wake_at(self, session: Session, due: float) -> None:
+        """The session's ``tick`` is called then."""
+        if due < session.due:
+            session.due = due
+            heapq.heappush(self._alarms, (due, session._number))
+
+    def listen_for(self, session: Session, sock: socket.socket, events: int, before: int) -> None:
+        if not events:
+            self._selector.unregister(sock)
+        elif not before:
+            self._selector.register(sock, events, session.ready)
+        else:
+            self._selector.modify(sock, events, session.ready)
+
+    def gone(self, session: Session, number: int) -> None:
+        self._sessions.pop(number, None)
+
+
+def _claim_port(listener: socket.socket) -> None:
+    """On POSIX the port is free at once after a stop; on Windows nobody may share it."""
+    exclusive = getattr(socket, 'SO_EXCLUSIVEADDRUSE', None)
+    if exclusive is not None:
+        listener.setsockopt(socket.SOL_SOCKET, exclusive, 1)
+    else:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if listener.family == getattr(socket, 'AF_INET6', None):
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+
+
+def _allow_many_sockets() -> None:
+    """Raises the process's limit of descriptors, where there is such a thing."""
+    try:
+        import resource
+    except ImportError:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (OSError, ValueError) as error:
+            log.info('at most %d descriptors: %s', soft, error)
+
+
+def _spoken(address: Tuple[Any, ...]) -> str:
+    host = str(address[0])
+    return '%s:%s' % ('[%s]' % host if ':' in host else host, address[1])
+
+
+# --- the command line --------------------------------------------------------------------------
+
+def _arguments(arguments: Optional[List[str]]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description='A STOMP broker.')
+    parser.add_argument('--host', default='127.0.0.1')
+    parser.add_argument('--port', type=int, default=61613)
+    parser.add_argument('--login', default='')
+    parser.add_argument('--passcode', default='')
+    parser.add_argument('--tls-cert', metavar='FILE', help='PEM; turns TLS on')
+    parser.add_argument('--tls-key', metavar='FILE', help='PEM, where it is not in the other file')
+    parser.add_argument('--max-frame', type=int, default=16 * 1024 * 1024, metavar='BYTES')
+    parser.add_argument('-v', '--verbose', action='store_true')
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    """Runs a broker until SIGTERM or Ctrl-C."""
+    chosen = _arguments(arguments)
+    logging.basicConfig(level=logging.DEBUG if chosen.verbose else logging.WARNING,
+                        format='%(asctime)s %(levelname)s %(name)s: %(message)s')
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        tls = None
+        if chosen.tls_cert:
+            tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            tls.load_cert_chain(chosen.tls_cert, chosen.tls_key)
+        broker = Broker(chosen.host, chosen.port, chosen.login, chosen.passcode, tls,
+                        max_frame=chosen.max_frame)
+        broker.start()
+    except (BrokerError, OSError) as error:
+        print('stompbroker: %s' % error, file=sys.stderr)
+        return 1
+    print('listening on %s' % _spoken(broker.address), flush=True)
+    while not stop.wait(3600.0):
+        pass
+    broker.stop()
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
