@@ -934,7 +934,7 @@ class HostPolicy(stompbroker.Policy):
             role.id = machine_id
             self._sessions[machine_id] = session
         if other is not None and other is not session:
-            other.close()
+            other.close('its agent came back on another connection')
 
     def named(self, machine_id: str, name: str) -> None:
         """The host's name for a guest; what is addressed to it by name reaches it from now on."""

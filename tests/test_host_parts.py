@@ -242,7 +242,7 @@ class Session:
         self.policy, self.peer, self.policy_data, self.is_closed = policy, (peer, 1), None, False
         policy.connecting(self, {'vmhost-secret': secret})
 
-    def close(self):
+    def close(self, why):
         self.is_closed = True
         self.policy.closed(self)
 
