@@ -17,6 +17,7 @@ import base64
 import binascii
 import collections
 import contextlib
+import functools
 import hmac
 import http.server
 import inspect
@@ -120,6 +121,7 @@ UNFINISHED = ('queued', 'sent', 'running', 'suspended')
 FINISHED = ('exited', 'signaled', 'timeout', 'failed', 'lost')
 ROWS_AT_ONCE = 1000            # of a list, where the caller names no limit
 ORPHANS_KEPT = 1000
+EVENTS_KEPT = 2 * 1000 * 1000  # however young: a guest may make some thousand in a minute
 
 SCHEMA = """
 CREATE TABLE commands (
@@ -150,7 +152,8 @@ CREATE TABLE guests (
 class Journal:
     """The host's memory and audit trail: a SQLite file. May be used from any thread.
 
-    What ``writing`` has committed is on the disk: it survives the process and the power.
+    What ``writing`` has committed is on the disk: it survives the process and, unless told otherwise,
+    the power.
     A file that is no database, or a torn one, is set aside with a log line, and a new one begun.
     """
 
@@ -163,6 +166,7 @@ class Journal:
         # Guards the reading connection: readers see the last commit, and never wait for a writer.
         self._read_lock = threading.Lock()
         self._closed = False
+        self._durable = True
         try:
             self._open()
         except sqlite3.DatabaseError as error:
@@ -216,10 +220,16 @@ class Journal:
             self._reader.close()
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator['Transaction']:
-        """One durable transaction: all of it or nothing. Raises JournalError."""
+    def writing(self, durable: bool = True) -> Iterator['Transaction']:
+        """One transaction: all of it or nothing. Raises JournalError.
+
+        Not ``durable``: it survives the process, and the power from the next ``sync`` on.
+        """
         with self._lock:
             try:
+                if durable != self._durable:
+                    self._writer.execute('PRAGMA synchronous = ' + ('FULL' if durable else 'NORMAL'))
+                    self._durable = durable
                 self._writer.execute('BEGIN IMMEDIATE')
                 transaction = Transaction(self._writer)
                 try:
@@ -234,6 +244,14 @@ class Journal:
             if transaction.last_event:
                 self.last_event = transaction.last_event
                 self._lock.notify_all()
+
+    def sync(self) -> None:
+        """Brings all that was committed to the disk. Raises JournalError."""
+        try:
+            with open(self.path + '-wal', 'rb+') as log_file:
+                os.fsync(log_file.fileno())
+        except OSError as error:
+            raise JournalError('journal %s: %s' % (self.path, error))
 
     def event(self, type: str, vm: str = '', cmd_id: str = '', text: str = '') -> None:
         """Writes one event."""
@@ -296,6 +314,7 @@ class Journal:
                 'submitted < ? AND cmd_id NOT IN (SELECT cmd_id FROM executions) LIMIT 5000)', when)
             run('DELETE FROM events WHERE seq IN (SELECT seq FROM events WHERE time < ? '
                 'ORDER BY seq LIMIT 20000)', when)
+            run('DELETE FROM events WHERE seq <= (SELECT max(seq) FROM events) - ?', EVENTS_KEPT)
             run('DELETE FROM orphans WHERE received < ?', when)
             run('DELETE FROM guests WHERE last_seen < ? AND id NOT IN '
                 '(SELECT vm_id FROM executions WHERE ended = 0)', when)
@@ -330,6 +349,7 @@ class Transaction:
 # --- guests ----------------------------------------------------------------------------------
 
 LOADS_KEPT = 120               # beacons of which the load is remembered, for the status page
+NOTE_EVERY = 1.0               # seconds between two notes of a guest in the journal
 GUESTS_KEPT = 10000            # ids that may say HELLO
 
 
@@ -347,6 +367,7 @@ class Guest:
         self.heard = 0.0
         self.last_seen = 0.0
         self.clock_offset = 0.0
+        self.noted = -1e9              # monotonic: when it was last journalled
         self.loads = collections.deque(maxlen=LOADS_KEPT)  # type: collections.deque
 
     @property
@@ -426,6 +447,11 @@ class Guests:
             if load:
                 guest.loads.append(dict(load, time=guest.last_seen))
             return True
+
+    def rename(self, guest: Guest, name: str) -> None:
+        """The hypervisor's name for a guest; an id is appended where another one has it."""
+        with self._lock:
+            guest.name = self._free_name(guest.id, name)
 
     def gone(self, id: str) -> Optional[Guest]:
         """A BYE: off the list."""
@@ -698,12 +724,15 @@ class Commands:
                     del self._replies[execution.index]
 
     def finish(self, execution: Execution, results: Dict[str, Any], fetched: bool) -> bool:
-        """Journals the end of an execution, once, then wakes whoever waits. False: it had ended."""
+        """Journals the end of an execution, once, then wakes whoever waits. False: it had ended.
+
+        It survives a loss of power from the journal's next ``sync`` on; the guest has it until CMD_ACK.
+        """
         with self._lock:
             if self._open.get(execution.index) is not execution:
                 return False
         ended, text = time.time(), protocol.write_json(results)
-        with self._journal.writing() as journal:
+        with self._journal.writing(durable=False) as journal:
             changed = journal.execute(
                 'UPDATE executions SET state = ?, ended = ?, results = ?, fetched = ? '
                 'WHERE cmd_id = ? AND vm_id = ? AND ended = 0', results['state'], ended, text,
@@ -1008,6 +1037,9 @@ def neighbour_mac(address: str) -> str:
 TICK = 0.25                    # seconds between looks at the clock
 SLEPT = 5.0                    # seconds that a tick may be late before the host is said to have slept
 RETENTION_EVERY = 60.0         # seconds between looks for what keep_results lets go
+SUSPENDED = ('Paused', 'Saved', 'Saving', 'Restoring', 'LiveSnapshotting', 'OnlineSnapshotting',
+             'TeleportingPausedVM')
+CHIRP_PORT = 9094              # where a guest's Chirp server listens, unless it says otherwise
 MISSING_GRACE = 5.0            # seconds to answer for a command that a HELLO doesn't list
 OUTPUT_SLICE = 256 * 1024      # bytes that one CMD_QUERY asks for, at most
 FRAME_RESERVE = 16 * 1024      # bytes of a frame that are not the command's own
@@ -1110,7 +1142,53 @@ class Host:
         return 'VirtualBox' if self.hypervisor is not None else 'none'
 
     def _start_hypervisor(self) -> None:
-        """VirtualBox comes with the class of that name."""
+        """VirtualBox, where it answers; else the machines are those whose agents say HELLO."""
+        wanted = self.settings.Hypervisor.hypervisor
+        if wanted == 'none':
+            return
+        driver = VirtualBox(self.settings.Network, self.settings.RemoteDesktop, CHIRP_PORT,
+                            os.path.abspath(self.folder.path),
+                            self.settings.Hypervisor.command_timeout, self._vm_event)
+        driver.start_thread()
+        try:
+            version = driver.version()
+            if self.settings.Network.manage:
+                driver.setup_network()
+        except (VMHostError, ValueError) as error:
+            log.log(logging.ERROR if wanted == 'VirtualBox' else logging.INFO,
+                    'VMs can\'t be controlled, all the rest works: %s', error)
+            driver.close()
+            return
+        log.info('VirtualBox %s', version)
+        self.hypervisor = driver
+
+    def _vm_event(self, type: str, vm: str, text: str) -> None:
+        """What VirtualBox shows of a VM changed. On the driver's thread ``vbox-events``."""
+        self.journal.event(type, vm, '', text)
+        log.info('%s: %s %s', vm, type, text)
+        guest = self.guests.find(vm)
+        if type in ('vm-aborted', 'vm-stuck') and guest is not None:
+            for execution in self.commands.open_of(guest.id):
+                if execution.state == 'running':
+                    self.commands.lose(execution, 'the VM ended: %s' % text)
+        elif type in ('vm-added', 'vm-renamed', 'vm-card'):
+            for guest in self.guests.on_list():
+                self._rename(guest)
+
+    def _rename(self, guest: Guest) -> None:
+        """Gives a guest the name that the hypervisor has for it, where it has one."""
+        try:
+            name = self.hypervisor.name_of(guest.id)
+        except VMHostError as error:
+            log.warning('no name for %s: %s', guest.id, error)
+            return
+        if name and name != guest.name:
+            log.info('%s is %s', guest.name, name)
+            self.guests.rename(guest, name)
+            if self.policy is not None:
+                self.policy.named(guest.id, guest.name)
+            self._note_guest(guest)
+            self._greet(guest)
 
     def _broker_host(self) -> str:
         """Broker.host=auto: the host-only interface's address, or loopback without one."""
@@ -1248,13 +1326,17 @@ class Host:
         if news:
             self._note_guest(guest)
         self._greet(guest)
+        if self.hypervisor is not None and is_mac(guest.id) \
+                and not self.hypervisor.known_name(guest.id):
+            # VirtualBox may take its time; the link's thread has none.
+            threading.Thread(target=self._rename, args=(guest,), name='name-lookup', daemon=True).start()
         if isinstance(message.get('cmds'), dict):
             self._reconcile(guest, message.mapping('cmds'))
 
     def _name_for(self, machine_id: str, message: Message) -> str:
         """The hypervisor's name for it; else its own, else its host name, else its id."""
         if self.hypervisor is not None:
-            name = self.hypervisor.name_of(machine_id)
+            name = self.hypervisor.known_name(machine_id)
             if name:
                 return name
         return read_name(message.text('name')) or read_name(message.text('host')) or machine_id
@@ -1278,6 +1360,10 @@ class Host:
             return 0.0
 
     def _note_guest(self, guest: Guest) -> None:
+        now = time.monotonic()
+        if now - guest.noted < NOTE_EVERY:
+            return              # a guest that comes and goes all the time doesn't fill the journal
+        guest.noted = now
         with self.journal.writing() as journal:
             journal.execute('INSERT OR REPLACE INTO guests VALUES (?, ?, ?, ?, ?, ?, ?)',
                             guest.id, guest.name, guest.ip, guest.boot, guest.session,
@@ -1366,6 +1452,7 @@ class Host:
             with self._lock:
                 self._missing.pop(execution.index, None)
             self.commands.finish(execution, results, True)
+            self.journal.sync()
         elif self.commands.finished(cmd_id, sender) is None:
             self.commands.keep_orphan(cmd_id, sender, self.name_of(sender), results)
         self.say(protocol.CMD_ACK.howToSay(sender, cmd_id))
@@ -1414,7 +1501,7 @@ class Host:
 
     def is_suspended(self, vm: str) -> bool:
         """Whether the VM is paused or saved, so that nothing can be heard of it."""
-        return self.hypervisor is not None and self.hypervisor.is_suspended(vm)
+        return self.hypervisor is not None and self.hypervisor.known_state(vm) in SUSPENDED
 
     # What the API asks for.
 
@@ -1516,6 +1603,8 @@ class Host:
         state = execution.state
         if state == 'running' and self.is_suspended(execution.vm):
             state = 'suspended'
+        elif state == 'running' and status.get('state') == 'queued':
+            state = 'queued'        # in the guest, behind max_commands others
         return {'state': state, 'pid': status.get('pid', 0), 'wall': status.get('wall', 0),
                 'resources': status.get('resources', {}), 'processes': status.get('processes', 0),
                 'outSize': status.get('out-size', 0), 'errSize': status.get('err-size', 0),
@@ -2070,6 +2159,7 @@ def shown_results(results: Dict[str, Any]) -> Dict[str, Any]:
     return shown
 
 
+@functools.lru_cache(maxsize=None)
 def api_methods() -> List[str]:
     """The names of the API's own methods, in the order of their definition."""
     return [name for name, value in vars(Api).items()
@@ -2198,9 +2288,12 @@ class Dispatcher:
             return {'faultCode': fault.faultCode, 'faultString': fault.faultString}
 
 
+signature_of = functools.lru_cache(maxsize=None)(inspect.signature)
+
+
 def check_arguments(method: Callable, params: List[Any]) -> List[Any]:
     """The arguments, for a method that takes as many, of these types. Raises InvalidParams."""
-    signature = inspect.signature(method)
+    signature = signature_of(method)
     try:
         bound = signature.bind(*params)
     except TypeError as error:
