@@ -709,6 +709,7 @@ class Link:
         self._lock = threading.Lock()
         self._socket = None                           # type: Any
         self._outbox = bytearray()
+        self._refused = False
         self._stopping = threading.Event()
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._wake_receiver.setblocking(False)
@@ -796,7 +797,7 @@ class Link:
     def _run(self) -> None:
         delay = self._first_delay
         while not self._stopping.is_set():
-            if self._try_candidates():
+            if self._try_candidates() and not self._refused:
                 delay = self._first_delay
             self._sleep(min(LONGEST_DELAY, delay * random.uniform(1, 1.5)))
             delay = min(LONGEST_DELAY, delay * 2)
@@ -842,7 +843,7 @@ class Link:
     def _begin_session(self) -> None:
         self.version = ''
         self._broken = ''
-        self._connected = self._was_up = False
+        self._connected = self._was_up = self._refused = False
         self._farewell_confirmed = False
         self._unconfirmed = {'subscribed-%d' % n for n in range(len(self._subscriptions))}
         self._reader = FrameReader(SERVER_COMMANDS, '1.0', max_body=self._max_body)
@@ -1085,6 +1086,7 @@ class Link:
         self._call(self._on_up, self)
 
     def _on_error(self, message: Dict[str, Any]) -> str:
+        self._refused = True       # what a broker refuses once, it refuses again a second later
         raise RemoteError('broker says: %s %s' % (
             message['headers'].get('message', ''), message['body'].strip()[:500]))
 

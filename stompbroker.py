@@ -9,7 +9,6 @@ needs a lock; ``start``, ``stop``, ``counters`` and ``address`` may be called fr
 
 import argparse
 import collections
-import errno
 import heapq
 import hmac
 import itertools
@@ -23,10 +22,10 @@ import ssl
 import sys
 import threading
 import time
-from typing import Any, Callable, Deque, Dict, Iterable, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import protocol
-from protocol import CLIENT_COMMANDS, FrameReader, LocalError, RemoteError, WireFrame
+from protocol import CLIENT_COMMANDS, FrameReader, RemoteError, WireFrame
 
 log = logging.getLogger('vmhost.broker')
 
@@ -272,9 +271,9 @@ class Queue(Destination):
 
     def __init__(self, broker: 'Broker', name: str) -> None:
         super().__init__(broker, name)
-        self._messages = collections.deque()  # type: Deque[Message]
+        self._messages = collections.deque()  # type: collections.deque[Message]
         self._refused = []                    # type: List[Message]
-        self._turns = collections.deque()     # type: Deque[Subscription]
+        self._turns = collections.deque()     # type: collections.deque[Subscription]
 
     @property
     def idle(self) -> bool:
@@ -384,7 +383,7 @@ class Session:
         self._sock = sock
         self._handshake = handshake
         self._reader = FrameReader(CLIENT_COMMANDS, max_body=broker.limits.max_frame)
-        self._outbox = collections.deque()  # type: Deque[Any]
+        self._outbox = collections.deque()  # type: collections.deque[Any]
         self._waiting = 0                  # bytes in the outbox
         self._counted = 0                  # of these, in the broker's counter
         self._to_flush = False

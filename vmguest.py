@@ -13,7 +13,6 @@ forked from one (the fork server) that was forked before any thread began.
 """
 
 import base64
-import errno
 import fcntl
 import hashlib
 import json
@@ -82,7 +81,6 @@ class Network:
     def gateways(self) -> List[str]:
         """The default gateways."""
         if not self._has_proc():
-            import_netifaces()
             gateways = import_netifaces().gateways()
             return [gateway[0] for gateway in gateways.get(socket.AF_INET, [])]
         return [address for interface, target, address, mask in self._routes()
@@ -209,6 +207,14 @@ def folder_name(cmd_id: str) -> str:
     return 'x-' + hashlib.sha256(cmd_id.encode('utf-8', 'surrogateescape')).hexdigest()
 
 
+def unrun_result(state: str, error: str) -> Dict[str, Any]:
+    """The results of what never ran, or of which nothing is known."""
+    return {'format': FORMAT, 'state': state, 'error': error, 'finished': False,
+            'exitCodeOrSignal': -1, 'resources': dict.fromkeys(protocol.RUSAGE_FIELDS, 0),
+            'wall': 0.0, 'started': 0.0, 'ended': time.time(),
+            'out-truncated': False, 'err-truncated': False}
+
+
 def write_file(path: str, text: str) -> None:
     """Writes a small file so that it is either whole on the disk, or not there."""
     with open(path + '.new', 'w') as file:
@@ -242,6 +248,8 @@ class Command:
         self.told = 0.0                # monotonic: when its status was last sent
         self.begun = 0.0               # monotonic: when the fork server was asked
         self.acked = False
+        self.ended = False             # whether its result is there, as far as the agent has seen
+        self.signals = []              # type: List[int]
         self.request = {}              # type: Dict[str, Any]
 
     def path(self, name: str) -> str:
@@ -290,6 +298,17 @@ class Command:
         except (OSError, ValueError, KeyError, TypeError):
             return 0
 
+    def wall(self) -> float:
+        """Seconds since the program began; 0 where it hasn't."""
+        try:
+            return max(0.0, time.monotonic() - float(self.read('process.json')['begin']))
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0.0
+
+    def progress(self) -> str:
+        """What the program wrote into $VM_PROGRESS_FILE."""
+        return self.slice('progress', 0, LARGEST_PROGRESS).decode('utf-8', 'replace').strip()
+
     def state(self) -> str:
         """queued, running, or how it ended."""
         if self.has('result.json'):
@@ -301,11 +320,7 @@ class Command:
 
     def end(self, state: str, error: str, **more: Any) -> None:
         """Writes a result for what has none."""
-        result = {'format': FORMAT, 'state': state, 'error': error, 'finished': False,
-                  'exitCodeOrSignal': -1, 'resources': dict.fromkeys(protocol.RUSAGE_FIELDS, 0),
-                  'wall': 0.0, 'started': 0.0, 'ended': time.time(),
-                  'out-truncated': False, 'err-truncated': False}
-        write_file(self.path('result.json'), json.dumps(dict(result, **more)))
+        write_file(self.path('result.json'), json.dumps(dict(unrun_result(state, error), **more)))
 
     def empty(self) -> None:
         """Deletes the files; the folder stays, so that the command isn't run again."""
@@ -478,6 +493,9 @@ def peak_memory(pid: int, fields: List[str]) -> int:
 # --- runner ----------------------------------------------------------------------------------
 
 DRAIN = 2.0                    # seconds for the pipes to be emptied after the end of the process
+FIRST_LOOK = 0.002             # seconds between the first two looks at a program's memory
+LONGEST_LOOK = 0.25
+EXEC_NEEDS = 1024              # KiB that a child may still touch on its way into exec
 PUMP = 256 * 1024              # bytes read from a pipe at a time
 LIMITS = {'as': resource.RLIMIT_AS, 'cpu': resource.RLIMIT_CPU, 'fsize': resource.RLIMIT_FSIZE,
           'nofile': resource.RLIMIT_NOFILE, 'nproc': getattr(resource, 'RLIMIT_NPROC', None)}
@@ -502,6 +520,10 @@ class Runner:
         self.failure = ''              # why writing the spool failed
         self.timed_out = False
         self.kill_at = None            # type: Optional[float]
+        self.floor = 0                 # KiB below which wait4 can't tell the program's peak memory
+        self.peak = 0                  # KiB that the program was seen to have, as long as below that
+        self.next_look = None          # type: Optional[float]
+        self.look_every = FIRST_LOOK
 
     def claim(self) -> bool:
         """Takes the lock of the command; False where a runner had it before."""
@@ -527,6 +549,7 @@ class Runner:
         while not self._has_ended():
             self._pump(wakeup, self._patience(deadline))
             self._enforce(deadline)
+            self._look_at_memory()
         status, usage = self.status
         ended = time.monotonic()
         while self.pipes and time.monotonic() < ended + DRAIN and not self.failure:
@@ -557,7 +580,7 @@ class Runner:
         self.pid = os.fork()
         if self.pid == 0:
             try:
-                self._become_command(stdin, outs['out'][1], outs['err'][1])
+                self._become_command(stdin, outs['out'][1], outs['err'][1], report)
             except BaseException as error:      # nothing of the runner may run twice
                 os.write(report, json.dumps([type(error).__name__, str(error)]).encode()[:4096])
             finally:
@@ -569,13 +592,20 @@ class Runner:
             os.set_blocking(reader, False)
             target = os.open(self.command.path(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             self.pipes[reader] = (name, target)
-        told = os.read(failure, 8192)
-        os.close(failure)
-        if told:
-            os.waitpid(self.pid, 0)
-            kind, text = json.loads(told.decode())
-            raise StartError(kind, text)
+        self._hear_of_start(failure)
         self._write_process()
+
+    def _hear_of_start(self, failure: int) -> None:
+        """What the child told before it became the program: its memory, or why it couldn't."""
+        with os.fdopen(failure, 'rb') as told:
+            lines = told.read().splitlines()       # to the end: exec closes the other side
+        if lines[-1:] and lines[-1].startswith(b'['):
+            os.waitpid(self.pid, 0)
+            kind, text = json.loads(lines[-1].decode())
+            raise StartError(kind, text)
+        if lines:
+            self.floor = int(lines[0]) + EXEC_NEEDS
+            self.next_look = time.monotonic()
 
     def _write_process(self) -> None:
         with open(self.command.path('process.json.new'), 'w') as file:
@@ -589,7 +619,7 @@ class Runner:
         path = os.path.join(self.request['root'], name) if name else os.devnull
         return os.open(path, os.O_RDONLY)
 
-    def _become_command(self, stdin: int, out: int, err: int) -> None:
+    def _become_command(self, stdin: int, out: int, err: int, report: int) -> None:
         """In the child: session, descriptors, user, limits, folder; then the program. Never returns."""
         os.setsid()
         for source, target in ((stdin, 0), (out, 1), (err, 2)):
@@ -613,6 +643,7 @@ class Runner:
         os.chdir(os.path.join(request['root'], request['path']))
         for number in (signal.SIGPIPE, signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
+        os.write(report, b'%d\n' % resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         os.execvpe(request['cmd'], [request['cmd']] + request['args'], env)
 
     def _find_user(self, name: Optional[str]) -> Any:
@@ -641,7 +672,7 @@ class Runner:
         return pid != 0
 
     def _patience(self, deadline: Optional[float]) -> float:
-        due = [moment for moment in (None if self.timed_out else deadline, self.kill_at)
+        due = [moment for moment in (None if self.timed_out else deadline, self.kill_at, self.next_look)
                if moment is not None]
         return max(0.0, min(due) - time.monotonic()) if due else 60.0
 
@@ -687,6 +718,24 @@ class Runner:
             self.kill_at = now + 1
             signal_session(self.pid, signal.SIGKILL)
 
+    def _look_at_memory(self) -> None:
+        """Looks at the peak memory of a program that needs less than the process it was forked from.
+
+        Linux keeps the peak across exec, so that wait4 can't tell less than ``floor``. Above it
+        wait4 is exact, and nobody needs to look any more.
+        """
+        now = time.monotonic()
+        if self.next_look is None or now < self.next_look:
+            return
+        self.peak = max(self.peak, int(live_usage(self.pid)[1].get('ru_maxrss', 0)))
+        self.look_every = min(LONGEST_LOOK, 2 * self.look_every)
+        self.next_look = now + self.look_every if self.peak < self.floor else None
+
+    def _memory(self, usage: Any) -> int:
+        if usage.ru_maxrss > self.floor or not self.peak:
+            return usage.ru_maxrss
+        return min(self.peak, usage.ru_maxrss)
+
     def _end_session(self) -> None:
         """After a timeout: no process of the session stays."""
         while signal_session(self.pid, 0):
@@ -705,6 +754,7 @@ class Runner:
         if self.failure:
             state, error = 'failed', self.failure
         resources = {name: getattr(usage, name) for name in protocol.RUSAGE_FIELDS}
+        resources['ru_maxrss'] = self._memory(usage)
         self._finish(state, error, finished=exited and state == 'exited', exitCodeOrSignal=code,
                      resources=resources, wall=ended - self.begin, started=self.started,
                      **{'out-truncated': self.truncated['out'], 'err-truncated': self.truncated['err']})
@@ -787,7 +837,9 @@ class ForkServer:
         with requests.makefile('rb') as lines:
             for line in lines:
                 if os.fork() == 0:
-                    requests.close()
+                    # Not requests.close(): ``lines`` would keep it open, and the agent would
+                    # not notice the fork server's death while a runner lives.
+                    os.close(requests.fileno())
                     try:
                         run_command(os.fsdecode(line.rstrip(b'\n')), self._done_writer)
                     finally:
@@ -818,3 +870,772 @@ class ForkServer:
             log.debug('the fork server was waited for already')
         for descriptor in (self.done, self._done_writer):
             os.close(descriptor)
+
+
+# --- the agent -------------------------------------------------------------------------------
+
+RESEND_EVERY = 30.0            # seconds between two sendings of results that nobody acknowledged
+FIRST_STATUS = 0.05            # seconds after which a command that still runs is reported
+START_PATIENCE = 10.0          # seconds after which a runner that shows nothing is asked for again
+POLL = 1.0                     # seconds between looks at commands that runners can't report
+HOUSEKEEPING_EVERY = 60.0
+LARGEST_INLINE = 256 * 1024    # bytes of a stream that a word carries, at most
+LARGEST_WORD = 900 * 1000      # bytes of a body, below what a broker takes (max_frame)
+LARGEST_PROGRESS = 4096        # bytes of a progress file
+REFUSALS_KEPT = 10000
+
+
+class Agent:
+    """The guest agent: ``start``, ``run``, ``stop``.
+
+    The heard_… methods run on the link's thread; ``run`` and ``tick`` on the main thread.
+    """
+    side = 'guest'
+
+    def __init__(self, settings: Any, fork_server: ForkServer, network: Optional[Network] = None) -> None:
+        """``fork_server``: made before any thread was."""
+        self.settings = settings
+        self.fork_server = fork_server
+        self.network = network or Network()
+        self.root = os.path.abspath(settings.VM.dir_to_serve)
+        self.id = read_id(settings.VM.id) if settings.VM.id != 'auto' else ''
+        self.name = settings.VM.name or socket.gethostname()
+        self.boot = read_boot_id()
+        self.session = os.urandom(8).hex()
+        self.beacon_interval = max(0.5, settings.VM.beacon_interval)
+        self.spool = None              # type: Optional[Spool]
+        self.aint = 0
+        self.stopping = False
+        self.restart = ''              # why the agent should begin anew, as another process image
+        # Guards the two tables below. Held for moments; never while something is said, or run.
+        self._lock = threading.Lock()
+        self._commands = {}            # type: Dict[str, Command]
+        self._refused = {}             # type: Dict[str, Dict[str, Any]]
+        self._wakeup, self._waker = os.pipe()
+        os.set_blocking(self._wakeup, False)
+        os.set_blocking(self._waker, False)
+        now = time.monotonic()
+        self._next_beacon = self._next_poll = now
+        self._next_housekeeping = now + HOUSEKEEPING_EVERY
+        broker = settings.Broker
+        self.link = protocol.Link(
+            self._brokers, [(protocol.CMD_REQUESTS, 'auto')], self._link_up, self._hear,
+            self._link_down, broker.username, broker.password, broker.heartbeat,
+            protocol.client_tls(broker.ca_file) if broker.tls else None)
+
+    # Start and stop.
+
+    def start(self) -> None:
+        """Begins to look for the broker. Raises GuestError where the served folder can't be used."""
+        if not os.path.isdir(self.root):
+            raise GuestError('[VM] dir_to_serve %s is no folder' % self.root)
+        if self.id:
+            self._open_spool()
+        self.link.start()
+        log.info('vmguest %s runs as pid %d: broker %s:%d, serves %s', protocol.VERSION, os.getpid(),
+                 self.settings.Broker.host, self.settings.Broker.port, self.root)
+
+    def run(self) -> None:
+        """Works until it is told to stop. On the main thread."""
+        signal.set_wakeup_fd(self._waker)
+        while not self.stopping and not self.restart:
+            select.select([self._wakeup, self.fork_server.done], [], [], self._patience())
+            drain(self._wakeup)
+            try:
+                self.tick()
+            except Exception:       # the agent lives on, whatever one tick met
+                log.exception('in the tick')
+
+    def wake(self) -> None:
+        """Has the main thread look at its clock and the spool now. From any thread."""
+        try:
+            os.write(self._waker, b'w')
+        except BlockingIOError:
+            log.debug('the main thread is awake already')
+
+    def stop(self) -> None:
+        """Says BYE, and leaves; the runners go on."""
+        self.stopping = True
+        self.say(protocol.BYE.howToSay(self.id, self.ip, self.restart or 'the agent stops'))
+        self.link.close()
+        self.fork_server.stop()
+        if self.spool is not None:
+            self.spool.close()
+        signal.set_wakeup_fd(-1)
+        for descriptor in (self._wakeup, self._waker):
+            os.close(descriptor)
+
+    # The link.
+
+    @property
+    def ip(self) -> str:
+        """The address by which the broker sees this machine."""
+        return self.link.local_address[0]
+
+    def _brokers(self) -> List[Tuple[str, int]]:
+        host, port = self.settings.Broker.host, self.settings.Broker.port
+        if host != 'auto':
+            return [(host, port)]
+        known = [self.link.peer_address[0]] if self.link.peer_address[0] else []
+        return [(candidate, port) for candidate in dict.fromkeys(known + self.network.candidates())]
+
+    def _link_up(self, link: protocol.Link) -> None:
+        if not self._settle_id():
+            return
+        self._say_hello()
+        with self._lock:
+            commands = list(self._commands.values())
+        for command in commands:
+            command.sent = 0.0
+        self._next_beacon = time.monotonic() + self.beacon_interval
+        self.wake()
+
+    def _link_down(self, reason: str) -> None:
+        if not self.stopping:
+            log.warning('no connection to the broker: %s', reason)
+
+    def _settle_id(self) -> bool:
+        """Finds the id at the first connection. False: the agent has to begin anew."""
+        if self.settings.VM.id != 'auto':
+            return True
+        cards = {self.network.mac_of(name) for name in self.network.interfaces()}
+        if self.id and (self.id in cards or not cards):
+            return True             # whichever card carries this connection: the machine is the same
+        found = self.find_id()
+        if self.id and found != self.id:
+            self._begin_anew('the network card %s was exchanged for %s' % (self.id, found))
+            return False
+        self.id = found
+        try:
+            self._open_spool()
+        except GuestError as error:
+            self.id = ''
+            self._begin_anew(str(error))
+            return False
+        return True
+
+    def find_id(self) -> str:
+        """The MAC of the card that carries the connection; the machine's name where there is none."""
+        card = self.settings.VM.network_interface
+        if card == 'auto':
+            card = self.network.interface_with(self.ip)
+        mac = self.network.mac_of(card) if card else ''
+        if card and not mac and self.settings.VM.network_interface != 'auto':
+            log.error('[VM] network_interface %s has no MAC address', card)
+        return mac or folder_name(socket.gethostname())
+
+    def _begin_anew(self, why: str) -> None:
+        self.restart = why
+        self.wake()
+
+    def say(self, message: Message) -> bool:
+        """Publishes a word. False where there is no connection to the broker."""
+        if not self.id:
+            return False
+        headers = dict(message.headers, timestamp=protocol.timestamp())
+        headers['from'] = self.id
+        return self.link.send(message.topic, headers, message.body())
+
+    def _hear(self, frame: Any) -> None:
+        """One MESSAGE. What isn't a word for this guest is dropped, the former counted."""
+        if not self.id or not protocol.is_addressed(frame.headers.get('to', ''), self.id, self.name):
+            return
+        try:
+            protocol.hear(self, protocol.interpret(frame.headers, frame.body))
+        except protocol.BadWord as error:
+            self.aint += 1
+            log.info('AINT: %s', error)
+
+    # Words.
+
+    def heard_aint(self, message: Message) -> None:
+        """An unknown word, or one that isn't for a guest."""
+        self.aint += 1
+        log.info('AINT: %.40r', message.word)
+
+    def heard_bye(self, message: Message) -> None:
+        """The host goes; it will be back."""
+        log.info('the host says BYE: %.200s', message.text('reason'))
+
+    def heard_hello(self, message: Message) -> None:
+        """To all: announce yourselves. To this guest: the host's name for it, and its wishes."""
+        if message.headers.get('to') == '*':
+            self._say_hello()
+            return
+        self.name = message.text('name', self.name)
+        interval = message.number('beacon_interval', self.beacon_interval)
+        self.beacon_interval = min(max(0.5, interval), 3600.0)
+        log.info('joined the host at %s as %s, id %s', self.link.peer_address[0], self.name, self.id)
+
+    def _say_hello(self) -> None:
+        facts = self.facts()
+        with self._lock:
+            commands = dict(self._commands)
+        states = {cmd_id: command.state() for cmd_id, command in commands.items()}
+        if len(protocol.write_json(states)) < LARGEST_WORD:
+            facts['cmds'] = states      # else the host asks for each
+        self.say(protocol.HELLO.howToSay(self.id, self.ip, **facts))
+
+    def facts(self) -> Dict[str, Any]:
+        """What a HELLO tells of this machine; mem in bytes."""
+        facts = {'host': socket.gethostname(), 'boot': self.boot, 'session': self.session,
+                 'os': platform.platform(), 'python': platform.python_version(),
+                 'version': protocol.VERSION, 'cpus': os.cpu_count() or 0,
+                 'mem': memory('MemTotal')}  # type: Dict[str, Any]
+        if self.settings.VM.name:
+            facts['name'] = self.settings.VM.name
+        return facts
+
+    def heard_cmd_run(self, message: Message) -> None:
+        """Claims the spool folder, and has it run; or answers for what was claimed before."""
+        cmd_id = message.text('cmd-id')
+        if not cmd_id:
+            raise protocol.BadWord('CMD_RUN: no cmd-id')
+        with self._lock:
+            refused = self._refused.get(cmd_id)
+        if refused is not None:
+            self._tell_results(cmd_id, refused)
+            return
+        try:
+            command = self._spool.claim(cmd_id)
+        except OSError as error:
+            self._refuse(cmd_id, error)
+            return
+        if command is None:
+            self._answer_again(cmd_id)
+            return
+        log.info('%s: asked for', cmd_id)
+        try:
+            self._accept(command, message)
+        except OSError as error:
+            self._refuse(cmd_id, error)
+            return
+        with self._lock:
+            self._commands[cmd_id] = command
+        if command.has('result.json'):
+            self._send_results(command)
+        else:
+            self._start_waiting()
+            self.wake()
+
+    @property
+    def _spool(self) -> Spool:
+        assert self.spool is not None      # words are heard once the id, and so the spool, is known
+        return self.spool
+
+    def _accept(self, command: Command, message: Message) -> None:
+        """Writes down what was asked for. Raises OSError."""
+        try:
+            request = read_request(message, self.settings.VM)
+            failure = ''
+        except protocol.BadWord as error:
+            request, failure = {}, 'BadWord: %s' % error
+        stdin = request.pop('stdin', None)
+        if stdin is not None:
+            with open(command.path('stdin'), 'wb') as file:
+                file.write(stdin)
+            request['stdin'] = True
+        request.update({'cmd-id': command.cmd_id, 'format': FORMAT, 'boot': self.boot,
+                        'root': self.root, 'received': time.time()})
+        command.request = request
+        write_file(command.path('request.json'), json.dumps(request))
+        sync_folder(command.folder)
+        if failure:
+            command.end('failed', failure)
+
+    def _refuse(self, cmd_id: str, error: OSError) -> None:
+        """A command that can't be written down (a full disk) never runs, and fails with that error."""
+        log.error('%s can\'t be taken: %s', cmd_id, error)
+        result = unrun_result('failed', describe_error(error))
+        with self._lock:
+            if len(self._refused) >= REFUSALS_KEPT:
+                del self._refused[next(iter(self._refused))]
+            self._refused[cmd_id] = result
+        self._tell_results(cmd_id, result)
+
+    def _answer_again(self, cmd_id: str) -> None:
+        """For a command whose folder is there: status or results, once more; it isn't run."""
+        with self._lock:
+            command = self._commands.get(cmd_id)
+        if command is None:
+            command = Command(cmd_id, os.path.join(self._spool.folder, folder_name(cmd_id)))
+            if not command.has('result.json'):
+                self._tell_results(cmd_id, unrun_result(
+                    'lost', 'it ran before; its results were acknowledged, and let go'))
+                return
+            command.request = command.read('request.json')
+        if command.has('result.json'):
+            self._send_results(command)
+        else:
+            self._tell_status(command)
+
+    def heard_cmd_query(self, message: Message) -> None:
+        """How far it is, with slices of its output where they are asked for."""
+        cmd_id = message.text('cmd-id')
+        command = self._find(cmd_id)
+        if command is None:
+            self.say(protocol.CMD_STATUS.howToSay(cmd_id, 'unknown', error='not in the spool'))
+            return
+        length = int(min(max(0, message.number('max', LARGEST_INLINE)), LARGEST_INLINE))
+        slices = {}  # type: Dict[str, Any]
+        for stream in ('out', 'err'):
+            if message.get(stream + '-offset') is not None:
+                offset = int(max(0, message.number(stream + '-offset')))
+                slices[stream + '-offset'] = offset
+                put_bytes(slices, stream, command.slice(stream, offset, length))
+        self._tell_status(command, **slices)
+
+    def _find(self, cmd_id: str) -> Optional[Command]:
+        """A command that has files in the spool, acknowledged or not."""
+        with self._lock:
+            command = self._commands.get(cmd_id)
+        if command is None:
+            command = Command(cmd_id, os.path.join(self._spool.folder, folder_name(cmd_id)))
+        return command if command.has('request.json') else None
+
+    def heard_cmd_signal(self, message: Message) -> None:
+        """Signals all processes of a command; one that waits for its turn fails instead."""
+        with self._lock:
+            command = self._commands.get(message.text('cmd-id'))
+        if command is None or command.has('result.json'):
+            return
+        number = signal_number(message.text('signal', 'TERM'))
+        log.info('%s: signal %d', command.cmd_id, number)
+        if not command.begun and not command.has('runner'):
+            command.end('failed', 'signal %d before it began' % number)
+            self._send_results(command)
+        elif not command.process():
+            command.signals.append(number)
+        else:
+            signal_session(command.process(), number)
+
+    def heard_cmd_ack(self, message: Message) -> None:
+        """The host has the results; they stay for keep_spool, and then go."""
+        cmd_id = message.text('cmd-id')
+        with self._lock:
+            command = self._commands.get(cmd_id)
+            refused = self._refused.get(cmd_id)
+        if refused is not None:
+            refused['acked'] = True
+        if command is None or not command.has('result.json'):
+            return
+        try:
+            open(command.path('acked'), 'w').close()
+        except OSError as error:
+            log.warning('%s: acknowledged, but %s', cmd_id, describe_error(error))
+            return              # it is sent again, and acknowledged again
+        with self._lock:
+            self._commands.pop(cmd_id, None)
+        log.info('%s: acknowledged', cmd_id)
+
+    # Running.
+
+    def _open_spool(self) -> None:
+        """Finds what earlier agents left. Raises GuestError."""
+        self.spool = Spool(self.root, self.id)
+        for command in self.spool.load():
+            if command.acked:
+                continue
+            with self._lock:
+                self._commands[command.cmd_id] = command
+            if not command.has('result.json'):
+                self._take_up(command)
+        self._start_waiting()
+
+    def _take_up(self, command: Command) -> None:
+        """What an earlier agent left unfinished goes on, or is lost."""
+        if command.request.get('boot') != self.boot:
+            self._lose(command, 'the guest was rebooted')
+        elif command.has('runner') and not command.runner_lives():
+            self._lose_unless_ended(command)
+        else:
+            log.info('%s: goes on', command.cmd_id)
+
+    def _lose_unless_ended(self, command: Command) -> None:
+        """For a runner that is gone: its result may have been its last deed."""
+        if not command.has('result.json'):
+            self._lose(command, 'its runner was killed')
+
+    def _lose(self, command: Command, why: str) -> None:
+        log.warning('%s: lost: %s', command.cmd_id, why)
+        command.end('lost', why)
+
+    def _start_waiting(self) -> None:
+        """Has those begun that wait for their turn, in the order in which they came."""
+        limit = self.settings.VM.max_commands
+        with self._lock:
+            unended = [command for command in self._commands.values() if not command.ended]
+        running = [command for command in unended if command.begun or command.has('runner')]
+        room = limit - len(running) if limit else len(unended)
+        for command in unended:
+            if room > 0 and not command.begun and not command.has('runner') \
+                    and not command.has('result.json'):
+                room -= 1
+                self._begin(command)
+
+    def _begin(self, command: Command) -> None:
+        command.begun = time.monotonic()
+        log.debug('%s: begins', command.cmd_id)
+        if not self.fork_server.run(command.folder):
+            command.begun = 0.0
+            self._begin_anew('the fork server died')
+
+    # The clock.
+
+    def _patience(self) -> float:
+        """Seconds until something is due."""
+        now = time.monotonic()
+        due = [self._next_beacon, self._next_housekeeping]
+        with self._lock:
+            commands = list(self._commands.values())
+        if commands or self._refused:
+            due.append(self._next_poll)
+        due += [command.begun + FIRST_STATUS for command in commands
+                if command.begun and not command.told and not command.ended]
+        return max(0.0, min(due) - now)
+
+    def tick(self) -> None:
+        """What time and the runners bring."""
+        now = time.monotonic()
+        for name in self.fork_server.finished():
+            self._runner_ended(name)
+        self._tell_first_statuses(now)
+        if now >= self._next_poll:
+            self._next_poll = now + POLL
+            self._poll(now)
+        if now >= self._next_beacon:
+            self._next_beacon = now + self.beacon_interval
+            self._say_still_alive()
+        if now >= self._next_housekeeping:
+            self._next_housekeeping = now + HOUSEKEEPING_EVERY
+            self._keep_house()
+
+    def _runner_ended(self, name: str) -> None:
+        with self._lock:
+            ended = [command for command in self._commands.values()
+                     if os.path.basename(command.folder) == name]
+        for command in ended:
+            if command.has('result.json'):
+                self._send_results(command)
+        self._start_waiting()
+
+    def _tell_first_statuses(self, now: float) -> None:
+        """A short command is reported once, by its results; a longer one by its status, too."""
+        with self._lock:
+            commands = list(self._commands.values())
+        for command in commands:
+            if not command.told and not command.ended and \
+                    (not command.begun or now >= command.begun + FIRST_STATUS):
+                self._tell_status(command)
+
+    def _poll(self, now: float) -> None:
+        """Looks at each command that isn't over; sends again what nobody acknowledged."""
+        with self._lock:
+            commands = list(self._commands.values())
+            refused = [(cmd_id, result) for cmd_id, result in self._refused.items()
+                       if not result.get('acked')]
+        for command in commands:
+            if command.has('result.json'):
+                if now - command.sent >= RESEND_EVERY or not command.sent:
+                    self._send_results(command)
+            elif command.has('runner'):
+                self._look_after(command, now)
+            elif command.begun and now - command.begun > START_PATIENCE:
+                self._begin(command)
+        for cmd_id, result in refused:
+            if now - result.get('sent', 0.0) >= RESEND_EVERY:
+                self._tell_results(cmd_id, result)
+        self._start_waiting()
+
+    def _look_after(self, command: Command, now: float) -> None:
+        """A command that runs: its runner may have been killed, its status or a signal be due."""
+        if not command.runner_lives():
+            self._lose_unless_ended(command)
+            return
+        if command.signals and command.process():
+            signal_session(command.process(), command.signals.pop(0))
+        interval = command.request.get('status-interval', 0)
+        if interval and now - command.told >= interval:
+            self._tell_status(command)
+
+    def _say_still_alive(self) -> None:
+        with self._lock:
+            running = sum(not command.ended for command in self._commands.values())
+        load = {'running': running, 'mem_free': memory('MemAvailable'), 'uptime': uptime()}
+        try:
+            load['load1'] = os.getloadavg()[0]
+            disk = os.statvfs(self.root)
+            load['disk_free'] = disk.f_bavail * disk.f_frsize
+        except OSError as error:
+            log.debug('load: %s', error)
+        self.say(protocol.STILL_ALIVE.howToSay(self.id, self.ip, **load))
+
+    def _keep_house(self) -> None:
+        if self.spool is not None:
+            vm = self.settings.VM
+            for cmd_id in self.spool.let_go(vm.keep_spool, vm.dedupe_ttl):
+                log.debug('%s: its files are let go', cmd_id)
+
+    # What is told of a command.
+
+    def _tell_status(self, command: Command, **slices: Any) -> None:
+        command.told = time.monotonic()
+        keys = {'out-size': command.size('out'), 'err-size': command.size('err'),
+                'progress': command.progress()}  # type: Dict[str, Any]
+        state, pid = command.state(), command.process()
+        if state == 'running' and pid:
+            processes, resources = live_usage(pid)
+            keys.update(pid=pid, processes=processes, resources=resources, wall=command.wall())
+        self.say(protocol.CMD_STATUS.howToSay(command.cmd_id, state, **dict(keys, **slices)))
+
+    def _send_results(self, command: Command) -> None:
+        command.ended = True
+        command.sent = time.monotonic()
+        try:
+            result = command.read('result.json')
+        except (OSError, ValueError) as error:
+            result = self._mend_result(command, error)
+        result.update(self._streams(command))
+        result['spool'] = self._spool.chirp_path + '/' + os.path.basename(command.folder)
+        log.info('%s: %s', command.cmd_id, result.get('state'))
+        self._tell_results(command.cmd_id, result)
+
+    def _mend_result(self, command: Command, error: Exception) -> Dict[str, Any]:
+        """A torn result.json is set aside, and the command is lost."""
+        aside = command.path('result.json.corrupt-%d' % time.time())
+        log.error('%s is damaged (%s): set aside as %s', command.path('result.json'), error, aside)
+        os.rename(command.path('result.json'), aside)
+        command.end('lost', 'its result was damaged: %s' % error)
+        return command.read('result.json')
+
+    def _streams(self, command: Command) -> Dict[str, Any]:
+        """The tails of both streams that go with the results, as large as the word may be."""
+        room = int(min(command.request.get('inline-output', self.settings.VM.inline_output),
+                       LARGEST_INLINE))
+        while True:
+            found = {}  # type: Dict[str, Any]
+            for stream in ('out', 'err'):
+                put_tail(found, stream, command, room)
+            if len(protocol.write_json(found)) < LARGEST_WORD:
+                return found
+            room //= 2
+
+    def _tell_results(self, cmd_id: str, result: Dict[str, Any]) -> None:
+        result['sent'] = time.monotonic()
+        told = {key: value for key, value in result.items() if key not in ('format', 'sent', 'acked')}
+        self.say(protocol.CMD_RESULTS.howToSay(cmd_id, told))
+
+
+def read_id(text: str) -> str:
+    """An id as the host knows it: MACs in upper case."""
+    return text.upper() if re.fullmatch('(?:[0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}', text) else text
+
+
+def read_request(message: Message, defaults: Any) -> Dict[str, Any]:
+    """What a CMD_RUN asks for, of the right types, with this guest's defaults. Raises BadWord."""
+    request = {'cmd': message.text('cmd'), 'path': message.text('path'),
+               'args': [as_text('args', value) for value in message.sequence('args')],
+               'env': {name: as_text('env', value) for name, value in message.mapping('env').items()},
+               'env-clear': message.flag('env-clear'), 'user': message.text('user'),
+               'fileForStdin': message.text('fileForStdin'), 'nice': int(message.number('nice')),
+               'timeout': message.number('timeout'),
+               'kill-after': message.number('kill-after', defaults.kill_after),
+               'status-interval': message.number('status-interval'),
+               'output-limit': int(message.number('output-limit', defaults.output_limit)),
+               'inline-output': int(message.number('inline-output', defaults.inline_output)),
+               'limits': {name: int(message_number(value))
+                          for name, value in message.mapping('limits').items()}}  # type: Dict[str, Any]
+    if not request['cmd']:
+        raise protocol.BadWord('CMD_RUN: no cmd')
+    for name in ('timeout', 'kill-after', 'status-interval', 'output-limit', 'inline-output'):
+        if request[name] < 0:
+            raise protocol.BadWord('CMD_RUN: %s should not be negative' % name)
+    if message.get('stdin64') is not None:
+        try:
+            request['stdin'] = base64.b64decode(message.text('stdin64'), validate=True)
+        except ValueError:
+            raise protocol.BadWord('CMD_RUN: stdin64 is no base64')
+    elif message.get('stdin') is not None:
+        request['stdin'] = message.text('stdin').encode('utf-8')
+    return request
+
+
+def as_text(name: str, value: Any) -> str:
+    """An argument or the value of a variable; numbers are written out. Raises BadWord."""
+    return Message('', 'CMD_RUN', None, {name: value}).text(name)
+
+
+def message_number(value: Any) -> float:
+    """A limit. Raises BadWord."""
+    return Message('', 'CMD_RUN', None, {'limits': value}).number('limits')
+
+
+def put_bytes(keys: Dict[str, Any], stream: str, data: bytes) -> None:
+    """Bytes of a stream as text, or as base64 where they are not UTF-8."""
+    try:
+        keys[stream] = data.decode('utf-8')
+    except UnicodeDecodeError:
+        keys[stream] = data.decode('utf-8', 'replace')
+        keys[stream + '64'] = base64.b64encode(data).decode('ascii')
+
+
+def put_tail(keys: Dict[str, Any], stream: str, command: Command, room: int) -> None:
+    """The last ``room`` bytes of a stream, from the begin of a character on, and where they begin."""
+    size = command.size(stream)
+    offset = max(0, size - room)
+    data = command.slice(stream, offset, size - offset)
+    if offset:
+        whole = re.sub(b'^[\x80-\xbf]{1,3}', b'', data)
+        offset, data = offset + len(data) - len(whole), whole
+    keys[stream + '-offset'], keys[stream + '-size'] = offset, size
+    put_bytes(keys, stream, data)
+
+
+def signal_number(name: str) -> int:
+    """The number of TERM, SIGTERM or 15. Raises BadWord."""
+    try:
+        if name.isdigit():
+            return int(signal.Signals(int(name)))
+        return int(signal.Signals['SIG' + name.upper().replace('SIG', '', 1)])
+    except (KeyError, ValueError):
+        raise protocol.BadWord('CMD_SIGNAL: no signal %.40r' % name)
+
+
+def memory(field: str) -> int:
+    """Bytes, by a field of /proc/meminfo; 0 where there is none."""
+    try:
+        with open('/proc/meminfo') as file:
+            for line in file:
+                if line.startswith(field + ':'):
+                    return int(line.split()[1]) * 1024
+    except (OSError, ValueError) as error:
+        log.debug('no %s: %s', field, error)
+    return 0
+
+
+def uptime() -> float:
+    """Seconds since this machine booted; 0 where that can't be known."""
+    try:
+        with open('/proc/uptime') as file:
+            return float(file.read().split()[0])
+    except (OSError, ValueError) as error:
+        log.debug('no uptime: %s', error)
+        return 0.0
+
+
+def drain(descriptor: int) -> None:
+    """Reads away what a wake-up pipe holds."""
+    try:
+        while len(os.read(descriptor, 4096)) == 4096:
+            continue
+    except BlockingIOError:
+        return
+
+
+# --- command line ----------------------------------------------------------------------------
+
+USAGE = """usage: vmguest.py [guest.ini]              run the agent until SIGTERM or Ctrl-C
+       vmguest.py --check [guest.ini]      which broker, id and network card it would use
+       vmguest.py --bundle FILE.pyz        write the agent as one file for a guest image
+       vmguest.py --help | --version
+"""
+
+
+def check(settings: Any) -> int:
+    """Says what the agent would use; gives the exit code: 0 when a broker answered."""
+    network = Network()
+    configured, port = settings.Broker.host, settings.Broker.port
+    for host in network.candidates() if configured == 'auto' else [configured]:
+        link = try_broker(settings, host)
+        if link.server:
+            print('broker     %s:%d (%s)' % (host, port, link.server))
+            report_identity(settings, network, link.local_address[0])
+            return 0
+        print('no broker  %s:%d (%s)' % (host, port, link.last_error or 'no answer'))
+    print('no broker answers; is the host agent running, and does it listen where this machine can '
+          'reach it ([Broker] host in host.ini)?')
+    return 1
+
+
+def try_broker(settings: Any, host: str) -> protocol.Link:
+    """A link, closed again, that tried that host: its ``server`` is set where a broker answered."""
+    broker = settings.Broker
+    answered = threading.Event()
+    link = protocol.Link(lambda: [(host, broker.port)], [], lambda _: answered.set(), lambda _: None,
+                         login=broker.username, passcode=broker.password,
+                         tls=protocol.client_tls(broker.ca_file) if broker.tls else None)
+    link.start()
+    deadline = time.monotonic() + 2 * protocol.CONNECT_TIMEOUT
+    while not link.last_error and time.monotonic() < deadline and not answered.wait(0.05):
+        continue
+    link.close()
+    return link
+
+
+def report_identity(settings: Any, network: Network, address: str) -> None:
+    """Prints id and network card, as the agent would find them for that local address."""
+    card = settings.VM.network_interface
+    card = network.interface_with(address) if card == 'auto' else card
+    machine_id = settings.VM.id
+    if machine_id == 'auto':
+        machine_id = network.mac_of(card) or folder_name(socket.gethostname())
+    print('id         %s' % read_id(machine_id))
+    print('interface  %s (%s)' % (card or 'none', address))
+
+
+def run_agent(settings: Any) -> int:
+    """Runs the agent; gives the exit code."""
+    fork_server = ForkServer()
+    agent = Agent(settings, fork_server)
+
+    def end(*_: Any) -> None:
+        agent.stopping = True
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    try:
+        agent.start()
+        agent.run()
+    finally:
+        agent.stop()
+    if agent.restart and agent.id:
+        begin_anew(agent.restart)
+    if agent.restart:
+        raise GuestError(agent.restart)
+    return 0
+
+
+def begin_anew(why: str) -> None:
+    """Replaces this process by a new agent; runners go on, and the new one finds them."""
+    log.warning('begins anew: %s', why)
+    flags = ['-I'] * bool(sys.flags.isolated) + ['-S'] * bool(sys.flags.no_site)
+    os.execv(sys.executable, [sys.executable] + flags + sys.argv)
+
+
+def main(argv: List[str]) -> int:
+    """The command line; gives the exit code."""
+    words = [word for word in argv if word not in ('--check',)]
+    if '--help' in words or '-h' in words:
+        print(__doc__.splitlines()[0] + '\n\n' + USAGE)
+        return 0
+    if '--version' in words:
+        print('vmguest %s' % protocol.VERSION)
+        return 0
+    if words[:1] == ['--bundle'] and len(words) == 2:
+        protocol.write_bundle(words[1], 'vmguest', ['vmguest', 'protocol', 'chirp', 'stomper'])
+        return 0
+    if len(words) > 1 or words and words[0].startswith('-'):
+        print('vmguest: %s\n%s' % (' '.join(words), USAGE), file=sys.stderr)
+        return 2
+    try:
+        settings = protocol.read_settings(words[0] if words else None, SETTINGS)
+        if '--check' in argv:
+            return check(settings)
+        protocol.set_up_logging(settings.Logging)
+        return run_agent(settings)
+    except (protocol.ProtocolError, GuestError) as error:
+        print('vmguest: %s' % error, file=sys.stderr)
+        return 1
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

@@ -297,6 +297,10 @@ def test_one_id_one_agent(policy):
     rebooted = Session(policy)
     rebooted.says('HELLO {"session": "3", "boot": "c"}', id='A')
     assert again.is_closed
+    natted = [Session(policy, peer='127.0.0.1') for _ in range(2)]
+    natted[0].says('HELLO {"session": "1", "boot": "b"}', id='N')
+    with pytest.raises(stompbroker.Refused, match='taken'):
+        natted[1].says('HELLO {"session": "2", "boot": "c"}', id='N')
     elsewhere = Session(policy, peer='10.0.0.2')
     with pytest.raises(stompbroker.Refused):
         elsewhere.says('HELLO {"session": "4", "boot": "d"}', id='A')
@@ -309,7 +313,8 @@ def test_only_the_addressed_are_sent_it(policy):
     policy.named('B', 'berta')
 
     def reached(to, word=b'CMD_RUN'):
-        audience = policy.audience(protocol.CMD_REQUESTS, types.SimpleNamespace(headers={'to': to}, body=word))
+        frame = types.SimpleNamespace(headers={'to': to}, body=word)
+        audience = policy.audience(protocol.CMD_REQUESTS, frame)
         return [session for session in (first, second, silent) if audience(session)]
     assert reached('A') == [first] and reached('berta') == [second] and reached('be*') == [second]
     assert reached('*') == [first, second] and reached('') == [] and reached('C') == []

@@ -164,8 +164,9 @@ def test_nice_and_limits(host, guest):
 
 
 @pytest.mark.skipif(os.name != 'posix' or os.getuid() != 0, reason='only root may change the user')
-def test_user(host, guest):
-    assert host.run('one', 'id', '-un', user='nobody', path='/')['out'] == 'nobody\n'
+def test_user(host, guest, api):
+    cmd_id = api.runCmd('one', 'id', ['-un'], {}, '/', '', {'user': 'nobody'})
+    assert host.results(cmd_id)['out'] == 'nobody\n'
     results = host.run('one', 'id', user='nobody-of-that-name')
     assert results['state'] == 'failed' and 'nobody-of-that-name' in results['error']
 
