@@ -1,6 +1,6 @@
 """STOMP frames, the words that host and guests say to each other, and the link that carries them.
 
-Three parts, each usable without the ones below it:
+Three parts, each usable without the ones below it (what both agents need to start stands at the end):
 
 * the frame codec: bytes in, frames out, and back. STOMP 1.0, 1.1 and 1.2, no socket anywhere.
   The broker uses this part alone.
@@ -19,12 +19,15 @@ docs/protocol.md for the words.
 import configparser
 import errno
 import fnmatch
+import importlib.util
+import io
 import json
 import logging
 import logging.config
 import logging.handlers
 import math
 import os
+import pkgutil
 import random
 import re
 import selectors
@@ -32,6 +35,7 @@ import socket
 import threading
 import time
 import types
+import zipfile
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 VERSION = '1.0.0'      # of the project; all its files are released together
@@ -1284,3 +1288,60 @@ def client_tls(ca_file: str) -> Any:
         return ssl.create_default_context(cafile=ca_file or None)
     except (OSError, ssl.SSLError) as error:
         raise ConfigError('[Broker] ca_file %s: %s' % (ca_file, error))
+
+
+# --- one file to drop into an image ----------------------------------------------------------
+
+BUNDLE_MAIN = """\
+import sys
+if sys.version_info < (3, 6):
+    sys.exit('%(name)s needs Python 3.6 or later, and this is %%s: try python3' %% sys.version.split()[0])
+import warnings
+warnings.filterwarnings('ignore', category=SyntaxWarning)      # stomper's, on new Pythons
+import %(name)s
+sys.exit(%(name)s.main(sys.argv[1:]))
+"""
+OLDEST_DATE = (1980, 1, 1, 0, 0, 0)    # that a zip can hold: a bundle's bytes depend on no clock
+
+
+def write_bundle(path: str, main_module: str, modules: Iterable[str]) -> None:
+    """Writes a zip that Python runs under any name: these modules, and a start of ``main_module.main``.
+
+    Of a package its own modules, without the packages in it. The bytes are the same from every
+    Python: stored, not compressed, since zlib's versions differ. Raises LocalError.
+    """
+    files = {'__main__.py': BUNDLE_MAIN % {'name': main_module}}
+    for module in modules:
+        files.update(_sources(module))
+    buffer = io.BytesIO()
+    buffer.write(b'#!/usr/bin/env python3\n')
+    with zipfile.ZipFile(buffer, 'w') as bundle:
+        for name in sorted(files):
+            entry = zipfile.ZipInfo(name, OLDEST_DATE)
+            entry.create_system = 3        # Unix, wherever it is written
+            entry.external_attr = 0o644 << 16
+            bundle.writestr(entry, files[name].encode('utf-8'))
+    try:
+        with open(path + '.new', 'wb') as file:
+            file.write(buffer.getvalue())
+        os.chmod(path + '.new', 0o755)
+        os.replace(path + '.new', path)
+    except OSError as error:
+        raise LocalError('%s can\'t be written: %s' % (path, error.strerror or error))
+
+
+def _sources(module: str) -> Dict[str, str]:
+    """{name in the bundle: source} of a module or package, also where this runs from a bundle itself."""
+    spec = importlib.util.find_spec(module)
+    if spec is None:
+        raise LocalError('the module %s is missing for this Python, and so can\'t go into the bundle: '
+                         'python -m pip install -r requirements.txt' % module)
+    loader = spec.loader  # type: Any
+    name = module.replace('.', '/')
+    if spec.submodule_search_locations is None:
+        return {name + '.py': loader.get_source(module)}
+    files = {name + '/__init__.py': loader.get_source(module)}
+    for _, part, is_package in pkgutil.iter_modules(list(spec.submodule_search_locations)):
+        if not is_package:
+            files.update(_sources('%s.%s' % (module, part)))
+    return files
