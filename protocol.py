@@ -69,6 +69,7 @@ NEVER_ESCAPED = frozenset(('CONNECT', 'CONNECTED', 'STOMP'))
 MAX_HEAD = 64 * 1024       # bytes of command and headers together
 MAX_HEADERS = 1000         # header lines
 MAX_BODY = 1024 * 1024     # bytes; Broker.max_frame overrides it
+MAX_KNOWN = 2048           # bytes of a head that is kept, since the next one may be the same
 LONGEST_COMMAND = max(map(len, CLIENT_COMMANDS | SERVER_COMMANDS))
 
 
@@ -166,6 +167,7 @@ class FrameReader:
 
     def __init__(self, commands: Iterable[str], version: str = '1.0', max_head: int = MAX_HEAD,
                  max_headers: int = MAX_HEADERS, max_body: int = MAX_BODY) -> None:
+        self._known = None                 # type: Optional[Tuple[bytes, str, str, Dict[str, str], Optional[int]]]
         self.version = version
         self._commands = frozenset(commands)
         self._max_head = max_head
@@ -189,15 +191,16 @@ class FrameReader:
         """The next whole frame, or None. Raises RemoteError."""
         if self._head is None and not self._read_head():
             return None
-        if self._head is None:
-            return None
         return self._read_body()
 
     def _read_head(self) -> bool:
         """Whether a head was found; ``_head`` is set then."""
         buffer = self._buffer
         if not self._searched:
-            self._skip_line_ends()
+            if buffer and buffer[0] < 32:
+                self._skip_line_ends()
+            if self._is_known():
+                return True
         match = self._head_end.search(buffer, max(0, self._searched - 2))
         if match is None:
             self._searched = len(buffer)
@@ -206,11 +209,30 @@ class FrameReader:
         end = match.start()
         if end > self._max_head:
             raise RemoteError('head of more than %d bytes' % self._max_head)
-        head = bytes(buffer[:end])
+        raw = bytes(buffer[:match.end()])
         # A NUL that stands for the blank line is the end of the body, too: it stays.
-        del buffer[:match.end() - (buffer[match.end() - 1] == 0)]
+        del buffer[:match.end() - (raw[-1] == 0)]
         self._searched = 0
-        self._parse_head(head)
+        self._parse_head(raw[:end])
+        self._remember(raw)
+        return True
+
+    def _remember(self, raw: bytes) -> None:
+        """A client often sends the same head again: it is parsed once."""
+        assert self._head is not None
+        if raw[-1] and len(raw) <= MAX_KNOWN:
+            command, headers = self._head
+            self._known = raw, self.version, command, headers.copy(), self._body_length
+
+    def _is_known(self) -> bool:
+        """Whether the buffer begins with the head of the last frame; ``_head`` is set then."""
+        if self._known is None or not self._buffer.startswith(self._known[0]):
+            return False
+        raw, version, command, headers, self._body_length = self._known
+        if version != self.version:
+            return False
+        del self._buffer[:len(raw)]
+        self._head = command, headers.copy()     # whoever gets a frame may change its headers
         return True
 
     def _skip_line_ends(self) -> None:

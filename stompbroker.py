@@ -909,6 +909,7 @@ class Broker:
         self._stopping = False
         self._sessions = {}      # type: Dict[int, Session]
         self._destinations = {}  # type: Dict[str, Destination]
+        self._envelope = Envelope({'destination': ''})   # of the last SEND: the next is often like it
         self._gathering = None   # type: Optional[Topic]
         self._to_flush = []      # type: List[Session]
         self._alarms = []        # type: List[Tuple[float, int]]
@@ -1109,7 +1110,9 @@ class Broker:
 
     def route(self, frame: WireFrame) -> None:
         """Gives a SEND to its destination."""
-        envelope = Envelope(frame.headers)
+        envelope = self._envelope
+        if frame.headers != envelope.headers:
+            envelope = self._envelope = Envelope(frame.headers)
         name = envelope.destination
         place = self._destinations.get(name)
         if place is None:
