@@ -17,6 +17,7 @@ docs/protocol.md for the words.
 """
 
 import configparser
+import contextlib
 import errno
 import fnmatch
 import importlib.util
@@ -84,6 +85,7 @@ _UNESCAPED = {
     '1.1': {'\\n': '\n', '\\c': ':', '\\\\': '\\'},
     '1.2': {'\\n': '\n', '\\c': ':', '\\\\': '\\', '\\r': '\r'},
 }
+_NAMES_VERSION = re.compile(r'\s*(?:accept-)?version\s*:')
 _ESCAPES = re.compile(r'\\.?', re.DOTALL)
 _TO_ESCAPE = re.compile(r'[\\:\n\r]')
 _ESCAPED = {
@@ -150,8 +152,8 @@ class FrameReader:
 
     Linear in the bytes however they are cut: each search resumes where the last one stopped.
     Nothing is kept beyond the limits; a peer that passes one gets a RemoteError, after which the
-    reader is of no more use. ``version`` may be set between two frames, since the frames right
-    behind a CONNECT can stand in the same segment. Not safe for several threads at once.
+    reader is of no more use. ``version`` and ``max_body`` may be set between two frames, since the
+    frames right behind a CONNECT can stand in the same segment. Not safe for several threads at once.
 
     >>> reader = FrameReader(CLIENT_COMMANDS, '1.2')
     >>> reader.feed(b'SEND\\ndestination:/topic/a\\n\\nhello\\0')
@@ -163,32 +165,40 @@ class FrameReader:
     # DISCONNECT (the specification's own example) has no blank line.
     _head_end = re.compile(b'\n(?:\r?\n|\0)')
     _line_ends = re.compile(b'[\r\n]*')
+    _receipt = re.compile('\nreceipt:([^\n]*)')
     _length = re.compile('[0-9]{1,18}')
 
     def __init__(self, commands: Iterable[str], version: str = '1.0', max_head: int = MAX_HEAD,
                  max_headers: int = MAX_HEADERS, max_body: int = MAX_BODY) -> None:
         self._known = None                 # type: Optional[Tuple[bytes, str, str, Dict[str, str], Optional[int]]]
         self.version = version
+        self.max_body = max_body
+        self.refused = None                # type: Optional[WireFrame]
         self._commands = frozenset(commands)
         self._max_head = max_head
         self._max_headers = max_headers
-        self._max_body = max_body
         self._buffer = bytearray()
         self._searched = 0                 # the buffer holds no end of what is looked for up to here
         self._head = None                  # type: Optional[Tuple[str, Dict[str, str]]]
         self._body_length = None           # type: Optional[int]
 
     @property
-    def in_frame(self) -> bool:
-        """Whether a frame has begun and not ended."""
-        return self._head is not None or bool(self._buffer)
+    def held(self) -> int:
+        """Bytes that wait for the rest of their frame."""
+        if self._head is None:
+            return len(self._buffer)
+        headers = self._head[1]
+        return len(self._buffer) + sum(map(len, headers)) + sum(map(len, headers.values()))
 
     def feed(self, data: bytes) -> None:
         """Takes bytes from the peer; ``next_frame`` looks at them."""
         self._buffer += data
 
     def next_frame(self) -> Optional[WireFrame]:
-        """The next whole frame, or None. Raises RemoteError."""
+        """The next whole frame, or None.
+
+        Raises RemoteError. ``refused`` is the frame that caused it, then, as far as it was understood.
+        """
         if self._head is None and not self._read_head():
             return None
         return self._read_body()
@@ -201,10 +211,13 @@ class FrameReader:
                 self._skip_line_ends()
             if self._is_known():
                 return True
-        match = self._head_end.search(buffer, max(0, self._searched - 2))
+            if not buffer:
+                return False
+        resumed = max(0, self._searched - 2)
+        match = self._head_end.search(buffer, resumed)
         if match is None:
             self._searched = len(buffer)
-            self._check_unfinished_head()
+            self._check_unfinished_head(resumed)
             return False
         end = match.start()
         if end > self._max_head:
@@ -239,13 +252,17 @@ class FrameReader:
         """Drops heart-beats and the line ends that may follow a frame."""
         del self._buffer[:self._line_ends.match(self._buffer).end()]  # type: ignore[union-attr]
 
-    def _check_unfinished_head(self) -> None:
+    def _check_unfinished_head(self, resumed: int) -> None:
+        """What can't become a head is refused at once: its rest may never come."""
         buffer = self._buffer
         if len(buffer) > self._max_head:
             raise RemoteError('head of more than %d bytes' % self._max_head)
-        if len(buffer) > LONGEST_COMMAND + 2 or b'\n' in buffer:
-            command = bytes(buffer[:LONGEST_COMMAND + 3]).partition(b'\n')[0].rstrip(b'\r')
-            self._check_command(command.decode('utf-8', 'replace'))
+        command, line_end, _ = bytes(buffer[:LONGEST_COMMAND + 3]).partition(b'\n')
+        text = command.decode('utf-8', 'replace').rstrip('\r')
+        if line_end or not any(known.startswith(text) for known in self._commands):
+            self._check_command(text)
+        if buffer.find(b'\0', resumed) >= 0:
+            raise RemoteError('NUL in the headers of %s' % text)
 
     def _check_command(self, command: str) -> None:
         if command not in self._commands:
@@ -253,23 +270,41 @@ class FrameReader:
 
     def _parse_head(self, head: bytes) -> None:
         try:
-            lines = head.decode('utf-8').split('\n')
+            text = head.decode('utf-8')
         except UnicodeDecodeError:
             raise RemoteError('headers are not UTF-8')
+        lines = text.split('\n')
         command = lines[0].rstrip('\r')
-        self._check_command(command)
-        if len(lines) - 1 > self._max_headers:
-            raise RemoteError('more than %d headers' % self._max_headers)
-        if '\0' in lines[-1] or b'\0' in head:
-            raise RemoteError('NUL in the headers of %s' % command)
-        self._head = command, self._parse_headers(command, lines[1:])
-        self._body_length = self._parse_length(self._head[1].get('content-length'))
+        try:
+            self._check_command(command)
+            if len(lines) - 1 > self._max_headers:
+                raise RemoteError('more than %d headers' % self._max_headers)
+            if '\0' in text:
+                raise RemoteError('NUL in the headers of %s' % command)
+            headers = self._parse_headers(command, lines[1:])
+            self._body_length = self._parse_length(headers.get('content-length'))
+        except RemoteError:
+            self._remember_refused(command, text)
+            raise
+        self._head = command, headers
+
+    def _remember_refused(self, command: str, text: str) -> None:
+        """An answer to a frame that can't be parsed names its receipt all the same."""
+        headers = {}  # type: Dict[str, str]
+        found = self._receipt.search(text)
+        if found is not None:
+            with contextlib.suppress(RemoteError):
+                receipt = unescape(found.group(1).rstrip('\r'), self.version)
+                headers['receipt'] = receipt.strip() if self.version == '1.0' else receipt
+        self.refused = WireFrame(command, headers, b'')
 
     def _parse_headers(self, command: str, lines: List[str]) -> Dict[str, str]:
         """Name and value of each line; of a repeated name the first (1.2, Repeated Headers)."""
         version = self.version
         plain = version == '1.0' or command in NEVER_ESCAPED
         strip_cr = version == '1.2' or plain
+        # The examples of STOMP 1.0 pad; 1.1 and 1.2 forbid to trim, and CONNECT may be theirs.
+        padded = plain and (command not in NEVER_ESCAPED or not any(map(_NAMES_VERSION.match, lines)))
         headers = {}  # type: Dict[str, str]
         for line in lines:
             if strip_cr and line.endswith('\r'):
@@ -279,11 +314,10 @@ class FrameReader:
                 raise RemoteError('header line without name and colon: %.80r' % line)
             if not plain and '\\' in line:
                 name, value = unescape(name, version), unescape(value, version)
+            elif padded:
+                name, value = name.strip(), value.strip()
             if name not in headers:
                 headers[name] = value
-        if plain and 'accept-version' not in headers and 'version' not in headers:
-            # The examples of STOMP 1.0 pad; 1.1 and 1.2 forbid to trim.
-            headers = {name.strip(): value.strip() for name, value in headers.items()}
         return headers
 
     def _parse_length(self, text: Optional[str]) -> Optional[int]:
@@ -292,36 +326,37 @@ class FrameReader:
         if self._length.fullmatch(text.strip()) is None:
             raise RemoteError('content-length is no number: %.40r' % text)
         length = int(text)
-        if length > self._max_body:
-            raise RemoteError('body of %d bytes; at most %d are taken' % (length, self._max_body))
+        if length > self.max_body:
+            raise RemoteError('body of %d bytes; at most %d are taken' % (length, self.max_body))
         return length
 
     def _read_body(self) -> Optional[WireFrame]:
         buffer = self._buffer
         length = self._body_length
+        assert self._head is not None
+        command, headers = self._head
         if length is None:
             length = buffer.find(b'\0', self._searched)
+            if (length if length >= 0 else len(buffer)) > self.max_body:
+                self._refuse_body('body of more than %d bytes' % self.max_body)
             if length < 0:
                 self._searched = len(buffer)
-                length = len(buffer)
-                self._check_body(length)
                 return None
-            self._check_body(length)
         elif len(buffer) <= length:
             return None
         elif buffer[length]:
-            raise RemoteError('body is longer than its content-length of %d' % length)
+            self._refuse_body('body is longer than its content-length of %d' % length)
         body = bytes(memoryview(buffer)[:length]) if length else b''
         del buffer[:length + 1]
-        assert self._head is not None
-        command, headers = self._head
         self._head = None
         self._searched = 0
         return WireFrame(command, headers, body)
 
-    def _check_body(self, length: int) -> None:
-        if length > self._max_body:
-            raise RemoteError('body of more than %d bytes' % self._max_body)
+    def _refuse_body(self, why: str) -> None:
+        assert self._head is not None
+        command, headers = self._head
+        self.refused = WireFrame(command, headers, b'')
+        raise RemoteError(why)
 
 
 # --- words -----------------------------------------------------------------------------------
@@ -722,7 +757,7 @@ class Link:
         self._heartbeat = heartbeat
         self._tls = tls
         self._headers = headers or {}
-        self._max_body = max_body
+        self.max_body = max_body
         self._first_delay = first_delay
         self.up = False
         self.version = ''
@@ -872,7 +907,7 @@ class Link:
         self._connected = self._was_up = self._refused = False
         self._farewell_confirmed = False
         self._unconfirmed = {'subscribed-%d' % n for n in range(len(self._subscriptions))}
-        self._reader = FrameReader(SERVER_COMMANDS, '1.0', max_body=self._max_body)
+        self._reader = FrameReader(SERVER_COMMANDS, '1.0', max_body=self.max_body)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake_receiver, selectors.EVENT_READ)
         self._send_every = self._give_up_after = 0.0

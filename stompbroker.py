@@ -34,8 +34,12 @@ VERSIONS = ('1.2', '1.1', '1.0')          # the best first
 RECEIVE = 64 * 1024                       # bytes taken from a client at a time
 JOINED = 256 * 1024                       # bytes that one write carries, if the chunks are small
 LARGE = 32 * 1024                         # a body from here on is sent as it is, never copied
-LINGER = 2.0                              # seconds from our last frame to the socket's end
-MESSAGE_OVERHEAD = 512                    # bytes that a kept message costs beside its body
+SHORTEST_MARGIN = 1.0                     # seconds that a client's heart-beat may be late
+LINGER = 2.0                              # seconds without progress from the last frame to the end
+LONGEST_END = 30.0                        # seconds that a slow reader of its last frames has in all
+MOST_FOR_SELECT = 500                     # connections that select() can look after
+LONGEST_SLEEP = 3600.0                    # seconds; system calls don't take any number
+MESSAGE_OVERHEAD = 512                    # bytes that a kept message costs beside its texts
 # Headers of a SEND that are about this one sending, or that MESSAGE has of its own.
 NOT_PASSED_ON = frozenset(('receipt', 'transaction', 'content-length', 'message-id',
                            'subscription', 'ack'))
@@ -70,7 +74,10 @@ class Policy:
 
     def audience(self, destination: str,
                  frame: WireFrame) -> Optional[Callable[['Session'], bool]]:
-        """None: all subscribers get the message; or a function that says which sessions do."""
+        """None: all subscribers get the message; or a function that says which sessions do.
+
+        Asked about topics alone: a message in a queue is for whichever subscriber is next.
+        """
 
     def closed(self, session: 'Session') -> None:
         """A session that ``connecting`` was asked about is over."""
@@ -79,23 +86,34 @@ class Policy:
 class Counters:
     """What the broker has done; plain integers, written on its thread alone."""
 
-    NAMES = ('connections_total', 'frames_in', 'frames_out', 'bytes_in', 'bytes_out',
-             'waiting_bytes', 'queued_bytes', 'dropped', 'refused', 'errors', 'cut_off')
-    __slots__ = NAMES
-
     def __init__(self) -> None:
-        for name in self.NAMES:
-            setattr(self, name, 0)
+        self.connections_total = 0         # since the start
+        self.frames_in = 0
+        self.frames_out = 0
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self.waiting_bytes = 0             # that clients have not read yet
+        self.queued_bytes = 0              # in queues
+        self.held_bytes = 0                # in unfinished frames, transactions, subscriptions
+        self.dropped = 0                   # messages that nobody wanted
+        self.refused = 0                   # connections and frames, by login, limit or policy
+        self.errors = 0                    # ERROR frames
+        self.cut_off = 0                   # clients that did not read
 
 
 class Limits(NamedTuple):
-    """How much of anything a client, or all together, may take."""
+    """How much of anything a client, or all together, may take.
+
+    A client that passes one of its own limits gets an ERROR; who takes the most when a limit of
+    all is passed is cut off.
+    """
     connections: int = 10000
     subscriptions: int = 1000              # a client
     transactions: int = 100                # a client
     waiting: int = 8 * 1024 * 1024         # bytes that one client has not read yet
     waiting_in_all: int = 256 * 1024 * 1024
-    queued: int = 64 * 1024 * 1024         # bytes in all queues and transactions
+    queued: int = 64 * 1024 * 1024         # bytes in all queues
+    held: int = 128 * 1024 * 1024          # bytes in all unfinished frames, transactions, subscriptions
     unacknowledged: int = 10000            # messages of a subscription
     connect_time: float = 10.0             # seconds from the connection to a whole CONNECT
     max_frame: int = 1024 * 1024           # bytes of a body
@@ -105,12 +123,20 @@ class Limits(NamedTuple):
 
 class Envelope:
     """What stands round the bodies of one SEND head: destination and headers, encoded once."""
-    __slots__ = ('destination', 'headers', '_lines')
+    __slots__ = ('destination', 'headers', '_lines', '_cost')
 
     def __init__(self, headers: Dict[str, str]) -> None:
         self.destination = headers['destination']
         self.headers = headers
         self._lines = {}  # type: Dict[str, bytes]
+        self._cost = 0
+
+    @property
+    def cost(self) -> int:
+        """Bytes that it takes while a message is kept."""
+        if not self._cost:
+            self._cost = _cost_of(self.headers)
+        return self._cost
 
     def lines(self, version: str) -> bytes:
         """The header lines as a receiver of that version gets them."""
@@ -122,6 +148,11 @@ class Envelope:
                 for name, value in self.headers.items()
                 if name not in NOT_PASSED_ON).encode('utf-8', 'replace')
         return lines
+
+
+def _cost_of(headers: Dict[str, str]) -> int:
+    """About how many bytes headers take: the texts, and what was encoded of them."""
+    return MESSAGE_OVERHEAD + 2 * (sum(map(len, headers)) + sum(map(len, headers.values())))
 
 
 class Message:
@@ -137,7 +168,7 @@ class Message:
     @property
     def cost(self) -> int:
         """Bytes that it takes while it is kept."""
-        return len(self.body) + MESSAGE_OVERHEAD
+        return len(self.body) + self.envelope.cost
 
     def head(self, version: str, acked: bool) -> bytes:
         """The head from the message's number on: a subscription's ``lead`` stands before it."""
@@ -154,7 +185,7 @@ class Message:
 
 class Subscription:
     """What a SUBSCRIBE made: ``lead`` begins each of its MESSAGE frames."""
-    __slots__ = ('session', 'id', 'key', 'destination', 'mode', 'lead', 'kind', 'unacked')
+    __slots__ = ('session', 'id', 'key', 'cost', 'destination', 'mode', 'lead', 'kind', 'unacked')
 
     def __init__(self, session: 'Session', number: int, key: str, headers: Dict[str, str],
                  destination: 'Destination', mode: str) -> None:
@@ -162,6 +193,7 @@ class Subscription:
         self.session = session
         self.id = str(number)
         self.key = key
+        self.cost = _cost_of(headers)
         self.destination = destination
         self.mode = mode
         ack_header = mode != 'auto' and version == '1.2'
@@ -273,7 +305,7 @@ class Queue(Destination):
         super().__init__(broker, name)
         self._messages = collections.deque()  # type: collections.deque[Message]
         self._refused = []                    # type: List[Message]
-        self._turns = collections.deque()     # type: collections.deque[Subscription]
+        self._turns = collections.deque()  # type: collections.deque[Subscription]
 
     @property
     def idle(self) -> bool:
@@ -382,35 +414,52 @@ class Session:
         self._number = number
         self._sock = sock
         self._handshake = handshake
-        self._reader = FrameReader(CLIENT_COMMANDS, max_body=broker.limits.max_frame)
+        # Until CONNECT nothing large is waited for, whoever that may be.
+        self._reader = FrameReader(CLIENT_COMMANDS, max_body=RECEIVE)
         self._outbox = collections.deque()  # type: collections.deque[Any]
         self._waiting = 0                  # bytes in the outbox
         self._counted = 0                  # of these, in the broker's counter
         self._to_flush = False
         self._wants_room = False
         self._mute = False                 # nothing more can be sent
+        self._overflown = False
+        # What a round may gather for this session before it must be written. Twice the limit, since
+        # only after a try to write it is known whether the client is slow.
+        self._bound = 2 * broker.limits.waiting + broker.limits.max_frame
         self._eof = False
-        self._events = selectors.EVENT_READ
+        self._events = 0                   # that the selector looks for
         self._subscriptions = {}  # type: Dict[str, Subscription]
         self._by_number = {}      # type: Dict[str, Subscription]
         self._numbers = itertools.count(1)
         self._transactions = {}   # type: Dict[str, List[Tuple[str, WireFrame]]]
-        self._kept = 0                     # bytes in transactions
+        self._held = 0                     # bytes that subscriptions and transactions take
+        self._unfinished = 0               # bytes that wait for the rest of their frame
         self._asked_policy = False
         self._beat = 0.0                   # seconds; 0: none
         self._silence = 0.0                # seconds; 0: any
         self._deadline = broker.now + broker.limits.connect_time
+        self._end_by = float('inf')
 
     def __repr__(self) -> str:
         return '<session %s of %s>' % (self.id, _spoken(self.peer))
+
+    def begin(self) -> None:
+        """From now on the selector looks after the socket, and the clock after the session."""
+        self._listen_for(selectors.EVENT_READ)
+        self.broker.came(self, self._number)
+        self._set_clock()
 
     # -- reading
 
     def ready(self, events: int) -> None:
         """The selector says that the socket can be read or written."""
+        if self.closed:                    # by another session, earlier in this round
+            return
         try:
-            if self._handshake and not self._shake_hands():
-                return
+            if self._handshake:
+                if not self._shake_hands():
+                    return
+                events = selectors.EVENT_READ      # TLS may have taken in more than the handshake
             if events & selectors.EVENT_READ:
                 self._read()
             if events & selectors.EVENT_WRITE and not self.closed:
@@ -467,21 +516,39 @@ class Session:
             self.close('closed by the client')
 
     def _take(self, data: bytes) -> None:
-        frame = None
+        reader, frame = self._reader, None
         try:
-            self._reader.feed(data)
-            frame = self._reader.next_frame()
+            reader.feed(data)
+            frame = reader.next_frame()
             while frame is not None:
                 self.broker.count.frames_in += 1
                 self._handle(frame)
                 if self.ending:
                     return
-                frame = self._reader.next_frame()
+                frame = reader.next_frame()
+            if reader.held or self._unfinished:
+                self._hold_unfinished(reader.held)
         except Refused as error:
             self.broker.count.refused += 1
             self.fail(str(error), frame)
-        except (Fault, RemoteError) as error:
+        except RemoteError as error:
+            self.fail(str(error), reader.refused)
+        except Fault as error:
             self.fail(str(error), frame)
+        except Exception:
+            log.exception('%r ends by an error of the broker', self)
+            self.fail('internal error', frame)
+
+    def _hold_unfinished(self, size: int) -> None:
+        change, self._unfinished = size - self._unfinished, size
+        self._hold(change)
+
+    def _hold(self, cost: int) -> None:
+        """Accounts bytes that the client makes the broker keep; a negative cost lets go of them."""
+        self._held += cost
+        self.broker.count.held_bytes += cost
+        if cost > 0 and self.broker.count.held_bytes > self.broker.limits.held:
+            self.broker.relieve_held(self)
 
     # -- what frames do
 
@@ -500,18 +567,19 @@ class Session:
     def _connect(self, frame: WireFrame) -> None:
         headers = frame.headers
         version = self._negotiate(headers.get('accept-version'))
-        beat, silence = self._negotiate_beats(headers.get('heart-beat'))
+        if version != '1.0':
+            self._beat, self._silence = self._negotiate_beats(headers.get('heart-beat'))
         if not self.broker.admits(headers.get('login', ''), headers.get('passcode', '')):
             self.broker.count.refused += 1
             raise Fault('login or passcode is wrong')
         self._asked_policy = True
         self.broker.policy.connecting(self, headers)
         self.version = self._reader.version = version
+        self._reader.max_body = self.broker.limits.max_frame
         self.connected = True
         answer = {'version': version, 'session': self.id, 'server': SERVER}
         if version != '1.0':
             answer['heart-beat'] = '%d,%d' % (self.broker.beat_ms, self.broker.beat_ms)
-            self._beat, self._silence = beat, silence
         self.put(protocol.encode('CONNECTED', answer, b'', version), 1)
         self._deadline = float('inf')
         self._set_clock()
@@ -527,14 +595,18 @@ class Session:
         raise Fault('no common version: this broker speaks 1.0, 1.1 and 1.2')
 
     def _negotiate_beats(self, offered: Optional[str]) -> Tuple[float, float]:
-        """Seconds between our beats, and between the client's; 0: none (1.2, Heart-beating)."""
-        match = re.match(r'\s*([0-9]{1,9})\s*,\s*([0-9]{1,9})\s*\Z', offered or '0,0')
+        """Seconds between our beats, and of silence after which the client is dead; 0: none.
+
+        STOMP 1.2, Heart-beating. On a busy machine beats may be late by more than a short interval.
+        """
+        match = re.match(r'\s*([0-9]{1,18})\s*,\s*([0-9]{1,18})\s*\Z', offered or '0,0')
         if match is None:
             raise Fault('heart-beat is not two numbers: %.40r' % offered)
         theirs, wanted = int(match.group(1)), int(match.group(2))
         ours = self.broker.beat_ms
-        return (max(ours, wanted) / 1000.0 if ours and wanted else 0.0,
-                max(ours, theirs) / 1000.0 if ours and theirs else 0.0)
+        beat = max(ours, wanted) / 1000.0 if ours and wanted else 0.0
+        theirs_at_least = max(ours, theirs) / 1000.0 if ours and theirs else 0.0
+        return beat, theirs_at_least and max(2 * theirs_at_least, theirs_at_least + SHORTEST_MARGIN)
 
     def _again(self, frame: WireFrame) -> None:
         raise Fault('%s on a session that is connected' % frame.command)
@@ -568,6 +640,7 @@ class Session:
         if len(self._subscriptions) >= self.broker.limits.subscriptions:
             raise Fault('more than %d subscriptions' % self.broker.limits.subscriptions)
         self.broker.policy.subscribing(self, destination, frame.headers)
+        self._hold(_cost_of(frame.headers))
         place = self.broker.destination(destination)
         subscription = Subscription(self, next(self._numbers), key, frame.headers, place, mode)
         self._subscriptions[key] = self._by_number[subscription.id] = subscription
@@ -575,13 +648,20 @@ class Session:
 
     def _unsubscribe(self, frame: WireFrame) -> None:
         if self.version == '1.0' and 'id' not in frame.headers:
-            key = 'destination ' + self._needed(frame, 'destination')
+            subscription = self._subscribed_to(self._needed(frame, 'destination'))
         else:
-            key = self._needed(frame, 'id')
-        subscription = self._subscriptions.pop(key, None)
+            subscription = self._subscriptions.get(self._needed(frame, 'id'))
         if subscription is None:
-            raise Fault('no subscription %.80r' % key)
+            raise Fault('no such subscription')
+        del self._subscriptions[subscription.key]
+        self._hold(-subscription.cost)
         self._leave(subscription)
+
+    def _subscribed_to(self, destination: str) -> Optional[Subscription]:
+        for subscription in self._subscriptions.values():
+            if subscription.destination.name == destination:
+                return subscription
+        return None
 
     def _leave(self, subscription: Subscription) -> None:
         del self._by_number[subscription.id]
@@ -620,7 +700,7 @@ class Session:
             key, _, number = headers['id'].partition('-')
             return self._by_number.get(key), number
         number = headers['message-id']
-        if 'subscription' in headers:
+        if self.version == '1.1':
             return self._subscriptions.get(headers['subscription']), number
         for subscription in self._subscriptions.values():
             if number in subscription.unacked:
@@ -633,18 +713,15 @@ class Session:
             raise Fault('transaction %.80r is open already' % name)
         if len(self._transactions) >= self.broker.limits.transactions:
             raise Fault('more than %d transactions' % self.broker.limits.transactions)
+        self._hold(_cost_of({'transaction': name}))
         self._transactions[name] = []
 
     def _defer(self, what: str, frame: WireFrame) -> None:
         name = frame.headers['transaction']
         if name not in self._transactions:
             raise Fault('no transaction %.80r' % name)
-        self.broker.keep(self._cost(frame))
-        self._kept += self._cost(frame)
+        self._hold(_cost_of(frame.headers) + len(frame.body))
         self._transactions[name].append((what, frame))
-
-    def _cost(self, frame: WireFrame) -> int:
-        return len(frame.body) + 4 * MESSAGE_OVERHEAD
 
     def _commit(self, frame: WireFrame) -> None:
         for what, part in self._end_transaction(frame):
@@ -661,9 +738,9 @@ class Session:
         parts = self._transactions.pop(name, None)
         if parts is None:
             raise Fault('no transaction %.80r' % name)
-        cost = sum(self._cost(part) for _, part in parts)
-        self._kept -= cost
-        self.broker.let_go(cost)
+        self._hold(-_cost_of({'transaction': name}))
+        for _, part in parts:
+            self._hold(-_cost_of(part.headers) - len(part.body))
         return parts
 
     def _disconnect(self, frame: WireFrame) -> None:
@@ -683,6 +760,16 @@ class Session:
         if not self._to_flush:
             self._to_flush = True
             self.broker.to_flush(self)
+        elif self._waiting > self._bound:
+            self._relieve()
+
+    def _relieve(self) -> None:
+        """One round brings more than may wait: what the socket takes now is written before its end."""
+        self._try_to_write()
+        if self._waiting > self._bound:
+            self._overflown = True
+            self._mute = True
+            self._outbox.clear()
 
     def has_room(self) -> bool:
         """Whether a queue may give more; if not, the queues are asked again when there is."""
@@ -696,13 +783,16 @@ class Session:
         self._to_flush = False
         if self.closed or self._handshake:
             return
+        self._try_to_write()
+        self._after_write()
+
+    def _try_to_write(self) -> None:
         try:
             self._write()
         except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             pass                           # the selector says when to go on
         except OSError as error:
             self._go_mute(error)
-        self._after_write()
 
     def _write(self) -> None:
         while self._outbox:
@@ -739,9 +829,12 @@ class Session:
 
     def _after_write(self) -> None:
         self._count_waiting()
+        if self._overflown:
+            return self.cut_off()
         if self._outbox:
+            # The frame that is being sent doesn't count, or no body could be larger than the limit.
             if self._waiting - len(self._outbox[0]) > self.broker.limits.waiting:
-                return self._cut_off()
+                return self.cut_off()
         elif self.ending:
             return self._finish()
         self._listen_for((0 if self._eof else selectors.EVENT_READ)
@@ -759,18 +852,21 @@ class Session:
             if isinstance(subscription.destination, Queue):
                 subscription.destination.dispatch()
 
-    def _cut_off(self) -> None:
+    def cut_off(self) -> None:
+        """Closes the connection of one that doesn't read: too much waits for it."""
         self.broker.count.cut_off += 1
         log.warning('%r is cut off: it has not read %d bytes', self, self._waiting)
         self.close('does not read')
 
-    def cut_off(self) -> None:
-        """All clients together don't read enough, and this one least of all."""
-        self._cut_off()
-
     @property
     def waiting(self) -> int:
+        """Bytes that it was sent and has not read."""
         return self._waiting
+
+    @property
+    def held(self) -> int:
+        """Bytes that it makes the broker keep."""
+        return self._held
 
     def _listen_for(self, events: int) -> None:
         if events != self._events and not self.closed:
@@ -784,7 +880,7 @@ class Session:
         if self._beat:
             due = min(due, self.spoke + 0.6 * self._beat)
         if self._silence:
-            due = min(due, self.heard + 2 * self._silence)
+            due = min(due, self.heard + self._silence)
         if due < float('inf'):
             self.broker.wake_at(self, due)
 
@@ -792,8 +888,8 @@ class Session:
         """The clock reached ``due``."""
         now = self.broker.now
         if now >= self._deadline:
-            return self.close('its time to connect or to end is over')
-        if self._silence and now >= self.heard + 2 * self._silence:
+            return self._time_is_over()
+        if self._silence and now >= self.heard + self._silence:
             log.info('%r is taken for dead: silent for %.1f s', self, now - self.heard)
             return self.close('silent')
         if self._beat and now >= self.spoke + 0.6 * self._beat:
@@ -802,13 +898,25 @@ class Session:
             self.spoke = now
         self._set_clock()
 
+    def _time_is_over(self) -> None:
+        """No CONNECT came in time; or the end takes long, which it may while there is progress."""
+        now = self.broker.now
+        if not self.ending and not self._handshake:
+            self.fail('no CONNECT within %g s' % self.broker.limits.connect_time)
+        elif self._outbox and now < self.spoke + LINGER and now < self._end_by:
+            self._deadline = min(self.spoke + LINGER, self._end_by)
+            self._set_clock()
+        else:
+            self.close('its time to connect or to end is over')
+
     # -- the end
 
     def fail(self, text: str, frame: Optional[WireFrame] = None) -> None:
         """An ERROR frame, then the end."""
         self.broker.count.errors += 1
         log.info('%r: %s', self, text)
-        headers = {'message': text.replace('\0', ' ').replace('\n', ' ')}
+        text = ' '.join(text.replace('\0', ' ').split())
+        headers = {'message': text}
         if frame is not None and 'receipt' in frame.headers:
             headers['receipt-id'] = frame.headers['receipt']
         if not self.connected:
@@ -826,6 +934,7 @@ class Session:
         self._release()
         self._beat = self._silence = 0.0
         self._deadline = self.broker.now + LINGER
+        self._end_by = self.broker.now + LONGEST_END
         self._set_clock()
         if not self._to_flush:
             self._to_flush = True
@@ -837,10 +946,19 @@ class Session:
         if self._eof or self._mute:
             return self.close('ended')
         try:
+            self._say_goodbye_in_tls()
             self._sock.shutdown(socket.SHUT_WR)
         except OSError as error:
             return self.close(str(error))
         self._listen_for(selectors.EVENT_READ)
+
+    def _say_goodbye_in_tls(self) -> None:
+        """Tells a TLS client that this is the end, and no attacker's cut; its answer isn't waited for."""
+        if self.broker.tls is not None:
+            try:
+                self._sock.unwrap()  # type: ignore[attr-defined]
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                pass
 
     def _release(self) -> None:
         """Leaves destinations and transactions."""
@@ -848,11 +966,14 @@ class Session:
         for subscription in subscriptions.values():
             self._leave(subscription)
         self._transactions.clear()
-        self.broker.let_go(self._kept)
-        self._kept = 0
+        self._hold(-self._held)
+        self._unfinished = 0
         if self._asked_policy:
             self._asked_policy = False
-            self.broker.policy.closed(self)
+            try:
+                self.broker.policy.closed(self)
+            except Exception:
+                log.exception('the policy, about the end of %r', self)
 
     def close(self, why: str) -> None:
         """Closes the socket at once."""
@@ -867,7 +988,7 @@ class Session:
         self._waiting = 0
         self._count_waiting()
         self._sock.close()
-        self.broker.gone(self, self._number)
+        self.broker.gone(self._number)
 
 
 _HANDLERS = {
@@ -907,6 +1028,7 @@ class Broker:
         self._waker = None     # type: Optional[socket.socket]
         self._thread = None    # type: Optional[threading.Thread]
         self._stopping = False
+        self._most_sessions = self.limits.connections
         self._sessions = {}      # type: Dict[int, Session]
         self._destinations = {}  # type: Dict[str, Destination]
         self._envelope = Envelope({'destination': ''})   # of the last SEND: the next is often like it
@@ -925,6 +1047,8 @@ class Broker:
         self._stopping = False
         self._listener = self._listen()
         self._selector = selectors.DefaultSelector()
+        if isinstance(self._selector, selectors.SelectSelector):      # on Windows, and bounded there
+            self._most_sessions = min(self._most_sessions, MOST_FOR_SELECT)
         self._wakee, self._waker = socket.socketpair()
         self._wakee.setblocking(False)
         self._selector.register(self._wakee, selectors.EVENT_READ, self._woken)
@@ -939,6 +1063,7 @@ class Broker:
             listener = socket.socket(found[0], found[1])
             try:
                 _claim_port(listener)
+                _notice_the_dead(listener)
                 listener.bind(found[4])
                 listener.listen(self.BACKLOG)
                 listener.setblocking(False)
@@ -972,7 +1097,7 @@ class Broker:
 
     def counters(self) -> Dict[str, int]:
         """What it did so far, and holds now."""
-        counted = {name: getattr(self.count, name) for name in Counters.NAMES}
+        counted = dict(vars(self.count))
         counted['connections'] = len(self._sessions)
         counted['destinations'] = len(self._destinations)
         return counted
@@ -1000,7 +1125,7 @@ class Broker:
         """Seconds until the next alarm."""
         if not self._alarms:
             return None
-        return max(0.0, self._alarms[0][0] - time.monotonic())
+        return min(max(0.0, self._alarms[0][0] - time.monotonic()), LONGEST_SLEEP)
 
     def _woken(self, events: int) -> None:
         self._wakee.recv(64)
@@ -1034,19 +1159,16 @@ class Broker:
 
     def _admit(self, sock: socket.socket, peer: Tuple[Any, ...]) -> None:
         self.count.connections_total += 1
-        if len(self._sessions) >= self.limits.connections:
+        if len(self._sessions) >= self._most_sessions:
             self.count.refused += 1
             log.warning('%s is sent away: %d connections', _spoken(peer), len(self._sessions))
             sock.close()
             return
         try:
-            session = self._new_session(sock, peer)
+            self._new_session(sock, peer).begin()
         except (OSError, ValueError) as error:
             log.info('%s is gone already: %s', _spoken(peer), error)
             sock.close()
-            return
-        self._selector.register(session._sock, selectors.EVENT_READ, session.ready)
-        session._set_clock()
 
     def _new_session(self, sock: socket.socket, peer: Tuple[Any, ...]) -> Session:
         sock.setblocking(False)
@@ -1054,25 +1176,48 @@ class Broker:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if self.tls is not None:
             sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-        number = next(self._session_numbers)
-        session = self._sessions[number] = Session(self, sock, peer, number, self.tls is not None)
-        return session
+        return Session(self, sock, peer, next(self._session_numbers), self.tls is not None)
 
     def _deliver(self) -> None:
         """Gives out what the round gathered, each session its own in one write."""
         if self._gathering is not None:
             self._gathering.flush()
             self._gathering = None
+        self._flush()
+        if self.count.waiting_bytes > self.limits.waiting_in_all:
+            self._relieve_waiting()
+            self._flush()
+
+    def _flush(self) -> None:
         waiting = self._to_flush
         for session in waiting:            # grows while queues find room
-            session.flush()
+            try:
+                session.flush()
+            except Exception:
+                log.exception('%r is closed after an error of the broker', session)
+                session.close('internal error')
         del waiting[:]
-        if self.count.waiting_bytes > self.limits.waiting_in_all:
-            max(self._sessions.values(), key=lambda session: session.waiting).cut_off()
+
+    def _relieve_waiting(self) -> None:
+        """All clients together don't read enough: those for whom most waits go."""
+        for session in sorted(self._sessions.values(), key=lambda session: -session.waiting):
+            if self.count.waiting_bytes <= self.limits.waiting_in_all:
+                return
+            session.cut_off()
+
+    def relieve_held(self, asking: Session) -> None:
+        """The broker keeps too much for its clients: the one who makes it keep most goes."""
+        worst = max(self._sessions.values(), key=lambda session: session.held)
+        text = 'the broker keeps %d bytes for this client, and too many in all' % worst.held
+        if worst is asking:
+            raise Fault(text)
+        worst.fail(text)
 
     def _ring(self) -> None:
         """Lets the sessions whose time has come look at the clock."""
         alarms = self._alarms
+        if alarms and self.now - alarms[0][0] > SHORTEST_MARGIN:
+            self._forgive()
         while alarms and alarms[0][0] <= self.now:
             when, number = heapq.heappop(alarms)
             session = self._sessions.get(number)
@@ -1081,9 +1226,22 @@ class Broker:
                                         selectors.EVENT_READ, self._accept)
             elif session is not None and session.due == when:
                 session.due = float('inf')
-                session.tick()
+                self._tick(session)
         if self._to_flush:
             self._deliver()
+
+    def _forgive(self) -> None:
+        """This process was stopped, or starved: that clients weren't heard may be its own fault."""
+        log.info('the clock stood still for %.1f s', self.now - self._alarms[0][0])
+        for session in self._sessions.values():
+            session.heard = self.now
+
+    def _tick(self, session: Session) -> None:
+        try:
+            session.tick()
+        except Exception:
+            log.exception('%r is closed after an error of the broker', session)
+            session.close('internal error')
 
     # -- for sessions and destinations, on the broker's thread
 
@@ -1157,7 +1315,10 @@ class Broker:
         else:
             self._selector.modify(sock, events, session.ready)
 
-    def gone(self, session: Session, number: int) -> None:
+    def came(self, session: Session, number: int) -> None:
+        self._sessions[number] = session
+
+    def gone(self, number: int) -> None:
         self._sessions.pop(number, None)
 
 
@@ -1170,6 +1331,13 @@ def _claim_port(listener: socket.socket) -> None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if listener.family == getattr(socket, 'AF_INET6', None):
         listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+
+
+def _notice_the_dead(listener: socket.socket) -> None:
+    """Peers that vanish without a word are noticed in 2 minutes; where sockets inherit it (Linux)."""
+    for name, value in (('TCP_KEEPIDLE', 60), ('TCP_KEEPINTVL', 20), ('TCP_KEEPCNT', 3)):
+        if hasattr(socket, name):
+            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _allow_many_sockets() -> None:
@@ -1212,9 +1380,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     chosen = _arguments(arguments)
     logging.basicConfig(level=logging.DEBUG if chosen.verbose else logging.WARNING,
                         format='%(asctime)s %(levelname)s %(name)s: %(message)s')
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    ended = _catch_signals()
     try:
         tls = None
         if chosen.tls_cert:
@@ -1227,10 +1393,20 @@ def main(arguments: Optional[List[str]] = None) -> int:
         print('stompbroker: %s' % error, file=sys.stderr)
         return 1
     print('listening on %s' % _spoken(broker.address), flush=True)
-    while not stop.wait(3600.0):
-        pass
+    ended.recv(1)
     broker.stop()
     return 0
+
+
+def _catch_signals() -> socket.socket:
+    """A socket that can be read once SIGTERM or Ctrl-C came. No Python code runs at that moment, so
+    none can wait for a lock that the interrupted code holds."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.detach())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    return reader
 
 
 if __name__ == '__main__':
