@@ -562,7 +562,13 @@ class Session:
             self._receipt(frame.headers['receipt'])
 
     def _receipt(self, receipt: str) -> None:
+        self._give_what_was_gathered()
         self.put(protocol.encode('RECEIPT', {'receipt-id': receipt}, b'', self.version), 1)
+
+    def _give_what_was_gathered(self) -> None:
+        """So that no RECEIPT or ERROR overtakes the messages of frames before its own."""
+        if self._subscriptions:
+            self.broker.flush_gathered()
 
     def _connect(self, frame: WireFrame) -> None:
         headers = frame.headers
@@ -923,6 +929,7 @@ class Session:
             headers['version'] = '1.0,1.1,1.2'
         headers['content-type'] = 'text/plain'
         body = (text + '\n').encode('utf-8', 'replace')
+        self._give_what_was_gathered()
         self.put(protocol.encode('ERROR', headers, body, self.version), 1)
         self.end()
 
@@ -1057,6 +1064,8 @@ class Broker:
         self._thread.start()
 
     def _listen(self) -> socket.socket:
+        if not 0 <= self._port <= 65535:
+            raise BrokerError('there is no port %d' % self._port)     # getaddrinfo takes another one
         try:
             found = socket.getaddrinfo(self._host, self._port, 0, socket.SOCK_STREAM, 0,
                                        socket.AI_PASSIVE)[0]
@@ -1070,7 +1079,7 @@ class Broker:
             except OSError:
                 listener.close()
                 raise
-        except (OSError, OverflowError) as error:
+        except (OSError, UnicodeError) as error:
             raise BrokerError('the broker cannot listen on %s: %s'
                               % (_spoken((self._host, self._port)), error))
         return listener
@@ -1180,9 +1189,7 @@ class Broker:
 
     def _deliver(self) -> None:
         """Gives out what the round gathered, each session its own in one write."""
-        if self._gathering is not None:
-            self._gathering.flush()
-            self._gathering = None
+        self.flush_gathered()
         self._flush()
         if self.count.waiting_bytes > self.limits.waiting_in_all:
             self._relieve_waiting()
@@ -1278,12 +1285,16 @@ class Broker:
                 self.count.dropped += 1
                 return
             place = self.destination(name)
-        if self._gathering is not None and self._gathering is not place:
-            self._gathering.flush()
-            self._gathering = None
+        if self._gathering is not place:
+            self.flush_gathered()
         message = Message('%s-%d' % (self.token, next(self._message_numbers)), envelope,
                           frame.body)
         place.publish(message, self.policy.audience(name, frame))  # type: ignore[attr-defined]
+
+    def flush_gathered(self) -> None:
+        if self._gathering is not None:
+            self._gathering.flush()
+            self._gathering = None
 
     def gathering(self, topic: Topic) -> None:
         """The topic has a batch. One at a time does, so that order holds between topics, too."""
@@ -1382,20 +1393,27 @@ def main(arguments: Optional[List[str]] = None) -> int:
                         format='%(asctime)s %(levelname)s %(name)s: %(message)s')
     ended = _catch_signals()
     try:
-        tls = None
-        if chosen.tls_cert:
-            tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            tls.load_cert_chain(chosen.tls_cert, chosen.tls_key)
-        broker = Broker(chosen.host, chosen.port, chosen.login, chosen.passcode, tls,
-                        max_frame=chosen.max_frame)
+        broker = Broker(chosen.host, chosen.port, chosen.login, chosen.passcode,
+                        _server_tls(chosen.tls_cert, chosen.tls_key), max_frame=chosen.max_frame)
         broker.start()
-    except (BrokerError, OSError) as error:
+    except BrokerError as error:
         print('stompbroker: %s' % error, file=sys.stderr)
         return 1
     print('listening on %s' % _spoken(broker.address), flush=True)
     ended.recv(1)
     broker.stop()
     return 0
+
+
+def _server_tls(cert: Optional[str], key: Optional[str]) -> Optional[ssl.SSLContext]:
+    if not cert:
+        return None
+    try:
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        tls.load_cert_chain(cert, key)
+    except OSError as error:
+        raise BrokerError('certificate %s, key %s: %s' % (cert, key or cert, error))
+    return tls
 
 
 def _catch_signals() -> socket.socket:

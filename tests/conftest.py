@@ -3,11 +3,44 @@
 import os
 import sys
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(TESTS), TESTS]
 
+import helpers  # noqa: E402
+import stomp_client  # noqa: E402
+
+import stompbroker  # noqa: E402
+
 settings.register_profile('shared-machine', deadline=None,
                           suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile('shared-machine')
+
+
+@pytest.fixture(scope='module')
+def broker():
+    """A broker for the module's tests, with the limits that it has by itself."""
+    with stomp_client.running(stompbroker.Broker(port=0)) as broker:
+        yield broker
+
+
+@pytest.fixture
+def connect(broker):
+    """``connect(version, *header lines)``: a client that is connected to ``broker``, ``None``: just the
+    socket. At the end all of them are closed, and the broker must hold nothing on their behalf."""
+    clients = []
+
+    def connect_one(version='1.2', *lines, **options):
+        clients.append(stomp_client.Client(broker.address, **options))
+        if version is not None:
+            clients[-1].connect(*((None if version == '1.0' else version,) + lines))
+        return clients[-1]
+    yield connect_one
+    for client in clients:
+        client.close()
+    helpers.wait_until(lambda: not any(broker.counters()[name] for name in (
+        'connections', 'waiting_bytes', 'held_bytes')), 30)
+    left = {name: broker.counters()[name] for name in ('destinations', 'queued_bytes')}
+    assert left == {'destinations': 0, 'queued_bytes': 0}, 'the test left messages in a queue'
