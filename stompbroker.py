@@ -1289,7 +1289,7 @@ class Broker:
             self.flush_gathered()
         message = Message('%s-%d' % (self.token, next(self._message_numbers)), envelope,
                           frame.body)
-        place.publish(message, self.policy.audience(name, frame))  # type: ignore[attr-defined]
+        place.publish(message, self.policy.audience(name, frame))  # type: ignore[union-attr]
 
     def flush_gathered(self) -> None:
         if self._gathering is not None:

@@ -92,7 +92,7 @@ class Client:
         while answer.command == 'MESSAGE':
             early.append(answer)
             answer = self.take()
-        assert (answer.command, answer.lines, answer.body) == ('RECEIPT', ['receipt-id:' + receipt], b''), answer
+        assert answer == Frame('RECEIPT', ['receipt-id:' + receipt], b'')
         self._early = early
 
     def subscribe(self, destination, *lines, id='0'):

@@ -16,7 +16,6 @@ from stomp_client import Client, frame, running
 
 from stompbroker import Broker, BrokerError
 
-
 # --- versions ---
 
 @pytest.mark.parametrize('offered, chosen', [
@@ -91,7 +90,8 @@ def test_headers_of_connected(connect):
     CONNECTED Frame: 'session' header, if any, is unique
     Heart-beating: heart-beat header of CONNECTED, if any, is two integers
     Heart-beating: the server can send heart-beats (CONNECTED heart-beat sx > 0)
-    stomper: server-made ids (session, message-id) have no colon nor space: clients that do not unescape can use them
+    stomper: server-made ids (session, message-id) have no colon nor space: clients that do not unescape
+    can use them
     """
     connected = [connect(None).connect('1.2') for _ in range(20)]
     sessions = {one.get('session') for one in connected}
@@ -154,7 +154,8 @@ def test_frames_right_behind_connect(connect):
 
 @pytest.mark.parametrize('garbage', [
     b'GET / HTTP/1.1\r\nHost: localhost\r\n\r\n', b'\x16\x03\x01\x02\x00\x01\x00', bytes(range(1, 256)),
-    b'CONNECT\nno colon here\n\n\0', b'CONNECT\n:no name\n\n\0', b'connect\n\n\0', b'CONNECT\naccept-version:1.2\0',
+    b'CONNECT\nno colon here\n\n\0', b'CONNECT\n:no name\n\n\0', b'connect\n\n\0',
+    b'CONNECT\naccept-version:1.2\0',
     b'\0', b'X', b'CONNECTED\n', b'CONNECT\n\xff:\xfe\n\n\0'])
 def test_garbage_instead_of_connect(broker, connect, garbage):
     """robustness: binary garbage instead of CONNECT: refused, others are served
@@ -198,7 +199,8 @@ def test_the_right_login(guarded, version):
 
 
 @pytest.mark.parametrize('lines', [
-    (), ('login:Anna',), ('passcode:geheim:ü',), ('login:Anna', 'passcode:geheim'), ('login:anna', 'passcode:geheim:ü'),
+    (), ('login:Anna',), ('passcode:geheim:ü',), ('login:Anna', 'passcode:geheim'),
+    ('login:anna', 'passcode:geheim:ü'),
     ('login:Anna', 'passcode:'), ('login:', 'passcode:')])
 def test_a_wrong_login(guarded, lines):
     """Connecting: rejected login: ERROR, then close"""
@@ -303,8 +305,9 @@ def certificate(tmp_path_factory):
     cert, key, config = (str(folder / name) for name in ('cert.pem', 'key.pem', 'config'))
     with open(config, 'w') as file:
         file.write('[req]\ndistinguished_name=dn\n[dn]\n[ext]\nsubjectAltName=IP:127.0.0.1,DNS:localhost\n')
-    subprocess.run(['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '2', '-subj', '/CN=localhost',
-                    '-keyout', key, '-out', cert, '-config', config, '-extensions', 'ext'],
+    subprocess.run(['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '2',
+                    '-subj', '/CN=localhost', '-keyout', key, '-out', cert, '-config', config,
+                    '-extensions', 'ext'],
                    check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return cert, key
 
@@ -353,7 +356,8 @@ def test_a_slow_tls_reader_gets_every_byte(secured, certificate):
         reader.connect('1.2')
         writer.connect('1.2')
         reader.subscribe('/topic/a')
-        bodies = [os.urandom(size).replace(b'\0', b'0') for size in [300] * 500 + [200 * 1000] * 5 + [3000] * 300]
+        sizes = [300] * 500 + [200 * 1000] * 5 + [3000] * 300
+        bodies = [os.urandom(size).replace(b'\0', b'0') for size in sizes]
         writer.publish('/topic/a', *bodies)
         assert reader.take_all(len(bodies))[-1].body == bodies[-1]
 
@@ -432,7 +436,8 @@ def test_the_program_takes_large_bodies():
 
 
 @pytest.mark.parametrize('arguments, words', [
-    (['--host', '192.0.2.1'], '192.0.2.1'), (['--port', '99999'], '99999'), (['--tls-cert', 'no/such/file'], 'no/such'),
+    (['--host', '192.0.2.1'], '192.0.2.1'), (['--port', '99999'], '99999'),
+    (['--tls-cert', 'no/such/file'], 'no/such'),
     (['--port', 'x'], 'usage')])
 def test_the_program_says_what_is_wrong(arguments, words):
     done = subprocess.run([sys.executable, os.path.join(TOP, 'stompbroker.py')] + arguments,

@@ -86,7 +86,8 @@ def test_200_frames_in_one_segment(connect, topic):
     assert client.bodies() == bodies
 
 
-@pytest.mark.parametrize('line', ['send', 'Send', 'SENDS', 'NOSUCH', 'CONNECTED', 'MESSAGE', ' SEND', 'SEND '])
+@pytest.mark.parametrize('line', ['send', 'Send', 'SENDS', 'NOSUCH', 'CONNECTED', 'MESSAGE', ' SEND',
+                                  'SEND '])
 def test_unknown_commands(connect, topic, line):
     """STOMP Frames: commands are case sensitive: "send" is no SEND
     Client Frames: an unknown command: ERROR and close (or ignored); ERROR without close is wrong"""
@@ -152,7 +153,8 @@ def test_without_content_length_the_body_ends_at_the_first_nul(connect, topic):
     """Header content-length: without content-length the body ends at the first NUL"""
     client = connect('1.2')
     client.subscribe(topic)
-    client.say('SEND', 'destination:' + topic, body=b'a\0' + frame('SEND', 'destination:' + topic, body=b'b')[:-1])
+    second = frame('SEND', 'destination:' + topic, body=b'b')
+    client.say('SEND', 'destination:' + topic, body=b'a\0' + second[:-1])
     assert client.bodies() == [b'a', b'b']
 
 
@@ -339,8 +341,8 @@ def test_header_values_from_version_to_version(connect, topic, sender, receiver,
 
 
 @pytest.mark.parametrize('version, value', [
-    ('1.2', '\\t'), ('1.2', 'a\\'), ('1.2', '\\\\\\'), ('1.2', '\\C'), ('1.2', '\\ '), ('1.1', '\\r'), ('1.1', '\\t'),
-    ('1.1', '\\')])
+    ('1.2', '\\t'), ('1.2', 'a\\'), ('1.2', '\\\\\\'), ('1.2', '\\C'), ('1.2', '\\ '),
+    ('1.1', '\\r'), ('1.1', '\\t'), ('1.1', '\\')])
 def test_undefined_escapes(connect, topic, version, value):
     """Value Encoding: undefined escape \\t is a fatal error: (ERROR and) close
     Value Encoding: undefined escape \\r (in 1.1) is a fatal error: (ERROR and) close
@@ -404,7 +406,8 @@ def test_repeated_headers(connect, topic):
 
 
 def test_disconnect_without_a_blank_line(connect):
-    """stomper: DISCONNECT without the blank line ('DISCONNECT LF receipt:77 LF NUL', the spec's own example) is understood"""
+    """stomper: DISCONNECT without the blank line ('DISCONNECT LF receipt:77 LF NUL', the spec's own
+    example) is understood"""
     for version in '1.0', '1.1', '1.2':
         client = connect(version)
         client.send(b'DISCONNECT\nreceipt:77\n\0')
