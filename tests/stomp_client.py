@@ -85,9 +85,8 @@ class Client:
 
     def ask(self, command, *lines, body=b'', receipt='receipt-1'):
         """A frame with a receipt, which must come; MESSAGEs before it are there for ``take``."""
-        assert not self._early
         self.say(command, *(lines + ('receipt:' + receipt,)), body=body)
-        early = []
+        early, self._early = self._early, []
         answer = self.take()
         while answer.command == 'MESSAGE':
             early.append(answer)

@@ -1,0 +1,410 @@
+"""ACK, NACK, redelivery and transactions. Docstrings name the rules."""
+
+import itertools
+
+import pytest
+from stomp_client import Client, frame, running
+
+from stompbroker import Broker
+
+NUMBERS = itertools.count()
+VERSIONS = ['1.0', '1.1', '1.2']
+
+
+@pytest.fixture
+def topic():
+    """A topic that no other test uses."""
+    return '/topic/acks-%d' % next(NUMBERS)
+
+
+@pytest.fixture
+def queue():
+    """A queue that no other test uses."""
+    return '/queue/acks-%d' % next(NUMBERS)
+
+
+def key_of(message, version):
+    """The header lines that ACK or NACK names a message by."""
+    if version == '1.2':
+        return ['id:' + message.get('ack')]
+    if version == '1.1':
+        return ['message-id:' + message.get('message-id'), 'subscription:' + message.get('subscription')]
+    return ['message-id:' + message.get('message-id')]
+
+
+def consumer_of(connect, queue, mode, *bodies, version='1.2'):
+    """A client that got these messages and has acknowledged none."""
+    client = connect(version)
+    client.subscribe(queue, 'ack:' + mode)
+    client.publish(queue, *bodies)
+    messages = client.take_all(len(bodies))
+    assert [message.body for message in messages] == list(bodies)
+    return client, messages
+
+
+def rest_of(connect, queue):
+    """What the next consumer gets."""
+    client = connect('1.2')
+    client.subscribe(queue)
+    return client.bodies()
+
+
+# --- what MESSAGE says ---
+
+@pytest.mark.parametrize('mode', ['client', 'client-individual'])
+@pytest.mark.parametrize('kind', ['/queue/', '/topic/'])
+def test_messages_to_be_acknowledged_have_an_ack_header(connect, kind, mode):
+    """MESSAGE: ack:client: MESSAGE has an 'ack' header (1.2)
+    MESSAGE: ack:client-individual: MESSAGE has an 'ack' header (1.2)
+    MESSAGE: ack:client on a topic: MESSAGE has an 'ack' header, ACK is taken"""
+    client, messages = consumer_of(connect, '%sacks-%d' % (kind, next(NUMBERS)), mode, b'a', b'b')
+    assert len({message.get('ack') for message in messages} - {None, ''}) == 2
+    assert not any(set(': \\') & set(message.get('ack')) for message in messages)
+    client.ask('ACK', 'id:' + messages[0].get('ack'))
+    client.ask('ACK', 'id:' + messages[1].get('ack'))
+    client.ask('DISCONNECT')
+
+
+@pytest.mark.parametrize('version, mode', [('1.2', 'auto'), ('1.1', 'client'), ('1.0', 'client')])
+def test_other_messages_have_none(connect, queue, version, mode):
+    client, messages = consumer_of(connect, queue, mode, b'a', version=version)
+    assert messages[0].get('ack') is None
+    client.ask('ACK', *key_of(messages[0], version)) if mode == 'client' else None
+
+
+# --- redelivery ---
+
+@pytest.mark.parametrize('version, mode', [
+    ('1.2', 'client'), ('1.2', 'client-individual'), ('1.1', 'client'), ('1.1', 'client-individual'), ('1.0', 'client')])
+@pytest.mark.parametrize('vanish', ['close', 'reset', 'disconnect', 'unsubscribe', 'error'])
+def test_what_is_not_acknowledged_comes_again(connect, queue, version, mode, vanish):
+    """SUBSCRIBE ack Header: client: an un-ACKed queue message is delivered again when the connection fails
+    SUBSCRIBE ack Header: client-individual: an un-ACKed queue message is delivered again
+    SUBSCRIBE: 1.0 ack:client: an un-ACKed queue message is delivered again"""
+    client, _ = consumer_of(connect, queue, mode, b'a', b'b', b'c', version=version)
+    other = connect('1.2')
+    other.subscribe(queue)
+    assert other.bodies() == []
+    if vanish in ('close', 'reset'):
+        getattr(client, vanish)()
+    else:
+        client.send(frame({'error': 'NOSUCH'}.get(vanish, vanish.upper()), 'id:0'))
+    assert [message.body for message in other.take_all(3)] == [b'a', b'b', b'c']
+
+
+@pytest.mark.parametrize('version, mode', [
+    ('1.2', 'client'), ('1.2', 'client-individual'), ('1.1', 'client'), ('1.1', 'client-individual'), ('1.0', 'client')])
+def test_what_is_acknowledged_does_not_come_again(connect, queue, version, mode):
+    """ACK: 1.2: ACKed messages are not delivered again (client)
+    ACK: 1.2: ACKed messages are not delivered again (client-individual)
+    ACK: 1.1: ACK by message-id + subscription
+    ACK: 1.0: ACK by message-id alone"""
+    client, messages = consumer_of(connect, queue, mode, b'a', b'b', b'c', version=version)
+    for message in messages[:2]:
+        client.ask('ACK', *key_of(message, version))
+    client.close()
+    other = connect('1.2')
+    other.subscribe(queue)
+    assert other.take().body == b'c'
+    assert other.bodies() == []
+
+
+def test_1_0_acknowledges_with_a_subscription_header_too(connect, queue):
+    """Some clients of 1.0 send it; the destination's subscription had no id."""
+    client = connect('1.0')
+    client.ask('SUBSCRIBE', 'destination:' + queue, 'ack:client')
+    client.publish(queue, b'a')
+    message = client.take()
+    client.ask('ACK', 'message-id:' + message.get('message-id'), 'subscription:0')
+    client.close()
+    assert rest_of(connect, queue) == []
+
+
+def test_client_mode_is_cumulative(connect, queue):
+    """SUBSCRIBE ack Header: client: ACK is cumulative"""
+    client, messages = consumer_of(connect, queue, 'client', b'a', b'b', b'c', b'd')
+    client.ask('ACK', *key_of(messages[2], '1.2'))
+    client.ask('ACK', *key_of(messages[0], '1.2'))       # already: no error, no effect
+    client.ask('UNSUBSCRIBE', 'id:0')
+    assert rest_of(connect, queue) == [b'd']
+
+
+def test_client_individual_is_not_cumulative(connect, queue):
+    """SUBSCRIBE ack Header: client-individual: ACK of the 3rd message leaves the 1st and 2nd un-ACKed"""
+    client, messages = consumer_of(connect, queue, 'client-individual', b'a', b'b', b'c')
+    client.ask('ACK', *key_of(messages[2], '1.2'))
+    client.ask('UNSUBSCRIBE', 'id:0')
+    assert rest_of(connect, queue) == [b'a', b'b']
+
+
+def test_no_lock_step(connect, queue):
+    """SUBSCRIBE ack Header: client: several messages may be un-ACKed at a time (no lock step)"""
+    client, messages = consumer_of(connect, queue, 'client', *[b'%d' % number for number in range(500)])
+    client.ask('ACK', *key_of(messages[-1], '1.2'))
+
+
+def test_ack_counts_per_subscription(connect, queue):
+    """SUBSCRIBE ack Header: client: ACK counts per subscription, not per connection"""
+    client = connect('1.2')
+    client.subscribe(queue + 'a', 'ack:client', id='a')
+    client.subscribe(queue + 'b', 'ack:client', id='b')
+    client.publish(queue + 'a', b'1')
+    client.take()
+    client.publish(queue + 'b', b'2')
+    client.ask('ACK', *key_of(client.take(), '1.2'))
+    client.ask('DISCONNECT')
+    assert rest_of(connect, queue + 'a') == [b'1']
+    assert rest_of(connect, queue + 'b') == []
+
+
+def test_two_client_subscriptions_to_one_queue(connect, queue):
+    client = connect('1.2')
+    client.subscribe(queue, 'ack:client', id='a')
+    client.subscribe(queue, 'ack:client', id='b')
+    client.publish(queue, b'1', b'2', b'3', b'4')
+    messages = client.take_all(4)
+    of_a = [message for message in messages if message.get('subscription') == 'a']
+    assert len(of_a) == 2
+    client.ask('ACK', *key_of(of_a[-1], '1.2'))
+    client.ask('DISCONNECT')
+    assert rest_of(connect, queue) == sorted({b'1', b'2', b'3', b'4'} - {message.body for message in of_a})
+
+
+@pytest.mark.parametrize('version, lines', [
+    ('1.2', ['id:nothing']), ('1.2', ['id:1-nothing-1']), ('1.2', ['id:-']), ('1.1', ['message-id:x', 'subscription:0']),
+    ('1.1', ['message-id:x', 'subscription:unknown']), ('1.0', ['message-id:x'])])
+@pytest.mark.parametrize('command', ['ACK', 'NACK'])
+def test_unknown_ids_are_ignored(connect, queue, version, lines, command):
+    """ACK: ACK of an unknown id: ERROR and close, or ignored; nothing hangs"""
+    client, _ = consumer_of(connect, queue, 'client', b'a', version=version)
+    client.ask(command, *lines)
+    client.ask('UNSUBSCRIBE', 'id:0')
+    assert rest_of(connect, queue) == [b'a']
+
+
+def test_another_client_can_not_acknowledge(connect, queue):
+    client, messages = consumer_of(connect, queue, 'client', b'a')
+    other = connect('1.2')
+    other.subscribe(queue + '-other', 'ack:client')
+    other.ask('ACK', 'id:' + messages[0].get('ack'))
+    client.close()
+    assert rest_of(connect, queue) == [b'a']
+
+
+def test_ids_of_an_earlier_subscription_mean_nothing(connect, queue):
+    client, messages = consumer_of(connect, queue, 'client-individual', b'a')
+    client.ask('UNSUBSCRIBE', 'id:0')
+    client.subscribe(queue, 'ack:client-individual')
+    again = client.take()
+    assert again.get('ack') != messages[0].get('ack') and again.get('message-id') == messages[0].get('message-id')
+    client.ask('ACK', 'id:' + messages[0].get('ack'))
+    client.ask('UNSUBSCRIBE', 'id:0')
+    assert rest_of(connect, queue) == [b'a']
+
+
+def test_messages_that_come_again_are_the_first(connect, queue):
+    client, messages = consumer_of(connect, queue, 'client-individual', b'a', b'b', b'c')
+    client.ask('ACK', *key_of(messages[1], '1.2'))
+    client.ask('UNSUBSCRIBE', 'id:0')
+    client.publish(queue, b'd')
+    assert rest_of(connect, queue) == [b'a', b'c', b'd']
+
+
+def test_unacknowledged_messages_are_limited():
+    with running(Broker(port=0, unacknowledged=3)) as broker, Client(broker.address) as client:
+        client.connect('1.2')
+        client.subscribe('/queue/a', 'ack:client-individual')
+        client.publish('/queue/a', *[b'%d' % number for number in range(5)])
+        messages = client.before_now()
+        assert [message.body for message in messages] == [b'0', b'1', b'2']
+        client.ask('ACK', *key_of(messages[1], '1.2'))
+        assert client.bodies() == [b'3']
+
+
+# --- NACK ---
+
+@pytest.mark.parametrize('version', ['1.1', '1.2'])
+def test_a_refused_message_goes_to_another_consumer(connect, queue, version):
+    """NACK: 1.2: NACK is taken (RECEIPT)
+    NACK: 1.1: NACK by message-id + subscription is taken (RECEIPT)
+    NACK: NACK of one message (client-individual) does not touch the others"""
+    client, messages = consumer_of(connect, queue, 'client-individual', b'a', b'b', b'c', version=version)
+    client.ask('NACK', *key_of(messages[1], version))
+    assert client.bodies() == []                 # not to the one that refused it
+    other = connect('1.2')
+    other.subscribe(queue, 'ack:client')
+    message, = other.before_now()
+    assert message.body == b'b'
+    other.ask('ACK', *key_of(message, '1.2'))
+    client.ask('ACK', *key_of(messages[2], version))
+    client.close()
+    assert other.take().body == b'a'
+    assert other.bodies() == []
+    other.ask('UNSUBSCRIBE', 'id:0')
+    assert rest_of(connect, queue) == [b'a']
+
+
+def test_nack_in_client_mode_is_cumulative(connect, queue):
+    client, messages = consumer_of(connect, queue, 'client', b'a', b'b', b'c')
+    client.ask('NACK', *key_of(messages[1], '1.2'))
+    assert rest_of(connect, queue) == [b'a', b'b']
+    client.ask('ACK', *key_of(messages[2], '1.2'))
+
+
+def test_a_refused_message_waits_for_another_consumer(connect, queue):
+    client, messages = consumer_of(connect, queue, 'client-individual', b'a')
+    client.ask('NACK', *key_of(messages[0], '1.2'))
+    client.publish(queue, b'b')                  # what comes later isn't held up by it
+    client.ask('ACK', *key_of(client.take(), '1.2'))
+    client.ask('UNSUBSCRIBE', 'id:0')
+    assert rest_of(connect, queue) == [b'a']
+
+
+def test_what_all_refuse_is_dropped(broker, connect, queue):
+    dropped = broker.counters()['dropped']
+    consumers = [connect('1.2') for _ in range(6)]
+    for consumer in consumers:
+        consumer.subscribe(queue, 'ack:client-individual')
+    consumers[0].publish(queue, b'poison')
+    refusals = 0
+    while broker.counters()['dropped'] == dropped:
+        for consumer in consumers:
+            for message in consumer.before_now():
+                consumer.ask('NACK', *key_of(message, '1.2'))
+                refusals += 1
+        assert refusals <= 5
+    assert refusals == 5
+    assert broker.counters()['queued_bytes'] == 0
+
+
+def test_nack_on_a_topic_changes_nothing(connect, topic):
+    client, messages = consumer_of(connect, topic, 'client', b'a')
+    client.ask('NACK', *key_of(messages[0], '1.2'))
+    client.publish(topic, b'b')
+    assert client.bodies() == [b'b']
+
+
+# --- transactions ---
+
+@pytest.mark.parametrize('version', VERSIONS)
+def test_commit_and_abort(connect, topic, version):
+    """BEGIN: SENDs of a transaction are delivered at COMMIT, not before, in order
+    ABORT: ABORT throws the SENDs away
+    BEGIN: 1.0: transaction with COMMIT and ABORT
+    BEGIN: a SEND outside the transaction is delivered at once
+    BEGIN: the id of a finished transaction can be used again
+    """
+    listener, client = connect(version), connect(version)
+    listener.subscribe(topic)
+    client.ask('BEGIN', 'transaction:t')
+    for body in b'a', b'b', b'c':
+        client.ask('SEND', 'destination:' + topic, 'transaction:t', body=body)
+    client.publish(topic, b'outside')
+    assert listener.bodies() == [b'outside']
+    client.ask('COMMIT', 'transaction:t')
+    messages = listener.before_now()
+    assert [message.body for message in messages] == [b'a', b'b', b'c']
+    assert not any(message.get('transaction') for message in messages)
+    client.ask('BEGIN', 'transaction:t')
+    client.ask('SEND', 'destination:' + topic, 'transaction:t', body=b'never')
+    client.ask('ABORT', 'transaction:t')
+    client.ask('BEGIN', 'transaction:t')
+    client.ask('COMMIT', 'transaction:t')
+    assert listener.bodies() == []
+
+
+def test_two_transactions(connect, queue):
+    """BEGIN: two transactions of a connection are independent
+    BEGIN: the same transaction id in two connections: no clash"""
+    one, two, listener = connect('1.2'), connect('1.2'), connect('1.2')
+    listener.subscribe(queue)
+    for client, name in (one, 't'), (one, 'u'), (two, 't'):
+        client.ask('BEGIN', 'transaction:' + name)
+    one.ask('SEND', 'destination:' + queue, 'transaction:t', body=b'one t')
+    one.ask('SEND', 'destination:' + queue, 'transaction:u', body=b'one u')
+    two.ask('SEND', 'destination:' + queue, 'transaction:t', body=b'two t')
+    one.ask('COMMIT', 'transaction:u')
+    assert listener.bodies() == [b'one u']
+    two.ask('COMMIT', 'transaction:t')
+    assert listener.bodies() == [b'two t']
+    one.ask('ABORT', 'transaction:t')
+    assert listener.bodies() == []
+
+
+@pytest.mark.parametrize('command', ['BEGIN', 'SEND', 'COMMIT', 'ABORT'])
+def test_wrong_transactions(connect, topic, command):
+    """BEGIN: BEGIN of a transaction that is open: ERROR, then close"""
+    listener, client = connect('1.2'), connect('1.2')
+    listener.subscribe(topic)
+    client.ask('BEGIN', 'transaction:t')
+    client.say('SEND', 'destination:' + topic, 'transaction:t', body=b'never')
+    name = 't' if command == 'BEGIN' else 'T'
+    client.say(command, 'destination:' + topic, 'transaction:' + name, 'receipt:r')
+    assert client.take_error().get('receipt-id') == 'r'
+    assert listener.bodies() == []
+
+
+@pytest.mark.parametrize('end', ['disconnect', 'close', 'reset', 'error'])
+def test_the_end_aborts_transactions(connect, topic, end):
+    """BEGIN: DISCONNECT aborts open transactions
+    BEGIN: a lost connection aborts open transactions"""
+    listener, client = connect('1.2'), connect('1.2')
+    listener.subscribe(topic)
+    client.ask('BEGIN', 'transaction:t')
+    client.ask('SEND', 'destination:' + topic, 'transaction:t', body=b'never')
+    if end in ('close', 'reset'):
+        getattr(client, end)()
+    else:
+        client.say('DISCONNECT' if end == 'disconnect' else 'NOSUCH')
+        client.take_end_or_error()
+    assert listener.bodies() == []
+
+
+@pytest.mark.parametrize('version', VERSIONS)
+def test_acks_in_transactions(connect, queue, version):
+    """ACK: ACK in an aborted transaction does not count
+    ACK: ACK in a committed transaction counts"""
+    client, messages = consumer_of(connect, queue, 'client', b'a', b'b', b'c', version=version)
+    client.ask('BEGIN', 'transaction:t')
+    client.ask('ACK', 'transaction:t', *key_of(messages[2], version))
+    client.ask('ABORT', 'transaction:t')
+    client.ask('BEGIN', 'transaction:t')
+    client.ask('ACK', 'transaction:t', *key_of(messages[0], version))
+    client.ask('COMMIT', 'transaction:t')
+    client.ask('BEGIN', 'transaction:t')
+    client.ask('ACK', 'transaction:t', *key_of(messages[1], version))
+    client.ask('UNSUBSCRIBE', 'id:0')
+    assert rest_of(connect, queue) == [b'b', b'c']
+    client.ask('COMMIT', 'transaction:t')        # its message is another's by now: no effect, no error
+
+
+def test_a_nack_in_a_transaction(connect, queue):
+    client, messages = consumer_of(connect, queue, 'client-individual', b'a')
+    client.ask('BEGIN', 'transaction:t')
+    client.ask('NACK', 'transaction:t', *key_of(messages[0], '1.2'))
+    other = connect('1.2')
+    other.subscribe(queue)
+    assert other.bodies() == []
+    client.ask('COMMIT', 'transaction:t')
+    assert other.bodies() == [b'a']
+
+
+def test_transactions_are_bounded_in_bytes():
+    with running(Broker(port=0, held=100 * 1000)) as broker, Client(broker.address) as client:
+        client.connect('1.2')
+        client.ask('BEGIN', 'transaction:t')
+        client.ask('SEND', 'destination:/topic/a', 'transaction:t', body=b'x' * 50000)
+        with Client(broker.address) as modest:
+            modest.connect('1.2')
+            modest.ask('BEGIN', 'transaction:t')
+            modest.ask('SEND', 'destination:/topic/a', 'transaction:t', body=b'x' * 40000)
+            # Now it is too much; the one who makes the broker keep most has to go.
+            modest.ask('SEND', 'destination:/topic/a', 'transaction:t', body=b'x' * 9000)
+            client.take_error()
+            modest.ask('COMMIT', 'transaction:t')
+        with Client(broker.address) as greedy:
+            greedy.connect('1.2')
+            greedy.ask('BEGIN', 'transaction:t')
+            for number in range(200):
+                greedy.say('SEND', 'destination:/topic/a', 'transaction:t', 'long:' + 'x' * 1000)
+            greedy.take_error()
