@@ -75,7 +75,8 @@ def test_other_messages_have_none(connect, queue, version, mode):
 # --- redelivery ---
 
 @pytest.mark.parametrize('version, mode', [
-    ('1.2', 'client'), ('1.2', 'client-individual'), ('1.1', 'client'), ('1.1', 'client-individual'), ('1.0', 'client')])
+    ('1.2', 'client'), ('1.2', 'client-individual'), ('1.1', 'client'), ('1.1', 'client-individual'),
+    ('1.0', 'client')])
 @pytest.mark.parametrize('vanish', ['close', 'reset', 'disconnect', 'unsubscribe', 'error'])
 def test_what_is_not_acknowledged_comes_again(connect, queue, version, mode, vanish):
     """SUBSCRIBE ack Header: client: an un-ACKed queue message is delivered again when the connection fails
@@ -93,7 +94,8 @@ def test_what_is_not_acknowledged_comes_again(connect, queue, version, mode, van
 
 
 @pytest.mark.parametrize('version, mode', [
-    ('1.2', 'client'), ('1.2', 'client-individual'), ('1.1', 'client'), ('1.1', 'client-individual'), ('1.0', 'client')])
+    ('1.2', 'client'), ('1.2', 'client-individual'), ('1.1', 'client'), ('1.1', 'client-individual'),
+    ('1.0', 'client')])
 def test_what_is_acknowledged_does_not_come_again(connect, queue, version, mode):
     """ACK: 1.2: ACKed messages are not delivered again (client)
     ACK: 1.2: ACKed messages are not delivered again (client-individual)
@@ -171,8 +173,9 @@ def test_two_client_subscriptions_to_one_queue(connect, queue):
 
 
 @pytest.mark.parametrize('version, lines', [
-    ('1.2', ['id:nothing']), ('1.2', ['id:1-nothing-1']), ('1.2', ['id:-']), ('1.1', ['message-id:x', 'subscription:0']),
-    ('1.1', ['message-id:x', 'subscription:unknown']), ('1.0', ['message-id:x'])])
+    ('1.2', ['id:nothing']), ('1.2', ['id:1-nothing-1']), ('1.2', ['id:-']),
+    ('1.1', ['message-id:x', 'subscription:0']), ('1.1', ['message-id:x', 'subscription:unknown']),
+    ('1.0', ['message-id:x'])])
 @pytest.mark.parametrize('command', ['ACK', 'NACK'])
 def test_unknown_ids_are_ignored(connect, queue, version, lines, command):
     """ACK: ACK of an unknown id: ERROR and close, or ignored; nothing hangs"""
@@ -196,7 +199,8 @@ def test_ids_of_an_earlier_subscription_mean_nothing(connect, queue):
     client.ask('UNSUBSCRIBE', 'id:0')
     client.subscribe(queue, 'ack:client-individual')
     again = client.take()
-    assert again.get('ack') != messages[0].get('ack') and again.get('message-id') == messages[0].get('message-id')
+    assert again.get('ack') != messages[0].get('ack')
+    assert again.get('message-id') == messages[0].get('message-id')
     client.ask('ACK', 'id:' + messages[0].get('ack'))
     client.ask('UNSUBSCRIBE', 'id:0')
     assert rest_of(connect, queue) == [b'a']
@@ -405,6 +409,6 @@ def test_transactions_are_bounded_in_bytes():
         with Client(broker.address) as greedy:
             greedy.connect('1.2')
             greedy.ask('BEGIN', 'transaction:t')
-            for number in range(200):
+            for _ in range(200):
                 greedy.say('SEND', 'destination:/topic/a', 'transaction:t', 'long:' + 'x' * 1000)
             greedy.take_error()

@@ -37,7 +37,7 @@ def test_they_are_read_as_if_each_were_the_first(parts, cut):
         reader.feed(whole[begin:begin + cut])
         found += frames_of(reader)
     assert found == alone and len(found) == len(parts)
-    assert not reader.in_frame or whole.endswith((b'\n', b'\r'))
+    assert not reader.held or whole.endswith((b'\n', b'\r'))
 
 
 def test_what_is_done_to_the_headers_of_one_is_not_in_the_next():
