@@ -24,12 +24,9 @@ import importlib.util
 import io
 import json
 import logging
-import logging.config
-import logging.handlers
 import math
 import os
 import pkgutil
-import random
 import re
 import selectors
 import socket
@@ -860,7 +857,7 @@ class Link:
         while not self._stopping.is_set():
             if self._try_candidates() and not self._refused:
                 delay = self._first_delay
-            self._sleep(min(LONGEST_DELAY, delay * random.uniform(1, 1.5)))
+            self._sleep(min(LONGEST_DELAY, delay * (1 + os.urandom(1)[0] / 512)))      # with jitter
             delay = min(LONGEST_DELAY, delay * 2)
 
     def _sleep(self, seconds: float) -> None:
@@ -1322,12 +1319,15 @@ LOG_FILES = 5                  # rotated ones that are kept
 def set_up_logging(settings: Any) -> None:
     """Logging as the section [Logging] wants it. Raises ConfigError."""
     try:
+        # Imported where they are needed: a guest without a log file does without their memory.
         if settings.config:
-            logging.config.fileConfig(settings.config, disable_existing_loggers=False)
+            from logging import config
+            config.fileConfig(settings.config, disable_existing_loggers=False)
             return
         handler = logging.StreamHandler()  # type: logging.Handler
         if settings.file:
-            handler = logging.handlers.RotatingFileHandler(
+            from logging import handlers
+            handler = handlers.RotatingFileHandler(
                 settings.file, maxBytes=LOG_SIZE, backupCount=LOG_FILES, encoding='utf-8')
     except Exception as error:      # fileConfig raises whatever its file makes it meet
         raise ConfigError('[Logging] %s: %s: %s' % (settings.config or settings.file,

@@ -13,8 +13,9 @@ forked from one (the fork server) that was forked before any thread began.
 """
 
 import base64
+import errno
 import fcntl
-import hashlib
+import gc
 import json
 import logging
 import os
@@ -204,6 +205,7 @@ def folder_name(cmd_id: str) -> str:
     """A name for the folder of a cmd-id, whatever text that is."""
     if SAFE_ID.fullmatch(cmd_id):
         return cmd_id
+    import hashlib  # rarely needed, and it weighs some MB
     return 'x-' + hashlib.sha256(cmd_id.encode('utf-8', 'surrogateescape')).hexdigest()
 
 
@@ -215,17 +217,18 @@ def unrun_result(state: str, error: str) -> Dict[str, Any]:
             'out-truncated': False, 'err-truncated': False}
 
 
-def write_file(path: str, text: str) -> None:
-    """Writes a small file so that it is either whole on the disk, or not there."""
+def write_file(path: str, text: str, durable: bool = True) -> None:
+    """Writes a small file so that it is either whole, or not there; ``durable``: on the disk, too."""
     with open(path + '.new', 'w') as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     os.rename(path + '.new', path)
 
 
-def sync_folder(path: str) -> None:
-    """Brings a folder's entries to the disk."""
+def sync(path: str) -> None:
+    """Brings a file's bytes, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -318,9 +321,17 @@ class Command:
                 return 'lost'
         return 'running' if self.begun or self.has('runner') else 'queued'
 
-    def end(self, state: str, error: str, **more: Any) -> None:
-        """Writes a result for what has none."""
-        write_file(self.path('result.json'), json.dumps(dict(unrun_result(state, error), **more)))
+    def end(self, state: str, error: str, durable: bool = True, **more: Any) -> None:
+        """Writes a result for what has none; not ``durable``: ``sync`` brings it to the disk."""
+        text = json.dumps(dict(unrun_result(state, error), **more))
+        write_file(self.path('result.json'), text, durable)
+
+    def sync(self) -> None:
+        """Brings output and result to the disk."""
+        for name in ('out', 'err', 'result.json'):
+            if self.has(name):
+                sync(self.path(name))
+        sync(self.folder)
 
     def empty(self) -> None:
         """Deletes the files; the folder stays, so that the command isn't run again."""
@@ -358,7 +369,6 @@ class Spool:
             os.mkdir(command.folder, 0o700)
         except FileExistsError:
             return None
-        sync_folder(self.folder)
         return command
 
     def names(self) -> List[str]:
@@ -371,6 +381,7 @@ class Spool:
         aside = os.path.join(self.folder, '.corrupt-%s-%d' % (name, time.time()))
         log.error('%s is damaged (%s): set aside as %s', os.path.join(self.folder, name), why, aside)
         os.rename(os.path.join(self.folder, name), aside)
+        os.mkdir(os.path.join(self.folder, name), EMPTIED)     # it may have run: not again
 
     def load(self) -> List[Command]:
         """The commands that aren't over, in the order in which they were asked for."""
@@ -392,12 +403,15 @@ class Spool:
                 os.rmdir(folder)       # claimed, and never begun: the host asks again
             return None
         command = Command('', folder)
-        if not command.has('request.json'):
+        try:
+            command.request = command.read('request.json')
+        except (FileNotFoundError, ValueError):
+            if command.has('runner') or command.has('result.json'):
+                raise
             for name in os.listdir(folder):
                 os.remove(command.path(name))
             os.rmdir(folder)           # the same, a moment later
             return None
-        command.request = command.read('request.json')
         command.cmd_id = str(command.request['cmd-id'])
         command.acked = command.has('acked')
         return command
@@ -469,7 +483,7 @@ def live_usage(session: int) -> Tuple[int, Dict[str, float]]:
         major += int(fields[9]) + int(fields[10])
         user += int(fields[11]) + int(fields[13])
         system += int(fields[12]) + int(fields[14])
-        peak = max(peak, peak_memory(pid, fields))
+        peak = max(peak, peak_memory(pid) or int(fields[21]) * PAGE // 1024)
     if not count:
         return 0, {}
     usage = dict.fromkeys(protocol.RUSAGE_FIELDS, 0)  # type: Dict[str, float]
@@ -478,8 +492,8 @@ def live_usage(session: int) -> Tuple[int, Dict[str, float]]:
     return count, usage
 
 
-def peak_memory(pid: int, fields: List[str]) -> int:
-    """KiB that were resident at most."""
+def peak_memory(pid: int) -> int:
+    """KiB that were resident at most, of a living process; else 0."""
     try:
         with open('/proc/%d/status' % pid) as file:
             for line in file:
@@ -487,14 +501,27 @@ def peak_memory(pid: int, fields: List[str]) -> int:
                     return int(line.split()[1])
     except (OSError, ValueError) as error:
         log.debug('no VmHWM of %d: %s', pid, error)
-    return int(fields[21]) * PAGE // 1024
+    return 0
+
+
+def family(pid: int) -> List[int]:
+    """A process, and its descendants where this kernel tells them."""
+    try:
+        with open('/proc/%d/task/%d/children' % (pid, pid)) as file:
+            children = [int(word) for word in file.read().split()]
+    except (OSError, ValueError) as error:
+        log.debug('no children of %d: %s', pid, error)
+        return [pid]
+    return [pid] + [member for child in children for member in family(child)]
 
 
 # --- runner ----------------------------------------------------------------------------------
 
+SPARE_DELAY = 0.003            # seconds between a command's begin and the next spare runner
+ACK_PATIENCE = 0.05            # seconds after which results that nobody has yet are brought to the disk
 DRAIN = 2.0                    # seconds for the pipes to be emptied after the end of the process
 FIRST_LOOK = 0.002             # seconds between the first two looks at a program's memory
-LONGEST_LOOK = 0.25
+LONGEST_LOOK = 1.0
 EXEC_NEEDS = 1024              # KiB that a child may still touch on its way into exec
 PUMP = 256 * 1024              # bytes read from a pipe at a time
 LIMITS = {'as': resource.RLIMIT_AS, 'cpu': resource.RLIMIT_CPU, 'fsize': resource.RLIMIT_FSIZE,
@@ -507,15 +534,14 @@ class Runner:
     It is the parent of the command, feeds the spool from its pipes, waits for it with wait4, which
     tells the exact usage of this command and the children that it waited for, and leaves
     result.json.
+
+    A spare one waits for its command with its child forked already, so that nothing but ``exec``
+    stands between the request and the program.
     """
 
-    def __init__(self, folder: str) -> None:
-        self.command = Command('', folder)
-        self.request = self.command.read('request.json')
-        self.pid = 0
-        self.begin = 0.0
+    def __init__(self) -> None:
+        """Forks the child, which waits for ``take``."""
         self.pipes = {}                # type: Dict[int, Tuple[str, int]]
-        self.room = {'out': int(self.request['output-limit']), 'err': int(self.request['output-limit'])}
         self.truncated = {'out': False, 'err': False}
         self.failure = ''              # why writing the spool failed
         self.timed_out = False
@@ -524,6 +550,37 @@ class Runner:
         self.peak = 0                  # KiB that the program was seen to have, as long as below that
         self.next_look = None          # type: Optional[float]
         self.look_every = FIRST_LOOK
+        self._wakeup = self._watch_children()
+        self._outs = {'out': os.pipe(), 'err': os.pipe()}
+        self._told, report = os.pipe()
+        go, self._go = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self._go)
+            self._be_child(go, report)
+        self._rehearse()
+        os.close(go)
+        os.close(report)
+        for name in self._outs:
+            os.close(self._outs[name][1])
+            os.set_blocking(self._outs[name][0], False)
+
+    def _rehearse(self) -> None:
+        """Does for nothing what it will have to do fast: a fork copies each page at the first touch."""
+        command = Command('', os.devnull)
+        command.has('request.json')
+        try:
+            with open(os.devnull) as file:
+                json.load(file)
+        except ValueError:
+            json.loads(json.dumps([self.pipes, dict(os.environ), time.time()]))
+
+    def take(self, folder: str) -> None:
+        """Gives it its command, by the spool folder. Raises OSError, ValueError."""
+        self.command = Command('', folder)
+        self.request = self.command.read('request.json')
+        limit = int(self.request['output-limit'])
+        self.room = {'out': limit, 'err': limit}
 
     def claim(self) -> bool:
         """Takes the lock of the command; False where a runner had it before."""
@@ -540,20 +597,19 @@ class Runner:
 
     def run(self) -> None:
         """The whole life of the command."""
-        wakeup = self._watch_children()
         try:
             self._start()
         except OSError as error:
             return self._finish('failed', describe_error(error))
         deadline = self._deadline()
         while not self._has_ended():
-            self._pump(wakeup, self._patience(deadline))
+            self._pump(self._patience(deadline))
             self._enforce(deadline)
             self._look_at_memory()
         status, usage = self.status
         ended = time.monotonic()
         while self.pipes and time.monotonic() < ended + DRAIN and not self.failure:
-            self._pump(wakeup, ended + DRAIN - time.monotonic())
+            self._pump(ended + DRAIN - time.monotonic())
         if self.timed_out:
             self._end_session()
         self._finish_exited(status, usage, ended)
@@ -572,32 +628,14 @@ class Runner:
         return self.begin + float(timeout) if timeout else None
 
     def _start(self) -> None:
-        """Forks and executes. Raises OSError with what went wrong in the child."""
-        stdin = self._open_stdin()
-        outs = {'out': os.pipe(), 'err': os.pipe()}
-        failure, report = os.pipe()
-        self.begin, self.started = time.monotonic(), time.time()
-        self.pid = os.fork()
-        if self.pid == 0:
-            try:
-                self._become_command(stdin, outs['out'][1], outs['err'][1], report)
-            except BaseException as error:      # nothing of the runner may run twice
-                os.write(report, json.dumps([type(error).__name__, str(error)]).encode()[:4096])
-            finally:
-                os._exit(127)
-        os.close(report)
-        os.close(stdin)
-        for name, (reader, writer) in outs.items():
-            os.close(writer)
-            os.set_blocking(reader, False)
+        """Has the child become the program. Raises OSError with what went wrong in the child."""
+        for name, (reader, _) in self._outs.items():
             target = os.open(self.command.path(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             self.pipes[reader] = (name, target)
-        self._hear_of_start(failure)
-        self._write_process()
-
-    def _hear_of_start(self, failure: int) -> None:
-        """What the child told before it became the program: its memory, or why it couldn't."""
-        with os.fdopen(failure, 'rb') as told:
+        self.begin, self.started = time.monotonic(), time.time()
+        os.write(self._go, os.fsencode(self.command.folder))
+        os.close(self._go)
+        with os.fdopen(self._told, 'rb') as told:
             lines = told.read().splitlines()       # to the end: exec closes the other side
         if lines[-1:] and lines[-1].startswith(b'['):
             os.waitpid(self.pid, 0)
@@ -606,11 +644,25 @@ class Runner:
         if lines:
             self.floor = int(lines[0]) + EXEC_NEEDS
             self.next_look = time.monotonic()
+        self._write_process()
 
     def _write_process(self) -> None:
         with open(self.command.path('process.json.new'), 'w') as file:
             file.write(json.dumps({'pid': self.pid, 'started': self.started, 'begin': self.begin}))
         os.rename(self.command.path('process.json.new'), self.command.path('process.json'))
+
+    def _be_child(self, go: int, report: int) -> None:
+        """The child: waits for its folder, then becomes the program. Never returns."""
+        try:
+            os.setsid()
+            self._rehearse()
+            with os.fdopen(go, 'rb') as folder:
+                self.take(os.fsdecode(folder.read()))
+            self._become_command(report)
+        except BaseException as error:      # nothing of the runner may run twice
+            os.write(report, json.dumps([type(error).__name__, str(error)]).encode()[:4096])
+        finally:
+            os._exit(127)
 
     def _open_stdin(self) -> int:
         if 'stdin' in self.request:
@@ -619,10 +671,10 @@ class Runner:
         path = os.path.join(self.request['root'], name) if name else os.devnull
         return os.open(path, os.O_RDONLY)
 
-    def _become_command(self, stdin: int, out: int, err: int, report: int) -> None:
-        """In the child: session, descriptors, user, limits, folder; then the program. Never returns."""
-        os.setsid()
-        for source, target in ((stdin, 0), (out, 1), (err, 2)):
+    def _become_command(self, report: int) -> None:
+        """Descriptors, user, limits, folder; then the program."""
+        for source, target in ((self._open_stdin(), 0), (self._outs['out'][1], 1),
+                               (self._outs['err'][1], 2)):
             os.dup2(source, target)
         request = self.request
         env = {} if request.get('env-clear') else dict(os.environ)
@@ -644,7 +696,21 @@ class Runner:
         for number in (signal.SIGPIPE, signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         os.write(report, b'%d\n' % resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-        os.execvpe(request['cmd'], [request['cmd']] + request['args'], env)
+        self._execute(request['cmd'], [request['cmd']] + request['args'], env)
+
+    def _execute(self, cmd: str, args: List[str], env: Dict[str, Any]) -> None:
+        """Like os.execvpe, which takes a millisecond to find the path. Raises OSError, ValueError."""
+        if '/' in cmd:
+            os.execve(cmd, args, env)
+        failure = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), cmd)  # type: OSError
+        for folder in os.fsdecode(env.get('PATH', os.defpath)).split(':'):
+            try:
+                os.execve(os.path.join(folder, cmd), args, env)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                failure = error
+        raise failure
 
     def _find_user(self, name: Optional[str]) -> Any:
         if not name:
@@ -676,12 +742,12 @@ class Runner:
                if moment is not None]
         return max(0.0, min(due) - time.monotonic()) if due else 60.0
 
-    def _pump(self, wakeup: int, timeout: float) -> None:
+    def _pump(self, timeout: float) -> None:
         """Waits for output, the end of a child, or the time; writes what came into the spool."""
-        ready, _, _ = select.select(list(self.pipes) + [wakeup], [], [], timeout)
+        ready, _, _ = select.select(list(self.pipes) + [self._wakeup], [], [], timeout)
         for descriptor in ready:
-            if descriptor == wakeup:
-                os.read(wakeup, 4096)
+            if descriptor == self._wakeup:
+                drain(descriptor)
             else:
                 self._read_pipe(descriptor)
 
@@ -727,7 +793,7 @@ class Runner:
         now = time.monotonic()
         if self.next_look is None or now < self.next_look:
             return
-        self.peak = max(self.peak, int(live_usage(self.pid)[1].get('ru_maxrss', 0)))
+        self.peak = max([self.peak] + [peak_memory(pid) for pid in family(self.pid)])
         self.look_every = min(LONGEST_LOOK, 2 * self.look_every)
         self.next_look = now + self.look_every if self.peak < self.floor else None
 
@@ -762,7 +828,7 @@ class Runner:
     def _finish(self, state: str, error: str, **more: Any) -> None:
         """result.json, by rename. On a full disk it takes the room of the output."""
         try:
-            self.command.end(state, error, **more)
+            self.command.end(state, error, durable=False, **more)
         except OSError as failed:
             for name in ('out', 'err'):
                 os.truncate(self.command.path(name), 0)
@@ -783,14 +849,19 @@ def describe_error(error: Exception) -> str:
     return '%s: %s' % (getattr(error, 'kind', type(error).__name__), error)
 
 
-def run_command(folder: str, done: int) -> None:
-    """A runner's main: runs the command of a spool folder, then tells the agent, if it still lives."""
+def be_runner(orders: int, done: int) -> None:
+    """A runner's main: waits for a spool folder, runs its command, tells the agent, if it still lives."""
     os.setsid()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
-    runner = Runner(folder)
+    for descriptor in (0, 1):
+        os.dup2(null, descriptor)
+    runner = Runner()
+    with os.fdopen(orders, 'rb') as line:
+        folder = os.fsdecode(line.read())
+    if not folder:
+        return                      # the fork server is gone
+    runner.take(folder)
     if not runner.claim():
         return
     try:
@@ -803,6 +874,9 @@ def run_command(folder: str, done: int) -> None:
         os.write(done, (os.path.basename(folder) + '\n').encode())
     except OSError as error:
         log.debug('the agent is gone: %s', error)
+    time.sleep(ACK_PATIENCE)
+    if not runner.command.has('acked'):
+        runner.command.sync()       # else the host has them safe
 
 
 class ForkServer:
@@ -830,20 +904,62 @@ class ForkServer:
         self._socket = ours
 
     def _serve(self, requests: socket.socket) -> None:
+        """Gives each folder that comes to the spare runner, then makes the next one."""
         os.close(self.done)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)      # runners are reaped by the kernel
-        with requests.makefile('rb') as lines:
-            for line in lines:
-                if os.fork() == 0:
-                    # Not requests.close(): ``lines`` would keep it open, and the agent would
-                    # not notice the fork server's death while a runner lives.
-                    os.close(requests.fileno())
-                    try:
-                        run_command(os.fsdecode(line.rstrip(b'\n')), self._done_writer)
-                    finally:
-                        os._exit(0)
+        gc.disable()                # a collection would copy the pages that all these share
+        if hasattr(gc, 'freeze'):   # since 3.7
+            gc.freeze()
+        spare, asked = None, b''
+        while True:
+            # Not at once: the command that was just begun comes first.
+            if spare is None and not select.select([requests], [], [], SPARE_DELAY)[0]:
+                spare = self._make_spare(requests)
+            data = requests.recv(65536)
+            if not data:
+                return
+            folders = (asked + data).split(b'\n')
+            asked = folders.pop()
+            for folder in folders:
+                if not self._hand_over(spare or self._make_spare(requests), folder):
+                    self._hand_over(self._make_spare(requests), folder)
+                spare = None
+
+    def _make_spare(self, requests: socket.socket) -> Optional[int]:
+        """Forks a runner; where its orders are written to. None where no process can be had."""
+        orders, writer = os.pipe()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            log.error('no runner: %s', describe_error(error))      # the agent asks again
+            os.close(orders)
+            os.close(writer)
+            return None
+        if pid == 0:
+            try:
+                requests.close()
+                os.close(writer)
+                be_runner(orders, self._done_writer)
+            except Exception:
+                log.exception('in a runner')
+            finally:
+                os._exit(0)
+        os.close(orders)
+        return writer
+
+    def _hand_over(self, spare: Optional[int], folder: bytes) -> bool:
+        if spare is None:
+            return False
+        try:
+            os.write(spare, folder)
+            return True
+        except OSError as error:        # it was killed while it waited
+            log.error('the spare runner is gone: %s', error)
+            return False
+        finally:
+            os.close(spare)
 
     def run(self, folder: str) -> bool:
         """Has a runner started for a spool folder. False where the fork server is dead."""
@@ -1138,8 +1254,12 @@ class Agent:
         request.update({'cmd-id': command.cmd_id, 'format': FORMAT, 'boot': self.boot,
                         'root': self.root, 'received': time.time()})
         command.request = request
-        write_file(command.path('request.json'), json.dumps(request))
-        sync_folder(command.folder)
+        # Not by rename: whether a torn one was begun is seen by its runner's lock. This way one
+        # commit of the file system's own journal makes the three safe.
+        with open(command.path('request.json'), 'w') as file:
+            file.write(json.dumps(request))
+        for path in (command.path('request.json'), command.folder, self._spool.folder):
+            sync(path)
         if failure:
             command.end('failed', failure)
 
