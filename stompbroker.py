@@ -35,8 +35,8 @@ RECEIVE = 64 * 1024                       # bytes taken from a client at a time
 JOINED = 256 * 1024                       # bytes that one write carries, if the chunks are small
 LARGE = 32 * 1024                         # a body from here on is sent as it is, never copied
 SHORTEST_MARGIN = 1.0                     # seconds that a client's heart-beat may be late
-LINGER = 2.0                              # seconds without progress from the last frame to the end
-LONGEST_END = 30.0                        # seconds that a slow reader of its last frames has in all
+LONGEST_END = 30.0                        # seconds that a client has to read its last frames
+LINGER = 2.0                              # seconds from our last byte to the socket's end
 MOST_FOR_SELECT = 500                     # connections that select() can look after
 LONGEST_SLEEP = 3600.0                    # seconds; system calls don't take any number
 MESSAGE_OVERHEAD = 512                    # bytes that a kept message costs beside its texts
@@ -438,7 +438,6 @@ class Session:
         self._beat = 0.0                   # seconds; 0: none
         self._silence = 0.0                # seconds; 0: any
         self._deadline = broker.now + broker.limits.connect_time
-        self._end_by = float('inf')
 
     def __repr__(self) -> str:
         return '<session %s of %s>' % (self.id, _spoken(self.peer))
@@ -574,7 +573,7 @@ class Session:
         headers = frame.headers
         version = self._negotiate(headers.get('accept-version'))
         if version != '1.0':
-            self._beat, self._silence = self._negotiate_beats(headers.get('heart-beat'))
+            self._beat, self._silence = self._negotiate_beats(headers.get('heart-beat', '0,0'))
         if not self.broker.admits(headers.get('login', ''), headers.get('passcode', '')):
             self.broker.count.refused += 1
             raise Fault('login or passcode is wrong')
@@ -600,12 +599,12 @@ class Session:
                 return version
         raise Fault('no common version: this broker speaks 1.0, 1.1 and 1.2')
 
-    def _negotiate_beats(self, offered: Optional[str]) -> Tuple[float, float]:
+    def _negotiate_beats(self, offered: str) -> Tuple[float, float]:
         """Seconds between our beats, and of silence after which the client is dead; 0: none.
 
         STOMP 1.2, Heart-beating. On a busy machine beats may be late by more than a short interval.
         """
-        match = re.match(r'\s*([0-9]{1,18})\s*,\s*([0-9]{1,18})\s*\Z', offered or '0,0')
+        match = re.match(r'\s*([0-9]{1,18})\s*,\s*([0-9]{1,18})\s*\Z', offered)
         if match is None:
             raise Fault('heart-beat is not two numbers: %.40r' % offered)
         theirs, wanted = int(match.group(1)), int(match.group(2))
@@ -905,13 +904,9 @@ class Session:
         self._set_clock()
 
     def _time_is_over(self) -> None:
-        """No CONNECT came in time; or the end takes long, which it may while there is progress."""
-        now = self.broker.now
+        """No CONNECT came in time, or the end takes too long."""
         if not self.ending and not self._handshake:
             self.fail('no CONNECT within %g s' % self.broker.limits.connect_time)
-        elif self._outbox and now < self.spoke + LINGER and now < self._end_by:
-            self._deadline = min(self.spoke + LINGER, self._end_by)
-            self._set_clock()
         else:
             self.close('its time to connect or to end is over')
 
@@ -940,8 +935,7 @@ class Session:
         self.ending = True
         self._release()
         self._beat = self._silence = 0.0
-        self._deadline = self.broker.now + LINGER
-        self._end_by = self.broker.now + LONGEST_END
+        self._deadline = self.broker.now + LONGEST_END
         self._set_clock()
         if not self._to_flush:
             self._to_flush = True
@@ -957,6 +951,8 @@ class Session:
             self._sock.shutdown(socket.SHUT_WR)
         except OSError as error:
             return self.close(str(error))
+        self._deadline = self.broker.now + LINGER
+        self._set_clock()
         self._listen_for(selectors.EVENT_READ)
 
     def _say_goodbye_in_tls(self) -> None:

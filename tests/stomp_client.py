@@ -4,11 +4,16 @@ It shares no code with protocol.py, so that a mistake there can't hide from its 
 """
 
 import contextlib
+import os
+import re
 import socket
 import struct
+import subprocess
+import sys
 import time
 from typing import NamedTuple
 
+TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TIMEOUT = 30        # seconds; the machine may be busy
 
 
@@ -150,6 +155,17 @@ class Client:
         found = self._parse()
         assert found is None or found.command == 'ERROR', found
 
+    def take_end_of_frames(self):
+        """All frames up to the end of the connection; what comes must be whole frames."""
+        found = []
+        while self._receive(time.monotonic() + TIMEOUT):
+            one = self._parse()
+            while one is not None:
+                found.append(one)
+                one = self._parse()
+        assert not self._buffer, bytes(self._buffer[:200])
+        return found
+
     def before_now(self):
         """The frames that were on their way already: the server answers after them."""
         self._fences += 1
@@ -238,3 +254,30 @@ def running(broker):
         thread = broker._thread
         broker.stop()
         assert not thread.is_alive()
+
+
+class Program:
+    """``python stompbroker.py --port 0 …``; its address as it printed it."""
+
+    def __init__(self, *arguments, before=()):
+        self.process = subprocess.Popen(
+            list(before) + [sys.executable, os.path.join(TOP, 'stompbroker.py'), '--port', '0']
+            + list(arguments),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        line = self.process.stdout.readline().decode()
+        found = re.match(r'listening on \[?([^\]]+)\]?:(\d+)\n\Z', line)
+        assert found, (line, self.process.stderr.read())
+        self.address = found.group(1), int(found.group(2))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
+    def end(self, number):
+        self.process.send_signal(number)
+        out, errors = self.process.communicate(timeout=20)
+        return self.process.returncode, out, errors

@@ -12,7 +12,7 @@ import sys
 import pytest
 from agents import TOP
 from helpers import wait_until
-from stomp_client import Client, frame, running
+from stomp_client import Client, Program, frame, running
 
 from stompbroker import Broker, BrokerError
 
@@ -374,32 +374,6 @@ def test_no_tls_where_tls_is_spoken(secured, certificate):
 
 
 # --- the command line ---
-
-class Program:
-    """``python stompbroker.py --port 0 …``; its address as it printed it."""
-
-    def __init__(self, *arguments):
-        self.process = subprocess.Popen(
-            [sys.executable, os.path.join(TOP, 'stompbroker.py'), '--port', '0'] + list(arguments),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        line = self.process.stdout.readline().decode()
-        found = re.match(r'listening on \[?([^\]]+)\]?:(\d+)\n\Z', line)
-        assert found, (line, self.process.stderr.read())
-        self.address = found.group(1), int(found.group(2))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.communicate()
-
-    def end(self, number):
-        self.process.send_signal(number)
-        out, errors = self.process.communicate(timeout=20)
-        return self.process.returncode, out, errors
-
 
 @pytest.mark.skipif(os.name != 'posix', reason='signals of POSIX')
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])

@@ -1,0 +1,354 @@
+"""Bad peers: those who don't read, don't end, flood, lie or vanish. They harm themselves alone."""
+
+import contextlib
+import logging
+import os
+import random
+import resource
+import statistics
+import threading
+import time
+
+import pytest
+from helpers import wait_until
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stomp_client import Client, Program, frame, running
+
+from stompbroker import Broker
+
+MIB = 1024 * 1024
+
+
+@contextlib.contextmanager
+def connected(broker, number=1, *lines, **options):
+    """So many clients, connected; closed at the end."""
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Client(broker.address, **options)) for _ in range(number)]
+        for client in clients:
+            client.say('CONNECT', 'accept-version:1.2', 'host:x', *lines)
+        for client in clients:
+            assert client.take().command == 'CONNECTED'
+        yield clients
+
+
+# --- who doesn't read ---
+
+@pytest.mark.parametrize('habit', ['never reads', 'reads a byte at a time'])
+def test_a_subscriber_that_does_not_read_delays_nobody(habit):
+    """robustness: a subscriber that never reads does not stop the others (20 MiB past it, 15 s)"""
+    with running(Broker(port=0)) as broker:
+        with connected(broker, 2) as (sender, listener), connected(broker, receive_buffer=4096) as (lazy,):
+            listener.subscribe('/topic/a')
+            lazy.subscribe('/topic/a')
+            body = os.urandom(MIB)
+            begin = time.monotonic()
+            for _ in range(20):
+                sender.say('SEND', 'destination:/topic/a', 'content-length:%d' % MIB, body=body)
+                assert listener.take().body == body
+                assert broker.counters()['waiting_bytes'] <= 9 * MIB + 1000
+                if habit != 'never reads':
+                    with contextlib.suppress(ConnectionError):
+                        lazy.socket.recv(1)
+            assert time.monotonic() - begin < 15
+            wait_until(lambda: broker.counters()['cut_off'] == 1)
+            assert broker.counters()['connections'] == 2
+            assert broker.counters()['waiting_bytes'] == 0
+
+
+def test_a_publisher_that_does_not_read_its_receipts(connect):
+    """robustness: a publisher that does not read its RECEIPTs (5000) does not stop others"""
+    listener, client = connect('1.2'), connect('1.2')
+    listener.subscribe('/topic/a')
+    client.send(frame('SEND', 'destination:/topic/a', 'receipt:' + 'x' * 100) * 5000)
+    assert len(listener.take_all(5000)) == 5000
+    assert {one.command for one in client.take_all(5000)} == {'RECEIPT'}
+
+
+def test_what_waits_for_all_is_bounded():
+    """Each may have 64 MiB, all together 8: those for whom most waits have to go."""
+    with running(Broker(port=0, waiting=64 * MIB, waiting_in_all=8 * MIB)) as broker:
+        with connected(broker, 2) as (sender, listener), connected(broker, 6, receive_buffer=4096) as lazy:
+            for client in lazy + [listener]:
+                client.subscribe('/topic/a')
+            for number in range(12):
+                body = b'%d' % (number % 10) * MIB
+                sender.say('SEND', 'destination:/topic/a', body=body)
+                assert listener.take().body == body
+                listener.before_now()
+                assert broker.counters()['waiting_bytes'] <= 8 * MIB
+            assert broker.counters()['cut_off'] >= 4
+
+
+def test_one_round_can_not_bring_more_than_may_wait():
+    """64 KiB of small frames, times 500 subscriptions of their sender: 250 MB, if nothing stopped it."""
+    with running(Broker(port=0, waiting=MIB)) as broker:
+        with connected(broker, 1) as (good,), connected(broker, 1, receive_buffer=4096) as (greedy,):
+            good.subscribe('/topic/a')
+            greedy.send(b''.join(frame('SUBSCRIBE', 'id:%d' % number, 'destination:/topic/a')
+                                 for number in range(500)))
+            greedy.before_now()
+            begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            with contextlib.suppress(ConnectionError):
+                greedy.send(frame('SEND', 'destination:/topic/a', body=b'x' * 1000) * 60)
+            with contextlib.suppress(ConnectionError):
+                while greedy.socket.recv(MIB):
+                    pass
+            assert broker.counters()['cut_off'] == 1
+            assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - begin < 40 * 1024     # KiB
+            assert len(good.bodies()) == 60
+
+
+def test_a_slow_reader_of_the_end_gets_all_of_it():
+    """Who says DISCONNECT, and then reads slowly, gets what it is owed, as long as it goes on."""
+    with running(Broker(port=0)) as broker, connected(broker, 1) as (sender,):
+        with connected(broker, 1, receive_buffer=4096) as (client,):
+            client.subscribe('/queue/a')
+            sender.publish('/queue/a', *[b'x' * MIB] * 7)
+            client.say('DISCONNECT', 'receipt:bye')
+            begin, pause = time.monotonic(), threading.Event()
+            while time.monotonic() < begin + 2.5:            # longer than without progress
+                pause.wait(0.02)
+                assert client.socket.recv(4096)
+            data = bytearray()
+            while True:
+                more = client.socket.recv(MIB)
+                if not more:
+                    break
+                data += more
+            assert data.endswith(b'RECEIPT\nreceipt-id:bye\n\n\0\n')
+
+
+# --- who doesn't end ---
+
+def test_half_a_frame_for_ever(connect):
+    listener = connect('1.2')
+    listener.subscribe('/topic/a')
+    halves = []
+    for start in (b'SE', b'SEND\n', b'SEND\ndestination:/topic/a', b'SEND\ndestination:/topic/a\n\n',
+                  b'SEND\ndestination:/topic/a\ncontent-length:1000\n\nhalf'):
+        halves.append(connect('1.2'))
+        halves[-1].send(start)
+    listener.publish('/topic/a', b'whole')
+    assert listener.bodies() == [b'whole']
+
+
+@pytest.mark.parametrize('vanish', ['close', 'reset'])
+def test_a_frame_that_never_ends_is_never_delivered(connect, vanish):
+    """robustness: a client that dies in the middle of a frame hurts nobody, nothing is delivered"""
+    listener = connect('1.2')
+    listener.subscribe('/topic/a')
+    for start in (b'SEND\ndestination:/topic/a\n\nhalf',
+                  b'SEND\ndestination:/topic/a\ncontent-length:9\n\nha\0lf',
+                  b'SEND\ndestination:/topic/a\n'):
+        client = connect('1.2')
+        client.send(start)
+        client.close() if vanish == 'close' else client.reset()
+    assert listener.bodies() == []
+
+
+def test_unfinished_frames_are_bounded_in_all():
+    with running(Broker(port=0, held=MIB)) as broker:
+        with connected(broker, 1) as (good,), connected(broker, 30) as bad:
+            good.subscribe('/topic/a')
+            for number, client in enumerate(bad):
+                client.send(b'SEND\ndestination:/topic/a\n\n' + b'x' * (90000 + number))
+                good.publish('/topic/a', b'%d' % number)     # a small frame always finds room
+                assert good.bodies() == [b'%d' % number]
+                assert broker.counters()['held_bytes'] <= MIB
+            wait_until(lambda: broker.counters()['errors'] >= 18)
+            good.say('SEND', 'destination:/topic/a', body=b'y' * 50000)
+            assert good.bodies() == [b'y' * 50000]
+        wait_until(lambda: broker.counters()['connections'] == 0)
+        assert broker.counters()['held_bytes'] == 0
+
+
+def test_heads_of_unfinished_frames_count_too():
+    with running(Broker(port=0, held=MIB)) as broker, connected(broker, 40) as bad:
+        for client in bad:
+            client.send(b'SEND\ndestination:/topic/a\nlong:%b\ncontent-length:9\n\n' % (b'x' * 60000))
+        wait_until(lambda: broker.counters()['errors'] >= 20)
+        assert broker.counters()['held_bytes'] <= MIB
+
+
+# --- who floods ---
+
+def test_a_flood_delays_others_little():
+    """One sends as fast as it can; the others' requests are answered meanwhile."""
+    with Program() as program, connected(program, 3) as (flooder, asker, answerer):
+        answerer.subscribe('/topic/question')
+        asker.subscribe('/topic/answer')
+        stop = threading.Event()
+
+        def flood():
+            burst = frame('SEND', 'destination:/topic/nobody', body=b'x' * 50) * 1000
+            while not stop.is_set():
+                flooder.send(burst)
+        thread = threading.Thread(target=flood)
+        thread.start()
+        try:
+            times = []
+            for number in range(100):
+                begin = time.monotonic()
+                asker.say('SEND', 'destination:/topic/question', body=b'%d' % number)
+                assert answerer.take().body == b'%d' % number
+                answerer.say('SEND', 'destination:/topic/answer', body=b'%d' % number)
+                assert asker.take().body == b'%d' % number
+                times.append(time.monotonic() - begin)
+        finally:
+            stop.set()
+            thread.join(60)
+        assert statistics.median(times) < 0.2
+
+
+def test_many_that_come_and_go(broker, connect):
+    monitor = connect('1.2')
+    for _ in range(5):
+        with connected(broker, 100, 'heart-beat:10000,10000') as clients:
+            for number, client in enumerate(clients):
+                client.say('SUBSCRIBE', 'id:0', 'destination:/topic/%d' % number)
+                client.send(b'SEND\ndestination:/topic/%d\n\nhalf' % number)
+        monitor.before_now()
+    wait_until(lambda: broker.counters()['connections'] == 1)
+    assert broker.counters()['destinations'] == 0 and broker.counters()['held_bytes'] == 0
+
+
+def resident(process):
+    """KiB of memory that a process has."""
+    with open('/proc/%d/status' % process.pid) as file:
+        return next(int(line.split()[1]) for line in file if line.startswith('VmRSS'))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='memory is read from /proc')
+def test_2000_at_once_and_memory_returns():
+    number = 2000
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files[1] != resource.RLIM_INFINITY and files[1] < number + 200:
+        pytest.skip('at most %d descriptors here' % files[1])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(files[0], number + 200), files[1]))
+    with Program() as program:
+        after = []
+        for _ in range(4):
+            with connected(program, number, 'heart-beat:30000,30000') as clients:
+                for client in clients:
+                    client.say('SUBSCRIBE', 'id:0', 'destination:/topic/all', 'receipt:r')
+                for client in clients:
+                    assert client.take().command == 'RECEIPT'
+                clients[0].say('SEND', 'destination:/topic/all', body=b'x' * 10000)
+                for client in clients:
+                    assert len(client.take().body) == 10000
+                full = resident(program.process)
+            with connected(program, 1) as (last,):
+                last.before_now()
+            after.append(resident(program.process))
+        assert full < 80 * 1024                          # under 40 KiB each, with Python itself
+        # What Python keeps from its first use for the next is no leak, but must not grow.
+        assert after[-1] < after[1] + 2048, after
+
+
+def test_descriptors_run_out():
+    """Who comes when there are none left waits until there are; the others don't notice."""
+    with Program(before=['sh', '-c', 'ulimit -n 30; exec "$@"', 'sh']) as program:
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(Client(program.address)) for _ in range(40)]
+            for client in clients:
+                client.say('CONNECT', 'accept-version:1.2', 'host:x')
+            for client in clients[:15]:
+                assert client.take().command == 'CONNECTED'
+            clients[0].before_now()
+            for client in clients[:15]:
+                client.close()
+            for client in clients[15:]:
+                assert client.take().command == 'CONNECTED'
+                client.close()
+        assert program.process.poll() is None
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/fd'), reason='descriptors are counted in /proc')
+def test_nothing_is_left_after_stop():
+    def descriptors():
+        return len(os.listdir('/proc/self/fd'))
+    before, threads = descriptors(), threading.active_count()
+    for _ in range(3):
+        with running(Broker(port=0)) as broker, connected(broker, 20) as clients:
+            for client in clients:
+                client.subscribe('/topic/a')
+            clients[0].say('SEND', 'destination:/topic/a', body=b'x' * MIB)
+            clients[1].send(b'SEND\nhalf')
+    assert (descriptors(), threading.active_count()) == (before, threads)
+
+
+# --- noise ---
+
+CONVERSATION = [
+    frame('SUBSCRIBE', 'id:0', 'destination:/topic/a', 'ack:client'),
+    frame('SEND', 'destination:/topic/a', body=b'a'),
+    frame('SEND', 'destination:/queue/fuzz', 'content-length:3', 'receipt:r', body=b'a\0b'), b'\n', b'\r\n',
+    frame('SUBSCRIBE', 'id:1', 'destination:/queue/fuzz', 'ack:client-individual'),
+    frame('BEGIN', 'transaction:t'),
+    frame('SEND', 'destination:/topic/a', 'transaction:t', 'h\\c:\\n'), frame('COMMIT', 'transaction:t'),
+    frame('ACK', 'id:2-x'), frame('NACK', 'id:1'), frame('ABORT', 'transaction:t'),
+    frame('UNSUBSCRIBE', 'id:0'), frame('DISCONNECT', 'receipt:bye')]
+
+
+SPLINTERS = [b'\0', b'\n', b'\r', b':', b'\\', b'\n\n', b'\xff', b'content-length:7\n']
+
+
+def listens_to_noise(broker, caplog, noise, first):
+    """After noise the broker serves others, and was not surprised."""
+    with Client(broker.address) as client:
+        if first:
+            client.connect(first)
+        with contextlib.suppress(ConnectionError):
+            client.send(noise)
+            client.socket.shutdown(1)
+        with contextlib.suppress(ConnectionError):
+            client.take_end_of_frames()
+    with connected(broker, 1) as (good,):
+        good.ask('SEND', 'destination:/topic/a')
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def mutated(chance):
+    """A conversation in which something is wrong."""
+    parts = [bytearray(chance.choice(CONVERSATION)) for _ in range(chance.randrange(1, 12))]
+    for _ in range(chance.randrange(4)):
+        part = chance.choice(parts)
+        at = chance.randrange(len(part))
+        what = chance.randrange(4)
+        if what == 0:
+            part[at] = chance.randrange(256)
+        elif what == 1:
+            del part[at:at + chance.randrange(1, 9)]
+        elif what == 2:
+            part[at:at] = chance.choice(SPLINTERS)
+        else:
+            part[at:at] = part[:at]
+        part += b'' if part else b'\n'
+    return b''.join(map(bytes, parts))
+
+
+FUZZ_ROUNDS = int(os.environ.get('FUZZ_ROUNDS', '300'))
+
+
+@pytest.mark.parametrize('seed', [1, 2])
+def test_mutated_conversations(caplog, seed):
+    chance = random.Random(seed)
+    with running(Broker(port=0)) as broker:
+        for _ in range(FUZZ_ROUNDS):
+            listens_to_noise(broker, caplog, mutated(chance), chance.choice(['1.0', '1.1', '1.2', None]))
+        assert broker.counters()['held_bytes'] == 0
+
+
+def test_random_bytes(caplog):
+    with running(Broker(port=0)) as broker:
+        @settings(max_examples=FUZZ_ROUNDS)
+        @given(st.binary(max_size=300), st.sampled_from(['1.0', '1.2', None]), st.sampled_from(
+            [b'', b'SEND\n', b'SEND\ndestination:/topic/a\n', b'CONNECT\n']))
+        def check(noise, first, start):
+            caplog.clear()
+            listens_to_noise(broker, caplog, start + noise, first)
+        check()
+        wait_until(lambda: broker.counters()['connections'] == 0)
+        assert broker.counters()['held_bytes'] == 0
