@@ -16,6 +16,7 @@ import base64
 import errno
 import fcntl
 import gc
+import itertools
 import json
 import logging
 import os
@@ -24,8 +25,10 @@ import pwd
 import re
 import resource
 import select
+import shutil
 import signal
 import socket
+import stat
 import struct
 import sys
 import threading
@@ -196,9 +199,14 @@ def read_boot_id() -> str:
 # --- spool -----------------------------------------------------------------------------------
 
 SPOOL = '.vmguest-spool'       # within dir_to_serve, so that the host can fetch from it by Chirp
-FORMAT = 1                     # of request.json and result.json
+FORMAT = 1                     # of request.json and result.json; a newer one is left alone
+FINISHED = ('exited', 'signaled', 'timeout', 'failed', 'lost')
 SAFE_ID = re.compile('[A-Za-z0-9][A-Za-z0-9._@-]{0,127}')
-EMPTIED = 0o500                # mode of a folder whose command is over, and its files deleted
+EMPTYING = 0o1700              # mode of a folder whose command is over, while its files are deleted
+EMPTIED = 0o500                # … and from then on
+RESERVED = 8192                # bytes that each command has on the disk from its begin, for its result
+LONGEST_ERROR = 1000           # characters of an error, so that a result fits into that
+SWEEP_SLICE = 200              # folders that one look for old ones goes through
 
 
 def folder_name(cmd_id: str) -> str:
@@ -211,20 +219,31 @@ def folder_name(cmd_id: str) -> str:
 
 def unrun_result(state: str, error: str) -> Dict[str, Any]:
     """The results of what never ran, or of which nothing is known."""
-    return {'format': FORMAT, 'state': state, 'error': error, 'finished': False,
+    return {'format': FORMAT, 'state': state, 'error': error[:LONGEST_ERROR], 'finished': False,
             'exitCodeOrSignal': -1, 'resources': dict.fromkeys(protocol.RUSAGE_FIELDS, 0),
             'wall': 0.0, 'started': 0.0, 'ended': time.time(),
             'out-truncated': False, 'err-truncated': False}
 
 
+def reserve(path: str) -> None:
+    """Takes room on the disk, that ``write_file`` of that path uses later. Raises OSError."""
+    with open(path + '.new', 'wb') as file:
+        file.write(b' ' * RESERVED)
+
+
 def write_file(path: str, text: str, durable: bool = True) -> None:
-    """Writes a small file so that it is either whole, or not there; ``durable``: on the disk, too."""
-    with open(path + '.new', 'w') as file:
-        file.write(text)
+    """Writes a small file so that it is either whole, or not there; ``durable``: on the disk, too.
+
+    Where its room was reserved, a full disk can't prevent it.
+    """
+    new = path + '.new'
+    with open(new, 'rb+' if os.path.exists(new) else 'wb') as file:
+        file.write(text.encode('utf-8'))
+        file.truncate()
         if durable:
             file.flush()
             os.fsync(file.fileno())
-    os.rename(path + '.new', path)
+    os.rename(new, path)
 
 
 def sync(path: str) -> None:
@@ -241,7 +260,7 @@ class Command:
 
     The folder holds request.json (what was asked for), runner (locked while its runner lives),
     process.json (the pid), out, err, stdin, progress, result.json, acked. It is empty, and not
-    writable, once all that is over.
+    writable, once all that is over. Until there is a result, result.json.new keeps room for it.
     """
 
     def __init__(self, cmd_id: str, folder: str) -> None:
@@ -316,7 +335,7 @@ class Command:
         """queued, running, or how it ended."""
         if self.has('result.json'):
             try:
-                return str(self.read('result.json').get('state', 'lost'))
+                return str(self.result()['state'])
             except (OSError, ValueError):
                 return 'lost'
         return 'running' if self.begun or self.has('runner') else 'queued'
@@ -333,11 +352,52 @@ class Command:
                 sync(self.path(name))
         sync(self.folder)
 
+    def result(self) -> Dict[str, Any]:
+        """What result.json says. Raises OSError, ValueError where that is no result."""
+        result = self.read('result.json')
+        if result.get('state') not in FINISHED:
+            raise ValueError('no state %.40r' % result.get('state'))
+        return result
+
+    def acknowledge(self) -> None:
+        """Notes that the host has the results. Raises OSError."""
+        open(self.path('acked'), 'w').close()
+        self.acked = True
+
     def empty(self) -> None:
         """Deletes the files; the folder stays, so that the command isn't run again."""
+        os.chmod(self.folder, EMPTYING)        # should this agent die here, the next one goes on
         for name in os.listdir(self.folder):
             os.remove(self.path(name))
         os.chmod(self.folder, EMPTIED)
+
+    def discard(self) -> None:
+        """Deletes folder and files of what was never begun."""
+        for name in os.listdir(self.folder):
+            os.remove(self.path(name))
+        os.rmdir(self.folder)
+
+    def end_processes(self) -> int:
+        """KILLs what a dead runner left of the command; how many processes there were.
+
+        Only what is surely the command's: its session, while the leader is the process that was
+        started, by pid and start time; and whatever has its VM_PROGRESS_FILE, which names the folder.
+        """
+        try:
+            process = self.read('process.json')
+            leader, ticks = int(process['pid']), process.get('ticks')
+        except (OSError, ValueError, KeyError, TypeError):
+            leader, ticks = 0, None
+        count = 0
+        if leader and ticks and start_ticks(leader) == ticks:
+            count = signal_session(leader, signal.SIGKILL)
+        for pid in processes_with('VM_PROGRESS_FILE', self.path('progress')):
+            try:
+                os.kill(pid, signal.SIGKILL)
+                count += 1
+            except ProcessLookupError:
+                continue
+        return count
 
 
 class Spool:
@@ -347,6 +407,7 @@ class Spool:
         """Raises GuestError where it can't be made, or another agent uses it."""
         self.chirp_path = '/%s/%s' % (SPOOL, folder_name(machine_id))
         self.folder = os.path.join(root, SPOOL, folder_name(machine_id))
+        self._sweep = None             # type: Any    # how far let_go has come
         try:
             os.makedirs(self.folder, mode=0o700, exist_ok=True)
             os.chmod(os.path.dirname(self.folder), 0o700)
@@ -371,26 +432,32 @@ class Spool:
             return None
         return command
 
-    def names(self) -> List[str]:
-        """Names of all folders of commands."""
-        return [name for name in os.listdir(self.folder)
-                if not name.startswith('.') and os.path.isdir(os.path.join(self.folder, name))]
+    def names(self) -> Iterator[str]:
+        """Names of all folders of commands; there may be a million."""
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                if not entry.name.startswith('.') and entry.is_dir(follow_symlinks=False):
+                    yield entry.name
 
     def set_aside(self, name: str, why: Any) -> None:
-        """Puts a folder out of the way that can't be understood."""
+        """Puts a folder out of the way that can't be understood; its command is never run again."""
+        folder = os.path.join(self.folder, name)
         aside = os.path.join(self.folder, '.corrupt-%s-%d' % (name, time.time()))
-        log.error('%s is damaged (%s): set aside as %s', os.path.join(self.folder, name), why, aside)
-        os.rename(os.path.join(self.folder, name), aside)
-        os.mkdir(os.path.join(self.folder, name), EMPTIED)     # it may have run: not again
+        log.error('%s is damaged (%s): set aside as %s', folder, why, aside)
+        Command('', folder).end_processes()
+        os.rename(folder, aside)
+        os.mkdir(folder, EMPTIED)     # it may have run: not again
 
     def load(self) -> List[Command]:
-        """The commands that aren't over, in the order in which they were asked for."""
+        """The commands that aren't over, in the order in which they were asked for.
+
+        Raises GuestError where a newer agent wrote one of them.
+        """
         found = []
         for name in self.names():
-            folder = os.path.join(self.folder, name)
             try:
-                command = self._load(folder)
-            except (OSError, ValueError, KeyError) as error:
+                command = self._load(os.path.join(self.folder, name))
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 self.set_aside(name, error)
                 continue
             if command is not None:
@@ -398,40 +465,65 @@ class Spool:
         return sorted(found, key=lambda command: command.request.get('received', 0))
 
     def _load(self, folder: str) -> Optional[Command]:
-        if not os.listdir(folder):
-            if os.stat(folder).st_mode & 0o200:
-                os.rmdir(folder)       # claimed, and never begun: the host asks again
-            return None
         command = Command('', folder)
+        mode = stat.S_IMODE(os.stat(folder).st_mode)
+        if mode == EMPTYING:
+            command.empty()
+        if mode in (EMPTYING, EMPTIED):
+            return None
         try:
             command.request = command.read('request.json')
         except (FileNotFoundError, ValueError):
             if command.has('runner') or command.has('result.json'):
                 raise
-            for name in os.listdir(folder):
-                os.remove(command.path(name))
-            os.rmdir(folder)           # the same, a moment later
+            command.discard()          # claimed, and never begun: the host asks again
             return None
+        if command.request.get('format', FORMAT) > FORMAT:
+            raise GuestError('the spool %s was written by a newer vmguest (format %s, this one knows '
+                             '%d): update this one' % (self.folder, command.request['format'], FORMAT))
         command.cmd_id = str(command.request['cmd-id'])
         command.acked = command.has('acked')
         return command
 
-    def let_go(self, keep_spool: float, dedupe_ttl: float) -> List[str]:
-        """Empties what was acknowledged long ago, forgets what was emptied longer ago; whose ids."""
-        now, emptied = time.time(), []
-        for name in self.names():
-            command = Command('', os.path.join(self.folder, name))
+    def let_go(self, keep_spool: float, dedupe_ttl: float) -> bool:
+        """Empties what was acknowledged long ago, forgets what was emptied longer ago.
+
+        Goes through the next folders only, so that a million of them hold nothing up; True at
+        the end of a round.
+        """
+        if self._sweep is None:
+            self._sweep = os.scandir(self.folder)
+        entries = list(itertools.islice(self._sweep, SWEEP_SLICE))
+        for entry in entries:
             try:
-                if command.has('acked'):
-                    if now - os.stat(command.path('acked')).st_mtime >= keep_spool:
-                        emptied.append(str(command.read('request.json')['cmd-id']))
-                        command.empty()
-                elif now - os.stat(command.folder).st_mtime > dedupe_ttl \
-                        and not os.listdir(command.folder):
-                    os.rmdir(command.folder)
-            except (OSError, ValueError, KeyError) as error:
-                self.set_aside(name, error)
-        return emptied
+                self._let_go(Command('', entry.path), keep_spool, dedupe_ttl)
+            except OSError as error:
+                log.warning('%s: %s', entry.path, error)
+        if len(entries) == SWEEP_SLICE:
+            return False
+        self._sweep = None
+        return True
+
+    def _let_go(self, command: Command, keep_spool: float, dedupe_ttl: float) -> None:
+        name = os.path.basename(command.folder)
+        if name.startswith('.'):
+            if name.startswith('.corrupt-') and age(command.folder) > dedupe_ttl:
+                shutil.rmtree(command.folder)
+        elif command.has('acked'):
+            if age(command.path('acked')) >= keep_spool:
+                command.empty()
+                log.debug('%s: its files are let go', name)
+        elif age(command.folder) > dedupe_ttl \
+                and stat.S_IMODE(os.stat(command.folder).st_mode) == EMPTIED:
+            os.rmdir(command.folder)
+
+
+def age(path: str) -> float:
+    """Seconds since a file or folder changed. One from the future (the clock was put back) is new."""
+    seconds = time.time() - os.stat(path).st_mtime
+    if seconds < 0:
+        os.utime(path)
+    return max(0.0, seconds)
 
 
 # --- processes of a session ------------------------------------------------------------------
@@ -452,6 +544,29 @@ def processes_of(session: int) -> Iterator[Tuple[int, List[str]]]:
             continue
         if int(fields[3]) == session and fields[0] not in 'ZX':
             yield int(name), fields
+
+
+def start_ticks(pid: int) -> int:
+    """When a living process began, in clock ticks since the boot: with the pid, its name for ever."""
+    try:
+        with open('/proc/%d/stat' % pid) as file:
+            fields = file.read().rpartition(')')[2].split()
+    except OSError:
+        return 0
+    return int(fields[19]) if fields[0] not in 'ZX' else 0
+
+
+def processes_with(variable: str, value: str) -> List[int]:
+    """The pids of living processes that began with this variable in their environment."""
+    wanted, found = os.fsencode('%s=%s' % (variable, value)), []
+    for name in os.listdir('/proc') if os.path.isdir('/proc') else []:
+        try:
+            with open('/proc/%d/environ' % int(name), 'rb') as file:
+                if wanted in file.read().split(b'\0'):
+                    found.append(int(name))
+        except (OSError, ValueError):
+            continue
+    return found
 
 
 def signal_session(session: int, number: int) -> int:
@@ -545,6 +660,7 @@ class Runner:
         self.truncated = {'out': False, 'err': False}
         self.failure = ''              # why writing the spool failed
         self.timed_out = False
+        self.ended = False             # whether the program was waited for
         self.kill_at = None            # type: Optional[float]
         self.floor = 0                 # KiB below which wait4 can't tell the program's peak memory
         self.peak = 0                  # KiB that the program was seen to have, as long as below that
@@ -589,17 +705,21 @@ class Runner:
         fcntl.flock(descriptor, fcntl.LOCK_EX)     # open, and so locked, until this process ends
         try:
             os.link(temporary, self.command.path('runner'))
-            return True
         except FileExistsError:
             return False
         finally:
             os.remove(temporary)
+        if self.command.has('request.json'):
+            return True
+        os.remove(self.command.path('runner'))     # it was over, and emptied, while this one slept
+        return False
 
     def run(self) -> None:
         """The whole life of the command."""
         try:
             self._start()
         except OSError as error:
+            self.abandon()
             return self._finish('failed', describe_error(error))
         deadline = self._deadline()
         while not self._has_ended():
@@ -639,6 +759,7 @@ class Runner:
             lines = told.read().splitlines()       # to the end: exec closes the other side
         if lines[-1:] and lines[-1].startswith(b'['):
             os.waitpid(self.pid, 0)
+            self.ended = True
             kind, text = json.loads(lines[-1].decode())
             raise StartError(kind, text)
         if lines:
@@ -648,8 +769,17 @@ class Runner:
 
     def _write_process(self) -> None:
         with open(self.command.path('process.json.new'), 'w') as file:
-            file.write(json.dumps({'pid': self.pid, 'started': self.started, 'begin': self.begin}))
+            file.write(json.dumps({'pid': self.pid, 'started': self.started, 'begin': self.begin,
+                                   'ticks': start_ticks(self.pid)}))
         os.rename(self.command.path('process.json.new'), self.command.path('process.json'))
+
+    def abandon(self) -> None:
+        """Ends a program that can't be accounted for, since a file of it couldn't be written, say."""
+        if self.pid and not self.ended:
+            os.kill(self.pid, signal.SIGKILL)
+            signal_session(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            self.ended = True
 
     def _be_child(self, go: int, report: int) -> None:
         """The child: waits for its folder, then becomes the program. Never returns."""
@@ -735,7 +865,8 @@ class Runner:
     def _has_ended(self) -> bool:
         pid, status, usage = os.wait4(self.pid, os.WNOHANG)
         self.status = status, usage
-        return pid != 0
+        self.ended = pid != 0
+        return self.ended
 
     def _patience(self, deadline: Optional[float]) -> float:
         due = [moment for moment in (None if self.timed_out else deadline, self.kill_at, self.next_look)
@@ -826,7 +957,7 @@ class Runner:
                      **{'out-truncated': self.truncated['out'], 'err-truncated': self.truncated['err']})
 
     def _finish(self, state: str, error: str, **more: Any) -> None:
-        """result.json, by rename. On a full disk it takes the room of the output."""
+        """result.json, by rename. On a full disk, without reserved room, it takes the output's."""
         try:
             self.command.end(state, error, durable=False, **more)
         except OSError as failed:
@@ -868,6 +999,7 @@ def be_runner(orders: int, done: int) -> None:
         runner.run()
     except Exception as error:      # whatever it is: a command has a result
         log.exception('runner of %s', folder)
+        runner.abandon()
         if not runner.command.has('result.json'):
             runner.command.end('failed', describe_error(error))
     try:
@@ -970,6 +1102,13 @@ class ForkServer:
             log.error('the fork server died: %s', error)
             return False
 
+    def lives(self) -> bool:
+        """Whether it can still start runners."""
+        try:
+            return os.waitpid(self.pid, os.WNOHANG)[0] == 0
+        except ChildProcessError:
+            return False
+
     def finished(self) -> List[str]:
         """Names of the folders whose runners ended since the last call."""
         try:
@@ -995,8 +1134,13 @@ FIRST_STATUS = 0.05            # seconds after which a command that still runs i
 START_PATIENCE = 10.0          # seconds after which a runner that shows nothing is asked for again
 POLL = 1.0                     # seconds between looks at commands that runners can't report
 HOUSEKEEPING_EVERY = 60.0
+SWEEP_PAUSE = 0.05             # seconds between two slices of a look for old folders
 LARGEST_INLINE = 256 * 1024    # bytes of a stream that a word carries, at most
-LARGEST_WORD = 900 * 1000      # bytes of a body, below what a broker takes (max_frame)
+LARGEST_WORD = 900 * 1000      # bytes of a body, below what a broker takes (max_frame) …
+FIRST_WORD = 8 * 1000          # … and of a HELLO before the host has told what its broker takes
+SMALLEST_WORD = 2 * 1000       # whatever the host tells: a result without output fits
+FRAME_RESERVE = 4 * 1000       # bytes of max_frame that are left for what is not output
+GREETING_PATIENCE = 5.0        # seconds that results wait for the host's greeting on a new connection
 LARGEST_PROGRESS = 4096        # bytes of a progress file
 REFUSALS_KEPT = 10000
 
@@ -1023,6 +1167,7 @@ class Agent:
         self.aint = 0
         self.stopping = False
         self.restart = ''              # why the agent should begin anew, as another process image
+        self.largest_word = 0          # bytes of a body that the host takes; 0: it hasn't told
         # Guards the two tables below. Held for moments; never while something is said, or run.
         self._lock = threading.Lock()
         self._commands = {}            # type: Dict[str, Command]
@@ -1099,12 +1244,18 @@ class Agent:
         if not self._settle_id():
             return
         self._say_hello()
-        with self._lock:
-            commands = list(self._commands.values())
-        for command in commands:
-            command.sent = 0.0
-        self._next_beacon = time.monotonic() + self.beacon_interval
+        now = time.monotonic()
+        self._send_all_again(now - RESEND_EVERY + GREETING_PATIENCE)
+        self._next_beacon = now + self.beacon_interval
         self.wake()
+
+    def _send_all_again(self, sent: float) -> None:
+        """Lets the next look at the clock believe that the results were last sent at ``sent``."""
+        with self._lock:
+            for command in self._commands.values():
+                command.sent = sent
+            for result in self._refused.values():
+                result['sent'] = sent
 
     def _link_down(self, reason: str) -> None:
         if not self.stopping:
@@ -1181,14 +1332,19 @@ class Agent:
         self.name = message.text('name', self.name)
         interval = message.number('beacon_interval', self.beacon_interval)
         self.beacon_interval = min(max(0.5, interval), 3600.0)
+        limit = message.number('max_frame', LARGEST_WORD + FRAME_RESERVE) - FRAME_RESERVE
+        self.largest_word = int(min(LARGEST_WORD, max(SMALLEST_WORD, limit)))
         log.info('joined the host at %s as %s, id %s', self.link.peer_address[0], self.name, self.id)
+        self._send_all_again(0.0)
+        self._next_poll = 0.0
+        self.wake()
 
     def _say_hello(self) -> None:
         facts = self.facts()
         with self._lock:
             commands = dict(self._commands)
         states = {cmd_id: command.state() for cmd_id, command in commands.items()}
-        if len(protocol.write_json(states)) < LARGEST_WORD:
+        if len(protocol.write_json(states)) <= (self.largest_word or FIRST_WORD):
             facts['cmds'] = states      # else the host asks for each
         self.say(protocol.HELLO.howToSay(self.id, self.ip, **facts))
 
@@ -1224,6 +1380,7 @@ class Agent:
         try:
             self._accept(command, message)
         except OSError as error:
+            command.discard()
             self._refuse(cmd_id, error)
             return
         with self._lock:
@@ -1246,6 +1403,7 @@ class Agent:
             failure = ''
         except protocol.BadWord as error:
             request, failure = {}, 'BadWord: %s' % error
+        reserve(command.path('result.json'))
         stdin = request.pop('stdin', None)
         if stdin is not None:
             with open(command.path('stdin'), 'wb') as file:
@@ -1281,7 +1439,8 @@ class Agent:
             command = Command(cmd_id, os.path.join(self._spool.folder, folder_name(cmd_id)))
             if not command.has('result.json'):
                 self._tell_results(cmd_id, unrun_result(
-                    'lost', 'it ran before; its results were acknowledged, and let go'))
+                    'lost', 'it was begun before, and isn\'t run again; its results were acknowledged and '
+                    'let go, or its spool folder was damaged'))
                 return
             command.request = command.read('request.json')
         if command.has('result.json'):
@@ -1301,9 +1460,24 @@ class Agent:
         for stream in ('out', 'err'):
             if message.get(stream + '-offset') is not None:
                 offset = int(max(0, message.number(stream + '-offset')))
-                slices[stream + '-offset'] = offset
-                put_bytes(slices, stream, command.slice(stream, offset, length))
+                self._put_slice(slices, stream, command, offset, length)
         self._tell_status(command, **slices)
+
+    def _put_slice(self, slices: Dict[str, Any], stream: str, command: Command, offset: int,
+                   length: int) -> None:
+        """A slice of a stream, as long as two of them fit into a word."""
+        data = command.slice(stream, offset, length)
+        found = {stream + '-offset': offset}  # type: Dict[str, Any]
+        put_bytes(found, stream, data)
+        while len(protocol.write_json(found)) > self._room_for_output // 2 and data:
+            data = data[:len(data) // 2]
+            put_bytes(found, stream, data)
+        slices.update(found)
+
+    @property
+    def _room_for_output(self) -> int:
+        """Bytes of a word that output may take, written as JSON."""
+        return max(0, (self.largest_word or LARGEST_WORD) - 2 * LARGEST_PROGRESS)
 
     def _find(self, cmd_id: str) -> Optional[Command]:
         """A command that has files in the spool, acknowledged or not."""
@@ -1340,7 +1514,7 @@ class Agent:
         if command is None or not command.has('result.json'):
             return
         try:
-            open(command.path('acked'), 'w').close()
+            command.acknowledge()
         except OSError as error:
             log.warning('%s: acknowledged, but %s', cmd_id, describe_error(error))
             return              # it is sent again, and acknowledged again
@@ -1374,11 +1548,16 @@ class Agent:
     def _lose_unless_ended(self, command: Command) -> None:
         """For a runner that is gone: its result may have been its last deed."""
         if not command.has('result.json'):
-            self._lose(command, 'its runner was killed')
+            left = command.end_processes()
+            self._lose(command, 'its runner was killed%s'
+                       % ('; its processes were, too' if left else ''))
 
     def _lose(self, command: Command, why: str) -> None:
         log.warning('%s: lost: %s', command.cmd_id, why)
-        command.end('lost', why)
+        try:
+            command.end('lost', why)
+        except OSError as error:
+            log.error('%s: %s', command.cmd_id, describe_error(error))      # the next look tries again
 
     def _start_waiting(self) -> None:
         """Has those begun that wait for their turn, in the order in which they came."""
@@ -1455,17 +1634,29 @@ class Agent:
             refused = [(cmd_id, result) for cmd_id, result in self._refused.items()
                        if not result.get('acked')]
         for command in commands:
-            if command.has('result.json'):
-                if now - command.sent >= RESEND_EVERY or not command.sent:
-                    self._send_results(command)
-            elif command.has('runner'):
-                self._look_after(command, now)
-            elif command.begun and now - command.begun > START_PATIENCE:
-                self._begin(command)
+            try:
+                self._look_at(command, now)
+            except OSError as error:        # a full disk, say: the others' turn comes all the same
+                log.error('%s: %s', command.cmd_id, describe_error(error))
         for cmd_id, result in refused:
-            if now - result.get('sent', 0.0) >= RESEND_EVERY:
+            if now - result['sent'] >= RESEND_EVERY:
                 self._tell_results(cmd_id, result)
-        self._start_waiting()
+        if not self.fork_server.lives():
+            self._begin_anew('the fork server died')
+        else:
+            self._start_waiting()
+
+    def _look_at(self, command: Command, now: float) -> None:
+        """Sends its result, or sees to it that there will be one. Raises OSError."""
+        if command.has('result.json'):
+            if now - command.sent >= RESEND_EVERY or not command.sent:
+                self._send_results(command)
+        elif command.request.get('boot') != self.boot:
+            self._lose(command, 'the guest was rebooted')
+        elif command.has('runner'):
+            self._look_after(command, now)
+        elif command.begun and now - command.begun > START_PATIENCE:
+            self._begin(command)
 
     def _look_after(self, command: Command, now: float) -> None:
         """A command that runs: its runner may have been killed, its status or a signal be due."""
@@ -1493,8 +1684,8 @@ class Agent:
     def _keep_house(self) -> None:
         if self.spool is not None:
             vm = self.settings.VM
-            for cmd_id in self.spool.let_go(vm.keep_spool, vm.dedupe_ttl):
-                log.debug('%s: its files are let go', cmd_id)
+            if not self.spool.let_go(vm.keep_spool, vm.dedupe_ttl):
+                self._next_housekeeping = time.monotonic() + SWEEP_PAUSE
 
     # What is told of a command.
 
@@ -1512,7 +1703,7 @@ class Agent:
         command.ended = True
         command.sent = time.monotonic()
         try:
-            result = command.read('result.json')
+            result = command.result()
         except (OSError, ValueError) as error:
             result = self._mend_result(command, error)
         result.update(self._streams(command))
@@ -1526,7 +1717,7 @@ class Agent:
         log.error('%s is damaged (%s): set aside as %s', command.path('result.json'), error, aside)
         os.rename(command.path('result.json'), aside)
         command.end('lost', 'its result was damaged: %s' % error)
-        return command.read('result.json')
+        return command.result()
 
     def _streams(self, command: Command) -> Dict[str, Any]:
         """The tails of both streams that go with the results, as large as the word may be."""
@@ -1536,7 +1727,7 @@ class Agent:
             found = {}  # type: Dict[str, Any]
             for stream in ('out', 'err'):
                 put_tail(found, stream, command, room)
-            if len(protocol.write_json(found)) < LARGEST_WORD:
+            if len(protocol.write_json(found)) <= self._room_for_output or not room:
                 return found
             room //= 2
 

@@ -122,7 +122,7 @@ class JournalError(VMHostError):
 
 # --- journal ---------------------------------------------------------------------------------
 
-JOURNAL_FORMAT = 1
+JOURNAL_FORMAT = 2
 UNFINISHED = ('queued', 'sent', 'running', 'suspended')
 FINISHED = ('exited', 'signaled', 'timeout', 'failed', 'lost')
 ROWS_AT_ONCE = 1000            # of a list, where the caller names no limit
@@ -143,6 +143,8 @@ CREATE INDEX unfetched ON executions (number) WHERE fetched = 0;
 CREATE INDEX of_vm ON executions (vm, number);
 CREATE INDEX of_state ON executions (state, number);
 CREATE INDEX by_end ON executions (ended) WHERE ended > 0;
+CREATE INDEX of_cmd ON executions (cmd, number);
+CREATE INDEX by_submission ON executions (submitted);
 CREATE TABLE orphans (
     cmd_id TEXT NOT NULL, vm_id TEXT NOT NULL, received REAL NOT NULL, results TEXT NOT NULL,
     PRIMARY KEY (cmd_id, vm_id));
@@ -153,6 +155,13 @@ CREATE TABLE guests (
     id TEXT PRIMARY KEY, name TEXT NOT NULL, ip TEXT NOT NULL, boot TEXT NOT NULL,
     session TEXT NOT NULL, facts TEXT NOT NULL, last_seen REAL NOT NULL);
 """
+
+
+UPGRADES = {                   # format: what makes the next one of it
+    1: """CREATE INDEX of_cmd ON executions (cmd, number);
+          CREATE INDEX by_submission ON executions (submitted);""",
+}
+RETENTION_SLICE = 5000         # rows that one transaction deletes
 
 
 class Journal:
@@ -186,7 +195,7 @@ class Journal:
         self._writer = self._connect()
         try:
             self._check_format()
-            self._writer.execute('SELECT count(*) FROM executions WHERE ended = 0').fetchone()
+            self._check_sound()
             self._reader = self._connect()
         except BaseException:
             self._writer.close()
@@ -207,6 +216,16 @@ class Journal:
         elif found > JOURNAL_FORMAT:
             raise JournalError('%s was written by a newer vmhost (format %d, this one knows %d)'
                                % (self.path, found, JOURNAL_FORMAT))
+        for older in range(found, JOURNAL_FORMAT) if found else ():
+            log.info('%s: format %d becomes %d', self.path, older, older + 1)
+            self._writer.executescript('BEGIN; %s; PRAGMA user_version = %d; COMMIT;'
+                                       % (UPGRADES[older], older + 1))
+
+    def _check_sound(self) -> None:
+        """Raises sqlite3.DatabaseError where pages are torn. A second per 500 MB or so."""
+        found = self._writer.execute('PRAGMA quick_check(1)').fetchone()[0]
+        if found != 'ok':
+            raise sqlite3.DatabaseError(found)
 
     def _set_aside(self, error: Exception) -> None:
         aside = '%s.corrupt-%d' % (self.path, time.time())
@@ -299,32 +318,45 @@ class Journal:
         return row and {'target': row[0], 'multicast': bool(row[1]), 'request': json.loads(row[2]),
                         'submitted': row[3], 'client': row[4]} or None
 
-    def executions(self, where: str, *values: Any, limit: int = -1) -> List['Execution']:
-        """The executions that a WHERE clause chooses, the newest last."""
+    def executions(self, where: str, *values: Any, limit: int = -1,
+                   results: bool = True) -> List['Execution']:
+        """The executions that a WHERE clause chooses, the newest last; their results on demand."""
         found = self.rows('SELECT cmd_id, vm_id, vm, multicast, cmd, state, submitted, ended, '
-                          'results, fetched FROM executions WHERE %s ORDER BY number DESC LIMIT ?'
-                          % where, *(values + (limit,)))
+                          '%s, fetched FROM executions WHERE %s ORDER BY number DESC LIMIT ?'
+                          % ('results' if results else "''", where), *(values + (limit,)))
         return [Execution(*row) for row in reversed(found)]
+
+    def orphans(self, cmd_id: str) -> List['Execution']:
+        """Results under that id which no command of this journal asked for."""
+        found = self.rows('SELECT vm_id, results, received FROM orphans WHERE cmd_id = ?', cmd_id)
+        return [Execution(cmd_id, vm_id, vm_id, len(found) > 1, '', json.loads(results)['state'],
+                          received, received, results) for vm_id, results, received in found]
 
     def guests(self) -> List[Tuple]:
         """(id, name, ip, boot, session, facts, last_seen) of all that were ever seen, and kept."""
         return self.rows('SELECT id, name, ip, boot, session, facts, last_seen FROM guests')
 
-    def forget_before(self, when: float) -> int:
-        """Deletes what ended before that time (seconds since 1970), a slice at a time. How many."""
+    def forget_before(self, when: float) -> Tuple[int, bool]:
+        """Deletes what ended before that time (seconds since 1970): a slice of it.
+
+        How many executions, and whether that was all.
+        """
         with self.writing() as transaction:
             run = transaction.execute
-            count = run('DELETE FROM executions WHERE number IN (SELECT number FROM executions '
-                        'WHERE ended > 0 AND ended < ? LIMIT 5000)', when).rowcount
-            run('DELETE FROM commands WHERE cmd_id IN (SELECT cmd_id FROM commands WHERE '
-                'submitted < ? AND cmd_id NOT IN (SELECT cmd_id FROM executions) LIMIT 5000)', when)
-            run('DELETE FROM events WHERE seq IN (SELECT seq FROM events WHERE time < ? '
-                'ORDER BY seq LIMIT 20000)', when)
+            old = run('SELECT number, cmd_id FROM executions WHERE ended > 0 AND ended < ? LIMIT ?',
+                      when, RETENTION_SLICE).fetchall()
+            for number, cmd_id in old:
+                run('DELETE FROM executions WHERE number = ?', number)
+                run('DELETE FROM commands WHERE cmd_id = ? AND NOT EXISTS '
+                    '(SELECT * FROM executions WHERE cmd_id = ?)', cmd_id, cmd_id)
+            # Events are in the order of their time, but for clocks that were put back.
+            events = run('DELETE FROM events WHERE seq IN (SELECT seq FROM (SELECT seq, time FROM '
+                         'events ORDER BY seq LIMIT ?) WHERE time < ?)', 4 * RETENTION_SLICE, when)
             run('DELETE FROM events WHERE seq <= (SELECT max(seq) FROM events) - ?', EVENTS_KEPT)
             run('DELETE FROM orphans WHERE received < ?', when)
             run('DELETE FROM guests WHERE last_seen < ? AND id NOT IN '
                 '(SELECT vm_id FROM executions WHERE ended = 0)', when)
-        return count
+        return len(old), len(old) < RETENTION_SLICE and events.rowcount < 4 * RETENTION_SLICE
 
 
 class Transaction:
@@ -596,6 +628,8 @@ class Commands:
         self._unwritten = {}           # type: Dict[Tuple[str, str], Execution]
         for execution in journal.executions('ended = 0'):
             self._keep(execution)
+            if execution.state in ('queued', 'sent'):
+                execution.next_publish = clock()       # an earlier host may have died before it was
 
     def _keep(self, execution: Execution) -> None:
         self._open[execution.index] = execution
@@ -619,6 +653,8 @@ class Commands:
         with self._lock:
             for execution in executions:
                 self._keep(execution)
+                if queued:
+                    execution.next_publish = self._clock()     # as soon as its agent is there
         return cmd_id, executions
 
     def published(self, execution: Execution) -> None:
@@ -632,11 +668,11 @@ class Commands:
                 self._unwritten[execution.index] = execution
 
     def due(self) -> List[Execution]:
-        """What was sent, not answered, and should be sent again by now."""
+        """What should be sent by now: for the first time, or again, since the guest didn't answer."""
         now = self._clock()
         with self._lock:
-            return [execution for execution in self._open.values() if execution.state == 'sent'
-                    and execution.next_publish is not None and execution.next_publish <= now]
+            return [execution for execution in self._open.values()
+                    if execution.next_publish is not None and execution.next_publish <= now]
 
     def request(self, cmd_id: str) -> Dict[str, Any]:
         """What was asked for. Raises NoSuchCommand."""
@@ -670,7 +706,7 @@ class Commands:
         if at:
             found = self._journal.executions('cmd_id = ? AND vm = ? AND multicast = 1', cmd_id, vm)
         else:
-            found = self._journal.executions('cmd_id = ?', cmd_id)
+            found = self._journal.executions('cmd_id = ?', cmd_id) or self._journal.orphans(cmd_id)
         if not found and not (self._journal.command(cmd_id) and not at):
             raise NoSuchCommand('no command %.100s' % key)
         with self._lock:
@@ -682,7 +718,10 @@ class Commands:
         """A CMD_STATUS: remembered, and given to whoever waits for it."""
         with self._lock:
             if execution.index in self._open:
-                execution.next_publish = None
+                # The results of what has ended come by themselves; unless an earlier state of this
+                # journal was restored, and they were acknowledged before: then they are asked for.
+                execution.next_publish = None if state not in FINISHED \
+                    else self._clock() + RETRY_DELAYS[0]
                 execution.status = dict(message.keys)
                 execution.status_time = self._clock()
                 if state in ('running', 'queued') and execution.state in ('sent', 'queued', 'running'):
@@ -701,16 +740,20 @@ class Commands:
     def write_states(self) -> None:
         """Journals the states that changed since the last call; results don't wait for that."""
         with self._lock:
-            changed = [execution for execution in self._unwritten.values()
-                       if execution.index in self._open]
-            self._unwritten.clear()
+            changed, self._unwritten = self._unwritten, {}
         if not changed:
             return
-        with self._journal.writing() as journal:
-            for execution in changed:
-                journal.execute('UPDATE executions SET state = ? WHERE cmd_id = ? AND vm_id = ? '
-                                'AND ended = 0', execution.state, *execution.index)
-                journal.event('cmd-' + execution.state, execution.vm, execution.key)
+        try:
+            with self._journal.writing() as journal:
+                for execution in changed.values():
+                    if journal.execute('UPDATE executions SET state = ? WHERE cmd_id = ? AND vm_id = ? '
+                                       'AND ended = 0', execution.state, *execution.index).rowcount:
+                        journal.event('cmd-' + execution.state, execution.vm, execution.key)
+        except JournalError:
+            with self._lock:
+                changed.update(self._unwritten)
+                self._unwritten = changed          # the next call tries again
+            raise
 
     def ask(self, execution: Execution, matches: Callable[[Message], bool],
             say: Callable[[], None], timeout: float = QUERY_TIMEOUT) -> Optional[Message]:
@@ -745,6 +788,8 @@ class Commands:
                 int(fetched), *execution.index).rowcount
             if changed:
                 journal.event('cmd-finished', execution.vm, execution.key, describe_end(results))
+        if not changed:
+            return False            # another thread was faster, and sets what follows
         with self._lock:
             execution.state, execution.ended, execution.results = results['state'], ended, text
             execution.fetched = fetched
@@ -753,7 +798,7 @@ class Commands:
             self._unwritten.pop(execution.index, None)
         execution.done.set()
         log.info('%s on %s: %s', execution.key, execution.vm, describe_end(results))
-        return bool(changed)
+        return True
 
     def lose(self, execution: Execution, reason: str) -> None:
         """Ends an execution as lost."""
@@ -785,18 +830,20 @@ class Commands:
     def list(self, filter: Dict[str, Any]) -> List[Execution]:
         """Executions, the newest ``limit`` (1000), by vm, state, cmdId and since."""
         columns = {'vm': 'vm = ?', 'state': 'state = ?', 'cmd': 'cmd = ?', 'cmdId': 'cmd_id = ?',
-                   'since': 'submitted >= ?'}
+                   'since': 'number >= (SELECT number FROM executions WHERE submitted >= ? '
+                            'ORDER BY submitted LIMIT 1)'}
         clauses, values = ['1'], []
         for name, value in filter.items():
             if name == 'finished':
-                clauses.append('ended > 0' if value else 'ended = 0')
+                # The +: by number, newest first, and not by an index that has to be sorted.
+                clauses.append('+ended > 0' if value else 'ended = 0')
             elif name in columns:
                 clauses.append(columns[name])
                 values.append(value)
             elif name != 'limit':
                 raise InvalidParams('listCmds: no filter %r; there are vm, state, cmd, cmdId, '
                                     'since, finished, limit' % name)
-        found = self._journal.executions(' AND '.join(clauses), *values,
+        found = self._journal.executions(' AND '.join(clauses), *values, results=False,
                                          limit=int(filter.get('limit', ROWS_AT_ONCE)))
         with self._lock:
             return [self._open.get(execution.index, execution) for execution in found]
@@ -3215,6 +3262,9 @@ SLEPT = 5.0                    # seconds that a tick may be late before the host
 RETENTION_EVERY = 60.0         # seconds between looks for what keep_results lets go
 SUSPENDED = ('Paused', 'Saved', 'Saving', 'Restoring', 'LiveSnapshotting', 'OnlineSnapshotting',
              'TeleportingPausedVM')
+RETENTION_PAUSE = 1.0          # seconds between the slices of what it lets go
+DOUBT = 3600.0                 # seconds without retention after the clock jumped: it may be wrong
+TROUBLE_EVERY = 60.0           # seconds between two log lines about a journal that can't be written
 CHIRP_PORT = 9094              # where a guest's Chirp server listens, unless it says otherwise
 MISSING_GRACE = 5.0            # seconds to answer for a command that a HELLO doesn't list
 OUTPUT_SLICE = 256 * 1024      # bytes that one CMD_QUERY asks for, at most
@@ -3295,8 +3345,10 @@ class Host:
         self._lock = threading.Lock()
         self._pings = {}                       # type: Dict[str, threading.Event]
         self._missing = {}                     # type: Dict[Tuple[str, str], float]
-        self._last_tick = self._last_retention = time.monotonic()
+        self._last_tick = time.monotonic()
         self._last_clock = time.time()
+        self._next_retention = self._last_tick + RETENTION_EVERY
+        self._next_trouble = 0.0
         self._last_roll_call = 0.0
 
     # Start and stop.
@@ -3508,6 +3560,9 @@ class Host:
             threading.Thread(target=self._rename, args=(guest,), name='name-lookup', daemon=True).start()
         if isinstance(message.get('cmds'), dict):
             self._reconcile(guest, message.mapping('cmds'))
+        else:
+            for execution in self.commands.open_of(guest.id):
+                self._query(execution)      # too many for a HELLO; each answer says what it would have
 
     def _name_for(self, machine_id: str, message: Message) -> str:
         """The hypervisor's name for it; else its own, else its host name, else its id."""
@@ -3540,15 +3595,27 @@ class Host:
         if now - guest.noted < NOTE_EVERY:
             return              # a guest that comes and goes all the time doesn't fill the journal
         guest.noted = now
-        with self.journal.writing() as journal:
+        log.info('%s joined: %s at %s', guest.name, guest.id, guest.ip)
+        with self._journal_permitting(), self.journal.writing() as journal:
             journal.execute('INSERT OR REPLACE INTO guests VALUES (?, ?, ?, ?, ?, ?, ?)',
                             guest.id, guest.name, guest.ip, guest.boot, guest.session,
                             json.dumps(guest.facts), guest.last_seen)
             journal.event('guest-hello', guest.name, '', '%s at %s' % (guest.id, guest.ip))
-        log.info('%s joined: %s at %s', guest.name, guest.id, guest.ip)
+
+    @contextlib.contextmanager
+    def _journal_permitting(self) -> Iterator[None]:
+        """For what is worth a note in the journal, but must not fail with it: a full disk, say."""
+        try:
+            yield
+        except JournalError as error:
+            now = time.monotonic()
+            if now >= self._next_trouble:
+                self._next_trouble = now + TROUBLE_EVERY
+                log.error('%s; results stay in the guests until it can be written', error)
 
     def _greet(self, guest: Guest) -> None:
-        keys = {'name': guest.name, 'session': self.session}  # type: Dict[str, Any]
+        keys = {'name': guest.name, 'session': self.session,
+                'max_frame': self.settings.Broker.max_frame}  # type: Dict[str, Any]
         if self.settings.Host.vm_gc_grace < 30:
             keys['beacon_interval'] = max(1, self.settings.Host.vm_gc_grace / 3)
         if self.broker is None:
@@ -3574,8 +3641,9 @@ class Host:
         guest = self.guests.gone(self._sender(message))
         if guest is not None:
             reason = read_name(message.text('reason'))
-            self.journal.event('guest-bye', guest.name, '', reason)
             log.info('%s left: %s', guest.name, reason)
+            with self._journal_permitting():
+                self.journal.event('guest-bye', guest.name, '', reason)
 
     def heard_still_alive(self, message: Message) -> None:
         """A beacon, with the load."""
@@ -3628,52 +3696,65 @@ class Host:
             with self._lock:
                 self._missing.pop(execution.index, None)
             self.commands.finish(execution, results, True)
-            self.journal.sync()
         elif self.commands.finished(cmd_id, sender) is None:
             self.commands.keep_orphan(cmd_id, sender, self.name_of(sender), results)
+        self.journal.sync()
         self.say(protocol.CMD_ACK.howToSay(sender, cmd_id))
 
     # The clock.
 
     def tick(self) -> None:
         """What time brings: liveness, publishing again, what is missing, what may be forgotten."""
-        now, clock = time.monotonic(), time.time()
-        slept = now - self._last_tick > SLEPT or clock - self._last_clock > now - self._last_tick + SLEPT
-        if slept or (self.link is not None and not self.link.up):
+        now = time.monotonic()
+        if self._has_slept(now) or (self.link is not None and not self.link.up):
             self.guests.forgive()
-        self._last_tick, self._last_clock = now, clock
-        self.commands.write_states()
+        with self._journal_permitting():
+            self.commands.write_states()
         for execution in self.commands.due():
             guest = self.guests.by_id(execution.vm_id)
             if guest is not None and guest.agent != 'lost':
                 self.publish(execution)
         self._judge_liveness()
-        self._give_up_missing(now)
-        if now - self._last_retention > RETENTION_EVERY:
-            self._last_retention = now
-            self._forget_old()
+        with self._journal_permitting():
+            self._give_up_missing(now)
+            if now >= self._next_retention:
+                self._next_retention = now + RETENTION_EVERY
+                self._forget_old(now)
+
+    def _has_slept(self, now: float) -> bool:
+        """Whether this process, or its machine, was stopped since the last call."""
+        clock, passed = time.time(), now - self._last_tick
+        jump = clock - self._last_clock - passed
+        self._last_tick, self._last_clock = now, clock
+        if jump > RETENTION_EVERY:
+            log.warning('the clock jumped ahead by %.0f s: nothing is let go for %.0f s', jump, DOUBT)
+            self._next_retention = max(self._next_retention, now + DOUBT)
+        return passed > SLEPT or jump > SLEPT
 
     def _judge_liveness(self) -> None:
         for guest, liveness in self.guests.tick(self.is_suspended):
             log.info('%s is %s', guest.name, liveness)
-            self.journal.event('guest-' + liveness, guest.name, '',
-                               'nothing heard for %.0f s' % (time.time() - guest.last_seen))
+            with self._journal_permitting():
+                self.journal.event('guest-' + liveness, guest.name, '',
+                                   'nothing heard for %.0f s' % (time.time() - guest.last_seen))
 
     def _give_up_missing(self, now: float) -> None:
         with self._lock:
             late = [index for index, deadline in self._missing.items() if deadline < now]
-            for index in late:
-                del self._missing[index]
         for index in late:
             execution = self.commands.find_open(*index)
             if execution is not None:
                 self.commands.lose(execution, 'the guest came back without this command: it was '
                                    'rebooted, or its disk lost or restored from an earlier state')
+            with self._lock:
+                self._missing.pop(index, None)
 
-    def _forget_old(self) -> None:
-        count = self.journal.forget_before(time.time() - self.settings.Host.keep_results)
+    def _forget_old(self, now: float) -> None:
+        count, all_gone = self.journal.forget_before(time.time() - self.settings.Host.keep_results)
         if count:
             log.info('%d results older than keep_results were let go', count)
+        if not all_gone:
+            self._next_retention = now + RETENTION_PAUSE
 
     def is_suspended(self, vm: str) -> bool:
         """Whether the VM is paused or saved, so that nothing can be heard of it."""
@@ -3832,13 +3913,17 @@ class Host:
                                     % (execution.key, execution.vm))
         key = stream + '-offset'
         message = self.commands.ask(
-            execution, lambda message: message.number(key, -1) == offset,
+            execution, lambda message: message.number(key, -1) == offset
+            or message.text('state') == 'unknown',
             lambda: self._query(execution, **{key: offset, 'max': min(length, OUTPUT_SLICE)}))
         if message is None:
             if execution.done.is_set() and not execution.answer()[key]:
                 return self.output(execution, stream, offset, length)    # it ended meanwhile
             raise DeadlineExceeded('%s gave no output of %s within %g s'
                                    % (execution.vm, execution.key, QUERY_TIMEOUT))
+        if message.text('state') == 'unknown':
+            raise BadState('the output of %s is no longer in %s: its spool was let go, or lost'
+                           % (execution.key, execution.vm))
         exact = message.text(stream + '64')
         data = base64.b64decode(exact) if exact else message.text(stream).encode('utf-8')
         ended = message.text('state') in FINISHED and execution.done.is_set()
