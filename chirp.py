@@ -1,0 +1,2856 @@
+"""Files over Chirp, the protocol of cctools: a client, a server, and a wrapper round its chirp_server.
+
+What it is not: a file system, a cache, or a server for the public: it serves one folder to the
+addresses it was told of, and its rights are those of the one ACL it was given.
+
+Threads: the client has none of its own, except, while a large file is verified, one that computes
+the checksum (``chirp-sha1``) and one that asks the server for its own (``chirp-hash``). A client
+object belongs to one thread at a time. The server has one that accepts (``chirp``) and one per
+connection (``chirp-N``); ``start``, ``stop``, ``allow`` and ``address`` may be called from any.
+
+Paths of the server are text (or bytes), ``/`` between the names; bytes that are not UTF-8 are kept
+as surrogate escapes.
+"""
+
+import bisect
+import collections
+import contextlib
+import errno
+import fnmatch
+import hashlib
+import logging
+import os
+import queue
+import re
+import secrets
+import select
+import selectors
+import socket
+import stat
+import struct
+import threading
+import time
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    TypeVar,
+    Union,
+)
+
+log = logging.getLogger('vmhost.chirp')
+
+PORT = 9094
+LINE = 1023                    # bytes of a line before its LF; the real server hangs up at more
+PATH = 1023                    # bytes of a decoded path
+RECEIVE = 64 * 1024         # bytes that are taken from a socket at once, beside file content
+PIECE = 4 * 1024 * 1024        # bytes that one pread or pwrite of the client moves
+BLOCK = 512 * 1024             # bytes that pass through memory at once
+SMALL = 64 * 1024              # a file up to here is read whole, and goes with its reply
+HOLE = 32 * 1024              # zeros that are worth a hole in a file
+SLICE = 0.5                    # seconds between looks at whether a wait was cancelled
+SLOWEST = 10 * 1024            # bytes per second that a peer must move, beside the timeout
+
+Path = Union[str, bytes]
+
+
+class ChirpError(Exception):
+    """Base of this module's errors."""
+
+
+class Disconnected(ChirpError):
+    """The connection broke, or could not be made."""
+
+
+class EndOfStream(Disconnected):
+    """The peer ended its side in good order."""
+
+
+class TimedOut(Disconnected):
+    """The peer was silent, or slower than SLOWEST, for too long."""
+
+
+class ProtocolError(Disconnected):
+    """The peer broke the rules of the protocol; the connection is given up."""
+
+
+class AccessDenied(ChirpError):
+    """The server accepts none of the ways of authentication that we offer."""
+
+
+class Cancelled(ChirpError):
+    """Whoever asked for it changed their mind."""
+
+
+class Shrunk(Disconnected):
+    """A file became shorter after its length was announced, so the connection had to be given up."""
+
+
+class Changed(ChirpError):
+    """A file changed while it was read, so that what arrived is no state that it was ever in."""
+
+
+class Incomplete(ChirpError):
+    """Of a folder, some entries could not be moved; all others were. ``failures``: (path, reason)."""
+
+    def __init__(self, failures: List[Tuple[str, str]], count: int) -> None:
+        self.failures = failures
+        text = '; '.join('%s: %s' % failure for failure in failures[:3])
+        super().__init__('%d of the entries could not be moved: %s%s' % (
+            count, text, '; …' if count > 3 else ''))
+
+
+class Refused(ChirpError):
+    """The peer answered with an error. ``code`` is the protocol's (negative)."""
+
+    def __init__(self, code: int, what: str = '') -> None:
+        self.code = code if code in MEANINGS else UNKNOWN
+        self.what = what
+        super().__init__('%s%s' % (what + ': ' if what else '', MEANINGS[self.code]))
+
+
+NOT_AUTHENTICATED, NOT_AUTHORIZED, DOESNT_EXIST, EXISTS, TOO_BIG, NO_SPACE = -1, -2, -3, -4, -5, -6
+INVALID, TOO_MANY_OPEN, BAD_FD, IS_DIR, NOT_DIR, NOT_EMPTY = -8, -9, -12, -13, -14, -15
+UNKNOWN = -127
+
+# What the codes say, and the errnos that become them. Real clients take -18, -19, -20, -11 and -127
+# for a reason to ask again, for up to an hour; so a server of ours says -8 where an errno has no code.
+MEANINGS = {
+    -1: 'not authenticated', -2: 'not authorized', -3: 'does not exist', -4: 'exists already',
+    -5: 'too big', -6: 'no space left', -7: 'out of memory', -8: 'invalid request',
+    -9: 'too many open files', -10: 'busy', -11: 'try again', -12: 'bad file number',
+    -13: 'is a directory', -14: 'not a directory', -15: 'directory not empty',
+    -16: 'on another device', -17: 'offline', -18: 'timed out', -19: 'disconnected',
+    -20: 'unreachable', -21: 'no such job', -22: 'is a pipe', -23: 'not supported',
+    -24: 'name too long', -127: 'unknown error'}
+CODES = {
+    errno.EACCES: -2, errno.EPERM: -2, errno.EROFS: -2, errno.ENOENT: -3, errno.EEXIST: -4,
+    errno.EFBIG: -5, errno.ENOSPC: -6, errno.EDQUOT: -6, errno.ENOMEM: -7, errno.EINVAL: -8,
+    errno.EMFILE: -9, errno.ENFILE: -9, errno.EBUSY: -10, errno.ETXTBSY: -10, errno.EBADF: -12,
+    errno.EISDIR: -13, errno.ENOTDIR: -14, errno.ENOTEMPTY: -15, errno.EXDEV: -16,
+    errno.ESPIPE: -22, errno.EOPNOTSUPP: -23, errno.ENAMETOOLONG: -24}
+
+
+# --- words on the wire -----------------------------------------------------------------------
+
+TO_QUOTE = re.compile(br'[\x00-\x20%\x7f\\<>\'"{|}~]')     # what the real clients quote, and no more
+QUOTED = re.compile(br'%([0-9A-Fa-f]{2})')
+
+
+def to_bytes(path: Path) -> bytes:
+    """The bytes of a path of the server."""
+    return path if isinstance(path, bytes) else path.encode('utf-8', 'surrogateescape')
+
+
+def to_text(path: bytes) -> str:
+    """The text of a path of the server; ``to_bytes`` gives the same bytes back."""
+    return path.decode('utf-8', 'surrogateescape')
+
+
+def quote(path: Path) -> bytes:
+    """A path as a word of a request. Raises Refused if it can't be one."""
+    path = to_bytes(path)
+    if b'\0' in path or len(path) > PATH:
+        raise Refused(INVALID if b'\0' in path else CODES[errno.ENAMETOOLONG], shown(path))
+    return TO_QUOTE.sub(lambda match: b'%%%02X' % match.group()[0], path) or b'/'
+
+
+def unquote(word: bytes) -> bytes:
+    """The path that a word of a request stands for; cut at a NUL."""
+    if b'%' in word:
+        word = QUOTED.sub(lambda match: bytes([int(match.group(1), 16)]), word)
+    return word.split(b'\0', 1)[0]
+
+
+def shown(path: Path) -> str:
+    """A path for a message: one line, not endless."""
+    text = to_bytes(path).decode('utf-8', 'backslashreplace')
+    text = ''.join(char if char.isprintable() else char.encode('unicode_escape').decode() for char in text)
+    return text if len(text) <= 300 else text[:140] + '…' + text[-140:]
+
+
+class Stat(NamedTuple):
+    """What a stat line says: integers, times in seconds."""
+    dev: int
+    ino: int
+    mode: int
+    nlink: int
+    uid: int
+    gid: int
+    rdev: int
+    size: int
+    blksize: int
+    blocks: int
+    atime: int
+    mtime: int
+    ctime: int
+
+    @property
+    def is_dir(self) -> bool:
+        return stat.S_ISDIR(self.mode)
+
+    @property
+    def is_file(self) -> bool:
+        return stat.S_ISREG(self.mode)
+
+    @property
+    def is_link(self) -> bool:
+        return stat.S_ISLNK(self.mode)
+
+
+def stat_line(found: os.stat_result) -> bytes:
+    """A stat result for the wire."""
+    return b'%d %d %d %d %d %d %d %d %d %d %d %d %d\n' % (
+        found.st_dev, found.st_ino, found.st_mode, found.st_nlink, found.st_uid, found.st_gid,
+        found.st_rdev, found.st_size, 4096, found.st_blocks, found.st_atime, found.st_mtime, found.st_ctime)
+
+
+STAT_LINE = re.compile(br'-?[0-9]{1,20}(?: -?[0-9]{1,20}){12} *$')
+
+
+def parse_stat(line: bytes) -> Stat:
+    """Raises ProtocolError."""
+    if not STAT_LINE.match(line):
+        raise ProtocolError('not a stat line: %.80r' % line)
+    found = Stat(*map(int, line.split()))
+    if found.size < 0 or max(found) >= 1 << 64:
+        raise ProtocolError('a stat line out of range: %.300r' % line)
+    return found
+
+
+def no_sendfile(*_: Any) -> int:
+    """What Windows has of it."""
+    raise OSError(errno.ENOSYS, 'no sendfile')
+
+
+SENDFILE = getattr(os, 'sendfile', no_sendfile)
+
+
+class Wire:
+    """A connected socket, with a buffer for each way. What was ``put`` leaves at the latest before the
+    next wait for the peer, so requests, or replies, that belong together share a packet.
+
+    ``timeout``: seconds of silence that are borne. Raises Disconnected, TimedOut, ProtocolError, and
+    Cancelled once the event ``cancel`` is set.
+    """
+
+    OUT = 64 * 1024            # bytes that are held back at most
+
+    def __init__(self, sock: socket.socket, timeout: float) -> None:
+        self._sock = sock
+        self.timeout = timeout
+        self.cancel = None     # type: Optional[threading.Event]
+        self._data = bytearray()
+        self._at = 0           # up to where the data has been taken
+        self._out = []         # type: List[bytes]
+        self._out_size = 0
+        sock.settimeout(SLICE)
+        with contextlib.suppress(OSError):     # a socket pair has no such option
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def close(self) -> None:
+        """Ends the connection. For the thread that uses it."""
+        self._sock.close()
+
+    def interrupt(self) -> None:
+        """Ends the connection for whoever waits on it, who closes it then. Safe from any thread."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    # Receiving.
+
+    def line(self, limit: int = LINE) -> bytes:
+        """The next line, without its LF and any CR."""
+        end = self._data.find(b'\n', self._at)
+        if end < 0:
+            end = self._wait_for_line(limit)
+        if end - self._at > limit:
+            raise ProtocolError('a line of more than %d bytes' % limit)
+        line = bytes(self._data[self._at:end])
+        self._at = end + 1
+        return line.replace(b'\r', b'') if b'\r' in line else line
+
+    def has_line(self) -> bool:
+        """Whether a whole line has arrived already."""
+        return self._data.find(b'\n', self._at) >= 0
+
+    def read(self, count: int) -> bytes:
+        """Exactly so many bytes; for small counts."""
+        while len(self._data) - self._at < count:
+            self._receive_more(self._deadline(count))
+        data = bytes(self._data[self._at:self._at + count])
+        self._at += count
+        return data
+
+    def read_into(self, view: memoryview, deadline: Optional[float] = None) -> int:
+        """Fills some of the view, at least a byte; says how many."""
+        have = len(self._data) - self._at
+        if have:
+            count = min(have, len(view))
+            view[:count] = self._data[self._at:self._at + count]
+            self._at += count
+            return count
+        self.flush()
+        return self._receive(self._sock.recv_into, view, deadline or self._deadline(0))
+
+    def fill(self, view: memoryview, deadline: float) -> None:
+        """Fills all of the view."""
+        at = 0
+        while at < len(view):
+            at += self.read_into(view[at:], deadline)
+
+    def skip(self, count: int) -> None:
+        """Reads so many bytes, and forgets them."""
+        view = memoryview(bytearray(min(count, BLOCK)))
+        deadline = self._deadline(count)
+        while count > 0:
+            count -= self.read_into(view[:min(count, BLOCK)], deadline)
+
+    def _deadline(self, count: int) -> float:
+        """Until when so many bytes must have moved."""
+        return time.monotonic() + self.timeout + count / SLOWEST
+
+    def _wait_for_line(self, limit: int) -> int:
+        deadline = self._deadline(0)
+        searched = self._at
+        while True:
+            have = len(self._data) - self._at
+            if have > limit:
+                raise ProtocolError('a line of more than %d bytes' % limit)
+            self._receive_more(deadline)
+            searched = self._at + have
+            end = self._data.find(b'\n', searched)
+            if end >= 0:
+                return end
+
+    def _receive_more(self, deadline: float) -> None:
+        self.flush()
+        if self._at:
+            del self._data[:self._at]
+            self._at = 0
+        self._data += self._receive(self._sock.recv, RECEIVE, deadline)
+
+    def _receive(self, how: Callable[[Any], Any], what: Any, deadline: float) -> Any:
+        """What ``recv`` or ``recv_into`` returns once something has come."""
+        while True:
+            try:
+                got = how(what)
+            except socket.timeout:
+                self._look_up(deadline)
+                continue
+            except OSError as error:
+                raise Disconnected('the connection broke: %s' % error)
+            if not got:
+                raise EndOfStream('the peer closed the connection')
+            if time.monotonic() > deadline:
+                raise TimedOut('the peer is too slow')
+            return got
+
+    def _look_up(self, deadline: float) -> None:
+        self.check_cancelled()
+        if time.monotonic() > deadline:
+            raise TimedOut('nothing moved for %g seconds' % self.timeout)
+
+    def check_cancelled(self) -> None:
+        """Raises Cancelled."""
+        if self.cancel is not None and self.cancel.is_set():
+            raise Cancelled('cancelled')
+
+    # Sending.
+
+    def put(self, data: bytes) -> None:
+        """Sends it now, or with what follows."""
+        self._out.append(data)
+        self._out_size += len(data)
+        if self._out_size >= self.OUT:
+            self.flush()
+
+    def flush(self) -> None:
+        """Sends what was put."""
+        if self._out:
+            data = self._out[0] if len(self._out) == 1 else b''.join(self._out)
+            self._out.clear()
+            self._out_size = 0
+            self.send(data)
+
+    def send(self, data: Any) -> None:
+        """Sends it at once; what was put must be out."""
+        view = memoryview(data)
+        deadline = self._deadline(len(view))
+        while view:
+            try:
+                view = view[self._sock.send(view):]
+            except socket.timeout:
+                self._look_up(deadline)
+            except OSError as error:
+                raise Disconnected('the connection broke: %s' % error)
+
+    def send_file(self, fd: int, offset: int, count: int) -> None:
+        """Sends a part of a regular file. If the file has become shorter the connection is broken: the
+        count has been announced."""
+        self.flush()
+        deadline = self._deadline(count)
+        end = offset + count
+        try:
+            while offset < end:
+                offset += self._send_some(fd, offset, end - offset, deadline)
+        except (Disconnected, Cancelled):
+            raise
+        except OSError as error:
+            raise Disconnected('the file can\'t be sent: %s' % error)
+
+    def _send_some(self, fd: int, offset: int, count: int, deadline: float) -> int:
+        try:
+            sent = SENDFILE(self._sock.fileno(), fd, offset, count)
+        except (BlockingIOError, InterruptedError):
+            self._wait_to_send(deadline)
+            return 0
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            sent = self._send_copy(fd, offset, count)
+        if not sent:
+            raise Shrunk('the file became shorter while it was sent')
+        return sent
+
+    def _send_copy(self, fd: int, offset: int, count: int) -> int:
+        """Where neither the system nor the file system knows sendfile."""
+        os.lseek(fd, offset, os.SEEK_SET)
+        data = os.read(fd, min(count, BLOCK))
+        self.send(data)
+        return len(data)
+
+    def _wait_to_send(self, deadline: float) -> None:
+        poll = select.poll()
+        poll.register(self._sock, select.POLLOUT)
+        while not poll.poll(SLICE * 1000):
+            self._look_up(deadline)
+
+
+
+# --- checksums of what passes ----------------------------------------------------------------
+
+class Passage:
+    """Buffers that bytes pass through on their way, and, if wanted, the SHA-1 of all that did.
+
+    The checksum is computed on a thread of its own (hashlib lets go of the interpreter's lock), so
+    ``buffer()`` gives the next free one, and ``passed()`` hands it on once its bytes are read or
+    written. One thread may use it; ``close()`` ends the other.
+    """
+
+    COUNT = 4
+
+    def __init__(self, checksum: Any = None) -> None:
+        self._checksum = checksum
+        self._free = queue.Queue()     # type: queue.Queue
+        self._full = queue.Queue()     # type: queue.Queue
+        self._thread = None            # type: Optional[threading.Thread]
+        for _ in range(self.COUNT if checksum is not None else 1):
+            self._free.put(memoryview(bytearray(BLOCK)))
+        if checksum is not None:
+            self._thread = threading.Thread(target=self._run, name='chirp-sha1', daemon=True)
+            self._thread.start()
+
+    def buffer(self) -> memoryview:
+        """A free buffer of BLOCK bytes; waits until there is one."""
+        return self._free.get()
+
+    def passed(self, buffer: memoryview, count: int) -> None:
+        """The first ``count`` bytes of the buffer are on their way."""
+        if self._thread is None:
+            self._free.put(buffer)
+        else:
+            self._full.put((buffer, count))
+
+    def close(self) -> Any:
+        """Waits for the rest; the checksum object that was given."""
+        if self._thread is not None:
+            self._full.put(None)
+            self._thread.join()
+            self._thread = None
+        return self._checksum
+
+    def _run(self) -> None:
+        while True:
+            item = self._full.get()
+            if item is None:
+                return
+            buffer, count = item
+            self._checksum.update(buffer[:count])
+            self._free.put(buffer)
+
+
+def is_zero(view: memoryview) -> bool:
+    """Whether these are zeros, and enough of them for a hole in a file to be worth it."""
+    count = len(view)
+    return (count >= HOLE and not (view[0] or view[count // 2] or view[-1])
+            and not view.tobytes().strip(b'\0'))
+
+
+# --- the server: a folder that nothing leads out of ------------------------------------------
+
+RESERVED = b'.__'              # names that begin so are the server's own, and out of reach
+TEMPORARY = b'.__put.'         # files that are still being received
+LINKS = 40                     # symbolic links that one path may lead through
+DEEPEST = 200                  # levels that rmall goes down
+
+
+class Root:
+    """A folder as the peers see it. Every path is resolved name by name, from descriptor to descriptor,
+    without the kernel following a link; links are resolved here, within the folder. So no ``..``, no
+    link and no race leads out, whoever made it. Raises OSError. Any thread may use it."""
+
+    def __init__(self, path: str) -> None:
+        if os.open not in os.supports_dir_fd:
+            raise ChirpError('this system can\'t open files relative to a folder: it can\'t serve')
+        self.path = os.path.realpath(path)
+        self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    @contextlib.contextmanager
+    def parent(self, path: bytes, follow: bool = True) -> Iterator[Tuple[int, bytes]]:
+        """The descriptor of the folder that a path's last name is in, and that name ('.': the root).
+        With ``follow`` the name isn't a link, or wasn't a moment ago: use it without following."""
+        fd, name = self._walk(split_path(path), follow)
+        try:
+            yield fd, name
+        finally:
+            self._leave(fd)
+
+    def stat(self, path: bytes, follow: bool = True) -> os.stat_result:
+        with self.parent(path, follow) as (fd, name):
+            return os.stat(name, dir_fd=fd, follow_symlinks=False)
+
+    def open(self, path: bytes, flags: int = os.O_RDONLY, mode: int = 0o600) -> int:
+        """A descriptor of a regular file or, to read, of a folder."""
+        with self.parent(path) as (fd, name):
+            return open_in(fd, name, flags, mode)
+
+    def list(self, path: bytes) -> Iterator[Tuple[bytes, os.stat_result]]:
+        """What is in a folder, ``.`` and ``..`` too; not what can't be said in a line."""
+        fd = self.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            yield b'.', os.fstat(fd)
+            yield b'..', os.fstat(fd)
+            for name in map(os.fsencode, os.listdir(fd)):
+                if b'\n' in name or name.startswith(RESERVED):
+                    continue
+                try:
+                    yield name, os.stat(name, dir_fd=fd, follow_symlinks=False)
+                except OSError:                # it has gone, or may not be looked at
+                    continue
+        finally:
+            os.close(fd)
+
+    def _walk(self, names: List[bytes], follow: bool) -> Tuple[int, bytes]:
+        here, done, links = self._fd, [], 0    # type: int, List[bytes], int
+        try:
+            while names:
+                name = names.pop(0)
+                if name == b'..':              # in a link; what is done holds no links
+                    names[:0] = done[:-1]
+                    here, done = self._leave(here), []
+                    continue
+                target = None
+                if names:
+                    there, target = self._step(here, name)
+                    if target is None:
+                        self._leave(here)
+                        here = there
+                        done.append(name)
+                        continue
+                elif follow:
+                    target = link_target(here, name)
+                if target is None:
+                    return here, name
+                links += 1
+                if links > LINKS:
+                    raise OSError(errno.EINVAL, 'too many links')
+                names[:0] = link_names(target)
+                if target.startswith(b'/'):
+                    here, done = self._leave(here), []
+            return here, b'.'
+        except BaseException:
+            self._leave(here)
+            raise
+
+    def _step(self, here: int, name: bytes) -> Tuple[int, Optional[bytes]]:
+        """The descriptor of a folder in a folder, or where the link of that name leads."""
+        try:
+            return os.open(name, WALK, dir_fd=here), None
+        except OSError as error:
+            if error.errno not in (errno.ENOTDIR, errno.ELOOP, errno.EMLINK):
+                raise
+            target = link_target(here, name)
+            if target is None:
+                raise NotADirectoryError(errno.ENOTDIR, 'not a directory')
+            return -1, target
+
+    def _leave(self, fd: int) -> int:
+        """Closes a descriptor of the walk; the root's, which stays."""
+        if fd != self._fd:
+            os.close(fd)
+        return self._fd
+
+
+# Flags that a walk opens folders with: without O_PATH a folder that may be entered but not read is shut.
+WALK = (getattr(os, 'O_PATH', 0) | getattr(os, 'O_DIRECTORY', 0) | getattr(os, 'O_NOFOLLOW', 0)
+        | getattr(os, 'O_CLOEXEC', 0))
+
+
+def split_path(path: bytes) -> List[bytes]:
+    """The names of a path of a request, which can't climb over the root. Raises OSError for ours."""
+    if len(path) > PATH:
+        raise OSError(errno.ENAMETOOLONG, 'path too long')
+    names = []                 # type: List[bytes]
+    for name in path.split(b'/'):
+        if name == b'..':
+            del names[-1:]
+        elif name not in (b'', b'.'):
+            names.append(name)
+    check_reserved(names)
+    return names
+
+
+def link_names(target: bytes) -> List[bytes]:
+    """The names of a link's target; ``..`` stay, since what precedes may be a link, too."""
+    names = [name for name in target.split(b'/') if name not in (b'', b'.')]
+    check_reserved(names)
+    return names
+
+
+def check_reserved(names: Sequence[bytes]) -> None:
+    """Raises PermissionError for a name that is the server's own."""
+    if any(name.startswith(RESERVED) for name in names):
+        raise PermissionError(errno.EACCES, 'a name of the server\'s own')
+
+
+def link_target(fd: int, name: bytes) -> Optional[bytes]:
+    """Where a link leads; None where it is none, or nothing."""
+    try:
+        return os.readlink(name, dir_fd=fd)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ENOENT):
+            return None
+        raise
+
+
+def open_in(fd: int, name: bytes, flags: int, mode: int = 0o600) -> int:
+    """Opens a regular file or, to read, a folder; never waits, as a pipe would have it."""
+    flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    try:
+        opened = os.open(name, flags, mode, dir_fd=fd)
+    except OSError as error:
+        if error.errno == errno.ELOOP:         # it became a link since it was looked at
+            raise OSError(errno.EINVAL, 'a link')
+        raise
+    found = os.fstat(opened)
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        os.close(opened)
+        raise OSError(errno.EINVAL, 'neither file nor folder')
+    return opened
+
+
+def remove_tree(fd: int, name: bytes, depth: int = 0) -> None:
+    """Removes a file, or a folder and all in it, the server's own files too; follows no link."""
+    try:
+        os.unlink(name, dir_fd=fd)
+        return
+    except OSError as error:
+        if error.errno not in (errno.EISDIR, errno.EPERM):
+            raise
+        if not stat.S_ISDIR(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
+            raise
+    if depth >= DEEPEST:
+        raise OSError(errno.EMFILE, 'too deep')
+    inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+    try:
+        for entry in os.listdir(inner):
+            remove_tree(inner, os.fsencode(entry), depth + 1)
+    finally:
+        os.close(inner)
+    os.rmdir(name, dir_fd=fd)
+
+
+def remove_folder(fd: int, name: bytes) -> None:
+    """rmdir; a folder that holds nothing but the server's own files is empty."""
+    try:
+        os.rmdir(name, dir_fd=fd)
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+    try:
+        names = [os.fsencode(entry) for entry in os.listdir(inner)]
+        if all(entry.startswith(RESERVED) for entry in names):
+            for entry in names:
+                os.unlink(entry, dir_fd=inner)
+    finally:
+        os.close(inner)
+    os.rmdir(name, dir_fd=fd)
+
+
+# --- the server: rights ----------------------------------------------------------------------
+
+RIGHTS = 'rwldpaxv'
+
+
+class Acl:
+    """Who may do what, everywhere in the folder: lines of a subject, in which ``*`` stands for any
+    text, and letters of RIGHTS."""
+
+    def __init__(self, lines: Sequence[Tuple[str, str]]) -> None:
+        self.lines = [(subject, ''.join(letter for letter in RIGHTS if letter in rights))
+                      for subject, rights in lines]
+
+    def rights(self, subject: str) -> str:
+        """All that the lines give to a subject."""
+        return ''.join(rights for pattern, rights in self.lines
+                       if fnmatch.fnmatchcase(subject, pattern.replace('[', '[[]').replace('?', '[?]')))
+
+    def text(self) -> bytes:
+        """As getacl says it."""
+        return ''.join('%s %s\n' % line for line in self.lines).encode('utf-8')
+
+
+# --- the server: a connection ----------------------------------------------------------------
+
+AUTHENTICATION_TIME = 10.0     # seconds from the connection to a subject
+OPEN_FILES = 128               # of one connection
+PREAD = 16 * 1024 * 1024       # bytes that a pread gives at most
+PWRITE = PREAD                 # and that a pwrite stores at most
+
+
+class Fault(Exception):
+    """An error reply, with its code."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+        super().__init__(MEANINGS[code])
+
+
+class OpenFile:
+    """What a client has open. ``checksum`` runs along while what is written follows on what was hashed."""
+    __slots__ = ('fd', 'reads', 'writes', 'passage', 'hashed')
+
+    def __init__(self, fd: int, reads: bool, writes: bool) -> None:
+        self.fd = fd
+        self.reads = reads
+        self.writes = writes
+        self.passage = None            # type: Optional[Passage]
+        self.hashed = 0                # bytes that went into the passage
+
+
+class Checksums:
+    """SHA-1 states of files, so that a file that grows after its checksum was asked for need not be
+    read again. A client that asks before it writes has the checksum of what it wrote at once."""
+
+    KEPT = 64
+
+    def __init__(self) -> None:
+        # Guards the table; nothing is called while it is held.
+        self._lock = threading.Lock()
+        self._known = collections.OrderedDict()        # type: collections.OrderedDict
+
+    def find(self, found: os.stat_result) -> Any:
+        """A copy of the state of a file that hasn't changed since, or None."""
+        with self._lock:
+            known = self._known.get((found.st_dev, found.st_ino))
+        if known is None or known[:2] != (found.st_size, found.st_mtime_ns):
+            return None
+        return known[2].copy()
+
+    def keep(self, found: os.stat_result, checksum: Any) -> None:
+        """Remembers the state of a file as a whole."""
+        with self._lock:
+            self._known[found.st_dev, found.st_ino] = (found.st_size, found.st_mtime_ns, checksum)
+            self._known.move_to_end((found.st_dev, found.st_ino))
+            while len(self._known) > self.KEPT:
+                self._known.popitem(last=False)
+
+
+class Session:
+    """One connection of a client, on a thread of its own."""
+
+    def __init__(self, server: 'ChirpServer', sock: socket.socket, peer: str) -> None:
+        self._server = server
+        self._root = server.root
+        self._wire = Wire(sock, AUTHENTICATION_TIME)
+        self.peer = peer
+        self._subject = ''
+        self._rights = ''
+        self._files = {}               # type: Dict[int, OpenFile]
+        self._passage = None           # type: Optional[Passage]
+
+    def run(self) -> None:
+        """Serves until one side ends it."""
+        try:
+            if self._authenticate():
+                log.debug('%s is %s', self.peer, self._subject)
+                self._wire.timeout = self._server.idle_timeout
+                self._serve()
+        except Disconnected as error:
+            log.debug('%s: %s', self.peer, error)
+        except Exception:              # one connection's end is not the server's
+            log.exception('while serving %s', self.peer)
+        finally:
+            self._wire.close()
+            for number_ in list(self._files):
+                self._close_file(number_)
+
+    def interrupt(self) -> None:
+        """Ends the connection, and so ``run``. Safe from any thread."""
+        self._wire.interrupt()
+
+    def _authenticate(self) -> bool:
+        end = time.monotonic() + AUTHENTICATION_TIME
+        while time.monotonic() < end:
+            method = self._wire.line()
+            if method == b'address' and self._server.ticket is None:
+                self._wire.put(b'yes\nyes\n')
+                return self._admit('address', self.peer)
+            self._wire.put(b'no\n')
+        return False
+
+    def _admit(self, method: str, name: str) -> bool:
+        self._wire.put(('yes\n%s\n%s\n' % (method, name)).encode('ascii', 'replace'))
+        self._subject = '%s:%s' % (method, name)
+        self._rights = self._server.acl.rights(self._subject)
+        return True
+
+    def _serve(self) -> None:
+        while True:
+            line = self._wire.line()
+            if line.startswith(b'\x04'):
+                return
+            words = line.replace(b'\t', b' ').split()
+            if words:
+                self._wire.put(self._answer(line, words))
+
+    def _answer(self, line: bytes, words: List[bytes]) -> bytes:
+        handler, count, right = COMMANDS.get(words[0], NO_COMMAND)
+        try:
+            if line[:1] in b' \t' or len(words) <= count:
+                raise Fault(INVALID)
+            if words[0] in RAW_PATHS:
+                words = line.split(None, count)
+            if right and not set(right) & set(self._rights):
+                raise Fault(NOT_AUTHORIZED)
+            return handler(self, *words[1:count + 1])
+        except Fault as fault:
+            return b'%d\n' % fault.code
+        except OSError as error:
+            return b'%d\n' % CODES.get(error.errno or 0, INVALID)
+        except MemoryError:
+            return b'-7\n'
+
+    # Whole files.
+
+    def _getfile(self, path: bytes) -> bytes:
+        fd = self._root.open(unquote(path))
+        try:
+            found = os.fstat(fd)
+            if stat.S_ISDIR(found.st_mode):
+                raise Fault(IS_DIR)
+            if found.st_size <= SMALL:
+                data = os.read(fd, found.st_size) if found.st_size else b''
+                return b'%d\n' % len(data) + data
+            self._wire.put(b'%d\n' % found.st_size)
+            self._wire.send_file(fd, 0, found.st_size)
+            return b''
+        finally:
+            os.close(fd)
+
+    def _putfile(self, path: bytes, mode: bytes, length: bytes) -> bytes:
+        bits, count = number(mode) & 0o777 | 0o600, number(length)
+        if count < 0:
+            raise Fault(INVALID)
+        with self._replacement(path, bits) as fd:
+            free = os.fstatvfs(fd)
+            if count > free.f_bavail * free.f_frsize:
+                raise Fault(NO_SPACE)
+            self._wire.put(b'0\n')
+            self._receive(fd, count, 0, self._passing())
+        return b'%d\n' % count
+
+    @contextlib.contextmanager
+    def _replacement(self, path: bytes, mode: int) -> Iterator[int]:
+        """A new file to write to, which takes its place under its name if all goes well."""
+        with self._root.parent(unquote(path)) as (fd, name):
+            self._check_target(fd, name)
+            temporary = TEMPORARY + secrets.token_hex(8).encode('ascii')
+            file = open_in(fd, temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            try:
+                yield file
+                os.fchmod(file, mode)
+                os.rename(temporary, name, src_dir_fd=fd, dst_dir_fd=fd)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary, dir_fd=fd)
+                raise
+            finally:
+                os.close(file)
+
+    def _check_target(self, fd: int, name: bytes) -> None:
+        """Whether a file of that name may be written, or made."""
+        try:
+            found = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return self._need('wp')
+        self._need('w')
+        if stat.S_ISDIR(found.st_mode):
+            raise Fault(IS_DIR)
+        if not stat.S_ISREG(found.st_mode):
+            raise Fault(INVALID)
+        if not os.access(name, os.W_OK, dir_fd=fd):
+            raise Fault(NOT_AUTHORIZED)
+
+    def _need(self, rights: str) -> None:
+        if not set(rights) & set(self._rights):
+            raise Fault(NOT_AUTHORIZED)
+
+    def _passing(self) -> Passage:
+        """Where what a client sends passes through."""
+        if self._passage is None:
+            self._passage = Passage()
+        return self._passage
+
+    def _receive(self, fd: int, count: int, offset: int, passage: Passage) -> None:
+        """Content for a file. All of it is read from the wire, even where it can't be written."""
+        deadline = time.monotonic() + self._wire.timeout + count / SLOWEST
+        while count:
+            buffer = passage.buffer()
+            got = 0
+            try:
+                got = self._wire.read_into(buffer[:min(count, BLOCK)], deadline)
+                count -= got
+                write_all(fd, buffer[:got], offset)
+            except OSError:
+                self._wire.skip(count)
+                raise
+            finally:
+                passage.passed(buffer, got)
+            offset += got
+
+    def _getstream(self, path: bytes) -> bytes:
+        fd = self._root.open(best_path(self._root, path))
+        try:
+            if stat.S_ISDIR(os.fstat(fd).st_mode):
+                raise Fault(IS_DIR)
+            self._wire.put(b'0\n')
+            self._wire.send_file(fd, 0, os.fstat(fd).st_size)
+        finally:
+            os.close(fd)
+        raise EndOfStream('the end of a stream')
+
+    def _putstream(self, path: bytes) -> bytes:
+        with self._replacement(path, 0o644) as fd:
+            self._wire.put(b'0\n')
+            self._receive_stream(fd)
+        raise EndOfStream('the end of a stream')
+
+    def _receive_stream(self, fd: int) -> None:
+        buffer = self._passing().buffer()
+        at = 0
+        try:
+            while True:
+                got = self._wire.read_into(buffer)
+                write_all(fd, buffer[:got], at)
+                at += got
+        except EndOfStream:
+            self._passing().passed(buffer, 0)
+
+    # Open files.
+
+    def _open(self, path: bytes, flags: bytes, mode: bytes) -> bytes:
+        reads, writes = b'r' in flags, b'w' in flags or b'a' in flags
+        how = os.O_RDWR if reads and writes else os.O_WRONLY if writes else os.O_RDONLY
+        for letter, flag in ((b'c', os.O_CREAT), (b't', os.O_TRUNC), (b'x', os.O_EXCL),
+                             (b'a', os.O_APPEND), (b's', os.O_SYNC)):
+            if letter in flags:
+                how |= flag
+        number_ = self._free_number()
+        with self._root.parent(unquote(path)) as (fd, name):
+            if writes:
+                self._check_target(fd, name)
+            else:
+                self._need('rl')
+                how &= ~(os.O_CREAT | os.O_TRUNC | os.O_EXCL)
+            opened = open_in(fd, name, how, number(mode) & 0o777 | 0o600)
+        self._files[number_] = OpenFile(opened, reads or not writes, writes)
+        found = os.fstat(opened)
+        if not writes:
+            try:
+                self._need('l' if stat.S_ISDIR(found.st_mode) else 'r')
+            except Fault:
+                self._close_file(number_)
+                raise
+        return b'%d\n' % number_ + stat_line(found)
+
+    def _free_number(self) -> int:
+        for candidate in range(OPEN_FILES):
+            if candidate not in self._files:
+                return candidate
+        raise Fault(TOO_MANY_OPEN)
+
+    def _file(self, word: bytes) -> OpenFile:
+        file = self._files.get(number(word))
+        if file is None:
+            raise Fault(BAD_FD)
+        return file
+
+    def _close(self, file: bytes) -> bytes:
+        self._file(file)
+        self._close_file(number(file))
+        return b'0\n'
+
+    def _close_file(self, number_: int) -> None:
+        file = self._files.pop(number_)
+        self._end_checksum(file)
+        os.close(file.fd)
+
+    def _pread(self, word: bytes, length: bytes, offset: bytes) -> bytes:
+        file, count, at = self._file(word), number(length), number(offset)
+        if not file.reads:
+            raise Fault(BAD_FD)
+        if count < 0 or at < 0:
+            raise Fault(INVALID)
+        count = min(count, PREAD)
+        if count <= SMALL:
+            data = os.pread(file.fd, count, at)
+            return b'%d\n' % len(data) + data
+        found = os.fstat(file.fd)
+        if stat.S_ISDIR(found.st_mode):
+            raise Fault(IS_DIR)
+        count = max(0, min(count, found.st_size - at))
+        self._wire.put(b'%d\n' % count)
+        self._wire.send_file(file.fd, at, count)
+        return b''
+
+    def _pwrite(self, word: bytes, length: bytes, offset: bytes) -> bytes:
+        count, at = number(length), number(offset)
+        if count < 0:
+            raise Fault(INVALID)
+        with self._announced(count):
+            file = self._file(word)
+            if not file.writes:
+                raise Fault(BAD_FD)
+            if at < 0:
+                raise Fault(INVALID)
+        stored = min(count, PWRITE)
+        passage = self._checksum(file, at) or self._passing()
+        try:
+            self._receive(file.fd, stored, at, passage)
+        except (OSError, Disconnected):
+            self._drop_checksum(file)
+            raise
+        finally:
+            if file.passage is not None:
+                file.hashed += stored
+        self._wire.skip(count - stored)
+        return b'%d\n' % stored
+
+    @contextlib.contextmanager
+    def _announced(self, count: int) -> Iterator[None]:
+        """Data that follows a request whatever becomes of it."""
+        try:
+            yield
+        except (Fault, OSError):
+            self._wire.skip(count)
+            raise
+
+    def _checksum(self, file: OpenFile, at: int) -> Optional[Passage]:
+        """The passage that goes on with the checksum of the file, if its end is where is written."""
+        if file.passage is None:
+            found = os.fstat(file.fd)
+            known = self._server.checksums.find(found) if found.st_size == at else None
+            if known is None:
+                return None
+            file.passage, file.hashed = Passage(known), at
+        elif file.hashed != at:
+            self._drop_checksum(file)
+        return file.passage
+
+    def _drop_checksum(self, file: OpenFile) -> None:
+        if file.passage is not None:
+            file.passage.close()
+            file.passage = None
+
+    def _end_checksum(self, file: OpenFile) -> None:
+        if file.passage is not None:
+            checksum = file.passage.close()
+            file.passage = None
+            found = os.fstat(file.fd)
+            if found.st_size == file.hashed:
+                self._server.checksums.keep(found, checksum)
+
+    def _fstat(self, file: bytes) -> bytes:
+        return b'0\n' + stat_line(os.fstat(self._file(file).fd))
+
+    def _fsync(self, file: bytes) -> bytes:
+        os.fsync(self._file(file).fd)
+        return b'0\n'
+
+    def _ftruncate(self, file: bytes, length: bytes) -> bytes:
+        if not self._file(file).writes:
+            raise Fault(BAD_FD)
+        os.ftruncate(self._file(file).fd, number(length))
+        return b'0\n'
+
+    def _fchmod(self, file: bytes, mode: bytes) -> bytes:
+        change_mode(self._file(file).fd, number(mode))
+        return b'0\n'
+
+    def _fchown(self, file: bytes, user: bytes, group: bytes) -> bytes:
+        self._file(file)
+        return b'0\n'
+
+    def _fstatfs(self, file: bytes) -> bytes:
+        return statfs_line(self._file(file).fd)
+
+    # Names.
+
+    def _getlongdir(self, path: bytes) -> bytes:
+        self._list(path, lambda name, found: name + b'\n' + stat_line(found))
+        return b'\n'
+
+    def _getdir(self, path: bytes) -> bytes:
+        self._list(path, lambda name, found: name + b'\n')
+        return b'\n'
+
+    def _list(self, path: bytes, say: Callable[[bytes, os.stat_result], bytes]) -> None:
+        entries = self._root.list(unquote(path))
+        with contextlib.closing(entries):      # type: ignore
+            first = next(entries)              # raises if it can't be listed
+            self._wire.put(b'0\n' + say(*first))
+            for entry in entries:
+                self._wire.put(say(*entry))
+
+    def _stat(self, path: bytes) -> bytes:
+        return b'0\n' + stat_line(self._root.stat(unquote(path)))
+
+    def _lstat(self, path: bytes) -> bytes:
+        return b'0\n' + stat_line(self._root.stat(unquote(path), False))
+
+    def _mkdir(self, path: bytes, mode: bytes) -> bytes:
+        with self._root.parent(unquote(path), False) as (fd, name):
+            os.mkdir(name, number(mode) & 0o777 | 0o700, dir_fd=fd)
+        return b'0\n'
+
+    def _unlink(self, path: bytes) -> bytes:
+        with self._root.parent(unquote(path), False) as (fd, name):
+            os.unlink(name, dir_fd=fd)
+        return b'0\n'
+
+    def _rmdir(self, path: bytes) -> bytes:
+        with self._root.parent(unquote(path), False) as (fd, name):
+            remove_folder(fd, name)
+        return b'0\n'
+
+    def _rmall(self, path: bytes) -> bytes:
+        with self._root.parent(unquote(path), False) as (fd, name):
+            if name == b'.':
+                raise Fault(NOT_AUTHORIZED)
+            remove_tree(fd, name)
+        return b'0\n'
+
+    def _rename(self, old: bytes, new: bytes) -> bytes:
+        self._need('d')
+        with self._root.parent(unquote(old), False) as (old_fd, old_name), \
+                self._root.parent(unquote(new), False) as (new_fd, new_name):
+            os.rename(old_name, new_name, src_dir_fd=old_fd, dst_dir_fd=new_fd)
+        return b'0\n'
+
+    def _link(self, old: bytes, new: bytes) -> bytes:
+        self._need('r')
+        with self._root.parent(unquote(old)) as (old_fd, old_name), \
+                self._root.parent(unquote(new), False) as (new_fd, new_name):
+            os.link(old_name, new_name, src_dir_fd=old_fd, dst_dir_fd=new_fd, follow_symlinks=False)
+        return b'0\n'
+
+    def _symlink(self, target: bytes, new: bytes) -> bytes:
+        with self._root.parent(unquote(new), False) as (fd, name):
+            os.symlink(unquote(target), name, dir_fd=fd)
+        return b'0\n'
+
+    def _readlink(self, path: bytes, length: bytes) -> bytes:
+        with self._root.parent(unquote(path), False) as (fd, name):
+            target = os.readlink(name, dir_fd=fd)[:max(0, number(length))]
+        return b'%d\n' % len(target) + target
+
+    def _chmod(self, path: bytes, mode: bytes) -> bytes:
+        with self._opened(path) as fd:
+            change_mode(fd, number(mode))
+        return b'0\n'
+
+    @contextlib.contextmanager
+    def _opened(self, path: bytes, flags: int = os.O_RDONLY) -> Iterator[int]:
+        fd = self._root.open(unquote(path), flags)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _chown(self, path: bytes, user: bytes, group: bytes) -> bytes:
+        self._root.stat(unquote(path), False)
+        return b'0\n'
+
+    def _utime(self, path: bytes, atime: bytes, mtime: bytes) -> bytes:
+        with self._root.parent(unquote(path)) as (fd, name):
+            os.utime(name, (number(atime), number(mtime)), dir_fd=fd, follow_symlinks=False)
+        return b'0\n'
+
+    def _truncate(self, path: bytes, length: bytes) -> bytes:
+        with self._opened(path, os.O_WRONLY) as fd:
+            os.ftruncate(fd, number(length))
+        return b'0\n'
+
+    def _access(self, path: bytes, mask: bytes) -> bytes:
+        bits = number(mask) & 7
+        with self._root.parent(unquote(path)) as (fd, name):
+            found = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            self._need('l' if stat.S_ISDIR(found.st_mode) else 'r')
+            if bits & os.W_OK:
+                self._need('w')
+            if not os.access(name, bits, dir_fd=fd):
+                raise Fault(NOT_AUTHORIZED)
+        return b'0\n'
+
+    def _statfs(self, path: bytes) -> bytes:
+        with self._opened(path) as fd:
+            return statfs_line(fd)
+
+    # Checksums.
+
+    def _hash(self, algorithm: bytes, path: bytes) -> bytes:
+        if algorithm not in (b'md5', b'sha1'):
+            raise Fault(INVALID)
+        fd = self._root.open(best_path(self._root, path))
+        try:
+            found = os.fstat(fd)
+            if stat.S_ISDIR(found.st_mode):
+                raise Fault(IS_DIR)
+            digest = self._digest(fd, found, algorithm.decode())
+        finally:
+            os.close(fd)
+        return b'%d\n' % len(digest) + digest
+
+    def _md5(self, path: bytes) -> bytes:
+        return self._hash(b'md5', path)
+
+    def _digest(self, fd: int, found: os.stat_result, algorithm: str) -> bytes:
+        checksum = self._server.checksums.find(found) if algorithm == 'sha1' else None
+        if checksum is None:
+            self._wire.flush()
+            checksum = hash_file(fd, algorithm)
+            if algorithm == 'sha1':
+                self._server.checksums.keep(found, checksum.copy())
+        return checksum.digest()
+
+    # Identity.
+
+    def _whoami(self, length: bytes) -> bytes:
+        subject = self._subject.encode('ascii', 'replace')[:max(0, number(length))]
+        return b'%d\n' % len(subject) + subject
+
+    def _getacl(self, path: bytes) -> bytes:
+        self._root.stat(unquote(path))
+        return b'0\n' + self._server.acl.text() + b'\n'
+
+    def _localpath(self, path: bytes) -> bytes:
+        name = b'/' + b'/'.join(split_path(best_path(self._root, path)))
+        return b'%d\n' % len(name) + name
+
+    # What is refused.
+
+    def _unknown(self) -> bytes:
+        raise Fault(INVALID)
+
+    def _forbidden(self) -> bytes:
+        raise Fault(NOT_AUTHORIZED)
+
+    def _data_at_third(self, first: bytes, second: bytes, third: bytes) -> bytes:
+        """A request that isn't known here, but which data follows: ``setxattr P NAME LENGTH``."""
+        self._wire.skip(max(0, number(third)))
+        raise Fault(INVALID)
+
+    def _data_at_second(self, first: bytes, second: bytes) -> bytes:
+        """The same for ``swrite FD LENGTH``."""
+        self._wire.skip(max(0, number(second)))
+        raise Fault(INVALID)
+
+
+NO_COMMAND = (Session._unknown, 0, '')
+
+# What is understood: the method, how many words follow, and of which rights one is needed at least.
+COMMANDS: Dict[bytes, Tuple[Callable[..., bytes], int, str]] = {
+    b'getfile': (Session._getfile, 1, 'r'), b'putfile': (Session._putfile, 3, 'wp'),
+    b'getstream': (Session._getstream, 1, 'r'), b'putstream': (Session._putstream, 1, 'wp'),
+    b'open': (Session._open, 3, ''), b'close': (Session._close, 1, ''),
+    b'pread': (Session._pread, 3, ''), b'pwrite': (Session._pwrite, 3, ''),
+    b'fstat': (Session._fstat, 1, ''), b'fsync': (Session._fsync, 1, ''),
+    b'ftruncate': (Session._ftruncate, 2, ''), b'fchmod': (Session._fchmod, 2, 'w'),
+    b'fchown': (Session._fchown, 3, 'w'), b'fstatfs': (Session._fstatfs, 1, ''),
+    b'getlongdir': (Session._getlongdir, 1, 'l'), b'getdir': (Session._getdir, 1, 'l'),
+    b'stat': (Session._stat, 1, 'l'), b'lstat': (Session._lstat, 1, 'l'),
+    b'mkdir': (Session._mkdir, 2, 'wv'), b'unlink': (Session._unlink, 1, 'd'),
+    b'rmdir': (Session._rmdir, 1, 'd'), b'rmall': (Session._rmall, 1, 'd'),
+    b'rename': (Session._rename, 2, 'w'), b'link': (Session._link, 2, 'w'),
+    b'symlink': (Session._symlink, 2, 'w'), b'readlink': (Session._readlink, 2, 'r'),
+    b'chmod': (Session._chmod, 2, 'w'), b'chown': (Session._chown, 3, 'w'),
+    b'lchown': (Session._chown, 3, 'w'), b'utime': (Session._utime, 3, 'w'),
+    b'truncate': (Session._truncate, 2, 'w'), b'access': (Session._access, 2, ''),
+    b'statfs': (Session._statfs, 1, 'l'), b'hash': (Session._hash, 2, 'r'),
+    b'md5': (Session._md5, 1, 'r'), b'whoami': (Session._whoami, 1, ''),
+    b'getacl': (Session._getacl, 1, ''), b'localpath': (Session._localpath, 1, 'l'),
+    b'setacl': (Session._forbidden, 0, ''), b'resetacl': (Session._forbidden, 0, ''),
+    b'thirdput': (Session._forbidden, 0, ''), b'debug': (Session._forbidden, 0, ''),
+    b'whoareyou': (Session._forbidden, 0, ''),
+    b'swrite': (Session._data_at_second, 2, ''), b'setxattr': (Session._data_at_third, 3, ''),
+    b'fsetxattr': (Session._data_at_third, 3, ''), b'lsetxattr': (Session._data_at_third, 3, ''),
+    b'ticket_register': (Session._data_at_third, 3, ''),
+}
+
+# Requests whose path the real clients send as it is, not quoted: it is the rest of the line.
+RAW_PATHS = frozenset((b'hash', b'localpath', b'getstream', b'putstream'))
+
+NUMBER = re.compile(br'[+-]?[0-9]{1,19}$')
+
+
+def number(word: bytes) -> int:
+    """Raises Fault."""
+    if not NUMBER.match(word):
+        raise Fault(INVALID)
+    return int(word)
+
+
+def best_path(root: Root, path: bytes) -> bytes:
+    """A path that may be quoted or not: as what something is found, else unquoted."""
+    if b'%' in path:
+        with contextlib.suppress(OSError):
+            root.stat(path)
+            return path
+    return unquote(path)
+
+
+def write_all(fd: int, view: memoryview, offset: int) -> None:
+    """Writes all of it at an offset; zeros beyond the file's end become a hole."""
+    if is_zero(view) and os.fstat(fd).st_size <= offset:
+        os.ftruncate(fd, offset + len(view))
+        return
+    while view:
+        count = os.pwrite(fd, view, offset)
+        offset += count
+        view = view[count:]
+
+
+def change_mode(fd: int, mode: int) -> None:
+    """chmod; the owner's own rights stay, setuid and its like don't come."""
+    keep = 0o700 if stat.S_ISDIR(os.fstat(fd).st_mode) else 0o600
+    os.fchmod(fd, mode & 0o777 | keep)
+
+
+def statfs_line(fd: int) -> bytes:
+    found = os.fstatvfs(fd)
+    return b'0\n%d %d %d %d %d %d %d\n' % (0, found.f_frsize, found.f_blocks, found.f_bfree, found.f_bavail,
+                                           found.f_files, found.f_ffree)
+
+
+def hash_file(fd: int, algorithm: str, checksum: Any = None, count: Optional[int] = None) -> Any:
+    """The checksum of a file, or its first bytes, read from the start, not moving where it stands."""
+    checksum = checksum or hashlib.new(algorithm)
+    at = 0
+    view = memoryview(bytearray(BLOCK))
+    while count is None or at < count:
+        data = os.pread(fd, BLOCK if count is None else min(BLOCK, count - at), at)
+        if not data:
+            break
+        checksum.update(data)
+        at += len(data)
+    del view
+    return checksum
+
+
+# --- the server ------------------------------------------------------------------------------
+
+CLIENTS = 32                   # connections at once
+IDLE = 300.0                   # seconds that a client may say nothing
+
+
+class ChirpServer:
+    """Serves a folder to the addresses that it is told of. Threads: see above; ``start`` raises OSError."""
+
+    def __init__(self, root: str, host: str = '127.0.0.1', port: int = 0,
+                 allow: Optional[Iterable[str]] = None, rights: str = 'rwld',
+                 max_clients: int = CLIENTS, idle_timeout: float = IDLE) -> None:
+        self.root = Root(root)
+        self.checksums = Checksums()
+        self.ticket = None             # type: Any
+        self.idle_timeout = idle_timeout
+        self._where = (host, port)
+        self._rights = rights
+        self._max_clients = max_clients
+        # Guards the list of sessions; nothing but starting and closing happens while it is held.
+        self._lock = threading.Lock()
+        self._sessions = {}            # type: Dict[threading.Thread, Session]
+        self._count = 0
+        self._stopping = False
+        self._listener = None          # type: Optional[socket.socket]
+        self._thread = None            # type: Optional[threading.Thread]
+        self.allow(allow or ())
+
+    def allow(self, addresses: Iterable[str]) -> None:
+        """From now on these addresses may connect, and no other; connections of others end."""
+        self._allowed = frozenset(addresses)
+        self.acl = Acl([('address:' + address, self._rights) for address in sorted(self._allowed)])
+        with self._lock:
+            sessions = list(self._sessions.values())
+        for session in sessions:
+            if session.peer not in self._allowed:
+                session.interrupt()
+
+    @property
+    def address(self) -> Tuple[str, int]:
+        """Host and port that it listens on."""
+        if self._listener is None:
+            raise ChirpError('the server is not started')
+        return self._listener.getsockname()[:2]
+
+    def start(self) -> 'ChirpServer':
+        """Listens and returns."""
+        host, port = self._where
+        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        self._listener = socket.socket(family, kind, protocol)
+        try:
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._listener.bind(where)
+            self._listener.listen(64)
+            self._listener.setblocking(False)
+        except OSError:
+            self._listener.close()
+            self._listener = None
+            raise
+        self._wake, self._waker = socket.socketpair()
+        self._thread = threading.Thread(target=self._run, name='chirp', daemon=True)
+        self._thread.start()
+        log.info('serving %s on %s:%d', self.root.path, *self.address)
+        return self
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """Ends all connections, and waits for their threads at most so many seconds."""
+        end = time.monotonic() + timeout
+        with self._lock:
+            self._stopping = True
+            sessions = dict(self._sessions)
+        if self._thread is not None:
+            self._waker.close()
+        for session in sessions.values():
+            session.interrupt()
+        threads = list(sessions)
+        if self._thread is not None:
+            threads.append(self._thread)
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))
+            if thread.is_alive():
+                log.warning('thread %s still runs', thread.name)
+        self.root.close()
+
+    def __enter__(self) -> 'ChirpServer':
+        return self.start()
+
+    def __exit__(self, *exception: Any) -> None:
+        self.stop()
+
+    def _run(self) -> None:
+        with self._listener, self._wake, selectors.DefaultSelector() as selector:     # type: ignore
+            selector.register(self._listener, selectors.EVENT_READ)                   # type: ignore
+            selector.register(self._wake, selectors.EVENT_READ)
+            while not self._stopping:
+                selector.select()
+                self._accept()
+
+    def _accept(self) -> None:
+        try:
+            sock, peer = self._listener.accept()       # type: ignore
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                log.warning('a client can\'t be served: %s', error)
+                time.sleep(0.1)        # the backlog stays ready: don't turn in a tight loop
+            return
+        if peer[0] not in self._allowed or not self._begin(sock, peer[0]):
+            log.info('%s is turned away', peer[0])
+            sock.close()
+
+    def _begin(self, sock: socket.socket, peer: str) -> bool:
+        session = Session(self, sock, peer)
+        with self._lock:
+            if self._stopping or len(self._sessions) >= self._max_clients:
+                return False
+            self._count += 1
+            thread = threading.Thread(target=self._serve, args=(session,),
+                                      name='chirp-%d' % self._count, daemon=True)
+            self._sessions[thread] = session
+        thread.start()
+        return True
+
+    def _serve(self, session: Session) -> None:
+        try:
+            session.run()
+        finally:
+            with self._lock:
+                self._sessions.pop(threading.current_thread(), None)
+
+
+# --- the client: requests --------------------------------------------------------------------
+
+REPLY = 64 * 1024              # bytes of a reply that isn't file content
+LISTING = 8 * 1024 * 1024      # bytes that the entries of a folder may take here
+
+
+class Entry(NamedTuple):
+    """What a listing says of a name: bytes, mode with its type bits, seconds."""
+    name: str
+    size: int
+    mode: int
+    mtime: int
+
+    @property
+    def is_dir(self) -> bool:
+        return stat.S_ISDIR(self.mode)
+
+    @property
+    def is_file(self) -> bool:
+        return stat.S_ISREG(self.mode)
+
+    @property
+    def is_link(self) -> bool:
+        return stat.S_ISLNK(self.mode)
+
+
+class Listing:
+    """The entries of a folder, in the order of their names; kept small, since a folder may be large."""
+
+    ENTRY = struct.Struct('>QLq')
+
+    def __init__(self) -> None:
+        self._records = []             # type: List[bytes]
+        self.size = 0                  # bytes that it takes
+
+    def add(self, name: bytes, found: Stat) -> None:
+        """Raises ProtocolError where it becomes too large."""
+        record = name + b'\0' + self.ENTRY.pack(found.size, found.mode & 0xffffffff,
+                                                max(-1 << 62, min(found.mtime, 1 << 62)))
+        self.size += len(record) + 50          # what Python adds
+        if self.size > LISTING:
+            raise ProtocolError('a folder of too many entries')
+        self._records.append(record)
+
+    def sort(self) -> 'Listing':
+        self._records.sort()
+        return self
+
+    def find(self, name: bytes) -> Optional[Entry]:
+        """The entry of that name."""
+        index = bisect.bisect_left(self._records, name + b'\0')
+        if index < len(self._records) and self._records[index].startswith(name + b'\0'):
+            return self._entry(self._records[index])
+        return None
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return map(self._entry, self._records)
+
+    def _entry(self, record: bytes) -> Entry:
+        name, _, numbers = record.partition(b'\0')
+        size, mode, mtime = self.ENTRY.unpack(numbers)
+        return Entry(to_text(name), size, mode, mtime)
+
+
+def is_safe_name(name: bytes) -> bool:
+    """Whether a name of a listing is one of an entry, and not a way elsewhere."""
+    return (name not in (b'', b'.', b'..') and b'/' not in name and b'\0' not in name
+            and not name.startswith(RESERVED) and len(name) <= 255)
+
+
+class Requests:
+    """The calls of the protocol, one by one, on a connection that is made when it is needed, and
+    again, once, where it has ended between two requests (servers end idle ones). All of them
+    raise Refused for an error reply, and Disconnected, TimedOut, AccessDenied, Cancelled."""
+
+    def __init__(self, address: str, port: int = PORT, timeout: float = 30.0) -> None:
+        self.address = address
+        self.port = port
+        self.timeout = timeout
+        self.cancel = None             # type: Optional[threading.Event]
+        self.subject = ''              # who the server says that we are
+        self._wire = None              # type: Optional[Wire]
+        self._used = False             # whether this connection has answered a request
+
+    def __enter__(self: 'Client') -> 'Client':
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.disconnect()
+
+    # The connection.
+
+    def connect(self) -> Wire:
+        """The connection, authenticated; made now, unless it is there."""
+        if self._wire is None:
+            wire = Wire(self._dial(), self.timeout)
+            wire.cancel = self.cancel
+            try:
+                self.subject = self._authenticate(wire)
+            except BaseException:
+                wire.close()
+                raise
+            self._wire, self._used = wire, False
+        self._wire.cancel = self.cancel
+        return self._wire
+
+    def disconnect(self) -> None:
+        """Ends the connection, if there is one. The next request makes another."""
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            wire.close()
+
+    def _dial(self) -> socket.socket:
+        try:
+            return socket.create_connection((self.address, self.port), self.timeout)
+        except socket.timeout:
+            raise TimedOut('%s:%d doesn\'t answer' % (self.address, self.port))
+        except OSError as error:
+            raise Disconnected('%s:%d can\'t be reached: %s' % (self.address, self.port, error))
+
+    def _authenticate(self, wire: Wire) -> str:
+        wire.put(b'address\n')
+        try:
+            if wire.line() == b'yes' and wire.line() == b'yes':
+                return self._subject_of(wire)
+        except EndOfStream:
+            raise AccessDenied('%s:%d turns us away' % (self.address, self.port))
+        raise AccessDenied('%s:%d doesn\'t accept the address' % (self.address, self.port))
+
+    def _subject_of(self, wire: Wire) -> str:
+        if wire.line() != b'yes':
+            raise ProtocolError('authentication went wrong')
+        return to_text(wire.line() + b':' + wire.line())
+
+    def ask(self, what: str, *words: Any) -> bytes:
+        """A request line: text and numbers as they are; bytes are quoted already."""
+        line = b' '.join([what.encode('ascii')] + [
+            word if isinstance(word, bytes) else str(word).encode('ascii') for word in words])
+        if len(line) > LINE:
+            raise Refused(CODES[errno.ENAMETOOLONG], shown(words[0]))
+        return line + b'\n'
+
+    def result(self, wire: Wire, what: str = '') -> int:
+        """The number of a reply. Raises Refused where it is negative."""
+        line = wire.line()
+        if not REPLY_LINE.match(line):
+            raise self.broken('not a reply: %.80r' % line)
+        self._used = True
+        if line.startswith(b'-'):
+            raise Refused(int(line), what)
+        return int(line)
+
+    def broken(self, why: str) -> ProtocolError:
+        """Gives the connection up; an error to raise."""
+        self.disconnect()
+        return ProtocolError(why)
+
+    def call(self, what: str, *words: Any, about: Path = '', data: bytes = b'', again: bool = True,
+             read: Optional[Callable[[Wire, int], Any]] = None) -> Any:
+        """A request and its reply: the number, or what ``read`` makes of it. ``again``: may be repeated
+        where the connection had ended before."""
+        line = self.ask(what, *words)
+        while True:
+            wire = self.connect()
+            fresh = not self._used
+            try:
+                wire.put(line + data)
+                result = self.result(wire, shown(about))
+                return result if read is None else read(wire, result)
+            except Refused:
+                raise
+            except EndOfStream:
+                self.disconnect()
+                if fresh or not again:
+                    raise
+            except BaseException:
+                self.disconnect()
+                raise
+
+    # Files and folders.
+
+    def whoami(self) -> str:
+        """Who the server says that we are, ``address:…`` or the subject of a ticket."""
+        return to_text(self.call('whoami', 1024, read=self._payload(1024)))
+
+    def stat(self, path: Path) -> Stat:
+        """Of what the path leads to, through links."""
+        return self.call('stat', quote(path), about=path, read=read_stat)
+
+    def lstat(self, path: Path) -> Stat:
+        """Of what has this name, a link itself."""
+        return self.call('lstat', quote(path), about=path, read=read_stat)
+
+    def ls(self, path: Path = '/') -> Listing:
+        """The entries of a folder. Names that could lead elsewhere raise ProtocolError."""
+        return self.call('getlongdir', quote(path), about=path, read=self._read_listing)
+
+    def mkdir(self, path: Path, mode: int = 0o755) -> None:
+        self.call('mkdir', quote(path), mode, about=path, again=False)
+
+    def unlink(self, path: Path) -> None:
+        self.call('unlink', quote(path), about=path, again=False)
+
+    def rmdir(self, path: Path) -> None:
+        self.call('rmdir', quote(path), about=path, again=False)
+
+    def rmall(self, path: Path) -> None:
+        """Removes a file, or a folder and all in it."""
+        self.call('rmall', quote(path), about=path, again=False)
+
+    def rename(self, old: Path, new: Path) -> None:
+        self.call('rename', quote(old), quote(new), about=old, again=False)
+
+    def link(self, old: Path, new: Path) -> None:
+        self.call('link', quote(old), quote(new), about=new, again=False)
+
+    def symlink(self, target: Path, new: Path) -> None:
+        self.call('symlink', quote(target), quote(new), about=new, again=False)
+
+    def readlink(self, path: Path) -> str:
+        return to_text(self.call('readlink', quote(path), 4096, about=path, read=self._payload(4096)))
+
+    def chmod(self, path: Path, mode: int) -> None:
+        self.call('chmod', quote(path), mode & 0o7777, about=path)
+
+    def utime(self, path: Path, atime: int, mtime: int) -> None:
+        self.call('utime', quote(path), int(atime), int(mtime), about=path)
+
+    def truncate(self, path: Path, length: int) -> None:
+        self.call('truncate', quote(path), length, about=path)
+
+    def access(self, path: Path, mask: int = os.R_OK) -> None:
+        """Raises Refused where the path can't be used so."""
+        self.call('access', quote(path), mask, about=path)
+
+    def statfs(self, path: Path = '/') -> Tuple[int, ...]:
+        """(type, block size, blocks, free, available, files, free files)."""
+        return self.call('statfs', quote(path), about=path, read=self._read_statfs)
+
+    def hash(self, path: Path, algorithm: str = 'sha1') -> bytes:
+        """The digest, ``sha1`` or ``md5``, that the server computes."""
+        return self.call('hash', algorithm, quote(path), about=path, read=self._payload(64))
+
+    def getacl(self, path: Path = '/') -> List[Tuple[str, str]]:
+        """(subject, rights) pairs."""
+        return self.call('getacl', quote(path), about=path, read=self._read_acl)
+
+    def setacl(self, path: Path, subject: str, rights: str) -> None:
+        self.call('setacl', quote(path), quote(subject), rights, about=path)
+
+    def getfile(self, path: Path, limit: int = 16 * 1024 * 1024) -> bytes:
+        """A small file's content. Raises ProtocolError where it is larger than the limit."""
+        return self.call('getfile', quote(path), about=path, read=self._payload(limit))
+
+    def putfile(self, path: Path, content: bytes, mode: int = 0o644) -> None:
+        """Writes a small file; on a real server others may see it half-written."""
+        self.call('putfile', quote(path), mode & 0o777, len(content), about=path,
+                  read=lambda wire, _: self._send_content(wire, content, path))
+
+    # Open files.
+
+    def open(self, path: Path, flags: str = 'r', mode: int = 0o600) -> Tuple[int, Stat]:
+        """(number, stat); flags are r, w, c create, t truncate, x exclusive, a append, s sync."""
+        return self.call('open', quote(path), flags, mode, about=path, again='x' not in flags,
+                         read=lambda wire, number: (number, read_stat(wire, number)))
+
+    def close(self, file: int) -> None:
+        self.call('close', file, again=False)
+
+    def fstat(self, file: int) -> Stat:
+        return self.call('fstat', file, again=False, read=read_stat)
+
+    def pread(self, file: int, length: int, offset: int) -> bytes:
+        return self.call('pread', file, length, offset, again=False, read=self._payload(length))
+
+    def pwrite(self, file: int, data: bytes, offset: int) -> int:
+        """How many bytes were written."""
+        return self.call('pwrite', file, len(data), offset, data=data, again=False)
+
+    def fsync(self, file: int) -> None:
+        self.call('fsync', file, again=False)
+
+    def ftruncate(self, file: int, length: int) -> None:
+        self.call('ftruncate', file, length, again=False)
+
+    # Reading replies.
+
+    def _payload(self, limit: int) -> Callable[[Wire, int], bytes]:
+        def read(wire: Wire, count: int) -> bytes:
+            if count > limit:
+                raise ProtocolError('%d bytes where %d were asked for' % (count, limit))
+            return wire.read(count)
+        return read
+
+    def _send_content(self, wire: Wire, content: bytes, path: Path) -> None:
+        wire.put(content)
+        if self.result(wire, shown(path)) != len(content):
+            raise ProtocolError('putfile: a wrong count')
+
+    def _read_listing(self, wire: Wire, _: int) -> Listing:
+        listing = Listing()
+        deadline = time.monotonic() + self.timeout + LISTING / SLOWEST
+        name = wire.line(NAME_LINE)
+        while name:
+            line = wire.line(NAME_LINE)
+            while not STAT_LINE.match(line):           # a newline in a name, as the real server has it
+                name += b'\n' + line
+                if len(name) > NAME_LINE:
+                    raise ProtocolError('a name of more than %d bytes' % NAME_LINE)
+                line = wire.line(NAME_LINE)
+            if name not in (b'.', b'..') and not name.startswith(RESERVED):
+                if not is_safe_name(name):
+                    raise ProtocolError('a listing with the name %.300r' % name)
+                listing.add(name, parse_stat(line))
+            if time.monotonic() > deadline:
+                raise TimedOut('a listing without an end')
+            name = wire.line(NAME_LINE)
+        return listing.sort()
+
+    def _read_statfs(self, wire: Wire, _: int) -> Tuple[int, ...]:
+        line = wire.line()
+        if not re.match(br'-?[0-9]{1,20}( -?[0-9]{1,20}){6} *$', line):
+            raise ProtocolError('not a statfs line: %.80r' % line)
+        return tuple(map(int, line.split()))
+
+    def _read_acl(self, wire: Wire, _: int) -> List[Tuple[str, str]]:
+        lines = []             # type: List[Tuple[str, str]]
+        line = wire.line()
+        while line:
+            words = to_text(line).rpartition(' ')
+            lines.append((words[0], words[2]))
+            if len(lines) > 1000:
+                raise ProtocolError('an ACL without an end')
+            line = wire.line()
+        return lines
+
+
+REPLY_LINE = re.compile(br'-?[0-9]{1,18} *$')
+NAME_LINE = 1024               # bytes of a line in a listing
+Client = TypeVar('Client', bound=Requests)
+
+
+def read_stat(wire: Wire, _: int) -> Stat:
+    """The stat line after a reply."""
+    return parse_stat(wire.line())
+
+
+# --- the client: files and folders -----------------------------------------------------------
+
+DEPTH = 32                     # requests that are sent ahead
+AHEAD = 16 * 1024              # and their bytes: what a server takes in while it waits for us to read
+PIECES = 3                     # preads or pwrites that are under way
+RETRIES = 2                    # new connections without progress before a transfer fails
+BESIDE = 8 * 1024 * 1024       # a file from here on is hashed by the server while it is moved
+OVERLAP = 64 * 1024            # bytes of a partial file that are fetched again, to see if it goes on
+NESTED = 200                   # levels of a folder that are followed
+FAILURES = 100                 # failures of a folder that are told one by one
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+Progress = Callable[[int, int], None]
+
+
+def part_name(name: bytes) -> bytes:
+    """Under which name a file is while it is not whole."""
+    if len(name) <= 250:
+        return name + b'.part'
+    return name[:200] + b'.' + hashlib.sha1(name).hexdigest()[:16].encode('ascii') + b'.part'
+
+
+def part_path(path: bytes) -> bytes:
+    """The same for a path of the server."""
+    folder, slash, name = path.rstrip(b'/').rpartition(b'/')
+    return folder + slash + part_name(name)
+
+
+def to_remote(name: str) -> bytes:
+    """The server's name of what is called so here."""
+    return os.fsencode(name) if os.name == 'posix' else name.encode('utf-8', 'surrogatepass')
+
+
+def to_local(name: str) -> str:
+    """What an entry of the server is called here. Raises OSError where that can't be."""
+    if os.name == 'posix':
+        return os.fsdecode(to_bytes(name))
+    if NOT_ON_WINDOWS.search(name):
+        raise OSError(errno.EINVAL, 'no file can have this name here')
+    return name
+
+
+NOT_ON_WINDOWS = re.compile(r'[\x00-\x1f<>:"/\\|?*\ud800-\udfff]|[ .]$'
+                            r'|^(con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$)', re.IGNORECASE)
+
+
+def local_part(path: str) -> str:
+    """Under which name a file is here while it is not whole."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, os.fsdecode(part_name(os.fsencode(name))))
+
+
+class Meter:
+    """Tells how far a transfer is, not too often; and whether it was cancelled."""
+
+    EVERY = 0.1                # seconds
+
+    def __init__(self, progress: Optional[Progress], cancel: Optional[threading.Event]) -> None:
+        self._progress = progress
+        self._cancel = cancel
+        self._told = 0.0
+        self.moved = 0         # bytes that are where they should be
+        self.total = 0
+        self.work = 0          # all that was ever moved, also what had to be moved again
+
+    def add(self, count: int) -> None:
+        """So many bytes more were moved. Raises Cancelled."""
+        self.work += count
+        self.skip(count)
+
+    def skip(self, count: int) -> None:
+        """So many bytes were there already. Raises Cancelled."""
+        self.moved += count
+        if self._cancel is not None and self._cancel.is_set():
+            raise Cancelled('cancelled')
+        if self._progress is not None and time.monotonic() >= self._told + self.EVERY:
+            self.tell()
+
+    def tell(self) -> None:
+        """Tells it now."""
+        if self._progress is not None:
+            self._told = time.monotonic()
+            self._progress(self.moved, max(self.moved, self.total))
+
+    def wait(self, seconds: float) -> None:
+        """Raises Cancelled."""
+        if self._cancel is None:
+            time.sleep(seconds)
+        elif self._cancel.wait(seconds):
+            raise Cancelled('cancelled')
+
+
+class Pipeline:
+    """Requests sent ahead, and what to do with each reply, in order."""
+
+    def __init__(self, client: Requests) -> None:
+        self._client = client
+        self._waiting = collections.deque()    # type: collections.deque
+        self._bytes = 0
+
+    def add(self, line: bytes, read: Callable[[Wire, Union[int, Refused]], None]) -> None:
+        """Sends a request; ``read`` gets the wire and the number of the reply, or the refusal."""
+        self._client.connect().put(line)
+        self._waiting.append((len(line), read))
+        self._bytes += len(line)
+        while len(self._waiting) > DEPTH or self._bytes > AHEAD:
+            self.step()
+
+    def step(self) -> None:
+        """Reads the reply of the oldest request."""
+        size, read = self._waiting.popleft()
+        self._bytes -= size
+        wire = self._client.connect()
+        try:
+            result = self._client.result(wire)     # type: Union[int, Refused]
+        except Refused as refused:
+            result = refused
+        read(wire, result)
+
+    def drain(self) -> None:
+        """Reads all replies."""
+        while self._waiting:
+            self.step()
+
+
+class FileHash:
+    """The SHA-1 of a file of ours, computed on a thread of its own while it is sent."""
+
+    def __init__(self, path: str, checksum: Any, start: int, size: int) -> None:
+        self._checksum = checksum
+        self._error = None             # type: Optional[OSError]
+        self._stop = False
+        self._thread = threading.Thread(target=self._run, args=(path, start, size),
+                                        name='chirp-sha1', daemon=True)
+        self._thread.start()
+
+    def digest(self) -> bytes:
+        """Waits for it. Raises OSError."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._checksum.digest()
+
+    def stop(self) -> None:
+        """It isn't needed any more."""
+        self._stop = True
+        self._thread.join()
+
+    def _run(self, path: str, start: int, size: int) -> None:
+        try:
+            with open(path, 'rb', buffering=0) as file:
+                hash_part(file, self._checksum, start, size, lambda: self._stop)
+        except OSError as error:
+            self._error = error
+
+
+def hash_part(file: Any, checksum: Any, start: int, end: int, stop: Callable[[], bool] = bool) -> None:
+    """Takes a part of a local file into a checksum."""
+    view = memoryview(bytearray(BLOCK))
+    file.seek(start)
+    while start < end and not stop():
+        count = file.readinto(view[:min(BLOCK, end - start)])
+        if not count:
+            return
+        checksum.update(view[:count])
+        start += count
+
+
+class ChirpClient(Requests):
+    """Puts and gets files and folders: verified, going on where an earlier attempt stopped, in place
+    all at once. What isn't whole yet is called ``NAME.part``."""
+
+    def put(self, source: str, target: Path, progress: Optional[Progress] = None,
+            cancel: Optional[threading.Event] = None, verify: bool = True, keep: bool = True) -> None:
+        """Sends a file or folder. A folder goes into one of the same name that is there.
+
+        ``progress`` gets (bytes moved, bytes in all) from time to time; ``verify``: compare checksums;
+        ``keep``: modes and times. Raises ChirpError, and OSError for what is read here.
+        """
+        with self._moving(progress, cancel) as meter:
+            Upload(self, meter, verify, keep).run(os.fspath(source), to_bytes(target).rstrip(b'/') or b'/')
+
+    def get(self, source: Path, target: str, progress: Optional[Progress] = None,
+            cancel: Optional[threading.Event] = None, verify: bool = True, keep: bool = True,
+            links: str = 'inside') -> None:
+        """Fetches a file or folder; as ``put``, and raises OSError for what is written here.
+
+        Of a folder's symbolic links, ``inside`` makes those that stay within it (the others are told of
+        in Incomplete), ``all`` makes all, ``none`` leaves them out. Nothing is written through a link.
+        """
+        with self._moving(progress, cancel) as meter:
+            Download(self, meter, verify, keep, links).run(to_bytes(source), os.fspath(target))
+
+    def fetch(self, source: Path, target: str, limit: int, progress: Optional[Progress] = None,
+              cancel: Optional[threading.Event] = None) -> int:
+        """Fetches a file, or its first ``limit`` bytes; says how many there are."""
+        with self._moving(progress, cancel) as meter:
+            download = Download(self, meter, True, False, 'none')
+            return download.fetch(to_bytes(source), os.fspath(target), limit)
+
+    @contextlib.contextmanager
+    def _moving(self, progress: Optional[Progress], cancel: Optional[threading.Event]) -> Iterator[Meter]:
+        meter = Meter(progress, cancel)
+        self.cancel = cancel
+        try:
+            meter.skip(0)
+            yield meter
+            meter.tell()
+        except BaseException:
+            self.disconnect()          # replies may still be under way
+            raise
+        finally:
+            self.cancel = None
+
+    def twin(self) -> 'ChirpClient':
+        """A client of the same server, not yet connected."""
+        return ChirpClient(self.address, self.port, self.timeout)
+
+    def persist(self, meter: Meter, step: Callable[[], Any]) -> Any:
+        """Does it; again, with a new connection, where that broke, as long as this leads anywhere."""
+        failed = 0
+        while True:
+            before = meter.work
+            try:
+                return step()
+            except Disconnected as error:
+                self.disconnect()
+                failed = 0 if meter.work > before else failed + 1
+                if isinstance(error, (TimedOut, ProtocolError)) or failed > RETRIES:
+                    raise
+                log.info('%s:%d: %s; trying again', self.address, self.port, error)
+                meter.wait(0.1 * 4 ** failed)
+
+
+class Failures:
+    """What of a folder could not be moved."""
+
+    def __init__(self) -> None:
+        self._some = []        # type: List[Tuple[str, str]]
+        self._count = 0
+
+    def add(self, path: Path, error: Any) -> None:
+        self._count += 1
+        if len(self._some) < FAILURES:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            self._some.append((shown(path if isinstance(path, bytes) else to_remote(path)), str(reason)))
+
+    def clear(self) -> None:
+        self.__init__()        # type: ignore
+
+    def check(self) -> None:
+        """Raises Incomplete."""
+        if self._count:
+            raise Incomplete(self._some, self._count)
+
+
+class Upload:
+    """One ``put``."""
+
+    def __init__(self, client: ChirpClient, meter: Meter, verify: bool, keep: bool) -> None:
+        self._client = client
+        self._meter = meter
+        self._verify = verify
+        self._keep = keep
+        self._failures = Failures()
+        self._pipeline = Pipeline(client)
+        self._after = []               # type: List[Callable[[], None]]
+        self._keeps_modes = None       # type: Optional[bool]
+
+    def run(self, source: str, target: bytes) -> None:
+        found = os.stat(source)
+        if stat.S_ISDIR(found.st_mode):
+            self._meter.total = tree_size(source)
+            self._client.persist(self._meter, lambda: self._put_tree(source, target))
+            self._failures.check()
+        else:
+            self._meter.total = found.st_size
+            self._put_file(source, target)
+
+    # One file.
+
+    def _put_file(self, source: str, target: bytes) -> None:
+        """Under a temporary name, which becomes its own at the end."""
+        base = self._meter.moved
+        tries = 0
+        while True:
+            try:
+                return self._client.persist(self._meter, lambda: self._send_file(source, target, base))
+            except (Changed, Shrunk):
+                self._client.disconnect()
+                tries += 1
+                if tries > RETRIES:
+                    raise Changed('%s changes while it is read' % source)
+
+    def _send_file(self, source: str, target: bytes, base: int) -> None:
+        with open_regular(source) as file:
+            found = os.fstat(file.fileno())
+            self._meter.moved = base
+            if self._is_there(source, found, target):
+                return self._meter.skip(found.st_size)
+            part = part_path(target)
+            start, checksum = self._resume(source, found, part)
+            self._meter.skip(start)
+            digest = self._send_rest(file, source, found, part, start, checksum)
+            if changed(found, os.fstat(file.fileno())):
+                raise Changed('%s changed while it was read' % source)
+        if self._verify and self._client.hash(part) != digest:
+            self._client.unlink(part)
+            raise Changed('%s arrived altered' % source)
+        self._settle(part, target, found)
+
+    def _is_there(self, source: str, found: os.stat_result, target: bytes) -> bool:
+        """Whether an earlier attempt got to the end. Raises Refused where a folder is in the way."""
+        try:
+            there = self._client.stat(target)
+        except Refused as refused:
+            if refused.code == DOESNT_EXIST:
+                return False
+            raise
+        if there.is_dir:
+            raise Refused(IS_DIR, shown(target))
+        return self._is_same(source, found, target, there.size, there.mtime)
+
+    def _is_same(self, source: str, found: os.stat_result, target: bytes, size: int, mtime: int) -> bool:
+        if size != found.st_size or mtime != int(found.st_mtime) or not self._keep:
+            return False
+        return not self._verify or self._client.hash(target) == hash_local(source, size).digest()
+
+    def _resume(self, source: str, found: os.stat_result, part: bytes) -> Tuple[int, Any]:
+        """How much of the file is there already, and the checksum of that much."""
+        try:
+            there = self._client.lstat(part)
+        except Refused as refused:
+            if refused.code == DOESNT_EXIST:
+                return 0, hashlib.sha1()
+            raise
+        if there.is_link:
+            self._client.unlink(part)
+        elif there.is_file and 0 < there.size <= found.st_size:
+            checksum = hash_local(source, there.size)
+            if self._client.hash(part) == checksum.digest():
+                return there.size, checksum
+        return 0, hashlib.sha1()
+
+    def _send_rest(self, file: Any, source: str, found: os.stat_result, part: bytes, start: int,
+                   checksum: Any) -> bytes:
+        """Writes what is missing; the digest of the whole."""
+        beside = None
+        if self._verify:
+            beside = FileHash(source, checksum, start, found.st_size)
+        try:
+            number_, there = self._client.open(part, 'wc' if start else 'wct', found.st_mode & 0o777)
+            self._keeps_modes = there.mode & 0o777 == found.st_mode & 0o777 | 0o600
+            if self._verify and not start:
+                self._client.hash(part)        # a server of ours goes on from here as it writes
+            self._send_pieces(file.fileno(), number_, start, found.st_size)
+            self._client.close(number_)
+            return beside.digest() if beside is not None else b''
+        finally:
+            if beside is not None:
+                beside.stop()
+
+    def _send_pieces(self, fd: int, number_: int, start: int, end: int) -> None:
+        wire = self._client.connect()
+        sent = []              # type: List[int]
+        while start < end or sent:
+            if start < end and len(sent) < PIECES:
+                count = min(PIECE, end - start)
+                wire.put(self._client.ask('pwrite', number_, count, start))
+                wire.send_file(fd, start, count)
+                sent.append(count)
+                start += count
+            else:
+                count = sent.pop(0)
+                if self._client.result(wire, 'write') != count:
+                    raise self._client.broken('pwrite: a wrong count')
+                self._meter.add(count)
+
+    def _settle(self, part: bytes, target: bytes, found: os.stat_result) -> None:
+        """Gives a file its mode, time and name."""
+        if self._keep:
+            if not self._keeps_modes:
+                self._client.chmod(part, found.st_mode & 0o777)
+            self._client.utime(part, int(found.st_atime), int(found.st_mtime))
+        self._client.rename(part, target)
+
+    # A folder.
+
+    def _put_tree(self, source: str, target: bytes) -> None:
+        """Into the folder of that name, or, where there is none, into a temporary one."""
+        self._failures.clear()
+        self._meter.moved = 0
+        self._pipeline = Pipeline(self._client)
+        self._after = []
+        there = self._find(target)
+        if there is not None and not there.is_dir:
+            raise Refused(NOT_DIR, shown(target))
+        folder = target if there is not None else part_path(target)
+        self._put_folder(source, folder, there is not None, 0)
+        if there is None:
+            self._client.rename(folder, target)
+
+    def _find(self, path: bytes) -> Optional[Stat]:
+        try:
+            return self._client.stat(path)
+        except Refused as refused:
+            if refused.code == DOESNT_EXIST:
+                return None
+            raise
+
+    def _put_folder(self, source: str, target: bytes, merge: bool, depth: int) -> None:
+        """``merge``: others may read what is there already, so files must come in place all at once."""
+        if depth > NESTED:
+            raise OSError(errno.ENAMETOOLONG, 'too deep')
+        listing = self._make_folder(target)
+        folders = []           # type: List[os.DirEntry]
+        with os.scandir(source) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry)
+                    continue
+                with self._failing(entry.path):
+                    self._put_entry(entry, join(target, to_remote(entry.name)), listing, merge)
+        self._finish_files()
+        for entry in folders:
+            with self._failing(entry.path):
+                self._put_folder(entry.path, join(target, to_remote(entry.name)), merge, depth + 1)
+        if self._keep:
+            self._keep_folder(os.stat(source), target)
+
+    @contextlib.contextmanager
+    def _failing(self, path: str) -> Iterator[None]:
+        """One entry's failure isn't the folder's, unless the others would fail, too."""
+        try:
+            yield
+        except (Refused, Changed, OSError) as error:
+            if isinstance(error, Refused) and error.code in (NO_SPACE, NOT_AUTHENTICATED):
+                raise
+            self._failures.add(path, error)
+
+    def _make_folder(self, target: bytes) -> Listing:
+        """What is in it already."""
+        try:
+            self._client.mkdir(target, 0o700)
+            return Listing()
+        except Refused as refused:
+            if refused.code != EXISTS:
+                raise
+            return self._client.ls(target)
+
+    def _keep_folder(self, found: os.stat_result, target: bytes) -> None:
+        if found.st_mode & 0o777 != 0o700:
+            self._client.chmod(target, found.st_mode & 0o777)
+        self._client.utime(target, int(found.st_atime), int(found.st_mtime))
+
+    def _put_entry(self, entry: os.DirEntry, target: bytes, listing: Listing, merge: bool) -> None:
+        there = listing.find(to_remote(entry.name))
+        if entry.is_symlink():
+            self._finish_files()
+            return self._put_link(os.readlink(entry.path), target, there)
+        found = entry.stat(follow_symlinks=False)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, 'neither file, folder nor link')
+        if there is not None and there.is_file:
+            self._finish_files()
+            if self._is_same(entry.path, found, target, there.size, there.mtime):
+                return self._meter.skip(found.st_size)
+        if found.st_size > SMALL:
+            self._finish_files()
+            return self._put_file(entry.path, target)
+        self._put_small(entry.path, target, merge)
+
+    def _put_link(self, leads: str, target: bytes, there: Optional[Entry]) -> None:
+        if there is not None:
+            if there.is_link and to_bytes(self._client.readlink(target)) == to_remote(leads):
+                return
+            self._client.unlink(target)
+        self._client.symlink(to_remote(leads), target)
+
+    def _put_small(self, source: str, target: bytes, merge: bool) -> None:
+        """A small file: its content goes once the server has agreed, with what completes the last one."""
+        with open_regular(source) as file:
+            found = os.fstat(file.fileno())
+            data = file.read(SMALL + 1)
+        if len(data) > SMALL:
+            self._finish_files()
+            return self._put_file(source, target)
+        name = part_path(target) if merge else target
+        agreed = []            # type: List[Union[int, Refused]]
+        mode = found.st_mode & 0o777
+        self._pipeline.add(self._client.ask('putfile', quote(name), mode, len(data)),
+                           lambda wire, result: agreed.append(result))
+        self._pipeline.drain()
+        if isinstance(agreed[0], Refused):
+            self._complete()
+            raise Refused(agreed[0].code, shown(target))
+        self._client.connect().put(data)
+        self._follow(SmallFile(source, target, name, found, data))
+
+    def _follow(self, file: 'SmallFile') -> None:
+        """What comes after the content, without waiting; its name last, once all replies were good."""
+        add, ask, name = self._pipeline.add, self._client.ask, quote(file.name)
+        add(b'', lambda wire, result: self._arrived(file, result))
+        self._complete()
+        if self._verify:
+            add(ask('hash', 'sha1', name), lambda wire, result: self._compare(file, wire, result))
+        if self._keep:
+            add(ask('utime', name, int(file.found.st_atime), int(file.found.st_mtime)), file.check)
+            if not self._modes_are_kept(file):
+                add(ask('chmod', name, file.found.st_mode & 0o777), file.check)
+        self._after.append(lambda: self._rename(file))
+
+    def _arrived(self, file: 'SmallFile', result: Union[int, Refused]) -> None:
+        file.check(None, result)
+        if isinstance(result, Refused):
+            if result.code == NO_SPACE:
+                raise Refused(NO_SPACE, shown(file.target))
+        elif result != len(file.data):
+            raise self._client.broken('putfile: a wrong count')
+        else:
+            self._meter.add(result)
+
+    def _compare(self, file: 'SmallFile', wire: Wire, result: Union[int, Refused]) -> None:
+        file.check(wire, result)
+        if not isinstance(result, Refused):
+            if result != 20:
+                raise self._client.broken('hash: a wrong count')
+            if wire.read(20) != hashlib.sha1(file.data).digest():
+                file.error = Changed('it arrived altered')
+
+    def _modes_are_kept(self, file: 'SmallFile') -> bool:
+        """Whether the server gives a file the mode that it came with; the real one clears bits of it."""
+        if self._keeps_modes is None:
+            self._pipeline.drain()
+            with contextlib.suppress(Refused):
+                mode = self._client.lstat(file.name).mode & 0o777
+                self._keeps_modes = mode == file.found.st_mode & 0o777 | 0o600
+        return bool(self._keeps_modes)
+
+    def _rename(self, file: 'SmallFile') -> None:
+        if file.error is not None:
+            self._failures.add(file.source, file.error)
+        elif file.name != file.target:
+            self._pipeline.add(self._client.ask('rename', quote(file.name), quote(file.target)),
+                               lambda wire, result: self._renamed(file, result))
+
+    def _renamed(self, file: 'SmallFile', result: Union[int, Refused]) -> None:
+        if isinstance(result, Refused):
+            self._failures.add(file.source, result)
+
+    def _complete(self) -> None:
+        """Asks for what had to wait for the replies of the file before."""
+        after, self._after = self._after, []
+        for ask in after:
+            ask()
+
+    def _finish_files(self) -> None:
+        """Waits until all small files are in place."""
+        self._pipeline.drain()
+        self._complete()
+        self._pipeline.drain()
+
+
+class SmallFile:
+    """A small file on its way to the server."""
+    __slots__ = ('source', 'target', 'name', 'found', 'data', 'error')
+
+    def __init__(self, source: str, target: bytes, name: bytes, found: os.stat_result, data: bytes) -> None:
+        self.source = source
+        self.target = target
+        self.name = name
+        self.found = found
+        self.data = data
+        self.error = None              # type: Optional[ChirpError]
+
+    def check(self, wire: Optional[Wire], result: Union[int, Refused]) -> None:
+        """Notes a refusal."""
+        if isinstance(result, Refused) and self.error is None:
+            self.error = result
+
+
+def open_regular(path: str) -> Any:
+    """Opens a local file to read, unbuffered. Raises OSError where it is something else."""
+    fd = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
+                 | getattr(os, 'O_NOCTTY', 0) | getattr(os, 'O_CLOEXEC', 0))
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, 'not a regular file', path)
+    return os.fdopen(fd, 'rb', buffering=0)
+
+
+def changed(before: os.stat_result, after: os.stat_result) -> bool:
+    return (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns)
+
+
+def hash_local(path: str, size: int) -> Any:
+    """The checksum object of the first bytes of a local file."""
+    checksum = hashlib.sha1()
+    with open_regular(path) as file:
+        hash_part(file, checksum, 0, size)
+    return checksum
+
+
+def tree_size(path: str) -> int:
+    """Bytes of the files in a folder, for the progress only."""
+    size = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(OSError):
+                found = os.lstat(os.path.join(folder, name))
+                size += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return size
+
+
+def join(folder: bytes, name: bytes) -> bytes:
+    return folder.rstrip(b'/') + b'/' + name
+
+
+class Download:
+    """One ``get`` or ``fetch``."""
+
+    def __init__(self, client: ChirpClient, meter: Meter, verify: bool, keep: bool, links: str) -> None:
+        self._client = client
+        self._meter = meter
+        self._verify = verify
+        self._keep = keep
+        self._links = links
+        self._failures = Failures()
+        self._pipeline = Pipeline(client)
+
+    def run(self, source: bytes, target: str) -> None:
+        found = self._client.stat(source)
+        if found.is_dir:
+            self._client.persist(self._meter, lambda: self._get_tree(source, target))
+            self._failures.check()
+        else:
+            self._meter.total = found.size
+            self._get_file(source, target, None)
+
+    def fetch(self, source: bytes, target: str, limit: int) -> int:
+        """The first bytes of a file."""
+        self._get_file(source, target, limit)
+        return self._meter.moved
+
+    # One file.
+
+    def _get_file(self, source: bytes, target: str, limit: Optional[int]) -> None:
+        if os.path.isdir(target):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), target)
+        base = self._meter.moved
+        tries = 0
+        while True:
+            try:
+                return self._client.persist(
+                    self._meter, lambda: self._receive_file(source, target, base, limit))
+            except Changed:
+                self._client.disconnect()
+                os.unlink(local_part(target))          # it is a prefix of nothing that is there now
+                tries += 1
+                if tries > RETRIES:
+                    raise
+
+    def _receive_file(self, source: bytes, target: str, base: int, limit: Optional[int]) -> None:
+        self._meter.moved = base
+        number_, found = self._client.open(source, 'r')
+        if not found.is_file:
+            raise Refused(IS_DIR if found.is_dir else INVALID, shown(source))
+        size = found.size if limit is None else min(found.size, limit)
+        self._meter.total = max(self._meter.total, base + size)
+        if limit is None and self._is_there(source, found, target):
+            self._client.close(number_)
+            return self._meter.skip(size)
+        with open_part(local_part(target)) as file:
+            self._receive_rest(file, number_, source, found, size)
+            if self._keep:
+                set_times(file, found.atime, found.mtime)
+                set_mode(file, found.mode & 0o777)
+        os.replace(local_part(target), target)
+
+    def _is_there(self, source: bytes, found: Stat, target: str) -> bool:
+        """Whether an earlier attempt got to the end."""
+        try:
+            here = os.lstat(target)
+        except FileNotFoundError:
+            return False
+        if not stat.S_ISREG(here.st_mode) or here.st_size != found.size:
+            return False
+        if int(here.st_mtime) != found.mtime or not self._keep:
+            return False
+        return not self._verify or self._client.hash(source) == hash_local(target, found.size).digest()
+
+    def _receive_rest(self, file: Any, number_: int, source: bytes, found: Stat, size: int) -> None:
+        """Fetches what is missing of a file, and checks the whole."""
+        whole = self._verify and size == found.size
+        beside = RemoteHash(self._client, source) if whole and size >= BESIDE else None
+        try:
+            start = self._resume(file, number_, size)
+            self._meter.skip(start)
+            checksum = self._receive_pieces(file, number_, start, size, whole)
+            after = self._client.fstat(number_)
+            self._client.close(number_)
+            if size == found.size and (after.size, after.mtime) != (found.size, found.mtime):
+                raise Changed('%s changed while it was read' % shown(source))
+            if whole:
+                digest = beside.digest() if beside is not None else None
+                if (digest or self._client.hash(source)) != checksum.digest():
+                    raise Changed('%s changed while it was read, or arrived altered' % shown(source))
+        finally:
+            if beside is not None:
+                beside.stop()
+
+    def _resume(self, file: Any, number_: int, size: int) -> int:
+        """How much of the file is here already: what is here, if its end is the same there."""
+        start = os.fstat(file.fileno()).st_size
+        if start > size:
+            start = 0
+        overlap = min(start, OVERLAP)
+        if overlap:
+            file.seek(start - overlap)
+            if self._client.pread(number_, overlap, start - overlap) != file.read(overlap):
+                start = 0
+        file.truncate(start)
+        return start
+
+    def _receive_pieces(self, file: Any, number_: int, start: int, end: int, whole: bool) -> Any:
+        """The checksum object, if it is wanted."""
+        passage = self._passage(file, start) if whole else Passage()
+        wire = self._client.connect()
+        file.seek(start)
+        asked = []             # type: List[int]
+        try:
+            while start < end or asked:
+                if start < end and len(asked) < PIECES:
+                    asked.append(min(PIECE, end - start))
+                    wire.put(self._client.ask('pread', number_, asked[-1], start))
+                    start += asked[-1]
+                else:
+                    self._receive_piece(wire, file, passage, asked.pop(0))
+            file.truncate(end)         # where it ends with a hole
+        finally:
+            checksum = passage.close()
+        return checksum
+
+    def _passage(self, file: Any, start: int) -> Passage:
+        checksum = hashlib.sha1()
+        hash_part(file, checksum, 0, start)
+        return Passage(checksum)
+
+    def _receive_piece(self, wire: Wire, file: Any, passage: Passage, count: int) -> None:
+        got = self._client.result(wire, 'read')
+        if got > count:
+            raise self._client.broken('pread: %d bytes where %d were asked for' % (got, count))
+        if got < count:
+            raise Changed('the file became shorter while it was read')
+        deadline = time.monotonic() + self._client.timeout + count / SLOWEST
+        while count:
+            buffer = passage.buffer()
+            got = 0
+            try:
+                got = wire.read_into(buffer[:min(count, BLOCK)], deadline)
+                write_here(file, buffer[:got])
+            finally:
+                passage.passed(buffer, got)
+            count -= got
+            self._meter.add(got)
+
+    # A folder.
+
+    def _get_tree(self, source: bytes, target: str) -> None:
+        """Into the folder of that name, or, where there is none, into a temporary one."""
+        self._failures.clear()
+        self._meter.moved = self._meter.total = 0
+        self._pipeline = Pipeline(self._client)
+        merge = os.path.lexists(target)
+        folder = target if merge else local_part(target)
+        if os.path.islink(target) and os.path.isdir(target):
+            folder = os.path.realpath(target)          # the user's own link, above what we fetch
+        found = self._client.stat(source)
+        self._get_folder(source, folder, found.mode, found.mtime, ())
+        if not merge:
+            os.rename(folder, target)
+
+    def _get_folder(self, source: bytes, target: str, mode: int, mtime: int, inside: Tuple[str, ...]) -> None:
+        if len(inside) > NESTED:
+            raise OSError(errno.ENAMETOOLONG, 'too deep')
+        make_folder(target)
+        listing = self._client.ls(source)
+        for entry in listing:
+            self._meter.total += entry.size if entry.is_file else 0
+        for entry in listing:
+            if not entry.is_dir:
+                with self._failing(join(source, to_bytes(entry.name))):
+                    self._get_entry(entry, source, target, inside)
+        self._pipeline.drain()
+        for entry in listing:
+            if entry.is_dir:
+                path = join(source, to_bytes(entry.name))
+                with self._failing(path):
+                    self._get_folder(path, os.path.join(target, to_local(entry.name)), entry.mode,
+                                     entry.mtime, inside + (entry.name,))
+        if self._keep:
+            os.chmod(target, mode & 0o777 | 0o700)
+            with contextlib.suppress(OverflowError):   # a server may say any number
+                os.utime(target, (mtime, mtime))
+
+    @contextlib.contextmanager
+    def _failing(self, path: bytes) -> Iterator[None]:
+        """One entry's failure isn't the folder's, unless the others would fail, too."""
+        try:
+            yield
+        except (Refused, Changed, OSError) as error:
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise
+            self._failures.add(path, error)
+
+    def _get_entry(self, entry: Entry, source: bytes, target: str, inside: Tuple[str, ...]) -> None:
+        path, here = join(source, to_bytes(entry.name)), os.path.join(target, to_local(entry.name))
+        if entry.is_link:
+            self._pipeline.drain()
+            return self._get_link(path, here, inside)
+        if not entry.is_file:
+            raise OSError(errno.EINVAL, 'neither file, folder nor link')
+        if entry.size > SMALL or os.path.lexists(here) or os.path.lexists(local_part(here)):
+            self._pipeline.drain()
+            return self._get_file(path, here, None)
+        self._get_small(entry, path, here)
+
+    def _get_link(self, path: bytes, here: str, inside: Tuple[str, ...]) -> None:
+        if self._links == 'none':
+            return
+        leads = self._client.readlink(path)
+        if self._links == 'inside' and leaves(leads, inside):
+            raise OSError(errno.EINVAL, 'a link that leads out of the folder, to %s' % shown(leads))
+        if os.path.islink(here) and os.readlink(here) == to_local_link(leads):
+            return
+        if os.path.lexists(here):
+            os.unlink(here)            # raises where it is a folder
+        os.symlink(to_local_link(leads), here)
+
+    def _get_small(self, entry: Entry, path: bytes, here: str) -> None:
+        """Asks for a small file, without waiting for it."""
+        fetched = Fetched(entry, path, here)
+        add, ask = self._pipeline.add, self._client.ask
+        add(ask('getfile', quote(path)), lambda wire, result: self._on_content(fetched, wire, result))
+        if self._verify:
+            add(ask('hash', 'sha1', quote(path)), lambda wire, result: self._on_hash(fetched, wire, result))
+
+    def _on_content(self, fetched: 'Fetched', wire: Wire, result: Union[int, Refused]) -> None:
+        if isinstance(result, Refused):
+            self._failures.add(fetched.path, result)
+        elif result > 2 * SMALL:
+            wire.skip(result)
+            self._failures.add(fetched.path, Changed('it changed while it was read'))
+        else:
+            fetched.data = wire.read(result)
+            if not self._verify:
+                self._write_small(fetched)
+
+    def _on_hash(self, fetched: 'Fetched', wire: Wire, result: Union[int, Refused]) -> None:
+        if isinstance(result, Refused):
+            if fetched.data is not None:
+                self._failures.add(fetched.path, result)
+            return
+        if result != 20:
+            raise self._client.broken('hash: a wrong count')
+        digest = wire.read(20)
+        if fetched.data is not None:
+            if digest == hashlib.sha1(fetched.data).digest():
+                self._write_small(fetched)
+            else:
+                self._failures.add(fetched.path, Changed('it changed while it was read'))
+
+    def _write_small(self, fetched: 'Fetched') -> None:
+        data, entry = fetched.data or b'', fetched.entry
+        fetched.data = None
+        with self._failing(fetched.path):
+            with open_part(local_part(fetched.here)) as file:
+                write_here(file, memoryview(data))
+                file.truncate(len(data))
+                if self._keep:
+                    set_times(file, entry.mtime, entry.mtime)
+                    set_mode(file, entry.mode & 0o777)
+            os.replace(local_part(fetched.here), fetched.here)
+            self._meter.add(len(data))
+
+
+class Fetched:
+    """A small file on its way from the server."""
+    __slots__ = ('entry', 'path', 'here', 'data')
+
+    def __init__(self, entry: Entry, path: bytes, here: str) -> None:
+        self.entry = entry
+        self.path = path
+        self.here = here
+        self.data = None               # type: Optional[bytes]
+
+
+class RemoteHash:
+    """The server's own checksum of a file, asked for on a connection of its own, so that it is
+    computed while the file moves. ``digest()``: None where that did not work out."""
+
+    def __init__(self, client: ChirpClient, path: bytes) -> None:
+        self._client = client.twin()
+        self._path = path
+        self._digest = None            # type: Optional[bytes]
+        self._client.cancel = self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name='chirp-hash', daemon=True)
+        self._thread.start()
+
+    def digest(self) -> Optional[bytes]:
+        """Waits for it."""
+        self._thread.join()
+        return self._digest
+
+    def stop(self) -> None:
+        """It isn't needed any more."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            with self._client:
+                self._digest = self._client.hash(self._path)
+        except ChirpError as error:
+            log.debug('checksum of %s: %s', shown(self._path), error)
+
+
+def open_part(path: str) -> Any:
+    """Opens a partial file here, to go on with it; never through a link."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0)
+    try:
+        fd = os.open(path, flags | getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0), 0o600)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        os.unlink(path)
+        return open_part(path)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, 'not a regular file', path)
+    return os.fdopen(fd, 'r+b', buffering=0)
+
+
+def write_here(file: Any, view: memoryview) -> None:
+    """Writes all of it, zeros as a hole: the file ends here."""
+    if is_zero(view):
+        file.seek(len(view), os.SEEK_CUR)
+        return
+    while view:
+        view = view[file.write(view):]
+
+
+def set_times(file: Any, atime: int, mtime: int) -> None:
+    with contextlib.suppress(OverflowError):           # a server may say any number
+        os.utime(file.fileno() if os.utime in os.supports_fd else file.name, (atime, mtime))
+
+
+def set_mode(file: Any, mode: int) -> None:
+    """The owner may always read and write."""
+    if hasattr(os, 'fchmod'):
+        os.fchmod(file.fileno(), mode | 0o600)
+
+
+def make_folder(path: str) -> None:
+    """Makes a folder, or takes the one that is there. Raises OSError for a link or file."""
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        if not stat.S_ISDIR(os.lstat(path).st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+
+
+def leaves(target: str, inside: Tuple[str, ...]) -> bool:
+    """Whether a link in that folder, below the top, leads out of the top."""
+    if target.startswith('/') or '\\' in target and os.name == 'nt' or ':' in target and os.name == 'nt':
+        return True
+    depth = len(inside)
+    for name in target.split('/'):
+        if name == '..':
+            depth -= 1
+            if depth < 0:
+                return True
+        elif name not in ('', '.'):
+            depth += 1
+    return False
+
+
+def to_local_link(target: str) -> str:
+    """Where a link leads, for this system. Raises OSError where that can't be said here."""
+    if os.name == 'posix':
+        return os.fsdecode(to_bytes(target))
+    return os.sep.join(name if name in ('', '.', '..') else to_local(name) for name in target.split('/'))

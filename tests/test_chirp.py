@@ -1,0 +1,311 @@
+"""Files by Chirp: our client and server, and the programs of cctools, in every combination."""
+
+import contextlib
+import hashlib
+import os
+import random
+import shutil
+import socket
+import stat
+import subprocess
+import threading
+
+import pytest
+from helpers import wait_until
+
+import chirp
+
+REAL = shutil.which('chirp_server')
+needs_cctools = pytest.mark.skipif(REAL is None, reason='coop-computing-tools is not installed')
+
+NAMES = ['plain', 'with blank', 'per%cent %41', 'quo"te\'s', 'umläut', 'tab\there', 'new\nline',
+         'back\\slash', 'bra{ce}~|', os.fsdecode(b'not-\xff\xfe-utf8'), 'n' * 255, '-dash', '#', ';$(true)']
+
+
+@contextlib.contextmanager
+def real_server(folder, scratch):
+    """The real chirp_server on a free port of 127.0.0.1; its address."""
+    acl = folder / '.__acl'
+    acl.write_text('address:127.0.0.1 rwlda\n')
+    port_file = scratch / 'port'
+    words = [REAL, '-r', str(folder), '-I', '127.0.0.1', '-Z', str(port_file), '-a', 'address',
+             '--inherit-default-acl', '-u', '127.0.0.1', '-U', '1000d', '-n', 'test', '-y', str(scratch)]
+    if os.getuid() == 0:
+        words += ['-i', 'nobody']
+        for path in (folder, acl, scratch):
+            shutil.chown(str(path), 'nobody')
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: port_file.exists() and port_file.read_text().strip(), 30)
+        yield '127.0.0.1', int(port_file.read_text())
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@contextlib.contextmanager
+def our_server(folder, **options):
+    options.setdefault('allow', ['127.0.0.1'])
+    before = set(threading.enumerate())
+    server = chirp.ChirpServer(str(folder), **options).start()
+    try:
+        yield server
+    finally:
+        server.stop()
+        assert not [thread for thread in threading.enumerate()
+                    if thread not in before and thread.name.startswith('chirp')]
+
+
+@pytest.fixture(params=['ours', pytest.param('real', marks=needs_cctools)])
+def served(request, tmp_path):
+    """(address, the folder that is served)."""
+    os.chmod(str(tmp_path.parent), 0o755)
+    os.chmod(str(tmp_path.parent.parent), 0o755)
+    os.chmod(str(tmp_path), 0o755)
+    folder, scratch = tmp_path / 'served', tmp_path / 'scratch'
+    folder.mkdir()
+    scratch.mkdir()
+    if request.param == 'real':
+        with real_server(folder, scratch) as address:
+            yield address, folder
+    else:
+        with our_server(folder) as server:
+            yield server.address, folder
+
+
+@pytest.fixture
+def client(served):
+    with chirp.ChirpClient(*served[0], timeout=20) as client:
+        yield client
+
+
+def write(path, content, mode=0o644, mtime=1000000000):
+    path.write_bytes(content)
+    os.chmod(str(path), mode)
+    os.utime(str(path), (mtime, mtime))
+    return path
+
+
+@pytest.mark.parametrize('size', [0, 1, 1023, 64 * 1024, 64 * 1024 + 1, 4 << 20, (13 << 20) + 7])
+def test_a_file_goes_there_and_back(client, served, tmp_path, size):
+    content = random.Random(size).getrandbits(8 * size + 8).to_bytes(size + 1, 'big')[:size]
+    source = write(tmp_path / 'source', content, 0o754)
+    told = []
+    client.put(str(source), 'there', progress=lambda *numbers: told.append(numbers))
+    there = served[1] / 'there'
+    assert there.read_bytes() == content
+    assert there.stat().st_mtime == 1000000000 and stat.S_IMODE(there.stat().st_mode) == 0o754
+    client.get('/there', str(tmp_path / 'back'))
+    back = tmp_path / 'back'
+    assert back.read_bytes() == content
+    assert back.stat().st_mtime == 1000000000 and stat.S_IMODE(back.stat().st_mode) == 0o754
+    assert told[-1] == (size, size)
+    assert [name for name in os.listdir(str(served[1])) if not name.startswith('.__')] == ['there']
+
+
+def make_tree(folder):
+    """A folder with what folders hold."""
+    folder.mkdir()
+    for name in NAMES:
+        write(folder / name, name.encode('utf-8', 'surrogateescape') * 3, 0o600, 1234567890)
+    write(folder / 'large', os.urandom(300000), 0o640)
+    (folder / 'empty').mkdir()
+    deep = folder
+    for level in range(50):
+        deep = deep / ('d%d' % level)
+        deep.mkdir()
+        write(deep / 'file', b'%d' % level)
+    os.symlink('plain', str(folder / 'link'))
+    os.symlink('nowhere-at-all', str(folder / 'dangling'))
+    os.utime(str(folder / 'empty'), (1111111111, 1111111111))
+    return folder
+
+
+def seen(folder):
+    """{path: (what, content, mode, mtime)} of a folder."""
+    found = {}
+    for path, names, files in os.walk(os.fsencode(str(folder))):
+        for name in names + files:
+            entry = os.path.join(path, name)
+            key = os.path.relpath(entry, os.fsencode(str(folder)))
+            if name.startswith(b'.__'):
+                continue
+            if os.path.islink(entry):
+                found[key] = ('link', os.readlink(entry))
+            elif os.path.isdir(entry):
+                found[key] = ('folder', None, int(os.stat(entry).st_mtime))
+            else:
+                with open(entry, 'rb') as file:
+                    found[key] = ('file', file.read(), os.stat(entry).st_mode, int(os.stat(entry).st_mtime))
+    return found
+
+
+def test_a_folder_goes_there_and_back(client, served, tmp_path):
+    source = make_tree(tmp_path / 'source')
+    client.put(str(source), '/tree')
+    assert seen(served[1] / 'tree') == seen(source)
+    if any(b'\n' in name for name in seen(source)) and client.subject.startswith('address'):
+        os.unlink(str(source / 'new\nline'))       # a server of ours doesn't list such a name
+        client.unlink('/tree/new\nline')
+    client.utime('/tree', 5, 5)
+    client.get('tree', str(tmp_path / 'back'))
+    assert seen(tmp_path / 'back') == seen(source)
+    assert os.stat(str(tmp_path / 'back')).st_mtime == 5
+    client.put(str(source), '/tree')               # into the folder that is there
+    assert seen(served[1] / 'tree') == seen(source)
+
+
+def test_the_calls_of_the_protocol(client, served):
+    client.mkdir('/d')
+    client.putfile('/d/f', b'0123456789')
+    assert client.getfile('/d/f') == b'0123456789'
+    assert client.stat('d/f').size == 10 and client.stat('d/f').is_file
+    assert [(entry.name, entry.size, entry.is_dir) for entry in client.ls('/d')] == [('f', 10, False)]
+    number, found = client.open('/d/f', 'rw')
+    assert found.size == 10
+    assert client.pwrite(number, b'abc', 3) == 3
+    assert client.pread(number, 100, 2) == b'2abc6789'
+    client.ftruncate(number, 5)
+    assert client.fstat(number).size == 5
+    client.fsync(number)
+    client.close(number)
+    client.symlink('f', '/d/l')
+    assert client.readlink('/d/l') == 'f' and client.lstat('/d/l').is_link
+    assert client.hash('/d/l') == hashlib.sha1(b'012ab').digest()
+    assert client.hash('/d/f', 'md5') == hashlib.md5(b'012ab').digest()
+    client.link('/d/f', '/d/hard')
+    client.truncate('/d/hard', 2)
+    assert client.getfile('/d/f') == b'01'
+    client.chmod('/d/f', 0o640)
+    client.utime('/d/f', 1, 2)
+    assert client.stat('/d/f').mtime == 2 and client.stat('/d/f').mode & 0o777 == 0o640
+    client.access('/d/f')
+    client.rename('/d/f', '/g')
+    client.unlink('/g')
+    assert client.whoami() == 'address:127.0.0.1' == client.subject
+    assert len(client.statfs()) == 7
+    assert client.getacl()[0][0] == 'address:127.0.0.1'
+    client.rmall('/d')
+    assert len(client.ls()) == 0
+    client.mkdir('/e')
+    client.rmdir('/e')
+
+
+@pytest.mark.parametrize('what, code', [
+    (lambda client: client.stat('/missing'), -3), (lambda client: client.getfile('/folder'), -13),
+    (lambda client: client.mkdir('/folder'), -4), (lambda client: client.stat('/file/below'), -14),
+    (lambda client: client.rmdir('/file'), -14), (lambda client: client.unlink('/folder'), -13),
+    (lambda client: client.rmdir('/folder'), -15), (lambda client: client.putfile('/folder', b'x'), -13),
+    (lambda client: client.stat('/' + 'n' * 256), -24), (lambda client: client.readlink('/file'), -8),
+    (lambda client: client.close(7), -12), (lambda client: client.open('/new', 'w'), -3),
+    (lambda client: client.call('job_begin', 1), -8), (lambda client: client.putfile('/no/where', b'x'), -3),
+    (lambda client: client.open('/file', 'wcx'), -4)])
+def test_errors_have_the_codes_of_the_real_server(client, what, code):
+    client.mkdir('/folder')
+    client.putfile('/folder/inner', b'')
+    client.putfile('/file', b'')
+    with pytest.raises(chirp.Refused) as caught:
+        what(client)
+    assert caught.value.code == code
+    assert client.getfile('/file') == b''          # and the connection is still good
+
+
+# --- the real clients and our server -----------------------------------------------------------
+
+def run(*words, input=None):
+    done = subprocess.run([str(word) for word in words], input=input, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, timeout=60)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture
+def ours(tmp_path):
+    (tmp_path / 'served').mkdir()
+    with our_server(tmp_path / 'served') as server:
+        yield '%s:%d' % server.address
+
+
+def tool(address, *words):
+    return run('chirp', '-a', 'address', '-t', '20', address, *words)
+
+
+@needs_cctools
+@pytest.mark.parametrize('size', [0, 1, 300000])
+def test_chirp_put_and_chirp_get(ours, tmp_path, size):
+    content = os.urandom(size)
+    write(tmp_path / 'a', content, 0o600)
+    run('chirp_put', '-a', 'address', '-t', '20', tmp_path / 'a', ours, '/b c')
+    assert (tmp_path / 'served' / 'b c').read_bytes() == content
+    run('chirp_get', '-a', 'address', '-t', '20', ours, '/b c', tmp_path / 'd')
+    assert (tmp_path / 'd').read_bytes() == content
+    run('chirp_put', '-a', 'address', '-t', '20', '-', ours, '/piped', input=content)
+    assert (tmp_path / 'served' / 'piped').read_bytes() == content
+
+
+@needs_cctools
+def test_the_chirp_tool(ours, tmp_path):
+    source = tmp_path / 'tree'
+    source.mkdir()
+    for name in ('plain', 'with blank', 'per%cent', 'quo"te', 'n' * 255):
+        write(source / name, name.encode(), 0o600)
+    (source / 'below').mkdir()
+    write(source / 'below' / 'file', b'inner', 0o600)
+    os.symlink('plain', str(source / 'link'))
+    tool(ours, 'put', source, '/tree')
+    os.chdir(str(tmp_path))
+    tool(ours, 'get', '/tree', 'back')
+    for name, what in seen(source).items():
+        assert what[:2] == seen(tmp_path / 'back')[name][:2] == seen(tmp_path / 'served' / 'tree')[name][:2]
+    listed = tool(ours, 'ls', '/tree')
+    assert b'with blank' in listed and b'per%cent' in listed
+    assert hashlib.md5(b'plain').hexdigest().encode() in tool(ours, 'md5', '/tree/plain').lower()
+    assert b'address:127.0.0.1 rwld' in tool(ours, 'getacl', '/')
+    assert b'address:127.0.0.1' in tool(ours, 'whoami')
+    tool(ours, 'mkdir', '-p', '/a/b/c')
+    tool(ours, 'mv', '/tree/plain', '/a/b/c/moved')
+    tool(ours, 'chmod', '755', '/a/b/c/moved')
+    assert tool(ours, 'cat', '/a/b/c/moved') == b'plain'
+    tool(ours, 'df')
+    tool(ours, 'stat', '/a')
+    tool(ours, 'rm', '/tree')
+    assert os.listdir(str(tmp_path / 'served')) == ['a']
+
+
+@needs_cctools
+def test_chirp_stream_files_and_chirp_benchmark(ours, tmp_path):
+    write(tmp_path / 'a', b'lines of text\n' * 20000)       # it knows no other files
+    run('chirp_stream_files', '-a', 'address', 'copy', tmp_path / 'a', ours, '/streamed')
+    wait_until(lambda: (tmp_path / 'served' / 'streamed').exists(), 10)
+    assert (tmp_path / 'served' / 'streamed').read_bytes() == (tmp_path / 'a').read_bytes()
+    assert b'read' in run('chirp_benchmark', ours, '/bench', 3, 3, 3)
+
+
+# --- who may connect ----------------------------------------------------------------------------
+
+def test_a_stranger_is_dropped_before_a_byte_is_read(tmp_path):
+    with our_server(tmp_path, allow=['127.0.0.9']) as server:
+        with socket.create_connection(server.address) as sock:
+            sock.settimeout(10)
+            assert sock.recv(1) == b''
+        with pytest.raises(chirp.ChirpError):
+            chirp.ChirpClient(*server.address, timeout=5).stat('/')
+        server.allow(['127.0.0.1', '127.0.0.9'])
+        with chirp.ChirpClient(*server.address) as client:
+            client.stat('/')
+            server.allow([])
+            with pytest.raises(chirp.ChirpError):
+                client.stat('/')
+
+
+def test_one_client_more_than_the_most_is_turned_away(tmp_path):
+    with our_server(tmp_path, max_clients=2) as server:
+        with chirp.ChirpClient(*server.address) as first, chirp.ChirpClient(*server.address) as second:
+            first.stat('/')
+            second.stat('/')
+            with pytest.raises(chirp.ChirpError):
+                chirp.ChirpClient(*server.address, timeout=5).stat('/')
+        def again():
+            with contextlib.suppress(chirp.ChirpError), chirp.ChirpClient(*server.address) as third:
+                return third.stat('/')
+        wait_until(again, 10)
