@@ -504,8 +504,11 @@ def is_addressed(to: str, machine_id: str, name: str) -> bool:
 
 
 def timestamp() -> str:
-    """Seconds since 1970 for the header ``timestamp``: to be read by people, compared with nothing."""
-    return '%.3f' % time.time()
+    """Seconds since 1970 for the header ``timestamp``: to be read by people, compared with nothing.
+
+    A whole number, since RabbitMQ closes the connection for any other; ActiveMQ writes its own over it.
+    """
+    return '%d' % time.time()
 
 
 class HELLO:
@@ -515,7 +518,9 @@ class HELLO:
     @staticmethod
     def howToSay(id: str, ip: str, **facts: Any) -> Message:
         """By a guest. Facts: proto host name boot session chirp os python cpus mem cmds."""
-        return Message(CONNECTIONS, 'HELLO', {'id': id, 'ip': ip}, dict(facts, proto=PROTO))
+        # Here once more, since brokers write over the header: what the host shows as clockOffset.
+        facts.update(proto=PROTO, timestamp=round(time.time(), 3))
+        return Message(CONNECTIONS, 'HELLO', {'id': id, 'ip': ip}, facts)
 
     @staticmethod
     def howToGreet(to: str, **keys: Any) -> Message:
@@ -762,6 +767,7 @@ class Link:
         self.local_address = ('', 0)                  # type: Address
         self.peer_address = ('', 0)                   # type: Address
         self.last_error = ''
+        self._told = []                               # type: List[str]
         # Guards the socket's reads and writes (a TLS socket can't do both at once) and the outbox.
         # All of these are non-blocking; nothing else happens while it is held.
         self._lock = threading.Lock()
@@ -891,12 +897,19 @@ class Link:
         except (OSError, ProtocolError) as error:
             reason = '%s:%s: %s' % (address[0], address[1], error or type(error).__name__)
             self.last_error = reason
-            log.log(logging.INFO if self._connected else logging.DEBUG, 'no connection: %s', reason)
+            log.log(logging.INFO if self._is_news(reason) else logging.DEBUG, 'no connection: %s', reason)
         finally:
             self._end_session()
         if self._was_up:
             self._call(self._on_down, reason)
         return self._connected
+
+    def _is_news(self, reason: str) -> bool:
+        """Whether that wasn't why since the last connection: attempts may repeat for days."""
+        if reason in self._told or len(self._told) >= 100:
+            return False
+        self._told.append(reason)
+        return True
 
     def _begin_session(self) -> None:
         self.version = ''
@@ -1003,7 +1016,9 @@ class Link:
     def _handshake(self) -> None:
         """CONNECT, CONNECTED, and the subscriptions. Raises RemoteError, OSError, _Stopped."""
         beat = int(self._heartbeat * 1000)
-        headers = {'accept-version': '1.0,1.1,1.2', 'host': self.peer_address[0],
+        # The virtual host: any name (1.2, CONNECT), but RabbitMQ knows none that isn't configured
+        # except '/'.
+        headers = {'accept-version': '1.0,1.1,1.2', 'host': '/',
                    'heart-beat': '%d,%d' % (beat, beat)}
         if self._login:
             headers.update(login=self._login, passcode=self._passcode)
@@ -1139,6 +1154,7 @@ class Link:
     def _came_up(self) -> None:
         self.up = self._was_up = True
         self.last_error = ''
+        del self._told[:]
         log.info('connected to %s:%s, STOMP %s, %s', self.peer_address[0], self.peer_address[1],
                  self.version, self.server)
         self._call(self._on_up, self)

@@ -61,9 +61,9 @@ class ExternalBroker:
         self.process = None
         self.log_path = os.path.join(self.folder, 'log')
 
-    def broker_keys(self, user):
+    def broker_keys(self, user, **more):
         """The section [Broker] of an agent's ini file."""
-        keys = dict({'host': '127.0.0.1', 'port': self.port}, **user)
+        keys = dict(more, host='127.0.0.1', port=self.port, **user)
         return dict(keys, tls='yes', ca_file=self.tls[0]) if self.tls else keys
 
     def write(self, name, text):
