@@ -1377,15 +1377,20 @@ sys.exit(%(name)s.main(sys.argv[1:]))
 OLDEST_DATE = (1980, 1, 1, 0, 0, 0)    # that a zip can hold: a bundle's bytes depend on no clock
 
 
-def write_bundle(path: str, main_module: str, modules: Iterable[str]) -> None:
+def write_bundle(path: str, main_module: str, modules: Iterable[str], data: Iterable[str] = ()) -> None:
     """Writes a zip that Python runs under any name: these modules, and a start of ``main_module.main``.
 
+    ``data``: names of text files that lie beside the main module, and do so in the bundle, too.
     Of a package its own modules, without the packages in it. The bytes are the same from every
     Python: stored, not compressed, since zlib's versions differ. Raises LocalError.
     """
     files = {'__main__.py': BUNDLE_MAIN % {'name': main_module}}
     for module in modules:
         files.update(_sources(module))
+    for name in data:
+        spec = importlib.util.find_spec(main_module)  # type: Any
+        place = os.path.join(os.path.dirname(spec.origin), name)
+        files[name] = spec.loader.get_data(place).decode('utf-8')
     buffer = io.BytesIO()
     buffer.write(b'#!/usr/bin/env python3\n')
     with zipfile.ZipFile(buffer, 'w') as bundle:

@@ -19,12 +19,15 @@ import collections
 import contextlib
 import fnmatch
 import functools
+import hashlib
 import hmac
+import html
 import http.server
 import inspect
 import ipaddress
 import json
 import logging
+import math
 import os
 import platform
 import queue
@@ -36,9 +39,11 @@ import socketserver
 import sqlite3
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import types
+import urllib.parse
 import xmlrpc.client
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
@@ -181,6 +186,7 @@ class Journal:
         # Guards the reading connection: readers see the last commit, and never wait for a writer.
         self._read_lock = threading.Lock()
         self._closed = False
+        self._hurrying = False
         self._durable = True
         try:
             self._open()
@@ -299,7 +305,7 @@ class Journal:
         """{last, events}: those with a number above ``after``; waits up to timeout for the first."""
         deadline = time.monotonic() + timeout
         with self._lock:
-            while self.last_event <= after and not self._closed:
+            while self.last_event <= after and not self._closed and not self._hurrying:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     break
@@ -310,6 +316,12 @@ class Journal:
                           'ORDER BY seq LIMIT ?', after, limit)
         events = [dict(zip(('seq', 'time', 'type', 'vm', 'cmdId', 'text'), row)) for row in found]
         return {'last': events[-1]['seq'] if events else max(after, 0), 'events': events}
+
+    def stop_waits(self) -> None:
+        """From now on nobody waits for an event: the host is about to stop."""
+        with self._lock:
+            self._hurrying = True
+            self._lock.notify_all()
 
     def command(self, cmd_id: str) -> Optional[Dict[str, Any]]:
         """What was asked for under that id."""
@@ -386,7 +398,8 @@ class Transaction:
 
 # --- guests ----------------------------------------------------------------------------------
 
-LOADS_KEPT = 120               # beacons of which the load is remembered, for the status page
+LOADS_KEPT = 120               # loads that are remembered of a guest, for the status page …
+LOAD_EVERY = 5.0               # … and the seconds between two of them: ten minutes, or more
 NOTE_EVERY = 1.0               # seconds between two notes of a guest in the journal
 GUESTS_KEPT = 10000            # ids that may say HELLO
 
@@ -406,6 +419,7 @@ class Guest:
         self.last_seen = 0.0
         self.clock_offset = 0.0
         self.noted = -1e9              # monotonic: when it was last journalled
+        self.loaded = -1e9             # monotonic: when its load was last remembered
         self.loads = collections.deque(maxlen=LOADS_KEPT)  # type: collections.deque
 
     @property
@@ -482,9 +496,15 @@ class Guests:
             if guest is None or guest.agent == 'lost':
                 return False
             self._touch(guest)
-            if load:
+            if load and guest.heard - guest.loaded >= LOAD_EVERY:
+                guest.loaded = guest.heard
                 guest.loads.append(dict(load, time=guest.last_seen))
             return True
+
+    def loads_of(self, guest: Guest) -> List[Dict[str, float]]:
+        """What its beacons told of the last minutes, each with its ``time`` since 1970."""
+        with self._lock:
+            return list(guest.loads)
 
     def rename(self, guest: Guest, name: str) -> None:
         """The hypervisor's name for a guest; an id is appended where another one has it."""
@@ -712,6 +732,14 @@ class Commands:
         with self._lock:
             return [self._open.get(execution.index, execution) for execution in found]
 
+    def find_one(self, key: str) -> Execution:
+        """One execution. Raises NoSuchCommand, or InvalidParams for a multicast's own id."""
+        executions = self.find(key)
+        if len(executions) != 1 or executions[0].key != key:
+            raise InvalidParams('%s ran on %d VMs; name one of them as %s@vmName'
+                                % (key, len(executions), key))
+        return executions[0]
+
     # What guests say.
 
     def heard_status(self, execution: Execution, state: str, message: Message) -> None:
@@ -826,6 +854,11 @@ class Commands:
             journal.event('orphan-result', vm, cmd_id[:200], describe_end(results))
 
     # What the API asks.
+
+    def last_ended(self, limit: int) -> List[Execution]:
+        """Those that ended last, the newest request last."""
+        return self._journal.executions('number IN (SELECT number FROM executions WHERE ended > 0 '
+                                        'ORDER BY ended DESC LIMIT ?)', limit)
 
     def list(self, filter: Dict[str, Any]) -> List[Execution]:
         """Executions, the newest ``limit`` (1000), by vm, state, cmdId and since."""
@@ -1276,6 +1309,10 @@ class VirtualBox:
         """Like state, but asks nobody; '' for a VM that was not seen."""
         return self._watch.state_of(vm)
 
+    def known_vms(self) -> List[Tuple[str, str, str]]:
+        """(name, MachineState name, id) of all VMs, as they were seen a second ago; asks nobody."""
+        return self._watch.rows()
+
     def broker_address(self) -> str:
         """This machine's address on the host-only network, '' while it has none."""
         wanted = self._settings['network']['host_ip']
@@ -1650,8 +1687,8 @@ class Watch:
 
     def __init__(self, happened: Callable[[str, str, str], None]) -> None:
         self._happened = happened
-        self._seen = None  # type: Optional[Dict[str, List[str]]]
         # Replaced as a whole, never changed: so any thread may read them.
+        self._seen = None  # type: Optional[Dict[str, List[str]]]
         self._names = {}  # type: Dict[str, str]
         self._states = {}  # type: Dict[str, str]
 
@@ -1660,6 +1697,9 @@ class Watch:
 
     def state_of(self, vm: str) -> str:
         return self._states.get(vm, '')
+
+    def rows(self) -> List[Tuple[str, str, str]]:
+        return [(row[0], row[1], row[2]) for row in (self._seen or {}).values()]
 
     def look(self, seen: Dict[str, List[str]]) -> None:
         """`seen`: {uuid: [name, state, id]}. The first look tells nothing."""
@@ -3470,6 +3510,7 @@ class Host:
     def stop(self) -> None:
         """Stops in the order XML-RPC, link, broker, VirtualBox; then nothing of it is left."""
         self.stopping.set()
+        self.journal.stop_waits()
         if self.server is not None:
             self.server.stop()
         if self.link is not None:
@@ -3868,6 +3909,12 @@ class Host:
                 'progress': status.get('progress', ''), 'error': status.get('error', ''),
                 'age': time.monotonic() - execution.status_time if execution.status_time else -1}
 
+    def ask_for_news(self, executions: List[Execution]) -> None:
+        """Asks the guests how far running commands are; what they answer is in the next status."""
+        for execution in executions:
+            if execution.state == 'running' and self._is_connected(execution):
+                self._query(execution)
+
     def _final_status(self, execution: Execution) -> Dict[str, Any]:
         results = execution.answer()
         return {'state': execution.state, 'pid': 0, 'wall': results['wall'],
@@ -3995,6 +4042,8 @@ class Api:
 
     ALIASES = {'listAvailableVMs': 'listVMs', 'unpause': 'resume', 'saveSnapshot': 'takeSnapshot',
                'getPerformanceData': 'getStats'}
+    # The parts of the reference, and the first method of each.
+    PARTS = {'help': 'The agent', 'listVMs': 'VMs', 'createVM': 'VM control', 'ping': 'Commands'}
 
     def __init__(self, host: Host) -> None:
         self._host = host
@@ -4003,20 +4052,29 @@ class Api:
     # About the agent.
 
     def help(self, method: str = '') -> str:
-        """What a method does; of all methods, where none is named."""
+        """What a method does; of all methods, where none is named.
+
+            >>> print(host.help('ping'))
+            ping(vm, timeout_secs=5.0)
+                Asks the agent of a VM whether it is there: 'PONG from NAME'...
+        """
         if method:
             return self._describe(method)
         return '\n\n'.join(self._describe(name) for name in api_methods())
 
     def _describe(self, name: str) -> str:
-        return '%s%s\n    %s' % (name, describe_signature(find_method(self, name)),
-                                 inspect.getdoc(find_method(self, name)))
+        method = find_method(self, name)
+        return '%s%s\n%s' % (name, describe_signature(method),
+                             textwrap.indent(inspect.getdoc(method) or '', '    '))
 
     def agentInfo(self) -> dict:
         """{version, proto, python, hypervisor, broker, xmlrpc, uptime, vms, cmds, aint} of the host agent.
 
         vms: how many agents are connected; cmds: how many commands are unfinished; aint: how many
         words weren't any; broker: where it is, and the embedded one's counters.
+
+            >>> host.agentInfo()['hypervisor']
+            'none'
         """
         host = self._host
         link, server = host.link, host.server
@@ -4035,15 +4093,37 @@ class Api:
         """{last, events: [{seq, time, type, vm, cmdId, text}]} with numbers above ``after``.
 
         Waits up to ``timeout`` (60) seconds for the first; at most 1,000 at a time, oldest first.
+
+            >>> host.getEvents(0)['events'][0]['type']
+            'host-start'
         """
         return self._host.journal.events_after(after, min(max(timeout, 0), LONGEST_POLL))
 
+    def getStatusLink(self) -> str:
+        """A link that opens the status page, once and within two minutes, without the token.
+
+            >>> link = host.getStatusLink()
+            >>> webbrowser.open(link)
+            True
+        """
+        server = self._host.server
+        assert server is not None
+        return server.status.link(server.own_url())
+
     def version(self) -> str:
-        """The hypervisor's version."""
+        """The hypervisor's version.
+
+            >>> host.version()
+            '7.2.4'
+        """
         return self._hypervisor().version()
 
     def states(self) -> dict:
-        """{MachineState name: code} of the hypervisor."""
+        """{MachineState name: code} of the hypervisor.
+
+            >>> host.states()['Running']
+            5
+        """
         return self._hypervisor().machine_states()
 
     def _hypervisor(self) -> Any:
@@ -4055,25 +4135,41 @@ class Api:
     # VMs.
 
     def listVMs(self) -> list:
-        """Names of all VMs; without a hypervisor, of the machines whose agents are connected."""
+        """Names of all VMs; without a hypervisor, of the machines whose agents are connected.
+
+            >>> host.listVMs()
+            ['node1']
+        """
         if self._host.hypervisor is not None:
             return self._host.hypervisor.list_vms()
         return self.listRegisteredVMs()
 
     def listRunningVMs(self) -> list:
-        """Names of the VMs that run."""
+        """Names of the VMs that run.
+
+            >>> host.listRunningVMs()
+            ['node1']
+        """
         if self._host.hypervisor is not None:
             return self._host.hypervisor.list_running()
         return self.listRegisteredVMs()
 
     def listVMsWithState(self) -> dict:
-        """{name: MachineState name} of all VMs."""
+        """{name: MachineState name} of all VMs.
+
+            >>> host.listVMsWithState()
+            {'node1': 'Running'}
+        """
         if self._host.hypervisor is not None:
             return self._host.hypervisor.vms_with_state()
         return dict.fromkeys(self.listRegisteredVMs(), 'Running')
 
     def listRegisteredVMs(self) -> list:
-        """Names of the VMs whose agents are connected."""
+        """Names of the VMs whose agents are connected.
+
+            >>> host.listRegisteredVMs()
+            ['node1']
+        """
         return [guest.name for guest in self._host.guests.on_list()]
 
     def getVM(self, vm: str) -> dict:
@@ -4081,6 +4177,10 @@ class Api:
 
         state is the machine's, agent (alive, late, lost or never) the agent's; commands: the ids
         of those that are unfinished; clockOffset: guest's clock less the host's, roughly.
+
+            >>> vm = host.getVM('node1')
+            >>> vm['state'], vm['agent'], vm['ip']
+            ('Running', 'alive', '127.0.0.1')
         """
         host = self._host
         guest = host.machine(vm)
@@ -4099,13 +4199,21 @@ class Api:
         return 'Null' if guest.agent == 'lost' else 'Running'
 
     def getState(self, vm: str) -> str:
-        """The MachineState's name of a VM; without a hypervisor Running, or Null once it is lost."""
+        """The MachineState's name of a VM; without a hypervisor Running, or Null once it is lost.
+
+            >>> host.getState('node1')
+            'Running'
+        """
         if self._host.hypervisor is not None:
             return self._host.hypervisor.state(vm)
         return self._state_of(self._host.machine(vm))
 
     def getNamesToIdsMapping(self) -> dict:
-        """{name: MAC} of all VMs."""
+        """{name: MAC} of all VMs.
+
+            >>> host.getNamesToIdsMapping()
+            {'node1': '08:00:27:00:00:01'}
+        """
         names = {}
         if self._host.hypervisor is not None:
             names.update(self._host.hypervisor.names_to_ids())
@@ -4113,98 +4221,188 @@ class Api:
         return names
 
     def getIdsToNamesMapping(self) -> dict:
-        """{MAC: name} of all VMs."""
+        """{MAC: name} of all VMs.
+
+            >>> host.getIdsToNamesMapping()
+            {'08:00:27:00:00:01': 'node1'}
+        """
         return {machine_id: name for name, machine_id in self.getNamesToIdsMapping().items()}
 
     def createVM(self, name: str, image: str = '', options: dict = {}) -> list:
         """Makes a VM from .ova, .ovf, .vdi, .vmdk or .iso; or registers a .vbox file. [True, name].
 
         Options: memory (MB), cpus, ostype, network, disksize (MB).
+
+            >>> host.createVM('node1', '/images/cernvm.ova', {'memory': 2048, 'cpus': 2})
+            [True, 'node1']
         """
         return [True, self._hypervisor().create_vm(name, image, options)]
 
     def removeVM(self, vm: str, deleteDisks: bool = False) -> bool:
-        """Takes a VM out of the hypervisor, with its disks where asked."""
+        """Takes a VM out of the hypervisor, with its disks where asked.
+
+            >>> host.removeVM('node1', True)
+            True
+        """
         return self._done(self._hypervisor().remove_vm(vm, deleteDisks))
 
     def start(self, vm: str, guiMode: bool = False) -> bool:
-        """Starts a VM, headless or with a window; True once it runs."""
+        """Starts a VM, headless or with a window; True once it runs.
+
+            >>> host.start('node1')
+            True
+        """
         return self._done(self._hypervisor().start(vm, guiMode))
 
     def shutdown(self, vm: str) -> bool:
-        """Asks the guest's system to power off, by ACPI; True once it is off."""
+        """Asks the guest's system to power off, by ACPI; True once it is off.
+
+            >>> host.shutdown('node1')
+            True
+        """
         return self._done(self._hypervisor().shutdown(vm))
 
     def reset(self, vm: str) -> bool:
-        """Presses the reset button of a VM."""
+        """Presses the reset button of a VM.
+
+            >>> host.reset('node1')
+            True
+        """
         return self._done(self._hypervisor().reset(vm))
 
     def powerOff(self, vm: str) -> bool:
-        """Cuts a VM's power; True once it is off."""
+        """Cuts a VM's power; True once it is off.
+
+            >>> host.powerOff('node1')
+            True
+        """
         return self._done(self._hypervisor().power_off(vm))
 
     def pause(self, vm: str) -> bool:
-        """Halts a running VM in memory; its commands are suspended."""
+        """Halts a running VM in memory; its commands are suspended.
+
+            >>> host.pause('node1')
+            True
+        """
         return self._done(self._hypervisor().pause(vm))
 
     def resume(self, vm: str) -> bool:
-        """Lets a paused VM go on."""
+        """Lets a paused VM go on.
+
+            >>> host.resume('node1')
+            True
+        """
         return self._done(self._hypervisor().resume(vm))
 
     def saveState(self, vm: str) -> bool:
-        """Writes a running VM to disk and stops it; ``start`` goes on from there."""
+        """Writes a running VM to disk and stops it; ``start`` goes on from there.
+
+            >>> host.saveState('node1')
+            True
+        """
         return self._done(self._hypervisor().save_state(vm))
 
     def discardState(self, vm: str) -> bool:
-        """Throws a saved state away."""
+        """Throws a saved state away.
+
+            >>> host.discardState('node1')
+            True
+        """
         return self._done(self._hypervisor().discard_state(vm))
 
     def takeSnapshot(self, vm: str, name: str, desc: str = '') -> bool:
-        """Takes a snapshot, of a running VM too."""
+        """Takes a snapshot, of a running VM too.
+
+            >>> host.takeSnapshot('node1', 'fresh', 'as it was installed')
+            True
+        """
         return self._done(self._hypervisor().take_snapshot(vm, name, desc))
 
     def restoreSnapshot(self, vm: str, name: str = '') -> bool:
-        """Sets a VM that is off back to a snapshot; to the current one, where none is named."""
+        """Sets a VM that is off back to a snapshot; to the current one, where none is named.
+
+            >>> host.restoreSnapshot('node1', 'fresh')
+            True
+        """
         return self._done(self._hypervisor().restore_snapshot(vm, name))
 
     def deleteSnapshot(self, vm: str, name: str) -> bool:
-        """Deletes a snapshot; what the VM is now stays as it is."""
+        """Deletes a snapshot; what the VM is now stays as it is.
+
+            >>> host.deleteSnapshot('node1', 'fresh')
+            True
+        """
         return self._done(self._hypervisor().delete_snapshot(vm, name))
 
     def listSnapshots(self, vm: str) -> list:
-        """Names of a VM's snapshots, parents first."""
+        """Names of a VM's snapshots, parents first.
+
+            >>> host.listSnapshots('node1')
+            ['fresh']
+        """
         return self._hypervisor().list_snapshots(vm)
 
     def getStats(self, vm: str, key: str = '*') -> list:
-        """[{name, values, unit}] of CPU, RAM, network and disk, from VirtualBox's collector."""
+        """[{name, values, unit}] of CPU, RAM, network and disk, from VirtualBox's collector.
+
+            >>> host.getStats('node1', 'CPU/Load/User')
+            [{'name': 'CPU/Load/User', 'values': [1520, 1470], 'unit': '%'}]
+        """
         return self._hypervisor().get_stats(vm, key)
 
     def getLog(self, vm: str, tail: int = 65536) -> str:
-        """The end of a VM's VBox.log."""
+        """The end of a VM's VBox.log.
+
+            >>> print(host.getLog('node1', 200))
+        """
         return self._hypervisor().get_log(vm, tail)
 
     def screenshot(self, vm: str) -> xmlrpc.client.Binary:
-        """What a running VM's screen shows, as PNG."""
+        """What a running VM's screen shows, as PNG.
+
+            >>> open('node1.png', 'wb').write(host.screenshot('node1').data)
+            5184
+        """
         return xmlrpc.client.Binary(self._hypervisor().screenshot(vm))
 
     def setLimits(self, vm: str, limits: dict) -> bool:
-        """Limits of a VM: cpuPercent, netKBps, network (on or off)."""
+        """Limits of a VM: cpuPercent, netKBps, network (on or off).
+
+            >>> host.setLimits('node1', {'cpuPercent': 50, 'netKBps': 1000})
+            True
+        """
         return self._done(self._hypervisor().set_limits(vm, limits))
 
     def remoteDesktop(self, vm: str, enable: bool = True, options: dict = {}) -> dict:
-        """Switches a VM's remote desktop: {enabled, address, port, auth, security}."""
+        """Switches a VM's remote desktop: {enabled, address, port, auth, security}.
+
+            >>> host.remoteDesktop('node1', True)['port']
+            5000
+        """
         return self._hypervisor().remote_desktop(vm, enable, options)
 
     def getNetwork(self) -> dict:
-        """{mode, interface, hostIp, netmask, dhcp: {server, lower, upper, enabled}}."""
+        """{mode, interface, hostIp, netmask, dhcp: {server, lower, upper, enabled}}.
+
+            >>> host.getNetwork()['hostIp']
+            '192.168.56.1'
+        """
         return self._hypervisor().get_network()
 
     def setupNetwork(self) -> dict:
-        """Makes the host-only interface, its address and its DHCP pool, as host.ini says."""
+        """Makes the host-only interface, its address and its DHCP pool, as host.ini says.
+
+            >>> host.setupNetwork()['dhcp']['lower']
+            '192.168.56.101'
+        """
         return self._hypervisor().setup_network()
 
     def cleanup(self, dryRun: bool = True) -> list:
-        """What is, or would be, removed: VMs and disks that this tool made and nobody owns."""
+        """What is, or would be, removed: VMs and disks that this tool made and nobody owns.
+
+            >>> host.cleanup(True)
+            []
+        """
         return self._hypervisor().cleanup(dryRun)
 
     def _done(self, result: Any) -> bool:
@@ -4213,7 +4411,11 @@ class Api:
     # Commands.
 
     def ping(self, vm: str, timeout_secs: float = 5.0) -> str:
-        """Asks the agent of a VM whether it is there: 'PONG from NAME'."""
+        """Asks the agent of a VM whether it is there: 'PONG from NAME'.
+
+            >>> host.ping('node1')
+            'PONG from node1'
+        """
         return self._host.ping(vm, min(max(timeout_secs, 0), LONGEST_POLL))
 
     def runCmd(self, toVmName: str, cmd: str, args: list = [], env: Any = {}, path: Any = '',
@@ -4225,13 +4427,26 @@ class Api:
         for exact bytes), timeout, killAfter (s), user, envClear, nice, limits {as, cpu, fsize,
         nofile, nproc}, statusInterval (s), outputLimit, inlineOutput (bytes), queue (waits for an
         agent that isn't connected).
+
+            >>> options = {'timeout': 60, 'limits': {'cpu': 30}}
+            >>> script = ['-c', 'echo $DAY; exit 3']
+            >>> cmd_id = host.runCmd('node1', 'sh', script, {'DAY': 'Monday'}, '', '', options)
+            >>> host.waitCmd(cmd_id)
+            True
         """
         request, queue = read_request(cmd, args, env, path, fileForStdin, options)
         return self._host.run_cmd(toVmName, request, queue, self._client())
 
     def runCmdOnAll(self, pattern: str, cmd: str, args: list = [], env: Any = {}, path: Any = '',
                     fileForStdin: str = '', options: dict = {}) -> str:
-        """The same on every connected VM that matches the glob; each one's id is cmdId@vmName."""
+        """The same on every connected VM that matches the glob; each one's id is cmdId@vmName.
+
+            >>> all_id = host.runCmdOnAll('node*', 'uname', ['-s'])
+            >>> host.waitCmd(all_id)
+            True
+            >>> host.getCmdResults(all_id + '@node1')['out']
+            'Linux\\n'
+        """
         request, _ = read_request(cmd, args, env, path, fileForStdin, options)
         return self._host.run_cmd_on_all(pattern, request, self._client())
 
@@ -4248,6 +4463,9 @@ class Api:
         """[{cmdId, vm, cmd, state, submitted, ended}], the newest 1,000, the newest last.
 
         filter: vm, state, cmd, cmdId, since, finished, limit.
+
+            >>> host.listCmds({'vm': 'node1', 'cmd': 'sh', 'limit': 1})[0]['state']
+            'exited'
         """
         return [{'cmdId': execution.key, 'vm': execution.vm, 'cmd': execution.cmd,
                  'state': self._shown_state(execution), 'submitted': execution.submitted,
@@ -4259,11 +4477,19 @@ class Api:
         return execution.state
 
     def listFinishedCmds(self) -> list:
-        """Ids of finished commands, the newest 1,000; each stays until forgetCmd or keep_results."""
+        """Ids of finished commands, the newest 1,000; each stays until forgetCmd or keep_results.
+
+            >>> cmd_id in host.listFinishedCmds()
+            True
+        """
         return [execution.key for execution in self._host.commands.list({'finished': True})]
 
     def getCmdDetails(self, id: str) -> dict:
-        """What was asked for: {cmdId, vm, cmd, args, env, path, options, submitted, client, executions}."""
+        """What was asked for: {cmdId, vm, cmd, args, env, path, options, submitted, client, executions}.
+
+            >>> host.getCmdDetails(cmd_id)['args']
+            ['-c', 'echo $DAY; exit 3']
+        """
         executions = self._host.commands.find(id)
         command = self._host.commands.request(id.partition('@')[0])
         request = command['request']
@@ -4276,6 +4502,10 @@ class Api:
 
         refresh asks the guest; age is how many seconds ago it said so (-1: never). Of a multicast's
         own id: {cmdId@vmName: the same}.
+
+            >>> status = host.getCmdStatus(cmd_id)
+            >>> status['state'], status['outSize']
+            ('exited', 7)
         """
         executions = self._host.commands.find(id)
         if self._is_one(id, executions):
@@ -4285,19 +4515,18 @@ class Api:
     def _is_one(self, id: str, executions: List[Execution]) -> bool:
         return len(executions) == 1 and executions[0].key == id
 
-    def _one(self, id: str) -> Execution:
-        executions = self._host.commands.find(id)
-        if not self._is_one(id, executions):
-            raise InvalidParams('%s ran on %d VMs; name one of them as %s@vmName'
-                                % (id, len(executions), id))
-        return executions[0]
-
     def getCmdResults(self, id: str) -> Any:
         """The results, '' while unfinished. Of a multicast's own id: {cmdId@vmName: results}.
 
         {cmd-id, out, err, finished, exitCodeOrSignal, resources, state, error, wall, started, ended,
         out-size, err-size, …}: see docs/protocol.md. out64 and err64 hold the exact bytes where
         out and err can't.
+
+            >>> results = host.getCmdResults(cmd_id)
+            >>> results['out'], results['exitCodeOrSignal']
+            ('Monday\\n', 3)
+            >>> results['resources']['ru_utime'] < 1
+            True
         """
         executions = self._host.commands.find(id)
         if self._is_one(id, executions):
@@ -4307,27 +4536,45 @@ class Api:
         return {execution.key: shown_results(execution.answer()) for execution in executions}
 
     def getCmdOutput(self, id: str, stream: str = 'out', offset: int = 0, length: int = 65536) -> dict:
-        """{data: base64, offset, next, size, eof} of a stream, ``out`` or ``err``; while it runs, too."""
+        """{data: base64, offset, next, size, eof} of a stream, ``out`` or ``err``; while it runs, too.
+
+            >>> part = host.getCmdOutput(cmd_id, 'out', 3, 100)
+            >>> part['data'].data, part['next'], part['eof']
+            (b'day\\n', 7, True)
+        """
         if stream not in ('out', 'err'):
             raise InvalidParams('stream is out or err, not %.40r' % stream)
         if offset < 0 or length < 0:
             raise InvalidParams('offset and length are bytes, from 0')
-        found = self._host.output(self._one(id), stream, int(offset), int(length))
+        found = self._host.output(self._host.commands.find_one(id), stream, int(offset), int(length))
         return dict(found, data=xmlrpc.client.Binary(found['data']))
 
     def signalCmd(self, id: str, signal: str = 'TERM') -> bool:
-        """Sends a signal to all processes of a command; False where it has ended."""
+        """Sends a signal to all processes of a command; False where it has ended.
+
+            >>> long_id = host.runCmd('node1', 'sleep', ['600'])
+            >>> host.signalCmd(long_id, 'INT')
+            True
+        """
         name = read_signal(signal)
         return any([self._host.signal(execution, name) for execution in self._host.commands.find(id)])
 
     def waitCmd(self, id: str, timeout: float = 30) -> bool:
-        """Waits up to ``timeout`` (60) seconds for the end, of a multicast for all; whether it came."""
+        """Waits up to ``timeout`` (60) seconds for the end, of a multicast for all; whether it came.
+
+            >>> host.waitCmd(long_id, 10)
+            True
+        """
         deadline = time.monotonic() + min(max(timeout, 0), LONGEST_POLL)
         return all([execution.done.wait(max(0, deadline - time.monotonic()))
                     for execution in self._host.commands.find(id)])
 
     def forgetCmd(self, id: str) -> bool:
-        """Deletes a finished command from the journal."""
+        """Deletes a finished command from the journal.
+
+            >>> host.forgetCmd(cmd_id)
+            True
+        """
         self._host.commands.forget(self._host.commands.find(id))
         return True
 
@@ -4435,17 +4682,42 @@ def find_method(api: Api, name: str) -> Callable:
     return getattr(api, name)
 
 
+class MethodText:
+    """What the reference says of one method. ``example``: lines as in an interactive session."""
+
+    def __init__(self, name: str, method: Callable) -> None:
+        text = inspect.getdoc(method) or ''
+        found = re.search(r'^ *>>> ', text, re.M)
+        begin = found.start() if found else len(text)
+        self.name = name
+        self.signature = describe_signature(method)
+        self.text = text[:begin].strip()
+        self.example = textwrap.dedent(text[begin:])
+
+
+def describe_api() -> List[Tuple[str, List[MethodText]]]:
+    """The reference: [(part, its methods)], in the order of the definitions."""
+    parts = []                         # type: List[Tuple[str, List[MethodText]]]
+    for name in api_methods():
+        if name in Api.PARTS:
+            parts.append((Api.PARTS[name], []))
+        parts[-1][1].append(MethodText(name, getattr(Api, name)))
+    return parts
+
+
 def describe_signature(method: Callable) -> str:
     """Its parameters, with their defaults."""
     parameters = inspect.signature(method).parameters.values()
     return '(%s)' % ', '.join(
         parameter.name if parameter.default is parameter.empty
-        else '%s=%r' % (parameter.name, parameter.default) for parameter in parameters)
+        else '%s=%r' % (parameter.name, parameter.default)
+        for parameter in parameters if parameter.name != 'self')
 
 
 # --- XML-RPC ---------------------------------------------------------------------------------
 
 USER = 'vmhost'
+CHALLENGE = {'WWW-Authenticate': 'Basic realm="vmhost"'}
 LARGEST_CALL = 16 * 1024 * 1024        # bytes of a request
 CALLS_AT_ONCE = 200
 SOCKET_TIMEOUT = 75.0                  # seconds of silence on a connection
@@ -4568,6 +4840,235 @@ def check_arguments(method: Callable, params: List[Any]) -> List[Any]:
     return list(bound.args)
 
 
+# --- pages -----------------------------------------------------------------------------------
+
+LINK_LIFE = 120.0              # seconds in which a link opens the status page
+VISIT_LIFE = 12 * 3600.0       # seconds without a request, after which a visit ends
+VISITS_KEPT = 100
+LOOK_LIFE = 1.0                # seconds that one look at everything serves all pages
+ASK_EVERY = 2.0                # seconds between two questions to a guest about a command
+ASKED_AT_ONCE = 50
+MACHINES_SHOWN = 500
+COMMANDS_SHOWN = 100
+ENDED_SHOWN = 20
+TEXT_SHOWN = 300               # characters of an event's text: a command may have a megabyte of them
+OUTPUT_SHOWN = 64 * 1024       # bytes of output at once
+PAGE_STYLE = """
+:root { color-scheme: light dark; }
+body { max-width: 60em; margin: 0 auto; padding: 1em; font: 16px/1.5 system-ui, sans-serif; }
+h3 { margin-bottom: 0; font: bold 1em ui-monospace, monospace; overflow-wrap: anywhere; }
+p { margin: .3em 0; white-space: pre-line; }
+pre { overflow-x: auto; padding: .5em; border: 1px solid #8888; border-radius: 4px; }
+"""
+
+
+def read_beside(name: str) -> bytes:
+    """A file that lies beside this one, in a folder or in a bundle."""
+    folder = os.path.dirname(__file__)
+    return __loader__.get_data(os.path.join(folder, name))     # type: ignore[name-defined]
+
+
+def page_headers(page: str) -> Dict[str, str]:
+    """What a browser is told: nothing but what stands in this page is run, shown or fetched."""
+    allowed = {}
+    for tag in ('style', 'script'):
+        parts = re.findall('<%s>(.*?)</%s>' % (tag, tag), page, re.S)
+        digests = [base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in parts]
+        allowed[tag] = ' '.join("'sha256-%s'" % digest for digest in digests) or "'none'"
+    return {'Content-Security-Policy':
+            "default-src 'none'; style-src %(style)s; script-src %(script)s; connect-src 'self'; "
+            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'" % allowed,
+            'Referrer-Policy': 'no-referrer', 'Cross-Origin-Resource-Policy': 'same-origin',
+            'Cross-Origin-Opener-Policy': 'same-origin'}
+
+
+def reference_page() -> str:
+    """The API's reference as a page: what docs/api.md says, of this very program."""
+    escape = html.escape
+    parts = ['<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">',
+             '<meta name="viewport" content="width=device-width, initial-scale=1">',
+             '<title>vmhost %s: methods</title>' % protocol.VERSION,
+             '<link rel="icon" href="data:,">', '<style>%s</style>' % PAGE_STYLE,
+             '<main>\n<h1>Methods of vmhost %s</h1>' % protocol.VERSION,
+             '<p>%s</p>' % escape(inspect.getdoc(Api) or '')]
+    for part, methods in describe_api():
+        parts.append('<h2>%s</h2>' % escape(part))
+        for method in methods:
+            parts.append('<h3 id="%s">%s%s</h3>\n<p>%s</p>\n<pre tabindex="0">%s</pre>' % tuple(map(escape, (
+                method.name, method.name, method.signature, method.text, method.example))))
+    aliases = ['%s = %s' % item for item in Api.ALIASES.items()]
+    parts.append('<h2>Older names</h2>\n<p>%s</p>\n</main>\n</html>\n' % escape(', '.join(aliases)))
+    return '\n'.join(parts)
+
+
+class Visits:
+    """Who may see the status page without the token: a browser that came by a link. Any thread.
+
+    A link holds a key, that is good once and for two minutes; it is exchanged for a cookie, so
+    that nothing that lasts stands in an address. The cookie opens the status page alone.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        # Guards both tables: key or cookie -> when it ends. Nothing is called while it is held.
+        self._lock = threading.Lock()
+        self._keys = collections.OrderedDict()     # type: Dict[str, float]
+        self._visits = collections.OrderedDict()   # type: Dict[str, float]
+
+    def new_key(self) -> str:
+        """A key for one link."""
+        return self._add(self._keys, LINK_LIFE)
+
+    def enter(self, key: str) -> str:
+        """A visit's secret for a key; '' where the key is unknown, used or too old."""
+        with self._lock:
+            ends = self._keys.pop(key, 0.0)
+        return self._add(self._visits, VISIT_LIFE) if ends > self._clock() else ''
+
+    def is_known(self, secret: str) -> bool:
+        """Whether that visit goes on; each time it is asked for, it is prolonged."""
+        with self._lock:
+            ends = self._visits.pop(secret, 0.0)
+            if ends <= self._clock():
+                return False
+            self._visits[secret] = self._clock() + VISIT_LIFE
+            return True
+
+    def _add(self, table: Any, life: float) -> str:
+        secret = secrets.token_urlsafe(24)
+        with self._lock:
+            table[secret] = self._clock() + life
+            while len(table) > VISITS_KEPT:
+                table.popitem(last=False)      # the oldest, or the one not used for longest
+        return secret
+
+
+def number_or_0(value: Any) -> float:
+    """A number that a guest told, where it is one that JSON can carry."""
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else 0
+
+
+class StatusPage:
+    """The status page, and what it reads. It shows, and never acts. Any thread may ask.
+
+    ``/status`` is the page; ``/status/snapshot?since=TIME`` all that goes on now, with loads since
+    that time; ``/status/events?after=NUMBER&timeout=SECONDS`` and ``/status/output?id=ID&
+    stream=STREAM&offset=BYTES`` (no offset: the end of it) are getEvents and getCmdOutput.
+    """
+
+    def __init__(self, host: Host, api: Api) -> None:
+        self._host = host
+        self._api = api
+        self._visits = Visits()
+        self.page = read_beside('status.html')
+        self.headers = page_headers(self.page.decode('utf-8'))
+        # Guards the last look, and lets one thread at a time look: other pages wait for what it saw.
+        self._looking = threading.Lock()
+        self._looked = -1e9
+        self._seen = {}                # type: Dict[str, Any]
+
+    def link(self, url: str) -> str:
+        """The address of the page with a key that opens it once."""
+        return '%sstatus?key=%s' % (url, self._visits.new_key())
+
+    def enter(self, query: Dict[str, str]) -> str:
+        """A new visit, for the key of a link; else ''."""
+        return self._visits.enter(query.get('key', ''))
+
+    def is_visitor(self, secret: str) -> bool:
+        """Whether a cookie is that of a visit that goes on."""
+        return self._visits.is_known(secret)
+
+    def read(self, what: str, query: Dict[str, str]) -> Dict[str, Any]:
+        """The answer to one of the page's questions. Raises VMHostError, ValueError, KeyError."""
+        if what == 'snapshot':
+            return self._snapshot(float(query.get('since', 0)))
+        if what == 'events':
+            return self._events(int(query.get('after', 0)), float(query.get('timeout', 0)))
+        if what == 'output':
+            return self._output(query['id'], query.get('stream', 'out'), query.get('offset', ''))
+        raise KeyError(what)
+
+    def _events(self, after: int, timeout: float) -> Dict[str, Any]:
+        found = self._api.getEvents(after, timeout)
+        return {'last': found['last'], 'events': [dict(event, text=event['text'][:TEXT_SHOWN])
+                                                  for event in found['events']]}
+
+    def _output(self, id: str, stream: str, offset: str) -> Dict[str, Any]:
+        status = self._host.status(self._host.commands.find_one(id), not offset)
+        size = status['errSize' if stream == 'err' else 'outSize']
+        begin = int(offset) if offset else max(0, int(number_or_0(size)) - OUTPUT_SHOWN)
+        found = self._api.getCmdOutput(id, stream, begin, OUTPUT_SHOWN)
+        return dict(found, data=base64.b64encode(found['data'].data).decode('ascii'),
+                    state=status['state'])
+
+    def _snapshot(self, since: float) -> Dict[str, Any]:
+        with self._looking:
+            if time.monotonic() - self._looked > LOOK_LIFE:
+                self._seen = self._look()
+                self._looked = time.monotonic()
+            seen = self._seen
+        return dict(seen, vms=[dict(vm, loads=[load for load in vm['loads'] if load[0] > since])
+                               for vm in seen['vms']])
+
+    def _look(self) -> Dict[str, Any]:
+        now = time.time()
+        commands, unfinished = self._commands()
+        vms = self._vms()
+        return {'time': now, 'agent': self._api.agentInfo(), 'host': socket.gethostname(),
+                'vms': vms[:MACHINES_SHOWN], 'vmsInAll': len(vms), 'commands': commands,
+                'unfinished': unfinished, 'lastEvent': self._host.journal.last_event}
+
+    def _vms(self) -> List[Dict[str, Any]]:
+        """All VMs, and all agents: those that are there before those that were."""
+        rows = [self._of_guest(guest) for guest in self._host.guests.all()]
+        if self._host.hypervisor is not None:
+            known = {row['id'] for row in rows}
+            rows += [self._of_vm(name, state, id)
+                     for name, state, id in self._host.hypervisor.known_vms() if id not in known]
+        return sorted(rows, key=lambda row: (row['agent'] == 'lost', row['name'], row['id']))
+
+    def _of_guest(self, guest: Guest) -> Dict[str, Any]:
+        loads = [[load['time'], load.get('load1'), load.get('mem_free')]
+                 for load in self._host.guests.loads_of(guest)]
+        state = 'Null' if guest.agent == 'lost' else 'Running'
+        if self._host.hypervisor is not None:
+            state = self._host.hypervisor.known_state(guest.id) or state
+        return {'id': guest.id, 'name': guest.name, 'state': state, 'agent': guest.agent,
+                'ip': guest.ip, 'lastSeen': guest.last_seen, 'os': str(guest.facts.get('os', '')),
+                'cpus': number_or_0(guest.facts.get('cpus')),
+                'mem': number_or_0(guest.facts.get('mem')), 'loads': loads}
+
+    def _of_vm(self, name: str, state: str, id: str) -> Dict[str, Any]:
+        """A VM of which no agent was ever heard."""
+        return {'id': id, 'name': name, 'state': state, 'agent': 'never', 'ip': '', 'lastSeen': 0,
+                'os': '', 'cpus': 0, 'mem': 0, 'loads': []}
+
+    def _commands(self) -> Tuple[List[Dict[str, Any]], int]:
+        """The unfinished commands, the oldest first, then those that ended last; how many are unfinished."""
+        running = self._host.commands.list({'finished': False, 'limit': COMMANDS_SHOWN})
+        now = time.monotonic()
+        stale = [execution for execution in running if now - execution.status_time > ASK_EVERY]
+        stale.sort(key=lambda execution: execution.status_time)
+        self._host.ask_for_news(stale[:ASKED_AT_ONCE])
+        ended = sorted(self._host.commands.last_ended(ENDED_SHOWN), key=lambda one: -one.ended)
+        return [self._of_command(execution) for execution in running + ended], self._host.commands.count()
+
+    def _of_command(self, execution: Execution) -> Dict[str, Any]:
+        status = self._host.status(execution, False)
+        usage = status['resources'] if isinstance(status['resources'], dict) else {}
+        shown = {name: number_or_0(status[name])
+                 for name in ('wall', 'processes', 'outSize', 'errSize', 'age')}    # type: Dict[str, Any]
+        return dict(shown, cmdId=execution.key, vm=execution.vm, cmd=execution.cmd[:TEXT_SHOWN],
+                    state=status['state'], ended=execution.ended,
+                    progress=str(status['progress'])[:TEXT_SHOWN],
+                    end=describe_end(execution.answer())[:TEXT_SHOWN] if execution.ended else '',
+                    cpu=number_or_0(usage.get('ru_utime')) + number_or_0(usage.get('ru_stime')),
+                    rss=number_or_0(usage.get('ru_maxrss')) * 1024)
+
+
+# --- server ----------------------------------------------------------------------------------
+
 class _Handler(http.server.BaseHTTPRequestHandler):
     """One connection: POST calls the API, GET shows pages. On a thread of its own."""
 
@@ -4596,8 +5097,60 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.respond(200, 'text/xml; charset=utf-8', answer)
 
     def do_GET(self) -> None:
-        """A page."""
-        self._refuse(404, 'no page %.100s' % self.path)
+        """A page, or what the status page asks for."""
+        if not self.is_from_here():
+            return
+        url = urllib.parse.urlsplit(self.path)
+        query = dict(urllib.parse.parse_qsl(url.query))
+        head, _, what = url.path[1:].partition('/')
+        if head == 'status':
+            return self._show_status(what, query)
+        if not self._is_allowed():
+            return
+        if url.path != '/':
+            return self._refuse(404, 'no page %.100s' % url.path)
+        page = reference_page()
+        self.respond(200, 'text/html; charset=utf-8', page.encode(), page_headers(page))
+
+    def _show_status(self, what: str, query: Dict[str, str]) -> None:
+        """The status page and its questions: for who has the token, a visit's cookie, or a key."""
+        status = self.server.status
+        name = 'vmhost-%d' % self.server.address[1]    # browsers share cookies between ports
+        visit = '' if what else status.enter(query)
+        if not (visit or status.is_visitor(self._cookie(name)) or self.has_token()):
+            return self._refuse_visitor()
+        if what:
+            return self._answer_page(what, query)
+        headers = dict(status.headers)
+        if visit:
+            headers['Set-Cookie'] = '%s=%s; Path=/status; HttpOnly; SameSite=Strict' % (name, visit)
+        self.respond(200, 'text/html; charset=utf-8', status.page, headers)
+
+    def _cookie(self, name: str) -> str:
+        for part in self.headers.get('Cookie', '').split(';'):
+            key, _, value = part.strip().partition('=')
+            if key == name:
+                return value
+        return ''
+
+    def _refuse_visitor(self) -> None:
+        # The page itself says what to do; a browser's own dialogue would only be in its way.
+        challenge = {} if self.headers.get('X-Requested-With') else CHALLENGE
+        self._refuse(401, 'the status page opens by a link, good once and for two minutes: python '
+                     'vmhost.py host.ini status --open; or for the user %s, with the token' % USER, challenge)
+
+    def _answer_page(self, what: str, query: Dict[str, str]) -> None:
+        """One of the page's questions, answered as JSON."""
+        try:
+            code, answer = 200, self.server.status.read(what, query)
+        except (ValueError, KeyError, InvalidParams) as error:
+            code, answer = 400, {'error': str(error)}
+        except NoSuchCommand as error:
+            code, answer = 404, {'error': str(error)}
+        except VMHostError as error:
+            code, answer = 503, {'error': str(error)}
+        self.respond(code, 'application/json', json.dumps(answer).encode(),
+                     {'Cross-Origin-Resource-Policy': 'same-origin'})
 
     def _is_allowed(self) -> bool:
         """Token, Host and Origin; else it has been refused."""
@@ -4605,16 +5158,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return False
         if not self.has_token():
             self._refuse(401, 'user %s and the password in state_dir/xmlrpc.token are wanted' % USER,
-                         {'WWW-Authenticate': 'Basic realm="vmhost"'})
+                         CHALLENGE)
             return False
         return True
 
     def is_from_here(self) -> bool:
-        """Refuses what a page in a browser can send: Origin, or the name of a foreign host."""
-        if self.headers.get('Origin') is not None:
+        """Refuses what another page in a browser can send: Origin, or the name of a foreign host."""
+        by_a_page = self.headers.get('Sec-Fetch-Site') in ('cross-site', 'same-site') \
+            and self.headers.get('Sec-Fetch-Mode') != 'navigate'
+        if self.headers.get('Origin') is not None or by_a_page:
             self._refuse(403, 'requests from web pages are refused')
             return False
-        if not self.server.is_own_name(self.headers.get('Host')):
+        if not self.server.is_own_name(self.headers.get('Host'), self.connection.getsockname()[0]):
             self._refuse(403, 'foreign Host')
             return False
         return True
@@ -4668,6 +5223,7 @@ class XMLRPCServer(socketserver.TCPServer):
         self.token = host.token if host.settings.Host.xmlrpc_auth else ''
         self.api = Api(host)
         self.dispatcher = Dispatcher(self.api)
+        self.status = StatusPage(host, self.api)
         self._address_file = host.folder.file('xmlrpc.address')
         # Guards the table of connections; nothing is called while it is held.
         self._lock = threading.Lock()
@@ -4689,15 +5245,24 @@ class XMLRPCServer(socketserver.TCPServer):
         with open(self._address_file, 'w') as file:
             file.write('%s:%s\n' % self.address)
 
-    def is_own_name(self, host: Optional[str]) -> bool:
-        """Whether a Host header names this server (none: no browser sent it)."""
+    def own_url(self) -> str:
+        """Where a browser on this machine finds this server."""
+        listen_on, port = self.address
+        name = {'0.0.0.0': '127.0.0.1', '::': '::1', '': '127.0.0.1'}.get(listen_on, listen_on)
+        return 'http://%s:%d/' % ('[%s]' % name if ':' in name else name, port)
+
+    def is_own_name(self, host: Optional[str], address: str) -> bool:
+        """Whether a Host header names this server, of which the client uses that address.
+
+        No header: no browser sent it. A foreign name that leads here would be another site's.
+        """
         if host is None:
             return True
         name = host.strip().lower()
         head, colon, port = name.rpartition(':')
         if colon and port.isdigit():
             name = head
-        return name in self._names
+        return name in self._names or name.strip('[]') == address
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Hands a connection to a thread of its own."""
