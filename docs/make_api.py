@@ -1,0 +1,72 @@
+"""Writes docs/api.md from the docstrings of vmhost.py: ``python docs/make_api.py``.
+
+``--check`` writes nothing, and ends with 1 where the page is no longer what the docstrings say.
+"""
+
+import os
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+PAGE = os.path.join(HERE, 'api.md')
+sys.path.insert(0, os.path.dirname(HERE))
+
+import inspect  # noqa: E402
+
+import vmhost  # noqa: E402
+
+HEAD = """# The XML-RPC interface
+
+Made from the docstrings of `vmhost.py` by `python docs/make_api.py`; what stands here is also shown by
+the running host agent at `GET /`, and by its method `help`.
+
+%s
+
+The examples go on from one another, and from here:
+
+```python
+import webbrowser, xmlrpc.client
+token = open('vmhost-state/xmlrpc.token').read().strip()
+host = xmlrpc.client.ServerProxy('http://vmhost:%%s@127.0.0.1:50505/' %% token)
+```
+"""
+
+
+def link_of(heading):
+    """The anchor that a heading gets where Markdown is shown."""
+    return ''.join(c for c in heading.lower().replace(' ', '-') if c.isalnum() or c in '-_')
+
+
+def make_page():
+    """The whole text of docs/api.md."""
+    parts = vmhost.describe_api()
+    lines = [HEAD % inspect.getdoc(vmhost.Api)]
+    for part, methods in parts:
+        names = ' · '.join('[%s](#%s)' % (method.name, link_of(method.name + method.signature))
+                           for method in methods)
+        lines.append('**%s**: %s\n' % (part, names))
+    for part, methods in parts:
+        lines.append('## %s\n' % part)
+        for method in methods:
+            lines.append('### %s%s\n\n%s\n\n```python\n%s\n```\n' % (
+                method.name, method.signature, method.text, method.example))
+    aliases = ', '.join('`%s` is `%s`' % item for item in vmhost.Api.ALIASES.items())
+    lines.append('## Names that older clients use\n\n%s.' % aliases)
+    return '\n'.join(lines) + '\n'
+
+
+def main(words):
+    """Writes the page, or checks it; gives the exit code."""
+    page = make_page()
+    if '--check' in words:
+        with open(PAGE, encoding='utf-8') as file:
+            if file.read() == page:
+                return 0
+        print('docs/api.md is not what the docstrings say: python docs/make_api.py', file=sys.stderr)
+        return 1
+    with open(PAGE, 'w', encoding='utf-8', newline='\n') as file:
+        file.write(page)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))
