@@ -1092,7 +1092,10 @@ class Broker:
         if self._thread is None or self._waker is None:
             return
         self._stopping = True
-        self._waker.send(b'.')
+        try:
+            self._waker.send(b'.')
+        except OSError:
+            log.debug('the thread saw the flag before it could be woken')
         self._thread.join(timeout)
         if self._thread.is_alive():
             log.error('thread %s still runs %.1f s after stop', self._thread.name, timeout)

@@ -275,7 +275,9 @@ class Program:
     def __exit__(self, *exc):
         if self.process.poll() is None:
             self.process.kill()
-        self.process.communicate()
+            self.process.wait()
+        self.process.stdout.close()
+        self.process.stderr.close()
 
     def end(self, number):
         self.process.send_signal(number)
