@@ -12,12 +12,15 @@ Paths of the server are text (or bytes), ``/`` between the names; bytes that are
 as surrogate escapes.
 """
 
+import argparse
+import base64
 import bisect
 import collections
 import contextlib
 import errno
 import fnmatch
 import hashlib
+import hmac
 import logging
 import os
 import queue
@@ -25,9 +28,14 @@ import re
 import secrets
 import select
 import selectors
+import shutil
+import signal
 import socket
 import stat
 import struct
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from typing import (
@@ -494,6 +502,180 @@ def is_zero(view: memoryview) -> bool:
             and not view.tobytes().strip(b'\0'))
 
 
+# --- tickets: RSA as Chirp has it ------------------------------------------------------------
+
+KEY_BITS = 2048
+CHALLENGE = 64                 # bytes that a server wants signed
+SIGNATURE = 2048               # bytes of a signature at most: a key of 16,384 bits
+PUBLIC_EXPONENT = 65537
+RSA_ALGORITHM = bytes.fromhex('300d06092a864886f70d0101010500')    # AlgorithmIdentifier rsaEncryption, NULL
+SMALL_PRIMES = [n for n in range(3, 2000) if all(n % d for d in range(2, int(n ** 0.5) + 1))]
+HOST_SUBJECT = 'host:agent'    # whom the ticket acts for
+
+
+class PublicKey:
+    """What a server needs of a ticket. Raises ChirpError for a text that is none."""
+
+    def __init__(self, pem: str) -> None:
+        found = re.search(r'-----BEGIN PUBLIC KEY-----([A-Za-z0-9+/=\s]{1,8192})-----END', pem)
+        try:
+            der = base64.b64decode(''.join(found.group(1).split())) if found else b''
+            self.modulus, self.exponent = self._read(der)
+        except (ValueError, IndexError):
+            raise ChirpError('not a public RSA key (PEM, "BEGIN PUBLIC KEY")')
+        if not 600 <= self.modulus.bit_length() <= 8 * SIGNATURE or not 3 <= self.exponent < self.modulus:
+            raise ChirpError('a public RSA key of a size that is not accepted')
+        self.pem = public_pem(self.modulus, self.exponent)
+        self.digest = hashlib.md5(self.pem.encode('ascii')).hexdigest()
+
+    def _read(self, der: bytes) -> Tuple[int, int]:
+        algorithm, bits = der_parts(der_content(der, 0x30))
+        if algorithm != RSA_ALGORITHM:
+            raise ValueError('not RSA')
+        modulus, exponent = der_parts(der_content(der_content(bits, 0x03)[1:], 0x30))
+        return (int.from_bytes(der_content(modulus, 0x02), 'big'),
+                int.from_bytes(der_content(exponent, 0x02), 'big'))
+
+    def verify(self, challenge: bytes, signature: bytes) -> bool:
+        """Whether the owner of the private key signed the challenge."""
+        size = (self.modulus.bit_length() + 7) // 8
+        number_ = int.from_bytes(signature, 'big')
+        if len(signature) != size or number_ >= self.modulus:
+            return False
+        signed = pow(number_, self.exponent, self.modulus).to_bytes(size, 'big')
+        return hmac.compare_digest(signed, padded(challenge, size))
+
+
+class Ticket:
+    """A key pair: the private part signs what a server asks for. Any thread may use it."""
+
+    def __init__(self, p: int, q: int) -> None:
+        self._p, self._q = p, q
+        self._exponent = modular_inverse(PUBLIC_EXPONENT, (p - 1) * (q - 1))
+        self.public = PublicKey(public_pem(p * q, PUBLIC_EXPONENT))
+
+    @classmethod
+    def generate(cls, bits: int = KEY_BITS) -> 'Ticket':
+        """A new one; takes about a second."""
+        p = q = new_prime(bits // 2)
+        while q == p:
+            q = new_prime(bits // 2)
+        return cls(p, q)
+
+    @classmethod
+    def from_pem(cls, pem: str) -> 'Ticket':
+        """The one that ``pem`` described. Raises ChirpError."""
+        found = re.search(r'-----BEGIN RSA PRIVATE KEY-----([A-Za-z0-9+/=\s]{1,32768})-----END', pem)
+        try:
+            der = base64.b64decode(''.join(found.group(1).split())) if found else b''
+            numbers = [int.from_bytes(der_content(part, 0x02), 'big')
+                       for part in der_parts(der_content(der, 0x30))]
+            p, q = numbers[4:6]
+            if numbers[2] != PUBLIC_EXPONENT or p * q != numbers[1]:
+                raise ValueError('not one of ours')
+            return cls(p, q)
+        except (ValueError, IndexError):
+            raise ChirpError('not a private RSA key (PEM, "BEGIN RSA PRIVATE KEY")')
+
+    def pem(self) -> str:
+        """The whole of it, as openssl and the real clients (``-i FILE``) read it. A secret."""
+        p, q, d = self._p, self._q, self._exponent
+        numbers = (0, p * q, PUBLIC_EXPONENT, d, p, q, d % (p - 1), d % (q - 1), modular_inverse(q, p))
+        return pem_text('RSA PRIVATE KEY', der_value(0x30, b''.join(map(der_number, numbers))))
+
+    def sign(self, challenge: bytes) -> bytes:
+        modulus = self.public.modulus
+        size = (modulus.bit_length() + 7) // 8
+        number_ = int.from_bytes(padded(challenge, size), 'big')
+        return pow(number_, self._exponent, modulus).to_bytes(size, 'big')
+
+
+def padded(challenge: bytes, size: int) -> bytes:
+    """PKCS#1 v1.5, type 1, round the challenge itself: Chirp puts neither hash nor DigestInfo there."""
+    return b'\x00\x01' + b'\xff' * (size - 3 - len(challenge)) + b'\x00' + challenge
+
+
+def new_prime(bits: int) -> int:
+    """A prime of exactly so many bits, the two highest set, fit for PUBLIC_EXPONENT."""
+    while True:
+        candidate = secrets.randbits(bits) | 3 << (bits - 2) | 1
+        if all(candidate % prime for prime in SMALL_PRIMES) and candidate % PUBLIC_EXPONENT != 1 \
+                and is_prime(candidate):
+            return candidate
+
+
+def is_prime(candidate: int) -> bool:
+    """Miller-Rabin with random bases; wrong once in 2^80 at most."""
+    odd, twos = candidate - 1, 0
+    while odd % 2 == 0:
+        odd, twos = odd // 2, twos + 1
+    for _ in range(40):
+        power = pow(secrets.randbelow(candidate - 3) + 2, odd, candidate)
+        if power in (1, candidate - 1):
+            continue
+        for _ in range(twos - 1):
+            power = power * power % candidate
+            if power == candidate - 1:
+                break
+        else:
+            return False
+    return True
+
+
+def modular_inverse(number_: int, modulus: int) -> int:
+    """``pow(number_, -1, modulus)``, which Python knows from 3.8 on."""
+    a, b, x, y = number_, modulus, 1, 0
+    while b:
+        a, b, x, y = b, a % b, y, x - a // b * y
+    return x % modulus
+
+
+def public_pem(modulus: int, exponent: int) -> str:
+    """As ``openssl rsa -pubout`` prints it."""
+    key = der_value(0x30, der_number(modulus) + der_number(exponent))
+    return pem_text('PUBLIC KEY', der_value(0x30, RSA_ALGORITHM + der_value(0x03, b'\x00' + key)))
+
+
+def pem_text(what: str, der: bytes) -> str:
+    text = base64.b64encode(der).decode('ascii')
+    lines = [text[at:at + 64] for at in range(0, len(text), 64)]
+    return '\n'.join(['-----BEGIN %s-----' % what] + lines + ['-----END %s-----' % what, ''])
+
+
+def der_value(tag: int, content: bytes) -> bytes:
+    size = len(content)
+    if size < 0x80:
+        return bytes([tag, size]) + content
+    length = size.to_bytes((size.bit_length() + 7) // 8, 'big')
+    return bytes([tag, 0x80 | len(length)]) + length + content
+
+
+def der_number(number_: int) -> bytes:
+    return der_value(0x02, number_.to_bytes(number_.bit_length() // 8 + 1, 'big'))
+
+
+def der_parts(data: bytes) -> List[bytes]:
+    """The values that follow each other, each with its head. Raises ValueError, IndexError."""
+    parts = []                 # type: List[bytes]
+    while data:
+        size, at = data[1], 2
+        if size & 0x80:
+            at += size & 0x7f
+            size = int.from_bytes(data[2:at], 'big')
+        if at + size > len(data):
+            raise ValueError('cut off')
+        parts.append(data[:at + size])
+        data = data[at + size:]
+    return parts
+
+
+def der_content(value: bytes, tag: int) -> bytes:
+    """What is in a value of that kind. Raises ValueError, IndexError."""
+    if value[0] != tag or len(der_parts(value)) != 1:
+        raise ValueError('another kind of value')
+    return value[2 + (value[1] & 0x7f if value[1] & 0x80 else 0):]
+
+
 # --- the server: a folder that nothing leads out of ------------------------------------------
 
 RESERVED = b'.__'              # names that begin so are the server's own, and out of reach
@@ -816,17 +998,47 @@ class Session:
         end = time.monotonic() + AUTHENTICATION_TIME
         while time.monotonic() < end:
             method = self._wire.line()
-            if method == b'address' and self._server.ticket is None:
+            if method == b'address' and self._server.auth == 'address':
                 self._wire.put(b'yes\nyes\n')
-                return self._admit('address', self.peer)
+                self._admit('address', self.peer, 'address:' + self.peer)
+                return True
+            if method == b'ticket' and self._server.auth == 'ticket':
+                self._wire.put(b'yes\n')
+                if self._check_ticket(end):
+                    return True
+                continue
             self._wire.put(b'no\n')
         return False
 
-    def _admit(self, method: str, name: str) -> bool:
+    def _check_ticket(self, end: float) -> bool:
+        """Lets the client show tickets until one is good, or it has no more."""
+        while time.monotonic() < end:
+            digest = self._wire.line()
+            if len(digest) != 32:
+                break
+            key = self._server.ticket
+            if key is None or digest != key.digest.encode('ascii'):
+                self._wire.put(b'declined\n')
+                continue
+            challenge = secrets.token_bytes(CHALLENGE)
+            self._wire.put(b'%d\n' % CHALLENGE + challenge)
+            if key.verify(challenge, self._read_signature()):
+                self._wire.put(b'success\n')
+                self._admit('ticket', key.digest, HOST_SUBJECT)
+                return True
+            self._wire.put(b'failure\n')
+        return False
+
+    def _read_signature(self) -> bytes:
+        word = self._wire.line()
+        if not NUMBER.match(word) or not 0 < int(word) <= SIGNATURE:
+            raise ProtocolError('not a signature')
+        return self._wire.read(int(word))
+
+    def _admit(self, method: str, name: str, subject: str) -> None:
         self._wire.put(('yes\n%s\n%s\n' % (method, name)).encode('ascii', 'replace'))
-        self._subject = '%s:%s' % (method, name)
-        self._rights = self._server.acl.rights(self._subject)
-        return True
+        self._subject = subject
+        self._rights = self._server.acl.rights(subject)
 
     def _serve(self) -> None:
         while True:
@@ -1388,14 +1600,20 @@ IDLE = 300.0                   # seconds that a client may say nothing
 
 
 class ChirpServer:
-    """Serves a folder to the addresses that it is told of. Threads: see above; ``start`` raises OSError."""
+    """Serves a folder to the addresses that it is told of. Threads: see above.
+
+    ``auth``: ``address``, or ``ticket``: then only the owner of the private part of ``ticket`` (a public
+    key, PEM) is let in, and nobody until it is known. Raises OSError where it can't listen.
+    """
 
     def __init__(self, root: str, host: str = '127.0.0.1', port: int = 0,
                  allow: Optional[Iterable[str]] = None, rights: str = 'rwld',
-                 max_clients: int = CLIENTS, idle_timeout: float = IDLE) -> None:
+                 auth: str = 'address', ticket: str = '', max_clients: int = CLIENTS,
+                 idle_timeout: float = IDLE) -> None:
         self.root = Root(root)
         self.checksums = Checksums()
-        self.ticket = None             # type: Any
+        self.auth = auth
+        self.ticket = None             # type: Optional[PublicKey]
         self.idle_timeout = idle_timeout
         self._where = (host, port)
         self._rights = rights
@@ -1408,15 +1626,30 @@ class ChirpServer:
         self._listener = None          # type: Optional[socket.socket]
         self._thread = None            # type: Optional[threading.Thread]
         self.allow(allow or ())
+        if ticket:
+            self.set_ticket(ticket)
 
     def allow(self, addresses: Iterable[str]) -> None:
         """From now on these addresses may connect, and no other; connections of others end."""
         self._allowed = frozenset(addresses)
-        self.acl = Acl([('address:' + address, self._rights) for address in sorted(self._allowed)])
+        subjects = ([HOST_SUBJECT] if self.auth == 'ticket' else
+                    ['address:' + address for address in sorted(self._allowed)])
+        self.acl = Acl([(subject, self._rights) for subject in subjects])
         with self._lock:
             sessions = list(self._sessions.values())
         for session in sessions:
             if session.peer not in self._allowed:
+                session.interrupt()
+
+    def set_ticket(self, pem: str) -> None:
+        """From now on, with ``auth='ticket'``, this public key opens, and no other; connections that
+        another one opened end. Raises ChirpError."""
+        key = PublicKey(pem)
+        with self._lock:
+            known, self.ticket = self.ticket, key
+            sessions = list(self._sessions.values())
+        if known is not None and known.digest != key.digest:
+            for session in sessions:
                 session.interrupt()
 
     @property
@@ -1511,6 +1744,191 @@ class ChirpServer:
                 self._sessions.pop(threading.current_thread(), None)
 
 
+# --- the real server -------------------------------------------------------------------------
+
+START_TIME = 20.0              # seconds until the real server listens
+RESTART_MOST = 30.0            # seconds before it is started again, at most
+
+
+class RealChirpServer:
+    """Runs cctools' chirp_server with the same rights as ours, and starts it again should it end.
+
+    What its ACL files say it reads at every request, so what may come in can change while it runs. It
+    takes any connection and then refuses it, and its clients can reach ``.__acl``: ours is tighter.
+    Thread ``chirp-watch`` waits for the process. Raises ChirpError where it doesn't start.
+    """
+
+    def __init__(self, root: str, host: str = '127.0.0.1', port: int = 0,
+                 allow: Optional[Iterable[str]] = None, rights: str = 'rwld',
+                 auth: str = 'address', ticket: str = '', max_clients: int = CLIENTS,
+                 idle_timeout: float = IDLE, user: str = 'nobody', program: str = 'chirp_server') -> None:
+        self.root = os.path.realpath(root)
+        self._host, self._port = host, port
+        self._rights = rights
+        self._auth = auth
+        self._limits = (max_clients, idle_timeout)
+        self._user = user if os.getuid() == 0 else ''
+        self._program = program
+        self._allowed = sorted(allow or ())
+        self._ticket = ticket
+        self._folder = ''              # what the server keeps beside
+        self._process = None           # type: Optional[subprocess.Popen]
+        self._stopping = threading.Event()
+        self._thread = None            # type: Optional[threading.Thread]
+
+    @property
+    def address(self) -> Tuple[str, int]:
+        """Host and port that it listens on."""
+        if self._process is None:
+            raise ChirpError('the server is not started')
+        return self._host, self._port
+
+    def allow(self, addresses: Iterable[str]) -> None:
+        """From now on these addresses may do something, and no other."""
+        self._allowed = sorted(addresses)
+        if self._process is not None:
+            self._write_rights()
+
+    def set_ticket(self, pem: str) -> None:
+        """From now on, with ``auth='ticket'``, this public key opens, and no other. Raises ChirpError."""
+        PublicKey(pem)
+        self._ticket = pem
+        if self._process is not None:
+            self._write_rights()
+
+    def start(self) -> 'RealChirpServer':
+        """Returns once it listens."""
+        self._folder = tempfile.mkdtemp(prefix='chirp-')
+        self._give(self._folder)
+        try:
+            self._write_rights()
+            self._launch()
+        except (OSError, ChirpError) as error:
+            self._clean()
+            raise ChirpError('%s: %s' % (self._program, error))
+        self._thread = threading.Thread(target=self._watch, name='chirp-watch', daemon=True)
+        self._thread.start()
+        log.info('%s serves %s on %s:%d', self._program, self.root, *self.address)
+        return self
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """Ends it and its connections."""
+        self._stopping.set()
+        self._end_process(timeout)
+        if self._thread is not None:
+            self._thread.join(timeout)
+        self._end_process(0)           # one that the watcher had just started
+        self._clean()
+
+    def __enter__(self) -> 'RealChirpServer':
+        return self.start()
+
+    def __exit__(self, *exception: Any) -> None:
+        self.stop()
+
+    def _words(self) -> List[str]:
+        clients, idle = self._limits
+        words = [self._program, '-r', self.root, '-I', self._host, '-p', str(self._port),
+                 '-Z', self._file('port'), '-a', self._auth, '--inherit-default-acl',
+                 '-u', '127.0.0.1', '-U', '1000d',      # else it tells a public catalog of itself
+                 '-n', 'guest', '-y', self._folder, '-t', str(int(idle)), '-M', str(clients), '-E']
+        return words + (['-i', self._user] if self._user else [])
+
+    def _file(self, name: str) -> str:
+        return os.path.join(self._folder, name)
+
+    def _give(self, path: str) -> None:
+        """Lets the server's user have it."""
+        if self._user:
+            try:
+                shutil.chown(path, self._user)
+            except LookupError:
+                raise ChirpError('no user %s' % self._user)
+
+    def _write_rights(self) -> None:
+        subjects = [HOST_SUBJECT] if self._auth == 'ticket' else ['address:' + a for a in self._allowed]
+        self._write('.__acl', ''.join('%s %s\n' % (subject, self._rights) for subject in subjects))
+        if self._auth == 'ticket':
+            wanted = self._write_ticket() if self._ticket else ''
+            for name in os.listdir(self.root):
+                if name.startswith('.__ticket.') and name != wanted:
+                    os.unlink(os.path.join(self.root, name))
+
+    def _write_ticket(self) -> str:
+        key = PublicKey(self._ticket)
+        name = '.__ticket.' + key.digest
+        self._write(name, 'subject "%s"\nticket "%s"\nexpiration "%d"\nrights "/" "%s"\n' % (
+            HOST_SUBJECT, key.pem, time.time() + 10 * 365 * 86400, self._rights))
+        return name
+
+    def _write(self, name: str, text: str) -> None:
+        """All at once, and not through a link that lies there."""
+        temporary = os.path.join(self.root, '.__' + secrets.token_hex(8))
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(fd, 'w') as file:
+            file.write(text)
+        self._give(temporary)
+        os.rename(temporary, os.path.join(self.root, name))
+
+    def _launch(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._file('port'))
+        with open(self._file('log'), 'wb') as output:
+            self._process = subprocess.Popen(self._words(), stdin=subprocess.DEVNULL, stdout=output,
+                                             stderr=output, cwd=self._folder)
+        end = time.monotonic() + START_TIME
+        while not self._read('port').endswith('\n'):
+            if self._process.poll() is not None or time.monotonic() > end or self._stopping.wait(0.02):
+                self._end_process(0)
+                raise ChirpError('it did not start: %s' % self._read('log').strip()[-300:])
+        self._port = int(self._read('port'))
+
+    def _read(self, name: str) -> str:
+        try:
+            with open(self._file(name), errors='replace') as file:
+                return file.read()
+        except FileNotFoundError:
+            return ''
+
+    def _watch(self) -> None:
+        pause = 1.0
+        while not self._stopping.is_set():
+            began = time.monotonic()
+            code = self._process.wait() if self._process is not None else 0
+            if time.monotonic() - began > RESTART_MOST:
+                pause = 1.0
+            if self._stopping.is_set():
+                return
+            log.warning('%s ended with %d; starting it again in %g s', self._program, code, pause)
+            if not self._stopping.wait(pause):
+                try:
+                    self._launch()
+                except (OSError, ChirpError) as error:
+                    log.error('%s: %s', self._program, error)
+            pause = min(2 * pause, RESTART_MOST)
+
+    def _end_process(self, timeout: float) -> None:
+        """Politely, then with force; the processes that serve its clients, too: they are its group."""
+        process = self._process
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            if process.poll() is None:
+                process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout)
+        with contextlib.suppress(OSError):
+            if os.getpgid(0) != process.pid:
+                os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            process.kill()
+        process.wait()
+
+    def _clean(self) -> None:
+        self._process = None
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
 # --- the client: requests --------------------------------------------------------------------
 
 REPLY = 64 * 1024              # bytes of a reply that isn't file content
@@ -1589,10 +2007,12 @@ class Requests:
     again, once, where it has ended between two requests (servers end idle ones). All of them
     raise Refused for an error reply, and Disconnected, TimedOut, AccessDenied, Cancelled."""
 
-    def __init__(self, address: str, port: int = PORT, timeout: float = 30.0) -> None:
+    def __init__(self, address: str, port: int = PORT, timeout: float = 30.0,
+                 ticket: Optional[Ticket] = None) -> None:
         self.address = address
         self.port = port
         self.timeout = timeout
+        self.ticket = ticket
         self.cancel = None             # type: Optional[threading.Event]
         self.subject = ''              # who the server says that we are
         self._wire = None              # type: Optional[Wire]
@@ -1635,13 +2055,33 @@ class Requests:
             raise Disconnected('%s:%d can\'t be reached: %s' % (self.address, self.port, error))
 
     def _authenticate(self, wire: Wire) -> str:
-        wire.put(b'address\n')
+        """By ticket, if there is one, else by address; never ``unix``, where the server names a file
+        that the client makes."""
         try:
+            if self.ticket is not None and self._show_ticket(wire, self.ticket):
+                return self._subject_of(wire)
+            wire.put(b'address\n')
             if wire.line() == b'yes' and wire.line() == b'yes':
                 return self._subject_of(wire)
         except EndOfStream:
             raise AccessDenied('%s:%d turns us away' % (self.address, self.port))
-        raise AccessDenied('%s:%d doesn\'t accept the address' % (self.address, self.port))
+        raise AccessDenied('%s:%d doesn\'t let us in' % (self.address, self.port))
+
+    def _show_ticket(self, wire: Wire, ticket: Ticket) -> bool:
+        wire.put(b'ticket\n')
+        if wire.line() != b'yes':
+            return False
+        wire.put(ticket.public.digest.encode('ascii') + b'\n')
+        answer = wire.line()
+        if answer == b'%d' % CHALLENGE:
+            signature = ticket.sign(wire.read(CHALLENGE))
+            wire.put(b'%d\n' % len(signature) + signature)
+            if wire.line() == b'success':
+                return True
+        elif answer not in (b'declined', b'failure'):
+            raise ProtocolError('ticket: %.80r' % answer)
+        wire.put(b'==\n')
+        return False
 
     def _subject_of(self, wire: Wire) -> str:
         if wire.line() != b'yes':
@@ -2077,7 +2517,7 @@ class ChirpClient(Requests):
 
     def twin(self) -> 'ChirpClient':
         """A client of the same server, not yet connected."""
-        return ChirpClient(self.address, self.port, self.timeout)
+        return ChirpClient(self.address, self.port, self.timeout, self.ticket)
 
     def persist(self, meter: Meter, step: Callable[[], Any]) -> Any:
         """Does it; again, with a new connection, where that broke, as long as this leads anywhere."""
@@ -2854,3 +3294,125 @@ def to_local_link(target: str) -> str:
     if os.name == 'posix':
         return os.fsdecode(to_bytes(target))
     return os.sep.join(name if name in ('', '.', '..') else to_local(name) for name in target.split('/'))
+
+
+# --- the command line ------------------------------------------------------------------------
+
+def parse_address(text: str) -> Tuple[str, int]:
+    """HOST, HOST:PORT or [HOST]:PORT."""
+    found = re.match(r'(?:\[(.+)\]|([^:]+))(?::([0-9]{1,5}))?$', text)
+    if not found or int(found.group(3) or 0) > 65535:
+        raise argparse.ArgumentTypeError('expected HOST:PORT, not %s' % text)
+    return found.group(1) or found.group(2), int(found.group(3) or PORT)
+
+
+def parse_words(words: Optional[Sequence[str]]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog='chirp.py', description='Files over Chirp.')
+    verbs = parser.add_subparsers(dest='verb', metavar='serve|put|get|ls')
+    serve = verbs.add_parser('serve', help='serve a folder until SIGTERM or Ctrl-C')
+    serve.add_argument('folder')
+    serve.add_argument('--host', default='127.0.0.1', help='address to listen on (default %(default)s)')
+    serve.add_argument('--port', type=int, default=PORT, help='default %(default)s; 0: any')
+    serve.add_argument('--allow', action='append', metavar='ADDRESS',
+                       help='who may connect, as often as wanted (default 127.0.0.1)')
+    serve.add_argument('--rights', default='rwld', help='of r, w, l, d (default %(default)s)')
+    serve.add_argument('--ticket', metavar='FILE', help='public key (PEM): let only its owner in')
+    for verb, what in (('put', 'send a file or folder'), ('get', 'fetch a file or folder')):
+        moving = verbs.add_parser(verb, help=what)
+        moving.add_argument('address', type=parse_address, metavar='HOST:PORT')
+        moving.add_argument('source')
+        moving.add_argument('target', nargs='?', help='default: the name of the source')
+    listing = verbs.add_parser('ls', help='list a folder')
+    listing.add_argument('address', type=parse_address, metavar='HOST:PORT')
+    listing.add_argument('path', nargs='?', default='/')
+    listing.add_argument('-l', action='store_true', dest='long', help='with mode, size and time')
+    for verb in ('put', 'get', 'ls'):
+        verbs.choices[verb].add_argument('--timeout', type=float, default=30.0, metavar='SECONDS',
+                                         help='silence that is borne (default %(default)s)')
+        verbs.choices[verb].add_argument('--ticket', metavar='FILE', help='private key (PEM)')
+    parsed = parser.parse_args(words)
+    if parsed.verb is None:
+        parser.error('expected serve, put, get or ls')
+    return parsed
+
+
+def read_text(path: Optional[str]) -> str:
+    if not path:
+        return ''
+    with open(path) as file:
+        return file.read()
+
+
+def serve_folder(words: argparse.Namespace) -> None:
+    stop = threading.Event()
+    for number_ in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number_, lambda *_: stop.set())
+    server = ChirpServer(words.folder, words.host, words.port, words.allow or ['127.0.0.1'], words.rights,
+                         'ticket' if words.ticket else 'address', read_text(words.ticket))
+    with server:
+        print('serving %s on %s:%d' % ((server.root.path,) + server.address), flush=True)
+        while not stop.wait(60):
+            pass
+
+
+class Bar:
+    """Progress on a terminal; nothing elsewhere."""
+
+    def __init__(self) -> None:
+        self._shows = sys.stderr.isatty()
+
+    def __call__(self, moved: int, total: int) -> None:
+        if self._shows:
+            sys.stderr.write('\r%3d %%  %d of %d bytes ' % (moved * 100 // max(total, 1), moved, total))
+            sys.stderr.flush()
+
+    def end(self) -> None:
+        if self._shows:
+            sys.stderr.write('\n')
+
+
+def move(client: ChirpClient, words: argparse.Namespace) -> None:
+    name = os.path.basename(words.source.rstrip('/' + (os.sep if words.verb == 'put' else '')))
+    target = words.target or name
+    if not target or target in ('.', '..'):
+        raise ChirpError('name the target: %s has no name of its own' % words.source)
+    bar = Bar()
+    try:
+        if words.verb == 'put':
+            client.put(words.source, os.fsencode(target), progress=bar)
+        else:
+            client.get(os.fsencode(words.source), target, progress=bar)
+    finally:
+        bar.end()
+
+
+def print_listing(client: ChirpClient, words: argparse.Namespace) -> None:
+    for entry in client.ls(os.fsencode(words.path)):
+        name = shown(entry.name) + ('/' if entry.is_dir else '')
+        if words.long:
+            stamp = time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(entry.mtime))
+            name = '%s %12d %s %s' % (stat.filemode(entry.mode), entry.size, stamp, name)
+        encoding = sys.stdout.encoding or 'utf-8'
+        print(name.encode(encoding, 'backslashreplace').decode(encoding))
+
+
+def main(words: Optional[Sequence[str]] = None) -> int:
+    """The command line; the exit code."""
+    parsed = parse_words(words)
+    try:
+        if parsed.verb == 'serve':
+            serve_folder(parsed)
+            return 0
+        ticket = Ticket.from_pem(read_text(parsed.ticket)) if parsed.ticket else None
+        with ChirpClient(parsed.address[0], parsed.address[1], parsed.timeout, ticket) as client:
+            (print_listing if parsed.verb == 'ls' else move)(client, parsed)
+        return 0
+    except (ChirpError, OSError) as error:
+        print('chirp.py: %s' % error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""chirp.py as a program, and the wrapper round the real chirp_server."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from helpers import wait_until
+from test_chirp import make_tree, needs_cctools, seen, write
+from test_chirp_tickets import OTHER, TICKET
+
+import chirp
+
+PROGRAM = chirp.__file__
+
+
+def chirp_py(*words, code=0):
+    done = subprocess.run([sys.executable, PROGRAM] + [str(word) for word in words], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, timeout=60)
+    assert done.returncode == code, done.stdout
+    return done.stdout.decode()
+
+
+@pytest.fixture
+def serving(tmp_path):
+    """HOST:PORT of a ``chirp.py serve``."""
+    (tmp_path / 'served').mkdir()
+    process = subprocess.Popen([sys.executable, PROGRAM, 'serve', str(tmp_path / 'served'), '--port', '0'],
+                               stdout=subprocess.PIPE, universal_newlines=True)
+    line = process.stdout.readline()
+    assert line.startswith('serving %s on 127.0.0.1:' % (tmp_path / 'served'))
+    yield line.split()[-1]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    process.stdout.close()
+
+
+def test_serve_put_get_ls(serving, tmp_path):
+    source = make_tree(tmp_path / 'source')
+    os.unlink(str(source / 'new\nline'))
+    chirp_py('put', serving, source)
+    assert seen(tmp_path / 'served' / 'source') == seen(source)
+    chirp_py('get', serving, '/source', tmp_path / 'back')
+    assert seen(tmp_path / 'back') == seen(source)
+    listed = chirp_py('ls', serving, 'source').splitlines()
+    assert 'with blank' in listed and 'd0/' in listed and 'umläut' in listed
+    assert any(line.startswith('-rw-------') and line.endswith('plain')
+               for line in chirp_py('ls', '-l', serving, '/source').splitlines())
+
+
+def test_errors_are_one_line(serving, tmp_path):
+    assert 'does not exist' in chirp_py('get', serving, '/missing', tmp_path / 'x', code=1)
+    assert chirp_py('put', serving, tmp_path / 'missing', code=1).count('\n') == 1
+    assert 'HOST:PORT' in chirp_py('ls', '127.0.0.1:99999999', code=2)
+    assert not os.path.exists(str(tmp_path / 'x')) and not os.path.exists(str(tmp_path / 'x.part'))
+
+
+@pytest.fixture
+def real(tmp_path):
+    os.chmod(str(tmp_path.parent.parent), 0o755)
+    os.chmod(str(tmp_path.parent), 0o755)
+    os.chmod(str(tmp_path), 0o755)
+    folder = tmp_path / 'served'
+    folder.mkdir()
+    os.chmod(str(folder), 0o777)
+    return str(folder)
+
+
+@needs_cctools
+def test_the_wrapper_serves_and_stops(real, tmp_path):
+    write(tmp_path / 'a', b'content')
+    server = chirp.RealChirpServer(real, allow=['127.0.0.1']).start()
+    pid = server._process.pid
+    try:
+        with chirp.ChirpClient(*server.address) as client:
+            client.put(str(tmp_path / 'a'), '/a')
+            assert client.getfile('/a') == b'content'
+            server.allow(['127.0.0.9'])
+            with pytest.raises(chirp.Refused):
+                client.getfile('/a')
+            server.allow(['127.0.0.1'])
+            assert client.getfile('/a') == b'content'
+    finally:
+        server.stop()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    with pytest.raises(chirp.ChirpError):
+        chirp.ChirpClient('127.0.0.1', 1, timeout=5).stat('/')
+
+
+@needs_cctools
+def test_the_wrapper_starts_a_server_again_that_died(real):
+    with chirp.RealChirpServer(real, allow=['127.0.0.1']) as server:
+        address, pid = server.address, server._process.pid
+        os.kill(pid, signal.SIGKILL)
+
+        def serves():
+            try:
+                with chirp.ChirpClient(*address, timeout=5) as client:
+                    return server._process.pid != pid and client.stat('/')
+            except chirp.ChirpError:
+                return None
+        wait_until(serves, 30)
+
+
+@needs_cctools
+def test_the_wrapper_takes_tickets(real):
+    with chirp.RealChirpServer(real, auth='ticket') as server:
+        with pytest.raises(chirp.AccessDenied):
+            chirp.ChirpClient(*server.address, ticket=TICKET).stat('/')
+        server.set_ticket(TICKET.public.pem)
+        with chirp.ChirpClient(*server.address, ticket=TICKET) as client:
+            client.putfile('/a', b'b')
+            assert client.whoami() == 'host:agent'
+        for wrong in (None, OTHER):
+            with pytest.raises(chirp.AccessDenied):
+                chirp.ChirpClient(*server.address, ticket=wrong).stat('/')
+
+
+def test_a_wrapper_that_can_not_start_says_why(real):
+    with pytest.raises(chirp.ChirpError, match='no-such-program'):
+        chirp.RealChirpServer(real, program='no-such-program').start()
