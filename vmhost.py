@@ -1143,6 +1143,7 @@ IMPORTING = 'vmhost/importing/'    # global keys: + name: the .vbox that an impo
 DISK_MADE = 'vmhost/disk'          # + path of a disk that createVM made: its uuid, or DISK_UNFINISHED
 CHIRP_RULE = 'vmhost-chirp'        # name of the NAT port forwarding
 BANDWIDTH_GROUP = 'vmhost'
+DESKTOP_SECURITY = {'tls': 'TLS', 'rdp': 'RDP', 'negotiate': 'Negotiate'}
 
 OFF = ('PoweredOff', 'Aborted', 'Teleported')
 SAVED = ('Saved', 'AbortedSaved')
@@ -1160,6 +1161,7 @@ ACCEPTABLE = {                     # the states in which a verb makes sense
     'delete_snapshot': OFF + SAVED + ('Running', 'Paused'),
     'restore_snapshot': OFF + SAVED,
     'remove_vm': OFF + SAVED,
+    'set_limits': OFF + ('Running',),
     'screenshot': ('Running', 'Paused'),
 }
 CHANGING = frozenset((             # verbs that are never begun twice; all others only look
@@ -1940,6 +1942,8 @@ class Driver:
             del self._owners[uuid]
         if job.steps is not None:
             job.steps.close()
+        if job.verb in CHANGING:
+            self._next_look = 0.0                   # before the next request changes it again
         self._tell(answer)
 
     # connection
@@ -2339,12 +2343,29 @@ class Driver:
     def save_state(self, job: Job, vm: str) -> Iterator[float]:
         machine = yield from self.ready(job, vm, 'save_state')
         session = yield from self.lock(job, machine)
+        failure = None
         try:
             yield from self.finish_in_process(job, session.machine.saveState(), 'saving the state')
+        except VMHostError as error:
+            failure = error
         finally:
             self.unlock(session)
+        if failure is not None:
+            yield from self.settled(job, machine)
+            if self.state_of(machine) != 'Saved':
+                raise failure
+            yield from self._write_settings(job, machine, failure)
         yield from self.reached(job, machine, 'Saved')
         return True
+
+    def _write_settings(self, job: Job, machine: Any, failure: Exception) -> Iterator[float]:
+        """Seen with 7.2, once in 60: the state is saved, but an assertion of VBoxSVC's fails while it
+        writes the .vbox file, which then doesn't name the state. A change writes it again."""
+        vbox_log.info('%s is saved, though VirtualBox says: %s', machine.name, failure)
+        text = machine.description
+        for each in (text + ' ', text):
+            yield from self.edit(job, machine, lambda mutable, each=each: setattr(  # type: ignore
+                mutable, 'description', each))
 
     def discard_state(self, job: Job, vm: str) -> Iterator[float]:
         machine = yield from self.ready(job, vm, 'discard_state')
@@ -2516,7 +2537,8 @@ class Driver:
 
     def _remove_half_made(self, machine: Any) -> None:
         try:
-            self._delete(machine, self.const('CleanupMode_Full'))
+            progress = self._delete(machine, self.const('CleanupMode_Full'))
+            progress.waitForCompletion(10000)
         except Exception as error:
             vbox_log.warning('a half-made VM is left for cleanup: %s', self.translate(error))
 
@@ -2556,7 +2578,9 @@ class Driver:
             yield from self.finish(job, source.cloneTo(disk, variant, None), 'copying the disk')
         finally:
             if own_copy:
+                twin = source.location
                 source.deleteStorage().waitForCompletion(10000)
+                self.vbox.setExtraData(DISK_MADE + twin, '')
             elif not self.array(source, 'machineIds'):
                 source.close()
 
@@ -2568,13 +2592,23 @@ class Driver:
         """Of a copy of a disk that VirtualBox knows: both have the same uuid, so it opens neither
         the copy nor, without writing into it, gives it another. A copy of the copy gets one."""
         twin = os.path.join(folder, 'copy-of-' + os.path.basename(image))
+        self.vbox.setExtraData(DISK_MADE + twin, DISK_UNFINISHED)
+        try:
+            yield from self._copy_file(job, image, twin)
+            return self._open_disk(twin, 'ReadWrite', True)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(twin)
+            self.vbox.setExtraData(DISK_MADE + twin, '')
+            raise
+
+    def _copy_file(self, job: Job, image: str, target: str) -> Iterator[float]:
         total = os.path.getsize(image) or 1
-        with open(image, 'rb') as source, open(twin, 'wb') as target:
+        with open(image, 'rb') as source, open(target, 'wb') as copy:
             for block in iter(lambda: source.read(4 << 20), b''):
-                target.write(block)
+                copy.write(block)
                 job.report(100 * source.tell() // total, 'copying the image')
                 yield 0
-        return self._open_disk(twin, 'ReadWrite', True)
 
     def _fit_out(self, machine: Any, wish: Dict[str, Any], disk: Any, iso: str) -> None:
         if disk is not None:
@@ -2786,11 +2820,17 @@ class Driver:
                    for machine in self.machines_now() if machine.id in self._owners)
 
     def _remove_disk(self, job: Job, location: str, uuid: str) -> Iterator[float]:
-        medium = self.vbox.openMedium(location, self.const('DeviceType_HardDisk'),
-                                      self.const('AccessMode_ReadWrite'), False)
-        if uuid not in (medium.id, DISK_UNFINISHED):
-            raise HypervisorError('%s is another disk than the one that was made there' % location)
-        yield from self.finish(job, medium.deleteStorage(), 'deleting a disk')
+        try:
+            medium = self._open_disk(location, 'ReadWrite')
+        except Exception:
+            if uuid != DISK_UNFINISHED:
+                raise
+            os.remove(location)                     # not even a disk yet
+        else:
+            if uuid not in (medium.id, DISK_UNFINISHED):
+                raise HypervisorError('%s is another disk than the one that was made there'
+                                      % location)
+            yield from self.finish(job, medium.deleteStorage(), 'deleting a disk')
         self.vbox.setExtraData(DISK_MADE + location, '')
         remove_leavings(os.path.dirname(location))
 
@@ -3009,9 +3049,7 @@ class Driver:
             raise InvalidParams('cpuPercent is 1 to 100, not %d' % percent)
         if int(limits.get('netKBps', 0)) < 0:
             raise InvalidParams('netKBps is 0 (no limit) or more')
-        machine = self.find(vm)
-        yield from self.own(job, machine)
-        yield from self.settled(job, machine)
+        machine = yield from self.ready(job, vm, 'set_limits')
         yield from self.edit(job, machine, lambda mutable: self._limit(mutable, limits))
         return True
 
@@ -3042,12 +3080,7 @@ class Driver:
 
     def remote_desktop(self, job: Job, vm: str, enable: bool, options: Dict[str, Any]
                        ) -> Iterator[float]:
-        wish = {'address': self.desktop['address'], 'port': 0, 'auth': self.desktop['auth'],
-                'security': self.desktop['security']}
-        unknown = set(options) - set(wish)
-        if unknown:
-            raise InvalidParams('remoteDesktop knows no option ' + ', '.join(sorted(unknown)))
-        wish.update(options)
+        wish = self._desktop_wish(options)
         machine = self.find(vm)
         if enable and not self.vbox.systemProperties.defaultVRDEExtPack:
             raise NotSupported('VirtualBox has no remote desktop server: install its extension '
@@ -3055,10 +3088,29 @@ class Driver:
         yield from self.own(job, machine)
         yield from self.settled(job, machine)
         if enable:
-            wish['port'] = int(wish['port']) or self._free_desktop_port(machine, wish['address'])
+            wish['port'] = wish['port'] or self._free_desktop_port(machine, wish['address'])
         yield from self.edit(job, machine,
                              lambda mutable: self._switch_desktop(mutable, enable, wish))
         return self._desktop_of(machine)
+
+    def _desktop_wish(self, options: Dict[str, Any]) -> Dict[str, Any]:
+        """[RemoteDesktop], and the options over it, checked."""
+        wish = dict(self.desktop, port=0)
+        del wish['ports']
+        unknown = set(options) - set(wish)
+        if unknown:
+            raise InvalidParams('remoteDesktop knows no option %s; it knows %s' % (
+                ', '.join(sorted(unknown)), ', '.join(sorted(wish))))
+        wish.update(options)
+        if not str(wish['port']).isdigit() or int(wish['port']) > 65535:
+            raise InvalidParams('port is a number, 0 to 65535 (0: a free one of [RemoteDesktop] '
+                                'ports), not %r' % wish['port'])
+        wish['port'] = int(wish['port'])
+        for key, known in (('auth', self._auth_types()), ('security', DESKTOP_SECURITY)):
+            if str(wish[key]).lower() not in known:
+                raise InvalidParams('%s is %s, not %r' % (key, either(sorted(known)), wish[key]))
+        wish['security'] = DESKTOP_SECURITY[str(wish['security']).lower()]
+        return wish
 
     def _switch_desktop(self, machine: Any, enable: bool, wish: Dict[str, Any]) -> None:
         server = machine.VRDEServer
@@ -3066,7 +3118,7 @@ class Driver:
             server.authType = self._auth_types()[str(wish['auth']).lower()]
             server.setVRDEProperty('TCP/Address', str(wish['address']))
             server.setVRDEProperty('TCP/Ports', str(wish['port']))
-            server.setVRDEProperty('Security/Method', str(wish['security']))
+            server.setVRDEProperty('Security/Method', wish['security'])
         server.enabled = enable
 
     def _auth_types(self) -> Dict[str, int]:
@@ -3079,8 +3131,8 @@ class Driver:
         return self._free_port(self.desktop['ports'], address, taken)
 
     def _free_port(self, ports: str, address: str, taken: set) -> int:
-        low, _, high = str(ports).partition('-')
-        for port in range(int(low), int(high or low) + 1):
+        low, _, high = ports.partition('-')
+        for port in range(int(low), int(high) + 1):
             if port not in taken and port_is_free(address, port):
                 return port
         raise HypervisorError('no port of %s is free on %s' % (ports, address))
@@ -5310,6 +5362,23 @@ class XMLRPCServer(socketserver.TCPServer):
 
 # --- configuration ---------------------------------------------------------------------------
 
+def ip_address(value: str) -> str:
+    """A kind: an IPv4 address or netmask."""
+    try:
+        return str(ipaddress.IPv4Address(value))
+    except ValueError:
+        raise ValueError('an IPv4 address')
+
+
+def port_range(value: str) -> str:
+    """A kind: ports such as 5000-5050, or a single one."""
+    match = re.match(r'^(\d{1,5})(?:\s*-\s*(\d{1,5}))?$', value)
+    low, high = (int(match.group(1)), int(match.group(2) or match.group(1))) if match else (0, 0)
+    if not 0 < low <= high < 65536:
+        raise ValueError('ports such as 5000-5050')
+    return '%d-%d' % (low, high)
+
+
 SETTINGS = {
     'Broker': {
         'embedded': (protocol.yes_no, 'yes'), 'host': (protocol.text, 'auto'),
@@ -5330,13 +5399,14 @@ SETTINGS = {
     'Network': {
         'mode': (protocol.choice('hostonly', 'nat'), 'hostonly'),
         'interface': (protocol.text, 'vboxnet0'), 'manage': (protocol.yes_no, 'no'),
-        'host_ip': (protocol.text, '192.168.56.1'), 'netmask': (protocol.text, '255.255.255.0'),
-        'dhcp_server': (protocol.text, '192.168.56.100'),
-        'dhcp_lower': (protocol.text, '192.168.56.101'),
-        'dhcp_upper': (protocol.text, '192.168.56.254')},
+        'host_ip': (ip_address, '192.168.56.1'), 'netmask': (ip_address, '255.255.255.0'),
+        'dhcp_server': (ip_address, '192.168.56.100'),
+        'dhcp_lower': (ip_address, '192.168.56.101'),
+        'dhcp_upper': (ip_address, '192.168.56.254')},
     'RemoteDesktop': {
-        'address': (protocol.text, '127.0.0.1'), 'ports': (protocol.text, '5000-5050'),
-        'auth': (protocol.text, 'external'), 'security': (protocol.text, 'TLS')},
+        'address': (protocol.text, '127.0.0.1'), 'ports': (port_range, '5000-5050'),
+        'auth': (protocol.choice('external', 'guest', 'null'), 'external'),
+        'security': (protocol.choice('TLS', 'RDP', 'Negotiate'), 'TLS')},
     'Logging': protocol.LOGGING,
 }  # type: Dict[str, Dict[str, Tuple[Callable, str]]]
 
