@@ -1,0 +1,60 @@
+"""What the tests of the real VirtualBox share: a view of it past the host agent."""
+
+import contextlib
+import subprocess
+
+from helpers import wait_until
+from vms import command_line, kill, processes
+
+
+def manage(*words):
+    """What VBoxManage says; fails where it fails."""
+    return subprocess.run(('VBoxManage',) + words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          universal_newlines=True, timeout=120, check=True).stdout
+
+
+def try_manage(*words):
+    """Whether VBoxManage does it: not while the VM's process is on its way, say."""
+    with contextlib.suppress(subprocess.CalledProcessError):
+        manage(*words)
+        return True
+    return False
+
+
+def facts(vm):
+    """{key: value} of `VBoxManage showvminfo --machinereadable`."""
+    lines = manage('showvminfo', vm, '--machinereadable').splitlines()
+    pairs = (line.partition('=') for line in lines if '=' in line)
+    return {key.strip('"'): value.strip('"') for key, _, value in pairs}
+
+
+def state_of(vm):
+    """The VM's state, as VBoxManage says; '' while it can't be read."""
+    with contextlib.suppress(subprocess.CalledProcessError):
+        return facts(vm)['VMState']
+    return ''
+
+
+def vm_process(vm):
+    """The process that runs a VM, None where there is none."""
+    for pid in processes():
+        words = command_line(pid)
+        if words and words[0].endswith('VBoxHeadless') and vm in words:
+            return pid
+    return None
+
+
+def vboxsvc():
+    """The process VBoxSVC."""
+    for pid in processes():
+        if (command_line(pid) or [''])[0].endswith('VBoxSVC'):
+            return pid
+    return None
+
+
+def remove(uuid):
+    """A VM, whatever its state; its files too."""
+    pid = vm_process(uuid)
+    if pid:
+        kill(pid)
+    wait_until(lambda: try_manage('unregistervm', uuid, '--delete'), 30, 0.3)

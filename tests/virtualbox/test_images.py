@@ -1,0 +1,180 @@
+"""VMs made from every kind of image; ACPI shutdown of a guest that listens; what cleanup finds."""
+
+import hashlib
+import os
+
+import pytest
+from helpers import wait_until
+from rig import facts, manage, try_manage
+from vms import fault_of
+
+# A boot sector that writes R to the first serial port, and powers off when the ACPI button is pressed.
+BUTTON_SYSTEM = bytes([
+    0xba, 0xf8, 0x03, 0xb0, 0x52, 0xee,                 # mov dx,3f8h; mov al,'R'; out dx,al
+    0xba, 0x00, 0x40, 0xed, 0xa9, 0x00, 0x01,           # again: mov dx,4000h; in ax,dx; test ax,PWRBTN_STS
+    0x75, 0x04, 0xfb, 0xf4, 0xeb, 0xf3,                 # jnz off; sti; hlt; jmp again
+    0xba, 0x04, 0x40, 0xb8, 0x00, 0x34, 0xef, 0xf4])    # off: mov dx,4004h; mov ax,S5+SLP_EN; out dx,ax; hlt
+
+
+@pytest.fixture(scope='session')
+def images(home, tmp_path_factory):
+    """A folder with the same small disk as .vdi, .vmdk and .vhd, in an .ova and an .ovf; and an .iso."""
+    folder = tmp_path_factory.mktemp('images')
+
+    def path(name):
+        return str(folder / name)
+
+    with open(path('raw'), 'wb') as file:
+        file.write(BUTTON_SYSTEM.ljust(510, b'\0') + b'\x55\xaa')
+        file.truncate(2 << 20)
+    with open(path('disc.iso'), 'wb') as file:
+        file.truncate(2 << 20)
+    for kind in ('vdi', 'vmdk', 'vhd'):
+        manage('convertfromraw', path('raw'), path('disk.' + kind), '--format', kind.upper())
+    manage('createvm', '--name', 'exported', '--ostype', 'Linux_64', '--register')
+    manage('modifyvm', 'exported', '--memory', '16', '--nic1', 'nat')
+    manage('storagectl', 'exported', '--name', 'SATA', '--add', 'sata')
+    manage('storageattach', 'exported', '--storagectl', 'SATA', '--port', '0', '--type', 'hdd', '--medium',
+           path('disk.vdi'))
+    manage('export', 'exported', '--output', path('appliance.ova'))
+    manage('export', 'exported', '--output', path('appliance.ovf'))
+    manage('unregistervm', 'exported')
+    try_manage('closemedium', 'disk', path('disk.vdi'))
+    return folder
+
+
+def digest(path):
+    with open(str(path), 'rb') as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+@pytest.mark.parametrize('image', ['disk.vdi', 'disk.vmdk', 'disk.vhd', 'appliance.ova', 'appliance.ovf'])
+def test_a_vm_from_an_image_runs_and_shuts_down(api, host, images, remove_all, tmp_path, image):
+    before = digest(images / image)
+    name = 'from ' + image
+    assert api.createVM(name, str(images / image), {'memory': 16, 'network': 'nat'}) == [True, name]
+    found = facts(name)
+    assert (found['memory'], found['VMState'], found['nic1']) == ('16', 'poweroff', 'nat')
+    manage('modifyvm', name, '--uart1', '0x3f8', '4', '--uartmode1', 'file', str(tmp_path / 'serial'))
+    assert api.start(name) is True
+    wait_until(lambda: (tmp_path / 'serial').exists() and (tmp_path / 'serial').read_bytes() == b'R', 60)
+    assert api.shutdown(name) is True
+    assert api.getState(name) == 'PoweredOff'
+    assert api.removeVM(name, True) is True
+    assert digest(images / image) == before
+    assert str(images) not in manage('list', 'hdds')
+
+
+def test_two_vms_from_one_image(api, images, remove_all):
+    """VirtualBox refuses two disks of one uuid."""
+    for name in ('first', 'second'):
+        api.createVM(name, str(images / 'disk.vdi'), {'memory': 16})
+    disks = [facts(name)['SATA-ImageUUID-0-0'] for name in ('first', 'second')]
+    assert disks[0] != disks[1]
+
+
+def folder_of(vm):
+    return os.path.join(os.environ['VBOX_USER_HOME'], 'vms', vm)
+
+
+def test_an_image_that_another_vm_uses(api, images, remove_all):
+    api.createVM('user', str(images / 'disk.vdi'), {'memory': 16})
+    used = next(value for key, value in facts('user').items() if value.endswith('.vdi'))
+    api.start('user')
+    code, text = fault_of(api.createVM, 'copy', used, {'memory': 16})
+    assert (code, 'lock' in text) == (4, True), text
+    assert 'copy' not in api.listVMs() and not os.path.exists(folder_of('copy'))
+    assert api.getState('user') == 'Running'
+    api.powerOff('user')
+    api.createVM('copy', used, {'memory': 16})
+
+
+def test_a_copy_of_a_known_disk_has_a_uuid_of_its_own(api, images, remove_all, tmp_path):
+    """The image file is a byte copy of a disk that VirtualBox has open under the same uuid."""
+    api.createVM('original', str(images / 'disk.vdi'), {'memory': 16})
+    used = next(value for key, value in facts('original').items() if value.endswith('.vdi'))
+    twin = tmp_path / 'twin.vdi'
+    with open(used, 'rb') as source:
+        twin.write_bytes(source.read())
+    before = digest(twin)
+    api.createVM('from twin', str(twin), {'memory': 16})
+    assert facts('from twin')['SATA-ImageUUID-0-0'] != facts('original')['SATA-ImageUUID-0-0']
+    assert digest(twin) == before
+    assert not [name for name in os.listdir(folder_of('from twin')) if 'copy-of' in name]
+
+
+def test_a_vm_from_an_iso(api, images, remove_all):
+    api.createVM('live', str(images / 'disc.iso'), {'memory': 16, 'diskSize': 8, 'cpus': 2})
+    found = facts('live')
+    assert str(images / 'disc.iso') in found.values() and found['cpus'] == '2'
+    disk = next(value for value in found.values() if value.endswith('.vdi'))
+    assert 'Capacity:       8 MBytes' in manage('showmediuminfo', disk)
+    api.start('live')
+    api.powerOff('live')
+    api.removeVM('live', True)
+    assert os.path.exists(str(images / 'disc.iso')) and not os.path.exists(disk)
+
+
+def test_a_vbox_file_is_registered(api, images, remove_all, home):
+    api.createVM('registered', str(images / 'disk.vdi'), {'memory': 16})
+    path = facts('registered')['CfgFile']
+    assert fault_of(api.createVM, path)[0] == 8
+    assert api.removeVM('registered') is True
+    assert 'registered' not in api.listVMs() and os.path.exists(path)
+    assert fault_of(api.createVM, 'registered')[0] == 8        # its files are still there
+    assert api.createVM(path) == [True, 'registered']
+    assert api.getState('registered') == 'PoweredOff'
+    api.start('registered')
+
+
+@pytest.mark.parametrize('name', ['torn.ova', 'torn.vdi', 'torn.vmdk', 'torn.ovf'])
+def test_a_torn_image_leaves_nothing(api, images, remove_all, tmp_path, name):
+    whole = images / name.replace('torn.ov', 'appliance.ov').replace('torn', 'disk')
+    torn = tmp_path / name
+    torn.write_bytes(whole.read_bytes()[:300])
+    media = manage('list', 'hdds')
+    code, text = fault_of(api.createVM, 'torn', str(torn), {'memory': 16})
+    assert code == 5 and '0x' in text, text
+    assert 'torn' not in api.listVMs()
+    assert manage('list', 'hdds') == media
+    assert not os.path.exists(folder_of('torn')), os.listdir(folder_of('torn'))
+
+
+def test_removing_keeps_disks_that_others_use(api, images, remove_all):
+    api.createVM('one', str(images / 'disk.vdi'), {'memory': 16})
+    api.createVM('two', '', {'memory': 16, 'diskSize': 0})
+    disk = next(value for value in facts('one').values() if value.endswith('.vdi'))
+    manage('storageattach', 'one', '--storagectl', 'SATA', '--port', '0', '--medium', 'none')
+    manage('modifymedium', 'disk', disk, '--type', 'multiattach')
+    for vm in ('one', 'two'):
+        manage('storageattach', vm, '--storagectl', 'SATA', '--port', '0', '--type', 'hdd', '--medium', disk)
+    assert api.removeVM('one', True) is True
+    assert os.path.exists(disk)
+    api.start('two')
+    assert api.cleanup() == []
+
+
+def test_cleanup_touches_nothing_else(api, images, remove_all, tmp_path):
+    manage('createvm', '--name', 'foreign', '--ostype', 'Linux_64', '--register')
+    foreign_disk = str(tmp_path / 'foreign.vdi')
+    manage('createmedium', 'disk', '--filename', foreign_disk, '--size', '4')
+    api.createVM('ours', '', {'memory': 16, 'diskSize': 4})
+    api.createVM('saved', '', {'memory': 16, 'diskSize': 4})
+    api.start('saved')
+    api.saveState('saved')
+    api.createVM('left disk', '', {'memory': 16, 'diskSize': 4})
+    left = next(value for value in facts('left disk').values() if value.endswith('.vdi'))
+    manage('storageattach', 'left disk', '--storagectl', 'SATA', '--port', '0', '--medium', 'none')
+    api.removeVM('left disk')
+    try:
+        planned = [(row['kind'], row['name']) for row in api.cleanup()]
+        assert sorted(planned) == [('disk', left), ('vm', 'ours')]
+        assert os.path.exists(left) and 'ours' in api.listVMs()
+        removed = [(row['kind'], row['name']) for row in api.cleanup(False)]
+        assert sorted(removed) == sorted(planned)
+        assert not os.path.exists(left) and os.path.exists(foreign_disk)
+        assert {'foreign', 'saved'} <= set(api.listVMs()) and 'ours' not in api.listVMs()
+        assert api.getState('saved') == 'Saved'
+        assert api.cleanup() == []
+    finally:
+        try_manage('closemedium', 'disk', foreign_disk, '--delete')

@@ -1,0 +1,165 @@
+"""The host-only network, made and mended; NAT and its port forwarding; what `check` says."""
+
+import contextlib
+import os
+import re
+import subprocess
+
+import pytest
+from rig import facts, manage
+from vms import VMHost, fault_of
+
+import protocol
+import vmhost
+
+CONF = '/etc/vbox/networks.conf'
+
+
+def ip(*words):
+    return subprocess.run(('ip',) + words, stdout=subprocess.PIPE, universal_newlines=True, check=True).stdout
+
+
+@pytest.fixture
+def no_network(home):
+    """No host-only interface before and after, and no DHCP server."""
+    forget_networks()
+    yield
+    forget_networks()
+
+
+def forget_networks():
+    for name in re.findall(r'^Name: +(vboxnet\d+)$', manage('list', 'hostonlyifs'), re.MULTILINE):
+        manage('hostonlyif', 'remove', name)
+    for name in re.findall(r'^NetworkName: +(.*)$', manage('list', 'dhcpservers'), re.MULTILINE):
+        manage('dhcpserver', 'remove', '--network', name)
+
+
+@contextlib.contextmanager
+def allowed(*ranges):
+    os.makedirs(os.path.dirname(CONF), exist_ok=True)
+    with open(CONF, 'w') as file:
+        file.writelines('* %s\n' % each for each in ranges)
+    try:
+        yield
+    finally:
+        os.remove(CONF)
+
+
+HOST_ONLY = {'mode': 'hostonly'}
+MADE = {'mode': 'hostonly', 'interface': 'vboxnet0', 'hostIp': '192.168.56.1', 'netmask': '255.255.255.0',
+        'dhcp': {'server': '192.168.56.100', 'lower': '192.168.56.101', 'upper': '192.168.56.254',
+                 'enabled': True}}
+
+
+def test_the_network_is_made_once_and_mended(no_network, tmp_path):
+    with VMHost(tmp_path, network=HOST_ONLY) as host, host.api as api:
+        assert api.getNetwork()['hostIp'] == ''
+        assert api.setupNetwork() == MADE == api.getNetwork()
+        assert '192.168.56.1/24' in ip('addr', 'show', 'vboxnet0')
+        server = manage('list', 'dhcpservers')
+        assert re.search(r'(?m)^\s*3/legacy: +192\.168\.56\.1$', server) or '192.168.56.1\n' in server
+        links = ip('-o', 'link')
+        assert api.setupNetwork() == MADE
+        assert ip('-o', 'link') == links and manage('list', 'dhcpservers') == server
+        ip('addr', 'flush', 'dev', 'vboxnet0')
+        assert api.setupNetwork() == MADE
+        assert '192.168.56.1/24' in ip('addr', 'show', 'vboxnet0')
+        manage('dhcpserver', 'modify', '--interface', 'vboxnet0', '--lowerip', '192.168.56.150', '--disable')
+        assert api.getNetwork()['dhcp']['enabled'] is False
+        assert api.setupNetwork() == MADE
+
+
+def test_a_managed_network_is_there_at_the_start(no_network, tmp_path):
+    with VMHost(tmp_path, network=dict(HOST_ONLY, manage='yes')) as host, host.api as api:
+        assert api.getNetwork() == MADE
+        assert api.agentInfo()['broker']['address'].startswith('192.168.56.1:')
+
+
+def test_another_range_must_be_allowed(no_network, tmp_path):
+    network = dict(HOST_ONLY, host_ip='10.77.0.1', dhcp_server='10.77.0.2', dhcp_lower='10.77.0.10',
+                   dhcp_upper='10.77.0.20')
+    with VMHost(tmp_path, network=network) as host, host.api as api:
+        code, text = fault_of(api.setupNetwork)
+        assert code == 5 and '10.77.0.1' in text and '192.168.56.0/21' in text and CONF in text
+        assert 'vboxnet' not in ip('-o', 'link')
+        with allowed('10.77.0.0/16'):
+            assert api.setupNetwork()['hostIp'] == '10.77.0.1'
+            assert '10.77.0.1/24' in ip('addr', 'show', 'vboxnet0')
+
+
+@pytest.mark.parametrize('wrong, told', [
+    ({'dhcp_lower': '192.168.57.101'}, 'dhcp_lower'), ({'dhcp_upper': '192.168.56.50'}, 'dhcp_lower'),
+    ({'host_ip': '192.168.56.120'}, 'host_ip'), ({'interface': 'vboxnet7'}, 'vboxnet0')])
+def test_wrong_networks_are_named(no_network, tmp_path, wrong, told):
+    with VMHost(tmp_path, network=dict(HOST_ONLY, **wrong)) as host, host.api as api:
+        code, text = fault_of(api.setupNetwork)
+        assert code == 5 and told in text, text
+        assert 'vboxnet' not in ip('-o', 'link')
+
+
+def test_the_host_only_card_gives_the_id(no_network, remove_all, tmp_path):
+    with VMHost(tmp_path, network=HOST_ONLY) as host, host.api as api:
+        api.setupNetwork()
+        api.createVM('carded', '', {'memory': 16, 'diskSize': 0})
+        found = facts('carded')
+        assert (found['nic1'], found['hostonlyadapter1']) == ('hostonly', 'vboxnet0')
+        assert api.getVM('carded')['id'].replace(':', '') == found['macaddress1']
+        manage('modifyvm', 'carded', '--nic1', 'nat', '--nic3', 'hostonly',
+               '--host-only-adapter3', 'vboxnet0')
+        assert api.getVM('carded')['id'].replace(':', '') == facts('carded')['macaddress3']
+
+
+def test_nat_mode_forwards_chirp_on_loopback(api, remove_all):
+    rules = set()
+    for name in ('one', 'two'):
+        api.createVM(name, '', {'memory': 16, 'diskSize': 0})
+        rule = facts(name)['Forwarding(0)'].split(',')
+        assert (rule[0], rule[1], rule[2], rule[5]) == ('vmhost-chirp', 'tcp', '127.0.0.1', '9094')
+        with open(facts(name)['CfgFile']) as file:
+            assert 'localhost-reachable="true"' in file.read()
+        rules.add(rule[3])
+        api.start(name)
+    assert len(rules) == 2
+
+
+def test_a_foreign_vm_gets_what_it_needs_at_its_start(api, remove_all):
+    manage('createvm', '--name', 'foreign', '--ostype', 'Linux_64', '--register')
+    manage('modifyvm', 'foreign', '--nic1', 'nat', '--memory', '16', '--natpf1', 'ssh,tcp,,2222,,22')
+    api.start('foreign')
+    found = [value for key, value in facts('foreign').items() if key.startswith('Forwarding')]
+    assert sorted(rule.split(',')[0] for rule in found) == ['ssh', 'vmhost-chirp']
+    api.powerOff('foreign')
+    before = facts('foreign')
+    api.start('foreign')
+    assert [value for key, value in facts('foreign').items() if key.startswith('Forwarding')] == [
+        value for key, value in before.items() if key.startswith('Forwarding')]
+
+
+@pytest.fixture
+def check(home, tmp_path):
+    """What the class says of this machine, by a network's settings."""
+    def check(**network):
+        settings = protocol.read_settings(None, vmhost.SETTINGS)
+        vars(settings.Network).update(network)
+        box = vmhost.VirtualBox(settings.Network, settings.RemoteDesktop, 9094, str(tmp_path))
+        box.start_thread()
+        try:
+            return {what: (ok, mend) for ok, what, mend in box.check()}
+        finally:
+            assert box.close()
+    return check
+
+
+def test_check_says_what_is_wrong_and_how_to_mend_it(no_network, check):
+    found = check()
+    ok = {what: fine for what, (fine, _) in found.items()}
+    assert all(bool(mend) != fine for fine, mend in found.values())
+    assert [what for what in ok if what.startswith('VirtualBox 7.') and ok[what]]
+    assert ok['kernel module vboxdrv'] is False and 'vboxconfig' in found['kernel module vboxdrv'][1]
+    assert ok['addresses of the host-only network'] is True
+    assert ok['interface vboxnet0 with address 192.168.56.1'] is False
+    assert 'setupNetwork' in found['interface vboxnet0 with address 192.168.56.1'][1]
+    assert [what for what in ok if 'VT-x' in what] and [what for what in ok if 'remote desktop' in what]
+    wrong = check(host_ip='10.0.0.1')
+    assert 'dhcp_server' in wrong['addresses of the host-only network'][1]
+    assert not [what for what in check(mode='nat') if 'host-only' in what]

@@ -1,0 +1,114 @@
+"""Random walks of 20 calls over one VM: each answer is the one the model expects, and in the end
+VBoxManage sees what the model and the API say. VMHOST_WALKS says how many, VMHOST_WALK_SEED where to
+begin."""
+
+import os
+import random
+import re
+
+import pytest
+from helpers import wait_until
+from rig import facts, manage, vm_process
+from vm_cases import CHANGES
+from vms import fault_of, kill
+
+WALKS = int(os.environ.get('VMHOST_WALKS') or 2)
+SEED = int(os.environ.get('VMHOST_WALK_SEED') or 0)
+CALLS = 20
+AS_VBOXMANAGE_SAYS = {'PoweredOff': 'poweroff', 'Running': 'running', 'Paused': 'paused', 'Saved': 'saved',
+                      'Aborted': 'aborted', 'AbortedSaved': 'aborted-saved'}
+
+
+class Model:
+    """What state and snapshots a VM should have."""
+
+    def __init__(self):
+        self.state = 'PoweredOff'
+        self.snapshots = {}     # name: (parent, has saved memory)
+        self.current = ''
+
+    def expect(self, method, name):
+        """Does it; gives the fault that it should end with, 0 for none."""
+        if method in ('takeSnapshot', 'deleteSnapshot', 'restoreSnapshot'):
+            return getattr(self, method)(name)
+        after = CHANGES[method].get(self.state)
+        if after is None:
+            return 4
+        self.state = after
+        return 0
+
+    def takeSnapshot(self, name):
+        if name in self.snapshots:
+            return 8
+        self.snapshots[name] = (self.current, self.state in ('Running', 'Paused', 'Saved'))
+        self.current = name
+        return 0
+
+    def deleteSnapshot(self, name):
+        if name not in self.snapshots:
+            return 5
+        children = [each for each, (parent, _) in self.snapshots.items() if parent == name]
+        if len(children) > 1 or (children and name == self.current):
+            return 4
+        parent, _ = self.snapshots.pop(name)
+        for child in children:
+            self.snapshots[child] = (parent, self.snapshots[child][1])
+        if self.current == name:
+            self.current = parent
+        return 0
+
+    def restoreSnapshot(self, name):
+        if self.state in ('Running', 'Paused'):
+            return 4
+        if name not in self.snapshots:
+            return 5
+        self.current = name
+        self.state = 'Saved' if self.snapshots[name][1] else 'PoweredOff'
+        return 0
+
+
+def a_call(chance):
+    """A method and its further arguments."""
+    method = chance.choice([
+        'start', 'start', 'reset', 'powerOff', 'pause', 'resume', 'saveState', 'discardState', 'takeSnapshot',
+        'takeSnapshot', 'deleteSnapshot', 'restoreSnapshot', 'kill'])
+    return method, [chance.choice('abc')] if method.endswith('Snapshot') else []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', range(SEED, SEED + WALKS))
+def test_a_walk(host, api, remove_all, seed):
+    chance = random.Random(seed)
+    vm = 'walk-%d' % seed
+    api.createVM(vm, '', {'memory': 16, 'diskSize': 4})
+    model, done = Model(), []
+    for _ in range(CALLS):
+        method, args = a_call(chance)
+        done.append((method, args))
+        if method == 'kill':
+            crash(api, vm, model)
+        else:
+            expected = model.expect(method, args[0] if args else '')
+            code, text = fault_of(getattr(api, method), vm, *args)
+            assert code == expected, '%s: %s %s' % (done, code, text)
+        assert api.getState(vm) == model.state, done
+    assert facts(vm)['VMState'] == AS_VBOXMANAGE_SAYS[model.state], done
+    assert snapshots_of(vm) == {name: parent for name, (parent, _) in model.snapshots.items()}, done
+    assert sorted(api.listSnapshots(vm)) == sorted(model.snapshots)
+
+
+def crash(api, vm, model):
+    """Kills the VM's process, where it has one."""
+    if model.state in ('Running', 'Paused'):
+        kill(vm_process(api.getVM(vm)['uuid']))
+        model.state = 'Aborted'
+        wait_until(lambda: api.getState(vm) == 'Aborted', 20)
+
+
+def snapshots_of(vm):
+    """{name: name of its parent}, as VBoxManage says."""
+    if facts(vm).get('SnapshotName') is None:
+        return {}
+    names = dict(re.findall(r'^SnapshotName((?:-\d+)*)="(.*)"$', manage(
+        'snapshot', vm, 'list', '--machinereadable'), re.MULTILINE))
+    return {name: names.get(path.rpartition('-')[0], '') if path else '' for path, name in names.items()}
