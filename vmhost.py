@@ -4412,8 +4412,9 @@ class Api:
     def screenshot(self, vm: str) -> xmlrpc.client.Binary:
         """What a running VM's screen shows, as PNG.
 
-            >>> open('node1.png', 'wb').write(host.screenshot('node1').data)
-            5184
+            >>> png = host.screenshot('node1').data
+            >>> png[:4]
+            b'\\x89PNG'
         """
         return xmlrpc.client.Binary(self._hypervisor().screenshot(vm))
 
