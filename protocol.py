@@ -500,7 +500,7 @@ def is_addressed(to: str, machine_id: str, name: str) -> bool:
         return True
     if to.upper() == machine_id.upper():
         return True
-    return fnmatch.fnmatchcase(name, to) or fnmatch.fnmatchcase(machine_id, to.upper())
+    return fnmatch.fnmatchcase(name, to) or fnmatch.fnmatchcase(machine_id.upper(), to.upper())
 
 
 def timestamp() -> str:
