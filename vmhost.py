@@ -4910,7 +4910,7 @@ PAGE_STYLE = """
 :root { color-scheme: light dark; }
 body { max-width: 60em; margin: 0 auto; padding: 1em; font: 16px/1.5 system-ui, sans-serif; }
 h3 { margin-bottom: 0; font: bold 1em ui-monospace, monospace; overflow-wrap: anywhere; }
-p { margin: .3em 0; white-space: pre-line; }
+p { margin: .3em 0; }
 pre { overflow-x: auto; padding: .5em; border: 1px solid #8888; border-radius: 4px; }
 """
 
@@ -4943,15 +4943,21 @@ def reference_page() -> str:
              '<title>vmhost %s: methods</title>' % protocol.VERSION,
              '<link rel="icon" href="data:,">', '<style>%s</style>' % PAGE_STYLE,
              '<main>\n<h1>Methods of vmhost %s</h1>' % protocol.VERSION,
-             '<p>%s</p>' % escape(inspect.getdoc(Api) or '')]
+             paragraphs(inspect.getdoc(Api) or '')]
     for part, methods in describe_api():
         parts.append('<h2>%s</h2>' % escape(part))
         for method in methods:
-            parts.append('<h3 id="%s">%s%s</h3>\n<p>%s</p>\n<pre tabindex="0">%s</pre>' % tuple(map(escape, (
-                method.name, method.name, method.signature, method.text, method.example))))
-    aliases = ['%s = %s' % item for item in Api.ALIASES.items()]
-    parts.append('<h2>Older names</h2>\n<p>%s</p>\n</main>\n</html>\n' % escape(', '.join(aliases)))
+            parts += ['<h3 id="%s">%s%s</h3>' % (method.name, method.name, escape(method.signature)),
+                      paragraphs(method.text), '<pre tabindex="0">%s</pre>' % escape(method.example)]
+    aliases = ['``%s`` is ``%s``' % item for item in Api.ALIASES.items()]
+    parts += ['<h2>Older names</h2>', paragraphs(', '.join(aliases)), '</main>\n</html>\n']
     return '\n'.join(parts)
+
+
+def paragraphs(text: str) -> str:
+    """A docstring's text as HTML."""
+    marked = re.sub('``(.*?)``', r'<code>\1</code>', html.escape(text))
+    return '\n'.join('<p>%s</p>' % part for part in marked.split('\n\n'))
 
 
 class Visits:
