@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+import types
 import urllib.parse
 
 import pytest
@@ -174,6 +175,19 @@ def test_other_web_pages_are_refused(host, path, headers):
     assert get(host, path, **headers)[0] == 403
 
 
+def test_a_client_may_use_each_address_that_leads_here(tmp_path):
+    with Host(tmp_path, xmlrpc_listen_on='0.0.0.0') as host, host.api as api:
+        port = host.address.rpartition(':')[2]
+        assert api.getStatusLink().startswith('http://127.0.0.1:%s/status?key=' % port)
+        connection = http.client.HTTPConnection('127.0.0.2', int(port), timeout=30)
+        for name, code in (('127.0.0.2:' + port, 401), ('127.0.0.3:' + port, 403), ('evil.example', 403)):
+            connection.request('GET', '/status', headers={'Host': name})
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status == code, name
+        connection.close()
+
+
 def test_a_browser_is_told_to_trust_the_page_alone(host):
     code, headers, page = get(host, '/status')
     policy = dict(part.strip().split(' ', 1) for part in headers['Content-Security-Policy'].split(';'))
@@ -249,6 +263,21 @@ def test_the_snapshot_tells_what_goes_on(host, guest, api):
     assert all(load[0] > since for load in again)
     ended, = [command for command in told['commands'] if command['cmdId'] == cmd_id]
     assert ended['end'] == 'signaled 9' and ended['ended'] > 0
+
+
+def test_vms_of_the_hypervisor_are_there_with_and_without_an_agent():
+    guests = vmhost.Guests(30)
+    guests.add('A', 'with-agent', '10.0.0.1', '', '', {}, 0)
+    guests.add('B', 'no-vm', '10.0.0.2', '', '', {}, 0)
+    guests.gone('B')
+    watch = vmhost.Watch(lambda *event: None)
+    hypervisor = types.SimpleNamespace(known_vms=watch.rows, known_state=watch.state_of)
+    page = vmhost.StatusPage(types.SimpleNamespace(guests=guests, hypervisor=hypervisor), None)
+    watch.look({'u1': ['with-agent', 'Paused', 'A'], 'u2': ['off', 'PoweredOff', 'C'],
+                'u3': ['no-card', 'Saved', '']})
+    assert [(vm['name'], vm['state'], vm['agent']) for vm in page._vms()] == [
+        ('no-card', 'Saved', 'never'), ('off', 'PoweredOff', 'never'), ('with-agent', 'Paused', 'alive'),
+        ('no-vm', 'Null', 'lost')]
 
 
 def test_loads_cover_ten_minutes_however_often_beacons_come():
