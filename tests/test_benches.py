@@ -1,0 +1,32 @@
+"""The short forms of what is measured at length by the commands in bench/."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from agents import TOP
+
+pytestmark = [pytest.mark.slow, pytest.mark.once,
+              pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='needs /proc')]
+
+
+def bench(name, *words):
+    """What a bench prints; fails with that where one of its targets is missed."""
+    done = subprocess.run([sys.executable, os.path.join(TOP, 'bench', name)] + list(words),
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600)
+    assert done.returncode == 0, done.stdout.decode()
+    return done.stdout.decode()
+
+
+def test_mixed_load_and_faults_lose_nothing_and_leave_nothing():
+    assert ' ended as they should' in bench('soak.py', '--minutes', '0.8', '--crowd', '30')
+
+
+def test_many_guests_on_one_host():
+    assert 'met     beacons' in bench('guests.py', '--guests', '300', '--seconds', '5')
+
+
+def test_a_connection_of_the_broker_costs_little():
+    printed = bench('broker.py', '--quick', '--brokers', 'ours', '--only', 'memory', 'thousand', 'topic')
+    assert 'met     KiB per idle connection' in printed
