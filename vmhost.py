@@ -5163,15 +5163,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """A page, or what the status page asks for."""
         if not self.is_from_here():
             return
-        url = urllib.parse.urlsplit(self.path)
-        query = dict(urllib.parse.parse_qsl(url.query))
-        head, _, what = url.path[1:].partition('/')
+        path, _, rest = self.path.partition('?')
+        query = dict(urllib.parse.parse_qsl(rest))
+        head, _, what = path[1:].partition('/')
         if head == 'status':
             return self._show_status(what, query)
         if not self._is_allowed():
             return
-        if url.path != '/':
-            return self._refuse(404, 'no page %.100s' % url.path)
+        if path != '/':
+            return self._refuse(404, 'no page %.100s' % path)
         page = reference_page()
         self.respond(200, 'text/html; charset=utf-8', page.encode(), page_headers(page))
 
@@ -5206,7 +5206,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """One of the page's questions, answered as JSON."""
         try:
             code, answer = 200, self.server.status.read(what, query)
-        except (ValueError, KeyError, InvalidParams) as error:
+        except (ValueError, OverflowError, KeyError, InvalidParams) as error:
             code, answer = 400, {'error': str(error)}
         except NoSuchCommand as error:
             code, answer = 404, {'error': str(error)}

@@ -112,7 +112,7 @@ class FakeGuest:
 # --- who may see it ---
 
 @pytest.mark.parametrize('path', ['/', '/status', '/status/snapshot', '/status/events', '/status/output',
-                                  '/status?key=', '/status?key=guess', '/favicon.ico'])
+                                  '/status?key=', '/status?key=guess', '/favicon.ico', '//[x', '*'])
 def test_nobody_sees_anything_without_token_or_link(host, path):
     code, headers, body = get(host, path, basic=False)
     assert (code, headers['WWW-Authenticate']) == (401, 'Basic realm="vmhost"')
@@ -224,6 +224,7 @@ def test_the_page_can_only_ask(host, guest, api):
     cmd_id = api.runCmd('node1', 'sh', ['-c', 'seq 1 30000; exit 4'])
     host.results(cmd_id)
     for path in ('/status/forgetCmd?id=' + cmd_id, '/status/output', '/status/events?after=x',
+                 '/status/events?after=' + '9' * 30, '/status/nothing',
                  '/status/output?stream=err', '/status/output?id=%s&offset=-1' % cmd_id,
                  '/status/output?stream=x&id=' + cmd_id):
         assert get(host, path)[0] == 400
