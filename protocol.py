@@ -162,7 +162,7 @@ class FrameReader:
     # DISCONNECT (the specification's own example) has no blank line.
     _head_end = re.compile(b'\n(?:\r?\n|\0)')
     _line_ends = re.compile(b'[\r\n]*')
-    _receipt = re.compile('\nreceipt:([^\n]*)')
+    _receipt = re.compile('\nreceipt:([^\n\0]*)(?=\n|$)')
     _length = re.compile('[0-9]{1,18}')
 
     def __init__(self, commands: Iterable[str], version: str = '1.0', max_head: int = MAX_HEAD,

@@ -299,7 +299,8 @@ class Topic(Destination):
 class Queue(Destination):
     """Each message goes to one subscriber, in turn; without subscribers it waits."""
 
-    MOST_REFUSALS = 5
+    MOST_REFUSALS = 5      # of one message, after which nobody else is asked
+    MOST_REFUSED = 1000    # messages that wait for a consumer which did not refuse them
 
     def __init__(self, broker: 'Broker', name: str) -> None:
         super().__init__(broker, name)
@@ -315,10 +316,15 @@ class Queue(Destination):
                 audience: Optional[Callable[['Session'], bool]] = None) -> None:
         self.broker.keep(message.cost)
         self._messages.append(message)
-        self.dispatch()
+        self._hand_out()
 
     def dispatch(self) -> None:
-        """Gives out what consumers have room for."""
+        """Gives out what consumers have room for, messages that others refused first."""
+        if self._refused:
+            self._offer_refused()
+        self._hand_out()
+
+    def _hand_out(self) -> None:
         while self._messages:
             consumer = self._next_consumer()
             if consumer is None:
@@ -347,7 +353,6 @@ class Queue(Destination):
     def add(self, subscription: Subscription) -> None:
         super().add(subscription)
         self._turns.append(subscription)
-        self._offer_refused()
         self.dispatch()
 
     def remove(self, subscription: Subscription) -> None:
@@ -357,7 +362,6 @@ class Queue(Destination):
         subscription.unacked.clear()
         for message in self._refused:
             message.refusers = tuple(one for one in message.refusers if one is not subscription)
-        self._offer_refused()
         self.dispatch()
 
     def acknowledged(self, messages: Iterable[Message]) -> None:
@@ -369,13 +373,17 @@ class Queue(Destination):
         """NACK: offered to the other consumers; after several refusals it is dropped."""
         for message in messages:
             message.refusers += (refuser,)
-            if len(message.refusers) >= self.MOST_REFUSALS:
-                self.broker.count.dropped += 1
-                self.broker.let_go(message.cost)
-            else:
+            if len(message.refusers) < self.MOST_REFUSALS:
                 self._refused.append(message)
-        self._offer_refused()
+            else:
+                self._drop(message)
         self.dispatch()
+        while len(self._refused) > self.MOST_REFUSED:
+            self._drop(self._refused.pop(0))
+
+    def _drop(self, message: Message) -> None:
+        self.broker.count.dropped += 1
+        self.broker.let_go(message.cost)
 
     def _offer_refused(self) -> None:
         """A message goes to no consumer that refused it; it waits for another."""
@@ -1316,6 +1324,15 @@ class Broker:
         if due < session.due:
             session.due = due
             heapq.heappush(self._alarms, (due, session._number))
+            if len(self._alarms) > 4 * len(self._sessions) + 1000:
+                self._forget_stale_alarms()
+
+    def _forget_stale_alarms(self) -> None:
+        """Sessions come, go, and change their time; what was set for them before stays in the heap."""
+        sessions = self._sessions
+        self._alarms[:] = [(when, number) for when, number in self._alarms
+                           if number == 0 or (number in sessions and sessions[number].due == when)]
+        heapq.heapify(self._alarms)
 
     def listen_for(self, session: Session, sock: socket.socket, events: int, before: int) -> None:
         if not events:

@@ -264,6 +264,38 @@ def test_a_refused_message_waits_for_another_consumer(connect, queue):
     assert rest_of(connect, queue) == [b'a']
 
 
+def test_a_refused_message_waits_for_room(connect, queue):
+    """The other consumer has room again only once it acknowledges."""
+    with running(Broker(port=0, unacknowledged=1)) as broker, Client(broker.address) as client:
+        client.connect('1.2')
+        with Client(broker.address) as busy:
+            busy.connect('1.2')
+            busy.subscribe(queue, 'ack:client')
+            busy.publish(queue, b'first')
+            first = busy.take()
+            client.subscribe(queue, 'ack:client')
+            busy.publish(queue, b'second')
+            client.ask('NACK', *key_of(client.take(), '1.2'))
+            assert busy.bodies() == []
+            busy.ask('ACK', *key_of(first, '1.2'))
+            assert busy.bodies() == [b'second']
+
+
+def test_refused_messages_are_limited():
+    """A client that refuses all it gets can neither fill the broker nor keep it busy."""
+    with running(Broker(port=0)) as broker, Client(broker.address) as client:
+        client.connect('1.2')
+        client.subscribe('/queue/a', 'ack:client-individual')
+        client.publish('/queue/a', *[b'x'] * 1500)
+        client.send(b''.join(frame('NACK', *key_of(message, '1.2')) for message in client.take_all(1500)))
+        client.before_now()
+        assert broker.counters()['dropped'] == 500 + 1           # and the fence itself
+        client.ask('UNSUBSCRIBE', 'id:0')
+        client.subscribe('/queue/a', id='again')
+        assert len(client.bodies()) == 1000
+        assert broker.counters()['queued_bytes'] == 0
+
+
 def test_what_all_refuse_is_dropped(broker, connect, queue):
     dropped = broker.counters()['dropped']
     consumers = [connect('1.2') for _ in range(6)]

@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+from helpers import wait_until
 from stomp_client import Client, Program, frame, running
 
 from stompbroker import Broker
@@ -120,6 +121,15 @@ def test_one_clock_for_all(connect):
     assert threading.active_count() == before
     for client in clients:
         client.take_beats(3)
+
+
+def test_clients_that_went_leave_no_alarms(broker):
+    """Each had set one far away."""
+    for _ in range(2000):
+        with Client(broker.address) as client:
+            client.say('CONNECT', 'accept-version:1.2', 'host:x', 'heart-beat:99999999,99999999')
+    wait_until(lambda: broker.counters()['connections'] == 0)
+    assert len(broker._alarms) <= 1500    # compacted once there are more than 1000, and the living ones
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='signals of POSIX')

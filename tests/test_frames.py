@@ -195,7 +195,8 @@ def test_what_is_refused(data, words):
     (b'SEND\na:\\x\nreceipt:r\\c\n\n\0', 'r:'), (b'SEND\nreceipt:r\r\nno colon\r\n\r\n\0', 'r'),
     (b'NOSUCH\nreceipt:r\n\n\0', 'r'), (b'SEND\nreceipt:r\ncontent-length:1\n\nab', 'r'),
     (b'SEND\nreceipt:r\ncontent-length:99\n\n', 'r'), (b'SEND\nreceipt:r\n\n' + b'x' * 99, 'r'),
-    (b'SEND\nreceipt:\\x\n\n\0', None), (b'SEND\nx:receipt:r\nbad\n\n\0', None)])
+    (b'SEND\nreceipt:\\x\n\n\0', None), (b'SEND\nreceipt:nul\0\n\n\0', None),
+    (b'SEND\nx:\0\nreceipt:r\n\n\0', 'r'), (b'SEND\nx:receipt:r\nbad\n\n\0', None)])
 def test_the_receipt_of_a_refused_frame(data, receipt):
     reader = FrameReader(CLIENT_COMMANDS, '1.2', max_body=50)
     reader.feed(b'SEND\nreceipt:earlier\n\n\0' + data)
