@@ -4,6 +4,7 @@
 docs/broker.md shows, in a folder of their own and on free ports of 127.0.0.1.
 """
 
+import configparser
 import os
 import re
 import shutil
@@ -17,8 +18,6 @@ from helpers import wait_until
 import protocol
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-HOST = {'username': 'host', 'password': 'host-secret'}
-GUEST = {'username': 'guest', 'password': 'guest-secret'}
 
 
 def free_port():
@@ -27,13 +26,25 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def snippet(name):
-    """The block of docs/broker.md whose first lines name this file."""
+def snippet(name, section):
+    """The block of docs/broker.md whose first lines name this file, in the section of that title."""
     with open(os.path.join(TOP, 'docs', 'broker.md'), encoding='utf-8') as page:
-        for block in re.findall(r'^```\w+\n(.*?)^```$', page.read(), re.DOTALL | re.MULTILINE):
-            if re.match(r'\W*(?:"__comment": ")?%s\W*\n' % re.escape(name), block):
-                return block
+        text = re.split(r'^##+ %s$' % section, page.read(), flags=re.MULTILINE)[1]
+    for block in re.findall(r'^```\w+\n(.*?)^```$', text, re.DOTALL | re.MULTILINE):
+        if re.match(r'\W*(?:"__comment": ")?%s\W*\n' % re.escape(name), block):
+            return block
     raise AssertionError('docs/broker.md shows no %s' % name)
+
+
+def broker_section(name, section):
+    """The keys of [Broker] in an ini file that the page shows."""
+    parser = configparser.ConfigParser()
+    parser.read_string(snippet(name, section))
+    return dict(parser['Broker'])
+
+
+HOST = broker_section('host.ini', 'External')
+GUEST = broker_section('guest.ini', 'External')
 
 
 def make_certificate(folder):
@@ -61,9 +72,9 @@ class ExternalBroker:
         self.process = None
         self.log_path = os.path.join(self.folder, 'log')
 
-    def broker_keys(self, user, **more):
-        """The section [Broker] of an agent's ini file."""
-        keys = dict(more, host='127.0.0.1', port=self.port, **user)
+    def broker_keys(self, shown):
+        """The section [Broker] of an agent's ini file, from what the page shows."""
+        keys = dict(shown, host='127.0.0.1', port=self.port)
         return dict(keys, tls='yes', ca_file=self.tls[0]) if self.tls else keys
 
     def write(self, name, text):
@@ -146,7 +157,7 @@ class RabbitMQ(ExternalBroker):
         return 'needs RabbitMQ (package rabbitmq-server)'
 
     def configuration(self):
-        text = snippet('rabbitmq.conf, TLS' if self.tls else 'rabbitmq.conf')
+        text = snippet('rabbitmq.conf, TLS' if self.tls else 'rabbitmq.conf', 'RabbitMQ')
         for shown, ours in (('61613', self.port), ('61614', self.port),
                             ('/etc/rabbitmq/cert.pem', self.tls and self.tls[0]),
                             ('/etc/rabbitmq/key.pem', self.tls and self.tls[1]),
@@ -155,7 +166,7 @@ class RabbitMQ(ExternalBroker):
         return text
 
     def definitions(self):
-        return snippet('definitions.json')
+        return snippet('definitions.json', 'RabbitMQ')
 
     def launch(self):
         self.write('definitions.json', self.definitions())
@@ -166,7 +177,8 @@ class RabbitMQ(ExternalBroker):
             'RABBITMQ_DIST_PORT': str(free_port()),
             'RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS': '-kernel inet_dist_use_interface {127,0,0,1}',
             'RABBITMQ_CONFIG_FILE': self.write('rabbitmq.conf', self.configuration()),
-            'RABBITMQ_ENABLED_PLUGINS_FILE': self.write('enabled_plugins', snippet('enabled_plugins')),
+            'RABBITMQ_ENABLED_PLUGINS_FILE': self.write(
+                'enabled_plugins', snippet('enabled_plugins', 'RabbitMQ')),
             'RABBITMQ_CONF_ENV_FILE': os.path.join(folder, 'no-such-file'),
             'RABBITMQ_MNESIA_BASE': os.path.join(folder, 'data'), 'RABBITMQ_LOG_BASE': folder,
             'RABBITMQ_LOGS': '-', 'RABBITMQ_PID_FILE': os.path.join(folder, 'pid')}
@@ -193,7 +205,7 @@ class ActiveMQ(ExternalBroker):
         return 'needs ActiveMQ (package activemq)'
 
     def configuration(self):
-        text = snippet('activemq.xml').replace('61613', str(self.port))
+        text = snippet('activemq.xml', 'ActiveMQ').replace('61613', str(self.port))
         return text.replace('/var/lib/activemq/vmhost', self.folder)
 
     def launch(self):

@@ -5,13 +5,14 @@ brokers run with what docs/broker.md shows.
 """
 
 import os
+import shutil
 import signal
 import socket
 
 import pytest
 import test_spine
 from agents import Agent, Host
-from brokers import EXTERNAL, GUEST, HOST, RabbitMQ, make_certificate
+from brokers import EXTERNAL, GUEST, HOST, RabbitMQ, broker_section, make_certificate
 from helpers import wait_until
 from test_spine import (  # noqa: F401
     test_200_exit_codes_from_16_clients,
@@ -43,7 +44,7 @@ def broker(request, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def host(broker, tmp_path_factory):
-    with Host(tmp_path_factory.mktemp('host'), broker.broker_keys(HOST, embedded='no')) as host:
+    with Host(tmp_path_factory.mktemp('host'), broker.broker_keys(HOST)) as host:
         yield host
 
 
@@ -127,6 +128,32 @@ def test_what_a_guest_may(broker, command, destination, answer):
 @pytest.mark.skipif(bool(RabbitMQ.missing()), reason=RabbitMQ.missing())
 def test_tls(tmp_path):
     with RabbitMQ(tmp_path / 'broker', make_certificate(str(tmp_path))) as broker:
-        with Host(tmp_path / 'host', broker.broker_keys(HOST, embedded='no')) as host:
+        with Host(tmp_path / 'host', broker.broker_keys(HOST)) as host:
             with Agent(tmp_path / 'guest', host, 'secure', broker.broker_keys(GUEST)):
                 assert host.run('secure', 'echo', 'x' * 5000)['out'] == 'x' * 5000 + '\n'
+
+
+@pytest.mark.skipif(not shutil.which('openssl'), reason='needs openssl')
+def test_tls_of_the_embedded_broker(tmp_path):
+    """As the page shows it; and nobody gets in without the password, or past another certificate."""
+    make_certificate(str(tmp_path))
+    files = {name: tmp_path / (name.partition('_')[0].replace('ca', 'cert') + '.pem')
+             for name in ('cert_file', 'key_file', 'ca_file')}
+    shown = broker_section('host.ini', 'Embedded')
+    keys = dict(shown, host='127.0.0.1', **{name: files[name] for name in files if name in shown})
+    with Host(tmp_path / 'host', keys) as host:
+        joins = dict(broker_section('guest.ini', 'Embedded'), host='127.0.0.1', ca_file=files['ca_file'])
+        with Agent(tmp_path / 'secure', host, 'secure', joins):
+            assert host.run('secure', 'echo', 'x' * 5000)['out'] == 'x' * 5000 + '\n'
+        for name, wrong, why in (('stranger', {'password': 'guessed'}, 'login or passcode is wrong'),
+                                 ('trusting', {'ca_file': ''}, 'CERTIFICATE_VERIFY_FAILED')):
+            stays_out(Agent(tmp_path / name, host, name, dict(joins, **wrong)), why)
+
+
+def stays_out(agent, why):
+    try:
+        agent.start(wait=False)
+        wait_until(lambda: why in agent.log(), 20)
+        assert not agent.has_joined()
+    finally:
+        agent.stop()
