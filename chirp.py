@@ -2364,16 +2364,12 @@ class Meter:
         self._told = 0.0
         self.moved = 0         # bytes that are where they should be
         self.total = 0
-        self.work = 0          # all that was ever moved, also what had to be moved again
+        self.best = 0          # the furthest that any attempt came
 
     def add(self, count: int) -> None:
-        """So many bytes more were moved. Raises Cancelled."""
-        self.work += count
-        self.skip(count)
-
-    def skip(self, count: int) -> None:
-        """So many bytes were there already. Raises Cancelled."""
+        """So many bytes more are there. Raises Cancelled."""
         self.moved += count
+        self.best = max(self.best, self.moved)
         if self._cancel is not None and self._cancel.is_set():
             raise Cancelled('cancelled')
         if self._progress is not None and time.monotonic() >= self._told + self.EVERY:
@@ -2506,7 +2502,7 @@ class ChirpClient(Requests):
         meter = Meter(progress, cancel)
         self.cancel = cancel
         try:
-            meter.skip(0)
+            meter.add(0)
             yield meter
             meter.tell()
         except BaseException:
@@ -2523,16 +2519,16 @@ class ChirpClient(Requests):
         """Does it; again, with a new connection, where that broke, as long as this leads anywhere."""
         failed = 0
         while True:
-            before = meter.work
+            before = meter.best
             try:
                 return step()
             except Disconnected as error:
                 self.disconnect()
-                failed = 0 if meter.work > before else failed + 1
+                failed = 0 if meter.best > before else failed + 1
                 if isinstance(error, (TimedOut, ProtocolError)) or failed > RETRIES:
                     raise
                 log.info('%s:%d: %s; trying again', self.address, self.port, error)
-                meter.wait(0.1 * 4 ** failed)
+                meter.wait(0.05 * 4 ** failed)
 
 
 class Failures:
@@ -2569,6 +2565,7 @@ class Upload:
         self._pipeline = Pipeline(client)
         self._after = []               # type: List[Callable[[], None]]
         self._keeps_modes = None       # type: Optional[bool]
+        self._part_mode = 0            # of the large file that is under way
 
     def run(self, source: str, target: bytes) -> None:
         found = os.stat(source)
@@ -2600,10 +2597,10 @@ class Upload:
             found = os.fstat(file.fileno())
             self._meter.moved = base
             if self._is_there(source, found, target):
-                return self._meter.skip(found.st_size)
+                return self._meter.add(found.st_size)
             part = part_path(target)
             start, checksum = self._resume(source, found, part)
-            self._meter.skip(start)
+            self._meter.add(start)
             digest = self._send_rest(file, source, found, part, start, checksum)
             if changed(found, os.fstat(file.fileno())):
                 raise Changed('%s changed while it was read' % source)
@@ -2653,7 +2650,7 @@ class Upload:
             beside = FileHash(source, checksum, start, found.st_size)
         try:
             number_, there = self._client.open(part, 'wc' if start else 'wct', found.st_mode & 0o777)
-            self._keeps_modes = there.mode & 0o777 == found.st_mode & 0o777 | 0o600
+            self._part_mode = there.mode & 0o777
             if self._verify and not start:
                 self._client.hash(part)        # a server of ours goes on from here as it writes
             self._send_pieces(file.fileno(), number_, start, found.st_size)
@@ -2682,7 +2679,7 @@ class Upload:
     def _settle(self, part: bytes, target: bytes, found: os.stat_result) -> None:
         """Gives a file its mode, time and name."""
         if self._keep:
-            if not self._keeps_modes:
+            if self._part_mode != found.st_mode & 0o777 | 0o600:
                 self._client.chmod(part, found.st_mode & 0o777)
             self._client.utime(part, int(found.st_atime), int(found.st_mtime))
         self._client.rename(part, target)
@@ -2767,7 +2764,7 @@ class Upload:
         if there is not None and there.is_file:
             self._finish_files()
             if self._is_same(entry.path, found, target, there.size, there.mtime):
-                return self._meter.skip(found.st_size)
+                return self._meter.add(found.st_size)
         if found.st_size > SMALL:
             self._finish_files()
             return self._put_file(entry.path, target)
@@ -2808,9 +2805,10 @@ class Upload:
         if self._verify:
             add(ask('hash', 'sha1', name), lambda wire, result: self._compare(file, wire, result))
         if self._keep:
-            add(ask('utime', name, int(file.found.st_atime), int(file.found.st_mtime)), file.check)
             if not self._modes_are_kept(file):
                 add(ask('chmod', name, file.found.st_mode & 0o777), file.check)
+            # The time comes last: by it a later attempt knows what is complete.
+            add(ask('utime', name, int(file.found.st_atime), int(file.found.st_mtime)), file.check)
         self._after.append(lambda: self._rename(file))
 
     def _arrived(self, file: 'SmallFile', result: Union[int, Refused]) -> None:
@@ -2832,7 +2830,9 @@ class Upload:
                 file.error = Changed('it arrived altered')
 
     def _modes_are_kept(self, file: 'SmallFile') -> bool:
-        """Whether the server gives a file the mode that it came with; the real one clears bits of it."""
+        """Whether the server gives a file the mode that it came with; the real one has a umask of 077."""
+        if not file.found.st_mode & 0o077:
+            return True
         if self._keeps_modes is None:
             self._pipeline.drain()
             with contextlib.suppress(Refused):
@@ -2973,7 +2973,7 @@ class Download:
         self._meter.total = max(self._meter.total, base + size)
         if limit is None and self._is_there(source, found, target):
             self._client.close(number_)
-            return self._meter.skip(size)
+            return self._meter.add(size)
         with open_part(local_part(target)) as file:
             self._receive_rest(file, number_, source, found, size)
             if self._keep:
@@ -2999,7 +2999,7 @@ class Download:
         beside = RemoteHash(self._client, source) if whole and size >= BESIDE else None
         try:
             start = self._resume(file, number_, size)
-            self._meter.skip(start)
+            self._meter.add(start)
             checksum = self._receive_pieces(file, number_, start, size, whole)
             after = self._client.fstat(number_)
             self._client.close(number_)

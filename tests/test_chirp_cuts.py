@@ -1,0 +1,424 @@
+"""Transfers that are cut, and files that change, vanish, or don't fit."""
+
+import contextlib
+import hashlib
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+from test_chirp import client, make_tree, our_server, seen, served, write  # noqa: F401  (fixtures)
+
+import chirp
+
+SIZE = 24 * 1024 * 1024
+CUTS = 20
+
+
+class CuttingProxy:
+    """Passes connections on to a server; counts what goes each way, and cuts where it is told to."""
+
+    def __init__(self, server):
+        self._server = server
+        self._listener = socket.create_server(('127.0.0.1', 0)) if hasattr(socket, 'create_server') \
+            else self._listen()
+        self.address = self._listener.getsockname()
+        self.up = self.down = 0
+        self.cuts = 0
+        self.left = None               # bytes until the next cut
+        self.distances = iter(())      # and from that to those after it
+        self._lock = threading.Lock()
+        self._threads = []
+        self._sockets = []
+        self._thread = threading.Thread(target=self._accept)
+        self._thread.start()
+
+    def _listen(self):
+        sock = socket.socket()
+        sock.bind(('127.0.0.1', 0))
+        sock.listen(16)
+        return sock
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join(20)
+        for thread in self._threads:
+            thread.join(20)
+            assert not thread.is_alive()
+
+    def _accept(self):
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            far = socket.create_connection(self._server)
+            for sock in (near, far):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for source, target, way in ((near, far, 'up'), (far, near, 'down')):
+                thread = threading.Thread(target=self._pass, args=(source, target, way))
+                thread.start()
+                self._threads.append(thread)
+
+    def _pass(self, source, target, way):
+        with contextlib.suppress(OSError):
+            while True:
+                data = source.recv(65536)
+                with self._lock:
+                    data, cut = self._count(data, way)
+                target.sendall(data)
+                if cut or not data:
+                    break
+        for sock in (source, target):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        source.close()
+
+    def _count(self, data, way):
+        cut = self.left is not None and len(data) >= self.left
+        if cut:
+            data, self.left = data[:self.left], next(self.distances, None)
+            self.cuts += 1
+        elif self.left is not None:
+            self.left -= len(data)
+        setattr(self, way, getattr(self, way) + len(data))
+        return data, cut
+
+
+def try_until_done(proxy, cuts, furthest, seed, move):
+    """Moves with cuts at random places, tried again until it is done; says how many cuts there were."""
+    rng = random.Random(seed)
+    before = proxy.cuts
+    proxy.distances = iter([rng.randrange(1, furthest) for _ in range(cuts - 1)])
+    proxy.left = rng.randrange(1, furthest)
+    while True:
+        with contextlib.suppress(chirp.Disconnected, chirp.AccessDenied):
+            move()
+            break
+    proxy.left = None
+    return proxy.cuts - before
+
+
+@contextlib.contextmanager
+def watched(path, contents):
+    """Fails if a reader of the path ever sees something else than one of the contents."""
+    digests = {hashlib.sha1(content).digest() for content in contents}
+    stop, wrong = threading.Event(), []
+
+    def watch():
+        while not stop.is_set():
+            digest = hashlib.sha1(path.read_bytes()).digest()
+            if digest not in digests:
+                wrong.append(digest)
+            stop.wait(0.01)
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+    assert not wrong
+
+
+@pytest.fixture(autouse=True)
+def all_progress(monkeypatch):
+    monkeypatch.setattr(chirp.Meter, 'EVERY', 0)
+
+
+def test_an_upload_that_is_cut_goes_on(served, tmp_path):  # noqa: F811
+    content = os.urandom(SIZE)
+    source, target = write(tmp_path / 'source', content), served[1] / 'target'
+    target.write_bytes(b'the old content')
+    shutil.chown(str(target), served[1].stat().st_uid)
+    with CuttingProxy(served[0]) as proxy, watched(target, [content, b'the old content']):
+        def move():
+            with chirp.ChirpClient(*proxy.address[:2], timeout=20) as moving:
+                moving.put(str(source), '/target')
+        cuts = try_until_done(proxy, CUTS, 2 * SIZE // CUTS, 1, move)
+        assert target.read_bytes() == content
+        assert cuts >= CUTS // 2
+        assert proxy.up <= SIZE + cuts * (chirp.PIECE + 65536)
+    assert [name for name in os.listdir(str(served[1])) if not name.startswith('.__')] == ['target']
+
+
+def test_a_download_that_is_cut_goes_on(served, tmp_path):  # noqa: F811
+    content = os.urandom(SIZE)
+    write(served[1] / 'source', content)
+    target = write(tmp_path / 'target', b'the old content')
+    with CuttingProxy(served[0]) as proxy, watched(target, [content, b'the old content']):
+        def move():
+            with chirp.ChirpClient(*proxy.address[:2], timeout=20) as moving:
+                moving.get('/source', str(target))
+        cuts = try_until_done(proxy, CUTS, 2 * SIZE // CUTS, 2, move)
+        assert target.read_bytes() == content
+        assert cuts >= CUTS // 2
+        assert proxy.down <= SIZE + cuts * (chirp.BLOCK + chirp.OVERLAP)
+    assert not os.path.exists(str(target) + '.part')
+
+
+def test_a_folder_that_is_cut_goes_on(served, tmp_path):  # noqa: F811
+    source = make_tree(tmp_path / 'source')
+    os.unlink(str(source / 'new\nline'))
+    for index in range(100):
+        write(source / ('f%d' % index), os.urandom(20000))
+    size = sum(len(what[1]) for what in seen(source).values() if what[0] == 'file')
+    with CuttingProxy(served[0]) as proxy:
+        def put():
+            with chirp.ChirpClient(*proxy.address[:2], timeout=20) as moving:
+                moving.put(str(source), '/tree')
+
+        def get():
+            with chirp.ChirpClient(*proxy.address[:2], timeout=20) as moving:
+                moving.get('/tree', str(tmp_path / 'back'))
+        for move, way in ((put, 'up'), (get, 'down')):
+            before = getattr(proxy, way)
+            cuts = try_until_done(proxy, 6, size // 3, 3, move)
+            assert cuts >= 3
+            # what is under way in a pipeline; and names, listings and checksums, again for each attempt
+            again = chirp.DEPTH * chirp.SMALL // 4 + 100 * 1024
+            assert getattr(proxy, way) - before <= size + (cuts + 1) * again
+    assert seen(tmp_path / 'back') == seen(source)
+
+
+def once(do):
+    """A progress callback that does something the first time."""
+    done = []
+
+    def progress(moved, total):
+        if not done and moved:
+            done.append(moved)
+            do()
+    return progress
+
+
+def test_a_source_that_changes_is_sent_as_it_is_then(client, served, tmp_path):  # noqa: F811
+    source = write(tmp_path / 'source', os.urandom(9 << 20))
+    client.put(str(source), '/target', progress=once(lambda: write(source, b'new' * 3000000, mtime=5)))
+    assert (served[1] / 'target').read_bytes() == b'new' * 3000000
+
+
+def test_a_source_that_shrinks_is_sent_as_it_is_then(client, served, tmp_path):  # noqa: F811
+    source = write(tmp_path / 'source', os.urandom(40 << 20))
+    client.put(str(source), '/target', progress=once(lambda: os.truncate(str(source), 100)))
+    assert (served[1] / 'target').read_bytes() == source.read_bytes()
+
+
+def test_a_source_there_that_changes_is_fetched_as_it_is_then(client, served, tmp_path):  # noqa: F811
+    source = write(served[1] / 'source', os.urandom(20 << 20))
+    client.get('/source', str(tmp_path / 'a'),
+               progress=once(lambda: write(source, b'new' * 7000000, mtime=5)))
+    assert (tmp_path / 'a').read_bytes() == b'new' * 7000000
+    client.get('/source', str(tmp_path / 'b'), progress=once(lambda: os.truncate(str(source), 100)))
+    assert (tmp_path / 'b').read_bytes() == source.read_bytes()
+
+
+def test_a_source_that_never_holds_still_is_an_error(client, served, tmp_path):  # noqa: F811
+    source = write(served[1] / 'source', os.urandom(9 << 20))
+    stamps = iter(range(1000, 100000))
+
+    def progress(moved, total):
+        os.utime(str(source), (next(stamps),) * 2)
+    with pytest.raises(chirp.Changed):
+        client.get('/source', str(tmp_path / 'target'), progress=progress)
+    assert not (tmp_path / 'target').exists()
+    assert client.stat('/source').size == 9 << 20      # the client goes on
+
+
+def test_a_source_that_vanishes_comes_whole_or_not_at_all(client, served, tmp_path):  # noqa: F811
+    content = os.urandom(9 << 20)
+    source = write(served[1] / 'source', content)
+    with contextlib.suppress(chirp.Refused, chirp.Changed):
+        client.get('/source', str(tmp_path / 'target'), progress=once(lambda: os.unlink(str(source))))
+    assert not (tmp_path / 'target').exists() or (tmp_path / 'target').read_bytes() == content
+    with pytest.raises(chirp.Refused, match='does not exist'):
+        client.get('/source', str(tmp_path / 'other'))
+
+
+def test_what_vanishes_from_a_folder_is_told_and_the_rest_is_moved(client, served, tmp_path, monkeypatch):  # noqa: F811
+    (served[1] / 'tree').mkdir()
+    for name in ('a', 'b', 'c'):
+        write(served[1] / 'tree' / name, name.encode())
+    listed = client.ls
+
+    def list_and_remove(path):
+        entries = listed(path)
+        with contextlib.suppress(OSError):
+            os.unlink(str(served[1] / 'tree' / 'b'))
+        return entries
+    monkeypatch.setattr(client, 'ls', list_and_remove)
+    with pytest.raises(chirp.Incomplete, match='/tree/b: .*does not exist'):
+        client.get('/tree', str(tmp_path / 'back'))
+    assert sorted(os.listdir(str(tmp_path / 'back'))) == ['a', 'c']
+
+
+def test_pipes_and_sockets_are_told_and_not_waited_for(client, served, tmp_path):  # noqa: F811
+    source = tmp_path / 'source'
+    source.mkdir()
+    write(source / 'file', b'x')
+    os.mkfifo(str(source / 'pipe'))
+    with pytest.raises(chirp.Incomplete, match='pipe'):
+        client.put(str(source), '/tree')
+    assert (served[1] / 'tree' / 'file').read_bytes() == b'x'
+    with pytest.raises(OSError):
+        client.put(str(source / 'pipe'), '/pipe')
+
+
+def test_a_folder_in_the_place_of_a_file_stays(client, served, tmp_path):  # noqa: F811
+    source = write(tmp_path / 'source', b'x' * 100000)
+    client.mkdir('/target')
+    with pytest.raises(chirp.Refused, match='is a directory'):
+        client.put(str(source), '/target')
+    (tmp_path / 'here').mkdir()
+    client.putfile('/file', b'y')
+    with pytest.raises(IsADirectoryError):
+        client.get('/file', str(tmp_path / 'here'))
+    with pytest.raises(chirp.Refused, match='not a directory'):
+        client.put(str(tmp_path / 'here'), '/file')
+    with pytest.raises(OSError):
+        client.get('/target', str(source))
+    assert source.read_bytes() == b'x' * 100000 and client.getfile('/file') == b'y'
+
+
+def test_a_sparse_file_stays_sparse(client, served, tmp_path):  # noqa: F811
+    size = int(os.environ.get('CHIRP_SPARSE', 256 << 20))
+    source = tmp_path / 'source'
+    with open(str(source), 'wb') as file:
+        file.write(b'begin')
+        file.seek(size // 2)
+        file.write(b'middle')
+        file.truncate(size)
+    client.put(str(source), '/target', verify=False)
+    client.get('/target', str(tmp_path / 'back'))
+    found = os.stat(str(tmp_path / 'back'))
+    assert found.st_size == size and found.st_blocks * 512 < 16 << 20
+    with open(str(tmp_path / 'back'), 'rb') as file:
+        assert file.read(6) == b'begin\0'
+        file.seek(size // 2)
+        assert file.read(7) == b'middle\0'
+
+
+def test_a_transfer_can_be_cancelled(client, served, tmp_path):  # noqa: F811
+    source = write(tmp_path / 'source', os.urandom(64 << 20))
+    cancel = threading.Event()
+
+    def progress(moved, total):
+        if moved:
+            cancel.set()
+    with pytest.raises(chirp.Cancelled):
+        client.put(str(source), '/target', progress=progress, cancel=cancel)
+    assert not (served[1] / 'target').exists()
+    client.put(str(source), '/target')             # goes on
+    cancel.clear()
+    with pytest.raises(chirp.Cancelled):
+        client.get('/target', str(tmp_path / 'a'), progress=progress, cancel=cancel)
+    assert not (tmp_path / 'a').exists()
+
+
+def test_fetch_takes_the_first_bytes(client, served, tmp_path):  # noqa: F811
+    write(served[1] / 'out', b'0123456789' * 100000)
+    assert client.fetch('/out', str(tmp_path / 'a'), 777777) == 777777
+    assert (tmp_path / 'a').read_bytes() == (b'0123456789' * 100000)[:777777]
+    assert client.fetch('/out', str(tmp_path / 'b'), 1 << 30) == 1000000
+    assert (tmp_path / 'b').read_bytes() == b'0123456789' * 100000
+
+
+# --- servers that have no room, or no rights ------------------------------------------------------
+
+@contextlib.contextmanager
+def server_process(folder, prepare):
+    """``chirp.py serve`` in a process of its own, that ``prepare`` has narrowed."""
+    process = subprocess.Popen([sys.executable, chirp.__file__, 'serve', str(folder), '--port', '0'],
+                               stdout=subprocess.PIPE, universal_newlines=True, preexec_fn=prepare)
+    try:
+        yield '127.0.0.1', int(process.stdout.readline().rpartition(':')[2])
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        process.stdout.close()
+
+
+def fill_up(address, folder, source, pattern):
+    """Sends what doesn't fit: it is said, nothing half stays under the name, the connection is good."""
+    with chirp.ChirpClient(*address) as full:
+        full.putfile('/old', b'old')
+        with pytest.raises(chirp.Refused, match=pattern):
+            full.put(str(source), '/old')
+        with pytest.raises(chirp.Refused, match=pattern):
+            full.putfile('/old', source.read_bytes())
+        assert full.getfile('/old') == b'old'
+        full.rmall('/old.part')
+        full.putfile('/small', b'fits')
+    assert sorted(os.listdir(str(folder))) == ['old', 'small']
+
+
+def test_a_file_that_is_too_big(tmp_path):
+    (tmp_path / 'served').mkdir()
+    source = write(tmp_path / 'source', os.urandom(3 << 20))
+
+    def prepare():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    with server_process(tmp_path / 'served', prepare) as address:
+        fill_up(address, tmp_path / 'served', source, 'too big')
+
+
+def test_a_disk_that_is_full(tmp_path):
+    folder = tmp_path / 'served'
+    folder.mkdir()
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=1m', 'none', str(folder)]
+    if subprocess.call(mount, stderr=subprocess.DEVNULL):
+        pytest.skip('a tmpfs can not be mounted here')
+    try:
+        with our_server(folder) as server:
+            fill_up(server.address, folder, write(tmp_path / 'source', os.urandom(3 << 20)), 'no space')
+    finally:
+        subprocess.check_call(['umount', str(folder)])
+
+
+@contextlib.contextmanager
+def forked_server(folder, user):
+    """A server in a process of another user; that one may not be able to run a program of ours."""
+    near, far = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.setuid(user)
+        server = chirp.ChirpServer(str(folder), allow=['127.0.0.1']).start()
+        os.write(far, b'%d\n' % server.address[1])
+        signal.pause()
+    try:
+        yield '127.0.0.1', int(os.read(near, 20))
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(near)
+        os.close(far)
+
+
+def test_no_permission(tmp_path):
+    for path in (tmp_path.parent.parent, tmp_path.parent, tmp_path):
+        os.chmod(str(path), 0o755)
+    folder = tmp_path / 'served'
+    folder.mkdir()
+    write(folder / 'secret', b'x', 0)
+    write(folder / 'fixed', b'x', 0o444)
+    os.chmod(str(folder), 0o555)
+    source = write(tmp_path / 'source', b'y')
+    with forked_server(folder, 65534 if os.getuid() == 0 else os.getuid()) as address, \
+            chirp.ChirpClient(*address) as narrow:
+        for move in (lambda: narrow.put(str(source), '/new'), lambda: narrow.put(str(source), '/fixed'),
+                     lambda: narrow.getfile('/secret'), lambda: narrow.get('/secret', str(tmp_path / 'a')),
+                     lambda: narrow.unlink('/fixed'), lambda: narrow.mkdir('/d')):
+            with pytest.raises(chirp.Refused, match='not authorized'):
+                move()
+    os.chmod(str(folder), 0o755)

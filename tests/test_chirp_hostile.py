@@ -1,0 +1,460 @@
+"""Hostile clients against our server, and hostile servers against our client."""
+
+import contextlib
+import os
+import random
+import socket
+import threading
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_chirp import our_server, write
+
+import chirp
+
+HELLO = b'yes\nyes\nyes\naddress\n127.0.0.1\n'
+BOUND = 10 * 1024 * 1024
+STAT = b'1 2 %d 1 0 0 0 %d 4096 8 0 0 0\n'
+FOLDER, FILE, LINK = 0o40755, 0o100644, 0o120777
+
+
+@contextlib.contextmanager
+def memory_bounded():
+    """Fails if this process's peak of resident memory grows by more than BOUND."""
+    if not os.path.exists('/proc/self/clear_refs'):
+        yield
+        return
+
+    def of(name):
+        with open('/proc/self/status') as file:
+            return [int(line.split()[1]) * 1024 for line in file if line.startswith(name)][0]
+    with open('/proc/self/clear_refs', 'w') as file:
+        file.write('5')
+    before = of('VmRSS')
+    yield
+    assert of('VmHWM') - before <= BOUND
+
+
+# --- our client --------------------------------------------------------------------------------
+
+class HostileServer:
+    """Lets anyone in, and answers each request as ``answer(line)`` says: bytes, an iterator of bytes,
+    or None, which ends the connection."""
+
+    def __init__(self, answer, hello=HELLO):
+        self._answer, self._hello = answer, hello
+        self._listener = socket.socket()
+        self._listener.bind(('127.0.0.1', 0))
+        self._listener.listen(16)
+        self.address = self._listener.getsockname()
+        self._socks, self._threads = [], []
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for sock in [self._listener] + self._socks:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for thread in [self._thread] + self._threads:
+            thread.join(20)
+            assert not thread.is_alive()
+        for sock in [self._listener] + self._socks:
+            sock.close()
+
+    def _run(self):
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            self._socks.append(sock)
+            self._threads.append(threading.Thread(target=self._serve, args=(sock,)))
+            self._threads[-1].start()
+
+    def _serve(self, sock):
+        with contextlib.suppress(OSError), sock.makefile('rb') as lines:
+            lines.readline()
+            sock.sendall(self._hello)
+            for line in lines:
+                answer = self._answer(line)
+                if answer is None:
+                    break
+                for part in [answer] if isinstance(answer, bytes) else answer:
+                    sock.sendall(part)
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+
+
+def endless(first, *parts):
+    yield first
+    while True:
+        for part in parts:
+            yield part * 500
+
+
+REPLIES = {
+    'nothing': None, 'no number': b'x\n', 'a long line': b'0' * 5000 + b'\n', 'a giant': b'9' * 30 + b'\n',
+    'a large count': b'9999999999\n', 'an unknown error': b'-99\n', 'an error': b'-1\n',
+    'bad stat': b'0\n1 2 3\n',
+    'negative size': b'0\n' + STAT % (FILE, -5), 'binary': bytes(range(256)), 'zeros': b'\0' * 3000,
+    'blank': b'\n', 'signs': b'--5\n', 'stat giants': b'0\n' + STAT % (FILE, 10 ** 19)}
+
+CALLS = {
+    'stat': lambda client, _: client.stat('/a'), 'hash': lambda client, _: client.hash('/a'),
+    'getfile': lambda client, _: client.getfile('/a'), 'ls': lambda client, _: client.ls('/'),
+    'readlink': lambda client, _: client.readlink('/a'), 'open': lambda client, _: client.open('/a'),
+    'pread': lambda client, _: client.pread(0, 10, 0), 'statfs': lambda client, _: client.statfs(),
+    'getacl': lambda client, _: client.getacl(), 'whoami': lambda client, _: client.whoami(),
+    'get': lambda client, folder: client.get('/a', str(folder / 'got')),
+    'put': lambda client, folder: client.put(str(folder / 'source'), '/a'),
+    'put a folder': lambda client, folder: client.put(str(folder / 'tree'), '/a')}
+
+
+@pytest.mark.parametrize('call', sorted(CALLS))
+def test_any_reply_is_an_error_of_ours(tmp_path, call):
+    write(tmp_path / 'source', os.urandom(100000))
+    (tmp_path / 'tree').mkdir()
+    write(tmp_path / 'tree' / 'file', b'x')
+    for reply in REPLIES.values():
+        with HostileServer(lambda line, reply=reply: reply) as server, memory_bounded(), \
+                chirp.ChirpClient(*server.address, timeout=0.3) as client:
+            with contextlib.suppress(chirp.ChirpError):
+                CALLS[call](client, tmp_path)
+    assert sorted(name for name in os.listdir(str(tmp_path)) if name != 'got.part') == ['source', 'tree']
+
+
+@pytest.mark.parametrize('hello', [b'', b'no\n' * 100, b'yes\n', b'yes\n/etc/x\n', b'x' * 5000,
+                                   b'yes\nyes\nno\n'])
+def test_authentication_that_goes_wrong(hello):
+    with HostileServer(lambda line: None, hello) as server, memory_bounded():
+        with pytest.raises(chirp.ChirpError):
+            chirp.ChirpClient(*server.address, timeout=0.5).stat('/')
+
+
+@pytest.mark.parametrize('what', [
+    lambda: endless(b'0\n', b'x' * 1000), lambda: endless(b'0\n', b'a name\n' + STAT % (FILE, 5)),
+    lambda: endless(b'0\n', b'a\n'), lambda: endless(b'0\n', b'.\n' + STAT % (FILE, 5))])
+def test_a_listing_without_an_end(monkeypatch, what):
+    monkeypatch.setattr(chirp, 'SLOWEST', 10 * 1024 * 1024)
+    with HostileServer(lambda line: what()) as server, memory_bounded(), \
+            chirp.ChirpClient(*server.address, timeout=2) as client:
+        with pytest.raises(chirp.ChirpError):
+            client.ls('/')
+
+
+def drip():
+    while True:
+        yield b'1'
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize('answer', [lambda line: b'', lambda line: drip()])
+def test_silence_and_drops_have_their_time(answer):
+    with HostileServer(answer) as server, chirp.ChirpClient(*server.address, timeout=0.5) as client:
+        began = time.monotonic()
+        with pytest.raises(chirp.TimedOut):
+            client.stat('/')
+        assert time.monotonic() - began < 10
+
+
+def serves_tree(entries, content=b'pwned', target=b'/etc'):
+    """A server whose every folder holds these (name, mode)."""
+    def answer(line):
+        word = line.split()[0]
+        path = line.split()[-1]
+        if word in (b'stat', b'lstat'):
+            return b'0\n' + STAT % (FOLDER, 0)
+        if word == b'getlongdir':
+            if path.count(b'/') > 3:
+                return b'0\n\n'
+            return b'0\n%s\n' % b''.join(name + b'\n' + STAT % (mode, len(content)) for name, mode in entries)
+        if word == b'readlink':
+            return b'%d\n' % len(target) + target
+        if word == b'getfile':
+            return b'%d\n' % len(content) + content
+        if word == b'open':
+            return b'0\n' + STAT % (FILE, len(content))
+        if word == b'pread':
+            return b'%d\n' % len(content) + content
+        if word == b'hash':
+            return b'20\n' + __import__('hashlib').sha1(content).digest()
+        return b'0\n'
+    return answer
+
+
+@pytest.mark.parametrize('name', [b'..', b'../escaped', b'/escaped', b'a/../../escaped', b'',
+                                  b'x\0y', b'.__acl', b'n' * 300])
+def test_names_that_lead_elsewhere_are_refused(tmp_path, name):
+    inside = tmp_path / 'inside'
+    inside.mkdir()
+    with HostileServer(serves_tree([(name, FILE), (b'z', FILE)])) as server, \
+            chirp.ChirpClient(*server.address, timeout=2) as client:
+        with contextlib.suppress(chirp.ChirpError):
+            client.get('/', str(inside / 'got'))
+    assert os.listdir(str(tmp_path)) == ['inside']
+    assert set(os.listdir(str(inside))) <= {'got', 'got.part'}
+
+
+@pytest.mark.parametrize('links', ['inside', 'all'])
+@pytest.mark.parametrize('entries', [[(b'a', LINK), (b'a', FOLDER)], [(b'a', LINK), (b'a', FILE)],
+                                     [(b'a', LINK), (b'a.part', LINK), (b'a', FILE), (b'a', FOLDER)]])
+def test_nothing_is_written_through_a_link(tmp_path, entries, links):
+    outside = tmp_path / 'outside'
+    outside.mkdir()
+    victim = write(outside / 'victim', b'untouched')
+    for target in (outside, victim):
+        answer = serves_tree(entries, target=os.fsencode(str(target)))
+        for _ in ('first', 'again'):
+            with HostileServer(answer) as server, chirp.ChirpClient(*server.address, timeout=2) as client:
+                with contextlib.suppress(chirp.ChirpError, OSError):
+                    client.get('/', str(tmp_path / 'got'), links=links)
+    assert os.listdir(str(outside)) == ['victim'] and victim.read_bytes() == b'untouched'
+
+
+def test_links_that_lead_out_are_told_and_not_made(tmp_path):
+    (tmp_path / 'served' / 'tree' / 'below').mkdir(parents=True)
+    for name, target in (('out', '/etc/passwd'), ('up', '../x'), ('in', 'below'), ('below/up', '../in'),
+                         ('below/out', '../../x'), ('none', 'missing')):
+        os.symlink(target, str(tmp_path / 'served' / 'tree' / name))
+    with our_server(tmp_path / 'served') as server, chirp.ChirpClient(*server.address) as client:
+        with pytest.raises(chirp.Incomplete, match='3 of the entries .*leads out'):
+            client.get('/tree', str(tmp_path / 'a'))
+        assert sorted(os.listdir(str(tmp_path / 'a'))) == ['below', 'in', 'none']
+        client.get('/tree', str(tmp_path / 'b'), links='all')
+        assert os.readlink(str(tmp_path / 'b' / 'out')) == '/etc/passwd'
+        client.get('/tree', str(tmp_path / 'c'), links='none')
+        assert os.listdir(str(tmp_path / 'c')) == ['below']
+
+
+# --- our server --------------------------------------------------------------------------------
+
+@pytest.fixture
+def rooted(tmp_path):
+    """(server, the folder that is served, beside which lies ``secret``)."""
+    folder = tmp_path / 'served'
+    folder.mkdir()
+    write(tmp_path / 'secret', b'top secret')
+    (tmp_path / 'elsewhere').mkdir()
+    write(tmp_path / 'elsewhere' / 'secret', b'top secret')
+    with our_server(folder) as server:
+        yield server, folder
+        with chirp.ChirpClient(*server.address) as client:         # it still serves others
+            assert client.whoami() == 'address:127.0.0.1'
+    assert (tmp_path / 'secret').read_bytes() == b'top secret'
+    assert sorted(os.listdir(str(tmp_path))) == ['elsewhere', 'secret', 'served']
+    assert os.listdir(str(tmp_path / 'elsewhere')) == ['secret']
+
+
+def admitted(server):
+    sock = socket.create_connection(server.address, 20)
+    sock.sendall(b'address\n')
+    assert sock.recv(len(HELLO), socket.MSG_WAITALL) == HELLO
+    return sock
+
+
+def all_of(sock):
+    """What the server says until it ends the connection; ours ends it here."""
+    sock.shutdown(socket.SHUT_WR)
+    data = b''
+    with contextlib.suppress(ConnectionError):
+        while len(data) < 1 << 20:
+            part = sock.recv(65536)
+            if not part:
+                break
+            data += part
+    return data
+
+
+@pytest.mark.parametrize('path', ['/../secret', '../../../../secret', 'a/../../secret', '/%2e%2e/secret',
+                                  '..%2fsecret',
+                                  '/out', '/folder/secret', '/up/secret', '/up/up/secret', '/abs', '/.__acl',
+                                  '/x/../.__acl', '/to-reserved', '/.__put.x', '/loop', '/loop/x'])
+def test_nothing_outside_the_root_is_reached(rooted, tmp_path, path):
+    server, folder = rooted
+    (folder / 'a').mkdir()
+    write(folder / '.__acl', b'reserved')
+    for name, target in (('out', '../secret'), ('folder', '../elsewhere'), ('up', '..'), ('loop', 'loop'),
+                         ('abs', str(tmp_path / 'secret')), ('to-reserved', '.__acl')):
+        os.symlink(target, str(folder / name))
+    requests = ['getfile %s', 'stat %s', 'open %s r 0', 'hash sha1 %s', 'md5 %s', 'getlongdir %s',
+                'getdir %s',
+                'truncate %s 0', 'chmod %s 511', 'utime %s 0 0', 'access %s 0',
+                'getstream %s']
+    if path not in ('/out', '/abs', '/to-reserved', '/loop'):       # which are links that may be looked at
+        requests += ['lstat %s', 'readlink %s 100', 'unlink %s', 'rmdir %s', 'rmall %s', 'link %s /b',
+                     'rename %s /b']
+    for request in requests:
+        with admitted(server) as sock:
+            sock.sendall((request % path).encode() + b'\n')
+            reply = all_of(sock)
+            assert reply.startswith(b'-'), (request, reply)
+    assert (folder / '.__acl').read_bytes() == b'reserved'
+
+
+def test_writing_stays_inside(rooted, tmp_path):
+    server, folder = rooted
+    os.symlink('../elsewhere', str(folder / 'folder'))
+    os.symlink(str(tmp_path / 'elsewhere' / 'new'), str(folder / 'dangling'))
+    with chirp.ChirpClient(*server.address) as client:
+        for write_it in (lambda: client.putfile('/folder/new', b'x'), lambda: client.mkdir('/folder/new'),
+                         lambda: client.open('/folder/new', 'wc'), lambda: client.symlink('x', '/folder/new'),
+                         lambda: client.putfile('/dangling', b'x'), lambda: client.open('/dangling', 'wc'),
+                         lambda: client.putfile('/.__acl', b'x'), lambda: client.mkdir('/.__x'),
+                         lambda: client.symlink('x', '/a/.__x')):
+            with pytest.raises(chirp.Refused):
+                write_it()
+        client.putfile('/../../climbed', b'x')
+        assert client.getfile('/climbed') == b'x' == (folder / 'climbed').read_bytes()
+        os.mkdir(str(folder / 'etc'))
+        write(folder / 'etc' / 'passwd', b'inside')
+        os.symlink('/etc/passwd', str(folder / 'passwd'))
+        assert client.getfile('/passwd') == b'inside'              # links are resolved within the root
+
+
+def test_a_link_that_is_swapped_in_reaches_nothing(rooted, tmp_path):
+    server, folder = rooted
+    stop = threading.Event()
+
+    def swap():
+        real, link, name = (str(folder / each) for each in ('real', 'link', 'name'))
+        os.mkdir(real)
+        write(folder / 'real' / 'secret', b'harmless')
+        os.symlink(str(tmp_path / 'elsewhere'), link)
+        while not stop.is_set():
+            os.rename(real, name)
+            os.rename(name, real)
+            os.rename(link, name)
+            os.rename(name, link)
+    thread = threading.Thread(target=swap)
+    thread.start()
+    try:
+        seen = set()
+        with chirp.ChirpClient(*server.address) as client:
+            for _ in range(2000):
+                with contextlib.suppress(chirp.Refused):
+                    seen.add(client.getfile('/name/secret'))
+                with contextlib.suppress(chirp.Refused):
+                    client.putfile('/name/new', b'x')
+                with contextlib.suppress(chirp.Refused):
+                    client.rmall('/name/new')
+    finally:
+        stop.set()
+        thread.join()
+    assert seen <= {b'harmless'}
+
+
+def test_giants_cost_nothing(rooted):
+    server, folder = rooted
+    write(folder / 'file', b'x' * 100000)
+    with memory_bounded():
+        for request in (b'putfile /x 420 9223372036854775807', b'pread 0 9223372036854775807 0',
+                        b'whoami 999999999999', b'pwrite 0 -5 0',
+                        b'readlink /file 99999999999', b'open /file r 99999999999999999999999',
+                        b'getfile ' + b'/' * 1000, b'stat ' + b'a/' * 500, b'truncate /file -1',
+                        b'utime /file 9999999999999999 9999999999999999', b'hash sha1 ' + b'%41' * 300):
+            with admitted(server) as sock:
+                sock.sendall(b'open /file rw 0\n' + request + b'\n')
+                assert all_of(sock).count(b'\n') >= 3
+        with admitted(server) as sock:
+            with contextlib.suppress(ConnectionError):
+                for _ in range(100):
+                    sock.sendall(b'x' * 100000)            # a line without an end: the server hangs up
+            with contextlib.suppress(ConnectionError):
+                assert sock.recv(100) == b''
+
+
+def test_many_files_open_at_once_are_bounded(rooted):
+    server, folder = rooted
+    write(folder / 'file', b'x')
+    with chirp.ChirpClient(*server.address) as client:
+        numbers = []
+        with pytest.raises(chirp.Refused, match='too many open'):
+            for _ in range(5000):
+                numbers.append(client.open('/file')[0])
+        assert numbers == list(range(chirp.OPEN_FILES))
+        client.close(7)
+        assert client.open('/file')[0] == 7
+
+
+def test_who_says_nothing_is_let_go(tmp_path, monkeypatch):
+    monkeypatch.setattr(chirp, 'AUTHENTICATION_TIME', 0.5)
+    with our_server(tmp_path, idle_timeout=0.5) as server:
+        with socket.create_connection(server.address, 20) as silent, admitted(server) as idle:
+            assert silent.recv(1) == b''
+            assert idle.recv(1) == b''
+        with socket.create_connection(server.address, 20) as sock:      # nor does a drip of methods help
+            with contextlib.suppress(ConnectionError):
+                for _ in range(200):
+                    sock.sendall(b'unix\n')
+                    if not sock.recv(3):
+                        break
+                    time.sleep(0.02)
+                else:
+                    pytest.fail('never let go')
+
+
+def test_one_that_does_not_read_holds_up_nobody(rooted):
+    server, folder = rooted
+    with open(str(folder / 'large'), 'wb') as file:
+        file.truncate(1 << 30)
+    socks = [admitted(server) for _ in range(8)]
+    with memory_bounded():
+        for sock in socks:
+            sock.sendall(b'getfile /large\n')
+        began = time.monotonic()
+        with chirp.ChirpClient(*server.address) as client:
+            for _ in range(100):
+                client.stat('/large')
+        assert time.monotonic() - began < 5
+    for sock in socks:
+        sock.close()
+
+
+WORDS = st.sampled_from([word.decode() for word in sorted(chirp.COMMANDS)] + ['unix', 'x', ''])
+PATHS = st.sampled_from(['/', '/file', '..', '/../secret', '/link', '%', '%2e%2e', '/new', '/.__acl',
+                         '\x01', '-1', '0',
+                         '5', '99999999999', 'sha1', 'rwc', 'a' * 300, '/folder/x', 'é'])
+LINES = st.lists(st.one_of(
+    st.tuples(WORDS, st.lists(PATHS, max_size=4)).map(
+        lambda made: ' '.join([made[0]] + made[1]).encode() + b'\n'),
+    st.binary(max_size=200)), max_size=12)
+
+
+@settings(max_examples=int(os.environ.get('CHIRP_FUZZ', 150)))
+@given(lines=LINES)
+def test_fuzzed_lines(fuzzed, lines):
+    server, folder = fuzzed
+    with admitted(server) as sock:
+        with contextlib.suppress(ConnectionError):
+            sock.sendall(b''.join(lines))
+            all_of(sock)
+    with chirp.ChirpClient(*server.address) as client:
+        assert client.whoami() == 'address:127.0.0.1'
+    assert (folder.parent / 'secret').read_bytes() == b'top secret'
+    assert sorted(os.listdir(str(folder.parent))) == ['secret', 'served']
+
+
+@pytest.fixture(scope='module')
+def fuzzed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('fuzz') / 'served'
+    folder.mkdir()
+    write(folder / 'file', b'x' * 1000)
+    write(folder.parent / 'secret', b'top secret')
+    os.symlink('../secret', str(folder / 'link'))
+    with our_server(folder, max_clients=100, idle_timeout=5) as server:
+        yield server, folder
+
+
+def test_random_bytes_instead_of_authentication(tmp_path):
+    rng = random.Random(5)
+    with our_server(tmp_path) as server, memory_bounded():
+        for _ in range(50):
+            with socket.create_connection(server.address, 20) as sock:
+                with contextlib.suppress(ConnectionError):
+                    sock.sendall(bytes(rng.randrange(256) for _ in range(2000)))
+                    assert b'yes' not in all_of(sock)
