@@ -45,7 +45,7 @@ import time
 import types
 import urllib.parse
 import xmlrpc.client
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Generator, Iterator, List, Optional, Tuple
 
 import protocol
 import stompbroker
@@ -1203,6 +1203,7 @@ MEND_DRIVER = ('the kernel module vboxdrv is not loaded: install the kernel head
 OLDEST = (6, 1)                    # of VirtualBox, whose API this code speaks
 STALL = 600                        # seconds without any progress after which a job is given up
 SILENCE = 20                       # seconds that the driver may be silent about a call
+Steps = Generator[float, None, Any]    # a verb under way: yields how many seconds it waits
 
 
 class ConnectionLost(Exception):
@@ -1229,7 +1230,8 @@ class VirtualBox:
                  connect: Optional[Callable[[], Any]] = None) -> None:
         self._settings = {
             'network': dict(vars(network)), 'remote_desktop': dict(vars(remote_desktop)),
-            'chirp_port': chirp_port, 'state_dir': state_dir, 'command_timeout': command_timeout}
+            'chirp_port': chirp_port, 'state_dir': state_dir,
+            'command_timeout': command_timeout}  # type: Dict[str, Any]
         self._mode = network.mode
         self._on_event = on_event
         self._connect = connect
@@ -1503,7 +1505,7 @@ class VirtualBox:
             call.sent_to = child
         self._write(child, call.message())
 
-    def _write(self, child: subprocess.Popen, message: Dict[str, Any]) -> None:
+    def _write(self, child: Any, message: Dict[str, Any]) -> None:
         with self._writing:
             try:
                 child.stdin.write(json.dumps(message).encode() + b'\n')
@@ -1566,6 +1568,7 @@ class VirtualBox:
     # the driver in this thread
 
     def _run_here(self) -> None:
+        assert self._connect is not None
         Driver(self._settings, self._connect, self._inbox, self._heard).run()
 
     # the driver in a process
@@ -1588,7 +1591,7 @@ class VirtualBox:
         with self._lock:
             return bool(self._calls)
 
-    def _live_with(self, child: subprocess.Popen) -> None:
+    def _live_with(self, child: Any) -> None:
         with self._lock:
             self._child = child
             calls = [call for call in self._calls.values()
@@ -1816,7 +1819,7 @@ class Job:
         self.id = message['id']
         self.verb = message['verb']
         self.args = message['args']
-        self.steps = None  # type: Optional[Iterator[float]]
+        self.steps = None  # type: Optional[Steps]
         self.due = 0.0
         self.tries = 0
         self.deadline = time.monotonic() + timeout
@@ -1868,7 +1871,8 @@ class Driver:
             if time.monotonic() >= self._next_look:
                 self._look()
         for job in self._jobs:
-            job.steps.close()
+            if job.steps is not None:
+                job.steps.close()
         self._jobs = []
         self._disconnect()
 
@@ -1900,7 +1904,7 @@ class Driver:
 
     def _resume_jobs(self) -> None:
         for job in list(self._jobs):
-            if job.due <= time.monotonic():
+            if job in self._jobs and job.due <= time.monotonic():
                 self._resume(job)
 
     def _resume(self, job: Job) -> None:
@@ -1908,7 +1912,8 @@ class Driver:
             if job.steps is None:
                 result = self._first_step(job)
                 if not isinstance(result, types.GeneratorType):
-                    self._end(job, {'id': job.id, 'value': result})
+                    for each in self._same_question(job):
+                        self._end(each, {'id': each.id, 'value': result})
                     return
                 job.steps = result
             job.due = time.monotonic() + next(job.steps)
@@ -1920,6 +1925,13 @@ class Driver:
             self._end(job, {'id': job.id, 'error': [type(error).__name__, str(error)]})
         except Exception as error:
             self._failed(job, error)
+
+    def _same_question(self, job: Job) -> List[Job]:
+        """The job, and those that came before it began and ask the same: a crowd of clients costs
+        as much as one."""
+        return [each for each in self._jobs if each is job or (
+            job.verb in LOOKING and each.steps is None
+            and (each.verb, each.args) == (job.verb, job.args))]
 
     def _first_step(self, job: Job) -> Any:
         """The verb's answer, or its generator where it has to wait for something."""
@@ -2037,7 +2049,7 @@ class Driver:
         text = self.manager.xcptGetMessage(error) or str(error)
         return fault_of(code, text)
 
-    def finish(self, job: Job, progress: Any, text: str) -> Iterator[float]:
+    def finish(self, job: Job, progress: Any, text: str) -> Steps:
         """Wait for a Progress of VirtualBox's, in slices, and raise what it failed with."""
         last, changed = -1, time.monotonic()
         while not progress.completed:
@@ -2091,11 +2103,12 @@ class Driver:
     def card_of(self, machine: Any) -> Any:
         """The card whose MAC is the VM's id: host-only or NAT by the mode, else the first."""
         kinds = self._kinds_of_card()
-        cards = list(self.cards(machine))
-        for card in cards:
+        first = None
+        for card in self.cards(machine):            # mostly the first one: each look takes its time
             if card.attachmentType in kinds:
                 return card
-        return cards[0] if cards else None
+            first = first or card
+        return first
 
     def _kinds_of_card(self) -> List[int]:
         names = (('NAT', 'NATNetwork') if self.network['mode'] == 'nat'
@@ -2146,7 +2159,7 @@ class Driver:
 
     # waiting for a VM
 
-    def own(self, job: Job, machine: Any) -> Iterator[float]:
+    def own(self, job: Job, machine: Any) -> Steps:
         """Be the only job that changes this VM, until the job ends."""
         uuid = machine.id
         while self._owners.get(uuid, job) is not job:
@@ -2155,7 +2168,7 @@ class Driver:
             yield 0.05
         self._owners[uuid] = job
 
-    def ready(self, job: Job, vm: str, verb: str) -> Iterator[float]:
+    def ready(self, job: Job, vm: str, verb: str) -> Steps:
         """Find, own and check the VM: it is in a state in which `verb` makes sense."""
         machine = self.find(vm)
         yield from self.own(job, machine)
@@ -2166,7 +2179,7 @@ class Driver:
                 either([name for name in ACCEPTABLE[verb] if name in self.states.values()])))
         return machine
 
-    def settled(self, job: Job, machine: Any) -> Iterator[float]:
+    def settled(self, job: Job, machine: Any) -> Steps:
         """Wait while the VM is on its way from one state to another."""
         first = self.const('MachineState_FirstTransient')
         while first <= machine.state or machine.sessionState in self._session_on_its_way():
@@ -2177,7 +2190,7 @@ class Driver:
     def _session_on_its_way(self) -> Tuple[int, int]:
         return self.const('SessionState_Spawning'), self.const('SessionState_Unlocking')
 
-    def reached(self, job: Job, machine: Any, *states: str) -> Iterator[float]:
+    def reached(self, job: Job, machine: Any, *states: str) -> Steps:
         """Wait until the VM is in one of these states and nobody is about to let it go."""
         while self.state_of(machine) not in states:
             job.check_deadline(DeadlineExceeded(
@@ -2188,7 +2201,7 @@ class Driver:
 
     # sessions
 
-    def lock(self, job: Job, machine: Any) -> Iterator[float]:
+    def lock(self, job: Job, machine: Any) -> Steps:
         """A session that holds the VM's lock: shared with its process where it runs.
 
         Somebody else may hold it for a moment: tried again, less and less often, until the
@@ -2220,7 +2233,7 @@ class Driver:
             vbox_log.debug('unlocking: %s', error)
 
     def tell_console(self, job: Job, machine: Any, act: Callable[[Any], Any], text: str
-                     ) -> Iterator[float]:
+                     ) -> Steps:
         """Do `act` with the VM's console, and wait for its Progress if it gives one."""
         session = yield from self.lock(job, machine)
         try:
@@ -2233,7 +2246,7 @@ class Driver:
         finally:
             self.unlock(session)
 
-    def finish_in_process(self, job: Job, progress: Any, text: str) -> Iterator[float]:
+    def finish_in_process(self, job: Job, progress: Any, text: str) -> Steps:
         """Like finish, for a Progress that lives in the VM's process, and may end with it."""
         try:
             yield from self.finish(job, progress, text)
@@ -2241,7 +2254,7 @@ class Driver:
             if not self._is_dead(error) or not self._answers():
                 raise
 
-    def edit(self, job: Job, machine: Any, change: Callable[[Any], None]) -> Iterator[float]:
+    def edit(self, job: Job, machine: Any, change: Callable[[Any], None]) -> Steps:
         """Change settings through a session's mutable machine, and save them."""
         session = yield from self.lock(job, machine)
         try:
@@ -2280,7 +2293,7 @@ class Driver:
 
     # verbs: life of a VM
 
-    def start(self, job: Job, vm: str, gui_mode: bool) -> Iterator[float]:
+    def start(self, job: Job, vm: str, gui_mode: bool) -> Steps:
         machine = yield from self.ready(job, vm, 'start')
         if self.network['mode'] == 'nat' and self.state_of(machine) in OFF:
             yield from self.edit(job, machine, self.forward_chirp)
@@ -2288,7 +2301,7 @@ class Driver:
         yield from self.reached(job, machine, 'Running', 'Paused')
         return True
 
-    def _launch(self, job: Job, machine: Any, kind: str) -> Iterator[float]:
+    def _launch(self, job: Job, machine: Any, kind: str) -> Steps:
         environment = [] if self.api() >= (6, 1) else ''
         pause = 0.05
         while True:
@@ -2308,7 +2321,7 @@ class Driver:
         finally:
             self.unlock(session)
 
-    def shutdown(self, job: Job, vm: str) -> Iterator[float]:
+    def shutdown(self, job: Job, vm: str) -> Steps:
         machine = yield from self.ready(job, vm, 'shutdown')
         yield from self.tell_console(job, machine, lambda console: console.powerButton(), '')
         while self.state_of(machine) not in OFF:
@@ -2319,32 +2332,32 @@ class Driver:
         yield from self.settled(job, machine)
         return True
 
-    def reset(self, job: Job, vm: str) -> Iterator[float]:
+    def reset(self, job: Job, vm: str) -> Steps:
         machine = yield from self.ready(job, vm, 'reset')
         yield from self.tell_console(job, machine, lambda console: console.reset(), '')
         yield from self.reached(job, machine, 'Running')
         return True
 
-    def power_off(self, job: Job, vm: str) -> Iterator[float]:
+    def power_off(self, job: Job, vm: str) -> Steps:
         machine = yield from self.ready(job, vm, 'power_off')
         yield from self.tell_console(job, machine, lambda console: console.powerDown(),
                                      'powering off')
         yield from self.reached(job, machine, *OFF)
         return True
 
-    def pause(self, job: Job, vm: str) -> Iterator[float]:
+    def pause(self, job: Job, vm: str) -> Steps:
         machine = yield from self.ready(job, vm, 'pause')
         yield from self.tell_console(job, machine, lambda console: console.pause(), '')
         yield from self.reached(job, machine, 'Paused')
         return True
 
-    def resume(self, job: Job, vm: str) -> Iterator[float]:
+    def resume(self, job: Job, vm: str) -> Steps:
         machine = yield from self.ready(job, vm, 'resume')
         yield from self.tell_console(job, machine, lambda console: console.resume(), '')
         yield from self.reached(job, machine, 'Running')
         return True
 
-    def save_state(self, job: Job, vm: str) -> Iterator[float]:
+    def save_state(self, job: Job, vm: str) -> Steps:
         machine = yield from self.ready(job, vm, 'save_state')
         session = yield from self.lock(job, machine)
         failure = None
@@ -2362,7 +2375,7 @@ class Driver:
         yield from self.reached(job, machine, 'Saved')
         return True
 
-    def _write_settings(self, job: Job, machine: Any, failure: Exception) -> Iterator[float]:
+    def _write_settings(self, job: Job, machine: Any, failure: Exception) -> Steps:
         """Seen with 7.2, once in 60: the state is saved, but an assertion of VBoxSVC's fails while it
         writes the .vbox file, which then doesn't name the state. A change writes it again."""
         vbox_log.info('%s is saved, though VirtualBox says: %s', machine.name, failure)
@@ -2371,7 +2384,7 @@ class Driver:
             yield from self.edit(job, machine, lambda mutable, each=each: setattr(  # type: ignore
                 mutable, 'description', each))
 
-    def discard_state(self, job: Job, vm: str) -> Iterator[float]:
+    def discard_state(self, job: Job, vm: str) -> Steps:
         machine = yield from self.ready(job, vm, 'discard_state')
         session = yield from self.lock(job, machine)
         try:
@@ -2418,7 +2431,7 @@ class Driver:
                 machine.name, len(same), name, ', '.join(row['id'] for row in same)))
         return machine.findSnapshot(same[0]['id'])
 
-    def take_snapshot(self, job: Job, vm: str, name: str, desc: str) -> Iterator[float]:
+    def take_snapshot(self, job: Job, vm: str, name: str, desc: str) -> Steps:
         if not name:
             raise InvalidParams('a snapshot needs a name')
         machine = yield from self.ready(job, vm, 'take_snapshot')
@@ -2434,7 +2447,7 @@ class Driver:
         yield from self.reached(job, machine, before)
         return True
 
-    def restore_snapshot(self, job: Job, vm: str, name: str) -> Iterator[float]:
+    def restore_snapshot(self, job: Job, vm: str, name: str) -> Steps:
         machine = yield from self.ready(job, vm, 'restore_snapshot')
         snapshot = self._find_snapshot(machine, name)
         session = yield from self.lock(job, machine)
@@ -2446,7 +2459,7 @@ class Driver:
         yield from self.settled(job, machine)
         return True
 
-    def delete_snapshot(self, job: Job, vm: str, name: str) -> Iterator[float]:
+    def delete_snapshot(self, job: Job, vm: str, name: str) -> Steps:
         if not name:
             raise InvalidParams('which snapshot?')
         machine = yield from self.ready(job, vm, 'delete_snapshot')
@@ -2463,7 +2476,7 @@ class Driver:
     # verbs: making and removing
 
     def create_vm(self, job: Job, name: str, image: str, options: Dict[str, Any]
-                  ) -> Iterator[float]:
+                  ) -> Steps:
         wish = wishes(options)
         if not image and name.lower().endswith('.vbox'):
             return self._register(os.path.abspath(name))
@@ -2510,7 +2523,7 @@ class Driver:
         return machine.name
 
     def _build(self, job: Job, name: str, image: str, kind: str, wish: Dict[str, Any]
-               ) -> Iterator[float]:
+               ) -> Steps:
         machine = self._new_machine(name, wish['ostype'])
         try:
             yield from self.own(job, machine)
@@ -2547,7 +2560,7 @@ class Driver:
             vbox_log.warning('a half-made VM is left for cleanup: %s', self.translate(error))
 
     def _new_disk(self, job: Job, machine: Any, image: str, kind: str, size: Optional[int]
-                  ) -> Iterator[float]:
+                  ) -> Steps:
         copied = image and kind != '.iso'
         if not copied and size == 0:
             return None
@@ -2569,7 +2582,7 @@ class Driver:
     def _default_size(self, machine: Any) -> int:
         return max(1024, self.vbox.getGuestOSType(machine.OSTypeId).recommendedHDD >> 20)
 
-    def _copy_disk(self, job: Job, image: str, disk: Any, variant: List[int]) -> Iterator[float]:
+    def _copy_disk(self, job: Job, image: str, disk: Any, variant: List[int]) -> Steps:
         own_copy = False
         try:
             source = self._open_disk(image)
@@ -2592,7 +2605,7 @@ class Driver:
         return self.vbox.openMedium(image, self.const('DeviceType_HardDisk'),
                                     self.const('AccessMode_' + mode), new_uuid)
 
-    def _open_twin(self, job: Job, image: str, folder: str) -> Iterator[float]:
+    def _open_twin(self, job: Job, image: str, folder: str) -> Steps:
         """Of a copy of a disk that VirtualBox knows: both have the same uuid, so it opens neither
         the copy nor, without writing into it, gives it another. A copy of the copy gets one."""
         twin = os.path.join(folder, 'copy-of-' + os.path.basename(image))
@@ -2606,7 +2619,7 @@ class Driver:
             self.vbox.setExtraData(DISK_MADE + twin, '')
             raise
 
-    def _copy_file(self, job: Job, image: str, target: str) -> Iterator[float]:
+    def _copy_file(self, job: Job, image: str, target: str) -> Steps:
         total = os.path.getsize(image) or 1
         with open(image, 'rb') as source, open(target, 'wb') as copy:
             for block in iter(lambda: source.read(4 << 20), b''):
@@ -2704,7 +2717,7 @@ class Driver:
         card.attachmentType = self.const('NetworkAttachmentType_HostOnly')
         card.hostOnlyInterface = self.network['interface']
 
-    def _import(self, job: Job, name: str, image: str, wish: Dict[str, Any]) -> Iterator[float]:
+    def _import(self, job: Job, name: str, image: str, wish: Dict[str, Any]) -> Steps:
         """VirtualBox registers the VM when all its disks are there; until then a note of ours
         says whose it will be."""
         appliance = self.vbox.createAppliance()
@@ -2746,7 +2759,7 @@ class Driver:
         for disk in self._disks_of(machine):
             self.vbox.setExtraData(DISK_MADE + disk.location, disk.id)
 
-    def remove_vm(self, job: Job, vm: str, delete_disks: bool) -> Iterator[float]:
+    def remove_vm(self, job: Job, vm: str, delete_disks: bool) -> Steps:
         machine = yield from self.ready(job, vm, 'remove_vm')
         if machine.sessionState != self.const('SessionState_Unlocked'):
             session = yield from self.lock(job, machine)       # waits, or says Busy
@@ -2757,7 +2770,7 @@ class Driver:
             machine.unregister(self.const('CleanupMode_UnregisterOnly'))
         return True
 
-    def _finish_delete(self, job: Job, machine: Any) -> Iterator[float]:
+    def _finish_delete(self, job: Job, machine: Any) -> Steps:
         progress = self._delete(machine, self.const('CleanupMode_DetachAllReturnHardDisksOnly'))
         yield from self.finish(job, progress, 'deleting')
 
@@ -2773,7 +2786,7 @@ class Driver:
 
     # verbs: what was left behind
 
-    def cleanup(self, job: Job, dry_run: bool) -> Iterator[float]:
+    def cleanup(self, job: Job, dry_run: bool) -> Steps:
         removed = []
         for machine in self.machines_now():
             why = self._why_left(machine)
@@ -2823,7 +2836,7 @@ class Driver:
         return any(os.path.dirname(machine.settingsFilePath) == folder
                    for machine in self.machines_now() if machine.id in self._owners)
 
-    def _remove_disk(self, job: Job, location: str, uuid: str) -> Iterator[float]:
+    def _remove_disk(self, job: Job, location: str, uuid: str) -> Steps:
         try:
             medium = self._open_disk(location, 'ReadWrite')
         except Exception:
@@ -2874,7 +2887,7 @@ class Driver:
                 return dhcp
         return None
 
-    def setup_network(self, job: Job) -> Iterator[float]:
+    def setup_network(self, job: Job) -> Steps:
         """Changes only what differs, so that it can be called again at any time."""
         if self.network['mode'] == 'nat':
             return self.get_network(job)            # nothing to make: each VM has its own
@@ -2890,7 +2903,7 @@ class Driver:
         self._setup_dhcp()
         return self.get_network(job)
 
-    def _make_interface(self, job: Job) -> Iterator[float]:
+    def _make_interface(self, job: Job) -> Steps:
         answer = self.vbox.host.createHostOnlyNetworkInterface()
         yield from self.finish(job, progress_of(answer), 'making the interface')
         made = next(part for part in answer if not hasattr(part, 'completed'))
@@ -2991,7 +3004,7 @@ class Driver:
 
     # verbs: looking in
 
-    def get_stats(self, job: Job, vm: str, key: str) -> Iterator[float]:
+    def get_stats(self, job: Job, vm: str, key: str) -> Steps:
         """Collection begins with the first question, which therefore takes 2 s."""
         machine = self.find(vm)
         collector = self.vbox.performanceCollector
@@ -3021,7 +3034,7 @@ class Driver:
         except FileNotFoundError:
             return ''                               # it never ran
 
-    def screenshot(self, job: Job, vm: str) -> Iterator[float]:
+    def screenshot(self, job: Job, vm: str) -> Steps:
         machine = yield from self.ready(job, vm, 'screenshot')
         session = yield from self.lock(job, machine)
         try:
@@ -3044,7 +3057,7 @@ class Driver:
 
     # verbs: limits and remote desktop
 
-    def set_limits(self, job: Job, vm: str, limits: Dict[str, Any]) -> Iterator[float]:
+    def set_limits(self, job: Job, vm: str, limits: Dict[str, Any]) -> Steps:
         unknown = set(limits) - {'cpuPercent', 'netKBps', 'network'}
         if unknown:
             raise InvalidParams('no limit is called ' + ', '.join(sorted(unknown)))
@@ -3083,7 +3096,7 @@ class Driver:
             card.bandwidthGroup = group
 
     def remote_desktop(self, job: Job, vm: str, enable: bool, options: Dict[str, Any]
-                       ) -> Iterator[float]:
+                       ) -> Steps:
         wish = self._desktop_wish(options)
         machine = self.find(vm)
         if enable and not self.vbox.systemProperties.defaultVRDEExtPack:
@@ -3143,7 +3156,7 @@ class Driver:
 
     def _desktop_of(self, machine: Any) -> Dict[str, Any]:
         server = machine.VRDEServer
-        port = re.match(r'\d*', server.getVRDEProperty('TCP/Ports') or '').group()
+        port = re.split(r'\D', server.getVRDEProperty('TCP/Ports') or '')[0]
         auth = {code: name for name, code in self._auth_types().items()}
         return {'enabled': bool(server.enabled), 'port': int(port or 0),
                 'address': server.getVRDEProperty('TCP/Address') or '',
@@ -3152,7 +3165,7 @@ class Driver:
 
     # NAT: the guest's Chirp port on our loopback
 
-    def chirp_endpoint(self, job: Job, vm: str) -> Iterator[float]:
+    def chirp_endpoint(self, job: Job, vm: str) -> Steps:
         machine = self.find(vm)
         rule = self._chirp_rule(self.card_of(machine))
         if not rule:
@@ -3216,7 +3229,8 @@ class Driver:
 
 def fault_of(code: int, text: str) -> VMHostError:
     """VirtualBox's code and text as an error of ours."""
-    if any(word in text for word in NO_DRIVER):
+    if any(word in text for word in NO_DRIVER) or (
+            'unexpectedly during startup' in text and not module_line()[0]):
         text += ' -- ' + MEND_DRIVER
     return FAULT_OF_CODE.get(code, HypervisorError)('%s (VirtualBox 0x%08x)'
                                                     % (' '.join(text.split()), code))
@@ -3476,15 +3490,24 @@ class Host:
         driver.start_thread()
         try:
             version = driver.version()
-            if self.settings.Network.manage:
-                driver.setup_network()
-        except (VMHostError, ValueError) as error:
+        except VMHostError as error:
             log.log(logging.ERROR if wanted == 'VirtualBox' else logging.INFO,
                     'VMs can\'t be controlled, all the rest works: %s', error)
             driver.close()
             return
         log.info('VirtualBox %s', version)
+        loaded, _, mend = module_line()
+        if not loaded:
+            log.warning('VMs can\'t be started, all the rest works: %s', mend)
+        if self.settings.Network.manage:
+            self._set_up_network(driver)
         self.hypervisor = driver
+
+    def _set_up_network(self, driver: VirtualBox) -> None:
+        try:
+            driver.setup_network()
+        except VMHostError as error:
+            log.error('the host-only network can\'t be set up ([Network] manage): %s', error)
 
     def _vm_event(self, type: str, vm: str, text: str) -> None:
         """What VirtualBox shows of a VM changed. On the driver's thread ``vbox-events``."""
@@ -4124,10 +4147,11 @@ class Api:
                              textwrap.indent(inspect.getdoc(method) or '', '    '))
 
     def agentInfo(self) -> dict:
-        """{version, proto, python, hypervisor, broker, xmlrpc, uptime, vms, cmds, aint} of the host agent.
+        """{version, proto, python, hypervisor, broker, xmlrpc, uptime, vms, cmds, aint, jobs} of the host.
 
         vms: how many agents are connected; cmds: how many commands are unfinished; aint: how many
-        words weren't any; broker: where it is, and the embedded one's counters.
+        words weren't any; broker: where it is, and the embedded one's counters; jobs: what VirtualBox
+        is busy with, [{verb, vm, percent, text}].
 
             >>> host.agentInfo()['hypervisor']
             'none'
@@ -4143,7 +4167,8 @@ class Api:
                 'python': sys.version.split()[0], 'hypervisor': host.hypervisor_name,
                 'broker': broker, 'xmlrpc': '%s:%s' % server.address,
                 'uptime': time.monotonic() - host.started, 'vms': len(host.guests.on_list()),
-                'cmds': host.commands.count(), 'aint': host.aint}
+                'cmds': host.commands.count(), 'aint': host.aint,
+                'jobs': host.hypervisor.under_way() if host.hypervisor is not None else []}
 
     def getEvents(self, after: int = 0, timeout: float = 0) -> dict:
         """{last, events: [{seq, time, type, vm, cmdId, text}]} with numbers above ``after``.
