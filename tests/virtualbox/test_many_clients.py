@@ -1,0 +1,97 @@
+"""Twenty clients at once, while a large image is imported. VMHOST_IMAGE_MB is its size."""
+
+import os
+import threading
+import time
+
+import pytest
+from helpers import wait_until
+from rig import manage
+from vms import fault_of
+
+MEGABYTES = int(os.environ.get('VMHOST_IMAGE_MB') or 192)
+FULL = os.environ.get('VMHOST_FULL')
+CLIENTS = 20
+LOOKING = ('listVMs', 'listRunningVMs', 'listVMsWithState', 'getNamesToIdsMapping', 'version', 'states',
+           'getNetwork', 'listRegisteredVMs')
+LOOKING_AT = ('getVM', 'getState', 'listSnapshots', 'getLog')
+
+
+@pytest.fixture
+def appliance(home, tmp_path):
+    """An .ova with a disk of data that can't be compressed."""
+    raw, disk, ova = (str(tmp_path / name) for name in ('raw', 'big.vdi', 'big.ova'))
+    with open(raw, 'wb') as file:
+        for _ in range(MEGABYTES):
+            file.write(os.urandom(1 << 20))
+    manage('convertfromraw', raw, disk, '--format', 'VDI')
+    os.remove(raw)
+    manage('createvm', '--name', 'big', '--ostype', 'Linux_64', '--register')
+    manage('storagectl', 'big', '--name', 'SATA', '--add', 'sata')
+    manage('storageattach', 'big', '--storagectl', 'SATA', '--port', '0', '--type', 'hdd', '--medium', disk)
+    manage('export', 'big', '--output', ova)
+    manage('unregistervm', 'big', '--delete')
+    return ova
+
+
+def looks(host, until, slowest, number):
+    """A client that only looks, as fast as it can, and notes how long each call took."""
+    with host.api as api:
+        while not until.is_set():
+            for method in LOOKING + LOOKING_AT:
+                begun = time.monotonic()
+                getattr(api, method)(*(['crowd-%d' % (number % 4)] if method in LOOKING_AT else []))
+                slowest.append((time.monotonic() - begun, method))
+
+
+def changes(host, until, wrong, vm):
+    """A client that changes a VM of its own."""
+    with host.api as api:
+        while not until.is_set():
+            for method, args in (('takeSnapshot', ('s',)), ('start', ()), ('pause', ()), ('resume', ()),
+                                 ('powerOff', ()), ('restoreSnapshot', ('s',)), ('deleteSnapshot', ('s',))):
+                code, text = fault_of(getattr(api, method), vm, *args)
+                if code:
+                    wrong.append((method, code, text))
+
+
+@pytest.mark.slow
+def test_twenty_clients_while_an_image_is_imported(host, api, remove_all, appliance):
+    for number in range(4):
+        api.createVM('crowd-%d' % number, '', {'memory': 16, 'diskSize': 4})
+    after, stop, slowest, wrong, jobs = host.last_event(), threading.Event(), [], [], []
+    threads = [threading.Thread(target=looks, args=(host, stop, slowest, number))
+               for number in range(CLIENTS - 2)]
+    threads += [threading.Thread(target=changes, args=(host, stop, wrong, 'crowd-%d' % number))
+                for number in range(2)]
+    imported = []
+    with host.api as importing:
+        importer = threading.Thread(target=lambda: imported.append(
+            fault_of(importing.createVM, 'imported', appliance, {'network': 'nat'})))
+        try:
+            for thread in threads + [importer]:
+                thread.start()
+            wait_until(lambda: jobs_of(api, jobs) or imported, 600, 0.2)
+            wait_until(lambda: jobs_of(api, jobs) and False or imported, 600, 0.2)
+        finally:
+            stop.set()
+            for thread in threads + [importer]:
+                thread.join(120)
+    assert imported == [(0, [True, 'imported'])]
+    assert wrong == []
+    times = sorted(slowest)
+    print('%d calls, median %.3f s, 99 %% within %.3f s, slowest %.3f s (%s)' % (
+        len(times), times[len(times) // 2][0], times[len(times) * 99 // 100][0], *times[-1]))
+    assert times[-1][0] < (1 if FULL else 5), times[-5:]
+    told = [event['text'] for event in host.events(after)
+            if (event['type'], event['vm']) == ('vm-progress', 'imported')]
+    assert [text for text in told if 'importing' in text] and len(told) > 3, told
+    assert [job for job in jobs if job['vm'] == 'imported' and 0 < job['percent'] < 100], jobs
+    assert 'imported' in api.listVMs() and api.agentInfo()['jobs'] == []
+
+
+def jobs_of(api, jobs):
+    """What VirtualBox is busy with now; added to the list."""
+    now = [job for job in api.agentInfo()['jobs'] if job['vm'] == 'imported']
+    jobs.extend(now)
+    return now

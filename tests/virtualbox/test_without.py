@@ -1,0 +1,70 @@
+"""A host agent without vboxapi, with a broken one, without the kernel module: it says so, does the rest."""
+
+import contextlib
+import os
+import subprocess
+
+import pytest
+from agents import Agent
+from helpers import wait_until
+from vms import VMHost, fault_of
+
+HEADLESS = '/usr/lib/virtualbox/VBoxHeadless'
+
+
+def works_without_vms(host, tmp_path):
+    """Commands on a machine without a hypervisor, and faults of VM methods that say what is missing."""
+    with host.api as api, Agent(tmp_path / 'agent', host, 'plain'):
+        assert api.agentInfo()['hypervisor'] == 'none'
+        code, text = fault_of(api.start, 'plain')
+        assert code == 9 and 'VirtualBox' in text
+        assert api.listVMs() == ['plain'] and api.getState('plain') == 'Running'
+        assert host.run('plain', 'echo', 'all the rest')['out'] == 'all the rest\n'
+
+
+def lines_of(host, words):
+    return [line for line in host.log().splitlines() if words in line]
+
+
+@pytest.mark.parametrize('module, told', [
+    ('raise ImportError("no module named vboxapi")', 'vboxapi is not installed'),
+    ('import no_such_module_of_xpcom', 'vboxapi is not installed'),
+    ('raise SystemError("XPCOM is of another Python")', 'XPCOM is of another Python'),
+    ('import os; os.abort()', 'VirtualBox'),
+    ('class VirtualBoxManager:\n    def __init__(self):\n        raise Exception("no XPCOM")', 'no XPCOM'),
+    ('class VirtualBoxManager:\n    def getVirtualBox(self):\n        raise Exception("no VBoxSVC")',
+     'no VBoxSVC')])
+@pytest.mark.parametrize('hypervisor', ['auto', 'VirtualBox'])
+def test_vboxapi_missing_or_broken(tmp_path, module, told, hypervisor):
+    (tmp_path / 'vboxapi.py').write_text(module + '\n')
+    paths = [str(tmp_path), os.environ.get('PYTHONPATH', '')]
+    with VMHost(tmp_path / 'host', {'PYTHONPATH': os.pathsep.join(paths)},
+                hypervisor={'hypervisor': hypervisor, 'command_timeout': '3'}) as host:
+        lines = lines_of(host, 'can\'t be controlled')
+        assert len(lines) == 1 and told in lines[0], host.log()
+        assert 'Traceback' not in host.log()
+        works_without_vms(host, tmp_path)
+
+
+@contextlib.contextmanager
+def as_it_was():
+    """VBoxHeadless as VirtualBox ships it: it demands the kernel's driver."""
+    subprocess.check_call(['mount', '--bind', HEADLESS + '.with-driver', HEADLESS])
+    try:
+        yield
+    finally:
+        subprocess.check_call(['umount', HEADLESS])
+
+
+def test_the_kernel_module_missing(home, remove_all, tmp_path):
+    with as_it_was(), VMHost(tmp_path / 'host') as host, host.api as api:
+        lines = lines_of(host, 'vboxdrv')
+        assert len(lines) == 1 and 'VMs can\'t be started' in lines[0] and 'vboxconfig' in lines[0]
+        api.createVM('stands', '', {'memory': 16, 'diskSize': 4})
+        code, text = fault_of(api.start, 'stands')
+        assert code == 5 and 'vboxdrv' in text, text
+        assert api.getState('stands') in ('PoweredOff', 'Aborted')
+        assert api.takeSnapshot('stands', 'all the same') is True
+        with Agent(tmp_path / 'agent', host, api.getVM('stands')['id']):
+            wait_until(lambda: api.listRegisteredVMs() == ['stands'])
+            assert host.run('stands', 'echo', 'rest')['out'] == 'rest\n'
