@@ -5,7 +5,10 @@ import logging
 import os
 import random
 import resource
+import shutil
 import statistics
+import subprocess
+import sys
 import threading
 import time
 
@@ -352,3 +355,90 @@ def test_random_bytes(caplog):
         check()
         wait_until(lambda: broker.counters()['connections'] == 0)
         assert broker.counters()['held_bytes'] == 0
+
+
+# --- who vanishes without a word ---
+
+CLIENT = """
+import socket, sys
+client = socket.create_connection((sys.argv[1], int(sys.argv[2])), 20)
+client.sendall(b'CONNECT\\naccept-version:1.2\\nhost:x\\n%s\\n\\n\\0SUBSCRIBE\\nid:0\\ndestination:/topic/a\\nreceipt:r\\n\\n\\0'
+               % sys.argv[3].encode())
+data = b''
+while b'receipt-id:r' not in data:
+    data += client.recv(4096)
+print('subscribed', flush=True)
+sys.stdin.read()
+"""
+
+
+class Machine:
+    """Another machine, as far as the network goes: a namespace at the other end of a cable."""
+
+    def __init__(self):
+        self.name = 'vmhost-test-%d' % os.getpid()
+        self.ours, self.theirs = '198.18.%d.1' % (os.getpid() % 250), '198.18.%d.2' % (os.getpid() % 250)
+        self.cable = 'vt%d' % os.getpid()
+
+    def __enter__(self):
+        self._ip('netns', 'add', self.name)
+        try:
+            self._ip('link', 'add', self.cable, 'type', 'veth', 'peer', 'name', 'eth0', 'netns', self.name)
+            self._ip('addr', 'add', self.ours + '/30', 'dev', self.cable)
+            self._ip('link', 'set', self.cable, 'up')
+            self._ip('-n', self.name, 'addr', 'add', self.theirs + '/30', 'dev', 'eth0')
+            self._ip('-n', self.name, 'link', 'set', 'eth0', 'up')
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc):
+        self._ip('netns', 'del', self.name)
+
+    def _ip(self, *words):
+        subprocess.run(('ip',) + words, check=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def start(self, *words):
+        return subprocess.Popen(['ip', 'netns', 'exec', self.name, sys.executable] + list(words),
+                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def pull_the_cable(self):
+        """From now on nothing that is sent arrives, and nobody is told so."""
+        self._ip('-n', self.name, 'link', 'set', 'eth0', 'down')
+
+
+def may_make_machines():
+    if shutil.which('ip') is None or not hasattr(os, 'geteuid') or os.geteuid() != 0:
+        return False
+    try:
+        with Machine():
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
+def test_subscribers_that_vanish_without_a_word():
+    if not may_make_machines():
+        pytest.skip('network namespaces need root, and the program ip')
+    with Machine() as machine, running(Broker(machine.ours, 0)) as broker:
+        lost = [machine.start('-c', CLIENT, machine.ours, str(broker.address[1]), line)
+                for line in ('heart-beat:0,0', 'heart-beat:500,0')]
+        try:
+            for process in lost:
+                assert process.stdout.readline() == b'subscribed\n'
+            with connected(broker, 2) as (sender, listener):
+                listener.subscribe('/topic/a')
+                machine.pull_the_cable()
+                begin = time.monotonic()
+                wait_until(lambda: broker.counters()['connections'] == 3, 10)      # by its heart-beat
+                body = os.urandom(MIB)
+                for _ in range(20):
+                    sender.say('SEND', 'destination:/topic/a', 'content-length:%d' % MIB, body=body)
+                    assert listener.take().body == body
+                wait_until(lambda: broker.counters()['connections'] == 2, 10)      # by what waits for it
+                assert broker.counters()['cut_off'] == 1
+                assert time.monotonic() - begin < 15
+        finally:
+            for process in lost:
+                process.communicate(b'')
