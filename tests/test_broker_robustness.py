@@ -389,11 +389,13 @@ class Machine:
             self._ip('-n', self.name, 'addr', 'add', self.theirs + '/30', 'dev', 'eth0')
             self._ip('-n', self.name, 'link', 'set', 'eth0', 'up')
         except BaseException:
-            self.__exit__()
+            self._ip('netns', 'del', self.name)
             raise
         return self
 
     def __exit__(self, *exc):
+        # The kernel clears away a namespace when it likes; the cable's name must be free at once.
+        self._ip('link', 'del', self.cable)
         self._ip('netns', 'del', self.name)
 
     def _ip(self, *words):
