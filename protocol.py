@@ -27,9 +27,12 @@ import logging
 import math
 import os
 import pkgutil
+import platform
 import re
 import selectors
+import shutil
 import socket
+import sys
 import threading
 import time
 import types
@@ -1361,6 +1364,105 @@ def client_tls(ca_file: str) -> Any:
         return ssl.create_default_context(cafile=ca_file or None)
     except (OSError, ssl.SSLError) as error:
         raise ConfigError('[Broker] ca_file %s: %s' % (ca_file, error))
+
+
+# --- is all well? ----------------------------------------------------------------------------
+
+class Finding(NamedTuple):
+    """One precondition: whether it holds, what it is, how to mend it; not ``needed``: all else works."""
+    ok: bool
+    what: str
+    mend: str = ''
+    needed: bool = True
+
+
+def describe_findings(findings: Iterable[Finding], encoding: Optional[str]) -> List[str]:
+    """A line for each: a tick, or what is wrong and how to mend it."""
+    marks = '✓!✗' if (encoding or '').lower().replace('-', '') == 'utf8' else ('ok', '--', 'NO')
+    return ['%-2s %s' % (marks[0 if found.ok else 2 if found.needed else 1],
+                         found.what if found.ok else '%s: %s' % (found.what, found.mend))
+            for found in findings]
+
+
+def check_python() -> Finding:
+    """The Python that runs this."""
+    return Finding(sys.version_info >= (3, 6), 'Python %s' % platform.python_version(),
+                   'Python 3.6 or later is needed')
+
+
+def check_package(name: str, needed: bool) -> Finding:
+    """Whether a package can be imported."""
+    return Finding(importlib.util.find_spec(name) is not None, 'package ' + name,
+                   'missing for %s: %s -m pip install %s, or use the bundle (--bundle)'
+                   % (sys.executable, sys.executable, name), needed)
+
+
+def check_folder(folder: str, key: str) -> Finding:
+    """Whether files can be made in the folder, or the folder in the nearest one that exists."""
+    place = existing(folder)
+    writable = os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)
+    return Finding(writable, 'folder %s' % folder, '%s can\'t be written by this user: change its owner '
+                   'or mode, or name another folder as %s' % (place, key))
+
+
+def check_disk(folder: str, least: int) -> Finding:
+    """Whether there is room on the folder's disk, in bytes."""
+    free = shutil.disk_usage(existing(folder)).free
+    return Finding(free >= least, '%d MB free for %s' % (free // 1000000, folder),
+                   'less than %d MB: make room, or move it to another disk' % (least // 1000000))
+
+
+def existing(path: str) -> str:
+    """The path, or the nearest one above it that exists."""
+    path = os.path.abspath(path)
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return path
+
+
+RELEASED = 1735689600      # 2025-01-01: no clock that is right shows an earlier time
+
+
+def check_clock() -> Finding:
+    """Whether this machine's clock can be right."""
+    return Finding(time.time() > RELEASED, 'clock: %s' % time.strftime('%Y-%m-%d %H:%M:%S %z'),
+                   'this was years ago: set it (date, ntpdate, chronyd); TLS fails until then')
+
+
+def try_broker(host: str, settings: Any) -> Link:
+    """A link, closed again, that tried [Broker] at that host: its ``server`` is set where it answered."""
+    answered = threading.Event()
+    link = Link(lambda: [(host, settings.port)], [], lambda _: answered.set(), lambda _: None,
+                login=settings.username, passcode=settings.password,
+                tls=client_tls(settings.ca_file) if settings.tls else None)
+    link.start()
+    deadline = time.monotonic() + 2 * CONNECT_TIMEOUT
+    while not link.last_error and time.monotonic() < deadline and not answered.wait(0.05):
+        continue
+    link.close()
+    return link
+
+
+def check_broker(host: str, settings: Any) -> Finding:
+    """Whether the broker of [Broker] answers at that host."""
+    link = try_broker(host, settings)
+    where = 'broker at %s:%d' % (host, settings.port)
+    if link.server:
+        return Finding(True, '%s (%s)' % (where, link.server))
+    return Finding(False, where, '%s; is it running, does it listen where this machine can reach it, and '
+                   'are [Broker] host, port, username, password and tls right?'
+                   % (link.last_error or 'no answer'))
+
+
+def why_not_listening(error: OSError) -> str:
+    """Why nobody can listen on an address, and what to do about it."""
+    if error.errno in (errno.EADDRINUSE, getattr(errno, 'WSAEADDRINUSE', 0)):
+        return 'another program listens there: stop it, or take another port'
+    if error.errno in (errno.EADDRNOTAVAIL, getattr(errno, 'WSAEADDRNOTAVAIL', 0)):
+        return 'this machine has no such address: take one of its own'
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return 'this user may not: take a port above 1023'
+    return error.strerror or str(error)
 
 
 # --- one file to drop into an image ----------------------------------------------------------

@@ -1857,7 +1857,7 @@ def check(settings: Any) -> int:
     network = Network()
     configured, port = settings.Broker.host, settings.Broker.port
     for host in network.candidates() if configured == 'auto' else [configured]:
-        link = try_broker(settings, host)
+        link = protocol.try_broker(host, settings.Broker)
         if link.server:
             print('broker     %s:%d (%s)' % (host, port, link.server))
             report_identity(settings, network, link.local_address[0])
@@ -1866,21 +1866,6 @@ def check(settings: Any) -> int:
     print('no broker answers; is the host agent running, and does it listen where this machine can '
           'reach it ([Broker] host in host.ini)?')
     return 1
-
-
-def try_broker(settings: Any, host: str) -> protocol.Link:
-    """A link, closed again, that tried that host: its ``server`` is set where a broker answered."""
-    broker = settings.Broker
-    answered = threading.Event()
-    link = protocol.Link(lambda: [(host, broker.port)], [], lambda _: answered.set(), lambda _: None,
-                         login=broker.username, passcode=broker.password,
-                         tls=protocol.client_tls(broker.ca_file) if broker.tls else None)
-    link.start()
-    deadline = time.monotonic() + 2 * protocol.CONNECT_TIMEOUT
-    while not link.last_error and time.monotonic() < deadline and not answered.wait(0.05):
-        continue
-    link.close()
-    return link
 
 
 def report_identity(settings: Any, network: Network, address: str) -> None:

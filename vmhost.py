@@ -13,17 +13,21 @@ Threads: ``main`` ticks the clock; ``link`` is the STOMP connection, where all w
 the broker has its own. Signal handlers set an event, and nothing else.
 """
 
+import argparse
 import base64
 import binascii
 import collections
 import contextlib
+import difflib
 import fnmatch
 import functools
 import hashlib
 import hmac
 import html
+import http.client
 import http.server
 import inspect
+import io
 import ipaddress
 import json
 import logging
@@ -33,6 +37,8 @@ import platform
 import queue
 import re
 import secrets
+import shlex
+import shutil
 import signal
 import socket
 import socketserver
@@ -43,9 +49,12 @@ import textwrap
 import threading
 import time
 import types
+import unicodedata
 import urllib.parse
+import xml.parsers.expat
 import xmlrpc.client
-from typing import Any, Callable, Dict, Generator, Iterator, List, Optional, Tuple
+from typing import (
+    Any, Callable, Dict, Generator, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple)
 
 import protocol
 import stompbroker
@@ -302,7 +311,12 @@ class Journal:
         return rows[0] if rows else ()
 
     def events_after(self, after: int, timeout: float, limit: int = ROWS_AT_ONCE) -> Dict[str, Any]:
-        """{last, events}: those with a number above ``after``; waits up to timeout for the first."""
+        """{last, events}: those with a number above ``after``; waits up to timeout for the first.
+
+        Below 0: as many of the newest.
+        """
+        if after < 0:
+            after = max(0, self.last_event + after)
         deadline = time.monotonic() + timeout
         with self._lock:
             while self.last_event <= after and not self._closed and not self._hurrying:
@@ -4174,6 +4188,7 @@ class Api:
         """{last, events: [{seq, time, type, vm, cmdId, text}]} with numbers above ``after``.
 
         Waits up to ``timeout`` (60) seconds for the first; at most 1,000 at a time, oldest first.
+        ``after`` below 0: so many of the newest (-100: the last hundred).
 
             >>> host.getEvents(0)['events'][0]['type']
             'host-start'
@@ -5447,18 +5462,853 @@ SETTINGS = {
 }  # type: Dict[str, Dict[str, Tuple[Callable, str]]]
 
 
-# --- command line ----------------------------------------------------------------------------
+# --- command line: the running host, and what is shown ----------------------------------------
 
-def run_host(settings: Any) -> int:
-    """Runs the host agent in the foreground until SIGTERM or Ctrl-C; gives the exit code."""
+class NoHost(VMHostError):
+    """No host agent answers."""
+
+
+class Client:
+    """The running host agent, found by its state folder. One per thread.
+
+    What the host raised comes out as the same VMHostError; NoHost where nobody answers.
+    """
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+        self.address = ''
+        self._folder = settings.Host.state_dir
+        self._transport = xmlrpc.client.Transport()
+
+    def _find(self) -> None:
+        host, _, port = self._read('xmlrpc.address', 'no host agent runs here').rpartition(':')
+        token = self._read('xmlrpc.token', 'no token')
+        host = {'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host)
+        self.address = '%s:%s' % ('[%s]' % host if ':' in host else host, port)
+        self._authority = '%s:%s@%s' % (USER, urllib.parse.quote(token, ''), self.address)
+
+    def _read(self, name: str, absent: str) -> str:
+        path = os.path.join(self._folder, name)
+        try:
+            with open(path, encoding='utf-8') as file:
+                return file.read().strip()
+        except FileNotFoundError:
+            raise NoHost('%s (%s is missing): start it with `vmhost.py host.ini`, or name the ini file '
+                         'that it was started with' % (absent, path))
+        except (OSError, ValueError) as error:
+            raise NoHost('%s: %s; only the user who runs the host agent can talk to it'
+                         % (path, getattr(error, 'strerror', '') or error))
+
+    def call(self, method: str, *args: Any) -> Any:
+        """What a method of the API answers. Raises VMHostError."""
+        body = xmlrpc.client.dumps(args, method, allow_none=True).replace('\r', '&#13;')
+        if body.translate(XML_UNSAFE) != body:
+            raise InvalidParams('XML-RPC can\'t carry control characters: send them as a file, or as '
+                                'standard input')
+        if not self.address:
+            self._find()
+        try:
+            answer, = self._transport.request(self._authority, '/', body.encode('utf-8'))
+            return answer
+        except xmlrpc.client.Fault as fault:
+            raise raised_by(fault)
+        except xmlrpc.client.ProtocolError as error:
+            if error.errcode == 401:
+                raise NoHost('the host agent at %s does not take the token in %s: restart it, or put '
+                             'back the token that it was started with'
+                             % (self.address, os.path.join(self._folder, 'xmlrpc.token')))
+            raise NoHost('the host agent at %s: %s %s' % (self.address, error.errcode, error.errmsg))
+        except OSError as error:
+            raise NoHost('no host agent answers at %s (%s): start it again with `vmhost.py host.ini`'
+                         % (self.address, error.strerror or error))
+        except (http.client.HTTPException, xml.parsers.expat.ExpatError, ValueError) as error:
+            raise NoHost('what answers at %s is no vmhost (%s): restart the host agent'
+                         % (self.address, type(error).__name__))
+
+    def each(self, method: str, names: Iterable[str]) -> List[Tuple[str, Any]]:
+        """(name, answer) of a method for each name, without those for which it raised."""
+        names = list(names)
+        calls = [{'methodName': method, 'params': [name]} for name in names]
+        answers = self.call('system.multicall', calls)
+        return [(name, answer[0]) for name, answer in zip(names, answers) if isinstance(answer, list)]
+
+    def vm_names(self) -> List[str]:
+        """All VMs, and all machines whose agents are connected."""
+        return sorted(set(self.call('listVMs')) | set(self.call('listRegisteredVMs')))
+
+    def is_pattern(self, vm: str) -> bool:
+        """Whether it is a glob, and not the name of a VM that has such characters."""
+        return any(sign in vm for sign in '*?[') and vm not in self.call('getNamesToIdsMapping')
+
+    def matching(self, vm: str) -> List[str]:
+        """The VMs that a glob means; what is no glob, unchanged. Raises NoSuchVM."""
+        if not self.is_pattern(vm):
+            return [vm]
+        found = [name for name in self.vm_names() if fnmatch.fnmatchcase(name, vm)]
+        if not found:
+            raise NoSuchVM('no VM matches %s' % vm)
+        return found
+
+
+def raised_by(fault: xmlrpc.client.Fault) -> VMHostError:
+    """A fault as the error that the host raised."""
+    kinds = {kind.fault: kind for kind in VMHostError.__subclasses__() if 'fault' in vars(kind)}
+    return kinds.get(fault.faultCode, VMHostError)(fault.faultString)
+
+
+COLOURS = {'alive': 32, 'Running': 32, 'running': 32, 'late': 33, 'Paused': 33, 'Saved': 33, 'suspended': 33,
+           'queued': 33, 'sent': 33, 'lost': 31, 'failed': 31, 'timeout': 31, 'signaled': 31, 'Aborted': 31,
+           'Stuck': 31, 'ok': 32, '--': 33, 'NO': 31}  # type: Dict[str, int]
+PROGRESS_EVERY = 0.2           # seconds between two looks at a progress
+
+
+class Screen:
+    """Standard output and standard error: for a person, where they are a terminal."""
+
+    def __init__(self) -> None:
+        self.out = lenient(sys.stdout)
+        self.err = lenient(sys.stderr)
+        plain = 'NO_COLOR' in os.environ or os.environ.get('TERM') == 'dumb'
+        self._colours = self.out.isatty() and not plain
+        self.width = shutil.get_terminal_size().columns if self.out.isatty() else 0    # 0: any
+        self.shows_progress = self.err.isatty()
+        self._progress = 0             # columns of the progress line that stands on the terminal
+
+    def say(self, text: str) -> None:
+        """A line on standard output, at once."""
+        self.out.write(text + '\n')
+        self.out.flush()
+
+    def complain(self, text: str) -> None:
+        """A line on standard error."""
+        self.progress('')
+        self.err.write('vmhost: %s\n' % printable(text))
+        self.err.flush()
+
+    def json(self, value: Any, indent: Optional[int] = 2) -> None:
+        """The value as JSON."""
+        ascii_only = (self.out.encoding or '').lower().replace('-', '') != 'utf8'
+        self.say(json.dumps(value, indent=indent, ensure_ascii=ascii_only, default=as_text))
+
+    def table(self, headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """Columns as wide as they need to be, and cut to the terminal, but for the first one."""
+        lines = [[printable(str(cell)) for cell in row] for row in [headings] + list(rows)]
+        widths = [max(map(cells, column)) for column in zip(*lines)]
+        while self.width and sum(widths) + 2 * len(widths) - 2 > self.width:
+            widest = max(range(len(widths)), key=lambda n: (n > 0, widths[n]))
+            if widths[widest] <= 8:
+                break
+            widths[widest] -= 1
+        for line in lines:
+            padded = [self._cell(text, width) for text, width in zip(line, widths)]
+            self.say('  '.join(padded[:-1] + [padded[-1].rstrip()]))
+
+    def _cell(self, text: str, width: int) -> str:
+        shown = text
+        if cells(shown) > width:
+            while cells(shown) > width - 1:
+                shown = shown[:-1]
+            shown += '…' if (self.out.encoding or '').lower().startswith('utf') else '~'
+        padding = ' ' * (width - cells(shown))
+        return self.coloured(shown, COLOURS.get(text, 0)) + padding
+
+    def coloured(self, text: str, colour: int) -> str:
+        """The text in one of the terminal's colours; 0: as it is."""
+        return '\033[%dm%s\033[0m' % (colour, text) if self._colours and colour else text
+
+    def progress(self, text: str) -> None:
+        """Replaces the one line that tells how far it is; '' takes it away."""
+        if self.shows_progress and (text or self._progress):
+            text = text[:max(0, shutil.get_terminal_size().columns - 1)]
+            self.err.write('\r' + text + ' ' * (self._progress - len(text)) + ('' if text else '\r'))
+            self.err.flush()
+            self._progress = len(text)
+
+
+def lenient(stream: Any) -> Any:
+    """The stream, so that no character is an error, whatever the locale."""
+    if hasattr(stream, 'reconfigure'):
+        stream.reconfigure(errors='backslashreplace')
+    elif hasattr(stream, 'buffer'):         # Python 3.6
+        return io.TextIOWrapper(stream.buffer, stream.encoding, 'backslashreplace', line_buffering=True)
+    return stream
+
+
+def as_text(value: Any) -> str:
+    """What JSON doesn't know: XML-RPC's base64."""
+    return base64.b64encode(value.data).decode('ascii')
+
+
+def printable(text: str) -> str:
+    """The text without anything that a terminal would obey: a guest may have written it."""
+    return ''.join(char if char.isprintable() else char.encode('unicode_escape').decode('ascii')
+                   for char in text)
+
+
+def cells(text: str) -> int:
+    """How many columns of a terminal it takes."""
+    return sum(0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in 'WF' else 1
+               for char in text)
+
+
+def shown_size(size: float) -> str:
+    """Bytes for a person."""
+    for unit in ('B', 'KiB', 'MiB'):
+        if size < 1024:
+            return '%.*f %s' % (0 if unit == 'B' or size >= 100 else 1, size, unit)
+        size /= 1024.0
+    return '%.1f GiB' % size
+
+
+def shown_span(seconds: float) -> str:
+    """A duration for a person."""
+    if seconds < 100:
+        return '%.0f s' % seconds
+    minutes = seconds / 60
+    return '%.0f min' % minutes if minutes < 100 else '%.0f h' % (minutes / 60) if minutes < 6000 \
+        else '%.0f d' % (minutes / 1440)
+
+
+def shown_time(moment: float) -> str:
+    """A time since 1970 for a person, in the local zone; '-' for 0."""
+    return time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(moment)) if moment else '-'
+
+
+# --- command line: the verbs -------------------------------------------------------------------
+
+OURS = 255                     # exit code of `run` for an error that isn't the command's
+INTERRUPTED = 130              # exit code after Ctrl-C
+SHORTEST_LOOK = 0.01           # seconds between looks at a command's output …
+LONGEST_LOOK = 0.25            # … which grow while nothing comes
+PATIENCE = 10.0                # seconds in which the output of an ended command should be had
+FINISHED_SHOWN = 20            # finished commands that `ps` lists
+EVENTS_SHOWN = 100
+
+
+def do_ls(host: Client, screen: Screen, args: Any) -> int:
+    """VMs, and whether their agents are there."""
+    found = [vm for _, vm in host.each('getVM', host.vm_names())]
+    if args.json:
+        screen.json(found)
+        return 0
+    headings = ['NAME', 'STATE', 'AGENT', 'ADDRESS', 'COMMANDS']
+    if args.long:
+        headings += ['ID', 'SEEN', 'CPUS', 'MEMORY', 'PYTHON', 'CLOCK', 'SYSTEM']
+    screen.table(headings, [vm_row(vm, args.long) for vm in found])
+    return 0
+
+
+def vm_row(vm: Dict[str, Any], long: bool) -> List[str]:
+    """A line of `ls`."""
+    row = [vm['name'], vm['state'], vm['agent'], vm['ip'] or '-', len(vm['commands'])]
+    facts = vm['facts']
+    if long:
+        seen = shown_span(max(0, time.time() - vm['lastSeen'])) + ' ago' if vm['lastSeen'] else 'never'
+        row += [vm['id'], seen, facts.get('cpus', '-'), shown_size(facts['mem']) if facts.get('mem') else '-',
+                facts.get('python', '-'), '%+.1f s' % vm['clockOffset'], facts.get('os', '-')]
+    return row
+
+
+def do_info(host: Client, screen: Screen, args: Any) -> int:
+    """All that is known of a VM, or of a command."""
     try:
-        host = Host(settings)
+        found = host.call('getVM', args.vm)
+    except NoSuchVM:
+        try:
+            found = dict(host.call('getCmdDetails', args.vm), status=host.call('getCmdStatus', args.vm),
+                         results=host.call('getCmdResults', args.vm))
+        except NoSuchCommand:
+            raise NoSuchVM('%s is neither a VM (`ls` lists them) nor a command (`ps`)' % args.vm)
+    if args.json:
+        screen.json(found)
+    else:
+        screen_pairs(screen, found)
+    return 0
+
+
+def screen_pairs(screen: Screen, found: Dict[str, Any], indent: str = '') -> None:
+    """Names and values, one in a line; what is in a mapping stands indented below its name."""
+    width = max([len(str(name)) for name in found] + [0])
+    for name, value in found.items():
+        if isinstance(value, dict) and value:
+            screen.say('%s%s' % (indent, printable(str(name))))
+            screen_pairs(screen, value, indent + '    ')
+            continue
+        if name in ('submitted', 'started', 'ended', 'lastSeen') and isinstance(value, float):
+            value = shown_time(value)
+        elif isinstance(value, list):
+            value = ', '.join(map(str, value))
+        screen.say('%s%-*s  %s' % (indent, width, printable(str(name)), printable(str(value)) or '-'))
+
+
+def do_ps(host: Client, screen: Screen, args: Any) -> int:
+    """Commands: all unfinished ones, and the last that finished."""
+    of_vm = {'vm': host.call('getVM', args.vm)['name']} if args.vm else {}
+    rows = host.call('listCmds', dict(of_vm, finished=True, limit=args.number)) if args.number else []
+    rows += host.call('listCmds', dict(of_vm, finished=False))
+    rows.sort(key=lambda row: row['submitted'])
+    if args.json:
+        screen.json(rows)
+        return 0
+    details = dict(host.each('getCmdDetails', {row['cmdId'] for row in rows}))
+    statuses = dict(host.each('getCmdStatus', [row['cmdId'] for row in rows])) if args.long else {}
+    headings = ['ID', 'VM', 'STATE', 'SUBMITTED'] + (['CPU', 'MEMORY', 'PROGRESS'] if args.long else [])
+    screen.table(headings + ['COMMAND'], [cmd_row(row, details, statuses) for row in rows])
+    return 0
+
+
+def cmd_row(row: Dict[str, Any], details: Dict[str, Any], statuses: Dict[str, Any]) -> List[str]:
+    """A line of `ps`."""
+    shown = [row['cmdId'], row['vm'], row['state'], shown_time(row['submitted'])]
+    status = statuses.get(row['cmdId'])
+    if statuses:
+        usage = status['resources'] if status else {}
+        shown += ['%.1f s' % (usage.get('ru_utime', 0) + usage.get('ru_stime', 0)),
+                  shown_size(usage.get('ru_maxrss', 0) * 1024), str(status and status['progress'] or '-')]
+    words = [row['cmd']] + details.get(row['cmdId'], {}).get('args', [])
+    return shown + [' '.join(shlex.quote(word) for word in words)]
+
+
+def do_run(host: Client, screen: Screen, args: Any) -> int:
+    """Runs a command, brings its output as it comes, and exits with its code."""
+    if not args.command:
+        raise InvalidParams('which command? It stands behind --: run VM -- CMD ARG…')
+    options = {}  # type: Dict[str, Any]
+    if args.timeout:
+        options['timeout'] = args.timeout
+    if args.stdin:
+        options['stdin'] = xmlrpc.client.Binary(sys.stdin.buffer.read())
+    many = host.is_pattern(args.vm)
+    with Interrupts() as interrupts:
+        cmd_id = host.call('runCmdOnAll' if many else 'runCmd', args.vm, args.command[0], args.command[1:],
+                           dict(args.env), args.folder, '', options)
+        if args.detach:
+            screen.say(cmd_id)
+            return 0
+        try:
+            followed = Followed(host, screen, cmd_id, many)
+            followed.to_the_end(lambda: forward(host, screen, cmd_id, interrupts))
+        except KeyboardInterrupt:
+            screen.complain('left; the command goes on as %s' % cmd_id)
+            raise
+        except BrokenPipeError:
+            host.call('signalCmd', cmd_id, 'PIPE')      # as if it had written there itself
+            raise
+        return max(exit_code(screen, host.call('getCmdResults', key), name)
+                   for key, name in followed.names.items())
+
+
+class Interrupts:
+    """While it lasts, the first Ctrl-C or SIGTERM is noted; the second raises KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self._noted = []               # type: List[int]
+        self._seen = False
+        self._before = {}              # type: Dict[int, Any]
+
+    def __enter__(self) -> 'Interrupts':
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self._seen:
+            raise KeyboardInterrupt
+        self._seen = True
+        self._noted.append(number)
+
+    def take(self) -> List[int]:
+        """The signals that were noted since the last call."""
+        noted, self._noted = self._noted, []
+        return noted
+
+
+def forward(host: Client, screen: Screen, cmd_id: str, interrupts: Interrupts) -> None:
+    """Hands what interrupted us on to the command."""
+    for number in interrupts.take():
+        name = signal.Signals(number).name[3:]
+        if screen.shows_progress:
+            screen.complain('%s sent to the command; once more leaves it running' % name)
+        host.call('signalCmd', cmd_id, name)
+
+
+class Followed:
+    """A command whose output comes to standard output and standard error, apart, as it is written.
+
+    One execution's bytes pass unchanged; where there are many, each line begins with its VM's name.
+    """
+
+    def __init__(self, host: Client, screen: Screen, cmd_id: str, many: bool) -> None:
+        self._host = host
+        keys = host.call('getCmdDetails', cmd_id)['executions'] if many else [cmd_id]
+        self.names = {key: key.partition('@')[2] for key in keys} if many else {cmd_id: ''}
+        self._open = [Tail(host, key, Pipe(screen.out, name), Pipe(screen.err, name))
+                      for key, name in self.names.items()]
+
+    def look(self) -> bool:
+        """Brings what is there now; whether that was anything."""
+        return any([execution.look() for execution in self._open])
+
+    def to_the_end(self, between: Callable[[], None]) -> None:
+        """Looks until all have ended; calls ``between`` before each look."""
+        pause = SHORTEST_LOOK
+        while self._open:
+            self._host.call('waitCmd', self._open[0].key, pause)
+            between()
+            pause = SHORTEST_LOOK if self.look() else min(2 * pause, LONGEST_LOOK)
+            self._open = [execution for execution in self._open if not execution.is_over]
+
+
+class Tail:
+    """Brings the output of one execution from where it was left."""
+
+    def __init__(self, host: Client, key: str, out: 'Pipe', err: 'Pipe') -> None:
+        self._host = host
+        self.key = key
+        self.is_over = False
+        self._pipes = {'out': out, 'err': err}
+        self._offsets = {'out': 0, 'err': 0}
+        self._ended = 0.0              # monotonic: when it was first seen to have ended
+
+    def look(self) -> bool:
+        """Brings what is there now; whether that was anything.
+
+        While the guest is away there is nothing; raises VMHostError where the rest of the output of
+        an ended command can't be had.
+        """
+        status = self._host.call('getCmdStatus', self.key)
+        ended = status['state'] in FINISHED
+        if ended:
+            self._ended = self._ended or time.monotonic()
+        try:
+            moved = any([self._bring(stream, status[stream + 'Size']) for stream in self._pipes])
+        except (AgentNotConnected, DeadlineExceeded):
+            if ended and time.monotonic() - self._ended > PATIENCE:
+                raise
+            return False
+        if ended:
+            self.is_over = True
+            for pipe in self._pipes.values():
+                pipe.end()
+        return moved
+
+    def _bring(self, stream: str, size: float) -> bool:
+        begin = self._offsets[stream]
+        while self._offsets[stream] < size:
+            answer = self._host.call('getCmdOutput', self.key, stream, self._offsets[stream], OUTPUT_SLICE)
+            if not answer['data'].data:
+                break
+            self._pipes[stream].write(answer['data'].data)
+            self._offsets[stream] = answer['next']
+        return self._offsets[stream] > begin
+
+
+class Pipe:
+    """Bytes to one of our own outputs; with a VM's name, each line begins with it."""
+
+    def __init__(self, stream: Any, vm: str) -> None:
+        self._to = stream.buffer
+        self._prefix = (printable(vm) + ': ').encode('utf-8', 'replace') if vm else b''
+        self._begun = b''              # a line whose end hasn't come
+
+    def write(self, data: bytes) -> None:
+        """Writes them, but for a line that isn't whole yet where lines are prefixed."""
+        if self._prefix:
+            lines = (self._begun + data).split(b'\n')
+            self._begun = lines.pop()
+            data = b''.join(self._prefix + line + b'\n' for line in lines)
+        self._to.write(data)
+        self._to.flush()
+
+    def end(self) -> None:
+        """Nothing more comes."""
+        if self._begun:
+            self.write(b'\n')
+
+
+def exit_code(screen: Screen, results: Dict[str, Any], vm: str = '') -> int:
+    """What a shell would say of a command that ended so; tells why, where the program itself can't."""
+    number, state = results['exitCodeOrSignal'], results['state']
+    why = results['error'] or state
+    for stream in ('out', 'err'):
+        if results.get(stream + '-truncated'):
+            screen.complain('%sstd%s was cut: more than output-limit was written'
+                            % (vm and vm + ': ', stream))
+    if state not in ('exited', 'signaled'):
+        screen.complain('%s%s' % (vm and vm + ': ', why))
+    if state == 'exited':
+        return number
+    return 128 + number if state in ('signaled', 'timeout') else OURS
+
+
+def do_out(host: Client, screen: Screen, args: Any) -> int:
+    """The output of a command, now, or until it ends."""
+    details = host.call('getCmdDetails', args.id)
+    followed = Followed(host, screen, args.id, details['executions'] != [args.id])
+    if args.follow:
+        followed.to_the_end(lambda: None)
+    else:
+        followed.look()
+    return 0
+
+
+def do_kill(host: Client, screen: Screen, args: Any) -> int:
+    """Sends a signal to all processes of a command."""
+    if host.call('signalCmd', args.id, args.signal):
+        return 0
+    raise BadState('%s has ended already' % args.id)
+
+
+def do_ping(host: Client, screen: Screen, args: Any) -> int:
+    """Asks agents whether they are there."""
+    code = 0
+    for name in host.matching(args.vm):
+        begin = time.monotonic()
+        try:
+            screen.say('%s in %.1f ms' % (printable(host.call('ping', name, args.timeout)),
+                                          1000 * (time.monotonic() - begin)))
+        except (AgentNotConnected, DeadlineExceeded) as error:
+            screen.complain(str(error))
+            code = 1
+    return code
+
+
+def do_events(host: Client, screen: Screen, args: Any) -> int:
+    """What happened: the last events, and what comes."""
+    last, timeout = -args.number, 0
+    shown = []  # type: List[Dict[str, Any]]
+    while True:
+        answer = host.call('getEvents', last, timeout)
+        for event in answer['events']:
+            if not args.json:
+                screen.say(event_line(screen, event))
+            elif args.follow:
+                screen.json(event, None)
+        shown += answer['events']
+        last, timeout = answer['last'], 60
+        if not args.follow:
+            break
+        shown = []
+    if args.json:
+        screen.json(shown)
+    return 0
+
+
+def event_line(screen: Screen, event: Dict[str, Any]) -> str:
+    """An event as a line of text."""
+    words = [shown_time(event['time']), '%-14s' % event['type'], event['vm'], event['cmdId'], event['text']]
+    return ' '.join(printable(word) for word in words if word)
+
+
+def do_call(host: Client, screen: Screen, args: Any) -> int:
+    """Calls a method of the API; what it answers, as JSON."""
+    answer = host.call(args.method, *[read_argument(text) for text in args.arguments])
+    if args.raw and isinstance(answer, str):
+        screen.say(answer)
+    else:
+        screen.json(answer)
+    return 0
+
+
+def read_argument(text: str) -> Any:
+    """An argument of `call`: JSON, or else text. Raises InvalidParams where it begins like JSON."""
+    try:
+        # Numbers that XML-RPC's integers can't hold go as doubles, as in the host's answers.
+        return json.loads(text, parse_int=lambda digits: xml_safe(int(digits)))
+    except ValueError as error:
+        if text[:1] in ('{', '[', '"'):
+            raise InvalidParams('%s is no JSON: %s' % (text, error))
+        return text
+
+
+# --- command line: is all well? ----------------------------------------------------------------
+
+LEAST_DISK = 100 * 1024 * 1024     # bytes that the state folder's disk should have free
+CLOCK_TOLERANCE = 60.0             # seconds that a guest's clock may be off, and nobody cares
+
+
+def do_check(host: Client, screen: Screen, args: Any) -> int:
+    """Looks at every precondition; the exit code is 0 when the host agent works, or would."""
+    settings = host.settings
+    findings = [protocol.check_python(), protocol.check_package('stomper', needed=True),
+                protocol.check_folder(settings.Host.state_dir, '[Host] state_dir'),
+                protocol.check_disk(settings.Host.state_dir, LEAST_DISK), protocol.check_clock()]
+    try:
+        findings += check_running(host, host.call('agentInfo'))
+    except NoHost as error:
+        findings += check_start(settings, error)
+    findings += check_hypervisor(settings)
+    if args.json:
+        screen.json([finding._asdict() for finding in findings])
+    else:
+        for line in protocol.describe_findings(findings, screen.out.encoding):
+            screen.say(printable(line))
+    return 0 if all(finding.ok or not finding.needed for finding in findings) else 1
+
+
+def check_running(host: Client, info: Dict[str, Any]) -> Iterator[protocol.Finding]:
+    """What the running host agent tells about itself, its broker and its guests."""
+    yield protocol.Finding(info['version'] == protocol.VERSION, 'host agent %s at %s' % (
+        info['version'], host.address), 'restart it: the files here are of version ' + protocol.VERSION)
+    broker = info['broker']
+    yield protocol.Finding(bool(broker['connected']), 'broker at %s' % broker['address'],
+                           'no connection: is it running, and are [Broker] host, port, username, password '
+                           'and tls right?')
+    guests = [guest for _, guest in host.each('getVM', host.call('listRegisteredVMs'))]
+    if not guests:
+        yield protocol.Finding(False, 'guests', 'none has joined: start vmguest.py in a VM, where it '
+                               'reaches %s' % broker['address'], needed=False)
+    for guest in guests:
+        yield check_guest(guest)
+
+
+def check_guest(guest: Dict[str, Any]) -> protocol.Finding:
+    """Whether a guest is there, of this version, and knows the time."""
+    what = 'guest %s, %s' % (guest['name'], guest['facts'].get('version', 'of an unknown version'))
+    if guest['agent'] != 'alive':
+        return protocol.Finding(False, what, 'nothing was heard for %s: is the VM paused, or its network '
+                                'down?' % shown_span(time.time() - guest['lastSeen']), needed=False)
+    if abs(guest['clockOffset']) > CLOCK_TOLERANCE:
+        return protocol.Finding(False, what, 'its clock is %s %s: set it (ntpdate, chronyd, or VirtualBox\'s '
+                                'Guest Additions); commands work, the times of their files are wrong'
+                                % (shown_span(abs(guest['clockOffset'])),
+                                   'ahead' if guest['clockOffset'] > 0 else 'behind'), needed=False)
+    return protocol.Finding(guest['facts'].get('version') == protocol.VERSION, what,
+                            'this host is %s: put the same version into the VM' % protocol.VERSION,
+                            needed=False)
+
+
+def check_start(settings: Any, why: NoHost) -> Iterator[protocol.Finding]:
+    """Whether the host agent could start: nobody in its place, and its ports free."""
+    broker = settings.Broker
+    yield protocol.Finding(False, 'host agent', str(why), needed=False)
+    yield check_port('XML-RPC', settings.Host.xmlrpc_listen_on, settings.Host.xmlrpc_port,
+                     '[Host] xmlrpc_listen_on, xmlrpc_port')
+    host = '127.0.0.1' if broker.host == 'auto' else broker.host
+    if broker.embedded:
+        yield check_port('broker', host, broker.port, '[Broker] host, port')
+        try:
+            server_tls(broker)
+        except VMHostError as error:
+            yield protocol.Finding(False, 'certificate', str(error))
+    else:
+        yield protocol.check_broker(host, broker)
+
+
+def check_port(what: str, host: str, port: int, keys: str) -> protocol.Finding:
+    """Whether this machine lets us listen there."""
+    problem = listen_problem(host, port)
+    return protocol.Finding(not problem, 'port %d of %s for %s' % (port, host, what),
+                            '%s (%s)' % (problem, keys))
+
+
+def listen_problem(host: str, port: int) -> str:
+    """Why nobody can listen there, as a sentence; '' where it's possible."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, proto) as probe:
+            if os.name == 'posix':
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen(1)
+        return ''
+    except OSError as error:
+        return protocol.why_not_listening(error)
+
+
+def check_hypervisor(settings: Any) -> List[protocol.Finding]:
+    """VirtualBox, where it is wanted; with `auto` the rest works without it."""
+    wanted = settings.Hypervisor.hypervisor
+    if wanted == 'none':
+        return [protocol.Finding(True, 'no hypervisor wanted')]
+    driver = VirtualBox(settings.Network, settings.RemoteDesktop, CHIRP_PORT,
+                        os.path.abspath(settings.Host.state_dir), settings.Hypervisor.command_timeout,
+                        lambda *_: None)
+    driver.start_thread()
+    try:
+        lines = driver.check()
     except VMHostError as error:
-        print('vmhost: %s' % error, file=sys.stderr)
-        return 1
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: host.stopping.set())
+        lines = [(False, 'VirtualBox', str(error))]
+    finally:
+        driver.close()
+    return [protocol.Finding(ok, what, mend, wanted == 'VirtualBox' and 'remote desktop' not in what)
+            for ok, what, mend in lines]
+
+
+# --- command line: what there is to say --------------------------------------------------------
+
+class Verb(NamedTuple):
+    """A verb: its name, what does it, what is said of it, its arguments and some examples.
+
+    An argument is what argparse's add_argument takes. Its metavar tells the completion what it is.
+    """
+    name: str
+    function: Callable[[Client, Screen, Any], int]
+    help: str
+    arguments: List[Tuple[Tuple[str, ...], Dict[str, Any]]]
+    examples: List[str] = []
+
+
+def argument(*names: str, **options: Any) -> Tuple[Tuple[str, ...], Dict[str, Any]]:
+    """One argument of a verb."""
+    return names, options
+
+
+def switch(*names: str, **options: Any) -> Tuple[Tuple[str, ...], Dict[str, Any]]:
+    """An option that is there or not."""
+    return names, dict(options, action='store_true')
+
+
+def read_variable(text: str) -> Tuple[str, str]:
+    """K=V. Raises ArgumentTypeError."""
+    name, sign, value = text.partition('=')
+    if not name or not sign:
+        raise argparse.ArgumentTypeError('%s: expected NAME=VALUE' % text)
+    return name, value
+
+
+def read_seconds(text: str) -> float:
+    """A duration as in the ini files. Raises ArgumentTypeError."""
     try:
+        return protocol.duration(text)
+    except ValueError as expected:
+        raise argparse.ArgumentTypeError('%s: expected %s' % (text, expected))
+
+
+JSON = switch('--json', help='as JSON, for programs')
+VM = argument('vm', metavar='VM', help='name or id')
+VMS = argument('vm', metavar='VM', help='name, id, or a pattern such as \'web*\'')
+ID = argument('id', metavar='ID', help='of the command, as `run -d` printed it, and `ps` lists it')
+
+VERBS = {verb.name: verb for verb in [
+    Verb('check', do_check, 'is everything there that the host agent needs, and how is it mended?', [JSON]),
+    Verb('ls', do_ls, 'VMs, and whether their agents are there', [
+        JSON, switch('-l', '--long', help='more columns')]),
+    Verb('info', do_info, 'all that is known of a VM, or of a command', [
+        argument('vm', metavar='VM|ID', help='of a VM or a command'), JSON]),
+    Verb('run', do_run, 'run a program in a VM; its output comes as it is written', [
+        switch('-i', '--stdin', help='pass standard input, read to its end first'),
+        switch('-d', '--detach', help='print the command\'s id, and leave it to itself'),
+        argument('-t', '--timeout', metavar='SEC', type=read_seconds, default=0.0,
+                 help='end it after that time (90, 5m, 2h)'),
+        argument('-e', '--env', metavar='K=V', type=read_variable, action='append', default=[],
+                 help='a variable of its environment; may be repeated'),
+        argument('-C', '--folder', metavar='DIR', default='',
+                 help='where it starts, within what the VM serves'),
+        VMS], [
+            'run web1 -- uname -a',
+            'run -t 5m -e LEVEL=9 web1 -- sh -c \'gzip -$LEVEL < in > out\'',
+            'run -i web1 -- tar xf - < tree.tar',
+            'run \'web*\' -- uptime']),
+    Verb('ps', do_ps, 'commands: all unfinished ones, and the last finished', [
+        argument('vm', metavar='VM', nargs='?', help='only those of this VM'), JSON,
+        switch('-l', '--long', help='their CPU time, memory and progress'),
+        argument('-n', '--number', metavar='N', type=int, default=FINISHED_SHOWN,
+                 help='how many finished ones (%d)' % FINISHED_SHOWN)]),
+    Verb('out', do_out, 'the output of a command, so far', [
+        switch('-f', '--follow', help='and what comes, until it ends'), ID]),
+    Verb('kill', do_kill, 'send a signal to all processes of a command', [
+        argument('-s', '--signal', metavar='SIG', default='TERM', help='TERM, KILL, INT, HUP, 9, …'), ID]),
+    Verb('ping', do_ping, 'is the agent of a VM there?', [
+        VMS, argument('-t', '--timeout', metavar='SEC', type=read_seconds, default=5.0, help='5 s')]),
+    Verb('events', do_events, 'what happened', [
+        switch('-f', '--follow', help='and what happens, until Ctrl-C'), JSON,
+        argument('-n', '--number', metavar='N', type=int, default=EVENTS_SHOWN,
+                 help='how many of the past (%d)' % EVENTS_SHOWN)]),
+    Verb('call', do_call, 'call a method of the API, and print what it answers as JSON', [
+        argument('method', metavar='METHOD', help='`call -r help` describes them'),
+        argument('arguments', metavar='JSON', nargs='*', help='each as JSON; what is none is text'),
+        switch('-r', '--raw', help='a text as it is')], [
+            'call listCmds \'{"vm": "web1", "state": "running"}\'', 'call -r help runCmd']),
+]}
+
+USAGE = '''usage: {me} host.ini                 run the host agent until SIGTERM or Ctrl-C
+       {me} host.ini VERB …          talk to the one that runs
+       {me} host.ini VERB --help     what a verb takes
+       {me} --bundle FILE.pyz        write all of it as one file that Python runs
+       {me} --completion bash|zsh|fish
+       {me} --version
+'''
+EXIT_CODES = '''exit codes: 0 done; 1 the host said no, or can't be reached; 2 wrong usage; 130 Ctrl-C.
+run: the command's own (of many VMs the highest); 128 and the signal's number where one ended it;
+     255 where it isn't the command's: no such VM, the program can't be started, it was lost.
+'''
+
+
+def program_name() -> str:
+    """How this program was called, for help and hints."""
+    return os.path.basename(sys.argv[0]) or 'vmhost.py'
+
+
+def overview() -> str:
+    """What --help says."""
+    verbs = ['  %-8s %s' % (verb.name, verb.help) for verb in VERBS.values()]
+    examples = ['  %s host.ini %s' % (program_name(), example)
+                for verb in VERBS.values() for example in verb.examples]
+    return '\n'.join(['Drives virtual machines and the programs in them.\n', USAGE.format(me=program_name()),
+                      'verbs:'] + verbs + ['', 'examples:'] + examples + ['', EXIT_CODES.rstrip()])
+
+
+class Parser(argparse.ArgumentParser):
+    """The arguments of one verb; what is wrong with them ends with that verb's exit code."""
+
+    def __init__(self, verb: Verb) -> None:
+        super().__init__(prog='%s host.ini %s' % (program_name(), verb.name), description=verb.help,
+                         epilog=self._epilog(verb), allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        self._code = OURS if verb.name == 'run' else 2
+        for names, options in verb.arguments:
+            self.add_argument(*names, **options)
+
+    def _epilog(self, verb: Verb) -> str:
+        lines = ['  %s host.ini %s' % (program_name(), example) for example in verb.examples]
+        return '\n'.join((['examples:'] + lines if lines else []) + ['', EXIT_CODES])
+
+    def error(self, message: str) -> Any:
+        """One sentence, and where there is more."""
+        self.exit(self._code, 'vmhost: %s: %s (%s --help)\n' % (self.prog.split()[-1], message, self.prog))
+
+
+def read_arguments(verb: Verb, words: List[str]) -> Any:
+    """The arguments of a verb. Exits where they are wrong, or --help is among them."""
+    command = []  # type: List[str]
+    if verb.name == 'run' and '--' in words:
+        at = words.index('--')
+        words, command = words[:at], words[at + 1:]
+    args = Parser(verb).parse_args(words)
+    args.command = command
+    return args
+
+
+def run_verb(ini: str, words: List[str], screen: Screen) -> int:
+    """Does what the words say with the host agent of that ini file; gives the exit code."""
+    name = words[0]
+    if name not in VERBS:
+        close = difflib.get_close_matches(name, VERBS, 1)
+        screen.complain('no verb %s%s; `%s --help` lists them' % (
+            name, close and ' (%s?)' % close[0] or '', program_name()))
+        return 2
+    args = read_arguments(VERBS[name], words[1:])
+    try:
+        return VERBS[name].function(Client(protocol.read_settings(ini, SETTINGS)), screen, args)
+    except (VMHostError, protocol.ProtocolError) as error:
+        screen.complain(str(error))
+        return OURS if name == 'run' else 1
+
+
+def run_host(ini: str) -> int:
+    """Runs the host agent in the foreground until SIGTERM or Ctrl-C; gives the exit code."""
+    host = None
+    try:
+        settings = protocol.read_settings(ini, SETTINGS)
+        protocol.set_up_logging(settings.Logging)
+        host = Host(settings)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: host.stopping.set())
         host.start()
         host.run()
         return 0
@@ -5466,18 +6316,168 @@ def run_host(settings: Any) -> int:
         print('vmhost: %s' % error, file=sys.stderr)
         return 1
     finally:
-        host.stop()
+        if host is not None:
+            host.stop()
+
+
+# --- command line: completion ------------------------------------------------------------------
+
+# Each asks this program for what could stand where the cursor is: {me} --complete WORD…, without the
+# name of the program, up to the cursor. Nothing: a file.
+COMPLETION = {
+    'bash': """\
+# vmhost: eval "$(python3 vmhost.py --completion bash)" in ~/.bashrc
+_vmhost() {{
+    local at=0 cur=${{COMP_WORDS[COMP_CWORD]}} found
+    while ((at <= COMP_CWORD)) && [[ ${{COMP_WORDS[at++]}} != @(*vmhost.py|*vmhost.pyz|vmhost) ]]; do :; done
+    ((at <= COMP_CWORD)) || return 0
+    COMPREPLY=()
+    while IFS= read -r found; do
+        [[ $cur == [\\"\\']* ]] || printf -v found %q "$found"
+        COMPREPLY+=("$found")
+    done < <({me} --complete "${{COMP_WORDS[@]:at:COMP_CWORD-at+1}}" 2> /dev/null)
+}}
+complete -o default -F _vmhost vmhost.py vmhost.pyz vmhost python python3
+""",
+    'zsh': """\
+# vmhost: eval "$(python3 vmhost.py --completion zsh)" in ~/.zshrc, behind compinit
+_vmhost() {{
+    local -a found
+    found=("${{(@f)$({me} --complete "${{(@Q)words[2,CURRENT]}}" 2> /dev/null)}}")
+    if [[ -n $found ]]; then compadd -a found; else _files; fi
+}}
+compdef _vmhost vmhost.py vmhost.pyz vmhost
+""",
+    'fish': """\
+# vmhost: python3 vmhost.py --completion fish | source, in ~/.config/fish/config.fish
+function __vmhost_candidates
+    set -l words (commandline -opc) (commandline -ct)
+    while set -q words[1]; and not string match -qr '(vmhost\\.pyz?|^vmhost)$' -- $words[1]
+        set -e words[1]
+    end
+    set -q words[2]; and {me} --complete $words[2..-1] 2> /dev/null
+end
+for program in vmhost.py vmhost.pyz vmhost python python3
+    complete -c $program -a '(__vmhost_candidates)'
+end
+""",
+}
+
+
+def completion(shell: str) -> str:
+    """A script for that shell, which completes verbs, options, VMs and commands."""
+    me = '%s %s' % (shlex.quote(sys.executable), shlex.quote(os.path.abspath(sys.argv[0])))
+    return COMPLETION[shell].format(me=me).rstrip()
+
+
+def candidates(words: List[str]) -> List[str]:
+    """What could stand for the last word, behind the others: an ini file, a verb, its arguments."""
+    words = [unquoted(word) for word in words]
+    if len(words) < 2:
+        found = ['--help', '--bundle', '--completion', '--version'] if words[-1:] != [''] else []
+    elif len(words) == 2:
+        found = list(VERBS)
+    elif words[1] in VERBS and '--' not in words[:-1]:
+        found = candidates_of(VERBS[words[1]], words)
+    else:
+        found = []
+    return [candidate for candidate in found if words and candidate.startswith(words[-1])]
+
+
+def unquoted(word: str) -> str:
+    """A word as the shell will read it, when it is whole."""
+    for end in ('', '"', "'"):
+        with contextlib.suppress(ValueError):
+            return ''.join(shlex.split(word + end))
+    return word
+
+
+def candidates_of(verb: Verb, words: List[str]) -> List[str]:
+    """What could stand for the last word among the arguments of a verb."""
+    options = {name: settings for names, settings in verb.arguments for name in names if name[0] == '-'}
+    if words[-1].startswith('-'):
+        return sorted(options) + ['--help']
+    before = options.get(words[-2], {})
+    if 'metavar' in before:
+        wanted = before
+    else:
+        positional = [settings for names, settings in verb.arguments if names[0][0] != '-']
+        given = [word for n, word in enumerate(words[2:-1], 2) if not word.startswith('-')
+                 and 'metavar' not in options.get(words[n - 1], {})]
+        wanted = positional[len(given)] if len(given) < len(positional) else {}
+    try:
+        return meant(Client(protocol.read_settings(words[0], SETTINGS)), wanted)
+    except (VMHostError, protocol.ProtocolError):
+        return []           # no host, no names; a shell in the middle of a line wants no complaint
+
+
+def meant(host: Client, wanted: Dict[str, Any]) -> List[str]:
+    """All that an argument could be, by its metavar. Raises VMHostError."""
+    metavar = wanted.get('metavar')
+    if 'choices' in wanted:
+        return list(wanted['choices'])
+    if metavar == 'SIG':
+        return [number.name[3:] for number in signal.Signals if number.name.startswith('SIG')]
+    if metavar == 'METHOD':
+        return host.call('system.listMethods')
+    found = []  # type: List[str]
+    if metavar in ('VM', 'VM|ID'):
+        found += host.vm_names()
+    if metavar in ('ID', 'VM|ID'):
+        found += [row['cmdId'] for row in host.call('listCmds', {'limit': FINISHED_SHOWN})]
+    return found
+
+
+def run_option(words: List[str], screen: Screen) -> int:
+    """What needs no ini file; gives the exit code."""
+    if words[0] in ('-h', '--help'):
+        screen.say(overview())
+    elif words == ['--version']:
+        screen.say('vmhost %s' % protocol.VERSION)
+    elif words[0] == '--bundle' and len(words) == 2:
+        protocol.write_bundle(words[1], 'vmhost', ['vmhost', 'protocol', 'stompbroker', 'stomper'])
+    elif words[0] == '--completion' and words[1:] in (['bash'], ['zsh'], ['fish']):
+        screen.say(completion(words[1]))
+    elif words[0] == '--complete':
+        for candidate in candidates(words[1:]):
+            screen.say(candidate)
+    else:
+        screen.complain('%s: expected host.ini, --help, --bundle FILE.pyz, --completion bash|zsh|fish '
+                        'or --version' % ' '.join(words))
+        return 2
+    return 0
+
+
+def run(words: List[str], screen: Screen) -> int:
+    """Does what the words say; gives the exit code."""
+    if not words:
+        screen.err.write(USAGE.format(me=program_name()))
+        return 2
+    if words[0].startswith('-'):
+        return run_option(words, screen)
+    if words[0] in VERBS and not os.path.exists(words[0]):
+        screen.complain('the ini file comes first: %s host.ini %s' % (program_name(), ' '.join(words)))
+        return 2
+    if words[1:2] in (['-h'], ['--help']):
+        return run_option(words[1:], screen)
+    return run_verb(words[0], words[1:], screen) if words[1:] else run_host(words[0])
 
 
 def main(argv: List[str]) -> int:
     """The command line; gives the exit code."""
+    screen = Screen()
     try:
-        settings = protocol.read_settings(argv[0] if argv else None, SETTINGS)
-        protocol.set_up_logging(settings.Logging)
-    except protocol.ConfigError as error:
-        print('vmhost: %s' % error, file=sys.stderr)
+        # Python reads arguments by the locale; here they are UTF-8, as in XML-RPC.
+        return run([os.fsencode(word).decode('utf-8', 'replace') for word in argv], screen)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except protocol.ProtocolError as error:
+        screen.complain(str(error))
         return 1
-    return run_host(settings)
+    except BrokenPipeError:
+        # Who reads us has gone; what is still in the buffer has no reader either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
 
 
 if __name__ == '__main__':
