@@ -6435,7 +6435,8 @@ def run_option(words: List[str], screen: Screen) -> int:
     elif words == ['--version']:
         screen.say('vmhost %s' % protocol.VERSION)
     elif words[0] == '--bundle' and len(words) == 2:
-        protocol.write_bundle(words[1], 'vmhost', ['vmhost', 'protocol', 'stompbroker', 'stomper'])
+        protocol.write_bundle(words[1], 'vmhost', ['vmhost', 'protocol', 'stompbroker', 'chirp', 'stomper'],
+                              ['status.html'])
     elif words[0] == '--completion' and words[1:] in (['bash'], ['zsh'], ['fish']):
         screen.say(completion(words[1]))
     elif words[0] == '--complete':

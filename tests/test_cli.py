@@ -1,0 +1,341 @@
+"""The command line, as a person and a script use it: real host, real guests, real terminals."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+from agents import TOP, Agent, Host
+from helpers import wait_until
+
+import protocol
+import vmhost
+
+pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
+SCRIPT = os.path.join(TOP, 'vmhost.py')
+
+
+@pytest.fixture(scope='module')
+def host(tmp_path_factory):
+    with Host(tmp_path_factory.mktemp('host')) as host:
+        yield host
+
+
+@pytest.fixture(scope='module')
+def guests(host, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('guests')
+    with Agent(folder / 'one', host, 'one') as one, Agent(folder / 'two', host, 'two') as two:
+        yield one, two
+
+
+def verb(host, *words, code=0, **kwargs):
+    """What a verb printed, as text; its exit code is checked."""
+    done = host.verb(*words, **kwargs)
+    assert done.returncode == code, (words, done)
+    return done.stdout.decode()
+
+
+def started(host, *words, **kwargs):
+    """A verb that goes on, as a process."""
+    return subprocess.Popen([sys.executable, SCRIPT, host.ini] + list(words), stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+
+
+class Terminal:
+    """A pseudo-terminal with a process on it, and what that wrote."""
+
+    def __init__(self, words, columns=80, **environment):
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            environment = dict(os.environ, COLUMNS=str(columns), TERM='xterm', **environment)
+            os.execvpe(words[0], words, environment)
+        self.written = b''
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self):
+        try:
+            while True:
+                data = os.read(self.fd, 65536)
+                if not data:
+                    return
+                self.written += data
+        except OSError:         # Linux's way to say that the other side has been closed
+            return
+
+    def type(self, data):
+        os.write(self.fd, data)
+
+    def wait(self):
+        """The exit code, and the text."""
+        _, status = os.waitpid(self.pid, 0)
+        self._reader.join(20)
+        os.close(self.fd)
+        return os.WEXITSTATUS(status), self.written.decode()
+
+
+# --- run ---
+
+def test_run_keeps_the_outputs_apart_and_exits_with_the_code(host, guests):
+    done = host.verb('run', 'one', '--', 'sh', '-c', 'echo out; echo err >&2; exit 7')
+    assert (done.stdout, done.stderr, done.returncode) == (b'out\n', b'err\n', 7)
+
+
+def test_run_gives_the_exact_bytes(host, guests):
+    exact = bytes(range(256)) * 2000
+    done = host.verb('run', '-i', 'one', '--', 'sh', '-c', 'tee /dev/stderr', input=exact)
+    assert done.stdout == exact and done.stderr == exact
+
+
+def test_run_shows_output_as_it_comes(host, guests):
+    with started(host, 'run', 'one', '--', 'sh', '-c', 'echo first; read line < go; echo $line') as process:
+        os.mkfifo(os.path.join(guests[0].files, 'go'))
+        try:
+            assert process.stdout.readline() == b'first\n'      # while the command waits
+            with open(os.path.join(guests[0].files, 'go'), 'w') as go:
+                go.write('second\n')
+            assert process.stdout.read() == b'second\n'
+        finally:
+            os.remove(os.path.join(guests[0].files, 'go'))
+        process.stderr.read()
+    assert process.returncode == 0
+
+
+def test_run_passes_environment_folder_and_arguments(host, guests):
+    os.makedirs(os.path.join(guests[0].files, 'sub'), exist_ok=True)
+    out = verb(host, 'run', '-e', 'DAY=Dienstag ü=1', '-C', 'sub', 'one', '--', 'sh', '-c',
+               'echo "$DAY" "$0" "$1"; basename "$PWD"', '-e', '--')
+    assert out == 'Dienstag ü=1 -e --\nsub\n'
+
+
+def test_run_exits_with_128_and_the_signal(host, guests):
+    assert host.verb('run', 'one', '--', 'sh', '-c', 'kill -USR1 $$').returncode == 128 + signal.SIGUSR1
+    done = host.verb('run', '-t', '0.5', 'one', '--', 'sleep', '77')
+    assert done.returncode == 128 + signal.SIGTERM and b'timeout' in done.stderr
+
+
+@pytest.mark.parametrize('words', [
+    ('one', '--', 'no-such-program'), ('nobody', '--', 'true'), ('x*', '--', 'true'), ('one', '--'), ('one',),
+    (), ('-t', 'soon', 'one', '--', 'true'), ('-e', 'X', 'one', '--', 'true'), ('one', '--', 'a\x1b')])
+def test_what_is_not_the_commands_is_255(host, guests, words):
+    done = host.verb('run', *words)
+    assert done.returncode == 255
+    assert done.stderr.startswith(b'vmhost: ') and done.stderr.count(b'\n') == 1
+
+
+def test_run_on_many_prefixes_each_line(host, guests):
+    done = host.verb('run', '*', '--', 'sh', '-c', 'echo a; printf b; echo e >&2; [ $(basename $PWD) = 0 ]')
+    assert sorted(done.stdout.decode().splitlines()) == ['one: a', 'one: b', 'two: a', 'two: b']
+    assert sorted(done.stderr.decode().splitlines()) == ['one: e', 'two: e']
+    assert done.returncode == 1
+
+
+def test_ctrl_c_ends_the_command(host, guests):
+    terminal = Terminal([sys.executable, SCRIPT, host.ini, 'run', 'one', '--', 'sh', '-c',
+                         'trap "echo caught; exit 9" INT; echo ready; while :; do sleep 0.1; done'])
+    wait_until(lambda: b'ready' in terminal.written, 20)
+    terminal.type(b'\x03')
+    code, text = terminal.wait()
+    assert code == 9 and 'caught' in text and 'once more leaves it running' in text
+
+
+def test_a_second_ctrl_c_leaves(host, guests):
+    process = started(host, 'run', 'one', '--', 'sh', '-c', 'trap "echo caught" INT; echo ready; sleep 88 &'
+                      ' wait; wait; echo end')
+    assert process.stdout.readline() == b'ready\n'
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == b'caught\n'
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    cmd_id = re.search(r'goes on as (\S+)', errors.decode()).group(1)
+    assert json.loads(verb(host, 'call', 'getCmdStatus', cmd_id))['state'] == 'running'
+    verb(host, 'kill', '-s', 'KILL', cmd_id)
+
+
+def test_sigterm_is_handed_on(host, guests):
+    process = started(host, 'run', 'one', '--', 'sh', '-c', 'echo ready; exec sleep 88')
+    assert process.stdout.readline() == b'ready\n'
+    process.terminate()
+    assert process.communicate(timeout=20) == (b'', b'')
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_a_reader_that_leaves_ends_the_command(host, guests):
+    process = started(host, 'run', 'one', '--', 'yes')
+    assert process.stdout.readline() == b'y\n'
+    process.stdout.close()
+    assert process.stderr.read() == b''
+    process.stderr.close()
+    assert process.wait(20) == 128 + 13
+    last = json.loads(verb(host, 'ps', '--json'))[-1]
+    wait_until(lambda: json.loads(verb(host, 'call', 'getCmdStatus', last['cmdId']))['state'] == 'signaled', 20)
+
+
+# --- the other verbs ---
+
+def test_a_detached_command_is_listed_followed_and_killed(host, guests):
+    cmd_id = verb(host, 'run', '-d', 'one', '--', 'sh', '-c', 'echo begun; exec sleep 99').strip()
+    assert json.loads(verb(host, 'ps', 'one', '--json'))[-1]['cmdId'] == cmd_id
+    assert cmd_id in verb(host, 'ps') and "'echo begun; exec sleep 99'" in verb(host, 'ps', '-l')
+    with started(host, 'out', '-f', cmd_id) as process:
+        assert process.stdout.readline() == b'begun\n'
+        assert json.loads(verb(host, 'info', cmd_id, '--json'))['status']['state'] == 'running'
+        verb(host, 'kill', cmd_id)
+        assert (process.stdout.read(), process.stderr.read(), process.wait(20)) == (b'', b'', 0)
+    assert verb(host, 'out', cmd_id) == 'begun\n'
+    assert 'signaled' in verb(host, 'info', cmd_id)
+    assert b'ended already' in host.verb('kill', cmd_id).stderr
+    verb(host, 'kill', cmd_id, code=1)
+
+
+def test_output_of_many_and_of_one_of_them(host, guests):
+    cmd_id = verb(host, 'run', '-d', '*', '--', 'echo', 'x').strip()
+    assert sorted(verb(host, 'out', '-f', cmd_id).splitlines()) == ['one: x', 'two: x']
+    assert verb(host, 'out', cmd_id + '@two') == 'x\n'
+
+
+def test_ls_info_and_ping(host, guests):
+    lines = verb(host, 'ls').splitlines()
+    assert lines[0].split() == ['NAME', 'STATE', 'AGENT', 'ADDRESS', 'COMMANDS']
+    assert [line.split()[:4] for line in lines[1:]] == [
+        ['one', 'Running', 'alive', '127.0.0.1'], ['two', 'Running', 'alive', '127.0.0.1']]
+    assert 'MEMORY' in verb(host, 'ls', '-l')
+    assert [vm['id'] for vm in json.loads(verb(host, 'ls', '--json'))] == ['one', 'two']
+    assert json.loads(verb(host, 'info', 'one', '--json'))['agent'] == 'alive'
+    assert re.search('^agent +alive$', verb(host, 'info', 'one'), re.MULTILINE)
+    assert 'PONG from one' in verb(host, 'ping', 'one')
+    assert len(verb(host, 'ping', '*').splitlines()) == 2
+    for missing in ('info', 'ping'):
+        done = host.verb(missing, 'nobody')
+        assert done.returncode == 1 and done.stderr.startswith(b'vmhost: ')
+
+
+def test_events(host, guests):
+    cmd_id = verb(host, 'run', '-d', 'one', '--', 'true').strip()
+    assert 'cmd-submitted' in verb(host, 'events') and cmd_id in verb(host, 'events', '-n', '5')
+    found = json.loads(verb(host, 'events', '--json', '-n', '3'))
+    assert len(found) == 3 and found[0]['seq'] + 2 == found[2]['seq']
+    with started(host, 'events', '-f', '--json', '-n', '1') as process:
+        process.stdout.readline()
+        another = verb(host, 'run', '-d', 'one', '--', 'true').strip()
+        assert any(json.loads(line.decode())['cmdId'] == another for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130 and process.stderr.read() == b''
+
+
+def test_call(host, guests):
+    assert json.loads(verb(host, 'call', 'ping', 'one')) == 'PONG from one'
+    assert verb(host, 'call', '-r', 'ping', '"one"', '5.5') == 'PONG from one\n'
+    assert json.loads(verb(host, 'call', 'listCmds', '{"vm": "nobody"}')) == []
+    assert json.loads(verb(host, 'call', 'listCmds', '{"since": 5000000000}')) == []
+    assert verb(host, 'run', 'one', '--', 'printf', 'a\rb') == 'a\rb'
+    assert b'is no JSON' in host.verb('call', 'listCmds', '{vm: 1}').stderr
+    assert b'no method' in host.verb('call', '__init__').stderr
+
+
+def test_check_of_a_running_host(host, guests):
+    found = {line['what']: line for line in json.loads(verb(host, 'check', '--json'))}
+    assert found['guest one, %s' % protocol.VERSION]['ok']
+    assert all(line['ok'] for line in found.values())
+    assert '✓  guest two' in verb(host, 'check', env=dict(os.environ, PYTHONIOENCODING='utf-8'))
+    assert 'ok guest two' in verb(host, 'check', env=dict(os.environ, PYTHONIOENCODING='ascii'))
+
+
+# --- people and terminals ---
+
+def test_help_tells_of_every_verb():
+    done = subprocess.run([sys.executable, SCRIPT, '--help'], stdout=subprocess.PIPE)
+    text = done.stdout.decode()
+    for name in vmhost.VERBS:
+        assert re.search('^  %s ' % name, text, re.MULTILINE)
+        one = subprocess.run([sys.executable, SCRIPT, 'host.ini', name, '--help'], stdout=subprocess.PIPE)
+        assert one.returncode == 0 and b'exit codes:' in one.stdout
+    assert 'exit codes:' in text and done.returncode == 0
+
+
+@pytest.mark.parametrize('words, said', [
+    ((), 'usage:'), (('ls',), 'ini file comes first'), (('host.ini', 'pss'), '(ps?)'), (('--what',), '--what'),
+    (('host.ini', 'ls', '--jason'), '--jason'), (('--completion', 'csh'), 'bash|zsh|fish')])
+def test_wrong_usage_is_2(words, said, tmp_path):
+    done = subprocess.run([sys.executable, SCRIPT] + list(words), stderr=subprocess.PIPE, cwd=str(tmp_path))
+    assert done.returncode == 2 and said in done.stderr.decode()
+
+
+def test_tables_fit_the_terminal_and_have_colours_there_alone(host, guests):
+    verb(host, 'run', 'one', '--', 'echo', 'x' * 300)
+    words = [sys.executable, SCRIPT, host.ini, 'ps']
+    code, text = Terminal(words, 70).wait()
+    plain = re.sub('\x1b\\[[0-9]*m', '', text)
+    assert code == 0 and '\x1b[' in text and max(map(len, plain.splitlines())) <= 70
+    assert '\x1b[' not in Terminal(words, 70, NO_COLOR='1').wait()[1]
+    piped = verb(host, 'ps')
+    assert '\x1b[' not in piped and 'x' * 300 in piped
+
+
+def test_what_a_guest_says_cannot_drive_the_terminal(host, guests):
+    verb(host, 'run', 'one', '--', 'echo', '\u202eevil\u2028')
+    assert '\\u202eevil\\u2028' in verb(host, 'ps', env=dict(os.environ, PYTHONIOENCODING='utf-8'))
+
+
+def test_names_in_any_locale(host, tmp_path):
+    with Agent(tmp_path, host, 'id-3', name='Zwölf Äpfel'):
+        for locale in ('C', 'C.UTF-8'):
+            environment = dict(os.environ, LC_ALL=locale, LANG=locale, PYTHONCOERCECLOCALE='0', PYTHONUTF8='0')
+            assert verb(host, 'run', 'Zwölf Äpfel', '--', 'printf', 'ü', env=environment) == 'ü'
+            assert json.loads(verb(host, 'info', 'Zwölf Äpfel', '--json', env=environment))['id'] == 'id-3'
+            assert verb(host, 'ls', env=environment)
+
+
+# --- completion ---
+
+def completed(host, *words):
+    done = subprocess.run([sys.executable, SCRIPT, '--complete'] + list(words), stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE)
+    assert done.stderr == b''
+    return done.stdout.decode().split('\n')[:-1]
+
+
+def test_candidates(host, guests):
+    assert completed(host, host.ini, 'p') == ['ps', 'ping']
+    assert completed(host, host.ini, 'run', '') == ['one', 'two']
+    assert completed(host, host.ini, 'run', '-t', '5', 't') == ['two']
+    assert completed(host, host.ini, 'run', '-t', '') == []
+    assert completed(host, host.ini, 'run', 'one', '--', 'o') == []
+    assert completed(host, host.ini, 'run', '--t') == ['--timeout']
+    assert completed(host, host.ini, 'kill', '-s', 'KI') == ['KILL']
+    assert completed(host, host.ini, 'call', 'getCmdS') == ['getCmdStatus']
+    assert completed(host, host.ini, 'ls', '') == []
+    assert completed(host, '/nowhere.ini', 'info', '') == []
+    assert completed(host, '') == []
+    cmd_id = verb(host, 'run', '-d', 'one', '--', 'true').strip()
+    assert cmd_id in completed(host, host.ini, 'out', cmd_id[:9])
+
+
+def test_bash_completes(host, guests, tmp_path):
+    script = subprocess.check_output([sys.executable, SCRIPT, '--completion', 'bash'])
+    (tmp_path / 'completion').write_bytes(script)
+    for before in ('python3 ./vmhost.py', 'vmhost.pyz'):
+        words = before.split() + [host.ini, 'run', 't']
+        asked = '. ./completion; COMP_WORDS=(%s); COMP_CWORD=%d; _vmhost; printf "%%s\\n" "${COMPREPLY[@]}"' % (
+            ' '.join(words), len(words) - 1)
+        assert subprocess.check_output(['bash', '-c', asked], cwd=str(tmp_path)) == b'two\n'
+
+
+# --- one file ---
+
+@pytest.mark.parametrize('program', ['vmhost', 'vmguest'])
+def test_the_bundle_runs_alone_and_makes_itself_again(program, tmp_path):
+    first = tmp_path / 'any-name'
+    subprocess.check_call([sys.executable, os.path.join(TOP, program + '.py'), '--bundle', str(first)])
+    alone = [sys.executable, '-I', '-S', str(first)]
+    version = subprocess.check_output(alone + ['--version'], cwd=str(tmp_path))
+    assert version.decode() == '%s %s\n' % (program, protocol.VERSION)
+    subprocess.check_call(alone + ['--bundle', 'again'], cwd=str(tmp_path))
+    assert (tmp_path / 'again').read_bytes() == first.read_bytes()
+    assert os.access(str(first), os.X_OK)
