@@ -53,8 +53,7 @@ import unicodedata
 import urllib.parse
 import xml.parsers.expat
 import xmlrpc.client
-from typing import (
-    Any, Callable, Dict, Generator, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple)
+from typing import Any, Callable, Dict, Generator, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 import protocol
 import stompbroker
@@ -5590,7 +5589,7 @@ class Screen:
         ascii_only = (self.out.encoding or '').lower().replace('-', '') != 'utf8'
         self.say(json.dumps(value, indent=indent, ensure_ascii=ascii_only, default=as_text))
 
-    def table(self, headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    def table(self, headings: List[str], rows: Iterable[List[Any]]) -> None:
         """Columns as wide as they need to be, and cut to the terminal, but for the first one."""
         lines = [[printable(str(cell)) for cell in row] for row in [headings] + list(rows)]
         widths = [max(map(cells, column)) for column in zip(*lines)]

@@ -174,7 +174,7 @@ def test_a_reader_that_leaves_ends_the_command(host, guests):
     process.stderr.close()
     assert process.wait(20) == 128 + 13
     last = json.loads(verb(host, 'ps', '--json'))[-1]
-    wait_until(lambda: json.loads(verb(host, 'call', 'getCmdStatus', last['cmdId']))['state'] == 'signaled', 20)
+    wait_until(lambda: 'signaled' in verb(host, 'call', 'getCmdStatus', last['cmdId']), 20)
 
 
 # --- the other verbs ---
@@ -260,7 +260,7 @@ def test_help_tells_of_every_verb():
 
 
 @pytest.mark.parametrize('words, said', [
-    ((), 'usage:'), (('ls',), 'ini file comes first'), (('host.ini', 'pss'), '(ps?)'), (('--what',), '--what'),
+    ((), 'usage:'), (('ls',), 'ini file comes first'), (('host.ini', 'pss'), '(ps?)'), (('--no',), '--no'),
     (('host.ini', 'ls', '--jason'), '--jason'), (('--completion', 'csh'), 'bash|zsh|fish')])
 def test_wrong_usage_is_2(words, said, tmp_path):
     done = subprocess.run([sys.executable, SCRIPT] + list(words), stderr=subprocess.PIPE, cwd=str(tmp_path))
@@ -286,7 +286,7 @@ def test_what_a_guest_says_cannot_drive_the_terminal(host, guests):
 def test_names_in_any_locale(host, tmp_path):
     with Agent(tmp_path, host, 'id-3', name='Zwölf Äpfel'):
         for locale in ('C', 'C.UTF-8'):
-            environment = dict(os.environ, LC_ALL=locale, LANG=locale, PYTHONCOERCECLOCALE='0', PYTHONUTF8='0')
+            environment = dict(os.environ, LC_ALL=locale, PYTHONCOERCECLOCALE='0', PYTHONUTF8='0')
             assert verb(host, 'run', 'Zwölf Äpfel', '--', 'printf', 'ü', env=environment) == 'ü'
             assert json.loads(verb(host, 'info', 'Zwölf Äpfel', '--json', env=environment))['id'] == 'id-3'
             assert verb(host, 'ls', env=environment)
@@ -322,8 +322,8 @@ def test_bash_completes(host, guests, tmp_path):
     (tmp_path / 'completion').write_bytes(script)
     for before in ('python3 ./vmhost.py', 'vmhost.pyz'):
         words = before.split() + [host.ini, 'run', 't']
-        asked = '. ./completion; COMP_WORDS=(%s); COMP_CWORD=%d; _vmhost; printf "%%s\\n" "${COMPREPLY[@]}"' % (
-            ' '.join(words), len(words) - 1)
+        asked = ('. ./completion; COMP_WORDS=(%s); COMP_CWORD=%d; _vmhost; printf "%%s\\n" "${COMPREPLY[@]}"'
+                 % (' '.join(words), len(words) - 1))
         assert subprocess.check_output(['bash', '-c', asked], cwd=str(tmp_path)) == b'two\n'
 
 
