@@ -1042,8 +1042,7 @@ class ForkServer:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)      # runners are reaped by the kernel
         gc.disable()                # a collection would copy the pages that all these share
-        if hasattr(gc, 'freeze'):   # since 3.7
-            gc.freeze()
+        getattr(gc, 'freeze', lambda: None)()      # since 3.7
         spare, asked = None, b''
         while True:
             # Not at once: the command that was just begun comes first.
