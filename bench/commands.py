@@ -87,9 +87,11 @@ def free_port():
 
 def run_true(api):
     cmd_id = api.runCmd('bench', 'true')
-    while not api.waitCmd(cmd_id, 60):
-        pass
-    assert api.getCmdResults(cmd_id)['exitCodeOrSignal'] == 0
+    call = xmlrpc.client.MultiCall(api)        # waiting for the end, and the result, in one request
+    call.waitCmd(cmd_id, 60)
+    call.getCmdResults(cmd_id)
+    _, results = call()
+    assert results['exitCodeOrSignal'] == 0
 
 
 def clock(call):
