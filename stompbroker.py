@@ -254,6 +254,8 @@ class Topic(Destination):
     subscription's lead, joined between the rests of the frames, which all subscribers share.
     """
 
+    MOST_BLOBS = 64        # that are kept for subscribers whose lead is the same
+
     def __init__(self, broker: 'Broker', name: str) -> None:
         super().__init__(broker, name)
         self._batch = []  # type: List[Message]
@@ -282,6 +284,8 @@ class Topic(Destination):
             kind, lead = subscription.kind, subscription.lead
             blob = blobs.get((kind, lead))
             if blob is None:
+                if len(blobs) >= self.MOST_BLOBS:
+                    blobs.clear()
                 if kind not in rests:
                     rests[kind] = [b''] + [message.rest(*kind) for message in batch]
                 blob = blobs[kind, lead] = lead.join(rests[kind])
@@ -906,7 +910,7 @@ class Session:
             log.info('%r is taken for dead: silent for %.1f s', self, now - self.heard)
             return self.close('silent')
         if self._beat and now >= self.spoke + 0.6 * self._beat:
-            if not self._outbox:           # else the beat would land in a half-sent frame
+            if not self._outbox:           # else what waits there is beat enough
                 self.put(b'\n', 0)
             self.spoke = now
         self._set_clock()
