@@ -297,18 +297,21 @@ def test_a_hostile_guest_does_not_break_the_page(evil_host):
     with evil_host.api as api, FakeGuest(evil_host, 'evil', name='evil', os=HOSTILE, cpus='many',
                                          mem=-1e308) as evil:
         wait_until(lambda: 'evil' in api.listVMs())
-        cmd_id = api.runCmd('evil', 'true')
         evil.say('/topic/connections', 'STILL_ALIVE', load1=1e308, mem_free=-5)
+        cmd_ids = []
         for odd in (HOSTILE, ['x'], {'a': 1}, None, float('inf'), -1, 10 ** 20, True):
+            cmd_ids.append(api.runCmd('evil', 'true'))
             evil.say('/topic/cmd_responses', 'CMD_STATUS', state='running', resources=odd, wall=odd,
-                     processes=odd, progress=odd, pid=odd, error='said %r' % (odd,),
-                     **{'cmd-id': cmd_id, 'out-size': odd})
-            wait_until(lambda text='said %r' % (odd,): api.getCmdStatus(cmd_id, False)['error'] == text)
-            told = fresh(evil_host)
-            shown, = told['commands']
-            assert all(isinstance(shown[name], (int, float)) for name in
-                       ('wall', 'cpu', 'rss', 'processes', 'outSize')), odd
+                     processes=odd, progress=odd, pid=odd, error='said',
+                     **{'cmd-id': cmd_ids[-1], 'out-size': odd})
+        for cmd_id in cmd_ids:
+            wait_until(lambda cmd_id=cmd_id: api.getCmdStatus(cmd_id, False)['error'] == 'said')
+        told = fresh(evil_host)
+        assert [command['cmdId'] for command in told['commands']] == cmd_ids
+        for shown in told['commands']:
             assert isinstance(shown['progress'], str)
+            assert all(isinstance(shown[name], (int, float)) for name in
+                       ('wall', 'cpu', 'rss', 'processes', 'outSize')), shown
         shown, = told['vms']
         assert (shown['cpus'], shown['os']) == (0, HOSTILE)
 
