@@ -1804,7 +1804,7 @@ def put_tail(keys: Dict[str, Any], stream: str, command: Command, room: int) -> 
 def signal_number(name: str) -> int:
     """The number of TERM, SIGTERM or 15. Raises BadWord."""
     try:
-        if name.isdigit():
+        if re.fullmatch('[0-9]{1,4}', name):
             return int(signal.Signals(int(name)))
         return int(signal.Signals['SIG' + name.upper().replace('SIG', '', 1)])
     except (KeyError, ValueError):

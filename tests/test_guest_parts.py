@@ -1,0 +1,242 @@
+"""The guest agent's parts: what it finds out by itself, its spool, its bundle, what it says of output."""
+
+import glob
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from agents import TOP, Agent, Host
+from helpers import wait_until
+from hypothesis import given
+from hypothesis import strategies as st
+
+import protocol
+import vmguest
+
+GUEST = os.path.join(TOP, 'vmguest.py')
+MAC = '02:00:00:00:AA:02'
+
+
+# --- the network ---
+
+def in_namespace(name, *words, **options):
+    return subprocess.run(['ip', 'netns', 'exec', name] + list(words), stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, universal_newlines=True, timeout=60, **options)
+
+
+def may_make_namespaces():
+    if not shutil.which('ip') or os.getuid() != 0:
+        return False
+    name = 'vmhost-try-%d' % os.getpid()
+    made = subprocess.call(['ip', 'netns', 'add', name], stderr=subprocess.DEVNULL) == 0
+    if made:
+        subprocess.call(['ip', 'netns', 'del', name])
+    return made
+
+
+@pytest.fixture
+def network():
+    """Two namespaces joined by a cable: the host's at 10.93.0.1, and the guest's. Their names."""
+    if not may_make_namespaces():
+        pytest.skip('needs root, iproute2 and the right to make network namespaces')
+    host, guest = 'vmh-%d' % os.getpid(), 'vmg-%d' % os.getpid()
+    try:
+        for words in (['netns', 'add', host], ['netns', 'add', guest],
+                      ['link', 'add', 'cable', 'netns', host, 'type', 'veth', 'peer', 'name', 'card',
+                       'netns', guest]):
+            subprocess.check_call(['ip'] + words)
+        for name, words in [
+                (host, 'addr add 10.93.0.1/24 dev cable'), (host, 'link set cable up'),
+                (host, 'link set lo up'), (guest, 'link set lo up'),
+                (guest, 'link set card address ' + MAC), (guest, 'addr add 10.93.0.7/24 dev card'),
+                (guest, 'link set card up')]:
+            subprocess.check_call(['ip', '-n', name] + words.split())
+        yield host, guest
+    finally:
+        for name in (host, guest):
+            subprocess.call(['ip', 'netns', 'del', name])
+
+
+@pytest.mark.parametrize('route', ['gateway', 'first address of its subnet'])
+def test_it_finds_broker_card_and_id_by_itself(network, route, tmp_path):
+    host, guest = network
+    if route == 'gateway':
+        subprocess.check_call(['ip', '-n', guest, 'route', 'add', 'default', 'via', '10.93.0.1'])
+    broker = subprocess.Popen(['ip', 'netns', 'exec', host, sys.executable,
+                               os.path.join(TOP, 'stompbroker.py'), '--host', '10.93.0.1', '--port', '61613'],
+                              stdout=subprocess.PIPE)
+    try:
+        assert b'listening on 10.93.0.1:61613' in broker.stdout.readline()
+        done = in_namespace(guest, sys.executable, GUEST, '--check')
+        assert done.returncode == 0, done.stdout
+        for words in ('10.93.0.1:61613', MAC, 'card'):
+            assert words in done.stdout
+    finally:
+        broker.terminate()
+        broker.wait()
+        broker.stdout.close()
+    done = in_namespace(guest, sys.executable, GUEST, '--check')
+    assert done.returncode == 1 and '10.93.0.1:61613' in done.stdout and 'Traceback' not in done.stdout
+
+
+def test_addresses_and_cards(network):
+    _, guest = network
+    subprocess.check_call(['ip', '-n', guest, 'route', 'add', 'default', 'via', '10.93.0.1'])
+    done = in_namespace(guest, sys.executable, '-c', 'import vmguest, json; net = vmguest.Network(); '
+                        'print(json.dumps([net.gateways(), net.candidates(), net.interfaces(), '
+                        'net.mac_of("card"), net.address_of("card"), net.interface_with("10.93.0.7"), '
+                        'net.interface_with("127.0.0.1"), net.mac_of("lo"), net.mac_of("none")]))', cwd=TOP)
+    gateways, candidates, cards, mac, address, carries, over_loopback, lo, none = json.loads(done.stdout)
+    assert gateways == ['10.93.0.1'] and candidates[0] == '10.93.0.1' and candidates[-1] == '127.0.0.1'
+    assert (cards, mac, address) == (['card'], MAC, '10.93.0.7')
+    assert (carries, over_loopback, lo, none) == ('card', 'card', '', '')
+
+
+def test_without_proc_the_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(vmguest.Network, '_has_proc', lambda self: False)
+    monkeypatch.setitem(sys.modules, 'netifaces', None)
+    with pytest.raises(vmguest.GuestError, match='netifaces-plus'):
+        vmguest.Network().interfaces()
+
+
+# --- the spool ---
+
+@given(st.text(min_size=1, max_size=200))
+def test_any_cmd_id_has_a_folder_name_of_its_own(cmd_id):
+    name = vmguest.folder_name(cmd_id)
+    assert re.fullmatch('[A-Za-z0-9][A-Za-z0-9._@-]{0,127}', name)
+    assert name == cmd_id or name.startswith('x-')
+
+
+@pytest.fixture
+def spool(tmp_path):
+    spool = vmguest.Spool(str(tmp_path), 'A')
+    yield spool
+    spool.close()
+
+
+def test_a_folder_is_claimed_once(spool):
+    assert spool.claim('c-1') is not None
+    assert spool.claim('c-1') is None
+
+
+def test_one_agent_at_a_time(spool, tmp_path):
+    with pytest.raises(vmguest.GuestError, match='another vmguest with the id A'):
+        vmguest.Spool(str(tmp_path), 'A')
+    vmguest.Spool(str(tmp_path), 'B').close()
+
+
+# --- what it says of output ---
+
+@given(st.binary(max_size=300), st.integers(0, 310))
+def test_a_tail_begins_where_it_says(data, room):
+    class Kept(vmguest.Command):
+        def size(self, name):
+            return len(data)
+
+        def slice(self, name, offset, length):
+            return data[offset:offset + length]
+    keys = {}
+    vmguest.put_tail(keys, 'out', Kept('', '/'), room)
+    offset = keys['out-offset']
+    assert keys['out-size'] == len(data) and len(data) - offset <= room
+    message = protocol.Message('', 'CMD_RESULTS', None, keys)
+    if 'out64' in keys:
+        import base64
+        assert base64.b64decode(keys['out64']) == data[offset:]
+    else:
+        assert message.text('out').encode() == data[offset:]
+
+
+@pytest.mark.parametrize('name, number', [('TERM', 15), ('SIGKILL', 9), ('2', 2), ('int', 2)])
+def test_signals_by_name_and_number(name, number):
+    assert vmguest.signal_number(name) == number
+
+
+@pytest.mark.parametrize('name', ['', 'NONSENSE', '0', '-9', '9999', '٣'])
+def test_what_is_no_signal(name):
+    with pytest.raises(protocol.BadWord):
+        vmguest.signal_number(name)
+
+
+# --- one file ---
+
+def bundle_by(python, target):
+    stomper = os.path.dirname(os.path.dirname(os.path.abspath(__import__('stomper').__file__)))
+    subprocess.check_call([python, GUEST, '--bundle', str(target)],
+                          env=dict(os.environ, PYTHONPATH=stomper, PYTHONDONTWRITEBYTECODE='1'))
+    return target.read_bytes()
+
+
+def pythons():
+    """One python of each installed version that this machine has."""
+    root = os.path.expanduser(os.environ.get('PYENV_ROOT', '~/.pyenv'))
+    return sorted(glob.glob(root + '/versions/3.*/bin/python')) + [sys.executable]
+
+
+def test_the_bundle_is_the_same_from_every_python(tmp_path):
+    made = {bundle_by(python, tmp_path / ('%d.pyz' % n)) for n, python in enumerate(pythons())}
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize('python', pythons(), ids=lambda path: path.split('/')[-3])
+def test_the_bundle_runs_alone_in_an_empty_folder(python, tmp_path):
+    folder = tmp_path / 'empty'
+    folder.mkdir()
+    subprocess.check_call([sys.executable, GUEST, '--bundle', str(folder / 'vmguest.pyz')])
+    with Host(tmp_path / 'host') as host:
+        (folder / 'guest.ini').write_text('[Broker]\nhost = 127.0.0.1\nport = %d\n[VM]\nid = alone\nname = '
+                                          'alone\ndir_to_serve = .\n[Chirp]\nport = 0\n' % host.broker_port)
+        with open(str(tmp_path / 'log'), 'wb') as log:
+            guest = subprocess.Popen([python, '-I', '-S', 'vmguest.pyz', 'guest.ini'], cwd=str(folder),
+                                     stdout=log, stderr=log)
+        try:
+            with host.api as api:
+                wait_until(lambda: 'alone' in api.listVMs(), 30)
+            assert host.run('alone', 'echo', 'hello')['out'] == 'hello\n'
+        finally:
+            guest.send_signal(signal.SIGTERM)
+            assert guest.wait(10) == 0
+
+
+def test_what_the_host_imports_is_on_every_system():
+    """Windows and macOS have nothing of this."""
+    program = ('import os, sys\n'
+               'for name in ("fcntl", "resource", "pwd", "grp", "termios"): sys.modules[name] = None\n'
+               'del os.fork\n'
+               'import vmhost, stompbroker, chirp, protocol\n')
+    subprocess.check_call([sys.executable, '-c', program], cwd=TOP)
+
+
+# --- start and stop ---
+
+def test_a_dead_fork_server_is_replaced(tmp_path):
+    with Host(tmp_path / 'host') as host, Agent(tmp_path / 'guest', host, 'g') as guest:
+        with host.api as api:
+            long = api.runCmd('g', 'sh', ['-c', 'sleep 2; echo still here'])
+            wait_until(lambda: api.getCmdStatus(long)['state'] == 'running', 20)
+        with open('/proc/%d/task/%d/children' % (guest.process.pid, guest.process.pid)) as children:
+            os.kill(int(children.read().split()[0]), signal.SIGKILL)
+        assert host.run('g', 'echo', 'hello')['out'] == 'hello\n'
+        assert host.results(long)['out'] == 'still here\n'
+        assert 'begins anew' in guest.log()
+
+
+@pytest.mark.parametrize('ini, words', [
+    ('[VM]\nmax_comands = 3\n', '[VM] max_comands: unknown key'),
+    ('[VM]\nkill_after = soon\n', '[VM] kill_after = soon: expected a duration'),
+    ('[VMs]\n', '[VMs] is unknown'), ('no ini', 'no ini'),
+    ('[VM]\nid = x\ndir_to_serve = /no/such/folder\n', '/no/such/folder')])
+def test_a_wrong_configuration_is_one_sentence(ini, words, tmp_path):
+    path = tmp_path / 'guest.ini'
+    path.write_text(ini)
+    done = subprocess.run([sys.executable, GUEST, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          universal_newlines=True, timeout=60)
+    assert done.returncode == 1 and words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and 'Traceback' not in done.stderr
+
