@@ -103,6 +103,23 @@ def test_user_data_holds_the_unit_and_the_ini_file_of_this_page():
     assert downloaded[0] in files['/etc/systemd/system/vmguest.service']
 
 
+# --- bundles ---
+
+def test_host_and_guest_from_the_bundles_alone(tmp_path):
+    done = run(['sh', '-e', '-c', re.sub(r'(\w+\.pyz)', str(tmp_path) + r'/\1',
+                                         with_files_of_tests(BLOCKS['bundles'], tmp_path))], cwd=TOP)
+    assert done.returncode == 0, done.stdout
+    host, program = Host(tmp_path / 'host'), str(tmp_path / 'vmhost.pyz')
+    host.program = program
+    with host:
+        guest = Agent(tmp_path / 'guest', host, 'g')
+        guest.program = str(tmp_path / 'vmguest.pyz')
+        with guest:
+            assert host.run('g', 'echo', 'from bundles')['out'] == 'from bundles\n'
+            check = run([sys.executable, program, host.ini, 'check'])
+            assert check.returncode == 0, check.stdout
+
+
 # --- TLS ---
 
 @pytest.mark.skipif(not shutil.which('openssl'), reason='no openssl here')
