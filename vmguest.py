@@ -12,6 +12,9 @@ where all words are heard; the Chirp server has its own. Runners are processes w
 forked from one (the fork server) that was forked before any thread began.
 """
 
+# An older Python can't read this file: it stops at this line, and shows it.
+__needs__: str = 'Python 3.6 or later, and this is an older one: try python3 instead of python'
+
 import base64
 import errno
 import fcntl

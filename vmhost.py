@@ -1,6 +1,6 @@
 """The host agent: knows the guests, runs commands in them, keeps the journal, answers XML-RPC.
 
-``python vmhost.py host.ini`` runs it; ``python vmhost.py host.ini VERB …`` talks to the running one.
+``python vmhost.py host.ini`` runs it; ``python vmhost.py host.ini VERB ...`` talks to the running one.
 Read from the top: errors, configuration, the journal (what is remembered), guests (who is there),
 commands (what runs where), trust (who may say what to the embedded broker), VirtualBox, transfers,
 the host itself (which words do what), the API, its server, the command line.
@@ -12,6 +12,9 @@ Threads: ``main`` ticks the clock; ``link`` is the STOMP connection, where all w
 ``vbox`` owns VirtualBox; ``xmlrpc`` accepts, with a thread per request; ``fetch-N`` fetch output;
 the broker has its own. Signal handlers set an event, and nothing else.
 """
+
+# An older Python can't read this file: it stops at this line, and shows it.
+__needs__: str = 'Python 3.6 or later, and this is an older one: try python3 instead of python'
 
 import argparse
 import base64
@@ -34,6 +37,7 @@ import logging
 import math
 import os
 import platform
+import posixpath
 import queue
 import re
 import secrets
@@ -51,6 +55,7 @@ import time
 import types
 import unicodedata
 import urllib.parse
+import webbrowser
 import xml.parsers.expat
 import xmlrpc.client
 from typing import Any, Callable, Dict, Generator, Iterable, Iterator, List, NamedTuple, Optional, Tuple
@@ -5962,6 +5967,218 @@ def do_kill(host: Client, screen: Screen, args: Any) -> int:
     raise BadState('%s has ended already' % args.id)
 
 
+def do_create(host: Client, screen: Screen, args: Any) -> int:
+    """Makes a VM from an image, or registers a .vbox file."""
+    options = {name: getattr(args, name) for name in ('memory', 'cpus', 'ostype', 'network', 'diskSize')
+               if getattr(args, name) is not None}
+    paths = [os.path.abspath(path) for path in (args.image,) if path]
+    name = args.name
+    if not paths and name.endswith('.vbox'):
+        name = os.path.abspath(name)       # the host's working directory is not ours
+    _, made = watch(host, screen, name, 'createVM', name, *(paths or ['']) + [options])
+    screen.say(printable(made))
+    return 0
+
+
+def do_rm(host: Client, screen: Screen, args: Any) -> int:
+    """Takes a VM out of the hypervisor, with its disks where asked."""
+    return change(host, screen, [args.vm], 'removed', 'removeVM', args.disks)
+
+
+def do_start(host: Client, screen: Screen, args: Any) -> int:
+    """Starts VMs, or lets saved ones go on."""
+    return change(host, screen, host.matching(args.vm), 'runs', 'start', args.gui)
+
+
+def do_stop(host: Client, screen: Screen, args: Any) -> int:
+    """Asks the systems of VMs to power off, or cuts their power."""
+    return change(host, screen, host.matching(args.vm), 'is off', 'powerOff' if args.force else 'shutdown')
+
+
+def do_pause(host: Client, screen: Screen, args: Any) -> int:
+    """Halts running VMs in memory."""
+    return change(host, screen, host.matching(args.vm), 'is paused', 'pause')
+
+
+def do_resume(host: Client, screen: Screen, args: Any) -> int:
+    """Lets paused VMs go on."""
+    return change(host, screen, host.matching(args.vm), 'runs', 'resume')
+
+
+def do_save(host: Client, screen: Screen, args: Any) -> int:
+    """Writes running VMs to disk, and stops them."""
+    return change(host, screen, host.matching(args.vm), 'is saved', 'saveState')
+
+
+def do_reset(host: Client, screen: Screen, args: Any) -> int:
+    """Presses the reset button of VMs."""
+    return change(host, screen, host.matching(args.vm), 'is reset', 'reset')
+
+
+def change(host: Client, screen: Screen, vms: List[str], done: str, method: str, *args: Any) -> int:
+    """Calls a method for each VM, and says when it is done; one that can't holds up no other."""
+    code = 0
+    for vm in vms:
+        try:
+            watch(host, screen, vm, method, vm, *args)
+            screen.say('%s %s' % (printable(vm), done))
+        except NoHost:
+            raise
+        except VMHostError as error:
+            screen.complain('%s: %s' % (vm, error) if len(vms) > 1 else str(error))
+            code = 1
+    return code
+
+
+def watch(host: Client, screen: Screen, vm: str, method: str, *args: Any) -> Any:
+    """Calls a method that may take long; meanwhile a terminal shows how far the hypervisor is."""
+    if not screen.shows_progress:
+        return host.call(method, *args)
+    answers = queue.Queue()        # type: queue.Queue
+
+    def work() -> None:
+        try:
+            answers.put((host.call(method, *args), None))
+        except VMHostError as error:
+            answers.put((None, error))
+    threading.Thread(target=work, name='call', daemon=True).start()
+    begin, looker = time.monotonic(), Client(host.settings)
+    while True:
+        try:
+            answer, error = answers.get(timeout=PROGRESS_EVERY)
+            break
+        except queue.Empty:
+            screen.progress(job_line(looker, vm, time.monotonic() - begin))
+    screen.progress('')
+    if error is not None:
+        raise error
+    return answer
+
+
+def job_line(host: Client, vm: str, seconds: float) -> str:
+    """How far the hypervisor is with a VM."""
+    line = '%s: %s' % (printable(vm), shown_span(seconds))
+    for job in host.call('agentInfo')['jobs']:
+        if job['vm'] == vm and job['percent']:
+            line += ', %d %%, %s left %s' % (job['percent'], shown_span(
+                seconds * (100 - job['percent']) / job['percent']), printable(job['text']))
+    return line
+
+
+def do_snap(host: Client, screen: Screen, args: Any) -> int:
+    """Lists, takes, restores and deletes snapshots."""
+    if args.action == 'ls':
+        names = host.call('listSnapshots', args.vm)
+        if args.json:
+            screen.json(names)
+        else:
+            for name in names:
+                screen.say(printable(name))
+        return 0
+    if args.action != 'restore' and not args.name:
+        raise InvalidParams('which snapshot? snap %s VM NAME' % args.action)
+    method, done = {'take': ('takeSnapshot', 'taken'), 'restore': ('restoreSnapshot', 'restored'),
+                    'rm': ('deleteSnapshot', 'deleted')}[args.action]
+    watch(host, screen, args.vm, method, args.vm, args.name)
+    screen.say('snapshot %s' % done)
+    return 0
+
+
+def do_rdp(host: Client, screen: Screen, args: Any) -> int:
+    """Switches the remote desktop of a VM, and says where it is."""
+    desktop = host.call('remoteDesktop', args.vm, not args.off)
+    if args.json:
+        screen.json(desktop)
+    elif args.off:
+        screen.say('off')
+    else:
+        screen.say('%(address)s:%(port)s (authentication %(auth)s, security %(security)s)' % desktop)
+    return 0
+
+
+def do_net(host: Client, screen: Screen, args: Any) -> int:
+    """The network of the VMs, as it is."""
+    network = host.call('setupNetwork' if args.setup else 'getNetwork')
+    if args.json:
+        screen.json(network)
+    else:
+        screen_pairs(screen, network)
+    return 0
+
+
+def do_cleanup(host: Client, screen: Screen, args: Any) -> int:
+    """What this tool made and nobody owns: shown, or removed."""
+    found = host.call('cleanup', not args.yes)
+    if args.json:
+        screen.json(found)
+        return 0
+    for what in found:
+        screen.say(('removed %s' if args.yes else 'would remove %s') % printable(str(what)))
+    if found and not args.yes:
+        screen.complain('nothing was removed: cleanup --yes does')
+    return 0
+
+
+def do_put(host: Client, screen: Screen, args: Any) -> int:
+    """Sends a file or folder to VMs."""
+    source = os.path.abspath(args.source)      # the host's working directory is not ours
+    target = args.target or os.path.basename(source)
+    return max([transfer(host, screen, 'put', vm, source, target) for vm in host.matching(args.vm)])
+
+
+def do_get(host: Client, screen: Screen, args: Any) -> int:
+    """Fetches a file or folder from a VM."""
+    name = posixpath.basename(args.source.rstrip('/'))
+    target = os.path.abspath(args.target or name)
+    if os.path.isdir(target) and args.target and name not in ('', '.', '..'):
+        target = os.path.join(target, name)
+    return transfer(host, screen, 'get', args.vm, args.source, target)
+
+
+def transfer(host: Client, screen: Screen, direction: str, vm: str, source: str, target: str) -> int:
+    """Moves a file or folder, verified; a terminal shows how far it is. Ctrl-C cancels it."""
+    moving = host.call('startTransfer', direction, vm, source, target)
+    try:
+        while True:
+            now = host.call('getTransfer', moving)
+            if now['state'] not in ('waiting', 'running'):
+                break
+            screen.progress('%s: %s' % (printable(vm), transfer_line(now)))
+            time.sleep(PROGRESS_EVERY)
+    except KeyboardInterrupt:
+        host.call('cancelTransfer', moving)
+        raise
+    finally:
+        screen.progress('')
+    if now['state'] != 'done':
+        screen.complain('%s: %s' % (vm, now['error'] or now['state']))
+        return 1
+    return 0
+
+
+def transfer_line(now: Dict[str, Any]) -> str:
+    """Bytes, rate and time left of a transfer."""
+    line = '%s of %s, %s/s' % (shown_size(now['bytes']), shown_size(now['total']), shown_size(now['rate']))
+    if now['rate'] and now['total']:
+        line += ', %s left' % shown_span((now['total'] - now['bytes']) / now['rate'])
+    return line
+
+
+def do_status(host: Client, screen: Screen, args: Any) -> int:
+    """The host agent's own state; or a link to its page in the browser, which opens it once."""
+    if args.open:
+        link = host.call('getStatusLink')
+        screen.say(link)
+        webbrowser.open(link)
+        return 0
+    info = host.call('agentInfo')
+    if args.json:
+        screen.json(info)
+    else:
+        screen_pairs(screen, info)
+    return 0
+
+
 def do_ping(host: Client, screen: Screen, args: Any) -> int:
     """Asks agents whether they are there."""
     code = 0
@@ -6189,6 +6406,27 @@ VERBS = {verb.name: verb for verb in [
         JSON, switch('-l', '--long', help='more columns')]),
     Verb('info', do_info, 'all that is known of a VM, or of a command', [
         argument('vm', metavar='VM|ID', help='of a VM or a command'), JSON]),
+    Verb('create', do_create, 'make a VM from an image, or register a .vbox file', [
+        argument('name', metavar='NAME', help='of the VM, or a .vbox file'),
+        argument('image', metavar='IMAGE', nargs='?', default='', help='.ova, .ovf, .vdi, .vmdk or .iso'),
+        argument('--memory', metavar='MB', type=int), argument('--cpus', metavar='N', type=int),
+        argument('--ostype', metavar='TYPE', help='VirtualBox\'s name of the guest\'s system'),
+        argument('--network', choices=['hostonly', 'nat', 'none'], help='else as in host.ini'),
+        argument('--disk', metavar='MB', type=int, dest='diskSize', help='of the disk beside an .iso')], [
+            'create web1 cernvm.ova --memory 2048 --cpus 2']),
+    Verb('rm', do_rm, 'take a VM out of the hypervisor', [
+        VM, switch('--disks', help='and delete its disks')]),
+    Verb('start', do_start, 'start VMs', [VMS, switch('--gui', help='with a window')]),
+    Verb('stop', do_stop, 'ask the systems of VMs to power off', [
+        VMS, switch('--force', help='cut their power')]),
+    Verb('pause', do_pause, 'halt VMs in memory', [VMS]),
+    Verb('resume', do_resume, 'let paused VMs go on', [VMS]),
+    Verb('save', do_save, 'write VMs to disk and stop them; start goes on from there', [VMS]),
+    Verb('reset', do_reset, 'press the reset button of VMs', [VMS]),
+    Verb('snap', do_snap, 'snapshots of a VM', [
+        argument('action', choices=['ls', 'take', 'restore', 'rm']), VM,
+        argument('name', metavar='SNAPSHOT', nargs='?', default='', help='restore: else the current one'),
+        JSON], ['snap take web1 fresh', 'snap restore web1 fresh']),
     Verb('run', do_run, 'run a program in a VM; its output comes as it is written', [
         switch('-i', '--stdin', help='pass standard input, read to its end first'),
         switch('-d', '--detach', help='print the command\'s id, and leave it to itself'),
@@ -6212,8 +6450,24 @@ VERBS = {verb.name: verb for verb in [
         switch('-f', '--follow', help='and what comes, until it ends'), ID]),
     Verb('kill', do_kill, 'send a signal to all processes of a command', [
         argument('-s', '--signal', metavar='SIG', default='TERM', help='TERM, KILL, INT, HUP, 9, …'), ID]),
+    Verb('put', do_put, 'send a file or folder to a VM', [
+        VMS, argument('source', metavar='SRC', help='here'),
+        argument('target', metavar='DST', nargs='?', default='', help='there; else by its name')], [
+            'put web1 data/ input']),
+    Verb('get', do_get, 'fetch a file or folder from a VM', [
+        VM, argument('source', metavar='SRC', help='there'),
+        argument('target', metavar='DST', nargs='?', default='', help='here; else by its name')], [
+            'get web1 result.tar .']),
     Verb('ping', do_ping, 'is the agent of a VM there?', [
         VMS, argument('-t', '--timeout', metavar='SEC', type=read_seconds, default=5.0, help='5 s')]),
+    Verb('rdp', do_rdp, 'switch the remote desktop of a VM on, and say where it is', [
+        VM, switch('--off', help='switch it off'), JSON]),
+    Verb('net', do_net, 'the network of the VMs', [
+        switch('--setup', help='make or mend it, as host.ini says'), JSON]),
+    Verb('cleanup', do_cleanup, 'what this tool made and nobody owns: show it', [
+        switch('--yes', help='remove it'), JSON]),
+    Verb('status', do_status, 'the host agent itself', [
+        switch('--open', help='print a link to the status page, and open it'), JSON]),
     Verb('events', do_events, 'what happened', [
         switch('-f', '--follow', help='and what happens, until Ctrl-C'), JSON,
         argument('-n', '--number', metavar='N', type=int, default=EVENTS_SHOWN,
@@ -6405,12 +6659,12 @@ def candidates_of(verb: Verb, words: List[str]) -> List[str]:
                  and 'metavar' not in options.get(words[n - 1], {})]
         wanted = positional[len(given)] if len(given) < len(positional) else {}
     try:
-        return meant(Client(protocol.read_settings(words[0], SETTINGS)), wanted)
+        return meant(Client(protocol.read_settings(words[0], SETTINGS)), wanted, words[-2])
     except (VMHostError, protocol.ProtocolError):
         return []           # no host, no names; a shell in the middle of a line wants no complaint
 
 
-def meant(host: Client, wanted: Dict[str, Any]) -> List[str]:
+def meant(host: Client, wanted: Dict[str, Any], vm: str) -> List[str]:
     """All that an argument could be, by its metavar. Raises VMHostError."""
     metavar = wanted.get('metavar')
     if 'choices' in wanted:
@@ -6419,6 +6673,8 @@ def meant(host: Client, wanted: Dict[str, Any]) -> List[str]:
         return [number.name[3:] for number in signal.Signals if number.name.startswith('SIG')]
     if metavar == 'METHOD':
         return host.call('system.listMethods')
+    if metavar == 'SNAPSHOT':
+        return host.call('listSnapshots', vm)
     found = []  # type: List[str]
     if metavar in ('VM', 'VM|ID'):
         found += host.vm_names()

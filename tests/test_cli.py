@@ -5,9 +5,12 @@ import os
 import pty
 import re
 import signal
+import socketserver
 import subprocess
 import sys
 import threading
+import xmlrpc.client
+import xmlrpc.server
 
 import pytest
 from agents import TOP, Agent, Host
@@ -245,6 +248,138 @@ def test_check_of_a_running_host(host, guests):
     assert all(line['ok'] for line in found.values())
     assert '✓  guest two' in verb(host, 'check', env=dict(os.environ, PYTHONIOENCODING='utf-8'))
     assert 'ok guest two' in verb(host, 'check', env=dict(os.environ, PYTHONIOENCODING='ascii'))
+
+
+# --- VMs and files: what the host does is played here, what the user sees is real ---
+
+class Server(socketserver.ThreadingMixIn, xmlrpc.server.SimpleXMLRPCServer):
+    """A thread for each connection, as the host has."""
+    daemon_threads = True
+
+
+class PlayedHost:
+    """An XML-RPC server that answers as the host would, and notes how it was called."""
+
+    def __init__(self, folder, answers):
+        self.calls = []
+        self._answers = answers
+        self._server = Server(('127.0.0.1', 0), logRequests=False, allow_none=True)
+        self._server.register_multicall_functions()
+        self._server.register_instance(self)
+        state = folder / 'vmhost-state'
+        state.mkdir()
+        (state / 'xmlrpc.address').write_text('127.0.0.1:%d' % self._server.server_address[1])
+        (state / 'xmlrpc.token').write_text('token/with:signs')
+        (folder / 'host.ini').write_text('')
+        self.command = [sys.executable, SCRIPT, str(folder / 'host.ini')]
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
+
+    def _dispatch(self, method, params):
+        self.calls.append((method,) + params)
+        answer = self._answers[method]
+        answer = answer(*params) if callable(answer) else answer
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc):
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def verb(self, *words):
+        done = subprocess.run(self.command + list(words), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+VM_ANSWERS = {
+    'listVMs': ['web 1', 'web 2', 'db'], 'listRegisteredVMs': [], 'getNamesToIdsMapping': {'web 1': 'a'},
+    'start': True, 'shutdown': True, 'powerOff': True, 'pause': True, 'resume': True, 'saveState': True,
+    'reset': lambda vm: True if vm != 'web 1' else xmlrpc.client.Fault(4, 'it is off'), 'removeVM': True,
+    'takeSnapshot': True, 'restoreSnapshot': True, 'deleteSnapshot': True, 'listSnapshots': ['fresh'],
+    'createVM': lambda name, image, options: [True, name],
+    'remoteDesktop': {'address': '127.0.0.1', 'port': 5000, 'auth': 'external', 'security': 'TLS'},
+    'getNetwork': {'mode': 'nat', 'dhcp': {'enabled': False}}, 'setupNetwork': {'mode': 'nat'},
+    'cleanup': ['disk x'], 'getStatusLink': 'http://127.0.0.1/status?key=k'}
+
+
+@pytest.mark.parametrize('words, said, called', [
+    (['start', 'db', '--gui'], 'db runs\n', ('start', 'db', True)),
+    (['stop', 'db'], 'db is off\n', ('shutdown', 'db')),
+    (['stop', '--force', 'web*'], 'web 1 is off\nweb 2 is off\n', ('powerOff', 'web 2')),
+    (['pause', 'db'], 'db is paused\n', ('pause', 'db')), (['resume', 'db'], 'db runs\n', ('resume', 'db')),
+    (['save', 'db'], 'db is saved\n', ('saveState', 'db')),
+    (['rm', 'db', '--disks'], 'db removed\n', ('removeVM', 'db', True)),
+    (['snap', 'ls', 'db'], 'fresh\n', ('listSnapshots', 'db')),
+    (['snap', 'ls', 'db', '--json'], '[\n  "fresh"\n]\n', ('listSnapshots', 'db')),
+    (['snap', 'take', 'db', 'new'], 'snapshot taken\n', ('takeSnapshot', 'db', 'new')),
+    (['snap', 'restore', 'db'], 'snapshot restored\n', ('restoreSnapshot', 'db', '')),
+    (['snap', 'rm', 'db', 'new'], 'snapshot deleted\n', ('deleteSnapshot', 'db', 'new')),
+    (['create', 'n', '/i.ova', '--memory', '512'], 'n\n', ('createVM', 'n', '/i.ova', {'memory': 512})),
+    (['create', '/v/n.vbox'], '/v/n.vbox\n', ('createVM', '/v/n.vbox', '', {})),
+    (['rdp', 'db'], '127.0.0.1:5000 (authentication external, security TLS)\n',
+     ('remoteDesktop', 'db', True)),
+    (['rdp', 'db', '--off'], 'off\n', ('remoteDesktop', 'db', False)),
+    (['net'], 'mode  nat\ndhcp\n    enabled  False\n', ('getNetwork',)),
+    (['net', '--setup', '--json'], '{\n  "mode": "nat"\n}\n', ('setupNetwork',)),
+    (['cleanup'], 'would remove disk x\n', ('cleanup', True)),
+    (['cleanup', '--yes'], 'removed disk x\n', ('cleanup', False)),
+    (['status', '--open'], 'http://127.0.0.1/status?key=k\n', ('getStatusLink',))])
+def test_verbs_of_vms(words, said, called, tmp_path, monkeypatch):
+    monkeypatch.setenv('BROWSER', 'true')
+    with PlayedHost(tmp_path, VM_ANSWERS) as host:
+        code, out, err = host.verb(*words)
+        assert (code, out) == (0, said), err
+        assert host.calls[-1] == called
+
+
+def test_a_vm_that_refuses_does_not_hold_up_the_others(tmp_path):
+    with PlayedHost(tmp_path, VM_ANSWERS) as host:
+        assert host.verb('reset', 'web*') == (1, 'web 2 is reset\n', 'vmhost: web 1: it is off\n')
+        assert host.verb('reset', 'nobody*')[0] == 1
+        assert 'which snapshot' in host.verb('snap', 'take', 'db')[2]
+
+
+def moved(state, done):
+    return {'state': state, 'bytes': done, 'total': 4 * 2 ** 20, 'rate': 2.0 ** 20,
+            'error': 'torn' if state == 'failed' else ''}
+
+
+def test_put_and_get(tmp_path):
+    steps = [moved('waiting', 0), moved('running', 2 ** 20), moved('done', 2 ** 22)]
+    answers = dict(VM_ANSWERS, startTransfer='t', getTransfer=lambda id: steps.pop(0))
+    with PlayedHost(tmp_path, answers) as host:
+        assert host.verb('put', 'db', str(tmp_path / 'in')) == (0, '', '')
+        assert host.calls[-4] == ('startTransfer', 'put', 'db', str(tmp_path / 'in'), 'in')
+        steps[:] = [moved('failed', 0)]
+        assert host.verb('get', 'db', 'a/b', str(tmp_path)) == (1, '', 'vmhost: db: torn\n')
+        assert host.calls[-2] == ('startTransfer', 'get', 'db', 'a/b', str(tmp_path / 'b'))
+
+
+def test_a_transfer_shows_its_progress_and_ctrl_c_cancels_it(tmp_path):
+    answers = dict(VM_ANSWERS, startTransfer='t', getTransfer=moved('running', 2 ** 20), cancelTransfer=True)
+    with PlayedHost(tmp_path, answers) as host:
+        terminal = Terminal(host.command + ['put', 'db', 'in'])
+        wait_until(lambda: b'db: 1.0 MiB of 4.0 MiB, 1.0 MiB/s, 3 s left' in terminal.written, 20)
+        terminal.type(b'\x03')
+        assert terminal.wait()[0] == 130
+        assert host.calls[-1] == ('cancelTransfer', 't')
+
+
+def test_a_long_call_shows_how_far_the_hypervisor_is(tmp_path):
+    seen = threading.Event()
+
+    def look():
+        seen.set()
+        return {'jobs': [{'verb': 'take_snapshot', 'vm': 'db', 'percent': 25, 'text': 'saving'}]}
+    answers = dict(VM_ANSWERS, agentInfo=look, takeSnapshot=lambda *_: seen.wait(20))
+    with PlayedHost(tmp_path, answers) as host:
+        code, text = Terminal(host.command + ['snap', 'take', 'db', 'new']).wait()
+        assert code == 0 and re.search('db: .* s, 25 %, .* s left saving', text) and 'snapshot taken' in text
 
 
 # --- people and terminals ---
