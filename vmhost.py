@@ -6113,7 +6113,8 @@ def do_cleanup(host: Client, screen: Screen, args: Any) -> int:
         screen.json(found)
         return 0
     for what in found:
-        screen.say(('removed %s' if args.yes else 'would remove %s') % printable(str(what)))
+        screen.say(printable('%s %s %s (%s)' % ('removed' if args.yes else 'would remove', what['kind'],
+                                                what['name'], what['why'])))
     if found and not args.yes:
         screen.complain('nothing was removed: cleanup --yes does')
     return 0

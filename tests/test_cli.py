@@ -304,7 +304,7 @@ VM_ANSWERS = {
     'createVM': lambda name, image, options: [True, name],
     'remoteDesktop': {'address': '127.0.0.1', 'port': 5000, 'auth': 'external', 'security': 'TLS'},
     'getNetwork': {'mode': 'nat', 'dhcp': {'enabled': False}}, 'setupNetwork': {'mode': 'nat'},
-    'cleanup': ['disk x'], 'getStatusLink': 'http://127.0.0.1/status?key=k'}
+    'cleanup': [{'kind': 'disk', 'name': 'x', 'why': 'unused'}], 'getStatusLink': 'http://127.0.0.1/status?key=k'}
 
 
 @pytest.mark.parametrize('words, said, called', [
@@ -326,8 +326,8 @@ VM_ANSWERS = {
     (['rdp', 'db', '--off'], 'off\n', ('remoteDesktop', 'db', False)),
     (['net'], 'mode  nat\ndhcp\n    enabled  False\n', ('getNetwork',)),
     (['net', '--setup', '--json'], '{\n  "mode": "nat"\n}\n', ('setupNetwork',)),
-    (['cleanup'], 'would remove disk x\n', ('cleanup', True)),
-    (['cleanup', '--yes'], 'removed disk x\n', ('cleanup', False)),
+    (['cleanup'], 'would remove disk x (unused)\n', ('cleanup', True)),
+    (['cleanup', '--yes'], 'removed disk x (unused)\n', ('cleanup', False)),
     (['status', '--open'], 'http://127.0.0.1/status?key=k\n', ('getStatusLink',))])
 def test_verbs_of_vms(words, said, called, tmp_path, monkeypatch):
     monkeypatch.setenv('BROWSER', 'true')
@@ -437,7 +437,7 @@ def completed(host, *words):
 
 
 def test_candidates(host, guests):
-    assert completed(host, host.ini, 'p') == ['ps', 'ping']
+    assert completed(host, host.ini, 'p') == ['pause', 'ps', 'put', 'ping']
     assert completed(host, host.ini, 'run', '') == ['one', 'two']
     assert completed(host, host.ini, 'run', '-t', '5', 't') == ['two']
     assert completed(host, host.ini, 'run', '-t', '') == []
