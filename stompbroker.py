@@ -1420,7 +1420,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
         print('stompbroker: %s' % error, file=sys.stderr)
         return 1
     print('listening on %s' % _spoken(broker.address), flush=True)
-    ended.recv(1)
+    with ended:
+        ended.recv(1)
     broker.stop()
     return 0
 

@@ -214,6 +214,17 @@ def test_messages_that_come_again_are_the_first(connect, queue):
     assert rest_of(connect, queue) == [b'a', b'c', b'd']
 
 
+def test_messages_that_come_again_come_before_those_that_waited():
+    with running(Broker(port=0, unacknowledged=2)) as broker, Client(broker.address) as client:
+        client.connect('1.2')
+        client.subscribe('/queue/a', 'ack:client')
+        client.publish('/queue/a', b'1', b'2', b'3', b'4')
+        assert client.bodies() == [b'1', b'2']
+        client.ask('UNSUBSCRIBE', 'id:0')
+        client.subscribe('/queue/a')
+        assert client.bodies() == [b'1', b'2', b'3', b'4']
+
+
 def test_unacknowledged_messages_are_limited():
     with running(Broker(port=0, unacknowledged=3)) as broker, Client(broker.address) as client:
         client.connect('1.2')
