@@ -100,6 +100,20 @@ def test_one_round_can_not_bring_more_than_may_wait():
             assert memory(program.process, 'VmHWM') < 100 * 1024
 
 
+def test_a_queue_waits_for_a_slow_consumer():
+    """It gives as much as the consumer takes, and keeps the rest; nobody is cut off."""
+    with running(Broker(port=0)) as broker, connected(broker, 1) as (sender,):
+        with connected(broker, 1, receive_buffer=4096) as (slow,):
+            slow.subscribe('/queue/a')
+            bodies = [b'%d' % (number % 10) * 500000 for number in range(40)]
+            for body in bodies:
+                sender.publish('/queue/a', body)
+                assert broker.counters()['waiting_bytes'] < 2 * MIB
+            assert broker.counters()['queued_bytes'] > 5 * MIB
+            assert [message.body for message in slow.take_all(40)] == bodies
+            assert broker.counters()['cut_off'] == 0 and broker.counters()['queued_bytes'] == 0
+
+
 def test_a_slow_reader_of_the_end_gets_all_of_it():
     """Who says DISCONNECT, and then reads slowly, gets what it is owed, as long as it goes on."""
     with running(Broker(port=0)) as broker, connected(broker, 1) as (sender,):
