@@ -898,9 +898,11 @@ class Link:
         except _Stopped:
             log.debug('told to stop')
         except (OSError, ProtocolError) as error:
-            reason = '%s:%s: %s' % (address[0], address[1], error or type(error).__name__)
+            why = getattr(error, 'strerror', '') or str(error) or type(error).__name__
+            reason = '%s:%s: %s' % (address[0], address[1], why)
             self.last_error = reason
-            log.log(logging.INFO if self._is_news(reason) else logging.DEBUG, 'no connection: %s', reason)
+            log.log(logging.INFO if self._is_news(reason) else logging.DEBUG, 'no connection to a broker at '
+                    '%s; is it running, and reachable? It is tried again; --check tells more', reason)
         finally:
             self._end_session()
         if self._was_up:
@@ -962,12 +964,12 @@ class Link:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         code = connection.connect_ex(target)
         if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, 'WSAEWOULDBLOCK', 0)):
-            raise OSError(code, errno.errorcode.get(code, str(code)))
+            raise OSError(code, os.strerror(code))
         if code:
             self._wait_for(connection, selectors.EVENT_WRITE)
         code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
-            raise OSError(code, errno.errorcode.get(code, str(code)))
+            raise OSError(code, os.strerror(code))
 
     def _wrap(self, connection: socket.socket, host: str) -> Any:
         if self._tls is None:
@@ -1349,8 +1351,9 @@ def set_up_logging(settings: Any) -> None:
             handler = handlers.RotatingFileHandler(
                 settings.file, maxBytes=LOG_SIZE, backupCount=LOG_FILES, encoding='utf-8')
     except Exception as error:      # fileConfig raises whatever its file makes it meet
-        raise ConfigError('[Logging] %s: %s: %s' % (settings.config or settings.file,
-                                                    type(error).__name__, error))
+        why = getattr(error, 'strerror', '') or '%s: %s' % (type(error).__name__, error)
+        raise ConfigError('[Logging] %s = %s: %s' % ('config' if settings.config else 'file',
+                                                     settings.config or settings.file, why))
     handler.setFormatter(logging.Formatter(LOG_FORMAT))
     root = logging.getLogger()
     root.addHandler(handler)
@@ -1443,15 +1446,18 @@ def try_broker(host: str, settings: Any) -> Link:
     return link
 
 
-def check_broker(host: str, settings: Any) -> Finding:
-    """Whether the broker of [Broker] answers at that host."""
-    link = try_broker(host, settings)
-    where = 'broker at %s:%d' % (host, settings.port)
-    if link.server:
-        return Finding(True, '%s (%s)' % (where, link.server))
-    return Finding(False, where, '%s; is it running, does it listen where this machine can reach it, and '
-                   'are [Broker] host, port, username, password and tls right?'
-                   % (link.last_error or 'no answer'))
+def check_broker(hosts: Iterable[str], settings: Any) -> Tuple[Finding, str]:
+    """Whether the broker of [Broker] answers at one of the hosts; then our own address towards it."""
+    tried = []
+    for host in hosts:
+        link = try_broker(host, settings)
+        if link.server:
+            return Finding(True, 'broker at %s:%d (%s)' % (host, settings.port, link.server)), \
+                str(link.local_address[0])
+        tried.append(link.last_error or '%s:%d: no answer' % (host, settings.port))
+    return Finding(False, 'broker', 'none answers (%s); is it running, does it listen where this machine can '
+                   'reach it, and are [Broker] host, port, username, password and tls right?'
+                   % '; '.join(tried)), ''
 
 
 def why_not_listening(error: OSError) -> str:

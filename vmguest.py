@@ -1192,6 +1192,9 @@ class Agent:
         """Begins to look for the broker. Raises GuestError where the served folder can't be used."""
         if not os.path.isdir(self.root):
             raise GuestError('[VM] dir_to_serve %s is no folder' % self.root)
+        if not os.access(self.root, os.W_OK | os.X_OK):
+            raise GuestError('[VM] dir_to_serve %s can\'t be written by this user: change its owner or mode, '
+                             'or name another folder' % self.root)
         if self.id:
             self._open_spool()
         self.link.start()
@@ -1854,31 +1857,52 @@ USAGE = """usage: vmguest.py [guest.ini]              run the agent until SIGTER
 """
 
 
+LEAST_DISK = 50 * 1000 * 1000      # bytes that should be free for the output of commands
+
+
 def check(settings: Any) -> int:
-    """Says what the agent would use; gives the exit code: 0 when a broker answered."""
+    """Looks at every precondition, and tells what the agent would use; 0 when it would work."""
+    root = os.path.expanduser(settings.VM.dir_to_serve)
+    findings = [protocol.check_python(), protocol.check_package('stomper', needed=True),
+                protocol.check_folder(root, '[VM] dir_to_serve'), protocol.check_disk(root, LEAST_DISK),
+                protocol.check_clock()]
+    if settings.Chirp.server == 'chirp_server':
+        findings.append(protocol.Finding(
+            shutil.which('chirp_server') is not None, 'program chirp_server', 'it is not in PATH: install '
+            'cctools, or take [Chirp] server=embedded; commands work without it', needed=False))
     network = Network()
-    configured, port = settings.Broker.host, settings.Broker.port
-    for host in network.candidates() if configured == 'auto' else [configured]:
-        link = protocol.try_broker(host, settings.Broker)
-        if link.server:
-            print('broker     %s:%d (%s)' % (host, port, link.server))
-            report_identity(settings, network, link.local_address[0])
-            return 0
-        print('no broker  %s:%d (%s)' % (host, port, link.last_error or 'no answer'))
-    print('no broker answers; is the host agent running, and does it listen where this machine can '
-          'reach it ([Broker] host in host.ini)?')
-    return 1
+    configured = settings.Broker.host
+    try:
+        hosts = network.candidates() if configured == 'auto' else [configured]
+        found, address = protocol.check_broker(hosts, settings.Broker)
+        findings.append(found)
+        if found.ok:
+            findings += check_identity(settings, network, address)
+    except GuestError as error:
+        findings.append(protocol.Finding(False, 'network', str(error)))
+    return report(findings)
 
 
-def report_identity(settings: Any, network: Network, address: str) -> None:
-    """Prints id and network card, as the agent would find them for that local address."""
+def report(findings: List[protocol.Finding]) -> int:
+    """Prints them; 0 when all that is needed is there."""
+    encoding = sys.stdout.encoding or 'ascii'
+    for line in protocol.describe_findings(findings, encoding):
+        print(line.encode(encoding, 'backslashreplace').decode(encoding))
+    return 0 if all(found.ok or not found.needed for found in findings) else 1
+
+
+def check_identity(settings: Any, network: Network, address: str) -> List[protocol.Finding]:
+    """Id and network card, as the agent would find them for that local address."""
     card = settings.VM.network_interface
+    there = card == 'auto' or card in network.interfaces()
     card = network.interface_with(address) if card == 'auto' else card
     machine_id = settings.VM.id
     if machine_id == 'auto':
         machine_id = network.mac_of(card) or folder_name(socket.gethostname())
-    print('id         %s' % read_id(machine_id))
-    print('interface  %s (%s)' % (card or 'none', address))
+    return [protocol.Finding(there, 'interface %s (%s)' % (card or 'none', address),
+                             'this machine has no such card, but %s: correct [VM] network_interface'
+                             % (', '.join(network.interfaces()) or 'none')),
+            protocol.Finding(True, 'id %s' % read_id(machine_id))]
 
 
 def run_agent(settings: Any) -> int:

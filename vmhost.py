@@ -3412,12 +3412,14 @@ class StateFolder:
             # A lock of SQLite's works on every system, and ends with the process, however it ends.
             self._lock.execute('BEGIN EXCLUSIVE')
         except OSError as error:
-            raise VMHostError('state_dir %s can\'t be used: %s' % (path, error.strerror or error))
+            raise VMHostError('state_dir %s can\'t be used: %s; mend that, or name another folder in [Host]'
+                              % (path, error.strerror or error))
         except sqlite3.OperationalError as error:
             if 'locked' in str(error):
                 raise Busy('another vmhost runs on the state folder %s; stop it, or give this one '
                            'a state_dir of its own in [Host]' % path)
-            raise VMHostError('state_dir %s can\'t be written: %s' % (path, error))
+            raise VMHostError('state_dir %s can\'t be written: %s; %s, or name another folder in [Host]' % (
+                path, error, 'make room' if 'full' in str(error) else 'change its owner or mode'))
 
     def file(self, name: str) -> str:
         """The path of a file in the folder."""
@@ -3575,7 +3577,13 @@ class Host:
         self.broker = stompbroker.Broker(
             host, broker.port, login=broker.username, passcode=broker.password, tls=server_tls(broker),
             policy=self.policy, heartbeat=broker.heartbeat, max_frame=broker.max_frame)
-        self.broker.start()
+        try:
+            self.broker.start()
+        except stompbroker.BrokerError as error:
+            cause = error.__context__
+            why = protocol.why_not_listening(cause) if isinstance(cause, OSError) else error
+            raise VMHostError('the broker can\'t listen on %s:%s ([Broker] host, port): %s'
+                              % (host, broker.port, why))
         return self.broker.address
 
     def _start_link(self, address: Tuple[str, int]) -> None:
@@ -5338,8 +5346,9 @@ class XMLRPCServer(socketserver.TCPServer):
         try:
             super().__init__((listen_on, port), _Handler)
         except (OSError, OverflowError) as error:
-            raise VMHostError('XML-RPC can\'t listen on %s:%s ([Host] xmlrpc_listen_on, xmlrpc_port):'
-                              ' %s' % (listen_on, port, getattr(error, 'strerror', '') or error))
+            why = protocol.why_not_listening(error) if isinstance(error, OSError) else error
+            raise VMHostError('XML-RPC can\'t listen on %s:%s ([Host] xmlrpc_listen_on, xmlrpc_port): %s'
+                              % (listen_on, port, why))
         self.address = self.server_address[:2]     # type: Any
         self._names = {'localhost', '127.0.0.1', '[::1]', listen_on.lower(), '[%s]' % listen_on,
                        socket.gethostname().lower()}
@@ -5500,8 +5509,8 @@ class Client:
             raise NoHost('%s (%s is missing): start it with `vmhost.py host.ini`, or name the ini file '
                          'that it was started with' % (absent, path))
         except (OSError, ValueError) as error:
-            raise NoHost('%s: %s; only the user who runs the host agent can talk to it'
-                         % (path, getattr(error, 'strerror', '') or error))
+            raise AccessDenied('%s: %s; only the user who runs the host agent can talk to it'
+                               % (path, getattr(error, 'strerror', '') or error))
 
     def call(self, method: str, *args: Any) -> Any:
         """What a method of the API answers. Raises VMHostError."""
@@ -5518,9 +5527,9 @@ class Client:
             raise raised_by(fault)
         except xmlrpc.client.ProtocolError as error:
             if error.errcode == 401:
-                raise NoHost('the host agent at %s does not take the token in %s: restart it, or put '
-                             'back the token that it was started with'
-                             % (self.address, os.path.join(self._folder, 'xmlrpc.token')))
+                raise AccessDenied('the host agent at %s does not take the token in %s: restart it, or put '
+                                   'back the token that it was started with'
+                                   % (self.address, os.path.join(self._folder, 'xmlrpc.token')))
             raise NoHost('the host agent at %s: %s %s' % (self.address, error.errcode, error.errmsg))
         except OSError as error:
             raise NoHost('no host agent answers at %s (%s): start it again with `vmhost.py host.ini`'
@@ -5557,7 +5566,8 @@ class Client:
 def raised_by(fault: xmlrpc.client.Fault) -> VMHostError:
     """A fault as the error that the host raised."""
     kinds = {kind.fault: kind for kind in VMHostError.__subclasses__() if 'fault' in vars(kind)}
-    return kinds.get(fault.faultCode, VMHostError)(fault.faultString)
+    hint = ' (`ls` lists them)' if fault.faultCode == NoSuchVM.fault else ''
+    return kinds.get(fault.faultCode, VMHostError)(fault.faultString + hint)
 
 
 COLOURS = {'alive': 32, 'Running': 32, 'running': 32, 'late': 33, 'Paused': 33, 'Saved': 33, 'suspended': 33,
@@ -6258,6 +6268,8 @@ def do_check(host: Client, screen: Screen, args: Any) -> int:
         findings += check_running(host, host.call('agentInfo'))
     except NoHost as error:
         findings += check_start(settings, error)
+    except VMHostError as error:
+        findings.append(protocol.Finding(False, 'host agent', str(error)))
     findings += check_hypervisor(settings)
     if args.json:
         screen.json([finding._asdict() for finding in findings])
@@ -6313,7 +6325,7 @@ def check_start(settings: Any, why: NoHost) -> Iterator[protocol.Finding]:
         except VMHostError as error:
             yield protocol.Finding(False, 'certificate', str(error))
     else:
-        yield protocol.check_broker(host, broker)
+        yield protocol.check_broker([host], broker)[0]
 
 
 def check_port(what: str, host: str, port: int, keys: str) -> protocol.Finding:

@@ -1,0 +1,275 @@
+"""Ten common mistakes: each ends in one sentence that says what to do, and never in a traceback."""
+
+import glob
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+from agents import TOP, Agent, Host
+from helpers import wait_until
+
+pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
+
+
+def run(*words, program='vmhost.py', python=(sys.executable,), **kwargs):
+    """The exit code, and what was said on both outputs."""
+    done = subprocess.run(list(python) + [os.path.join(TOP, program)] + list(map(str, words)), timeout=60,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs)
+    return done.returncode, done.stdout.decode()
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def host_ini(folder, text=''):
+    sections = {'Broker': 'port = 0', 'Host': 'xmlrpc_port = 0', 'Hypervisor': 'hypervisor = none'}
+    ini = ''.join('[%s]\n%s\n' % item for item in sections.items() if '[%s]' % item[0] not in text)
+    return write(folder / 'host.ini', ini + text)
+
+
+def sentences(text, *said):
+    """Checks that one line says all that, and none of them is a traceback's."""
+    assert 'Traceback' not in text and 'Errno' not in text, text
+    assert any(all(word in line for word in said) for line in text.splitlines()), text
+
+
+@pytest.fixture
+def taken():
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', 0))
+        listener.listen(1)
+        yield listener.getsockname()[1]
+
+
+# 1
+
+@pytest.mark.parametrize('section, key', [('Host', 'xmlrpc_port'), ('Broker', 'port')])
+def test_a_taken_port(section, key, tmp_path, taken):
+    ini = host_ini(tmp_path, '[%s]\n%s = %d\n' % (section, key, taken))
+    code, text = run(ini)
+    assert code == 1
+    sentences(text, str(taken), '[%s]' % section, key, 'another program', 'stop it')
+    code, text = run(ini, 'check')
+    assert code == 1
+    sentences(text, str(taken), '[%s]' % section, key, 'another program', 'stop it')
+
+
+@pytest.mark.parametrize('section', ['Host]\nxmlrpc_listen_on', 'Broker]\nhost'])
+def test_an_address_of_another_machine(section, tmp_path):
+    code, text = run(host_ini(tmp_path, '[%s = 203.0.113.7\n' % section))
+    assert code == 1
+    sentences(text, '203.0.113.7', 'no such address')
+
+
+# 2
+
+def test_a_wrong_token(tmp_path):
+    with Host(tmp_path) as host:
+        token = os.path.join(host.state, 'xmlrpc.token')
+        with open(token, 'w') as file:
+            file.write('wrong')
+        for words, code in ((('ls',), 1), (('run', 'x', '--', 'true'), 255), (('check',), 1)):
+            done = host.verb(*words)
+            assert done.returncode == code
+            sentences((done.stdout + done.stderr).decode(), token, 'restart it, or put back the token')
+
+
+def test_no_host_or_one_that_is_gone(tmp_path):
+    ini = host_ini(tmp_path)
+    code, text = run(ini, 'ls')
+    assert code == 1
+    sentences(text, 'no host agent runs here', 'start it')
+    (tmp_path / 'vmhost-state').mkdir()
+    write(tmp_path / 'vmhost-state' / 'xmlrpc.token', 'x')
+    write(tmp_path / 'vmhost-state' / 'xmlrpc.address', '127.0.0.1:1')
+    code, text = run(ini, 'ls')
+    assert code == 1
+    sentences(text, '127.0.0.1:1', 'start it again')
+    code, text = run(tmp_path / 'none.ini', 'ls')
+    assert code == 1
+    sentences(text, 'none.ini', 'No such file')
+
+
+# 3
+
+def test_a_guest_that_cannot_reach_the_broker(tmp_path):
+    with socket.socket() as closed:
+        closed.bind(('127.0.0.1', 0))       # and doesn't listen
+        port = closed.getsockname()[1]
+        ini = write(tmp_path / 'guest.ini', '[Broker]\nhost = 127.0.0.1\nport = %d\n[VM]\ndir_to_serve = .\n'
+                    % port)
+        code, text = run('--check', ini, program='vmguest.py')
+        assert code == 1
+        sentences(text, '127.0.0.1:%d' % port, 'is it running', '[Broker]')
+        with open(str(tmp_path / 'log'), 'wb') as log:
+            agent = subprocess.Popen([sys.executable, os.path.join(TOP, 'vmguest.py'), str(ini)],
+                                     stdout=log, stderr=log)
+        try:
+            said = wait_until(lambda: re.search('.*no connection.*', (tmp_path / 'log').read_text()), 20)
+            sentences(said.group(), '127.0.0.1:%d' % port, 'is it running', '--check')
+        finally:
+            agent.terminate()
+            assert agent.wait(10) == 0
+        sentences((tmp_path / 'log').read_text(), 'no connection')
+
+
+# 4
+
+def test_a_clock_that_is_a_day_off(tmp_path):
+    with Host(tmp_path / 'host') as host:
+        guest = Agent(tmp_path / 'guest', host, 'yesterday')
+        ini = guest.ini
+        late = ('import sys, time; now = time.time; time.time = lambda: now() - 86400; '
+                'sys.path.insert(0, %r); import vmguest; sys.exit(vmguest.main([%r]))' % (TOP, ini))
+        with open(guest.log_path, 'wb') as log:
+            guest.process = subprocess.Popen([sys.executable, '-c', late], stdout=log, stderr=log)
+        try:
+            wait_until(guest.has_joined, 20)
+            assert host.run('yesterday', 'echo', 'works')['out'] == 'works\n'
+            done = host.verb('check')
+            assert done.returncode == 0         # no two clocks are ever compared: all works
+            sentences(done.stdout.decode(), 'yesterday', '24 h behind', 'set it')
+        finally:
+            guest.stop()
+
+
+# 5
+
+@pytest.fixture
+def full(tmp_path):
+    """A folder on a disk that has no room left."""
+    folder = tmp_path / 'full'
+    folder.mkdir()
+    mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=64k', 'none', str(folder)],
+                             stderr=subprocess.DEVNULL)
+    if mounted.returncode:
+        pytest.skip('no disk can be mounted here')
+    with pytest.raises(OSError):
+        with open(str(folder / 'filler'), 'wb', 0) as file:
+            while True:
+                file.write(bytes(4096))
+    yield folder
+    subprocess.check_call(['umount', str(folder)])
+
+
+def test_a_full_disk(full, tmp_path):
+    ini = host_ini(tmp_path, '[Host]\nxmlrpc_port = 0\nstate_dir = %s\n' % (full / 'state'))
+    code, text = run(ini)
+    assert code == 1
+    sentences(text, str(full), 'full', 'make room')
+    code, text = run(ini, 'check')
+    assert code == 1
+    sentences(text, str(full), 'make room')
+    guest = write(tmp_path / 'guest.ini', '[VM]\ndir_to_serve = %s\n' % full)
+    code, text = run('--check', guest, program='vmguest.py')
+    assert code == 1
+    sentences(text, str(full), 'make room')
+    code, text = run('--bundle', full / 'x.pyz')
+    assert code == 1
+    sentences(text, str(full), 'No space left')
+
+
+# 6
+
+@pytest.fixture
+def readonly(tmp_path):
+    """A folder in which nothing can be made, not even by root."""
+    folder = tmp_path / 'readonly'
+    folder.mkdir(mode=0o555)
+    if os.getuid():
+        yield folder
+    elif subprocess.call(['mount', '-t', 'tmpfs', '-o', 'ro', 'none', str(folder)]):
+        pytest.skip('root may write everywhere, and no disk can be mounted here')
+    else:
+        yield folder
+        subprocess.check_call(['umount', str(folder)])
+
+
+def test_a_read_only_folder(readonly, tmp_path):
+    ini = host_ini(tmp_path, '[Host]\nxmlrpc_port = 0\nstate_dir = %s\n' % (readonly / 'state'))
+    for words in ((ini,), (ini, 'check')):
+        code, text = run(*words)
+        assert code == 1
+        sentences(text, str(readonly), 'state_dir')
+    guest = write(tmp_path / 'guest.ini', '[VM]\ndir_to_serve = %s\n' % readonly)
+    for words in ((guest,), ('--check', guest)):
+        code, text = run(*words, program='vmguest.py')
+        assert code == 1
+        sentences(text, str(readonly), 'dir_to_serve')
+
+
+# 7
+
+@pytest.mark.parametrize('program, text, said', [
+    ('vmhost.py', '[Host]\nxmlrpc_prot = 1\n', 'xmlrpc_prot'), ('vmhost.py', '[Hots]\n', 'Hots'),
+    ('vmhost.py', '[Broker]\nport = many\n', 'many'), ('vmhost.py', 'port = 1\n', 'section'),
+    ('vmhost.py', '[Logging]\nlevel = LOUD\n', 'LOUD'),
+    ('vmhost.py', '[Logging]\nfile = /no/such/log\n', '/no/such/log'),
+    ('vmguest.py', '[VM]\nbeacon = 1\n', 'beacon'), ('vmguest.py', '[VM]\nmax_commands = few\n', 'few')])
+def test_a_typo_in_an_ini(program, text, said, tmp_path):
+    ini = write(tmp_path / 'a.ini', text)
+    code, printed = run(ini, program=program)
+    assert code == 1 and len(printed.splitlines()) == 1
+    sentences(printed, str(ini) if 'Logging]\nfile' not in text else '[Logging]', said)
+
+
+# 8
+
+@pytest.mark.parametrize('program', ['vmhost.py', 'vmguest.py'])
+def test_a_wrong_python(program, tmp_path):
+    old = glob.glob(os.path.expanduser('~/.pyenv/versions/2.7.*/bin/python'))
+    if not old:
+        pytest.skip('no Python 2.7 here')
+    code, text = run('a.ini', program=program, python=old[:1])
+    assert code == 1
+    sentences(text, 'Python 3.6 or later', 'try python3')
+    bundle = tmp_path / 'bundle'
+    assert run('--bundle', bundle, program=program)[0] == 0
+    code, text = run(program=str(bundle), python=old[:1])
+    assert code == 1 and len(text.splitlines()) == 1
+    sentences(text, 'Python 3.6 or later', 'try python3')
+
+
+def test_a_missing_package(tmp_path):
+    for program in ('vmhost.py', 'vmguest.py'):
+        code, text = run(host_ini(tmp_path) if program == 'vmhost.py' else write(tmp_path / 'g.ini', ''),
+                         program=program, python=(sys.executable, '-S'), cwd=str(tmp_path))
+        assert code == 1
+        sentences(text, 'stomper is missing', 'pip install')
+
+
+# 9
+
+def test_a_name_with_spaces_and_umlauts(tmp_path):
+    name = 'Müllers [alter] Rechner'
+    with Host(tmp_path / 'host') as host, Agent(tmp_path / 'guest', host, 'i', name=name):
+        done = host.verb('run', 'Müllers [alter] Rechner', '--', 'echo', 'ja')
+        assert (done.stdout, done.returncode) == (b'ja\n', 0)
+        done = host.verb('run', 'Müllers', '[alter]', 'Rechner', '--', 'echo', 'nein')
+        assert done.returncode == 255
+        sentences(done.stderr.decode(), 'unrecognized arguments', '--help')
+        done = host.verb('run', 'Müllers', '--', 'echo', 'nein')
+        assert done.returncode == 255
+        sentences(done.stderr.decode(), 'Müllers', 'ls')
+
+
+# 10
+
+def test_two_hosts_on_one_state_folder(tmp_path):
+    with Host(tmp_path) as host:
+        code, text = run(host.ini)
+        assert code == 1
+        sentences(text, 'another vmhost runs on the state folder', 'stop it')
+        assert host.answers()
+
+
+def test_two_guests_of_one_id(tmp_path):
+    with Host(tmp_path / 'host') as host, Agent(tmp_path / 'guest', host, 'i') as guest:
+        code, text = run(guest.ini, program='vmguest.py')
+        assert code == 1
+        sentences(text, 'another vmguest', 'an id of its own')
