@@ -1,6 +1,7 @@
 """What the tests of the real VirtualBox share: a view of it past the host agent."""
 
 import contextlib
+import re
 import subprocess
 
 from helpers import wait_until
@@ -58,3 +59,11 @@ def remove(uuid):
     if pid:
         kill(pid)
     wait_until(lambda: try_manage('unregistervm', uuid, '--delete'), 30, 0.3)
+
+
+def forget_networks():
+    """Removes all host-only interfaces and DHCP servers."""
+    for name in re.findall(r'^Name: +(vboxnet\d+)$', manage('list', 'hostonlyifs'), re.MULTILINE):
+        manage('hostonlyif', 'remove', name)
+    for name in re.findall(r'^NetworkName: +(.*)$', manage('list', 'dhcpservers'), re.MULTILINE):
+        manage('dhcpserver', 'remove', '--network', name)

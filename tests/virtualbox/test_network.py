@@ -6,7 +6,7 @@ import re
 import subprocess
 
 import pytest
-from rig import facts, manage
+from rig import facts, forget_networks, manage
 from vms import VMHost, fault_of
 
 import protocol
@@ -25,13 +25,6 @@ def no_network(home):
     forget_networks()
     yield
     forget_networks()
-
-
-def forget_networks():
-    for name in re.findall(r'^Name: +(vboxnet\d+)$', manage('list', 'hostonlyifs'), re.MULTILINE):
-        manage('hostonlyif', 'remove', name)
-    for name in re.findall(r'^NetworkName: +(.*)$', manage('list', 'dhcpservers'), re.MULTILINE):
-        manage('dhcpserver', 'remove', '--network', name)
 
 
 @contextlib.contextmanager
