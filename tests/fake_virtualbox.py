@@ -1,0 +1,425 @@
+"""A VirtualBox without VirtualBox: as much of vboxapi as the host agent uses, for the unit tests.
+
+``install(folder)`` puts a module vboxapi there, for the PYTHONPATH of a host agent. What the fake does is
+checked by running vm_cases.py on it and on the real one. Its VMs live as long as the process that imported
+it. Files in the folder FAKE_VIRTUALBOX steer it from outside: ``abort-NAME`` kills the VM's process,
+``lock-NAME`` is another program that holds its lock, ``dead`` is a VBoxSVC that died.
+"""
+
+import itertools
+import os
+import time
+import uuid
+
+NOT_FOUND, BAD_STATE, OBJECT_STATE, IN_USE = 0x80bb0001, 0x80bb0002, 0x80bb0007, 0x80bb000c
+CALL_FAILED = 0x800706be
+VALUES = {
+    'MachineState': {
+        'Null': 0, 'PoweredOff': 1, 'Saved': 2, 'Teleported': 3, 'Aborted': 4, 'AbortedSaved': 5,
+        'Running': 6, 'Paused': 7, 'Stuck': 8, 'FirstOnline': 6, 'LastOnline': 20, 'FirstTransient': 9, 'Starting': 11},
+    'SessionState': {'Null': 0, 'Unlocked': 1, 'Locked': 2, 'Spawning': 3, 'Unlocking': 4},
+    'LockType': {'Shared': 1, 'Write': 2},
+    'NetworkAttachmentType': {'Null': 0, 'NAT': 1, 'Bridged': 2, 'HostOnly': 4},
+    'NATProtocol': {'UDP': 0, 'TCP': 1},
+    'AuthType': {'Null': 0, 'External': 1, 'Guest': 2},
+    'DeviceType': {'DVD': 2, 'HardDisk': 3}, 'AccessMode': {'ReadOnly': 1, 'ReadWrite': 2},
+    'MediumVariant': {'Standard': 0}, 'StorageBus': {'IDE': 1, 'SATA': 2},
+    'BitmapFormat': {'PNG': 0x20474e50},
+    'CleanupMode': {'UnregisterOnly': 1, 'DetachAllReturnHardDisksOnly': 3, 'Full': 4},
+    'BandwidthGroupType': {'Network': 2}, 'HostNetworkInterfaceType': {'Bridged': 1, 'HostOnly': 2},
+    'ProcessorFeature': {'HWVirtEx': 0},
+    'DHCPOption': {'Routers': 3}, 'DHCPOptionEncoding': {'Normal': 0},
+}
+PNG = b'\x89PNG\r\n\x1a\n' + bytes(100)
+MACS = itertools.count(0x080027000001)
+
+
+def install(folder):
+    """A module vboxapi in the folder; gives the environment in which Python finds it."""
+    with open(os.path.join(str(folder), 'vboxapi.py'), 'w') as file:
+        file.write('from fake_virtualbox import VirtualBoxManager    # noqa: F401\n')
+    paths = [str(folder), os.path.dirname(os.path.abspath(__file__)), os.environ.get('PYTHONPATH', '')]
+    return {'PYTHONPATH': os.pathsep.join(path for path in paths if path), 'FAKE_VIRTUALBOX': str(folder)}
+
+
+def steering(name):
+    """The path of a file that steers the fake."""
+    return os.path.join(os.environ['FAKE_VIRTUALBOX'], name)
+
+
+class FakeError(Exception):
+    """An error of COM's."""
+
+    def __init__(self, code, text):
+        super().__init__(text)
+        self.code = code
+
+
+class Constants:
+    """What vboxapi calls constants: Enumeration_Value, and the values of an enumeration."""
+
+    def __getattr__(self, name):
+        kind, _, value = name.partition('_')
+        return VALUES[kind][value]
+
+    def all_values(self, kind):
+        return dict(VALUES[kind])
+
+
+class VirtualBoxManager:
+    """What vboxapi gives."""
+
+    def __init__(self):
+        self.constants = Constants()
+
+    def getVirtualBox(self):
+        return VirtualBox()
+
+    def getSessionObject(self):
+        return Session()
+
+    def getArray(self, thing, name):
+        return getattr(thing, name)
+
+    def waitForEvents(self, timeout):
+        return 0
+
+    def xcptGetStatus(self, error):
+        return error.code
+
+    def xcptGetMessage(self, error):
+        return str(error)
+
+    def getPerfCollector(self, vbox):
+        return Collector()
+
+
+class Collector:
+    def setupMetrics(self, names, things, period, count):
+        pass
+
+    def query(self, names, machines):
+        rows = [('CPU/Load/User', '%', 1000), ('CPU/Load/Kernel', '%', 1000), ('RAM/Usage/Used', 'kB', 1),
+                ('Disk/Usage/Used', 'MB', 1), ('Net/Rate/Rx', 'B/s', 1), ('Net/Rate/Tx', 'B/s', 1)]
+        return [{'name': name + suffix, 'unit': unit, 'scale': scale, 'values': [50000]}
+                for name, unit, scale in rows for suffix in ('', ':avg')]
+
+
+class Progress:
+    """One that is done."""
+    completed, percent, resultCode, errorInfo = True, 100, 0, None
+
+    def waitForCompletion(self, timeout):
+        pass
+
+
+class Named:
+    """Something with the attributes that it is made with."""
+
+    def __init__(self, **values):
+        self.__dict__.update(values)
+
+
+class WithExtraData:
+    def __init__(self):
+        self.extra = {}
+
+    def getExtraData(self, key):
+        return self.extra.get(key, '')
+
+    def setExtraData(self, key, value):
+        self.extra[key] = value
+        if not value:
+            del self.extra[key]
+
+    def getExtraDataKeys(self):
+        return sorted(self.extra)
+
+
+class VirtualBox(WithExtraData):
+    version, APIVersion = '7.2.0_Fake', '7_2'
+    guestOSTypes = [Named(id=name, platformArchitecture=1, recommendedHDD=8 << 30)
+                    for name in ('Linux_64', 'Debian_64', 'Other')]
+
+    def __init__(self):
+        super().__init__()
+        self.machines, self.hardDisks, self.DHCPServers = [], [], []
+        self.systemProperties = Named(defaultVRDEExtPack='VNC')
+        self.performanceCollector = Collector()
+        self.host = Named(networkInterfaces=[], getProcessorFeature=lambda feature: True)
+
+    @property
+    def revision(self):
+        if os.path.exists(steering('dead')):
+            raise FakeError(CALL_FAILED, 'the call failed')
+        return 1
+
+    def findMachine(self, wanted):
+        for machine in self.machines:
+            if wanted in (machine.name, machine.id):
+                return machine
+        raise FakeError(NOT_FOUND, 'Could not find a registered machine named %r' % wanted)
+
+    def composeMachineFilename(self, name, group, flags, folder):
+        return os.path.join(os.environ['FAKE_VIRTUALBOX'], name, name + '.vbox')
+
+    def getGuestOSType(self, name):
+        return next(each for each in self.guestOSTypes if each.id == name)
+
+    def createMachine(self, file, name, architecture, groups, ostype, *more):
+        return Machine(self, name, ostype, self.composeMachineFilename(name, '', '', ''))
+
+    def registerMachine(self, machine):
+        self.machines.append(machine)
+
+    def createMedium(self, kind, location, mode, device):
+        return Medium(self, location)
+
+    def openMedium(self, location, device, mode, new_uuid):
+        for medium in self.hardDisks:
+            if medium.location == location:
+                return medium
+        raise FakeError(NOT_FOUND, 'Could not find the disk %s' % location)
+
+
+class Medium:
+    deviceType = VALUES['DeviceType']['HardDisk']
+
+    def __init__(self, vbox, location):
+        self.vbox, self.location, self.id, self.base = vbox, location, str(uuid.uuid4()), self
+
+    @property
+    def machineIds(self):
+        return [machine.id for machine in self.vbox.machines
+                if any(place.medium is self for place in machine.mediumAttachments)]
+
+    def createBaseStorage(self, size, variant):
+        os.makedirs(os.path.dirname(self.location), exist_ok=True)
+        with open(self.location, 'w'):
+            self.vbox.hardDisks.append(self)
+        return Progress()
+
+    def deleteStorage(self):
+        os.remove(self.location)
+        self.vbox.hardDisks.remove(self)
+        return Progress()
+
+
+class Card:
+    def __init__(self, enabled):
+        self.enabled, self.attachmentType, self.cableConnected = enabled, 1, True
+        self.MACAddress = '%012X' % next(MACS)
+        self.bandwidthGroup = None
+        self.NATEngine = Named(localhostReachable=False, redirects=[])
+        self.NATEngine.addRedirect = self._add
+        self.NATEngine.removeRedirect = self._remove
+
+    def _add(self, name, kind, host, port, guest, guest_port):
+        self.NATEngine.redirects.append('%s,%d,%s,%d,%s,%d' % (name, kind, host, port, guest, guest_port))
+
+    def _remove(self, name):
+        self.NATEngine.redirects = [row for row in self.NATEngine.redirects if row.split(',')[0] != name]
+
+
+class Desktop:
+    """A VRDEServer."""
+
+    def __init__(self):
+        self.enabled, self.authType, self.properties = False, 0, {'TCP/Ports': '3389'}
+
+    def getVRDEProperty(self, name):
+        return self.properties.get(name, '')
+
+    def setVRDEProperty(self, name, value):
+        self.properties[name] = value
+
+
+class Bandwidth:
+    def __init__(self):
+        self.allBandwidthGroups = []
+
+    def createBandwidthGroup(self, name, kind, rate):
+        self.allBandwidthGroups.append(Named(name=name, maxBytesPerSec=rate))
+
+    def getBandwidthGroup(self, name):
+        return next(group for group in self.allBandwidthGroups if group.name == name)
+
+
+class Snapshot:
+    def __init__(self, name, text, parent, online):
+        self.id, self.name, self.description, self.parent, self.online = (
+            str(uuid.uuid4()), name, text, parent, online)
+        self.timeStamp, self.children = int(time.time() * 1000), []
+
+
+class Machine(WithExtraData):
+    accessible = True
+
+    def __init__(self, vbox, name, ostype, path):
+        super().__init__()
+        self.vbox, self.name, self.OSTypeId, self.settingsFilePath = vbox, name, ostype, path
+        self.id, self.description = str(uuid.uuid4()), ''
+        self.memorySize, self.CPUCount, self.CPUExecutionCap = 128, 1, 100
+        self.cards = [Card(slot == 0) for slot in range(8)]
+        self.VRDEServer, self.bandwidthControl = Desktop(), Bandwidth()
+        self.storageControllers = [Named(name='SATA', bus=2, portCount=1, maxPortCount=30)]
+        self.mediumAttachments = []
+        self.snapshots, self.currentSnapshot = [], None
+        self.session = None
+        self.go_to('PoweredOff')
+
+    # State and locks.
+
+    @property
+    def state(self):
+        if os.path.exists(steering('abort-' + self.name)):
+            os.remove(steering('abort-' + self.name))
+            self.go_to('Aborted')
+        return VALUES['MachineState'][self._state]
+
+    def go_to(self, state):
+        self._state = state
+
+    @property
+    def runs(self):
+        return self._state in ('Running', 'Paused')
+
+    @property
+    def sessionState(self):
+        locked = self.session or self.runs or os.path.exists(steering('lock-' + self.name))
+        return VALUES['SessionState']['Locked' if locked else 'Unlocked']
+
+    def lockMachine(self, session, kind):
+        if os.path.exists(steering('lock-' + self.name)) or self.session:
+            raise FakeError(OBJECT_STATE, 'The machine %r is already locked by a session' % self.name)
+        self.session = session
+        session.hold(self)
+
+    def launchVMProcess(self, session, kind, environment):
+        self.lockMachine(session, 1)
+        self.go_to('Running')
+        with open(self.queryLogFilename(0), 'w') as log:
+            log.write('fake log\n' * 100)
+        return Progress()
+
+    # Settings.
+
+    def applyDefaults(self, flags):
+        pass
+
+    def saveSettings(self):
+        os.makedirs(os.path.dirname(self.settingsFilePath), exist_ok=True)
+        with open(self.settingsFilePath, 'w') as file:
+            file.write('\n'.join(self.getExtraDataKeys()))
+
+    def getNetworkAdapter(self, slot):
+        return self.cards[slot]
+
+    def attachDevice(self, controller, port, device, kind, medium):
+        self.mediumAttachments.append(Named(controller=controller, port=port, device=device, type=kind,
+                                            medium=medium))
+
+    def queryLogFilename(self, number):
+        return os.path.join(os.path.dirname(self.settingsFilePath), 'VBox.log')
+
+    def unregister(self, mode):
+        if self.session or self.runs:
+            raise FakeError(OBJECT_STATE, 'Cannot unregister the machine %r while it is locked' % self.name)
+        self.vbox.machines.remove(self)
+        return [place.medium for place in self.mediumAttachments] if mode > 1 else []
+
+    def deleteConfig(self, media):
+        for medium in media:
+            medium.deleteStorage()
+        for path in (self.settingsFilePath, self.queryLogFilename(0)):
+            if os.path.exists(path):
+                os.remove(path)
+        os.rmdir(os.path.dirname(self.settingsFilePath))
+        return Progress()
+
+    # Saved states and snapshots.
+
+    def saveState(self):
+        self.go_to('Saved')
+        return Progress()
+
+    def discardSavedState(self, remove):
+        self.go_to('PoweredOff')
+
+    @property
+    def snapshotCount(self):
+        return len(self.snapshots)
+
+    def findSnapshot(self, wanted):
+        return next(each for each in self.snapshots if wanted in ('', each.name, each.id))
+
+    def takeSnapshot(self, name, text, pause):
+        snapshot = Snapshot(name, text, self.currentSnapshot, self._state in ('Running', 'Paused', 'Saved'))
+        if snapshot.parent:
+            snapshot.parent.children.append(snapshot)
+        self.snapshots.append(snapshot)
+        self.currentSnapshot = snapshot
+        return (Progress(), snapshot.id)
+
+    def restoreSnapshot(self, snapshot):
+        self.currentSnapshot = snapshot
+        self.go_to('Saved' if snapshot.online else 'PoweredOff')
+        return Progress()
+
+    def deleteSnapshot(self, wanted):
+        snapshot = self.findSnapshot(wanted)
+        if len(snapshot.children) > 1 or snapshot.children and snapshot is self.currentSnapshot:
+            raise FakeError(OBJECT_STATE, 'Snapshot %r cannot be deleted, because it has %d child snapshots'
+                            % (snapshot.name, len(snapshot.children)))
+        for child in snapshot.children:
+            child.parent = snapshot.parent
+        if snapshot.parent:
+            snapshot.parent.children.remove(snapshot)
+            snapshot.parent.children += snapshot.children
+        if self.currentSnapshot is snapshot:
+            self.currentSnapshot = snapshot.parent
+        self.snapshots.remove(snapshot)
+        return Progress()
+
+
+class Session:
+    """A session, and the console of the VM that it holds."""
+
+    def __init__(self):
+        self.state, self.machine, self.console = VALUES['SessionState']['Unlocked'], None, None
+
+    def hold(self, machine):
+        self.state, self.machine = VALUES['SessionState']['Locked'], machine
+        self.console = Console(machine) if machine.runs else None
+
+    def unlockMachine(self):
+        self.machine.session = None
+        self.state, self.machine, self.console = VALUES['SessionState']['Unlocked'], None, None
+
+
+class Console:
+    def __init__(self, machine):
+        self.machine = machine
+        self.display = self
+
+    def powerDown(self):
+        self.machine.go_to('PoweredOff')
+        return Progress()
+
+    def pause(self):
+        self.machine.go_to('Paused')
+
+    def resume(self):
+        self.machine.go_to('Running')
+
+    def reset(self):
+        self.machine.go_to('Running')
+
+    def powerButton(self):
+        self.machine.go_to('PoweredOff')
+
+    def getScreenResolution(self, screen):
+        return 720, 400, 32
+
+    def takeScreenShotToArray(self, screen, width, height, kind):
+        return PNG

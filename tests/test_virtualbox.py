@@ -1,0 +1,88 @@
+"""The cases of vm_cases.py on the fake VirtualBox, and what only the fake does at will."""
+
+import itertools
+import os
+
+import fake_virtualbox
+import pytest
+from helpers import wait_until
+from vm_cases import *  # noqa: F403 (the tests, for pytest to find)
+from vms import VMHost, fault_of
+
+NUMBERS = itertools.count(1)
+
+
+@pytest.fixture(scope='module')
+def fake(tmp_path_factory):
+    """The folder that steers the fake."""
+    return tmp_path_factory.mktemp('fake')
+
+
+@pytest.fixture(scope='module')
+def host(fake, tmp_path_factory):
+    """A host agent on the fake, in NAT mode."""
+    environment = fake_virtualbox.install(fake)
+    with VMHost(tmp_path_factory.mktemp('host'), environment, {'command_timeout': 1}) as host:
+        yield host
+
+
+@pytest.fixture
+def api(host):
+    with host.api as api:
+        yield api
+
+
+@pytest.fixture
+def remove_all(api):
+    """Whatever VM a test made goes with it."""
+    before = set(api.listVMs())
+    yield
+    for name in set(api.listVMs()) - before:
+        fault_of(api.powerOff, name)
+        api.removeVM(name, True)
+
+
+@pytest.fixture
+def vm(api, remove_all):
+    """A VM that is off, with a small disk."""
+    name = 'vm-%d' % next(NUMBERS)
+    api.createVM(name, '', {'memory': 16, 'diskSize': 4})
+    return name
+
+
+@pytest.fixture
+def abort(fake):
+    """Kills the process of a VM."""
+    return lambda vm: (fake / ('abort-' + vm)).write_text('')
+
+
+def test_a_lock_that_another_program_holds(api, fake, vm):
+    lock = fake / ('lock-' + vm)
+    lock.write_text('')
+    for method, args in (('start', ()), ('takeSnapshot', ('s',)), ('removeVM', (True,)),
+                         ('setLimits', ({'cpuPercent': 50},))):
+        code, text = fault_of(getattr(api, method), vm, *args)
+        assert code == 10 and vm in text, '%s: %s' % (method, text)
+    assert ('vm', vm) not in left_over(api.cleanup(False))      # noqa: F405
+    lock.unlink()
+    assert api.start(vm) is True
+
+
+def test_a_vboxsvc_that_died_and_came_back(tmp_path):
+    environment = fake_virtualbox.install(tmp_path)
+    with VMHost(tmp_path / 'host', environment) as host, host.api as api:
+        assert api.listVMs() == []
+        before = host.driver_pid()
+        (tmp_path / 'dead').write_text('')
+        wait_until(lambda: host.driver_pid() != before)
+        (tmp_path / 'dead').unlink()
+        assert api.createVM('new', '', {'memory': 16}) == [True, 'new']
+        assert api.getState('new') == 'PoweredOff'
+
+
+def test_no_thread_or_process_stays(tmp_path):
+    environment = fake_virtualbox.install(tmp_path)
+    with VMHost(tmp_path / 'host', environment) as host:
+        driver = host.driver_pid()
+        assert driver
+    wait_until(lambda: not os.path.exists('/proc/%d/cmdline' % driver))
