@@ -11,7 +11,7 @@ from vms import command_line, kill, processes
 def manage(*words):
     """What VBoxManage says; fails where it fails."""
     return subprocess.run(('VBoxManage',) + words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          universal_newlines=True, timeout=120, check=True).stdout
+                          universal_newlines=True, timeout=900, check=True).stdout
 
 
 def try_manage(*words):
