@@ -1533,7 +1533,7 @@ class VirtualBox:
 
     def _heard(self, message: Dict[str, Any]) -> None:
         if 'seen' in message:
-            self._events.put(lambda: self._watch.look(message['seen']))
+            self._watch.look(message['seen'])
             return
         with self._lock:
             call = self._calls.get(message['id'])
@@ -1977,7 +1977,7 @@ class Driver:
         if job.steps is not None:
             job.steps.close()
         if job.verb in CHANGING:
-            self._next_look = 0.0                   # before the next request changes it again
+            self._look_at_once()
         self._tell(answer)
 
     # connection
@@ -2143,18 +2143,28 @@ class Driver:
         self._next_look = time.monotonic() + 1
         try:
             self._ensure_connected()
-            seen = {}
-            for machine in self.machines_now():
-                seen[machine.id] = [machine.name, self.state_of(machine), self.id_of(machine)]
+            self._tell_seen()
         except ConnectionLost:
             self._lost_while_looking()
             return
         except Exception as error:
             self._look_failed(error)
-            return
+
+    def _tell_seen(self) -> None:
+        seen = {machine.id: [machine.name, self.state_of(machine), self.id_of(machine)]
+                for machine in self.machines_now()}
         if seen != self._told:
             self._told = seen
             self._tell({'seen': seen})
+
+    def _look_at_once(self) -> None:
+        """After a change: whoever made it finds the new state known, and no state goes untold."""
+        self._next_look = 0.0
+        if self.vbox is not None:
+            try:
+                self._tell_seen()
+            except Exception as error:              # the loop looks again, and knows what to do
+                vbox_log.debug('looking at the VMs: %s', error)
 
     def _look_failed(self, error: Exception) -> None:
         if self.vbox is None:                       # not there: nothing to look at

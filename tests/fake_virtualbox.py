@@ -16,7 +16,8 @@ CALL_FAILED = 0x800706be
 VALUES = {
     'MachineState': {
         'Null': 0, 'PoweredOff': 1, 'Saved': 2, 'Teleported': 3, 'Aborted': 4, 'AbortedSaved': 5,
-        'Running': 6, 'Paused': 7, 'Stuck': 8, 'FirstOnline': 6, 'LastOnline': 20, 'FirstTransient': 9, 'Starting': 11},
+        'Running': 6, 'Paused': 7, 'Stuck': 8, 'FirstOnline': 6,
+        'LastOnline': 20, 'FirstTransient': 9, 'Starting': 11},
     'SessionState': {'Null': 0, 'Unlocked': 1, 'Locked': 2, 'Spawning': 3, 'Unlocking': 4},
     'LockType': {'Shared': 1, 'Write': 2},
     'NetworkAttachmentType': {'Null': 0, 'NAT': 1, 'Bridged': 2, 'HostOnly': 4},
