@@ -5,7 +5,9 @@ import logging
 import os
 import random
 import resource
+import selectors
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -234,14 +236,39 @@ def memory(process, what='VmRSS'):
         return next(int(line.split()[1]) for line in file if line.startswith(what))
 
 
+def allow_descriptors(number):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < number:
+        pytest.skip('at most %d descriptors here' % hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, number), hard))
+
+
+def test_2000_that_connect_at_once():
+    """None waits for the one before it; who doesn't fit into the listener's queue tries again."""
+    allow_descriptors(2200)
+    with Program() as program, contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
+        begin = time.monotonic()
+        for _ in range(2000):
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(program.address)
+            selector.register(client, selectors.EVENT_WRITE)
+        while selector.get_map():
+            for key, events in selector.select(30):
+                if events & selectors.EVENT_WRITE:
+                    key.fileobj.send(frame('CONNECT', 'accept-version:1.2', 'host:x'))
+                    selector.modify(key.fileobj, selectors.EVENT_READ)
+                else:
+                    assert key.fileobj.recv(4096).startswith(b'CONNECTED\n')
+                    selector.unregister(key.fileobj)
+            assert time.monotonic() - begin < 15
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='memory is read from /proc')
 def test_2000_at_once_and_memory_returns():
     number = 2000
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if files[1] != resource.RLIM_INFINITY and files[1] < number + 200:
-        pytest.skip('at most %d descriptors here' % files[1])
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(files[0], number + 200), files[1]))
+    allow_descriptors(number + 200)
     with Program() as program:
         after = []
         for _ in range(4):
