@@ -693,6 +693,7 @@ class Commands:
                 self._keep(execution)
                 if queued:
                     execution.next_publish = self._clock()     # as soon as its agent is there
+        log.info('%s: asked for on %s by %s', cmd_id, printable(target), client)
         return cmd_id, executions
 
     def published(self, execution: Execution) -> None:
@@ -795,6 +796,7 @@ class Commands:
                     if journal.execute('UPDATE executions SET state = ? WHERE cmd_id = ? AND vm_id = ? '
                                        'AND ended = 0', execution.state, *execution.index).rowcount:
                         journal.event('cmd-' + execution.state, execution.vm, execution.key)
+                log.info('%s: %s', execution.key, execution.state)
         except JournalError:
             with self._lock:
                 changed.update(self._unwritten)
@@ -843,7 +845,7 @@ class Commands:
             self._by_key.pop(execution.key, None)
             self._unwritten.pop(execution.index, None)
         execution.done.set()
-        log.info('%s on %s: %s', execution.key, execution.vm, describe_end(results))
+        log.info('%s: on %s %s', execution.key, execution.vm, describe_end(results))
         return True
 
     def lose(self, execution: Execution, reason: str) -> None:
@@ -912,6 +914,7 @@ class Commands:
                 journal.execute('DELETE FROM commands WHERE cmd_id = ? AND cmd_id NOT IN '
                                 '(SELECT cmd_id FROM executions)', execution.cmd_id)
                 journal.event('cmd-forgotten', execution.vm, execution.key)
+                log.info('%s: forgotten', execution.key)
 
     def count(self) -> int:
         """How many are unfinished."""
@@ -3999,7 +4002,8 @@ class Host:
         if request is None:
             request = self.commands.request(execution.cmd_id)['request']
         if self.say(self._cmd_run(execution.vm_id, execution.cmd_id, request)):
-            log.debug('%s sent to %s', execution.key, execution.vm)
+            log.log(logging.INFO if execution.attempts else logging.DEBUG, '%s: sent to %s%s', execution.key,
+                    execution.vm, ' again' if execution.attempts else '')
         self.commands.published(execution)
 
     def status(self, execution: Execution, refresh: bool) -> Dict[str, Any]:
@@ -4101,6 +4105,7 @@ class Host:
             return True
         if not self._is_connected(execution):
             raise AgentNotConnected('the agent of %s is not connected' % execution.vm)
+        log.info('%s: signal %s', execution.key, name)
         return self.say(protocol.CMD_SIGNAL.howToSay(execution.vm_id, execution.cmd_id, name))
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import socketserver
 import subprocess
@@ -304,7 +305,8 @@ VM_ANSWERS = {
     'createVM': lambda name, image, options: [True, name],
     'remoteDesktop': {'address': '127.0.0.1', 'port': 5000, 'auth': 'external', 'security': 'TLS'},
     'getNetwork': {'mode': 'nat', 'dhcp': {'enabled': False}}, 'setupNetwork': {'mode': 'nat'},
-    'cleanup': [{'kind': 'disk', 'name': 'x', 'why': 'unused'}], 'getStatusLink': 'http://127.0.0.1/status?key=k'}
+    'cleanup': [{'kind': 'disk', 'name': 'x', 'why': 'unused'}],
+    'getStatusLink': 'http://127.0.0.1/status?key=k'}
 
 
 @pytest.mark.parametrize('words, said, called', [
@@ -460,6 +462,75 @@ def test_bash_completes(host, guests, tmp_path):
         asked = ('. ./completion; COMP_WORDS=(%s); COMP_CWORD=%d; _vmhost; printf "%%s\\n" "${COMPREPLY[@]}"'
                  % (' '.join(words), len(words) - 1))
         assert subprocess.check_output(['bash', '-c', asked], cwd=str(tmp_path)) == b'two\n'
+
+
+def test_fish_completes(host, guests, tmp_path):
+    if shutil.which('fish') is None:
+        pytest.skip('no fish here')
+    script = subprocess.check_output([sys.executable, SCRIPT, '--completion', 'fish'])
+    (tmp_path / 'completion').write_bytes(script)
+    for program in ('python3 ./vmhost.py', 'vmhost.pyz'):
+        asked = 'source completion; complete -C "%s %s run t"' % (program, host.ini)
+        done = subprocess.check_output(['fish', '--no-config', '-c', asked], cwd=str(tmp_path))
+        assert done == b'two\n'
+
+
+def test_zsh_completes(host, guests, tmp_path):
+    if shutil.which('zsh') is None:
+        pytest.skip('no zsh here')
+    script = subprocess.check_output([sys.executable, SCRIPT, '--completion', 'zsh'])
+    (tmp_path / 'completion').write_bytes(script)
+    asked = ('compdef() { :; }; compadd() { print -l -- ${(P)2}; }; . ./completion; '
+             'words=(vmhost.py %s run t); CURRENT=4; _vmhost' % host.ini)
+    assert subprocess.check_output(['zsh', '-f', '-c', asked], cwd=str(tmp_path)) == b'two\n'
+
+
+# --- logs ---
+
+def test_a_commands_life_is_in_both_logs(host, guests):
+    cmd_id = verb(host, 'run', '-d', 'one', '--', 'sleep', '66').strip()
+    wait_until(lambda: cmd_id + ': running' in host.log(), 20)
+    verb(host, 'kill', cmd_id)
+    verb(host, 'call', 'waitCmd', cmd_id)
+    verb(host, 'call', 'forgetCmd', cmd_id)
+
+    def life(log):
+        return re.findall('INFO vm[a-z]+: %s: (.*)' % cmd_id, log)
+    assert life(host.log()) == ['asked for on one by vmhost@127.0.0.1', 'running', 'signal TERM',
+                                'on one signaled 15', 'forgotten']
+    wait_until(lambda: len(life(guests[0].log())) == 4, 20)
+    assert life(guests[0].log()) == ['asked for', 'signal 15', 'signaled', 'acknowledged']
+
+
+def test_one_honest_line_at_start(host):
+    said = 'vmhost %s runs as pid %d: XML-RPC on %s, broker on 127.0.0.1:%d, hypervisor none, state in %s' % (
+        protocol.VERSION, host.process.pid, host.address, host.broker_port, host.state)
+    assert host.log().count('INFO vmhost: ' + said) == 1
+
+
+LOGGING_INI = """
+[loggers]\nkeys = root
+[handlers]\nkeys = all
+[formatters]\nkeys = own
+[logger_root]\nlevel = INFO\nhandlers = all
+[formatter_own]\nformat = OWN %(message)s
+[handler_all]\nclass = FileHandler\nformatter = own\nargs = ('own.log',)
+"""
+
+
+@pytest.mark.parametrize('keys, log, said', [
+    ('level = DEBUG\nfile = my.log', 'my.log', ' DEBUG '),
+    ('config = logging.ini', 'own.log', 'OWN vmhost ')])
+def test_the_log_is_where_and_what_the_ini_says(keys, log, said, tmp_path):
+    (tmp_path / 'logging.ini').write_text(LOGGING_INI)
+    ini, log = tmp_path / 'host.ini', tmp_path / log
+    ini.write_text('[Broker]\nport = 0\n[Host]\nxmlrpc_port = 0\n[Hypervisor]\nhypervisor = none\n'
+                   '[Logging]\n' + keys)
+    process = subprocess.Popen([sys.executable, SCRIPT, str(ini)], cwd=str(tmp_path), stderr=subprocess.PIPE)
+    wait_until(lambda: log.exists() and 'runs as' in log.read_text(), 20)
+    process.terminate()
+    assert process.communicate(timeout=20) == (None, b'')
+    assert said in log.read_text()
 
 
 # --- one file ---
