@@ -9,6 +9,7 @@ from agents import Agent
 from helpers import wait_until
 from vms import VMHost, fault_of
 
+MANAGER = 'class VirtualBoxManager:\n    def %s(self):\n        raise Exception("no XPCOM")'
 HEADLESS = '/usr/lib/virtualbox/VBoxHeadless'
 
 
@@ -26,16 +27,13 @@ def lines_of(host, words):
     return [line for line in host.log().splitlines() if words in line]
 
 
-@pytest.mark.parametrize('module, told', [
-    ('raise ImportError("no module named vboxapi")', 'vboxapi is not installed'),
-    ('import no_such_module_of_xpcom', 'vboxapi is not installed'),
-    ('raise SystemError("XPCOM is of another Python")', 'XPCOM is of another Python'),
-    ('import os; os.abort()', 'VirtualBox'),
-    ('class VirtualBoxManager:\n    def __init__(self):\n        raise Exception("no XPCOM")', 'no XPCOM'),
-    ('class VirtualBoxManager:\n    def getVirtualBox(self):\n        raise Exception("no VBoxSVC")',
-     'no VBoxSVC')])
-@pytest.mark.parametrize('hypervisor', ['auto', 'VirtualBox'])
-def test_vboxapi_missing_or_broken(tmp_path, module, told, hypervisor):
+@pytest.mark.parametrize('hypervisor, module, told', [
+    ('VirtualBox', 'raise ImportError("no module named vboxapi")', 'vboxapi is not installed'),
+    ('auto', 'import no_such_module_of_xpcom', 'vboxapi is not installed'),
+    ('auto', 'raise SystemError("XPCOM is of another Python")', 'XPCOM is of another Python'),
+    ('VirtualBox', 'import os; os.abort()', 'VirtualBox'),
+    ('auto', MANAGER % '__init__', 'no XPCOM'), ('auto', MANAGER % 'getVirtualBox', 'no XPCOM')])
+def test_vboxapi_missing_or_broken(tmp_path, hypervisor, module, told):
     (tmp_path / 'vboxapi.py').write_text(module + '\n')
     paths = [str(tmp_path), os.environ.get('PYTHONPATH', '')]
     with VMHost(tmp_path / 'host', {'PYTHONPATH': os.pathsep.join(paths)},
