@@ -5724,6 +5724,8 @@ def do_ls(host: Client, screen: Screen, args: Any) -> int:
     if args.long:
         headings += ['ID', 'SEEN', 'CPUS', 'MEMORY', 'PYTHON', 'CLOCK', 'SYSTEM']
     screen.table(headings, [vm_row(vm, args.long) for vm in found])
+    for job in host.call('agentInfo')['jobs']:
+        screen.say(printable('%s: %s, %d %%' % (job['vm'], job['text'], job['percent'])))
     return 0
 
 

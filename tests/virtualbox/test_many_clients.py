@@ -72,6 +72,7 @@ def test_twenty_clients_while_an_image_is_imported(host, api, remove_all, applia
             for thread in threads + [importer]:
                 thread.start()
             wait_until(lambda: jobs_of(api, jobs) or imported, 600, 0.2)
+            listed = host.verb('ls').stdout.decode()
             wait_until(lambda: jobs_of(api, jobs) and False or imported, 600, 0.2)
         finally:
             stop.set()
@@ -87,6 +88,7 @@ def test_twenty_clients_while_an_image_is_imported(host, api, remove_all, applia
             if (event['type'], event['vm']) == ('vm-progress', 'imported')]
     assert [text for text in told if 'importing' in text] and len(told) > 3, told
     assert [job for job in jobs if job['vm'] == 'imported' and 0 < job['percent'] < 100], jobs
+    assert 'imported: importing, ' in listed or 'imported: reading' in listed, listed
     assert 'imported' in api.listVMs() and api.agentInfo()['jobs'] == []
 
 
