@@ -1,0 +1,79 @@
+"""Runs an agent as ``python vmguest.py INI`` does, with the faults that ``fault.json`` beside INI asks for.
+
+So that the product has no hooks for tests. Keys of fault.json:
+
+program     vmguest or vmhost
+die         [what, 'before' or 'after', n]: SIGKILLs itself at the n-th call of that function of the
+            module (or of protocol); once only: a file ``died`` beside INI remembers it
+set         {name: value} of constants of the module
+boot        what read_boot_id gives
+clock       a file with two numbers: seconds that are added to time.time and time.monotonic
+env         further environment
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+
+def patch_death(module, folder, what, when, count):
+    import protocol
+    *owners, name = what.split('.')
+    owner = module if hasattr(module, (owners + [name])[0]) else protocol
+    for part in owners:
+        owner = getattr(owner, part)
+    original, calls = getattr(owner, name), []
+
+    def die():
+        calls.append(1)
+        if len(calls) < count:
+            return
+        try:
+            os.close(os.open(os.path.join(folder, 'died'), os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def replacement(*args, **kwargs):
+        if when == 'before':
+            die()
+        answer = original(*args, **kwargs)
+        if when == 'after':
+            die()
+        return answer
+    is_static = isinstance(vars(owner).get(name), staticmethod)
+    setattr(owner, name, staticmethod(replacement) if is_static else replacement)
+
+
+def patch_clock(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    real = time.time, time.monotonic
+    time.time = lambda: real[0]() + float(os.pread(descriptor, 100, 0).split()[0])
+    time.monotonic = lambda: real[1]() + float(os.pread(descriptor, 100, 0).split()[1])
+
+
+def main(ini):
+    folder = os.path.dirname(os.path.abspath(ini))
+    with open(os.path.join(folder, 'fault.json')) as file:
+        fault = json.load(file)
+    os.environ.update(fault.get('env', {}))
+    if 'clock' in fault:
+        patch_clock(fault['clock'])
+    module = __import__(fault['program'])
+    for name, value in fault.get('set', {}).items():
+        assert hasattr(module, name), name
+        setattr(module, name, value)
+    if 'boot' in fault:
+        module.read_boot_id = lambda: fault['boot']
+    if 'die' in fault:
+        patch_death(module, folder, *fault['die'])
+    sys.argv = [module.__file__, ini]
+    sys.exit(module.main([ini]))
+
+
+if __name__ == '__main__':
+    main(sys.argv[1])
