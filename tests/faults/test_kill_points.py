@@ -130,7 +130,7 @@ HOST_POINTS = {
     'before the journal is written': (['Commands.new', 'before', 1], 'never'),
     'after the journal is written, before publishing': (['Commands.new', 'after', 1], 'once'),
     'after publishing': (['Host.publish', 'after', 1], 'once'),
-    'when the first status came, before the state is written': (['Commands.heard_status', 'after', 1], 'once'),
+    'when a status came, before the state is written': (['Commands.heard_status', 'after', 1], 'once'),
     'when the results come, before they are journalled': (['Commands.finish', 'before', 1], 'once'),
     'after journalling, before CMD_ACK': (['Commands.finish', 'after', 1], 'once'),
     'after the journal is on the disk, before CMD_ACK': (['Journal.sync', 'after', 1], 'once'),

@@ -71,7 +71,7 @@ def main(ini):
         module.read_boot_id = lambda: fault['boot']
     if 'die' in fault:
         patch_death(module, folder, *fault['die'])
-    sys.argv = [module.__file__, ini]
+    sys.argv = [os.path.abspath(__file__), ini]      # an agent that begins anew stays wrapped
     sys.exit(module.main([ini]))
 
 

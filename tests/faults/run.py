@@ -1,0 +1,719 @@
+"""Random faults over many commands: python tests/faults/run.py --seed N --faults 500 --commands 2000
+
+Real processes of a host, three guests (each behind a cutting proxy), and now and then a broker apart,
+are killed, stopped, cut off, rolled back, filled up and put out of time, one fault after the other,
+while commands are asked for. Each command appends a line to a file of its own, outside of the guests'
+disks: the only proof that it ran. When the dust has settled: each ran at most once (per state of its
+guest's disk), each has exactly one end, and what the host reports equals the proof. ``lost`` and
+``failed`` are right only where a fault that a command was under allows them.
+
+The same seed gives the same sequence of faults and of commands (--plan prints it); how they fall
+together in time differs. Ends with one line of counts, and 0 when nothing was lost, double or wrong.
+"""
+
+import argparse
+import collections
+import contextlib
+import hashlib
+import json
+import os
+import queue
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import xmlrpc.client
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TOP = os.path.dirname(os.path.dirname(HERE))
+sys.path[:0] = [TOP, os.path.join(TOP, 'tests'), HERE]
+
+from cutproxy import CuttingProxy  # noqa: E402
+from faultrig import Agent, Host, free_port  # noqa: E402
+from helpers import wait_until  # noqa: E402
+
+import vmguest  # noqa: E402
+
+GUESTS = 3
+SETTLE = 240           # seconds for everything to come to its end after the last fault
+KINDS = {              # fault: weight, (shortest, longest) duration in seconds
+    'agent-kill': (6, (0, 1)), 'agent-term': (3, (0, 1)), 'agent-stop': (4, (0.1, 4)),
+    'fork-server-kill': (3, (0, 0)), 'runner-kill': (4, (0, 0)), 'reboot': (3, (0, 1)),
+    'disk-rollback': (3, (0, 1)), 'disk-lost': (1, (0, 1)), 'guest-clock': (3, (0, 0)),
+    'host-kill': (6, (0, 2)), 'host-term': (3, (0, 2)), 'host-stop': (4, (0.1, 7)),
+    'journal-rollback': (2, (0.5, 3)), 'journal-lost': (1, (0, 0)), 'host-clock': (3, (0, 0)),
+    'all-kill': (2, (0, 1)), 'cut': (6, (0, 0)), 'half-open': (4, (0, 0)), 'hole': (4, (0.5, 6)),
+    'throttle': (3, (0.5, 2)), 'split': (3, (0.5, 2)), 'twice': (3, (0.5, 2)),
+    'broker-exchange': (3, (0, 0)), 'broker-kill': (3, (0, 1)), 'twin': (2, (0, 0)),
+    'guest-full': (3, (0.5, 2)), 'host-full': (3, (0.5, 2)),
+}
+
+Fault = collections.namedtuple('Fault', 'kind guest seconds')
+
+
+def plan_of(seed, faults, commands):
+    """(the faults, the commands) of a seed; a command is (guest, seconds, exit code, bytes of output)."""
+    choose = random.Random(seed)
+    kinds, weights = list(KINDS), [weight for weight, _ in KINDS.values()]
+    planned = []
+    for kind in choose.choices(kinds, weights, k=faults):
+        planned.append(Fault(kind, choose.randrange(GUESTS), round(choose.uniform(*KINDS[kind][1]), 2)))
+    asked = [(choose.randrange(GUESTS), choose.choice((0, 0, 0, 0.1, 0.3, 1, 2, 5)), choose.randrange(100),
+              choose.choice((0, 0, 0, 100000))) for _ in range(commands)]
+    return planned, asked
+
+
+class Attempt:
+    """One runCmd: what it should give, and which faults it was under."""
+
+    def __init__(self, world, number, command):
+        self.number = number
+        self.guest, self.seconds, self.code, self.output = command
+        self.nonce = '%06d' % number
+        self.proof = os.path.join(world.proofs, self.nonce)
+        self.cmd_id = ''
+        self.refused = False           # a fault said so: it must never run
+        self.excuses = set()
+        self.results = None            # as recorded before a journal was lost
+        self.ends = 1
+
+    def words(self):
+        """The arguments of sh."""
+        return ['-c', 'echo "$GENERATION" >> "$1"; sleep "$2"; head -c "$4" /dev/zero | tr "\\\\0" x; '
+                'echo "$5"; exit "$3"', 'sh', self.proof, str(self.seconds), str(self.code),
+                str(self.output), self.nonce]
+
+    def runs(self):
+        """The generation of the guest's disk at each run."""
+        try:
+            with open(self.proof) as file:
+                return file.read().split()
+        except FileNotFoundError:
+            return []
+
+
+class Guest:
+    """A guest with its disk, its boots and its clock; ``generation`` counts lives of its disk."""
+
+    def __init__(self, world, number):
+        self.world = world
+        self.id = 'g%d' % number
+        self.folder = os.path.join(world.folder, self.id)
+        self.proxy = CuttingProxy(world.port)
+        self.clock = Clock(self.folder)
+        self.generation = self.boot = 0
+        self.disk = os.path.join(self.folder, 'files')
+        self.copy = None
+        self.has_small_disk = mount_small_disk(self.disk, '48M')
+        host = world.host
+        host.broker_port = self.proxy.port
+        self.agent = Agent(self.folder, host, self.id, broker={'heartbeat': 2}, beacon_interval=1,
+                           kill_after=1, keep_spool=20, dedupe_ttl='1h')
+
+    def start(self):
+        self.agent.faults = {
+            'clock': self.clock.path, 'boot': 'boot-%d' % self.boot,
+            'set': {'HOUSEKEEPING_EVERY': 2.0, 'START_PATIENCE': 3.0, 'RESEND_EVERY': 10.0},
+            'env': {'GENERATION': '%s.%d' % (self.id, self.generation), 'FAULTS_GUEST': self.folder}}
+        self.agent.start(wait=False)
+
+    def pids(self):
+        """Agent, fork server, runners and commands."""
+        found = set(vmguest.processes_with('FAULTS_GUEST', self.folder))
+        for pid in filter(str.isdigit, os.listdir('/proc')):
+            with contextlib.suppress(OSError), open('/proc/%s/cmdline' % pid, 'rb') as file:
+                if self.agent.ini.encode() in file.read().split(b'\0'):
+                    found.add(int(pid))
+        return found
+
+    def signal_all(self, number):
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def stop_all(self):
+        """SIGSTOP, until nothing new is seen."""
+        seen = set()
+        while self.pids() - seen:
+            seen |= self.pids()
+            self.signal_all(signal.SIGSTOP)
+
+    def power_off(self):
+        self.stop_all()
+        self.signal_all(signal.SIGKILL)
+        self.agent.process.wait()
+        wait_until(lambda: not self.pids(), 30)
+        self.proxy.cut()
+
+    def take_copy(self):
+        """A snapshot of its disk."""
+        self.stop_all()
+        target = os.path.join(self.folder, 'copy')
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(self.disk, target, symlinks=True)
+        self.signal_all(signal.SIGCONT)
+        self.copy = target
+
+    def empty_disk(self):
+        for name in os.listdir(self.disk):
+            shutil.rmtree(os.path.join(self.disk, name), ignore_errors=True)
+
+    def close(self):
+        self.power_off()
+        self.proxy.close()
+        if self.has_small_disk:
+            subprocess.call(['umount', '-l', self.disk])
+
+
+class Clock:
+    """What is added to a process's wall clock and to its monotonic one."""
+
+    def __init__(self, folder):
+        os.makedirs(folder, exist_ok=True)
+        self.path = os.path.join(folder, 'clock')
+        self.slept = 0.0
+        self.set(0.0)
+
+    def set(self, wall, sleep=0.0):
+        self.slept += sleep
+        with open(self.path, 'r+' if os.path.exists(self.path) else 'w') as file:
+            file.write('%-20.1f %-20.1f\n' % (wall, self.slept))
+
+
+def mount_small_disk(folder, size):
+    """Whether a tmpfs of that size could be mounted there: as root."""
+    os.makedirs(folder, exist_ok=True)
+    return subprocess.call(['mount', '-t', 'tmpfs', '-o', 'size=' + size, 'faults', folder],
+                           stderr=subprocess.DEVNULL) == 0
+
+
+@contextlib.contextmanager
+def full(folder):
+    """No byte is free there."""
+    path = os.path.join(folder, 'ballast')
+    with open(path, 'wb', buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b'\0' * 65536)
+    with open(path, 'ab', buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b'\0' * 512)
+    try:
+        yield
+    finally:
+        os.remove(path)
+
+
+class World:
+    """Host, guests and broker; and what was asked of them."""
+
+    def __init__(self, folder, say):
+        self.folder = folder
+        self.say = say
+        self.proofs = os.path.join(folder, 'proofs')
+        os.makedirs(self.proofs)
+        self.port = free_port()
+        self.host_folder = os.path.join(folder, 'host')
+        self.clock = Clock(self.host_folder)
+        self.host = Host(self.host_folder, broker={'port': self.port, 'heartbeat': 2, 'embedded': 'yes',
+                                                   'host': '127.0.0.1'}, vm_gc_grace=10)
+        self.has_small_disk = mount_small_disk(self.host.state, '96M')
+        self.host.faults = {'clock': self.clock.path}
+        self.broker = None             # an external one
+        self.lock = threading.Lock()   # guards the attempts
+        self.attempts = []
+        self.ended = {}                # cmd-id: the state in which it was seen to end
+        self.changed = []              # cmd-ids that had two ends
+        self.to_ask = queue.Queue()
+        self.effects = collections.Counter()
+        self.stopping = False
+        self.threads = []
+        self.host.start()
+        self.guests = [Guest(self, number) for number in range(GUESTS)]
+        for guest in self.guests:
+            guest.start()
+        for target in [self.ask_on] * 4 + [self.look_on]:
+            self.threads.append(threading.Thread(target=target, daemon=True))
+            self.threads[-1].start()
+
+    # What is asked, on threads of its own.
+
+    def ask_on(self):
+        while not self.stopping:
+            try:
+                command = self.to_ask.get(timeout=0.2)
+            except queue.Empty:
+                continue
+            self.ask(command)
+            self.to_ask.task_done()
+
+    def ask(self, command):
+        """Until the host has taken it: a new attempt where it isn't known whether it did."""
+        while not self.stopping:
+            with self.lock:
+                attempt = Attempt(self, len(self.attempts), command)
+                self.attempts.append(attempt)
+            try:
+                with self.host.api as api:
+                    attempt.cmd_id = api.runCmd('g%d' % attempt.guest, 'sh', attempt.words(), {}, '', '',
+                                                {'queue': True})
+                return
+            except xmlrpc.client.Fault:
+                attempt.refused = True
+            except (OSError, ValueError, xmlrpc.client.Error):
+                pass
+            time.sleep(0.3)
+
+    def look_on(self):
+        """Notes each end, so that one that changes is found."""
+        while not self.stopping:
+            time.sleep(0.5)
+            with contextlib.suppress(OSError, ValueError, xmlrpc.client.Error), self.host.api as api:
+                for command in api.listCmds({'finished': True, 'limit': 300}):
+                    self.note_end(command['cmdId'], command['state'])
+
+    def note_end(self, cmd_id, state):
+        with self.lock:
+            if self.ended.setdefault(cmd_id, state) != state:
+                self.changed.append(cmd_id)
+
+    def excuse(self, why, guest=None):
+        """Commands that haven't ended yet may now end otherwise, for that reason."""
+        with self.lock:
+            for attempt in self.attempts:
+                if guest in (None, attempt.guest) and attempt.cmd_id not in self.ended:
+                    attempt.excuses.add(why)
+
+    # Faults.
+
+    def do(self, fault):
+        guest = self.guests[fault.guest]
+        self.effects[fault.kind] += bool(
+            getattr(self, 'do_' + fault.kind.replace('-', '_'))(guest, fault.seconds))
+
+    def do_agent_kill(self, guest, seconds):
+        guest.agent.stop(signal.SIGKILL)
+        time.sleep(seconds)
+        guest.start()
+        return True
+
+    def do_agent_term(self, guest, seconds):
+        guest.agent.stop(timeout=30)
+        time.sleep(seconds)
+        guest.start()
+        return True
+
+    def do_agent_stop(self, guest, seconds):
+        guest.agent.process.send_signal(signal.SIGSTOP)
+        time.sleep(seconds)
+        guest.agent.process.send_signal(signal.SIGCONT)
+        return True
+
+    def children(self, pid):
+        with contextlib.suppress(OSError), open('/proc/%d/task/%d/children' % (pid, pid)) as file:
+            return [int(word) for word in file.read().split()]
+        return []
+
+    def do_fork_server_kill(self, guest, seconds):
+        for pid in self.children(guest.agent.process.pid)[:1]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                return True
+        return False
+
+    def do_runner_kill(self, guest, seconds):
+        spool = guest.agent.spool
+        for name in sorted(os.listdir(spool)) if os.path.isdir(spool) else []:
+            command = vmguest.Command(name, os.path.join(spool, name))
+            program = command.process()
+            if not program or command.has('result.json'):
+                continue
+            with contextlib.suppress(OSError), open('/proc/%d/stat' % program) as file:
+                runner = int(file.read().rpartition(')')[2].split()[1])
+                if runner in guest.pids():
+                    with self.lock:
+                        for attempt in self.attempts:
+                            if attempt.cmd_id == name:
+                                attempt.excuses.add('runner-kill')
+                    os.kill(runner, signal.SIGKILL)
+                    return True
+        return False
+
+    def do_reboot(self, guest, seconds):
+        self.excuse('reboot', self.guests.index(guest))
+        guest.power_off()
+        guest.boot += 1
+        time.sleep(seconds)
+        guest.start()
+        self.excuse('reboot', self.guests.index(guest))
+        return True
+
+    def do_disk_rollback(self, guest, seconds):
+        self.excuse('disk', self.guests.index(guest))
+        if guest.copy is None:
+            guest.take_copy()
+            time.sleep(1)
+        guest.power_off()
+        guest.empty_disk()
+        shutil.rmtree(guest.disk, ignore_errors=True)      # a mounted one stays, and is empty
+        os.makedirs(guest.disk, exist_ok=True)
+        for name in os.listdir(guest.copy):
+            shutil.copytree(os.path.join(guest.copy, name), os.path.join(guest.disk, name), symlinks=True)
+        guest.boot += 1
+        guest.generation += 1
+        guest.start()
+        self.excuse('disk', self.guests.index(guest))
+        guest.copy = None
+        return True
+
+    def do_disk_lost(self, guest, seconds):
+        self.excuse('disk', self.guests.index(guest))
+        guest.power_off()
+        guest.empty_disk()
+        guest.boot += 1
+        guest.generation += 1
+        guest.start()
+        self.excuse('disk', self.guests.index(guest))
+        return True
+
+    def do_guest_clock(self, guest, seconds):
+        guest.clock.set(random.choice((-3600.0, 0.0, 3600.0, 90000.0)), random.choice((0.0, 0.0, 5.0)))
+        return True
+
+    def do_host_kill(self, guest, seconds):
+        self.host.stop(signal.SIGKILL)
+        time.sleep(seconds)
+        self.host.start()
+        return True
+
+    def do_host_term(self, guest, seconds):
+        self.host.stop(timeout=30)
+        time.sleep(seconds)
+        self.host.start()
+        return True
+
+    def do_host_stop(self, guest, seconds):
+        self.host.process.send_signal(signal.SIGSTOP)
+        time.sleep(seconds)
+        self.host.process.send_signal(signal.SIGCONT)
+        return True
+
+    def journal_files(self, folder):
+        return [os.path.join(folder, 'journal.sqlite' + suffix) for suffix in ('', '-wal', '-shm')]
+
+    def do_journal_rollback(self, guest, seconds):
+        """To what it was some seconds ago."""
+        path = os.path.join(self.host.state, 'journal.sqlite')
+        copy = os.path.join(self.folder, 'journal-copy')
+        with contextlib.closing(sqlite3.connect(path)) as live, \
+                contextlib.closing(sqlite3.connect(copy)) as target:
+            live.backup(target)
+        time.sleep(seconds)
+        self.host.stop(signal.SIGKILL)
+        self.forget_journal()
+        shutil.move(copy, path)
+        self.read_ends(path)
+        self.host.start()
+        self.excuse('journal')
+        return True
+
+    def forget_journal(self):
+        for path in filter(os.path.exists, self.journal_files(self.host.state)):
+            os.remove(path)
+        with self.lock:
+            self.ended = {}
+            for attempt in self.attempts:
+                attempt.excuses.add('journal')
+
+    def read_ends(self, path):
+        """What had ended in the restored journal stays as it is."""
+        journal = sqlite3.connect(path)
+        rows = journal.execute('SELECT cmd_id, state FROM executions WHERE ended > 0').fetchall()
+        journal.close()
+        with self.lock:
+            self.ended = dict(rows)
+            for attempt in self.attempts:
+                if attempt.cmd_id in self.ended:
+                    attempt.excuses.discard('journal')
+
+    def do_journal_lost(self, guest, seconds):
+        self.record()
+        self.host.stop(signal.SIGKILL)
+        self.forget_journal()
+        self.host.start()
+        self.excuse('journal')
+        return True
+
+    def do_host_clock(self, guest, seconds):
+        self.clock.set(random.choice((-3600.0, 0.0, 3600.0, 90000.0)), random.choice((0.0, 20.0)))
+        return True
+
+    def do_all_kill(self, guest, seconds):
+        for guest in self.guests:
+            guest.agent.stop(signal.SIGKILL)
+        self.host.stop(signal.SIGKILL)
+        time.sleep(seconds)
+        self.host.start()
+        for guest in self.guests:
+            guest.start()
+        return True
+
+    def do_cut(self, guest, seconds):
+        guest.proxy.cut()
+        return True
+
+    def do_half_open(self, guest, seconds):
+        guest.proxy.half_open()
+        return True
+
+    def pass_as(self, guest, mode, seconds):
+        guest.proxy.mode = mode
+        if mode == 'twice':
+            guest.proxy.cut()
+        time.sleep(seconds)
+        guest.proxy.mode = 'pass'
+        return True
+
+    def do_hole(self, guest, seconds):
+        return self.pass_as(guest, 'hole', seconds)
+
+    def do_throttle(self, guest, seconds):
+        return self.pass_as(guest, 'throttle', seconds)
+
+    def do_split(self, guest, seconds):
+        return self.pass_as(guest, 'split', seconds)
+
+    def do_twice(self, guest, seconds):
+        return self.pass_as(guest, 'twice', seconds + 2)
+
+    def do_broker_exchange(self, guest, seconds):
+        """The embedded broker for one apart, or back."""
+        self.host.stop(random.choice((signal.SIGKILL, signal.SIGTERM)), 30)
+        embedded = self.broker is not None
+        self.stop_broker()
+        with open(self.host.ini) as file:
+            text = file.read()
+        with open(self.host.ini, 'w') as file:
+            file.write(text.replace('embedded = %s' % ('no' if embedded else 'yes'),
+                                    'embedded = %s' % ('yes' if embedded else 'no')))
+        if not embedded:
+            self.start_broker()
+        self.host.start()
+        return True
+
+    def start_broker(self):
+        self.broker = subprocess.Popen(
+            [sys.executable, os.path.join(TOP, 'stompbroker.py'), '--host', '127.0.0.1', '--port',
+             str(self.port)], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+        assert b'listening' in self.broker.stdout.readline()
+
+    def stop_broker(self):
+        if self.broker is not None:
+            self.broker.kill()
+            self.broker.wait()
+            self.broker.stdout.close()
+            self.broker = None
+
+    def do_broker_kill(self, guest, seconds):
+        if self.broker is None:
+            return self.do_host_kill(guest, seconds)
+        self.stop_broker()
+        time.sleep(seconds)
+        self.start_broker()
+        return True
+
+    def do_twin(self, guest, seconds):
+        """Another agent with the id of one that is there: it is turned away."""
+        if self.broker is not None:
+            return False
+        try:
+            with self.host.api as api:
+                api.ping(guest.id, 2.0)
+        except (OSError, xmlrpc.client.Error):
+            return False
+        folder = os.path.join(guest.folder, 'twin')
+        shutil.rmtree(folder, ignore_errors=True)
+        twin = Agent(folder, guest.agent.host, guest.id, broker={'port': self.port})
+        twin.faults = {'env': {'GENERATION': 'twin'}}
+        twin.start(wait=False)
+        try:
+            wait_until(lambda: 'is taken' in twin.log(), 10)
+            return True
+        except AssertionError:
+            return False
+        finally:
+            twin.stop(signal.SIGKILL)
+
+    def do_guest_full(self, guest, seconds):
+        if not guest.has_small_disk:
+            return False
+        self.excuse('full', self.guests.index(guest))
+        with full(guest.disk):
+            time.sleep(seconds)
+        self.excuse('full', self.guests.index(guest))
+        return True
+
+    def do_host_full(self, guest, seconds):
+        if not self.has_small_disk:
+            return False
+        with full(self.host.state):
+            time.sleep(seconds)
+        return True
+
+    # The end.
+
+    def settle(self):
+        """Waits until no command is unfinished; gives the ids of those that are all the same."""
+        deadline = time.monotonic() + SETTLE
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError, ValueError, xmlrpc.client.Error), self.host.api as api:
+                unfinished = [command['cmdId'] for command in api.listCmds({'finished': False})]
+                if not unfinished and self.to_ask.empty():
+                    return []
+            time.sleep(0.5)
+        return unfinished
+
+    def record(self):
+        """Notes the results of all that the journal has."""
+        try:
+            with self.host.api as api:
+                ends = self.count_ends(api)
+                attempts = {attempt.proof: attempt for attempt in self.attempts}
+                for command in api.listCmds({'limit': 10 ** 6}):
+                    cmd_id = command['cmdId']
+                    attempt = attempts[api.getCmdDetails(cmd_id)['args'][3]]
+                    attempt.cmd_id = cmd_id
+                    attempt.results, attempt.ends = api.getCmdResults(cmd_id), ends[cmd_id]
+        except (OSError, xmlrpc.client.Error) as error:
+            self.say('not recorded: %s' % error)
+
+    def judge(self):
+        """(counts, the complaints)."""
+        counts, complaints = collections.Counter(), []
+        self.record()
+        for attempt in self.attempts:
+            verdict, wrong = judge(attempt)
+            counts[verdict] += 1
+            if wrong:
+                complaints.append('%s %s (%s) of g%d: %s; runs %s, excuses %s, results %.300s' % (
+                    verdict, attempt.nonce, attempt.cmd_id, attempt.guest, wrong,
+                    attempt.runs(), sorted(attempt.excuses), attempt.results))
+        for cmd_id in self.changed:
+            complaints.append('wrong: %s had two ends' % cmd_id)
+            counts['wrong'] += 1
+        return counts, complaints
+
+    def count_ends(self, api):
+        ends, last = collections.Counter(), 0
+        while True:
+            found = api.getEvents(last, 0)
+            if not found['events']:
+                return ends
+            ends.update(event['cmdId'] for event in found['events'] if event['type'] == 'cmd-finished')
+            last = found['last']
+
+    def close(self):
+        self.stopping = True
+        for thread in self.threads:
+            thread.join(30)
+        for guest in self.guests:
+            guest.close()
+        self.host.stop(signal.SIGKILL)
+        self.stop_broker()
+        if self.has_small_disk:
+            subprocess.call(['umount', '-l', self.host.state])
+
+
+def judge(attempt):
+    """(how it ended: exited, lost, failed, …, double or wrong; why that is wrong, or '')."""
+    runs, results = attempt.runs(), attempt.results
+    if any(count > 1 for count in collections.Counter(runs).values()):
+        return 'double', 'it ran twice'
+    if len(runs) > 1 and 'disk' not in attempt.excuses:
+        return 'double', 'it ran twice, and its disk never went back'
+    if attempt.refused and (runs or results):
+        return 'wrong', 'it was refused, and yet ran'
+    if results is None:
+        if attempt.cmd_id and 'journal' not in attempt.excuses:
+            return 'lost', 'the host doesn\'t know it'
+        if runs and 'journal' not in attempt.excuses:
+            return 'wrong', 'it ran, and the host doesn\'t know it'
+        return 'refused' if attempt.refused else 'forgotten' if attempt.cmd_id else 'not asked', ''
+    if results == '':
+        return ('forgotten', '') if 'journal' in attempt.excuses else ('lost', 'it has no end')
+    if attempt.ends != 1:
+        return 'wrong', 'it has %d ends' % attempt.ends
+    state = results['state']
+    if state == 'exited':
+        size = attempt.output + len(attempt.nonce) + 1
+        right = results['exitCodeOrSignal'] == attempt.code and results['out-size'] == size \
+            and results['out'].endswith(attempt.nonce + '\n') and len(runs) >= 1
+        return ('exited', '') if right else ('wrong', 'its results are not those of its run')
+    if state == 'lost':
+        excused = attempt.excuses & {'reboot', 'disk', 'runner-kill', 'journal'} and results['error']
+        return ('excused', '') if excused else ('lost', 'nothing excuses it')
+    if state == 'failed' and 'full' in attempt.excuses and 'space' in results['error']:
+        return 'disk full', ''
+    return 'wrong', 'it is %s' % state
+
+
+def run(seed, faults, commands, seconds=0, say=print, keep=False):
+    """Does it all; the exit code. ``seconds``: so long at most, then what is left isn't done."""
+    planned, asked = plan_of(seed, faults, commands)
+    digest = hashlib.sha256(json.dumps([planned, asked]).encode()).hexdigest()[:12]
+    say('seed %d: %d faults, %d commands, plan %s' % (seed, faults, commands, digest))
+    random.seed(seed)
+    folder = tempfile.mkdtemp(prefix='faults-')
+    begin, world, done = time.monotonic(), World(folder, say), 0
+    try:
+        for number, fault in enumerate(planned):
+            if seconds and time.monotonic() - begin > seconds:
+                break
+            for command in asked[number * commands // faults:(number + 1) * commands // faults]:
+                world.to_ask.put(command)
+            say('%4d %5.0f s  %s' % (number, time.monotonic() - begin, fault))
+            world.do(fault)
+            done += 1
+        unfinished = world.settle()
+        counts, complaints = world.judge()
+        for complaint in complaints:
+            say(complaint)
+        bad = {name: sum(complaint.startswith(name) for complaint in complaints)
+               for name in ('lost', 'double', 'wrong')}
+        say('took effect: ' + ', '.join('%s %d' % item for item in sorted(world.effects.items())))
+        say('ends: ' + ', '.join('%s %d' % item for item in sorted(counts.items())))
+        say('seed %d: %d faults, %d commands (%d attempts), %d unfinished; %d lost, %d double, %d wrong '
+            'in %.0f s' % (seed, done, commands * done // faults, len(world.attempts), len(unfinished),
+                           bad['lost'], bad['double'], bad['wrong'], time.monotonic() - begin))
+    finally:
+        world.close()
+    if complaints or keep:
+        say('kept: ' + folder)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    return 1 if complaints or unfinished else 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--seed', type=int, default=int(time.time()) % 100000)
+    parser.add_argument('--faults', type=int, default=500)
+    parser.add_argument('--commands', type=int, default=2000)
+    parser.add_argument('--seconds', type=float, default=0, help='so long at most; 0: to the end')
+    parser.add_argument('--keep', action='store_true', help='keep the folder with logs and proofs')
+    parser.add_argument('--plan', action='store_true', help='print the faults, and do nothing')
+    wish = parser.parse_args()
+    if wish.plan:
+        for fault in plan_of(wish.seed, wish.faults, wish.commands)[0]:
+            print('%s g%d %.2f' % fault)
+        return 0
+    return run(wish.seed, wish.faults, wish.commands, wish.seconds, lambda text: print(text, flush=True),
+               wish.keep)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
