@@ -9,6 +9,7 @@ set         {name: value} of constants of the module
 boot        what read_boot_id gives
 clock       a file with two numbers: seconds that are added to time.time and time.monotonic
 env         further environment
+vm_state    of the host: a file with the state that a hypervisor would show for each VM
 """
 
 import json
@@ -56,6 +57,31 @@ def patch_clock(path):
     time.monotonic = lambda: real[1]() + float(os.pread(descriptor, 100, 0).split()[1])
 
 
+class FakeHypervisor:
+    """Knows no names, and one state for all, which stands in a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def known_state(self, vm):
+        with open(self.path) as file:
+            return file.read()
+
+    def known_name(self, mac):
+        return ''
+
+    name_of = known_name
+
+    def close(self):
+        return True
+
+
+def patch_hypervisor(module, path):
+    def start(host):
+        host.hypervisor = FakeHypervisor(path)
+    module.Host._start_hypervisor = start
+
+
 def main(ini):
     folder = os.path.dirname(os.path.abspath(ini))
     with open(os.path.join(folder, 'fault.json')) as file:
@@ -69,6 +95,8 @@ def main(ini):
         setattr(module, name, value)
     if 'boot' in fault:
         module.read_boot_id = lambda: fault['boot']
+    if 'vm_state' in fault:
+        patch_hypervisor(module, fault['vm_state'])
     if 'die' in fault:
         patch_death(module, folder, *fault['die'])
     sys.argv = [os.path.abspath(__file__), ini]      # an agent that begins anew stays wrapped

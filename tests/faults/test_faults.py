@@ -1,0 +1,462 @@
+"""Faults by name: what follows from each, as the table in docs/protocol.md promises."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import xmlrpc.client
+
+import pytest
+import run
+from faultrig import HERE, Agent, Host, Proof, events, free_port
+from helpers import wait_until
+
+pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
+TOP = os.path.dirname(os.path.dirname(HERE))
+LINUX = pytest.mark.skipif(not os.path.isdir('/proc/self/task'), reason='needs Linux\'s /proc')
+
+
+@pytest.fixture(scope='module')
+def host(tmp_path_factory):
+    with Host(tmp_path_factory.mktemp('host')) as host:
+        yield host
+
+
+def wait_for_state(host, cmd_id, state, timeout=20):
+    with host.api as api:
+        wait_until(lambda: api.getCmdStatus(cmd_id)['state'] == state, timeout)
+
+
+# --- guests ---
+
+def test_commands_go_on_without_their_agent_and_report_exact_usage(host, tmp_path):
+    guest = Agent(tmp_path / 'guest', host, 'alone').start()
+    try:
+        with host.api as api:
+            burn = 'import time; b = time.process_time()\nwhile time.process_time() - b < 1: pass'
+            ids = [api.runCmd('alone', sys.executable, ['-c', burn]) for _ in range(2)]
+        for cmd_id in ids:
+            wait_for_state(host, cmd_id, 'running')
+        guest.stop(signal.SIGKILL)
+        wait_until(lambda: all(os.path.exists(os.path.join(guest.spool, cmd_id, 'result.json'))
+                               for cmd_id in ids), 60)
+        guest.start()
+        for cmd_id in ids:
+            results = host.results(cmd_id)
+            used = results['resources']['ru_utime'] + results['resources']['ru_stime']
+            assert results['state'] == 'exited' and 1 <= used < 1.5
+    finally:
+        guest.stop()
+
+
+@LINUX
+def test_a_killed_fork_server_begins_anew(host, tmp_path):
+    with Agent(tmp_path / 'guest', host, 'forks') as guest:
+        proof = Proof(tmp_path, 1.5)
+        cmd_id = proof.ask(host, 'forks')
+        wait_for_state(host, cmd_id, 'running')
+        with open('/proc/%d/task/%d/children' % (guest.process.pid, guest.process.pid)) as children:
+            os.kill(int(children.read().split()[0]), signal.SIGKILL)
+        wait_until(lambda: 'begins anew' in guest.log(), 20)
+        wait_until(lambda: host.api.getVM('forks')['agent'] == 'alive', 20)
+        proof.check(host.results(cmd_id))
+        assert host.run('forks', 'echo', 'well', queue=True)['out'] == 'well\n'
+
+
+def test_a_reboot_loses_what_was_unfinished(host, tmp_path):
+    guest = Agent(tmp_path / 'guest', host, 'boots')
+    guest.faults = {'boot': 'one'}
+    guest.start()
+    try:
+        proof = Proof(tmp_path, 2)
+        cmd_id = proof.ask(host, 'boots')
+        wait_for_state(host, cmd_id, 'running')
+        guest.stop(signal.SIGKILL)
+        guest.faults = {'boot': 'two'}
+        guest.start()
+        results = host.results(cmd_id, 20)
+        assert results['state'] == 'lost' and 'rebooted' in results['error']
+        assert proof.runs() == 1
+    finally:
+        guest.stop()
+
+
+@LINUX
+def test_a_lost_disk_is_told(host, tmp_path):
+    """The guest comes back with an empty disk: what ran is lost, and isn't run again."""
+    import shutil
+    guest = Agent(tmp_path / 'guest', host, 'disk').start()
+    try:
+        proof = Proof(tmp_path, 2)
+        cmd_id = proof.ask(host, 'disk')
+        wait_until(lambda: any(event for event in events(host, cmd_id, 'cmd-running')), 20)
+        guest.stop(signal.SIGKILL)
+        shutil.rmtree(os.path.dirname(guest.spool))
+        guest.start()
+        results = host.results(cmd_id, 20)
+        assert results['state'] == 'lost' and 'disk' in results['error']
+        assert proof.runs() == 1
+    finally:
+        guest.stop()
+
+
+def test_a_second_agent_of_one_id_is_turned_away(host, tmp_path):
+    with Agent(tmp_path / 'first', host, 'twin') as first:
+        second = Agent(tmp_path / 'second', host, 'twin').start(wait=False)
+        third = Agent(tmp_path / 'third', host, 'twin', dir_to_serve=first.files).start(wait=False)
+        try:
+            wait_until(lambda: 'is taken' in second.log(), 20)
+            assert third.process.wait(20) == 1 and 'another vmguest with the id twin' in third.log()
+            proof = Proof(tmp_path)
+            proof.check(host.results(proof.ask(host, 'twin')))
+            assert not os.listdir(second.spool)[1:]
+        finally:
+            second.stop()
+            third.stop()
+
+
+def test_another_version_over_the_running_one_loses_nothing(host, tmp_path):
+    import protocol
+    folder = tmp_path / 'newer'
+    os.makedirs(str(folder))
+    for name in ('vmguest.py', 'protocol.py', 'chirp.py'):
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(TOP, name), encoding='utf-8') as file:
+            text = file.read().replace("VERSION = '%s'" % protocol.VERSION, "VERSION = '99.9.9'")
+            (folder / name).write_text(text, encoding='utf-8')
+    guest = Agent(tmp_path / 'guest', host, 'upgrade').start()
+    newer = None
+    try:
+        proof = Proof(tmp_path, 1.5)
+        cmd_id = proof.ask(host, 'upgrade')
+        wait_for_state(host, cmd_id, 'running')
+        guest.stop()
+        newer = subprocess.Popen([sys.executable, str(folder / 'vmguest.py'), guest.ini],
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        proof.check(host.results(cmd_id))
+        with host.api as api:
+            assert api.getVM('upgrade')['facts']['version'] == '99.9.9'
+    finally:
+        guest.stop()
+        if newer is not None:
+            newer.terminate()
+            newer.wait(20)
+
+
+# --- damage ---
+
+def test_damaged_spool_folders_are_set_aside(host, tmp_path):
+    """Torn request.json, result.json, process.json, and a folder that isn't one: the rest goes on."""
+    guest = Agent(tmp_path / 'guest', host, 'torn').start()
+    try:
+        proofs = {}
+        for name in ('request.json', 'result.json', 'process.json', 'nothing'):
+            os.makedirs(str(tmp_path / name))
+            proof = Proof(tmp_path / name, 1)
+            proofs[name] = proof, proof.ask(host, 'torn')
+        for _, cmd_id in proofs.values():
+            wait_for_state(host, cmd_id, 'running')
+        guest.stop(signal.SIGKILL)
+        wait_until(lambda: all(os.path.exists(os.path.join(guest.spool, cmd_id, 'result.json'))
+                               for _, cmd_id in proofs.values()), 20)
+        for name in ('request.json', 'result.json', 'process.json'):
+            with open(os.path.join(guest.spool, proofs[name][1], name), 'w') as file:
+                file.write('{"torn": ')
+        with open(os.path.join(guest.spool, 'no-folder'), 'w') as file:
+            file.write('x')
+        guest.start()
+        for name in ('process.json', 'nothing'):
+            proofs[name][0].check(host.results(proofs[name][1]))
+        for name in ('request.json', 'result.json'):
+            results = host.results(proofs[name][1])
+            assert results['state'] == 'lost' and results['error'], results
+            assert proofs[name][0].runs() == 1
+        assert guest.log().count('set aside') == 2
+        assert host.run('torn', 'echo', 'well')['out'] == 'well\n'
+    finally:
+        guest.stop()
+
+
+def test_a_spool_of_a_newer_agent_is_refused(host, tmp_path):
+    guest = Agent(tmp_path / 'guest', host, 'newer')
+    folder = os.path.join(guest.spool, 'a-command')
+    os.makedirs(folder)
+    request = {'format': 99, 'cmd-id': 'a-command'}
+    with open(os.path.join(folder, 'request.json'), 'w') as file:
+        json.dump(request, file)
+    guest.start(wait=False)
+    assert guest.process.wait(20) == 1
+    assert 'newer vmguest' in guest.log() and 'Traceback' not in guest.log()
+    with open(os.path.join(folder, 'request.json')) as file:
+        assert json.load(file) == request
+
+
+def test_a_damaged_journal_is_set_aside_and_results_are_orphans(tmp_path):
+    host = Host(tmp_path / 'host').start()
+    guest = Agent(tmp_path / 'guest', host, 'g')
+    try:
+        guest.start()
+        proof = Proof(tmp_path, 1.5)
+        cmd_id = proof.ask(host, 'g')
+        wait_for_state(host, cmd_id, 'running')
+        host.stop(signal.SIGKILL)
+        path = os.path.join(host.state, 'journal.sqlite')
+        for suffix in ('-wal', '-shm'):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path + suffix)
+        with open(path, 'r+b') as file:
+            file.write(b'no journal' * 1000)
+        host.start()
+        assert 'set aside' in host.log()
+        wait_until(lambda: events(host, cmd_id, 'orphan-result'), 20)
+        with host.api as api:
+            proof.check(api.getCmdResults(cmd_id))
+        wait_until(lambda: os.path.exists(os.path.join(guest.spool, cmd_id, 'acked')), 20)
+    finally:
+        guest.stop()
+        host.stop()
+
+
+def test_a_restored_journal_asks_again_for_results_that_were_acknowledged(tmp_path):
+    import shutil
+    host = Host(tmp_path / 'host').start()
+    guest = Agent(tmp_path / 'guest', host, 'g')
+    try:
+        guest.start()
+        proof = Proof(tmp_path, 0.5)
+        cmd_id = proof.ask(host, 'g')
+        wait_until(lambda: events(host, cmd_id, 'cmd-running'), 20)
+        host.stop(signal.SIGKILL)
+        copy = str(tmp_path / 'copy')
+        shutil.copytree(host.state, copy)
+        host.start()
+        proof.check(host.results(cmd_id))
+        wait_until(lambda: os.path.exists(os.path.join(guest.spool, cmd_id, 'acked')), 20)
+        host.stop(signal.SIGKILL)
+        shutil.rmtree(host.state)
+        shutil.copytree(copy, host.state)
+        host.start()
+        proof.check(host.results(cmd_id))
+    finally:
+        guest.stop()
+        host.stop()
+
+
+# --- limits ---
+
+def test_results_fit_into_what_the_host_takes(tmp_path):
+    """max_frame is smaller than the output that a guest would send, and than its list of commands."""
+    with Host(tmp_path / 'host', broker={'max_frame': '24K'}) as host:
+        guest = Agent(tmp_path / 'guest', host, 'g', inline_output='256K')
+        guest.faults = {'set': {'FIRST_WORD': 500}}
+        check_small_words(tmp_path, host, guest)
+
+
+def check_small_words(tmp_path, host, guest):
+    with guest:
+        program = 'import os; os.write(1, bytes(range(256)) * 2000)'
+        with host.api as api:
+            cmd_id = api.runCmd('g', sys.executable, ['-c', program])
+            results = host.results(cmd_id)
+            assert results['out-size'] == 512000 and results['out-offset'] > 0
+            part = api.getCmdOutput(cmd_id, 'out', 1, 256 * 1024)
+            data = part['data'].data
+            assert data and (bytes(range(256)) * 2000)[1:].startswith(data)
+            gate = str(tmp_path / 'gate')
+            ids = [api.runCmd('g', 'sh', ['-c', 'until [ -e "$1" ]; do sleep 1; done', 'sh', gate])
+                   for _ in range(20)]
+            wait_until(lambda: api.listCmds({'state': 'running', 'limit': 1000})[19:], 60)
+        guest.stop(signal.SIGKILL)
+        with open(gate, 'w'):
+            guest.start()
+        assert {host.results(cmd_id, 120)['state'] for cmd_id in ids} == {'exited'}
+
+
+def test_output_that_was_let_go_is_a_clear_fault(host, tmp_path):
+    guest = Agent(tmp_path / 'guest', host, 'gone', keep_spool=0, inline_output=10)
+    guest.faults = {'set': {'HOUSEKEEPING_EVERY': 0.2}}
+    with guest:
+        cmd_id = host.api.runCmd('gone', 'sh', ['-c', 'seq 1000'])
+        host.results(cmd_id)
+        wait_until(lambda: not os.listdir(os.path.join(guest.spool, cmd_id)), 20)
+        begin = time.monotonic()
+        try:
+            part = host.api.getCmdOutput(cmd_id, 'out', 0, 100)
+            assert part['data'].data.startswith(b'1\n2\n')      # it was fetched before
+        except xmlrpc.client.Fault as fault:
+            assert 'let go' in fault.faultString
+        assert time.monotonic() - begin < 4
+
+
+# --- full disks ---
+
+@contextlib.contextmanager
+def small_disk(folder, size):
+    if not run.mount_small_disk(str(folder), size):
+        pytest.skip('only root can mount a small disk')
+    try:
+        yield str(folder)
+    finally:
+        subprocess.call(['umount', '-l', str(folder)])
+
+
+def test_a_full_guest_disk_fails_the_command_with_that_error(host, tmp_path):
+    with small_disk(tmp_path / 'guest' / 'files', '8M') as disk, \
+            Agent(tmp_path / 'guest', host, 'full') as guest:
+        os.makedirs(str(tmp_path / 'safe'))
+        safe = Proof(tmp_path / 'safe', 1)
+        safe_id = safe.ask(host, 'full')
+        wait_for_state(host, safe_id, 'running')
+        with run.full(disk):
+            proof = Proof(tmp_path)
+            results = host.results(proof.ask(host, 'full'))
+            assert results['state'] == 'failed' and 'No space left' in results['error']
+            assert proof.runs() == 0
+            results = host.results(safe_id)          # its result has had its room from the begin
+            assert results['state'] in ('exited', 'failed') and safe.runs() == 1
+        results = host.run('full', 'sh', '-c', 'head -c 20000000 /dev/zero')
+        assert results['state'] == 'failed' and 'No space left' in results['error']
+        with host.api as api:
+            api.getVM('full')
+        assert host.run('full', 'echo', 'x')['state'] in ('failed', 'exited')
+        assert guest.process.poll() is None
+
+
+def test_a_full_host_disk_refuses_commands_and_keeps_results_in_the_guests(tmp_path):
+    with small_disk(tmp_path / 'host' / 'vmhost-state', '8M'), Host(tmp_path / 'host') as host:
+        guest = Agent(tmp_path / 'guest', host, 'g')
+        guest.faults = {'set': {'RESEND_EVERY': 1.0}}
+        with guest:
+            proof = Proof(tmp_path, 1)
+            cmd_id = proof.ask(host, 'g')
+            wait_for_state(host, cmd_id, 'running')
+            with run.full(host.state):
+                fill_journal(host)
+                with pytest.raises(xmlrpc.client.Fault, match='full'), host.api as api:
+                    api.runCmd('g', 'true')
+                wait_until(lambda: os.path.exists(os.path.join(guest.spool, cmd_id, 'result.json')), 20)
+                with host.api as api:
+                    assert api.ping('g') == 'PONG from g'
+                    assert api.getCmdResults(cmd_id) == ''
+            proof.check(host.results(cmd_id))
+            assert host.run('g', 'echo', 'well')['out'] == 'well\n'
+
+
+def fill_journal(host):
+    """The log of the journal may have had room left."""
+    with host.api as api:
+        for _ in range(5000):
+            try:
+                api.runCmd('g', 'true', ['x' * 7000])
+            except xmlrpc.client.Fault:
+                return
+
+
+# --- hosts and brokers ---
+
+def test_a_host_that_was_down_for_an_hour_of_guest_time(tmp_path):
+    host = Host(tmp_path / 'host').start()
+    guest = Agent(tmp_path / 'guest', host, 'g', keep_spool=10)
+    clock = run.Clock(str(tmp_path / 'guest'))
+    guest.faults = {'clock': clock.path, 'set': {'HOUSEKEEPING_EVERY': 0.2}}
+    try:
+        guest.start()
+        proof = Proof(tmp_path, 1)
+        cmd_id = proof.ask(host, 'g')
+        wait_for_state(host, cmd_id, 'running')
+        host.stop(signal.SIGKILL)
+        wait_until(lambda: os.path.exists(os.path.join(guest.spool, cmd_id, 'result.json')), 20)
+        clock.set(3600.0, 3600.0)
+        time.sleep(0.5)             # the guest's hour
+        host.start()
+        proof.check(host.results(cmd_id, 60))
+    finally:
+        guest.stop()
+        host.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.once
+def test_a_broker_that_bounces(tmp_path):
+    """Killed 100 times in a minute (20 times in 12 s here; FAULTS_BOUNCES changes it)."""
+    port, broker = free_port(), None
+    words = [sys.executable, os.path.join(TOP, 'stompbroker.py'), '--host', '127.0.0.1', '--port', str(port)]
+
+    def start():
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert b'listening' in process.stdout.readline()
+        return process
+
+    def stop(process):
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+    broker = start()
+    host = Host(tmp_path / 'host', broker={'embedded': 'no', 'host': '127.0.0.1', 'port': port})
+    try:
+        with host, Agent(tmp_path / 'guest', host, 'g'):
+            proofs = []
+            for number in range(int(os.environ.get('FAULTS_BOUNCES', '20'))):
+                os.makedirs(str(tmp_path / str(number)))
+                proof = Proof(tmp_path / str(number), 0.2 * (number % 5))
+                proofs.append((proof, proof.ask(host, 'g', queue=True)))
+                begin = time.monotonic()
+                stop(broker)
+                broker = start()
+                time.sleep(max(0, begin + 0.6 - time.monotonic()))      # the rate is what is tried
+            for proof, cmd_id in proofs:
+                proof.check(host.results(cmd_id, 120))
+    finally:
+        stop(broker)
+
+
+def test_a_host_that_slept_forgives(tmp_path):
+    clock = run.Clock(str(tmp_path / 'host'))
+    host = Host(tmp_path / 'host', vm_gc_grace=5)
+    host.faults = {'clock': clock.path}
+    with host, Agent(tmp_path / 'guest', host, 'g'):
+        for wall, sleep in ((3600.0, 3600.0), (90000.0, 0.0)):
+            clock.set(wall, sleep)
+            proof = Proof(tmp_path)
+            host.results(proof.ask(host, 'g'))
+        host.process.send_signal(signal.SIGSTOP)
+        time.sleep(9)               # longer than the guest may be silent
+        host.process.send_signal(signal.SIGCONT)
+        assert host.run('g', 'echo', 'well')['out'] == 'well\n'
+        with host.api as api:
+            types = [event['type'] for event in api.getEvents(0, 0)['events']]
+        assert not {'guest-late', 'guest-lost'} & set(types)
+        assert 'clock jumped' in host.log()
+
+
+def test_a_paused_vm_is_suspended_and_not_lost(tmp_path):
+    """Its processes are stopped, as VirtualBox does it, for longer than the grace and the heart-beats."""
+    state = str(tmp_path / 'state')
+
+    def become(text):
+        with open(state + '.new', 'w') as file:
+            file.write(text)
+        os.rename(state + '.new', state)
+
+    become('Running')
+    host = Host(tmp_path / 'host', broker={'heartbeat': 1, 'host': '127.0.0.1'}, vm_gc_grace=2)
+    host.faults = {'vm_state': state}
+    with host, Agent(tmp_path / 'guest', host, 'g', broker={'heartbeat': 1}) as guest, host.api as api:
+        proof = Proof(tmp_path, 1)
+        cmd_id = proof.ask(host, 'g')
+        wait_for_state(host, cmd_id, 'running')
+        become('Paused')
+        guest.process.send_signal(signal.SIGSTOP)
+        try:
+            time.sleep(6)       # twice the time after which it would be off the list
+            assert api.getCmdStatus(cmd_id)['state'] == 'suspended'
+            assert api.listCmds({'cmdId': cmd_id})[0]['state'] == 'suspended'
+        finally:
+            guest.process.send_signal(signal.SIGCONT)
+        become('Running')
+        proof.check(host.results(cmd_id))
+        types = {event['type'] for event in api.getEvents(0, 0)['events']}
+        assert not {'guest-late', 'guest-lost'} & types
