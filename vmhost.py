@@ -3990,7 +3990,7 @@ class Host:
         size += sum(map(len, (request['cmd'], request['path'])))
         if size > self.settings.Broker.max_frame - FRAME_RESERVE:
             raise InvalidParams('%d bytes of command, arguments, environment and stdin; at most %d '
-                                'fit. Send the input as a file, and name it as fileForStdin'
+                                'fit. Send the input as a file (put), and name it (fileForStdin, run -I)'
                                 % (size, self.settings.Broker.max_frame - FRAME_RESERVE))
 
     def _cmd_run(self, to: str, cmd_id: str, request: Dict[str, Any]) -> Message:
@@ -5812,7 +5812,7 @@ def do_run(host: Client, screen: Screen, args: Any) -> int:
     many = host.is_pattern(args.vm)
     with Interrupts() as interrupts:
         cmd_id = host.call('runCmdOnAll' if many else 'runCmd', args.vm, args.command[0], args.command[1:],
-                           dict(args.env), args.folder, '', options)
+                           dict(args.env), args.folder, args.input, options)
         if args.detach:
             screen.say(cmd_id)
             return 0
@@ -5824,6 +5824,9 @@ def do_run(host: Client, screen: Screen, args: Any) -> int:
             raise
         except BrokenPipeError:
             host.call('signalCmd', cmd_id, 'PIPE')      # as if it had written there itself
+            raise
+        except NoHost:
+            screen.complain('the command goes on: once the host is back, `out -f %s` shows it' % cmd_id)
             raise
         return max(exit_code(screen, host.call('getCmdResults', key), name)
                    for key, name in followed.names.items())
@@ -6464,6 +6467,7 @@ VERBS = {verb.name: verb for verb in [
                  help='end it after that time (90, 5m, 2h)'),
         argument('-e', '--env', metavar='K=V', type=read_variable, action='append', default=[],
                  help='a variable of its environment; may be repeated'),
+        argument('-I', '--input', metavar='FILE', default='', help='standard input from a file in the VM'),
         argument('-C', '--folder', metavar='DIR', default='',
                  help='where it starts, within what the VM serves'),
         VMS], [
