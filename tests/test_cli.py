@@ -1,5 +1,7 @@
 """The command line, as a person and a script use it: real host, real guests, real terminals."""
 
+import glob
+import itertools
 import json
 import os
 import pty
@@ -562,13 +564,51 @@ def test_the_log_is_where_and_what_the_ini_says(keys, log, said, tmp_path):
 
 # --- one file ---
 
+def other_pythons():
+    """The oldest and the newest Python 3 that pyenv has here; else this one."""
+    found = glob.glob(os.path.expanduser('~/.pyenv/versions/3.*/bin/python'))
+    found.sort(key=lambda path: [int(part) for part in re.findall('[0-9]+', path)])
+    return found[:1] + found[-1:] or [sys.executable]
+
+
 @pytest.mark.parametrize('program', ['vmhost', 'vmguest'])
-def test_the_bundle_runs_alone_and_makes_itself_again(program, tmp_path):
+def test_the_bundle_makes_itself_again_on_every_python(program, tmp_path):
     first = tmp_path / 'any-name'
     subprocess.check_call([sys.executable, os.path.join(TOP, program + '.py'), '--bundle', str(first)])
-    alone = [sys.executable, '-I', '-S', str(first)]
-    version = subprocess.check_output(alone + ['--version'], cwd=str(tmp_path))
-    assert version.decode() == '%s %s\n' % (program, protocol.VERSION)
-    subprocess.check_call(alone + ['--bundle', 'again'], cwd=str(tmp_path))
-    assert (tmp_path / 'again').read_bytes() == first.read_bytes()
     assert os.access(str(first), os.X_OK)
+    for python in other_pythons():
+        alone = [python, '-I', '-S', str(first)]
+        said = subprocess.check_output(alone + ['--version']).decode()
+        assert said == '%s %s\n' % (program, protocol.VERSION)
+        subprocess.check_call(alone + ['--bundle', 'again'], cwd=str(tmp_path))
+        assert (tmp_path / 'again').read_bytes() == first.read_bytes()
+
+
+def test_two_bundles_and_two_ini_files_are_enough(tmp_path):
+    for program in ('vmhost', 'vmguest'):
+        subprocess.check_call([sys.executable, os.path.join(TOP, program + '.py'), '--bundle',
+                               str(tmp_path / program)])
+    (tmp_path / 'host.ini').write_text('[Broker]\nport = 0\n[Host]\nxmlrpc_port = 0\n'
+                                       '[Hypervisor]\nhypervisor = none\n')
+    alone = [other_pythons()[0], '-I', '-S']
+    environment = {'PATH': os.environ['PATH'], 'HOME': str(tmp_path)}
+
+    def begin(*words):
+        return subprocess.Popen(alone + list(words), cwd=str(tmp_path), env=environment,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    host, guest = begin('vmhost', 'host.ini'), None
+    try:
+        said = [line.decode() for line in itertools.islice(host.stdout, 2)][1]
+        port = re.search('broker on [^:]+:([0-9]+)', said).group(1)
+        (tmp_path / 'guest.ini').write_text('[Broker]\nport = %s\nhost = 127.0.0.1\n[VM]\nid = g\n' % port)
+        guest = begin('vmguest', 'guest.ini')
+        assert any(b'joined the host' in line for line in guest.stdout)
+        out = subprocess.check_output(alone + ['vmhost', 'host.ini', 'run', 'g', '--', 'echo', 'hello'],
+                                      cwd=str(tmp_path), env=environment)
+        assert out == b'hello\n'
+    finally:
+        for process in filter(None, (guest, host)):
+            process.terminate()
+            process.stdout.read()
+            process.stdout.close()
+            assert process.wait(20) == 0
