@@ -3,7 +3,8 @@
 ``install(folder)`` puts a module vboxapi there, for the PYTHONPATH of a host agent. What the fake does is
 checked by running vm_cases.py on it and on the real one. Its VMs live as long as the process that imported
 it. Files in the folder FAKE_VIRTUALBOX steer it from outside: ``abort-NAME`` kills the VM's process,
-``lock-NAME`` is another program that holds its lock, ``dead`` is a VBoxSVC that died.
+``stick-NAME`` lets the guest stop with an error, ``lock-NAME`` is another program that holds the VM's lock,
+``dead`` is a VBoxSVC that died.
 """
 
 import itertools
@@ -273,9 +274,10 @@ class Machine(WithExtraData):
 
     @property
     def state(self):
-        if os.path.exists(steering('abort-' + self.name)):
-            os.remove(steering('abort-' + self.name))
-            self.go_to('Aborted')
+        for word, state in (('abort-', 'Aborted'), ('stick-', 'Stuck')):
+            if os.path.exists(steering(word + self.name)):
+                os.remove(steering(word + self.name))
+                self.go_to(state)
         return VALUES['MachineState'][self._state]
 
     def go_to(self, state):
@@ -283,7 +285,7 @@ class Machine(WithExtraData):
 
     @property
     def runs(self):
-        return self._state in ('Running', 'Paused')
+        return self._state in ('Running', 'Paused', 'Stuck')
 
     @property
     def sessionState(self):

@@ -5,6 +5,7 @@ import os
 
 import fake_virtualbox
 import pytest
+from agents import Agent
 from helpers import wait_until
 from vm_cases import *  # noqa: F403 (the tests, for pytest to find)
 from vms import VMHost, fault_of
@@ -78,6 +79,26 @@ def test_a_vboxsvc_that_died_and_came_back(tmp_path):
         (tmp_path / 'dead').unlink()
         assert api.createVM('new', '', {'memory': 16}) == [True, 'new']
         assert api.getState('new') == 'PoweredOff'
+
+
+@pytest.mark.parametrize('word, state, told', [
+    ('stick-', 'Stuck', 'vm-stuck'), ('abort-', 'Aborted', 'vm-aborted')])
+def test_a_vm_that_ended_loses_its_commands(host, api, fake, vm, tmp_path, word, state, told):
+    api.start(vm)
+    with Agent(tmp_path, host, api.getVM(vm)['id']):
+        wait_until(lambda: api.listRegisteredVMs() == [vm])
+        running = api.runCmd(vm, 'sleep', ['1000'])
+        wait_until(lambda: api.getCmdStatus(running)['state'] == 'running')
+        after = host.last_event()
+        (fake / (word + vm)).write_text('')
+        host.wait_for_event(told, vm, after)
+        wait_until(lambda: api.getCmdResults(running))
+        assert api.getCmdResults(running)['state'] == 'lost'
+    assert api.getState(vm) == state
+    if state == 'Stuck':
+        assert fault_of(api.pause, vm)[0] == 4
+        assert api.powerOff(vm) is True
+    assert api.start(vm) is True
 
 
 def test_no_thread_or_process_stays(tmp_path):
