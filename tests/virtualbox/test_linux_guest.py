@@ -49,17 +49,12 @@ class Guest:
 
     def put(self, name, data):
         """A file into the guest."""
-        path = os.path.join(self.host.folder, name)
-        with open(path, 'wb') as file:
-            file.write(data)
-        assert self.api.cpFileToVM(VM, path, '/' + name)[2] == 0
+        results = self.host.run(VM, 'sh', '-c', 'cat > ' + name, stdin=data.decode())
+        assert results['exitCodeOrSignal'] == 0, results
 
     def get(self, name):
         """A file of the guest's."""
-        path = os.path.join(self.host.folder, 'got-' + name)
-        assert self.api.cpFileFromVM(VM, '/' + name, path)[2] == 0
-        with open(path, 'rb') as file:
-            return file.read()
+        return self.host.run(VM, 'cat', name)['out'].encode()
 
 
 @pytest.fixture(scope='module')
