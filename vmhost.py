@@ -5883,9 +5883,9 @@ class Followed:
         self._open = [Tail(host, key, Pipe(screen.out, name), Pipe(screen.err, name))
                       for key, name in self.names.items()]
 
-    def look(self) -> bool:
-        """Brings what is there now; whether that was anything."""
-        return any([execution.look() for execution in self._open])
+    def look(self, patience: float = PATIENCE) -> bool:
+        """Brings what is there now; whether that was anything. Raises as ``Tail.look``."""
+        return any([execution.look(patience) for execution in self._open])
 
     def to_the_end(self, between: Callable[[], None]) -> None:
         """Looks until all have ended; calls ``between`` before each look."""
@@ -5908,20 +5908,24 @@ class Tail:
         self._offsets = {'out': 0, 'err': 0}
         self._ended = 0.0              # monotonic: when it was first seen to have ended
 
-    def look(self) -> bool:
+    def look(self, patience: float = PATIENCE) -> bool:
         """Brings what is there now; whether that was anything.
 
-        While the guest is away there is nothing; raises VMHostError where the rest of the output of
-        an ended command can't be had.
+        While the guest is away there is nothing. Raises VMHostError where output that there is can't be
+        had, for so many seconds after the command's end; with no patience, also before.
         """
         status = self._host.call('getCmdStatus', self.key)
         ended = status['state'] in FINISHED
         if ended:
             self._ended = self._ended or time.monotonic()
+        sizes = {stream: status[stream + 'Size'] for stream in self._pipes}
         try:
-            moved = any([self._bring(stream, status[stream + 'Size']) for stream in self._pipes])
+            moved = any([self._bring(stream, size) for stream, size in sizes.items()])
+            missing = sum(max(0, size - self._offsets[stream]) for stream, size in sizes.items())
+            if ended and missing:
+                raise DeadlineExceeded('%d bytes of the output of %s can\'t be had' % (missing, self.key))
         except (AgentNotConnected, DeadlineExceeded):
-            if ended and time.monotonic() - self._ended > PATIENCE:
+            if not patience or ended and time.monotonic() - self._ended > patience:
                 raise
             return False
         if ended:
@@ -5968,15 +5972,20 @@ def exit_code(screen: Screen, results: Dict[str, Any], vm: str = '') -> int:
     """What a shell would say of a command that ended so; tells why, where the program itself can't."""
     number, state = results['exitCodeOrSignal'], results['state']
     why = results['error'] or state
-    for stream in ('out', 'err'):
-        if results.get(stream + '-truncated'):
-            screen.complain('%sstd%s was cut: more than output-limit was written'
-                            % (vm and vm + ': ', stream))
+    tell_cut(screen, results, vm)
     if state not in ('exited', 'signaled'):
         screen.complain('%s%s' % (vm and vm + ': ', why))
     if state == 'exited':
         return number
     return 128 + number if state in ('signaled', 'timeout') else OURS
+
+
+def tell_cut(screen: Screen, results: Dict[str, Any], vm: str) -> None:
+    """Complains where there was more output than the guest keeps."""
+    for stream in ('out', 'err'):
+        if results.get(stream + '-truncated'):
+            screen.complain('%sstd%s was cut: more was written than output_limit allows'
+                            % (vm and vm + ': ', stream))
 
 
 def do_out(host: Client, screen: Screen, args: Any) -> int:
@@ -5986,7 +5995,11 @@ def do_out(host: Client, screen: Screen, args: Any) -> int:
     if args.follow:
         followed.to_the_end(lambda: None)
     else:
-        followed.look()
+        followed.look(patience=0)
+    for key, name in followed.names.items():
+        results = host.call('getCmdResults', key)
+        if results:
+            tell_cut(screen, results, name)
     return 0
 
 

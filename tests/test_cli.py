@@ -212,6 +212,38 @@ def test_a_host_that_goes_away_tells_how_to_go_on(tmp_path):
             assert verb(host, 'out', '-f', cmd_id) == 'begun\ngoes on\n'
 
 
+class Answers:
+    """Plays the host for one command: its status, and slices of its output or what is raised instead."""
+
+    def __init__(self, state, size, output):
+        self._state, self._size, self._output = state, size, output
+
+    def call(self, method, *args):
+        if method == 'getCmdStatus':
+            return {'state': self._state, 'outSize': self._size, 'errSize': 0}
+        if isinstance(self._output, Exception):
+            raise self._output
+        data = self._output[args[2]:]
+        return {'data': xmlrpc.client.Binary(data), 'next': args[2] + len(data)}
+
+
+@pytest.mark.parametrize('state, output, patience, raises', [
+    ('exited', b'12345', 10, None), ('exited', b'123', 10, None),
+    ('exited', b'123', 0, vmhost.DeadlineExceeded),
+    ('running', vmhost.AgentNotConnected('away'), 10, None),
+    ('running', vmhost.AgentNotConnected('away'), 0, vmhost.AgentNotConnected),
+    ('exited', vmhost.AgentNotConnected('away'), 1e-9, vmhost.AgentNotConnected)])
+def test_output_that_cannot_be_had_is_never_left_out_in_silence(state, output, patience, raises, tmp_path):
+    with open(str(tmp_path / 'out'), 'w+') as out:
+        tail = vmhost.Tail(Answers(state, 5, output), 'id', vmhost.Pipe(out, ''), vmhost.Pipe(out, ''))
+        if raises:
+            with pytest.raises(raises):
+                tail.look(patience)
+        else:
+            tail.look(patience)
+        assert tail.is_over == (output == b'12345')
+
+
 # --- the other verbs ---
 
 def test_a_detached_command_is_listed_followed_and_killed(host, guests):
@@ -227,6 +259,13 @@ def test_a_detached_command_is_listed_followed_and_killed(host, guests):
     assert 'signaled' in verb(host, 'info', cmd_id)
     assert b'ended already' in host.verb('kill', cmd_id).stderr
     verb(host, 'kill', cmd_id, code=1)
+
+
+def test_cut_output_is_told(host, guests):
+    words = ['one', 'head', '["-c", "100000", "/dev/zero"]', '{}', '', '', '{"outputLimit": 1000}']
+    cmd_id = json.loads(verb(host, 'call', 'runCmd', *words))
+    done = host.verb('out', '-f', cmd_id)
+    assert done.stdout == bytes(1000) and b'stdout was cut' in done.stderr
 
 
 def test_output_of_many_and_of_one_of_them(host, guests):
