@@ -3929,12 +3929,21 @@ class Host:
     def machine(self, vm: str) -> Guest:
         """A known VM, by name or id. Raises NoSuchVM."""
         guest = self.guests.find(vm)
-        if guest is None and self.hypervisor is not None:
-            described = self.hypervisor.describe(vm)
-            guest = self.guests.by_id(described['id']) or Guest(described['id'], described['name'])
+        if guest is None or guest.agent == 'lost':      # by now the VM may have another card
+            guest = self.described(vm)[0] or guest
         if guest is None:
             raise NoSuchVM('no VM %.100r' % vm)
         return guest
+
+    def described(self, vm: str) -> Tuple[Optional[Guest], Dict[str, Any]]:
+        """A VM as its agent and as the hypervisor know it; (None, {}) where the hypervisor doesn't."""
+        if self.hypervisor is None:
+            return None, {}
+        try:
+            found = self.hypervisor.describe(vm)
+        except NoSuchVM:
+            return None, {}
+        return self.guests.by_id(found['id']) or Guest(found['id'], found['name']), found
 
     def connected(self, vm: str) -> Guest:
         """A VM whose agent is there. Raises NoSuchVM, AgentNotConnected."""
@@ -4306,11 +4315,9 @@ class Api:
             ('Running', 'alive', '127.0.0.1')
         """
         host = self._host
-        guest = host.machine(vm)
-        described = {'uuid': '', 'state': self._state_of(guest), 'rdp': {}}
-        if host.hypervisor is not None:
-            with contextlib.suppress(NoSuchVM):
-                described = host.hypervisor.describe(guest.name)
+        known, described = host.described(vm)
+        guest = known or host.machine(vm)
+        described = described or {'uuid': '', 'state': self._state_of(guest), 'rdp': {}}
         return {'name': guest.name, 'id': guest.id, 'uuid': described['uuid'],
                 'state': described['state'], 'rdp': described['rdp'],
                 'agent': guest.agent if guest.last_seen else 'never', 'ip': guest.ip,

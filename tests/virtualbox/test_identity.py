@@ -49,12 +49,18 @@ def test_a_new_card_while_the_host_runs(host, api, remove_all, tmp_path):
     api.createVM('carded', '', SMALL)
     host.wait_for_event('vm-added', 'carded')
     old = mac(api, 'carded')
+    with Agent(tmp_path / 'old', host, old):
+        wait_until(lambda: api.listRegisteredVMs() == ['carded'])
     manage('modifyvm', 'carded', '--macaddress1', '08002700C0DE')
     assert mac(api, 'carded') == '08:00:27:00:C0:DE'
     assert old not in api.getIdsToNamesMapping()
     event = host.wait_for_event('vm-card', 'carded')
     assert event['text'] == '08:00:27:00:C0:DE, was ' + old
-    with Agent(tmp_path, host, '08:00:27:00:C0:DE', name='unknown'):
+    found = api.getVM('carded')
+    assert (found['id'], found['agent']) == ('08:00:27:00:C0:DE', 'never')
+    queued = api.runCmd('carded', 'echo', ['new'], {}, '', '', {'queue': True})
+    with Agent(tmp_path / 'new', host, '08:00:27:00:C0:DE', name='unknown'):
+        assert host.results(queued)['out'] == 'new\n'
         wait_until(lambda: api.listRegisteredVMs() == ['carded'])
 
 
