@@ -5,6 +5,16 @@ the messages mean; the host's rules about who may say what come in as a ``Policy
 
 Threads: one, named ``broker``. It owns every socket, session and destination, so nothing here
 needs a lock; ``start``, ``stop``, ``counters`` and ``address`` may be called from any thread.
+
+Why it is made so (bench/broker.py, 2 cores, messages of 64 bytes, each beside this design in one run).
+What one ``recv`` brings is gathered, and each session gets what it is owed in one write. Tried, and lost:
+
+* delivering after each frame: 0.3 times the messages a second one to one, 0.03 times one to 100
+* parsing each head, though it is the one before once more: 0.6 times one to one
+* the pieces by ``sendmsg``, not joined first: 0.8 times one to one, 0.2 times one to 100
+* joining for each subscription, not once for all with the same lead: 0.8 times one to 100
+* a thread for each connection, or asyncio: prototypes with no checks, limits, acks or escapes had 1.7
+  times the messages one to one, and 0.2 times one to 100
 """
 
 import argparse
