@@ -581,13 +581,16 @@ class World:
         """Notes the results of all that the journal has."""
         try:
             with self.host.api as api:
-                ends = self.count_ends(api)
                 attempts = {attempt.proof: attempt for attempt in self.attempts}
-                for command in api.listCmds({'limit': 10 ** 6}):
+                listed = api.listCmds({'limit': 10 ** 6})
+                for command in listed:
                     cmd_id = command['cmdId']
                     attempt = attempts[api.getCmdDetails(cmd_id)['args'][3]]
-                    attempt.cmd_id = cmd_id
-                    attempt.results, attempt.ends = api.getCmdResults(cmd_id), ends[cmd_id]
+                    attempt.cmd_id, attempt.results = cmd_id, api.getCmdResults(cmd_id)
+                    attempts[cmd_id] = attempt
+                ends = self.count_ends(api)         # last: some end while this looks
+                for command in listed:
+                    attempts[command['cmdId']].ends = ends[command['cmdId']]
         except (OSError, xmlrpc.client.Error) as error:
             self.say('not recorded: %s' % error)
 
