@@ -3755,14 +3755,14 @@ class Host:
             return              # a guest that comes and goes all the time doesn't fill the journal
         guest.noted = now
         log.info('%s joined: %s at %s', guest.name, guest.id, guest.ip)
-        with self._journal_permitting(), self.journal.writing() as journal:
+        with self.journal_permitting(), self.journal.writing() as journal:
             journal.execute('INSERT OR REPLACE INTO guests VALUES (?, ?, ?, ?, ?, ?, ?)',
                             guest.id, guest.name, guest.ip, guest.boot, guest.session,
                             json.dumps(guest.facts), guest.last_seen)
             journal.event('guest-hello', guest.name, '', '%s at %s' % (guest.id, guest.ip))
 
     @contextlib.contextmanager
-    def _journal_permitting(self) -> Iterator[None]:
+    def journal_permitting(self) -> Iterator[None]:
         """For what is worth a note in the journal, but must not fail with it: a full disk, say."""
         try:
             yield
@@ -3801,7 +3801,7 @@ class Host:
         if guest is not None:
             reason = read_name(message.text('reason'))
             log.info('%s left: %s', guest.name, reason)
-            with self._journal_permitting():
+            with self.journal_permitting():
                 self.journal.event('guest-bye', guest.name, '', reason)
 
     def heard_still_alive(self, message: Message) -> None:
@@ -3867,14 +3867,14 @@ class Host:
         now = time.monotonic()
         if self._has_slept(now) or (self.link is not None and not self.link.up):
             self.guests.forgive()
-        with self._journal_permitting():
+        with self.journal_permitting():
             self.commands.write_states()
         for execution in self.commands.due():
             guest = self.guests.by_id(execution.vm_id)
             if guest is not None and guest.agent != 'lost':
                 self.publish(execution)
         self._judge_liveness()
-        with self._journal_permitting():
+        with self.journal_permitting():
             self._give_up_missing(now)
             if now >= self._next_retention:
                 self._next_retention = now + RETENTION_EVERY
@@ -3893,7 +3893,7 @@ class Host:
     def _judge_liveness(self) -> None:
         for guest, liveness in self.guests.tick(self.is_suspended):
             log.info('%s is %s', guest.name, liveness)
-            with self._journal_permitting():
+            with self.journal_permitting():
                 self.journal.event('guest-' + liveness, guest.name, '',
                                    'nothing heard for %.0f s' % (time.time() - guest.last_seen))
 
@@ -4590,6 +4590,20 @@ class Api:
 
     called_by.hidden = True      # type: ignore[attr-defined]
 
+    def note_call(self, type: str, name: str, params: List[Any], end: str = '') -> None:
+        """Journals a call: by whom, which method, on what; no options, since a password may be in them."""
+        shown = ', '.join('%.80r' % param if isinstance(param, (str, int, float)) else '…'
+                          for param in params)
+        first = str(params[0])[:200] if params else ''
+        if name == 'startTransfer':
+            first = str((params + ['', ''])[1])[:200]
+        vm, cmd_id = ('', first) if name in ('signalCmd', 'forgetCmd') else (first, '')
+        with self._host.journal_permitting():
+            self._host.journal.event(type, vm, cmd_id, 'by %s: %s(%s)%s' % (
+                self._client(), name, shown, end))
+
+    note_call.hidden = True      # type: ignore[attr-defined]
+
     def listCmds(self, filter: dict = {}) -> list:
         """[{cmdId, vm, cmd, state, submitted, ended}], the newest 1,000, the newest last.
 
@@ -4873,6 +4887,13 @@ def xml_safe(value: Any) -> Any:
     raise TypeError('%s in an answer' % type(value).__name__)
 
 
+AUDITED = frozenset((          # methods that change something, and leave no event of their own
+    'createVM', 'removeVM', 'start', 'shutdown', 'reset', 'powerOff', 'pause', 'resume', 'saveState',
+    'discardState', 'takeSnapshot', 'restoreSnapshot', 'deleteSnapshot', 'setLimits', 'remoteDesktop',
+    'setupNetwork', 'cleanup', 'cpFileToVM', 'cpFileFromVM', 'startTransfer', 'cancelTransfer',
+    'signalCmd', 'forgetCmd'))
+
+
 class Dispatcher:
     """Calls methods by name, and turns what they raise into faults."""
 
@@ -4903,7 +4924,21 @@ class Dispatcher:
         return xmlrpc.client.dumps(value, methodresponse=True).encode('utf-8', 'xmlcharrefreplace')
 
     def call(self, name: str, params: List[Any]) -> Any:
-        """The method's answer. Raises xmlrpc.client.Fault, and nothing else."""
+        """The method's answer. Raises xmlrpc.client.Fault, and nothing else.
+
+        Who asked for what changes something is in the journal, and whether it was refused.
+        """
+        if Api.ALIASES.get(name, name) not in AUDITED:
+            return self._call(name, params)
+        self._api.note_call('asked', name, params)
+        try:
+            return self._call(name, params)
+        except xmlrpc.client.Fault as fault:
+            self._api.note_call('refused', name, params, ': fault %d, %s' % (
+                fault.faultCode, fault.faultString))
+            raise
+
+    def _call(self, name: str, params: List[Any]) -> Any:
         try:
             method = self._find(name)
             return xml_safe(method(*check_arguments(method, params)))

@@ -105,6 +105,38 @@ def test_a_newer_journal_is_refused(tmp_path):
         vmhost.Journal(path)
 
 
+def test_an_older_journal_is_brought_up_to_date(tmp_path):
+    path = str(tmp_path / 'journal')
+    old = sqlite3.connect(path)
+    old.executescript('\n'.join(line for line in vmhost.SCHEMA.splitlines()
+                                if 'of_cmd ' not in line and 'by_submission' not in line))
+    old.execute("INSERT INTO commands VALUES ('c', 'a', 0, '{}', 1, 'x')")
+    old.execute('PRAGMA user_version = 1')
+    old.commit()
+    old.close()
+    journal = vmhost.Journal(path)
+    try:
+        assert journal.command('c')['client'] == 'x'
+        assert journal.rows('PRAGMA user_version') == [(vmhost.JOURNAL_FORMAT,)]
+        assert ('by_submission',) in journal.rows("SELECT name FROM sqlite_master WHERE type = 'index'")
+    finally:
+        journal.close()
+
+
+def test_torn_pages_are_found_at_the_start(tmp_path, caplog):
+    path = str(tmp_path / 'journal')
+    journal = vmhost.Journal(path)
+    with journal.writing() as transaction:
+        for _ in range(2000):
+            transaction.event('filler', text='x' * 200)
+    journal.close()
+    with open(path, 'r+b') as file:
+        file.seek(4096 * 30)
+        file.write(os.urandom(4096 * 3))
+    vmhost.Journal(path).close()
+    assert 'set aside' in caplog.text
+
+
 def test_old_results_are_let_go(journal):
     commands = vmhost.Commands(journal)
     old, executions = new_command(commands)

@@ -460,3 +460,23 @@ def test_a_paused_vm_is_suspended_and_not_lost(tmp_path):
         proof.check(host.results(cmd_id))
         types = {event['type'] for event in api.getEvents(0, 0)['events']}
         assert not {'guest-late', 'guest-lost'} & types
+
+
+def test_the_journal_is_an_audit_trail(host, tmp_path):
+    with Agent(tmp_path / 'guest', host, 'audit'), host.api as api:
+        cmd_id = api.runCmd('audit', 'sleep', ['60'])
+        wait_for_state(host, cmd_id, 'running')
+        api.signalCmd(cmd_id, 'KILL')
+        host.results(cmd_id)
+        with pytest.raises(xmlrpc.client.Fault):
+            api.powerOff('audit')
+        api.forgetCmd(cmd_id)
+        texts = {type: events(host, cmd_id, type) for type in (
+            'cmd-submitted', 'cmd-running', 'asked', 'cmd-finished', 'cmd-forgotten')}
+        assert {type: len(found) for type, found in texts.items()} == {
+            'cmd-submitted': 1, 'cmd-running': 1, 'asked': 2, 'cmd-finished': 1, 'cmd-forgotten': 1}
+        assert texts['cmd-submitted'][0]['text'] == 'by vmhost@127.0.0.1: sleep 60'
+        assert texts['cmd-finished'][0]['text'] == 'signaled 9' and texts['cmd-finished'][0]['vm'] == 'audit'
+        assert texts['asked'][0]['text'].startswith("by vmhost@127.0.0.1: signalCmd('")
+        refused = [event for event in events(host, '', 'refused') if event['vm'] == 'audit']
+        assert len(refused) == 1 and 'powerOff' in refused[0]['text'] and 'fault 9' in refused[0]['text']
