@@ -581,8 +581,8 @@ class World:
         """Notes the results of all that the journal has."""
         try:
             with self.host.api as api:
-                attempts = {attempt.proof: attempt for attempt in self.attempts}
                 listed = api.listCmds({'limit': 10 ** 6})
+                attempts = {attempt.proof: attempt for attempt in list(self.attempts)}
                 for command in listed:
                     cmd_id = command['cmdId']
                     attempt = attempts[api.getCmdDetails(cmd_id)['args'][3]]

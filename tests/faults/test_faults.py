@@ -465,7 +465,7 @@ def test_a_paused_vm_is_suspended_and_not_lost(tmp_path):
 def test_the_journal_is_an_audit_trail(host, tmp_path):
     with Agent(tmp_path / 'guest', host, 'audit'), host.api as api:
         cmd_id = api.runCmd('audit', 'sleep', ['60'])
-        wait_for_state(host, cmd_id, 'running')
+        wait_until(lambda: events(host, cmd_id, 'cmd-running'), 20)
         api.signalCmd(cmd_id, 'KILL')
         host.results(cmd_id)
         with pytest.raises(xmlrpc.client.Fault):
