@@ -1887,7 +1887,7 @@ class RealChirpServer:
         try:
             with open(self._file(name), errors='replace') as file:
                 return file.read()
-        except FileNotFoundError:
+        except OSError:
             return ''
 
     def _watch(self) -> None:

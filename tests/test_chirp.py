@@ -36,7 +36,7 @@ def real_server(folder, scratch):
             shutil.chown(str(path), 'nobody')
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_until(lambda: port_file.exists() and port_file.read_text().strip(), 30)
+        wait_until(lambda: port_file.is_file() and port_file.read_text().endswith('\n'), 30)
         yield '127.0.0.1', int(port_file.read_text())
     finally:
         process.terminate()
