@@ -1,0 +1,215 @@
+"""How fast files go over Chirp: python bench/transfer.py [--quick] [--rounds N]
+
+In one run, in turns, medians: our client and server in each combination with the real ones (cctools),
+scp, and a bare socket loop with sendfile as the limit. A large file, and a folder of small ones, put
+and get; the time of a stat and of a new connection. Then the ratios that are promised.
+"""
+
+import argparse
+import contextlib
+import os
+import pathlib
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [TOP, os.path.join(TOP, 'tests')]
+
+from commands import ssh_server  # noqa: E402
+from test_chirp import real_server  # noqa: E402
+
+import chirp  # noqa: E402
+
+SERVE = """
+import sys, chirp
+with chirp.ChirpServer(sys.argv[1], allow=['127.0.0.1']) as server:
+    print(server.address[1], flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def our_server(folder):
+    """Ours in a process of its own, as a guest has it."""
+    process = subprocess.Popen([sys.executable, '-c', SERVE, str(folder)], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=TOP))
+    try:
+        yield '127.0.0.1', int(process.stdout.readline())
+    finally:
+        process.stdin.close()
+        process.wait()
+        process.stdout.close()
+
+
+def call(*words):
+    subprocess.check_call([str(word) for word in words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def remove(path):
+    shutil.rmtree(str(path), ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.unlink(str(path))
+
+
+def our_way(address, verify):
+    """(put, get) by our client."""
+    def put(source, target):
+        with chirp.ChirpClient(*address) as client:
+            client.put(str(source), target, verify=verify, keep=verify)
+
+    def get(source, target):
+        with chirp.ChirpClient(*address) as client:
+            client.get(source, str(target), verify=verify, keep=verify)
+    return put, get
+
+
+def real_way(address):
+    """(put, get) by the real client."""
+    at = ['chirp', '-a', 'address', '%s:%d' % address]
+    return (lambda source, target: call(*(at + ['put', source, target])),
+            lambda source, target: call(*(at + ['get', source, target])))
+
+
+def scp_way(words, folder):
+    """(put, get) by scp, to and from the folder."""
+    options = ['scp', '-O', '-q', '-r', '-P'] + words[2:-1]        # -O: that sshd has no sftp
+    return (lambda source, target: call(*(options + [source, '127.0.0.1:%s%s' % (folder, target)])),
+            lambda source, target: call(*(options + ['127.0.0.1:%s%s' % (folder, source), target])))
+
+
+def limit_way(folder):
+    """(put, get) of a file over a bare socket: sendfile here, recv_into and write there."""
+    def move(source, target):
+        near, far = socket.socketpair()
+
+        def send():
+            with open(str(source), 'rb') as file, near:
+                near.sendfile(file)
+        thread = threading.Thread(target=send)
+        thread.start()
+        view = memoryview(bytearray(512 * 1024))
+        with open(str(target), 'wb', buffering=0) as file, far:
+            for count in iter(lambda: far.recv_into(view), 0):
+                file.write(view[:count])
+        thread.join()
+    return (lambda source, target: move(source, str(folder) + target),
+            lambda source, target: move(str(folder) + source, target))
+
+
+def timed(do, *words):
+    began = time.perf_counter()
+    do(*words)
+    return time.perf_counter() - began
+
+
+def measure_moves(ways, sources, scratch, rounds):
+    """{(way, row): seconds}, medians; the ways in turn, so that all meet the same weather."""
+    times = {}
+    for _ in range(rounds):
+        for what, source in sources.items():
+            for way, ((put, get), served) in ways.items():
+                if way == 'limit' and what == 'folder':
+                    continue
+                there, back = '/bench-' + what, scratch / 'back'
+                remove(str(served) + there)
+                times.setdefault((way, 'put ' + what), []).append(timed(put, source, there))
+                times.setdefault((way, 'get ' + what), []).append(timed(get, there, back))
+                remove(back)
+                remove(str(served) + there)
+    return {key: statistics.median(value) for key, value in times.items()}
+
+
+def measure_latency(address):
+    """(seconds of a stat, of a new connection with its first answer)."""
+    with chirp.ChirpClient(*address) as client:
+        client.stat('/')
+        stats = [timed(lambda: client.stat('/')) for _ in range(2000)]
+
+    def connect():
+        with chirp.ChirpClient(*address) as client:
+            client.connect()
+    return statistics.median(stats), statistics.median(timed(connect) for _ in range(100))
+
+
+def promises(times, latency):
+    """(what, ratio, at least)."""
+    def ratio(slow, fast, row):
+        return times[slow, row] / times[fast, row] if (slow, row) in times else None
+    for row in ('put file', 'get file'):
+        yield row + ': ours, against the real pair', ratio('real/real', 'ours/ours', row), 0.9
+        yield row + ': ours, against scp', ratio('scp', 'ours/ours', row), 4
+        yield row + ': verified, against bare', ratio('ours/ours', 'ours/ours verified', row), 1 / 1.3
+    for row in ('put folder', 'get folder'):
+        yield row + ': ours, against the real pair', ratio('real/real', 'ours/ours', row), \
+            2 if row == 'put folder' else 4
+        yield row + ': our client, real server', ratio('real/real', 'ours/real', row), 1
+    if len(latency) == 2:
+        yield 'stat: ours, against the real server', latency['real'][0] / latency['ours'][0], 3
+        yield 'connecting: ours, against the real server', latency['real'][1] / latency['ours'][1], 10
+
+
+def report(times, latency, size):
+    for way, row in sorted(times, key=lambda key: (key[1], key[0])):
+        seconds = times[way, row]
+        print('%-12s %-22s %8.3f s%s' % (
+            row, way, seconds, '  %6.0f MB/s' % (size / seconds / 1e6) if 'file' in row else ''))
+    for name, (stat, connecting) in sorted(latency.items()):
+        print('%-12s our client/%-11s %8.0f us, connecting %8.0f us' % (
+            'stat', name, stat * 1e6, connecting * 1e6))
+    print()
+    for what, found, least in promises(times, latency):
+        if found is not None:
+            print('%-48s %6.2f  (%s %.2f)' % (what, found, 'at least' if found >= least else 'MISSED', least))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--quick', action='store_true', help='a tenth of the size')
+    parser.add_argument('--rounds', type=int, default=3)
+    words = parser.parse_args()
+    size, count = (100 << 20, 500) if words.quick else (1 << 30, 5000)
+    memory = '/dev/shm' if os.access('/dev/shm', os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=memory) as top, contextlib.ExitStack() as stack:
+        scratch = pathlib.Path(top)
+        os.chmod(top, 0o755)
+        for name in ('ours', 'real', 'transient', 'plain', 'key'):
+            (scratch / name).mkdir()
+        sources = make_sources(scratch, size, count)
+        at = stack.enter_context(our_server(scratch / 'ours'))
+        ways = {'ours/ours': (our_way(at, False), scratch / 'ours'),
+                'ours/ours verified': (our_way(at, True), scratch / 'ours'),
+                'limit': (limit_way(scratch / 'plain'), scratch / 'plain')}
+        servers = {'ours': at}
+        if shutil.which('chirp_server'):
+            real = stack.enter_context(real_server(scratch / 'real', scratch / 'transient'))
+            servers['real'] = real
+            ways.update({'ours/real': (our_way(real, False), scratch / 'real'),
+                         'real/ours': (real_way(at), scratch / 'ours'),
+                         'real/real': (real_way(real), scratch / 'real')})
+        ssh = stack.enter_context(ssh_server(str(scratch / 'key')))
+        if ssh:
+            ways['scp'] = (scp_way(ssh, scratch / 'plain'), scratch / 'plain')
+        times = measure_moves(ways, sources, scratch, words.rounds)
+        report(times, {name: measure_latency(address) for name, address in servers.items()}, size)
+
+
+def make_sources(scratch, size, count):
+    large, folder = scratch / 'large', scratch / 'small'
+    block = os.urandom(1 << 20)
+    with open(str(large), 'wb') as file:
+        for _ in range(size >> 20):
+            file.write(block)
+    folder.mkdir()
+    for index in range(count):
+        (folder / ('f%05d' % index)).write_bytes(block[index:index + 1024])
+    return {'file': large, 'folder': folder}
+
+
+if __name__ == '__main__':
+    main()
