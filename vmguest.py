@@ -1131,6 +1131,7 @@ class ForkServer:
 
 # --- the agent -------------------------------------------------------------------------------
 
+FILES_STOP = 1.0               # seconds that the Chirp server has for its end
 RESEND_EVERY = 30.0            # seconds between two sendings of results that nobody acknowledged
 FIRST_STATUS = 0.05            # seconds after which a command that still runs is reported
 START_PATIENCE = 10.0          # seconds after which a runner that shows nothing is asked for again
@@ -1166,6 +1167,8 @@ class Agent:
         self.session = os.urandom(8).hex()
         self.beacon_interval = max(0.5, settings.VM.beacon_interval)
         self.spool = None              # type: Optional[Spool]
+        self.files = None              # type: Any
+        self._served_at = ''           # the address at which ``files``, the Chirp server, listens
         self.aint = 0
         self.stopping = False
         self.restart = ''              # why the agent should begin anew, as another process image
@@ -1222,6 +1225,8 @@ class Agent:
     def stop(self) -> None:
         """Says BYE, and leaves; the runners go on."""
         self.stopping = True
+        if self.files is not None:
+            self.files.stop(FILES_STOP)
         self.say(protocol.BYE.howToSay(self.id, self.ip, self.restart or 'the agent stops'))
         self.link.close()
         self.fork_server.stop()
@@ -1248,6 +1253,7 @@ class Agent:
     def _link_up(self, link: protocol.Link) -> None:
         if not self._settle_id():
             return
+        self._serve_files()
         self._say_hello()
         now = time.monotonic()
         self._send_all_again(now - RESEND_EVERY + GREETING_PATIENCE)
@@ -1335,6 +1341,7 @@ class Agent:
             self._say_hello()
             return
         self.name = message.text('name', self.name)
+        self._admit(message)
         interval = message.number('beacon_interval', self.beacon_interval)
         self.beacon_interval = min(max(0.5, interval), 3600.0)
         limit = message.number('max_frame', LARGEST_WORD + FRAME_RESERVE) - FRAME_RESERVE
@@ -1361,6 +1368,8 @@ class Agent:
                  'mem': memory('MemTotal')}  # type: Dict[str, Any]
         if self.settings.VM.name:
             facts['name'] = self.settings.VM.name
+        if self.files is not None:
+            facts['chirp'] = {'port': self.files.address[1]}
         return facts
 
     def heard_cmd_run(self, message: Message) -> None:
@@ -1526,6 +1535,43 @@ class Agent:
         with self._lock:
             self._commands.pop(cmd_id, None)
         log.info('%s: acknowledged', cmd_id)
+
+    # Files.
+
+    def _serve_files(self) -> None:
+        """Serves files where the broker sees this machine, to whoever is at the broker's address."""
+        import chirp  # after the fork: runners needn't carry it
+        if self.files is not None and self._served_at == self.ip:
+            return
+        if self.files is not None:
+            self.files.stop(FILES_STOP)
+            self.files = None
+        kind = chirp.RealChirpServer if self.settings.Chirp.server == 'chirp_server' else chirp.ChirpServer
+        for port in dict.fromkeys((self.settings.Chirp.port, 0)):
+            options = {'user': self.settings.Chirp.user} if kind is chirp.RealChirpServer else {}
+            server = kind(self.root, self.ip, port, [self.link.peer_address[0]],
+                          auth=self.settings.Chirp.auth, **options)
+            try:
+                self.files, self._served_at = server.start(), self.ip
+                log.info('serves %s by Chirp at %s:%d', self.root, *self.files.address)
+                return
+            except (OSError, chirp.ChirpError) as error:
+                log.warning('no Chirp server at %s:%d: %s', self.ip, port, error)
+
+    def _admit(self, message: Message) -> None:
+        """The greeting's part for files: where the host is, if not at the broker, and its key."""
+        import chirp
+        if self.files is None:
+            return
+        addresses = [as_text('addresses', value) for value in message.sequence('addresses')]
+        if addresses:
+            self.files.allow(addresses)
+        ticket = message.text('chirp-ticket')
+        if ticket and self.settings.Chirp.auth == 'ticket':
+            try:
+                self.files.set_ticket(ticket)
+            except chirp.ChirpError as error:
+                raise protocol.BadWord('HELLO: chirp-ticket: %s' % error)
 
     # Running.
 

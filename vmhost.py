@@ -60,6 +60,7 @@ import xml.parsers.expat
 import xmlrpc.client
 from typing import Any, Callable, Dict, Generator, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
+import chirp
 import protocol
 import stompbroker
 from protocol import Message
@@ -122,6 +123,10 @@ class AlreadyExists(VMHostError):
 class NotSupported(VMHostError):
     """Not with this hypervisor."""
     fault = 9
+
+
+class NoFiles(TransferError):
+    """The guest serves none."""
 
 
 class Busy(VMHostError):
@@ -974,6 +979,11 @@ def _read_stream(message: Message, stream: str, results: Dict[str, Any]) -> None
     results[stream + '-offset'] = offset
     results[stream + '-size'] = max(offset + len(inline), int(message.number(stream + '-size')))
     results[stream + '-truncated'] = message.flag(stream + '-truncated')
+
+
+def has_more_output(results: Dict[str, Any]) -> bool:
+    """Whether more was written than came with the results."""
+    return bool(results['spool'] and (results['out-offset'] or results['err-offset']))
 
 
 def inline_output(results: Dict[str, Any], stream: str) -> bytes:
@@ -3396,6 +3406,268 @@ def module_line() -> Tuple[bool, str, str]:
     return there, 'kernel module vboxdrv', '' if there else MEND_DRIVER
 
 
+# --- transfers -------------------------------------------------------------------------------
+
+TRANSFERS_KEPT = 1000          # ended ones that are remembered
+TRANSFERS_WAITING = 10000
+CHIRP_TIMEOUT = 30.0           # seconds of silence that a Chirp server may keep
+OUTPUT_READ = 4 * 1024 * 1024  # bytes that are read of fetched output at once
+FETCHERS = 2                   # threads that fetch output of commands
+FETCH_PATIENCE = 600.0         # seconds after a command's end in which its output is tried for
+
+
+class Workers:
+    """Threads that do what is asked of them, in the order of asking. Safe from any thread."""
+
+    def __init__(self, name: str, count: int) -> None:
+        self._name = name
+        self._count = count
+        self._jobs = queue.Queue()     # type: queue.Queue
+        # Guards the list of threads; nothing but their start happens while it is held.
+        self._lock = threading.Lock()
+        self._threads = []             # type: List[threading.Thread]
+
+    def do(self, job: Callable[[], None]) -> None:
+        """Has it done on one of the threads; returns at once."""
+        self._jobs.put(job)
+        with self._lock:
+            if len(self._threads) < self._count:
+                name = '%s-%d' % (self._name, len(self._threads) + 1)
+                self._threads.append(threading.Thread(target=self._run, name=name, daemon=True))
+                self._threads[-1].start()
+
+    def waiting(self) -> int:
+        """How many jobs have not begun."""
+        return self._jobs.qsize()
+
+    def stop(self, deadline: float) -> None:
+        """Lets what is being done end, until that monotonic time; drops what has not begun."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._jobs.get_nowait()
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join(max(0, deadline - time.monotonic()))
+            if thread.is_alive():
+                log.warning('thread %s still runs', thread.name)
+
+    def _run(self) -> None:
+        while True:
+            job = self._jobs.get()
+            if job is None:
+                return
+            try:
+                job()
+            except Exception:       # one job's end is not the worker's
+                log.exception('in a job')
+
+
+class Transfer:
+    """A file or folder on its way. ``state``: waiting, running, done, failed or cancelled."""
+
+    def __init__(self, direction: str, vm: str, source: str, target: str) -> None:
+        self.id = 'transfer-' + secrets.token_hex(6)
+        self.direction = direction
+        self.vm = vm
+        self.source = source
+        self.target = target
+        self.state = 'waiting'
+        self.error = ''
+        self.bytes = 0
+        self.total = 0
+        self.began = self.ended = 0.0          # monotonic
+        self.cancelled = threading.Event()
+        self.done = threading.Event()
+
+    def progress(self, moved: int, total: int) -> None:
+        """What the Chirp client tells from time to time."""
+        self.bytes, self.total = moved, total
+
+    def shown(self) -> Dict[str, Any]:
+        """For the API; rate in bytes per second."""
+        seconds = (self.ended or time.monotonic()) - self.began if self.began else 0
+        return {'id': self.id, 'direction': self.direction, 'vm': self.vm, 'source': self.source,
+                'target': self.target, 'state': self.state, 'error': self.error,
+                'bytes': self.bytes, 'total': self.total,
+                'rate': self.bytes / seconds if seconds > 0 else 0.0}
+
+
+class Transfers:
+    """Files to and from guests, by Chirp. ``max_transfers`` at once, the others wait their turn.
+
+    Safe from any thread; the work is done on the threads ``transfer-N``.
+    """
+
+    def __init__(self, host: 'Host', count: int) -> None:
+        self._host = host
+        self._workers = Workers('transfer', count)
+        # Guards the table; nothing is called while it is held.
+        self._lock = threading.Lock()
+        self._known = collections.OrderedDict()  # type: collections.OrderedDict
+
+    def start(self, direction: str, vm: str, source: str, target: str) -> Transfer:
+        """Puts a transfer, ``put`` or ``get``, into the queue. Raises InvalidParams, NoSuchVM, …"""
+        if direction not in ('put', 'get'):
+            raise InvalidParams('direction is put (to the VM) or get (from it), not %.40r' % direction)
+        guest = self._host.connected(vm)
+        if not source or '\0' in source + target:
+            raise InvalidParams('source and target should be paths')
+        if self._workers.waiting() >= TRANSFERS_WAITING:
+            raise Busy('%d transfers wait already' % TRANSFERS_WAITING)
+        transfer = Transfer(direction, guest.name, source, target or default_target(direction, source))
+        with self._lock:
+            self._known[transfer.id] = transfer
+            ended = [known for known in self._known.values() if known.done.is_set()]
+            for known in ended[:max(0, len(self._known) - TRANSFERS_KEPT)]:
+                del self._known[known.id]
+        self._workers.do(lambda: self._run(transfer))
+        return transfer
+
+    def get(self, id: str) -> Transfer:
+        """Raises InvalidParams for an id that is unknown, or ended long ago."""
+        with self._lock:
+            if id not in self._known:
+                raise InvalidParams('no transfer %.100s' % id)
+            return self._known[id]
+
+    def list(self) -> List[Dict[str, Any]]:
+        """All that are remembered, for the status page."""
+        with self._lock:
+            known = list(self._known.values())
+        return [transfer.shown() for transfer in known]
+
+    def stop(self, deadline: float) -> None:
+        """Cancels all, and waits for them until that monotonic time."""
+        with self._lock:
+            for transfer in self._known.values():
+                transfer.cancelled.set()
+        self._workers.stop(deadline)
+
+    def _run(self, transfer: Transfer) -> None:
+        transfer.began = time.monotonic()
+        transfer.state = 'running'
+        try:
+            if transfer.cancelled.is_set():
+                raise chirp.Cancelled('cancelled before it began')
+            with self._host.chirp_client(self._host.connected(transfer.vm)) as client:
+                move = client.put if transfer.direction == 'put' else client.get
+                move(transfer.source, transfer.target, progress=transfer.progress,
+                     cancel=transfer.cancelled)
+            transfer.state = 'done'
+        except (VMHostError, chirp.ChirpError, OSError) as error:
+            transfer.state = 'cancelled' if transfer.cancelled.is_set() else 'failed'
+            transfer.error = str(error) or type(error).__name__
+        except Exception as error:
+            transfer.state, transfer.error = 'failed', '%s: %s' % (type(error).__name__, error)
+            log.exception('in %s', transfer.id)
+        finally:
+            transfer.ended = time.monotonic()
+            self._host.journal.event('transfer-' + transfer.state, transfer.vm, '', '%s %s to %s %s' % (
+                transfer.direction, transfer.source, transfer.target, transfer.error))
+            transfer.done.set()
+
+
+def default_target(direction: str, source: str) -> str:
+    """The source's own name: at the root of what a guest serves, or in the working directory."""
+    name = os.path.basename(source.rstrip('/' + (os.sep if direction == 'put' else '')))
+    if not name or name in ('.', '..'):
+        raise InvalidParams('name the target: %.100r has no name of its own' % source)
+    return name
+
+
+class Fetcher:
+    """Fetches the output of commands beyond what came with the results, by Chirp.
+
+    Into ``state_dir/output``, under names made here; no text of a guest is part of a path.
+    """
+
+    def __init__(self, host: 'Host') -> None:
+        self._host = host
+        self._workers = Workers('fetch', FETCHERS)
+        # Guards the set of what is being fetched; nothing is called while it is held.
+        self._lock = threading.Lock()
+        self._under_way = set()        # type: set
+
+    def path(self, execution: Execution, stream: str) -> str:
+        """Where the output of a command is, or would be."""
+        vm = hashlib.sha256(execution.vm_id.encode('utf-8')).hexdigest()[:16]
+        return os.path.join(self._host.folder.file('output'), '%s.%s.%s' % (
+            execution.cmd_id, vm, stream))
+
+    def begin(self, execution: Execution) -> None:
+        """Fetches in the background; CMD_ACK is said at the end."""
+        with self._lock:
+            if execution.index in self._under_way:
+                return
+            self._under_way.add(execution.index)
+        self._workers.do(lambda: self._fetch(execution))
+
+    def stop(self, deadline: float) -> None:
+        """Lets what is being fetched end, until that monotonic time; the rest is asked for again."""
+        self._workers.stop(deadline)
+
+    def read(self, execution: Execution, stream: str, offset: int, length: int) -> bytes:
+        """A slice of what was fetched; empty where it wasn't, or not so far."""
+        try:
+            with open(self.path(execution, stream), 'rb') as file:
+                file.seek(offset)
+                return file.read(min(length, OUTPUT_READ))
+        except FileNotFoundError:
+            return b''
+
+    def sweep(self) -> None:
+        """Deletes what belongs to no command in the journal."""
+        folder = self._host.folder.file('output')
+        for name in os.listdir(folder) if os.path.isdir(folder) else []:
+            if self._host.journal.command(name.split('.')[0]) is None:
+                with contextlib.suppress(OSError):
+                    os.remove(os.path.join(folder, name))
+
+    def forget(self, execution: Execution) -> None:
+        """Deletes what was fetched."""
+        for stream in ('out', 'err'):
+            with contextlib.suppress(OSError):
+                os.remove(self.path(execution, stream))
+
+    def _fetch(self, execution: Execution) -> None:
+        try:
+            self._fetch_streams(execution)
+        except (chirp.ChirpError, VMHostError, OSError) as error:
+            if not self._gives_up(execution, error):
+                return          # the guest sends its results again in 30 s, and so we come back here
+        except Exception:
+            log.exception('fetching the output of %s', execution.key)
+            return
+        finally:
+            with self._lock:
+                self._under_way.discard(execution.index)
+        self._host.commands.fetched(execution)
+        self._host.say(protocol.CMD_ACK.howToSay(execution.vm_id, execution.cmd_id))
+
+    def _gives_up(self, execution: Execution, error: Exception) -> bool:
+        """Whether the rest of the output is left to the guest, which keeps it for keep_spool."""
+        last = time.time() - execution.ended > FETCH_PATIENCE or isinstance(error, (chirp.Refused, NoFiles))
+        if not self._host.stopping.is_set():
+            log.log(logging.WARNING if last else logging.INFO, 'output of %s can\'t be fetched%s: %s',
+                    execution.key, ', and stays in the guest for its keep_spool' if last else ' now', error)
+        return last
+
+    def _fetch_streams(self, execution: Execution) -> None:
+        results = execution.answer()
+        guest = self._host.connected(execution.vm_id)
+        os.makedirs(self._host.folder.file('output'), mode=0o700, exist_ok=True)
+        with self._host.chirp_client(guest) as client:
+            for stream in ('out', 'err'):
+                if results[stream + '-offset']:
+                    self._fetch_stream(client, results['spool'] + '/' + stream,
+                                       self.path(execution, stream), results[stream + '-size'])
+
+    def _fetch_stream(self, client: Any, source: str, target: str, size: int) -> None:
+        limit = min(size, self._host.settings.Host.fetch_limit)
+        client.fetch(source, target, limit)
+
+
 # --- the host --------------------------------------------------------------------------------
 
 TICK = 0.25                    # seconds between looks at the clock
@@ -3438,7 +3710,7 @@ class StateFolder:
         """The path of a file in the folder."""
         return os.path.join(self.path, name)
 
-    def secret(self, name: str) -> str:
+    def secret(self, name: str, make: Callable[[], str] = lambda: secrets.token_urlsafe(24)) -> str:
         """The text of a file that only this user can read; made at the first call."""
         path = self.file(name)
         if not os.path.exists(path):
@@ -3447,7 +3719,7 @@ class StateFolder:
                 os.remove(temporary)
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, 'w') as file:
-                file.write(secrets.token_urlsafe(24) + '\n')
+                file.write(make().strip() + '\n')
             os.replace(temporary, path)
         with open(path) as file:
             return file.read().strip()
@@ -3476,9 +3748,12 @@ class Host:
         self.token = self.folder.secret('xmlrpc.token')
         self.journal = Journal(self.folder.file('journal.sqlite'))
         self.commands = Commands(self.journal)
+        self.transfers = Transfers(self, settings.Host.max_transfers)
+        self.fetcher = Fetcher(self)
         self.guests = Guests(settings.Host.vm_gc_grace)
         for known in self.journal.guests():
             self.guests.remember(*known)
+        self.ticket = None                     # type: Optional[chirp.Ticket]
         self.hypervisor = None                 # type: Any
         self.broker = None                     # type: Optional[stompbroker.Broker]
         self.policy = None                     # type: Optional[HostPolicy]
@@ -3503,10 +3778,22 @@ class Host:
         self._start_link(address)
         self.server = XMLRPCServer(self)
         self.server.start()
+        threading.Thread(target=self._find_ticket, name='ticket', daemon=True).start()
         self.journal.event('host-start', text='vmhost %s, pid %d' % (protocol.VERSION, os.getpid()))
         log.info('vmhost %s runs as pid %d: XML-RPC on %s:%s, broker on %s:%s, hypervisor %s, '
                  'state in %s', protocol.VERSION, os.getpid(), *(self.server.address + address + (
                      self.hypervisor_name, os.path.abspath(self.folder.path))))
+
+    def _find_ticket(self) -> None:
+        """The key by which guests with auth=ticket know this host; it takes a second to make the first."""
+        try:
+            self.ticket = chirp.Ticket.from_pem(self.folder.secret(
+                'chirp.key', lambda: chirp.Ticket.generate().pem()))
+        except (OSError, chirp.ChirpError) as error:
+            log.error('guests with auth=ticket serve no files: %s: %s', self.folder.file('chirp.key'), error)
+            return
+        for guest in self.guests.on_list():
+            self._greet(guest)
 
     @property
     def hypervisor_name(self) -> str:
@@ -3631,6 +3918,8 @@ class Host:
         self.journal.stop_waits()
         if self.server is not None:
             self.server.stop()
+        self.transfers.stop(time.monotonic() + 0.5)
+        self.fetcher.stop(time.monotonic() + 0.5)
         if self.link is not None:
             self.say(protocol.BYE.howToLeave('the host stops'))
             self.link.close()
@@ -3779,6 +4068,8 @@ class Host:
             keys['beacon_interval'] = max(1, self.settings.Host.vm_gc_grace / 3)
         if self.broker is None:
             keys['addresses'] = own_addresses(self.link)
+        if self.ticket is not None:
+            keys['chirp-ticket'] = self.ticket.public.pem
         self.say(protocol.HELLO.howToGreet(guest.id, **keys))
 
     def _reconcile(self, guest: Guest, listed: Dict[str, Any]) -> None:
@@ -3854,11 +4145,16 @@ class Host:
         if execution is not None:
             with self._lock:
                 self._missing.pop(execution.index, None)
-            self.commands.finish(execution, results, True)
-        elif self.commands.finished(cmd_id, sender) is None:
-            self.commands.keep_orphan(cmd_id, sender, self.name_of(sender), results)
+            self.commands.finish(execution, results, fetched=not has_more_output(results))
+        else:
+            execution = self.commands.finished(cmd_id, sender)
+            if execution is None:
+                self.commands.keep_orphan(cmd_id, sender, self.name_of(sender), results)
         self.journal.sync()
-        self.say(protocol.CMD_ACK.howToSay(sender, cmd_id))
+        if execution is None or execution.fetched:
+            self.say(protocol.CMD_ACK.howToSay(sender, cmd_id))
+        else:
+            self.fetcher.begin(execution)
 
     # The clock.
 
@@ -3912,6 +4208,7 @@ class Host:
         count, all_gone = self.journal.forget_before(time.time() - self.settings.Host.keep_results)
         if count:
             log.info('%d results older than keep_results were let go', count)
+            self.fetcher.sweep()
         if not all_gone:
             self._next_retention = now + RETENTION_PAUSE
 
@@ -3951,6 +4248,23 @@ class Host:
         if guest.agent == 'lost':
             raise AgentNotConnected('the agent of %s is not connected' % guest.name)
         return guest
+
+    def chirp_client(self, guest: Guest) -> Any:
+        """A client of a guest's Chirp server, for a ``with`` block. Raises TransferError."""
+        endpoint = self.hypervisor.chirp_endpoint(guest.name) if self.hypervisor is not None else None
+        address, port = endpoint or (guest.ip, guest.chirp_port)
+        if not port:
+            raise NoFiles('%s offers no files (it has no Chirp server)' % guest.name)
+        return chirp.ChirpClient(address, port, CHIRP_TIMEOUT, self.ticket)
+
+    def list_dir(self, vm: str, path: str) -> List[Dict[str, Any]]:
+        """What is in a folder of a VM. Raises TransferError, NoSuchVM, AgentNotConnected."""
+        try:
+            with self.chirp_client(self.connected(vm)) as client:
+                return [{'name': entry.name, 'size': entry.size, 'mode': entry.mode,
+                         'mtime': entry.mtime, 'isDir': entry.is_dir} for entry in client.ls(path)]
+        except (chirp.ChirpError, OSError) as error:
+            raise TransferError('%s on %s: %s' % (path, vm, error))
 
     def ping(self, vm: str, timeout: float) -> str:
         """'PONG from NAME'. Raises NoSuchVM, AgentNotConnected, DeadlineExceeded."""
@@ -4070,6 +4384,9 @@ class Host:
                 return self._slice(b'', offset, size, True)
             if offset >= begin:
                 data = inline_output(results, stream)[offset - begin:offset - begin + length]
+                return self._slice(data, offset, size, True)
+            data = self.fetcher.read(execution, stream, offset, length)
+            if data:
                 return self._slice(data, offset, size, True)
         elif execution.state in ('queued', 'sent'):
             return self._slice(b'', offset, 0, False)
@@ -4715,13 +5032,55 @@ class Api:
                     for execution in self._host.commands.find(id)])
 
     def forgetCmd(self, id: str) -> bool:
-        """Deletes a finished command from the journal.
+        """Deletes a finished command from the journal, and its output.
 
             >>> host.forgetCmd(cmd_id)
             True
         """
-        self._host.commands.forget(self._host.commands.find(id))
+        executions = self._host.commands.find(id)
+        self._host.commands.forget(executions)
+        for execution in executions:
+            self._host.fetcher.forget(execution)
         return True
+
+    # Files.
+
+    def cpFileToVM(self, vm: str, local: str, remote: str = '') -> list:
+        """Sends a file or folder to a VM, verified; ``[out, err, status]``, status 0 when it is there.
+
+        remote is relative to what the guest serves (its own name at the root, where none is given).
+        """
+        return self._copy('put', vm, local, remote)
+
+    def cpFileFromVM(self, vm: str, remote: str, local: str = '') -> list:
+        """Fetches a file or folder from a VM, verified; ``[out, err, status]``."""
+        return self._copy('get', vm, remote, local)
+
+    def _copy(self, direction: str, vm: str, source: str, target: str) -> list:
+        transfer = self._host.transfers.start(direction, vm, source, target)
+        transfer.done.wait()
+        return ['', transfer.error, 0 if transfer.state == 'done' else 1]
+
+    def startTransfer(self, direction: str, vm: str, source: str, target: str,
+                      options: dict = {}) -> str:
+        """Begins to move a file or folder, ``put`` to the VM or ``get`` from it; its id at once."""
+        if options:
+            raise InvalidParams('startTransfer: no option %r; there are none' % sorted(options)[0])
+        return self._host.transfers.start(direction, vm, source, target).id
+
+    def getTransfer(self, id: str) -> dict:
+        """{state, bytes, total, rate, error, …}; state: waiting, running, done, failed, cancelled."""
+        return self._host.transfers.get(id).shown()
+
+    def cancelTransfer(self, id: str) -> bool:
+        """Stops a transfer; what has arrived stays, to be gone on from. False where it has ended."""
+        transfer = self._host.transfers.get(id)
+        transfer.cancelled.set()
+        return not transfer.done.is_set()
+
+    def listDir(self, vm: str, path: str = '/') -> list:
+        """[{name, size, mode, mtime, isDir}] of a folder in a VM."""
+        return self._host.list_dir(vm, path)
 
 
 def read_request(cmd: str, args: List[Any], env: Any, path: Any, file_for_stdin: str,

@@ -133,14 +133,14 @@ class Host(Process):
 class Agent(Process):
     """A guest agent with an explicit id, that joins a host."""
 
-    def __init__(self, folder, host, id, broker=None, **vm):
+    def __init__(self, folder, host, id, broker=None, chirp=None, **vm):
         self.host = host
         self.id = id
         self.files = os.path.join(str(folder), 'files')
         os.makedirs(self.files, exist_ok=True)
         vm = dict({'id': id, 'name': id, 'dir_to_serve': self.files}, **vm)
         ini = {'Broker': dict({'host': '127.0.0.1', 'port': host.broker_port}, **(broker or {})),
-               'VM': vm, 'Chirp': {'port': 0}}
+               'VM': vm, 'Chirp': dict({'port': 0}, **(chirp or {}))}
         super().__init__(folder, 'vmguest.py', ini)
 
     def start(self, wait=True):
