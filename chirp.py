@@ -19,23 +19,18 @@ import collections
 import contextlib
 import errno
 import fnmatch
-import hashlib
-import hmac
 import logging
 import os
 import queue
 import re
-import secrets
 import select
 import selectors
-import shutil
 import signal
 import socket
 import stat
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from typing import (
@@ -445,6 +440,12 @@ class Wire:
 
 # --- checksums of what passes ----------------------------------------------------------------
 
+def new_hash(algorithm: str, data: bytes = b'') -> Any:
+    """hashlib's, which is imported here alone: a guest that waits does without OpenSSL's megabytes."""
+    import hashlib
+    return hashlib.new(algorithm, data)
+
+
 class Passage:
     """Buffers that bytes pass through on their way, and, if wanted, the SHA-1 of all that did.
 
@@ -526,7 +527,7 @@ class PublicKey:
         if not 600 <= self.modulus.bit_length() <= 8 * SIGNATURE or not 3 <= self.exponent < self.modulus:
             raise ChirpError('a public RSA key of a size that is not accepted')
         self.pem = public_pem(self.modulus, self.exponent)
-        self.digest = hashlib.md5(self.pem.encode('ascii')).hexdigest()
+        self.digest = new_hash('md5', self.pem.encode('ascii')).hexdigest()
 
     def _read(self, der: bytes) -> Tuple[int, int]:
         algorithm, bits = der_parts(der_content(der, 0x30))
@@ -543,7 +544,7 @@ class PublicKey:
         if len(signature) != size or number_ >= self.modulus:
             return False
         signed = pow(number_, self.exponent, self.modulus).to_bytes(size, 'big')
-        return hmac.compare_digest(signed, padded(challenge, size))
+        return signed == padded(challenge, size)
 
 
 class Ticket:
@@ -598,7 +599,7 @@ def padded(challenge: bytes, size: int) -> bytes:
 def new_prime(bits: int) -> int:
     """A prime of exactly so many bits, the two highest set, fit for PUBLIC_EXPONENT."""
     while True:
-        candidate = secrets.randbits(bits) | 3 << (bits - 2) | 1
+        candidate = int.from_bytes(os.urandom(bits // 8), 'big') | 3 << (bits - 2) | 1
         if all(candidate % prime for prime in SMALL_PRIMES) and candidate % PUBLIC_EXPONENT != 1 \
                 and is_prime(candidate):
             return candidate
@@ -610,7 +611,8 @@ def is_prime(candidate: int) -> bool:
     while odd % 2 == 0:
         odd, twos = odd // 2, twos + 1
     for _ in range(40):
-        power = pow(secrets.randbelow(candidate - 3) + 2, odd, candidate)
+        base = int.from_bytes(os.urandom(2 * candidate.bit_length() // 8), 'big') % (candidate - 3) + 2
+        power = pow(base, odd, candidate)
         if power in (1, candidate - 1):
             continue
         for _ in range(twos - 1):
@@ -1020,7 +1022,7 @@ class Session:
             if key is None or digest != key.digest.encode('ascii'):
                 self._wire.put(b'declined\n')
                 continue
-            challenge = secrets.token_bytes(CHALLENGE)
+            challenge = os.urandom(CHALLENGE)
             self._wire.put(b'%d\n' % CHALLENGE + challenge)
             if key.verify(challenge, self._read_signature()):
                 self._wire.put(b'success\n')
@@ -1100,7 +1102,7 @@ class Session:
         """A new file to write to, which takes its place under its name if all goes well."""
         with self._root.parent(unquote(path)) as (fd, name):
             self._check_target(fd, name)
-            temporary = TEMPORARY + secrets.token_hex(8).encode('ascii')
+            temporary = TEMPORARY + os.urandom(8).hex().encode('ascii')
             file = open_in(fd, temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             try:
                 yield file
@@ -1580,7 +1582,7 @@ def statfs_line(fd: int) -> bytes:
 
 def hash_file(fd: int, algorithm: str, checksum: Any = None, count: Optional[int] = None) -> Any:
     """The checksum of a file, or its first bytes, read from the start, not moving where it stands."""
-    checksum = checksum or hashlib.new(algorithm)
+    checksum = checksum or new_hash(algorithm)
     at = 0
     view = memoryview(bytearray(BLOCK))
     while count is None or at < count:
@@ -1798,6 +1800,7 @@ class RealChirpServer:
 
     def start(self) -> 'RealChirpServer':
         """Returns once it listens."""
+        import tempfile
         self._folder = tempfile.mkdtemp(prefix='chirp-')
         self._give(self._folder)
         try:
@@ -1840,6 +1843,7 @@ class RealChirpServer:
     def _give(self, path: str) -> None:
         """Lets the server's user have it."""
         if self._user:
+            import shutil  # it and tempfile are megabytes that the embedded server doesn't need
             try:
                 shutil.chown(path, self._user)
             except LookupError:
@@ -1863,7 +1867,7 @@ class RealChirpServer:
 
     def _write(self, name: str, text: str) -> None:
         """All at once, and not through a link that lies there."""
-        temporary = os.path.join(self.root, '.__' + secrets.token_hex(8))
+        temporary = os.path.join(self.root, '.__' + os.urandom(8).hex())
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(fd, 'w') as file:
             file.write(text)
@@ -1925,6 +1929,7 @@ class RealChirpServer:
         process.wait()
 
     def _clean(self) -> None:
+        import shutil
         self._process = None
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -2320,7 +2325,7 @@ def part_name(name: bytes) -> bytes:
     """Under which name a file is while it is not whole."""
     if len(name) <= 250:
         return name + b'.part'
-    return name[:200] + b'.' + hashlib.sha1(name).hexdigest()[:16].encode('ascii') + b'.part'
+    return name[:200] + b'.' + new_hash('sha1', name).hexdigest()[:16].encode('ascii') + b'.part'
 
 
 def part_path(path: bytes) -> bytes:
@@ -2632,7 +2637,7 @@ class Upload:
             there = self._client.lstat(part)
         except Refused as refused:
             if refused.code == DOESNT_EXIST:
-                return 0, hashlib.sha1()
+                return 0, new_hash('sha1')
             raise
         if there.is_link:
             self._client.unlink(part)
@@ -2640,7 +2645,7 @@ class Upload:
             checksum = hash_local(source, there.size)
             if self._client.hash(part) == checksum.digest():
                 return there.size, checksum
-        return 0, hashlib.sha1()
+        return 0, new_hash('sha1')
 
     def _send_rest(self, file: Any, source: str, found: os.stat_result, part: bytes, start: int,
                    checksum: Any) -> bytes:
@@ -2826,7 +2831,7 @@ class Upload:
         if not isinstance(result, Refused):
             if result != 20:
                 raise self._client.broken('hash: a wrong count')
-            if wire.read(20) != hashlib.sha1(file.data).digest():
+            if wire.read(20) != new_hash('sha1', file.data).digest():
                 file.error = Changed('it arrived altered')
 
     def _modes_are_kept(self, file: 'SmallFile') -> bool:
@@ -2899,7 +2904,7 @@ def changed(before: os.stat_result, after: os.stat_result) -> bool:
 
 def hash_local(path: str, size: int) -> Any:
     """The checksum object of the first bytes of a local file."""
-    checksum = hashlib.sha1()
+    checksum = new_hash('sha1')
     with open_regular(path) as file:
         hash_part(file, checksum, 0, size)
     return checksum
@@ -3046,7 +3051,7 @@ class Download:
         return checksum
 
     def _passage(self, file: Any, start: int) -> Passage:
-        checksum = hashlib.sha1()
+        checksum = new_hash('sha1')
         hash_part(file, checksum, 0, start)
         return Passage(checksum)
 
@@ -3169,7 +3174,7 @@ class Download:
             raise self._client.broken('hash: a wrong count')
         digest = wire.read(20)
         if fetched.data is not None:
-            if digest == hashlib.sha1(fetched.data).digest():
+            if digest == new_hash('sha1', fetched.data).digest():
                 self._write_small(fetched)
             else:
                 self._failures.add(fetched.path, Changed('it changed while it was read'))

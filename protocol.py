@@ -26,17 +26,13 @@ import json
 import logging
 import math
 import os
-import pkgutil
-import platform
 import re
 import selectors
-import shutil
 import socket
 import sys
 import threading
 import time
 import types
-import zipfile
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 VERSION = '1.0.0'      # of the project; all its files are released together
@@ -1389,7 +1385,7 @@ def describe_findings(findings: Iterable[Finding], encoding: Optional[str]) -> L
 
 def check_python() -> Finding:
     """The Python that runs this."""
-    return Finding(sys.version_info >= (3, 6), 'Python %s' % platform.python_version(),
+    return Finding(sys.version_info >= (3, 6), 'Python ' + sys.version.split()[0],
                    'Python 3.6 or later is needed')
 
 
@@ -1410,6 +1406,7 @@ def check_folder(folder: str, key: str) -> Finding:
 
 def check_disk(folder: str, least: int) -> Finding:
     """Whether there is room on the folder's disk, in bytes."""
+    import shutil  # brings compressors along, that an agent doesn't need
     free = shutil.disk_usage(existing(folder)).free
     return Finding(free >= least, '%d MB free for %s' % (free // 1000000, folder),
                    'less than %d MB: make room, or move it to another disk' % (least // 1000000))
@@ -1492,6 +1489,7 @@ def write_bundle(path: str, main_module: str, modules: Iterable[str], data: Iter
     Of a package its own modules, without the packages in it. The bytes are the same from every
     Python: stored, not compressed, since zlib's versions differ. Raises LocalError.
     """
+    import zipfile  # brings compressors along, that an agent doesn't need
     files = {'__main__.py': BUNDLE_MAIN % {'name': main_module}}
     for module in modules:
         files.update(_sources(module))
@@ -1527,6 +1525,7 @@ def _sources(module: str) -> Dict[str, str]:
     if spec.submodule_search_locations is None:
         return {name + '.py': loader.get_source(module)}
     files = {name + '/__init__.py': loader.get_source(module)}
+    import pkgutil  # needed here alone
     for _, part, is_package in pkgutil.iter_modules(list(spec.submodule_search_locations)):
         if not is_package:
             files.update(_sources('%s.%s' % (module, part)))

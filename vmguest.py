@@ -28,7 +28,6 @@ import pwd
 import re
 import resource
 import select
-import shutil
 import signal
 import socket
 import stat
@@ -511,6 +510,7 @@ class Spool:
         name = os.path.basename(command.folder)
         if name.startswith('.'):
             if name.startswith('.corrupt-') and age(command.folder) > dedupe_ttl:
+                import shutil  # rarely needed, and it brings compressors along
                 shutil.rmtree(command.folder)
         elif command.has('acked'):
             if age(command.path('acked')) >= keep_spool:
@@ -1913,6 +1913,7 @@ def check(settings: Any) -> int:
                 protocol.check_folder(root, '[VM] dir_to_serve'), protocol.check_disk(root, LEAST_DISK),
                 protocol.check_clock()]
     if settings.Chirp.server == 'chirp_server':
+        import shutil  # brings compressors along
         findings.append(protocol.Finding(
             shutil.which('chirp_server') is not None, 'program chirp_server', 'it is not in PATH: install '
             'cctools, or take [Chirp] server=embedded; commands work without it', needed=False))

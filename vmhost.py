@@ -3551,6 +3551,8 @@ class Transfers:
             if transfer.cancelled.is_set():
                 raise chirp.Cancelled('cancelled before it began')
             with self._host.chirp_client(self._host.connected(transfer.vm)) as client:
+                if transfer.direction == 'put':
+                    make_parents(client, transfer.target)
                 move = client.put if transfer.direction == 'put' else client.get
                 move(transfer.source, transfer.target, progress=transfer.progress,
                      cancel=transfer.cancelled)
@@ -3566,6 +3568,14 @@ class Transfers:
             self._host.journal.event('transfer-' + transfer.state, transfer.vm, '', '%s %s to %s %s' % (
                 transfer.direction, transfer.source, transfer.target, transfer.error))
             transfer.done.set()
+
+
+def make_parents(client: chirp.ChirpClient, target: str) -> None:
+    """Makes the folders in a guest that a target is to be in, where they are missing."""
+    names = [name for name in target.split('/')[:-1] if name]
+    for depth in range(1, len(names) + 1):
+        with contextlib.suppress(chirp.Refused):        # it is there; or the put will say what is wrong
+            client.mkdir('/' + '/'.join(names[:depth]))
 
 
 def default_target(direction: str, source: str) -> str:
@@ -4489,7 +4499,8 @@ class Api:
     ALIASES = {'listAvailableVMs': 'listVMs', 'unpause': 'resume', 'saveSnapshot': 'takeSnapshot',
                'getPerformanceData': 'getStats'}
     # The parts of the reference, and the first method of each.
-    PARTS = {'help': 'The agent', 'listVMs': 'VMs', 'createVM': 'VM control', 'ping': 'Commands'}
+    PARTS = {'help': 'The agent', 'listVMs': 'VMs', 'createVM': 'VM control', 'ping': 'Commands',
+             'cpFileToVM': 'Files'}
 
     def __init__(self, host: Host) -> None:
         self._host = host
@@ -5049,11 +5060,20 @@ class Api:
         """Sends a file or folder to a VM, verified; ``[out, err, status]``, status 0 when it is there.
 
         remote is relative to what the guest serves (its own name at the root, where none is given).
+
+            >>> with open('hello.txt', 'w') as file:
+            ...     count = file.write('hello')
+            >>> host.cpFileToVM('node1', os.path.abspath('hello.txt'), 'greetings/hello.txt')
+            ['', '', 0]
         """
         return self._copy('put', vm, local, remote)
 
     def cpFileFromVM(self, vm: str, remote: str, local: str = '') -> list:
-        """Fetches a file or folder from a VM, verified; ``[out, err, status]``."""
+        """Fetches a file or folder from a VM, verified; ``[out, err, status]``.
+
+            >>> host.cpFileFromVM('node1', 'greetings/hello.txt', os.path.abspath('again.txt'))
+            ['', '', 0]
+        """
         return self._copy('get', vm, remote, local)
 
     def _copy(self, direction: str, vm: str, source: str, target: str) -> list:
@@ -5063,23 +5083,41 @@ class Api:
 
     def startTransfer(self, direction: str, vm: str, source: str, target: str,
                       options: dict = {}) -> str:
-        """Begins to move a file or folder, ``put`` to the VM or ``get`` from it; its id at once."""
+        """Begins to move a file or folder, ``put`` to the VM or ``get`` from it; its id at once.
+
+            >>> source = os.path.abspath('hello.txt')
+            >>> transfer_id = host.startTransfer('put', 'node1', source, 'second.txt')
+        """
         if options:
             raise InvalidParams('startTransfer: no option %r; there are none' % sorted(options)[0])
         return self._host.transfers.start(direction, vm, source, target).id
 
     def getTransfer(self, id: str) -> dict:
-        """{state, bytes, total, rate, error, …}; state: waiting, running, done, failed, cancelled."""
+        """{state, bytes, total, rate, error, …}; state: waiting, running, done, failed, cancelled.
+
+            >>> while host.getTransfer(transfer_id)['state'] in ('waiting', 'running'):
+            ...     time.sleep(0.1)
+            >>> host.getTransfer(transfer_id)['bytes']
+            5
+        """
         return self._host.transfers.get(id).shown()
 
     def cancelTransfer(self, id: str) -> bool:
-        """Stops a transfer; what has arrived stays, to be gone on from. False where it has ended."""
+        """Stops a transfer; what has arrived stays, to be gone on from. False where it has ended.
+
+            >>> host.cancelTransfer(transfer_id)      # it has ended
+            False
+        """
         transfer = self._host.transfers.get(id)
         transfer.cancelled.set()
         return not transfer.done.is_set()
 
     def listDir(self, vm: str, path: str = '/') -> list:
-        """[{name, size, mode, mtime, isDir}] of a folder in a VM."""
+        """[{name, size, mode, mtime, isDir}] of a folder in a VM.
+
+            >>> [entry['name'] for entry in host.listDir('node1', '/greetings')]
+            ['hello.txt']
+        """
         return self._host.list_dir(vm, path)
 
 
@@ -5548,7 +5586,15 @@ class StatusPage:
         vms = self._vms()
         return {'time': now, 'agent': self._api.agentInfo(), 'host': socket.gethostname(),
                 'vms': vms[:MACHINES_SHOWN], 'vmsInAll': len(vms), 'commands': commands,
+                'transfers': self._transfers(),
                 'unfinished': unfinished, 'lastEvent': self._host.journal.last_event}
+
+    def _transfers(self) -> List[Dict[str, Any]]:
+        """Those under way, the oldest first, then those that ended last."""
+        known = self._host.transfers.list()
+        under_way = [transfer for transfer in known if transfer['state'] in ('waiting', 'running')]
+        ended = [transfer for transfer in known if transfer not in under_way]
+        return under_way + ended[:-ENDED_SHOWN - 1:-1]
 
     def _vms(self) -> List[Dict[str, Any]]:
         """All VMs, and all agents: those that are there before those that were."""

@@ -24,7 +24,7 @@ the running host agent at `GET /`, and by its method `help`.
 The examples go on from one another, and from here:
 
 ```python
-import webbrowser, xmlrpc.client
+import os, time, webbrowser, xmlrpc.client
 token = open('vmhost-state/xmlrpc.token').read().strip()
 host = xmlrpc.client.ServerProxy('http://vmhost:%%s@127.0.0.1:50505/' %% token)
 ```

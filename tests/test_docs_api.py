@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import types
 import xmlrpc.client
 
@@ -48,9 +49,11 @@ def host(tmp_path_factory):
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
-def test_each_example_does_what_stands_there(host, tmp_path):
+def test_each_example_does_what_stands_there(host, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with Agent(tmp_path, host, '08:00:27:00:00:01', name='node1'), host.api as api:
-        names = {'host': api, 'webbrowser': types.SimpleNamespace(open=lambda link: '/status?key=' in link)}
+        browser = types.SimpleNamespace(open=lambda link: '/status?key=' in link)
+        names = {'host': api, 'os': os, 'time': time, 'webbrowser': browser}
         for method in METHODS:
             examples = doctest.DocTestParser().get_examples(method.example)
             if needs_hypervisor(method):

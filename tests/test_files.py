@@ -84,12 +84,12 @@ def test_a_folder_keeps_its_links_and_modes(guest, api, tmp_path):
     (tree / 'a' / 'run').write_text('#!/bin/sh\necho ran\n')
     (tree / 'a' / 'run').chmod(0o755)
     (tree / 'link').symlink_to('a/f7')
-    assert api.cpFileToVM('one', str(tree), 'deeper') == ['', '', 0]
-    assert os.readlink(os.path.join(guest.files, 'deeper/link')) == 'a/f7'
-    names = {row['name']: row for row in api.listDir('one', '/deeper')}
+    assert api.cpFileToVM('one', str(tree), 'deep/er/still') == ['', '', 0]
+    assert os.readlink(os.path.join(guest.files, 'deep/er/still/link')) == 'a/f7'
+    names = {row['name']: row for row in api.listDir('one', '/deep/er/still')}
     assert set(names) - {'.', '..'} == {'a', 'link'} and names['a']['isDir'] is True
     back = str(tmp_path / 'back')
-    assert api.cpFileFromVM('one', 'deeper', back) == ['', '', 0]
+    assert api.cpFileFromVM('one', 'deep/er/still', back) == ['', '', 0]
     assert sorted(os.listdir(back + '/a')) == sorted(os.listdir(str(tree / 'a')))
     assert os.readlink(back + '/link') == 'a/f7' and os.access(back + '/a/run', os.X_OK)
 

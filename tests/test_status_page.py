@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -16,11 +17,10 @@ import types
 import urllib.parse
 
 import pytest
-from agents import Agent, Host
+from agents import TOP, Agent, Host
 from chromium import CHROMIUM, Browser
 from helpers import wait_until
 
-import protocol
 import vmhost
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
@@ -211,7 +211,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_sets_text_alone():
 
 def test_the_page_is_in_the_bundle(tmp_path):
     bundle = str(tmp_path / 'vmhost.pyz')
-    protocol.write_bundle(bundle, 'vmhost', ['vmhost', 'protocol', 'stompbroker', 'stomper'], ['status.html'])
+    subprocess.check_call([sys.executable, os.path.join(TOP, 'vmhost.py'), '--bundle', bundle])
     host = Host(tmp_path / 'host')
     host.program = bundle
     with host:
