@@ -49,12 +49,17 @@ class Guest:
 
     def put(self, name, data):
         """A file into the guest."""
-        results = self.host.run(VM, 'sh', '-c', 'cat > ' + name, stdin=data.decode())
-        assert results['exitCodeOrSignal'] == 0, results
+        path = os.path.join(self.host.folder, name)
+        with open(path, 'wb') as file:
+            file.write(data)
+        assert self.api.cpFileToVM(VM, path, '/' + name)[2] == 0
 
     def get(self, name):
         """A file of the guest's."""
-        return self.host.run(VM, 'cat', name)['out'].encode()
+        path = os.path.join(self.host.folder, 'got-' + name)
+        assert self.api.cpFileFromVM(VM, '/' + name, path)[2] == 0
+        with open(path, 'rb') as file:
+            return file.read()
 
 
 @pytest.fixture(scope='module')
