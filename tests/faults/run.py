@@ -281,11 +281,15 @@ class World:
             if self.ended.setdefault(cmd_id, state) != state:
                 self.changed.append(cmd_id)
 
-    def excuse(self, why, guest=None):
-        """Commands that haven't ended yet may now end otherwise, for that reason."""
+    def excuse(self, why, guest=None, since=None):
+        """Commands that haven't ended yet may now end otherwise, for that reason.
+
+        So may those that have, and were asked for when there were ``since`` attempts or more.
+        """
         with self.lock:
-            for attempt in self.attempts:
-                if guest in (None, attempt.guest) and attempt.cmd_id not in self.ended:
+            for number, attempt in enumerate(self.attempts):
+                open_still = attempt.cmd_id not in self.ended or since is not None and number >= since
+                if guest in (None, attempt.guest) and open_still:
                     attempt.excuses.add(why)
 
     # Faults.
@@ -551,10 +555,11 @@ class World:
     def do_guest_full(self, guest, seconds):
         if not guest.has_small_disk:
             return False
+        before = len(self.attempts)
         self.excuse('full', self.guests.index(guest))
         with full(guest.disk):
             time.sleep(seconds)
-        self.excuse('full', self.guests.index(guest))
+        self.excuse('full', self.guests.index(guest), before)
         return True
 
     def do_host_full(self, guest, seconds):
