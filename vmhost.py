@@ -6101,6 +6101,7 @@ class Screen:
             self._progress = len(text)
 
 
+@functools.lru_cache(maxsize=None)      # a wrapper that is let go closes what it wraps
 def lenient(stream: Any) -> Any:
     """The stream, so that no character is an error, whatever the locale."""
     if hasattr(stream, 'reconfigure'):
