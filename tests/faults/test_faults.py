@@ -442,7 +442,7 @@ def test_a_paused_vm_is_suspended_and_not_lost(tmp_path):
         os.rename(state + '.new', state)
 
     become('Running')
-    host = Host(tmp_path / 'host', broker={'heartbeat': 1, 'host': '127.0.0.1'}, vm_gc_grace=2)
+    host = Host(tmp_path / 'host', broker={'heartbeat': 1, 'host': '127.0.0.1'}, vm_gc_grace=5)
     host.faults = {'vm_state': state}
     with host, Agent(tmp_path / 'guest', host, 'g', broker={'heartbeat': 1}) as guest, host.api as api:
         proof = Proof(tmp_path, 1)
@@ -451,7 +451,7 @@ def test_a_paused_vm_is_suspended_and_not_lost(tmp_path):
         become('Paused')
         guest.process.send_signal(signal.SIGSTOP)
         try:
-            time.sleep(6)       # twice the time after which it would be off the list
+            time.sleep(9)       # after 7.5 s it would be off the list
             assert api.getCmdStatus(cmd_id)['state'] == 'suspended'
             assert api.listCmds({'cmdId': cmd_id})[0]['state'] == 'suspended'
         finally:
