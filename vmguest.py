@@ -1542,6 +1542,7 @@ class Agent:
         """Serves files where the broker sees this machine, to whoever is at the broker's address."""
         import chirp  # after the fork: runners needn't carry it
         if self.files is not None and self._served_at == self.ip:
+            self.files.allow([self.link.peer_address[0]])      # the host may have moved
             return
         if self.files is not None:
             self.files.stop(FILES_STOP)

@@ -3657,7 +3657,8 @@ class Fetcher:
 
     def _gives_up(self, execution: Execution, error: Exception) -> bool:
         """Whether the rest of the output is left to the guest, which keeps it for keep_spool."""
-        last = time.time() - execution.ended > FETCH_PATIENCE or isinstance(error, (chirp.Refused, NoFiles))
+        last = isinstance(error, (chirp.Refused, NoFiles)) or isinstance(error, chirp.ChirpError) \
+            and time.time() - execution.ended > FETCH_PATIENCE     # not where this disk is full
         if not self._host.stopping.is_set():
             log.log(logging.WARNING if last else logging.INFO, 'output of %s can\'t be fetched%s: %s',
                     execution.key, ', and stays in the guest for its keep_spool' if last else ' now', error)

@@ -459,7 +459,7 @@ def test_a_paused_vm_is_suspended_and_not_lost(tmp_path):
         become('Running')
         proof.check(host.results(cmd_id))
         types = {event['type'] for event in api.getEvents(0, 0)['events']}
-        assert not {'guest-late', 'guest-lost'} & types
+        assert 'guest-lost' not in types        # late it may be: its link has to come up again
 
 
 def test_the_journal_is_an_audit_trail(host, tmp_path):
