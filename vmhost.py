@@ -3642,18 +3642,25 @@ class Fetcher:
 
     def _fetch(self, execution: Execution) -> None:
         try:
-            self._fetch_streams(execution)
+            if self._is_unfetched(execution):
+                self._fetch_streams(execution)
         except (chirp.ChirpError, VMHostError, OSError) as error:
             if not self._gives_up(execution, error):
                 return          # the guest sends its results again in 30 s, and so we come back here
         except Exception:
             log.exception('fetching the output of %s', execution.key)
             return
+        else:
+            self._host.commands.fetched(execution)
         finally:
             with self._lock:
                 self._under_way.discard(execution.index)
-        self._host.commands.fetched(execution)
         self._host.say(protocol.CMD_ACK.howToSay(execution.vm_id, execution.cmd_id))
+
+    def _is_unfetched(self, execution: Execution) -> bool:
+        """Whether the journal still says so: results that came again meanwhile are older than that."""
+        now = self._host.commands.finished(*execution.index)
+        return now is not None and not now.fetched
 
     def _gives_up(self, execution: Execution, error: Exception) -> bool:
         """Whether the rest of the output is left to the guest, which keeps it for keep_spool."""
@@ -3662,6 +3669,8 @@ class Fetcher:
         if not self._host.stopping.is_set():
             log.log(logging.WARNING if last else logging.INFO, 'output of %s can\'t be fetched%s: %s',
                     execution.key, ', and stays in the guest for its keep_spool' if last else ' now', error)
+        if last:
+            self._host.commands.fetched(execution)
         return last
 
     def _fetch_streams(self, execution: Execution) -> None:
