@@ -101,7 +101,7 @@ def test_what_fails_says_why_and_changes_nothing(guest, api, tmp_path):
     assert status != 0 and 'nothing-here' in err
     os.makedirs(os.path.join(guest.files, 'a-folder'), exist_ok=True)
     source = write_random(str(tmp_path / 'source'), 10)
-    assert api.cpFileToVM('one', source, 'a-folder')[2] in (0, 1)
+    assert api.cpFileToVM('one', source, 'a-folder')[2] == 1
     assert os.path.isdir(os.path.join(guest.files, 'a-folder'))
     for escape in ('../outside', '/../../outside'):
         api.cpFileToVM('one', source, escape)
