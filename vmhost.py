@@ -551,10 +551,12 @@ class Guests:
                     self._touch(guest)
 
     def tick(self, excused: Callable[[str], bool]) -> List[Tuple[Guest, str]]:
-        """Those whose liveness changed, with what it is now. ``excused`` ones are not judged."""
-        with self._lock:
-            suspects = [guest for guest in self._known.values() if guest.agent != 'lost'
-                        and self._clock() - guest.heard > self._grace]
+        """Those whose liveness changed, with what it is now.
+
+        ``excused`` ones are not judged, and have the whole grace from the moment on when they no
+        longer are.
+        """
+        suspects = self.on_list()
         excused_ids = {guest.id for guest in suspects if excused(guest.name)}
         changed = []
         with self._lock:

@@ -174,6 +174,10 @@ def test_the_suspended_and_the_forgiven_are_not_judged(clock):
     add(guests, 'A')
     clock.now += 1000
     assert guests.tick(lambda vm: True) == []
+    clock.now += 29
+    assert guests.tick(lambda vm: True) == []
+    clock.now += 29
+    assert guests.tick(lambda vm: False) == []
     clock.now += 1000
     guests.forgive()
     assert guests.tick(lambda vm: False) == []

@@ -112,8 +112,9 @@ class Guest:
         self.has_small_disk = mount_small_disk(self.disk, '48M')
         host = world.host
         host.broker_port = self.proxy.port
+        # Files keep the true time, whatever the agent's clock says: what is let go must not depend on it.
         self.agent = Agent(self.folder, host, self.id, broker={'heartbeat': 2}, beacon_interval=1,
-                           kill_after=1, keep_spool=20, dedupe_ttl='1h')
+                           kill_after=1, keep_spool='2d', dedupe_ttl='3650d')
 
     def start(self):
         self.agent.faults = {
@@ -272,12 +273,16 @@ class World:
         """Notes each end, so that one that changes is found."""
         while not self.stopping:
             time.sleep(0.5)
+            ended = self.ended
             with contextlib.suppress(OSError, ValueError, xmlrpc.client.Error), self.host.api as api:
-                for command in api.listCmds({'finished': True, 'limit': 300}):
-                    self.note_end(command['cmdId'], command['state'])
+                listed = api.listCmds({'finished': True, 'limit': 300})
+                with self.lock:
+                    if ended is self.ended:        # else this is what an earlier journal knew
+                        self.note_ends(listed)
 
-    def note_end(self, cmd_id, state):
-        with self.lock:
+    def note_ends(self, listed):
+        for command in listed:
+            cmd_id, state = command['cmdId'], command['state']
             if self.ended.setdefault(cmd_id, state) != state:
                 self.changed.append(cmd_id)
 
@@ -418,36 +423,28 @@ class World:
             live.backup(target)
         time.sleep(seconds)
         self.host.stop(signal.SIGKILL)
-        self.forget_journal()
+        with contextlib.closing(sqlite3.connect(copy)) as journal:
+            ends = journal.execute('SELECT cmd_id, state FROM executions WHERE ended > 0').fetchall()
+        self.forget_journal(dict(ends))
         shutil.move(copy, path)
-        self.read_ends(path)
         self.host.start()
         self.excuse('journal')
         return True
 
-    def forget_journal(self):
+    def forget_journal(self, ends):
+        """Deletes it; but for what had ended in the copy that comes instead, anything may come of it."""
         for path in filter(os.path.exists, self.journal_files(self.host.state)):
             os.remove(path)
         with self.lock:
-            self.ended = {}
+            self.ended = ends          # a new object: see look_on
             for attempt in self.attempts:
-                attempt.excuses.add('journal')
-
-    def read_ends(self, path):
-        """What had ended in the restored journal stays as it is."""
-        journal = sqlite3.connect(path)
-        rows = journal.execute('SELECT cmd_id, state FROM executions WHERE ended > 0').fetchall()
-        journal.close()
-        with self.lock:
-            self.ended = dict(rows)
-            for attempt in self.attempts:
-                if attempt.cmd_id in self.ended:
-                    attempt.excuses.discard('journal')
+                if attempt.cmd_id not in ends:
+                    attempt.excuses.add('journal')
 
     def do_journal_lost(self, guest, seconds):
         self.record()
         self.host.stop(signal.SIGKILL)
-        self.forget_journal()
+        self.forget_journal({})
         self.host.start()
         self.excuse('journal')
         return True
