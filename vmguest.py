@@ -1957,8 +1957,10 @@ def run_agent(settings: Any) -> int:
     """Runs the agent; gives the exit code."""
     fork_server = ForkServer()
     agent = Agent(settings, fork_server)
+    told = []                       # type: List[int]    # signals: agent.stopping is set by stop(), too
 
-    def end(*_: Any) -> None:
+    def end(number: int, *_: Any) -> None:
+        told.append(number)
         agent.stopping = True
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
@@ -1967,6 +1969,10 @@ def run_agent(settings: Any) -> int:
         agent.run()
     finally:
         agent.stop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)       # from here on nothing is left to be tidied up
+    if told:
+        return 0
     if agent.restart and agent.id:
         begin_anew(agent.restart)
     if agent.restart:

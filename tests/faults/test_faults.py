@@ -66,6 +66,16 @@ def test_a_killed_fork_server_begins_anew(host, tmp_path):
         assert host.run('forks', 'echo', 'well', queue=True)['out'] == 'well\n'
 
 
+@LINUX
+def test_an_agent_that_is_stopped_while_it_begins_anew_stops(host, tmp_path):
+    guest = Agent(tmp_path / 'guest', host, 'stopped-anew')
+    guest.faults = {'die': ['Agent.stop', 'before', 1], 'signal': int(signal.SIGTERM)}
+    with guest:
+        with open('/proc/%d/task/%d/children' % (guest.process.pid, guest.process.pid)) as children:
+            os.kill(int(children.read().split()[0]), signal.SIGKILL)
+        assert guest.process.wait(20) == 0 and guest.has_died(), guest.log()
+
+
 def test_a_reboot_loses_what_was_unfinished(host, tmp_path):
     guest = Agent(tmp_path / 'guest', host, 'boots')
     guest.faults = {'boot': 'one'}

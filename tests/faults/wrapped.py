@@ -5,6 +5,7 @@ So that the product has no hooks for tests. Keys of fault.json:
 program     vmguest or vmhost
 die         [what, 'before' or 'after', n]: SIGKILLs itself at the n-th call of that function of the
             module (or of protocol); once only: a file ``died`` beside INI remembers it
+signal      the number of another signal than SIGKILL
 set         {name: value} of constants of the module
 boot        what read_boot_id gives
 clock       a file with two numbers: seconds that are added to time.time and time.monotonic
@@ -21,7 +22,7 @@ import time
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 
-def patch_death(module, folder, what, when, count):
+def patch_death(module, folder, number, what, when, count):
     import protocol
     *owners, name = what.split('.')
     owner = module if hasattr(module, (owners + [name])[0]) else protocol
@@ -37,7 +38,7 @@ def patch_death(module, folder, what, when, count):
             os.close(os.open(os.path.join(folder, 'died'), os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)
 
     def replacement(*args, **kwargs):
         if when == 'before':
@@ -96,7 +97,7 @@ def main(ini):
     if 'vm_state' in fault:
         patch_hypervisor(module, fault['vm_state'])
     if 'die' in fault:
-        patch_death(module, folder, *fault['die'])
+        patch_death(module, folder, fault.get('signal', signal.SIGKILL), *fault['die'])
     sys.argv = [os.path.abspath(__file__), ini]      # an agent that begins anew stays wrapped
     sys.exit(module.main([ini]))
 
