@@ -425,9 +425,13 @@ class Spool:
         """Lets another agent use it."""
         self._lock.close()
 
+    def command(self, cmd_id: str) -> Command:
+        """A command by its id, whether its folder is there or not."""
+        return Command(cmd_id, os.path.join(self.folder, folder_name(cmd_id)))
+
     def claim(self, cmd_id: str) -> Optional[Command]:
         """The folder of a new command; None where there is one. mkdir is the lock. Raises OSError."""
-        command = Command(cmd_id, os.path.join(self.folder, folder_name(cmd_id)))
+        command = self.command(cmd_id)
         try:
             os.mkdir(command.folder, 0o700)
         except FileExistsError:
@@ -1294,13 +1298,10 @@ class Agent:
 
     def find_id(self) -> str:
         """The MAC of the card that carries the connection; the machine's name where there is none."""
-        card = self.settings.VM.network_interface
-        if card == 'auto':
-            card = self.network.interface_with(self.ip)
-        mac = self.network.mac_of(card) if card else ''
-        if card and not mac and self.settings.VM.network_interface != 'auto':
+        machine_id, card = identify(self.settings.VM, self.network, self.ip)
+        if card and not self.network.mac_of(card) and self.settings.VM.network_interface != 'auto':
             log.error('[VM] network_interface %s has no MAC address', card)
-        return mac or folder_name(socket.gethostname())
+        return machine_id
 
     def _begin_anew(self, why: str) -> None:
         self.restart = why
@@ -1450,7 +1451,7 @@ class Agent:
         with self._lock:
             command = self._commands.get(cmd_id)
         if command is None:
-            command = Command(cmd_id, os.path.join(self._spool.folder, folder_name(cmd_id)))
+            command = self._spool.command(cmd_id)
             if not command.has('result.json'):
                 self._tell_results(cmd_id, unrun_result(
                     'lost', 'it was begun before, and isn\'t run again; its results were acknowledged and '
@@ -1498,7 +1499,7 @@ class Agent:
         with self._lock:
             command = self._commands.get(cmd_id)
         if command is None:
-            command = Command(cmd_id, os.path.join(self._spool.folder, folder_name(cmd_id)))
+            command = self._spool.command(cmd_id)
         return command if command.has('request.json') else None
 
     def heard_cmd_signal(self, message: Message) -> None:
@@ -1789,6 +1790,17 @@ class Agent:
         self.say(protocol.CMD_RESULTS.howToSay(cmd_id, told))
 
 
+def identify(vm: Any, network: Network, address: str) -> Tuple[str, str]:
+    """Id and network card of a machine that has that local address towards the broker.
+
+    ``vm``: the settings [VM]. The id is the MAC of the card; the machine's name where it has none.
+    """
+    card = network.interface_with(address) if vm.network_interface == 'auto' else vm.network_interface
+    if vm.id != 'auto':
+        return read_id(vm.id), card
+    return (network.mac_of(card) if card else '') or folder_name(socket.gethostname()), card
+
+
 def read_id(text: str) -> str:
     """An id as the host knows it: MACs in upper case."""
     return text.upper() if re.fullmatch('(?:[0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}', text) else text
@@ -1941,16 +1953,12 @@ def report(findings: List[protocol.Finding]) -> int:
 
 def check_identity(settings: Any, network: Network, address: str) -> List[protocol.Finding]:
     """Id and network card, as the agent would find them for that local address."""
-    card = settings.VM.network_interface
-    there = card == 'auto' or card in network.interfaces()
-    card = network.interface_with(address) if card == 'auto' else card
-    machine_id = settings.VM.id
-    if machine_id == 'auto':
-        machine_id = network.mac_of(card) or folder_name(socket.gethostname())
+    machine_id, card = identify(settings.VM, network, address)
+    there = settings.VM.network_interface in ('auto',) + tuple(network.interfaces())
     return [protocol.Finding(there, 'interface %s (%s)' % (card or 'none', address),
                              'this machine has no such card, but %s: correct [VM] network_interface'
                              % (', '.join(network.interfaces()) or 'none')),
-            protocol.Finding(True, 'id %s' % read_id(machine_id))]
+            protocol.Finding(True, 'id %s' % machine_id)]
 
 
 def run_agent(settings: Any) -> int:

@@ -3419,7 +3419,10 @@ FETCH_PATIENCE = 600.0         # seconds after a command's end in which its outp
 
 
 class Workers:
-    """Threads that do what is asked of them, in the order of asking. Safe from any thread."""
+    """Threads that do what is asked of them, in the order of asking. Safe from any thread.
+
+    Not concurrent.futures: its threads hold up the end of the process until the last job is done.
+    """
 
     def __init__(self, name: str, count: int) -> None:
         self._name = name
@@ -6210,11 +6213,16 @@ def do_info(host: Client, screen: Screen, args: Any) -> int:
                          results=host.call('getCmdResults', args.vm))
         except NoSuchCommand:
             raise NoSuchVM('%s is neither a VM (`ls` lists them) nor a command (`ps`)' % args.vm)
-    if args.json:
+    show_pairs(screen, found, args.json)
+    return 0
+
+
+def show_pairs(screen: Screen, found: Dict[str, Any], as_json: bool) -> None:
+    """What the API told of one thing: for a person, or as JSON."""
+    if as_json:
         screen.json(found)
     else:
         screen_pairs(screen, found)
-    return 0
 
 
 def screen_pairs(screen: Screen, found: Dict[str, Any], indent: str = '') -> None:
@@ -6602,10 +6610,7 @@ def do_rdp(host: Client, screen: Screen, args: Any) -> int:
 def do_net(host: Client, screen: Screen, args: Any) -> int:
     """The network of the VMs, as it is."""
     network = host.call('setupNetwork' if args.setup else 'getNetwork')
-    if args.json:
-        screen.json(network)
-    else:
-        screen_pairs(screen, network)
+    show_pairs(screen, network, args.json)
     return 0
 
 
@@ -6676,10 +6681,7 @@ def do_status(host: Client, screen: Screen, args: Any) -> int:
         webbrowser.open(link)
         return 0
     info = host.call('agentInfo')
-    if args.json:
-        screen.json(info)
-    else:
-        screen_pairs(screen, info)
+    show_pairs(screen, info, args.json)
     return 0
 
 

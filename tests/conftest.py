@@ -44,3 +44,10 @@ def connect(broker):
         'connections', 'waiting_bytes', 'held_bytes')), 30)
     left = {name: broker.counters()[name] for name in ('destinations', 'queued_bytes')}
     assert left == {'destinations': 0, 'queued_bytes': 0}, 'the test left messages in a queue'
+
+
+@pytest.fixture
+def api(host):
+    """A proxy of the API of the fixture ``host``, whichever host that is."""
+    with host.api as api:
+        yield api

@@ -1,6 +1,7 @@
 """What many tests need."""
 
 import time
+import xmlrpc.client
 
 
 def wait_until(predicate, timeout=10, interval=0.02):
@@ -12,3 +13,12 @@ def wait_until(predicate, timeout=10, interval=0.02):
             return found
         assert time.monotonic() < deadline, 'not within %s s' % timeout
         time.sleep(interval)
+
+
+def fault_of(call, *args):
+    """The fault that a call of the API ends with. Fails where it doesn't."""
+    try:
+        answer = call(*args)
+    except xmlrpc.client.Fault as fault:
+        return fault
+    raise AssertionError('no fault, but %r' % (answer,))

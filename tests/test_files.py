@@ -8,11 +8,10 @@ import socket
 import sys
 import threading
 import time
-import xmlrpc.client
 
 import pytest
 from agents import Agent, Host
-from helpers import wait_until
+from helpers import fault_of, wait_until
 
 import chirp
 
@@ -29,18 +28,6 @@ def host(tmp_path_factory):
 def guest(host, tmp_path_factory):
     with Agent(tmp_path_factory.mktemp('guest'), host, 'one') as guest:
         yield guest
-
-
-@pytest.fixture
-def api(host):
-    with host.api as api:
-        yield api
-
-
-def fault_of(call, *args):
-    with pytest.raises(xmlrpc.client.Fault) as caught:
-        call(*args)
-    return caught.value.faultCode
 
 
 def digest_of(path):
@@ -106,10 +93,10 @@ def test_what_fails_says_why_and_changes_nothing(guest, api, tmp_path):
     for escape in ('../outside', '/../../outside'):
         api.cpFileToVM('one', source, escape)
     assert not os.path.exists(os.path.join(os.path.dirname(guest.files), 'outside'))
-    assert fault_of(api.listDir, 'one', '/nothing') == 6
-    assert fault_of(api.cpFileToVM, 'nobody', source) == 1
-    assert fault_of(api.startTransfer, 'sideways', 'one', 'a', 'b') == -32602
-    assert fault_of(api.getTransfer, 'no-such') == -32602
+    assert fault_of(api.listDir, 'one', '/nothing').faultCode == 6
+    assert fault_of(api.cpFileToVM, 'nobody', source).faultCode == 1
+    assert fault_of(api.startTransfer, 'sideways', 'one', 'a', 'b').faultCode == -32602
+    assert fault_of(api.getTransfer, 'no-such').faultCode == -32602
 
 
 def test_a_transfer_can_be_watched_and_cancelled(guest, api, tmp_path):

@@ -16,7 +16,7 @@ import xmlrpc.client
 
 import pytest
 from agents import TOP, Agent, Host
-from helpers import wait_until
+from helpers import fault_of, wait_until
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
 
@@ -31,18 +31,6 @@ def host(tmp_path_factory):
 def guest(host, tmp_path_factory):
     with Agent(tmp_path_factory.mktemp('guest'), host, 'one') as guest:
         yield guest
-
-
-@pytest.fixture
-def api(host):
-    with host.api as api:
-        yield api
-
-
-def fault_of(call, *args):
-    with pytest.raises(xmlrpc.client.Fault) as caught:
-        call(*args)
-    return caught.value
 
 
 # --- results ---

@@ -46,12 +46,6 @@ def evil_host(tmp_path_factory):
         yield host
 
 
-@pytest.fixture
-def api(host):
-    with host.api as api:
-        yield api
-
-
 def get(host, path, method='GET', body=None, basic=True, **headers):
     """(code, headers, body) of a request, with the token unless told otherwise."""
     if basic:

@@ -28,12 +28,6 @@ def host(fake, tmp_path_factory):
 
 
 @pytest.fixture
-def api(host):
-    with host.api as api:
-        yield api
-
-
-@pytest.fixture
 def remove_all(api):
     """Whatever VM a test made goes with it."""
     before = set(api.listVMs())

@@ -46,12 +46,6 @@ def host(home, tmp_path_factory):
 
 
 @pytest.fixture
-def api(host):
-    with host.api as api:
-        yield api
-
-
-@pytest.fixture
 def remove_all(host):
     """Whatever VM a test made goes with it."""
     before = set(manage('list', 'vms').splitlines())
