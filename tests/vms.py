@@ -30,9 +30,15 @@ class VMHost(Host):
             return super().start()
 
     def events(self, after=0):
-        """All events with a number above ``after``."""
+        """All events with a number above ``after``, however many answers they come in."""
+        found = []
         with self.api as api:
-            return api.getEvents(after)['events']
+            while True:
+                told = api.getEvents(after)
+                if not told['events']:
+                    return found
+                found += told['events']
+                after = told['last']
 
     def wait_for_event(self, type, vm, after=0, timeout=20):
         """The first such event above ``after``."""
