@@ -108,8 +108,8 @@ def test_run_with_a_file_of_the_vm_as_standard_input(host, guests):
 
 
 def test_run_shows_output_as_it_comes(host, guests):
+    os.mkfifo(os.path.join(guests[0].files, 'go'))
     with started(host, 'run', 'one', '--', 'sh', '-c', 'echo first; read line < go; echo $line') as process:
-        os.mkfifo(os.path.join(guests[0].files, 'go'))
         try:
             assert process.stdout.readline() == b'first\n'      # while the command waits
             with open(os.path.join(guests[0].files, 'go'), 'w') as go:
@@ -195,8 +195,8 @@ def test_a_reader_that_leaves_ends_the_command(host, guests):
 def test_a_host_that_goes_away_tells_how_to_go_on(tmp_path):
     with Host(tmp_path / 'host') as host:
         with Agent(tmp_path / 'guest', host, 'g', name='g') as guest:
-            process = started(host, 'run', 'g', '--', 'sh', '-c', 'echo begun; read line < go; echo $line')
             os.mkfifo(os.path.join(guest.files, 'go'))
+            process = started(host, 'run', 'g', '--', 'sh', '-c', 'echo begun; read line < go; echo $line')
             assert process.stdout.readline() == b'begun\n'
             host.stop()
             _, errors = process.communicate(timeout=20)

@@ -2,13 +2,14 @@
 
 import itertools
 import os
+import signal
 
 import fake_virtualbox
 import pytest
 from agents import Agent
 from helpers import wait_until
 from vm_cases import *  # noqa: F403 (the tests, for pytest to find)
-from vms import VMHost, fault_of
+from vms import VMHost, command_line, fault_of, processes
 
 NUMBERS = itertools.count(1)
 
@@ -82,12 +83,16 @@ def test_a_vm_that_ended_loses_its_commands(host, api, fake, vm, tmp_path, word,
     with Agent(tmp_path, host, api.getVM(vm)['id']):
         wait_until(lambda: api.listRegisteredVMs() == [vm])
         running = api.runCmd(vm, 'sleep', ['1000'])
-        wait_until(lambda: api.getCmdStatus(running)['state'] == 'running')
+        wait_until(lambda: api.getCmdStatus(running)['pid'])
+        pid = api.getCmdStatus(running)['pid']
         after = host.last_event()
         (fake / (word + vm)).write_text('')
         host.wait_for_event(told, vm, after)
         wait_until(lambda: api.getCmdResults(running))
         assert api.getCmdResults(running)['state'] == 'lost'
+        os.kill(pid, signal.SIGKILL)        # no VM took it along: its runner would wait for it
+        runners = str(tmp_path / 'agent.ini')
+    wait_until(lambda: not any(runners in command_line(other) for other in processes()))
     assert api.getState(vm) == state
     if state == 'Stuck':
         assert fault_of(api.pause, vm)[0] == 4

@@ -156,8 +156,8 @@ def test_the_host_restarted_while_vms_run(home, vm, api, tmp_path, number):
             process = vm_process(vm)
             with Agent(tmp_path / 'agent', other, its_api.getVM(vm)['id']):
                 wait_until(lambda: its_api.listRegisteredVMs() == [vm])
-                cmd_id = its_api.runCmd(vm, 'sh', ['-c', 'echo begun; read line < gate; echo ended'])
                 os.mkfifo(str(tmp_path / 'agent' / 'files' / 'gate'))
+                cmd_id = its_api.runCmd(vm, 'sh', ['-c', 'echo begun; read line < gate; echo ended'])
                 driver = other.driver_pid()
                 other.stop(number)
                 wait_until(lambda: not command_line(driver), 20)
