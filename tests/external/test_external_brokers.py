@@ -10,7 +10,6 @@ import signal
 import socket
 
 import pytest
-import test_spine
 from agents import Agent, Host
 from brokers import EXTERNAL, GUEST, HOST, RabbitMQ, broker_section, make_certificate
 from helpers import wait_until
@@ -31,7 +30,6 @@ from protocol import SERVER_COMMANDS, FrameReader, encode
 
 pytestmark = [pytest.mark.slow, pytest.mark.once,
               pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
-api = test_spine.api
 
 
 @pytest.fixture(scope='module', params=EXTERNAL, ids=lambda kind: kind.name)
