@@ -209,6 +209,7 @@ EMPTIED = 0o500                # … and from then on
 RESERVED = 8192                # bytes that each command has on the disk from its begin, for its result
 LONGEST_ERROR = 1000           # characters of an error, so that a result fits into that
 SWEEP_SLICE = 200              # folders that one look for old ones goes through
+SAVE_CLOCK_EVERY = 600.0       # seconds: so much more a boot may add to what is kept for a while
 
 
 def folder_name(cmd_id: str) -> str:
@@ -361,16 +362,24 @@ class Command:
             raise ValueError('no state %.40r' % result.get('state'))
         return result
 
-    def acknowledge(self) -> None:
-        """Notes that the host has the results. Raises OSError."""
+    def acknowledge(self, now: float) -> None:
+        """Notes that the host has the results; ``now`` by the spool's clock. Raises OSError."""
         open(self.path('acked'), 'w').close()
+        os.utime(self.path('acked'), (now, now))
         self.acked = True
 
-    def empty(self) -> None:
-        """Deletes the files; the folder stays, so that the command isn't run again."""
+    def empty(self, now: float, aside: str = '') -> None:
+        """Deletes the files, or moves them to the folder ``aside``; ``now`` by the spool's clock.
+
+        The folder stays, so that the command isn't run again.
+        """
         os.chmod(self.folder, EMPTYING)        # should this agent die here, the next one goes on
         for name in os.listdir(self.folder):
-            os.remove(self.path(name))
+            if aside:
+                os.rename(self.path(name), os.path.join(aside, name))
+            else:
+                os.remove(self.path(name))
+        os.utime(self.folder, (now, now))
         os.chmod(self.folder, EMPTIED)
 
     def discard(self) -> None:
@@ -402,11 +411,66 @@ class Command:
         return count
 
 
+class Clock:
+    """Seconds that passed while agents used a spool: setting the machine's clock doesn't move it.
+
+    What is kept for a while carries it as the time of change of its file or folder. It goes on over
+    the agents of one boot, and over a boot from where it was saved last. So time may be missing (while
+    the machine was off, or slept), and things are kept for longer; never for less.
+    """
+
+    def __init__(self, path: str, boot: str) -> None:
+        self._path = path
+        self._boot = boot
+        self._begin = self._read() - time.monotonic()
+        self.save()
+
+    def _read(self) -> float:
+        try:
+            with open(self._path) as file:
+                saved = json.load(file)
+            here = saved['boot'] == self._boot
+            return float(saved['seconds']) + max(0.0, time.monotonic() - saved['monotonic']) * here
+        except FileNotFoundError:
+            return 0.0
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning('%s is damaged (%s): what is in the spool is kept for longer', self._path, error)
+            return 0.0
+
+    def now(self) -> float:
+        """Seconds since the first agent. From any thread."""
+        return self._begin + time.monotonic()
+
+    def age(self, path: str) -> float:
+        """Seconds since a file or folder was stamped. One from the future is stamped now.
+
+        It has its stamp from the machine's clock, or this clock began anew.
+        """
+        seconds = self.now() - os.stat(path).st_mtime
+        if seconds < 0:
+            os.utime(path, (self.now(), self.now()))
+        return max(0.0, seconds)
+
+    def save(self) -> None:
+        """Has the next boot go on from here."""
+        self._saved = time.monotonic()
+        try:
+            write_file(self._path, json.dumps({'format': FORMAT, 'boot': self._boot, 'seconds': self.now(),
+                                               'monotonic': self._saved}))
+        except OSError as error:
+            log.warning('%s: %s', self._path, describe_error(error))
+
+    def tick(self) -> None:
+        """Saves it now and then."""
+        if time.monotonic() - self._saved >= SAVE_CLOCK_EVERY:
+            self.save()
+
+
 class Spool:
     """The folders of all commands of one agent, named by its id. One agent at a time may use it."""
 
-    def __init__(self, root: str, machine_id: str) -> None:
-        """Raises GuestError where it can't be made, or another agent uses it."""
+    def __init__(self, root: str, machine_id: str, boot: str) -> None:
+        """``boot``: see read_boot_id. Raises GuestError where it can't be made, or another agent uses it."""
         self.chirp_path = '/%s/%s' % (SPOOL, folder_name(machine_id))
         self.folder = os.path.join(root, SPOOL, folder_name(machine_id))
         self._sweep = None             # type: Any    # how far let_go has come
@@ -420,9 +484,11 @@ class Spool:
                              'own in [VM]' % (machine_id, root))
         except OSError as error:
             raise GuestError('the spool %s can\'t be used: %s' % (self.folder, error.strerror))
+        self.clock = Clock(os.path.join(self.folder, '.clock'), boot)
 
     def close(self) -> None:
         """Lets another agent use it."""
+        self.clock.save()
         self._lock.close()
 
     def command(self, cmd_id: str) -> Command:
@@ -446,13 +512,16 @@ class Spool:
                     yield entry.name
 
     def set_aside(self, name: str, why: Any) -> None:
-        """Puts a folder out of the way that can't be understood; its command is never run again."""
-        folder = os.path.join(self.folder, name)
+        """Puts files out of the way that can't be understood; their command is never run again."""
+        command = Command('', os.path.join(self.folder, name))
         aside = os.path.join(self.folder, '.corrupt-%s-%d' % (name, time.time()))
-        log.error('%s is damaged (%s): set aside as %s', folder, why, aside)
-        Command('', folder).end_processes()
-        os.rename(folder, aside)
-        os.mkdir(folder, EMPTIED)     # it may have run: not again
+        log.error('%s is damaged (%s): set aside as %s', command.folder, why, aside)
+        command.end_processes()
+        try:
+            os.makedirs(aside, 0o700, exist_ok=True)
+            command.empty(self.clock.now(), aside)      # it may have run: its folder stays
+        except OSError as error:        # a full disk, say
+            log.error('%s stays as it is: %s', command.folder, describe_error(error))
 
     def load(self) -> List[Command]:
         """The commands that aren't over, in the order in which they were asked for.
@@ -474,7 +543,7 @@ class Spool:
         command = Command('', folder)
         mode = stat.S_IMODE(os.stat(folder).st_mode)
         if mode == EMPTYING:
-            command.empty()
+            command.empty(self.clock.now())
         if mode in (EMPTYING, EMPTIED):
             return None
         try:
@@ -508,29 +577,22 @@ class Spool:
         if len(entries) == SWEEP_SLICE:
             return False
         self._sweep = None
+        self.clock.tick()
         return True
 
     def _let_go(self, command: Command, keep_spool: float, dedupe_ttl: float) -> None:
         name = os.path.basename(command.folder)
         if name.startswith('.'):
-            if name.startswith('.corrupt-') and age(command.folder) > dedupe_ttl:
+            if name.startswith('.corrupt-') and self.clock.age(command.folder) > dedupe_ttl:
                 import shutil  # rarely needed, and it brings compressors along
                 shutil.rmtree(command.folder)
         elif command.has('acked'):
-            if age(command.path('acked')) >= keep_spool:
-                command.empty()
+            if self.clock.age(command.path('acked')) >= keep_spool:
+                command.empty(self.clock.now())
                 log.debug('%s: its files are let go', name)
-        elif age(command.folder) > dedupe_ttl \
-                and stat.S_IMODE(os.stat(command.folder).st_mode) == EMPTIED:
+        elif stat.S_IMODE(os.stat(command.folder).st_mode) == EMPTIED \
+                and self.clock.age(command.folder) > dedupe_ttl:
             os.rmdir(command.folder)
-
-
-def age(path: str) -> float:
-    """Seconds since a file or folder changed. One from the future (the clock was put back) is new."""
-    seconds = time.time() - os.stat(path).st_mtime
-    if seconds < 0:
-        os.utime(path)
-    return max(0.0, seconds)
 
 
 # --- processes of a session ------------------------------------------------------------------
@@ -1529,7 +1591,7 @@ class Agent:
         if command is None or not command.has('result.json'):
             return
         try:
-            command.acknowledge()
+            command.acknowledge(self._spool.clock.now())
         except OSError as error:
             log.warning('%s: acknowledged, but %s', cmd_id, describe_error(error))
             return              # it is sent again, and acknowledged again
@@ -1579,7 +1641,7 @@ class Agent:
 
     def _open_spool(self) -> None:
         """Finds what earlier agents left. Raises GuestError."""
-        self.spool = Spool(self.root, self.id)
+        self.spool = Spool(self.root, self.id, self.boot)
         for command in self.spool.load():
             if command.acked:
                 continue

@@ -115,7 +115,7 @@ def test_any_cmd_id_has_a_folder_name_of_its_own(cmd_id):
 
 @pytest.fixture
 def spool(tmp_path):
-    spool = vmguest.Spool(str(tmp_path), 'A')
+    spool = vmguest.Spool(str(tmp_path), 'A', 'boot')
     yield spool
     spool.close()
 
@@ -127,8 +127,170 @@ def test_a_folder_is_claimed_once(spool):
 
 def test_one_agent_at_a_time(spool, tmp_path):
     with pytest.raises(vmguest.GuestError, match='another vmguest with the id A'):
-        vmguest.Spool(str(tmp_path), 'A')
-    vmguest.Spool(str(tmp_path), 'B').close()
+        vmguest.Spool(str(tmp_path), 'A', 'boot')
+    vmguest.Spool(str(tmp_path), 'B', 'boot').close()
+
+
+DAY = 86400.0
+
+
+class Machine:
+    """A guest whose clocks the test sets; its agents keep files for 10 s, and cmd-ids for 7 days."""
+
+    def __init__(self, root, monkeypatch):
+        self.root = str(root)
+        self.wall, self.monotonic, self.boots = 1.7e9, 1000.0, 0
+        monkeypatch.setattr(vmguest.time, 'time', lambda: self.wall)
+        monkeypatch.setattr(vmguest.time, 'monotonic', lambda: self.monotonic)
+        self.start()
+
+    def start(self):
+        self.spool = vmguest.Spool(self.root, 'A', 'boot-%d' % self.boots)
+        self.spool.load()
+
+    def die(self):
+        """As SIGKILL does it: nothing is saved."""
+        self.spool._lock.close()
+
+    def reboot(self, orderly=False):
+        self.spool.close() if orderly else self.die()
+        self.boots += 1
+        self.monotonic = 5.0
+        self.start()
+
+    def pass_time(self, seconds):
+        self.monotonic += seconds
+        self.wall += seconds
+        self.keep_house()
+
+    def set_clock(self, seconds):
+        self.wall = seconds
+        self.keep_house()
+
+    def keep_house(self):
+        while not self.spool.let_go(10, 7 * DAY):
+            continue
+
+    def end_command(self, cmd_id):
+        """It ran, and its results are acknowledged."""
+        command = self.spool.claim(cmd_id)
+        for name in ('request.json', 'result.json'):
+            vmguest.write_file(command.path(name), json.dumps({'cmd-id': cmd_id, 'state': 'exited'}))
+        command.acknowledge(self.spool.clock.now())
+        return command
+
+    def remembers(self, cmd_id):
+        command = self.spool.claim(cmd_id)
+        if command is not None:
+            command.discard()
+        return command is None
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    machine = Machine(tmp_path, monkeypatch)
+    yield machine
+    machine.spool.close()
+
+
+def test_only_time_that_passed_lets_a_command_go(machine):
+    command = machine.end_command('c')
+    for wall in (2.7e9, 0.0, 1.7e9, 2.7e9):         # 2055, 1970
+        machine.set_clock(wall)
+        assert command.has('result.json')
+    machine.pass_time(9)
+    assert command.has('result.json')
+    machine.pass_time(2)
+    assert os.listdir(command.folder) == [] and machine.remembers('c')
+    for wall in (0.0, 2.7e9, 1.7e9):
+        machine.set_clock(wall)
+        machine.pass_time(2 * DAY)
+        assert machine.remembers('c')
+    machine.pass_time(DAY + 1)
+    assert not machine.remembers('c')
+
+
+def test_agents_of_one_boot_go_on_counting(machine):
+    machine.end_command('c')
+    machine.pass_time(11)
+    for wall in (2.7e9, 0.0, 1.7e9):
+        machine.die()
+        machine.monotonic += 2 * DAY
+        machine.wall = wall
+        machine.start()
+        machine.keep_house()
+        assert machine.remembers('c')
+    machine.pass_time(DAY + 1)
+    assert not machine.remembers('c')
+
+
+@pytest.mark.parametrize('orderly', [True, False])
+def test_another_boot_counts_what_was_saved(machine, orderly):
+    machine.end_command('c')
+    machine.pass_time(11)
+    for wall in (2.7e9, 0.0, 1.7e9):
+        machine.pass_time(2 * DAY)
+        machine.set_clock(wall)
+        machine.reboot(orderly)
+        machine.keep_house()
+        assert machine.remembers('c')
+    machine.pass_time(DAY - 60)
+    assert machine.remembers('c')
+    machine.pass_time(60 + 4 * vmguest.SAVE_CLOCK_EVERY)
+    assert not machine.remembers('c')
+
+
+def test_a_damaged_clock_keeps_all_for_longer(machine):
+    machine.end_command('c')
+    machine.pass_time(11)
+    machine.pass_time(6 * DAY)
+    machine.die()
+    with open(os.path.join(machine.spool.folder, '.clock'), 'w') as file:
+        file.write('{"torn')
+    machine.start()
+    machine.pass_time(6 * DAY)
+    assert machine.remembers('c')
+    machine.pass_time(DAY + 20)
+    assert not machine.remembers('c')
+
+
+def test_what_is_damaged_is_set_aside_and_never_forgotten_meanwhile(machine, monkeypatch):
+    """The agent dies at each step of that: the cmd-id stays taken."""
+    for step in range(1, 6):
+        command = machine.spool.claim('c-%d' % step)
+        for name in ('runner', 'request.json', 'out'):
+            vmguest.write_file(command.path(name), '{"torn')
+        machine.die()
+        with monkeypatch.context() as patch:
+            die_at(patch, step)
+            try:
+                machine.start()
+            except Killed:
+                machine.die()
+        assert os.path.isdir(command.folder)
+    machine.start()
+    assert all(machine.remembers('c-%d' % step) for step in range(1, 6))
+    aside, = glob.glob(os.path.join(machine.spool.folder, '.corrupt-c-5-*'))
+    assert sorted(os.listdir(aside)) == ['out', 'request.json', 'runner']
+
+
+class Killed(BaseException):
+    pass
+
+
+def die_at(patch, step):
+    """At that call of what changes a folder."""
+    calls = []
+
+    def dying(original):
+        def call(*args, **kwargs):
+            calls.append(args)
+            if len(calls) == step:
+                raise Killed
+            return original(*args, **kwargs)
+        return call
+    for name in ('mkdir', 'rename', 'chmod', 'remove'):
+        patch.setattr(os, name, dying(getattr(os, name)))
 
 
 # --- what it says of output ---

@@ -112,13 +112,12 @@ class Guest:
         self.has_small_disk = mount_small_disk(self.disk, '48M')
         host = world.host
         host.broker_port = self.proxy.port
-        # Files keep the true time, whatever the agent's clock says: what is let go must not depend on it.
         self.agent = Agent(self.folder, host, self.id, broker={'heartbeat': 2}, beacon_interval=1,
-                           kill_after=1, keep_spool='2d', dedupe_ttl='3650d')
+                           kill_after=1, keep_spool=10)
 
     def start(self):
         self.agent.faults = {
-            'clock': self.clock.path, 'boot': 'boot-%d' % self.boot,
+            'first_delay': 1.0, 'clock': self.clock.path, 'boot': 'boot-%d' % self.boot,
             'set': {'HOUSEKEEPING_EVERY': 2.0, 'START_PATIENCE': 3.0, 'RESEND_EVERY': 10.0},
             'env': {'GENERATION': '%s.%d' % (self.id, self.generation), 'FAULTS_GUEST': self.folder}}
         self.agent.start(wait=False)
@@ -212,9 +211,10 @@ def full(folder):
 class World:
     """Host, guests and broker; and what was asked of them."""
 
-    def __init__(self, folder, say):
+    def __init__(self, folder, seed, say):
         self.folder = folder
         self.say = say
+        self.choose = random.Random(seed)      # for faults alone, which come one after the other
         self.proofs = os.path.join(folder, 'proofs')
         os.makedirs(self.proofs)
         self.port = free_port()
@@ -223,7 +223,7 @@ class World:
         self.host = Host(self.host_folder, broker={'port': self.port, 'heartbeat': 2, 'embedded': 'yes',
                                                    'host': '127.0.0.1'}, vm_gc_grace=10)
         self.has_small_disk = mount_small_disk(self.host.state, '96M')
-        self.host.faults = {'clock': self.clock.path}
+        self.host.faults = {'first_delay': 1.0, 'clock': self.clock.path}
         self.broker = None             # an external one
         self.lock = threading.Lock()   # guards the attempts
         self.attempts = []
@@ -390,7 +390,8 @@ class World:
         return True
 
     def do_guest_clock(self, guest, seconds):
-        guest.clock.set(random.choice((-3600.0, 0.0, 3600.0, 90000.0)), random.choice((0.0, 0.0, 5.0)))
+        guest.clock.set(self.choose.choice((-30e6, -3600.0, 0.0, 90000.0, 30e6)),
+                        self.choose.choice((0.0, 0.0, 5.0)))
         return True
 
     def do_host_kill(self, guest, seconds):
@@ -450,7 +451,7 @@ class World:
         return True
 
     def do_host_clock(self, guest, seconds):
-        self.clock.set(random.choice((-3600.0, 0.0, 3600.0, 90000.0)), random.choice((0.0, 20.0)))
+        self.clock.set(self.choose.choice((-3600.0, 0.0, 3600.0, 90000.0)), self.choose.choice((0.0, 20.0)))
         return True
 
     def do_all_kill(self, guest, seconds):
@@ -493,7 +494,7 @@ class World:
 
     def do_broker_exchange(self, guest, seconds):
         """The embedded broker for one apart, or back."""
-        self.host.stop(random.choice((signal.SIGKILL, signal.SIGTERM)), 30)
+        self.host.stop(self.choose.choice((signal.SIGKILL, signal.SIGTERM)), 30)
         embedded = self.broker is not None
         self.stop_broker()
         with open(self.host.ini) as file:
@@ -528,26 +529,35 @@ class World:
         return True
 
     def do_twin(self, guest, seconds):
-        """Another agent with the id of one that is there: it is turned away."""
-        if self.broker is not None:
-            return False
-        try:
-            with self.host.api as api:
-                api.ping(guest.id, 2.0)
-        except (OSError, xmlrpc.client.Error):
+        """Another agent with the id of one that is there: it is turned away.
+
+        By the broker; where that one is apart, and knows nothing of ids, by the lock of the spool.
+        """
+        if not self.reaches(guest):
             return False
         folder = os.path.join(guest.folder, 'twin')
         shutil.rmtree(folder, ignore_errors=True)
-        twin = Agent(folder, guest.agent.host, guest.id, broker={'port': self.port})
+        shared = {'dir_to_serve': guest.disk} if self.broker is not None else {}
+        twin = Agent(folder, guest.agent.host, guest.id, broker={'port': self.port}, **shared)
         twin.faults = {'env': {'GENERATION': 'twin'}}
         twin.start(wait=False)
         try:
-            wait_until(lambda: 'is taken' in twin.log(), 10)
+            wait_until(lambda: ('another vmguest' if shared else 'is taken') in twin.log(), 20)
             return True
         except AssertionError:
             return False
         finally:
             twin.stop(signal.SIGKILL)
+
+    def reaches(self, guest):
+        """Whether that agent answers before long."""
+        def answers():
+            with contextlib.suppress(OSError, xmlrpc.client.Error), self.host.api as api:
+                return api.ping(guest.id, 1.0)
+        try:
+            return wait_until(answers, 30, 0.2)
+        except AssertionError:
+            return False
 
     def do_guest_full(self, guest, seconds):
         if not guest.has_small_disk:
@@ -671,9 +681,8 @@ def run(seed, faults, commands, seconds=0, say=print, keep=False):
     planned, asked = plan_of(seed, faults, commands)
     digest = hashlib.sha256(json.dumps([planned, asked]).encode()).hexdigest()[:12]
     say('seed %d: %d faults, %d commands, plan %s' % (seed, faults, commands, digest))
-    random.seed(seed)
     folder = tempfile.mkdtemp(prefix='faults-')
-    begin, world, done = time.monotonic(), World(folder, say), 0
+    begin, world, done = time.monotonic(), World(folder, seed, say), 0
     try:
         for number, fault in enumerate(planned):
             if seconds and time.monotonic() - begin > seconds:
