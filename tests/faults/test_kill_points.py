@@ -1,4 +1,7 @@
-"""SIGKILL at each named point of a command's way: it runs at most once, and has exactly one result."""
+"""SIGKILL at each named point of a command's way, to the last byte of its output.
+
+It runs at most once, and has exactly one result.
+"""
 
 import os
 
@@ -42,7 +45,6 @@ def test_the_agent_dies(host, tmp_path, point):
         proof = Proof(tmp_path, 0.3)
         cmd_id = proof.ask(host, guest.id)
         guest.wait_for_death()
-        guest.faults = {}
         guest.start()
         proof.check(host.results(cmd_id))
         wait_until(lambda: os.path.exists(os.path.join(guest.spool, cmd_id, 'acked')), 20)
@@ -97,7 +99,7 @@ def test_a_runner_dies(host, tmp_path, point):
     """What it had claimed is lost, with the reason; nothing of it goes on running."""
     die, end = RUNNER_POINTS[point]
     guest = Agent(tmp_path / 'guest', host, 'runner-%d' % list(RUNNER_POINTS).index(point))
-    guest.faults = {'die': die, 'set': {'START_PATIENCE': 1.0}}
+    guest.faults = {'die': die, 'set': {'START_PATIENCE': 0.3, 'POLL': 0.1}}
     with guest:
         proof = Proof(tmp_path, 0 if end == 'once' or 'exit' in point else 60)
         results = host.results(proof.ask(host, guest.id))
@@ -141,18 +143,15 @@ HOST_POINTS = {
 @pytest.mark.parametrize('point', list(HOST_POINTS))
 def test_the_host_dies(tmp_path, point):
     die, end = HOST_POINTS[point]
-    host = Host(tmp_path / 'host').start()
+    host = Host(tmp_path / 'host')
+    host.faults = {'die': die}
+    host.start()
     guest = Agent(tmp_path / 'guest', host, 'g')
     try:
         guest.start()
-        host.stop()
-        host.faults = {'die': die}
-        host.start()
-        wait_until(guest.has_joined, 20)
         proof = Proof(tmp_path, 0.3)
         proof.ask(host, 'g')
         host.wait_for_death()
-        host.faults = {}
         host.start()
         with host.api as api:
             asked = [command['cmdId'] for command in api.listCmds()]
@@ -162,6 +161,54 @@ def test_the_host_dies(tmp_path, point):
             assert len(events(host, cmd_id, 'cmd-finished')) == 1
             assert len(events(host, cmd_id, 'cmd-submitted')) == 1
         assert proof.runs() == len(asked)
+    finally:
+        guest.stop()
+        host.stop()
+
+
+# --- one of both dies while the output that didn't come with the results is fetched ---
+
+LONG = 'echo ran >> "$1"; yes out | head -c 6000000; yes err | head -c 6000000 >&2; exit 7'
+FETCH_POINTS = {
+    'the host, before it fetches': ('host', ['Fetcher._fetch_streams', 'before', 1]),
+    'the host, when a piece of the output is here': ('host', ['Download._receive_piece', 'after', 1]),
+    'the host, when all pieces are here, before their file has its name': (
+        'host', ['Download._receive_rest', 'after', 1]),
+    'the host, between out and err': ('host', ['Fetcher._fetch_stream', 'after', 1]),
+    'the host, when all is here, before that is journalled': ('host', ['Fetcher._fetch_streams', 'after', 1]),
+    'the host, when that is journalled, before CMD_ACK': ('host', ['Commands.fetched', 'after', 1]),
+    'the guest, when it is asked for the output': ('guest', ['Session._answer', 'before', 1]),
+    'the guest, before the first byte is sent': ('guest', ['Wire.send_file', 'before', 1]),
+    'the guest, within a piece': ('guest', ['Wire._send_some', 'after', 1]),
+    'the guest, after the first stream': ('guest', ['Session._close_file', 'after', 1]),
+}
+
+
+@pytest.mark.parametrize('point', list(FETCH_POINTS))
+def test_one_dies_while_output_is_fetched(tmp_path, point):
+    who, die = FETCH_POINTS[point]
+    host = Host(tmp_path / 'host')
+    host.faults = {'die': die} if who == 'host' else {}
+    host.start()
+    guest = Agent(tmp_path / 'guest', host, 'g')
+    guest.faults = dict({'set': {'RESEND_EVERY': 1.0}}, **({'die': die} if who == 'guest' else {}))
+    try:
+        guest.start()
+        proof = Proof(tmp_path)
+        with host.api as api:
+            cmd_id = api.runCmd('g', 'sh', ['-c', LONG, 'sh', proof.path])
+        victim = host if who == 'host' else guest
+        victim.wait_for_death()
+        victim.start()
+        wait_until(lambda: os.path.exists(os.path.join(guest.spool, cmd_id, 'acked')), 30)
+        results = host.results(cmd_id)
+        assert (results['state'], results['exitCodeOrSignal'], results['out-size'], results['err-size']) == \
+            ('exited', 7, 6000000, 6000000) and proof.runs() == 1
+        folder = os.path.join(host.state, 'output')
+        kept = {name.rpartition('.')[2]: (tmp_path / 'host' / 'vmhost-state' / 'output' / name).read_text()
+                for name in os.listdir(folder)}
+        assert kept == {'out': 'out\n' * 1500000, 'err': 'err\n' * 1500000}
+        assert len(events(host, cmd_id, 'cmd-finished')) == 1
     finally:
         guest.stop()
         host.stop()

@@ -4,11 +4,12 @@ So that the product has no hooks for tests. Keys of fault.json:
 
 program     vmguest or vmhost
 die         [what, 'before' or 'after', n]: SIGKILLs itself at the n-th call of that function of the
-            module (or of protocol); once only: a file ``died`` beside INI remembers it
+            module (or of protocol, or chirp); once only: a file ``died`` beside INI remembers it
 signal      the number of another signal than SIGKILL
 set         {name: value} of constants of the module
 boot        what read_boot_id gives
 clock       a file with two numbers: seconds that are added to time.time and time.monotonic
+first_delay seconds before the first reconnect, 0.1 where it isn't named; the product's is 1
 env         further environment
 vm_state    of the host: a file with the state that a hypervisor would show for each VM
 """
@@ -23,9 +24,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 
 
 def patch_death(module, folder, number, what, when, count):
+    import chirp
     import protocol
     *owners, name = what.split('.')
-    owner = module if hasattr(module, (owners + [name])[0]) else protocol
+    owner = next(place for place in (module, protocol, chirp) if hasattr(place, (owners + [name])[0]))
     for part in owners:
         owner = getattr(owner, part)
     original, calls = getattr(owner, name), []
@@ -58,6 +60,15 @@ def patch_clock(path):
     time.monotonic = lambda: real[1]() + float(os.pread(descriptor, 100, 0).split()[1])
 
 
+def patch_reconnects(first_delay):
+    import protocol
+
+    class Link(protocol.Link):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **dict(kwargs, first_delay=first_delay))
+    protocol.Link = Link
+
+
 class FakeHypervisor:
     """Shows one state for all VMs, which stands in a file; has nothing to say about anything else."""
 
@@ -88,6 +99,7 @@ def main(ini):
     os.environ.update(fault.get('env', {}))
     if 'clock' in fault:
         patch_clock(fault['clock'])
+    patch_reconnects(fault.get('first_delay', 0.1))
     module = __import__(fault['program'])
     for name, value in fault.get('set', {}).items():
         assert hasattr(module, name), name
