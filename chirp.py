@@ -696,9 +696,13 @@ class Root:
             raise ChirpError('this system can\'t open files relative to a folder: it can\'t serve')
         self.path = os.path.realpath(path)
         self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        self._closed = False
 
     def close(self) -> None:
-        os.close(self._fd)
+        """Closes its descriptor. A second call does nothing: the number may be another file's by then."""
+        if not self._closed:
+            self._closed = True
+            os.close(self._fd)
 
     @contextlib.contextmanager
     def parent(self, path: bytes, follow: bool = True) -> Iterator[Tuple[int, bytes]]:
@@ -1662,18 +1666,11 @@ class ChirpServer:
         return self._listener.getsockname()[:2]
 
     def start(self) -> 'ChirpServer':
-        """Listens and returns."""
-        host, port = self._where
-        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        self._listener = socket.socket(family, kind, protocol)
+        """Listens and returns. Where it can't it lets go of the folder, and is of no more use."""
         try:
-            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self._listener.bind(where)
-            self._listener.listen(64)
-            self._listener.setblocking(False)
+            self._listener = listen(*self._where)
         except OSError:
-            self._listener.close()
-            self._listener = None
+            self.root.close()
             raise
         self._wake, self._waker = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name='chirp', daemon=True)
@@ -1752,12 +1749,28 @@ START_TIME = 20.0              # seconds until the real server listens
 RESTART_MOST = 30.0            # seconds before it is started again, at most
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there, and doesn't block. Raises OSError."""
+    family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(where)
+        listener.listen(64)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
 class RealChirpServer:
     """Runs cctools' chirp_server with the same rights as ours, and starts it again should it end.
 
     What its ACL files say it reads at every request, so what may come in can change while it runs. It
     takes any connection and then refuses it, and its clients can reach ``.__acl``: ours is tighter.
-    Thread ``chirp-watch`` waits for the process. Raises ChirpError where it doesn't start.
+    Thread ``chirp-watch`` starts the process and waits for it. Raises ChirpError where its folder, its
+    user or its key is no good.
     """
 
     def __init__(self, root: str, host: str = '127.0.0.1', port: int = 0,
@@ -1775,44 +1788,54 @@ class RealChirpServer:
         self._ticket = ticket
         self._folder = ''              # what the server keeps beside
         self._process = None           # type: Optional[subprocess.Popen]
+        self._listens = False
+        self._trouble = ''             # why it didn't start, the last time that it didn't
+        self._tried = threading.Event()        # it has listened, or failed to
         self._stopping = threading.Event()
         self._thread = None            # type: Optional[threading.Thread]
 
     @property
     def address(self) -> Tuple[str, int]:
-        """Host and port that it listens on."""
-        if self._process is None:
+        """Host and port that it listens on; port 0 while it doesn't."""
+        if self._thread is None:
             raise ChirpError('the server is not started')
-        return self._host, self._port
+        return self._host, self._port if self._listens else 0
 
     def allow(self, addresses: Iterable[str]) -> None:
         """From now on these addresses may do something, and no other."""
         self._allowed = sorted(addresses)
-        if self._process is not None:
+        if self._thread is not None:
             self._write_rights()
 
     def set_ticket(self, pem: str) -> None:
         """From now on, with ``auth='ticket'``, this public key opens, and no other. Raises ChirpError."""
         PublicKey(pem)
         self._ticket = pem
-        if self._process is not None:
+        if self._thread is not None:
             self._write_rights()
 
     def start(self) -> 'RealChirpServer':
-        """Returns once it listens."""
+        """Returns once it listens. Raises ChirpError where it doesn't at the first try."""
+        self.begin(lambda: None, 2 * START_TIME)
+        if not self._listens:
+            self.stop(0)
+            raise ChirpError('%s: %s' % (self._program, self._trouble))
+        return self
+
+    def begin(self, listens: Callable[[], None], patience: float) -> None:
+        """Waits at most so many seconds until it listens, or has failed to; tries on in the background.
+        ``listens`` is called on the thread ``chirp-watch`` each time that it has come up."""
         import tempfile
         self._folder = tempfile.mkdtemp(prefix='chirp-')
-        self._give(self._folder)
         try:
+            self._give(self._folder)
             self._write_rights()
-            self._launch()
         except (OSError, ChirpError) as error:
             self._clean()
             raise ChirpError('%s: %s' % (self._program, error))
-        self._thread = threading.Thread(target=self._watch, name='chirp-watch', daemon=True)
+        self._thread = threading.Thread(target=self._watch, args=(listens,), name='chirp-watch', daemon=True)
         self._thread.start()
-        log.info('%s serves %s on %s:%d', self._program, self.root, *self.address)
-        return self
+        self._tried.wait(patience)
 
     def stop(self, timeout: float = 5.0) -> None:
         """Ends it and its connections."""
@@ -1894,22 +1917,34 @@ class RealChirpServer:
         except OSError:
             return ''
 
-    def _watch(self) -> None:
+    def _watch(self, listens: Callable[[], None]) -> None:
         pause = 1.0
         while not self._stopping.is_set():
             began = time.monotonic()
-            code = self._process.wait() if self._process is not None else 0
+            why = self._run(listens)
+            self._tried.set()
             if time.monotonic() - began > RESTART_MOST:
                 pause = 1.0
-            if self._stopping.is_set():
-                return
-            log.warning('%s ended with %d; starting it again in %g s', self._program, code, pause)
-            if not self._stopping.wait(pause):
-                try:
-                    self._launch()
-                except (OSError, ChirpError) as error:
-                    log.error('%s: %s', self._program, error)
+            if why != self._trouble and not self._stopping.is_set():
+                log.warning('%s: %s; it is started again in %g s', self._program, why, pause)
+            self._trouble = why
+            self._stopping.wait(pause)
             pause = min(2 * pause, RESTART_MOST)
+
+    def _run(self, listens: Callable[[], None]) -> str:
+        """Starts it, and waits for its end; what became of it."""
+        try:
+            self._launch()
+        except (OSError, ChirpError) as error:
+            return str(error)
+        assert self._process is not None
+        self._trouble, self._listens = '', True
+        log.info('%s serves %s on %s:%d', self._program, self.root, *self.address)
+        self._tried.set()
+        listens()
+        code = self._process.wait()
+        self._listens = False
+        return 'it ended with %d' % code
 
     def _end_process(self, timeout: float) -> None:
         """Politely, then with force; the processes that serve its clients, too: they are its group."""

@@ -1195,8 +1195,21 @@ class ForkServer:
             os.close(descriptor)
 
 
+def can_listen(address: str, port: int) -> bool:
+    """Whether this port can be had at that address now."""
+    with socket.socket(socket.AF_INET6 if ':' in address else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            log.debug('%s:%d: %s', address, port, error)
+            return False
+    return True
+
+
 # --- the agent -------------------------------------------------------------------------------
 
+FILES_PATIENCE = 1.0           # seconds that HELLO waits for chirp_server, so that it can tell of it
 FILES_STOP = 1.0               # seconds that the Chirp server has for its end
 RESEND_EVERY = 30.0            # seconds between two sendings of results that nobody acknowledged
 FIRST_STATUS = 0.05            # seconds after which a command that still runs is reported
@@ -1235,6 +1248,7 @@ class Agent:
         self.spool = None              # type: Optional[Spool]
         self.files = None              # type: Any
         self._served_at = ''           # the address at which ``files``, the Chirp server, listens
+        self._told_port = 0            # of it, in the last HELLO
         self.aint = 0
         self.stopping = False
         self.restart = ''              # why the agent should begin anew, as another process image
@@ -1421,6 +1435,7 @@ class Agent:
         states = {cmd_id: command.state() for cmd_id, command in commands.items()}
         if len(protocol.write_json(states)) <= (self.largest_word or FIRST_WORD):
             facts['cmds'] = states      # else the host asks for each
+        self._told_port = facts.get('chirp', {}).get('port', 0)
         self.say(protocol.HELLO.howToSay(self.id, self.ip, **facts))
 
     def facts(self) -> Dict[str, Any]:
@@ -1431,8 +1446,8 @@ class Agent:
                  'mem': memory('MemTotal')}  # type: Dict[str, Any]
         if self.settings.VM.name:
             facts['name'] = self.settings.VM.name
-        if self.files is not None:
-            facts['chirp'] = {'port': self.files.address[1]}
+        if self._files_port():
+            facts['chirp'] = {'port': self._files_port()}
         return facts
 
     def heard_cmd_run(self, message: Message) -> None:
@@ -1603,24 +1618,42 @@ class Agent:
 
     def _serve_files(self) -> None:
         """Serves files where the broker sees this machine, to whoever is at the broker's address."""
-        import chirp  # after the fork: runners needn't carry it
         if self.files is not None and self._served_at == self.ip:
             self.files.allow([self.link.peer_address[0]])      # the host may have moved
             return
         if self.files is not None:
             self.files.stop(FILES_STOP)
+        port = self.settings.Chirp.port
+        if not can_listen(self.ip, port):
+            log.warning('[Chirp] port %d can\'t be had: files are served on another one, which the host is '
+                        'told, but can\'t reach in NAT mode', port)
+            port = 0
+        try:
+            self._start_files(port)
+        except Exception as error:      # no files, then; commands don't need them
+            log.error('no Chirp server at %s:%d: %s', self.ip, port, error)
             self.files = None
-        kind = chirp.RealChirpServer if self.settings.Chirp.server == 'chirp_server' else chirp.ChirpServer
-        for port in dict.fromkeys((self.settings.Chirp.port, 0)):
-            options = {'user': self.settings.Chirp.user} if kind is chirp.RealChirpServer else {}
-            server = kind(self.root, self.ip, port, [self.link.peer_address[0]],
-                          auth=self.settings.Chirp.auth, **options)
-            try:
-                self.files, self._served_at = server.start(), self.ip
-                log.info('serves %s by Chirp at %s:%d', self.root, *self.files.address)
-                return
-            except (OSError, chirp.ChirpError) as error:
-                log.warning('no Chirp server at %s:%d: %s', self.ip, port, error)
+
+    def _start_files(self, port: int) -> None:
+        """Not waiting for chirp_server, which may never come up: this is the link's thread."""
+        import chirp  # after the fork: runners needn't carry it
+        settings, allowed = self.settings.Chirp, [self.link.peer_address[0]]
+        self._served_at = self.ip
+        if settings.server == 'embedded':
+            self.files = chirp.ChirpServer(self.root, self.ip, port, allowed, auth=settings.auth).start()
+            return
+        self.files = chirp.RealChirpServer(self.root, self.ip, port, allowed, auth=settings.auth,
+                                           user=settings.user)
+        self.files.begin(self._files_listen, FILES_PATIENCE)
+
+    def _files_port(self) -> int:
+        """Where files are served; 0: nowhere, or not yet."""
+        return self.files.address[1] if self.files is not None else 0
+
+    def _files_listen(self) -> None:
+        """The host should know. On the thread ``chirp-watch``."""
+        if self.link.up and self._told_port != self._files_port():
+            self._say_hello()
 
     def _admit(self, message: Message) -> None:
         """The greeting's part for files: where the host is, if not at the broker, and its key."""

@@ -121,3 +121,11 @@ def test_the_wrapper_takes_tickets(real):
 def test_a_wrapper_that_can_not_start_says_why(real):
     with pytest.raises(chirp.ChirpError, match='no-such-program'):
         chirp.RealChirpServer(real, program='no-such-program').start()
+
+
+def test_a_server_that_can_not_listen_leaves_nothing_open(tmp_path):
+    with chirp.ChirpServer(str(tmp_path)) as other:
+        before = sorted(os.listdir('/proc/self/fd'))
+        with pytest.raises(OSError):
+            chirp.ChirpServer(str(tmp_path), port=other.address[1]).start()
+        assert sorted(os.listdir('/proc/self/fd')) == before

@@ -195,6 +195,51 @@ def test_the_real_server_serves_instead(tmp_path):
             assert digest_of(str(tmp_path / 'back')) == digest_of(source)
 
 
+def test_a_server_that_does_not_come_up_holds_up_nothing(tmp_path, monkeypatch):
+    """Heart-beats and commands go on while chirp_server is waited for; the agent's end ends it."""
+    program = tmp_path / 'bin' / 'chirp_server'
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\necho $$ > "%s/pid"\nexec sleep 600\n' % tmp_path)
+    program.chmod(0o755)
+    monkeypatch.setenv('PATH', str(program.parent), prepend=os.pathsep)
+    with Host(tmp_path / 'host') as host:
+        guest = Agent(tmp_path / 'guest', host, 'g', chirp={'server': 'chirp_server', 'user': 'root'})
+        with guest, host.api as api:
+            begin = time.monotonic()
+            assert host.run('g', 'true')['exitCodeOrSignal'] == 0
+            assert api.cpFileToVM('g', __file__)[2] == 1
+            assert time.monotonic() - begin < 10       # chirp.START_TIME is more
+            pid = int(wait_until(lambda: (tmp_path / 'pid').exists() and (tmp_path / 'pid').read_text(), 20))
+        wait_until(lambda: not os.path.exists('/proc/%d' % pid), 10)
+
+
+@pytest.mark.skipif(not shutil.which('chirp_server'), reason='needs chirp_server (coop-computing-tools)')
+def test_a_server_that_comes_up_late_is_told_of(tmp_path, monkeypatch):
+    """Only the second start succeeds, once HELLO was said without it."""
+    program, gate = tmp_path / 'bin' / 'chirp_server', tmp_path / 'gate'
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\ntest -e "%s" && exec %s "$@"\n' % (gate, shutil.which('chirp_server')))
+    program.chmod(0o755)
+    monkeypatch.setenv('PATH', str(program.parent), prepend=os.pathsep)
+    with Host(tmp_path / 'host') as host:
+        guest = Agent(tmp_path / 'guest', host, 'g', chirp={'server': 'chirp_server', 'user': 'root'})
+        with guest, host.api as api:
+            assert api.cpFileToVM('g', __file__)[2] == 1 and 'chirp' not in api.getVM('g')['facts']
+            gate.touch()
+            wait_until(lambda: 'chirp' in api.getVM('g')['facts'], 30)
+            assert api.cpFileToVM('g', __file__) == ['', '', 0], guest.log()
+
+
+def test_a_taken_port_is_replaced_and_the_host_is_told(tmp_path):
+    with socket.socket() as other, Host(tmp_path / 'host') as host:
+        other.bind(('127.0.0.1', 0))
+        other.listen(1)
+        taken = other.getsockname()[1]
+        with Agent(tmp_path / 'guest', host, 'g', chirp={'port': taken}), host.api as api:
+            assert api.getVM('g')['facts']['chirp']['port'] != taken
+            assert api.cpFileToVM('g', __file__) == ['', '', 0]
+
+
 @pytest.mark.slow
 @pytest.mark.once
 def test_many_guests_send_much_at_once(tmp_path):
