@@ -3600,9 +3600,10 @@ class Fetcher:
     def __init__(self, host: 'Host') -> None:
         self._host = host
         self._workers = Workers('fetch', FETCHERS)
-        # Guards the set of what is being fetched; nothing is called while it is held.
+        # Guards what follows; nothing is called while it is held.
         self._lock = threading.Lock()
-        self._under_way = set()        # type: set
+        self._under_way = {}           # type: Dict[Tuple[str, str], threading.Event]    # to cancel it
+        self._sweeps = False
 
     def path(self, execution: Execution, stream: str) -> str:
         """Where the output of a command is, or would be."""
@@ -3612,14 +3613,18 @@ class Fetcher:
 
     def begin(self, execution: Execution) -> None:
         """Fetches in the background; CMD_ACK is said at the end."""
+        cancel = threading.Event()
         with self._lock:
-            if execution.index in self._under_way:
+            if self._under_way.setdefault(execution.index, cancel) is not cancel:
                 return
-            self._under_way.add(execution.index)
-        self._workers.do(lambda: self._fetch(execution))
+        self._workers.do(lambda: self._fetch(execution, cancel))
 
     def stop(self, deadline: float) -> None:
-        """Lets what is being fetched end, until that monotonic time; the rest is asked for again."""
+        """Cancels what is being fetched, and waits for that until that monotonic time. The guest says its
+        results again, and the next host goes on."""
+        with self._lock:
+            for cancel in self._under_way.values():
+                cancel.set()
         self._workers.stop(deadline)
 
     def read(self, execution: Execution, stream: str, offset: int, length: int) -> bytes:
@@ -3632,35 +3637,67 @@ class Fetcher:
             return b''
 
     def sweep(self) -> None:
-        """Deletes what belongs to no command in the journal."""
+        """Deletes in the background what belongs to no command in the journal."""
+        with self._lock:
+            if self._sweeps:
+                return
+            self._sweeps = True
+        self._workers.do(self._sweep)
+
+    def _sweep(self) -> None:
+        with self._lock:
+            self._sweeps = False
         folder = self._host.folder.file('output')
-        for name in os.listdir(folder) if os.path.isdir(folder) else []:
-            if self._host.journal.command(name.split('.')[0]) is None:
-                with contextlib.suppress(OSError):
-                    os.remove(os.path.join(folder, name))
+        if not os.path.isdir(folder):
+            return
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if self._host.stopping.is_set():
+                    return
+                if self._host.journal.command(entry.name.split('.')[0]) is None:
+                    remove_file(entry.path)
 
     def forget(self, execution: Execution) -> None:
-        """Deletes what was fetched."""
-        for stream in ('out', 'err'):
-            with contextlib.suppress(OSError):
-                os.remove(self.path(execution, stream))
+        """Deletes what was fetched; what is being fetched is cancelled, and then deleted."""
+        with self._lock:
+            cancel = self._under_way.get(execution.index)
+            if cancel is not None:
+                cancel.set()
+                return
+        self._delete(execution)
 
-    def _fetch(self, execution: Execution) -> None:
+    def _delete(self, execution: Execution) -> None:
+        for stream in ('out', 'err'):
+            path = self.path(execution, stream)
+            remove_file(path)
+            remove_file(chirp.local_part(path))
+
+    def _fetch(self, execution: Execution, cancel: threading.Event) -> None:
+        over = False
         try:
-            if self._is_unfetched(execution):
-                self._fetch_streams(execution)
-        except (chirp.ChirpError, VMHostError, OSError) as error:
-            if not self._gives_up(execution, error):
-                return          # the guest sends its results again in 30 s, and so we come back here
-        except Exception:
-            log.exception('fetching the output of %s', execution.key)
-            return
-        else:
-            self._host.commands.fetched(execution)
+            over = self._try_to_fetch(execution, cancel)
         finally:
             with self._lock:
-                self._under_way.discard(execution.index)
-        self._host.say(protocol.CMD_ACK.howToSay(execution.vm_id, execution.cmd_id))
+                del self._under_way[execution.index]
+        if cancel.is_set() and self._host.commands.finished(*execution.index) is None:
+            self._delete(execution)        # it was forgotten meanwhile
+            over = True
+        if over:
+            self._host.say(protocol.CMD_ACK.howToSay(execution.vm_id, execution.cmd_id))
+
+    def _try_to_fetch(self, execution: Execution, cancel: threading.Event) -> bool:
+        """Whether all output is here that ever will be. If not, the guest sends its results again in
+        30 s, and so we come back here."""
+        try:
+            if self._is_unfetched(execution):
+                self._fetch_streams(execution, cancel)
+        except (chirp.ChirpError, VMHostError, OSError) as error:
+            return self._gives_up(execution, error)
+        except Exception:
+            log.exception('fetching the output of %s', execution.key)
+            return False
+        self._host.commands.fetched(execution)
+        return True
 
     def _is_unfetched(self, execution: Execution) -> bool:
         """Whether the journal still says so: results that came again meanwhile are older than that."""
@@ -3669,28 +3706,54 @@ class Fetcher:
 
     def _gives_up(self, execution: Execution, error: Exception) -> bool:
         """Whether the rest of the output is left to the guest, which keeps it for keep_spool."""
+        if isinstance(error, chirp.Cancelled):
+            return False
         last = isinstance(error, (chirp.Refused, NoFiles)) or isinstance(error, chirp.ChirpError) \
             and time.time() - execution.ended > FETCH_PATIENCE     # not where this disk is full
-        if not self._host.stopping.is_set():
-            log.log(logging.WARNING if last else logging.INFO, 'output of %s can\'t be fetched%s: %s',
-                    execution.key, ', and stays in the guest for its keep_spool' if last else ' now', error)
+        log.log(logging.WARNING if last else logging.INFO, 'output of %s can\'t be fetched%s: %s',
+                execution.key, ', and stays in the guest for its keep_spool' if last else ' now', error)
         if last:
             self._host.commands.fetched(execution)
         return last
 
-    def _fetch_streams(self, execution: Execution) -> None:
+    def _fetch_streams(self, execution: Execution, cancel: threading.Event) -> None:
+        """To the disk, not only to the system: the guest is told that it may delete its own."""
         results = execution.answer()
         guest = self._host.connected(execution.vm_id)
-        os.makedirs(self._host.folder.file('output'), mode=0o700, exist_ok=True)
+        folder = self._host.folder.file('output')
+        if not os.path.isdir(folder):
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            sync_folder(self._host.folder.path)
         with self._host.chirp_client(guest) as client:
             for stream in ('out', 'err'):
                 if results[stream + '-offset']:
-                    self._fetch_stream(client, results['spool'] + '/' + stream,
-                                       self.path(execution, stream), results[stream + '-size'])
+                    target = self.path(execution, stream)
+                    limit = min(results[stream + '-size'], self._host.settings.Host.fetch_limit)
+                    client.fetch(results['spool'] + '/' + stream, target, limit, cancel=cancel)
+                    sync_file(target)
+        sync_folder(folder)
 
-    def _fetch_stream(self, client: Any, source: str, target: str, size: int) -> None:
-        limit = min(size, self._host.settings.Host.fetch_limit)
-        client.fetch(source, target, limit)
+
+def remove_file(path: str) -> None:
+    """Deletes a file, if it is there and can be."""
+    with contextlib.suppress(OSError):
+        os.remove(path)
+
+
+def sync_file(path: str) -> None:
+    """Brings a file to the disk. Raises OSError."""
+    with open(path, 'rb+') as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: str) -> None:
+    """Brings the names in a folder to the disk; Windows does so by itself. Raises OSError."""
+    if os.name == 'posix':
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 # --- the host --------------------------------------------------------------------------------

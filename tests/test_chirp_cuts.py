@@ -7,93 +7,18 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 
 import pytest
+from cutting import CuttingProxy
 from test_chirp import client, make_tree, our_server, seen, served, write  # noqa: F401  (fixtures)
 
 import chirp
 
 SIZE = 24 * 1024 * 1024
 CUTS = 20
-
-
-class CuttingProxy:
-    """Passes connections on to a server; counts what goes each way, and cuts where it is told to."""
-
-    def __init__(self, server):
-        self._server = server
-        self._listener = socket.create_server(('127.0.0.1', 0)) if hasattr(socket, 'create_server') \
-            else self._listen()
-        self.address = self._listener.getsockname()
-        self.up = self.down = 0
-        self.cuts = 0
-        self.left = None               # bytes until the next cut
-        self.distances = iter(())      # and from that to those after it
-        self._lock = threading.Lock()
-        self._threads = []
-        self._sockets = []
-        self._thread = threading.Thread(target=self._accept)
-        self._thread.start()
-
-    def _listen(self):
-        sock = socket.socket()
-        sock.bind(('127.0.0.1', 0))
-        sock.listen(16)
-        return sock
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._thread.join(20)
-        for thread in self._threads:
-            thread.join(20)
-            assert not thread.is_alive()
-
-    def _accept(self):
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:
-                return
-            far = socket.create_connection(self._server)
-            for sock in (near, far):
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            for source, target, way in ((near, far, 'up'), (far, near, 'down')):
-                thread = threading.Thread(target=self._pass, args=(source, target, way))
-                thread.start()
-                self._threads.append(thread)
-
-    def _pass(self, source, target, way):
-        with contextlib.suppress(OSError):
-            while True:
-                data = source.recv(65536)
-                with self._lock:
-                    data, cut = self._count(data, way)
-                target.sendall(data)
-                if cut or not data:
-                    break
-        for sock in (source, target):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-        source.close()
-
-    def _count(self, data, way):
-        cut = self.left is not None and len(data) >= self.left
-        if cut:
-            data, self.left = data[:self.left], next(self.distances, None)
-            self.cuts += 1
-        elif self.left is not None:
-            self.left -= len(data)
-        setattr(self, way, getattr(self, way) + len(data))
-        return data, cut
 
 
 def try_until_done(proxy, cuts, furthest, seed, move):

@@ -9,11 +9,14 @@ import sys
 import threading
 import time
 
+import cutting
 import pytest
 from agents import Agent, Host
 from helpers import fault_of, wait_until
 
 import chirp
+import protocol
+import vmhost
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
 
@@ -100,17 +103,24 @@ def test_what_fails_says_why_and_changes_nothing(guest, api, tmp_path):
 
 
 def test_a_transfer_can_be_watched_and_cancelled(guest, api, tmp_path):
-    source = write_random(str(tmp_path / 'big'), 200 * 2 ** 20)
+    """A sparse file, of which one part takes no room, and the whole would take minutes."""
+    source = str(tmp_path / 'big')
+    with open(source, 'wb') as file:
+        file.truncate(2 ** 40)
     transfer = api.startTransfer('put', 'one', source, 'big')
-    wait_until(lambda: api.getTransfer(transfer)['bytes'] > 0, 60)
-    api.cancelTransfer(transfer)
-    wait_until(lambda: api.getTransfer(transfer)['state'] not in ('waiting', 'running'), 60)
-    if api.getTransfer(transfer)['state'] == 'cancelled':      # else it was faster than this test
-        assert not os.path.exists(os.path.join(guest.files, 'big'))
+    shown = wait_until(lambda: api.getTransfer(transfer)['bytes'] > 0 and api.getTransfer(transfer), 60)
+    assert (shown['state'], shown['total']) == ('running', 2 ** 40) and shown['rate'] > 0
+    assert api.cancelTransfer(transfer) is True
+    wait_until(lambda: api.getTransfer(transfer)['state'] == 'cancelled', 20)
+    assert 0 < api.getTransfer(transfer)['bytes'] < 2 ** 40
+    assert not os.path.exists(os.path.join(guest.files, 'big'))
+    os.remove(source)
+    write_random(source, 20 * 2 ** 20)
     again = api.startTransfer('put', 'one', source, 'big')
     shown = wait_until(lambda: api.getTransfer(again)['state'] == 'done' and api.getTransfer(again), 120)
-    assert (shown['bytes'], shown['total'], shown['error']) == (200 * 2 ** 20, 200 * 2 ** 20, '')
+    assert (shown['bytes'], shown['total'], shown['error']) == (20 * 2 ** 20, 20 * 2 ** 20, '')
     assert digest_of(os.path.join(guest.files, 'big')) == digest_of(source)
+    assert not os.path.exists(os.path.join(guest.files, 'big.part'))
     assert api.cancelTransfer(again) is False
     os.remove(os.path.join(guest.files, 'big'))
 
@@ -143,6 +153,77 @@ def test_output_is_fetched_and_stays_when_the_guest_is_gone(tmp_path):
             assert len(os.listdir(os.path.join(host.state, 'output'))) == 2
             assert api.forgetCmd(cmd_id) is True
             assert os.listdir(os.path.join(host.state, 'output')) == []
+
+
+def test_what_is_forgotten_while_it_is_fetched_is_fetched_no_further(tmp_path, monkeypatch):
+    """The guest's server holds its output up for ever; so does what is left when the host stops."""
+    cutting.install(tmp_path / 'bin', monkeypatch, hold=5 * 2 ** 20)
+    slow = {'server': 'chirp_server', 'user': 'root'}
+    with Host(tmp_path / 'host') as host, Agent(tmp_path / 'guest', host, 'g', chirp=slow) as guest:
+        output = os.path.join(host.state, 'output')
+
+        def begin_to_fetch():
+            cmd_id = api.runCmd('g', sys.executable, ['-c', WRITER % 200])
+            host.results(cmd_id)
+            wait_until(lambda: os.path.isdir(output) and os.listdir(output), 60)
+            return cmd_id
+        with host.api as api:
+            cmd_id = begin_to_fetch()
+            assert api.forgetCmd(cmd_id) is True
+            wait_until(lambda: os.listdir(output) == [], 10)
+            acked = os.path.join(guest.files, '.vmguest-spool', 'g', cmd_id, 'acked')
+            wait_until(lambda: os.path.exists(acked), 10)
+            begin_to_fetch()
+        host.stop()
+        assert 'still runs' not in host.log()
+
+
+def test_output_is_on_the_disk_before_it_is_acknowledged(tmp_path, monkeypatch):
+    """In one process, so that it can be seen what is synced, and what is said when."""
+    (tmp_path / 'served').mkdir()
+    (tmp_path / 'served' / 'out').write_bytes(b'x' * 1000000)
+    (tmp_path / 'ini').write_text('')
+    host = vmhost.Host(protocol.read_settings(str(tmp_path / 'ini'), vmhost.SETTINGS))
+    done, said = [], threading.Event()
+    monkeypatch.setattr(os, 'fsync', lambda fd: done.append(os.readlink('/proc/self/fd/%d' % fd)))
+    monkeypatch.setattr(host, 'say', lambda message: (done.append(message.word), said.set()))
+    try:
+        with chirp.ChirpServer(str(tmp_path / 'served'), allow=['127.0.0.1']) as server:
+            guest = vmhost.Guest('G', 'g')
+            monkeypatch.setattr(host, 'connected', lambda vm: guest)
+            monkeypatch.setattr(host, 'chirp_client', lambda guest: chirp.ChirpClient(*server.address))
+            request = {'cmd': 'x', 'args': [], 'env': {}, 'path': '', 'options': {}}
+            cmd_id = host.commands.new(request, 'g', False, [guest], False, 'tester')[0]
+            results = dict(vmhost.lost_results(cmd_id, ''), spool='/')
+            results.update({'out-size': 1000000, 'out-offset': 900000})
+            execution = host.commands.find(cmd_id)[0]
+            host.commands.finish(execution, results, fetched=False)
+            del done[:]
+            host.fetcher.begin(execution)
+            assert said.wait(20)
+        path = host.fetcher.path(execution, 'out')
+        assert os.stat(path).st_size == 1000000
+        assert done[done.index(path):] == [path, os.path.dirname(path), 'CMD_ACK']
+    finally:
+        host.stop()
+
+
+def test_what_belongs_to_no_command_is_swept(tmp_path):
+    (tmp_path / 'ini').write_text('')
+    host = vmhost.Host(protocol.read_settings(str(tmp_path / 'ini'), vmhost.SETTINGS))
+    folder, gate, command = host.folder.file('output'), threading.Event(), host.journal.command
+    host.journal.command = lambda cmd_id: gate.wait(20) and command(cmd_id)
+    try:
+        os.mkdir(folder)
+        for n in range(3):
+            open(os.path.join(folder, 'cmd-%d.vm.out' % n), 'w').close()
+        host.fetcher.sweep()           # returns, though the journal is slow: the clock must not wait for it
+        assert len(os.listdir(folder)) == 3
+        gate.set()
+        wait_until(lambda: os.listdir(folder) == [], 20)
+    finally:
+        gate.set()
+        host.stop()
 
 
 @pytest.mark.skipif(os.name != 'posix' or os.getuid() != 0, reason='who is not root names no other user')
@@ -254,20 +335,23 @@ def test_many_guests_send_much_at_once(tmp_path):
                 wait_until(lambda: len(api.listVMs()) == count, 120)
                 program = WRITER.replace('os.write(2', '(2') % blocks
                 cmd_id = api.runCmdOnAll('many*', sys.executable, ['-c', program])
-                slowest, peak = 0.0, 0
+                took, peak, first = [], 0, resident(host.process.pid)
                 deadline = time.monotonic() + 300
                 while len(fetched(host)) < count:
                     assert time.monotonic() < deadline, host.log()[-3000:]
                     begin = time.monotonic()
                     api.listCmds({'cmdId': cmd_id})
-                    slowest = max(slowest, time.monotonic() - begin)
+                    took.append(time.monotonic() - begin)
                     peak = max(peak, resident(host.process.pid))
                     api.waitCmd(cmd_id, 0.2)
                 for n in range(count):
                     part = api.getCmdOutput('%s@many%d' % (cmd_id, n), 'out', 5 * 65536, 65536)
                     assert part['data'].data == bytes(range(256)) * 256 and part['size'] == blocks * 65536
-            print('slowest call %.2f s, host at most %d MiB' % (slowest, peak / 2 ** 20))
-            assert peak < 200 * 2 ** 20
+            print('slowest call %.2f s, host %d MiB, at most %d' % (max(took), first >> 20, peak >> 20))
+            # Of the GB that passed no more stays than the words that came with the results. A second is what
+            # was promised; 50 guests on the cores of the host may make a few calls slower.
+            assert peak - first < 80 * 2 ** 20
+            assert sorted(took)[len(took) * 9 // 10] < 1 and max(took) < 5
         finally:
             stopping = [threading.Thread(target=agent.stop, kwargs={'timeout': 60}) for agent in agents]
             for thread in stopping:
