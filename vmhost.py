@@ -337,7 +337,8 @@ class Journal:
                 return {'last': after, 'events': []}
         found = self.rows('SELECT seq, time, type, vm, cmd_id, text FROM events WHERE seq > ? '
                           'ORDER BY seq LIMIT ?', after, limit)
-        events = [dict(zip(('seq', 'time', 'type', 'vm', 'cmdId', 'text'), row)) for row in found]
+        events = [{'seq': seq, 'time': when, 'type': type, 'vm': vm, 'cmdId': cmd_id, 'text': text}
+                  for seq, when, type, vm, cmd_id, text in found]
         return {'last': events[-1]['seq'] if events else max(after, 0), 'events': events}
 
     def stop_waits(self) -> None:
@@ -604,6 +605,8 @@ class Guests:
 
 RETRY_DELAYS = (5, 10, 20, 40, 60)     # seconds between publications of a CMD_RUN; the last repeats
 QUERY_TIMEOUT = 5.0                    # seconds a guest has to answer CMD_QUERY
+ENDED = threading.Event()              # of all that had ended before: there may be a thousand in a list
+ENDED.set()
 
 
 class Execution:
@@ -628,9 +631,7 @@ class Execution:
         self.status_time = 0.0             # monotonic
         self.attempts = 0
         self.next_publish = None           # type: Optional[float]
-        self.done = threading.Event()
-        if ended:
-            self.done.set()
+        self.done = ENDED if ended else threading.Event()
 
     @property
     def key(self) -> str:
@@ -5345,21 +5346,57 @@ XMLRPC_NAMES = {str: 'string', int: 'int', float: 'double', bool: 'boolean', lis
                 dict: 'struct', xmlrpc.client.Binary: 'base64'}
 
 
-def xml_safe(value: Any) -> Any:
-    """The value as XML-RPC can carry it: no None, no control characters, no big integers."""
-    if value is None:
-        return ''
-    if isinstance(value, str):
-        return value.translate(XML_UNSAFE)
-    if isinstance(value, bool) or isinstance(value, (float, xmlrpc.client.Binary)):
-        return value
-    if isinstance(value, int):
-        return value if -2 ** 31 <= value < 2 ** 31 else float(value)
+RESPONSE = "<?xml version='1.0'?><methodResponse><params><param>%s</param></params></methodResponse>"
+XML_ESCAPES = dict([(ord('&'), '&amp;'), (ord('<'), '&lt;'), (ord('>'), '&gt;')] + list(XML_UNSAFE.items()))
+NOT_PLAIN = re.compile('[%s]' % re.escape(''.join(map(chr, XML_ESCAPES))))
+
+
+class XML(str):
+    """Text that is XML already."""
+
+
+def to_xml(value: Any) -> XML:
+    """The value as XML-RPC can carry it: no None, no control characters, no big integers.
+
+    Takes a third of the time of xmlrpc.client.dumps, and has no line breaks between the tags, which
+    would cost a client time: answers may have thousands of values. Raises TypeError.
+    """
+    return XML(_to_xml(value))
+
+
+def _to_xml(value: Any) -> str:
+    if type(value) is str:             # most are
+        return '<value><string>%s</string></value>' % xml_text(value)
     if isinstance(value, dict):
-        return {xml_safe(str(name)): xml_safe(item) for name, item in value.items()}
+        return '<value><struct>%s</struct></value>' % ''.join(
+            ['<member><name>%s</name>%s</member>' % (xml_text(str(name)), _to_xml(item))
+             for name, item in value.items()])
     if isinstance(value, (list, tuple)):
-        return [xml_safe(item) for item in value]
+        return '<value><array><data>%s</data></array></value>' % ''.join([_to_xml(item) for item in value])
+    if isinstance(value, bool):
+        return '<value><boolean>%d</boolean></value>' % value
+    if isinstance(value, (int, float)):
+        number = xml_number(value)
+        return ('<value><double>%r</double></value>' if isinstance(number, float) else
+                '<value><int>%d</int></value>') % number
+    if isinstance(value, XML):
+        return value
+    if isinstance(value, xmlrpc.client.Binary):
+        return '<value><base64>%s</base64></value>' % base64.b64encode(value.data).decode('ascii')
+    if value is None:
+        return '<value><string></string></value>'
     raise TypeError('%s in an answer' % type(value).__name__)
+
+
+def xml_text(text: str) -> str:
+    """Text between tags; what XML can't carry is replaced."""
+    is_plain = text.isalnum() or not NOT_PLAIN.search(text)
+    return text if is_plain else text.translate(XML_ESCAPES)
+
+
+def xml_number(value: Any) -> Any:
+    """A number, as a double where XML-RPC has no integer for it."""
+    return value if isinstance(value, float) or -2 ** 31 <= value < 2 ** 31 else float(value)
 
 
 AUDITED = frozenset((          # methods that change something, and leave no event of their own
@@ -5386,19 +5423,19 @@ class Dispatcher:
             if method is None:
                 raise xmlrpc.client.Fault(-32600, 'no methodCall')
         except xmlrpc.client.Fault as fault:
-            return self._dump(fault)
+            return self._refuse(fault)
         except Exception as error:      # expat, base64, int(): XML from outside may break any of them
-            return self._dump(xmlrpc.client.Fault(-32700, 'no XML-RPC: %s' % error))
+            return self._refuse(xmlrpc.client.Fault(-32700, 'no XML-RPC: %s' % error))
         self._api.called_by(client)
         try:
-            return self._dump((self.call(method, list(params)),))
+            return (RESPONSE % self.call(method, list(params))).encode('utf-8')
         except xmlrpc.client.Fault as fault:
-            return self._dump(fault)
+            return self._refuse(fault)
 
-    def _dump(self, value: Any) -> bytes:
-        return xmlrpc.client.dumps(value, methodresponse=True).encode('utf-8', 'xmlcharrefreplace')
+    def _refuse(self, fault: xmlrpc.client.Fault) -> bytes:
+        return xmlrpc.client.dumps(fault, methodresponse=True).encode('utf-8')
 
-    def call(self, name: str, params: List[Any]) -> Any:
+    def call(self, name: str, params: List[Any]) -> XML:
         """The method's answer. Raises xmlrpc.client.Fault, and nothing else.
 
         Who asked for what changes something is in the journal, and whether it was refused.
@@ -5413,17 +5450,18 @@ class Dispatcher:
                 fault.faultCode, fault.faultString))
             raise
 
-    def _call(self, name: str, params: List[Any]) -> Any:
+    def _call(self, name: str, params: List[Any]) -> XML:
         try:
             method = self._find(name)
-            return xml_safe(method(*check_arguments(method, params)))
+            return to_xml(method(*check_arguments(method, params)))
         except xmlrpc.client.Fault as fault:
-            raise xmlrpc.client.Fault(fault.faultCode, xml_safe(fault.faultString))
+            code, text = fault.faultCode, fault.faultString
         except VMHostError as error:
-            raise xmlrpc.client.Fault(error.fault, xml_safe(str(error)))
+            code, text = error.fault, str(error)
         except Exception as error:
             log.exception('in %s', name)
-            raise xmlrpc.client.Fault(-32603, xml_safe('%s: %s' % (type(error).__name__, error)))
+            code, text = -32603, '%s: %s' % (type(error).__name__, error)
+        raise xmlrpc.client.Fault(code, text.translate(XML_UNSAFE))
 
     def list_methods(self) -> list:
         """Names of all methods."""
@@ -6803,7 +6841,7 @@ def read_argument(text: str) -> Any:
     """An argument of `call`: JSON, or else text. Raises InvalidParams where it begins like JSON."""
     try:
         # Numbers that XML-RPC's integers can't hold go as doubles, as in the host's answers.
-        return json.loads(text, parse_int=lambda digits: xml_safe(int(digits)))
+        return json.loads(text, parse_int=lambda digits: xml_number(int(digits)))
     except ValueError as error:
         if text[:1] in ('{', '[', '"'):
             raise InvalidParams('%s is no JSON: %s' % (text, error))
