@@ -22,8 +22,7 @@ class CuttingProxy:
 
     def __init__(self, server):
         self._server = server
-        self._listener = socket.create_server(('127.0.0.1', 0)) if hasattr(socket, 'create_server') \
-            else self._listen()
+        self._listener = self._listen()
         self.address = self._listener.getsockname()
         self.up = self.down = 0
         self.cuts = 0
@@ -32,7 +31,6 @@ class CuttingProxy:
         self.hold, self.gate = None, threading.Event()
         self._lock = threading.Lock()
         self._threads = []
-        self._sockets = []
         self._thread = threading.Thread(target=self._accept)
         self._thread.start()
 

@@ -1,6 +1,7 @@
 """Files by Chirp: our client and server, and the programs of cctools, in every combination."""
 
 import contextlib
+import filecmp
 import hashlib
 import os
 import random
@@ -210,6 +211,60 @@ def test_errors_have_the_codes_of_the_real_server(client, what, code):
     assert client.getfile('/file') == b''          # and the connection is still good
 
 
+# --- much of it -------------------------------------------------------------------------------
+
+GIB = 1 << 30
+
+
+def make_gib(path):
+    """A GiB, of which most is a hole; something at the ends, and across the middle."""
+    with open(str(path), 'wb') as file:
+        for at in (0, GIB // 2 - 1000, GIB - 65537):
+            file.seek(at)
+            file.write(os.urandom(65537))
+    return path
+
+
+def same(one, other):
+    return filecmp.cmp(str(one), str(other), shallow=False)
+
+
+@pytest.mark.slow
+@pytest.mark.once
+def test_a_gib_goes_there_and_back(client, served, tmp_path):
+    source = make_gib(tmp_path / 'source')
+    client.put(str(source), '/there')
+    assert same(source, served[1] / 'there')
+    client.get('/there', str(tmp_path / 'back'))
+    assert same(source, tmp_path / 'back')
+
+
+def make_many(folder, count=5000):
+    """Files of up to a KiB, no two the same."""
+    folder.mkdir()
+    for n in range(count):
+        (folder / ('f%04d' % n)).write_bytes(b'%d\n' % n * (n % 200))
+    return folder
+
+
+def same_folder(one, other):
+    names = os.listdir(str(one))
+    return sorted(names) == sorted(os.listdir(str(other))) and \
+        filecmp.cmpfiles(str(one), str(other), names, shallow=False)[0] == names
+
+
+@pytest.mark.slow
+@pytest.mark.once
+def test_a_folder_of_5000_goes_there_and_back(tmp_path):
+    source = make_many(tmp_path / 'source')
+    (tmp_path / 'served').mkdir()
+    with our_server(tmp_path / 'served') as server, chirp.ChirpClient(*server.address) as client:
+        client.put(str(source), '/there')
+        assert same_folder(source, tmp_path / 'served' / 'there')
+        client.get('/there', str(tmp_path / 'back'))
+        assert same_folder(source, tmp_path / 'back')
+
+
 # --- the real clients and our server -----------------------------------------------------------
 
 def run(*words, input=None):
@@ -241,6 +296,17 @@ def test_chirp_put_and_chirp_get(ours, tmp_path, size):
     assert (tmp_path / 'd').read_bytes() == content
     run('chirp_put', '-a', 'address', '-t', '20', '-', ours, '/piped', input=content)
     assert (tmp_path / 'served' / 'piped').read_bytes() == content
+
+
+@needs_cctools
+@pytest.mark.slow
+@pytest.mark.once
+def test_a_gib_from_the_real_clients(ours, tmp_path):
+    source = make_gib(tmp_path / 'a')
+    run('chirp_put', '-a', 'address', '-t', '20', source, ours, '/b')
+    assert same(source, tmp_path / 'served' / 'b')
+    run('chirp_get', '-a', 'address', '-t', '20', ours, '/b', tmp_path / 'd')
+    assert same(source, tmp_path / 'd')
 
 
 @needs_cctools

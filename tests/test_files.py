@@ -1,6 +1,7 @@
 """Files between host and guest through the API: real host, real guest, real Chirp."""
 
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -13,6 +14,7 @@ import cutting
 import pytest
 from agents import Agent, Host
 from helpers import fault_of, wait_until
+from test_chirp import make_gib, make_many, same, same_folder
 
 import chirp
 import protocol
@@ -123,6 +125,41 @@ def test_a_transfer_can_be_watched_and_cancelled(guest, api, tmp_path):
     assert not os.path.exists(os.path.join(guest.files, 'big.part'))
     assert api.cancelTransfer(again) is False
     os.remove(os.path.join(guest.files, 'big'))
+
+
+@pytest.mark.slow
+@pytest.mark.once
+@pytest.mark.parametrize('make, compare', [(make_gib, same), (make_many, same_folder)])
+def test_much_goes_there_and_comes_back(guest, api, tmp_path, make, compare):
+    source = make(tmp_path / 'source')
+    there = os.path.join(guest.files, 'much')
+    assert api.cpFileToVM('one', str(source), 'much') == ['', '', 0]
+    assert compare(source, there)
+    assert api.cpFileFromVM('one', 'much', str(tmp_path / 'back')) == ['', '', 0]
+    assert compare(source, tmp_path / 'back')
+    shutil.rmtree(there) if os.path.isdir(there) else os.remove(there)
+
+
+def test_a_transfer_that_is_cut_at_random_places_goes_on(tmp_path, monkeypatch):
+    """20 cuts each way: each byte moves once, give or take what was under way."""
+    size, places = 24 * 2 ** 20, random.Random(5)
+    cuts = [places.randrange(1, size // 10) for _ in range(40)]
+    report = tmp_path / 'report'
+    cutting.install(tmp_path / 'bin', monkeypatch, cuts=cuts, report=str(report))
+    with Host(tmp_path / 'host') as host, \
+            Agent(tmp_path / 'guest', host, 'g', chirp={'server': 'chirp_server', 'user': 'root'}) as guest:
+        source, back = write_random(str(tmp_path / 'source'), size), str(tmp_path / 'back')
+        there = os.path.join(guest.files, 'there')
+        with host.api as api:
+            wait_until(lambda: 'chirp' in api.getVM('g')['facts'], 30)
+            for attempt in (lambda: api.cpFileToVM('g', source, 'there'),
+                            lambda: api.cpFileFromVM('g', 'there', back)):
+                wait_until(lambda attempt=attempt: attempt()[2] == 0, 120, 0)
+            assert digest_of(there) == digest_of(back) == digest_of(source)
+        moved = json.loads(report.read_text())         # some 50 ms old, which are few bytes more
+        assert moved['cuts'] >= 20
+        assert moved['up'] + moved['down'] <= 2 * size + moved['cuts'] * (chirp.PIECE + 65536)
+        assert not os.path.exists(there + '.part') and not os.path.exists(back + '.part')
 
 
 WRITER = ('import os\nblock = bytes(range(256)) * 256\n'
@@ -239,6 +276,25 @@ def test_a_guest_without_files_is_acknowledged_all_the_same(tmp_path):
             assert read_output(api, cmd_id, 'out') == b'y\n' * 150000
             assert api.cpFileToVM('g', __file__)[2] == 1
         assert 'no Chirp server' in guest.log() and cmd_id in host.log()
+
+
+@pytest.mark.skipif(os.name != 'posix' or os.getuid() != 0 or not shutil.which('chirp_server'),
+                    reason='needs root, and chirp_server')
+def test_the_real_server_of_another_user_serves_files_and_no_output(tmp_path):
+    """Output stays the agent's own, and is read by words."""
+    for folder in (tmp_path.parent.parent, tmp_path.parent, tmp_path):
+        os.chmod(str(folder), 0o755)
+    with Host(tmp_path / 'host') as host:
+        guest = Agent(tmp_path / 'guest', host, 'g', chirp={'server': 'chirp_server', 'user': 'nobody'})
+        shutil.chown(guest.files, 'nobody')
+        with guest, host.api as api:
+            assert api.cpFileToVM('g', __file__, 'there') == ['', '', 0], guest.log()
+            cmd_id = api.runCmd('g', 'sh', ['-c', 'yes | head -c 300000'])
+            host.results(cmd_id)
+            spool = os.path.join(guest.files, '.vmguest-spool', 'g', cmd_id)
+            wait_until(lambda: os.path.exists(os.path.join(spool, 'acked')), 30)
+            assert api.cpFileFromVM('g', '.vmguest-spool/g/%s/out' % cmd_id, str(tmp_path / 'x'))[2] == 1
+            assert read_output(api, cmd_id, 'out') == b'y\n' * 150000
 
 
 def test_only_the_host_may_connect_and_only_with_its_key(tmp_path):
