@@ -1209,7 +1209,7 @@ def can_listen(address: str, port: int) -> bool:
 
 # --- the agent -------------------------------------------------------------------------------
 
-FILES_PATIENCE = 1.0           # seconds that HELLO waits for chirp_server, so that it can tell of it
+FILES_PATIENCE = 3.0           # seconds that HELLO waits for chirp_server, so that it can tell of it
 FILES_STOP = 1.0               # seconds that the Chirp server has for its end
 RESEND_EVERY = 30.0            # seconds between two sendings of results that nobody acknowledged
 FIRST_STATUS = 0.05            # seconds after which a command that still runs is reported

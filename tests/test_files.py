@@ -288,6 +288,7 @@ def test_the_real_server_of_another_user_serves_files_and_no_output(tmp_path):
         guest = Agent(tmp_path / 'guest', host, 'g', chirp={'server': 'chirp_server', 'user': 'nobody'})
         shutil.chown(guest.files, 'nobody')
         with guest, host.api as api:
+            wait_until(lambda: 'chirp' in api.getVM('g')['facts'], 30)
             assert api.cpFileToVM('g', __file__, 'there') == ['', '', 0], guest.log()
             cmd_id = api.runCmd('g', 'sh', ['-c', 'yes | head -c 300000'])
             host.results(cmd_id)
@@ -327,6 +328,7 @@ def test_the_real_server_serves_instead(tmp_path):
         guest = Agent(tmp_path / 'guest', host, 'g', chirp={'server': 'chirp_server', 'user': 'root'})
         with guest, host.api as api:
             source = write_random(str(tmp_path / 'source'), 100000)
+            wait_until(lambda: 'chirp' in api.getVM('g')['facts'], 30)
             assert api.cpFileToVM('g', source, 'there') == ['', '', 0], guest.log()
             assert api.cpFileFromVM('g', 'there', str(tmp_path / 'back')) == ['', '', 0]
             assert digest_of(str(tmp_path / 'back')) == digest_of(source)
@@ -345,7 +347,7 @@ def test_a_server_that_does_not_come_up_holds_up_nothing(tmp_path, monkeypatch):
             begin = time.monotonic()
             assert host.run('g', 'true')['exitCodeOrSignal'] == 0
             assert api.cpFileToVM('g', __file__)[2] == 1
-            assert time.monotonic() - begin < 10       # chirp.START_TIME is more
+            assert time.monotonic() - begin < chirp.START_TIME - 5
             pid = int(wait_until(lambda: (tmp_path / 'pid').exists() and (tmp_path / 'pid').read_text(), 20))
         wait_until(lambda: not os.path.exists('/proc/%d' % pid), 10)
 
