@@ -205,6 +205,7 @@ def test_what_is_forgotten_while_it_is_fetched_is_fetched_no_further(tmp_path, m
             wait_until(lambda: os.path.isdir(output) and os.listdir(output), 60)
             return cmd_id
         with host.api as api:
+            wait_until(lambda: 'chirp' in api.getVM('g')['facts'], 30)
             cmd_id = begin_to_fetch()
             assert api.forgetCmd(cmd_id) is True
             wait_until(lambda: os.listdir(output) == [], 10)
