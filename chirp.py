@@ -58,7 +58,7 @@ PIECE = 4 * 1024 * 1024        # bytes that one pread or pwrite of the client mo
 BLOCK = 512 * 1024             # bytes that pass through memory at once
 SMALL = 64 * 1024              # a file up to here is read whole, and goes with its reply
 HOLE = 32 * 1024              # zeros that are worth a hole in a file
-SLICE = 0.5                    # seconds between looks at whether a wait was cancelled
+SLICE = 0.2                    # seconds between looks at whether a wait was cancelled
 SLOWEST = 10 * 1024            # bytes per second that a peer must move, beside the timeout
 
 Path = Union[str, bytes]

@@ -4007,8 +4007,8 @@ class Host:
         self.journal.stop_waits()
         if self.server is not None:
             self.server.stop()
-        self.transfers.stop(time.monotonic() + 0.5)
-        self.fetcher.stop(time.monotonic() + 0.5)
+        self.transfers.stop(time.monotonic() + 1.0)
+        self.fetcher.stop(time.monotonic() + 1.0)
         if self.link is not None:
             self.say(protocol.BYE.howToLeave('the host stops'))
             self.link.close()
