@@ -1,4 +1,4 @@
-"""A million commands: python bench/million.py [--rows N] [--commands N]
+"""A million commands: python bench/million.py [--rows N] [--commands N] [--steps N]
 
 First the journal is filled with that many finished commands, and listCmds and getEvents are timed over
 XML-RPC; then so many short commands go through one host and one guest, with keep_results and keep_spool
@@ -6,8 +6,11 @@ of seconds, and resident memory and disk are shown as they go. --commands 100000
 """
 
 import argparse
+import collections
+import contextlib
 import json
 import os
+import sqlite3
 import statistics
 import sys
 import tempfile
@@ -60,8 +63,8 @@ def fill(path, rows):
     return last
 
 
-def time_calls(api, last, times=15):
-    """{call: milliseconds, the median}."""
+def time_calls(api, last, of=statistics.median, times=15):
+    """{call: milliseconds, the median ``of`` some}."""
     found = {}
     for name, call in CALLS.items():
         spent = []
@@ -69,7 +72,7 @@ def time_calls(api, last, times=15):
             begin = time.perf_counter()
             call(api, last)
             spent.append(1000 * (time.perf_counter() - begin))
-        found[name] = statistics.median(spent)
+        found[name] = of(spent)
     return found
 
 
@@ -80,9 +83,10 @@ def memory_of(pid):
 
 
 def disk_of(folder):
-    """(MiB, files and folders) of a folder."""
+    """(MiB, files and folders) of a folder, without the agents' logs."""
     size, count = 0, 0
     for path, folders, files in os.walk(folder):
+        files = [name for name in files if name != 'log']
         count += len(folders) + len(files)
         for name in files:
             try:
@@ -92,10 +96,13 @@ def disk_of(folder):
     return size / 2 ** 20, count
 
 
-def many(folder, commands, steps=10, keep='5s'):
-    """Runs that many short commands; gives (how many, host MiB, guest MiB, disk MiB, entries) as they go."""
-    with Host(os.path.join(folder, 'many'), keep_results=keep) as host, \
-            Agent(os.path.join(folder, 'guest'), host, 'g', keep_spool=keep, dedupe_ttl=keep) as guest:
+Step = collections.namedtuple('Step', 'commands host_memory guest_memory disk entries journalled')
+
+
+def many(folder, commands, steps=10, keep='5s', make_host=Host, make_agent=Agent):
+    """Runs that many short commands; gives Steps (memory and disk in MiB) as they go."""
+    with make_host(os.path.join(folder, 'many'), keep_results=keep) as host, \
+            make_agent(os.path.join(folder, 'guest'), host, 'g', keep_spool=keep, dedupe_ttl=keep) as guest:
         for step in range(steps):
             threads = [threading.Thread(target=run_some, args=(host, commands // steps // CLIENTS))
                        for _ in range(CLIENTS)]
@@ -103,8 +110,15 @@ def many(folder, commands, steps=10, keep='5s'):
                 thread.start()
             for thread in threads:
                 thread.join()
-            yield ((step + 1) * (commands // steps // CLIENTS) * CLIENTS,
-                   memory_of(host.process.pid), memory_of(guest.process.pid)) + disk_of(folder)
+            yield Step((step + 1) * (commands // steps // CLIENTS) * CLIENTS,
+                       memory_of(host.process.pid), memory_of(guest.process.pid), *disk_of(folder),
+                       journalled=executions_of(host))
+
+
+def executions_of(host):
+    """How many executions the journal knows."""
+    with contextlib.closing(sqlite3.connect(os.path.join(host.state, 'journal.sqlite'))) as journal:
+        return journal.execute('SELECT count(*) FROM executions').fetchone()[0]
 
 
 def run_some(host, count):
@@ -119,25 +133,38 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--rows', type=int, default=1000000)
     parser.add_argument('--commands', type=int, default=20000)
+    parser.add_argument('--steps', type=int, default=10, help='how often to look while they run')
     wish = parser.parse_args()
+    if wish.rows:
+        time_rows(wish.rows)
+    if wish.commands:
+        run_many(wish.commands, wish.steps)
+
+
+def time_rows(rows):
+    """The calls that list, over a journal of so many commands."""
     with tempfile.TemporaryDirectory() as folder:
         host = Host(os.path.join(folder, 'rows'))
         os.makedirs(host.state)
         begin = time.monotonic()
-        last = fill(os.path.join(host.state, 'journal.sqlite'), wish.rows)
+        last = fill(os.path.join(host.state, 'journal.sqlite'), rows)
         print('journal of %d commands: %.0f MiB, filled in %.0f s' % (
-            wish.rows, disk_of(host.state)[0], time.monotonic() - begin))
+            rows, disk_of(host.state)[0], time.monotonic() - begin))
         begin = time.monotonic()
         with host, host.api as api:
             print('the host starts on it in %.1f s, and has %.0f MiB' % (
                 time.monotonic() - begin, memory_of(host.process.pid)))
             for name, spent in time_calls(api, last).items():
                 print('%-24s %7.1f ms' % (name, spent))
+
+
+def run_many(commands, steps):
+    """Short commands, through one host and one guest."""
     with tempfile.TemporaryDirectory() as folder:
         begin = time.monotonic()
-        for row in many(folder, wish.commands):
-            print('%8d commands, %5.0f s: host %5.1f MiB, guest %5.1f MiB, disk %6.1f MiB in %d entries'
-                  % ((row[0], time.monotonic() - begin) + row[1:]))
+        for step in many(folder, commands, steps):
+            print('%8d commands, %5.0f s: host %5.1f MiB, guest %5.1f MiB, disk %6.1f MiB in %d entries, '
+                  '%d commands in the journal' % ((step[0], time.monotonic() - begin) + step[1:]), flush=True)
 
 
 if __name__ == '__main__':

@@ -328,6 +328,16 @@ class World:
         return []
 
     def do_fork_server_kill(self, guest, seconds):
+        return self.before_long(lambda: self.kill_fork_server(guest))
+
+    def before_long(self, act, seconds=20):
+        """Tries it until it takes effect; whether it did."""
+        try:
+            return wait_until(act, seconds)
+        except AssertionError:
+            return False
+
+    def kill_fork_server(self, guest):
         for pid in self.children(guest.agent.process.pid)[:1]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -335,18 +345,24 @@ class World:
         return False
 
     def do_runner_kill(self, guest, seconds):
+        others = [other for other in self.guests if other is not guest]
+        return self.before_long(lambda: any(map(self.kill_runner, [guest] + others)), 3)
+
+    def kill_runner(self, guest):
+        """Of a command that runs there now."""
         spool = guest.agent.spool
         for name in sorted(os.listdir(spool)) if os.path.isdir(spool) else []:
             command = vmguest.Command(name, os.path.join(spool, name))
             program = command.process()
             if not program or command.has('result.json'):
                 continue
-            with contextlib.suppress(OSError), open('/proc/%d/stat' % program) as file:
+            with contextlib.suppress(OSError, ValueError, KeyError), open('/proc/%d/stat' % program) as file:
                 runner = int(file.read().rpartition(')')[2].split()[1])
+                proof = command.read('request.json')['args'][3]
                 if runner in guest.pids():
                     with self.lock:
                         for attempt in self.attempts:
-                            if attempt.cmd_id == name:
+                            if attempt.proof == proof:
                                 attempt.excuses.add('runner-kill')
                     os.kill(runner, signal.SIGKILL)
                     return True
@@ -533,7 +549,7 @@ class World:
 
         By the broker; where that one is apart, and knows nothing of ids, by the lock of the spool.
         """
-        if not self.reaches(guest):
+        if not self.before_long(lambda: self.answers(guest)):
             return False
         folder = os.path.join(guest.folder, 'twin')
         shutil.rmtree(folder, ignore_errors=True)
@@ -542,22 +558,13 @@ class World:
         twin.faults = {'env': {'GENERATION': 'twin'}}
         twin.start(wait=False)
         try:
-            wait_until(lambda: ('another vmguest' if shared else 'is taken') in twin.log(), 20)
-            return True
-        except AssertionError:
-            return False
+            return self.before_long(lambda: ('another vmguest' if shared else 'is taken') in twin.log())
         finally:
             twin.stop(signal.SIGKILL)
 
-    def reaches(self, guest):
-        """Whether that agent answers before long."""
-        def answers():
-            with contextlib.suppress(OSError, xmlrpc.client.Error), self.host.api as api:
-                return api.ping(guest.id, 1.0)
-        try:
-            return wait_until(answers, 30, 0.2)
-        except AssertionError:
-            return False
+    def answers(self, guest):
+        with contextlib.suppress(OSError, xmlrpc.client.Error), self.host.api as api:
+            return api.ping(guest.id, 1.0)
 
     def do_guest_full(self, guest, seconds):
         if not guest.has_small_disk:
