@@ -73,10 +73,12 @@ class Host(Process):
         super().__init__(folder, 'vmhost.py', ini)
         self.state = os.path.join(self.folder, host.get('state_dir', 'vmhost-state'))
 
-    def start(self):
+    def start(self, wait=True):
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(self.state, 'xmlrpc.address'))
         super().start()
+        if not wait:
+            return self
         try:
             wait_until(lambda: self.process.poll() is not None or self.answers(), 20)
             assert self.process.poll() is None, 'the host ended:\n' + self.log()

@@ -4,10 +4,13 @@ It runs at most once, and has exactly one result.
 """
 
 import os
+import signal
 
 import pytest
 from faultrig import Agent, Host, Proof, events
 from helpers import wait_until
+
+import vmguest
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
 
@@ -51,6 +54,49 @@ def test_the_agent_dies(host, tmp_path, point):
         assert len(events(host, cmd_id, 'cmd-finished')) == 1
     finally:
         guest.stop()
+
+
+TAKING_UP = {
+    'before it reads the spool': (['Spool.load', 'before', 1], 'goes on'),
+    'when it has read a command': (['Spool._load', 'after', 1], 'goes on'),
+    'before it takes a command up': (['Agent._take_up', 'before', 1], 'goes on'),
+    'before it ends what a dead runner left': (['Command.end_processes', 'before', 1], 'lost'),
+    'after that, before result.json': (['Command.end_processes', 'after', 1], 'lost'),
+    'after result.json, before HELLO': (['Command.end', 'after', 1], 'lost'),
+    'after HELLO': (['Agent._say_hello', 'after', 1], 'goes on'),
+}
+
+
+@pytest.mark.parametrize('point', list(TAKING_UP))
+def test_the_next_agent_dies_when_it_takes_up_what_the_last_one_left(host, tmp_path, point):
+    die, end = TAKING_UP[point]
+    guest = Agent(tmp_path / 'guest', host, 'taking-up-%d' % list(TAKING_UP).index(point)).start()
+    proof = Proof(tmp_path, 1)
+    try:
+        cmd_id = proof.ask(host, guest.id)
+        command = vmguest.Command(cmd_id, os.path.join(guest.spool, cmd_id))
+        shell = wait_until(lambda: proof.runs() and command.process(), 20)
+        os.kill(shell, signal.SIGSTOP)
+        guest.stop(signal.SIGKILL)
+        if end == 'lost':
+            os.kill(parent_of(shell), signal.SIGKILL)
+        guest.faults = {'die': die}
+        guest.start(wait=False)
+        guest.wait_for_death()
+        if end == 'goes on':
+            os.kill(shell, signal.SIGCONT)
+        guest.start()
+        results = host.results(cmd_id)
+        if end == 'goes on':
+            proof.check(results)
+        else:
+            assert results['state'] == 'lost' and 'runner was killed' in results['error'], results
+        assert proof.runs() == 1 and not running(proof)
+        assert len(events(host, cmd_id, 'cmd-finished')) == 1
+    finally:
+        guest.stop()
+        for pid in running(proof):
+            os.kill(pid, signal.SIGKILL)
 
 
 LETTING_GO = {
@@ -112,6 +158,11 @@ def test_a_runner_dies(host, tmp_path, point):
         assert not running(proof)
 
 
+def parent_of(pid):
+    with open('/proc/%d/stat' % pid) as file:
+        return int(file.read().rpartition(')')[2].split()[1])
+
+
 def running(proof):
     """The processes that have the proof's path in their command line."""
     found = []
@@ -161,6 +212,34 @@ def test_the_host_dies(tmp_path, point):
             assert len(events(host, cmd_id, 'cmd-finished')) == 1
             assert len(events(host, cmd_id, 'cmd-submitted')) == 1
         assert proof.runs() == len(asked)
+    finally:
+        guest.stop()
+        host.stop()
+
+
+TAKING_UP_AGAIN = {
+    'when it has read its journal': ['Commands.__init__', 'after', 1],
+    'when a guest that has it says HELLO': ['Host.heard_hello', 'before', 1],
+    'when that was answered': ['Host.heard_hello', 'after', 1],
+}
+
+
+@pytest.mark.parametrize('point', list(TAKING_UP_AGAIN))
+def test_the_next_host_dies_when_it_takes_up_what_the_last_one_left(tmp_path, point):
+    host = Host(tmp_path / 'host').start()
+    guest = Agent(tmp_path / 'guest', host, 'g')
+    try:
+        guest.start()
+        proof = Proof(tmp_path, 1)
+        cmd_id = proof.ask(host, 'g')
+        wait_until(proof.runs, 20)
+        host.stop(signal.SIGKILL)
+        host.faults = {'die': TAKING_UP_AGAIN[point]}
+        host.start(wait=False)
+        host.wait_for_death()
+        host.start()
+        proof.check(host.results(cmd_id))
+        assert len(events(host, cmd_id, 'cmd-finished')) == 1
     finally:
         guest.stop()
         host.stop()
