@@ -2774,6 +2774,7 @@ class Driver:
         self._rename_system(systems[0], name, path)
         note = IMPORTING + name
         self.vbox.setExtraData(note, path)
+        self._expect_disks(systems[0], os.path.dirname(path))
         try:
             yield from self.finish(job, appliance.importMachines([]), 'importing')
         except DeadlineExceeded:
@@ -2793,6 +2794,15 @@ class Driver:
                    self.const('VirtualSystemDescriptionType_SettingsFile'): path}
         values = [renamed.get(kind, value) for kind, value in zip(kinds, values)]
         system.setFinalValues([True] * len(kinds), values, extra)
+
+    def _expect_disks(self, system: Any, folder: str) -> None:
+        """Notes the disks that an import will make: the VM that has them is there at its end alone."""
+        disk = self.const('VirtualSystemDescriptionType_HardDiskImage')
+        kinds, _, _, values, _ = system.getDescription()
+        for kind, value in zip(kinds, values):
+            location = os.path.join(folder, value)
+            if kind == disk and not os.path.exists(location):
+                self.vbox.setExtraData(DISK_MADE + location, DISK_UNFINISHED)
 
     def _disks_of(self, machine: Any) -> List[Any]:
         disk = self.const('DeviceType_HardDisk')
@@ -2858,10 +2868,19 @@ class Driver:
 
     def _import_left(self, machine: Any) -> bool:
         path = self.vbox.getExtraData(IMPORTING + machine.name)
-        return bool(path) and path == machine.settingsFilePath
+        return bool(path) and path == machine.settingsFilePath and path not in self._in_the_making()
+
+    def _in_the_making(self) -> List[str]:
+        """The .vbox files of the VMs that jobs are making: an imported one has no owner until it is whole."""
+        return [self.vbox.composeMachineFilename(job.args[0], '', '', '') for job in self._jobs
+                if job.verb == 'create_vm' and job.steps is not None]
 
     def _left_disks(self) -> List[Tuple[str, str]]:
-        """(path, uuid) of the disks that we made and that no VM has attached."""
+        """(path, uuid) of the disks that we made and that no VM has attached.
+
+        VirtualBox goes on with what a host began that has died: nothing unfinished is left while it works.
+        """
+        works = bool(self.array(self.vbox, 'progressOperations'))
         used = {disk.location: self.array(disk, 'machineIds')
                 for disk in self.array(self.vbox, 'hardDisks')}
         left = []
@@ -2872,13 +2891,14 @@ class Driver:
             if not os.path.exists(location):
                 self.vbox.setExtraData(key, '')
             elif not used.get(location) and not self._being_made(location):
-                left.append((location, self.vbox.getExtraData(key)))
+                uuid = self.vbox.getExtraData(key)
+                if not (works and uuid == DISK_UNFINISHED):
+                    left.append((location, uuid))
         return left
 
     def _being_made(self, location: str) -> bool:
-        folder = os.path.dirname(location)
-        return any(os.path.dirname(machine.settingsFilePath) == folder
-                   for machine in self.machines_now() if machine.id in self._owners)
+        owned = [machine.settingsFilePath for machine in self.machines_now() if machine.id in self._owners]
+        return os.path.dirname(location) in map(os.path.dirname, owned + self._in_the_making())
 
     def _remove_disk(self, job: Job, location: str, uuid: str) -> Steps:
         try:

@@ -145,7 +145,7 @@ class VirtualBox(WithExtraData):
 
     def __init__(self):
         super().__init__()
-        self.machines, self.hardDisks, self.DHCPServers = [], [], []
+        self.machines, self.hardDisks, self.DHCPServers, self.progressOperations = [], [], [], []
         self.systemProperties = Named(defaultVRDEExtPack='VNC')
         self.performanceCollector = Collector()
         self.host = Named(networkInterfaces=[], getProcessorFeature=lambda feature: True)

@@ -5,12 +5,19 @@ import shutil
 import tempfile
 
 import pytest
-from rig import manage, remove
+from rig import manage, remove, try_manage
 from vms import VMHost, command_line, kill, processes
 
 IN_RIG = os.path.exists('/etc/vmhost-rig')
 EVERY_INSTRUCTION = ('HM/HMForced=0', 'HM/FallbackToIEM=1', 'EM/IemExecutesAll=1')
 HERE = os.path.dirname(os.path.abspath(__file__))
+MEGABYTES = int(os.environ.get('VMHOST_IMAGE_MB') or 192)
+# A boot sector that writes R to the first serial port, and powers off when the ACPI button is pressed.
+BUTTON_SYSTEM = bytes([
+    0xba, 0xf8, 0x03, 0xb0, 0x52, 0xee,                 # mov dx,3f8h; mov al,'R'; out dx,al
+    0xba, 0x00, 0x40, 0xed, 0xa9, 0x00, 0x01,           # again: mov dx,4000h; in ax,dx; test ax,PWRBTN_STS
+    0x75, 0x04, 0xfb, 0xf4, 0xeb, 0xf3,                 # jnz off; sti; hlt; jmp again
+    0xba, 0x04, 0x40, 0xb8, 0x00, 0x34, 0xef, 0xf4])    # off: mov dx,4004h; mov ax,S5+SLP_EN; out dx,ax; hlt
 
 
 def pytest_collection_modifyitems(items):
@@ -52,3 +59,50 @@ def remove_all(host):
     yield
     for line in set(manage('list', 'vms').splitlines()) - before:
         remove(line.rpartition('{')[2].rstrip('}'))
+
+
+@pytest.fixture(scope='session')
+def images(home, tmp_path_factory):
+    """A folder with the same small disk as .vdi, .vmdk and .vhd, in an .ova and an .ovf; and an .iso."""
+    folder = tmp_path_factory.mktemp('images')
+
+    def path(name):
+        return str(folder / name)
+
+    with open(path('raw'), 'wb') as file:
+        file.write(BUTTON_SYSTEM.ljust(510, b'\0') + b'\x55\xaa')
+        file.truncate(2 << 20)
+    with open(path('disc.iso'), 'wb') as file:
+        file.truncate(2 << 20)
+    for kind in ('vdi', 'vmdk', 'vhd'):
+        manage('convertfromraw', path('raw'), path('disk.' + kind), '--format', kind.upper())
+    manage('createvm', '--name', 'exported', '--ostype', 'Linux_64', '--register')
+    manage('modifyvm', 'exported', '--memory', '16', '--nic1', 'nat')
+    manage('storagectl', 'exported', '--name', 'SATA', '--add', 'sata')
+    manage('storageattach', 'exported', '--storagectl', 'SATA', '--port', '0', '--type', 'hdd', '--medium',
+           path('disk.vdi'))
+    manage('export', 'exported', '--output', path('appliance.ova'))
+    manage('export', 'exported', '--output', path('appliance.ovf'))
+    manage('unregistervm', 'exported')
+    try_manage('closemedium', 'disk', path('disk.vdi'))
+    return folder
+
+
+@pytest.fixture(scope='session')
+def appliance(home, tmp_path_factory):
+    """A large image, VMHOST_IMAGE_MB of it, as PATH.vdi and PATH.ova: data that can't be compressed."""
+    path = str(tmp_path_factory.mktemp('appliance') / 'big')
+    with open(path, 'wb') as file:
+        for _ in range(MEGABYTES):
+            file.write(os.urandom(1 << 20))
+    manage('convertfromraw', path, path + '.vdi', '--format', 'VDI')
+    os.remove(path)
+    manage('createvm', '--name', 'big', '--ostype', 'Linux_64', '--register')
+    manage('storagectl', 'big', '--name', 'SATA', '--add', 'sata')
+    manage('storageattach', 'big', '--storagectl', 'SATA', '--port', '0', '--type', 'hdd', '--medium',
+           path + '.vdi')
+    manage('export', 'big', '--output', path + '.ova')
+    manage('storageattach', 'big', '--storagectl', 'SATA', '--port', '0', '--medium', 'none')
+    manage('closemedium', 'disk', path + '.vdi')
+    manage('unregistervm', 'big', '--delete')
+    return path

@@ -1,7 +1,9 @@
 """VBoxSVC, VM or host die, or another program holds the lock: nothing is destroyed, and it goes on."""
 
 import contextlib
+import http.client
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,7 +14,7 @@ import time
 import pytest
 from agents import Agent
 from helpers import wait_until
-from rig import facts, manage, state_of, vboxsvc, vm_process
+from rig import facts, manage, state_of, try_manage, vboxsvc, vm_process
 from vms import VMHost, command_line, fault_of, kill
 
 FULL = os.environ.get('VMHOST_FULL')
@@ -103,6 +105,67 @@ def test_a_vm_killed_while_the_host_was_away(home, vm, api, tmp_path):
         with other.api as its_api:
             assert its_api.getState(vm) == 'Aborted'
             assert its_api.start(vm) is True
+
+
+def all_there_is(home, image):
+    """VMs, the files in their folder, and the disks but for the image, which nobody made here."""
+    files = [os.path.join(folder, name) for folder, _, names in os.walk(os.path.join(home, 'vms'))
+             for name in names]
+    disks = set(re.findall('Location: +(.*)', manage('list', 'hdds'))) - {image}
+    return manage('list', 'vms'), disks, sorted(files)
+
+
+@pytest.fixture
+def foreign(remove_all, tmp_path):
+    """A VM and a disk that aren't ours."""
+    disk = str(tmp_path / 'foreign.vdi')
+    manage('createvm', '--name', 'foreign', '--ostype', 'Linux_64', '--register')
+    manage('createmedium', 'disk', '--filename', disk, '--size', '4')
+    yield
+    manage('closemedium', 'disk', disk, '--delete')
+
+
+@pytest.mark.parametrize('kind', ['.vdi', '.ova'])
+@pytest.mark.parametrize('dead', ['host', 'host and driver', 'all'])
+def test_the_host_killed_while_it_makes_a_vm(home, foreign, appliance, tmp_path, dead, kind):
+    """The next one finds what is left of it, takes that away when it is told to, and nothing else."""
+    image = appliance + kind
+    before, server, removed = all_there_is(home, image), vboxsvc(), []
+    with VMHost(tmp_path) as other:
+        with other.api as maker, other.api as api:
+            making = threading.Thread(target=fault_or_end_of, args=(maker.createVM, 'half', image))
+            making.start()
+            wait_until(lambda: is_in_the_middle(api), 60)
+            os.kill(server, signal.SIGSTOP)
+            assert is_in_the_middle(api)
+            driver = other.driver_pid()
+            for pid in {'host': [], 'host and driver': [driver], 'all': [driver, server]}[dead]:
+                os.kill(pid, signal.SIGKILL)
+            other.stop(signal.SIGKILL)
+            if dead != 'all':
+                os.kill(server, signal.SIGCONT)
+            making.join(20)
+        wait_until(lambda: not command_line(driver), 60)
+        other.start()
+        with other.api as api:
+            def is_clean():
+                removed.extend(api.cleanup(False))
+                return all_there_is(home, image) == before
+            wait_until(is_clean, 60, 0.2)
+            assert removed and all('half' in row['name'] for row in removed)
+            assert api.cleanup() == []
+    try_manage('closemedium', 'disk', image)
+
+
+def is_in_the_middle(api):
+    """Whether the disk of a new VM is being written."""
+    return [job for job in api.agentInfo()['jobs'] if job['text'] in ('importing', 'copying the disk')]
+
+
+def fault_or_end_of(call, *args):
+    """Calls, whatever becomes of it: the other side dies meanwhile."""
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        fault_of(call, *args)
 
 
 @contextlib.contextmanager

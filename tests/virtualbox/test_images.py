@@ -8,40 +8,6 @@ from helpers import wait_until
 from rig import facts, manage, try_manage
 from vms import fault_of
 
-# A boot sector that writes R to the first serial port, and powers off when the ACPI button is pressed.
-BUTTON_SYSTEM = bytes([
-    0xba, 0xf8, 0x03, 0xb0, 0x52, 0xee,                 # mov dx,3f8h; mov al,'R'; out dx,al
-    0xba, 0x00, 0x40, 0xed, 0xa9, 0x00, 0x01,           # again: mov dx,4000h; in ax,dx; test ax,PWRBTN_STS
-    0x75, 0x04, 0xfb, 0xf4, 0xeb, 0xf3,                 # jnz off; sti; hlt; jmp again
-    0xba, 0x04, 0x40, 0xb8, 0x00, 0x34, 0xef, 0xf4])    # off: mov dx,4004h; mov ax,S5+SLP_EN; out dx,ax; hlt
-
-
-@pytest.fixture(scope='session')
-def images(home, tmp_path_factory):
-    """A folder with the same small disk as .vdi, .vmdk and .vhd, in an .ova and an .ovf; and an .iso."""
-    folder = tmp_path_factory.mktemp('images')
-
-    def path(name):
-        return str(folder / name)
-
-    with open(path('raw'), 'wb') as file:
-        file.write(BUTTON_SYSTEM.ljust(510, b'\0') + b'\x55\xaa')
-        file.truncate(2 << 20)
-    with open(path('disc.iso'), 'wb') as file:
-        file.truncate(2 << 20)
-    for kind in ('vdi', 'vmdk', 'vhd'):
-        manage('convertfromraw', path('raw'), path('disk.' + kind), '--format', kind.upper())
-    manage('createvm', '--name', 'exported', '--ostype', 'Linux_64', '--register')
-    manage('modifyvm', 'exported', '--memory', '16', '--nic1', 'nat')
-    manage('storagectl', 'exported', '--name', 'SATA', '--add', 'sata')
-    manage('storageattach', 'exported', '--storagectl', 'SATA', '--port', '0', '--type', 'hdd', '--medium',
-           path('disk.vdi'))
-    manage('export', 'exported', '--output', path('appliance.ova'))
-    manage('export', 'exported', '--output', path('appliance.ovf'))
-    manage('unregistervm', 'exported')
-    try_manage('closemedium', 'disk', path('disk.vdi'))
-    return folder
-
 
 def digest(path):
     with open(str(path), 'rb') as file:
