@@ -6663,7 +6663,19 @@ def change(host: Client, screen: Screen, vms: List[str], done: str, method: str,
 
 
 def watch(host: Client, screen: Screen, vm: str, method: str, *args: Any) -> Any:
-    """Calls a method that may take long; meanwhile a terminal shows how far the hypervisor is."""
+    """Calls a method that may take long; meanwhile a terminal shows how far the hypervisor is.
+
+    Ctrl-C ends the waiting alone: a hypervisor stopped in the middle would leave worse behind.
+    """
+    try:
+        return call_watched(host, screen, vm, method, *args)
+    except KeyboardInterrupt:
+        screen.complain('%s: the host agent goes on with it, `ls` shows how far it is' % vm)
+        raise
+
+
+def call_watched(host: Client, screen: Screen, vm: str, method: str, *args: Any) -> Any:
+    """What the method answers; where there is a terminal, with a line of progress until it does."""
     if not screen.shows_progress:
         return host.call(method, *args)
     answers = queue.Queue()        # type: queue.Queue
@@ -6850,7 +6862,9 @@ def event_line(screen: Screen, event: Dict[str, Any]) -> str:
 def do_call(host: Client, screen: Screen, args: Any) -> int:
     """Calls a method of the API; what it answers, as JSON."""
     answer = host.call(args.method, *[read_argument(text) for text in args.arguments])
-    if args.raw and isinstance(answer, str):
+    if args.raw and isinstance(answer, xmlrpc.client.Binary):
+        screen.out.buffer.write(answer.data)
+    elif args.raw and isinstance(answer, str):
         screen.say(answer)
     else:
         screen.json(answer)
@@ -7105,8 +7119,9 @@ VERBS = {verb.name: verb for verb in [
     Verb('call', do_call, 'call a method of the API, and print what it answers as JSON', [
         argument('method', metavar='METHOD', help='`call -r help` describes them'),
         argument('arguments', metavar='JSON', nargs='*', help='each as JSON; what is none is text'),
-        switch('-r', '--raw', help='a text as it is')], [
-            'call listCmds \'{"vm": "web1", "state": "running"}\'', 'call -r help runCmd']),
+        switch('-r', '--raw', help='a text or a picture as it is')], [
+            'call listCmds \'{"vm": "web1", "state": "running"}\'', 'call -r help runCmd',
+            'call -r screenshot web1 > web1.png']),
 ]}
 
 USAGE = '''usage: {me} host.ini                 run the host agent until SIGTERM or Ctrl-C

@@ -126,10 +126,14 @@ class Host(Process):
                 assert time.monotonic() < deadline, 'no end of %s:\n%s' % (cmd_id, self.log())
             return api.getCmdResults(cmd_id)
 
+    def command(self, *words):
+        """What runs a verb of the command line."""
+        return [sys.executable, os.path.join(TOP, 'vmhost.py'), self.ini] + list(words)
+
     def verb(self, *words, **kwargs):
         """Runs a verb of the command line; gives the finished process, with bytes."""
-        return subprocess.run([sys.executable, os.path.join(TOP, 'vmhost.py'), self.ini] + list(words),
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120, **kwargs)
+        return subprocess.run(self.command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              timeout=kwargs.pop('timeout', 120), **kwargs)
 
 
 class Agent(Process):

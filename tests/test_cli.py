@@ -4,7 +4,6 @@ import glob
 import itertools
 import json
 import os
-import pty
 import re
 import shutil
 import signal
@@ -18,6 +17,7 @@ import xmlrpc.server
 import pytest
 from agents import TOP, Agent, Host
 from helpers import wait_until
+from terminals import Terminal
 
 import protocol
 import vmhost
@@ -48,41 +48,8 @@ def verb(host, *words, code=0, **kwargs):
 
 def started(host, *words, **kwargs):
     """A verb that goes on, as a process."""
-    return subprocess.Popen([sys.executable, SCRIPT, host.ini] + list(words), stdin=subprocess.DEVNULL,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
-
-
-class Terminal:
-    """A pseudo-terminal with a process on it, and what that wrote."""
-
-    def __init__(self, words, columns=80, **environment):
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            environment = dict(os.environ, COLUMNS=str(columns), TERM='xterm', **environment)
-            os.execvpe(words[0], words, environment)
-        self.written = b''
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self):
-        try:
-            while True:
-                data = os.read(self.fd, 65536)
-                if not data:
-                    return
-                self.written += data
-        except OSError:         # Linux's way to say that the other side has been closed
-            return
-
-    def type(self, data):
-        os.write(self.fd, data)
-
-    def wait(self):
-        """The exit code, and the text."""
-        _, status = os.waitpid(self.pid, 0)
-        self._reader.join(20)
-        os.close(self.fd)
-        return os.WEXITSTATUS(status), self.written.decode()
+    return subprocess.Popen(host.command(*words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, **kwargs)
 
 
 # --- run ---
@@ -452,6 +419,19 @@ def test_a_long_call_shows_how_far_the_hypervisor_is(tmp_path):
     with PlayedHost(tmp_path, answers) as host:
         code, text = Terminal(host.command + ['snap', 'take', 'db', 'new']).wait()
         assert code == 0 and re.search('db: .* s, 25 %, .* s left saving', text) and 'snapshot taken' in text
+
+
+def test_ctrl_c_leaves_the_hypervisor_to_its_work(tmp_path):
+    over = threading.Event()
+    answers = dict(VM_ANSWERS, agentInfo={'jobs': []}, saveState=lambda vm: over.wait(20))
+    with PlayedHost(tmp_path, answers) as host:
+        terminal = Terminal(host.command + ['save', 'db'])
+        wait_until(lambda: b'db: ' in terminal.written, 20)
+        terminal.type(b'\x03')
+        code, text = terminal.wait()
+        over.set()
+    assert code == 130
+    assert text.splitlines()[-1] == 'vmhost: db: the host agent goes on with it, `ls` shows how far it is'
 
 
 # --- people and terminals ---

@@ -206,11 +206,12 @@ def test_a_live_snapshot_is_saved_memory(api, vm):
     assert api.getState(vm) == 'Running'
 
 
-def test_looking_in(api, vm):
+def test_looking_in(host, api, vm):
     assert api.getLog(vm) == ''
     api.start(vm)
     picture = api.screenshot(vm)
     assert isinstance(picture, xmlrpc.client.Binary) and picture.data.startswith(PNG)
+    assert host.verb('call', '-r', 'screenshot', vm).stdout.startswith(PNG)
     assert len(api.getLog(vm, 100)) <= 100 < len(api.getLog(vm))
     names = [row['name'] for row in api.getStats(vm)]
     assert {'CPU/Load/User', 'RAM/Usage/Used'} <= set(names) and not [n for n in names if ':' in n]

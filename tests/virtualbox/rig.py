@@ -1,11 +1,17 @@
 """What the tests of the real VirtualBox share: a view of it past the host agent."""
 
 import contextlib
+import os
 import re
+import signal
 import subprocess
+import threading
 
 from helpers import wait_until
 from vms import command_line, kill, processes
+
+AS_VBOXMANAGE_SAYS = {'PoweredOff': 'poweroff', 'Running': 'running', 'Paused': 'paused', 'Saved': 'saved',
+                      'Aborted': 'aborted', 'AbortedSaved': 'aborted-saved'}
 
 
 def manage(*words):
@@ -51,6 +57,25 @@ def vboxsvc():
         if (command_line(pid) or [''])[0].endswith('VBoxSVC'):
             return pid
     return None
+
+
+@contextlib.contextmanager
+def slowed(pid):
+    """A process gets a sixth of its time, so that what it does can be looked at while it does it."""
+    ending = threading.Event()
+
+    def hold_up():
+        while not ending.wait(0.02):
+            os.kill(pid, signal.SIGSTOP)
+            ending.wait(0.1)
+            os.kill(pid, signal.SIGCONT)
+    thread = threading.Thread(target=hold_up)
+    thread.start()
+    try:
+        yield
+    finally:
+        ending.set()
+        thread.join()
 
 
 def remove(uuid):

@@ -8,15 +8,13 @@ import re
 
 import pytest
 from helpers import wait_until
-from rig import facts, manage, vm_process
+from rig import AS_VBOXMANAGE_SAYS, facts, manage, vm_process
 from vm_cases import CHANGES
 from vms import fault_of, kill
 
 WALKS = int(os.environ.get('VMHOST_WALKS') or 2)
 SEED = int(os.environ.get('VMHOST_WALK_SEED') or 0)
 CALLS = 20
-AS_VBOXMANAGE_SAYS = {'PoweredOff': 'poweroff', 'Running': 'running', 'Paused': 'paused', 'Saved': 'saved',
-                      'Aborted': 'aborted', 'AbortedSaved': 'aborted-saved'}
 
 
 class Model:
