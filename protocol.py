@@ -713,6 +713,8 @@ FIRST_DELAY = 1.0          # seconds before the first reconnect
 LONGEST_DELAY = 30.0
 OUTBOX_LIMIT = 8 * 1024 * 1024     # bytes that wait for a broker that doesn't read
 RECV_SIZE = 64 * 1024
+ACK_DELAY = 0.01           # seconds in which ACKs gather, up to …
+ACKS_AT_ONCE = 100
 FAREWELL = 1.0             # seconds for DISCONNECT to be answered
 
 Address = Tuple[str, int]
@@ -921,7 +923,8 @@ class Link:
         self._reader = FrameReader(SERVER_COMMANDS, '1.0', max_body=self.max_body)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake_receiver, selectors.EVENT_READ)
-        self._send_every = self._give_up_after = 0.0
+        self._send_every = self._give_up_after = self._acks_due = 0.0
+        self._acks = []  # type: List[bytes]
         self._last_sent = self._last_received = time.monotonic()
 
     def _end_session(self) -> None:
@@ -1038,6 +1041,7 @@ class Link:
 
     def _say_goodbye(self) -> None:
         self.up = False
+        self._send_acks()
         self._send_frame('DISCONNECT', {'receipt': 'bye'})
         deadline = time.monotonic() + FAREWELL
         while not self._farewell_confirmed and time.monotonic() < deadline:
@@ -1049,6 +1053,8 @@ class Link:
         Raises RemoteError when the peer has been silent, or hasn't read, for too long.
         """
         now = time.monotonic()
+        if self._acks and now >= self._acks_due:
+            self._send_acks()
         if self._give_up_after and now - self._last_received > self._give_up_after:
             raise RemoteError('nothing heard for %.1f s' % (now - self._last_received))
         if self._broken:
@@ -1057,7 +1063,7 @@ class Link:
             raise RemoteError('broker reads nothing for %.0f s' % (now - self._last_sent))
         if self._send_every and now - self._last_sent >= self._send_every and not self._outbox:
             self._send_bytes(b'\n')
-        waits = [60.0]
+        waits = [self._acks_due - now if self._acks else 60.0]
         if self._send_every:
             waits.append(self._last_sent + self._send_every - now)
         if self._give_up_after:
@@ -1187,7 +1193,16 @@ class Link:
             if self.version == '1.1':
                 key['subscription'] = number
             command = 'ACK' if self.version == '1.0' else command
-        self._send_frame(command, key)
+        if not self._acks:
+            self._acks_due = time.monotonic() + ACK_DELAY
+        self._acks.append(encode(command, key, b'', self.version))
+        if len(self._acks) >= ACKS_AT_ONCE:
+            self._send_acks()
+
+    def _send_acks(self) -> None:
+        """In one write, a moment later than what the frames asked for: that is waited for."""
+        acks, self._acks = self._acks, []
+        self._send_bytes(b''.join(acks))
 
     def _call(self, callback: Callable[[Any], None], argument: Any) -> bool:
         """Whether the callback returned; what it raised is logged, and the link lives on."""

@@ -607,6 +607,8 @@ RETRY_DELAYS = (5, 10, 20, 40, 60)     # seconds between publications of a CMD_R
 QUERY_TIMEOUT = 5.0                    # seconds a guest has to answer CMD_QUERY
 ENDED = threading.Event()              # of all that had ended before: there may be a thousand in a list
 ENDED.set()
+RECENT_KEPT = 100                      # executions that ended, and are remembered as they are …
+RECENT_LARGEST = 16 * 1024             # … with no more than that of results, written as JSON
 
 
 class Execution:
@@ -672,6 +674,8 @@ class Commands:
         self._by_key = {}              # type: Dict[str, Execution]
         self._replies = {}             # type: Dict[Tuple[str, str], List[_Reply]]
         self._unwritten = {}           # type: Dict[Tuple[str, str], Execution]
+        # Of what ended last: its results are asked for next.
+        self._recent = collections.OrderedDict()  # type: collections.OrderedDict[str, Execution]
         for execution in journal.executions('ended = 0'):
             self._keep(execution)
             if execution.state in ('queued', 'sent'):
@@ -746,7 +750,7 @@ class Commands:
     def find(self, key: str) -> List[Execution]:
         """One execution; of a multicast's own id, all of them. Raises NoSuchCommand."""
         with self._lock:
-            execution = self._by_key.get(key)
+            execution = self._by_key.get(key) or self._recent.get(key)
         if execution is not None:
             return [execution]
         cmd_id, at, vm = key.partition('@')
@@ -852,8 +856,12 @@ class Commands:
             self._open.pop(execution.index, None)
             self._by_key.pop(execution.key, None)
             self._unwritten.pop(execution.index, None)
-        execution.done.set()
+            if len(text) <= RECENT_LARGEST:
+                self._recent[execution.key] = execution
+                if len(self._recent) > RECENT_KEPT:
+                    self._recent.popitem(last=False)
         log.info('%s: on %s %s', execution.key, execution.vm, describe_end(results))
+        execution.done.set()
         return True
 
     def lose(self, execution: Execution, reason: str) -> None:
@@ -923,6 +931,19 @@ class Commands:
                                 '(SELECT cmd_id FROM executions)', execution.cmd_id)
                 journal.event('cmd-forgotten', execution.vm, execution.key)
                 log.info('%s: forgotten', execution.key)
+        self._forget_recent()
+
+    def forget_before(self, when: float) -> Tuple[int, bool]:
+        """The same for a slice of what ended before that time, as ``Journal.forget_before``."""
+        count, all_gone = self._journal.forget_before(when)
+        if count:
+            self._forget_recent()
+        return count, all_gone
+
+    def _forget_recent(self) -> None:
+        """From now on what has ended is looked up in the journal: something was deleted there."""
+        with self._lock:
+            self._recent.clear()
 
     def count(self) -> int:
         """How many are unfinished."""
@@ -3435,6 +3456,7 @@ TRANSFERS_KEPT = 1000          # ended ones that are remembered
 TRANSFERS_WAITING = 10000
 CHIRP_TIMEOUT = 30.0           # seconds of silence that a Chirp server may keep
 OUTPUT_READ = 4 * 1024 * 1024  # bytes that are read of fetched output at once
+ACK_DELAY = 0.005              # seconds in which results gather that one sync serves
 FETCHERS = 2                   # threads that fetch output of commands
 FETCH_PATIENCE = 600.0         # seconds after a command's end in which its output is tried for
 
@@ -3777,6 +3799,45 @@ def sync_folder(path: str) -> None:
             os.close(descriptor)
 
 
+class Acknowledger:
+    """Says CMD_ACK for results that are journalled, once they are on the disk. Safe from any thread.
+
+    On a thread of its own, a moment later: so one sync serves all that came meanwhile, and whoever
+    waits for the results gets them first.
+    """
+
+    def __init__(self, host: 'Host') -> None:
+        self._host = host
+        self._workers = Workers('acknowledge', 1)
+        # Guards the list; nothing is called while it is held.
+        self._lock = threading.Lock()
+        self._journalled = []          # type: List[Tuple[str, str]]
+
+    def acknowledge(self, vm_id: str, cmd_id: str) -> None:
+        """Has it said; returns at once."""
+        with self._lock:
+            self._journalled.append((vm_id, cmd_id))
+            is_first = len(self._journalled) == 1
+        if is_first:
+            self._workers.do(self._acknowledge_all)
+
+    def stop(self, deadline: float) -> None:
+        """Lets it end, until that monotonic time; guests send again what nobody acknowledged."""
+        self._workers.stop(deadline)
+
+    def _acknowledge_all(self) -> None:
+        self._host.stopping.wait(ACK_DELAY)
+        with self._lock:
+            journalled, self._journalled = self._journalled, []
+        try:
+            self._host.journal.sync()
+        except JournalError as error:
+            log.error('%d results are not acknowledged: %s', len(journalled), error)
+            return                  # the guests send them again
+        for vm_id, cmd_id in journalled:
+            self._host.say(protocol.CMD_ACK.howToSay(vm_id, cmd_id))
+
+
 # --- the host --------------------------------------------------------------------------------
 
 TICK = 0.25                    # seconds between looks at the clock
@@ -3859,6 +3920,7 @@ class Host:
         self.commands = Commands(self.journal)
         self.transfers = Transfers(self, settings.Host.max_transfers)
         self.fetcher = Fetcher(self)
+        self.acknowledger = Acknowledger(self)
         self.guests = Guests(settings.Host.vm_gc_grace)
         for known in self.journal.guests():
             self.guests.remember(*known)
@@ -4029,6 +4091,7 @@ class Host:
             self.server.stop()
         self.transfers.stop(time.monotonic() + 1.0)
         self.fetcher.stop(time.monotonic() + 1.0)
+        self.acknowledger.stop(time.monotonic() + 0.5)
         if self.link is not None:
             self.say(protocol.BYE.howToLeave('the host stops'))
             self.link.close()
@@ -4259,9 +4322,8 @@ class Host:
             execution = self.commands.finished(cmd_id, sender)
             if execution is None:
                 self.commands.keep_orphan(cmd_id, sender, self.name_of(sender), results)
-        self.journal.sync()
         if execution is None or execution.fetched:
-            self.say(protocol.CMD_ACK.howToSay(sender, cmd_id))
+            self.acknowledger.acknowledge(sender, cmd_id)
         else:
             self.fetcher.begin(execution)
 
@@ -4314,7 +4376,7 @@ class Host:
                 self._missing.pop(index, None)
 
     def _forget_old(self, now: float) -> None:
-        count, all_gone = self.journal.forget_before(time.time() - self.settings.Host.keep_results)
+        count, all_gone = self.commands.forget_before(time.time() - self.settings.Host.keep_results)
         if count:
             log.info('%d results older than keep_results were let go', count)
             self.fetcher.sweep()

@@ -142,8 +142,9 @@ def test_old_results_are_let_go(journal):
     old, executions = new_command(commands)
     commands.finish(executions[0], results_of(old), True)
     running, _ = new_command(commands)
-    assert journal.forget_before(0) == (0, True)
-    assert journal.forget_before(executions[0].ended + 1) == (1, True)
+    assert commands.forget_before(0) == (0, True)
+    assert commands.find(old)
+    assert commands.forget_before(executions[0].ended + 1) == (1, True)
     with pytest.raises(vmhost.NoSuchCommand):
         commands.find(old)
     assert commands.find(running)

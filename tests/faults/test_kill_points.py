@@ -187,7 +187,7 @@ HOST_POINTS = {
     'when the results come, before they are journalled': (['Commands.finish', 'before', 1], 'once'),
     'after journalling, before CMD_ACK': (['Commands.finish', 'after', 1], 'once'),
     'after the journal is on the disk, before CMD_ACK': (['Journal.sync', 'after', 1], 'once'),
-    'after CMD_ACK': (['Host.heard_cmd_results', 'after', 1], 'once'),
+    'after CMD_ACK': (['Acknowledger._acknowledge_all', 'after', 1], 'once'),
 }
 
 
