@@ -16,7 +16,6 @@ forked from one (the fork server) that was forked before any thread began.
 __needs__: str = 'Python 3.6 or later, and this is an older one: try python3 instead of python'
 
 import base64
-import errno
 import fcntl
 import gc
 import itertools
@@ -701,7 +700,7 @@ def family(pid: int) -> List[int]:
 
 # --- runner ----------------------------------------------------------------------------------
 
-SPARE_DELAY = 0.003            # seconds between a command's begin and the next spare runner
+FREE_RUNNERS = 2               # that are kept for the next commands
 ACK_PATIENCE = 0.05            # seconds after which results that nobody has yet are brought to the disk
 DRAIN = 2.0                    # seconds for the pipes to be emptied after the end of the process
 FIRST_LOOK = 0.002             # seconds between the first two looks at a program's memory
@@ -713,18 +712,16 @@ LIMITS = {'as': resource.RLIMIT_AS, 'cpu': resource.RLIMIT_CPU, 'fsize': resourc
 
 
 class Runner:
-    """Runs one command to its end: a process of its own, without threads, in its own session.
+    """Runs one command to its end, and leaves result.json; in a process without threads, in its own session.
 
-    It is the parent of the command, feeds the spool from its pipes, waits for it with wait4, which
-    tells the exact usage of this command and the children that it waited for, and leaves
-    result.json.
-
-    A spare one waits for its command with its child forked already, so that nothing but ``exec``
-    stands between the request and the program.
+    It is the parent of the command, feeds the spool from its pipes, and waits for it with wait4, which
+    tells the exact usage of this command and the children that it waited for.
     """
 
-    def __init__(self) -> None:
-        """Forks the child, which waits for ``take``."""
+    def __init__(self, folder: str, wakeup: int) -> None:
+        """``wakeup``: a descriptor that can be read once a child ended."""
+        self.command = Command('', folder)
+        self.pid = 0
         self.pipes = {}                # type: Dict[int, Tuple[str, int]]
         self.truncated = {'out': False, 'err': False}
         self.failure = ''              # why writing the spool failed
@@ -735,59 +732,29 @@ class Runner:
         self.peak = 0                  # KiB that the program was seen to have, as long as below that
         self.next_look = None          # type: Optional[float]
         self.look_every = FIRST_LOOK
-        self._wakeup = self._watch_children()
-        self._outs = {'out': os.pipe(), 'err': os.pipe()}
-        self._told, report = os.pipe()
-        go, self._go = os.pipe()
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.close(self._go)
-            self._be_child(go, report)
-        self._rehearse()
-        os.close(go)
-        os.close(report)
-        for name in self._outs:
-            os.close(self._outs[name][1])
-            os.set_blocking(self._outs[name][0], False)
-
-    def _rehearse(self) -> None:
-        """Does for nothing what it will have to do fast: a fork copies each page at the first touch."""
-        command = Command('', os.devnull)
-        command.has('request.json')
-        try:
-            with open(os.devnull) as file:
-                json.load(file)
-        except ValueError:
-            json.loads(json.dumps([self.pipes, dict(os.environ), time.time()]))
-
-    def take(self, folder: str) -> None:
-        """Gives it its command, by the spool folder. Raises OSError, ValueError."""
-        self.command = Command('', folder)
-        self.request = self.command.read('request.json')
-        limit = int(self.request['output-limit'])
-        self.room = {'out': limit, 'err': limit}
+        self._lock = None              # type: Any
+        self._wakeup = wakeup
 
     def claim(self) -> bool:
-        """Takes the lock of the command; False where a runner had it before."""
-        temporary = self.command.path('runner.%d' % os.getpid())
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)     # open, and so locked, until this process ends
+        """Takes the lock of the command; False where another runner has it, or had it before.
+
+        ``runner`` is another name of request.json, which is locked before it has that name.
+        """
+        path = self.command.path('request.json')
         try:
-            os.link(temporary, self.command.path('runner'))
-        except FileExistsError:
-            return False
-        finally:
-            os.remove(temporary)
-        if self.command.has('request.json'):
+            self._lock = open(path, 'r+b')
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.link(path, self.command.path('runner'))
             return True
-        os.remove(self.command.path('runner'))     # it was over, and emptied, while this one slept
-        return False
+        except (BlockingIOError, FileExistsError, FileNotFoundError) as error:
+            log.debug('%s is not for this runner: %s', path, error)   # emptied, while this one slept, say
+            return False
 
     def run(self) -> None:
         """The whole life of the command."""
         try:
             self._start()
-        except OSError as error:
+        except Exception as error:      # of Python, subprocess or the system: it is the command's
             self.abandon()
             return self._finish('failed', describe_error(error))
         deadline = self._deadline()
@@ -803,44 +770,38 @@ class Runner:
             self._end_session()
         self._finish_exited(status, usage, ended)
 
-    def _watch_children(self) -> int:
-        """A descriptor that can be read once a child ended."""
-        reader, writer = os.pipe()
-        os.set_blocking(reader, False)
-        os.set_blocking(writer, False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(writer)
-        return reader
+    def close(self) -> None:
+        """Lets go of pipes, files and the lock."""
+        for reader, (_, target) in self.pipes.items():
+            os.close(reader)
+            os.close(target)
+        self.pipes = {}
+        if self._lock is not None:
+            self._lock.close()
 
     def _deadline(self) -> Optional[float]:
         timeout = self.request.get('timeout')
         return self.begin + float(timeout) if timeout else None
 
     def _start(self) -> None:
-        """Has the child become the program. Raises OSError with what went wrong in the child."""
-        for name, (reader, _) in self._outs.items():
-            target = os.open(self.command.path(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            self.pipes[reader] = (name, target)
-        self.begin, self.started = time.monotonic(), time.time()
-        os.write(self._go, os.fsencode(self.command.folder))
-        os.close(self._go)
-        with os.fdopen(self._told, 'rb') as told:
-            lines = told.read().splitlines()       # to the end: exec closes the other side
-        if lines[-1:] and lines[-1].startswith(b'['):
-            os.waitpid(self.pid, 0)
-            self.ended = True
-            kind, text = json.loads(lines[-1].decode())
-            raise StartError(kind, text)
-        if lines:
-            self.floor = int(lines[0]) + EXEC_NEEDS
-            self.next_look = time.monotonic()
+        """Begins the program. Raises whatever prevents that."""
+        self.request = json.loads(self._lock.read().decode('utf-8'))
+        limit = int(self.request['output-limit'])
+        self.room = {'out': limit, 'err': limit}
+        # What was never begun may be begun again after a loss of power; nothing else may.
+        for path in (self.command.path('request.json'), self.command.folder,
+                     os.path.dirname(self.command.folder)):
+            sync(path)
+        self.floor = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + EXEC_NEEDS
+        self._spawn()
+        self.next_look = time.monotonic()
         self._write_process()
 
     def _write_process(self) -> None:
-        with open(self.command.path('process.json.new'), 'w') as file:
+        # Torn, it is as good as none: what a dead runner left is found by its environment, too.
+        with open(self.command.path('process.json'), 'w') as file:
             file.write(json.dumps({'pid': self.pid, 'started': self.started, 'begin': self.begin,
                                    'ticks': start_ticks(self.pid)}))
-        os.rename(self.command.path('process.json.new'), self.command.path('process.json'))
 
     def abandon(self) -> None:
         """Ends a program that can't be accounted for, since a file of it couldn't be written, say."""
@@ -850,66 +811,70 @@ class Runner:
             os.waitpid(self.pid, 0)
             self.ended = True
 
-    def _be_child(self, go: int, report: int) -> None:
-        """The child: waits for its folder, then becomes the program. Never returns."""
+    def _spawn(self) -> None:
+        """Starts the program, in a session of its own. Raises what that raised, in the child too."""
+        import subprocess  # the fork server has it already; the agent never needs it
+        request, user = self.request, self._find_user(self.request.get('user'))
+        report, reporter = os.pipe()
+        writers = [self._open_output('out'), self._open_output('err')]
+        settles = user is not None or request.get('nice') or request.get('limits')
+        self.begin, self.started = time.monotonic(), time.time()
         try:
-            os.setsid()
-            self._rehearse()
-            with os.fdopen(go, 'rb') as folder:
-                self.take(os.fsdecode(folder.read()))
-            self._become_command(report)
-        except BaseException as error:      # nothing of the runner may run twice
-            os.write(report, json.dumps([type(error).__name__, str(error)]).encode()[:4096])
+            with self._open_stdin() as stdin:
+                process = subprocess.Popen(
+                    [request['cmd']] + request['args'], env=self._environment(user), stdin=stdin,
+                    stdout=writers[0], stderr=writers[1], start_new_session=True,
+                    cwd=None if settles else self._work_folder(),
+                    preexec_fn=(lambda: self._settle(user, reporter)) if settles else None)
+        except subprocess.SubprocessError:
+            raise StartError(*json.loads(os.read(report, 4096).decode()))
         finally:
-            os._exit(127)
+            for descriptor in writers + [report, reporter]:
+                os.close(descriptor)
+        self.pid, process.returncode = process.pid, 0      # it is waited for here, and not by Popen
 
-    def _open_stdin(self) -> int:
-        if 'stdin' in self.request:
-            return os.open(self.command.path('stdin'), os.O_RDONLY)
-        name = self.request.get('fileForStdin')
-        path = os.path.join(self.request['root'], name) if name else os.devnull
-        return os.open(path, os.O_RDONLY)
+    def _open_output(self, name: str) -> int:
+        """Opens the file and the pipe of a stream; the pipe's end for the program."""
+        target = os.open(self.command.path(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        self.pipes[reader] = (name, target)
+        return writer
 
-    def _become_command(self, report: int) -> None:
-        """Descriptors, user, limits, folder; then the program."""
-        for source, target in ((self._open_stdin(), 0), (self._outs['out'][1], 1),
-                               (self._outs['err'][1], 2)):
-            os.dup2(source, target)
-        request = self.request
-        env = {} if request.get('env-clear') else dict(os.environ)
-        user = self._find_user(request.get('user'))
+    def _work_folder(self) -> str:
+        return os.path.join(self.request['root'], self.request['path'])
+
+    def _environment(self, user: Any) -> Dict[str, Any]:
+        """What the program finds in its environment: the agent's, the user's, what was asked for."""
+        env = {} if self.request.get('env-clear') else dict(os.environ)  # type: Dict[str, Any]
         if user is not None:
             env.update(HOME=user.pw_dir, USER=user.pw_name, LOGNAME=user.pw_name)
         env['VM_PROGRESS_FILE'] = self.command.path('progress')
-        env.update({name: os.fsencode(value) and value for name, value in request['env'].items()})
-        if request.get('nice'):
-            os.nice(int(request['nice']))
-        for name, value in request.get('limits', {}).items():
-            self._limit(name, int(value))
-        if user is not None and user.pw_uid != os.getuid():
-            self._open_progress(user)
-            os.initgroups(user.pw_name, user.pw_gid)
-            os.setgid(user.pw_gid)
-            os.setuid(user.pw_uid)
-        os.chdir(os.path.join(request['root'], request['path']))
-        for number in (signal.SIGPIPE, signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
-        os.write(report, b'%d\n' % resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-        self._execute(request['cmd'], [request['cmd']] + request['args'], env)
+        env.update({name: os.fsencode(value) and value for name, value in self.request['env'].items()})
+        return env
 
-    def _execute(self, cmd: str, args: List[str], env: Dict[str, Any]) -> None:
-        """Like os.execvpe, which takes a millisecond to find the path. Raises OSError, ValueError."""
-        if '/' in cmd:
-            os.execve(cmd, args, env)
-        failure = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), cmd)  # type: OSError
-        for folder in os.fsdecode(env.get('PATH', os.defpath)).split(':'):
-            try:
-                os.execve(os.path.join(folder, cmd), args, env)
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            except OSError as error:
-                failure = error
-        raise failure
+    def _settle(self, user: Any, reporter: int) -> None:
+        """In the child, just before the program: priority, limits, user, folder."""
+        try:
+            if self.request.get('nice'):
+                os.nice(int(self.request['nice']))
+            for name, value in self.request.get('limits', {}).items():
+                self._limit(name, int(value))
+            if user is not None and user.pw_uid != os.getuid():
+                self._open_progress(user)
+                os.initgroups(user.pw_name, user.pw_gid)
+                os.setgid(user.pw_gid)
+                os.setuid(user.pw_uid)
+            os.chdir(self._work_folder())
+        except Exception as error:
+            os.write(reporter, json.dumps([type(error).__name__, str(error)]).encode()[:4096])
+            raise
+
+    def _open_stdin(self) -> Any:
+        name = self.request.get('fileForStdin')
+        if 'stdin' in self.request:
+            return open(self.command.path('stdin'), 'rb')
+        return open(os.path.join(self.request['root'], name) if name else os.devnull, 'rb')
 
     def _find_user(self, name: Optional[str]) -> Any:
         if not name:
@@ -1049,28 +1014,46 @@ def describe_error(error: Exception) -> str:
     return '%s: %s' % (getattr(error, 'kind', type(error).__name__), error)
 
 
-def be_runner(orders: int, done: int) -> None:
-    """A runner's main: waits for a spool folder, runs its command, tells the agent, if it still lives."""
+def be_runner(orders: socket.socket, done: int) -> None:
+    """A runner's main: runs the commands of the spool folders that come, one after the other.
+
+    Says by a byte that it is free again. It ends once the agent is gone, after the command that it has.
+    """
     os.setsid()
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    wakeup, waker = os.pipe()
+    for descriptor in (wakeup, waker):
+        os.set_blocking(descriptor, False)
+    signal.set_wakeup_fd(waker)
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1):
         os.dup2(null, descriptor)
-    runner = Runner()
-    with os.fdopen(orders, 'rb') as line:
-        folder = os.fsdecode(line.read())
-    if not folder:
-        return                      # the fork server is gone
-    runner.take(folder)
-    if not runner.claim():
-        return
+    gc.enable()
+    with orders.makefile('rb') as folders:
+        for line in folders:
+            try:
+                run_command(os.fsdecode(line[:-1]), wakeup, done)
+            except Exception:       # the agent sees that the command has no runner any more
+                log.exception('runner of %r', line)
+            orders.send(b'.')
+
+
+def run_command(folder: str, wakeup: int, done: int) -> None:
+    """Runs the command of a spool folder, and tells the agent, if it still lives."""
+    runner = Runner(folder, wakeup)
     try:
+        if not runner.claim():
+            return
         runner.run()
     except Exception as error:      # whatever it is: a command has a result
         log.exception('runner of %s', folder)
         runner.abandon()
         if not runner.command.has('result.json'):
             runner.command.end('failed', describe_error(error))
+    finally:
+        runner.close()
     try:
         os.write(done, (os.path.basename(folder) + '\n').encode())
     except OSError as error:
@@ -1080,17 +1063,27 @@ def be_runner(orders: int, done: int) -> None:
         runner.command.sync()       # else the host has them safe
 
 
+DESCRIPTOR = struct.Struct('i')        # as SCM_RIGHTS carries it
+
+
 class ForkServer:
-    """A process without threads that forks the runners; forked itself before any thread exists.
+    """Runners, and the process without threads that forks them; forked itself before any thread exists.
 
     Raw fork of an agent with threads would copy locks in whatever state they are. It ends when the
-    agent does; its runners go on.
+    agent does; its runners go on until their commands are over. The agent has a socket to each runner,
+    to give it one command after the other: a fork costs milliseconds. ``run`` may be called by any
+    thread, the other methods by the main thread.
     """
 
     def __init__(self) -> None:
-        self.done, self._done_writer = os.pipe()       # runners write the folder's name at their end
+        self.done, self._done_writer = os.pipe()       # runners write the folder's name at its end
         os.set_blocking(self.done, False)
+        # Guards the two lists; nothing that blocks happens while it is held.
+        self._lock = threading.Lock()
+        self._free = []                # type: List[socket.socket]
+        self._busy = []                # type: List[socket.socket]
         self._start()
+        self._free.append(self._new_runner())
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
@@ -1105,70 +1098,90 @@ class ForkServer:
         self._socket = ours
 
     def _serve(self, requests: socket.socket) -> None:
-        """Gives each folder that comes to the spare runner, then makes the next one."""
+        """Forks a runner for each socket that comes."""
+        import subprocess  # noqa: F401  for all runners at once
         os.close(self.done)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)      # runners are reaped by the kernel
         gc.disable()                # a collection would copy the pages that all these share
         getattr(gc, 'freeze', lambda: None)()      # since 3.7
-        spare, asked = None, b''
         while True:
-            # Not at once: the command that was just begun comes first.
-            if spare is None and not select.select([requests], [], [], SPARE_DELAY)[0]:
-                spare = self._make_spare(requests)
-            data = requests.recv(65536)
+            data, rights, _, _ = requests.recvmsg(1, socket.CMSG_SPACE(DESCRIPTOR.size))
             if not data:
                 return
-            folders = (asked + data).split(b'\n')
-            asked = folders.pop()
-            for folder in folders:
-                if not self._hand_over(spare or self._make_spare(requests), folder):
-                    self._hand_over(self._make_spare(requests), folder)
-                spare = None
+            for _, _, passed in rights:
+                self._fork_runner(requests, DESCRIPTOR.unpack(passed)[0])
 
-    def _make_spare(self, requests: socket.socket) -> Optional[int]:
-        """Forks a runner; where its orders are written to. None where no process can be had."""
-        orders, writer = os.pipe()
+    def _fork_runner(self, requests: socket.socket, orders: int) -> None:
         try:
             pid = os.fork()
         except OSError as error:
             log.error('no runner: %s', describe_error(error))      # the agent asks again
-            os.close(orders)
-            os.close(writer)
-            return None
+            pid = -1
         if pid == 0:
             try:
                 requests.close()
-                os.close(writer)
-                be_runner(orders, self._done_writer)
+                be_runner(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=orders),
+                          self._done_writer)
+            except BrokenPipeError:
+                log.debug('the agent is gone')
             except Exception:
                 log.exception('in a runner')
             finally:
                 os._exit(0)
         os.close(orders)
-        return writer
-
-    def _hand_over(self, spare: Optional[int], folder: bytes) -> bool:
-        if spare is None:
-            return False
-        try:
-            os.write(spare, folder)
-            return True
-        except OSError as error:        # it was killed while it waited
-            log.error('the spare runner is gone: %s', error)
-            return False
-        finally:
-            os.close(spare)
 
     def run(self, folder: str) -> bool:
         """Has a runner started for a spool folder. False where the fork server is dead."""
+        with self._lock:
+            self._collect()
+            try:
+                while not self._order(self._free.pop() if self._free else self._new_runner(), folder):
+                    log.error('a spare runner was killed')
+                return True
+            except OSError as error:
+                log.error('the fork server died: %s', error)
+                return False
+
+    def _order(self, runner: socket.socket, folder: str) -> bool:
         try:
-            self._socket.sendall(os.fsencode(folder) + b'\n')
-            return True
-        except OSError as error:
-            log.error('the fork server died: %s', error)
+            runner.sendall(os.fsencode(folder) + b'\n')
+        except OSError:
+            runner.close()
             return False
+        self._busy.append(runner)
+        return True
+
+    def _new_runner(self) -> socket.socket:
+        """A new runner's socket. Raises OSError."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._socket.sendmsg([b'r'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS,
+                                           DESCRIPTOR.pack(theirs.fileno()))])
+        return ours
+
+    def _collect(self) -> None:
+        """Finds out which runners are free again, and which are dead."""
+        for runner in list(self._busy):
+            try:
+                is_free = runner.recv(1, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                continue
+            except OSError:
+                is_free = b''
+            self._busy.remove(runner)
+            if is_free:
+                self._free.append(runner)
+            else:
+                runner.close()
+
+    def trim(self) -> None:
+        """Ends free runners beyond the few that the next commands will want."""
+        with self._lock:
+            self._collect()
+            while len(self._free) > FREE_RUNNERS:
+                self._free.pop(0).close()
 
     def lives(self) -> bool:
         """Whether it can still start runners."""
@@ -1185,7 +1198,9 @@ class ForkServer:
             return []
 
     def stop(self) -> None:
-        """Ends it; the runners go on."""
+        """Ends it, and the runners that have no command; the others go on."""
+        for runner in self._free + self._busy:
+            runner.close()
         self._socket.close()
         try:
             os.waitpid(self.pid, 0)
@@ -1504,12 +1519,10 @@ class Agent:
         request.update({'cmd-id': command.cmd_id, 'format': FORMAT, 'boot': self.boot,
                         'root': self.root, 'received': time.time()})
         command.request = request
-        # Not by rename: whether a torn one was begun is seen by its runner's lock. This way one
-        # commit of the file system's own journal makes the three safe.
+        # Not by rename: whether a torn one was begun is seen by its runner's lock. The runner brings
+        # it to the disk, before the program begins.
         with open(command.path('request.json'), 'w') as file:
             file.write(json.dumps(request))
-        for path in (command.path('request.json'), command.folder, self._spool.folder):
-            sync(path)
         if failure:
             command.end('failed', failure)
 
@@ -1832,6 +1845,7 @@ class Agent:
     def _keep_house(self) -> None:
         if self.spool is not None:
             vm = self.settings.VM
+            self.fork_server.trim()
             if not self.spool.let_go(vm.keep_spool, vm.dedupe_ttl):
                 self._next_housekeeping = time.monotonic() + SWEEP_PAUSE
 

@@ -305,6 +305,48 @@ def test_multicast_to_50_guests(host, tmp_path):
             agent.stop()
 
 
+# --- runners ---
+
+def runners_of(guest):
+    """Pids of the runners: the fork server's children."""
+    found = []
+    for pid in children_of(guest.process.pid):
+        found += children_of(pid)
+    return found
+
+
+def children_of(pid):
+    with open('/proc/%d/task/%d/children' % (pid, pid)) as file:
+        return [int(word) for word in file.read().split()]
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='looks into /proc')
+def test_a_runner_runs_one_command_after_the_other(host, guest):
+    """And nothing of a command stays for the next one: priority, limits, folder, environment, descriptors."""
+    show = 'ulimit -n; nice; pwd; echo $LEFT; ls /proc/$PPID/fd | wc -l'
+    *plain, descriptors = host.run('one', 'sh', '-c', show)['out'].splitlines()
+    with host.api as api:
+        for _ in range(20):
+            changed = api.runCmd('one', 'sh', ['-c', show], {'LEFT': 'over'}, '', '',
+                                 {'nice': 5, 'limits': {'nofile': 100}})
+            failed = api.runCmd('one', 'no-such-program')
+            assert api.waitCmd(changed, 20) and api.waitCmd(failed, 20)
+            assert api.getCmdResults(changed)['out'].splitlines()[:2] == ['100', '5']
+    for _ in range(20):
+        *shown, count = host.run('one', 'sh', '-c', show)['out'].splitlines()
+        assert shown == plain
+        assert int(count) < int(descriptors) + 5       # it may be writing something just then
+    assert len(runners_of(guest)) < 20
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='looks into /proc')
+def test_a_killed_runner_is_replaced(host, guest):
+    host.run('one', 'true')
+    for pid in runners_of(guest):
+        os.kill(pid, signal.SIGKILL)
+    assert host.run('one', 'sh', '-c', 'exit 3')['exitCodeOrSignal'] == 3
+
+
 # --- what the API refuses ---
 
 def post(host, body, **headers):

@@ -130,9 +130,9 @@ def test_the_agent_dies_when_it_lets_the_spool_go(host, tmp_path, point):
 # --- a runner dies ---
 
 RUNNER_POINTS = {
-    'spare, before it has a command': (['Runner.take', 'before', 1], 'once'),
-    'after the fork, before the claim': (['Runner.claim', 'before', 1], 'once'),
+    'before the claim': (['Runner.claim', 'before', 1], 'once'),
     'after the claim, before the start': (['Runner._start', 'before', 1], 'lost'),
+    'when the request is on the disk, before the program begins': (['Runner._spawn', 'before', 1], 'lost'),
     'after the start, before process.json': (['Runner._write_process', 'before', 1], 'lost'),
     'while the program runs': (['Runner._pump', 'before', 1], 'lost'),
     'after the exit, before result.json': (['Runner._finish', 'before', 1], 'lost'),
