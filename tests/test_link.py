@@ -115,6 +115,25 @@ def test_what_was_heard_is_acknowledged_in_the_words_of_each_version(peer, link,
     assert heard == ['hi']
 
 
+def test_a_burst_is_acknowledged_whole_and_in_its_order(peer, link):
+    link()
+    connection = peer.accept()
+    message = b'MESSAGE\nsubscription:0\nmessage-id:7\nack:a-%d\ndestination:/topic/x\n\nhi\0'
+    connection.sendall(b''.join(message % number for number in range(250)))
+    for number in range(250):
+        assert peer.frame(connection).startswith(b'ACK\nid:a-%d\n' % number)
+
+
+def test_what_was_heard_is_acknowledged_before_the_link_says_goodbye(peer, link):
+    made = link(lambda frame: made.told.put(frame.body))
+    connection = peer.accept()
+    connection.sendall(b'MESSAGE\nsubscription:0\nmessage-id:7\nack:a-7\ndestination:/topic/x\n\nhi\0')
+    assert [made.told.get(timeout=20) for _ in range(2)] == ['up', 'hi']
+    made.close()
+    commands = [peer.frame(connection).split(b'\n')[0] for _ in range(2)]
+    assert commands == [b'ACK', b'DISCONNECT']
+
+
 def test_what_could_not_be_worked_off_is_refused_and_the_link_lives_on(peer, link):
     def fail(frame):
         raise KeyError(frame.body)
