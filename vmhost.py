@@ -760,8 +760,18 @@ class Commands:
             found = self._journal.executions('cmd_id = ?', cmd_id) or self._journal.orphans(cmd_id)
         if not found and not (self._journal.command(cmd_id) and not at):
             raise NoSuchCommand('no command %.100s' % key)
+        return [self._now(execution) for execution in found]
+
+    def _now(self, execution: Execution) -> Execution:
+        """What was read from the journal, as it is now: the one object of it while it is unfinished.
+
+        The journal knows an end a moment before the table does; it may come after the reading, too.
+        """
+        if execution.ended:
+            return execution
         with self._lock:
-            return [self._open.get(execution.index, execution) for execution in found]
+            unfinished = self._open.get(execution.index)
+        return unfinished or self.finished(*execution.index) or execution
 
     def find_one(self, key: str) -> Execution:
         """One execution. Raises NoSuchCommand, or InvalidParams for a multicast's own id."""
@@ -914,8 +924,7 @@ class Commands:
                                     'since, finished, limit' % name)
         found = self._journal.executions(' AND '.join(clauses), *values, results=False,
                                          limit=int(filter.get('limit', ROWS_AT_ONCE)))
-        with self._lock:
-            return [self._open.get(execution.index, execution) for execution in found]
+        return [self._now(execution) for execution in found]
 
     def forget(self, executions: List[Execution]) -> None:
         """Deletes finished executions, and the command with its last one. Raises BadState."""

@@ -258,6 +258,31 @@ def test_orphans_are_bounded(journal, monkeypatch):
         ('unknown-7',), ('unknown-8',), ('unknown-9',)]
 
 
+def test_what_ends_while_it_is_looked_at_is_shown_as_ended(journal):
+    """Its end is in the journal a moment before the table of unfinished ones forgets it."""
+    commands = vmhost.Commands(journal)
+    new_command(commands)
+    with journal.writing() as transaction:
+        transaction.execute('UPDATE executions SET state = ?, ended = 5', 'exited')
+    assert [found.state for found in commands.list({'finished': True})] == ['exited']
+
+
+@pytest.mark.parametrize('look', ['find', 'list'])
+def test_what_ends_after_it_was_read_is_known_to_have_ended(journal, monkeypatch, look):
+    commands = vmhost.Commands(journal)
+    cmd_id, executions = new_command(commands, ['a', 'b'], multicast=True)
+    read = journal.executions
+
+    def read_before_the_end(*args, **kwargs):
+        found = read(*args, **kwargs)
+        for execution in executions:
+            commands.finish(execution, results_of(cmd_id), True)
+        return found
+    monkeypatch.setattr(journal, 'executions', read_before_the_end)
+    found = commands.find(cmd_id) if look == 'find' else commands.list({})
+    assert [(one.state, one.done.is_set()) for one in found] == [('exited', True)] * 2
+
+
 @given(st.dictionaries(st.sampled_from([
     'cmd-id', 'state', 'finished', 'exitCodeOrSignal', 'resources', 'out', 'err64', 'out-offset',
     'out-size', 'wall', 'spool', 'error']), st.recursive(
