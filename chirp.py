@@ -496,11 +496,14 @@ class Passage:
             self._free.put(buffer)
 
 
+ZEROS = bytes(BLOCK)
+
+
 def is_zero(view: memoryview) -> bool:
     """Whether these are zeros, and enough of them for a hole in a file to be worth it."""
     count = len(view)
     return (count >= HOLE and not (view[0] or view[count // 2] or view[-1])
-            and not view.tobytes().strip(b'\0'))
+            and view.tobytes() == (ZEROS if count == BLOCK else bytes(count)))
 
 
 # --- tickets: RSA as Chirp has it ------------------------------------------------------------
@@ -2462,42 +2465,11 @@ class Pipeline:
             self.step()
 
 
-class FileHash:
-    """The SHA-1 of a file of ours, computed on a thread of its own while it is sent."""
-
-    def __init__(self, path: str, checksum: Any, start: int, size: int) -> None:
-        self._checksum = checksum
-        self._error = None             # type: Optional[OSError]
-        self._stop = False
-        self._thread = threading.Thread(target=self._run, args=(path, start, size),
-                                        name='chirp-sha1', daemon=True)
-        self._thread.start()
-
-    def digest(self) -> bytes:
-        """Waits for it. Raises OSError."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._checksum.digest()
-
-    def stop(self) -> None:
-        """It isn't needed any more."""
-        self._stop = True
-        self._thread.join()
-
-    def _run(self, path: str, start: int, size: int) -> None:
-        try:
-            with open(path, 'rb', buffering=0) as file:
-                hash_part(file, self._checksum, start, size, lambda: self._stop)
-        except OSError as error:
-            self._error = error
-
-
-def hash_part(file: Any, checksum: Any, start: int, end: int, stop: Callable[[], bool] = bool) -> None:
+def hash_part(file: Any, checksum: Any, start: int, end: int) -> None:
     """Takes a part of a local file into a checksum."""
     view = memoryview(bytearray(BLOCK))
     file.seek(start)
-    while start < end and not stop():
+    while start < end:
         count = file.readinto(view[:min(BLOCK, end - start)])
         if not count:
             return
@@ -2641,7 +2613,7 @@ class Upload:
             part = part_path(target)
             start, checksum = self._resume(source, found, part)
             self._meter.add(start)
-            digest = self._send_rest(file, source, found, part, start, checksum)
+            digest = self._send_rest(file, found, part, start, checksum)
             if changed(found, os.fstat(file.fileno())):
                 raise Changed('%s changed while it was read' % source)
         if self._verify and self._client.hash(part) != digest:
@@ -2682,32 +2654,36 @@ class Upload:
                 return there.size, checksum
         return 0, new_hash('sha1')
 
-    def _send_rest(self, file: Any, source: str, found: os.stat_result, part: bytes, start: int,
-                   checksum: Any) -> bytes:
+    def _send_rest(self, file: Any, found: os.stat_result, part: bytes, start: int, checksum: Any) -> bytes:
         """Writes what is missing; the digest of the whole."""
-        beside = None
-        if self._verify:
-            beside = FileHash(source, checksum, start, found.st_size)
-        try:
-            number_, there = self._client.open(part, 'wc' if start else 'wct', found.st_mode & 0o777)
-            self._part_mode = there.mode & 0o777
-            if self._verify and not start:
+        number_, there = self._client.open(part, 'wc' if start else 'wct', found.st_mode & 0o777)
+        self._part_mode = there.mode & 0o777
+        if not self._verify:
+            self._send_pieces(number_, start, found.st_size,
+                              lambda wire, at, count: wire.send_file(file.fileno(), at, count))
+        else:
+            if not start:
                 self._client.hash(part)        # a server of ours goes on from here as it writes
-            self._send_pieces(file.fileno(), number_, start, found.st_size)
-            self._client.close(number_)
-            return beside.digest() if beside is not None else b''
-        finally:
-            if beside is not None:
-                beside.stop()
+            passage = Passage(checksum)
+            file.seek(start)
+            try:
+                self._send_pieces(number_, start, found.st_size,
+                                  lambda wire, _, count: send_passing(wire, file, count, passage))
+            finally:
+                passage.close()
+        self._client.close(number_)
+        return checksum.digest()
 
-    def _send_pieces(self, fd: int, number_: int, start: int, end: int) -> None:
+    def _send_pieces(self, number_: int, start: int, end: int,
+                     send: Callable[[Wire, int, int], None]) -> None:
+        """``send`` sends so many bytes of the file from an offset on."""
         wire = self._client.connect()
         sent = []              # type: List[int]
         while start < end or sent:
             if start < end and len(sent) < PIECES:
                 count = min(PIECE, end - start)
                 wire.put(self._client.ask('pwrite', number_, count, start))
-                wire.send_file(fd, start, count)
+                send(wire, start, count)
                 sent.append(count)
                 start += count
             else:
@@ -2931,6 +2907,22 @@ def open_regular(path: str) -> Any:
         os.close(fd)
         raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, 'not a regular file', path)
     return os.fdopen(fd, 'rb', buffering=0)
+
+
+def send_passing(wire: Wire, file: Any, count: int, passage: Passage) -> None:
+    """Sends the next bytes of a file, read once for the wire and the checksum."""
+    wire.flush()
+    while count:
+        buffer = passage.buffer()
+        got = 0
+        try:
+            got = file.readinto(buffer[:min(count, BLOCK)])
+            if not got:
+                raise Shrunk('the file became shorter while it was sent')
+            wire.send(buffer[:got])
+        finally:
+            passage.passed(buffer, got)
+        count -= got
 
 
 def changed(before: os.stat_result, after: os.stat_result) -> bool:

@@ -109,11 +109,13 @@ def timed(do, *words):
 
 
 def measure_moves(ways, sources, scratch, rounds):
-    """{(way, row): seconds}, medians; the ways in turn, so that all meet the same weather."""
-    times = {}
+    """{(way, row): seconds}, medians; the ways in turn, so that all meet the same weather, and each round
+    begins with another one: what comes first meets an empty cache."""
+    times, order = {}, list(ways.items())
     for _ in range(rounds):
+        order = order[3:] + order[:3]
         for what, source in sources.items():
-            for way, ((put, get), served) in ways.items():
+            for way, ((put, get), served) in order:
                 if way == 'limit' and what == 'folder':
                     continue
                 there, back = '/bench-' + what, scratch / 'back'
