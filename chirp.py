@@ -2810,8 +2810,10 @@ class Upload:
         if isinstance(agreed[0], Refused):
             self._complete()
             raise Refused(agreed[0].code, shown(target))
-        self._client.connect().put(data)
+        wire = self._client.connect()
+        wire.put(data)
         self._follow(SmallFile(source, target, name, found, data))
+        wire.flush()           # the server works on it while the next file is read here
 
     def _follow(self, file: 'SmallFile') -> None:
         """What comes after the content, without waiting; its name last, once all replies were good."""
