@@ -931,8 +931,9 @@ class Fault(Exception):
 
 
 class OpenFile:
-    """What a client has open. ``checksum`` runs along while what is written follows on what was hashed."""
-    __slots__ = ('fd', 'reads', 'writes', 'passage', 'hashed')
+    """What a client has open. ``passage`` computes the checksum while what is written, or read, follows on
+    what was hashed."""
+    __slots__ = ('fd', 'reads', 'writes', 'passage', 'hashed', 'begun')
 
     def __init__(self, fd: int, reads: bool, writes: bool) -> None:
         self.fd = fd
@@ -940,6 +941,7 @@ class OpenFile:
         self.writes = writes
         self.passage = None            # type: Optional[Passage]
         self.hashed = 0                # bytes that went into the passage
+        self.begun = None              # type: Optional[os.stat_result]    # when it began to be read
 
 
 class Checksums:
@@ -982,6 +984,7 @@ class Session:
         self._rights = ''
         self._files = {}               # type: Dict[int, OpenFile]
         self._passage = None           # type: Optional[Passage]
+        self._hashing = None           # type: Optional[OpenFile]     # the one with a passage of its own
 
     def run(self) -> None:
         """Serves until one side ends it."""
@@ -1247,6 +1250,8 @@ class Session:
         if count < 0 or at < 0:
             raise Fault(INVALID)
         count = min(count, PREAD)
+        if file.passage is not None and file.begun is not None and file.hashed == at:
+            return self._pread_passing(file, file.passage, count)
         if count <= SMALL:
             data = os.pread(file.fd, count, at)
             return b'%d\n' % len(data) + data
@@ -1257,6 +1262,27 @@ class Session:
         self._wire.put(b'%d\n' % count)
         self._wire.send_file(file.fd, at, count)
         return b''
+
+    def _pread_passing(self, file: OpenFile, passage: Passage, count: int) -> bytes:
+        """The next bytes of a file whose checksum is wanted, read once for both."""
+        count = max(0, min(count, os.fstat(file.fd).st_size - file.hashed))
+        self._wire.put(b'%d\n' % count)
+        with open(file.fd, 'rb', buffering=0, closefd=False) as content:
+            content.seek(file.hashed)
+            send_passing(self._wire, content, count, passage)
+        file.hashed += count
+        return b''
+
+    def _hashread(self, word: bytes) -> bytes:
+        """Of ours alone: a file will be read from its start on. When it is closed after its last byte, its
+        SHA-1 is known, and ``hash`` gives it at once."""
+        file = self._file(word)
+        found = os.fstat(file.fd)
+        if not file.reads or file.writes or not stat.S_ISREG(found.st_mode):
+            raise Fault(BAD_FD)
+        self._begin_checksum(file, new_hash('sha1'), 0)
+        file.begun = found
+        return b'0\n'
 
     def _pwrite(self, word: bytes, length: bytes, offset: bytes) -> bytes:
         count, at = number(length), number(offset)
@@ -1297,10 +1323,16 @@ class Session:
             known = self._server.checksums.find(found) if found.st_size == at else None
             if known is None:
                 return None
-            file.passage, file.hashed = Passage(known), at
+            self._begin_checksum(file, known, at)
         elif file.hashed != at:
             self._drop_checksum(file)
         return file.passage
+
+    def _begin_checksum(self, file: OpenFile, checksum: Any, at: int) -> None:
+        """Of one file at a time: each takes a thread, and megabytes."""
+        if self._hashing is not None:
+            self._drop_checksum(self._hashing)
+        file.passage, file.hashed, self._hashing = Passage(checksum), at, file
 
     def _drop_checksum(self, file: OpenFile) -> None:
         if file.passage is not None:
@@ -1312,7 +1344,7 @@ class Session:
             checksum = file.passage.close()
             file.passage = None
             found = os.fstat(file.fd)
-            if found.st_size == file.hashed:
+            if found.st_size == file.hashed and not (file.begun and changed(file.begun, found)):
                 self._server.checksums.keep(found, checksum)
 
     def _fstat(self, file: bytes) -> bytes:
@@ -1519,6 +1551,7 @@ COMMANDS: Dict[bytes, Tuple[Callable[..., bytes], int, str]] = {
     b'getstream': (Session._getstream, 1, 'r'), b'putstream': (Session._putstream, 1, 'wp'),
     b'open': (Session._open, 3, ''), b'close': (Session._close, 1, ''),
     b'pread': (Session._pread, 3, ''), b'pwrite': (Session._pwrite, 3, ''),
+    b'hashread': (Session._hashread, 1, ''),
     b'fstat': (Session._fstat, 1, ''), b'fsync': (Session._fsync, 1, ''),
     b'ftruncate': (Session._ftruncate, 2, ''), b'fchmod': (Session._fchmod, 2, 'w'),
     b'fchown': (Session._fchown, 3, 'w'), b'fstatfs': (Session._fstatfs, 1, ''),
@@ -3030,9 +3063,11 @@ class Download:
     def _receive_rest(self, file: Any, number_: int, source: bytes, found: Stat, size: int) -> None:
         """Fetches what is missing of a file, and checks the whole."""
         whole = self._verify and size == found.size
-        beside = RemoteHash(self._client, source) if whole and size >= BESIDE else None
+        start = self._resume(file, number_, size)
+        beside = None
+        if whole and size >= BESIDE and (start or not self._hashes_along(number_)):
+            beside = RemoteHash(self._client, source)
         try:
-            start = self._resume(file, number_, size)
             self._meter.add(start)
             checksum = self._receive_pieces(file, number_, start, size, whole)
             after = self._client.fstat(number_)
@@ -3046,6 +3081,14 @@ class Download:
         finally:
             if beside is not None:
                 beside.stop()
+
+    def _hashes_along(self, number_: int) -> bool:
+        """Whether the server computes the checksum while it sends: ours does."""
+        try:
+            self._client.call('hashread', number_, again=False)
+            return True
+        except Refused:
+            return False
 
     def _resume(self, file: Any, number_: int, size: int) -> int:
         """How much of the file is here already: what is here, if its end is the same there."""

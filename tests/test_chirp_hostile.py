@@ -1,6 +1,7 @@
 """Hostile clients against our server, and hostile servers against our client."""
 
 import contextlib
+import hashlib
 import os
 import random
 import socket
@@ -458,3 +459,15 @@ def test_random_bytes_instead_of_authentication(tmp_path):
                 with contextlib.suppress(ConnectionError):
                     sock.sendall(bytes(rng.randrange(256) for _ in range(2000)))
                     assert b'yes' not in all_of(sock)
+
+
+def test_many_checksums_at_once_take_one_thread(tmp_path):
+    with our_server(tmp_path) as server, chirp.ChirpClient(*server.address) as client:
+        for n in range(20):
+            file, _ = client.open('/f%d' % n, 'wc')
+            client.hash('/f%d' % n)
+            client.pwrite(file, b'x' * 1000, 0)
+            assert client.call('hashread', client.open('/f%d' % n, 'r')[0]) == 0
+        names = [thread.name for thread in threading.enumerate()]
+        assert names.count('chirp-sha1') == 1
+        assert client.hash('/f0') == hashlib.sha1(b'x' * 1000).digest()
