@@ -44,4 +44,4 @@ def test_memory_stays_flat_and_the_disk_bounded(tmp_path):
     half, end = steps[1], steps[-1]
     assert end.host_memory - half.host_memory < 5 and end.guest_memory - half.guest_memory < 5, steps
     # The last second's commands are there, each with 8 entries; if none were let go, it would be 800.
-    assert end.journalled < 400 and end.entries < 3200 and end.disk < half.disk + 1, steps
+    assert end.journalled < 400 and end.entries < 3200 and end.disk < half.disk + 4, steps
