@@ -39,6 +39,7 @@ def bring(api, abort, vm, state):
     if state != 'PoweredOff':
         api.start(vm)
     if state == 'Paused':
+        api.screenshot(vm)              # whoever pauses a VM before it has a screen gets no picture
         api.pause(vm)
     elif state == 'Saved':
         api.saveState(vm)
@@ -284,6 +285,6 @@ def test_the_state_is_told(host, api, vm, abort):
     host.wait_for_event('vm-added', vm)
     after = host.last_event()
     api.start(vm)
-    assert host.wait_for_event('vm-state', vm, after)['text'] == 'Running'
+    host.wait_for_event('vm-state', vm, after, text='Running')
     abort(vm)
     assert 'Running' in host.wait_for_event('vm-aborted', vm, after, 10)['text']

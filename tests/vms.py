@@ -40,10 +40,11 @@ class VMHost(Host):
                 found += told['events']
                 after = told['last']
 
-    def wait_for_event(self, type, vm, after=0, timeout=20):
-        """The first such event above ``after``."""
-        return wait_until(lambda: next((event for event in self.events(after)
-                                        if (event['type'], event['vm']) == (type, vm)), None), timeout)
+    def wait_for_event(self, type, vm, after=0, timeout=20, text=None):
+        """The first such event above ``after``, of any text or of that one."""
+        return wait_until(lambda: next((
+            event for event in self.events(after)
+            if (event['type'], event['vm']) == (type, vm) and text in (None, event['text'])), None), timeout)
 
     def last_event(self):
         events = self.events()

@@ -61,13 +61,13 @@ def vboxsvc():
 
 @contextlib.contextmanager
 def slowed(pid):
-    """A process gets a sixth of its time, so that what it does can be looked at while it does it."""
+    """A process gets a tenth of its time, so that what it does can be looked at while it does it."""
     ending = threading.Event()
 
     def hold_up():
         while not ending.wait(0.02):
             os.kill(pid, signal.SIGSTOP)
-            ending.wait(0.1)
+            ending.wait(0.2)
             os.kill(pid, signal.SIGCONT)
     thread = threading.Thread(target=hold_up)
     thread.start()

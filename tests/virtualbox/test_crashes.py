@@ -40,7 +40,7 @@ def test_vboxsvc_killed_while_a_vm_runs(host, api, vm):
     host.wait_for_event('vm-added', vm)
     before = host.last_event()
     api.start(vm)
-    after = host.wait_for_event('vm-state', vm, before)['seq']
+    after = host.wait_for_event('vm-state', vm, before, text='Running')['seq']
     kill(vboxsvc())
     assert vm in api.listVMs()
     wait_until(lambda: api.getState(vm) in ('Aborted', 'PoweredOff'), 30)
