@@ -18,6 +18,7 @@ __needs__: str = 'Python 3.6 or later, and this is an older one: try python3 ins
 import base64
 import fcntl
 import gc
+import importlib
 import itertools
 import json
 import logging
@@ -1295,6 +1296,8 @@ class Agent:
                              'or name another folder' % self.root)
         if self.id:
             self._open_spool()
+        # After the fork: runners needn't carry it. Before the link: its heart-beats would wait meanwhile.
+        importlib.import_module('chirp')
         self.link.start()
         log.info('vmguest %s runs as pid %d: broker %s:%d, serves %s', protocol.VERSION, os.getpid(),
                  self.settings.Broker.host, self.settings.Broker.port, self.root)
@@ -1649,7 +1652,7 @@ class Agent:
 
     def _start_files(self, port: int) -> None:
         """Not waiting for chirp_server, which may never come up: this is the link's thread."""
-        import chirp  # after the fork: runners needn't carry it
+        import chirp
         settings, allowed = self.settings.Chirp, [self.link.peer_address[0]]
         self._served_at = self.ip
         if settings.server == 'embedded':

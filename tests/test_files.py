@@ -335,6 +335,29 @@ def test_the_real_server_serves_instead(tmp_path):
             assert digest_of(str(tmp_path / 'back')) == digest_of(source)
 
 
+SLOW_IMPORT = '''
+import sys, threading
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == 'chirp':
+            with open(%r, 'a') as file:
+                file.write(threading.current_thread().name)
+
+sys.meta_path.insert(0, Finder())
+'''
+
+
+def test_code_is_read_before_the_link_has_to_beat(tmp_path, monkeypatch):
+    """On a slow machine that takes longer than a broker waits for heart-beats."""
+    (tmp_path / 'sitecustomize.py').write_text(SLOW_IMPORT % str(tmp_path / 'thread'))
+    with Host(tmp_path / 'host') as host:
+        monkeypatch.setenv('PYTHONPATH', str(tmp_path), prepend=os.pathsep)
+        with Agent(tmp_path / 'guest', host, 'g'):
+            pass
+    assert (tmp_path / 'thread').read_text() == 'MainThread'
+
+
 def test_a_server_that_does_not_come_up_holds_up_nothing(tmp_path, monkeypatch):
     """Heart-beats and commands go on while chirp_server is waited for; the agent's end ends it."""
     program = tmp_path / 'bin' / 'chirp_server'
