@@ -341,6 +341,11 @@ class Journal:
                   for seq, when, type, vm, cmd_id, text in found]
         return {'last': events[-1]['seq'] if events else max(after, 0), 'events': events}
 
+    def last_time(self) -> float:
+        """When the newest event happened, in seconds since 1970; now where there is none."""
+        row = self._row('SELECT time FROM events ORDER BY seq DESC LIMIT 1')
+        return row[0] if row else time.time()
+
     def stop_waits(self) -> None:
         """From now on nobody waits for an event: the host is about to stop."""
         with self._lock:
@@ -3945,9 +3950,18 @@ class Host:
         self._missing = {}                     # type: Dict[Tuple[str, str], float]
         self._last_tick = time.monotonic()
         self._last_clock = time.time()
-        self._next_retention = self._last_tick + RETENTION_EVERY
+        self._next_retention = self._last_tick + self._first_retention()
         self._next_trouble = 0.0
         self._last_roll_call = 0.0
+
+    def _first_retention(self) -> float:
+        """Seconds until something may be let go: more where the clock may be wrong since the last run."""
+        away = time.time() - self.journal.last_time()
+        if away < DOUBT:
+            return RETENTION_EVERY
+        log.info('the journal ended %.0f s ago, or the clock is wrong: nothing is let go for %.0f s',
+                 away, DOUBT)
+        return DOUBT
 
     # Start and stop.
 

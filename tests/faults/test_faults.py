@@ -296,6 +296,27 @@ def test_a_guest_clock_that_jumps_forgets_no_command(tmp_path):
         host.stop()
 
 
+def test_a_host_that_starts_with_a_wrong_clock_lets_no_result_go(tmp_path):
+    host = Host(tmp_path / 'host')
+    clock = run.Clock(str(tmp_path / 'host'))
+    host.faults = {'clock': clock.path, 'set': {'RETENTION_EVERY': 0.5}}
+    with host, Agent(tmp_path / 'guest', host, 'g') as guest:
+        cmd_id = host.api.runCmd('g', 'echo', ['kept'])
+        host.results(cmd_id)
+        host.stop()
+        clock.set(30e6)
+        host.start()
+        wait_until(guest.has_joined, 20)
+        with host.api as api:           # a state is journalled by the tick that lets results go
+            other = api.runCmd('g', 'sleep', ['600'])
+            wait_until(lambda: any(event['type'] == 'cmd-running' and event['cmdId'] == other
+                                   for event in api.getEvents(-100, 0)['events']), 20)
+            api.signalCmd(other, 'KILL')
+            host.results(other)
+            assert api.getCmdResults(cmd_id)['out'] == 'kept\n'
+        assert 'nothing is let go' in host.log()
+
+
 # --- limits ---
 
 def test_results_fit_into_what_the_host_takes(tmp_path):
