@@ -1,6 +1,7 @@
 """What all tests share: the paths, and hypothesis without a clock (these machines are shared)."""
 
 import os
+import signal
 import sys
 
 import pytest
@@ -17,6 +18,9 @@ import stompbroker  # noqa: E402
 settings.register_profile('shared-machine', deadline=None,
                           suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile('shared-machine')
+
+# A shell has what it runs in the background ignore Ctrl-C, and that is inherited by what tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope='module')
