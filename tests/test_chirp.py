@@ -338,6 +338,7 @@ def test_the_chirp_tool(ours, tmp_path):
     assert os.listdir(str(tmp_path / 'served')) == ['a']
 
 
+@pytest.mark.once
 @needs_cctools
 def test_chirp_stream_files_and_chirp_benchmark(ours, tmp_path):
     write(tmp_path / 'a', b'lines of text\n' * 20000)       # it knows no other files

@@ -590,6 +590,7 @@ def other_pythons():
     return found[:1] + found[-1:] or [sys.executable]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize('program', ['vmhost', 'vmguest'])
 def test_the_bundle_makes_itself_again_on_every_python(program, tmp_path):
     first = tmp_path / 'any-name'

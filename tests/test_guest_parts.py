@@ -346,6 +346,7 @@ def test_the_bundle_is_the_same_from_every_python(tmp_path):
     assert len(made) == 1
 
 
+@pytest.mark.once
 @pytest.mark.parametrize('python', pythons(), ids=lambda path: path.split('/')[-3])
 def test_the_bundle_runs_alone_in_an_empty_folder(python, tmp_path):
     folder = tmp_path / 'empty'

@@ -284,6 +284,7 @@ def time_of(program):
 # --- many ---
 
 @pytest.mark.slow
+@pytest.mark.once
 def test_multicast_to_50_guests(host, tmp_path):
     agents = [Agent(tmp_path / ('m%d' % n), host, 'many%d' % n) for n in range(50)]
     try:
@@ -331,7 +332,7 @@ def test_a_runner_runs_one_command_after_the_other(host, guest):
                                  {'nice': 5, 'limits': {'nofile': 100}})
             failed = api.runCmd('one', 'no-such-program')
             assert api.waitCmd(changed, 20) and api.waitCmd(failed, 20)
-            assert api.getCmdResults(changed)['out'].splitlines()[:2] == ['100', '5']
+            assert api.getCmdResults(changed)['out'].splitlines()[:2] == ['100', str(os.nice(0) + 5)]
     for _ in range(20):
         *shown, count = host.run('one', 'sh', '-c', show)['out'].splitlines()
         assert shown == plain

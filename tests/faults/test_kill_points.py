@@ -12,7 +12,7 @@ from helpers import wait_until
 
 import vmguest
 
-pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
+pytestmark = [pytest.mark.once, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 
 
 @pytest.fixture(scope='module')
