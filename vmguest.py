@@ -775,7 +775,8 @@ class Runner:
         """Lets go of pipes, files and the lock."""
         for reader, (_, target) in self.pipes.items():
             os.close(reader)
-            os.close(target)
+            if target >= 0:
+                os.close(target)
         self.pipes = {}
         if self._lock is not None:
             self._lock.close()
@@ -797,6 +798,7 @@ class Runner:
         self._spawn()
         self.next_look = time.monotonic()
         self._write_process()
+        self._open_outputs()
 
     def _write_process(self) -> None:
         # Torn, it is as good as none: what a dead runner left is found by its environment, too.
@@ -817,7 +819,7 @@ class Runner:
         import subprocess  # the fork server has it already; the agent never needs it
         request, user = self.request, self._find_user(self.request.get('user'))
         report, reporter = os.pipe()
-        writers = [self._open_output('out'), self._open_output('err')]
+        writers = [self._open_pipe('out'), self._open_pipe('err')]
         settles = user is not None or request.get('nice') or request.get('limits')
         self.begin, self.started = time.monotonic(), time.time()
         try:
@@ -834,13 +836,18 @@ class Runner:
                 os.close(descriptor)
         self.pid, process.returncode = process.pid, 0      # it is waited for here, and not by Popen
 
-    def _open_output(self, name: str) -> int:
-        """Opens the file and the pipe of a stream; the pipe's end for the program."""
-        target = os.open(self.command.path(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    def _open_pipe(self, name: str) -> int:
+        """The program's end of the pipe of a stream."""
         reader, writer = os.pipe()
         os.set_blocking(reader, False)
-        self.pipes[reader] = (name, target)
+        self.pipes[reader] = (name, -1)
         return writer
+
+    def _open_outputs(self) -> None:
+        """Makes the files of both streams, while the program comes to life."""
+        for reader, (name, _) in self.pipes.items():
+            self.pipes[reader] = (name, os.open(self.command.path(name),
+                                                os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
 
     def _work_folder(self) -> str:
         return os.path.join(self.request['root'], self.request['path'])
@@ -996,7 +1003,7 @@ class Runner:
         try:
             self.command.end(state, error, durable=False, **more)
         except OSError as failed:
-            for name in ('out', 'err'):
+            for name in filter(self.command.has, ('out', 'err')):
                 os.truncate(self.command.path(name), 0)
             more.update({'out-truncated': True, 'err-truncated': True})
             self.command.end('failed', describe_error(failed), **more)
