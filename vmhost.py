@@ -4378,7 +4378,7 @@ class Host:
         if jump > RETENTION_EVERY:
             log.warning('the clock jumped ahead by %.0f s: nothing is let go for %.0f s', jump, DOUBT)
             self._next_retention = max(self._next_retention, now + DOUBT)
-        return passed > SLEPT or jump > SLEPT
+        return max(passed, jump) > min(SLEPT, self.settings.Host.vm_gc_grace / 2)
 
     def _judge_liveness(self) -> None:
         for guest, liveness in self.guests.tick(self.is_suspended):
