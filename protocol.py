@@ -1048,7 +1048,7 @@ class Link:
             self._turn(deadline - time.monotonic())
 
     def _beat(self) -> float:
-        """Sends a heart-beat where one is due; gives the seconds to the next look at the clock.
+        """Sends ACKs and a heart-beat where they are due; gives the seconds to the next look at the clock.
 
         Raises RemoteError when the peer has been silent, or hasn't read, for too long.
         """
@@ -1470,6 +1470,17 @@ def check_broker(hosts: Iterable[str], settings: Any) -> Tuple[Finding, str]:
     return Finding(False, 'broker', 'none answers (%s); is it running, does it listen where this machine can '
                    'reach it, and are [Broker] host, port, username, password and tls right?'
                    % '; '.join(tried)), ''
+
+
+def sync(path: str) -> None:
+    """Brings a file's bytes, or a folder's entries, to the disk. Raises OSError."""
+    is_posix = os.name == 'posix'
+    if is_posix or not os.path.isdir(path):        # Windows brings names to the disk by itself
+        descriptor = os.open(path, os.O_RDONLY if is_posix else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def why_not_listening(error: OSError) -> str:

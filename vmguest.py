@@ -249,15 +249,6 @@ def write_file(path: str, text: str, durable: bool = True) -> None:
     os.rename(new, path)
 
 
-def sync(path: str) -> None:
-    """Brings a file's bytes, or a folder's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class Command:
     """One command: its spool folder, and what the agent knows of it.
 
@@ -352,8 +343,8 @@ class Command:
         """Brings output and result to the disk."""
         for name in ('out', 'err', 'result.json'):
             if self.has(name):
-                sync(self.path(name))
-        sync(self.folder)
+                protocol.sync(self.path(name))
+        protocol.sync(self.folder)
 
     def result(self) -> Dict[str, Any]:
         """What result.json says. Raises OSError, ValueError where that is no result."""
@@ -793,7 +784,7 @@ class Runner:
         # What was never begun may be begun again after a loss of power; nothing else may.
         for path in (self.command.path('request.json'), self.command.folder,
                      os.path.dirname(self.command.folder)):
-            sync(path)
+            protocol.sync(path)
         self.floor = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + EXEC_NEEDS
         self._spawn()
         self.next_look = time.monotonic()
@@ -1145,8 +1136,11 @@ class ForkServer:
         with self._lock:
             self._collect()
             try:
-                while not self._order(self._free.pop() if self._free else self._new_runner(), folder):
-                    log.error('a spare runner was killed')
+                while self._free:
+                    if self._order(self._free.pop(), folder):
+                        return True
+                    log.error('a free runner was killed')
+                self._order(self._new_runner(), folder)    # where none can be forked, the agent asks again
                 return True
             except OSError as error:
                 log.error('the fork server died: %s', error)
@@ -1216,18 +1210,6 @@ class ForkServer:
             log.debug('the fork server was waited for already')
         for descriptor in (self.done, self._done_writer):
             os.close(descriptor)
-
-
-def can_listen(address: str, port: int) -> bool:
-    """Whether this port can be had at that address now."""
-    with socket.socket(socket.AF_INET6 if ':' in address else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-        except OSError as error:
-            log.debug('%s:%d: %s', address, port, error)
-            return False
-    return True
 
 
 # --- the agent -------------------------------------------------------------------------------
@@ -1646,10 +1628,13 @@ class Agent:
             return
         if self.files is not None:
             self.files.stop(FILES_STOP)
+        import chirp
         port = self.settings.Chirp.port
-        if not can_listen(self.ip, port):
-            log.warning('[Chirp] port %d can\'t be had: files are served on another one, which the host is '
-                        'told, but can\'t reach in NAT mode', port)
+        try:
+            chirp.listen(self.ip, port).close()
+        except OSError as error:
+            log.warning('[Chirp] port %d can\'t be had (%s): files are served on another one, which the host '
+                        'is told, but can\'t reach in NAT mode', port, error)
             port = 0
         try:
             self._start_files(port)

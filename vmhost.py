@@ -297,8 +297,7 @@ class Journal:
     def sync(self) -> None:
         """Brings all that was committed to the disk. Raises JournalError."""
         try:
-            with open(self.path + '-wal', 'rb+') as log_file:
-                os.fsync(log_file.fileno())
+            protocol.sync(self.path + '-wal')
         except OSError as error:
             raise JournalError('journal %s: %s' % (self.path, error))
 
@@ -3780,37 +3779,21 @@ class Fetcher:
         folder = self._host.folder.file('output')
         if not os.path.isdir(folder):
             os.makedirs(folder, mode=0o700, exist_ok=True)
-            sync_folder(self._host.folder.path)
+            protocol.sync(self._host.folder.path)
         with self._host.chirp_client(guest) as client:
             for stream in ('out', 'err'):
                 if results[stream + '-offset']:
                     target = self.path(execution, stream)
                     limit = min(results[stream + '-size'], self._host.settings.Host.fetch_limit)
                     client.fetch(results['spool'] + '/' + stream, target, limit, cancel=cancel)
-                    sync_file(target)
-        sync_folder(folder)
+                    protocol.sync(target)
+        protocol.sync(folder)
 
 
 def remove_file(path: str) -> None:
     """Deletes a file, if it is there and can be."""
     with contextlib.suppress(OSError):
         os.remove(path)
-
-
-def sync_file(path: str) -> None:
-    """Brings a file to the disk. Raises OSError."""
-    with open(path, 'rb+') as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: str) -> None:
-    """Brings the names in a folder to the disk; Windows does so by itself. Raises OSError."""
-    if os.name == 'posix':
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 class Acknowledger:
@@ -3855,7 +3838,8 @@ class Acknowledger:
 # --- the host --------------------------------------------------------------------------------
 
 TICK = 0.25                    # seconds between looks at the clock
-SLEPT = 5.0                    # seconds that a tick may be late before the host is said to have slept
+SLEPT = 5.0                    # seconds that a tick may be late before the host is said to have slept,
+                               # or half of vm_gc_grace, where that is less
 RETENTION_EVERY = 60.0         # seconds between looks for what keep_results lets go
 SUSPENDED = ('Paused', 'Saved', 'Saving', 'Restoring', 'LiveSnapshotting', 'OnlineSnapshotting',
              'TeleportingPausedVM')
