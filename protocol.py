@@ -1500,8 +1500,37 @@ BUNDLE_MAIN = """\
 import sys
 if sys.version_info < (3, 6):
     sys.exit('%(name)s needs Python 3.6 or later, and this is %%s: try python3' %% sys.version.split()[0])
+import importlib.machinery
+import importlib.util
+import os
 import warnings
+import zipimport
 warnings.filterwarnings('ignore', category=SyntaxWarning)      # stomper's, on new Pythons
+
+MODULES = %(modules)r
+bundle = zipimport.zipimporter(os.path.abspath(__loader__.archive))
+
+
+class Loader(importlib.machinery.SourceFileLoader):
+    # Compiles a module once; zipimporter does so twice, first for the name of its file.
+
+    def get_data(self, path):
+        return bundle.get_data(path)
+
+    def path_stats(self, path):
+        raise OSError('a bundle holds no bytecode')
+
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name not in MODULES:
+            return None
+        place = os.path.join(bundle.archive, *MODULES[name].split('/'))
+        return importlib.util.spec_from_file_location(name, place, loader=Loader(name, place))
+
+
+sys.meta_path.insert(0, Finder)
 import %(name)s
 sys.exit(%(name)s.main(sys.argv[1:]))
 """
@@ -1516,9 +1545,11 @@ def write_bundle(path: str, main_module: str, modules: Iterable[str], data: Iter
     Python: stored, not compressed, since zlib's versions differ. Raises LocalError.
     """
     import zipfile  # brings compressors along, that an agent doesn't need
-    files = {'__main__.py': BUNDLE_MAIN % {'name': main_module}}
+    files = {}  # type: Dict[str, str]
     for module in modules:
         files.update(_sources(module))
+    named = {file[:-len('.py')].replace('/__init__', '').replace('/', '.'): file for file in sorted(files)}
+    files['__main__.py'] = BUNDLE_MAIN % {'name': main_module, 'modules': named}
     for name in data:
         spec = importlib.util.find_spec(main_module)  # type: Any
         place = os.path.join(os.path.dirname(spec.origin), name)

@@ -604,6 +604,38 @@ def test_the_bundle_makes_itself_again_on_every_python(program, tmp_path):
         assert (tmp_path / 'again').read_bytes() == first.read_bytes()
 
 
+COUNT_COMPILED = """
+import builtins, collections, json, os, runpy, sys
+compile, compiled = builtins.compile, collections.Counter()
+
+def counting(source, filename, *rest, **options):
+    if '.pyz' in str(filename):
+        compiled[os.path.basename(filename)] += 1
+    return compile(source, filename, *rest, **options)
+
+builtins.compile = counting
+sys.argv[1:] = ['--help']
+try:
+    runpy.run_path('bundle.pyz', run_name='__main__')
+finally:
+    os.chdir('/')                               # what is imported later is found from there, too
+    import chirp
+    print(json.dumps(compiled))
+"""
+
+
+@pytest.mark.parametrize('program', ['vmhost', 'vmguest'])
+def test_a_bundle_compiles_each_module_once(program, tmp_path):
+    """That is most of the time of its start, all the more in a guest that is emulated."""
+    subprocess.check_call([sys.executable, os.path.join(TOP, program + '.py'), '--bundle',
+                           str(tmp_path / 'bundle.pyz')])
+    run = subprocess.run([sys.executable, '-I', '-S', '-c', COUNT_COMPILED], cwd=str(tmp_path),
+                         stdout=subprocess.PIPE, check=True)
+    compiled = json.loads(run.stdout.decode().splitlines()[-1])
+    modules = {'protocol.py', 'chirp.py', program + '.py'}
+    assert {name: compiled.get(name) for name in modules} == dict.fromkeys(modules, 1)
+
+
 def test_two_bundles_and_two_ini_files_are_enough(tmp_path):
     for program in ('vmhost', 'vmguest'):
         subprocess.check_call([sys.executable, os.path.join(TOP, program + '.py'), '--bundle',
