@@ -4,7 +4,7 @@ What it is not: a file system, a cache, or a server for the public: it serves on
 addresses it was told of, and its rights are those of the one ACL it was given.
 
 Threads: the client has none of its own, except, while a large file is verified, one that computes
-the checksum (``chirp-sha1``) and one that asks the server for its own (``chirp-hash``). A client
+the checksum (``chirp-checksum``) and one that asks the server for its own (``chirp-hash``). A client
 object belongs to one thread at a time. The server has one that accepts (``chirp``) and one per
 connection (``chirp-N``); ``start``, ``stop``, ``allow`` and ``address`` may be called from any.
 
@@ -33,6 +33,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from typing import (
     Any,
     Callable,
@@ -440,16 +441,43 @@ class Wire:
 
 # --- checksums of what passes ----------------------------------------------------------------
 
+FASTEST = 'crc32'              # the checksum between programs of ours: a third of the time that SHA-1 takes
+COMMON = 'sha1'                # with others'
+
+
+class Crc32:
+    """zlib's CRC-32 as hashlib has its checksums. It tells what arrived altered, not what was forged:
+    no checksum can that comes from who sent the bytes."""
+
+    name = FASTEST
+    digest_size = 4
+
+    def __init__(self, value: int = 0) -> None:
+        self._value = value
+
+    def update(self, data: Any) -> None:
+        self._value = zlib.crc32(data, self._value)
+
+    def copy(self) -> 'Crc32':
+        return Crc32(self._value)
+
+    def digest(self) -> bytes:
+        return self._value.to_bytes(self.digest_size, 'big')
+
+
 def new_hash(algorithm: str, data: bytes = b'') -> Any:
-    """hashlib's, which is imported here alone: a guest that waits does without OpenSSL's megabytes."""
+    """``crc32``, or hashlib's, which is imported here alone: a guest that waits does without OpenSSL's
+    megabytes."""
+    if algorithm == FASTEST:
+        return Crc32(zlib.crc32(data))
     import hashlib
     return hashlib.new(algorithm, data)
 
 
 class Passage:
-    """Buffers that bytes pass through on their way, and, if wanted, the SHA-1 of all that did.
+    """Buffers that bytes pass through on their way, and, if wanted, the checksum of all that did.
 
-    The checksum is computed on a thread of its own (hashlib lets go of the interpreter's lock), so
+    The checksum is computed on a thread of its own (zlib and hashlib let go of the interpreter's lock), so
     ``buffer()`` gives the next free one, and ``passed()`` hands it on once its bytes are read or
     written. One thread may use it; ``close()`` ends the other.
     """
@@ -464,7 +492,7 @@ class Passage:
         for _ in range(self.COUNT if checksum is not None else 1):
             self._free.put(memoryview(bytearray(BLOCK)))
         if checksum is not None:
-            self._thread = threading.Thread(target=self._run, name='chirp-sha1', daemon=True)
+            self._thread = threading.Thread(target=self._run, name='chirp-checksum', daemon=True)
             self._thread.start()
 
     def buffer(self) -> memoryview:
@@ -945,7 +973,7 @@ class OpenFile:
 
 
 class Checksums:
-    """SHA-1 states of files, so that a file that grows after its checksum was asked for need not be
+    """Checksum states of files, so that a file that grows after its checksum was asked for need not be
     read again. A client that asks before it writes has the checksum of what it wrote at once."""
 
     KEPT = 64
@@ -955,13 +983,13 @@ class Checksums:
         self._lock = threading.Lock()
         self._known = collections.OrderedDict()        # type: collections.OrderedDict
 
-    def find(self, found: os.stat_result) -> Any:
-        """A copy of the state of a file that hasn't changed since, or None."""
+    def find(self, found: os.stat_result, algorithm: str = '') -> Any:
+        """A copy of the state of a file that hasn't changed since, or None. '': of any algorithm."""
         with self._lock:
             known = self._known.get((found.st_dev, found.st_ino))
         if known is None or known[:2] != (found.st_size, found.st_mtime_ns):
             return None
-        return known[2].copy()
+        return known[2].copy() if algorithm in ('', known[2].name) else None
 
     def keep(self, found: os.stat_result, checksum: Any) -> None:
         """Remembers the state of a file as a whole."""
@@ -1275,12 +1303,12 @@ class Session:
 
     def _hashread(self, word: bytes) -> bytes:
         """Of ours alone: a file will be read from its start on. When it is closed after its last byte, its
-        SHA-1 is known, and ``hash`` gives it at once."""
+        checksum is known, and ``crc32`` gives it at once."""
         file = self._file(word)
         found = os.fstat(file.fd)
         if not file.reads or file.writes or not stat.S_ISREG(found.st_mode):
             raise Fault(BAD_FD)
-        self._begin_checksum(file, new_hash('sha1'), 0)
+        self._begin_checksum(file, new_hash(FASTEST), 0)
         file.begun = found
         return b'0\n'
 
@@ -1488,27 +1516,30 @@ class Session:
     def _hash(self, algorithm: bytes, path: bytes) -> bytes:
         if algorithm not in (b'md5', b'sha1'):
             raise Fault(INVALID)
+        return self._digest(algorithm.decode(), path)
+
+    def _md5(self, path: bytes) -> bytes:
+        return self._digest('md5', path)
+
+    def _crc32(self, path: bytes) -> bytes:
+        """Of ours alone."""
+        return self._digest(FASTEST, path)
+
+    def _digest(self, algorithm: str, path: bytes) -> bytes:
         fd = self._root.open(best_path(self._root, path))
         try:
             found = os.fstat(fd)
             if stat.S_ISDIR(found.st_mode):
                 raise Fault(IS_DIR)
-            digest = self._digest(fd, found, algorithm.decode())
+            checksum = self._server.checksums.find(found, algorithm)
+            if checksum is None:
+                self._wire.flush()
+                checksum = hash_file(fd, algorithm)
+                self._server.checksums.keep(found, checksum.copy())
         finally:
             os.close(fd)
+        digest = checksum.digest()
         return b'%d\n' % len(digest) + digest
-
-    def _md5(self, path: bytes) -> bytes:
-        return self._hash(b'md5', path)
-
-    def _digest(self, fd: int, found: os.stat_result, algorithm: str) -> bytes:
-        checksum = self._server.checksums.find(found) if algorithm == 'sha1' else None
-        if checksum is None:
-            self._wire.flush()
-            checksum = hash_file(fd, algorithm)
-            if algorithm == 'sha1':
-                self._server.checksums.keep(found, checksum.copy())
-        return checksum.digest()
 
     # Identity.
 
@@ -1565,7 +1596,8 @@ COMMANDS: Dict[bytes, Tuple[Callable[..., bytes], int, str]] = {
     b'lchown': (Session._chown, 3, 'w'), b'utime': (Session._utime, 3, 'w'),
     b'truncate': (Session._truncate, 2, 'w'), b'access': (Session._access, 2, ''),
     b'statfs': (Session._statfs, 1, 'l'), b'hash': (Session._hash, 2, 'r'),
-    b'md5': (Session._md5, 1, 'r'), b'whoami': (Session._whoami, 1, ''),
+    b'md5': (Session._md5, 1, 'r'), b'crc32': (Session._crc32, 1, 'r'),
+    b'whoami': (Session._whoami, 1, ''),
     b'getacl': (Session._getacl, 1, ''), b'localpath': (Session._localpath, 1, 'l'),
     b'setacl': (Session._forbidden, 0, ''), b'resetacl': (Session._forbidden, 0, ''),
     b'thirdput': (Session._forbidden, 0, ''), b'debug': (Session._forbidden, 0, ''),
@@ -2093,6 +2125,7 @@ class Requests:
         self.subject = ''              # who the server says that we are
         self._wire = None              # type: Optional[Wire]
         self._used = False             # whether this connection has answered a request
+        self._algorithm = ''           # what the server has, once it was asked
 
     def __enter__(self: 'Client') -> 'Client':
         return self
@@ -2118,7 +2151,7 @@ class Requests:
 
     def disconnect(self) -> None:
         """Ends the connection, if there is one. The next request makes another."""
-        wire, self._wire = self._wire, None
+        wire, self._wire, self._algorithm = self._wire, None, ''
         if wire is not None:
             wire.close()
 
@@ -2270,8 +2303,30 @@ class Requests:
         return self.call('statfs', quote(path), about=path, read=self._read_statfs)
 
     def hash(self, path: Path, algorithm: str = 'sha1') -> bytes:
-        """The digest, ``sha1`` or ``md5``, that the server computes."""
-        return self.call('hash', algorithm, quote(path), about=path, read=self._payload(64))
+        """The digest, ``sha1``, ``md5``, or, by a server of ours, ``crc32``, that the server computes."""
+        return self.call(*words_of_hash(path, algorithm), about=path, read=self._payload(64))
+
+    def algorithm(self) -> str:
+        """The algorithm to verify with: the fastest that the server has. No request may be under way."""
+        if not self._algorithm:
+            known = False
+            try:
+                self.hash('/', FASTEST)
+            except Refused as refused:
+                known = refused.code == IS_DIR         # who knows what is asked for says that of a folder
+            self._algorithm = FASTEST if known else COMMON
+        return self._algorithm
+
+    def has_same(self, path: Path, checksum: Any) -> bool:
+        """Whether the server's file has this checksum, of hashlib's kind."""
+        return self.hash(path, checksum.name) == checksum.digest()
+
+    def reads_same(self, wire: Wire, count: int, content: bytes) -> bool:
+        """Whether the digest that follows is the content's; ``count``: the reply to its request."""
+        checksum = new_hash(self.algorithm(), content)
+        if count != checksum.digest_size:
+            raise self.broken('hash: a wrong count')
+        return wire.read(count) == checksum.digest()
 
     def getacl(self, path: Path = '/') -> List[Tuple[str, str]]:
         """(subject, rights) pairs."""
@@ -2370,6 +2425,11 @@ class Requests:
 REPLY_LINE = re.compile(br'-?[0-9]{1,18} *$')
 NAME_LINE = 1024               # bytes of a line in a listing
 Client = TypeVar('Client', bound=Requests)
+
+
+def words_of_hash(path: Path, algorithm: str) -> Tuple[Any, ...]:
+    """The request for a file's digest."""
+    return (FASTEST, quote(path)) if algorithm == FASTEST else ('hash', algorithm, quote(path))
 
 
 def read_stat(wire: Wire, _: int) -> Stat:
@@ -2646,10 +2706,10 @@ class Upload:
             part = part_path(target)
             start, checksum = self._resume(source, found, part)
             self._meter.add(start)
-            digest = self._send_rest(file, found, part, start, checksum)
+            self._send_rest(file, found, part, start, checksum)
             if changed(found, os.fstat(file.fileno())):
                 raise Changed('%s changed while it was read' % source)
-        if self._verify and self._client.hash(part) != digest:
+        if self._verify and not self._client.has_same(part, checksum):
             self._client.unlink(part)
             raise Changed('%s arrived altered' % source)
         self._settle(part, target, found)
@@ -2669,7 +2729,8 @@ class Upload:
     def _is_same(self, source: str, found: os.stat_result, target: bytes, size: int, mtime: int) -> bool:
         if size != found.st_size or mtime != int(found.st_mtime) or not self._keep:
             return False
-        return not self._verify or self._client.hash(target) == hash_local(source, size).digest()
+        return not self._verify or self._client.has_same(
+            target, hash_local(source, size, self._client.algorithm()))
 
     def _resume(self, source: str, found: os.stat_result, part: bytes) -> Tuple[int, Any]:
         """How much of the file is there already, and the checksum of that much."""
@@ -2677,29 +2738,28 @@ class Upload:
             there = self._client.lstat(part)
         except Refused as refused:
             if refused.code == DOESNT_EXIST:
-                return 0, new_hash('sha1')
+                return 0, new_hash(self._client.algorithm())
             raise
         if there.is_link:
             self._client.unlink(part)
         elif there.is_file and 0 < there.size <= found.st_size:
-            checksum = hash_local(source, there.size)
-            if self._client.hash(part) == checksum.digest():
+            checksum = hash_local(source, there.size, self._client.algorithm())
+            if self._client.has_same(part, checksum):
                 return there.size, checksum
-        return 0, new_hash('sha1')
+        return 0, new_hash(self._client.algorithm())
 
-    def _send_rest(self, file: Any, found: os.stat_result, part: bytes, start: int, checksum: Any) -> bytes:
-        """Writes what is missing; the digest of the whole."""
+    def _send_rest(self, file: Any, found: os.stat_result, part: bytes, start: int, checksum: Any) -> None:
+        """Writes what is missing; the checksum becomes that of the whole."""
         number_, there = self._client.open(part, 'wc' if start else 'wct', found.st_mode & 0o777)
         self._part_mode = there.mode & 0o777
         if self._verify and not start:
-            self._client.hash(part)            # a server of ours goes on from here as it writes
+            self._client.hash(part, checksum.name)     # a server of ours goes on from here as it writes
         passage = Passage(checksum if self._verify else None)
         try:
             self._send_pieces(file, number_, start, found.st_size, passage)
         finally:
             passage.close()
         self._client.close(number_)
-        return checksum.digest()
 
     def _send_pieces(self, file: Any, number_: int, start: int, end: int, passage: Passage) -> None:
         file.seek(start)
@@ -2732,6 +2792,7 @@ class Upload:
         """Into the folder of that name, or, where there is none, into a temporary one."""
         self._failures.clear()
         self._meter.moved = 0
+        self._client.algorithm()        # nothing may be under way when it is asked for
         self._pipeline = Pipeline(self._client)
         self._after = []
         there = self._find(target)
@@ -2847,7 +2908,8 @@ class Upload:
         add(b'', lambda wire, result: self._arrived(file, result))
         self._complete()
         if self._verify:
-            add(ask('hash', 'sha1', name), lambda wire, result: self._compare(file, wire, result))
+            add(ask(*words_of_hash(file.name, self._client.algorithm())),
+                lambda wire, result: self._compare(file, wire, result))
         if self._keep:
             if not self._modes_are_kept(file):
                 add(ask('chmod', name, file.found.st_mode & 0o777), file.check)
@@ -2868,9 +2930,7 @@ class Upload:
     def _compare(self, file: 'SmallFile', wire: Wire, result: Union[int, Refused]) -> None:
         file.check(wire, result)
         if not isinstance(result, Refused):
-            if result != 20:
-                raise self._client.broken('hash: a wrong count')
-            if wire.read(20) != new_hash('sha1', file.data).digest():
+            if not self._client.reads_same(wire, result, file.data):
                 file.error = Changed('it arrived altered')
 
     def _modes_are_kept(self, file: 'SmallFile') -> bool:
@@ -2961,9 +3021,9 @@ def changed(before: os.stat_result, after: os.stat_result) -> bool:
     return (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns)
 
 
-def hash_local(path: str, size: int) -> Any:
+def hash_local(path: str, size: int, algorithm: str) -> Any:
     """The checksum object of the first bytes of a local file."""
-    checksum = new_hash('sha1')
+    checksum = new_hash(algorithm)
     with open_regular(path) as file:
         hash_part(file, checksum, 0, size)
     return checksum
@@ -3055,7 +3115,8 @@ class Download:
             return False
         if int(here.st_mtime) != found.mtime or not self._keep:
             return False
-        return not self._verify or self._client.hash(source) == hash_local(target, found.size).digest()
+        return not self._verify or self._client.has_same(
+            source, hash_local(target, found.size, self._client.algorithm()))
 
     def _receive_rest(self, file: Any, number_: int, source: bytes, found: Stat, size: int) -> None:
         """Fetches what is missing of a file, and checks the whole."""
@@ -3063,7 +3124,7 @@ class Download:
         start = self._resume(file, number_, size)
         beside = None
         if whole and size >= BESIDE and (start or not self._hashes_along(number_)):
-            beside = RemoteHash(self._client, source)
+            beside = RemoteHash(self._client, source, self._client.algorithm())
         try:
             self._meter.add(start)
             checksum = self._receive_pieces(file, number_, start, size, whole)
@@ -3073,19 +3134,18 @@ class Download:
                 raise Changed('%s changed while it was read' % shown(source))
             if whole:
                 digest = beside.digest() if beside is not None else None
-                if (digest or self._client.hash(source)) != checksum.digest():
+                if not (digest == checksum.digest() if digest else self._client.has_same(source, checksum)):
                     raise Changed('%s changed while it was read, or arrived altered' % shown(source))
         finally:
             if beside is not None:
                 beside.stop()
 
     def _hashes_along(self, number_: int) -> bool:
-        """Whether the server computes the checksum while it sends: ours does."""
-        try:
-            self._client.call('hashread', number_, again=False)
-            return True
-        except Refused:
+        """Whether the server computes the checksum while it sends: ours does, once asked."""
+        if self._client.algorithm() != FASTEST:
             return False
+        self._client.call('hashread', number_, again=False)
+        return True
 
     def _resume(self, file: Any, number_: int, size: int) -> int:
         """How much of the file is here already: what is here, if its end is the same there."""
@@ -3120,7 +3180,7 @@ class Download:
         return checksum
 
     def _passage(self, file: Any, start: int) -> Passage:
-        checksum = new_hash('sha1')
+        checksum = new_hash(self._client.algorithm())
         hash_part(file, checksum, 0, start)
         return Passage(checksum)
 
@@ -3148,6 +3208,7 @@ class Download:
         """Into the folder of that name, or, where there is none, into a temporary one."""
         self._failures.clear()
         self._meter.moved = self._meter.total = 0
+        self._client.algorithm()        # nothing may be under way when it is asked for
         self._pipeline = Pipeline(self._client)
         merge = os.path.lexists(target)
         folder = target if merge else local_part(target)
@@ -3221,7 +3282,8 @@ class Download:
         add, ask = self._pipeline.add, self._client.ask
         add(ask('getfile', quote(path)), lambda wire, result: self._on_content(fetched, wire, result))
         if self._verify:
-            add(ask('hash', 'sha1', quote(path)), lambda wire, result: self._on_hash(fetched, wire, result))
+            add(ask(*words_of_hash(path, self._client.algorithm())),
+                lambda wire, result: self._on_hash(fetched, wire, result))
 
     def _on_content(self, fetched: 'Fetched', wire: Wire, result: Union[int, Refused]) -> None:
         if isinstance(result, Refused):
@@ -3239,11 +3301,9 @@ class Download:
             if fetched.data is not None:
                 self._failures.add(fetched.path, result)
             return
-        if result != 20:
-            raise self._client.broken('hash: a wrong count')
-        digest = wire.read(20)
+        same = self._client.reads_same(wire, result, fetched.data or b'')
         if fetched.data is not None:
-            if digest == new_hash('sha1', fetched.data).digest():
+            if same:
                 self._write_small(fetched)
             else:
                 self._failures.add(fetched.path, Changed('it changed while it was read'))
@@ -3277,9 +3337,10 @@ class RemoteHash:
     """The server's own checksum of a file, asked for on a connection of its own, so that it is
     computed while the file moves. ``digest()``: None where that did not work out."""
 
-    def __init__(self, client: ChirpClient, path: bytes) -> None:
+    def __init__(self, client: ChirpClient, path: bytes, algorithm: str) -> None:
         self._client = client.twin()
         self._path = path
+        self._algorithm = algorithm
         self._digest = None            # type: Optional[bytes]
         self._client.cancel = self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name='chirp-hash', daemon=True)
@@ -3298,7 +3359,7 @@ class RemoteHash:
     def _run(self) -> None:
         try:
             with self._client:
-                self._digest = self._client.hash(self._path)
+                self._digest = self._client.hash(self._path, self._algorithm)
         except ChirpError as error:
             log.debug('checksum of %s: %s', shown(self._path), error)
 

@@ -18,7 +18,8 @@ TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 class CuttingProxy:
     """Passes connections on to a server; counts what goes each way, and cuts where it is told to.
-    ``hold``: after so many bytes of one way of a connection the rest waits for ``gate``."""
+    ``hold``: after so many bytes of one way of a connection the rest waits for ``gate``.
+    ``alter``: the byte that comes after so many of one way arrives as another one, once."""
 
     def __init__(self, server):
         self._server = server
@@ -29,6 +30,7 @@ class CuttingProxy:
         self.left = None               # bytes until the next cut
         self.distances = iter(())      # and from that to those after it
         self.hold, self.gate = None, threading.Event()
+        self.alter = None
         self._lock = threading.Lock()
         self._threads = []
         self._thread = threading.Thread(target=self._accept)
@@ -74,6 +76,7 @@ class CuttingProxy:
                 data = source.recv(65536)
                 with self._lock:
                     data, cut = self._count(data, way)
+                    data = self._altered(data, passed)
                 passed += len(data)
                 if self.hold is not None and passed > self.hold:
                     self.gate.wait()
@@ -84,6 +87,12 @@ class CuttingProxy:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
         source.close()
+
+    def _altered(self, data, passed):
+        if self.alter is None or not 0 <= self.alter - passed < len(data):
+            return data
+        at, self.alter = self.alter - passed, None
+        return data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]
 
     def _count(self, data, way):
         cut = self.left is not None and len(data) >= self.left

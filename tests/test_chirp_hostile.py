@@ -469,5 +469,5 @@ def test_many_checksums_at_once_take_one_thread(tmp_path):
             client.pwrite(file, b'x' * 1000, 0)
             assert client.call('hashread', client.open('/f%d' % n, 'r')[0]) == 0
         names = [thread.name for thread in threading.enumerate()]
-        assert names.count('chirp-sha1') == 1
+        assert names.count('chirp-checksum') == 1
         assert client.hash('/f0') == hashlib.sha1(b'x' * 1000).digest()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -124,8 +125,10 @@ def test_a_wrapper_that_can_not_start_says_why(real):
 
 
 def test_a_server_that_can_not_listen_leaves_nothing_open(tmp_path):
-    with chirp.ChirpServer(str(tmp_path)) as other:
+    with socket.socket() as other:
+        other.bind(('127.0.0.1', 0))
+        other.listen(1)
         before = sorted(os.listdir('/proc/self/fd'))
         with pytest.raises(OSError):
-            chirp.ChirpServer(str(tmp_path), port=other.address[1]).start()
+            chirp.ChirpServer(str(tmp_path), port=other.getsockname()[1]).start()
         assert sorted(os.listdir('/proc/self/fd')) == before
