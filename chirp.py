@@ -3,9 +3,9 @@
 What it is not: a file system, a cache, or a server for the public: it serves one folder to the
 addresses it was told of, and its rights are those of the one ACL it was given.
 
-Threads: the client has none of its own, except, while a large file is verified, one that computes
-the checksum (``chirp-checksum``) and one that asks the server for its own (``chirp-hash``). A client
-object belongs to one thread at a time. The server has one that accepts (``chirp``) and one per
+Threads: the client has none of its own, except, while a large file is verified that goes on after a cut, or
+comes from a server that isn't ours, one that asks for its checksum (``chirp-hash``). A client object
+belongs to one thread at a time. The server has one that accepts (``chirp``) and one per
 connection (``chirp-N``); ``start``, ``stop``, ``allow`` and ``address`` may be called from any.
 
 Paths of the server are text (or bytes), ``/`` between the names; bytes that are not UTF-8 are kept
@@ -21,7 +21,6 @@ import errno
 import fnmatch
 import logging
 import os
-import queue
 import re
 import select
 import selectors
@@ -474,54 +473,9 @@ def new_hash(algorithm: str, data: bytes = b'') -> Any:
     return hashlib.new(algorithm, data)
 
 
-class Passage:
-    """Buffers that bytes pass through on their way, and, if wanted, the checksum of all that did.
-
-    The checksum is computed on a thread of its own (zlib and hashlib let go of the interpreter's lock), so
-    ``buffer()`` gives the next free one, and ``passed()`` hands it on once its bytes are read or
-    written. One thread may use it; ``close()`` ends the other.
-    """
-
-    COUNT = 4
-
-    def __init__(self, checksum: Any = None) -> None:
-        self._checksum = checksum
-        self._free = queue.Queue()     # type: queue.Queue
-        self._full = queue.Queue()     # type: queue.Queue
-        self._thread = None            # type: Optional[threading.Thread]
-        for _ in range(self.COUNT if checksum is not None else 1):
-            self._free.put(memoryview(bytearray(BLOCK)))
-        if checksum is not None:
-            self._thread = threading.Thread(target=self._run, name='chirp-checksum', daemon=True)
-            self._thread.start()
-
-    def buffer(self) -> memoryview:
-        """A free buffer of BLOCK bytes; waits until there is one."""
-        return self._free.get()
-
-    def passed(self, buffer: memoryview, count: int) -> None:
-        """The first ``count`` bytes of the buffer are on their way."""
-        if self._thread is None:
-            self._free.put(buffer)
-        else:
-            self._full.put((buffer, count))
-
-    def close(self) -> Any:
-        """Waits for the rest; the checksum object that was given."""
-        if self._thread is not None:
-            self._full.put(None)
-            self._thread.join()
-            self._thread = None
-        return self._checksum
-
-    def _run(self) -> None:
-        while True:
-            item = self._full.get()
-            if item is None:
-                return
-            buffer, count = item
-            self._checksum.update(buffer[:count])
-            self._free.put(buffer)
+def new_buffer() -> memoryview:
+    """What content passes through on its way, into its checksum too, while the processor has it at hand."""
+    return memoryview(bytearray(BLOCK))
 
 
 ZEROS = bytes(BLOCK)
@@ -959,16 +913,16 @@ class Fault(Exception):
 
 
 class OpenFile:
-    """What a client has open. ``passage`` computes the checksum while what is written, or read, follows on
-    what was hashed."""
-    __slots__ = ('fd', 'reads', 'writes', 'passage', 'hashed', 'begun')
+    """What a client has open. ``checksum`` goes on while what is written, or read, follows on what was
+    hashed."""
+    __slots__ = ('fd', 'reads', 'writes', 'checksum', 'hashed', 'begun')
 
     def __init__(self, fd: int, reads: bool, writes: bool) -> None:
         self.fd = fd
         self.reads = reads
         self.writes = writes
-        self.passage = None            # type: Optional[Passage]
-        self.hashed = 0                # bytes that went into the passage
+        self.checksum = None           # type: Any
+        self.hashed = 0                # bytes that went into it
         self.begun = None              # type: Optional[os.stat_result]    # when it began to be read
 
 
@@ -1011,8 +965,7 @@ class Session:
         self._subject = ''
         self._rights = ''
         self._files = {}               # type: Dict[int, OpenFile]
-        self._passage = None           # type: Optional[Passage]
-        self._hashing = None           # type: Optional[OpenFile]     # the one with a passage of its own
+        self._buffer = None            # type: Optional[memoryview]   # once a file passed
 
     def run(self) -> None:
         """Serves until one side ends it."""
@@ -1132,7 +1085,7 @@ class Session:
             if count > free.f_bavail * free.f_frsize:
                 raise Fault(NO_SPACE)
             self._wire.put(b'0\n')
-            self._receive(fd, count, 0, self._passing())
+            self._receive(fd, count, 0)
         return b'%d\n' % count
 
     @contextlib.contextmanager
@@ -1171,27 +1124,27 @@ class Session:
         if not set(rights) & set(self._rights):
             raise Fault(NOT_AUTHORIZED)
 
-    def _passing(self) -> Passage:
-        """Where what a client sends passes through."""
-        if self._passage is None:
-            self._passage = Passage()
-        return self._passage
+    @property
+    def buffer(self) -> memoryview:
+        """What content passes through."""
+        if self._buffer is None:
+            self._buffer = new_buffer()
+        return self._buffer
 
-    def _receive(self, fd: int, count: int, offset: int, passage: Passage) -> None:
+    def _receive(self, fd: int, count: int, offset: int, checksum: Any = None) -> None:
         """Content for a file. All of it is read from the wire, even where it can't be written."""
         deadline = time.monotonic() + self._wire.timeout + count / SLOWEST
+        buffer = self.buffer
         while count:
-            buffer = passage.buffer()
-            got = 0
+            got = self._wire.read_into(buffer[:min(count, BLOCK)], deadline)
+            count -= got
             try:
-                got = self._wire.read_into(buffer[:min(count, BLOCK)], deadline)
-                count -= got
                 write_all(fd, buffer[:got], offset)
             except OSError:
                 self._wire.skip(count)
                 raise
-            finally:
-                passage.passed(buffer, got)
+            if checksum is not None:
+                checksum.update(buffer[:got])
             offset += got
 
     def _getstream(self, path: bytes) -> bytes:
@@ -1212,15 +1165,12 @@ class Session:
         raise EndOfStream('the end of a stream')
 
     def _receive_stream(self, fd: int) -> None:
-        buffer = self._passing().buffer()
-        at = 0
-        try:
+        buffer, at = self.buffer, 0
+        with contextlib.suppress(EndOfStream):
             while True:
                 got = self._wire.read_into(buffer)
                 write_all(fd, buffer[:got], at)
                 at += got
-        except EndOfStream:
-            self._passing().passed(buffer, 0)
 
     # Open files.
 
@@ -1268,7 +1218,7 @@ class Session:
 
     def _close_file(self, number_: int) -> None:
         file = self._files.pop(number_)
-        self._end_checksum(file)
+        self._keep_checksum(file)
         os.close(file.fd)
 
     def _pread(self, word: bytes, length: bytes, offset: bytes) -> bytes:
@@ -1278,8 +1228,8 @@ class Session:
         if count < 0 or at < 0:
             raise Fault(INVALID)
         count = min(count, PREAD)
-        if file.passage is not None and file.begun is not None and file.hashed == at:
-            return self._pread_passing(file, file.passage, count)
+        if file.checksum is not None and file.begun is not None and file.hashed == at:
+            return self._pread_passing(file, count)
         if count <= SMALL:
             data = os.pread(file.fd, count, at)
             return b'%d\n' % len(data) + data
@@ -1291,13 +1241,13 @@ class Session:
         self._wire.send_file(file.fd, at, count)
         return b''
 
-    def _pread_passing(self, file: OpenFile, passage: Passage, count: int) -> bytes:
+    def _pread_passing(self, file: OpenFile, count: int) -> bytes:
         """The next bytes of a file whose checksum is wanted, read once for both."""
         count = max(0, min(count, os.fstat(file.fd).st_size - file.hashed))
         self._wire.put(b'%d\n' % count)
         with open(file.fd, 'rb', buffering=0, closefd=False) as content:
             content.seek(file.hashed)
-            send_passing(self._wire, content, count, passage)
+            send_passing(self._wire, content, count, self.buffer, file.checksum)
         file.hashed += count
         return b''
 
@@ -1308,8 +1258,7 @@ class Session:
         found = os.fstat(file.fd)
         if not file.reads or file.writes or not stat.S_ISREG(found.st_mode):
             raise Fault(BAD_FD)
-        self._begin_checksum(file, new_hash(FASTEST), 0)
-        file.begun = found
+        file.checksum, file.hashed, file.begun = new_hash(FASTEST), 0, found
         return b'0\n'
 
     def _pwrite(self, word: bytes, length: bytes, offset: bytes) -> bytes:
@@ -1323,15 +1272,13 @@ class Session:
             if at < 0:
                 raise Fault(INVALID)
         stored = min(count, PWRITE)
-        passage = self._checksum(file, at) or self._passing()
+        self._follow_checksum(file, at)
         try:
-            self._receive(file.fd, stored, at, passage)
+            self._receive(file.fd, stored, at, file.checksum)
         except (OSError, Disconnected):
-            self._drop_checksum(file)
+            file.checksum = None
             raise
-        finally:
-            if file.passage is not None:
-                file.hashed += stored
+        file.hashed += stored
         self._wire.skip(count - stored)
         return b'%d\n' % stored
 
@@ -1344,36 +1291,20 @@ class Session:
             self._wire.skip(count)
             raise
 
-    def _checksum(self, file: OpenFile, at: int) -> Optional[Passage]:
-        """The passage that goes on with the checksum of the file, if its end is where is written."""
-        if file.passage is None:
+    def _follow_checksum(self, file: OpenFile, at: int) -> None:
+        """The checksum of a file goes on where its end is what is written, and ends anywhere else."""
+        if file.checksum is None:
             found = os.fstat(file.fd)
-            known = self._server.checksums.find(found) if found.st_size == at else None
-            if known is None:
-                return None
-            self._begin_checksum(file, known, at)
+            if found.st_size == at:
+                file.checksum, file.hashed = self._server.checksums.find(found), at
         elif file.hashed != at:
-            self._drop_checksum(file)
-        return file.passage
+            file.checksum = None
 
-    def _begin_checksum(self, file: OpenFile, checksum: Any, at: int) -> None:
-        """Of one file at a time: each takes a thread, and megabytes."""
-        if self._hashing is not None:
-            self._drop_checksum(self._hashing)
-        file.passage, file.hashed, self._hashing = Passage(checksum), at, file
-
-    def _drop_checksum(self, file: OpenFile) -> None:
-        if file.passage is not None:
-            file.passage.close()
-            file.passage = None
-
-    def _end_checksum(self, file: OpenFile) -> None:
-        if file.passage is not None:
-            checksum = file.passage.close()
-            file.passage = None
+    def _keep_checksum(self, file: OpenFile) -> None:
+        if file.checksum is not None:
             found = os.fstat(file.fd)
             if found.st_size == file.hashed and not (file.begun and changed(file.begun, found)):
-                self._server.checksums.keep(found, checksum)
+                self._server.checksums.keep(found, file.checksum)
 
     def _fstat(self, file: bytes) -> bytes:
         return b'0\n' + stat_line(os.fstat(self._file(file).fd))
@@ -1656,14 +1587,12 @@ def hash_file(fd: int, algorithm: str, checksum: Any = None, count: Optional[int
     """The checksum of a file, or its first bytes, read from the start, not moving where it stands."""
     checksum = checksum or new_hash(algorithm)
     at = 0
-    view = memoryview(bytearray(BLOCK))
     while count is None or at < count:
         data = os.pread(fd, BLOCK if count is None else min(BLOCK, count - at), at)
         if not data:
             break
         checksum.update(data)
         at += len(data)
-    del view
     return checksum
 
 
@@ -2560,7 +2489,7 @@ class Pipeline:
 
 def hash_part(file: Any, checksum: Any, start: int, end: int) -> None:
     """Takes a part of a local file into a checksum."""
-    view = memoryview(bytearray(BLOCK))
+    view = new_buffer()
     file.seek(start)
     while start < end:
         count = file.readinto(view[:min(BLOCK, end - start)])
@@ -2754,22 +2683,19 @@ class Upload:
         self._part_mode = there.mode & 0o777
         if self._verify and not start:
             self._client.hash(part, checksum.name)     # a server of ours goes on from here as it writes
-        passage = Passage(checksum if self._verify else None)
-        try:
-            self._send_pieces(file, number_, start, found.st_size, passage)
-        finally:
-            passage.close()
+        self._send_pieces(file, number_, start, found.st_size, checksum if self._verify else None)
         self._client.close(number_)
 
-    def _send_pieces(self, file: Any, number_: int, start: int, end: int, passage: Passage) -> None:
+    def _send_pieces(self, file: Any, number_: int, start: int, end: int, checksum: Any) -> None:
         file.seek(start)
+        buffer = new_buffer()
         wire = self._client.connect()
         sent = []              # type: List[int]
         while start < end or sent:
             if start < end and len(sent) < PIECES:
                 count = min(PIECE, end - start)
                 wire.put(self._client.ask('pwrite', number_, count, start))
-                send_passing(wire, file, count, passage)
+                send_passing(wire, file, count, buffer, checksum)
                 sent.append(count)
                 start += count
             else:
@@ -2997,23 +2923,20 @@ def open_regular(path: str) -> Any:
     return os.fdopen(fd, 'rb', buffering=0)
 
 
-def send_passing(wire: Wire, file: Any, count: int, passage: Passage) -> None:
-    """Sends the next bytes of a file, read once for the wire and the checksum.
+def send_passing(wire: Wire, file: Any, count: int, buffer: memoryview, checksum: Any) -> None:
+    """Sends the next bytes of a file, read once for the wire and, if one is given, the checksum.
 
     Not by sendfile even where no checksum is wanted: it hands on pages that nobody has touched lately, and on
     one machine the receiver, who has more to do, waits for the memory then (chirp_server: a fifth slower).
     """
     wire.flush()
     while count:
-        buffer = passage.buffer()
-        got = 0
-        try:
-            got = file.readinto(buffer[:min(count, BLOCK)])
-            if not got:
-                raise Shrunk('the file became shorter while it was sent')
-            wire.send(buffer[:got])
-        finally:
-            passage.passed(buffer, got)
+        got = file.readinto(buffer[:min(count, BLOCK)])
+        if not got:
+            raise Shrunk('the file became shorter while it was sent')
+        wire.send(buffer[:got])
+        if checksum is not None:
+            checksum.update(buffer[:got])
         count -= got
 
 
@@ -3162,29 +3085,27 @@ class Download:
 
     def _receive_pieces(self, file: Any, number_: int, start: int, end: int, whole: bool) -> Any:
         """The checksum object, if it is wanted."""
-        passage = self._passage(file, start) if whole else Passage()
-        wire = self._client.connect()
+        checksum = self._begin_checksum(file, start) if whole else None
+        wire, buffer = self._client.connect(), new_buffer()
         file.seek(start)
         asked = []             # type: List[int]
-        try:
-            while start < end or asked:
-                if start < end and len(asked) < PIECES:
-                    asked.append(min(PIECE, end - start))
-                    wire.put(self._client.ask('pread', number_, asked[-1], start))
-                    start += asked[-1]
-                else:
-                    self._receive_piece(wire, file, passage, asked.pop(0))
-            file.truncate(end)         # where it ends with a hole
-        finally:
-            checksum = passage.close()
+        while start < end or asked:
+            if start < end and len(asked) < PIECES:
+                asked.append(min(PIECE, end - start))
+                wire.put(self._client.ask('pread', number_, asked[-1], start))
+                start += asked[-1]
+            else:
+                self._receive_piece(wire, file, asked.pop(0), buffer, checksum)
+        file.truncate(end)             # where it ends with a hole
         return checksum
 
-    def _passage(self, file: Any, start: int) -> Passage:
+    def _begin_checksum(self, file: Any, start: int) -> Any:
+        """Of what is here already."""
         checksum = new_hash(self._client.algorithm())
         hash_part(file, checksum, 0, start)
-        return Passage(checksum)
+        return checksum
 
-    def _receive_piece(self, wire: Wire, file: Any, passage: Passage, count: int) -> None:
+    def _receive_piece(self, wire: Wire, file: Any, count: int, buffer: memoryview, checksum: Any) -> None:
         got = self._client.result(wire, 'read')
         if got > count:
             raise self._client.broken('pread: %d bytes where %d were asked for' % (got, count))
@@ -3192,13 +3113,10 @@ class Download:
             raise Changed('the file became shorter while it was read')
         deadline = time.monotonic() + self._client.timeout + count / SLOWEST
         while count:
-            buffer = passage.buffer()
-            got = 0
-            try:
-                got = wire.read_into(buffer[:min(count, BLOCK)], deadline)
-                write_here(file, buffer[:got])
-            finally:
-                passage.passed(buffer, got)
+            got = wire.read_into(buffer[:min(count, BLOCK)], deadline)
+            write_here(file, buffer[:got])
+            if checksum is not None:
+                checksum.update(buffer[:got])
             count -= got
             self._meter.add(got)
 
