@@ -2119,6 +2119,7 @@ def main(argv: List[str]) -> int:
         if '--check' in argv:
             return check(settings)
         protocol.set_up_logging(settings.Logging)
+        sys.setswitchinterval(protocol.SWITCH_INTERVAL)
         return run_agent(settings)
     except (protocol.ProtocolError, GuestError) as error:
         print('vmguest: %s' % error, file=sys.stderr)

@@ -7273,6 +7273,7 @@ def run_host(ini: str) -> int:
     try:
         settings = protocol.read_settings(ini, SETTINGS)
         protocol.set_up_logging(settings.Logging)
+        sys.setswitchinterval(protocol.SWITCH_INTERVAL)
         host = Host(settings)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: host.stopping.set())
