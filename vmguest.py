@@ -16,6 +16,7 @@ forked from one (the fork server) that was forked before any thread began.
 __needs__: str = 'Python 3.6 or later, and this is an older one: try python3 instead of python'
 
 import base64
+import contextlib
 import fcntl
 import gc
 import importlib
@@ -809,27 +810,27 @@ class Runner:
         """Starts the program, in a session of its own. Raises what that raised, in the child too."""
         import subprocess  # the fork server has it already; the agent never needs it
         request, user = self.request, self._find_user(self.request.get('user'))
-        report, reporter = os.pipe()
-        writers = [self._open_pipe('out'), self._open_pipe('err')]
         settles = user is not None or request.get('nice') or request.get('limits')
-        self.begin, self.started = time.monotonic(), time.time()
-        try:
-            with self._open_stdin() as stdin:
+        with contextlib.ExitStack() as stack:
+            report, reporter = os.pipe()
+            stack.callback(os.close, report)
+            stack.callback(os.close, reporter)
+            out, err = self._open_pipe('out', stack), self._open_pipe('err', stack)
+            self.begin, self.started = time.monotonic(), time.time()
+            try:
                 process = subprocess.Popen(
-                    [request['cmd']] + request['args'], env=self._environment(user), stdin=stdin,
-                    stdout=writers[0], stderr=writers[1], start_new_session=True,
-                    cwd=None if settles else self._work_folder(),
+                    [request['cmd']] + request['args'], env=self._environment(user),
+                    stdin=stack.enter_context(self._open_stdin()), stdout=out, stderr=err,
+                    start_new_session=True, cwd=None if settles else self._work_folder(),
                     preexec_fn=(lambda: self._settle(user, reporter)) if settles else None)
-        except subprocess.SubprocessError:
-            raise StartError(*json.loads(os.read(report, 4096).decode()))
-        finally:
-            for descriptor in writers + [report, reporter]:
-                os.close(descriptor)
+            except subprocess.SubprocessError:
+                raise StartError(*json.loads(os.read(report, 4096).decode()))
         self.pid, process.returncode = process.pid, 0      # it is waited for here, and not by Popen
 
-    def _open_pipe(self, name: str) -> int:
-        """The program's end of the pipe of a stream."""
+    def _open_pipe(self, name: str, stack: contextlib.ExitStack) -> int:
+        """The program's end of the pipe of a stream, closed here by ``stack``."""
         reader, writer = os.pipe()
+        stack.callback(os.close, writer)
         os.set_blocking(reader, False)
         self.pipes[reader] = (name, -1)
         return writer

@@ -1,5 +1,6 @@
 """The guest agent's parts: what it finds out by itself, its spool, its bundle, what it says of output."""
 
+import errno
 import glob
 import json
 import os
@@ -324,6 +325,28 @@ def test_signals_by_name_and_number(name, number):
 def test_what_is_no_signal(name):
     with pytest.raises(protocol.BadWord):
         vmguest.signal_number(name)
+
+
+@pytest.mark.parametrize('pipes', [0, 1, 2])
+def test_a_runner_out_of_descriptors_fails_and_keeps_none(pipes, tmp_path, monkeypatch):
+    """It runs other commands later."""
+    request = {'cmd': 'true', 'args': [], 'env': {}, 'path': '', 'root': str(tmp_path), 'output-limit': 1000}
+    (tmp_path / 'request.json').write_text(json.dumps(request))
+    left, pipe = iter(range(pipes)), os.pipe
+
+    def limited():
+        if next(left, None) is None:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return pipe()
+    before = os.listdir('/proc/self/fd')
+    monkeypatch.setattr(os, 'pipe', limited)
+    runner = vmguest.Runner(str(tmp_path), 0)
+    assert runner.claim()
+    runner.run()
+    runner.close()
+    assert os.listdir('/proc/self/fd') == before
+    result = json.loads((tmp_path / 'result.json').read_text())
+    assert result['state'] == 'failed' and os.strerror(errno.EMFILE) in result['error']
 
 
 # --- one file ---
