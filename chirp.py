@@ -2718,7 +2718,6 @@ class Upload:
         """Into the folder of that name, or, where there is none, into a temporary one."""
         self._failures.clear()
         self._meter.moved = 0
-        self._client.algorithm()        # nothing may be under way when it is asked for
         self._pipeline = Pipeline(self._client)
         self._after = []
         there = self._find(target)
@@ -2814,6 +2813,8 @@ class Upload:
         if len(data) > SMALL:
             self._finish_files()
             return self._put_file(source, target)
+        if self._verify:
+            self._client.algorithm()       # of a connection that may be new; soon something is under way
         name = part_path(target) if merge else target
         agreed = []            # type: List[Union[int, Refused]]
         mode = found.st_mode & 0o777
@@ -3126,7 +3127,6 @@ class Download:
         """Into the folder of that name, or, where there is none, into a temporary one."""
         self._failures.clear()
         self._meter.moved = self._meter.total = 0
-        self._client.algorithm()        # nothing may be under way when it is asked for
         self._pipeline = Pipeline(self._client)
         merge = os.path.lexists(target)
         folder = target if merge else local_part(target)
@@ -3197,6 +3197,8 @@ class Download:
     def _get_small(self, entry: Entry, path: bytes, here: str) -> None:
         """Asks for a small file, without waiting for it."""
         fetched = Fetched(entry, path, here)
+        if self._verify:
+            self._client.algorithm()       # of a connection that may be new; soon something is under way
         add, ask = self._pipeline.add, self._client.ask
         add(ask('getfile', quote(path)), lambda wire, result: self._on_content(fetched, wire, result))
         if self._verify:

@@ -130,6 +130,36 @@ def once(do):
     return progress
 
 
+def test_a_folder_whose_connection_ends_between_two_requests_goes_on(served, tmp_path):  # noqa: F811
+    source = tmp_path / 'source'
+    (source / 'folder').mkdir(parents=True)
+    write(source / 'first', b'1')
+    write(source / 'folder' / 'second', b'2')
+    with CuttingProxy(served[0]) as proxy, chirp.ChirpClient(*proxy.address[:2], timeout=20) as moving:
+        def cut():
+            proxy.left = 1
+        moving.put(str(source), '/tree', progress=once(cut))
+        moving.get('/tree', str(tmp_path / 'back'), progress=once(cut))
+        assert proxy.cuts == 2
+    assert seen(served[1] / 'tree') == seen(tmp_path / 'back') == seen(source)
+
+
+def test_a_file_that_keeps_changing_leaves_the_others_of_its_folder_alone(served, tmp_path,  # noqa: F811
+                                                                          monkeypatch):
+    """Those after it, too, which are sent, and asked for, without waiting."""
+    source = tmp_path / 'source'
+    source.mkdir()
+    contents = {'a': b'a' * 100, 'b': os.urandom(chirp.SMALL + 1), 'c': b'c' * 200, 'd': b'd'}
+    for name, content in contents.items():
+        write(source / name, content)
+    with chirp.ChirpClient(*served[0][:2], timeout=20) as moving:
+        with monkeypatch.context() as patch, pytest.raises(chirp.Incomplete) as incomplete:
+            patch.setattr(chirp, 'changed', lambda before, after: True)
+            moving.put(str(source), '/tree')
+        assert len(incomplete.value.failures) == 1
+        assert sorted(path.name for path in (served[1] / 'tree').glob('?')) == ['a', 'c', 'd']
+
+
 def test_a_source_that_changes_is_sent_as_it_is_then(client, served, tmp_path):  # noqa: F811
     source = write(tmp_path / 'source', os.urandom(9 << 20))
     client.put(str(source), '/target', progress=once(lambda: write(source, b'new' * 3000000, mtime=5)))
