@@ -1270,6 +1270,7 @@ MEND_DRIVER = ('the kernel module vboxdrv is not loaded: install the kernel head
                'enrol its key')
 OLDEST = (6, 1)                    # of VirtualBox, whose API this code speaks
 STALL = 600                        # seconds without any progress after which a job is given up
+NOT_READY = 2                      # seconds that VirtualBox may take to make an object, or to end it
 SILENCE = 20                       # seconds that the driver may be silent about a call
 Steps = Generator[float, None, Any]    # a verb under way: yields how many seconds it waits
 
@@ -1890,7 +1891,8 @@ class Job:
         self.steps = None  # type: Optional[Steps]
         self.due = 0.0
         self.tries = 0
-        self.deadline = time.monotonic() + timeout
+        self.begun = time.monotonic()
+        self.deadline = self.begun + timeout
         self._tell = tell
         self._told = 0.0
         self._last = (-1, '')
@@ -2015,6 +2017,9 @@ class Driver:
         if self._is_dead(error) and not self._answers():
             self._lost(job)
             return
+        if self._is_not_ready(error) and job.verb in LOOKING and time.monotonic() < job.begun + NOT_READY:
+            job.steps, job.due = None, time.monotonic() + 0.05
+            return
         if not self._is_com_error(error):
             vbox_log.exception('%s failed', job.verb)
         fault = self.translate(error)
@@ -2108,6 +2113,11 @@ class Driver:
 
     def _is_dead(self, error: Exception) -> bool:
         return self._is_com_error(error) and self._code(error) in DEAD or self.vbox is None
+
+    def _is_not_ready(self, error: Exception) -> bool:
+        """VirtualBox refuses access to an object that it is still making, or about to end ("The object is
+        not ready"): seen of a VM that another call was importing."""
+        return self._is_com_error(error) and self._code(error) == ACCESS_DENIED
 
     def translate(self, error: Exception) -> VMHostError:
         """VirtualBox's error as ours, with its text and code."""

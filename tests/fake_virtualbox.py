@@ -4,7 +4,8 @@
 checked by running vm_cases.py on it and on the real one. Its VMs live as long as the process that imported
 it. Files in the folder FAKE_VIRTUALBOX steer it from outside: ``abort-NAME`` kills the VM's process,
 ``stick-NAME`` lets the guest stop with an error, ``lock-NAME`` is another program that holds the VM's lock,
-``dead`` is a VBoxSVC that died.
+``dead`` is a VBoxSVC that died; as many looks as ``anew-NAME`` has characters find a VM that VirtualBox is
+still making.
 """
 
 import itertools
@@ -13,7 +14,7 @@ import time
 import uuid
 
 NOT_FOUND, BAD_STATE, OBJECT_STATE, IN_USE = 0x80bb0001, 0x80bb0002, 0x80bb0007, 0x80bb000c
-CALL_FAILED = 0x800706be
+CALL_FAILED, NOT_READY = 0x800706be, 0x80070005
 VALUES = {
     'MachineState': {
         'Null': 0, 'PoweredOff': 1, 'Saved': 2, 'Teleported': 3, 'Aborted': 4, 'AbortedSaved': 5,
@@ -274,11 +275,20 @@ class Machine(WithExtraData):
 
     @property
     def state(self):
+        self._check_ready()
         for word, state in (('abort-', 'Aborted'), ('stick-', 'Stuck')):
             if os.path.exists(steering(word + self.name)):
                 os.remove(steering(word + self.name))
                 self.go_to(state)
         return VALUES['MachineState'][self._state]
+
+    def _check_ready(self):
+        anew = steering('anew-' + self.name)
+        if os.path.exists(anew):
+            os.truncate(anew, os.path.getsize(anew) - 1)
+            if not os.path.getsize(anew):
+                os.remove(anew)
+            raise FakeError(NOT_READY, 'The object is not ready')
 
     def go_to(self, state):
         self._state = state

@@ -64,6 +64,18 @@ def test_a_lock_that_another_program_holds(api, fake, vm):
     assert api.start(vm) is True
 
 
+def test_a_vm_that_is_just_being_made_is_looked_at_again(api, fake, vm):
+    anew = fake / ('anew-' + vm)
+    anew.write_text('x' * 10)
+    assert api.getState(vm) == 'PoweredOff'
+    anew.write_text('x' * 10)
+    assert api.listVMsWithState()[vm] == 'PoweredOff'
+    anew.write_text('x' * 10000)
+    assert fault_of(api.getState, vm) == (11, 'The object is not ready (VirtualBox 0x80070005)')
+    anew.unlink()
+    assert api.getState(vm) == 'PoweredOff'
+
+
 def test_a_vboxsvc_that_died_and_came_back(tmp_path):
     environment = fake_virtualbox.install(tmp_path)
     with VMHost(tmp_path / 'host', environment) as host, host.api as api:

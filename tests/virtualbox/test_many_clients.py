@@ -15,13 +15,16 @@ LOOKING = ('listVMs', 'listRunningVMs', 'listVMsWithState', 'getNamesToIdsMappin
 LOOKING_AT = ('getVM', 'getState', 'listSnapshots', 'getLog')
 
 
-def looks(host, until, slowest, number):
+def looks(host, until, slowest, wrong, number):
     """A client that only looks, as fast as it can, and notes how long each call took."""
     with host.api as api:
         while not until.is_set():
             for method in LOOKING + LOOKING_AT:
                 begun = time.monotonic()
-                getattr(api, method)(*(['crowd-%d' % (number % 4)] if method in LOOKING_AT else []))
+                code, text = fault_of(getattr(api, method),
+                                      *(['crowd-%d' % (number % 4)] if method in LOOKING_AT else []))
+                if code:
+                    wrong.append((method, code, text))
                 slowest.append((time.monotonic() - begun, method))
 
 
@@ -41,7 +44,7 @@ def test_twenty_clients_while_an_image_is_imported(host, api, remove_all, applia
     for number in range(4):
         api.createVM('crowd-%d' % number, '', {'memory': 16, 'diskSize': 4})
     after, stop, slowest, wrong, jobs = host.last_event(), threading.Event(), [], [], []
-    threads = [threading.Thread(target=looks, args=(host, stop, slowest, number))
+    threads = [threading.Thread(target=looks, args=(host, stop, slowest, wrong, number))
                for number in range(CLIENTS - 2)]
     threads += [threading.Thread(target=changes, args=(host, stop, wrong, 'crowd-%d' % number))
                 for number in range(2)]
