@@ -16,6 +16,7 @@ forked from one (the fork server) that was forked before any thread began.
 __needs__: str = 'Python 3.6 or later, and this is an older one: try python3 instead of python'
 
 import base64
+import collections
 import contextlib
 import fcntl
 import gc
@@ -711,8 +712,9 @@ class Runner:
     tells the exact usage of this command and the children that it waited for.
     """
 
-    def __init__(self, folder: str, wakeup: int) -> None:
-        """``wakeup``: a descriptor that can be read once a child ended."""
+    def __init__(self, folder: str, wakeup: int, reports: int, unsynced: 'Unsynced') -> None:
+        """``wakeup``: a descriptor that can be read once a child ended. ``reports``: the agent's, for the
+        folder's name. ``unsynced``: what earlier commands of this process left."""
         self.command = Command('', folder)
         self.pid = 0
         self.pipes = {}                # type: Dict[int, Tuple[str, int]]
@@ -725,8 +727,11 @@ class Runner:
         self.peak = 0                  # KiB that the program was seen to have, as long as below that
         self.next_look = None          # type: Optional[float]
         self.look_every = FIRST_LOOK
+        self.report_at = None          # type: Optional[float]
         self._lock = None              # type: Any
         self._wakeup = wakeup
+        self._reports = reports
+        self.unsynced = unsynced
 
     def claim(self) -> bool:
         """Takes the lock of the command; False where another runner has it, or had it before.
@@ -755,6 +760,8 @@ class Runner:
             self._pump(self._patience(deadline))
             self._enforce(deadline)
             self._look_at_memory()
+            self._report_that_it_runs()
+            self.unsynced.sync_due()
         status, usage = self.status
         ended = time.monotonic()
         while self.pipes and time.monotonic() < ended + DRAIN and not self.failure:
@@ -791,6 +798,7 @@ class Runner:
         self.next_look = time.monotonic()
         self._write_process()
         self._open_outputs()
+        self.report_at = self.begin + FIRST_STATUS
 
     def _write_process(self) -> None:
         # Torn, it is as good as none: what a dead runner left is found by its environment, too.
@@ -903,7 +911,8 @@ class Runner:
         return self.ended
 
     def _patience(self, deadline: Optional[float]) -> float:
-        due = [moment for moment in (None if self.timed_out else deadline, self.kill_at, self.next_look)
+        due = [moment for moment in (None if self.timed_out else deadline, self.kill_at, self.next_look,
+                                     self.report_at, self.unsynced.due)
                if moment is not None]
         return max(0.0, min(due) - time.monotonic()) if due else 60.0
 
@@ -962,6 +971,19 @@ class Runner:
         self.look_every = min(LONGEST_LOOK, 2 * self.look_every)
         self.next_look = now + self.look_every if self.peak < self.floor else None
 
+    def _report_that_it_runs(self) -> None:
+        """Once, of a command that isn't over in a moment: the agent tells its status."""
+        if self.report_at is not None and time.monotonic() >= self.report_at:
+            self.report_at = None
+            self.report()
+
+    def report(self) -> None:
+        """Has the agent, if it still lives, look at the command's folder."""
+        try:
+            os.write(self._reports, (os.path.basename(self.command.folder) + '\n').encode())
+        except OSError as error:
+            log.debug('the agent is gone: %s', error)
+
     def _memory(self, usage: Any) -> int:
         if usage.ru_maxrss > self.floor or not self.peak:
             return usage.ru_maxrss
@@ -1014,7 +1036,42 @@ def describe_error(error: Exception) -> str:
     return '%s: %s' % (getattr(error, 'kind', type(error).__name__), error)
 
 
-def be_runner(orders: socket.socket, done: int) -> None:
+class Unsynced:
+    """Results that may not be on the disk yet, in the process that left them.
+
+    Most are acknowledged within milliseconds, and need never be: the host has them safe then.
+    """
+
+    def __init__(self) -> None:
+        self._waiting = collections.deque()    # type: collections.deque     # (when it is due, Command)
+
+    @property
+    def due(self) -> Optional[float]:
+        """When ``sync_due`` has something to do, by the monotonic clock."""
+        return self._waiting[0][0] if self._waiting else None
+
+    def add(self, command: Command) -> None:
+        self._waiting.append((time.monotonic() + ACK_PATIENCE, command))
+
+    def sync_due(self) -> None:
+        """Brings to the disk what the host hasn't acknowledged in time."""
+        while self._waiting and self._waiting[0][0] <= time.monotonic():
+            self._sync(self._waiting.popleft()[1])
+
+    def sync_all(self) -> None:
+        """The same, without waiting for anybody."""
+        while self._waiting:
+            self._sync(self._waiting.popleft()[1])
+
+    def _sync(self, command: Command) -> None:
+        try:
+            if not command.has('acked'):
+                command.sync()
+        except OSError as error:       # its folder may be gone by now, or the disk
+            log.warning('%s: not brought to the disk: %s', command.folder, describe_error(error))
+
+
+def be_runner(orders: socket.socket, reports: int) -> None:
     """A runner's main: runs the commands of the spool folders that come, one after the other.
 
     Says by a byte that it is free again. It ends once the agent is gone, after the command that it has.
@@ -1031,36 +1088,52 @@ def be_runner(orders: socket.socket, done: int) -> None:
     for descriptor in (0, 1):
         os.dup2(null, descriptor)
     gc.enable()
-    with orders.makefile('rb') as folders:
-        for line in folders:
+    unsynced = Unsynced()
+    try:
+        for folder in folders_to_run(orders, unsynced):
+            runner = Runner(folder, wakeup, reports, unsynced)
             try:
-                run_command(os.fsdecode(line[:-1]), wakeup, done)
+                run_command(runner)
             except Exception:       # the agent sees that the command has no runner any more
-                log.exception('runner of %r', line)
-            orders.send(b'.')
+                log.exception('runner of %s', folder)
+            orders.send(b'.')       # before the report: the next command may follow at once
+            runner.report()
+    finally:
+        unsynced.sync_all()
 
 
-def run_command(folder: str, wakeup: int, done: int) -> None:
-    """Runs the command of a spool folder, and tells the agent, if it still lives."""
-    runner = Runner(folder, wakeup)
+def folders_to_run(orders: socket.socket, unsynced: Unsynced) -> Iterator[str]:
+    """The spool folders that the agent names, until it is gone."""
+    line = b''
+    while True:
+        due = unsynced.due
+        ready, _, _ = select.select([orders], [], [], due and max(0.0, due - time.monotonic()))
+        unsynced.sync_due()
+        if not ready:
+            continue
+        data = orders.recv(65536)
+        if not data:
+            return
+        line += data
+        if line.endswith(b'\n'):    # no other order comes before this one is done
+            yield os.fsdecode(line[:-1])
+            line = b''
+
+
+def run_command(runner: Runner) -> None:
+    """Runs one command, whatever happens to an end that can be told."""
     try:
         if not runner.claim():
             return
         runner.run()
     except Exception as error:      # whatever it is: a command has a result
-        log.exception('runner of %s', folder)
+        log.exception('runner of %s', runner.command.folder)
         runner.abandon()
         if not runner.command.has('result.json'):
             runner.command.end('failed', describe_error(error))
     finally:
         runner.close()
-    try:
-        os.write(done, (os.path.basename(folder) + '\n').encode())
-    except OSError as error:
-        log.debug('the agent is gone: %s', error)
-    time.sleep(ACK_PATIENCE)
-    if not runner.command.has('acked'):
-        runner.command.sync()       # else the host has them safe
+    runner.unsynced.add(runner.command)
 
 
 DESCRIPTOR = struct.Struct('i')        # as SCM_RIGHTS carries it
@@ -1076,8 +1149,8 @@ class ForkServer:
     """
 
     def __init__(self) -> None:
-        self.done, self._done_writer = os.pipe()       # runners write the folder's name at its end
-        os.set_blocking(self.done, False)
+        self.reports, self._reporter = os.pipe()       # runners write the names of folders to look at
+        os.set_blocking(self.reports, False)
         # Guards the two lists; nothing that blocks happens while it is held.
         self._lock = threading.Lock()
         self._free = []                # type: List[socket.socket]
@@ -1100,7 +1173,7 @@ class ForkServer:
     def _serve(self, requests: socket.socket) -> None:
         """Forks a runner for each socket that comes."""
         import subprocess  # noqa: F401  for all runners at once
-        os.close(self.done)
+        os.close(self.reports)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)      # runners are reaped by the kernel
@@ -1123,8 +1196,8 @@ class ForkServer:
             try:
                 requests.close()
                 be_runner(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=orders),
-                          self._done_writer)
-            except BrokenPipeError:
+                          self._reporter)
+            except ConnectionError:
                 log.debug('the agent is gone')
             except Exception:
                 log.exception('in a runner')
@@ -1193,10 +1266,10 @@ class ForkServer:
         except ChildProcessError:
             return False
 
-    def finished(self) -> List[str]:
-        """Names of the folders whose runners ended since the last call."""
+    def reported(self) -> List[str]:
+        """Names of the folders whose commands ended, or turned out to last, since the last call."""
         try:
-            return os.read(self.done, 65536).decode(errors='replace').split()
+            return os.read(self.reports, 65536).decode(errors='replace').split()
         except BlockingIOError:
             return []
 
@@ -1209,7 +1282,7 @@ class ForkServer:
             os.waitpid(self.pid, 0)
         except ChildProcessError:
             log.debug('the fork server was waited for already')
-        for descriptor in (self.done, self._done_writer):
+        for descriptor in (self.reports, self._reporter):
             os.close(descriptor)
 
 
@@ -1259,7 +1332,7 @@ class Agent:
         self.stopping = False
         self.restart = ''              # why the agent should begin anew, as another process image
         self.largest_word = 0          # bytes of a body that the host takes; 0: it hasn't told
-        # Guards the two tables below. Held for moments; never while something is said, or run.
+        # Guards the two tables below, and _awake_at. Held for moments; never while something is said, or run.
         self._lock = threading.Lock()
         self._commands = {}            # type: Dict[str, Command]
         self._refused = {}             # type: Dict[str, Dict[str, Any]]
@@ -1267,6 +1340,7 @@ class Agent:
         os.set_blocking(self._wakeup, False)
         os.set_blocking(self._waker, False)
         now = time.monotonic()
+        self._awake_at = now           # when the main thread's next look is due at the latest
         self._next_beacon = self._next_poll = now
         self._next_housekeeping = now + HOUSEKEEPING_EVERY
         broker = settings.Broker
@@ -1296,7 +1370,7 @@ class Agent:
         """Works until it is told to stop. On the main thread."""
         signal.set_wakeup_fd(self._waker)
         while not self.stopping and not self.restart:
-            select.select([self._wakeup, self.fork_server.done], [], [], self._patience())
+            select.select([self._wakeup, self.fork_server.reports], [], [], self._patience())
             drain(self._wakeup)
             try:
                 self.tick()
@@ -1476,7 +1550,6 @@ class Agent:
         if command is None:
             self._answer_again(cmd_id)
             return
-        log.info('%s: asked for', cmd_id)
         try:
             self._accept(command, message)
         except OSError as error:
@@ -1489,7 +1562,9 @@ class Agent:
             self._send_results(command)
         else:
             self._start_waiting()
-            self.wake()
+            if not command.begun or self._awake_at > time.monotonic() + POLL:
+                self.wake()             # it waits for its turn, or nobody would look at it for long
+        log.info('%s: asked for', cmd_id)       # after it has begun: somebody waits
 
     @property
     def _spool(self) -> Spool:
@@ -1739,22 +1814,20 @@ class Agent:
     # The clock.
 
     def _patience(self) -> float:
-        """Seconds until something is due."""
+        """Seconds until something is due. Of a command that lasts, or ended, its runner reports."""
         now = time.monotonic()
-        due = [self._next_beacon, self._next_housekeeping]
         with self._lock:
-            commands = list(self._commands.values())
-        if commands or self._refused:
-            due.append(self._next_poll)
-        due += [command.begun + FIRST_STATUS for command in commands
-                if command.begun and not command.told and not command.ended]
-        return max(0.0, min(due) - now)
+            due = [self._next_beacon, self._next_housekeeping]
+            if self._commands or self._refused:
+                due.append(self._next_poll)
+            self._awake_at = min(due)
+        return max(0.0, self._awake_at - now)
 
     def tick(self) -> None:
         """What time and the runners bring."""
         now = time.monotonic()
-        for name in self.fork_server.finished():
-            self._runner_ended(name)
+        for name in self.fork_server.reported():
+            self._runner_reported(name)
         self._tell_first_statuses(now)
         if now >= self._next_poll:
             self._next_poll = now + POLL
@@ -1766,7 +1839,7 @@ class Agent:
             self._next_housekeeping = now + HOUSEKEEPING_EVERY
             self._keep_house()
 
-    def _runner_ended(self, name: str) -> None:
+    def _runner_reported(self, name: str) -> None:
         with self._lock:
             ended = [command for command in self._commands.values()
                      if os.path.basename(command.folder) == name]
@@ -1866,8 +1939,8 @@ class Agent:
             result = self._mend_result(command, error)
         result.update(self._streams(command))
         result['spool'] = self._spool.chirp_path + '/' + os.path.basename(command.folder)
-        log.info('%s: %s', command.cmd_id, result.get('state'))
         self._tell_results(command.cmd_id, result)
+        log.info('%s: %s', command.cmd_id, result.get('state'))
 
     def _mend_result(self, command: Command, error: Exception) -> Dict[str, Any]:
         """A torn result.json is set aside, and the command is lost."""

@@ -206,6 +206,7 @@ class Journal:
         self._closed = False
         self._hurrying = False
         self._durable = True
+        self._commits = self._synced = 0       # how many there were, and how many of them are on the disk
         try:
             self._open()
         except sqlite3.DatabaseError as error:
@@ -284,6 +285,10 @@ class Journal:
                 try:
                     yield transaction
                     self._writer.execute('COMMIT')
+                    self._commits += 1
+                    # The log is one file: those before are there, too. A commit of nothing is not synced.
+                    if durable and transaction.last_event:
+                        self._synced = self._commits
                 except BaseException:
                     if self._writer.in_transaction:
                         self._writer.execute('ROLLBACK')
@@ -295,11 +300,17 @@ class Journal:
                 self._lock.notify_all()
 
     def sync(self) -> None:
-        """Brings all that was committed to the disk. Raises JournalError."""
+        """Brings all that was committed to the disk, unless a later commit has. Raises JournalError."""
+        with self._lock:
+            commits = self._commits
+            if self._synced == commits:
+                return
         try:
             protocol.sync(self.path + '-wal')
         except OSError as error:
             raise JournalError('journal %s: %s' % (self.path, error))
+        with self._lock:
+            self._synced = max(self._synced, commits)
 
     def event(self, type: str, vm: str = '', cmd_id: str = '', text: str = '') -> None:
         """Writes one event."""
@@ -653,6 +664,11 @@ class Execution:
         return json.loads(self.results) if self.results else {}
 
 
+def log_submitted(cmd_id: str, target: str, client: str) -> None:
+    """Says who asked for a command: once it was sent, for the log is no part of the way."""
+    log.info('%s: asked for on %s by %s', cmd_id, printable(target), client)
+
+
 class _Reply:
     """A CMD_STATUS that somebody waits for."""
 
@@ -709,7 +725,6 @@ class Commands:
                 self._keep(execution)
                 if queued:
                     execution.next_publish = self._clock()     # as soon as its agent is there
-        log.info('%s: asked for on %s by %s', cmd_id, printable(target), client)
         return cmd_id, executions
 
     def published(self, execution: Execution) -> None:
@@ -874,8 +889,8 @@ class Commands:
                 self._recent[execution.key] = execution
                 if len(self._recent) > RECENT_KEPT:
                     self._recent.popitem(last=False)
+        execution.done.set()        # the log comes after it: somebody waits
         log.info('%s: on %s %s', execution.key, execution.vm, describe_end(results))
-        execution.done.set()
         return True
 
     def lose(self, execution: Execution, reason: str) -> None:
@@ -4481,6 +4496,7 @@ class Host:
                                                guest.agent == 'lost', client)
         if guest.agent != 'lost':
             self.publish(executions[0], request)
+        log_submitted(cmd_id, guest.name, client)
         return cmd_id
 
     def run_cmd_on_all(self, pattern: str, request: Dict[str, Any], client: str) -> str:
@@ -4494,6 +4510,7 @@ class Host:
         self.say(self._cmd_run(pattern, cmd_id, request))
         for execution in executions:
             self.commands.published(execution)
+        log_submitted(cmd_id, pattern, client)
         return cmd_id
 
     def _check_size(self, request: Dict[str, Any]) -> None:

@@ -340,13 +340,45 @@ def test_a_runner_out_of_descriptors_fails_and_keeps_none(pipes, tmp_path, monke
         return pipe()
     before = os.listdir('/proc/self/fd')
     monkeypatch.setattr(os, 'pipe', limited)
-    runner = vmguest.Runner(str(tmp_path), 0)
+    runner = vmguest.Runner(str(tmp_path), 0, 0, vmguest.Unsynced())
     assert runner.claim()
     runner.run()
     runner.close()
     assert os.listdir('/proc/self/fd') == before
     result = json.loads((tmp_path / 'result.json').read_text())
     assert result['state'] == 'failed' and os.strerror(errno.EMFILE) in result['error']
+
+
+def test_results_that_nobody_acknowledges_are_brought_to_the_disk(monkeypatch):
+    class Command:
+        def __init__(self, folder, acknowledged=False, error=None):
+            self.folder, self.acknowledged, self.error, self.synced = folder, acknowledged, error, 0
+
+        def has(self, name):
+            return name == 'acked' and self.acknowledged
+
+        def sync(self):
+            if self.error:
+                raise self.error
+            self.synced += 1
+    now = [100.0]
+    monkeypatch.setattr(vmguest.time, 'monotonic', lambda: now[0])
+    unsynced = vmguest.Unsynced()
+    assert unsynced.due is None
+    commands = [Command('acknowledged', True), Command('gone', error=FileNotFoundError()), Command('alone')]
+    for command in commands:
+        unsynced.add(command)
+    later = Command('later')
+    now[0] += vmguest.ACK_PATIENCE / 2
+    unsynced.add(later)
+    assert unsynced.due == 100 + vmguest.ACK_PATIENCE
+    unsynced.sync_due()
+    assert not any(command.synced for command in commands)
+    now[0] = unsynced.due
+    unsynced.sync_due()
+    assert [command.synced for command in commands + [later]] == [0, 0, 1, 0]
+    unsynced.sync_all()                     # the process is about to end
+    assert later.synced == 1 and unsynced.due is None
 
 
 # --- one file ---

@@ -50,6 +50,41 @@ def new_command(commands, names=('a',), multicast=False, queued=False):
 
 # --- journal ---
 
+def test_a_log_is_synced_once_for_what_was_committed(journal, monkeypatch):
+    synced = []
+    monkeypatch.setattr(vmhost.protocol, 'sync', lambda path: synced.append(path))
+
+    def write(durable):
+        with journal.writing(durable) as transaction:
+            transaction.event('something')
+    write(False)
+    write(False)
+    journal.sync()
+    assert len(synced) == 1
+    journal.sync()
+    write(True)
+    journal.sync()
+    assert len(synced) == 1         # a durable commit brings those before it along
+    write(False)
+    with journal.writing() as transaction:
+        transaction.execute('UPDATE executions SET fetched = 1')        # of no row: SQLite writes nothing
+    journal.sync()
+    assert len(synced) == 2
+
+
+def test_a_log_that_could_not_be_synced_is_tried_again(journal, monkeypatch):
+    with journal.writing(False) as transaction:
+        transaction.event('something')
+    with monkeypatch.context() as patch:
+        patch.setattr(vmhost.protocol, 'sync', lambda path: os.stat('/nowhere'))
+        with pytest.raises(vmhost.JournalError):
+            journal.sync()
+    synced = []
+    monkeypatch.setattr(vmhost.protocol, 'sync', lambda path: synced.append(path))
+    journal.sync()
+    assert synced == [journal.path + '-wal']
+
+
 def test_a_transaction_is_all_or_nothing(journal):
     with pytest.raises(KeyError):
         with journal.writing() as transaction:

@@ -333,7 +333,7 @@ def test_a_runner_runs_one_command_after_the_other(host, guest):
     """And nothing of a command stays for the next one: priority, limits, folder, environment, descriptors."""
     show = 'ulimit -n; nice; pwd; echo $LEFT; ls /proc/$PPID/fd | wc -l'
     *plain, descriptors = host.run('one', 'sh', '-c', show)['out'].splitlines()
-    before = len(runners_of(guest))
+    before = runners_of(guest)
     with host.api as api:
         for _ in range(20):
             changed = api.runCmd('one', 'sh', ['-c', show], {'LEFT': 'over'}, '', '',
@@ -345,14 +345,16 @@ def test_a_runner_runs_one_command_after_the_other(host, guest):
         *shown, count = host.run('one', 'sh', '-c', show)['out'].splitlines()
         assert shown == plain
         assert int(count) < int(descriptors) + 5       # it may be writing something just then
-    assert len(runners_of(guest)) < before + 20        # of 60 commands; each is busy for a moment longer
+    assert len(set(runners_of(guest)) - set(before)) <= 1       # for two commands at once
 
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='looks into /proc')
 def test_a_killed_runner_is_replaced(host, guest):
     host.run('one', 'true')
-    for pid in runners_of(guest):
+    killed = runners_of(guest)
+    for pid in killed:
         os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not set(killed) & set(runners_of(guest)))
     assert host.run('one', 'sh', '-c', 'exit 3')['exitCodeOrSignal'] == 3
 
 
