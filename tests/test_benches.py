@@ -19,6 +19,7 @@ def bench(name, *words):
     return done.stdout.decode()
 
 
+@pytest.mark.soak
 def test_mixed_load_and_faults_lose_nothing_and_leave_nothing():
     assert ' ended as they should' in bench('soak.py', '--minutes', '0.8', '--crowd', '30')
 

@@ -64,6 +64,7 @@ def all_progress(monkeypatch):
     monkeypatch.setattr(chirp.Meter, 'EVERY', 0)
 
 
+@pytest.mark.once
 def test_an_upload_that_is_cut_goes_on(served, tmp_path):  # noqa: F811
     content = os.urandom(SIZE)
     source, target = write(tmp_path / 'source', content), served[1] / 'target'
@@ -80,6 +81,7 @@ def test_an_upload_that_is_cut_goes_on(served, tmp_path):  # noqa: F811
     assert [name for name in os.listdir(str(served[1])) if not name.startswith('.__')] == ['target']
 
 
+@pytest.mark.once
 def test_a_download_that_is_cut_goes_on(served, tmp_path):  # noqa: F811
     content = os.urandom(SIZE)
     write(served[1] / 'source', content)
@@ -95,6 +97,7 @@ def test_a_download_that_is_cut_goes_on(served, tmp_path):  # noqa: F811
     assert not os.path.exists(str(target) + '.part')
 
 
+@pytest.mark.once
 def test_a_folder_that_is_cut_goes_on(served, tmp_path):  # noqa: F811
     source = make_tree(tmp_path / 'source')
     os.unlink(str(source / 'new\nline'))
@@ -248,6 +251,7 @@ def test_a_folder_in_the_place_of_a_file_stays(client, served, tmp_path):  # noq
     assert source.read_bytes() == b'x' * 100000 and client.getfile('/file') == b'y'
 
 
+@pytest.mark.once
 def test_a_sparse_file_stays_sparse(client, served, tmp_path):  # noqa: F811
     size = int(os.environ.get('CHIRP_SPARSE', 256 << 20))
     source = tmp_path / 'source'

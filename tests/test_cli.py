@@ -22,7 +22,7 @@ from terminals import Terminal
 import protocol
 import vmhost
 
-pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
+pytestmark = [pytest.mark.ends, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 SCRIPT = os.path.join(TOP, 'vmhost.py')
 
 

@@ -16,7 +16,7 @@ import protocol
 import vmguest
 import vmhost
 
-pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
+pytestmark = [pytest.mark.once, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 
 
 def read_blocks():

@@ -11,7 +11,7 @@ import pytest
 from agents import TOP, Agent, Host
 from helpers import wait_until
 
-pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
+pytestmark = [pytest.mark.ends, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 
 
 def run(*words, program='vmhost.py', python=(sys.executable,), **kwargs):

@@ -14,7 +14,7 @@ import run
 from faultrig import HERE, Agent, Host, Proof, events, free_port
 from helpers import wait_until
 
-pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
+pytestmark = [pytest.mark.ends, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 TOP = os.path.dirname(os.path.dirname(HERE))
 LINUX = pytest.mark.skipif(not os.path.isdir('/proc/self/task'), reason='needs Linux\'s /proc')
 
@@ -451,6 +451,7 @@ def test_a_host_that_was_down_for_an_hour_of_guest_time(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.once
 def test_a_broker_that_bounces(tmp_path):
     """Killed 100 times, in half a minute where the machine has nothing else to do."""

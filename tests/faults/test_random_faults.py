@@ -15,6 +15,7 @@ def test_a_seed_repeats():
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.once
 def test_two_minutes_of_random_faults():
     seed = int(os.environ.get('FAULTS_SEED', '11'))
