@@ -1,7 +1,9 @@
 """Real host and guest processes for the tests, each in a folder of its own.
 
 ``Host`` and ``Agent`` start what a user would start: ``python vmhost.py host.ini`` and
-``python vmguest.py guest.ini``, on free ports; both end with the ``with`` block.
+``python vmguest.py guest.ini``, on free ports; both end with the ``with`` block. pytest starts the same from
+their compiled form: Python keeps that of modules, and compiles a script anew each time, which takes as long
+as all the rest of a start.
 """
 
 import contextlib
@@ -15,6 +17,16 @@ import xmlrpc.client
 from helpers import wait_until
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+compiled = False               # conftest.py sets it
+COMPILED = 'import runpy, sys; sys.path[0] = %r; runpy.run_module(%r, None, "__main__", True)'
+
+
+def command(program, *words):
+    """What starts vmhost or vmguest with these words."""
+    start = ['-c', COMPILED % (TOP, program)] if compiled else [os.path.join(TOP, program + '.py')]
+    return [sys.executable] + start + list(words)
 
 
 class Process:
@@ -35,9 +47,12 @@ class Process:
     def start(self):
         with open(self.log_path, 'ab') as log:
             self.process = subprocess.Popen(
-                [sys.executable, os.path.join(TOP, self.program), self.ini], stdin=subprocess.DEVNULL,
-                stdout=log, stderr=log, cwd=self.folder)
+                self.words(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder)
         return self
+
+    def words(self):
+        """What starts it."""
+        return command(self.program, self.ini)
 
     def log(self):
         with open(self.log_path, errors='replace') as file:
@@ -70,7 +85,7 @@ class Host(Process):
     def __init__(self, folder, broker=None, hypervisor='none', **host):
         ini = {'Broker': dict({'port': 0}, **(broker or {})),
                'Host': dict({'xmlrpc_port': 0}, **host), 'Hypervisor': {'hypervisor': hypervisor}}
-        super().__init__(folder, 'vmhost.py', ini)
+        super().__init__(folder, 'vmhost', ini)
         self.state = os.path.join(self.folder, host.get('state_dir', 'vmhost-state'))
 
     def start(self, wait=True):
@@ -128,7 +143,7 @@ class Host(Process):
 
     def command(self, *words):
         """What runs a verb of the command line."""
-        return [sys.executable, os.path.join(TOP, 'vmhost.py'), self.ini] + list(words)
+        return command('vmhost', self.ini, *words)
 
     def verb(self, *words, **kwargs):
         """Runs a verb of the command line; gives the finished process, with bytes."""
@@ -147,7 +162,7 @@ class Agent(Process):
         vm = dict({'id': id, 'name': id, 'dir_to_serve': self.files}, **vm)
         ini = {'Broker': dict({'host': '127.0.0.1', 'port': host.broker_port}, **(broker or {})),
                'VM': vm, 'Chirp': dict({'port': 0}, **(chirp or {}))}
-        super().__init__(folder, 'vmguest.py', ini)
+        super().__init__(folder, 'vmguest', ini)
 
     def start(self, wait=True):
         super().start()

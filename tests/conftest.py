@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 TESTS = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(TESTS), TESTS]
 
+import agents  # noqa: E402
 import helpers  # noqa: E402
 import stomp_client  # noqa: E402
 
@@ -18,6 +19,8 @@ import stompbroker  # noqa: E402
 settings.register_profile('shared-machine', deadline=None,
                           suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile('shared-machine')
+
+agents.compiled = True         # they start hundreds of times
 
 # A shell has what it runs in the background ignore Ctrl-C, and that is inherited by what tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

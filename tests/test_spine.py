@@ -1,6 +1,7 @@
 """From runCmd to the result: real host, real guests, real programs."""
 
 import base64
+import contextlib
 import http.client
 import json
 import os
@@ -15,7 +16,7 @@ import time
 import xmlrpc.client
 
 import pytest
-from agents import TOP, Agent, Host
+from agents import Agent, Host, command
 from helpers import fault_of, wait_until
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
@@ -241,51 +242,71 @@ def test_output_and_usage_of_a_running_command(host, guest, api):
 @pytest.mark.once
 @pytest.mark.skipif(not os.path.exists('/usr/bin/time'), reason='needs /usr/bin/time (package time)')
 def test_usage_agrees_with_time(host, tmp_path):
-    """Three programs on three guests at once; each agrees with /usr/bin/time of it alone."""
+    """Three programs on three guests at once: the agents tell what /usr/bin/time tells of the same run."""
+    together = run_together(host, tmp_path, ['/usr/bin/time', '-v', '-o'])
+    for n, usage in enumerate(together):
+        cpu, memory = read_time((tmp_path / ('time%d' % n)).read_text())
+        assert cpu - 0.02 <= usage['ru_utime'] + usage['ru_stime'] <= 1.02 * cpu + 0.05
+        assert 0.9 * memory <= usage['ru_maxrss'] <= 1.1 * memory
+
+
+@pytest.mark.slow
+@pytest.mark.once
+@pytest.mark.skipif(not os.path.exists('/usr/bin/time'), reason='needs /usr/bin/time (package time)')
+@pytest.mark.skipif(not os.environ.get('VMHOST_FULL'), reason='depends on who else is there: VMHOST_FULL=1')
+def test_usage_agrees_with_time_of_the_program_alone(host, tmp_path):
+    """The least of some rounds: neighbours on a shared machine cost a program's time, too."""
+    rounds = []
+    for _ in range(5):
+        together = [(usage['ru_utime'] + usage['ru_stime'], usage['ru_maxrss'])
+                    for usage in run_together(host, tmp_path)]
+        rounds.append(together + [time_of(program) for program in programs(tmp_path)])
+        cpu, memory = ([min(each) for each in zip(*([one[n] for one in each] for each in rounds))]
+                       for n in range(2))
+        ratios = [ours / single for least in (cpu, memory) for ours, single in zip(least[:3], least[3:])]
+        if all(0.9 <= ratio <= 1.1 for ratio in ratios):
+            return
+    raise AssertionError('CPU %s, memory %s' % (ratios[:3], ratios[3:]))
+
+
+def programs(tmp_path):
+    """gzip of 50 MB, Python that computes for some seconds, and one that forks four children."""
     data = tmp_path / 'data'
-    block = bytes(random.Random(1).getrandbits(8) for _ in range(65536))
-    data.write_bytes((block + b'x' * 65536) * 400)
+    if not data.exists():
+        block = bytes(random.Random(1).getrandbits(8) for _ in range(65536))
+        data.write_bytes((block + b'x' * 65536) * 400)
     forks = ('import os\n'
              'def work(): sum(i * i for i in range(4000000))\n'
              'for n in range(4):\n'
              '    if not os.fork(): work(); os._exit(0)\n'
              'for n in range(4): os.wait()\n')
-    programs = [['gzip', '-9', '-c', str(data)],
-                [sys.executable, '-c', 'sum(i * i for i in range(30000000))'],
-                [sys.executable, '-c', forks]]
-
-    def one_round():
-        with contextlib_stack([Agent(tmp_path / ('g%d' % n), host, 'usage%d' % n) for n in range(3)]):
-            with host.api as api:
-                ids = [api.runCmd('usage%d' % n, 'sh', ['-c', 'exec "$@" > /dev/null', 'sh'] + program)
-                       for n, program in enumerate(programs)]
-            together = [host.results(cmd_id, 300)['resources'] for cmd_id in ids]
-        return together, [time_of(program) for program in programs]
-
-    for _ in range(3):        # the machine is shared: another program's burst is not ours
-        together, alone = one_round()
-        cpu = [(usage['ru_utime'] + usage['ru_stime']) / single[0]
-               for usage, single in zip(together, alone)]
-        memory = [usage['ru_maxrss'] / single[1] for usage, single in zip(together, alone)]
-        if all(0.9 <= ratio <= 1.1 for ratio in cpu + memory):
-            return
-    raise AssertionError('CPU %s, memory %s' % (cpu, memory))
+    return [['gzip', '-9', '-c', str(data)],
+            [sys.executable, '-c', 'sum(i * i for i in range(30000000))'],
+            [sys.executable, '-c', forks]]
 
 
-def contextlib_stack(managers):
-    import contextlib
-    stack = contextlib.ExitStack()
-    for manager in managers:
-        stack.enter_context(manager)
-    return stack
+def run_together(host, tmp_path, before=()):
+    """The usage of each program, of all at once; ``before``: words before it, and before a file's name."""
+    with contextlib.ExitStack() as stack, host.api as api:
+        for n in range(3):
+            stack.enter_context(Agent(tmp_path / ('g%d' % n), host, 'usage%d' % n))
+        words = [list(before) + [str(tmp_path / ('time%d' % n))] * bool(before) + program
+                 for n, program in enumerate(programs(tmp_path))]
+        ids = [api.runCmd('usage%d' % n, 'sh', ['-c', 'exec "$@" > /dev/null', 'sh'] + words[n])
+               for n in range(3)]
+        return [host.results(cmd_id, 300)['resources'] for cmd_id in ids]
 
 
 def time_of(program):
     """CPU seconds and KiB, by /usr/bin/time -v."""
     run = subprocess.run(['/usr/bin/time', '-v'] + program, stdout=subprocess.DEVNULL,
                          stderr=subprocess.PIPE, universal_newlines=True)
-    user, system = re.findall(r'(?:User|System) time \(seconds\): ([0-9.]+)', run.stderr)
-    return float(user) + float(system), int(re.search(r'Maximum resident.*: (\d+)', run.stderr).group(1))
+    return read_time(run.stderr)
+
+
+def read_time(told):
+    user, system = re.findall(r'(?:User|System) time \(seconds\): ([0-9.]+)', told)
+    return float(user) + float(system), int(re.search(r'Maximum resident.*: (\d+)', told).group(1))
 
 
 # --- many ---
@@ -537,7 +558,7 @@ def test_stops_within_three_seconds_and_leaves_nothing(tmp_path, number):
         if os.name == 'posix':
             again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         again.bind((address, int(port)))
-    assert not processes_called(' '.join([sys.executable, os.path.join(TOP, 'vmguest.py'), guest.ini]))
+    assert not processes_called(' '.join(command('vmguest', guest.ini)))
     assert 'xmlrpc.address' not in os.listdir(host.state)
 
 

@@ -21,7 +21,7 @@ class VMHost(Host):
                'Hypervisor': dict({'hypervisor': 'VirtualBox'}, **(hypervisor or {})),
                'Network': dict({'mode': 'nat'}, **(network or {})),
                'RemoteDesktop': desktop or {}}
-        Process.__init__(self, folder, 'vmhost.py', ini)
+        Process.__init__(self, folder, 'vmhost', ini)
         self.state = os.path.join(self.folder, 'vmhost-state')
         self.environment = environment or {}
 

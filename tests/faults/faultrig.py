@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import xmlrpc.client
 
 import agents
@@ -24,11 +25,12 @@ class Wrapped:
     """A process of agents.py that runs in wrapped.py; ``faults`` are its next start's."""
 
     def start(self, *args, **kwargs):
-        self.product = getattr(self, 'product', os.path.splitext(self.program)[0])
-        self.program = WRAPPED
         with open(os.path.join(self.folder, 'fault.json'), 'w') as file:
-            json.dump(dict(self.faults, program=self.product), file)
+            json.dump(dict(self.faults, program=self.program), file)
         return super().start(*args, **kwargs)
+
+    def words(self):
+        return [sys.executable, WRAPPED, self.ini]
 
     def wait_for_death(self, timeout=20):
         """Until it has killed itself."""
