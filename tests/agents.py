@@ -24,7 +24,9 @@ COMPILED = 'import runpy, sys; sys.path[0] = %r; runpy.run_module(%r, None, "__m
 
 
 def command(program, *words):
-    """What starts vmhost or vmguest with these words."""
+    """What starts vmhost, vmguest, or a bundle, with these words."""
+    if program.endswith('.pyz'):
+        return [sys.executable, program] + list(words)
     start = ['-c', COMPILED % (TOP, program)] if compiled else [os.path.join(TOP, program + '.py')]
     return [sys.executable] + start + list(words)
 

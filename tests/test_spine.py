@@ -365,7 +365,7 @@ def test_a_runner_runs_one_command_after_the_other(host, guest):
     for _ in range(20):
         *shown, count = host.run('one', 'sh', '-c', show)['out'].splitlines()
         assert shown == plain
-        assert int(count) < int(descriptors) + 5       # it may be writing something just then
+        assert int(count) < int(descriptors) + 15      # it may have just begun: one a command would be 40
     assert len(set(runners_of(guest)) - set(before)) <= 1       # for two commands at once
 
 
