@@ -6518,11 +6518,12 @@ def do_run(host: Client, screen: Screen, args: Any) -> int:
 
 
 class Interrupts:
-    """While it lasts, the first Ctrl-C or SIGTERM is noted; the second raises KeyboardInterrupt."""
+    """While it lasts, the first Ctrl-C or SIGTERM is noted; the second raises KeyboardInterrupt, and does so
+    again in ``take``: of what a finalizer meets Python takes no further notice."""
 
     def __init__(self) -> None:
         self._noted = []               # type: List[int]
-        self._seen = False
+        self._seen = self._leaving = False
         self._before = {}              # type: Dict[int, Any]
 
     def __enter__(self) -> 'Interrupts':
@@ -6536,12 +6537,15 @@ class Interrupts:
 
     def _note(self, number: int, frame: Any) -> None:
         if self._seen:
+            self._leaving = True
             raise KeyboardInterrupt
         self._seen = True
         self._noted.append(number)
 
     def take(self) -> List[int]:
-        """The signals that were noted since the last call."""
+        """The signals that were noted since the last call. Raises KeyboardInterrupt."""
+        if self._leaving:
+            raise KeyboardInterrupt
         noted, self._noted = self._noted, []
         return noted
 

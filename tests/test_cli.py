@@ -140,6 +140,23 @@ def test_a_second_ctrl_c_leaves(host, guests):
     verb(host, 'kill', '-s', 'KILL', cmd_id)
 
 
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_a_second_ctrl_c_leaves_whatever_it_meets():
+    """In a finalizer Python reports an exception, and goes on."""
+    class Met:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(1000):
+                pass
+    with vmhost.Interrupts() as interrupts:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupts.take() == [signal.SIGINT]
+        met = Met()
+        del met
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.take()
+
+
 def test_sigterm_is_handed_on(host, guests):
     process = started(host, 'run', 'one', '--', 'sh', '-c', 'echo ready; exec sleep 88')
     assert process.stdout.readline() == b'ready\n'
