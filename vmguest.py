@@ -309,6 +309,10 @@ class Command:
         except OSError:
             return False
 
+    def was_cut(self) -> bool:
+        """Whether it was begun, and power was lost before the system wrote what it had been asked for."""
+        return self.has('runner') and not self.slice('runner', 0, PAGE).strip(b'\0')
+
     def process(self) -> int:
         """The pid, which is the session, of the command; 0 where it hasn't begun."""
         try:
@@ -342,8 +346,8 @@ class Command:
         write_file(self.path('result.json'), text, durable)
 
     def sync(self) -> None:
-        """Brings output and result to the disk."""
-        for name in ('out', 'err', 'result.json'):
+        """Brings request, output and result to the disk."""
+        for name in ('request.json', 'out', 'err', 'result.json'):
             if self.has(name):
                 protocol.sync(self.path(name))
         protocol.sync(self.folder)
@@ -542,10 +546,13 @@ class Spool:
         try:
             command.request = command.read('request.json')
         except (FileNotFoundError, ValueError):
-            if command.has('runner') or command.has('result.json'):
+            if command.was_cut():
+                command.request = {'cmd-id': os.path.basename(folder)}     # of no boot, so it is lost
+            elif command.has('runner') or command.has('result.json'):
                 raise
-            command.discard()          # claimed, and never begun: the host asks again
-            return None
+            else:
+                command.discard()      # claimed, and never begun: the host asks again
+                return None
         if command.request.get('format', FORMAT) > FORMAT:
             raise GuestError('the spool %s was written by a newer vmguest (format %s, this one knows '
                              '%d): update this one' % (self.folder, command.request['format'], FORMAT))
@@ -789,10 +796,10 @@ class Runner:
         self.request = json.loads(self._lock.read().decode('utf-8'))
         limit = int(self.request['output-limit'])
         self.room = {'out': limit, 'err': limit}
-        # What was never begun may be begun again after a loss of power; nothing else may.
-        for path in (self.command.path('request.json'), self.command.folder,
-                     os.path.dirname(self.command.folder)):
-            protocol.sync(path)
+        # What was never begun may be begun again after a loss of power; nothing else may. The names tell
+        # that it was begun: what request.json says can wait until it matters.
+        for folder in (self.command.folder, os.path.dirname(self.command.folder)):
+            protocol.sync(folder)
         self.floor = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + EXEC_NEEDS
         self._spawn()
         self.next_look = time.monotonic()
@@ -1587,8 +1594,8 @@ class Agent:
         request.update({'cmd-id': command.cmd_id, 'format': FORMAT, 'boot': self.boot,
                         'root': self.root, 'received': time.time()})
         command.request = request
-        # Not by rename: whether a torn one was begun is seen by its runner's lock. The runner brings
-        # it to the disk, before the program begins.
+        # Not by rename: whether a torn one was begun is seen by its other name, runner. The runner brings
+        # both names to the disk, before the program begins.
         with open(command.path('request.json'), 'w') as file:
             file.write(json.dumps(request))
         if failure:

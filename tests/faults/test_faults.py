@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,10 +95,75 @@ def test_a_reboot_loses_what_was_unfinished(host, tmp_path):
         guest.stop()
 
 
+def can_mount():
+    return os.geteuid() == 0 and os.path.exists('/dev/loop-control') and shutil.which('mount')
+
+
+class Disk:
+    """A file system of its own in a file, mounted at a folder."""
+
+    def __init__(self, folder, system, image):
+        self.image, self.folder = str(image), str(folder)
+        with open(self.image, 'wb') as file:
+            file.truncate(400 << 20)           # what XFS wants at least
+        call('mkfs.' + system, self.image)
+        self.mount(self.image)
+
+    def mount(self, image):
+        call('mount', '-o', 'loop', image, self.folder)
+
+    def unmount(self):
+        wait_until(lambda: subprocess.call(['umount', self.folder], stderr=subprocess.DEVNULL) == 0, 20)
+
+
+def call(*words):
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+CUT = """
+echo ran >> "$1/proof"
+cp --sparse=always "$1/disk" "$1/cutting"
+mv "$1/cutting" "$1/cut"
+while [ ! -e "$1/go" ]; do sleep 0.1; done
+"""
+
+
+@pytest.mark.once
+@pytest.mark.skipif(not can_mount(), reason='needs root, and loop devices')
+@pytest.mark.parametrize('system', ['ext4', 'xfs', 'btrfs'])
+def test_what_ran_when_the_power_was_cut_is_lost(host, tmp_path, system):
+    """The program copies the disk as it is: that is what the next boot finds."""
+    if shutil.which('mkfs.' + system) is None:
+        pytest.skip('needs mkfs.' + system)
+    guest = Agent(tmp_path / 'guest', host, 'cut-' + system)
+    try:
+        disk = Disk(guest.files, system, tmp_path / 'disk')
+    except subprocess.CalledProcessError as error:
+        pytest.skip('a container, perhaps: %s' % error.stderr.decode(errors='replace').strip())
+    try:
+        guest.faults = {'boot': 'one'}
+        guest.start()
+        with host.api as api:
+            cmd_id = api.runCmd(guest.id, 'sh', ['-c', CUT, 'sh', str(tmp_path)])
+        wait_until(lambda: (tmp_path / 'cut').exists(), 60)
+        guest.stop(signal.SIGKILL)
+        (tmp_path / 'go').write_text('')
+        disk.unmount()
+        disk.mount(str(tmp_path / 'cut'))
+        guest.faults = {'boot': 'two'}
+        guest.start()
+        results = host.results(cmd_id, 20)
+        assert results['state'] == 'lost' and 'rebooted' in results['error']
+        assert 'damaged' not in guest.log()
+        assert (tmp_path / 'proof').read_text() == 'ran\n'
+    finally:
+        guest.stop()
+        disk.unmount()
+
+
 @LINUX
 def test_a_lost_disk_is_told(host, tmp_path):
     """The guest comes back with an empty disk: what ran is lost, and isn't run again."""
-    import shutil
     guest = Agent(tmp_path / 'guest', host, 'disk').start()
     try:
         proof = Proof(tmp_path, 2)
@@ -230,7 +296,6 @@ def test_a_damaged_journal_is_set_aside_and_results_are_orphans(tmp_path):
 
 
 def test_a_restored_journal_asks_again_for_results_that_were_acknowledged(tmp_path):
-    import shutil
     host = Host(tmp_path / 'host')
     host.faults = {'set': {'RETRY_DELAYS': [0.5]}}
     host.start()
@@ -262,7 +327,6 @@ def wait_until_emptied(guest, cmd_id):
 
 def test_a_guest_clock_that_jumps_forgets_no_command(tmp_path):
     """So that a host whose journal was restored to before a command's end has it run only once."""
-    import shutil
     host = Host(tmp_path / 'host')
     host.faults = {'die': ['Host.publish', 'after', 1]}
     host.start()
