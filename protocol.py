@@ -713,7 +713,7 @@ FIRST_DELAY = 1.0          # seconds before the first reconnect
 LONGEST_DELAY = 30.0
 OUTBOX_LIMIT = 8 * 1024 * 1024     # bytes that wait for a broker that doesn't read
 RECV_SIZE = 64 * 1024
-ACK_DELAY = 0.01           # seconds in which ACKs gather, up to …
+ACK_DELAY = 0.02           # seconds in which ACKs gather, up to …
 ACKS_AT_ONCE = 100
 FAREWELL = 1.0             # seconds for DISCONNECT to be answered
 

@@ -3494,7 +3494,7 @@ TRANSFERS_KEPT = 1000          # ended ones that are remembered
 TRANSFERS_WAITING = 10000
 CHIRP_TIMEOUT = 30.0           # seconds of silence that a Chirp server may keep
 OUTPUT_READ = 4 * 1024 * 1024  # bytes that are read of fetched output at once
-ACK_DELAY = 0.005              # seconds in which results gather that one sync serves
+ACK_DELAY = 0.02               # seconds in which results gather that one sync serves
 FETCHERS = 2                   # threads that fetch output of commands
 FETCH_PATIENCE = 600.0         # seconds after a command's end in which its output is tried for
 
