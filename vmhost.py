@@ -2401,7 +2401,11 @@ class Driver:
         if self.network['mode'] == 'nat' and self.state_of(machine) in OFF:
             yield from self.edit(job, machine, self.forward_chirp)
         yield from self._launch(job, machine, 'gui' if gui_mode else 'headless')
-        yield from self.reached(job, machine, 'Running', 'Paused')
+        yield from self.reached(job, machine, *ONLINE + OFF + SAVED)
+        state = self.state_of(machine)
+        if state not in ('Running', 'Paused'):
+            raise HypervisorError('%s came up, and is %s already: its log, getLog, should tell why'
+                                  % (machine.name, state))
         return True
 
     def _launch(self, job: Job, machine: Any, kind: str) -> Steps:
@@ -2443,8 +2447,16 @@ class Driver:
 
     def power_off(self, job: Job, vm: str) -> Steps:
         machine = yield from self.ready(job, vm, 'power_off')
-        yield from self.tell_console(job, machine, lambda console: console.powerDown(),
-                                     'powering off')
+        failure = None
+        try:
+            yield from self.tell_console(job, machine, lambda console: console.powerDown(),
+                                         'powering off')
+        except Exception as error:      # its process has died meanwhile, perhaps: it is off then, too
+            failure = error
+        if failure is not None:
+            yield from self.settled(job, machine)
+            if self.state_of(machine) not in OFF:
+                raise failure
         yield from self.reached(job, machine, *OFF)
         return True
 

@@ -3,9 +3,9 @@
 ``install(folder)`` puts a module vboxapi there, for the PYTHONPATH of a host agent. What the fake does is
 checked by running vm_cases.py on it and on the real one. Its VMs live as long as the process that imported
 it. Files in the folder FAKE_VIRTUALBOX steer it from outside: ``abort-NAME`` kills the VM's process,
-``stick-NAME`` lets the guest stop with an error, ``lock-NAME`` is another program that holds the VM's lock,
-``dead`` is a VBoxSVC that died; as many looks as ``anew-NAME`` has characters find a VM that VirtualBox is
-still making.
+``die-NAME`` kills it as it next comes up, or is powered off, ``stick-NAME`` lets the guest stop with an
+error, ``lock-NAME`` is another program that holds the VM's lock, ``dead`` is a VBoxSVC that died; as many
+looks as ``anew-NAME`` has characters find a VM that VirtualBox is still making.
 """
 
 import itertools
@@ -114,6 +114,14 @@ class Progress:
 
     def waitForCompletion(self, timeout):
         pass
+
+
+class Failed(Progress):
+    """One that ended with the VM's process."""
+    resultCode = 0x80004005
+
+    def __init__(self):
+        self.errorInfo = Named(text='The VM session was aborted', next=None)
 
 
 class Named:
@@ -290,6 +298,13 @@ class Machine(WithExtraData):
                 os.remove(anew)
             raise FakeError(NOT_READY, 'The object is not ready')
 
+    def dies(self):
+        try:
+            os.remove(steering('die-' + self.name))
+            return True
+        except FileNotFoundError:
+            return False
+
     def go_to(self, state):
         self._state = state
 
@@ -310,7 +325,7 @@ class Machine(WithExtraData):
 
     def launchVMProcess(self, session, kind, environment):
         self.lockMachine(session, 1)
-        self.go_to('Running')
+        self.go_to('Running' if not self.dies() else 'Aborted')
         with open(self.queryLogFilename(0), 'w') as log:
             log.write('fake log\n' * 100)
         return Progress()
@@ -416,6 +431,9 @@ class Console:
         self.display = self
 
     def powerDown(self):
+        if self.machine.dies():
+            self.machine.go_to('Aborted')
+            return Failed()
         self.machine.go_to('PoweredOff')
         return Progress()
 

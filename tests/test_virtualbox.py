@@ -76,6 +76,20 @@ def test_a_vm_that_is_just_being_made_is_looked_at_again(api, fake, vm):
     assert api.getState(vm) == 'PoweredOff'
 
 
+def test_a_vm_whose_process_dies_as_it_comes_up(api, fake, vm):
+    (fake / ('die-' + vm)).write_text('')
+    code, text = fault_of(api.start, vm)
+    assert code == 5 and vm in text and 'Aborted' in text
+    assert api.start(vm) is True
+
+
+def test_a_vm_whose_process_dies_of_the_power_off_is_off(api, fake, vm):
+    api.start(vm)
+    (fake / ('die-' + vm)).write_text('')
+    assert api.powerOff(vm) is True
+    assert api.getState(vm) == 'Aborted'
+
+
 def test_a_vboxsvc_that_died_and_came_back(tmp_path):
     environment = fake_virtualbox.install(tmp_path)
     with VMHost(tmp_path / 'host', environment) as host, host.api as api:
