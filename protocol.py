@@ -415,10 +415,9 @@ class Message:
         return text.encode('utf-8')
 
     def get(self, name: str, default: Any = None) -> Any:
-        """What the word says under that name; a JSON key overrides the header."""
-        if name in self.keys:
-            return self.keys[name]
-        return self.headers.get(name, default)
+        """What the word says under that name; a JSON key overrides the header, null is as good as none."""
+        value = self.keys.get(name)
+        return self.headers.get(name, default) if value is None else value
 
     def text(self, name: str, default: str = '') -> str:
         """The same, as text. Raises BadWord where it is neither text nor a number."""
@@ -1237,6 +1236,35 @@ def path(value: str) -> str:
     return value
 
 
+def given(value: str) -> str:
+    """Text that isn't empty."""
+    if not value:
+        raise ValueError('something')
+    return value
+
+
+def is_id(value: str) -> bool:
+    """Whether a guest may have that id."""
+    return 0 < len(value) <= 64 and value.isprintable() and not set(value) & set('@*?[]/\\ ')
+
+
+def guest_id(value: str) -> str:
+    """A guest's id, or auto."""
+    if not is_id(value):
+        raise ValueError('auto, or 1 to 64 characters without spaces and any of @ * ? [ ] / \\')
+    return value
+
+
+def at_least(least: float, kind: Callable[[str], float], what: str) -> Callable[[str], float]:
+    """A kind: such a size or duration, of no less."""
+    def checked(value: str) -> float:
+        found = kind(value)
+        if found < least:
+            raise ValueError('at least %s' % what)
+        return found
+    return checked
+
+
 def yes_no(value: str) -> bool:
     """yes or no."""
     try:
@@ -1281,6 +1309,11 @@ def duration(value: str) -> float:
     """Seconds, such as 45, 30s, 10m, 12h or 7d."""
     return _with_unit(value, {'': 1, 's': 1, 'm': 60, 'h': 3600, 'd': 86400},
                       'a duration such as 45, 30s, 10m, 12h or 7d')
+
+
+def naming_file(file: Optional[str], error: Exception) -> str:
+    """What an error says, with the file's name before a section's."""
+    return '%s: %s' % (file, error) if file and str(error).startswith('[') else str(error)
 
 
 LOGGING = {'level': (choice('DEBUG', 'INFO', 'WARNING', 'ERROR'), 'INFO'), 'file': (path, ''),

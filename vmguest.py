@@ -51,7 +51,7 @@ SETTINGS = {
         'heartbeat': (protocol.integer(0, 3600), '10'), 'tls': (protocol.yes_no, 'no'),
         'ca_file': (protocol.path, '')},
     'VM': {
-        'id': (protocol.text, 'auto'), 'name': (protocol.text, ''),
+        'id': (protocol.guest_id, 'auto'), 'name': (protocol.text, ''),
         'network_interface': (protocol.text, 'auto'), 'beacon_interval': (protocol.duration, '10'),
         'dir_to_serve': (protocol.path, '~'), 'max_commands': (protocol.integer(0, 100000), '0'),
         'inline_output': (protocol.size, '64K'), 'output_limit': (protocol.size, '256M'),
@@ -206,6 +206,7 @@ SPOOL = '.vmguest-spool'       # within dir_to_serve, so that the host can fetch
 FORMAT = 1                     # of request.json and result.json; a newer one is left alone
 FINISHED = ('exited', 'signaled', 'timeout', 'failed', 'lost')
 SAFE_ID = re.compile('[A-Za-z0-9][A-Za-z0-9._@-]{0,127}')
+PASSED = 0o711                 # mode of folders that another user may pass, to a file of its own
 EMPTYING = 0o1700              # mode of a folder whose command is over, while its files are deleted
 EMPTIED = 0o500                # … and from then on
 RESERVED = 8192                # bytes that each command has on the disk from its begin, for its result
@@ -230,9 +231,14 @@ def unrun_result(state: str, error: str) -> Dict[str, Any]:
             'out-truncated': False, 'err-truncated': False}
 
 
+def private(path: str, flags: int) -> int:
+    """An opener of files that are the agent's alone: their folders may be passed by others."""
+    return os.open(path, flags, 0o600)
+
+
 def reserve(path: str) -> None:
     """Takes room on the disk, that ``write_file`` of that path uses later. Raises OSError."""
-    with open(path + '.new', 'wb') as file:
+    with open(path + '.new', 'wb', opener=private) as file:
         file.write(b' ' * RESERVED)
 
 
@@ -242,7 +248,7 @@ def write_file(path: str, text: str, durable: bool = True) -> None:
     Where its room was reserved, a full disk can't prevent it.
     """
     new = path + '.new'
-    with open(new, 'rb+' if os.path.exists(new) else 'wb') as file:
+    with open(new, 'rb+' if os.path.exists(new) else 'wb', opener=private) as file:
         file.write(text.encode('utf-8'))
         file.truncate()
         if durable:
@@ -361,7 +367,7 @@ class Command:
 
     def acknowledge(self, now: float) -> None:
         """Notes that the host has the results; ``now`` by the spool's clock. Raises OSError."""
-        open(self.path('acked'), 'w').close()
+        open(self.path('acked'), 'w', opener=private).close()
         os.utime(self.path('acked'), (now, now))
         self.acked = True
 
@@ -473,7 +479,8 @@ class Spool:
         self._sweep = None             # type: Any    # how far let_go has come
         try:
             os.makedirs(self.folder, mode=0o700, exist_ok=True)
-            os.chmod(os.path.dirname(self.folder), 0o700)
+            for folder in (os.path.dirname(self.folder), self.folder):
+                os.chmod(folder, PASSED)
             self._lock = open(os.path.join(self.folder, '.agent'), 'w')
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -809,7 +816,7 @@ class Runner:
 
     def _write_process(self) -> None:
         # Torn, it is as good as none: what a dead runner left is found by its environment, too.
-        with open(self.command.path('process.json'), 'w') as file:
+        with open(self.command.path('process.json'), 'w', opener=private) as file:
             file.write(json.dumps({'pid': self.pid, 'started': self.started, 'begin': self.begin,
                                    'ticks': start_ticks(self.pid)}))
 
@@ -902,8 +909,9 @@ class Runner:
     def _open_progress(self, user: Any) -> None:
         """Another user can write the progress file, though not look into the spool."""
         path = self.command.path('progress')
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+        os.close(private(path, os.O_WRONLY | os.O_CREAT))
         os.chown(path, user.pw_uid, user.pw_gid)
+        os.chmod(self.command.folder, PASSED)
 
     def _limit(self, name: str, value: int) -> None:
         which = LIMITS.get(name)
@@ -921,7 +929,8 @@ class Runner:
         due = [moment for moment in (None if self.timed_out else deadline, self.kill_at, self.next_look,
                                      self.report_at, self.unsynced.due)
                if moment is not None]
-        return max(0.0, min(due) - time.monotonic()) if due else 60.0
+        # A timeout of centuries is more than select takes.
+        return max(0.0, min(60.0, min(due) - time.monotonic())) if due else 60.0
 
     def _pump(self, timeout: float) -> None:
         """Waits for output, the end of a child, or the time; writes what came into the spool."""
@@ -1015,7 +1024,7 @@ class Runner:
             state, error = 'failed', self.failure
         resources = {name: getattr(usage, name) for name in protocol.RUSAGE_FIELDS}
         resources['ru_maxrss'] = self._memory(usage)
-        self._finish(state, error, finished=exited and state == 'exited', exitCodeOrSignal=code,
+        self._finish(state, error, finished=exited, exitCodeOrSignal=code,
                      resources=resources, wall=ended - self.begin, started=self.started,
                      **{'out-truncated': self.truncated['out'], 'err-truncated': self.truncated['err']})
 
@@ -1310,6 +1319,7 @@ SMALLEST_WORD = 2 * 1000       # whatever the host tells: a result without outpu
 FRAME_RESERVE = 4 * 1000       # bytes of max_frame that are left for what is not output
 GREETING_PATIENCE = 5.0        # seconds that results wait for the host's greeting on a new connection
 LARGEST_PROGRESS = 4096        # bytes of a progress file
+LARGEST_OFFSET = 2 ** 62       # of a file's bytes, as far as systems can tell
 REFUSALS_KEPT = 10000
 
 
@@ -1588,7 +1598,7 @@ class Agent:
         reserve(command.path('result.json'))
         stdin = request.pop('stdin', None)
         if stdin is not None:
-            with open(command.path('stdin'), 'wb') as file:
+            with open(command.path('stdin'), 'wb', opener=private) as file:
                 file.write(stdin)
             request['stdin'] = True
         request.update({'cmd-id': command.cmd_id, 'format': FORMAT, 'boot': self.boot,
@@ -1596,7 +1606,7 @@ class Agent:
         command.request = request
         # Not by rename: whether a torn one was begun is seen by its other name, runner. The runner brings
         # both names to the disk, before the program begins.
-        with open(command.path('request.json'), 'w') as file:
+        with open(command.path('request.json'), 'w', opener=private) as file:
             file.write(json.dumps(request))
         if failure:
             command.end('failed', failure)
@@ -1639,7 +1649,7 @@ class Agent:
         slices = {}  # type: Dict[str, Any]
         for stream in ('out', 'err'):
             if message.get(stream + '-offset') is not None:
-                offset = int(max(0, message.number(stream + '-offset')))
+                offset = int(min(max(0, message.number(stream + '-offset')), LARGEST_OFFSET))
                 self._put_slice(slices, stream, command, offset, length)
         self._tell_status(command, **slices)
 
@@ -2203,7 +2213,7 @@ def main(argv: List[str]) -> int:
         sys.setswitchinterval(protocol.SWITCH_INTERVAL)
         return run_agent(settings)
     except (protocol.ProtocolError, GuestError) as error:
-        print('vmguest: %s' % error, file=sys.stderr)
+        print('vmguest: %s' % protocol.naming_file(words[0] if words else None, error), file=sys.stderr)
         return 1
 
 

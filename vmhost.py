@@ -338,6 +338,7 @@ class Journal:
             after = max(0, self.last_event + after)
         deadline = time.monotonic() + timeout
         with self._lock:
+            after = min(after, self.last_event)     # it may be of an earlier journal, that was lost
             while self.last_event <= after and not self._closed and not self._hurrying:
                 left = deadline - time.monotonic()
                 if left <= 0:
@@ -503,6 +504,9 @@ class Guests:
                 guest = self._known[id] = Guest(id, name)
             news = guest.agent == 'lost' or guest.session != session
             guest.name = self._free_name(id, name)
+            for other in self._known.values():         # an id comes before a name that was there first
+                if other.id != id and other.name.upper() == id.upper():
+                    other.name = '%s-%s' % (other.name, other.id)
             guest.ip, guest.boot, guest.session = ip, boot, session
             guest.facts, guest.clock_offset = facts, clock_offset
             self._touch(guest)
@@ -517,9 +521,10 @@ class Guests:
         del self._known[min(lost, key=lambda guest: guest.last_seen).id]
 
     def _free_name(self, id: str, name: str) -> str:
-        """The name, with the id appended where another one on the list has it."""
+        """The name, with the id appended where another one on the list has it, or it is another's id."""
         for other in self._known.values():
-            if other.id != id and other.agent != 'lost' and name in (other.name, other.id):
+            if other.id != id and (name.upper() == other.id.upper()
+                                   or other.agent != 'lost' and name == other.name):
                 return '%s-%s' % (name, id)
         return name
 
@@ -589,15 +594,12 @@ class Guests:
         return changed
 
     def find(self, vm: str) -> Optional[Guest]:
-        """By name or id; one on the list comes before one that is lost."""
+        """By id or name, in this order; one on the list comes before one that is lost."""
+        wanted = vm.upper()
         with self._lock:
-            known = list(self._known.values())
-        for there in (True, False):
-            for guest in known:
-                if (guest.agent != 'lost') == there and \
-                        (vm in (guest.name, guest.id) or vm.upper() == guest.id.upper()):
-                    return guest
-        return None
+            found = [guest for guest in self._known.values()
+                     if vm == guest.name or wanted == guest.id.upper()]
+        return min(found, key=lambda guest: (guest.agent == 'lost', wanted != guest.id.upper()), default=None)
 
     def by_id(self, id: str) -> Optional[Guest]:
         """The guest of exactly that id."""
@@ -622,6 +624,7 @@ RETRY_DELAYS = (5, 10, 20, 40, 60)     # seconds between publications of a CMD_R
 QUERY_TIMEOUT = 5.0                    # seconds a guest has to answer CMD_QUERY
 ENDED = threading.Event()              # of all that had ended before: there may be a thousand in a list
 ENDED.set()
+SIGNALS_KEPT = 10                      # of a command that its guest hasn't answered yet
 RECENT_KEPT = 100                      # executions that ended, and are remembered as they are …
 RECENT_LARGEST = 16 * 1024             # … with no more than that of results, written as JSON
 
@@ -630,7 +633,8 @@ class Execution:
     """One command on one VM. What a thread reads of it may be a moment old, and is never torn."""
 
     __slots__ = ('cmd_id', 'vm_id', 'vm', 'multicast', 'cmd', 'state', 'submitted', 'ended',
-                 'results', 'fetched', 'status', 'status_time', 'attempts', 'next_publish', 'done')
+                 'results', 'fetched', 'status', 'status_time', 'attempts', 'next_publish', 'signals', 'runs',
+                 'done')
 
     def __init__(self, cmd_id: str, vm_id: str, vm: str, multicast: Any, cmd: str, state: str,
                  submitted: float, ended: float = 0, results: str = '', fetched: Any = 1) -> None:
@@ -648,6 +652,8 @@ class Execution:
         self.status_time = 0.0             # monotonic
         self.attempts = 0
         self.next_publish = None           # type: Optional[float]
+        self.signals = ()                  # type: Tuple[str, ...]   # sent before the guest answered
+        self.runs = state == 'running'     # else it may still wait for its turn in the guest
         self.done = ENDED if ended else threading.Event()
 
     @property
@@ -774,7 +780,9 @@ class Commands:
             return [execution]
         cmd_id, at, vm = key.partition('@')
         if at:
-            found = self._journal.executions('cmd_id = ? AND vm = ? AND multicast = 1', cmd_id, vm)
+            found = self._journal.executions('cmd_id = ? AND vm = ? AND multicast = 1', cmd_id, vm) or [
+                orphan for name in (cmd_id, key) for orphan in self._journal.orphans(name)
+                if orphan.key == key]
         else:
             found = self._journal.executions('cmd_id = ?', cmd_id) or self._journal.orphans(cmd_id)
         if not found and not (self._journal.command(cmd_id) and not at):
@@ -813,7 +821,8 @@ class Commands:
                 execution.status = dict(message.keys)
                 execution.status_time = self._clock()
                 if state in ('running', 'queued') and execution.state in ('sent', 'queued', 'running'):
-                    if execution.state != 'running':
+                    if state == 'running' and not execution.runs:
+                        execution.runs = True
                         self._unwritten[execution.index] = execution
                     execution.state = 'running'
         self._give_reply(execution.index, message)
@@ -834,10 +843,11 @@ class Commands:
         try:
             with self._journal.writing() as journal:
                 for execution in changed.values():
+                    state = 'sent' if execution.state == 'running' and not execution.runs else execution.state
                     if journal.execute('UPDATE executions SET state = ? WHERE cmd_id = ? AND vm_id = ? '
-                                       'AND ended = 0', execution.state, *execution.index).rowcount:
-                        journal.event('cmd-' + execution.state, execution.vm, execution.key)
-                log.info('%s: %s', execution.key, execution.state)
+                                       'AND ended = 0', state, *execution.index).rowcount:
+                        journal.event('cmd-' + state, execution.vm, execution.key)
+                log.info('%s: %s', execution.key, state)
         except JournalError:
             with self._lock:
                 changed.update(self._unwritten)
@@ -847,19 +857,35 @@ class Commands:
     def ask(self, execution: Execution, matches: Callable[[Message], bool],
             say: Callable[[], None], timeout: float = QUERY_TIMEOUT) -> Optional[Message]:
         """Says something, and waits for the CMD_STATUS that matches; None when it is late."""
+        with self._reply(execution, matches) as reply:
+            say()
+            reply.arrived.wait(timeout)
+            return reply.message
+
+    @contextlib.contextmanager
+    def _reply(self, execution: Execution, matches: Callable[[Message], bool]) -> Iterator[_Reply]:
         reply = _Reply(matches)
         with self._lock:
             self._replies.setdefault(execution.index, []).append(reply)
         try:
-            say()
-            reply.arrived.wait(timeout)
-            return reply.message
+            yield reply
         finally:
             with self._lock:
                 waiting = self._replies[execution.index]
                 waiting.remove(reply)
                 if not waiting:
                     del self._replies[execution.index]
+
+    def ask_all(self, executions: List[Execution], say: Callable[[Execution], None], timeout: float) -> None:
+        """Says something of each, and waits until all guests have answered by a CMD_STATUS, or it is late."""
+        deadline = self._clock() + timeout
+        with contextlib.ExitStack() as stack:
+            replies = [stack.enter_context(self._reply(execution, lambda message: True))
+                       for execution in executions]
+            for execution in executions:
+                say(execution)
+            for reply in replies:
+                reply.arrived.wait(max(0.0, deadline - self._clock()))
 
     def finish(self, execution: Execution, results: Dict[str, Any], fetched: bool) -> bool:
         """Journals the end of an execution, once, then wakes whoever waits. False: it had ended.
@@ -931,6 +957,7 @@ class Commands:
                    'since': 'number >= (SELECT number FROM executions WHERE submitted >= ? '
                             'ORDER BY submitted LIMIT 1)'}
         clauses, values = ['1'], []
+        filter = read_filter(filter)
         for name, value in filter.items():
             if name == 'finished':
                 # The +: by number, newest first, and not by an index that has to be sorted.
@@ -938,9 +965,6 @@ class Commands:
             elif name in columns:
                 clauses.append(columns[name])
                 values.append(value)
-            elif name != 'limit':
-                raise InvalidParams('listCmds: no filter %r; there are vm, state, cmd, cmdId, '
-                                    'since, finished, limit' % name)
         found = self._journal.executions(' AND '.join(clauses), *values, results=False,
                                          limit=int(filter.get('limit', ROWS_AT_ONCE)))
         return [self._now(execution) for execution in found]
@@ -955,6 +979,7 @@ class Commands:
             for execution in executions:
                 journal.execute('DELETE FROM executions WHERE cmd_id = ? AND vm_id = ?',
                                 *execution.index)
+                journal.execute('DELETE FROM orphans WHERE cmd_id = ? AND vm_id = ?', *execution.index)
                 journal.execute('DELETE FROM commands WHERE cmd_id = ? AND cmd_id NOT IN '
                                 '(SELECT cmd_id FROM executions)', execution.cmd_id)
                 journal.event('cmd-forgotten', execution.vm, execution.key)
@@ -977,6 +1002,22 @@ class Commands:
         """How many are unfinished."""
         with self._lock:
             return len(self._open)
+
+
+FILTERS = {'vm': str, 'state': str, 'cmd': str, 'cmdId': str, 'since': (int, float), 'finished': (bool, int),
+           'limit': (int, float)}  # type: Dict[str, Any]
+
+
+def read_filter(filter: Dict[str, Any]) -> Dict[str, Any]:
+    """A filter of listCmds; a multicast's ``cmdId@vmName`` as both. Raises InvalidParams."""
+    for name, value in filter.items():
+        if name not in FILTERS:
+            raise InvalidParams('listCmds: no filter %r; there are %s' % (name, ', '.join(FILTERS)))
+        is_number = isinstance(value, (int, float))
+        if not isinstance(value, FILTERS[name]) or is_number and not -1 <= value <= 2 ** 53:
+            raise InvalidParams('listCmds: %s: %.40r' % (name, value))
+    cmd_id, at, vm = filter.get('cmdId', '').partition('@')
+    return dict(filter, cmdId=cmd_id, vm=vm) if at else filter
 
 
 def lost_results(cmd_id: str, reason: str) -> Dict[str, Any]:
@@ -1154,6 +1195,8 @@ class HostPolicy(stompbroker.Policy):
         to = frame.headers.get('to', '')
         asks_all = to == '*' and frame.body.startswith(b'HELLO')
         is_glob, wanted = any(sign in to for sign in '*?['), to.upper()
+        with self._lock:               # a name that is another's id reaches nobody
+            is_id = to in self._sessions or wanted in self._sessions
 
         def is_sent_to(session: Any) -> bool:
             role = session.policy_data
@@ -1162,7 +1205,7 @@ class HostPolicy(stompbroker.Policy):
             if is_glob:
                 return protocol.is_addressed(to, role.id, role.name)
             # The same for what most words have, an id: with 1,000 guests it is asked 1,000 times.
-            return bool(to) and (role.id.upper() == wanted or role.name == to)
+            return bool(to) and (role.id.upper() == wanted or role.name == to and not is_id)
         return is_sent_to
 
     def closed(self, session: Any) -> None:
@@ -1170,6 +1213,14 @@ class HostPolicy(stompbroker.Policy):
         with self._lock:
             if role is not None and self._sessions.get(role.id) is session:
                 del self._sessions[role.id]
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches who listens there."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address.lower() == 'localhost'
 
 
 def is_mac(text: str) -> bool:
@@ -1181,15 +1232,16 @@ def is_mac(text: str) -> bool:
 
 def read_id(text: str) -> str:
     """A guest's id, MACs in upper case. Raises BadWord for what can't be one."""
-    if not 0 < len(text) <= 64 or not text.isprintable() or set(text) & set('@*?[]/\\ '):
+    if not protocol.is_id(text):
         raise protocol.BadWord('HELLO: id %.80r' % text)
     return text.upper() if is_mac(text) else text
 
 
 def read_name(text: str) -> str:
-    """A machine's name as it may be shown: printable, at most 64 characters, no '@'."""
-    name = ''.join(char for char in text if char.isprintable() and char != '@').strip()
-    return name[:64]
+    """A name that a machine gives itself, as it may be shown: printable, at most 64 characters, no '@';
+    and no MAC, which is another's id."""
+    name = ''.join(char for char in text if char.isprintable() and char != '@').strip()[:64]
+    return '' if is_mac(name) else name
 
 
 def neighbour_mac(address: str) -> str:
@@ -4544,35 +4596,43 @@ class Host:
         if self.say(self._cmd_run(execution.vm_id, execution.cmd_id, request)):
             log.log(logging.INFO if execution.attempts else logging.DEBUG, '%s: sent to %s%s', execution.key,
                     execution.vm, ' again' if execution.attempts else '')
+        for name in execution.signals:
+            self.say(protocol.CMD_SIGNAL.howToSay(execution.vm_id, execution.cmd_id, name))
         self.commands.published(execution)
 
-    def status(self, execution: Execution, refresh: bool) -> Dict[str, Any]:
-        """How far it is, asked of the guest where that is wanted and possible."""
-        if refresh and execution.state == 'running' and self._is_connected(execution):
-            asked = time.monotonic()
-            self.commands.ask(
-                execution, lambda message: True,
-                lambda: self._query(execution), timeout=min(QUERY_TIMEOUT, 2.0))
-            log.debug('%s: status after %.3f s', execution.key, time.monotonic() - asked)
+    def refresh(self, executions: List[Execution]) -> None:
+        """Asks the guests how far running commands are, and waits 2 s at most for their answers."""
+        self.commands.ask_all(self._askable(executions), self._query, 2.0)
+
+    def shown_state(self, execution: Execution) -> str:
+        """The state as a user sees it."""
+        if execution.state != 'running':
+            return execution.state
+        if self.is_suspended(execution.vm):
+            return 'suspended'
+        # In the guest, behind max_commands others.
+        return 'queued' if execution.status.get('state') == 'queued' else 'running'
+
+    def status(self, execution: Execution) -> Dict[str, Any]:
+        """How far it is, as the guest told last."""
         if execution.ended:
             return self._final_status(execution)
         status = execution.status
-        state = execution.state
-        if state == 'running' and self.is_suspended(execution.vm):
-            state = 'suspended'
-        elif state == 'running' and status.get('state') == 'queued':
-            state = 'queued'        # in the guest, behind max_commands others
-        return {'state': state, 'pid': status.get('pid', 0), 'wall': status.get('wall', 0),
-                'resources': status.get('resources', {}), 'processes': status.get('processes', 0),
+        return {'state': self.shown_state(execution), 'pid': status.get('pid', 0),
+                'wall': status.get('wall', 0), 'resources': status.get('resources', {}),
+                'processes': status.get('processes', 0),
                 'outSize': status.get('out-size', 0), 'errSize': status.get('err-size', 0),
                 'progress': status.get('progress', ''), 'error': status.get('error', ''),
                 'age': time.monotonic() - execution.status_time if execution.status_time else -1}
 
     def ask_for_news(self, executions: List[Execution]) -> None:
         """Asks the guests how far running commands are; what they answer is in the next status."""
-        for execution in executions:
-            if execution.state == 'running' and self._is_connected(execution):
-                self._query(execution)
+        for execution in self._askable(executions):
+            self._query(execution)
+
+    def _askable(self, executions: List[Execution]) -> List[Execution]:
+        return [execution for execution in executions
+                if execution.state == 'running' and self._is_connected(execution)]
 
     def _final_status(self, execution: Execution) -> Dict[str, Any]:
         results = execution.answer()
@@ -4611,7 +4671,7 @@ class Host:
 
     def _slice(self, data: bytes, offset: int, size: int, ended: bool) -> Dict[str, Any]:
         end = offset + len(data)
-        return {'data': data, 'offset': offset, 'next': end, 'size': max(size, end),
+        return {'data': data, 'offset': offset, 'next': end, 'size': max(size, end) if data else size,
                 'eof': ended and end >= size}
 
     def _ask_output(self, execution: Execution, stream: str, offset: int,
@@ -4649,6 +4709,8 @@ class Host:
         if not self._is_connected(execution):
             raise AgentNotConnected('the agent of %s is not connected' % execution.vm)
         log.info('%s: signal %s', execution.key, name)
+        if execution.state == 'sent' and len(execution.signals) < SIGNALS_KEPT:
+            execution.signals += (name,)        # the guest may never have got the command, nor get this
         return self.say(protocol.CMD_SIGNAL.howToSay(execution.vm_id, execution.cmd_id, name))
 
 
@@ -4690,6 +4752,11 @@ OPTIONS = {                    # of runCmd: what it is called here, on the wire,
     'inlineOutput': ('inline-output', (int, float)), 'queue': ('queue', (bool, int)),
 }
 LIMITS = ('as', 'cpu', 'fsize', 'nofile', 'nproc')
+# Of every system that guests run on; this one may have fewer.
+SIGNALS = ('HUP', 'INT', 'QUIT', 'ILL', 'TRAP', 'ABRT', 'BUS', 'FPE', 'KILL', 'USR1', 'SEGV', 'USR2', 'PIPE',
+           'ALRM', 'TERM', 'CHLD', 'CONT', 'STOP', 'TSTP', 'TTIN', 'TTOU', 'URG', 'XCPU', 'XFSZ', 'VTALRM',
+           'PROF', 'WINCH', 'IO', 'POLL', 'PWR', 'SYS', 'EMT', 'INFO')
+LARGEST_NUMBER = 1e18          # of seconds or bytes, so that no system's integer overflows
 XML_UNSAFE = {code: '\ufffd' for code in list(range(32)) + [0xfffe, 0xffff] + list(range(0xd800, 0xe000))
               if code not in (9, 10, 13)}
 
@@ -5148,13 +5215,14 @@ class Api:
             'exited'
         """
         return [{'cmdId': execution.key, 'vm': execution.vm, 'cmd': execution.cmd,
-                 'state': self._shown_state(execution), 'submitted': execution.submitted,
-                 'ended': execution.ended} for execution in self._host.commands.list(filter)]
+                 'state': self._host.shown_state(execution), 'submitted': execution.submitted,
+                 'ended': execution.ended} for execution in self._host.commands.list(self._by_name(filter))]
 
-    def _shown_state(self, execution: Execution) -> str:
-        if execution.state == 'running' and self._host.is_suspended(execution.vm):
-            return 'suspended'
-        return execution.state
+    def _by_name(self, filter: Dict[str, Any]) -> Dict[str, Any]:
+        """The filter with the name of a VM that it gives by its id."""
+        vm = filter.get('vm')
+        guest = self._host.guests.find(vm) if isinstance(vm, str) else None
+        return dict(filter, vm=guest.name) if guest is not None else filter
 
     def listFinishedCmds(self) -> list:
         """Ids of finished commands, the newest 1,000; each stays until forgetCmd or keep_results.
@@ -5173,7 +5241,8 @@ class Api:
         executions = self._host.commands.find(id)
         command = self._host.commands.request(id.partition('@')[0])
         request = command['request']
-        return dict(request, cmdId=id, vm=command['target'], submitted=command['submitted'],
+        vm = executions[0].vm if self._is_one(id, executions) else command['target']
+        return dict(request, cmdId=id, vm=vm, submitted=command['submitted'],
                     client=command['client'], fileForStdin=request['options'].get('fileForStdin', ''),
                     executions=[execution.key for execution in executions])
 
@@ -5189,8 +5258,12 @@ class Api:
         """
         executions = self._host.commands.find(id)
         if self._is_one(id, executions):
-            return self._host.status(executions[0], refresh)
-        return {execution.key: self._host.status(execution, False) for execution in executions}
+            if refresh:
+                self._host.refresh(executions)
+            return self._host.status(executions[0])
+        if refresh:
+            self._host.refresh(executions)
+        return {execution.key: self._host.status(execution) for execution in executions}
 
     def _is_one(self, id: str, executions: List[Execution]) -> bool:
         return len(executions) == 1 and executions[0].key == id
@@ -5224,13 +5297,13 @@ class Api:
         """
         if stream not in ('out', 'err'):
             raise InvalidParams('stream is out or err, not %.40r' % stream)
-        if offset < 0 or length < 0:
+        if not (0 <= offset <= 2 ** 53 and 0 <= length <= 2 ** 53):
             raise InvalidParams('offset and length are bytes, from 0')
         found = self._host.output(self._host.commands.find_one(id), stream, int(offset), int(length))
         return dict(found, data=xmlrpc.client.Binary(found['data']))
 
-    def signalCmd(self, id: str, signal: str = 'TERM') -> bool:
-        """Sends a signal to all processes of a command; False where it has ended.
+    def signalCmd(self, id: str, signal: Any = 'TERM') -> bool:
+        """Sends a signal, by its name or number, to all processes of a command; False where it has ended.
 
             >>> long_id = host.runCmd('node1', 'sleep', ['600'])
             >>> host.signalCmd(long_id, 'INT')
@@ -5386,23 +5459,26 @@ def read_options(options: Dict[str, Any]) -> Dict[str, Any]:
         wire, kinds = OPTIONS[name]
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise InvalidParams('option %s: %r is of the wrong type' % (name, value))
-        if isinstance(value, (int, float)) and name != 'nice' and value < 0:
-            raise InvalidParams('option %s: %r is less than 0' % (name, value))
+        if isinstance(value, (int, float)) and not (-20 if name == 'nice' else 0) <= value <= LARGEST_NUMBER:
+            raise InvalidParams('option %s: %r is out of range' % (name, value))
         read[wire] = value
     if isinstance(read.get('stdin'), xmlrpc.client.Binary):
         read['stdin64'] = base64.b64encode(read.pop('stdin').data).decode('ascii')
     for name, value in read.get('limits', {}).items():
-        if name not in LIMITS or isinstance(value, bool) or not isinstance(value, (int, float)):
+        if name not in LIMITS or isinstance(value, bool) or not isinstance(value, (int, float)) \
+                or not -1 <= value <= LARGEST_NUMBER:
             raise InvalidParams('limits: %r; there are %s, each a number' % (name, ', '.join(LIMITS)))
     return read
 
 
 def read_signal(name: Any) -> str:
-    """A signal as the guest understands it: a name without SIG, or a number."""
+    """A signal as the guest understands it: a name without SIG, or a number. Raises InvalidParams."""
     text = str(name).upper()
     text = text[3:] if text.startswith('SIG') else text
-    if not text.isalnum() or len(text) > 12:
-        raise InvalidParams('no signal %.40r' % name)
+    is_number = text.isdigit() and len(text) <= 2 and 0 < int(text) <= 64
+    if isinstance(name, bool) or not (is_number or text in SIGNALS):
+        raise InvalidParams('no signal %.40r; there are %s, and numbers from 1 to 64'
+                            % (name, ', '.join(SIGNALS)))
     return text
 
 
@@ -5808,7 +5884,10 @@ class StatusPage:
                                                   for event in found['events']]}
 
     def _output(self, id: str, stream: str, offset: str) -> Dict[str, Any]:
-        status = self._host.status(self._host.commands.find_one(id), not offset)
+        execution = self._host.commands.find_one(id)
+        if not offset:
+            self._host.refresh([execution])
+        status = self._host.status(execution)
         size = status['errSize' if stream == 'err' else 'outSize']
         begin = int(offset) if offset else max(0, int(number_or_0(size)) - OUTPUT_SHOWN)
         found = self._api.getCmdOutput(id, stream, begin, OUTPUT_SHOWN)
@@ -5876,7 +5955,7 @@ class StatusPage:
         return [self._of_command(execution) for execution in running + ended], self._host.commands.count()
 
     def _of_command(self, execution: Execution) -> Dict[str, Any]:
-        status = self._host.status(execution, False)
+        status = self._host.status(execution)
         usage = status['resources'] if isinstance(status['resources'], dict) else {}
         shown = {name: number_or_0(status[name])
                  for name in ('wall', 'processes', 'outSize', 'errSize', 'age')}    # type: Dict[str, Any]
@@ -6042,6 +6121,9 @@ class XMLRPCServer(socketserver.TCPServer):
         listen_on, port = host.settings.Host.xmlrpc_listen_on, host.settings.Host.xmlrpc_port
         self.address_family = socket.AF_INET6 if ':' in listen_on else socket.AF_INET
         self.token = host.token if host.settings.Host.xmlrpc_auth else ''
+        if not (self.token or is_loopback(listen_on)):
+            raise VMHostError('[Host] xmlrpc_auth = no: anybody on %s could run commands; expected '
+                              'xmlrpc_listen_on = 127.0.0.1 with it' % listen_on)
         self.api = Api(host)
         self.dispatcher = Dispatcher(self.api)
         self.status = StatusPage(host, self.api)
@@ -6154,15 +6236,16 @@ SETTINGS = {
         'embedded': (protocol.yes_no, 'yes'), 'host': (protocol.text, 'auto'),
         'port': (protocol.integer(0, 65535), '61613'), 'username': (protocol.text, ''),
         'password': (protocol.text, ''), 'heartbeat': (protocol.integer(0, 3600), '10'),
-        'max_frame': (protocol.size, '1M'), 'tls': (protocol.yes_no, 'no'),
-        'ca_file': (protocol.path, ''), 'cert_file': (protocol.path, ''),
+        'max_frame': (protocol.at_least(24 << 10, protocol.size, '24K'), '1M'),
+        'tls': (protocol.yes_no, 'no'), 'ca_file': (protocol.path, ''), 'cert_file': (protocol.path, ''),
         'key_file': (protocol.path, '')},
     'Host': {
-        'xmlrpc_listen_on': (protocol.text, '127.0.0.1'),
+        'xmlrpc_listen_on': (protocol.given, '127.0.0.1'),
         'xmlrpc_port': (protocol.integer(0, 65535), '50505'),
         'xmlrpc_auth': (protocol.yes_no, 'yes'), 'state_dir': (protocol.path, 'vmhost-state'),
-        'vm_gc_grace': (protocol.duration, '30'), 'keep_results': (protocol.duration, '7d'),
-        'fetch_limit': (protocol.size, '64M'), 'max_transfers': (protocol.integer(1, 1000), '4')},
+        'vm_gc_grace': (protocol.at_least(1, protocol.duration, '1 s'), '30'),
+        'keep_results': (protocol.duration, '7d'), 'fetch_limit': (protocol.size, '64M'),
+        'max_transfers': (protocol.integer(1, 1000), '4')},
     'Hypervisor': {
         'hypervisor': (protocol.choice('auto', 'VirtualBox', 'none'), 'auto'),
         'command_timeout': (protocol.duration, '45')},
@@ -6256,8 +6339,14 @@ class Client:
         return sorted(set(self.call('listVMs')) | set(self.call('listRegisteredVMs')))
 
     def is_pattern(self, vm: str) -> bool:
-        """Whether it is a glob, and not the name of a VM that has such characters."""
-        return any(sign in vm for sign in '*?[') and vm not in self.call('getNamesToIdsMapping')
+        """Whether it is a glob, and not just the name of a VM that has such characters.
+
+        A guest may call itself what it likes, ``*`` too: where a glob means others, it is one.
+        """
+        if not any(sign in vm for sign in '*?['):
+            return False
+        names = self.call('getNamesToIdsMapping')
+        return vm not in names or any(fnmatch.fnmatchcase(name, vm) for name in names if name != vm)
 
     def matching(self, vm: str) -> List[str]:
         """The VMs that a glob means; what is no glob, unchanged. Raises NoSuchVM."""
@@ -6398,6 +6487,7 @@ def shown_time(moment: float) -> str:
 # --- command line: the verbs -------------------------------------------------------------------
 
 OURS = 255                     # exit code of `run` for an error that isn't the command's
+TIMED_OUT = 124                # … of a command that ran into its timeout, and ended with 0: timeout(1)'s
 INTERRUPTED = 130              # exit code after Ctrl-C
 SHORTEST_LOOK = 0.01           # seconds between looks at a command's output …
 LONGEST_LOOK = 0.25            # … which grow while nothing comes
@@ -6521,6 +6611,9 @@ def do_run(host: Client, screen: Screen, args: Any) -> int:
             raise
         except BrokenPipeError:
             host.call('signalCmd', cmd_id, 'PIPE')      # as if it had written there itself
+            raise
+        except OSError:
+            screen.complain('left; the command goes on as %s' % cmd_id)
             raise
         except NoHost:
             screen.complain('the command goes on: once the host is back, `out -f %s` shows it' % cmd_id)
@@ -6676,6 +6769,8 @@ def exit_code(screen: Screen, results: Dict[str, Any], vm: str = '') -> int:
     tell_cut(screen, results, vm)
     if state not in ('exited', 'signaled'):
         screen.complain('%s%s' % (vm and vm + ': ', why))
+    if state == 'timeout' and results['finished']:
+        return number or TIMED_OUT      # it ended in peace at the TERM, and still isn't done
     if state == 'exited':
         return number
     return 128 + number if state in ('signaled', 'timeout') else OURS
@@ -7324,7 +7419,7 @@ def run_host(ini: str) -> int:
         host.run()
         return 0
     except (VMHostError, stompbroker.BrokerError, protocol.ProtocolError) as error:
-        print('vmhost: %s' % error, file=sys.stderr)
+        print('vmhost: %s' % protocol.naming_file(ini, error), file=sys.stderr)
         return 1
     finally:
         if host is not None:
@@ -7492,6 +7587,10 @@ def main(argv: List[str]) -> int:
         # Who reads us has gone; what is still in the buffer has no reader either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
+    except OSError as error:           # a full disk behind standard output, say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        screen.complain('%s' % error)
+        return OURS
 
 
 if __name__ == '__main__':

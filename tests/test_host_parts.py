@@ -205,6 +205,23 @@ def test_liveness(clock):
     assert add(guests, 'A')[1]
 
 
+def test_a_name_is_no_way_to_anothers_id(clock):
+    guests = vmhost.Guests(30, clock)
+    squatter = add(guests, 'A', 'second')[0]
+    assert guests.find('second') is squatter
+    second = add(guests, 'second', 'n')[0]
+    assert guests.find('second') is guests.find('SECOND') is second
+    assert squatter.name == 'second-A' and guests.find('second-A') is squatter
+    assert add(guests, 'A', 'SECOND')[0].name == 'SECOND-A'
+    guests.gone('second')
+    assert add(guests, 'A', 'second')[0].name == 'second-A' and guests.find('second') is second
+
+
+def test_a_mac_is_no_name():
+    assert vmhost.read_name('0a:00:00:00:00:09') == ''
+    assert vmhost.read_name('a@b\n*') == 'ab*'
+
+
 def test_the_suspended_and_the_forgiven_are_not_judged(clock):
     guests = vmhost.Guests(30, clock)
     add(guests, 'A')
@@ -416,6 +433,39 @@ def test_only_the_addressed_are_sent_it(policy):
     assert reached('A') == [first] and reached('berta') == [second] and reached('be*') == [second]
     assert reached('*') == [first, second] and reached('') == [] and reached('C') == []
     assert reached('*', b'HELLO') == [first, second, silent]
+    policy.named('B', 'A')
+    assert reached('A') == [first]
+
+
+# --- what the API is asked ---
+
+@pytest.mark.parametrize('options', [
+    {'timeout': float('inf')}, {'timeout': float('nan')}, {'killAfter': -1}, {'inlineOutput': 1e19},
+    {'nice': 10 ** 400}, {'limits': {'as': float('nan')}}, {'limits': {'cpu': 10 ** 400}},
+    {'limits': {'nothing': 1}}, {'stdin': 5}, {'typo': 1}])
+def test_options_that_no_guest_could_follow(options):
+    with pytest.raises(vmhost.InvalidParams):
+        vmhost.read_options(options)
+
+
+def test_signals_by_their_names_and_numbers():
+    assert [vmhost.read_signal(name) for name in ('TERM', 'sigusr1', 9, '15')] == ['TERM', 'USR1', '9', '15']
+    for name in ('FOO', '', '0', 0, 999, -1, True, 'TERM2'):
+        with pytest.raises(vmhost.InvalidParams):
+            vmhost.read_signal(name)
+
+
+@pytest.mark.parametrize('filter', [
+    {'limit': 'x'}, {'limit': float('nan')}, {'limit': 1e30}, {'vm': ['g']}, {'vm': {}}, {'since': 'x'},
+    {'finished': 'yes'}, {'typo': 1}])
+def test_filters_that_mean_nothing(filter):
+    with pytest.raises(vmhost.InvalidParams, match='listCmds'):
+        vmhost.read_filter(filter)
+
+
+def test_null_is_as_good_as_nothing():
+    message = Message('', 'HELLO', {'ip': '1.2.3.4'}, {'name': None, 'ip': None})
+    assert message.text('name', 'none') == 'none' and message.text('ip') == '1.2.3.4'
 
 
 # --- what XML-RPC can carry ---

@@ -66,6 +66,25 @@ def test_an_address_of_another_machine(section, tmp_path):
     sentences(text, '203.0.113.7', 'no such address')
 
 
+@pytest.mark.parametrize('line, told', [
+    ('[Host]\nxmlrpc_listen_on =', 'expected something'), ('[Host]\nvm_gc_grace = 0', 'at least 1 s'),
+    ('[Broker]\nmax_frame = 1', 'at least 24K'), ('[Logging]\nfile = /no/such', 'No such file'),
+    ('[Host]\nxmlrpc_listen_on = 0.0.0.0\nxmlrpc_auth = no', '127.0.0.1')])
+def test_a_value_that_the_host_could_not_live_with(line, told, tmp_path):
+    ini = write(tmp_path / 'bad.ini', '[Hypervisor]\nhypervisor = none\n%s\n' % line)
+    code, text = run(ini)
+    assert code == 1
+    sentences(text, 'bad.ini', line.splitlines()[-1].partition(' =')[0], told)
+
+
+@pytest.mark.parametrize('id', ['', 'a b', '*', 'a/b', 'x' * 65])
+def test_an_id_that_no_guest_may_have(id, tmp_path):
+    ini = write(tmp_path / 'guest.ini', '[VM]\nid = %s\n' % id)
+    code, text = run(ini, program='vmguest.py')
+    assert code == 1
+    sentences(text, 'guest.ini', '[VM] id', 'auto')
+
+
 # 2
 
 def test_a_wrong_token(tmp_path):

@@ -167,6 +167,35 @@ def test_user(host, guest, api):
     assert results['state'] == 'failed' and 'nobody-of-that-name' in results['error']
 
 
+@pytest.mark.skipif(os.name != 'posix' or os.getuid() != 0, reason='only root may change the user')
+def test_another_user_tells_its_progress(host, guest, api, monkeypatch):
+    for folder in (guest.files, guest.folder):         # pytest's own are root's alone
+        while folder != '/':
+            if not os.stat(folder).st_mode & 1:
+                os.chmod(folder, os.stat(folder).st_mode | 0o11)
+            folder = os.path.dirname(folder)
+    script = 'echo half > $VM_PROGRESS_FILE; cat $(dirname $VM_PROGRESS_FILE)/request.json'
+    cmd_id = api.runCmd('one', 'sh', ['-c', script], {}, '/', '', {'user': 'nobody'})
+    results = host.results(cmd_id)
+    assert 'denied' in results['err'] and 'progress' not in results['err'], results
+    with open(os.path.join(guest.files, '.vmguest-spool', 'one', cmd_id, 'progress')) as file:
+        assert file.read() == 'half\n'
+
+
+def test_an_exit_code_after_a_timeout_is_no_signal(host, guest):
+    obeys = 'trap "exit %d" TERM; while :; do sleep 0.05; done'
+    results = host.run('one', 'sh', '-c', obeys % 3, timeout=0.3)
+    assert (results['state'], results['finished'], results['exitCodeOrSignal']) == ('timeout', True, 3)
+    for code, told in ((3, 3), (0, 124)):
+        done = host.verb('run', '-t', '0.3', 'one', '--', 'sh', '-c', obeys % code)
+        assert done.returncode == told and b'timeout' in done.stderr
+
+
+def test_a_timeout_of_centuries(host, guest):
+    script = 'import time; block = bytearray(60 << 20); time.sleep(1.5)'
+    assert host.run('one', sys.executable, '-c', script, timeout=1e10)['state'] == 'exited'
+
+
 # --- output ---
 
 def read_output(api, cmd_id, stream):
@@ -415,6 +444,7 @@ def test_malformed_calls_get_their_fault(host, api):
         assert status == 200
         with pytest.raises(xmlrpc.client.Fault):
             xmlrpc.client.loads(answer)
+    assert fault_of(api.getCmdOutput, 'x', 'out', float('nan')).faultCode == -32602
     assert fault_of(api.noSuchMethod).faultCode == -32601
     assert fault_of(api.getVM).faultCode == -32602
     assert fault_of(api.runCmd, 'one', 'true', 'not a list').faultCode == -32602
@@ -497,6 +527,21 @@ def hostile(host, *frames):
 def send(destination, body, **headers):
     head = ''.join('%s:%s\n' % (k.replace('_', '-'), v) for k, v in headers.items())
     return ('SEND\ndestination:%s\n%s\n%s\0' % (destination, head, body)).encode()
+
+
+def test_a_name_that_is_a_glob_means_itself_alone_where_no_other_matches(host, guest, tmp_path):
+    with Agent(tmp_path, host, 'star', name='*'):
+        done = host.verb('run', '*', '--', 'echo', 'all')
+        assert b'one: all\n' in done.stdout and b'*: all\n' in done.stdout
+
+
+def test_a_results_orphan_can_be_read_and_forgotten(host, guest, api):
+    hostile(host, HELLO, send('/topic/cmd_responses',
+                              'CMD_RESULTS {"cmd-id": "or@phan", "finished": true, "out": "x"}'))
+    wait_until(lambda: [event for event in api.getEvents(-20)['events'] if event['cmdId'] == 'or@phan'], 10)
+    assert api.getCmdResults('or@phan')['out'] == 'x'
+    assert api.forgetCmd('or@phan') is True
+    assert fault_of(api.getCmdResults, 'or@phan').faultCode == 3
 
 
 HELLO = send('/topic/connections', 'HELLO {"name": "evil"}', id='evil', ip='1.2.3.4')
@@ -582,6 +627,46 @@ def test_a_command_outlives_host_and_agent(tmp_path):
                 assert len(runs.readlines()) == 1
         finally:
             guest.stop()
+
+
+def test_all_of_a_multicast_tell_how_far_they_are(host, guest, api, tmp_path):
+    with Agent(tmp_path, host, 'two', max_commands=1):
+        blocks = api.runCmd('two', 'sleep', ['60'])
+        multicast = api.runCmdOnAll('[ot]??', 'sleep', ['60'])
+        keys = {multicast + '@one': 'running', multicast + '@two': 'queued'}
+        wait_until(lambda: {key: status['state'] for key, status in
+                            api.getCmdStatus(multicast).items() if key in keys} == keys, 10)
+        assert all(0 <= status['age'] < 2 for status in api.getCmdStatus(multicast).values())
+        assert api.getCmdDetails(multicast + '@two')['vm'] == 'two'
+        shown = api.listCmds({'cmdId': multicast + '@two'})
+        assert [(row['cmdId'], row['state']) for row in shown] == [(multicast + '@two', 'queued')]
+        assert not any(event['type'] == 'cmd-running' and event['cmdId'] == multicast + '@two'
+                       for event in api.getEvents(0)['events'])
+        for cmd_id in (blocks, multicast):
+            api.signalCmd(cmd_id, 9)
+        wait_until(lambda: api.waitCmd(blocks, 20) and api.waitCmd(multicast, 20), 60)
+
+
+def test_a_signal_follows_a_command_that_never_arrived(host, tmp_path, api):
+    agent = Agent(tmp_path, host, 'deaf').start()
+    agent.stop(signal.SIGKILL)
+    cmd_id = api.runCmd('deaf', 'sleep', ['60'])
+    assert api.signalCmd(cmd_id, 'TERM') is True
+    with agent:
+        results = host.results(cmd_id, 60)
+        assert (results['state'], results['exitCodeOrSignal']) == ('signaled', signal.SIGTERM)
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
+def test_a_full_disk_behind_standard_output(host, guest, api):
+    with open('/dev/full', 'wb') as full:
+        done = subprocess.run(host.command('run', 'one', '--', 'sh', '-c', 'echo hi; sleep 0.2'), stdout=full,
+                              stderr=subprocess.PIPE, timeout=60)
+        assert done.returncode == 255 and b'No space' in done.stderr and b'Traceback' not in done.stderr
+        cmd_id = re.search('goes on as ([0-9a-f-]+)', done.stderr.decode()).group(1)
+        assert host.results(cmd_id)['out'] == 'hi\n'
+        done = subprocess.run(host.command('ls'), stdout=full, stderr=subprocess.PIPE, timeout=60)
+        assert done.returncode == 255 and b'Traceback' not in done.stderr
 
 
 def test_a_command_waits_for_its_guest(tmp_path):

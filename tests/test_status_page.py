@@ -218,7 +218,7 @@ def test_the_page_can_only_ask(host, guest, api):
     cmd_id = api.runCmd('node1', 'sh', ['-c', 'seq 1 30000; exit 4'])
     host.results(cmd_id)
     for path in ('/status/forgetCmd?id=' + cmd_id, '/status/output', '/status/events?after=x',
-                 '/status/events?after=' + '9' * 30, '/status/nothing',
+                 '/status/nothing',
                  '/status/output?stream=err', '/status/output?id=%s&offset=-1' % cmd_id,
                  '/status/output?stream=x&id=' + cmd_id):
         assert get(host, path)[0] == 400
