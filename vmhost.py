@@ -551,9 +551,12 @@ class Guests:
             return list(guest.loads)
 
     def rename(self, guest: Guest, name: str) -> None:
-        """The hypervisor's name for a guest; an id is appended where another one has it."""
+        """The hypervisor's name for a guest; another that calls itself so has its id appended."""
         with self._lock:
-            guest.name = self._free_name(guest.id, name)
+            for other in self._known.values():
+                if other is not guest and other.name == name:
+                    other.name = '%s-%s' % (name, other.id)
+            guest.name = name
 
     def gone(self, id: str) -> Optional[Guest]:
         """A BYE: off the list."""
@@ -3930,8 +3933,8 @@ TICK = 0.25                    # seconds between looks at the clock
 SLEPT = 5.0                    # seconds that a tick may be late before the host is said to have slept,
                                # or half of vm_gc_grace, where that is less
 RETENTION_EVERY = 60.0         # seconds between looks for what keep_results lets go
-SUSPENDED = ('Paused', 'Saved', 'Saving', 'Restoring', 'LiveSnapshotting', 'OnlineSnapshotting',
-             'TeleportingPausedVM')
+SUSPENDED = ('Paused', 'Saved', 'AbortedSaved', 'Saving', 'Restoring', 'LiveSnapshotting',
+             'OnlineSnapshotting', 'TeleportingPausedVM')
 RETENTION_PAUSE = 1.0          # seconds between the slices of what it lets go
 DOUBT = 3600.0                 # seconds without retention after the clock jumped: it may be wrong
 TROUBLE_EVERY = 60.0           # seconds between two log lines about a journal that can't be written
@@ -4101,13 +4104,16 @@ class Host:
         self.journal.event(type, vm, '', text)
         log.info('%s: %s %s', vm, type, text)
         guest = self.guests.find(vm)
-        if type in ('vm-aborted', 'vm-stuck') and guest is not None:
+        if self.hypervisor.known_state(vm) == 'AbortedSaved':
+            log.info('%s: its saved state is still there, and so are its commands', vm)
+        elif type in ('vm-aborted', 'vm-stuck') and guest is not None:
             for execution in self.commands.open_of(guest.id):
                 if execution.state == 'running':
                     self.commands.lose(execution, 'the VM ended: %s' % text)
         elif type in ('vm-added', 'vm-renamed', 'vm-card'):
-            for guest in self.guests.on_list():
-                self._rename(guest)
+            for guest in self.guests.all():
+                if self.hypervisor.known_name(guest.id) not in ('', guest.name):
+                    self._rename(guest)
 
     def _rename(self, guest: Guest) -> None:
         """Gives a guest the name that the hypervisor has for it, where it has one."""
@@ -4265,6 +4271,8 @@ class Host:
         guest, news = self.guests.add(
             machine_id, self._name_for(machine_id, message), ip, message.text('boot')[:64],
             message.text('session')[:64], self._facts(message), self._clock_offset(message))
+        if self.hypervisor is not None and self.hypervisor.known_name(machine_id):
+            self.guests.rename(guest, self.hypervisor.known_name(machine_id))
         if self.policy is not None:
             self.policy.named(machine_id, guest.name)
         if news:
@@ -4281,12 +4289,15 @@ class Host:
                 self._query(execution)      # too many for a HELLO; each answer says what it would have
 
     def _name_for(self, machine_id: str, message: Message) -> str:
-        """The hypervisor's name for it; else its own, else its host name, else its id."""
-        if self.hypervisor is not None:
-            name = self.hypervisor.known_name(machine_id)
-            if name:
-                return name
-        return read_name(message.text('name')) or read_name(message.text('host')) or machine_id
+        """The hypervisor's name for it; else its own, else its host name, else its id.
+
+        A machine that is no VM may not be called like one.
+        """
+        own = read_name(message.text('name')) or read_name(message.text('host')) or machine_id
+        if self.hypervisor is None:
+            return own
+        is_taken = self.hypervisor.known_state(own) and own != machine_id
+        return self.hypervisor.known_name(machine_id) or ('%s-%s' % (own, machine_id) if is_taken else own)
 
     def _facts(self, message: Message) -> Dict[str, Any]:
         """What the guest says about itself, bounded."""
@@ -4490,6 +4501,11 @@ class Host:
         guest = self.guests.by_id(machine_id)
         return guest.name if guest is not None else machine_id
 
+    def lose_all(self, guest: Guest, why: str) -> None:
+        """Ends all commands of a VM that is no more."""
+        for execution in self.commands.open_of(guest.id):
+            self.commands.lose(execution, why)
+
     def machine(self, vm: str) -> Guest:
         """A known VM, by name or id. Raises NoSuchVM."""
         guest = self.guests.find(vm)
@@ -4552,6 +4568,8 @@ class Host:
     def run_cmd(self, vm: str, request: Dict[str, Any], queue: bool, client: str) -> str:
         """Journals a command, then sends it. Its cmd-id. Raises NoSuchVM, AgentNotConnected."""
         guest = self.machine(vm)
+        if not guest.id:
+            raise BadState('%s has no network card, by which its agent would be known' % guest.name)
         if guest.agent == 'lost' and not queue:
             raise AgentNotConnected('the agent of %s is not connected (queue lets the command wait '
                                     'for it)' % guest.name)
@@ -4925,7 +4943,7 @@ class Api:
                 'agent': guest.agent if guest.last_seen else 'never', 'ip': guest.ip,
                 'lastSeen': guest.last_seen, 'clockOffset': guest.clock_offset,
                 'facts': dict(guest.facts, boot=guest.boot),
-                'commands': [execution.key for execution in host.commands.open_of(guest.id)]}
+                'commands': [execution.key for execution in host.commands.open_of(guest.id or vm)]}
 
     def _state_of(self, guest: Guest) -> str:
         return 'Null' if guest.agent == 'lost' else 'Running'
@@ -4976,7 +4994,11 @@ class Api:
             >>> host.removeVM('node1', True)
             True
         """
-        return self._done(self._hypervisor().remove_vm(vm, deleteDisks))
+        guest = self._host.described(vm)[0]
+        self._hypervisor().remove_vm(vm, deleteDisks)
+        if guest is not None and deleteDisks:
+            self._host.lose_all(guest, 'the VM and its disks were removed')
+        return True
 
     def start(self, vm: str, guiMode: bool = False) -> bool:
         """Starts a VM, headless or with a window; True once it runs.

@@ -3,9 +3,9 @@
 ``install(folder)`` puts a module vboxapi there, for the PYTHONPATH of a host agent. What the fake does is
 checked by running vm_cases.py on it and on the real one. Its VMs live as long as the process that imported
 it. Files in the folder FAKE_VIRTUALBOX steer it from outside: ``abort-NAME`` kills the VM's process,
-``die-NAME`` kills it as it next comes up, or is powered off, ``stick-NAME`` lets the guest stop with an
-error, ``lock-NAME`` is another program that holds the VM's lock, ``dead`` is a VBoxSVC that died; as many
-looks as ``anew-NAME`` has characters find a VM that VirtualBox is still making.
+``abort-saved-NAME`` over its saved state, ``die-NAME`` as it next comes up, or is powered off; ``stick-NAME``
+lets the guest stop with an error, ``lock-NAME`` is another program that holds the VM's lock, ``dead`` is a
+VBoxSVC that died; as many looks as ``anew-NAME`` has characters find a VM that VirtualBox is still making.
 """
 
 import itertools
@@ -284,7 +284,7 @@ class Machine(WithExtraData):
     @property
     def state(self):
         self._check_ready()
-        for word, state in (('abort-', 'Aborted'), ('stick-', 'Stuck')):
+        for word, state in (('abort-', 'Aborted'), ('abort-saved-', 'AbortedSaved'), ('stick-', 'Stuck')):
             if os.path.exists(steering(word + self.name)):
                 os.remove(steering(word + self.name))
                 self.go_to(state)

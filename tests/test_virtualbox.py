@@ -126,6 +126,44 @@ def test_a_vm_that_ended_loses_its_commands(host, api, fake, vm, tmp_path, word,
     assert api.start(vm) is True
 
 
+def test_a_vm_that_died_over_its_saved_state_loses_nothing(host, api, fake, vm, tmp_path):
+    api.start(vm)
+    with Agent(tmp_path, host, api.getVM(vm)['id']):
+        wait_until(lambda: api.listRegisteredVMs() == [vm])
+        running = api.runCmd(vm, 'sleep', ['1000'])
+        wait_until(lambda: api.getCmdStatus(running)['pid'])
+        after = host.last_event()
+        (fake / ('abort-saved-' + vm)).write_text('')
+        host.wait_for_event('vm-aborted', vm, after)
+        assert api.getCmdStatus(running)['state'] == 'suspended'
+        assert api.start(vm) is True
+        wait_until(lambda: api.getCmdStatus(running)['state'] == 'running')
+        assert api.signalCmd(running, 'KILL') is True
+        wait_until(lambda: api.getCmdResults(running))
+        assert api.getCmdResults(running)['state'] == 'signaled'
+
+
+def test_a_removed_vm_loses_its_commands(api, vm):
+    waits = api.runCmd(vm, 'true', [], {}, '', '', {'queue': True})
+    assert api.removeVM(vm, True) is True
+    assert api.getCmdResults(waits)['state'] == 'lost'
+
+
+def test_a_vm_without_a_card_takes_no_commands(api):
+    api.createVM('cardless', '', {'memory': 16, 'network': 'none'})
+    code, text = fault_of(api.runCmd, 'cardless', 'true', [], {}, '', '', {'queue': True})
+    assert code == 4 and 'card' in text
+
+
+def test_a_stranger_that_takes_a_vms_name(host, api, vm, tmp_path):
+    with Agent(tmp_path / 'stranger', host, '02:00:00:00:00:99', name=vm):
+        wait_until(lambda: '%s-02:00:00:00:00:99' % vm in api.listRegisteredVMs())
+        assert fault_of(api.runCmd, vm, 'true')[0] == 2
+        with Agent(tmp_path / 'guest', host, api.getVM(vm)['id']):
+            wait_until(lambda: vm in api.listRegisteredVMs())
+            assert api.getVM(vm)['agent'] == 'alive'
+
+
 def test_no_thread_or_process_stays(tmp_path):
     environment = fake_virtualbox.install(tmp_path)
     with VMHost(tmp_path / 'host', environment) as host:
