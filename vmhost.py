@@ -6973,7 +6973,20 @@ def do_net(host: Client, screen: Screen, args: Any) -> int:
     """The network of the VMs, as it is."""
     network = host.call('setupNetwork' if args.setup else 'getNetwork')
     show_pairs(screen, network, args.json)
+    if args.setup and network['mode'] == 'hostonly':
+        address = host.call('agentInfo')['broker']['address']
+        if is_out_of_reach(address, network['mode']):
+            screen.complain(OUT_OF_REACH % address)
     return 0
+
+
+OUT_OF_REACH = 'the broker listens at %s, where no VM reaches it: start the host agent again'
+
+
+def is_out_of_reach(broker: str, mode: str) -> bool:
+    """Whether the broker's address is for this machine alone, in a host-only network: the host agent was
+    started before there was one."""
+    return mode == 'hostonly' and broker.startswith(('127.', 'localhost'))
 
 
 def do_cleanup(host: Client, screen: Screen, args: Any) -> int:
@@ -7124,7 +7137,7 @@ def do_check(host: Client, screen: Screen, args: Any) -> int:
                 protocol.check_folder(settings.Host.state_dir, '[Host] state_dir'),
                 protocol.check_disk(settings.Host.state_dir, LEAST_DISK), protocol.check_clock()]
     try:
-        findings += check_running(host, host.call('agentInfo'))
+        findings += check_running(host, host.call('agentInfo'), settings.Network.mode)
     except NoHost as error:
         findings += check_start(settings, error)
     except VMHostError as error:
@@ -7138,7 +7151,7 @@ def do_check(host: Client, screen: Screen, args: Any) -> int:
     return 0 if all(finding.ok or not finding.needed for finding in findings) else 1
 
 
-def check_running(host: Client, info: Dict[str, Any]) -> Iterator[protocol.Finding]:
+def check_running(host: Client, info: Dict[str, Any], mode: str) -> Iterator[protocol.Finding]:
     """What the running host agent tells about itself, its broker and its guests."""
     yield protocol.Finding(info['version'] == protocol.VERSION, 'host agent %s at %s' % (
         info['version'], host.address), 'restart it: the files here are of version ' + protocol.VERSION)
@@ -7146,6 +7159,9 @@ def check_running(host: Client, info: Dict[str, Any]) -> Iterator[protocol.Findi
     yield protocol.Finding(bool(broker['connected']), 'broker at %s' % broker['address'],
                            'no connection: is it running, and are [Broker] host, port, username, password '
                            'and tls right?')
+    if info['hypervisor'] != 'none' and is_out_of_reach(broker['address'], mode):
+        yield protocol.Finding(False, 'network', 'net --setup makes it; then: '
+                               + OUT_OF_REACH % broker['address'], needed=False)
     guests = [guest for _, guest in host.each('getVM', host.call('listRegisteredVMs'))]
     if not guests:
         yield protocol.Finding(False, 'guests', 'none has joined: start vmguest.py in a VM, where it '

@@ -468,6 +468,12 @@ def test_null_is_as_good_as_nothing():
     assert message.text('name', 'none') == 'none' and message.text('ip') == '1.2.3.4'
 
 
+def test_where_vms_reach_the_broker():
+    assert vmhost.is_out_of_reach('127.0.0.1:61613', 'hostonly')
+    assert not vmhost.is_out_of_reach('127.0.0.1:61613', 'nat')
+    assert not vmhost.is_out_of_reach('192.168.56.1:61613', 'hostonly')
+
+
 # --- what XML-RPC can carry ---
 
 values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),

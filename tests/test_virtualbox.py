@@ -164,6 +164,15 @@ def test_a_stranger_that_takes_a_vms_name(host, api, vm, tmp_path):
             assert api.getVM(vm)['agent'] == 'alive'
 
 
+def test_a_broker_that_no_vm_reaches_is_told_of(tmp_path):
+    environment = fake_virtualbox.install(tmp_path)
+    network = {'mode': 'hostonly', 'host_ip': '203.0.113.1'}
+    with VMHost(tmp_path / 'host', environment, network=network) as host:
+        assert host.api.agentInfo()['broker']['address'].startswith('127.0.0.1:')
+        checked = host.verb('check').stdout.decode()
+        assert 'where no VM reaches it: start the host agent again' in ' '.join(checked.split())
+
+
 def test_no_thread_or_process_stays(tmp_path):
     environment = fake_virtualbox.install(tmp_path)
     with VMHost(tmp_path / 'host', environment) as host:
