@@ -3039,7 +3039,14 @@ class Driver:
                                       % location)
             yield from self.finish(job, medium.deleteStorage(), 'deleting a disk')
         self.vbox.setExtraData(DISK_MADE + location, '')
-        remove_leavings(os.path.dirname(location))
+        if not self._is_folder_of_vm(os.path.dirname(location)):
+            remove_leavings(os.path.dirname(location))
+
+    def _is_folder_of_vm(self, folder: str) -> bool:
+        """Whether a registered VM has its settings there; one that VirtualBox can't read is a VM, too."""
+        return os.path.realpath(folder) in [
+            os.path.realpath(os.path.dirname(machine.settingsFilePath))
+            for machine in self.array(self.vbox, 'machines')]
 
     # verbs: the network
 
