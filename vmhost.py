@@ -2724,7 +2724,7 @@ class Driver:
 
     def _remove_half_made(self, machine: Any) -> None:
         try:
-            progress = self._delete(machine, self.const('CleanupMode_Full'))
+            progress = self._delete(machine, only_ours=True)
             progress.waitForCompletion(10000)
         except Exception as error:
             vbox_log.warning('a half-made VM is left for cleanup: %s', self.translate(error))
@@ -2945,24 +2945,41 @@ class Driver:
             session = yield from self.lock(job, machine)       # waits, or says Busy
             self.unlock(session)
         if delete_disks:
-            yield from self._finish_delete(job, machine)
+            yield from self._finish_delete(job, machine, only_ours=False)
         else:
             machine.unregister(self.const('CleanupMode_UnregisterOnly'))
         return True
 
-    def _finish_delete(self, job: Job, machine: Any) -> Steps:
-        progress = self._delete(machine, self.const('CleanupMode_DetachAllReturnHardDisksOnly'))
-        yield from self.finish(job, progress, 'deleting')
+    def _finish_delete(self, job: Job, machine: Any, only_ours: bool) -> Steps:
+        yield from self.finish(job, self._delete(machine, only_ours), 'deleting')
 
-    def _delete(self, machine: Any, mode: int) -> Any:
-        """Unregister and delete the VM's files, and those disks that no other VM uses."""
-        media = machine.unregister(mode)
-        disk = self.const('DeviceType_HardDisk')
-        media = [medium for medium in media or []
-                 if medium.deviceType == disk and not self.array(medium, 'machineIds')]
+    def _delete(self, machine: Any, only_ours: bool) -> Any:
+        """Unregister and delete the VM's files, and those of its disks that nothing else needs: all of
+        them, or only what we made."""
+        media = self._unused(machine.unregister(self.const('CleanupMode_DetachAllReturnHardDisksOnly')))
+        if only_ours:
+            media = [medium for medium in media if self._is_made(medium)]
         for medium in media:
-            self.vbox.setExtraData(DISK_MADE + medium.base.location, '')
+            if not medium.parent:
+                self.vbox.setExtraData(DISK_MADE + medium.location, '')
         return machine.deleteConfig(media)
+
+    def _unused(self, media: List[Any]) -> List[Any]:
+        """Of the disks that a VM had, and its snapshots: those that no other VM has attached, nor a disk
+        that lies on them, such as a linked clone's."""
+        had, needed = {medium.id for medium in media}, set()
+        for medium in media:
+            if self.array(medium, 'machineIds') or {
+                    child.id for child in self.array(medium, 'children')} - had:
+                while medium and medium.id not in needed:
+                    needed.add(medium.id)
+                    medium = medium.parent
+        return [medium for medium in media if medium.id not in needed]
+
+    def _is_made(self, medium: Any) -> bool:
+        """Whether we made this disk, or the one that it lies on."""
+        base = medium.base
+        return self.vbox.getExtraData(DISK_MADE + base.location) in (base.id, DISK_UNFINISHED)
 
     # verbs: what was left behind
 
@@ -2974,7 +2991,7 @@ class Driver:
                 removed.append({'kind': 'vm', 'name': machine.name, 'why': why})
                 if not dry_run:
                     yield from self.own(job, machine)
-                    yield from self._finish_delete(job, machine)
+                    yield from self._finish_delete(job, machine, only_ours=True)
         for location, uuid in self._left_disks():
             removed.append({'kind': 'disk', 'name': location, 'why': 'no VM uses it'})
             if not dry_run:
@@ -3002,29 +3019,33 @@ class Driver:
                 if job.verb == 'create_vm' and job.steps is not None]
 
     def _left_disks(self) -> List[Tuple[str, str]]:
-        """(path, uuid) of the disks that we made and that no VM has attached.
+        """(path, uuid) of the disks that we made and that no VM has attached, nor a disk that lies on them.
 
         VirtualBox goes on with what a host began that has died: nothing unfinished is left while it works.
         """
         works = bool(self.array(self.vbox, 'progressOperations'))
-        used = {disk.location: self.array(disk, 'machineIds')
-                for disk in self.array(self.vbox, 'hardDisks')}
+        making = self._folders_in_the_making()
+        known = {disk.location: disk for disk in self.array(self.vbox, 'hardDisks')}
         left = []
         for key in self.vbox.getExtraDataKeys():
-            location = key[len(DISK_MADE):]
-            if not key.startswith(DISK_MADE):
+            location, uuid = key[len(DISK_MADE):], self.vbox.getExtraData(key)
+            if not key.startswith(DISK_MADE) or os.path.dirname(location) in making:
+                continue
+            if works and uuid == DISK_UNFINISHED:
                 continue
             if not os.path.exists(location):
                 self.vbox.setExtraData(key, '')
-            elif not used.get(location) and not self._being_made(location):
-                uuid = self.vbox.getExtraData(key)
-                if not (works and uuid == DISK_UNFINISHED):
-                    left.append((location, uuid))
+            elif location not in known or self._is_left(known[location], uuid):
+                left.append((location, uuid))
         return left
 
-    def _being_made(self, location: str) -> bool:
+    def _is_left(self, disk: Any, uuid: str) -> bool:
+        return uuid in (disk.id, DISK_UNFINISHED) and not (
+            self.array(disk, 'machineIds') or self.array(disk, 'children'))
+
+    def _folders_in_the_making(self) -> List[str]:
         owned = [machine.settingsFilePath for machine in self.machines_now() if machine.id in self._owners]
-        return os.path.dirname(location) in map(os.path.dirname, owned + self._in_the_making())
+        return [os.path.dirname(path) for path in owned + self._in_the_making()]
 
     def _remove_disk(self, job: Job, location: str, uuid: str) -> Steps:
         try:

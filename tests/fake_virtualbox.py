@@ -196,8 +196,9 @@ class VirtualBox(WithExtraData):
 class Medium:
     deviceType = VALUES['DeviceType']['HardDisk']
 
-    def __init__(self, vbox, location):
-        self.vbox, self.location, self.id, self.base = vbox, location, str(uuid.uuid4()), self
+    def __init__(self, vbox, location, parent=None):
+        self.vbox, self.location, self.id = vbox, location, str(uuid.uuid4())
+        self.parent, self.children, self.base = parent, [], parent.base if parent else self
 
     @property
     def machineIds(self):
@@ -210,9 +211,19 @@ class Medium:
             self.vbox.hardDisks.append(self)
         return Progress()
 
+    def make_child(self, location):
+        """A differencing disk, as a snapshot or a linked clone makes one."""
+        child = Medium(self.vbox, location, self)
+        with open(location, 'w'):
+            self.children.append(child)
+        return child
+
     def deleteStorage(self):
+        if self.children:
+            raise FakeError(IN_USE, 'Cannot delete the disk %r: it has %d children'
+                            % (self.location, len(self.children)))
         os.remove(self.location)
-        self.vbox.hardDisks.remove(self)
+        (self.parent.children if self.parent else self.vbox.hardDisks).remove(self)
         return Progress()
 
 
@@ -354,7 +365,11 @@ class Machine(WithExtraData):
         if self.session or self.runs:
             raise FakeError(OBJECT_STATE, 'Cannot unregister the machine %r while it is locked' % self.name)
         self.vbox.machines.remove(self)
-        return [place.medium for place in self.mediumAttachments] if mode > 1 else []
+        media, self.mediumAttachments = [place.medium for place in self.mediumAttachments], []
+        for medium in media:
+            if medium.parent and medium.parent not in media and not medium.parent.machineIds:
+                media.append(medium.parent)         # a snapshot's
+        return media if mode > 1 else []
 
     def deleteConfig(self, media):
         for medium in media:
@@ -362,7 +377,8 @@ class Machine(WithExtraData):
         for path in (self.settingsFilePath, self.queryLogFilename(0)):
             if os.path.exists(path):
                 os.remove(path)
-        os.rmdir(os.path.dirname(self.settingsFilePath))
+        if not os.listdir(os.path.dirname(self.settingsFilePath)):
+            os.rmdir(os.path.dirname(self.settingsFilePath))
         return Progress()
 
     # Saved states and snapshots.

@@ -39,6 +39,17 @@ def disk_of(machine):
     return machine.mediumAttachments[0].medium.location
 
 
+def attach(machine, disk):
+    machine.attachDevice('SATA', 1, 0, disk.deviceType, disk)
+
+
+def foreign_disk(vbox, tmp_path):
+    """A disk that VirtualBox knows, and we didn't make."""
+    disk = vbox.createMedium('VDI', str(tmp_path / 'foreign.vdi'), 0, 0)
+    disk.createBaseStorage(4, [])
+    return disk
+
+
 def rows(found):
     return [(row['kind'], row['name']) for row in found]
 
@@ -59,3 +70,48 @@ def test_an_unregistered_vm_loses_its_settings_with_its_disk(box, vbox):
     assert os.path.exists(machine.settingsFilePath)
     assert rows(box.cleanup(False)) == [('disk', disk)]
     assert not os.path.exists(os.path.dirname(disk))
+
+
+def test_a_foreign_disk_of_our_vm_stays(box, vbox, tmp_path):
+    machine = create(box, vbox, 'ours')
+    own, foreign = disk_of(machine), foreign_disk(vbox, tmp_path)
+    attach(machine, foreign)
+    assert rows(box.cleanup(False)) == [('vm', 'ours')]
+    assert not os.path.exists(own) and os.path.exists(foreign.location)
+
+
+def test_another_disk_in_the_place_of_ours_stays(box, vbox):
+    machine = create(box, vbox, 'ours')
+    disk = machine.mediumAttachments[0].medium
+    disk.id = 'another'
+    assert rows(box.cleanup(False)) == [('vm', 'ours')]
+    assert os.path.exists(disk.location)
+
+
+def test_the_snapshots_of_our_disk_go_with_it(box, vbox, tmp_path):
+    machine = create(box, vbox, 'ours')
+    base = machine.mediumAttachments[0].medium
+    child = machine.mediumAttachments[0].medium = base.make_child(str(tmp_path / 'ours' / 'child.vdi'))
+    assert rows(box.cleanup(False)) == [('vm', 'ours')]
+    assert not os.path.exists(base.location) and not os.path.exists(child.location)
+    assert box.cleanup() == []
+
+
+@pytest.mark.parametrize('remove', [
+    lambda box: box.cleanup(False), lambda box: box.remove_vm('ours', True)])
+def test_a_disk_under_a_linked_clone_stays(box, vbox, tmp_path, remove):
+    machine, clone = create(box, vbox, 'ours'), create(box, vbox, 'clone', diskSize=0, keep=True)
+    base = machine.mediumAttachments[0].medium
+    own = machine.mediumAttachments[0].medium = base.make_child(str(tmp_path / 'ours' / 'child.vdi'))
+    attach(clone, base.make_child(str(tmp_path / 'clone.vdi')))
+    remove(box)
+    assert box.list_vms() == ['clone']
+    assert not os.path.exists(own.location)
+    assert os.path.exists(base.location) and os.path.exists(disk_of(clone))
+
+
+def test_whoever_wants_the_disks_deleted_has_foreign_ones_deleted_too(box, vbox, tmp_path):
+    machine = create(box, vbox, 'ours')
+    attach(machine, foreign_disk(vbox, tmp_path))
+    box.remove_vm('ours', True)
+    assert not vbox.hardDisks and not os.path.exists(str(tmp_path / 'ours'))
