@@ -2984,7 +2984,13 @@ class Driver:
     # verbs: what was left behind
 
     def cleanup(self, job: Job, dry_run: bool) -> Steps:
-        removed = []
+        removed = []  # type: List[Dict[str, str]]
+        unread = [machine.settingsFilePath for machine in self.array(self.vbox, 'machines')
+                  if not machine.accessible]
+        if unread:                                  # which disks are theirs, VirtualBox doesn't know
+            vbox_log.warning('cleanup removes nothing while VirtualBox can not read %s: any disk may be '
+                             'in use there', ', '.join(unread))
+            return removed
         for machine in self.machines_now():
             why = self._why_left(machine)
             if why:

@@ -115,3 +115,16 @@ def test_whoever_wants_the_disks_deleted_has_foreign_ones_deleted_too(box, vbox,
     attach(machine, foreign_disk(vbox, tmp_path))
     box.remove_vm('ours', True)
     assert not vbox.hardDisks and not os.path.exists(str(tmp_path / 'ours'))
+
+
+def test_a_vm_that_can_not_be_read_may_use_any_disk(box, vbox, caplog):
+    """The real VirtualBox doesn't know the disks of such a VM."""
+    unread, machine = create(box, vbox, 'unread'), create(box, vbox, 'ours')
+    attachments = unread.mediumAttachments[:]
+    unread.accessible = False
+    unread.mediumAttachments.clear()
+    assert box.cleanup(False) == [] == box.cleanup()
+    assert unread.settingsFilePath in caplog.text
+    assert os.path.exists(attachments[0].medium.location) and os.path.exists(disk_of(machine))
+    unread.accessible, unread.mediumAttachments = True, attachments
+    assert rows(box.cleanup(False)) == [('vm', 'unread'), ('vm', 'ours')]
