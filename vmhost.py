@@ -1277,12 +1277,15 @@ def neighbour_mac(address: str) -> str:
 
 vbox_log = logging.getLogger('vmhost.virtualbox')
 
-MADE_BY_US = 'vmhost/made'         # extra-data keys of the VMs that createVM made: when
-DISK_UNFINISHED = 'unfinished'
+# Extra-data keys of VMs. The value is the VM's uuid: VirtualBox copies extra data into clones, which aren't
+# ours.
+MADE_BY_US = 'vmhost/made'         # createVM made it
 MAKING = 'vmhost/making'           # still being made; left behind by a host that died meanwhile
 KEEP = 'vmhost/keep'               # cleanup leaves it alone
-IMPORTING = 'vmhost/importing/'    # global keys: + name: the .vbox that an import will register
+# Global extra-data keys.
+IMPORTING = 'vmhost/importing/'    # + name: the .vbox that an import will register
 DISK_MADE = 'vmhost/disk'          # + path of a disk that createVM made: its uuid, or DISK_UNFINISHED
+DISK_UNFINISHED = 'unfinished'
 CHIRP_RULE = 'vmhost-chirp'        # name of the NAT port forwarding
 BANDWIDTH_GROUP = 'vmhost'
 DESKTOP_SECURITY = {'tls': 'TLS', 'rdp': 'RDP', 'negotiate': 'Negotiate'}
@@ -2446,7 +2449,7 @@ class Driver:
                 'state': self.state_of(machine), 'memory': machine.memorySize,
                 'cpus': machine.CPUCount, 'ostype': machine.OSTypeId,
                 'snapshot': snapshot.name if snapshot else '',
-                'tagged': bool(machine.getExtraData(MADE_BY_US)),
+                'tagged': has_mark(machine, MADE_BY_US),
                 'rdp': self._desktop_of(machine)}
 
     # verbs: life of a VM
@@ -2716,8 +2719,8 @@ class Driver:
             arguments = ['', name, [], ostype, '']
         machine = self.vbox.createMachine(*arguments)
         machine.applyDefaults('')
-        machine.setExtraData(MADE_BY_US, '%d' % time.time())
-        machine.setExtraData(MAKING, 'yes')
+        machine.setExtraData(MADE_BY_US, machine.id)
+        machine.setExtraData(MAKING, machine.id)
         machine.saveSettings()
         self.vbox.registerMachine(machine)
         return machine
@@ -2842,8 +2845,8 @@ class Driver:
             machine.CPUCount = wish['cpus']
         self._give_card(machine, wish['network'] or self.network['mode'])
         if wish['keep']:
-            machine.setExtraData(KEEP, 'yes')
-        machine.setExtraData(MADE_BY_US, '%d' % time.time())
+            machine.setExtraData(KEEP, machine.id)
+        machine.setExtraData(MADE_BY_US, machine.id)
         machine.setExtraData(MAKING, '')
 
     def _give_card(self, machine: Any, network: str) -> None:
@@ -2861,7 +2864,7 @@ class Driver:
         known = self.manager.constants.all_values('NetworkAttachmentType')
         fitting = [card for card in cards if card.attachmentType in
                    [known.get(kind) for kind in kinds]]
-        fresh = machine.getExtraData(MAKING)        # its only card is what applyDefaults gave it
+        fresh = has_mark(machine, MAKING)        # its only card is what applyDefaults gave it
         card = (fitting or (cards if fresh else []) or [self._unused_card(machine)])[0]
         card.enabled = True
         return card
@@ -3006,14 +3009,14 @@ class Driver:
 
     def _why_left(self, machine: Any) -> str:
         """Why this VM may go, '' when it must not."""
-        if machine.getExtraData(KEEP) or machine.id in self._owners:
+        if has_mark(machine, KEEP) or machine.id in self._owners:
             return ''
         if machine.sessionState != self.const('SessionState_Unlocked'):
             return ''
-        if machine.getExtraData(MAKING) or self._import_left(machine):
+        if has_mark(machine, MAKING) or self._import_left(machine):
             return 'half made'
         state = self.state_of(machine)
-        return state if machine.getExtraData(MADE_BY_US) and state in OFF else ''
+        return state if has_mark(machine, MADE_BY_US) and state in OFF else ''
 
     def _import_left(self, machine: Any) -> bool:
         path = self.vbox.getExtraData(IMPORTING + machine.name)
@@ -3519,13 +3522,24 @@ def wishes(options: Dict[str, Any]) -> Dict[str, Any]:
     return wish
 
 
+def has_mark(machine: Any, key: str) -> bool:
+    """Whether the VM itself has this mark of ours, and not just one that it was cloned from."""
+    return bool(machine.getExtraData(key) == machine.id)
+
+
+def names_its_own_mark(settings: str) -> bool:
+    """has_mark of MADE_BY_US, from the text of a .vbox file."""
+    uuid = re.search(r'<Machine\b[^>]*\suuid="{(.+?)}"', settings)
+    return uuid is not None and 'name="%s" value="%s"' % (MADE_BY_US, uuid.group(1)) in settings
+
+
 def remove_leavings(folder: str) -> None:
     """Settings of an unregistered VM of ours whose disk has gone; and the folder, once empty."""
     for name in os.listdir(folder):
         path = os.path.join(folder, name)
         if name.endswith(('.vbox', '.vbox-prev')):
             with open(path, encoding='utf-8', errors='replace') as settings:
-                ours = MADE_BY_US in settings.read()
+                ours = names_its_own_mark(settings.read())
             if ours:
                 os.remove(path)
     if not os.listdir(folder):

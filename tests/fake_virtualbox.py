@@ -183,6 +183,14 @@ class VirtualBox(WithExtraData):
     def registerMachine(self, machine):
         self.machines.append(machine)
 
+    def clone(self, machine, name):
+        """What the user's own clone is: a VM with the extra data of the first one, and without a disk."""
+        clone = self.createMachine('', name, 0, [], machine.OSTypeId)
+        clone.extra = dict(machine.extra)
+        clone.saveSettings()
+        self.registerMachine(clone)
+        return clone
+
     def createMedium(self, kind, location, mode, device):
         return Medium(self, location)
 
@@ -349,7 +357,9 @@ class Machine(WithExtraData):
     def saveSettings(self):
         os.makedirs(os.path.dirname(self.settingsFilePath), exist_ok=True)
         with open(self.settingsFilePath, 'w') as file:
-            file.write('\n'.join(self.getExtraDataKeys()))
+            file.write('<Machine uuid="{%s}" name="%s">\n' % (self.id, self.name))
+            for item in sorted(self.extra.items()):
+                file.write('<ExtraDataItem name="%s" value="%s"/>\n' % item)
 
     def getNetworkAdapter(self, slot):
         return self.cards[slot]

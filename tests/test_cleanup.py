@@ -128,3 +128,32 @@ def test_a_vm_that_can_not_be_read_may_use_any_disk(box, vbox, caplog):
     assert os.path.exists(attachments[0].medium.location) and os.path.exists(disk_of(machine))
     unread.accessible, unread.mediumAttachments = True, attachments
     assert rows(box.cleanup(False)) == [('vm', 'unread'), ('vm', 'ours')]
+
+
+def test_a_clone_that_the_user_made_is_not_ours(box, vbox):
+    machine = create(box, vbox, 'ours')
+    vbox.clone(machine, 'clone')
+    assert [box.describe(name)['tagged'] for name in ('ours', 'clone')] == [True, False]
+    assert rows(box.cleanup(False)) == [('vm', 'ours')]
+    assert box.list_vms() == ['clone']
+
+
+def test_the_settings_of_an_unregistered_clone_stay(box, vbox):
+    machine = create(box, vbox, 'ours')
+    clone = vbox.clone(machine, 'clone')
+    disk = disk_of(machine)
+    path = os.path.join(os.path.dirname(disk), 'clone.vbox')
+    os.rename(clone.settingsFilePath, path)
+    machine.mediumAttachments.clear()
+    vbox.machines.clear()
+    assert rows(box.cleanup(False)) == [('disk', disk)]
+    assert os.listdir(os.path.dirname(disk)) == ['clone.vbox']
+
+
+def test_a_clone_of_a_half_made_vm_is_not_half_made(box, vbox):
+    machine = create(box, vbox, 'ours', keep=True)
+    machine.setExtraData('vmhost/making', machine.id)
+    vbox.clone(machine, 'clone')
+    assert box.cleanup() == []
+    machine.setExtraData('vmhost/keep', '')
+    assert [(row['name'], row['why']) for row in box.cleanup()] == [('ours', 'half made')]
