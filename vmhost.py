@@ -1286,6 +1286,8 @@ KEEP = 'vmhost/keep'               # cleanup leaves it alone
 IMPORTING = 'vmhost/importing/'    # + name: the .vbox that an import will register
 DISK_MADE = 'vmhost/disk'          # + path of a disk that createVM made: its uuid, or DISK_UNFINISHED
 DISK_UNFINISHED = 'unfinished'
+MAC = re.compile(r'^([0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}$')
+UUID = re.compile(r'^{?[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}}?$')
 CHIRP_RULE = 'vmhost-chirp'        # name of the NAT port forwarding
 BANDWIDTH_GROUP = 'vmhost'
 DESKTOP_SECURITY = {'tls': 'TLS', 'rdp': 'RDP', 'negotiate': 'Negotiate'}
@@ -2221,7 +2223,7 @@ class Driver:
     def find(self, vm: str) -> Any:
         """The IMachine of this name, id or uuid."""
         wanted = str(vm)
-        if re.match(r'^([0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}$', wanted):
+        if MAC.match(wanted):
             for machine in self.machines_now():
                 if self.id_of(machine) == wanted.upper():
                     return machine
@@ -2670,11 +2672,17 @@ class Driver:
     def _check_new_name(self, name: str) -> None:
         if not name or re.search(r'[/\\\x00-\x1f]', name) or name in ('.', '..'):
             raise InvalidParams('%r is no name for a VM' % name)
+        self._check_is_no_id(name)
         if name in [machine.name for machine in self.machines_now()]:
             raise AlreadyExists('there is a VM %r already' % name)
         path = self.vbox.composeMachineFilename(name, '', '', '')
         if os.path.exists(path):
             raise AlreadyExists('%s exists already, of a VM that is not registered' % path)
+
+    def _check_is_no_id(self, name: str) -> None:
+        """Whoever means a VM of that name would reach the one that has the id."""
+        if MAC.match(name) or UUID.match(name):
+            raise InvalidParams('%r is an id, and no name for a VM' % name)
 
     def _check_ostype(self, ostype: str) -> None:
         known = [each.id for each in self.array(self.vbox, 'guestOSTypes')] if ostype else ['']
@@ -2690,6 +2698,7 @@ class Driver:
                 raise AlreadyExists('%s is registered already' % path)
         password = ('',) if self.api() >= (7, 0) else ()
         machine = self.vbox.openMachine(path, *password)
+        self._check_is_no_id(machine.name)
         if machine.name in [each.name for each in self.machines_now()]:
             raise AlreadyExists('there is a VM %r already' % machine.name)
         self.vbox.registerMachine(machine)

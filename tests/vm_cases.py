@@ -170,6 +170,8 @@ def test_wrong_options_of_a_new_vm(api, options, told):
 
 @pytest.mark.parametrize('name, image, code', [
     ('', '', -32602), ('a/b', '', -32602), ('..', '', -32602), ('wrong', '/no/such.ova', -32602),
+    ('08:00:27:0a:0B:0c', '', -32602), ('6f1c1b0e-3a5b-4C1d-9e2f-0123456789ab', '', -32602),
+    ('{6f1c1b0e-3a5b-4c1d-9e2f-0123456789ab}', '', -32602),
     ('/no/such.vbox', '', -32602), ('wrong', __file__, 9)])
 def test_wrong_names_and_images_of_a_new_vm(api, name, image, code):
     found, text = fault_of(api.createVM, name, image)
