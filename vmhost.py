@@ -2655,7 +2655,7 @@ class Driver:
         wish = wishes(options)
         if not image and name.lower().endswith('.vbox'):
             return self._register(os.path.abspath(name))
-        self._check_new_name(name)
+        self._check_new_name(job, name)
         self._check_ostype(wish['ostype'])
         kind = os.path.splitext(image)[1].lower()
         if image and not os.path.isfile(image):
@@ -2669,13 +2669,15 @@ class Driver:
                                % kind)
         return name
 
-    def _check_new_name(self, name: str) -> None:
+    def _check_new_name(self, job: Job, name: str) -> None:
         if not name or re.search(r'[/\\\x00-\x1f]', name) or name in ('.', '..'):
             raise InvalidParams('%r is no name for a VM' % name)
         self._check_is_no_id(name)
         if name in [machine.name for machine in self.machines_now()]:
             raise AlreadyExists('there is a VM %r already' % name)
         path = self.vbox.composeMachineFilename(name, '', '', '')
+        if path in self._in_the_making(besides=job):
+            raise AlreadyExists('a VM %r is being made already' % name)
         if os.path.exists(path):
             raise AlreadyExists('%s exists already, of a VM that is not registered' % path)
 
@@ -3031,10 +3033,10 @@ class Driver:
         path = self.vbox.getExtraData(IMPORTING + machine.name)
         return bool(path) and path == machine.settingsFilePath and path not in self._in_the_making()
 
-    def _in_the_making(self) -> List[str]:
+    def _in_the_making(self, besides: Optional[Job] = None) -> List[str]:
         """The .vbox files of the VMs that jobs are making: an imported one has no owner until it is whole."""
         return [self.vbox.composeMachineFilename(job.args[0], '', '', '') for job in self._jobs
-                if job.verb == 'create_vm' and job.steps is not None]
+                if job.verb == 'create_vm' and job.steps is not None and job is not besides]
 
     def _left_disks(self) -> List[Tuple[str, str]]:
         """(path, uuid) of the disks that we made and that no VM has attached, nor a disk that lies on them.

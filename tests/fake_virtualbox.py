@@ -29,6 +29,7 @@ VALUES = {
     'MediumVariant': {'Standard': 0}, 'StorageBus': {'IDE': 1, 'SATA': 2},
     'BitmapFormat': {'PNG': 0x20474e50},
     'CleanupMode': {'UnregisterOnly': 1, 'DetachAllReturnHardDisksOnly': 3, 'Full': 4},
+    'VirtualSystemDescriptionType': {'Name': 3, 'SettingsFile': 41, 'HardDiskImage': 16},
     'BandwidthGroupType': {'Network': 2}, 'HostNetworkInterfaceType': {'Bridged': 1, 'HostOnly': 2},
     'ProcessorFeature': {'HWVirtEx': 0},
     'DHCPOption': {'Routers': 3}, 'DHCPOptionEncoding': {'Normal': 0},
@@ -117,11 +118,11 @@ class Progress:
 
 
 class Failed(Progress):
-    """One that ended with the VM's process."""
+    """One that ended with the VM's process, or with another error."""
     resultCode = 0x80004005
 
-    def __init__(self):
-        self.errorInfo = Named(text='The VM session was aborted', next=None)
+    def __init__(self, text='The VM session was aborted'):
+        self.errorInfo = Named(text=text, next=None)
 
 
 class Named:
@@ -154,6 +155,7 @@ class VirtualBox(WithExtraData):
 
     def __init__(self):
         super().__init__()
+        self.reading, self.importing = Progress(), Progress()       # what an Appliance's work comes to
         self.machines, self.hardDisks, self.DHCPServers, self.progressOperations = [], [], [], []
         self.systemProperties = Named(defaultVRDEExtPack='VNC')
         self.performanceCollector = Collector()
@@ -180,6 +182,9 @@ class VirtualBox(WithExtraData):
     def createMachine(self, file, name, architecture, groups, ostype, *more):
         return Machine(self, name, ostype, self.composeMachineFilename(name, '', '', ''))
 
+    def createAppliance(self):
+        return Appliance(self)
+
     def registerMachine(self, machine):
         self.machines.append(machine)
 
@@ -199,6 +204,41 @@ class VirtualBox(WithExtraData):
             if medium.location == location:
                 return medium
         raise FakeError(NOT_FOUND, 'Could not find the disk %s' % location)
+
+
+class Appliance:
+    """One VM with one disk, whatever the file is."""
+
+    def __init__(self, vbox):
+        self.vbox, self.machines, self.virtualSystemDescriptions = vbox, [], []
+
+    def read(self, path):
+        return self.vbox.reading
+
+    def interpret(self):
+        self.virtualSystemDescriptions = [Description()]
+
+    def importMachines(self, options):
+        if not self.vbox.importing.resultCode:
+            name, path, disk = self.virtualSystemDescriptions[0].values
+            machine = Machine(self.vbox, name, 'Linux_64', path)
+            medium = Medium(self.vbox, os.path.join(os.path.dirname(path), disk))
+            medium.createBaseStorage(4, [])
+            machine.attachDevice('SATA', 0, 0, medium.deviceType, medium)
+            machine.saveSettings()
+            self.vbox.registerMachine(machine)
+            self.machines.append(machine.id)
+        return self.vbox.importing
+
+
+class Description:
+    kinds, values = [3, 41, 16], ['its name', '', 'disk.vmdk']
+
+    def getDescription(self):
+        return self.kinds, [], [], self.values, ['', '', '']
+
+    def setFinalValues(self, enabled, values, extra):
+        self.values = values
 
 
 class Medium:

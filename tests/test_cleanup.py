@@ -1,10 +1,15 @@
-"""What cleanup takes, and above all what it leaves alone, on a fake VirtualBox within reach of the test."""
+"""What cleanup takes, above all what it leaves alone, and what createVM leaves behind that it could take.
+
+The fake VirtualBox is within reach of the test here.
+"""
 
 import os
+import threading
 import types
 
 import fake_virtualbox
 import pytest
+from helpers import wait_until
 
 import vmhost
 
@@ -32,6 +37,13 @@ def create(box, vbox, name, **options):
     """A new VM of ours, as VirtualBox knows it."""
     box.create_vm(name, '', dict({'diskSize': 4}, **options))
     return vbox.findMachine(name)
+
+
+@pytest.fixture
+def appliance(tmp_path):
+    """The path of an appliance."""
+    (tmp_path / 'image.ova').write_text('')
+    return str(tmp_path / 'image.ova')
 
 
 def disk_of(machine):
@@ -157,3 +169,18 @@ def test_a_clone_of_a_half_made_vm_is_not_half_made(box, vbox):
     assert box.cleanup() == []
     machine.setExtraData('vmhost/keep', '')
     assert [(row['name'], row['why']) for row in box.cleanup()] == [('ours', 'half made')]
+
+
+def test_two_imports_under_one_name(box, vbox, appliance):
+    vbox.reading.completed = False
+    first = threading.Thread(target=box.create_vm, args=('twice', appliance, {}))
+    first.start()
+    wait_until(lambda: [job for job in box.under_way() if job['text'] == 'reading the appliance'])
+    with pytest.raises(vmhost.AlreadyExists):
+        box.create_vm('twice', appliance, {})
+    assert first.is_alive()
+    vbox.reading.completed = True
+    first.join(10)
+    assert box.list_vms() == ['twice']
+    assert rows(box.cleanup(False)) == [('vm', 'twice')]
+    assert not vbox.hardDisks and not vbox.extra
