@@ -1284,8 +1284,8 @@ MAKING = 'vmhost/making'           # still being made; left behind by a host tha
 KEEP = 'vmhost/keep'               # cleanup leaves it alone
 # Global extra-data keys.
 IMPORTING = 'vmhost/importing/'    # + name: the .vbox that an import will register
-DISK_MADE = 'vmhost/disk'          # + path of a disk that createVM made: its uuid, or DISK_UNFINISHED
-DISK_UNFINISHED = 'unfinished'
+DISK_MADE = 'vmhost/disk'          # + path of a disk that createVM made: its uuid, or `unfinished` and when
+DISK_UNFINISHED = 'unfinished '
 MAC = re.compile(r'^([0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}$')
 UUID = re.compile(r'^{?[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}}?$')
 CHIRP_RULE = 'vmhost-chirp'        # name of the NAT port forwarding
@@ -2122,6 +2122,7 @@ class Driver:
         self.states = {code: name for name, code in names.items()
                        if not name.startswith(('First', 'Last'))}
         self._next_look = 0.0
+        self._forget_what_never_came()
 
     def _connect_anew(self) -> None:
         """A VBoxSVC that has just died can take 10 s to make room for the next one: the VMs'
@@ -2752,7 +2753,7 @@ class Driver:
         disk = self.vbox.createMedium('VDI', os.path.join(folder, machine.name + '.vdi'),
                                       self.const('AccessMode_ReadWrite'),
                                       self.const('DeviceType_HardDisk'))
-        self.vbox.setExtraData(DISK_MADE + disk.location, DISK_UNFINISHED)
+        self.vbox.setExtraData(DISK_MADE + disk.location, unfinished())
         variant = [self.const('MediumVariant_Standard')]
         if copied:
             yield from self._copy_disk(job, image, disk, variant)
@@ -2793,7 +2794,7 @@ class Driver:
         """Of a copy of a disk that VirtualBox knows: both have the same uuid, so it opens neither
         the copy nor, without writing into it, gives it another. A copy of the copy gets one."""
         twin = os.path.join(folder, 'copy-of-' + os.path.basename(image))
-        self.vbox.setExtraData(DISK_MADE + twin, DISK_UNFINISHED)
+        self.vbox.setExtraData(DISK_MADE + twin, unfinished())
         try:
             yield from self._copy_file(job, image, twin)
             return self._open_disk(twin, 'ReadWrite', True)
@@ -2917,10 +2918,9 @@ class Driver:
         self._expect_disks(systems[0], os.path.dirname(path))
         try:
             yield from self.finish(job, appliance.importMachines([]), 'importing')
-        except DeadlineExceeded:
-            raise                                   # VirtualBox goes on with it: the note stays
-        except VMHostError:
-            self.vbox.setExtraData(note, '')
+        except Exception as error:                  # VirtualBox goes on, or died: what comes is ours
+            if not isinstance(error, DeadlineExceeded) and not self._is_dead(error):
+                self._forget(os.path.dirname(path))
             raise
         machine = self.vbox.findMachine(self.array(appliance, 'machines')[0])
         yield from self.own(job, machine)
@@ -2942,7 +2942,22 @@ class Driver:
         for kind, value in zip(kinds, values):
             location = os.path.join(folder, value)
             if kind == disk and not os.path.exists(location):
-                self.vbox.setExtraData(DISK_MADE + location, DISK_UNFINISHED)
+                self.vbox.setExtraData(DISK_MADE + location, unfinished())
+
+    def _forget(self, folder: str) -> None:
+        """Drops the notes of what was to come in this folder and didn't: what lies there later isn't ours."""
+        for key, path in self._begun():
+            if os.path.dirname(path) == folder and not is_recent(path, self.vbox.getExtraData(key)):
+                self.vbox.setExtraData(key, '')
+
+    def _begun(self) -> Iterator[Tuple[str, str]]:
+        """(key of the note, path) of unfinished disks, and of the .vbox files that imports make."""
+        for key in self.vbox.getExtraDataKeys():
+            note = self.vbox.getExtraData(key)
+            if key.startswith(IMPORTING):
+                yield key, note
+            elif key.startswith(DISK_MADE) and note.startswith(DISK_UNFINISHED):
+                yield key, key[len(DISK_MADE):]
 
     def _disks_of(self, machine: Any) -> List[Any]:
         disk = self.const('DeviceType_HardDisk')
@@ -2993,7 +3008,7 @@ class Driver:
     def _is_made(self, medium: Any) -> bool:
         """Whether we made this disk, or the one that it lies on."""
         base = medium.base
-        return self.vbox.getExtraData(DISK_MADE + base.location) in (base.id, DISK_UNFINISHED)
+        return is_noted(base, self.vbox.getExtraData(DISK_MADE + base.location))
 
     # verbs: what was left behind
 
@@ -3005,6 +3020,7 @@ class Driver:
             vbox_log.warning('cleanup removes nothing while VirtualBox can not read %s: any disk may be '
                              'in use there', ', '.join(unread))
             return removed
+        self._forget_what_never_came()
         for machine in self.machines_now():
             why = self._why_left(machine)
             if why:
@@ -3038,44 +3054,57 @@ class Driver:
         return [self.vbox.composeMachineFilename(job.args[0], '', '', '') for job in self._jobs
                 if job.verb == 'create_vm' and job.steps is not None and job is not besides]
 
-    def _left_disks(self) -> List[Tuple[str, str]]:
-        """(path, uuid) of the disks that we made and that no VM has attached, nor a disk that lies on them.
+    def _forget_what_never_came(self) -> None:
+        """As _forget, for whatever a host began that has died. The sooner the better: a user may put files
+        of his own there."""
+        if not self._works():
+            making = self._folders_in_the_making()
+            for folder in {os.path.dirname(path) for _, path in self._begun()}.difference(making):
+                self._forget(folder)
 
-        VirtualBox goes on with what a host began that has died: nothing unfinished is left while it works.
+    def _works(self) -> bool:
+        """Whether VirtualBox is at work: it goes on with what a host began that has died."""
+        return bool(self.array(self.vbox, 'progressOperations'))
+
+    def _left_disks(self) -> List[Tuple[str, str]]:
+        """(path, note) of the disks that we made and that no VM has attached, nor a disk that lies on them.
+
+        Nothing unfinished is left while VirtualBox works.
         """
-        works = bool(self.array(self.vbox, 'progressOperations'))
+        works = self._works()
         making = self._folders_in_the_making()
         known = {disk.location: disk for disk in self.array(self.vbox, 'hardDisks')}
         left = []
         for key in self.vbox.getExtraDataKeys():
-            location, uuid = key[len(DISK_MADE):], self.vbox.getExtraData(key)
+            location, note = key[len(DISK_MADE):], self.vbox.getExtraData(key)
             if not key.startswith(DISK_MADE) or os.path.dirname(location) in making:
                 continue
-            if works and uuid == DISK_UNFINISHED:
+            if works and note.startswith(DISK_UNFINISHED):
                 continue
-            if not os.path.exists(location):
+            if not is_recent(location, note):
                 self.vbox.setExtraData(key, '')
-            elif location not in known or self._is_left(known[location], uuid):
-                left.append((location, uuid))
+            elif location not in known or self._is_left(known[location], note):
+                left.append((location, note))
         return left
 
-    def _is_left(self, disk: Any, uuid: str) -> bool:
-        return uuid in (disk.id, DISK_UNFINISHED) and not (
+    def _is_left(self, disk: Any, note: str) -> bool:
+        return is_noted(disk, note) and not (
             self.array(disk, 'machineIds') or self.array(disk, 'children'))
 
     def _folders_in_the_making(self) -> List[str]:
         owned = [machine.settingsFilePath for machine in self.machines_now() if machine.id in self._owners]
         return [os.path.dirname(path) for path in owned + self._in_the_making()]
 
-    def _remove_disk(self, job: Job, location: str, uuid: str) -> Steps:
+    def _remove_disk(self, job: Job, location: str, note: str) -> Steps:
         try:
             medium = self._open_disk(location, 'ReadWrite')
         except Exception:
-            if uuid != DISK_UNFINISHED:
+            if not note.startswith(DISK_UNFINISHED):
                 raise
-            os.remove(location)                     # not even a disk yet
+            os.remove(location)                     # not even a disk yet, or still the twin of another
         else:
-            if uuid not in (medium.id, DISK_UNFINISHED):
+            if not is_noted(medium, note):
+                medium.close()                      # VirtualBox didn't know it before
                 raise HypervisorError('%s is another disk than the one that was made there'
                                       % location)
             yield from self.finish(job, medium.deleteStorage(), 'deleting a disk')
@@ -3531,6 +3560,27 @@ def wishes(options: Dict[str, Any]) -> Dict[str, Any]:
     if wish['network'] not in ('', 'hostonly', 'nat', 'none'):
         raise InvalidParams('network is hostonly, nat or none, not %r' % wish['network'])
     return wish
+
+
+def unfinished() -> str:
+    """The note of a disk that is about to be made. Two seconds are what some file systems' clocks are off."""
+    return DISK_UNFINISHED + '%d' % (time.time() - 2)
+
+
+def is_recent(location: str, note: str) -> bool:
+    """Whether there is a file, and none that is older than what was noted as unfinished."""
+    try:
+        written = os.path.getmtime(location)
+    except OSError:
+        return False
+    return not note.startswith(DISK_UNFINISHED) or written >= int(note[len(DISK_UNFINISHED):])
+
+
+def is_noted(disk: Any, note: str) -> bool:
+    """Whether the disk is the one that this note of ours is about."""
+    if note.startswith(DISK_UNFINISHED):
+        return is_recent(disk.location, note)
+    return bool(disk.id == note)
 
 
 def has_mark(machine: Any, key: str) -> bool:

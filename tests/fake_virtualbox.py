@@ -14,6 +14,7 @@ import time
 import uuid
 
 NOT_FOUND, BAD_STATE, OBJECT_STATE, IN_USE = 0x80bb0001, 0x80bb0002, 0x80bb0007, 0x80bb000c
+FILE_ERROR, INVALID_ARGUMENT = 0x80bb0004, 0x80070057
 CALL_FAILED, NOT_READY = 0x800706be, 0x80070005
 VALUES = {
     'MachineState': {
@@ -203,7 +204,21 @@ class VirtualBox(WithExtraData):
         for medium in self.hardDisks:
             if medium.location == location:
                 return medium
-        raise FakeError(NOT_FOUND, 'Could not find the disk %s' % location)
+        if not os.path.exists(location):
+            raise FakeError(NOT_FOUND, 'Could not find the disk %s' % location)
+        return self._open_file(location)
+
+    def _open_file(self, location):
+        """A disk that VirtualBox doesn't know yet: its file holds its uuid."""
+        medium = Medium(self, location)
+        with open(location) as file:
+            medium.id = file.read()
+        if not medium.id:
+            raise FakeError(FILE_ERROR, 'Could not get the storage format of the medium %r' % location)
+        if medium.id in [each.id for each in self.hardDisks]:
+            raise FakeError(INVALID_ARGUMENT, 'Cannot register the disk %r: its UUID is known' % location)
+        self.hardDisks.append(medium)
+        return medium
 
 
 class Appliance:
@@ -255,9 +270,13 @@ class Medium:
 
     def createBaseStorage(self, size, variant):
         os.makedirs(os.path.dirname(self.location), exist_ok=True)
-        with open(self.location, 'w'):
-            self.vbox.hardDisks.append(self)
+        with open(self.location, 'w') as file:
+            file.write(self.id)
+        self.vbox.hardDisks.append(self)
         return Progress()
+
+    def close(self):
+        self.vbox.hardDisks.remove(self)
 
     def make_child(self, location):
         """A differencing disk, as a snapshot or a linked clone makes one."""

@@ -5,6 +5,7 @@ The fake VirtualBox is within reach of the test here.
 
 import os
 import threading
+import time
 import types
 
 import fake_virtualbox
@@ -23,12 +24,13 @@ def vbox(tmp_path, monkeypatch):
 
 @pytest.fixture
 def box(vbox, tmp_path, monkeypatch):
-    """The host's side, on the fake."""
+    """The host's side, on the fake, to which it is connected."""
     manager = fake_virtualbox.VirtualBoxManager()
     monkeypatch.setattr(manager, 'getVirtualBox', lambda: vbox)
     network, desktop = types.SimpleNamespace(mode='nat', host_ip=''), types.SimpleNamespace(ports='')
     box = vmhost.VirtualBox(network, desktop, 9094, str(tmp_path), 1, connect=lambda: manager)
     box.start_thread()
+    box.list_vms()
     yield box
     assert box.close()
 
@@ -98,6 +100,7 @@ def test_another_disk_in_the_place_of_ours_stays(box, vbox):
     disk.id = 'another'
     assert rows(box.cleanup(False)) == [('vm', 'ours')]
     assert os.path.exists(disk.location)
+    assert box.cleanup() == []
 
 
 def test_the_snapshots_of_our_disk_go_with_it(box, vbox, tmp_path):
@@ -184,3 +187,73 @@ def test_two_imports_under_one_name(box, vbox, appliance):
     assert box.list_vms() == ['twice']
     assert rows(box.cleanup(False)) == [('vm', 'twice')]
     assert not vbox.hardDisks and not vbox.extra
+
+
+def test_a_failed_import_notes_nothing(box, vbox, appliance):
+    vbox.importing = fake_virtualbox.Failed('no')
+    with pytest.raises(vmhost.HypervisorError):
+        box.create_vm('failed', appliance, {})
+    assert not vbox.extra
+
+
+def test_an_import_that_is_refused_notes_nothing(box, vbox, appliance, monkeypatch):
+    def refuse(appliance, options):
+        raise fake_virtualbox.FakeError(fake_virtualbox.INVALID_ARGUMENT, 'no')
+
+    monkeypatch.setattr(fake_virtualbox.Appliance, 'importMachines', refuse)
+    with pytest.raises(vmhost.HypervisorError):
+        box.create_vm('refused', appliance, {})
+    assert not vbox.extra
+
+
+@pytest.fixture
+def half(vbox, tmp_path, monkeypatch):
+    """Notes the file in which a host that died was making a disk; gives its path."""
+    path = tmp_path / 'half' / 'disk.vdi'
+    vbox.setExtraData('vmhost/disk' + str(path), vmhost.unfinished())
+    vbox.setExtraData('vmhost/importing/half', str(tmp_path / 'half' / 'half.vbox'))
+    path.parent.mkdir()
+    return path
+
+
+@pytest.mark.parametrize('content', ['', 'uuid'])
+def test_what_a_host_that_died_left_is_removed(box, vbox, half, content):
+    half.write_text(content)
+    vbox.progressOperations.append('going on')
+    assert box.cleanup(False) == []
+    vbox.progressOperations.clear()
+    assert rows(box.cleanup()) == [('disk', str(half))] == rows(box.cleanup(False))
+    assert not half.parent.exists()
+    box.cleanup()
+    assert not vbox.extra and not vbox.hardDisks
+
+
+def test_a_file_that_comes_after_the_next_host_has_begun_is_not_ours(half, box, vbox):
+    half.write_text('')
+    assert box.cleanup(False) == [] and half.exists()
+    assert not vbox.extra
+
+
+def test_a_file_from_before_is_not_ours(box, vbox, half):
+    half.write_text('uuid')
+    os.utime(str(half), (time.time() - 10, time.time() - 10))
+    assert box.cleanup(False) == [] and half.exists()
+    os.utime(str(half))
+    assert box.cleanup(False) == [] and half.exists()
+
+
+def test_half_a_copy_of_a_known_disk_is_removed(box, vbox, half, tmp_path):
+    known = foreign_disk(vbox, tmp_path)
+    half.write_text(known.id)
+    assert rows(box.cleanup(False)) == [('disk', str(half))]
+    assert vbox.hardDisks == [known] and os.path.exists(known.location)
+
+
+def test_another_disk_that_was_put_in_the_place_of_ours_stays(box, vbox):
+    disk = create(box, vbox, 'ours').mediumAttachments.pop().medium
+    disk.close()
+    with open(disk.location, 'w') as file:
+        file.write('another')
+    with pytest.raises(vmhost.HypervisorError):
+        box.cleanup(False)
+    assert os.path.exists(disk.location) and not vbox.hardDisks
