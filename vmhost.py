@@ -3024,15 +3024,30 @@ class Driver:
         for machine in self.machines_now():
             why = self._why_left(machine)
             if why:
-                removed.append({'kind': 'vm', 'name': machine.name, 'why': why})
-                if not dry_run:
-                    yield from self.own(job, machine)
-                    yield from self._finish_delete(job, machine, only_ours=True)
-        for location, uuid in self._left_disks():
-            removed.append({'kind': 'disk', 'name': location, 'why': 'no VM uses it'})
-            if not dry_run:
-                yield from self._remove_disk(job, location, uuid)
+                row = {'kind': 'vm', 'name': machine.name, 'why': why}
+                if dry_run or (yield from self._succeeds(row, self._remove_left_vm(job, machine))):
+                    removed.append(row)
+        for location, note in self._left_disks():
+            row = {'kind': 'disk', 'name': location, 'why': 'no VM uses it'}
+            if dry_run or (yield from self._succeeds(row, self._remove_disk(job, location, note))):
+                removed.append(row)
         return removed
+
+    def _succeeds(self, row: Dict[str, str], steps: Steps) -> Steps:
+        """Removes it. What can't be removed mustn't hide what was, nor keep the rest."""
+        try:
+            yield from steps
+            return True
+        except Exception as error:
+            if self._is_dead(error):
+                raise
+            vbox_log.warning('cleanup could not remove the %s %s: %s', row['kind'], row['name'],
+                             error if isinstance(error, VMHostError) else self.translate(error))
+            return False
+
+    def _remove_left_vm(self, job: Job, machine: Any) -> Steps:
+        yield from self.own(job, machine)
+        yield from self._finish_delete(job, machine, only_ours=True)
 
     def _why_left(self, machine: Any) -> str:
         """Why this VM may go, '' when it must not."""

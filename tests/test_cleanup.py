@@ -254,6 +254,27 @@ def test_another_disk_that_was_put_in_the_place_of_ours_stays(box, vbox):
     disk.close()
     with open(disk.location, 'w') as file:
         file.write('another')
-    with pytest.raises(vmhost.HypervisorError):
-        box.cleanup(False)
+    assert rows(box.cleanup(False)) == [('vm', 'ours')]
     assert os.path.exists(disk.location) and not vbox.hardDisks
+
+
+def test_what_can_not_be_removed_does_not_hide_the_rest(box, vbox, monkeypatch, caplog):
+    machines = [create(box, vbox, name) for name in ('first', 'second', 'third', 'fourth')]
+    refused = {machines[0], machines[2].mediumAttachments.pop().medium}
+    left = machines[3].mediumAttachments.pop().medium
+
+    def refuse(method):
+        def tried(thing, *args):
+            if thing in refused:
+                raise fake_virtualbox.FakeError(fake_virtualbox.IN_USE, 'no')
+            return method(thing, *args)
+        return tried
+
+    monkeypatch.setattr(fake_virtualbox.Machine, 'unregister', refuse(fake_virtualbox.Machine.unregister))
+    monkeypatch.setattr(fake_virtualbox.Medium, 'deleteStorage', refuse(fake_virtualbox.Medium.deleteStorage))
+    assert rows(box.cleanup(False)) == [
+        ('vm', 'second'), ('vm', 'third'), ('vm', 'fourth'), ('disk', left.location)]
+    assert 'the vm first: no' in caplog.text and 'third.vdi: no' in caplog.text
+    refused.clear()
+    assert [kind for kind, name in rows(box.cleanup(False))] == ['vm', 'disk']
+    assert not vbox.machines and not vbox.hardDisks and not vbox.extra
