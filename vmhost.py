@@ -2710,13 +2710,14 @@ class Driver:
     def _build(self, job: Job, name: str, image: str, kind: str, wish: Dict[str, Any]
                ) -> Steps:
         machine = self._new_machine(name, wish['ostype'])
+        disk = None
         try:
             yield from self.own(job, machine)
             disk = yield from self._new_disk(job, machine, image, kind, wish['diskSize'])
             yield from self.edit(job, machine, lambda mutable: self._fit_out(
                 mutable, wish, disk, image if kind == '.iso' else ''))
         except BaseException:
-            self._remove_half_made(machine)
+            self._remove_half_made(machine, disk)
             raise
 
     def _new_machine(self, name: str, ostype: str) -> Any:
@@ -2737,10 +2738,17 @@ class Driver:
         self.vbox.registerMachine(machine)
         return machine
 
-    def _remove_half_made(self, machine: Any) -> None:
+    def _remove_half_made(self, machine: Any, disk: Any = None) -> None:
+        """And the new disk, which it may not have attached yet."""
         try:
+            note = IMPORTING + machine.name
+            if disk is not None and not self.array(disk, 'machineIds'):
+                location = disk.location
+                disk.deleteStorage().waitForCompletion(10000)
+                self.vbox.setExtraData(DISK_MADE + location, '')
             progress = self._delete(machine, only_ours=True)
             progress.waitForCompletion(10000)
+            self.vbox.setExtraData(note, '')
         except Exception as error:
             vbox_log.warning('a half-made VM is left for cleanup: %s', self.translate(error))
 
@@ -2923,9 +2931,13 @@ class Driver:
                 self._forget(os.path.dirname(path))
             raise
         machine = self.vbox.findMachine(self.array(appliance, 'machines')[0])
-        yield from self.own(job, machine)
-        self._remember_disks(machine)
-        yield from self.edit(job, machine, lambda mutable: self._apply(mutable, wish))
+        try:
+            yield from self.own(job, machine)
+            self._remember_disks(machine)
+            yield from self.edit(job, machine, lambda mutable: self._apply(mutable, wish))
+        except BaseException:
+            self._remove_half_made(machine)
+            raise
         self.vbox.setExtraData(note, '')
 
     def _rename_system(self, system: Any, name: str, path: str) -> None:

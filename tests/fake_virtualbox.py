@@ -398,7 +398,7 @@ class Machine(WithExtraData):
     def lockMachine(self, session, kind):
         if os.path.exists(steering('lock-' + self.name)) or self.session:
             raise FakeError(OBJECT_STATE, 'The machine %r is already locked by a session' % self.name)
-        self.session = session
+        self.session, self.saved_attachments = session, self.mediumAttachments[:]
         session.hold(self)
 
     def launchVMProcess(self, session, kind, environment):
@@ -414,6 +414,7 @@ class Machine(WithExtraData):
         pass
 
     def saveSettings(self):
+        self.saved_attachments = self.mediumAttachments[:]
         os.makedirs(os.path.dirname(self.settingsFilePath), exist_ok=True)
         with open(self.settingsFilePath, 'w') as file:
             file.write('<Machine uuid="{%s}" name="%s">\n' % (self.id, self.name))
@@ -422,6 +423,16 @@ class Machine(WithExtraData):
 
     def getNetworkAdapter(self, slot):
         return self.cards[slot]
+
+    @property
+    def memorySize(self):
+        return self._memory
+
+    @memorySize.setter
+    def memorySize(self, megabytes):
+        if megabytes > 2 << 20:
+            raise FakeError(INVALID_ARGUMENT, 'Invalid RAM size: %d MB' % megabytes)
+        self._memory = megabytes
 
     def attachDevice(self, controller, port, device, kind, medium):
         self.mediumAttachments.append(Named(controller=controller, port=port, device=device, type=kind,
@@ -506,7 +517,7 @@ class Session:
         self.console = Console(machine) if machine.runs else None
 
     def unlockMachine(self):
-        self.machine.session = None
+        self.machine.session, self.machine.mediumAttachments = None, self.machine.saved_attachments
         self.state, self.machine, self.console = VALUES['SessionState']['Unlocked'], None, None
 
 

@@ -278,3 +278,13 @@ def test_what_can_not_be_removed_does_not_hide_the_rest(box, vbox, monkeypatch, 
     refused.clear()
     assert [kind for kind, name in rows(box.cleanup(False))] == ['vm', 'disk']
     assert not vbox.machines and not vbox.hardDisks and not vbox.extra
+
+
+@pytest.mark.parametrize('image', ['', 'appliance'])
+def test_options_that_virtualbox_refuses_leave_nothing_behind(box, vbox, appliance, tmp_path, image):
+    image, before = image and appliance, sorted(os.listdir(str(tmp_path)))
+    with pytest.raises(vmhost.HypervisorError, match='RAM size'):
+        box.create_vm('again', image, {'memory': 3000000})
+    assert sorted(os.listdir(str(tmp_path))) == before
+    assert not vbox.machines and not vbox.hardDisks and not vbox.extra
+    assert box.create_vm('again', image) == 'again'
