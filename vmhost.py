@@ -3119,14 +3119,15 @@ class Driver:
             self.array(disk, 'machineIds') or self.array(disk, 'children'))
 
     def _folders_in_the_making(self) -> List[str]:
-        owned = [machine.settingsFilePath for machine in self.machines_now() if machine.id in self._owners]
+        machines = self.machines_now() if self._owners else []
+        owned = [machine.settingsFilePath for machine in machines if machine.id in self._owners]
         return [os.path.dirname(path) for path in owned + self._in_the_making()]
 
     def _remove_disk(self, job: Job, location: str, note: str) -> Steps:
         try:
             medium = self._open_disk(location, 'ReadWrite')
-        except Exception:
-            if not note.startswith(DISK_UNFINISHED):
+        except Exception as error:
+            if self._is_dead(error) or not note.startswith(DISK_UNFINISHED):
                 raise
             os.remove(location)                     # not even a disk yet, or still the twin of another
         else:
