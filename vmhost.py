@@ -1968,6 +1968,7 @@ class Job:
         self.tries = 0
         self.begun = time.monotonic()
         self.deadline = self.begun + timeout
+        self._timeout = timeout
         self._tell = tell
         self._told = 0.0
         self._last = (-1, '')
@@ -1975,6 +1976,14 @@ class Job:
     def check_deadline(self, error: Exception) -> None:
         if time.monotonic() > self.deadline:
             raise error
+
+    def renew_deadline(self) -> None:
+        """Something long is done, which has a limit of its own; what comes after it has not begun late.
+
+        Whoever waits hears of it, lest the driver be silent for longer than he has patience.
+        """
+        self.deadline = time.monotonic() + self._timeout
+        self._tell({'id': self.id, 'percent': 100, 'text': ''})
 
     def report(self, percent: int, text: str) -> None:
         """Progress; told at once when it changed, else now and then as a sign of life."""
@@ -2215,6 +2224,7 @@ class Driver:
                 raise DeadlineExceeded('%s: no progress for %d s, at %d%%; VirtualBox goes on '
                                        'with it' % (text, STALL, percent))
             yield 0.1
+        job.renew_deadline()
         code = progress.resultCode & 0xffffffff
         if code:
             raise fault_of(code, error_text(progress.errorInfo))
@@ -2819,6 +2829,7 @@ class Driver:
                 copy.write(block)
                 job.report(100 * source.tell() // total, 'copying the image')
                 yield 0
+        job.renew_deadline()
 
     def _fit_out(self, machine: Any, wish: Dict[str, Any], disk: Any, iso: str) -> None:
         if disk is not None:

@@ -5,7 +5,9 @@ checked by running vm_cases.py on it and on the real one. Its VMs live as long a
 it. Files in the folder FAKE_VIRTUALBOX steer it from outside: ``abort-NAME`` kills the VM's process,
 ``abort-saved-NAME`` over its saved state, ``die-NAME`` as it next comes up, or is powered off; ``stick-NAME``
 lets the guest stop with an error, ``lock-NAME`` is another program that holds the VM's lock, ``dead`` is a
-VBoxSVC that died; as many looks as ``anew-NAME`` has characters find a VM that VirtualBox is still making.
+VBoxSVC that died; as many looks as ``anew-NAME`` has characters find a VM that VirtualBox is still making;
+``slow-NAME`` holds how many seconds all Progress of a VM takes, after which its session is unlocking for a
+moment.
 """
 
 import itertools
@@ -116,6 +118,30 @@ class Progress:
 
     def waitForCompletion(self, timeout):
         pass
+
+
+class Slow(Progress):
+    """One that takes its time."""
+
+    def __init__(self, seconds):
+        self.begun, self.seconds = time.monotonic(), seconds
+
+    @property
+    def completed(self):
+        return time.monotonic() - self.begun > self.seconds
+
+    @property
+    def percent(self):
+        return min(99, int(100 * (time.monotonic() - self.begun) / self.seconds))
+
+
+def progress_of(name):
+    """The Progress of something that a VM does."""
+    try:
+        with open(steering('slow-' + name)) as file:
+            return Slow(float(file.read()))
+    except FileNotFoundError:
+        return Progress()
 
 
 class Failed(Progress):
@@ -355,6 +381,7 @@ class Machine(WithExtraData):
         self.mediumAttachments = []
         self.snapshots, self.currentSnapshot = [], None
         self.session = None
+        self.unlocked = 0.0             # until when the session is unlocking
         self.go_to('PoweredOff')
 
     # State and locks.
@@ -392,6 +419,8 @@ class Machine(WithExtraData):
 
     @property
     def sessionState(self):
+        if time.monotonic() < self.unlocked:
+            return VALUES['SessionState']['Unlocking']
         locked = self.session or self.runs or os.path.exists(steering('lock-' + self.name))
         return VALUES['SessionState']['Locked' if locked else 'Unlocked']
 
@@ -465,7 +494,7 @@ class Machine(WithExtraData):
 
     def saveState(self):
         self.go_to('Saved')
-        return Progress()
+        return progress_of(self.name)
 
     def discardSavedState(self, remove):
         self.go_to('PoweredOff')
@@ -483,12 +512,12 @@ class Machine(WithExtraData):
             snapshot.parent.children.append(snapshot)
         self.snapshots.append(snapshot)
         self.currentSnapshot = snapshot
-        return (Progress(), snapshot.id)
+        return (progress_of(self.name), snapshot.id)
 
     def restoreSnapshot(self, snapshot):
         self.currentSnapshot = snapshot
         self.go_to('Saved' if snapshot.online else 'PoweredOff')
-        return Progress()
+        return progress_of(self.name)
 
     def deleteSnapshot(self, wanted):
         snapshot = self.findSnapshot(wanted)
@@ -503,7 +532,7 @@ class Machine(WithExtraData):
         if self.currentSnapshot is snapshot:
             self.currentSnapshot = snapshot.parent
         self.snapshots.remove(snapshot)
-        return Progress()
+        return progress_of(self.name)
 
 
 class Session:
@@ -518,6 +547,8 @@ class Session:
 
     def unlockMachine(self):
         self.machine.session, self.machine.mediumAttachments = None, self.machine.saved_attachments
+        if os.path.exists(steering('slow-' + self.machine.name)):
+            self.machine.unlocked = time.monotonic() + 0.1
         self.state, self.machine, self.console = VALUES['SessionState']['Unlocked'], None, None
 
 

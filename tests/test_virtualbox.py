@@ -76,6 +76,18 @@ def test_a_vm_that_is_just_being_made_is_looked_at_again(api, fake, vm):
     assert api.getState(vm) == 'PoweredOff'
 
 
+def test_what_takes_longer_than_the_timeout_succeeds(api, fake, vm):
+    slow = fake / ('slow-' + vm)
+    slow.write_text('1.1')
+    api.start(vm)
+    assert api.takeSnapshot(vm, 'live') is True
+    assert api.saveState(vm) is True
+    assert api.restoreSnapshot(vm) is True
+    assert api.deleteSnapshot(vm, 'live') is True
+    assert api.listSnapshots(vm) == []
+    slow.unlink()
+
+
 def test_a_vm_whose_process_dies_as_it_comes_up(api, fake, vm):
     (fake / ('die-' + vm)).write_text('')
     code, text = fault_of(api.start, vm)
