@@ -1745,7 +1745,11 @@ class VirtualBox:
         for call in calls:
             self._hand_over(child, call)
         for line in child.stdout:
-            self._heard(json.loads(line.decode()))
+            message = read_message(line)
+            if message is None:
+                child.kill()
+                break
+            self._heard(message)
         with self._lock:
             self._child = None
         with self._writing:
@@ -1883,6 +1887,15 @@ class Watch:
                 self._happened('vm-aborted', name, 'its process died; it was ' + before[1])
             elif state == 'Stuck':
                 self._happened('vm-stuck', name, 'the guest stopped with an error')
+
+
+def read_message(line: bytes) -> Any:
+    """What the driver's process said; None for half a line, the last one of a process that died."""
+    try:
+        return json.loads(line.decode())
+    except ValueError:
+        vbox_log.warning('the VirtualBox process broke off in the middle of a line: %.80r', line)
+        return None
 
 
 def close_quietly(stream: Any) -> None:

@@ -1,8 +1,12 @@
 """The cases of vm_cases.py on the fake VirtualBox, and what only the fake does at will."""
 
+import contextlib
 import itertools
 import os
 import signal
+import subprocess
+import sys
+import types
 
 import fake_virtualbox
 import pytest
@@ -11,7 +15,15 @@ from helpers import wait_until
 from vm_cases import *  # noqa: F403 (the tests, for pytest to find)
 from vms import VMHost, command_line, fault_of, processes
 
+import vmhost
+
 NUMBERS = itertools.count(1)
+ANSWERS = '''
+import json, sys
+for line in sys.stdin:
+    print(json.dumps({'id': json.loads(line)['id'], 'value': 'an answer'}), flush=True)
+'''
+BREAKS_OFF = 'print(\'{"id": 1, "val\', end="")'
 
 
 @pytest.fixture(scope='module')
@@ -183,6 +195,35 @@ def test_a_broker_that_no_vm_reaches_is_told_of(tmp_path):
         assert host.api.agentInfo()['broker']['address'].startswith('127.0.0.1:')
         checked = host.verb('check').stdout.decode()
         assert 'where no VM reaches it: start the host agent again' in ' '.join(checked.split())
+class Scripted(vmhost.VirtualBox):
+    """One whose processes run these scripts, the last of them again and again."""
+
+    def __init__(self, *scripts):
+        super().__init__(types.SimpleNamespace(mode='nat'), types.SimpleNamespace(), 9094, '', 1)
+        self.scripts, self.processes = list(scripts), []
+
+    def _start_process(self):
+        script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
+        self.processes.append(subprocess.Popen([sys.executable, '-c', script], stdin=subprocess.PIPE,
+                                               stdout=subprocess.PIPE))
+        return self.processes[-1]
+
+
+@contextlib.contextmanager
+def started(*scripts):
+    """A VirtualBox of such processes, none of which must be left."""
+    box = Scripted(*scripts)
+    box.start_thread()
+    try:
+        yield box
+    finally:
+        assert box.close()
+    assert [process.poll() is None for process in box.processes] == [False] * len(box.processes)
+
+
+def test_a_driver_that_dies_while_it_answers_has_a_successor():
+    with started(BREAKS_OFF, ANSWERS) as box:
+        assert box.version() == 'an answer'
 
 
 def test_no_thread_or_process_stays(tmp_path):
