@@ -1629,8 +1629,9 @@ class VirtualBox:
     def _answer(self, call: 'Call') -> Any:
         patience = self._command_timeout + SILENCE
         while not call.done.wait(1):
+            child = call.sent_to        # read before the clock: it may be handed on meanwhile
             if time.monotonic() - call.heard > patience:
-                self._give_up_on_process()
+                self._give_up_on_process(child)
                 raise DeadlineExceeded('VirtualBox did not answer %s for %d s'
                                        % (call.verb, patience))
         if call.error:
@@ -1646,7 +1647,7 @@ class VirtualBox:
             child = self._child
             if child is None or call.sent_to is child:
                 return
-            call.sent_to = child
+            call.hand_to(child)
         self._write(child, call.message())
 
     def _write(self, child: Any, message: Dict[str, Any]) -> None:
@@ -1741,7 +1742,7 @@ class VirtualBox:
             calls = [call for call in self._calls.values()
                      if call.sent_to is not child and not call.done.is_set()]
             for call in calls:
-                call.sent_to = child
+                call.hand_to(child)
         for call in calls:
             self._hand_over(child, call)
         for line in child.stdout:
@@ -1793,13 +1794,13 @@ class VirtualBox:
             with self._writing:
                 close_quietly(child.stdin)
 
-    def _give_up_on_process(self) -> None:
-        """It hangs inside a call of VirtualBox: only a new process helps."""
+    def _give_up_on_process(self, child: Any) -> None:
+        """It hangs inside a call of VirtualBox: only a new process helps, unless there is one already."""
         with self._lock:
-            child = self._child
-        if child:
+            present = self._child
+        if present is not None and child is present:
             vbox_log.warning('the VirtualBox process hangs: starting another one')
-            child.kill()
+            present.kill()
 
 
 class Call:
@@ -1822,6 +1823,11 @@ class Call:
         self.done = threading.Event()
         self.value = None  # type: Any
         self.error = None  # type: Optional[Exception]
+
+    def hand_to(self, child: Any) -> None:
+        """A process that is told only now hasn't been silent for long."""
+        self.heard = time.monotonic()
+        self.sent_to = child
 
     def message(self) -> Dict[str, Any]:
         return {'id': self.id, 'verb': self.verb, 'args': self.args}

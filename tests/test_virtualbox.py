@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import types
 
 import fake_virtualbox
@@ -224,6 +225,26 @@ def started(*scripts):
 def test_a_driver_that_dies_while_it_answers_has_a_successor():
     with started(BREAKS_OFF, ANSWERS) as box:
         assert box.version() == 'an answer'
+
+
+def test_a_call_of_a_process_that_hung_leaves_its_successor_alone(monkeypatch):
+    monkeypatch.setattr(vmhost, 'SILENCE', 0)
+    with started(ANSWERS) as box:
+        assert box.version() == 'an answer'
+        call = vmhost.Call('version', (), None)
+        call.hand_to(object())
+        call.heard -= 1000
+        with pytest.raises(vmhost.DeadlineExceeded):
+            box._answer(call)
+        assert box.version() == 'an answer'
+        assert len(box.processes) == 1
+        call.hand_to(box.processes[0])              # which has all the time that the first one had
+        assert time.monotonic() - call.heard < 100
+        call.heard -= 1000
+        with pytest.raises(vmhost.DeadlineExceeded):
+            box._answer(call)
+        assert box.version() == 'an answer'
+        assert len(box.processes) == 2
 
 
 def test_no_thread_or_process_stays(tmp_path):
