@@ -1411,8 +1411,9 @@ class VirtualBox:
         self._closing = True
         self._wanted.set()
         self._inbox.put(None)
-        self._hang_up()
         deadline = time.monotonic() + timeout
+        self._hang_up()
+        self._end_process(timeout)
         for thread in self._threads:
             if thread.name == 'vbox-events':
                 self._events.put(None)
@@ -1745,6 +1746,8 @@ class VirtualBox:
                 call.hand_to(child)
         for call in calls:
             self._hand_over(child, call)
+        if self._closing:               # while it was being started
+            self._hang_up()
         for line in child.stdout:
             message = read_message(line)
             if message is None:
@@ -1790,9 +1793,23 @@ class VirtualBox:
     def _hang_up(self) -> None:
         with self._lock:
             child = self._child
-        if child:
-            with self._writing:
+        if child and self._writing.acquire(timeout=1):      # whoever writes to one that hangs, has it
+            try:
                 close_quietly(child.stdin)
+            finally:
+                self._writing.release()
+
+    def _end_process(self, timeout: float) -> None:
+        """Which ends by itself when nobody speaks to it any more, unless it hangs inside VirtualBox."""
+        for way, patience in (('terminate', 0.7 * timeout), ('kill', 0.1 * timeout)):
+            for thread in self._threads[:1]:        # ends with its process
+                thread.join(patience)
+            with self._lock:
+                child = self._child
+            if child is None:
+                return
+            vbox_log.warning('the VirtualBox process hangs: %s', way)
+            getattr(child, way)()
 
     def _give_up_on_process(self, child: Any) -> None:
         """It hangs inside a call of VirtualBox: only a new process helps, unless there is one already."""

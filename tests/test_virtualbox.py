@@ -24,6 +24,13 @@ import json, sys
 for line in sys.stdin:
     print(json.dumps({'id': json.loads(line)['id'], 'value': 'an answer'}), flush=True)
 '''
+HANGS = '''
+import signal
+signal.signal(signal.SIGTERM, signal.%s)
+print('{"seen": {}}', flush=True)
+while True:
+    signal.pause()
+'''
 BREAKS_OFF = 'print(\'{"id": 1, "val\', end="")'
 
 
@@ -217,9 +224,12 @@ def started(*scripts):
     box.start_thread()
     try:
         yield box
-    finally:
         assert box.close()
-    assert [process.poll() is None for process in box.processes] == [False] * len(box.processes)
+        assert None not in [process.returncode for process in box.processes]
+    finally:
+        for process in box.processes:
+            process.kill()
+        box.close()
 
 
 def test_a_driver_that_dies_while_it_answers_has_a_successor():
@@ -245,6 +255,16 @@ def test_a_call_of_a_process_that_hung_leaves_its_successor_alone(monkeypatch):
             box._answer(call)
         assert box.version() == 'an answer'
         assert len(box.processes) == 2
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='there, terminate is kill')
+@pytest.mark.parametrize('at_term', ['SIG_DFL', 'SIG_IGN'])
+def test_a_driver_that_hangs_ends_with_the_host(at_term):
+    with started(HANGS % at_term) as box:
+        wait_until(lambda: box._watch._seen is not None)
+        assert box.close(1)
+        assert box.processes[0].returncode == -(
+            signal.SIGTERM if at_term == 'SIG_DFL' else signal.SIGKILL)
 
 
 def test_no_thread_or_process_stays(tmp_path):
