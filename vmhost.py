@@ -1347,6 +1347,7 @@ OLDEST = (6, 1)                    # of VirtualBox, whose API this code speaks
 STALL = 600                        # seconds without any progress after which a job is given up
 NOT_READY = 2                      # seconds that VirtualBox may take to make an object, or to end it
 SILENCE = 20                       # seconds that the driver may be silent about a call
+PRINTED_KEPT = 1024 * 1024         # bytes of virtualbox.log, beyond which the next process begins anew
 Steps = Generator[float, None, Any]    # a verb under way: yields how many seconds it waits
 
 
@@ -1364,8 +1365,9 @@ class VirtualBox:
 
     `network` and `remote_desktop` have the attributes of the sections [Network] and
     [RemoteDesktop]. `command_timeout` is in seconds, and bounds each call but those whose length
-    depends on the size of a disk or a memory: these report their progress. `on_event(type, vm,
-    text)` is called on the thread `vbox-events`. `connect` makes a VirtualBoxManager.
+    depends on the size of a disk or a memory: these report their progress. What VirtualBox prints is
+    kept in `state_dir`, or nowhere where that is ''. `on_event(type, vm, text)` is called on the thread
+    `vbox-events`. `connect` makes a VirtualBoxManager.
     """
 
     def __init__(self, network: Any, remote_desktop: Any, chirp_port: int, state_dir: str,
@@ -1778,17 +1780,20 @@ class VirtualBox:
         code = ('import sys; sys.path.insert(0, sys.argv[1]); import %s as host; '
                 'host.drive_virtualbox(sys.argv[2])'
                 % os.path.splitext(os.path.basename(here))[0])
-        with open(self._stderr_path(), 'wb') as stderr:
+        with self._open_stderr() as stderr:
             return subprocess.Popen(
                 [sys.executable, '-c', code, os.path.dirname(here), json.dumps(self._settings)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr)
 
-    def _stderr_path(self) -> str:
-        """vboxapi prints its troubles; they are kept here for who looks for a reason."""
+    def _open_stderr(self) -> Any:
+        """vboxapi prints its troubles; they are kept for who looks for a reason, and each process adds to
+        what those before it left."""
         folder = self._settings['state_dir']
         if not folder or not os.path.isdir(folder):
-            return os.devnull
-        return os.path.join(folder, 'virtualbox.log')
+            return open(os.devnull, 'wb')
+        path = os.path.join(folder, 'virtualbox.log')
+        full = os.path.exists(path) and os.path.getsize(path) > PRINTED_KEPT
+        return open(path, 'wb' if full else 'ab')
 
     def _hang_up(self) -> None:
         with self._lock:
@@ -7414,8 +7419,7 @@ def check_hypervisor(settings: Any) -> List[protocol.Finding]:
     if wanted == 'none':
         return [protocol.Finding(True, 'no hypervisor wanted')]
     driver = VirtualBox(settings.Network, settings.RemoteDesktop, CHIRP_PORT,
-                        os.path.abspath(settings.Host.state_dir), settings.Hypervisor.command_timeout,
-                        lambda *_: None)
+                        '', settings.Hypervisor.command_timeout, lambda *_: None)   # no file of a host's
     driver.start_thread()
     try:
         lines = driver.check()

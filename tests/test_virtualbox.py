@@ -14,7 +14,7 @@ import pytest
 from agents import Agent
 from helpers import wait_until
 from vm_cases import *  # noqa: F403 (the tests, for pytest to find)
-from vms import VMHost, command_line, fault_of, processes
+from vms import VMHost, command_line, environment, fault_of, processes
 
 import vmhost
 
@@ -31,6 +31,7 @@ print('{"seen": {}}', flush=True)
 while True:
     signal.pause()
 '''
+SETTINGS = types.SimpleNamespace(mode='nat'), types.SimpleNamespace(), 9094, '', 1
 BREAKS_OFF = 'print(\'{"id": 1, "val\', end="")'
 
 
@@ -207,7 +208,7 @@ class Scripted(vmhost.VirtualBox):
     """One whose processes run these scripts, the last of them again and again."""
 
     def __init__(self, *scripts):
-        super().__init__(types.SimpleNamespace(mode='nat'), types.SimpleNamespace(), 9094, '', 1)
+        super().__init__(*SETTINGS)
         self.scripts, self.processes = list(scripts), []
 
     def _start_process(self):
@@ -265,6 +266,28 @@ def test_a_driver_that_hangs_ends_with_the_host(at_term):
         assert box.close(1)
         assert box.processes[0].returncode == -(
             signal.SIGTERM if at_term == 'SIG_DFL' else signal.SIGKILL)
+
+
+def test_what_processes_printed_is_kept(tmp_path):
+    printed = tmp_path / 'virtualbox.log'
+    box = vmhost.VirtualBox(*SETTINGS[:3] + (str(tmp_path), 1))
+    for text in (b'first', b'second', b'x' * (1 << 20), b'anew'):
+        with box._open_stderr() as stderr:
+            stderr.write(text)
+    assert printed.read_bytes() == b'anew'
+    with box._open_stderr() as stderr:
+        stderr.write(b', and more')
+    assert printed.read_bytes() == b'anew, and more'
+
+
+def test_check_leaves_what_a_running_host_has_printed(fake, host):
+    printed = os.path.join(host.state, 'virtualbox.log')
+    with open(printed, 'a') as file:
+        file.write('evidence')
+    with environment(fake_virtualbox.install(fake)):
+        assert b'VirtualBox 7.2.0' in host.verb('check').stdout
+    with open(printed) as file:
+        assert file.read() == 'evidence'
 
 
 def test_no_thread_or_process_stays(tmp_path):
