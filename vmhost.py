@@ -2145,7 +2145,7 @@ class Driver:
         if self._is_not_ready(error) and job.verb in LOOKING and time.monotonic() < job.begun + NOT_READY:
             job.steps, job.due = None, time.monotonic() + 0.05
             return
-        if not self._is_com_error(error):
+        if not self._is_com_error(error) and not isinstance(error, OSError):
             vbox_log.exception('%s failed', job.verb)
         fault = self.translate(error)
         self._end(job, {'id': job.id, 'error': [type(fault).__name__, str(fault)]})
@@ -2229,13 +2229,13 @@ class Driver:
     # errors
 
     def _is_com_error(self, error: Exception) -> bool:
-        return self.manager is not None and self._code(error) != 0
+        return self._code(error) != 0
 
     def _code(self, error: Exception) -> int:
-        try:
-            return int(self.manager.xcptGetStatus(error)) & 0xffffffff
-        except (AttributeError, TypeError):      # not an error of COM's
+        """COM's status code, 0 for other errors: of an OSError, too, vboxapi's XPCOM would give the errno."""
+        if self.manager is None or not self.manager.xcptIsOurXcptKind(error):
             return 0
+        return int(self.manager.xcptGetStatus(error)) & 0xffffffff
 
     def _is_dead(self, error: Exception) -> bool:
         return self._is_com_error(error) and self._code(error) in DEAD or self.vbox is None
@@ -2247,6 +2247,8 @@ class Driver:
 
     def translate(self, error: Exception) -> VMHostError:
         """VirtualBox's error as ours, with its text and code."""
+        if isinstance(error, OSError):              # of ours: a file that can't be read, a full disk
+            return HypervisorError(str(error))
         code = self._code(error)
         if not code:
             return HypervisorError('%s: %s' % (type(error).__name__, error))

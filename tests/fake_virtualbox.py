@@ -55,11 +55,11 @@ def steering(name):
 
 
 class FakeError(Exception):
-    """An error of COM's."""
+    """An error of COM's, with the attributes of an xpcom.Exception."""
 
     def __init__(self, code, text):
         super().__init__(text)
-        self.code = code
+        self.errno, self.msg = code, text
 
 
 class Constants:
@@ -91,11 +91,14 @@ class VirtualBoxManager:
     def waitForEvents(self, timeout):
         return 0
 
+    def xcptIsOurXcptKind(self, error):
+        return isinstance(error, FakeError)
+
     def xcptGetStatus(self, error):
-        return error.code
+        return error.errno                      # which other kinds of errors have, too
 
     def xcptGetMessage(self, error):
-        return str(error)
+        return error.msg if hasattr(error, 'msg') else 'status %x' % int(error)
 
     def getPerfCollector(self, vbox):
         return Collector()

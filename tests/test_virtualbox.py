@@ -97,6 +97,16 @@ def test_a_vm_that_is_just_being_made_is_looked_at_again(api, fake, vm):
     assert api.getState(vm) == 'PoweredOff'
 
 
+def test_an_error_of_the_system_is_a_fault(host, api, fake, vm):
+    driver = host.driver_pid()
+    log = fake / vm / 'VBox.log'
+    log.mkdir()
+    code, text = fault_of(api.getLog, vm)
+    assert code == 5 and text.startswith('[Errno') and str(log) in text
+    assert host.driver_pid() == driver
+    log.rmdir()
+
+
 def test_what_takes_longer_than_the_timeout_succeeds(api, fake, vm):
     slow = fake / ('slow-' + vm)
     slow.write_text('1.1')
