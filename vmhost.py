@@ -2292,8 +2292,18 @@ class Driver:
         return list(self.manager.getArray(thing, name) or [])
 
     def machines_now(self) -> List[Any]:
-        """All machines whose settings VirtualBox can read."""
-        return [machine for machine in self.array(self.vbox, 'machines') if machine.accessible]
+        """All machines that are there, and whose settings VirtualBox can read."""
+        return [machine for machine in self.array(self.vbox, 'machines') if self._if_there(
+            lambda each: each.accessible and self.state_of(each), machine)]
+
+    def _if_there(self, read: Callable[[Any], Any], machine: Any) -> Any:
+        """What `read` gives; None of a machine that isn't ready: nobody could mean it yet, or any more."""
+        try:
+            return read(machine)
+        except Exception as error:
+            if not self._is_not_ready(error):
+                raise
+            return None
 
     def state_of(self, machine: Any) -> str:
         return self.states.get(machine.state, 'Unknown%s' % machine.state)
@@ -2749,8 +2759,8 @@ class Driver:
     def _register(self, path: str) -> str:
         if not os.path.isfile(path):
             raise InvalidParams('no such file: %s' % path)
-        for machine in self.array(self.vbox, 'machines'):
-            if os.path.abspath(machine.settingsFilePath) == path:
+        for machine in self.array(self.vbox, 'machines'):       # those that can't be read, too
+            if os.path.abspath(self._if_there(lambda each: each.settingsFilePath, machine) or '') == path:
                 raise AlreadyExists('%s is registered already' % path)
         password = ('',) if self.api() >= (7, 0) else ()
         machine = self.vbox.openMachine(path, *password)

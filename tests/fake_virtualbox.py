@@ -215,6 +215,9 @@ class VirtualBox(WithExtraData):
     def createAppliance(self):
         return Appliance(self)
 
+    def openMachine(self, file, password):
+        raise FakeError(FILE_ERROR, 'Could not read the settings file %r' % file)
+
     def registerMachine(self, machine):
         self.machines.append(machine)
 
@@ -371,8 +374,6 @@ class Snapshot:
 
 
 class Machine(WithExtraData):
-    accessible = True
-
     def __init__(self, vbox, name, ostype, path):
         super().__init__()
         self.vbox, self.name, self.OSTypeId, self.settingsFilePath = vbox, name, ostype, path
@@ -388,6 +389,11 @@ class Machine(WithExtraData):
         self.go_to('PoweredOff')
 
     # State and locks.
+
+    @property
+    def accessible(self):
+        self._check_ready()
+        return True
 
     @property
     def state(self):

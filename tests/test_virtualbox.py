@@ -89,12 +89,27 @@ def test_a_vm_that_is_just_being_made_is_looked_at_again(api, fake, vm):
     anew = fake / ('anew-' + vm)
     anew.write_text('x' * 10)
     assert api.getState(vm) == 'PoweredOff'
-    anew.write_text('x' * 10)
-    assert api.listVMsWithState()[vm] == 'PoweredOff'
     anew.write_text('x' * 10000)
     assert fault_of(api.getState, vm) == (11, 'The object is not ready (VirtualBox 0x80070005)')
     anew.unlink()
     assert api.getState(vm) == 'PoweredOff'
+
+
+def test_a_vm_that_is_just_being_made_hinders_no_other(api, fake, vm):
+    mac = api.getVM(vm)['id']
+    assert api.createVM('anew', '', {'memory': 16, 'diskSize': 0}) == [True, 'anew']
+    anew = fake / 'anew-anew'
+    anew.write_text('x' * 10000)
+    assert 'anew' not in api.listVMs() and vm in api.listVMs()
+    assert api.createVM('third', '', {'memory': 16, 'diskSize': 0}) == [True, 'third']
+    assert api.start(mac) is True
+    assert api.powerOff(mac) is True
+    assert api.remoteDesktop(vm)['enabled'] is True
+    assert 'anew' not in [row['name'] for row in api.cleanup()]
+    (fake / 'old.vbox').write_text('')
+    assert 'settings file' in fault_of(api.createVM, str(fake / 'old.vbox'))[1]
+    anew.unlink()
+    assert 'anew' in api.listVMs()
 
 
 def test_an_error_of_the_system_is_a_fault(host, api, fake, vm):
@@ -292,7 +307,7 @@ def test_what_processes_printed_is_kept(tmp_path):
 
 def test_check_leaves_what_a_running_host_has_printed(fake, host):
     printed = os.path.join(host.state, 'virtualbox.log')
-    with open(printed, 'a') as file:
+    with open(printed, 'w') as file:
         file.write('evidence')
     with environment(fake_virtualbox.install(fake)):
         assert b'VirtualBox 7.2.0' in host.verb('check').stdout
