@@ -2026,6 +2026,14 @@ class Job:
         self.deadline = time.monotonic() + self._timeout
         self._tell({'id': self.id, 'percent': 100, 'text': ''})
 
+    def break_off(self) -> None:
+        """What it cleans up then may fail, and hinders nothing else."""
+        try:
+            if self.steps is not None:
+                self.steps.close()
+        except Exception as error:
+            vbox_log.warning('breaking off %s: %s', self.verb, error)
+
     def report(self, percent: int, text: str) -> None:
         """Progress; told at once when it changed, else now and then as a sign of life."""
         now = time.monotonic()
@@ -2066,8 +2074,7 @@ class Driver:
             if time.monotonic() >= self._next_look:
                 self._look()
         for job in self._jobs:
-            if job.steps is not None:
-                job.steps.close()
+            job.break_off()
         self._jobs = []
         self._disconnect()
 
@@ -2154,8 +2161,7 @@ class Driver:
         self._jobs.remove(job)
         for uuid in [uuid for uuid, owner in self._owners.items() if owner is job]:
             del self._owners[uuid]
-        if job.steps is not None:
-            job.steps.close()
+        job.break_off()
         if job.verb in CHANGING:
             self._look_at_once()
         self._tell(answer)
@@ -2850,12 +2856,19 @@ class Driver:
         try:
             yield from self.finish(job, source.cloneTo(disk, variant, None), 'copying the disk')
         finally:
+            self._let_go(source, own_copy)
+
+    def _let_go(self, source: Any, own_copy: bool) -> None:
+        """VirtualBox goes on with a copying that was broken off, and then refuses: cleanup finds our copy."""
+        try:
             if own_copy:
                 twin = source.location
                 source.deleteStorage().waitForCompletion(10000)
                 self.vbox.setExtraData(DISK_MADE + twin, '')
             elif not self.array(source, 'machineIds'):
                 source.close()
+        except Exception as error:
+            vbox_log.info('an image stays open: %s', self.translate(error))
 
     def _open_disk(self, image: str, mode: str = 'ReadOnly', new_uuid: bool = False) -> Any:
         return self.vbox.openMedium(image, self.const('DeviceType_HardDisk'),

@@ -294,6 +294,7 @@ class Medium:
     def __init__(self, vbox, location, parent=None):
         self.vbox, self.location, self.id = vbox, location, str(uuid.uuid4())
         self.parent, self.children, self.base = parent, [], parent.base if parent else self
+        self.use = Progress()
 
     @property
     def machineIds(self):
@@ -307,7 +308,17 @@ class Medium:
         self.vbox.hardDisks.append(self)
         return Progress()
 
+    def cloneTo(self, target, variant, parent):
+        target.createBaseStorage(0, variant)
+        self.use = progress_of(os.path.splitext(os.path.basename(target.location))[0])
+        return self.use
+
+    def _check_use(self):
+        if not self.use.completed:
+            raise FakeError(OBJECT_STATE, 'Medium %r is locked for reading by another task' % self.location)
+
     def close(self):
+        self._check_use()
         self.vbox.hardDisks.remove(self)
 
     def make_child(self, location):
@@ -318,6 +329,7 @@ class Medium:
         return child
 
     def deleteStorage(self):
+        self._check_use()
         if self.children:
             raise FakeError(IN_USE, 'Cannot delete the disk %r: it has %d children'
                             % (self.location, len(self.children)))

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -313,6 +314,42 @@ def test_check_leaves_what_a_running_host_has_printed(fake, host):
         assert b'VirtualBox 7.2.0' in host.verb('check').stdout
     with open(printed) as file:
         assert file.read() == 'evidence'
+
+
+def driven(stop_at, *calls):
+    """What a driver tells of these calls, (verb, arguments), until ``stop_at(told)`` ends it."""
+    told, inbox = [], queue.Queue()
+    for number, (verb, args) in enumerate(calls):
+        inbox.put({'id': number, 'verb': verb, 'args': args})
+
+    def tell(message):
+        told.append(message)
+        if stop_at(told):
+            inbox.put(None)
+
+    settings = {'network': {'mode': 'nat'}, 'remote_desktop': {}, 'chirp_port': 9094, 'command_timeout': 1}
+    vmhost.Driver(settings, fake_virtualbox.VirtualBoxManager, inbox, tell).run()
+    return told
+
+
+def test_a_stop_while_disks_are_copied(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv('FAKE_VIRTUALBOX', str(tmp_path))
+    image = tmp_path / 'image.vdi'
+    image.write_text('its uuid')
+    calls = []
+    for name in ('one', 'two'):
+        (tmp_path / ('slow-' + name)).write_text('1000')
+        calls.append(('create_vm', (name, str(image), {})))
+    driven(lambda told: {row['id'] for row in told if 'percent' in row} == {0, 1}, *calls)
+    assert sorted(tmp_path.glob('*/*')) == [tmp_path / 'one' / 'one.vdi', tmp_path / 'two' / 'two.vdi']
+    assert not [record for record in caplog.records if record.levelname == 'WARNING']
+
+
+def test_a_disk_is_copied(api, fake, remove_all, tmp_path):
+    image = tmp_path / 'image.vdi'
+    image.write_text('its uuid')
+    assert api.createVM('copied', str(image)) == [True, 'copied']
+    assert (fake / 'copied' / 'copied.vdi').exists() and image.exists()
 
 
 def test_no_thread_or_process_stays(tmp_path):
