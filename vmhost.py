@@ -1347,6 +1347,7 @@ OLDEST = (6, 1)                    # of VirtualBox, whose API this code speaks
 STALL = 600                        # seconds without any progress after which a job is given up
 NOT_READY = 2                      # seconds that VirtualBox may take to make an object, or to end it
 SILENCE = 20                       # seconds that the driver may be silent about a call
+LARGEST = 2 ** 31 - 1              # of the numbers that options hold
 PRINTED_KEPT = 1024 * 1024         # bytes of virtualbox.log, beyond which the next process begins anew
 Steps = Generator[float, None, Any]    # a verb under way: yields how many seconds it waits
 
@@ -1574,7 +1575,7 @@ class VirtualBox:
         return base64.b64decode(self._call('screenshot', vm))
 
     def set_limits(self, vm: str, limits: Dict[str, Any]) -> bool:
-        """cpuPercent 1 to 100; netKBps, 0 for none; network: False unplugs the cable."""
+        """cpuPercent 1 to 100; netKBps, 0 for none; network: False, no or off unplugs the cable."""
         return self._call('set_limits', vm, dict(limits))
 
     def remote_desktop(self, vm: str, enable: bool = True,
@@ -3430,26 +3431,19 @@ class Driver:
     # verbs: limits and remote desktop
 
     def set_limits(self, job: Job, vm: str, limits: Dict[str, Any]) -> Steps:
-        unknown = set(limits) - {'cpuPercent', 'netKBps', 'network'}
-        if unknown:
-            raise InvalidParams('no limit is called ' + ', '.join(sorted(unknown)))
-        percent = int(limits.get('cpuPercent', 100))
-        if not 1 <= percent <= 100:
-            raise InvalidParams('cpuPercent is 1 to 100, not %d' % percent)
-        if int(limits.get('netKBps', 0)) < 0:
-            raise InvalidParams('netKBps is 0 (no limit) or more')
+        wish = read_limits(limits)
         machine = yield from self.ready(job, vm, 'set_limits')
-        yield from self.edit(job, machine, lambda mutable: self._limit(mutable, limits))
+        yield from self.edit(job, machine, lambda mutable: self._limit(mutable, wish))
         return True
 
     def _limit(self, machine: Any, limits: Dict[str, Any]) -> None:
         if 'cpuPercent' in limits:
-            machine.CPUExecutionCap = int(limits['cpuPercent'])
+            machine.CPUExecutionCap = limits['cpuPercent']
         if 'netKBps' in limits:
-            self._limit_rate(machine, int(limits['netKBps']) * 1024)
+            self._limit_rate(machine, limits['netKBps'] * 1024)
         if 'network' in limits:
             for card in self.cards(machine):
-                card.cableConnected = bool(limits['network'])
+                card.cableConnected = limits['network']
 
     def _limit_rate(self, machine: Any, rate: int) -> None:
         control = machine.bandwidthControl
@@ -3477,6 +3471,7 @@ class Driver:
         yield from self.own(job, machine)
         yield from self.settled(job, machine)
         if enable:
+            check_desktop_address(wish['address'])
             wish['port'] = wish['port'] or self._free_desktop_port(machine, wish['address'])
         yield from self.edit(job, machine,
                              lambda mutable: self._switch_desktop(mutable, enable, wish))
@@ -3491,10 +3486,7 @@ class Driver:
             raise InvalidParams('remoteDesktop knows no option %s; it knows %s' % (
                 ', '.join(sorted(unknown)), ', '.join(sorted(wish))))
         wish.update(options)
-        if not str(wish['port']).isdigit() or int(wish['port']) > 65535:
-            raise InvalidParams('port is a number, 0 to 65535 (0: a free one of [RemoteDesktop] '
-                                'ports), not %r' % wish['port'])
-        wish['port'] = int(wish['port'])
+        wish['port'] = read_option('port', wish['port'], protocol.integer(0, 65535))
         for key, known in (('auth', self._auth_types()), ('security', DESKTOP_SECURITY)):
             if str(wish[key]).lower() not in known:
                 raise InvalidParams('%s is %s, not %r' % (key, either(sorted(known)), wish[key]))
@@ -3659,9 +3651,9 @@ def wishes(options: Dict[str, Any]) -> Dict[str, Any]:
             ', '.join(sorted(unknown)), ', '.join(sorted(wish))))
     wish.update(options)
     for name, least in (('memory', 4), ('cpus', 1), ('diskSize', 0)):
-        if wish[name] is not None and (not str(wish[name]).isdigit() or int(wish[name]) < least):
-            raise InvalidParams('%s is a number, at least %d, not %r' % (name, least, wish[name]))
-        wish[name] = wish[name] if wish[name] is None else int(wish[name])
+        if wish[name] is not None:
+            wish[name] = read_option(name, wish[name], protocol.integer(least, LARGEST))
+    wish['keep'] = read_option('keep', wish['keep'], protocol.yes_no)
     if wish['network'] not in ('', 'hostonly', 'nat', 'none'):
         raise InvalidParams('network is hostonly, nat or none, not %r' % wish['network'])
     return wish
@@ -3697,6 +3689,36 @@ def names_its_own_mark(settings: str) -> bool:
     """has_mark of MADE_BY_US, from the text of a .vbox file."""
     uuid = re.search(r'<Machine\b[^>]*\suuid="{(.+?)}"', settings)
     return uuid is not None and 'name="%s" value="%s"' % (MADE_BY_US, uuid.group(1)) in settings
+
+
+def read_option(name: str, value: Any, kind: Callable[[str], Any]) -> Any:
+    """An option's value, as a client sent it. Raises InvalidParams, which names it and says what it is."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)                          # as some clients send numbers
+    try:
+        return kind(str(value))
+    except ValueError as error:
+        raise InvalidParams('%s is %s, not %r' % (name, error, value))
+
+
+def read_limits(limits: Dict[str, Any]) -> Dict[str, Any]:
+    """setLimits' limits, checked."""
+    kinds = {'cpuPercent': protocol.integer(1, 100), 'netKBps': protocol.integer(0, LARGEST),
+             'network': protocol.yes_no}  # type: Dict[str, Callable[[str], Any]]
+    unknown = set(limits) - set(kinds)
+    if unknown:
+        raise InvalidParams('no limit is called ' + ', '.join(sorted(unknown)))
+    return {name: read_option(name, value, kinds[name]) for name, value in limits.items()}
+
+
+def check_desktop_address(address: Any) -> None:
+    """VirtualBox takes any text, and then listens nowhere, or everywhere."""
+    try:
+        known = is_local(str(ipaddress.IPv4Address(str(address))))
+    except ValueError:
+        known = False
+    if not known:
+        raise InvalidParams('address is an IPv4 address of this machine, not %r' % address)
 
 
 def remove_leavings(folder: str) -> None:

@@ -123,6 +123,12 @@ def test_an_error_of_the_system_is_a_fault(host, api, fake, vm):
     log.rmdir()
 
 
+@pytest.mark.parametrize('word, connected', [
+    ('off', False), ('on', True), ('No', False), ('yes', True), ('false', False), (True, True), (0, False)])
+def test_the_cable_is_on_or_off(word, connected):
+    assert vmhost.read_limits({'network': word}) == {'network': connected}
+
+
 def test_what_takes_longer_than_the_timeout_succeeds(api, fake, vm):
     slow = fake / ('slow-' + vm)
     slow.write_text('1.1')

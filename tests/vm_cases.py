@@ -160,7 +160,8 @@ def test_making_a_vm_with_options(host, api, remove_all):
 
 
 @pytest.mark.parametrize('options, told', [
-    ({'memroy': 64}, 'memroy'), ({'memory': 'much'}, 'memory'), ({'cpus': 0}, 'cpus'),
+    ({'memroy': 64}, 'memroy'), ({'memory': 'much'}, 'memory'), ({'memory': '\xb2'}, 'memory'),
+    ({'keep': 'perhaps'}, 'keep'), ({'cpus': 0}, 'cpus'),
     ({'ostype': 'Plan9_65'}, 'Plan9_65'), ({'network': 'wlan'}, 'wlan'), ({'diskSize': -1}, 'diskSize')])
 def test_wrong_options_of_a_new_vm(api, options, told):
     code, text = fault_of(api.createVM, 'wrong', '', options)
@@ -230,9 +231,13 @@ def test_limits(api, vm):
     assert api.setLimits(vm, {'cpuPercent': 60, 'netKBps': 50, 'network': True}) is True
     assert api.setLimits(vm, {'netKBps': 0}) is True
     for limits, told in (({'cpuPercent': 0}, 'cpuPercent'), ({'cpuPercent': 101}, 'cpuPercent'),
-                         ({'netKBps': -1}, 'netKBps'), ({'ram': 1}, 'ram')):
+                         ({'cpuPercent': 'abc'}, 'cpuPercent'), ({'cpuPercent': 50.9}, 'cpuPercent'),
+                         ({'netKBps': -1}, 'netKBps'), ({'netKBps': 'x'}, 'netKBps'),
+                         ({'network': 'loose'}, 'network'), ({'network': ''}, 'network'),
+                         ({'ram': 1}, 'ram')):
         code, text = fault_of(api.setLimits, vm, limits)
         assert (code, told in text) == (-32602, True), text
+    assert api.setLimits(vm, {'cpuPercent': 50.0, 'netKBps': '20', 'network': 'on'}) is True
 
 
 def test_the_first_rate_limit_needs_a_vm_that_is_off(api, vm):
@@ -250,7 +255,8 @@ def test_remote_desktop(api, vm):
     wish = {'port': 5007, 'auth': 'null', 'security': 'RDP', 'address': '127.0.0.1'}
     assert api.remoteDesktop(vm, True, wish) == dict(wish, enabled=True)
     for options in ({'colour': 1}, {'auth': 'maybe'}, {'security': 'none at all'}, {'port': 70000},
-                    {'port': 'x'}):
+                    {'port': 'x'}, {'address': 'nonsense..', 'port': 5001}, {'address': ''},
+                    {'address': '::1'}, {'address': '192.0.2.1'}):
         code, text = fault_of(api.remoteDesktop, vm, True, options)
         assert code == -32602, text
 
