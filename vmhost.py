@@ -5109,8 +5109,8 @@ class Api:
     def states(self) -> dict:
         """{MachineState name: code} of the hypervisor.
 
-            >>> host.states()['Running']
-            5
+            >>> host.states()['Running']         # 5 before VirtualBox 7
+            6
         """
         return self._hypervisor().machine_states()
 
@@ -5217,7 +5217,8 @@ class Api:
     def createVM(self, name: str, image: str = '', options: dict = {}) -> list:
         """Makes a VM from .ova, .ovf, .vdi, .vmdk or .iso; or registers a .vbox file. [True, name].
 
-        Options: memory (MB), cpus, ostype, network, disksize (MB).
+        Options: memory (MB), cpus, ostype, network (hostonly, nat or none), diskSize (MB) of the new, empty
+        disk, 0 for none, and keep (cleanup leaves the VM alone).
 
             >>> host.createVM('node1', '/images/cernvm.ova', {'memory': 2048, 'cpus': 2})
             [True, 'node1']
