@@ -2724,11 +2724,13 @@ class Driver:
     def create_vm(self, job: Job, name: str, image: str, options: Dict[str, Any]
                   ) -> Steps:
         wish = wishes(options)
-        if not image and name.lower().endswith('.vbox'):
+        registers = not image and name.lower().endswith('.vbox')
+        kind = os.path.splitext(name if registers else image)[1].lower()
+        check_fitting(options, kind)
+        if registers:
             return self._register(os.path.abspath(name))
         self._check_new_name(job, name)
         self._check_ostype(wish['ostype'])
-        kind = os.path.splitext(image)[1].lower()
         if image and not os.path.isfile(image):
             raise InvalidParams('no such image file: %s' % image)
         if kind in ('.ova', '.ovf'):
@@ -3689,6 +3691,17 @@ def names_its_own_mark(settings: str) -> bool:
     """has_mark of MADE_BY_US, from the text of a .vbox file."""
     uuid = re.search(r'<Machine\b[^>]*\suuid="{(.+?)}"', settings)
     return uuid is not None and 'name="%s" value="%s"' % (MADE_BY_US, uuid.group(1)) in settings
+
+
+def check_fitting(options: Dict[str, Any], kind: str) -> None:
+    """Options that would change nothing, since the image decides, are refused rather than forgotten."""
+    if kind in ('', '.iso'):
+        return
+    decided = {'.vbox': tuple(options), '.ova': ('diskSize', 'ostype'), '.ovf': ('diskSize', 'ostype')}
+    for name in decided.get(kind, ('diskSize',)):
+        if options.get(name) not in (None, ''):
+            raise InvalidParams('%s is no option where a VM is made from a %s file, which decides it'
+                                % (name, kind))
 
 
 def read_option(name: str, value: Any, kind: Callable[[str], Any]) -> Any:
@@ -5218,7 +5231,8 @@ class Api:
         """Makes a VM from .ova, .ovf, .vdi, .vmdk or .iso; or registers a .vbox file. [True, name].
 
         Options: memory (MB), cpus, ostype, network (hostonly, nat or none), diskSize (MB) of the new, empty
-        disk, 0 for none, and keep (cleanup leaves the VM alone).
+        disk, 0 for none, and keep (cleanup leaves the VM alone). What an image decides itself is refused:
+        diskSize beside a disk or an appliance, ostype beside an appliance, all beside a .vbox file.
 
             >>> host.createVM('node1', '/images/cernvm.ova', {'memory': 2048, 'cpus': 2})
             [True, 'node1']

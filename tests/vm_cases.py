@@ -180,6 +180,18 @@ def test_wrong_names_and_images_of_a_new_vm(api, name, image, code):
     assert 'wrong' not in api.listVMs()
 
 
+@pytest.mark.parametrize('image, options, told', [
+    ('m.vbox', {'memory': 64}, 'memory'), ('m.vbox', {'keep': True}, 'keep'),
+    ('m.ova', {'ostype': 'Linux_64'}, 'ostype'), ('m.ovf', {'diskSize': 4}, 'diskSize'),
+    ('m.vdi', {'memory': 16, 'diskSize': 0}, 'diskSize')])
+def test_options_that_an_image_decides(api, tmp_path, image, options, told):
+    (tmp_path / image).write_text('')
+    path = str(tmp_path / image)
+    code, text = fault_of(api.createVM, *((path, '') if image == 'm.vbox' else ('wrong', path)) + (options,))
+    assert (code, text.split()[0]) == (-32602, told), text
+    assert 'wrong' not in api.listVMs()
+
+
 def test_snapshots_are_a_tree(api, vm):
     assert fault_of(api.restoreSnapshot, vm)[0] == 5
     api.takeSnapshot(vm, 'root', 'the first')
