@@ -3560,9 +3560,12 @@ class Driver:
         if card is None or card.attachmentType != self.const('NetworkAttachmentType_NAT'):
             return
         engine = card.NATEngine
+        rule = self._chirp_rule(card)
         if self.state_of(machine) in OFF:
             self._reach_localhost(engine)
-        if self._chirp_rule(card):
+            if rule and not port_is_free(rule[2], int(rule[3])):
+                rule = None                         # meanwhile, another program listens there
+        if rule:
             return
         names = [row.split(',')[0] for row in self.array(engine, 'redirects')]
         if CHIRP_RULE in names:

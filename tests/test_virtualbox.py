@@ -5,6 +5,7 @@ import itertools
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -356,6 +357,28 @@ def test_a_disk_is_copied(api, fake, remove_all, tmp_path):
     image.write_text('its uuid')
     assert api.createVM('copied', str(image)) == [True, 'copied']
     assert (fake / 'copied' / 'copied.vdi').exists() and image.exists()
+
+
+@pytest.fixture
+def box(tmp_path, monkeypatch):
+    """A VirtualBox on the fake, in this process."""
+    monkeypatch.setenv('FAKE_VIRTUALBOX', str(tmp_path))
+    box = vmhost.VirtualBox(*SETTINGS, connect=fake_virtualbox.VirtualBoxManager)
+    box.start_thread()
+    yield box
+    assert box.close()
+
+
+def test_a_port_that_another_program_took_is_not_forwarded(box):
+    box.create_vm('vm', '', {'memory': 16, 'diskSize': 0})
+    endpoint = box.chirp_endpoint('vm')
+    assert box.start('vm') and box.power_off('vm')
+    assert box.chirp_endpoint('vm') == endpoint
+    with socket.socket() as other:
+        other.bind(endpoint)
+        assert box.start('vm')
+        host, port = box.chirp_endpoint('vm')
+        assert host == '127.0.0.1' and port != endpoint[1]
 
 
 def test_no_thread_or_process_stays(tmp_path):
