@@ -3448,20 +3448,22 @@ class Driver:
                 card.cableConnected = limits['network']
 
     def _limit_rate(self, machine: Any, rate: int) -> None:
+        """The rate can be altered while the VM runs; which cards it is of, can not."""
         control = machine.bandwidthControl
         groups = {group.name: group for group in self.array(control, 'allBandwidthGroups')}
-        if BANDWIDTH_GROUP in groups:               # can be altered while the VM runs
+        cards = [card for card in self.cards(machine) if rate and not self._is_limited(card)]
+        if cards and self.state_of(machine) in ONLINE:
+            raise BadState('the first netKBps of a VM, or of a new card, can only be set while it is off')
+        if BANDWIDTH_GROUP in groups:
             groups[BANDWIDTH_GROUP].maxBytesPerSec = rate
-            return
-        if not rate:
-            return
-        if self.state_of(machine) in ONLINE:
-            raise BadState('the first netKBps of a VM can only be set while it is off')
-        control.createBandwidthGroup(BANDWIDTH_GROUP, self.const('BandwidthGroupType_Network'),
-                                     rate)
-        group = control.getBandwidthGroup(BANDWIDTH_GROUP)
-        for card in self.cards(machine):
-            card.bandwidthGroup = group
+        elif cards:
+            control.createBandwidthGroup(BANDWIDTH_GROUP, self.const('BandwidthGroupType_Network'), rate)
+        for card in cards:
+            card.bandwidthGroup = control.getBandwidthGroup(BANDWIDTH_GROUP)
+
+    def _is_limited(self, card: Any) -> bool:
+        group = card.bandwidthGroup
+        return group is not None and group.name == BANDWIDTH_GROUP
 
     def remote_desktop(self, job: Job, vm: str, enable: bool, options: Dict[str, Any]
                        ) -> Steps:

@@ -361,9 +361,12 @@ def test_a_disk_is_copied(api, fake, remove_all, tmp_path):
 
 @pytest.fixture
 def box(tmp_path, monkeypatch):
-    """A VirtualBox on the fake, in this process."""
+    """A VirtualBox in this process, on ``box.fake``."""
     monkeypatch.setenv('FAKE_VIRTUALBOX', str(tmp_path))
-    box = vmhost.VirtualBox(*SETTINGS, connect=fake_virtualbox.VirtualBoxManager)
+    manager = fake_virtualbox.VirtualBoxManager()
+    box = vmhost.VirtualBox(*SETTINGS, connect=lambda: manager)
+    box.fake = manager.getVirtualBox()
+    manager.getVirtualBox = lambda: box.fake
     box.start_thread()
     yield box
     assert box.close()
@@ -379,6 +382,19 @@ def test_a_port_that_another_program_took_is_not_forwarded(box):
         assert box.start('vm')
         host, port = box.chirp_endpoint('vm')
         assert host == '127.0.0.1' and port != endpoint[1]
+
+
+def test_a_rate_reaches_a_card_that_came_later(box):
+    box.create_vm('vm', '', {'memory': 16, 'diskSize': 0})
+    assert box.set_limits('vm', {'netKBps': 100})
+    first, later = box.fake.machines[0].cards[:2]
+    later.enabled = True
+    box.start('vm')
+    with pytest.raises(vmhost.BadState):
+        box.set_limits('vm', {'netKBps': 50})
+    assert box.set_limits('vm', {'netKBps': 0}) and box.power_off('vm')
+    assert box.set_limits('vm', {'netKBps': 50})
+    assert [card.bandwidthGroup.maxBytesPerSec for card in (first, later)] == [50 * 1024] * 2
 
 
 def test_no_thread_or_process_stays(tmp_path):
