@@ -3816,6 +3816,8 @@ TRANSFERS_WAITING = 10000
 CHIRP_TIMEOUT = 30.0           # seconds of silence that a Chirp server may keep
 OUTPUT_READ = 4 * 1024 * 1024  # bytes that are read of fetched output at once
 ACK_DELAY = 0.02               # seconds in which results gather that one sync serves
+LOOKUP_EVERY = 1.0             # seconds between two lookups of names that VirtualBox might have
+NAMES_WAITING = 1000           # guests whose names are looked up at once
 FETCHERS = 2                   # threads that fetch output of commands
 FETCH_PATIENCE = 600.0         # seconds after a command's end in which its output is tried for
 
@@ -4181,6 +4183,43 @@ class Acknowledger:
             self._host.say(protocol.CMD_ACK.howToSay(vm_id, cmd_id))
 
 
+class NameLookup:
+    """Has guests renamed that VirtualBox wasn't seen to have. Safe from any thread.
+
+    On a thread of its own, since VirtualBox may take its time; and once a second at most, however often
+    a guest says HELLO: so a guest that says nothing else costs no more than one that is quiet.
+    """
+
+    def __init__(self, rename: Callable[[Guest], None], stopping: threading.Event) -> None:
+        self._rename = rename
+        self._stopping = stopping
+        self._workers = Workers('name-lookup', 1)
+        # Guards the guests that wait; nothing is called while it is held.
+        self._lock = threading.Lock()
+        self._waiting = {}             # type: Dict[str, Guest]
+
+    def look_up(self, guest: Guest) -> None:
+        """Has it done; returns at once. With too many waiting, not: it will say HELLO again."""
+        with self._lock:
+            is_first = not self._waiting
+            if len(self._waiting) < NAMES_WAITING:
+                self._waiting[guest.id] = guest
+        if is_first:
+            self._workers.do(self._look_up_all)
+
+    def stop(self, deadline: float) -> None:
+        """Lets it end, until that monotonic time."""
+        self._workers.stop(deadline)
+
+    def _look_up_all(self) -> None:
+        with self._lock:
+            guests, self._waiting = self._waiting, {}
+        for guest in guests.values():
+            if not self._stopping.is_set():
+                self._rename(guest)
+        self._stopping.wait(LOOKUP_EVERY)
+
+
 # --- the host --------------------------------------------------------------------------------
 
 TICK = 0.25                    # seconds between looks at the clock
@@ -4265,6 +4304,7 @@ class Host:
         self.transfers = Transfers(self, settings.Host.max_transfers)
         self.fetcher = Fetcher(self)
         self.acknowledger = Acknowledger(self)
+        self.name_lookup = NameLookup(self._rename, self.stopping)
         self.guests = Guests(settings.Host.vm_gc_grace)
         for known in self.journal.guests():
             self.guests.remember(*known)
@@ -4448,6 +4488,7 @@ class Host:
         self.transfers.stop(time.monotonic() + 1.0)
         self.fetcher.stop(time.monotonic() + 1.0)
         self.acknowledger.stop(time.monotonic() + 0.5)
+        self.name_lookup.stop(time.monotonic() + 0.5)
         if self.link is not None:
             self.say(protocol.BYE.howToLeave('the host stops'))
             self.link.close()
@@ -4534,8 +4575,7 @@ class Host:
         self._greet(guest)
         if self.hypervisor is not None and is_mac(guest.id) \
                 and not self.hypervisor.known_name(guest.id):
-            # VirtualBox may take its time; the link's thread has none.
-            threading.Thread(target=self._rename, args=(guest,), name='name-lookup', daemon=True).start()
+            self.name_lookup.look_up(guest)
         if isinstance(message.get('cmds'), dict):
             self._reconcile(guest, message.mapping('cmds'))
         else:

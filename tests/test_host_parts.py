@@ -3,9 +3,11 @@
 import os
 import sqlite3
 import threading
+import time
 import types
 import xmlrpc.client
 
+import helpers
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -528,3 +530,46 @@ def test_the_arrows_between_the_files():
             elif isinstance(node, ast.ImportFrom):
                 imported.add((node.module or '').split('.')[0])
         assert imported & ours <= allowed[name], name
+
+
+class Lookups:
+    """Renames that are counted, and wait for ``go``."""
+
+    def __init__(self):
+        self.seen, self.go, self.stopping = [], threading.Event(), threading.Event()
+        self.lookup = vmhost.NameLookup(self.rename, self.stopping)
+
+    def rename(self, guest):
+        self.seen.append(guest.id)
+        assert self.go.wait(20)
+
+
+def test_many_hellos_are_one_lookup(monkeypatch):
+    monkeypatch.setattr(vmhost, 'LOOKUP_EVERY', 0.01)
+    lookups = Lookups()
+    first, other = (vmhost.Guest(id, id) for id in ('first', 'other'))
+    before = threading.active_count()
+    lookups.lookup.look_up(first)
+    helpers.wait_until(lambda: lookups.seen == ['first'])
+    for guest in [first, other] * 1000:
+        lookups.lookup.look_up(guest)
+    assert threading.active_count() == before + 1
+    lookups.go.set()
+    helpers.wait_until(lambda: len(lookups.seen) == 3)
+    assert lookups.seen == ['first', 'first', 'other']
+    lookups.lookup.look_up(other)                   # later ones are looked up, too
+    helpers.wait_until(lambda: len(lookups.seen) == 4)
+    lookups.stopping.set()
+    lookups.lookup.stop(time.monotonic() + 20)
+    assert threading.active_count() == before
+
+
+def test_lookups_are_bounded(monkeypatch):
+    monkeypatch.setattr(vmhost, 'NAMES_WAITING', 10)
+    lookups = Lookups()
+    for number in range(1000):
+        lookups.lookup.look_up(vmhost.Guest(str(number), ''))
+    assert len(lookups.lookup._waiting) <= 10
+    lookups.stopping.set()
+    lookups.go.set()
+    lookups.lookup.stop(time.monotonic() + 20)

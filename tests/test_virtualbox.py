@@ -397,6 +397,13 @@ def test_a_rate_reaches_a_card_that_came_later(box):
     assert [card.bandwidthGroup.maxBytesPerSec for card in (first, later)] == [50 * 1024] * 2
 
 
+def test_a_guest_that_no_vm_is_keeps_its_own_name(host, api, tmp_path):
+    with Agent(tmp_path, host, '02:00:00:00:00:01', name='stranger'):
+        wait_until(lambda: api.listRegisteredVMs() == ['stranger'])
+        assert host.run('stranger', 'true')['state'] == 'exited'
+    assert 'Traceback' not in host.log()
+
+
 def test_no_thread_or_process_stays(tmp_path):
     environment = fake_virtualbox.install(tmp_path)
     with VMHost(tmp_path / 'host', environment) as host:
