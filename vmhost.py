@@ -3106,8 +3106,9 @@ class Driver:
 
     def cleanup(self, job: Job, dry_run: bool) -> Steps:
         removed = []  # type: List[Dict[str, str]]
-        unread = [machine.settingsFilePath for machine in self.array(self.vbox, 'machines')
-                  if not machine.accessible]
+        unread = [self._if_there(lambda each: each.settingsFilePath, machine) or 'a VM that comes or goes'
+                  for machine in self.array(self.vbox, 'machines')
+                  if not self._if_there(lambda each: each.accessible, machine)]
         if unread:                                  # which disks are theirs, VirtualBox doesn't know
             vbox_log.warning('cleanup removes nothing while VirtualBox can not read %s: any disk may be '
                              'in use there', ', '.join(unread))

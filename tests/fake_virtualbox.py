@@ -397,6 +397,7 @@ class Machine(WithExtraData):
         self.mediumAttachments = []
         self.snapshots, self.currentSnapshot = [], None
         self.session = None
+        self.readable = True
         self.unlocked = 0.0             # until when the session is unlocking
         self.go_to('PoweredOff')
 
@@ -405,7 +406,7 @@ class Machine(WithExtraData):
     @property
     def accessible(self):
         self._check_ready()
-        return True
+        return self.readable
 
     @property
     def state(self):

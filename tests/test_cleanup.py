@@ -136,12 +136,12 @@ def test_a_vm_that_can_not_be_read_may_use_any_disk(box, vbox, caplog):
     """The real VirtualBox doesn't know the disks of such a VM."""
     unread, machine = create(box, vbox, 'unread'), create(box, vbox, 'ours')
     attachments = unread.mediumAttachments[:]
-    unread.accessible = False
+    unread.readable = False
     unread.mediumAttachments.clear()
     assert box.cleanup(False) == [] == box.cleanup()
     assert unread.settingsFilePath in caplog.text
     assert os.path.exists(attachments[0].medium.location) and os.path.exists(disk_of(machine))
-    unread.accessible, unread.mediumAttachments = True, attachments
+    unread.readable, unread.mediumAttachments = True, attachments
     assert rows(box.cleanup(False)) == [('vm', 'unread'), ('vm', 'ours')]
 
 

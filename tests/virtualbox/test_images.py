@@ -118,6 +118,10 @@ def test_removing_keeps_disks_that_others_use(api, images, remove_all):
     assert os.path.exists(disk)
     api.start('two')
     assert api.cleanup() == []
+    api.powerOff('two')
+    assert api.removeVM('two', True) is True
+    api.cleanup(False)
+    assert not os.path.exists(disk)
 
 
 def test_cleanup_touches_nothing_else(api, images, remove_all, tmp_path):
