@@ -105,7 +105,7 @@ def test_mistakes_about_vms_disks_and_snapshots(host, small, tmp_path):
             (['create', 'new', str(tmp_path / 'torn.ova')], 'VirtualBox 0x'),
             (['create', 'new', str(tmp_path / 'image.txt')], 'an image is'),
             (['create', 'new', '--ostype', 'Plan9_65'], 'knows no ostype'),
-            (['create', 'new', '--memory', '1'], 'at least 4'),
+            (['create', 'new', '--memory', '1'], 'whole number from 4'),
             (['snap', 'restore', VM, 'x'], 'needs it to be'), (['snap', 'rm', VM, 'x'], 'has no snapshot'),
             (['snap', 'rm', VM], 'which snapshot'), (['snap', 'take', VM], 'which snapshot'),
             (['call', 'setLimits', VM, '{"cpuPercent": 0}'], '1 to 100'),
