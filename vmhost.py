@@ -3974,9 +3974,16 @@ class Transfers:
             transfer.state, transfer.error = 'failed', '%s: %s' % (type(error).__name__, error)
             log.exception('in %s', transfer.id)
         finally:
-            transfer.ended = time.monotonic()
-            self._host.journal.event('transfer-' + transfer.state, transfer.vm, '', '%s %s to %s %s' % (
-                transfer.direction, transfer.source, transfer.target, transfer.error))
+            self._end(transfer)
+
+    def _end(self, transfer: Transfer) -> None:
+        """Notes the end in the journal, and wakes who waits for it, whatever becomes of the note."""
+        transfer.ended = time.monotonic()
+        try:
+            with self._host.journal_permitting():
+                self._host.journal.event('transfer-' + transfer.state, transfer.vm, '', '%s %s to %s %s' % (
+                    transfer.direction, transfer.source, transfer.target, transfer.error))
+        finally:
             transfer.done.set()
 
 

@@ -1,5 +1,6 @@
 """Files between host and guest through the API: real host, real guest, real Chirp."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -125,6 +126,35 @@ def test_a_transfer_can_be_watched_and_cancelled(guest, api, tmp_path):
     assert not os.path.exists(os.path.join(guest.files, 'big.part'))
     assert api.cancelTransfer(again) is False
     os.remove(os.path.join(guest.files, 'big'))
+
+
+@contextlib.contextmanager
+def one_process(folder, monkeypatch, **server):
+    """A host in this process, whose VMs are all one Chirp server of the folder ``served``."""
+    (folder / 'served').mkdir()
+    (folder / 'ini').write_text('')
+    host = vmhost.Host(protocol.read_settings(str(folder / 'ini'), vmhost.SETTINGS))
+    try:
+        with chirp.ChirpServer(str(folder / 'served'), allow=['127.0.0.1'], **server) as files:
+            monkeypatch.setattr(host, 'connected', lambda vm: vmhost.Guest(vm.upper(), vm))
+            monkeypatch.setattr(host, 'chirp_client', lambda guest: chirp.ChirpClient(*files.address))
+            yield host
+    finally:
+        host.stop()
+
+
+def test_a_transfer_ends_though_the_journal_is_full(tmp_path, monkeypatch):
+    (tmp_path / 'source').write_text('content')
+
+    def full(*_):
+        raise vmhost.JournalError('database or disk is full')
+    with one_process(tmp_path, monkeypatch) as host:
+        monkeypatch.setattr(host.journal, 'event', full)
+        transfer = host.transfers.start('put', 'g', str(tmp_path / 'source'), 'there')
+        assert transfer.done.wait(20)
+        assert (transfer.state, transfer.error) == ('done', '')
+        monkeypatch.undo()
+    assert (tmp_path / 'served' / 'there').read_text() == 'content'
 
 
 @pytest.mark.slow
