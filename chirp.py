@@ -1728,8 +1728,12 @@ class ChirpServer:
             self._count += 1
             thread = threading.Thread(target=self._serve, args=(session,),
                                       name='chirp-%d' % self._count, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:      # no more threads, of this process or of its user
+                log.warning('a client can\'t be served: %s', error)
+                return False
             self._sessions[thread] = session
-        thread.start()
         return True
 
     def _serve(self, session: Session) -> None:

@@ -3843,8 +3843,13 @@ class Workers:
         with self._lock:
             if len(self._threads) < self._count:
                 name = '%s-%d' % (self._name, len(self._threads) + 1)
-                self._threads.append(threading.Thread(target=self._run, name=name, daemon=True))
-                self._threads[-1].start()
+                thread = threading.Thread(target=self._run, name=name, daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:      # the job waits for another thread, or for the next job's
+                    log.warning('thread %s can\'t be started: %s', name, error)
+                    return
+                self._threads.append(thread)
 
     def waiting(self) -> int:
         """How many jobs have not begun."""
@@ -6454,7 +6459,7 @@ class XMLRPCServer(socketserver.TCPServer):
         self.dispatcher = Dispatcher(self.api)
         self.status = StatusPage(host, self.api)
         self._address_file = host.folder.file('xmlrpc.address')
-        # Guards the table of connections; nothing is called while it is held.
+        # Guards the table of connections; nothing but the start, or end, of one happens while it is held.
         self._lock = threading.Lock()
         self._connections = {}         # type: Dict[socket.socket, threading.Thread]
         try:
@@ -6503,8 +6508,13 @@ class XMLRPCServer(socketserver.TCPServer):
                 log.warning('more than %d connections: one is refused', CALLS_AT_ONCE)
                 self.shutdown_request(request)
                 return
+            try:
+                thread.start()
+            except RuntimeError as error:      # no more threads, of this process or of its user
+                log.warning('a connection can\'t be served: %s', error)
+                self.shutdown_request(request)
+                return
             self._connections[request] = thread
-        thread.start()
 
     def _serve(self, request: Any, client_address: Any) -> None:
         try:

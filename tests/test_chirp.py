@@ -393,3 +393,20 @@ def test_one_client_more_than_the_most_is_turned_away(tmp_path):
             with contextlib.suppress(chirp.ChirpError), chirp.ChirpClient(*server.address) as third:
                 return third.stat('/')
         wait_until(again, 10)
+
+
+def test_a_client_that_no_thread_is_left_for_is_turned_away(tmp_path, monkeypatch, caplog):
+    start = threading.Thread.start
+
+    def start_none(thread):
+        if thread.name.startswith('chirp-'):
+            raise RuntimeError('can\'t start new thread')
+        start(thread)
+    with our_server(tmp_path) as server:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, 'start', start_none)
+            with socket.create_connection(server.address, 20) as sock:
+                assert sock.recv(1) == b''
+        assert 'can\'t start new thread' in caplog.text
+        with chirp.ChirpClient(*server.address) as client:
+            client.stat('/')

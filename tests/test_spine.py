@@ -19,6 +19,9 @@ import pytest
 from agents import Agent, Host, command
 from helpers import fault_of, wait_until
 
+import protocol
+import vmhost
+
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
 
 
@@ -680,3 +683,30 @@ def test_a_command_waits_for_its_guest(tmp_path):
             assert api.getCmdStatus(cmd_id)['state'] == 'queued'
         with Agent(tmp_path / 'guest', host, 'g'):
             assert host.results(cmd_id)['exitCodeOrSignal'] == 0
+
+
+def test_a_caller_that_no_thread_is_left_for_is_turned_away(tmp_path, monkeypatch):
+    (tmp_path / 'ini').write_text('[Host]\nxmlrpc_port = 0\nxmlrpc_auth = no\n')
+    host = vmhost.Host(protocol.read_settings(str(tmp_path / 'ini'), vmhost.SETTINGS))
+    start = threading.Thread.start
+
+    def start_none(thread):
+        if thread.name.startswith(('xmlrpc-', 'transfer-')):
+            raise RuntimeError('can\'t start new thread')
+        start(thread)
+    try:
+        host.server = vmhost.XMLRPCServer(host)
+        host.server.start()
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, 'start', start_none)
+            with socket.create_connection(host.server.address, 20) as sock:
+                assert sock.recv(1) == b''
+            workers, done = vmhost.Workers('transfer', 1), threading.Event()
+            workers.do(done.set)
+        workers.do(lambda: None)
+        assert done.wait(20)               # what could not begin begins with the next
+        workers.stop(time.monotonic() + 20)
+        with xmlrpc.client.ServerProxy('http://%s:%d/' % host.server.address) as api:
+            assert api.listVMs() == []
+    finally:
+        host.stop()
