@@ -699,6 +699,9 @@ class Root:
         finally:
             self._leave(fd)
 
+    def free_bytes(self) -> int:
+        return free_bytes(self._fd)
+
     def stat(self, path: bytes, follow: bool = True) -> os.stat_result:
         with self.parent(path, follow) as (fd, name):
             return os.stat(name, dir_fd=fd, follow_symlinks=False)
@@ -1081,8 +1084,7 @@ class Session:
         if count < 0:
             raise Fault(INVALID)
         with self._replacement(path, bits) as fd:
-            free = os.fstatvfs(fd)
-            if count > free.f_bavail * free.f_frsize:
+            if count > free_bytes(fd):
                 raise Fault(NO_SPACE)
             self._wire.put(b'0\n')
             self._receive(fd, count, 0)
@@ -1285,11 +1287,17 @@ class Session:
     @contextlib.contextmanager
     def _announced(self, count: int) -> Iterator[None]:
         """Data that follows a request whatever becomes of it."""
+        self._check_announced(count)
         try:
             yield
         except (Fault, OSError):
             self._wire.skip(count)
             raise
+
+    def _check_announced(self, count: int) -> None:
+        """More than the disk has room for isn't waited for: it would keep this connection for years."""
+        if count > PWRITE and count > self._root.free_bytes():
+            raise ProtocolError('%d bytes are announced, which no file here could hold' % count)
 
     def _follow_checksum(self, file: OpenFile, at: int) -> None:
         """The checksum of a file goes on where its end is what is written, and ends anywhere else."""
@@ -1496,13 +1504,13 @@ class Session:
 
     def _data_at_third(self, first: bytes, second: bytes, third: bytes) -> bytes:
         """A request that isn't known here, but which data follows: ``setxattr P NAME LENGTH``."""
-        self._wire.skip(max(0, number(third)))
-        raise Fault(INVALID)
+        with self._announced(max(0, number(third))):
+            raise Fault(INVALID)
 
     def _data_at_second(self, first: bytes, second: bytes) -> bytes:
         """The same for ``swrite FD LENGTH``."""
-        self._wire.skip(max(0, number(second)))
-        raise Fault(INVALID)
+        with self._announced(max(0, number(second))):
+            raise Fault(INVALID)
 
 
 NO_COMMAND = (Session._unknown, 0, '')
@@ -1583,6 +1591,12 @@ def statfs_line(fd: int) -> bytes:
                                            found.f_files, found.f_ffree)
 
 
+def free_bytes(fd: int) -> int:
+    """What the disk of a file or folder has room for."""
+    found = os.fstatvfs(fd)
+    return found.f_bavail * found.f_frsize
+
+
 def hash_file(fd: int, algorithm: str, checksum: Any = None, count: Optional[int] = None) -> Any:
     """The checksum of a file, or its first bytes, read from the start, not moving where it stands."""
     checksum = checksum or new_hash(algorithm)
@@ -1600,6 +1614,7 @@ def hash_file(fd: int, algorithm: str, checksum: Any = None, count: Optional[int
 
 CLIENTS = 32                   # connections at once
 IDLE = 300.0                   # seconds that a client may say nothing
+KEEPALIVE = (('TCP_KEEPIDLE', 60), ('TCP_KEEPINTVL', 20), ('TCP_KEEPCNT', 3))    # where there is such a thing
 
 
 class ChirpServer:
@@ -1721,6 +1736,7 @@ class ChirpServer:
             sock.close()
 
     def _begin(self, sock: socket.socket, peer: str) -> bool:
+        notice_death(sock)
         session = Session(self, sock, peer)
         with self._lock:
             if self._stopping or len(self._sessions) >= self._max_clients:
@@ -1742,6 +1758,16 @@ class ChirpServer:
         finally:
             with self._lock:
                 self._sessions.pop(threading.current_thread(), None)
+
+
+def notice_death(sock: socket.socket) -> None:
+    """Has the system look, from time to time, whether a silent peer still is there: a machine that was
+    switched off says no good-bye."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEPALIVE:
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 # --- the real server -------------------------------------------------------------------------

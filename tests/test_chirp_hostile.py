@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+from helpers import wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_chirp import our_server, write
@@ -367,6 +368,24 @@ def test_giants_cost_nothing(rooted):
                     sock.sendall(b'x' * 100000)            # a line without an end: the server hangs up
             with contextlib.suppress(ConnectionError):
                 assert sock.recv(100) == b''
+
+
+@pytest.mark.parametrize('request_line', [b'pwrite 0 %d 0', b'pwrite 7 %d 0', b'swrite 0 %d',
+                                          b'setxattr /file name %d 0'])
+def test_data_that_no_disk_could_hold_is_not_waited_for(rooted, request_line):
+    server, folder = rooted
+    write(folder / 'file', b'x')
+    with admitted(server) as sock:
+        sock.sendall(b'open /file rw 0\n' + request_line % (9 * 10 ** 18) + b'\n')
+        sock.settimeout(10)
+        while sock.recv(1000):
+            pass
+
+
+def test_who_vanishes_without_a_word_is_noticed(tmp_path):
+    with our_server(tmp_path) as server, admitted(server):
+        session, = wait_until(lambda: list(server._sessions.values()))
+        assert session._wire._sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
 
 
 def test_many_files_open_at_once_are_bounded(rooted):
