@@ -929,6 +929,11 @@ class OpenFile:
         self.begun = None              # type: Optional[os.stat_result]    # when it began to be read
 
 
+def state_of(found: os.stat_result) -> Tuple[int, ...]:
+    """What changes whenever a file does; the last of it even where its times are set back."""
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 class Checksums:
     """Checksum states of files, so that a file that grows after its checksum was asked for need not be
     read again. A client that asks before it writes has the checksum of what it wrote at once."""
@@ -943,15 +948,15 @@ class Checksums:
     def find(self, found: os.stat_result, algorithm: str = '') -> Any:
         """A copy of the state of a file that hasn't changed since, or None. '': of any algorithm."""
         with self._lock:
-            known = self._known.get((found.st_dev, found.st_ino))
-        if known is None or known[:2] != (found.st_size, found.st_mtime_ns):
+            state, checksum = self._known.get((found.st_dev, found.st_ino), (None, None))
+        if state != state_of(found):
             return None
-        return known[2].copy() if algorithm in ('', known[2].name) else None
+        return checksum.copy() if algorithm in ('', checksum.name) else None
 
     def keep(self, found: os.stat_result, checksum: Any) -> None:
         """Remembers the state of a file as a whole."""
         with self._lock:
-            self._known[found.st_dev, found.st_ino] = (found.st_size, found.st_mtime_ns, checksum)
+            self._known[found.st_dev, found.st_ino] = (state_of(found), checksum)
             self._known.move_to_end((found.st_dev, found.st_ino))
             while len(self._known) > self.KEPT:
                 self._known.popitem(last=False)
@@ -1311,7 +1316,7 @@ class Session:
     def _keep_checksum(self, file: OpenFile) -> None:
         if file.checksum is not None:
             found = os.fstat(file.fd)
-            if found.st_size == file.hashed and not (file.begun and changed(file.begun, found)):
+            if found.st_size == file.hashed and (not file.begun or state_of(file.begun) == state_of(found)):
                 self._server.checksums.keep(found, file.checksum)
 
     def _fstat(self, file: bytes) -> bytes:

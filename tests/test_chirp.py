@@ -194,6 +194,27 @@ def test_the_calls_of_the_protocol(client, served):
     client.rmdir('/e')
 
 
+@pytest.mark.parametrize('begin', ['hash', 'read'])
+def test_a_checksum_is_of_what_is_there_whatever_its_times_say(tmp_path, begin):
+    with our_server(tmp_path) as server, chirp.ChirpClient(*server.address) as client:
+        path = write(tmp_path / 'file', b'before')
+        if begin == 'hash':
+            assert client.hash('/file', 'crc32') == chirp.new_hash('crc32', b'before').digest()
+        else:
+            number, _ = client.open('/file', 'r')
+            assert client.call('hashread', number) == 0
+            assert client.pread(number, 100, 0) == b'before'
+        changed = path.stat().st_ctime_ns
+
+        def write_again():
+            write(path, b'after.')
+            return path.stat().st_ctime_ns != changed       # the clock of files ticks every few ms
+        wait_until(write_again)
+        if begin == 'read':
+            client.close(number)
+        assert client.hash('/file', 'crc32') == chirp.new_hash('crc32', b'after.').digest()
+
+
 @pytest.mark.parametrize('what, code', [
     (lambda client: client.stat('/missing'), -3), (lambda client: client.getfile('/folder'), -13),
     (lambda client: client.mkdir('/folder'), -4), (lambda client: client.stat('/file/below'), -14),
