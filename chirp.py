@@ -918,7 +918,7 @@ class Fault(Exception):
 class OpenFile:
     """What a client has open. ``checksum`` goes on while what is written, or read, follows on what was
     hashed."""
-    __slots__ = ('fd', 'reads', 'writes', 'checksum', 'hashed', 'begun')
+    __slots__ = ('fd', 'reads', 'writes', 'checksum', 'hashed', 'before', 'alone', 'node')
 
     def __init__(self, fd: int, reads: bool, writes: bool) -> None:
         self.fd = fd
@@ -926,7 +926,9 @@ class OpenFile:
         self.writes = writes
         self.checksum = None           # type: Any
         self.hashed = 0                # bytes that went into it
-        self.begun = None              # type: Optional[os.stat_result]    # when it began to be read
+        self.before = None             # type: Optional[Tuple[int, ...]]    # its state after the last of it
+        self.alone = True              # nobody else could write to it since it was opened
+        self.node = (0, 0)             # device and inode, of what is open for writing
 
 
 def state_of(found: os.stat_result) -> Tuple[int, ...]:
@@ -941,9 +943,10 @@ class Checksums:
     KEPT = 64
 
     def __init__(self) -> None:
-        # Guards the table; nothing is called while it is held.
+        # Guards the tables, and ``alone`` of the files; nothing is called while it is held.
         self._lock = threading.Lock()
         self._known = collections.OrderedDict()        # type: collections.OrderedDict
+        self._writers = {}             # type: Dict[Tuple[int, int], List[OpenFile]]
 
     def find(self, found: os.stat_result, algorithm: str = '') -> Any:
         """A copy of the state of a file that hasn't changed since, or None. '': of any algorithm."""
@@ -953,13 +956,46 @@ class Checksums:
             return None
         return checksum.copy() if algorithm in ('', checksum.name) else None
 
-    def keep(self, found: os.stat_result, checksum: Any) -> None:
-        """Remembers the state of a file as a whole."""
+    def keep(self, found: os.stat_result, checksum: Any, own: Iterable[OpenFile]) -> None:
+        """Remembers the state of a file as a whole, unless another than ``own`` may be writing to it."""
+        own = list(own)
         with self._lock:
+            if not all(file in own for file in self._writers.get((found.st_dev, found.st_ino), ())):
+                return
             self._known[found.st_dev, found.st_ino] = (state_of(found), checksum)
             self._known.move_to_end((found.st_dev, found.st_ino))
             while len(self._known) > self.KEPT:
                 self._known.popitem(last=False)
+
+    def opened(self, file: OpenFile, found: os.stat_result) -> None:
+        """It can be written to from now on: what another writer counts is no more the file's checksum."""
+        with self._lock:
+            file.node = found.st_dev, found.st_ino
+            writers = self._writers.setdefault(file.node, [])
+            writers.append(file)
+            if len(writers) > 1:
+                for writer in writers:
+                    writer.alone = False
+
+    def closed(self, file: OpenFile) -> None:
+        with self._lock:
+            writers = self._writers.get(file.node, [])
+            if file in writers:
+                writers.remove(file)
+            if not writers:
+                self._writers.pop(file.node, None)
+
+    def forget(self, found: os.stat_result) -> None:
+        """It is about to change. Its times tell that only where some milliseconds have passed."""
+        with self._lock:
+            self._known.pop((found.st_dev, found.st_ino), None)
+
+    def disturb(self, found: os.stat_result) -> None:
+        """It is about to change beside what its writers write."""
+        self.forget(found)
+        with self._lock:
+            for writer in self._writers.get((found.st_dev, found.st_ino), ()):
+                writer.alone = False
 
 
 class Session:
@@ -1196,9 +1232,11 @@ class Session:
                 self._need('rl')
                 how &= ~(os.O_CREAT | os.O_TRUNC | os.O_EXCL)
             opened = open_in(fd, name, how, number(mode) & 0o777 | 0o600)
-        self._files[number_] = OpenFile(opened, reads or not writes, writes)
+        file = self._files[number_] = OpenFile(opened, reads or not writes, writes)
         found = os.fstat(opened)
-        if not writes:
+        if writes:
+            self._server.checksums.opened(file, found)
+        else:
             try:
                 self._need('l' if stat.S_ISDIR(found.st_mode) else 'r')
             except Fault:
@@ -1225,8 +1263,11 @@ class Session:
 
     def _close_file(self, number_: int) -> None:
         file = self._files.pop(number_)
-        self._keep_checksum(file)
-        os.close(file.fd)
+        try:
+            self._keep_checksum(file)
+        finally:
+            self._server.checksums.closed(file)
+            os.close(file.fd)
 
     def _pread(self, word: bytes, length: bytes, offset: bytes) -> bytes:
         file, count, at = self._file(word), number(length), number(offset)
@@ -1235,7 +1276,7 @@ class Session:
         if count < 0 or at < 0:
             raise Fault(INVALID)
         count = min(count, PREAD)
-        if file.checksum is not None and file.begun is not None and file.hashed == at:
+        if file.checksum is not None and not file.writes and file.hashed == at:
             return self._pread_passing(file, count)
         if count <= SMALL:
             data = os.pread(file.fd, count, at)
@@ -1265,7 +1306,7 @@ class Session:
         found = os.fstat(file.fd)
         if not file.reads or file.writes or not stat.S_ISREG(found.st_mode):
             raise Fault(BAD_FD)
-        file.checksum, file.hashed, file.begun = new_hash(FASTEST), 0, found
+        file.checksum, file.hashed, file.before = new_hash(FASTEST), 0, state_of(found)
         return b'0\n'
 
     def _pwrite(self, word: bytes, length: bytes, offset: bytes) -> bytes:
@@ -1286,6 +1327,8 @@ class Session:
             file.checksum = None
             raise
         file.hashed += stored
+        if file.checksum is not None:
+            file.before = state_of(os.fstat(file.fd))
         self._wire.skip(count - stored)
         return b'%d\n' % stored
 
@@ -1306,18 +1349,20 @@ class Session:
 
     def _follow_checksum(self, file: OpenFile, at: int) -> None:
         """The checksum of a file goes on where its end is what is written, and ends anywhere else."""
+        found = os.fstat(file.fd)
         if file.checksum is None:
-            found = os.fstat(file.fd)
             if found.st_size == at:
                 file.checksum, file.hashed = self._server.checksums.find(found), at
-        elif file.hashed != at:
+        elif file.hashed != at or state_of(found) != file.before:
             file.checksum = None
+        self._server.checksums.forget(found)
 
     def _keep_checksum(self, file: OpenFile) -> None:
-        if file.checksum is not None:
+        """Where all of a file passed, and nobody else's bytes are in it."""
+        if file.checksum is not None and file.alone:
             found = os.fstat(file.fd)
-            if found.st_size == file.hashed and (not file.begun or state_of(file.begun) == state_of(found)):
-                self._server.checksums.keep(found, file.checksum)
+            if found.st_size == file.hashed and state_of(found) == file.before:
+                self._server.checksums.keep(found, file.checksum, [file])
 
     def _fstat(self, file: bytes) -> bytes:
         return b'0\n' + stat_line(os.fstat(self._file(file).fd))
@@ -1329,8 +1374,12 @@ class Session:
     def _ftruncate(self, file: bytes, length: bytes) -> bytes:
         if not self._file(file).writes:
             raise Fault(BAD_FD)
-        os.ftruncate(self._file(file).fd, number(length))
+        self._truncate_open(self._file(file).fd, number(length))
         return b'0\n'
+
+    def _truncate_open(self, fd: int, length: int) -> None:
+        self._server.checksums.disturb(os.fstat(fd))
+        os.ftruncate(fd, length)
 
     def _fchmod(self, file: bytes, mode: bytes) -> bytes:
         change_mode(self._file(file).fd, number(mode))
@@ -1437,7 +1486,7 @@ class Session:
 
     def _truncate(self, path: bytes, length: bytes) -> bytes:
         with self._opened(path, os.O_WRONLY) as fd:
-            os.ftruncate(fd, number(length))
+            self._truncate_open(fd, number(length))
         return b'0\n'
 
     def _access(self, path: bytes, mask: bytes) -> bytes:
@@ -1479,7 +1528,7 @@ class Session:
             if checksum is None:
                 self._wire.flush()
                 checksum = hash_file(fd, algorithm)
-                self._server.checksums.keep(found, checksum.copy())
+                self._server.checksums.keep(found, checksum.copy(), self._files.values())
         finally:
             os.close(fd)
         digest = checksum.digest()
