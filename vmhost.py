@@ -3894,6 +3894,13 @@ class Transfer:
         self.began = self.ended = 0.0          # monotonic
         self.cancelled = threading.Event()
         self.done = threading.Event()
+        self.place = self._place()
+
+    def _place(self) -> Tuple[str, ...]:
+        """Where it goes, however that is written."""
+        if self.direction == 'put':
+            return self.vm, posixpath.normpath('/' + self.target.lstrip('/'))
+        return (os.path.realpath(self.target),)
 
     def progress(self, moved: int, total: int) -> None:
         """What the Chirp client tells from time to time."""
@@ -3932,12 +3939,19 @@ class Transfers:
             raise Busy('%d transfers wait already' % TRANSFERS_WAITING)
         transfer = Transfer(direction, guest.name, source, target or default_target(direction, source))
         with self._lock:
+            self._check_place(transfer)
             self._known[transfer.id] = transfer
             ended = [known for known in self._known.values() if known.done.is_set()]
             for known in ended[:max(0, len(self._known) - TRANSFERS_KEPT)]:
                 del self._known[known.id]
         self._workers.do(lambda: self._run(transfer))
         return transfer
+
+    def _check_place(self, transfer: Transfer) -> None:
+        """Two that go to one place at once would write into each other's partial files. Raises Busy."""
+        for known in self._known.values():
+            if known.place == transfer.place and known.state in ('waiting', 'running'):
+                raise Busy('%s goes to %.200s already' % (known.id, transfer.target))
 
     def get(self, id: str) -> Transfer:
         """Raises InvalidParams for an id that is unknown, or ended long ago."""
@@ -5695,6 +5709,8 @@ class Api:
     def startTransfer(self, direction: str, vm: str, source: str, target: str,
                       options: dict = {}) -> str:
         """Begins to move a file or folder, ``put`` to the VM or ``get`` from it; its id at once.
+
+        Fault 10 (Busy) while another one goes to the same place, whose id it names.
 
             >>> source = os.path.abspath('hello.txt')
             >>> transfer_id = host.startTransfer('put', 'node1', source, 'second.txt')

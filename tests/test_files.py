@@ -157,6 +157,32 @@ def test_a_transfer_ends_though_the_journal_is_full(tmp_path, monkeypatch):
     assert (tmp_path / 'served' / 'there').read_text() == 'content'
 
 
+def test_one_transfer_at_a_time_goes_to_a_place(tmp_path, monkeypatch):
+    gate = threading.Event()
+    for name in ('one', 'two'):
+        (tmp_path / name).write_text(name)
+    (tmp_path / 'link').symlink_to(tmp_path)
+    one, two, back = (str(tmp_path / name) for name in ('one', 'two', 'back'))
+    with one_process(tmp_path, monkeypatch) as host:
+        client = host.chirp_client
+        monkeypatch.setattr(host, 'chirp_client', lambda guest: gate.wait(20) and client(guest))
+        try:
+            first = host.transfers.start('put', 'g', one, 'a/there')
+            with pytest.raises(vmhost.Busy, match=first.id):
+                host.transfers.start('put', 'g', two, '//a/./there')
+            others = [host.transfers.start('put', 'h', two, 'a/there'),
+                      host.transfers.start('put', 'g', two, 'there'),
+                      host.transfers.start('get', 'g', 'a/there', back)]
+            with pytest.raises(vmhost.Busy, match=others[-1].id):
+                host.transfers.start('get', 'h', 'other', str(tmp_path / 'link' / 'back'))
+        finally:
+            gate.set()
+        assert all(transfer.done.wait(20) for transfer in [first] + others)
+        again = host.transfers.start('put', 'g', two, 'a/there')
+        assert again.done.wait(20) and again.state == 'done'
+    assert (tmp_path / 'served' / 'a' / 'there').read_text() == 'two'
+
+
 @pytest.mark.slow
 @pytest.mark.once
 @pytest.mark.parametrize('make, compare', [(make_gib, same), (make_many, same_folder)])
