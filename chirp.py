@@ -1310,14 +1310,14 @@ class Session:
         return b'0\n'
 
     def _pwrite(self, word: bytes, length: bytes, offset: bytes) -> bytes:
-        count, at = number(length), number(offset)
+        count = number(length)
         if count < 0:
             raise Fault(INVALID)
         with self._announced(count):
-            file = self._file(word)
+            file, at = self._file(word), number(offset)
             if not file.writes:
                 raise Fault(BAD_FD)
-            if at < 0:
+            if at < 0 or at + count > MOST:
                 raise Fault(INVALID)
         stored = min(count, PWRITE)
         self._follow_checksum(file, at)
@@ -1604,11 +1604,12 @@ COMMANDS: Dict[bytes, Tuple[Callable[..., bytes], int, str]] = {
 RAW_PATHS = frozenset((b'hash', b'localpath', b'getstream', b'putstream'))
 
 NUMBER = re.compile(br'[+-]?[0-9]{1,19}$')
+MOST = (1 << 63) - 1           # the highest number on the wire, and the largest size of a file
 
 
 def number(word: bytes) -> int:
-    """Raises Fault."""
-    if not NUMBER.match(word):
+    """A signed integer of 64 bits. Raises Fault."""
+    if not NUMBER.match(word) or not -MOST - 1 <= int(word) <= MOST:
         raise Fault(INVALID)
     return int(word)
 

@@ -382,6 +382,34 @@ def test_data_that_no_disk_could_hold_is_not_waited_for(rooted, request_line):
             pass
 
 
+@pytest.mark.parametrize('request_line', [
+    b'pread 0 10 %d', b'pread 0 %d 0', b'ftruncate 0 %d', b'truncate /file %d', b'utime /file %d 0',
+    b'utime /file 0 %d', b'open /file r %d', b'close %d', b'whoami %d', b'mkdir /folder %d'])
+def test_a_number_of_more_than_64_bits_is_a_bad_argument(rooted, caplog, request_line):
+    server, folder = rooted
+    write(folder / 'file', b'x')
+    for number in (1 << 63, 9999999999999999999, -(1 << 63) - 1):
+        with admitted(server) as sock:
+            sock.sendall(b'open /file rw 0\n' + request_line % number + b'\n')
+            assert all_of(sock).endswith(b'\n-8\n')
+    for number in ((1 << 63) - 1, -(1 << 63)):         # whatever comes of these, they are answered
+        with admitted(server) as sock:
+            sock.sendall(b'open /file rw 0\n' + request_line % number + b'\nwhoami 1\n')
+            assert all_of(sock).endswith(b'1\na')
+    assert 'Traceback' not in caplog.text
+
+
+@pytest.mark.parametrize('at', [(1 << 63) - 40000, (1 << 63) - 1, 1 << 63])
+def test_content_beyond_64_bits_is_a_bad_argument(rooted, caplog, at):
+    server, folder = rooted
+    write(folder / 'file', b'x')
+    for content in (b'x' * 40001, bytes(40001)):
+        with admitted(server) as sock:
+            sock.sendall(b'open /file rw 0\npwrite 0 40001 %d\n' % at + content + b'whoami 1\n')
+            assert all_of(sock).endswith(b'\n-8\n1\na')
+    assert 'Traceback' not in caplog.text
+
+
 def test_who_vanishes_without_a_word_is_noticed(tmp_path):
     with our_server(tmp_path) as server, admitted(server):
         session, = wait_until(lambda: list(server._sessions.values()))
