@@ -1023,6 +1023,8 @@ class Session:
         except Exception:              # one connection's end is not the server's
             log.exception('while serving %s', self.peer)
         finally:
+            with contextlib.suppress(Disconnected):
+                self._wire.flush()     # what was answered before the end
             self._wire.close()
             for number_ in list(self._files):
                 self._close_file(number_)

@@ -410,6 +410,14 @@ def test_content_beyond_64_bits_is_a_bad_argument(rooted, caplog, at):
     assert 'Traceback' not in caplog.text
 
 
+@pytest.mark.parametrize('end', [b'\x04\n', b'x' * 2000 + b'\n', b'pwrite 0 %d 0\n' % (9 * 10 ** 18)])
+def test_what_was_answered_is_said_before_the_connection_ends(rooted, end):
+    server, _ = rooted
+    with admitted(server) as sock:
+        sock.sendall(b'whoami 7\nmkdir /new 511\n' + end)
+        assert all_of(sock) == b'7\naddress0\n'
+
+
 def test_who_vanishes_without_a_word_is_noticed(tmp_path):
     with our_server(tmp_path) as server, admitted(server):
         session, = wait_until(lambda: list(server._sessions.values()))
