@@ -58,7 +58,19 @@ import urllib.parse
 import webbrowser
 import xml.parsers.expat
 import xmlrpc.client
-from typing import Any, Callable, Dict, Generator, Iterable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Generator,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Tuple,
+    Union,
+)
 
 import chirp
 import protocol
@@ -3999,9 +4011,10 @@ class Transfers:
         """Notes the end in the journal, and wakes who waits for it, whatever becomes of the note."""
         transfer.ended = time.monotonic()
         try:
+            text = '%s %s to %s %s' % (transfer.direction, transfer.source, transfer.target, transfer.error)
             with self._host.journal_permitting():
-                self._host.journal.event('transfer-' + transfer.state, transfer.vm, '', '%s %s to %s %s' % (
-                    transfer.direction, transfer.source, transfer.target, transfer.error))
+                self._host.journal.event('transfer-' + transfer.state, transfer.vm, '',
+                                         text.translate(XML_UNSAFE))
         finally:
             transfer.done.set()
 
@@ -4865,8 +4878,7 @@ class Host:
         """What is in a folder of a VM. Raises TransferError, NoSuchVM, AgentNotConnected."""
         try:
             with self.chirp_client(self.connected(vm)) as client:
-                return [{'name': entry.name, 'size': entry.size, 'mode': entry.mode,
-                         'mtime': entry.mtime, 'isDir': entry.is_dir} for entry in client.ls(path)]
+                return [shown_entry(entry) for entry in client.ls(path)]
         except (chirp.ChirpError, OSError) as error:
             raise TransferError('%s on %s: %s' % (path, vm, error))
 
@@ -5098,6 +5110,28 @@ SIGNALS = ('HUP', 'INT', 'QUIT', 'ILL', 'TRAP', 'ABRT', 'BUS', 'FPE', 'KILL', 'U
 LARGEST_NUMBER = 1e18          # of seconds or bytes, so that no system's integer overflows
 XML_UNSAFE = {code: '\ufffd' for code in list(range(32)) + [0xfffe, 0xffff] + list(range(0xd800, 0xe000))
               if code not in (9, 10, 13)}
+FilePath = Union[str, xmlrpc.client.Binary]    # the latter: exact bytes, which need not be UTF-8
+
+
+def is_carried(text: str) -> bool:
+    """Whether XML-RPC leaves the text as it is."""
+    return '\r' not in text and text.translate(XML_UNSAFE) == text
+
+
+def shown_entry(entry: chirp.Entry) -> Dict[str, Any]:
+    """An entry of a folder; the exact bytes of its name where XML-RPC would alter it."""
+    shown = {'name': entry.name, 'size': entry.size, 'mode': entry.mode, 'mtime': entry.mtime,
+             'isDir': entry.is_dir}    # type: Dict[str, Any]
+    if not is_carried(entry.name):
+        shown['name64'] = base64.b64encode(chirp.to_bytes(entry.name)).decode('ascii')
+    return shown
+
+
+def shown_param(param: Any) -> str:
+    """An argument of a call for the journal."""
+    if isinstance(param, xmlrpc.client.Binary):
+        param = chirp.to_text(param.data[:80])
+    return '%.80r' % param if isinstance(param, (str, int, float)) else '…'
 
 
 class Api:
@@ -5539,8 +5573,7 @@ class Api:
 
     def note_call(self, type: str, name: str, params: List[Any], end: str = '') -> None:
         """Journals a call: by whom, which method, on what; no options, since a password may be in them."""
-        shown = ', '.join('%.80r' % param if isinstance(param, (str, int, float)) else '…'
-                          for param in params)
+        shown = ', '.join(map(shown_param, params))
         first = str(params[0])[:200] if params else ''
         if name == 'startTransfer':
             first = str((params + ['', ''])[1])[:200]
@@ -5681,10 +5714,11 @@ class Api:
 
     # Files.
 
-    def cpFileToVM(self, vm: str, local: str, remote: str = '') -> list:
+    def cpFileToVM(self, vm: str, local: FilePath, remote: FilePath = '') -> list:
         """Sends a file or folder to a VM, verified; ``[out, err, status]``, status 0 when it is there.
 
-        remote is relative to what the guest serves (its own name at the root, where none is given).
+        remote is relative to what the guest serves (its own name at the root, where none is given). A path
+        that isn't UTF-8, or has control characters, is given as base64: its exact bytes.
 
             >>> with open('hello.txt', 'w') as file:
             ...     count = file.write('hello')
@@ -5693,7 +5727,7 @@ class Api:
         """
         return self._copy('put', vm, local, remote)
 
-    def cpFileFromVM(self, vm: str, remote: str, local: str = '') -> list:
+    def cpFileFromVM(self, vm: str, remote: FilePath, local: FilePath = '') -> list:
         """Fetches a file or folder from a VM, verified; ``[out, err, status]``.
 
             >>> host.cpFileFromVM('node1', 'greetings/hello.txt', os.path.abspath('again.txt'))
@@ -5701,12 +5735,17 @@ class Api:
         """
         return self._copy('get', vm, remote, local)
 
-    def _copy(self, direction: str, vm: str, source: str, target: str) -> list:
-        transfer = self._host.transfers.start(direction, vm, source, target)
+    def _start(self, direction: str, vm: str, source: FilePath, target: FilePath) -> Transfer:
+        here, there = read_local, read_remote
+        from_, to = (here, there) if direction == 'put' else (there, here)
+        return self._host.transfers.start(direction, vm, from_(source), to(target))
+
+    def _copy(self, direction: str, vm: str, source: FilePath, target: FilePath) -> list:
+        transfer = self._start(direction, vm, source, target)
         transfer.done.wait()
         return ['', transfer.error, 0 if transfer.state == 'done' else 1]
 
-    def startTransfer(self, direction: str, vm: str, source: str, target: str,
+    def startTransfer(self, direction: str, vm: str, source: FilePath, target: FilePath,
                       options: dict = {}) -> str:
         """Begins to move a file or folder, ``put`` to the VM or ``get`` from it; its id at once.
 
@@ -5717,7 +5756,7 @@ class Api:
         """
         if options:
             raise InvalidParams('startTransfer: no option %r; there are none' % sorted(options)[0])
-        return self._host.transfers.start(direction, vm, source, target).id
+        return self._start(direction, vm, source, target).id
 
     def getTransfer(self, id: str) -> dict:
         """{state, bytes, total, rate, error, …}; state: waiting, running, done, failed, cancelled.
@@ -5739,13 +5778,24 @@ class Api:
         transfer.cancelled.set()
         return not transfer.done.is_set()
 
-    def listDir(self, vm: str, path: str = '/') -> list:
-        """[{name, size, mode, mtime, isDir}] of a folder in a VM.
+    def listDir(self, vm: str, path: FilePath = '/') -> list:
+        """[{name, size, mode, mtime, isDir}] of a folder in a VM; name64 holds a name's exact bytes where
+        XML-RPC can't carry it as text.
 
             >>> [entry['name'] for entry in host.listDir('node1', '/greetings')]
             ['hello.txt']
         """
-        return self._host.list_dir(vm, path)
+        return self._host.list_dir(vm, read_remote(path))
+
+
+def read_local(path: FilePath) -> str:
+    """A path of this machine, as text whose surrogates stand for what isn't UTF-8."""
+    return path if isinstance(path, str) else os.fsdecode(path.data)
+
+
+def read_remote(path: FilePath) -> str:
+    """The same for a path of a guest."""
+    return path if isinstance(path, str) else chirp.to_text(path.data)
 
 
 def read_request(cmd: str, args: List[Any], env: Any, path: Any, file_for_stdin: str,
@@ -5834,7 +5884,7 @@ def shown_results(results: Dict[str, Any]) -> Dict[str, Any]:
     shown = dict(results)
     for stream in ('out', 'err'):
         text = results[stream]
-        if stream + '64' not in results and ('\r' in text or text.translate(XML_UNSAFE) != text):
+        if stream + '64' not in results and not is_carried(text):
             shown[stream + '64'] = base64.b64encode(text.encode('utf-8')).decode('ascii')
     return shown
 
@@ -5894,7 +5944,9 @@ LARGEST_CALL = 16 * 1024 * 1024        # bytes of a request
 CALLS_AT_ONCE = 200
 SOCKET_TIMEOUT = 75.0                  # seconds of silence on a connection
 XMLRPC_NAMES = {str: 'string', int: 'int', float: 'double', bool: 'boolean', list: 'array',
-                dict: 'struct', xmlrpc.client.Binary: 'base64'}
+                dict: 'struct', xmlrpc.client.Binary: 'base64', FilePath: 'string'}  # type: Dict[Any, str]
+ACCEPTED = {float: (int, float), bool: (bool, int), int: (int, float),
+            FilePath: (str, xmlrpc.client.Binary)}   # type: Dict[Any, Tuple[type, ...]]
 
 
 RESPONSE = "<?xml version='1.0'?><methodResponse><params><param>%s</param></params></methodResponse>"
@@ -6063,7 +6115,7 @@ def check_arguments(method: Callable, params: List[Any]) -> List[Any]:
         raise InvalidParams('%s%s: %s' % (method.__name__, describe_signature(method), error))
     for name, value in bound.arguments.items():
         kind = signature.parameters[name].annotation
-        accepted = {float: (int, float), bool: (bool, int), int: (int, float)}.get(kind, kind)
+        accepted = ACCEPTED.get(kind, kind)
         if kind is not Any and not isinstance(value, accepted):
             raise InvalidParams('%s: %s should be %s' % (method.__name__, name,
                                                          XMLRPC_NAMES.get(kind, kind)))
@@ -7349,9 +7401,14 @@ def do_get(host: Client, screen: Screen, args: Any) -> int:
     return transfer(host, screen, 'get', args.vm, args.source, target)
 
 
+def carried(path: str) -> FilePath:
+    """A path for XML-RPC: as text, or its exact bytes where text can't have them."""
+    return path if is_carried(path) else xmlrpc.client.Binary(path.encode('utf-8', 'surrogateescape'))
+
+
 def transfer(host: Client, screen: Screen, direction: str, vm: str, source: str, target: str) -> int:
     """Moves a file or folder, verified; a terminal shows how far it is. Ctrl-C cancels it."""
-    moving = host.call('startTransfer', direction, vm, source, target)
+    moving = host.call('startTransfer', direction, vm, carried(source), carried(target))
     try:
         while True:
             now = host.call('getTransfer', moving)
@@ -7943,8 +8000,10 @@ def main(argv: List[str]) -> int:
     """The command line; gives the exit code."""
     screen = Screen()
     try:
-        # Python reads arguments by the locale; here they are UTF-8, as in XML-RPC.
-        return run([os.fsencode(word).decode('utf-8', 'replace') for word in argv], screen)
+        # Python reads arguments by the locale; here they are UTF-8, as in XML-RPC. Names of files may be
+        # any bytes.
+        errors = 'surrogateescape' if argv[1:2] in (['put'], ['get']) else 'replace'
+        return run([os.fsencode(word).decode('utf-8', errors) for word in argv], screen)
     except KeyboardInterrupt:
         return INTERRUPTED
     except protocol.ProtocolError as error:

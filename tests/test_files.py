@@ -1,5 +1,6 @@
 """Files between host and guest through the API: real host, real guest, real Chirp."""
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -7,13 +8,15 @@ import os
 import random
 import shutil
 import socket
+import subprocess
 import sys
 import threading
 import time
+import xmlrpc.client
 
 import cutting
 import pytest
-from agents import Agent, Host
+from agents import Agent, Host, command
 from helpers import fault_of, wait_until
 from test_chirp import make_gib, make_many, same, same_folder
 
@@ -85,6 +88,39 @@ def test_a_folder_keeps_its_links_and_modes(guest, api, tmp_path):
     assert api.cpFileFromVM('one', 'deep/er/still', back) == ['', '', 0]
     assert sorted(os.listdir(back + '/a')) == sorted(os.listdir(str(tree / 'a')))
     assert os.readlink(back + '/link') == 'a/f7' and os.access(back + '/a/run', os.X_OK)
+
+
+NAMES = [b'nu\xff %', b'bell\x07', 'ü'.encode('utf-8')]
+
+
+def test_a_name_may_be_any_bytes(guest, api, tmp_path):
+    for name in NAMES:
+        source = os.path.join(os.fsencode(str(tmp_path)), name)
+        write_random(source, 100)
+        exact = [xmlrpc.client.Binary(path) for path in (source, b'names/' + name, source + b'.back')]
+        assert api.cpFileToVM('one', exact[0], exact[1]) == ['', '', 0]
+        assert api.cpFileFromVM('one', exact[1], exact[2]) == ['', '', 0]
+        assert digest_of(source + b'.back') == digest_of(source)
+    rows = api.listDir('one', xmlrpc.client.Binary(b'names'))
+    found = [base64.b64decode(row.get('name64', '')) or row['name'].encode('utf-8') for row in rows]
+    assert sorted(found) == sorted(NAMES)
+    assert [row['name'] for row in rows if 'name64' not in row] == ['ü']
+    assert fault_of(api.listDir, 'one', xmlrpc.client.Binary(b'none\xff')).faultCode == 6
+    assert fault_of(api.listDir, 'one', 5).faultCode == -32602
+    assert any('nu\ufffd' in event['text'] for event in api.getEvents(-200)['events'])
+    shutil.rmtree(os.path.join(guest.files, 'names'))
+
+
+def test_the_verbs_move_a_name_of_any_bytes(host, guest, tmp_path):
+    source = os.path.join(os.fsencode(str(tmp_path)), NAMES[0])
+    write_random(source, 100)
+    for words in (['put', 'one', source], ['get', 'one', NAMES[0], source + b'.back'],
+                  ['get', 'one', NAMES[0], str(tmp_path / 'back')]):
+        done = subprocess.run(command('vmhost', host.ini, *words), stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, timeout=60)
+        assert (done.returncode, done.stdout) == (0, b'')
+    assert digest_of(source + b'.back') == digest_of(source) == digest_of(str(tmp_path / 'back'))
+    os.remove(os.path.join(os.fsencode(guest.files), NAMES[0]))
 
 
 def test_what_fails_says_why_and_changes_nothing(guest, api, tmp_path):
