@@ -918,12 +918,13 @@ class Fault(Exception):
 class OpenFile:
     """What a client has open. ``checksum`` goes on while what is written, or read, follows on what was
     hashed."""
-    __slots__ = ('fd', 'reads', 'writes', 'checksum', 'hashed', 'before', 'alone', 'node')
+    __slots__ = ('fd', 'reads', 'writes', 'checksum', 'hashed', 'before', 'alone', 'node', 'appends')
 
-    def __init__(self, fd: int, reads: bool, writes: bool) -> None:
+    def __init__(self, fd: int, reads: bool, writes: bool, appends: bool) -> None:
         self.fd = fd
         self.reads = reads
         self.writes = writes
+        self.appends = appends
         self.checksum = None           # type: Any
         self.hashed = 0                # bytes that went into it
         self.before = None             # type: Optional[Tuple[int, ...]]    # its state after the last of it
@@ -1176,7 +1177,7 @@ class Session:
             self._buffer = new_buffer()
         return self._buffer
 
-    def _receive(self, fd: int, count: int, offset: int, checksum: Any = None) -> None:
+    def _receive(self, fd: int, count: int, offset: int, checksum: Any = None, holes: bool = True) -> None:
         """Content for a file. All of it is read from the wire, even where it can't be written."""
         deadline = time.monotonic() + self._wire.timeout + count / SLOWEST
         buffer = self.buffer
@@ -1184,7 +1185,7 @@ class Session:
             got = self._wire.read_into(buffer[:min(count, BLOCK)], deadline)
             count -= got
             try:
-                write_all(fd, buffer[:got], offset)
+                write_all(fd, buffer[:got], offset, holes)
             except OSError:
                 self._wire.skip(count)
                 raise
@@ -1234,7 +1235,7 @@ class Session:
                 self._need('rl')
                 how &= ~(os.O_CREAT | os.O_TRUNC | os.O_EXCL)
             opened = open_in(fd, name, how, number(mode) & 0o777 | 0o600)
-        file = self._files[number_] = OpenFile(opened, reads or not writes, writes)
+        file = self._files[number_] = OpenFile(opened, reads or not writes, writes, b'a' in flags)
         found = os.fstat(opened)
         if writes:
             self._server.checksums.opened(file, found)
@@ -1324,7 +1325,7 @@ class Session:
         stored = min(count, PWRITE)
         self._follow_checksum(file, at)
         try:
-            self._receive(file.fd, stored, at, file.checksum)
+            self._receive(file.fd, stored, at, file.checksum, not file.appends)
         except (OSError, Disconnected):
             file.checksum = None
             raise
@@ -1625,9 +1626,10 @@ def best_path(root: Root, path: bytes) -> bytes:
     return unquote(path)
 
 
-def write_all(fd: int, view: memoryview, offset: int) -> None:
-    """Writes all of it at an offset; zeros beyond the file's end become a hole."""
-    if is_zero(view) and os.fstat(fd).st_size <= offset:
+def write_all(fd: int, view: memoryview, offset: int, holes: bool = True) -> None:
+    """Writes all of it at an offset; zeros beyond the file's end become a hole. No holes in a file that is
+    open to append: what is written there goes to its end, wherever that is by then."""
+    if holes and is_zero(view) and os.fstat(fd).st_size <= offset:
         os.ftruncate(fd, offset + len(view))
         return
     while view:

@@ -194,6 +194,14 @@ def test_the_calls_of_the_protocol(client, served):
     client.rmdir('/e')
 
 
+def test_what_is_appended_goes_to_the_end(client, served):
+    number, _ = client.open('/log', 'wca')
+    for content in (bytes(65536), b'x', bytes(65536)):
+        assert client.pwrite(number, content, 1000000) == len(content)
+    client.close(number)
+    assert (served[1] / 'log').read_bytes() == bytes(65536) + b'x' + bytes(65536)
+
+
 @pytest.mark.parametrize('begin', ['hash', 'read'])
 def test_a_checksum_is_of_what_is_there_whatever_its_times_say(tmp_path, begin):
     with our_server(tmp_path) as server, chirp.ChirpClient(*server.address) as client:
