@@ -3936,7 +3936,8 @@ class Transfers:
     def __init__(self, host: 'Host', count: int) -> None:
         self._host = host
         self._workers = Workers('transfer', count)
-        # Guards the table; nothing is called while it is held.
+        # Guards the table, and the step from waiting to running or cancelled; nothing is called while it is
+        # held.
         self._lock = threading.Lock()
         self._known = collections.OrderedDict()  # type: collections.OrderedDict
 
@@ -3978,6 +3979,25 @@ class Transfers:
             known = list(self._known.values())
         return [transfer.shown() for transfer in known]
 
+    def cancel(self, id: str) -> bool:
+        """Has it end, at once where it waits. False where it has ended. Raises InvalidParams."""
+        transfer = self.get(id)
+        if transfer.done.is_set():
+            return False
+        transfer.cancelled.set()
+        if self._leaves_queue(transfer, 'cancelled'):
+            transfer.error = 'cancelled before it began'
+            self._end(transfer)
+        return True
+
+    def _leaves_queue(self, transfer: Transfer, state: str) -> bool:
+        """From waiting to another state; False where it doesn't wait any more."""
+        with self._lock:
+            if transfer.state != 'waiting':
+                return False
+            transfer.state = state
+            return True
+
     def stop(self, deadline: float) -> None:
         """Cancels all, and waits for them until that monotonic time."""
         with self._lock:
@@ -3986,8 +4006,9 @@ class Transfers:
         self._workers.stop(deadline)
 
     def _run(self, transfer: Transfer) -> None:
+        if not self._leaves_queue(transfer, 'running'):
+            return
         transfer.began = time.monotonic()
-        transfer.state = 'running'
         try:
             if transfer.cancelled.is_set():
                 raise chirp.Cancelled('cancelled before it began')
@@ -5774,9 +5795,7 @@ class Api:
             >>> host.cancelTransfer(transfer_id)      # it has ended
             False
         """
-        transfer = self._host.transfers.get(id)
-        transfer.cancelled.set()
-        return not transfer.done.is_set()
+        return self._host.transfers.cancel(id)
 
     def listDir(self, vm: str, path: FilePath = '/') -> list:
         """[{name, size, mode, mtime, isDir}] of a folder in a VM; name64 holds a name's exact bytes where

@@ -219,6 +219,26 @@ def test_one_transfer_at_a_time_goes_to_a_place(tmp_path, monkeypatch):
     assert (tmp_path / 'served' / 'a' / 'there').read_text() == 'two'
 
 
+def test_a_transfer_that_waits_is_cancelled_at_once(tmp_path, monkeypatch):
+    gate = threading.Event()
+    (tmp_path / 'source').write_text('content')
+    with one_process(tmp_path, monkeypatch) as host:
+        client = host.chirp_client
+        monkeypatch.setattr(host, 'chirp_client', lambda guest: gate.wait(20) and client(guest))
+        try:
+            transfers = [host.transfers.start('put', 'g', str(tmp_path / 'source'), 'there%d' % n)
+                         for n in range(host.settings.Host.max_transfers + 1)]
+            assert host.transfers.cancel(transfers[-1].id) is True
+            assert transfers[-1].done.is_set() and transfers[-1].shown()['state'] == 'cancelled'
+            assert host.transfers.cancel(transfers[-1].id) is False
+        finally:
+            gate.set()
+        assert all(transfer.done.wait(20) for transfer in transfers)
+        host.transfers.stop(time.monotonic() + 20)         # all of the queue has passed
+        assert [transfer.state for transfer in transfers] == ['done'] * (len(transfers) - 1) + ['cancelled']
+    assert len(os.listdir(str(tmp_path / 'served'))) == len(transfers) - 1
+
+
 @pytest.mark.slow
 @pytest.mark.once
 @pytest.mark.parametrize('make, compare', [(make_gib, same), (make_many, same_folder)])
