@@ -3908,6 +3908,15 @@ class Transfer:
         self.done = threading.Event()
         self.place = self._place()
 
+    @property
+    def is_under_way(self) -> bool:
+        return self.state in ('waiting', 'running')
+
+    def go_into_target(self) -> None:
+        """What is sent goes into its target, a folder, under its own name."""
+        self.target = posixpath.join(self.target, default_target(self.direction, self.source))
+        self.place = self._place()
+
     def _place(self) -> Tuple[str, ...]:
         """Where it goes, however that is written."""
         if self.direction == 'put':
@@ -3951,6 +3960,8 @@ class Transfers:
         if self._workers.waiting() >= TRANSFERS_WAITING:
             raise Busy('%d transfers wait already' % TRANSFERS_WAITING)
         transfer = Transfer(direction, guest.name, source, target or default_target(direction, source))
+        if direction == 'put' and target.endswith('/') and not os.path.isdir(source):
+            transfer.go_into_target()
         with self._lock:
             self._check_place(transfer)
             self._known[transfer.id] = transfer
@@ -3963,7 +3974,7 @@ class Transfers:
     def _check_place(self, transfer: Transfer) -> None:
         """Two that go to one place at once would write into each other's partial files. Raises Busy."""
         for known in self._known.values():
-            if known.place == transfer.place and known.state in ('waiting', 'running'):
+            if known is not transfer and known.place == transfer.place and known.is_under_way:
                 raise Busy('%s goes to %.200s already' % (known.id, transfer.target))
 
     def get(self, id: str) -> Transfer:
@@ -4014,7 +4025,7 @@ class Transfers:
                 raise chirp.Cancelled('cancelled before it began')
             with self._host.chirp_client(self._host.connected(transfer.vm)) as client:
                 if transfer.direction == 'put':
-                    make_parents(client, transfer.target)
+                    self._aim(client, transfer)
                 move = client.put if transfer.direction == 'put' else client.get
                 move(transfer.source, transfer.target, progress=transfer.progress,
                      cancel=transfer.cancelled)
@@ -4027,6 +4038,14 @@ class Transfers:
             log.exception('in %s', transfer.id)
         finally:
             self._end(transfer)
+
+    def _aim(self, client: chirp.ChirpClient, transfer: Transfer) -> None:
+        """Has the folders that a file or folder is to be in. Raises Busy."""
+        make_parents(client, transfer.target)
+        if not os.path.isdir(transfer.source) and is_folder(client, transfer.target):
+            with self._lock:
+                transfer.go_into_target()
+                self._check_place(transfer)
 
     def _end(self, transfer: Transfer) -> None:
         """Notes the end in the journal, and wakes who waits for it, whatever becomes of the note."""
@@ -4046,6 +4065,14 @@ def make_parents(client: chirp.ChirpClient, target: str) -> None:
     for depth in range(1, len(names) + 1):
         with contextlib.suppress(chirp.Refused):        # it is there; or the put will say what is wrong
             client.mkdir('/' + '/'.join(names[:depth]))
+
+
+def is_folder(client: chirp.ChirpClient, path: str) -> bool:
+    """Whether that is a folder in a guest."""
+    try:
+        return client.stat(path).is_dir
+    except chirp.Refused:
+        return False
 
 
 def default_target(direction: str, source: str) -> str:
@@ -5738,8 +5765,9 @@ class Api:
     def cpFileToVM(self, vm: str, local: FilePath, remote: FilePath = '') -> list:
         """Sends a file or folder to a VM, verified; ``[out, err, status]``, status 0 when it is there.
 
-        remote is relative to what the guest serves (its own name at the root, where none is given). A path
-        that isn't UTF-8, or has control characters, is given as base64: its exact bytes.
+        remote is relative to what the guest serves (its own name at the root, where none is given). A file
+        goes into remote where that is a folder, or ends with '/'. A path that isn't UTF-8, or has control
+        characters, is given as base64: its exact bytes.
 
             >>> with open('hello.txt', 'w') as file:
             ...     count = file.write('hello')

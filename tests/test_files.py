@@ -123,15 +123,30 @@ def test_the_verbs_move_a_name_of_any_bytes(host, guest, tmp_path):
     os.remove(os.path.join(os.fsencode(guest.files), NAMES[0]))
 
 
+@pytest.mark.parametrize('target, there', [
+    ('new/', 'new/file'), ('made', 'made/file'), ('made/', 'made/file'), ('/made/../made', 'made/file'),
+    ('made/file', 'made/file'), ('/', 'file')])
+def test_a_file_goes_into_the_folder_that_it_is_sent_to(tmp_path, monkeypatch, target, there):
+    (tmp_path / 'file').write_text('content')
+    with one_process(tmp_path, monkeypatch) as host:
+        (tmp_path / 'served' / 'made').mkdir()
+        for _ in ('first', 'again'):
+            transfer = host.transfers.start('put', 'g', str(tmp_path / 'file'), target)
+            assert transfer.done.wait(20) and transfer.error == ''
+        assert (tmp_path / 'served' / there).read_text() == 'content'
+
+
 def test_what_fails_says_why_and_changes_nothing(guest, api, tmp_path):
     out, err, status = api.cpFileFromVM('one', 'nothing-of-that-name', str(tmp_path / 'x'))
     assert status != 0 and 'nothing-of-that-name' in err and not os.path.exists(str(tmp_path / 'x'))
     out, err, status = api.cpFileToVM('one', str(tmp_path / 'nothing-here'))
     assert status != 0 and 'nothing-here' in err
-    os.makedirs(os.path.join(guest.files, 'a-folder'), exist_ok=True)
     source = write_random(str(tmp_path / 'source'), 10)
-    assert api.cpFileToVM('one', source, 'a-folder')[2] == 1
-    assert os.path.isdir(os.path.join(guest.files, 'a-folder'))
+    os.makedirs(os.path.join(guest.files, 'a-folder', 'source'))
+    assert api.cpFileToVM('one', source, 'a-folder/source/')[2] == 0
+    assert api.cpFileToVM('one', source, 'a-folder/source/source/below')[2] == 1
+    assert api.cpFileToVM('one', str(tmp_path), 'a-folder/source/source')[2] == 1
+    assert os.listdir(os.path.join(guest.files, 'a-folder', 'source')) == ['source']
     for escape in ('../outside', '/../../outside'):
         api.cpFileToVM('one', source, escape)
     assert not os.path.exists(os.path.join(os.path.dirname(guest.files), 'outside'))
