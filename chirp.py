@@ -19,6 +19,7 @@ import collections
 import contextlib
 import errno
 import fnmatch
+import itertools
 import logging
 import os
 import re
@@ -2607,8 +2608,9 @@ class ChirpClient(Requests):
             links: str = 'inside') -> None:
         """Fetches a file or folder; as ``put``, and raises OSError for what is written here.
 
-        Of a folder's symbolic links, ``inside`` makes those that stay within it (the others are told of
-        in Incomplete), ``all`` makes all, ``none`` leaves them out. Nothing is written through a link.
+        Of a folder's symbolic links, ``inside`` makes those that stay within it, with no ``..`` after a
+        name (the others are told of in Incomplete), ``all`` makes all, ``none`` leaves them out. Nothing
+        is written through a link.
         """
         with self._moving(progress, cancel) as meter:
             Download(self, meter, verify, keep, links).run(to_bytes(source), os.fspath(target))
@@ -3275,8 +3277,8 @@ class Download:
         if self._links == 'none':
             return
         leads = self._client.readlink(path)
-        if self._links == 'inside' and leaves(leads, inside):
-            raise OSError(errno.EINVAL, 'a link that leads out of the folder, to %s' % shown(leads))
+        if self._links == 'inside' and may_leave(leads, inside):
+            raise OSError(errno.EINVAL, 'a link that leads out of the folder, or could, to %s' % shown(leads))
         if os.path.islink(here) and os.readlink(here) == to_local_link(leads):
             return
         if os.path.lexists(here):
@@ -3418,19 +3420,18 @@ def make_folder(path: str) -> None:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
 
 
-def leaves(target: str, inside: Tuple[str, ...]) -> bool:
-    """Whether a link in that folder, below the top, leads out of the top."""
+def may_leave(target: str, inside: Tuple[str, ...]) -> bool:
+    """Whether a link in that folder, below the top, could lead out of the top.
+
+    After a name no ``..`` may come: the name may be a link that we made, to elsewhere in the top, and
+    from there fewer steps lead out. Up from a real folder, then through names alone, each of them real or
+    a link of this kind: that stays inside, whatever the links.
+    """
     if target.startswith('/') or '\\' in target and os.name == 'nt' or ':' in target and os.name == 'nt':
         return True
-    depth = len(inside)
-    for name in target.split('/'):
-        if name == '..':
-            depth -= 1
-            if depth < 0:
-                return True
-        elif name not in ('', '.'):
-            depth += 1
-    return False
+    names = [name for name in target.split('/') if name not in ('', '.')]
+    ups = len(list(itertools.takewhile(lambda name: name == '..', names)))
+    return ups > len(inside) or '..' in names[ups:]
 
 
 def to_local_link(target: str) -> str:

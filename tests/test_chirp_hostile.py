@@ -233,6 +233,31 @@ def test_links_that_lead_out_are_told_and_not_made(tmp_path):
         assert os.listdir(str(tmp_path / 'c')) == ['below']
 
 
+def test_no_chain_of_links_leads_out(tmp_path):
+    """Each link may go through those before it, whose ``..`` counts from where they lead."""
+    tree = tmp_path / 'served' / 'tree'
+    (tree / 'below' / 'deep').mkdir(parents=True)
+    write(tree / 'inner', b'inner')
+    write(tmp_path / 'secret', b'secret')
+    links = {'here': '.', 'innocent': 'here/here/../../secret', 'below/up': '..', 'below/x': 'up/up/secret',
+             'below/y': 'up/../secret', 'below/deep/top': '../..', 'below/deep/z': 'top/../secret',
+             'a': 'below/deep/top/inner', 'b': 'here/below/up/inner', 'c': './/below/deep/../../inner',
+             'd': 'below/deep/top/below/x'}
+    for name, target in links.items():
+        os.symlink(target, str(tree / name))
+    with our_server(tmp_path / 'served') as server, chirp.ChirpClient(*server.address) as client:
+        for _ in 'new', 'again':
+            with pytest.raises(chirp.Incomplete, match='4 of the entries .*leads out'):
+                client.get('/tree', str(tmp_path / 'got'))
+    top = os.path.realpath(str(tmp_path / 'got'))
+    for folder, folders, names in os.walk(top):
+        for name in folders + names:
+            assert (os.path.realpath(os.path.join(folder, name)) + os.sep).startswith(top + os.sep), name
+    made = [name for name in links if os.path.lexists(os.path.join(top, name))]
+    assert sorted(made) == ['a', 'b', 'below/deep/top', 'below/up', 'below/x', 'd', 'here']
+    assert (tmp_path / 'got' / 'b').read_bytes() == (tmp_path / 'got' / 'a').read_bytes() == b'inner'
+
+
 # --- our server --------------------------------------------------------------------------------
 
 @pytest.fixture
