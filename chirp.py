@@ -22,6 +22,7 @@ import fnmatch
 import itertools
 import logging
 import os
+import posixpath
 import re
 import select
 import selectors
@@ -48,6 +49,11 @@ from typing import (
     TypeVar,
     Union,
 )
+
+try:
+    import fcntl
+except ImportError:                    # Windows
+    fcntl = None               # type: ignore
 
 log = logging.getLogger('vmhost.chirp')
 
@@ -91,6 +97,13 @@ class AccessDenied(ChirpError):
 
 class Cancelled(ChirpError):
     """Whoever asked for it changed their mind."""
+
+
+class Busy(ChirpError):
+    """Another transfer to the same target is under way."""
+
+    def __init__(self, target: Path) -> None:
+        super().__init__('another transfer to %s is under way' % shown(target))
 
 
 class Shrunk(Disconnected):
@@ -2598,7 +2611,8 @@ class ChirpClient(Requests):
         """Sends a file or folder. A folder goes into one of the same name that is there.
 
         ``progress`` gets (bytes moved, bytes in all) from time to time; ``verify``: compare checksums;
-        ``keep``: modes and times. Raises ChirpError, and OSError for what is read here.
+        ``keep``: modes and times. Raises ChirpError, and OSError for what is read here; Busy where this
+        process puts something else there at the same time.
         """
         with self._moving(progress, cancel) as meter:
             Upload(self, meter, verify, keep).run(os.fspath(source), to_bytes(target).rstrip(b'/') or b'/')
@@ -2606,7 +2620,8 @@ class ChirpClient(Requests):
     def get(self, source: Path, target: str, progress: Optional[Progress] = None,
             cancel: Optional[threading.Event] = None, verify: bool = True, keep: bool = True,
             links: str = 'inside') -> None:
-        """Fetches a file or folder; as ``put``, and raises OSError for what is written here.
+        """Fetches a file or folder; as ``put``, and raises OSError for what is written here; Busy where
+        any process on this machine fetches something else to there at the same time.
 
         Of a folder's symbolic links, ``inside`` makes those that stay within it, with no ``..`` after a
         name (the others are told of in Incomplete), ``all`` makes all, ``none`` leaves them out. Nothing
@@ -2678,6 +2693,35 @@ class Failures:
             raise Incomplete(self._some, self._count)
 
 
+class Claims:
+    """What this process is putting, and where: the server can't tell two that write one partial file.
+
+    Safe from any thread.
+    """
+
+    def __init__(self) -> None:
+        # Guards the list; nothing is called while it is held.
+        self._lock = threading.Lock()
+        self._held = []        # type: List[Tuple[str, int, bytes]]
+
+    @contextlib.contextmanager
+    def holding(self, client: Requests, target: bytes) -> Iterator[None]:
+        """Raises Busy where that target of that server is held already."""
+        claim = client.address, client.port, posixpath.normpath(b'/' + target.lstrip(b'/'))
+        with self._lock:
+            if claim in self._held:
+                raise Busy(target)
+            self._held.append(claim)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held.remove(claim)
+
+
+CLAIMS = Claims()
+
+
 class Upload:
     """One ``put``."""
 
@@ -2696,7 +2740,8 @@ class Upload:
         found = os.stat(source)
         if stat.S_ISDIR(found.st_mode):
             self._meter.total = tree_size(source)
-            self._client.persist(self._meter, lambda: self._put_tree(source, target))
+            with CLAIMS.holding(self._client, target):
+                self._client.persist(self._meter, lambda: self._put_tree(source, target))
             self._failures.check()
         else:
             self._meter.total = found.st_size
@@ -2710,7 +2755,8 @@ class Upload:
         tries = 0
         while True:
             try:
-                return self._client.persist(self._meter, lambda: self._send_file(source, target, base))
+                with CLAIMS.holding(self._client, target):
+                    return self._client.persist(self._meter, lambda: self._send_file(source, target, base))
             except (Changed, Shrunk):
                 self._client.disconnect()
                 tries += 1
@@ -2852,7 +2898,7 @@ class Upload:
         """One entry's failure isn't the folder's, unless the others would fail, too."""
         try:
             yield
-        except (Refused, Changed, OSError) as error:
+        except (Refused, Changed, Busy, OSError) as error:
             if isinstance(error, Refused) and error.code in (NO_SPACE, NOT_AUTHENTICATED):
                 raise
             self._failures.add(path, error)
@@ -3098,7 +3144,6 @@ class Download:
                     self._meter, lambda: self._receive_file(source, target, base, limit))
             except Changed:
                 self._client.disconnect()
-                os.unlink(local_part(target))          # it is a prefix of nothing that is there now
                 tries += 1
                 if tries > RETRIES:
                     raise
@@ -3113,12 +3158,18 @@ class Download:
         if limit is None and self._is_there(source, found, target):
             self._client.close(number_)
             return self._meter.add(size)
-        with open_part(local_part(target)) as file:
-            self._receive_rest(file, number_, source, found, size)
+        with open_part(target) as file:
+            try:
+                self._receive_rest(file, number_, source, found, size)
+            except Changed:
+                let_go(file)
+                os.unlink(local_part(target))          # it is a prefix of nothing that is there now
+                raise
             if self._keep:
                 set_times(file, found.atime, found.mtime)
                 set_mode(file, found.mode & 0o777)
-        os.replace(local_part(target), target)
+            let_go(file)
+            os.replace(local_part(target), target)
 
     def _is_there(self, source: bytes, found: Stat, target: str) -> bool:
         """Whether an earlier attempt got to the end."""
@@ -3224,8 +3275,10 @@ class Download:
         if os.path.islink(target) and os.path.isdir(target):
             folder = os.path.realpath(target)          # the user's own link, above what we fetch
         found = self._client.stat(source)
-        self._get_folder(source, folder, found.mode, found.mtime, ())
-        if not merge:
+        if merge:
+            return self._get_folder(source, folder, found.mode, found.mtime, ())
+        with locked_folder(folder, target):
+            self._get_folder(source, folder, found.mode, found.mtime, ())
             os.rename(folder, target)
 
     def _get_folder(self, source: bytes, target: str, mode: int, mtime: int, inside: Tuple[str, ...]) -> None:
@@ -3256,7 +3309,7 @@ class Download:
         """One entry's failure isn't the folder's, unless the others would fail, too."""
         try:
             yield
-        except (Refused, Changed, OSError) as error:
+        except (Refused, Changed, Busy, OSError) as error:
             if isinstance(error, OSError) and error.errno in FULL:
                 raise
             self._failures.add(path, error)
@@ -3323,13 +3376,14 @@ class Download:
         data, entry = fetched.data or b'', fetched.entry
         fetched.data = None
         with self._failing(fetched.path):
-            with open_part(local_part(fetched.here)) as file:
+            with open_part(fetched.here) as file:
                 write_here(file, memoryview(data))
                 file.truncate(len(data))
                 if self._keep:
                     set_times(file, entry.mtime, entry.mtime)
                     set_mode(file, entry.mode & 0o777)
-            os.replace(local_part(fetched.here), fetched.here)
+                let_go(file)
+                os.replace(local_part(fetched.here), fetched.here)
             self._meter.add(len(data))
 
 
@@ -3375,8 +3429,10 @@ class RemoteHash:
             log.debug('checksum of %s: %s', shown(self._path), error)
 
 
-def open_part(path: str) -> Any:
-    """Opens a partial file here, to go on with it; never through a link."""
+def open_part(target: str) -> Any:
+    """Opens the partial file of a target here, to go on with it; never through a link. Raises Busy where
+    somebody else has it open so, until it has its name or is closed."""
+    path = local_part(target)
     flags = os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0)
     try:
         fd = os.open(path, flags | getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0), 0o600)
@@ -3384,11 +3440,64 @@ def open_part(path: str) -> Any:
         if error.errno != errno.ELOOP:
             raise
         os.unlink(path)
-        return open_part(path)
+        return open_part(target)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise OSError(errno.EINVAL, 'not a regular file', path)
-    return os.fdopen(fd, 'r+b', buffering=0)
+    file = os.fdopen(fd, 'r+b', buffering=0)
+    try:
+        lock(fd, target)
+        if is_still(fd, path):
+            return file
+    except BaseException:
+        file.close()
+        raise
+    file.close()
+    return open_part(target)
+
+
+def lock(fd: int, target: str) -> None:
+    """Locks what is made for a target, until it is closed. Raises Busy."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Busy(to_remote(target))
+    except OSError as error:           # a file system that has none
+        log.debug('%s: no lock: %s', target, error)
+
+
+@contextlib.contextmanager
+def locked_folder(path: str, target: str) -> Iterator[None]:
+    """Makes the partial folder of a target, and locks it. Raises Busy."""
+    make_folder(path)
+    if fcntl is None:
+        yield
+        return
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        lock(fd, target)
+        if not is_still(fd, path):
+            raise Busy(to_remote(target))
+        yield
+    finally:
+        os.close(fd)
+
+
+def is_still(fd: int, path: str) -> bool:
+    """Whether what is open has this name: who had it locked before may have given it another one."""
+    try:
+        return fcntl is None or os.path.samestat(os.fstat(fd), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def let_go(file: Any) -> None:
+    """Closes a file that is to be renamed or removed, where no system does that with an open one; elsewhere
+    it stays locked meanwhile."""
+    if fcntl is None:
+        file.close()
 
 
 def write_here(file: Any, view: memoryview) -> None:

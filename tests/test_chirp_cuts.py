@@ -122,6 +122,42 @@ def test_a_folder_that_is_cut_goes_on(served, tmp_path):  # noqa: F811
     assert seen(tmp_path / 'back') == seen(source)
 
 
+@pytest.mark.parametrize('size', [3 << 20, None], ids=['a file', 'a folder'])
+@pytest.mark.parametrize('way', ['up', 'down'])
+def test_a_second_transfer_to_a_target_is_refused(tmp_path, way, size):
+    """While the first is held up half way; which is then completed."""
+    (tmp_path / 'served').mkdir()
+    (tmp_path / 'here').mkdir()
+    sources, targets = ('here', 'served') if way == 'up' else ('served', 'here')
+    contents = [bytes([which]) * (size or 3 << 20) for which in (1, 2)]
+    for which in 0, 1:
+        source = tmp_path / sources / str(which)
+        if size is None:
+            source.mkdir()
+        write(source if size else source / 'file', contents[which])
+    with our_server(tmp_path / 'served') as server, CuttingProxy(server.address) as proxy:
+        def move(which):
+            with chirp.ChirpClient(*proxy.address, timeout=20) as moving:
+                if way == 'up':
+                    moving.put(str(tmp_path / 'here' / str(which)), '/target')
+                else:
+                    moving.get('/%d' % which, str(tmp_path / 'here' / 'target'))
+        proxy.hold = 1 << 20
+        first = threading.Thread(target=move, args=(0,))
+        first.start()
+        wait_until(lambda: getattr(proxy, way) > proxy.hold)
+        with pytest.raises(chirp.Busy, match='another transfer to .*target is under way'):
+            move(1)
+        proxy.gate.set()
+        first.join()
+        target = tmp_path / targets / 'target'
+        assert (target if size else target / 'file').read_bytes() == contents[0]
+        if size:
+            move(1)
+            assert target.read_bytes() == contents[1]
+    assert sorted(os.listdir(str(tmp_path / targets))) == ['target']
+
+
 def once(do):
     """A progress callback that does something the first time."""
     done = []
