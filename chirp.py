@@ -254,8 +254,9 @@ class Wire:
     """A connected socket, with a buffer for each way. What was ``put`` leaves at the latest before the
     next wait for the peer, so requests, or replies, that belong together share a packet.
 
-    ``timeout``: seconds of silence that are borne. Raises Disconnected, TimedOut, ProtocolError, and
-    Cancelled once the event ``cancel`` is set.
+    ``timeout``: seconds of silence that are borne, at the beginning of what is awaited or sent, or within
+    it; besides, SLOWEST bounds the whole. Raises Disconnected, TimedOut, ProtocolError, and Cancelled once
+    the event ``cancel`` is set.
     """
 
     OUT = 64 * 1024            # bytes that are held back at most
@@ -300,8 +301,9 @@ class Wire:
 
     def read(self, count: int) -> bytes:
         """Exactly so many bytes; for small counts."""
+        deadline = self._deadline(count)
         while len(self._data) - self._at < count:
-            self._receive_more(self._deadline(count))
+            self._receive_more(deadline)
         data = bytes(self._data[self._at:self._at + count])
         self._at += count
         return data
@@ -356,24 +358,30 @@ class Wire:
 
     def _receive(self, how: Callable[[Any], Any], what: Any, deadline: float) -> Any:
         """What ``recv`` or ``recv_into`` returns once something has come."""
+        silence = self._deadline(0)
         while True:
             try:
                 got = how(what)
             except socket.timeout:
-                self._look_up(deadline)
+                self._look_up(silence, deadline)
                 continue
             except OSError as error:
                 raise Disconnected('the connection broke: %s' % error)
             if not got:
                 raise EndOfStream('the peer closed the connection')
-            if time.monotonic() > deadline:
-                raise TimedOut('the peer is too slow')
+            self._check_pace(deadline)
             return got
 
-    def _look_up(self, deadline: float) -> None:
+    def _look_up(self, silence: float, deadline: float) -> None:
+        """While nothing moves: until ``silence`` something must have."""
         self.check_cancelled()
-        if time.monotonic() > deadline:
+        if time.monotonic() > silence:
             raise TimedOut('nothing moved for %g seconds' % self.timeout)
+        self._check_pace(deadline)
+
+    def _check_pace(self, deadline: float) -> None:
+        if time.monotonic() > deadline:
+            raise TimedOut('the peer is too slow')
 
     def check_cancelled(self) -> None:
         """Raises Cancelled."""
@@ -401,13 +409,17 @@ class Wire:
         """Sends it at once; what was put must be out."""
         view = memoryview(data)
         deadline = self._deadline(len(view))
+        silence = self._deadline(0)
         while view:
             try:
                 view = view[self._sock.send(view):]
             except socket.timeout:
-                self._look_up(deadline)
+                self._look_up(silence, deadline)
             except OSError as error:
                 raise Disconnected('the connection broke: %s' % error)
+            else:
+                silence = self._deadline(0)
+                self._check_pace(deadline)
 
     def send_file(self, fd: int, offset: int, count: int) -> None:
         """Sends a part of a regular file. If the file has become shorter the connection is broken: the
@@ -418,6 +430,7 @@ class Wire:
         try:
             while offset < end:
                 offset += self._send_some(fd, offset, end - offset, deadline)
+                self._check_pace(deadline)
         except (Disconnected, Cancelled):
             raise
         except OSError as error:
@@ -445,10 +458,11 @@ class Wire:
         return len(data)
 
     def _wait_to_send(self, deadline: float) -> None:
+        silence = self._deadline(0)
         poll = select.poll()
         poll.register(self._sock, select.POLLOUT)
         while not poll.poll(SLICE * 1000):
-            self._look_up(deadline)
+            self._look_up(silence, deadline)
 
 
 
@@ -3352,9 +3366,8 @@ class Download:
     def _on_content(self, fetched: 'Fetched', wire: Wire, result: Union[int, Refused]) -> None:
         if isinstance(result, Refused):
             self._failures.add(fetched.path, result)
-        elif result > 2 * SMALL:
-            wire.skip(result)
-            self._failures.add(fetched.path, Changed('it changed while it was read'))
+        elif result > 2 * SMALL:       # of a size that the server made up, or it grew: the next listing tells
+            raise Disconnected('%s is larger than it was' % shown(fetched.path))
         else:
             fetched.data = wire.read(result)
             if not self._verify:

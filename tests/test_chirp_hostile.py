@@ -164,6 +164,85 @@ def test_silence_and_drops_have_their_time(answer):
         assert time.monotonic() - began < 10
 
 
+@contextlib.contextmanager
+def ends_soon():
+    """Fails unless it ends by TimedOut, long before the bytes that were announced may take."""
+    began = time.monotonic()
+    with pytest.raises(chirp.TimedOut):
+        yield
+    assert time.monotonic() - began < 10
+
+
+def falls_silent(word, reply):
+    """A server of one file of 100 MB, that falls silent after this reply to a request of that word."""
+    def answer(line):
+        if line.split()[0] == word:
+            return reply
+        return b'0\n' + STAT % (FILE, 100000000) if line.split()[0] in (b'open', b'stat') else b'-3\n'
+    return answer
+
+
+def test_silence_in_the_middle_has_its_time(tmp_path):
+    with HostileServer(falls_silent(b'pread', b'4194304\n1234')) as server, ends_soon(), \
+            chirp.ChirpClient(*server.address, timeout=0.5) as client:
+        client.get('/a', str(tmp_path / 'got'))
+    with HostileServer(falls_silent(b'getfile', b'16000000\n1234')) as server, ends_soon(), \
+            chirp.ChirpClient(*server.address, timeout=0.5) as client:
+        client.getfile('/a')
+
+
+def test_who_takes_nothing_in_has_its_time(tmp_path):
+    with open(str(tmp_path / 'source'), 'wb') as file:
+        file.truncate(100000000)
+    ended = threading.Event()
+
+    def answer(line):
+        if line.startswith(b'pwrite'):
+            ended.wait()
+        return falls_silent(b'', b'')(line)
+    with HostileServer(answer) as server:
+        try:
+            with ends_soon(), chirp.ChirpClient(*server.address, timeout=0.5) as client:
+                client.put(str(tmp_path / 'source'), '/a', verify=False)
+        finally:
+            ended.set()
+
+
+@pytest.mark.parametrize('pace', [0, 0.01])
+def test_who_takes_in_little_has_its_time(tmp_path, monkeypatch, pace):
+    """Of memory, and of a file."""
+    if pace:
+        monkeypatch.setattr(chirp, 'SLOWEST', 10 << 20)
+    with open(str(tmp_path / 'file'), 'w+b') as file:
+        file.truncate(20 << 20)
+        for send in (lambda wire: wire.send(bytes(20 << 20)),
+                     lambda wire: wire.send_file(file.fileno(), 0, 20 << 20)):
+            near, far = socket.socketpair()
+            ended = threading.Event()
+
+            def take(far=far, ended=ended):
+                while not ended.wait(pace or None):
+                    far.recv(1000)
+            thread = threading.Thread(target=take)
+            thread.start()
+            try:
+                with ends_soon():
+                    send(chirp.Wire(near, 0.5))
+            finally:
+                ended.set()
+                thread.join()
+                near.close()
+                far.close()
+
+
+def test_a_small_file_of_another_size_than_listed(tmp_path):
+    def answer(line):
+        return b'100000000000000000\n' if line.startswith(b'getfile') else serves_tree([(b'a', FILE)])(line)
+    with HostileServer(answer) as server, chirp.ChirpClient(*server.address, timeout=20) as client:
+        with pytest.raises(chirp.Disconnected, match='larger than it was'):
+            client.get('/', str(tmp_path / 'got'))
+
+
 def serves_tree(entries, content=b'pwned', target=b'/etc'):
     """A server whose every folder holds these (name, mode)."""
     def answer(line):
