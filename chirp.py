@@ -3148,8 +3148,7 @@ class Download:
     # One file.
 
     def _get_file(self, source: bytes, target: str, limit: Optional[int]) -> None:
-        if os.path.isdir(target):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), target)
+        check_target(target)
         base = self._meter.moved
         tries = 0
         while True:
@@ -3440,6 +3439,18 @@ class RemoteHash:
                 self._digest = self._client.hash(self._path, self._algorithm)
         except ChirpError as error:
             log.debug('checksum of %s: %s', shown(self._path), error)
+
+
+def check_target(path: str) -> None:
+    """Raises OSError for what no file may replace: a folder, or a device, FIFO or socket."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:                    # nothing, or a link to it
+        return
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, 'neither a file nor a folder', path)
 
 
 def open_part(target: str) -> Any:

@@ -7,6 +7,7 @@ import random
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -156,6 +157,23 @@ def test_a_second_transfer_to_a_target_is_refused(tmp_path, way, size):
             move(1)
             assert target.read_bytes() == contents[1]
     assert sorted(os.listdir(str(tmp_path / targets))) == ['target']
+
+
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
+    (tmp_path / 'served' / 'tree').mkdir(parents=True)
+    write(tmp_path / 'served' / 'tree' / 'x', b'x')
+    (tmp_path / 'here').mkdir()
+    fifo, link = str(tmp_path / 'here' / 'x'), str(tmp_path / 'link')
+    os.mkfifo(fifo)
+    os.symlink(fifo, link)
+    with our_server(tmp_path / 'served') as server, chirp.ChirpClient(*server.address) as client:  # noqa: F811
+        for target in fifo, link:
+            with pytest.raises(OSError, match='neither a file nor a folder'):
+                client.get('/tree/x', target)
+        with pytest.raises(chirp.Incomplete, match='neither a file nor a folder'):
+            client.get('/tree', str(tmp_path / 'here'))
+    assert stat.S_ISFIFO(os.lstat(fifo).st_mode) and os.path.islink(link)
+    assert os.listdir(str(tmp_path / 'here')) == ['x']
 
 
 def once(do):
