@@ -2804,13 +2804,22 @@ class Upload:
             raise
         if there.is_dir:
             raise Refused(IS_DIR, shown(target))
-        return self._is_same(source, found, target, there.size, there.mtime)
+        return self._is_same(source, found, target, there)
 
-    def _is_same(self, source: str, found: os.stat_result, target: bytes, size: int, mtime: int) -> bool:
-        if size != found.st_size or mtime != int(found.st_mtime) or not self._keep:
+    def _is_same(self, source: str, found: os.stat_result, target: bytes, there: Union[Stat, Entry]) -> bool:
+        """Whether nothing needs to be sent; where only the mode differs, it is set."""
+        if there.size != found.st_size or there.mtime != int(found.st_mtime) or not self._keep:
             return False
-        return not self._verify or self._client.has_same(
-            target, hash_local(source, size, self._client.algorithm()))
+        if self._verify and not self._client.has_same(
+                target, hash_local(source, there.size, self._client.algorithm())):
+            return False
+        self._keep_mode(found, target, there.mode)
+        return True
+
+    def _keep_mode(self, found: os.stat_result, target: bytes, mode: int) -> None:
+        """Sets the mode of a file; ``mode``: what it is. The owner may always read and write."""
+        if mode & 0o777 != found.st_mode & 0o777 | 0o600:
+            self._client.chmod(target, found.st_mode & 0o777)
 
     def _resume(self, source: str, found: os.stat_result, part: bytes) -> Tuple[int, Any]:
         """How much of the file is there already, and the checksum of that much."""
@@ -2858,8 +2867,7 @@ class Upload:
     def _settle(self, part: bytes, target: bytes, found: os.stat_result) -> None:
         """Gives a file its mode, time and name."""
         if self._keep:
-            if self._part_mode != found.st_mode & 0o777 | 0o600:
-                self._client.chmod(part, found.st_mode & 0o777)
+            self._keep_mode(found, part, self._part_mode)
             self._client.utime(part, int(found.st_atime), int(found.st_mtime))
         self._client.rename(part, target)
 
@@ -2942,7 +2950,7 @@ class Upload:
             raise OSError(errno.EINVAL, 'neither file, folder nor link')
         if there is not None and there.is_file:
             self._finish_files()
-            if self._is_same(entry.path, found, target, there.size, there.mtime):
+            if self._is_same(entry.path, found, target, there):
                 return self._meter.add(found.st_size)
         if found.st_size > SMALL:
             self._finish_files()
@@ -3185,7 +3193,7 @@ class Download:
             os.replace(local_part(target), target)
 
     def _is_there(self, source: bytes, found: Stat, target: str) -> bool:
-        """Whether an earlier attempt got to the end."""
+        """Whether an earlier attempt got to the end; where only the mode differs, it is set."""
         try:
             here = os.lstat(target)
         except FileNotFoundError:
@@ -3194,8 +3202,13 @@ class Download:
             return False
         if int(here.st_mtime) != found.mtime or not self._keep:
             return False
-        return not self._verify or self._client.has_same(
-            source, hash_local(target, found.size, self._client.algorithm()))
+        if self._verify and not self._client.has_same(
+                source, hash_local(target, found.size, self._client.algorithm())):
+            return False
+        if here.st_mode & 0o777 != found.mode & 0o777 | 0o600:
+            with open_regular(target) as file:
+                set_mode(file, found.mode & 0o777)
+        return True
 
     def _receive_rest(self, file: Any, number_: int, source: bytes, found: Stat, size: int) -> None:
         """Fetches what is missing of a file, and checks the whole."""

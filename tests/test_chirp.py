@@ -104,6 +104,27 @@ def test_a_file_goes_there_and_back(client, served, tmp_path, size):
     assert [name for name in os.listdir(str(served[1])) if not name.startswith('.__')] == ['there']
 
 
+def test_a_changed_mode_goes_there_and_back(client, served, tmp_path):
+    """Without the content: of what is there already."""
+    (tmp_path / 'tree').mkdir()
+    source, back, there = tmp_path / 'tree' / 'x', tmp_path / 'back' / 'x', served[1] / 'tree' / 'x'
+    write(source, b'x', 0o644)
+    client.put(str(tmp_path / 'tree'), '/tree')
+    client.get('/tree', str(tmp_path / 'back'))
+    before = there.stat().st_ino, back.stat().st_ino
+    put_file, put_folder = (lambda: client.put(str(source), '/tree/x'),
+                            lambda: client.put(str(tmp_path / 'tree'), '/tree'))
+    get_file, get_folder = (lambda: client.get('/tree/x', str(back)),
+                            lambda: client.get('/tree', str(tmp_path / 'back')))
+    for mode, put, get in (0o755, put_file, get_file), (0o640, put_folder, get_folder):
+        source.chmod(mode)
+        put()
+        assert stat.S_IMODE(there.stat().st_mode) == mode
+        get()
+        assert stat.S_IMODE(back.stat().st_mode) == mode
+    assert (there.stat().st_ino, back.stat().st_ino) == before
+
+
 def make_tree(folder):
     """A folder with what folders hold."""
     folder.mkdir()
