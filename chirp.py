@@ -2131,6 +2131,12 @@ class Listing:
         self._records.sort()
         return self
 
+    def without_parts(self) -> 'Listing':
+        """Forgets what isn't whole yet."""
+        self._records = [record for record in self._records
+                         if not record[:-self.ENTRY.size].endswith(PART + b'\0')]
+        return self
+
     def find(self, name: bytes) -> Optional[Entry]:
         """The entry of that name."""
         index = bisect.bisect_left(self._records, name + b'\0')
@@ -2498,11 +2504,15 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 Progress = Callable[[int, int], None]
 
 
+PART = b'.vmhost-part'         # how the name of what isn't whole yet ends; nobody else's does
+PLAIN_NAME = 200               # bytes of a quoted name that a part's begins with; both share a line
+
+
 def part_name(name: bytes) -> bytes:
     """Under which name a file is while it is not whole."""
-    if len(name) <= 250:
-        return name + b'.part'
-    return name[:200] + b'.' + new_hash('sha1', name).hexdigest()[:16].encode('ascii') + b'.part'
+    if len(TO_QUOTE.sub(b'%00', name)) <= PLAIN_NAME:
+        return name + PART
+    return new_hash('sha1', name).hexdigest()[:16].encode('ascii') + PART
 
 
 def part_path(path: bytes) -> bytes:
@@ -2618,7 +2628,8 @@ def hash_part(file: Any, checksum: Any, start: int, end: int) -> None:
 
 class ChirpClient(Requests):
     """Puts and gets files and folders: verified, going on where an earlier attempt stopped, in place
-    all at once. What isn't whole yet is called ``NAME.part``."""
+    all at once. What isn't whole yet is called ``NAME.vmhost-part``: such names are ours, and of a folder
+    they are left out."""
 
     def put(self, source: str, target: Path, progress: Optional[Progress] = None,
             cancel: Optional[threading.Event] = None, verify: bool = True, keep: bool = True) -> None:
@@ -2784,6 +2795,7 @@ class Upload:
             if self._is_there(source, found, target):
                 return self._meter.add(found.st_size)
             part = part_path(target)
+            self._renaming(part, target)
             start, checksum = self._resume(source, found, part)
             self._meter.add(start)
             self._send_rest(file, found, part, start, checksum)
@@ -2829,8 +2841,8 @@ class Upload:
             if refused.code == DOESNT_EXIST:
                 return 0, new_hash(self._client.algorithm())
             raise
-        if there.is_link:
-            self._client.unlink(part)
+        if there.is_link or there.is_dir:
+            self._client.rmall(part)
         elif there.is_file and 0 < there.size <= found.st_size:
             checksum = hash_local(source, there.size, self._client.algorithm())
             if self._client.has_same(part, checksum):
@@ -2871,6 +2883,10 @@ class Upload:
             self._client.utime(part, int(found.st_atime), int(found.st_mtime))
         self._client.rename(part, target)
 
+    def _renaming(self, part: bytes, target: bytes) -> bytes:
+        """The request that ends it. Raises Refused where the two paths don't fit into one line."""
+        return self._client.ask('rename', quote(part), quote(target))
+
     # A folder.
 
     def _put_tree(self, source: str, target: bytes) -> None:
@@ -2883,6 +2899,9 @@ class Upload:
         if there is not None and not there.is_dir:
             raise Refused(NOT_DIR, shown(target))
         folder = target if there is not None else part_path(target)
+        if there is None:
+            self._renaming(folder, target)
+            self._clear_way(folder)
         self._put_folder(source, folder, there is not None, 0)
         if there is None:
             self._client.rename(folder, target)
@@ -2895,6 +2914,12 @@ class Upload:
                 return None
             raise
 
+    def _clear_way(self, part: bytes) -> None:
+        """Removes a partial file where a partial folder is to be."""
+        with contextlib.suppress(Refused):             # of what isn't there; or mkdir will say what is wrong
+            if not self._client.lstat(part).is_dir:
+                self._client.unlink(part)
+
     def _put_folder(self, source: str, target: bytes, merge: bool, depth: int) -> None:
         """``merge``: others may read what is there already, so files must come in place all at once."""
         if depth > NESTED:
@@ -2903,6 +2928,8 @@ class Upload:
         folders = []           # type: List[os.DirEntry]
         with os.scandir(source) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
+                if to_remote(entry.name).endswith(PART):
+                    continue
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(entry)
                     continue
@@ -2955,6 +2982,10 @@ class Upload:
         if found.st_size > SMALL:
             self._finish_files()
             return self._put_file(entry.path, target)
+        part = listing.find(part_name(to_remote(entry.name)))
+        if part is not None and part.is_dir:
+            self._finish_files()
+            self._client.rmall(part_path(target))
         self._put_small(entry.path, target, merge)
 
     def _put_link(self, leads: str, target: bytes, there: Optional[Entry]) -> None:
@@ -2975,6 +3006,8 @@ class Upload:
         if self._verify:
             self._client.algorithm()       # of a connection that may be new; soon something is under way
         name = part_path(target) if merge else target
+        if merge:
+            self._renaming(name, target)
         agreed = []            # type: List[Union[int, Refused]]
         mode = found.st_mode & 0o777
         self._pipeline.add(self._client.ask('putfile', quote(name), mode, len(data)),
@@ -3034,7 +3067,7 @@ class Upload:
         if file.error is not None:
             self._failures.add(file.source, file.error)
         elif file.name != file.target:
-            self._pipeline.add(self._client.ask('rename', quote(file.name), quote(file.target)),
+            self._pipeline.add(self._renaming(file.name, file.target),
                                lambda wire, result: self._renamed(file, result))
 
     def _renamed(self, file: 'SmallFile', result: Union[int, Refused]) -> None:
@@ -3115,8 +3148,11 @@ def hash_local(path: str, size: int, algorithm: str) -> Any:
 def tree_size(path: str) -> int:
     """Bytes of the files in a folder, for the progress only."""
     size = 0
-    for folder, _, names in os.walk(path):
+    for folder, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if not to_remote(name).endswith(PART)]
         for name in names:
+            if to_remote(name).endswith(PART):
+                continue
             with contextlib.suppress(OSError):
                 found = os.lstat(os.path.join(folder, name))
                 size += found.st_size if stat.S_ISREG(found.st_mode) else 0
@@ -3311,7 +3347,7 @@ class Download:
         if len(inside) > NESTED:
             raise OSError(errno.ENAMETOOLONG, 'too deep')
         make_folder(target)
-        listing = self._client.ls(source)
+        listing = self._client.ls(source).without_parts()
         for entry in listing:
             self._meter.total += entry.size if entry.is_file else 0
         for entry in listing:
@@ -3474,13 +3510,14 @@ def open_part(target: str) -> Any:
     try:
         fd = os.open(path, flags | getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0), 0o600)
     except OSError as error:
-        if error.errno != errno.ELOOP:
+        if error.errno not in (errno.ELOOP, errno.EISDIR):
             raise
-        os.unlink(path)
+        remove_part(path, target)
         return open_part(target)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise OSError(errno.EINVAL, 'not a regular file', path)
+        os.unlink(path)
+        return open_part(target)
     file = os.fdopen(fd, 'r+b', buffering=0)
     try:
         lock(fd, target)
@@ -3491,6 +3528,17 @@ def open_part(target: str) -> Any:
         raise
     file.close()
     return open_part(target)
+
+
+def remove_part(path: str, target: str) -> None:
+    """Removes a partial folder, or a link, where a partial file is to be. Raises Busy. shutil is imported
+    here alone: a guest that waits does without its memory."""
+    if os.path.islink(path):
+        os.unlink(path)
+    else:
+        import shutil
+        with locked_folder(path, target):
+            shutil.rmtree(path)
 
 
 def lock(fd: int, target: str) -> None:
@@ -3508,6 +3556,10 @@ def lock(fd: int, target: str) -> None:
 @contextlib.contextmanager
 def locked_folder(path: str, target: str) -> Iterator[None]:
     """Makes the partial folder of a target, and locks it. Raises Busy."""
+    if os.path.lexists(path) and (os.path.islink(path) or not os.path.isdir(path)):
+        with open_part(target) as file:
+            let_go(file)
+            os.unlink(path)
     make_folder(path)
     if fcntl is None:
         yield

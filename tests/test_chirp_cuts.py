@@ -95,7 +95,7 @@ def test_a_download_that_is_cut_goes_on(served, tmp_path):  # noqa: F811
         assert target.read_bytes() == content
         assert cuts >= CUTS // 2
         assert proxy.down <= SIZE + cuts * (chirp.BLOCK + chirp.OVERLAP)
-    assert not os.path.exists(str(target) + '.part')
+    assert not os.path.exists(str(target) + '.vmhost-part')
 
 
 @pytest.mark.once
@@ -174,6 +174,70 @@ def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
             client.get('/tree', str(tmp_path / 'here'))
     assert stat.S_ISFIFO(os.lstat(fifo).st_mode) and os.path.islink(link)
     assert os.listdir(str(tmp_path / 'here')) == ['x']
+
+
+def test_names_like_ours_are_not_harmed(client, served, tmp_path):  # noqa: F811
+    """Of the user's, which end in ``.part``, beside what is moved."""
+    for folder in tmp_path / 'here', served[1]:
+        folder.mkdir(exist_ok=True)
+        write(folder / 'file.part', b'mine')
+        (folder / 'tree.part').mkdir()
+        write(folder / 'tree.part' / 'mine', b'mine')
+    write(tmp_path / 'file', b'1')
+    (tmp_path / 'tree').mkdir()
+    for name in 'x', 'x.part', 'x.vmhost-part':
+        write(tmp_path / 'tree' / name, name.encode())
+    for name in 'file', 'tree':
+        client.put(str(tmp_path / name), '/' + name)
+        client.get('/' + name, str(tmp_path / 'here' / name))
+    client.put(str(tmp_path / 'tree'), '/tree')
+    for folder in tmp_path / 'here', served[1]:
+        assert (folder / 'file.part').read_bytes() == (folder / 'tree.part' / 'mine').read_bytes() == b'mine'
+        assert set(os.listdir(str(folder / 'tree'))) - {'.__acl'} == {'x', 'x.part'}
+        assert (folder / 'tree' / 'x.part').read_bytes() == b'x.part'
+
+
+def test_a_part_of_another_kind_makes_way(client, served, tmp_path):  # noqa: F811
+    """A folder's, where a file has the name now, and a file's, where a folder has."""
+    (tmp_path / 'here').mkdir()
+    (tmp_path / 'merged').mkdir()
+    client.mkdir('/merged')
+    for folder in tmp_path / 'here', served[1]:
+        for name in 'file', 'merged/file':
+            if folder == served[1]:
+                client.mkdir('/%s.vmhost-part' % name)
+                client.putfile('/%s.vmhost-part/old' % name, b'old')
+        write(folder / 'tree.vmhost-part', b'old')
+    (tmp_path / 'here' / 'file.vmhost-part').mkdir()
+    write(tmp_path / 'here' / 'file.vmhost-part' / 'old', b'old')
+    os.chmod(str(served[1] / 'tree.vmhost-part'), 0o666)
+    write(tmp_path / 'file', b'new')
+    write(tmp_path / 'merged' / 'file', b'new')
+    (tmp_path / 'tree').mkdir()
+    for name in 'file', 'tree', 'merged':
+        client.put(str(tmp_path / name), '/' + name)
+        client.get('/' + name, str(tmp_path / 'here' / name))
+    for folder in tmp_path / 'here', served[1]:
+        assert set(os.listdir(str(folder))) - {'.__acl', '.__uuid'} == {'file', 'tree', 'merged'}
+        assert (folder / 'file').read_bytes() == (folder / 'merged' / 'file').read_bytes() == b'new'
+
+
+def test_a_long_name_goes_there_and_back_or_is_refused_at_once(client, served, tmp_path):  # noqa: F811
+    """Two paths share a line, each blank three bytes in it."""
+    for name in ' ' * 170, 'n' * 255, ' ' * 250:
+        source = write(tmp_path / 'source', b'x' * 100000)
+        client.put(str(source), '/' + name)
+        client.get('/' + name, str(tmp_path / 'back'))
+        assert (tmp_path / 'back').read_bytes() == b'x' * 100000
+        client.unlink('/' + name)
+    deep = ' ' * 120 + '/' + ' ' * 120
+    client.mkdir('/' + ' ' * 120)
+    client.mkdir('/' + deep)
+    write(source, b'y')
+    for path in str(source), str(tmp_path):
+        with pytest.raises(chirp.Refused, match='name too long'):
+            client.put(path, '/%s/%s' % (deep, 'n' * 30))
+    assert set(os.listdir(str(served[1] / deep))) <= {'.__acl'}
 
 
 def once(do):
@@ -409,7 +473,7 @@ def fill_up(address, folder, source, pattern):
         with pytest.raises(chirp.Refused, match=pattern):
             full.putfile('/old', source.read_bytes())
         assert full.getfile('/old') == b'old'
-        full.rmall('/old.part')
+        full.rmall('/old.vmhost-part')
         wait_until(lambda: fits(full), 20)      # a connection that computed a checksum may still have it open
     assert sorted(os.listdir(str(folder))) == ['old', 'small']
 

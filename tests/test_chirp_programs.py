@@ -54,7 +54,7 @@ def test_errors_are_one_line(serving, tmp_path):
     assert 'does not exist' in chirp_py('get', serving, '/missing', tmp_path / 'x', code=1)
     assert chirp_py('put', serving, tmp_path / 'missing', code=1).count('\n') == 1
     assert 'HOST:PORT' in chirp_py('ls', '127.0.0.1:99999999', code=2)
-    assert not os.path.exists(str(tmp_path / 'x')) and not os.path.exists(str(tmp_path / 'x.part'))
+    assert not os.path.exists(str(tmp_path / 'x')) and not os.path.exists(str(tmp_path / 'x.vmhost-part'))
 
 
 @pytest.fixture

@@ -174,7 +174,7 @@ def test_a_transfer_can_be_watched_and_cancelled(guest, api, tmp_path):
     shown = wait_until(lambda: api.getTransfer(again)['state'] == 'done' and api.getTransfer(again), 120)
     assert (shown['bytes'], shown['total'], shown['error']) == (20 * 2 ** 20, 20 * 2 ** 20, '')
     assert digest_of(os.path.join(guest.files, 'big')) == digest_of(source)
-    assert not os.path.exists(os.path.join(guest.files, 'big.part'))
+    assert not os.path.exists(os.path.join(guest.files, 'big.vmhost-part'))
     assert api.cancelTransfer(again) is False
     os.remove(os.path.join(guest.files, 'big'))
 
@@ -287,7 +287,7 @@ def test_a_transfer_that_is_cut_at_random_places_goes_on(tmp_path, monkeypatch):
         moved = json.loads(report.read_text())         # some 50 ms old, which are few bytes more
         assert moved['cuts'] >= 20
         assert moved['up'] + moved['down'] <= 2 * size + moved['cuts'] * (chirp.PIECE + 65536)
-        assert not os.path.exists(there + '.part') and not os.path.exists(back + '.part')
+        assert not os.path.exists(there + '.vmhost-part') and not os.path.exists(back + '.vmhost-part')
 
 
 WRITER = ('import os\nblock = bytes(range(256)) * 256\n'
