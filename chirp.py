@@ -67,6 +67,7 @@ SMALL = 64 * 1024              # a file up to here is read whole, and goes with 
 HOLE = 32 * 1024              # zeros that are worth a hole in a file
 SLICE = 0.2                    # seconds between looks at whether a wait was cancelled
 SLOWEST = 10 * 1024            # bytes per second that a peer must move, beside the timeout
+SLOWEST_HASH = 2 * 1024 * 1024         # and of which it must compute a checksum
 
 Path = Union[str, bytes]
 
@@ -281,6 +282,15 @@ class Wire:
         """Ends the connection for whoever waits on it, who closes it then. Safe from any thread."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
+
+    @contextlib.contextmanager
+    def patient(self, seconds: float) -> Iterator[None]:
+        """For what takes the peer so much longer, without a sign of life."""
+        self.timeout += seconds
+        try:
+            yield
+        finally:
+            self.timeout -= seconds
 
     # Receiving.
 
@@ -2273,16 +2283,17 @@ class Requests:
         return ProtocolError(why)
 
     def call(self, what: str, *words: Any, about: Path = '', data: bytes = b'', again: bool = True,
-             read: Optional[Callable[[Wire, int], Any]] = None) -> Any:
+             read: Optional[Callable[[Wire, int], Any]] = None, patience: float = 0) -> Any:
         """A request and its reply: the number, or what ``read`` makes of it. ``again``: may be repeated
-        where the connection had ended before."""
+        where the connection had ended before. ``patience``: seconds that the reply may take longer."""
         line = self.ask(what, *words)
         while True:
             wire = self.connect()
             fresh = not self._used
             try:
                 wire.put(line + data)
-                result = self.result(wire, shown(about))
+                with wire.patient(patience):
+                    result = self.result(wire, shown(about))
                 return result if read is None else read(wire, result)
             except Refused:
                 raise
@@ -2354,9 +2365,11 @@ class Requests:
         """(type, block size, blocks, free, available, files, free files)."""
         return self.call('statfs', quote(path), about=path, read=self._read_statfs)
 
-    def hash(self, path: Path, algorithm: str = 'sha1') -> bytes:
-        """The digest, ``sha1``, ``md5``, or, by a server of ours, ``crc32``, that the server computes."""
-        return self.call(*words_of_hash(path, algorithm), about=path, read=self._payload(64))
+    def hash(self, path: Path, algorithm: str = 'sha1', size: int = 0) -> bytes:
+        """The digest, ``sha1``, ``md5``, or, by a server of ours, ``crc32``, that the server computes.
+        ``size``: the file's, for the time that it may take."""
+        return self.call(*words_of_hash(path, algorithm), about=path, read=self._payload(64),
+                         patience=size / SLOWEST_HASH)
 
     def algorithm(self) -> str:
         """The algorithm to verify with: the fastest that the server has. No request may be under way."""
@@ -2369,9 +2382,9 @@ class Requests:
             self._algorithm = FASTEST if known else COMMON
         return self._algorithm
 
-    def has_same(self, path: Path, checksum: Any) -> bool:
-        """Whether the server's file has this checksum, of hashlib's kind."""
-        return self.hash(path, checksum.name) == checksum.digest()
+    def has_same(self, path: Path, checksum: Any, size: int) -> bool:
+        """Whether the server's file, of that size, has this checksum, of hashlib's kind."""
+        return self.hash(path, checksum.name, size) == checksum.digest()
 
     def reads_same(self, wire: Wire, count: int, content: bytes) -> bool:
         """Whether the digest that follows is the content's; ``count``: the reply to its request."""
@@ -2801,7 +2814,7 @@ class Upload:
             self._send_rest(file, found, part, start, checksum)
             if changed(found, os.fstat(file.fileno())):
                 raise Changed('%s changed while it was read' % source)
-        if self._verify and not self._client.has_same(part, checksum):
+        if self._verify and not self._client.has_same(part, checksum, found.st_size):
             self._client.unlink(part)
             raise Changed('%s arrived altered' % source)
         self._settle(part, target, found)
@@ -2823,7 +2836,7 @@ class Upload:
         if there.size != found.st_size or there.mtime != int(found.st_mtime) or not self._keep:
             return False
         if self._verify and not self._client.has_same(
-                target, hash_local(source, there.size, self._client.algorithm())):
+                target, hash_local(source, there.size, self._client.algorithm()), there.size):
             return False
         self._keep_mode(found, target, there.mode)
         return True
@@ -2845,7 +2858,7 @@ class Upload:
             self._client.rmall(part)
         elif there.is_file and 0 < there.size <= found.st_size:
             checksum = hash_local(source, there.size, self._client.algorithm())
-            if self._client.has_same(part, checksum):
+            if self._client.has_same(part, checksum, there.size):
                 return there.size, checksum
         return 0, new_hash(self._client.algorithm())
 
@@ -3239,7 +3252,7 @@ class Download:
         if int(here.st_mtime) != found.mtime or not self._keep:
             return False
         if self._verify and not self._client.has_same(
-                source, hash_local(target, found.size, self._client.algorithm())):
+                source, hash_local(target, found.size, self._client.algorithm()), found.size):
             return False
         if here.st_mode & 0o777 != found.mode & 0o777 | 0o600:
             with open_regular(target) as file:
@@ -3252,7 +3265,7 @@ class Download:
         start = self._resume(file, number_, size)
         beside = None
         if whole and size >= BESIDE and (start or not self._hashes_along(number_)):
-            beside = RemoteHash(self._client, source, self._client.algorithm())
+            beside = RemoteHash(self._client, source, self._client.algorithm(), size)
         try:
             self._meter.add(start)
             checksum = self._receive_pieces(file, number_, start, size, whole)
@@ -3262,7 +3275,8 @@ class Download:
                 raise Changed('%s changed while it was read' % shown(source))
             if whole:
                 digest = beside.digest() if beside is not None else None
-                if not (digest == checksum.digest() if digest else self._client.has_same(source, checksum)):
+                if not (digest == checksum.digest() if digest
+                        else self._client.has_same(source, checksum, size)):
                     raise Changed('%s changed while it was read, or arrived altered' % shown(source))
         finally:
             if beside is not None:
@@ -3463,10 +3477,11 @@ class RemoteHash:
     """The server's own checksum of a file, asked for on a connection of its own, so that it is
     computed while the file moves. ``digest()``: None where that did not work out."""
 
-    def __init__(self, client: ChirpClient, path: bytes, algorithm: str) -> None:
+    def __init__(self, client: ChirpClient, path: bytes, algorithm: str, size: int) -> None:
         self._client = client.twin()
         self._path = path
         self._algorithm = algorithm
+        self._size = size
         self._digest = None            # type: Optional[bytes]
         self._client.cancel = self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name='chirp-hash', daemon=True)
@@ -3485,7 +3500,7 @@ class RemoteHash:
     def _run(self) -> None:
         try:
             with self._client:
-                self._digest = self._client.hash(self._path, self._algorithm)
+                self._digest = self._client.hash(self._path, self._algorithm, self._size)
         except ChirpError as error:
             log.debug('checksum of %s: %s', shown(self._path), error)
 

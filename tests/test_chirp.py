@@ -195,8 +195,8 @@ def test_the_calls_of_the_protocol(client, served):
     assert client.readlink('/d/l') == 'f' and client.lstat('/d/l').is_link
     assert client.hash('/d/l') == hashlib.sha1(b'012ab').digest()
     assert client.hash('/d/f', 'md5') == hashlib.md5(b'012ab').digest()
-    assert client.has_same('/d/f', chirp.new_hash(client.algorithm(), b'012ab'))
-    assert not client.has_same('/d/f', chirp.new_hash(client.algorithm(), b'012aB'))
+    assert client.has_same('/d/f', chirp.new_hash(client.algorithm(), b'012ab'), 5)
+    assert not client.has_same('/d/f', chirp.new_hash(client.algorithm(), b'012aB'), 5)
     client.link('/d/f', '/d/hard')
     client.truncate('/d/hard', 2)
     assert client.getfile('/d/f') == b'01'

@@ -235,6 +235,26 @@ def test_who_takes_in_little_has_its_time(tmp_path, monkeypatch, pace):
                 far.close()
 
 
+@pytest.mark.parametrize('size', [3 << 20, 9 << 20])
+def test_a_checksum_has_the_time_that_a_file_of_that_size_takes(tmp_path, size):
+    """Asked for at the end, or beside, on a connection of its own."""
+    late = threading.Event()
+
+    def answer(line):
+        words = line.split()
+        if words[0] == b'pread':
+            return words[2] + b'\n' + bytes(int(words[2]))
+        if words[0] == b'hash':
+            late.wait(1)
+            return b'20\n' + hashlib.sha1(bytes(size)).digest()
+        return b'0\n' + STAT % (FILE, size) if words[0] in (b'open', b'stat', b'fstat') else b'0\n'
+    with HostileServer(answer) as server, chirp.ChirpClient(*server.address, timeout=0.4) as client:
+        client.get('/a', str(tmp_path / 'got'))
+        assert (tmp_path / 'got').stat().st_size == size
+        with pytest.raises(chirp.TimedOut):
+            client.hash('/a')
+
+
 def test_a_small_file_of_another_size_than_listed(tmp_path):
     def answer(line):
         return b'100000000000000000\n' if line.startswith(b'getfile') else serves_tree([(b'a', FILE)])(line)
