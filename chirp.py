@@ -2096,7 +2096,7 @@ class RealChirpServer:
 # --- the client: requests --------------------------------------------------------------------
 
 REPLY = 64 * 1024              # bytes of a reply that isn't file content
-LISTING = 8 * 1024 * 1024      # bytes that the entries of a folder may take here
+LISTING = 8 * 1024 * 1024      # bytes that the listings which are held at once may take
 
 
 class Entry(NamedTuple):
@@ -2123,23 +2123,32 @@ class Listing:
     """The entries of a folder, in the order of their names; kept small, since a folder may be large."""
 
     ENTRY = struct.Struct('>QLq')
+    MORE = 50                  # bytes that Python adds to a record
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int) -> None:
         self._records = []             # type: List[bytes]
+        self._limit = limit
         self.size = 0                  # bytes that it takes
 
     def add(self, name: bytes, found: Stat) -> None:
         """Raises ProtocolError where it becomes too large."""
         record = name + b'\0' + self.ENTRY.pack(found.size, found.mode & 0xffffffff,
                                                 max(-1 << 62, min(found.mtime, 1 << 62)))
-        self.size += len(record) + 50          # what Python adds
-        if self.size > LISTING:
+        self.size += len(record) + self.MORE
+        if self.size > self._limit:
             raise ProtocolError('a folder of too many entries')
         self._records.append(record)
 
     def sort(self) -> 'Listing':
         self._records.sort()
         return self
+
+    def folders(self) -> 'Listing':
+        """Those of the entries alone."""
+        found = Listing(self._limit)
+        found._records = [record for record in self._records if self._entry(record).is_dir]
+        found.size = sum(len(record) + self.MORE for record in found._records)
+        return found
 
     def without_parts(self) -> 'Listing':
         """Forgets what isn't whole yet."""
@@ -2319,9 +2328,11 @@ class Requests:
         """Of what has this name, a link itself."""
         return self.call('lstat', quote(path), about=path, read=read_stat)
 
-    def ls(self, path: Path = '/') -> Listing:
-        """The entries of a folder. Names that could lead elsewhere raise ProtocolError."""
-        return self.call('getlongdir', quote(path), about=path, read=self._read_listing)
+    def ls(self, path: Path = '/', held: int = 0) -> Listing:
+        """The entries of a folder. Names that could lead elsewhere raise ProtocolError, as does a listing
+        that takes, with the ``held`` bytes of others, more than LISTING."""
+        return self.call('getlongdir', quote(path), about=path,
+                         read=lambda wire, _: self._read_listing(wire, LISTING - held))
 
     def mkdir(self, path: Path, mode: int = 0o755) -> None:
         self.call('mkdir', quote(path), mode, about=path, again=False)
@@ -2449,8 +2460,8 @@ class Requests:
         if self.result(wire, shown(path)) != len(content):
             raise ProtocolError('putfile: a wrong count')
 
-    def _read_listing(self, wire: Wire, _: int) -> Listing:
-        listing = Listing()
+    def _read_listing(self, wire: Wire, limit: int) -> Listing:
+        listing = Listing(limit)
         deadline = time.monotonic() + self.timeout + LISTING / SLOWEST
         name = wire.line(NAME_LINE)
         while name:
@@ -2949,6 +2960,7 @@ class Upload:
                 with self._failing(entry.path):
                     self._put_entry(entry, join(target, to_remote(entry.name)), listing, merge)
         self._finish_files()
+        del listing                    # or a server could make us hold one for each level
         for entry in folders:
             with self._failing(entry.path):
                 self._put_folder(entry.path, join(target, to_remote(entry.name)), merge, depth + 1)
@@ -2969,7 +2981,7 @@ class Upload:
         """What is in it already."""
         try:
             self._client.mkdir(target, 0o700)
-            return Listing()
+            return Listing(0)
         except Refused as refused:
             if refused.code != EXISTS:
                 raise
@@ -3185,6 +3197,7 @@ class Download:
         self._verify = verify
         self._keep = keep
         self._links = links
+        self._held = 0                 # bytes of the listings of the folders that we are in
         self._failures = Failures()
         self._pipeline = Pipeline(client)
 
@@ -3344,7 +3357,7 @@ class Download:
     def _get_tree(self, source: bytes, target: str) -> None:
         """Into the folder of that name, or, where there is none, into a temporary one."""
         self._failures.clear()
-        self._meter.moved = self._meter.total = 0
+        self._meter.moved = self._meter.total = self._held = 0
         self._pipeline = Pipeline(self._client)
         merge = os.path.lexists(target)
         folder = target if merge else local_part(target)
@@ -3361,7 +3374,22 @@ class Download:
         if len(inside) > NESTED:
             raise OSError(errno.ENAMETOOLONG, 'too deep')
         make_folder(target)
-        listing = self._client.ls(source).without_parts()
+        folders = self._get_files(source, target, inside)
+        self._held += folders.size
+        for entry in folders:
+            path = join(source, to_bytes(entry.name))
+            with self._failing(path):
+                self._get_folder(path, os.path.join(target, to_local(entry.name)), entry.mode,
+                                 entry.mtime, inside + (entry.name,))
+        self._held -= folders.size
+        if self._keep:
+            os.chmod(target, mode & 0o777 | 0o700)
+            with contextlib.suppress(OverflowError):   # a server may say any number
+                os.utime(target, (mtime, mtime))
+
+    def _get_files(self, source: bytes, target: str, inside: Tuple[str, ...]) -> Listing:
+        """All but the folders in it, which are returned."""
+        listing = self._client.ls(source, self._held).without_parts()
         for entry in listing:
             self._meter.total += entry.size if entry.is_file else 0
         for entry in listing:
@@ -3369,23 +3397,16 @@ class Download:
                 with self._failing(join(source, to_bytes(entry.name))):
                     self._get_entry(entry, source, target, inside)
         self._pipeline.drain()
-        for entry in listing:
-            if entry.is_dir:
-                path = join(source, to_bytes(entry.name))
-                with self._failing(path):
-                    self._get_folder(path, os.path.join(target, to_local(entry.name)), entry.mode,
-                                     entry.mtime, inside + (entry.name,))
-        if self._keep:
-            os.chmod(target, mode & 0o777 | 0o700)
-            with contextlib.suppress(OverflowError):   # a server may say any number
-                os.utime(target, (mtime, mtime))
+        return listing.folders()
 
     @contextlib.contextmanager
     def _failing(self, path: bytes) -> Iterator[None]:
         """One entry's failure isn't the folder's, unless the others would fail, too."""
+        held = self._held
         try:
             yield
         except (Refused, Changed, Busy, OSError) as error:
+            self._held = held
             if isinstance(error, OSError) and error.errno in FULL:
                 raise
             self._failures.add(path, error)

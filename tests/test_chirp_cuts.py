@@ -330,8 +330,8 @@ def test_what_vanishes_from_a_folder_is_told_and_the_rest_is_moved(client, serve
         write(served[1] / 'tree' / name, name.encode())
     listed = client.ls
 
-    def list_and_remove(path):
-        entries = listed(path)
+    def list_and_remove(*words):
+        entries = listed(*words)
         with contextlib.suppress(OSError):
             os.unlink(str(served[1] / 'tree' / 'b'))
         return entries

@@ -149,6 +149,26 @@ def test_a_listing_without_an_end(monkeypatch, what):
             client.ls('/')
 
 
+@pytest.mark.parametrize('mode, error', [(FOLDER, chirp.ProtocolError), (0o10644, chirp.Incomplete)],
+                         ids=['folders', 'pipes'])
+def test_listings_that_are_held_at_once_are_bounded(tmp_path, mode, error):
+    """Of folders that are nested; of what is in each, its folders alone are held while we are in them."""
+    def listing():
+        yield b'0\n0\n' + STAT % (FOLDER, 0)
+        for number in range(100):
+            yield b''.join(b'%0100d\n' % (100 * number + n + 1) + STAT % (mode, 0) for n in range(100))
+        yield b'\n'
+
+    def answer(line):
+        if not line.startswith(b'getlongdir'):
+            return b'0\n' + STAT % (FOLDER, 0)
+        return listing() if line.count(b'/') < 8 and b'00' not in line else b'0\n\n'
+    with HostileServer(answer) as server, memory_bounded(), \
+            chirp.ChirpClient(*server.address, timeout=20) as client:
+        with pytest.raises(error):
+            client.get('/', str(tmp_path / 'got'))
+
+
 def drip():
     while True:
         yield b'1'
