@@ -2677,7 +2677,9 @@ class ChirpClient(Requests):
         is written through a link.
         """
         with self._moving(progress, cancel) as meter:
-            Download(self, meter, verify, keep, links).run(to_bytes(source), os.fspath(target))
+            target = os.fspath(target)
+            Download(self, meter, verify, keep, links).run(
+                to_bytes(source), target.rstrip(os.sep + (os.altsep or '')) or target)
 
     def fetch(self, source: Path, target: str, limit: int, progress: Optional[Progress] = None,
               cancel: Optional[threading.Event] = None) -> int:
@@ -3171,10 +3173,12 @@ def hash_local(path: str, size: int, algorithm: str) -> Any:
 
 
 def tree_size(path: str) -> int:
-    """Bytes of the files in a folder, for the progress only."""
+    """Bytes of the files in a folder that will be sent, for the progress only."""
     size = 0
+    deepest = path.count(os.sep) + NESTED
     for folder, folders, names in os.walk(path):
-        folders[:] = [name for name in folders if not to_remote(name).endswith(PART)]
+        folders[:] = [name for name in folders
+                      if not to_remote(name).endswith(PART) and folder.count(os.sep) <= deepest]
         for name in names:
             if to_remote(name).endswith(PART):
                 continue
@@ -3685,13 +3689,29 @@ def parse_address(text: str) -> Tuple[str, int]:
     return found.group(1) or found.group(2), int(found.group(3) or PORT)
 
 
+def parse_port(text: str) -> int:
+    if not re.match(r'[0-9]{1,5}$', text) or int(text) > 65535:
+        raise argparse.ArgumentTypeError('expected 0 to 65535, not %s' % text)
+    return int(text)
+
+
+def parse_timeout(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0
+    if not 0 < seconds <= threading.TIMEOUT_MAX:       # nor is it nan
+        raise argparse.ArgumentTypeError('expected seconds, more than 0, not %s' % text)
+    return seconds
+
+
 def parse_words(words: Optional[Sequence[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog='chirp.py', description='Files over Chirp.')
     verbs = parser.add_subparsers(dest='verb', metavar='serve|put|get|ls')
     serve = verbs.add_parser('serve', help='serve a folder until SIGTERM or Ctrl-C')
     serve.add_argument('folder')
     serve.add_argument('--host', default='127.0.0.1', help='address to listen on (default %(default)s)')
-    serve.add_argument('--port', type=int, default=PORT, help='default %(default)s; 0: any')
+    serve.add_argument('--port', type=parse_port, default=PORT, help='default %(default)s; 0: any')
     serve.add_argument('--allow', action='append', metavar='ADDRESS',
                        help='who may connect, as often as wanted (default 127.0.0.1)')
     serve.add_argument('--rights', default='rwld', help='of r, w, l, d (default %(default)s)')
@@ -3706,7 +3726,7 @@ def parse_words(words: Optional[Sequence[str]]) -> argparse.Namespace:
     listing.add_argument('path', nargs='?', default='/')
     listing.add_argument('-l', action='store_true', dest='long', help='with mode, size and time')
     for verb in ('put', 'get', 'ls'):
-        verbs.choices[verb].add_argument('--timeout', type=float, default=30.0, metavar='SECONDS',
+        verbs.choices[verb].add_argument('--timeout', type=parse_timeout, default=30.0, metavar='SECONDS',
                                          help='silence that is borne (default %(default)s)')
         verbs.choices[verb].add_argument('--ticket', metavar='FILE', help='private key (PEM)')
     parsed = parser.parse_args(words)
@@ -3738,7 +3758,7 @@ class Bar:
     """Progress on a terminal; nothing elsewhere."""
 
     def __init__(self) -> None:
-        self._shows = sys.stderr.isatty()
+        self._shows = sys.stderr is not None and sys.stderr.isatty()       # None: it is closed
 
     def __call__(self, moved: int, total: int) -> None:
         if self._shows:
@@ -3766,6 +3786,8 @@ def move(client: ChirpClient, words: argparse.Namespace) -> None:
 
 
 def print_listing(client: ChirpClient, words: argparse.Namespace) -> None:
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, 'the standard output is closed')
     for entry in client.ls(os.fsencode(words.path)):
         name = shown(entry.name) + ('/' if entry.is_dir else '')
         if words.long:

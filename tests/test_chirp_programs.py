@@ -57,6 +57,42 @@ def test_errors_are_one_line(serving, tmp_path):
     assert not os.path.exists(str(tmp_path / 'x')) and not os.path.exists(str(tmp_path / 'x.vmhost-part'))
 
 
+@pytest.mark.parametrize('words', [
+    ['ls', '127.0.0.1:1', '--timeout', seconds] for seconds in ('-1', '0', 'nan', 'inf', '1e300', 'x')
+] + [['serve', '.', '--port', port] for port in ('70000', '-1', 'x')])
+def test_numbers_that_are_none(words):
+    assert 'expected' in chirp_py(*words, code=2)
+
+
+def test_a_closed_output_is_said(serving):
+    done = subprocess.run(['/bin/sh', '-c', 'exec "$0" "$1" ls "$2" >&-', sys.executable, PROGRAM, serving],
+                          stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 1 and b'output is closed' in done.stderr and done.stderr.count(b'\n') == 1
+
+
+def test_a_target_may_end_with_a_slash(serving, tmp_path):
+    (tmp_path / 'served' / 'tree').mkdir()
+    write(tmp_path / 'served' / 'tree' / 'x', b'x')
+    for _ in 'new', 'again':
+        chirp_py('get', serving, '/tree/', str(tmp_path / 'new') + '/')
+    assert os.listdir(str(tmp_path / 'new')) == ['x']
+
+
+def test_a_folder_that_is_too_deep_is_said(serving, tmp_path):
+    """More levels than Python's calls may be nested."""
+    folders = [str(tmp_path / 'deep')]
+    while len(folders) < 1100:
+        folders.append(folders[-1] + '/d')
+    for folder in folders:
+        os.mkdir(folder)
+    try:
+        said = chirp_py('put', serving, folders[0], code=1)
+        assert 'too deep' in said and said.count('\n') == 1
+    finally:
+        for folder in reversed(folders):
+            os.rmdir(folder)
+
+
 @pytest.fixture
 def real(tmp_path):
     os.chmod(str(tmp_path.parent.parent), 0o755)
