@@ -2053,7 +2053,7 @@ def put_tail(keys: Dict[str, Any], stream: str, command: Command, room: int) -> 
     """The last ``room`` bytes of a stream, from the begin of a character on, and where they begin."""
     size = command.size(stream)
     offset = max(0, size - room)
-    data = command.slice(stream, offset, size - offset)
+    data = command.slice(stream, offset, size - offset) if size else b''
     if offset:
         whole = re.sub(b'^[\x80-\xbf]{1,3}', b'', data)
         offset, data = offset + len(data) - len(whole), whole

@@ -532,6 +532,7 @@ def test_a_taken_port_is_replaced_and_the_host_is_told(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.once
 def test_many_guests_send_much_at_once(tmp_path):
     """50 guests, 20 MB of output each (CI: 1 GB in all): all arrive, and no call waits for them."""
