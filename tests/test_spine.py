@@ -114,7 +114,7 @@ def processes_called(words):
     for number in filter(str.isdigit, os.listdir('/proc')):
         try:
             with open('/proc/%s/cmdline' % number, 'rb') as file:
-                if file.read().replace(b'\0', b' ').decode().strip() == words:
+                if file.read().replace(b'\0', b' ').decode('utf-8', 'replace').strip() == words:
                     found.append(int(number))
         except OSError:
             continue
