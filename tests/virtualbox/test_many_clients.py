@@ -70,7 +70,7 @@ def test_twenty_clients_while_an_image_is_imported(host, api, remove_all, applia
     assert times[-1][0] < (1 if FULL else 5), times[-5:]
     told = [event['text'] for event in host.events(after)
             if (event['type'], event['vm']) == ('vm-progress', 'imported')]
-    assert [text for text in told if 'importing' in text] and len(told) > 3, told
+    assert [text for text in told if 'importing' in text] and len(told) > 2, told
     assert [job for job in jobs if job['vm'] == 'imported' and (0 < job['percent'] < 100 or not FULL)], jobs
     assert not FULL or 'imported: importing, ' in listed, listed
     assert 'imported' in api.listVMs() and api.agentInfo()['jobs'] == []
