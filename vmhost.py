@@ -516,9 +516,7 @@ class Guests:
                 guest = self._known[id] = Guest(id, name)
             news = guest.agent == 'lost' or guest.session != session
             guest.name = self._free_name(id, name)
-            for other in self._known.values():         # an id comes before a name that was there first
-                if other.id != id and other.name.upper() == id.upper():
-                    other.name = '%s-%s' % (other.name, other.id)
+            self._make_way(guest, lambda taken: taken.upper() == id.upper())    # an id comes before a name
             guest.ip, guest.boot, guest.session = ip, boot, session
             guest.facts, guest.clock_offset = facts, clock_offset
             self._touch(guest)
@@ -531,6 +529,12 @@ class Guests:
         if not lost:
             raise Busy('%d agents are known already' % len(self._known))
         del self._known[min(lost, key=lambda guest: guest.last_seen).id]
+
+    def _make_way(self, guest: Guest, is_in_its_way: Callable[[str], bool]) -> None:
+        """Appends the id to the names of others that stand in a guest's way."""
+        for other in self._known.values():
+            if other is not guest and is_in_its_way(other.name):
+                other.name = '%s-%s' % (other.name, other.id)
 
     def _free_name(self, id: str, name: str) -> str:
         """The name, with the id appended where another one on the list has it, or it is another's id."""
@@ -565,9 +569,7 @@ class Guests:
     def rename(self, guest: Guest, name: str) -> None:
         """The hypervisor's name for a guest; another that calls itself so has its id appended."""
         with self._lock:
-            for other in self._known.values():
-                if other is not guest and other.name == name:
-                    other.name = '%s-%s' % (name, other.id)
+            self._make_way(guest, lambda taken: taken == name)
             guest.name = name
 
     def gone(self, id: str) -> Optional[Guest]:
@@ -1298,7 +1300,6 @@ KEEP = 'vmhost/keep'               # cleanup leaves it alone
 IMPORTING = 'vmhost/importing/'    # + name: the .vbox that an import will register
 DISK_MADE = 'vmhost/disk'          # + path of a disk that createVM made: its uuid, or `unfinished` and when
 DISK_UNFINISHED = 'unfinished '
-MAC = re.compile(r'^([0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}$')
 UUID = re.compile(r'^{?[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}}?$')
 CHIRP_RULE = 'vmhost-chirp'        # name of the NAT port forwarding
 BANDWIDTH_GROUP = 'vmhost'
@@ -2296,7 +2297,7 @@ class Driver:
     def find(self, vm: str) -> Any:
         """The IMachine of this name, id or uuid."""
         wanted = str(vm)
-        if MAC.match(wanted):
+        if is_mac(wanted):
             for machine in self.machines_now():
                 if self.id_of(machine) == wanted.upper():
                     return machine
@@ -2768,7 +2769,7 @@ class Driver:
 
     def _check_is_no_id(self, name: str) -> None:
         """Whoever means a VM of that name would reach the one that has the id."""
-        if MAC.match(name) or UUID.match(name):
+        if is_mac(name) or UUID.match(name):
             raise InvalidParams('%r is an id, and no name for a VM' % name)
 
     def _check_ostype(self, ostype: str) -> None:
@@ -4651,18 +4652,18 @@ class Host:
             ip = self.policy.address_of(machine_id)
         else:
             ip = message.text('ip')[:64]
+        known = self.hypervisor.known_name(machine_id) if self.hypervisor is not None else ''
         guest, news = self.guests.add(
-            machine_id, self._name_for(machine_id, message), ip, message.text('boot')[:64],
+            machine_id, known or self._own_name(machine_id, message), ip, message.text('boot')[:64],
             message.text('session')[:64], self._facts(message), self._clock_offset(message))
-        if self.hypervisor is not None and self.hypervisor.known_name(machine_id):
-            self.guests.rename(guest, self.hypervisor.known_name(machine_id))
+        if known:
+            self.guests.rename(guest, known)
         if self.policy is not None:
             self.policy.named(machine_id, guest.name)
         if news:
             self._note_guest(guest)
         self._greet(guest)
-        if self.hypervisor is not None and is_mac(guest.id) \
-                and not self.hypervisor.known_name(guest.id):
+        if self.hypervisor is not None and is_mac(guest.id) and not known:
             self.name_lookup.look_up(guest)
         if isinstance(message.get('cmds'), dict):
             self._reconcile(guest, message.mapping('cmds'))
@@ -4670,16 +4671,12 @@ class Host:
             for execution in self.commands.open_of(guest.id):
                 self._query(execution)      # too many for a HELLO; each answer says what it would have
 
-    def _name_for(self, machine_id: str, message: Message) -> str:
-        """The hypervisor's name for it; else its own, else its host name, else its id.
-
-        A machine that is no VM may not be called like one.
-        """
-        own = read_name(message.text('name')) or read_name(message.text('host')) or machine_id
-        if self.hypervisor is None:
-            return own
-        is_taken = self.hypervisor.known_state(own) and own != machine_id
-        return self.hypervisor.known_name(machine_id) or ('%s-%s' % (own, machine_id) if is_taken else own)
+    def _own_name(self, machine_id: str, message: Message) -> str:
+        """What a machine calls itself, else its host name, else its id; none may be called like a VM."""
+        name = read_name(message.text('name')) or read_name(message.text('host')) or machine_id
+        if self.hypervisor is not None and self.hypervisor.known_state(name) and name != machine_id:
+            return '%s-%s' % (name, machine_id)
+        return name
 
     def _facts(self, message: Message) -> Dict[str, Any]:
         """What the guest says about itself, bounded."""
@@ -5346,7 +5343,7 @@ class Api:
                 'agent': guest.agent if guest.last_seen else 'never', 'ip': guest.ip,
                 'lastSeen': guest.last_seen, 'clockOffset': guest.clock_offset,
                 'facts': dict(guest.facts, boot=guest.boot),
-                'commands': [execution.key for execution in host.commands.open_of(guest.id or vm)]}
+                'commands': [execution.key for execution in host.commands.open_of(guest.id)]}
 
     def _state_of(self, guest: Guest) -> str:
         return 'Null' if guest.agent == 'lost' else 'Running'
