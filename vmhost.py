@@ -7808,7 +7808,8 @@ USAGE = '''usage: {me} host.ini                 run the host agent until SIGTERM
 '''
 EXIT_CODES = '''exit codes: 0 done; 1 the host said no, or can't be reached; 2 wrong usage; 130 Ctrl-C.
 run: the command's own (of many VMs the highest); 128 and the signal's number where one ended it;
-     255 where it isn't the command's: no such VM, the program can't be started, it was lost.
+     124 where it took its timeout for a reason to end with 0; 255 where it isn't the command's: no such
+     VM, the program can't be started, it was lost. Any: 255 where standard output can't be written.
 '''
 
 
