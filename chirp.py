@@ -19,6 +19,7 @@ import collections
 import contextlib
 import errno
 import fnmatch
+import functools
 import itertools
 import logging
 import os
@@ -478,15 +479,17 @@ class Wire:
 
 # --- checksums of what passes ----------------------------------------------------------------
 
-FASTEST = 'crc32'              # the checksum between programs of ours: a third of the time that SHA-1 takes
+CRC32 = 'crc32'                # the checksum between programs of ours: a third of the time that SHA-1 takes
+GMAC = 'gmac'                  # of their large files: half of that, where OpenSSL is at hand
 COMMON = 'sha1'                # with others'
+GMAC_OF_BYTES = bytes.fromhex('7140162cdfe5371122bfd6db6e9f42df')      # of all bytes from 0 to 255, 256 times
 
 
 class Crc32:
     """zlib's CRC-32 as hashlib has its checksums. It tells what arrived altered, not what was forged:
     no checksum can that comes from who sent the bytes."""
 
-    name = FASTEST
+    name = CRC32
     digest_size = 4
 
     def __init__(self, value: int = 0) -> None:
@@ -502,11 +505,133 @@ class Crc32:
         return self._value.to_bytes(self.digest_size, 'big')
 
 
+class Libcrypto:
+    """Of OpenSSL, which hashlib's module brings along, what that module doesn't show: AES-GCM
+    (EVP_EncryptInit(3)). Raises ImportError, OSError or AttributeError where it can't be reached this way."""
+
+    GET_TAG = 0x10             # EVP_CTRL_AEAD_GET_TAG
+
+    def __init__(self) -> None:
+        import _hashlib
+        import ctypes
+        self._ctypes = ctypes
+        self._library = ctypes.CDLL(_hashlib.__file__)
+        at, number_ = ctypes.c_void_p, ctypes.c_int
+        self._cipher = self._function('EVP_aes_128_gcm', at)()
+        self._new = self._function('EVP_CIPHER_CTX_new', at)
+        self._copy = self._function('EVP_CIPHER_CTX_copy', number_, at, at)
+        self._begin = self._function('EVP_EncryptInit_ex', number_, at, at, at, at, at)
+        self._update = self._function('EVP_EncryptUpdate', number_, at, at, at, at, number_)
+        self._end = self._function('EVP_EncryptFinal_ex', number_, at, at, at)
+        self._control = self._function('EVP_CIPHER_CTX_ctrl', number_, at, number_, number_, at)
+        self.free = self._function('EVP_CIPHER_CTX_free', None, at)
+
+    def _function(self, name: str, gives: Any, *takes: Any) -> Any:
+        function = getattr(self._library, name)
+        function.restype, function.argtypes = gives, takes
+        return function
+
+    def new(self) -> int:
+        """A context, for ``free``, whose key and nonce are zeros."""
+        context = self._new()
+        self._check(context and self._begin(context, self._cipher, None, bytes(16), bytes(12)))
+        return int(context)
+
+    def copy(self, context: int) -> int:
+        """Another one that goes on from there."""
+        other = self._new()
+        self._check(other and self._copy(other, context))
+        return int(other)
+
+    def update(self, context: int, data: Any) -> None:
+        """Authenticates bytes, or a part of a bytearray; nothing is encrypted."""
+        if len(data):
+            if isinstance(data, bytes):
+                at = data          # type: Any
+            else:
+                at = self._ctypes.byref(self._ctypes.c_char.from_buffer(data))
+            self._check(self._update(context, None, self._count(), at, len(data)))
+
+    def end(self, context: int, size: int) -> bytes:
+        """The tag; the context can only be freed from here on."""
+        tag = self._ctypes.create_string_buffer(size)
+        self._check(self._end(context, tag, self._count()))
+        self._check(self._control(context, self.GET_TAG, size, tag))
+        return tag.raw
+
+    def _count(self) -> Any:
+        """Where a number of bytes that nobody needs goes."""
+        return self._ctypes.byref(self._ctypes.c_int())
+
+    def _check(self, worked: Any) -> None:
+        if not worked:
+            raise MemoryError('OpenSSL refuses to compute GMAC')
+
+
+class Gmac:
+    """GMAC (NIST SP 800-38D) with a key and a nonce of zeros, as hashlib has its checksums. Processors
+    multiply polynomials for it. It tells what arrived altered, as Crc32 does, not what was forged."""
+
+    name = GMAC
+    digest_size = 16
+
+    def __init__(self, library: Libcrypto, context: int) -> None:
+        self._library = library
+        self._context = context
+
+    def __del__(self) -> None:
+        self._library.free(self._context)
+
+    def update(self, data: Any) -> None:
+        self._library.update(self._context, data)
+
+    def copy(self) -> 'Gmac':
+        return Gmac(self._library, self._library.copy(self._context))
+
+    def digest(self) -> bytes:
+        copy = self.copy()             # this one may go on
+        return self._library.end(copy._context, self.digest_size)
+
+
+@functools.lru_cache(maxsize=None)
+def libcrypto() -> Optional[Libcrypto]:
+    """OpenSSL, where it computes GMAC as it should, in less time than zlib computes CRC-32."""
+    content = bytes(range(256)) * 256
+    try:
+        library = Libcrypto()
+        begun = Gmac(library, library.new())
+        begun.update(content[:1000])
+        whole = begun.copy()
+        whole.update(memoryview(bytearray(content))[1000:])
+        right = whole.digest() == GMAC_OF_BYTES
+    except (ImportError, OSError, AttributeError, MemoryError) as error:
+        log.debug('no GMAC from OpenSSL: %s', error)
+        return None
+    return library if right and quickest(whole.update, content) < quickest(zlib.crc32, content) else None
+
+
+def quickest(do: Callable[[Any], Any], content: bytes) -> float:
+    """The seconds that it takes, undisturbed."""
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        do(content)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
 def new_hash(algorithm: str, data: bytes = b'') -> Any:
-    """``crc32``, or hashlib's, which is imported here alone: a guest that waits does without OpenSSL's
-    megabytes."""
-    if algorithm == FASTEST:
+    """``crc32``, ``gmac``, where there is ``libcrypto()``, or one of hashlib's. OpenSSL is imported by need
+    alone: a guest that waits does without its megabytes."""
+    if algorithm == CRC32:
         return Crc32(zlib.crc32(data))
+    if algorithm == GMAC:
+        library = libcrypto()
+        if library is None:
+            raise ValueError('no GMAC here')
+        checksum = Gmac(library, library.new())
+        checksum.update(data)
+        return checksum
     import hashlib
     return hashlib.new(algorithm, data)
 
@@ -1340,14 +1465,16 @@ class Session:
         file.hashed += count
         return b''
 
-    def _hashread(self, word: bytes) -> bytes:
+    def _hashread(self, word: bytes, algorithm: bytes) -> bytes:
         """Of ours alone: a file will be read from its start on. When it is closed after its last byte, its
-        checksum is known, and ``crc32`` gives it at once."""
+        checksum is known, and ``crc32`` or ``gmac`` gives it at once."""
         file = self._file(word)
+        if algorithm not in (b'crc32', b'gmac') or algorithm == b'gmac' and not libcrypto():
+            raise Fault(INVALID)
         found = os.fstat(file.fd)
         if not file.reads or file.writes or not stat.S_ISREG(found.st_mode):
             raise Fault(BAD_FD)
-        file.checksum, file.hashed, file.before = new_hash(FASTEST), 0, state_of(found)
+        file.checksum, file.hashed, file.before = new_hash(algorithm.decode()), 0, state_of(found)
         return b'0\n'
 
     def _pwrite(self, word: bytes, length: bytes, offset: bytes) -> bytes:
@@ -1557,7 +1684,13 @@ class Session:
 
     def _crc32(self, path: bytes) -> bytes:
         """Of ours alone."""
-        return self._digest(FASTEST, path)
+        return self._digest(CRC32, path)
+
+    def _gmac(self, path: bytes) -> bytes:
+        """Of ours alone, and not everywhere."""
+        if not libcrypto():
+            raise Fault(INVALID)
+        return self._digest(GMAC, path)
 
     def _digest(self, algorithm: str, path: bytes) -> bytes:
         fd = self._root.open(best_path(self._root, path))
@@ -1616,7 +1749,7 @@ COMMANDS: Dict[bytes, Tuple[Callable[..., bytes], int, str]] = {
     b'getstream': (Session._getstream, 1, 'r'), b'putstream': (Session._putstream, 1, 'wp'),
     b'open': (Session._open, 3, ''), b'close': (Session._close, 1, ''),
     b'pread': (Session._pread, 3, ''), b'pwrite': (Session._pwrite, 3, ''),
-    b'hashread': (Session._hashread, 1, ''),
+    b'hashread': (Session._hashread, 2, ''),
     b'fstat': (Session._fstat, 1, ''), b'fsync': (Session._fsync, 1, ''),
     b'ftruncate': (Session._ftruncate, 2, ''), b'fchmod': (Session._fchmod, 2, 'w'),
     b'fchown': (Session._fchown, 3, 'w'), b'fstatfs': (Session._fstatfs, 1, ''),
@@ -1631,7 +1764,7 @@ COMMANDS: Dict[bytes, Tuple[Callable[..., bytes], int, str]] = {
     b'truncate': (Session._truncate, 2, 'w'), b'access': (Session._access, 2, ''),
     b'statfs': (Session._statfs, 1, 'l'), b'hash': (Session._hash, 2, 'r'),
     b'md5': (Session._md5, 1, 'r'), b'crc32': (Session._crc32, 1, 'r'),
-    b'whoami': (Session._whoami, 1, ''),
+    b'gmac': (Session._gmac, 1, 'r'), b'whoami': (Session._whoami, 1, ''),
     b'getacl': (Session._getacl, 1, ''), b'localpath': (Session._localpath, 1, 'l'),
     b'setacl': (Session._forbidden, 0, ''), b'resetacl': (Session._forbidden, 0, ''),
     b'thirdput': (Session._forbidden, 0, ''), b'debug': (Session._forbidden, 0, ''),
@@ -2196,7 +2329,7 @@ class Requests:
         self.subject = ''              # who the server says that we are
         self._wire = None              # type: Optional[Wire]
         self._used = False             # whether this connection has answered a request
-        self._algorithm = ''           # what the server has, once it was asked
+        self._knows = {}               # type: Dict[str, bool]         # checksums, once it was asked for
 
     def __enter__(self: 'Client') -> 'Client':
         return self
@@ -2222,7 +2355,7 @@ class Requests:
 
     def disconnect(self) -> None:
         """Ends the connection, if there is one. The next request makes another."""
-        wire, self._wire, self._algorithm = self._wire, None, ''
+        wire, self._wire, self._knows = self._wire, None, {}
         if wire is not None:
             wire.close()
 
@@ -2377,21 +2510,27 @@ class Requests:
         return self.call('statfs', quote(path), about=path, read=self._read_statfs)
 
     def hash(self, path: Path, algorithm: str = 'sha1', size: int = 0) -> bytes:
-        """The digest, ``sha1``, ``md5``, or, by a server of ours, ``crc32``, that the server computes.
+        """The digest, ``sha1``, ``md5``, or, by a server of ours, ``crc32`` or ``gmac``, that the server has.
         ``size``: the file's, for the time that it may take."""
         return self.call(*words_of_hash(path, algorithm), about=path, read=self._payload(64),
                          patience=size / SLOWEST_HASH)
 
-    def algorithm(self) -> str:
-        """The algorithm to verify with: the fastest that the server has. No request may be under way."""
-        if not self._algorithm:
-            known = False
+    def algorithm(self, size: int = 0) -> str:
+        """The algorithm to verify a file of that size with: the fastest that both have. No request may be
+        under way."""
+        if size >= LARGE and libcrypto() and self._has(GMAC):
+            return GMAC
+        return CRC32 if self._has(CRC32) else COMMON
+
+    def _has(self, algorithm: str) -> bool:
+        """Whether the server has one of ours."""
+        if algorithm not in self._knows:
+            self._knows[algorithm] = False
             try:
-                self.hash('/', FASTEST)
-            except Refused as refused:
-                known = refused.code == IS_DIR         # who knows what is asked for says that of a folder
-            self._algorithm = FASTEST if known else COMMON
-        return self._algorithm
+                self.hash('/', algorithm)
+            except Refused as refused:     # who knows what is asked for says that of a folder
+                self._knows[algorithm] = refused.code == IS_DIR
+        return self._knows[algorithm]
 
     def has_same(self, path: Path, checksum: Any, size: int) -> bool:
         """Whether the server's file, of that size, has this checksum, of hashlib's kind."""
@@ -2505,7 +2644,7 @@ Client = TypeVar('Client', bound=Requests)
 
 def words_of_hash(path: Path, algorithm: str) -> Tuple[Any, ...]:
     """The request for a file's digest."""
-    return (FASTEST, quote(path)) if algorithm == FASTEST else ('hash', algorithm, quote(path))
+    return (algorithm, quote(path)) if algorithm in (CRC32, GMAC) else ('hash', algorithm, quote(path))
 
 
 def read_stat(wire: Wire, _: int) -> Stat:
@@ -2520,6 +2659,7 @@ AHEAD = 16 * 1024              # and their bytes: what a server takes in while i
 PIECES = 3                     # preads or pwrites that are under way
 RETRIES = 2                    # new connections without progress before a transfer fails
 BESIDE = 8 * 1024 * 1024       # a file from here on is hashed by the server while it is moved
+LARGE = 64 * 1024 * 1024       # and from here on, OpenSSL is worth the time of loading it
 OVERLAP = 64 * 1024            # bytes of a partial file that are fetched again, to see if it goes on
 NESTED = 200                   # levels of a folder that are followed
 FAILURES = 100                 # failures of a folder that are told one by one
@@ -2849,7 +2989,7 @@ class Upload:
         if there.size != found.st_size or there.mtime != int(found.st_mtime) or not self._keep:
             return False
         if self._verify and not self._client.has_same(
-                target, hash_local(source, there.size, self._client.algorithm()), there.size):
+                target, hash_local(source, there.size, self._client.algorithm(there.size)), there.size):
             return False
         self._keep_mode(found, target, there.mode)
         return True
@@ -2861,19 +3001,20 @@ class Upload:
 
     def _resume(self, source: str, found: os.stat_result, part: bytes) -> Tuple[int, Any]:
         """How much of the file is there already, and the checksum of that much."""
+        algorithm = self._client.algorithm(found.st_size)
         try:
             there = self._client.lstat(part)
         except Refused as refused:
             if refused.code == DOESNT_EXIST:
-                return 0, new_hash(self._client.algorithm())
+                return 0, new_hash(algorithm)
             raise
         if there.is_link or there.is_dir:
             self._client.rmall(part)
         elif there.is_file and 0 < there.size <= found.st_size:
-            checksum = hash_local(source, there.size, self._client.algorithm())
+            checksum = hash_local(source, there.size, algorithm)
             if self._client.has_same(part, checksum, there.size):
                 return there.size, checksum
-        return 0, new_hash(self._client.algorithm())
+        return 0, new_hash(algorithm)
 
     def _send_rest(self, file: Any, found: os.stat_result, part: bytes, start: int, checksum: Any) -> None:
         """Writes what is missing; the checksum becomes that of the whole."""
@@ -3269,7 +3410,7 @@ class Download:
         if int(here.st_mtime) != found.mtime or not self._keep:
             return False
         if self._verify and not self._client.has_same(
-                source, hash_local(target, found.size, self._client.algorithm()), found.size):
+                source, hash_local(target, found.size, self._client.algorithm(found.size)), found.size):
             return False
         if here.st_mode & 0o777 != found.mode & 0o777 | 0o600:
             with open_regular(target) as file:
@@ -3278,19 +3419,20 @@ class Download:
 
     def _receive_rest(self, file: Any, number_: int, source: bytes, found: Stat, size: int) -> None:
         """Fetches what is missing of a file, and checks the whole."""
-        whole = self._verify and size == found.size
         start = self._resume(file, number_, size)
-        beside = None
-        if whole and size >= BESIDE and (start or not self._hashes_along(number_)):
-            beside = RemoteHash(self._client, source, self._client.algorithm(), size)
+        checksum = beside = None       # type: Any
+        if self._verify and size == found.size:
+            checksum = self._begin_checksum(file, start, size)
+            if size >= BESIDE and (start or not self._hashes_along(number_, checksum.name)):
+                beside = RemoteHash(self._client, source, checksum.name, size)
         try:
             self._meter.add(start)
-            checksum = self._receive_pieces(file, number_, start, size, whole)
+            self._receive_pieces(file, number_, start, size, checksum)
             after = self._client.fstat(number_)
             self._client.close(number_)
             if size == found.size and (after.size, after.mtime) != (found.size, found.mtime):
                 raise Changed('%s changed while it was read' % shown(source))
-            if whole:
+            if checksum is not None:
                 digest = beside.digest() if beside is not None else None
                 if not (digest == checksum.digest() if digest
                         else self._client.has_same(source, checksum, size)):
@@ -3299,11 +3441,11 @@ class Download:
             if beside is not None:
                 beside.stop()
 
-    def _hashes_along(self, number_: int) -> bool:
+    def _hashes_along(self, number_: int, algorithm: str) -> bool:
         """Whether the server computes the checksum while it sends: ours does, once asked."""
-        if self._client.algorithm() != FASTEST:
+        if algorithm == COMMON:
             return False
-        self._client.call('hashread', number_, again=False)
+        self._client.call('hashread', number_, algorithm, again=False)
         return True
 
     def _resume(self, file: Any, number_: int, size: int) -> int:
@@ -3319,9 +3461,8 @@ class Download:
         file.truncate(start)
         return start
 
-    def _receive_pieces(self, file: Any, number_: int, start: int, end: int, whole: bool) -> Any:
-        """The checksum object, if it is wanted."""
-        checksum = self._begin_checksum(file, start) if whole else None
+    def _receive_pieces(self, file: Any, number_: int, start: int, end: int, checksum: Any) -> None:
+        """The checksum, if one is given, becomes that of the whole."""
         wire, buffer = self._client.connect(), new_buffer()
         file.seek(start)
         asked = []             # type: List[int]
@@ -3333,11 +3474,10 @@ class Download:
             else:
                 self._receive_piece(wire, file, asked.pop(0), buffer, checksum)
         file.truncate(end)             # where it ends with a hole
-        return checksum
 
-    def _begin_checksum(self, file: Any, start: int) -> Any:
-        """Of what is here already."""
-        checksum = new_hash(self._client.algorithm())
+    def _begin_checksum(self, file: Any, start: int, size: int) -> Any:
+        """Of what is here already of a file of that size."""
+        checksum = new_hash(self._client.algorithm(size))
         hash_part(file, checksum, 0, start)
         return checksum
 

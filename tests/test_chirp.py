@@ -223,64 +223,6 @@ def test_what_is_appended_goes_to_the_end(client, served):
     assert (served[1] / 'log').read_bytes() == bytes(65536) + b'x' + bytes(65536)
 
 
-@pytest.mark.parametrize('begin', ['hash', 'read'])
-def test_a_checksum_is_of_what_is_there_whatever_its_times_say(tmp_path, begin):
-    with our_server(tmp_path) as server, chirp.ChirpClient(*server.address) as client:
-        path = write(tmp_path / 'file', b'before')
-        if begin == 'hash':
-            assert client.hash('/file', 'crc32') == chirp.new_hash('crc32', b'before').digest()
-        else:
-            number, _ = client.open('/file', 'r')
-            assert client.call('hashread', number) == 0
-            assert client.pread(number, 100, 0) == b'before'
-        changed = path.stat().st_ctime_ns
-
-        def write_again():
-            write(path, b'after.')
-            return path.stat().st_ctime_ns != changed       # the clock of files ticks every few ms
-        wait_until(write_again)
-        if begin == 'read':
-            client.close(number)
-        assert client.hash('/file', 'crc32') == chirp.new_hash('crc32', b'after.').digest()
-
-
-@pytest.mark.parametrize('meddle', ['write', 'write and close', 'truncate', 'ftruncate', 'a program'])
-def test_a_checksum_is_of_what_is_there_whoever_wrote_it(tmp_path, meddle):
-    """Two clients write to one file, as those do that put to one place at the same time."""
-    with our_server(tmp_path) as server, chirp.ChirpClient(*server.address) as client, \
-            chirp.ChirpClient(*server.address) as other:
-        number, _ = client.open('/file', 'wc')
-        client.hash('/file', 'crc32')
-        client.pwrite(number, b'a' * 1000, 0)
-        if meddle.startswith('write'):
-            second, _ = other.open('/file', 'w')
-            other.pwrite(second, b'b' * 500, 0)
-            if meddle == 'write and close':
-                other.close(second)
-        elif meddle == 'a program':
-            with open(str(tmp_path / 'file'), 'r+b') as file:
-                wait_until(lambda: replace_start(file) != os.fstat(file.fileno()).st_mtime_ns)
-        else:
-            truncate = {'truncate': lambda size: other.truncate('/file', size),
-                        'ftruncate': lambda size: client.ftruncate(number, size)}[meddle]
-            truncate(500)
-            truncate(1000)
-        client.pwrite(number, b'a' * 1000, 1000)
-        client.close(number)
-        content = (tmp_path / 'file').read_bytes()
-        assert len(content) == 2000 and content != b'a' * 2000
-        assert client.hash('/file', 'crc32') == chirp.new_hash('crc32', content).digest()
-
-
-def replace_start(file):
-    """The time of change before it."""
-    before = os.fstat(file.fileno()).st_mtime_ns
-    file.seek(0)
-    file.write(b'b')
-    file.flush()
-    return before
-
-
 @pytest.mark.parametrize('what, code', [
     (lambda client: client.stat('/missing'), -3), (lambda client: client.getfile('/folder'), -13),
     (lambda client: client.mkdir('/folder'), -4), (lambda client: client.stat('/file/below'), -14),

@@ -11,7 +11,6 @@ import stat
 import subprocess
 import sys
 import threading
-import zlib
 
 import pytest
 from cutting import CuttingProxy
@@ -386,26 +385,6 @@ def test_a_sparse_file_stays_sparse(client, served, tmp_path):  # noqa: F811
         assert file.read(6) == b'begin\0'
         file.seek(size // 2)
         assert file.read(7) == b'middle\0'
-
-
-def test_what_passes_is_not_read_again_for_its_checksum(tmp_path, monkeypatch):
-    """Between two of ours. What the file became after it was read has another checksum."""
-    (tmp_path / 'served').mkdir()
-    content = os.urandom(chirp.BESIDE + 1000)
-    source = write(tmp_path / 'source', content)
-
-    def no_reading(fd, algorithm):
-        assert os.fstat(fd).st_size == 0, 'it is read again'
-        return chirp.new_hash(algorithm)
-    with our_server(tmp_path / 'served') as server, chirp.ChirpClient(*server.address) as moving:
-        with monkeypatch.context() as patch:
-            patch.setattr(chirp, 'hash_file', no_reading)
-            moving.put(str(source), '/there')
-            server.checksums = chirp.Checksums()       # what the upload left
-            moving.get('/there', str(tmp_path / 'back'))
-        assert (tmp_path / 'back').read_bytes() == content
-        write(tmp_path / 'served' / 'there', b'another')
-        assert moving.hash('/there', 'crc32') == zlib.crc32(b'another').to_bytes(4, 'big')
 
 
 def test_what_arrives_altered_is_moved_again(served, tmp_path):  # noqa: F811
