@@ -64,8 +64,17 @@ def all_progress(monkeypatch):
     monkeypatch.setattr(chirp.Meter, 'EVERY', 0)
 
 
+@pytest.fixture(params=['small', 'large'])
+def largeness(request, monkeypatch):
+    """How files of some MiB are seen."""
+    if request.param == 'large':
+        monkeypatch.setattr(chirp, 'LARGE', 1 << 20)
+        monkeypatch.setattr(chirp, 'HUGE', 64 << 20)
+    return request.param
+
+
 @pytest.mark.once
-def test_an_upload_that_is_cut_goes_on(served, tmp_path):  # noqa: F811
+def test_an_upload_that_is_cut_goes_on(served, tmp_path, largeness):  # noqa: F811
     content = os.urandom(SIZE)
     source, target = write(tmp_path / 'source', content), served[1] / 'target'
     target.write_bytes(b'the old content')
@@ -82,7 +91,7 @@ def test_an_upload_that_is_cut_goes_on(served, tmp_path):  # noqa: F811
 
 
 @pytest.mark.once
-def test_a_download_that_is_cut_goes_on(served, tmp_path):  # noqa: F811
+def test_a_download_that_is_cut_goes_on(served, tmp_path, largeness):  # noqa: F811
     content = os.urandom(SIZE)
     write(served[1] / 'source', content)
     target = write(tmp_path / 'target', b'the old content')
@@ -292,13 +301,26 @@ def test_a_source_that_shrinks_is_sent_as_it_is_then(client, served, tmp_path): 
     assert (served[1] / 'target').read_bytes() == source.read_bytes()
 
 
-def test_a_source_there_that_changes_is_fetched_as_it_is_then(client, served, tmp_path):  # noqa: F811
+def test_a_source_there_that_changes_is_fetched_as_it_is_then(client, served, tmp_path, largeness):  # noqa: F811
     source = write(served[1] / 'source', os.urandom(20 << 20))
     client.get('/source', str(tmp_path / 'a'),
                progress=once(lambda: write(source, b'new' * 7000000, mtime=5)))
     assert (tmp_path / 'a').read_bytes() == b'new' * 7000000
+    client.disconnect()
+    client.timeout = 1             # the real one falls silent
     client.get('/source', str(tmp_path / 'b'), progress=once(lambda: os.truncate(str(source), 100)))
     assert (tmp_path / 'b').read_bytes() == source.read_bytes()
+
+
+def test_a_source_there_that_is_replaced_is_fetched_as_it_is_then(served, tmp_path, largeness):  # noqa: F811
+    """By a file of the same size and time, before its content is asked for."""
+    size = 3 << 20
+    source = write(served[1] / 'source', b'a' * size, mtime=5)
+    other = write(served[1] / 'other', b'b' * size, mtime=5)
+    with chirp.ChirpClient(*served[0], timeout=20) as moving:
+        moving.get('/source', str(tmp_path / 'back'), verify=False,
+                   progress=once(lambda: other.exists() and os.replace(str(other), str(source))))
+    assert len(set((tmp_path / 'back').read_bytes())) == 1
 
 
 def test_a_source_that_never_holds_still_is_an_error(client, served, tmp_path):  # noqa: F811
@@ -403,7 +425,7 @@ def test_what_arrives_altered_is_moved_again(served, tmp_path):  # noqa: F811
     assert back.read_bytes() == content
 
 
-def test_a_transfer_can_be_cancelled(client, served, tmp_path):  # noqa: F811
+def test_a_transfer_can_be_cancelled(client, served, tmp_path, largeness):  # noqa: F811
     source = write(tmp_path / 'source', os.urandom(64 << 20))
     cancel = threading.Event()
 

@@ -193,22 +193,34 @@ def ends_soon():
     assert time.monotonic() - began < 10
 
 
-def falls_silent(word, reply):
-    """A server of one file of 100 MB, that falls silent after this reply to a request of that word."""
+def falls_silent(word, reply, size=chirp.LARGE):
+    """A server of one file of that size, that falls silent after this reply to a request of that word."""
     def answer(line):
         if line.split()[0] == word:
             return reply
-        return b'0\n' + STAT % (FILE, 100000000) if line.split()[0] in (b'open', b'stat') else b'-3\n'
+        return b'0\n' + STAT % (FILE, size) if line.split()[0] in (b'open', b'stat') else b'-3\n'
     return answer
 
 
 def test_silence_in_the_middle_has_its_time(tmp_path):
-    with HostileServer(falls_silent(b'pread', b'4194304\n1234')) as server, ends_soon(), \
+    with HostileServer(falls_silent(b'pread', b'4194304\n1234', chirp.LARGE - 1)) as server, ends_soon(), \
             chirp.ChirpClient(*server.address, timeout=0.5) as client:
         client.get('/a', str(tmp_path / 'got'))
+    with HostileServer(falls_silent(b'getfile', b'%d\n1234' % chirp.LARGE)) as server, ends_soon(), \
+            chirp.ChirpClient(*server.address, timeout=0.5) as client:
+        client.get('/a', str(tmp_path / 'whole'))
     with HostileServer(falls_silent(b'getfile', b'16000000\n1234')) as server, ends_soon(), \
             chirp.ChirpClient(*server.address, timeout=0.5) as client:
         client.getfile('/a')
+
+
+def test_another_size_than_was_said_is_tried_again_some_times(tmp_path):
+    for size in (chirp.LARGE - 1, chirp.LARGE + 1, 1 << 50):
+        with HostileServer(falls_silent(b'getfile', b'%d\n1234' % size)) as server, \
+                chirp.ChirpClient(*server.address, timeout=20) as client:
+            with pytest.raises(chirp.Changed, match='/a changed'):
+                client.get('/a', str(tmp_path / 'got'))
+        assert not os.listdir(str(tmp_path))
 
 
 def test_who_takes_nothing_in_has_its_time(tmp_path):
