@@ -779,6 +779,35 @@ class Commands:
         with self._lock:
             return [execution for execution in self._open.values() if execution.vm_id == vm_id]
 
+    def waiting_for(self, vm: str) -> List[Execution]:
+        """Those that were not sent yet to the VM of that name, whatever its id was when they came."""
+        with self._lock:
+            return [execution for execution in self._open.values()
+                    if execution.vm == vm and execution.state == 'queued']
+
+    def move(self, execution: Execution, vm_id: str) -> bool:
+        """Journals an unfinished execution under another id of its VM. False: it has ended, or is there.
+        Raises JournalError."""
+        before = execution.vm_id
+        try:
+            with self._journal.writing() as journal:       # ``finish`` waits, and takes the new id
+                if not journal.execute('UPDATE OR IGNORE executions SET vm_id = ? WHERE cmd_id = ? '
+                                       'AND vm_id = ? AND ended = 0', vm_id, *execution.index).rowcount:
+                    return False
+                self._set_id(execution, vm_id)
+        except JournalError:
+            self._set_id(execution, before)
+            raise
+        log.info('%s: %s is %s now, it was %s', execution.key, execution.vm, vm_id, before)
+        return True
+
+    def _set_id(self, execution: Execution, vm_id: str) -> None:
+        with self._lock:
+            before, execution.vm_id = execution.index, vm_id
+            for table in self._open, self._unwritten:
+                if table.pop(before, None) is not None:
+                    table[execution.index] = execution
+
     def is_open(self, execution: Execution) -> bool:
         """Whether it is unfinished."""
         with self._lock:
@@ -881,17 +910,17 @@ class Commands:
 
     @contextlib.contextmanager
     def _reply(self, execution: Execution, matches: Callable[[Message], bool]) -> Iterator[_Reply]:
-        reply = _Reply(matches)
+        reply, index = _Reply(matches), execution.index
         with self._lock:
-            self._replies.setdefault(execution.index, []).append(reply)
+            self._replies.setdefault(index, []).append(reply)
         try:
             yield reply
         finally:
             with self._lock:
-                waiting = self._replies[execution.index]
+                waiting = self._replies[index]
                 waiting.remove(reply)
                 if not waiting:
-                    del self._replies[execution.index]
+                    del self._replies[index]
 
     def ask_all(self, executions: List[Execution], say: Callable[[Execution], None], timeout: float) -> None:
         """Says something of each, and waits until all guests have answered by a CMD_STATUS, or it is late."""
@@ -4511,6 +4540,7 @@ class Host:
             if self.policy is not None:
                 self.policy.named(guest.id, guest.name)
             self._note_guest(guest)
+            self.take_over(guest)
             self._greet(guest)
 
     def _broker_host(self) -> str:
@@ -4662,6 +4692,8 @@ class Host:
             self.policy.named(machine_id, guest.name)
         if news:
             self._note_guest(guest)
+        if known:
+            self.take_over(guest)
         self._greet(guest)
         if self.hypervisor is not None and is_mac(guest.id) and not known:
             self.name_lookup.look_up(guest)
@@ -4670,6 +4702,14 @@ class Host:
         else:
             for execution in self.commands.open_of(guest.id):
                 self._query(execution)      # too many for a HELLO; each answer says what it would have
+
+    def take_over(self, guest: Guest) -> None:
+        """What waits for a VM under the id of a card that it no longer has is for its present agent. What
+        was sent stays under the old one, as the guest has it in that agent's spool. From any thread."""
+        with self.journal_permitting():
+            for execution in self.commands.waiting_for(guest.name):
+                if execution.vm_id != guest.id and not self.hypervisor.known_name(execution.vm_id):
+                    self.commands.move(execution, guest.id)
 
     def _own_name(self, machine_id: str, message: Message) -> str:
         """What a machine calls itself, else its host name, else its id; none may be called like a VM."""
@@ -5399,6 +5439,7 @@ class Api:
         guest = self._host.described(vm)[0]
         self._hypervisor().remove_vm(vm, deleteDisks)
         if guest is not None and deleteDisks:
+            self._host.take_over(guest)
             self._host.lose_all(guest, 'the VM and its disks were removed')
         return True
 

@@ -5,9 +5,9 @@ checked by running vm_cases.py on it and on the real one. Its VMs live as long a
 it. Files in the folder FAKE_VIRTUALBOX steer it from outside: ``abort-NAME`` kills the VM's process,
 ``abort-saved-NAME`` over its saved state, ``die-NAME`` as it next comes up, or is powered off; ``stick-NAME``
 lets the guest stop with an error, ``lock-NAME`` is another program that holds the VM's lock, ``dead`` is a
-VBoxSVC that died; as many looks as ``anew-NAME`` has characters find a VM that VirtualBox is still making;
-``slow-NAME`` holds how many seconds all Progress of a VM takes, after which its session is unlocking for a
-moment.
+VBoxSVC that died; ``card-NAME`` holds a new MAC for the VM's first card; as many looks as ``anew-NAME`` has
+characters find a VM that VirtualBox is still making; ``slow-NAME`` holds how many seconds all Progress of a
+VM takes, after which its session is unlocking for a moment.
 """
 
 import itertools
@@ -415,6 +415,10 @@ class Machine(WithExtraData):
             if os.path.exists(steering(word + self.name)):
                 os.remove(steering(word + self.name))
                 self.go_to(state)
+        if os.path.exists(steering('card-' + self.name)):
+            with open(steering('card-' + self.name)) as file:
+                self.cards[0].MACAddress = file.read()
+            os.remove(steering('card-' + self.name))
         return VALUES['MachineState'][self._state]
 
     def _check_ready(self):

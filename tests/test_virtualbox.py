@@ -209,10 +209,51 @@ def test_a_vm_that_died_over_its_saved_state_loses_nothing(host, api, fake, vm, 
         assert api.getCmdResults(running)['state'] == 'signaled'
 
 
-def test_a_removed_vm_loses_its_commands(api, vm):
-    waits = api.runCmd(vm, 'true', [], {}, '', '', {'queue': True})
+@pytest.fixture
+def give_card(fake, host, api):
+    """Gives a VM a card with this MAC; says what the old one was."""
+    def give(vm, mac):
+        before, after = api.getVM(vm)['id'], host.last_event()
+        (fake / 'card').write_text(mac.replace(':', ''))
+        os.replace(str(fake / 'card'), str(fake / ('card-' + vm)))
+        host.wait_for_event('vm-card', vm, after)
+        assert api.getVM(vm)['id'] == mac != before
+        return before
+    return give
+
+
+def test_what_waits_for_a_vm_that_gets_another_card_runs(host, api, vm, tmp_path, give_card):
+    waits = api.runCmd(vm, 'echo', ['waited'], {}, '', '', {'queue': True})
+    give_card(vm, '08:00:27:00:0A:01')
+    with Agent(tmp_path, host, '08:00:27:00:0A:01', name='unknown'):
+        assert host.results(waits)['out'] == 'waited\n'
+        assert [row['vm'] for row in api.listCmds({'vm': vm})] == [vm]
+
+
+def test_what_was_sent_to_a_card_that_is_gone_is_not_sent_to_another(host, api, vm, tmp_path, give_card):
+    """It may run, or have run: it is asked for again when the VM has that card again."""
+    old = api.getVM(vm)['id']
+    with Agent(tmp_path, host, old):
+        wait_until(lambda: api.listRegisteredVMs() == [vm])
+        runs = api.runCmd(vm, 'sh', ['-c', 'while [ ! -e go ]; do sleep 0.1; done; echo ended'])
+        wait_until(lambda: api.getCmdStatus(runs)['pid'])
+    give_card(vm, '08:00:27:00:0A:02')
+    with Agent(tmp_path / 'new', host, '08:00:27:00:0A:02') as agent:
+        wait_until(lambda: api.getVM(vm)['agent'] == 'alive')
+        assert host.run(vm, 'true')['state'] == 'exited' and runs not in agent.log()
+    give_card(vm, old)
+    with Agent(tmp_path, host, old) as agent:
+        with open(os.path.join(agent.files, 'go'), 'w'):
+            pass
+        assert host.results(runs)['out'] == 'ended\n'
+
+
+def test_a_removed_vm_loses_its_commands(api, vm, give_card):
+    waits = [api.runCmd(vm, 'true', [], {}, '', '', {'queue': True})]
+    give_card(vm, '08:00:27:00:0A:03')
+    waits.append(api.runCmd(vm, 'true', [], {}, '', '', {'queue': True}))
     assert api.removeVM(vm, True) is True
-    assert api.getCmdResults(waits)['state'] == 'lost'
+    assert [api.getCmdResults(command)['state'] for command in waits] == ['lost', 'lost']
 
 
 def test_a_vm_without_a_card_takes_no_commands(api):

@@ -51,6 +51,7 @@ def test_a_new_card_while_the_host_runs(host, api, remove_all, tmp_path):
     old = mac(api, 'carded')
     with Agent(tmp_path / 'old', host, old):
         wait_until(lambda: api.listRegisteredVMs() == ['carded'])
+    waits = api.runCmd('carded', 'echo', ['waited'], {}, '', '', {'queue': True})
     manage('modifyvm', 'carded', '--macaddress1', '08002700C0DE')
     assert mac(api, 'carded') == '08:00:27:00:C0:DE'
     assert old not in api.getIdsToNamesMapping()
@@ -61,6 +62,7 @@ def test_a_new_card_while_the_host_runs(host, api, remove_all, tmp_path):
     queued = api.runCmd('carded', 'echo', ['new'], {}, '', '', {'queue': True})
     with Agent(tmp_path / 'new', host, '08:00:27:00:C0:DE', name='unknown'):
         assert host.results(queued)['out'] == 'new\n'
+        assert host.results(waits)['out'] == 'waited\n'
         wait_until(lambda: api.listRegisteredVMs() == ['carded'])
 
 
