@@ -432,6 +432,15 @@ class Wire:
                 silence = self._deadline(0)
                 self._check_pace(deadline)
 
+    def end(self) -> None:
+        """Says that no more comes, and waits until the peer has taken it in, and closes."""
+        self.flush()
+        with contextlib.suppress(OSError, Disconnected):
+            self._sock.shutdown(socket.SHUT_WR)
+            deadline = self._deadline(0)
+            while True:
+                self._receive(self._sock.recv, RECEIVE, deadline)
+
     def send_file(self, fd: int, offset: int, count: int) -> None:
         """Sends a part of a regular file. If the file has become shorter the connection is broken: the
         count has been announced."""
@@ -2660,7 +2669,6 @@ PIECES = 3                     # preads or pwrites that are under way
 RETRIES = 2                    # new connections without progress before a transfer fails
 BESIDE = 8 * 1024 * 1024       # a file from here on is hashed by the server while it is moved
 LARGE = 64 * 1024 * 1024       # and from here on, OpenSSL is worth the time of loading it
-HUGE = 256 * 1024 * 1024       # and from here on, a cut that costs 16 MiB costs little
 OVERLAP = 64 * 1024            # bytes of a partial file that are fetched again, to see if it goes on
 NESTED = 200                   # levels of a folder that are followed
 FAILURES = 100                 # failures of a folder that are told one by one
@@ -2927,6 +2935,7 @@ class Upload:
         self._after = []               # type: List[Callable[[], None]]
         self._keeps_modes = None       # type: Optional[bool]
         self._part_mode = 0            # of the large file that is under way
+        self._streams = True           # whether ``putstream`` is worth a try
 
     def run(self, source: str, target: bytes) -> None:
         found = os.stat(source)
@@ -2965,6 +2974,8 @@ class Upload:
             self._renaming(part, target)
             start, checksum = self._resume(source, found, part)
             self._meter.add(start)
+            if self._streams and not start and found.st_size >= LARGE and checksum.name == COMMON:
+                start = self._stream(file, found, part, checksum if self._verify else None)
             self._send_rest(file, found, part, start, checksum)
             if changed(found, os.fstat(file.fileno())):
                 raise Changed('%s changed while it was read' % source)
@@ -3017,6 +3028,33 @@ class Upload:
                 return there.size, checksum
         return 0, new_hash(algorithm)
 
+    def _stream(self, file: Any, found: os.stat_result, part: bytes, checksum: Any) -> int:
+        """Sends a whole file by one request, as the real server spends a millisecond on each; says how much
+        was sent. That server keeps what arrives, answers nothing, and ends the connection. Where it doesn't
+        work, it isn't tried again: the rest goes by ``pwrite``, which tells what is wrong."""
+        self._streams = False
+        number_, _ = self._client.open(part, 'wct', found.st_mode & 0o777)
+        self._client.close(number_)
+        try:
+            self._client.call('putstream', quote(part), again=False)
+        except Refused:
+            return 0
+        self._pass_on(file, found.st_size, checksum)
+        if self._client.lstat(part).size < found.st_size:
+            raise Disconnected('the server took in a part of the file')
+        self._streams = True
+        return found.st_size
+
+    def _pass_on(self, file: Any, size: int, checksum: Any) -> None:
+        wire, buffer = self._client.connect(), new_buffer()
+        file.seek(0)
+        for start in range(0, size, PIECE):
+            count = min(PIECE, size - start)
+            send_passing(wire, file, count, buffer, checksum)
+            self._meter.add(count)
+        wire.end()
+        self._client.disconnect()
+
     def _send_rest(self, file: Any, found: os.stat_result, part: bytes, start: int, checksum: Any) -> None:
         """Writes what is missing; the checksum becomes that of the whole."""
         number_, there = self._client.open(part, 'wc' if start else 'wct', found.st_mode & 0o777)
@@ -3031,12 +3069,9 @@ class Upload:
         buffer = new_buffer()
         wire = self._client.connect()
         sent = []              # type: List[int]
-        piece = PIECE
-        if end >= HUGE and self._client.algorithm() == COMMON:
-            piece = PWRITE     # the real server spends a millisecond on each; a cut costs a part of one
         while start < end or sent:
             if start < end and len(sent) < PIECES:
-                count = min(piece, end - start)
+                count = min(PIECE, end - start)
                 wire.put(self._client.ask('pwrite', number_, count, start))
                 send_passing(wire, file, count, buffer, checksum)
                 sent.append(count)
@@ -3437,7 +3472,7 @@ class Download:
         try:
             self._meter.add(start)
             if not start and LARGE <= size == found.size and self._client.algorithm() == COMMON:
-                self._receive_whole(file, source, size, checksum)
+                self._receive_whole(file, source, found, checksum)
                 after = self._client.stat(source)
             else:
                 self._receive_pieces(file, number_, start, size, checksum)
@@ -3474,22 +3509,23 @@ class Download:
         file.truncate(start)
         return start
 
-    def _receive_whole(self, file: Any, source: bytes, size: int, checksum: Any) -> None:
+    def _receive_whole(self, file: Any, source: bytes, found: Stat, checksum: Any) -> None:
         """By one request, as the real server spends a millisecond on each. Where the file becomes shorter,
         that server sends no more, and doesn't say so."""
+        changed = Changed('%s changed while it was read' % shown(source))
         wire = self._client.connect()
         file.seek(0)
         wire.put(self._client.ask('getfile', quote(source)))
         try:
-            if self._client.result(wire, 'getfile') != size:
-                raise Changed('%s changed before it was read' % shown(source))
-            self._receive_content(wire, file, size, new_buffer(), checksum)
+            if self._client.result(wire, 'getfile') != found.size:
+                raise changed
+            self._receive_content(wire, file, found.size, new_buffer(), checksum)
         except TimedOut:
             self._client.disconnect()
-            if self._client.stat(source).size < size:
-                raise Changed('%s became shorter while it was read' % shown(source))
+            if identity(self._client.stat(source)) != identity(found):
+                raise changed
             raise
-        file.truncate(size)            # where it ends with a hole
+        file.truncate(found.size)      # where it ends with a hole
 
     def _receive_pieces(self, file: Any, number_: int, start: int, end: int, checksum: Any) -> None:
         """The checksum, if one is given, becomes that of the whole."""

@@ -198,6 +198,8 @@ def falls_silent(word, reply, size=chirp.LARGE):
     def answer(line):
         if line.split()[0] == word:
             return reply
+        if line.startswith(b'close'):
+            return b'0\n'
         return b'0\n' + STAT % (FILE, size) if line.split()[0] in (b'open', b'stat') else b'-3\n'
     return answer
 
@@ -223,21 +225,49 @@ def test_another_size_than_was_said_is_tried_again_some_times(tmp_path):
         assert not os.listdir(str(tmp_path))
 
 
-def test_who_takes_nothing_in_has_its_time(tmp_path):
+@pytest.mark.parametrize('size, word', [(chirp.LARGE - 1, b'pwrite'), (chirp.LARGE, b'putstream')])
+def test_who_takes_nothing_in_has_its_time(tmp_path, size, word):
     with open(str(tmp_path / 'source'), 'wb') as file:
-        file.truncate(100000000)
-    ended = threading.Event()
+        file.truncate(size)
+    ended, asked = threading.Event(), []
+
+    def takes_nothing():
+        yield b'0\n'
+        ended.wait()
 
     def answer(line):
-        if line.startswith(b'pwrite'):
-            ended.wait()
-        return falls_silent(b'', b'')(line)
+        asked.append(line.split()[0])
+        return takes_nothing() if line.startswith(word) else falls_silent(b'', b'')(line)
     with HostileServer(answer) as server:
         try:
             with ends_soon(), chirp.ChirpClient(*server.address, timeout=0.5) as client:
                 client.put(str(tmp_path / 'source'), '/a', verify=False)
         finally:
             ended.set()
+    assert word in asked
+
+
+@pytest.mark.parametrize('fault', ['refuses', 'keeps nothing', 'goes away'])
+def test_a_stream_that_does_not_work_is_not_tried_again(tmp_path, fault):
+    """What is missing goes by pwrite, which says what is wrong: the disk is full."""
+    with open(str(tmp_path / 'source'), 'wb') as file:
+        file.truncate(chirp.LARGE)
+    asked = []
+
+    def answer(line):
+        word = line.split()[0]
+        asked.append(word)
+        if word == b'putstream':
+            return {'refuses': b'-8\n', 'keeps nothing': b'0\n', 'goes away': None}[fault]
+        if word == b'pwrite':
+            return b'-6\n'
+        if word == b'lstat':
+            return b'0\n' + STAT % (FILE, 0) if asked.count(b'putstream') else b'-3\n'
+        return b'-3\n' if word == b'stat' else falls_silent(b'', b'')(line)
+    with HostileServer(answer) as server, chirp.ChirpClient(*server.address, timeout=1) as client:
+        with pytest.raises(chirp.Refused, match='no space'):
+            client.put(str(tmp_path / 'source'), '/a', verify=False)
+    assert asked.count(b'putstream') == 1
 
 
 @pytest.mark.parametrize('pace', [0, 0.01])
