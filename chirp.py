@@ -619,6 +619,11 @@ def libcrypto() -> Optional[Libcrypto]:
     return library if right and quickest(whole.update, content) < quickest(zlib.crc32, content) else None
 
 
+def computes(algorithm: str) -> bool:
+    """Whether it is one of ours, and can be had here."""
+    return algorithm == CRC32 or algorithm == GMAC and libcrypto() is not None
+
+
 def quickest(do: Callable[[Any], Any], content: bytes) -> float:
     """The seconds that it takes, undisturbed."""
     times = []
@@ -1478,12 +1483,13 @@ class Session:
         """Of ours alone: a file will be read from its start on. When it is closed after its last byte, its
         checksum is known, and ``crc32`` or ``gmac`` gives it at once."""
         file = self._file(word)
-        if algorithm not in (b'crc32', b'gmac') or algorithm == b'gmac' and not libcrypto():
+        name = algorithm.decode('ascii', 'replace')
+        if not computes(name):
             raise Fault(INVALID)
         found = os.fstat(file.fd)
         if not file.reads or file.writes or not stat.S_ISREG(found.st_mode):
             raise Fault(BAD_FD)
-        file.checksum, file.hashed, file.before = new_hash(algorithm.decode()), 0, state_of(found)
+        file.checksum, file.hashed, file.before = new_hash(name), 0, state_of(found)
         return b'0\n'
 
     def _pwrite(self, word: bytes, length: bytes, offset: bytes) -> bytes:
@@ -1697,7 +1703,7 @@ class Session:
 
     def _gmac(self, path: bytes) -> bytes:
         """Of ours alone, and not everywhere."""
-        if not libcrypto():
+        if not computes(GMAC):
             raise Fault(INVALID)
         return self._digest(GMAC, path)
 
@@ -2527,7 +2533,7 @@ class Requests:
     def algorithm(self, size: int = 0) -> str:
         """The algorithm to verify a file of that size with: the fastest that both have. No request may be
         under way."""
-        if size >= LARGE and libcrypto() and self._has(GMAC):
+        if size >= LARGE and computes(GMAC) and self._has(GMAC):
             return GMAC
         return CRC32 if self._has(CRC32) else COMMON
 
@@ -3340,9 +3346,10 @@ def send_passing(wire: Wire, file: Any, count: int, buffer: memoryview, checksum
         count -= got
 
 
-def identity(found: Stat) -> Tuple[int, ...]:
-    """What tells a file at the server from what it becomes."""
-    return found.dev, found.ino, found.size, found.mtime
+def check_unchanged(source: bytes, found: Stat, after: Stat) -> None:
+    """Raises Changed where a file at the server is another one, or became another, since it was found."""
+    if any(getattr(found, what) != getattr(after, what) for what in ('dev', 'ino', 'size', 'mtime')):
+        raise Changed('%s changed while it was read' % shown(source))
 
 
 def changed(before: os.stat_result, after: os.stat_result) -> bool:
@@ -3478,8 +3485,8 @@ class Download:
                 self._receive_pieces(file, number_, start, size, checksum)
                 after = self._client.fstat(number_)
             self._client.close(number_)
-            if size == found.size and identity(after) != identity(found):
-                raise Changed('%s changed while it was read' % shown(source))
+            if size == found.size:
+                check_unchanged(source, found, after)
             if checksum is not None:
                 digest = beside.digest() if beside is not None else None
                 if not (digest == checksum.digest() if digest
@@ -3512,18 +3519,16 @@ class Download:
     def _receive_whole(self, file: Any, source: bytes, found: Stat, checksum: Any) -> None:
         """By one request, as the real server spends a millisecond on each. Where the file becomes shorter,
         that server sends no more, and doesn't say so."""
-        changed = Changed('%s changed while it was read' % shown(source))
         wire = self._client.connect()
         file.seek(0)
         wire.put(self._client.ask('getfile', quote(source)))
         try:
             if self._client.result(wire, 'getfile') != found.size:
-                raise changed
+                raise Changed('%s changed before it was read' % shown(source))
             self._receive_content(wire, file, found.size, new_buffer(), checksum)
         except TimedOut:
             self._client.disconnect()
-            if identity(self._client.stat(source)) != identity(found):
-                raise changed
+            check_unchanged(source, found, self._client.stat(source))
             raise
         file.truncate(found.size)      # where it ends with a hole
 

@@ -785,21 +785,19 @@ class Commands:
             return [execution for execution in self._open.values()
                     if execution.vm == vm and execution.state == 'queued']
 
-    def move(self, execution: Execution, vm_id: str) -> bool:
-        """Journals an unfinished execution under another id of its VM. False: it has ended, or is there.
-        Raises JournalError."""
+    def move(self, execution: Execution, vm_id: str) -> None:
+        """Journals an execution under another id of its VM, unless it has ended. Raises JournalError."""
         before = execution.vm_id
         try:
             with self._journal.writing() as journal:       # ``finish`` waits, and takes the new id
                 if not journal.execute('UPDATE OR IGNORE executions SET vm_id = ? WHERE cmd_id = ? '
                                        'AND vm_id = ? AND ended = 0', vm_id, *execution.index).rowcount:
-                    return False
+                    return
                 self._set_id(execution, vm_id)
         except JournalError:
             self._set_id(execution, before)
             raise
         log.info('%s: %s is %s now, it was %s', execution.key, execution.vm, vm_id, before)
-        return True
 
     def _set_id(self, execution: Execution, vm_id: str) -> None:
         with self._lock:
