@@ -2374,6 +2374,15 @@ class Requests:
         if wire is not None:
             wire.close()
 
+    @contextlib.contextmanager
+    def moving_content(self) -> Iterator[None]:
+        """Where a file here fails, the connection ends: bytes that were announced won't be sent, or taken."""
+        try:
+            yield
+        except OSError:
+            self.disconnect()
+            raise
+
     def _dial(self) -> socket.socket:
         try:
             return socket.create_connection((self.address, self.port), self.timeout)
@@ -2980,9 +2989,10 @@ class Upload:
             self._renaming(part, target)
             start, checksum = self._resume(source, found, part)
             self._meter.add(start)
-            if self._streams and not start and found.st_size >= LARGE and checksum.name == COMMON:
-                start = self._stream(file, found, part, checksum if self._verify else None)
-            self._send_rest(file, found, part, start, checksum)
+            with self._client.moving_content():
+                if self._streams and not start and found.st_size >= LARGE and checksum.name == COMMON:
+                    start = self._stream(file, found, part, checksum if self._verify else None)
+                self._send_rest(file, found, part, start, checksum)
             if changed(found, os.fstat(file.fileno())):
                 raise Changed('%s changed while it was read' % source)
         if self._verify and not self._client.has_same(part, checksum, found.st_size):
@@ -3478,12 +3488,13 @@ class Download:
                 beside = RemoteHash(self._client, source, checksum.name, size)
         try:
             self._meter.add(start)
-            if not start and LARGE <= size == found.size and self._client.algorithm() == COMMON:
-                self._receive_whole(file, source, found, checksum)
-                after = self._client.stat(source)
-            else:
-                self._receive_pieces(file, number_, start, size, checksum)
-                after = self._client.fstat(number_)
+            whole = not start and LARGE <= size == found.size and self._client.algorithm() == COMMON
+            with self._client.moving_content():
+                if whole:
+                    self._receive_whole(file, source, found, checksum)
+                else:
+                    self._receive_pieces(file, number_, start, size, checksum)
+            after = self._client.stat(source) if whole else self._client.fstat(number_)
             self._client.close(number_)
             if size == found.size:
                 check_unchanged(source, found, after)

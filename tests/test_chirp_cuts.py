@@ -1,6 +1,7 @@
 """Transfers that are cut, and files that change, vanish, or don't fit."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import random
@@ -341,6 +342,62 @@ def test_a_source_that_vanishes_comes_whole_or_not_at_all(client, served, tmp_pa
     assert not (tmp_path / 'target').exists() or (tmp_path / 'target').read_bytes() == content
     with pytest.raises(chirp.Refused, match='does not exist'):
         client.get('/source', str(tmp_path / 'other'))
+
+
+class Failing:
+    """A file of which the disk loses a part."""
+
+    def __init__(self, file, after):
+        self._file = file
+        self._left = after
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+
+    def _pass(self, count):
+        self._left -= count
+        if self._left < 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def readinto(self, view):
+        self._pass(len(view))
+        return self._file.readinto(view)
+
+    def write(self, data):
+        self._pass(len(data))
+        return self._file.write(data)
+
+
+@pytest.mark.parametrize('call', ['put', 'get'])
+def test_a_file_that_the_disk_loses_leaves_the_others_of_its_folder_alone(client, served, tmp_path,  # noqa: F811
+                                                                          monkeypatch, call, largeness):
+    """In the middle, where more of it is under way."""
+    source, target = tmp_path / 'source', tmp_path / 'target'
+    source.mkdir()
+    for name in 'abc':
+        write(source / name, os.urandom(9 << 20))
+    how = 'open_regular' if call == 'put' else 'open_part'
+    real = getattr(chirp, how)
+    if call == 'get':
+        client.put(str(source), '/tree')
+    monkeypatch.setattr(chirp, how, lambda path: Failing(real(path), 2 << 20) if path.endswith('b')
+                        else real(path))
+    with pytest.raises(chirp.Incomplete) as info:
+        if call == 'put':
+            client.put(str(source), '/tree')
+        else:
+            client.get('/tree', str(target))
+    assert [(os.path.basename(path), why) for path, why in info.value.failures] == [
+        ('b', os.strerror(errno.EIO))]
+    os.unlink(str(source / 'b'))
+    there = seen(target if call == 'get' else served[1] / 'tree')
+    assert {name: what for name, what in there.items() if not name.endswith(b'.vmhost-part')} == seen(source)
 
 
 def test_what_vanishes_from_a_folder_is_told_and_the_rest_is_moved(client, served, tmp_path, monkeypatch):  # noqa: F811
