@@ -279,6 +279,17 @@ class Wire:
         """Ends the connection. For the thread that uses it."""
         self._sock.close()
 
+    def has_ended(self) -> bool:
+        """Whether the end arrived, or what nobody asked for."""
+        self._sock.settimeout(0)
+        try:
+            self._sock.recv(1, socket.MSG_PEEK)
+            return True
+        except OSError as error:
+            return not isinstance(error, BlockingIOError)
+        finally:
+            self._sock.settimeout(SLICE)
+
     def interrupt(self) -> None:
         """Ends the connection for whoever waits on it, who closes it then. Safe from any thread."""
         with contextlib.suppress(OSError):
@@ -2383,6 +2394,12 @@ class Requests:
             self.disconnect()
             raise
 
+    def give_up_ended(self) -> None:
+        """Notices that the server has ended the connection, before requests are sent ahead on it. No request
+        may be under way."""
+        if self._wire is not None and self._wire.has_ended():
+            self.disconnect()
+
     def _dial(self) -> socket.socket:
         try:
             return socket.create_connection((self.address, self.port), self.timeout)
@@ -2681,6 +2698,7 @@ def read_stat(wire: Wire, _: int) -> Stat:
 DEPTH = 32                     # requests that are sent ahead
 AHEAD = 16 * 1024              # and their bytes: what a server takes in while it waits for us to read
 PIECES = 3                     # preads or pwrites that are under way
+MANY = 20                      # small files after which a second connection is worth making
 RETRIES = 2                    # new connections without progress before a transfer fails
 BESIDE = 8 * 1024 * 1024       # a file from here on is hashed by the server while it is moved
 LARGE = 64 * 1024 * 1024       # and from here on, OpenSSL is worth the time of loading it
@@ -2795,6 +2813,10 @@ class Pipeline:
         except Refused as refused:
             result = refused
         read(wire, result)
+
+    def is_idle(self) -> bool:
+        """Whether no request is under way."""
+        return not self._waiting
 
     def drain(self) -> None:
         """Reads all replies."""
@@ -2946,9 +2968,8 @@ class Upload:
         self._verify = verify
         self._keep = keep
         self._failures = Failures()
-        self._pipeline = Pipeline(client)
-        self._after = []               # type: List[Callable[[], None]]
-        self._keeps_modes = None       # type: Optional[bool]
+        self._lanes = []               # type: List[SmallFiles]
+        self._small = 0                # small files sent
         self._part_mode = 0            # of the large file that is under way
         self._streams = True           # whether ``putstream`` is worth a try
 
@@ -2957,7 +2978,10 @@ class Upload:
         if stat.S_ISDIR(found.st_mode):
             self._meter.total = tree_size(source)
             with CLAIMS.holding(self._client, target):
-                self._client.persist(self._meter, lambda: self._put_tree(source, target))
+                try:
+                    self._client.persist(self._meter, lambda: self._put_tree(source, target))
+                finally:
+                    self._close_lanes()
             self._failures.check()
         else:
             self._meter.total = found.st_size
@@ -2989,10 +3013,10 @@ class Upload:
             self._renaming(part, target)
             start, checksum = self._resume(source, found, part)
             self._meter.add(start)
+            whole = self._streams and not start and found.st_size >= LARGE and checksum.name == COMMON
             with self._client.moving_content():
-                if self._streams and not start and found.st_size >= LARGE and checksum.name == COMMON:
-                    start = self._stream(file, found, part, checksum if self._verify else None)
-                self._send_rest(file, found, part, start, checksum)
+                if not (whole and self._stream(file, found, part, checksum if self._verify else None)):
+                    self._send_rest(file, found, part, start, checksum)
             if changed(found, os.fstat(file.fileno())):
                 raise Changed('%s changed while it was read' % source)
         if self._verify and not self._client.has_same(part, checksum, found.st_size):
@@ -3044,9 +3068,9 @@ class Upload:
                 return there.size, checksum
         return 0, new_hash(algorithm)
 
-    def _stream(self, file: Any, found: os.stat_result, part: bytes, checksum: Any) -> int:
-        """Sends a whole file by one request, as the real server spends a millisecond on each; says how much
-        was sent. That server keeps what arrives, answers nothing, and ends the connection. Where it doesn't
+    def _stream(self, file: Any, found: os.stat_result, part: bytes, checksum: Any) -> bool:
+        """Sends a whole file by one request, as the real server spends a millisecond on each; says whether
+        it agreed. That server keeps what arrives, answers nothing, and ends the connection. Where it doesn't
         work, it isn't tried again: the rest goes by ``pwrite``, which tells what is wrong."""
         self._streams = False
         number_, _ = self._client.open(part, 'wct', found.st_mode & 0o777)
@@ -3054,12 +3078,14 @@ class Upload:
         try:
             self._client.call('putstream', quote(part), again=False)
         except Refused:
-            return 0
+            return False
         self._pass_on(file, found.st_size, checksum)
-        if self._client.lstat(part).size < found.st_size:
+        there = self._client.lstat(part)
+        if there.size < found.st_size:
             raise Disconnected('the server took in a part of the file')
+        self._part_mode = there.mode & 0o777
         self._streams = True
-        return found.st_size
+        return True
 
     def _pass_on(self, file: Any, size: int, checksum: Any) -> None:
         wire, buffer = self._client.connect(), new_buffer()
@@ -3114,9 +3140,9 @@ class Upload:
     def _put_tree(self, source: str, target: bytes) -> None:
         """Into the folder of that name, or, where there is none, into a temporary one."""
         self._failures.clear()
-        self._meter.moved = 0
-        self._pipeline = Pipeline(self._client)
-        self._after = []
+        self._meter.moved = self._small = 0
+        self._close_lanes()
+        self._lanes = [self._new_lane(self._client)]
         there = self._find(target)
         if there is not None and not there.is_dir:
             raise Refused(NOT_DIR, shown(target))
@@ -3219,38 +3245,95 @@ class Upload:
         self._client.symlink(to_remote(leads), target)
 
     def _put_small(self, source: str, target: bytes, merge: bool) -> None:
-        """A small file: its content goes once the server has agreed, with what completes the last one."""
         with open_regular(source) as file:
             found = os.fstat(file.fileno())
             data = file.read(SMALL + 1)
         if len(data) > SMALL:
             self._finish_files()
             return self._put_file(source, target)
-        if self._verify:
-            self._client.algorithm()       # of a connection that may be new; soon something is under way
         name = part_path(target) if merge else target
-        if merge:
-            self._renaming(name, target)
+        renaming = self._renaming(name, target) if merge else b''
+        self._small += 1
+        if self._small == MANY:
+            self._add_lane()
+        lane = self._lanes[self._small % len(self._lanes)]
+        lane.put(SmallFile(source, target, name, renaming, found, data))
+
+    def _new_lane(self, client: ChirpClient) -> 'SmallFiles':
+        return SmallFiles(client, self._meter, self._failures, self._verify, self._keep)
+
+    def _add_lane(self) -> None:
+        """A second connection for small files to the real server, which has a process for each, and spends
+        a millisecond or two on every request."""
+        self._finish_files()
+        if self._client.algorithm() != COMMON:
+            return
+        client = self._client.twin()
+        client.cancel = self._client.cancel
+        try:
+            client.connect()
+        except (Disconnected, AccessDenied) as error:
+            log.debug('%s:%d: no second connection: %s', client.address, client.port, error)
+        else:
+            self._lanes.append(self._new_lane(client))
+
+    def _close_lanes(self) -> None:
+        for lane in self._lanes[1:]:
+            lane.client.disconnect()
+        del self._lanes[1:]
+
+    def _finish_files(self) -> None:
+        """Waits until all small files are in place."""
+        for lane in self._lanes:
+            lane.finish()
+
+
+class SmallFiles:
+    """Small files that go over one connection, the next one's request with the content of the last."""
+
+    def __init__(self, client: ChirpClient, meter: Meter, failures: Failures, verify: bool,
+                 keep: bool) -> None:
+        self.client = client
+        self._meter = meter
+        self._failures = failures
+        self._verify = verify
+        self._keep = keep
+        self._pipeline = Pipeline(client)
+        self._after = []               # type: List[Callable[[], None]]
+        self._keeps_modes = None       # type: Optional[bool]
+
+    def put(self, file: 'SmallFile') -> None:
+        """Its content goes once the server has agreed, with what completes the last one."""
+        if self._pipeline.is_idle():
+            self.client.give_up_ended()
+            if self._verify:
+                self.client.algorithm()        # so that it is known while something is under way
         agreed = []            # type: List[Union[int, Refused]]
-        mode = found.st_mode & 0o777
-        self._pipeline.add(self._client.ask('putfile', quote(name), mode, len(data)),
+        mode = file.found.st_mode & 0o777
+        self._pipeline.add(self.client.ask('putfile', quote(file.name), mode, len(file.data)),
                            lambda wire, result: agreed.append(result))
         self._pipeline.drain()
         if isinstance(agreed[0], Refused):
             self._complete()
-            raise Refused(agreed[0].code, shown(target))
-        wire = self._client.connect()
-        wire.put(data)
-        self._follow(SmallFile(source, target, name, found, data))
+            raise Refused(agreed[0].code, shown(file.target))
+        wire = self.client.connect()
+        wire.put(file.data)
+        self._follow(file)
         wire.flush()           # the server works on it while the next file is read here
+
+    def finish(self) -> None:
+        """Waits until all are in place."""
+        self._pipeline.drain()
+        self._complete()
+        self._pipeline.drain()
 
     def _follow(self, file: 'SmallFile') -> None:
         """What comes after the content, without waiting; its name last, once all replies were good."""
-        add, ask, name = self._pipeline.add, self._client.ask, quote(file.name)
+        add, ask, name = self._pipeline.add, self.client.ask, quote(file.name)
         add(b'', lambda wire, result: self._arrived(file, result))
         self._complete()
         if self._verify:
-            add(ask(*words_of_hash(file.name, self._client.algorithm())),
+            add(ask(*words_of_hash(file.name, self.client.algorithm())),
                 lambda wire, result: self._compare(file, wire, result))
         if self._keep:
             if not self._modes_are_kept(file):
@@ -3265,14 +3348,14 @@ class Upload:
             if result.code == NO_SPACE:
                 raise Refused(NO_SPACE, shown(file.target))
         elif result != len(file.data):
-            raise self._client.broken('putfile: a wrong count')
+            raise self.client.broken('putfile: a wrong count')
         else:
             self._meter.add(result)
 
     def _compare(self, file: 'SmallFile', wire: Wire, result: Union[int, Refused]) -> None:
         file.check(wire, result)
         if not isinstance(result, Refused):
-            if not self._client.reads_same(wire, result, file.data):
+            if not self.client.reads_same(wire, result, file.data):
                 file.error = Changed('it arrived altered')
 
     def _modes_are_kept(self, file: 'SmallFile') -> bool:
@@ -3282,16 +3365,15 @@ class Upload:
         if self._keeps_modes is None:
             self._pipeline.drain()
             with contextlib.suppress(Refused):
-                mode = self._client.lstat(file.name).mode & 0o777
+                mode = self.client.lstat(file.name).mode & 0o777
                 self._keeps_modes = mode == file.found.st_mode & 0o777 | 0o600
         return bool(self._keeps_modes)
 
     def _rename(self, file: 'SmallFile') -> None:
         if file.error is not None:
             self._failures.add(file.source, file.error)
-        elif file.name != file.target:
-            self._pipeline.add(self._renaming(file.name, file.target),
-                               lambda wire, result: self._renamed(file, result))
+        elif file.renaming:
+            self._pipeline.add(file.renaming, lambda wire, result: self._renamed(file, result))
 
     def _renamed(self, file: 'SmallFile', result: Union[int, Refused]) -> None:
         if isinstance(result, Refused):
@@ -3303,21 +3385,17 @@ class Upload:
         for ask in after:
             ask()
 
-    def _finish_files(self) -> None:
-        """Waits until all small files are in place."""
-        self._pipeline.drain()
-        self._complete()
-        self._pipeline.drain()
-
 
 class SmallFile:
     """A small file on its way to the server."""
-    __slots__ = ('source', 'target', 'name', 'found', 'data', 'error')
+    __slots__ = ('source', 'target', 'name', 'renaming', 'found', 'data', 'error')
 
-    def __init__(self, source: str, target: bytes, name: bytes, found: os.stat_result, data: bytes) -> None:
+    def __init__(self, source: str, target: bytes, name: bytes, renaming: bytes, found: os.stat_result,
+                 data: bytes) -> None:
         self.source = source
         self.target = target
-        self.name = name
+        self.name = name               # by which it is sent
+        self.renaming = renaming       # the request that gives it its own, if that is another one
         self.found = found
         self.data = data
         self.error = None              # type: Optional[ChirpError]

@@ -19,7 +19,8 @@ TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 class CuttingProxy:
     """Passes connections on to a server; counts what goes each way, and cuts where it is told to.
     ``hold``: after so many bytes of one way of a connection the rest waits for ``gate``.
-    ``alter``: the byte that comes after so many of one way arrives as another one, once."""
+    ``alter``: the byte that comes after so many of one way arrives as another one, once.
+    ``most``: connections that are passed on; later ones are closed at once."""
 
     def __init__(self, server):
         self._server = server
@@ -30,7 +31,8 @@ class CuttingProxy:
         self.left = None               # bytes until the next cut
         self.distances = iter(())      # and from that to those after it
         self.hold, self.gate = None, threading.Event()
-        self.alter = None
+        self.alter = self.most = None
+        self.connections = []          # (socket to the client, socket to the server)
         self._lock = threading.Lock()
         self._threads = []
         self._thread = threading.Thread(target=self._accept)
@@ -61,13 +63,23 @@ class CuttingProxy:
                 near, _ = self._listener.accept()
             except OSError:
                 return
+            if self.most is not None and len(self.connections) >= self.most:
+                near.close()
+                continue
             far = socket.create_connection(self._server)
+            self.connections.append((near, far))
             for sock in (near, far):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for source, target, way in ((near, far, 'up'), (far, near, 'down')):
                 thread = threading.Thread(target=self._pass, args=(source, target, way))
                 thread.start()
                 self._threads.append(thread)
+
+    def end(self, index):
+        """Ends a connection, in the order in which they were made."""
+        for sock in self.connections[index]:
+            with contextlib.suppress(OSError):         # those who pass its bytes are quicker
+                sock.shutdown(socket.SHUT_RDWR)
 
     def _pass(self, source, target, way):
         passed = 0

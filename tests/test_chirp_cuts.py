@@ -112,7 +112,7 @@ def test_a_folder_that_is_cut_goes_on(served, tmp_path):  # noqa: F811
     os.unlink(str(source / 'new\nline'))
     for index in range(100):
         write(source / ('f%d' % index), os.urandom(20000))
-    size = sum(len(what[1]) for what in seen(source).values() if what[0] == 'file')
+    size = tree_bytes(source)
     with CuttingProxy(served[0]) as proxy:
         def put():
             with chirp.ChirpClient(*proxy.address[:2], timeout=20) as moving:
@@ -271,6 +271,50 @@ def test_a_folder_whose_connection_ends_between_two_requests_goes_on(served, tmp
         moving.get('/tree', str(tmp_path / 'back'), progress=once(cut))
         assert proxy.cuts == 2
     assert seen(served[1] / 'tree') == seen(tmp_path / 'back') == seen(source)
+
+
+def make_small_files(folder, count=60):
+    folder.mkdir()
+    for index in range(count):
+        write(folder / ('f%02d' % index), os.urandom(1000 + index))
+    return folder
+
+
+@pytest.mark.parametrize('most', [None, 1], ids=['as many as wanted', 'one'])
+def test_many_small_files_go_over_two_connections_where_that_is_faster(served, tmp_path, most):  # noqa: F811
+    """To the real server; where it has room for another one."""
+    source, there = make_small_files(tmp_path / 'source'), served[1] / 'tree'
+    with CuttingProxy(served[0]) as proxy:
+        proxy.most = most
+        with chirp.ChirpClient(*proxy.address[:2], timeout=20) as moving:
+            moving.put(str(source), '/tree')
+            assert len(proxy.connections) == (1 if most or moving.algorithm() != 'sha1' else 2)
+            assert seen(there) == seen(source)
+            for path in sorted(source.iterdir())[::2]:
+                write(path, os.urandom(2000), 0o755, 1234567890)
+            moving.put(str(source), '/tree')           # into what is there
+            assert seen(there) == seen(source)
+
+
+def test_a_connection_that_ended_beside_a_large_file_costs_nothing(served, tmp_path):  # noqa: F811
+    source = make_small_files(tmp_path / 'source')
+    write(source / 'f30b', os.urandom(9 << 20))
+    with CuttingProxy(served[0]) as proxy:
+        def end_the_second(moved, _):
+            if moved > 1 << 20 and len(proxy.connections) == 2 and not ended:
+                ended.append(moved)
+                proxy.end(1)
+        ended = []
+        with chirp.ChirpClient(*proxy.address[:2], timeout=20) as moving:
+            second = moving.algorithm() == 'sha1'
+            moving.put(str(source), '/tree', progress=end_the_second)
+        assert seen(served[1] / 'tree') == seen(source)
+        assert len(proxy.connections) == (3 if second else 1)
+        assert proxy.up < tree_bytes(source) + 60 * 1000
+
+
+def tree_bytes(folder):
+    return sum(len(what[1]) for what in seen(folder).values() if what[0] == 'file')
 
 
 def test_a_file_that_keeps_changing_leaves_the_others_of_its_folder_alone(served, tmp_path,  # noqa: F811
