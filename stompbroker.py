@@ -74,7 +74,7 @@ class Policy:
     """
 
     def connecting(self, session: 'Session', headers: Dict[str, str]) -> None:
-        """A CONNECT whose login and passcode matched. May raise Refused."""
+        """A CONNECT whose login and passcode matched. May raise Refused, or make the session essential."""
 
     def subscribing(self, session: 'Session', destination: str, headers: Dict[str, str]) -> None:
         """A SUBSCRIBE. May raise Refused."""
@@ -416,7 +416,7 @@ class Queue(Destination):
 class Session:
     """One client's connection: its socket, what waits for it, and its STOMP state.
 
-    ``peer``, ``id`` and ``policy_data`` are for the policy; the rest is the broker's own.
+    ``peer``, ``id``, ``policy_data`` and ``essential`` are for the policy; the rest is the broker's own.
     """
 
     HIGH = 256 * 1024      # bytes waiting at which queues give no more
@@ -427,6 +427,7 @@ class Session:
         self.peer = peer
         self.id = '%s-%d' % (broker.token, number)
         self.policy_data = None  # type: Any
+        self.essential = False             # others are read no further while too much waits for this one
         self.version = '1.0'
         self.connected = False
         self.ending = False                # our last frame is written, or the peer's has come
@@ -443,6 +444,7 @@ class Session:
         self._counted = 0                  # of these, in the broker's counter
         self._to_flush = False
         self._wants_room = False
+        self._held_up = False              # not read until an essential one has read
         self._mute = False                 # nothing more can be sent
         self._overflown = False
         # What a round may gather for this session before it must be written. Twice the limit, since
@@ -482,7 +484,10 @@ class Session:
                     return
                 events = selectors.EVENT_READ      # TLS may have taken in more than the handshake
             if events & selectors.EVENT_READ:
-                self._read()
+                if self._has_to_wait():
+                    self._listen_for(self._events & selectors.EVENT_WRITE)
+                else:
+                    self._read()
             if events & selectors.EVENT_WRITE and not self.closed:
                 self.flush()
         except (OSError, ssl.SSLError) as error:
@@ -504,6 +509,21 @@ class Session:
         self._handshake = False
         self._listen_for(selectors.EVENT_READ)
         return True
+
+    def _has_to_wait(self) -> bool:
+        """Whether an essential session must read first. Who ends, or hasn't begun, adds nothing for it."""
+        if not self.broker.is_held_up or self.essential or self.ending or not self.connected:
+            return False
+        self._held_up = True
+        self.broker.hold_up(self)
+        return True
+
+    def go_on(self) -> None:
+        """It is read again; that it wasn't heard was not its fault."""
+        self._held_up = False
+        self.heard = self.broker.now
+        if not self._eof:
+            self._listen_for(self._events | selectors.EVENT_READ)
 
     def _read(self) -> None:
         data = self._receive()
@@ -787,8 +807,10 @@ class Session:
         if not self._to_flush:
             self._to_flush = True
             self.broker.to_flush(self)
-        elif self._waiting > self._bound:
+        elif self._waiting > self._bound and not self.essential:
             self._relieve()
+        if self.essential and self._waiting > self.broker.limits.waiting // 2:
+            self.broker.is_held_up = True
 
     def _relieve(self) -> None:
         """One round brings more than may wait: what the socket takes now is written before its end."""
@@ -856,15 +878,17 @@ class Session:
 
     def _after_write(self) -> None:
         self._count_waiting()
+        if self.essential and self._waiting < self.broker.limits.waiting // 4:
+            self.broker.let_all_go_on()
         if self._overflown:
             return self.cut_off()
         if self._outbox:
             # The frame that is being sent doesn't count, or no body could be larger than the limit.
-            if self._waiting - len(self._outbox[0]) > self.broker.limits.waiting:
+            if not self.essential and self._waiting - len(self._outbox[0]) > self.broker.limits.waiting:
                 return self.cut_off()
         elif self.ending:
             return self._finish()
-        self._listen_for((0 if self._eof else selectors.EVENT_READ)
+        self._listen_for((0 if self._eof or self._held_up else selectors.EVENT_READ)
                          | (selectors.EVENT_WRITE if self._outbox else 0))
         if self._wants_room and self._waiting < self.HIGH // 2:
             self._wants_room = False
@@ -904,6 +928,8 @@ class Session:
 
     def _set_clock(self) -> None:
         due = self._deadline
+        if self._held_up:
+            self.heard = self.broker.now
         if self._beat:
             due = min(due, self.spoke + 0.6 * self._beat)
         if self._silence:
@@ -916,7 +942,7 @@ class Session:
         now = self.broker.now
         if now >= self._deadline:
             return self._time_is_over()
-        if self._silence and now >= self.heard + self._silence:
+        if self._silence and now >= self.heard + self._silence and not self._held_up:
             log.info('%r is taken for dead: silent for %.1f s', self, now - self.heard)
             return self.close('silent')
         if self._beat and now >= self.spoke + 0.6 * self._beat:
@@ -1007,6 +1033,8 @@ class Session:
         log.debug('%r is closed: %s', self, why)
         self.ending = True
         self._release()
+        if self.essential:
+            self.broker.let_all_go_on()
         self._listen_for(0)
         self.closed = True
         self._outbox.clear()
@@ -1058,6 +1086,8 @@ class Broker:
         self._destinations = {}  # type: Dict[str, Destination]
         self._envelope = Envelope({'destination': ''})   # of the last SEND: the next is often like it
         self._gathering = None   # type: Optional[Topic]
+        self.is_held_up = False  # too much waits for an essential session
+        self._held_up = []       # type: List[Session]
         self._to_flush = []      # type: List[Session]
         self._alarms = []        # type: List[Tuple[float, int]]
         self._accept_again = 0.0
@@ -1228,7 +1258,8 @@ class Broker:
 
     def _relieve_waiting(self) -> None:
         """All clients together don't read enough: those for whom most waits go."""
-        for session in sorted(self._sessions.values(), key=lambda session: -session.waiting):
+        others = [session for session in self._sessions.values() if not session.essential]
+        for session in sorted(others, key=lambda session: -session.waiting):
             if self.count.waiting_bytes <= self.limits.waiting_in_all:
                 return
             session.cut_off()
@@ -1323,6 +1354,18 @@ class Broker:
 
     def to_flush(self, session: Session) -> None:
         self._to_flush.append(session)
+
+    def hold_up(self, session: Session) -> None:
+        """It isn't read until ``let_all_go_on``."""
+        self._held_up.append(session)
+
+    def let_all_go_on(self) -> None:
+        """An essential session has read, or is gone. Where another one hasn't, they soon wait again."""
+        self.is_held_up = False
+        waiting, self._held_up = self._held_up, []
+        for session in waiting:
+            if not session.closed:
+                session.go_on()
 
     def keep(self, cost: int) -> None:
         """Accounts bytes that wait in queues or transactions. Raises Fault where it's too much."""

@@ -1147,7 +1147,8 @@ class HostPolicy(stompbroker.Policy):
 
     A guest may SEND to connections and cmd_responses alone, SUBSCRIBE to cmd_requests alone, is
     bound to the id of its first HELLO, and is sent only what is addressed to it. The header
-    ``from`` of all that a guest sends is written here, so that the host can lean on it.
+    ``from`` of all that a guest sends is written here, so that the host can lean on it. Guests wait while
+    the host has much to read: they would say it all again if its connection were cut off.
     """
 
     def __init__(self, secret: str, mac_of: Callable[[str], str]) -> None:
@@ -1160,6 +1161,7 @@ class HostPolicy(stompbroker.Policy):
     def connecting(self, session: Any, headers: Dict[str, str]) -> None:
         secret = headers.get('vmhost-secret', '')
         session.policy_data = _Role(hmac.compare_digest(secret.encode(), self._secret.encode()))
+        session.essential = session.policy_data.is_host
 
     def subscribing(self, session: Any, destination: str, headers: Dict[str, str]) -> None:
         if not session.policy_data.is_host and destination != protocol.CMD_REQUESTS:
