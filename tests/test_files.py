@@ -535,14 +535,30 @@ def test_a_taken_port_is_replaced_and_the_host_is_told(tmp_path):
 @pytest.mark.slow
 @pytest.mark.soak
 @pytest.mark.once
+@contextlib.contextmanager
+def on_other_processors():
+    """What is started now leaves one processor alone, as guests are other machines: 50 that start 50 programs
+    on the host's own would show how the system shares processors, not how the host answers."""
+    if not hasattr(os, 'sched_setaffinity'):
+        yield
+        return
+    all_of_them = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, all_of_them - {min(all_of_them)} or all_of_them)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, all_of_them)
+
+
 def test_many_guests_send_much_at_once(tmp_path):
-    """50 guests, 20 MB of output each (CI: 1 GB in all): all arrive, and no call waits for them."""
+    """50 guests, 20 MB of output each, 1 GB in all: all arrive, soon, and no call waits for them."""
     count, blocks = 50, 320
     with Host(tmp_path / 'host') as host:
         agents = [Agent(tmp_path / ('m%d' % n), host, 'many%d' % n) for n in range(count)]
         try:
-            for agent in agents:
-                agent.start(wait=False)
+            with on_other_processors():
+                for agent in agents:
+                    agent.start(wait=False)
             with host.api as api:
                 wait_until(lambda: len(api.listVMs()) == count, 120)
                 program = WRITER.replace('os.write(2', '(2') % blocks
@@ -560,10 +576,11 @@ def test_many_guests_send_much_at_once(tmp_path):
                     part = api.getCmdOutput('%s@many%d' % (cmd_id, n), 'out', 5 * 65536, 65536)
                     assert part['data'].data == bytes(range(256)) * 256 and part['size'] == blocks * 65536
             print('slowest call %.2f s, host %d MiB, at most %d' % (max(took), first >> 20, peak >> 20))
-            # Of the GB that passed no more stays than the words that came with the results. A second is what
-            # was promised; while 50 guests start 50 programs on the cores of the host, it waits for its turn.
+            # Of the GB that passed no more stays than the words that came with the results.
             assert peak - first < 80 * 2 ** 20
-            assert sorted(took)[len(took) * 9 // 10] < 1 and max(took) < (5 if FULL else 20)
+            assert 'cut off' not in host.log()
+            # A second is what was promised; it may take longer where other tests have the processor.
+            assert sorted(took)[len(took) * 9 // 10] < 1 and max(took) < (1 if FULL else 5)
         finally:
             stopping = [threading.Thread(target=agent.stop, kwargs={'timeout': 60}) for agent in agents]
             for thread in stopping:
