@@ -1,15 +1,13 @@
-"""Checksums of what is moved: what they are, which one is taken, and that they tell what is wrong."""
+"""Checksums of what is moved: what they are, which one is taken, and that they are of what is there."""
 
 import os
 import zlib
 
 import pytest
-from cutting import CuttingProxy
 from helpers import wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 from test_chirp import our_server, write
-from test_chirp_cuts import try_until_done
 
 import chirp
 
@@ -118,40 +116,7 @@ def test_an_openssl_that_is_of_no_use_is_left_alone(monkeypatch, fault):
     assert chirp.libcrypto.__wrapped__() is not None
 
 
-# --- that they tell what is wrong -----------------------------------------------------------------
-
-@pytest.mark.once
-def test_a_large_file_that_is_cut_goes_on(tmp_path, checksum):
-    """Its checksum goes on, too."""
-    (tmp_path / 'served').mkdir()
-    content = os.urandom(12 << 20)
-    source, back = write(tmp_path / 'source', content), tmp_path / 'back'
-    with our_server(tmp_path / 'served') as server, CuttingProxy(server.address) as proxy:
-        with chirp.ChirpClient(*proxy.address[:2], timeout=20) as moving:
-            for way, move in (('up', lambda: moving.put(str(source), '/there')),
-                              ('down', lambda: moving.get('/there', str(back)))):
-                before = getattr(proxy, way)
-                cuts = try_until_done(proxy, 6, len(content) // 3, 4, move)
-                assert cuts >= 3
-                assert getattr(proxy, way) - before <= len(content) + cuts * (chirp.PIECE + 65536)
-                assert moving.algorithm(len(content)) == checksum
-        assert (tmp_path / 'served' / 'there').read_bytes() == back.read_bytes() == content
-
-
-def test_a_large_file_that_arrives_altered_is_moved_again(tmp_path, checksum):
-    (tmp_path / 'served').mkdir()
-    content = os.urandom(9 << 20)
-    source, back = write(tmp_path / 'source', content), tmp_path / 'back'
-    with our_server(tmp_path / 'served') as server, CuttingProxy(server.address) as proxy, \
-            chirp.ChirpClient(*proxy.address[:2], timeout=20) as moving:
-        for way, move in (('up', lambda: moving.put(str(source), '/there')),
-                          ('down', lambda: moving.get('/there', str(back)))):
-            before, proxy.alter = getattr(proxy, way), 5 << 20
-            move()
-            assert proxy.alter is None and getattr(proxy, way) - before > 2 * len(content)
-            moving.disconnect()
-    assert (tmp_path / 'served' / 'there').read_bytes() == back.read_bytes() == content
-
+# --- that they are of what is there -----------------------------------------------------------------
 
 def test_what_passes_is_not_read_again_for_its_checksum(tmp_path, monkeypatch, checksum):
     """Between two of ours. What the file became after it was read has another checksum."""
