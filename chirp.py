@@ -4046,15 +4046,15 @@ def read_text(path: Optional[str]) -> str:
 
 
 def serve_folder(words: argparse.Namespace) -> None:
-    stop = threading.Event()
+    told = []              # type: List[int]       # a handler may wait for no lock, as an event has
     for number_ in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number_, lambda *_: stop.set())
+        signal.signal(number_, lambda number_, _: told.append(number_))
     server = ChirpServer(words.folder, words.host, words.port, words.allow or ['127.0.0.1'], words.rights,
                          'ticket' if words.ticket else 'address', read_text(words.ticket))
     with server:
         print('serving %s on %s:%d' % ((server.root.path,) + server.address), flush=True)
-        while not stop.wait(60):
-            pass
+        while not told:
+            time.sleep(0.2)
 
 
 class Bar:

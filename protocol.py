@@ -28,6 +28,7 @@ import math
 import os
 import re
 import selectors
+import signal
 import socket
 import sys
 import threading
@@ -1374,6 +1375,20 @@ def _read_section(file: Optional[str], parser: configparser.ConfigParser, sectio
             value = os.path.join(folder, os.path.expanduser(value))
         values[key] = value
     return types.SimpleNamespace(**values)
+
+
+def catch_signals() -> socket.socket:
+    """A socket that can be read once SIGTERM or Ctrl-C came; to be kept. On the main thread.
+
+    No Python code runs at that moment: if it set an event, say, it would wait for a lock that the
+    interrupted code may hold, for ever.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.detach())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    return reader
 
 
 # Seconds that a thread computes while another one waits. Python's own, 5 ms, is most of what a short command

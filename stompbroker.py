@@ -26,7 +26,6 @@ import logging
 import os
 import re
 import selectors
-import signal
 import socket
 import ssl
 import sys
@@ -1464,7 +1463,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     chosen = _arguments(arguments)
     logging.basicConfig(level=logging.DEBUG if chosen.verbose else logging.WARNING,
                         format='%(asctime)s %(levelname)s %(name)s: %(message)s')
-    ended = _catch_signals()
+    ended = protocol.catch_signals()
     try:
         broker = Broker(chosen.host, chosen.port, chosen.login, chosen.passcode,
                         _server_tls(chosen.tls_cert, chosen.tls_key), max_frame=chosen.max_frame)
@@ -1473,8 +1472,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         print('stompbroker: %s' % error, file=sys.stderr)
         return 1
     print('listening on %s' % _spoken(broker.address), flush=True)
-    with ended:
-        ended.recv(1)
+    ended.recv(1)
     broker.stop()
     return 0
 
@@ -1488,17 +1486,6 @@ def _server_tls(cert: Optional[str], key: Optional[str]) -> Optional[ssl.SSLCont
     except OSError as error:
         raise BrokerError('certificate %s, key %s: %s' % (cert, key or cert, error))
     return tls
-
-
-def _catch_signals() -> socket.socket:
-    """A socket that can be read once SIGTERM or Ctrl-C came. No Python code runs at that moment, so
-    none can wait for a lock that the interrupted code holds."""
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    signal.set_wakeup_fd(writer.detach())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    return reader
 
 
 if __name__ == '__main__':

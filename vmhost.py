@@ -41,6 +41,7 @@ import posixpath
 import queue
 import re
 import secrets
+import select
 import shlex
 import shutil
 import signal
@@ -4414,6 +4415,7 @@ class Host:
         self.started = time.monotonic()
         self.session = secrets.token_hex(8)
         self.stopping = threading.Event()
+        self.broker_address = '', 0            # as it is configured, or listens
         self.aint = 0                          # words that weren't any
         self.folder = StateFolder(settings.Host.state_dir)
         self.token = self.folder.secret('xmlrpc.token')
@@ -4575,6 +4577,7 @@ class Host:
     def _start_link(self, address: Tuple[str, int]) -> None:
         broker = self.settings.Broker
         embedded = self.broker is not None
+        self.broker_address = address
         tls = protocol.client_tls(broker.ca_file or (broker.cert_file if embedded else '')) \
             if broker.tls else None
         if tls is not None and embedded:
@@ -4590,9 +4593,9 @@ class Host:
         if embedded and not self._link_is_up.wait(10):
             raise VMHostError('the embedded broker doesn\'t answer: %s' % self.link.last_error)
 
-    def run(self) -> None:
-        """Ticks until ``stopping`` is set. On the main thread."""
-        while not self.stopping.wait(TICK):
+    def run(self, ended: socket.socket) -> None:
+        """Ticks until ``ended`` can be read. On the main thread."""
+        while not select.select([ended], [], [], TICK)[0]:
             try:
                 self.tick()
             except Exception:       # the agent lives on, whatever one tick met
@@ -5269,7 +5272,8 @@ class Api:
         host = self._host
         link, server = host.link, host.server
         assert link is not None and server is not None     # the API is served by a started host
-        broker = {'address': '%s:%s' % link.peer_address, 'connected': link.up,
+        address = link.peer_address if link.peer_address[0] else host.broker_address
+        broker = {'address': '%s:%s' % address, 'connected': link.up,
                   'embedded': host.broker is not None, 'server': link.server}  # type: Dict[str, Any]
         if host.broker is not None:
             broker['counters'] = host.broker.counters()
@@ -7923,10 +7927,9 @@ def run_host(ini: str) -> int:
         protocol.set_up_logging(settings.Logging)
         sys.setswitchinterval(protocol.SWITCH_INTERVAL)
         host = Host(settings)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: host.stopping.set())
+        ended = protocol.catch_signals()
         host.start()
-        host.run()
+        host.run(ended)
         return 0
     except (VMHostError, stompbroker.BrokerError, protocol.ProtocolError) as error:
         print('vmhost: %s' % protocol.naming_file(ini, error), file=sys.stderr)
