@@ -532,9 +532,6 @@ def test_a_taken_port_is_replaced_and_the_host_is_told(tmp_path):
             assert api.cpFileToVM('g', __file__) == ['', '', 0]
 
 
-@pytest.mark.slow
-@pytest.mark.soak
-@pytest.mark.once
 @contextlib.contextmanager
 def on_other_processors():
     """What is started now leaves one processor alone, as guests are other machines: 50 that start 50 programs
@@ -550,6 +547,9 @@ def on_other_processors():
         os.sched_setaffinity(0, all_of_them)
 
 
+@pytest.mark.slow
+@pytest.mark.soak
+@pytest.mark.once
 def test_many_guests_send_much_at_once(tmp_path):
     """50 guests, 20 MB of output each, 1 GB in all: all arrive, soon, and no call waits for them."""
     count, blocks = 50, 320

@@ -280,8 +280,8 @@ def test_usage_agrees_with_time(host, tmp_path):
     for n, usage in enumerate(together):
         cpu, memory = read_time((tmp_path / ('time%d' % n)).read_text())
         assert cpu - 0.02 <= usage['ru_utime'] + usage['ru_stime'] <= 1.02 * cpu + 0.05
-        # Linux counts pages in batches, for each processor: a small program's vary by some 100 KiB.
-        assert 0.9 * memory - 256 <= usage['ru_maxrss'] <= 1.1 * memory + 256
+        # A tenth; but Linux counts pages in batches, for each processor: gzip's vary by some 250 KiB here.
+        assert abs(usage['ru_maxrss'] - memory) <= max(0.1 * memory, 256)
 
 
 @pytest.mark.slow
@@ -637,7 +637,6 @@ def test_stops_whatever_it_is_doing(tmp_path, monkeypatch):
     """Also while the main thread holds a lock, as it does for a moment whenever it waits."""
     (tmp_path / 'sitecustomize.py').write_text(SLOW_WAITS)
     monkeypatch.setenv('PYTHONPATH', str(tmp_path))
-    monkeypatch.setenv('PYTHONNOUSERSITE', '1')
     for _ in range(3):
         assert Host(tmp_path / 'host').start().stop(signal.SIGTERM, 10) == 0
 
