@@ -484,6 +484,7 @@ class Session:
                 events = selectors.EVENT_READ      # TLS may have taken in more than the handshake
             if events & selectors.EVENT_READ:
                 if self._has_to_wait():
+                    self._held_up = True
                     self._listen_for(self._events & selectors.EVENT_WRITE)
                 else:
                     self._read()
@@ -511,17 +512,13 @@ class Session:
 
     def _has_to_wait(self) -> bool:
         """Whether an essential session must read first. Who ends, or hasn't begun, adds nothing for it."""
-        if not self.broker.is_held_up or self.essential or self.ending or not self.connected:
-            return False
-        self._held_up = True
-        self.broker.hold_up(self)
-        return True
+        return self.broker.is_held_up and self.connected and not self.essential and not self.ending
 
     def go_on(self) -> None:
-        """It is read again; that it wasn't heard was not its fault."""
-        self._held_up = False
-        self.heard = self.broker.now
-        if not self._eof:
+        """If it had to wait, it is read again; that it wasn't heard was not its fault."""
+        if self._held_up:
+            self._held_up = False
+            self.heard = self.broker.now
             self._listen_for(self._events | selectors.EVENT_READ)
 
     def _read(self) -> None:
@@ -927,8 +924,6 @@ class Session:
 
     def _set_clock(self) -> None:
         due = self._deadline
-        if self._held_up:
-            self.heard = self.broker.now
         if self._beat:
             due = min(due, self.spoke + 0.6 * self._beat)
         if self._silence:
@@ -939,9 +934,11 @@ class Session:
     def tick(self) -> None:
         """The clock reached ``due``."""
         now = self.broker.now
+        if self._held_up:
+            self.heard = now
         if now >= self._deadline:
             return self._time_is_over()
-        if self._silence and now >= self.heard + self._silence and not self._held_up:
+        if self._silence and now >= self.heard + self._silence:
             log.info('%r is taken for dead: silent for %.1f s', self, now - self.heard)
             return self.close('silent')
         if self._beat and now >= self.spoke + 0.6 * self._beat:
@@ -1086,7 +1083,6 @@ class Broker:
         self._envelope = Envelope({'destination': ''})   # of the last SEND: the next is often like it
         self._gathering = None   # type: Optional[Topic]
         self.is_held_up = False  # too much waits for an essential session
-        self._held_up = []       # type: List[Session]
         self._to_flush = []      # type: List[Session]
         self._alarms = []        # type: List[Tuple[float, int]]
         self._accept_again = 0.0
@@ -1354,16 +1350,11 @@ class Broker:
     def to_flush(self, session: Session) -> None:
         self._to_flush.append(session)
 
-    def hold_up(self, session: Session) -> None:
-        """It isn't read until ``let_all_go_on``."""
-        self._held_up.append(session)
-
     def let_all_go_on(self) -> None:
         """An essential session has read, or is gone. Where another one hasn't, they soon wait again."""
-        self.is_held_up = False
-        waiting, self._held_up = self._held_up, []
-        for session in waiting:
-            if not session.closed:
+        if self.is_held_up:
+            self.is_held_up = False
+            for session in self._sessions.values():
                 session.go_on()
 
     def keep(self, cost: int) -> None:

@@ -16,7 +16,7 @@ import threading
 import pytest
 from cutting import CuttingProxy
 from helpers import wait_until
-from test_chirp import client, make_tree, our_server, seen, served, write  # noqa: F401  (fixtures)
+from test_chirp import client, make_many, make_tree, our_server, seen, served, write  # noqa: F401  (fixtures)
 
 import chirp
 
@@ -277,17 +277,10 @@ def test_a_folder_whose_connection_ends_between_two_requests_goes_on(served, tmp
     assert seen(served[1] / 'tree') == seen(tmp_path / 'back') == seen(source)
 
 
-def make_small_files(folder, count=60):
-    folder.mkdir()
-    for index in range(count):
-        write(folder / ('f%02d' % index), os.urandom(1000 + index))
-    return folder
-
-
 @pytest.mark.parametrize('most', [None, 1], ids=['as many as wanted', 'one'])
 def test_many_small_files_go_over_two_connections_where_that_is_faster(served, tmp_path, most):  # noqa: F811
     """To the real server; where it has room for another one."""
-    source, there = make_small_files(tmp_path / 'source'), served[1] / 'tree'
+    source, there = make_many(tmp_path / 'source', 60), served[1] / 'tree'
     with CuttingProxy(served[0]) as proxy:
         proxy.most = most
         with chirp.ChirpClient(*proxy.address[:2], timeout=20) as moving:
@@ -301,8 +294,8 @@ def test_many_small_files_go_over_two_connections_where_that_is_faster(served, t
 
 
 def test_a_connection_that_ended_beside_a_large_file_costs_nothing(served, tmp_path):  # noqa: F811
-    source = make_small_files(tmp_path / 'source')
-    write(source / 'f30b', os.urandom(9 << 20))
+    source = make_many(tmp_path / 'source', 60)
+    write(source / 'f0030b', os.urandom(9 << 20))
     with CuttingProxy(served[0]) as proxy:
         def end_the_second(moved, _):
             if moved > 1 << 20 and len(proxy.connections) == 2 and not ended:
