@@ -1,6 +1,6 @@
 """STOMP frames, the words that host and guests say to each other, and the link that carries them.
 
-Three parts, each usable without the ones below it (what both agents need to start stands at the end):
+Three parts, each usable without the ones below it:
 
 * the frame codec: bytes in, frames out, and back. STOMP 1.0, 1.1 and 1.2, no socket anywhere.
   The broker uses this part alone.
@@ -16,27 +16,20 @@ Sources: the STOMP specifications 1.0, 1.1 and 1.2 (sections are named where the
 docs/protocol.md for the words.
 """
 
-import configparser
 import contextlib
 import errno
 import fnmatch
-import importlib.util
-import io
 import json
 import logging
 import math
 import os
 import re
 import selectors
-import signal
 import socket
-import sys
 import threading
 import time
-import types
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
-VERSION = '1.0.0'      # of the project; all its files are released together
 PROTO = 1              # of the words; HELLO carries it
 
 log = logging.getLogger('vmhost.link')
@@ -706,6 +699,18 @@ def hear(agent: Any, message: Message) -> None:
         word.listenAndAct(agent, message)
 
 
+def is_id(value: str) -> bool:
+    """Whether a guest may have that id."""
+    return 0 < len(value) <= 64 and value.isprintable() and not set(value) & set('@*?[]/\\ ')
+
+
+def guest_id(value: str) -> str:
+    """A guest's id, or auto."""
+    if not is_id(value):
+        raise ValueError('auto, or 1 to 64 characters without spaces and any of @ * ? [ ] / \\')
+    return value
+
+
 # --- the link --------------------------------------------------------------------------------
 
 CONNECT_TIMEOUT = 5.0      # seconds for TCP, TLS and CONNECTED, each
@@ -1221,421 +1226,15 @@ def _would_block(error: OSError) -> bool:
     return type(error).__name__ in ('SSLWantReadError', 'SSLWantWriteError')
 
 
-# --- configuration ---------------------------------------------------------------------------
-
-class ConfigError(ProtocolError):
-    """A configuration that can't be used; one line that names file, section, key and what is wanted."""
-
-
-def text(value: str) -> str:
-    """Any text."""
-    return value
-
-
-def path(value: str) -> str:
-    """A path; ``read_settings`` makes it relative to the ini file."""
-    return value
-
-
-def given(value: str) -> str:
-    """Text that isn't empty."""
-    if not value:
-        raise ValueError('something')
-    return value
-
-
-def is_id(value: str) -> bool:
-    """Whether a guest may have that id."""
-    return 0 < len(value) <= 64 and value.isprintable() and not set(value) & set('@*?[]/\\ ')
-
-
-def guest_id(value: str) -> str:
-    """A guest's id, or auto."""
-    if not is_id(value):
-        raise ValueError('auto, or 1 to 64 characters without spaces and any of @ * ? [ ] / \\')
-    return value
-
-
-def at_least(least: float, kind: Callable[[str], float], what: str) -> Callable[[str], float]:
-    """A kind: such a size or duration, of no less."""
-    def checked(value: str) -> float:
-        found = kind(value)
-        if found < least:
-            raise ValueError('at least %s' % what)
-        return found
-    return checked
-
-
-def yes_no(value: str) -> bool:
-    """yes or no."""
-    try:
-        return configparser.ConfigParser.BOOLEAN_STATES[value.lower()]
-    except KeyError:
-        raise ValueError('yes or no')
-
-
-def integer(low: int, high: int) -> Callable[[str], int]:
-    """A kind: a whole number in that range."""
-    def kind(value: str) -> int:
-        if not re.fullmatch('-?[0-9]{1,12}', value) or not low <= int(value) <= high:
-            raise ValueError('a whole number from %d to %d' % (low, high))
-        return int(value)
-    return kind
-
-
-def choice(*names: str) -> Callable[[str], str]:
-    """A kind: one of these, in upper or lower case."""
-    def kind(value: str) -> str:
-        for name in names:
-            if name.lower() == value.lower():
-                return name
-        raise ValueError('one of ' + ', '.join(names))
-    return kind
-
-
-def _with_unit(value: str, units: Dict[str, int], expected: str) -> float:
-    match = re.fullmatch(r'([0-9]{1,12}(?:\.[0-9]{1,6})?)\s*([a-zA-Z]?)', value)
-    if match is None or match.group(2).lower() not in units:
-        raise ValueError(expected)
-    return float(match.group(1)) * units[match.group(2).lower()]
-
-
-def size(value: str) -> int:
-    """Bytes, such as 65536, 64K, 1M or 2G."""
-    return int(_with_unit(value, {'': 1, 'k': 2 ** 10, 'm': 2 ** 20, 'g': 2 ** 30},
-                          'a size such as 65536, 64K, 1M or 2G'))
-
-
-def duration(value: str) -> float:
-    """Seconds, such as 45, 30s, 10m, 12h or 7d."""
-    return _with_unit(value, {'': 1, 's': 1, 'm': 60, 'h': 3600, 'd': 86400},
-                      'a duration such as 45, 30s, 10m, 12h or 7d')
-
-
-def naming_file(file: Optional[str], error: Exception) -> str:
-    """What an error says, with the file's name before a section's."""
-    return '%s: %s' % (file, error) if file and str(error).startswith('[') else str(error)
-
-
-LOGGING = {'level': (choice('DEBUG', 'INFO', 'WARNING', 'ERROR'), 'INFO'), 'file': (path, ''),
-           'config': (path, '')}  # type: Dict[str, Tuple[Callable[[str], Any], str]]
-
-
-def read_settings(file: Optional[str], spec: Dict[str, Dict[str, Tuple[Callable, str]]]) -> Any:
-    """The settings in an ini file: one attribute per section, each with one per key.
-
-    spec    {section: {key: (kind, default)}}; a kind turns the text into the value, or raises
-            ValueError with what it expects
-    file    None: the defaults, relative to the working directory
-
-    Raises ConfigError for a file that can't be read, an unknown section or key, or a bad value.
-    """
-    parser = configparser.ConfigParser(interpolation=None, strict=True)
-    if file is not None:
-        try:
-            with open(file, encoding='utf-8-sig') as lines:
-                parser.read_file(lines, file)
-        except OSError as error:
-            raise ConfigError('%s: %s' % (file, error.strerror or error))
-        except (configparser.Error, UnicodeDecodeError) as error:
-            raise ConfigError('%s: %s' % (file, ' '.join(str(error).split())))
-    _refuse_unknown(file, parser, spec)
-    folder = os.path.dirname(os.path.abspath(file)) if file is not None else os.getcwd()
-    sections = {section: _read_section(file, parser, section, keys, folder)
-                for section, keys in spec.items()}
-    return types.SimpleNamespace(**sections)
-
-
-def _refuse_unknown(file: Optional[str], parser: configparser.ConfigParser,
-                    spec: Dict[str, Dict[str, Any]]) -> None:
-    if parser.defaults():
-        raise ConfigError('%s: section [DEFAULT] is unknown; there are %s'
-                          % (file, ', '.join('[%s]' % name for name in spec)))
-    for section in parser.sections():
-        if section not in spec:
-            raise ConfigError('%s: section [%s] is unknown; there are %s'
-                              % (file, section, ', '.join('[%s]' % name for name in spec)))
-        for key in parser[section]:
-            if key not in spec[section]:
-                raise ConfigError('%s: [%s] %s: unknown key; there are %s'
-                                  % (file, section, key, ', '.join(spec[section])))
-
-
-def _read_section(file: Optional[str], parser: configparser.ConfigParser, section: str,
-                  keys: Dict[str, Tuple[Callable, str]], folder: str) -> Any:
-    values = {}
-    for key, (kind, default) in keys.items():
-        given = parser.get(section, key, fallback=default).strip()
-        try:
-            value = kind(given)
-        except ValueError as expected:
-            raise ConfigError('%s: [%s] %s = %.80s: expected %s'
-                              % (file, section, key, given, expected))
-        if kind is path and value:
-            value = os.path.join(folder, os.path.expanduser(value))
-        values[key] = value
-    return types.SimpleNamespace(**values)
-
-
-def catch_signals() -> socket.socket:
-    """A socket that can be read once SIGTERM or Ctrl-C came; to be kept. On the main thread.
-
-    No Python code runs at that moment: if it set an event, say, it would wait for a lock that the
-    interrupted code may hold, for ever.
-    """
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    signal.set_wakeup_fd(writer.detach())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    return reader
-
-
-# Seconds that a thread computes while another one waits. Python's own, 5 ms, is most of what a short command
-# takes from its call to its results, and an agent's threads hand it on a dozen times.
-SWITCH_INTERVAL = 0.0002
-
-LOG_FORMAT = '%(asctime)s %(levelname)s %(name)s: %(message)s'
-LOG_SIZE = 10 * 1000 * 1000    # bytes, after which the file is rotated
-LOG_FILES = 5                  # rotated ones that are kept
-
-
-def set_up_logging(settings: Any) -> None:
-    """Logging as the section [Logging] wants it. Raises ConfigError."""
-    try:
-        # Imported where they are needed: a guest without a log file does without their memory.
-        if settings.config:
-            from logging import config
-            config.fileConfig(settings.config, disable_existing_loggers=False)
-            return
-        handler = logging.StreamHandler()  # type: logging.Handler
-        if settings.file:
-            from logging import handlers
-            handler = handlers.RotatingFileHandler(
-                settings.file, maxBytes=LOG_SIZE, backupCount=LOG_FILES, encoding='utf-8')
-    except Exception as error:      # fileConfig raises whatever its file makes it meet
-        why = getattr(error, 'strerror', '') or '%s: %s' % (type(error).__name__, error)
-        raise ConfigError('[Logging] %s = %s: %s' % ('config' if settings.config else 'file',
-                                                     settings.config or settings.file, why))
-    handler.setFormatter(logging.Formatter(LOG_FORMAT))
-    root = logging.getLogger()
-    root.addHandler(handler)
-    root.setLevel(settings.level)
-
-
-def client_tls(ca_file: str) -> Any:
-    """An ssl.SSLContext that trusts that CA, or the system's where none is named. Raises ConfigError."""
-    import ssl
-    try:
-        return ssl.create_default_context(cafile=ca_file or None)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError('[Broker] ca_file %s: %s' % (ca_file, error))
-
-
-# --- is all well? ----------------------------------------------------------------------------
-
-class Finding(NamedTuple):
-    """One precondition: whether it holds, what it is, how to mend it; not ``needed``: all else works."""
-    ok: bool
-    what: str
-    mend: str = ''
-    needed: bool = True
-
-
-def describe_findings(findings: Iterable[Finding], encoding: Optional[str]) -> List[str]:
-    """A line for each: a tick, or what is wrong and how to mend it."""
-    marks = '✓!✗' if (encoding or '').lower().replace('-', '') == 'utf8' else ('ok', '--', 'NO')
-    return ['%-2s %s' % (marks[0 if found.ok else 2 if found.needed else 1],
-                         found.what if found.ok else '%s: %s' % (found.what, found.mend))
-            for found in findings]
-
-
-def check_python() -> Finding:
-    """The Python that runs this."""
-    return Finding(sys.version_info >= (3, 6), 'Python ' + sys.version.split()[0],
-                   'Python 3.6 or later is needed')
-
-
-def check_package(name: str, needed: bool) -> Finding:
-    """Whether a package can be imported."""
-    return Finding(importlib.util.find_spec(name) is not None, 'package ' + name,
-                   'missing for %s: %s -m pip install %s, or use the bundle (--bundle)'
-                   % (sys.executable, sys.executable, name), needed)
-
-
-def check_folder(folder: str, key: str) -> Finding:
-    """Whether files can be made in the folder, or the folder in the nearest one that exists."""
-    place = existing(folder)
-    writable = os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)
-    return Finding(writable, 'folder %s' % folder, '%s can\'t be written by this user: change its owner '
-                   'or mode, or name another folder as %s' % (place, key))
-
-
-def check_disk(folder: str, least: int) -> Finding:
-    """Whether there is room on the folder's disk, in bytes."""
-    import shutil  # brings compressors along, that an agent doesn't need
-    free = shutil.disk_usage(existing(folder)).free
-    return Finding(free >= least, '%d MB free for %s' % (free // 1000000, folder),
-                   'less than %d MB: make room, or move it to another disk' % (least // 1000000))
-
-
-def existing(path: str) -> str:
-    """The path, or the nearest one above it that exists."""
-    path = os.path.abspath(path)
-    while not os.path.exists(path):
-        path = os.path.dirname(path)
-    return path
-
-
-RELEASED = 1735689600      # 2025-01-01: no clock that is right shows an earlier time
-
-
-def check_clock() -> Finding:
-    """Whether this machine's clock can be right."""
-    return Finding(time.time() > RELEASED, 'clock: %s' % time.strftime('%Y-%m-%d %H:%M:%S %z'),
-                   'this was years ago: set it (date, ntpdate, chronyd); TLS fails until then')
-
-
-def try_broker(host: str, settings: Any) -> Link:
+def try_broker(host: str, settings: Any, tls: Any) -> Link:
     """A link, closed again, that tried [Broker] at that host: its ``server`` is set where it answered."""
     answered = threading.Event()
     link = Link(lambda: [(host, settings.port)], [], lambda _: answered.set(), lambda _: None,
                 login=settings.username, passcode=settings.password,
-                tls=client_tls(settings.ca_file) if settings.tls else None)
+                tls=tls)
     link.start()
     deadline = time.monotonic() + 2 * CONNECT_TIMEOUT
     while not link.last_error and time.monotonic() < deadline and not answered.wait(0.05):
         continue
     link.close()
     return link
-
-
-def check_broker(hosts: Iterable[str], settings: Any) -> Tuple[Finding, str]:
-    """Whether the broker of [Broker] answers at one of the hosts; then our own address towards it."""
-    tried = []
-    for host in hosts:
-        link = try_broker(host, settings)
-        if link.server:
-            return Finding(True, 'broker at %s:%d (%s)' % (host, settings.port, link.server)), \
-                str(link.local_address[0])
-        tried.append(link.last_error or '%s:%d: no answer' % (host, settings.port))
-    return Finding(False, 'broker', 'none answers (%s); is it running, does it listen where this machine can '
-                   'reach it, and are [Broker] host, port, username, password and tls right?'
-                   % '; '.join(tried)), ''
-
-
-def sync(path: str) -> None:
-    """Brings a file's bytes, or a folder's entries, to the disk. Raises OSError."""
-    is_posix = os.name == 'posix'
-    if is_posix or not os.path.isdir(path):        # Windows brings names to the disk by itself
-        descriptor = os.open(path, os.O_RDONLY if is_posix else os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def why_not_listening(error: OSError) -> str:
-    """Why nobody can listen on an address, and what to do about it."""
-    if error.errno in (errno.EADDRINUSE, getattr(errno, 'WSAEADDRINUSE', 0)):
-        return 'another program listens there: stop it, or take another port'
-    if error.errno in (errno.EADDRNOTAVAIL, getattr(errno, 'WSAEADDRNOTAVAIL', 0)):
-        return 'this machine has no such address: take one of its own'
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return 'this user may not: take a port above 1023'
-    return error.strerror or str(error)
-
-
-# --- one file to drop into an image ----------------------------------------------------------
-
-BUNDLE_MAIN = """\
-import sys
-if sys.version_info < (3, 6):
-    sys.exit('%(name)s needs Python 3.6 or later, and this is %%s: try python3' %% sys.version.split()[0])
-import importlib.machinery
-import importlib.util
-import os
-import warnings
-import zipimport
-warnings.filterwarnings('ignore', category=SyntaxWarning)      # stomper's, on new Pythons
-
-MODULES = %(modules)r
-bundle = zipimport.zipimporter(os.path.abspath(__loader__.archive))
-
-
-class Loader(importlib.machinery.SourceFileLoader):
-    # Compiles a module once; zipimporter does so twice, first for the name of its file.
-
-    def get_data(self, path):
-        return bundle.get_data(path)
-
-    def path_stats(self, path):
-        raise OSError('a bundle holds no bytecode')
-
-
-class Finder:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name not in MODULES:
-            return None
-        place = os.path.join(bundle.archive, *MODULES[name].split('/'))
-        return importlib.util.spec_from_file_location(name, place, loader=Loader(name, place))
-
-
-sys.meta_path.insert(0, Finder)
-import %(name)s
-sys.exit(%(name)s.main(sys.argv[1:]))
-"""
-OLDEST_DATE = (1980, 1, 1, 0, 0, 0)    # that a zip can hold: a bundle's bytes depend on no clock
-
-
-def write_bundle(path: str, main_module: str, modules: Iterable[str], data: Iterable[str] = ()) -> None:
-    """Writes a zip that Python runs under any name: these modules, and a start of ``main_module.main``.
-
-    ``data``: names of text files that lie beside the main module, and do so in the bundle, too.
-    Of a package its own modules, without the packages in it. The bytes are the same from every
-    Python: stored, not compressed, since zlib's versions differ. Raises LocalError.
-    """
-    import zipfile  # brings compressors along, that an agent doesn't need
-    files = {}  # type: Dict[str, str]
-    for module in modules:
-        files.update(_sources(module))
-    named = {file[:-len('.py')].replace('/__init__', '').replace('/', '.'): file for file in sorted(files)}
-    files['__main__.py'] = BUNDLE_MAIN % {'name': main_module, 'modules': named}
-    for name in data:
-        spec = importlib.util.find_spec(main_module)  # type: Any
-        place = os.path.join(os.path.dirname(spec.origin), name)
-        files[name] = spec.loader.get_data(place).decode('utf-8')
-    buffer = io.BytesIO()
-    buffer.write(b'#!/usr/bin/env python3\n')
-    with zipfile.ZipFile(buffer, 'w') as bundle:
-        for name in sorted(files):
-            entry = zipfile.ZipInfo(name, OLDEST_DATE)
-            entry.create_system = 3        # Unix, wherever it is written
-            entry.external_attr = 0o644 << 16
-            bundle.writestr(entry, files[name].encode('utf-8'))
-    try:
-        with open(path + '.new', 'wb') as file:
-            file.write(buffer.getvalue())
-        os.chmod(path + '.new', 0o755)
-        os.replace(path + '.new', path)
-    except OSError as error:
-        raise LocalError('%s can\'t be written: %s' % (path, error.strerror or error))
-
-
-def _sources(module: str) -> Dict[str, str]:
-    """{name in the bundle: source} of a module or package, also where this runs from a bundle itself."""
-    spec = importlib.util.find_spec(module)
-    if spec is None:
-        raise LocalError('the module %s is missing for this Python, and so can\'t go into the bundle: '
-                         'python -m pip install -r requirements.txt' % module)
-    loader = spec.loader  # type: Any
-    name = module.replace('.', '/')
-    if spec.submodule_search_locations is None:
-        return {name + '.py': loader.get_source(module)}
-    files = {name + '/__init__.py': loader.get_source(module)}
-    import pkgutil  # needed here alone
-    for _, part, is_package in pkgutil.iter_modules(list(spec.submodule_search_locations)):
-        if not is_package:
-            files.update(_sources('%s.%s' % (module, part)))
-    return files

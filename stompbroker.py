@@ -33,12 +33,13 @@ import threading
 import time
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
+import agent
 import protocol
 from protocol import CLIENT_COMMANDS, FrameReader, RemoteError, WireFrame
 
 log = logging.getLogger('vmhost.broker')
 
-SERVER = 'vmhost-broker/' + protocol.VERSION
+SERVER = 'vmhost-broker/' + agent.VERSION
 VERSIONS = ('1.2', '1.1', '1.0')          # the best first
 RECEIVE = 64 * 1024                       # bytes taken from a client at a time
 JOINED = 256 * 1024                       # bytes that one write carries, if the chunks are small
@@ -1454,7 +1455,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     chosen = _arguments(arguments)
     logging.basicConfig(level=logging.DEBUG if chosen.verbose else logging.WARNING,
                         format='%(asctime)s %(levelname)s %(name)s: %(message)s')
-    ended = protocol.catch_signals()
+    ended = agent.catch_signals()
     try:
         broker = Broker(chosen.host, chosen.port, chosen.login, chosen.passcode,
                         _server_tls(chosen.tls_cert, chosen.tls_key), max_frame=chosen.max_frame)

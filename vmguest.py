@@ -39,6 +39,7 @@ import threading
 import time
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
+import agent
 import protocol
 from protocol import Message
 
@@ -46,26 +47,26 @@ log = logging.getLogger('vmguest')
 
 SETTINGS = {
     'Broker': {
-        'host': (protocol.text, 'auto'), 'port': (protocol.integer(1, 65535), '61613'),
-        'username': (protocol.text, ''), 'password': (protocol.text, ''),
-        'heartbeat': (protocol.integer(0, 3600), '10'), 'tls': (protocol.yes_no, 'no'),
-        'ca_file': (protocol.path, '')},
+        'host': (agent.text, 'auto'), 'port': (agent.integer(1, 65535), '61613'),
+        'username': (agent.text, ''), 'password': (agent.text, ''),
+        'heartbeat': (agent.integer(0, 3600), '10'), 'tls': (agent.yes_no, 'no'),
+        'ca_file': (agent.path, '')},
     'VM': {
-        'id': (protocol.guest_id, 'auto'), 'name': (protocol.text, ''),
-        'network_interface': (protocol.text, 'auto'), 'beacon_interval': (protocol.duration, '10'),
-        'dir_to_serve': (protocol.path, '~'), 'max_commands': (protocol.integer(0, 100000), '0'),
-        'inline_output': (protocol.size, '64K'), 'output_limit': (protocol.size, '256M'),
-        'kill_after': (protocol.duration, '5'), 'dedupe_ttl': (protocol.duration, '7d'),
-        'keep_spool': (protocol.duration, '1h')},
+        'id': (protocol.guest_id, 'auto'), 'name': (agent.text, ''),
+        'network_interface': (agent.text, 'auto'), 'beacon_interval': (agent.duration, '10'),
+        'dir_to_serve': (agent.path, '~'), 'max_commands': (agent.integer(0, 100000), '0'),
+        'inline_output': (agent.size, '64K'), 'output_limit': (agent.size, '256M'),
+        'kill_after': (agent.duration, '5'), 'dedupe_ttl': (agent.duration, '7d'),
+        'keep_spool': (agent.duration, '1h')},
     'Chirp': {
-        'server': (protocol.choice('embedded', 'chirp_server'), 'embedded'),
-        'port': (protocol.integer(0, 65535), '9094'),
-        'auth': (protocol.choice('address', 'ticket'), 'address'), 'user': (protocol.text, 'nobody')},
-    'Logging': protocol.LOGGING,
+        'server': (agent.choice('embedded', 'chirp_server'), 'embedded'),
+        'port': (agent.integer(0, 65535), '9094'),
+        'auth': (agent.choice('address', 'ticket'), 'address'), 'user': (agent.text, 'nobody')},
+    'Logging': agent.LOGGING,
 }  # type: Dict[str, Any]
 
 
-class GuestError(Exception):
+class GuestError(agent.AgentError):
     """Base of this module's errors: one sentence for who started the agent."""
 
 
@@ -355,8 +356,8 @@ class Command:
         """Brings request, output and result to the disk."""
         for name in ('request.json', 'out', 'err', 'result.json'):
             if self.has(name):
-                protocol.sync(self.path(name))
-        protocol.sync(self.folder)
+                agent.sync(self.path(name))
+        agent.sync(self.folder)
 
     def result(self) -> Dict[str, Any]:
         """What result.json says. Raises OSError, ValueError where that is no result."""
@@ -806,7 +807,7 @@ class Runner:
         # What was never begun may be begun again after a loss of power; nothing else may. The names tell
         # that it was begun: what request.json says can wait until it matters.
         for folder in (self.command.folder, os.path.dirname(self.command.folder)):
-            protocol.sync(folder)
+            agent.sync(folder)
         self.floor = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + EXEC_NEEDS
         self._spawn()
         self.next_look = time.monotonic()
@@ -1364,7 +1365,7 @@ class Agent:
         self.link = protocol.Link(
             self._brokers, [(protocol.CMD_REQUESTS, 'auto')], self._link_up, self._hear,
             self._link_down, broker.username, broker.password, broker.heartbeat,
-            protocol.client_tls(broker.ca_file) if broker.tls else None)
+            agent.client_tls(broker.ca_file) if broker.tls else None)
 
     # Start and stop.
 
@@ -1380,7 +1381,7 @@ class Agent:
         # After the fork: runners needn't carry it. Before the link: its heart-beats would wait meanwhile.
         importlib.import_module('chirp')
         self.link.start()
-        log.info('vmguest %s runs as pid %d: broker %s:%d, serves %s', protocol.VERSION, os.getpid(),
+        log.info('vmguest %s runs as pid %d: broker %s:%d, serves %s', agent.VERSION, os.getpid(),
                  self.settings.Broker.host, self.settings.Broker.port, self.root)
 
     def run(self) -> None:
@@ -1541,7 +1542,7 @@ class Agent:
         """What a HELLO tells of this machine; mem in bytes."""
         facts = {'host': socket.gethostname(), 'boot': self.boot, 'session': self.session,
                  'os': platform.platform(), 'python': platform.python_version(),
-                 'version': protocol.VERSION, 'cpus': os.cpu_count() or 0,
+                 'version': agent.VERSION, 'cpus': os.cpu_count() or 0,
                  'mem': memory('MemTotal')}  # type: Dict[str, Any]
         if self.settings.VM.name:
             facts['name'] = self.settings.VM.name
@@ -2117,69 +2118,69 @@ LEAST_DISK = 50 * 1000 * 1000      # bytes that should be free for the output of
 def check(settings: Any) -> int:
     """Looks at every precondition, and tells what the agent would use; 0 when it would work."""
     root = os.path.expanduser(settings.VM.dir_to_serve)
-    findings = [protocol.check_python(), protocol.check_package('stomper', needed=True),
-                protocol.check_folder(root, '[VM] dir_to_serve'), protocol.check_disk(root, LEAST_DISK),
-                protocol.check_clock()]
+    findings = [agent.check_python(), agent.check_package('stomper', needed=True),
+                agent.check_folder(root, '[VM] dir_to_serve'), agent.check_disk(root, LEAST_DISK),
+                agent.check_clock()]
     if settings.Chirp.server == 'chirp_server':
         import shutil  # brings compressors along
-        findings.append(protocol.Finding(
+        findings.append(agent.Finding(
             shutil.which('chirp_server') is not None, 'program chirp_server', 'it is not in PATH: install '
             'cctools, or take [Chirp] server=embedded; commands work without it', needed=False))
     network = Network()
     configured = settings.Broker.host
     try:
         hosts = network.candidates() if configured == 'auto' else [configured]
-        found, address = protocol.check_broker(hosts, settings.Broker)
+        found, address = agent.check_broker(hosts, settings.Broker, protocol.try_broker)
         findings.append(found)
         if found.ok:
             findings += check_identity(settings, network, address)
     except GuestError as error:
-        findings.append(protocol.Finding(False, 'network', str(error)))
+        findings.append(agent.Finding(False, 'network', str(error)))
     return report(findings)
 
 
-def report(findings: List[protocol.Finding]) -> int:
+def report(findings: List[agent.Finding]) -> int:
     """Prints them; 0 when all that is needed is there."""
     encoding = sys.stdout.encoding or 'ascii'
-    for line in protocol.describe_findings(findings, encoding):
+    for line in agent.describe_findings(findings, encoding):
         print(line.encode(encoding, 'backslashreplace').decode(encoding))
     return 0 if all(found.ok or not found.needed for found in findings) else 1
 
 
-def check_identity(settings: Any, network: Network, address: str) -> List[protocol.Finding]:
+def check_identity(settings: Any, network: Network, address: str) -> List[agent.Finding]:
     """Id and network card, as the agent would find them for that local address."""
     machine_id, card = identify(settings.VM, network, address)
     there = settings.VM.network_interface in ('auto',) + tuple(network.interfaces())
-    return [protocol.Finding(there, 'interface %s (%s)' % (card or 'none', address),
-                             'this machine has no such card, but %s: correct [VM] network_interface'
-                             % (', '.join(network.interfaces()) or 'none')),
-            protocol.Finding(True, 'id %s' % machine_id)]
+    return [agent.Finding(there, 'interface %s (%s)' % (card or 'none', address),
+                          'this machine has no such card, but %s: correct [VM] network_interface'
+                          % (', '.join(network.interfaces()) or 'none')),
+            agent.Finding(True, 'id %s' % machine_id)]
 
 
 def run_agent(settings: Any) -> int:
     """Runs the agent; gives the exit code."""
     fork_server = ForkServer()
-    agent = Agent(settings, fork_server)
-    told = []                       # type: List[int]    # signals: agent.stopping is set by stop(), too
+    guest = Agent(settings, fork_server)
+    told = []                       # type: List[int]    # signals: guest.stopping is set by stop(), too
 
     def end(number: int, *_: Any) -> None:
         told.append(number)
-        agent.stopping = True
+        guest.stopping = True
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
     try:
-        agent.start()
-        agent.run()
+        guest.start()
+        guest.run()
     finally:
-        agent.stop()
+        guest.stop()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)       # from here on nothing is left to be tidied up
     if told:
         return 0
-    if agent.restart and agent.id:
-        begin_anew(agent.restart)
-    if agent.restart:
-        raise GuestError(agent.restart)
+    if guest.restart and guest.id:
+        begin_anew(guest.restart)
+    if guest.restart:
+        raise GuestError(guest.restart)
     return 0
 
 
@@ -2197,23 +2198,23 @@ def main(argv: List[str]) -> int:
         print(__doc__.splitlines()[0] + '\n\n' + USAGE)
         return 0
     if '--version' in words:
-        print('vmguest %s' % protocol.VERSION)
+        print('vmguest %s' % agent.VERSION)
         return 0
     if words[:1] == ['--bundle'] and len(words) == 2:
-        protocol.write_bundle(words[1], 'vmguest', ['vmguest', 'protocol', 'chirp', 'stomper'])
+        agent.write_bundle(words[1], 'vmguest', ['vmguest', 'protocol', 'agent', 'chirp', 'stomper'])
         return 0
     if len(words) > 1 or words and words[0].startswith('-'):
         print('vmguest: %s\n%s' % (' '.join(words), USAGE), file=sys.stderr)
         return 2
     try:
-        settings = protocol.read_settings(words[0] if words else None, SETTINGS)
+        settings = agent.read_settings(words[0] if words else None, SETTINGS)
         if '--check' in argv:
             return check(settings)
-        protocol.set_up_logging(settings.Logging)
-        sys.setswitchinterval(protocol.SWITCH_INTERVAL)
+        agent.set_up_logging(settings.Logging)
+        sys.setswitchinterval(agent.SWITCH_INTERVAL)
         return run_agent(settings)
-    except (protocol.ProtocolError, GuestError) as error:
-        print('vmguest: %s' % protocol.naming_file(words[0] if words else None, error), file=sys.stderr)
+    except (protocol.ProtocolError, agent.AgentError) as error:
+        print('vmguest: %s' % agent.naming_file(words[0] if words else None, error), file=sys.stderr)
         return 1
 
 

@@ -73,6 +73,7 @@ from typing import (
     Union,
 )
 
+import agent
 import chirp
 import protocol
 import stompbroker
@@ -83,7 +84,7 @@ log = logging.getLogger('vmhost')
 
 # --- errors ----------------------------------------------------------------------------------
 
-class VMHostError(Exception):
+class VMHostError(agent.AgentError):
     """Base of this module's errors; ``fault`` is the XML-RPC fault number (DESIGN, XML-RPC)."""
     fault = -32603
 
@@ -319,7 +320,7 @@ class Journal:
             if self._synced == commits:
                 return
         try:
-            protocol.sync(self.path + '-wal')
+            agent.sync(self.path + '-wal')
         except OSError as error:
             raise JournalError('journal %s: %s' % (self.path, error))
         with self._lock:
@@ -3534,7 +3535,7 @@ class Driver:
             raise InvalidParams('remoteDesktop knows no option %s; it knows %s' % (
                 ', '.join(sorted(unknown)), ', '.join(sorted(wish))))
         wish.update(options)
-        wish['port'] = read_option('port', wish['port'], protocol.integer(0, 65535))
+        wish['port'] = read_option('port', wish['port'], agent.integer(0, 65535))
         for key, known in (('auth', self._auth_types()), ('security', DESKTOP_SECURITY)):
             if str(wish[key]).lower() not in known:
                 raise InvalidParams('%s is %s, not %r' % (key, either(sorted(known)), wish[key]))
@@ -3703,8 +3704,8 @@ def wishes(options: Dict[str, Any]) -> Dict[str, Any]:
     wish.update(options)
     for name, least in (('memory', 4), ('cpus', 1), ('diskSize', 0)):
         if wish[name] is not None:
-            wish[name] = read_option(name, wish[name], protocol.integer(least, LARGEST))
-    wish['keep'] = read_option('keep', wish['keep'], protocol.yes_no)
+            wish[name] = read_option(name, wish[name], agent.integer(least, LARGEST))
+    wish['keep'] = read_option('keep', wish['keep'], agent.yes_no)
     if wish['network'] not in ('', 'hostonly', 'nat', 'none'):
         raise InvalidParams('network is hostonly, nat or none, not %r' % wish['network'])
     return wish
@@ -3765,8 +3766,8 @@ def read_option(name: str, value: Any, kind: Callable[[str], Any]) -> Any:
 
 def read_limits(limits: Dict[str, Any]) -> Dict[str, Any]:
     """setLimits' limits, checked."""
-    kinds = {'cpuPercent': protocol.integer(1, 100), 'netKBps': protocol.integer(0, LARGEST),
-             'network': protocol.yes_no}  # type: Dict[str, Callable[[str], Any]]
+    kinds = {'cpuPercent': agent.integer(1, 100), 'netKBps': agent.integer(0, LARGEST),
+             'network': agent.yes_no}  # type: Dict[str, Callable[[str], Any]]
     unknown = set(limits) - set(kinds)
     if unknown:
         raise InvalidParams('no limit is called ' + ', '.join(sorted(unknown)))
@@ -4246,15 +4247,15 @@ class Fetcher:
         folder = self._host.folder.file('output')
         if not os.path.isdir(folder):
             os.makedirs(folder, mode=0o700, exist_ok=True)
-            protocol.sync(self._host.folder.path)
+            agent.sync(self._host.folder.path)
         with self._host.chirp_client(guest) as client:
             for stream in ('out', 'err'):
                 if results[stream + '-offset']:
                     target = self.path(execution, stream)
                     limit = min(results[stream + '-size'], self._host.settings.Host.fetch_limit)
                     client.fetch(results['spool'] + '/' + stream, target, limit, cancel=cancel)
-                    protocol.sync(target)
-        protocol.sync(folder)
+                    agent.sync(target)
+        agent.sync(folder)
 
 
 def remove_file(path: str) -> None:
@@ -4463,9 +4464,9 @@ class Host:
         self.server = XMLRPCServer(self)
         self.server.start()
         threading.Thread(target=self._find_ticket, name='ticket', daemon=True).start()
-        self.journal.event('host-start', text='vmhost %s, pid %d' % (protocol.VERSION, os.getpid()))
+        self.journal.event('host-start', text='vmhost %s, pid %d' % (agent.VERSION, os.getpid()))
         log.info('vmhost %s runs as pid %d: XML-RPC on %s:%s, broker on %s:%s, hypervisor %s, '
-                 'state in %s', protocol.VERSION, os.getpid(), *(self.server.address + address + (
+                 'state in %s', agent.VERSION, os.getpid(), *(self.server.address + address + (
                      self.hypervisor_name, os.path.abspath(self.folder.path))))
 
     def _find_ticket(self) -> None:
@@ -4569,7 +4570,7 @@ class Host:
             self.broker.start()
         except stompbroker.BrokerError as error:
             cause = error.__context__
-            why = protocol.why_not_listening(cause) if isinstance(cause, OSError) else error
+            why = agent.why_not_listening(cause) if isinstance(cause, OSError) else error
             raise VMHostError('the broker can\'t listen on %s:%s ([Broker] host, port): %s'
                               % (host, broker.port, why))
         return self.broker.address
@@ -4578,7 +4579,7 @@ class Host:
         broker = self.settings.Broker
         embedded = self.broker is not None
         self.broker_address = address
-        tls = protocol.client_tls(broker.ca_file or (broker.cert_file if embedded else '')) \
+        tls = agent.client_tls(broker.ca_file or (broker.cert_file if embedded else '')) \
             if broker.tls else None
         if tls is not None and embedded:
             tls.check_hostname = False      # our own certificate, on our own machine
@@ -5277,7 +5278,7 @@ class Api:
                   'embedded': host.broker is not None, 'server': link.server}  # type: Dict[str, Any]
         if host.broker is not None:
             broker['counters'] = host.broker.counters()
-        return {'version': protocol.VERSION, 'proto': protocol.PROTO,
+        return {'version': agent.VERSION, 'proto': protocol.PROTO,
                 'python': sys.version.split()[0], 'hypervisor': host.hypervisor_name,
                 'broker': broker, 'xmlrpc': '%s:%s' % server.address,
                 'uptime': time.monotonic() - host.started, 'vms': len(host.guests.on_list()),
@@ -6258,9 +6259,9 @@ def reference_page() -> str:
     escape = html.escape
     parts = ['<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">',
              '<meta name="viewport" content="width=device-width, initial-scale=1">',
-             '<title>vmhost %s: methods</title>' % protocol.VERSION,
+             '<title>vmhost %s: methods</title>' % agent.VERSION,
              '<link rel="icon" href="data:,">', '<style>%s</style>' % PAGE_STYLE,
-             '<main>\n<h1>Methods of vmhost %s</h1>' % protocol.VERSION,
+             '<main>\n<h1>Methods of vmhost %s</h1>' % agent.VERSION,
              paragraphs(inspect.getdoc(Api) or '')]
     for part, methods in describe_api():
         parts.append('<h2>%s</h2>' % escape(part))
@@ -6461,7 +6462,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     """One connection: POST calls the API, GET shows pages. On a thread of its own."""
 
     protocol_version = 'HTTP/1.1'
-    server_version = 'vmhost/' + protocol.VERSION
+    server_version = 'vmhost/' + agent.VERSION
     sys_version = ''
     timeout = SOCKET_TIMEOUT
     wbufsize = -1                      # the answer leaves in one segment …
@@ -6622,7 +6623,7 @@ class XMLRPCServer(socketserver.TCPServer):
         try:
             super().__init__((listen_on, port), _Handler)
         except (OSError, OverflowError) as error:
-            why = protocol.why_not_listening(error) if isinstance(error, OSError) else error
+            why = agent.why_not_listening(error) if isinstance(error, OSError) else error
             raise VMHostError('XML-RPC can\'t listen on %s:%s ([Host] xmlrpc_listen_on, xmlrpc_port): %s'
                               % (listen_on, port, why))
         self.address = self.server_address[:2]     # type: Any
@@ -6726,34 +6727,34 @@ def port_range(value: str) -> str:
 
 SETTINGS = {
     'Broker': {
-        'embedded': (protocol.yes_no, 'yes'), 'host': (protocol.text, 'auto'),
-        'port': (protocol.integer(0, 65535), '61613'), 'username': (protocol.text, ''),
-        'password': (protocol.text, ''), 'heartbeat': (protocol.integer(0, 3600), '10'),
-        'max_frame': (protocol.at_least(24 << 10, protocol.size, '24K'), '1M'),
-        'tls': (protocol.yes_no, 'no'), 'ca_file': (protocol.path, ''), 'cert_file': (protocol.path, ''),
-        'key_file': (protocol.path, '')},
+        'embedded': (agent.yes_no, 'yes'), 'host': (agent.text, 'auto'),
+        'port': (agent.integer(0, 65535), '61613'), 'username': (agent.text, ''),
+        'password': (agent.text, ''), 'heartbeat': (agent.integer(0, 3600), '10'),
+        'max_frame': (agent.at_least(24 << 10, agent.size, '24K'), '1M'),
+        'tls': (agent.yes_no, 'no'), 'ca_file': (agent.path, ''), 'cert_file': (agent.path, ''),
+        'key_file': (agent.path, '')},
     'Host': {
-        'xmlrpc_listen_on': (protocol.given, '127.0.0.1'),
-        'xmlrpc_port': (protocol.integer(0, 65535), '50505'),
-        'xmlrpc_auth': (protocol.yes_no, 'yes'), 'state_dir': (protocol.path, 'vmhost-state'),
-        'vm_gc_grace': (protocol.at_least(1, protocol.duration, '1 s'), '30'),
-        'keep_results': (protocol.duration, '7d'), 'fetch_limit': (protocol.size, '64M'),
-        'max_transfers': (protocol.integer(1, 1000), '4')},
+        'xmlrpc_listen_on': (agent.given, '127.0.0.1'),
+        'xmlrpc_port': (agent.integer(0, 65535), '50505'),
+        'xmlrpc_auth': (agent.yes_no, 'yes'), 'state_dir': (agent.path, 'vmhost-state'),
+        'vm_gc_grace': (agent.at_least(1, agent.duration, '1 s'), '30'),
+        'keep_results': (agent.duration, '7d'), 'fetch_limit': (agent.size, '64M'),
+        'max_transfers': (agent.integer(1, 1000), '4')},
     'Hypervisor': {
-        'hypervisor': (protocol.choice('auto', 'VirtualBox', 'none'), 'auto'),
-        'command_timeout': (protocol.duration, '45')},
+        'hypervisor': (agent.choice('auto', 'VirtualBox', 'none'), 'auto'),
+        'command_timeout': (agent.duration, '45')},
     'Network': {
-        'mode': (protocol.choice('hostonly', 'nat'), 'hostonly'),
-        'interface': (protocol.text, 'vboxnet0'), 'manage': (protocol.yes_no, 'no'),
+        'mode': (agent.choice('hostonly', 'nat'), 'hostonly'),
+        'interface': (agent.text, 'vboxnet0'), 'manage': (agent.yes_no, 'no'),
         'host_ip': (ip_address, '192.168.56.1'), 'netmask': (ip_address, '255.255.255.0'),
         'dhcp_server': (ip_address, '192.168.56.100'),
         'dhcp_lower': (ip_address, '192.168.56.101'),
         'dhcp_upper': (ip_address, '192.168.56.254')},
     'RemoteDesktop': {
-        'address': (protocol.text, '127.0.0.1'), 'ports': (port_range, '5000-5050'),
-        'auth': (protocol.choice('external', 'guest', 'null'), 'external'),
-        'security': (protocol.choice('TLS', 'RDP', 'Negotiate'), 'TLS')},
-    'Logging': protocol.LOGGING,
+        'address': (agent.text, '127.0.0.1'), 'ports': (port_range, '5000-5050'),
+        'auth': (agent.choice('external', 'guest', 'null'), 'external'),
+        'security': (agent.choice('TLS', 'RDP', 'Negotiate'), 'TLS')},
+    'Logging': agent.LOGGING,
 }  # type: Dict[str, Dict[str, Tuple[Callable, str]]]
 
 
@@ -7609,63 +7610,63 @@ CLOCK_TOLERANCE = 60.0             # seconds that a guest's clock may be off, an
 def do_check(host: Client, screen: Screen, args: Any) -> int:
     """Looks at every precondition; the exit code is 0 when the host agent works, or would."""
     settings = host.settings
-    findings = [protocol.check_python(), protocol.check_package('stomper', needed=True),
-                protocol.check_folder(settings.Host.state_dir, '[Host] state_dir'),
-                protocol.check_disk(settings.Host.state_dir, LEAST_DISK), protocol.check_clock()]
+    findings = [agent.check_python(), agent.check_package('stomper', needed=True),
+                agent.check_folder(settings.Host.state_dir, '[Host] state_dir'),
+                agent.check_disk(settings.Host.state_dir, LEAST_DISK), agent.check_clock()]
     try:
         findings += check_running(host, host.call('agentInfo'), settings.Network.mode)
     except NoHost as error:
         findings += check_start(settings, error)
     except VMHostError as error:
-        findings.append(protocol.Finding(False, 'host agent', str(error)))
+        findings.append(agent.Finding(False, 'host agent', str(error)))
     findings += check_hypervisor(settings)
     if args.json:
         screen.json([finding._asdict() for finding in findings])
     else:
-        for line in protocol.describe_findings(findings, screen.out.encoding):
+        for line in agent.describe_findings(findings, screen.out.encoding):
             screen.say(printable(line))
     return 0 if all(finding.ok or not finding.needed for finding in findings) else 1
 
 
-def check_running(host: Client, info: Dict[str, Any], mode: str) -> Iterator[protocol.Finding]:
+def check_running(host: Client, info: Dict[str, Any], mode: str) -> Iterator[agent.Finding]:
     """What the running host agent tells about itself, its broker and its guests."""
-    yield protocol.Finding(info['version'] == protocol.VERSION, 'host agent %s at %s' % (
-        info['version'], host.address), 'restart it: the files here are of version ' + protocol.VERSION)
+    yield agent.Finding(info['version'] == agent.VERSION, 'host agent %s at %s' % (
+        info['version'], host.address), 'restart it: the files here are of version ' + agent.VERSION)
     broker = info['broker']
-    yield protocol.Finding(bool(broker['connected']), 'broker at %s' % broker['address'],
-                           'no connection: is it running, and are [Broker] host, port, username, password '
-                           'and tls right?')
+    yield agent.Finding(bool(broker['connected']), 'broker at %s' % broker['address'],
+                        'no connection: is it running, and are [Broker] host, port, username, password '
+                        'and tls right?')
     if info['hypervisor'] != 'none' and is_out_of_reach(broker['address'], mode):
-        yield protocol.Finding(False, 'network', 'net --setup makes it; then: '
-                               + OUT_OF_REACH % broker['address'], needed=False)
+        yield agent.Finding(False, 'network', 'net --setup makes it; then: '
+                            + OUT_OF_REACH % broker['address'], needed=False)
     guests = [guest for _, guest in host.each('getVM', host.call('listRegisteredVMs'))]
     if not guests:
-        yield protocol.Finding(False, 'guests', 'none has joined: start vmguest.py in a VM, where it '
-                               'reaches %s' % broker['address'], needed=False)
+        yield agent.Finding(False, 'guests', 'none has joined: start vmguest.py in a VM, where it '
+                            'reaches %s' % broker['address'], needed=False)
     for guest in guests:
         yield check_guest(guest)
 
 
-def check_guest(guest: Dict[str, Any]) -> protocol.Finding:
+def check_guest(guest: Dict[str, Any]) -> agent.Finding:
     """Whether a guest is there, of this version, and knows the time."""
     what = 'guest %s, %s' % (guest['name'], guest['facts'].get('version', 'of an unknown version'))
     if guest['agent'] != 'alive':
-        return protocol.Finding(False, what, 'nothing was heard for %s: is the VM paused, or its network '
-                                'down?' % shown_span(time.time() - guest['lastSeen']), needed=False)
+        return agent.Finding(False, what, 'nothing was heard for %s: is the VM paused, or its network '
+                             'down?' % shown_span(time.time() - guest['lastSeen']), needed=False)
     if abs(guest['clockOffset']) > CLOCK_TOLERANCE:
-        return protocol.Finding(False, what, 'its clock is %s %s: set it (ntpdate, chronyd, or VirtualBox\'s '
-                                'Guest Additions); commands work, the times of their files are wrong'
-                                % (shown_span(abs(guest['clockOffset'])),
+        return agent.Finding(False, what, 'its clock is %s %s: set it (ntpdate, chronyd, or VirtualBox\'s '
+                             'Guest Additions); commands work, the times of their files are wrong'
+                             % (shown_span(abs(guest['clockOffset'])),
                                    'ahead' if guest['clockOffset'] > 0 else 'behind'), needed=False)
-    return protocol.Finding(guest['facts'].get('version') == protocol.VERSION, what,
-                            'this host is %s: put the same version into the VM' % protocol.VERSION,
-                            needed=False)
+    return agent.Finding(guest['facts'].get('version') == agent.VERSION, what,
+                         'this host is %s: put the same version into the VM' % agent.VERSION,
+                         needed=False)
 
 
-def check_start(settings: Any, why: NoHost) -> Iterator[protocol.Finding]:
+def check_start(settings: Any, why: NoHost) -> Iterator[agent.Finding]:
     """Whether the host agent could start: nobody in its place, and its ports free."""
     broker = settings.Broker
-    yield protocol.Finding(False, 'host agent', str(why), needed=False)
+    yield agent.Finding(False, 'host agent', str(why), needed=False)
     yield check_port('XML-RPC', settings.Host.xmlrpc_listen_on, settings.Host.xmlrpc_port,
                      '[Host] xmlrpc_listen_on, xmlrpc_port')
     host = '127.0.0.1' if broker.host == 'auto' else broker.host
@@ -7674,16 +7675,16 @@ def check_start(settings: Any, why: NoHost) -> Iterator[protocol.Finding]:
         try:
             server_tls(broker)
         except VMHostError as error:
-            yield protocol.Finding(False, 'certificate', str(error))
+            yield agent.Finding(False, 'certificate', str(error))
     else:
-        yield protocol.check_broker([host], broker)[0]
+        yield agent.check_broker([host], broker, protocol.try_broker)[0]
 
 
-def check_port(what: str, host: str, port: int, keys: str) -> protocol.Finding:
+def check_port(what: str, host: str, port: int, keys: str) -> agent.Finding:
     """Whether this machine lets us listen there."""
     problem = listen_problem(host, port)
-    return protocol.Finding(not problem, 'port %d of %s for %s' % (port, host, what),
-                            '%s (%s)' % (problem, keys))
+    return agent.Finding(not problem, 'port %d of %s for %s' % (port, host, what),
+                         '%s (%s)' % (problem, keys))
 
 
 def listen_problem(host: str, port: int) -> str:
@@ -7697,14 +7698,14 @@ def listen_problem(host: str, port: int) -> str:
             probe.listen(1)
         return ''
     except OSError as error:
-        return protocol.why_not_listening(error)
+        return agent.why_not_listening(error)
 
 
-def check_hypervisor(settings: Any) -> List[protocol.Finding]:
+def check_hypervisor(settings: Any) -> List[agent.Finding]:
     """VirtualBox, where it is wanted; with `auto` the rest works without it."""
     wanted = settings.Hypervisor.hypervisor
     if wanted == 'none':
-        return [protocol.Finding(True, 'no hypervisor wanted')]
+        return [agent.Finding(True, 'no hypervisor wanted')]
     driver = VirtualBox(settings.Network, settings.RemoteDesktop, CHIRP_PORT,
                         '', settings.Hypervisor.command_timeout, lambda *_: None)   # no file of a host's
     driver.start_thread()
@@ -7714,7 +7715,7 @@ def check_hypervisor(settings: Any) -> List[protocol.Finding]:
         lines = [(False, 'VirtualBox', str(error))]
     finally:
         driver.close()
-    return [protocol.Finding(ok, what, mend, wanted == 'VirtualBox' and 'remote desktop' not in what)
+    return [agent.Finding(ok, what, mend, wanted == 'VirtualBox' and 'remote desktop' not in what)
             for ok, what, mend in lines]
 
 
@@ -7753,7 +7754,7 @@ def read_variable(text: str) -> Tuple[str, str]:
 def read_seconds(text: str) -> float:
     """A duration as in the ini files. Raises ArgumentTypeError."""
     try:
-        return protocol.duration(text)
+        return agent.duration(text)
     except ValueError as expected:
         raise argparse.ArgumentTypeError('%s: expected %s' % (text, expected))
 
@@ -7913,8 +7914,8 @@ def run_verb(ini: str, words: List[str], screen: Screen) -> int:
         return 2
     args = read_arguments(VERBS[name], words[1:])
     try:
-        return VERBS[name].function(Client(protocol.read_settings(ini, SETTINGS)), screen, args)
-    except (VMHostError, protocol.ProtocolError) as error:
+        return VERBS[name].function(Client(agent.read_settings(ini, SETTINGS)), screen, args)
+    except (agent.AgentError, protocol.ProtocolError) as error:
         screen.complain(str(error))
         return OURS if name == 'run' else 1
 
@@ -7923,16 +7924,16 @@ def run_host(ini: str) -> int:
     """Runs the host agent in the foreground until SIGTERM or Ctrl-C; gives the exit code."""
     host = None
     try:
-        settings = protocol.read_settings(ini, SETTINGS)
-        protocol.set_up_logging(settings.Logging)
-        sys.setswitchinterval(protocol.SWITCH_INTERVAL)
+        settings = agent.read_settings(ini, SETTINGS)
+        agent.set_up_logging(settings.Logging)
+        sys.setswitchinterval(agent.SWITCH_INTERVAL)
         host = Host(settings)
-        ended = protocol.catch_signals()
+        ended = agent.catch_signals()
         host.start()
         host.run(ended)
         return 0
-    except (VMHostError, stompbroker.BrokerError, protocol.ProtocolError) as error:
-        print('vmhost: %s' % protocol.naming_file(ini, error), file=sys.stderr)
+    except (agent.AgentError, stompbroker.BrokerError, protocol.ProtocolError) as error:
+        print('vmhost: %s' % agent.naming_file(ini, error), file=sys.stderr)
         return 1
     finally:
         if host is not None:
@@ -8025,8 +8026,8 @@ def candidates_of(verb: Verb, words: List[str]) -> List[str]:
                  and 'metavar' not in options.get(words[n - 1], {})]
         wanted = positional[len(given)] if len(given) < len(positional) else {}
     try:
-        return meant(Client(protocol.read_settings(words[0], SETTINGS)), wanted, words[-2])
-    except (VMHostError, protocol.ProtocolError):
+        return meant(Client(agent.read_settings(words[0], SETTINGS)), wanted, words[-2])
+    except (agent.AgentError, protocol.ProtocolError):
         return []           # no host, no names; a shell in the middle of a line wants no complaint
 
 
@@ -8049,15 +8050,17 @@ def meant(host: Client, wanted: Dict[str, Any], vm: str) -> List[str]:
     return found
 
 
+BUNDLED = ['vmhost', 'stompbroker', 'chirp', 'protocol', 'agent', 'stomper']     # modules
+
+
 def run_option(words: List[str], screen: Screen) -> int:
     """What needs no ini file; gives the exit code."""
     if words[0] in ('-h', '--help'):
         screen.say(overview())
     elif words == ['--version']:
-        screen.say('vmhost %s' % protocol.VERSION)
+        screen.say('vmhost %s' % agent.VERSION)
     elif words[0] == '--bundle' and len(words) == 2:
-        protocol.write_bundle(words[1], 'vmhost', ['vmhost', 'protocol', 'stompbroker', 'chirp', 'stomper'],
-                              ['status.html'])
+        agent.write_bundle(words[1], 'vmhost', BUNDLED, ['status.html'])
     elif words[0] == '--completion' and words[1:] in (['bash'], ['zsh'], ['fish']):
         screen.say(completion(words[1]))
     elif words[0] == '--complete':
@@ -8095,7 +8098,7 @@ def main(argv: List[str]) -> int:
         return run([os.fsencode(word).decode('utf-8', errors) for word in argv], screen)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except protocol.ProtocolError as error:
+    except (agent.AgentError, protocol.ProtocolError) as error:
         screen.complain(str(error))
         return 1
     except BrokenPipeError:

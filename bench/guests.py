@@ -25,6 +25,7 @@ sys.path[:0] = [TOP, os.path.join(TOP, 'tests')]
 from agents import Host  # noqa: E402
 from helpers import wait_until  # noqa: E402
 
+import agent  # noqa: E402
 import protocol  # noqa: E402
 
 BEACON = 10.0                 # seconds
@@ -65,7 +66,7 @@ class Guest:
     def hello(self):
         self.say(protocol.HELLO.howToSay(
             self.id, '127.0.0.1', name=self.name, host=self.name, boot='boot', session=self.id,
-            os='load script', python='3', version=protocol.VERSION, cpus=1, mem=2 ** 30, cmds={}))
+            os='load script', python='3', version=agent.VERSION, cpus=1, mem=2 ** 30, cmds={}))
 
     def beacon(self):
         self.beacons += 1

@@ -19,7 +19,7 @@ from agents import TOP, Agent, Host
 from helpers import wait_until
 from terminals import Terminal
 
-import protocol
+import agent
 import vmhost
 
 pytestmark = [pytest.mark.ends, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
@@ -299,7 +299,7 @@ def test_call(host, guests):
 
 def test_check_of_a_running_host(host, guests):
     found = {line['what']: line for line in json.loads(verb(host, 'check', '--json'))}
-    assert found['guest one, %s' % protocol.VERSION]['ok']
+    assert found['guest one, %s' % agent.VERSION]['ok']
     assert all(line['ok'] for line in found.values())
     assert '✓  guest two' in verb(host, 'check', env=dict(os.environ, PYTHONIOENCODING='utf-8'))
     assert 'ok guest two' in verb(host, 'check', env=dict(os.environ, PYTHONIOENCODING='ascii'))
@@ -569,7 +569,7 @@ def test_a_commands_life_is_in_both_logs(host, guests):
 
 def test_one_honest_line_at_start(host):
     said = 'vmhost %s runs as pid %d: XML-RPC on %s, broker on 127.0.0.1:%d, hypervisor none, state in %s' % (
-        protocol.VERSION, host.process.pid, host.address, host.broker_port, host.state)
+        agent.VERSION, host.process.pid, host.address, host.broker_port, host.state)
     assert host.log().count('INFO vmhost: ' + said) == 1
 
 
@@ -616,7 +616,7 @@ def test_the_bundle_makes_itself_again_on_every_python(program, tmp_path):
     for python in other_pythons():
         alone = [python, '-I', '-S', str(first)]
         said = subprocess.check_output(alone + ['--version']).decode()
-        assert said == '%s %s\n' % (program, protocol.VERSION)
+        assert said == '%s %s\n' % (program, agent.VERSION)
         subprocess.check_call(alone + ['--bundle', 'again'], cwd=str(tmp_path))
         assert (tmp_path / 'again').read_bytes() == first.read_bytes()
 
@@ -649,7 +649,7 @@ def test_a_bundle_compiles_each_module_once(program, tmp_path):
     run = subprocess.run([sys.executable, '-I', '-S', '-c', COUNT_COMPILED], cwd=str(tmp_path),
                          stdout=subprocess.PIPE, check=True)
     compiled = json.loads(run.stdout.decode().splitlines()[-1])
-    modules = {'protocol.py', 'chirp.py', program + '.py'}
+    modules = {'protocol.py', 'agent.py', 'chirp.py', program + '.py'}
     assert {name: compiled.get(name) for name in modules} == dict.fromkeys(modules, 1)
 
 

@@ -12,7 +12,7 @@ import pytest
 from agents import TOP, Agent, Host
 from helpers import wait_until
 
-import protocol
+import agent
 import vmguest
 import vmhost
 
@@ -42,7 +42,7 @@ def settings_of(block, spec, folder):
     path = os.path.join(str(folder), 'an.ini')
     with open(path, 'w') as file:
         file.write(BLOCKS[block])
-    return protocol.read_settings(path, spec)
+    return agent.read_settings(path, spec)
 
 
 def with_files_of_tests(text, folder):

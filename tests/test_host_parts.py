@@ -54,7 +54,7 @@ def new_command(commands, names=('a',), multicast=False, queued=False):
 
 def test_a_log_is_synced_once_for_what_was_committed(journal, monkeypatch):
     synced = []
-    monkeypatch.setattr(vmhost.protocol, 'sync', lambda path: synced.append(path))
+    monkeypatch.setattr(vmhost.agent, 'sync', lambda path: synced.append(path))
 
     def write(durable):
         with journal.writing(durable) as transaction:
@@ -78,11 +78,11 @@ def test_a_log_that_could_not_be_synced_is_tried_again(journal, monkeypatch):
     with journal.writing(False) as transaction:
         transaction.event('something')
     with monkeypatch.context() as patch:
-        patch.setattr(vmhost.protocol, 'sync', lambda path: os.stat('/nowhere'))
+        patch.setattr(vmhost.agent, 'sync', lambda path: os.stat('/nowhere'))
         with pytest.raises(vmhost.JournalError):
             journal.sync()
     synced = []
-    monkeypatch.setattr(vmhost.protocol, 'sync', lambda path: synced.append(path))
+    monkeypatch.setattr(vmhost.agent, 'sync', lambda path: synced.append(path))
     journal.sync()
     assert synced == [journal.path + '-wal']
 

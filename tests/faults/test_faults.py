@@ -15,6 +15,8 @@ import run
 from faultrig import HERE, Agent, Host, Proof, events, free_port
 from helpers import wait_until
 
+import agent
+
 pytestmark = [pytest.mark.ends, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 TOP = os.path.dirname(os.path.dirname(HERE))
 LINUX = pytest.mark.skipif(not os.path.isdir('/proc/self/task'), reason='needs Linux\'s /proc')
@@ -195,12 +197,11 @@ def test_a_second_agent_of_one_id_is_turned_away(host, tmp_path):
 
 
 def test_another_version_over_the_running_one_loses_nothing(host, tmp_path):
-    import protocol
     folder = tmp_path / 'newer'
     os.makedirs(str(folder))
-    for name in ('vmguest.py', 'protocol.py', 'chirp.py'):
+    for name in ('vmguest.py', 'protocol.py', 'agent.py', 'chirp.py'):
         with contextlib.suppress(FileNotFoundError), open(os.path.join(TOP, name), encoding='utf-8') as file:
-            text = file.read().replace("VERSION = '%s'" % protocol.VERSION, "VERSION = '99.9.9'")
+            text = file.read().replace("VERSION = '%s'" % agent.VERSION, "VERSION = '99.9.9'")
             (folder / name).write_text(text, encoding='utf-8')
     guest = Agent(tmp_path / 'guest', host, 'upgrade').start()
     newer = None

@@ -9,7 +9,7 @@ import pytest
 from rig import facts, forget_networks, manage
 from vms import VMHost, fault_of
 
-import protocol
+import agent
 import vmhost
 
 CONF = '/etc/vbox/networks.conf'
@@ -132,7 +132,7 @@ def test_a_foreign_vm_gets_what_it_needs_at_its_start(api, remove_all):
 def check(home, tmp_path):
     """What the class says of this machine, by a network's settings."""
     def check(**network):
-        settings = protocol.read_settings(None, vmhost.SETTINGS)
+        settings = agent.read_settings(None, vmhost.SETTINGS)
         vars(settings.Network).update(network)
         box = vmhost.VirtualBox(settings.Network, settings.RemoteDesktop, 9094, str(tmp_path))
         box.start_thread()
