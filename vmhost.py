@@ -425,6 +425,51 @@ class Journal:
         return len(old), len(old) < RETENTION_SLICE and events.rowcount < 4 * RETENTION_SLICE
 
 
+ENDED = threading.Event()              # of all that had ended before: there may be a thousand in a list
+ENDED.set()
+
+
+class Execution:
+    """One command on one VM. What a thread reads of it may be a moment old, and is never torn."""
+
+    __slots__ = ('cmd_id', 'vm_id', 'vm', 'multicast', 'cmd', 'state', 'submitted', 'ended',
+                 'results', 'fetched', 'status', 'status_time', 'attempts', 'next_publish', 'signals', 'runs',
+                 'done')
+
+    def __init__(self, cmd_id: str, vm_id: str, vm: str, multicast: Any, cmd: str, state: str,
+                 submitted: float, ended: float = 0, results: str = '', fetched: Any = 1) -> None:
+        self.cmd_id = cmd_id
+        self.vm_id = vm_id
+        self.vm = vm
+        self.multicast = bool(multicast)
+        self.cmd = cmd
+        self.state = state
+        self.submitted = submitted
+        self.ended = ended
+        self.results = results
+        self.fetched = bool(fetched)       # whether all output is here, or never will be
+        self.status = {}                   # type: Dict[str, Any]
+        self.status_time = 0.0             # monotonic
+        self.attempts = 0
+        self.next_publish = None           # type: Optional[float]
+        self.signals = ()                  # type: Tuple[str, ...]   # sent before the guest answered
+        self.runs = state == 'running'     # else it may still wait for its turn in the guest
+        self.done = ENDED if ended else threading.Event()
+
+    @property
+    def key(self) -> str:
+        """The cmd-id as XML-RPC knows it: of a multicast, ``cmdId@vmName``."""
+        return '%s@%s' % (self.cmd_id, self.vm) if self.multicast else self.cmd_id
+
+    @property
+    def index(self) -> Tuple[str, str]:
+        return self.cmd_id, self.vm_id
+
+    def answer(self) -> Dict[str, Any]:
+        """The results, as journalled; {} while unfinished."""
+        return json.loads(self.results) if self.results else {}
+
+
 class Transaction:
     """What can be written within ``Journal.writing``."""
 
@@ -641,57 +686,14 @@ class Guests:
 
 RETRY_DELAYS = (5, 10, 20, 40, 60)     # seconds between publications of a CMD_RUN; the last repeats
 QUERY_TIMEOUT = 5.0                    # seconds a guest has to answer CMD_QUERY
-ENDED = threading.Event()              # of all that had ended before: there may be a thousand in a list
-ENDED.set()
 SIGNALS_KEPT = 10                      # of a command that its guest hasn't answered yet
 RECENT_KEPT = 100                      # executions that ended, and are remembered as they are …
 RECENT_LARGEST = 16 * 1024             # … with no more than that of results, written as JSON
 
 
-class Execution:
-    """One command on one VM. What a thread reads of it may be a moment old, and is never torn."""
-
-    __slots__ = ('cmd_id', 'vm_id', 'vm', 'multicast', 'cmd', 'state', 'submitted', 'ended',
-                 'results', 'fetched', 'status', 'status_time', 'attempts', 'next_publish', 'signals', 'runs',
-                 'done')
-
-    def __init__(self, cmd_id: str, vm_id: str, vm: str, multicast: Any, cmd: str, state: str,
-                 submitted: float, ended: float = 0, results: str = '', fetched: Any = 1) -> None:
-        self.cmd_id = cmd_id
-        self.vm_id = vm_id
-        self.vm = vm
-        self.multicast = bool(multicast)
-        self.cmd = cmd
-        self.state = state
-        self.submitted = submitted
-        self.ended = ended
-        self.results = results
-        self.fetched = bool(fetched)       # whether all output is here, or never will be
-        self.status = {}                   # type: Dict[str, Any]
-        self.status_time = 0.0             # monotonic
-        self.attempts = 0
-        self.next_publish = None           # type: Optional[float]
-        self.signals = ()                  # type: Tuple[str, ...]   # sent before the guest answered
-        self.runs = state == 'running'     # else it may still wait for its turn in the guest
-        self.done = ENDED if ended else threading.Event()
-
-    @property
-    def key(self) -> str:
-        """The cmd-id as XML-RPC knows it: of a multicast, ``cmdId@vmName``."""
-        return '%s@%s' % (self.cmd_id, self.vm) if self.multicast else self.cmd_id
-
-    @property
-    def index(self) -> Tuple[str, str]:
-        return self.cmd_id, self.vm_id
-
-    def answer(self) -> Dict[str, Any]:
-        """The results, as journalled; {} while unfinished."""
-        return json.loads(self.results) if self.results else {}
-
-
 def log_submitted(cmd_id: str, target: str, client: str) -> None:
     """Says who asked for a command: once it was sent, for the log is no part of the way."""
-    log.info('%s: asked for on %s by %s', cmd_id, printable(target), client)
+    log.info('%s: asked for on %s by %s', cmd_id, agent.printable(target), client)
 
 
 class _Reply:
@@ -4086,7 +4088,7 @@ class Transfers:
             text = '%s %s to %s %s' % (transfer.direction, transfer.source, transfer.target, transfer.error)
             with self._host.journal_permitting():
                 self._host.journal.event('transfer-' + transfer.state, transfer.vm, '',
-                                         text.translate(XML_UNSAFE))
+                                         text.translate(agent.XML_UNSAFE))
         finally:
             transfer.done.set()
 
@@ -5197,14 +5199,12 @@ SIGNALS = ('HUP', 'INT', 'QUIT', 'ILL', 'TRAP', 'ABRT', 'BUS', 'FPE', 'KILL', 'U
            'ALRM', 'TERM', 'CHLD', 'CONT', 'STOP', 'TSTP', 'TTIN', 'TTOU', 'URG', 'XCPU', 'XFSZ', 'VTALRM',
            'PROF', 'WINCH', 'IO', 'POLL', 'PWR', 'SYS', 'EMT', 'INFO')
 LARGEST_NUMBER = 1e18          # of seconds or bytes, so that no system's integer overflows
-XML_UNSAFE = {code: '\ufffd' for code in list(range(32)) + [0xfffe, 0xffff] + list(range(0xd800, 0xe000))
-              if code not in (9, 10, 13)}
 FilePath = Union[str, xmlrpc.client.Binary]    # the latter: exact bytes, which need not be UTF-8
 
 
 def is_carried(text: str) -> bool:
     """Whether XML-RPC leaves the text as it is."""
-    return '\r' not in text and text.translate(XML_UNSAFE) == text
+    return '\r' not in text and text.translate(agent.XML_UNSAFE) == text
 
 
 def shown_entry(entry: chirp.Entry) -> Dict[str, Any]:
@@ -6040,7 +6040,8 @@ ACCEPTED = {float: (int, float), bool: (bool, int), int: (int, float),
 
 
 RESPONSE = "<?xml version='1.0'?><methodResponse><params><param>%s</param></params></methodResponse>"
-XML_ESCAPES = dict([(ord('&'), '&amp;'), (ord('<'), '&lt;'), (ord('>'), '&gt;')] + list(XML_UNSAFE.items()))
+XML_ESCAPES = dict(agent.XML_UNSAFE)
+XML_ESCAPES.update({ord('&'): '&amp;', ord('<'): '&lt;', ord('>'): '&gt;'})
 NOT_PLAIN = re.compile('[%s]' % re.escape(''.join(map(chr, XML_ESCAPES))))
 
 
@@ -6154,7 +6155,7 @@ class Dispatcher:
         except Exception as error:
             log.exception('in %s', name)
             code, text = -32603, '%s: %s' % (type(error).__name__, error)
-        raise xmlrpc.client.Fault(code, text.translate(XML_UNSAFE))
+        raise xmlrpc.client.Fault(code, text.translate(agent.XML_UNSAFE))
 
     def list_methods(self) -> list:
         """Names of all methods."""
@@ -6798,7 +6799,7 @@ class Client:
     def call(self, method: str, *args: Any) -> Any:
         """What a method of the API answers. Raises VMHostError."""
         body = xmlrpc.client.dumps(args, method, allow_none=True).replace('\r', '&#13;')
-        if body.translate(XML_UNSAFE) != body:
+        if body.translate(agent.XML_UNSAFE) != body:
             raise InvalidParams('XML-RPC can\'t carry control characters: send them as a file, or as '
                                 'standard input')
         if not self.address:
@@ -6885,7 +6886,7 @@ class Screen:
     def complain(self, text: str) -> None:
         """A line on standard error."""
         self.progress('')
-        self.err.write('vmhost: %s\n' % printable(text))
+        self.err.write('vmhost: %s\n' % agent.printable(text))
         self.err.flush()
 
     def json(self, value: Any, indent: Optional[int] = 2) -> None:
@@ -6895,7 +6896,7 @@ class Screen:
 
     def table(self, headings: List[str], rows: Iterable[List[Any]]) -> None:
         """Columns as wide as they need to be, and cut to the terminal, but for the first one."""
-        lines = [[printable(str(cell)) for cell in row] for row in [headings] + list(rows)]
+        lines = [[agent.printable(str(cell)) for cell in row] for row in [headings] + list(rows)]
         widths = [max(map(cells, column)) for column in zip(*lines)]
         while self.width and sum(widths) + 2 * len(widths) - 2 > self.width:
             widest = max(range(len(widths)), key=lambda n: (n > 0, widths[n]))
@@ -6941,12 +6942,6 @@ def lenient(stream: Any) -> Any:
 def as_text(value: Any) -> str:
     """What JSON doesn't know: XML-RPC's base64."""
     return base64.b64encode(value.data).decode('ascii')
-
-
-def printable(text: str) -> str:
-    """The text without anything that a terminal would obey: a guest may have written it."""
-    return ''.join(char if char.isprintable() else char.encode('unicode_escape').decode('ascii')
-                   for char in text)
 
 
 def cells(text: str) -> int:
@@ -7001,7 +6996,7 @@ def do_ls(host: Client, screen: Screen, args: Any) -> int:
         headings += ['ID', 'SEEN', 'CPUS', 'MEMORY', 'PYTHON', 'CLOCK', 'SYSTEM']
     screen.table(headings, [vm_row(vm, args.long) for vm in found])
     for job in host.call('agentInfo')['jobs']:
-        screen.say(printable('%s: %s, %d %%' % (job['vm'], job['text'], job['percent'])))
+        screen.say(agent.printable('%s: %s, %d %%' % (job['vm'], job['text'], job['percent'])))
     return 0
 
 
@@ -7043,14 +7038,15 @@ def screen_pairs(screen: Screen, found: Dict[str, Any], indent: str = '') -> Non
     width = max([len(str(name)) for name in found] + [0])
     for name, value in found.items():
         if isinstance(value, dict) and value:
-            screen.say('%s%s' % (indent, printable(str(name))))
+            screen.say('%s%s' % (indent, agent.printable(str(name))))
             screen_pairs(screen, value, indent + '    ')
             continue
         if name in ('submitted', 'started', 'ended', 'lastSeen') and isinstance(value, float):
             value = shown_time(value)
         elif isinstance(value, list):
             value = ', '.join(map(str, value))
-        screen.say('%s%-*s  %s' % (indent, width, printable(str(name)), printable(str(value)) or '-'))
+        screen.say('%s%-*s  %s' % (indent, width, agent.printable(str(name)),
+                                   agent.printable(str(value)) or '-'))
 
 
 def do_ps(host: Client, screen: Screen, args: Any) -> int:
@@ -7185,6 +7181,9 @@ class Followed:
             self._open = [execution for execution in self._open if not execution.is_over]
 
 
+PIECE = 256 * 1024      # bytes of a command's output that are asked for at a time
+
+
 class Tail:
     """Brings the output of one execution from where it was left."""
 
@@ -7225,7 +7224,7 @@ class Tail:
     def _bring(self, stream: str, size: float) -> bool:
         begin = self._offsets[stream]
         while self._offsets[stream] < size:
-            answer = self._host.call('getCmdOutput', self.key, stream, self._offsets[stream], OUTPUT_SLICE)
+            answer = self._host.call('getCmdOutput', self.key, stream, self._offsets[stream], PIECE)
             if not answer['data'].data:
                 break
             self._pipes[stream].write(answer['data'].data)
@@ -7238,7 +7237,7 @@ class Pipe:
 
     def __init__(self, stream: Any, vm: str) -> None:
         self._to = stream.buffer
-        self._prefix = (printable(vm) + ': ').encode('utf-8', 'replace') if vm else b''
+        self._prefix = (agent.printable(vm) + ': ').encode('utf-8', 'replace') if vm else b''
         self._begun = b''              # a line whose end hasn't come
 
     def write(self, data: bytes) -> None:
@@ -7309,7 +7308,7 @@ def do_create(host: Client, screen: Screen, args: Any) -> int:
     if not paths and name.endswith('.vbox'):
         name = os.path.abspath(name)       # the host's working directory is not ours
     _, made = watch(host, screen, name, 'createVM', name, *(paths or ['']) + [options])
-    screen.say(printable(made))
+    screen.say(agent.printable(made))
     return 0
 
 
@@ -7354,7 +7353,7 @@ def change(host: Client, screen: Screen, vms: List[str], done: str, method: str,
     for vm in vms:
         try:
             watch(host, screen, vm, method, vm, *args)
-            screen.say('%s %s' % (printable(vm), done))
+            screen.say('%s %s' % (agent.printable(vm), done))
         except NoHost:
             raise
         except VMHostError as error:
@@ -7402,11 +7401,11 @@ def call_watched(host: Client, screen: Screen, vm: str, method: str, *args: Any)
 
 def job_line(host: Client, vm: str, seconds: float) -> str:
     """How far the hypervisor is with a VM."""
-    line = '%s: %s' % (printable(vm), shown_span(seconds))
+    line = '%s: %s' % (agent.printable(vm), shown_span(seconds))
     for job in host.call('agentInfo')['jobs']:
         if job['vm'] == vm and job['percent']:
             line += ', %d %%, %s left %s' % (job['percent'], shown_span(
-                seconds * (100 - job['percent']) / job['percent']), printable(job['text']))
+                seconds * (100 - job['percent']) / job['percent']), agent.printable(job['text']))
     return line
 
 
@@ -7418,7 +7417,7 @@ def do_snap(host: Client, screen: Screen, args: Any) -> int:
             screen.json(names)
         else:
             for name in names:
-                screen.say(printable(name))
+                screen.say(agent.printable(name))
         return 0
     if args.action != 'restore' and not args.name:
         raise InvalidParams('which snapshot? snap %s VM NAME' % args.action)
@@ -7468,7 +7467,7 @@ def do_cleanup(host: Client, screen: Screen, args: Any) -> int:
         screen.json(found)
         return 0
     for what in found:
-        screen.say(printable('%s %s %s (%s)' % ('removed' if args.yes else 'would remove', what['kind'],
+        screen.say(agent.printable('%s %s %s (%s)' % ('removed' if args.yes else 'would remove', what['kind'],
                                                 what['name'], what['why'])))
     if found and not args.yes:
         screen.complain('nothing was removed: cleanup --yes does')
@@ -7504,7 +7503,7 @@ def transfer(host: Client, screen: Screen, direction: str, vm: str, source: str,
             now = host.call('getTransfer', moving)
             if now['state'] not in ('waiting', 'running'):
                 break
-            screen.progress('%s: %s' % (printable(vm), transfer_line(now)))
+            screen.progress('%s: %s' % (agent.printable(vm), transfer_line(now)))
             time.sleep(PROGRESS_EVERY)
     except KeyboardInterrupt:
         host.call('cancelTransfer', moving)
@@ -7543,7 +7542,7 @@ def do_ping(host: Client, screen: Screen, args: Any) -> int:
     for name in host.matching(args.vm):
         begin = time.monotonic()
         try:
-            screen.say('%s in %.1f ms' % (printable(host.call('ping', name, args.timeout)),
+            screen.say('%s in %.1f ms' % (agent.printable(host.call('ping', name, args.timeout)),
                                           1000 * (time.monotonic() - begin)))
         except (AgentNotConnected, DeadlineExceeded) as error:
             screen.complain(str(error))
@@ -7575,7 +7574,7 @@ def do_events(host: Client, screen: Screen, args: Any) -> int:
 def event_line(screen: Screen, event: Dict[str, Any]) -> str:
     """An event as a line of text."""
     words = [shown_time(event['time']), '%-14s' % event['type'], event['vm'], event['cmdId'], event['text']]
-    return ' '.join(printable(word) for word in words if word)
+    return ' '.join(agent.printable(word) for word in words if word)
 
 
 def do_call(host: Client, screen: Screen, args: Any) -> int:
@@ -7624,7 +7623,7 @@ def do_check(host: Client, screen: Screen, args: Any) -> int:
         screen.json([finding._asdict() for finding in findings])
     else:
         for line in agent.describe_findings(findings, screen.out.encoding):
-            screen.say(printable(line))
+            screen.say(agent.printable(line))
     return 0 if all(finding.ok or not finding.needed for finding in findings) else 1
 
 
