@@ -77,80 +77,25 @@ import agent
 import chirp
 import protocol
 import stompbroker
+from faults import (
+    AccessDenied,
+    AgentNotConnected,
+    AlreadyExists,
+    BadState,
+    Busy,
+    DeadlineExceeded,
+    HypervisorError,
+    InvalidParams,
+    NoFiles,
+    NoSuchCommand,
+    NoSuchVM,
+    NotSupported,
+    TransferError,
+    VMHostError,
+)
 from protocol import Message
 
 log = logging.getLogger('vmhost')
-
-
-# --- errors ----------------------------------------------------------------------------------
-
-class VMHostError(agent.AgentError):
-    """Base of this module's errors; ``fault`` is the XML-RPC fault number (DESIGN, XML-RPC)."""
-    fault = -32603
-
-
-class InvalidParams(VMHostError):
-    """The call's arguments are wrong."""
-    fault = -32602
-
-
-class NoSuchVM(VMHostError):
-    """No VM of that name or id is known."""
-    fault = 1
-
-
-class AgentNotConnected(VMHostError):
-    """The VM is known, but its agent isn't there."""
-    fault = 2
-
-
-class NoSuchCommand(VMHostError):
-    """No command of that id is in the journal."""
-    fault = 3
-
-
-class BadState(VMHostError):
-    """Not possible in the state that the VM, command or transfer is in."""
-    fault = 4
-
-
-class HypervisorError(VMHostError):
-    """VirtualBox refused; the text is its own."""
-    fault = 5
-
-
-class TransferError(VMHostError):
-    """A file couldn't be moved."""
-    fault = 6
-
-
-class DeadlineExceeded(VMHostError):
-    """It took too long."""
-    fault = 7
-
-
-class AlreadyExists(VMHostError):
-    """There is one of that name."""
-    fault = 8
-
-
-class NotSupported(VMHostError):
-    """Not with this hypervisor."""
-    fault = 9
-
-
-class NoFiles(TransferError):
-    """The guest serves none."""
-
-
-class Busy(VMHostError):
-    """Something else holds it; try again later."""
-    fault = 10
-
-
-class AccessDenied(VMHostError):
-    """Not allowed."""
-    fault = 11
 
 
 class JournalError(VMHostError):
@@ -8049,7 +7994,7 @@ def meant(host: Client, wanted: Dict[str, Any], vm: str) -> List[str]:
     return found
 
 
-BUNDLED = ['vmhost', 'stompbroker', 'chirp', 'protocol', 'agent', 'stomper']     # modules
+BUNDLED = ['vmhost', 'stompbroker', 'chirp', 'protocol', 'agent', 'faults', 'stomper']     # modules
 
 
 def run_option(words: List[str], screen: Screen) -> int:

@@ -12,6 +12,7 @@ import fake_virtualbox
 import pytest
 from helpers import wait_until
 
+import faults
 import vmhost
 
 
@@ -179,7 +180,7 @@ def test_two_imports_under_one_name(box, vbox, appliance):
     first = threading.Thread(target=box.create_vm, args=('twice', appliance, {}))
     first.start()
     wait_until(lambda: [job for job in box.under_way() if job['text'] == 'reading the appliance'])
-    with pytest.raises(vmhost.AlreadyExists):
+    with pytest.raises(faults.AlreadyExists):
         box.create_vm('twice', appliance, {})
     assert first.is_alive()
     vbox.reading.completed = True
@@ -191,7 +192,7 @@ def test_two_imports_under_one_name(box, vbox, appliance):
 
 def test_a_failed_import_notes_nothing(box, vbox, appliance):
     vbox.importing = fake_virtualbox.Failed('no')
-    with pytest.raises(vmhost.HypervisorError):
+    with pytest.raises(faults.HypervisorError):
         box.create_vm('failed', appliance, {})
     assert not vbox.extra
 
@@ -201,7 +202,7 @@ def test_an_import_that_is_refused_notes_nothing(box, vbox, appliance, monkeypat
         raise fake_virtualbox.FakeError(fake_virtualbox.INVALID_ARGUMENT, 'no')
 
     monkeypatch.setattr(fake_virtualbox.Appliance, 'importMachines', refuse)
-    with pytest.raises(vmhost.HypervisorError):
+    with pytest.raises(faults.HypervisorError):
         box.create_vm('refused', appliance, {})
     assert not vbox.extra
 
@@ -283,7 +284,7 @@ def test_what_can_not_be_removed_does_not_hide_the_rest(box, vbox, monkeypatch, 
 @pytest.mark.parametrize('image', ['', 'appliance'])
 def test_options_that_virtualbox_refuses_leave_nothing_behind(box, vbox, appliance, tmp_path, image):
     image, before = image and appliance, sorted(os.listdir(str(tmp_path)))
-    with pytest.raises(vmhost.HypervisorError, match='RAM size'):
+    with pytest.raises(faults.HypervisorError, match='RAM size'):
         box.create_vm('again', image, {'memory': 3000000})
     assert sorted(os.listdir(str(tmp_path))) == before
     assert not vbox.machines and not vbox.hardDisks and not vbox.extra

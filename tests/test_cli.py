@@ -20,6 +20,7 @@ from helpers import wait_until
 from terminals import Terminal
 
 import agent
+import faults
 import vmhost
 
 pytestmark = [pytest.mark.ends, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
@@ -213,10 +214,10 @@ class Answers:
 
 @pytest.mark.parametrize('state, output, patience, raises', [
     ('exited', b'12345', 10, None), ('exited', b'123', 10, None),
-    ('exited', b'123', 0, vmhost.DeadlineExceeded),
-    ('running', vmhost.AgentNotConnected('away'), 10, None),
-    ('running', vmhost.AgentNotConnected('away'), 0, vmhost.AgentNotConnected),
-    ('exited', vmhost.AgentNotConnected('away'), 1e-9, vmhost.AgentNotConnected)])
+    ('exited', b'123', 0, faults.DeadlineExceeded),
+    ('running', faults.AgentNotConnected('away'), 10, None),
+    ('running', faults.AgentNotConnected('away'), 0, faults.AgentNotConnected),
+    ('exited', faults.AgentNotConnected('away'), 1e-9, faults.AgentNotConnected)])
 def test_output_that_cannot_be_had_is_never_left_out_in_silence(state, output, patience, raises, tmp_path):
     with open(str(tmp_path / 'out'), 'w+') as out:
         tail = vmhost.Tail(Answers(state, 5, output), 'id', vmhost.Pipe(out, ''), vmhost.Pipe(out, ''))

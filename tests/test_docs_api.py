@@ -16,6 +16,7 @@ import xmlrpc.client
 import pytest
 from agents import TOP, Agent, Host
 
+import faults
 import vmhost
 
 METHODS = [method for part, methods in vmhost.describe_api() for method in methods]
@@ -60,7 +61,7 @@ def test_each_example_does_what_stands_there(host, tmp_path, monkeypatch):
                 # What it answers is VirtualBox's: here, that it is asked with arguments that fit.
                 with pytest.raises(xmlrpc.client.Fault) as caught:
                     exec(code_of(method), {'host': api})
-                assert caught.value.faultCode == vmhost.NotSupported.fault, method.name
+                assert caught.value.faultCode == faults.NotSupported.fault, method.name
                 continue
             test = doctest.DocTest(examples, names, method.name, None, None, None)
             test.globs = names                   # the examples go on from one another

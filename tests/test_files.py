@@ -22,6 +22,7 @@ from test_chirp import make_gib, make_many, same, same_folder
 
 import agent
 import chirp
+import faults
 import vmhost
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
@@ -220,12 +221,12 @@ def test_one_transfer_at_a_time_goes_to_a_place(tmp_path, monkeypatch):
         monkeypatch.setattr(host, 'chirp_client', lambda guest: gate.wait(20) and client(guest))
         try:
             first = host.transfers.start('put', 'g', one, 'a/there')
-            with pytest.raises(vmhost.Busy, match=first.id):
+            with pytest.raises(faults.Busy, match=first.id):
                 host.transfers.start('put', 'g', two, '//a/./there')
             others = [host.transfers.start('put', 'h', two, 'a/there'),
                       host.transfers.start('put', 'g', two, 'there'),
                       host.transfers.start('get', 'g', 'a/there', back)]
-            with pytest.raises(vmhost.Busy, match=others[-1].id):
+            with pytest.raises(faults.Busy, match=others[-1].id):
                 host.transfers.start('get', 'h', 'other', str(tmp_path / 'link' / 'back'))
         finally:
             gate.set()

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import faults
 import protocol
 import stompbroker
 import vmhost
@@ -182,7 +183,7 @@ def test_old_results_are_let_go(journal):
     assert commands.forget_before(0) == (0, True)
     assert commands.find(old)
     assert commands.forget_before(executions[0].ended + 1) == (1, True)
-    with pytest.raises(vmhost.NoSuchCommand):
+    with pytest.raises(faults.NoSuchCommand):
         commands.find(old)
     assert commands.find(running)
 
@@ -297,9 +298,9 @@ def test_a_multicast_has_an_execution_per_vm(journal):
     commands.finish(executions[1], results_of(cmd_id), True)
     assert [execution.key for execution in commands.find(cmd_id)] == [cmd_id + '@a', cmd_id + '@b']
     assert commands.find(cmd_id + '@b')[0].ended
-    with pytest.raises(vmhost.NoSuchCommand):
+    with pytest.raises(faults.NoSuchCommand):
         commands.find(cmd_id + '@c')
-    with pytest.raises(vmhost.BadState):
+    with pytest.raises(faults.BadState):
         commands.forget(commands.find(cmd_id))
 
 
@@ -446,14 +447,14 @@ def test_only_the_addressed_are_sent_it(policy):
     {'nice': 10 ** 400}, {'limits': {'as': float('nan')}}, {'limits': {'cpu': 10 ** 400}},
     {'limits': {'nothing': 1}}, {'stdin': 5}, {'typo': 1}])
 def test_options_that_no_guest_could_follow(options):
-    with pytest.raises(vmhost.InvalidParams):
+    with pytest.raises(faults.InvalidParams):
         vmhost.read_options(options)
 
 
 def test_signals_by_their_names_and_numbers():
     assert [vmhost.read_signal(name) for name in ('TERM', 'sigusr1', 9, '15')] == ['TERM', 'USR1', '9', '15']
     for name in ('FOO', '', '0', 0, 999, -1, True, 'TERM2'):
-        with pytest.raises(vmhost.InvalidParams):
+        with pytest.raises(faults.InvalidParams):
             vmhost.read_signal(name)
 
 
@@ -461,7 +462,7 @@ def test_signals_by_their_names_and_numbers():
     {'limit': 'x'}, {'limit': float('nan')}, {'limit': 1e30}, {'vm': ['g']}, {'vm': {}}, {'since': 'x'},
     {'finished': 'yes'}, {'typo': 1}])
 def test_filters_that_mean_nothing(filter):
-    with pytest.raises(vmhost.InvalidParams, match='listCmds'):
+    with pytest.raises(faults.InvalidParams, match='listCmds'):
         vmhost.read_filter(filter)
 
 

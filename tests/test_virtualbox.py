@@ -18,6 +18,7 @@ from helpers import wait_until
 from vm_cases import *  # noqa: F403 (the tests, for pytest to find)
 from vms import VMHost, command_line, environment, fault_of, processes
 
+import faults
 import vmhost
 
 NUMBERS = itertools.count(1)
@@ -319,14 +320,14 @@ def test_a_call_of_a_process_that_hung_leaves_its_successor_alone(monkeypatch):
         call = vmhost.Call('version', (), None)
         call.hand_to(object())
         call.heard -= 1000
-        with pytest.raises(vmhost.DeadlineExceeded):
+        with pytest.raises(faults.DeadlineExceeded):
             box._answer(call)
         assert box.version() == 'an answer'
         assert len(box.processes) == 1
         call.hand_to(box.processes[0])              # which has all the time that the first one had
         assert time.monotonic() - call.heard < 100
         call.heard -= 1000
-        with pytest.raises(vmhost.DeadlineExceeded):
+        with pytest.raises(faults.DeadlineExceeded):
             box._answer(call)
         assert box.version() == 'an answer'
         assert len(box.processes) == 2
@@ -431,7 +432,7 @@ def test_a_rate_reaches_a_card_that_came_later(box):
     first, later = box.fake.machines[0].cards[:2]
     later.enabled = True
     box.start('vm')
-    with pytest.raises(vmhost.BadState):
+    with pytest.raises(faults.BadState):
         box.set_limits('vm', {'netKBps': 50})
     assert box.set_limits('vm', {'netKBps': 0}) and box.power_off('vm')
     assert box.set_limits('vm', {'netKBps': 50})
