@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 import types
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Set, Tuple
 
 VERSION = '1.0.0'      # of the project; all its files are released together
 
@@ -384,16 +384,16 @@ sys.exit(%(name)s.main(sys.argv[1:]))
 OLDEST_DATE = (1980, 1, 1, 0, 0, 0)    # that a zip can hold: a bundle's bytes depend on no clock
 
 
-def write_bundle(path: str, main_module: str, modules: Iterable[str], data: Iterable[str] = ()) -> None:
-    """Writes a zip that Python runs under any name: these modules, and a start of ``main_module.main``.
+def write_bundle(path: str, main_module: str, data: Iterable[str] = ()) -> None:
+    """Writes a zip that Python runs under any name: a module, what it imports, and a start of its ``main``.
 
     ``data``: names of text files that lie beside the main module, and do so in the bundle, too.
-    Of a package its own modules, without the packages in it. The bytes are the same from every
-    Python: stored, not compressed, since zlib's versions differ. Raises AgentError.
+    The bytes are the same from every Python: stored, not compressed, since zlib's versions differ.
+    Raises AgentError.
     """
     import zipfile  # brings compressors along, that an agent doesn't need
     files = {}  # type: Dict[str, str]
-    for module in modules:
+    for module in sorted(_modules_of(main_module)):
         files.update(_sources(module))
     named = {file[:-len('.py')].replace('/__init__', '').replace('/', '.'): file for file in sorted(files)}
     files['__main__.py'] = BUNDLE_MAIN % {'name': main_module, 'modules': named}
@@ -418,13 +418,46 @@ def write_bundle(path: str, main_module: str, modules: Iterable[str], data: Iter
         raise AgentError('%s can\'t be written: %s' % (path, error.strerror or error))
 
 
-def _sources(module: str) -> Dict[str, str]:
-    """{name in the bundle: source} of a module or package, also where this runs from a bundle itself."""
+def _modules_of(main_module: str) -> Set[str]:
+    """The module, all modules beside it that it and they import, and the package stomper."""
+    folder = os.path.dirname(_loader_of(main_module).get_filename(main_module))
+    found = {main_module}
+    to_read = [main_module]
+    while to_read:
+        module = to_read.pop()
+        for name in _imports_of(_loader_of(module).get_source(module)) - found:
+            spec = importlib.util.find_spec(name)
+            if spec is not None and spec.origin and os.path.dirname(spec.origin) == folder:
+                found.add(name)
+                to_read.append(name)
+    return found | {'stomper'}
+
+
+def _imports_of(source: str) -> Set[str]:
+    """The modules that a source text imports, anywhere in it."""
+    import ast  # needed here alone
+    names = set()  # type: Set[str]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return {name.split('.')[0] for name in names}
+
+
+def _loader_of(module: str) -> Any:
+    """What gives the source of a module, wherever it lies. Raises AgentError where there is none."""
     spec = importlib.util.find_spec(module)
     if spec is None:
         raise AgentError('the module %s is missing for this Python, and so can\'t go into the bundle: '
                          'python -m pip install -r requirements.txt' % module)
-    loader = spec.loader  # type: Any
+    return spec.loader
+
+
+def _sources(module: str) -> Dict[str, str]:
+    """{name in the bundle: source} of a module or package, also where this runs from a bundle itself."""
+    loader = _loader_of(module)
+    spec = importlib.util.find_spec(module)  # type: Any
     name = module.replace('.', '/')
     if spec.submodule_search_locations is None:
         return {name + '.py': loader.get_source(module)}

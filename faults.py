@@ -6,6 +6,7 @@ and back into the same class at the command line (hostcli.py). No threads, no st
 
 import agent
 
+
 class VMHostError(agent.AgentError):
     """Base of this module's errors; ``fault`` is the XML-RPC fault number (DESIGN, XML-RPC)."""
     fault = -32603

@@ -2201,7 +2201,7 @@ def main(argv: List[str]) -> int:
         print('vmguest %s' % agent.VERSION)
         return 0
     if words[:1] == ['--bundle'] and len(words) == 2:
-        agent.write_bundle(words[1], 'vmguest', ['vmguest', 'protocol', 'agent', 'chirp', 'stomper'])
+        agent.write_bundle(words[1], 'vmguest')
         return 0
     if len(words) > 1 or words and words[0].startswith('-'):
         print('vmguest: %s\n%s' % (' '.join(words), USAGE), file=sys.stderr)

@@ -7994,9 +7994,6 @@ def meant(host: Client, wanted: Dict[str, Any], vm: str) -> List[str]:
     return found
 
 
-BUNDLED = ['vmhost', 'stompbroker', 'chirp', 'protocol', 'agent', 'faults', 'stomper']     # modules
-
-
 def run_option(words: List[str], screen: Screen) -> int:
     """What needs no ini file; gives the exit code."""
     if words[0] in ('-h', '--help'):
@@ -8004,7 +8001,7 @@ def run_option(words: List[str], screen: Screen) -> int:
     elif words == ['--version']:
         screen.say('vmhost %s' % agent.VERSION)
     elif words[0] == '--bundle' and len(words) == 2:
-        agent.write_bundle(words[1], 'vmhost', BUNDLED, ['status.html'])
+        agent.write_bundle(words[1], 'vmhost', ['status.html'])
     elif words[0] == '--completion' and words[1:] in (['bash'], ['zsh'], ['fish']):
         screen.say(completion(words[1]))
     elif words[0] == '--complete':
