@@ -22,6 +22,7 @@ sys.path[:0] = [TOP, os.path.join(TOP, 'tests')]
 
 from agents import Agent, Host  # noqa: E402
 
+import hostjournal  # noqa: E402
 import vmhost  # noqa: E402
 
 CLIENTS = 8
@@ -42,7 +43,7 @@ CALLS = {
 
 def fill(path, rows):
     """Writes finished commands straight into a journal; the number of the last event."""
-    journal = vmhost.Journal(path)
+    journal = hostjournal.Journal(path)
     now, request = time.time(), json.dumps({'cmd': 'true', 'args': [], 'env': {}, 'path': '', 'options': {}})
     for begin in range(0, rows, 10000):
         with journal.writing(durable=False) as transaction:

@@ -23,6 +23,7 @@ from test_chirp import make_gib, make_many, same, same_folder
 import agent
 import chirp
 import faults
+import hostjournal
 import vmhost
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
@@ -200,7 +201,7 @@ def test_a_transfer_ends_though_the_journal_is_full(tmp_path, monkeypatch):
     (tmp_path / 'source').write_text('content')
 
     def full(*_):
-        raise vmhost.JournalError('database or disk is full')
+        raise hostjournal.JournalError('database or disk is full')
     with one_process(tmp_path, monkeypatch) as host:
         monkeypatch.setattr(host.journal, 'event', full)
         transfer = host.transfers.start('put', 'g', str(tmp_path / 'source'), 'there')

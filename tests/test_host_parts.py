@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import faults
+import hostjournal
 import protocol
 import stompbroker
 import vmhost
@@ -28,7 +29,7 @@ class Clock:
 
 @pytest.fixture
 def journal(tmp_path):
-    journal = vmhost.Journal(str(tmp_path / 'journal'))
+    journal = hostjournal.Journal(str(tmp_path / 'journal'))
     yield journal
     journal.close()
 
@@ -80,7 +81,7 @@ def test_a_log_that_could_not_be_synced_is_tried_again(journal, monkeypatch):
         transaction.event('something')
     with monkeypatch.context() as patch:
         patch.setattr(vmhost.agent, 'sync', lambda path: os.stat('/nowhere'))
-        with pytest.raises(vmhost.JournalError):
+        with pytest.raises(hostjournal.JournalError):
             journal.sync()
     synced = []
     monkeypatch.setattr(vmhost.agent, 'sync', lambda path: synced.append(path))
@@ -108,7 +109,7 @@ def test_waiting_for_an_event_ends_with_it(journal):
 
 
 def test_closing_wakes_who_waits(tmp_path):
-    journal = vmhost.Journal(str(tmp_path / 'journal'))
+    journal = hostjournal.Journal(str(tmp_path / 'journal'))
     waiter = threading.Thread(target=journal.events_after, args=(0, 60))
     waiter.start()
     journal.close()
@@ -119,12 +120,12 @@ def test_closing_wakes_who_waits(tmp_path):
 @pytest.mark.parametrize('damage', [b'no database at all' * 100, b''])
 def test_a_damaged_journal_is_set_aside(tmp_path, damage, caplog):
     path = str(tmp_path / 'journal')
-    journal = vmhost.Journal(path)
+    journal = hostjournal.Journal(path)
     journal.event('before')
     journal.close()
     with open(path, 'r+b') as file:
         file.write(damage)
-    journal = vmhost.Journal(path)
+    journal = hostjournal.Journal(path)
     try:
         assert bool(journal.events_after(0, 0)['events']) == (not damage)
         aside = [name for name in os.listdir(str(tmp_path)) if 'corrupt' in name]
@@ -139,23 +140,23 @@ def test_a_newer_journal_is_refused(tmp_path):
     connection = sqlite3.connect(path)
     connection.execute('PRAGMA user_version = 99')
     connection.close()
-    with pytest.raises(vmhost.JournalError, match='newer'):
-        vmhost.Journal(path)
+    with pytest.raises(hostjournal.JournalError, match='newer'):
+        hostjournal.Journal(path)
 
 
 def test_an_older_journal_is_brought_up_to_date(tmp_path):
     path = str(tmp_path / 'journal')
     old = sqlite3.connect(path)
-    old.executescript('\n'.join(line for line in vmhost.SCHEMA.splitlines()
+    old.executescript('\n'.join(line for line in hostjournal.SCHEMA.splitlines()
                                 if 'of_cmd ' not in line and 'by_submission' not in line))
     old.execute("INSERT INTO commands VALUES ('c', 'a', 0, '{}', 1, 'x')")
     old.execute('PRAGMA user_version = 1')
     old.commit()
     old.close()
-    journal = vmhost.Journal(path)
+    journal = hostjournal.Journal(path)
     try:
         assert journal.command('c')['client'] == 'x'
-        assert journal.rows('PRAGMA user_version') == [(vmhost.JOURNAL_FORMAT,)]
+        assert journal.rows('PRAGMA user_version') == [(hostjournal.JOURNAL_FORMAT,)]
         assert ('by_submission',) in journal.rows("SELECT name FROM sqlite_master WHERE type = 'index'")
     finally:
         journal.close()
@@ -163,7 +164,7 @@ def test_an_older_journal_is_brought_up_to_date(tmp_path):
 
 def test_torn_pages_are_found_at_the_start(tmp_path, caplog):
     path = str(tmp_path / 'journal')
-    journal = vmhost.Journal(path)
+    journal = hostjournal.Journal(path)
     with journal.writing() as transaction:
         for _ in range(2000):
             transaction.event('filler', text='x' * 200)
@@ -171,7 +172,7 @@ def test_torn_pages_are_found_at_the_start(tmp_path, caplog):
     with open(path, 'r+b') as file:
         file.seek(4096 * 30)
         file.write(os.urandom(4096 * 3))
-    vmhost.Journal(path).close()
+    hostjournal.Journal(path).close()
     assert 'set aside' in caplog.text
 
 
@@ -276,14 +277,14 @@ def test_what_is_not_answered_is_published_again(journal, clock):
 
 def test_a_host_that_restarts_knows_its_commands(tmp_path):
     path = str(tmp_path / 'journal')
-    journal = vmhost.Journal(path)
+    journal = hostjournal.Journal(path)
     commands = vmhost.Commands(journal)
     sent, _ = new_command(commands)
     running, [execution] = new_command(commands)
     commands.heard_status(execution, 'running', Message('', 'CMD_STATUS', {}, {}))
     commands.write_states()
     journal.close()
-    journal = vmhost.Journal(path)
+    journal = hostjournal.Journal(path)
     again = vmhost.Commands(journal)
     assert [again.find(cmd_id)[0].state for cmd_id in (sent, running)] == ['sent', 'running']
     assert again.count() == 2
@@ -305,7 +306,7 @@ def test_a_multicast_has_an_execution_per_vm(journal):
 
 
 def test_orphans_are_bounded(journal, monkeypatch):
-    monkeypatch.setattr(vmhost, 'ORPHANS_KEPT', 3)
+    monkeypatch.setattr(hostjournal, 'ORPHANS_KEPT', 3)
     commands = vmhost.Commands(journal)
     for number in range(10):
         commands.keep_orphan('unknown-%d' % number, 'A', 'a', results_of('x'))

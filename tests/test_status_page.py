@@ -21,6 +21,7 @@ from agents import TOP, Agent, Host
 from chromium import CHROMIUM, Browser
 from helpers import wait_until
 
+import hostjournal
 import vmhost
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
@@ -324,7 +325,7 @@ def test_a_page_that_waits_does_not_hold_up_the_end(tmp_path):
 
 
 def test_nobody_waits_for_events_once_the_host_stops(tmp_path):
-    journal = vmhost.Journal(str(tmp_path / 'journal'))
+    journal = hostjournal.Journal(str(tmp_path / 'journal'))
     waiter = threading.Thread(target=journal.events_after, args=(0, 60))
     waiter.start()
     journal.stop_waits()
