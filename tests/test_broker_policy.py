@@ -9,9 +9,9 @@ import pytest
 from helpers import wait_until
 from stomp_client import Client, frame, running
 
+from hosttrust import HostPolicy
 from protocol import CMD_REQUESTS, CMD_RESPONSES, CONNECTIONS
 from stompbroker import Broker, Policy, Refused
-from vmhost import HostPolicy
 
 
 class Recorder(Policy):

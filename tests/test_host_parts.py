@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import faults
 import hostjournal
+import hosttrust
 import protocol
 import stompbroker
 import vmhost
@@ -222,8 +223,8 @@ def test_a_name_is_no_way_to_anothers_id(clock):
 
 
 def test_a_mac_is_no_name():
-    assert vmhost.read_name('0a:00:00:00:00:09') == ''
-    assert vmhost.read_name('a@b\n*') == 'ab*'
+    assert hosttrust.read_name('0a:00:00:00:00:09') == ''
+    assert hosttrust.read_name('a@b\n*') == 'ab*'
 
 
 def test_the_suspended_and_the_forgiven_are_not_judged(clock):
@@ -371,7 +372,7 @@ class Session:
 
 @pytest.fixture
 def policy():
-    return vmhost.HostPolicy('secret', {'10.0.0.9': '0A:00:00:00:00:09'}.get)
+    return hosttrust.HostPolicy('secret', {'10.0.0.9': '0A:00:00:00:00:09'}.get)
 
 
 def test_a_guest_is_bound_to_its_first_hello(policy):
