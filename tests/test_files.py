@@ -23,6 +23,7 @@ from test_chirp import make_gib, make_many, same, same_folder
 import agent
 import chirp
 import faults
+import hostguests
 import hostjournal
 import vmhost
 
@@ -190,7 +191,7 @@ def one_process(folder, monkeypatch, **server):
     host = vmhost.Host(agent.read_settings(str(folder / 'ini'), vmhost.SETTINGS))
     try:
         with chirp.ChirpServer(str(folder / 'served'), allow=['127.0.0.1'], **server) as files:
-            monkeypatch.setattr(host, 'connected', lambda vm: vmhost.Guest(vm.upper(), vm))
+            monkeypatch.setattr(host, 'connected', lambda vm: hostguests.Guest(vm.upper(), vm))
             monkeypatch.setattr(host, 'chirp_client', lambda guest: chirp.ChirpClient(*files.address))
             yield host
     finally:
@@ -358,7 +359,7 @@ def test_output_is_on_the_disk_before_it_is_acknowledged(tmp_path, monkeypatch):
     monkeypatch.setattr(host, 'say', lambda message: (done.append(message.word), said.set()))
     try:
         with chirp.ChirpServer(str(tmp_path / 'served'), allow=['127.0.0.1']) as server:
-            guest = vmhost.Guest('G', 'g')
+            guest = hostguests.Guest('G', 'g')
             monkeypatch.setattr(host, 'connected', lambda vm: guest)
             monkeypatch.setattr(host, 'chirp_client', lambda guest: chirp.ChirpClient(*server.address))
             request = {'cmd': 'x', 'args': [], 'env': {}, 'path': '', 'options': {}}

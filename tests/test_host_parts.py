@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import faults
+import hostguests
 import hostjournal
 import hosttrust
 import protocol
@@ -49,7 +50,7 @@ def results_of(cmd_id, **changes):
 
 
 def new_command(commands, names=('a',), multicast=False, queued=False):
-    guests = [vmhost.Guest(name.upper(), name) for name in names]
+    guests = [hostguests.Guest(name.upper(), name) for name in names]
     return commands.new(REQUEST, names[0], multicast, guests, queued, 'tester')
 
 
@@ -197,7 +198,7 @@ def add(guests, id, name='n', session='s'):
 
 
 def test_liveness(clock):
-    guests = vmhost.Guests(30, clock)
+    guests = hostguests.Guests(30, clock)
     guest, news = add(guests, 'A')
     assert news and guest.agent == 'alive'
     clock.now += 30.5
@@ -211,7 +212,7 @@ def test_liveness(clock):
 
 
 def test_a_name_is_no_way_to_anothers_id(clock):
-    guests = vmhost.Guests(30, clock)
+    guests = hostguests.Guests(30, clock)
     squatter = add(guests, 'A', 'second')[0]
     assert guests.find('second') is squatter
     second = add(guests, 'second', 'n')[0]
@@ -228,7 +229,7 @@ def test_a_mac_is_no_name():
 
 
 def test_the_suspended_and_the_forgiven_are_not_judged(clock):
-    guests = vmhost.Guests(30, clock)
+    guests = hostguests.Guests(30, clock)
     add(guests, 'A')
     clock.now += 1000
     assert guests.tick(lambda vm: True) == []
@@ -242,7 +243,7 @@ def test_the_suspended_and_the_forgiven_are_not_judged(clock):
 
 
 def test_the_second_of_a_name_gets_its_id(clock):
-    guests = vmhost.Guests(30, clock)
+    guests = hostguests.Guests(30, clock)
     assert add(guests, 'A')[0].name == 'n'
     assert add(guests, 'B')[0].name == 'n-B'
     assert add(guests, 'A', session='again')[0].name == 'n'
@@ -550,7 +551,7 @@ class Lookups:
 def test_many_hellos_are_one_lookup(monkeypatch):
     monkeypatch.setattr(vmhost, 'LOOKUP_EVERY', 0.01)
     lookups = Lookups()
-    first, other = (vmhost.Guest(id, id) for id in ('first', 'other'))
+    first, other = (hostguests.Guest(id, id) for id in ('first', 'other'))
     before = threading.active_count()
     lookups.lookup.look_up(first)
     helpers.wait_until(lambda: lookups.seen == ['first'])
@@ -571,7 +572,7 @@ def test_lookups_are_bounded(monkeypatch):
     monkeypatch.setattr(vmhost, 'NAMES_WAITING', 10)
     lookups = Lookups()
     for number in range(1000):
-        lookups.lookup.look_up(vmhost.Guest(str(number), ''))
+        lookups.lookup.look_up(hostguests.Guest(str(number), ''))
     assert len(lookups.lookup._waiting) <= 10
     lookups.stopping.set()
     lookups.go.set()

@@ -21,6 +21,7 @@ from agents import TOP, Agent, Host
 from chromium import CHROMIUM, Browser
 from helpers import wait_until
 
+import hostguests
 import hostjournal
 import vmhost
 
@@ -262,7 +263,7 @@ def test_the_snapshot_tells_what_goes_on(host, guest, api):
 
 
 def test_vms_of_the_hypervisor_are_there_with_and_without_an_agent():
-    guests = vmhost.Guests(30)
+    guests = hostguests.Guests(30)
     guests.add('A', 'with-agent', '10.0.0.1', '', '', {}, 0)
     guests.add('B', 'no-vm', '10.0.0.2', '', '', {}, 0)
     guests.gone('B')
@@ -278,14 +279,14 @@ def test_vms_of_the_hypervisor_are_there_with_and_without_an_agent():
 
 def test_loads_cover_ten_minutes_however_often_beacons_come():
     now = [1000.0]
-    guests = vmhost.Guests(30, lambda: now[0])
+    guests = hostguests.Guests(30, lambda: now[0])
     guest, _ = guests.add('A', 'a', '', '', '', {}, 0)
     for _ in range(20 * 60):
         now[0] += 1
         guests.heard('A', {'load1': now[0]})
         guests.heard('A')
     loads = [load['load1'] for load in guests.loads_of(guest)]
-    assert loads[-1] - loads[0] >= 590 and len(loads) == vmhost.LOADS_KEPT
+    assert loads[-1] - loads[0] >= 590 and len(loads) == hostguests.LOADS_KEPT
 
 
 def test_a_hostile_guest_does_not_break_the_page(evil_host):

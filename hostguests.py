@@ -1,0 +1,194 @@
+"""The guests: which agents are there, what they said of themselves, and when they were heard last.
+"""
+
+import collections
+import json
+import threading
+import time
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+from faults import Busy
+
+LOADS_KEPT = 120               # loads that are remembered of a guest, for the status page …
+LOAD_EVERY = 5.0               # … and the seconds between two of them: ten minutes, or more
+NOTE_EVERY = 1.0               # seconds between two notes of a guest in the journal
+GUESTS_KEPT = 10000            # ids that may say HELLO
+
+
+class Guest:
+    """What is known of one agent. Times: ``heard`` is monotonic, ``last_seen`` since 1970."""
+
+    def __init__(self, id: str, name: str) -> None:
+        self.id = id
+        self.name = name
+        self.ip = ''
+        self.boot = ''
+        self.session = ''
+        self.facts = {}                # type: Dict[str, Any]
+        self.agent = 'lost'            # alive, late or lost
+        self.heard = 0.0
+        self.last_seen = 0.0
+        self.clock_offset = 0.0
+        self.noted = -1e9              # monotonic: when it was last journalled
+        self.loaded = -1e9             # monotonic: when its load was last remembered
+        self.loads = collections.deque(maxlen=LOADS_KEPT)  # type: collections.deque
+
+    @property
+    def chirp_port(self) -> int:
+        """Where its Chirp server listens; 0: nowhere."""
+        port = self.facts.get('chirp')
+        port = port.get('port') if isinstance(port, dict) else port
+        return port if isinstance(port, int) and 0 < port < 65536 else 0
+
+
+class Guests:
+    """The agents that said HELLO, and whether they are still there. Safe from any thread.
+
+    Alive; ``late`` when nothing was heard for ``grace`` seconds; ``lost``, and off the list, after
+    1.5 times that. The clock is the host's monotonic one, and comes in as an argument.
+    """
+
+    def __init__(self, grace: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._grace = grace
+        self._clock = clock
+        # Guards the two tables and what is in them; nothing outside this class is called while
+        # it is held.
+        self._lock = threading.Lock()
+        self._known = {}               # type: Dict[str, Guest]
+
+    def remember(self, id: str, name: str, ip: str, boot: str, session: str, facts: str,
+                 last_seen: float) -> None:
+        """A guest of an earlier run of the host: known, and lost until it says HELLO."""
+        guest = Guest(id, name)
+        guest.ip, guest.boot, guest.session, guest.last_seen = ip, boot, session, last_seen
+        guest.facts = json.loads(facts)
+        with self._lock:
+            self._known[id] = guest
+
+    def add(self, id: str, name: str, ip: str, boot: str, session: str,
+            facts: Dict[str, Any], clock_offset: float) -> Tuple[Guest, bool]:
+        """A HELLO: the guest, and whether it is news (a new agent, or one that was away)."""
+        with self._lock:
+            guest = self._known.get(id)
+            if guest is None:
+                self._make_room()
+                guest = self._known[id] = Guest(id, name)
+            news = guest.agent == 'lost' or guest.session != session
+            guest.name = self._free_name(id, name)
+            self._make_way(guest, lambda taken: taken.upper() == id.upper())    # an id comes before a name
+            guest.ip, guest.boot, guest.session = ip, boot, session
+            guest.facts, guest.clock_offset = facts, clock_offset
+            self._touch(guest)
+            return guest, news
+
+    def _make_room(self) -> None:
+        if len(self._known) < GUESTS_KEPT:
+            return
+        lost = [guest for guest in self._known.values() if guest.agent == 'lost']
+        if not lost:
+            raise Busy('%d agents are known already' % len(self._known))
+        del self._known[min(lost, key=lambda guest: guest.last_seen).id]
+
+    def _make_way(self, guest: Guest, is_in_its_way: Callable[[str], bool]) -> None:
+        """Appends the id to the names of others that stand in a guest's way."""
+        for other in self._known.values():
+            if other is not guest and is_in_its_way(other.name):
+                other.name = '%s-%s' % (other.name, other.id)
+
+    def _free_name(self, id: str, name: str) -> str:
+        """The name, with the id appended where another one on the list has it, or it is another's id."""
+        for other in self._known.values():
+            if other.id != id and (name.upper() == other.id.upper()
+                                   or other.agent != 'lost' and name == other.name):
+                return '%s-%s' % (name, id)
+        return name
+
+    def _touch(self, guest: Guest) -> None:
+        guest.agent = 'alive'
+        guest.heard = self._clock()
+        guest.last_seen = time.time()
+
+    def heard(self, id: str, load: Optional[Dict[str, float]] = None) -> bool:
+        """Any word counts as a beacon. Whether the guest is on the list."""
+        with self._lock:
+            guest = self._known.get(id)
+            if guest is None or guest.agent == 'lost':
+                return False
+            self._touch(guest)
+            if load and guest.heard - guest.loaded >= LOAD_EVERY:
+                guest.loaded = guest.heard
+                guest.loads.append(dict(load, time=guest.last_seen))
+            return True
+
+    def loads_of(self, guest: Guest) -> List[Dict[str, float]]:
+        """What its beacons told of the last minutes, each with its ``time`` since 1970."""
+        with self._lock:
+            return list(guest.loads)
+
+    def rename(self, guest: Guest, name: str) -> None:
+        """The hypervisor's name for a guest; another that calls itself so has its id appended."""
+        with self._lock:
+            self._make_way(guest, lambda taken: taken == name)
+            guest.name = name
+
+    def gone(self, id: str) -> Optional[Guest]:
+        """A BYE: off the list."""
+        with self._lock:
+            guest = self._known.get(id)
+            if guest is None or guest.agent == 'lost':
+                return None
+            guest.agent = 'lost'
+            return guest
+
+    def forgive(self) -> None:
+        """Nobody was late: it was the host, or the broker, that slept."""
+        with self._lock:
+            for guest in self._known.values():
+                if guest.agent != 'lost':
+                    self._touch(guest)
+
+    def tick(self, excused: Callable[[str], bool]) -> List[Tuple[Guest, str]]:
+        """Those whose liveness changed, with what it is now.
+
+        ``excused`` ones are not judged, and have the whole grace from the moment on when they no
+        longer are.
+        """
+        suspects = self.on_list()
+        excused_ids = {guest.id for guest in suspects if excused(guest.name)}
+        changed = []
+        with self._lock:
+            for guest in suspects:
+                silence = self._clock() - guest.heard
+                if guest.id in excused_ids:
+                    guest.heard = self._clock()
+                elif silence > 1.5 * self._grace and guest.agent != 'lost':
+                    guest.agent = 'lost'
+                    changed.append((guest, 'lost'))
+                elif silence > self._grace and guest.agent == 'alive':
+                    guest.agent = 'late'
+                    changed.append((guest, 'late'))
+        return changed
+
+    def find(self, vm: str) -> Optional[Guest]:
+        """By id or name, in this order; one on the list comes before one that is lost."""
+        wanted = vm.upper()
+        with self._lock:
+            found = [guest for guest in self._known.values()
+                     if vm == guest.name or wanted == guest.id.upper()]
+        return min(found, key=lambda guest: (guest.agent == 'lost', wanted != guest.id.upper()), default=None)
+
+    def by_id(self, id: str) -> Optional[Guest]:
+        """The guest of exactly that id."""
+        with self._lock:
+            return self._known.get(id)
+
+    def on_list(self) -> List[Guest]:
+        """All that are alive or late, by name."""
+        with self._lock:
+            return sorted((guest for guest in self._known.values() if guest.agent != 'lost'),
+                          key=lambda guest: guest.name)
+
+    def all(self) -> List[Guest]:
+        """All that are known, lost ones too."""
+        with self._lock:
+            return list(self._known.values())
