@@ -22,8 +22,8 @@ sys.path[:0] = [TOP, os.path.join(TOP, 'tests')]
 
 from agents import Agent, Host  # noqa: E402
 
+import hostcommands  # noqa: E402
 import hostjournal  # noqa: E402
-import vmhost  # noqa: E402
 
 CLIENTS = 8
 CALLS = {
@@ -50,7 +50,7 @@ def fill(path, rows):
             for number in range(begin, min(begin + 10000, rows)):
                 cmd_id, vm = 'filled-%07d' % number, 'vm-%d' % (number % 50)
                 state = 'failed' if number % 1000 == 7 else 'exited'
-                results = json.dumps(dict(vmhost.lost_results(cmd_id, ''), state=state))
+                results = json.dumps(dict(hostcommands.lost_results(cmd_id, ''), state=state))
                 when = now - (rows - number) * 0.1
                 transaction.execute('INSERT INTO commands VALUES (?, ?, 0, ?, ?, ?)', cmd_id, vm, request,
                                     when, 'bench')

@@ -23,6 +23,7 @@ from test_chirp import make_gib, make_many, same, same_folder
 import agent
 import chirp
 import faults
+import hostcommands
 import hostguests
 import hostjournal
 import vmhost
@@ -364,7 +365,7 @@ def test_output_is_on_the_disk_before_it_is_acknowledged(tmp_path, monkeypatch):
             monkeypatch.setattr(host, 'chirp_client', lambda guest: chirp.ChirpClient(*server.address))
             request = {'cmd': 'x', 'args': [], 'env': {}, 'path': '', 'options': {}}
             cmd_id = host.commands.new(request, 'g', False, [guest], False, 'tester')[0]
-            results = dict(vmhost.lost_results(cmd_id, ''), spool='/')
+            results = dict(hostcommands.lost_results(cmd_id, ''), spool='/')
             results.update({'out-size': 1000000, 'out-offset': 900000})
             execution = host.commands.find(cmd_id)[0]
             host.commands.finish(execution, results, fetched=False)

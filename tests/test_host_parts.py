@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import faults
+import hostcommands
 import hostguests
 import hostjournal
 import hosttrust
@@ -45,7 +46,7 @@ REQUEST = {'cmd': 'true', 'args': [], 'env': {}, 'path': '', 'options': {}}
 
 
 def results_of(cmd_id, **changes):
-    results = dict(vmhost.lost_results(cmd_id, ''), state='exited', finished=True, exitCodeOrSignal=0)
+    results = dict(hostcommands.lost_results(cmd_id, ''), state='exited', finished=True, exitCodeOrSignal=0)
     return dict(results, **changes)
 
 
@@ -179,7 +180,7 @@ def test_torn_pages_are_found_at_the_start(tmp_path, caplog):
 
 
 def test_old_results_are_let_go(journal):
-    commands = vmhost.Commands(journal)
+    commands = hostcommands.Commands(journal)
     old, executions = new_command(commands)
     commands.finish(executions[0], results_of(old), True)
     running, _ = new_command(commands)
@@ -253,7 +254,7 @@ def test_the_second_of_a_name_gets_its_id(clock):
 # --- commands ---
 
 def test_a_command_ends_once(journal):
-    commands = vmhost.Commands(journal)
+    commands = hostcommands.Commands(journal)
     cmd_id, [execution] = new_command(commands)
     assert commands.finish(execution, results_of(cmd_id), True)
     assert not commands.finish(execution, results_of(cmd_id, exitCodeOrSignal=5), True)
@@ -261,7 +262,7 @@ def test_a_command_ends_once(journal):
 
 
 def test_what_is_not_answered_is_published_again(journal, clock):
-    commands = vmhost.Commands(journal, clock)
+    commands = hostcommands.Commands(journal, clock)
     cmd_id, [execution] = new_command(commands)
     begin = clock.now
     published = []
@@ -280,21 +281,21 @@ def test_what_is_not_answered_is_published_again(journal, clock):
 def test_a_host_that_restarts_knows_its_commands(tmp_path):
     path = str(tmp_path / 'journal')
     journal = hostjournal.Journal(path)
-    commands = vmhost.Commands(journal)
+    commands = hostcommands.Commands(journal)
     sent, _ = new_command(commands)
     running, [execution] = new_command(commands)
     commands.heard_status(execution, 'running', Message('', 'CMD_STATUS', {}, {}))
     commands.write_states()
     journal.close()
     journal = hostjournal.Journal(path)
-    again = vmhost.Commands(journal)
+    again = hostcommands.Commands(journal)
     assert [again.find(cmd_id)[0].state for cmd_id in (sent, running)] == ['sent', 'running']
     assert again.count() == 2
     journal.close()
 
 
 def test_a_multicast_has_an_execution_per_vm(journal):
-    commands = vmhost.Commands(journal)
+    commands = hostcommands.Commands(journal)
     cmd_id, executions = new_command(commands, ('a', 'b'), multicast=True)
     assert [execution.key for execution in executions] == [cmd_id + '@a', cmd_id + '@b']
     assert commands.find(cmd_id + '@b') == [executions[1]]
@@ -309,7 +310,7 @@ def test_a_multicast_has_an_execution_per_vm(journal):
 
 def test_orphans_are_bounded(journal, monkeypatch):
     monkeypatch.setattr(hostjournal, 'ORPHANS_KEPT', 3)
-    commands = vmhost.Commands(journal)
+    commands = hostcommands.Commands(journal)
     for number in range(10):
         commands.keep_orphan('unknown-%d' % number, 'A', 'a', results_of('x'))
     assert journal.rows('SELECT cmd_id FROM orphans ORDER BY cmd_id') == [
@@ -318,7 +319,7 @@ def test_orphans_are_bounded(journal, monkeypatch):
 
 def test_what_ends_while_it_is_looked_at_is_shown_as_ended(journal):
     """Its end is in the journal a moment before the table of unfinished ones forgets it."""
-    commands = vmhost.Commands(journal)
+    commands = hostcommands.Commands(journal)
     new_command(commands)
     with journal.writing() as transaction:
         transaction.execute('UPDATE executions SET state = ?, ended = 5', 'exited')
@@ -327,7 +328,7 @@ def test_what_ends_while_it_is_looked_at_is_shown_as_ended(journal):
 
 @pytest.mark.parametrize('look', ['find', 'list'])
 def test_what_ends_after_it_was_read_is_known_to_have_ended(journal, monkeypatch, look):
-    commands = vmhost.Commands(journal)
+    commands = hostcommands.Commands(journal)
     cmd_id, executions = new_command(commands, ['a', 'b'], multicast=True)
     read = journal.executions
 
@@ -347,10 +348,10 @@ def test_what_ends_after_it_was_read_is_known_to_have_ended(journal, monkeypatch
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=3)))
 def test_results_are_read_or_refused(keys):
     try:
-        results = vmhost.read_results(Message('', 'CMD_RESULTS', {'cmd-id': 'x'}, keys))
+        results = hostcommands.read_results(Message('', 'CMD_RESULTS', {'cmd-id': 'x'}, keys))
     except protocol.BadWord:
         return
-    assert set(vmhost.lost_results('x', '')) <= set(results)
+    assert set(hostcommands.lost_results('x', '')) <= set(results)
     protocol.read_json(protocol.write_json(results))
     vmhost.to_xml(vmhost.shown_results(results))
 
@@ -466,7 +467,7 @@ def test_signals_by_their_names_and_numbers():
     {'finished': 'yes'}, {'typo': 1}])
 def test_filters_that_mean_nothing(filter):
     with pytest.raises(faults.InvalidParams, match='listCmds'):
-        vmhost.read_filter(filter)
+        hostcommands.read_filter(filter)
 
 
 def test_null_is_as_good_as_nothing():

@@ -1,0 +1,470 @@
+"""The commands: what runs where, and how it ended.
+"""
+
+import base64
+import binascii
+import collections
+import contextlib
+import logging
+import secrets
+import threading
+import time
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+import agent
+import protocol
+from faults import BadState, InvalidParams, NoSuchCommand
+from hostguests import Guest
+from hostjournal import FINISHED, ORPHANS_KEPT, ROWS_AT_ONCE, Execution, Journal, JournalError
+from protocol import Message
+
+log = logging.getLogger('vmhost')
+
+
+RETRY_DELAYS = (5, 10, 20, 40, 60)     # seconds between publications of a CMD_RUN; the last repeats
+QUERY_TIMEOUT = 5.0                    # seconds a guest has to answer CMD_QUERY
+SIGNALS_KEPT = 10                      # of a command that its guest hasn't answered yet
+RECENT_KEPT = 100                      # executions that ended, and are remembered as they are …
+RECENT_LARGEST = 16 * 1024             # … with no more than that of results, written as JSON
+
+
+def log_submitted(cmd_id: str, target: str, client: str) -> None:
+    """Says who asked for a command: once it was sent, for the log is no part of the way."""
+    log.info('%s: asked for on %s by %s', cmd_id, agent.printable(target), client)
+
+
+class _Reply:
+    """A CMD_STATUS that somebody waits for."""
+
+    def __init__(self, matches: Callable[[Message], bool]) -> None:
+        self.matches = matches
+        self.message = None            # type: Optional[Message]
+        self.arrived = threading.Event()
+
+
+class Commands:
+    """What was asked for, and how far it is. Safe from any thread.
+
+    The unfinished executions are in memory, everything is in the journal; a change is journalled
+    before anybody hears of it.
+    """
+
+    def __init__(self, journal: Journal, clock: Callable[[], float] = time.monotonic) -> None:
+        self._journal = journal
+        self._clock = clock
+        # Guards the tables below. The journal is called with the lock released.
+        self._lock = threading.Lock()
+        self._open = {}                # type: Dict[Tuple[str, str], Execution]
+        self._by_key = {}              # type: Dict[str, Execution]
+        self._replies = {}             # type: Dict[Tuple[str, str], List[_Reply]]
+        self._unwritten = {}           # type: Dict[Tuple[str, str], Execution]
+        # Of what ended last: its results are asked for next.
+        self._recent = collections.OrderedDict()  # type: collections.OrderedDict[str, Execution]
+        for execution in journal.executions('ended = 0'):
+            self._keep(execution)
+            if execution.state in ('queued', 'sent'):
+                execution.next_publish = clock()       # an earlier host may have died before it was
+
+    def _keep(self, execution: Execution) -> None:
+        self._open[execution.index] = execution
+        self._by_key[execution.key] = execution
+
+    def new(self, request: Dict[str, Any], target: str, multicast: bool, guests: List[Guest],
+            queued: bool, client: str) -> Tuple[str, List[Execution]]:
+        """Journals a command before anything else is done with it. Raises JournalError."""
+        cmd_id = time.strftime('%Y%m%d-%H%M%S-', time.gmtime()) + secrets.token_hex(4)
+        submitted = time.time()
+        state = 'queued' if queued else 'sent'
+        executions = [Execution(cmd_id, guest.id, guest.name, multicast, request['cmd'], state,
+                                submitted) for guest in guests]
+        with self._journal.writing() as journal:
+            journal.execute('INSERT INTO commands VALUES (?, ?, ?, ?, ?, ?)', cmd_id, target,
+                            int(multicast), protocol.write_json(request), submitted, client)
+            for execution in executions:
+                journal.add_execution(execution)
+            journal.event('cmd-submitted', target, cmd_id, 'by %s: %s' % (
+                client, ' '.join([request['cmd']] + request['args'])))
+        with self._lock:
+            for execution in executions:
+                self._keep(execution)
+                if queued:
+                    execution.next_publish = self._clock()     # as soon as its agent is there
+        return cmd_id, executions
+
+    def published(self, execution: Execution) -> None:
+        """It was sent; when to send it again, should the guest not answer."""
+        with self._lock:
+            delay = RETRY_DELAYS[min(execution.attempts, len(RETRY_DELAYS) - 1)]
+            execution.attempts += 1
+            execution.next_publish = self._clock() + delay
+            if execution.state == 'queued':
+                execution.state = 'sent'
+                self._unwritten[execution.index] = execution
+
+    def due(self) -> List[Execution]:
+        """What should be sent by now: for the first time, or again, since the guest didn't answer."""
+        now = self._clock()
+        with self._lock:
+            return [execution for execution in self._open.values()
+                    if execution.next_publish is not None and execution.next_publish <= now]
+
+    def request(self, cmd_id: str) -> Dict[str, Any]:
+        """What was asked for. Raises NoSuchCommand."""
+        command = self._journal.command(cmd_id)
+        if command is None:
+            raise NoSuchCommand('no command %.100s' % cmd_id)
+        return command
+
+    def open_of(self, vm_id: str) -> List[Execution]:
+        """The unfinished executions on that VM."""
+        with self._lock:
+            return [execution for execution in self._open.values() if execution.vm_id == vm_id]
+
+    def waiting_for(self, vm: str) -> List[Execution]:
+        """Those that were not sent yet to the VM of that name, whatever its id was when they came."""
+        with self._lock:
+            return [execution for execution in self._open.values()
+                    if execution.vm == vm and execution.state == 'queued']
+
+    def move(self, execution: Execution, vm_id: str) -> None:
+        """Journals an execution under another id of its VM, unless it has ended. Raises JournalError."""
+        before = execution.vm_id
+        try:
+            with self._journal.writing() as journal:       # ``finish`` waits, and takes the new id
+                if not journal.execute('UPDATE OR IGNORE executions SET vm_id = ? WHERE cmd_id = ? '
+                                       'AND vm_id = ? AND ended = 0', vm_id, *execution.index).rowcount:
+                    return
+                self._set_id(execution, vm_id)
+        except JournalError:
+            self._set_id(execution, before)
+            raise
+        log.info('%s: %s is %s now, it was %s', execution.key, execution.vm, vm_id, before)
+
+    def _set_id(self, execution: Execution, vm_id: str) -> None:
+        with self._lock:
+            before, execution.vm_id = execution.index, vm_id
+            for table in self._open, self._unwritten:
+                if table.pop(before, None) is not None:
+                    table[execution.index] = execution
+
+    def is_open(self, execution: Execution) -> bool:
+        """Whether it is unfinished."""
+        with self._lock:
+            return self._open.get(execution.index) is execution
+
+    def find_open(self, cmd_id: str, vm_id: str) -> Optional[Execution]:
+        """The unfinished execution of that command on that VM."""
+        with self._lock:
+            return self._open.get((cmd_id, vm_id))
+
+    def find(self, key: str) -> List[Execution]:
+        """One execution; of a multicast's own id, all of them. Raises NoSuchCommand."""
+        with self._lock:
+            execution = self._by_key.get(key) or self._recent.get(key)
+        if execution is not None:
+            return [execution]
+        cmd_id, at, vm = key.partition('@')
+        if at:
+            found = self._journal.executions('cmd_id = ? AND vm = ? AND multicast = 1', cmd_id, vm) or [
+                orphan for name in (cmd_id, key) for orphan in self._journal.orphans(name)
+                if orphan.key == key]
+        else:
+            found = self._journal.executions('cmd_id = ?', cmd_id) or self._journal.orphans(cmd_id)
+        if not found and not (self._journal.command(cmd_id) and not at):
+            raise NoSuchCommand('no command %.100s' % key)
+        return [self._now(execution) for execution in found]
+
+    def _now(self, execution: Execution) -> Execution:
+        """What was read from the journal, as it is now: the one object of it while it is unfinished.
+
+        The journal knows an end a moment before the table does; it may come after the reading, too.
+        """
+        if execution.ended:
+            return execution
+        with self._lock:
+            unfinished = self._open.get(execution.index)
+        return unfinished or self.finished(*execution.index) or execution
+
+    def find_one(self, key: str) -> Execution:
+        """One execution. Raises NoSuchCommand, or InvalidParams for a multicast's own id."""
+        executions = self.find(key)
+        if len(executions) != 1 or executions[0].key != key:
+            raise InvalidParams('%s ran on %d VMs; name one of them as %s@vmName'
+                                % (key, len(executions), key))
+        return executions[0]
+
+    # What guests say.
+
+    def heard_status(self, execution: Execution, state: str, message: Message) -> None:
+        """A CMD_STATUS: remembered, and given to whoever waits for it."""
+        with self._lock:
+            if execution.index in self._open:
+                # The results of what has ended come by themselves; unless an earlier state of this
+                # journal was restored, and they were acknowledged before: then they are asked for.
+                execution.next_publish = None if state not in FINISHED \
+                    else self._clock() + RETRY_DELAYS[0]
+                execution.status = dict(message.keys)
+                execution.status_time = self._clock()
+                if state in ('running', 'queued') and execution.state in ('sent', 'queued', 'running'):
+                    if state == 'running' and not execution.runs:
+                        execution.runs = True
+                        self._unwritten[execution.index] = execution
+                    execution.state = 'running'
+        self._give_reply(execution.index, message)
+
+    def _give_reply(self, index: Tuple[str, str], message: Message) -> None:
+        with self._lock:
+            replies = [reply for reply in self._replies.get(index, ()) if reply.matches(message)]
+        for reply in replies:
+            reply.message = message
+            reply.arrived.set()
+
+    def write_states(self) -> None:
+        """Journals the states that changed since the last call; results don't wait for that."""
+        with self._lock:
+            changed, self._unwritten = self._unwritten, {}
+        if not changed:
+            return
+        try:
+            with self._journal.writing() as journal:
+                for execution in changed.values():
+                    state = 'sent' if execution.state == 'running' and not execution.runs else execution.state
+                    if journal.execute('UPDATE executions SET state = ? WHERE cmd_id = ? AND vm_id = ? '
+                                       'AND ended = 0', state, *execution.index).rowcount:
+                        journal.event('cmd-' + state, execution.vm, execution.key)
+                log.info('%s: %s', execution.key, state)
+        except JournalError:
+            with self._lock:
+                changed.update(self._unwritten)
+                self._unwritten = changed          # the next call tries again
+            raise
+
+    def ask(self, execution: Execution, matches: Callable[[Message], bool],
+            say: Callable[[], None], timeout: float = QUERY_TIMEOUT) -> Optional[Message]:
+        """Says something, and waits for the CMD_STATUS that matches; None when it is late."""
+        with self._reply(execution, matches) as reply:
+            say()
+            reply.arrived.wait(timeout)
+            return reply.message
+
+    @contextlib.contextmanager
+    def _reply(self, execution: Execution, matches: Callable[[Message], bool]) -> Iterator[_Reply]:
+        reply, index = _Reply(matches), execution.index
+        with self._lock:
+            self._replies.setdefault(index, []).append(reply)
+        try:
+            yield reply
+        finally:
+            with self._lock:
+                waiting = self._replies[index]
+                waiting.remove(reply)
+                if not waiting:
+                    del self._replies[index]
+
+    def ask_all(self, executions: List[Execution], say: Callable[[Execution], None], timeout: float) -> None:
+        """Says something of each, and waits until all guests have answered by a CMD_STATUS, or it is late."""
+        deadline = self._clock() + timeout
+        with contextlib.ExitStack() as stack:
+            replies = [stack.enter_context(self._reply(execution, lambda message: True))
+                       for execution in executions]
+            for execution in executions:
+                say(execution)
+            for reply in replies:
+                reply.arrived.wait(max(0.0, deadline - self._clock()))
+
+    def finish(self, execution: Execution, results: Dict[str, Any], fetched: bool) -> bool:
+        """Journals the end of an execution, once, then wakes whoever waits. False: it had ended.
+
+        It survives a loss of power from the journal's next ``sync`` on; the guest has it until CMD_ACK.
+        """
+        with self._lock:
+            if self._open.get(execution.index) is not execution:
+                return False
+        ended, text = time.time(), protocol.write_json(results)
+        with self._journal.writing(durable=False) as journal:
+            changed = journal.execute(
+                'UPDATE executions SET state = ?, ended = ?, results = ?, fetched = ? '
+                'WHERE cmd_id = ? AND vm_id = ? AND ended = 0', results['state'], ended, text,
+                int(fetched), *execution.index).rowcount
+            if changed:
+                journal.event('cmd-finished', execution.vm, execution.key, describe_end(results))
+        if not changed:
+            return False            # another thread was faster, and sets what follows
+        with self._lock:
+            execution.state, execution.ended, execution.results = results['state'], ended, text
+            execution.fetched = fetched
+            self._open.pop(execution.index, None)
+            self._by_key.pop(execution.key, None)
+            self._unwritten.pop(execution.index, None)
+            if len(text) <= RECENT_LARGEST:
+                self._recent[execution.key] = execution
+                if len(self._recent) > RECENT_KEPT:
+                    self._recent.popitem(last=False)
+        execution.done.set()        # the log comes after it: somebody waits
+        log.info('%s: on %s %s', execution.key, execution.vm, describe_end(results))
+        return True
+
+    def lose(self, execution: Execution, reason: str) -> None:
+        """Ends an execution as lost."""
+        self.finish(execution, lost_results(execution.cmd_id, reason), True)
+
+    def finished(self, cmd_id: str, vm_id: str) -> Optional[Execution]:
+        """The execution of that command on that VM, if it is in the journal and has ended."""
+        found = self._journal.executions('cmd_id = ? AND vm_id = ? AND ended > 0', cmd_id, vm_id)
+        return found[0] if found else None
+
+    def fetched(self, execution: Execution) -> None:
+        """All output is here that ever will be."""
+        execution.fetched = True
+        with self._journal.writing() as journal:
+            journal.execute('UPDATE executions SET fetched = 1 WHERE cmd_id = ? AND vm_id = ?',
+                            *execution.index)
+
+    def keep_orphan(self, cmd_id: str, vm_id: str, vm: str, results: Dict[str, Any]) -> None:
+        """Results of a command that this host never asked for: kept, and never asked about."""
+        with self._journal.writing() as journal:
+            journal.execute('INSERT OR REPLACE INTO orphans VALUES (?, ?, ?, ?)', cmd_id[:200],
+                            vm_id, time.time(), protocol.write_json(results))
+            journal.execute('DELETE FROM orphans WHERE rowid IN (SELECT rowid FROM orphans '
+                            'ORDER BY received DESC LIMIT -1 OFFSET ?)', ORPHANS_KEPT)
+            journal.event('orphan-result', vm, cmd_id[:200], describe_end(results))
+
+    # What the API asks.
+
+    def last_ended(self, limit: int) -> List[Execution]:
+        """Those that ended last, the newest request last."""
+        return self._journal.executions('number IN (SELECT number FROM executions WHERE ended > 0 '
+                                        'ORDER BY ended DESC LIMIT ?)', limit)
+
+    def list(self, filter: Dict[str, Any]) -> List[Execution]:
+        """Executions, the newest ``limit`` (1000), by vm, state, cmdId and since."""
+        columns = {'vm': 'vm = ?', 'state': 'state = ?', 'cmd': 'cmd = ?', 'cmdId': 'cmd_id = ?',
+                   'since': 'number >= (SELECT number FROM executions WHERE submitted >= ? '
+                            'ORDER BY submitted LIMIT 1)'}
+        clauses, values = ['1'], []
+        filter = read_filter(filter)
+        for name, value in filter.items():
+            if name == 'finished':
+                # The +: by number, newest first, and not by an index that has to be sorted.
+                clauses.append('+ended > 0' if value else 'ended = 0')
+            elif name in columns:
+                clauses.append(columns[name])
+                values.append(value)
+        found = self._journal.executions(' AND '.join(clauses), *values, results=False,
+                                         limit=int(filter.get('limit', ROWS_AT_ONCE)))
+        return [self._now(execution) for execution in found]
+
+    def forget(self, executions: List[Execution]) -> None:
+        """Deletes finished executions, and the command with its last one. Raises BadState."""
+        for execution in executions:
+            if not execution.ended:
+                raise BadState('%s is %s; only a finished command can be forgotten'
+                               % (execution.key, execution.state))
+        with self._journal.writing() as journal:
+            for execution in executions:
+                journal.execute('DELETE FROM executions WHERE cmd_id = ? AND vm_id = ?',
+                                *execution.index)
+                journal.execute('DELETE FROM orphans WHERE cmd_id = ? AND vm_id = ?', *execution.index)
+                journal.execute('DELETE FROM commands WHERE cmd_id = ? AND cmd_id NOT IN '
+                                '(SELECT cmd_id FROM executions)', execution.cmd_id)
+                journal.event('cmd-forgotten', execution.vm, execution.key)
+                log.info('%s: forgotten', execution.key)
+        self._forget_recent()
+
+    def forget_before(self, when: float) -> Tuple[int, bool]:
+        """The same for a slice of what ended before that time, as ``Journal.forget_before``."""
+        count, all_gone = self._journal.forget_before(when)
+        if count:
+            self._forget_recent()
+        return count, all_gone
+
+    def _forget_recent(self) -> None:
+        """From now on what has ended is looked up in the journal: something was deleted there."""
+        with self._lock:
+            self._recent.clear()
+
+    def count(self) -> int:
+        """How many are unfinished."""
+        with self._lock:
+            return len(self._open)
+
+
+FILTERS = {'vm': str, 'state': str, 'cmd': str, 'cmdId': str, 'since': (int, float), 'finished': (bool, int),
+           'limit': (int, float)}  # type: Dict[str, Any]
+
+
+def read_filter(filter: Dict[str, Any]) -> Dict[str, Any]:
+    """A filter of listCmds; a multicast's ``cmdId@vmName`` as both. Raises InvalidParams."""
+    for name, value in filter.items():
+        if name not in FILTERS:
+            raise InvalidParams('listCmds: no filter %r; there are %s' % (name, ', '.join(FILTERS)))
+        is_number = isinstance(value, (int, float))
+        if not isinstance(value, FILTERS[name]) or is_number and not -1 <= value <= 2 ** 53:
+            raise InvalidParams('listCmds: %s: %.40r' % (name, value))
+    cmd_id, at, vm = filter.get('cmdId', '').partition('@')
+    return dict(filter, cmdId=cmd_id, vm=vm) if at else filter
+
+
+def lost_results(cmd_id: str, reason: str) -> Dict[str, Any]:
+    """The results of a command of which nothing will ever be heard."""
+    return {'cmd-id': cmd_id, 'out': '', 'err': '', 'finished': False, 'exitCodeOrSignal': -1,
+            'resources': dict.fromkeys(protocol.RUSAGE_FIELDS, 0), 'state': 'lost',
+            'error': reason, 'wall': 0, 'started': 0, 'ended': time.time(), 'out-size': 0,
+            'err-size': 0, 'out-offset': 0, 'err-offset': 0, 'out-truncated': False,
+            'err-truncated': False, 'spool': ''}
+
+
+def describe_end(results: Dict[str, Any]) -> str:
+    """How it ended, in three words."""
+    state = results['state']
+    if state in ('exited', 'signaled', 'timeout'):
+        return '%s %s' % (state, results['exitCodeOrSignal'])
+    return '%s: %s' % (state, results.get('error', ''))
+
+
+def read_results(message: Message) -> Dict[str, Any]:
+    """The results in a CMD_RESULTS, of the right types, and nothing else. Raises BadWord."""
+    state = message.text('state', 'exited' if message.flag('finished') else 'signaled')
+    if state not in FINISHED:
+        raise protocol.BadWord('CMD_RESULTS: state %.40r' % state)
+    resources = message.mapping('resources')
+    results = {'cmd-id': message.text('cmd-id'), 'state': state,
+               'finished': message.flag('finished'),
+               'exitCodeOrSignal': int(message.number('exitCodeOrSignal', -1)),
+               'resources': {name: Message('', 'CMD_RESULTS', None, resources).number(name)
+                             for name in protocol.RUSAGE_FIELDS}}
+    for name in ('out', 'err', 'error', 'spool'):
+        results[name] = message.text(name)
+    for name in ('wall', 'started', 'ended'):
+        results[name] = message.number(name)
+    for stream in ('out', 'err'):
+        _read_stream(message, stream, results)
+    return results
+
+
+def _read_stream(message: Message, stream: str, results: Dict[str, Any]) -> None:
+    """What CMD_RESULTS says of one stream."""
+    exact = message.text(stream + '64')
+    if exact:
+        try:
+            inline = base64.b64decode(exact, validate=True)
+        except (ValueError, binascii.Error):
+            raise protocol.BadWord('CMD_RESULTS: %s64 is no base64' % stream)
+        results[stream + '64'] = exact
+    else:
+        inline = results[stream].encode('utf-8')
+    offset = max(0, int(message.number(stream + '-offset')))
+    results[stream + '-offset'] = offset
+    results[stream + '-size'] = max(offset + len(inline), int(message.number(stream + '-size')))
+    results[stream + '-truncated'] = message.flag(stream + '-truncated')
+
+
+def has_more_output(results: Dict[str, Any]) -> bool:
+    """Whether more was written than came with the results."""
+    return bool(results['spool'] and (results['out-offset'] or results['err-offset']))
+
+
+def inline_output(results: Dict[str, Any], stream: str) -> bytes:
+    """The exact bytes of a stream that came with the results."""
+    exact = results.get(stream + '64')
+    return base64.b64decode(exact) if exact else results[stream].encode('utf-8')
