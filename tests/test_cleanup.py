@@ -13,7 +13,7 @@ import pytest
 from helpers import wait_until
 
 import faults
-import vmhost
+import virtualbox
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def box(vbox, tmp_path, monkeypatch):
     manager = fake_virtualbox.VirtualBoxManager()
     monkeypatch.setattr(manager, 'getVirtualBox', lambda: vbox)
     network, desktop = types.SimpleNamespace(mode='nat', host_ip=''), types.SimpleNamespace(ports='')
-    box = vmhost.VirtualBox(network, desktop, 9094, str(tmp_path), 1, connect=lambda: manager)
+    box = virtualbox.VirtualBox(network, desktop, 9094, str(tmp_path), 1, connect=lambda: manager)
     box.start_thread()
     box.list_vms()
     yield box
@@ -211,7 +211,7 @@ def test_an_import_that_is_refused_notes_nothing(box, vbox, appliance, monkeypat
 def half(vbox, tmp_path, monkeypatch):
     """Notes the file in which a host that died was making a disk; gives its path."""
     path = tmp_path / 'half' / 'disk.vdi'
-    vbox.setExtraData('vmhost/disk' + str(path), vmhost.unfinished())
+    vbox.setExtraData('vmhost/disk' + str(path), virtualbox.unfinished())
     vbox.setExtraData('vmhost/importing/half', str(tmp_path / 'half' / 'half.vbox'))
     path.parent.mkdir()
     return path

@@ -23,6 +23,7 @@ from helpers import wait_until
 
 import hostguests
 import hostjournal
+import virtualbox
 import vmhost
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
@@ -267,7 +268,7 @@ def test_vms_of_the_hypervisor_are_there_with_and_without_an_agent():
     guests.add('A', 'with-agent', '10.0.0.1', '', '', {}, 0)
     guests.add('B', 'no-vm', '10.0.0.2', '', '', {}, 0)
     guests.gone('B')
-    watch = vmhost.Watch(lambda *event: None)
+    watch = virtualbox.Watch(lambda *event: None)
     hypervisor = types.SimpleNamespace(known_vms=watch.rows, known_state=watch.state_of)
     page = vmhost.StatusPage(types.SimpleNamespace(guests=guests, hypervisor=hypervisor), None)
     watch.look({'u1': ['with-agent', 'Paused', 'A'], 'u2': ['off', 'PoweredOff', 'C'],

@@ -19,7 +19,7 @@ from vm_cases import *  # noqa: F403 (the tests, for pytest to find)
 from vms import VMHost, command_line, environment, fault_of, processes
 
 import faults
-import vmhost
+import virtualbox
 
 NUMBERS = itertools.count(1)
 ANSWERS = '''
@@ -128,7 +128,7 @@ def test_an_error_of_the_system_is_a_fault(host, api, fake, vm):
 @pytest.mark.parametrize('word, connected', [
     ('off', False), ('on', True), ('No', False), ('yes', True), ('false', False), (True, True), (0, False)])
 def test_the_cable_is_on_or_off(word, connected):
-    assert vmhost.read_limits({'network': word}) == {'network': connected}
+    assert virtualbox.read_limits({'network': word}) == {'network': connected}
 
 
 def test_what_takes_longer_than_the_timeout_succeeds(api, fake, vm):
@@ -279,7 +279,7 @@ def test_a_broker_that_no_vm_reaches_is_told_of(tmp_path):
         assert host.api.agentInfo()['broker']['address'].startswith('127.0.0.1:')
         checked = host.verb('check').stdout.decode()
         assert 'where no VM reaches it: start the host agent again' in ' '.join(checked.split())
-class Scripted(vmhost.VirtualBox):
+class Scripted(virtualbox.VirtualBox):
     """One whose processes run these scripts, the last of them again and again."""
 
     def __init__(self, *scripts):
@@ -314,10 +314,10 @@ def test_a_driver_that_dies_while_it_answers_has_a_successor():
 
 
 def test_a_call_of_a_process_that_hung_leaves_its_successor_alone(monkeypatch):
-    monkeypatch.setattr(vmhost, 'SILENCE', 0)
+    monkeypatch.setattr(virtualbox, 'SILENCE', 0)
     with started(ANSWERS) as box:
         assert box.version() == 'an answer'
-        call = vmhost.Call('version', (), None)
+        call = virtualbox.Call('version', (), None)
         call.hand_to(object())
         call.heard -= 1000
         with pytest.raises(faults.DeadlineExceeded):
@@ -345,7 +345,7 @@ def test_a_driver_that_hangs_ends_with_the_host(at_term):
 
 def test_what_processes_printed_is_kept(tmp_path):
     printed = tmp_path / 'virtualbox.log'
-    box = vmhost.VirtualBox(*SETTINGS[:3] + (str(tmp_path), 1))
+    box = virtualbox.VirtualBox(*SETTINGS[:3] + (str(tmp_path), 1))
     for text in (b'first', b'second', b'x' * (1 << 20), b'anew'):
         with box._open_stderr() as stderr:
             stderr.write(text)
@@ -377,7 +377,7 @@ def driven(stop_at, *calls):
             inbox.put(None)
 
     settings = {'network': {'mode': 'nat'}, 'remote_desktop': {}, 'chirp_port': 9094, 'command_timeout': 1}
-    vmhost.Driver(settings, fake_virtualbox.VirtualBoxManager, inbox, tell).run()
+    virtualbox.Driver(settings, fake_virtualbox.VirtualBoxManager, inbox, tell).run()
     return told
 
 
@@ -406,7 +406,7 @@ def box(tmp_path, monkeypatch):
     """A VirtualBox in this process, on ``box.fake``."""
     monkeypatch.setenv('FAKE_VIRTUALBOX', str(tmp_path))
     manager = fake_virtualbox.VirtualBoxManager()
-    box = vmhost.VirtualBox(*SETTINGS, connect=lambda: manager)
+    box = virtualbox.VirtualBox(*SETTINGS, connect=lambda: manager)
     box.fake = manager.getVirtualBox()
     manager.getVirtualBox = lambda: box.fake
     box.start_thread()

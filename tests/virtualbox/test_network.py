@@ -10,6 +10,7 @@ from rig import facts, forget_networks, manage
 from vms import VMHost, fault_of
 
 import agent
+import virtualbox
 import vmhost
 
 CONF = '/etc/vbox/networks.conf'
@@ -134,7 +135,7 @@ def check(home, tmp_path):
     def check(**network):
         settings = agent.read_settings(None, vmhost.SETTINGS)
         vars(settings.Network).update(network)
-        box = vmhost.VirtualBox(settings.Network, settings.RemoteDesktop, 9094, str(tmp_path))
+        box = virtualbox.VirtualBox(settings.Network, settings.RemoteDesktop, 9094, str(tmp_path))
         box.start_thread()
         try:
             return {what: (ok, mend) for ok, what, mend in box.check()}
