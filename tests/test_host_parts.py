@@ -16,6 +16,7 @@ import faults
 import hostcommands
 import hostguests
 import hostjournal
+import hosttransfers
 import hosttrust
 import protocol
 import stompbroker
@@ -542,7 +543,7 @@ class Lookups:
 
     def __init__(self):
         self.seen, self.go, self.stopping = [], threading.Event(), threading.Event()
-        self.lookup = vmhost.NameLookup(self.rename, self.stopping)
+        self.lookup = hosttransfers.NameLookup(self.rename, self.stopping)
 
     def rename(self, guest):
         self.seen.append(guest.id)
@@ -550,7 +551,7 @@ class Lookups:
 
 
 def test_many_hellos_are_one_lookup(monkeypatch):
-    monkeypatch.setattr(vmhost, 'LOOKUP_EVERY', 0.01)
+    monkeypatch.setattr(hosttransfers, 'LOOKUP_EVERY', 0.01)
     lookups = Lookups()
     first, other = (hostguests.Guest(id, id) for id in ('first', 'other'))
     before = threading.active_count()
@@ -570,7 +571,7 @@ def test_many_hellos_are_one_lookup(monkeypatch):
 
 
 def test_lookups_are_bounded(monkeypatch):
-    monkeypatch.setattr(vmhost, 'NAMES_WAITING', 10)
+    monkeypatch.setattr(hosttransfers, 'NAMES_WAITING', 10)
     lookups = Lookups()
     for number in range(1000):
         lookups.lookup.look_up(hostguests.Guest(str(number), ''))
