@@ -13,8 +13,8 @@ from agents import TOP, Agent, Host
 from helpers import wait_until
 
 import agent
+import hostconfig
 import vmguest
-import vmhost
 
 pytestmark = [pytest.mark.once, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 
@@ -55,11 +55,11 @@ def with_files_of_tests(text, folder):
 # --- files that are copied ---
 
 def test_every_ini_file_is_one_that_the_agents_take(tmp_path):
-    host = settings_of('host.ini with TLS', vmhost.SETTINGS, tmp_path)
+    host = settings_of('host.ini with TLS', hostconfig.SETTINGS, tmp_path)
     assert host.Broker.tls and host.Broker.embedded and host.Broker.host == '192.168.56.1'
-    host = settings_of('host.ini with another broker', vmhost.SETTINGS, tmp_path)
+    host = settings_of('host.ini with another broker', hostconfig.SETTINGS, tmp_path)
     assert not host.Broker.embedded and host.Broker.port == 61613
-    assert settings_of('C:\\vmhost\\host.ini', vmhost.SETTINGS, tmp_path).Logging.file.endswith('vmhost.log')
+    assert settings_of('C:\\vmhost\\host.ini', hostconfig.SETTINGS, tmp_path).Logging.file.endswith('vmhost.log')
     for block in ('guest.ini with TLS', 'guest.ini with another broker', '/etc/vmguest/guest.ini'):
         settings_of(block, vmguest.SETTINGS, tmp_path)
 

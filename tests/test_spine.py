@@ -21,6 +21,7 @@ from brokers import free_port
 from helpers import fault_of, wait_until
 
 import agent
+import hostconfig
 import hosttransfers
 import vmhost
 
@@ -719,7 +720,7 @@ def test_a_command_waits_for_its_guest(tmp_path):
 
 def test_a_caller_that_no_thread_is_left_for_is_turned_away(tmp_path, monkeypatch):
     (tmp_path / 'ini').write_text('[Host]\nxmlrpc_port = 0\nxmlrpc_auth = no\n')
-    host = vmhost.Host(agent.read_settings(str(tmp_path / 'ini'), vmhost.SETTINGS))
+    host = vmhost.Host(agent.read_settings(str(tmp_path / 'ini'), hostconfig.SETTINGS))
     start = threading.Thread.start
 
     def start_none(thread):

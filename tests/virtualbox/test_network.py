@@ -10,8 +10,8 @@ from rig import facts, forget_networks, manage
 from vms import VMHost, fault_of
 
 import agent
+import hostconfig
 import virtualbox
-import vmhost
 
 CONF = '/etc/vbox/networks.conf'
 
@@ -133,7 +133,7 @@ def test_a_foreign_vm_gets_what_it_needs_at_its_start(api, remove_all):
 def check(home, tmp_path):
     """What the class says of this machine, by a network's settings."""
     def check(**network):
-        settings = agent.read_settings(None, vmhost.SETTINGS)
+        settings = agent.read_settings(None, hostconfig.SETTINGS)
         vars(settings.Network).update(network)
         box = virtualbox.VirtualBox(settings.Network, settings.RemoteDesktop, 9094, str(tmp_path))
         box.start_thread()

@@ -1,0 +1,57 @@
+"""host.ini: its sections and keys, each with its kind and default.
+"""
+
+import ipaddress
+import re
+
+import agent
+
+
+def ip_address(value: str) -> str:
+    """A kind: an IPv4 address or netmask."""
+    try:
+        return str(ipaddress.IPv4Address(value))
+    except ValueError:
+        raise ValueError('an IPv4 address')
+
+
+def port_range(value: str) -> str:
+    """A kind: ports such as 5000-5050, or a single one."""
+    match = re.match(r'^(\d{1,5})(?:\s*-\s*(\d{1,5}))?$', value)
+    low, high = (int(match.group(1)), int(match.group(2) or match.group(1))) if match else (0, 0)
+    if not 0 < low <= high < 65536:
+        raise ValueError('ports such as 5000-5050')
+    return '%d-%d' % (low, high)
+
+
+SETTINGS = {
+    'Broker': {
+        'embedded': (agent.yes_no, 'yes'), 'host': (agent.text, 'auto'),
+        'port': (agent.integer(0, 65535), '61613'), 'username': (agent.text, ''),
+        'password': (agent.text, ''), 'heartbeat': (agent.integer(0, 3600), '10'),
+        'max_frame': (agent.at_least(24 << 10, agent.size, '24K'), '1M'),
+        'tls': (agent.yes_no, 'no'), 'ca_file': (agent.path, ''), 'cert_file': (agent.path, ''),
+        'key_file': (agent.path, '')},
+    'Host': {
+        'xmlrpc_listen_on': (agent.given, '127.0.0.1'),
+        'xmlrpc_port': (agent.integer(0, 65535), '50505'),
+        'xmlrpc_auth': (agent.yes_no, 'yes'), 'state_dir': (agent.path, 'vmhost-state'),
+        'vm_gc_grace': (agent.at_least(1, agent.duration, '1 s'), '30'),
+        'keep_results': (agent.duration, '7d'), 'fetch_limit': (agent.size, '64M'),
+        'max_transfers': (agent.integer(1, 1000), '4')},
+    'Hypervisor': {
+        'hypervisor': (agent.choice('auto', 'VirtualBox', 'none'), 'auto'),
+        'command_timeout': (agent.duration, '45')},
+    'Network': {
+        'mode': (agent.choice('hostonly', 'nat'), 'hostonly'),
+        'interface': (agent.text, 'vboxnet0'), 'manage': (agent.yes_no, 'no'),
+        'host_ip': (ip_address, '192.168.56.1'), 'netmask': (ip_address, '255.255.255.0'),
+        'dhcp_server': (ip_address, '192.168.56.100'),
+        'dhcp_lower': (ip_address, '192.168.56.101'),
+        'dhcp_upper': (ip_address, '192.168.56.254')},
+    'RemoteDesktop': {
+        'address': (agent.text, '127.0.0.1'), 'ports': (port_range, '5000-5050'),
+        'auth': (agent.choice('external', 'guest', 'null'), 'external'),
+        'security': (agent.choice('TLS', 'RDP', 'Negotiate'), 'TLS')},
+    'Logging': agent.LOGGING,
+}  # type: Dict[str, Dict[str, Tuple[Callable, str]]]
