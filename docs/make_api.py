@@ -12,7 +12,7 @@ sys.path.insert(0, os.path.dirname(HERE))
 
 import inspect  # noqa: E402
 
-import vmhost  # noqa: E402
+import hostapi  # noqa: E402
 
 HEAD = """# The XML-RPC interface
 
@@ -38,8 +38,8 @@ def link_of(heading):
 
 def make_page():
     """The whole text of docs/api.md."""
-    parts = vmhost.describe_api()
-    lines = [HEAD % inspect.getdoc(vmhost.Api)]
+    parts = hostapi.describe_api()
+    lines = [HEAD % inspect.getdoc(hostapi.Api)]
     for part, methods in parts:
         names = ' · '.join('[%s](#%s)' % (method.name, link_of(method.name + method.signature))
                            for method in methods)
@@ -49,7 +49,7 @@ def make_page():
         for method in methods:
             lines.append('### %s%s\n\n%s\n\n```python\n%s\n```\n' % (
                 method.name, method.signature, method.text, method.example))
-    aliases = ', '.join('`%s` is `%s`' % item for item in vmhost.Api.ALIASES.items())
+    aliases = ', '.join('`%s` is `%s`' % item for item in hostapi.Api.ALIASES.items())
     lines.append('## Names that older clients use\n\n%s.' % aliases)
     return '\n'.join(lines) + '\n'
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import faults
+import hostapi
 import hostcommands
 import hostguests
 import hostjournal
@@ -354,7 +355,7 @@ def test_results_are_read_or_refused(keys):
         return
     assert set(hostcommands.lost_results('x', '')) <= set(results)
     protocol.read_json(protocol.write_json(results))
-    vmhost.to_xml(vmhost.shown_results(results))
+    hostapi.to_xml(hostapi.shown_results(results))
 
 
 # --- trust ---
@@ -453,14 +454,14 @@ def test_only_the_addressed_are_sent_it(policy):
     {'limits': {'nothing': 1}}, {'stdin': 5}, {'typo': 1}])
 def test_options_that_no_guest_could_follow(options):
     with pytest.raises(faults.InvalidParams):
-        vmhost.read_options(options)
+        hostapi.read_options(options)
 
 
 def test_signals_by_their_names_and_numbers():
-    assert [vmhost.read_signal(name) for name in ('TERM', 'sigusr1', 9, '15')] == ['TERM', 'USR1', '9', '15']
+    assert [hostapi.read_signal(name) for name in ('TERM', 'sigusr1', 9, '15')] == ['TERM', 'USR1', '9', '15']
     for name in ('FOO', '', '0', 0, 999, -1, True, 'TERM2'):
         with pytest.raises(faults.InvalidParams):
-            vmhost.read_signal(name)
+            hostapi.read_signal(name)
 
 
 @pytest.mark.parametrize('filter', [
@@ -507,17 +508,17 @@ def carried(value):
 
 @given(values)
 def test_every_answer_can_be_carried(value):
-    xml = vmhost.RESPONSE % vmhost.to_xml(value)
+    xml = hostapi.RESPONSE % hostapi.to_xml(value)
     (answer,), _ = xmlrpc.client.loads(xml.encode('utf-8'))
     assert answer == carried(value) and repr(answer) == repr(carried(value))
 
 
 def test_bytes_are_carried_and_what_no_answer_holds_is_refused():
     data = xmlrpc.client.Binary(bytes(range(256)) * 10)
-    (answer,), _ = xmlrpc.client.loads(vmhost.RESPONSE % vmhost.to_xml(['a & b', data, vmhost.to_xml(True)]))
+    (answer,), _ = xmlrpc.client.loads(hostapi.RESPONSE % hostapi.to_xml(['a & b', data, hostapi.to_xml(True)]))
     assert answer == ['a & b', data, True]
     with pytest.raises(TypeError, match='set in an answer'):
-        vmhost.to_xml([{1}])
+        hostapi.to_xml([{1}])
 
 
 def test_the_arrows_between_the_files():

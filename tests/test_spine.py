@@ -21,6 +21,7 @@ from brokers import free_port
 from helpers import fault_of, wait_until
 
 import agent
+import hostapi
 import hostconfig
 import hosttransfers
 import vmhost
@@ -728,7 +729,7 @@ def test_a_caller_that_no_thread_is_left_for_is_turned_away(tmp_path, monkeypatc
             raise RuntimeError('can\'t start new thread')
         start(thread)
     try:
-        host.server = vmhost.XMLRPCServer(host)
+        host.server = hostapi.XMLRPCServer(host)
         host.server.start()
         with monkeypatch.context() as patched:
             patched.setattr(threading.Thread, 'start', start_none)

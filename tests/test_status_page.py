@@ -21,10 +21,10 @@ from agents import TOP, Agent, Host
 from chromium import CHROMIUM, Browser
 from helpers import wait_until
 
+import hostapi
 import hostguests
 import hostjournal
 import virtualbox
-import vmhost
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
 in_chromium = pytest.mark.skipif(CHROMIUM is None, reason='no chromium here')
@@ -147,19 +147,19 @@ def test_a_link_is_good_once_and_its_cookie_for_the_status_page_alone(host, api)
 
 def test_keys_and_visits_end():
     now = [1000.0]
-    visits = vmhost.Visits(lambda: now[0])
+    visits = hostapi.Visits(lambda: now[0])
     key, other = visits.new_key(), visits.new_key()
     visit = visits.enter(key)
     assert visit and not visits.enter(key) and not visits.enter('') and not visits.enter('guess')
-    now[0] += vmhost.LINK_LIFE
+    now[0] += hostapi.LINK_LIFE
     assert not visits.enter(other)
-    now[0] += vmhost.VISIT_LIFE - vmhost.LINK_LIFE - 1
+    now[0] += hostapi.VISIT_LIFE - hostapi.LINK_LIFE - 1
     assert visits.is_known(visit) and not visits.is_known('') and not visits.is_known(other)
-    now[0] += vmhost.VISIT_LIFE - 1
+    now[0] += hostapi.VISIT_LIFE - 1
     assert visits.is_known(visit)
-    now[0] += vmhost.VISIT_LIFE
+    now[0] += hostapi.VISIT_LIFE
     assert not visits.is_known(visit) and not visits.is_known(visit)
-    kept = [visits.enter(visits.new_key()) for _ in range(vmhost.VISITS_KEPT + 1)]
+    kept = [visits.enter(visits.new_key()) for _ in range(hostapi.VISITS_KEPT + 1)]
     assert not visits.is_known(kept[0]) and visits.is_known(kept[1])
 
 
@@ -199,7 +199,7 @@ def test_a_browser_is_told_to_trust_the_page_alone(host):
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_sets_text_alone():
-    page = vmhost.read_beside('status.html').decode()
+    page = hostapi.read_beside('status.html').decode()
     assert not re.search(r'(src|href|url|import|from)\s*[=(]?\s*["\']?(https?:)?//', page)
     assert not re.search(r'<[^>]+\s(on\w+|style|src)=', page)
     for way in ('innerHTML', 'outerHTML', 'insertAdjacentHTML', 'document.write', 'eval(', 'javascript:'):
@@ -212,7 +212,7 @@ def test_the_page_is_in_the_bundle(tmp_path):
     host = Host(tmp_path / 'host')
     host.program = bundle
     with host:
-        assert get(host, '/status')[2] == vmhost.read_beside('status.html')
+        assert get(host, '/status')[2] == hostapi.read_beside('status.html')
 
 
 # --- what it reads ---
@@ -270,7 +270,7 @@ def test_vms_of_the_hypervisor_are_there_with_and_without_an_agent():
     guests.gone('B')
     watch = virtualbox.Watch(lambda *event: None)
     hypervisor = types.SimpleNamespace(known_vms=watch.rows, known_state=watch.state_of)
-    page = vmhost.StatusPage(types.SimpleNamespace(guests=guests, hypervisor=hypervisor), None)
+    page = hostapi.StatusPage(types.SimpleNamespace(guests=guests, hypervisor=hypervisor), None)
     watch.look({'u1': ['with-agent', 'Paused', 'A'], 'u2': ['off', 'PoweredOff', 'C'],
                 'u3': ['no-card', 'Saved', '']})
     assert [(vm['name'], vm['state'], vm['agent']) for vm in page._vms()] == [
