@@ -95,7 +95,7 @@ class Api:
     PARTS = {'help': 'The agent', 'listVMs': 'VMs', 'createVM': 'VM control', 'ping': 'Commands',
              'cpFileToVM': 'Files'}
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Any) -> None:
         self._host = host
         self._caller = threading.local()       # who is calling, per request's thread
 
@@ -897,7 +897,7 @@ ACCEPTED = {float: (int, float), bool: (bool, int), int: (int, float),
 
 
 RESPONSE = "<?xml version='1.0'?><methodResponse><params><param>%s</param></params></methodResponse>"
-XML_ESCAPES = dict(agent.XML_UNSAFE)
+XML_ESCAPES = {**agent.XML_UNSAFE, ord('&'): '&amp;', ord('<'): '&lt;', ord('>'): '&gt;'}
 NOT_PLAIN = re.compile('[%s]' % re.escape(''.join(map(chr, XML_ESCAPES))))
 
 
@@ -1191,7 +1191,7 @@ class StatusPage:
     stream=STREAM&offset=BYTES`` (no offset: the end of it) are getEvents and getCmdOutput.
     """
 
-    def __init__(self, host: Host, api: Api) -> None:
+    def __init__(self, host: Any, api: Api) -> None:
         self._host = host
         self._api = api
         self._visits = Visits()
@@ -1462,7 +1462,7 @@ class XMLRPCServer(socketserver.TCPServer):
     # On Windows it would let another process take the port.
     allow_reuse_address = os.name == 'posix'
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Any) -> None:
         """Binds. Raises VMHostError that names the port."""
         listen_on, port = host.settings.Host.xmlrpc_listen_on, host.settings.Host.xmlrpc_port
         self.address_family = socket.AF_INET6 if ':' in listen_on else socket.AF_INET

@@ -3,6 +3,7 @@
 
 import ipaddress
 import re
+from typing import Callable, Dict, Tuple
 
 import agent
 
@@ -24,7 +25,7 @@ def port_range(value: str) -> str:
     return '%d-%d' % (low, high)
 
 
-SETTINGS = {
+SETTINGS: Dict[str, Dict[str, Tuple[Callable, str]]] = {
     'Broker': {
         'embedded': (agent.yes_no, 'yes'), 'host': (agent.text, 'auto'),
         'port': (agent.integer(0, 65535), '61613'), 'username': (agent.text, ''),
@@ -54,4 +55,4 @@ SETTINGS = {
         'auth': (agent.choice('external', 'guest', 'null'), 'external'),
         'security': (agent.choice('TLS', 'RDP', 'Negotiate'), 'TLS')},
     'Logging': agent.LOGGING,
-}  # type: Dict[str, Dict[str, Tuple[Callable, str]]]
+}

@@ -1,6 +1,6 @@
 """The journal: the host's SQLite file, its memory and its audit trail.
 
-What it holds: the commands and their executions, results of commands that nobody asked for here, guests, events.
+What it holds: commands and their executions, results that nobody here asked for, guests, events.
 What it is not: the state of what goes on; Commands and Guests keep that, and write it here.
 
 Threads: any thread may call; one at a time is inside, by the journal's lock. A transaction holds it from its
@@ -293,6 +293,7 @@ class Journal:
 
 
 ENDED = threading.Event()              # of all that had ended before: there may be a thousand in a list
+ENDED.set()
 
 
 class Execution:

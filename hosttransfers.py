@@ -141,7 +141,7 @@ class Transfers:
     Safe from any thread; the work is done on the threads ``transfer-N``.
     """
 
-    def __init__(self, host: 'Host', count: int) -> None:
+    def __init__(self, host: Any, count: int) -> None:
         self._host = host
         self._workers = Workers('transfer', count)
         # Guards the table, and the step from waiting to running or cancelled; nothing is called while it is
@@ -288,7 +288,7 @@ class Fetcher:
     Into ``state_dir/output``, under names made here; no text of a guest is part of a path.
     """
 
-    def __init__(self, host: 'Host') -> None:
+    def __init__(self, host: Any) -> None:
         self._host = host
         self._workers = Workers('fetch', FETCHERS)
         # Guards what follows; nothing is called while it is held.
@@ -438,7 +438,7 @@ class Acknowledger:
     waits for the results gets them first.
     """
 
-    def __init__(self, host: 'Host') -> None:
+    def __init__(self, host: Any) -> None:
         self._host = host
         self._workers = Workers('acknowledge', 1)
         # Guards the list; nothing is called while it is held.

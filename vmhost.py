@@ -74,7 +74,7 @@ from faults import (
     TransferError,
     VMHostError,
 )
-from hostapi import USER, XML_ESCAPES, FilePath, XMLRPCServer, is_carried, shown_entry, xml_number
+from hostapi import USER, FilePath, XMLRPCServer, is_carried, shown_entry, xml_number
 from hostcommands import (
     QUERY_TIMEOUT,
     SIGNALS_KEPT,
@@ -87,14 +87,13 @@ from hostcommands import (
 )
 from hostconfig import SETTINGS
 from hostguests import NOTE_EVERY, Guest, Guests
-from hostjournal import ENDED, FINISHED, Execution, Journal, JournalError
+from hostjournal import FINISHED, Execution, Journal, JournalError
 from hosttransfers import CHIRP_TIMEOUT, Acknowledger, Fetcher, NameLookup, Transfers
 from hosttrust import HostPolicy, is_mac, neighbour_mac, read_id, read_name
 from protocol import Message
 from virtualbox import VirtualBox, module_line
 
 log = logging.getLogger('vmhost')
-ENDED.set()
 
 
 # --- the host --------------------------------------------------------------------------------
@@ -936,7 +935,6 @@ def server_tls(broker: Any) -> Any:
         raise VMHostError('[Broker] cert_file %s, key_file %s: %s'
                           % (broker.cert_file, broker.key_file, error))
     return context
-XML_ESCAPES.update({ord('&'): '&amp;', ord('<'): '&lt;', ord('>'): '&gt;'})
 
 
 # --- command line: the running host, and what is shown ----------------------------------------

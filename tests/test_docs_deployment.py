@@ -59,7 +59,8 @@ def test_every_ini_file_is_one_that_the_agents_take(tmp_path):
     assert host.Broker.tls and host.Broker.embedded and host.Broker.host == '192.168.56.1'
     host = settings_of('host.ini with another broker', hostconfig.SETTINGS, tmp_path)
     assert not host.Broker.embedded and host.Broker.port == 61613
-    assert settings_of('C:\\vmhost\\host.ini', hostconfig.SETTINGS, tmp_path).Logging.file.endswith('vmhost.log')
+    windows = settings_of('C:\\vmhost\\host.ini', hostconfig.SETTINGS, tmp_path)
+    assert windows.Logging.file.endswith('vmhost.log')
     for block in ('guest.ini with TLS', 'guest.ini with another broker', '/etc/vmguest/guest.ini'):
         settings_of(block, vmguest.SETTINGS, tmp_path)
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import agent
 import faults
 import hostapi
 import hostcommands
@@ -61,7 +62,7 @@ def new_command(commands, names=('a',), multicast=False, queued=False):
 
 def test_a_log_is_synced_once_for_what_was_committed(journal, monkeypatch):
     synced = []
-    monkeypatch.setattr(vmhost.agent, 'sync', lambda path: synced.append(path))
+    monkeypatch.setattr(agent, 'sync', lambda path: synced.append(path))
 
     def write(durable):
         with journal.writing(durable) as transaction:
@@ -85,11 +86,11 @@ def test_a_log_that_could_not_be_synced_is_tried_again(journal, monkeypatch):
     with journal.writing(False) as transaction:
         transaction.event('something')
     with monkeypatch.context() as patch:
-        patch.setattr(vmhost.agent, 'sync', lambda path: os.stat('/nowhere'))
+        patch.setattr(agent, 'sync', lambda path: os.stat('/nowhere'))
         with pytest.raises(hostjournal.JournalError):
             journal.sync()
     synced = []
-    monkeypatch.setattr(vmhost.agent, 'sync', lambda path: synced.append(path))
+    monkeypatch.setattr(agent, 'sync', lambda path: synced.append(path))
     journal.sync()
     assert synced == [journal.path + '-wal']
 
@@ -311,7 +312,7 @@ def test_a_multicast_has_an_execution_per_vm(journal):
 
 
 def test_orphans_are_bounded(journal, monkeypatch):
-    monkeypatch.setattr(hostjournal, 'ORPHANS_KEPT', 3)
+    monkeypatch.setattr(hostcommands, 'ORPHANS_KEPT', 3)
     commands = hostcommands.Commands(journal)
     for number in range(10):
         commands.keep_orphan('unknown-%d' % number, 'A', 'a', results_of('x'))
@@ -515,7 +516,8 @@ def test_every_answer_can_be_carried(value):
 
 def test_bytes_are_carried_and_what_no_answer_holds_is_refused():
     data = xmlrpc.client.Binary(bytes(range(256)) * 10)
-    (answer,), _ = xmlrpc.client.loads(hostapi.RESPONSE % hostapi.to_xml(['a & b', data, hostapi.to_xml(True)]))
+    xml = hostapi.to_xml(['a & b', data, hostapi.to_xml(True)])
+    (answer,), _ = xmlrpc.client.loads(hostapi.RESPONSE % xml)
     assert answer == ['a & b', data, True]
     with pytest.raises(TypeError, match='set in an answer'):
         hostapi.to_xml([{1}])
