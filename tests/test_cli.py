@@ -22,7 +22,7 @@ from terminals import Terminal
 
 import agent
 import faults
-import vmhost
+import hostcli
 
 pytestmark = [pytest.mark.ends, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 SCRIPT = os.path.join(TOP, 'vmhost.py')
@@ -150,7 +150,7 @@ def test_a_second_ctrl_c_leaves_whatever_it_meets():
             os.kill(os.getpid(), signal.SIGINT)
             for _ in range(1000):
                 pass
-    with vmhost.Interrupts() as interrupts:
+    with hostcli.Interrupts() as interrupts:
         os.kill(os.getpid(), signal.SIGINT)
         assert interrupts.take() == [signal.SIGINT]
         met = Met()
@@ -221,7 +221,7 @@ class Answers:
     ('exited', faults.AgentNotConnected('away'), 1e-9, faults.AgentNotConnected)])
 def test_output_that_cannot_be_had_is_never_left_out_in_silence(state, output, patience, raises, tmp_path):
     with open(str(tmp_path / 'out'), 'w+') as out:
-        tail = vmhost.Tail(Answers(state, 5, output), 'id', vmhost.Pipe(out, ''), vmhost.Pipe(out, ''))
+        tail = hostcli.Tail(Answers(state, 5, output), 'id', hostcli.Pipe(out, ''), hostcli.Pipe(out, ''))
         if raises:
             with pytest.raises(raises):
                 tail.look(patience)
@@ -458,10 +458,10 @@ def test_ctrl_c_leaves_the_hypervisor_to_its_work(tmp_path):
 def test_help_tells_of_every_verb(capsys):
     done = subprocess.run([sys.executable, SCRIPT, '--help'], stdout=subprocess.PIPE)
     text = done.stdout.decode()
-    for name in vmhost.VERBS:
+    for name in hostcli.VERBS:
         assert re.search('^  %s ' % name, text, re.MULTILINE)
         with pytest.raises(SystemExit) as ended:
-            vmhost.main(['host.ini', name, '--help'])
+            hostcli.main(['host.ini', name, '--help'])
         assert not ended.value.code and 'exit codes:' in capsys.readouterr().out
     assert 'exit codes:' in text and done.returncode == 0
 
@@ -503,7 +503,7 @@ def test_names_in_any_locale(host, tmp_path):
 
 def test_candidates(host, guests):
     def completed(*words):
-        return vmhost.candidates([host.ini] + list(words))
+        return hostcli.candidates([host.ini] + list(words))
     assert completed('p') == ['pause', 'ps', 'put', 'ping']
     assert completed('run', '') == ['one', 'two']
     assert completed('run', '-t', '5', 't') == ['two']
@@ -515,8 +515,8 @@ def test_candidates(host, guests):
     assert completed('kill', '-s', 'KI') == ['KILL']
     assert completed('call', 'getCmdS') == ['getCmdStatus']
     assert completed('ls', '') == []
-    assert vmhost.candidates(['/nowhere.ini', 'info', '']) == []
-    assert vmhost.candidates(['']) == []
+    assert hostcli.candidates(['/nowhere.ini', 'info', '']) == []
+    assert hostcli.candidates(['']) == []
     cmd_id = verb(host, 'run', '-d', 'one', '--', 'true').strip()
     assert cmd_id in completed('out', cmd_id[:9])
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import agent
 import faults
 import hostapi
+import hostcli
 import hostcommands
 import hostguests
 import hostjournal
@@ -479,9 +480,9 @@ def test_null_is_as_good_as_nothing():
 
 
 def test_where_vms_reach_the_broker():
-    assert vmhost.is_out_of_reach('127.0.0.1:61613', 'hostonly')
-    assert not vmhost.is_out_of_reach('127.0.0.1:61613', 'nat')
-    assert not vmhost.is_out_of_reach('192.168.56.1:61613', 'hostonly')
+    assert hostcli.is_out_of_reach('127.0.0.1:61613', 'hostonly')
+    assert not hostcli.is_out_of_reach('127.0.0.1:61613', 'nat')
+    assert not hostcli.is_out_of_reach('192.168.56.1:61613', 'hostonly')
 
 
 # --- what XML-RPC can carry ---
