@@ -23,11 +23,11 @@ from test_chirp import make_gib, make_many, same, same_folder
 import agent
 import chirp
 import faults
+import hostagent
 import hostcommands
 import hostconfig
 import hostguests
 import hostjournal
-import vmhost
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
 FULL = os.environ.get('VMHOST_FULL')            # nothing else runs on this machine
@@ -190,7 +190,7 @@ def one_process(folder, monkeypatch, **server):
     """A host in this process, whose VMs are all one Chirp server of the folder ``served``."""
     (folder / 'served').mkdir()
     (folder / 'ini').write_text('')
-    host = vmhost.Host(agent.read_settings(str(folder / 'ini'), hostconfig.SETTINGS))
+    host = hostagent.Host(agent.read_settings(str(folder / 'ini'), hostconfig.SETTINGS))
     try:
         with chirp.ChirpServer(str(folder / 'served'), allow=['127.0.0.1'], **server) as files:
             monkeypatch.setattr(host, 'connected', lambda vm: hostguests.Guest(vm.upper(), vm))
@@ -355,7 +355,7 @@ def test_output_is_on_the_disk_before_it_is_acknowledged(tmp_path, monkeypatch):
     (tmp_path / 'served').mkdir()
     (tmp_path / 'served' / 'out').write_bytes(b'x' * 1000000)
     (tmp_path / 'ini').write_text('')
-    host = vmhost.Host(agent.read_settings(str(tmp_path / 'ini'), hostconfig.SETTINGS))
+    host = hostagent.Host(agent.read_settings(str(tmp_path / 'ini'), hostconfig.SETTINGS))
     done, said = [], threading.Event()
     monkeypatch.setattr(os, 'fsync', lambda fd: done.append(os.readlink('/proc/self/fd/%d' % fd)))
     monkeypatch.setattr(host, 'say', lambda message: (done.append(message.word), said.set()))
@@ -382,7 +382,7 @@ def test_output_is_on_the_disk_before_it_is_acknowledged(tmp_path, monkeypatch):
 
 def test_what_belongs_to_no_command_is_swept(tmp_path):
     (tmp_path / 'ini').write_text('')
-    host = vmhost.Host(agent.read_settings(str(tmp_path / 'ini'), hostconfig.SETTINGS))
+    host = hostagent.Host(agent.read_settings(str(tmp_path / 'ini'), hostconfig.SETTINGS))
     folder, gate, command = host.folder.file('output'), threading.Event(), host.journal.command
     host.journal.command = lambda cmd_id: gate.wait(20) and command(cmd_id)
     try:

@@ -427,7 +427,7 @@ def test_what_the_host_imports_is_on_every_system():
     program = ('import os, sys\n'
                'for name in ("fcntl", "resource", "pwd", "grp", "termios"): sys.modules[name] = None\n'
                'del os.fork\n'
-               'import vmhost, stompbroker, chirp, protocol\n')
+               'import vmhost, hostagent, hostcheck, stompbroker, chirp, protocol\n')
     subprocess.check_call([sys.executable, '-c', program], cwd=TOP)
 
 

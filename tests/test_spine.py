@@ -21,10 +21,10 @@ from brokers import free_port
 from helpers import fault_of, wait_until
 
 import agent
+import hostagent
 import hostapi
 import hostconfig
 import hosttransfers
-import vmhost
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
 
@@ -721,7 +721,7 @@ def test_a_command_waits_for_its_guest(tmp_path):
 
 def test_a_caller_that_no_thread_is_left_for_is_turned_away(tmp_path, monkeypatch):
     (tmp_path / 'ini').write_text('[Host]\nxmlrpc_port = 0\nxmlrpc_auth = no\n')
-    host = vmhost.Host(agent.read_settings(str(tmp_path / 'ini'), hostconfig.SETTINGS))
+    host = hostagent.Host(agent.read_settings(str(tmp_path / 'ini'), hostconfig.SETTINGS))
     start = threading.Thread.start
 
     def start_none(thread):

@@ -1,0 +1,131 @@
+"""What `check` looks at: every precondition of a host agent, and of the guests that it has.
+
+What it is not: a part of the running host; it asks that one by XML-RPC, as the command line does. No threads.
+"""
+
+import os
+import socket
+import time
+from typing import Any, Dict, Iterator, List
+
+import agent
+import protocol
+from faults import VMHostError
+from hostagent import CHIRP_PORT, server_tls
+from hostcli import OUT_OF_REACH, Client, NoHost, Screen, is_out_of_reach, shown_span
+from virtualbox import VirtualBox
+
+LEAST_DISK = 100 * 1024 * 1024     # bytes that the state folder's disk should have free
+CLOCK_TOLERANCE = 60.0             # seconds that a guest's clock may be off, and nobody cares
+
+
+def do_check(host: Client, screen: Screen, args: Any) -> int:
+    """Looks at every precondition; the exit code is 0 when the host agent works, or would."""
+    settings = host.settings
+    findings = [agent.check_python(), agent.check_package('stomper', needed=True),
+                agent.check_folder(settings.Host.state_dir, '[Host] state_dir'),
+                agent.check_disk(settings.Host.state_dir, LEAST_DISK), agent.check_clock()]
+    try:
+        findings += check_running(host, host.call('agentInfo'), settings.Network.mode)
+    except NoHost as error:
+        findings += check_start(settings, error)
+    except VMHostError as error:
+        findings.append(agent.Finding(False, 'host agent', str(error)))
+    findings += check_hypervisor(settings)
+    if args.json:
+        screen.json([finding._asdict() for finding in findings])
+    else:
+        for line in agent.describe_findings(findings, screen.out.encoding):
+            screen.say(agent.printable(line))
+    return 0 if all(finding.ok or not finding.needed for finding in findings) else 1
+
+
+def check_running(host: Client, info: Dict[str, Any], mode: str) -> Iterator[agent.Finding]:
+    """What the running host agent tells about itself, its broker and its guests."""
+    yield agent.Finding(info['version'] == agent.VERSION, 'host agent %s at %s' % (
+        info['version'], host.address), 'restart it: the files here are of version ' + agent.VERSION)
+    broker = info['broker']
+    yield agent.Finding(bool(broker['connected']), 'broker at %s' % broker['address'],
+                        'no connection: is it running, and are [Broker] host, port, username, password '
+                        'and tls right?')
+    if info['hypervisor'] != 'none' and is_out_of_reach(broker['address'], mode):
+        yield agent.Finding(False, 'network', 'net --setup makes it; then: '
+                            + OUT_OF_REACH % broker['address'], needed=False)
+    guests = [guest for _, guest in host.each('getVM', host.call('listRegisteredVMs'))]
+    if not guests:
+        yield agent.Finding(False, 'guests', 'none has joined: start vmguest.py in a VM, where it '
+                            'reaches %s' % broker['address'], needed=False)
+    for guest in guests:
+        yield check_guest(guest)
+
+
+def check_guest(guest: Dict[str, Any]) -> agent.Finding:
+    """Whether a guest is there, of this version, and knows the time."""
+    what = 'guest %s, %s' % (guest['name'], guest['facts'].get('version', 'of an unknown version'))
+    if guest['agent'] != 'alive':
+        return agent.Finding(False, what, 'nothing was heard for %s: is the VM paused, or its network '
+                             'down?' % shown_span(time.time() - guest['lastSeen']), needed=False)
+    if abs(guest['clockOffset']) > CLOCK_TOLERANCE:
+        return agent.Finding(False, what, 'its clock is %s %s: set it (ntpdate, chronyd, or VirtualBox\'s '
+                             'Guest Additions); commands work, the times of their files are wrong'
+                             % (shown_span(abs(guest['clockOffset'])),
+                                   'ahead' if guest['clockOffset'] > 0 else 'behind'), needed=False)
+    return agent.Finding(guest['facts'].get('version') == agent.VERSION, what,
+                         'this host is %s: put the same version into the VM' % agent.VERSION,
+                         needed=False)
+
+
+def check_start(settings: Any, why: NoHost) -> Iterator[agent.Finding]:
+    """Whether the host agent could start: nobody in its place, and its ports free."""
+    broker = settings.Broker
+    yield agent.Finding(False, 'host agent', str(why), needed=False)
+    yield check_port('XML-RPC', settings.Host.xmlrpc_listen_on, settings.Host.xmlrpc_port,
+                     '[Host] xmlrpc_listen_on, xmlrpc_port')
+    host = '127.0.0.1' if broker.host == 'auto' else broker.host
+    if broker.embedded:
+        yield check_port('broker', host, broker.port, '[Broker] host, port')
+        try:
+            server_tls(broker)
+        except VMHostError as error:
+            yield agent.Finding(False, 'certificate', str(error))
+    else:
+        yield agent.check_broker([host], broker, protocol.try_broker)[0]
+
+
+def check_port(what: str, host: str, port: int, keys: str) -> agent.Finding:
+    """Whether this machine lets us listen there."""
+    problem = listen_problem(host, port)
+    return agent.Finding(not problem, 'port %d of %s for %s' % (port, host, what),
+                         '%s (%s)' % (problem, keys))
+
+
+def listen_problem(host: str, port: int) -> str:
+    """Why nobody can listen there, as a sentence; '' where it's possible."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, proto) as probe:
+            if os.name == 'posix':
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen(1)
+        return ''
+    except OSError as error:
+        return agent.why_not_listening(error)
+
+
+def check_hypervisor(settings: Any) -> List[agent.Finding]:
+    """VirtualBox, where it is wanted; with `auto` the rest works without it."""
+    wanted = settings.Hypervisor.hypervisor
+    if wanted == 'none':
+        return [agent.Finding(True, 'no hypervisor wanted')]
+    driver = VirtualBox(settings.Network, settings.RemoteDesktop, CHIRP_PORT,
+                        '', settings.Hypervisor.command_timeout, lambda *_: None)   # no file of a host's
+    driver.start_thread()
+    try:
+        lines = driver.check()
+    except VMHostError as error:
+        lines = [(False, 'VirtualBox', str(error))]
+    finally:
+        driver.close()
+    return [agent.Finding(ok, what, mend, wanted == 'VirtualBox' and 'remote desktop' not in what)
+            for ok, what, mend in lines]
