@@ -1759,7 +1759,7 @@ class Agent:
 
     def _admit(self, message: Message) -> None:
         """The greeting's part for files: where the host is, if not at the broker, and its key."""
-        import chirp
+        import chirpwire
         if self.files is None:
             return
         addresses = [as_text('addresses', value) for value in message.sequence('addresses')]
@@ -1769,7 +1769,7 @@ class Agent:
         if ticket and self.settings.Chirp.auth == 'ticket':
             try:
                 self.files.set_ticket(ticket)
-            except chirp.ChirpError as error:
+            except chirpwire.ChirpError as error:
                 raise protocol.BadWord('HELLO: chirp-ticket: %s' % error)
 
     # Running.
@@ -2201,7 +2201,7 @@ def main(argv: List[str]) -> int:
         print('vmguest %s' % agent.VERSION)
         return 0
     if words[:1] == ['--bundle'] and len(words) == 2:
-        agent.write_bundle(words[1], 'vmguest', ['vmguest', 'protocol', 'agent', 'chirp', 'stomper'])
+        agent.write_bundle(words[1], 'vmguest', ['vmguest', 'protocol', 'agent', 'chirp', 'chirpwire', 'stomper'])
         return 0
     if len(words) > 1 or words and words[0].startswith('-'):
         print('vmguest: %s\n%s' % (' '.join(words), USAGE), file=sys.stderr)

@@ -75,6 +75,7 @@ from typing import (
 
 import agent
 import chirp
+import chirpwire
 import protocol
 import stompbroker
 from protocol import Message
@@ -4054,7 +4055,7 @@ class Transfers:
         transfer.began = time.monotonic()
         try:
             if transfer.cancelled.is_set():
-                raise chirp.Cancelled('cancelled before it began')
+                raise chirpwire.Cancelled('cancelled before it began')
             with self._host.chirp_client(self._host.connected(transfer.vm)) as client:
                 if transfer.direction == 'put':
                     self._aim(client, transfer)
@@ -4062,7 +4063,7 @@ class Transfers:
                 move(transfer.source, transfer.target, progress=transfer.progress,
                      cancel=transfer.cancelled)
             transfer.state = 'done'
-        except (VMHostError, chirp.ChirpError, OSError) as error:
+        except (VMHostError, chirpwire.ChirpError, OSError) as error:
             transfer.state = 'cancelled' if transfer.cancelled.is_set() else 'failed'
             transfer.error = str(error) or type(error).__name__
         except Exception as error:
@@ -4095,7 +4096,7 @@ def make_parents(client: chirp.ChirpClient, target: str) -> None:
     """Makes the folders in a guest that a target is to be in, where they are missing."""
     names = [name for name in target.split('/')[:-1] if name]
     for depth in range(1, len(names) + 1):
-        with contextlib.suppress(chirp.Refused):        # it is there; or the put will say what is wrong
+        with contextlib.suppress(chirpwire.Refused):        # it is there; or the put will say what is wrong
             client.mkdir('/' + '/'.join(names[:depth]))
 
 
@@ -4103,7 +4104,7 @@ def is_folder(client: chirp.ChirpClient, path: str) -> bool:
     """Whether that is a folder in a guest."""
     try:
         return client.stat(path).is_dir
-    except chirp.Refused:
+    except chirpwire.Refused:
         return False
 
 
@@ -4215,7 +4216,7 @@ class Fetcher:
         try:
             if self._is_unfetched(execution):
                 self._fetch_streams(execution, cancel)
-        except (chirp.ChirpError, VMHostError, OSError) as error:
+        except (chirpwire.ChirpError, VMHostError, OSError) as error:
             return self._gives_up(execution, error)
         except Exception:
             log.exception('fetching the output of %s', execution.key)
@@ -4230,9 +4231,9 @@ class Fetcher:
 
     def _gives_up(self, execution: Execution, error: Exception) -> bool:
         """Whether the rest of the output is left to the guest, which keeps it for keep_spool."""
-        if isinstance(error, chirp.Cancelled):
+        if isinstance(error, chirpwire.Cancelled):
             return False
-        last = isinstance(error, (chirp.Refused, NoFiles)) or isinstance(error, chirp.ChirpError) \
+        last = isinstance(error, (chirpwire.Refused, NoFiles)) or isinstance(error, chirpwire.ChirpError) \
             and time.time() - execution.ended > FETCH_PATIENCE     # not where this disk is full
         log.log(logging.WARNING if last else logging.INFO, 'output of %s can\'t be fetched%s: %s',
                 execution.key, ', and stays in the guest for its keep_spool' if last else ' now', error)
@@ -4474,7 +4475,7 @@ class Host:
         try:
             self.ticket = chirp.Ticket.from_pem(self.folder.secret(
                 'chirp.key', lambda: chirp.Ticket.generate().pem()))
-        except (OSError, chirp.ChirpError) as error:
+        except (OSError, chirpwire.ChirpError) as error:
             log.error('guests with auth=ticket serve no files: %s: %s', self.folder.file('chirp.key'), error)
             return
         for guest in self.guests.on_list():
@@ -4968,7 +4969,7 @@ class Host:
         try:
             with self.chirp_client(self.connected(vm)) as client:
                 return [shown_entry(entry) for entry in client.ls(path)]
-        except (chirp.ChirpError, OSError) as error:
+        except (chirpwire.ChirpError, OSError) as error:
             raise TransferError('%s on %s: %s' % (path, vm, error))
 
     def ping(self, vm: str, timeout: float) -> str:
@@ -5212,14 +5213,14 @@ def shown_entry(entry: chirp.Entry) -> Dict[str, Any]:
     shown = {'name': entry.name, 'size': entry.size, 'mode': entry.mode, 'mtime': entry.mtime,
              'isDir': entry.is_dir}    # type: Dict[str, Any]
     if not is_carried(entry.name):
-        shown['name64'] = base64.b64encode(chirp.to_bytes(entry.name)).decode('ascii')
+        shown['name64'] = base64.b64encode(chirpwire.to_bytes(entry.name)).decode('ascii')
     return shown
 
 
 def shown_param(param: Any) -> str:
     """An argument of a call for the journal."""
     if isinstance(param, xmlrpc.client.Binary):
-        param = chirp.to_text(param.data[:80])
+        param = chirpwire.to_text(param.data[:80])
     return '%.80r' % param if isinstance(param, (str, int, float)) else '…'
 
 
@@ -5885,7 +5886,7 @@ def read_local(path: FilePath) -> str:
 
 def read_remote(path: FilePath) -> str:
     """The same for a path of a guest."""
-    return path if isinstance(path, str) else chirp.to_text(path.data)
+    return path if isinstance(path, str) else chirpwire.to_text(path.data)
 
 
 def read_request(cmd: str, args: List[Any], env: Any, path: Any, file_for_stdin: str,
@@ -8050,7 +8051,7 @@ def meant(host: Client, wanted: Dict[str, Any], vm: str) -> List[str]:
     return found
 
 
-BUNDLED = ['vmhost', 'stompbroker', 'chirp', 'protocol', 'agent', 'stomper']     # modules
+BUNDLED = ['vmhost', 'stompbroker', 'chirp', 'chirpwire', 'protocol', 'agent', 'stomper']     # modules
 
 
 def run_option(words: List[str], screen: Screen) -> int:

@@ -15,6 +15,7 @@ import pytest
 from helpers import wait_until
 
 import chirp
+import chirpwire
 
 REAL = shutil.which('chirp_server')
 needs_cctools = pytest.mark.skipif(REAL is None, reason='coop-computing-tools is not installed')
@@ -195,8 +196,8 @@ def test_the_calls_of_the_protocol(client, served):
     assert client.readlink('/d/l') == 'f' and client.lstat('/d/l').is_link
     assert client.hash('/d/l') == hashlib.sha1(b'012ab').digest()
     assert client.hash('/d/f', 'md5') == hashlib.md5(b'012ab').digest()
-    assert client.has_same('/d/f', chirp.new_hash(client.algorithm(), b'012ab'), 5)
-    assert not client.has_same('/d/f', chirp.new_hash(client.algorithm(), b'012aB'), 5)
+    assert client.has_same('/d/f', chirpwire.new_hash(client.algorithm(), b'012ab'), 5)
+    assert not client.has_same('/d/f', chirpwire.new_hash(client.algorithm(), b'012aB'), 5)
     client.link('/d/f', '/d/hard')
     client.truncate('/d/hard', 2)
     assert client.getfile('/d/f') == b'01'
@@ -236,7 +237,7 @@ def test_errors_have_the_codes_of_the_real_server(client, what, code):
     client.mkdir('/folder')
     client.putfile('/folder/inner', b'')
     client.putfile('/file', b'')
-    with pytest.raises(chirp.Refused) as caught:
+    with pytest.raises(chirpwire.Refused) as caught:
         what(client)
     assert caught.value.code == code
     assert client.getfile('/file') == b''          # and the connection is still good
@@ -401,13 +402,13 @@ def test_a_stranger_is_dropped_before_a_byte_is_read(tmp_path):
         with socket.create_connection(server.address) as sock:
             sock.settimeout(10)
             assert sock.recv(1) == b''
-        with pytest.raises(chirp.ChirpError):
+        with pytest.raises(chirpwire.ChirpError):
             chirp.ChirpClient(*server.address, timeout=5).stat('/')
         server.allow(['127.0.0.1', '127.0.0.9'])
         with chirp.ChirpClient(*server.address) as client:
             client.stat('/')
             server.allow([])
-            with pytest.raises(chirp.ChirpError):
+            with pytest.raises(chirpwire.ChirpError):
                 client.stat('/')
 
 
@@ -416,10 +417,10 @@ def test_one_client_more_than_the_most_is_turned_away(tmp_path):
         with chirp.ChirpClient(*server.address) as first, chirp.ChirpClient(*server.address) as second:
             first.stat('/')
             second.stat('/')
-            with pytest.raises(chirp.ChirpError):
+            with pytest.raises(chirpwire.ChirpError):
                 chirp.ChirpClient(*server.address, timeout=5).stat('/')
         def again():
-            with contextlib.suppress(chirp.ChirpError), chirp.ChirpClient(*server.address) as third:
+            with contextlib.suppress(chirpwire.ChirpError), chirp.ChirpClient(*server.address) as third:
                 return third.stat('/')
         wait_until(again, 10)
 

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from test_chirp import our_server, write
 
 import chirp
+import chirpwire
 
 
 def openssl():
     """What there is of it, however fast."""
     try:
-        return chirp.Libcrypto()
+        return chirpwire.Libcrypto()
     except (ImportError, OSError, AttributeError) as error:
         pytest.skip("OpenSSL isn't at hand by way of hashlib: %s" % error)
 
@@ -24,7 +25,7 @@ def openssl():
 def checksum(request, monkeypatch):
     """The one that two of ours verify large files with."""
     library = openssl() if request.param == 'gmac' else None
-    monkeypatch.setattr(chirp, 'libcrypto', lambda: library)
+    monkeypatch.setattr(chirpwire, 'libcrypto', lambda: library)
     monkeypatch.setattr(chirp, 'LARGE', 1 << 20)
     return request.param
 
@@ -57,7 +58,7 @@ def gmac(content):
 @given(st.lists(st.binary(max_size=70)))
 def test_gmac_is_by_the_book_in_any_pieces(pieces):
     library = openssl()
-    found = chirp.Gmac(library, library.new())
+    found = chirpwire.Gmac(library, library.new())
     for index, piece in enumerate(pieces):
         found.update(piece if index % 2 else memoryview(bytearray(piece)))
         if index % 3 == 2:
@@ -67,7 +68,7 @@ def test_gmac_is_by_the_book_in_any_pieces(pieces):
 
 
 def test_crc32_is_zlibs():
-    found = chirp.new_hash('crc32', b'12345')
+    found = chirpwire.new_hash('crc32', b'12345')
     found.update(b'6789')
     assert found.digest() == bytes.fromhex('cbf43926') == zlib.crc32(b'123456789').to_bytes(4, 'big')
 
@@ -76,21 +77,21 @@ def test_crc32_is_zlibs():
 
 def test_gmac_is_for_large_files_where_both_have_it(tmp_path, monkeypatch):
     library = openssl()
-    monkeypatch.setattr(chirp, 'libcrypto', lambda: library)
+    monkeypatch.setattr(chirpwire, 'libcrypto', lambda: library)
     with our_server(tmp_path) as server, chirp.ChirpClient(*server.address) as client:
         assert client.algorithm() == client.algorithm(chirp.LARGE - 1) == 'crc32'
         assert client.algorithm(chirp.LARGE) == 'gmac'
-        monkeypatch.setattr(chirp, 'libcrypto', lambda: None)
+        monkeypatch.setattr(chirpwire, 'libcrypto', lambda: None)
         assert client.algorithm(chirp.LARGE) == 'crc32'
-        with pytest.raises(chirp.Refused, match='invalid'):
+        with pytest.raises(chirpwire.Refused, match='invalid'):
             client.hash('/', 'gmac')
         write(tmp_path / 'file', b'x')
         number, _ = client.open('/file', 'r')
         for other in ('gmac', 'sha1', 'crc33'):
-            with pytest.raises(chirp.Refused, match='invalid'):
+            with pytest.raises(chirpwire.Refused, match='invalid'):
                 client.call('hashread', number, other)
         client.disconnect()
-        monkeypatch.setattr(chirp, 'libcrypto', lambda: library)
+        monkeypatch.setattr(chirpwire, 'libcrypto', lambda: library)
         monkeypatch.delitem(chirp.COMMANDS, b'gmac')
         assert client.algorithm(chirp.LARGE) == 'crc32'
         client.disconnect()
@@ -105,15 +106,15 @@ def test_an_openssl_that_is_of_no_use_is_left_alone(monkeypatch, fault):
     def missing():
         raise AttributeError('EVP_EncryptUpdate')
     if fault == 'missing':
-        monkeypatch.setattr(chirp, 'Libcrypto', missing)
+        monkeypatch.setattr(chirpwire, 'Libcrypto', missing)
     elif fault == 'wrong':
-        monkeypatch.setattr(chirp, 'GMAC_OF_BYTES', bytes(16))
+        monkeypatch.setattr(chirpwire, 'GMAC_OF_BYTES', bytes(16))
     seconds = {zlib.crc32: 0.4 if fault == 'slow' else 0.6}
-    monkeypatch.setattr(chirp, 'quickest', lambda do, content: seconds.get(do, 0.5))
-    assert chirp.libcrypto.__wrapped__() is None
+    monkeypatch.setattr(chirpwire, 'quickest', lambda do, content: seconds.get(do, 0.5))
+    assert chirpwire.libcrypto.__wrapped__() is None
     monkeypatch.undo()
-    monkeypatch.setattr(chirp, 'quickest', lambda do, content: 0.6 if do is zlib.crc32 else 0.5)
-    assert chirp.libcrypto.__wrapped__() is not None
+    monkeypatch.setattr(chirpwire, 'quickest', lambda do, content: 0.6 if do is zlib.crc32 else 0.5)
+    assert chirpwire.libcrypto.__wrapped__() is not None
 
 
 # --- that they are of what is there -----------------------------------------------------------------
@@ -126,7 +127,7 @@ def test_what_passes_is_not_read_again_for_its_checksum(tmp_path, monkeypatch, c
 
     def no_reading(fd, algorithm):
         assert os.fstat(fd).st_size == 0, 'it is read again'
-        return chirp.new_hash(algorithm)
+        return chirpwire.new_hash(algorithm)
     with our_server(tmp_path / 'served') as server, chirp.ChirpClient(*server.address) as moving:
         assert moving.algorithm(len(content)) == checksum
         with monkeypatch.context() as patch:
@@ -136,7 +137,7 @@ def test_what_passes_is_not_read_again_for_its_checksum(tmp_path, monkeypatch, c
             moving.get('/there', str(tmp_path / 'back'))
         assert (tmp_path / 'back').read_bytes() == content
         write(tmp_path / 'served' / 'there', b'another')
-        assert moving.hash('/there', checksum) == chirp.new_hash(checksum, b'another').digest()
+        assert moving.hash('/there', checksum) == chirpwire.new_hash(checksum, b'another').digest()
 
 
 @pytest.mark.parametrize('begin', ['hash', 'read'])
@@ -144,7 +145,7 @@ def test_a_checksum_is_of_what_is_there_whatever_its_times_say(tmp_path, begin, 
     with our_server(tmp_path) as server, chirp.ChirpClient(*server.address) as client:
         path = write(tmp_path / 'file', b'before')
         if begin == 'hash':
-            assert client.hash('/file', checksum) == chirp.new_hash(checksum, b'before').digest()
+            assert client.hash('/file', checksum) == chirpwire.new_hash(checksum, b'before').digest()
         else:
             number, _ = client.open('/file', 'r')
             assert client.call('hashread', number, checksum) == 0
@@ -157,7 +158,7 @@ def test_a_checksum_is_of_what_is_there_whatever_its_times_say(tmp_path, begin, 
         wait_until(write_again)
         if begin == 'read':
             client.close(number)
-        assert client.hash('/file', checksum) == chirp.new_hash(checksum, b'after.').digest()
+        assert client.hash('/file', checksum) == chirpwire.new_hash(checksum, b'after.').digest()
 
 
 @pytest.mark.parametrize('meddle', ['write', 'write and close', 'truncate', 'ftruncate', 'a program'])
@@ -185,7 +186,7 @@ def test_a_checksum_is_of_what_is_there_whoever_wrote_it(tmp_path, meddle, check
         client.close(number)
         content = (tmp_path / 'file').read_bytes()
         assert len(content) == 2000 and content != b'a' * 2000
-        assert client.hash('/file', checksum) == chirp.new_hash(checksum, content).digest()
+        assert client.hash('/file', checksum) == chirpwire.new_hash(checksum, content).digest()
 
 
 def replace_start(file):

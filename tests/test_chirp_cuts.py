@@ -19,6 +19,7 @@ from helpers import wait_until
 from test_chirp import client, make_many, make_tree, our_server, seen, served, write  # noqa: F401  (fixtures)
 
 import chirp
+import chirpwire
 
 SIZE = 24 * 1024 * 1024
 CUTS = 20
@@ -31,7 +32,7 @@ def try_until_done(proxy, cuts, furthest, seed, move):
     proxy.distances = iter([rng.randrange(1, furthest) for _ in range(cuts - 1)])
     proxy.left = rng.randrange(1, furthest)
     while True:
-        with contextlib.suppress(chirp.Disconnected, chirp.AccessDenied):
+        with contextlib.suppress(chirpwire.Disconnected, chirpwire.AccessDenied):
             move()
             break
     proxy.left = None
@@ -72,8 +73,8 @@ def largeness(request, monkeypatch):
     if request.param == 'large':
         monkeypatch.setattr(chirp, 'LARGE', 1 << 20)
         with contextlib.suppress(ImportError, OSError, AttributeError):
-            library = chirp.Libcrypto()
-            monkeypatch.setattr(chirp, 'libcrypto', lambda: library)
+            library = chirpwire.Libcrypto()
+            monkeypatch.setattr(chirpwire, 'libcrypto', lambda: library)
     return request.param
 
 
@@ -106,7 +107,7 @@ def test_a_download_that_is_cut_goes_on(served, tmp_path, largeness):  # noqa: F
         cuts = try_until_done(proxy, CUTS, 2 * SIZE // CUTS, 2, move)
         assert target.read_bytes() == content
         assert cuts >= CUTS // 2
-        assert proxy.down <= SIZE + cuts * (chirp.BLOCK + chirp.OVERLAP)
+        assert proxy.down <= SIZE + cuts * (chirpwire.BLOCK + chirp.OVERLAP)
     assert not os.path.exists(str(target) + '.vmhost-part')
 
 
@@ -130,7 +131,7 @@ def test_a_folder_that_is_cut_goes_on(served, tmp_path):  # noqa: F811
             cuts = try_until_done(proxy, 6, size // 3, 3, move)
             assert cuts >= 3
             # what is under way in a pipeline; and names, listings and checksums, again for each attempt
-            again = chirp.DEPTH * chirp.SMALL // 4 + 100 * 1024
+            again = chirp.DEPTH * chirpwire.SMALL // 4 + 100 * 1024
             assert getattr(proxy, way) - before <= size + (cuts + 1) * again
     assert seen(tmp_path / 'back') == seen(source)
 
@@ -159,7 +160,7 @@ def test_a_second_transfer_to_a_target_is_refused(tmp_path, way, size):
         first = threading.Thread(target=move, args=(0,))
         first.start()
         wait_until(lambda: getattr(proxy, way) > proxy.hold)
-        with pytest.raises(chirp.Busy, match='another transfer to .*target is under way'):
+        with pytest.raises(chirpwire.Busy, match='another transfer to .*target is under way'):
             move(1)
         proxy.gate.set()
         first.join()
@@ -182,7 +183,7 @@ def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
         for target in fifo, link:
             with pytest.raises(OSError, match='neither a file nor a folder'):
                 client.get('/tree/x', target)
-        with pytest.raises(chirp.Incomplete, match='neither a file nor a folder'):
+        with pytest.raises(chirpwire.Incomplete, match='neither a file nor a folder'):
             client.get('/tree', str(tmp_path / 'here'))
     assert stat.S_ISFIFO(os.lstat(fifo).st_mode) and os.path.islink(link)
     assert os.listdir(str(tmp_path / 'here')) == ['x']
@@ -247,7 +248,7 @@ def test_a_long_name_goes_there_and_back_or_is_refused_at_once(client, served, t
     client.mkdir('/' + deep)
     write(source, b'y')
     for path in str(source), str(tmp_path):
-        with pytest.raises(chirp.Refused, match='name too long'):
+        with pytest.raises(chirpwire.Refused, match='name too long'):
             client.put(path, '/%s/%s' % (deep, 'n' * 30))
     assert set(os.listdir(str(served[1] / deep))) <= {'.__acl'}
 
@@ -319,11 +320,11 @@ def test_a_file_that_keeps_changing_leaves_the_others_of_its_folder_alone(served
     """Those after it, too, which are sent, and asked for, without waiting."""
     source = tmp_path / 'source'
     source.mkdir()
-    contents = {'a': b'a' * 100, 'b': os.urandom(chirp.SMALL + 1), 'c': b'c' * 200, 'd': b'd'}
+    contents = {'a': b'a' * 100, 'b': os.urandom(chirpwire.SMALL + 1), 'c': b'c' * 200, 'd': b'd'}
     for name, content in contents.items():
         write(source / name, content)
     with chirp.ChirpClient(*served[0][:2], timeout=20) as moving:
-        with monkeypatch.context() as patch, pytest.raises(chirp.Incomplete) as incomplete:
+        with monkeypatch.context() as patch, pytest.raises(chirpwire.Incomplete) as incomplete:
             patch.setattr(chirp, 'changed', lambda before, after: True)
             moving.put(str(source), '/tree')
         assert len(incomplete.value.failures) == 1
@@ -369,7 +370,7 @@ def test_a_source_that_never_holds_still_is_an_error(client, served, tmp_path): 
 
     def progress(moved, total):
         os.utime(str(source), (next(stamps),) * 2)
-    with pytest.raises(chirp.Changed):
+    with pytest.raises(chirpwire.Changed):
         client.get('/source', str(tmp_path / 'target'), progress=progress)
     assert not (tmp_path / 'target').exists()
     assert client.stat('/source').size == 9 << 20      # the client goes on
@@ -378,10 +379,10 @@ def test_a_source_that_never_holds_still_is_an_error(client, served, tmp_path): 
 def test_a_source_that_vanishes_comes_whole_or_not_at_all(client, served, tmp_path):  # noqa: F811
     content = os.urandom(9 << 20)
     source = write(served[1] / 'source', content)
-    with contextlib.suppress(chirp.Refused, chirp.Changed):
+    with contextlib.suppress(chirpwire.Refused, chirpwire.Changed):
         client.get('/source', str(tmp_path / 'target'), progress=once(lambda: os.unlink(str(source))))
     assert not (tmp_path / 'target').exists() or (tmp_path / 'target').read_bytes() == content
-    with pytest.raises(chirp.Refused, match='does not exist'):
+    with pytest.raises(chirpwire.Refused, match='does not exist'):
         client.get('/source', str(tmp_path / 'other'))
 
 
@@ -429,7 +430,7 @@ def test_a_file_that_the_disk_loses_leaves_the_others_of_its_folder_alone(client
         client.put(str(source), '/tree')
     monkeypatch.setattr(chirp, how, lambda path: Failing(real(path), 2 << 20) if path.endswith('b')
                         else real(path))
-    with pytest.raises(chirp.Incomplete) as info:
+    with pytest.raises(chirpwire.Incomplete) as info:
         if call == 'put':
             client.put(str(source), '/tree')
         else:
@@ -453,7 +454,7 @@ def test_what_vanishes_from_a_folder_is_told_and_the_rest_is_moved(client, serve
             os.unlink(str(served[1] / 'tree' / 'b'))
         return entries
     monkeypatch.setattr(client, 'ls', list_and_remove)
-    with pytest.raises(chirp.Incomplete, match='/tree/b: .*does not exist'):
+    with pytest.raises(chirpwire.Incomplete, match='/tree/b: .*does not exist'):
         client.get('/tree', str(tmp_path / 'back'))
     assert sorted(os.listdir(str(tmp_path / 'back'))) == ['a', 'c']
 
@@ -463,7 +464,7 @@ def test_pipes_and_sockets_are_told_and_not_waited_for(client, served, tmp_path)
     source.mkdir()
     write(source / 'file', b'x')
     os.mkfifo(str(source / 'pipe'))
-    with pytest.raises(chirp.Incomplete, match='pipe'):
+    with pytest.raises(chirpwire.Incomplete, match='pipe'):
         client.put(str(source), '/tree')
     assert (served[1] / 'tree' / 'file').read_bytes() == b'x'
     with pytest.raises(OSError):
@@ -473,13 +474,13 @@ def test_pipes_and_sockets_are_told_and_not_waited_for(client, served, tmp_path)
 def test_a_folder_in_the_place_of_a_file_stays(client, served, tmp_path):  # noqa: F811
     source = write(tmp_path / 'source', b'x' * 100000)
     client.mkdir('/target')
-    with pytest.raises(chirp.Refused, match='is a directory'):
+    with pytest.raises(chirpwire.Refused, match='is a directory'):
         client.put(str(source), '/target')
     (tmp_path / 'here').mkdir()
     client.putfile('/file', b'y')
     with pytest.raises(IsADirectoryError):
         client.get('/file', str(tmp_path / 'here'))
-    with pytest.raises(chirp.Refused, match='not a directory'):
+    with pytest.raises(chirpwire.Refused, match='not a directory'):
         client.put(str(tmp_path / 'here'), '/file')
     with pytest.raises(OSError):
         client.get('/target', str(source))
@@ -528,12 +529,12 @@ def test_a_transfer_can_be_cancelled(client, served, tmp_path, largeness):  # no
     def progress(moved, total):
         if moved:
             cancel.set()
-    with pytest.raises(chirp.Cancelled):
+    with pytest.raises(chirpwire.Cancelled):
         client.put(str(source), '/target', progress=progress, cancel=cancel)
     assert not (served[1] / 'target').exists()
     client.put(str(source), '/target')             # goes on
     cancel.clear()
-    with pytest.raises(chirp.Cancelled):
+    with pytest.raises(chirpwire.Cancelled):
         client.get('/target', str(tmp_path / 'a'), progress=progress, cancel=cancel)
     assert not (tmp_path / 'a').exists()
 
@@ -565,9 +566,9 @@ def fill_up(address, folder, source, pattern):
     """Sends what doesn't fit: it is said, nothing half stays under the name, the connection is good."""
     with chirp.ChirpClient(*address) as full:
         full.putfile('/old', b'old')
-        with pytest.raises(chirp.Refused, match=pattern):
+        with pytest.raises(chirpwire.Refused, match=pattern):
             full.put(str(source), '/old')
-        with pytest.raises(chirp.Refused, match=pattern):
+        with pytest.raises(chirpwire.Refused, match=pattern):
             full.putfile('/old', source.read_bytes())
         assert full.getfile('/old') == b'old'
         full.rmall('/old.vmhost-part')
@@ -579,7 +580,7 @@ def fits(full):
     try:
         full.putfile('/small', b'fits')
         return True
-    except chirp.Refused:
+    except chirpwire.Refused:
         return False
 
 
@@ -639,6 +640,6 @@ def test_no_permission(tmp_path):
         for move in (lambda: narrow.put(str(source), '/new'), lambda: narrow.put(str(source), '/fixed'),
                      lambda: narrow.getfile('/secret'), lambda: narrow.get('/secret', str(tmp_path / 'a')),
                      lambda: narrow.unlink('/fixed'), lambda: narrow.mkdir('/d')):
-            with pytest.raises(chirp.Refused, match='not authorized'):
+            with pytest.raises(chirpwire.Refused, match='not authorized'):
                 move()
     os.chmod(str(folder), 0o755)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from test_chirp import our_server, write
 
 import chirp
+import chirpwire
 
 HELLO = b'yes\nyes\nyes\naddress\n127.0.0.1\n'
 BOUND = 10 * 1024 * 1024
@@ -125,7 +126,7 @@ def test_any_reply_is_an_error_of_ours(tmp_path, call):
     for reply in REPLIES.values():
         with HostileServer(lambda line, reply=reply: reply) as server, memory_bounded(), \
                 chirp.ChirpClient(*server.address, timeout=0.3) as client:
-            with contextlib.suppress(chirp.ChirpError):
+            with contextlib.suppress(chirpwire.ChirpError):
                 CALLS[call](client, tmp_path)
     assert set(os.listdir(str(tmp_path))) - {'got.vmhost-part'} == {'source', 'tree'}
 
@@ -134,7 +135,7 @@ def test_any_reply_is_an_error_of_ours(tmp_path, call):
                                    b'yes\nyes\nno\n'])
 def test_authentication_that_goes_wrong(hello):
     with HostileServer(lambda line: None, hello) as server, memory_bounded():
-        with pytest.raises(chirp.ChirpError):
+        with pytest.raises(chirpwire.ChirpError):
             chirp.ChirpClient(*server.address, timeout=0.5).stat('/')
 
 
@@ -142,14 +143,14 @@ def test_authentication_that_goes_wrong(hello):
     lambda: endless(b'0\n', b'x' * 1000), lambda: endless(b'0\n', b'a name\n' + STAT % (FILE, 5)),
     lambda: endless(b'0\n', b'a\n'), lambda: endless(b'0\n', b'.\n' + STAT % (FILE, 5))])
 def test_a_listing_without_an_end(monkeypatch, what):
-    monkeypatch.setattr(chirp, 'SLOWEST', 10 * 1024 * 1024)
+    monkeypatch.setattr(chirpwire, 'SLOWEST', 10 * 1024 * 1024)
     with HostileServer(lambda line: what()) as server, memory_bounded(), \
             chirp.ChirpClient(*server.address, timeout=2) as client:
-        with pytest.raises(chirp.ChirpError):
+        with pytest.raises(chirpwire.ChirpError):
             client.ls('/')
 
 
-@pytest.mark.parametrize('mode, error', [(FOLDER, chirp.ProtocolError), (0o10644, chirp.Incomplete)],
+@pytest.mark.parametrize('mode, error', [(FOLDER, chirpwire.ProtocolError), (0o10644, chirpwire.Incomplete)],
                          ids=['folders', 'pipes'])
 def test_listings_that_are_held_at_once_are_bounded(tmp_path, mode, error):
     """Of folders that are nested; of what is in each, its folders alone are held while we are in them."""
@@ -179,7 +180,7 @@ def drip():
 def test_silence_and_drops_have_their_time(answer):
     with HostileServer(answer) as server, chirp.ChirpClient(*server.address, timeout=0.5) as client:
         began = time.monotonic()
-        with pytest.raises(chirp.TimedOut):
+        with pytest.raises(chirpwire.TimedOut):
             client.stat('/')
         assert time.monotonic() - began < 10
 
@@ -188,7 +189,7 @@ def test_silence_and_drops_have_their_time(answer):
 def ends_soon():
     """Fails unless it ends by TimedOut, long before the bytes that were announced may take."""
     began = time.monotonic()
-    with pytest.raises(chirp.TimedOut):
+    with pytest.raises(chirpwire.TimedOut):
         yield
     assert time.monotonic() - began < 10
 
@@ -220,7 +221,7 @@ def test_another_size_than_was_said_is_tried_again_some_times(tmp_path):
     for size in (chirp.LARGE - 1, chirp.LARGE + 1, 1 << 50):
         with HostileServer(falls_silent(b'getfile', b'%d\n1234' % size)) as server, \
                 chirp.ChirpClient(*server.address, timeout=20) as client:
-            with pytest.raises(chirp.Changed, match='/a changed'):
+            with pytest.raises(chirpwire.Changed, match='/a changed'):
                 client.get('/a', str(tmp_path / 'got'))
         assert not os.listdir(str(tmp_path))
 
@@ -265,7 +266,7 @@ def test_a_stream_that_does_not_work_is_not_tried_again(tmp_path, fault):
             return b'0\n' + STAT % (FILE, 0) if asked.count(b'putstream') else b'-3\n'
         return b'-3\n' if word == b'stat' else falls_silent(b'', b'')(line)
     with HostileServer(answer) as server, chirp.ChirpClient(*server.address, timeout=1) as client:
-        with pytest.raises(chirp.Refused, match='no space'):
+        with pytest.raises(chirpwire.Refused, match='no space'):
             client.put(str(tmp_path / 'source'), '/a', verify=False)
     assert asked.count(b'putstream') == 1
 
@@ -274,7 +275,7 @@ def test_a_stream_that_does_not_work_is_not_tried_again(tmp_path, fault):
 def test_who_takes_in_little_has_its_time(tmp_path, monkeypatch, pace):
     """Of memory, and of a file."""
     if pace:
-        monkeypatch.setattr(chirp, 'SLOWEST', 10 << 20)
+        monkeypatch.setattr(chirpwire, 'SLOWEST', 10 << 20)
     with open(str(tmp_path / 'file'), 'w+b') as file:
         file.truncate(20 << 20)
         for send in (lambda wire: wire.send(bytes(20 << 20)),
@@ -289,7 +290,7 @@ def test_who_takes_in_little_has_its_time(tmp_path, monkeypatch, pace):
             thread.start()
             try:
                 with ends_soon():
-                    send(chirp.Wire(near, 0.5))
+                    send(chirpwire.Wire(near, 0.5))
             finally:
                 ended.set()
                 thread.join()
@@ -313,7 +314,7 @@ def test_a_checksum_has_the_time_that_a_file_of_that_size_takes(tmp_path, size):
     with HostileServer(answer) as server, chirp.ChirpClient(*server.address, timeout=0.4) as client:
         client.get('/a', str(tmp_path / 'got'))
         assert (tmp_path / 'got').stat().st_size == size
-        with pytest.raises(chirp.TimedOut):
+        with pytest.raises(chirpwire.TimedOut):
             client.hash('/a')
 
 
@@ -321,7 +322,7 @@ def test_a_small_file_of_another_size_than_listed(tmp_path):
     def answer(line):
         return b'100000000000000000\n' if line.startswith(b'getfile') else serves_tree([(b'a', FILE)])(line)
     with HostileServer(answer) as server, chirp.ChirpClient(*server.address, timeout=20) as client:
-        with pytest.raises(chirp.Disconnected, match='larger than it was'):
+        with pytest.raises(chirpwire.Disconnected, match='larger than it was'):
             client.get('/', str(tmp_path / 'got'))
 
 
@@ -357,7 +358,7 @@ def test_names_that_lead_elsewhere_are_refused(tmp_path, name):
     inside.mkdir()
     with HostileServer(serves_tree([(name, FILE), (b'z', FILE)])) as server, \
             chirp.ChirpClient(*server.address, timeout=2) as client:
-        with contextlib.suppress(chirp.ChirpError):
+        with contextlib.suppress(chirpwire.ChirpError):
             client.get('/', str(inside / 'got'))
     assert os.listdir(str(tmp_path)) == ['inside']
     assert set(os.listdir(str(inside))) <= {'got', 'got.vmhost-part'}
@@ -374,7 +375,7 @@ def test_nothing_is_written_through_a_link(tmp_path, entries, links):
         answer = serves_tree(entries, target=os.fsencode(str(target)))
         for _ in ('first', 'again'):
             with HostileServer(answer) as server, chirp.ChirpClient(*server.address, timeout=2) as client:
-                with contextlib.suppress(chirp.ChirpError, OSError):
+                with contextlib.suppress(chirpwire.ChirpError, OSError):
                     client.get('/', str(tmp_path / 'got'), links=links)
     assert os.listdir(str(outside)) == ['victim'] and victim.read_bytes() == b'untouched'
 
@@ -385,7 +386,7 @@ def test_links_that_lead_out_are_told_and_not_made(tmp_path):
                          ('below/out', '../../x'), ('none', 'missing')):
         os.symlink(target, str(tmp_path / 'served' / 'tree' / name))
     with our_server(tmp_path / 'served') as server, chirp.ChirpClient(*server.address) as client:
-        with pytest.raises(chirp.Incomplete, match='3 of the entries .*leads out'):
+        with pytest.raises(chirpwire.Incomplete, match='3 of the entries .*leads out'):
             client.get('/tree', str(tmp_path / 'a'))
         assert sorted(os.listdir(str(tmp_path / 'a'))) == ['below', 'in', 'none']
         client.get('/tree', str(tmp_path / 'b'), links='all')
@@ -408,7 +409,7 @@ def test_no_chain_of_links_leads_out(tmp_path):
         os.symlink(target, str(tree / name))
     with our_server(tmp_path / 'served') as server, chirp.ChirpClient(*server.address) as client:
         for _ in 'new', 'again':
-            with pytest.raises(chirp.Incomplete, match='4 of the entries .*leads out'):
+            with pytest.raises(chirpwire.Incomplete, match='4 of the entries .*leads out'):
                 client.get('/tree', str(tmp_path / 'got'))
     top = os.path.realpath(str(tmp_path / 'got'))
     for folder, folders, names in os.walk(top):
@@ -494,7 +495,7 @@ def test_writing_stays_inside(rooted, tmp_path):
                          lambda: client.putfile('/dangling', b'x'), lambda: client.open('/dangling', 'wc'),
                          lambda: client.putfile('/.__acl', b'x'), lambda: client.mkdir('/.__x'),
                          lambda: client.symlink('x', '/a/.__x')):
-            with pytest.raises(chirp.Refused):
+            with pytest.raises(chirpwire.Refused):
                 write_it()
         client.putfile('/../../climbed', b'x')
         assert client.getfile('/climbed') == b'x' == (folder / 'climbed').read_bytes()
@@ -524,11 +525,11 @@ def test_a_link_that_is_swapped_in_reaches_nothing(rooted, tmp_path):
         seen = set()
         with chirp.ChirpClient(*server.address) as client:
             for _ in range(2000):
-                with contextlib.suppress(chirp.Refused):
+                with contextlib.suppress(chirpwire.Refused):
                     seen.add(client.getfile('/name/secret'))
-                with contextlib.suppress(chirp.Refused):
+                with contextlib.suppress(chirpwire.Refused):
                     client.putfile('/name/new', b'x')
-                with contextlib.suppress(chirp.Refused):
+                with contextlib.suppress(chirpwire.Refused):
                     client.rmall('/name/new')
     finally:
         stop.set()
@@ -615,7 +616,7 @@ def test_many_files_open_at_once_are_bounded(rooted):
     write(folder / 'file', b'x')
     with chirp.ChirpClient(*server.address) as client:
         numbers = []
-        with pytest.raises(chirp.Refused, match='too many open'):
+        with pytest.raises(chirpwire.Refused, match='too many open'):
             for _ in range(5000):
                 numbers.append(client.open('/file')[0])
         assert numbers == list(range(chirp.OPEN_FILES))

@@ -12,6 +12,7 @@ from test_chirp import make_tree, needs_cctools, seen, write
 from test_chirp_tickets import OTHER, TICKET
 
 import chirp
+import chirpwire
 
 PROGRAM = chirp.__file__
 
@@ -114,7 +115,7 @@ def test_the_wrapper_serves_and_stops(real, tmp_path):
             client.put(str(tmp_path / 'a'), '/a')
             assert client.getfile('/a') == b'content'
             server.allow(['127.0.0.9'])
-            with pytest.raises(chirp.Refused):
+            with pytest.raises(chirpwire.Refused):
                 client.getfile('/a')
             server.allow(['127.0.0.1'])
             assert client.getfile('/a') == b'content'
@@ -122,7 +123,7 @@ def test_the_wrapper_serves_and_stops(real, tmp_path):
         server.stop()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
-    with pytest.raises(chirp.ChirpError):
+    with pytest.raises(chirpwire.ChirpError):
         chirp.ChirpClient('127.0.0.1', 1, timeout=5).stat('/')
 
 
@@ -136,7 +137,7 @@ def test_the_wrapper_starts_a_server_again_that_died(real):
             try:
                 with chirp.ChirpClient(*address, timeout=5) as client:
                     return server._process.pid != pid and client.stat('/')
-            except chirp.ChirpError:
+            except chirpwire.ChirpError:
                 return None
         wait_until(serves, 30)
 
@@ -144,19 +145,19 @@ def test_the_wrapper_starts_a_server_again_that_died(real):
 @needs_cctools
 def test_the_wrapper_takes_tickets(real):
     with chirp.RealChirpServer(real, auth='ticket') as server:
-        with pytest.raises(chirp.AccessDenied):
+        with pytest.raises(chirpwire.AccessDenied):
             chirp.ChirpClient(*server.address, ticket=TICKET).stat('/')
         server.set_ticket(TICKET.public.pem)
         with chirp.ChirpClient(*server.address, ticket=TICKET) as client:
             client.putfile('/a', b'b')
             assert client.whoami() == 'host:agent'
         for wrong in (None, OTHER):
-            with pytest.raises(chirp.AccessDenied):
+            with pytest.raises(chirpwire.AccessDenied):
                 chirp.ChirpClient(*server.address, ticket=wrong).stat('/')
 
 
 def test_a_wrapper_that_can_not_start_says_why(real):
-    with pytest.raises(chirp.ChirpError, match='no-such-program'):
+    with pytest.raises(chirpwire.ChirpError, match='no-such-program'):
         chirp.RealChirpServer(real, program='no-such-program').start()
 
 

@@ -10,6 +10,7 @@ import pytest
 from test_chirp import needs_cctools, our_server, run
 
 import chirp
+import chirpwire
 
 needs_openssl = pytest.mark.skipif(shutil.which('openssl') is None, reason='openssl is not installed')
 TICKET = chirp.Ticket.generate()
@@ -52,25 +53,25 @@ def test_a_key_is_its_text():
                                   TICKET.public.pem[:200], TICKET.public.pem.replace('M', 'N', 1),
                                   TICKET.pem()])
 def test_what_is_no_key_is_refused(text):
-    with pytest.raises(chirp.ChirpError):
+    with pytest.raises(chirpwire.ChirpError):
         chirp.PublicKey(text)
-    with pytest.raises(chirp.ChirpError):
+    with pytest.raises(chirpwire.ChirpError):
         chirp.Ticket.from_pem(text.replace('RSA PRIVATE', 'OTHER'))
 
 
 def test_only_the_ticket_opens(tmp_path):
     with our_server(tmp_path, auth='ticket') as server:
-        with pytest.raises(chirp.AccessDenied):            # no key is known yet
+        with pytest.raises(chirpwire.AccessDenied):            # no key is known yet
             chirp.ChirpClient(*server.address, ticket=TICKET).stat('/')
         server.set_ticket(TICKET.public.pem)
         for wrong in (None, OTHER):
-            with pytest.raises(chirp.AccessDenied):
+            with pytest.raises(chirpwire.AccessDenied):
                 chirp.ChirpClient(*server.address, ticket=wrong).stat('/')
         with chirp.ChirpClient(*server.address, ticket=TICKET) as client:
             client.putfile('/a', b'b')
             assert client.whoami() == 'host:agent' and client.getacl() == [('host:agent', 'rwld')]
             server.set_ticket(OTHER.public.pem)
-            with pytest.raises(chirp.ChirpError):
+            with pytest.raises(chirpwire.ChirpError):
                 client.stat('/')
         with chirp.ChirpClient(*server.address, ticket=OTHER) as client:
             assert client.getfile('/a') == b'b'

@@ -649,7 +649,7 @@ def test_a_bundle_compiles_each_module_once(program, tmp_path):
     run = subprocess.run([sys.executable, '-I', '-S', '-c', COUNT_COMPILED], cwd=str(tmp_path),
                          stdout=subprocess.PIPE, check=True)
     compiled = json.loads(run.stdout.decode().splitlines()[-1])
-    modules = {'protocol.py', 'agent.py', 'chirp.py', program + '.py'}
+    modules = {'protocol.py', 'agent.py', 'chirp.py', 'chirpwire.py', program + '.py'}
     assert {name: compiled.get(name) for name in modules} == dict.fromkeys(modules, 1)
 
 

@@ -22,6 +22,7 @@ from test_chirp import make_gib, make_many, same, same_folder
 
 import agent
 import chirp
+import chirpwire
 import vmhost
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
@@ -439,7 +440,7 @@ def test_only_the_host_may_connect_and_only_with_its_key(tmp_path):
             port = api.getVM('g')['facts']['chirp']['port']
             for ticket in (None, chirp.Ticket.generate()):
                 with chirp.ChirpClient('127.0.0.1', port, 10, ticket) as stranger:
-                    with pytest.raises(chirp.ChirpError):
+                    with pytest.raises(chirpwire.ChirpError):
                         stranger.ls('/')
             with socket.socket() as elsewhere:          # another address than the host's
                 elsewhere.bind(('127.0.0.9', 0))
