@@ -2191,6 +2191,10 @@ def begin_anew(why: str) -> None:
     os.execv(sys.executable, [sys.executable] + flags + sys.argv)
 
 
+BUNDLED = ['vmguest', 'protocol', 'agent', 'stomper',      # modules
+           'chirp', 'chirpticket', 'chirpwire']
+
+
 def main(argv: List[str]) -> int:
     """The command line; gives the exit code."""
     words = [word for word in argv if word not in ('--check',)]
@@ -2201,7 +2205,7 @@ def main(argv: List[str]) -> int:
         print('vmguest %s' % agent.VERSION)
         return 0
     if words[:1] == ['--bundle'] and len(words) == 2:
-        agent.write_bundle(words[1], 'vmguest', ['vmguest', 'protocol', 'agent', 'chirp', 'chirpwire', 'stomper'])
+        agent.write_bundle(words[1], 'vmguest', BUNDLED)
         return 0
     if len(words) > 1 or words and words[0].startswith('-'):
         print('vmguest: %s\n%s' % (' '.join(words), USAGE), file=sys.stderr)

@@ -75,6 +75,7 @@ from typing import (
 
 import agent
 import chirp
+import chirpticket
 import chirpwire
 import protocol
 import stompbroker
@@ -4430,7 +4431,7 @@ class Host:
         self.guests = Guests(settings.Host.vm_gc_grace)
         for known in self.journal.guests():
             self.guests.remember(*known)
-        self.ticket = None                     # type: Optional[chirp.Ticket]
+        self.ticket = None                     # type: Optional[chirpticket.Ticket]
         self.hypervisor = None                 # type: Any
         self.broker = None                     # type: Optional[stompbroker.Broker]
         self.policy = None                     # type: Optional[HostPolicy]
@@ -4473,8 +4474,8 @@ class Host:
     def _find_ticket(self) -> None:
         """The key by which guests with auth=ticket know this host; it takes a second to make the first."""
         try:
-            self.ticket = chirp.Ticket.from_pem(self.folder.secret(
-                'chirp.key', lambda: chirp.Ticket.generate().pem()))
+            self.ticket = chirpticket.Ticket.from_pem(self.folder.secret(
+                'chirp.key', lambda: chirpticket.Ticket.generate().pem()))
         except (OSError, chirpwire.ChirpError) as error:
             log.error('guests with auth=ticket serve no files: %s: %s', self.folder.file('chirp.key'), error)
             return
@@ -8051,7 +8052,8 @@ def meant(host: Client, wanted: Dict[str, Any], vm: str) -> List[str]:
     return found
 
 
-BUNDLED = ['vmhost', 'stompbroker', 'chirp', 'chirpwire', 'protocol', 'agent', 'stomper']     # modules
+BUNDLED = ['vmhost', 'stompbroker', 'protocol', 'agent', 'stomper',        # modules
+           'chirp', 'chirpticket', 'chirpwire']
 
 
 def run_option(words: List[str], screen: Screen) -> int:

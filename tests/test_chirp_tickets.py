@@ -10,11 +10,12 @@ import pytest
 from test_chirp import needs_cctools, our_server, run
 
 import chirp
+import chirpticket
 import chirpwire
 
 needs_openssl = pytest.mark.skipif(shutil.which('openssl') is None, reason='openssl is not installed')
-TICKET = chirp.Ticket.generate()
-OTHER = chirp.Ticket.generate(1024)
+TICKET = chirpticket.Ticket.generate()
+OTHER = chirpticket.Ticket.generate(1024)
 
 
 @needs_openssl
@@ -26,7 +27,7 @@ def test_openssl_reads_our_keys_and_we_read_its(tmp_path):
     assert public.decode() == TICKET.public.pem
     assert TICKET.public.digest == hashlib.md5(public).hexdigest()
     run('openssl', 'genrsa', '-traditional', '-out', tmp_path / 'theirs', '1024')
-    theirs = chirp.Ticket.from_pem((tmp_path / 'theirs').read_text())
+    theirs = chirpticket.Ticket.from_pem((tmp_path / 'theirs').read_text())
     assert theirs.pem() == (tmp_path / 'theirs').read_text()
 
 
@@ -45,8 +46,8 @@ def test_signatures_are_those_of_openssl(tmp_path):
 
 
 def test_a_key_is_its_text():
-    assert chirp.Ticket.from_pem(TICKET.pem()).public.digest == TICKET.public.digest
-    assert chirp.PublicKey(TICKET.public.pem).digest == TICKET.public.digest
+    assert chirpticket.Ticket.from_pem(TICKET.pem()).public.digest == TICKET.public.digest
+    assert chirpticket.PublicKey(TICKET.public.pem).digest == TICKET.public.digest
 
 
 @pytest.mark.parametrize('text', ['', 'x', '-----BEGIN PUBLIC KEY-----\nMAA=\n-----END PUBLIC KEY-----\n',
@@ -54,9 +55,9 @@ def test_a_key_is_its_text():
                                   TICKET.pem()])
 def test_what_is_no_key_is_refused(text):
     with pytest.raises(chirpwire.ChirpError):
-        chirp.PublicKey(text)
+        chirpticket.PublicKey(text)
     with pytest.raises(chirpwire.ChirpError):
-        chirp.Ticket.from_pem(text.replace('RSA PRIVATE', 'OTHER'))
+        chirpticket.Ticket.from_pem(text.replace('RSA PRIVATE', 'OTHER'))
 
 
 def test_only_the_ticket_opens(tmp_path):

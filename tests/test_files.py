@@ -22,6 +22,7 @@ from test_chirp import make_gib, make_many, same, same_folder
 
 import agent
 import chirp
+import chirpticket
 import chirpwire
 import vmhost
 
@@ -438,7 +439,7 @@ def test_only_the_host_may_connect_and_only_with_its_key(tmp_path):
             wait_until(lambda: api.cpFileToVM('g', source)[2] == 0, 30, 0.2)
             assert os.stat(os.path.join(host.state, 'chirp.key')).st_mode & 0o77 == 0
             port = api.getVM('g')['facts']['chirp']['port']
-            for ticket in (None, chirp.Ticket.generate()):
+            for ticket in (None, chirpticket.Ticket.generate()):
                 with chirp.ChirpClient('127.0.0.1', port, 10, ticket) as stranger:
                     with pytest.raises(chirpwire.ChirpError):
                         stranger.ls('/')
