@@ -163,7 +163,7 @@ def der_number(number_: int) -> bytes:
 
 def der_parts(data: bytes) -> List[bytes]:
     """The values that follow each other, each with its head. Raises ValueError, IndexError."""
-    parts = []                 # type: List[bytes]
+    parts: List[bytes] = []
     while data:
         size, at = data[1], 2
         if size & 0x80:

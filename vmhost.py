@@ -74,7 +74,9 @@ from typing import (
 )
 
 import agent
-import chirp
+import chirpclient
+import chirplocal
+import chirprequests
 import chirpticket
 import chirpwire
 import protocol
@@ -4073,7 +4075,7 @@ class Transfers:
         finally:
             self._end(transfer)
 
-    def _aim(self, client: chirp.ChirpClient, transfer: Transfer) -> None:
+    def _aim(self, client: chirpclient.ChirpClient, transfer: Transfer) -> None:
         """Has the folders that a file or folder is to be in. Raises Busy."""
         make_parents(client, transfer.target)
         if not os.path.isdir(transfer.source) and is_folder(client, transfer.target):
@@ -4093,7 +4095,7 @@ class Transfers:
             transfer.done.set()
 
 
-def make_parents(client: chirp.ChirpClient, target: str) -> None:
+def make_parents(client: chirpclient.ChirpClient, target: str) -> None:
     """Makes the folders in a guest that a target is to be in, where they are missing."""
     names = [name for name in target.split('/')[:-1] if name]
     for depth in range(1, len(names) + 1):
@@ -4101,7 +4103,7 @@ def make_parents(client: chirp.ChirpClient, target: str) -> None:
             client.mkdir('/' + '/'.join(names[:depth]))
 
 
-def is_folder(client: chirp.ChirpClient, path: str) -> bool:
+def is_folder(client: chirpclient.ChirpClient, path: str) -> bool:
     """Whether that is a folder in a guest."""
     try:
         return client.stat(path).is_dir
@@ -4196,7 +4198,7 @@ class Fetcher:
         for stream in ('out', 'err'):
             path = self.path(execution, stream)
             remove_file(path)
-            remove_file(chirp.local_part(path))
+            remove_file(chirplocal.local_part(path))
 
     def _fetch(self, execution: Execution, cancel: threading.Event) -> None:
         over = False
@@ -4963,7 +4965,7 @@ class Host:
         address, port = endpoint or (guest.ip, guest.chirp_port)
         if not port:
             raise NoFiles('%s offers no files (it has no Chirp server)' % guest.name)
-        return chirp.ChirpClient(address, port, CHIRP_TIMEOUT, self.ticket)
+        return chirpclient.ChirpClient(address, port, CHIRP_TIMEOUT, self.ticket)
 
     def list_dir(self, vm: str, path: str) -> List[Dict[str, Any]]:
         """What is in a folder of a VM. Raises TransferError, NoSuchVM, AgentNotConnected."""
@@ -5209,7 +5211,7 @@ def is_carried(text: str) -> bool:
     return '\r' not in text and text.translate(XML_UNSAFE) == text
 
 
-def shown_entry(entry: chirp.Entry) -> Dict[str, Any]:
+def shown_entry(entry: chirprequests.Entry) -> Dict[str, Any]:
     """An entry of a folder; the exact bytes of its name where XML-RPC would alter it."""
     shown = {'name': entry.name, 'size': entry.size, 'mode': entry.mode, 'mtime': entry.mtime,
              'isDir': entry.is_dir}    # type: Dict[str, Any]
@@ -8053,7 +8055,8 @@ def meant(host: Client, wanted: Dict[str, Any], vm: str) -> List[str]:
 
 
 BUNDLED = ['vmhost', 'stompbroker', 'protocol', 'agent', 'stomper',        # modules
-           'chirp', 'chirpticket', 'chirpwire']
+           'chirp', 'chirpclient', 'chirplocal', 'chirprequests', 'chirpreal',
+           'chirpserver', 'chirproot', 'chirpticket', 'chirpwire']
 
 
 def run_option(words: List[str], screen: Screen) -> int:

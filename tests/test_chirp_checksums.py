@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_chirp import our_server, write
 
-import chirp
+import chirpclient
+import chirprequests
+import chirpserver
 import chirpwire
 
 
@@ -26,7 +28,7 @@ def checksum(request, monkeypatch):
     """The one that two of ours verify large files with."""
     library = openssl() if request.param == 'gmac' else None
     monkeypatch.setattr(chirpwire, 'libcrypto', lambda: library)
-    monkeypatch.setattr(chirp, 'LARGE', 1 << 20)
+    monkeypatch.setattr(chirprequests, 'LARGE', 1 << 20)
     return request.param
 
 
@@ -78,11 +80,11 @@ def test_crc32_is_zlibs():
 def test_gmac_is_for_large_files_where_both_have_it(tmp_path, monkeypatch):
     library = openssl()
     monkeypatch.setattr(chirpwire, 'libcrypto', lambda: library)
-    with our_server(tmp_path) as server, chirp.ChirpClient(*server.address) as client:
-        assert client.algorithm() == client.algorithm(chirp.LARGE - 1) == 'crc32'
-        assert client.algorithm(chirp.LARGE) == 'gmac'
+    with our_server(tmp_path) as server, chirpclient.ChirpClient(*server.address) as client:
+        assert client.algorithm() == client.algorithm(chirprequests.LARGE - 1) == 'crc32'
+        assert client.algorithm(chirprequests.LARGE) == 'gmac'
         monkeypatch.setattr(chirpwire, 'libcrypto', lambda: None)
-        assert client.algorithm(chirp.LARGE) == 'crc32'
+        assert client.algorithm(chirprequests.LARGE) == 'crc32'
         with pytest.raises(chirpwire.Refused, match='invalid'):
             client.hash('/', 'gmac')
         write(tmp_path / 'file', b'x')
@@ -92,11 +94,11 @@ def test_gmac_is_for_large_files_where_both_have_it(tmp_path, monkeypatch):
                 client.call('hashread', number, other)
         client.disconnect()
         monkeypatch.setattr(chirpwire, 'libcrypto', lambda: library)
-        monkeypatch.delitem(chirp.COMMANDS, b'gmac')
-        assert client.algorithm(chirp.LARGE) == 'crc32'
+        monkeypatch.delitem(chirpserver.COMMANDS, b'gmac')
+        assert client.algorithm(chirprequests.LARGE) == 'crc32'
         client.disconnect()
-        monkeypatch.delitem(chirp.COMMANDS, b'crc32')
-        assert client.algorithm(chirp.LARGE) == 'sha1'
+        monkeypatch.delitem(chirpserver.COMMANDS, b'crc32')
+        assert client.algorithm(chirprequests.LARGE) == 'sha1'
 
 
 @pytest.mark.parametrize('fault', ['missing', 'wrong', 'slow'])
@@ -122,18 +124,18 @@ def test_an_openssl_that_is_of_no_use_is_left_alone(monkeypatch, fault):
 def test_what_passes_is_not_read_again_for_its_checksum(tmp_path, monkeypatch, checksum):
     """Between two of ours. What the file became after it was read has another checksum."""
     (tmp_path / 'served').mkdir()
-    content = os.urandom(chirp.BESIDE + 1000)
+    content = os.urandom(chirpclient.BESIDE + 1000)
     source = write(tmp_path / 'source', content)
 
     def no_reading(fd, algorithm):
         assert os.fstat(fd).st_size == 0, 'it is read again'
         return chirpwire.new_hash(algorithm)
-    with our_server(tmp_path / 'served') as server, chirp.ChirpClient(*server.address) as moving:
+    with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as moving:
         assert moving.algorithm(len(content)) == checksum
         with monkeypatch.context() as patch:
-            patch.setattr(chirp, 'hash_file', no_reading)
+            patch.setattr(chirpserver, 'hash_file', no_reading)
             moving.put(str(source), '/there')
-            server.checksums = chirp.Checksums()       # what the upload left
+            server.checksums = chirpserver.Checksums()       # what the upload left
             moving.get('/there', str(tmp_path / 'back'))
         assert (tmp_path / 'back').read_bytes() == content
         write(tmp_path / 'served' / 'there', b'another')
@@ -142,7 +144,7 @@ def test_what_passes_is_not_read_again_for_its_checksum(tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize('begin', ['hash', 'read'])
 def test_a_checksum_is_of_what_is_there_whatever_its_times_say(tmp_path, begin, checksum):
-    with our_server(tmp_path) as server, chirp.ChirpClient(*server.address) as client:
+    with our_server(tmp_path) as server, chirpclient.ChirpClient(*server.address) as client:
         path = write(tmp_path / 'file', b'before')
         if begin == 'hash':
             assert client.hash('/file', checksum) == chirpwire.new_hash(checksum, b'before').digest()
@@ -164,8 +166,8 @@ def test_a_checksum_is_of_what_is_there_whatever_its_times_say(tmp_path, begin, 
 @pytest.mark.parametrize('meddle', ['write', 'write and close', 'truncate', 'ftruncate', 'a program'])
 def test_a_checksum_is_of_what_is_there_whoever_wrote_it(tmp_path, meddle, checksum):
     """Two clients write to one file, as those do that put to one place at the same time."""
-    with our_server(tmp_path) as server, chirp.ChirpClient(*server.address) as client, \
-            chirp.ChirpClient(*server.address) as other:
+    with our_server(tmp_path) as server, chirpclient.ChirpClient(*server.address) as client, \
+            chirpclient.ChirpClient(*server.address) as other:
         number, _ = client.open('/file', 'wc')
         client.hash('/file', checksum)
         client.pwrite(number, b'a' * 1000, 0)

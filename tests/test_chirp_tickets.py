@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from test_chirp import needs_cctools, our_server, run
 
-import chirp
+import chirpclient
 import chirpticket
 import chirpwire
 
@@ -63,23 +63,23 @@ def test_what_is_no_key_is_refused(text):
 def test_only_the_ticket_opens(tmp_path):
     with our_server(tmp_path, auth='ticket') as server:
         with pytest.raises(chirpwire.AccessDenied):            # no key is known yet
-            chirp.ChirpClient(*server.address, ticket=TICKET).stat('/')
+            chirpclient.ChirpClient(*server.address, ticket=TICKET).stat('/')
         server.set_ticket(TICKET.public.pem)
         for wrong in (None, OTHER):
             with pytest.raises(chirpwire.AccessDenied):
-                chirp.ChirpClient(*server.address, ticket=wrong).stat('/')
-        with chirp.ChirpClient(*server.address, ticket=TICKET) as client:
+                chirpclient.ChirpClient(*server.address, ticket=wrong).stat('/')
+        with chirpclient.ChirpClient(*server.address, ticket=TICKET) as client:
             client.putfile('/a', b'b')
             assert client.whoami() == 'host:agent' and client.getacl() == [('host:agent', 'rwld')]
             server.set_ticket(OTHER.public.pem)
             with pytest.raises(chirpwire.ChirpError):
                 client.stat('/')
-        with chirp.ChirpClient(*server.address, ticket=OTHER) as client:
+        with chirpclient.ChirpClient(*server.address, ticket=OTHER) as client:
             assert client.getfile('/a') == b'b'
 
 
 def test_a_client_with_a_ticket_gets_in_by_its_address_where_that_is_asked_for(tmp_path):
-    with our_server(tmp_path) as server, chirp.ChirpClient(*server.address, ticket=TICKET) as client:
+    with our_server(tmp_path) as server, chirpclient.ChirpClient(*server.address, ticket=TICKET) as client:
         assert client.whoami() == 'address:127.0.0.1'
 
 
