@@ -23,7 +23,9 @@ import time
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import agent
-import chirp
+import chirpclient
+import chirpticket
+import chirpwire
 import protocol
 import stompbroker
 from faults import (
@@ -146,7 +148,7 @@ class Host:
         self.guests = Guests(settings.Host.vm_gc_grace)
         for known in self.journal.guests():
             self.guests.remember(*known)
-        self.ticket = None                     # type: Optional[chirp.Ticket]
+        self.ticket = None                     # type: Optional[chirpticket.Ticket]
         self.hypervisor = None                 # type: Any
         self.broker = None                     # type: Optional[stompbroker.Broker]
         self.policy = None                     # type: Optional[HostPolicy]
@@ -189,9 +191,9 @@ class Host:
     def _find_ticket(self) -> None:
         """The key by which guests with auth=ticket know this host; it takes a second to make the first."""
         try:
-            self.ticket = chirp.Ticket.from_pem(self.folder.secret(
-                'chirp.key', lambda: chirp.Ticket.generate().pem()))
-        except (OSError, chirp.ChirpError) as error:
+            self.ticket = chirpticket.Ticket.from_pem(self.folder.secret(
+                'chirp.key', lambda: chirpticket.Ticket.generate().pem()))
+        except (OSError, chirpwire.ChirpError) as error:
             log.error('guests with auth=ticket serve no files: %s: %s', self.folder.file('chirp.key'), error)
             return
         for guest in self.guests.on_list():
@@ -678,14 +680,14 @@ class Host:
         address, port = endpoint or (guest.ip, guest.chirp_port)
         if not port:
             raise NoFiles('%s offers no files (it has no Chirp server)' % guest.name)
-        return chirp.ChirpClient(address, port, CHIRP_TIMEOUT, self.ticket)
+        return chirpclient.ChirpClient(address, port, CHIRP_TIMEOUT, self.ticket)
 
     def list_dir(self, vm: str, path: str) -> List[Dict[str, Any]]:
         """What is in a folder of a VM. Raises TransferError, NoSuchVM, AgentNotConnected."""
         try:
             with self.chirp_client(self.connected(vm)) as client:
                 return [shown_entry(entry) for entry in client.ls(path)]
-        except (chirp.ChirpError, OSError) as error:
+        except (chirpwire.ChirpError, OSError) as error:
             raise TransferError('%s on %s: %s' % (path, vm, error))
 
     def ping(self, vm: str, timeout: float) -> str:

@@ -28,7 +28,8 @@ import xmlrpc.client
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import agent
-import chirp
+import chirprequests
+import chirpwire
 import protocol
 from faults import InvalidParams, NoSuchCommand, NotSupported, VMHostError
 from hostcommands import describe_end
@@ -64,19 +65,19 @@ def is_carried(text: str) -> bool:
     return '\r' not in text and text.translate(agent.XML_UNSAFE) == text
 
 
-def shown_entry(entry: chirp.Entry) -> Dict[str, Any]:
+def shown_entry(entry: chirprequests.Entry) -> Dict[str, Any]:
     """An entry of a folder; the exact bytes of its name where XML-RPC would alter it."""
     shown = {'name': entry.name, 'size': entry.size, 'mode': entry.mode, 'mtime': entry.mtime,
              'isDir': entry.is_dir}    # type: Dict[str, Any]
     if not is_carried(entry.name):
-        shown['name64'] = base64.b64encode(chirp.to_bytes(entry.name)).decode('ascii')
+        shown['name64'] = base64.b64encode(chirpwire.to_bytes(entry.name)).decode('ascii')
     return shown
 
 
 def shown_param(param: Any) -> str:
     """An argument of a call for the journal."""
     if isinstance(param, xmlrpc.client.Binary):
-        param = chirp.to_text(param.data[:80])
+        param = chirpwire.to_text(param.data[:80])
     return '%.80r' % param if isinstance(param, (str, int, float)) else '…'
 
 
@@ -742,7 +743,7 @@ def read_local(path: FilePath) -> str:
 
 def read_remote(path: FilePath) -> str:
     """The same for a path of a guest."""
-    return path if isinstance(path, str) else chirp.to_text(path.data)
+    return path if isinstance(path, str) else chirpwire.to_text(path.data)
 
 
 def read_request(cmd: str, args: List[Any], env: Any, path: Any, file_for_stdin: str,

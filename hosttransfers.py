@@ -14,7 +14,9 @@ import time
 from typing import Any, Callable, Dict, List, Tuple
 
 import agent
-import chirp
+import chirpclient
+import chirplocal
+import chirpwire
 import protocol
 from faults import Busy, InvalidParams, NoFiles, VMHostError
 from hostguests import Guest
@@ -221,7 +223,7 @@ class Transfers:
         transfer.began = time.monotonic()
         try:
             if transfer.cancelled.is_set():
-                raise chirp.Cancelled('cancelled before it began')
+                raise chirpwire.Cancelled('cancelled before it began')
             with self._host.chirp_client(self._host.connected(transfer.vm)) as client:
                 if transfer.direction == 'put':
                     self._aim(client, transfer)
@@ -229,7 +231,7 @@ class Transfers:
                 move(transfer.source, transfer.target, progress=transfer.progress,
                      cancel=transfer.cancelled)
             transfer.state = 'done'
-        except (VMHostError, chirp.ChirpError, OSError) as error:
+        except (VMHostError, chirpwire.ChirpError, OSError) as error:
             transfer.state = 'cancelled' if transfer.cancelled.is_set() else 'failed'
             transfer.error = str(error) or type(error).__name__
         except Exception as error:
@@ -238,7 +240,7 @@ class Transfers:
         finally:
             self._end(transfer)
 
-    def _aim(self, client: chirp.ChirpClient, transfer: Transfer) -> None:
+    def _aim(self, client: chirpclient.ChirpClient, transfer: Transfer) -> None:
         """Has the folders that a file or folder is to be in. Raises Busy."""
         make_parents(client, transfer.target)
         if not os.path.isdir(transfer.source) and is_folder(client, transfer.target):
@@ -258,19 +260,19 @@ class Transfers:
             transfer.done.set()
 
 
-def make_parents(client: chirp.ChirpClient, target: str) -> None:
+def make_parents(client: chirpclient.ChirpClient, target: str) -> None:
     """Makes the folders in a guest that a target is to be in, where they are missing."""
     names = [name for name in target.split('/')[:-1] if name]
     for depth in range(1, len(names) + 1):
-        with contextlib.suppress(chirp.Refused):        # it is there; or the put will say what is wrong
+        with contextlib.suppress(chirpwire.Refused):        # it is there; or the put will say what is wrong
             client.mkdir('/' + '/'.join(names[:depth]))
 
 
-def is_folder(client: chirp.ChirpClient, path: str) -> bool:
+def is_folder(client: chirpclient.ChirpClient, path: str) -> bool:
     """Whether that is a folder in a guest."""
     try:
         return client.stat(path).is_dir
-    except chirp.Refused:
+    except chirpwire.Refused:
         return False
 
 
@@ -361,7 +363,7 @@ class Fetcher:
         for stream in ('out', 'err'):
             path = self.path(execution, stream)
             remove_file(path)
-            remove_file(chirp.local_part(path))
+            remove_file(chirplocal.local_part(path))
 
     def _fetch(self, execution: Execution, cancel: threading.Event) -> None:
         over = False
@@ -382,7 +384,7 @@ class Fetcher:
         try:
             if self._is_unfetched(execution):
                 self._fetch_streams(execution, cancel)
-        except (chirp.ChirpError, VMHostError, OSError) as error:
+        except (chirpwire.ChirpError, VMHostError, OSError) as error:
             return self._gives_up(execution, error)
         except Exception:
             log.exception('fetching the output of %s', execution.key)
@@ -397,9 +399,9 @@ class Fetcher:
 
     def _gives_up(self, execution: Execution, error: Exception) -> bool:
         """Whether the rest of the output is left to the guest, which keeps it for keep_spool."""
-        if isinstance(error, chirp.Cancelled):
+        if isinstance(error, chirpwire.Cancelled):
             return False
-        last = isinstance(error, (chirp.Refused, NoFiles)) or isinstance(error, chirp.ChirpError) \
+        last = isinstance(error, (chirpwire.Refused, NoFiles)) or isinstance(error, chirpwire.ChirpError) \
             and time.time() - execution.ended > FETCH_PATIENCE     # not where this disk is full
         log.log(logging.WARNING if last else logging.INFO, 'output of %s can\'t be fetched%s: %s',
                 execution.key, ', and stays in the guest for its keep_spool' if last else ' now', error)

@@ -1379,7 +1379,7 @@ class Agent:
         if self.id:
             self._open_spool()
         # After the fork: runners needn't carry it. Before the link: its heart-beats would wait meanwhile.
-        importlib.import_module('chirp')
+        importlib.import_module('chirpserver')
         self.link.start()
         log.info('vmguest %s runs as pid %d: broker %s:%d, serves %s', agent.VERSION, os.getpid(),
                  self.settings.Broker.host, self.settings.Broker.port, self.root)
@@ -1722,10 +1722,10 @@ class Agent:
             return
         if self.files is not None:
             self.files.stop(FILES_STOP)
-        import chirp
+        import chirpserver
         port = self.settings.Chirp.port
         try:
-            chirp.listen(self.ip, port).close()
+            chirpserver.listen(self.ip, port).close()
         except OSError as error:
             log.warning('[Chirp] port %d can\'t be had (%s): files are served on another one, which the host '
                         'is told, but can\'t reach in NAT mode', port, error)
@@ -1738,14 +1738,16 @@ class Agent:
 
     def _start_files(self, port: int) -> None:
         """Not waiting for chirp_server, which may never come up: this is the link's thread."""
-        import chirp
         settings, allowed = self.settings.Chirp, [self.link.peer_address[0]]
         self._served_at = self.ip
         if settings.server == 'embedded':
-            self.files = chirp.ChirpServer(self.root, self.ip, port, allowed, auth=settings.auth).start()
+            import chirpserver
+            self.files = chirpserver.ChirpServer(self.root, self.ip, port, allowed,
+                                                 auth=settings.auth).start()
             return
-        self.files = chirp.RealChirpServer(self.root, self.ip, port, allowed, auth=settings.auth,
-                                           user=settings.user)
+        import chirpreal
+        self.files = chirpreal.RealChirpServer(self.root, self.ip, port, allowed, auth=settings.auth,
+                                               user=settings.user)
         self.files.begin(self._files_listen, FILES_PATIENCE)
 
     def _files_port(self) -> int:
@@ -1759,7 +1761,7 @@ class Agent:
 
     def _admit(self, message: Message) -> None:
         """The greeting's part for files: where the host is, if not at the broker, and its key."""
-        import chirp
+        import chirpwire
         if self.files is None:
             return
         addresses = [as_text('addresses', value) for value in message.sequence('addresses')]
@@ -1769,7 +1771,7 @@ class Agent:
         if ticket and self.settings.Chirp.auth == 'ticket':
             try:
                 self.files.set_ticket(ticket)
-            except chirp.ChirpError as error:
+            except chirpwire.ChirpError as error:
                 raise protocol.BadWord('HELLO: chirp-ticket: %s' % error)
 
     # Running.

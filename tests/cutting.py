@@ -14,6 +14,9 @@ import sys
 import threading
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, TOP)
+
+import chirpserver  # noqa: E402
 
 
 class CuttingProxy:
@@ -134,14 +137,13 @@ def write_whole(path, text):
 
 
 def main():
-    sys.path.insert(0, TOP)
-    import chirp
     parser = argparse.ArgumentParser()
     for option in '-r', '-Z':
         parser.add_argument(option)
     words, _ = parser.parse_known_args()
     faults = json.loads(os.environ['CHIRP_FAULTS'])
-    with chirp.ChirpServer(words.r, allow=['127.0.0.1']) as server, CuttingProxy(server.address) as proxy:
+    with chirpserver.ChirpServer(words.r, allow=['127.0.0.1']) as server, \
+            CuttingProxy(server.address) as proxy:
         proxy.distances = iter(faults.get('cuts', ()))
         proxy.left, proxy.hold = next(proxy.distances, None), faults.get('hold')
         write_whole(words.Z, '%d\n' % proxy.address[1])

@@ -14,7 +14,9 @@ import threading
 import pytest
 from helpers import wait_until
 
-import chirp
+import chirpclient
+import chirpserver
+import chirpwire
 
 REAL = shutil.which('chirp_server')
 needs_cctools = pytest.mark.skipif(REAL is None, reason='coop-computing-tools is not installed')
@@ -48,7 +50,7 @@ def real_server(folder, scratch):
 def our_server(folder, **options):
     options.setdefault('allow', ['127.0.0.1'])
     before = set(threading.enumerate())
-    server = chirp.ChirpServer(str(folder), **options).start()
+    server = chirpserver.ChirpServer(str(folder), **options).start()
     try:
         yield server
     finally:
@@ -76,7 +78,7 @@ def served(request, tmp_path):
 
 @pytest.fixture
 def client(served):
-    with chirp.ChirpClient(*served[0], timeout=20) as client:
+    with chirpclient.ChirpClient(*served[0], timeout=20) as client:
         yield client
 
 
@@ -195,8 +197,8 @@ def test_the_calls_of_the_protocol(client, served):
     assert client.readlink('/d/l') == 'f' and client.lstat('/d/l').is_link
     assert client.hash('/d/l') == hashlib.sha1(b'012ab').digest()
     assert client.hash('/d/f', 'md5') == hashlib.md5(b'012ab').digest()
-    assert client.has_same('/d/f', chirp.new_hash(client.algorithm(), b'012ab'), 5)
-    assert not client.has_same('/d/f', chirp.new_hash(client.algorithm(), b'012aB'), 5)
+    assert client.has_same('/d/f', chirpwire.new_hash(client.algorithm(), b'012ab'), 5)
+    assert not client.has_same('/d/f', chirpwire.new_hash(client.algorithm(), b'012aB'), 5)
     client.link('/d/f', '/d/hard')
     client.truncate('/d/hard', 2)
     assert client.getfile('/d/f') == b'01'
@@ -236,7 +238,7 @@ def test_errors_have_the_codes_of_the_real_server(client, what, code):
     client.mkdir('/folder')
     client.putfile('/folder/inner', b'')
     client.putfile('/file', b'')
-    with pytest.raises(chirp.Refused) as caught:
+    with pytest.raises(chirpwire.Refused) as caught:
         what(client)
     assert caught.value.code == code
     assert client.getfile('/file') == b''          # and the connection is still good
@@ -303,7 +305,7 @@ def same_folder(one, other):
 def test_a_folder_of_5000_goes_there_and_back(tmp_path):
     source = make_many(tmp_path / 'source')
     (tmp_path / 'served').mkdir()
-    with our_server(tmp_path / 'served') as server, chirp.ChirpClient(*server.address) as client:
+    with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as client:
         client.put(str(source), '/there')
         assert same_folder(source, tmp_path / 'served' / 'there')
         client.get('/there', str(tmp_path / 'back'))
@@ -401,25 +403,26 @@ def test_a_stranger_is_dropped_before_a_byte_is_read(tmp_path):
         with socket.create_connection(server.address) as sock:
             sock.settimeout(10)
             assert sock.recv(1) == b''
-        with pytest.raises(chirp.ChirpError):
-            chirp.ChirpClient(*server.address, timeout=5).stat('/')
+        with pytest.raises(chirpwire.ChirpError):
+            chirpclient.ChirpClient(*server.address, timeout=5).stat('/')
         server.allow(['127.0.0.1', '127.0.0.9'])
-        with chirp.ChirpClient(*server.address) as client:
+        with chirpclient.ChirpClient(*server.address) as client:
             client.stat('/')
             server.allow([])
-            with pytest.raises(chirp.ChirpError):
+            with pytest.raises(chirpwire.ChirpError):
                 client.stat('/')
 
 
 def test_one_client_more_than_the_most_is_turned_away(tmp_path):
     with our_server(tmp_path, max_clients=2) as server:
-        with chirp.ChirpClient(*server.address) as first, chirp.ChirpClient(*server.address) as second:
+        with chirpclient.ChirpClient(*server.address) as first, \
+                chirpclient.ChirpClient(*server.address) as second:
             first.stat('/')
             second.stat('/')
-            with pytest.raises(chirp.ChirpError):
-                chirp.ChirpClient(*server.address, timeout=5).stat('/')
+            with pytest.raises(chirpwire.ChirpError):
+                chirpclient.ChirpClient(*server.address, timeout=5).stat('/')
         def again():
-            with contextlib.suppress(chirp.ChirpError), chirp.ChirpClient(*server.address) as third:
+            with contextlib.suppress(chirpwire.ChirpError), chirpclient.ChirpClient(*server.address) as third:
                 return third.stat('/')
         wait_until(again, 10)
 
@@ -437,5 +440,5 @@ def test_a_client_that_no_thread_is_left_for_is_turned_away(tmp_path, monkeypatc
             with socket.create_connection(server.address, 20) as sock:
                 assert sock.recv(1) == b''
         assert 'can\'t start new thread' in caplog.text
-        with chirp.ChirpClient(*server.address) as client:
+        with chirpclient.ChirpClient(*server.address) as client:
             client.stat('/')

@@ -9,13 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_chirp import our_server, write
 
-import chirp
+import chirpclient
+import chirprequests
+import chirpserver
+import chirpwire
 
 
 def openssl():
     """What there is of it, however fast."""
     try:
-        return chirp.Libcrypto()
+        return chirpwire.Libcrypto()
     except (ImportError, OSError, AttributeError) as error:
         pytest.skip("OpenSSL isn't at hand by way of hashlib: %s" % error)
 
@@ -24,8 +27,8 @@ def openssl():
 def checksum(request, monkeypatch):
     """The one that two of ours verify large files with."""
     library = openssl() if request.param == 'gmac' else None
-    monkeypatch.setattr(chirp, 'libcrypto', lambda: library)
-    monkeypatch.setattr(chirp, 'LARGE', 1 << 20)
+    monkeypatch.setattr(chirpwire, 'libcrypto', lambda: library)
+    monkeypatch.setattr(chirprequests, 'LARGE', 1 << 20)
     return request.param
 
 
@@ -57,7 +60,7 @@ def gmac(content):
 @given(st.lists(st.binary(max_size=70)))
 def test_gmac_is_by_the_book_in_any_pieces(pieces):
     library = openssl()
-    found = chirp.Gmac(library, library.new())
+    found = chirpwire.Gmac(library, library.new())
     for index, piece in enumerate(pieces):
         found.update(piece if index % 2 else memoryview(bytearray(piece)))
         if index % 3 == 2:
@@ -67,7 +70,7 @@ def test_gmac_is_by_the_book_in_any_pieces(pieces):
 
 
 def test_crc32_is_zlibs():
-    found = chirp.new_hash('crc32', b'12345')
+    found = chirpwire.new_hash('crc32', b'12345')
     found.update(b'6789')
     assert found.digest() == bytes.fromhex('cbf43926') == zlib.crc32(b'123456789').to_bytes(4, 'big')
 
@@ -76,26 +79,26 @@ def test_crc32_is_zlibs():
 
 def test_gmac_is_for_large_files_where_both_have_it(tmp_path, monkeypatch):
     library = openssl()
-    monkeypatch.setattr(chirp, 'libcrypto', lambda: library)
-    with our_server(tmp_path) as server, chirp.ChirpClient(*server.address) as client:
-        assert client.algorithm() == client.algorithm(chirp.LARGE - 1) == 'crc32'
-        assert client.algorithm(chirp.LARGE) == 'gmac'
-        monkeypatch.setattr(chirp, 'libcrypto', lambda: None)
-        assert client.algorithm(chirp.LARGE) == 'crc32'
-        with pytest.raises(chirp.Refused, match='invalid'):
+    monkeypatch.setattr(chirpwire, 'libcrypto', lambda: library)
+    with our_server(tmp_path) as server, chirpclient.ChirpClient(*server.address) as client:
+        assert client.algorithm() == client.algorithm(chirprequests.LARGE - 1) == 'crc32'
+        assert client.algorithm(chirprequests.LARGE) == 'gmac'
+        monkeypatch.setattr(chirpwire, 'libcrypto', lambda: None)
+        assert client.algorithm(chirprequests.LARGE) == 'crc32'
+        with pytest.raises(chirpwire.Refused, match='invalid'):
             client.hash('/', 'gmac')
         write(tmp_path / 'file', b'x')
         number, _ = client.open('/file', 'r')
         for other in ('gmac', 'sha1', 'crc33'):
-            with pytest.raises(chirp.Refused, match='invalid'):
+            with pytest.raises(chirpwire.Refused, match='invalid'):
                 client.call('hashread', number, other)
         client.disconnect()
-        monkeypatch.setattr(chirp, 'libcrypto', lambda: library)
-        monkeypatch.delitem(chirp.COMMANDS, b'gmac')
-        assert client.algorithm(chirp.LARGE) == 'crc32'
+        monkeypatch.setattr(chirpwire, 'libcrypto', lambda: library)
+        monkeypatch.delitem(chirpserver.COMMANDS, b'gmac')
+        assert client.algorithm(chirprequests.LARGE) == 'crc32'
         client.disconnect()
-        monkeypatch.delitem(chirp.COMMANDS, b'crc32')
-        assert client.algorithm(chirp.LARGE) == 'sha1'
+        monkeypatch.delitem(chirpserver.COMMANDS, b'crc32')
+        assert client.algorithm(chirprequests.LARGE) == 'sha1'
 
 
 @pytest.mark.parametrize('fault', ['missing', 'wrong', 'slow'])
@@ -105,15 +108,15 @@ def test_an_openssl_that_is_of_no_use_is_left_alone(monkeypatch, fault):
     def missing():
         raise AttributeError('EVP_EncryptUpdate')
     if fault == 'missing':
-        monkeypatch.setattr(chirp, 'Libcrypto', missing)
+        monkeypatch.setattr(chirpwire, 'Libcrypto', missing)
     elif fault == 'wrong':
-        monkeypatch.setattr(chirp, 'GMAC_OF_BYTES', bytes(16))
+        monkeypatch.setattr(chirpwire, 'GMAC_OF_BYTES', bytes(16))
     seconds = {zlib.crc32: 0.4 if fault == 'slow' else 0.6}
-    monkeypatch.setattr(chirp, 'quickest', lambda do, content: seconds.get(do, 0.5))
-    assert chirp.libcrypto.__wrapped__() is None
+    monkeypatch.setattr(chirpwire, 'quickest', lambda do, content: seconds.get(do, 0.5))
+    assert chirpwire.libcrypto.__wrapped__() is None
     monkeypatch.undo()
-    monkeypatch.setattr(chirp, 'quickest', lambda do, content: 0.6 if do is zlib.crc32 else 0.5)
-    assert chirp.libcrypto.__wrapped__() is not None
+    monkeypatch.setattr(chirpwire, 'quickest', lambda do, content: 0.6 if do is zlib.crc32 else 0.5)
+    assert chirpwire.libcrypto.__wrapped__() is not None
 
 
 # --- that they are of what is there -----------------------------------------------------------------
@@ -121,30 +124,30 @@ def test_an_openssl_that_is_of_no_use_is_left_alone(monkeypatch, fault):
 def test_what_passes_is_not_read_again_for_its_checksum(tmp_path, monkeypatch, checksum):
     """Between two of ours. What the file became after it was read has another checksum."""
     (tmp_path / 'served').mkdir()
-    content = os.urandom(chirp.BESIDE + 1000)
+    content = os.urandom(chirpclient.BESIDE + 1000)
     source = write(tmp_path / 'source', content)
 
     def no_reading(fd, algorithm):
         assert os.fstat(fd).st_size == 0, 'it is read again'
-        return chirp.new_hash(algorithm)
-    with our_server(tmp_path / 'served') as server, chirp.ChirpClient(*server.address) as moving:
+        return chirpwire.new_hash(algorithm)
+    with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as moving:
         assert moving.algorithm(len(content)) == checksum
         with monkeypatch.context() as patch:
-            patch.setattr(chirp, 'hash_file', no_reading)
+            patch.setattr(chirpserver, 'hash_file', no_reading)
             moving.put(str(source), '/there')
-            server.checksums = chirp.Checksums()       # what the upload left
+            server.checksums = chirpserver.Checksums()       # what the upload left
             moving.get('/there', str(tmp_path / 'back'))
         assert (tmp_path / 'back').read_bytes() == content
         write(tmp_path / 'served' / 'there', b'another')
-        assert moving.hash('/there', checksum) == chirp.new_hash(checksum, b'another').digest()
+        assert moving.hash('/there', checksum) == chirpwire.new_hash(checksum, b'another').digest()
 
 
 @pytest.mark.parametrize('begin', ['hash', 'read'])
 def test_a_checksum_is_of_what_is_there_whatever_its_times_say(tmp_path, begin, checksum):
-    with our_server(tmp_path) as server, chirp.ChirpClient(*server.address) as client:
+    with our_server(tmp_path) as server, chirpclient.ChirpClient(*server.address) as client:
         path = write(tmp_path / 'file', b'before')
         if begin == 'hash':
-            assert client.hash('/file', checksum) == chirp.new_hash(checksum, b'before').digest()
+            assert client.hash('/file', checksum) == chirpwire.new_hash(checksum, b'before').digest()
         else:
             number, _ = client.open('/file', 'r')
             assert client.call('hashread', number, checksum) == 0
@@ -157,14 +160,14 @@ def test_a_checksum_is_of_what_is_there_whatever_its_times_say(tmp_path, begin, 
         wait_until(write_again)
         if begin == 'read':
             client.close(number)
-        assert client.hash('/file', checksum) == chirp.new_hash(checksum, b'after.').digest()
+        assert client.hash('/file', checksum) == chirpwire.new_hash(checksum, b'after.').digest()
 
 
 @pytest.mark.parametrize('meddle', ['write', 'write and close', 'truncate', 'ftruncate', 'a program'])
 def test_a_checksum_is_of_what_is_there_whoever_wrote_it(tmp_path, meddle, checksum):
     """Two clients write to one file, as those do that put to one place at the same time."""
-    with our_server(tmp_path) as server, chirp.ChirpClient(*server.address) as client, \
-            chirp.ChirpClient(*server.address) as other:
+    with our_server(tmp_path) as server, chirpclient.ChirpClient(*server.address) as client, \
+            chirpclient.ChirpClient(*server.address) as other:
         number, _ = client.open('/file', 'wc')
         client.hash('/file', checksum)
         client.pwrite(number, b'a' * 1000, 0)
@@ -185,7 +188,7 @@ def test_a_checksum_is_of_what_is_there_whoever_wrote_it(tmp_path, meddle, check
         client.close(number)
         content = (tmp_path / 'file').read_bytes()
         assert len(content) == 2000 and content != b'a' * 2000
-        assert client.hash('/file', checksum) == chirp.new_hash(checksum, content).digest()
+        assert client.hash('/file', checksum) == chirpwire.new_hash(checksum, content).digest()
 
 
 def replace_start(file):

@@ -19,6 +19,10 @@ from helpers import wait_until
 from test_chirp import client, make_many, make_tree, our_server, seen, served, write  # noqa: F401  (fixtures)
 
 import chirp
+import chirpclient
+import chirprequests
+import chirpserver
+import chirpwire
 
 SIZE = 24 * 1024 * 1024
 CUTS = 20
@@ -31,7 +35,7 @@ def try_until_done(proxy, cuts, furthest, seed, move):
     proxy.distances = iter([rng.randrange(1, furthest) for _ in range(cuts - 1)])
     proxy.left = rng.randrange(1, furthest)
     while True:
-        with contextlib.suppress(chirp.Disconnected, chirp.AccessDenied):
+        with contextlib.suppress(chirpwire.Disconnected, chirpwire.AccessDenied):
             move()
             break
     proxy.left = None
@@ -62,7 +66,7 @@ def watched(path, contents):
 
 @pytest.fixture(autouse=True)
 def all_progress(monkeypatch):
-    monkeypatch.setattr(chirp.Meter, 'EVERY', 0)
+    monkeypatch.setattr(chirpclient.Meter, 'EVERY', 0)
 
 
 @pytest.fixture(params=['small', 'large'])
@@ -70,10 +74,10 @@ def largeness(request, monkeypatch):
     """How files of some MiB are seen; large ones with the checksum for those, where it can be had, slow as
     it may be."""
     if request.param == 'large':
-        monkeypatch.setattr(chirp, 'LARGE', 1 << 20)
+        monkeypatch.setattr(chirprequests, 'LARGE', 1 << 20)
         with contextlib.suppress(ImportError, OSError, AttributeError):
-            library = chirp.Libcrypto()
-            monkeypatch.setattr(chirp, 'libcrypto', lambda: library)
+            library = chirpwire.Libcrypto()
+            monkeypatch.setattr(chirpwire, 'libcrypto', lambda: library)
     return request.param
 
 
@@ -85,12 +89,12 @@ def test_an_upload_that_is_cut_goes_on(served, tmp_path, largeness):  # noqa: F8
     shutil.chown(str(target), served[1].stat().st_uid)
     with CuttingProxy(served[0]) as proxy, watched(target, [content, b'the old content']):
         def move():
-            with chirp.ChirpClient(*proxy.address[:2], timeout=20) as moving:
+            with chirpclient.ChirpClient(*proxy.address[:2], timeout=20) as moving:
                 moving.put(str(source), '/target')
         cuts = try_until_done(proxy, CUTS, 2 * SIZE // CUTS, 1, move)
         assert target.read_bytes() == content
         assert cuts >= CUTS // 2
-        assert proxy.up <= SIZE + cuts * (chirp.PIECE + 65536)
+        assert proxy.up <= SIZE + cuts * (chirprequests.PIECE + 65536)
     assert [name for name in os.listdir(str(served[1])) if not name.startswith('.__')] == ['target']
 
 
@@ -101,12 +105,12 @@ def test_a_download_that_is_cut_goes_on(served, tmp_path, largeness):  # noqa: F
     target = write(tmp_path / 'target', b'the old content')
     with CuttingProxy(served[0]) as proxy, watched(target, [content, b'the old content']):
         def move():
-            with chirp.ChirpClient(*proxy.address[:2], timeout=20) as moving:
+            with chirpclient.ChirpClient(*proxy.address[:2], timeout=20) as moving:
                 moving.get('/source', str(target))
         cuts = try_until_done(proxy, CUTS, 2 * SIZE // CUTS, 2, move)
         assert target.read_bytes() == content
         assert cuts >= CUTS // 2
-        assert proxy.down <= SIZE + cuts * (chirp.BLOCK + chirp.OVERLAP)
+        assert proxy.down <= SIZE + cuts * (chirpwire.BLOCK + chirpclient.OVERLAP)
     assert not os.path.exists(str(target) + '.vmhost-part')
 
 
@@ -119,18 +123,18 @@ def test_a_folder_that_is_cut_goes_on(served, tmp_path):  # noqa: F811
     size = tree_bytes(source)
     with CuttingProxy(served[0]) as proxy:
         def put():
-            with chirp.ChirpClient(*proxy.address[:2], timeout=20) as moving:
+            with chirpclient.ChirpClient(*proxy.address[:2], timeout=20) as moving:
                 moving.put(str(source), '/tree')
 
         def get():
-            with chirp.ChirpClient(*proxy.address[:2], timeout=20) as moving:
+            with chirpclient.ChirpClient(*proxy.address[:2], timeout=20) as moving:
                 moving.get('/tree', str(tmp_path / 'back'))
         for move, way in ((put, 'up'), (get, 'down')):
             before = getattr(proxy, way)
             cuts = try_until_done(proxy, 6, size // 3, 3, move)
             assert cuts >= 3
             # what is under way in a pipeline; and names, listings and checksums, again for each attempt
-            again = chirp.DEPTH * chirp.SMALL // 4 + 100 * 1024
+            again = chirpclient.DEPTH * chirpwire.SMALL // 4 + 100 * 1024
             assert getattr(proxy, way) - before <= size + (cuts + 1) * again
     assert seen(tmp_path / 'back') == seen(source)
 
@@ -150,7 +154,7 @@ def test_a_second_transfer_to_a_target_is_refused(tmp_path, way, size):
         write(source if size else source / 'file', contents[which])
     with our_server(tmp_path / 'served') as server, CuttingProxy(server.address) as proxy:
         def move(which):
-            with chirp.ChirpClient(*proxy.address, timeout=20) as moving:
+            with chirpclient.ChirpClient(*proxy.address, timeout=20) as moving:
                 if way == 'up':
                     moving.put(str(tmp_path / 'here' / str(which)), '/target')
                 else:
@@ -159,7 +163,7 @@ def test_a_second_transfer_to_a_target_is_refused(tmp_path, way, size):
         first = threading.Thread(target=move, args=(0,))
         first.start()
         wait_until(lambda: getattr(proxy, way) > proxy.hold)
-        with pytest.raises(chirp.Busy, match='another transfer to .*target is under way'):
+        with pytest.raises(chirpwire.Busy, match='another transfer to .*target is under way'):
             move(1)
         proxy.gate.set()
         first.join()
@@ -178,11 +182,11 @@ def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
     fifo, link = str(tmp_path / 'here' / 'x'), str(tmp_path / 'link')
     os.mkfifo(fifo)
     os.symlink(fifo, link)
-    with our_server(tmp_path / 'served') as server, chirp.ChirpClient(*server.address) as client:  # noqa: F811
+    with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as client:  # noqa: F811
         for target in fifo, link:
             with pytest.raises(OSError, match='neither a file nor a folder'):
                 client.get('/tree/x', target)
-        with pytest.raises(chirp.Incomplete, match='neither a file nor a folder'):
+        with pytest.raises(chirpwire.Incomplete, match='neither a file nor a folder'):
             client.get('/tree', str(tmp_path / 'here'))
     assert stat.S_ISFIFO(os.lstat(fifo).st_mode) and os.path.islink(link)
     assert os.listdir(str(tmp_path / 'here')) == ['x']
@@ -247,7 +251,7 @@ def test_a_long_name_goes_there_and_back_or_is_refused_at_once(client, served, t
     client.mkdir('/' + deep)
     write(source, b'y')
     for path in str(source), str(tmp_path):
-        with pytest.raises(chirp.Refused, match='name too long'):
+        with pytest.raises(chirpwire.Refused, match='name too long'):
             client.put(path, '/%s/%s' % (deep, 'n' * 30))
     assert set(os.listdir(str(served[1] / deep))) <= {'.__acl'}
 
@@ -268,7 +272,7 @@ def test_a_folder_whose_connection_ends_between_two_requests_goes_on(served, tmp
     (source / 'folder').mkdir(parents=True)
     write(source / 'first', b'1')
     write(source / 'folder' / 'second', b'2')
-    with CuttingProxy(served[0]) as proxy, chirp.ChirpClient(*proxy.address[:2], timeout=20) as moving:
+    with CuttingProxy(served[0]) as proxy, chirpclient.ChirpClient(*proxy.address[:2], timeout=20) as moving:
         def cut():
             proxy.left = 1
         moving.put(str(source), '/tree', progress=once(cut))
@@ -283,7 +287,7 @@ def test_many_small_files_go_over_two_connections_where_that_is_faster(served, t
     source, there = make_many(tmp_path / 'source', 60), served[1] / 'tree'
     with CuttingProxy(served[0]) as proxy:
         proxy.most = most
-        with chirp.ChirpClient(*proxy.address[:2], timeout=20) as moving:
+        with chirpclient.ChirpClient(*proxy.address[:2], timeout=20) as moving:
             moving.put(str(source), '/tree')
             assert len(proxy.connections) == (1 if most or moving.algorithm() != 'sha1' else 2)
             assert seen(there) == seen(source)
@@ -302,7 +306,7 @@ def test_a_connection_that_ended_beside_a_large_file_costs_nothing(served, tmp_p
                 ended.append(moved)
                 proxy.end(1)
         ended = []
-        with chirp.ChirpClient(*proxy.address[:2], timeout=20) as moving:
+        with chirpclient.ChirpClient(*proxy.address[:2], timeout=20) as moving:
             second = moving.algorithm() == 'sha1'
             moving.put(str(source), '/tree', progress=end_the_second)
         assert seen(served[1] / 'tree') == seen(source)
@@ -319,12 +323,12 @@ def test_a_file_that_keeps_changing_leaves_the_others_of_its_folder_alone(served
     """Those after it, too, which are sent, and asked for, without waiting."""
     source = tmp_path / 'source'
     source.mkdir()
-    contents = {'a': b'a' * 100, 'b': os.urandom(chirp.SMALL + 1), 'c': b'c' * 200, 'd': b'd'}
+    contents = {'a': b'a' * 100, 'b': os.urandom(chirpwire.SMALL + 1), 'c': b'c' * 200, 'd': b'd'}
     for name, content in contents.items():
         write(source / name, content)
-    with chirp.ChirpClient(*served[0][:2], timeout=20) as moving:
-        with monkeypatch.context() as patch, pytest.raises(chirp.Incomplete) as incomplete:
-            patch.setattr(chirp, 'changed', lambda before, after: True)
+    with chirpclient.ChirpClient(*served[0][:2], timeout=20) as moving:
+        with monkeypatch.context() as patch, pytest.raises(chirpwire.Incomplete) as incomplete:
+            patch.setattr(chirpclient, 'changed', lambda before, after: True)
             moving.put(str(source), '/tree')
         assert len(incomplete.value.failures) == 1
         assert sorted(path.name for path in (served[1] / 'tree').glob('?')) == ['a', 'c', 'd']
@@ -357,7 +361,7 @@ def test_a_source_there_that_is_replaced_is_fetched_as_it_is_then(served, tmp_pa
     size = 3 << 20
     source = write(served[1] / 'source', b'a' * size, mtime=5)
     other = write(served[1] / 'other', b'b' * size, mtime=5)
-    with chirp.ChirpClient(*served[0], timeout=20) as moving:
+    with chirpclient.ChirpClient(*served[0], timeout=20) as moving:
         moving.get('/source', str(tmp_path / 'back'), verify=False,
                    progress=once(lambda: other.exists() and os.replace(str(other), str(source))))
     assert len(set((tmp_path / 'back').read_bytes())) == 1
@@ -369,7 +373,7 @@ def test_a_source_that_never_holds_still_is_an_error(client, served, tmp_path): 
 
     def progress(moved, total):
         os.utime(str(source), (next(stamps),) * 2)
-    with pytest.raises(chirp.Changed):
+    with pytest.raises(chirpwire.Changed):
         client.get('/source', str(tmp_path / 'target'), progress=progress)
     assert not (tmp_path / 'target').exists()
     assert client.stat('/source').size == 9 << 20      # the client goes on
@@ -378,10 +382,10 @@ def test_a_source_that_never_holds_still_is_an_error(client, served, tmp_path): 
 def test_a_source_that_vanishes_comes_whole_or_not_at_all(client, served, tmp_path):  # noqa: F811
     content = os.urandom(9 << 20)
     source = write(served[1] / 'source', content)
-    with contextlib.suppress(chirp.Refused, chirp.Changed):
+    with contextlib.suppress(chirpwire.Refused, chirpwire.Changed):
         client.get('/source', str(tmp_path / 'target'), progress=once(lambda: os.unlink(str(source))))
     assert not (tmp_path / 'target').exists() or (tmp_path / 'target').read_bytes() == content
-    with pytest.raises(chirp.Refused, match='does not exist'):
+    with pytest.raises(chirpwire.Refused, match='does not exist'):
         client.get('/source', str(tmp_path / 'other'))
 
 
@@ -424,12 +428,12 @@ def test_a_file_that_the_disk_loses_leaves_the_others_of_its_folder_alone(client
     for name in 'abc':
         write(source / name, os.urandom(9 << 20))
     how = 'open_regular' if call == 'put' else 'open_part'
-    real = getattr(chirp, how)
+    real = getattr(chirpclient, how)
     if call == 'get':
         client.put(str(source), '/tree')
-    monkeypatch.setattr(chirp, how, lambda path: Failing(real(path), 2 << 20) if path.endswith('b')
+    monkeypatch.setattr(chirpclient, how, lambda path: Failing(real(path), 2 << 20) if path.endswith('b')
                         else real(path))
-    with pytest.raises(chirp.Incomplete) as info:
+    with pytest.raises(chirpwire.Incomplete) as info:
         if call == 'put':
             client.put(str(source), '/tree')
         else:
@@ -453,7 +457,7 @@ def test_what_vanishes_from_a_folder_is_told_and_the_rest_is_moved(client, serve
             os.unlink(str(served[1] / 'tree' / 'b'))
         return entries
     monkeypatch.setattr(client, 'ls', list_and_remove)
-    with pytest.raises(chirp.Incomplete, match='/tree/b: .*does not exist'):
+    with pytest.raises(chirpwire.Incomplete, match='/tree/b: .*does not exist'):
         client.get('/tree', str(tmp_path / 'back'))
     assert sorted(os.listdir(str(tmp_path / 'back'))) == ['a', 'c']
 
@@ -463,7 +467,7 @@ def test_pipes_and_sockets_are_told_and_not_waited_for(client, served, tmp_path)
     source.mkdir()
     write(source / 'file', b'x')
     os.mkfifo(str(source / 'pipe'))
-    with pytest.raises(chirp.Incomplete, match='pipe'):
+    with pytest.raises(chirpwire.Incomplete, match='pipe'):
         client.put(str(source), '/tree')
     assert (served[1] / 'tree' / 'file').read_bytes() == b'x'
     with pytest.raises(OSError):
@@ -473,13 +477,13 @@ def test_pipes_and_sockets_are_told_and_not_waited_for(client, served, tmp_path)
 def test_a_folder_in_the_place_of_a_file_stays(client, served, tmp_path):  # noqa: F811
     source = write(tmp_path / 'source', b'x' * 100000)
     client.mkdir('/target')
-    with pytest.raises(chirp.Refused, match='is a directory'):
+    with pytest.raises(chirpwire.Refused, match='is a directory'):
         client.put(str(source), '/target')
     (tmp_path / 'here').mkdir()
     client.putfile('/file', b'y')
     with pytest.raises(IsADirectoryError):
         client.get('/file', str(tmp_path / 'here'))
-    with pytest.raises(chirp.Refused, match='not a directory'):
+    with pytest.raises(chirpwire.Refused, match='not a directory'):
         client.put(str(tmp_path / 'here'), '/file')
     with pytest.raises(OSError):
         client.get('/target', str(source))
@@ -509,7 +513,7 @@ def test_what_arrives_altered_is_moved_again(served, tmp_path, largeness):  # no
     """One bit of a large file, each way; by the checksum of the server, whichever it has."""
     content = os.urandom(9 << 20)
     source, back = write(tmp_path / 'source', content), tmp_path / 'back'
-    with CuttingProxy(served[0]) as proxy, chirp.ChirpClient(*proxy.address[:2], timeout=20) as moving:
+    with CuttingProxy(served[0]) as proxy, chirpclient.ChirpClient(*proxy.address[:2], timeout=20) as moving:
         proxy.alter = 5 << 20
         moving.put(str(source), '/target')
         assert proxy.alter is None and proxy.up > 2 * len(content)
@@ -528,12 +532,12 @@ def test_a_transfer_can_be_cancelled(client, served, tmp_path, largeness):  # no
     def progress(moved, total):
         if moved:
             cancel.set()
-    with pytest.raises(chirp.Cancelled):
+    with pytest.raises(chirpwire.Cancelled):
         client.put(str(source), '/target', progress=progress, cancel=cancel)
     assert not (served[1] / 'target').exists()
     client.put(str(source), '/target')             # goes on
     cancel.clear()
-    with pytest.raises(chirp.Cancelled):
+    with pytest.raises(chirpwire.Cancelled):
         client.get('/target', str(tmp_path / 'a'), progress=progress, cancel=cancel)
     assert not (tmp_path / 'a').exists()
 
@@ -563,11 +567,11 @@ def server_process(folder, prepare):
 
 def fill_up(address, folder, source, pattern):
     """Sends what doesn't fit: it is said, nothing half stays under the name, the connection is good."""
-    with chirp.ChirpClient(*address) as full:
+    with chirpclient.ChirpClient(*address) as full:
         full.putfile('/old', b'old')
-        with pytest.raises(chirp.Refused, match=pattern):
+        with pytest.raises(chirpwire.Refused, match=pattern):
             full.put(str(source), '/old')
-        with pytest.raises(chirp.Refused, match=pattern):
+        with pytest.raises(chirpwire.Refused, match=pattern):
             full.putfile('/old', source.read_bytes())
         assert full.getfile('/old') == b'old'
         full.rmall('/old.vmhost-part')
@@ -579,7 +583,7 @@ def fits(full):
     try:
         full.putfile('/small', b'fits')
         return True
-    except chirp.Refused:
+    except chirpwire.Refused:
         return False
 
 
@@ -613,7 +617,7 @@ def forked_server(folder, user):
     pid = os.fork()
     if pid == 0:
         os.setuid(user)
-        server = chirp.ChirpServer(str(folder), allow=['127.0.0.1']).start()
+        server = chirpserver.ChirpServer(str(folder), allow=['127.0.0.1']).start()
         os.write(far, b'%d\n' % server.address[1])
         signal.pause()
     try:
@@ -635,10 +639,10 @@ def test_no_permission(tmp_path):
     os.chmod(str(folder), 0o555)
     source = write(tmp_path / 'source', b'y')
     with forked_server(folder, 65534 if os.getuid() == 0 else os.getuid()) as address, \
-            chirp.ChirpClient(*address) as narrow:
+            chirpclient.ChirpClient(*address) as narrow:
         for move in (lambda: narrow.put(str(source), '/new'), lambda: narrow.put(str(source), '/fixed'),
                      lambda: narrow.getfile('/secret'), lambda: narrow.get('/secret', str(tmp_path / 'a')),
                      lambda: narrow.unlink('/fixed'), lambda: narrow.mkdir('/d')):
-            with pytest.raises(chirp.Refused, match='not authorized'):
+            with pytest.raises(chirpwire.Refused, match='not authorized'):
                 move()
     os.chmod(str(folder), 0o755)

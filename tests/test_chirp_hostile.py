@@ -14,7 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_chirp import our_server, write
 
-import chirp
+import chirpclient
+import chirprequests
+import chirpserver
+import chirpwire
 
 HELLO = b'yes\nyes\nyes\naddress\n127.0.0.1\n'
 BOUND = 10 * 1024 * 1024
@@ -124,8 +127,8 @@ def test_any_reply_is_an_error_of_ours(tmp_path, call):
     write(tmp_path / 'tree' / 'file', b'x')
     for reply in REPLIES.values():
         with HostileServer(lambda line, reply=reply: reply) as server, memory_bounded(), \
-                chirp.ChirpClient(*server.address, timeout=0.3) as client:
-            with contextlib.suppress(chirp.ChirpError):
+                chirpclient.ChirpClient(*server.address, timeout=0.3) as client:
+            with contextlib.suppress(chirpwire.ChirpError):
                 CALLS[call](client, tmp_path)
     assert set(os.listdir(str(tmp_path))) - {'got.vmhost-part'} == {'source', 'tree'}
 
@@ -134,22 +137,22 @@ def test_any_reply_is_an_error_of_ours(tmp_path, call):
                                    b'yes\nyes\nno\n'])
 def test_authentication_that_goes_wrong(hello):
     with HostileServer(lambda line: None, hello) as server, memory_bounded():
-        with pytest.raises(chirp.ChirpError):
-            chirp.ChirpClient(*server.address, timeout=0.5).stat('/')
+        with pytest.raises(chirpwire.ChirpError):
+            chirpclient.ChirpClient(*server.address, timeout=0.5).stat('/')
 
 
 @pytest.mark.parametrize('what', [
     lambda: endless(b'0\n', b'x' * 1000), lambda: endless(b'0\n', b'a name\n' + STAT % (FILE, 5)),
     lambda: endless(b'0\n', b'a\n'), lambda: endless(b'0\n', b'.\n' + STAT % (FILE, 5))])
 def test_a_listing_without_an_end(monkeypatch, what):
-    monkeypatch.setattr(chirp, 'SLOWEST', 10 * 1024 * 1024)
+    monkeypatch.setattr(chirpwire, 'SLOWEST', 10 * 1024 * 1024)
     with HostileServer(lambda line: what()) as server, memory_bounded(), \
-            chirp.ChirpClient(*server.address, timeout=2) as client:
-        with pytest.raises(chirp.ChirpError):
+            chirpclient.ChirpClient(*server.address, timeout=2) as client:
+        with pytest.raises(chirpwire.ChirpError):
             client.ls('/')
 
 
-@pytest.mark.parametrize('mode, error', [(FOLDER, chirp.ProtocolError), (0o10644, chirp.Incomplete)],
+@pytest.mark.parametrize('mode, error', [(FOLDER, chirpwire.ProtocolError), (0o10644, chirpwire.Incomplete)],
                          ids=['folders', 'pipes'])
 def test_listings_that_are_held_at_once_are_bounded(tmp_path, mode, error):
     """Of folders that are nested; of what is in each, its folders alone are held while we are in them."""
@@ -164,7 +167,7 @@ def test_listings_that_are_held_at_once_are_bounded(tmp_path, mode, error):
             return b'0\n' + STAT % (FOLDER, 0)
         return listing() if line.count(b'/') < 8 and b'00' not in line else b'0\n\n'
     with HostileServer(answer) as server, memory_bounded(), \
-            chirp.ChirpClient(*server.address, timeout=20) as client:
+            chirpclient.ChirpClient(*server.address, timeout=20) as client:
         with pytest.raises(error):
             client.get('/', str(tmp_path / 'got'))
 
@@ -177,9 +180,9 @@ def drip():
 
 @pytest.mark.parametrize('answer', [lambda line: b'', lambda line: drip()])
 def test_silence_and_drops_have_their_time(answer):
-    with HostileServer(answer) as server, chirp.ChirpClient(*server.address, timeout=0.5) as client:
+    with HostileServer(answer) as server, chirpclient.ChirpClient(*server.address, timeout=0.5) as client:
         began = time.monotonic()
-        with pytest.raises(chirp.TimedOut):
+        with pytest.raises(chirpwire.TimedOut):
             client.stat('/')
         assert time.monotonic() - began < 10
 
@@ -188,12 +191,12 @@ def test_silence_and_drops_have_their_time(answer):
 def ends_soon():
     """Fails unless it ends by TimedOut, long before the bytes that were announced may take."""
     began = time.monotonic()
-    with pytest.raises(chirp.TimedOut):
+    with pytest.raises(chirpwire.TimedOut):
         yield
     assert time.monotonic() - began < 10
 
 
-def falls_silent(word, reply, size=chirp.LARGE):
+def falls_silent(word, reply, size=chirprequests.LARGE):
     """A server of one file of that size, that falls silent after this reply to a request of that word."""
     def answer(line):
         if line.split()[0] == word:
@@ -205,27 +208,29 @@ def falls_silent(word, reply, size=chirp.LARGE):
 
 
 def test_silence_in_the_middle_has_its_time(tmp_path):
-    with HostileServer(falls_silent(b'pread', b'4194304\n1234', chirp.LARGE - 1)) as server, ends_soon(), \
-            chirp.ChirpClient(*server.address, timeout=0.5) as client:
+    answer = falls_silent(b'pread', b'4194304\n1234', chirprequests.LARGE - 1)
+    with HostileServer(answer) as server, ends_soon(), \
+            chirpclient.ChirpClient(*server.address, timeout=0.5) as client:
         client.get('/a', str(tmp_path / 'got'))
-    with HostileServer(falls_silent(b'getfile', b'%d\n1234' % chirp.LARGE)) as server, ends_soon(), \
-            chirp.ChirpClient(*server.address, timeout=0.5) as client:
+    with HostileServer(falls_silent(b'getfile', b'%d\n1234' % chirprequests.LARGE)) as server, ends_soon(), \
+            chirpclient.ChirpClient(*server.address, timeout=0.5) as client:
         client.get('/a', str(tmp_path / 'whole'))
     with HostileServer(falls_silent(b'getfile', b'16000000\n1234')) as server, ends_soon(), \
-            chirp.ChirpClient(*server.address, timeout=0.5) as client:
+            chirpclient.ChirpClient(*server.address, timeout=0.5) as client:
         client.getfile('/a')
 
 
 def test_another_size_than_was_said_is_tried_again_some_times(tmp_path):
-    for size in (chirp.LARGE - 1, chirp.LARGE + 1, 1 << 50):
+    for size in (chirprequests.LARGE - 1, chirprequests.LARGE + 1, 1 << 50):
         with HostileServer(falls_silent(b'getfile', b'%d\n1234' % size)) as server, \
-                chirp.ChirpClient(*server.address, timeout=20) as client:
-            with pytest.raises(chirp.Changed, match='/a changed'):
+                chirpclient.ChirpClient(*server.address, timeout=20) as client:
+            with pytest.raises(chirpwire.Changed, match='/a changed'):
                 client.get('/a', str(tmp_path / 'got'))
         assert not os.listdir(str(tmp_path))
 
 
-@pytest.mark.parametrize('size, word', [(chirp.LARGE - 1, b'pwrite'), (chirp.LARGE, b'putstream')])
+@pytest.mark.parametrize('size, word', [(chirprequests.LARGE - 1, b'pwrite'),
+                                        (chirprequests.LARGE, b'putstream')])
 def test_who_takes_nothing_in_has_its_time(tmp_path, size, word):
     with open(str(tmp_path / 'source'), 'wb') as file:
         file.truncate(size)
@@ -240,7 +245,7 @@ def test_who_takes_nothing_in_has_its_time(tmp_path, size, word):
         return takes_nothing() if line.startswith(word) else falls_silent(b'', b'')(line)
     with HostileServer(answer) as server:
         try:
-            with ends_soon(), chirp.ChirpClient(*server.address, timeout=0.5) as client:
+            with ends_soon(), chirpclient.ChirpClient(*server.address, timeout=0.5) as client:
                 client.put(str(tmp_path / 'source'), '/a', verify=False)
         finally:
             ended.set()
@@ -251,7 +256,7 @@ def test_who_takes_nothing_in_has_its_time(tmp_path, size, word):
 def test_a_stream_that_does_not_work_is_not_tried_again(tmp_path, fault):
     """What is missing goes by pwrite, which says what is wrong: the disk is full."""
     with open(str(tmp_path / 'source'), 'wb') as file:
-        file.truncate(chirp.LARGE)
+        file.truncate(chirprequests.LARGE)
     asked = []
 
     def answer(line):
@@ -264,8 +269,8 @@ def test_a_stream_that_does_not_work_is_not_tried_again(tmp_path, fault):
         if word == b'lstat':
             return b'0\n' + STAT % (FILE, 0) if asked.count(b'putstream') else b'-3\n'
         return b'-3\n' if word == b'stat' else falls_silent(b'', b'')(line)
-    with HostileServer(answer) as server, chirp.ChirpClient(*server.address, timeout=1) as client:
-        with pytest.raises(chirp.Refused, match='no space'):
+    with HostileServer(answer) as server, chirpclient.ChirpClient(*server.address, timeout=1) as client:
+        with pytest.raises(chirpwire.Refused, match='no space'):
             client.put(str(tmp_path / 'source'), '/a', verify=False)
     assert asked.count(b'putstream') == 1
 
@@ -274,7 +279,7 @@ def test_a_stream_that_does_not_work_is_not_tried_again(tmp_path, fault):
 def test_who_takes_in_little_has_its_time(tmp_path, monkeypatch, pace):
     """Of memory, and of a file."""
     if pace:
-        monkeypatch.setattr(chirp, 'SLOWEST', 10 << 20)
+        monkeypatch.setattr(chirpwire, 'SLOWEST', 10 << 20)
     with open(str(tmp_path / 'file'), 'w+b') as file:
         file.truncate(20 << 20)
         for send in (lambda wire: wire.send(bytes(20 << 20)),
@@ -289,7 +294,7 @@ def test_who_takes_in_little_has_its_time(tmp_path, monkeypatch, pace):
             thread.start()
             try:
                 with ends_soon():
-                    send(chirp.Wire(near, 0.5))
+                    send(chirpwire.Wire(near, 0.5))
             finally:
                 ended.set()
                 thread.join()
@@ -310,18 +315,18 @@ def test_a_checksum_has_the_time_that_a_file_of_that_size_takes(tmp_path, size):
             late.wait(1)
             return b'20\n' + hashlib.sha1(bytes(size)).digest()
         return b'0\n' + STAT % (FILE, size) if words[0] in (b'open', b'stat', b'fstat') else b'0\n'
-    with HostileServer(answer) as server, chirp.ChirpClient(*server.address, timeout=0.4) as client:
+    with HostileServer(answer) as server, chirpclient.ChirpClient(*server.address, timeout=0.4) as client:
         client.get('/a', str(tmp_path / 'got'))
         assert (tmp_path / 'got').stat().st_size == size
-        with pytest.raises(chirp.TimedOut):
+        with pytest.raises(chirpwire.TimedOut):
             client.hash('/a')
 
 
 def test_a_small_file_of_another_size_than_listed(tmp_path):
     def answer(line):
         return b'100000000000000000\n' if line.startswith(b'getfile') else serves_tree([(b'a', FILE)])(line)
-    with HostileServer(answer) as server, chirp.ChirpClient(*server.address, timeout=20) as client:
-        with pytest.raises(chirp.Disconnected, match='larger than it was'):
+    with HostileServer(answer) as server, chirpclient.ChirpClient(*server.address, timeout=20) as client:
+        with pytest.raises(chirpwire.Disconnected, match='larger than it was'):
             client.get('/', str(tmp_path / 'got'))
 
 
@@ -356,8 +361,8 @@ def test_names_that_lead_elsewhere_are_refused(tmp_path, name):
     inside = tmp_path / 'inside'
     inside.mkdir()
     with HostileServer(serves_tree([(name, FILE), (b'z', FILE)])) as server, \
-            chirp.ChirpClient(*server.address, timeout=2) as client:
-        with contextlib.suppress(chirp.ChirpError):
+            chirpclient.ChirpClient(*server.address, timeout=2) as client:
+        with contextlib.suppress(chirpwire.ChirpError):
             client.get('/', str(inside / 'got'))
     assert os.listdir(str(tmp_path)) == ['inside']
     assert set(os.listdir(str(inside))) <= {'got', 'got.vmhost-part'}
@@ -373,8 +378,9 @@ def test_nothing_is_written_through_a_link(tmp_path, entries, links):
     for target in (outside, victim):
         answer = serves_tree(entries, target=os.fsencode(str(target)))
         for _ in ('first', 'again'):
-            with HostileServer(answer) as server, chirp.ChirpClient(*server.address, timeout=2) as client:
-                with contextlib.suppress(chirp.ChirpError, OSError):
+            with HostileServer(answer) as server, \
+                    chirpclient.ChirpClient(*server.address, timeout=2) as client:
+                with contextlib.suppress(chirpwire.ChirpError, OSError):
                     client.get('/', str(tmp_path / 'got'), links=links)
     assert os.listdir(str(outside)) == ['victim'] and victim.read_bytes() == b'untouched'
 
@@ -384,8 +390,8 @@ def test_links_that_lead_out_are_told_and_not_made(tmp_path):
     for name, target in (('out', '/etc/passwd'), ('up', '../x'), ('in', 'below'), ('below/up', '../in'),
                          ('below/out', '../../x'), ('none', 'missing')):
         os.symlink(target, str(tmp_path / 'served' / 'tree' / name))
-    with our_server(tmp_path / 'served') as server, chirp.ChirpClient(*server.address) as client:
-        with pytest.raises(chirp.Incomplete, match='3 of the entries .*leads out'):
+    with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as client:
+        with pytest.raises(chirpwire.Incomplete, match='3 of the entries .*leads out'):
             client.get('/tree', str(tmp_path / 'a'))
         assert sorted(os.listdir(str(tmp_path / 'a'))) == ['below', 'in', 'none']
         client.get('/tree', str(tmp_path / 'b'), links='all')
@@ -406,9 +412,9 @@ def test_no_chain_of_links_leads_out(tmp_path):
              'd': 'below/deep/top/below/x'}
     for name, target in links.items():
         os.symlink(target, str(tree / name))
-    with our_server(tmp_path / 'served') as server, chirp.ChirpClient(*server.address) as client:
+    with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as client:
         for _ in 'new', 'again':
-            with pytest.raises(chirp.Incomplete, match='4 of the entries .*leads out'):
+            with pytest.raises(chirpwire.Incomplete, match='4 of the entries .*leads out'):
                 client.get('/tree', str(tmp_path / 'got'))
     top = os.path.realpath(str(tmp_path / 'got'))
     for folder, folders, names in os.walk(top):
@@ -431,7 +437,7 @@ def rooted(tmp_path):
     write(tmp_path / 'elsewhere' / 'secret', b'top secret')
     with our_server(folder) as server:
         yield server, folder
-        with chirp.ChirpClient(*server.address) as client:         # it still serves others
+        with chirpclient.ChirpClient(*server.address) as client:         # it still serves others
             assert client.whoami() == 'address:127.0.0.1'
     assert (tmp_path / 'secret').read_bytes() == b'top secret'
     assert sorted(os.listdir(str(tmp_path))) == ['elsewhere', 'secret', 'served']
@@ -488,13 +494,13 @@ def test_writing_stays_inside(rooted, tmp_path):
     server, folder = rooted
     os.symlink('../elsewhere', str(folder / 'folder'))
     os.symlink(str(tmp_path / 'elsewhere' / 'new'), str(folder / 'dangling'))
-    with chirp.ChirpClient(*server.address) as client:
+    with chirpclient.ChirpClient(*server.address) as client:
         for write_it in (lambda: client.putfile('/folder/new', b'x'), lambda: client.mkdir('/folder/new'),
                          lambda: client.open('/folder/new', 'wc'), lambda: client.symlink('x', '/folder/new'),
                          lambda: client.putfile('/dangling', b'x'), lambda: client.open('/dangling', 'wc'),
                          lambda: client.putfile('/.__acl', b'x'), lambda: client.mkdir('/.__x'),
                          lambda: client.symlink('x', '/a/.__x')):
-            with pytest.raises(chirp.Refused):
+            with pytest.raises(chirpwire.Refused):
                 write_it()
         client.putfile('/../../climbed', b'x')
         assert client.getfile('/climbed') == b'x' == (folder / 'climbed').read_bytes()
@@ -522,13 +528,13 @@ def test_a_link_that_is_swapped_in_reaches_nothing(rooted, tmp_path):
     thread.start()
     try:
         seen = set()
-        with chirp.ChirpClient(*server.address) as client:
+        with chirpclient.ChirpClient(*server.address) as client:
             for _ in range(2000):
-                with contextlib.suppress(chirp.Refused):
+                with contextlib.suppress(chirpwire.Refused):
                     seen.add(client.getfile('/name/secret'))
-                with contextlib.suppress(chirp.Refused):
+                with contextlib.suppress(chirpwire.Refused):
                     client.putfile('/name/new', b'x')
-                with contextlib.suppress(chirp.Refused):
+                with contextlib.suppress(chirpwire.Refused):
                     client.rmall('/name/new')
     finally:
         stop.set()
@@ -613,18 +619,18 @@ def test_who_vanishes_without_a_word_is_noticed(tmp_path):
 def test_many_files_open_at_once_are_bounded(rooted):
     server, folder = rooted
     write(folder / 'file', b'x')
-    with chirp.ChirpClient(*server.address) as client:
+    with chirpclient.ChirpClient(*server.address) as client:
         numbers = []
-        with pytest.raises(chirp.Refused, match='too many open'):
+        with pytest.raises(chirpwire.Refused, match='too many open'):
             for _ in range(5000):
                 numbers.append(client.open('/file')[0])
-        assert numbers == list(range(chirp.OPEN_FILES))
+        assert numbers == list(range(chirpserver.OPEN_FILES))
         client.close(7)
         assert client.open('/file')[0] == 7
 
 
 def test_who_says_nothing_is_let_go(tmp_path, monkeypatch):
-    monkeypatch.setattr(chirp, 'AUTHENTICATION_TIME', 0.5)
+    monkeypatch.setattr(chirpserver, 'AUTHENTICATION_TIME', 0.5)
     with our_server(tmp_path, idle_timeout=0.5) as server:
         with socket.create_connection(server.address, 20) as silent, admitted(server) as idle:
             assert silent.recv(1) == b''
@@ -649,7 +655,7 @@ def test_one_that_does_not_read_holds_up_nobody(rooted):
         for sock in socks:
             sock.sendall(b'getfile /large\n')
         began = time.monotonic()
-        with chirp.ChirpClient(*server.address) as client:
+        with chirpclient.ChirpClient(*server.address) as client:
             for _ in range(100):
                 client.stat('/large')
         assert time.monotonic() - began < 5
@@ -657,7 +663,7 @@ def test_one_that_does_not_read_holds_up_nobody(rooted):
         sock.close()
 
 
-WORDS = st.sampled_from([word.decode() for word in sorted(chirp.COMMANDS)] + ['unix', 'x', ''])
+WORDS = st.sampled_from([word.decode() for word in sorted(chirpserver.COMMANDS)] + ['unix', 'x', ''])
 PATHS = st.sampled_from(['/', '/file', '..', '/../secret', '/link', '%', '%2e%2e', '/new', '/.__acl',
                          '\x01', '-1', '0',
                          '5', '99999999999', 'sha1', 'rwc', 'a' * 300, '/folder/x', 'é'])
@@ -675,7 +681,7 @@ def test_fuzzed_lines(fuzzed, lines):
         with contextlib.suppress(ConnectionError):
             sock.sendall(b''.join(lines))
             all_of(sock)
-    with chirp.ChirpClient(*server.address) as client:
+    with chirpclient.ChirpClient(*server.address) as client:
         assert client.whoami() == 'address:127.0.0.1'
     assert (folder.parent / 'secret').read_bytes() == b'top secret'
     assert sorted(os.listdir(str(folder.parent))) == ['secret', 'served']
@@ -704,7 +710,7 @@ def test_random_bytes_instead_of_authentication(tmp_path):
 
 def test_many_checksums_at_once(tmp_path):
     """Of files that are written, and read, in turns."""
-    with our_server(tmp_path) as server, chirp.ChirpClient(*server.address) as client:
+    with our_server(tmp_path) as server, chirpclient.ChirpClient(*server.address) as client:
         written = [client.open('/f%d' % n, 'wc')[0] for n in range(20)]
         for at in (0, 1000):
             for n, file in enumerate(written):

@@ -12,6 +12,10 @@ from test_chirp import make_tree, needs_cctools, seen, write
 from test_chirp_tickets import OTHER, TICKET
 
 import chirp
+import chirpclient
+import chirpreal
+import chirpserver
+import chirpwire
 
 PROGRAM = chirp.__file__
 
@@ -107,14 +111,14 @@ def real(tmp_path):
 @needs_cctools
 def test_the_wrapper_serves_and_stops(real, tmp_path):
     write(tmp_path / 'a', b'content')
-    server = chirp.RealChirpServer(real, allow=['127.0.0.1']).start()
+    server = chirpreal.RealChirpServer(real, allow=['127.0.0.1']).start()
     pid = server._process.pid
     try:
-        with chirp.ChirpClient(*server.address) as client:
+        with chirpclient.ChirpClient(*server.address) as client:
             client.put(str(tmp_path / 'a'), '/a')
             assert client.getfile('/a') == b'content'
             server.allow(['127.0.0.9'])
-            with pytest.raises(chirp.Refused):
+            with pytest.raises(chirpwire.Refused):
                 client.getfile('/a')
             server.allow(['127.0.0.1'])
             assert client.getfile('/a') == b'content'
@@ -122,42 +126,42 @@ def test_the_wrapper_serves_and_stops(real, tmp_path):
         server.stop()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
-    with pytest.raises(chirp.ChirpError):
-        chirp.ChirpClient('127.0.0.1', 1, timeout=5).stat('/')
+    with pytest.raises(chirpwire.ChirpError):
+        chirpclient.ChirpClient('127.0.0.1', 1, timeout=5).stat('/')
 
 
 @needs_cctools
 def test_the_wrapper_starts_a_server_again_that_died(real):
-    with chirp.RealChirpServer(real, allow=['127.0.0.1']) as server:
+    with chirpreal.RealChirpServer(real, allow=['127.0.0.1']) as server:
         address, pid = server.address, server._process.pid
         os.kill(pid, signal.SIGKILL)
 
         def serves():
             try:
-                with chirp.ChirpClient(*address, timeout=5) as client:
+                with chirpclient.ChirpClient(*address, timeout=5) as client:
                     return server._process.pid != pid and client.stat('/')
-            except chirp.ChirpError:
+            except chirpwire.ChirpError:
                 return None
         wait_until(serves, 30)
 
 
 @needs_cctools
 def test_the_wrapper_takes_tickets(real):
-    with chirp.RealChirpServer(real, auth='ticket') as server:
-        with pytest.raises(chirp.AccessDenied):
-            chirp.ChirpClient(*server.address, ticket=TICKET).stat('/')
+    with chirpreal.RealChirpServer(real, auth='ticket') as server:
+        with pytest.raises(chirpwire.AccessDenied):
+            chirpclient.ChirpClient(*server.address, ticket=TICKET).stat('/')
         server.set_ticket(TICKET.public.pem)
-        with chirp.ChirpClient(*server.address, ticket=TICKET) as client:
+        with chirpclient.ChirpClient(*server.address, ticket=TICKET) as client:
             client.putfile('/a', b'b')
             assert client.whoami() == 'host:agent'
         for wrong in (None, OTHER):
-            with pytest.raises(chirp.AccessDenied):
-                chirp.ChirpClient(*server.address, ticket=wrong).stat('/')
+            with pytest.raises(chirpwire.AccessDenied):
+                chirpclient.ChirpClient(*server.address, ticket=wrong).stat('/')
 
 
 def test_a_wrapper_that_can_not_start_says_why(real):
-    with pytest.raises(chirp.ChirpError, match='no-such-program'):
-        chirp.RealChirpServer(real, program='no-such-program').start()
+    with pytest.raises(chirpwire.ChirpError, match='no-such-program'):
+        chirpreal.RealChirpServer(real, program='no-such-program').start()
 
 
 def test_a_server_that_can_not_listen_leaves_nothing_open(tmp_path):
@@ -166,5 +170,5 @@ def test_a_server_that_can_not_listen_leaves_nothing_open(tmp_path):
         other.listen(1)
         before = sorted(os.listdir('/proc/self/fd'))
         with pytest.raises(OSError):
-            chirp.ChirpServer(str(tmp_path), port=other.getsockname()[1]).start()
+            chirpserver.ChirpServer(str(tmp_path), port=other.getsockname()[1]).start()
         assert sorted(os.listdir('/proc/self/fd')) == before

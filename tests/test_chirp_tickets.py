@@ -9,11 +9,13 @@ import subprocess
 import pytest
 from test_chirp import needs_cctools, our_server, run
 
-import chirp
+import chirpclient
+import chirpticket
+import chirpwire
 
 needs_openssl = pytest.mark.skipif(shutil.which('openssl') is None, reason='openssl is not installed')
-TICKET = chirp.Ticket.generate()
-OTHER = chirp.Ticket.generate(1024)
+TICKET = chirpticket.Ticket.generate()
+OTHER = chirpticket.Ticket.generate(1024)
 
 
 @needs_openssl
@@ -25,7 +27,7 @@ def test_openssl_reads_our_keys_and_we_read_its(tmp_path):
     assert public.decode() == TICKET.public.pem
     assert TICKET.public.digest == hashlib.md5(public).hexdigest()
     run('openssl', 'genrsa', '-traditional', '-out', tmp_path / 'theirs', '1024')
-    theirs = chirp.Ticket.from_pem((tmp_path / 'theirs').read_text())
+    theirs = chirpticket.Ticket.from_pem((tmp_path / 'theirs').read_text())
     assert theirs.pem() == (tmp_path / 'theirs').read_text()
 
 
@@ -44,40 +46,40 @@ def test_signatures_are_those_of_openssl(tmp_path):
 
 
 def test_a_key_is_its_text():
-    assert chirp.Ticket.from_pem(TICKET.pem()).public.digest == TICKET.public.digest
-    assert chirp.PublicKey(TICKET.public.pem).digest == TICKET.public.digest
+    assert chirpticket.Ticket.from_pem(TICKET.pem()).public.digest == TICKET.public.digest
+    assert chirpticket.PublicKey(TICKET.public.pem).digest == TICKET.public.digest
 
 
 @pytest.mark.parametrize('text', ['', 'x', '-----BEGIN PUBLIC KEY-----\nMAA=\n-----END PUBLIC KEY-----\n',
                                   TICKET.public.pem[:200], TICKET.public.pem.replace('M', 'N', 1),
                                   TICKET.pem()])
 def test_what_is_no_key_is_refused(text):
-    with pytest.raises(chirp.ChirpError):
-        chirp.PublicKey(text)
-    with pytest.raises(chirp.ChirpError):
-        chirp.Ticket.from_pem(text.replace('RSA PRIVATE', 'OTHER'))
+    with pytest.raises(chirpwire.ChirpError):
+        chirpticket.PublicKey(text)
+    with pytest.raises(chirpwire.ChirpError):
+        chirpticket.Ticket.from_pem(text.replace('RSA PRIVATE', 'OTHER'))
 
 
 def test_only_the_ticket_opens(tmp_path):
     with our_server(tmp_path, auth='ticket') as server:
-        with pytest.raises(chirp.AccessDenied):            # no key is known yet
-            chirp.ChirpClient(*server.address, ticket=TICKET).stat('/')
+        with pytest.raises(chirpwire.AccessDenied):            # no key is known yet
+            chirpclient.ChirpClient(*server.address, ticket=TICKET).stat('/')
         server.set_ticket(TICKET.public.pem)
         for wrong in (None, OTHER):
-            with pytest.raises(chirp.AccessDenied):
-                chirp.ChirpClient(*server.address, ticket=wrong).stat('/')
-        with chirp.ChirpClient(*server.address, ticket=TICKET) as client:
+            with pytest.raises(chirpwire.AccessDenied):
+                chirpclient.ChirpClient(*server.address, ticket=wrong).stat('/')
+        with chirpclient.ChirpClient(*server.address, ticket=TICKET) as client:
             client.putfile('/a', b'b')
             assert client.whoami() == 'host:agent' and client.getacl() == [('host:agent', 'rwld')]
             server.set_ticket(OTHER.public.pem)
-            with pytest.raises(chirp.ChirpError):
+            with pytest.raises(chirpwire.ChirpError):
                 client.stat('/')
-        with chirp.ChirpClient(*server.address, ticket=OTHER) as client:
+        with chirpclient.ChirpClient(*server.address, ticket=OTHER) as client:
             assert client.getfile('/a') == b'b'
 
 
 def test_a_client_with_a_ticket_gets_in_by_its_address_where_that_is_asked_for(tmp_path):
-    with our_server(tmp_path) as server, chirp.ChirpClient(*server.address, ticket=TICKET) as client:
+    with our_server(tmp_path) as server, chirpclient.ChirpClient(*server.address, ticket=TICKET) as client:
         assert client.whoami() == 'address:127.0.0.1'
 
 

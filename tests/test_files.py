@@ -21,7 +21,12 @@ from helpers import fault_of, wait_until
 from test_chirp import make_gib, make_many, same, same_folder
 
 import agent
-import chirp
+import chirpclient
+import chirpreal
+import chirprequests
+import chirpserver
+import chirpticket
+import chirpwire
 import faults
 import hostagent
 import hostcommands
@@ -192,9 +197,9 @@ def one_process(folder, monkeypatch, **server):
     (folder / 'ini').write_text('')
     host = hostagent.Host(agent.read_settings(str(folder / 'ini'), hostconfig.SETTINGS))
     try:
-        with chirp.ChirpServer(str(folder / 'served'), allow=['127.0.0.1'], **server) as files:
+        with chirpserver.ChirpServer(str(folder / 'served'), allow=['127.0.0.1'], **server) as files:
             monkeypatch.setattr(host, 'connected', lambda vm: hostguests.Guest(vm.upper(), vm))
-            monkeypatch.setattr(host, 'chirp_client', lambda guest: chirp.ChirpClient(*files.address))
+            monkeypatch.setattr(host, 'chirp_client', lambda guest: chirpclient.ChirpClient(*files.address))
             yield host
     finally:
         host.stop()
@@ -292,7 +297,7 @@ def test_a_transfer_that_is_cut_at_random_places_goes_on(tmp_path, monkeypatch):
             assert digest_of(there) == digest_of(back) == digest_of(source)
         moved = json.loads(report.read_text())         # some 50 ms old, which are few bytes more
         assert moved['cuts'] >= 20
-        assert moved['up'] + moved['down'] <= 2 * size + moved['cuts'] * (chirp.PIECE + 65536)
+        assert moved['up'] + moved['down'] <= 2 * size + moved['cuts'] * (chirprequests.PIECE + 65536)
         assert not os.path.exists(there + '.vmhost-part') and not os.path.exists(back + '.vmhost-part')
 
 
@@ -360,10 +365,10 @@ def test_output_is_on_the_disk_before_it_is_acknowledged(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'fsync', lambda fd: done.append(os.readlink('/proc/self/fd/%d' % fd)))
     monkeypatch.setattr(host, 'say', lambda message: (done.append(message.word), said.set()))
     try:
-        with chirp.ChirpServer(str(tmp_path / 'served'), allow=['127.0.0.1']) as server:
+        with chirpserver.ChirpServer(str(tmp_path / 'served'), allow=['127.0.0.1']) as server:
             guest = hostguests.Guest('G', 'g')
             monkeypatch.setattr(host, 'connected', lambda vm: guest)
-            monkeypatch.setattr(host, 'chirp_client', lambda guest: chirp.ChirpClient(*server.address))
+            monkeypatch.setattr(host, 'chirp_client', lambda guest: chirpclient.ChirpClient(*server.address))
             request = {'cmd': 'x', 'args': [], 'env': {}, 'path': '', 'options': {}}
             cmd_id = host.commands.new(request, 'g', False, [guest], False, 'tester')[0]
             results = dict(hostcommands.lost_results(cmd_id, ''), spool='/')
@@ -442,9 +447,9 @@ def test_only_the_host_may_connect_and_only_with_its_key(tmp_path):
             wait_until(lambda: api.cpFileToVM('g', source)[2] == 0, 30, 0.2)
             assert os.stat(os.path.join(host.state, 'chirp.key')).st_mode & 0o77 == 0
             port = api.getVM('g')['facts']['chirp']['port']
-            for ticket in (None, chirp.Ticket.generate()):
-                with chirp.ChirpClient('127.0.0.1', port, 10, ticket) as stranger:
-                    with pytest.raises(chirp.ChirpError):
+            for ticket in (None, chirpticket.Ticket.generate()):
+                with chirpclient.ChirpClient('127.0.0.1', port, 10, ticket) as stranger:
+                    with pytest.raises(chirpwire.ChirpError):
                         stranger.ls('/')
             with socket.socket() as elsewhere:          # another address than the host's
                 elsewhere.bind(('127.0.0.9', 0))
@@ -505,7 +510,7 @@ def test_a_server_that_does_not_come_up_holds_up_nothing(tmp_path, monkeypatch):
             begin = time.monotonic()
             assert host.run('g', 'true')['exitCodeOrSignal'] == 0
             assert api.cpFileToVM('g', __file__)[2] == 1
-            assert time.monotonic() - begin < chirp.START_TIME - 5
+            assert time.monotonic() - begin < chirpreal.START_TIME - 5
             pid = int(wait_until(lambda: (tmp_path / 'pid').exists() and (tmp_path / 'pid').read_text(), 20))
         wait_until(lambda: not os.path.exists('/proc/%d' % pid), 10)
 

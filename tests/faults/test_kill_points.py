@@ -253,7 +253,7 @@ FETCH_POINTS = {
     'the host, when a piece of the output is here': ('host', ['Download._receive_piece', 'after', 1]),
     'the host, when all pieces are here, before their file has its name': (
         'host', ['Download._receive_rest', 'after', 1]),
-    'the host, between out and err': ('host', ['chirp.ChirpClient.fetch', 'after', 1]),
+    'the host, between out and err': ('host', ['chirpclient.ChirpClient.fetch', 'after', 1]),
     'the host, when all is here, before that is journalled': ('host', ['Fetcher._fetch_streams', 'after', 1]),
     'the host, when that is journalled, before CMD_ACK': ('host', ['Commands.fetched', 'after', 1]),
     'the guest, when it is asked for the output': ('guest', ['Session._answer', 'before', 1]),
