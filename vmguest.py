@@ -66,10 +66,6 @@ SETTINGS = {
 }  # type: Dict[str, Any]
 
 
-class GuestError(agent.AgentError):
-    """Base of this module's errors: one sentence for who started the agent."""
-
-
 # --- network ---------------------------------------------------------------------------------
 
 LOOPBACK = '127.0.0.1'
@@ -183,13 +179,13 @@ class Network:
 
 
 def import_netifaces() -> Any:
-    """The module netifaces. Raises GuestError that names the package."""
+    """The module netifaces. Raises AgentError that names the package."""
     try:
         import netifaces
         return netifaces
     except ImportError:
-        raise GuestError('this system has no /proc/net/route: install the package netifaces-plus '
-                         '(python -m pip install netifaces-plus)')
+        raise agent.AgentError('this system has no /proc/net/route: install the package netifaces-plus '
+                               '(python -m pip install netifaces-plus)')
 
 
 def read_boot_id() -> str:
@@ -474,7 +470,7 @@ class Spool:
     """The folders of all commands of one agent, named by its id. One agent at a time may use it."""
 
     def __init__(self, root: str, machine_id: str, boot: str) -> None:
-        """``boot``: see read_boot_id. Raises GuestError where it can't be made, or another agent uses it."""
+        """``boot``: see read_boot_id. Raises AgentError where it can't be made, or another agent uses it."""
         self.chirp_path = '/%s/%s' % (SPOOL, folder_name(machine_id))
         self.folder = os.path.join(root, SPOOL, folder_name(machine_id))
         self._sweep = None             # type: Any    # how far let_go has come
@@ -485,10 +481,10 @@ class Spool:
             self._lock = open(os.path.join(self.folder, '.agent'), 'w')
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise GuestError('another vmguest with the id %s runs on %s; give this one an id of its '
-                             'own in [VM]' % (machine_id, root))
+            raise agent.AgentError('another vmguest with the id %s runs on %s; give this one an id of '
+                                   'its own in [VM]' % (machine_id, root))
         except OSError as error:
-            raise GuestError('the spool %s can\'t be used: %s' % (self.folder, error.strerror))
+            raise agent.AgentError('the spool %s can\'t be used: %s' % (self.folder, error.strerror))
         self.clock = Clock(os.path.join(self.folder, '.clock'), boot)
 
     def close(self) -> None:
@@ -531,7 +527,7 @@ class Spool:
     def load(self) -> List[Command]:
         """The commands that aren't over, in the order in which they were asked for.
 
-        Raises GuestError where a newer agent wrote one of them.
+        Raises AgentError where a newer agent wrote one of them.
         """
         found = []
         for name in self.names():
@@ -562,8 +558,9 @@ class Spool:
                 command.discard()      # claimed, and never begun: the host asks again
                 return None
         if command.request.get('format', FORMAT) > FORMAT:
-            raise GuestError('the spool %s was written by a newer vmguest (format %s, this one knows '
-                             '%d): update this one' % (self.folder, command.request['format'], FORMAT))
+            raise agent.AgentError('the spool %s was written by a newer vmguest (format %s, this one '
+                                   'knows %d): update this one'
+                                   % (self.folder, command.request['format'], FORMAT))
         command.cmd_id = str(command.request['cmd-id'])
         command.acked = command.has('acked')
         return command
@@ -1370,12 +1367,12 @@ class Agent:
     # Start and stop.
 
     def start(self) -> None:
-        """Begins to look for the broker. Raises GuestError where the served folder can't be used."""
+        """Begins to look for the broker. Raises AgentError where the served folder can't be used."""
         if not os.path.isdir(self.root):
-            raise GuestError('[VM] dir_to_serve %s is no folder' % self.root)
+            raise agent.AgentError('[VM] dir_to_serve %s is no folder' % self.root)
         if not os.access(self.root, os.W_OK | os.X_OK):
-            raise GuestError('[VM] dir_to_serve %s can\'t be written by this user: change its owner or mode, '
-                             'or name another folder' % self.root)
+            raise agent.AgentError('[VM] dir_to_serve %s can\'t be written by this user: change its owner or '
+                                   'mode, or name another folder' % self.root)
         if self.id:
             self._open_spool()
         # After the fork: runners needn't carry it. Before the link: its heart-beats would wait meanwhile.
@@ -1466,7 +1463,7 @@ class Agent:
         self.id = found
         try:
             self._open_spool()
-        except GuestError as error:
+        except agent.AgentError as error:
             self.id = ''
             self._begin_anew(str(error))
             return False
@@ -1777,7 +1774,7 @@ class Agent:
     # Running.
 
     def _open_spool(self) -> None:
-        """Finds what earlier agents left. Raises GuestError."""
+        """Finds what earlier agents left. Raises AgentError."""
         self.spool = Spool(self.root, self.id, self.boot)
         for command in self.spool.load():
             if command.acked:
@@ -2136,7 +2133,7 @@ def check(settings: Any) -> int:
         findings.append(found)
         if found.ok:
             findings += check_identity(settings, network, address)
-    except GuestError as error:
+    except agent.AgentError as error:
         findings.append(agent.Finding(False, 'network', str(error)))
     return report(findings)
 
@@ -2182,7 +2179,7 @@ def run_agent(settings: Any) -> int:
     if guest.restart and guest.id:
         begin_anew(guest.restart)
     if guest.restart:
-        raise GuestError(guest.restart)
+        raise agent.AgentError(guest.restart)
     return 0
 
 

@@ -16,6 +16,7 @@ from helpers import wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 
+import agent
 import protocol
 import vmguest
 
@@ -101,7 +102,7 @@ def test_addresses_and_cards(network):
 def test_without_proc_the_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(vmguest.Network, '_has_proc', lambda self: False)
     monkeypatch.setitem(sys.modules, 'netifaces', None)
-    with pytest.raises(vmguest.GuestError, match='netifaces-plus'):
+    with pytest.raises(agent.AgentError, match='netifaces-plus'):
         vmguest.Network().interfaces()
 
 
@@ -127,7 +128,7 @@ def test_a_folder_is_claimed_once(spool):
 
 
 def test_one_agent_at_a_time(spool, tmp_path):
-    with pytest.raises(vmguest.GuestError, match='another vmguest with the id A'):
+    with pytest.raises(agent.AgentError, match='another vmguest with the id A'):
         vmguest.Spool(str(tmp_path), 'A', 'boot')
     vmguest.Spool(str(tmp_path), 'B', 'boot').close()
 
