@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import agent
+import guestmachine
 import protocol
 import vmguest
 
@@ -89,7 +90,7 @@ def test_it_finds_broker_card_and_id_by_itself(network, route, tmp_path):
 def test_addresses_and_cards(network):
     _, guest = network
     subprocess.check_call(['ip', '-n', guest, 'route', 'add', 'default', 'via', '10.93.0.1'])
-    done = in_namespace(guest, sys.executable, '-c', 'import vmguest, json; net = vmguest.Network(); '
+    done = in_namespace(guest, sys.executable, '-c', 'import vmguest, json; net = guestmachine.Network(); '
                         'print(json.dumps([net.gateways(), net.candidates(), net.interfaces(), '
                         'net.mac_of("card"), net.address_of("card"), net.interface_with("10.93.0.7"), '
                         'net.interface_with("127.0.0.1"), net.mac_of("lo"), net.mac_of("none")]))', cwd=TOP)
@@ -100,10 +101,10 @@ def test_addresses_and_cards(network):
 
 
 def test_without_proc_the_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(vmguest.Network, '_has_proc', lambda self: False)
+    monkeypatch.setattr(guestmachine.Network, '_has_proc', lambda self: False)
     monkeypatch.setitem(sys.modules, 'netifaces', None)
     with pytest.raises(agent.AgentError, match='netifaces-plus'):
-        vmguest.Network().interfaces()
+        guestmachine.Network().interfaces()
 
 
 # --- the spool ---
