@@ -37,6 +37,7 @@ from cutproxy import CuttingProxy  # noqa: E402
 from faultrig import Agent, Host, free_port  # noqa: E402
 from helpers import wait_until  # noqa: E402
 
+import guestprocesses  # noqa: E402
 import vmguest  # noqa: E402
 
 GUESTS = 3
@@ -124,7 +125,7 @@ class Guest:
 
     def pids(self):
         """Agent, fork server, runners and commands."""
-        found = set(vmguest.processes_with('FAULTS_GUEST', self.folder))
+        found = set(guestprocesses.processes_with('FAULTS_GUEST', self.folder))
         for pid in filter(str.isdigit, os.listdir('/proc')):
             with contextlib.suppress(OSError), open('/proc/%s/cmdline' % pid, 'rb') as file:
                 if self.agent.ini.encode() in file.read().split(b'\0'):
