@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import agent
 import guestmachine
+import guestspool
 import protocol
 import vmguest
 
@@ -111,14 +112,14 @@ def test_without_proc_the_missing_package_is_named(monkeypatch):
 
 @given(st.text(min_size=1, max_size=200))
 def test_any_cmd_id_has_a_folder_name_of_its_own(cmd_id):
-    name = vmguest.folder_name(cmd_id)
+    name = guestspool.folder_name(cmd_id)
     assert re.fullmatch('[A-Za-z0-9][A-Za-z0-9._@-]{0,127}', name)
     assert name == cmd_id or name.startswith('x-')
 
 
 @pytest.fixture
 def spool(tmp_path):
-    spool = vmguest.Spool(str(tmp_path), 'A', 'boot')
+    spool = guestspool.Spool(str(tmp_path), 'A', 'boot')
     yield spool
     spool.close()
 
@@ -130,8 +131,8 @@ def test_a_folder_is_claimed_once(spool):
 
 def test_one_agent_at_a_time(spool, tmp_path):
     with pytest.raises(agent.AgentError, match='another vmguest with the id A'):
-        vmguest.Spool(str(tmp_path), 'A', 'boot')
-    vmguest.Spool(str(tmp_path), 'B', 'boot').close()
+        guestspool.Spool(str(tmp_path), 'A', 'boot')
+    guestspool.Spool(str(tmp_path), 'B', 'boot').close()
 
 
 DAY = 86400.0
@@ -148,7 +149,7 @@ class Machine:
         self.start()
 
     def start(self):
-        self.spool = vmguest.Spool(self.root, 'A', 'boot-%d' % self.boots)
+        self.spool = guestspool.Spool(self.root, 'A', 'boot-%d' % self.boots)
         self.spool.load()
 
     def die(self):
@@ -178,7 +179,7 @@ class Machine:
         """It ran, and its results are acknowledged."""
         command = self.spool.claim(cmd_id)
         for name in ('request.json', 'result.json'):
-            vmguest.write_file(command.path(name), json.dumps({'cmd-id': cmd_id, 'state': 'exited'}))
+            guestspool.write_file(command.path(name), json.dumps({'cmd-id': cmd_id, 'state': 'exited'}))
         command.acknowledge(self.spool.clock.now())
         return command
 
@@ -239,7 +240,7 @@ def test_another_boot_counts_what_was_saved(machine, orderly):
         assert machine.remembers('c')
     machine.pass_time(DAY - 60)
     assert machine.remembers('c')
-    machine.pass_time(60 + 4 * vmguest.SAVE_CLOCK_EVERY)
+    machine.pass_time(60 + 4 * guestspool.SAVE_CLOCK_EVERY)
     assert not machine.remembers('c')
 
 
@@ -262,7 +263,7 @@ def test_what_is_damaged_is_set_aside_and_never_forgotten_meanwhile(machine, mon
     for step in range(1, 6):
         command = machine.spool.claim('c-%d' % step)
         for name in ('runner', 'request.json', 'out'):
-            vmguest.write_file(command.path(name), '{"torn')
+            guestspool.write_file(command.path(name), '{"torn')
         machine.die()
         with monkeypatch.context() as patch:
             die_at(patch, step)
@@ -300,7 +301,7 @@ def die_at(patch, step):
 
 @given(st.binary(max_size=300), st.integers(0, 310))
 def test_a_tail_begins_where_it_says(data, room):
-    class Kept(vmguest.Command):
+    class Kept(guestspool.Command):
         def size(self, name):
             return len(data)
 

@@ -38,7 +38,7 @@ from faultrig import Agent, Host, free_port  # noqa: E402
 from helpers import wait_until  # noqa: E402
 
 import guestprocesses  # noqa: E402
-import vmguest  # noqa: E402
+import guestspool  # noqa: E402
 
 GUESTS = 3
 SETTLE = 240           # seconds for everything to come to its end after the last fault
@@ -353,7 +353,7 @@ class World:
         """Of a command that runs there now."""
         spool = guest.agent.spool
         for name in sorted(os.listdir(spool)) if os.path.isdir(spool) else []:
-            command = vmguest.Command(name, os.path.join(spool, name))
+            command = guestspool.Command(name, os.path.join(spool, name))
             program = command.process()
             if not program or command.has('result.json'):
                 continue

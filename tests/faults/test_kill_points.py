@@ -10,7 +10,7 @@ import pytest
 from faultrig import Agent, Host, Proof, events
 from helpers import wait_until
 
-import vmguest
+import guestspool
 
 pytestmark = [pytest.mark.once, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 
@@ -74,7 +74,7 @@ def test_the_next_agent_dies_when_it_takes_up_what_the_last_one_left(host, tmp_p
     proof = Proof(tmp_path, 1)
     try:
         cmd_id = proof.ask(host, guest.id)
-        command = vmguest.Command(cmd_id, os.path.join(guest.spool, cmd_id))
+        command = guestspool.Command(cmd_id, os.path.join(guest.spool, cmd_id))
         shell = wait_until(lambda: proof.runs() and command.process(), 20)
         os.kill(shell, signal.SIGSTOP)
         guest.stop(signal.SIGKILL)
