@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import agent
 import guestmachine
+import guestrunner
 import guestspool
 import protocol
 import vmguest
@@ -343,7 +344,7 @@ def test_a_runner_out_of_descriptors_fails_and_keeps_none(pipes, tmp_path, monke
         return pipe()
     before = os.listdir('/proc/self/fd')
     monkeypatch.setattr(os, 'pipe', limited)
-    runner = vmguest.Runner(str(tmp_path), 0, 0, vmguest.Unsynced())
+    runner = guestrunner.Runner(str(tmp_path), 0, 0, guestrunner.Unsynced())
     assert runner.claim()
     runner.run()
     runner.close()
@@ -366,15 +367,15 @@ def test_results_that_nobody_acknowledges_are_brought_to_the_disk(monkeypatch):
             self.synced += 1
     now = [100.0]
     monkeypatch.setattr(vmguest.time, 'monotonic', lambda: now[0])
-    unsynced = vmguest.Unsynced()
+    unsynced = guestrunner.Unsynced()
     assert unsynced.due is None
     commands = [Command('acknowledged', True), Command('gone', error=FileNotFoundError()), Command('alone')]
     for command in commands:
         unsynced.add(command)
     later = Command('later')
-    now[0] += vmguest.ACK_PATIENCE / 2
+    now[0] += guestrunner.ACK_PATIENCE / 2
     unsynced.add(later)
-    assert unsynced.due == 100 + vmguest.ACK_PATIENCE
+    assert unsynced.due == 100 + guestrunner.ACK_PATIENCE
     unsynced.sync_due()
     assert not any(command.synced for command in commands)
     now[0] = unsynced.due
