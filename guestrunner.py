@@ -16,7 +16,7 @@ import select
 import signal
 import socket
 import time
-from typing import Any, Dict, Iterator, Optional, Tuple
+from typing import Any, Dict, Iterator, Optional
 
 import agent
 import protocol
