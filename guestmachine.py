@@ -16,9 +16,6 @@ import agent
 
 log = logging.getLogger('vmguest')
 
-
-# --- network ---------------------------------------------------------------------------------
-
 LOOPBACK = '127.0.0.1'
 LEASES = ('/var/lib/dhcp', '/var/lib/dhclient', '/var/lib/NetworkManager', '/run/systemd/netif/leases')
 
@@ -168,3 +165,20 @@ def uptime() -> float:
     except (OSError, ValueError) as error:
         log.debug('no uptime: %s', error)
         return 0.0
+
+
+def identify(vm: Any, network: Network, address: str) -> Tuple[str, str]:
+    """Id and network card of a machine that has that local address towards the broker.
+
+    ``vm``: the settings [VM]. The id is the MAC of the card; the machine's name where it has none.
+    """
+    card = network.interface_with(address) if vm.network_interface == 'auto' else vm.network_interface
+    if vm.id != 'auto':
+        return read_id(vm.id), card
+    by_name = re.sub('[^A-Za-z0-9._-]', '-', socket.gethostname()).strip('-._')[:64] or 'guest'
+    return (network.mac_of(card) if card else '') or by_name, card
+
+
+def read_id(text: str) -> str:
+    """An id as the host knows it: MACs in upper case."""
+    return text.upper() if re.fullmatch('(?:[0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}', text) else text

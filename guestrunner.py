@@ -16,7 +16,7 @@ import select
 import signal
 import socket
 import time
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, Optional, Tuple  # noqa: F401
 
 import agent
 import protocol

@@ -1,9 +1,10 @@
 """The spool: what a guest remembers of commands, a folder for each.
 
-What it is not: who runs them (guestrunner.py), or tells the host (vmguest.py). No threads; no lock but
-that of a file: one agent at a time uses a spool.
+What it is not: who runs them (guestrunner.py), or tells the host (vmguest.py). No threads; no lock but that
+of a file: one agent at a time uses a spool.
 """
 
+import collections
 import fcntl
 import itertools
 import json
@@ -90,13 +91,13 @@ class Command:
     def __init__(self, cmd_id: str, folder: str) -> None:
         self.cmd_id = cmd_id
         self.folder = folder
-        self.sent = 0.0                # monotonic: when its results were last sent
-        self.told = 0.0                # monotonic: when its status was last sent
-        self.begun = 0.0               # monotonic: when the fork server was asked
-        self.acked = False
-        self.ended = False             # whether its result is there, as far as the agent has seen
-        self.signals = []              # type: List[int]
         self.request = {}              # type: Dict[str, Any]
+        self.state = 'queued'          # … starting, running, ended: as far as the agent has seen
+        self.begun = 0.0               # monotonic: when the fork server was asked
+        self.told = 0.0                # monotonic: when its status was last sent
+        self.sent = 0.0                # monotonic: when its results were last sent
+        self.acked = False
+        self.signals = collections.deque()     # type: Any     # numbers that its processes haven't got yet
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -159,14 +160,22 @@ class Command:
         """What the program wrote into $VM_PROGRESS_FILE."""
         return self.slice('progress', 0, LARGEST_PROGRESS).decode('utf-8', 'replace').strip()
 
-    def state(self) -> str:
-        """queued, running, or how it ended."""
+    def is_running(self) -> bool:
+        """Whether a runner has it, or will."""
+        return self.state in ('starting', 'running')
+
+    def told_state(self) -> str:
+        """What the host is told: queued, running, or how it ended."""
         if self.has('result.json'):
             try:
                 return str(self.result()['state'])
             except (OSError, ValueError):
                 return 'lost'
-        return 'running' if self.begun or self.has('runner') else 'queued'
+        return 'running' if self.is_running() else 'queued'
+
+    def read_state(self) -> None:
+        """The state, as the folder shows it."""
+        self.state = 'ended' if self.has('result.json') else 'running' if self.has('runner') else 'queued'
 
     def end(self, state: str, error: str, durable: bool = True, **more: Any) -> None:
         """Writes a result for what has none; not ``durable``: ``sync`` brings it to the disk."""
@@ -298,7 +307,7 @@ class Spool:
         """``boot``: see read_boot_id. Raises AgentError where it can't be made, or another agent uses it."""
         self.chirp_path = '/%s/%s' % (SPOOL, folder_name(machine_id))
         self.folder = os.path.join(root, SPOOL, folder_name(machine_id))
-        self._sweep = None             # type: Any    # how far let_go has come
+        self._entries = None           # type: Any    # of the sweep that is under way
         try:
             os.makedirs(self.folder, mode=0o700, exist_ok=True)
             for folder in (os.path.dirname(self.folder), self.folder):
@@ -320,6 +329,16 @@ class Spool:
     def command(self, cmd_id: str) -> Command:
         """A command by its id, whether its folder is there or not."""
         return Command(cmd_id, os.path.join(self.folder, folder_name(cmd_id)))
+
+    def find(self, cmd_id: str) -> Optional[Command]:
+        """A command that has files here, whether it is acknowledged or not."""
+        command = self.command(cmd_id)
+        try:
+            command.request = command.read('request.json')
+        except (OSError, ValueError):
+            return None
+        command.read_state()
+        return command
 
     def claim(self, cmd_id: str) -> Optional[Command]:
         """The folder of a new command; None where there is one. mkdir is the lock. Raises OSError."""
@@ -388,29 +407,30 @@ class Spool:
                                    % (self.folder, command.request['format'], FORMAT))
         command.cmd_id = str(command.request['cmd-id'])
         command.acked = command.has('acked')
+        command.read_state()
         return command
 
-    def let_go(self, keep_spool: float, dedupe_ttl: float) -> bool:
+    def sweep(self, keep_spool: float, dedupe_ttl: float) -> bool:
         """Empties what was acknowledged long ago, forgets what was emptied longer ago.
 
         Goes through the next folders only, so that a million of them hold nothing up; True at
         the end of a round.
         """
-        if self._sweep is None:
-            self._sweep = os.scandir(self.folder)
-        entries = list(itertools.islice(self._sweep, SWEEP_SLICE))
+        if self._entries is None:
+            self._entries = os.scandir(self.folder)
+        entries = list(itertools.islice(self._entries, SWEEP_SLICE))
         for entry in entries:
             try:
-                self._let_go(Command('', entry.path), keep_spool, dedupe_ttl)
+                self._sweep_one(Command('', entry.path), keep_spool, dedupe_ttl)
             except OSError as error:
                 log.warning('%s: %s', entry.path, error)
         if len(entries) == SWEEP_SLICE:
             return False
-        self._sweep = None
+        self._entries = None
         self.clock.tick()
         return True
 
-    def _let_go(self, command: Command, keep_spool: float, dedupe_ttl: float) -> None:
+    def _sweep_one(self, command: Command, keep_spool: float, dedupe_ttl: float) -> None:
         name = os.path.basename(command.folder)
         if name.startswith('.'):
             if name.startswith('.corrupt-') and self.clock.age(command.folder) > dedupe_ttl:
@@ -419,7 +439,7 @@ class Spool:
         elif command.has('acked'):
             if self.clock.age(command.path('acked')) >= keep_spool:
                 command.empty(self.clock.now())
-                log.debug('%s: its files are let go', name)
+                log.debug('%s: its files are deleted', name)
         elif stat.S_IMODE(os.stat(command.folder).st_mode) == EMPTIED \
                 and self.clock.age(command.folder) > dedupe_ttl:
             os.rmdir(command.folder)

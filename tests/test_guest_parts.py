@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 
 import agent
 import guestmachine
+import guestreports
+import guestrequests
 import guestrunner
 import guestspool
 import protocol
-import vmguest
 
 GUEST = os.path.join(TOP, 'vmguest.py')
 MAC = '02:00:00:00:AA:02'
@@ -92,7 +93,7 @@ def test_it_finds_broker_card_and_id_by_itself(network, route, tmp_path):
 def test_addresses_and_cards(network):
     _, guest = network
     subprocess.check_call(['ip', '-n', guest, 'route', 'add', 'default', 'via', '10.93.0.1'])
-    done = in_namespace(guest, sys.executable, '-c', 'import vmguest, json; net = guestmachine.Network(); '
+    done = in_namespace(guest, sys.executable, '-c', 'import guestmachine, json; net = guestmachine.Network(); '
                         'print(json.dumps([net.gateways(), net.candidates(), net.interfaces(), '
                         'net.mac_of("card"), net.address_of("card"), net.interface_with("10.93.0.7"), '
                         'net.interface_with("127.0.0.1"), net.mac_of("lo"), net.mac_of("none")]))', cwd=TOP)
@@ -145,8 +146,8 @@ class Machine:
     def __init__(self, root, monkeypatch):
         self.root = str(root)
         self.wall, self.monotonic, self.boots = 1.7e9, 1000.0, 0
-        monkeypatch.setattr(vmguest.time, 'time', lambda: self.wall)
-        monkeypatch.setattr(vmguest.time, 'monotonic', lambda: self.monotonic)
+        monkeypatch.setattr(guestspool.time, 'time', lambda: self.wall)
+        monkeypatch.setattr(guestspool.time, 'monotonic', lambda: self.monotonic)
         self.start()
 
     def start(self):
@@ -166,14 +167,14 @@ class Machine:
     def pass_time(self, seconds):
         self.monotonic += seconds
         self.wall += seconds
-        self.keep_house()
+        self.sweep()
 
     def set_clock(self, seconds):
         self.wall = seconds
-        self.keep_house()
+        self.sweep()
 
-    def keep_house(self):
-        while not self.spool.let_go(10, 7 * DAY):
+    def sweep(self):
+        while not self.spool.sweep(10, 7 * DAY):
             continue
 
     def end_command(self, cmd_id):
@@ -223,7 +224,7 @@ def test_agents_of_one_boot_go_on_counting(machine):
         machine.monotonic += 2 * DAY
         machine.wall = wall
         machine.start()
-        machine.keep_house()
+        machine.sweep()
         assert machine.remembers('c')
     machine.pass_time(DAY + 1)
     assert not machine.remembers('c')
@@ -237,7 +238,7 @@ def test_another_boot_counts_what_was_saved(machine, orderly):
         machine.pass_time(2 * DAY)
         machine.set_clock(wall)
         machine.reboot(orderly)
-        machine.keep_house()
+        machine.sweep()
         assert machine.remembers('c')
     machine.pass_time(DAY - 60)
     assert machine.remembers('c')
@@ -309,7 +310,7 @@ def test_a_tail_begins_where_it_says(data, room):
         def slice(self, name, offset, length):
             return data[offset:offset + length]
     keys = {}
-    vmguest.put_tail(keys, 'out', Kept('', '/'), room)
+    guestreports.put_tail(keys, 'out', Kept('', '/'), room)
     offset = keys['out-offset']
     assert keys['out-size'] == len(data) and len(data) - offset <= room
     message = protocol.Message('', 'CMD_RESULTS', None, keys)
@@ -322,13 +323,13 @@ def test_a_tail_begins_where_it_says(data, room):
 
 @pytest.mark.parametrize('name, number', [('TERM', 15), ('SIGKILL', 9), ('2', 2), ('int', 2)])
 def test_signals_by_name_and_number(name, number):
-    assert vmguest.signal_number(name) == number
+    assert guestrequests.signal_number(name) == number
 
 
 @pytest.mark.parametrize('name', ['', 'NONSENSE', '0', '-9', '9999', '٣'])
 def test_what_is_no_signal(name):
     with pytest.raises(protocol.BadWord):
-        vmguest.signal_number(name)
+        guestrequests.signal_number(name)
 
 
 @pytest.mark.parametrize('pipes', [0, 1, 2])
@@ -366,7 +367,7 @@ def test_results_that_nobody_acknowledges_are_brought_to_the_disk(monkeypatch):
                 raise self.error
             self.synced += 1
     now = [100.0]
-    monkeypatch.setattr(vmguest.time, 'monotonic', lambda: now[0])
+    monkeypatch.setattr(guestspool.time, 'monotonic', lambda: now[0])
     unsynced = guestrunner.Unsynced()
     assert unsynced.due is None
     commands = [Command('acknowledged', True), Command('gone', error=FileNotFoundError()), Command('alone')]
@@ -446,7 +447,7 @@ def test_a_dead_fork_server_is_replaced(tmp_path):
             os.kill(int(children.read().split()[0]), signal.SIGKILL)
         assert host.run('g', 'echo', 'hello')['out'] == 'hello\n'
         assert host.results(long)['out'] == 'still here\n'
-        assert 'begins anew' in guest.log()
+        assert 'restarts itself' in guest.log()
 
 
 @pytest.mark.parametrize('ini, words', [
