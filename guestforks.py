@@ -12,6 +12,7 @@ import struct
 import threading
 from typing import List
 
+import agent
 from guestrunner import be_runner
 from guestspool import describe_error
 
@@ -42,6 +43,7 @@ class ForkServer:
         self._lock = threading.Lock()
         self._free = []                # type: List[socket.socket]
         self._busy = []                # type: List[socket.socket]
+        agent.release_memory()         # rather than have each runner share what nobody uses
         self._start()
         self._free.append(self._new_runner())
 

@@ -125,6 +125,7 @@ class Agent:
         # After the fork: runners needn't carry it. Before the link: its heart-beats would wait meanwhile.
         from guestfiles import Files
         self.files = Files(self.root, self.settings.Chirp, self._tell_port)
+        agent.release_memory()
         self.link.start()
         log.info('vmguest %s runs as pid %d: broker %s:%d, serves %s', agent.VERSION, os.getpid(),
                  self.settings.Broker.host, self.settings.Broker.port, self.root)
