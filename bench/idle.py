@@ -65,7 +65,8 @@ def measure(processes, seconds):
         is_met = memory <= most_memory and used <= seconds * most_percent / 100 + 0.01
         met = met and is_met
         verdict = '%s at most %g MiB, %g %%' % ('met:' if is_met else 'MISSED:', most_memory, most_percent)
-        print('%-8s %14.1f %12.1f %12.2f  %s' % (name, memory, own, percent, verdict if name in TARGETS else ''))
+        print('%-8s %14.1f %12.1f %12.2f  %s'
+              % (name, memory, own, percent, verdict if name in TARGETS else ''))
         for child in children(pid):
             print('%-8s %14.1f %12.1f' % ('', resident(child)[0], resident(child)[1]))
     return met
