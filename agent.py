@@ -184,6 +184,18 @@ def catch_signals() -> socket.socket:
     return reader
 
 
+def release_memory() -> None:
+    """Gives memory back to the system that isn't used any more, where the C library can: after a start.
+
+    What compiles a module leaves the heap full of holes: 8 of 28 MB in a guest that runs from a bundle.
+    """
+    try:
+        import ctypes
+        ctypes.CDLL(None).malloc_trim(0)
+    except (ImportError, OSError, AttributeError, TypeError) as error:      # not glibc
+        logging.getLogger('vmhost').debug('no malloc_trim: %s', error)
+
+
 # Seconds that a thread computes while another one waits. Python's own, 5 ms, is most of what a short command
 # takes from its call to its results, and an agent's threads hand it on a dozen times.
 SWITCH_INTERVAL = 0.0002
