@@ -19,6 +19,8 @@ What one ``recv`` brings is gathered, and each session gets what it is owed in o
 
 import argparse
 import collections
+import contextlib
+import enum
 import heapq
 import hmac
 import itertools
@@ -49,6 +51,8 @@ LONGEST_END = 30.0                        # seconds that a client has to read it
 LINGER = 2.0                              # seconds from our last byte to the socket's end
 MOST_FOR_SELECT = 500                     # connections that select() can look after
 LONGEST_SLEEP = 3600.0                    # seconds; system calls don't take any number
+NEVER = float('inf')
+WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 MESSAGE_OVERHEAD = 512                    # bytes that a kept message costs beside its texts
 # Headers of a SEND that are about this one sending, or that MESSAGE has of its own.
 NOT_PASSED_ON = frozenset(('receipt', 'transaction', 'content-length', 'message-id',
@@ -160,9 +164,10 @@ class Envelope:
         return lines
 
 
-def _cost_of(headers: Dict[str, str]) -> int:
-    """About how many bytes headers take: the texts, and what was encoded of them."""
-    return MESSAGE_OVERHEAD + 2 * (sum(map(len, headers)) + sum(map(len, headers.values())))
+def _cost_of(headers: Dict[str, str], body: bytes = b'') -> int:
+    """About how many bytes a frame takes: its texts, what was encoded of them, and the body."""
+    return (MESSAGE_OVERHEAD + len(body)
+            + 2 * (sum(map(len, headers)) + sum(map(len, headers.values()))))
 
 
 class Message:
@@ -195,12 +200,14 @@ class Message:
 
 class Subscription:
     """What a SUBSCRIBE made: ``lead`` begins each of its MESSAGE frames."""
-    __slots__ = ('session', 'id', 'key', 'cost', 'destination', 'mode', 'lead', 'kind', 'unacked')
+    __slots__ = ('session', 'connection', 'id', 'key', 'cost', 'destination', 'mode', 'lead', 'kind',
+                 'unacked')
 
     def __init__(self, session: 'Session', number: int, key: str, headers: Dict[str, str],
                  destination: 'Destination', mode: str) -> None:
         version = session.version
         self.session = session
+        self.connection = session.connection
         self.id = str(number)
         self.key = key
         self.cost = _cost_of(headers)
@@ -218,11 +225,11 @@ class Subscription:
     def give(self, message: Message) -> None:
         """Sends one message to the subscriber."""
         if len(message.body) < LARGE:
-            self.session.put(self.lead + message.rest(*self.kind), 1)
+            self.connection.put(self.lead + message.rest(*self.kind), 1)
         else:
-            self.session.put(self.lead + message.head(*self.kind), 1)
-            self.session.put(message.body, 0)
-            self.session.put(b'\0\n', 0)
+            self.connection.put(self.lead + message.head(*self.kind), 1)
+            self.connection.put(message.body, 0)
+            self.connection.put(b'\0\n', 0)
 
     def acknowledge(self, number: str) -> Iterable[Message]:
         """Takes the messages that an ACK or NACK of this one is about, out of ``unacked``."""
@@ -299,7 +306,7 @@ class Topic(Destination):
                 if kind not in rests:
                     rests[kind] = [b''] + [message.rest(*kind) for message in batch]
                 blob = blobs[kind, lead] = lead.join(rests[kind])
-            subscription.session.put(blob, len(batch))
+            subscription.connection.put(blob, len(batch))
 
     def add(self, subscription: Subscription) -> None:
         self.flush()
@@ -354,7 +361,7 @@ class Queue(Destination):
         return None
 
     def _has_room(self, consumer: Subscription) -> bool:
-        return (consumer.session.has_room()
+        return (consumer.connection.has_room()
                 and len(consumer.unacked) < self.broker.limits.unacknowledged)
 
     def _give(self, consumer: Subscription, message: Message) -> None:
@@ -411,91 +418,223 @@ class Queue(Destination):
                 self._refused.append(message)
 
 
-# --- sessions ----------------------------------------------------------------------------------
+# --- connections -------------------------------------------------------------------------------
 
-class Session:
-    """One client's connection: its socket, what waits for it, and its STOMP state.
+class State(enum.IntEnum):
+    """Where a connection stands. It only moves down this list; ``Connection._enter`` moves it."""
+    HANDSHAKE = 0          # of TLS
+    OPENING = 1            # until CONNECT
+    CONNECTED = 2
+    UNREACHABLE = 3        # nothing can be written any more; what it said before is still taken
+    ENDING = 4             # nothing is taken any more; what is owed is written
+    DRAINING = 5           # the same, and the client says no more
+    LINGERING = 6          # all is written, our half closed: the client gets a moment to close first
+    CLOSED = 7
 
-    ``peer``, ``id``, ``policy_data`` and ``essential`` are for the policy; the rest is the broker's own.
+
+class Outbox:
+    """The bytes that wait for one client, first in, first out; small chunks leave in one write."""
+    __slots__ = ('_chunks', 'waiting')
+
+    def __init__(self) -> None:
+        self._chunks = collections.deque()  # type: collections.deque[Any]
+        self.waiting = 0                   # bytes
+
+    def put(self, data: Any) -> None:
+        self._chunks.append(data)
+        self.waiting += len(data)
+
+    def clear(self) -> None:
+        self._chunks.clear()
+        self.waiting = 0
+
+    @property
+    def begun(self) -> int:
+        """Bytes of the chunk that is being sent."""
+        return len(self._chunks[0]) if self._chunks else 0
+
+    def write(self, sock: socket.socket) -> None:
+        """Sends until nothing is left, or the socket takes no more. Raises OSError where it never will."""
+        chunks = self._chunks
+        while chunks:
+            chunk = self._next_chunk()
+            chunks.appendleft(chunk)
+            try:
+                sent = sock.send(chunk)
+            except WOULD_BLOCK:
+                return                     # the selector says when to go on
+            self.waiting -= sent
+            chunks.popleft()
+            if sent < len(chunk):
+                chunks.appendleft(memoryview(chunk)[sent:])
+                return
+
+    def _next_chunk(self) -> Any:
+        """The first chunk, or several small ones in one. What was begun stays as it is: TLS wants
+        the same bytes again."""
+        chunks = self._chunks
+        first = chunks.popleft()
+        if not chunks or len(first) >= LARGE or isinstance(first, memoryview):
+            return first
+        parts, size = [first], len(first)
+        while chunks and size < JOINED and len(chunks[0]) < LARGE:
+            parts.append(chunks.popleft())
+            size += len(parts[-1])
+        return b''.join(parts)
+
+
+class Clock:
+    """When a connection has to be looked at: for its deadline, and its heart-beats both ways."""
+    __slots__ = ('heard', 'spoke', 'beat', 'silence', 'deadline')
+
+    def __init__(self, now: float, patience: float) -> None:
+        self.heard = self.spoke = now
+        self.beat = 0.0                    # seconds between our beats; 0: none
+        self.silence = 0.0                 # seconds without a word after which it is dead; 0: any
+        self.deadline = now + patience
+
+    def negotiate(self, ours: int, offered: str) -> None:
+        """STOMP 1.2, Heart-beating; milliseconds. On a busy machine beats may be late by more than
+        a short interval. Raises Fault."""
+        match = re.match(r'\s*([0-9]{1,18})\s*,\s*([0-9]{1,18})\s*\Z', offered)
+        if match is None:
+            raise Fault('heart-beat is not two numbers: %.40r' % offered)
+        theirs, wanted = int(match.group(1)), int(match.group(2))
+        if ours and wanted:
+            self.beat = max(ours, wanted) / 1000.0
+        if ours and theirs:
+            interval = max(ours, theirs) / 1000.0
+            self.silence = max(2 * interval, interval + SHORTEST_MARGIN)
+
+    def end_within(self, now: float, patience: float) -> None:
+        """Heart-beats are over; there is a deadline instead."""
+        self.beat = self.silence = 0.0
+        self.deadline = now + patience
+
+    @property
+    def next(self) -> float:
+        """When something has to be done, unless the client or we speak before."""
+        beat = self.spoke + 0.6 * self.beat if self.beat else NEVER
+        death = self.heard + self.silence if self.silence else NEVER
+        return min(self.deadline, beat, death)
+
+    def is_silent(self, now: float) -> bool:
+        return bool(self.silence) and now >= self.heard + self.silence
+
+    def is_to_beat(self, now: float) -> bool:
+        return bool(self.beat) and now >= self.spoke + 0.6 * self.beat
+
+
+class Connection:
+    """A client's socket: bytes in, frames to its ``Session``, and what waits for the client out.
+
+    What it does with either depends on its ``state``.
     """
+    __slots__ = ('broker', 'peer', 'number', 'state', 'clock', 'session', '_sock', '_reader', '_outbox',
+                 '_counted', '_to_flush', '_wants_room', '_held_up', '_events', '_unfinished', 'held')
 
     HIGH = 256 * 1024      # bytes waiting at which queues give no more
 
-    def __init__(self, broker: 'Broker', sock: socket.socket, peer: Tuple[Any, ...],
-                 number: int, handshake: bool) -> None:
+    def __init__(self, broker: 'Broker', sock: socket.socket, peer: Tuple[Any, ...], number: int) -> None:
         self.broker = broker
         self.peer = peer
-        self.id = '%s-%d' % (broker.token, number)
-        self.policy_data = None  # type: Any
-        self.essential = False             # others are read no further while too much waits for this one
-        self.version = '1.0'
-        self.connected = False
-        self.ending = False                # our last frame is written, or the peer's has come
-        self.closed = False
-        self.heard = self.spoke = broker.now
-        self.due = float('inf')            # when the clock looks at this session next
-        self._number = number
+        self.number = number
+        self.state = State.OPENING if broker.tls is None else State.HANDSHAKE
+        self.clock = Clock(broker.now, broker.limits.connect_time)
         self._sock = sock
-        self._handshake = handshake
         # Until CONNECT nothing large is waited for, whoever that may be.
         self._reader = FrameReader(CLIENT_COMMANDS, max_body=RECEIVE)
-        self._outbox = collections.deque()  # type: collections.deque[Any]
-        self._waiting = 0                  # bytes in the outbox
-        self._counted = 0                  # of these, in the broker's counter
-        self._to_flush = False
-        self._wants_room = False
-        self._held_up = False              # not read until an essential one has read
-        self._mute = False                 # nothing more can be sent
-        self._overflown = False
-        # What a round may gather for this session before it must be written. Twice the limit, since
-        # only after a try to write it is known whether the client is slow.
-        self._bound = 2 * broker.limits.waiting + broker.limits.max_frame
-        self._eof = False
+        self._outbox = Outbox()
+        self._counted = 0                  # bytes of the outbox that are in the broker's counter
+        self._to_flush = False             # the broker will call ``flush`` in this round
+        self._wants_room = False           # queues have more for it
+        self._held_up = False              # not read until an essential session has read
         self._events = 0                   # that the selector looks for
-        self._subscriptions = {}  # type: Dict[str, Subscription]
-        self._by_number = {}      # type: Dict[str, Subscription]
-        self._numbers = itertools.count(1)
-        self._transactions = {}   # type: Dict[str, List[Tuple[str, WireFrame]]]
-        self._held = 0                     # bytes that subscriptions and transactions take
         self._unfinished = 0               # bytes that wait for the rest of their frame
-        self._asked_policy = False
-        self._beat = 0.0                   # seconds; 0: none
-        self._silence = 0.0                # seconds; 0: any
-        self._deadline = broker.now + broker.limits.connect_time
+        self.held = 0                      # bytes that the client makes the broker keep
+        self.session = Session(self)
 
     def __repr__(self) -> str:
-        return '<session %s of %s>' % (self.id, _spoken(self.peer))
+        return '<connection of %s>' % _spoken(self.peer)
+
+    # -- states
 
     def begin(self) -> None:
-        """From now on the selector looks after the socket, and the clock after the session."""
+        """From now on the selector looks after the socket, and the clock after all of it."""
         self._listen_for(selectors.EVENT_READ)
-        self.broker.came(self, self._number)
-        self._set_clock()
+        self.broker.came(self)
+        self.set_clock()
 
-    # -- reading
+    def opened(self, version: str) -> None:
+        """CONNECT was right."""
+        self.state = State.CONNECTED
+        self._reader.version = version
+        self._reader.max_body = self.broker.limits.max_frame
+        self.clock.deadline = NEVER
+        self.set_clock()
 
-    def ready(self, events: int) -> None:
-        """The selector says that the socket can be read or written."""
-        if self.closed:                    # by another session, earlier in this round
+    def _enter(self, state: State) -> None:
+        """Moves on to a state of the end."""
+        if self.state < State.ENDING:
+            self.broker.flush_gathered()   # which it may be owed
+        before, self.state = self.state, state
+        if before < State.ENDING:
+            self._release()
+        if state is State.CLOSED:
+            return self._shut()
+        if state is State.LINGERING:
+            self.clock.end_within(self.broker.now, LINGER)
+        elif before < State.ENDING:
+            self.clock.end_within(self.broker.now, LONGEST_END)
+        self.set_clock()
+        self._listen()
+
+    def _release(self) -> None:
+        """It takes nothing any more, so nothing is kept for it but what it is owed."""
+        self.session.leave()
+        self.hold(-self.held)
+        self._unfinished = 0
+
+    def _shut(self) -> None:
+        if self.session.essential:
+            self.broker.let_all_go_on()
+        self._listen_for(0)
+        self._outbox.clear()
+        self._count_waiting()
+        self.broker.alarms.cancel(self.number)
+        self._sock.close()
+        self.broker.gone(self)
+        del self.session                   # the two would keep each other until the collector comes
+
+    def guarded(self, step: Callable[..., None], *arguments: Any) -> None:
+        """Does one of its steps. An error of the broker's own ends this connection alone."""
+        if self.state is State.CLOSED:     # by another one, earlier in this round
             return
         try:
-            if self._handshake:
-                if not self._shake_hands():
-                    return
-                events = selectors.EVENT_READ      # TLS may have taken in more than the handshake
-            if events & selectors.EVENT_READ:
-                if self._has_to_wait():
-                    self._held_up = True
-                    self._listen_for(self._events & selectors.EVENT_WRITE)
-                else:
-                    self._read()
-            if events & selectors.EVENT_WRITE and not self.closed:
-                self.flush()
-        except (OSError, ssl.SSLError) as error:
+            step(*arguments)
+        except OSError as error:
             self.close(str(error))
         except Exception:
             log.exception('%r is closed after an error of the broker', self)
             self.close('internal error')
+
+    def ready(self, events: int) -> None:
+        """The selector says that the socket can be read or written."""
+        self.guarded(self._ready, events)
+
+    def _ready(self, events: int) -> None:
+        if self.state is State.HANDSHAKE:
+            if not self._shake_hands():
+                return
+            events = selectors.EVENT_READ          # TLS may have taken in more than the handshake
+        if events & selectors.EVENT_READ:
+            if self._has_to_wait():
+                self._held_up = True
+                self._listen()
+            else:
+                self._read()
+        if events & selectors.EVENT_WRITE and self.state is not State.CLOSED:
+            self.flush()
 
     def _shake_hands(self) -> bool:
         """Whether TLS is established."""
@@ -503,33 +642,47 @@ class Session:
             self._sock.do_handshake()  # type: ignore[attr-defined]
         except ssl.SSLWantReadError:
             self._listen_for(selectors.EVENT_READ)
-            return False
         except ssl.SSLWantWriteError:
             self._listen_for(selectors.EVENT_WRITE)
-            return False
-        self._handshake = False
-        self._listen_for(selectors.EVENT_READ)
-        return True
+        else:
+            self.state = State.OPENING
+            self._listen()
+        return self.state is State.OPENING
+
+    def _listen(self) -> None:
+        """Has the selector look for what matters in this state."""
+        events = selectors.EVENT_WRITE if self._outbox.waiting else 0
+        if not self._held_up and self.state is not State.DRAINING:
+            events |= selectors.EVENT_READ
+        self._listen_for(events)
+
+    def _listen_for(self, events: int) -> None:
+        if events != self._events:
+            self.broker.listen_for(self._sock, events, self._events, self.ready)
+            self._events = events
 
     def _has_to_wait(self) -> bool:
         """Whether an essential session must read first. Who ends, or hasn't begun, adds nothing for it."""
-        return self.broker.is_held_up and self.connected and not self.essential and not self.ending
+        return (self.broker.is_held_up and State.CONNECTED <= self.state < State.ENDING
+                and not self.session.essential)
 
     def go_on(self) -> None:
         """If it had to wait, it is read again; that it wasn't heard was not its fault."""
         if self._held_up:
             self._held_up = False
-            self.heard = self.broker.now
-            self._listen_for(self._events | selectors.EVENT_READ)
+            self.clock.heard = self.broker.now
+            self._listen()
+
+    # -- reading
 
     def _read(self) -> None:
         data = self._receive()
         while data:
-            self.heard = self.broker.now
+            self.clock.heard = self.broker.now
             self.broker.count.bytes_in += len(data)
-            if not self.ending:
+            if self.state < State.ENDING:
                 self._take(data)
-            data = self._receive() if self._buffered_by_tls() else None
+            data = self._receive() if self._is_buffered_by_tls() else None
         if data == b'':
             self._hung_up()
 
@@ -537,31 +690,31 @@ class Session:
         """What has come; b'' at the end, None where nothing has."""
         try:
             return self._sock.recv(RECEIVE)
-        except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        except WOULD_BLOCK:
             return None
 
-    def _buffered_by_tls(self) -> bool:
-        return self.broker.tls is not None and not self.closed and bool(
+    def _is_buffered_by_tls(self) -> bool:
+        return self.broker.tls is not None and self.state is not State.CLOSED and bool(
             self._sock.pending())  # type: ignore[attr-defined]
 
     def _hung_up(self) -> None:
-        """The peer says no more; it may still read what it is owed."""
-        self._eof = True
+        """The client says no more; it may still read what it is owed."""
         self.end()
-        if not self.closed and self._outbox and not self._mute:
-            self._listen_for(selectors.EVENT_WRITE)
+        if self.waiting:
+            self._enter(State.DRAINING)
         else:
             self.close('closed by the client')
 
     def _take(self, data: bytes) -> None:
+        """Bytes of the client, and each frame that they finish."""
         reader, frame = self._reader, None
         try:
             reader.feed(data)
             frame = reader.next_frame()
             while frame is not None:
                 self.broker.count.frames_in += 1
-                self._handle(frame)
-                if self.ending:
+                self.session.handle(frame)
+                if self.state >= State.ENDING:
                     return
                 frame = reader.next_frame()
             if reader.held or self._unfinished:
@@ -579,54 +732,306 @@ class Session:
 
     def _hold_unfinished(self, size: int) -> None:
         change, self._unfinished = size - self._unfinished, size
-        self._hold(change)
+        self.hold(change)
 
-    def _hold(self, cost: int) -> None:
+    def hold(self, cost: int) -> None:
         """Accounts bytes that the client makes the broker keep; a negative cost lets go of them."""
-        self._held += cost
+        self.held += cost
         self.broker.count.held_bytes += cost
         if cost > 0 and self.broker.count.held_bytes > self.broker.limits.held:
             self.broker.relieve_held(self)
 
-    # -- what frames do
+    # -- writing
 
-    def _handle(self, frame: WireFrame) -> None:
-        if not self.connected:
+    def put(self, data: Any, frames: int) -> None:
+        """Bytes for the client; they leave with all others when the broker has read its round."""
+        if self.state > State.CONNECTED:
+            return
+        self._outbox.put(data)
+        self.broker.count.frames_out += frames
+        if not self._to_flush:
+            self._ask_for_flush()
+        if self.session.essential:
+            if self._outbox.waiting > self.broker.limits.waiting // 2:
+                self.broker.is_held_up = True
+        elif self._outbox.waiting > self.broker.most_in_a_round:
+            self._relieve()
+
+    def _ask_for_flush(self) -> None:
+        self._to_flush = True
+        self.broker.to_flush(self)
+
+    def _relieve(self) -> None:
+        """One round brings more than may wait: only after a try to write is it known who is slow."""
+        self._write()
+        if self._outbox.waiting > self.broker.most_in_a_round:
+            self.cut_off()
+
+    def has_room(self) -> bool:
+        """Whether a queue may give more; if not, the queues are asked again when there is."""
+        if self._outbox.waiting < self.HIGH:
+            return True
+        self._wants_room = True
+        return False
+
+    def flush(self) -> None:
+        """Writes as much as the socket takes, and does what follows from what is left."""
+        self._to_flush = False
+        if self.state is State.HANDSHAKE:
+            return
+        self._write()
+        self._count_waiting()
+        if self.session.essential and self.waiting < self.broker.limits.waiting // 4:
+            self.broker.let_all_go_on()
+        if self._has_too_much():
+            return self.cut_off()
+        if not self.waiting and self.state in (State.ENDING, State.DRAINING):
+            return self._finish()
+        self._listen()
+        if self._wants_room and self.waiting < self.HIGH // 2:
+            self._wants_room = False
+            self.session.ask_queues()
+
+    def _write(self) -> None:
+        before = self._outbox.waiting
+        try:
+            self._outbox.write(self._sock)
+        except OSError as error:
+            log.debug('%r: %s', self, error)
+            self._outbox.clear()
+            if self.state < State.UNREACHABLE:
+                self.state = State.UNREACHABLE
+        else:
+            sent = before - self._outbox.waiting
+            if sent:
+                self.clock.spoke = self.broker.now
+                self.broker.count.bytes_out += sent
+
+    def _has_too_much(self) -> bool:
+        """The frame that is being sent doesn't count, or no body could be larger than the limit."""
+        return (not self.session.essential
+                and self.waiting - self._outbox.begun > self.broker.limits.waiting)
+
+    def _count_waiting(self) -> None:
+        self.broker.count.waiting_bytes += self.waiting - self._counted
+        self._counted = self.waiting
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that it was sent and has not read."""
+        return self._outbox.waiting
+
+    # -- the clock
+
+    def set_clock(self) -> None:
+        self.broker.alarms.set(self.number, self.clock.next, self.tick)
+
+    def tick(self) -> None:
+        """The clock reached what was set."""
+        self.guarded(self._tick)
+
+    def _tick(self) -> None:
+        now, clock = self.broker.now, self.clock
+        if self._held_up:
+            clock.heard = now
+        if now >= clock.deadline:
+            return self._time_is_over()
+        if clock.is_silent(now):
+            log.info('%r is taken for dead: silent for %.1f s', self, now - clock.heard)
+            return self.close('silent')
+        if clock.is_to_beat(now):
+            if not self.waiting:           # else what waits there is beat enough
+                self.put(b'\n', 0)
+            clock.spoke = now
+        self.set_clock()
+
+    def _time_is_over(self) -> None:
+        """No CONNECT came in time, or the end takes too long."""
+        if self.state is State.OPENING:
+            self.fail('no CONNECT within %g s' % self.broker.limits.connect_time)
+        else:
+            self.close('its time to connect or to end is over')
+
+    # -- the end
+
+    def fail(self, text: str, frame: Optional[WireFrame] = None) -> None:
+        """An ERROR frame, then the end."""
+        self.broker.count.errors += 1
+        log.info('%r: %s', self, text)
+        self.session.say_error(' '.join(text.replace('\0', ' ').split()), frame)
+        self.end()
+
+    def end(self) -> None:
+        """No frame is taken any more; what is owed is still written, then the socket closed."""
+        if self.state is State.UNREACHABLE:
+            self.close('ended')
+        elif self.state < State.ENDING:
+            self._enter(State.ENDING)
+            if not self._to_flush:
+                self._ask_for_flush()
+
+    def _finish(self) -> None:
+        """All is written: says so, and waits shortly for the peer to close first, since closing
+        with unread bytes would throw away what the peer has not read yet."""
+        if self.state is State.DRAINING:
+            return self.close('ended')
+        self._say_goodbye_in_tls()
+        self._sock.shutdown(socket.SHUT_WR)
+        self._enter(State.LINGERING)
+
+    def _say_goodbye_in_tls(self) -> None:
+        """Tells a TLS client that this is the end, and no attacker's cut; its answer isn't waited for."""
+        if self.broker.tls is not None:
+            with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                self._sock.unwrap()  # type: ignore[attr-defined]
+
+    def cut_off(self) -> None:
+        """Closes the connection of one that doesn't read: too much waits for it."""
+        self.broker.count.cut_off += 1
+        log.warning('%r is cut off: it has not read %d bytes', self, self.waiting)
+        self.close('does not read')
+
+    def close(self, why: str) -> None:
+        """Closes the socket at once."""
+        if self.state is not State.CLOSED:
+            log.debug('%r is closed: %s', self, why)
+            self._enter(State.CLOSED)
+
+
+# --- sessions ----------------------------------------------------------------------------------
+
+class Transactions:
+    """The open transactions of a session: the frames of each, until COMMIT or ABORT."""
+    __slots__ = ('_open', '_most', '_hold')
+
+    def __init__(self, most: int, hold: Callable[[int], None]) -> None:
+        self._open = {}  # type: Dict[str, List[WireFrame]]
+        self._most = most
+        self._hold = hold                  # accounts the bytes that they take; may raise Fault
+
+    def begin(self, name: str) -> None:
+        if name in self._open:
+            raise Fault('transaction %.80r is open already' % name)
+        if len(self._open) >= self._most:
+            raise Fault('more than %d transactions' % self._most)
+        self._hold(_cost_of({'transaction': name}))
+        self._open[name] = []
+
+    def add(self, frame: WireFrame) -> None:
+        """The frame waits for COMMIT. Raises Fault where its transaction isn't open."""
+        frames = self._find(frame.headers['transaction'])
+        self._hold(_cost_of(frame.headers, frame.body))
+        frames.append(frame)
+
+    def end(self, name: str) -> List[WireFrame]:
+        """The frames, in their order; the transaction is over."""
+        frames = self._find(name)
+        del self._open[name]
+        self._hold(-_cost_of({'transaction': name}))
+        for frame in frames:
+            self._hold(-_cost_of(frame.headers, frame.body))
+        return frames
+
+    def _find(self, name: str) -> List[WireFrame]:
+        if name not in self._open:
+            raise Fault('no transaction %.80r' % name)
+        return self._open[name]
+
+
+class Session:
+    """What a client says, in STOMP, over its connection: one method for each command.
+
+    ``peer``, ``id``, ``policy_data``, ``essential`` and ``close`` are for the policy; the rest is
+    the broker's own.
+    """
+    __slots__ = ('broker', 'connection', 'peer', 'id', 'policy_data', 'essential', 'version',
+                 '_subscriptions', '_by_number', '_numbers', '_transactions', '_is_known')
+
+    def __init__(self, connection: Connection) -> None:
+        self.broker = connection.broker
+        self.connection = connection
+        self.peer = connection.peer
+        self.id = '%s-%d' % (self.broker.token, connection.number)
+        self.policy_data = None  # type: Any
+        self.essential = False             # others are read no further while too much waits for this one
+        self.version = '1.0'
+        self._subscriptions = {}  # type: Dict[str, Subscription]
+        self._by_number = {}      # type: Dict[str, Subscription]
+        self._numbers = 0
+        self._transactions = Transactions(self.broker.limits.transactions, connection.hold)
+        self._is_known = False             # the policy was asked
+
+    def __repr__(self) -> str:
+        return '<session %s of %s>' % (self.id, _spoken(self.peer))
+
+    def close(self, why: str) -> None:
+        """Ends it at once. On the broker's thread."""
+        self.connection.close(why)
+
+    def handle(self, frame: WireFrame) -> None:
+        """A frame of the client. Raises Refused or Fault."""
+        if self.connection.state is State.OPENING:
             if frame.command not in ('CONNECT', 'STOMP'):
                 raise Fault('%s before CONNECT' % frame.command)
             return self._connect(frame)
         _HANDLERS[frame.command](self, frame)
         if 'receipt' in frame.headers and frame.command != 'DISCONNECT':
-            self._receipt(frame.headers['receipt'])
+            self._say_receipt(frame)
 
-    def _receipt(self, receipt: str) -> None:
-        self._give_what_was_gathered()
-        self.put(protocol.encode('RECEIPT', {'receipt-id': receipt}, b'', self.version), 1)
+    def _say_receipt(self, frame: WireFrame) -> None:
+        self._say('RECEIPT', {'receipt-id': frame.headers['receipt']})
 
-    def _give_what_was_gathered(self) -> None:
-        """So that no RECEIPT or ERROR overtakes the messages of frames before its own."""
+    def _say(self, command: str, headers: Dict[str, str], body: bytes = b'') -> None:
         if self._subscriptions:
+            # No RECEIPT or ERROR overtakes the messages of frames before its own.
             self.broker.flush_gathered()
+        self.connection.put(protocol.encode(command, headers, body, self.version), 1)
+
+    def say_error(self, text: str, frame: Optional[WireFrame]) -> None:
+        """ERROR, about that frame."""
+        headers = {'message': text}
+        if frame is not None and 'receipt' in frame.headers:
+            headers['receipt-id'] = frame.headers['receipt']
+        if self.connection.state < State.CONNECTED:
+            headers['version'] = ','.join(reversed(VERSIONS))
+        headers['content-type'] = 'text/plain'
+        self._say('ERROR', headers, (text + '\n').encode('utf-8', 'replace'))
+
+    def leave(self) -> None:
+        """Leaves destinations and transactions, and tells the policy."""
+        subscriptions, self._subscriptions = self._subscriptions, {}
+        for subscription in subscriptions.values():
+            self._leave(subscription)
+        self._transactions = Transactions(0, self.connection.hold)
+        if self._is_known:
+            self._is_known = False
+            try:
+                self.broker.policy.closed(self)
+            except Exception:
+                log.exception('the policy, about the end of %r', self)
+
+    def _needed(self, frame: WireFrame, name: str) -> str:
+        value = frame.headers.get(name)
+        if not value:
+            raise Fault('%s without the header %s' % (frame.command, name))
+        return value
+
+    # -- CONNECT and DISCONNECT
 
     def _connect(self, frame: WireFrame) -> None:
         headers = frame.headers
         version = self._negotiate(headers.get('accept-version'))
-        if version != '1.0':
-            self._beat, self._silence = self._negotiate_beats(headers.get('heart-beat', '0,0'))
-        if not self.broker.admits(headers.get('login', ''), headers.get('passcode', '')):
-            self.broker.count.refused += 1
-            raise Fault('login or passcode is wrong')
-        self._asked_policy = True
-        self.broker.policy.connecting(self, headers)
-        self.version = self._reader.version = version
-        self._reader.max_body = self.broker.limits.max_frame
-        self.connected = True
         answer = {'version': version, 'session': self.id, 'server': SERVER}
         if version != '1.0':
+            self.connection.clock.negotiate(self.broker.beat_ms, headers.get('heart-beat', '0,0'))
             answer['heart-beat'] = '%d,%d' % (self.broker.beat_ms, self.broker.beat_ms)
-        self.put(protocol.encode('CONNECTED', answer, b'', version), 1)
-        self._deadline = float('inf')
-        self._set_clock()
+        if not self.broker.admits(headers.get('login', ''), headers.get('passcode', '')):
+            raise Refused('login or passcode is wrong')
+        self._is_known = True
+        self.broker.policy.connecting(self, headers)
+        self.version = version
+        self.connection.opened(version)
+        self._say('CONNECTED', answer)
         log.debug('%r connected, STOMP %s', self, version)
 
     def _negotiate(self, accepted: Optional[str]) -> str:
@@ -638,37 +1043,26 @@ class Session:
                 return version
         raise Fault('no common version: this broker speaks 1.0, 1.1 and 1.2')
 
-    def _negotiate_beats(self, offered: str) -> Tuple[float, float]:
-        """Seconds between our beats, and of silence after which the client is dead; 0: none.
-
-        STOMP 1.2, Heart-beating. On a busy machine beats may be late by more than a short interval.
-        """
-        match = re.match(r'\s*([0-9]{1,18})\s*,\s*([0-9]{1,18})\s*\Z', offered)
-        if match is None:
-            raise Fault('heart-beat is not two numbers: %.40r' % offered)
-        theirs, wanted = int(match.group(1)), int(match.group(2))
-        ours = self.broker.beat_ms
-        beat = max(ours, wanted) / 1000.0 if ours and wanted else 0.0
-        theirs_at_least = max(ours, theirs) / 1000.0 if ours and theirs else 0.0
-        return beat, theirs_at_least and max(2 * theirs_at_least, theirs_at_least + SHORTEST_MARGIN)
-
     def _again(self, frame: WireFrame) -> None:
         raise Fault('%s on a session that is connected' % frame.command)
+
+    def _disconnect(self, frame: WireFrame) -> None:
+        if 'receipt' in frame.headers:
+            self._say_receipt(frame)
+        self.connection.end()
+
+    # -- SEND
 
     def _send(self, frame: WireFrame) -> None:
         destination = self._needed(frame, 'destination')
         if self.broker.policy.sending(self, destination, frame) is False:
             self.broker.count.refused += 1
         elif 'transaction' in frame.headers:
-            self._defer('send', frame)
+            self._transactions.add(frame)
         else:
             self.broker.route(frame)
 
-    def _needed(self, frame: WireFrame, name: str) -> str:
-        value = frame.headers.get(name)
-        if not value:
-            raise Fault('%s without the header %s' % (frame.command, name))
-        return value
+    # -- SUBSCRIBE and UNSUBSCRIBE
 
     def _subscribe(self, frame: WireFrame) -> None:
         destination = self._needed(frame, 'destination')
@@ -684,9 +1078,10 @@ class Session:
         if len(self._subscriptions) >= self.broker.limits.subscriptions:
             raise Fault('more than %d subscriptions' % self.broker.limits.subscriptions)
         self.broker.policy.subscribing(self, destination, frame.headers)
-        self._hold(_cost_of(frame.headers))
+        self.connection.hold(_cost_of(frame.headers))
+        self._numbers += 1
         place = self.broker.destination(destination)
-        subscription = Subscription(self, next(self._numbers), key, frame.headers, place, mode)
+        subscription = Subscription(self, self._numbers, key, frame.headers, place, mode)
         self._subscriptions[key] = self._by_number[subscription.id] = subscription
         place.add(subscription)
 
@@ -698,7 +1093,7 @@ class Session:
         if subscription is None:
             raise Fault('no such subscription')
         del self._subscriptions[subscription.key]
-        self._hold(-subscription.cost)
+        self.connection.hold(-subscription.cost)
         self._leave(subscription)
 
     def _subscribed_to(self, destination: str) -> Optional[Subscription]:
@@ -712,20 +1107,25 @@ class Session:
         subscription.destination.remove(subscription)
         self.broker.forget(subscription.destination)
 
-    def _ack(self, frame: WireFrame) -> None:
-        self._check_ack(frame)
-        if 'transaction' in frame.headers:
-            self._defer('ack', frame)
-        else:
-            self._settle(frame)
+    def ask_queues(self) -> None:
+        """There is room again for what queues have."""
+        for subscription in list(self._subscriptions.values()):
+            if isinstance(subscription.destination, Queue):
+                subscription.destination.dispatch()
 
-    def _check_ack(self, frame: WireFrame) -> None:
+    # -- ACK and NACK
+
+    def _ack(self, frame: WireFrame) -> None:
         if self.version == '1.2':
             self._needed(frame, 'id')
         else:
             self._needed(frame, 'message-id')
             if self.version == '1.1':
                 self._needed(frame, 'subscription')
+        if 'transaction' in frame.headers:
+            self._transactions.add(frame)
+        else:
+            self._settle(frame)
 
     def _settle(self, frame: WireFrame) -> None:
         """ACK or NACK. One that fits nothing is ignored: the message may be gone for reasons
@@ -751,294 +1151,20 @@ class Session:
                 return subscription, number
         return None, number
 
-    def _begin(self, frame: WireFrame) -> None:
-        name = self._needed(frame, 'transaction')
-        if name in self._transactions:
-            raise Fault('transaction %.80r is open already' % name)
-        if len(self._transactions) >= self.broker.limits.transactions:
-            raise Fault('more than %d transactions' % self.broker.limits.transactions)
-        self._hold(_cost_of({'transaction': name}))
-        self._transactions[name] = []
+    # -- BEGIN, COMMIT and ABORT
 
-    def _defer(self, what: str, frame: WireFrame) -> None:
-        name = frame.headers['transaction']
-        if name not in self._transactions:
-            raise Fault('no transaction %.80r' % name)
-        self._hold(_cost_of(frame.headers) + len(frame.body))
-        self._transactions[name].append((what, frame))
+    def _begin(self, frame: WireFrame) -> None:
+        self._transactions.begin(self._needed(frame, 'transaction'))
 
     def _commit(self, frame: WireFrame) -> None:
-        for what, part in self._end_transaction(frame):
-            if what == 'send':
+        for part in self._transactions.end(self._needed(frame, 'transaction')):
+            if part.command == 'SEND':
                 self.broker.route(part)
             else:
                 self._settle(part)
 
     def _abort(self, frame: WireFrame) -> None:
-        self._end_transaction(frame)
-
-    def _end_transaction(self, frame: WireFrame) -> List[Tuple[str, WireFrame]]:
-        name = self._needed(frame, 'transaction')
-        parts = self._transactions.pop(name, None)
-        if parts is None:
-            raise Fault('no transaction %.80r' % name)
-        self._hold(-_cost_of({'transaction': name}))
-        for _, part in parts:
-            self._hold(-_cost_of(part.headers) - len(part.body))
-        return parts
-
-    def _disconnect(self, frame: WireFrame) -> None:
-        if 'receipt' in frame.headers:
-            self._receipt(frame.headers['receipt'])
-        self.end()
-
-    # -- writing
-
-    def put(self, data: Any, frames: int) -> None:
-        """Bytes for the client; they leave with all others when the broker has read its round."""
-        if self.closed or self._mute:
-            return
-        self._outbox.append(data)
-        self._waiting += len(data)
-        self.broker.count.frames_out += frames
-        if not self._to_flush:
-            self._to_flush = True
-            self.broker.to_flush(self)
-        elif self._waiting > self._bound and not self.essential:
-            self._relieve()
-        if self.essential and self._waiting > self.broker.limits.waiting // 2:
-            self.broker.is_held_up = True
-
-    def _relieve(self) -> None:
-        """One round brings more than may wait: what the socket takes now is written before its end."""
-        self._try_to_write()
-        if self._waiting > self._bound:
-            self._overflown = True
-            self._mute = True
-            self._outbox.clear()
-
-    def has_room(self) -> bool:
-        """Whether a queue may give more; if not, the queues are asked again when there is."""
-        if self._waiting < self.HIGH:
-            return True
-        self._wants_room = True
-        return False
-
-    def flush(self) -> None:
-        """Writes as much as the socket takes."""
-        self._to_flush = False
-        if self.closed or self._handshake:
-            return
-        self._try_to_write()
-        self._after_write()
-
-    def _try_to_write(self) -> None:
-        try:
-            self._write()
-        except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            pass                           # the selector says when to go on
-        except OSError as error:
-            self._go_mute(error)
-
-    def _write(self) -> None:
-        while self._outbox:
-            chunk = self._next_chunk()
-            self._outbox.appendleft(chunk)
-            sent = self._sock.send(chunk)
-            self.spoke = self.broker.now
-            self.broker.count.bytes_out += sent
-            self._waiting -= sent
-            self._outbox.popleft()
-            if sent < len(chunk):
-                self._outbox.appendleft(memoryview(chunk)[sent:])
-                return
-
-    def _next_chunk(self) -> Any:
-        """The first chunk, or several small ones in one. What was begun stays as it is: TLS wants
-        the same bytes again."""
-        outbox = self._outbox
-        first = outbox.popleft()
-        if not outbox or len(first) >= LARGE or isinstance(first, memoryview):
-            return first
-        parts, size = [first], len(first)
-        while outbox and size < JOINED and len(outbox[0]) < LARGE:
-            parts.append(outbox.popleft())
-            size += len(parts[-1])
-        return b''.join(parts)
-
-    def _go_mute(self, error: OSError) -> None:
-        """The peer reads no more; what it said before it went is still read."""
-        log.debug('%r: %s', self, error)
-        self._mute = True
-        self._outbox.clear()
-        self._waiting = 0
-
-    def _after_write(self) -> None:
-        self._count_waiting()
-        if self.essential and self._waiting < self.broker.limits.waiting // 4:
-            self.broker.let_all_go_on()
-        if self._overflown:
-            return self.cut_off()
-        if self._outbox:
-            # The frame that is being sent doesn't count, or no body could be larger than the limit.
-            if not self.essential and self._waiting - len(self._outbox[0]) > self.broker.limits.waiting:
-                return self.cut_off()
-        elif self.ending:
-            return self._finish()
-        self._listen_for((0 if self._eof or self._held_up else selectors.EVENT_READ)
-                         | (selectors.EVENT_WRITE if self._outbox else 0))
-        if self._wants_room and self._waiting < self.HIGH // 2:
-            self._wants_room = False
-            self._ask_queues()
-
-    def _count_waiting(self) -> None:
-        self.broker.count.waiting_bytes += self._waiting - self._counted
-        self._counted = self._waiting
-
-    def _ask_queues(self) -> None:
-        for subscription in list(self._subscriptions.values()):
-            if isinstance(subscription.destination, Queue):
-                subscription.destination.dispatch()
-
-    def cut_off(self) -> None:
-        """Closes the connection of one that doesn't read: too much waits for it."""
-        self.broker.count.cut_off += 1
-        log.warning('%r is cut off: it has not read %d bytes', self, self._waiting)
-        self.close('does not read')
-
-    @property
-    def waiting(self) -> int:
-        """Bytes that it was sent and has not read."""
-        return self._waiting
-
-    @property
-    def held(self) -> int:
-        """Bytes that it makes the broker keep."""
-        return self._held
-
-    def _listen_for(self, events: int) -> None:
-        if events != self._events and not self.closed:
-            self.broker.listen_for(self, self._sock, events, self._events)
-            self._events = events
-
-    # -- the clock
-
-    def _set_clock(self) -> None:
-        due = self._deadline
-        if self._beat:
-            due = min(due, self.spoke + 0.6 * self._beat)
-        if self._silence:
-            due = min(due, self.heard + self._silence)
-        if due < float('inf'):
-            self.broker.wake_at(self, due)
-
-    def tick(self) -> None:
-        """The clock reached ``due``."""
-        now = self.broker.now
-        if self._held_up:
-            self.heard = now
-        if now >= self._deadline:
-            return self._time_is_over()
-        if self._silence and now >= self.heard + self._silence:
-            log.info('%r is taken for dead: silent for %.1f s', self, now - self.heard)
-            return self.close('silent')
-        if self._beat and now >= self.spoke + 0.6 * self._beat:
-            if not self._outbox:           # else what waits there is beat enough
-                self.put(b'\n', 0)
-            self.spoke = now
-        self._set_clock()
-
-    def _time_is_over(self) -> None:
-        """No CONNECT came in time, or the end takes too long."""
-        if not self.ending and not self._handshake:
-            self.fail('no CONNECT within %g s' % self.broker.limits.connect_time)
-        else:
-            self.close('its time to connect or to end is over')
-
-    # -- the end
-
-    def fail(self, text: str, frame: Optional[WireFrame] = None) -> None:
-        """An ERROR frame, then the end."""
-        self.broker.count.errors += 1
-        log.info('%r: %s', self, text)
-        text = ' '.join(text.replace('\0', ' ').split())
-        headers = {'message': text}
-        if frame is not None and 'receipt' in frame.headers:
-            headers['receipt-id'] = frame.headers['receipt']
-        if not self.connected:
-            headers['version'] = '1.0,1.1,1.2'
-        headers['content-type'] = 'text/plain'
-        body = (text + '\n').encode('utf-8', 'replace')
-        self._give_what_was_gathered()
-        self.put(protocol.encode('ERROR', headers, body, self.version), 1)
-        self.end()
-
-    def end(self) -> None:
-        """No frame is taken any more; what is owed is still written, then the socket closed."""
-        if self.ending:
-            return
-        self.ending = True
-        self._release()
-        self._beat = self._silence = 0.0
-        self._deadline = self.broker.now + LONGEST_END
-        self._set_clock()
-        if not self._to_flush:
-            self._to_flush = True
-            self.broker.to_flush(self)
-
-    def _finish(self) -> None:
-        """All is written: says so, and waits shortly for the peer to close first, since closing
-        with unread bytes would throw away what the peer has not read yet."""
-        if self._eof or self._mute:
-            return self.close('ended')
-        try:
-            self._say_goodbye_in_tls()
-            self._sock.shutdown(socket.SHUT_WR)
-        except OSError as error:
-            return self.close(str(error))
-        self._deadline = self.broker.now + LINGER
-        self._set_clock()
-        self._listen_for(selectors.EVENT_READ)
-
-    def _say_goodbye_in_tls(self) -> None:
-        """Tells a TLS client that this is the end, and no attacker's cut; its answer isn't waited for."""
-        if self.broker.tls is not None:
-            try:
-                self._sock.unwrap()  # type: ignore[attr-defined]
-            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                pass
-
-    def _release(self) -> None:
-        """Leaves destinations and transactions."""
-        subscriptions, self._subscriptions = self._subscriptions, {}
-        for subscription in subscriptions.values():
-            self._leave(subscription)
-        self._transactions.clear()
-        self._hold(-self._held)
-        self._unfinished = 0
-        if self._asked_policy:
-            self._asked_policy = False
-            try:
-                self.broker.policy.closed(self)
-            except Exception:
-                log.exception('the policy, about the end of %r', self)
-
-    def close(self, why: str) -> None:
-        """Closes the socket at once."""
-        if self.closed:
-            return
-        log.debug('%r is closed: %s', self, why)
-        self.ending = True
-        self._release()
-        if self.essential:
-            self.broker.let_all_go_on()
-        self._listen_for(0)
-        self.closed = True
-        self._outbox.clear()
-        self._waiting = 0
-        self._count_waiting()
-        self._sock.close()
-        self.broker.gone(self._number)
+        self._transactions.end(self._needed(frame, 'transaction'))
 
 
 _HANDLERS = {
@@ -1051,6 +1177,107 @@ _HANDLERS = {
 
 # --- the broker --------------------------------------------------------------------------------
 
+class Alarms:
+    """Who wants to be called, and when; each has a number, and one time at most."""
+
+    def __init__(self) -> None:
+        self._times = []         # type: List[Tuple[float, int]]
+        self._set = {}           # type: Dict[int, Tuple[float, Callable[[], None]]]
+
+    def __len__(self) -> int:
+        return len(self._times)
+
+    def set(self, number: int, when: float, ring: Callable[[], None]) -> None:
+        """``ring`` is called then, or when it was said before, if that is earlier."""
+        if when == NEVER or (number in self._set and self._set[number][0] <= when):
+            return
+        self._set[number] = when, ring
+        heapq.heappush(self._times, (when, number))
+        if len(self._times) > 4 * len(self._set) + 1000:
+            self._forget_stale()
+
+    def cancel(self, number: int) -> None:
+        self._set.pop(number, None)
+
+    def _is_set(self, when: float, number: int) -> bool:
+        return number in self._set and self._set[number][0] == when
+
+    def _forget_stale(self) -> None:
+        """Connections come, go, and change their time; what was set before stays in the heap."""
+        self._times[:] = [entry for entry in self._times if self._is_set(*entry)]
+        heapq.heapify(self._times)
+
+    def patience(self) -> Optional[float]:
+        """Seconds until the next one."""
+        if not self._times:
+            return None
+        return min(max(0.0, self._times[0][0] - time.monotonic()), LONGEST_SLEEP)
+
+    def delay(self, now: float) -> float:
+        """Seconds by which the next one is late."""
+        return now - self._times[0][0] if self._times else 0.0
+
+    def ring(self, now: float) -> None:
+        """Calls those whose time has come."""
+        while self._times and self._times[0][0] <= now:
+            when, number = heapq.heappop(self._times)
+            if self._is_set(when, number):
+                self._set.pop(number)[1]()
+
+
+class Listener:
+    """The socket that clients connect to."""
+
+    BACKLOG = 4096         # 2,000 at once lose a second where it is 1,024
+
+    def __init__(self, broker: 'Broker', host: str, port: int) -> None:
+        """Raises BrokerError where the address can't be had."""
+        self._broker = broker
+        if not 0 <= port <= 65535:
+            raise BrokerError('there is no port %d' % port)           # getaddrinfo takes another one
+        try:
+            found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)[0]
+            self._sock = socket.socket(found[0], found[1])
+            try:
+                _claim_port(self._sock)
+                _notice_the_dead(self._sock)
+                self._sock.bind(found[4])
+                self._sock.listen(self.BACKLOG)
+                self._sock.setblocking(False)
+            except OSError:
+                self._sock.close()
+                raise
+        except (OSError, UnicodeError) as error:
+            raise BrokerError('the broker cannot listen on %s: %s' % (_spoken((host, port)), error))
+
+    @property
+    def address(self) -> Tuple[str, int]:
+        return self._sock.getsockname()[:2]
+
+    def begin(self) -> None:
+        self._broker.listen_for(self._sock, selectors.EVENT_READ, 0, self._accept)
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def _accept(self, events: int) -> None:
+        """Takes the connections that wait."""
+        for _ in range(128):
+            try:
+                sock, peer = self._sock.accept()
+            except (BlockingIOError, InterruptedError, ConnectionError):
+                return
+            except OSError as error:
+                return self._pause(error)
+            self._broker.admit(sock, peer)
+
+    def _pause(self, error: OSError) -> None:
+        """No descriptors left: waits for some to be closed, without spinning."""
+        log.error('cannot accept a connection: %s', error)
+        self._broker.listen_for(self._sock, 0, selectors.EVENT_READ, self._accept)
+        self._broker.alarms.set(0, self._broker.now + 0.5, self.begin)
+
+
 class Broker:
     """A STOMP server on one address. ``start``, then ``stop``; both from any thread.
 
@@ -1058,8 +1285,6 @@ class Broker:
     that is offered in both directions; the larger of it and what a client asks for holds; 0: none.
     Further keywords are the fields of Limits.
     """
-
-    BACKLOG = 4096         # 2,000 at once lose a second where it is 1,024
 
     def __init__(self, host: str = '127.0.0.1', port: int = 61613, login: str = '',
                  passcode: str = '', tls: Optional[ssl.SSLContext] = None,
@@ -1072,22 +1297,24 @@ class Broker:
         self.token = '%08x' % int.from_bytes(os.urandom(4), 'big')
         self.count = Counters()
         self.now = time.monotonic()
+        self.alarms = Alarms()
+        # What a round may gather for a client before it must be written. Twice the limit, since
+        # only after a try to write it is known whether the client is slow.
+        self.most_in_a_round = 2 * self.limits.waiting + self.limits.max_frame
+        self.is_held_up = False            # too much waits for an essential session
         self._host, self._port = host, port
         self._login, self._passcode = login, passcode
-        self._listener = None  # type: Optional[socket.socket]
+        self._listener = None  # type: Optional[Listener]
         self._waker = None     # type: Optional[socket.socket]
         self._thread = None    # type: Optional[threading.Thread]
         self._stopping = False
-        self._most_sessions = self.limits.connections
-        self._sessions = {}      # type: Dict[int, Session]
+        self._most_connections = self.limits.connections
+        self._connections = {}   # type: Dict[int, Connection]
         self._destinations = {}  # type: Dict[str, Destination]
         self._envelope = Envelope({'destination': ''})   # of the last SEND: the next is often like it
         self._gathering = None   # type: Optional[Topic]
-        self.is_held_up = False  # too much waits for an essential session
-        self._to_flush = []      # type: List[Session]
-        self._alarms = []        # type: List[Tuple[float, int]]
-        self._accept_again = 0.0
-        self._session_numbers = itertools.count(1)
+        self._to_flush = []      # type: List[Connection]
+        self._connection_numbers = itertools.count(1)
         self._message_numbers = itertools.count(1)
 
     # -- from any thread
@@ -1096,44 +1323,23 @@ class Broker:
         """Listens, and starts the thread. Raises BrokerError where the address can't be had."""
         _allow_many_sockets()
         self._stopping = False
-        self._listener = self._listen()
+        self._listener = Listener(self, self._host, self._port)
         self._selector = selectors.DefaultSelector()
         if isinstance(self._selector, selectors.SelectSelector):      # on Windows, and bounded there
-            self._most_sessions = min(self._most_sessions, MOST_FOR_SELECT)
+            self._most_connections = min(self._most_connections, MOST_FOR_SELECT)
         self._wakee, self._waker = socket.socketpair()
         self._wakee.setblocking(False)
         self._selector.register(self._wakee, selectors.EVENT_READ, self._woken)
-        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._listener.begin()
         self._thread = threading.Thread(target=self._run, name='broker', daemon=True)
         self._thread.start()
-
-    def _listen(self) -> socket.socket:
-        if not 0 <= self._port <= 65535:
-            raise BrokerError('there is no port %d' % self._port)     # getaddrinfo takes another one
-        try:
-            found = socket.getaddrinfo(self._host, self._port, 0, socket.SOCK_STREAM, 0,
-                                       socket.AI_PASSIVE)[0]
-            listener = socket.socket(found[0], found[1])
-            try:
-                _claim_port(listener)
-                _notice_the_dead(listener)
-                listener.bind(found[4])
-                listener.listen(self.BACKLOG)
-                listener.setblocking(False)
-            except OSError:
-                listener.close()
-                raise
-        except (OSError, UnicodeError) as error:
-            raise BrokerError('the broker cannot listen on %s: %s'
-                              % (_spoken((self._host, self._port)), error))
-        return listener
 
     @property
     def address(self) -> Tuple[str, int]:
         """Host and port that it listens on."""
         if self._listener is None:
             raise BrokerError('the broker does not listen')
-        return self._listener.getsockname()[:2]
+        return self._listener.address
 
     def stop(self, timeout: float = 3.0) -> None:
         """Closes all sockets and ends the thread; waits for it at most ``timeout`` seconds."""
@@ -1154,7 +1360,7 @@ class Broker:
     def counters(self) -> Dict[str, int]:
         """What it did so far, and holds now."""
         counted = dict(vars(self.count))
-        counted['connections'] = len(self._sessions)
+        counted['connections'] = len(self._connections)
         counted['destinations'] = len(self._destinations)
         return counted
 
@@ -1170,72 +1376,49 @@ class Broker:
             self._close_all()
 
     def _round(self) -> None:
-        ready = self._selector.select(self._patience())
+        ready = self._selector.select(self.alarms.patience())
         self.now = time.monotonic()
         for key, events in ready:
             key.data(events)
         self._deliver()
-        self._ring()
-
-    def _patience(self) -> Optional[float]:
-        """Seconds until the next alarm."""
-        if not self._alarms:
-            return None
-        return min(max(0.0, self._alarms[0][0] - time.monotonic()), LONGEST_SLEEP)
+        if self.alarms.delay(self.now) > SHORTEST_MARGIN:
+            self._forgive()
+        self.alarms.ring(self.now)
+        self._deliver()
 
     def _woken(self, events: int) -> None:
         self._wakee.recv(64)
 
     def _close_all(self) -> None:
-        for session in list(self._sessions.values()):
-            session.close('the broker stops')
-        for sock in (self._listener, self._wakee):
-            if sock is not None:
-                sock.close()
-        self._listener = None
+        for connection in list(self._connections.values()):
+            connection.close('the broker stops')
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        self._wakee.close()
         self._selector.close()
 
-    def _accept(self, events: int) -> None:
-        """Takes the connections that wait."""
-        assert self._listener is not None
-        for _ in range(128):
-            try:
-                sock, peer = self._listener.accept()
-            except (BlockingIOError, InterruptedError, ConnectionError):
-                return
-            except OSError as error:
-                return self._pause_accepting(error)
-            self._admit(sock, peer)
-
-    def _pause_accepting(self, error: OSError) -> None:
-        """No descriptors left: waits for some to be closed, without spinning."""
-        log.error('cannot accept a connection: %s', error)
-        self._selector.unregister(self._listener)  # type: ignore[arg-type]
-        heapq.heappush(self._alarms, (self.now + 0.5, 0))
-
-    def _admit(self, sock: socket.socket, peer: Tuple[Any, ...]) -> None:
+    def admit(self, sock: socket.socket, peer: Tuple[Any, ...]) -> None:
+        """A client came."""
         self.count.connections_total += 1
-        if len(self._sessions) >= self._most_sessions:
+        if len(self._connections) >= self._most_connections:
             self.count.refused += 1
-            log.warning('%s is sent away: %d connections', _spoken(peer), len(self._sessions))
+            log.warning('%s is sent away: %d connections', _spoken(peer), len(self._connections))
             sock.close()
             return
         try:
-            self._new_session(sock, peer).begin()
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            if self.tls is not None:
+                sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+            Connection(self, sock, peer, next(self._connection_numbers)).begin()
         except (OSError, ValueError) as error:
             log.info('%s is gone already: %s', _spoken(peer), error)
             sock.close()
 
-    def _new_session(self, sock: socket.socket, peer: Tuple[Any, ...]) -> Session:
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if self.tls is not None:
-            sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-        return Session(self, sock, peer, next(self._session_numbers), self.tls is not None)
-
     def _deliver(self) -> None:
-        """Gives out what the round gathered, each session its own in one write."""
+        """Gives out what the round gathered, each connection its own in one write."""
         self.flush_gathered()
         self._flush()
         if self.count.waiting_bytes > self.limits.waiting_in_all:
@@ -1244,61 +1427,33 @@ class Broker:
 
     def _flush(self) -> None:
         waiting = self._to_flush
-        for session in waiting:            # grows while queues find room
-            try:
-                session.flush()
-            except Exception:
-                log.exception('%r is closed after an error of the broker', session)
-                session.close('internal error')
+        for connection in waiting:         # grows while queues find room
+            connection.guarded(connection.flush)
         del waiting[:]
 
     def _relieve_waiting(self) -> None:
         """All clients together don't read enough: those for whom most waits go."""
-        others = [session for session in self._sessions.values() if not session.essential]
-        for session in sorted(others, key=lambda session: -session.waiting):
+        others = [each for each in self._connections.values() if not each.session.essential]
+        for connection in sorted(others, key=lambda each: -each.waiting):
             if self.count.waiting_bytes <= self.limits.waiting_in_all:
                 return
-            session.cut_off()
+            connection.cut_off()
 
-    def relieve_held(self, asking: Session) -> None:
+    def relieve_held(self, asking: Connection) -> None:
         """The broker keeps too much for its clients: the one who makes it keep most goes."""
-        worst = max(self._sessions.values(), key=lambda session: session.held)
+        worst = max(self._connections.values(), key=lambda each: each.held)
         text = 'the broker keeps %d bytes for this client, and too many in all' % worst.held
         if worst is asking:
             raise Fault(text)
         worst.fail(text)
 
-    def _ring(self) -> None:
-        """Lets the sessions whose time has come look at the clock."""
-        alarms = self._alarms
-        if alarms and self.now - alarms[0][0] > SHORTEST_MARGIN:
-            self._forgive()
-        while alarms and alarms[0][0] <= self.now:
-            when, number = heapq.heappop(alarms)
-            session = self._sessions.get(number)
-            if number == 0:
-                self._selector.register(self._listener,  # type: ignore[arg-type]
-                                        selectors.EVENT_READ, self._accept)
-            elif session is not None and session.due == when:
-                session.due = float('inf')
-                self._tick(session)
-        if self._to_flush:
-            self._deliver()
-
     def _forgive(self) -> None:
         """This process was stopped, or starved: that clients weren't heard may be its own fault."""
-        log.info('the clock stood still for %.1f s', self.now - self._alarms[0][0])
-        for session in self._sessions.values():
-            session.heard = self.now
+        log.info('the clock stood still for %.1f s', self.alarms.delay(self.now))
+        for connection in self._connections.values():
+            connection.clock.heard = self.now
 
-    def _tick(self, session: Session) -> None:
-        try:
-            session.tick()
-        except Exception:
-            log.exception('%r is closed after an error of the broker', session)
-            session.close('internal error')
-
-    # -- for sessions and destinations, on the broker's thread
+    # -- for connections, sessions and destinations, on the broker's thread
 
     def admits(self, login: str, passcode: str) -> bool:
         """Whether login and passcode are right. The time it takes tells nothing about them."""
@@ -1348,53 +1503,40 @@ class Broker:
         """The topic has a batch. One at a time does, so that order holds between topics, too."""
         self._gathering = topic
 
-    def to_flush(self, session: Session) -> None:
-        self._to_flush.append(session)
+    def to_flush(self, connection: Connection) -> None:
+        self._to_flush.append(connection)
 
     def let_all_go_on(self) -> None:
         """An essential session has read, or is gone. Where another one hasn't, they soon wait again."""
         if self.is_held_up:
             self.is_held_up = False
-            for session in self._sessions.values():
-                session.go_on()
+            for connection in self._connections.values():
+                connection.go_on()
 
     def keep(self, cost: int) -> None:
-        """Accounts bytes that wait in queues or transactions. Raises Fault where it's too much."""
+        """Accounts bytes that wait in queues. Raises Fault where it's too much."""
         if self.count.queued_bytes + cost > self.limits.queued:
-            raise Fault('queues and transactions hold %d bytes already' % self.count.queued_bytes)
+            raise Fault('queues hold %d bytes already' % self.count.queued_bytes)
         self.count.queued_bytes += cost
 
     def let_go(self, cost: int) -> None:
         self.count.queued_bytes -= cost
 
-    def wake_at(self, session: Session, due: float) -> None:
-        """The session's ``tick`` is called then."""
-        if due < session.due:
-            session.due = due
-            heapq.heappush(self._alarms, (due, session._number))
-            if len(self._alarms) > 4 * len(self._sessions) + 1000:
-                self._forget_stale_alarms()
-
-    def _forget_stale_alarms(self) -> None:
-        """Sessions come, go, and change their time; what was set for them before stays in the heap."""
-        sessions = self._sessions
-        self._alarms[:] = [(when, number) for when, number in self._alarms
-                           if number == 0 or (number in sessions and sessions[number].due == when)]
-        heapq.heapify(self._alarms)
-
-    def listen_for(self, session: Session, sock: socket.socket, events: int, before: int) -> None:
+    def listen_for(self, sock: socket.socket, events: int, before: int,
+                   ready: Callable[[int], None]) -> None:
+        """Has the selector look for other events than before; ``ready`` is told which came."""
         if not events:
             self._selector.unregister(sock)
         elif not before:
-            self._selector.register(sock, events, session.ready)
+            self._selector.register(sock, events, ready)
         else:
-            self._selector.modify(sock, events, session.ready)
+            self._selector.modify(sock, events, ready)
 
-    def came(self, session: Session, number: int) -> None:
-        self._sessions[number] = session
+    def came(self, connection: Connection) -> None:
+        self._connections[connection.number] = connection
 
-    def gone(self, number: int) -> None:
-        self._sessions.pop(number, None)
+    def gone(self, connection: Connection) -> None:
+        self._connections.pop(connection.number, None)
 
 
 def _claim_port(listener: socket.socket) -> None:
