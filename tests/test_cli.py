@@ -638,7 +638,7 @@ try:
     runpy.run_path('bundle.pyz', run_name='__main__')
 finally:
     os.chdir('/')                               # what is imported later is found from there, too
-    import chirp
+    import chirpwire
     print(json.dumps(compiled))
 """
 

@@ -93,7 +93,8 @@ def test_it_finds_broker_card_and_id_by_itself(network, route, tmp_path):
 def test_addresses_and_cards(network):
     _, guest = network
     subprocess.check_call(['ip', '-n', guest, 'route', 'add', 'default', 'via', '10.93.0.1'])
-    done = in_namespace(guest, sys.executable, '-c', 'import guestmachine, json; net = guestmachine.Network(); '
+    done = in_namespace(guest, sys.executable, '-c', 'import guestmachine, json; '
+                        'net = guestmachine.Network(); '
                         'print(json.dumps([net.gateways(), net.candidates(), net.interfaces(), '
                         'net.mac_of("card"), net.address_of("card"), net.interface_with("10.93.0.7"), '
                         'net.interface_with("127.0.0.1"), net.mac_of("lo"), net.mac_of("none")]))', cwd=TOP)

@@ -95,10 +95,12 @@ class FakeHypervisor:
         return lambda *args, **kwargs: ''
 
 
-def patch_hypervisor(module, path):
+def patch_hypervisor(path):
+    import hostagent
+
     def start(host):
         host.hypervisor = FakeHypervisor(path)
-    module.Host._start_hypervisor = start
+    hostagent.Host._start_hypervisor = start
 
 
 def main(ini):
@@ -110,6 +112,8 @@ def main(ini):
         patch_clock(fault['clock'])
     patch_reconnects(fault.get('first_delay', 0.1))
     module = __import__(fault['program'])
+    if fault['program'] == 'vmhost':
+        import hostagent  # noqa: F401      the door loads it later
     for name, value in fault.get('set', {}).items():
         places = [place for place in rooms() if hasattr(place, name)]
         assert places, name
@@ -118,7 +122,7 @@ def main(ini):
     if 'boot' in fault:
         module.read_boot_id = lambda: fault['boot']
     if 'vm_state' in fault:
-        patch_hypervisor(module, fault['vm_state'])
+        patch_hypervisor(fault['vm_state'])
     if 'die' in fault:
         patch_death(folder, fault.get('signal', signal.SIGKILL), *fault['die'])
     sys.argv = [os.path.abspath(__file__), ini]      # an agent that begins anew stays wrapped
