@@ -128,20 +128,13 @@ class Api:
             >>> host.agentInfo()['hypervisor']
             'none'
         """
-        host = self._host
-        link, server = host.link, host.server
-        assert link is not None and server is not None     # the API is served by a started host
-        address = link.peer_address if link.peer_address[0] else host.broker_address
-        broker = {'address': '%s:%s' % address, 'connected': link.up,
-                  'embedded': host.broker is not None, 'server': link.server}  # type: Dict[str, Any]
-        if host.broker is not None:
-            broker['counters'] = host.broker.counters()
+        host, hypervisor = self._host, self._host.machines.hypervisor
         return {'version': agent.VERSION, 'proto': protocol.PROTO,
-                'python': sys.version.split()[0], 'hypervisor': host.hypervisor_name,
-                'broker': broker, 'xmlrpc': '%s:%s' % server.address,
+                'python': sys.version.split()[0], 'hypervisor': host.machines.hypervisor_name,
+                'broker': host.connection.info(), 'xmlrpc': '%s:%s' % host.server.address,
                 'uptime': time.monotonic() - host.started, 'vms': len(host.guests.on_list()),
-                'cmds': host.commands.count(), 'aint': host.aint,
-                'jobs': host.hypervisor.under_way() if host.hypervisor is not None else []}
+                'cmds': host.commands.count(), 'aint': host.words.unknown,
+                'jobs': hypervisor.under_way() if hypervisor is not None else []}
 
     def getEvents(self, after: int = 0, timeout: float = 0) -> dict:
         """{last, events: [{seq, time, type, vm, cmdId, text}]} with numbers above ``after``.
@@ -182,10 +175,10 @@ class Api:
         return self._hypervisor().machine_states()
 
     def _hypervisor(self) -> Any:
-        if self._host.hypervisor is None:
+        if self._host.machines.hypervisor is None:
             raise NotSupported('no VirtualBox here (hypervisor=%s): VMs can be neither made nor '
                                'controlled' % self._host.settings.Hypervisor.hypervisor)
-        return self._host.hypervisor
+        return self._host.machines.hypervisor
 
     # VMs.
 
@@ -195,8 +188,8 @@ class Api:
             >>> host.listVMs()
             ['node1']
         """
-        if self._host.hypervisor is not None:
-            return self._host.hypervisor.list_vms()
+        if self._host.machines.hypervisor is not None:
+            return self._host.machines.hypervisor.list_vms()
         return self.listRegisteredVMs()
 
     def listRunningVMs(self) -> list:
@@ -205,8 +198,8 @@ class Api:
             >>> host.listRunningVMs()
             ['node1']
         """
-        if self._host.hypervisor is not None:
-            return self._host.hypervisor.list_running()
+        if self._host.machines.hypervisor is not None:
+            return self._host.machines.hypervisor.list_running()
         return self.listRegisteredVMs()
 
     def listVMsWithState(self) -> dict:
@@ -215,8 +208,8 @@ class Api:
             >>> host.listVMsWithState()
             {'node1': 'Running'}
         """
-        if self._host.hypervisor is not None:
-            return self._host.hypervisor.vms_with_state()
+        if self._host.machines.hypervisor is not None:
+            return self._host.machines.hypervisor.vms_with_state()
         return dict.fromkeys(self.listRegisteredVMs(), 'Running')
 
     def listRegisteredVMs(self) -> list:
@@ -238,8 +231,8 @@ class Api:
             ('Running', 'alive', '127.0.0.1')
         """
         host = self._host
-        known, described = host.described(vm)
-        guest = known or host.machine(vm)
+        known, described = host.machines.describe(vm)
+        guest = known or host.machines.find(vm)
         described = described or {'uuid': '', 'state': self._state_of(guest), 'rdp': {}}
         return {'name': guest.name, 'id': guest.id, 'uuid': described['uuid'],
                 'state': described['state'], 'rdp': described['rdp'],
@@ -257,9 +250,9 @@ class Api:
             >>> host.getState('node1')
             'Running'
         """
-        if self._host.hypervisor is not None:
-            return self._host.hypervisor.state(vm)
-        return self._state_of(self._host.machine(vm))
+        if self._host.machines.hypervisor is not None:
+            return self._host.machines.hypervisor.state(vm)
+        return self._state_of(self._host.machines.find(vm))
 
     def getNamesToIdsMapping(self) -> dict:
         """{name: MAC} of all VMs.
@@ -268,8 +261,8 @@ class Api:
             {'node1': '08:00:27:00:00:01'}
         """
         names = {}
-        if self._host.hypervisor is not None:
-            names.update(self._host.hypervisor.names_to_ids())
+        if self._host.machines.hypervisor is not None:
+            names.update(self._host.machines.hypervisor.names_to_ids())
         names.update({guest.name: guest.id for guest in self._host.guests.on_list()})
         return names
 
@@ -299,11 +292,10 @@ class Api:
             >>> host.removeVM('node1', True)
             True
         """
-        guest = self._host.described(vm)[0]
+        guest = self._host.machines.describe(vm)[0]
         self._hypervisor().remove_vm(vm, deleteDisks)
         if guest is not None and deleteDisks:
-            self._host.take_over(guest)
-            self._host.lose_all(guest, 'the VM and its disks were removed')
+            self._host.machines.removed(guest)
         return True
 
     def start(self, vm: str, guiMode: bool = False) -> bool:
@@ -477,7 +469,7 @@ class Api:
             >>> host.ping('node1')
             'PONG from node1'
         """
-        return self._host.ping(vm, min(max(timeout_secs, 0), LONGEST_POLL))
+        return self._host.control.ping(vm, min(max(timeout_secs, 0), LONGEST_POLL))
 
     def runCmd(self, toVmName: str, cmd: str, args: list = [], env: Any = {}, path: Any = '',
                fileForStdin: str = '', options: dict = {}) -> str:
@@ -496,7 +488,7 @@ class Api:
             True
         """
         request, queue = read_request(cmd, args, env, path, fileForStdin, options)
-        return self._host.run_cmd(toVmName, request, queue, self._client())
+        return self._host.control.run(toVmName, request, queue, self._client())
 
     def runCmdOnAll(self, pattern: str, cmd: str, args: list = [], env: Any = {}, path: Any = '',
                     fileForStdin: str = '', options: dict = {}) -> str:
@@ -509,7 +501,7 @@ class Api:
             'Linux\\n'
         """
         request, _ = read_request(cmd, args, env, path, fileForStdin, options)
-        return self._host.run_cmd_on_all(pattern, request, self._client())
+        return self._host.control.run_on_all(pattern, request, self._client())
 
     def _client(self) -> str:
         return getattr(self._caller, 'name', 'vmhost')
@@ -527,9 +519,7 @@ class Api:
         if name == 'startTransfer':
             first = str((params + ['', ''])[1])[:200]
         vm, cmd_id = ('', first) if name in ('signalCmd', 'forgetCmd') else (first, '')
-        with self._host.journal_permitting():
-            self._host.journal.event(type, vm, cmd_id, 'by %s: %s(%s)%s' % (
-                self._client(), name, shown, end))
+        self._host.journal.note(type, vm, cmd_id, 'by %s: %s(%s)%s' % (self._client(), name, shown, end))
 
     note_call.hidden = True      # type: ignore[attr-defined]
 
@@ -542,7 +532,7 @@ class Api:
             'exited'
         """
         return [{'cmdId': execution.key, 'vm': execution.vm, 'cmd': execution.cmd,
-                 'state': self._host.shown_state(execution), 'submitted': execution.submitted,
+                 'state': self._host.control.shown_state(execution), 'submitted': execution.submitted,
                  'ended': execution.ended} for execution in self._host.commands.list(self._by_name(filter))]
 
     def _by_name(self, filter: Dict[str, Any]) -> Dict[str, Any]:
@@ -586,11 +576,11 @@ class Api:
         executions = self._host.commands.find(id)
         if self._is_one(id, executions):
             if refresh:
-                self._host.refresh(executions)
-            return self._host.status(executions[0])
+                self._host.control.refresh(executions)
+            return self._host.control.status(executions[0])
         if refresh:
-            self._host.refresh(executions)
-        return {execution.key: self._host.status(execution) for execution in executions}
+            self._host.control.refresh(executions)
+        return {execution.key: self._host.control.status(execution) for execution in executions}
 
     def _is_one(self, id: str, executions: List[Execution]) -> bool:
         return len(executions) == 1 and executions[0].key == id
@@ -626,7 +616,7 @@ class Api:
             raise InvalidParams('stream is out or err, not %.40r' % stream)
         if not (0 <= offset <= 2 ** 53 and 0 <= length <= 2 ** 53):
             raise InvalidParams('offset and length are bytes, from 0')
-        found = self._host.output(self._host.commands.find_one(id), stream, int(offset), int(length))
+        found = self._host.output.read(self._host.commands.find_one(id), stream, int(offset), int(length))
         return dict(found, data=xmlrpc.client.Binary(found['data']))
 
     def signalCmd(self, id: str, signal: Any = 'TERM') -> bool:
@@ -637,7 +627,7 @@ class Api:
             True
         """
         name = read_signal(signal)
-        return any([self._host.signal(execution, name) for execution in self._host.commands.find(id)])
+        return any([self._host.control.signal(execution, name) for execution in self._host.commands.find(id)])
 
     def waitCmd(self, id: str, timeout: float = 30) -> bool:
         """Waits up to ``timeout`` (60) seconds for the end, of a multicast for all; whether it came.
@@ -733,7 +723,7 @@ class Api:
             >>> [entry['name'] for entry in host.listDir('node1', '/greetings')]
             ['hello.txt']
         """
-        return self._host.list_dir(vm, read_remote(path))
+        return [shown_entry(entry) for entry in self._host.machines.list_dir(vm, read_remote(path))]
 
 
 def read_local(path: FilePath) -> str:
@@ -1233,8 +1223,8 @@ class StatusPage:
     def _output(self, id: str, stream: str, offset: str) -> Dict[str, Any]:
         execution = self._host.commands.find_one(id)
         if not offset:
-            self._host.refresh([execution])
-        status = self._host.status(execution)
+            self._host.control.refresh([execution])
+        status = self._host.control.status(execution)
         size = status['errSize' if stream == 'err' else 'outSize']
         begin = int(offset) if offset else max(0, int(number_or_0(size)) - OUTPUT_SHOWN)
         found = self._api.getCmdOutput(id, stream, begin, OUTPUT_SHOWN)
@@ -1269,18 +1259,18 @@ class StatusPage:
     def _vms(self) -> List[Dict[str, Any]]:
         """All VMs, and all agents: those that are there before those that were."""
         rows = [self._of_guest(guest) for guest in self._host.guests.all()]
-        if self._host.hypervisor is not None:
+        if self._host.machines.hypervisor is not None:
             known = {row['id'] for row in rows}
             rows += [self._of_vm(name, state, id)
-                     for name, state, id in self._host.hypervisor.known_vms() if id not in known]
+                     for name, state, id in self._host.machines.hypervisor.known_vms() if id not in known]
         return sorted(rows, key=lambda row: (row['agent'] == 'lost', row['name'], row['id']))
 
     def _of_guest(self, guest: Guest) -> Dict[str, Any]:
         loads = [[load['time'], load.get('load1'), load.get('mem_free')]
                  for load in self._host.guests.loads_of(guest)]
         state = 'Null' if guest.agent == 'lost' else 'Running'
-        if self._host.hypervisor is not None:
-            state = self._host.hypervisor.known_state(guest.id) or state
+        if self._host.machines.hypervisor is not None:
+            state = self._host.machines.hypervisor.known_state(guest.id) or state
         return {'id': guest.id, 'name': guest.name, 'state': state, 'agent': guest.agent,
                 'ip': guest.ip, 'lastSeen': guest.last_seen, 'os': str(guest.facts.get('os', '')),
                 'cpus': number_or_0(guest.facts.get('cpus')),
@@ -1297,12 +1287,12 @@ class StatusPage:
         now = time.monotonic()
         stale = [execution for execution in running if now - execution.status_time > ASK_EVERY]
         stale.sort(key=lambda execution: execution.status_time)
-        self._host.ask_for_news(stale[:ASKED_AT_ONCE])
+        self._host.control.query_running(stale[:ASKED_AT_ONCE])
         ended = sorted(self._host.commands.last_ended(ENDED_SHOWN), key=lambda one: -one.ended)
         return [self._of_command(execution) for execution in running + ended], self._host.commands.count()
 
     def _of_command(self, execution: Execution) -> Dict[str, Any]:
-        status = self._host.status(execution)
+        status = self._host.control.status(execution)
         usage = status['resources'] if isinstance(status['resources'], dict) else {}
         shown = {name: number_or_0(status[name])
                  for name in ('wall', 'processes', 'outSize', 'errSize', 'age')}    # type: Dict[str, Any]

@@ -11,8 +11,9 @@ from typing import Any, Dict, Iterator, List
 import agent
 import protocol
 from faults import VMHostError
-from hostagent import CHIRP_PORT, server_tls
 from hostcli import OUT_OF_REACH, Client, NoHost, Screen, is_out_of_reach, shown_span
+from hostlink import server_tls
+from hostmachines import CHIRP_PORT
 from virtualbox import VirtualBox
 
 LEAST_DISK = 100 * 1024 * 1024     # bytes that the state folder's disk should have free

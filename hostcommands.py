@@ -1,15 +1,19 @@
-"""The commands: what runs where, and how it ended.
+"""The commands: the record of what was asked for, how far it is, and how it ended.
+
+What it is not: what is said to guests to get there (hostcontrol.py).
+
+Threads: any thread may call. One lock guards the tables of unfinished and recent executions; the journal is
+never called while it is held.
 """
 
 import base64
 import binascii
 import collections
-import contextlib
 import logging
 import secrets
 import threading
 import time
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import agent
 import protocol
@@ -22,8 +26,6 @@ log = logging.getLogger('vmhost')
 
 
 RETRY_DELAYS = (5, 10, 20, 40, 60)     # seconds between publications of a CMD_RUN; the last repeats
-QUERY_TIMEOUT = 5.0                    # seconds a guest has to answer CMD_QUERY
-SIGNALS_KEPT = 10                      # of a command that its guest hasn't answered yet
 RECENT_KEPT = 100                      # executions that ended, and are remembered as they are …
 RECENT_LARGEST = 16 * 1024             # … with no more than that of results, written as JSON
 
@@ -31,15 +33,6 @@ RECENT_LARGEST = 16 * 1024             # … with no more than that of results, 
 def log_submitted(cmd_id: str, target: str, client: str) -> None:
     """Says who asked for a command: once it was sent, for the log is no part of the way."""
     log.info('%s: asked for on %s by %s', cmd_id, agent.printable(target), client)
-
-
-class _Reply:
-    """A CMD_STATUS that somebody waits for."""
-
-    def __init__(self, matches: Callable[[Message], bool]) -> None:
-        self.matches = matches
-        self.message = None            # type: Optional[Message]
-        self.arrived = threading.Event()
 
 
 class Commands:
@@ -56,7 +49,6 @@ class Commands:
         self._lock = threading.Lock()
         self._open = {}                # type: Dict[Tuple[str, str], Execution]
         self._by_key = {}              # type: Dict[str, Execution]
-        self._replies = {}             # type: Dict[Tuple[str, str], List[_Reply]]
         self._unwritten = {}           # type: Dict[Tuple[str, str], Execution]
         # Of what ended last: its results are asked for next.
         self._recent = collections.OrderedDict()  # type: collections.OrderedDict[str, Execution]
@@ -114,6 +106,10 @@ class Commands:
         if command is None:
             raise NoSuchCommand('no command %.100s' % cmd_id)
         return command
+
+    def is_known(self, cmd_id: str) -> bool:
+        """Whether the journal holds a command of that id."""
+        return self._journal.command(cmd_id) is not None
 
     def open_of(self, vm_id: str) -> List[Execution]:
         """The unfinished executions on that VM."""
@@ -196,7 +192,7 @@ class Commands:
     # What guests say.
 
     def heard_status(self, execution: Execution, state: str, message: Message) -> None:
-        """A CMD_STATUS: remembered, and given to whoever waits for it."""
+        """A CMD_STATUS: remembered."""
         with self._lock:
             if execution.index in self._open:
                 # The results of what has ended come by themselves; unless an earlier state of this
@@ -210,14 +206,6 @@ class Commands:
                         execution.runs = True
                         self._unwritten[execution.index] = execution
                     execution.state = 'running'
-        self._give_reply(execution.index, message)
-
-    def _give_reply(self, index: Tuple[str, str], message: Message) -> None:
-        with self._lock:
-            replies = [reply for reply in self._replies.get(index, ()) if reply.matches(message)]
-        for reply in replies:
-            reply.message = message
-            reply.arrived.set()
 
     def write_states(self) -> None:
         """Journals the states that changed since the last call; results don't wait for that."""
@@ -238,39 +226,6 @@ class Commands:
                 changed.update(self._unwritten)
                 self._unwritten = changed          # the next call tries again
             raise
-
-    def ask(self, execution: Execution, matches: Callable[[Message], bool],
-            say: Callable[[], None], timeout: float = QUERY_TIMEOUT) -> Optional[Message]:
-        """Says something, and waits for the CMD_STATUS that matches; None when it is late."""
-        with self._reply(execution, matches) as reply:
-            say()
-            reply.arrived.wait(timeout)
-            return reply.message
-
-    @contextlib.contextmanager
-    def _reply(self, execution: Execution, matches: Callable[[Message], bool]) -> Iterator[_Reply]:
-        reply, index = _Reply(matches), execution.index
-        with self._lock:
-            self._replies.setdefault(index, []).append(reply)
-        try:
-            yield reply
-        finally:
-            with self._lock:
-                waiting = self._replies[index]
-                waiting.remove(reply)
-                if not waiting:
-                    del self._replies[index]
-
-    def ask_all(self, executions: List[Execution], say: Callable[[Execution], None], timeout: float) -> None:
-        """Says something of each, and waits until all guests have answered by a CMD_STATUS, or it is late."""
-        deadline = self._clock() + timeout
-        with contextlib.ExitStack() as stack:
-            replies = [stack.enter_context(self._reply(execution, lambda message: True))
-                       for execution in executions]
-            for execution in executions:
-                say(execution)
-            for reply in replies:
-                reply.arrived.wait(max(0.0, deadline - self._clock()))
 
     def finish(self, execution: Execution, results: Dict[str, Any], fetched: bool) -> bool:
         """Journals the end of an execution, once, then wakes whoever waits. False: it had ended.

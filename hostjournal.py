@@ -29,6 +29,7 @@ class JournalError(VMHostError):
 JOURNAL_FORMAT = 2
 UNFINISHED = ('queued', 'sent', 'running', 'suspended')
 FINISHED = ('exited', 'signaled', 'timeout', 'failed', 'lost')
+TROUBLE_EVERY = 60.0           # seconds between two log lines about a journal that can't be written
 ROWS_AT_ONCE = 1000            # of a list, where the caller names no limit
 ORPHANS_KEPT = 1000
 EVENTS_KEPT = 2 * 1000 * 1000  # however young: a guest may make some thousand in a minute
@@ -86,6 +87,7 @@ class Journal:
         self._read_lock = threading.Lock()
         self._closed = False
         self._hurrying = False
+        self._next_trouble = 0.0
         self._durable = True
         self._commits = self._synced = 0       # how many there were, and how many of them are on the disk
         try:
@@ -194,9 +196,26 @@ class Journal:
             self._synced = max(self._synced, commits)
 
     def event(self, type: str, vm: str = '', cmd_id: str = '', text: str = '') -> None:
-        """Writes one event."""
+        """Writes one event. Raises JournalError."""
         with self.writing() as transaction:
             transaction.event(type, vm, cmd_id, text)
+
+    def note(self, type: str, vm: str = '', cmd_id: str = '', text: str = '') -> None:
+        """Writes one event, if it can."""
+        with self.best_effort():
+            self.event(type, vm, cmd_id, text)
+
+    @contextlib.contextmanager
+    def best_effort(self) -> Iterator[None]:
+        """For what must not fail because the journal can't be written (a full disk, say): logs that, at
+        most every TROUBLE_EVERY seconds."""
+        try:
+            yield
+        except JournalError as error:
+            now = time.monotonic()
+            if now >= self._next_trouble:
+                self._next_trouble = now + TROUBLE_EVERY
+                log.error('%s; results stay in the guests until it can be written', error)
 
     def rows(self, query: str, *values: Any) -> List[Tuple]:
         """What a SELECT gives. Raises JournalError."""
@@ -353,6 +372,11 @@ class Transaction:
         cursor = self.execute('INSERT INTO events (time, type, vm, cmd_id, text) '
                               'VALUES (?, ?, ?, ?, ?)', time.time(), type, vm, cmd_id, text[:2000])
         self.last_event = cursor.lastrowid or 0
+
+    def add_guest(self, guest: Any) -> None:
+        """Adds a guest (hostguests.Guest), or what is known of it now."""
+        self.execute('INSERT OR REPLACE INTO guests VALUES (?, ?, ?, ?, ?, ?, ?)', guest.id, guest.name,
+                     guest.ip, guest.boot, guest.session, json.dumps(guest.facts), guest.last_seen)
 
     def add_execution(self, execution: 'Execution') -> None:
         """Adds one execution of a command."""

@@ -198,8 +198,9 @@ def one_process(folder, monkeypatch, **server):
     host = hostagent.Host(agent.read_settings(str(folder / 'ini'), hostconfig.SETTINGS))
     try:
         with chirpserver.ChirpServer(str(folder / 'served'), allow=['127.0.0.1'], **server) as files:
-            monkeypatch.setattr(host, 'connected', lambda vm: hostguests.Guest(vm.upper(), vm))
-            monkeypatch.setattr(host, 'chirp_client', lambda guest: chirpclient.ChirpClient(*files.address))
+            monkeypatch.setattr(host.machines, 'connected', lambda vm: hostguests.Guest(vm.upper(), vm))
+            monkeypatch.setattr(host.machines, 'chirp_client',
+                                lambda guest: chirpclient.ChirpClient(*files.address))
             yield host
     finally:
         host.stop()
@@ -226,8 +227,8 @@ def test_one_transfer_at_a_time_goes_to_a_place(tmp_path, monkeypatch):
     (tmp_path / 'link').symlink_to(tmp_path)
     one, two, back = (str(tmp_path / name) for name in ('one', 'two', 'back'))
     with one_process(tmp_path, monkeypatch) as host:
-        client = host.chirp_client
-        monkeypatch.setattr(host, 'chirp_client', lambda guest: gate.wait(20) and client(guest))
+        client = host.machines.chirp_client
+        monkeypatch.setattr(host.machines, 'chirp_client', lambda guest: gate.wait(20) and client(guest))
         try:
             first = host.transfers.start('put', 'g', one, 'a/there')
             with pytest.raises(faults.Busy, match=first.id):
@@ -249,8 +250,8 @@ def test_a_transfer_that_waits_is_cancelled_at_once(tmp_path, monkeypatch):
     gate = threading.Event()
     (tmp_path / 'source').write_text('content')
     with one_process(tmp_path, monkeypatch) as host:
-        client = host.chirp_client
-        monkeypatch.setattr(host, 'chirp_client', lambda guest: gate.wait(20) and client(guest))
+        client = host.machines.chirp_client
+        monkeypatch.setattr(host.machines, 'chirp_client', lambda guest: gate.wait(20) and client(guest))
         try:
             transfers = [host.transfers.start('put', 'g', str(tmp_path / 'source'), 'there%d' % n)
                          for n in range(host.settings.Host.max_transfers + 1)]
@@ -363,12 +364,13 @@ def test_output_is_on_the_disk_before_it_is_acknowledged(tmp_path, monkeypatch):
     host = hostagent.Host(agent.read_settings(str(tmp_path / 'ini'), hostconfig.SETTINGS))
     done, said = [], threading.Event()
     monkeypatch.setattr(os, 'fsync', lambda fd: done.append(os.readlink('/proc/self/fd/%d' % fd)))
-    monkeypatch.setattr(host, 'say', lambda message: (done.append(message.word), said.set()))
+    monkeypatch.setattr(host.fetcher, '_say', lambda message: (done.append(message.word), said.set()))
     try:
         with chirpserver.ChirpServer(str(tmp_path / 'served'), allow=['127.0.0.1']) as server:
             guest = hostguests.Guest('G', 'g')
-            monkeypatch.setattr(host, 'connected', lambda vm: guest)
-            monkeypatch.setattr(host, 'chirp_client', lambda guest: chirpclient.ChirpClient(*server.address))
+            monkeypatch.setattr(host.machines, 'connected', lambda vm: guest)
+            monkeypatch.setattr(host.machines, 'chirp_client',
+                                lambda guest: chirpclient.ChirpClient(*server.address))
             request = {'cmd': 'x', 'args': [], 'env': {}, 'path': '', 'options': {}}
             cmd_id = host.commands.new(request, 'g', False, [guest], False, 'tester')[0]
             results = dict(hostcommands.lost_results(cmd_id, ''), spool='/')

@@ -19,8 +19,8 @@ import hostcli
 import hostcommands
 import hostguests
 import hostjournal
-import hosttransfers
 import hosttrust
+import hostworkers
 import protocol
 import stompbroker
 import vmhost
@@ -542,44 +542,45 @@ def test_the_arrows_between_the_files():
         assert imported & ours <= allowed[name], name
 
 
-class Lookups:
-    """Renames that are counted, and wait for ``go``."""
+# --- workers ---
 
-    def __init__(self):
-        self.seen, self.go, self.stopping = [], threading.Event(), threading.Event()
-        self.lookup = hosttransfers.NameLookup(self.rename, self.stopping)
+class Gate:
+    """A batch whose work is recorded, and waits for ``go``."""
 
-    def rename(self, guest):
-        self.seen.append(guest.id)
+    def __init__(self, after=0.0):
+        self.seen, self.go = [], threading.Event()
+        self.batch = hostworkers.Batch('batch', self.work, after=after)
+
+    def work(self, entries):
+        self.seen.append(sorted(entries))
         assert self.go.wait(20)
 
 
-def test_many_hellos_are_one_lookup(monkeypatch):
-    monkeypatch.setattr(hosttransfers, 'LOOKUP_EVERY', 0.01)
-    lookups = Lookups()
-    first, other = (hostguests.Guest(id, id) for id in ('first', 'other'))
+def test_what_comes_meanwhile_is_one_batch():
+    gate = Gate(after=0.01)
     before = threading.active_count()
-    lookups.lookup.look_up(first)
-    helpers.wait_until(lambda: lookups.seen == ['first'])
-    for guest in [first, other] * 1000:
-        lookups.lookup.look_up(guest)
+    gate.batch.add('first')
+    helpers.wait_until(lambda: gate.seen == [['first']])
+    for entry in ['first', 'other'] * 1000:
+        gate.batch.add(entry)
     assert threading.active_count() == before + 1
-    lookups.go.set()
-    helpers.wait_until(lambda: len(lookups.seen) == 3)
-    assert lookups.seen == ['first', 'first', 'other']
-    lookups.lookup.look_up(other)                   # later ones are looked up, too
-    helpers.wait_until(lambda: len(lookups.seen) == 4)
-    lookups.stopping.set()
-    lookups.lookup.stop(time.monotonic() + 20)
+    gate.go.set()
+    helpers.wait_until(lambda: len(gate.seen) == 2)
+    assert gate.seen == [['first'], ['first', 'other']]
+    gate.batch.add('other')                         # later ones are worked on, too
+    helpers.wait_until(lambda: len(gate.seen) == 3)
+    gate.batch.stop(time.monotonic() + 20)
     assert threading.active_count() == before
 
 
-def test_lookups_are_bounded(monkeypatch):
-    monkeypatch.setattr(hosttransfers, 'NAMES_WAITING', 10)
-    lookups = Lookups()
+def test_a_batch_is_bounded(monkeypatch):
+    monkeypatch.setattr(hostworkers, 'BATCH_LIMIT', 10)
+    gate = Gate()
+    gate.batch.add('first')
+    helpers.wait_until(lambda: gate.seen)
     for number in range(1000):
-        lookups.lookup.look_up(hostguests.Guest(str(number), ''))
-    assert len(lookups.lookup._waiting) <= 10
-    lookups.stopping.set()
-    lookups.go.set()
-    lookups.lookup.stop(time.monotonic() + 20)
+        gate.batch.add(number)
+    gate.go.set()
+    helpers.wait_until(lambda: len(gate.seen) == 2)
+    gate.batch.stop(time.monotonic() + 20)
+    assert gate.seen[1] == list(range(10))

@@ -24,7 +24,7 @@ import agent
 import hostagent
 import hostapi
 import hostconfig
-import hosttransfers
+import hostworkers
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
 
@@ -735,7 +735,7 @@ def test_a_caller_that_no_thread_is_left_for_is_turned_away(tmp_path, monkeypatc
             patched.setattr(threading.Thread, 'start', start_none)
             with socket.create_connection(host.server.address, 20) as sock:
                 assert sock.recv(1) == b''
-            workers, done = hosttransfers.Workers('transfer', 1), threading.Event()
+            workers, done = hostworkers.Workers('transfer', 1), threading.Event()
             workers.do(done.set)
         workers.do(lambda: None)
         assert done.wait(20)               # what could not begin begins with the next

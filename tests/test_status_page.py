@@ -269,8 +269,9 @@ def test_vms_of_the_hypervisor_are_there_with_and_without_an_agent():
     guests.add('B', 'no-vm', '10.0.0.2', '', '', {}, 0)
     guests.gone('B')
     watch = virtualbox.Watch(lambda *event: None)
-    hypervisor = types.SimpleNamespace(known_vms=watch.rows, known_state=watch.state_of)
-    page = hostapi.StatusPage(types.SimpleNamespace(guests=guests, hypervisor=hypervisor), None)
+    machines = types.SimpleNamespace(hypervisor=types.SimpleNamespace(
+        known_vms=watch.rows, known_state=watch.state_of))
+    page = hostapi.StatusPage(types.SimpleNamespace(guests=guests, machines=machines), None)
     watch.look({'u1': ['with-agent', 'Paused', 'A'], 'u2': ['off', 'PoweredOff', 'C'],
                 'u3': ['no-card', 'Saved', '']})
     assert [(vm['name'], vm['state'], vm['agent']) for vm in page._vms()] == [

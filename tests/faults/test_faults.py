@@ -331,7 +331,7 @@ def wait_until_emptied(guest, cmd_id):
 def test_a_guest_clock_that_jumps_forgets_no_command(tmp_path):
     """So that a host whose journal was restored to before a command's end has it run only once."""
     host = Host(tmp_path / 'host')
-    host.faults = {'die': ['Host.publish', 'after', 1]}
+    host.faults = {'die': ['Control.publish', 'after', 1]}
     host.start()
     guest = Agent(tmp_path / 'guest', host, 'g', keep_spool=0)
     clock = run.Clock(str(tmp_path / 'guest'))
@@ -381,7 +381,7 @@ def test_a_host_that_starts_with_a_wrong_clock_lets_no_result_go(tmp_path):
             api.signalCmd(other, 'KILL')
             host.results(other)
             assert api.getCmdResults(cmd_id)['out'] == 'kept\n'
-        assert 'nothing is let go' in host.log()
+        assert 'nothing is deleted' in host.log()
 
 
 # --- limits ---

@@ -182,12 +182,12 @@ HOST_POINTS = {
     'within the transaction of the journal': (['Transaction.add_execution', 'after', 1], 'never'),
     'before the journal is written': (['Commands.new', 'before', 1], 'never'),
     'after the journal is written, before publishing': (['Commands.new', 'after', 1], 'once'),
-    'after publishing': (['Host.publish', 'after', 1], 'once'),
+    'after publishing': (['Control.publish', 'after', 1], 'once'),
     'when a status came, before the state is written': (['Commands.heard_status', 'after', 1], 'once'),
     'when the results come, before they are journalled': (['Commands.finish', 'before', 1], 'once'),
     'after journalling, before CMD_ACK': (['Commands.finish', 'after', 1], 'once'),
     'after the journal is on the disk, before CMD_ACK': (['Journal.sync', 'after', 1], 'once'),
-    'after CMD_ACK': (['Acknowledger._acknowledge_all', 'after', 1], 'once'),
+    'after CMD_ACK': (['Host._acknowledge', 'after', 1], 'once'),
 }
 
 
@@ -219,8 +219,8 @@ def test_the_host_dies(tmp_path, point):
 
 TAKING_UP_AGAIN = {
     'when it has read its journal': ['Commands.__init__', 'after', 1],
-    'when a guest that has it says HELLO': ['Host.heard_hello', 'before', 1],
-    'when that was answered': ['Host.heard_hello', 'after', 1],
+    'when a guest that has it says HELLO': ['Words.heard_hello', 'before', 1],
+    'when that was answered': ['Words.heard_hello', 'after', 1],
 }
 
 

@@ -96,11 +96,8 @@ class FakeHypervisor:
 
 
 def patch_hypervisor(path):
-    import hostagent
-
-    def start(host):
-        host.hypervisor = FakeHypervisor(path)
-    hostagent.Host._start_hypervisor = start
+    import hostmachines
+    hostmachines.start_driver = lambda *_: FakeHypervisor(path)
 
 
 def main(ini):
