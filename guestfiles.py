@@ -1,7 +1,7 @@
 """The files that a guest serves: its Chirp server, where the broker sees this machine.
 
-What it is not: Chirp itself (chirpserver.py). Threads: ``serve`` and ``admit`` run on the link's thread, ``stop``
-on the main one; the server has threads of its own. No locks.
+What it is not: Chirp itself (chirpserver.py). Threads: ``serve`` and ``admit`` run on the link's thread,
+``stop`` on the main one; the server has threads of its own. No locks.
 """
 
 import logging
