@@ -19,13 +19,13 @@ import agent
 import protocol
 from faults import BadState, InvalidParams, NoSuchCommand
 from hostguests import Guest
-from hostjournal import FINISHED, ORPHANS_KEPT, ROWS_AT_ONCE, Execution, Journal, JournalError
+from hostjournal import FINISHED, ROWS_AT_ONCE, Execution, Journal, JournalError
 from protocol import Message
 
 log = logging.getLogger('vmhost')
 
-
 RETRY_DELAYS = (5, 10, 20, 40, 60)     # seconds between publications of a CMD_RUN; the last repeats
+ORPHANS_KEPT = 1000                    # results that nobody here asked for
 RECENT_KEPT = 100                      # executions that ended, and are remembered as they are …
 RECENT_LARGEST = 16 * 1024             # … with no more than that of results, written as JSON
 
@@ -142,11 +142,6 @@ class Commands:
             for table in self._open, self._unwritten:
                 if table.pop(before, None) is not None:
                     table[execution.index] = execution
-
-    def is_open(self, execution: Execution) -> bool:
-        """Whether it is unfinished."""
-        with self._lock:
-            return self._open.get(execution.index) is execution
 
     def find_open(self, cmd_id: str, vm_id: str) -> Optional[Execution]:
         """The unfinished execution of that command on that VM."""

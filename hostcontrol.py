@@ -24,7 +24,6 @@ log = logging.getLogger('vmhost')
 
 MISSING_GRACE = 5.0            # seconds to answer for a command that a HELLO doesn't list
 REFRESH_TIMEOUT = 2.0          # seconds in which guests tell how far their commands are
-QUERY_TIMEOUT = 5.0            # seconds in which a guest answers any other CMD_QUERY
 FRAME_RESERVE = 16 * 1024      # bytes of a frame that are not the command's own
 SIGNALS_KEPT = 10              # of a command that its guest hasn't answered yet
 

@@ -27,11 +27,9 @@ class JournalError(VMHostError):
 
 
 JOURNAL_FORMAT = 2
-UNFINISHED = ('queued', 'sent', 'running', 'suspended')
 FINISHED = ('exited', 'signaled', 'timeout', 'failed', 'lost')
 TROUBLE_EVERY = 60.0           # seconds between two log lines about a journal that can't be written
 ROWS_AT_ONCE = 1000            # of a list, where the caller names no limit
-ORPHANS_KEPT = 1000
 EVENTS_KEPT = 2 * 1000 * 1000  # however young: a guest may make some thousand in a minute
 
 SCHEMA = """

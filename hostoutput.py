@@ -21,7 +21,7 @@ import chirpwire
 import protocol
 from faults import AgentNotConnected, BadState, DeadlineExceeded, NoFiles, VMHostError
 from hostcommands import Commands, inline_output
-from hostcontrol import QUERY_TIMEOUT, Control
+from hostcontrol import Control
 from hostjournal import FINISHED, Execution
 from hostmachines import Machines
 from hoststate import StateFolder
@@ -29,6 +29,7 @@ from hostworkers import Workers
 
 log = logging.getLogger('vmhost')
 
+QUERY_TIMEOUT = 5.0            # seconds in which a guest gives a slice of output
 OUTPUT_SLICE = 256 * 1024      # bytes that one CMD_QUERY asks for, at most
 OUTPUT_READ = 4 * 1024 * 1024  # bytes that are read of fetched output at once
 FETCHERS = 2                   # threads that fetch output of commands
