@@ -196,8 +196,9 @@ class Commands:
                     else self._clock() + RETRY_DELAYS[0]
                 execution.status = dict(message.keys)
                 execution.status_time = self._clock()
-                if state in ('running', 'queued') and execution.state in ('sent', 'queued', 'running'):
-                    if state == 'running' and not execution.runs:
+                if state in ('running', 'stopped', 'queued') \
+                        and execution.state in ('sent', 'queued', 'running'):
+                    if state != 'queued' and not execution.runs:
                         execution.runs = True
                         self._unwritten[execution.index] = execution
                     execution.state = 'running'
@@ -361,7 +362,7 @@ def lost_results(cmd_id: str, reason: str) -> Dict[str, Any]:
             'resources': dict.fromkeys(protocol.RUSAGE_FIELDS, 0), 'state': 'lost',
             'error': reason, 'wall': 0, 'started': 0, 'ended': time.time(), 'out-size': 0,
             'err-size': 0, 'out-offset': 0, 'err-offset': 0, 'out-truncated': False,
-            'err-truncated': False, 'spool': ''}
+            'err-truncated': False, 'spool': '', 'by': '', 'inexact': [], 'left': 0}
 
 
 def describe_end(results: Dict[str, Any]) -> str:
@@ -383,8 +384,10 @@ def read_results(message: Message) -> Dict[str, Any]:
                'exitCodeOrSignal': int(message.number('exitCodeOrSignal', -1)),
                'resources': {name: Message('', 'CMD_RESULTS', None, resources).number(name)
                              for name in protocol.RUSAGE_FIELDS}}
-    for name in ('out', 'err', 'error', 'spool'):
+    for name in ('out', 'err', 'error', 'spool', 'by'):
         results[name] = message.text(name)
+    results['inexact'] = [name for name in message.sequence('inexact') if name in protocol.RUSAGE_FIELDS]
+    results['left'] = int(message.number('left'))
     for name in ('wall', 'started', 'ended'):
         results[name] = message.number(name)
     for stream in ('out', 'err'):

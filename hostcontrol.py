@@ -205,7 +205,8 @@ class Control:
         if self._machines.is_suspended(execution.vm):
             return 'suspended'
         # In the guest, behind max_commands others.
-        return 'queued' if execution.status.get('state') == 'queued' else 'running'
+        told = execution.status.get('state')
+        return told if told in ('queued', 'stopped') else 'running'
 
     def status(self, execution: Execution) -> Dict[str, Any]:
         """How far it is, as the guest told last; how it ended."""

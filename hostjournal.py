@@ -27,7 +27,7 @@ class JournalError(VMHostError):
 
 
 JOURNAL_FORMAT = 2
-FINISHED = ('exited', 'signaled', 'timeout', 'failed', 'lost')
+FINISHED = ('exited', 'signaled', 'timeout', 'failed', 'lost', 'cancelled', 'expired')
 TROUBLE_EVERY = 60.0           # seconds between two log lines about a journal that can't be written
 ROWS_AT_ONCE = 1000            # of a list, where the caller names no limit
 EVENTS_KEPT = 2 * 1000 * 1000  # however young: a guest may make some thousand in a minute

@@ -23,7 +23,6 @@ from hostlink import Connection
 from hoststate import StateFolder
 from hosttrust import is_mac
 from hostworkers import Batch
-from virtualbox import VirtualBox, module_line
 
 log = logging.getLogger('vmhost')
 
@@ -231,6 +230,7 @@ def start_driver(settings: Any, state_dir: str, on_event: Callable[[str, str, st
     wanted = settings.Hypervisor.hypervisor
     if wanted == 'none':
         return None
+    from virtualbox import VirtualBox, module_line  # some MB of memory, where VMs are controlled
     driver = VirtualBox(settings.Network, settings.RemoteDesktop, CHIRP_PORT, os.path.abspath(state_dir),
                         settings.Hypervisor.command_timeout, on_event)
     driver.start_thread()
