@@ -237,11 +237,6 @@ def client_tls(ca_file: str) -> Any:
         raise ConfigError('[Broker] ca_file %s: %s' % (ca_file, error))
 
 
-# What XML 1.0 can't carry, and what stands in its place.
-XML_UNSAFE = {code: '\ufffd' for code in list(range(32)) + [0xfffe, 0xffff] + list(range(0xd800, 0xe000))
-              if code not in (9, 10, 13)}
-
-
 def printable(text: str) -> str:
     """The text without anything that a terminal would obey: a guest may have written it."""
     return ''.join(char if char.isprintable() else char.encode('unicode_escape').decode('ascii')

@@ -1,6 +1,6 @@
 """The host agent: puts the parts together, runs its clock, starts and stops it all.
 
-What it is not: a broker (stompbroker.py), an API (hostapi.py), or what any word does (hostwords.py).
+What it is not: a broker (stompbroker.py), the API (hostapi.py), or what any word does (hostwords.py).
 
 Threads: ``main`` runs the clock. ``link`` is the STOMP connection, where all words are heard; ``xmlrpc``
 accepts calls, with a thread per connection; ``transfer-N``, ``fetch-N``, ``name-lookup-1`` and
@@ -19,7 +19,6 @@ from typing import Any, Dict, Optional
 import agent
 import protocol
 import stompbroker
-from hostapi import XMLRPCServer
 from hostcommands import Commands
 from hostconfig import SETTINGS
 from hostcontrol import Control
@@ -28,6 +27,7 @@ from hostjournal import Journal, JournalError
 from hostlink import Connection
 from hostmachines import Machines
 from hostoutput import Fetcher, Output
+from hostserver import Server
 from hoststate import StateFolder
 from hosttransfers import Transfers
 from hostwords import Words
@@ -54,7 +54,7 @@ class Host:
         """Raises VMHostError where state folder or journal can't be used."""
         self.settings = settings
         self.started = time.monotonic()
-        self.server: Optional[XMLRPCServer] = None
+        self.server: Optional[Server] = None
         self.folder = StateFolder(settings.Host.state_dir)
         self.token = self.folder.secret('xmlrpc.token')
         self.journal = Journal(self.folder.file('journal.sqlite'))
@@ -79,7 +79,7 @@ class Host:
         """Starts everything. Raises VMHostError, ConfigError or ProtocolError with a sentence."""
         self.machines.start_hypervisor(self.settings, self.folder.path)
         self.connection.start(self._broker_host())
-        self.server = XMLRPCServer(self)
+        self.server = Server(self)
         self.server.start()
         self.machines.find_ticket(self.folder)
         self.journal.event('host-start', text='vmhost %s, pid %d' % (agent.VERSION, os.getpid()))

@@ -10,8 +10,10 @@ from typing import Any, Dict, Iterator, List
 
 import agent
 import protocol
+from climachines import OUT_OF_REACH, is_out_of_reach
+from cliscreen import Screen, shown_span
 from faults import VMHostError
-from hostcli import OUT_OF_REACH, Client, NoHost, Screen, is_out_of_reach, shown_span
+from hostclient import Client, NoHost
 from hostlink import server_tls
 from hostmachines import CHIRP_PORT
 from virtualbox import VirtualBox
@@ -22,7 +24,7 @@ CLOCK_TOLERANCE = 60.0             # seconds that a guest's clock may be off, an
 
 def do_check(host: Client, screen: Screen, args: Any) -> int:
     """Looks at every precondition; the exit code is 0 when the host agent works, or would."""
-    settings = host.settings
+    settings = args.settings
     findings = [agent.check_python(), agent.check_package('stomper', needed=True),
                 agent.check_folder(settings.Host.state_dir, '[Host] state_dir'),
                 agent.check_disk(settings.Host.state_dir, LEAST_DISK), agent.check_clock()]

@@ -217,7 +217,8 @@ class Control:
                 'pid': told.get('pid', 0), 'processes': told.get('processes', 0),
                 'wall': told.get('wall', 0), 'resources': told.get('resources', {}),
                 'outSize': told.get('out-size', 0), 'errSize': told.get('err-size', 0),
-                'progress': execution.status.get('progress', ''), 'error': told.get('error', ''), 'age': age}
+                'progress': execution.status.get('progress', ''), 'error': told.get('error', ''),
+                'ended': execution.ended, 'age': age}
 
     # What guests know of it.
 

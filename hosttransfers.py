@@ -16,9 +16,9 @@ import threading
 import time
 from typing import Any, Dict, List, Tuple
 
-import agent
 import chirpclient
 import chirpwire
+import rpc
 from faults import Busy, InvalidParams, VMHostError
 from hostjournal import Journal
 from hostmachines import Machines
@@ -192,7 +192,7 @@ class Transfers:
         try:
             text = '%s %s to %s %s' % (transfer.direction, transfer.source, transfer.target, transfer.error)
             self._journal.note('transfer-' + transfer.state, transfer.vm, '',
-                               text.translate(agent.XML_UNSAFE))
+                               text.translate(rpc.XML_UNSAFE))
         finally:
             transfer.done.set()
 

@@ -22,8 +22,8 @@ from helpers import fault_of, wait_until
 
 import agent
 import hostagent
-import hostapi
 import hostconfig
+import hostserver
 import hostworkers
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
@@ -700,7 +700,7 @@ def test_a_full_disk_behind_standard_output(host, guest, api):
         done = subprocess.run(host.command('run', 'one', '--', 'sh', '-c', 'echo hi; sleep 0.2'), stdout=full,
                               stderr=subprocess.PIPE, timeout=60)
         assert done.returncode == 255 and b'No space' in done.stderr and b'Traceback' not in done.stderr
-        cmd_id = re.search('goes on as ([0-9a-f-]+)', done.stderr.decode()).group(1)
+        cmd_id = re.search('continues as ([0-9a-f-]+)', done.stderr.decode()).group(1)
         assert host.results(cmd_id)['out'] == 'hi\n'
         done = subprocess.run(host.command('ls'), stdout=full, stderr=subprocess.PIPE, timeout=60)
         assert done.returncode == 255 and b'Traceback' not in done.stderr
@@ -729,7 +729,7 @@ def test_a_caller_that_no_thread_is_left_for_is_turned_away(tmp_path, monkeypatc
             raise RuntimeError('can\'t start new thread')
         start(thread)
     try:
-        host.server = hostapi.XMLRPCServer(host)
+        host.server = hostserver.Server(host)
         host.server.start()
         with monkeypatch.context() as patched:
             patched.setattr(threading.Thread, 'start', start_none)
