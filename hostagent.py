@@ -4,7 +4,8 @@ What it is not: a broker (stompbroker.py), a file server (chirp.py), or an autho
 says: nothing that a guest sends is evaluated, or used as a path.
 
 Threads: ``main`` ticks the clock; ``link`` is the STOMP connection, where all words are heard;
-``vbox`` owns VirtualBox; ``xmlrpc`` accepts, with a thread per request; ``fetch-N`` fetch output;
+``hypervisor``, ``worker-N`` and ``vm-events`` are the
+hypervisor's; ``xmlrpc`` accepts, with a thread per request; ``fetch-N`` fetch output;
 the broker has its own. Signal handlers set an event, and nothing else.
 """
 
@@ -24,6 +25,8 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import agent
 import chirp
+import drivers
+import hypervisor
 import protocol
 import stompbroker
 from faults import (
@@ -54,7 +57,6 @@ from hostjournal import FINISHED, Execution, Journal, JournalError
 from hosttransfers import CHIRP_TIMEOUT, Acknowledger, Fetcher, NameLookup, Transfers
 from hosttrust import HostPolicy, is_mac, neighbour_mac, read_id, read_name
 from protocol import Message
-from virtualbox import VirtualBox, module_line
 
 log = logging.getLogger('vmhost')
 
@@ -63,8 +65,6 @@ TICK = 0.25                    # seconds between looks at the clock
 SLEPT = 5.0                    # seconds that a tick may be late before the host is said to have slept,
                                # or half of vm_gc_grace, where that is less
 RETENTION_EVERY = 60.0         # seconds between looks for what keep_results lets go
-SUSPENDED = ('Paused', 'Saved', 'AbortedSaved', 'Saving', 'Restoring', 'LiveSnapshotting',
-             'OnlineSnapshotting', 'TeleportingPausedVM')
 RETENTION_PAUSE = 1.0          # seconds between the slices of what it lets go
 DOUBT = 3600.0                 # seconds without retention after the clock jumped: it may be wrong
 TROUBLE_EVERY = 60.0           # seconds between two log lines about a journal that can't be written
@@ -199,44 +199,41 @@ class Host:
 
     @property
     def hypervisor_name(self) -> str:
-        return 'VirtualBox' if self.hypervisor is not None else 'none'
+        return self.hypervisor.name if self.hypervisor is not None else 'none'
 
     def _start_hypervisor(self) -> None:
-        """VirtualBox, where it answers; else the machines are those whose agents say HELLO."""
+        """The first driver that answers; without one, the machines are those whose agents say HELLO."""
         wanted = self.settings.Hypervisor.hypervisor
-        if wanted == 'none':
+        for name in drivers.names_of(wanted):
+            driver = hypervisor.Hypervisor(name, driver_settings(self.settings, self.folder.path),
+                                           self._vm_event)
+            driver.open()
+            try:
+                log.info('%s %s', name, driver.version())
+                for warning in driver.warnings():
+                    log.warning('%s', warning)
+            except VMHostError as error:
+                log.log(logging.INFO if wanted == 'auto' else logging.ERROR,
+                        'VMs can\'t be controlled, all the rest works: %s', error)
+                driver.close()
+                continue
+            if self.settings.Network.manage:
+                self._set_up_network(driver)
+            self.hypervisor = driver
             return
-        driver = VirtualBox(self.settings.Network, self.settings.RemoteDesktop, CHIRP_PORT,
-                            os.path.abspath(self.folder.path),
-                            self.settings.Hypervisor.command_timeout, self._vm_event)
-        driver.start_thread()
-        try:
-            version = driver.version()
-        except VMHostError as error:
-            log.log(logging.ERROR if wanted == 'VirtualBox' else logging.INFO,
-                    'VMs can\'t be controlled, all the rest works: %s', error)
-            driver.close()
-            return
-        log.info('VirtualBox %s', version)
-        loaded, _, mend = module_line()
-        if not loaded:
-            log.warning('VMs can\'t be started, all the rest works: %s', mend)
-        if self.settings.Network.manage:
-            self._set_up_network(driver)
-        self.hypervisor = driver
 
-    def _set_up_network(self, driver: VirtualBox) -> None:
+    def _set_up_network(self, driver: hypervisor.Hypervisor) -> None:
         try:
             driver.setup_network()
         except VMHostError as error:
             log.error('the host-only network can\'t be set up ([Network] manage): %s', error)
 
     def _vm_event(self, type: str, vm: str, text: str) -> None:
-        """What VirtualBox shows of a VM changed. On the driver's thread ``vbox-events``."""
+        """What the hypervisor shows of a VM changed. On its thread ``vm-events``."""
         self.journal.event(type, vm, '', text)
         log.info('%s: %s %s', vm, type, text)
         guest = self.guests.find(vm)
-        if self.hypervisor.known_state(vm) == 'AbortedSaved':
+        if type == 'vm-aborted' and self.hypervisor.known_state(vm) == hypervisor.SAVED:
             log.info('%s: its saved state is still there, and so are its commands', vm)
         elif type in ('vm-aborted', 'vm-stuck') and guest is not None:
             for execution in self.commands.open_of(guest.id):
@@ -320,7 +317,7 @@ class Host:
                 log.exception('in the tick')
 
     def stop(self) -> None:
-        """Stops in the order XML-RPC, link, broker, VirtualBox; then nothing of it is left."""
+        """Stops in the order XML-RPC, link, broker, hypervisor; then nothing of it is left."""
         self.stopping.set()
         self.journal.stop_waits()
         if self.server is not None:
@@ -632,7 +629,7 @@ class Host:
 
     def is_suspended(self, vm: str) -> bool:
         """Whether the VM is paused or saved, so that nothing can be heard of it."""
-        return self.hypervisor is not None and self.hypervisor.known_state(vm) in SUSPENDED
+        return self.hypervisor is not None and self.hypervisor.known_state(vm) in hypervisor.SUSPENDED
 
     # What the API asks for.
 
@@ -647,7 +644,10 @@ class Host:
             self.commands.lose(execution, why)
 
     def machine(self, vm: str) -> Guest:
-        """A known VM, by name or id. Raises NoSuchVM."""
+        """A known VM, by name or id. Raises NoSuchVM; BadState where two VMs have its id."""
+        clash = self.hypervisor.clash_of(vm) if self.hypervisor is not None else ''
+        if clash:
+            raise BadState(clash)
         guest = self.guests.find(vm)
         if guest is None or guest.agent == 'lost':      # by now the VM may have another card
             guest = self.described(vm)[0] or guest
@@ -663,7 +663,8 @@ class Host:
             found = self.hypervisor.describe(vm)
         except NoSuchVM:
             return None, {}
-        return self.guests.by_id(found['id']) or Guest(found['id'], found['name']), found
+        guest = None if self.hypervisor.clash_of(found['id']) else self.guests.by_id(found['id'])
+        return guest or Guest(found['id'], found['name']), found
 
     def connected(self, vm: str) -> Guest:
         """A VM whose agent is there. Raises NoSuchVM, AgentNotConnected."""
@@ -869,6 +870,13 @@ class Host:
         if execution.state == 'sent' and len(execution.signals) < SIGNALS_KEPT:
             execution.signals += (name,)        # the guest may never have got the command, nor get this
         return self.say(protocol.CMD_SIGNAL.howToSay(execution.vm_id, execution.cmd_id, name))
+
+
+def driver_settings(settings: Any, state_dir: str) -> Dict[str, Any]:
+    """What a driver is told of host.ini; state_dir: where it may keep what it prints, '' for nowhere."""
+    return {'network': dict(vars(settings.Network)), 'remote_desktop': dict(vars(settings.RemoteDesktop)),
+            'chirp_port': CHIRP_PORT, 'state_dir': os.path.abspath(state_dir) if state_dir else '',
+            'command_timeout': settings.Hypervisor.command_timeout}
 
 
 def own_addresses(link: Any) -> List[str]:

@@ -121,8 +121,8 @@ class Api:
         """{version, proto, python, hypervisor, broker, xmlrpc, uptime, vms, cmds, aint, jobs} of the host.
 
         vms: how many agents are connected; cmds: how many commands are unfinished; aint: how many
-        words weren't any; broker: where it is, and the embedded one's counters; jobs: what VirtualBox
-        is busy with, [{verb, vm, percent, text}].
+        words weren't any; broker: where it is, and the embedded one's counters; jobs: what the
+        hypervisor is busy with, [{verb, vm, percent, text}].
 
             >>> host.agentInfo()['hypervisor']
             'none'
@@ -182,7 +182,7 @@ class Api:
 
     def _hypervisor(self) -> Any:
         if self._host.hypervisor is None:
-            raise NotSupported('no VirtualBox here (hypervisor=%s): VMs can be neither made nor '
+            raise NotSupported('no hypervisor here (hypervisor=%s): VMs can be neither made nor '
                                'controlled' % self._host.settings.Hypervisor.hypervisor)
         return self._host.hypervisor
 
@@ -239,9 +239,9 @@ class Api:
         host = self._host
         known, described = host.described(vm)
         guest = known or host.machine(vm)
-        described = described or {'uuid': '', 'state': self._state_of(guest), 'rdp': {}}
+        described = described or {'uuid': '', 'native': self._state_of(guest), 'rdp': {}}
         return {'name': guest.name, 'id': guest.id, 'uuid': described['uuid'],
-                'state': described['state'], 'rdp': described['rdp'],
+                'state': described['native'], 'rdp': described['rdp'],
                 'agent': guest.agent if guest.last_seen else 'never', 'ip': guest.ip,
                 'lastSeen': guest.last_seen, 'clockOffset': guest.clock_offset,
                 'facts': dict(guest.facts, boot=guest.boot),
@@ -402,7 +402,7 @@ class Api:
         return self._hypervisor().list_snapshots(vm)
 
     def getStats(self, vm: str, key: str = '*') -> list:
-        """[{name, values, unit}] of CPU, RAM, network and disk, from VirtualBox's collector.
+        """[{name, values, unit}] of CPU, RAM, network and disk, as the hypervisor measures them.
 
             >>> host.getStats('node1', 'CPU/Load/User')
             [{'name': 'CPU/Load/User', 'values': [1520, 1470], 'unit': '%'}]
@@ -1270,8 +1270,8 @@ class StatusPage:
         rows = [self._of_guest(guest) for guest in self._host.guests.all()]
         if self._host.hypervisor is not None:
             known = {row['id'] for row in rows}
-            rows += [self._of_vm(name, state, id)
-                     for name, state, id in self._host.hypervisor.known_vms() if id not in known]
+            rows += [self._of_vm(row['name'], row['native'], row['id'])
+                     for row in self._host.hypervisor.known_vms() if row['id'] not in known or not row['id']]
         return sorted(rows, key=lambda row: (row['agent'] == 'lost', row['name'], row['id']))
 
     def _of_guest(self, guest: Guest) -> Dict[str, Any]:
@@ -1279,7 +1279,7 @@ class StatusPage:
                  for load in self._host.guests.loads_of(guest)]
         state = 'Null' if guest.agent == 'lost' else 'Running'
         if self._host.hypervisor is not None:
-            state = self._host.hypervisor.known_state(guest.id) or state
+            state = self._host.hypervisor.known_native(guest.id) or state
         return {'id': guest.id, 'name': guest.name, 'state': state, 'agent': guest.agent,
                 'ip': guest.ip, 'lastSeen': guest.last_seen, 'os': str(guest.facts.get('os', '')),
                 'cpus': number_or_0(guest.facts.get('cpus')),
