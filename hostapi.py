@@ -48,7 +48,7 @@ class Methods:
 
     def _hypervisor(self) -> Any:
         if self._host.machines.hypervisor is None:
-            raise NotSupported('no VirtualBox here (hypervisor=%s): VMs can be neither made nor '
+            raise NotSupported('no hypervisor here (hypervisor=%s): VMs can be neither made nor '
                                'controlled' % self._host.settings.Hypervisor.hypervisor)
         return self._host.machines.hypervisor
 
@@ -80,8 +80,8 @@ class AgentMethods(Methods):
         """{version, proto, python, hypervisor, broker, xmlrpc, uptime, vms, cmds, aint, jobs} of the host.
 
         vms: how many agents are connected; cmds: how many commands are unfinished; aint: how many
-        words weren't any; broker: where it is, and the embedded one's counters; jobs: what VirtualBox
-        is busy with, [{verb, vm, percent, text}].
+        words weren't any; broker: where it is, and the embedded one's counters; jobs: what the
+        hypervisor is busy with, [{verb, vm, percent, text}].
 
             >>> host.agentInfo()['hypervisor']
             'none'
@@ -188,9 +188,9 @@ class MachineMethods(Methods):
         host = self._host
         known, described = host.machines.describe(vm)
         guest = known or host.machines.find(vm)
-        described = described or {'uuid': '', 'state': self._state_of(guest), 'rdp': {}}
+        described = described or {'uuid': '', 'native': self._state_of(guest), 'rdp': {}}
         return {'name': guest.name, 'id': guest.id, 'uuid': described['uuid'],
-                'state': described['state'], 'rdp': described['rdp'],
+                'state': described['native'], 'rdp': described['rdp'],
                 'agent': guest.agent if guest.last_seen else 'never', 'ip': guest.ip,
                 'lastSeen': guest.last_seen, 'clockOffset': guest.clock_offset,
                 'facts': dict(guest.facts, boot=guest.boot),
@@ -368,7 +368,7 @@ class ControlMethods(Methods):
         return self._hypervisor().list_snapshots(vm)
 
     def getStats(self, vm: str, key: str = '*') -> list:
-        """[{name, values, unit}] of CPU, RAM, network and disk, from VirtualBox's collector.
+        """[{name, values, unit}] of CPU, RAM, network and disk, as the hypervisor measures them.
 
             >>> host.getStats('node1', 'CPU/Load/User')
             [{'name': 'CPU/Load/User', 'values': [1520, 1470], 'unit': '%'}]

@@ -1,6 +1,6 @@
 """The machines: agents that said HELLO and VMs of the hypervisor, brought together under one name and one id.
 
-What it is not: a hypervisor driver (virtualbox.py), or the list of live agents (hostguests.py).
+What it is not: a hypervisor's driver (hypervisor.py), or the list of live agents (hostguests.py).
 
 Threads: any thread may call. ``vm_event`` runs on the driver's thread; names that only the hypervisor
 knows are looked up on ``name-lookup-1``, since it may take its time. No locks of its own.
@@ -15,7 +15,9 @@ import chirpclient
 import chirprequests
 import chirpticket
 import chirpwire
-from faults import AgentNotConnected, NoFiles, NoSuchVM, TransferError, VMHostError
+import drivers
+import vmstates
+from faults import AgentNotConnected, BadState, NoFiles, NoSuchVM, TransferError, VMHostError
 from hostcommands import Commands
 from hostguests import Guest, Guests
 from hostjournal import Journal
@@ -26,8 +28,6 @@ from hostworkers import Batch
 
 log = logging.getLogger('vmhost')
 
-SUSPENDED = ('Paused', 'Saved', 'AbortedSaved', 'Saving', 'Restoring', 'LiveSnapshotting',
-             'OnlineSnapshotting', 'TeleportingPausedVM')
 CHIRP_PORT = 9094              # where a guest's Chirp server listens, unless it says otherwise
 CHIRP_TIMEOUT = 30.0           # seconds of silence that a Chirp server may keep
 LOOKUP_EVERY = 1.0             # seconds between two lookups of names, however often guests say HELLO
@@ -59,7 +59,7 @@ class Machines:
 
     @property
     def hypervisor_name(self) -> str:
-        return 'VirtualBox' if self.hypervisor is not None else 'none'
+        return self.hypervisor.name if self.hypervisor is not None else 'none'
 
     def stop(self, deadline: float) -> None:
         """Ends lookups, until that monotonic time."""
@@ -70,7 +70,7 @@ class Machines:
         self._journal.event(type, vm, '', text)
         log.info('%s: %s %s', vm, type, text)
         guest = self._guests.find(vm)
-        if self.hypervisor.known_state(vm) == 'AbortedSaved':
+        if type == 'vm-aborted' and self.hypervisor.known_state(vm) == vmstates.SAVED:
             log.info('%s: its saved state is still there, and so are its commands', vm)
         elif type in ('vm-aborted', 'vm-stuck') and guest is not None:
             for execution in self._commands.open_of(guest.id):
@@ -87,7 +87,7 @@ class Machines:
 
     def is_suspended(self, vm: str) -> bool:
         """Whether the VM is paused or saved, so that nothing can be heard of it."""
-        return self.hypervisor is not None and self.hypervisor.known_state(vm) in SUSPENDED
+        return self.hypervisor is not None and self.hypervisor.known_state(vm) in vmstates.SUSPENDED
 
     # Agents that come.
 
@@ -161,7 +161,10 @@ class Machines:
         return guest.name if guest is not None else machine_id
 
     def find(self, vm: str) -> Guest:
-        """A known VM, by name or id. Raises NoSuchVM."""
+        """A known VM, by name or id. Raises NoSuchVM; BadState where two VMs have its id."""
+        clash = self.hypervisor.clash_of(vm) if self.hypervisor is not None else ''
+        if clash:
+            raise BadState(clash)
         guest = self._guests.find(vm)
         if guest is None or guest.agent == 'lost':      # by now the VM may have another card
             guest = self.describe(vm)[0] or guest
@@ -177,7 +180,8 @@ class Machines:
             found = self.hypervisor.describe(vm)
         except NoSuchVM:
             return None, {}
-        return self._guests.by_id(found['id']) or Guest(found['id'], found['name']), found
+        guest = None if self.hypervisor.clash_of(found['id']) else self._guests.by_id(found['id'])
+        return guest or Guest(found['id'], found['name']), found
 
     def connected(self, vm: str) -> Guest:
         """A VM whose agent is there. Raises NoSuchVM, AgentNotConnected."""
@@ -226,22 +230,26 @@ class Machines:
 
 
 def start_driver(settings: Any, state_dir: str, on_event: Callable[[str, str, str], None]) -> Any:
-    """The hypervisor's driver; None where none is wanted, or it doesn't answer."""
+    """The first driver whose hypervisor answers; None where none is wanted, or none does."""
     wanted = settings.Hypervisor.hypervisor
-    if wanted == 'none':
-        return None
-    from virtualbox import VirtualBox, module_line  # some MB of memory, where VMs are controlled
-    driver = VirtualBox(settings.Network, settings.RemoteDesktop, CHIRP_PORT, os.path.abspath(state_dir),
-                        settings.Hypervisor.command_timeout, on_event)
-    driver.start_thread()
-    try:
-        log.info('VirtualBox %s', driver.version())
-    except VMHostError as error:
-        log.log(logging.ERROR if wanted == 'VirtualBox' else logging.INFO,
-                'VMs can\'t be controlled, everything else works: %s', error)
-        driver.close()
-        return None
-    loaded, _, remedy = module_line()
-    if not loaded:
-        log.warning('VMs can\'t be started, everything else works: %s', remedy)
-    return driver
+    for name in drivers.names_of(wanted):
+        import hypervisor  # some memory, where VMs are controlled
+        driver = hypervisor.Hypervisor(name, driver_settings(settings, state_dir), on_event)
+        driver.open()
+        try:
+            log.info('%s %s', name, driver.version())
+            for warning in driver.warnings():
+                log.warning('%s', warning)
+            return driver
+        except VMHostError as error:
+            log.log(logging.INFO if wanted == 'auto' else logging.ERROR,
+                    'VMs can\'t be controlled, everything else works: %s', error)
+            driver.close()
+    return None
+
+
+def driver_settings(settings: Any, state_dir: str) -> Dict[str, Any]:
+    """What a driver is told of host.ini; state_dir: where it may keep what it prints, '' for nowhere."""
+    return {'network': dict(vars(settings.Network)), 'remote_desktop': dict(vars(settings.RemoteDesktop)),
+            'chirp_port': CHIRP_PORT, 'state_dir': os.path.abspath(state_dir) if state_dir else '',
+            'command_timeout': settings.Hypervisor.command_timeout}

@@ -197,8 +197,9 @@ class StatusPage:
         rows = [self._of_guest(guest) for guest in self._host.guests.all()]
         if self._host.machines.hypervisor is not None:
             known = {row['id'] for row in rows}
-            rows += [self._of_vm(name, state, id)
-                     for name, state, id in self._host.machines.hypervisor.known_vms() if id not in known]
+            rows += [self._of_vm(row['name'], row['native'], row['id'])
+                     for row in self._host.machines.hypervisor.known_vms()
+                     if row['id'] not in known or not row['id']]
         return sorted(rows, key=lambda row: (row['agent'] == 'lost', row['name'], row['id']))
 
     def _of_guest(self, guest: Guest) -> Dict[str, Any]:
@@ -206,7 +207,7 @@ class StatusPage:
                  for load in self._host.guests.loads_of(guest)]
         state = 'Null' if guest.agent == 'lost' else 'Running'
         if self._host.machines.hypervisor is not None:
-            state = self._host.machines.hypervisor.known_state(guest.id) or state
+            state = self._host.machines.hypervisor.known_native(guest.id) or state
         return {'id': guest.id, 'name': guest.name, 'state': state, 'agent': guest.agent,
                 'ip': guest.ip, 'lastSeen': guest.last_seen, 'os': str(guest.facts.get('os', '')),
                 'cpus': number_or_0(guest.facts.get('cpus')),

@@ -20,11 +20,12 @@ import pytest
 from agents import TOP, Agent, Host
 from chromium import CHROMIUM, Browser
 from helpers import wait_until
+from vms import SETTINGS
 
 import hostguests
 import hostjournal
 import hostpages
-import virtualbox
+import hypervisor
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
 in_chromium = pytest.mark.skipif(CHROMIUM is None, reason='no chromium here')
@@ -269,13 +270,15 @@ def test_vms_of_the_hypervisor_are_there_with_and_without_an_agent():
     guests.add('A', 'with-agent', '10.0.0.1', '', '', {}, 0)
     guests.add('B', 'no-vm', '10.0.0.2', '', '', {}, 0)
     guests.gone('B')
-    watch = virtualbox.Watch(lambda *event: None)
-    machines = types.SimpleNamespace(hypervisor=types.SimpleNamespace(
-        known_vms=watch.rows, known_state=watch.state_of))
+    driver = hypervisor.Hypervisor('VirtualBox', SETTINGS)
+    machines = types.SimpleNamespace(hypervisor=driver)
     api = types.SimpleNamespace(methods={})
     page = hostpages.StatusPage(types.SimpleNamespace(guests=guests, machines=machines), api)
-    watch.look({'u1': ['with-agent', 'Paused', 'A'], 'u2': ['off', 'PoweredOff', 'C'],
-                'u3': ['no-card', 'Saved', '']})
+    driver._watch.look([
+        {'name': name, 'id': id, 'uuid': name, 'state': state, 'native': native, 'trouble': ''}
+        for name, id, state, native in (
+            ('with-agent', 'A', 'paused', 'Paused'), ('off', 'C', 'off', 'PoweredOff'),
+            ('no-card', '', 'saved', 'Saved'))])
     assert [(vm['name'], vm['state'], vm['agent']) for vm in page._vms()] == [
         ('no-card', 'Saved', 'never'), ('off', 'PoweredOff', 'never'), ('with-agent', 'Paused', 'alive'),
         ('no-vm', 'Null', 'lost')]
