@@ -108,7 +108,7 @@ class Guest:
         self.proxy = CuttingProxy(world.port)
         self.clock = Clock(self.folder)
         self.generation = self.boot = 0
-        self.disk = os.path.join(self.folder, 'files')
+        self.disk = os.path.join(self.folder, 'state')
         self.copy = None
         self.has_small_disk = mount_small_disk(self.disk, '48M')
         host = world.host
