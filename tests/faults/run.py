@@ -554,7 +554,7 @@ class World:
             return False
         folder = os.path.join(guest.folder, 'twin')
         shutil.rmtree(folder, ignore_errors=True)
-        shared = {'dir_to_serve': guest.disk} if self.broker is not None else {}
+        shared = {'state_dir': guest.disk} if self.broker is not None else {}
         twin = Agent(folder, guest.agent.host, guest.id, broker={'port': self.port}, **shared)
         twin.faults = {'env': {'GENERATION': 'twin'}}
         twin.start(wait=False)

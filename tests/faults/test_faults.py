@@ -106,6 +106,7 @@ class Disk:
 
     def __init__(self, folder, system, image):
         self.image, self.folder = str(image), str(folder)
+        os.makedirs(self.folder, exist_ok=True)
         with open(self.image, 'wb') as file:
             file.truncate(400 << 20)           # what XFS wants at least
         call('mkfs.' + system, self.image)
@@ -139,7 +140,7 @@ def test_what_ran_when_the_power_was_cut_is_lost(host, tmp_path, system):
         pytest.skip('needs mkfs.' + system)
     guest = Agent(tmp_path / 'guest', host, 'cut-' + system)
     try:
-        disk = Disk(guest.files, system, tmp_path / 'disk')
+        disk = Disk(guest.state, system, tmp_path / 'disk')
     except subprocess.CalledProcessError as error:
         pytest.skip('a container, perhaps: %s' % error.stderr.decode(errors='replace').strip())
     try:
@@ -184,7 +185,7 @@ def test_a_lost_disk_is_told(host, tmp_path):
 def test_a_second_agent_of_one_id_is_turned_away(host, tmp_path):
     with Agent(tmp_path / 'first', host, 'twin') as first:
         second = Agent(tmp_path / 'second', host, 'twin').start(wait=False)
-        third = Agent(tmp_path / 'third', host, 'twin', dir_to_serve=first.files).start(wait=False)
+        third = Agent(tmp_path / 'third', host, 'twin', state_dir=first.state).start(wait=False)
         try:
             wait_until(lambda: 'is taken' in second.log(), 20)
             assert third.process.wait(20) == 1 and 'another vmguest with the id twin' in third.log()
