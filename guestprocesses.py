@@ -7,6 +7,7 @@ descendants may be nested by thousands. Knows no spool and no words. No threads,
 import contextlib
 import logging
 import os
+import re
 from typing import Callable, Dict, Iterable, List, Tuple
 
 import protocol
@@ -158,3 +159,25 @@ def peak_memory(pid: int) -> int:
     except (OSError, ValueError, IndexError) as error:
         log.debug('no VmHWM of %d: %s', pid, error)
     return 0
+
+
+def was_killed_for_memory(pid: int, since: float, path: str = '/dev/kmsg') -> bool:
+    """Whether the kernel says that it killed that process for want of memory; where this user may read that.
+
+    ``since``: by the monotonic clock.
+    """
+    killed = re.compile(rb'\d+,\d+,(\d+),[^;]*;.*Killed process %d[ ,]' % pid)
+    with contextlib.suppress(OSError):      # BlockingIOError at the end; else an old Linux, or not root
+        log_of_kernel = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            while True:
+                lines = os.read(log_of_kernel, 8192)
+                if not lines:
+                    return False
+                for line in lines.splitlines():
+                    found = killed.match(line)
+                    if found and int(found.group(1)) / 1000000 >= since - 1:
+                        return True
+        finally:
+            os.close(log_of_kernel)
+    return False

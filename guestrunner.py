@@ -25,6 +25,7 @@ from guestprocesses import (
     signal_all,
     signal_session,
     start_ticks,
+    was_killed_for_memory,
 )
 from guestspool import Command, describe_error, private
 from gueststart import Start, become_subreaper
@@ -298,12 +299,15 @@ class Runner:
                      **{'out-truncated': self.truncated['out'], 'err-truncated': self.truncated['err']})
 
     def _ended_by(self, exited: bool, number: int) -> str:
-        """Who ended the program: itself, timeout, signalCmd, or other."""
+        """Who ended the program: itself, timeout, signalCmd, oom (the kernel, for memory), or other."""
         if self.timed_out:
             return 'timeout'
         if exited or number in OF_ITSELF:
             return 'itself'
-        return 'signalCmd' if number in self.command.sent_signals() else 'other'
+        if number in self.command.sent_signals():
+            return 'signalCmd'
+        is_oom = number == signal.SIGKILL and was_killed_for_memory(self.pid, self.begin)
+        return 'oom' if is_oom else 'other'
 
     def _finish(self, state: str, error: str, **more: Any) -> None:
         """result.json, by rename. On a full disk, without reserved room, it takes the output's."""

@@ -37,6 +37,7 @@ from guestmachine import Network, memory, read_boot_id, uptime
 from guestreports import Reports
 from guestrunner import drain
 from guestspool import SHOWN_AS, Spool, folder_name
+from gueststart import make_starter
 from protocol import Message
 
 log = logging.getLogger('vmguest')
@@ -395,6 +396,9 @@ def check(settings: Any) -> int:
     findings = [agent.check_python(), agent.check_package('stomper', needed=True),
                 agent.check_folder(root, '[VM] dir_to_serve'), agent.check_folder(state, '[VM] state_dir'),
                 agent.check_disk(state, LEAST_DISK), agent.check_clock()]
+    findings.append(agent.Finding(
+        make_starter() >= 0, 'peak memory of commands is told exactly', 'it is only known to be no more than '
+        'what is told: exact on Linux on x86-64', needed=False))
     if settings.Chirp.server == 'chirp_server':
         import shutil  # brings compressors along
         findings.append(agent.Finding(
@@ -480,7 +484,7 @@ def main(argv: List[str]) -> int:
         agent.write_bundle(argv[1], 'vmguest')
         return 0
     words, options = split_options(argv)
-    if len(words) > 1 or '' in options or any(word.startswith('-') for word in words):
+    if len(words) > 1 or any(word.startswith('-') for word in words):
         print('vmguest: %s\n%s' % (' '.join(argv), USAGE), file=sys.stderr)
         return 2
     ini = words[0] if words else None
@@ -499,14 +503,14 @@ def main(argv: List[str]) -> int:
 
 
 def split_options(argv: List[str]) -> Tuple[List[str], Dict[str, str]]:
-    """The words that are no options, and {option: its value}; '' among the options: a value is missing."""
+    """The words that are no options, or no whole ones, and {option: its value}."""
     words, options, rest = [], {}, list(argv)  # type: List[str], Dict[str, str], List[str]
     while rest:
         word = rest.pop(0)
         if word == '--check':
             options[word] = 'yes'
-        elif word == '--broker':
-            options[word if rest else ''] = rest.pop(0) if rest else ''
+        elif word == '--broker' and rest:
+            options[word] = rest.pop(0)
         else:
             words.append(word)
     return words, options

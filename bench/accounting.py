@@ -43,7 +43,8 @@ def main():
     folder = tempfile.mkdtemp(prefix='vmhost-accounting-')
     forks = guestforks.ForkServer()
     met = True
-    print('%-22s %10s %10s %8s   %10s %10s' % ('median of %d' % runs, 'CPU ms', 'bash', '', 'peak KiB', 'time'))
+    print('%-22s %10s %10s %8s   %10s %10s'
+          % ('median of %d' % runs, 'CPU ms', 'bash', '', 'peak KiB', 'time'))
     try:
         for name, program in PROGRAMS.items():
             ours, theirs = [], []

@@ -24,6 +24,7 @@ import guestrequests
 import guestrunner
 import guestspool
 import protocol
+import vmguest
 
 GUEST = os.path.join(TOP, 'vmguest.py')
 MAC = '02:00:00:00:AA:02'
@@ -440,6 +441,13 @@ def test_what_the_host_imports_is_on_every_system():
 
 
 # --- start and stop ---
+
+@pytest.mark.parametrize('words, found', [
+    ([], ([], {})), (['a.ini'], (['a.ini'], {})), (['--check', 'a.ini'], (['a.ini'], {'--check': 'yes'})),
+    (['--broker', 'here', 'a.ini'], (['a.ini'], {'--broker': 'here'})), (['--broker'], (['--broker'], {}))])
+def test_options(words, found):
+    assert vmguest.split_options(words) == found
+
 
 def test_a_dead_fork_server_is_replaced(tmp_path):
     with Host(tmp_path / 'host') as host, Agent(tmp_path / 'guest', host, 'g') as guest:

@@ -234,6 +234,17 @@ def test_who_ended_it(runners):
     assert runners.end(command)['by'] == 'other'
 
 
+def test_what_the_kernel_killed_for_memory(tmp_path):
+    log = tmp_path / 'kmsg'
+    log.write_text('6,339,5140900,-;NET: Registered\n'
+                   '3,340,9000000,-;Out of memory: Killed process 77 (old) total-vm:1kB\n'
+                   '3,341,90000000,-;Memory cgroup out of memory: Killed process 4711 (python) total\n')
+    assert guestprocesses.was_killed_for_memory(4711, 80.0, str(log))
+    for pid, since in ((4711, 100.0), (471, 80.0), (77, 80.0)):
+        assert not guestprocesses.was_killed_for_memory(pid, since, str(log))
+    assert not guestprocesses.was_killed_for_memory(4711, 80.0, str(tmp_path / 'none'))
+
+
 @pytest.mark.parametrize('name, number', [('TERM', 15), ('SIGKILL', 9), ('2', 2), ('int', 2), ('64', 64),
                                           ('RTMIN', int(signal.SIGRTMIN)), ('RTMIN+3', signal.SIGRTMIN + 3),
                                           ('SIGRTMAX-1', signal.SIGRTMAX - 1)])
