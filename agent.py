@@ -42,6 +42,20 @@ def path(value: str) -> str:
     return value
 
 
+class PathOr:
+    """A kind: a path, unless all of it matches ``pattern``: then it is a word that means something else."""
+
+    def __init__(self, pattern: str) -> None:
+        self.pattern = pattern
+
+    def __call__(self, value: str) -> str:
+        return value
+
+    def is_path(self, value: str) -> bool:
+        """Whether it is one."""
+        return re.fullmatch(self.pattern, value) is None
+
+
 def given(value: str) -> str:
     """Text that isn't empty."""
     if not value:
@@ -164,7 +178,7 @@ def _read_section(file: Optional[str], parser: configparser.ConfigParser, sectio
         except ValueError as expected:
             raise ConfigError('%s: [%s] %s = %.80s: expected %s'
                               % (file, section, key, given, expected))
-        if kind is path and value:
+        if value and (kind is path or isinstance(kind, PathOr) and kind.is_path(value)):
             value = os.path.join(folder, os.path.expanduser(value))
         values[key] = value
     return types.SimpleNamespace(**values)

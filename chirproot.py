@@ -7,7 +7,7 @@ import contextlib
 import errno
 import os
 import stat
-from typing import Any, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from chirpwire import BLOCK, PATH, RESERVED, ChirpError, is_zero, new_hash
 
@@ -21,24 +21,32 @@ class Root:
     without the kernel following a link; links are resolved here, within the folder. So no ``..``, no
     link and no race leads out, whoever made it. Raises OSError. Any thread may use it."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, shown: Optional[Dict[str, str]] = None) -> None:
+        """``shown``: {name: folder} of what can be read under that name at the top, and never changed."""
         if os.open not in os.supports_dir_fd:
             raise ChirpError('this system can\'t open files relative to a folder: it can\'t serve')
         self.path = os.path.realpath(path)
         self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        self._shown = {os.fsencode(name): os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                       for name, folder in (shown or {}).items()}
         self._closed = False
 
     def close(self) -> None:
         """Closes its descriptor. A second call does nothing: the number may be another file's by then."""
         if not self._closed:
             self._closed = True
-            os.close(self._fd)
+            for fd in (self._fd, *self._shown.values()):
+                os.close(fd)
 
     @contextlib.contextmanager
-    def parent(self, path: bytes, follow: bool = True) -> Iterator[Tuple[int, bytes]]:
+    def parent(self, path: bytes, follow: bool = True, write: bool = True) -> Iterator[Tuple[int, bytes]]:
         """The descriptor of the folder that a path's last name is in, and that name ('.': the root).
-        With ``follow`` the name isn't a link, or wasn't a moment ago: use it without following."""
-        fd, name = self._walk(split_path(path), follow)
+        With ``follow`` the name isn't a link, or wasn't a moment ago: use it without following.
+        ``write``: something will be changed by it."""
+        names = split_path(path)
+        if write and names and names[0] in self._shown:
+            raise OSError(errno.EROFS, 'to be read only')
+        fd, name = self._walk(names, follow)
         try:
             yield fd, name
         finally:
@@ -48,12 +56,12 @@ class Root:
         return free_bytes(self._fd)
 
     def stat(self, path: bytes, follow: bool = True) -> os.stat_result:
-        with self.parent(path, follow) as (fd, name):
+        with self.parent(path, follow, write=False) as (fd, name):
             return os.stat(name, dir_fd=fd, follow_symlinks=False)
 
-    def open(self, path: bytes, flags: int = os.O_RDONLY, mode: int = 0o600) -> int:
+    def open(self, path: bytes, flags: int = os.O_RDONLY, mode: int = 0o600, write: bool = False) -> int:
         """A descriptor of a regular file or, to read, of a folder."""
-        with self.parent(path) as (fd, name):
+        with self.parent(path, write=write) as (fd, name):
             return open_in(fd, name, flags, mode)
 
     def list(self, path: bytes) -> Iterator[Tuple[bytes, os.stat_result]]:
@@ -74,6 +82,8 @@ class Root:
 
     def _walk(self, names: List[bytes], follow: bool) -> Tuple[int, bytes]:
         here, done, links = self._fd, [], 0    # type: int, List[bytes], int
+        if names and names[0] in self._shown:
+            here = os.dup(self._shown[names.pop(0)])
         try:
             while names:
                 name = names.pop(0)

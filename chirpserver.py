@@ -412,7 +412,7 @@ class Session:
             if letter in flags:
                 how |= flag
         number_ = self._free_number()
-        with self._root.parent(unquote(path)) as (fd, name):
+        with self._root.parent(unquote(path), write=writes) as (fd, name):
             if writes:
                 self._check_target(fd, name)
             else:
@@ -648,7 +648,7 @@ class Session:
         return b'0\n'
 
     def _readlink(self, path: bytes, length: bytes) -> bytes:
-        with self._root.parent(unquote(path), False) as (fd, name):
+        with self._root.parent(unquote(path), False, write=False) as (fd, name):
             target = os.readlink(name, dir_fd=fd)[:max(0, number(length))]
         return b'%d\n' % len(target) + target
 
@@ -658,8 +658,8 @@ class Session:
         return b'0\n'
 
     @contextlib.contextmanager
-    def _opened(self, path: bytes, flags: int = os.O_RDONLY) -> Iterator[int]:
-        fd = self._root.open(unquote(path), flags)
+    def _opened(self, path: bytes, flags: int = os.O_RDONLY, write: bool = True) -> Iterator[int]:
+        fd = self._root.open(unquote(path), flags, write=write)
         try:
             yield fd
         finally:
@@ -681,7 +681,7 @@ class Session:
 
     def _access(self, path: bytes, mask: bytes) -> bytes:
         bits = number(mask) & 7
-        with self._root.parent(unquote(path)) as (fd, name):
+        with self._root.parent(unquote(path), write=bool(bits & os.W_OK)) as (fd, name):
             found = os.stat(name, dir_fd=fd, follow_symlinks=False)
             self._need('l' if stat.S_ISDIR(found.st_mode) else 'r')
             if bits & os.W_OK:
@@ -691,7 +691,7 @@ class Session:
         return b'0\n'
 
     def _statfs(self, path: bytes) -> bytes:
-        with self._opened(path) as fd:
+        with self._opened(path, write=False) as fd:
             return statfs_line(fd)
 
     # Checksums.
@@ -830,14 +830,15 @@ class ChirpServer:
     """Serves a folder to the addresses that it is told of. Threads: see above.
 
     ``auth``: ``address``, or ``ticket``: then only the owner of the private part of ``ticket`` (a public
-    key, PEM) is let in, and nobody until it is known. Raises OSError where it can't listen.
+    key, PEM) is let in, and nobody until it is known. ``shown``: see Root. Raises OSError where it can't
+    listen.
     """
 
     def __init__(self, root: str, host: str = '127.0.0.1', port: int = 0,
                  allow: Optional[Iterable[str]] = None, rights: str = 'rwld',
                  auth: str = 'address', ticket: str = '', max_clients: int = CLIENTS,
-                 idle_timeout: float = IDLE) -> None:
-        self.root = Root(root)
+                 idle_timeout: float = IDLE, shown: Optional[Dict[str, str]] = None) -> None:
+        self.root = Root(root, shown)
         self.checksums = Checksums()
         self.auth = auth
         self.ticket: Optional[PublicKey] = None

@@ -5,7 +5,7 @@ What it is not: Chirp itself (chirpserver.py). Threads: ``serve`` and ``admit`` 
 """
 
 import logging
-from typing import Any, Callable, List
+from typing import Any, Callable, Dict, List
 
 import agent
 import chirpserver
@@ -34,8 +34,11 @@ class Files:
         """Where files are served; 0: nowhere, or not yet."""
         return self._server.address[1] if self._server is not None else 0
 
-    def serve(self, address: str, host: str) -> None:
-        """Serves at that address of this machine; ``host``: who is let in."""
+    def serve(self, address: str, host: str, shown: Dict[str, str]) -> None:
+        """Serves at that address of this machine; ``host``: who is let in.
+
+        ``shown``: {name: folder} of what can be read under that name, and never changed.
+        """
         if self._server is not None and self._address == address:
             self._server.allow([host])      # the host may have moved
             return
@@ -43,7 +46,7 @@ class Files:
         self._address = address
         port = self._free_port(address)
         try:
-            self._start(address, port, [host])
+            self._start(address, port, [host], shown)
         except (OSError, ChirpError, agent.AgentError) as error:
             log.error('no Chirp server at %s:%d: %s', address, port, error)
             self._server = None
@@ -58,11 +61,11 @@ class Files:
                         'told, but can\'t reach it in NAT mode', port, error)
             return 0
 
-    def _start(self, address: str, port: int, allowed: List[str]) -> None:
+    def _start(self, address: str, port: int, allowed: List[str], shown: Dict[str, str]) -> None:
         """Doesn't wait for chirp_server, which may never come up: this is the link's thread."""
         if self._settings.server == 'embedded':
             self._server = chirpserver.ChirpServer(self._root, address, port, allowed,
-                                             auth=self._settings.auth).start()
+                                             auth=self._settings.auth, shown=shown).start()
             return
         import chirpreal  # what the embedded one doesn't need
         self._server = chirpreal.RealChirpServer(self._root, address, port, allowed, auth=self._settings.auth,

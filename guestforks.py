@@ -3,6 +3,7 @@
 What it is not: the runners' work (guestrunner.py). A lock guards the lists of runners.
 """
 
+import errno
 import gc
 import logging
 import os
@@ -13,14 +14,17 @@ import threading
 from typing import List
 
 import agent
-from guestrunner import be_runner
+from guestrunner import RunnerProcess
 from guestspool import describe_error
+from gueststart import become_subreaper, make_starter
 
 log = logging.getLogger('vmguest')
 
 
 # --- runner ----------------------------------------------------------------------------------
 
+MOST_BUSY = 100                # runners that are waited for, of those that have a command
+SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN)
 FREE_RUNNERS = 2               # that are kept for the next commands
 
 
@@ -61,8 +65,9 @@ class ForkServer:
 
     def _serve(self, requests: socket.socket) -> None:
         """Forks a runner for each socket that comes."""
-        import subprocess  # noqa: F401  for all runners at once
         os.close(self.reports)
+        self._starter = make_starter()
+        become_subreaper()         # of what ended runners leave
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)      # runners are reaped by the kernel
@@ -84,8 +89,8 @@ class ForkServer:
         if pid == 0:
             try:
                 requests.close()
-                be_runner(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=orders),
-                          self._reporter)
+                agents_end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=orders)
+                RunnerProcess(agents_end, self._reporter, self._starter).run()
             except ConnectionError:
                 log.debug('the agent is gone')
             except Exception:
@@ -95,19 +100,24 @@ class ForkServer:
         os.close(orders)
 
     def run(self, folder: str) -> bool:
-        """Has a runner started for a spool folder. False where the fork server is dead."""
+        """Has a runner started for a spool folder. False where there is no room for one now.
+
+        Raises ConnectionError where the fork server is dead.
+        """
         with self._lock:
             self._collect()
+            while self._free:
+                if self._order(self._free.pop(), folder):
+                    return True
+                log.error('a free runner was killed')
             try:
-                while self._free:
-                    if self._order(self._free.pop(), folder):
-                        return True
-                    log.error('a free runner was killed')
                 self._order(self._new_runner(), folder)    # where none can be forked, the agent asks again
-                return True
             except OSError as error:
-                log.error('the fork server died: %s', error)
+                if error.errno not in SCARCE:
+                    raise ConnectionError('the fork server died: %s' % error)
+                log.warning('no runner for %s now: %s', folder, error.strerror)
                 return False
+            return True
 
     def _order(self, runner: socket.socket, folder: str) -> bool:
         try:
@@ -116,6 +126,8 @@ class ForkServer:
             runner.close()
             return False
         self._busy.append(runner)
+        if len(self._busy) > MOST_BUSY:
+            self._busy.pop(0).close()      # it ends after its command, instead of waiting for the next one
         return True
 
     def _new_runner(self) -> socket.socket:
@@ -151,7 +163,11 @@ class ForkServer:
     def lives(self) -> bool:
         """Whether it can still start runners."""
         try:
-            return os.waitpid(self.pid, os.WNOHANG)[0] == 0
+            while True:
+                # As process 1 of a container, the agent is who waits for all orphans of that.
+                ended = os.waitpid(-1 if os.getpid() == 1 else self.pid, os.WNOHANG)[0]
+                if ended in (0, self.pid):
+                    return ended == 0
         except ChildProcessError:
             return False
 

@@ -10,7 +10,7 @@ import re
 import socket
 import struct
 import time
-from typing import Any, List, Tuple
+from typing import Any, Iterator, List, Tuple
 
 import agent
 
@@ -26,10 +26,21 @@ class Network:
     From /proc/net/route, /sys/class/net and ioctl on Linux, else by the package netifaces.
     """
 
-    def candidates(self) -> List[str]:
-        """Where a broker may be: gateways, DHCP routers, first addresses of private subnets, loopback."""
-        found = self.gateways() + self._dhcp_routers() + self._first_addresses() + [LOOPBACK]
-        return list(dict.fromkeys(found))
+    def candidates(self, port: int) -> List[str]:
+        """Where a host's broker may be, which has that port.
+
+        Of a virtual machine: gateways, DHCP routers, first addresses of private subnets, and never this
+        machine. Of another machine: this machine alone, where root or this user listens.
+        """
+        if is_virtual():
+            found = self.gateways() + self._dhcp_routers() + self._first_addresses()
+            return list(dict.fromkeys(found))
+        return [LOOPBACK] if self._listener_is_trusted(port) else []
+
+    def _listener_is_trusted(self, port: int) -> bool:
+        """Whether whoever listens on that port of the loopback interface is root or this user."""
+        users = set(listeners(port))
+        return bool(users) and users <= {0, os.getuid()}
 
     def gateways(self) -> List[str]:
         """The default gateways."""
@@ -54,12 +65,7 @@ class Network:
         found = []
         for folder in LEASES:
             for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-                try:
-                    with open(os.path.join(folder, name), errors='replace') as file:
-                        text = file.read(65536)
-                except OSError as error:
-                    log.debug('no lease: %s', error)
-                    continue
+                text = read_start(os.path.join(folder, name))
                 found += re.findall(r'(?:option routers |^ROUTER=)([0-9.]+)', text, re.MULTILINE)
         return found[::-1]
 
@@ -126,6 +132,47 @@ class Network:
         return interfaces[0] if interfaces else ''
 
 
+LISTENING = '0A'               # a state in /proc/net/tcp
+
+
+def listeners(port: int, folder: str = '/proc/net') -> Iterator[int]:
+    """The uids of those who listen on that TCP port, on any address."""
+    for name in ('tcp', 'tcp6'):
+        try:
+            with open(os.path.join(folder, name)) as table:
+                rows = [line.split() for line in table.readlines()[1:]]
+        except OSError as error:
+            log.debug('%s', error)
+            continue
+        for row in rows:
+            if row[3] == LISTENING and int(row[1].rpartition(':')[2], 16) == port:
+                yield int(row[7])
+
+
+# What DMI tables say of virtual machines, in lower case.
+VIRTUAL = ('virtualbox', 'innotek', 'qemu', 'kvm', 'bochs', 'vmware', 'xen', 'parallels', 'bhyve',
+           'virtual machine', 'openstack', 'google compute', 'amazon ec2', 'apple virtualization')
+
+
+def is_virtual(dmi: str = '/sys/class/dmi/id', cpuinfo: str = '/proc/cpuinfo') -> bool:
+    """Whether this machine is a virtual one, by its firmware tables or a flag of its processor."""
+    for name in ('sys_vendor', 'product_name', 'bios_vendor'):
+        text = read_start(os.path.join(dmi, name)).lower()
+        if any(word in text for word in VIRTUAL):
+            return True
+    return re.search(r'^flags\s*:.*\bhypervisor\b', read_start(cpuinfo), re.MULTILINE) is not None
+
+
+def read_start(path: str) -> str:
+    """The first 64 KiB of a text file; '' where it can't be read."""
+    try:
+        with open(path, errors='replace') as file:
+            return file.read(65536)
+    except OSError as error:
+        log.debug('%s', error)
+        return ''
+
+
 def import_netifaces() -> Any:
     """The module netifaces. Raises AgentError that names the package."""
     try:
@@ -165,20 +212,3 @@ def uptime() -> float:
     except (OSError, ValueError) as error:
         log.debug('no uptime: %s', error)
         return 0.0
-
-
-def identify(vm: Any, network: Network, address: str) -> Tuple[str, str]:
-    """Id and network card of a machine that has that local address towards the broker.
-
-    ``vm``: the settings [VM]. The id is the MAC of the card; the machine's name where it has none.
-    """
-    card = network.interface_with(address) if vm.network_interface == 'auto' else vm.network_interface
-    if vm.id != 'auto':
-        return read_id(vm.id), card
-    by_name = re.sub('[^A-Za-z0-9._-]', '-', socket.gethostname()).strip('-._')[:64] or 'guest'
-    return (network.mac_of(card) if card else '') or by_name, card
-
-
-def read_id(text: str) -> str:
-    """An id as the host knows it: MACs in upper case."""
-    return text.upper() if re.fullmatch('(?:[0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}', text) else text

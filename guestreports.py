@@ -45,16 +45,17 @@ class Reports:
         return max(0, self.largest_word - 2 * LARGEST_PROGRESS)
 
     def status(self, command: Command, **slices: Any) -> None:
-        """A CMD_STATUS."""
+        """A CMD_STATUS. A command that begins is told as one that runs."""
         command.told = time.monotonic()
         keys = {'out-size': command.size('out'), 'err-size': command.size('err'),
                 'progress': command.progress()}  # type: Dict[str, Any]
         pid = command.process() if command.is_running() else 0
         if pid:
-            processes, resources = live_usage(pid)
+            processes, resources = live_usage(command.members())
             keys.update(pid=pid, processes=processes, resources=resources, wall=command.wall())
         keys.update(slices)
-        self._say(protocol.CMD_STATUS.howToSay(command.cmd_id, command.told_state(), **keys))
+        state = 'running' if command.state == 'starting' else command.state
+        self._say(protocol.CMD_STATUS.howToSay(command.cmd_id, state, **keys))
 
     def unknown(self, cmd_id: str) -> None:
         """A CMD_STATUS of a command that this guest doesn't know, or no longer."""

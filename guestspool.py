@@ -4,7 +4,7 @@ What it is not: who runs them (guestrunner.py), or tells the host (vmguest.py). 
 of a file: one agent at a time uses a spool.
 """
 
-import collections
+import errno
 import fcntl
 import itertools
 import json
@@ -18,22 +18,45 @@ from typing import Any, Dict, Iterator, List, Optional
 
 import agent
 import protocol
-from guestprocesses import PAGE, processes_with, signal_session, start_ticks
+from guestidentity import make_folder
+from guestprocesses import (
+    PAGE,
+    descendants,
+    in_session,
+    is_stopped,
+    processes_with,
+    signal_all,
+    signal_session,
+    start_ticks,
+)
 
 log = logging.getLogger('vmguest')
 
 
 # --- spool -----------------------------------------------------------------------------------
 
-SPOOL = '.vmguest-spool'       # within dir_to_serve, so that the host can fetch from it by Chirp
+SHOWN_AS = '.vmguest-spool'     # the name under which the host reads it by Chirp
 FORMAT = 1                     # of request.json and result.json; a newer one is left alone
-FINISHED = ('exited', 'signaled', 'timeout', 'failed', 'lost')
+ENDS = ('exited', 'signaled', 'timeout', 'failed', 'lost', 'cancelled', 'expired')
+# The way of a command through its states: from each to which. docs/protocol.md has the same table.
+WAY = {
+    'queued': ('starting', 'failed', 'lost', 'cancelled', 'expired'),
+    'starting': ('queued', 'running', 'stopped', 'exited', 'signaled', 'timeout', 'failed', 'lost',
+                 'cancelled'),
+    'running': ('stopped', 'exited', 'signaled', 'timeout', 'failed', 'lost', 'cancelled'),
+    'stopped': ('running', 'exited', 'signaled', 'timeout', 'failed', 'lost', 'cancelled'),
+    'exited': ('acknowledged',), 'signaled': ('acknowledged',), 'timeout': ('acknowledged',),
+    'failed': ('acknowledged',), 'lost': ('acknowledged',), 'cancelled': ('acknowledged',),
+    'expired': ('acknowledged',),
+    'acknowledged': ('emptied',),
+    'emptied': (),
+}
 SAFE_ID = re.compile('[A-Za-z0-9][A-Za-z0-9._@-]{0,127}')
-PASSED = 0o711                 # mode of folders that another user may pass, to a file of its own
 EMPTYING = 0o1700              # mode of a folder whose command is over, while its files are deleted
 EMPTIED = 0o500                # … and from then on
 RESERVED = 8192                # bytes that each command has on the disk from its begin, for its result
 LONGEST_ERROR = 1000           # characters of an error, so that a result fits into that
+LARGEST_PROGRESS = 4096        # bytes of a progress file
 SWEEP_SLICE = 200              # folders that one look for old ones goes through
 SAVE_CLOCK_EVERY = 600.0       # seconds: so much more a boot may add to what is kept for a while
 
@@ -92,12 +115,11 @@ class Command:
         self.cmd_id = cmd_id
         self.folder = folder
         self.request = {}              # type: Dict[str, Any]
-        self.state = 'queued'          # … starting, running, ended: as far as the agent has seen
+        self.state = 'queued'          # as far as the agent has seen: see WAY
         self.begun = 0.0               # monotonic: when the fork server was asked
         self.told = 0.0                # monotonic: when its status was last sent
         self.sent = 0.0                # monotonic: when its results were last sent
-        self.acked = False
-        self.signals = collections.deque()     # type: Any     # numbers that its processes haven't got yet
+        self.signals = []              # type: List[int]   # that its processes haven't got yet
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -130,7 +152,7 @@ class Command:
     def runner_lives(self) -> bool:
         """Whether the runner has its lock."""
         try:
-            with open(self.path('runner')) as file:
+            with open(self.path('request.json')) as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
         except BlockingIOError:
@@ -162,20 +184,22 @@ class Command:
 
     def is_running(self) -> bool:
         """Whether a runner has it, or will."""
-        return self.state in ('starting', 'running')
+        return self.state in ('starting', 'running', 'stopped')
 
-    def told_state(self) -> str:
-        """What the host is told: queued, running, or how it ended."""
+    def has_ended(self) -> bool:
+        """Whether it has a result, or had one."""
+        return self.state in ENDS or self.state == 'acknowledged'
+
+    def read_state(self) -> str:
+        """The state, as the folder shows it."""
         if self.has('result.json'):
             try:
                 return str(self.result()['state'])
             except (OSError, ValueError):
                 return 'lost'
-        return 'running' if self.is_running() else 'queued'
-
-    def read_state(self) -> None:
-        """The state, as the folder shows it."""
-        self.state = 'ended' if self.has('result.json') else 'running' if self.has('runner') else 'queued'
+        if not self.has('runner'):
+            return 'queued'
+        return 'stopped' if is_stopped(self.process()) else 'running'
 
     def end(self, state: str, error: str, durable: bool = True, **more: Any) -> None:
         """Writes a result for what has none; not ``durable``: ``sync`` brings it to the disk."""
@@ -192,7 +216,7 @@ class Command:
     def result(self) -> Dict[str, Any]:
         """What result.json says. Raises OSError, ValueError where that is no result."""
         result = self.read('result.json')
-        if result.get('state') not in FINISHED:
+        if result.get('state') not in ENDS:
             raise ValueError('no state %.40r' % result.get('state'))
         return result
 
@@ -200,7 +224,6 @@ class Command:
         """Notes that the host has the results; ``now`` by the spool's clock. Raises OSError."""
         open(self.path('acked'), 'w', opener=private).close()
         os.utime(self.path('acked'), (now, now))
-        self.acked = True
 
     def empty(self, now: float, aside: str = '') -> None:
         """Deletes the files, or moves them to the folder ``aside``; ``now`` by the spool's clock.
@@ -222,6 +245,58 @@ class Command:
             os.remove(self.path(name))
         os.rmdir(self.folder)
 
+    def claim(self) -> Any:
+        """Takes the command for a runner, or to cancel it: a file that is its lock as long as it is open.
+
+        None where somebody took it before. ``runner`` is another name of request.json, which is locked
+        before it has that name. Where a file system has no hard links, it is a file of its own.
+        """
+        path = self.path('request.json')
+        try:
+            lock = open(path, 'r+b')
+        except FileNotFoundError as error:
+            log.debug('%s is not to be taken: %s', path, error)     # emptied, while a runner slept, say
+            return None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._name_runner(path)
+            return lock
+        except (BlockingIOError, FileExistsError, FileNotFoundError) as error:
+            log.debug('%s is not to be taken: %s', path, error)
+        lock.close()
+        return None
+
+    def _name_runner(self, request: str) -> None:
+        """Raises FileExistsError, FileNotFoundError."""
+        try:
+            os.link(request, self.path('runner'))
+        except (FileExistsError, FileNotFoundError):
+            raise
+        except OSError:
+            with open(self.path('runner'), 'x', opener=private) as file:
+                file.write('{}')
+
+    def note_signal(self, number: int) -> None:
+        """Notes, before it is sent, that a signal is the host's: so the runner knows who sent it."""
+        with open(self.path('signals'), 'a', opener=private) as file:
+            file.write('%d\n' % number)
+
+    def sent_signals(self) -> List[int]:
+        """The numbers of the signals that the host has sent so far."""
+        return [int(line) for line in self.slice('signals', 0, PAGE).split() if line.isdigit()]
+
+    def members(self) -> List[int]:
+        """The living processes of the command, while its runner lives."""
+        try:
+            process = self.read('process.json')
+            runner, pid = int(process['runner']), int(process['pid'])
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
+        if not self.runner_lives():
+            return []
+        found = descendants(runner)
+        return in_session(found, pid) if self.request.get('leave') else found
+
     def end_processes(self) -> int:
         """KILLs what a dead runner left of the command; how many processes there were.
 
@@ -236,13 +311,7 @@ class Command:
         count = 0
         if leader and ticks and start_ticks(leader) == ticks:
             count = signal_session(leader, signal.SIGKILL)
-        for pid in processes_with('VM_PROGRESS_FILE', self.path('progress')):
-            try:
-                os.kill(pid, signal.SIGKILL)
-                count += 1
-            except ProcessLookupError:
-                continue
-        return count
+        return count + signal_all(processes_with('VM_PROGRESS_FILE', self.path('progress')), signal.SIGKILL)
 
 
 class Clock:
@@ -303,20 +372,20 @@ class Clock:
 class Spool:
     """The folders of all commands of one agent, named by its id. One agent at a time may use it."""
 
-    def __init__(self, root: str, machine_id: str, boot: str) -> None:
+    def __init__(self, state_dir: str, machine_id: str, boot: str) -> None:
         """``boot``: see read_boot_id. Raises AgentError where it can't be made, or another agent uses it."""
-        self.chirp_path = '/%s/%s' % (SPOOL, folder_name(machine_id))
-        self.folder = os.path.join(root, SPOOL, folder_name(machine_id))
+        self.chirp_path = '/%s/%s' % (SHOWN_AS, folder_name(machine_id))
+        self.shown = os.path.join(state_dir, 'spool')      # the folder that the host may read
+        self.folder = os.path.join(self.shown, folder_name(machine_id))
         self._entries = None           # type: Any    # of the sweep that is under way
+        for folder in (state_dir, self.shown, self.folder):
+            make_folder(folder)
         try:
-            os.makedirs(self.folder, mode=0o700, exist_ok=True)
-            for folder in (os.path.dirname(self.folder), self.folder):
-                os.chmod(folder, PASSED)
-            self._lock = open(os.path.join(self.folder, '.agent'), 'w')
+            self._lock = open(os.path.join(self.folder, '.agent'), 'w', opener=private)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise agent.AgentError('another vmguest with the id %s runs on %s; give this one an id of '
-                                   'its own in [VM]' % (machine_id, root))
+                                   'its own in [VM]' % (machine_id, state_dir))
         except OSError as error:
             raise agent.AgentError('the spool %s can\'t be used: %s' % (self.folder, error.strerror))
         self.clock = Clock(os.path.join(self.folder, '.clock'), boot)
@@ -337,7 +406,7 @@ class Spool:
             command.request = command.read('request.json')
         except (OSError, ValueError):
             return None
-        command.read_state()
+        command.state = command.read_state()
         return command
 
     def claim(self, cmd_id: str) -> Optional[Command]:
@@ -348,6 +417,13 @@ class Spool:
         except FileExistsError:
             return None
         return command
+
+    def is_there(self) -> bool:
+        """Whether its folder is still the one that this agent locked."""
+        try:
+            return os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self._lock.name))
+        except OSError:
+            return False
 
     def names(self) -> Iterator[str]:
         """Names of all folders of commands; there may be a million."""
@@ -406,8 +482,7 @@ class Spool:
                                    'knows %d): update this one'
                                    % (self.folder, command.request['format'], FORMAT))
         command.cmd_id = str(command.request['cmd-id'])
-        command.acked = command.has('acked')
-        command.read_state()
+        command.state = 'acknowledged' if command.has('acked') else command.read_state()
         return command
 
     def sweep(self, keep_spool: float, dedupe_ttl: float) -> bool:
@@ -446,6 +521,11 @@ class Spool:
 
 
 def describe_error(error: Exception) -> str:
-    """The error's name and its text."""
-    return '%s: %s' % (getattr(error, 'kind', type(error).__name__), error)
-LARGEST_PROGRESS = 4096        # bytes of a progress file
+    """What went wrong: errno's name first, where it has one."""
+    number = getattr(error, 'errno', None)
+    if not number:
+        return '%s: %s' % ('EINVAL' if isinstance(error, ValueError) else type(error).__name__, error)
+    about = getattr(error, 'filename', None)
+    name = os.fsdecode(about) if isinstance(about, (str, bytes)) else ''
+    return '%s: %s%s' % (errno.errorcode.get(number, number), getattr(error, 'strerror', error),
+                         ': ' + name if name else '')

@@ -32,10 +32,12 @@ import agent
 import protocol
 from guestcommands import RESEND_EVERY, Commands
 from guestforks import ForkServer
-from guestmachine import Network, identify, memory, read_boot_id, read_id, uptime
+from guestidentity import SERVED, Secret, identify, make_folder, read_id, settle_folders
+from guestmachine import Network, memory, read_boot_id, uptime
 from guestreports import Reports
 from guestrunner import drain
-from guestspool import Spool
+from guestspool import SHOWN_AS, Spool, folder_name
+from gueststart import make_starter
 from protocol import Message
 
 log = logging.getLogger('vmguest')
@@ -48,8 +50,9 @@ SETTINGS = {
         'ca_file': (agent.path, '')},
     'VM': {
         'id': (protocol.guest_id, 'auto'), 'name': (agent.text, ''),
+        'secret': (agent.PathOr('auto|[0-9a-fA-F]{64}'), 'auto'), 'state_dir': (agent.PathOr('auto'), 'auto'),
         'network_interface': (agent.text, 'auto'), 'beacon_interval': (agent.duration, '10'),
-        'dir_to_serve': (agent.path, '~'), 'max_commands': (agent.integer(0, 100000), '0'),
+        'dir_to_serve': (agent.PathOr(SERVED), SERVED), 'max_commands': (agent.integer(0, 100000), '0'),
         'inline_output': (agent.size, '64K'), 'output_limit': (agent.size, '256M'),
         'kill_after': (agent.duration, '5'), 'dedupe_ttl': (agent.duration, '7d'),
         'keep_spool': (agent.duration, '1h')},
@@ -66,6 +69,9 @@ SETTINGS = {
 HOUSEKEEPING_EVERY = 60.0      # seconds
 SWEEP_PAUSE = 0.05             # seconds between two slices of a look for old folders
 GREETING_PATIENCE = 5.0        # seconds that results wait for the host's greeting on a new connection
+NOWHERE = ('no broker to join: this is no virtual machine, so it is only looked for on 127.0.0.1:%d, where '
+           'neither root nor this user listens. Start the host agent, or name the broker: --broker HOST, or '
+           '[Broker] host')
 FIRST_WORD = 8 * 1000          # bytes of a HELLO before the host has told what its broker takes
 
 
@@ -95,6 +101,7 @@ class Agent:
         self._spool = None             # type: Any    # this and …
         self._commands = None          # type: Any    # … these are there once the id is known
         self.files = None              # type: Any    # from ``start`` on
+        self._told_where = False       # that no broker is looked for anywhere
         self._told_port = 0            # of the Chirp server, in the last HELLO
         self._wakeup, self._waker = os.pipe()
         os.set_blocking(self._wakeup, False)
@@ -115,6 +122,9 @@ class Agent:
 
     def start(self) -> None:
         """Begins to look for the broker. Raises AgentError where the served folder can't be used."""
+        if self.root == os.path.join(self.settings.VM.state_dir, SERVED):
+            make_folder(self.settings.VM.state_dir)
+            make_folder(self.root, 0o755)
         if not os.path.isdir(self.root):
             raise agent.AgentError('[VM] dir_to_serve %s is no folder' % self.root)
         if not os.access(self.root, os.W_OK | os.X_OK):
@@ -133,7 +143,8 @@ class Agent:
     def _open_spool(self) -> None:
         """Finds what earlier agents left. Raises AgentError."""
         vm = self.settings.VM
-        spool = Spool(self.root, self.id, self.boot)
+        spool = Spool(vm.state_dir, self.id, self.boot)
+        self.secret = Secret(vm, folder_name(self.id))
         self.reports = Reports(self.say, vm.inline_output, spool.chirp_path)
         commands = Commands(vm, self.root, self.boot, spool, self._fork_server, self.reports, self._wake_by,
                             self._restart)
@@ -195,12 +206,16 @@ class Agent:
         if host != 'auto':
             return [(host, port)]
         known = [self.link.peer_address[0]] if self.link.peer_address[0] else []
-        return [(candidate, port) for candidate in dict.fromkeys(known + self.network.candidates())]
+        found = list(dict.fromkeys(known + self.network.candidates(port)))
+        if not found and not self._told_where:
+            log.warning(NOWHERE, port)
+        self._told_where = not found
+        return [(candidate, port) for candidate in found]
 
     def _link_up(self, link: protocol.Link) -> None:
         if not self._settle_id():
             return
-        self.files.serve(self.ip, link.peer_address[0])
+        self.files.serve(self.ip, link.peer_address[0], {SHOWN_AS: self._spool.shown})
         self._say_hello()
         now = time.monotonic()
         self._commands.resend(now - RESEND_EVERY + GREETING_PATIENCE)
@@ -363,10 +378,12 @@ class Agent:
 
 # --- command line ----------------------------------------------------------------------------
 
-USAGE = """usage: vmguest.py [guest.ini]              run the agent until SIGTERM or Ctrl-C
-       vmguest.py --check [guest.ini]      which broker, id and network card it would use
-       vmguest.py --bundle FILE.pyz        write the agent as one file for a guest image
+USAGE = """usage: vmguest.py [--broker HOST] [guest.ini]            run the agent until SIGTERM or Ctrl-C
+       vmguest.py --check [--broker HOST] [guest.ini]    which broker, id and network card it would use
+       vmguest.py --bundle FILE.pyz                      write the agent as one file for a guest image
        vmguest.py --help | --version
+
+  --broker HOST   where the host's broker is, instead of [Broker] host
 """
 
 
@@ -375,10 +392,13 @@ LEAST_DISK = 50 * 1000 * 1000      # bytes that should be free for the output of
 
 def check(settings: Any) -> int:
     """Looks at every precondition, and tells what the agent would use; 0 when it would work."""
-    root = os.path.expanduser(settings.VM.dir_to_serve)
+    root, state = settings.VM.dir_to_serve, settings.VM.state_dir
     findings = [agent.check_python(), agent.check_package('stomper', needed=True),
-                agent.check_folder(root, '[VM] dir_to_serve'), agent.check_disk(root, LEAST_DISK),
-                agent.check_clock()]
+                agent.check_folder(root, '[VM] dir_to_serve'), agent.check_folder(state, '[VM] state_dir'),
+                agent.check_disk(state, LEAST_DISK), agent.check_clock()]
+    findings.append(agent.Finding(
+        make_starter() >= 0, 'peak memory of commands is told exactly', 'it is only known to be no more than '
+        'what is told: exact on Linux on x86-64', needed=False))
     if settings.Chirp.server == 'chirp_server':
         import shutil  # brings compressors along
         findings.append(agent.Finding(
@@ -387,8 +407,11 @@ def check(settings: Any) -> int:
     network = Network()
     configured = settings.Broker.host
     try:
-        hosts = network.candidates() if configured == 'auto' else [configured]
-        found, address = agent.check_broker(hosts, settings.Broker, protocol.try_broker)
+        hosts = network.candidates(settings.Broker.port) if configured == 'auto' else [configured]
+        if hosts:
+            found, address = agent.check_broker(hosts, settings.Broker, protocol.try_broker)
+        else:
+            found = agent.Finding(False, 'broker', NOWHERE % settings.Broker.port)
         findings.append(found)
         if found.ok:
             findings += check_identity(settings, network, address)
@@ -451,29 +474,46 @@ def execute_anew(why: str) -> None:
 
 def main(argv: List[str]) -> int:
     """The command line; gives the exit code."""
-    words = [word for word in argv if word not in ('--check',)]
-    if '--help' in words or '-h' in words:
+    if '--help' in argv or '-h' in argv:
         print(__doc__.splitlines()[0] + '\n\n' + USAGE)
         return 0
-    if '--version' in words:
+    if '--version' in argv:
         print('vmguest %s' % agent.VERSION)
         return 0
-    if words[:1] == ['--bundle'] and len(words) == 2:
-        agent.write_bundle(words[1], 'vmguest')
+    if argv[:1] == ['--bundle'] and len(argv) == 2:
+        agent.write_bundle(argv[1], 'vmguest')
         return 0
-    if len(words) > 1 or words and words[0].startswith('-'):
-        print('vmguest: %s\n%s' % (' '.join(words), USAGE), file=sys.stderr)
+    words, options = split_options(argv)
+    if len(words) > 1 or any(word.startswith('-') for word in words):
+        print('vmguest: %s\n%s' % (' '.join(argv), USAGE), file=sys.stderr)
         return 2
+    ini = words[0] if words else None
     try:
-        settings = agent.read_settings(words[0] if words else None, SETTINGS)
-        if '--check' in argv:
+        settings = agent.read_settings(ini, SETTINGS)
+        settings.Broker.host = options.get('--broker', settings.Broker.host)
+        settle_folders(settings.VM, ini or '')
+        if '--check' in options:
             return check(settings)
         agent.set_up_logging(settings.Logging)
         sys.setswitchinterval(agent.SWITCH_INTERVAL)
         return run_agent(settings)
     except (protocol.ProtocolError, agent.AgentError) as error:
-        print('vmguest: %s' % agent.naming_file(words[0] if words else None, error), file=sys.stderr)
+        print('vmguest: %s' % agent.naming_file(ini, error), file=sys.stderr)
         return 1
+
+
+def split_options(argv: List[str]) -> Tuple[List[str], Dict[str, str]]:
+    """The words that are no options, or no whole ones, and {option: its value}."""
+    words, options, rest = [], {}, list(argv)  # type: List[str], Dict[str, str], List[str]
+    while rest:
+        word = rest.pop(0)
+        if word == '--check':
+            options[word] = 'yes'
+        elif word == '--broker' and rest:
+            options[word] = rest.pop(0)
+        else:
+            words.append(word)
+    return words, options
 
 
 if __name__ == '__main__':

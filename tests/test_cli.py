@@ -702,7 +702,8 @@ def test_two_bundles_and_two_ini_files_are_enough(tmp_path):
     try:
         said = [line.decode() for line in itertools.islice(host.stdout, 2)][1]
         port = re.search('broker on [^:]+:([0-9]+)', said).group(1)
-        (tmp_path / 'guest.ini').write_text('[Broker]\nport = %s\nhost = 127.0.0.1\n[VM]\nid = g\n' % port)
+        (tmp_path / 'guest.ini').write_text('[Broker]\nport = %s\nhost = 127.0.0.1\n[VM]\nid = g\n'
+                                             'state_dir = state\n' % port)
         guest = begin('vmguest', 'guest.ini')
         assert any(b'joined the host' in line for line in guest.stdout)
         out = subprocess.check_output(alone + ['vmhost', 'host.ini', 'run', 'g', '--', 'echo', 'hello'],

@@ -321,7 +321,7 @@ def test_output_is_fetched_and_stays_when_the_guest_is_gone(tmp_path):
         with Agent(tmp_path / 'guest', host, 'g') as guest, host.api as api:
             cmd_id = api.runCmd('g', sys.executable, ['-c', WRITER % 300])
             assert host.results(cmd_id)['out-size'] == 300 * 65536
-            folder = os.path.join(guest.files, '.vmguest-spool', 'g', cmd_id)
+            folder = os.path.join(guest.state, 'spool', 'g', cmd_id)
             wait_until(lambda: os.path.exists(os.path.join(folder, 'acked')), 60)
         with host.api as api:
             whole = bytes(range(256)) * 256
@@ -349,7 +349,7 @@ def test_what_is_forgotten_while_it_is_fetched_is_fetched_no_further(tmp_path, m
             cmd_id = begin_to_fetch()
             assert api.forgetCmd(cmd_id) is True
             wait_until(lambda: os.listdir(output) == [], 10)
-            acked = os.path.join(guest.files, '.vmguest-spool', 'g', cmd_id, 'acked')
+            acked = os.path.join(guest.state, 'spool', 'g', cmd_id, 'acked')
             wait_until(lambda: os.path.exists(acked), 10)
             begin_to_fetch()
         host.stop()
@@ -413,7 +413,7 @@ def test_a_guest_without_files_is_acknowledged_all_the_same(tmp_path):
         with host.api as api:
             cmd_id = api.runCmd('g', 'sh', ['-c', 'yes | head -c 300000'])
             assert host.results(cmd_id)['out-size'] == 300000
-            folder = os.path.join(guest.files, '.vmguest-spool', 'g', cmd_id)
+            folder = os.path.join(guest.state, 'spool', 'g', cmd_id)
             wait_until(lambda: os.path.exists(os.path.join(folder, 'acked')), 30)
             assert read_output(api, cmd_id, 'out') == b'y\n' * 150000
             assert api.cpFileToVM('g', __file__)[2] == 1
@@ -434,7 +434,7 @@ def test_the_real_server_of_another_user_serves_files_and_no_output(tmp_path):
             assert api.cpFileToVM('g', __file__, 'there') == ['', '', 0], guest.log()
             cmd_id = api.runCmd('g', 'sh', ['-c', 'yes | head -c 300000'])
             host.results(cmd_id)
-            spool = os.path.join(guest.files, '.vmguest-spool', 'g', cmd_id)
+            spool = os.path.join(guest.state, 'spool', 'g', cmd_id)
             wait_until(lambda: os.path.exists(os.path.join(spool, 'acked')), 30)
             assert api.cpFileFromVM('g', '.vmguest-spool/g/%s/out' % cmd_id, str(tmp_path / 'x'))[2] == 1
             assert read_output(api, cmd_id, 'out') == b'y\n' * 150000

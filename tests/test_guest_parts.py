@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 from agents import TOP, Agent, Host
@@ -23,6 +24,7 @@ import guestrequests
 import guestrunner
 import guestspool
 import protocol
+import vmguest
 
 GUEST = os.path.join(TOP, 'vmguest.py')
 MAC = '02:00:00:00:AA:02'
@@ -93,13 +95,13 @@ def test_it_finds_broker_card_and_id_by_itself(network, route, tmp_path):
 def test_addresses_and_cards(network):
     _, guest = network
     subprocess.check_call(['ip', '-n', guest, 'route', 'add', 'default', 'via', '10.93.0.1'])
-    done = in_namespace(guest, sys.executable, '-c', 'import guestmachine, json; '
-                        'net = guestmachine.Network(); '
-                        'print(json.dumps([net.gateways(), net.candidates(), net.interfaces(), '
+    done = in_namespace(guest, sys.executable, '-c', 'import guestmachine, json\n'
+                        'net = guestmachine.Network()\n'
+                        'print(json.dumps([net.gateways(), net.candidates(61613), net.interfaces(), '
                         'net.mac_of("card"), net.address_of("card"), net.interface_with("10.93.0.7"), '
                         'net.interface_with("127.0.0.1"), net.mac_of("lo"), net.mac_of("none")]))', cwd=TOP)
     gateways, candidates, cards, mac, address, carries, over_loopback, lo, none = json.loads(done.stdout)
-    assert gateways == ['10.93.0.1'] and candidates[0] == '10.93.0.1' and candidates[-1] == '127.0.0.1'
+    assert gateways == ['10.93.0.1'] and candidates[0] == '10.93.0.1' and '127.0.0.1' not in candidates
     assert (cards, mac, address) == (['card'], MAC, '10.93.0.7')
     assert (carries, over_loopback, lo, none) == ('card', 'card', '', '')
 
@@ -346,7 +348,8 @@ def test_a_runner_out_of_descriptors_fails_and_keeps_none(pipes, tmp_path, monke
         return pipe()
     before = os.listdir('/proc/self/fd')
     monkeypatch.setattr(os, 'pipe', limited)
-    runner = guestrunner.Runner(str(tmp_path), 0, 0, guestrunner.Unsynced())
+    process = types.SimpleNamespace(wakeup=0, reports=0, starter=-1, unsynced=guestrunner.Unsynced())
+    runner = guestrunner.Runner(str(tmp_path), process)
     assert runner.claim()
     runner.run()
     runner.close()
@@ -415,7 +418,7 @@ def test_the_bundle_runs_alone_in_an_empty_folder(python, tmp_path):
     subprocess.check_call([sys.executable, GUEST, '--bundle', str(folder / 'vmguest.pyz')])
     with Host(tmp_path / 'host') as host:
         (folder / 'guest.ini').write_text('[Broker]\nhost = 127.0.0.1\nport = %d\n[VM]\nid = alone\nname = '
-                                          'alone\ndir_to_serve = .\n[Chirp]\nport = 0\n' % host.broker_port)
+                                          'alone\nstate_dir = state\n[Chirp]\nport = 0\n' % host.broker_port)
         with open(str(tmp_path / 'log'), 'wb') as log:
             guest = subprocess.Popen([python, '-I', '-S', 'vmguest.pyz', 'guest.ini'], cwd=str(folder),
                                      stdout=log, stderr=log)
@@ -438,6 +441,13 @@ def test_what_the_host_imports_is_on_every_system():
 
 
 # --- start and stop ---
+
+@pytest.mark.parametrize('words, found', [
+    ([], ([], {})), (['a.ini'], (['a.ini'], {})), (['--check', 'a.ini'], (['a.ini'], {'--check': 'yes'})),
+    (['--broker', 'here', 'a.ini'], (['a.ini'], {'--broker': 'here'})), (['--broker'], (['--broker'], {}))])
+def test_options(words, found):
+    assert vmguest.split_options(words) == found
+
 
 def test_a_dead_fork_server_is_replaced(tmp_path):
     with Host(tmp_path / 'host') as host, Agent(tmp_path / 'guest', host, 'g') as guest:

@@ -123,7 +123,7 @@ def test_a_guest_that_cannot_reach_the_broker(tmp_path):
     with socket.socket() as closed:
         closed.bind(('127.0.0.1', 0))       # and doesn't listen
         port = closed.getsockname()[1]
-        ini = write(tmp_path / 'guest.ini', '[Broker]\nhost = 127.0.0.1\nport = %d\n[VM]\ndir_to_serve = .\n'
+        ini = write(tmp_path / 'guest.ini', '[Broker]\nhost = 127.0.0.1\nport = %d\n[VM]\nstate_dir = state\n'
                     % port)
         code, text = run('--check', ini, program='vmguest.py')
         assert code == 1
@@ -187,7 +187,7 @@ def test_a_full_disk(full, tmp_path):
     code, text = run(ini, 'check')
     assert code == 1
     sentences(text, str(full), 'make room')
-    guest = write(tmp_path / 'guest.ini', '[VM]\ndir_to_serve = %s\n' % full)
+    guest = write(tmp_path / 'guest.ini', '[VM]\nstate_dir = %s\n' % (full / 'state'))
     code, text = run('--check', guest, program='vmguest.py')
     assert code == 1
     sentences(text, str(full), 'make room')
@@ -218,7 +218,7 @@ def test_a_read_only_folder(readonly, tmp_path):
         code, text = run(*words)
         assert code == 1
         sentences(text, str(readonly), 'state_dir')
-    guest = write(tmp_path / 'guest.ini', '[VM]\ndir_to_serve = %s\n' % readonly)
+    guest = write(tmp_path / 'guest.ini', '[VM]\nstate_dir = state\ndir_to_serve = %s\n' % readonly)
     for words in ((guest,), ('--check', guest)):
         code, text = run(*words, program='vmguest.py')
         assert code == 1

@@ -83,24 +83,24 @@ def test_200_exit_codes_from_16_clients(host, guest):
 
 
 @pytest.mark.parametrize('cmd, path, error', [
-    ('no-such-program', '', 'FileNotFoundError'),
-    ('/etc/passwd', '', 'PermissionError'),
-    ('true', 'no/such/folder', 'FileNotFoundError')])
+    ('no-such-program', '', 'ENOENT: '),
+    ('/etc/passwd', '', 'EACCES: '),
+    ('true', 'no/such/folder', 'ENOENT: ')])
 def test_what_can_not_start_fails_at_once(host, guest, api, cmd, path, error):
     results = host.results(api.runCmd('one', cmd, [], {}, path), 10)
     assert (results['state'], results['finished'], results['exitCodeOrSignal']) == ('failed', False, -1)
-    assert error in results['error']
+    assert results['error'].startswith(error)
 
 
-def test_timeout_leaves_no_process_of_the_session(host, guest):
+def test_timeout_leaves_no_process(host, guest):
+    """Whatever session it made for itself."""
     begin = time.monotonic()
     inside, left, last = sleeps(77), sleeps(78), sleeps(79)
     results = host.run('one', 'sh', '-c', 'trap "" TERM; %s & setsid %s & %s' % (inside, left, last),
                        timeout=1, killAfter=1)
     assert results['state'] == 'timeout'
     assert time.monotonic() - begin < 20
-    assert not processes_called(inside) and not processes_called(last)
-    end_processes(left)                 # it left the session, and is ours to end
+    assert not any(map(processes_called, (inside, left, last)))
 
 
 def sleeps(seconds):
@@ -185,7 +185,7 @@ def test_another_user_tells_its_progress(host, guest, api, monkeypatch):
     cmd_id = api.runCmd('one', 'sh', ['-c', script], {}, '/', '', {'user': 'nobody'})
     results = host.results(cmd_id)
     assert 'denied' in results['err'] and 'progress' not in results['err'], results
-    with open(os.path.join(guest.files, '.vmguest-spool', 'one', cmd_id, 'progress')) as file:
+    with open(os.path.join(guest.state, 'spool', 'one', cmd_id, 'progress')) as file:
         assert file.read() == 'half\n'
 
 

@@ -108,7 +108,7 @@ class Guest:
         self.proxy = CuttingProxy(world.port)
         self.clock = Clock(self.folder)
         self.generation = self.boot = 0
-        self.disk = os.path.join(self.folder, 'files')
+        self.disk = os.path.join(self.folder, 'state')
         self.copy = None
         self.has_small_disk = mount_small_disk(self.disk, '48M')
         host = world.host
@@ -554,7 +554,7 @@ class World:
             return False
         folder = os.path.join(guest.folder, 'twin')
         shutil.rmtree(folder, ignore_errors=True)
-        shared = {'dir_to_serve': guest.disk} if self.broker is not None else {}
+        shared = {'state_dir': guest.disk} if self.broker is not None else {}
         twin = Agent(folder, guest.agent.host, guest.id, broker={'port': self.port}, **shared)
         twin.faults = {'env': {'GENERATION': 'twin'}}
         twin.start(wait=False)

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -107,6 +106,7 @@ class Disk:
 
     def __init__(self, folder, system, image):
         self.image, self.folder = str(image), str(folder)
+        os.makedirs(self.folder, exist_ok=True)
         with open(self.image, 'wb') as file:
             file.truncate(400 << 20)           # what XFS wants at least
         call('mkfs.' + system, self.image)
@@ -140,7 +140,7 @@ def test_what_ran_when_the_power_was_cut_is_lost(host, tmp_path, system):
         pytest.skip('needs mkfs.' + system)
     guest = Agent(tmp_path / 'guest', host, 'cut-' + system)
     try:
-        disk = Disk(guest.files, system, tmp_path / 'disk')
+        disk = Disk(guest.state, system, tmp_path / 'disk')
     except subprocess.CalledProcessError as error:
         pytest.skip('a container, perhaps: %s' % error.stderr.decode(errors='replace').strip())
     try:
@@ -185,7 +185,7 @@ def test_a_lost_disk_is_told(host, tmp_path):
 def test_a_second_agent_of_one_id_is_turned_away(host, tmp_path):
     with Agent(tmp_path / 'first', host, 'twin') as first:
         second = Agent(tmp_path / 'second', host, 'twin').start(wait=False)
-        third = Agent(tmp_path / 'third', host, 'twin', dir_to_serve=first.files).start(wait=False)
+        third = Agent(tmp_path / 'third', host, 'twin', state_dir=first.state).start(wait=False)
         try:
             wait_until(lambda: 'is taken' in second.log(), 20)
             assert third.process.wait(20) == 1 and 'another vmguest with the id twin' in third.log()
@@ -200,9 +200,8 @@ def test_a_second_agent_of_one_id_is_turned_away(host, tmp_path):
 def test_another_version_over_the_running_one_loses_nothing(host, tmp_path):
     folder = tmp_path / 'newer'
     os.makedirs(str(folder))
-    ours = re.compile('(vmguest|protocol|agent|guest.*|chirp.*)[.]py')
-    for name in filter(ours.fullmatch, os.listdir(TOP)):
-        with open(os.path.join(TOP, name), encoding='utf-8') as file:
+    for name in (name for name in os.listdir(TOP) if name.endswith('.py')):
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(TOP, name), encoding='utf-8') as file:
             text = file.read().replace("VERSION = '%s'" % agent.VERSION, "VERSION = '99.9.9'")
             (folder / name).write_text(text, encoding='utf-8')
     guest = Agent(tmp_path / 'guest', host, 'upgrade').start()
@@ -443,7 +442,7 @@ def small_disk(folder, size):
 
 
 def test_a_full_guest_disk_fails_the_command_with_that_error(host, tmp_path):
-    with small_disk(tmp_path / 'guest' / 'files', '8M') as disk, \
+    with small_disk(tmp_path / 'guest' / 'state', '8M') as disk, \
             Agent(tmp_path / 'guest', host, 'full') as guest:
         os.makedirs(str(tmp_path / 'safe'))
         safe = Proof(tmp_path / 'safe', 1)
