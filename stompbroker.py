@@ -33,7 +33,9 @@ import logging
 import os
 import queue
 import re
+import select
 import selectors
+import signal
 import socket
 import ssl
 import sys
@@ -970,8 +972,10 @@ class Broker:
         try:
             if not 0 <= port <= 65535:
                 raise BrokerError('there is no port %d' % port)       # getaddrinfo takes another one
-            found = socket.getaddrinfo(self._host, port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
-            for number, (family, _, _, _, address) in enumerate(found):
+            found = list(dict.fromkeys(
+                (family, address) for family, _, _, _, address in socket.getaddrinfo(
+                    self._host, port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)))
+            for number, (family, address) in enumerate(found):
                 try:
                     listeners.append(Listener(self, family, (address[0], port) + address[2:],
                                               alone=len(found) == 1))
@@ -1214,36 +1218,112 @@ def _spoken(address: Tuple[Any, ...]) -> str:
 
 # --- the command line --------------------------------------------------------------------------
 
+LIMITS = {                 # of Limits: what --help says
+    'connections': 'connections in all', 'per_address': 'connections of one address',
+    'unidentified': 'connections of one address that have not said CONNECT yet',
+    'connect_time': 'seconds that a connection has until CONNECT',
+    'subscriptions': 'of a client', 'transactions': 'of a client, at a time',
+    'unacknowledged': 'messages that a subscription is sent before it acknowledges one',
+    'refusals': 'of a message (NACK), then it goes to /queue/DLQ', 'max_frame': 'bytes of a body',
+    'waiting': 'bytes that a client has not read; it is cut off then',
+    'waiting_in_all': 'bytes that all clients have not read', 'queued': 'bytes in a queue',
+    'queued_in_all': 'bytes in all queues',
+    'held': 'bytes in all unfinished frames, transactions and subscriptions'}
+PROGRAM = Limits(max_frame=16 * 1024 * 1024)     # what holds where no option says otherwise
+# On Windows, Ctrl-Break.
+SIGNAL_OF_STATUS = getattr(signal, 'SIGUSR1', None) or getattr(signal, 'SIGBREAK', None)
+
+
 def _arguments(arguments: Optional[List[str]]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='A STOMP broker.')
-    parser.add_argument('--host', default='127.0.0.1')
+    parser = argparse.ArgumentParser(
+        description='A STOMP broker; messages live in memory. SIGUSR1 has it print what it holds.')
+    parser.add_argument('--host', default='127.0.0.1', help='name or address; of a name, all its addresses')
     parser.add_argument('--port', type=int, default=61613)
     parser.add_argument('--login', default='')
-    parser.add_argument('--passcode', default='')
+    parser.add_argument('--passcode', default='', help='others can see it in the list of processes')
+    parser.add_argument('--passcode-file', metavar='FILE', help='whose first line is the passcode')
     parser.add_argument('--tls-cert', metavar='FILE', help='PEM; turns TLS on')
     parser.add_argument('--tls-key', metavar='FILE', help='PEM, where it is not in the other file')
-    parser.add_argument('--max-frame', type=int, default=16 * 1024 * 1024, metavar='BYTES')
     parser.add_argument('-v', '--verbose', action='store_true')
-    return parser.parse_args(arguments)
+    limits = parser.add_argument_group('limits')
+    for name, default in PROGRAM._asdict().items():
+        limits.add_argument('--' + name.replace('_', '-'), default=default, metavar='N', help='%s; %s' % (
+            LIMITS[name], default), type=_no_less_than_0(type(default)))
+    chosen = parser.parse_args(arguments)
+    if chosen.tls_key and not chosen.tls_cert:
+        parser.error('--tls-key needs --tls-cert: without it nothing would be encrypted')
+    if chosen.passcode and chosen.passcode_file:
+        parser.error('--passcode and --passcode-file exclude each other')
+    return chosen
+
+
+def _no_less_than_0(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not value >= 0:
+            raise argparse.ArgumentTypeError('less than 0: %s' % text)
+        return value
+    return number
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
-    """Runs a broker until SIGTERM or Ctrl-C."""
+    """Runs a broker until SIGTERM or Ctrl-C; 1 where it can't begin, or fails."""
     chosen = _arguments(arguments)
     logging.basicConfig(level=logging.DEBUG if chosen.verbose else logging.WARNING,
                         format='%(asctime)s %(levelname)s %(name)s: %(message)s')
-    ended = agent.catch_signals()
+    signals = agent.catch_signals()
+    if SIGNAL_OF_STATUS is not None:
+        signal.signal(SIGNAL_OF_STATUS, lambda *_: None)       # and so its number comes by the socket, too
     try:
-        broker = Broker(chosen.host, chosen.port, chosen.login, chosen.passcode,
-                        _server_tls(chosen.tls_cert, chosen.tls_key), max_frame=chosen.max_frame)
+        passcode = _read_passcode(chosen.passcode_file) if chosen.passcode_file else chosen.passcode
+        broker = Broker(chosen.host, chosen.port, chosen.login, passcode,
+                        _server_tls(chosen.tls_cert, chosen.tls_key),
+                        **{name: getattr(chosen, name) for name in Limits._fields})
         broker.start()
+        for address in broker.addresses:
+            print('listening on %s' % _spoken(address), flush=True)
+        _serve(broker, signals)
     except BrokerError as error:
         print('stompbroker: %s' % error, file=sys.stderr)
         return 1
-    print('listening on %s' % _spoken(broker.address), flush=True)
-    ended.recv(1)
-    broker.stop()
     return 0
+
+
+def _serve(broker: Broker, signals: socket.socket) -> None:
+    """Until a signal says that it is over. Raises BrokerError where the broker's thread ends by itself."""
+    try:
+        while True:
+            select.select([signals.fileno(), broker.fileno()], [], [])
+            if broker.failure is not None:
+                raise BrokerError('the broker has failed: %r' % broker.failure)
+            if signals.recv(1)[0] != SIGNAL_OF_STATUS:
+                return
+            print(status_table(broker), file=sys.stderr, flush=True)
+    finally:
+        broker.stop()
+
+
+def status_table(broker: Broker) -> str:
+    """What the broker has done and holds, and each destination, for people."""
+    lines = ['  '.join('%s %d' % item for item in sorted(broker.counters().items()))]
+    lines.append('%-40s %9s %9s %9s %9s %9s' % ('destination', 'waiting', 'consumers', 'in', 'out', 'oldest'))
+    for place in broker.status():
+        name = place.name.encode('unicode_escape').decode('ascii')
+        lines.append('%-40s %9d %9d %9d %9d %7.1f s' % ((name,) + place[1:]))
+    return '\n'.join(lines)
+
+
+def _read_passcode(path: str) -> str:
+    try:
+        with open(path, encoding='utf-8') as file:
+            if os.name == 'posix' and os.fstat(file.fileno()).st_mode & 0o077:
+                log.warning('others can read the passcode: chmod 600 %s', path)
+            passcode = file.readline().rstrip('\r\n')
+    except (OSError, UnicodeError) as error:
+        raise BrokerError('passcode file %s: %s' % (path, error))
+    if not passcode:
+        raise BrokerError('passcode file %s: the first line is empty' % path)
+    return passcode
 
 
 def _server_tls(cert: Optional[str], key: Optional[str]) -> Optional[ssl.SSLContext]:
