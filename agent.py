@@ -9,7 +9,6 @@ import configparser
 import errno
 import importlib.util
 import io
-import logging
 import os
 import re
 import signal
@@ -207,6 +206,7 @@ def release_memory() -> None:
         import ctypes
         ctypes.CDLL(None).malloc_trim(0)
     except (ImportError, OSError, AttributeError, TypeError) as error:      # not glibc
+        import logging  # a program that only asks an agent does without
         logging.getLogger('vmhost').debug('no malloc_trim: %s', error)
 
 
@@ -221,6 +221,7 @@ LOG_FILES = 5                  # rotated ones that are kept
 
 def set_up_logging(settings: Any) -> None:
     """Logging as the section [Logging] wants it. Raises ConfigError."""
+    import logging  # a program that only asks an agent does without
     try:
         # Imported where they are needed: a guest without a log file does without their memory.
         if settings.config:

@@ -5,8 +5,6 @@ What it is not: the verbs (climachines.py, clicommands.py, clifiles.py, cliagent
 """
 
 import argparse
-import queue
-import threading
 import time
 from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
@@ -98,7 +96,9 @@ def call_watched(host: Client, screen: Screen, vm: str, method: str, *args: Any)
     """What the method answers; where there is a terminal, with a line of progress until it does."""
     if not screen.shows_progress:
         return host.call(method, *args)
-    answers = queue.Queue()        # type: queue.Queue
+    import queue  # needed here alone
+    import threading
+    answers: queue.Queue = queue.Queue()
 
     def work() -> None:
         try:

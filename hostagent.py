@@ -10,6 +10,7 @@ accepts calls, with a thread per connection; ``transfer-N``, ``fetch-N``, ``name
 import contextlib
 import logging
 import os
+import secrets
 import select
 import socket
 import sys
@@ -56,8 +57,10 @@ class Host:
         self.started = time.monotonic()
         self.server: Optional[Server] = None
         self.folder = StateFolder(settings.Host.state_dir)
-        self.token = self.folder.secret('xmlrpc.token')
+        self.token = secrets.token_urlsafe(24)         # a new one at each start
+        self.folder.write('xmlrpc.token', self.token)
         self.journal = Journal(self.folder.file('journal.sqlite'))
+        self.folder.make_private()
         self.guests = Guests(settings.Host.vm_gc_grace)
         for known in self.journal.guests():
             self.guests.remember(*known)

@@ -32,6 +32,7 @@ from hosttrust import is_loopback
 
 log = logging.getLogger('vmhost')
 
+ADDRESS = 'xmlrpc.address'     # the file that tells clients where it listens
 STRANGERS = 16                 # connections that have shown no token; one more, and the oldest of them ends
 CALLS_AT_ONCE = 200            # connections that have
 HEAD_TIMEOUT = 5.0             # seconds in which a stranger's request has to be whole
@@ -180,7 +181,7 @@ class Connection:
         """Answers one request; whether there may be another."""
         try:
             head = self._read_head()
-            if not head:
+            if head is None:
                 return False
             request = Request(head)
             log.debug('%s %s %.200s', self._client, request.method, request.path)
@@ -200,8 +201,8 @@ class Connection:
 
     # Reading and writing.
 
-    def _read_head(self) -> bytes:
-        """The next request's line and headers; b'' where the other side has left. Raises OSError, Refused."""
+    def _read_head(self) -> Optional[bytes]:
+        """The next request's line and headers; None where the other side has left. Raises OSError, Refused."""
         deadline = time.monotonic() + (SOCKET_TIMEOUT if self.is_trusted else HEAD_TIMEOUT)
         while b'\r\n\r\n' not in self._received:
             if len(self._received) > LARGEST_HEAD:
@@ -212,7 +213,7 @@ class Connection:
             self._socket.settimeout(left)
             data = self._socket.recv(LARGEST_HEAD)
             if not data:
-                return b''
+                return None
             self._received += data
         head, _, self._received = self._received.partition(b'\r\n\r\n')
         return head
@@ -326,7 +327,7 @@ class Server:
         self.dispatcher = Dispatcher(host, api)
         self.status = StatusPage(host, api)
         self._token = host.token
-        self._address_file = host.folder.file('xmlrpc.address')
+        self._folder = host.folder
         self._lock = threading.Lock()
         self._connections: List[Connection] = []       # the oldest first
         self._stopping, self._waker = socket.socketpair()
@@ -346,8 +347,7 @@ class Server:
     def start(self) -> None:
         """Serves, on the thread ``xmlrpc``; the file xmlrpc.address tells clients where."""
         self._thread.start()
-        with open(self._address_file, 'w') as file:
-            file.write('%s:%s\n' % self.address)
+        self._folder.write(ADDRESS, '%s:%s' % self.address)
 
     def own_url(self) -> str:
         """Where a browser on this machine finds this server."""
@@ -447,7 +447,7 @@ class Server:
                 log.warning('thread %s still runs', connection.thread.name)
         for listener in filter(None, (self._listener, self._local, self._stopping, self._waker)):
             listener.close()
-        for path in filter(None, (self._address_file, self._local_path)):
+        for path in filter(None, (self._folder.file(ADDRESS), self._local_path)):
             with contextlib.suppress(OSError):
                 os.remove(path)
 

@@ -192,7 +192,7 @@ class Transfers:
         try:
             text = '%s %s to %s %s' % (transfer.direction, transfer.source, transfer.target, transfer.error)
             self._journal.note('transfer-' + transfer.state, transfer.vm, '',
-                               text.translate(rpc.XML_UNSAFE))
+                               rpc.xml_safe(text))
         finally:
             transfer.done.set()
 

@@ -42,11 +42,8 @@ class Binary:
 
 FilePath = Union[str, Binary]      # the latter: exact bytes, which need not be UTF-8
 
-# What XML 1.0 can't carry, and what stands in its place.
-XML_UNSAFE = {code: '\ufffd' for code in list(range(32)) + [0xfffe, 0xffff] + list(range(0xd800, 0xe000))
-              if code not in (9, 10, 13)}
-XML_ESCAPES = {**XML_UNSAFE, ord('&'): '&amp;', ord('<'): '&lt;', ord('>'): '&gt;'}
-NOT_PLAIN = re.compile('[%s]' % re.escape(''.join(map(chr, XML_ESCAPES))))
+XML_UNSAFE = re.compile('[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]')      # what XML 1.0 can't carry
+XML_ESCAPES = {ord('&'): '&amp;', ord('<'): '&lt;', ord('>'): '&gt;'}
 
 
 def is_carried(text: str) -> bool:
@@ -56,7 +53,12 @@ def is_carried(text: str) -> bool:
 
 def is_xml(text: str) -> bool:
     """Whether XML can hold the text."""
-    return text.isalnum() or text.translate(XML_UNSAFE) == text
+    return XML_UNSAFE.search(text) is None
+
+
+def xml_safe(text: str) -> str:
+    """The text as XML can hold it, U+FFFD for what it can't."""
+    return XML_UNSAFE.sub('\ufffd', text)
 
 
 def xml_number(value: Any) -> Any:
@@ -108,8 +110,7 @@ def _to_xml(value: Any) -> str:
 
 def xml_text(text: str) -> str:
     """Text between tags; what XML can't carry is replaced."""
-    is_plain = text.isalnum() or not NOT_PLAIN.search(text)
-    return text if is_plain else text.translate(XML_ESCAPES)
+    return text if text.isalnum() else xml_safe(text).translate(XML_ESCAPES)
 
 
 def write_call(method: str, params: Tuple[Any, ...]) -> bytes:
