@@ -1,5 +1,6 @@
 """Commands as the host keeps them: named by their caller, cancelled, expired, queued, and in lists."""
 
+import base64
 import os
 import signal
 import threading
@@ -167,12 +168,12 @@ def test_what_an_agent_does_not_answer_for_is_cancelled_and_told_truly(host, gue
     finally:
         os.kill(guest.process.pid, signal.SIGCONT)
     assert host.run('one', 'true', queue=True)['state'] == 'exited'        # words come in turn
-    ended = ('cancelled', -1) if not proof.runs() else ('signaled', signal.SIGKILL)
 
     def told():
         results = api.getCmdResults(cmd_id)
         return results['state'], results['exitCodeOrSignal']
-    wait_until(lambda: told() == ended, 20)
+    killed = 'signaled', signal.SIGKILL
+    wait_until(lambda: told() == killed or told() == ('cancelled', -1) and not proof.runs(), 20)
 
 
 def test_an_end_that_was_decided_here_gives_way_to_the_truth(tmp_path):
@@ -261,6 +262,16 @@ def test_bytes_reach_the_guest_in_base64():
     message.body().decode('ascii')
     with pytest.raises(faults.InvalidParams, match='NUL'):
         hostrequests.read_request('x', [hostrequests.Binary(b'a\0')], {}, '', '', {})
+
+
+def test_bytes_reach_the_program(host, guest, api):
+    exact = xmlrpc.client.Binary(b'\xe4 \x01\n')
+    folder = os.path.join(os.fsencode(guest.files), b'\xfc')
+    os.mkdir(folder)
+    cmd_id = api.runCmd('one', 'sh', ['-c', 'printf "%s|%s|" "$1" "$N"; pwd', 'sh', exact], {'N': exact},
+                        xmlrpc.client.Binary(b'\xfc'))
+    out = base64.b64decode(host.results(cmd_id)['out64'])
+    assert out == b'\xe4 \x01\n|\xe4 \x01\n|' + os.path.realpath(folder) + b'\n'
 
 
 def test_bytes_are_shown_as_they_were_given(host, guest, api):
