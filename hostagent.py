@@ -165,6 +165,7 @@ class Clock:
         self._judge_liveness()
         with host.journal.best_effort():
             host.control.give_up_missing()
+            host.control.give_up_expired()
             if now >= self._next_retention:
                 self._delete_old(now)
 

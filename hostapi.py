@@ -16,6 +16,7 @@ import chirprequests
 import chirpwire
 import protocol
 from faults import InvalidParams, NoSuchMethod, NotSupported
+from hostcommands import LINE_SHOWN
 from hostguests import Guest
 from hostjournal import Execution
 from hostrequests import read_local, read_remote, read_request, read_signal
@@ -448,15 +449,17 @@ class CommandMethods(Methods):
         """
         return self._host.control.ping(vm, min(max(timeout_secs, 0), LONGEST_POLL))
 
-    def runCmd(self, toVmName: str, cmd: str, args: list = [], env: Any = {}, path: Any = '',
+    def runCmd(self, toVmName: str, cmd: FilePath, args: list = [], env: Any = {}, path: Any = '',
                fileForStdin: str = '', options: dict = {}) -> str:
         """Runs a program in a VM, at most once; the cmd-id at once, as soon as it is journalled.
 
-        args: a list of texts; env: laid over the guest's own; path: the folder it starts in,
-        relative to dir_to_serve; fileForStdin: a file in the guest. Options: stdin (text, or base64
-        for exact bytes), timeout, killAfter (s), user, envClear, nice, limits {as, cpu, fsize,
-        nofile, nproc}, statusInterval (s), outputLimit, inlineOutput (bytes), queue (waits for an
-        agent that isn't connected).
+        args: a list of texts; env: laid over the guest's own; path: the folder it starts in, relative to
+        dir_to_serve; each as base64 where its bytes aren't UTF-8, or XML can't carry them. fileForStdin: a
+        file in the guest. Options: stdin (text, or base64 for exact bytes), timeout, killAfter (s), user,
+        envClear, nice, limits {as, cpu, fsize, nofile, nproc}, leave (daemons go on after a timeout or KILL),
+        statusInterval (s), outputLimit, inlineOutput (bytes), queue (waits for an agent that isn't
+        connected), expires (s: not begun by then, it never will be), id (the caller's own id for it: the
+        same call again is answered as the first time, and runs nothing; fault 8 for another command).
 
             >>> options = {'timeout': 60, 'limits': {'cpu': 30}}
             >>> script = ['-c', 'echo $DAY; exit 3']
@@ -464,12 +467,14 @@ class CommandMethods(Methods):
             >>> host.waitCmd(cmd_id)
             True
         """
-        request, queue = read_request(cmd, args, env, path, fileForStdin, options)
-        return self._host.control.run(toVmName, request, queue, self._caller.name)
+        request, how = read_request(cmd, args, env, path, fileForStdin, options)
+        return self._host.control.run(toVmName, request, self._caller.name, **how)
 
-    def runCmdOnAll(self, pattern: str, cmd: str, args: list = [], env: Any = {}, path: Any = '',
+    def runCmdOnAll(self, pattern: str, cmd: FilePath, args: list = [], env: Any = {}, path: Any = '',
                     fileForStdin: str = '', options: dict = {}) -> str:
-        """The same on every connected VM that matches the glob; each one's id is cmdId@vmName.
+        """The same on every connected VM that matches the glob, with the option queue on every known one.
+
+        Each one's id is cmdId@vmName.
 
             >>> all_id = host.runCmdOnAll('node*', 'uname', ['-s'])
             >>> host.waitCmd(all_id)
@@ -477,18 +482,20 @@ class CommandMethods(Methods):
             >>> host.getCmdResults(all_id + '@node1')['out']
             'Linux\\n'
         """
-        request, _ = read_request(cmd, args, env, path, fileForStdin, options)
-        return self._host.control.run_on_all(pattern, request, self._caller.name)
+        request, how = read_request(cmd, args, env, path, fileForStdin, options)
+        return self._host.control.run_on_all(pattern, request, self._caller.name, **how)
 
     def listCmds(self, filter: dict = {}) -> list:
-        """[{cmdId, vm, cmd, state, submitted, ended}], the newest 1,000, the newest last.
+        """[{cmdId, vm, cmd, line, state, submitted, ended}], the newest 1,000, the newest last.
 
-        filter: vm, state, cmd, cmdId, since, finished, limit.
+        line: cmd and args, cut after 300 characters, as cmd is. filter: vm, state, cmd, cmdId, since,
+        finished, limit.
 
             >>> host.listCmds({'vm': 'node1', 'cmd': 'sh', 'limit': 1})[0]['state']
             'exited'
         """
-        return [{'cmdId': execution.key, 'vm': execution.vm, 'cmd': execution.cmd,
+        return [{'cmdId': execution.key, 'vm': execution.vm, 'cmd': execution.cmd[:LINE_SHOWN],
+                 'line': execution.line or execution.cmd[:LINE_SHOWN],
                  'state': self._host.control.shown_state(execution), 'submitted': execution.submitted,
                  'ended': execution.ended} for execution in self._host.commands.list(self._by_name(filter))]
 
@@ -509,6 +516,8 @@ class CommandMethods(Methods):
     def getCmdDetails(self, id: str) -> dict:
         """What was asked for: {cmdId, vm, cmd, args, env, path, options, submitted, client, executions}.
 
+        Texts that XML can't carry are given as base64.
+
             >>> host.getCmdDetails(cmd_id)['args']
             ['-c', 'echo $DAY; exit 3']
         """
@@ -516,7 +525,10 @@ class CommandMethods(Methods):
         command = self._host.commands.request(id.partition('@')[0])
         request = command['request']
         vm = executions[0].vm if self._is_one(id, executions) else command['target']
-        return dict(request, cmdId=id, vm=vm, submitted=command['submitted'],
+        return dict(request, cmd=shown_text(request['cmd']), path=shown_text(request['path']),
+                    args=[shown_text(arg) for arg in request['args']],
+                    env={name: shown_text(value) for name, value in request['env'].items()},
+                    cmdId=id, vm=vm, submitted=command['submitted'],
                     client=command['client'], fileForStdin=request['options'].get('fileForStdin', ''),
                     executions=[execution.key for execution in executions])
 
@@ -580,12 +592,15 @@ class CommandMethods(Methods):
     def signalCmd(self, id: str, signal: Any = 'TERM') -> bool:
         """Sends a signal, by its name or number, to all processes of a command; False where it has ended.
 
+        What hasn't begun is cancelled by TERM, KILL, INT, HUP, QUIT and ABRT, for good, whether its agent is
+        there or not.
+
             >>> long_id = host.runCmd('node1', 'sleep', ['600'])
             >>> host.signalCmd(long_id, 'INT')
             True
         """
         name = read_signal(signal)
-        return any([self._host.control.signal(execution, name) for execution in self._host.commands.find(id)])
+        return self._host.control.signal(self._host.commands.find(id), name)
 
     def waitCmd(self, id: str, timeout: float = 30) -> bool:
         """Waits up to ``timeout`` (60) seconds for the end, of a multicast for all; whether it came.
@@ -699,6 +714,11 @@ def shown_entry(entry: chirprequests.Entry) -> Dict[str, Any]:
     if not is_carried(entry.name):
         shown['name64'] = base64.b64encode(chirpwire.to_bytes(entry.name)).decode('ascii')
     return shown
+
+
+def shown_text(text: str) -> FilePath:
+    """A text of a request: the bytes that it stands for where XML-RPC would alter it."""
+    return text if is_carried(text) else Binary(chirpwire.to_bytes(text))
 
 
 def shown_results(results: Dict[str, Any]) -> Dict[str, Any]:

@@ -13,11 +13,11 @@ import logging
 import secrets
 import threading
 import time
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Container, Dict, List, Optional, Tuple
 
 import agent
 import protocol
-from faults import BadState, InvalidParams, NoSuchCommand
+from faults import AlreadyExists, BadState, InvalidParams, NoSuchCommand
 from hostguests import Guest
 from hostjournal import FINISHED, ROWS_AT_ONCE, Execution, Journal, JournalError
 from protocol import Message
@@ -26,6 +26,8 @@ log = logging.getLogger('vmhost')
 
 RETRY_DELAYS = (5, 10, 20, 40, 60)     # seconds between publications of a CMD_RUN; the last repeats
 ORPHANS_KEPT = 1000                    # results that nobody here asked for
+LINE_SHOWN = 300                       # characters of command and arguments that a list shows
+CALLED_OFF = ('cancelled', 'expired')  # ends that the host may decide without the guest
 RECENT_KEPT = 100                      # executions that ended, and are remembered as they are …
 RECENT_LARGEST = 16 * 1024             # … with no more than that of results, written as JSON
 
@@ -61,27 +63,44 @@ class Commands:
         self._open[execution.index] = execution
         self._by_key[execution.key] = execution
 
-    def new(self, request: Dict[str, Any], target: str, multicast: bool, guests: List[Guest],
-            queued: bool, client: str) -> Tuple[str, List[Execution]]:
-        """Journals a command before anything else is done with it. Raises JournalError."""
-        cmd_id = time.strftime('%Y%m%d-%H%M%S-', time.gmtime()) + secrets.token_hex(4)
-        submitted = time.time()
-        state = 'queued' if queued else 'sent'
-        executions = [Execution(cmd_id, guest.id, guest.name, multicast, request['cmd'], state,
-                                submitted) for guest in guests]
+    def new(self, request: Dict[str, Any], target: str, multicast: bool, guests: List[Guest], client: str,
+            away: Container[Guest] = (), cmd_id: str = '') -> Tuple[str, List[Execution]]:
+        """Journals a command before anything else is done with it. Raises JournalError.
+
+        away      those of the guests for which it waits, since their agents aren't connected
+        cmd_id    the caller's own; where it is known already, there is nothing to execute
+        """
+        cmd_id = cmd_id or time.strftime('%Y%m%d-%H%M%S-', time.gmtime()) + secrets.token_hex(4)
+        submitted, life = time.time(), request['options'].get('expires', 0)
+        expires = life and submitted + life
+        cmd, line = well_formed(request['cmd']), well_formed(' '.join([request['cmd']] + request['args']))
+        executions = [Execution(cmd_id, guest.id, guest.name, multicast, cmd,
+                                'queued' if guest in away else 'sent', submitted, expires=expires,
+                                line=line[:LINE_SHOWN]) for guest in guests]
         with self._journal.writing() as journal:
-            journal.execute('INSERT INTO commands VALUES (?, ?, ?, ?, ?, ?)', cmd_id, target,
-                            int(multicast), protocol.write_json(request), submitted, client)
+            if not journal.execute('INSERT OR IGNORE INTO commands VALUES (?, ?, ?, ?, ?, ?)', cmd_id, target,
+                                   int(multicast), protocol.write_json(request), submitted, client).rowcount:
+                return cmd_id, []
             for execution in executions:
                 journal.add_execution(execution)
-            journal.event('cmd-submitted', target, cmd_id, 'by %s: %s' % (
-                client, ' '.join([request['cmd']] + request['args'])))
+            journal.event('cmd-submitted', target, cmd_id, 'by %s: %s' % (client, line))
         with self._lock:
             for execution in executions:
                 self._keep(execution)
-                if queued:
+                if execution.state == 'queued':
                     execution.next_publish = self._clock()     # as soon as its agent is there
         return cmd_id, executions
+
+    def is_repeated(self, cmd_id: str, request: Dict[str, Any], targets: Container[str]) -> bool:
+        """Whether that very command was submitted under that id before. Raises AlreadyExists for another."""
+        command = self._journal.command(cmd_id)
+        if command is None:
+            return False
+        same = command['target'] in targets and command['request'] == \
+            protocol.read_json(protocol.write_json(request))
+        if not same:
+            raise AlreadyExists('the id %s was given to another command, on %s' % (cmd_id, command['target']))
+        return True
 
     def published(self, execution: Execution) -> None:
         """It was sent; when to send it again, should the guest not answer."""
@@ -110,6 +129,13 @@ class Commands:
     def is_known(self, cmd_id: str) -> bool:
         """Whether the journal holds a command of that id."""
         return self._journal.command(cmd_id) is not None
+
+    def expired(self) -> List[Execution]:
+        """What should have begun by now, and may not have."""
+        now = time.time()
+        with self._lock:
+            return [execution for execution in self._open.values()
+                    if 0 < execution.expires <= now and execution.state in ('queued', 'sent')]
 
     def open_of(self, vm_id: str) -> List[Execution]:
         """The unfinished executions on that VM."""
@@ -259,6 +285,22 @@ class Commands:
         """Ends an execution as lost."""
         self.finish(execution, lost_results(execution.cmd_id, reason), True)
 
+    def call_off(self, execution: Execution, state: str, reason: str, by: str = '') -> None:
+        """Ends an execution as cancelled or expired: it is never sent again."""
+        self.finish(execution, lost_results(execution.cmd_id, reason, state, by), True)
+
+    def correct(self, execution: Execution, results: Dict[str, Any], fetched: bool) -> None:
+        """The truth about an execution that was called off here while its guest had it already."""
+        text = protocol.write_json(results)
+        with self._journal.writing(durable=False) as journal:
+            journal.execute('UPDATE executions SET state = ?, results = ?, fetched = ? WHERE cmd_id = ? AND '
+                            'vm_id = ?', results['state'], text, int(fetched), *execution.index)
+            journal.event('cmd-corrected', execution.vm, execution.key, describe_end(results))
+        execution.state, execution.results, execution.fetched = results['state'], text, fetched
+        self._forget_recent()
+        log.info('%s: on %s %s, it had begun before it was called off', execution.key, execution.vm,
+                 describe_end(results))
+
     def finished(self, cmd_id: str, vm_id: str) -> Optional[Execution]:
         """The execution of that command on that VM, if it is in the journal and has ended."""
         found = self._journal.executions('cmd_id = ? AND vm_id = ? AND ended > 0', cmd_id, vm_id)
@@ -356,13 +398,18 @@ def read_filter(filter: Dict[str, Any]) -> Dict[str, Any]:
     return dict(filter, cmdId=cmd_id, vm=vm) if at else filter
 
 
-def lost_results(cmd_id: str, reason: str) -> Dict[str, Any]:
+def well_formed(text: str) -> str:
+    """The text as it can be shown: what stands for bytes that aren't UTF-8 is replaced."""
+    return text.encode('utf-8', 'replace').decode('utf-8')
+
+
+def lost_results(cmd_id: str, reason: str, state: str = 'lost', by: str = '') -> Dict[str, Any]:
     """The results of a command of which nothing will ever be heard."""
     return {'cmd-id': cmd_id, 'out': '', 'err': '', 'finished': False, 'exitCodeOrSignal': -1,
-            'resources': dict.fromkeys(protocol.RUSAGE_FIELDS, 0), 'state': 'lost',
+            'resources': dict.fromkeys(protocol.RUSAGE_FIELDS, 0), 'state': state,
             'error': reason, 'wall': 0, 'started': 0, 'ended': time.time(), 'out-size': 0,
             'err-size': 0, 'out-offset': 0, 'err-offset': 0, 'out-truncated': False,
-            'err-truncated': False, 'spool': '', 'by': '', 'inexact': [], 'left': 0}
+            'err-truncated': False, 'spool': '', 'by': by, 'inexact': [], 'left': 0}
 
 
 def describe_end(results: Dict[str, Any]) -> str:

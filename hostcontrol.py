@@ -5,6 +5,7 @@ What it is not: the record of commands and their ends (hostcommands.py), or what
 Threads: any thread may call. ``Answers`` and ``Control`` have a lock each, for their own tables alone.
 """
 
+import base64
 import contextlib
 import logging
 import secrets
@@ -13,10 +14,10 @@ import time
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import protocol
-from faults import AgentNotConnected, BadState, DeadlineExceeded, InvalidParams, NoSuchVM
-from hostcommands import Commands, log_submitted, lost_results
+from faults import AgentNotConnected, BadState, DeadlineExceeded, InvalidParams, NoSuchVM, VMHostError
+from hostcommands import CALLED_OFF, Commands, log_submitted, well_formed
 from hostguests import Guest, Guests
-from hostjournal import Execution
+from hostjournal import FINISHED, Execution
 from hostmachines import Machines
 from protocol import Message
 
@@ -26,6 +27,9 @@ MISSING_GRACE = 5.0            # seconds to answer for a command that a HELLO do
 REFRESH_TIMEOUT = 2.0          # seconds in which guests tell how far their commands are
 FRAME_RESERVE = 16 * 1024      # bytes of a frame that are not the command's own
 SIGNALS_KEPT = 10              # of a command that its guest hasn't answered yet
+CANCEL_TIMEOUT = 2.0           # seconds in which a guest answers for a command that is cancelled
+# Signals that cancel a command that hasn't begun; all others wait for it to begin.
+ENDING = frozenset(('TERM', 'KILL', 'INT', 'HUP', 'QUIT', 'ABRT', '15', '9', '2', '1', '3', '6'))
 
 
 class _Answer:
@@ -105,8 +109,15 @@ class Control:
 
     # Run.
 
-    def run(self, vm: str, request: Dict[str, Any], queue: bool, client: str) -> str:
-        """Journals a command, then sends it. Its cmd-id. Raises NoSuchVM, AgentNotConnected."""
+    def run(self, vm: str, request: Dict[str, Any], client: str, queue: bool = False,
+            cmd_id: str = '') -> str:
+        """Journals a command, then sends it. Its cmd-id. Raises NoSuchVM, AgentNotConnected, AlreadyExists.
+
+        queue     where its agent isn't connected, it waits for that
+        cmd_id    the caller's own: repeated for the same command, it is answered as the first time
+        """
+        if cmd_id and self._commands.is_repeated(cmd_id, request, self._names_of(vm)):
+            return cmd_id
         guest = self._machines.find(vm)
         if not guest.id:
             raise BadState('%s has no network card, by which its agent would be known' % guest.name)
@@ -115,24 +126,36 @@ class Control:
             raise AgentNotConnected('the agent of %s is not connected (queue lets the command wait '
                                     'for it)' % guest.name)
         self._check_size(request)
-        cmd_id, executions = self._commands.new(request, guest.name, False, [guest], is_away, client)
-        if not is_away:
-            self.publish(executions[0], request)
-        log_submitted(cmd_id, guest.name, client)
-        return cmd_id
+        return self._submit(request, guest.name, False, [guest], client, cmd_id)
 
-    def run_on_all(self, pattern: str, request: Dict[str, Any], client: str) -> str:
-        """The same on every connected VM whose name or id matches the glob. Raises NoSuchVM."""
-        guests = [guest for guest in self._guests.on_list()
+    def run_on_all(self, pattern: str, request: Dict[str, Any], client: str, queue: bool = False,
+                   cmd_id: str = '') -> str:
+        """The same on every connected VM whose name or id matches the glob; with ``queue`` on all known ones.
+
+        Raises NoSuchVM, AlreadyExists.
+        """
+        if cmd_id and self._commands.is_repeated(cmd_id, request, (pattern,)):
+            return cmd_id
+        guests = [guest for guest in (self._machines.all() if queue else self._guests.on_list())
                   if protocol.is_addressed(pattern, guest.id, guest.name)]
         if not guests:
-            raise NoSuchVM('no connected VM matches %.100r' % pattern)
+            raise NoSuchVM('no %s VM matches %.100r' % ('known' if queue else 'connected', pattern))
         self._check_size(request)
-        cmd_id, executions = self._commands.new(request, pattern, True, guests, False, client)
-        self._say(cmd_run(pattern, cmd_id, request))
+        return self._submit(request, pattern, True, guests, client, cmd_id)
+
+    def _names_of(self, vm: str) -> Tuple[str, ...]:
+        """What a VM may have been called when a command was submitted for it."""
+        guest = self._guests.find(vm)
+        return (vm,) if guest is None else (vm, guest.name)
+
+    def _submit(self, request: Dict[str, Any], target: str, multicast: bool, guests: List[Guest],
+                client: str, cmd_id: str) -> str:
+        away = {guest for guest in guests if guest.agent == 'lost'}
+        cmd_id, executions = self._commands.new(request, target, multicast, guests, client, away, cmd_id)
         for execution in executions:
-            self._commands.published(execution)
-        log_submitted(cmd_id, pattern, client)
+            if execution.state != 'queued':
+                self.publish(execution, request)
+        log_submitted(cmd_id, target, client)
         return cmd_id
 
     def _check_size(self, request: Dict[str, Any]) -> None:
@@ -146,7 +169,7 @@ class Control:
         """Sends a command to its VM, for the first time or again: the guest runs it once."""
         if request is None:
             request = self._commands.request(execution.cmd_id)['request']
-        if self._say(cmd_run(execution.vm_id, execution.cmd_id, request)):
+        if self._say(cmd_run(execution.vm_id, execution.cmd_id, request, execution.expires)):
             log.log(logging.INFO if execution.attempts else logging.DEBUG, '%s: sent to %s%s', execution.key,
                     execution.vm, ' again' if execution.attempts else '')
         for name in execution.signals:
@@ -160,25 +183,70 @@ class Control:
             if guest is not None and guest.agent != 'lost':
                 self.publish(execution)
 
-    def signal(self, execution: Execution, name: str) -> bool:
-        """Sends a signal to a command's processes; False where it has ended. Raises AgentNotConnected."""
-        if execution.ended:
-            return False
-        if execution.state == 'queued':
-            self._commands.finish(execution, dict(
-                lost_results(execution.cmd_id, 'signalled before it was sent'), state='failed'), True)
-            return True
-        if not self._machines.can_answer(execution.vm_id):
+    def signal(self, executions: List[Execution], name: str) -> bool:
+        """Sends a signal to the processes of commands; False where all have ended.
+
+        One of ENDING cancels what hasn't begun, for good: at once where its agent isn't there, and after
+        CANCEL_TIMEOUT where that doesn't answer. Raises BadState or AgentNotConnected for those that it can't
+        be sent to, once it was sent to the others.
+        """
+        unfinished = [execution for execution in executions if not execution.ended]
+        errors, asked = [], []         # type: List[VMHostError], List[Tuple[Execution, _Answer]]
+        with contextlib.ExitStack() as stack:
+            for execution in unfinished:
+                answer = stack.enter_context(self.answers.expected(execution.index))
+                try:
+                    if self._signal(execution, name):
+                        asked.append((execution, answer))
+                except VMHostError as error:
+                    errors.append(error)
+            deadline = time.monotonic() + CANCEL_TIMEOUT
+            for execution, answer in asked:
+                if answer.wait(max(0.0, deadline - time.monotonic())) is None and execution.state == 'sent':
+                    self._cancel(execution, name)
+        if errors:
+            raise errors[0]
+        return bool(unfinished)
+
+    def _signal(self, execution: Execution, name: str) -> bool:
+        """Whether it is cancelled unless its guest answers."""
+        is_there = self._machines.can_answer(execution.vm_id)
+        has_begun, ends = execution.state not in ('queued', 'sent'), name in ENDING
+        if not is_there and has_begun:
             raise AgentNotConnected('the agent of %s is not connected' % execution.vm)
+        if execution.state == 'queued' and not ends:
+            raise BadState('%s waits for the agent of %s, and has no processes yet; TERM or KILL cancel it'
+                           % (execution.key, execution.vm))
         log.info('%s: signal %s', execution.key, name)
-        if execution.state == 'sent' and len(execution.signals) < SIGNALS_KEPT:
+        if not has_begun and not ends and len(execution.signals) < SIGNALS_KEPT:
             execution.signals += (name,)        # the guest may never have got the command, nor get this
-        return self._say(protocol.CMD_SIGNAL.howToSay(execution.vm_id, execution.cmd_id, name))
+        self._say(protocol.CMD_SIGNAL.howToSay(execution.vm_id, execution.cmd_id, name,
+                                               cancel=ends and not has_begun))
+        if ends and not has_begun and not (is_there and execution.state == 'sent'):
+            self._cancel(execution, name)
+        return ends and execution.state == 'sent'
+
+    def _cancel(self, execution: Execution, name: str) -> None:
+        self._commands.call_off(execution, 'cancelled', 'signal %s before it began' % name, 'signalCmd')
+
+    def give_up_expired(self) -> None:
+        """Ends as expired what hasn't begun in time, as far as anybody knows."""
+        for execution in self._commands.expired():
+            if execution.state == 'sent':
+                self.recall(execution)
+            self._commands.call_off(execution, 'expired', 'ETIME: it had not begun within %g s'
+                                    % (execution.expires - execution.submitted))
+
+    def recall(self, execution: Execution) -> None:
+        """Has a guest end, or not begin, what was called off."""
+        self._say(protocol.CMD_SIGNAL.howToSay(execution.vm_id, execution.cmd_id, 'KILL', cancel=True))
 
     # How far it is.
 
     def query(self, execution: Execution, **keys: Any) -> None:
         """Asks its guest how far a command is."""
+        if execution.asked <= execution.status_time:
+            execution.asked = time.monotonic()
         self._say(protocol.CMD_QUERY.howToSay(execution.vm_id, execution.cmd_id, **keys))
 
     def query_running(self, executions: List[Execution]) -> List[Execution]:
@@ -190,13 +258,17 @@ class Control:
         return running
 
     def refresh(self, executions: List[Execution]) -> None:
-        """The same, and waits for the answers: REFRESH_TIMEOUT at most."""
-        deadline = time.monotonic() + REFRESH_TIMEOUT
+        """The same, and waits for the answers: REFRESH_TIMEOUT at most, and only for those whose guests have
+        answered before; one that hangs holds nobody up twice."""
+        now = time.monotonic()
+        waited_for = {execution.index for execution in executions
+                      if execution.asked <= execution.status_time or now < execution.asked + REFRESH_TIMEOUT}
         with contextlib.ExitStack() as stack:
             answers = {execution.index: stack.enter_context(self.answers.expected(execution.index))
                        for execution in executions}
             for execution in self.query_running(executions):
-                answers[execution.index].wait(max(0.0, deadline - time.monotonic()))
+                if execution.index in waited_for:
+                    answers[execution.index].wait(max(0.0, now + REFRESH_TIMEOUT - time.monotonic()))
 
     def shown_state(self, execution: Execution) -> str:
         """The state as a user sees it."""
@@ -223,7 +295,11 @@ class Control:
     # What guests know of it.
 
     def reconcile(self, guest: Guest, listed: Dict[str, Any]) -> None:
-        """Compares the commands that a HELLO lists with ours: what was only sent is sent again."""
+        """Compares the commands that a HELLO lists with ours: what was only sent is sent again, what was
+        called off is recalled."""
+        for cmd_id, state in listed.items():
+            if state not in FINISHED and self._commands.find_open(cmd_id, guest.id) is None:
+                self.recall_if_called_off(cmd_id, guest.id)
         for execution in self._commands.open_of(guest.id):
             if execution.cmd_id in listed:
                 self.found(execution)
@@ -234,6 +310,12 @@ class Control:
                 with self._lock:
                     self._missing[execution.index] = time.monotonic() + MISSING_GRACE
                 self.query(execution)
+
+    def recall_if_called_off(self, cmd_id: str, vm_id: str) -> None:
+        """A guest has a command that isn't open here: its end was decided without it."""
+        execution = self._commands.finished(cmd_id, vm_id)
+        if execution is not None and execution.state in CALLED_OFF:
+            self.recall(execution)
 
     def found(self, execution: Execution) -> None:
         """Its guest still knows a command."""
@@ -254,7 +336,30 @@ class Control:
                 self._missing.pop(index, None)
 
 
-def cmd_run(to: str, cmd_id: str, request: Dict[str, Any]) -> Message:
-    """The CMD_RUN of a request."""
-    return protocol.CMD_RUN.howToSay(to, cmd_id, request['cmd'], request['args'],
-                                     request['env'], request['path'], **request['options'])
+def cmd_run(to: str, cmd_id: str, request: Dict[str, Any], expires: float = 0) -> Message:
+    """The CMD_RUN of a request; ``expires`` since 1970. Bytes that aren't UTF-8 go along in base64."""
+    options = dict(request['options'])
+    if expires:
+        options['expires'] = max(0.001, expires - time.time())
+    for name in ('cmd', 'path'):
+        if not is_utf8(request[name]):
+            options[name + '64'] = to_base64(request[name])
+    if not all(map(is_utf8, request['args'])):
+        options['args64'] = [to_base64(arg) for arg in request['args']]
+    exact = {name: to_base64(value) for name, value in request['env'].items() if not is_utf8(value)}
+    if exact:
+        options['env64'] = exact
+    return protocol.CMD_RUN.howToSay(
+        to, cmd_id, well_formed(request['cmd']), [] if 'args64' in options else request['args'],
+        {name: value for name, value in request['env'].items() if name not in exact},
+        well_formed(request['path']), **options)
+
+
+def is_utf8(text: str) -> bool:
+    """Whether the text stands for itself, and not for bytes that aren't UTF-8."""
+    return well_formed(text) == text
+
+
+def to_base64(text: str) -> str:
+    """The bytes that a text stands for (surrogateescape), in base64."""
+    return base64.b64encode(text.encode('utf-8', 'surrogateescape')).decode('ascii')

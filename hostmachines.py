@@ -9,7 +9,7 @@ knows are looked up on ``name-lookup-1``, since it may take its time. No locks o
 import logging
 import os
 import threading
-from typing import Any, Callable, Dict, Iterable, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 import chirpclient
 import chirprequests
@@ -182,6 +182,12 @@ class Machines:
             return None, {}
         guest = None if self.hypervisor.clash_of(found['id']) else self._guests.by_id(found['id'])
         return guest or Guest(found['id'], found['name']), found
+
+    def all(self) -> List[Guest]:
+        """Every known machine: all agents that were ever there, and the VMs of which none was heard."""
+        vms = self.hypervisor.known_vms() if self.hypervisor is not None else ()
+        return self._guests.all() + [Guest(machine_id, name) for name, _, machine_id in vms
+                                     if machine_id and self._guests.by_id(machine_id) is None]
 
     def connected(self, vm: str) -> Guest:
         """A VM whose agent is there. Raises NoSuchVM, AgentNotConnected."""

@@ -6,6 +6,7 @@ state.
 
 import base64
 import os
+import re
 from typing import Any, Dict, List, Tuple
 
 import chirpwire
@@ -18,7 +19,8 @@ OPTIONS = {                    # of runCmd: what it is called here, on the wire,
     'killAfter': ('kill-after', (int, float)), 'user': ('user', (str,)),
     'envClear': ('env-clear', (bool,)), 'nice': ('nice', (int,)), 'limits': ('limits', (dict,)),
     'statusInterval': ('status-interval', (int, float)), 'outputLimit': ('output-limit', (int, float)),
-    'inlineOutput': ('inline-output', (int, float)), 'queue': ('queue', (bool, int)),
+    'inlineOutput': ('inline-output', (int, float)), 'expires': ('expires', (int, float)),
+    'leave': ('leave', (bool, int)), 'queue': ('queue', (bool, int)), 'id': ('id', (str,)),
 }
 LIMITS = ('as', 'cpu', 'fsize', 'nofile', 'nproc')
 # Of every system that guests run on; this one may have fewer.
@@ -38,34 +40,39 @@ def read_remote(path: FilePath) -> str:
     return path if isinstance(path, str) else chirpwire.to_text(path.data)
 
 
-def read_request(cmd: str, args: List[Any], env: Any, path: Any, file_for_stdin: str,
-                 options: Dict[str, Any]) -> Tuple[Dict[str, Any], bool]:
-    """What runCmd was asked for, and whether it may wait. Raises InvalidParams that names the argument."""
-    if not cmd:
+def read_request(cmd: FilePath, args: List[Any], env: Any, path: Any, file_for_stdin: str,
+                 options: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """What runCmd was asked for, and how to submit it: {queue, cmd_id}. Raises InvalidParams that names the
+    argument. Bytes that aren't UTF-8 stand in texts as half surrogates."""
+    if not cmd or isinstance(cmd, Binary) and not cmd.data:
         raise InvalidParams('cmd is empty')
-    if not all(isinstance(arg, (str, int, float)) for arg in args):
-        raise InvalidParams('args: each should be text')
     read = read_options(options)
     if file_for_stdin:
         if 'stdin' in read or 'stdin64' in read:
             raise InvalidParams('fileForStdin and stdin: one of them')
         read['fileForStdin'] = file_for_stdin
-    queue = bool(read.pop('queue', False))
-    texts = [str(arg) for arg in args]
-    folder = '' if path in (None, '', 'None') else read_text('path', path)
-    request = {'cmd': cmd, 'args': texts, 'env': read_env(env), 'path': folder,
-               'options': read}
-    for text in [cmd, folder] + texts:
-        if '\0' in text:
-            raise InvalidParams('NUL in %.40r' % text)
-    return request, queue
+    how = {'queue': bool(read.pop('queue', False)), 'cmd_id': read_id(read.pop('id', ''))}
+    request = {'cmd': read_text('cmd', cmd), 'args': [read_text('args', arg) for arg in args],
+               'env': read_env(env), 'options': read,
+               'path': '' if path in (None, '', 'None') else read_text('path', path)}
+    return request, how
 
 
 def read_text(name: str, value: Any) -> str:
-    """The value, which should be text. Raises InvalidParams."""
-    if not isinstance(value, str):
-        raise InvalidParams('%s should be text' % name)
-    return value
+    """The value, which should be text, a number, or bytes (base64). Raises InvalidParams."""
+    if not isinstance(value, (str, int, float, Binary)):
+        raise InvalidParams('%s: %.40r should be text, or base64' % (name, value))
+    text = read_remote(value) if isinstance(value, Binary) else str(value)
+    if '\0' in text:
+        raise InvalidParams('%s: NUL in %.40r' % (name, text))
+    return text
+
+
+def read_id(text: str) -> str:
+    """An id that the caller gives a command, or ''. Raises InvalidParams."""
+    if text and not re.fullmatch('[A-Za-z0-9][A-Za-z0-9._-]{0,63}', text, re.ASCII):
+        raise InvalidParams('option id: %.80r: expected up to 64 letters, digits, dots, - and _' % text)
+    return text
 
 
 def read_env(env: Any) -> Dict[str, str]:
@@ -79,10 +86,10 @@ def read_env(env: Any) -> Dict[str, str]:
         return {}
     if not isinstance(env, dict):
         raise InvalidParams('env should be a mapping')
-    for name, value in env.items():
-        if not name or '=' in name or '\0' in name + str(value):
+    for name in env:
+        if not name or '=' in name or '\0' in name:
             raise InvalidParams('env: %.40r can\'t be a variable' % name)
-    return {name: str(value) for name, value in env.items()}
+    return {name: read_text('env: ' + name, value) for name, value in env.items()}
 
 
 def read_options(options: Dict[str, Any]) -> Dict[str, Any]:
@@ -103,8 +110,9 @@ def read_options(options: Dict[str, Any]) -> Dict[str, Any]:
         read['stdin64'] = base64.b64encode(read.pop('stdin').data).decode('ascii')
     for name, value in read.get('limits', {}).items():
         if name not in LIMITS or isinstance(value, bool) or not isinstance(value, (int, float)) \
-                or not -1 <= value <= LARGEST_NUMBER:
-            raise InvalidParams('limits: %r; there are %s, each a number' % (name, ', '.join(LIMITS)))
+                or not 0 <= value <= LARGEST_NUMBER:
+            raise InvalidParams('limits: %r: %r; there are %s, each a number, none below 0'
+                                % (name, value, ', '.join(LIMITS)))
     return read
 
 

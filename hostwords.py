@@ -11,7 +11,7 @@ import time
 from typing import Any, Callable, Dict, Optional
 
 import protocol
-from hostcommands import Commands, has_more_output, read_results
+from hostcommands import CALLED_OFF, Commands, has_more_output, read_results
 from hostcontrol import Control
 from hostguests import Guests
 from hostjournal import Journal
@@ -127,6 +127,8 @@ class Words:
                                     'its disk was lost, or restored from an earlier state')
             elif state == 'unknown':
                 self._control.publish(execution)
+        elif state in ('queued', 'running', 'stopped'):
+            self._control.recall_if_called_off(*index)
         self._control.answers.arrived(index, message)
 
     def heard_cmd_results(self, message: Message) -> None:
@@ -142,6 +144,9 @@ class Words:
             execution = self._commands.finished(cmd_id, sender)
             if execution is None:
                 self._commands.keep_orphan(cmd_id, sender, self._machines.name_of(sender), results)
+            elif execution.state in CALLED_OFF and results['state'] not in CALLED_OFF:
+                self._commands.correct(execution, results, fetched=not has_more_output(results))
+        self._control.answers.arrived((cmd_id, sender), message)
         if execution is None or execution.fetched:
             self._acknowledge((sender, cmd_id))
         else:

@@ -636,8 +636,10 @@ class CMD_SIGNAL:
     listeners = ('guest',)
 
     @staticmethod
-    def howToSay(to: str, cmd_id: str, signal: str) -> Message:
-        return Message(CMD_REQUESTS, 'CMD_SIGNAL', {'to': to, 'cmd-id': cmd_id, 'signal': signal})
+    def howToSay(to: str, cmd_id: str, signal: str, cancel: bool = False) -> Message:
+        """cancel: should the guest not know the command, it must not run when its CMD_RUN still comes."""
+        return Message(CMD_REQUESTS, 'CMD_SIGNAL', {'to': to, 'cmd-id': cmd_id, 'signal': signal},
+                       {'cancel': True} if cancel else {})
 
     @staticmethod
     def listenAndAct(agent: Any, message: Message) -> None:

@@ -372,7 +372,7 @@ def test_output_is_on_the_disk_before_it_is_acknowledged(tmp_path, monkeypatch):
             monkeypatch.setattr(host.machines, 'chirp_client',
                                 lambda guest: chirpclient.ChirpClient(*server.address))
             request = {'cmd': 'x', 'args': [], 'env': {}, 'path': '', 'options': {}}
-            cmd_id = host.commands.new(request, 'g', False, [guest], False, 'tester')[0]
+            cmd_id = host.commands.new(request, 'g', False, [guest], 'tester')[0]
             results = dict(hostcommands.lost_results(cmd_id, ''), spool='/')
             results.update({'out-size': 1000000, 'out-offset': 900000})
             execution = host.commands.find(cmd_id)[0]

@@ -57,9 +57,10 @@ def results_of(cmd_id, **changes):
     return dict(results, **changes)
 
 
-def new_command(commands, names=('a',), multicast=False, queued=False):
+def new_command(commands, names=('a',), multicast=False, queued=False, **options):
     guests = [hostguests.Guest(name.upper(), name) for name in names]
-    return commands.new(REQUEST, names[0], multicast, guests, queued, 'tester')
+    return commands.new(dict(REQUEST, options=options), names[0], multicast, guests, 'tester',
+                        guests if queued else ())
 
 
 # --- journal ---
@@ -157,8 +158,9 @@ def test_a_newer_journal_is_refused(tmp_path):
 def test_an_older_journal_is_brought_up_to_date(tmp_path):
     path = str(tmp_path / 'journal')
     old = sqlite3.connect(path)
-    old.executescript('\n'.join(line for line in hostjournal.SCHEMA.splitlines()
-                                if 'of_cmd ' not in line and 'by_submission' not in line))
+    schema = '\n'.join(line for line in hostjournal.SCHEMA.splitlines() if not any(
+        new in line for new in ('of_cmd ', 'by_submission', 'TABLE secrets')))
+    old.executescript(schema.replace(" expires REAL NOT NULL DEFAULT 0, line TEXT NOT NULL DEFAULT '',", ''))
     old.execute("INSERT INTO commands VALUES ('c', 'a', 0, '{}', 1, 'x')")
     old.execute('PRAGMA user_version = 1')
     old.commit()
@@ -167,7 +169,9 @@ def test_an_older_journal_is_brought_up_to_date(tmp_path):
     try:
         assert journal.command('c')['client'] == 'x'
         assert journal.rows('PRAGMA user_version') == [(hostjournal.JOURNAL_FORMAT,)]
-        assert ('by_submission',) in journal.rows("SELECT name FROM sqlite_master WHERE type = 'index'")
+        made = journal.rows('SELECT name FROM sqlite_master')
+        assert ('by_submission',) in made and ('secrets',) in made
+        assert journal.executions('expires = 0 AND line = ?', '') == []
     finally:
         journal.close()
 
