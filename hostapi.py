@@ -16,6 +16,7 @@ import chirprequests
 import chirpwire
 import protocol
 from faults import InvalidParams, NoSuchMethod, NotSupported
+from hostarguments import names_of
 from hostcommands import LINE_SHOWN
 from hostguests import Guest
 from hostjournal import Execution
@@ -69,7 +70,7 @@ class AgentMethods(Methods):
                 Asks the agent of a VM whether it is there: 'PONG from NAME'...
         """
         import hostreference  # brings inspect along, that an agent can do without
-        texts = [text for _, methods in hostreference.describe_api() for text in methods]
+        texts = [text for _, methods in hostreference.describe(PARTS) for text in methods]
         if method:
             name = ALIASES.get(method, method)
             texts = [text for text in texts if text.name == name]
@@ -732,11 +733,6 @@ def shown_results(results: Dict[str, Any]) -> Dict[str, Any]:
 
 
 PARTS = (AgentMethods, MachineMethods, ControlMethods, CommandMethods, FileMethods)
-
-
-def names_of(part: Any) -> List[str]:
-    """The names of a subject's methods, in the order of their definition."""
-    return [name for name, value in vars(part).items() if callable(value) and not name.startswith('_')]
 
 
 class Api:

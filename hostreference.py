@@ -7,11 +7,10 @@ import html
 import inspect
 import re
 import textwrap
-from typing import Callable, List, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Tuple
 
 import agent
-from hostapi import ALIASES, PARTS, Api, names_of
-from hostdispatch import signature_of
+from hostarguments import names_of, signature_of
 
 PAGE_STYLE = """
 :root { color-scheme: light dark; }
@@ -38,28 +37,32 @@ class MethodText:
         return '%s%s\n%s' % (self.name, self.signature, textwrap.indent(self.whole, '    '))
 
 
-def describe_api() -> List[Tuple[str, List[MethodText]]]:
-    """The reference: [(part, its methods)], in the order of the definitions."""
+def describe(parts: Iterable[Any]) -> List[Tuple[str, List[MethodText]]]:
+    """The reference of these classes of methods: [(part, its methods)], in the order of the definitions."""
     return [(part.part, [MethodText(name, getattr(part, name)) for name in names_of(part)])
-            for part in PARTS]
+            for part in parts]
 
 
-def reference_page() -> str:
-    """The API's reference as a page: what docs/api.md says, of this very program."""
+def reference_page(about: str, parts: Iterable[Any], aliases: Dict[str, str]) -> str:
+    """The API's reference as a page: what docs/api.md says, of this very program.
+
+    about      what is said of all methods
+    aliases    {name that older clients use: name}
+    """
     escape = html.escape
     lines = ['<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">',
              '<meta name="viewport" content="width=device-width, initial-scale=1">',
              '<title>vmhost %s: methods</title>' % agent.VERSION,
              '<link rel="icon" href="data:,">', '<style>%s</style>' % PAGE_STYLE,
              '<main>\n<h1>Methods of vmhost %s</h1>' % agent.VERSION,
-             paragraphs(inspect.getdoc(Api) or '')]
-    for part, methods in describe_api():
+             paragraphs(inspect.cleandoc(about))]
+    for part, methods in describe(parts):
         lines.append('<h2>%s</h2>' % escape(part))
         for method in methods:
             lines += ['<h3 id="%s">%s%s</h3>' % (method.name, method.name, escape(method.signature)),
                       paragraphs(method.text), '<pre tabindex="0">%s</pre>' % escape(method.example)]
-    aliases = ['``%s`` is ``%s``' % item for item in ALIASES.items()]
-    return '\n'.join(lines + ['<h2>Older names</h2>', paragraphs(', '.join(aliases)), '</main>\n</html>\n'])
+    older = ['``%s`` is ``%s``' % item for item in aliases.items()]
+    return '\n'.join(lines + ['<h2>Older names</h2>', paragraphs(', '.join(older)), '</main>\n</html>\n'])
 
 
 def paragraphs(text: str) -> str:

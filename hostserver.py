@@ -24,7 +24,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import agent
 import localsocket
 from faults import InvalidParams, NoSuchCommand, VMHostError
-from hostapi import Api
+from hostapi import ALIASES, PARTS, Api
 from hostclient import EVERYWHERE, USER, proof
 from hostdispatch import Dispatcher
 from hostpages import PAGE_HEADERS, StatusPage, page_headers
@@ -282,7 +282,7 @@ class Connection:
         if request.path != '/':
             raise Refused(404, 'no page %.100s' % request.path)
         import hostreference  # an agent whose reference nobody reads does without its memory
-        page = hostreference.reference_page()
+        page = hostreference.reference_page(Api.__doc__ or '', PARTS, ALIASES)
         self._respond(200, 'text/html; charset=utf-8', page.encode(), page_headers(page))
 
     def _show_status(self, what: str, request: Request) -> None:

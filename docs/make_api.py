@@ -39,7 +39,7 @@ def link_of(heading):
 
 def make_page():
     """The whole text of docs/api.md."""
-    parts = hostreference.describe_api()
+    parts = hostreference.describe(hostapi.PARTS)
     lines = [HEAD % inspect.getdoc(hostapi.Api)]
     for part, methods in parts:
         names = ' · '.join('[%s](#%s)' % (method.name, link_of(method.name + method.signature))

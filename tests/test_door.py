@@ -1,10 +1,8 @@
 """The host's own door: who may read its state, who is told its token, and who may hold up whom."""
 
 import contextlib
-import glob
 import http.client
 import http.server
-import json
 import os
 import re
 import signal
@@ -17,9 +15,8 @@ import time
 import xmlrpc.client
 
 import pytest
-from agents import TOP, Agent, Host
+from agents import Host
 from helpers import wait_until
-from terminals import Terminal
 from test_mistakes import sentences
 
 import faults
