@@ -909,11 +909,14 @@ class Hypervisor:
         return ended and not self._teller.is_alive()
 
     def _launch(self, watches: bool) -> Child:
-        here = os.path.dirname(os.path.abspath(__file__))
-        code = 'import sys; sys.path.insert(0, sys.argv[1]); import drivers; drivers.run(sys.argv[2])'
         with self._open_stderr() as stderr:
-            return Child([sys.executable, '-c', code, here, self.name, 'watcher' if watches else 'worker'],
+            return Child(self._command() + ['watcher' if watches else 'worker'],
                          {'settings': self._settings, 'watches': watches}, stderr)
+
+    def _command(self) -> List[str]:
+        """What runs a driver's process; its last word is for who looks at a list of processes."""
+        code = 'import sys; sys.path.insert(0, sys.argv[1]); import drivers; drivers.run(sys.argv[2])'
+        return [sys.executable, '-c', code, os.path.dirname(os.path.abspath(__file__)), self.name]
 
     def _open_stderr(self) -> Any:
         """A driver's library prints its troubles; they are kept for who looks for a reason, and each
