@@ -15,6 +15,16 @@ from vms import SETTINGS, fault_of, kill
 import hypervisor
 
 SMALL = {'memory': 16, 'diskSize': 4}
+# A boot sector that looks for `vmhost:` where the firmware's tables are, and writes that word to the first
+# serial port, or N.
+SERIAL_READER = bytes([
+    0xb8, 0x00, 0xe0, 0x8e, 0xc0, 0x31, 0xff, 0xba, 0xf8, 0x03,    # es:di = E000:0; dx = 3f8h
+    0x26, 0x66, 0x81, 0x3d, 0x76, 0x6d, 0x68, 0x6f, 0x74, 0x08,    # next: cmp dword es:[di],'vmho'; je found
+    0x47, 0x75, 0xf3, 0xb0, 0x4e, 0xee, 0xeb, 0x15,                # inc di; jnz next; out 'N'; jmp halt
+    0xb9, 0x27, 0x00,                                              # found: mov cx,39
+    0xba, 0xfd, 0x03, 0xec, 0xa8, 0x20, 0x74, 0xfb,                # more: wait until the port is ready
+    0xba, 0xf8, 0x03, 0x26, 0x8a, 0x05, 0xee, 0x47, 0xe2, 0xee,    # out es:[di]; inc di; loop more
+    0xf4, 0xeb, 0xfd])                                             # halt: hlt; jmp halt
 
 
 @pytest.fixture
@@ -136,19 +146,43 @@ def test_two_vms_with_one_card(host, api, vm):
     assert api.start(vm) is True
 
 
+@pytest.fixture
+def secret_box(home, remove_all, tmp_path):
+    """A hypervisor that gives each VM a secret of its own, made of the first digit of its uuid."""
+    box = hypervisor.Hypervisor('VirtualBox', dict(SETTINGS, state_dir=str(tmp_path), command_timeout=45),
+                                secret_of=lambda id, uuid: 32 * uuid[0])
+    box.open()
+    yield box
+    assert box.close()
+
+
 @pytest.mark.parametrize('firmware, device', [('bios', 'pcbios'), ('efi', 'efi')])
-def test_a_cold_start_tells_the_firmware_its_serial(home, remove_all, tmp_path, firmware, device):
+def test_a_cold_start_tells_the_firmware_its_serial(secret_box, firmware, device):
     manage('createvm', '--name', 'cold', '--ostype', 'Linux_64', '--register')
     manage('modifyvm', 'cold', '--memory', '64', '--firmware', firmware, '--nic1', 'nat')
-    asked = []
-    box = hypervisor.Hypervisor('VirtualBox', dict(SETTINGS, state_dir=str(tmp_path), command_timeout=45),
-                                secret_of=lambda *who: asked.append(who) or 32 * 'a')
-    box.open()
-    try:
-        assert box.start('cold') is True
-        key = 'VBoxInternal/Devices/%s/0/Config/DmiBoardSerial' % device
-        assert manage('getextradata', 'cold', key).strip() == 'Value: string:vmhost:' + 32 * 'a'
-        assert asked == [(box.describe('cold')['id'], box.describe('cold')['uuid'])]
-        assert box.power_off('cold') is True
-    finally:
-        assert box.close()
+    assert secret_box.start('cold') is True
+    key = 'VBoxInternal/Devices/%s/0/Config/DmiBoardSerial' % device
+    digit = secret_box.describe('cold')['uuid'][0]
+    assert manage('getextradata', 'cold', key).strip() == 'Value: string:vmhost:' + 32 * digit
+    assert secret_box.power_off('cold') is True
+
+
+def test_the_guest_reads_the_serial_and_its_clone_one_of_its_own(secret_box, tmp_path):
+    raw, disk, serial = (str(tmp_path / name) for name in ('raw', 'disk.vdi', 'serial'))
+    with open(raw, 'wb') as file:
+        file.write(SERIAL_READER.ljust(510, b'\0') + b'\x55\xaa')
+        file.truncate(2 << 20)
+    manage('convertfromraw', raw, disk)
+    secret_box.create_vm('read', disk, {'memory': 16})
+    manage('modifyvm', 'read', '--uart1', '0x3f8', '4', '--uartmode1', 'file', serial)
+    said = {}
+    for name in ('read', 'clone'):
+        if name == 'clone':
+            manage('clonevm', 'read', '--name', 'clone', '--register')
+        secret_box.start(name)
+        wait_until(lambda: os.path.exists(serial) and os.path.getsize(serial) >= 39, 60)
+        secret_box.power_off(name)
+        with open(serial) as file:
+            said[name] = file.read()
+        os.remove(serial)
+        assert said[name] == 'vmhost:' + 32 * secret_box.describe(name)['uuid'][0]
