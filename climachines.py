@@ -42,8 +42,8 @@ def vm_row(vm: Dict[str, Any], long: bool) -> List[Any]:
 
 def do_create(host: Client, screen: Screen, args: Any) -> int:
     """Makes a VM from an image, or registers a .vbox file."""
-    options = {name: getattr(args, name) for name in ('memory', 'cpus', 'ostype', 'network', 'diskSize')
-               if getattr(args, name) is not None}
+    names = 'memory', 'cpus', 'ostype', 'network', 'diskSize', 'keep', 'acceptEula'
+    options = {name: getattr(args, name) for name in names if getattr(args, name) not in (None, False)}
     image = args.image and os.path.abspath(args.image)     # the host's working directory is not ours
     name = os.path.abspath(args.name) if not image and args.name.endswith('.vbox') else args.name
     _, made = watch(host, screen, name, 'createVM', name, image, options)
@@ -52,8 +52,13 @@ def do_create(host: Client, screen: Screen, args: Any) -> int:
 
 
 def do_rm(host: Client, screen: Screen, args: Any) -> int:
-    """Removes a VM, with its disks if asked."""
-    return change(host, screen, [args.vm], 'removed', 'removeVM', args.disks)
+    """Removes a VM, with its disks if asked; says which disks from elsewhere are kept."""
+    name, after = host.call('getVM', args.vm)['name'], host.call('getEvents', -1)['last']
+    code = change(host, screen, [args.vm], 'removed', 'removeVM', args.disks, args.all_disks)
+    for event in host.call('getEvents', after)['events']:
+        if (event['type'], event['vm']) == ('disk-kept', name):
+            screen.say('kept %s (rm --all-disks deletes it, too)' % agent.printable(event['text']))
+    return code
 
 
 def do_start(host: Client, screen: Screen, args: Any) -> int:
@@ -110,8 +115,10 @@ def do_ping(host: Client, screen: Screen, args: Any) -> int:
 def do_rdp(host: Client, screen: Screen, args: Any) -> int:
     """Switches the remote desktop of a VM, and says where it is."""
     desktop = host.call('remoteDesktop', args.vm, not args.off)
-    on = '%(address)s:%(port)s (authentication %(auth)s, security %(security)s)'
-    return show_list(screen, args.json, ['off' if args.off else on % desktop], desktop)
+    on = ['%(address)s:%(port)s (authentication %(auth)s, security %(security)s)' % desktop]
+    if 'password' in desktop:
+        on.append('password: %s (shown once)' % desktop['password'])
+    return show_list(screen, args.json, ['off'] if args.off else on, desktop)
 
 
 OUT_OF_REACH = 'the broker listens on %s, where no VM can reach it: restart the host agent'
@@ -138,14 +145,21 @@ def is_out_of_reach(broker: str, mode: str) -> bool:
 
 
 def do_cleanup(host: Client, screen: Screen, args: Any) -> int:
-    """Unused VMs and disks that this tool created: listed, or removed."""
-    found = host.call('cleanup', not args.yes)
-    verb = 'removed' if args.yes else 'would remove'
-    lines = ['%s %s %s (%s)' % (verb, what['kind'], what['name'], what['why']) for what in found]
+    """Unfinished VMs and unused disks that this tool created: listed, or removed."""
+    found = host.call('cleanup', not args.yes, args.vms)
+    verb = 'removed ' if args.yes else 'would remove '
+    lines = ['%s %s (%s)' % (what['kind'] if what['kind'] == 'kept' else verb + what['kind'], what['name'],
+                             what['why']) for what in found]
     show_list(screen, args.json, lines, found)
-    if found and not args.yes and not args.json:
+    if [what for what in found if what['kind'] != 'kept'] and not args.yes and not args.json:
         screen.complain('nothing was removed; use cleanup --yes')
     return 0
+
+
+def do_keep(host: Client, screen: Screen, args: Any) -> int:
+    """Marks VMs that cleanup never removes."""
+    done = 'is not kept any more' if args.off else 'is kept'
+    return change(host, screen, host.matching(args.vm), done, 'keepVM', not args.off)
 
 
 VERBS = [
@@ -157,14 +171,19 @@ VERBS = [
         argument('--memory', metavar='MB', type=int), argument('--cpus', metavar='N', type=int),
         argument('--ostype', metavar='TYPE', help='VirtualBox\'s name for the guest\'s system'),
         argument('--network', choices=['hostonly', 'nat', 'none'], help='default: as in host.ini'),
-        argument('--disk', metavar='MB', type=int, dest='diskSize', help='of the disk beside an .iso')], (
+        argument('--disk', metavar='MB', type=int, dest='diskSize', help='of the disk beside an .iso'),
+        switch('--keep', help='cleanup never removes it'),
+        switch('--accept-eula', dest='acceptEula', help='accept the licence of an appliance')], (
             'create web1 cernvm.ova --memory 2048 --cpus 2',)),
-    Verb('rm', do_rm, 'remove a VM', [VM, switch('--disks', help='delete its disks as well')]),
+    Verb('rm', do_rm, 'remove a VM', [
+        VM, switch('--disks', help='delete its files and disks as well'),
+        switch('--all-disks', help='and disks that were attached from elsewhere')]),
     Verb('start', do_start, 'start VMs', [VMS, switch('--gui', help='with a window')]),
     Verb('stop', do_stop, 'shut VMs down', [VMS, switch('--force', help='power them off')]),
     Verb('pause', changing('pause', 'is paused'), 'pause VMs', [VMS]),
     Verb('resume', changing('resume', 'is running'), 'resume paused VMs', [VMS]),
     Verb('save', changing('saveState', 'is saved'), 'save VMs to disk; start resumes them', [VMS]),
+    Verb('discard', changing('discardState', 'is off'), 'discard the saved state of VMs', [VMS]),
     Verb('reset', changing('reset', 'is reset'), 'reset VMs', [VMS]),
     Verb('snap', do_snap, 'list, take, restore and remove snapshots of a VM', [
         argument('action', choices=['ls', 'take', 'restore', 'rm']), VM,
@@ -178,6 +197,9 @@ VERBS = [
         VM, switch('--off', help='disable it'), JSON]),
     Verb('net', do_net, 'show the network of the VMs', [
         switch('--setup', help='create or repair it, as configured in host.ini'), JSON]),
-    Verb('cleanup', do_cleanup, 'list unused VMs and disks that this tool created', [
-        switch('--yes', help='remove them'), JSON]),
+    Verb('cleanup', do_cleanup, 'list unfinished VMs and unused disks that this tool created', [
+        switch('--yes', help='remove them'),
+        argument('--vms', metavar='NAME', nargs='+', default=[], help='and these VMs, if they are off'),
+        JSON]),
+    Verb('keep', do_keep, 'keep VMs from cleanup', [VMS, switch('--off', help='no longer')]),
 ]

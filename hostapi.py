@@ -82,8 +82,8 @@ class AgentMethods(Methods):
         """{version, proto, python, hypervisor, broker, xmlrpc, uptime, vms, cmds, aint, jobs} of the host.
 
         vms: how many agents are connected; cmds: how many commands are unfinished; aint: how many
-        words weren't any; broker: where it is, and the embedded one's counters; jobs: what the
-        hypervisor is busy with, [{verb, vm, percent, text}].
+        words weren't any; broker: where it is, and the embedded one's counters; jobs: what VirtualBox
+        is busy with, [{verb, vm, percent, text}].
 
             >>> host.agentInfo()['hypervisor']
             'none'
@@ -178,10 +178,11 @@ class MachineMethods(Methods):
         return [guest.name for guest in self._host.guests.on_list()]
 
     def getVM(self, vm: str) -> dict:
-        """{name, id, uuid, state, agent, ip, lastSeen, clockOffset, facts, rdp, commands} of a VM.
+        """{name, id, uuid, state, trouble, agent, ip, lastSeen, clockOffset, facts, rdp, commands} of a VM.
 
-        state is the machine's, agent (alive, late, lost or never) the agent's; commands: the ids
-        of those that are unfinished; clockOffset: guest's clock less the host's, roughly.
+        state is the machine's, trouble what is wrong with it, '' for nothing; agent (alive, late, lost or
+        never) is the agent's; commands: the ids of those that are unfinished; clockOffset: guest's clock
+        less the host's, roughly.
 
             >>> vm = host.getVM('node1')
             >>> vm['state'], vm['agent'], vm['ip']
@@ -190,13 +191,19 @@ class MachineMethods(Methods):
         host = self._host
         known, described = host.machines.describe(vm)
         guest = known or host.machines.find(vm)
-        described = described or {'uuid': '', 'native': self._state_of(guest), 'rdp': {}}
+        described = described or {
+            'uuid': '', 'native': self._state_of(guest), 'rdp': {}, 'trouble': ''}
         return {'name': guest.name, 'id': guest.id, 'uuid': described['uuid'],
                 'state': described['native'], 'rdp': described['rdp'],
+                'trouble': self._trouble(vm, described),
                 'agent': guest.agent if guest.last_seen else 'never', 'ip': guest.ip,
                 'lastSeen': guest.last_seen, 'clockOffset': guest.clock_offset,
                 'facts': dict(guest.facts, boot=guest.boot),
                 'commands': [execution.key for execution in host.commands.open_of(guest.id)]}
+
+    def _trouble(self, vm: str, described: Dict[str, Any]) -> str:
+        hypervisor = self._host.machines.hypervisor
+        return described['trouble'] or (hypervisor.clash_of(vm) if hypervisor is not None else '')
 
     def _state_of(self, guest: Guest) -> str:
         return 'Null' if guest.agent == 'lost' else 'Running'
@@ -241,8 +248,9 @@ class ControlMethods(Methods):
         """Makes a VM from .ova, .ovf, .vdi, .vmdk or .iso; or registers a .vbox file. [True, name].
 
         Options: memory (MB), cpus, ostype, network (hostonly, nat or none), diskSize (MB) of the new, empty
-        disk, 0 for none, and keep (cleanup leaves the VM alone). What an image decides itself is refused:
-        diskSize beside a disk or an appliance, ostype beside an appliance, all beside a .vbox file.
+        disk, 0 for none, keep (cleanup leaves the VM alone), and acceptEula (an appliance's licence). What
+        an image decides itself is refused: diskSize beside a disk or an appliance, ostype beside an
+        appliance, all beside a .vbox file.
 
             >>> host.createVM('node1', '/images/cernvm.ova', {'memory': 2048, 'cpus': 2})
             [True, 'node1']
@@ -250,15 +258,19 @@ class ControlMethods(Methods):
         return [True, self._hypervisor().create_vm(name, image, options)]
 
     @audited
-    def removeVM(self, vm: str, deleteDisks: bool = False) -> bool:
-        """Takes a VM out of the hypervisor, with its disks where asked.
+    def removeVM(self, vm: str, deleteDisks: bool = False, allDisks: bool = False) -> bool:
+        """Takes a VM out of the hypervisor; with its files and disks where asked.
+
+        Disks that were attached from elsewhere stay, and each is an event `disk-kept`; with allDisks they
+        go, too.
 
             >>> host.removeVM('node1', True)
             True
         """
         guest = self._host.machines.describe(vm)[0]
-        self._hypervisor().remove_vm(vm, deleteDisks)
-        if guest is not None and deleteDisks:
+        for disk in self._hypervisor().remove_vm(vm, deleteDisks, allDisks):
+            self._host.journal.event('disk-kept', guest.name if guest is not None else vm, '', disk)
+        if guest is not None and (deleteDisks or allDisks):
             self._host.machines.removed(guest)
         return True
 
@@ -429,13 +441,31 @@ class ControlMethods(Methods):
         return self._hypervisor().setup_network()
 
     @audited
-    def cleanup(self, dryRun: bool = True) -> list:
-        """What is, or would be, removed: VMs and disks that this tool made and nobody owns.
+    def cleanup(self, dryRun: bool = True, vms: list = []) -> list:
+        """What is, or would be, removed: [{kind, name, why}] of VMs and disks that this tool made.
+
+        What is half made, disks of its own that no VM uses, and those of its VMs that are named in `vms` and
+        off. Rows of kind `kept` tell what was passed over.
 
             >>> host.cleanup(True)
             []
         """
-        return self._hypervisor().cleanup(dryRun)
+        return self._hypervisor().cleanup(dryRun, vms)
+
+    @audited
+    def keepVM(self, vm: str, keep: bool = True) -> bool:
+        """Whether cleanup leaves this VM alone, even where it is named.
+
+            >>> host.keepVM('node1')
+            True
+        """
+        return self._done(self._hypervisor().keep(vm, keep))
+
+    @audited
+    def _save_snapshot(self, vm: str, name: Any = '', desc: Any = '') -> bool:
+        """takeSnapshot by its older name, whose callers number snapshots, name none, or two the same."""
+        name = str(name) or time.strftime('%Y-%m-%d %H:%M:%S')
+        return self._done(self._hypervisor().take_snapshot(vm, name, str(desc), True))
 
 
 class CommandMethods(Methods):
@@ -749,3 +779,6 @@ class Api:
         parts = [part(host, self.caller) for part in PARTS]
         self.methods = {name: getattr(part, name) for part in parts
                         for name in names_of(type(part))}     # type: Dict[str, Callable]
+        self.older = {older: self.methods[name] for older, name in ALIASES.items()}
+        self.older['saveSnapshot'] = next(
+            part._save_snapshot for part in parts if isinstance(part, ControlMethods))

@@ -57,7 +57,7 @@ class Dispatcher:
             raise
 
     def _find(self, name: str) -> Callable:
-        found = self._system.get(name) or self._api.methods.get(ALIASES.get(name, name))
+        found = self._system.get(name) or self._api.methods.get(name) or self._api.older.get(name)
         if found is None:
             raise NoSuchMethod(name)
         return found

@@ -76,6 +76,8 @@ class Machines:
             for execution in self._commands.open_of(guest.id):
                 if execution.state == 'running':
                     self._commands.lose(execution, 'the VM ended: %s' % text)
+        elif type == 'vm-removed' and guest is not None:
+            self._guests.gone(guest.id)
         elif type in ('vm-added', 'vm-renamed', 'vm-card'):
             for guest in self._guests.all():
                 if self._known_name(guest.id) not in ('', guest.name):
@@ -186,8 +188,8 @@ class Machines:
     def all(self) -> List[Guest]:
         """Every known machine: all agents that were ever there, and the VMs of which none was heard."""
         vms = self.hypervisor.known_vms() if self.hypervisor is not None else ()
-        return self._guests.all() + [Guest(machine_id, name) for name, _, machine_id in vms
-                                     if machine_id and self._guests.by_id(machine_id) is None]
+        return self._guests.all() + [Guest(row['id'], row['name']) for row in vms
+                                     if row['id'] and self._guests.by_id(row['id']) is None]
 
     def connected(self, vm: str) -> Guest:
         """A VM whose agent is there. Raises NoSuchVM, AgentNotConnected."""

@@ -19,7 +19,6 @@ calls `on_event`. Whoever calls a verb waits on his own thread.
 import base64
 import collections
 import contextlib
-import inspect
 import json
 import logging
 import os
@@ -561,12 +560,10 @@ class Call:
     """One call of a verb, and who waits for its answer. `heard` is when the driver last said something of
     it."""
 
-    def __init__(self, number: int, verb: str, args: Tuple[Any, ...],
-                 progress: Optional[Callable[[int, str], None]] = None) -> None:
+    def __init__(self, number: int, verb: str, args: Tuple[Any, ...]) -> None:
         self.id = number
         self.verb = verb
         self.args = args
-        self.progress = progress
         self.vm = args[0] if args and isinstance(args[0], str) else ''
         self.others = []  # type: List[List[str]]
         self.sent_to = None  # type: Optional[Child]
@@ -876,11 +873,11 @@ class Hypervisor:
 
     def __init__(self, name: str, settings: Dict[str, Any],
                  on_event: Callable[[str, str, str], None] = lambda type, vm, text: None,
-                 serial_of: Callable[[str, str], str] = lambda id, uuid: '') -> None:
+                 secret_of: Callable[[str, str], str] = lambda id, uuid: '') -> None:
         self.name = name
         self._settings = settings
         self._on_event = on_event
-        self._serial_of = serial_of
+        self._secret_of = secret_of
         self._patience = settings['command_timeout'] + SILENCE
         self._events = queue.Queue()  # type: queue.Queue
         self._watch = Watch(self._happened)
@@ -912,11 +909,14 @@ class Hypervisor:
         return ended and not self._teller.is_alive()
 
     def _launch(self, watches: bool) -> Child:
-        here = os.path.dirname(os.path.abspath(__file__))
-        code = 'import sys; sys.path.insert(0, sys.argv[1]); import drivers; drivers.run(sys.argv[2])'
         with self._open_stderr() as stderr:
-            return Child([sys.executable, '-c', code, here, self.name, 'watcher' if watches else 'worker'],
+            return Child(self._command() + ['watcher' if watches else 'worker'],
                          {'settings': self._settings, 'watches': watches}, stderr)
+
+    def _command(self) -> List[str]:
+        """What runs a driver's process; its last word is for who looks at a list of processes."""
+        code = 'import sys; sys.path.insert(0, sys.argv[1]); import drivers; drivers.run(sys.argv[2])'
+        return [sys.executable, '-c', code, os.path.dirname(os.path.abspath(__file__)), self.name]
 
     def _open_stderr(self) -> Any:
         """A driver's library prints its troubles; they are kept for who looks for a reason, and each
@@ -934,19 +934,14 @@ class Hypervisor:
         if not kind_of(verb):
             raise AttributeError(verb)
 
-        def call(*args: Any, **keys: Any) -> Any:
-            progress = keys.pop('progress', None)
-            bound = inspect.signature(getattr(Driver, verb)).bind(None, None, *args, **keys)
-            return self._call(verb, bound.args[2:], progress)
-        return call
+        return lambda *args: self._call(verb, args)
 
-    def _call(self, verb: str, args: Tuple[Any, ...] = (), progress: Any = None,
-              patience: Optional[float] = None) -> Any:
+    def _call(self, verb: str, args: Tuple[Any, ...] = (), patience: Optional[float] = None) -> Any:
         with self._free:
             if self._closing:
                 raise HypervisorError('the host agent is stopping')
             self._last_id += 1
-            call = Call(self._last_id, verb, args, progress)
+            call = Call(self._last_id, verb, args)
         if kind_of(verb) == 'quick':
             return self._watcher.ask(call, patience)
         with self._owning(call):
@@ -1020,14 +1015,14 @@ class Hypervisor:
         """Starts, or goes on from the saved state. True once it runs."""
         self._refuse_clash(vm)
         row = self._row(vm)
-        serial = self._serial_of(row['id'], row['uuid']) if row is not None else ''
-        return self._call('start', (vm, bool(gui_mode), serial))
+        secret = self._secret_of(row['id'], row['uuid']) if row is not None else ''
+        return self._call('start', (vm, bool(gui_mode), secret and 'vmhost:' + secret))
 
     def power_off(self, vm: str) -> bool:
         """Pulls the plug; of a VM that hangs, ends the process."""
         self._refuse_clash(vm)
         try:
-            return self._call('power_off', (vm,), patience=min(HUNG, self._patience))
+            return self._call('power_off', (vm,), patience=min(HUNG, self._settings['command_timeout'] + 2))
         except Unresponsive as error:
             log.warning('%s hangs: its process is ended (%s)', vm, error)
             return self._call('end_process', (vm,))
@@ -1143,9 +1138,6 @@ class Hypervisor:
             return
         news = percent // 10 != call.percent // 10 or not call.text
         call.percent, call.text = percent, text
-        if call.progress is not None:
-            progress = call.progress
-            self._events.put(lambda: progress(percent, text))
         if news:
             self._happened('vm-progress', call.vm, '%s: %d%%, %s' % (call.verb, percent, text))
 

@@ -63,7 +63,7 @@ class Network:
         """Changes only what differs, so that it can be called again at any time."""
         if self.box.network['mode'] == 'nat':
             return self.get_network(job)            # nothing to make: each VM has its own
-        problem = address_problem(self.box.network) or range_problem(self.box.network['host_ip'])
+        problem = self._problem()
         if problem:
             raise HypervisorError(problem)
         if networks_on_mac(self.box):
@@ -74,6 +74,14 @@ class Network:
         self._address_interface()
         self._setup_dhcp()
         return self.get_network(job)
+
+    def _problem(self) -> str:
+        """What keeps the network from being as [Network] says, '' for nothing."""
+        wish = self.box.network
+        others = [each.name for each in self.box.array(self.box.vbox.host, 'networkInterfaces')
+                  if each.IPAddress == wish['host_ip'] and each.name != wish['interface']]
+        taken = '[Network] host_ip %s is the address of %s already' % (wish['host_ip'], ', '.join(others))
+        return address_problem(wish) or range_problem(wish['host_ip']) or (taken if others else '')
 
     def _make_interface(self, job: Job) -> Any:
         answer = self.box.vbox.host.createHostOnlyNetworkInterface()
@@ -141,7 +149,7 @@ class Network:
         if self.box.network['mode'] != 'hostonly':
             return []
         name = self.box.network['interface']
-        problem = address_problem(self.box.network) or range_problem(self.box.network['host_ip'])
+        problem = self._problem()
         lines = [(not problem, 'addresses of the host-only network', problem, True)]
         now = self.get_network(job)
         there = now['hostIp'] == self.box.network['host_ip'] and is_local(now['hostIp'])
@@ -272,6 +280,10 @@ def address_problem(network: Dict[str, Any]) -> str:
         return '[Network]: %s' % error
     if lower > upper:
         return '[Network] dhcp_lower is above dhcp_upper'
+    server = int(ipaddress.ip_address(network['dhcp_server']))
+    if server == host or lower <= server <= upper:
+        return '[Network] dhcp_server is %s' % (
+            'host_ip itself' if server == host else 'among the addresses that it gives away')
     if lower <= host <= upper:
         return '[Network] host_ip is among the addresses that DHCP gives away'
     return ''

@@ -228,11 +228,11 @@ class Life:
 
     def _why_not_started(self, machine: Any) -> str:
         if self.box.state_of(machine) in SAVED:
-            return (' -- its name is beyond ASCII, and in the locale C VirtualBox starts no such VM: run the '
-                    'host agent with LC_ALL=C.UTF-8')
+            return (' -- if its saved state is damaged or missing, discardState (discard) gives it up: '
+                    'the VM then boots anew from its disks')
         if max(machine.settingsFilePath) > '~' and locale_name() in ('', 'C', 'POSIX'):
-            return (' -- its name is beyond ASCII, and VirtualBox starts no such VM in the locale C: run '
-                    'the host agent with LC_ALL=C.UTF-8')
+            return (' -- its name is beyond ASCII, and in the locale C VirtualBox starts no such VM: '
+                    'run the host agent with LC_ALL=C.UTF-8')
         return ''
 
     def shutdown(self, job: Job, vm: str) -> bool:

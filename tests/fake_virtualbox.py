@@ -297,7 +297,7 @@ class Appliance:
 
     def importMachines(self, options):
         if not self.vbox.importing.resultCode:
-            name, path, disk = self.virtualSystemDescriptions[0].values
+            name, path, disk = self.virtualSystemDescriptions[0].values[:3]
             machine = Machine(self.vbox, name, 'Linux_64', path)
             medium = Medium(self.vbox, os.path.join(os.path.dirname(path), disk))
             medium.createBaseStorage(4, [])
@@ -503,6 +503,8 @@ class Machine(WithExtraData):
         """What talks to the VM's process waits for as long as that hangs."""
         while os.path.exists(steering('hang-' + self.name)):
             time.sleep(0.02)
+        if not self.runs:
+            raise FakeError(0x80004005, 'The VM session was aborted')
 
     def discardSettings(self):
         pass

@@ -386,7 +386,10 @@ VM_ANSWERS = {
     'createVM': lambda name, image, options: [True, name],
     'remoteDesktop': {'address': '127.0.0.1', 'port': 5000, 'auth': 'external', 'security': 'TLS'},
     'getNetwork': {'mode': 'nat', 'dhcp': {'enabled': False}}, 'setupNetwork': {'mode': 'nat'},
-    'cleanup': [{'kind': 'disk', 'name': 'x', 'why': 'unused'}],
+    'cleanup': [{'kind': 'disk', 'name': 'x', 'why': 'unused'},
+                {'kind': 'kept', 'name': 'y', 'why': 'unread'}],
+    'getVM': lambda vm: {'name': vm}, 'discardState': True, 'keepVM': True,
+    'getEvents': {'last': 5, 'events': [{'type': 'disk-kept', 'vm': 'db', 'text': '/d.vdi'}]},
     'getStatusLink': 'http://127.0.0.1/status?key=k'}
 
 
@@ -397,7 +400,9 @@ VM_ANSWERS = {
     (['pause', 'db'], 'db is paused\n', ('pause', 'db')),
     (['resume', 'db'], 'db is running\n', ('resume', 'db')),
     (['save', 'db'], 'db is saved\n', ('saveState', 'db')),
-    (['rm', 'db', '--disks'], 'db removed\n', ('removeVM', 'db', True)),
+    (['rm', 'db', '--disks'], 'db removed\nkept /d.vdi (rm --all-disks deletes it, too)\n', ('getEvents', 5)),
+    (['discard', 'db'], 'db is off\n', ('discardState', 'db')),
+    (['keep', 'db', '--off'], 'db is not kept any more\n', ('keepVM', 'db', False)),
     (['snap', 'ls', 'db'], 'fresh\n', ('listSnapshots', 'db')),
     (['snap', 'ls', 'db', '--json'], '[\n  "fresh"\n]\n', ('listSnapshots', 'db')),
     (['snap', 'take', 'db', 'new'], 'snapshot taken\n', ('takeSnapshot', 'db', 'new')),
@@ -410,8 +415,9 @@ VM_ANSWERS = {
     (['rdp', 'db', '--off'], 'off\n', ('remoteDesktop', 'db', False)),
     (['net'], 'mode  nat\ndhcp\n    enabled  False\n', ('getNetwork',)),
     (['net', '--setup', '--json'], '{\n  "mode": "nat"\n}\n', ('setupNetwork',)),
-    (['cleanup'], 'would remove disk x (unused)\n', ('cleanup', True)),
-    (['cleanup', '--yes'], 'removed disk x (unused)\n', ('cleanup', False)),
+    (['cleanup'], 'would remove disk x (unused)\nkept y (unread)\n', ('cleanup', True, [])),
+    (['cleanup', '--yes', '--vms', 'a', 'b'], 'removed disk x (unused)\nkept y (unread)\n',
+     ('cleanup', False, ['a', 'b'])),
     (['status', '--open'], 'http://127.0.0.1/status?key=k\n', ('getStatusLink',))])
 def test_verbs_of_vms(words, said, called, tmp_path, monkeypatch):
     monkeypatch.setenv('BROWSER', 'true')

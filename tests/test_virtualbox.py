@@ -4,10 +4,12 @@ import contextlib
 import http.client
 import itertools
 import os
+import re
 import signal
 import socket
 import sys
 import threading
+import time
 
 import fake_virtualbox
 import pytest
@@ -18,6 +20,7 @@ from vms import SETTINGS, VMHost, command_line, environment, fault_of, here, pro
 
 import faults
 import hypervisor
+import vboxnetwork
 import virtualbox
 
 NUMBERS = itertools.count(1)
@@ -430,6 +433,196 @@ def test_a_rate_reaches_a_card_that_came_later(driver):
     assert driver.set_limits('vm', {'netKBps': 0}) and driver.power_off('vm')
     assert driver.set_limits('vm', {'netKBps': 50})
     assert [card.bandwidthGroup.maxBytesPerSec for card in (first, later)] == [50 * 1024] * 2
+
+
+@pytest.fixture
+def made(driver):
+    """A VM of the driver in this process, off, with a disk."""
+    driver.create_vm('vm', '', {'memory': 16, 'diskSize': 4})
+    return driver.fake.machines[0]
+
+
+SERIAL = 'VBoxInternal/Devices/%s/0/Config/DmiBoardSerial'
+
+
+def test_a_cold_start_tells_the_firmware_its_serial(driver, made):
+    driver.start('vm', False, 'vmhost:' + 32 * '1')
+    assert made.extra[SERIAL % 'pcbios'] == 'string:vmhost:' + 32 * '1'
+    driver.save_state('vm')
+    driver.start('vm', False, 'vmhost:' + 32 * '2')         # which goes on where it was
+    assert made.extra[SERIAL % 'pcbios'] == 'string:vmhost:' + 32 * '1'
+    driver.power_off('vm')
+    made.firmwareSettings.firmwareType = 2                  # EFI: the other key would keep it from starting
+    driver.start('vm', False, 'vmhost:' + 32 * '3')
+    assert made.extra[SERIAL % 'efi'] == 'string:vmhost:' + 32 * '3' and SERIAL % 'pcbios' not in made.extra
+
+
+def test_limits_are_all_or_nothing(driver, made):
+    driver.start('vm')
+    with pytest.raises(faults.BadState):
+        driver.set_limits('vm', {'cpuPercent': 50, 'netKBps': 10, 'network': False})
+    assert (made.CPUExecutionCap, made.cards[0].cableConnected) == (100, True)
+
+
+def test_a_missing_disk_is_named(driver, made):
+    path = made.mediumAttachments[0].medium.location
+    os.remove(path)
+    with pytest.raises(faults.BadState, match=re.escape(path) + ' is missing'):
+        driver.start('vm')
+
+
+def test_a_vm_that_is_paused_again_at_once(driver, made, tmp_path):
+    pause = tmp_path / 'pause-vm'
+    pause.write_text('00:00:07 Console: VM runtime error: fatal=false, errorID=DevATA_DISKFULL\n')
+    for verb in (driver.start, driver.resume):
+        with pytest.raises(faults.BadState, match='paused again: the host\'s disk is full'):
+            verb('vm')
+    row, = driver.machines()
+    assert (row['state'], row['trouble'][:20]) == ('paused', 'the host\'s disk is f')
+    pause.unlink()
+    assert driver.resume('vm') and driver.machines()[0]['trouble'] == ''
+
+
+def test_the_licence_of_an_appliance(driver, tmp_path, monkeypatch):
+    image = tmp_path / 'image.ova'
+    image.write_text('')
+    monkeypatch.setattr(fake_virtualbox.Description, 'kinds', [3, 41, 16, 7])
+    monkeypatch.setattr(fake_virtualbox.Description, 'values', ['its name', '', 'disk.vmdk', 'Pay us.'])
+    with pytest.raises(faults.BadState, match='(?s)accept-eula.*Pay us'):
+        driver.create_vm('vm', str(image))
+    assert not driver.fake.machines and not driver.fake.extra
+    assert driver.create_vm('vm', str(image), {'acceptEula': True}) == 'vm'
+
+
+def test_a_saved_state_that_can_not_be_restored(driver, made, monkeypatch):
+    driver.start('vm')
+    driver.save_state('vm')
+    monkeypatch.setattr(fake_virtualbox.Machine, 'launchVMProcess', lambda *_: fake_virtualbox.Failed('torn'))
+    with pytest.raises(faults.HypervisorError, match='torn.*discard'):
+        driver.start('vm')
+
+
+def test_a_name_beyond_ascii_in_the_locale_c(driver, monkeypatch):
+    driver.create_vm('vm-\u00e4', '', {'memory': 16, 'diskSize': 0})
+    monkeypatch.setenv('LC_ALL', 'C')
+    monkeypatch.setattr(fake_virtualbox.Machine, 'launchVMProcess', lambda *_: fake_virtualbox.Failed('no'))
+    with pytest.raises(faults.HypervisorError, match='LC_ALL=C.UTF-8'):
+        driver.start('vm-\u00e4')
+
+
+def test_a_long_name_is_told_to_be_too_long(driver):
+    with pytest.raises(faults.InvalidParams, match='too long'):
+        driver.create_vm('\u00e4' * 130)
+
+
+def test_whoever_uses_a_locked_image_is_named(driver, made, tmp_path):
+    made.mediumAttachments[0].medium.use = fake_virtualbox.Slow(1000)
+    monkey = made.mediumAttachments[0].medium
+    monkey.cloneTo = lambda *_: monkey._check_use()
+    with pytest.raises(faults.Busy, match='vm uses it'):
+        driver.create_vm('copy', monkey.location)
+
+
+def test_the_screen_by_oracles_pack(driver, made):
+    driver.fake.systemProperties.defaultVRDEExtPack = 'Oracle VirtualBox Extension Pack'
+    driver.driver.settings['remote_desktop'].update(address='127.0.0.1', auth='external', security='TLS')
+    found = driver.remote_desktop('vm', True, {'auth': 'null', 'security': 'rdp', 'port': 5007})
+    assert found == {'enabled': True, 'address': '127.0.0.1', 'port': 5007, 'auth': 'null', 'security': 'RDP'}
+
+
+NETWORK = {'mode': 'hostonly', 'interface': 'vboxnet0', 'host_ip': '192.168.56.1', 'netmask': '255.255.255.0',
+           'dhcp_server': '192.168.56.100', 'dhcp_lower': '192.168.56.101', 'dhcp_upper': '192.168.56.254'}
+
+
+@pytest.mark.parametrize('changes, told', [
+    ({'dhcp_server': '192.168.56.1'}, 'host_ip itself'), ({'dhcp_server': '192.168.56.150'}, 'gives away'),
+    ({'dhcp_lower': '192.168.56.1'}, 'gives away|among'), ({'host_ip': '10.0.0.1'}, 'not in the network')])
+def test_a_network_that_makes_no_sense(changes, told):
+    assert re.search(told, vboxnetwork.address_problem(dict(NETWORK, **changes)))
+    assert vboxnetwork.address_problem(NETWORK) == ''
+
+
+def test_an_address_that_another_adapter_has(monkeypatch, tmp_path):
+    monkeypatch.setenv('FAKE_VIRTUALBOX', str(tmp_path))
+    with here(dict(SETTINGS, network=NETWORK)) as driver:
+        driver.fake.host.networkInterfaces.append(
+            fake_virtualbox.Named(name='vboxnet7', interfaceType=2, IPAddress='192.168.56.1'))
+        with pytest.raises(faults.HypervisorError, match='vboxnet7'):
+            driver.setup_network()
+
+
+def test_a_hung_vm_blocks_nobody(host, api, fake, vm):
+    """Its process is ended; lists answer, and another VM starts, meanwhile."""
+    api.createVM('other', '', {'memory': 16, 'diskSize': 0})
+    api.start(vm)
+    (fake / ('hang-' + vm)).write_text('')
+    ended = []
+    with host.api as killer:
+        killing = threading.Thread(target=lambda: ended.append(fault_of(killer.powerOff, vm)))
+        killing.start()
+        wait_until(lambda: host.driver_pids('worker'))
+        begun = time.monotonic()
+        assert vm in api.listVMs() and api.getState(vm) == 'Running'
+        assert time.monotonic() - begun < 1
+        assert api.start('other') is True and killing.is_alive()
+        killing.join(30)
+    assert ended == [(0, True)] and api.getState(vm) == 'Aborted'
+    assert api.start(vm) is True
+
+
+def test_a_vm_that_stays_on_its_way_is_ended(api, fake, vm):
+    api.start(vm)
+    (fake / ('stuck-in-' + vm)).write_text('LiveSnapshotting')
+    code, text = fault_of(api.pause, vm)
+    assert (code, 'stop --force' in text) == (10, True), text
+    assert api.powerOff(vm) is True
+
+
+def test_two_vms_with_one_card(host, api, fake, vm, give_card):
+    api.createVM('twin', '', {'memory': 16, 'diskSize': 0})
+    mac, uuid, after = api.getVM(vm)['id'], api.getVM('twin')['uuid'], host.last_event()
+    give_card('twin', mac)
+    assert 'twin and ' + vm in host.wait_for_event('vm-clash', vm, after)['text']
+    for name in (vm, 'twin', mac):
+        for call in (api.start, api.powerOff, api.ping, lambda name: api.runCmd(name, 'true')):
+            code, text = fault_of(call, name)
+            assert (code, 'macaddress1' in text) == (4, True), text
+    assert {vm, 'twin'} <= set(api.listVMs())
+    assert [api.getVM(name)['name'] for name in (vm, 'twin')] == [vm, 'twin']
+    assert 'same MAC' in api.getVM(vm)['trouble']
+    assert api.start(uuid) is True and api.getState('twin') == 'Running'
+    with environment(host.environment):
+        assert 'same MAC' in ' '.join(host.verb('check').stdout.decode().split())
+    api.powerOff(uuid)
+    give_card('twin', '08:00:27:00:0A:09')
+    assert api.start('twin') is True
+
+
+def test_a_vm_that_can_not_be_read(host, api, fake, vm):
+    after, uuid = host.last_event(), api.getVM(vm)['uuid']
+    (fake / ('unread-' + vm)).write_text('its file is torn')
+    assert host.wait_for_event('vm-inaccessible', vm, after)['text'] == 'its file is torn'
+    assert vm in api.listVMs() and api.getState(vm) == 'Inaccessible'
+    assert api.getVM(uuid)['trouble'] == 'its file is torn'
+    assert fault_of(api.start, uuid)[0] == 4 and fault_of(api.createVM, vm)[0] == 8
+    assert api.removeVM(uuid) is True and vm not in api.listVMs()
+
+
+def test_older_clients_name_snapshots_as_they_like(api, vm):
+    for name in ('', 12, 12):
+        assert api.saveSnapshot(vm, name) is True
+    first, second, third = api.listSnapshots(vm)
+    assert first.startswith('2') and (second, third) == ('12', '12')
+    assert fault_of(api.takeSnapshot, vm, '12')[0] == 8
+
+
+def test_an_agent_goes_with_its_vm(host, api, vm, tmp_path):
+    api.start(vm)
+    with Agent(tmp_path, host, api.getVM(vm)['id']):
+        wait_until(lambda: api.listRegisteredVMs() == [vm])
+        api.powerOff(vm)
+        api.removeVM(vm, True)
+        wait_until(lambda: api.listRegisteredVMs() == [], 5)
 
 
 def test_a_guest_that_no_vm_is_keeps_its_own_name(host, api, tmp_path):

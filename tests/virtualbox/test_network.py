@@ -11,7 +11,8 @@ from vms import VMHost, fault_of
 
 import agent
 import hostconfig
-import virtualbox
+import hostmachines
+import hypervisor
 
 CONF = '/etc/vbox/networks.conf'
 
@@ -135,10 +136,10 @@ def check(home, tmp_path):
     def check(**network):
         settings = agent.read_settings(None, hostconfig.SETTINGS)
         vars(settings.Network).update(network)
-        box = virtualbox.VirtualBox(settings.Network, settings.RemoteDesktop, 9094, str(tmp_path))
-        box.start_thread()
+        box = hypervisor.Hypervisor('VirtualBox', hostmachines.driver_settings(settings, str(tmp_path)))
+        box.open()
         try:
-            return {what: (ok, mend) for ok, what, mend in box.check()}
+            return {what: (ok, mend) for ok, what, mend, _ in box.check()}
         finally:
             assert box.close()
     return check

@@ -1,0 +1,53 @@
+"""The contract of drivers, on the fake VirtualBox and on a driver of plain processes."""
+
+import contextlib
+import os
+import sys
+
+import fake_virtualbox
+import process_driver
+import pytest
+from driver_cases import *  # noqa: F403 (the tests, for pytest to find)
+from vms import SETTINGS, environment
+
+import hypervisor
+import virtualbox
+
+pytestmark = pytest.mark.skipif(not os.path.isdir('/proc'), reason='looks at /proc')
+
+
+class OfProcesses(hypervisor.Hypervisor):
+    """Whose driver is the tests' own."""
+
+    def _command(self):
+        return [sys.executable, process_driver.__file__]
+
+
+@contextlib.contextmanager
+def opened(kind, name, settings):
+    happened = []
+    box = kind(name, settings, lambda *event: happened.append(event))
+    box.happened = happened
+    box.open()
+    try:
+        yield box
+    finally:
+        assert box.close()
+
+
+@pytest.fixture(params=['fake', 'processes'])
+def box(request, tmp_path):
+    settings = dict(SETTINGS, state_dir=str(tmp_path), command_timeout=5)
+    if request.param == 'processes':
+        with environment({'PYTHONPATH': os.pathsep.join(sys.path)}), opened(
+                OfProcesses, 'Processes', settings) as box:
+            yield box
+        return
+    with environment(fake_virtualbox.install(tmp_path)), opened(
+            hypervisor.Hypervisor, 'VirtualBox', settings) as box:
+        yield box
+
+
+@pytest.fixture(params=[virtualbox.VirtualBox, process_driver.Processes])
+def driver_class(request):
+    return request.param

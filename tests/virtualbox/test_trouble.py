@@ -1,0 +1,188 @@
+"""One VM's trouble is its own: it hangs, can't be read, has another's card, or its host's disk is full."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+
+import pytest
+from helpers import wait_until
+from rig import facts, manage, state_of, vboxsvc, vm_process
+from vms import SETTINGS, fault_of, kill
+
+import hypervisor
+
+SMALL = {'memory': 16, 'diskSize': 4}
+# A boot sector that looks for `vmhost:` where the firmware's tables are, and writes that word to the first
+# serial port, or N.
+SERIAL_READER = bytes([
+    0xb8, 0x00, 0xe0, 0x8e, 0xc0, 0x31, 0xff, 0xba, 0xf8, 0x03,    # es:di = E000:0; dx = 3f8h
+    0x26, 0x66, 0x81, 0x3d, 0x76, 0x6d, 0x68, 0x6f, 0x74, 0x08,    # next: cmp dword es:[di],'vmho'; je found
+    0x47, 0x75, 0xf3, 0xb0, 0x4e, 0xee, 0xeb, 0x15,                # inc di; jnz next; out 'N'; jmp halt
+    0xb9, 0x27, 0x00,                                              # found: mov cx,39
+    0xba, 0xfd, 0x03, 0xec, 0xa8, 0x20, 0x74, 0xfb,                # more: wait until the port is ready
+    0xba, 0xf8, 0x03, 0x26, 0x8a, 0x05, 0xee, 0x47, 0xe2, 0xee,    # out es:[di]; inc di; loop more
+    0xf4, 0xeb, 0xfd])                                             # halt: hlt; jmp halt
+
+
+@pytest.fixture
+def vm(api, remove_all):
+    api.createVM('troubled', '', SMALL)
+    return 'troubled'
+
+
+def running(api, vm):
+    """Starts it; gives the number of its process."""
+    api.start(vm)
+    return vm_process(api.getVM(vm)['uuid'])
+
+
+@contextlib.contextmanager
+def stopped(pid):
+    """The process hangs."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def lists_are_asked(host):
+    """Asks for all VMs again and again meanwhile; gives how long each answer took."""
+    took, ending = [], threading.Event()
+
+    def ask():
+        with host.api as api:
+            while not ending.is_set():
+                begun = time.monotonic()
+                api.listVMs(), api.listVMsWithState()
+                took.append((time.monotonic() - begun) / 2)
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield took
+    finally:
+        ending.set()
+        thread.join()
+
+
+def test_a_hung_vm_is_switched_off_and_blocks_nobody(host, api, vm):
+    api.createVM('other', '', SMALL)
+    pid = running(api, vm)
+    with stopped(pid), lists_are_asked(host) as took:
+        with host.api as killer:
+            ended = []
+            killing = threading.Thread(target=lambda: ended.append(fault_of(killer.powerOff, vm)))
+            begun = time.monotonic()
+            killing.start()
+            assert api.start('other') is True and api.pause('other') is True
+            killing.join(60)
+        print('ended after %.1f s, lists took %.2f s at most' % (time.monotonic() - begun, max(took)))
+    assert ended == [(0, True)] and max(took) < 1.5
+    assert api.getState(vm) == 'Aborted' and api.getState('other') == 'Paused'
+    assert api.start(vm) is True
+
+
+@pytest.mark.parametrize('method', ['pause', 'saveState', 'takeSnapshot', 'screenshot'])
+def test_what_a_hung_vm_is_asked_fails_alone(host, api, vm, method):
+    pid = running(api, vm)
+    driver = host.driver_pid()
+    with stopped(pid), lists_are_asked(host) as took:
+        code, text = fault_of(getattr(api, method), vm, *(['s'] if method == 'takeSnapshot' else []))
+        print(method, code, text, '%.2f' % max(took))
+        assert code in (5, 7) and 'died' not in text, text
+    assert max(took) < 1.5 and host.driver_pid() == driver
+    api.powerOff(vm)
+    assert api.start(vm) is True
+
+
+def test_another_tool_switches_a_vm_off_under_a_live_snapshot(api, vm):
+    running(api, vm)
+    for number in range(3):
+        with contextlib.ExitStack() as stack:
+            if state_of(vm) != 'running':
+                api.start(vm)
+            other = subprocess.Popen(['VBoxManage', 'controlvm', vm, 'poweroff'], stdout=subprocess.DEVNULL,
+                                     stderr=subprocess.DEVNULL)
+            stack.callback(other.wait)
+            fault_of(api.takeSnapshot, vm, 's%d' % number)
+        wait_until(lambda: fault_of(api.getState, vm)[1] in ('PoweredOff', 'Aborted', 'Running', 'Saved') or
+                   fault_of(api.powerOff, vm)[0] == 0, 60)
+    assert api.start(vm) is True or api.getState(vm) == 'Running'
+
+
+def test_a_vm_that_can_not_be_read(host, api, vm):
+    path, uuid = facts(vm)['CfgFile'], api.getVM(vm)['uuid']
+    with open(path) as file:
+        whole = file.read()
+    api.removeVM(vm)
+    api.createVM(path)
+    with open(path, 'w') as file:
+        file.write(whole[:200])
+    kill(vboxsvc())                     # the next one reads the file anew
+    wait_until(lambda: fault_of(api.getState, uuid)[1] == 'Inaccessible', 60)
+    assert vm in api.listVMs() and api.getVM(vm)['trouble']
+    assert fault_of(api.start, vm)[0] == 4
+    assert fault_of(api.createVM, vm)[0] == 8
+    assert [row for row in api.cleanup(False) if row['kind'] != 'kept'] == []
+    assert api.removeVM(uuid) is True and vm not in api.listVMs()
+
+
+def test_two_vms_with_one_card(host, api, vm):
+    api.createVM('twin', '', SMALL)
+    after = host.last_event()
+    manage('modifyvm', 'twin', '--macaddress1', api.getVM(vm)['id'].replace(':', ''))
+    assert host.wait_for_event('vm-clash', vm, after)
+    for name in (vm, 'twin'):
+        assert fault_of(api.start, name)[0] == 4 and 'same MAC' in api.getVM(name)['trouble']
+    assert api.start(api.getVM('twin')['uuid']) is True
+    api.powerOff(api.getVM('twin')['uuid'])
+    manage('modifyvm', 'twin', '--macaddress1', 'auto')
+    wait_until(lambda: not api.getVM(vm)['trouble'], 20)
+    assert api.start(vm) is True
+
+
+@pytest.fixture
+def secret_box(home, remove_all, tmp_path):
+    """A hypervisor that gives each VM a secret of its own, made of the first digit of its uuid."""
+    box = hypervisor.Hypervisor('VirtualBox', dict(SETTINGS, state_dir=str(tmp_path), command_timeout=45),
+                                secret_of=lambda id, uuid: 32 * uuid[0])
+    box.open()
+    yield box
+    assert box.close()
+
+
+@pytest.mark.parametrize('firmware, device', [('bios', 'pcbios'), ('efi', 'efi')])
+def test_a_cold_start_tells_the_firmware_its_serial(secret_box, firmware, device):
+    manage('createvm', '--name', 'cold', '--ostype', 'Linux_64', '--register')
+    manage('modifyvm', 'cold', '--memory', '64', '--firmware', firmware, '--nic1', 'nat')
+    assert secret_box.start('cold') is True
+    key = 'VBoxInternal/Devices/%s/0/Config/DmiBoardSerial' % device
+    digit = secret_box.describe('cold')['uuid'][0]
+    assert manage('getextradata', 'cold', key).strip() == 'Value: string:vmhost:' + 32 * digit
+    assert secret_box.power_off('cold') is True
+
+
+def test_the_guest_reads_the_serial_and_its_clone_one_of_its_own(secret_box, tmp_path):
+    raw, disk, serial = (str(tmp_path / name) for name in ('raw', 'disk.vdi', 'serial'))
+    with open(raw, 'wb') as file:
+        file.write(SERIAL_READER.ljust(510, b'\0') + b'\x55\xaa')
+        file.truncate(2 << 20)
+    manage('convertfromraw', raw, disk)
+    secret_box.create_vm('read', disk, {'memory': 16})
+    manage('modifyvm', 'read', '--uart1', '0x3f8', '4', '--uartmode1', 'file', serial)
+    said = {}
+    for name in ('read', 'clone'):
+        if name == 'clone':
+            manage('clonevm', 'read', '--name', 'clone', '--register')
+        secret_box.start(name)
+        wait_until(lambda: os.path.exists(serial) and os.path.getsize(serial) >= 39, 60)
+        secret_box.power_off(name)
+        with open(serial) as file:
+            said[name] = file.read()
+        os.remove(serial)
+        assert said[name] == 'vmhost:' + 32 * secret_box.describe(name)['uuid'][0]
