@@ -10,7 +10,7 @@ import pytest
 from helpers import wait_until
 from stomp_client import Client, Program, frame, running
 
-from stompbroker import Broker
+from stompbroker import Broker, Policy
 
 MIB = 1024 * 1024
 NUMBERS = itertools.count()
@@ -70,16 +70,53 @@ def test_a_dead_auto_consumer_costs_what_was_written_to_it(vanish, busy):
         else:
             wait_until(lambda: broker.counters()['connections'] == 1)
             lost = 15000
+        written = broker.counters()['bytes_out'] - written
         with Client(broker.address) as other:
             other.connect('1.2')
             other.subscribe('/queue/a')
             first = number_of(other.take())
             assert first <= lost <= 15000
             assert [number_of(other.take()) for _ in range(first + 1, 20001)] == list(range(first + 1, 20001))
-            assert first * other.received / (20001 - first) <= broker.counters()['bytes_out'] - written
+            assert first * other.received / (20001 - first) <= written
             assert other.bodies() == []
         wait_until(lambda: broker.counters()['connections'] == 1)
         assert broker.counters()['queued_bytes'] == 0
+
+
+class Waiting(Policy):
+    """Holds the broker's thread while it takes a SEND that says so."""
+
+    def __init__(self):
+        self.waits, self.go_on = threading.Event(), threading.Event()
+
+    def sending(self, session, destination, frame):
+        if frame.body == b'wait':
+            self.waits.set()
+            assert self.go_on.wait(30)
+
+
+def test_a_consumer_that_a_write_shows_to_be_dead():
+    """On a busy broker, a failing write tells it before the end can be read."""
+    policy = Waiting()
+    with running(Broker(port=0, policy=policy)) as broker, contextlib.ExitStack() as stack:
+        sender, other = (stack.enter_context(Client(broker.address)) for _ in range(2))
+        consumer = stack.enter_context(Client(broker.address, receive_buffer=4096))
+        for client in sender, other, consumer:
+            client.connect('1.2')
+        consumer.subscribe('/topic/a', id='topic')
+        consumer.say('SUBSCRIBE', 'id:0', 'destination:/queue/a')
+        frames = [frame('SEND', 'destination:/queue/a', body=body) for body in numbered(20001, 200)]
+        sender.send(b''.join(frames))
+        sender.before_now()
+        sender.say('SEND', 'destination:/topic/a', body=b'wait')
+        assert policy.waits.wait(30)
+        consumer.reset()
+        policy.go_on.set()
+        wait_until(lambda: broker.counters()['connections'] == 2)
+        other.subscribe('/queue/a')
+        first = number_of(other.take())
+        assert first < 15000
+        assert [number_of(other.take()) for _ in range(first + 1, 20001)] == list(range(first + 1, 20001))
 
 
 @pytest.mark.parametrize('vanish', ['close', 'reset', 'disconnect', 'error'])
