@@ -590,6 +590,7 @@ class Connection(Outlet):
         self._listen()
 
     def _hold_unfinished(self, size: int) -> None:
+        size += size // 8                  # that a growing buffer has in reserve
         change, self._unfinished = size - self._unfinished, size
         self.hold(change)
 
@@ -597,7 +598,7 @@ class Connection(Outlet):
         """Accounts bytes that the client makes the broker keep; a negative cost lets go of them."""
         self.held += cost
         self.broker.count.held_bytes += cost
-        if cost > 0 and self.broker.count.held_bytes > self.broker.limits.held:
+        if cost > 0 and self.broker.count.held_bytes > self.broker.much_is_held:
             self.broker.relieve_held(self)
 
     # -- writing
@@ -945,6 +946,8 @@ class Broker:
         self._most_connections = self.limits.connections
         self._connections = {}   # type: Dict[int, Connection]
         self._to_flush = []      # type: List[Connection]
+        self._has_holes = False            # the memory; it is looked after from so many bytes on:
+        self.much_is_held = self.limits.held // 2
         self._connection_numbers = itertools.count(1)
 
     # -- from any thread
@@ -1070,6 +1073,15 @@ class Broker:
             self._forgive()
         self.alarms.ring(self.now)
         self._deliver()
+        if self._has_holes:
+            self._fill_holes()
+
+    def _fill_holes(self) -> None:
+        """What large frames leave in the memory adds up to as much again as may be held."""
+        self._has_holes = False
+        self.much_is_held = min(self.limits.held, max(self.limits.held // 2, self.count.held_bytes)
+                                + self.limits.held // 16)
+        agent.release_memory()
 
     def _woken(self, events: int) -> None:
         self._wakee.recv(64)
@@ -1128,7 +1140,10 @@ class Broker:
             connection.cut_off()
 
     def relieve_held(self, asking: Connection) -> None:
-        """The broker keeps too much for its clients: the one who makes it keep most goes."""
+        """The broker keeps much for its clients. When it is too much, who makes it keep most goes."""
+        self._has_holes = True
+        if self.count.held_bytes <= self.limits.held:
+            return
         worst = max(self._connections.values(), key=lambda each: each.held)
         text = 'the broker keeps %d bytes for this client, and too many in all' % worst.held
         if worst is asking:

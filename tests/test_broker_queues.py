@@ -1,0 +1,382 @@
+"""Queues lose nothing: consumers that die, limits, order, expiry, prefetch. Each was wrong once."""
+
+import contextlib
+import itertools
+import os
+import threading
+import time
+
+import pytest
+from helpers import wait_until
+from stomp_client import Client, Program, frame, running
+
+from stompbroker import Broker, Policy
+
+MIB = 1024 * 1024
+NUMBERS = itertools.count()
+
+
+@pytest.fixture
+def queue():
+    """A queue that no other test uses."""
+    return '/queue/queues-%d' % next(NUMBERS)
+
+
+def numbered(count, size=0):
+    return [b'%d ' % number + b'x' * size for number in range(count)]
+
+
+def number_of(message):
+    return int(message.body.split()[0])
+
+
+def everything(client, queue, count, *lines):
+    """The numbers of so many messages, as a new consumer gets them; then no more come."""
+    client.subscribe(queue, *lines)
+    found = [number_of(client.take()) for _ in range(count)]
+    assert client.bodies() == []
+    return found
+
+
+# --- consumers that die ---
+
+@pytest.mark.parametrize('vanish', ['close', 'reset', 'disconnect', 'error'])
+@pytest.mark.parametrize('busy', [False, True])
+def test_a_dead_auto_consumer_costs_what_was_written_to_it(vanish, busy):
+    """20,001 messages pour in; what its socket has not taken is still there, in its order."""
+    with running(Broker(port=0)) as broker, contextlib.ExitStack() as stack:
+        sender, consumer = (stack.enter_context(Client(broker.address, receive_buffer=size))
+                            for size in (None, 4096))
+        for client in sender, consumer:
+            client.connect('1.2')
+        consumer.subscribe('/queue/a')
+        consumer.subscribe('/queue/a', id='second')
+        written = broker.counters()['bytes_out']
+        frames = [frame('SEND', 'destination:/queue/a', body=body) for body in numbered(20001, 200)]
+        sender.send(b''.join(frames[:10000]))
+        sender.before_now()
+        if vanish in ('close', 'reset'):
+            getattr(consumer, vanish)()
+        elif not busy:
+            consumer.say('DISCONNECT' if vanish == 'disconnect' else 'NOSUCH')
+        sender.send(b''.join(frames[10000:]))
+        if busy and vanish in ('disconnect', 'error'):
+            consumer.say('DISCONNECT' if vanish == 'disconnect' else 'NOSUCH')
+        sender.before_now()
+        if vanish in ('disconnect', 'error'):
+            got = [one for one in consumer.take_end_of_frames() if one.command == 'MESSAGE']
+            lost = len(got)              # all of it was read
+            assert [number_of(one) for one in got] == list(range(lost))
+        else:
+            wait_until(lambda: broker.counters()['connections'] == 1)
+            lost = 15000
+        written = broker.counters()['bytes_out'] - written
+        with Client(broker.address) as other:
+            other.connect('1.2')
+            other.subscribe('/queue/a')
+            first = number_of(other.take())
+            assert first <= lost <= 15000
+            assert [number_of(other.take()) for _ in range(first + 1, 20001)] == list(range(first + 1, 20001))
+            assert first * other.received / (20001 - first) <= written
+            assert other.bodies() == []
+        wait_until(lambda: broker.counters()['connections'] == 1)
+        assert broker.counters()['queued_bytes'] == 0
+
+
+class Waiting(Policy):
+    """Holds the broker's thread while it takes a SEND that says so."""
+
+    def __init__(self):
+        self.waits, self.go_on = threading.Event(), threading.Event()
+
+    def sending(self, session, destination, frame):
+        if frame.body == b'wait':
+            self.waits.set()
+            assert self.go_on.wait(30)
+
+
+def test_a_consumer_that_a_write_shows_to_be_dead():
+    """On a busy broker, a failing write tells it before the end can be read."""
+    policy = Waiting()
+    with running(Broker(port=0, policy=policy)) as broker, contextlib.ExitStack() as stack:
+        sender, other = (stack.enter_context(Client(broker.address)) for _ in range(2))
+        consumer = stack.enter_context(Client(broker.address, receive_buffer=4096))
+        for client in sender, other, consumer:
+            client.connect('1.2')
+        consumer.subscribe('/topic/a', id='topic')
+        consumer.say('SUBSCRIBE', 'id:0', 'destination:/queue/a')
+        frames = [frame('SEND', 'destination:/queue/a', body=body) for body in numbered(20001, 200)]
+        sender.send(b''.join(frames))
+        sender.before_now()
+        sender.say('SEND', 'destination:/topic/a', body=b'wait')
+        assert policy.waits.wait(30)
+        consumer.reset()
+        policy.go_on.set()
+        wait_until(lambda: broker.counters()['connections'] == 2)
+        other.subscribe('/queue/a')
+        first = number_of(other.take())
+        assert first < 15000
+        assert [number_of(other.take()) for _ in range(first + 1, 20001)] == list(range(first + 1, 20001))
+
+
+@pytest.mark.parametrize('vanish', ['close', 'reset', 'disconnect', 'error'])
+@pytest.mark.parametrize('second', ['auto', 'client', 'client-individual'])
+def test_a_second_subscription_of_the_dead_gets_nothing(connect, queue, vanish, second):
+    """What it had not acknowledged goes to others, and nothing comes behind the RECEIPT of DISCONNECT."""
+    client, other = connect('1.2'), connect('1.2')
+    client.subscribe(queue, 'ack:client-individual')
+    client.publish(queue, *numbered(10))
+    client.take_all(10)
+    client.subscribe(queue, 'ack:' + second, id='second')
+    if vanish in ('close', 'reset'):
+        getattr(client, vanish)()
+    else:
+        client.say('DISCONNECT' if vanish == 'disconnect' else 'NOSUCH', 'receipt:r')
+        assert [one.command for one in client.take_end_of_frames()] == [
+            'RECEIPT' if vanish == 'disconnect' else 'ERROR']
+    assert everything(other, queue, 10) == list(range(10))
+
+
+def test_order_after_two_consumers_died(connect, queue):
+    one, two, sender = connect('1.2'), connect('1.2'), connect('1.2')
+    for client in one, two:
+        client.subscribe(queue, 'ack:client')
+    sender.publish(queue, *numbered(8))
+    assert [number_of(message) for message in one.take_all(4)] == [0, 2, 4, 6]
+    assert len(two.take_all(4)) == 4
+    two.close()
+    sender.before_now()
+    one.close()
+    wait_until(lambda: sender.before_now() == [])
+    assert everything(sender, queue, 8) == list(range(8))
+
+
+def test_what_was_never_written_is_not_called_redelivered(broker, connect, queue):
+    sender, slow = connect('1.2'), connect(None, receive_buffer=4096)
+    slow.connect('1.2')
+    slow.subscribe(queue)
+    sender.publish(queue, *numbered(30, 100000))
+    slow.reset()
+    other = connect('1.2')
+    other.subscribe(queue)
+    messages = [other.take()]
+    while number_of(messages[-1]) < 29:
+        messages.append(other.take())
+    assert [number_of(one) for one in messages] == list(range(number_of(messages[0]), 30))
+    assert {one.get('redelivered') for one in messages[1:]} == {None}
+
+
+# --- prefetch ---
+
+@pytest.mark.parametrize('header', ['prefetch-count', 'activemq.prefetchSize'])
+@pytest.mark.parametrize('mode', ['client', 'client-individual'])
+def test_prefetch(connect, queue, header, mode):
+    """1,000 wait; nobody takes more of them than it asked for, and all come in order."""
+    sender, one, two = connect('1.2'), connect('1.2'), connect('1.2')
+    sender.publish(queue, *numbered(1000))
+    one.subscribe(queue, 'ack:' + mode, header + ':1')
+    two.subscribe(queue, 'ack:' + mode, header + ':10')
+    assert len(one.before_now()) == 1
+    messages = two.before_now()
+    assert len(messages) == 10
+    for _ in range(3):
+        two.ask('ACK', 'id:' + messages[-1].get('ack'))
+        messages = two.before_now()
+        assert len(messages) == (10 if mode == 'client' else 1)
+    one.close()
+    two.close()
+    third = connect('1.2')
+    third.subscribe(queue, header + ':0')
+    assert len(third.bodies()) == (970 if mode == 'client' else 997)
+
+
+@pytest.mark.parametrize('value', ['x', '-1', '1.5', '', '99999999999999999999'])
+def test_bad_prefetch(connect, queue, value):
+    client = connect('1.2')
+    client.say('SUBSCRIBE', 'id:0', 'destination:' + queue, 'prefetch-count:' + value)
+    assert 'prefetch' in client.take_error().get('message')
+
+
+# --- what isn't built, and expires ---
+
+@pytest.mark.parametrize('line, words', [
+    ("selector:a = 'b'", 'selectors'), ('durable:true', 'durable subscriptions'),
+    ('activemq.subscriptionName:x', 'durable subscriptions'),
+    ('durable-subscription-name:x', 'durable subscriptions')])
+@pytest.mark.parametrize('kind', ['/queue/', '/topic/'])
+def test_what_is_not_built_is_refused(connect, line, words, kind):
+    client = connect('1.2')
+    client.say('SUBSCRIBE', 'id:0', 'destination:%sa' % kind, line, 'receipt:r')
+    error = client.take_error()
+    assert 'has no ' + words in error.get('message') and error.get('receipt-id') == 'r'
+
+
+@pytest.mark.parametrize('line', ['selector:', 'durable:false', 'auto-delete:true', 'persistent:true'])
+def test_what_asks_for_nothing_is_taken(connect, queue, line):
+    client = connect('1.2')
+    client.subscribe(queue, line)
+    client.ask('SEND', 'destination:' + queue, line, body=b'a')
+    assert client.bodies() == [b'a']
+
+
+def milliseconds(later):
+    return 'expires:%d' % ((time.time() + later) * 1000)
+
+
+def test_expired_messages_are_not_delivered(broker, connect, queue):
+    client, pause = connect('1.2'), threading.Event()
+    expired = broker.counters()['expired']
+    lines = milliseconds(-1), milliseconds(60), milliseconds(0.3), 'expires:0', 'a:b'
+    for number, line in enumerate(lines):
+        client.ask('SEND', 'destination:' + queue, line, body=b'%d' % number)
+    assert broker.counters()['expired'] == expired + 1
+    pause.wait(0.5)
+    client.subscribe(queue, 'ack:client')
+    messages = client.before_now()
+    assert [one.body for one in messages] == [b'1', b'3', b'4']
+    assert messages[0].get('expires') and broker.counters()['expired'] == expired + 2
+    client.ask('ACK', 'id:' + messages[-1].get('ack'))
+    assert broker.counters()['queued_bytes'] == 0
+
+
+def test_expired_messages_of_a_topic(connect):
+    client = connect('1.2')
+    client.subscribe('/topic/a')
+    for line in milliseconds(-1), milliseconds(60):
+        client.ask('SEND', 'destination:/topic/a', line, body=line.encode())
+    assert len(client.bodies()) == 1
+
+
+def test_an_expired_message_does_not_come_again(connect, queue):
+    client, pause = connect('1.2'), threading.Event()
+    client.subscribe(queue, 'ack:client')
+    client.ask('SEND', 'destination:' + queue, milliseconds(0.3), body=b'a')
+    client.take()
+    client.close()
+    pause.wait(0.4)
+    other = connect('1.2')
+    other.subscribe(queue)
+    assert other.bodies() == []
+
+
+@pytest.mark.parametrize('value', ['x', '-1', '1e3', '', '9' * 30])
+@pytest.mark.parametrize('within', [[], ['transaction:t']])
+def test_bad_expires(connect, queue, value, within):
+    client = connect('1.2')
+    client.ask('BEGIN', 'transaction:t')
+    client.say('SEND', 'destination:' + queue, 'expires:' + value, *within)
+    assert 'expires' in client.take_error().get('message')
+
+
+# --- limits ---
+
+def fill(broker, destination, size, *lines):
+    """Sends until there is an ERROR; gives its text, and how many were taken."""
+    with Client(broker.address) as client:
+        client.connect('1.2')
+        for taken in itertools.count():
+            client.say('SEND', 'destination:' + destination, 'receipt:r', *lines, body=b'x' * size)
+            answer = client.take()
+            if answer.command == 'ERROR':
+                return answer.get('message'), taken
+
+
+def test_a_full_queue_is_its_own_trouble():
+    with running(Broker(port=0, queued=100000, queued_in_all=350000)) as broker:
+        for name in 'abc':
+            text, taken = fill(broker, '/queue/' + name, 5000)
+            assert '/queue/%s is full' % name in text and 10 < taken < 20
+            with Client(broker.address) as client:
+                client.connect('1.2')
+                client.subscribe('/queue/other')
+                client.publish('/queue/other', b'goes on')
+                assert client.bodies() == [b'goes on']
+        text, taken = fill(broker, '/queue/d', 5000)
+        assert 'all together' in text and taken < 15
+        with Client(broker.address) as client:
+            client.connect('1.2')
+            client.subscribe('/queue/a')
+            client.before_now()
+            client.publish('/queue/d', b'has room again')
+
+
+def test_expired_messages_make_room():
+    with running(Broker(port=0, queued=100000)) as broker:
+        _, taken = fill(broker, '/queue/a', 5000, milliseconds(1))
+        pause = threading.Event()
+        pause.wait(1.1)
+        assert fill(broker, '/queue/a', 5000)[1] == taken
+
+
+def test_a_body_that_the_broker_took_cuts_nobody_off():
+    """Bodies of 16 MiB for subscribers that read 20 MB/s, where 8 MiB may wait."""
+    with running(Broker(port=0, max_frame=16 * MIB)) as broker, contextlib.ExitStack() as stack:
+        sender, *readers = [stack.enter_context(Client(broker.address)) for _ in range(3)]
+        bodies = [os.urandom(16 * MIB) for _ in range(2)]
+        counts = [0, 0]
+        for client in [sender] + readers:
+            client.connect('1.2')
+        for reader in readers:
+            reader.subscribe('/topic/a')
+
+        def read(which):
+            begin = time.monotonic()
+            while counts[which] < 2 * 16 * MIB:
+                counts[which] += len(readers[which].socket.recv(MIB))
+                ahead = counts[which] / 20e6 - (time.monotonic() - begin)
+                if ahead > 0:
+                    time.sleep(ahead)            # the speed of the reader is what is tested
+        threads = [threading.Thread(target=read, args=(which,)) for which in range(2)]
+        for thread in threads:
+            thread.start()
+        for body in bodies:
+            sender.say('SEND', 'destination:/topic/a', 'content-length:%d' % len(body), body=body)
+        for thread in threads:
+            thread.join(30)
+        assert broker.counters()['cut_off'] == 0 and min(counts) >= 2 * 16 * MIB
+
+
+def memory(process, what='VmHWM'):
+    """Bytes of memory that a process has had at most."""
+    with open('/proc/%d/status' % process.pid) as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(what)) * 1024
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='memory is read from /proc')
+def test_unfinished_bodies_take_no_more_than_they_may():
+    """60 clients with 10 MB each, of bodies that never end, where 64 MiB may be held; those who had to go
+    don't read their ERROR, nor close."""
+    with Program('--held', str(64 * MIB)) as program, contextlib.ExitStack() as stack:
+        monitor = stack.enter_context(Client(program.address))
+        monitor.connect('1.2')
+        before = memory(program.process)
+        for _ in range(60):
+            client = stack.enter_context(Client(program.address, receive_buffer=4096))
+            client.connect('1.2')
+            with contextlib.suppress(OSError):
+                client.send(b'SEND\ndestination:/topic/a\ncontent-length:10000001\n\n' + b'x' * 10000000)
+        monitor.before_now()
+        assert memory(program.process) - before < 1.1 * 64 * MIB + 12 * MIB      # and one that is being read
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='memory is read from /proc')
+def test_queues_take_no_more_memory_than_they_may():
+    """Small messages and large ones, and what comes back from a consumer that dies."""
+    with Program('--queued', str(40 * MIB), '--queued-in-all', str(64 * MIB)) as program:
+        before = memory(program.process)
+        for name, size in ('a', 10), ('b', 1000), ('c', 100000):
+            with Client(program.address) as client:
+                client.connect('1.2')
+                with contextlib.suppress(OSError):
+                    for _ in range(200):
+                        client.send(frame('SEND', 'destination:/queue/' + name, body=b'x' * size)
+                                    * (40 * MIB // 100 // (size + 600)))
+                client.take_end_or_error()
+        with Client(program.address, receive_buffer=4096) as client:
+            client.connect('1.2')
+            client.say('SUBSCRIBE', 'id:0', 'destination:/queue/a', 'ack:client')
+            client.take_all(100)
+        with Client(program.address) as client:
+            client.connect('1.2')
+            client.before_now()
+        assert memory(program.process) - before < 1.1 * 64 * MIB
