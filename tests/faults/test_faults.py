@@ -581,14 +581,14 @@ def test_a_paused_vm_is_suspended_and_not_lost(tmp_path):
             file.write(text)
         os.rename(state + '.new', state)
 
-    become('Running')
+    become('running')
     host = Host(tmp_path / 'host', broker={'heartbeat': 1, 'host': '127.0.0.1'}, vm_gc_grace=3)
     host.faults = {'vm_state': state}
     with host, Agent(tmp_path / 'guest', host, 'g', broker={'heartbeat': 1}) as guest, host.api as api:
         proof = Proof(tmp_path, 1)
         cmd_id = proof.ask(host, 'g')
         wait_for_state(host, cmd_id, 'running')
-        become('Paused')
+        become('paused')
         guest.process.send_signal(signal.SIGSTOP)
         try:
             time.sleep(5)       # after 4.5 s it would be off the list
@@ -596,7 +596,7 @@ def test_a_paused_vm_is_suspended_and_not_lost(tmp_path):
             assert api.listCmds({'cmdId': cmd_id})[0]['state'] == 'suspended'
         finally:
             guest.process.send_signal(signal.SIGCONT)
-        become('Running')
+        become('running')
         proof.check(host.results(cmd_id))
         types = {event['type'] for event in api.getEvents(0, 0)['events']}
         assert 'guest-lost' not in types        # late it may be: its link has to come up again
