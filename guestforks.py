@@ -16,7 +16,7 @@ from typing import List
 import agent
 from guestrunner import RunnerProcess
 from guestspool import describe_error
-from gueststart import become_subreaper, make_starter
+from gueststart import Origin, become_subreaper, make_starter
 
 log = logging.getLogger('vmguest')
 
@@ -66,7 +66,7 @@ class ForkServer:
     def _serve(self, requests: socket.socket) -> None:
         """Forks a runner for each socket that comes."""
         os.close(self.reports)
-        self._starter = make_starter()
+        self._origin = Origin(make_starter())
         become_subreaper()         # of what ended runners leave
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -90,7 +90,7 @@ class ForkServer:
             try:
                 requests.close()
                 agents_end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=orders)
-                RunnerProcess(agents_end, self._reporter, self._starter).run()
+                RunnerProcess(agents_end, self._reporter, self._origin).run()
             except ConnectionError:
                 log.debug('the agent is gone')
             except Exception:

@@ -28,7 +28,7 @@ class Reports:
     def __init__(self, say: Callable[[Message], Any], inline_output: int, chirp_path: str) -> None:
         """``inline_output``: bytes of a stream that go with results, where the request doesn't say.
 
-        ``chirp_path``: of the spool, as the host sees it by Chirp.
+        ``chirp_path``: of the spool, as the host sees it by Chirp; '' where it doesn't.
         """
         self._say = say
         self._inline_output = inline_output
@@ -83,7 +83,8 @@ class Reports:
 
     def results(self, command: Command, result: Dict[str, Any]) -> None:
         """A CMD_RESULTS with what the command's result.json says, and the tails of its output."""
-        told = dict(result, spool=self._chirp_path + '/' + os.path.basename(command.folder))
+        folder = self._chirp_path and self._chirp_path + '/' + os.path.basename(command.folder)
+        told = dict(result, spool=folder)
         told.update(self._tails(command))
         self.bare_results(command.cmd_id, told)
 

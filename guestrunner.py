@@ -28,7 +28,7 @@ from guestprocesses import (
     was_killed_for_memory,
 )
 from guestspool import Command, describe_error, private
-from gueststart import Start, become_subreaper
+from gueststart import Origin, Start, become_subreaper
 
 ACK_PATIENCE = 0.05            # seconds after which results that nobody has yet are brought to the disk
 DRAIN = 2.0                    # seconds for the pipes to be emptied after the end of the process
@@ -140,11 +140,11 @@ class Runner:
 
     def _spawn(self) -> None:
         """Starts the program, in a session of its own. Raises what that raised, in the child too."""
-        start = Start(self.command, self.request, self.process.starter)
+        start = Start(self.command, self.request, self.process.origin)
         with contextlib.ExitStack() as stack:
             out, err = self._open_pipe('out', stack), self._open_pipe('err', stack)
             self.begin, self.started = time.monotonic(), time.time()
-            start.fork(out, err)
+            start.begin(out, err, self.process.null)
         self.pid = start.wait()
         if self.pid != start.child:
             self._starter = start.child
@@ -376,8 +376,8 @@ class RunnerProcess:
     after a command that left processes, which then belong to whoever takes orphans.
     """
 
-    def __init__(self, orders: socket.socket, reports: int, starter: int) -> None:
-        """``reports``: where the agent reads names of folders. ``starter``: see make_starter."""
+    def __init__(self, orders: socket.socket, reports: int, origin: Origin) -> None:
+        """``reports``: where the agent reads names of folders."""
         os.setsid()
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -386,12 +386,14 @@ class RunnerProcess:
         for descriptor in (self.wakeup, waker):
             os.set_blocking(descriptor, False)
         signal.set_wakeup_fd(waker)
-        null = os.open(os.devnull, os.O_RDWR)
+        self.null = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1):
-            os.dup2(null, descriptor)
+            os.dup2(self.null, descriptor)
         gc.enable()
         self.reports = reports
-        self.starter = starter if become_subreaper() else -1
+        self.origin = origin
+        if not become_subreaper():
+            origin.starter = -1
         self.unsynced = Unsynced()
         self._orders = orders
 

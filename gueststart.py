@@ -50,22 +50,22 @@ log = logging.getLogger('vmguest')
 # Linux keeps a process's peak memory over exec: whatever is forked by a Python of 10 MB has used 10 MB, even
 # /bin/true. So the runner executes this program of a few hundred bytes, which forks the one that was asked
 # for, and ends. The orphan becomes the child of the runner, its subreaper, and wait4 tells what it used, and
-# no more. Its words: the path to execute, then the words of the program. It writes P and the program's pid to
-# descriptor 3, or E and an errno.
+# no more. Its words: the folder to work in, the path to execute, then the words of the program. It writes P
+# and the program's pid to descriptor 3; or D (the folder) or E (the program) and an errno.
 STARTERS = {'x86_64': bytes.fromhex(
     '488b1c24'                 # _start: mov rbx, [rsp]                 argc
     '488d6c2408'               #         lea rbp, [rsp+8]               argv
     '4c8d64dd08'               #         lea r12, [rbp+rbx*8+8]         envp
+    '6a44415d'                 #         push 'D'; pop r13
+    '6a5058488b7d000f05'       #         chdir(argv[0])
+    '85c07832'                 #         test eax, eax; js failed
+    '6a45415d'                 #         push 'E'; pop r13
     '6a3a580f05'               #         vfork()
-    '85c0'                     #         test eax, eax
-    '7825'                     #         js failed
-    '752b'                     #         jnz parent
+    '85c07825752b'             #         test eax, eax; js failed; jnz parent
     '6a70580f05'               #         setsid()
     '6a48586a035f6a025e6a015a0f05'     # fcntl(3, F_SETFD, FD_CLOEXEC)
-    '6a3b58488b7d00488d75084c89e20f05'     # execve(argv[0], argv + 1, envp)
-    'f7d8'                     # failed: neg eax                        errno
-    '6a7f6a45'                 #         push 127; push 'E'
-    'eb04'                     #         jmp say
+    '6a3b58488b7d08488d75104c89e20f05'     # execve(argv[1], argv + 2, envp)
+    'f7d86a7f4155eb04'         # failed: neg eax; push 127; push r13; jmp say
     '6a006a50'                 # parent: push 0; push 'P'
     '89442401'                 # say:    mov [rsp+1], eax
     '6a01586a035f4889e66a055a0f05'     # write(3, rsp, 5)
@@ -161,23 +161,78 @@ def find(text: str, by_number: Callable[[int], Any], by_name: Callable[[str], An
 
 # --- the start -------------------------------------------------------------------------------
 
+class Origin:
+    """What all programs of an agent begin with: found out once, since each start should take little."""
+
+    def __init__(self, starter: int) -> None:
+        """``starter``: see make_starter; -1: a program is executed by the runner's own child."""
+        self.starter = starter
+        self.environment = {encode(name): encode(value) for name, value in os.environ.items()}
+        self.environment.pop(b'OLDPWD', None)
+        self.ignored = [number for number in range(1, signal.NSIG) if is_ignored(number)]
+
+
+def is_ignored(number: int) -> bool:
+    """Whether a signal is ignored, by whoever began this process or by Python."""
+    try:
+        return signal.getsignal(number) == signal.SIG_IGN
+    except ValueError:                 # one of the C library's own
+        return False
+
+
 class Start:
     """One program on its way from a request to its exec. ``wait`` tells whether it got there."""
 
-    def __init__(self, command: Command, request: Dict[str, Any], starter: int) -> None:
-        """``starter``: see make_starter; -1: the program is executed by the runner's own child."""
+    def __init__(self, command: Command, request: Dict[str, Any], origin: Origin) -> None:
+        """Does what can be done before the fork, after which each page that is touched is copied."""
         self._command = command
         self._request = request
-        self._starter = starter
+        self._origin = origin
         self._user = User(request['user']) if request.get('user') else None
+        self._folder = os.path.join(encode(request['root']), encode(request['path']))
+        self._words = [encode(word) for word in [request['cmd']] + request['args']]
+        self._environment = self._make_environment()
         self.child = 0                 # the process that was forked: the program, or the starter
         self._report = -1
 
-    def fork(self, out: int, err: int) -> None:
-        """Begins, with these descriptors as the program's outputs. Raises OSError."""
+    def begin(self, out: int, err: int, null: int) -> None:
+        """With these descriptors as the program's outputs, and as an empty input. Raises OSError."""
         if self._user is not None:
             self._open_progress(self._user)
         self._report, reporter = os.pipe()
+        try:
+            if not self._is_plain() or not self._spawn(reporter, out, err, null):
+                self._fork(reporter, out, err)
+        finally:
+            os.close(reporter)
+
+    def _is_plain(self) -> bool:
+        """Whether the starter can do all that there is to be done."""
+        asked = any(self._request.get(name) for name in ('user', 'nice', 'limits', 'fileForStdin'))
+        return self._origin.starter >= 0 and not asked and hasattr(os, 'posix_spawn')
+
+    def _spawn(self, reporter: int, out: int, err: int, null: int) -> bool:
+        """Begins by the starter alone, which no page has to be copied for. False where this system doesn't
+        execute what is in memory alone. Raises OSError."""
+        path = find_program(self._words[0], self._folder, self._environment)
+        with contextlib.ExitStack() as stack:
+            if 'stdin' in self._request:
+                null = os.open(self._command.path('stdin'), os.O_RDONLY)
+                stack.callback(os.close, null)
+            places = [(os.POSIX_SPAWN_DUP2, fd, number)
+                      for number, fd in enumerate((null, out, err, reporter))]
+            try:
+                self.child = os.posix_spawn(
+                    '/proc/self/fd/%d' % self._origin.starter, [self._folder, path] + self._words,
+                    self._environment, file_actions=places, setsigmask=[], setsigdef=self._origin.ignored)
+            except OSError as error:
+                if error.errno in (errno.E2BIG, errno.EAGAIN, errno.ENOMEM):
+                    raise
+                return False
+        return True
+
+    def _fork(self, reporter: int, out: int, err: int) -> None:
+        """Raises OSError."""
         self.child = os.fork()
         if self.child == 0:
             try:
@@ -190,7 +245,6 @@ class Start:
                 os.write(reporter, json.dumps([number, text, about]).encode()[:4096])
             finally:
                 os._exit(127)
-        os.close(reporter)
 
     def wait(self) -> int:
         """The program's pid, once it was executed. Raises OSError for whatever prevented that."""
@@ -217,8 +271,8 @@ class Start:
         pid = self.child
         for at in range(0, len(data), 5):
             kind, number = data[at:at + 1], int.from_bytes(data[at + 1:at + 5], 'little')
-            if kind == b'E':
-                raise OSError(number, os.strerror(number), self._request['cmd'])
+            if kind != b'P':
+                raise OSError(number, os.strerror(number), self._folder if kind == b'D' else self._words[0])
             pid = number
         return pid
 
@@ -226,7 +280,9 @@ class Start:
 
     def _become_program(self, reporter: int, out: int, err: int) -> None:
         """Doesn't come back, but by what it raises."""
-        reset_signals()
+        for number in self._origin.ignored:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
         request = self._request
         out, err, reporter = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, SPARE) for fd in (out, err, reporter))
         if request.get('nice'):
@@ -234,39 +290,25 @@ class Start:
         stdin = os.open(self._command.path('stdin'), os.O_RDONLY) if 'stdin' in request else -1
         if self._user is not None:
             self._user.become()
-        folder = os.path.join(encode(request['root']), encode(request['path']))
-        os.chdir(folder)
+        os.chdir(self._folder)
         if stdin < 0:
             stdin = self._open_stdin()
-        env = self._environment(folder)
-        path = find_program(encode(request['cmd']), env)
-        words = [encode(word) for word in [request['cmd']] + request['args']]
+        words, env = self._words, self._environment
+        path = find_program(words[0], self._folder, env)
         for fd, number in ((stdin, 0), (out, 1), (err, 2)):
             os.dup2(fd, number)
         for name, value in request.get('limits', {}).items():
             set_limit(name, int(value))
-        if self._starter >= 0:
+        if self._origin.starter >= 0:
             os.dup2(reporter, REPORT)
             try:
-                os.execve(self._starter, [path] + words, env)
+                os.execve(self._origin.starter, [b'.', path] + words, env)
             except OSError as error:
                 if error.errno == errno.E2BIG:
                     raise
             os.set_inheritable(REPORT, False)      # a system that executes nothing that is in memory alone
         os.setsid()
         os.execve(path, words, env)
-
-    def _environment(self, folder: bytes) -> Dict[bytes, bytes]:
-        """What the program finds in its environment: the agent's or the user's, and what was asked for."""
-        env = {}  # type: Dict[str, str]
-        if not self._request.get('env-clear'):
-            env = dict(os.environ) if self._user is None else self._user.environment()
-        env.pop('OLDPWD', None)
-        found = {encode(name): encode(value) for name, value in env.items()}
-        found[b'PWD'] = os.path.abspath(folder)
-        found[b'VM_PROGRESS_FILE'] = encode(self._command.path('progress'))
-        found.update({encode(name): encode(value) for name, value in self._request['env'].items()})
-        return found
 
     def _open_stdin(self) -> int:
         """A descriptor of fileForStdin. Never waits for a peer: pipes are refused."""
@@ -281,6 +323,17 @@ class Start:
 
     # In the runner.
 
+    def _make_environment(self) -> Dict[bytes, bytes]:
+        """What the program finds in its environment: the agent's or the user's, and what was asked for."""
+        found = {}  # type: Dict[bytes, bytes]
+        if not self._request.get('env-clear'):
+            found = dict(self._origin.environment) if self._user is None else \
+                {encode(name): encode(value) for name, value in self._user.environment().items()}
+        found[b'PWD'] = os.path.abspath(self._folder)
+        found[b'VM_PROGRESS_FILE'] = encode(self._command.path('progress'))
+        found.update({encode(name): encode(value) for name, value in self._request['env'].items()})
+        return found
+
     def _open_progress(self, user: User) -> None:
         """Another user can write the progress file, though not look into the spool."""
         path = self._command.path('progress')
@@ -294,23 +347,15 @@ def encode(text: Any) -> bytes:
     return text if isinstance(text, bytes) else text.encode('utf-8', 'surrogateescape')
 
 
-def reset_signals() -> None:
-    """What a service manager, nohup or Python itself ignored or blocked is the default again."""
-    for number in range(1, signal.NSIG):
-        with contextlib.suppress(OSError, ValueError):     # KILL and STOP, and those of the C library
-            signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
-
-
-def find_program(name: bytes, env: Dict[bytes, bytes]) -> bytes:
-    """The path of a program, looked for in the environment's PATH. Raises OSError."""
+def find_program(name: bytes, folder: bytes, env: Dict[bytes, bytes]) -> bytes:
+    """The path of a program for who works in that folder, by the environment's PATH. Raises OSError."""
     if not name or b'\0' in name:
         raise OSError(errno.EINVAL, 'no name of a program')
     if b'/' in name:
         return name
     denied = False
-    for folder in env.get(b'PATH', os.defpath.encode()).split(b':'):
-        path = os.path.join(folder, name)
+    for place in env.get(b'PATH', os.defpath.encode()).split(b':'):
+        path = os.path.join(folder, place, name)
         if os.path.isfile(path):
             if os.access(path, os.X_OK):
                 return path

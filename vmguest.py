@@ -145,7 +145,8 @@ class Agent:
         vm = self.settings.VM
         spool = Spool(vm.state_dir, self.id, self.boot)
         self.secret = Secret(vm, folder_name(self.id))
-        self.reports = Reports(self.say, vm.inline_output, spool.chirp_path)
+        is_shown = self.settings.Chirp.server == 'embedded'    # else the host reads output by words alone
+        self.reports = Reports(self.say, vm.inline_output, spool.chirp_path if is_shown else '')
         commands = Commands(vm, self.root, self.boot, spool, self._fork_server, self.reports, self._wake_by,
                             self._restart)
         commands.load()

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -332,27 +333,29 @@ def test_output_is_fetched_and_stays_when_the_guest_is_gone(tmp_path):
             assert os.listdir(os.path.join(host.state, 'output')) == []
 
 
-def test_what_is_forgotten_while_it_is_fetched_is_fetched_no_further(tmp_path, monkeypatch):
+def test_what_is_forgotten_while_it_is_fetched_is_fetched_no_further(tmp_path):
     """The guest's server holds its output up for ever; so does what is left when the host stops."""
-    cutting.install(tmp_path / 'bin', monkeypatch, hold=5 * 2 ** 20)
-    slow = {'server': 'chirp_server', 'user': 'root'}
-    with Host(tmp_path / 'host') as host, Agent(tmp_path / 'guest', host, 'g', chirp=slow) as guest:
+    with Host(tmp_path / 'host') as host, Agent(tmp_path / 'guest', host, 'g') as guest:
         output = os.path.join(host.state, 'output')
 
         def begin_to_fetch():
-            cmd_id = api.runCmd('g', sys.executable, ['-c', WRITER % 200])
+            cmd_id = api.runCmd('g', sys.executable, ['-c', WRITER % 900])
             host.results(cmd_id)
-            wait_until(lambda: os.path.isdir(output) and os.listdir(output), 60)
+            wait_until(lambda: os.path.isdir(output) and os.listdir(output), 60, 0.001)
+            guest.process.send_signal(signal.SIGSTOP)
             return cmd_id
-        with host.api as api:
-            wait_until(lambda: 'chirp' in api.getVM('g')['facts'], 30)
-            cmd_id = begin_to_fetch()
-            assert api.forgetCmd(cmd_id) is True
-            wait_until(lambda: os.listdir(output) == [], 10)
-            acked = os.path.join(guest.state, 'spool', 'g', cmd_id, 'acked')
-            wait_until(lambda: os.path.exists(acked), 10)
-            begin_to_fetch()
-        host.stop()
+        try:
+            with host.api as api:
+                cmd_id = begin_to_fetch()
+                assert api.forgetCmd(cmd_id) is True
+                wait_until(lambda: os.listdir(output) == [], 10)
+                guest.process.send_signal(signal.SIGCONT)
+                acked = os.path.join(guest.state, 'spool', 'g', cmd_id, 'acked')
+                wait_until(lambda: os.path.exists(acked), 10)
+                begin_to_fetch()
+            host.stop()
+        finally:
+            guest.process.send_signal(signal.SIGCONT)
         assert 'still runs' not in host.log()
 
 
@@ -422,13 +425,14 @@ def test_a_guest_without_files_is_acknowledged_all_the_same(tmp_path):
 
 @pytest.mark.skipif(os.name != 'posix' or os.getuid() != 0 or not shutil.which('chirp_server'),
                     reason='needs root, and chirp_server')
-def test_the_real_server_of_another_user_serves_files_and_no_output(tmp_path):
+@pytest.mark.parametrize('user', ['nobody', 'root'])
+def test_the_real_server_serves_files_and_no_output(tmp_path, user):
     """Output stays the agent's own, and is read by words."""
     for folder in (tmp_path.parent.parent, tmp_path.parent, tmp_path):
         os.chmod(str(folder), 0o755)
     with Host(tmp_path / 'host') as host:
-        guest = Agent(tmp_path / 'guest', host, 'g', chirp={'server': 'chirp_server', 'user': 'nobody'})
-        shutil.chown(guest.files, 'nobody')
+        guest = Agent(tmp_path / 'guest', host, 'g', chirp={'server': 'chirp_server', 'user': user})
+        shutil.chown(guest.files, user)
         with guest, host.api as api:
             wait_until(lambda: 'chirp' in api.getVM('g')['facts'], 30)
             assert api.cpFileToVM('g', __file__, 'there') == ['', '', 0], guest.log()
@@ -481,7 +485,7 @@ import sys, threading
 
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name == 'chirp':
+        if name == 'chirpserver':
             with open(%r, 'a') as file:
                 file.write(threading.current_thread().name)
 

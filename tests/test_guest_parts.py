@@ -23,6 +23,7 @@ import guestreports
 import guestrequests
 import guestrunner
 import guestspool
+import gueststart
 import protocol
 import vmguest
 
@@ -348,7 +349,8 @@ def test_a_runner_out_of_descriptors_fails_and_keeps_none(pipes, tmp_path, monke
         return pipe()
     before = os.listdir('/proc/self/fd')
     monkeypatch.setattr(os, 'pipe', limited)
-    process = types.SimpleNamespace(wakeup=0, reports=0, starter=-1, unsynced=guestrunner.Unsynced())
+    process = types.SimpleNamespace(wakeup=0, reports=0, null=0, origin=gueststart.Origin(-1),
+                                    unsynced=guestrunner.Unsynced())
     runner = guestrunner.Runner(str(tmp_path), process)
     assert runner.claim()
     runner.run()

@@ -128,7 +128,7 @@ def odd_name(tmp_path):
 
 def test_a_process_of_any_name_disturbs_nobody(runners, odd_name):
     path = os.path.join(runners.served, 'ж' * 8)
-    shutil.copy(shutil.which('sleep'), path)
+    shutil.copy(shutil.which('sleep'), path.encode('utf-8'))
     command = runners.begin('sh', '-c', '"$0" 50 & "$0" 51', path, timeout=0.5)
     wait_until(lambda: len(command.members()) == 3, 10)
     assert guestprocesses.live_usage(command.members())[0] == 3

@@ -189,7 +189,7 @@ class Clock:
 def mount_small_disk(folder, size):
     """Whether a tmpfs of that size could be mounted there: as root."""
     os.makedirs(folder, exist_ok=True)
-    return subprocess.call(['mount', '-t', 'tmpfs', '-o', 'size=' + size, 'faults', folder],
+    return subprocess.call(['mount', '-t', 'tmpfs', '-o', 'mode=700,size=' + size, 'faults', folder],
                            stderr=subprocess.DEVNULL) == 0
 
 

@@ -80,6 +80,7 @@ def patch_reconnects(first_delay):
 
 class FakeHypervisor:
     """Shows one state for all VMs, which stands in a file; has nothing to say about anything else."""
+    name = 'fake'
 
     def __init__(self, path):
         self.path = path
