@@ -220,8 +220,15 @@ LOG_FILES = 5                  # rotated ones that are kept
 
 
 def set_up_logging(settings: Any) -> None:
-    """Logging as the section [Logging] wants it. Raises ConfigError."""
+    """Logging as the section [Logging] wants it, a line for each message. Raises ConfigError."""
     import logging  # a program that only asks an agent does without
+
+    class OneLine(logging.LogRecord):
+        """A message of which no part, whoever wrote it, begins a line or is obeyed by a terminal."""
+
+        def getMessage(self) -> str:
+            return printable(super().getMessage())
+    logging.setLogRecordFactory(OneLine)
     try:
         # Imported where they are needed: a guest without a log file does without their memory.
         if settings.config:
@@ -254,6 +261,8 @@ def client_tls(ca_file: str) -> Any:
 
 def printable(text: str) -> str:
     """The text without anything that a terminal would obey: a guest may have written it."""
+    if text.isprintable():
+        return text
     return ''.join(char if char.isprintable() else char.encode('unicode_escape').decode('ascii')
                    for char in text)
 

@@ -67,8 +67,10 @@ REDIRECT = """<!DOCTYPE html>
 
 
 def open_in_browser(folder: str, link: str) -> None:
-    """Opens the link, by a file that leads there and that only the folder's owner can read: the link holds a key,
-    and everybody can see what a browser was started with."""
+    """Opens the link, by a file that leads there and that only the folder's owner can read.
+
+    The link holds a key, and everybody can see what a browser was started with.
+    """
     import pathlib  # needed here alone
     import webbrowser
     path = os.path.join(folder, 'open-status.html')

@@ -27,7 +27,14 @@ _vmhost() {{
     ((at <= COMP_CWORD)) || return 0
     COMPREPLY=()
     while IFS= read -r found; do
-        [[ $cur == [\\"\\']* ]] || printf -v found %q "$found"
+        case $cur in
+            \\"*)
+                [[ $found != *!* ]] || continue         # within these quotes nothing keeps it from history
+                found=${{found//\\\\/\\\\\\\\}} found=${{found//\\"/\\\\\\"}}
+                found=${{found//\\$/\\\\\\$}} found=${{found//\\`/\\\\\\`}} ;;
+            \\'*) found=${{found//\\'/\\'\\\\\\'\\'}} ;;
+            *) printf -v found %q "$found" ;;
+        esac
         COMPREPLY+=("$found")
     done < <({me} --complete "${{COMP_WORDS[@]:at:COMP_CWORD-at+1}}" 2> /dev/null)
 }}
@@ -75,7 +82,9 @@ def candidates(words: List[str], verbs: Dict[str, Verb]) -> List[str]:
         found = candidates_of(verbs[words[1]], words)
     else:
         found = []
-    return [candidate for candidate in found if words and candidate.startswith(words[-1])]
+    # What isn't printable would be more than one word, or obeyed by the terminal.
+    return [candidate for candidate in found
+            if words and candidate.startswith(words[-1]) and candidate.isprintable()]
 
 
 def unquoted(word: str) -> str:

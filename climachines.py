@@ -12,6 +12,7 @@ from cliscreen import Screen, show_pairs, shown_size, shown_span
 from cliverbs import JSON, VM, VMS, Function, Verb, argument, for_each, read_seconds, show_list, switch, watch
 from faults import InvalidParams
 from hostclient import Client
+from rpc import finite
 
 
 def do_ls(host: Client, screen: Screen, args: Any) -> int:
@@ -35,7 +36,8 @@ def vm_row(vm: Dict[str, Any], long: bool) -> List[Any]:
     facts = vm['facts']
     if long:
         seen = shown_span(max(0, time.time() - vm['lastSeen'])) + ' ago' if vm['lastSeen'] else 'never'
-        row += [vm['id'], seen, facts.get('cpus', '-'), shown_size(facts['mem']) if facts.get('mem') else '-',
+        memory = shown_size(finite(facts['mem'])) if facts.get('mem') else '-'
+        row += [vm['id'], seen, facts.get('cpus', '-'), memory,
                 facts.get('python', '-'), '%+.1f s' % vm['clockOffset'], facts.get('os', '-')]
     return row
 

@@ -45,9 +45,10 @@ class Screen:
         self.err.flush()
 
     def json(self, value: Any, indent: Optional[int] = 2) -> None:
-        """The value as JSON."""
+        """The value as JSON, in which nothing is left that a terminal would obey."""
         ascii_only = (self.out.encoding or '').lower().replace('-', '') != 'utf8'
-        self.say(json.dumps(value, indent=indent, ensure_ascii=ascii_only, default=as_text))
+        text = json.dumps(value, indent=indent, ensure_ascii=ascii_only, default=as_text)
+        self.say('\n'.join([line if line.isprintable() else escaped(line) for line in text.split('\n')]))
 
     def table(self, headings: List[str], rows: Iterable[List[Any]]) -> None:
         """Columns as wide as they need to be, and cut to the terminal, but for the first one."""
@@ -82,6 +83,11 @@ class Screen:
             self.err.write('\r' + text + ' ' * (self._progress - len(text)) + ('' if text else '\r'))
             self.err.flush()
             self._progress = len(text)
+
+
+def escaped(text: str) -> str:
+    """JSON with escapes for all characters that aren't printable."""
+    return ''.join([char if char.isprintable() else json.dumps(char)[1:-1] for char in text])
 
 
 @functools.lru_cache(maxsize=None)      # a wrapper that is let go closes what it wraps

@@ -21,6 +21,7 @@ from faults import AlreadyExists, BadState, InvalidParams, NoSuchCommand
 from hostguests import Guest
 from hostjournal import FINISHED, ROWS_AT_ONCE, Execution, Journal, JournalError
 from protocol import Message
+from rpc import finite
 
 log = logging.getLogger('vmhost')
 
@@ -28,6 +29,7 @@ RETRY_DELAYS = (5, 10, 20, 40, 60)     # seconds between publications of a CMD_R
 ORPHANS_KEPT = 1000                    # results that nobody here asked for
 LINE_SHOWN = 300                       # characters of command and arguments that a list shows
 CALLED_OFF = ('cancelled', 'expired')  # ends that the host may decide without the guest
+LONGEST_STATUS = 1000                  # characters of a progress or an error of a running command
 RECENT_KEPT = 100                      # executions that ended, and are remembered as they are …
 RECENT_LARGEST = 16 * 1024             # … with no more than that of results, written as JSON
 
@@ -220,7 +222,7 @@ class Commands:
                 # journal was restored, and they were acknowledged before: then they are asked for.
                 execution.next_publish = None if state not in FINISHED \
                     else self._clock() + RETRY_DELAYS[0]
-                execution.status = dict(message.keys)
+                execution.status = read_status(message)
                 execution.status_time = self._clock()
                 if state in ('running', 'stopped', 'queued') \
                         and execution.state in ('sent', 'queued', 'running'):
@@ -418,6 +420,19 @@ def describe_end(results: Dict[str, Any]) -> str:
     if state in ('exited', 'signaled', 'timeout'):
         return '%s %s' % (state, results['exitCodeOrSignal'])
     return '%s: %s' % (state, results.get('error', ''))
+
+
+def read_status(message: Message) -> Dict[str, Any]:
+    """What a CMD_STATUS says of a running command, of the right types, and nothing else."""
+    status = {name: finite(message.get(name)) for name in
+              ('pid', 'processes', 'wall', 'out-size', 'err-size', 'in-offset')}   # type: Dict[str, Any]
+    for name in ('state', 'progress', 'error'):
+        told = message.get(name)
+        status[name] = str(told)[:LONGEST_STATUS] if isinstance(told, (str, int, float)) else ''
+    usage = message.get('resources')
+    status['resources'] = {name: finite(usage.get(name)) for name in protocol.RUSAGE_FIELDS
+                           if name in usage} if isinstance(usage, dict) else {}
+    return status
 
 
 def read_results(message: Message) -> Dict[str, Any]:

@@ -8,7 +8,6 @@ time look at the host, while others wait for what it sees.
 import base64
 import collections
 import hashlib
-import math
 import os
 import re
 import secrets
@@ -21,6 +20,7 @@ from hostapi import Api
 from hostcommands import describe_end
 from hostguests import Guest
 from hostjournal import Execution
+from rpc import finite
 
 LINK_LIFE = 120.0              # seconds in which a link opens the status page
 VISIT_LIFE = 12 * 3600.0       # seconds without a request, after which a visit ends
@@ -101,11 +101,6 @@ class Visits:
         return secret
 
 
-def number_or_0(value: Any) -> float:
-    """A number that a guest told, where it is one that JSON can carry."""
-    return value if isinstance(value, (int, float)) and math.isfinite(value) else 0
-
-
 class StatusPage:
     """The status page, and what it reads. It shows, and never acts. Any thread may ask.
 
@@ -162,7 +157,7 @@ class StatusPage:
             self._host.control.refresh([execution])
         status = self._host.control.status(execution)
         size = status['errSize' if stream == 'err' else 'outSize']
-        begin = int(offset) if offset else max(0, int(number_or_0(size)) - OUTPUT_SHOWN)
+        begin = int(offset) if offset else max(0, int(finite(size)) - OUTPUT_SHOWN)
         found = self._api['getCmdOutput'](id, stream, begin, OUTPUT_SHOWN)
         return dict(found, data=base64.b64encode(found['data'].data).decode('ascii'),
                     state=status['state'])
@@ -203,15 +198,15 @@ class StatusPage:
         return sorted(rows, key=lambda row: (row['agent'] == 'lost', row['name'], row['id']))
 
     def _of_guest(self, guest: Guest) -> Dict[str, Any]:
-        loads = [[load['time'], load.get('load1'), load.get('mem_free')]
+        loads = [[load['time'], finite(load.get('load1')), finite(load.get('mem_free'))]
                  for load in self._host.guests.loads_of(guest)]
         state = 'Null' if guest.agent == 'lost' else 'Running'
         if self._host.machines.hypervisor is not None:
             state = self._host.machines.hypervisor.known_native(guest.id) or state
         return {'id': guest.id, 'name': guest.name, 'state': state, 'agent': guest.agent,
                 'ip': guest.ip, 'lastSeen': guest.last_seen, 'os': str(guest.facts.get('os', '')),
-                'cpus': number_or_0(guest.facts.get('cpus')),
-                'mem': number_or_0(guest.facts.get('mem')), 'loads': loads}
+                'cpus': finite(guest.facts.get('cpus')),
+                'mem': finite(guest.facts.get('mem')), 'loads': loads}
 
     def _of_vm(self, name: str, state: str, id: str) -> Dict[str, Any]:
         """A VM of which no agent was ever heard."""
@@ -231,11 +226,11 @@ class StatusPage:
     def _of_command(self, execution: Execution) -> Dict[str, Any]:
         status = self._host.control.status(execution)
         usage = status['resources'] if isinstance(status['resources'], dict) else {}
-        shown = {name: number_or_0(status[name])
+        shown = {name: finite(status[name])
                  for name in ('wall', 'processes', 'outSize', 'errSize', 'age')}    # type: Dict[str, Any]
         return dict(shown, cmdId=execution.key, vm=execution.vm, cmd=execution.cmd[:TEXT_SHOWN],
                     state=status['state'], ended=execution.ended,
                     progress=str(status['progress'])[:TEXT_SHOWN],
                     end=describe_end(execution.answer())[:TEXT_SHOWN] if execution.ended else '',
-                    cpu=number_or_0(usage.get('ru_utime')) + number_or_0(usage.get('ru_stime')),
-                    rss=number_or_0(usage.get('ru_maxrss')) * 1024)
+                    cpu=finite(usage.get('ru_utime')) + finite(usage.get('ru_stime')),
+                    rss=finite(usage.get('ru_maxrss')) * 1024)

@@ -202,7 +202,7 @@ class Connection:
     # Reading and writing.
 
     def _read_head(self) -> Optional[bytes]:
-        """The next request's line and headers; None where the other side has left. Raises OSError, Refused."""
+        """The next request's line and headers; None where the client has left. Raises OSError, Refused."""
         deadline = time.monotonic() + (SOCKET_TIMEOUT if self.is_trusted else HEAD_TIMEOUT)
         while b'\r\n\r\n' not in self._received:
             if len(self._received) > LARGEST_HEAD:

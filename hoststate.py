@@ -49,8 +49,8 @@ class StateFolder:
             return
         mode = self._check_owner(self.path)
         if mode & 0o022:
-            raise VMHostError('state_dir %s: other users may have written into it; check what is there, then: '
-                              'chmod 700 %s' % (self.path, shlex.quote(self.path)))
+            raise VMHostError('state_dir %s: other users may have written into it; check what is there, '
+                              'then: chmod 700 %s' % (self.path, shlex.quote(self.path)))
         make_mode(self.path, 0o700)
         for name in os.listdir(self.path):
             path = self.file(name)
@@ -62,8 +62,9 @@ class StateFolder:
         """The mode of what this user owns. Raises VMHostError, OSError."""
         found = os.stat(path) if path == self.path else os.lstat(path)
         if found.st_uid != os.geteuid():
-            raise VMHostError('state_dir: %s belongs to another user (uid %d); run the host agent as that user, '
-                              'or: chown -R %d %s' % (path, found.st_uid, os.geteuid(), shlex.quote(self.path)))
+            raise VMHostError('state_dir: %s belongs to another user (uid %d); run the host agent as that '
+                              'user, or: chown -R %d %s' % (path, found.st_uid, os.geteuid(),
+                                                            shlex.quote(self.path)))
         return found.st_mode
 
     def write(self, name: str, text: str) -> None:

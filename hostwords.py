@@ -20,6 +20,7 @@ from hostmachines import Machines
 from hostoutput import Fetcher
 from hosttrust import read_id, read_name
 from protocol import Message
+from rpc import finite
 
 log = logging.getLogger('vmhost')
 
@@ -155,14 +156,14 @@ class Words:
 
 def read_facts(message: Message) -> Dict[str, Any]:
     """What a guest says about itself, bounded."""
-    facts = {}  # type: Dict[str, Any]
-    for name in ('proto', 'host', 'os', 'python', 'version', 'cpus', 'mem', 'chirp'):
+    facts = {name: finite(message.get(name)) for name in ('proto', 'cpus', 'mem')}     # type: Dict[str, Any]
+    for name in ('host', 'os', 'python', 'version'):
         value = message.get(name)
-        if isinstance(value, (str, int, float)):
-            facts[name] = value[:200] if isinstance(value, str) else value
-        elif name == 'chirp' and isinstance(value, dict):
-            facts[name] = {'port': value.get('port', 0)}
-    return facts
+        facts[name] = value[:200] if isinstance(value, str) else ''
+    chirp = message.get('chirp')
+    port = finite(chirp.get('port') if isinstance(chirp, dict) else chirp)
+    facts['chirp'] = {'port': port} if port else {}
+    return {name: value for name, value in facts.items() if value}
 
 
 def clock_offset(message: Message) -> float:

@@ -8,7 +8,6 @@ What it is not: a transport (hostserver.py listens, hostclient.py calls), or a j
 """
 
 import binascii
-import math
 import re
 from typing import Any, Callable, Dict, List, Tuple, Union
 from xml.parsers import expat
@@ -45,6 +44,8 @@ FilePath = Union[str, Binary]      # the latter: exact bytes, which need not be 
 XML_UNSAFE = re.compile('[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]')      # what XML 1.0 can't carry
 XML_ESCAPES = {ord('&'): '&amp;', ord('<'): '&lt;', ord('>'): '&gt;'}
 
+LARGEST = 1.7e308              # somewhat below a double's largest
+
 
 def is_carried(text: str) -> bool:
     """Whether XML-RPC leaves the text as it is."""
@@ -63,9 +64,15 @@ def xml_safe(text: str) -> str:
 
 def xml_number(value: Any) -> Any:
     """A number, as a double where XML-RPC has no integer for it; what is infinite or not a number is 0.0."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else 0.0
-    return value if -2 ** 31 <= value < 2 ** 31 else float(value)
+    if isinstance(value, int) and -2 ** 31 <= value < 2 ** 31:
+        return value
+    return float(finite(value))
+
+
+def finite(value: Any) -> Any:
+    """The value, if it is a number that a double can hold; else 0. What a guest tells may be anything."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number and -LARGEST <= value <= LARGEST else 0
 
 
 # --- values to XML ---------------------------------------------------------------------------

@@ -15,9 +15,11 @@ import time
 import xmlrpc.client
 
 import pytest
-from agents import Host
+from agents import TOP, Host
 from helpers import wait_until
+from terminals import Terminal
 from test_mistakes import sentences
+from test_status_page import FakeGuest
 
 import faults
 import hostclient
@@ -233,9 +235,10 @@ def test_who_has_shown_the_token_is_counted_apart(host):
         for _ in range(40):
             stack.enter_context(connect(host))
         for api in apis:
-            api._ServerProxy__transport._connection[1].request('POST', '/', xmlrpc.client.dumps((), 'listVMs'), {
-                'Authorization': 'Bearer ' + host.token})      # on the same connection, or it raises
-            assert api._ServerProxy__transport._connection[1].getresponse().read()
+            same = api._ServerProxy__transport._connection[1]       # the connection from before, or it raises
+            same.request('POST', '/', xmlrpc.client.dumps((), 'listVMs'),
+                         {'Authorization': 'Bearer ' + host.token})
+            assert same.getresponse().read()
 
 
 def test_a_request_has_to_be_there_within_five_seconds(host):
@@ -309,3 +312,110 @@ def test_the_key_of_the_status_page_is_on_no_command_line(host, tmp_path):
         assert answer.status == 200 and 'Set-Cookie' not in answer.headers and b'visit' in answer.read()
         connection.request('GET', link[link.index('/status'):])
         assert connection.getresponse().status == 401
+
+
+# --- what guests say, as a person sees it ---
+
+EVIL = 'evil \x1b[31m\u202e $(touch pwned)'
+
+
+@pytest.fixture(scope='module')
+def told(tmp_path_factory):
+    """A host whose one guest says nothing but nonsense."""
+    with Host(tmp_path_factory.mktemp('told')) as host, FakeGuest(
+            host, 'evil', name='evil', mem='abc', cpus=float('inf'), os=EVIL, python=['x'],
+            proto=10 ** 400) as evil, host.api as api:
+        wait_until(lambda: 'evil' in api.listRegisteredVMs())
+        evil.say('/topic/connections', 'STILL_ALIVE', load1=float('inf'))
+        evil.say('/topic/connections', 'STILL_ALIVE', load1=10 ** 400)
+        evil.cmd_ids = [api.runCmd('evil', 'true') for _ in range(5)]
+        for cmd_id, odd in zip(evil.cmd_ids, ([1], float('inf'), {'ru_utime': float('inf'), 'ru_maxrss': 'x'},
+                                              {'ru_utime': 10 ** 400}, EVIL)):
+            evil.say('/topic/cmd_responses', 'CMD_STATUS', state='running', resources=odd, wall=odd, pid=odd,
+                     processes=odd, progress=odd if odd == EVIL else [odd], error='said',
+                     **{'cmd-id': cmd_id, 'out-size': odd})
+        for cmd_id in evil.cmd_ids:
+            wait_until(lambda cmd_id=cmd_id: api.getCmdStatus(cmd_id, False)['error'] == 'said')
+        yield host, api, evil
+
+
+@pytest.mark.parametrize('words', [
+    ('ls', '-l'), ('ls', '--json'), ('ps', '-l'), ('ps', '-l', '--json'), ('info', 'evil'), ('events',),
+    ('status',), ('check',), ('events', '--json')])
+def test_nonsense_of_a_guest_breaks_no_list(words, told):
+    host, api, evil = told
+    code, text = Terminal(host.command(*words), 300).wait()
+    plain = re.sub('\x1b\\[[0-9]*m', '', text) if words[-1] not in ('-l', 'check') else text
+    assert code == 0, text
+    assert 'Traceback' not in text and '\u202e' not in text
+    assert '\x1b[31m\u202e' not in plain and 'evil \x1b' not in plain
+
+
+def test_numbers_of_a_guest_are_finite(told):
+    host, api, evil = told
+    for cmd_id in evil.cmd_ids:
+        status = api.getCmdStatus(cmd_id, False)
+        for name in ('wall', 'pid', 'processes', 'outSize', 'errSize'):
+            assert isinstance(status[name], (int, float)) and abs(status[name]) < 1e300, status
+        assert isinstance(status['progress'], str) and isinstance(status['resources'], dict)
+        assert all(isinstance(value, (int, float)) for value in status['resources'].values())
+    facts = api.getVM('evil')['facts']
+    assert 'mem' not in facts and 'cpus' not in facts and 'proto' not in facts
+    connection = http.client.HTTPConnection(*host.address.split(':'), timeout=20)
+    with contextlib.closing(connection):
+        connection.request('GET', '/status/snapshot', headers={'Authorization': 'Bearer ' + host.token})
+        answer = connection.getresponse()
+
+        def refuse(constant):
+            raise AssertionError(constant)
+        assert json.loads(answer.read().decode(), parse_constant=refuse)['vms']
+
+
+def test_a_guest_writes_no_line_of_the_log(told):
+    host, api, evil = told
+    with FakeGuest(host, 'liar', name='liar') as liar:
+        wait_until(lambda: 'liar' in api.listRegisteredVMs())
+        liar.say('/topic/connections', 'NOT A WORD\nINFO vmhost: forged \x1b[2J')
+        liar.say('/topic/connections', 'BYE', reason='so\nINFO vmhost: forged \x1b[2J')
+        wait_until(lambda: 'liar left' in host.log())
+    with contextlib.suppress(xmlrpc.client.Fault):
+        api.call('x')
+    with connect(host) as sock:
+        sock.sendall(b'GET /\x1b[2J\x0bforged HTTP/1.1\r\n\r\n')
+        sock.recv(100)
+    for line in host.log().splitlines():
+        assert re.match(r'[0-9]{4}-[0-9]{2}-[0-9]{2} ', line), line
+    assert '\x1b' not in host.log()
+
+
+NAMES = ['a$(touch pwned)', 'b`touch pwned`', 'c"; touch pwned; "x', "d'; touch pwned; 'x",
+         'e\\\\\\"$(touch pwned)', 'f!!', 'g & touch pwned']
+
+
+@pytest.mark.parametrize('quote', ['', '"', "'"])
+def test_completing_a_name_runs_nothing_of_it(quote, tmp_path):
+    """The shell reads what was completed as the name, whatever is in it, and whichever quote was open."""
+    script = subprocess.check_output([sys.executable, os.path.join(TOP, 'vmhost.py'), '--completion', 'bash'])
+    (tmp_path / 'completion').write_bytes(script)
+    (tmp_path / 'names').write_text(''.join(name + '\n' for name in NAMES))
+    asks = re.search(r'< <\((.*) --complete', script.decode()).group(1)
+    (tmp_path / 'completion').write_text(script.decode().replace(asks + ' --complete', './ask --complete'))
+    (tmp_path / 'ask').write_text(
+        '#!%s\nimport sys, shlex\nfor name in open("names").read().splitlines():\n'
+        '    if name.startswith(sys.argv[-1].lstrip(chr(34) + chr(39))): print(name)\n' % sys.executable)
+    (tmp_path / 'ask').chmod(0o755)
+    terminal = Terminal(['bash', '--norc', '--noprofile', '-i'], 200, PS1='> ', HOME=str(tmp_path))
+    terminal.type(b'cd %s; . ./completion; vmhost() { printf "<%%s>\\n" "$3"; }; echo rea""dy\n'
+                  % str(tmp_path).encode())
+    wait_until(lambda: b'ready\r' in terminal.written, 20)
+    for name in NAMES:
+        if '!' in name and quote == '"':
+            continue                   # within double quotes no escape of ! would be part of the name
+        before = len(terminal.written)
+        terminal.type(b'vmhost x.ini ping ' + quote.encode() + name[:1].encode() + b'\t\n')
+        wait_until(lambda before=before: b'<' in terminal.written[before:]
+                   and b'>\r' in terminal.written[before:], 20)
+        assert ('<%s>\r' % name).encode() in terminal.written[before:], terminal.written[before:]
+    terminal.type(b'exit\n')
+    terminal.wait()
+    assert not (tmp_path / 'pwned').exists()
