@@ -24,7 +24,6 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import agent
 import chirpclient
-import chirpticket
 import chirpwire
 import protocol
 import stompbroker
@@ -148,7 +147,6 @@ class Host:
         self.guests = Guests(settings.Host.vm_gc_grace)
         for known in self.journal.guests():
             self.guests.remember(*known)
-        self.ticket = None                     # type: Optional[chirpticket.Ticket]
         self.hypervisor = None                 # type: Any
         self.broker = None                     # type: Optional[stompbroker.Broker]
         self.policy = None                     # type: Optional[HostPolicy]
@@ -182,22 +180,10 @@ class Host:
         self._start_link(address)
         self.server = XMLRPCServer(self)
         self.server.start()
-        threading.Thread(target=self._find_ticket, name='ticket', daemon=True).start()
         self.journal.event('host-start', text='vmhost %s, pid %d' % (agent.VERSION, os.getpid()))
         log.info('vmhost %s runs as pid %d: XML-RPC on %s:%s, broker on %s:%s, hypervisor %s, '
                  'state in %s', agent.VERSION, os.getpid(), *(self.server.address + address + (
                      self.hypervisor_name, os.path.abspath(self.folder.path))))
-
-    def _find_ticket(self) -> None:
-        """The key by which guests with auth=ticket know this host; it takes a second to make the first."""
-        try:
-            self.ticket = chirpticket.Ticket.from_pem(self.folder.secret(
-                'chirp.key', lambda: chirpticket.Ticket.generate().pem()))
-        except (OSError, chirpwire.ChirpError) as error:
-            log.error('guests with auth=ticket serve no files: %s: %s', self.folder.file('chirp.key'), error)
-            return
-        for guest in self.guests.on_list():
-            self._greet(guest)
 
     @property
     def hypervisor_name(self) -> str:
@@ -489,8 +475,6 @@ class Host:
             keys['beacon_interval'] = max(1, self.settings.Host.vm_gc_grace / 3)
         if self.broker is None:
             keys['addresses'] = own_addresses(self.link)
-        if self.ticket is not None:
-            keys['chirp-ticket'] = self.ticket.public.pem
         self.say(protocol.HELLO.howToGreet(guest.id, **keys))
 
     def _reconcile(self, guest: Guest, listed: Dict[str, Any]) -> None:
@@ -680,13 +664,13 @@ class Host:
         address, port = endpoint or (guest.ip, guest.chirp_port)
         if not port:
             raise NoFiles('%s offers no files (it has no Chirp server)' % guest.name)
-        return chirpclient.ChirpClient(address, port, CHIRP_TIMEOUT, self.ticket)
+        return chirpclient.ChirpClient(address, port, CHIRP_TIMEOUT)
 
     def list_dir(self, vm: str, path: str) -> List[Dict[str, Any]]:
         """What is in a folder of a VM. Raises TransferError, NoSuchVM, AgentNotConnected."""
         try:
             with self.chirp_client(self.connected(vm)) as client:
-                return [shown_entry(entry) for entry in client.ls(path)]
+                return [shown_entry(entry) for entry in sorted(client.ls(path))]
         except (chirpwire.ChirpError, OSError) as error:
             raise TransferError('%s on %s: %s' % (path, vm, error))
 

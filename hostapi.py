@@ -28,7 +28,6 @@ import xmlrpc.client
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import agent
-import chirprequests
 import chirpwire
 import protocol
 from faults import InvalidParams, NoSuchCommand, NotSupported, VMHostError
@@ -65,7 +64,7 @@ def is_carried(text: str) -> bool:
     return '\r' not in text and text.translate(agent.XML_UNSAFE) == text
 
 
-def shown_entry(entry: chirprequests.Entry) -> Dict[str, Any]:
+def shown_entry(entry: chirpwire.Stat) -> Dict[str, Any]:
     """An entry of a folder; the exact bytes of its name where XML-RPC would alter it."""
     shown = {'name': entry.name, 'size': entry.size, 'mode': entry.mode, 'mtime': entry.mtime,
              'isDir': entry.is_dir}    # type: Dict[str, Any]

@@ -61,7 +61,7 @@ SETTINGS = {
     'Chirp': {
         'server': (agent.choice('embedded', 'chirp_server'), 'embedded'),
         'port': (agent.integer(0, 65535), '9094'),
-        'auth': (agent.choice('address', 'ticket'), 'address'), 'user': (agent.text, 'nobody')},
+        'auth': (agent.choice('address'), 'address'), 'user': (agent.text, 'nobody')},
     'Logging': agent.LOGGING,
 }  # type: Dict[str, Any]
 
@@ -1746,8 +1746,7 @@ class Agent:
                                                  auth=settings.auth).start()
             return
         import chirpreal
-        self.files = chirpreal.RealChirpServer(self.root, self.ip, port, allowed, auth=settings.auth,
-                                               user=settings.user)
+        self.files = chirpreal.RealChirpServer(self.root, self.ip, port, allowed, user=settings.user)
         self.files.begin(self._files_listen, FILES_PATIENCE)
 
     def _files_port(self) -> int:
@@ -1760,19 +1759,12 @@ class Agent:
             self._say_hello()
 
     def _admit(self, message: Message) -> None:
-        """The greeting's part for files: where the host is, if not at the broker, and its key."""
-        import chirpwire
+        """The greeting's part for files: where the host is, if not at the broker."""
         if self.files is None:
             return
         addresses = [as_text('addresses', value) for value in message.sequence('addresses')]
         if addresses:
             self.files.allow(addresses)
-        ticket = message.text('chirp-ticket')
-        if ticket and self.settings.Chirp.auth == 'ticket':
-            try:
-                self.files.set_ticket(ticket)
-            except chirpwire.ChirpError as error:
-                raise protocol.BadWord('HELLO: chirp-ticket: %s' % error)
 
     # Running.
 
