@@ -1,7 +1,7 @@
 """The faults of the API: what can't be done, each with its number and its name.
 
-Raised wherever a request of a caller is carried out, turned into an XML-RPC fault at the server (hostapi.py)
-and back into the same class at the command line (hostcli.py). No threads, no state.
+Raised wherever a request of a caller is carried out, turned into an XML-RPC fault at the server
+(hostdispatch.py) and back into the same class at whoever called (hostclient.py). No threads, no state.
 """
 
 import agent
@@ -15,6 +15,14 @@ class VMHostError(agent.AgentError):
 class InvalidParams(VMHostError):
     """The call's arguments are wrong."""
     fault = -32602
+
+
+class NoSuchMethod(VMHostError):
+    """The API has no such method."""
+    fault = -32601
+
+    def __init__(self, name: str) -> None:
+        super().__init__('no method %.100r; system.listMethods lists them' % name)
 
 
 class NoSuchVM(VMHostError):
@@ -38,7 +46,7 @@ class BadState(VMHostError):
 
 
 class HypervisorError(VMHostError):
-    """VirtualBox refused; the text is its own."""
+    """The hypervisor refused; the text is its own."""
     fault = 5
 
 

@@ -9,11 +9,15 @@ import time
 from typing import Any, Dict, Iterator, List
 
 import agent
+import drivers
+import hypervisor
 import protocol
+from climachines import OUT_OF_REACH, is_out_of_reach
+from cliscreen import Screen, shown_span
 from faults import VMHostError
-from hostagent import CHIRP_PORT, server_tls
-from hostcli import OUT_OF_REACH, Client, NoHost, Screen, is_out_of_reach, shown_span
-from virtualbox import VirtualBox
+from hostclient import Client, NoHost
+from hostlink import server_tls
+from hostmachines import driver_settings
 
 LEAST_DISK = 100 * 1024 * 1024     # bytes that the state folder's disk should have free
 CLOCK_TOLERANCE = 60.0             # seconds that a guest's clock may be off, and nobody cares
@@ -21,7 +25,7 @@ CLOCK_TOLERANCE = 60.0             # seconds that a guest's clock may be off, an
 
 def do_check(host: Client, screen: Screen, args: Any) -> int:
     """Looks at every precondition; the exit code is 0 when the host agent works, or would."""
-    settings = host.settings
+    settings = args.settings
     findings = [agent.check_python(), agent.check_package('stomper', needed=True),
                 agent.check_folder(settings.Host.state_dir, '[Host] state_dir'),
                 agent.check_disk(settings.Host.state_dir, LEAST_DISK), agent.check_clock()]
@@ -114,18 +118,22 @@ def listen_problem(host: str, port: int) -> str:
 
 
 def check_hypervisor(settings: Any) -> List[agent.Finding]:
-    """VirtualBox, where it is wanted; with `auto` the rest works without it."""
+    """Each driver that is wanted; with `auto` the rest works without one."""
     wanted = settings.Hypervisor.hypervisor
     if wanted == 'none':
         return [agent.Finding(True, 'no hypervisor wanted')]
-    driver = VirtualBox(settings.Network, settings.RemoteDesktop, CHIRP_PORT,
-                        '', settings.Hypervisor.command_timeout, lambda *_: None)   # no file of a host's
-    driver.start_thread()
-    try:
-        lines = driver.check()
-    except VMHostError as error:
-        lines = [(False, 'VirtualBox', str(error))]
-    finally:
-        driver.close()
-    return [agent.Finding(ok, what, mend, wanted == 'VirtualBox' and 'remote desktop' not in what)
-            for ok, what, mend in lines]
+    findings = []  # type: List[agent.Finding]
+    for name in drivers.names_of(wanted):
+        driver = hypervisor.Hypervisor(name, driver_settings(settings, ''))     # no file of a host's
+        driver.open()
+        try:
+            lines = driver.check()
+            lines += [(False, row['name'], clash, True) for row in driver.list_rows()
+                      for clash in [driver.clash_of(row['name'])] if clash]
+        except VMHostError as error:
+            lines = [(False, name, str(error), True)]
+        finally:
+            driver.close()
+        findings += [agent.Finding(ok, what, mend, needed and wanted != 'auto')
+                     for ok, what, mend, needed in lines]
+    return findings

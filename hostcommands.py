@@ -1,29 +1,33 @@
-"""The commands: what runs where, and how it ended.
+"""The commands: the record of what was asked for, how far it is, and how it ended.
+
+What it is not: what is said to guests to get there (hostcontrol.py).
+
+Threads: any thread may call. One lock guards the tables of unfinished and recent executions; the journal is
+never called while it is held.
 """
 
 import base64
 import binascii
 import collections
-import contextlib
 import logging
 import secrets
 import threading
 import time
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Container, Dict, List, Optional, Tuple
 
 import agent
 import protocol
-from faults import BadState, InvalidParams, NoSuchCommand
+from faults import AlreadyExists, BadState, InvalidParams, NoSuchCommand
 from hostguests import Guest
-from hostjournal import FINISHED, ORPHANS_KEPT, ROWS_AT_ONCE, Execution, Journal, JournalError
+from hostjournal import FINISHED, ROWS_AT_ONCE, Execution, Journal, JournalError
 from protocol import Message
 
 log = logging.getLogger('vmhost')
 
-
 RETRY_DELAYS = (5, 10, 20, 40, 60)     # seconds between publications of a CMD_RUN; the last repeats
-QUERY_TIMEOUT = 5.0                    # seconds a guest has to answer CMD_QUERY
-SIGNALS_KEPT = 10                      # of a command that its guest hasn't answered yet
+ORPHANS_KEPT = 1000                    # results that nobody here asked for
+LINE_SHOWN = 300                       # characters of command and arguments that a list shows
+CALLED_OFF = ('cancelled', 'expired')  # ends that the host may decide without the guest
 RECENT_KEPT = 100                      # executions that ended, and are remembered as they are …
 RECENT_LARGEST = 16 * 1024             # … with no more than that of results, written as JSON
 
@@ -31,15 +35,6 @@ RECENT_LARGEST = 16 * 1024             # … with no more than that of results, 
 def log_submitted(cmd_id: str, target: str, client: str) -> None:
     """Says who asked for a command: once it was sent, for the log is no part of the way."""
     log.info('%s: asked for on %s by %s', cmd_id, agent.printable(target), client)
-
-
-class _Reply:
-    """A CMD_STATUS that somebody waits for."""
-
-    def __init__(self, matches: Callable[[Message], bool]) -> None:
-        self.matches = matches
-        self.message = None            # type: Optional[Message]
-        self.arrived = threading.Event()
 
 
 class Commands:
@@ -56,7 +51,6 @@ class Commands:
         self._lock = threading.Lock()
         self._open = {}                # type: Dict[Tuple[str, str], Execution]
         self._by_key = {}              # type: Dict[str, Execution]
-        self._replies = {}             # type: Dict[Tuple[str, str], List[_Reply]]
         self._unwritten = {}           # type: Dict[Tuple[str, str], Execution]
         # Of what ended last: its results are asked for next.
         self._recent = collections.OrderedDict()  # type: collections.OrderedDict[str, Execution]
@@ -69,27 +63,44 @@ class Commands:
         self._open[execution.index] = execution
         self._by_key[execution.key] = execution
 
-    def new(self, request: Dict[str, Any], target: str, multicast: bool, guests: List[Guest],
-            queued: bool, client: str) -> Tuple[str, List[Execution]]:
-        """Journals a command before anything else is done with it. Raises JournalError."""
-        cmd_id = time.strftime('%Y%m%d-%H%M%S-', time.gmtime()) + secrets.token_hex(4)
-        submitted = time.time()
-        state = 'queued' if queued else 'sent'
-        executions = [Execution(cmd_id, guest.id, guest.name, multicast, request['cmd'], state,
-                                submitted) for guest in guests]
+    def new(self, request: Dict[str, Any], target: str, multicast: bool, guests: List[Guest], client: str,
+            away: Container[Guest] = (), cmd_id: str = '') -> Tuple[str, List[Execution]]:
+        """Journals a command before anything else is done with it. Raises JournalError.
+
+        away      those of the guests for which it waits, since their agents aren't connected
+        cmd_id    the caller's own; where it is known already, there is nothing to execute
+        """
+        cmd_id = cmd_id or time.strftime('%Y%m%d-%H%M%S-', time.gmtime()) + secrets.token_hex(4)
+        submitted, life = time.time(), request['options'].get('expires', 0)
+        expires = life and submitted + life
+        cmd, line = well_formed(request['cmd']), well_formed(' '.join([request['cmd']] + request['args']))
+        executions = [Execution(cmd_id, guest.id, guest.name, multicast, cmd,
+                                'queued' if guest in away else 'sent', submitted, expires=expires,
+                                line=line[:LINE_SHOWN]) for guest in guests]
         with self._journal.writing() as journal:
-            journal.execute('INSERT INTO commands VALUES (?, ?, ?, ?, ?, ?)', cmd_id, target,
-                            int(multicast), protocol.write_json(request), submitted, client)
+            if not journal.execute('INSERT OR IGNORE INTO commands VALUES (?, ?, ?, ?, ?, ?)', cmd_id, target,
+                                   int(multicast), protocol.write_json(request), submitted, client).rowcount:
+                return cmd_id, []
             for execution in executions:
                 journal.add_execution(execution)
-            journal.event('cmd-submitted', target, cmd_id, 'by %s: %s' % (
-                client, ' '.join([request['cmd']] + request['args'])))
+            journal.event('cmd-submitted', target, cmd_id, 'by %s: %s' % (client, line))
         with self._lock:
             for execution in executions:
                 self._keep(execution)
-                if queued:
+                if execution.state == 'queued':
                     execution.next_publish = self._clock()     # as soon as its agent is there
         return cmd_id, executions
+
+    def is_repeated(self, cmd_id: str, request: Dict[str, Any], targets: Container[str]) -> bool:
+        """Whether that very command was submitted under that id before. Raises AlreadyExists for another."""
+        command = self._journal.command(cmd_id)
+        if command is None:
+            return False
+        same = command['target'] in targets and command['request'] == \
+            protocol.read_json(protocol.write_json(request))
+        if not same:
+            raise AlreadyExists('the id %s was given to another command, on %s' % (cmd_id, command['target']))
+        return True
 
     def published(self, execution: Execution) -> None:
         """It was sent; when to send it again, should the guest not answer."""
@@ -114,6 +125,17 @@ class Commands:
         if command is None:
             raise NoSuchCommand('no command %.100s' % cmd_id)
         return command
+
+    def is_known(self, cmd_id: str) -> bool:
+        """Whether the journal holds a command of that id."""
+        return self._journal.command(cmd_id) is not None
+
+    def expired(self) -> List[Execution]:
+        """What should have begun by now, and may not have."""
+        now = time.time()
+        with self._lock:
+            return [execution for execution in self._open.values()
+                    if 0 < execution.expires <= now and execution.state in ('queued', 'sent')]
 
     def open_of(self, vm_id: str) -> List[Execution]:
         """The unfinished executions on that VM."""
@@ -146,11 +168,6 @@ class Commands:
             for table in self._open, self._unwritten:
                 if table.pop(before, None) is not None:
                     table[execution.index] = execution
-
-    def is_open(self, execution: Execution) -> bool:
-        """Whether it is unfinished."""
-        with self._lock:
-            return self._open.get(execution.index) is execution
 
     def find_open(self, cmd_id: str, vm_id: str) -> Optional[Execution]:
         """The unfinished execution of that command on that VM."""
@@ -196,7 +213,7 @@ class Commands:
     # What guests say.
 
     def heard_status(self, execution: Execution, state: str, message: Message) -> None:
-        """A CMD_STATUS: remembered, and given to whoever waits for it."""
+        """A CMD_STATUS: remembered."""
         with self._lock:
             if execution.index in self._open:
                 # The results of what has ended come by themselves; unless an earlier state of this
@@ -205,19 +222,12 @@ class Commands:
                     else self._clock() + RETRY_DELAYS[0]
                 execution.status = dict(message.keys)
                 execution.status_time = self._clock()
-                if state in ('running', 'queued') and execution.state in ('sent', 'queued', 'running'):
-                    if state == 'running' and not execution.runs:
+                if state in ('running', 'stopped', 'queued') \
+                        and execution.state in ('sent', 'queued', 'running'):
+                    if state != 'queued' and not execution.runs:
                         execution.runs = True
                         self._unwritten[execution.index] = execution
                     execution.state = 'running'
-        self._give_reply(execution.index, message)
-
-    def _give_reply(self, index: Tuple[str, str], message: Message) -> None:
-        with self._lock:
-            replies = [reply for reply in self._replies.get(index, ()) if reply.matches(message)]
-        for reply in replies:
-            reply.message = message
-            reply.arrived.set()
 
     def write_states(self) -> None:
         """Journals the states that changed since the last call; results don't wait for that."""
@@ -238,39 +248,6 @@ class Commands:
                 changed.update(self._unwritten)
                 self._unwritten = changed          # the next call tries again
             raise
-
-    def ask(self, execution: Execution, matches: Callable[[Message], bool],
-            say: Callable[[], None], timeout: float = QUERY_TIMEOUT) -> Optional[Message]:
-        """Says something, and waits for the CMD_STATUS that matches; None when it is late."""
-        with self._reply(execution, matches) as reply:
-            say()
-            reply.arrived.wait(timeout)
-            return reply.message
-
-    @contextlib.contextmanager
-    def _reply(self, execution: Execution, matches: Callable[[Message], bool]) -> Iterator[_Reply]:
-        reply, index = _Reply(matches), execution.index
-        with self._lock:
-            self._replies.setdefault(index, []).append(reply)
-        try:
-            yield reply
-        finally:
-            with self._lock:
-                waiting = self._replies[index]
-                waiting.remove(reply)
-                if not waiting:
-                    del self._replies[index]
-
-    def ask_all(self, executions: List[Execution], say: Callable[[Execution], None], timeout: float) -> None:
-        """Says something of each, and waits until all guests have answered by a CMD_STATUS, or it is late."""
-        deadline = self._clock() + timeout
-        with contextlib.ExitStack() as stack:
-            replies = [stack.enter_context(self._reply(execution, lambda message: True))
-                       for execution in executions]
-            for execution in executions:
-                say(execution)
-            for reply in replies:
-                reply.arrived.wait(max(0.0, deadline - self._clock()))
 
     def finish(self, execution: Execution, results: Dict[str, Any], fetched: bool) -> bool:
         """Journals the end of an execution, once, then wakes whoever waits. False: it had ended.
@@ -307,6 +284,22 @@ class Commands:
     def lose(self, execution: Execution, reason: str) -> None:
         """Ends an execution as lost."""
         self.finish(execution, lost_results(execution.cmd_id, reason), True)
+
+    def call_off(self, execution: Execution, state: str, reason: str, by: str = '') -> None:
+        """Ends an execution as cancelled or expired: it is never sent again."""
+        self.finish(execution, lost_results(execution.cmd_id, reason, state, by), True)
+
+    def correct(self, execution: Execution, results: Dict[str, Any], fetched: bool) -> None:
+        """The truth about an execution that was called off here while its guest had it already."""
+        text = protocol.write_json(results)
+        with self._journal.writing(durable=False) as journal:
+            journal.execute('UPDATE executions SET state = ?, results = ?, fetched = ? WHERE cmd_id = ? AND '
+                            'vm_id = ?', results['state'], text, int(fetched), *execution.index)
+            journal.event('cmd-corrected', execution.vm, execution.key, describe_end(results))
+        execution.state, execution.results, execution.fetched = results['state'], text, fetched
+        self._forget_recent()
+        log.info('%s: on %s %s, it had begun before it was called off', execution.key, execution.vm,
+                 describe_end(results))
 
     def finished(self, cmd_id: str, vm_id: str) -> Optional[Execution]:
         """The execution of that command on that VM, if it is in the journal and has ended."""
@@ -405,13 +398,18 @@ def read_filter(filter: Dict[str, Any]) -> Dict[str, Any]:
     return dict(filter, cmdId=cmd_id, vm=vm) if at else filter
 
 
-def lost_results(cmd_id: str, reason: str) -> Dict[str, Any]:
+def well_formed(text: str) -> str:
+    """The text as it can be shown: what stands for bytes that aren't UTF-8 is replaced."""
+    return text.encode('utf-8', 'replace').decode('utf-8')
+
+
+def lost_results(cmd_id: str, reason: str, state: str = 'lost', by: str = '') -> Dict[str, Any]:
     """The results of a command of which nothing will ever be heard."""
     return {'cmd-id': cmd_id, 'out': '', 'err': '', 'finished': False, 'exitCodeOrSignal': -1,
-            'resources': dict.fromkeys(protocol.RUSAGE_FIELDS, 0), 'state': 'lost',
+            'resources': dict.fromkeys(protocol.RUSAGE_FIELDS, 0), 'state': state,
             'error': reason, 'wall': 0, 'started': 0, 'ended': time.time(), 'out-size': 0,
             'err-size': 0, 'out-offset': 0, 'err-offset': 0, 'out-truncated': False,
-            'err-truncated': False, 'spool': ''}
+            'err-truncated': False, 'spool': '', 'by': by, 'inexact': [], 'left': 0}
 
 
 def describe_end(results: Dict[str, Any]) -> str:
@@ -433,8 +431,10 @@ def read_results(message: Message) -> Dict[str, Any]:
                'exitCodeOrSignal': int(message.number('exitCodeOrSignal', -1)),
                'resources': {name: Message('', 'CMD_RESULTS', None, resources).number(name)
                              for name in protocol.RUSAGE_FIELDS}}
-    for name in ('out', 'err', 'error', 'spool'):
+    for name in ('out', 'err', 'error', 'spool', 'by'):
         results[name] = message.text(name)
+    results['inexact'] = [name for name in message.sequence('inexact') if name in protocol.RUSAGE_FIELDS]
+    results['left'] = int(message.number('left'))
     for name in ('wall', 'started', 'ended'):
         results[name] = message.number(name)
     for stream in ('out', 'err'):

@@ -6,6 +6,7 @@ import re
 from typing import Callable, Dict, Tuple
 
 import agent
+import drivers
 
 
 def ip_address(value: str) -> str:
@@ -41,7 +42,7 @@ SETTINGS: Dict[str, Dict[str, Tuple[Callable, str]]] = {
         'keep_results': (agent.duration, '7d'), 'fetch_limit': (agent.size, '64M'),
         'max_transfers': (agent.integer(1, 1000), '4')},
     'Hypervisor': {
-        'hypervisor': (agent.choice('auto', 'VirtualBox', 'none'), 'auto'),
+        'hypervisor': (agent.choice('auto', *(list(drivers.DRIVERS) + ['none'])), 'auto'),
         'command_timeout': (agent.duration, '45')},
     'Network': {
         'mode': (agent.choice('hostonly', 'nat'), 'hostonly'),

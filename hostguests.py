@@ -1,4 +1,8 @@
 """The guests: which agents are there, what they said of themselves, and when they were heard last.
+
+What it is not: the hypervisor's VMs (hostmachines.py brings the two together).
+
+Threads: any thread may call. One lock guards the table and all guests in it.
 """
 
 import collections
@@ -139,6 +143,15 @@ class Guests:
                 return None
             guest.agent = 'lost'
             return guest
+
+    def should_note(self, guest: Guest) -> bool:
+        """Whether its coming should be journalled: a guest that comes and goes all the time doesn't fill the
+        journal."""
+        with self._lock:
+            if self._clock() - guest.noted < NOTE_EVERY:
+                return False
+            guest.noted = self._clock()
+            return True
 
     def forgive(self) -> None:
         """Nobody was late: it was the host, or the broker, that slept."""

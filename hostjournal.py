@@ -26,11 +26,10 @@ class JournalError(VMHostError):
     """The journal can't be read or written (a full disk, say)."""
 
 
-JOURNAL_FORMAT = 2
-UNFINISHED = ('queued', 'sent', 'running', 'suspended')
-FINISHED = ('exited', 'signaled', 'timeout', 'failed', 'lost')
+JOURNAL_FORMAT = 4
+FINISHED = ('exited', 'signaled', 'timeout', 'failed', 'lost', 'cancelled', 'expired')
+TROUBLE_EVERY = 60.0           # seconds between two log lines about a journal that can't be written
 ROWS_AT_ONCE = 1000            # of a list, where the caller names no limit
-ORPHANS_KEPT = 1000
 EVENTS_KEPT = 2 * 1000 * 1000  # however young: a guest may make some thousand in a minute
 
 SCHEMA = """
@@ -41,7 +40,8 @@ CREATE TABLE executions (
     number INTEGER PRIMARY KEY, cmd_id TEXT NOT NULL, vm_id TEXT NOT NULL, vm TEXT NOT NULL,
     multicast INTEGER NOT NULL, cmd TEXT NOT NULL, state TEXT NOT NULL, submitted REAL NOT NULL,
     ended REAL NOT NULL DEFAULT 0, results TEXT NOT NULL DEFAULT '',
-    fetched INTEGER NOT NULL DEFAULT 1, UNIQUE (cmd_id, vm_id));
+    fetched INTEGER NOT NULL DEFAULT 1, expires REAL NOT NULL DEFAULT 0, line TEXT NOT NULL DEFAULT '',
+    UNIQUE (cmd_id, vm_id));
 CREATE INDEX unfinished ON executions (number) WHERE ended = 0;
 CREATE INDEX unfetched ON executions (number) WHERE fetched = 0;
 CREATE INDEX of_vm ON executions (vm, number);
@@ -58,12 +58,16 @@ CREATE TABLE events (
 CREATE TABLE guests (
     id TEXT PRIMARY KEY, name TEXT NOT NULL, ip TEXT NOT NULL, boot TEXT NOT NULL,
     session TEXT NOT NULL, facts TEXT NOT NULL, last_seen REAL NOT NULL);
+CREATE TABLE secrets (holder TEXT PRIMARY KEY, secret TEXT NOT NULL, since REAL NOT NULL);
 """
 
 
 UPGRADES = {                   # format: what makes the next one of it
     1: """CREATE INDEX of_cmd ON executions (cmd, number);
           CREATE INDEX by_submission ON executions (submitted);""",
+    2: 'CREATE TABLE secrets (holder TEXT PRIMARY KEY, secret TEXT NOT NULL, since REAL NOT NULL);',
+    3: """ALTER TABLE executions ADD COLUMN expires REAL NOT NULL DEFAULT 0;
+          ALTER TABLE executions ADD COLUMN line TEXT NOT NULL DEFAULT '';""",
 }
 RETENTION_SLICE = 5000         # rows that one transaction deletes
 
@@ -86,6 +90,7 @@ class Journal:
         self._read_lock = threading.Lock()
         self._closed = False
         self._hurrying = False
+        self._next_trouble = 0.0
         self._durable = True
         self._commits = self._synced = 0       # how many there were, and how many of them are on the disk
         try:
@@ -194,9 +199,26 @@ class Journal:
             self._synced = max(self._synced, commits)
 
     def event(self, type: str, vm: str = '', cmd_id: str = '', text: str = '') -> None:
-        """Writes one event."""
+        """Writes one event. Raises JournalError."""
         with self.writing() as transaction:
             transaction.event(type, vm, cmd_id, text)
+
+    def note(self, type: str, vm: str = '', cmd_id: str = '', text: str = '') -> None:
+        """Writes one event, if it can."""
+        with self.best_effort():
+            self.event(type, vm, cmd_id, text)
+
+    @contextlib.contextmanager
+    def best_effort(self) -> Iterator[None]:
+        """For what must not fail because the journal can't be written (a full disk, say): logs that, at
+        most every TROUBLE_EVERY seconds."""
+        try:
+            yield
+        except JournalError as error:
+            now = time.monotonic()
+            if now >= self._next_trouble:
+                self._next_trouble = now + TROUBLE_EVERY
+                log.error('%s; results stay in the guests until it can be written', error)
 
     def rows(self, query: str, *values: Any) -> List[Tuple]:
         """What a SELECT gives. Raises JournalError."""
@@ -255,7 +277,7 @@ class Journal:
                    results: bool = True) -> List['Execution']:
         """The executions that a WHERE clause chooses, the newest last; their results on demand."""
         found = self.rows('SELECT cmd_id, vm_id, vm, multicast, cmd, state, submitted, ended, '
-                          '%s, fetched FROM executions WHERE %s ORDER BY number DESC LIMIT ?'
+                          '%s, fetched, expires, line FROM executions WHERE %s ORDER BY number DESC LIMIT ?'
                           % ('results' if results else "''", where), *(values + (limit,)))
         return [Execution(*row) for row in reversed(found)]
 
@@ -299,12 +321,13 @@ ENDED.set()
 class Execution:
     """One command on one VM. What a thread reads of it may be a moment old, and is never torn."""
 
-    __slots__ = ('cmd_id', 'vm_id', 'vm', 'multicast', 'cmd', 'state', 'submitted', 'ended',
-                 'results', 'fetched', 'status', 'status_time', 'attempts', 'next_publish', 'signals', 'runs',
-                 'done')
+    __slots__ = ('cmd_id', 'vm_id', 'vm', 'multicast', 'cmd', 'state', 'submitted', 'ended', 'results',
+                 'fetched', 'expires', 'line', 'status', 'status_time', 'asked', 'attempts', 'next_publish',
+                 'signals', 'runs', 'done')
 
     def __init__(self, cmd_id: str, vm_id: str, vm: str, multicast: Any, cmd: str, state: str,
-                 submitted: float, ended: float = 0, results: str = '', fetched: Any = 1) -> None:
+                 submitted: float, ended: float = 0, results: str = '', fetched: Any = 1, expires: float = 0,
+                 line: str = '') -> None:
         self.cmd_id = cmd_id
         self.vm_id = vm_id
         self.vm = vm
@@ -315,8 +338,11 @@ class Execution:
         self.ended = ended
         self.results = results
         self.fetched = bool(fetched)       # whether all output is here, or never will be
+        self.expires = expires             # since 1970: from then on it isn't begun; 0: it never expires
+        self.line = line                   # command and arguments, as a list shows them
         self.status = {}                   # type: Dict[str, Any]
         self.status_time = 0.0             # monotonic
+        self.asked = 0.0                   # monotonic: when its guest was asked last how far it is
         self.attempts = 0
         self.next_publish = None           # type: Optional[float]
         self.signals = ()                  # type: Tuple[str, ...]   # sent before the guest answered
@@ -354,9 +380,14 @@ class Transaction:
                               'VALUES (?, ?, ?, ?, ?)', time.time(), type, vm, cmd_id, text[:2000])
         self.last_event = cursor.lastrowid or 0
 
+    def add_guest(self, guest: Any) -> None:
+        """Adds a guest (hostguests.Guest), or what is known of it now."""
+        self.execute('INSERT OR REPLACE INTO guests VALUES (?, ?, ?, ?, ?, ?, ?)', guest.id, guest.name,
+                     guest.ip, guest.boot, guest.session, json.dumps(guest.facts), guest.last_seen)
+
     def add_execution(self, execution: 'Execution') -> None:
         """Adds one execution of a command."""
-        self.execute('INSERT INTO executions (cmd_id, vm_id, vm, multicast, cmd, state, submitted) '
-                     'VALUES (?, ?, ?, ?, ?, ?, ?)', execution.cmd_id, execution.vm_id,
+        self.execute('INSERT INTO executions (cmd_id, vm_id, vm, multicast, cmd, state, submitted, expires, '
+                     'line) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)', execution.cmd_id, execution.vm_id,
                      execution.vm, int(execution.multicast), execution.cmd, execution.state,
-                     execution.submitted)
+                     execution.submitted, execution.expires, execution.line)

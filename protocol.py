@@ -636,8 +636,10 @@ class CMD_SIGNAL:
     listeners = ('guest',)
 
     @staticmethod
-    def howToSay(to: str, cmd_id: str, signal: str) -> Message:
-        return Message(CMD_REQUESTS, 'CMD_SIGNAL', {'to': to, 'cmd-id': cmd_id, 'signal': signal})
+    def howToSay(to: str, cmd_id: str, signal: str, cancel: bool = False) -> Message:
+        """cancel: should the guest not know the command, it must not run when its CMD_RUN still comes."""
+        return Message(CMD_REQUESTS, 'CMD_SIGNAL', {'to': to, 'cmd-id': cmd_id, 'signal': signal},
+                       {'cancel': True} if cancel else {})
 
     @staticmethod
     def listenAndAct(agent: Any, message: Message) -> None:
@@ -942,57 +944,10 @@ class Link:
             connection.close()
 
     def _connect(self, address: Address) -> None:
-        """TCP and TLS, never blocking, so that close() is obeyed at any moment."""
-        error = None  # type: Optional[OSError]
-        for family, kind, proto, _, target in socket.getaddrinfo(
-                address[0], address[1], 0, socket.SOCK_STREAM):
-            connection = socket.socket(family, kind, proto)
-            try:
-                self._connect_tcp(connection, target)
-                self._socket = self._wrap(connection, address[0])
-                break
-            except OSError as failed:
-                connection.close()
-                error = failed
-            except BaseException:
-                connection.close()
-                raise
-        else:
-            raise error or OSError('no address of %s' % address[0])
+        self._socket = _dial(address, self._tls, self._wait_for)
         self.local_address = self._socket.getsockname()[:2]
         self.peer_address = self._socket.getpeername()[:2]
         self._selector.register(self._socket, selectors.EVENT_READ)
-
-    def _connect_tcp(self, connection: socket.socket, target: Any) -> None:
-        connection.setblocking(False)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        code = connection.connect_ex(target)
-        if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, 'WSAEWOULDBLOCK', 0)):
-            raise OSError(code, os.strerror(code))
-        if code:
-            self._wait_for(connection, selectors.EVENT_WRITE)
-        code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
-            raise OSError(code, os.strerror(code))
-
-    def _wrap(self, connection: socket.socket, host: str) -> Any:
-        if self._tls is None:
-            return connection
-        import ssl
-        wrapped = self._tls.wrap_socket(connection, server_hostname=host,
-                                        do_handshake_on_connect=False)
-        try:
-            while True:
-                try:
-                    wrapped.do_handshake()
-                    return wrapped
-                except ssl.SSLWantReadError:
-                    self._wait_for(wrapped, selectors.EVENT_READ)
-                except ssl.SSLWantWriteError:
-                    self._wait_for(wrapped, selectors.EVENT_WRITE)
-        except BaseException:
-            wrapped.close()
-            raise
 
     def _wait_for(self, connection: Any, event: int) -> None:
         """Waits until the socket can be read or written. Raises _Stopped, or OSError when late."""
@@ -1217,6 +1172,59 @@ class Link:
         except Exception:
             log.exception('in a callback of the link')
             return False
+
+
+WaitFor = Callable[[Any, int], None]       # until the socket can be read or written
+
+
+def _dial(address: Address, tls: Any, wait_for: WaitFor) -> Any:
+    """A connected socket, with TLS where asked: never blocks, so that whoever waits can be told to stop.
+
+    Raises OSError, and what wait_for raises.
+    """
+    error = None  # type: Optional[OSError]
+    for family, kind, proto, _, target in socket.getaddrinfo(address[0], address[1], 0, socket.SOCK_STREAM):
+        connection = socket.socket(family, kind, proto)
+        try:
+            _connect_tcp(connection, target, wait_for)
+            return connection if tls is None else _wrap(connection, address[0], tls, wait_for)
+        except OSError as failed:
+            connection.close()
+            error = failed
+        except BaseException:
+            connection.close()
+            raise
+    raise error or OSError('no address of %s' % address[0])
+
+
+def _connect_tcp(connection: socket.socket, target: Any, wait_for: WaitFor) -> None:
+    connection.setblocking(False)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    code = connection.connect_ex(target)
+    if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, 'WSAEWOULDBLOCK', 0)):
+        raise OSError(code, os.strerror(code))
+    if code:
+        wait_for(connection, selectors.EVENT_WRITE)
+    code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if code:
+        raise OSError(code, os.strerror(code))
+
+
+def _wrap(connection: socket.socket, host: str, tls: Any, wait_for: WaitFor) -> Any:
+    import ssl
+    wrapped = tls.wrap_socket(connection, server_hostname=host, do_handshake_on_connect=False)
+    try:
+        while True:
+            try:
+                wrapped.do_handshake()
+                return wrapped
+            except ssl.SSLWantReadError:
+                wait_for(wrapped, selectors.EVENT_READ)
+            except ssl.SSLWantWriteError:
+                wait_for(wrapped, selectors.EVENT_WRITE)
+    except BaseException:
+        wrapped.close()
+        raise
 
 
 def _would_block(error: OSError) -> bool:

@@ -1,10 +1,14 @@
-"""The embedded STOMP broker: topics and queues for STOMP 1.0, 1.1 and 1.2.
+"""The embedded STOMP broker: a server for STOMP 1.0, 1.1 and 1.2, in one thread.
 
 What it is not: persistent (messages live in memory, and end with it), clustered, or aware of what
-the messages mean; the host's rules about who may say what come in as a ``Policy``.
+the messages mean; the host's rules about who may say what come in as a ``Policy``. Who is sent
+which message is decided in stompqueues.py.
 
-Threads: one, named ``broker``. It owns every socket, session and destination, so nothing here
-needs a lock; ``start``, ``stop``, ``counters`` and ``address`` may be called from any thread.
+From the socket inwards: ``Listener``, ``Connection`` (its ``State``, ``Outbox``, ``Clock``), ``Session``
+(what the client says, in STOMP), destinations; ``Broker`` is the loop round them.
+
+Threads: one, named ``broker``. It owns every socket, session and destination, so nothing here needs a
+lock. From any thread: ``start``, ``stop``, ``counters``, ``status``, ``address`` and ``fileno``.
 
 Why it is made so (bench/broker.py, 2 cores, messages of 64 bytes, each beside this design in one run).
 What one ``recv`` brings is gathered, and each session gets what it is owed in one write. Tried, and lost:
@@ -19,40 +23,44 @@ What one ``recv`` brings is gathered, and each session gets what it is owed in o
 
 import argparse
 import collections
+import contextlib
+import enum
+import errno
 import heapq
 import hmac
 import itertools
 import logging
 import os
+import queue
 import re
+import select
 import selectors
+import signal
 import socket
 import ssl
 import sys
 import threading
 import time
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import agent
-import protocol
 from protocol import CLIENT_COMMANDS, FrameReader, RemoteError, WireFrame
+from stompqueues import LARGE, NEVER, Audience, DestinationError, Destinations, Message, Outlet, Queue, Status
+from stompsession import Session, StompError
 
 log = logging.getLogger('vmhost.broker')
 
 SERVER = 'vmhost-broker/' + agent.VERSION
-VERSIONS = ('1.2', '1.1', '1.0')          # the best first
 RECEIVE = 64 * 1024                       # bytes taken from a client at a time
 JOINED = 256 * 1024                       # bytes that one write carries, if the chunks are small
-LARGE = 32 * 1024                         # a body from here on is sent as it is, never copied
+SHARE = 256 * 1024                        # bytes that one sender may have waiting for an essential client
+UNIDENTIFIED_TIME = 1.0                   # seconds that a client has before another may take its place
 SHORTEST_MARGIN = 1.0                     # seconds that a client's heart-beat may be late
 LONGEST_END = 30.0                        # seconds that a client has to read its last frames
 LINGER = 2.0                              # seconds from our last byte to the socket's end
 MOST_FOR_SELECT = 500                     # connections that select() can look after
 LONGEST_SLEEP = 3600.0                    # seconds; system calls don't take any number
-MESSAGE_OVERHEAD = 512                    # bytes that a kept message costs beside its texts
-# Headers of a SEND that are about this one sending, or that MESSAGE has of its own.
-NOT_PASSED_ON = frozenset(('receipt', 'transaction', 'content-length', 'message-id',
-                           'subscription', 'ack'))
+WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class BrokerError(Exception):
@@ -63,33 +71,40 @@ class Refused(BrokerError):
     """A policy forbids it. The text goes into an ERROR frame; then the connection is closed."""
 
 
-class Fault(BrokerError):
-    """A client broke a rule of STOMP or a limit; handled like Refused."""
-
-
 class Policy:
-    """Who may do what. This one allows everything; the host passes its own.
+    """Who may do what, and how much of it. This one allows everything; the host passes its own.
 
-    All methods are called on the broker's thread and must not block.
+    All methods are called on the broker's thread and must not block. What they may set:
+
+    ``session.essential = True``, in ``connecting``: it is never cut off for not reading. Instead, its
+    senders wait: what each of them said stands in a lane of its own, the lanes are served in turn, a
+    frame each; whoever has more than ``SHARE`` bytes there is not read until that is less, and
+    nobody is while half of ``limits.waiting`` waits in all lanes together.
+    ``session.rate = (frames a second, frames at once)``, in ``connecting``: beyond that the
+    connection is read more slowly; nothing is dropped. What isn't a SEND counts a tenth.
+    ``session.identified = False``, in ``connecting``: the client has to say who it is by its first
+    SEND, in ``limits.connect_time`` from its connection on, in a body of at most 64 KiB; ``sending``
+    sets it to True, or the connection ends with an ERROR. Of those that have not said it yet,
+    ``limits.unidentified`` may come from one address; one more takes the place of the oldest.
+    ``session.policy_data``: whatever the policy likes. ``session.peer`` is the address.
     """
 
-    def connecting(self, session: 'Session', headers: Dict[str, str]) -> None:
-        """A CONNECT whose login and passcode matched. May raise Refused, or make the session essential."""
+    def connecting(self, session: Session, headers: Dict[str, str]) -> None:
+        """A CONNECT whose login and passcode matched. May raise Refused."""
 
-    def subscribing(self, session: 'Session', destination: str, headers: Dict[str, str]) -> None:
+    def subscribing(self, session: Session, destination: str, headers: Dict[str, str]) -> None:
         """A SUBSCRIBE. May raise Refused."""
 
-    def sending(self, session: 'Session', destination: str, frame: WireFrame) -> Optional[bool]:
+    def sending(self, session: Session, destination: str, frame: WireFrame) -> Optional[bool]:
         """A SEND. May raise Refused, or return False: dropped in silence, counted as refused."""
 
-    def audience(self, destination: str,
-                 frame: WireFrame) -> Optional[Callable[['Session'], bool]]:
-        """None: all subscribers get the message; or a function that says which sessions do.
+    def audience(self, destination: str, frame: WireFrame) -> Optional[Audience]:
+        """None: all subscribers get the message; or a function that says of a session whether it does.
 
         Asked about topics alone: a message in a queue is for whichever subscriber is next.
         """
 
-    def closed(self, session: 'Session') -> None:
+    def closed(self, session: Session) -> None:
         """A session that ``connecting`` was asked about is over."""
 
 
@@ -103,399 +118,360 @@ class Counters:
         self.bytes_in = 0
         self.bytes_out = 0
         self.waiting_bytes = 0             # that clients have not read yet
-        self.queued_bytes = 0              # in queues
         self.held_bytes = 0                # in unfinished frames, transactions, subscriptions
-        self.dropped = 0                   # messages that nobody wanted
+        self.held_up = 0                   # times that a sender had to wait for an essential client
+        self.slowed = 0                    # times that a client was over its rate
         self.refused = 0                   # connections and frames, by login, limit or policy
         self.errors = 0                    # ERROR frames
         self.cut_off = 0                   # clients that did not read
 
 
 class Limits(NamedTuple):
-    """How much of anything a client, or all together, may take.
+    """How much of anything a client, a queue, or all together may take.
 
     A client that passes one of its own limits gets an ERROR; who takes the most when a limit of
     all is passed is cut off.
     """
     connections: int = 10000
+    per_address: int = 5000                # connections
+    unidentified: int = 5000               # connections of an address that haven't said who they are
+    connect_time: float = 10.0             # seconds from the connection until that is said
     subscriptions: int = 1000              # a client
     transactions: int = 100                # a client
-    waiting: int = 8 * 1024 * 1024         # bytes that one client has not read yet
-    waiting_in_all: int = 256 * 1024 * 1024
-    queued: int = 64 * 1024 * 1024         # bytes in all queues
-    held: int = 128 * 1024 * 1024          # bytes in all unfinished frames, transactions, subscriptions
     unacknowledged: int = 10000            # messages of a subscription
-    connect_time: float = 10.0             # seconds from the connection to a whole CONNECT
+    refusals: int = 5                      # of a message, then it goes to the dead letters
     max_frame: int = 1024 * 1024           # bytes of a body
+    waiting: int = 8 * 1024 * 1024         # bytes that one client has not read yet, and a frame more
+    waiting_in_all: int = 256 * 1024 * 1024
+    queued: int = 64 * 1024 * 1024         # bytes in a queue
+    queued_in_all: int = 256 * 1024 * 1024
+    held: int = 128 * 1024 * 1024          # bytes in all unfinished frames, transactions, subscriptions
 
 
-# --- messages and destinations -----------------------------------------------------------------
-
-class Envelope:
-    """What stands round the bodies of one SEND head: destination and headers, encoded once."""
-    __slots__ = ('destination', 'headers', '_lines', '_cost')
-
-    def __init__(self, headers: Dict[str, str]) -> None:
-        self.destination = headers['destination']
-        self.headers = headers
-        self._lines = {}  # type: Dict[str, bytes]
-        self._cost = 0
-
-    @property
-    def cost(self) -> int:
-        """Bytes that it takes while a message is kept."""
-        if not self._cost:
-            self._cost = _cost_of(self.headers)
-        return self._cost
-
-    def lines(self, version: str) -> bytes:
-        """The header lines as a receiver of that version gets them."""
-        lines = self._lines.get(version)
-        if lines is None:
-            escape = protocol.escape
-            lines = self._lines[version] = ''.join(
-                '%s:%s\n' % (escape(name, version), escape(value, version))
-                for name, value in self.headers.items()
-                if name not in NOT_PASSED_ON).encode('utf-8', 'replace')
-        return lines
+Delivery = Tuple[Queue, Message]
 
 
-def _cost_of(headers: Dict[str, str]) -> int:
-    """About how many bytes headers take: the texts, and what was encoded of them."""
-    return MESSAGE_OVERHEAD + 2 * (sum(map(len, headers)) + sum(map(len, headers.values())))
+# --- connections -------------------------------------------------------------------------------
+
+class State(enum.IntEnum):
+    """Where a connection stands. It only moves down this list; ``Connection._enter`` moves it."""
+    HANDSHAKE = 0          # of TLS
+    OPENING = 1            # until CONNECT
+    CONNECTED = 2
+    UNREACHABLE = 3        # nothing can be written any more; what it said before is still taken
+    ENDING = 4             # nothing is taken any more; what is owed is written
+    DRAINING = 5           # the same, and the client says no more
+    LINGERING = 6          # all is written, our half closed: the client gets a moment to close first
+    CLOSED = 7
 
 
-class Message:
-    """A SEND on its way: its number, envelope and body."""
-    __slots__ = ('number', 'envelope', 'body', 'refusers')
+class Outbox:
+    """The bytes that wait for one client, first in, first out; small chunks leave in one write."""
+    __slots__ = ('_chunks', '_written', '_deliveries', 'waiting')
 
-    def __init__(self, number: str, envelope: Envelope, body: bytes) -> None:
-        self.number = number
-        self.envelope = envelope
-        self.body = body
-        self.refusers = ()  # type: Tuple['Subscription', ...]
+    def __init__(self) -> None:
+        self._chunks = collections.deque()  # type: collections.deque[Any]
+        self._deliveries = None  # type: Optional[collections.deque[Tuple[int, Delivery]]]
+        self._written = 0                  # bytes, since the beginning
+        self.waiting = 0                   # bytes
+
+    def put(self, parts: Tuple[bytes, ...], delivery: Optional[Delivery] = None) -> None:
+        for part in parts:
+            self._chunks.append(part)
+            self.waiting += len(part)
+        if delivery is not None:
+            if self._deliveries is None:   # few clients need it, and it takes a tenth of an idle one
+                self._deliveries = collections.deque()
+            self._deliveries.append((self._written + self.waiting, delivery))
 
     @property
-    def cost(self) -> int:
-        """Bytes that it takes while it is kept."""
-        return len(self.body) + self.envelope.cost
+    def begun(self) -> int:
+        """Bytes of the chunk that is being sent."""
+        return len(self._chunks[0]) if self._chunks else 0
 
-    def head(self, version: str, acked: bool) -> bytes:
-        """The head from the message's number on: a subscription's ``lead`` stands before it."""
-        number = self.number.encode('ascii')
-        if acked:
-            number = b'%b\nmessage-id:%b' % (number, number)
-        return b'%b\n%bcontent-length:%d\n\n' % (number, self.envelope.lines(version),
-                                                 len(self.body))
+    def write(self, sock: socket.socket) -> int:
+        """Sends until nothing is left, or the socket takes no more; gives the number of bytes.
+        Raises OSError where it never will."""
+        chunks, before = self._chunks, self.waiting
+        while chunks:
+            chunk = self._next_chunk()
+            chunks.appendleft(chunk)
+            try:
+                sent = sock.send(chunk)
+            except WOULD_BLOCK:
+                break                      # the selector says when to go on
+            self.waiting -= sent
+            chunks.popleft()
+            if sent < len(chunk):
+                chunks.appendleft(memoryview(chunk)[sent:])
+                break
+        self._written += before - self.waiting
+        self._settle()
+        return before - self.waiting
 
-    def rest(self, version: str, acked: bool) -> bytes:
-        """The whole frame from the message's number on."""
-        return b'%b%b\0\n' % (self.head(version, acked), self.body)
+    def _next_chunk(self) -> Any:
+        """The first chunk, or several small ones in one. What was begun stays as it is: TLS wants
+        the same bytes again."""
+        chunks = self._chunks
+        first = chunks.popleft()
+        if not chunks or len(first) >= LARGE or isinstance(first, memoryview):
+            return first
+        parts, size = [first], len(first)
+        while chunks and size < JOINED and len(chunks[0]) < LARGE:
+            parts.append(chunks.popleft())
+            size += len(parts[-1])
+        return b''.join(parts)
+
+    def _settle(self) -> None:
+        """What is written, queues need not keep."""
+        deliveries = self._deliveries
+        while deliveries and deliveries[0][0] <= self._written:
+            queue, message = deliveries.popleft()[1]
+            queue.settle([message])
+
+    def clear(self) -> List[Delivery]:
+        """Forgets what waits; gives what queues have to take back."""
+        unwritten = [delivery for _, delivery in self._deliveries or ()]
+        self._chunks.clear()
+        self._deliveries = None
+        self.waiting = 0
+        return unwritten
 
 
-class Subscription:
-    """What a SUBSCRIBE made: ``lead`` begins each of its MESSAGE frames."""
-    __slots__ = ('session', 'id', 'key', 'cost', 'destination', 'mode', 'lead', 'kind', 'unacked')
+class Lanes:
+    """What waits for an essential client: a lane for each sender, served in turn, a frame of each."""
+    __slots__ = ('_lanes', 'waiting')
 
-    def __init__(self, session: 'Session', number: int, key: str, headers: Dict[str, str],
-                 destination: 'Destination', mode: str) -> None:
-        version = session.version
-        self.session = session
-        self.id = str(number)
-        self.key = key
-        self.cost = _cost_of(headers)
-        self.destination = destination
-        self.mode = mode
-        ack_header = mode != 'auto' and version == '1.2'
-        self.kind = version, ack_header
-        self.unacked = collections.OrderedDict()  # type: collections.OrderedDict[str, Message]
-        lead = 'MESSAGE\n'
-        if 'id' in headers:
-            lead += 'subscription:%s\n' % protocol.escape(headers['id'], version)
-        lead += 'ack:%d-' % number if ack_header else 'message-id:'
-        self.lead = lead.encode('utf-8', 'replace')
+    def __init__(self) -> None:
+        self._lanes = collections.OrderedDict()  # type: collections.OrderedDict[Connection, Any]
+        self.waiting = 0                   # bytes
 
-    def give(self, message: Message) -> None:
-        """Sends one message to the subscriber."""
-        if len(message.body) < LARGE:
-            self.session.put(self.lead + message.rest(*self.kind), 1)
-        else:
-            self.session.put(self.lead + message.head(*self.kind), 1)
-            self.session.put(message.body, 0)
-            self.session.put(b'\0\n', 0)
+    def put(self, sender: 'Connection', parts: Tuple[bytes, ...], delivery: Optional[Delivery]) -> None:
+        size = sum(map(len, parts))
+        if sender not in self._lanes:
+            self._lanes[sender] = collections.deque()
+        self._lanes[sender].append((size, parts, delivery))
+        self.waiting += size
+        sender.backlog += size
 
-    def acknowledge(self, number: str) -> Iterable[Message]:
-        """Takes the messages that an ACK or NACK of this one is about, out of ``unacked``."""
-        if number not in self.unacked:
-            return []
-        if self.mode == 'client-individual':
-            return [self.unacked.pop(number)]
+    def _take(self) -> Tuple[Tuple[bytes, ...], Optional[Delivery]]:
+        """The next frame; its sender is the last to be served again."""
+        sender, lane = self._lanes.popitem(last=False)
+        size, parts, delivery = lane.popleft()
+        if lane:
+            self._lanes[sender] = lane
+        self.waiting -= size
+        sender.backlog -= size
+        if sender.backlog < SHARE // 2:
+            sender.go_on()
+        return parts, delivery
+
+    def pour(self, outbox: Outbox) -> None:
+        """Moves on what the next write carries."""
+        while self._lanes and outbox.waiting < RECEIVE:
+            outbox.put(*self._take())
+
+    def clear(self) -> List[Delivery]:
+        """Forgets what waits; gives what queues have to take back."""
         taken = []
-        while number in self.unacked:
-            taken.append(self.unacked.popitem(last=False)[1])
-        return taken
+        while self._lanes:
+            taken.append(self._take()[1])
+        return [delivery for delivery in taken if delivery is not None]
 
 
-class Destination:
-    """A name with subscribers; either a Topic or a Queue."""
+class Bucket:
+    """A rate: so much a second, and so much at once."""
+    __slots__ = ('_rate', '_burst', '_left', '_when')
 
-    def __init__(self, broker: 'Broker', name: str) -> None:
-        self.broker = broker
-        self.name = name
-        self.subscriptions = ()  # type: Tuple[Subscription, ...]
+    PAUSE = 0.1            # seconds at least, when it is empty: so that it isn't looked at for each frame
 
-    def add(self, subscription: Subscription) -> None:
-        self.subscriptions += (subscription,)
+    def __init__(self, rate: float, burst: float, now: float) -> None:
+        self._rate, self._burst = rate, burst
+        self._left, self._when = burst, now
 
-    def remove(self, subscription: Subscription) -> None:
-        self.subscriptions = tuple(other for other in self.subscriptions
-                                   if other is not subscription)
-
-    @property
-    def idle(self) -> bool:
-        """Whether it may be forgotten."""
-        return not self.subscriptions
+    def take(self, cost: float, now: float) -> float:
+        """Takes so much; gives the seconds until more may be taken."""
+        self._left = min(self._burst, self._left + (now - self._when) * self._rate) - cost
+        self._when = now
+        return self.PAUSE - self._left / self._rate if self._left < 0 else 0.0
 
 
-class Topic(Destination):
-    """Each subscriber gets each message; without subscribers it is dropped.
+class Clock:
+    """When a connection has to be looked at: for its deadline, and its heart-beats both ways."""
+    __slots__ = ('heard', 'spoke', 'beat', 'silence', 'deadline', 'pause')
 
-    Messages are gathered while the broker reads, and given to each subscriber in one piece: the
-    subscription's lead, joined between the rests of the frames, which all subscribers share.
-    """
+    def __init__(self, now: float, patience: float) -> None:
+        self.heard = self.spoke = now
+        self.beat = 0.0                    # seconds between our beats; 0: none
+        self.silence = 0.0                 # seconds without a word after which it is dead; 0: any
+        self.deadline = now + patience
+        self.pause = NEVER                 # until when it is not read, since it said too much
 
-    MOST_BLOBS = 64        # that are kept for subscribers whose lead is the same
+    def negotiate(self, ours: int, offered: str) -> None:
+        """STOMP 1.2, Heart-beating; milliseconds. On a busy machine beats may be late by more than
+        a short interval. Raises StompError."""
+        match = re.match(r'\s*([0-9]{1,18})\s*,\s*([0-9]{1,18})\s*\Z', offered)
+        if match is None:
+            raise StompError('heart-beat is not two numbers: %.40r' % offered)
+        theirs, wanted = int(match.group(1)), int(match.group(2))
+        if ours and wanted:
+            self.beat = max(ours, wanted) / 1000.0
+        if ours and theirs:
+            interval = max(ours, theirs) / 1000.0
+            self.silence = max(2 * interval, interval + SHORTEST_MARGIN)
 
-    def __init__(self, broker: 'Broker', name: str) -> None:
-        super().__init__(broker, name)
-        self._batch = []  # type: List[Message]
-
-    def publish(self, message: Message,
-                audience: Optional[Callable[['Session'], bool]] = None) -> None:
-        if not self.subscriptions:
-            self.broker.count.dropped += 1
-        elif audience is None and len(message.body) < LARGE:
-            self._batch.append(message)
-            self.broker.gathering(self)
-        else:
-            self.flush()
-            for subscription in self.subscriptions:
-                if audience is None or audience(subscription.session):
-                    subscription.give(message)
-
-    def flush(self) -> None:
-        """Gives what was gathered to the subscribers."""
-        if not self._batch:
-            return
-        batch, self._batch = self._batch, []
-        rests = {}  # type: Dict[Tuple[str, bool], List[bytes]]
-        blobs = {}  # type: Dict[Tuple[Tuple[str, bool], bytes], bytes]
-        for subscription in self.subscriptions:
-            kind, lead = subscription.kind, subscription.lead
-            blob = blobs.get((kind, lead))
-            if blob is None:
-                if len(blobs) >= self.MOST_BLOBS:
-                    blobs.clear()
-                if kind not in rests:
-                    rests[kind] = [b''] + [message.rest(*kind) for message in batch]
-                blob = blobs[kind, lead] = lead.join(rests[kind])
-            subscription.session.put(blob, len(batch))
-
-    def add(self, subscription: Subscription) -> None:
-        self.flush()
-        super().add(subscription)
-
-    def remove(self, subscription: Subscription) -> None:
-        self.flush()
-        super().remove(subscription)
-
-
-class Queue(Destination):
-    """Each message goes to one subscriber, in turn; without subscribers it waits."""
-
-    MOST_REFUSALS = 5      # of one message, after which nobody else is asked
-    MOST_REFUSED = 1000    # messages that wait for a consumer which did not refuse them
-
-    def __init__(self, broker: 'Broker', name: str) -> None:
-        super().__init__(broker, name)
-        self._messages = collections.deque()  # type: collections.deque[Message]
-        self._refused = []                    # type: List[Message]
-        self._turns = collections.deque()  # type: collections.deque[Subscription]
+    def end_within(self, now: float, patience: float) -> None:
+        """Heart-beats are over; there is a deadline instead."""
+        self.beat = self.silence = 0.0
+        self.deadline = now + patience
+        self.pause = NEVER
 
     @property
-    def idle(self) -> bool:
-        return not (self.subscriptions or self._messages or self._refused)
+    def next(self) -> float:
+        """When something has to be done, unless the client or we speak before."""
+        beat = self.spoke + 0.6 * self.beat if self.beat else NEVER
+        death = self.heard + self.silence if self.silence else NEVER
+        return min(self.deadline, beat, death, self.pause)
 
-    def publish(self, message: Message,
-                audience: Optional[Callable[['Session'], bool]] = None) -> None:
-        self.broker.keep(message.cost)
-        self._messages.append(message)
-        self._hand_out()
+    def is_silent(self, now: float) -> bool:
+        return bool(self.silence) and now >= self.heard + self.silence
 
-    def dispatch(self) -> None:
-        """Gives out what consumers have room for, messages that others refused first."""
-        if self._refused:
-            self._offer_refused()
-        self._hand_out()
-
-    def _hand_out(self) -> None:
-        while self._messages:
-            consumer = self._next_consumer()
-            if consumer is None:
-                return
-            self._give(consumer, self._messages.popleft())
-
-    def _next_consumer(self) -> Optional[Subscription]:
-        for _ in range(len(self._turns)):
-            consumer = self._turns[0]
-            self._turns.rotate(-1)
-            if self._has_room(consumer):
-                return consumer
-        return None
-
-    def _has_room(self, consumer: Subscription) -> bool:
-        return (consumer.session.has_room()
-                and len(consumer.unacked) < self.broker.limits.unacknowledged)
-
-    def _give(self, consumer: Subscription, message: Message) -> None:
-        if consumer.mode == 'auto':
-            self.broker.let_go(message.cost)
-        else:
-            consumer.unacked[message.number] = message
-        consumer.give(message)
-
-    def add(self, subscription: Subscription) -> None:
-        super().add(subscription)
-        self._turns.append(subscription)
-        self.dispatch()
-
-    def remove(self, subscription: Subscription) -> None:
-        super().remove(subscription)
-        self._turns.remove(subscription)
-        self._messages.extendleft(reversed(list(subscription.unacked.values())))
-        subscription.unacked.clear()
-        for message in self._refused:
-            message.refusers = tuple(one for one in message.refusers if one is not subscription)
-        self.dispatch()
-
-    def acknowledged(self, messages: Iterable[Message]) -> None:
-        for message in messages:
-            self.broker.let_go(message.cost)
-        self.dispatch()
-
-    def refused(self, messages: Iterable[Message], refuser: Subscription) -> None:
-        """NACK: offered to the other consumers; after several refusals it is dropped."""
-        for message in messages:
-            message.refusers += (refuser,)
-            if len(message.refusers) < self.MOST_REFUSALS:
-                self._refused.append(message)
-            else:
-                self._drop(message)
-        self.dispatch()
-        while len(self._refused) > self.MOST_REFUSED:
-            self._drop(self._refused.pop(0))
-
-    def _drop(self, message: Message) -> None:
-        self.broker.count.dropped += 1
-        self.broker.let_go(message.cost)
-
-    def _offer_refused(self) -> None:
-        """A message goes to no consumer that refused it; it waits for another."""
-        waiting, self._refused = self._refused, []
-        for message in waiting:
-            for consumer in self._turns:
-                if consumer not in message.refusers and self._has_room(consumer):
-                    self._give(consumer, message)
-                    break
-            else:
-                self._refused.append(message)
+    def is_to_beat(self, now: float) -> bool:
+        return bool(self.beat) and now >= self.spoke + 0.6 * self.beat
 
 
-# --- sessions ----------------------------------------------------------------------------------
+class Connection(Outlet):
+    """A client's socket: bytes in, frames to its ``Session``, and what waits for the client out.
 
-class Session:
-    """One client's connection: its socket, what waits for it, and its STOMP state.
-
-    ``peer``, ``id``, ``policy_data`` and ``essential`` are for the policy; the rest is the broker's own.
+    What it does with either depends on its ``state``.
     """
+    __slots__ = ('broker', 'peer', 'number', 'since', 'state', 'clock', 'session', 'takes_turns', 'backlog',
+                 'held', '_sock', '_reader', '_outbox', '_lanes', '_bucket', '_counted', '_to_flush',
+                 '_wants_room', '_held_up', '_events', '_unfinished')
 
     HIGH = 256 * 1024      # bytes waiting at which queues give no more
 
-    def __init__(self, broker: 'Broker', sock: socket.socket, peer: Tuple[Any, ...],
-                 number: int, handshake: bool) -> None:
+    def __init__(self, broker: 'Broker', sock: socket.socket, peer: Tuple[Any, ...], number: int) -> None:
         self.broker = broker
         self.peer = peer
-        self.id = '%s-%d' % (broker.token, number)
-        self.policy_data = None  # type: Any
-        self.essential = False             # others are read no further while too much waits for this one
-        self.version = '1.0'
-        self.connected = False
-        self.ending = False                # our last frame is written, or the peer's has come
-        self.closed = False
-        self.heard = self.spoke = broker.now
-        self.due = float('inf')            # when the clock looks at this session next
-        self._number = number
+        self.number = number
+        self.since = broker.now
+        self.state = State.OPENING if broker.tls is None else State.HANDSHAKE
+        self.clock = Clock(broker.now, broker.limits.connect_time)
+        self.takes_turns = False
+        self.backlog = 0                   # bytes that it said, and essential clients have not read
+        self.held = 0                      # bytes that the client makes the broker keep
         self._sock = sock
-        self._handshake = handshake
-        # Until CONNECT nothing large is waited for, whoever that may be.
+        # Until it is known who that is, nothing large is waited for.
         self._reader = FrameReader(CLIENT_COMMANDS, max_body=RECEIVE)
-        self._outbox = collections.deque()  # type: collections.deque[Any]
-        self._waiting = 0                  # bytes in the outbox
-        self._counted = 0                  # of these, in the broker's counter
-        self._to_flush = False
-        self._wants_room = False
-        self._held_up = False              # not read until an essential one has read
-        self._mute = False                 # nothing more can be sent
-        self._overflown = False
-        # What a round may gather for this session before it must be written. Twice the limit, since
-        # only after a try to write it is known whether the client is slow.
-        self._bound = 2 * broker.limits.waiting + broker.limits.max_frame
-        self._eof = False
+        self._outbox = Outbox()
+        self._lanes = None  # type: Optional[Lanes]
+        self._bucket = None  # type: Optional[Bucket]
+        self._counted = 0                  # bytes of the outbox that are in the broker's counter
+        self._to_flush = False             # the broker will call ``flush`` in this round
+        self._wants_room = False           # queues have more for it
+        self._held_up = False              # not read until an essential client has read
         self._events = 0                   # that the selector looks for
-        self._subscriptions = {}  # type: Dict[str, Subscription]
-        self._by_number = {}      # type: Dict[str, Subscription]
-        self._numbers = itertools.count(1)
-        self._transactions = {}   # type: Dict[str, List[Tuple[str, WireFrame]]]
-        self._held = 0                     # bytes that subscriptions and transactions take
         self._unfinished = 0               # bytes that wait for the rest of their frame
-        self._asked_policy = False
-        self._beat = 0.0                   # seconds; 0: none
-        self._silence = 0.0                # seconds; 0: any
-        self._deadline = broker.now + broker.limits.connect_time
+        self.session = Session(self)
 
     def __repr__(self) -> str:
-        return '<session %s of %s>' % (self.id, _spoken(self.peer))
+        return '<connection of %s>' % _spoken(self.peer)
+
+    # -- states
 
     def begin(self) -> None:
-        """From now on the selector looks after the socket, and the clock after the session."""
+        """From now on the selector looks after the socket, and the clock after all of it."""
         self._listen_for(selectors.EVENT_READ)
-        self.broker.came(self, self._number)
-        self._set_clock()
+        self.broker.came(self)
+        self.set_clock()
 
-    # -- reading
+    def opened(self) -> None:
+        """CONNECT was right, and the policy has said what holds for this client."""
+        session = self.session
+        self._reader.version = session.version
+        if session.rate is not None:
+            self._bucket = Bucket(*session.rate, now=self.broker.now)
+        if session.essential:
+            self.takes_turns = True
+            self._lanes = Lanes()
+            # What the kernel has taken stands before everybody's next word.
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, RECEIVE)
+        self._enter(State.CONNECTED)
 
-    def ready(self, events: int) -> None:
-        """The selector says that the socket can be read or written."""
-        if self.closed:                    # by another session, earlier in this round
+    def identified(self) -> None:
+        """It is known who that is."""
+        self._reader.max_body = self.broker.limits.max_frame
+        self.clock.deadline = NEVER
+        self.broker.peers.identified(self)
+
+    def _enter(self, state: State) -> None:
+        """The one place where the state changes, and what each one brings with it."""
+        if self.state < State.ENDING <= state:
+            self.broker.destinations.flush()       # it may be owed what was gathered
+        before, self.state = self.state, state
+        if state >= State.UNREACHABLE:
+            unwritten = self._forget_outbox() if state in (State.UNREACHABLE, State.CLOSED) else []
+            self.session.stop(unwritten, state >= State.ENDING)
+        if before < State.ENDING <= state:
+            self.hold(-self.held)
+            self._unfinished = 0
+            del self._reader               # what it holds was let go of
+            self.clock.end_within(self.broker.now, LONGEST_END)
+        if state is State.LINGERING:
+            self.clock.end_within(self.broker.now, LINGER)
+        if state is State.CLOSED:
+            return self._shut()
+        self.set_clock()
+        self._listen()
+
+    def _forget_outbox(self) -> List[Delivery]:
+        """Gives what queues have to take back."""
+        unwritten = self._outbox.clear()
+        if self._lanes is not None:
+            unwritten += self._lanes.clear()
+        self._count_waiting()
+        return unwritten
+
+    def _shut(self) -> None:
+        if self.takes_turns:
+            self.broker.let_all_go_on()
+        self._listen_for(0)
+        self.broker.alarms.cancel(self.number)
+        self._sock.close()
+        self.broker.gone(self)
+        del self.session                   # the two would keep each other until the collector comes
+
+    def guarded(self, step: Callable[..., None], *arguments: Any) -> None:
+        """Does one of its steps. An error of the broker's own ends this connection alone."""
+        if self.state is State.CLOSED:     # by another one, earlier in this round
             return
         try:
-            if self._handshake:
-                if not self._shake_hands():
-                    return
-                events = selectors.EVENT_READ      # TLS may have taken in more than the handshake
-            if events & selectors.EVENT_READ:
-                if self._has_to_wait():
-                    self._held_up = True
-                    self._listen_for(self._events & selectors.EVENT_WRITE)
-                else:
-                    self._read()
-            if events & selectors.EVENT_WRITE and not self.closed:
-                self.flush()
-        except (OSError, ssl.SSLError) as error:
+            step(*arguments)
+        except OSError as error:
             self.close(str(error))
         except Exception:
             log.exception('%r is closed after an error of the broker', self)
             self.close('internal error')
+
+    def ready(self, events: int) -> None:
+        """The selector says that the socket can be read or written."""
+        self.guarded(self._ready, events)
+
+    def _ready(self, events: int) -> None:
+        if self.state is State.HANDSHAKE:
+            if not self._shake_hands():
+                return
+            events = selectors.EVENT_READ          # TLS may have taken in more than the handshake
+        if events & selectors.EVENT_READ:
+            if self._has_to_wait():
+                self._held_up = True
+                self.broker.count.held_up += 1
+                self._listen()
+            else:
+                self._read()
+        if events & selectors.EVENT_WRITE and self.state is not State.CLOSED:
+            self.flush()
 
     def _shake_hands(self) -> bool:
         """Whether TLS is established."""
@@ -503,33 +479,51 @@ class Session:
             self._sock.do_handshake()  # type: ignore[attr-defined]
         except ssl.SSLWantReadError:
             self._listen_for(selectors.EVENT_READ)
-            return False
         except ssl.SSLWantWriteError:
             self._listen_for(selectors.EVENT_WRITE)
-            return False
-        self._handshake = False
-        self._listen_for(selectors.EVENT_READ)
-        return True
+        else:
+            self._enter(State.OPENING)
+        return self.state is State.OPENING
+
+    def _listen(self) -> None:
+        """Has the selector look for what matters in this state."""
+        events = selectors.EVENT_WRITE if self._outbox.waiting else 0
+        if not self._is_paused and self.state is not State.DRAINING:
+            events |= selectors.EVENT_READ
+        self._listen_for(events)
+
+    def _listen_for(self, events: int) -> None:
+        if events != self._events:
+            self.broker.listen_for(self._sock, events, self._events, self.ready)
+            self._events = events
+
+    @property
+    def _is_paused(self) -> bool:
+        """Whether it is not read for a while."""
+        return self.state < State.ENDING and (self._held_up or self.clock.pause < NEVER)
 
     def _has_to_wait(self) -> bool:
-        """Whether an essential session must read first. Who ends, or hasn't begun, adds nothing for it."""
-        return self.broker.is_held_up and self.connected and not self.essential and not self.ending
+        """Whether an essential client must read first. Who ends, or hasn't begun, adds nothing for it."""
+        return ((self.broker.is_held_up or self.backlog > SHARE)
+                and State.CONNECTED <= self.state < State.ENDING and not self.takes_turns)
 
     def go_on(self) -> None:
         """If it had to wait, it is read again; that it wasn't heard was not its fault."""
-        if self._held_up:
+        if self._held_up and self.state is not State.CLOSED:
             self._held_up = False
-            self.heard = self.broker.now
-            self._listen_for(self._events | selectors.EVENT_READ)
+            self.clock.heard = self.broker.now
+            self._listen()
+
+    # -- reading
 
     def _read(self) -> None:
         data = self._receive()
         while data:
-            self.heard = self.broker.now
+            self.clock.heard = self.broker.now
             self.broker.count.bytes_in += len(data)
-            if not self.ending:
+            if self.state < State.ENDING:
                 self._take(data)
-            data = self._receive() if self._buffered_by_tls() else None
+            data = self._receive() if self._is_buffered_by_tls() else None
         if data == b'':
             self._hung_up()
 
@@ -537,32 +531,34 @@ class Session:
         """What has come; b'' at the end, None where nothing has."""
         try:
             return self._sock.recv(RECEIVE)
-        except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        except WOULD_BLOCK:
             return None
 
-    def _buffered_by_tls(self) -> bool:
-        return self.broker.tls is not None and not self.closed and bool(
+    def _is_buffered_by_tls(self) -> bool:
+        return self.broker.tls is not None and self.state is not State.CLOSED and bool(
             self._sock.pending())  # type: ignore[attr-defined]
 
     def _hung_up(self) -> None:
-        """The peer says no more; it may still read what it is owed."""
-        self._eof = True
+        """The client says no more; it may still read what it is owed."""
         self.end()
-        if not self.closed and self._outbox and not self._mute:
-            self._listen_for(selectors.EVENT_WRITE)
+        if self.waiting:
+            self._enter(State.DRAINING)
         else:
             self.close('closed by the client')
 
     def _take(self, data: bytes) -> None:
+        """Bytes of the client, and each frame that they finish."""
         reader, frame = self._reader, None
         try:
             reader.feed(data)
             frame = reader.next_frame()
             while frame is not None:
                 self.broker.count.frames_in += 1
-                self._handle(frame)
-                if self.ending:
+                self.session.handle(frame)
+                if self.state >= State.ENDING:
                     return
+                if self._bucket is not None and self._is_too_fast(frame):
+                    break
                 frame = reader.next_frame()
             if reader.held or self._unfinished:
                 self._hold_unfinished(reader.held)
@@ -571,387 +567,158 @@ class Session:
             self.fail(str(error), frame)
         except RemoteError as error:
             self.fail(str(error), reader.refused)
-        except Fault as error:
+        except (StompError, DestinationError) as error:
             self.fail(str(error), frame)
         except Exception:
             log.exception('%r ends by an error of the broker', self)
             self.fail('internal error', frame)
 
+    def _is_too_fast(self, frame: WireFrame) -> bool:
+        """Whether it has to pause: the frames that were received already wait, too."""
+        assert self._bucket is not None
+        pause = self._bucket.take(1.0 if frame.command == 'SEND' else 0.1, self.broker.now)
+        if pause:
+            self.broker.count.slowed += 1
+            self.clock.pause = self.broker.now + pause
+            self.set_clock()
+            self._listen()
+        return bool(pause)
+
+    def _end_pause(self) -> None:
+        self.clock.pause = NEVER
+        self._take(b'')
+        self._listen()
+
     def _hold_unfinished(self, size: int) -> None:
         change, self._unfinished = size - self._unfinished, size
-        self._hold(change)
+        self.hold(change)
 
-    def _hold(self, cost: int) -> None:
+    def hold(self, cost: int) -> None:
         """Accounts bytes that the client makes the broker keep; a negative cost lets go of them."""
-        self._held += cost
+        self.held += cost
         self.broker.count.held_bytes += cost
         if cost > 0 and self.broker.count.held_bytes > self.broker.limits.held:
             self.broker.relieve_held(self)
 
-    # -- what frames do
-
-    def _handle(self, frame: WireFrame) -> None:
-        if not self.connected:
-            if frame.command not in ('CONNECT', 'STOMP'):
-                raise Fault('%s before CONNECT' % frame.command)
-            return self._connect(frame)
-        _HANDLERS[frame.command](self, frame)
-        if 'receipt' in frame.headers and frame.command != 'DISCONNECT':
-            self._receipt(frame.headers['receipt'])
-
-    def _receipt(self, receipt: str) -> None:
-        self._give_what_was_gathered()
-        self.put(protocol.encode('RECEIPT', {'receipt-id': receipt}, b'', self.version), 1)
-
-    def _give_what_was_gathered(self) -> None:
-        """So that no RECEIPT or ERROR overtakes the messages of frames before its own."""
-        if self._subscriptions:
-            self.broker.flush_gathered()
-
-    def _connect(self, frame: WireFrame) -> None:
-        headers = frame.headers
-        version = self._negotiate(headers.get('accept-version'))
-        if version != '1.0':
-            self._beat, self._silence = self._negotiate_beats(headers.get('heart-beat', '0,0'))
-        if not self.broker.admits(headers.get('login', ''), headers.get('passcode', '')):
-            self.broker.count.refused += 1
-            raise Fault('login or passcode is wrong')
-        self._asked_policy = True
-        self.broker.policy.connecting(self, headers)
-        self.version = self._reader.version = version
-        self._reader.max_body = self.broker.limits.max_frame
-        self.connected = True
-        answer = {'version': version, 'session': self.id, 'server': SERVER}
-        if version != '1.0':
-            answer['heart-beat'] = '%d,%d' % (self.broker.beat_ms, self.broker.beat_ms)
-        self.put(protocol.encode('CONNECTED', answer, b'', version), 1)
-        self._deadline = float('inf')
-        self._set_clock()
-        log.debug('%r connected, STOMP %s', self, version)
-
-    def _negotiate(self, accepted: Optional[str]) -> str:
-        if accepted is None:
-            return '1.0'
-        offered = [version.strip() for version in accepted.split(',')]
-        for version in VERSIONS:
-            if version in offered:
-                return version
-        raise Fault('no common version: this broker speaks 1.0, 1.1 and 1.2')
-
-    def _negotiate_beats(self, offered: str) -> Tuple[float, float]:
-        """Seconds between our beats, and of silence after which the client is dead; 0: none.
-
-        STOMP 1.2, Heart-beating. On a busy machine beats may be late by more than a short interval.
-        """
-        match = re.match(r'\s*([0-9]{1,18})\s*,\s*([0-9]{1,18})\s*\Z', offered)
-        if match is None:
-            raise Fault('heart-beat is not two numbers: %.40r' % offered)
-        theirs, wanted = int(match.group(1)), int(match.group(2))
-        ours = self.broker.beat_ms
-        beat = max(ours, wanted) / 1000.0 if ours and wanted else 0.0
-        theirs_at_least = max(ours, theirs) / 1000.0 if ours and theirs else 0.0
-        return beat, theirs_at_least and max(2 * theirs_at_least, theirs_at_least + SHORTEST_MARGIN)
-
-    def _again(self, frame: WireFrame) -> None:
-        raise Fault('%s on a session that is connected' % frame.command)
-
-    def _send(self, frame: WireFrame) -> None:
-        destination = self._needed(frame, 'destination')
-        if self.broker.policy.sending(self, destination, frame) is False:
-            self.broker.count.refused += 1
-        elif 'transaction' in frame.headers:
-            self._defer('send', frame)
-        else:
-            self.broker.route(frame)
-
-    def _needed(self, frame: WireFrame, name: str) -> str:
-        value = frame.headers.get(name)
-        if not value:
-            raise Fault('%s without the header %s' % (frame.command, name))
-        return value
-
-    def _subscribe(self, frame: WireFrame) -> None:
-        destination = self._needed(frame, 'destination')
-        mode = frame.headers.get('ack', 'auto')
-        if self.version == '1.0':
-            key = frame.headers.get('id', 'destination ' + destination)
-        else:
-            key = self._needed(frame, 'id')
-        if key in self._subscriptions:
-            raise Fault('there is a subscription with the id %.80r already' % key)
-        if mode not in ('auto', 'client', 'client-individual'):
-            raise Fault('ack is none of auto, client, client-individual: %.40r' % mode)
-        if len(self._subscriptions) >= self.broker.limits.subscriptions:
-            raise Fault('more than %d subscriptions' % self.broker.limits.subscriptions)
-        self.broker.policy.subscribing(self, destination, frame.headers)
-        self._hold(_cost_of(frame.headers))
-        place = self.broker.destination(destination)
-        subscription = Subscription(self, next(self._numbers), key, frame.headers, place, mode)
-        self._subscriptions[key] = self._by_number[subscription.id] = subscription
-        place.add(subscription)
-
-    def _unsubscribe(self, frame: WireFrame) -> None:
-        if self.version == '1.0' and 'id' not in frame.headers:
-            subscription = self._subscribed_to(self._needed(frame, 'destination'))
-        else:
-            subscription = self._subscriptions.get(self._needed(frame, 'id'))
-        if subscription is None:
-            raise Fault('no such subscription')
-        del self._subscriptions[subscription.key]
-        self._hold(-subscription.cost)
-        self._leave(subscription)
-
-    def _subscribed_to(self, destination: str) -> Optional[Subscription]:
-        for subscription in self._subscriptions.values():
-            if subscription.destination.name == destination:
-                return subscription
-        return None
-
-    def _leave(self, subscription: Subscription) -> None:
-        del self._by_number[subscription.id]
-        subscription.destination.remove(subscription)
-        self.broker.forget(subscription.destination)
-
-    def _ack(self, frame: WireFrame) -> None:
-        self._check_ack(frame)
-        if 'transaction' in frame.headers:
-            self._defer('ack', frame)
-        else:
-            self._settle(frame)
-
-    def _check_ack(self, frame: WireFrame) -> None:
-        if self.version == '1.2':
-            self._needed(frame, 'id')
-        else:
-            self._needed(frame, 'message-id')
-            if self.version == '1.1':
-                self._needed(frame, 'subscription')
-
-    def _settle(self, frame: WireFrame) -> None:
-        """ACK or NACK. One that fits nothing is ignored: the message may be gone for reasons
-        that the client couldn't know. Topics keep nothing, so there it has no effect."""
-        subscription, number = self._find_unacked(frame.headers)
-        if subscription is None or not isinstance(subscription.destination, Queue):
-            return
-        messages = subscription.acknowledge(number)
-        if frame.command == 'ACK':
-            subscription.destination.acknowledged(messages)
-        else:
-            subscription.destination.refused(messages, subscription)
-
-    def _find_unacked(self, headers: Dict[str, str]) -> Tuple[Optional[Subscription], str]:
-        if self.version == '1.2':
-            key, _, number = headers['id'].partition('-')
-            return self._by_number.get(key), number
-        number = headers['message-id']
-        if self.version == '1.1':
-            return self._subscriptions.get(headers['subscription']), number
-        for subscription in self._subscriptions.values():
-            if number in subscription.unacked:
-                return subscription, number
-        return None, number
-
-    def _begin(self, frame: WireFrame) -> None:
-        name = self._needed(frame, 'transaction')
-        if name in self._transactions:
-            raise Fault('transaction %.80r is open already' % name)
-        if len(self._transactions) >= self.broker.limits.transactions:
-            raise Fault('more than %d transactions' % self.broker.limits.transactions)
-        self._hold(_cost_of({'transaction': name}))
-        self._transactions[name] = []
-
-    def _defer(self, what: str, frame: WireFrame) -> None:
-        name = frame.headers['transaction']
-        if name not in self._transactions:
-            raise Fault('no transaction %.80r' % name)
-        self._hold(_cost_of(frame.headers) + len(frame.body))
-        self._transactions[name].append((what, frame))
-
-    def _commit(self, frame: WireFrame) -> None:
-        for what, part in self._end_transaction(frame):
-            if what == 'send':
-                self.broker.route(part)
-            else:
-                self._settle(part)
-
-    def _abort(self, frame: WireFrame) -> None:
-        self._end_transaction(frame)
-
-    def _end_transaction(self, frame: WireFrame) -> List[Tuple[str, WireFrame]]:
-        name = self._needed(frame, 'transaction')
-        parts = self._transactions.pop(name, None)
-        if parts is None:
-            raise Fault('no transaction %.80r' % name)
-        self._hold(-_cost_of({'transaction': name}))
-        for _, part in parts:
-            self._hold(-_cost_of(part.headers) - len(part.body))
-        return parts
-
-    def _disconnect(self, frame: WireFrame) -> None:
-        if 'receipt' in frame.headers:
-            self._receipt(frame.headers['receipt'])
-        self.end()
-
     # -- writing
 
-    def put(self, data: Any, frames: int) -> None:
+    def put(self, parts: Tuple[bytes, ...], frames: int, sender: Any = None,
+            delivery: Optional[Delivery] = None) -> None:
         """Bytes for the client; they leave with all others when the broker has read its round."""
-        if self.closed or self._mute:
+        if self.state > State.CONNECTED:
             return
-        self._outbox.append(data)
-        self._waiting += len(data)
+        if self._lanes is None:
+            self._outbox.put(parts, delivery)
+        else:
+            self._lanes.put(sender or self, parts, delivery)
         self.broker.count.frames_out += frames
         if not self._to_flush:
-            self._to_flush = True
-            self.broker.to_flush(self)
-        elif self._waiting > self._bound and not self.essential:
+            self._ask_for_flush()
+        if self._lanes is not None:
+            if self.waiting > self.broker.limits.waiting // 2:
+                self.broker.is_held_up = True
+        elif self._outbox.waiting > self.broker.most_in_a_round:
             self._relieve()
-        if self.essential and self._waiting > self.broker.limits.waiting // 2:
-            self.broker.is_held_up = True
+
+    def _ask_for_flush(self) -> None:
+        self._to_flush = True
+        self.broker.to_flush(self)
 
     def _relieve(self) -> None:
-        """One round brings more than may wait: what the socket takes now is written before its end."""
-        self._try_to_write()
-        if self._waiting > self._bound:
-            self._overflown = True
-            self._mute = True
-            self._outbox.clear()
+        """One round brings more than may wait: only after a try to write is it known who is slow."""
+        self._write()
+        if self._outbox.waiting > self.broker.most_in_a_round:
+            self.cut_off()
 
     def has_room(self) -> bool:
         """Whether a queue may give more; if not, the queues are asked again when there is."""
-        if self._waiting < self.HIGH:
-            return True
-        self._wants_room = True
-        return False
+        if self.waiting >= self.HIGH:
+            self._wants_room = True
+        return self.waiting < self.HIGH and self.state is State.CONNECTED
 
     def flush(self) -> None:
-        """Writes as much as the socket takes."""
+        """Writes as much as the socket takes, and does what follows from what is left."""
         self._to_flush = False
-        if self.closed or self._handshake:
+        if self.state is State.HANDSHAKE:
             return
-        self._try_to_write()
-        self._after_write()
-
-    def _try_to_write(self) -> None:
-        try:
-            self._write()
-        except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            pass                           # the selector says when to go on
-        except OSError as error:
-            self._go_mute(error)
+        self._write()
+        if self.state is State.CLOSED:
+            return
+        self._count_waiting()
+        if self.takes_turns and self.waiting < self.broker.limits.waiting // 4:
+            self.broker.let_all_go_on()
+        if self._has_too_much():
+            return self.cut_off()
+        if not self.waiting and self.state in (State.ENDING, State.DRAINING):
+            return self._finish()
+        self._listen()
+        if self._wants_room and self.waiting < self.HIGH // 2:
+            self._wants_room = False
+            self.session.ask_queues()
 
     def _write(self) -> None:
-        while self._outbox:
-            chunk = self._next_chunk()
-            self._outbox.appendleft(chunk)
-            sent = self._sock.send(chunk)
-            self.spoke = self.broker.now
+        try:
+            sent = self._outbox.write(self._sock)
+            while self._lanes is not None and self._lanes.waiting and not self._outbox.waiting:
+                self._lanes.pour(self._outbox)
+                sent += self._outbox.write(self._sock)
+        except OSError as error:
+            log.debug('%r: %s', self, error)
+            if self.state > State.CONNECTED:
+                return self.close(str(error))
+            return self._enter(State.UNREACHABLE)
+        if sent:
+            self.clock.spoke = self.broker.now
             self.broker.count.bytes_out += sent
-            self._waiting -= sent
-            self._outbox.popleft()
-            if sent < len(chunk):
-                self._outbox.appendleft(memoryview(chunk)[sent:])
-                return
 
-    def _next_chunk(self) -> Any:
-        """The first chunk, or several small ones in one. What was begun stays as it is: TLS wants
-        the same bytes again."""
-        outbox = self._outbox
-        first = outbox.popleft()
-        if not outbox or len(first) >= LARGE or isinstance(first, memoryview):
-            return first
-        parts, size = [first], len(first)
-        while outbox and size < JOINED and len(outbox[0]) < LARGE:
-            parts.append(outbox.popleft())
-            size += len(parts[-1])
-        return b''.join(parts)
-
-    def _go_mute(self, error: OSError) -> None:
-        """The peer reads no more; what it said before it went is still read."""
-        log.debug('%r: %s', self, error)
-        self._mute = True
-        self._outbox.clear()
-        self._waiting = 0
-
-    def _after_write(self) -> None:
-        self._count_waiting()
-        if self.essential and self._waiting < self.broker.limits.waiting // 4:
-            self.broker.let_all_go_on()
-        if self._overflown:
-            return self.cut_off()
-        if self._outbox:
-            # The frame that is being sent doesn't count, or no body could be larger than the limit.
-            if not self.essential and self._waiting - len(self._outbox[0]) > self.broker.limits.waiting:
-                return self.cut_off()
-        elif self.ending:
-            return self._finish()
-        self._listen_for((0 if self._eof or self._held_up else selectors.EVENT_READ)
-                         | (selectors.EVENT_WRITE if self._outbox else 0))
-        if self._wants_room and self._waiting < self.HIGH // 2:
-            self._wants_room = False
-            self._ask_queues()
+    def _has_too_much(self) -> bool:
+        """The frame that is being sent doesn't count, and one more may always wait: none is too large
+        for a client that reads."""
+        most = self.broker.limits.waiting + self.broker.limits.max_frame
+        return self._lanes is None and self.waiting - self._outbox.begun > most
 
     def _count_waiting(self) -> None:
-        self.broker.count.waiting_bytes += self._waiting - self._counted
-        self._counted = self._waiting
-
-    def _ask_queues(self) -> None:
-        for subscription in list(self._subscriptions.values()):
-            if isinstance(subscription.destination, Queue):
-                subscription.destination.dispatch()
-
-    def cut_off(self) -> None:
-        """Closes the connection of one that doesn't read: too much waits for it."""
-        self.broker.count.cut_off += 1
-        log.warning('%r is cut off: it has not read %d bytes', self, self._waiting)
-        self.close('does not read')
+        self.broker.count.waiting_bytes += self.waiting - self._counted
+        self._counted = self.waiting
 
     @property
     def waiting(self) -> int:
         """Bytes that it was sent and has not read."""
-        return self._waiting
-
-    @property
-    def held(self) -> int:
-        """Bytes that it makes the broker keep."""
-        return self._held
-
-    def _listen_for(self, events: int) -> None:
-        if events != self._events and not self.closed:
-            self.broker.listen_for(self, self._sock, events, self._events)
-            self._events = events
+        return self._outbox.waiting + (self._lanes.waiting if self._lanes is not None else 0)
 
     # -- the clock
 
-    def _set_clock(self) -> None:
-        due = self._deadline
-        if self._beat:
-            due = min(due, self.spoke + 0.6 * self._beat)
-        if self._silence:
-            due = min(due, self.heard + self._silence)
-        if due < float('inf'):
-            self.broker.wake_at(self, due)
+    def set_clock(self) -> None:
+        self.broker.alarms.set(self.number, self.clock.next, self.tick)
 
     def tick(self) -> None:
-        """The clock reached ``due``."""
-        now = self.broker.now
-        if self._held_up:
-            self.heard = now
-        if now >= self._deadline:
+        """The clock reached what was set."""
+        self.guarded(self._tick)
+
+    def _tick(self) -> None:
+        now, clock = self.broker.now, self.clock
+        if self._is_paused:
+            clock.heard = now
+        if now >= clock.pause:
+            self._end_pause()
+            if self.state is State.CLOSED:
+                return
+        if now >= clock.deadline:
             return self._time_is_over()
-        if self._silence and now >= self.heard + self._silence:
-            log.info('%r is taken for dead: silent for %.1f s', self, now - self.heard)
+        if clock.is_silent(now):
+            log.info('%r is taken for dead: silent for %.1f s', self, now - clock.heard)
             return self.close('silent')
-        if self._beat and now >= self.spoke + 0.6 * self._beat:
-            if not self._outbox:           # else what waits there is beat enough
-                self.put(b'\n', 0)
-            self.spoke = now
-        self._set_clock()
+        if clock.is_to_beat(now):
+            if not self.waiting:           # else what waits there is beat enough
+                self.put((b'\n',), 0)
+            clock.spoke = now
+        self.set_clock()
 
     def _time_is_over(self) -> None:
-        """No CONNECT came in time, or the end takes too long."""
-        if not self.ending and not self._handshake:
-            self.fail('no CONNECT within %g s' % self.broker.limits.connect_time)
+        """It was not said in time who that is, or the end takes too long."""
+        if self.state in (State.OPENING, State.CONNECTED):
+            self.fail('no %s within %g s' % ('CONNECT' if self.state is State.OPENING else 'word who this is',
+                                             self.broker.limits.connect_time))
         else:
             self.close('its time to connect or to end is over')
 
@@ -961,105 +728,191 @@ class Session:
         """An ERROR frame, then the end."""
         self.broker.count.errors += 1
         log.info('%r: %s', self, text)
-        text = ' '.join(text.replace('\0', ' ').split())
-        headers = {'message': text}
-        if frame is not None and 'receipt' in frame.headers:
-            headers['receipt-id'] = frame.headers['receipt']
-        if not self.connected:
-            headers['version'] = '1.0,1.1,1.2'
-        headers['content-type'] = 'text/plain'
-        body = (text + '\n').encode('utf-8', 'replace')
-        self._give_what_was_gathered()
-        self.put(protocol.encode('ERROR', headers, body, self.version), 1)
+        self.session.say_error(' '.join(text.replace('\0', ' ').split()), frame)
         self.end()
 
     def end(self) -> None:
         """No frame is taken any more; what is owed is still written, then the socket closed."""
-        if self.ending:
-            return
-        self.ending = True
-        self._release()
-        self._beat = self._silence = 0.0
-        self._deadline = self.broker.now + LONGEST_END
-        self._set_clock()
-        if not self._to_flush:
-            self._to_flush = True
-            self.broker.to_flush(self)
+        if self.state is State.UNREACHABLE:
+            self.close('ended')
+        elif self.state < State.ENDING:
+            self._enter(State.ENDING)
+            if not self._to_flush:
+                self._ask_for_flush()
 
     def _finish(self) -> None:
         """All is written: says so, and waits shortly for the peer to close first, since closing
         with unread bytes would throw away what the peer has not read yet."""
-        if self._eof or self._mute:
+        if self.state is State.DRAINING:
             return self.close('ended')
-        try:
-            self._say_goodbye_in_tls()
-            self._sock.shutdown(socket.SHUT_WR)
-        except OSError as error:
-            return self.close(str(error))
-        self._deadline = self.broker.now + LINGER
-        self._set_clock()
-        self._listen_for(selectors.EVENT_READ)
+        self._say_goodbye_in_tls()
+        self._sock.shutdown(socket.SHUT_WR)
+        self._enter(State.LINGERING)
 
     def _say_goodbye_in_tls(self) -> None:
         """Tells a TLS client that this is the end, and no attacker's cut; its answer isn't waited for."""
         if self.broker.tls is not None:
-            try:
+            with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 self._sock.unwrap()  # type: ignore[attr-defined]
-            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                pass
 
-    def _release(self) -> None:
-        """Leaves destinations and transactions."""
-        subscriptions, self._subscriptions = self._subscriptions, {}
-        for subscription in subscriptions.values():
-            self._leave(subscription)
-        self._transactions.clear()
-        self._hold(-self._held)
-        self._unfinished = 0
-        if self._asked_policy:
-            self._asked_policy = False
-            try:
-                self.broker.policy.closed(self)
-            except Exception:
-                log.exception('the policy, about the end of %r', self)
+    def cut_off(self) -> None:
+        """Closes the connection of one that doesn't read: too much waits for it."""
+        self.broker.count.cut_off += 1
+        log.warning('%r is cut off: it has not read %d bytes', self, self.waiting)
+        self.close('does not read')
 
     def close(self, why: str) -> None:
         """Closes the socket at once."""
-        if self.closed:
-            return
-        log.debug('%r is closed: %s', self, why)
-        self.ending = True
-        self._release()
-        if self.essential:
-            self.broker.let_all_go_on()
-        self._listen_for(0)
-        self.closed = True
-        self._outbox.clear()
-        self._waiting = 0
-        self._count_waiting()
-        self._sock.close()
-        self.broker.gone(self._number)
-
-
-_HANDLERS = {
-    'CONNECT': Session._again, 'STOMP': Session._again, 'SEND': Session._send,
-    'SUBSCRIBE': Session._subscribe, 'UNSUBSCRIBE': Session._unsubscribe,
-    'ACK': Session._ack, 'NACK': Session._ack, 'BEGIN': Session._begin,
-    'COMMIT': Session._commit, 'ABORT': Session._abort, 'DISCONNECT': Session._disconnect,
-}  # type: Dict[str, Callable[[Session, WireFrame], None]]
+        if self.state is not State.CLOSED:
+            log.debug('%r is closed: %s', self, why)
+            self._enter(State.CLOSED)
 
 
 # --- the broker --------------------------------------------------------------------------------
 
+class Alarms:
+    """Who wants to be called, and when; each has a number, and one time at most."""
+
+    def __init__(self) -> None:
+        self._times = []         # type: List[Tuple[float, int]]
+        self._set = {}           # type: Dict[int, Tuple[float, Callable[[], None]]]
+
+    def __len__(self) -> int:
+        return len(self._times)
+
+    def set(self, number: int, when: float, ring: Callable[[], None]) -> None:
+        """``ring`` is called then, or when it was said before, if that is earlier."""
+        if when == NEVER or (number in self._set and self._set[number][0] <= when):
+            return
+        self._set[number] = when, ring
+        heapq.heappush(self._times, (when, number))
+        if len(self._times) > 4 * len(self._set) + 1000:
+            self._forget_stale()
+
+    def cancel(self, number: int) -> None:
+        self._set.pop(number, None)
+
+    def _is_set(self, when: float, number: int) -> bool:
+        return number in self._set and self._set[number][0] == when
+
+    def _forget_stale(self) -> None:
+        """Connections come, go, and change their time; what was set before stays in the heap."""
+        self._times[:] = [entry for entry in self._times if self._is_set(*entry)]
+        heapq.heapify(self._times)
+
+    def patience(self) -> Optional[float]:
+        """Seconds until the next one."""
+        if not self._times:
+            return None
+        return min(max(0.0, self._times[0][0] - time.monotonic()), LONGEST_SLEEP)
+
+    def delay(self, now: float) -> float:
+        """Seconds by which the next one is late."""
+        return now - self._times[0][0] if self._times else 0.0
+
+    def ring(self, now: float) -> None:
+        """Calls those whose time has come."""
+        while self._times and self._times[0][0] <= now:
+            when, number = heapq.heappop(self._times)
+            if self._is_set(when, number):
+                self._set.pop(number)[1]()
+
+
+class Peers:
+    """How many connections each address has, and which of them have not said who they are."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._all = collections.Counter()  # type: Dict[str, int]
+        self._unidentified = {}  # type: Dict[str, collections.OrderedDict[int, Connection]]
+
+    def admits(self, address: str, now: float) -> bool:
+        """Whether one more may come from there; the oldest that doesn't say who it is may have to go."""
+        unidentified = self._unidentified.get(address, collections.OrderedDict())
+        if self._all[address] < self._limits.per_address and len(unidentified) >= self._limits.unidentified:
+            oldest = next(iter(unidentified.values()))
+            if now - oldest.since > UNIDENTIFIED_TIME:
+                oldest.fail('too many connections of %s have not said who they are' % address)
+                oldest.close('another one takes its place')
+        return (self._all[address] < self._limits.per_address
+                and len(unidentified) < self._limits.unidentified)
+
+    def came(self, connection: Connection) -> None:
+        address = connection.peer[0]
+        self._all[address] += 1
+        self._unidentified.setdefault(address, collections.OrderedDict())[connection.number] = connection
+
+    def identified(self, connection: Connection) -> None:
+        address = connection.peer[0]
+        self._unidentified[address].pop(connection.number, None)
+        if not self._unidentified[address]:
+            del self._unidentified[address]
+
+    def gone(self, connection: Connection) -> None:
+        address = connection.peer[0]
+        if connection.number in self._unidentified.get(address, ()):
+            self.identified(connection)
+        self._all[address] -= 1
+        if not self._all[address]:
+            del self._all[address]
+
+
+class Listener:
+    """A socket that clients connect to."""
+
+    BACKLOG = 4096         # 2,000 at once lose a second where it is 1,024
+
+    def __init__(self, broker: 'Broker', family: int, address: Tuple[Any, ...], alone: bool) -> None:
+        """alone: no other listener has the other family's addresses. Raises OSError."""
+        self._broker = broker
+        self._sock = socket.socket(family)
+        try:
+            _claim_port(self._sock)
+            _notice_the_dead(self._sock)
+            if family == getattr(socket, 'AF_INET6', None):
+                self._sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if alone else 1)
+            self._sock.bind(address)
+            self._sock.listen(self.BACKLOG)
+            self._sock.setblocking(False)
+        except OSError:
+            self._sock.close()
+            raise
+
+    @property
+    def address(self) -> Tuple[str, int]:
+        return self._sock.getsockname()[:2]
+
+    def begin(self) -> None:
+        self._broker.listen_for(self._sock, selectors.EVENT_READ, 0, self._accept)
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def _accept(self, events: int) -> None:
+        """Takes the connections that wait."""
+        for _ in range(128):
+            try:
+                sock, peer = self._sock.accept()
+            except (BlockingIOError, InterruptedError, ConnectionError):
+                return
+            except OSError as error:
+                return self._pause(error)
+            self._broker.admit(sock, peer)
+
+    def _pause(self, error: OSError) -> None:
+        """No descriptors left: waits for some to be closed, without spinning."""
+        log.error('cannot accept a connection: %s', error)
+        self._broker.listen_for(self._sock, 0, selectors.EVENT_READ, self._accept)
+        self._broker.alarms.set(-self._sock.fileno(), self._broker.now + 0.5, self.begin)
+
+
 class Broker:
-    """A STOMP server on one address. ``start``, then ``stop``; both from any thread.
+    """A STOMP server on each address that ``host`` has. ``start``, then ``stop``; both from any thread.
 
     tls: an ssl.SSLContext for servers, or None. heartbeat: the shortest interval, in seconds,
     that is offered in both directions; the larger of it and what a client asks for holds; 0: none.
     Further keywords are the fields of Limits.
     """
-
-    BACKLOG = 4096         # 2,000 at once lose a second where it is 1,024
 
     def __init__(self, host: str = '127.0.0.1', port: int = 61613, login: str = '',
                  passcode: str = '', tls: Optional[ssl.SSLContext] = None,
@@ -1069,81 +922,93 @@ class Broker:
         self.policy = policy or Policy()
         self.tls = tls
         self.beat_ms = int(heartbeat * 1000)
+        self.server = SERVER
         self.token = '%08x' % int.from_bytes(os.urandom(4), 'big')
         self.count = Counters()
         self.now = time.monotonic()
+        self.alarms = Alarms()
+        self.peers = Peers(self.limits)
+        self.destinations = Destinations(self.token, self.limits.queued, self.limits.queued_in_all,
+                                         self.limits.refusals)
+        # What a round may gather for a client before it must be written. Twice the limit, since
+        # only after a try to write it is known whether the client is slow.
+        self.most_in_a_round = 2 * (self.limits.waiting + self.limits.max_frame)
+        self.is_held_up = False            # too much waits for an essential client
+        self.failure = None      # type: Optional[Exception]
         self._host, self._port = host, port
         self._login, self._passcode = login, passcode
-        self._listener = None  # type: Optional[socket.socket]
-        self._waker = None     # type: Optional[socket.socket]
-        self._thread = None    # type: Optional[threading.Thread]
+        self._listeners = []     # type: List[Listener]
+        self._waker = None       # type: Optional[socket.socket]
+        self._thread = None      # type: Optional[threading.Thread]
         self._stopping = False
-        self._most_sessions = self.limits.connections
-        self._sessions = {}      # type: Dict[int, Session]
-        self._destinations = {}  # type: Dict[str, Destination]
-        self._envelope = Envelope({'destination': ''})   # of the last SEND: the next is often like it
-        self._gathering = None   # type: Optional[Topic]
-        self.is_held_up = False  # too much waits for an essential session
-        self._to_flush = []      # type: List[Session]
-        self._alarms = []        # type: List[Tuple[float, int]]
-        self._accept_again = 0.0
-        self._session_numbers = itertools.count(1)
-        self._message_numbers = itertools.count(1)
+        self._questions = collections.deque()  # type: collections.deque[queue.Queue[List[Status]]]
+        self._most_connections = self.limits.connections
+        self._connections = {}   # type: Dict[int, Connection]
+        self._to_flush = []      # type: List[Connection]
+        self._connection_numbers = itertools.count(1)
 
     # -- from any thread
 
     def start(self) -> None:
-        """Listens, and starts the thread. Raises BrokerError where the address can't be had."""
+        """Listens, and starts the thread. Raises BrokerError where an address can't be had."""
         _allow_many_sockets()
         self._stopping = False
-        self._listener = self._listen()
+        self._listeners = self._listen()
         self._selector = selectors.DefaultSelector()
         if isinstance(self._selector, selectors.SelectSelector):      # on Windows, and bounded there
-            self._most_sessions = min(self._most_sessions, MOST_FOR_SELECT)
+            self._most_connections = min(self._most_connections, MOST_FOR_SELECT)
         self._wakee, self._waker = socket.socketpair()
         self._wakee.setblocking(False)
         self._selector.register(self._wakee, selectors.EVENT_READ, self._woken)
-        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        for listener in self._listeners:
+            listener.begin()
         self._thread = threading.Thread(target=self._run, name='broker', daemon=True)
         self._thread.start()
 
-    def _listen(self) -> socket.socket:
-        if not 0 <= self._port <= 65535:
-            raise BrokerError('there is no port %d' % self._port)     # getaddrinfo takes another one
+    def _listen(self) -> List[Listener]:
+        """A listener for each address of the host; those that this machine hasn't are left out, unless
+        it has none of them."""
+        listeners, port = [], self._port   # type: List[Listener], int
         try:
-            found = socket.getaddrinfo(self._host, self._port, 0, socket.SOCK_STREAM, 0,
-                                       socket.AI_PASSIVE)[0]
-            listener = socket.socket(found[0], found[1])
-            try:
-                _claim_port(listener)
-                _notice_the_dead(listener)
-                listener.bind(found[4])
-                listener.listen(self.BACKLOG)
-                listener.setblocking(False)
-            except OSError:
-                listener.close()
-                raise
+            if not 0 <= port <= 65535:
+                raise BrokerError('there is no port %d' % port)       # getaddrinfo takes another one
+            found = list(dict.fromkeys(
+                (family, address) for family, _, _, _, address in socket.getaddrinfo(
+                    self._host, port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)))
+            for number, (family, address) in enumerate(found):
+                try:
+                    listeners.append(Listener(self, family, (address[0], port) + address[2:],
+                                              alone=len(found) == 1))
+                except OSError as error:
+                    if error.errno != errno.EADDRNOTAVAIL or number == len(found) - 1 and not listeners:
+                        raise
+                    log.warning('%s is no address of this machine', address[0])
+                else:
+                    port = listeners[-1].address[1]
         except (OSError, UnicodeError) as error:
-            raise BrokerError('the broker cannot listen on %s: %s'
-                              % (_spoken((self._host, self._port)), error))
-        return listener
+            for listener in listeners:
+                listener.close()
+            raise BrokerError('the broker cannot listen on %s: %s' % (_spoken((self._host, port)), error))
+        return listeners
 
     @property
     def address(self) -> Tuple[str, int]:
-        """Host and port that it listens on."""
-        if self._listener is None:
+        """Host and port that it listens on; the first one."""
+        return self.addresses[0]
+
+    @property
+    def addresses(self) -> List[Tuple[str, int]]:
+        """All that it listens on."""
+        if not self._listeners:
             raise BrokerError('the broker does not listen')
-        return self._listener.getsockname()[:2]
+        return [listener.address for listener in self._listeners]
 
     def stop(self, timeout: float = 3.0) -> None:
         """Closes all sockets and ends the thread; waits for it at most ``timeout`` seconds."""
         if self._thread is None or self._waker is None:
             return
         self._stopping = True
-        try:
-            self._waker.send(b'.')
-        except OSError:
-            log.debug('the thread saw the flag before it could be woken')
+        self._wake()
         self._thread.join(timeout)
         if self._thread.is_alive():
             log.error('thread %s still runs %.1f s after stop', self._thread.name, timeout)
@@ -1151,12 +1016,37 @@ class Broker:
             self._waker.close()
         self._thread = None
 
+    def _wake(self) -> None:
+        assert self._waker is not None
+        try:
+            self._waker.send(b'.')
+        except OSError:
+            log.debug('the thread ends already')
+
+    def fileno(self) -> int:
+        """Of a socket that can be read once the thread has ended, by ``stop`` or by ``failure``."""
+        assert self._waker is not None
+        return self._waker.fileno()
+
     def counters(self) -> Dict[str, int]:
         """What it did so far, and holds now."""
         counted = dict(vars(self.count))
-        counted['connections'] = len(self._sessions)
-        counted['destinations'] = len(self._destinations)
+        counted['connections'] = len(self._connections)
+        counted['destinations'] = len(self.destinations)
+        counted['queued_bytes'] = self.destinations.bytes
+        counted['dropped'] = self.destinations.dropped
+        counted['expired'] = self.destinations.expired
         return counted
+
+    def status(self, timeout: float = 3.0) -> List[Status]:
+        """What each destination has, by name. Raises BrokerError where the thread doesn't answer."""
+        answer = queue.Queue()  # type: queue.Queue[List[Status]]
+        self._questions.append(answer)
+        self._wake()
+        try:
+            return answer.get(timeout=timeout)
+        except queue.Empty:
+            raise BrokerError('the broker does not answer')
 
     # -- the loop
 
@@ -1164,79 +1054,60 @@ class Broker:
         try:
             while not self._stopping:
                 self._round()
-        except Exception:
+        except Exception as error:
             log.exception('the broker ends')
+            self.failure = error
         finally:
             self._close_all()
 
     def _round(self) -> None:
-        ready = self._selector.select(self._patience())
+        ready = self._selector.select(self.alarms.patience())
         self.now = time.monotonic()
         for key, events in ready:
             key.data(events)
         self._deliver()
-        self._ring()
-
-    def _patience(self) -> Optional[float]:
-        """Seconds until the next alarm."""
-        if not self._alarms:
-            return None
-        return min(max(0.0, self._alarms[0][0] - time.monotonic()), LONGEST_SLEEP)
+        if self.alarms.delay(self.now) > SHORTEST_MARGIN:
+            self._forgive()
+        self.alarms.ring(self.now)
+        self._deliver()
 
     def _woken(self, events: int) -> None:
         self._wakee.recv(64)
+        while self._questions:
+            self._questions.popleft().put(self.destinations.status())
 
     def _close_all(self) -> None:
-        for session in list(self._sessions.values()):
-            session.close('the broker stops')
-        for sock in (self._listener, self._wakee):
-            if sock is not None:
-                sock.close()
-        self._listener = None
+        for connection in list(self._connections.values()):
+            connection.close('the broker stops')
+        for listener in self._listeners:
+            listener.close()
+        self._listeners = []
         self._selector.close()
+        self._wakee.close()
 
-    def _accept(self, events: int) -> None:
-        """Takes the connections that wait."""
-        assert self._listener is not None
-        for _ in range(128):
-            try:
-                sock, peer = self._listener.accept()
-            except (BlockingIOError, InterruptedError, ConnectionError):
-                return
-            except OSError as error:
-                return self._pause_accepting(error)
-            self._admit(sock, peer)
-
-    def _pause_accepting(self, error: OSError) -> None:
-        """No descriptors left: waits for some to be closed, without spinning."""
-        log.error('cannot accept a connection: %s', error)
-        self._selector.unregister(self._listener)  # type: ignore[arg-type]
-        heapq.heappush(self._alarms, (self.now + 0.5, 0))
-
-    def _admit(self, sock: socket.socket, peer: Tuple[Any, ...]) -> None:
+    def admit(self, sock: socket.socket, peer: Tuple[Any, ...]) -> None:
+        """A client came."""
         self.count.connections_total += 1
-        if len(self._sessions) >= self._most_sessions:
+        if len(self._connections) >= self._most_connections or not self.peers.admits(peer[0], self.now):
             self.count.refused += 1
-            log.warning('%s is sent away: %d connections', _spoken(peer), len(self._sessions))
+            log.warning('%s is sent away: %d connections', _spoken(peer), len(self._connections))
             sock.close()
             return
         try:
-            self._new_session(sock, peer).begin()
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            if self.tls is not None:
+                sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+            Connection(self, sock, peer, next(self._connection_numbers)).begin()
         except (OSError, ValueError) as error:
             log.info('%s is gone already: %s', _spoken(peer), error)
             sock.close()
 
-    def _new_session(self, sock: socket.socket, peer: Tuple[Any, ...]) -> Session:
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if self.tls is not None:
-            sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-        return Session(self, sock, peer, next(self._session_numbers), self.tls is not None)
-
     def _deliver(self) -> None:
-        """Gives out what the round gathered, each session its own in one write."""
-        self.flush_gathered()
+        """Gives out what the round gathered, each connection its own in one write."""
+        self.destinations.flush()
+        self.destinations.dispatch()
         self._flush()
         if self.count.waiting_bytes > self.limits.waiting_in_all:
             self._relieve_waiting()
@@ -1244,61 +1115,33 @@ class Broker:
 
     def _flush(self) -> None:
         waiting = self._to_flush
-        for session in waiting:            # grows while queues find room
-            try:
-                session.flush()
-            except Exception:
-                log.exception('%r is closed after an error of the broker', session)
-                session.close('internal error')
+        for connection in waiting:         # grows while queues find room
+            connection.guarded(connection.flush)
         del waiting[:]
 
     def _relieve_waiting(self) -> None:
         """All clients together don't read enough: those for whom most waits go."""
-        others = [session for session in self._sessions.values() if not session.essential]
-        for session in sorted(others, key=lambda session: -session.waiting):
+        others = [each for each in self._connections.values() if not each.takes_turns]
+        for connection in sorted(others, key=lambda each: -each.waiting):
             if self.count.waiting_bytes <= self.limits.waiting_in_all:
                 return
-            session.cut_off()
+            connection.cut_off()
 
-    def relieve_held(self, asking: Session) -> None:
+    def relieve_held(self, asking: Connection) -> None:
         """The broker keeps too much for its clients: the one who makes it keep most goes."""
-        worst = max(self._sessions.values(), key=lambda session: session.held)
+        worst = max(self._connections.values(), key=lambda each: each.held)
         text = 'the broker keeps %d bytes for this client, and too many in all' % worst.held
         if worst is asking:
-            raise Fault(text)
+            raise StompError(text)
         worst.fail(text)
-
-    def _ring(self) -> None:
-        """Lets the sessions whose time has come look at the clock."""
-        alarms = self._alarms
-        if alarms and self.now - alarms[0][0] > SHORTEST_MARGIN:
-            self._forgive()
-        while alarms and alarms[0][0] <= self.now:
-            when, number = heapq.heappop(alarms)
-            session = self._sessions.get(number)
-            if number == 0:
-                self._selector.register(self._listener,  # type: ignore[arg-type]
-                                        selectors.EVENT_READ, self._accept)
-            elif session is not None and session.due == when:
-                session.due = float('inf')
-                self._tick(session)
-        if self._to_flush:
-            self._deliver()
 
     def _forgive(self) -> None:
         """This process was stopped, or starved: that clients weren't heard may be its own fault."""
-        log.info('the clock stood still for %.1f s', self.now - self._alarms[0][0])
-        for session in self._sessions.values():
-            session.heard = self.now
+        log.info('the clock stood still for %.1f s', self.alarms.delay(self.now))
+        for connection in self._connections.values():
+            connection.clock.heard = self.now
 
-    def _tick(self, session: Session) -> None:
-        try:
-            session.tick()
-        except Exception:
-            log.exception('%r is closed after an error of the broker', session)
-            session.close('internal error')
-
-    # -- for sessions and destinations, on the broker's thread
+    # -- for connections and sessions, on the broker's thread
 
     def admits(self, login: str, passcode: str) -> bool:
         """Whether login and passcode are right. The time it takes tells nothing about them."""
@@ -1308,93 +1151,33 @@ class Broker:
                  for ours, theirs in ((self._login, login), (self._passcode, passcode))]
         return all(right)
 
-    def destination(self, name: str) -> Destination:
-        """The topic or queue of that name. What isn't /queue/… is a topic."""
-        place = self._destinations.get(name)
-        if place is None:
-            kind = Queue if name.startswith('/queue/') else Topic
-            place = self._destinations[name] = kind(self, name)
-        return place
-
-    def forget(self, destination: Destination) -> None:
-        """Drops a destination that holds nothing."""
-        if destination.idle:
-            self._destinations.pop(destination.name, None)
-
-    def route(self, frame: WireFrame) -> None:
-        """Gives a SEND to its destination."""
-        envelope = self._envelope
-        if frame.headers != envelope.headers:
-            envelope = self._envelope = Envelope(frame.headers)
-        name = envelope.destination
-        place = self._destinations.get(name)
-        if place is None:
-            if not name.startswith('/queue/'):
-                self.count.dropped += 1
-                return
-            place = self.destination(name)
-        if self._gathering is not place:
-            self.flush_gathered()
-        message = Message('%s-%d' % (self.token, next(self._message_numbers)), envelope,
-                          frame.body)
-        place.publish(message, self.policy.audience(name, frame))  # type: ignore[union-attr]
-
-    def flush_gathered(self) -> None:
-        if self._gathering is not None:
-            self._gathering.flush()
-            self._gathering = None
-
-    def gathering(self, topic: Topic) -> None:
-        """The topic has a batch. One at a time does, so that order holds between topics, too."""
-        self._gathering = topic
-
-    def to_flush(self, session: Session) -> None:
-        self._to_flush.append(session)
+    def to_flush(self, connection: Connection) -> None:
+        self._to_flush.append(connection)
 
     def let_all_go_on(self) -> None:
-        """An essential session has read, or is gone. Where another one hasn't, they soon wait again."""
+        """An essential client has read, or is gone. Where another one hasn't, they soon wait again."""
         if self.is_held_up:
             self.is_held_up = False
-            for session in self._sessions.values():
-                session.go_on()
+            for connection in self._connections.values():
+                connection.go_on()
 
-    def keep(self, cost: int) -> None:
-        """Accounts bytes that wait in queues or transactions. Raises Fault where it's too much."""
-        if self.count.queued_bytes + cost > self.limits.queued:
-            raise Fault('queues and transactions hold %d bytes already' % self.count.queued_bytes)
-        self.count.queued_bytes += cost
-
-    def let_go(self, cost: int) -> None:
-        self.count.queued_bytes -= cost
-
-    def wake_at(self, session: Session, due: float) -> None:
-        """The session's ``tick`` is called then."""
-        if due < session.due:
-            session.due = due
-            heapq.heappush(self._alarms, (due, session._number))
-            if len(self._alarms) > 4 * len(self._sessions) + 1000:
-                self._forget_stale_alarms()
-
-    def _forget_stale_alarms(self) -> None:
-        """Sessions come, go, and change their time; what was set for them before stays in the heap."""
-        sessions = self._sessions
-        self._alarms[:] = [(when, number) for when, number in self._alarms
-                           if number == 0 or (number in sessions and sessions[number].due == when)]
-        heapq.heapify(self._alarms)
-
-    def listen_for(self, session: Session, sock: socket.socket, events: int, before: int) -> None:
+    def listen_for(self, sock: socket.socket, events: int, before: int,
+                   ready: Callable[[int], None]) -> None:
+        """Has the selector look for other events than before; ``ready`` is told which came."""
         if not events:
             self._selector.unregister(sock)
         elif not before:
-            self._selector.register(sock, events, session.ready)
+            self._selector.register(sock, events, ready)
         else:
-            self._selector.modify(sock, events, session.ready)
+            self._selector.modify(sock, events, ready)
 
-    def came(self, session: Session, number: int) -> None:
-        self._sessions[number] = session
+    def came(self, connection: Connection) -> None:
+        self._connections[connection.number] = connection
+        self.peers.came(connection)
 
-    def gone(self, number: int) -> None:
-        self._sessions.pop(number, None)
+    def gone(self, connection: Connection) -> None:
+        if self._connections.pop(connection.number, None) is not None:
+            self.peers.gone(connection)
 
 
 def _claim_port(listener: socket.socket) -> None:
@@ -1404,8 +1187,6 @@ def _claim_port(listener: socket.socket) -> None:
         listener.setsockopt(socket.SOL_SOCKET, exclusive, 1)
     else:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if listener.family == getattr(socket, 'AF_INET6', None):
-        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
 
 
 def _notice_the_dead(listener: socket.socket) -> None:
@@ -1437,36 +1218,112 @@ def _spoken(address: Tuple[Any, ...]) -> str:
 
 # --- the command line --------------------------------------------------------------------------
 
+LIMITS = {                 # of Limits: what --help says
+    'connections': 'connections in all', 'per_address': 'connections of one address',
+    'unidentified': 'connections of one address that have not said CONNECT yet',
+    'connect_time': 'seconds that a connection has until CONNECT',
+    'subscriptions': 'of a client', 'transactions': 'of a client, at a time',
+    'unacknowledged': 'messages that a subscription is sent before it acknowledges one',
+    'refusals': 'of a message (NACK), then it goes to /queue/DLQ', 'max_frame': 'bytes of a body',
+    'waiting': 'bytes that a client has not read; it is cut off then',
+    'waiting_in_all': 'bytes that all clients have not read', 'queued': 'bytes in a queue',
+    'queued_in_all': 'bytes in all queues',
+    'held': 'bytes in all unfinished frames, transactions and subscriptions'}
+PROGRAM = Limits(max_frame=16 * 1024 * 1024)     # what holds where no option says otherwise
+# On Windows, Ctrl-Break.
+SIGNAL_OF_STATUS = getattr(signal, 'SIGUSR1', None) or getattr(signal, 'SIGBREAK', None)
+
+
 def _arguments(arguments: Optional[List[str]]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='A STOMP broker.')
-    parser.add_argument('--host', default='127.0.0.1')
+    parser = argparse.ArgumentParser(
+        description='A STOMP broker; messages live in memory. SIGUSR1 has it print what it holds.')
+    parser.add_argument('--host', default='127.0.0.1', help='name or address; of a name, all its addresses')
     parser.add_argument('--port', type=int, default=61613)
     parser.add_argument('--login', default='')
-    parser.add_argument('--passcode', default='')
+    parser.add_argument('--passcode', default='', help='others can see it in the list of processes')
+    parser.add_argument('--passcode-file', metavar='FILE', help='whose first line is the passcode')
     parser.add_argument('--tls-cert', metavar='FILE', help='PEM; turns TLS on')
     parser.add_argument('--tls-key', metavar='FILE', help='PEM, where it is not in the other file')
-    parser.add_argument('--max-frame', type=int, default=16 * 1024 * 1024, metavar='BYTES')
     parser.add_argument('-v', '--verbose', action='store_true')
-    return parser.parse_args(arguments)
+    limits = parser.add_argument_group('limits')
+    for name, default in PROGRAM._asdict().items():
+        limits.add_argument('--' + name.replace('_', '-'), default=default, metavar='N', help='%s; %s' % (
+            LIMITS[name], default), type=_no_less_than_0(type(default)))
+    chosen = parser.parse_args(arguments)
+    if chosen.tls_key and not chosen.tls_cert:
+        parser.error('--tls-key needs --tls-cert: without it nothing would be encrypted')
+    if chosen.passcode and chosen.passcode_file:
+        parser.error('--passcode and --passcode-file exclude each other')
+    return chosen
+
+
+def _no_less_than_0(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not value >= 0:
+            raise argparse.ArgumentTypeError('less than 0: %s' % text)
+        return value
+    return number
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
-    """Runs a broker until SIGTERM or Ctrl-C."""
+    """Runs a broker until SIGTERM or Ctrl-C; 1 where it can't begin, or fails."""
     chosen = _arguments(arguments)
     logging.basicConfig(level=logging.DEBUG if chosen.verbose else logging.WARNING,
                         format='%(asctime)s %(levelname)s %(name)s: %(message)s')
-    ended = agent.catch_signals()
+    signals = agent.catch_signals()
+    if SIGNAL_OF_STATUS is not None:
+        signal.signal(SIGNAL_OF_STATUS, lambda *_: None)       # and so its number comes by the socket, too
     try:
-        broker = Broker(chosen.host, chosen.port, chosen.login, chosen.passcode,
-                        _server_tls(chosen.tls_cert, chosen.tls_key), max_frame=chosen.max_frame)
+        passcode = _read_passcode(chosen.passcode_file) if chosen.passcode_file else chosen.passcode
+        broker = Broker(chosen.host, chosen.port, chosen.login, passcode,
+                        _server_tls(chosen.tls_cert, chosen.tls_key),
+                        **{name: getattr(chosen, name) for name in Limits._fields})
         broker.start()
+        for address in broker.addresses:
+            print('listening on %s' % _spoken(address), flush=True)
+        _serve(broker, signals)
     except BrokerError as error:
         print('stompbroker: %s' % error, file=sys.stderr)
         return 1
-    print('listening on %s' % _spoken(broker.address), flush=True)
-    ended.recv(1)
-    broker.stop()
     return 0
+
+
+def _serve(broker: Broker, signals: socket.socket) -> None:
+    """Until a signal says that it is over. Raises BrokerError where the broker's thread ends by itself."""
+    try:
+        while True:
+            select.select([signals.fileno(), broker.fileno()], [], [])
+            if broker.failure is not None:
+                raise BrokerError('the broker has failed: %r' % broker.failure)
+            if signals.recv(1)[0] != SIGNAL_OF_STATUS:
+                return
+            print(status_table(broker), file=sys.stderr, flush=True)
+    finally:
+        broker.stop()
+
+
+def status_table(broker: Broker) -> str:
+    """What the broker has done and holds, and each destination, for people."""
+    lines = ['  '.join('%s %d' % item for item in sorted(broker.counters().items()))]
+    lines.append('%-40s %9s %9s %9s %9s %9s' % ('destination', 'waiting', 'consumers', 'in', 'out', 'oldest'))
+    for place in broker.status():
+        name = place.name.encode('unicode_escape').decode('ascii')
+        lines.append('%-40s %9d %9d %9d %9d %7.1f s' % ((name,) + place[1:]))
+    return '\n'.join(lines)
+
+
+def _read_passcode(path: str) -> str:
+    try:
+        with open(path, encoding='utf-8') as file:
+            if os.name == 'posix' and os.fstat(file.fileno()).st_mode & 0o077:
+                log.warning('others can read the passcode: chmod 600 %s', path)
+            passcode = file.readline().rstrip('\r\n')
+    except (OSError, UnicodeError) as error:
+        raise BrokerError('passcode file %s: %s' % (path, error))
+    if not passcode:
+        raise BrokerError('passcode file %s: the first line is empty' % path)
+    return passcode
 
 
 def _server_tls(cert: Optional[str], key: Optional[str]) -> Optional[ssl.SSLContext]:

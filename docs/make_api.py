@@ -1,4 +1,4 @@
-"""Writes docs/api.md from the docstrings of vmhost.py: ``python docs/make_api.py``.
+"""Writes docs/api.md from the docstrings of hostapi.py: ``python docs/make_api.py``.
 
 ``--check`` writes nothing, and ends with 1 where the page is no longer what the docstrings say.
 """
@@ -13,10 +13,11 @@ sys.path.insert(0, os.path.dirname(HERE))
 import inspect  # noqa: E402
 
 import hostapi  # noqa: E402
+import hostreference  # noqa: E402
 
 HEAD = """# The XML-RPC interface
 
-Made from the docstrings of `vmhost.py` by `python docs/make_api.py`; what stands here is also shown by
+Made from the docstrings of `hostapi.py` by `python docs/make_api.py`; what stands here is also shown by
 the running host agent at `GET /`, and by its method `help`.
 
 %s
@@ -38,7 +39,7 @@ def link_of(heading):
 
 def make_page():
     """The whole text of docs/api.md."""
-    parts = hostapi.describe_api()
+    parts = hostreference.describe(hostapi.PARTS)
     lines = [HEAD % inspect.getdoc(hostapi.Api)]
     for part, methods in parts:
         names = ' · '.join('[%s](#%s)' % (method.name, link_of(method.name + method.signature))
@@ -49,7 +50,7 @@ def make_page():
         for method in methods:
             lines.append('### %s%s\n\n%s\n\n```python\n%s\n```\n' % (
                 method.name, method.signature, method.text, method.example))
-    aliases = ', '.join('`%s` is `%s`' % item for item in hostapi.Api.ALIASES.items())
+    aliases = ', '.join('`%s` is `%s`' % item for item in hostapi.ALIASES.items())
     lines.append('## Names that older clients use\n\n%s.' % aliases)
     return '\n'.join(lines) + '\n'
 

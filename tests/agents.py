@@ -161,7 +161,8 @@ class Agent(Process):
         self.id = id
         self.files = os.path.join(str(folder), 'files')
         os.makedirs(self.files, exist_ok=True)
-        vm = dict({'id': id, 'name': id, 'dir_to_serve': self.files}, **vm)
+        self.state = os.path.join(str(folder), 'state')
+        vm = dict({'id': id, 'name': id, 'dir_to_serve': self.files, 'state_dir': self.state}, **vm)
         ini = {'Broker': dict({'host': '127.0.0.1', 'port': host.broker_port}, **(broker or {})),
                'VM': vm, 'Chirp': dict({'port': 0}, **(chirp or {}))}
         super().__init__(folder, 'vmguest', ini)

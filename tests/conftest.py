@@ -26,6 +26,14 @@ agents.compiled = True         # they start hundreds of times
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def null_device_stays():
+    """A program run as root that sets the mode of what it writes to changes /dev/null for all others."""
+    before = os.stat(os.devnull).st_mode
+    yield
+    assert os.stat(os.devnull).st_mode == before, 'the test changed the mode of ' + os.devnull
+
+
 @pytest.fixture(scope='module')
 def broker():
     """A broker for the module's tests, with the limits that it has by itself."""

@@ -1,13 +1,14 @@
 """A VirtualBox without VirtualBox: as much of vboxapi as the host agent uses, for the unit tests.
 
 ``install(folder)`` puts a module vboxapi there, for the PYTHONPATH of a host agent. What the fake does is
-checked by running vm_cases.py on it and on the real one. Its VMs live as long as the process that imported
-it. Files in the folder FAKE_VIRTUALBOX steer it from outside: ``abort-NAME`` kills the VM's process,
-``abort-saved-NAME`` over its saved state, ``die-NAME`` as it next comes up, or is powered off; ``stick-NAME``
-lets the guest stop with an error, ``lock-NAME`` is another program that holds the VM's lock, ``dead`` is a
-VBoxSVC that died; ``card-NAME`` holds a new MAC for the VM's first card; as many looks as ``anew-NAME`` has
-characters find a VM that VirtualBox is still making; ``slow-NAME`` holds how many seconds all Progress of a
-VM takes, after which its session is unlocking for a moment.
+checked by running vm_cases.py on it and on the real one. All programs see the same VMs (fake_server.py); a
+test that imports this has some of its own. Files in the folder FAKE_VIRTUALBOX steer it from outside:
+``abort-NAME`` kills the VM's process, ``abort-saved-NAME`` over its saved state, ``die-NAME`` as it next
+comes up, or is powered off; ``stick-NAME`` lets the guest stop with an error, ``lock-NAME`` is another
+program that holds the VM's lock, ``dead`` is a VBoxSVC that died; ``card-NAME`` holds a new MAC for the
+VM's first card; as many looks as ``anew-NAME`` has characters find a VM that VirtualBox is still making;
+``slow-NAME`` holds how many seconds all Progress of a VM takes, after which its session is unlocking for a
+moment.
 """
 
 import itertools
@@ -22,7 +23,8 @@ VALUES = {
     'MachineState': {
         'Null': 0, 'PoweredOff': 1, 'Saved': 2, 'Teleported': 3, 'Aborted': 4, 'AbortedSaved': 5,
         'Running': 6, 'Paused': 7, 'Stuck': 8, 'FirstOnline': 6,
-        'LastOnline': 20, 'FirstTransient': 9, 'Starting': 11},
+        'LastOnline': 20, 'FirstTransient': 9, 'Starting': 11, 'LiveSnapshotting': 15,
+        'DeletingSnapshot': 22},
     'SessionState': {'Null': 0, 'Unlocked': 1, 'Locked': 2, 'Spawning': 3, 'Unlocking': 4},
     'LockType': {'Shared': 1, 'Write': 2},
     'NetworkAttachmentType': {'Null': 0, 'NAT': 1, 'Bridged': 2, 'HostOnly': 4},
@@ -32,9 +34,10 @@ VALUES = {
     'MediumVariant': {'Standard': 0}, 'StorageBus': {'IDE': 1, 'SATA': 2},
     'BitmapFormat': {'PNG': 0x20474e50},
     'CleanupMode': {'UnregisterOnly': 1, 'DetachAllReturnHardDisksOnly': 3, 'Full': 4},
-    'VirtualSystemDescriptionType': {'Name': 3, 'SettingsFile': 41, 'HardDiskImage': 16},
+    'VirtualSystemDescriptionType': {'License': 7, 'Name': 3, 'SettingsFile': 41, 'HardDiskImage': 16},
     'BandwidthGroupType': {'Network': 2}, 'HostNetworkInterfaceType': {'Bridged': 1, 'HostOnly': 2},
     'ProcessorFeature': {'HWVirtEx': 0},
+    'FirmwareType': {'BIOS': 1, 'EFI': 2}, 'VBoxEventType': {'Any': 1},
     'DHCPOption': {'Routers': 3}, 'DHCPOptionEncoding': {'Normal': 0},
 }
 PNG = b'\x89PNG\r\n\x1a\n' + bytes(100)
@@ -43,8 +46,9 @@ MACS = itertools.count(0x080027000001)
 
 def install(folder):
     """A module vboxapi in the folder; gives the environment in which Python finds it."""
+    os.makedirs(str(folder), exist_ok=True)
     with open(os.path.join(str(folder), 'vboxapi.py'), 'w') as file:
-        file.write('from fake_virtualbox import VirtualBoxManager    # noqa: F401\n')
+        file.write('from fake_server import VirtualBoxManager    # noqa: F401\n')
     paths = [str(folder), os.path.dirname(os.path.abspath(__file__)), os.environ.get('PYTHONPATH', '')]
     return {'PYTHONPATH': os.pathsep.join(path for path in paths if path), 'FAKE_VIRTUALBOX': str(folder)}
 
@@ -189,7 +193,13 @@ class VirtualBox(WithExtraData):
         self.machines, self.hardDisks, self.DHCPServers, self.progressOperations = [], [], [], []
         self.systemProperties = Named(defaultVRDEExtPack='VNC')
         self.performanceCollector = Collector()
+        self.eventSource = Events(self)
         self.host = Named(networkInterfaces=[], getProcessorFeature=lambda feature: True)
+
+    def signature(self):
+        """What changes whenever there is an event to tell."""
+        return (sorted(os.listdir(os.environ['FAKE_VIRTUALBOX'])),
+                [(machine.name, machine._state, machine.cards[0].MACAddress) for machine in self.machines])
 
     @property
     def revision(self):
@@ -251,6 +261,26 @@ class VirtualBox(WithExtraData):
             raise FakeError(INVALID_ARGUMENT, 'Cannot register the disk %r: its UUID is known' % location)
         self.hardDisks.append(medium)
         return medium
+
+
+class Events:
+    """An event source: one event for all that happened since a listener asked last."""
+
+    def __init__(self, vbox):
+        self.vbox = vbox
+
+    def createListener(self):
+        return Named(told=None)
+
+    def registerListener(self, listener, kinds, active):
+        listener.told = self.vbox.signature()
+
+    def getEvent(self, listener, timeout):
+        before, listener.told = listener.told, self.vbox.signature()
+        return Named(type=1) if listener.told != before else None
+
+    def eventProcessed(self, listener, event):
+        pass
 
 
 class Appliance:
@@ -393,6 +423,7 @@ class Machine(WithExtraData):
         self.memorySize, self.CPUCount, self.CPUExecutionCap = 128, 1, 100
         self.cards = [Card(slot == 0) for slot in range(8)]
         self.VRDEServer, self.bandwidthControl = Desktop(), Bandwidth()
+        self.firmwareSettings = Named(firmwareType=VALUES['FirmwareType']['BIOS'])
         self.storageControllers = [Named(name='SATA', bus=2, portCount=1, maxPortCount=30)]
         self.mediumAttachments = []
         self.snapshots, self.currentSnapshot = [], None
@@ -406,7 +437,12 @@ class Machine(WithExtraData):
     @property
     def accessible(self):
         self._check_ready()
-        return self.readable
+        return self.readable and not os.path.exists(steering('unread-' + self.name))
+
+    @property
+    def accessError(self):
+        with open(steering('unread-' + self.name)) as file:
+            return Named(text=file.read(), next=None)
 
     @property
     def state(self):
@@ -419,6 +455,13 @@ class Machine(WithExtraData):
             with open(steering('card-' + self.name)) as file:
                 self.cards[0].MACAddress = file.read()
             os.remove(steering('card-' + self.name))
+        if os.path.exists(steering('pause-' + self.name)) and self._state == 'Running':
+            with open(steering('pause-' + self.name)) as file, open(self.queryLogFilename(0), 'a') as log:
+                log.write(file.read())
+            self.go_to('Paused')
+        if os.path.exists(steering('stuck-in-' + self.name)):
+            with open(steering('stuck-in-' + self.name)) as file:
+                return VALUES['MachineState'][file.read()]
         return VALUES['MachineState'][self._state]
 
     def _check_ready(self):
@@ -456,7 +499,25 @@ class Machine(WithExtraData):
         self.session, self.saved_attachments = session, self.mediumAttachments[:]
         session.hold(self)
 
+    def hang(self):
+        """What talks to the VM's process waits for as long as that hangs."""
+        while os.path.exists(steering('hang-' + self.name)):
+            time.sleep(0.02)
+
+    def discardSettings(self):
+        pass
+
     def launchVMProcess(self, session, kind, environment):
+        if kind == 'emergencystop':
+            for name in ('hang-', 'stuck-in-'):
+                if os.path.exists(steering(name + self.name)):
+                    os.remove(steering(name + self.name))
+            self.session = None
+            self.go_to('Aborted')
+            return None
+        for key in self.extra:
+            if key.startswith('VBoxInternal/Devices/efi') and self.firmwareSettings.firmwareType == 1:
+                raise FakeError(0x80004005, 'Configuration error: unknown device efi')
         self.lockMachine(session, 1)
         self.go_to('Running' if not self.dies() else 'Aborted')
         with open(self.queryLogFilename(0), 'w') as log:
@@ -572,6 +633,8 @@ class Session:
         self.console = Console(machine) if machine.runs else None
 
     def unlockMachine(self):
+        if self.machine is None:
+            return
         self.machine.session, self.machine.mediumAttachments = None, self.machine.saved_attachments
         if os.path.exists(steering('slow-' + self.machine.name)):
             self.machine.unlocked = time.monotonic() + 0.1
@@ -584,6 +647,7 @@ class Console:
         self.display = self
 
     def powerDown(self):
+        self.machine.hang()
         if self.machine.dies():
             self.machine.go_to('Aborted')
             return Failed()
@@ -591,15 +655,19 @@ class Console:
         return Progress()
 
     def pause(self):
+        self.machine.hang()
         self.machine.go_to('Paused')
 
     def resume(self):
+        self.machine.hang()
         self.machine.go_to('Running')
 
     def reset(self):
+        self.machine.hang()
         self.machine.go_to('Running')
 
     def powerButton(self):
+        self.machine.hang()
         self.machine.go_to('PoweredOff')
 
     def getScreenResolution(self, screen):

@@ -37,13 +37,15 @@ class Frame(NamedTuple):
 class Client:
     """One connection. ``close`` it, or use it in a ``with`` block."""
 
-    def __init__(self, address, tls=None, receive_buffer=None):
+    def __init__(self, address, tls=None, receive_buffer=None, source=None):
         family = socket.AF_INET6 if ':' in address[0] else socket.AF_INET
         self.socket = socket.socket(family)
         try:
             if receive_buffer:
                 self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
             self.socket.settimeout(TIMEOUT)
+            if source:
+                self.socket.bind((source, 0))
             self.socket.connect(address)
             if tls is not None:
                 self.socket = tls.wrap_socket(self.socket, server_hostname=address[0])

@@ -28,6 +28,10 @@ def test_many_guests_on_one_host():
     assert 'met     beacons' in bench('guests.py', '--guests', '300', '--seconds', '5')
 
 
+def test_a_verb_costs_little_more_than_its_imports():
+    assert 'met     processor time' in bench('commandline.py', '--quick')
+
+
 def test_a_connection_of_the_broker_costs_little():
     printed = bench('broker.py', '--quick', '--brokers', 'ours', '--only', 'memory', 'thousand', 'topic')
     assert 'met     KiB per idle connection' in printed

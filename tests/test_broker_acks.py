@@ -1,6 +1,7 @@
 """ACK, NACK, redelivery and transactions. Docstrings name the rules."""
 
 import itertools
+import time
 
 import pytest
 from stomp_client import Client, frame, running
@@ -77,12 +78,12 @@ def test_other_messages_have_none(connect, queue, version, mode):
 @pytest.mark.parametrize('version, mode', [
     ('1.2', 'client'), ('1.2', 'client-individual'), ('1.1', 'client'), ('1.1', 'client-individual'),
     ('1.0', 'client')])
-@pytest.mark.parametrize('vanish', ['close', 'reset', 'disconnect', 'unsubscribe', 'error'])
+@pytest.mark.parametrize('vanish', ['close', 'reset', 'disconnect', 'error'])
 def test_what_is_not_acknowledged_comes_again(connect, queue, version, mode, vanish):
     """SUBSCRIBE ack Header: client: an un-ACKed queue message is delivered again when the connection fails
     SUBSCRIBE ack Header: client-individual: an un-ACKed queue message is delivered again
     SUBSCRIBE: 1.0 ack:client: an un-ACKed queue message is delivered again"""
-    client, _ = consumer_of(connect, queue, mode, b'a', b'b', b'c', version=version)
+    client, first = consumer_of(connect, queue, mode, b'a', b'b', b'c', version=version)
     other = connect('1.2')
     other.subscribe(queue)
     assert other.bodies() == []
@@ -90,7 +91,10 @@ def test_what_is_not_acknowledged_comes_again(connect, queue, version, mode, van
         getattr(client, vanish)()
     else:
         client.send(frame({'error': 'NOSUCH'}.get(vanish, vanish.upper()), 'id:0'))
-    assert [message.body for message in other.take_all(3)] == [b'a', b'b', b'c']
+    again = other.take_all(3)
+    assert [message.body for message in again] == [b'a', b'b', b'c']
+    assert {message.get('redelivered') for message in first} == {None}
+    assert {message.get('redelivered') for message in again} == {'true'}
 
 
 @pytest.mark.parametrize('version, mode', [
@@ -126,8 +130,8 @@ def test_client_mode_is_cumulative(connect, queue):
     """SUBSCRIBE ack Header: client: ACK is cumulative"""
     client, messages = consumer_of(connect, queue, 'client', b'a', b'b', b'c', b'd')
     client.ask('ACK', *key_of(messages[2], '1.2'))
-    client.ask('ACK', *key_of(messages[0], '1.2'))       # already: no error, no effect
-    client.ask('UNSUBSCRIBE', 'id:0')
+    client.say('ACK', *key_of(messages[0], '1.2'))       # already
+    client.take_error()
     assert rest_of(connect, queue) == [b'd']
 
 
@@ -135,7 +139,7 @@ def test_client_individual_is_not_cumulative(connect, queue):
     """SUBSCRIBE ack Header: client-individual: ACK of the 3rd message leaves the 1st and 2nd un-ACKed"""
     client, messages = consumer_of(connect, queue, 'client-individual', b'a', b'b', b'c')
     client.ask('ACK', *key_of(messages[2], '1.2'))
-    client.ask('UNSUBSCRIBE', 'id:0')
+    client.ask('DISCONNECT')
     assert rest_of(connect, queue) == [b'a', b'b']
 
 
@@ -177,40 +181,77 @@ def test_two_client_subscriptions_to_one_queue(connect, queue):
     ('1.1', ['message-id:x', 'subscription:0']), ('1.1', ['message-id:x', 'subscription:unknown']),
     ('1.0', ['message-id:x'])])
 @pytest.mark.parametrize('command', ['ACK', 'NACK'])
-def test_unknown_ids_are_ignored(connect, queue, version, lines, command):
+@pytest.mark.parametrize('within', [[], ['transaction:t']])
+def test_unknown_ids(connect, queue, version, lines, command, within):
     """ACK: ACK of an unknown id: ERROR and close, or ignored; nothing hangs"""
     client, _ = consumer_of(connect, queue, 'client', b'a', version=version)
-    client.ask(command, *lines)
-    client.ask('UNSUBSCRIBE', 'id:0')
+    client.ask('BEGIN', 'transaction:t')
+    client.say(command, 'receipt:r', *(lines + within))
+    assert client.take_error().get('receipt-id') == 'r'
     assert rest_of(connect, queue) == [b'a']
+
+
+@pytest.mark.parametrize('version', VERSIONS)
+@pytest.mark.parametrize('command', ['ACK', 'NACK'])
+def test_what_is_settled_can_not_be_settled_again(connect, queue, version, command):
+    mode = 'client' if version == '1.0' else 'client-individual'
+    client, messages = consumer_of(connect, queue, mode, b'a', b'b', version=version)
+    client.ask('ACK', *key_of(messages[0], version))
+    client.say(command, *key_of(messages[0], version))
+    client.take_error()
+    assert rest_of(connect, queue) == [b'b']
 
 
 def test_another_client_can_not_acknowledge(connect, queue):
     client, messages = consumer_of(connect, queue, 'client', b'a')
     other = connect('1.2')
     other.subscribe(queue + '-other', 'ack:client')
-    other.ask('ACK', 'id:' + messages[0].get('ack'))
+    other.say('ACK', 'id:' + messages[0].get('ack'))
+    other.take_error()
     client.close()
     assert rest_of(connect, queue) == [b'a']
 
 
-def test_ids_of_an_earlier_subscription_mean_nothing(connect, queue):
-    client, messages = consumer_of(connect, queue, 'client-individual', b'a')
+@pytest.mark.parametrize('version', VERSIONS)
+@pytest.mark.parametrize('command', ['ACK', 'NACK'])
+def test_what_a_subscription_was_sent_is_settled_after_its_end(broker, connect, queue, version, command):
+    """Messages that were on their way at UNSUBSCRIBE are the client's until it is gone."""
+    client, messages = consumer_of(connect, queue, 'client', b'a', b'b', b'c', version=version)
     client.ask('UNSUBSCRIBE', 'id:0')
-    client.subscribe(queue, 'ack:client-individual')
-    again = client.take()
-    assert again.get('ack') != messages[0].get('ack')
-    assert again.get('message-id') == messages[0].get('message-id')
-    client.ask('ACK', 'id:' + messages[0].get('ack'))
+    other = connect('1.2')
+    other.subscribe(queue)
+    assert other.bodies() == []
+    client.subscribe(queue + '-new')                     # of the same id
+    client.ask(command, *key_of(messages[1], version))
+    assert other.bodies() == ([b'a', b'b'] if command == 'NACK' else [])
+    held = broker.counters()['held_bytes']
+    client.ask('ACK', *key_of(messages[2], version))
+    assert broker.counters()['held_bytes'] < held        # the last one's ACK frees the subscription
+    assert broker.counters()['queued_bytes'] == 0
+
+
+def test_what_a_subscription_was_sent_comes_again_at_the_client_s_end(connect, queue):
+    client, messages = consumer_of(connect, queue, 'client-individual', b'a', b'b', b'c')
     client.ask('UNSUBSCRIBE', 'id:0')
-    assert rest_of(connect, queue) == [b'a']
+    client.ask('ACK', *key_of(messages[1], '1.2'))
+    client.ask('DISCONNECT')
+    assert rest_of(connect, queue) == [b'a', b'c']
+
+
+@pytest.mark.parametrize('version', VERSIONS)
+def test_acks_of_topics_are_taken_at_any_time(connect, topic, version):
+    client, messages = consumer_of(connect, topic, 'client', b'a', b'b', version=version)
+    client.ask('ACK', *key_of(messages[1], version))
+    client.ask('ACK', *key_of(messages[0], version))
+    client.ask('UNSUBSCRIBE', 'id:0')
+    client.ask('ACK', *key_of(messages[1], version))
 
 
 def test_messages_that_come_again_are_the_first(connect, queue):
     client, messages = consumer_of(connect, queue, 'client-individual', b'a', b'b', b'c')
     client.ask('ACK', *key_of(messages[1], '1.2'))
-    client.ask('UNSUBSCRIBE', 'id:0')
     client.publish(queue, b'd')
+    client.ask('DISCONNECT')
     assert rest_of(connect, queue) == [b'a', b'c', b'd']
 
 
@@ -220,9 +261,11 @@ def test_messages_that_come_again_come_before_those_that_waited():
         client.subscribe('/queue/a', 'ack:client')
         client.publish('/queue/a', b'1', b'2', b'3', b'4')
         assert client.bodies() == [b'1', b'2']
-        client.ask('UNSUBSCRIBE', 'id:0')
-        client.subscribe('/queue/a')
-        assert client.bodies() == [b'1', b'2', b'3', b'4']
+        client.ask('DISCONNECT')
+        with Client(broker.address) as other:
+            other.connect('1.2')
+            other.subscribe('/queue/a')
+            assert other.bodies() == [b'1', b'2', b'3', b'4']
 
 
 def test_unacknowledged_messages_are_limited():
@@ -244,35 +287,90 @@ def test_a_refused_message_goes_to_another_consumer(connect, queue, version):
     NACK: 1.1: NACK by message-id + subscription is taken (RECEIPT)
     NACK: NACK of one message (client-individual) does not touch the others"""
     client, messages = consumer_of(connect, queue, 'client-individual', b'a', b'b', b'c', version=version)
-    client.ask('NACK', *key_of(messages[1], version))
-    assert client.bodies() == []                 # not to the one that refused it
     other = connect('1.2')
     other.subscribe(queue, 'ack:client')
+    client.ask('NACK', *key_of(messages[1], version))
+    assert client.bodies() == []                 # not to the one that refused it
     message, = other.before_now()
-    assert message.body == b'b'
+    assert (message.body, message.get('redelivered')) == (b'b', 'true')
     other.ask('ACK', *key_of(message, '1.2'))
     client.ask('ACK', *key_of(messages[2], version))
     client.close()
     assert other.take().body == b'a'
     assert other.bodies() == []
-    other.ask('UNSUBSCRIBE', 'id:0')
+    other.close()
     assert rest_of(connect, queue) == [b'a']
 
 
 def test_nack_in_client_mode_is_cumulative(connect, queue):
     client, messages = consumer_of(connect, queue, 'client', b'a', b'b', b'c')
+    other = connect('1.2')
+    other.subscribe(queue)
     client.ask('NACK', *key_of(messages[1], '1.2'))
-    assert rest_of(connect, queue) == [b'a', b'b']
+    assert other.bodies() == [b'a', b'b']
     client.ask('ACK', *key_of(messages[2], '1.2'))
 
 
-def test_a_refused_message_waits_for_another_consumer(connect, queue):
+def test_the_only_consumer_is_asked_again(connect, queue):
     client, messages = consumer_of(connect, queue, 'client-individual', b'a')
     client.ask('NACK', *key_of(messages[0], '1.2'))
-    client.publish(queue, b'b')                  # what comes later isn't held up by it
-    client.ask('ACK', *key_of(client.take(), '1.2'))
-    client.ask('UNSUBSCRIBE', 'id:0')
-    assert rest_of(connect, queue) == [b'a']
+    again, = client.before_now()
+    assert (again.body, again.get('redelivered')) == (b'a', 'true')
+    client.ask('ACK', *key_of(again, '1.2'))
+
+
+def test_who_refused_is_asked_again_when_all_have(connect, queue):
+    """And when the one that it waits for goes."""
+    one, two, third = connect('1.2'), connect('1.2'), connect('1.2')
+    for client in one, two:
+        client.subscribe(queue, 'ack:client-individual', 'prefetch-count:1')
+    third.publish(queue, b'a')
+    message, = one.before_now()
+    one.ask('NACK', *key_of(message, '1.2'))
+    assert one.bodies() == []
+    message, = two.before_now()
+    two.ask('NACK', *key_of(message, '1.2'))
+    message, = one.before_now()                  # whose turn it is
+    assert two.bodies() == []
+    two.publish(queue, b'b')                     # two is busy with this one
+    assert two.take().body == b'b'
+    one.ask('NACK', *key_of(message, '1.2'))
+    assert one.bodies() == []                    # it waits for two
+    one.publish(queue, b'c')                     # which doesn't hold up what comes later
+    other, = one.before_now()
+    assert other.body == b'c'
+    one.ask('ACK', *key_of(other, '1.2'))
+    two.close()
+    for body in b'a', b'b':
+        message = one.take()
+        assert message.body == body
+        one.ask('ACK', *key_of(message, '1.2'))
+
+
+def test_many_refused_messages_cost_the_others_nothing(connect, queue):
+    """3,000 wait for one that is busy; each ACK of another's is as quick as ever."""
+    busy, client = connect('1.2'), connect('1.2')
+    busy.subscribe(queue, 'ack:client-individual', 'prefetch-count:1')
+    client.publish(queue, b'keeps it busy')
+    client.subscribe(queue, 'ack:client-individual')
+
+    def seconds(number):
+        client.publish(queue, *[b'%d' % each for each in range(number)])
+        acks = [frame('ACK', *key_of(message, '1.2')) for message in client.take_all(number)]
+        begin = time.monotonic()
+        for ack in acks:
+            client.send(ack)
+        client.before_now()
+        return time.monotonic() - begin
+
+    before = min(seconds(1000) for _ in range(3))
+    client.publish(queue, *[b'refused'] * 3000)
+    client.send(b''.join(frame('NACK', *key_of(message, '1.2')) for message in client.take_all(3000)))
+    assert client.bodies() == []
+    assert min(seconds(1000) for _ in range(3)) < 3 * before + 0.1
+    for one in busy, client:
+        one.ask('DISCONNECT')
+    assert rest_of(connect, queue) == [b'keeps it busy'] + [b'refused'] * 3000
 
 
 def test_a_refused_message_waits_for_room(connect, queue):
@@ -292,36 +390,63 @@ def test_a_refused_message_waits_for_room(connect, queue):
             assert busy.bodies() == [b'second']
 
 
-def test_refused_messages_are_limited():
-    """A client that refuses all it gets can neither fill the broker nor keep it busy."""
+DEAD = '/queue/DLQ'
+
+
+@pytest.mark.parametrize('number', [1, 6])
+def test_what_is_refused_too_often_goes_to_the_dead_letters(broker, connect, queue, number):
+    consumers = [connect('1.2') for _ in range(number)]
+    for consumer in consumers:
+        consumer.subscribe(queue, 'ack:client-individual')
+    consumers[0].ask('SEND', 'destination:' + queue, 'mine:a', 'expires:99999999999999', body=b'poison')
+    refusals = 0
+    while True:
+        found = [(consumer, message) for consumer in consumers for message in consumer.before_now()]
+        if not found:
+            break
+        for consumer, message in found:
+            consumer.ask('NACK', *key_of(message, '1.2'))
+            refusals += 1
+    assert refusals == 5
+    reader = connect('1.2')
+    reader.subscribe(DEAD, 'ack:client-individual')
+    message = reader.take()
+    assert message.body == b'poison' and message.get('destination') == DEAD
+    assert message.get('original-destination') == queue and message.get('mine') == 'a'
+    assert message.get('reason') == 'refused 5 times' and message.get('expires') is None
+    for _ in range(7):                           # there it stays, whoever refuses it
+        reader.ask('NACK', *key_of(message, '1.2'))
+        message = reader.take()
+    reader.ask('ACK', *key_of(message, '1.2'))
+    assert broker.counters()['queued_bytes'] == 0
+
+
+def test_nothing_is_lost_where_the_dead_letters_are_full():
+    with running(Broker(port=0, queued=4000, refusals=2)) as broker, Client(broker.address) as client:
+        client.connect('1.2')
+        client.publish(DEAD, b'x' * 3000)
+        client.subscribe('/queue/a', 'ack:client-individual')
+        client.publish('/queue/a', b'y' * 3000)
+        for _ in range(5):
+            client.ask('NACK', *key_of(client.take(), '1.2'))
+        client.ask('ACK', *key_of(client.take(), '1.2'))
+        client.subscribe(DEAD, id='1')
+        assert client.bodies() == [b'x' * 3000] and broker.counters()['queued_bytes'] == 0
+
+
+def test_nothing_is_lost_by_1500_refusals():
     with running(Broker(port=0)) as broker, Client(broker.address) as client:
         client.connect('1.2')
         client.subscribe('/queue/a', 'ack:client-individual')
-        client.publish('/queue/a', *[b'x'] * 1500)
-        client.send(b''.join(frame('NACK', *key_of(message, '1.2')) for message in client.take_all(1500)))
-        client.before_now()
-        assert broker.counters()['dropped'] == 500 + 1           # and the fence itself
-        client.ask('UNSUBSCRIBE', 'id:0')
-        client.subscribe('/queue/a', id='again')
-        assert len(client.bodies()) == 1000
+        bodies = [b'%d' % number for number in range(1500)]
+        client.publish('/queue/a', *bodies)
+        for _ in range(4):
+            client.send(b''.join(frame('NACK', *key_of(one, '1.2')) for one in client.take_all(1500)))
+        client.send(b''.join(frame('NACK', *key_of(one, '1.2')) for one in client.take_all(1500)))
+        assert client.bodies() == []
+        client.subscribe(DEAD, id='dead')
+        assert client.bodies() == bodies
         assert broker.counters()['queued_bytes'] == 0
-
-
-def test_what_all_refuse_is_dropped(broker, connect, queue):
-    dropped = broker.counters()['dropped']
-    consumers = [connect('1.2') for _ in range(6)]
-    for consumer in consumers:
-        consumer.subscribe(queue, 'ack:client-individual')
-    consumers[0].publish(queue, b'poison')
-    refusals = 0
-    while broker.counters()['dropped'] == dropped:
-        for consumer in consumers:
-            for message in consumer.before_now():
-                consumer.ask('NACK', *key_of(message, '1.2'))
-                refusals += 1
-        assert refusals <= 5
-    assert refusals == 5
-    assert broker.counters()['queued_bytes'] == 0
 
 
 def test_nack_on_a_topic_changes_nothing(connect, topic):
@@ -421,8 +546,9 @@ def test_acks_in_transactions(connect, queue, version):
     client.ask('BEGIN', 'transaction:t')
     client.ask('ACK', 'transaction:t', *key_of(messages[1], version))
     client.ask('UNSUBSCRIBE', 'id:0')
-    assert rest_of(connect, queue) == [b'b', b'c']
-    client.ask('COMMIT', 'transaction:t')        # its message is another's by now: no effect, no error
+    client.ask('COMMIT', 'transaction:t')
+    client.close()
+    assert rest_of(connect, queue) == [b'c']
 
 
 def test_a_nack_in_a_transaction(connect, queue):
@@ -434,6 +560,43 @@ def test_a_nack_in_a_transaction(connect, queue):
     assert other.bodies() == []
     client.ask('COMMIT', 'transaction:t')
     assert other.bodies() == [b'a']
+
+
+@pytest.mark.parametrize('version', VERSIONS)
+def test_a_commit_does_all_or_nothing(connect, queue, topic, version):
+    """One of its ACKs is of a message that was settled meanwhile."""
+    mode = 'client' if version == '1.0' else 'client-individual'
+    client, messages = consumer_of(connect, queue, mode, b'a', b'b', version=version)
+    listener = connect('1.2')
+    listener.subscribe(topic)
+    client.ask('BEGIN', 'transaction:t')
+    client.ask('SEND', 'destination:' + topic, 'transaction:t', body=b'never')
+    client.ask('ACK', 'transaction:t', *key_of(messages[1], version))
+    client.ask('ACK', 'transaction:t', *key_of(messages[0], version))
+    client.ask('ACK', *key_of(messages[0], version))
+    client.say('COMMIT', 'transaction:t', 'receipt:r')
+    assert client.take_error().get('receipt-id') == 'r'
+    assert listener.bodies() == [] and rest_of(connect, queue) == [b'b']
+
+
+@pytest.mark.parametrize('limit', ['queued', 'queued_in_all'])
+def test_a_commit_that_meets_a_limit_does_nothing(limit):
+    with running(Broker(port=0, **{limit: 10000})) as broker, Client(broker.address) as client:
+        client.connect('1.2')
+        client.subscribe('/queue/acks', 'ack:client')
+        client.publish('/queue/acks', b'taken')
+        message = client.take()
+        client.ask('BEGIN', 'transaction:t')
+        client.ask('ACK', 'transaction:t', *key_of(message, '1.2'))
+        for number in range(12):
+            client.ask('SEND', 'destination:/queue/full', 'transaction:t', body=b'%d' % number * 500)
+        client.say('COMMIT', 'transaction:t')
+        assert 'may hold 10000 bytes' in client.take_error().get('message')
+        with Client(broker.address) as other:
+            other.connect('1.2')
+            other.subscribe('/queue/full', id='1')
+            other.subscribe('/queue/acks', id='2')
+            assert other.bodies() == [b'taken']
 
 
 def test_transactions_are_bounded_in_bytes():

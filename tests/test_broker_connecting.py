@@ -14,7 +14,7 @@ from agents import TOP
 from helpers import wait_until
 from stomp_client import Client, Program, frame, running
 
-from stompbroker import Broker, BrokerError
+from stompbroker import Broker, BrokerError, Limits
 
 # --- versions ---
 
@@ -411,10 +411,102 @@ def test_the_program_takes_large_bodies():
 
 @pytest.mark.parametrize('arguments, words', [
     (['--host', '192.0.2.1'], '192.0.2.1'), (['--port', '99999'], '99999'),
-    (['--tls-cert', 'no/such/file'], 'no/such'),
+    (['--tls-cert', 'no/such/file'], 'no/such'), (['--passcode-file', 'no/such/file'], 'no/such'),
+    (['--passcode-file', '/dev/null'], 'empty'), (['--passcode-file', 'f', '--passcode', 'x'], 'exclude'),
+    (['--tls-key', 'key.pem'], '--tls-cert'), (['--connections', '-1'], 'less than 0'),
+    (['--connect-time', 'nan'], 'less than 0'), (['--queued', 'much'], 'much'),
     (['--port', 'x'], 'usage')])
 def test_the_program_says_what_is_wrong(arguments, words):
     done = subprocess.run([sys.executable, os.path.join(TOP, 'stompbroker.py')] + arguments,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30)
     assert done.returncode != 0 and not done.stdout
     assert words in done.stderr.decode() and 'Traceback' not in done.stderr.decode()
+
+
+def test_the_passcode_comes_from_a_file(tmp_path):
+    """So that nobody reads it in the list of processes."""
+    path = tmp_path / 'passcode'
+    path.write_bytes('geheim:ü\n'.encode('utf-8'))
+    path.chmod(0o600)
+    with Program('--login', 'me', '--passcode-file', str(path)) as program:
+        for passcode, answer in ('geheim:ü', 'CONNECTED'), ('geheim', 'ERROR'), ('', 'ERROR'):
+            with Client(program.address) as client:
+                client.say('CONNECT', 'accept-version:1.2', 'host:x', 'login:me', 'passcode:' + passcode)
+                assert client.take().command == answer
+        path.chmod(0o644)
+        with Program('--passcode-file', str(path)) as open_one:
+            assert b'chmod 600' in open_one.end(signal.SIGTERM)[2]
+
+
+@needs_ipv6
+def test_a_name_means_all_its_addresses(monkeypatch):
+    """localhost is 127.0.0.1 and ::1, whichever of them is the first."""
+    found = [(socket.AF_INET6, socket.SOCK_STREAM, 6, '', ('::1', 0, 0, 0)),
+             (socket.AF_INET, socket.SOCK_STREAM, 6, '', ('127.0.0.1', 0)),
+             (socket.AF_INET, socket.SOCK_STREAM, 6, '', ('192.0.2.1', 0))]
+    for order in found, found[::-1]:
+        monkeypatch.setattr(socket, 'getaddrinfo', lambda *_, order=order: order)
+        with running(Broker('localhost', 0)) as broker:
+            assert len({port for _, port in broker.addresses}) == 1
+            assert {host for host, _ in broker.addresses} == {'127.0.0.1', '::1'}
+            monkeypatch.undo()
+            for address in broker.addresses:
+                with Client(address) as client:
+                    client.connect('1.2')
+
+
+def test_each_limit_is_an_option():
+    arguments = [word for name in Limits._fields for word in ('--' + name.replace('_', '-'), '100000')]
+    with Program(*(arguments + ['--subscriptions', '2'])) as program, Client(program.address) as client:
+        client.connect('1.2')
+        for number in range(3):
+            client.say('SUBSCRIBE', 'id:%d' % number, 'destination:/topic/a')
+        assert 'more than 2 subscriptions' in client.take_error().get('message')
+        assert program.end(signal.SIGTERM)[0] == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGUSR1'), reason='signals of POSIX')
+def test_the_program_shows_what_it_holds():
+    with Program() as program, Client(program.address) as client:
+        client.connect('1.2')
+        client.publish('/queue/a\\nb', b'1', b'2', b'3')
+        client.subscribe('/topic/t')
+        client.publish('/topic/t', b'1')
+        for _ in range(2):
+            program.process.send_signal(signal.SIGUSR1)
+            counters, head, queue, topic = [program.process.stderr.readline().decode() for _ in range(4)]
+            assert 'connections 1 ' in counters and ' queued_bytes 0 ' not in counters
+            assert head.split() == ['destination', 'waiting', 'consumers', 'in', 'out', 'oldest']
+            assert queue.split()[:5] == ['/queue/a\\nb', '3', '0', '3', '0'] and queue.endswith(' s\n')
+            assert topic.split()[:5] == ['/topic/t', '0', '1', '1', '1']
+        assert program.end(signal.SIGTERM)[0] == 0
+
+
+def test_the_status_of_each_destination():
+    with running(Broker(port=0)) as broker, Client(broker.address) as client:
+        client.connect('1.2')
+        client.publish('/queue/a', b'1', b'2', b'3')
+        client.subscribe('/queue/a', 'ack:client', 'prefetch-count:2')
+        client.subscribe('/queue/b', id='b')
+        a, b = broker.status()
+        assert a[:5] == ('/queue/a', 1, 1, 3, 2) and 0 <= a.oldest < 30
+        assert b == ('/queue/b', 0, 1, 0, 0, 0.0)
+
+
+def test_a_broker_whose_thread_fails_ends():
+    """It doesn't go on listening with nobody there, and says why."""
+    code = ('import selectors, sys, stompbroker\n'
+            'class Broken(selectors.DefaultSelector):\n'
+            '    def select(self, timeout=None):\n'
+            '        if len(self.get_map()) > 2: raise KeyError("on purpose")\n'
+            '        return super().select(timeout)\n'
+            'selectors.DefaultSelector = Broken\n'
+            'sys.exit(stompbroker.main(["--port", "0"]))\n')
+    process = subprocess.Popen([sys.executable, '-c', code], cwd=TOP, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    port = int(process.stdout.readline().rsplit(b':', 1)[1])
+    with Client(('127.0.0.1', port)) as client:
+        client.take_end_or_error()
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert "stompbroker: the broker has failed: KeyError('on purpose')" in errors.decode()

@@ -61,13 +61,14 @@ def test_ack_and_nack_have_receipts(connect, queue, version, key):
     client = connect(version)
     client.subscribe(queue, 'ack:client-individual')
     client.publish(queue, b'a', b'b')
-    for command, message in zip(('ACK', 'NACK'), client.take_all(2)):
+    messages = client.take_all(2)
+    other = connect('1.2')
+    other.subscribe(queue)
+    for command, message in zip(('ACK', 'NACK'), messages):
         lines = ['%s:%s' % ('id' if key == 'ack' else key, message.get(key))]
         if version == '1.1':
             lines.append('subscription:0')
         client.ask(command, *lines)
-    other = connect('1.2')
-    other.subscribe(queue)
     assert other.bodies() == [b'b']
 
 

@@ -286,7 +286,7 @@ def much_for_an_essential_one(broker):
         thread = threading.Thread(target=send)
         thread.start()
         try:
-            wait_until(lambda: broker.is_held_up, 30)
+            wait_until(lambda: broker.counters()['held_up'], 30)
             yield slow, busy, sent, thread
         finally:
             busy.socket.shutdown(socket.SHUT_RDWR)
@@ -331,7 +331,7 @@ def test_many_results_do_not_cut_the_host_off(hosted, the_host):
                                 kwargs={'body': result}) for client in guests]
     for thread in threads:
         thread.start()
-    wait_until(lambda: hosted.broker.is_held_up, 30)
+    wait_until(lambda: hosted.broker.counters()['held_up'], 30)
     got = [the_host.take() for _ in guests]
     for thread in threads:
         thread.join(30)

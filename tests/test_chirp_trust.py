@@ -103,7 +103,8 @@ def test_what_is_shown_can_be_read_and_never_changed(tmp_path):
     (tmp_path / 'served').mkdir()
     write(spool / 'out', b'output')
     os.symlink('/etc/passwd', str(spool / 'link'))
-    with guarded(tmp_path / 'served', shown={'.spool': str(tmp_path / 'spool')}) as server, knows(server) as client:
+    shown = {'.spool': str(tmp_path / 'spool')}
+    with guarded(tmp_path / 'served', shown=shown) as server, knows(server) as client:
         write(tmp_path / 'served' / 'mine', b'x')
         assert client.getfile('/.spool/cmd-1/out') == b'output'
         assert client.fetch('/.spool/cmd-1/out', str(tmp_path / 'got'), 3) == 3

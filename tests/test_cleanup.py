@@ -4,16 +4,13 @@ The fake VirtualBox is within reach of the test here.
 """
 
 import os
-import threading
 import time
-import types
 
 import fake_virtualbox
 import pytest
-from helpers import wait_until
+from vms import SETTINGS, here
 
 import faults
-import virtualbox
 
 
 @pytest.fixture
@@ -24,16 +21,11 @@ def vbox(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def box(vbox, tmp_path, monkeypatch):
-    """The host's side, on the fake, to which it is connected."""
-    manager = fake_virtualbox.VirtualBoxManager()
-    monkeypatch.setattr(manager, 'getVirtualBox', lambda: vbox)
-    network, desktop = types.SimpleNamespace(mode='nat', host_ip=''), types.SimpleNamespace(ports='')
-    box = virtualbox.VirtualBox(network, desktop, 9094, str(tmp_path), 1, connect=lambda: manager)
-    box.start_thread()
-    box.list_vms()
-    yield box
-    assert box.close()
+def box(vbox):
+    """The driver on the fake, to which it is connected."""
+    with here(SETTINGS, vbox) as box:
+        box.version()
+        yield box
 
 
 def create(box, vbox, name, **options):
@@ -91,7 +83,7 @@ def test_a_foreign_disk_of_our_vm_stays(box, vbox, tmp_path):
     machine = create(box, vbox, 'ours')
     own, foreign = disk_of(machine), foreign_disk(vbox, tmp_path)
     attach(machine, foreign)
-    assert rows(box.cleanup(False)) == [('vm', 'ours')]
+    assert rows(box.cleanup(False, ['ours'])) == [('vm', 'ours')]
     assert not os.path.exists(own) and os.path.exists(foreign.location)
 
 
@@ -99,7 +91,7 @@ def test_another_disk_in_the_place_of_ours_stays(box, vbox):
     machine = create(box, vbox, 'ours')
     disk = machine.mediumAttachments[0].medium
     disk.id = 'another'
-    assert rows(box.cleanup(False)) == [('vm', 'ours')]
+    assert rows(box.cleanup(False, ['ours'])) == [('vm', 'ours')]
     assert os.path.exists(disk.location)
     assert box.cleanup() == []
 
@@ -108,50 +100,91 @@ def test_the_snapshots_of_our_disk_go_with_it(box, vbox, tmp_path):
     machine = create(box, vbox, 'ours')
     base = machine.mediumAttachments[0].medium
     child = machine.mediumAttachments[0].medium = base.make_child(str(tmp_path / 'ours' / 'child.vdi'))
-    assert rows(box.cleanup(False)) == [('vm', 'ours')]
+    assert rows(box.cleanup(False, ['ours'])) == [('vm', 'ours')]
     assert not os.path.exists(base.location) and not os.path.exists(child.location)
     assert box.cleanup() == []
 
 
 @pytest.mark.parametrize('remove', [
-    lambda box: box.cleanup(False), lambda box: box.remove_vm('ours', True)])
+    lambda box: box.cleanup(False, ['ours']), lambda box: box.remove_vm('ours', True)])
 def test_a_disk_under_a_linked_clone_stays(box, vbox, tmp_path, remove):
     machine, clone = create(box, vbox, 'ours'), create(box, vbox, 'clone', diskSize=0, keep=True)
     base = machine.mediumAttachments[0].medium
     own = machine.mediumAttachments[0].medium = base.make_child(str(tmp_path / 'ours' / 'child.vdi'))
     attach(clone, base.make_child(str(tmp_path / 'clone.vdi')))
     remove(box)
-    assert box.list_vms() == ['clone']
+    assert [row['name'] for row in box.machines()] == ['clone']
     assert not os.path.exists(own.location)
     assert os.path.exists(base.location) and os.path.exists(disk_of(clone))
 
 
-def test_whoever_wants_the_disks_deleted_has_foreign_ones_deleted_too(box, vbox, tmp_path):
-    machine = create(box, vbox, 'ours')
-    attach(machine, foreign_disk(vbox, tmp_path))
-    box.remove_vm('ours', True)
-    assert not vbox.hardDisks and not os.path.exists(str(tmp_path / 'ours'))
+def test_foreign_disks_are_deleted_only_on_demand(box, vbox, tmp_path):
+    for all_disks in (False, True):
+        machine = create(box, vbox, 'ours')
+        foreign = foreign_disk(vbox, tmp_path)
+        own = disk_of(machine)
+        attach(machine, foreign)
+        assert box.remove_vm('ours', True, all_disks) == ([] if all_disks else [foreign.location])
+        assert not os.path.exists(own) and os.path.exists(foreign.location) is not all_disks
+        vbox.hardDisks.clear()
 
 
-def test_a_vm_that_can_not_be_read_may_use_any_disk(box, vbox, caplog):
-    """The real VirtualBox doesn't know the disks of such a VM."""
-    unread, machine = create(box, vbox, 'unread'), create(box, vbox, 'ours')
-    attachments = unread.mediumAttachments[:]
-    unread.readable = False
-    unread.mediumAttachments.clear()
-    assert box.cleanup(False) == [] == box.cleanup()
-    assert unread.settingsFilePath in caplog.text
-    assert os.path.exists(attachments[0].medium.location) and os.path.exists(disk_of(machine))
-    unread.readable, unread.mediumAttachments = True, attachments
-    assert rows(box.cleanup(False)) == [('vm', 'unread'), ('vm', 'ours')]
+def test_a_vm_that_can_not_be_read_may_use_any_disk(box, vbox, tmp_path):
+    """The real VirtualBox doesn't know the disks of such a VM. What is half made goes all the same."""
+    machine, unread = create(box, vbox, 'ours'), create(box, vbox, 'unread')
+    half = create(box, vbox, 'half')
+    half.setExtraData('vmhost/making', half.id)
+    disk = machine.mediumAttachments.pop().medium
+    (tmp_path / 'unread-unread').write_text('its file is torn')
+    attachments, unread.mediumAttachments = unread.mediumAttachments, []
+    kept = [row for row in box.cleanup(False) if row['kind'] == 'kept']
+    assert sorted(row['name'] for row in kept) == sorted([disk.location, attachments[0].medium.location])
+    assert {row['why'] for row in kept} == {'VirtualBox can\'t read unread, which may use it'}
+    assert os.path.exists(disk.location) and half not in vbox.machines
+    (tmp_path / 'unread-unread').unlink()
+    unread.mediumAttachments = attachments
+    assert rows(box.cleanup(False)) == [('disk', disk.location)]
+
+
+def test_a_vm_that_can_not_be_read_is_listed_and_removed(box, vbox, tmp_path):
+    unread = create(box, vbox, 'unread')
+    (tmp_path / 'unread-unread').write_text('its file is torn')
+    row, = box.machines()
+    assert (row['name'], row['state'], row['trouble']) == ('unread', 'inaccessible', 'its file is torn')
+    assert box.describe('unread')['uuid'] == unread.id
+    for verb in (box.start, box.pause, box.get_log):
+        with pytest.raises(faults.BadState, match='its file is torn'):
+            verb(unread.id)
+    with pytest.raises(faults.AlreadyExists):
+        box.create_vm('unread')
+    assert box.remove_vm('unread') == [] == box.machines()
+    assert os.path.exists(unread.settingsFilePath)
+
+
+def test_a_disk_that_was_moved_is_still_ours(box, vbox, tmp_path):
+    disk = create(box, vbox, 'ours').mediumAttachments.pop().medium
+    moved = str(tmp_path / 'moved.vdi')
+    os.rename(disk.location, moved)
+    disk.location = moved
+    assert rows(box.cleanup(False)) == [('disk', moved)]
+    assert not os.path.exists(moved) and not vbox.extra
+
+
+def test_cleanup_leaves_what_is_kept_or_merely_off(box, vbox):
+    create(box, vbox, 'off')
+    create(box, vbox, 'kept')
+    box.keep('kept')
+    assert box.cleanup() == [] == box.cleanup(False, ['kept'])
+    box.keep('kept', False)
+    assert rows(box.cleanup(False, ['kept'])) == [('vm', 'kept')]
 
 
 def test_a_clone_that_the_user_made_is_not_ours(box, vbox):
     machine = create(box, vbox, 'ours')
     vbox.clone(machine, 'clone')
     assert [box.describe(name)['tagged'] for name in ('ours', 'clone')] == [True, False]
-    assert rows(box.cleanup(False)) == [('vm', 'ours')]
-    assert box.list_vms() == ['clone']
+    assert rows(box.cleanup(False, ['ours'])) == [('vm', 'ours')]
+    assert [row['name'] for row in box.machines()] == ['clone']
 
 
 def test_the_settings_of_an_unregistered_clone_stay(box, vbox):
@@ -175,19 +208,14 @@ def test_a_clone_of_a_half_made_vm_is_not_half_made(box, vbox):
     assert [(row['name'], row['why']) for row in box.cleanup()] == [('ours', 'half made')]
 
 
-def test_two_imports_under_one_name(box, vbox, appliance):
-    vbox.reading.completed = False
-    first = threading.Thread(target=box.create_vm, args=('twice', appliance, {}))
-    first.start()
-    wait_until(lambda: [job for job in box.under_way() if job['text'] == 'reading the appliance'])
-    with pytest.raises(faults.AlreadyExists):
-        box.create_vm('twice', appliance, {})
-    assert first.is_alive()
-    vbox.reading.completed = True
-    first.join(10)
-    assert box.list_vms() == ['twice']
-    assert rows(box.cleanup(False)) == [('vm', 'twice')]
-    assert not vbox.hardDisks and not vbox.extra
+def test_what_is_being_made_is_left_alone(box, vbox, appliance):
+    machine = create(box, vbox, 'made')
+    machine.setExtraData('vmhost/making', machine.id)
+    disk = machine.mediumAttachments.pop().medium
+    box.others = [['create_vm', 'made']]
+    assert box.cleanup() == [] and os.path.exists(disk.location)
+    box.others = []
+    assert rows(box.cleanup(False)) == [('vm', 'made'), ('disk', disk.location)]
 
 
 def test_a_failed_import_notes_nothing(box, vbox, appliance):
@@ -211,7 +239,7 @@ def test_an_import_that_is_refused_notes_nothing(box, vbox, appliance, monkeypat
 def half(vbox, tmp_path, monkeypatch):
     """Notes the file in which a host that died was making a disk; gives its path."""
     path = tmp_path / 'half' / 'disk.vdi'
-    vbox.setExtraData('vmhost/disk' + str(path), virtualbox.unfinished())
+    vbox.setExtraData('vmhost/expected' + str(path), '%d' % (time.time() - 2))
     vbox.setExtraData('vmhost/importing/half', str(tmp_path / 'half' / 'half.vbox'))
     path.parent.mkdir()
     return path
@@ -255,12 +283,13 @@ def test_another_disk_that_was_put_in_the_place_of_ours_stays(box, vbox):
     disk.close()
     with open(disk.location, 'w') as file:
         file.write('another')
-    assert rows(box.cleanup(False)) == [('vm', 'ours')]
+    assert rows(box.cleanup(False, ['ours'])) == [('vm', 'ours')]
     assert os.path.exists(disk.location) and not vbox.hardDisks
 
 
 def test_what_can_not_be_removed_does_not_hide_the_rest(box, vbox, monkeypatch, caplog):
-    machines = [create(box, vbox, name) for name in ('first', 'second', 'third', 'fourth')]
+    names = ['first', 'second', 'third', 'fourth']
+    machines = [create(box, vbox, name) for name in names]
     refused = {machines[0], machines[2].mediumAttachments.pop().medium}
     left = machines[3].mediumAttachments.pop().medium
 
@@ -273,11 +302,11 @@ def test_what_can_not_be_removed_does_not_hide_the_rest(box, vbox, monkeypatch, 
 
     monkeypatch.setattr(fake_virtualbox.Machine, 'unregister', refuse(fake_virtualbox.Machine.unregister))
     monkeypatch.setattr(fake_virtualbox.Medium, 'deleteStorage', refuse(fake_virtualbox.Medium.deleteStorage))
-    assert rows(box.cleanup(False)) == [
+    assert rows(box.cleanup(False, names)) == [
         ('vm', 'second'), ('vm', 'third'), ('vm', 'fourth'), ('disk', left.location)]
     assert 'the vm first: no' in caplog.text and 'third.vdi: no' in caplog.text
     refused.clear()
-    assert [kind for kind, name in rows(box.cleanup(False))] == ['vm', 'disk']
+    assert [kind for kind, name in rows(box.cleanup(False, ['first']))] == ['vm', 'disk']
     assert not vbox.machines and not vbox.hardDisks and not vbox.extra
 
 

@@ -21,8 +21,11 @@ from helpers import wait_until
 from terminals import Terminal
 
 import agent
+import clicommands
+import clicomplete
 import faults
 import hostcli
+import hostclient
 
 pytestmark = [pytest.mark.ends, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 SCRIPT = os.path.join(TOP, 'vmhost.py')
@@ -125,7 +128,7 @@ def test_ctrl_c_ends_the_command(host, guests):
     wait_until(lambda: b'ready' in terminal.written, 20)
     terminal.type(b'\x03')
     code, text = terminal.wait()
-    assert code == 9 and 'caught' in text and 'once more leaves it running' in text
+    assert code == 9 and 'caught' in text and 'press again to detach' in text
 
 
 def test_a_second_ctrl_c_leaves(host, guests):
@@ -137,7 +140,7 @@ def test_a_second_ctrl_c_leaves(host, guests):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 130
-    cmd_id = re.search(r'goes on as (\S+)', errors.decode()).group(1)
+    cmd_id = re.search(r'continues as (\S+)', errors.decode()).group(1)
     assert json.loads(verb(host, 'call', 'getCmdStatus', cmd_id))['state'] == 'running'
     verb(host, 'kill', '-s', 'KILL', cmd_id)
 
@@ -150,7 +153,7 @@ def test_a_second_ctrl_c_leaves_whatever_it_meets():
             os.kill(os.getpid(), signal.SIGINT)
             for _ in range(1000):
                 pass
-    with hostcli.Interrupts() as interrupts:
+    with clicommands.Interrupts() as interrupts:
         os.kill(os.getpid(), signal.SIGINT)
         assert interrupts.take() == [signal.SIGINT]
         met = Met()
@@ -187,7 +190,7 @@ def test_a_host_that_goes_away_tells_how_to_go_on(tmp_path):
             host.stop()
             _, errors = process.communicate(timeout=20)
             assert process.returncode == 255
-            cmd_id = re.search('`out -f (.*)` shows it', errors.decode()).group(1)
+            cmd_id = re.search('`out -f (.*)` when the host agent is back', errors.decode()).group(1)
             ini = open(host.ini).read().replace('port = 0', 'port = %d' % host.broker_port, 1)
             with open(host.ini, 'w') as file:
                 file.write(ini)
@@ -206,7 +209,7 @@ class Answers:
 
     def call(self, method, *args):
         if method == 'getCmdStatus':
-            return {'state': self._state, 'outSize': self._size, 'errSize': 0}
+            return {'ended': self._state == 'exited', 'outSize': self._size, 'errSize': 0}
         if isinstance(self._output, Exception):
             raise self._output
         data = self._output[args[2]:]
@@ -221,7 +224,8 @@ class Answers:
     ('exited', faults.AgentNotConnected('away'), 1e-9, faults.AgentNotConnected)])
 def test_output_that_cannot_be_had_is_never_left_out_in_silence(state, output, patience, raises, tmp_path):
     with open(str(tmp_path / 'out'), 'w+') as out:
-        tail = hostcli.Tail(Answers(state, 5, output), 'id', hostcli.Pipe(out, ''), hostcli.Pipe(out, ''))
+        tail = clicommands.Tail(Answers(state, 5, output), 'id', clicommands.Pipe(out, ''),
+                                clicommands.Pipe(out, ''))
         if raises:
             with pytest.raises(raises):
                 tail.look(patience)
@@ -243,7 +247,7 @@ def test_a_detached_command_is_listed_followed_and_killed(host, guests):
         assert (process.stdout.read(), process.stderr.read(), process.wait(20)) == (b'', b'', 0)
     assert verb(host, 'out', cmd_id) == 'begun\n'
     assert 'signaled' in verb(host, 'info', cmd_id)
-    assert b'ended already' in host.verb('kill', cmd_id).stderr
+    assert b'already ended' in host.verb('kill', cmd_id).stderr
     verb(host, 'kill', cmd_id, code=1)
 
 
@@ -251,7 +255,7 @@ def test_cut_output_is_told(host, guests):
     words = ['one', 'head', '["-c", "100000", "/dev/zero"]', '{}', '', '', '{"outputLimit": 1000}']
     cmd_id = json.loads(verb(host, 'call', 'runCmd', *words))
     done = host.verb('out', '-f', cmd_id)
-    assert done.stdout == bytes(1000) and b'stdout was cut' in done.stderr
+    assert done.stdout == bytes(1000) and b'stdout was truncated' in done.stderr
 
 
 def test_output_of_many_and_of_one_of_them(host, guests):
@@ -295,7 +299,7 @@ def test_call(host, guests):
     assert json.loads(verb(host, 'call', 'listCmds', '{"vm": "nobody"}')) == []
     assert json.loads(verb(host, 'call', 'listCmds', '{"since": 5000000000}')) == []
     assert verb(host, 'run', 'one', '--', 'printf', 'a\rb') == 'a\rb'
-    assert b'is no JSON' in host.verb('call', 'listCmds', '{vm: 1}').stderr
+    assert b'is not valid JSON' in host.verb('call', 'listCmds', '{vm: 1}').stderr
     assert b'no method' in host.verb('call', '__init__').stderr
 
 
@@ -309,6 +313,27 @@ def test_check_of_a_running_host(host, guests):
 
 # --- VMs and files: what the host does is played here, what the user sees is real ---
 
+TOKEN = 'token/with:signs'
+
+
+class Handler(xmlrpc.server.SimpleXMLRPCRequestHandler):
+    """Proves that it knows the token, as the host does where there is no Unix socket."""
+
+    protocol_version = 'HTTP/1.1'
+
+    def do_GET(self):
+        address = '%s:%d' % self.server.server_address
+        said = hostclient.proof(TOKEN, address, self.path.partition('/proof?nonce=')[2]).encode()
+        self.send_response(200)
+        self.send_header('Content-Length', str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+
+    def do_POST(self):
+        assert self.headers['Authorization'] == 'Bearer ' + TOKEN
+        super().do_POST()
+
+
 class Server(socketserver.ThreadingMixIn, xmlrpc.server.SimpleXMLRPCServer):
     """A thread for each connection, as the host has."""
     daemon_threads = True
@@ -320,13 +345,13 @@ class PlayedHost:
     def __init__(self, folder, answers):
         self.calls = []
         self._answers = answers
-        self._server = Server(('127.0.0.1', 0), logRequests=False, allow_none=True)
+        self._server = Server(('127.0.0.1', 0), Handler, logRequests=False, allow_none=True)
         self._server.register_multicall_functions()
         self._server.register_instance(self)
         state = folder / 'vmhost-state'
         state.mkdir()
         (state / 'xmlrpc.address').write_text('127.0.0.1:%d' % self._server.server_address[1])
-        (state / 'xmlrpc.token').write_text('token/with:signs')
+        (state / 'xmlrpc.token').write_text(TOKEN)
         (folder / 'host.ini').write_text('')
         self.command = [sys.executable, SCRIPT, str(folder / 'host.ini')]
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
@@ -366,10 +391,11 @@ VM_ANSWERS = {
 
 
 @pytest.mark.parametrize('words, said, called', [
-    (['start', 'db', '--gui'], 'db runs\n', ('start', 'db', True)),
+    (['start', 'db', '--gui'], 'db is running\n', ('start', 'db', True)),
     (['stop', 'db'], 'db is off\n', ('shutdown', 'db')),
     (['stop', '--force', 'web*'], 'web 1 is off\nweb 2 is off\n', ('powerOff', 'web 2')),
-    (['pause', 'db'], 'db is paused\n', ('pause', 'db')), (['resume', 'db'], 'db runs\n', ('resume', 'db')),
+    (['pause', 'db'], 'db is paused\n', ('pause', 'db')),
+    (['resume', 'db'], 'db is running\n', ('resume', 'db')),
     (['save', 'db'], 'db is saved\n', ('saveState', 'db')),
     (['rm', 'db', '--disks'], 'db removed\n', ('removeVM', 'db', True)),
     (['snap', 'ls', 'db'], 'fresh\n', ('listSnapshots', 'db')),
@@ -450,7 +476,7 @@ def test_ctrl_c_leaves_the_hypervisor_to_its_work(tmp_path):
         code, text = terminal.wait()
         over.set()
     assert code == 130
-    assert text.splitlines()[-1] == 'vmhost: db: the host agent goes on with it, `ls` shows how far it is'
+    assert text.splitlines()[-1] == 'vmhost: db: the host agent continues; `ls` shows the progress'
 
 
 # --- people and terminals ---
@@ -467,7 +493,8 @@ def test_help_tells_of_every_verb(capsys):
 
 
 @pytest.mark.parametrize('words, said', [
-    ((), 'usage:'), (('ls',), 'ini file comes first'), (('host.ini', 'pss'), '(ps?)'), (('--no',), '--no'),
+    ((), 'usage:'), (('ls',), 'ini file comes first'), (('host.ini', 'pss'), 'did you mean ps?'),
+    (('--no',), '--no'),
     (('host.ini', 'ls', '--jason'), '--jason'), (('--completion', 'csh'), 'bash|zsh|fish')])
 def test_wrong_usage_is_2(words, said, tmp_path):
     done = subprocess.run([sys.executable, SCRIPT] + list(words), stderr=subprocess.PIPE, cwd=str(tmp_path))
@@ -503,8 +530,8 @@ def test_names_in_any_locale(host, tmp_path):
 
 def test_candidates(host, guests):
     def completed(*words):
-        return hostcli.candidates([host.ini] + list(words))
-    assert completed('p') == ['pause', 'ps', 'put', 'ping']
+        return clicomplete.candidates([host.ini] + list(words), hostcli.VERBS)
+    assert completed('p') == ['pause', 'ping', 'ps', 'put']
     assert completed('run', '') == ['one', 'two']
     assert completed('run', '-t', '5', 't') == ['two']
     assert completed('run', '-t', '') == []
@@ -515,8 +542,8 @@ def test_candidates(host, guests):
     assert completed('kill', '-s', 'KI') == ['KILL']
     assert completed('call', 'getCmdS') == ['getCmdStatus']
     assert completed('ls', '') == []
-    assert hostcli.candidates(['/nowhere.ini', 'info', '']) == []
-    assert hostcli.candidates(['']) == []
+    assert clicomplete.candidates(['/nowhere.ini', 'info', ''], hostcli.VERBS) == []
+    assert clicomplete.candidates([''], hostcli.VERBS) == []
     cmd_id = verb(host, 'run', '-d', 'one', '--', 'true').strip()
     assert cmd_id in completed('out', cmd_id[:9])
 
@@ -563,14 +590,15 @@ def test_a_commands_life_is_in_both_logs(host, guests):
 
     def life(log):
         return re.findall('INFO vm[a-z]+: %s: (.*)' % cmd_id, log)
-    assert life(host.log()) == ['asked for on one by vmhost@127.0.0.1', 'running', 'signal TERM',
-                                'on one signaled 15', 'forgotten']
+    assert life(host.log()) == ['asked for on one by uid %d' % os.getuid(),
+                                'running', 'signal TERM', 'on one signaled 15', 'forgotten']
     wait_until(lambda: len(life(guests[0].log())) == 4, 20)
     assert life(guests[0].log()) == ['asked for', 'signal 15', 'signaled', 'acknowledged']
 
 
 def test_one_honest_line_at_start(host):
-    said = 'vmhost %s runs as pid %d: XML-RPC on %s, broker on 127.0.0.1:%d, hypervisor none, state in %s' % (
+    said = ('vmhost %s started, pid %d: XML-RPC on %s, broker on 127.0.0.1:%d, hypervisor none, '
+            'state in %s') % (
         agent.VERSION, host.process.pid, host.address, host.broker_port, host.state)
     assert host.log().count('INFO vmhost: ' + said) == 1
 
@@ -594,7 +622,7 @@ def test_the_log_is_where_and_what_the_ini_says(keys, log, said, tmp_path):
     ini.write_text('[Broker]\nport = 0\n[Host]\nxmlrpc_port = 0\n[Hypervisor]\nhypervisor = none\n'
                    '[Logging]\n' + keys)
     process = subprocess.Popen([sys.executable, SCRIPT, str(ini)], cwd=str(tmp_path), stderr=subprocess.PIPE)
-    wait_until(lambda: log.exists() and 'runs as' in log.read_text(), 20)
+    wait_until(lambda: log.exists() and 'started, pid' in log.read_text(), 20)
     process.terminate()
     assert process.communicate(timeout=20) == (None, b'')
     assert said in log.read_text()
@@ -638,7 +666,7 @@ try:
     runpy.run_path('bundle.pyz', run_name='__main__')
 finally:
     os.chdir('/')                               # what is imported later is found from there, too
-    import chirp
+    import chirpwire
     print(json.dumps(compiled))
 """
 
@@ -674,7 +702,8 @@ def test_two_bundles_and_two_ini_files_are_enough(tmp_path):
     try:
         said = [line.decode() for line in itertools.islice(host.stdout, 2)][1]
         port = re.search('broker on [^:]+:([0-9]+)', said).group(1)
-        (tmp_path / 'guest.ini').write_text('[Broker]\nport = %s\nhost = 127.0.0.1\n[VM]\nid = g\n' % port)
+        (tmp_path / 'guest.ini').write_text('[Broker]\nport = %s\nhost = 127.0.0.1\n[VM]\nid = g\n'
+                                             'state_dir = state\n' % port)
         guest = begin('vmguest', 'guest.ini')
         assert any(b'joined the host' in line for line in guest.stdout)
         out = subprocess.check_output(alone + ['vmhost', 'host.ini', 'run', 'g', '--', 'echo', 'hello'],

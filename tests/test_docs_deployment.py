@@ -185,7 +185,8 @@ def test_a_command_outlives_an_upgrade_with_the_init_script(machine):
     with Host(machine / 'host') as host:
         with open(str(machine / 'etc/vmguest/guest.ini'), 'w') as file:
             file.write('[Broker]\nhost=127.0.0.1\nport=%d\n[Chirp]\nport=0\n[VM]\nid=g\nname=g\n'
-                       'dir_to_serve=%s\n' % (host.broker_port, machine / 'var/lib'))
+                       'dir_to_serve=%s\nstate_dir=%s\n'
+                       % (host.broker_port, machine / 'var/lib', machine / 'state'))
         assert run([script, 'status']).returncode == 3
         upgrade(machine)                     # from nothing
         with host.api as api:

@@ -196,8 +196,9 @@ def one_process(folder, monkeypatch, **server):
     host = hostagent.Host(agent.read_settings(str(folder / 'ini'), hostconfig.SETTINGS))
     try:
         with chirpserver.ChirpServer(str(folder / 'served'), allow=['127.0.0.1'], **server) as files:
-            monkeypatch.setattr(host, 'connected', lambda vm: hostguests.Guest(vm.upper(), vm))
-            monkeypatch.setattr(host, 'chirp_client', lambda guest: chirpclient.ChirpClient(*files.address))
+            monkeypatch.setattr(host.machines, 'connected', lambda vm: hostguests.Guest(vm.upper(), vm))
+            monkeypatch.setattr(host.machines, 'chirp_client',
+                                lambda guest: chirpclient.ChirpClient(*files.address))
             yield host
     finally:
         host.stop()
@@ -224,8 +225,8 @@ def test_one_transfer_at_a_time_goes_to_a_place(tmp_path, monkeypatch):
     (tmp_path / 'link').symlink_to(tmp_path)
     one, two, back = (str(tmp_path / name) for name in ('one', 'two', 'back'))
     with one_process(tmp_path, monkeypatch) as host:
-        client = host.chirp_client
-        monkeypatch.setattr(host, 'chirp_client', lambda guest: gate.wait(20) and client(guest))
+        client = host.machines.chirp_client
+        monkeypatch.setattr(host.machines, 'chirp_client', lambda guest: gate.wait(20) and client(guest))
         try:
             first = host.transfers.start('put', 'g', one, 'a/there')
             with pytest.raises(faults.Busy, match=first.id):
@@ -247,8 +248,8 @@ def test_a_transfer_that_waits_is_cancelled_at_once(tmp_path, monkeypatch):
     gate = threading.Event()
     (tmp_path / 'source').write_text('content')
     with one_process(tmp_path, monkeypatch) as host:
-        client = host.chirp_client
-        monkeypatch.setattr(host, 'chirp_client', lambda guest: gate.wait(20) and client(guest))
+        client = host.machines.chirp_client
+        monkeypatch.setattr(host.machines, 'chirp_client', lambda guest: gate.wait(20) and client(guest))
         try:
             transfers = [host.transfers.start('put', 'g', str(tmp_path / 'source'), 'there%d' % n)
                          for n in range(host.settings.Host.max_transfers + 1)]
@@ -319,7 +320,7 @@ def test_output_is_fetched_and_stays_when_the_guest_is_gone(tmp_path):
         with Agent(tmp_path / 'guest', host, 'g') as guest, host.api as api:
             cmd_id = api.runCmd('g', sys.executable, ['-c', WRITER % 300])
             assert host.results(cmd_id)['out-size'] == 300 * 65536
-            folder = os.path.join(guest.files, '.vmguest-spool', 'g', cmd_id)
+            folder = os.path.join(guest.state, 'spool', 'g', cmd_id)
             wait_until(lambda: os.path.exists(os.path.join(folder, 'acked')), 60)
         with host.api as api:
             whole = bytes(range(256)) * 256
@@ -347,7 +348,7 @@ def test_what_is_forgotten_while_it_is_fetched_is_fetched_no_further(tmp_path, m
             cmd_id = begin_to_fetch()
             assert api.forgetCmd(cmd_id) is True
             wait_until(lambda: os.listdir(output) == [], 10)
-            acked = os.path.join(guest.files, '.vmguest-spool', 'g', cmd_id, 'acked')
+            acked = os.path.join(guest.state, 'spool', 'g', cmd_id, 'acked')
             wait_until(lambda: os.path.exists(acked), 10)
             begin_to_fetch()
         host.stop()
@@ -362,14 +363,15 @@ def test_output_is_on_the_disk_before_it_is_acknowledged(tmp_path, monkeypatch):
     host = hostagent.Host(agent.read_settings(str(tmp_path / 'ini'), hostconfig.SETTINGS))
     done, said = [], threading.Event()
     monkeypatch.setattr(os, 'fsync', lambda fd: done.append(os.readlink('/proc/self/fd/%d' % fd)))
-    monkeypatch.setattr(host, 'say', lambda message: (done.append(message.word), said.set()))
+    monkeypatch.setattr(host.fetcher, '_say', lambda message: (done.append(message.word), said.set()))
     try:
         with chirpserver.ChirpServer(str(tmp_path / 'served'), allow=['127.0.0.1']) as server:
             guest = hostguests.Guest('G', 'g')
-            monkeypatch.setattr(host, 'connected', lambda vm: guest)
-            monkeypatch.setattr(host, 'chirp_client', lambda guest: chirpclient.ChirpClient(*server.address))
+            monkeypatch.setattr(host.machines, 'connected', lambda vm: guest)
+            monkeypatch.setattr(host.machines, 'chirp_client',
+                                lambda guest: chirpclient.ChirpClient(*server.address))
             request = {'cmd': 'x', 'args': [], 'env': {}, 'path': '', 'options': {}}
-            cmd_id = host.commands.new(request, 'g', False, [guest], False, 'tester')[0]
+            cmd_id = host.commands.new(request, 'g', False, [guest], 'tester')[0]
             results = dict(hostcommands.lost_results(cmd_id, ''), spool='/')
             results.update({'out-size': 1000000, 'out-offset': 900000})
             execution = host.commands.find(cmd_id)[0]
@@ -410,7 +412,7 @@ def test_a_guest_without_files_is_acknowledged_all_the_same(tmp_path):
         with host.api as api:
             cmd_id = api.runCmd('g', 'sh', ['-c', 'yes | head -c 300000'])
             assert host.results(cmd_id)['out-size'] == 300000
-            folder = os.path.join(guest.files, '.vmguest-spool', 'g', cmd_id)
+            folder = os.path.join(guest.state, 'spool', 'g', cmd_id)
             wait_until(lambda: os.path.exists(os.path.join(folder, 'acked')), 30)
             assert read_output(api, cmd_id, 'out') == b'y\n' * 150000
             assert api.cpFileToVM('g', __file__)[2] == 1
@@ -431,7 +433,7 @@ def test_the_real_server_of_another_user_serves_files_and_no_output(tmp_path):
             assert api.cpFileToVM('g', __file__, 'there') == ['', '', 0], guest.log()
             cmd_id = api.runCmd('g', 'sh', ['-c', 'yes | head -c 300000'])
             host.results(cmd_id)
-            spool = os.path.join(guest.files, '.vmguest-spool', 'g', cmd_id)
+            spool = os.path.join(guest.state, 'spool', 'g', cmd_id)
             wait_until(lambda: os.path.exists(os.path.join(spool, 'acked')), 30)
             assert api.cpFileFromVM('g', '.vmguest-spool/g/%s/out' % cmd_id, str(tmp_path / 'x'))[2] == 1
             assert read_output(api, cmd_id, 'out') == b'y\n' * 150000

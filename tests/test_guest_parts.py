@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 from agents import TOP, Agent, Host
@@ -16,6 +17,12 @@ from helpers import wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 
+import agent
+import guestmachine
+import guestreports
+import guestrequests
+import guestrunner
+import guestspool
 import protocol
 import vmguest
 
@@ -88,35 +95,36 @@ def test_it_finds_broker_card_and_id_by_itself(network, route, tmp_path):
 def test_addresses_and_cards(network):
     _, guest = network
     subprocess.check_call(['ip', '-n', guest, 'route', 'add', 'default', 'via', '10.93.0.1'])
-    done = in_namespace(guest, sys.executable, '-c', 'import vmguest, json; net = vmguest.Network(); '
-                        'print(json.dumps([net.gateways(), net.candidates(), net.interfaces(), '
+    done = in_namespace(guest, sys.executable, '-c', 'import guestmachine, json\n'
+                        'net = guestmachine.Network()\n'
+                        'print(json.dumps([net.gateways(), net.candidates(61613), net.interfaces(), '
                         'net.mac_of("card"), net.address_of("card"), net.interface_with("10.93.0.7"), '
                         'net.interface_with("127.0.0.1"), net.mac_of("lo"), net.mac_of("none")]))', cwd=TOP)
     gateways, candidates, cards, mac, address, carries, over_loopback, lo, none = json.loads(done.stdout)
-    assert gateways == ['10.93.0.1'] and candidates[0] == '10.93.0.1' and candidates[-1] == '127.0.0.1'
+    assert gateways == ['10.93.0.1'] and candidates[0] == '10.93.0.1' and '127.0.0.1' not in candidates
     assert (cards, mac, address) == (['card'], MAC, '10.93.0.7')
     assert (carries, over_loopback, lo, none) == ('card', 'card', '', '')
 
 
 def test_without_proc_the_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(vmguest.Network, '_has_proc', lambda self: False)
+    monkeypatch.setattr(guestmachine.Network, '_has_proc', lambda self: False)
     monkeypatch.setitem(sys.modules, 'netifaces', None)
-    with pytest.raises(vmguest.GuestError, match='netifaces-plus'):
-        vmguest.Network().interfaces()
+    with pytest.raises(agent.AgentError, match='netifaces-plus'):
+        guestmachine.Network().interfaces()
 
 
 # --- the spool ---
 
 @given(st.text(min_size=1, max_size=200))
 def test_any_cmd_id_has_a_folder_name_of_its_own(cmd_id):
-    name = vmguest.folder_name(cmd_id)
+    name = guestspool.folder_name(cmd_id)
     assert re.fullmatch('[A-Za-z0-9][A-Za-z0-9._@-]{0,127}', name)
     assert name == cmd_id or name.startswith('x-')
 
 
 @pytest.fixture
 def spool(tmp_path):
-    spool = vmguest.Spool(str(tmp_path), 'A', 'boot')
+    spool = guestspool.Spool(str(tmp_path), 'A', 'boot')
     yield spool
     spool.close()
 
@@ -127,9 +135,9 @@ def test_a_folder_is_claimed_once(spool):
 
 
 def test_one_agent_at_a_time(spool, tmp_path):
-    with pytest.raises(vmguest.GuestError, match='another vmguest with the id A'):
-        vmguest.Spool(str(tmp_path), 'A', 'boot')
-    vmguest.Spool(str(tmp_path), 'B', 'boot').close()
+    with pytest.raises(agent.AgentError, match='another vmguest with the id A'):
+        guestspool.Spool(str(tmp_path), 'A', 'boot')
+    guestspool.Spool(str(tmp_path), 'B', 'boot').close()
 
 
 DAY = 86400.0
@@ -141,12 +149,12 @@ class Machine:
     def __init__(self, root, monkeypatch):
         self.root = str(root)
         self.wall, self.monotonic, self.boots = 1.7e9, 1000.0, 0
-        monkeypatch.setattr(vmguest.time, 'time', lambda: self.wall)
-        monkeypatch.setattr(vmguest.time, 'monotonic', lambda: self.monotonic)
+        monkeypatch.setattr(guestspool.time, 'time', lambda: self.wall)
+        monkeypatch.setattr(guestspool.time, 'monotonic', lambda: self.monotonic)
         self.start()
 
     def start(self):
-        self.spool = vmguest.Spool(self.root, 'A', 'boot-%d' % self.boots)
+        self.spool = guestspool.Spool(self.root, 'A', 'boot-%d' % self.boots)
         self.spool.load()
 
     def die(self):
@@ -162,21 +170,21 @@ class Machine:
     def pass_time(self, seconds):
         self.monotonic += seconds
         self.wall += seconds
-        self.keep_house()
+        self.sweep()
 
     def set_clock(self, seconds):
         self.wall = seconds
-        self.keep_house()
+        self.sweep()
 
-    def keep_house(self):
-        while not self.spool.let_go(10, 7 * DAY):
+    def sweep(self):
+        while not self.spool.sweep(10, 7 * DAY):
             continue
 
     def end_command(self, cmd_id):
         """It ran, and its results are acknowledged."""
         command = self.spool.claim(cmd_id)
         for name in ('request.json', 'result.json'):
-            vmguest.write_file(command.path(name), json.dumps({'cmd-id': cmd_id, 'state': 'exited'}))
+            guestspool.write_file(command.path(name), json.dumps({'cmd-id': cmd_id, 'state': 'exited'}))
         command.acknowledge(self.spool.clock.now())
         return command
 
@@ -219,7 +227,7 @@ def test_agents_of_one_boot_go_on_counting(machine):
         machine.monotonic += 2 * DAY
         machine.wall = wall
         machine.start()
-        machine.keep_house()
+        machine.sweep()
         assert machine.remembers('c')
     machine.pass_time(DAY + 1)
     assert not machine.remembers('c')
@@ -233,11 +241,11 @@ def test_another_boot_counts_what_was_saved(machine, orderly):
         machine.pass_time(2 * DAY)
         machine.set_clock(wall)
         machine.reboot(orderly)
-        machine.keep_house()
+        machine.sweep()
         assert machine.remembers('c')
     machine.pass_time(DAY - 60)
     assert machine.remembers('c')
-    machine.pass_time(60 + 4 * vmguest.SAVE_CLOCK_EVERY)
+    machine.pass_time(60 + 4 * guestspool.SAVE_CLOCK_EVERY)
     assert not machine.remembers('c')
 
 
@@ -260,7 +268,7 @@ def test_what_is_damaged_is_set_aside_and_never_forgotten_meanwhile(machine, mon
     for step in range(1, 6):
         command = machine.spool.claim('c-%d' % step)
         for name in ('runner', 'request.json', 'out'):
-            vmguest.write_file(command.path(name), '{"torn')
+            guestspool.write_file(command.path(name), '{"torn')
         machine.die()
         with monkeypatch.context() as patch:
             die_at(patch, step)
@@ -298,14 +306,14 @@ def die_at(patch, step):
 
 @given(st.binary(max_size=300), st.integers(0, 310))
 def test_a_tail_begins_where_it_says(data, room):
-    class Kept(vmguest.Command):
+    class Kept(guestspool.Command):
         def size(self, name):
             return len(data)
 
         def slice(self, name, offset, length):
             return data[offset:offset + length]
     keys = {}
-    vmguest.put_tail(keys, 'out', Kept('', '/'), room)
+    guestreports.put_tail(keys, 'out', Kept('', '/'), room)
     offset = keys['out-offset']
     assert keys['out-size'] == len(data) and len(data) - offset <= room
     message = protocol.Message('', 'CMD_RESULTS', None, keys)
@@ -318,13 +326,13 @@ def test_a_tail_begins_where_it_says(data, room):
 
 @pytest.mark.parametrize('name, number', [('TERM', 15), ('SIGKILL', 9), ('2', 2), ('int', 2)])
 def test_signals_by_name_and_number(name, number):
-    assert vmguest.signal_number(name) == number
+    assert guestrequests.signal_number(name) == number
 
 
 @pytest.mark.parametrize('name', ['', 'NONSENSE', '0', '-9', '9999', '٣'])
 def test_what_is_no_signal(name):
     with pytest.raises(protocol.BadWord):
-        vmguest.signal_number(name)
+        guestrequests.signal_number(name)
 
 
 @pytest.mark.parametrize('pipes', [0, 1, 2])
@@ -340,7 +348,8 @@ def test_a_runner_out_of_descriptors_fails_and_keeps_none(pipes, tmp_path, monke
         return pipe()
     before = os.listdir('/proc/self/fd')
     monkeypatch.setattr(os, 'pipe', limited)
-    runner = vmguest.Runner(str(tmp_path), 0, 0, vmguest.Unsynced())
+    process = types.SimpleNamespace(wakeup=0, reports=0, starter=-1, unsynced=guestrunner.Unsynced())
+    runner = guestrunner.Runner(str(tmp_path), process)
     assert runner.claim()
     runner.run()
     runner.close()
@@ -362,16 +371,16 @@ def test_results_that_nobody_acknowledges_are_brought_to_the_disk(monkeypatch):
                 raise self.error
             self.synced += 1
     now = [100.0]
-    monkeypatch.setattr(vmguest.time, 'monotonic', lambda: now[0])
-    unsynced = vmguest.Unsynced()
+    monkeypatch.setattr(guestspool.time, 'monotonic', lambda: now[0])
+    unsynced = guestrunner.Unsynced()
     assert unsynced.due is None
     commands = [Command('acknowledged', True), Command('gone', error=FileNotFoundError()), Command('alone')]
     for command in commands:
         unsynced.add(command)
     later = Command('later')
-    now[0] += vmguest.ACK_PATIENCE / 2
+    now[0] += guestrunner.ACK_PATIENCE / 2
     unsynced.add(later)
-    assert unsynced.due == 100 + vmguest.ACK_PATIENCE
+    assert unsynced.due == 100 + guestrunner.ACK_PATIENCE
     unsynced.sync_due()
     assert not any(command.synced for command in commands)
     now[0] = unsynced.due
@@ -409,7 +418,7 @@ def test_the_bundle_runs_alone_in_an_empty_folder(python, tmp_path):
     subprocess.check_call([sys.executable, GUEST, '--bundle', str(folder / 'vmguest.pyz')])
     with Host(tmp_path / 'host') as host:
         (folder / 'guest.ini').write_text('[Broker]\nhost = 127.0.0.1\nport = %d\n[VM]\nid = alone\nname = '
-                                          'alone\ndir_to_serve = .\n[Chirp]\nport = 0\n' % host.broker_port)
+                                          'alone\nstate_dir = state\n[Chirp]\nport = 0\n' % host.broker_port)
         with open(str(tmp_path / 'log'), 'wb') as log:
             guest = subprocess.Popen([python, '-I', '-S', 'vmguest.pyz', 'guest.ini'], cwd=str(folder),
                                      stdout=log, stderr=log)
@@ -433,6 +442,13 @@ def test_what_the_host_imports_is_on_every_system():
 
 # --- start and stop ---
 
+@pytest.mark.parametrize('words, found', [
+    ([], ([], {})), (['a.ini'], (['a.ini'], {})), (['--check', 'a.ini'], (['a.ini'], {'--check': 'yes'})),
+    (['--broker', 'here', 'a.ini'], (['a.ini'], {'--broker': 'here'})), (['--broker'], (['--broker'], {}))])
+def test_options(words, found):
+    assert vmguest.split_options(words) == found
+
+
 def test_a_dead_fork_server_is_replaced(tmp_path):
     with Host(tmp_path / 'host') as host, Agent(tmp_path / 'guest', host, 'g') as guest:
         with host.api as api:
@@ -442,7 +458,7 @@ def test_a_dead_fork_server_is_replaced(tmp_path):
             os.kill(int(children.read().split()[0]), signal.SIGKILL)
         assert host.run('g', 'echo', 'hello')['out'] == 'hello\n'
         assert host.results(long)['out'] == 'still here\n'
-        assert 'begins anew' in guest.log()
+        assert 'restarts itself' in guest.log()
 
 
 @pytest.mark.parametrize('ini, words', [

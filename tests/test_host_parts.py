@@ -1,5 +1,6 @@
 """The host's parts by themselves: journal, guests, commands, trust, marshalling. No sockets."""
 
+import math
 import os
 import sqlite3
 import threading
@@ -13,15 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import agent
+import climachines
 import faults
 import hostapi
-import hostcli
 import hostcommands
 import hostguests
 import hostjournal
-import hosttransfers
+import hostrequests
 import hosttrust
+import hostworkers
 import protocol
+import rpc
 import stompbroker
 import vmhost
 from protocol import Message
@@ -54,9 +57,10 @@ def results_of(cmd_id, **changes):
     return dict(results, **changes)
 
 
-def new_command(commands, names=('a',), multicast=False, queued=False):
+def new_command(commands, names=('a',), multicast=False, queued=False, **options):
     guests = [hostguests.Guest(name.upper(), name) for name in names]
-    return commands.new(REQUEST, names[0], multicast, guests, queued, 'tester')
+    return commands.new(dict(REQUEST, options=options), names[0], multicast, guests, 'tester',
+                        guests if queued else ())
 
 
 # --- journal ---
@@ -154,8 +158,9 @@ def test_a_newer_journal_is_refused(tmp_path):
 def test_an_older_journal_is_brought_up_to_date(tmp_path):
     path = str(tmp_path / 'journal')
     old = sqlite3.connect(path)
-    old.executescript('\n'.join(line for line in hostjournal.SCHEMA.splitlines()
-                                if 'of_cmd ' not in line and 'by_submission' not in line))
+    schema = '\n'.join(line for line in hostjournal.SCHEMA.splitlines() if not any(
+        new in line for new in ('of_cmd ', 'by_submission', 'TABLE secrets')))
+    old.executescript(schema.replace(" expires REAL NOT NULL DEFAULT 0, line TEXT NOT NULL DEFAULT '',", ''))
     old.execute("INSERT INTO commands VALUES ('c', 'a', 0, '{}', 1, 'x')")
     old.execute('PRAGMA user_version = 1')
     old.commit()
@@ -164,7 +169,9 @@ def test_an_older_journal_is_brought_up_to_date(tmp_path):
     try:
         assert journal.command('c')['client'] == 'x'
         assert journal.rows('PRAGMA user_version') == [(hostjournal.JOURNAL_FORMAT,)]
-        assert ('by_submission',) in journal.rows("SELECT name FROM sqlite_master WHERE type = 'index'")
+        made = journal.rows('SELECT name FROM sqlite_master')
+        assert ('by_submission',) in made and ('secrets',) in made
+        assert journal.executions('expires = 0 AND line = ?', '') == []
     finally:
         journal.close()
 
@@ -357,7 +364,7 @@ def test_results_are_read_or_refused(keys):
         return
     assert set(hostcommands.lost_results('x', '')) <= set(results)
     protocol.read_json(protocol.write_json(results))
-    hostapi.to_xml(hostapi.shown_results(results))
+    rpc.to_xml(hostapi.shown_results(results))
 
 
 # --- trust ---
@@ -456,14 +463,15 @@ def test_only_the_addressed_are_sent_it(policy):
     {'limits': {'nothing': 1}}, {'stdin': 5}, {'typo': 1}])
 def test_options_that_no_guest_could_follow(options):
     with pytest.raises(faults.InvalidParams):
-        hostapi.read_options(options)
+        hostrequests.read_options(options)
 
 
 def test_signals_by_their_names_and_numbers():
-    assert [hostapi.read_signal(name) for name in ('TERM', 'sigusr1', 9, '15')] == ['TERM', 'USR1', '9', '15']
+    read = [hostrequests.read_signal(name) for name in ('TERM', 'sigusr1', 9, '15')]
+    assert read == ['TERM', 'USR1', '9', '15']
     for name in ('FOO', '', '0', 0, 999, -1, True, 'TERM2'):
         with pytest.raises(faults.InvalidParams):
-            hostapi.read_signal(name)
+            hostrequests.read_signal(name)
 
 
 @pytest.mark.parametrize('filter', [
@@ -480,19 +488,19 @@ def test_null_is_as_good_as_nothing():
 
 
 def test_where_vms_reach_the_broker():
-    assert hostcli.is_out_of_reach('127.0.0.1:61613', 'hostonly')
-    assert not hostcli.is_out_of_reach('127.0.0.1:61613', 'nat')
-    assert not hostcli.is_out_of_reach('192.168.56.1:61613', 'hostonly')
+    assert climachines.is_out_of_reach('127.0.0.1:61613', 'hostonly')
+    assert not climachines.is_out_of_reach('127.0.0.1:61613', 'nat')
+    assert not climachines.is_out_of_reach('192.168.56.1:61613', 'hostonly')
 
 
 # --- what XML-RPC can carry ---
 
-values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
                       lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
 
 
 def carried(value):
-    """What of a value arrives: XML has no control characters, XML-RPC no None and no big integers."""
+    """What of a value arrives: neither control characters, nor None, big integers and infinity."""
     if value is None:
         return ''
     if isinstance(value, str):
@@ -505,23 +513,25 @@ def carried(value):
         return {carried(name): carried(item) for name, item in value.items()}
     if isinstance(value, int) and not isinstance(value, bool) and not -2 ** 31 <= value < 2 ** 31:
         return float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return 0.0
     return value
 
 
 @given(values)
 def test_every_answer_can_be_carried(value):
-    xml = hostapi.RESPONSE % hostapi.to_xml(value)
-    (answer,), _ = xmlrpc.client.loads(xml.encode('utf-8'))
+    xml = rpc.write_answer(rpc.to_xml(value))
+    (answer,), _ = xmlrpc.client.loads(xml)
     assert answer == carried(value) and repr(answer) == repr(carried(value))
 
 
 def test_bytes_are_carried_and_what_no_answer_holds_is_refused():
-    data = xmlrpc.client.Binary(bytes(range(256)) * 10)
-    xml = hostapi.to_xml(['a & b', data, hostapi.to_xml(True)])
-    (answer,), _ = xmlrpc.client.loads(hostapi.RESPONSE % xml)
-    assert answer == ['a & b', data, True]
+    data = bytes(range(256)) * 10
+    xml = rpc.to_xml(['a & b', rpc.Binary(data), rpc.to_xml(True)])
+    (answer,), _ = xmlrpc.client.loads(rpc.write_answer(xml))
+    assert answer == ['a & b', xmlrpc.client.Binary(data), True]
     with pytest.raises(TypeError, match='set in an answer'):
-        hostapi.to_xml([{1}])
+        rpc.to_xml([{1}])
 
 
 def test_the_arrows_between_the_files():
@@ -542,44 +552,45 @@ def test_the_arrows_between_the_files():
         assert imported & ours <= allowed[name], name
 
 
-class Lookups:
-    """Renames that are counted, and wait for ``go``."""
+# --- workers ---
 
-    def __init__(self):
-        self.seen, self.go, self.stopping = [], threading.Event(), threading.Event()
-        self.lookup = hosttransfers.NameLookup(self.rename, self.stopping)
+class Gate:
+    """A batch whose work is recorded, and waits for ``go``."""
 
-    def rename(self, guest):
-        self.seen.append(guest.id)
+    def __init__(self, after=0.0):
+        self.seen, self.go = [], threading.Event()
+        self.batch = hostworkers.Batch('batch', self.work, after=after)
+
+    def work(self, entries):
+        self.seen.append(sorted(entries))
         assert self.go.wait(20)
 
 
-def test_many_hellos_are_one_lookup(monkeypatch):
-    monkeypatch.setattr(hosttransfers, 'LOOKUP_EVERY', 0.01)
-    lookups = Lookups()
-    first, other = (hostguests.Guest(id, id) for id in ('first', 'other'))
+def test_what_comes_meanwhile_is_one_batch():
+    gate = Gate(after=0.01)
     before = threading.active_count()
-    lookups.lookup.look_up(first)
-    helpers.wait_until(lambda: lookups.seen == ['first'])
-    for guest in [first, other] * 1000:
-        lookups.lookup.look_up(guest)
+    gate.batch.add('first')
+    helpers.wait_until(lambda: gate.seen == [['first']])
+    for entry in ['first', 'other'] * 1000:
+        gate.batch.add(entry)
     assert threading.active_count() == before + 1
-    lookups.go.set()
-    helpers.wait_until(lambda: len(lookups.seen) == 3)
-    assert lookups.seen == ['first', 'first', 'other']
-    lookups.lookup.look_up(other)                   # later ones are looked up, too
-    helpers.wait_until(lambda: len(lookups.seen) == 4)
-    lookups.stopping.set()
-    lookups.lookup.stop(time.monotonic() + 20)
+    gate.go.set()
+    helpers.wait_until(lambda: len(gate.seen) == 2)
+    assert gate.seen == [['first'], ['first', 'other']]
+    gate.batch.add('other')                         # later ones are worked on, too
+    helpers.wait_until(lambda: len(gate.seen) == 3)
+    gate.batch.stop(time.monotonic() + 20)
     assert threading.active_count() == before
 
 
-def test_lookups_are_bounded(monkeypatch):
-    monkeypatch.setattr(hosttransfers, 'NAMES_WAITING', 10)
-    lookups = Lookups()
+def test_a_batch_is_bounded(monkeypatch):
+    monkeypatch.setattr(hostworkers, 'BATCH_LIMIT', 10)
+    gate = Gate()
+    gate.batch.add('first')
+    helpers.wait_until(lambda: gate.seen)
     for number in range(1000):
-        lookups.lookup.look_up(hostguests.Guest(str(number), ''))
-    assert len(lookups.lookup._waiting) <= 10
-    lookups.stopping.set()
-    lookups.go.set()
-    lookups.lookup.stop(time.monotonic() + 20)
+        gate.batch.add(number)
+    gate.go.set()
+    helpers.wait_until(lambda: len(gate.seen) == 2)
+    gate.batch.stop(time.monotonic() + 20)
+    assert gate.seen[1] == list(range(10))

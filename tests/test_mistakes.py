@@ -1,5 +1,6 @@
 """Ten common mistakes: each ends in one sentence that says what to do, and never in a traceback."""
 
+import contextlib
 import glob
 import os
 import re
@@ -92,10 +93,12 @@ def test_a_wrong_token(tmp_path):
         token = os.path.join(host.state, 'xmlrpc.token')
         with open(token, 'w') as file:
             file.write('wrong')
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(host.state, 'xmlrpc.sock'))      # as where there is none: by TCP
         for words, code in ((('ls',), 1), (('run', 'x', '--', 'true'), 255), (('check',), 1)):
             done = host.verb(*words)
             assert done.returncode == code
-            sentences((done.stdout + done.stderr).decode(), token, 'restart it, or put back the token')
+            sentences((done.stdout + done.stderr).decode(), token, 'does not know the token', 'restart')
 
 
 def test_no_host_or_one_that_is_gone(tmp_path):
@@ -120,7 +123,7 @@ def test_a_guest_that_cannot_reach_the_broker(tmp_path):
     with socket.socket() as closed:
         closed.bind(('127.0.0.1', 0))       # and doesn't listen
         port = closed.getsockname()[1]
-        ini = write(tmp_path / 'guest.ini', '[Broker]\nhost = 127.0.0.1\nport = %d\n[VM]\ndir_to_serve = .\n'
+        ini = write(tmp_path / 'guest.ini', '[Broker]\nhost = 127.0.0.1\nport = %d\n[VM]\nstate_dir = state\n'
                     % port)
         code, text = run('--check', ini, program='vmguest.py')
         assert code == 1
@@ -184,7 +187,7 @@ def test_a_full_disk(full, tmp_path):
     code, text = run(ini, 'check')
     assert code == 1
     sentences(text, str(full), 'make room')
-    guest = write(tmp_path / 'guest.ini', '[VM]\ndir_to_serve = %s\n' % full)
+    guest = write(tmp_path / 'guest.ini', '[VM]\nstate_dir = %s\n' % (full / 'state'))
     code, text = run('--check', guest, program='vmguest.py')
     assert code == 1
     sentences(text, str(full), 'make room')
@@ -215,7 +218,7 @@ def test_a_read_only_folder(readonly, tmp_path):
         code, text = run(*words)
         assert code == 1
         sentences(text, str(readonly), 'state_dir')
-    guest = write(tmp_path / 'guest.ini', '[VM]\ndir_to_serve = %s\n' % readonly)
+    guest = write(tmp_path / 'guest.ini', '[VM]\nstate_dir = state\ndir_to_serve = %s\n' % readonly)
     for words in ((guest,), ('--check', guest)):
         code, text = run(*words, program='vmguest.py')
         assert code == 1

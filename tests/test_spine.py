@@ -22,9 +22,9 @@ from helpers import fault_of, wait_until
 
 import agent
 import hostagent
-import hostapi
 import hostconfig
-import hosttransfers
+import hostserver
+import hostworkers
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
 
@@ -83,24 +83,24 @@ def test_200_exit_codes_from_16_clients(host, guest):
 
 
 @pytest.mark.parametrize('cmd, path, error', [
-    ('no-such-program', '', 'FileNotFoundError'),
-    ('/etc/passwd', '', 'PermissionError'),
-    ('true', 'no/such/folder', 'FileNotFoundError')])
+    ('no-such-program', '', 'ENOENT: '),
+    ('/etc/passwd', '', 'EACCES: '),
+    ('true', 'no/such/folder', 'ENOENT: ')])
 def test_what_can_not_start_fails_at_once(host, guest, api, cmd, path, error):
     results = host.results(api.runCmd('one', cmd, [], {}, path), 10)
     assert (results['state'], results['finished'], results['exitCodeOrSignal']) == ('failed', False, -1)
-    assert error in results['error']
+    assert results['error'].startswith(error)
 
 
-def test_timeout_leaves_no_process_of_the_session(host, guest):
+def test_timeout_leaves_no_process(host, guest):
+    """Whatever session it made for itself."""
     begin = time.monotonic()
     inside, left, last = sleeps(77), sleeps(78), sleeps(79)
     results = host.run('one', 'sh', '-c', 'trap "" TERM; %s & setsid %s & %s' % (inside, left, last),
                        timeout=1, killAfter=1)
     assert results['state'] == 'timeout'
     assert time.monotonic() - begin < 20
-    assert not processes_called(inside) and not processes_called(last)
-    end_processes(left)                 # it left the session, and is ours to end
+    assert not any(map(processes_called, (inside, left, last)))
 
 
 def sleeps(seconds):
@@ -185,7 +185,7 @@ def test_another_user_tells_its_progress(host, guest, api, monkeypatch):
     cmd_id = api.runCmd('one', 'sh', ['-c', script], {}, '/', '', {'user': 'nobody'})
     results = host.results(cmd_id)
     assert 'denied' in results['err'] and 'progress' not in results['err'], results
-    with open(os.path.join(guest.files, '.vmguest-spool', 'one', cmd_id, 'progress')) as file:
+    with open(os.path.join(guest.state, 'spool', 'one', cmd_id, 'progress')) as file:
         assert file.read() == 'half\n'
 
 
@@ -684,14 +684,15 @@ def test_all_of_a_multicast_tell_how_far_they_are(host, guest, api, tmp_path):
         wait_until(lambda: api.waitCmd(blocks, 20) and api.waitCmd(multicast, 20), 60)
 
 
-def test_a_signal_follows_a_command_that_never_arrived(host, tmp_path, api):
+def test_a_kill_is_for_good_though_nobody_answers(host, tmp_path, api):
     agent = Agent(tmp_path, host, 'deaf').start()
     agent.stop(signal.SIGKILL)
     cmd_id = api.runCmd('deaf', 'sleep', ['60'])
     assert api.signalCmd(cmd_id, 'TERM') is True
     with agent:
+        assert host.run('deaf', 'true')['state'] == 'exited'
         results = host.results(cmd_id, 60)
-        assert (results['state'], results['exitCodeOrSignal']) == ('signaled', signal.SIGTERM)
+        assert (results['state'], results['by']) == ('cancelled', 'signalCmd')
 
 
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
@@ -700,7 +701,7 @@ def test_a_full_disk_behind_standard_output(host, guest, api):
         done = subprocess.run(host.command('run', 'one', '--', 'sh', '-c', 'echo hi; sleep 0.2'), stdout=full,
                               stderr=subprocess.PIPE, timeout=60)
         assert done.returncode == 255 and b'No space' in done.stderr and b'Traceback' not in done.stderr
-        cmd_id = re.search('goes on as ([0-9a-f-]+)', done.stderr.decode()).group(1)
+        cmd_id = re.search('continues as ([0-9a-f-]+)', done.stderr.decode()).group(1)
         assert host.results(cmd_id)['out'] == 'hi\n'
         done = subprocess.run(host.command('ls'), stdout=full, stderr=subprocess.PIPE, timeout=60)
         assert done.returncode == 255 and b'Traceback' not in done.stderr
@@ -729,13 +730,13 @@ def test_a_caller_that_no_thread_is_left_for_is_turned_away(tmp_path, monkeypatc
             raise RuntimeError('can\'t start new thread')
         start(thread)
     try:
-        host.server = hostapi.XMLRPCServer(host)
+        host.server = hostserver.Server(host)
         host.server.start()
         with monkeypatch.context() as patched:
             patched.setattr(threading.Thread, 'start', start_none)
             with socket.create_connection(host.server.address, 20) as sock:
                 assert sock.recv(1) == b''
-            workers, done = hosttransfers.Workers('transfer', 1), threading.Event()
+            workers, done = hostworkers.Workers('transfer', 1), threading.Event()
             workers.do(done.set)
         workers.do(lambda: None)
         assert done.wait(20)               # what could not begin begins with the next

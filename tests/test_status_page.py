@@ -20,11 +20,12 @@ import pytest
 from agents import TOP, Agent, Host
 from chromium import CHROMIUM, Browser
 from helpers import wait_until
+from vms import SETTINGS
 
-import hostapi
 import hostguests
 import hostjournal
-import virtualbox
+import hostpages
+import hypervisor
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
 in_chromium = pytest.mark.skipif(CHROMIUM is None, reason='no chromium here')
@@ -125,19 +126,20 @@ def test_the_token_shows_all(host):
     assert get(host, '/nothing')[0] == 404
 
 
-def test_a_link_is_good_once_and_its_cookie_for_the_status_page_alone(host, api):
+def test_a_link_is_good_once_and_its_visit_for_the_status_page_alone(host, api):
     link = api.getStatusLink()
     assert link.startswith('http://%s/status?key=' % host.address)
     code, headers, page = get(host, path_of(link), basic=False)
     assert code == 200 and page.startswith(b'<!DOCTYPE html>')
-    cookie = headers['Set-Cookie']
-    assert cookie.endswith('; Path=/status; HttpOnly; SameSite=Strict')
+    assert 'Set-Cookie' not in headers         # browsers show a cookie to each port of an address
+    visit = re.search(b'<meta name="visit" content="([^"]{20,})">', page).group(1).decode()
     key = urllib.parse.parse_qs(urllib.parse.urlsplit(link).query)['key'][0]
-    assert key not in cookie and key.encode() not in page
+    assert key != visit and key.encode() not in page
     assert get(host, path_of(link), basic=False)[0] == 401
-    mine = {'Cookie': 'other=1; ' + cookie.partition(';')[0], 'basic': False}
+    mine = {'Authorization': 'Bearer ' + visit, 'basic': False}
     assert get(host, '/status', **mine)[0] == 200
     assert read(host, '/status/snapshot', **mine)['vms'] is not None
+    assert get(host, '/status/snapshot', Cookie='visit=' + visit, basic=False)[0] == 401
     assert get(host, '/', **mine)[0] == 401
     call = b'<methodCall><methodName>listVMs</methodName></methodCall>'
     assert get(host, '/', 'POST', call, **mine)[0] == 401
@@ -147,19 +149,19 @@ def test_a_link_is_good_once_and_its_cookie_for_the_status_page_alone(host, api)
 
 def test_keys_and_visits_end():
     now = [1000.0]
-    visits = hostapi.Visits(lambda: now[0])
+    visits = hostpages.Visits(lambda: now[0])
     key, other = visits.new_key(), visits.new_key()
     visit = visits.enter(key)
     assert visit and not visits.enter(key) and not visits.enter('') and not visits.enter('guess')
-    now[0] += hostapi.LINK_LIFE
+    now[0] += hostpages.LINK_LIFE
     assert not visits.enter(other)
-    now[0] += hostapi.VISIT_LIFE - hostapi.LINK_LIFE - 1
+    now[0] += hostpages.VISIT_LIFE - hostpages.LINK_LIFE - 1
     assert visits.is_known(visit) and not visits.is_known('') and not visits.is_known(other)
-    now[0] += hostapi.VISIT_LIFE - 1
+    now[0] += hostpages.VISIT_LIFE - 1
     assert visits.is_known(visit)
-    now[0] += hostapi.VISIT_LIFE
+    now[0] += hostpages.VISIT_LIFE
     assert not visits.is_known(visit) and not visits.is_known(visit)
-    kept = [visits.enter(visits.new_key()) for _ in range(hostapi.VISITS_KEPT + 1)]
+    kept = [visits.enter(visits.new_key()) for _ in range(hostpages.VISITS_KEPT + 1)]
     assert not visits.is_known(kept[0]) and visits.is_known(kept[1])
 
 
@@ -199,7 +201,7 @@ def test_a_browser_is_told_to_trust_the_page_alone(host):
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_sets_text_alone():
-    page = hostapi.read_beside('status.html').decode()
+    page = hostpages.read_beside('status.html').decode()
     assert not re.search(r'(src|href|url|import|from)\s*[=(]?\s*["\']?(https?:)?//', page)
     assert not re.search(r'<[^>]+\s(on\w+|style|src)=', page)
     for way in ('innerHTML', 'outerHTML', 'insertAdjacentHTML', 'document.write', 'eval(', 'javascript:'):
@@ -212,7 +214,7 @@ def test_the_page_is_in_the_bundle(tmp_path):
     host = Host(tmp_path / 'host')
     host.program = bundle
     with host:
-        assert get(host, '/status')[2] == hostapi.read_beside('status.html')
+        assert get(host, '/status')[2] == hostpages.read_beside('status.html')
 
 
 # --- what it reads ---
@@ -268,11 +270,15 @@ def test_vms_of_the_hypervisor_are_there_with_and_without_an_agent():
     guests.add('A', 'with-agent', '10.0.0.1', '', '', {}, 0)
     guests.add('B', 'no-vm', '10.0.0.2', '', '', {}, 0)
     guests.gone('B')
-    watch = virtualbox.Watch(lambda *event: None)
-    hypervisor = types.SimpleNamespace(known_vms=watch.rows, known_state=watch.state_of)
-    page = hostapi.StatusPage(types.SimpleNamespace(guests=guests, hypervisor=hypervisor), None)
-    watch.look({'u1': ['with-agent', 'Paused', 'A'], 'u2': ['off', 'PoweredOff', 'C'],
-                'u3': ['no-card', 'Saved', '']})
+    driver = hypervisor.Hypervisor('VirtualBox', SETTINGS)
+    machines = types.SimpleNamespace(hypervisor=driver)
+    api = types.SimpleNamespace(methods={})
+    page = hostpages.StatusPage(types.SimpleNamespace(guests=guests, machines=machines), api)
+    driver._watch.look([
+        {'name': name, 'id': id, 'uuid': name, 'state': state, 'native': native, 'trouble': ''}
+        for name, id, state, native in (
+            ('with-agent', 'A', 'paused', 'Paused'), ('off', 'C', 'off', 'PoweredOff'),
+            ('no-card', '', 'saved', 'Saved'))])
     assert [(vm['name'], vm['state'], vm['agent']) for vm in page._vms()] == [
         ('no-card', 'Saved', 'never'), ('off', 'PoweredOff', 'never'), ('with-agent', 'Paused', 'alive'),
         ('no-vm', 'Null', 'lost')]

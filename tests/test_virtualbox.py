@@ -1,40 +1,41 @@
 """The cases of vm_cases.py on the fake VirtualBox, and what only the fake does at will."""
 
 import contextlib
+import http.client
 import itertools
 import os
-import queue
 import signal
 import socket
-import subprocess
 import sys
-import time
-import types
+import threading
 
 import fake_virtualbox
 import pytest
 from agents import Agent
 from helpers import wait_until
 from vm_cases import *  # noqa: F403 (the tests, for pytest to find)
-from vms import VMHost, command_line, environment, fault_of, processes
+from vms import SETTINGS, VMHost, command_line, environment, fault_of, here, processes
 
 import faults
+import hypervisor
 import virtualbox
 
 NUMBERS = itertools.count(1)
 ANSWERS = '''
 import json, sys
+sys.stdin.readline()
 for line in sys.stdin:
-    print(json.dumps({'id': json.loads(line)['id'], 'value': 'an answer'}), flush=True)
+    asked = json.loads(line)
+    value = [] if asked['verb'] == 'machines' else 'an answer'
+    print(json.dumps({'id': asked['id'], 'value': value}), flush=True)
 '''
 HANGS = '''
 import signal
 signal.signal(signal.SIGTERM, signal.%s)
-print('{"seen": {}}', flush=True)
+print('{"seen": []}', flush=True)
 while True:
     signal.pause()
 '''
-SETTINGS = types.SimpleNamespace(mode='nat'), types.SimpleNamespace(), 9094, '', 1
 BREAKS_OFF = 'print(\'{"id": 1, "val\', end="")'
 
 
@@ -278,26 +279,28 @@ def test_a_broker_that_no_vm_reaches_is_told_of(tmp_path):
     with VMHost(tmp_path / 'host', environment, network=network) as host:
         assert host.api.agentInfo()['broker']['address'].startswith('127.0.0.1:')
         checked = host.verb('check').stdout.decode()
-        assert 'where no VM reaches it: start the host agent again' in ' '.join(checked.split())
-class Scripted(virtualbox.VirtualBox):
+        assert 'where no VM can reach it: restart the host agent' in ' '.join(checked.split())
+
+
+class Scripted(hypervisor.Hypervisor):
     """One whose processes run these scripts, the last of them again and again."""
 
     def __init__(self, *scripts):
-        super().__init__(*SETTINGS)
+        super().__init__('VirtualBox', SETTINGS)
         self.scripts, self.processes = list(scripts), []
 
-    def _start_process(self):
+    def _launch(self, watches):
         script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
-        self.processes.append(subprocess.Popen([sys.executable, '-c', script], stdin=subprocess.PIPE,
-                                               stdout=subprocess.PIPE))
-        return self.processes[-1]
+        child = hypervisor.Child([sys.executable, '-c', script], {}, None)
+        self.processes.append(child.process)
+        return child
 
 
 @contextlib.contextmanager
 def started(*scripts):
-    """A VirtualBox of such processes, none of which must be left."""
+    """A hypervisor of such processes, none of which must be left."""
     box = Scripted(*scripts)
-    box.start_thread()
+    box.open()
     try:
         yield box
         assert box.close()
@@ -313,31 +316,31 @@ def test_a_driver_that_dies_while_it_answers_has_a_successor():
         assert box.version() == 'an answer'
 
 
-def test_a_call_of_a_process_that_hung_leaves_its_successor_alone(monkeypatch):
-    monkeypatch.setattr(virtualbox, 'SILENCE', 0)
-    with started(ANSWERS) as box:
-        assert box.version() == 'an answer'
-        call = virtualbox.Call('version', (), None)
-        call.hand_to(object())
-        call.heard -= 1000
+def test_a_silent_process_is_given_up():
+    with started(HANGS % 'SIG_DFL', ANSWERS) as box:
+        box._watcher._patience = 0.1
         with pytest.raises(faults.DeadlineExceeded):
-            box._answer(call)
+            box.version()
+        wait_until(lambda: len(box.processes) == 2)
         assert box.version() == 'an answer'
-        assert len(box.processes) == 1
-        call.hand_to(box.processes[0])              # which has all the time that the first one had
-        assert time.monotonic() - call.heard < 100
-        call.heard -= 1000
-        with pytest.raises(faults.DeadlineExceeded):
-            box._answer(call)
+
+
+def test_a_worker_that_hangs_takes_nobody_along():
+    """Nor is it said that the hypervisor died."""
+    with started(ANSWERS, HANGS % 'SIG_DFL', ANSWERS) as box:
         assert box.version() == 'an answer'
-        assert len(box.processes) == 2
+        box._patience = 0.5
+        with pytest.raises(faults.DeadlineExceeded, match='hangs, perhaps'):
+            box.pause('vm')
+        assert box.pause('vm') == 'an answer'
+        assert len(box.processes) == 3
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='there, terminate is kill')
 @pytest.mark.parametrize('at_term', ['SIG_DFL', 'SIG_IGN'])
 def test_a_driver_that_hangs_ends_with_the_host(at_term):
     with started(HANGS % at_term) as box:
-        wait_until(lambda: box._watch._seen is not None)
+        wait_until(lambda: box._watch.rows() is not None)
         assert box.close(1)
         assert box.processes[0].returncode == -(
             signal.SIGTERM if at_term == 'SIG_DFL' else signal.SIGKILL)
@@ -345,7 +348,7 @@ def test_a_driver_that_hangs_ends_with_the_host(at_term):
 
 def test_what_processes_printed_is_kept(tmp_path):
     printed = tmp_path / 'virtualbox.log'
-    box = virtualbox.VirtualBox(*SETTINGS[:3] + (str(tmp_path), 1))
+    box = hypervisor.Hypervisor('VirtualBox', dict(SETTINGS, state_dir=str(tmp_path)))
     for text in (b'first', b'second', b'x' * (1 << 20), b'anew'):
         with box._open_stderr() as stderr:
             stderr.write(text)
@@ -365,33 +368,28 @@ def test_check_leaves_what_a_running_host_has_printed(fake, host):
         assert file.read() == 'evidence'
 
 
-def driven(stop_at, *calls):
-    """What a driver tells of these calls, (verb, arguments), until ``stop_at(told)`` ends it."""
-    told, inbox = [], queue.Queue()
-    for number, (verb, args) in enumerate(calls):
-        inbox.put({'id': number, 'verb': verb, 'args': args})
-
-    def tell(message):
-        told.append(message)
-        if stop_at(told):
-            inbox.put(None)
-
-    settings = {'network': {'mode': 'nat'}, 'remote_desktop': {}, 'chirp_port': 9094, 'command_timeout': 1}
-    virtualbox.Driver(settings, fake_virtualbox.VirtualBoxManager, inbox, tell).run()
-    return told
-
-
-def test_a_stop_while_disks_are_copied(tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv('FAKE_VIRTUALBOX', str(tmp_path))
+def test_a_stop_while_a_disk_is_copied(tmp_path):
+    """VirtualBox goes on with it; nothing is said to have gone wrong, and no process stays."""
+    environment = fake_virtualbox.install(tmp_path / 'fake')
     image = tmp_path / 'image.vdi'
     image.write_text('its uuid')
-    calls = []
-    for name in ('one', 'two'):
-        (tmp_path / ('slow-' + name)).write_text('1000')
-        calls.append(('create_vm', (name, str(image), {})))
-    driven(lambda told: {row['id'] for row in told if 'percent' in row} == {0, 1}, *calls)
-    assert sorted(tmp_path.glob('*/*')) == [tmp_path / 'one' / 'one.vdi', tmp_path / 'two' / 'two.vdi']
-    assert not [record for record in caplog.records if record.levelname == 'WARNING']
+    (tmp_path / 'fake' / 'slow-one').write_text('1000')
+    with VMHost(tmp_path / 'host', environment) as host:
+        maker = threading.Thread(target=fault_or_end_of, args=(host.api.createVM, 'one', str(image)))
+        maker.start()
+        with host.api as api:
+            wait_until(lambda: [job for job in api.agentInfo()['jobs'] if job['text'] == 'copying the disk'])
+        pids = host.driver_pids('watcher') + host.driver_pids('worker')
+        assert len(pids) == 2
+    maker.join(10)
+    wait_until(lambda: not [pid for pid in pids if command_line(pid)])
+    assert (tmp_path / 'fake' / 'one' / 'one.vdi').exists()
+    assert 'did not end in time' not in host.log()
+
+
+def fault_or_end_of(call, *args):
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        fault_of(call, *args)
 
 
 def test_a_disk_is_copied(api, fake, remove_all, tmp_path):
@@ -402,40 +400,35 @@ def test_a_disk_is_copied(api, fake, remove_all, tmp_path):
 
 
 @pytest.fixture
-def box(tmp_path, monkeypatch):
-    """A VirtualBox in this process, on ``box.fake``."""
+def driver(tmp_path, monkeypatch):
+    """The driver in this process, on the fake `driver.fake`; each verb is a method."""
     monkeypatch.setenv('FAKE_VIRTUALBOX', str(tmp_path))
-    manager = fake_virtualbox.VirtualBoxManager()
-    box = virtualbox.VirtualBox(*SETTINGS, connect=lambda: manager)
-    box.fake = manager.getVirtualBox()
-    manager.getVirtualBox = lambda: box.fake
-    box.start_thread()
-    yield box
-    assert box.close()
+    with here(SETTINGS) as driver:
+        yield driver
 
 
-def test_a_port_that_another_program_took_is_not_forwarded(box):
-    box.create_vm('vm', '', {'memory': 16, 'diskSize': 0})
-    endpoint = box.chirp_endpoint('vm')
-    assert box.start('vm') and box.power_off('vm')
-    assert box.chirp_endpoint('vm') == endpoint
+def test_a_port_that_another_program_took_is_not_forwarded(driver):
+    driver.create_vm('vm', '', {'memory': 16, 'diskSize': 0})
+    endpoint = tuple(driver.forward_chirp('vm'))
+    assert driver.start('vm') and driver.power_off('vm')
+    assert tuple(driver.forward_chirp('vm')) == endpoint
     with socket.socket() as other:
         other.bind(endpoint)
-        assert box.start('vm')
-        host, port = box.chirp_endpoint('vm')
+        assert driver.start('vm')
+        host, port = driver.forward_chirp('vm')
         assert host == '127.0.0.1' and port != endpoint[1]
 
 
-def test_a_rate_reaches_a_card_that_came_later(box):
-    box.create_vm('vm', '', {'memory': 16, 'diskSize': 0})
-    assert box.set_limits('vm', {'netKBps': 100})
-    first, later = box.fake.machines[0].cards[:2]
+def test_a_rate_reaches_a_card_that_came_later(driver):
+    driver.create_vm('vm', '', {'memory': 16, 'diskSize': 0})
+    assert driver.set_limits('vm', {'netKBps': 100})
+    first, later = driver.fake.machines[0].cards[:2]
     later.enabled = True
-    box.start('vm')
+    driver.start('vm')
     with pytest.raises(faults.BadState):
-        box.set_limits('vm', {'netKBps': 50})
-    assert box.set_limits('vm', {'netKBps': 0}) and box.power_off('vm')
-    assert box.set_limits('vm', {'netKBps': 50})
+        driver.set_limits('vm', {'netKBps': 50})
+    assert driver.set_limits('vm', {'netKBps': 0}) and driver.power_off('vm')
+    assert driver.set_limits('vm', {'netKBps': 50})
     assert [card.bandwidthGroup.maxBytesPerSec for card in (first, later)] == [50 * 1024] * 2
 
 

@@ -5,9 +5,16 @@ import os
 import signal
 import xmlrpc.client
 
+import fake_virtualbox
 from agents import Host, Process
 from helpers import wait_until
 
+import hypervisor
+import virtualbox
+
+SETTINGS = {                   # of a driver, as the host agent gives them
+    'network': {'mode': 'nat', 'host_ip': ''}, 'remote_desktop': {'ports': '5000-5050'},
+    'chirp_port': 9094, 'state_dir': '', 'command_timeout': 1}
 TESTS = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -51,11 +58,43 @@ class VMHost(Host):
         return events[-1]['seq'] if events else 0
 
     def driver_pid(self):
-        """The process in which VirtualBox's API is used."""
-        for pid in processes():
-            if parent_of(pid) == self.process.pid:
-                return pid
-        return None
+        """The process that looks at the VMs."""
+        return next(iter(self.driver_pids('watcher')), None)
+
+    def driver_pids(self, kind):
+        """The processes in which VirtualBox's API is used: watcher or worker."""
+        return [pid for pid in processes()
+                if parent_of(pid) == self.process.pid and command_line(pid)[-1:] == [kind]]
+
+
+class Here:
+    """VirtualBox's driver in this process, on a fake of its own, ``fake``. Each verb is a method;
+    ``others``: what else is under way, as [verb, VM]."""
+
+    def __init__(self, settings, fake=None):
+        self.fake = fake or fake_virtualbox.VirtualBox()
+        self.told, self.others = [], []
+        manager = fake_virtualbox.VirtualBoxManager()
+        manager.getVirtualBox = lambda: self.fake
+        self.driver = virtualbox.VirtualBox(settings, lambda: manager)
+
+    def __getattr__(self, verb):
+        def call(*args):
+            self.driver.connect()
+            message = {'verb': verb, 'args': args, 'others': self.others}
+            job = hypervisor.Job(message, self.driver.settings['command_timeout'], self.told.append)
+            try:
+                return self.driver.find_verb(verb)(job, *args)
+            except fake_virtualbox.FakeError as error:
+                raise self.driver.translate(error)
+        return call
+
+
+@contextlib.contextmanager
+def here(settings, fake=None):
+    driver = Here(settings, fake)
+    yield driver
+    driver.driver.disconnect()
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ class Agent(Wrapped, agents.Agent):
     def __init__(self, folder, host, id, **vm):
         self.faults = {}
         super().__init__(folder, host, id, **vm)
-        self.spool = os.path.join(self.files, '.vmguest-spool', id)
+        self.spool = os.path.join(self.state, 'spool', id)
 
 
 class Proof:

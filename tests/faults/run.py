@@ -37,7 +37,8 @@ from cutproxy import CuttingProxy  # noqa: E402
 from faultrig import Agent, Host, free_port  # noqa: E402
 from helpers import wait_until  # noqa: E402
 
-import vmguest  # noqa: E402
+import guestprocesses  # noqa: E402
+import guestspool  # noqa: E402
 
 GUESTS = 3
 SETTLE = 240           # seconds for everything to come to its end after the last fault
@@ -107,7 +108,7 @@ class Guest:
         self.proxy = CuttingProxy(world.port)
         self.clock = Clock(self.folder)
         self.generation = self.boot = 0
-        self.disk = os.path.join(self.folder, 'files')
+        self.disk = os.path.join(self.folder, 'state')
         self.copy = None
         self.has_small_disk = mount_small_disk(self.disk, '48M')
         host = world.host
@@ -124,7 +125,7 @@ class Guest:
 
     def pids(self):
         """Agent, fork server, runners and commands."""
-        found = set(vmguest.processes_with('FAULTS_GUEST', self.folder))
+        found = set(guestprocesses.processes_with('FAULTS_GUEST', self.folder))
         for pid in filter(str.isdigit, os.listdir('/proc')):
             with contextlib.suppress(OSError), open('/proc/%s/cmdline' % pid, 'rb') as file:
                 if self.agent.ini.encode() in file.read().split(b'\0'):
@@ -352,7 +353,7 @@ class World:
         """Of a command that runs there now."""
         spool = guest.agent.spool
         for name in sorted(os.listdir(spool)) if os.path.isdir(spool) else []:
-            command = vmguest.Command(name, os.path.join(spool, name))
+            command = guestspool.Command(name, os.path.join(spool, name))
             program = command.process()
             if not program or command.has('result.json'):
                 continue
@@ -553,7 +554,7 @@ class World:
             return False
         folder = os.path.join(guest.folder, 'twin')
         shutil.rmtree(folder, ignore_errors=True)
-        shared = {'dir_to_serve': guest.disk} if self.broker is not None else {}
+        shared = {'state_dir': guest.disk} if self.broker is not None else {}
         twin = Agent(folder, guest.agent.host, guest.id, broker={'port': self.port}, **shared)
         twin.faults = {'env': {'GENERATION': 'twin'}}
         twin.start(wait=False)

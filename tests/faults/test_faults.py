@@ -63,7 +63,7 @@ def test_a_killed_fork_server_begins_anew(host, tmp_path):
         wait_for_state(host, cmd_id, 'running')
         with open('/proc/%d/task/%d/children' % (guest.process.pid, guest.process.pid)) as children:
             os.kill(int(children.read().split()[0]), signal.SIGKILL)
-        wait_until(lambda: 'begins anew' in guest.log(), 20)
+        wait_until(lambda: 'restarts itself' in guest.log(), 20)
         wait_until(lambda: host.api.getVM('forks')['agent'] == 'alive', 20)
         proof.check(host.results(cmd_id))
         assert host.run('forks', 'echo', 'well', queue=True)['out'] == 'well\n'
@@ -106,6 +106,7 @@ class Disk:
 
     def __init__(self, folder, system, image):
         self.image, self.folder = str(image), str(folder)
+        os.makedirs(self.folder, exist_ok=True)
         with open(self.image, 'wb') as file:
             file.truncate(400 << 20)           # what XFS wants at least
         call('mkfs.' + system, self.image)
@@ -139,7 +140,7 @@ def test_what_ran_when_the_power_was_cut_is_lost(host, tmp_path, system):
         pytest.skip('needs mkfs.' + system)
     guest = Agent(tmp_path / 'guest', host, 'cut-' + system)
     try:
-        disk = Disk(guest.files, system, tmp_path / 'disk')
+        disk = Disk(guest.state, system, tmp_path / 'disk')
     except subprocess.CalledProcessError as error:
         pytest.skip('a container, perhaps: %s' % error.stderr.decode(errors='replace').strip())
     try:
@@ -184,7 +185,7 @@ def test_a_lost_disk_is_told(host, tmp_path):
 def test_a_second_agent_of_one_id_is_turned_away(host, tmp_path):
     with Agent(tmp_path / 'first', host, 'twin') as first:
         second = Agent(tmp_path / 'second', host, 'twin').start(wait=False)
-        third = Agent(tmp_path / 'third', host, 'twin', dir_to_serve=first.files).start(wait=False)
+        third = Agent(tmp_path / 'third', host, 'twin', state_dir=first.state).start(wait=False)
         try:
             wait_until(lambda: 'is taken' in second.log(), 20)
             assert third.process.wait(20) == 1 and 'another vmguest with the id twin' in third.log()
@@ -329,7 +330,7 @@ def wait_until_emptied(guest, cmd_id):
 def test_a_guest_clock_that_jumps_forgets_no_command(tmp_path):
     """So that a host whose journal was restored to before a command's end has it run only once."""
     host = Host(tmp_path / 'host')
-    host.faults = {'die': ['Host.publish', 'after', 1]}
+    host.faults = {'die': ['Control.publish', 'after', 1]}
     host.start()
     guest = Agent(tmp_path / 'guest', host, 'g', keep_spool=0)
     clock = run.Clock(str(tmp_path / 'guest'))
@@ -379,7 +380,7 @@ def test_a_host_that_starts_with_a_wrong_clock_lets_no_result_go(tmp_path):
             api.signalCmd(other, 'KILL')
             host.results(other)
             assert api.getCmdResults(cmd_id)['out'] == 'kept\n'
-        assert 'nothing is let go' in host.log()
+        assert 'nothing is deleted' in host.log()
 
 
 # --- limits ---
@@ -424,7 +425,7 @@ def test_output_that_was_let_go_is_a_clear_fault(host, tmp_path):
             part = host.api.getCmdOutput(cmd_id, 'out', 0, 100)
             assert part['data'].data.startswith(b'1\n2\n')      # it was fetched before
         except xmlrpc.client.Fault as fault:
-            assert 'let go' in fault.faultString
+            assert 'deleted' in fault.faultString
         assert time.monotonic() - begin < 4
 
 
@@ -441,7 +442,7 @@ def small_disk(folder, size):
 
 
 def test_a_full_guest_disk_fails_the_command_with_that_error(host, tmp_path):
-    with small_disk(tmp_path / 'guest' / 'files', '8M') as disk, \
+    with small_disk(tmp_path / 'guest' / 'state', '8M') as disk, \
             Agent(tmp_path / 'guest', host, 'full') as guest:
         os.makedirs(str(tmp_path / 'safe'))
         safe = Proof(tmp_path / 'safe', 1)

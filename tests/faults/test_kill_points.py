@@ -10,7 +10,7 @@ import pytest
 from faultrig import Agent, Host, Proof, events
 from helpers import wait_until
 
-import vmguest
+import guestspool
 
 pytestmark = [pytest.mark.once, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 
@@ -27,15 +27,15 @@ AGENT_POINTS = {
     'before the spool folder is made': ['Spool.claim', 'before', 1],
     'after the spool folder is made, before request.json': ['Spool.claim', 'after', 1],
     'when the result has its room, before request.json': ['reserve', 'after', 1],
-    'after request.json, before the runner is asked for': ['Agent._accept', 'after', 1],
+    'after request.json, before the runner is asked for': ['Commands._accept', 'after', 1],
     'before the fork server is asked': ['ForkServer.run', 'before', 1],
     'after the fork server was asked': ['ForkServer.run', 'after', 1],
-    'after the first status': ['Agent._tell_status', 'after', 1],
-    'after result.json, before sending': ['Agent._send_results', 'before', 1],
-    'after sending, before CMD_ACK': ['Agent._tell_results', 'after', 1],
-    'when CMD_ACK comes': ['Agent.heard_cmd_ack', 'before', 1],
+    'after the first status': ['Reports.status', 'after', 1],
+    'after result.json, before sending': ['Commands._send_results', 'before', 1],
+    'after sending, before CMD_ACK': ['Reports.results', 'after', 1],
+    'when CMD_ACK comes': ['Commands.acknowledge', 'before', 1],
     'between the file acked and the removal from the table': ['Command.acknowledge', 'after', 1],
-    'after CMD_ACK': ['Agent.heard_cmd_ack', 'after', 1],
+    'after CMD_ACK': ['Commands.acknowledge', 'after', 1],
 }
 
 
@@ -59,7 +59,7 @@ def test_the_agent_dies(host, tmp_path, point):
 TAKING_UP = {
     'before it reads the spool': (['Spool.load', 'before', 1], 'goes on'),
     'when it has read a command': (['Spool._load', 'after', 1], 'goes on'),
-    'before it takes a command up': (['Agent._take_up', 'before', 1], 'goes on'),
+    'before it takes a command up': (['Commands._take_up', 'before', 1], 'goes on'),
     'before it ends what a dead runner left': (['Command.end_processes', 'before', 1], 'lost'),
     'after that, before result.json': (['Command.end_processes', 'after', 1], 'lost'),
     'after result.json, before HELLO': (['Command.end', 'after', 1], 'lost'),
@@ -74,7 +74,7 @@ def test_the_next_agent_dies_when_it_takes_up_what_the_last_one_left(host, tmp_p
     proof = Proof(tmp_path, 1)
     try:
         cmd_id = proof.ask(host, guest.id)
-        command = vmguest.Command(cmd_id, os.path.join(guest.spool, cmd_id))
+        command = guestspool.Command(cmd_id, os.path.join(guest.spool, cmd_id))
         shell = wait_until(lambda: proof.runs() and command.process(), 20)
         os.kill(shell, signal.SIGSTOP)
         guest.stop(signal.SIGKILL)
@@ -182,12 +182,12 @@ HOST_POINTS = {
     'within the transaction of the journal': (['Transaction.add_execution', 'after', 1], 'never'),
     'before the journal is written': (['Commands.new', 'before', 1], 'never'),
     'after the journal is written, before publishing': (['Commands.new', 'after', 1], 'once'),
-    'after publishing': (['Host.publish', 'after', 1], 'once'),
+    'after publishing': (['Control.publish', 'after', 1], 'once'),
     'when a status came, before the state is written': (['Commands.heard_status', 'after', 1], 'once'),
     'when the results come, before they are journalled': (['Commands.finish', 'before', 1], 'once'),
     'after journalling, before CMD_ACK': (['Commands.finish', 'after', 1], 'once'),
     'after the journal is on the disk, before CMD_ACK': (['Journal.sync', 'after', 1], 'once'),
-    'after CMD_ACK': (['Acknowledger._acknowledge_all', 'after', 1], 'once'),
+    'after CMD_ACK': (['Host._acknowledge', 'after', 1], 'once'),
 }
 
 
@@ -219,8 +219,8 @@ def test_the_host_dies(tmp_path, point):
 
 TAKING_UP_AGAIN = {
     'when it has read its journal': ['Commands.__init__', 'after', 1],
-    'when a guest that has it says HELLO': ['Host.heard_hello', 'before', 1],
-    'when that was answered': ['Host.heard_hello', 'after', 1],
+    'when a guest that has it says HELLO': ['Words.heard_hello', 'before', 1],
+    'when that was answered': ['Words.heard_hello', 'after', 1],
 }
 
 

@@ -4,9 +4,9 @@ So that the product has no hooks for tests. Keys of fault.json:
 
 program     vmguest or vmhost
 die         [what, 'before' or 'after', n]: SIGKILLs itself at the n-th call of that function of the
-            module (or of protocol, or chirp); once only: a file ``died`` beside INI remembers it
+            a module of ours; once only: a file ``died`` beside INI remembers it
 signal      the number of another signal than SIGKILL
-set         {name: value} of constants of the module
+set         {name: value} of constants of our modules
 boot        what read_boot_id gives
 clock       a file with two numbers: seconds that are added to time.time and time.monotonic
 first_delay seconds before the first reconnect, 0.1 where it isn't named; the product's is 1
@@ -20,17 +20,25 @@ import signal
 import sys
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+TOP = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, TOP)
 
 
-def patch_death(module, folder, number, what, when, count):
-    import chirp
-    import protocol
+def rooms():
+    """The modules of ours that are loaded, and os: what they share by name is changed in each."""
+    import chirp  # noqa: F401      an agent loads it later
+    return [module for module in list(sys.modules.values())
+            if os.path.dirname(getattr(module, '__file__', None) or '') == TOP] + [os]
+
+
+def patch_death(folder, number, what, when, count):
     *owners, name = what.split('.')
-    owner = next(place for place in (module, protocol, chirp) if hasattr(place, (owners + [name])[0]))
-    for part in owners:
-        owner = getattr(owner, part)
-    original, calls = getattr(owner, name), []
+    places = [place for place in rooms() if hasattr(place, (owners + [name])[0])]
+    if owners:
+        places = [places[0]]
+        for part in owners:
+            places = [getattr(places[0], part)]
+    original, calls = getattr(places[0], name), []
 
     def die():
         calls.append(1)
@@ -49,8 +57,9 @@ def patch_death(module, folder, number, what, when, count):
         if when == 'after':
             die()
         return answer
-    is_static = isinstance(vars(owner).get(name), staticmethod)
-    setattr(owner, name, staticmethod(replacement) if is_static else replacement)
+    for place in places:
+        is_static = isinstance(vars(place).get(name), staticmethod)
+        setattr(place, name, staticmethod(replacement) if is_static else replacement)
 
 
 def patch_clock(path):
@@ -86,10 +95,9 @@ class FakeHypervisor:
         return lambda *args, **kwargs: ''
 
 
-def patch_hypervisor(module, path):
-    def start(host):
-        host.hypervisor = FakeHypervisor(path)
-    module.Host._start_hypervisor = start
+def patch_hypervisor(path):
+    import hostmachines
+    hostmachines.start_driver = lambda *_: FakeHypervisor(path)
 
 
 def main(ini):
@@ -101,15 +109,19 @@ def main(ini):
         patch_clock(fault['clock'])
     patch_reconnects(fault.get('first_delay', 0.1))
     module = __import__(fault['program'])
+    if fault['program'] == 'vmhost':
+        import hostagent  # noqa: F401      the door loads it later
     for name, value in fault.get('set', {}).items():
-        assert hasattr(module, name), name
-        setattr(module, name, value)
+        places = [place for place in rooms() if hasattr(place, name)]
+        assert places, name
+        for place in places:
+            setattr(place, name, value)
     if 'boot' in fault:
         module.read_boot_id = lambda: fault['boot']
     if 'vm_state' in fault:
-        patch_hypervisor(module, fault['vm_state'])
+        patch_hypervisor(fault['vm_state'])
     if 'die' in fault:
-        patch_death(module, folder, fault.get('signal', signal.SIGKILL), *fault['die'])
+        patch_death(folder, fault.get('signal', signal.SIGKILL), *fault['die'])
     sys.argv = [os.path.abspath(__file__), ini]      # an agent that begins anew stays wrapped
     sys.exit(module.main([ini]))
 

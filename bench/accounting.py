@@ -1,0 +1,106 @@
+"""How exact the usage of commands is: python bench/accounting.py [--runs 50]
+
+Runs each program by a guest's runners and by a small process, in turns, and prints the medians of processor
+time and peak memory of both. The small process is /usr/bin/time -v (package time) for memory, and bash's time
+for processor time, since the former tells hundredths of a second only. Exits with 1 where they differ by more
+than 5 % or 1 ms (what bash rounds to), or 5 % or 256 KiB. No host is needed.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, TOP)
+
+import guestforks  # noqa: E402
+import guestspool  # noqa: E402
+
+SPIN = 'import os\nwhile sum(os.times()[:2]) < %g: pass'
+PYTHON = [sys.executable, '-I', '-S', '-c']
+PROGRAMS = {
+    'true': ['true'],
+    'sh -c :': ['sh', '-c', ':'],
+    '10 MB at once': PYTHON + ['x = bytearray(10 * 1000 * 1000)'],
+    '100 MB at once': PYTHON + ['x = bytearray(100 * 1000 * 1000)'],
+    '0.2 s of a core': PYTHON + [SPIN % 0.2],
+    'a child, waited for': ['sh', '-c', '"$@"; :', 'sh'] + PYTHON + [SPIN % 0.1],
+}
+
+
+def main():
+    words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    words.add_argument('--runs', type=int, default=50, help='of each program, by each of both')
+    runs = words.parse_args().runs
+    if not shutil.which('time') or not shutil.which('bash'):
+        sys.exit('needs /usr/bin/time (package time) and bash')
+    folder = tempfile.mkdtemp(prefix='vmhost-accounting-')
+    forks = guestforks.ForkServer()
+    met = True
+    print('%-22s %10s %10s %8s   %10s %10s'
+          % ('median of %d' % runs, 'CPU ms', 'bash', '', 'peak KiB', 'time'))
+    try:
+        for name, program in PROGRAMS.items():
+            ours, theirs = [], []
+            for number in range(runs):
+                place = os.path.join(folder, '%s-%d' % (name.replace(' ', '-'), number))
+                ours.append(by_runner(forks, place, program))
+                theirs.append(by_time(program))
+            met = compare(name, ours, theirs) and met
+    finally:
+        forks.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+    return 0 if met else 1
+
+
+def by_runner(forks, folder, program):
+    """(seconds of processor time, KiB) as a command's result tells them."""
+    os.mkdir(folder)
+    command = guestspool.Command('c', folder)
+    request = {'cmd': program[0], 'args': program[1:], 'env': {}, 'path': '', 'root': folder,
+               'output-limit': 1000}
+    with open(command.path('request.json'), 'w') as file:
+        json.dump(request, file)
+    forks.run(folder)
+    while not command.has('result.json'):
+        time.sleep(0.001)
+    result = command.result()
+    assert result['state'] == 'exited', result
+    usage = result['resources']
+    return usage['ru_utime'] + usage['ru_stime'], usage['ru_maxrss']
+
+
+def by_time(program):
+    """The same, as /usr/bin/time and bash tell them."""
+    done = subprocess.run(['/usr/bin/time', '-v'] + program, stderr=subprocess.PIPE, universal_newlines=True)
+    told = dict(line.strip().rsplit(': ', 1) for line in done.stderr.splitlines() if ': ' in line)
+    return by_bash(program), int(told['Maximum resident set size (kbytes)'])
+
+
+def by_bash(program):
+    """Seconds of processor time."""
+    done = subprocess.run(['bash', '-c', 'TIMEFORMAT="%3U %3S"; time "$@"', 'bash'] + program,
+                          stderr=subprocess.PIPE, universal_newlines=True)
+    return sum(map(float, done.stderr.split()[-2:]))
+
+
+def compare(name, ours, theirs):
+    """Prints a line; True where both agree."""
+    cpu, memory = ([statistics.median(one[index] for one in those) for those in (ours, theirs)]
+                   for index in (0, 1))
+    cpu_met = abs(cpu[0] - cpu[1]) <= max(0.05 * cpu[1], 0.001)
+    memory_met = abs(memory[0] - memory[1]) <= max(0.05 * memory[1], 256)
+    print('%-22s %10.2f %10.2f %8s   %10d %10d %8s' % (
+        name, 1000 * cpu[0], 1000 * cpu[1], 'met' if cpu_met else 'MISSED', memory[0], memory[1],
+        'met' if memory_met else 'MISSED'))
+    return cpu_met and memory_met
+
+
+if __name__ == '__main__':
+    sys.exit(main())

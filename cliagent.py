@@ -1,0 +1,150 @@
+"""The verbs for the host agent itself: its state, its events, its API, and its preconditions.
+
+No threads, no locks.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from typing import Any, Dict, List
+
+import agent
+from cliscreen import Screen, show_pairs, shown_time
+from cliverbs import JSON, Verb, argument, switch
+from faults import InvalidParams, NoSuchCommand, NoSuchVM
+from hostclient import Client
+from rpc import Binary, xml_number
+
+EVENTS_SHOWN = 100
+
+
+def do_check(host: Client, screen: Screen, args: Any) -> int:
+    """Lets the host agent's program look, which alone knows what it needs."""
+    import subprocess  # needed here alone
+    program = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'vmhost.py')
+    return subprocess.call([sys.executable, program, args.ini, 'check'] + ['--json'] * args.json)
+
+
+def do_info(host: Client, screen: Screen, args: Any) -> int:
+    """All that is known of a VM, or of a command."""
+    try:
+        found = host.call('getVM', args.vm)
+    except NoSuchVM:
+        try:
+            found = dict(host.call('getCmdDetails', args.vm), status=host.call('getCmdStatus', args.vm),
+                         results=host.call('getCmdResults', args.vm))
+        except NoSuchCommand:
+            raise NoSuchVM('%s is neither a VM (`ls` lists them) nor a command (`ps`)' % args.vm)
+    return show_one(screen, found, args.json)
+
+
+def show_one(screen: Screen, found: Dict[str, Any], as_json: bool) -> int:
+    """What is known of one thing, as JSON or for a person; gives the exit code."""
+    if as_json:
+        screen.json(found)
+    else:
+        show_pairs(screen, found)
+    return 0
+
+
+def do_status(host: Client, screen: Screen, args: Any) -> int:
+    """The host agent's own state; or a link to its page in the browser, which opens it once."""
+    if args.open:
+        link = host.call('getStatusLink')
+        screen.say(link)
+        open_in_browser(host.folder, link)
+        return 0
+    return show_one(screen, host.call('agentInfo'), args.json)
+
+
+REDIRECT = """<!DOCTYPE html>
+<meta charset="utf-8">
+<meta http-equiv="refresh" content="0; url=%s">
+<title>vmhost</title>
+<p><a href="%s">The status page</a>
+"""
+
+
+def open_in_browser(folder: str, link: str) -> None:
+    """Opens the link, by a file that leads there and that only the folder's owner can read: the link holds a key,
+    and everybody can see what a browser was started with."""
+    import pathlib  # needed here alone
+    import webbrowser
+    path = os.path.join(folder, 'open-status.html')
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'w') as file:
+        file.write(REDIRECT % (link, link))
+        if os.name == 'posix' and os.geteuid() == 0:       # root, at another user's host agent
+            os.fchown(file.fileno(), os.stat(folder).st_uid, -1)
+    webbrowser.open(pathlib.Path(os.path.abspath(path)).as_uri())
+
+
+def do_events(host: Client, screen: Screen, args: Any) -> int:
+    """What happened: the last events, and what comes."""
+    last, timeout = -args.number, 0
+    shown: List[Dict[str, Any]] = []
+    while True:
+        answer = host.call('getEvents', last, timeout)
+        for event in answer['events']:
+            if not args.json:
+                screen.say(event_line(screen, event))
+            elif args.follow:
+                screen.json(event, None)
+        shown += answer['events']
+        last, timeout = answer['last'], 60
+        if not args.follow:
+            break
+        shown = []
+    if args.json:
+        screen.json(shown)
+    return 0
+
+
+def event_line(screen: Screen, event: Dict[str, Any]) -> str:
+    """An event as a line of text."""
+    words = [shown_time(event['time']), '%-14s' % event['type'], event['vm'], event['cmdId'], event['text']]
+    return ' '.join(agent.printable(word) for word in words if word)
+
+
+def do_call(host: Client, screen: Screen, args: Any) -> int:
+    """Calls a method of the API; what it answers, as JSON."""
+    answer = host.call(args.method, *[read_argument(text) for text in args.arguments])
+    if args.raw and isinstance(answer, Binary):
+        screen.out.buffer.write(answer.data)
+    elif args.raw and isinstance(answer, str):
+        screen.say(answer)
+    else:
+        screen.json(answer)
+    return 0
+
+
+def read_argument(text: str) -> Any:
+    """An argument of `call`: JSON, or else text. Raises InvalidParams where it begins like JSON."""
+    try:
+        # Numbers that XML-RPC's integers can't hold go as doubles, as in the host's answers.
+        return json.loads(text, parse_int=lambda digits: xml_number(int(digits)))
+    except ValueError as error:
+        if text[:1] in ('{', '[', '"'):
+            raise InvalidParams('%s is not valid JSON: %s' % (text, error))
+        return text
+
+
+VERBS = [
+    Verb('status', do_status, 'show the state of the host agent', [
+        switch('--open', help='open the status page in a browser'), JSON]),
+    Verb('check', do_check, 'check the prerequisites, and say how to fix what is missing', [JSON]),
+    Verb('info', do_info, 'show details of a VM or a command', [
+        argument('vm', metavar='VM|ID', help='of a VM or a command'), JSON]),
+    Verb('events', do_events, 'show the event log', [
+        switch('-f', '--follow', help='wait for new events, until Ctrl-C'), JSON,
+        argument('-n', '--number', metavar='N', type=int, default=EVENTS_SHOWN,
+                 help='how many past ones (default: %d)' % EVENTS_SHOWN)]),
+    Verb('call', do_call, 'call a method of the API, and print its answer as JSON', [
+        argument('method', metavar='METHOD', help='`call -r help` describes them'),
+        argument('arguments', metavar='JSON', nargs='*', help='JSON values; anything else is taken as text'),
+        switch('-r', '--raw', help='print text or binary data as it is')], (
+            'call listCmds \'{"vm": "web1", "state": "running"}\'', 'call -r help runCmd',
+            'call -r screenshot web1 > web1.png')),
+]

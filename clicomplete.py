@@ -1,0 +1,125 @@
+"""Completion: scripts for shells, and what they ask this program for.
+
+No threads, no locks.
+"""
+
+import contextlib
+import os
+import shlex
+import signal
+import sys
+from typing import Any, Dict, List
+
+import agent
+from clicommands import FINISHED_SHOWN
+from cliverbs import Verb
+from hostclient import Client
+from hostconfig import SETTINGS
+
+# Each asks this program for what could stand where the cursor is: {me} --complete WORD…, without the
+# name of the program, up to the cursor. Nothing: a file.
+COMPLETION = {
+    'bash': """\
+# vmhost: eval "$(python3 vmhost.py --completion bash)" in ~/.bashrc
+_vmhost() {{
+    local at=0 cur=${{COMP_WORDS[COMP_CWORD]}} found
+    while ((at <= COMP_CWORD)) && [[ ${{COMP_WORDS[at++]}} != @(*vmhost.py|*vmhost.pyz|vmhost) ]]; do :; done
+    ((at <= COMP_CWORD)) || return 0
+    COMPREPLY=()
+    while IFS= read -r found; do
+        [[ $cur == [\\"\\']* ]] || printf -v found %q "$found"
+        COMPREPLY+=("$found")
+    done < <({me} --complete "${{COMP_WORDS[@]:at:COMP_CWORD-at+1}}" 2> /dev/null)
+}}
+complete -o default -F _vmhost vmhost.py vmhost.pyz vmhost python python3
+""",
+    'zsh': """\
+# vmhost: eval "$(python3 vmhost.py --completion zsh)" in ~/.zshrc, behind compinit
+_vmhost() {{
+    local -a found
+    found=("${{(@f)$({me} --complete "${{(@Q)words[2,CURRENT]}}" 2> /dev/null)}}")
+    if [[ -n $found ]]; then compadd -a found; else _files; fi
+}}
+compdef _vmhost vmhost.py vmhost.pyz vmhost
+""",
+    'fish': """\
+# vmhost: python3 vmhost.py --completion fish | source, in ~/.config/fish/config.fish
+function __vmhost_candidates
+    set -l words (commandline -opc) (commandline -ct)
+    while set -q words[1]; and not string match -qr '(vmhost\\.pyz?|^vmhost)$' -- $words[1]
+        set -e words[1]
+    end
+    set -q words[2]; and {me} --complete $words[2..-1] 2> /dev/null
+end
+for program in vmhost.py vmhost.pyz vmhost python python3
+    complete -c $program -a '(__vmhost_candidates)'
+end
+""",
+}
+
+
+def completion(shell: str) -> str:
+    """A script for that shell, which completes verbs, options, VMs and commands."""
+    me = '%s %s' % (shlex.quote(sys.executable), shlex.quote(os.path.abspath(sys.argv[0])))
+    return COMPLETION[shell].format(me=me).rstrip()
+
+
+def candidates(words: List[str], verbs: Dict[str, Verb]) -> List[str]:
+    """What could stand for the last word, behind the others: an ini file, a verb, its arguments."""
+    words = [unquoted(word) for word in words]
+    if len(words) < 2:
+        found = ['--help', '--bundle', '--completion', '--version'] if words[-1:] != [''] else []
+    elif len(words) == 2:
+        found = list(verbs)
+    elif words[1] in verbs and '--' not in words[:-1]:
+        found = candidates_of(verbs[words[1]], words)
+    else:
+        found = []
+    return [candidate for candidate in found if words and candidate.startswith(words[-1])]
+
+
+def unquoted(word: str) -> str:
+    """A word as the shell will read it, when it is whole."""
+    for end in ('', '"', "'"):
+        with contextlib.suppress(ValueError):
+            return ''.join(shlex.split(word + end))
+    return word
+
+
+def candidates_of(verb: Verb, words: List[str]) -> List[str]:
+    """What could stand for the last word among the arguments of a verb."""
+    options = {name: settings for names, settings in verb.arguments for name in names if name[0] == '-'}
+    if words[-1].startswith('-'):
+        return sorted(options) + ['--help']
+    before = options.get(words[-2], {})
+    if 'metavar' in before:
+        wanted = before
+    else:
+        positional = [settings for names, settings in verb.arguments if names[0][0] != '-']
+        given = [word for n, word in enumerate(words[2:-1], 2) if not word.startswith('-')
+                 and 'metavar' not in options.get(words[n - 1], {})]
+        wanted = positional[len(given)] if len(given) < len(positional) else {}
+    try:
+        settings = agent.read_settings(words[0], SETTINGS)
+        return meant(Client(settings.Host.state_dir), wanted, words[-2])
+    except agent.AgentError:
+        return []           # no host, no names; a shell in the middle of a line wants no complaint
+
+
+def meant(host: Client, wanted: Dict[str, Any], vm: str) -> List[str]:
+    """All that an argument could be, by its metavar. Raises VMHostError."""
+    metavar = wanted.get('metavar')
+    if 'choices' in wanted:
+        return list(wanted['choices'])
+    if metavar == 'SIG':
+        return [number.name[3:] for number in signal.Signals if number.name.startswith('SIG')]
+    if metavar == 'METHOD':
+        return host.call('system.listMethods')
+    if metavar == 'SNAPSHOT':
+        return host.call('listSnapshots', vm)
+    found = []  # type: List[str]
+    if metavar in ('VM', 'VM|ID'):
+        found += host.vm_names()
+    if metavar in ('ID', 'VM|ID'):
+        found += [row['cmdId'] for row in host.call('listCmds', {'limit': FINISHED_SHOWN})]
+    return found

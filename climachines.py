@@ -1,0 +1,183 @@
+"""The verbs for VMs: what there is, and what the hypervisor does with them.
+
+No threads but a long call's (cliverbs.watch), no locks.
+"""
+
+import os
+import time
+from typing import Any, Dict, List
+
+import agent
+from cliscreen import Screen, show_pairs, shown_size, shown_span
+from cliverbs import JSON, VM, VMS, Function, Verb, argument, for_each, read_seconds, show_list, switch, watch
+from faults import InvalidParams
+from hostclient import Client
+
+
+def do_ls(host: Client, screen: Screen, args: Any) -> int:
+    """VMs, and whether their agents are connected."""
+    found = [vm for _, vm in host.each('getVM', host.vm_names())]
+    if args.json:
+        screen.json(found)
+        return 0
+    headings = ['NAME', 'STATE', 'AGENT', 'ADDRESS', 'COMMANDS']
+    if args.long:
+        headings += ['ID', 'SEEN', 'CPUS', 'MEMORY', 'PYTHON', 'CLOCK', 'SYSTEM']
+    screen.table(headings, [vm_row(vm, args.long) for vm in found])
+    for job in host.call('agentInfo')['jobs']:
+        screen.say(agent.printable('%s: %s, %d %%' % (job['vm'], job['text'], job['percent'])))
+    return 0
+
+
+def vm_row(vm: Dict[str, Any], long: bool) -> List[Any]:
+    """A line of `ls`."""
+    row = [vm['name'], vm['state'], vm['agent'], vm['ip'] or '-', len(vm['commands'])]
+    facts = vm['facts']
+    if long:
+        seen = shown_span(max(0, time.time() - vm['lastSeen'])) + ' ago' if vm['lastSeen'] else 'never'
+        row += [vm['id'], seen, facts.get('cpus', '-'), shown_size(facts['mem']) if facts.get('mem') else '-',
+                facts.get('python', '-'), '%+.1f s' % vm['clockOffset'], facts.get('os', '-')]
+    return row
+
+
+def do_create(host: Client, screen: Screen, args: Any) -> int:
+    """Makes a VM from an image, or registers a .vbox file."""
+    options = {name: getattr(args, name) for name in ('memory', 'cpus', 'ostype', 'network', 'diskSize')
+               if getattr(args, name) is not None}
+    image = args.image and os.path.abspath(args.image)     # the host's working directory is not ours
+    name = os.path.abspath(args.name) if not image and args.name.endswith('.vbox') else args.name
+    _, made = watch(host, screen, name, 'createVM', name, image, options)
+    screen.say(agent.printable(made))
+    return 0
+
+
+def do_rm(host: Client, screen: Screen, args: Any) -> int:
+    """Removes a VM, with its disks if asked."""
+    return change(host, screen, [args.vm], 'removed', 'removeVM', args.disks)
+
+
+def do_start(host: Client, screen: Screen, args: Any) -> int:
+    """Starts VMs, or resumes saved ones."""
+    return change(host, screen, host.matching(args.vm), 'is running', 'start', args.gui)
+
+
+def do_stop(host: Client, screen: Screen, args: Any) -> int:
+    """Shuts VMs down, or powers them off."""
+    return change(host, screen, host.matching(args.vm), 'is off', 'powerOff' if args.force else 'shutdown')
+
+
+def changing(method: str, done: str) -> Function:
+    """What a verb does that calls one method for each VM."""
+    def do(host: Client, screen: Screen, args: Any) -> int:
+        return change(host, screen, host.matching(args.vm), done, method)
+    return do
+
+
+def change(host: Client, screen: Screen, vms: List[str], done: str, method: str, *args: Any) -> int:
+    """Calls a method for each VM, and says when it is done."""
+    def change_one(vm: str) -> None:
+        watch(host, screen, vm, method, vm, *args)
+        screen.say('%s %s' % (agent.printable(vm), done))
+    return for_each(screen, vms, change_one)
+
+
+SNAPSHOTS = {'take': ('takeSnapshot', 'taken'), 'restore': ('restoreSnapshot', 'restored'),
+             'rm': ('deleteSnapshot', 'deleted')}
+
+
+def do_snap(host: Client, screen: Screen, args: Any) -> int:
+    """Lists, takes, restores and deletes snapshots."""
+    if args.action == 'ls':
+        names = host.call('listSnapshots', args.vm)
+        return show_list(screen, args.json, names, names)
+    if args.action != 'restore' and not args.name:
+        raise InvalidParams('which snapshot? snap %s VM NAME' % args.action)
+    method, done = SNAPSHOTS[args.action]
+    watch(host, screen, args.vm, method, args.vm, args.name)
+    screen.say('snapshot %s' % done)
+    return 0
+
+
+def do_ping(host: Client, screen: Screen, args: Any) -> int:
+    """Asks agents for an answer."""
+    def ping(vm: str) -> None:
+        begin = time.monotonic()
+        answer = host.call('ping', vm, args.timeout)
+        screen.say('%s in %.1f ms' % (agent.printable(answer), 1000 * (time.monotonic() - begin)))
+    return for_each(screen, host.matching(args.vm), ping)
+
+
+def do_rdp(host: Client, screen: Screen, args: Any) -> int:
+    """Switches the remote desktop of a VM, and says where it is."""
+    desktop = host.call('remoteDesktop', args.vm, not args.off)
+    on = '%(address)s:%(port)s (authentication %(auth)s, security %(security)s)'
+    return show_list(screen, args.json, ['off' if args.off else on % desktop], desktop)
+
+
+OUT_OF_REACH = 'the broker listens on %s, where no VM can reach it: restart the host agent'
+
+
+def do_net(host: Client, screen: Screen, args: Any) -> int:
+    """The network of the VMs, as it is."""
+    network = host.call('setupNetwork' if args.setup else 'getNetwork')
+    if args.json:
+        screen.json(network)
+    else:
+        show_pairs(screen, network)
+    if args.setup and network['mode'] == 'hostonly':
+        address = host.call('agentInfo')['broker']['address']
+        if is_out_of_reach(address, network['mode']):
+            screen.complain(OUT_OF_REACH % address)
+    return 0
+
+
+def is_out_of_reach(broker: str, mode: str) -> bool:
+    """Whether the broker's address is for this machine alone, in a host-only network: the host agent was
+    started before there was one."""
+    return mode == 'hostonly' and broker.startswith(('127.', 'localhost'))
+
+
+def do_cleanup(host: Client, screen: Screen, args: Any) -> int:
+    """Unused VMs and disks that this tool created: listed, or removed."""
+    found = host.call('cleanup', not args.yes)
+    verb = 'removed' if args.yes else 'would remove'
+    lines = ['%s %s %s (%s)' % (verb, what['kind'], what['name'], what['why']) for what in found]
+    show_list(screen, args.json, lines, found)
+    if found and not args.yes and not args.json:
+        screen.complain('nothing was removed; use cleanup --yes')
+    return 0
+
+
+VERBS = [
+    Verb('ls', do_ls, 'list VMs, and whether their agents are connected', [
+        JSON, switch('-l', '--long', help='more columns')]),
+    Verb('create', do_create, 'create a VM from an image, or register a .vbox file', [
+        argument('name', metavar='NAME', help='of the VM, or a .vbox file'),
+        argument('image', metavar='IMAGE', nargs='?', default='', help='.ova, .ovf, .vdi, .vmdk or .iso'),
+        argument('--memory', metavar='MB', type=int), argument('--cpus', metavar='N', type=int),
+        argument('--ostype', metavar='TYPE', help='VirtualBox\'s name for the guest\'s system'),
+        argument('--network', choices=['hostonly', 'nat', 'none'], help='default: as in host.ini'),
+        argument('--disk', metavar='MB', type=int, dest='diskSize', help='of the disk beside an .iso')], (
+            'create web1 cernvm.ova --memory 2048 --cpus 2',)),
+    Verb('rm', do_rm, 'remove a VM', [VM, switch('--disks', help='delete its disks as well')]),
+    Verb('start', do_start, 'start VMs', [VMS, switch('--gui', help='with a window')]),
+    Verb('stop', do_stop, 'shut VMs down', [VMS, switch('--force', help='power them off')]),
+    Verb('pause', changing('pause', 'is paused'), 'pause VMs', [VMS]),
+    Verb('resume', changing('resume', 'is running'), 'resume paused VMs', [VMS]),
+    Verb('save', changing('saveState', 'is saved'), 'save VMs to disk; start resumes them', [VMS]),
+    Verb('reset', changing('reset', 'is reset'), 'reset VMs', [VMS]),
+    Verb('snap', do_snap, 'list, take, restore and remove snapshots of a VM', [
+        argument('action', choices=['ls', 'take', 'restore', 'rm']), VM,
+        argument('name', metavar='SNAPSHOT', nargs='?', default='',
+                 help='default of restore: the current one'),
+        JSON], ('snap take web1 fresh', 'snap restore web1 fresh')),
+    Verb('ping', do_ping, 'check that the agent of a VM answers', [
+        VMS, argument('-t', '--timeout', metavar='SEC', type=read_seconds, default=5.0,
+                      help='default: 5 s')]),
+    Verb('rdp', do_rdp, 'enable the remote desktop of a VM, and print its address', [
+        VM, switch('--off', help='disable it'), JSON]),
+    Verb('net', do_net, 'show the network of the VMs', [
+        switch('--setup', help='create or repair it, as configured in host.ini'), JSON]),
+    Verb('cleanup', do_cleanup, 'list unused VMs and disks that this tool created', [
+        switch('--yes', help='remove them'), JSON]),
+]

@@ -1,0 +1,155 @@
+"""What a verb shows: tables, JSON, progress and complaints, for a person at a terminal or for a program.
+
+What it is not: anything that knows the host agent. Imports nothing of ours but agent. No threads, no locks.
+"""
+
+import binascii
+import functools
+import io
+import json
+import os
+import sys
+import time
+import unicodedata
+from typing import Any, Dict, Iterable, List, Optional
+
+import agent
+
+COLOURS = {'alive': 32, 'Running': 32, 'running': 32, 'late': 33, 'Paused': 33, 'Saved': 33, 'suspended': 33,
+           'queued': 33, 'sent': 33, 'lost': 31, 'failed': 31, 'timeout': 31, 'signaled': 31, 'Aborted': 31,
+           'Stuck': 31, 'ok': 32, '--': 33, 'NO': 31}  # type: Dict[str, int]
+PROGRESS_EVERY = 0.2           # seconds between two looks at a progress
+
+
+class Screen:
+    """Standard output and standard error: for a person, where they are a terminal."""
+
+    def __init__(self) -> None:
+        self.out = lenient(sys.stdout)
+        self.err = lenient(sys.stderr)
+        plain = 'NO_COLOR' in os.environ or os.environ.get('TERM') == 'dumb'
+        self._colours = self.out.isatty() and not plain
+        self.width = terminal_width() if self.out.isatty() else 0    # 0: any
+        self.shows_progress = self.err.isatty()
+        self._progress = 0             # columns of the progress line that stands on the terminal
+
+    def say(self, text: str) -> None:
+        """A line on standard output, at once."""
+        self.out.write(text + '\n')
+        self.out.flush()
+
+    def complain(self, text: str) -> None:
+        """A line on standard error."""
+        self.progress('')
+        self.err.write('vmhost: %s\n' % agent.printable(text))
+        self.err.flush()
+
+    def json(self, value: Any, indent: Optional[int] = 2) -> None:
+        """The value as JSON."""
+        ascii_only = (self.out.encoding or '').lower().replace('-', '') != 'utf8'
+        self.say(json.dumps(value, indent=indent, ensure_ascii=ascii_only, default=as_text))
+
+    def table(self, headings: List[str], rows: Iterable[List[Any]]) -> None:
+        """Columns as wide as they need to be, and cut to the terminal, but for the first one."""
+        lines = [[agent.printable(str(cell)) for cell in row] for row in [headings] + list(rows)]
+        widths = [max(map(cells, column)) for column in zip(*lines)]
+        while self.width and sum(widths) + 2 * len(widths) - 2 > self.width:
+            widest = max(range(len(widths)), key=lambda n: (n > 0, widths[n]))
+            if widths[widest] <= 8:
+                break
+            widths[widest] -= 1
+        for line in lines:
+            padded = [self._cell(text, width) for text, width in zip(line, widths)]
+            self.say('  '.join(padded[:-1] + [padded[-1].rstrip()]))
+
+    def _cell(self, text: str, width: int) -> str:
+        shown = text
+        if cells(shown) > width:
+            while cells(shown) > width - 1:
+                shown = shown[:-1]
+            shown += '…' if (self.out.encoding or '').lower().startswith('utf') else '~'
+        padding = ' ' * (width - cells(shown))
+        return self.coloured(shown, COLOURS.get(text, 0)) + padding
+
+    def coloured(self, text: str, colour: int) -> str:
+        """The text in one of the terminal's colours; 0: as it is."""
+        return '\033[%dm%s\033[0m' % (colour, text) if self._colours and colour else text
+
+    def progress(self, text: str) -> None:
+        """Replaces the one line that tells how far it is; '' takes it away."""
+        if self.shows_progress and (text or self._progress):
+            text = text[:max(0, terminal_width() - 1)]
+            self.err.write('\r' + text + ' ' * (self._progress - len(text)) + ('' if text else '\r'))
+            self.err.flush()
+            self._progress = len(text)
+
+
+@functools.lru_cache(maxsize=None)      # a wrapper that is let go closes what it wraps
+def lenient(stream: Any) -> Any:
+    """The stream, so that no character is an error, whatever the locale."""
+    if hasattr(stream, 'reconfigure'):
+        stream.reconfigure(errors='backslashreplace')
+    elif hasattr(stream, 'buffer'):         # Python 3.6
+        return io.TextIOWrapper(stream.buffer, stream.encoding, 'backslashreplace', line_buffering=True)
+    return stream
+
+
+def as_text(value: Any) -> str:
+    """What JSON doesn't know: exact bytes, as base64."""
+    return binascii.b2a_base64(value.data, newline=False).decode('ascii')
+
+
+def terminal_width() -> int:
+    """Columns of the terminal that standard output is; what COLUMNS says goes before."""
+    columns = os.environ.get('COLUMNS', '')
+    if columns.isdigit() and int(columns):
+        return int(columns)
+    try:
+        return os.get_terminal_size(1).columns or 80
+    except OSError:
+        return 80
+
+
+def cells(text: str) -> int:
+    """How many columns of a terminal it takes."""
+    return sum(0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in 'WF' else 1
+               for char in text)
+
+
+def shown_size(size: float) -> str:
+    """Bytes for a person."""
+    for unit in ('B', 'KiB', 'MiB'):
+        if size < 1024:
+            return '%.*f %s' % (0 if unit == 'B' or size >= 100 else 1, size, unit)
+        size /= 1024.0
+    return '%.1f GiB' % size
+
+
+def shown_span(seconds: float) -> str:
+    """A duration for a person."""
+    if seconds < 100:
+        return '%.0f s' % seconds
+    minutes = seconds / 60
+    return '%.0f min' % minutes if minutes < 100 else '%.0f h' % (minutes / 60) if minutes < 6000 \
+        else '%.0f d' % (minutes / 1440)
+
+
+def shown_time(moment: float) -> str:
+    """A time since 1970 for a person, in the local zone; '-' for 0."""
+    return time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(moment)) if moment else '-'
+
+
+def show_pairs(screen: Screen, found: Dict[str, Any], indent: str = '') -> None:
+    """Names and values, one per line; what is in a mapping stands indented below its name."""
+    width = max([len(str(name)) for name in found] + [0])
+    for name, value in found.items():
+        if isinstance(value, dict) and value:
+            screen.say('%s%s' % (indent, agent.printable(str(name))))
+            show_pairs(screen, value, indent + '    ')
+            continue
+        if name in ('submitted', 'started', 'ended', 'lastSeen') and isinstance(value, float):
+            value = shown_time(value)
+        elif isinstance(value, list):
+            value = ', '.join(map(str, value))
+        screen.say('%s%-*s  %s' % (indent, width, agent.printable(str(name)),
+                                   agent.printable(str(value)) or '-'))

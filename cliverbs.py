@@ -1,0 +1,129 @@
+"""What a verb of the command line is made of: its name, its arguments, what it does, and what is said of it.
+
+What it is not: the verbs (climachines.py, clicommands.py, clifiles.py, cliagent.py), or the program
+(hostcli.py). Threads: ``call``, which waits for an answer while progress is shown. No locks.
+"""
+
+import argparse
+import time
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple
+
+import agent
+from cliscreen import PROGRESS_EVERY, Screen, shown_span
+from faults import VMHostError
+from hostclient import Client, NoHost
+
+Function = Callable[[Client, Screen, Any], int]     # what a verb does; gives the exit code
+Argument = Tuple[Tuple[str, ...], Dict[str, Any]]
+
+
+class Verb(NamedTuple):
+    """A verb: its name, what does it, what is said of it, its arguments, some examples, and other names.
+
+    An argument is what argparse's add_argument takes. Its metavar tells the completion what it is.
+    """
+    name: str
+    function: Function
+    help: str
+    arguments: List[Argument]
+    examples: Tuple[str, ...] = ()
+    aliases: Tuple[str, ...] = ()
+
+
+def argument(*names: str, **options: Any) -> Argument:
+    """One argument of a verb."""
+    return names, options
+
+
+def switch(*names: str, **options: Any) -> Argument:
+    """An option that is there or not."""
+    return names, dict(options, action='store_true')
+
+
+def read_seconds(text: str) -> float:
+    """A duration as in the ini files. Raises ArgumentTypeError."""
+    try:
+        return agent.duration(text)
+    except ValueError as expected:
+        raise argparse.ArgumentTypeError('%s: expected %s' % (text, expected))
+
+
+JSON = switch('--json', help='print JSON')
+VM = argument('vm', metavar='VM', help='name or id')
+VMS = argument('vm', metavar='VM', help='name, id, or a pattern such as \'web*\'')
+ID = argument('id', metavar='ID', help='a command\'s id, as printed by `run -d` and `ps`')
+
+
+def show_list(screen: Screen, as_json: bool, lines: List[str], found: Any) -> int:
+    """Prints what was found as JSON, or as these lines; gives the exit code."""
+    if as_json:
+        screen.json(found)
+    else:
+        for line in lines:
+            screen.say(agent.printable(line))
+    return 0
+
+
+def for_each(screen: Screen, names: List[str], do: Callable[[str], Any]) -> int:
+    """Does it for each name; one that fails holds up no other. The exit code: 1 where one did."""
+    code = 0
+    for name in names:
+        try:
+            do(name)
+        except NoHost:
+            raise
+        except VMHostError as error:
+            screen.complain('%s: %s' % (name, error) if len(names) > 1 else str(error))
+            code = 1
+    return code
+
+
+# --- calls that take long --------------------------------------------------------------------
+
+def watch(host: Client, screen: Screen, vm: str, method: str, *args: Any) -> Any:
+    """Calls a method that may take long; meanwhile a terminal shows how far the hypervisor is.
+
+    Ctrl-C ends the waiting alone: a hypervisor stopped in the middle would leave worse behind.
+    """
+    try:
+        return call_watched(host, screen, vm, method, *args)
+    except KeyboardInterrupt:
+        screen.complain('%s: the host agent continues; `ls` shows the progress' % vm)
+        raise
+
+
+def call_watched(host: Client, screen: Screen, vm: str, method: str, *args: Any) -> Any:
+    """What the method answers; where there is a terminal, with a line of progress until it does."""
+    if not screen.shows_progress:
+        return host.call(method, *args)
+    import queue  # needed here alone
+    import threading
+    answers: queue.Queue = queue.Queue()
+
+    def work() -> None:
+        try:
+            answers.put((host.call(method, *args), None))
+        except VMHostError as error:
+            answers.put((None, error))
+    threading.Thread(target=work, name='call', daemon=True).start()
+    begin, looker = time.monotonic(), Client(host.folder)
+    while True:
+        try:
+            answer, error = answers.get(timeout=PROGRESS_EVERY)
+            break
+        except queue.Empty:
+            screen.progress(job_line(looker, vm, time.monotonic() - begin))
+    screen.progress('')
+    if error is not None:
+        raise error
+    return answer
+
+
+def job_line(host: Client, vm: str, seconds: float) -> str:
+    """How far the hypervisor is with a VM."""
+    line = '%s: %s' % (agent.printable(vm), shown_span(seconds))
+    for job in host.call('agentInfo')['jobs']:
+        if job['vm'] == vm and job['percent']:
+            line += ', %d %%, %s left %s' % (job['percent'], shown_span(
+                seconds * (100 - job['percent']) / job['percent']), agent.printable(job['text']))
+    return line

@@ -1,0 +1,29 @@
+"""The drivers there are: a table.
+
+A new driver is a file of its own, whose class derives from `Driver` in hypervisor.py, and a line here.
+
+What it is not: loaded code. A driver is imported in the process that runs it, and nowhere else. No threads.
+"""
+
+import collections
+from typing import Any, Dict, List
+
+
+def virtualbox(settings: Dict[str, Any]) -> Any:
+    """VirtualBox's driver."""
+    import virtualbox
+    return virtualbox.VirtualBox(settings)
+
+
+DRIVERS = collections.OrderedDict([('VirtualBox', virtualbox)])    # `auto` tries them in this order
+
+
+def names_of(wanted: str) -> List[str]:
+    """The drivers to try, where [Hypervisor] says `auto`, `none`, or a name."""
+    return {'auto': list(DRIVERS), 'none': []}.get(wanted, [wanted])
+
+
+def run(name: str) -> None:
+    """Main of a driver's process."""
+    import hypervisor
+    hypervisor.run_driver(DRIVERS[name])

@@ -1,0 +1,481 @@
+"""The commands of a guest: which wait for their turn, which run, which have ended; and what is done about
+each.
+
+The one place that decides whether a command begins, is cancelled, signalled, lost or acknowledged. What it is
+not: who runs it (guestrunner.py), what its folder holds (guestspool.py), how it is told to the host
+(guestreports.py).
+
+Threads: the link's thread brings what the host asks for, the main thread what time and the runners bring. One
+lock guards the tables and every change of a command's state; it is never held while something is said, or
+waited for.
+"""
+
+import collections
+import contextlib
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from typing import Any, Callable, Dict, Iterable, Optional
+
+from guestforks import ForkServer
+from guestprocesses import signal_all
+from guestreports import Reports
+from guestrequests import read_request, signal_number
+from guestspool import FORMAT, WAY, Command, Spool, describe_error, private, reserve, unrun_result
+from gueststart import ENDING
+from protocol import BadWord, Message
+
+RESEND_EVERY = 30.0            # seconds between two sendings of results that nobody acknowledged
+START_PATIENCE = 10.0          # seconds after which a runner that shows nothing is asked for again
+POLL = 1.0                     # seconds between looks at commands that runners can't report
+REFUSALS_KEPT = 10000
+KILL_ROUNDS = 10               # of KILL, for what forks as fast as it is killed
+
+log = logging.getLogger('vmguest')
+
+
+class Commands:
+    """All commands of one agent that aren't acknowledged yet."""
+
+    def __init__(self, settings: Any, root: str, boot: str, spool: Spool, fork_server: ForkServer,
+                 reports: Reports, look_by: Callable[[float], None], restart: Callable[[str], None]) -> None:
+        """``settings``: [VM]. ``root``: where commands start. ``boot``: see read_boot_id.
+
+        look_by(moment)     has the main thread call ``look`` by then
+        restart(why)        has the agent begin anew, as another process image
+        """
+        self._settings = settings
+        self._root = root
+        self._boot = boot
+        self._spool = spool
+        self._fork_server = fork_server
+        self._reports = reports
+        self._look_by = look_by
+        self._restart = restart
+        # Guards what follows, and the state of each command.
+        self._lock = threading.Lock()
+        self._commands = {}            # type: Dict[str, Command]
+        self._folders = {}             # type: Dict[str, Command]       # by the name of the folder
+        self._waiting = collections.deque()    # type: Any     # for their turn
+        self._active = 0               # commands that begin or run
+        self._refusals = collections.OrderedDict()     # type: Any     # {cmd-id: Refusal}
+        self._next_look = time.monotonic()
+
+    # What was there before.
+
+    def load(self) -> None:
+        """Finds what earlier agents left; what is unfinished goes on, or is lost. Raises AgentError."""
+        for command in self._spool.load():
+            if command.state != 'acknowledged':
+                self._add(command)
+                if not command.has_ended():
+                    self._take_up(command)
+        self._begin_waiting()
+
+    def _take_up(self, command: Command) -> None:
+        if command.request.get('boot') != self._boot:
+            self._lose(command, 'the guest was rebooted')
+        elif command.is_running() and not command.runner_lives():
+            self._lose_unless_ended(command)
+        else:
+            log.info('%s: goes on', command.cmd_id)
+
+    def _add(self, command: Command) -> None:
+        with self._lock:
+            self._commands[command.cmd_id] = command
+            self._folders[os.path.basename(command.folder)] = command
+            self._active += command.is_running()
+            if command.state == 'queued':
+                self._waiting.append(command)
+
+    # What the host asks for, on the link's thread.
+
+    def run(self, message: Message) -> None:
+        """CMD_RUN: claims the spool folder, and has it run; or answers for what was claimed before."""
+        cmd_id = message.text('cmd-id')
+        if not cmd_id:
+            raise BadWord('CMD_RUN: no cmd-id')
+        with self._lock:
+            refusal = self._refusals.get(cmd_id)
+        if refusal is not None:
+            self._send_refusal(refusal)
+            return
+        try:
+            command = self._accept(cmd_id, message)
+        except OSError as error:
+            self._refuse(cmd_id, error)
+            return
+        if command is None:
+            self._answer_again(cmd_id)
+            return
+        self._add(command)
+        if command.has_ended():
+            self._send_results(command)
+            return
+        self._begin_waiting()
+        if command.state == 'queued':
+            self._reports.status(command)
+        self._look_by(time.monotonic() + POLL)
+        log.info('%s: asked for', cmd_id)       # after it has begun: somebody waits
+
+    def _accept(self, cmd_id: str, message: Message) -> Optional[Command]:
+        """The command, its request written down; None where there is such a folder. Raises OSError."""
+        command = self._spool.claim(cmd_id)
+        if command is None:
+            return None
+        try:
+            self._write_request(command, read_request(message, self._settings))
+        except BadWord as error:
+            self._write_request(command, {})
+            command.end('failed', 'EINVAL: %s' % error)
+            command.state = 'failed'
+        except OSError:
+            command.discard()
+            raise
+        return command
+
+    def _write_request(self, command: Command, request: Dict[str, Any]) -> None:
+        """Raises OSError."""
+        reserve(command.path('result.json'))
+        stdin = request.pop('stdin', None)
+        if stdin is not None:
+            with open(command.path('stdin'), 'wb', opener=private) as file:
+                file.write(stdin)
+            request['stdin'] = True
+        request.update({'cmd-id': command.cmd_id, 'format': FORMAT, 'boot': self._boot,
+                        'root': self._root, 'received': time.time()})
+        if request.get('expires'):
+            request['expires-at'] = self._spool.clock.now() + request['expires']
+        command.request = request
+        # Not by rename: whether a torn one was begun is seen by its other name, runner. The runner brings
+        # both names to the disk, before the program begins.
+        with open(command.path('request.json'), 'w', opener=private) as file:
+            file.write(json.dumps(request))
+
+    def _answer_again(self, cmd_id: str) -> None:
+        """For a command whose folder is there: status or results, once more; it isn't run."""
+        command = self._find(cmd_id)
+        if command is None:
+            self._reports.bare_results(cmd_id, unrun_result(
+                'lost', 'it was begun before, and isn\'t run again; its results were acknowledged and '
+                'deleted, or its spool folder was damaged'))
+        elif command.has('result.json'):
+            self._send_results(command)
+        else:
+            self._reports.status(command)
+
+    def _find(self, cmd_id: str) -> Optional[Command]:
+        """A command that has files in the spool, acknowledged or not."""
+        with self._lock:
+            command = self._commands.get(cmd_id)
+        return command or self._spool.find(cmd_id)
+
+    def query(self, message: Message) -> None:
+        """CMD_QUERY: how far it is, with slices of its output where they are asked for."""
+        cmd_id = message.text('cmd-id')
+        command = self._find(cmd_id)
+        if command is None:
+            self._reports.unknown(cmd_id)
+        else:
+            self._notice_begin(command)
+            self._reports.status(command, **self._reports.slices(command, message))
+
+    def signal(self, message: Message) -> None:
+        """CMD_SIGNAL: to all processes of a command, as soon as it has any.
+
+        One that would end it cancels what hasn't begun; with ``cancel``, also what this guest was never asked
+        for: it won't run any more, should that word still be on its way.
+        """
+        number = signal_number(message.text('signal', 'TERM'))
+        cmd_id = message.text('cmd-id')
+        with self._lock:
+            command = self._commands.get(cmd_id)
+        if command is None and message.flag('cancel'):
+            command = self._cancelled_before(cmd_id)
+        if command is None or command.has_ended():
+            return
+        log.info('%s: signal %d', cmd_id, number)
+        if number in ENDING and self._take_back(command, 'cancelled'):
+            self._end(command, 'cancelled', 'signal %d before it began' % number, by='signalCmd')
+            return
+        with contextlib.suppress(OSError):      # of a full disk: then the result doesn't tell who sent it
+            command.note_signal(number)
+        with self._lock:
+            command.signals.append(number)
+        self._deliver(command)
+
+    def _cancelled_before(self, cmd_id: str) -> Optional[Command]:
+        """A command of which nothing but the id is known; None where there was one, or the disk is full."""
+        try:
+            command = self._spool.claim(cmd_id)
+            if command is not None:
+                self._write_request(command, {})
+                self._add(command)
+            return command
+        except OSError as error:
+            log.error('%s can\'t be cancelled: %s', cmd_id, describe_error(error))
+            return None
+
+    def _take_back(self, command: Command, state: str) -> bool:
+        """Takes a command that hasn't begun, so that no runner will. Whoever claims it first decides."""
+        with self._lock:
+            if command.state not in ('queued', 'starting'):
+                return False
+            lock = command.claim()
+            if lock is None:
+                return False
+            lock.close()
+            self._set_state(command, state)
+            return True
+
+    def _end(self, command: Command, state: str, error: str, **more: Any) -> None:
+        """Writes and sends the result of what never ran. Raises OSError."""
+        command.end(state, error, **more)
+        self._send_results(command)
+
+    def _deliver(self, command: Command) -> None:
+        """Sends the signals that are due to the processes of a command, once it has any."""
+        if not command.process():
+            return
+        with self._lock:
+            due, command.signals = command.signals, []
+        for number in due:
+            # What is forked meanwhile is killed, too.
+            for _ in range(KILL_ROUNDS if number == signal.SIGKILL else 1):
+                if not signal_all(command.members(), number):
+                    break
+
+    def acknowledge(self, message: Message) -> None:
+        """CMD_ACK: the host has the results; they stay for keep_spool, and then go."""
+        cmd_id = message.text('cmd-id')
+        with self._lock:
+            command = self._commands.get(cmd_id)
+            if cmd_id in self._refusals:
+                self._refusals[cmd_id].acked = True
+        if command is None or not command.has_ended():
+            return
+        try:
+            command.acknowledge(self._spool.clock.now())
+        except OSError as error:
+            log.warning('%s: acknowledged, but %s', cmd_id, describe_error(error))
+            return              # it is sent again, and acknowledged again
+        with self._lock:
+            self._set_state(command, 'acknowledged')
+            self._commands.pop(cmd_id, None)
+            self._folders.pop(os.path.basename(command.folder), None)
+        log.info('%s: acknowledged', cmd_id)
+
+    # What can't be written down (the disk is full) never runs, and fails with that error.
+
+    def _refuse(self, cmd_id: str, error: OSError) -> None:
+        log.error('%s can\'t be taken: %s', cmd_id, error)
+        refusal = Refusal(cmd_id, unrun_result('failed', describe_error(error)))
+        with self._lock:
+            self._refusals[cmd_id] = refusal
+            if len(self._refusals) > REFUSALS_KEPT:
+                del self._refusals[next(iter(self._refusals))]
+        self._send_refusal(refusal)
+        self._look_by(time.monotonic() + POLL)
+
+    def _send_refusal(self, refusal: 'Refusal') -> None:
+        refusal.sent = time.monotonic()
+        self._reports.bare_results(refusal.cmd_id, refusal.result)
+
+    # What the agent asks.
+
+    def states(self) -> Dict[str, str]:
+        """{cmd-id: state} of all that aren't acknowledged. From any thread."""
+        with self._lock:
+            return {cmd_id: 'running' if command.state == 'starting' else command.state
+                    for cmd_id, command in self._commands.items()}
+
+    def count_unended(self) -> int:
+        """How many haven't ended. From any thread."""
+        with self._lock:
+            return sum(not command.has_ended() for command in self._commands.values())
+
+    def resend(self, sent: float) -> None:
+        """Has the next look believe that the results were last sent at ``sent``. From any thread."""
+        with self._lock:
+            for one in [*self._commands.values(), *self._refusals.values()]:
+                one.sent = sent
+            self._next_look = 0.0
+        self._look_by(0.0)
+
+    # What the clock and the runners bring, on the main thread.
+
+    def due(self) -> Optional[float]:
+        """When ``look`` is due, by the monotonic clock; None: not before something happens."""
+        with self._lock:
+            return self._next_look if self._commands or self._refusals else None
+
+    def look(self, now: float, reported: Iterable[str]) -> None:
+        """``reported``: folders whose runners say that something happened."""
+        for name in reported:
+            self._look_at_reported(name)
+        with self._lock:
+            is_due = now >= self._next_look
+            if is_due:
+                self._next_look = now + POLL
+        if is_due:
+            self._look_at_all(now)
+            self._begin_waiting()
+
+    def _look_at_reported(self, name: str) -> None:
+        with self._lock:
+            command = self._folders.get(name)
+        if command is None:
+            return
+        if command.has('result.json'):
+            self._send_results(command)
+            self._begin_waiting()
+        else:
+            self._notice_begin(command)
+            self._reports.status(command)
+
+    def _look_at_all(self, now: float) -> None:
+        """Looks at each command that isn't over; sends again what nobody acknowledged."""
+        with self._lock:
+            commands = list(self._commands.values())
+            refusals = [refusal for refusal in self._refusals.values() if not refusal.acked]
+        for command in commands:
+            try:
+                self._look_at(command, now)
+            except OSError as error:        # a full disk, say: the others' turn comes all the same
+                log.error('%s: %s', command.cmd_id, describe_error(error))
+        for refusal in refusals:
+            if now - refusal.sent >= RESEND_EVERY:
+                self._send_refusal(refusal)
+        if not self._spool.is_there():
+            self._restart('the spool %s was deleted: what ran is lost' % self._spool.folder)
+        if not self._fork_server.lives():
+            self._restart('the fork server died')
+
+    def _look_at(self, command: Command, now: float) -> None:
+        """Sends its result, or sees to it that there will be one. Raises OSError."""
+        if command.state == 'queued':
+            self._look_at_queued(command)
+        elif command.has('result.json'):
+            if now - command.sent >= RESEND_EVERY or not command.sent:
+                self._send_results(command)
+        elif command.request.get('boot') != self._boot:
+            self._lose(command, 'the guest was rebooted')
+        elif command.has('runner'):
+            self._look_after(command, now)
+        elif now - command.begun > START_PATIENCE:
+            self._start(command)
+
+    def _look_at_queued(self, command: Command) -> None:
+        """Raises OSError."""
+        expires = command.request.get('expires-at')
+        if expires and self._spool.clock.now() >= expires and self._take_back(command, 'expired'):
+            self._end(command, 'expired', 'ETIME: it had not begun within %g s' % command.request['expires'])
+
+    def _look_after(self, command: Command, now: float) -> None:
+        """A command that runs: its runner may have been killed, its status or a signal be due."""
+        if not command.runner_lives():
+            self._lose_unless_ended(command)
+            return
+        self._notice_begin(command)
+        self._deliver(command)
+        interval = command.request.get('status-interval', 0)
+        if interval and now - command.told >= interval:
+            self._reports.status(command)
+
+    # The changes of a command's state.
+
+    def _set_state(self, command: Command, state: str) -> None:
+        """The only place where it changes, with the lock held. Raises ValueError for what is not in WAY."""
+        if state == command.state:
+            return
+        if state not in WAY[command.state]:
+            raise ValueError('%s: no way from %s to %s' % (command.cmd_id, command.state, state))
+        self._active -= command.is_running()
+        command.state = state
+        self._active += command.is_running()
+
+    def _begin_waiting(self) -> None:
+        """Has those begun whose turn it is, in the order in which they came. From any thread."""
+        limit, chosen = self._settings.max_commands, []
+        with self._lock:
+            while self._waiting and (not limit or self._active < limit):
+                command = self._waiting.popleft()
+                if command.state == 'queued':       # and was neither cancelled, nor expired
+                    self._set_state(command, 'starting')
+                    chosen.append(command)
+        for command in chosen:
+            self._start(command)
+
+    def _start(self, command: Command) -> None:
+        command.begun = time.monotonic()
+        log.debug('%s: begins', command.cmd_id)
+        try:
+            if not self._fork_server.run(command.folder):
+                self._put_back(command)
+        except ConnectionError:
+            self._restart('the fork server died')
+
+    def _put_back(self, command: Command) -> None:
+        """Into the queue: there is no room for one more runner now. The next look tries again."""
+        with self._lock:
+            if command.state == 'starting':
+                self._set_state(command, 'queued')
+                self._waiting.append(command)
+
+    def _notice_begin(self, command: Command) -> None:
+        """Sees whether a command that a runner has runs, or is stopped."""
+        if command.is_running() and command.process():
+            state = command.read_state()
+            with self._lock:
+                if command.is_running() and state in ('running', 'stopped'):
+                    self._set_state(command, state)
+
+    def _lose_unless_ended(self, command: Command) -> None:
+        """For a runner that is gone: its result may have been its last deed. Raises OSError."""
+        if not command.has('result.json'):
+            left = command.end_processes()
+            self._lose(command, 'its runner was killed%s'
+                       % ('; its processes were, too' if left else ''))
+
+    def _lose(self, command: Command, why: str) -> None:
+        """Its result is sent by the next look, which tries again where the disk is full."""
+        log.warning('%s: lost: %s', command.cmd_id, why)
+        with contextlib.suppress(OSError):
+            command.end('lost', why)
+            with self._lock:
+                if not command.has_ended():
+                    self._set_state(command, 'lost')
+
+    def _send_results(self, command: Command) -> None:
+        """Of a command that has a result.json. Raises OSError where that is damaged and can't be replaced."""
+        command.sent = time.monotonic()
+        try:
+            result = command.result()
+        except (OSError, ValueError) as error:
+            result = self._replace_result(command, error)
+        with self._lock:
+            if not command.has_ended():
+                self._set_state(command, result['state'])
+        self._reports.results(command, result)
+        log.info('%s: %s', command.cmd_id, result['state'])
+
+    def _replace_result(self, command: Command, error: Exception) -> Dict[str, Any]:
+        """A torn result.json is set aside, and the command is lost."""
+        aside = command.path('result.json.corrupt-%d' % time.time())
+        log.error('%s is damaged (%s): set aside as %s', command.path('result.json'), error, aside)
+        os.rename(command.path('result.json'), aside)
+        command.end('lost', 'its result was damaged: %s' % error)
+        return command.result()
+
+
+class Refusal:
+    """The result of a command that couldn't be written down."""
+
+    def __init__(self, cmd_id: str, result: Dict[str, Any]) -> None:
+        self.cmd_id = cmd_id
+        self.result = result
+        self.sent = 0.0                # monotonic: when it was last sent
+        self.acked = False

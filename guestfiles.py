@@ -1,0 +1,87 @@
+"""The files that a guest serves: its Chirp server, where the broker sees this machine.
+
+What it is not: Chirp itself (chirpserver.py). Threads: ``serve`` and ``admit`` run on the link's thread,
+``stop`` on the main one; the server has threads of its own. No locks.
+"""
+
+import logging
+from typing import Any, Callable, Dict, List
+
+import agent
+import chirpserver
+from chirpwire import ChirpError
+from protocol import Message
+
+LISTEN_PATIENCE = 3.0          # seconds that HELLO waits for chirp_server, so that it can tell of it
+STOP_PATIENCE = 1.0            # seconds that the Chirp server has for its end
+
+log = logging.getLogger('vmguest')
+
+
+class Files:
+    """The Chirp server of a guest, if there can be one: commands don't need it."""
+
+    def __init__(self, root: str, settings: Any, on_port: Callable[[], None]) -> None:
+        """``settings``: [Chirp]. ``on_port``: called on another thread, once a late server has a port."""
+        self._root = root
+        self._settings = settings
+        self._on_port = on_port
+        self._server = None            # type: Any
+        self._address = ''             # at which it listens
+
+    @property
+    def port(self) -> int:
+        """Where files are served; 0: nowhere, or not yet."""
+        return self._server.address[1] if self._server is not None else 0
+
+    def serve(self, address: str, host: str, shown: Dict[str, str]) -> None:
+        """Serves at that address of this machine; ``host``: who is let in.
+
+        ``shown``: {name: folder} of what can be read under that name, and never changed.
+        """
+        if self._server is not None and self._address == address:
+            self._server.allow([host])      # the host may have moved
+            return
+        self.stop()
+        self._address = address
+        port = self._free_port(address)
+        try:
+            self._start(address, port, [host], shown)
+        except (OSError, ChirpError, agent.AgentError) as error:
+            log.error('no Chirp server at %s:%d: %s', address, port, error)
+            self._server = None
+
+    def _free_port(self, address: str) -> int:
+        port = self._settings.port
+        try:
+            chirpserver.listen(address, port).close()
+            return int(port)
+        except OSError as error:
+            log.warning('[Chirp] port %d is not available (%s): files are served on another one. The host is '
+                        'told, but can\'t reach it in NAT mode', port, error)
+            return 0
+
+    def _start(self, address: str, port: int, allowed: List[str], shown: Dict[str, str]) -> None:
+        """Doesn't wait for chirp_server, which may never come up: this is the link's thread."""
+        if self._settings.server == 'embedded':
+            self._server = chirpserver.ChirpServer(self._root, address, port, allowed,
+                                             auth=self._settings.auth, shown=shown).start()
+            return
+        import chirpreal  # what the embedded one doesn't need
+        self._server = chirpreal.RealChirpServer(self._root, address, port, allowed,
+                                                 user=self._settings.user)
+        self._server.begin(self._on_port, LISTEN_PATIENCE)
+
+    def admit(self, greeting: Message) -> None:
+        """What the host's greeting says for files: where it is, if not at the broker."""
+        if self._server is None:
+            return
+        addresses = [value for value in greeting.sequence('addresses') if isinstance(value, str)]
+        if addresses:
+            self._server.allow(addresses)
+
+    def stop(self) -> None:
+        """Ends the server, if there is one."""
+        if self._server is not None:
+            self._server.stop(STOP_PATIENCE)
+            self._server = None

@@ -1,0 +1,125 @@
+"""What a guest tells of its commands: statuses, results, and slices of output that fit into a word.
+
+What it is not: the decision when to tell it (guestcommands.py). No threads, no locks: any thread may tell.
+"""
+
+import base64
+import os
+import re
+import time
+from typing import Any, Callable, Dict
+
+import protocol
+from guestprocesses import live_usage
+from guestspool import LARGEST_PROGRESS, Command
+from protocol import Message
+
+LARGEST_INLINE = 256 * 1024    # bytes of a stream that a word carries, at most
+LARGEST_WORD = 900 * 1000      # bytes of a body, below what a broker takes (max_frame) …
+FIRST_WORD = 8 * 1000          # … and of a HELLO before the host has told what its broker takes
+SMALLEST_WORD = 2 * 1000       # whatever the host tells: a result without output fits
+FRAME_RESERVE = 4 * 1000       # bytes of max_frame that are left for what is not output
+LARGEST_OFFSET = 2 ** 62       # of a file's bytes, as far as systems can tell
+
+
+class Reports:
+    """Tells the host of commands, in words that its broker takes."""
+
+    def __init__(self, say: Callable[[Message], Any], inline_output: int, chirp_path: str) -> None:
+        """``inline_output``: bytes of a stream that go with results, where the request doesn't say.
+
+        ``chirp_path``: of the spool, as the host sees it by Chirp.
+        """
+        self._say = say
+        self._inline_output = inline_output
+        self._chirp_path = chirp_path
+        self.largest_word = LARGEST_WORD
+
+    def limit(self, max_frame: float) -> None:
+        """The host told how large a frame its broker takes."""
+        self.largest_word = int(min(LARGEST_WORD, max(SMALLEST_WORD, max_frame - FRAME_RESERVE)))
+
+    @property
+    def _room_for_output(self) -> int:
+        """Bytes of a word that output may take, written as JSON."""
+        return max(0, self.largest_word - 2 * LARGEST_PROGRESS)
+
+    def status(self, command: Command, **slices: Any) -> None:
+        """A CMD_STATUS. A command that begins is told as one that runs."""
+        command.told = time.monotonic()
+        keys = {'out-size': command.size('out'), 'err-size': command.size('err'),
+                'progress': command.progress()}  # type: Dict[str, Any]
+        pid = command.process() if command.is_running() else 0
+        if pid:
+            processes, resources = live_usage(command.members())
+            keys.update(pid=pid, processes=processes, resources=resources, wall=command.wall())
+        keys.update(slices)
+        state = 'running' if command.state == 'starting' else command.state
+        self._say(protocol.CMD_STATUS.howToSay(command.cmd_id, state, **keys))
+
+    def unknown(self, cmd_id: str) -> None:
+        """A CMD_STATUS of a command that this guest doesn't know, or no longer."""
+        self._say(protocol.CMD_STATUS.howToSay(cmd_id, 'unknown', error='not in the spool'))
+
+    def slices(self, command: Command, query: Message) -> Dict[str, Any]:
+        """The slices of output that a CMD_QUERY asks for. Raises BadWord."""
+        length = int(min(max(0, query.number('max', LARGEST_INLINE)), LARGEST_INLINE))
+        found = {}  # type: Dict[str, Any]
+        for stream in ('out', 'err'):
+            if query.get(stream + '-offset') is not None:
+                offset = int(min(max(0, query.number(stream + '-offset')), LARGEST_OFFSET))
+                found.update(self._slice(command, stream, offset, length))
+        return found
+
+    def _slice(self, command: Command, stream: str, offset: int, length: int) -> Dict[str, Any]:
+        """A slice of a stream, as long as two of them fit into a word."""
+        data = command.slice(stream, offset, length)
+        while True:
+            found = {stream + '-offset': offset}  # type: Dict[str, Any]
+            put_bytes(found, stream, data)
+            if len(protocol.write_json(found)) <= self._room_for_output // 2 or not data:
+                return found
+            data = data[:len(data) // 2]
+
+    def results(self, command: Command, result: Dict[str, Any]) -> None:
+        """A CMD_RESULTS with what the command's result.json says, and the tails of its output."""
+        told = dict(result, spool=self._chirp_path + '/' + os.path.basename(command.folder))
+        told.update(self._tails(command))
+        self.bare_results(command.cmd_id, told)
+
+    def bare_results(self, cmd_id: str, result: Dict[str, Any]) -> None:
+        """A CMD_RESULTS of a command that may have no folder."""
+        told = {key: value for key, value in result.items() if key != 'format'}
+        self._say(protocol.CMD_RESULTS.howToSay(cmd_id, told))
+
+    def _tails(self, command: Command) -> Dict[str, Any]:
+        """The tails of both streams that go with the results, as large as the word may be."""
+        room = int(min(command.request.get('inline-output', self._inline_output), LARGEST_INLINE))
+        while True:
+            found = {}  # type: Dict[str, Any]
+            for stream in ('out', 'err'):
+                put_tail(found, stream, command, room)
+            if len(protocol.write_json(found)) <= self._room_for_output or not room:
+                return found
+            room //= 2
+
+
+def put_bytes(keys: Dict[str, Any], stream: str, data: bytes) -> None:
+    """Bytes of a stream as text, or as base64 where they are not UTF-8."""
+    try:
+        keys[stream] = data.decode('utf-8')
+    except UnicodeDecodeError:
+        keys[stream] = data.decode('utf-8', 'replace')
+        keys[stream + '64'] = base64.b64encode(data).decode('ascii')
+
+
+def put_tail(keys: Dict[str, Any], stream: str, command: Command, room: int) -> None:
+    """The last ``room`` bytes of a stream, from the begin of a character on, and where they begin."""
+    size = command.size(stream)
+    offset = max(0, size - room)
+    data = command.slice(stream, offset, size - offset) if size else b''
+    if offset:
+        whole = re.sub(b'^[\x80-\xbf]{1,3}', b'', data)
+        offset, data = offset + len(data) - len(whole), whole
+    keys[stream + '-offset'], keys[stream + '-size'] = offset, size
+    put_bytes(keys, stream, data)

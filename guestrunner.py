@@ -1,0 +1,458 @@
+"""Runners: processes that run commands to their end, and leave the results in the spool.
+
+A runner outlives the agent. It has no threads.
+"""
+
+import collections
+import contextlib
+import gc
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import time
+from typing import Any, Iterator, Optional
+
+import agent
+import protocol
+from guestprocesses import (
+    children_of,
+    descendants,
+    has_proc,
+    in_session,
+    signal_all,
+    signal_session,
+    start_ticks,
+    was_killed_for_memory,
+)
+from guestspool import Command, describe_error, private
+from gueststart import Start, become_subreaper
+
+ACK_PATIENCE = 0.05            # seconds after which results that nobody has yet are brought to the disk
+DRAIN = 2.0                    # seconds for the pipes to be emptied after the end of the process
+SETTLE = 0.05                  # seconds more for orphans to end, where there are any
+END_PATIENCE = 10.0            # seconds for processes to be ended that the system doesn't let go of
+FIRST_STATUS = 0.05            # seconds after which a command that still runs is reported
+PUMP = 256 * 1024              # bytes read from a pipe at a time
+# What a program brings upon itself: no other process has sent it.
+OF_ITSELF = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSYS,
+             signal.SIGPIPE, signal.SIGXCPU, signal.SIGXFSZ)
+
+log = logging.getLogger('vmguest')
+
+
+class Runner:
+    """Runs one command to its end, and leaves result.json; in a process without threads, in its own session.
+
+    The program and its descendants stay below this process, whatever sessions they make: where the system has
+    subreapers, orphans become its children. It feeds the spool from their pipes, and waits for all of them
+    by wait4, which tells their exact usage.
+    """
+
+    def __init__(self, folder: str, process: 'RunnerProcess') -> None:
+        self.command = Command('', folder)
+        self.process = process
+        self.request = {}              # type: Any
+        self.pid = 0                   # of the program
+        self.usage = Usage()
+        self.pipes = {}                # type: Any       # {descriptor: (name, the file's descriptor)}
+        self.truncated = {'out': False, 'err': False}
+        self.failure = ''              # why writing the spool failed
+        self.timed_out = False
+        self.status = None             # type: Optional[int]      # of the program, once it ended
+        self.deadline = None           # type: Optional[float]
+        self.stopped_at = None         # type: Optional[float]    # of a program that a signal stopped
+        self.kill_at = None            # type: Optional[float]
+        self.report_at = None          # type: Optional[float]
+        self._starter = 0              # the process that began the program, if that wasn't this one
+        self._lock = None              # type: Any
+
+    def claim(self) -> bool:
+        """Takes the lock of the command; False where it was taken or cancelled before."""
+        self._lock = self.command.claim()
+        return self._lock is not None
+
+    def run(self) -> None:
+        """The whole life of the command."""
+        try:
+            self._start()
+        except InterruptedError as error:
+            self.abandon()
+            return self._finish('cancelled', describe_error(error), by='signalCmd')
+        except Exception as error:      # of Python or the system: it is the command's
+            self.abandon()
+            return self._finish('failed', describe_error(error))
+        while not self._reap():
+            self._pump(self._patience())
+            self._enforce()
+            self._report_that_it_runs()
+            self.process.unsynced.sync_due()
+        ended = time.monotonic()
+        while self.pipes and time.monotonic() < ended + DRAIN and not self.failure:
+            self._pump(ended + DRAIN - time.monotonic())
+        if self.timed_out or signal.SIGKILL in self.command.sent_signals():
+            self._end_all()
+        self._wait_for_orphans(time.monotonic() + SETTLE)
+        self._finish_exited(ended)
+
+    def close(self) -> None:
+        """Lets go of pipes, files and the lock."""
+        self._close_pipes()
+        if self._lock is not None:
+            self._lock.close()
+
+    def _close_pipes(self) -> None:
+        for reader, (_, target) in self.pipes.items():
+            os.close(reader)
+            if target >= 0:
+                os.close(target)
+        self.pipes = {}
+
+    def _start(self) -> None:
+        """Begins the program. Raises whatever prevents that."""
+        self.request = json.loads(self._lock.read().decode('utf-8'))
+        limit = int(self.request['output-limit'])
+        self.room = {'out': limit, 'err': limit}
+        # What was never begun may be begun again after a loss of power; nothing else may. The names tell
+        # that it was begun: what request.json says can wait until it matters.
+        for folder in (self.command.folder, os.path.dirname(self.command.folder)):
+            agent.sync(folder)
+        self._spawn()
+        timeout = self.request.get('timeout')
+        self.deadline = self.begin + float(timeout) if timeout else None
+        self._write_process()
+        self._open_outputs()
+        self.report_at = self.begin + FIRST_STATUS
+
+    def _write_process(self) -> None:
+        # Torn, it is as good as none: what a dead runner left is found by its environment, too.
+        with open(self.command.path('process.json'), 'w', opener=private) as file:
+            file.write(json.dumps({'pid': self.pid, 'started': self.started, 'begin': self.begin,
+                                   'ticks': start_ticks(self.pid), 'runner': os.getpid()}))
+
+    def abandon(self) -> None:
+        """Ends a program that can't be accounted for, since a file of it couldn't be written, say."""
+        self._close_pipes()
+        if self.status is None:
+            self._end_all()
+
+    def _spawn(self) -> None:
+        """Starts the program, in a session of its own. Raises what that raised, in the child too."""
+        start = Start(self.command, self.request, self.process.starter)
+        with contextlib.ExitStack() as stack:
+            out, err = self._open_pipe('out', stack), self._open_pipe('err', stack)
+            self.begin, self.started = time.monotonic(), time.time()
+            start.fork(out, err)
+        self.pid = start.wait()
+        if self.pid != start.child:
+            self._starter = start.child
+
+    def _open_pipe(self, name: str, stack: contextlib.ExitStack) -> int:
+        """The program's end of the pipe of a stream, closed here by ``stack``."""
+        reader, writer = os.pipe()
+        stack.callback(os.close, writer)
+        os.set_blocking(reader, False)
+        self.pipes[reader] = (name, -1)
+        return writer
+
+    def _open_outputs(self) -> None:
+        """Makes the files of both streams, while the program comes to life."""
+        for reader, (name, _) in self.pipes.items():
+            self.pipes[reader] = (name, os.open(self.command.path(name),
+                                                os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
+
+    def _reap(self) -> bool:
+        """Waits for whatever has ended; whether the program has."""
+        while True:
+            try:
+                pid, status, usage = os.wait4(-1, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
+            except ChildProcessError:
+                break
+            if pid == 0:
+                break
+            if os.WIFSTOPPED(status) or os.WIFCONTINUED(status):
+                if pid == self.pid:
+                    self._note_stop(os.WIFSTOPPED(status))
+            elif pid != self._starter:
+                self.usage.add(usage)
+                if pid == self.pid:
+                    self.status = status
+        return self.status is not None
+
+    def _note_stop(self, stopped: bool) -> None:
+        """The time for which a program is stopped isn't its own: its timeout comes so much later."""
+        now = time.monotonic()
+        if stopped and self.stopped_at is None:
+            self.stopped_at = now
+        elif not stopped and self.stopped_at is not None:
+            if self.deadline is not None:
+                self.deadline += now - self.stopped_at
+            self.stopped_at = None
+        self.report()
+
+    def _patience(self) -> float:
+        deadline = None if self.timed_out or self.stopped_at else self.deadline
+        due = [moment for moment in (deadline, self.kill_at, self.report_at, self.process.unsynced.due)
+               if moment is not None]
+        # A timeout of centuries is more than select takes.
+        return max(0.0, min(60.0, min(due) - time.monotonic())) if due else 60.0
+
+    def _pump(self, timeout: float) -> None:
+        """Waits for output, the end of a child, or the time; writes what came into the spool."""
+        ready, _, _ = select.select(list(self.pipes) + [self.process.wakeup], [], [], timeout)
+        for descriptor in ready:
+            if descriptor == self.process.wakeup:
+                drain(descriptor)
+            else:
+                self._read_pipe(descriptor)
+
+    def _read_pipe(self, descriptor: int) -> None:
+        name, target = self.pipes[descriptor]
+        try:
+            data = os.read(descriptor, PUMP)
+        except BlockingIOError:
+            return
+        if not data:
+            del self.pipes[descriptor]
+            os.close(descriptor)
+            os.close(target)
+            return
+        kept = data[:self.room[name]]
+        self.room[name] -= len(kept)
+        self.truncated[name] |= len(kept) < len(data)
+        try:
+            while kept and not self.failure:
+                kept = kept[os.write(target, kept):]
+        except OSError as error:
+            # A full disk: the command can't be accounted for, and is ended.
+            self.failure = describe_error(error)
+            self._signal(signal.SIGKILL)
+
+    def _enforce(self) -> None:
+        """TERM at the timeout, KILL kill-after seconds later."""
+        now = time.monotonic()
+        if self.deadline is not None and now >= self.deadline and not self.timed_out and not self.stopped_at:
+            self.timed_out = True
+            self.kill_at = now + float(self.request['kill-after'])
+            self._signal(signal.SIGTERM)
+        elif self.kill_at is not None and now >= self.kill_at:
+            self.kill_at = now + 1
+            self._signal(signal.SIGKILL)
+
+    def _signal(self, number: int) -> int:
+        """To all processes of the command; how many there were."""
+        if not has_proc():
+            return signal_session(self.pid, number) if self.pid else 0
+        pids = descendants(os.getpid())
+        if self.request.get('leave'):
+            pids = in_session(pids, self.pid)
+        return signal_all(pids, number)
+
+    def _end_all(self) -> None:
+        """After a timeout or KILL: no process stays, but one that the system doesn't let go of."""
+        give_up = time.monotonic() + float(self.request.get('kill-after', 0)) + END_PATIENCE
+        while self._count_living() and time.monotonic() < give_up:
+            if self.kill_at is None or time.monotonic() >= self.kill_at:
+                self._signal(signal.SIGKILL)
+            self._pump(0.02)
+
+    def _wait_for_orphans(self, deadline: float) -> None:
+        """Those that have no output any more are mostly about to end, too, and are to be measured."""
+        self._reap()
+        while children_of(os.getpid()) and time.monotonic() < deadline:
+            self._pump(max(0.0, deadline - time.monotonic()))
+            self._reap()
+
+    def _count_living(self) -> int:
+        """How many processes of the command live; those that have ended are waited for."""
+        self._reap()
+        return self._signal(0)
+
+    def _report_that_it_runs(self) -> None:
+        """Once, of a command that isn't over in a moment: the agent tells its status."""
+        if self.report_at is not None and time.monotonic() >= self.report_at:
+            self.report_at = None
+            self.report()
+
+    def report(self) -> None:
+        """Has the agent, if it still lives, look at the command's folder."""
+        try:
+            os.write(self.process.reports, (os.path.basename(self.command.folder) + '\n').encode())
+        except OSError as error:
+            log.debug('the agent is gone: %s', error)
+
+    def _finish_exited(self, ended: float) -> None:
+        status = self.status or 0
+        exited = os.WIFEXITED(status)
+        code = os.WEXITSTATUS(status) if exited else os.WTERMSIG(status)
+        state = 'timeout' if self.timed_out else 'exited' if exited else 'signaled'
+        error = ''
+        if self.timed_out:
+            error = 'ran longer than its timeout of %g s' % float(self.request['timeout'])
+        if self.failure:
+            state, error = 'failed', self.failure
+        self._finish(state, error, finished=exited, exitCodeOrSignal=code, by=self._ended_by(exited, code),
+                     resources=self.usage.fields, inexact=[] if self._starter else ['ru_maxrss'],
+                     left=len(descendants(os.getpid())), wall=ended - self.begin, started=self.started,
+                     **{'out-truncated': self.truncated['out'], 'err-truncated': self.truncated['err']})
+
+    def _ended_by(self, exited: bool, number: int) -> str:
+        """Who ended the program: itself, timeout, signalCmd, oom (the kernel, for memory), or other."""
+        if self.timed_out:
+            return 'timeout'
+        if exited or number in OF_ITSELF:
+            return 'itself'
+        if number in self.command.sent_signals():
+            return 'signalCmd'
+        is_oom = number == signal.SIGKILL and was_killed_for_memory(self.pid, self.begin)
+        return 'oom' if is_oom else 'other'
+
+    def _finish(self, state: str, error: str, **more: Any) -> None:
+        """result.json, by rename. On a full disk, without reserved room, it takes the output's."""
+        try:
+            self.command.end(state, error, durable=False, **more)
+        except OSError as failed:
+            for name in filter(self.command.has, ('out', 'err')):
+                os.truncate(self.command.path(name), 0)
+            more.update({'out-truncated': True, 'err-truncated': True})
+            self.command.end('failed', describe_error(failed), **more)
+
+
+class Usage:
+    """What the processes of a command have used: a sum, but for the peak memory."""
+
+    def __init__(self) -> None:
+        self.fields = dict.fromkeys(protocol.RUSAGE_FIELDS, 0)      # type: Any
+
+    def add(self, usage: Any) -> None:
+        """What wait4 tells of one that ended, and of children that it waited for."""
+        for name in protocol.RUSAGE_FIELDS:
+            value = getattr(usage, name)
+            self.fields[name] = max(self.fields[name], value) if name == 'ru_maxrss' \
+                else self.fields[name] + value
+
+
+class Unsynced:
+    """Results that may not be on the disk yet, in the process that left them.
+
+    Most are acknowledged within milliseconds, and need never be: the host has them safe then.
+    """
+
+    def __init__(self) -> None:
+        self._waiting = collections.deque()    # type: collections.deque     # (when it is due, Command)
+
+    @property
+    def due(self) -> Optional[float]:
+        """When ``sync_due`` has something to do, by the monotonic clock."""
+        return self._waiting[0][0] if self._waiting else None
+
+    def add(self, command: Command) -> None:
+        self._waiting.append((time.monotonic() + ACK_PATIENCE, command))
+
+    def sync_due(self) -> None:
+        """Brings to the disk what the host hasn't acknowledged in time."""
+        while self._waiting and self._waiting[0][0] <= time.monotonic():
+            self._sync(self._waiting.popleft()[1])
+
+    def sync_all(self) -> None:
+        """The same, without waiting for anybody."""
+        while self._waiting:
+            self._sync(self._waiting.popleft()[1])
+
+    def _sync(self, command: Command) -> None:
+        try:
+            if not command.has('acked'):
+                command.sync()
+        except OSError as error:       # its folder may be gone by now, or the disk
+            log.warning('%s: not brought to the disk: %s', command.folder, describe_error(error))
+
+
+class RunnerProcess:
+    """A runner's main: runs the commands of the spool folders that come, one after the other.
+
+    Says by a byte that it is free again. It ends once the agent is gone, after the command that it has; and
+    after a command that left processes, which then belong to whoever takes orphans.
+    """
+
+    def __init__(self, orders: socket.socket, reports: int, starter: int) -> None:
+        """``reports``: where the agent reads names of folders. ``starter``: see make_starter."""
+        os.setsid()
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self.wakeup, waker = os.pipe()         # it can be read once a child ended
+        for descriptor in (self.wakeup, waker):
+            os.set_blocking(descriptor, False)
+        signal.set_wakeup_fd(waker)
+        null = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (0, 1):
+            os.dup2(null, descriptor)
+        gc.enable()
+        self.reports = reports
+        self.starter = starter if become_subreaper() else -1
+        self.unsynced = Unsynced()
+        self._orders = orders
+
+    def run(self) -> None:
+        """Until the agent is gone, or a command left processes."""
+        try:
+            for folder in folders_to_run(self._orders, self.unsynced):
+                runner = Runner(folder, self)
+                try:
+                    run_command(runner)
+                except Exception:       # the agent sees that the command has no runner any more
+                    log.exception('runner of %s', folder)
+                is_free = not children_of(os.getpid())
+                if is_free:
+                    self._orders.send(b'.')     # before the report: the next command may follow at once
+                runner.report()
+                if not is_free:
+                    return
+        finally:
+            self.unsynced.sync_all()
+
+
+def folders_to_run(orders: socket.socket, unsynced: Unsynced) -> Iterator[str]:
+    """The spool folders that the agent names, until it is gone."""
+    line = b''
+    while True:
+        due = unsynced.due
+        ready, _, _ = select.select([orders], [], [], due and max(0.0, due - time.monotonic()))
+        unsynced.sync_due()
+        if not ready:
+            continue
+        data = orders.recv(65536)
+        if not data:
+            return
+        line += data
+        if line.endswith(b'\n'):    # no other order comes before this one is done
+            yield os.fsdecode(line[:-1])
+            line = b''
+
+
+def run_command(runner: Runner) -> None:
+    """Runs one command, whatever happens to an end that can be told."""
+    try:
+        if not runner.claim():
+            return
+        runner.run()
+    except Exception as error:      # whatever it is: a command has a result
+        log.exception('runner of %s', runner.command.folder)
+        runner.abandon()
+        if not runner.command.has('result.json'):
+            runner.command.end('failed', describe_error(error))
+    finally:
+        runner.close()
+    runner.process.unsynced.add(runner.command)
+FIRST_STATUS = 0.05            # seconds after which a command that still runs is reported
+
+
+def drain(descriptor: int) -> None:
+    """Reads away what a wake-up pipe holds."""
+    try:
+        while len(os.read(descriptor, 4096)) == 4096:
+            continue
+    except BlockingIOError:
+        return

@@ -1,0 +1,531 @@
+"""The spool: what a guest remembers of commands, a folder for each.
+
+What it is not: who runs them (guestrunner.py), or tells the host (vmguest.py). No threads; no lock but that
+of a file: one agent at a time uses a spool.
+"""
+
+import errno
+import fcntl
+import itertools
+import json
+import logging
+import os
+import re
+import signal
+import stat
+import time
+from typing import Any, Dict, Iterator, List, Optional
+
+import agent
+import protocol
+from guestidentity import make_folder
+from guestprocesses import (
+    PAGE,
+    descendants,
+    in_session,
+    is_stopped,
+    processes_with,
+    signal_all,
+    signal_session,
+    start_ticks,
+)
+
+log = logging.getLogger('vmguest')
+
+
+# --- spool -----------------------------------------------------------------------------------
+
+SHOWN_AS = '.vmguest-spool'     # the name under which the host reads it by Chirp
+FORMAT = 1                     # of request.json and result.json; a newer one is left alone
+ENDS = ('exited', 'signaled', 'timeout', 'failed', 'lost', 'cancelled', 'expired')
+# The way of a command through its states: from each to which. docs/protocol.md has the same table.
+WAY = {
+    'queued': ('starting', 'failed', 'lost', 'cancelled', 'expired'),
+    'starting': ('queued', 'running', 'stopped', 'exited', 'signaled', 'timeout', 'failed', 'lost',
+                 'cancelled'),
+    'running': ('stopped', 'exited', 'signaled', 'timeout', 'failed', 'lost', 'cancelled'),
+    'stopped': ('running', 'exited', 'signaled', 'timeout', 'failed', 'lost', 'cancelled'),
+    'exited': ('acknowledged',), 'signaled': ('acknowledged',), 'timeout': ('acknowledged',),
+    'failed': ('acknowledged',), 'lost': ('acknowledged',), 'cancelled': ('acknowledged',),
+    'expired': ('acknowledged',),
+    'acknowledged': ('emptied',),
+    'emptied': (),
+}
+SAFE_ID = re.compile('[A-Za-z0-9][A-Za-z0-9._@-]{0,127}')
+EMPTYING = 0o1700              # mode of a folder whose command is over, while its files are deleted
+EMPTIED = 0o500                # … and from then on
+RESERVED = 8192                # bytes that each command has on the disk from its begin, for its result
+LONGEST_ERROR = 1000           # characters of an error, so that a result fits into that
+LARGEST_PROGRESS = 4096        # bytes of a progress file
+SWEEP_SLICE = 200              # folders that one look for old ones goes through
+SAVE_CLOCK_EVERY = 600.0       # seconds: so much more a boot may add to what is kept for a while
+
+
+def folder_name(cmd_id: str) -> str:
+    """A name for the folder of a cmd-id, whatever text that is."""
+    if SAFE_ID.fullmatch(cmd_id):
+        return cmd_id
+    import hashlib  # rarely needed, and it weighs some MB
+    return 'x-' + hashlib.sha256(cmd_id.encode('utf-8', 'surrogateescape')).hexdigest()
+
+
+def unrun_result(state: str, error: str) -> Dict[str, Any]:
+    """The results of what never ran, or of which nothing is known."""
+    return {'format': FORMAT, 'state': state, 'error': error[:LONGEST_ERROR], 'finished': False,
+            'exitCodeOrSignal': -1, 'resources': dict.fromkeys(protocol.RUSAGE_FIELDS, 0),
+            'wall': 0.0, 'started': 0.0, 'ended': time.time(),
+            'out-truncated': False, 'err-truncated': False}
+
+
+def private(path: str, flags: int) -> int:
+    """An opener of files that are the agent's alone: their folders may be passed by others."""
+    return os.open(path, flags, 0o600)
+
+
+def reserve(path: str) -> None:
+    """Takes room on the disk, that ``write_file`` of that path uses later. Raises OSError."""
+    with open(path + '.new', 'wb', opener=private) as file:
+        file.write(b' ' * RESERVED)
+
+
+def write_file(path: str, text: str, durable: bool = True) -> None:
+    """Writes a small file so that it is either whole, or not there; ``durable``: on the disk, too.
+
+    Where its room was reserved, a full disk can't prevent it.
+    """
+    new = path + '.new'
+    with open(new, 'rb+' if os.path.exists(new) else 'wb', opener=private) as file:
+        file.write(text.encode('utf-8'))
+        file.truncate()
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    os.rename(new, path)
+
+
+class Command:
+    """One command: its spool folder, and what the agent knows of it.
+
+    The folder holds request.json (what was asked for), runner (locked while its runner lives),
+    process.json (the pid), out, err, stdin, progress, result.json, acked. It is empty, and not
+    writable, once all that is over. Until there is a result, result.json.new keeps room for it.
+    """
+
+    def __init__(self, cmd_id: str, folder: str) -> None:
+        self.cmd_id = cmd_id
+        self.folder = folder
+        self.request = {}              # type: Dict[str, Any]
+        self.state = 'queued'          # as far as the agent has seen: see WAY
+        self.begun = 0.0               # monotonic: when the fork server was asked
+        self.told = 0.0                # monotonic: when its status was last sent
+        self.sent = 0.0                # monotonic: when its results were last sent
+        self.signals = []              # type: List[int]   # that its processes haven't got yet
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def has(self, name: str) -> bool:
+        return os.path.exists(self.path(name))
+
+    def read(self, name: str) -> Dict[str, Any]:
+        """A JSON file of the folder. Raises OSError, ValueError."""
+        with open(self.path(name)) as file:
+            value = json.load(file)
+        if not isinstance(value, dict):
+            raise ValueError('%s: no JSON object' % self.path(name))
+        return value
+
+    def size(self, name: str) -> int:
+        try:
+            return os.stat(self.path(name)).st_size
+        except OSError:
+            return 0
+
+    def slice(self, name: str, offset: int, length: int) -> bytes:
+        try:
+            with open(self.path(name), 'rb') as file:
+                file.seek(offset)
+                return file.read(length)
+        except OSError:
+            return b''
+
+    def runner_lives(self) -> bool:
+        """Whether the runner has its lock."""
+        try:
+            with open(self.path('request.json')) as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+    def was_cut(self) -> bool:
+        """Whether it was begun, and power was lost before the system wrote what it had been asked for."""
+        return self.has('runner') and not self.slice('runner', 0, PAGE).strip(b'\0')
+
+    def process(self) -> int:
+        """The pid, which is the session, of the command; 0 where it hasn't begun."""
+        try:
+            return int(self.read('process.json')['pid'])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
+
+    def wall(self) -> float:
+        """Seconds since the program began; 0 where it hasn't."""
+        try:
+            return max(0.0, time.monotonic() - float(self.read('process.json')['begin']))
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0.0
+
+    def progress(self) -> str:
+        """What the program wrote into $VM_PROGRESS_FILE."""
+        return self.slice('progress', 0, LARGEST_PROGRESS).decode('utf-8', 'replace').strip()
+
+    def is_running(self) -> bool:
+        """Whether a runner has it, or will."""
+        return self.state in ('starting', 'running', 'stopped')
+
+    def has_ended(self) -> bool:
+        """Whether it has a result, or had one."""
+        return self.state in ENDS or self.state == 'acknowledged'
+
+    def read_state(self) -> str:
+        """The state, as the folder shows it."""
+        if self.has('result.json'):
+            try:
+                return str(self.result()['state'])
+            except (OSError, ValueError):
+                return 'lost'
+        if not self.has('runner'):
+            return 'queued'
+        return 'stopped' if is_stopped(self.process()) else 'running'
+
+    def end(self, state: str, error: str, durable: bool = True, **more: Any) -> None:
+        """Writes a result for what has none; not ``durable``: ``sync`` brings it to the disk."""
+        text = json.dumps(dict(unrun_result(state, error), **more))
+        write_file(self.path('result.json'), text, durable)
+
+    def sync(self) -> None:
+        """Brings request, output and result to the disk."""
+        for name in ('request.json', 'out', 'err', 'result.json'):
+            if self.has(name):
+                agent.sync(self.path(name))
+        agent.sync(self.folder)
+
+    def result(self) -> Dict[str, Any]:
+        """What result.json says. Raises OSError, ValueError where that is no result."""
+        result = self.read('result.json')
+        if result.get('state') not in ENDS:
+            raise ValueError('no state %.40r' % result.get('state'))
+        return result
+
+    def acknowledge(self, now: float) -> None:
+        """Notes that the host has the results; ``now`` by the spool's clock. Raises OSError."""
+        open(self.path('acked'), 'w', opener=private).close()
+        os.utime(self.path('acked'), (now, now))
+
+    def empty(self, now: float, aside: str = '') -> None:
+        """Deletes the files, or moves them to the folder ``aside``; ``now`` by the spool's clock.
+
+        The folder stays, so that the command isn't run again.
+        """
+        os.chmod(self.folder, EMPTYING)        # should this agent die here, the next one goes on
+        for name in os.listdir(self.folder):
+            if aside:
+                os.rename(self.path(name), os.path.join(aside, name))
+            else:
+                os.remove(self.path(name))
+        os.utime(self.folder, (now, now))
+        os.chmod(self.folder, EMPTIED)
+
+    def discard(self) -> None:
+        """Deletes folder and files of what was never begun."""
+        for name in os.listdir(self.folder):
+            os.remove(self.path(name))
+        os.rmdir(self.folder)
+
+    def claim(self) -> Any:
+        """Takes the command for a runner, or to cancel it: a file that is its lock as long as it is open.
+
+        None where somebody took it before. ``runner`` is another name of request.json, which is locked
+        before it has that name. Where a file system has no hard links, it is a file of its own.
+        """
+        path = self.path('request.json')
+        try:
+            lock = open(path, 'r+b')
+        except FileNotFoundError as error:
+            log.debug('%s is not to be taken: %s', path, error)     # emptied, while a runner slept, say
+            return None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._name_runner(path)
+            return lock
+        except (BlockingIOError, FileExistsError, FileNotFoundError) as error:
+            log.debug('%s is not to be taken: %s', path, error)
+        lock.close()
+        return None
+
+    def _name_runner(self, request: str) -> None:
+        """Raises FileExistsError, FileNotFoundError."""
+        try:
+            os.link(request, self.path('runner'))
+        except (FileExistsError, FileNotFoundError):
+            raise
+        except OSError:
+            with open(self.path('runner'), 'x', opener=private) as file:
+                file.write('{}')
+
+    def note_signal(self, number: int) -> None:
+        """Notes, before it is sent, that a signal is the host's: so the runner knows who sent it."""
+        with open(self.path('signals'), 'a', opener=private) as file:
+            file.write('%d\n' % number)
+
+    def sent_signals(self) -> List[int]:
+        """The numbers of the signals that the host has sent so far."""
+        return [int(line) for line in self.slice('signals', 0, PAGE).split() if line.isdigit()]
+
+    def members(self) -> List[int]:
+        """The living processes of the command, while its runner lives."""
+        try:
+            process = self.read('process.json')
+            runner, pid = int(process['runner']), int(process['pid'])
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
+        if not self.runner_lives():
+            return []
+        found = descendants(runner)
+        return in_session(found, pid) if self.request.get('leave') else found
+
+    def end_processes(self) -> int:
+        """KILLs what a dead runner left of the command; how many processes there were.
+
+        Only what is surely the command's: its session, while the leader is the process that was
+        started, by pid and start time; and whatever has its VM_PROGRESS_FILE, which names the folder.
+        """
+        try:
+            process = self.read('process.json')
+            leader, ticks = int(process['pid']), process.get('ticks')
+        except (OSError, ValueError, KeyError, TypeError):
+            leader, ticks = 0, None
+        count = 0
+        if leader and ticks and start_ticks(leader) == ticks:
+            count = signal_session(leader, signal.SIGKILL)
+        return count + signal_all(processes_with('VM_PROGRESS_FILE', self.path('progress')), signal.SIGKILL)
+
+
+class Clock:
+    """Seconds that passed while agents used a spool: setting the machine's clock doesn't move it.
+
+    What is kept for a while carries it as the time of change of its file or folder. It goes on over
+    the agents of one boot, and over a boot from where it was saved last. So time may be missing (while
+    the machine was off, or slept), and things are kept for longer; never for less.
+    """
+
+    def __init__(self, path: str, boot: str) -> None:
+        self._path = path
+        self._boot = boot
+        self._begin = self._read() - time.monotonic()
+        self.save()
+
+    def _read(self) -> float:
+        try:
+            with open(self._path) as file:
+                saved = json.load(file)
+            here = saved['boot'] == self._boot
+            return float(saved['seconds']) + max(0.0, time.monotonic() - saved['monotonic']) * here
+        except FileNotFoundError:
+            return 0.0
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning('%s is damaged (%s): what is in the spool is kept for longer', self._path, error)
+            return 0.0
+
+    def now(self) -> float:
+        """Seconds since the first agent. From any thread."""
+        return self._begin + time.monotonic()
+
+    def age(self, path: str) -> float:
+        """Seconds since a file or folder was stamped. One from the future is stamped now.
+
+        It has its stamp from the machine's clock, or this clock began anew.
+        """
+        seconds = self.now() - os.stat(path).st_mtime
+        if seconds < 0:
+            os.utime(path, (self.now(), self.now()))
+        return max(0.0, seconds)
+
+    def save(self) -> None:
+        """Has the next boot go on from here."""
+        self._saved = time.monotonic()
+        try:
+            write_file(self._path, json.dumps({'format': FORMAT, 'boot': self._boot, 'seconds': self.now(),
+                                               'monotonic': self._saved}))
+        except OSError as error:
+            log.warning('%s: %s', self._path, describe_error(error))
+
+    def tick(self) -> None:
+        """Saves it now and then."""
+        if time.monotonic() - self._saved >= SAVE_CLOCK_EVERY:
+            self.save()
+
+
+class Spool:
+    """The folders of all commands of one agent, named by its id. One agent at a time may use it."""
+
+    def __init__(self, state_dir: str, machine_id: str, boot: str) -> None:
+        """``boot``: see read_boot_id. Raises AgentError where it can't be made, or another agent uses it."""
+        self.chirp_path = '/%s/%s' % (SHOWN_AS, folder_name(machine_id))
+        self.shown = os.path.join(state_dir, 'spool')      # the folder that the host may read
+        self.folder = os.path.join(self.shown, folder_name(machine_id))
+        self._entries = None           # type: Any    # of the sweep that is under way
+        for folder in (state_dir, self.shown, self.folder):
+            make_folder(folder)
+        try:
+            self._lock = open(os.path.join(self.folder, '.agent'), 'w', opener=private)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise agent.AgentError('another vmguest with the id %s runs on %s; give this one an id of '
+                                   'its own in [VM]' % (machine_id, state_dir))
+        except OSError as error:
+            raise agent.AgentError('the spool %s can\'t be used: %s' % (self.folder, error.strerror))
+        self.clock = Clock(os.path.join(self.folder, '.clock'), boot)
+
+    def close(self) -> None:
+        """Lets another agent use it."""
+        self.clock.save()
+        self._lock.close()
+
+    def command(self, cmd_id: str) -> Command:
+        """A command by its id, whether its folder is there or not."""
+        return Command(cmd_id, os.path.join(self.folder, folder_name(cmd_id)))
+
+    def find(self, cmd_id: str) -> Optional[Command]:
+        """A command that has files here, whether it is acknowledged or not."""
+        command = self.command(cmd_id)
+        try:
+            command.request = command.read('request.json')
+        except (OSError, ValueError):
+            return None
+        command.state = command.read_state()
+        return command
+
+    def claim(self, cmd_id: str) -> Optional[Command]:
+        """The folder of a new command; None where there is one. mkdir is the lock. Raises OSError."""
+        command = self.command(cmd_id)
+        try:
+            os.mkdir(command.folder, 0o700)
+        except FileExistsError:
+            return None
+        return command
+
+    def is_there(self) -> bool:
+        """Whether its folder is still the one that this agent locked."""
+        try:
+            return os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self._lock.name))
+        except OSError:
+            return False
+
+    def names(self) -> Iterator[str]:
+        """Names of all folders of commands; there may be a million."""
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                if not entry.name.startswith('.') and entry.is_dir(follow_symlinks=False):
+                    yield entry.name
+
+    def set_aside(self, name: str, why: Any) -> None:
+        """Puts files out of the way that can't be understood; their command is never run again."""
+        command = Command('', os.path.join(self.folder, name))
+        aside = os.path.join(self.folder, '.corrupt-%s-%d' % (name, time.time()))
+        log.error('%s is damaged (%s): set aside as %s', command.folder, why, aside)
+        command.end_processes()
+        try:
+            os.makedirs(aside, 0o700, exist_ok=True)
+            command.empty(self.clock.now(), aside)      # it may have run: its folder stays
+        except OSError as error:        # a full disk, say
+            log.error('%s stays as it is: %s', command.folder, describe_error(error))
+
+    def load(self) -> List[Command]:
+        """The commands that aren't over, in the order in which they were asked for.
+
+        Raises AgentError where a newer agent wrote one of them.
+        """
+        found = []
+        for name in self.names():
+            try:
+                command = self._load(os.path.join(self.folder, name))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                self.set_aside(name, error)
+                continue
+            if command is not None:
+                found.append(command)
+        return sorted(found, key=lambda command: command.request.get('received', 0))
+
+    def _load(self, folder: str) -> Optional[Command]:
+        command = Command('', folder)
+        mode = stat.S_IMODE(os.stat(folder).st_mode)
+        if mode == EMPTYING:
+            command.empty(self.clock.now())
+        if mode in (EMPTYING, EMPTIED):
+            return None
+        try:
+            command.request = command.read('request.json')
+        except (FileNotFoundError, ValueError):
+            if command.was_cut():
+                command.request = {'cmd-id': os.path.basename(folder)}     # of no boot, so it is lost
+            elif command.has('runner') or command.has('result.json'):
+                raise
+            else:
+                command.discard()      # claimed, and never begun: the host asks again
+                return None
+        if command.request.get('format', FORMAT) > FORMAT:
+            raise agent.AgentError('the spool %s was written by a newer vmguest (format %s, this one '
+                                   'knows %d): update this one'
+                                   % (self.folder, command.request['format'], FORMAT))
+        command.cmd_id = str(command.request['cmd-id'])
+        command.state = 'acknowledged' if command.has('acked') else command.read_state()
+        return command
+
+    def sweep(self, keep_spool: float, dedupe_ttl: float) -> bool:
+        """Empties what was acknowledged long ago, forgets what was emptied longer ago.
+
+        Goes through the next folders only, so that a million of them hold nothing up; True at
+        the end of a round.
+        """
+        if self._entries is None:
+            self._entries = os.scandir(self.folder)
+        entries = list(itertools.islice(self._entries, SWEEP_SLICE))
+        for entry in entries:
+            try:
+                self._sweep_one(Command('', entry.path), keep_spool, dedupe_ttl)
+            except OSError as error:
+                log.warning('%s: %s', entry.path, error)
+        if len(entries) == SWEEP_SLICE:
+            return False
+        self._entries = None
+        self.clock.tick()
+        return True
+
+    def _sweep_one(self, command: Command, keep_spool: float, dedupe_ttl: float) -> None:
+        name = os.path.basename(command.folder)
+        if name.startswith('.'):
+            if name.startswith('.corrupt-') and self.clock.age(command.folder) > dedupe_ttl:
+                import shutil  # rarely needed, and it brings compressors along
+                shutil.rmtree(command.folder)
+        elif command.has('acked'):
+            if self.clock.age(command.path('acked')) >= keep_spool:
+                command.empty(self.clock.now())
+                log.debug('%s: its files are deleted', name)
+        elif stat.S_IMODE(os.stat(command.folder).st_mode) == EMPTIED \
+                and self.clock.age(command.folder) > dedupe_ttl:
+            os.rmdir(command.folder)
+
+
+def describe_error(error: Exception) -> str:
+    """What went wrong: errno's name first, where it has one."""
+    number = getattr(error, 'errno', None)
+    if not number:
+        return '%s: %s' % ('EINVAL' if isinstance(error, ValueError) else type(error).__name__, error)
+    about = getattr(error, 'filename', None)
+    name = os.fsdecode(about) if isinstance(about, (str, bytes)) else ''
+    return '%s: %s%s' % (errno.errorcode.get(number, number), getattr(error, 'strerror', error),
+                         ': ' + name if name else '')

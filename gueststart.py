@@ -1,0 +1,327 @@
+"""The start of a program: what happens between the fork of a runner and the exec of what was asked for.
+
+All that the request names (user, limits, folder, standard input, the program itself) is looked at in the
+child, with the rights of the user that the program will have, and never waited for: a pipe as standard input
+is refused. What goes wrong there is told by its errno.
+
+What it is not: the care for the program once it runs (guestrunner.py). No threads, no locks: a runner has no
+threads.
+"""
+
+import contextlib
+import errno
+import fcntl
+import grp
+import json
+import logging
+import os
+import platform
+import pwd
+import re
+import resource
+import select
+import signal
+import stat
+import struct
+import sys
+import time
+from typing import Any, Callable, Dict
+
+from guestidentity import PASSED
+from guestspool import Command, private
+
+LIMITS = {'as': resource.RLIMIT_AS, 'cpu': resource.RLIMIT_CPU, 'fsize': resource.RLIMIT_FSIZE,
+          'nofile': resource.RLIMIT_NOFILE, 'nproc': getattr(resource, 'RLIMIT_NPROC', None)}
+LONGEST_START = 30.0          # seconds that a start may take, on a file system that doesn't answer, say
+LOOK_EVERY = 0.2               # seconds between looks whether the start was cancelled
+OWN_PATH = '/usr/local/bin:/usr/bin:/bin'      # PATH of another user …
+ROOTS_PATH = '/usr/local/sbin:/usr/sbin:/sbin:' + OWN_PATH     # … and of root
+REPORT = 3                     # the descriptor on which the starter reports
+# Signals that end a program which doesn't care for them, and so a command that hasn't begun.
+ENDING = (signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGABRT)
+SPARE = 10                     # descriptors from here on are free to be moved to
+SET_CHILD_SUBREAPER = 36       # of prctl
+
+log = logging.getLogger('vmguest')
+
+
+# --- exact accounting ------------------------------------------------------------------------
+
+# Linux keeps a process's peak memory over exec: whatever is forked by a Python of 10 MB has used 10 MB, even
+# /bin/true. So the runner executes this program of a few hundred bytes, which forks the one that was asked
+# for, and ends. The orphan becomes the child of the runner, its subreaper, and wait4 tells what it used, and
+# no more. Its words: the path to execute, then the words of the program. It writes P and the program's pid to
+# descriptor 3, or E and an errno.
+STARTERS = {'x86_64': bytes.fromhex(
+    '488b1c24'                 # _start: mov rbx, [rsp]                 argc
+    '488d6c2408'               #         lea rbp, [rsp+8]               argv
+    '4c8d64dd08'               #         lea r12, [rbp+rbx*8+8]         envp
+    '6a3a580f05'               #         vfork()
+    '85c0'                     #         test eax, eax
+    '7825'                     #         js failed
+    '752b'                     #         jnz parent
+    '6a70580f05'               #         setsid()
+    '6a48586a035f6a025e6a015a0f05'     # fcntl(3, F_SETFD, FD_CLOEXEC)
+    '6a3b58488b7d00488d75084c89e20f05'     # execve(argv[0], argv + 1, envp)
+    'f7d8'                     # failed: neg eax                        errno
+    '6a7f6a45'                 #         push 127; push 'E'
+    'eb04'                     #         jmp say
+    '6a006a50'                 # parent: push 0; push 'P'
+    '89442401'                 # say:    mov [rsp+1], eax
+    '6a01586a035f4889e66a055a0f05'     # write(3, rsp, 5)
+    '5f5f6a3c580f05')}         #         _exit(127 or 0)
+ELF_START = 0x400000
+ELF_HEADER = struct.Struct('<4s5B7xHHIQQQIHHHHHH')
+ELF_SEGMENT = struct.Struct('<IIQQQQQQ')
+
+
+def make_starter() -> int:
+    """A descriptor of the starter, to be executed; -1 where this system has none."""
+    code = STARTERS.get(platform.machine())
+    if code is None or not sys.platform.startswith('linux') or sys.maxsize < 2 ** 32:
+        return -1
+    head = ELF_HEADER.size + ELF_SEGMENT.size
+    header = ELF_HEADER.pack(b'\x7fELF', 2, 1, 1, 0, 0, 2, 62, 1, ELF_START + head, ELF_HEADER.size, 0, 0,
+                             ELF_HEADER.size, ELF_SEGMENT.size, 1, 0, 0, 0)
+    segment = ELF_SEGMENT.pack(1, 5, 0, ELF_START, ELF_START, head + len(code), head + len(code), 0x1000)
+    try:
+        import ctypes  # which a Python may have been built without
+        libc = ctypes.CDLL(None)
+        descriptor = libc.memfd_create(b'vmguest-starter', 1)      # MFD_CLOEXEC
+        if descriptor < 0:
+            return -1
+        os.write(descriptor, header + segment + code)
+        # Executed only where it can't be written any more, and where nobody has it open for that.
+        starter = os.open('/proc/self/fd/%d' % descriptor, os.O_RDONLY | os.O_CLOEXEC)
+        os.close(descriptor)
+        return starter
+    except (ImportError, OSError, AttributeError) as error:
+        log.debug('no starter: %s', error)
+        return -1
+
+
+def become_subreaper() -> bool:
+    """Whether descendants of this process, once they are orphans, become its children from now on."""
+    try:
+        import ctypes
+        return ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+    except (ImportError, OSError, AttributeError) as error:
+        log.debug('no subreaper: %s', error)
+        return False
+
+
+# --- users -----------------------------------------------------------------------------------
+
+class User:
+    """Whom a command runs as: ``NAME``, ``UID``, or either with ``:GROUP`` or ``:GID``. Raises OSError."""
+
+    def __init__(self, text: str) -> None:
+        name, _, group = text.partition(':')
+        entry = find(name, pwd.getpwuid, pwd.getpwnam, 'user')
+        self.uid = int(name) if entry is None else entry.pw_uid
+        self.name = name if entry is None else entry.pw_name
+        self.home = '/' if entry is None else entry.pw_dir
+        self.shell = '/bin/sh' if entry is None else entry.pw_shell or '/bin/sh'
+        self.gid = self.uid if entry is None else entry.pw_gid
+        self._has_groups = entry is not None and not group
+        if group:
+            found = find(group, grp.getgrgid, grp.getgrnam, 'group')
+            self.gid = int(group) if found is None else found.gr_gid
+
+    def environment(self) -> Dict[str, str]:
+        """What is the user's own, beside the languages and the time zone of the agent."""
+        kept = {name: value for name, value in os.environ.items()
+                if name in ('LANG', 'TZ') or name.startswith('LC_')}
+        return dict(kept, HOME=self.home, USER=self.name, LOGNAME=self.name, SHELL=self.shell,
+                    PATH=OWN_PATH if self.uid else ROOTS_PATH)
+
+    def become(self) -> None:
+        """Gives all rights of this process up but this user's."""
+        if self.uid == os.getuid() and self.gid == os.getgid():
+            return
+        if self._has_groups:
+            os.initgroups(self.name, self.gid)
+        else:
+            os.setgroups([])
+        os.setgid(self.gid)
+        os.setuid(self.uid)
+
+
+def find(text: str, by_number: Callable[[int], Any], by_name: Callable[[str], Any], what: str) -> Any:
+    """The entry of a user or group; None for a number that has none. Raises OSError."""
+    try:
+        return by_name(text)
+    except KeyError:
+        if not re.fullmatch('[0-9]{1,9}', text):
+            raise OSError(errno.ENOENT, 'no such %s' % what, text)
+    with contextlib.suppress(KeyError):
+        return by_number(int(text))
+    return None
+
+
+# --- the start -------------------------------------------------------------------------------
+
+class Start:
+    """One program on its way from a request to its exec. ``wait`` tells whether it got there."""
+
+    def __init__(self, command: Command, request: Dict[str, Any], starter: int) -> None:
+        """``starter``: see make_starter; -1: the program is executed by the runner's own child."""
+        self._command = command
+        self._request = request
+        self._starter = starter
+        self._user = User(request['user']) if request.get('user') else None
+        self.child = 0                 # the process that was forked: the program, or the starter
+        self._report = -1
+
+    def fork(self, out: int, err: int) -> None:
+        """Begins, with these descriptors as the program's outputs. Raises OSError."""
+        if self._user is not None:
+            self._open_progress(self._user)
+        self._report, reporter = os.pipe()
+        self.child = os.fork()
+        if self.child == 0:
+            try:
+                self._become_program(reporter, out, err)
+            except BaseException as error:
+                number = getattr(error, 'errno', None) or errno.EINVAL
+                text = getattr(error, 'strerror', None) or '%s: %s' % (type(error).__name__, error)
+                about = getattr(error, 'filename', None)
+                about = os.fsdecode(about) if isinstance(about, (str, bytes)) else ''
+                os.write(reporter, json.dumps([number, text, about]).encode()[:4096])
+            finally:
+                os._exit(127)
+        os.close(reporter)
+
+    def wait(self) -> int:
+        """The program's pid, once it was executed. Raises OSError for whatever prevented that."""
+        data, deadline = b'', time.monotonic() + LONGEST_START
+        try:
+            while True:
+                ready, _, _ = select.select([self._report], [], [], LOOK_EVERY)
+                if ready:
+                    piece = os.read(self._report, 8192)
+                    if not piece:
+                        return self._read_report(data)
+                    data += piece
+                elif set(ENDING) & set(self._command.sent_signals()):
+                    raise InterruptedError(errno.EINTR, 'a signal came before the program began')
+                elif time.monotonic() >= deadline:
+                    raise OSError(errno.ETIMEDOUT, 'not started within %g s' % LONGEST_START)
+        finally:
+            os.close(self._report)
+
+    def _read_report(self, data: bytes) -> int:
+        if data.startswith(b'['):
+            number, text, about = json.loads(data.decode())
+            raise OSError(number, text, *[about] if about else [])
+        pid = self.child
+        for at in range(0, len(data), 5):
+            kind, number = data[at:at + 1], int.from_bytes(data[at + 1:at + 5], 'little')
+            if kind == b'E':
+                raise OSError(number, os.strerror(number), self._request['cmd'])
+            pid = number
+        return pid
+
+    # In the child.
+
+    def _become_program(self, reporter: int, out: int, err: int) -> None:
+        """Doesn't come back, but by what it raises."""
+        reset_signals()
+        request = self._request
+        out, err, reporter = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, SPARE) for fd in (out, err, reporter))
+        if request.get('nice'):
+            os.nice(int(request['nice']))
+        stdin = os.open(self._command.path('stdin'), os.O_RDONLY) if 'stdin' in request else -1
+        if self._user is not None:
+            self._user.become()
+        folder = os.path.join(encode(request['root']), encode(request['path']))
+        os.chdir(folder)
+        if stdin < 0:
+            stdin = self._open_stdin()
+        env = self._environment(folder)
+        path = find_program(encode(request['cmd']), env)
+        words = [encode(word) for word in [request['cmd']] + request['args']]
+        for fd, number in ((stdin, 0), (out, 1), (err, 2)):
+            os.dup2(fd, number)
+        for name, value in request.get('limits', {}).items():
+            set_limit(name, int(value))
+        if self._starter >= 0:
+            os.dup2(reporter, REPORT)
+            try:
+                os.execve(self._starter, [path] + words, env)
+            except OSError as error:
+                if error.errno == errno.E2BIG:
+                    raise
+            os.set_inheritable(REPORT, False)      # a system that executes nothing that is in memory alone
+        os.setsid()
+        os.execve(path, words, env)
+
+    def _environment(self, folder: bytes) -> Dict[bytes, bytes]:
+        """What the program finds in its environment: the agent's or the user's, and what was asked for."""
+        env = {}  # type: Dict[str, str]
+        if not self._request.get('env-clear'):
+            env = dict(os.environ) if self._user is None else self._user.environment()
+        env.pop('OLDPWD', None)
+        found = {encode(name): encode(value) for name, value in env.items()}
+        found[b'PWD'] = os.path.abspath(folder)
+        found[b'VM_PROGRESS_FILE'] = encode(self._command.path('progress'))
+        found.update({encode(name): encode(value) for name, value in self._request['env'].items()})
+        return found
+
+    def _open_stdin(self) -> int:
+        """A descriptor of fileForStdin. Never waits for a peer: pipes are refused."""
+        name = self._request.get('fileForStdin')
+        path = os.path.join(encode(self._request['root']), encode(name)) if name else os.devnull
+        opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        mode = os.fstat(opened).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISCHR(mode):
+            raise OSError(errno.EINVAL, 'standard input should be a file, not a pipe, socket or folder', path)
+        os.set_blocking(opened, True)
+        return opened
+
+    # In the runner.
+
+    def _open_progress(self, user: User) -> None:
+        """Another user can write the progress file, though not look into the spool."""
+        path = self._command.path('progress')
+        os.close(private(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW))
+        os.chown(path, user.uid, user.gid)
+        os.chmod(self._command.folder, PASSED)
+
+
+def encode(text: Any) -> bytes:
+    """The bytes that the host sent: text in UTF-8 whatever the locale, bytes as they were."""
+    return text if isinstance(text, bytes) else text.encode('utf-8', 'surrogateescape')
+
+
+def reset_signals() -> None:
+    """What a service manager, nohup or Python itself ignored or blocked is the default again."""
+    for number in range(1, signal.NSIG):
+        with contextlib.suppress(OSError, ValueError):     # KILL and STOP, and those of the C library
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
+def find_program(name: bytes, env: Dict[bytes, bytes]) -> bytes:
+    """The path of a program, looked for in the environment's PATH. Raises OSError."""
+    if not name or b'\0' in name:
+        raise OSError(errno.EINVAL, 'no name of a program')
+    if b'/' in name:
+        return name
+    denied = False
+    for folder in env.get(b'PATH', os.defpath.encode()).split(b':'):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            if os.access(path, os.X_OK):
+                return path
+            denied = True
+    number = errno.EACCES if denied else errno.ENOENT
+    raise OSError(number, os.strerror(number), name)
+
+
+def set_limit(name: str, value: int) -> None:
+    """Raises OSError, ValueError."""
+    which = LIMITS.get(name)
+    if which is None:
+        raise ValueError('no limit %s on this system' % name)
+    resource.setrlimit(which, (value, value + 5 if name == 'cpu' else value))

@@ -1,0 +1,228 @@
+"""The running host agent, called from another process on its machine: by the command line, say.
+
+It finds the agent by its state folder, and makes sure that it is the agent before it says anything: by the
+Unix socket in that folder, whose other side must be the folder's owner; where there is none by TCP, where
+the other side must first prove that it knows the token.
+
+What it is not: a client for other machines (any XML-RPC client is one), or anything of the host's own code.
+Threads: a Client belongs to one.
+"""
+
+import contextlib
+import fnmatch
+import os
+import select
+import socket
+from typing import Any, Iterable, List, Optional, Tuple
+
+import localsocket
+import rpc
+from faults import AccessDenied, InvalidParams, NoSuchVM, VMHostError
+
+USER = 'vmhost'                # of HTTP Basic, with the token as its password
+CONNECT_TIMEOUT = 10.0         # seconds for a connection, and for the proof; an answer may take hours
+LONGEST_LINE = 64 * 1024       # bytes of a line of an answer's head
+EVERYWHERE = {'0.0.0.0': '127.0.0.1', '::': '::1', '': '127.0.0.1'}     # where it listens: where to connect
+
+
+def proof(token: str, address: str, nonce: str) -> str:
+    """What only who knows the token can answer to a nonce; good for the server at that address alone."""
+    import hmac  # where there is a Unix socket, nobody needs it
+    text = 'xmlrpc\n%s\n%s' % (address, nonce)
+    return hmac.new(token.encode('utf-8'), text.encode('utf-8'), 'sha256').hexdigest()
+
+
+class NoHost(VMHostError):
+    """No host agent answers."""
+
+
+class Client:
+    """The running host agent of a state folder.
+
+    What the host raised comes out as the same VMHostError; NoHost where nobody answers.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.address = ''              # where it listens; known once it was called
+        self._connection: Optional[_Connection] = None
+
+    def call(self, method: str, *args: Any) -> Any:
+        """What a method of the API answers. Raises VMHostError."""
+        if not _is_carried(args):
+            raise InvalidParams('XML-RPC can\'t carry control characters: send them as a file, or as '
+                                'standard input')
+        body = rpc.write_call(method, args)
+        try:
+            return rpc.read_answer(self._post(body))
+        except rpc.Fault as fault:
+            raise raised_by(fault)
+        except OSError as error:
+            self._leave()
+            raise NoHost('no host agent answers at %s (%s): start it again with `vmhost.py host.ini`'
+                         % (self.address, error.strerror or error))
+        except ValueError as error:    # no HTTP, no XML-RPC
+            self._leave()
+            raise NoHost('what answers at %s is no vmhost (%s): restart the host agent'
+                         % (self.address, error))
+        except BaseException:          # Ctrl-C in the middle of an answer: it would be the next call's
+            self._leave()
+            raise
+
+    def _post(self, body: bytes) -> bytes:
+        if self._connection is None or self._connection.is_over():
+            self._leave()
+            self._connection = self._connect()
+        code, answer = self._connection.request('POST', '/', body)
+        if code != 200:
+            self._leave()
+            raise NoHost('the host agent at %s refuses: %d %s'
+                         % (self.address, code, answer.decode('utf-8', 'replace').strip()))
+        return answer
+
+    def _leave(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _connect(self) -> '_Connection':
+        """A connection to who has proved to be the host agent. Raises VMHostError, OSError, ValueError."""
+        self.address = self._read('xmlrpc.address')
+        path = localsocket.path_in(self.folder)
+        if path and os.path.exists(path):
+            return self._connect_here(path)
+        return self._connect_by_tcp()
+
+    def _connect_here(self, path: str) -> '_Connection':
+        connection = localsocket.connect(path, CONNECT_TIMEOUT)
+        owner = os.stat(self.folder).st_uid
+        if localsocket.peer_uid(connection) not in (0, owner):
+            connection.close()
+            raise AccessDenied('another user\'s program answers at %s: restart the host agent' % path)
+        return _Connection(connection).trusted()
+
+    def _connect_by_tcp(self) -> '_Connection':
+        host, _, port = self.address.rpartition(':')
+        token = self._read('xmlrpc.token')
+        nonce = os.urandom(16).hex()
+        connection = _Connection(
+            socket.create_connection((EVERYWHERE.get(host, host), int(port)), CONNECT_TIMEOUT))
+        code, answer = connection.request('GET', '/proof?nonce=' + nonce)
+        wanted = proof(token, self.address, nonce).encode('ascii')
+        if code != 200 or answer.strip() != wanted:
+            connection.close()
+            raise AccessDenied('what answers at %s does not know the token in %s: restart the host agent'
+                               % (self.address, os.path.join(self.folder, 'xmlrpc.token')))
+        return connection.trusted('Bearer ' + token)
+
+    def _read(self, name: str) -> str:
+        path = os.path.join(self.folder, name)
+        try:
+            with open(path, encoding='utf-8') as file:
+                return file.read().strip()
+        except FileNotFoundError:
+            raise NoHost('no host agent runs here (%s is missing): start it with `vmhost.py host.ini`, or '
+                         'name the ini file that it was started with' % path)
+        except (OSError, ValueError) as error:
+            raise AccessDenied('%s: %s; only the user who runs the host agent can talk to it'
+                               % (path, getattr(error, 'strerror', '') or error))
+
+    # What several methods of the API say together.
+
+    def each(self, method: str, names: Iterable[str]) -> List[Tuple[str, Any]]:
+        """(name, answer) of a method for each name, without those for which it raised."""
+        names = list(names)
+        calls = [{'methodName': method, 'params': [name]} for name in names]
+        answers = self.call('system.multicall', calls)
+        return [(name, answer[0]) for name, answer in zip(names, answers) if isinstance(answer, list)]
+
+    def vm_names(self) -> List[str]:
+        """All VMs, and all machines whose agents are connected."""
+        return sorted(set(self.call('listVMs')) | set(self.call('listRegisteredVMs')))
+
+    def is_pattern(self, vm: str) -> bool:
+        """Whether it is a glob, and not just the name of a VM that has such characters.
+
+        A guest may call itself what it likes, ``*`` too: where a glob means others, it is one.
+        """
+        if not any(sign in vm for sign in '*?['):
+            return False
+        names = self.call('getNamesToIdsMapping')
+        return vm not in names or any(fnmatch.fnmatchcase(name, vm) for name in names if name != vm)
+
+    def matching(self, vm: str) -> List[str]:
+        """The VMs that a glob means; what is no glob, unchanged. Raises NoSuchVM."""
+        if not self.is_pattern(vm):
+            return [vm]
+        found = [name for name in self.vm_names() if fnmatch.fnmatchcase(name, vm)]
+        if not found:
+            raise NoSuchVM('no VM matches %s' % vm)
+        return found
+
+
+class _Connection:
+    """HTTP, as far as the host agent speaks it: one request after the other, each answer with its length."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._file = connection.makefile('rb')
+        self._authorization = ''
+
+    def trusted(self, authorization: str = '') -> '_Connection':
+        """Itself, which from now on shows that it may ask, and waits as long as an answer takes."""
+        self._authorization = authorization
+        self._socket.settimeout(None)
+        return self
+
+    def request(self, method: str, path: str, body: bytes = b'') -> Tuple[int, bytes]:
+        """(status, body) of the answer. Raises OSError, ValueError."""
+        lines = ['%s %s HTTP/1.1' % (method, path), 'Host: localhost', 'Content-Length: %d' % len(body)]
+        if self._authorization:
+            lines.append('Authorization: ' + self._authorization)
+        self._socket.sendall('\r\n'.join(lines + ['', '']).encode('latin-1') + body)
+        status = self._line().split(' ', 2)
+        if len(status) < 2 or not status[0].startswith('HTTP/1.') or not status[1].isdigit():
+            raise ValueError('no HTTP')
+        length = -1
+        for line in iter(self._line, ''):
+            name, _, value = line.partition(':')
+            if name.lower() == 'content-length':
+                length = int(value)
+        if length < 0:
+            raise ValueError('no Content-Length')
+        answer = self._file.read(length)
+        if len(answer) < length:
+            raise ConnectionResetError('it went away in the middle of an answer')
+        return int(status[1]), answer
+
+    def _line(self) -> str:
+        line = self._file.readline(LONGEST_LINE)
+        if not line.endswith(b'\n'):
+            raise ConnectionResetError('it went away before it answered')
+        return line.decode('latin-1').strip()
+
+    def is_over(self) -> bool:
+        """Whether the other side has left, or says what nobody asked for."""
+        return bool(select.select([self._socket], [], [], 0)[0])
+
+    def close(self) -> None:
+        """Ends the connection."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+            self._socket.close()
+
+
+def _is_carried(value: Any) -> bool:
+    """Whether XML can hold all texts of it."""
+    if isinstance(value, str):
+        return rpc.is_xml(value)
+    if isinstance(value, dict):
+        return all(_is_carried(name) and _is_carried(item) for name, item in value.items())
+    return not isinstance(value, (list, tuple)) or all(map(_is_carried, value))
+
+
+def raised_by(fault: rpc.Fault) -> VMHostError:
+    """A fault as the error that the host raised."""
+    kinds = {kind.fault: kind for kind in VMHostError.__subclasses__() if 'fault' in vars(kind)}
+    hint = ' (`ls` lists them)' if fault.code == NoSuchVM.fault else ''
+    return kinds.get(fault.code, VMHostError)(fault.text + hint)

@@ -1,0 +1,365 @@
+"""What is asked of guests: run a command, stop it, tell how far it is; and who waits for the answer.
+
+What it is not: the record of commands and their ends (hostcommands.py), or what guests say (hostwords.py).
+
+Threads: any thread may call. ``Answers`` and ``Control`` have a lock each, for their own tables alone.
+"""
+
+import base64
+import contextlib
+import logging
+import secrets
+import threading
+import time
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+import protocol
+from faults import AgentNotConnected, BadState, DeadlineExceeded, InvalidParams, NoSuchVM, VMHostError
+from hostcommands import CALLED_OFF, Commands, log_submitted, well_formed
+from hostguests import Guest, Guests
+from hostjournal import FINISHED, Execution
+from hostmachines import Machines
+from protocol import Message
+
+log = logging.getLogger('vmhost')
+
+MISSING_GRACE = 5.0            # seconds to answer for a command that a HELLO doesn't list
+REFRESH_TIMEOUT = 2.0          # seconds in which guests tell how far their commands are
+FRAME_RESERVE = 16 * 1024      # bytes of a frame that are not the command's own
+SIGNALS_KEPT = 10              # of a command that its guest hasn't answered yet
+CANCEL_TIMEOUT = 2.0           # seconds in which a guest answers for a command that is cancelled
+# Signals that cancel a command that hasn't begun; all others wait for it to begin.
+ENDING = frozenset(('TERM', 'KILL', 'INT', 'HUP', 'QUIT', 'ABRT', '15', '9', '2', '1', '3', '6'))
+
+
+class _Answer:
+    """A message that somebody waits for."""
+
+    def __init__(self, matches: Callable[[Message], bool]) -> None:
+        self.matches = matches
+        self.message = None            # type: Optional[Message]
+        self._arrived = threading.Event()
+
+    def give(self, message: Message) -> None:
+        self.message = message
+        self._arrived.set()
+
+    def wait(self, timeout: float) -> Optional[Message]:
+        """The message; None where it is late."""
+        self._arrived.wait(timeout)
+        return self.message
+
+
+class Answers:
+    """Who waits for which message of a guest. Safe from any thread."""
+
+    def __init__(self) -> None:
+        # Guards the table; nothing but ``matches`` is called while it is held.
+        self._lock = threading.Lock()
+        self._expected = {}            # type: Dict[Tuple[str, str], List[_Answer]]
+
+    @contextlib.contextmanager
+    def expected(self, key: Tuple[str, str],
+                 matches: Callable[[Message], bool] = lambda message: True) -> Iterator[_Answer]:
+        """Within the block, the first message of that key that matches is caught."""
+        answer = _Answer(matches)
+        with self._lock:
+            self._expected.setdefault(key, []).append(answer)
+        try:
+            yield answer
+        finally:
+            with self._lock:
+                waiting = self._expected[key]
+                waiting.remove(answer)
+                if not waiting:
+                    del self._expected[key]
+
+    def arrived(self, key: Tuple[str, str], message: Message) -> None:
+        """Gives a message to those who wait for it."""
+        with self._lock:
+            answers = [answer for answer in self._expected.get(key, ()) if answer.matches(message)]
+        for answer in answers:
+            answer.give(message)
+
+
+class Control:
+    """Runs, signals and queries commands. Safe from any thread."""
+
+    def __init__(self, commands: Commands, guests: Guests, machines: Machines,
+                 say: Callable[[Message], bool], max_frame: int) -> None:
+        self.answers = Answers()
+        self._commands = commands
+        self._guests = guests
+        self._machines = machines
+        self._say = say
+        self._largest = max_frame - FRAME_RESERVE
+        # Guards the table of commands that a HELLO didn't list; nothing is called while it is held.
+        self._lock = threading.Lock()
+        self._missing = {}             # type: Dict[Tuple[str, str], float]
+
+    def ping(self, vm: str, timeout: float) -> str:
+        """'PONG from NAME'. Raises NoSuchVM, AgentNotConnected, DeadlineExceeded."""
+        guest = self._machines.connected(vm)
+        ping_id = secrets.token_hex(8)
+        with self.answers.expected((ping_id, guest.id)) as answer:
+            self._say(protocol.PING.howToSay(guest.id, ping_id))
+            if answer.wait(timeout) is None:
+                raise DeadlineExceeded('%s gave no PONG within %g s' % (guest.name, timeout))
+        return 'PONG from %s' % guest.name
+
+    # Run.
+
+    def run(self, vm: str, request: Dict[str, Any], client: str, queue: bool = False,
+            cmd_id: str = '') -> str:
+        """Journals a command, then sends it. Its cmd-id. Raises NoSuchVM, AgentNotConnected, AlreadyExists.
+
+        queue     where its agent isn't connected, it waits for that
+        cmd_id    the caller's own: repeated for the same command, it is answered as the first time
+        """
+        if cmd_id and self._commands.is_repeated(cmd_id, request, self._names_of(vm)):
+            return cmd_id
+        guest = self._machines.find(vm)
+        if not guest.id:
+            raise BadState('%s has no network card, by which its agent would be known' % guest.name)
+        is_away = guest.agent == 'lost'
+        if is_away and not queue:
+            raise AgentNotConnected('the agent of %s is not connected (queue lets the command wait '
+                                    'for it)' % guest.name)
+        self._check_size(request)
+        return self._submit(request, guest.name, False, [guest], client, cmd_id)
+
+    def run_on_all(self, pattern: str, request: Dict[str, Any], client: str, queue: bool = False,
+                   cmd_id: str = '') -> str:
+        """The same on every connected VM whose name or id matches the glob; with ``queue`` on all known ones.
+
+        Raises NoSuchVM, AlreadyExists.
+        """
+        if cmd_id and self._commands.is_repeated(cmd_id, request, (pattern,)):
+            return cmd_id
+        guests = [guest for guest in (self._machines.all() if queue else self._guests.on_list())
+                  if protocol.is_addressed(pattern, guest.id, guest.name)]
+        if not guests:
+            raise NoSuchVM('no %s VM matches %.100r' % ('known' if queue else 'connected', pattern))
+        self._check_size(request)
+        return self._submit(request, pattern, True, guests, client, cmd_id)
+
+    def _names_of(self, vm: str) -> Tuple[str, ...]:
+        """What a VM may have been called when a command was submitted for it."""
+        guest = self._guests.find(vm)
+        return (vm,) if guest is None else (vm, guest.name)
+
+    def _submit(self, request: Dict[str, Any], target: str, multicast: bool, guests: List[Guest],
+                client: str, cmd_id: str) -> str:
+        away = {guest for guest in guests if guest.agent == 'lost'}
+        cmd_id, executions = self._commands.new(request, target, multicast, guests, client, away, cmd_id)
+        for execution in executions:
+            if execution.state != 'queued':
+                self.publish(execution, request)
+        log_submitted(cmd_id, target, client)
+        return cmd_id
+
+    def _check_size(self, request: Dict[str, Any]) -> None:
+        size = len(cmd_run('', '', request).body()) + len(request['cmd']) + len(request['path'])
+        if size > self._largest:
+            raise InvalidParams('%d bytes of command, arguments, environment and stdin; at most %d '
+                                'fit. Send the input as a file (put), and name it (fileForStdin, run -I)'
+                                % (size, self._largest))
+
+    def publish(self, execution: Execution, request: Optional[Dict[str, Any]] = None) -> None:
+        """Sends a command to its VM, for the first time or again: the guest runs it once."""
+        if request is None:
+            request = self._commands.request(execution.cmd_id)['request']
+        if self._say(cmd_run(execution.vm_id, execution.cmd_id, request, execution.expires)):
+            log.log(logging.INFO if execution.attempts else logging.DEBUG, '%s: sent to %s%s', execution.key,
+                    execution.vm, ' again' if execution.attempts else '')
+        for name in execution.signals:
+            self._say(protocol.CMD_SIGNAL.howToSay(execution.vm_id, execution.cmd_id, name))
+        self._commands.published(execution)
+
+    def publish_due(self) -> None:
+        """Sends what is due, where its agent is there."""
+        for execution in self._commands.due():
+            guest = self._guests.by_id(execution.vm_id)
+            if guest is not None and guest.agent != 'lost':
+                self.publish(execution)
+
+    def signal(self, executions: List[Execution], name: str) -> bool:
+        """Sends a signal to the processes of commands; False where all have ended.
+
+        One of ENDING cancels what hasn't begun, for good: at once where its agent isn't there, and after
+        CANCEL_TIMEOUT where that doesn't answer. Raises BadState or AgentNotConnected for those that it can't
+        be sent to, once it was sent to the others.
+        """
+        unfinished = [execution for execution in executions if not execution.ended]
+        errors, asked = [], []         # type: List[VMHostError], List[Tuple[Execution, _Answer]]
+        with contextlib.ExitStack() as stack:
+            for execution in unfinished:
+                answer = stack.enter_context(self.answers.expected(execution.index))
+                try:
+                    if self._signal(execution, name):
+                        asked.append((execution, answer))
+                except VMHostError as error:
+                    errors.append(error)
+            deadline = time.monotonic() + CANCEL_TIMEOUT
+            for execution, answer in asked:
+                if answer.wait(max(0.0, deadline - time.monotonic())) is None and execution.state == 'sent':
+                    self._cancel(execution, name)
+        if errors:
+            raise errors[0]
+        return bool(unfinished)
+
+    def _signal(self, execution: Execution, name: str) -> bool:
+        """Whether it is cancelled unless its guest answers."""
+        is_there = self._machines.can_answer(execution.vm_id)
+        has_begun, ends = execution.state not in ('queued', 'sent'), name in ENDING
+        if not is_there and has_begun:
+            raise AgentNotConnected('the agent of %s is not connected' % execution.vm)
+        if execution.state == 'queued' and not ends:
+            raise BadState('%s waits for the agent of %s, and has no processes yet; TERM or KILL cancel it'
+                           % (execution.key, execution.vm))
+        log.info('%s: signal %s', execution.key, name)
+        if not has_begun and not ends and len(execution.signals) < SIGNALS_KEPT:
+            execution.signals += (name,)        # the guest may never have got the command, nor get this
+        self._say(protocol.CMD_SIGNAL.howToSay(execution.vm_id, execution.cmd_id, name,
+                                               cancel=ends and not has_begun))
+        if ends and not has_begun and not (is_there and execution.state == 'sent'):
+            self._cancel(execution, name)
+        return ends and execution.state == 'sent'
+
+    def _cancel(self, execution: Execution, name: str) -> None:
+        self._commands.call_off(execution, 'cancelled', 'signal %s before it began' % name, 'signalCmd')
+
+    def give_up_expired(self) -> None:
+        """Ends as expired what hasn't begun in time, as far as anybody knows."""
+        for execution in self._commands.expired():
+            if execution.state == 'sent':
+                self.recall(execution)
+            self._commands.call_off(execution, 'expired', 'ETIME: it had not begun within %g s'
+                                    % (execution.expires - execution.submitted))
+
+    def recall(self, execution: Execution) -> None:
+        """Has a guest end, or not begin, what was called off."""
+        self._say(protocol.CMD_SIGNAL.howToSay(execution.vm_id, execution.cmd_id, 'KILL', cancel=True))
+
+    # How far it is.
+
+    def query(self, execution: Execution, **keys: Any) -> None:
+        """Asks its guest how far a command is."""
+        if execution.asked <= execution.status_time:
+            execution.asked = time.monotonic()
+        self._say(protocol.CMD_QUERY.howToSay(execution.vm_id, execution.cmd_id, **keys))
+
+    def query_running(self, executions: List[Execution]) -> List[Execution]:
+        """Queries those that run where somebody can answer; which ones those are."""
+        running = [execution for execution in executions
+                   if execution.state == 'running' and self._machines.can_answer(execution.vm_id)]
+        for execution in running:
+            self.query(execution)
+        return running
+
+    def refresh(self, executions: List[Execution]) -> None:
+        """The same, and waits for the answers: REFRESH_TIMEOUT at most, and only for those whose guests have
+        answered before; one that hangs holds nobody up twice."""
+        now = time.monotonic()
+        waited_for = {execution.index for execution in executions
+                      if execution.asked <= execution.status_time or now < execution.asked + REFRESH_TIMEOUT}
+        with contextlib.ExitStack() as stack:
+            answers = {execution.index: stack.enter_context(self.answers.expected(execution.index))
+                       for execution in executions}
+            for execution in self.query_running(executions):
+                if execution.index in waited_for:
+                    answers[execution.index].wait(max(0.0, now + REFRESH_TIMEOUT - time.monotonic()))
+
+    def shown_state(self, execution: Execution) -> str:
+        """The state as a user sees it."""
+        if execution.state != 'running':
+            return execution.state
+        if self._machines.is_suspended(execution.vm):
+            return 'suspended'
+        # In the guest, behind max_commands others.
+        told = execution.status.get('state')
+        return told if told in ('queued', 'stopped') else 'running'
+
+    def status(self, execution: Execution) -> Dict[str, Any]:
+        """How far it is, as the guest told last; how it ended."""
+        told = execution.answer() if execution.ended else execution.status
+        age = max(0, time.time() - execution.ended) if execution.ended else \
+            time.monotonic() - execution.status_time if execution.status_time else -1
+        return {'state': self.shown_state(execution),
+                'pid': told.get('pid', 0), 'processes': told.get('processes', 0),
+                'wall': told.get('wall', 0), 'resources': told.get('resources', {}),
+                'outSize': told.get('out-size', 0), 'errSize': told.get('err-size', 0),
+                'progress': execution.status.get('progress', ''), 'error': told.get('error', ''),
+                'ended': execution.ended, 'age': age}
+
+    # What guests know of it.
+
+    def reconcile(self, guest: Guest, listed: Dict[str, Any]) -> None:
+        """Compares the commands that a HELLO lists with ours: what was only sent is sent again, what was
+        called off is recalled."""
+        for cmd_id, state in listed.items():
+            if state not in FINISHED and self._commands.find_open(cmd_id, guest.id) is None:
+                self.recall_if_called_off(cmd_id, guest.id)
+        for execution in self._commands.open_of(guest.id):
+            if execution.cmd_id in listed:
+                self.found(execution)
+            elif execution.state in ('queued', 'sent'):
+                self.publish(execution)
+            else:
+                # Asked once more, since another broker may have turned the order of words round.
+                with self._lock:
+                    self._missing[execution.index] = time.monotonic() + MISSING_GRACE
+                self.query(execution)
+
+    def recall_if_called_off(self, cmd_id: str, vm_id: str) -> None:
+        """A guest has a command that isn't open here: its end was decided without it."""
+        execution = self._commands.finished(cmd_id, vm_id)
+        if execution is not None and execution.state in CALLED_OFF:
+            self.recall(execution)
+
+    def found(self, execution: Execution) -> None:
+        """Its guest still knows a command."""
+        with self._lock:
+            self._missing.pop(execution.index, None)
+
+    def give_up_missing(self) -> None:
+        """Ends as lost what a guest didn't list, nor answered for within MISSING_GRACE."""
+        now = time.monotonic()
+        with self._lock:
+            late = [index for index, deadline in self._missing.items() if deadline < now]
+        for index in late:
+            execution = self._commands.find_open(*index)
+            if execution is not None:
+                self._commands.lose(execution, 'the guest came back without this command: it was '
+                                    'rebooted, or its disk lost or restored from an earlier state')
+            with self._lock:
+                self._missing.pop(index, None)
+
+
+def cmd_run(to: str, cmd_id: str, request: Dict[str, Any], expires: float = 0) -> Message:
+    """The CMD_RUN of a request; ``expires`` since 1970. Bytes that aren't UTF-8 go along in base64."""
+    options = dict(request['options'])
+    if expires:
+        options['expires'] = max(0.001, expires - time.time())
+    for name in ('cmd', 'path'):
+        if not is_utf8(request[name]):
+            options[name + '64'] = to_base64(request[name])
+    if not all(map(is_utf8, request['args'])):
+        options['args64'] = [to_base64(arg) for arg in request['args']]
+    exact = {name: to_base64(value) for name, value in request['env'].items() if not is_utf8(value)}
+    if exact:
+        options['env64'] = exact
+    return protocol.CMD_RUN.howToSay(
+        to, cmd_id, well_formed(request['cmd']), [] if 'args64' in options else request['args'],
+        {name: value for name, value in request['env'].items() if name not in exact},
+        well_formed(request['path']), **options)
+
+
+def is_utf8(text: str) -> bool:
+    """Whether the text stands for itself, and not for bytes that aren't UTF-8."""
+    return well_formed(text) == text
+
+
+def to_base64(text: str) -> str:
+    """The bytes that a text stands for (surrogateescape), in base64."""
+    return base64.b64encode(text.encode('utf-8', 'surrogateescape')).decode('ascii')

@@ -1,0 +1,178 @@
+"""The host's connection to its broker, and the embedded broker itself.
+
+What it is not: what the words mean (hostwords.py), or the STOMP protocol (protocol.py, stompbroker.py).
+
+Threads: ``link`` (protocol.Link) calls ``hear`` and ``on_up``; ``broker`` is the embedded broker's. ``say``
+may be called from any thread. No locks of its own.
+"""
+
+import contextlib
+import logging
+import secrets
+import socket
+import threading
+import time
+from typing import Any, Callable, Dict, List, Optional
+
+import agent
+import protocol
+import stompbroker
+from faults import VMHostError
+from hosttrust import HostPolicy, neighbour_mac
+
+log = logging.getLogger('vmhost')
+
+ROLL_CALL_EVERY = 2.0          # seconds between two requests to all guests to say HELLO
+EMBEDDED_TIMEOUT = 10.0        # seconds in which the embedded broker must answer
+
+
+class Connection:
+    """The host at the broker: sends words, and passes on what arrives.
+
+    ``policy`` is the embedded broker's, None with another broker, which enforces nothing of ours.
+    """
+
+    def __init__(self, settings: Any, hear: Callable[[Any], None], on_up: Callable[[], None]) -> None:
+        """hear: gets each frame; on_up: called whenever a connection has been made. Both on ``link``."""
+        self.session = secrets.token_hex(8)
+        self.address = '', 0                   # of the broker, as configured, or as it listens
+        self.policy: Optional[HostPolicy] = None
+        self._broker: Optional[stompbroker.Broker] = None
+        self._link: Optional[protocol.Link] = None
+        self._settings = settings.Broker
+        self._beacon_grace = settings.Host.vm_gc_grace
+        self._hear = hear
+        self._on_up = on_up
+        self._came_up = threading.Event()
+        self._closing = False
+        self._last_roll_call = -ROLL_CALL_EVERY
+
+    def start(self, host: str) -> None:
+        """Starts the embedded broker on that address, or uses the one there; then connects.
+
+        Raises VMHostError, ConfigError or ProtocolError with a sentence.
+        """
+        self.address = host, self._settings.port
+        secret = secrets.token_urlsafe(24)
+        if self._settings.embedded:
+            self._start_broker(host, secret)
+        self._start_link(secret)
+
+    def _start_broker(self, host: str, secret: str) -> None:
+        settings = self._settings
+        self.policy = HostPolicy(secret, neighbour_mac)
+        self._broker = stompbroker.Broker(
+            host, settings.port, login=settings.username, passcode=settings.password,
+            tls=server_tls(settings), policy=self.policy, heartbeat=settings.heartbeat,
+            max_frame=settings.max_frame)
+        try:
+            self._broker.start()
+        except stompbroker.BrokerError as error:
+            cause = error.__context__
+            why = agent.why_not_listening(cause) if isinstance(cause, OSError) else error
+            raise VMHostError('the broker can\'t listen on %s:%s ([Broker] host, port): %s'
+                              % (host, settings.port, why))
+        self.address = self._broker.address
+
+    def _start_link(self, secret: str) -> None:
+        settings, embedded = self._settings, self._broker is not None
+        ca_file = settings.ca_file or (settings.cert_file if embedded else '')
+        tls = agent.client_tls(ca_file) if settings.tls else None
+        if tls is not None and embedded:
+            tls.check_hostname = False      # our own certificate, on our own machine
+        self._link = protocol.Link(
+            lambda: [self.address], [(protocol.CONNECTIONS, 'client-individual'),
+                                     (protocol.CMD_RESPONSES, 'client-individual')],
+            self._link_up, self._hear, self._link_down, settings.username, settings.password,
+            settings.heartbeat, tls, {'vmhost-secret': secret} if embedded else {},
+            settings.max_frame, first_delay=0.05 if embedded else protocol.FIRST_DELAY)
+        self._link.start()
+        if embedded and not self._came_up.wait(EMBEDDED_TIMEOUT):
+            raise VMHostError('the embedded broker doesn\'t answer: %s' % self._link.last_error)
+
+    def stop(self) -> None:
+        """Says BYE, and stops link and broker."""
+        self._closing = True
+        if self._link is not None:
+            self.say(protocol.BYE.howToLeave('the host stops'))
+            self._link.close()
+        if self._broker is not None:
+            self._broker.stop()
+
+    def _link_up(self, link: protocol.Link) -> None:
+        self._came_up.set()
+        self._on_up()
+        self.call_the_roll()
+
+    def _link_down(self, reason: str) -> None:
+        if not self._closing:
+            log.warning('no connection to the broker: %s', reason)
+
+    @property
+    def is_down(self) -> bool:
+        """Whether the connection is lost: nothing can be heard of anybody."""
+        return self._link is not None and not self._link.up
+
+    def say(self, message: protocol.Message) -> bool:
+        """Publishes a word. False where there is no connection to the broker. From any thread."""
+        if self._link is None:
+            return False
+        headers = dict(message.headers, timestamp=protocol.timestamp())
+        headers['from'] = 'host'
+        return self._link.send(message.topic, headers, message.body())
+
+    def call_the_roll(self) -> None:
+        """Asks all guests to say HELLO; again after ROLL_CALL_EVERY at the earliest."""
+        now = time.monotonic()
+        if now - self._last_roll_call >= ROLL_CALL_EVERY:
+            self._last_roll_call = now
+            self.say(protocol.HELLO.howToGreet('*', session=self.session))
+
+    def greet(self, machine_id: str, name: str, ticket: Any) -> None:
+        """Answers a guest's HELLO: what it is called, and what it needs to know of this host."""
+        if self.policy is not None:
+            self.policy.named(machine_id, name)
+        keys = {'name': name, 'session': self.session,
+                'max_frame': self._settings.max_frame}  # type: Dict[str, Any]
+        if self._beacon_grace < 30:
+            keys['beacon_interval'] = max(1, self._beacon_grace / 3)
+        if self._broker is None and self._link is not None:
+            keys['addresses'] = own_addresses(self._link.local_address[0])
+        if ticket is not None:
+            keys['chirp-ticket'] = ticket.public.pem
+        self.say(protocol.HELLO.howToGreet(machine_id, **keys))
+
+    def info(self) -> Dict[str, Any]:
+        """What agentInfo shows of the broker: {address, connected, embedded, server, counters}."""
+        link = self._link
+        assert link is not None                # asked of a started host alone
+        address = link.peer_address if link.peer_address[0] else self.address
+        info = {'address': '%s:%s' % address, 'connected': link.up, 'embedded': self._broker is not None,
+                'server': link.server}         # type: Dict[str, Any]
+        if self._broker is not None:
+            info['counters'] = self._broker.counters()
+        return info
+
+
+def own_addresses(towards_broker: str) -> List[str]:
+    """This machine's addresses, as guests may see them: that one, and those of its own name."""
+    found = {towards_broker}
+    with contextlib.suppress(OSError):
+        found.update(str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None))
+    return sorted(filter(None, found))
+
+
+def server_tls(settings: Any) -> Any:
+    """The embedded broker's ssl.SSLContext, or None. Raises VMHostError that names the key."""
+    if not settings.tls:
+        return None
+    import ssl
+    if not settings.cert_file:
+        raise VMHostError('[Broker] tls=yes needs cert_file, and key_file where the key is in another file')
+    context = ssl.SSLContext(getattr(ssl, 'PROTOCOL_TLS_SERVER', ssl.PROTOCOL_TLS))
+    try:
+        context.load_cert_chain(settings.cert_file, settings.key_file or None)
+    except (OSError, ssl.SSLError) as error:
+        raise VMHostError('[Broker] cert_file %s, key_file %s: %s'
+                          % (settings.cert_file, settings.key_file, error))
+    return context

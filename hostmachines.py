@@ -1,0 +1,241 @@
+"""The machines: agents that said HELLO and VMs of the hypervisor, brought together under one name and one id.
+
+What it is not: a hypervisor's driver (hypervisor.py), or the list of live agents (hostguests.py).
+
+Threads: any thread may call. ``vm_event`` runs on the driver's thread; names that only the hypervisor
+knows are looked up on ``name-lookup-1``, since it may take its time. No locks of its own.
+"""
+
+import logging
+import os
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+import chirpclient
+import chirpwire
+import drivers
+import vmstates
+from faults import AgentNotConnected, BadState, NoFiles, NoSuchVM, TransferError, VMHostError
+from hostcommands import Commands
+from hostguests import Guest, Guests
+from hostjournal import Journal
+from hostlink import Connection
+from hosttrust import is_mac
+from hostworkers import Batch
+
+log = logging.getLogger('vmhost')
+
+CHIRP_PORT = 9094              # where a guest's Chirp server listens, unless it says otherwise
+CHIRP_TIMEOUT = 30.0           # seconds of silence that a Chirp server may keep
+LOOKUP_EVERY = 1.0             # seconds between two lookups of names, however often guests say HELLO
+
+
+class Machines:
+    """Finds the machine that is meant by a name or an id, and keeps names and ids in step."""
+
+    def __init__(self, guests: Guests, commands: Commands, journal: Journal, connection: Connection) -> None:
+        self.hypervisor = None                 # type: Any      # a driver, once one has been started
+        self._guests = guests
+        self._commands = commands
+        self._journal = journal
+        self._connection = connection
+        self._lookups = Batch('name-lookup', self._look_up, after=LOOKUP_EVERY)
+
+    # The hypervisor.
+
+    def start_hypervisor(self, settings: Any, state_dir: str) -> None:
+        """Starts the driver, if one is wanted and its hypervisor answers."""
+        driver = start_driver(settings, state_dir, self._vm_event)
+        if driver is not None and settings.Network.manage:
+            try:
+                driver.setup_network()
+            except VMHostError as error:
+                log.error('the host-only network can\'t be set up ([Network] manage): %s', error)
+        self.hypervisor = driver
+
+    @property
+    def hypervisor_name(self) -> str:
+        return self.hypervisor.name if self.hypervisor is not None else 'none'
+
+    def stop(self, deadline: float) -> None:
+        """Ends lookups, until that monotonic time."""
+        self._lookups.stop(deadline)
+
+    def _vm_event(self, type: str, vm: str, text: str) -> None:
+        """Something about a VM changed in the hypervisor."""
+        self._journal.event(type, vm, '', text)
+        log.info('%s: %s %s', vm, type, text)
+        guest = self._guests.find(vm)
+        if type == 'vm-aborted' and self.hypervisor.known_state(vm) == vmstates.SAVED:
+            log.info('%s: its saved state is still there, and so are its commands', vm)
+        elif type in ('vm-aborted', 'vm-stuck') and guest is not None:
+            for execution in self._commands.open_of(guest.id):
+                if execution.state == 'running':
+                    self._commands.lose(execution, 'the VM ended: %s' % text)
+        elif type in ('vm-added', 'vm-renamed', 'vm-card'):
+            for guest in self._guests.all():
+                if self._known_name(guest.id) not in ('', guest.name):
+                    self._rename(guest)
+
+    def _known_name(self, machine_id: str) -> str:
+        """The hypervisor's name for an id, without asking it; '' where it has none."""
+        return self.hypervisor.known_name(machine_id) if self.hypervisor is not None else ''
+
+    def is_suspended(self, vm: str) -> bool:
+        """Whether the VM is paused or saved, so that nothing can be heard of it."""
+        return self.hypervisor is not None and self.hypervisor.known_state(vm) in vmstates.SUSPENDED
+
+    # Agents that come.
+
+    def join(self, machine_id: str, own_name: str, **facts: Any) -> Guest:
+        """A HELLO: the agent is listed under its name, and greeted. ``facts`` as of Guests.add."""
+        known = self._known_name(machine_id)
+        guest, news = self._guests.add(machine_id, known or self._free_name(machine_id, own_name), **facts)
+        if known:
+            self._guests.rename(guest, known)
+        self._introduce(guest, news, bool(known))
+        if self.hypervisor is not None and is_mac(guest.id) and not known:
+            self._lookups.add(guest.id, guest)
+        return guest
+
+    def _free_name(self, machine_id: str, name: str) -> str:
+        """What a machine calls itself, with its id appended where a VM is called so."""
+        if self.hypervisor is not None and self.hypervisor.known_state(name) and name != machine_id:
+            return '%s-%s' % (name, machine_id)
+        return name
+
+    def _introduce(self, guest: Guest, is_news: bool, is_vm: bool) -> None:
+        if is_news and self._guests.should_note(guest):
+            log.info('%s joined: %s at %s', guest.name, guest.id, guest.ip)
+            with self._journal.best_effort(), self._journal.writing() as journal:
+                journal.add_guest(guest)
+                journal.event('guest-hello', guest.name, '', '%s at %s' % (guest.id, guest.ip))
+        if is_vm:
+            self.take_over(guest)
+        self.greet(guest)
+
+    def greet(self, guest: Guest) -> None:
+        """Tells an agent its name, and what it needs to know of this host."""
+        self._connection.greet(guest.id, guest.name, None)
+
+    def _look_up(self, guests: Dict[str, Guest]) -> None:
+        for guest in guests.values():
+            if not self._lookups.is_stopping:
+                self._rename(guest)
+
+    def _rename(self, guest: Guest) -> None:
+        """Gives a guest the name that the hypervisor has for it, where it has one."""
+        try:
+            name = self.hypervisor.name_of(guest.id)
+        except VMHostError as error:
+            log.warning('no name for %s: %s', guest.id, error)
+            return
+        if name and name != guest.name:
+            log.info('%s is %s', guest.name, name)
+            self._guests.rename(guest, name)
+            self._introduce(guest, True, True)
+
+    def take_over(self, guest: Guest) -> None:
+        """Moves commands that wait for a VM under the id of a network card that it no longer has to its
+        present id. What was sent stays under the old id, as the guest has it in that agent's spool."""
+        with self._journal.best_effort():
+            for execution in self._commands.waiting_for(guest.name):
+                if execution.vm_id != guest.id and not self._known_name(execution.vm_id):
+                    self._commands.move(execution, guest.id)
+
+    def removed(self, guest: Guest) -> None:
+        """The VM and its disks are no more: neither are its commands."""
+        self.take_over(guest)
+        for execution in self._commands.open_of(guest.id):
+            self._commands.lose(execution, 'the VM and its disks were removed')
+
+    # Which machine is meant.
+
+    def name_of(self, machine_id: str) -> str:
+        """The name of a guest, or its id."""
+        guest = self._guests.by_id(machine_id)
+        return guest.name if guest is not None else machine_id
+
+    def find(self, vm: str) -> Guest:
+        """A known VM, by name or id. Raises NoSuchVM; BadState where two VMs have its id."""
+        clash = self.hypervisor.clash_of(vm) if self.hypervisor is not None else ''
+        if clash:
+            raise BadState(clash)
+        guest = self._guests.find(vm)
+        if guest is None or guest.agent == 'lost':      # by now the VM may have another card
+            guest = self.describe(vm)[0] or guest
+        if guest is None:
+            raise NoSuchVM('no VM %.100r' % vm)
+        return guest
+
+    def describe(self, vm: str) -> Tuple[Optional[Guest], Dict[str, Any]]:
+        """A VM as its agent and as the hypervisor know it; (None, {}) where the hypervisor doesn't."""
+        if self.hypervisor is None:
+            return None, {}
+        try:
+            found = self.hypervisor.describe(vm)
+        except NoSuchVM:
+            return None, {}
+        guest = None if self.hypervisor.clash_of(found['id']) else self._guests.by_id(found['id'])
+        return guest or Guest(found['id'], found['name']), found
+
+    def all(self) -> List[Guest]:
+        """Every known machine: all agents that were ever there, and the VMs of which none was heard."""
+        vms = self.hypervisor.known_vms() if self.hypervisor is not None else ()
+        return self._guests.all() + [Guest(machine_id, name) for name, _, machine_id in vms
+                                     if machine_id and self._guests.by_id(machine_id) is None]
+
+    def connected(self, vm: str) -> Guest:
+        """A VM whose agent is there. Raises NoSuchVM, AgentNotConnected."""
+        guest = self.find(vm)
+        if guest.agent == 'lost':
+            raise AgentNotConnected('the agent of %s is not connected' % guest.name)
+        return guest
+
+    def can_answer(self, machine_id: str) -> bool:
+        """Whether an agent is connected, and its VM runs."""
+        guest = self._guests.by_id(machine_id)
+        return guest is not None and guest.agent != 'lost' and not self.is_suspended(guest.name)
+
+    # Files.
+
+    def chirp_client(self, guest: Guest) -> chirpclient.ChirpClient:
+        """A client of a guest's Chirp server, for a ``with`` block. Raises TransferError."""
+        endpoint = self.hypervisor.chirp_endpoint(guest.name) if self.hypervisor is not None else None
+        address, port = endpoint or (guest.ip, guest.chirp_port)
+        if not port:
+            raise NoFiles('%s offers no files (it has no Chirp server)' % guest.name)
+        return chirpclient.ChirpClient(address, port, CHIRP_TIMEOUT)
+
+    def list_dir(self, vm: str, path: str) -> List[chirpwire.Stat]:
+        """What is in a folder of a VM. Raises TransferError, NoSuchVM, AgentNotConnected."""
+        try:
+            with self.chirp_client(self.connected(vm)) as client:
+                return sorted(client.ls(path))
+        except (chirpwire.ChirpError, OSError) as error:
+            raise TransferError('%s on %s: %s' % (path, vm, error))
+
+
+def start_driver(settings: Any, state_dir: str, on_event: Callable[[str, str, str], None]) -> Any:
+    """The first driver whose hypervisor answers; None where none is wanted, or none does."""
+    wanted = settings.Hypervisor.hypervisor
+    for name in drivers.names_of(wanted):
+        import hypervisor  # some memory, where VMs are controlled
+        driver = hypervisor.Hypervisor(name, driver_settings(settings, state_dir), on_event)
+        driver.open()
+        try:
+            log.info('%s %s', name, driver.version())
+            for warning in driver.warnings():
+                log.warning('%s', warning)
+            return driver
+        except VMHostError as error:
+            log.log(logging.INFO if wanted == 'auto' else logging.ERROR,
+                    'VMs can\'t be controlled, everything else works: %s', error)
+            driver.close()
+    return None
+
+
+def driver_settings(settings: Any, state_dir: str) -> Dict[str, Any]:
+    """What a driver is told of host.ini; state_dir: where it may keep what it prints, '' for nowhere."""
+    return {'network': dict(vars(settings.Network)), 'remote_desktop': dict(vars(settings.RemoteDesktop)),
+            'chirp_port': CHIRP_PORT, 'state_dir': os.path.abspath(state_dir) if state_dir else '',
+            'command_timeout': settings.Hypervisor.command_timeout}

@@ -1,0 +1,127 @@
+"""What callers of the API give: read into what the host's parts work with, or refused by the argument's name.
+
+What it is not: a check of types (hostdispatch.py has done that), or of what a VM can do. No threads, no
+state.
+"""
+
+import base64
+import os
+import re
+from typing import Any, Dict, List, Tuple
+
+import chirpwire
+import protocol
+from faults import InvalidParams
+from rpc import Binary, FilePath
+
+OPTIONS = {                    # of runCmd: what it is called here, on the wire, and its type
+    'stdin': ('stdin', (str, Binary)), 'timeout': ('timeout', (int, float)),
+    'killAfter': ('kill-after', (int, float)), 'user': ('user', (str,)),
+    'envClear': ('env-clear', (bool,)), 'nice': ('nice', (int,)), 'limits': ('limits', (dict,)),
+    'statusInterval': ('status-interval', (int, float)), 'outputLimit': ('output-limit', (int, float)),
+    'inlineOutput': ('inline-output', (int, float)), 'expires': ('expires', (int, float)),
+    'leave': ('leave', (bool, int)), 'queue': ('queue', (bool, int)), 'id': ('id', (str,)),
+}
+LIMITS = ('as', 'cpu', 'fsize', 'nofile', 'nproc')
+# Of every system that guests run on; this one may have fewer.
+SIGNALS = ('HUP', 'INT', 'QUIT', 'ILL', 'TRAP', 'ABRT', 'BUS', 'FPE', 'KILL', 'USR1', 'SEGV', 'USR2', 'PIPE',
+           'ALRM', 'TERM', 'CHLD', 'CONT', 'STOP', 'TSTP', 'TTIN', 'TTOU', 'URG', 'XCPU', 'XFSZ', 'VTALRM',
+           'PROF', 'WINCH', 'IO', 'POLL', 'PWR', 'SYS', 'EMT', 'INFO')
+LARGEST_NUMBER = 1e18          # of seconds or bytes, so that no system's integer overflows
+
+
+def read_local(path: FilePath) -> str:
+    """A path of this machine, as text whose surrogates stand for what isn't UTF-8."""
+    return path if isinstance(path, str) else os.fsdecode(path.data)
+
+
+def read_remote(path: FilePath) -> str:
+    """The same for a path of a guest."""
+    return path if isinstance(path, str) else chirpwire.to_text(path.data)
+
+
+def read_request(cmd: FilePath, args: List[Any], env: Any, path: Any, file_for_stdin: str,
+                 options: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """What runCmd was asked for, and how to submit it: {queue, cmd_id}. Raises InvalidParams that names the
+    argument. Bytes that aren't UTF-8 stand in texts as half surrogates."""
+    if not cmd or isinstance(cmd, Binary) and not cmd.data:
+        raise InvalidParams('cmd is empty')
+    read = read_options(options)
+    if file_for_stdin:
+        if 'stdin' in read or 'stdin64' in read:
+            raise InvalidParams('fileForStdin and stdin: one of them')
+        read['fileForStdin'] = file_for_stdin
+    how = {'queue': bool(read.pop('queue', False)), 'cmd_id': read_id(read.pop('id', ''))}
+    request = {'cmd': read_text('cmd', cmd), 'args': [read_text('args', arg) for arg in args],
+               'env': read_env(env), 'options': read,
+               'path': '' if path in (None, '', 'None') else read_text('path', path)}
+    return request, how
+
+
+def read_text(name: str, value: Any) -> str:
+    """The value, which should be text, a number, or bytes (base64). Raises InvalidParams."""
+    if not isinstance(value, (str, int, float, Binary)):
+        raise InvalidParams('%s: %.40r should be text, or base64' % (name, value))
+    text = read_remote(value) if isinstance(value, Binary) else str(value)
+    if '\0' in text:
+        raise InvalidParams('%s: NUL in %.40r' % (name, text))
+    return text
+
+
+def read_id(text: str) -> str:
+    """An id that the caller gives a command, or ''. Raises InvalidParams."""
+    if text and not re.fullmatch('[A-Za-z0-9][A-Za-z0-9._-]{0,63}', text, re.ASCII):
+        raise InvalidParams('option id: %.80r: expected up to 64 letters, digits, dots, - and _' % text)
+    return text
+
+
+def read_env(env: Any) -> Dict[str, str]:
+    """An environment, given as {} or as the text of a JSON object. Raises InvalidParams."""
+    if isinstance(env, str):
+        try:
+            env = protocol.read_json(env) if env not in ('', 'None') else {}
+        except ValueError as error:
+            raise InvalidParams('env: %s' % error)
+    if env is None:
+        return {}
+    if not isinstance(env, dict):
+        raise InvalidParams('env should be a mapping')
+    for name in env:
+        if not name or '=' in name or '\0' in name:
+            raise InvalidParams('env: %.40r can\'t be a variable' % name)
+    return {name: read_text('env: ' + name, value) for name, value in env.items()}
+
+
+def read_options(options: Dict[str, Any]) -> Dict[str, Any]:
+    """The options of runCmd, by their names on the wire. Raises InvalidParams."""
+    by_wire_name = {wire: name for name, (wire, _) in OPTIONS.items()}
+    read = {}  # type: Dict[str, Any]
+    for name, value in options.items():
+        name = by_wire_name.get(name, name)
+        if name not in OPTIONS:
+            raise InvalidParams('no option %r; there are %s' % (name, ', '.join(sorted(OPTIONS))))
+        wire, kinds = OPTIONS[name]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise InvalidParams('option %s: %r is of the wrong type' % (name, value))
+        if isinstance(value, (int, float)) and not (-20 if name == 'nice' else 0) <= value <= LARGEST_NUMBER:
+            raise InvalidParams('option %s: %r is out of range' % (name, value))
+        read[wire] = value
+    if isinstance(read.get('stdin'), Binary):
+        read['stdin64'] = base64.b64encode(read.pop('stdin').data).decode('ascii')
+    for name, value in read.get('limits', {}).items():
+        if name not in LIMITS or isinstance(value, bool) or not isinstance(value, (int, float)) \
+                or not 0 <= value <= LARGEST_NUMBER:
+            raise InvalidParams('limits: %r: %r; there are %s, each a number, none below 0'
+                                % (name, value, ', '.join(LIMITS)))
+    return read
+
+
+def read_signal(name: Any) -> str:
+    """A signal as the guest understands it: a name without SIG, or a number. Raises InvalidParams."""
+    text = str(name).upper()
+    text = text[3:] if text.startswith('SIG') else text
+    is_number = text.isdigit() and len(text) <= 2 and 0 < int(text) <= 64
+    if isinstance(name, bool) or not (is_number or text in SIGNALS):
+        raise InvalidParams('no signal %.40r; there are %s, and numbers from 1 to 64'
+                            % (name, ', '.join(SIGNALS)))
+    return text

@@ -1,0 +1,95 @@
+"""The state folder: the directory that holds everything a host agent keeps on disk, for its user alone.
+
+What it is not: the journal, which is one of the files in it. No threads. One host agent at a time may
+use a folder; a lock file in it says so.
+"""
+
+import contextlib
+import os
+import secrets
+import shlex
+import sqlite3
+import stat
+from typing import Callable
+
+from faults import Busy, VMHostError
+
+
+class StateFolder:
+    """``state_dir``: journal, token, output of commands."""
+
+    def __init__(self, path: str) -> None:
+        """Creates and locks it. Raises VMHostError where it can't be used, Busy where another host does."""
+        self.path = path
+        try:
+            os.makedirs(path, mode=0o700, exist_ok=True)
+            self.make_private()
+            self._lock = sqlite3.connect(self.file('lock'), isolation_level=None, timeout=0,
+                                         check_same_thread=False)
+            # SQLite's locks work on every system, and end with the process, however it ends.
+            self._lock.execute('BEGIN EXCLUSIVE')
+        except OSError as error:
+            raise VMHostError('state_dir %s can\'t be used: %s; fix that, or set another folder in [Host]'
+                              % (path, error.strerror or error))
+        except sqlite3.OperationalError as error:
+            if 'locked' in str(error):
+                raise Busy('another vmhost runs on the state folder %s; stop it, or give this one '
+                           'a state_dir of its own in [Host]' % path)
+            raise VMHostError('state_dir %s can\'t be written: %s; %s, or set another folder in [Host]' % (
+                path, error, 'make room' if 'full' in str(error) else 'change its owner or mode'))
+
+    def file(self, name: str) -> str:
+        """The path of a file in the folder."""
+        return os.path.join(self.path, name)
+
+    def make_private(self) -> None:
+        """Takes the folder, and the files in it, from everybody but this user. Raises VMHostError where that
+        isn't enough: another user owns one, or could have put it there."""
+        if os.name != 'posix':         # elsewhere a user's folders are the user's own
+            return
+        mode = self._check_owner(self.path)
+        if mode & 0o022:
+            raise VMHostError('state_dir %s: other users may have written into it; check what is there, then: '
+                              'chmod 700 %s' % (self.path, shlex.quote(self.path)))
+        make_mode(self.path, 0o700)
+        for name in os.listdir(self.path):
+            path = self.file(name)
+            mode = self._check_owner(path)
+            if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+                make_mode(path, 0o600 if stat.S_ISREG(mode) else 0o700)
+
+    def _check_owner(self, path: str) -> int:
+        """The mode of what this user owns. Raises VMHostError, OSError."""
+        found = os.stat(path) if path == self.path else os.lstat(path)
+        if found.st_uid != os.geteuid():
+            raise VMHostError('state_dir: %s belongs to another user (uid %d); run the host agent as that user, '
+                              'or: chown -R %d %s' % (path, found.st_uid, os.geteuid(), shlex.quote(self.path)))
+        return found.st_mode
+
+    def write(self, name: str, text: str) -> None:
+        """Writes a file that only this user can read; who reads it sees the old text or the new one."""
+        temporary = self.file(name) + '.new'
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, 'w') as file:
+            file.write(text + '\n')
+        os.replace(temporary, self.file(name))
+
+    def secret(self, name: str, make: Callable[[], str] = lambda: secrets.token_urlsafe(24)) -> str:
+        """The text of a file that only this user can read; made at the first call."""
+        path = self.file(name)
+        if not os.path.exists(path):
+            self.write(name, make().strip())
+        with open(path) as file:
+            return file.read().strip()
+
+    def close(self) -> None:
+        """Lets another host use the folder."""
+        self._lock.close()
+
+
+def make_mode(path: str, mode: int) -> None:
+    """Changes the mode of a file or folder, unless it is that. Raises OSError."""
+    if stat.S_IMODE(os.lstat(path).st_mode) != mode:
+        os.chmod(path, mode)

@@ -1,0 +1,562 @@
+"""Topics and queues: who is sent which message, and what becomes of one that nobody took.
+
+What it is not: a server. It knows neither sockets nor sessions: a subscription has an ``Outlet``
+(the broker's connection), which takes bytes and says whether it has room.
+
+Threads: none of its own. All of it is called on the broker's thread, so nothing here needs a lock.
+"""
+
+import collections
+import heapq
+import itertools
+import logging
+import re
+import time
+from typing import Any, Callable, Dict, FrozenSet, Iterable, List, NamedTuple, Optional, Tuple
+
+import protocol
+from protocol import WireFrame
+
+log = logging.getLogger('vmhost.broker')
+
+LARGE = 32 * 1024                         # a body from here on is sent as it is, never copied
+MESSAGE_OVERHEAD = 512                    # bytes that a kept message costs beside its texts
+NEVER = float('inf')
+DEAD_LETTERS = '/queue/DLQ'               # where messages go that were refused too often
+# Headers of a SEND that are about this one sending, or that MESSAGE has of its own.
+NOT_PASSED_ON = frozenset(('receipt', 'transaction', 'content-length', 'message-id',
+                           'subscription', 'ack', 'redelivered'))
+
+# Whether a subscriber is to get a message; of topics alone.
+Audience = Callable[[Any], bool]
+
+
+class DestinationError(Exception):
+    """A message can't be taken: a queue is full, or a header makes no sense."""
+
+
+def is_queue(name: str) -> bool:
+    """What isn't /queue/… is a topic."""
+    return name.startswith('/queue/')
+
+
+def cost_of(headers: Dict[str, str], body: bytes = b'') -> int:
+    """About how many bytes a frame takes: its texts, what was encoded of them, and the body."""
+    return (MESSAGE_OVERHEAD + len(body)
+            + 2 * (sum(map(len, headers)) + sum(map(len, headers.values()))))
+
+
+def expiry(headers: Dict[str, str]) -> float:
+    """When a message with these headers is of no more use; seconds since 1970. ``expires`` is in
+    milliseconds, as ActiveMQ has it, and 0 is never. Raises DestinationError."""
+    text = headers.get('expires', '0').strip()
+    if re.match('[0-9]{1,18}$', text) is None:
+        raise DestinationError('expires is no time in milliseconds since 1970: %.40r' % text)
+    return int(text) / 1000.0 or NEVER
+
+
+class Envelope:
+    """What stands round the bodies of one SEND head: destination and headers, encoded once."""
+    __slots__ = ('destination', 'headers', 'expires', '_lines', '_cost')
+
+    def __init__(self, headers: Dict[str, str]) -> None:
+        self.destination = headers['destination']
+        self.headers = headers
+        self.expires = expiry(headers) if 'expires' in headers else NEVER
+        self._lines = {}  # type: Dict[str, bytes]
+        self._cost = 0
+
+    @property
+    def cost(self) -> int:
+        """Bytes that it takes while a message is kept."""
+        if not self._cost:
+            self._cost = cost_of(self.headers)
+        return self._cost
+
+    def lines(self, version: str) -> bytes:
+        """The header lines as a receiver of that version gets them."""
+        lines = self._lines.get(version)
+        if lines is None:
+            escape = protocol.escape
+            lines = self._lines[version] = ''.join(
+                '%s:%s\n' % (escape(name, version), escape(value, version))
+                for name, value in self.headers.items()
+                if name not in NOT_PASSED_ON).encode('utf-8', 'replace')
+        return lines
+
+
+class Message:
+    """A SEND on its way. ``serial`` counts up, ``number`` is its name; ``sender`` is the outlet of who
+    said it. The rest is a queue's: when it came, whether it was given to somebody before, how often
+    it was refused, and by which of the present consumers."""
+    __slots__ = ('serial', 'number', 'envelope', 'body', 'sender', 'since', 'redelivered', 'refusals',
+                 'refusers')
+
+    def __init__(self, serial: int, number: str, envelope: Envelope, body: bytes, sender: Any) -> None:
+        self.serial = serial
+        self.number = number
+        self.envelope = envelope
+        self.body = body
+        self.sender = sender
+        self.redelivered = False
+
+    def enters_queue(self) -> None:
+        self.since = time.monotonic()
+        self.refusals = 0
+        self.refusers = frozenset()  # type: FrozenSet[Subscription]
+
+    @property
+    def cost(self) -> int:
+        """Bytes that it takes while it is kept."""
+        return len(self.body) + self.envelope.cost
+
+    @property
+    def is_expired(self) -> bool:
+        return self.envelope.expires <= time.time()
+
+    def head(self, version: str, acked: bool) -> bytes:
+        """The head from the message's number on: a subscription's ``lead`` stands before it."""
+        number = self.number.encode('ascii')
+        if acked:
+            number = b'%b\nmessage-id:%b' % (number, number)
+        if self.redelivered:
+            number += b'\nredelivered:true'
+        return b'%b\n%bcontent-length:%d\n\n' % (number, self.envelope.lines(version),
+                                                 len(self.body))
+
+    def rest(self, version: str, acked: bool) -> bytes:
+        """The whole frame from the message's number on."""
+        return b'%b%b\0\n' % (self.head(version, acked), self.body)
+
+
+class Outlet:
+    """Where a subscriber's messages go to. The broker's connection is one."""
+    __slots__ = ()
+
+    takes_turns = False    # it wants to know whose each message is: senders are served in turn
+
+    def put(self, parts: Tuple[bytes, ...], frames: int, sender: Any = None, delivery: Any = None) -> None:
+        """Takes bytes, and of whom they are. ``delivery``: a queue and a message that it is told to
+        settle once they are written, or to take back if they never are."""
+        raise NotImplementedError
+
+    def has_room(self) -> bool:
+        """Whether a queue may give more; if not, the queue's ``dispatch`` is called when it may."""
+        raise NotImplementedError
+
+
+class Subscription:
+    """What a SUBSCRIBE made: ``lead`` begins each of its MESSAGE frames. ``unacked``: what a queue
+    gave it and waits for its ACK, at most ``prefetch``."""
+    __slots__ = ('owner', 'outlet', 'id', 'key', 'cost', 'destination', 'mode', 'lead', 'kind', 'prefetch',
+                 'unacked')
+
+    def __init__(self, owner: Any, outlet: Outlet, version: str, number: int, key: str,
+                 headers: Dict[str, str], destination: Any, prefetch: int) -> None:
+        self.owner = owner                 # whom a policy knows
+        self.outlet = outlet
+        self.id = str(number)
+        self.key = key
+        self.cost = cost_of(headers)
+        self.destination = destination
+        self.mode = headers.get('ack', 'auto')
+        ack_header = self.mode != 'auto' and version == '1.2'
+        self.kind = version, ack_header
+        self.prefetch = prefetch
+        self.unacked = collections.OrderedDict()  # type: collections.OrderedDict[str, Message]
+        lead = 'MESSAGE\n'
+        if 'id' in headers:
+            lead += 'subscription:%s\n' % protocol.escape(headers['id'], version)
+        lead += 'ack:%d-' % number if ack_header else 'message-id:'
+        self.lead = lead.encode('utf-8', 'replace')
+
+    def give(self, message: Message, delivery: Any = None) -> None:
+        """Sends one message to the subscriber."""
+        if len(message.body) < LARGE:
+            parts = (self.lead + message.rest(*self.kind),)  # type: Tuple[bytes, ...]
+        else:
+            parts = self.lead + message.head(*self.kind), message.body, b'\0\n'
+        self.outlet.put(parts, 1, message.sender, delivery)
+
+    def has_room(self) -> bool:
+        return len(self.unacked) < self.prefetch and self.outlet.has_room()
+
+    def acknowledge(self, number: str) -> List[Message]:
+        """Takes the messages that an ACK or NACK of this one is about, out of ``unacked``."""
+        if number not in self.unacked:
+            return []
+        if self.mode == 'client-individual':
+            return [self.unacked.pop(number)]
+        taken = []
+        while number in self.unacked:
+            taken.append(self.unacked.popitem(last=False)[1])
+        return taken
+
+
+class Status(NamedTuple):
+    """What can be seen of a destination."""
+    name: str
+    waiting: int           # messages that were given to nobody yet
+    consumers: int
+    came: int              # messages, since the destination is there
+    went: int
+    oldest: float          # seconds that the first one waits
+
+
+class Destination:
+    """A name with subscribers; either a Topic or a Queue."""
+
+    def __init__(self, all_of_them: 'Destinations', name: str) -> None:
+        self.all = all_of_them
+        self.name = name
+        self.subscriptions = ()  # type: Tuple[Subscription, ...]
+        self.came = 0
+        self.went = 0
+
+    def add(self, subscription: Subscription) -> None:
+        self.subscriptions += (subscription,)
+
+    def remove(self, subscription: Subscription) -> None:
+        self.subscriptions = tuple(other for other in self.subscriptions
+                                   if other is not subscription)
+
+    def dispatch(self) -> None:
+        """Gives out what waits, as far as subscribers have room."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether it may be forgotten."""
+        return not self.subscriptions
+
+    def status(self) -> Status:
+        return Status(self.name, 0, len(self.subscriptions), self.came, self.went, 0.0)
+
+
+class Topic(Destination):
+    """Each subscriber gets each message; without subscribers it is dropped.
+
+    Messages are gathered while the broker reads, and given to each subscriber in one piece: the
+    subscription's lead, joined between the rests of the frames, which all subscribers share.
+    """
+
+    MOST_BLOBS = 64        # that are kept for subscribers whose lead is the same
+
+    def __init__(self, all_of_them: 'Destinations', name: str) -> None:
+        super().__init__(all_of_them, name)
+        self._batch = []  # type: List[Message]
+
+    def publish(self, message: Message, audience: Optional[Audience]) -> None:
+        self.came += 1
+        if not self.subscriptions:
+            self.all.dropped += 1
+        elif message.envelope.expires < NEVER and message.is_expired:
+            self.all.expired += 1
+        elif audience is None and len(message.body) < LARGE:
+            self._batch.append(message)
+            self.all.gathering = self
+        else:
+            self.flush()
+            for subscription in self.subscriptions:
+                if audience is None or audience(subscription.owner):
+                    self.went += 1
+                    subscription.give(message)
+
+    def flush(self) -> None:
+        """Gives what was gathered to the subscribers."""
+        if not self._batch:
+            return
+        batch, self._batch = self._batch, []
+        self.went += len(batch) * len(self.subscriptions)
+        rests = {}  # type: Dict[Tuple[str, bool], List[bytes]]
+        blobs = {}  # type: Dict[Tuple[Tuple[str, bool], bytes], bytes]
+        for subscription in self.subscriptions:
+            if subscription.outlet.takes_turns:
+                for message in batch:
+                    subscription.give(message)
+                continue
+            kind, lead = subscription.kind, subscription.lead
+            blob = blobs.get((kind, lead))
+            if blob is None:
+                if len(blobs) >= self.MOST_BLOBS:
+                    blobs.clear()
+                if kind not in rests:
+                    rests[kind] = [b''] + [message.rest(*kind) for message in batch]
+                blob = blobs[kind, lead] = lead.join(rests[kind])
+            subscription.outlet.put((blob,), len(batch))
+
+    def add(self, subscription: Subscription) -> None:
+        self.flush()
+        super().add(subscription)
+
+    def remove(self, subscription: Subscription) -> None:
+        self.flush()
+        super().remove(subscription)
+
+
+class Queue(Destination):
+    """Each message goes to one consumer, in turn; without consumers it waits.
+
+    It is the queue's, and counts as its bytes, until it is settled: by an ACK, or for ``auto`` when it
+    is written to the consumer's socket. Until then it comes back to its place when the consumer
+    goes. A refused one (NACK) is offered to the consumers that haven't refused it; when all have,
+    to all again; after several refusals it goes to ``DEAD_LETTERS``.
+    """
+
+    MOST_GROUPS = 64       # of messages that wait for others than those who refused them
+
+    def __init__(self, all_of_them: 'Destinations', name: str) -> None:
+        super().__init__(all_of_them, name)
+        self.bytes = 0
+        self._fresh = collections.deque()  # type: collections.deque[Message]
+        # Those that came back, the oldest first, by who refused them: what an ACK costs depends on
+        # the number of these groups, never on the number of messages.
+        self._back = {}  # type: Dict[FrozenSet[Subscription], List[Tuple[int, Message]]]
+        self._turns = collections.deque()  # type: collections.deque[Subscription]
+
+    @property
+    def idle(self) -> bool:
+        return not self.subscriptions and not self.bytes
+
+    def publish(self, message: Message) -> None:
+        """Raises DestinationError where there is no room."""
+        self.all.keep(self, message.cost)
+        message.enters_queue()
+        self._fresh.append(message)
+        self.came += 1
+        if message.is_expired:
+            self._expire(self._fresh.pop())
+        self.dispatch()
+
+    def dispatch(self) -> None:
+        """Gives out what waits, each to the next consumer that has room."""
+        turns, passed_over = self._turns, 0
+        while (self._fresh or self._back) and passed_over < len(turns):
+            consumer = turns[0]
+            turns.rotate(-1)
+            message = self._next_for(consumer) if consumer.has_room() else None
+            if message is None:
+                passed_over += 1
+            else:
+                passed_over = 0
+                self._give(consumer, message)
+
+    def _next_for(self, consumer: Subscription) -> Optional[Message]:
+        """The oldest message that the consumer hasn't refused; those that are expired go."""
+        message = self._pop(consumer)
+        while message is not None and message.is_expired:
+            self._expire(message)
+            message = self._pop(consumer)
+        return message
+
+    def _pop(self, consumer: Subscription) -> Optional[Message]:
+        back = [heap for refusers, heap in self._back.items() if consumer not in refusers]
+        heap = min(back, key=lambda each: each[0][0]) if back else []
+        if self._fresh and not (heap and heap[0][0] < self._fresh[0].serial):
+            return self._fresh.popleft()
+        if not heap:
+            return None
+        message = heapq.heappop(heap)[1]
+        if not heap:
+            del self._back[message.refusers]
+        return message
+
+    def _give(self, consumer: Subscription, message: Message) -> None:
+        self.went += 1
+        if consumer.mode == 'auto':
+            consumer.give(message, (self, message))
+        else:
+            consumer.unacked[message.number] = message
+            consumer.give(message)
+
+    def add(self, subscription: Subscription) -> None:
+        super().add(subscription)
+        self._turns.append(subscription)
+        self.dispatch()
+
+    def remove(self, subscription: Subscription) -> None:
+        """It gets no more. What it has not acknowledged stays with it; see ``take_back``."""
+        super().remove(subscription)
+        self._turns.remove(subscription)
+        for refusers in [each for each in self._back if each]:       # nobody waits for one who is gone
+            for _, message in self._back.pop(refusers):
+                self._put_back(message, refusers)
+
+    def take_back(self, messages: Iterable[Message], redelivered: bool = True) -> None:
+        """What was given to a consumer that is gone; ``dispatch`` must follow."""
+        for message in messages:
+            message.redelivered = message.redelivered or redelivered
+            self._put_back(message, message.refusers)
+
+    def _put_back(self, message: Message, refusers: FrozenSet[Subscription]) -> None:
+        others = frozenset(self.subscriptions) - refusers
+        present = refusers.intersection(self.subscriptions)
+        if not others or (present not in self._back and len(self._back) >= self.MOST_GROUPS):
+            present = frozenset()
+        message.refusers = present
+        heapq.heappush(self._back.setdefault(present, []), (message.serial, message))
+
+    def settle(self, messages: Iterable[Message]) -> None:
+        """They have arrived."""
+        for message in messages:
+            self.all.let_go(self, message.cost)
+
+    def refuse(self, messages: Iterable[Message], refuser: Subscription) -> None:
+        """NACK. They are offered again when this round is over, behind the NACK's RECEIPT."""
+        for message in messages:
+            message.refusals += 1
+            message.redelivered = True
+            if message.refusals < self.all.most_refusals or not self.all.bury(self, message):
+                self._put_back(message, message.refusers | {refuser})
+        self.all.to_dispatch[self] = None
+
+    def expire(self) -> None:
+        """Forgets all that is expired, which is else found when its turn comes."""
+        waiting = list(self._fresh)
+        self._fresh.clear()
+        self._fresh.extend(message for message in waiting if not message.is_expired)
+        for message in waiting:
+            if message.is_expired:
+                self._expire(message)
+
+    def _expire(self, message: Message) -> None:
+        self.all.expired += 1
+        self.settle([message])
+
+    def status(self) -> Status:
+        heads = [heap[0][1] for heap in self._back.values()] + list(itertools.islice(self._fresh, 1))
+        oldest = max((time.monotonic() - message.since for message in heads), default=0.0)
+        return Status(self.name, len(self._fresh) + sum(map(len, self._back.values())),
+                      len(self.subscriptions), self.came, self.went, oldest)
+
+
+class Destinations:
+    """All topics and queues by name, and what the queues hold together.
+
+    token: begins the name of each message. most_bytes: in one queue; most_in_all: in all together.
+    """
+
+    def __init__(self, token: str, most_bytes: int, most_in_all: int, most_refusals: int) -> None:
+        self.most_refusals = most_refusals
+        self.bytes = 0                     # in all queues
+        self.dropped = 0                   # messages that nobody wanted
+        self.expired = 0
+        self.gathering = None    # type: Optional[Topic]
+        self.to_dispatch = {}    # type: Dict[Queue, None]
+        self._most_bytes = most_bytes
+        self._most_in_all = most_in_all
+        self._places = {}        # type: Dict[str, Any]
+        self._envelope = Envelope({'destination': ''})   # of the last SEND: the next is often like it
+        self._serials = itertools.count(1)
+        self._of_topic, self._of_queue = token + '-t%d', token + '-q%d'
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def status(self) -> List[Status]:
+        return sorted(place.status() for place in self._places.values())
+
+    def get(self, name: str) -> Any:
+        """The topic or queue of that name."""
+        place = self._places.get(name)
+        if place is None:
+            place = self._places[name] = (Queue if is_queue(name) else Topic)(self, name)
+        return place
+
+    def forget(self, place: Destination) -> None:
+        """Drops one that holds nothing."""
+        if place.idle:
+            self._places.pop(place.name, None)
+
+    def is_of_topic(self, number: str) -> bool:
+        """Whether that is the name of a topic's message: nothing is kept of it."""
+        return number.startswith(self._of_topic[:-2])
+
+    def send(self, frame: WireFrame, sender: Any,
+             audience: Callable[[str, WireFrame], Optional[Audience]]) -> None:
+        """Gives a SEND to its destination. One topic at a time gathers, so that order holds between
+        destinations, too. Raises DestinationError."""
+        envelope = self._envelope
+        if frame.headers != envelope.headers:
+            envelope = self._envelope = Envelope(frame.headers)
+        name = envelope.destination
+        place = self._places.get(name)     # type: Any
+        if place is None:
+            if not is_queue(name):
+                self.dropped += 1
+                return
+            place = self.get(name)
+        if self.gathering is not place:
+            self.flush()
+        serial = next(self._serials)
+        if type(place) is Topic:
+            message = Message(serial, self._of_topic % serial, envelope, frame.body, sender)
+            place.publish(message, audience(name, frame))
+        else:
+            place.publish(Message(serial, self._of_queue % serial, envelope, frame.body, sender))
+
+    def flush(self) -> None:
+        """Gives out what a topic has gathered."""
+        if self.gathering is not None:
+            self.gathering.flush()
+            self.gathering = None
+
+    def dispatch(self) -> None:
+        """Offers what was refused in this round."""
+        while self.to_dispatch:
+            self.to_dispatch.popitem()[0].dispatch()
+
+    def check_room(self, frames: Iterable[WireFrame]) -> None:
+        """Raises DestinationError unless all of these SENDs find room."""
+        wanted = collections.Counter()  # type: Dict[str, int]
+        for frame in frames:
+            if is_queue(frame.headers['destination']):
+                wanted[frame.headers['destination']] += cost_of(frame.headers, frame.body)
+        for name, cost in wanted.items():
+            place = self._places.get(name)
+            self._check(name, cost + (place.bytes if place is not None else 0))
+        self._check_all(sum(wanted.values()))
+
+    def _check(self, name: str, size: int) -> None:
+        if size > self._most_bytes:
+            raise DestinationError('%.100s is full: a queue may hold %d bytes' % (name, self._most_bytes))
+
+    def _check_all(self, more: int) -> None:
+        if self.bytes + more > self._most_in_all:
+            raise DestinationError('the queues are full: all together may hold %d bytes' % self._most_in_all)
+
+    def keep(self, queue: Queue, cost: int) -> None:
+        """Accounts a message that waits. Raises DestinationError where that is too much."""
+        if queue.bytes + cost > self._most_bytes or self.bytes + cost > self._most_in_all:
+            queue.expire()
+        try:
+            self._check(queue.name, queue.bytes + cost)
+            self._check_all(cost)
+        except DestinationError:
+            self.forget(queue)
+            raise
+        self.bytes += cost
+        queue.bytes += cost
+
+    def let_go(self, queue: Queue, cost: int) -> None:
+        self.bytes -= cost
+        queue.bytes -= cost
+
+    def bury(self, queue: Queue, message: Message) -> bool:
+        """Moves a message that was refused too often to ``DEAD_LETTERS``. False: it can't go there."""
+        if queue.name == DEAD_LETTERS:
+            return False
+        headers = {name: value for name, value in message.envelope.headers.items() if name != 'expires'}
+        headers.update({'destination': DEAD_LETTERS, 'original-destination': queue.name,
+                        'reason': 'refused %d times' % message.refusals})
+        serial = next(self._serials)
+        letter = Message(serial, self._of_queue % serial, Envelope(headers), message.body, None)
+        self.let_go(queue, message.cost)
+        dead_letters = self.get(DEAD_LETTERS)
+        try:
+            dead_letters.publish(letter)
+        except DestinationError as error:
+            log.warning('%s keeps what was refused %d times: %s', queue.name, message.refusals, error)
+            self.bytes += message.cost
+            queue.bytes += message.cost
+            return False
+        return True

@@ -1,0 +1,244 @@
+"""What a policy may ask for, so that one client's noise is its own trouble: rates, lanes, strangers."""
+
+import contextlib
+import threading
+import time
+
+import pytest
+from helpers import wait_until
+from stomp_client import Client, frame, running
+
+from stompbroker import SHARE, Broker, Policy
+
+WHERE = 'destination:/topic/a'
+
+
+class Strict(Policy):
+    """Login ``essential`` is; ``slow`` is read slowly; ``stranger`` has to say who it is: by HELLO."""
+    rate = 100, 50
+
+    def connecting(self, session, headers):
+        login = headers.get('login', '')
+        session.essential = login == 'essential'
+        if login == 'slow':
+            session.rate = self.rate
+        session.identified = login != 'stranger'
+
+    def sending(self, session, destination, frame):
+        if frame.body.startswith(b'HELLO'):
+            session.identified = True
+        return b'drop me' not in frame.body
+
+
+@pytest.fixture
+def broker():
+    with running(Broker(port=0, policy=Strict(), unidentified=5, connect_time=1.0)) as broker:
+        yield broker
+
+
+# --- who has not said who it is ---
+
+def test_a_stranger_says_who_it_is(broker, connect):
+    listener, client = connect('1.2'), connect('1.2', 'login:stranger')
+    listener.subscribe('/topic/a')
+    client.subscribe('/topic/answer')
+    client.ask('SEND', WHERE, body=b'HELLO')
+    client.ask('SEND', WHERE, body=b'x' * 500000)
+    assert [len(body) for body in listener.bodies()] == [5, 500000]
+    assert client.silent_for(1.5)                # its time to say it is over, and it has
+
+
+@pytest.mark.parametrize('body', [b'something else', b'drop me'])
+def test_the_first_word_must_be_it(broker, connect, body):
+    listener, client = connect('1.2'), connect('1.2', 'login:stranger')
+    listener.subscribe('/topic/a')
+    client.say('SEND', WHERE, 'receipt:r', body=body)
+    assert client.take_error().get('receipt-id') == 'r'
+    assert listener.bodies() == [] and broker.counters()['refused'] == 1
+
+
+def test_its_first_word_is_short(broker, connect):
+    client = connect('1.2', 'login:stranger')
+    client.send(b'SEND\n' + WHERE.encode() + b'\ncontent-length:65537\n\nHELLO')
+    client.take_error()
+
+
+def test_it_has_not_much_time(broker, connect):
+    """From its connection on, and whatever else it says."""
+    begin = time.monotonic()
+    client = connect('1.2', 'login:stranger')
+    client.subscribe('/topic/a')
+    client.say('BEGIN', 'transaction:t')
+    assert 'who this is' in client.take_error().get('message')
+    assert time.monotonic() - begin < 3
+
+
+def test_strangers_of_one_address_are_few(broker, connect):
+    """Those that say who they are make room; a newcomer takes the place of one that has had its time."""
+    known = [connect('1.2') for _ in range(10)]
+    with contextlib.ExitStack() as stack:
+        strangers = [stack.enter_context(Client(broker.address)) for _ in range(5)]
+        strangers[1].connect('1.2', 'login:stranger')
+        wait_until(lambda: broker.counters()['connections'] == 15)
+        with Client(broker.address) as one_more:
+            one_more.take_end()
+        strangers[1].ask('SEND', WHERE, body=b'HELLO')
+        sixth = stack.enter_context(Client(broker.address))
+        wait_until(lambda: broker.counters()['connections'] == 16)
+        with Client(broker.address) as one_more:
+            one_more.take_end()
+        sixth.connect('1.2')
+        known[0].ask('SEND', WHERE)
+    assert broker.counters()['refused'] == 2
+
+
+def test_the_oldest_stranger_makes_room():
+    with running(Broker(port=0, unidentified=3)) as broker, contextlib.ExitStack() as stack:
+        strangers = [stack.enter_context(Client(broker.address)) for _ in range(3)]
+        wait_until(lambda: broker.counters()['connections'] == 3)
+        pause = threading.Event()
+        pause.wait(1.2)
+        with Client(broker.address) as client:
+            client.connect('1.2')
+            strangers[0].take_end_or_error()
+            client.ask('SEND', WHERE)
+        assert strangers[1].silent_for(0.1)
+
+
+def test_addresses_are_limited_each_by_itself():
+    with running(Broker('127.0.0.1', port=0, per_address=3)) as broker, contextlib.ExitStack() as stack:
+        def client(source):
+            one = stack.enter_context(Client(broker.address, source=source))
+            one.say('CONNECT', 'accept-version:1.2', 'host:x')
+            return one
+        for _ in range(3):
+            assert client('127.0.0.1').take().command == 'CONNECTED'
+        client('127.0.0.1').take_end_or_error()
+        for _ in range(3):
+            last = client('127.0.0.2')
+            assert last.take().command == 'CONNECTED'
+        last.close()
+        wait_until(lambda: broker.counters()['connections'] == 5)
+        assert client('127.0.0.2').take().command == 'CONNECTED'
+
+
+# --- rates ---
+
+def test_a_rate(broker, connect):
+    """A burst passes at once; what is more comes later; nothing is lost, and nobody else waits."""
+    listener, slow, other = connect('1.2'), connect('1.2', 'login:slow', 'heart-beat:300,0'), connect('1.2')
+    listener.subscribe('/topic/a')
+    begin = time.monotonic()
+    slow.send(b''.join(frame('SEND', WHERE, body=b'%d' % number) for number in range(250)))
+    for number in range(45):
+        assert listener.take().body == b'%d' % number
+    assert time.monotonic() - begin < 1.0
+    other.publish('/topic/b', b'meanwhile')
+    assert time.monotonic() - begin < 1.5
+    assert [listener.take().body for _ in range(205)] == [b'%d' % number for number in range(45, 250)]
+    assert 1.8 < time.monotonic() - begin < 10
+    assert broker.counters()['slowed'] > 0 and broker.counters()['held_bytes'] < 2000
+
+
+def test_who_floods_and_goes_is_heard_to_its_end(broker, connect):
+    listener, slow = connect('1.2'), connect('1.2', 'login:slow')
+    listener.subscribe('/topic/a')
+    slow.send(frame('SEND', WHERE) * 120)
+    slow.close()
+    assert len(listener.take_all(120)) == 120
+
+
+def test_who_pauses_gets_what_it_is_sent(broker, connect):
+    slow, other = connect('1.2', 'login:slow', 'heart-beat:0,200'), connect('1.2')
+    slow.subscribe('/topic/b')
+    slow.send(frame('SEND', WHERE) * 200)
+    other.publish('/topic/b', b'a' * 100000)
+    begin = time.monotonic()
+    assert len(slow.take().body) == 100000
+    slow.take_beats(2)
+    assert time.monotonic() - begin < 1.3
+
+
+def test_other_frames_count_little(broker, connect):
+    slow = connect('1.2', 'login:slow')
+    slow.ask('BEGIN', 'transaction:first')
+    begin = time.monotonic()
+    for _ in range(100):
+        slow.say('BEGIN', 'transaction:t')
+        slow.say('ABORT', 'transaction:t')
+    slow.ask('ABORT', 'transaction:first')
+    assert time.monotonic() - begin < 2 and broker.counters()['slowed'] == 0
+    for _ in range(500):
+        slow.say('BEGIN', 'transaction:t')
+        slow.say('ABORT', 'transaction:t')
+    slow.ask('BEGIN', 'transaction:last')
+    assert broker.counters()['slowed'] > 0
+
+
+# --- who sends to an essential client ---
+
+def test_senders_to_an_essential_client_take_turns(broker, connect):
+    """One has said as much as it may; what two others say next comes after a frame or two of it."""
+    essential = connect(None, receive_buffer=4096)
+    essential.connect('1.2', 'login:essential')
+    essential.subscribe('/topic/a')
+    flooder, second, third = connect('1.2'), connect('1.2'), connect('1.2')
+    body = b'flood' * 2000
+    stop = threading.Event()
+
+    def flood():
+        with contextlib.suppress(OSError):
+            while not stop.is_set():
+                flooder.say('SEND', WHERE, body=body)
+    thread = threading.Thread(target=flood)
+    thread.start()
+    try:
+        wait_until(lambda: broker.counters()['held_up'])
+        assert broker.counters()['waiting_bytes'] < 2 * SHARE + 200000
+        for sender, name in (second, b'second'), (third, b'third'):
+            for number in range(20):
+                sender.say('SEND', WHERE, body=name + b' %d' % number)
+            sender.ask('SEND', 'destination:/topic/nobody')
+        wait_until(lambda: broker.counters()['waiting_bytes'] >= SHARE)
+        before, places, got = essential.received, [], []
+        while len(got) < 40:
+            one = essential.take().body
+            places.append(one[:5])
+            if one != body:
+                got.append(one)
+        # Each has a frame of the others between its own, and what the kernel had taken stands before them.
+        first = next(place for place, one in enumerate(places) if one != b'flood')
+        assert places[first:].count(b'flood') <= 25, places
+        assert first * len(body) < 500000 and essential.received - before < 900000
+        assert [one for one in got if one.startswith(b'second')] == [b'second %d' % n for n in range(20)]
+        assert [one for one in got if one.startswith(b'third')] == [b'third %d' % n for n in range(20)]
+    finally:
+        stop.set()
+        flooder.reset()
+        thread.join(30)
+    assert broker.counters()['cut_off'] == 0
+
+
+def test_what_a_sender_said_comes_though_it_went(broker, connect):
+    essential = connect(None, receive_buffer=4096)
+    essential.connect('1.2', 'login:essential')
+    essential.subscribe('/topic/a')
+    with Client(broker.address) as sender:
+        sender.connect('1.2')
+        for _ in range(20):
+            sender.say('SEND', WHERE, body=b'x' * 20000)
+        sender.ask('SEND', WHERE, body=b'last')
+    assert len(essential.take_all(20)) == 20 and essential.take().body == b'last'
+
+
+def test_an_essential_client_of_a_queue_that_dies_loses_nothing(broker, connect):
+    essential, sender = connect(None, receive_buffer=4096), connect('1.2')
+    essential.connect('1.2', 'login:essential')
+    essential.subscribe('/queue/a')
+    sender.publish('/queue/a', *[b'%d ' % number + b'x' * 20000 for number in range(50)])
+    essential.reset()
+    reader = connect('1.2')
+    reader.subscribe('/queue/a')
+    first = int(reader.take().body.split()[0])
+    assert first < 25
+    assert [int(reader.take().body.split()[0]) for _ in range(first + 1, 50)] == list(range(first + 1, 50))

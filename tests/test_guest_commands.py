@@ -1,0 +1,317 @@
+"""What a guest decides over its commands: their queue, their states, their cancelling; without a host."""
+
+import collections
+import os
+import re
+import threading
+import time
+
+import pytest
+from agents import TOP
+from helpers import wait_until
+
+import agent
+import guestcommands
+import guestforks
+import guestidentity
+import guestreports
+import guestspool
+import vmguest
+from protocol import Message
+
+pytestmark = pytest.mark.skipif(not os.path.exists('/proc/self/stat'), reason='needs /proc')
+
+
+class Guest:
+    """Commands of a guest whose words are kept in ``said``; its main thread looks after them."""
+
+    def __init__(self, folder, **vm):
+        self.state = os.path.join(str(folder), 'state')
+        self.served = os.path.join(str(folder), 'served')
+        os.makedirs(self.served, exist_ok=True)
+        self.settings = agent.read_settings(None, vmguest.SETTINGS).VM
+        vars(self.settings).update(vm)
+        self.said = collections.defaultdict(list)
+        self.restarts = []
+        self.forks = guestforks.ForkServer()
+        self.stopping = threading.Event()
+        self.begin()
+
+    def begin(self):
+        self.spool = guestspool.Spool(self.state, 'g', 'boot')
+        self.reports = guestreports.Reports(self.say, 65536, self.spool.chirp_path)
+        self.commands = guestcommands.Commands(
+            self.settings, self.served, 'boot', self.spool, self.forks, self.reports, lambda moment: None,
+            self.restarts.append)
+        self.commands.load()
+        self.thread = threading.Thread(target=self.look)
+        self.thread.start()
+
+    def say(self, message):
+        self.said[message.text('cmd-id')].append(message)
+
+    def look(self):
+        while not self.stopping.wait(0.01):
+            self.commands.look(time.monotonic(), self.forks.reported())
+
+    def stop(self):
+        self.stopping.set()
+        self.thread.join()
+        self.forks.stop()
+        self.spool.close()
+
+    def run(self, cmd_id, cmd, *args, **options):
+        self.commands.run(Message('', 'CMD_RUN', {'cmd-id': cmd_id}, dict(options, cmd=cmd, args=list(args))))
+
+    def signal(self, cmd_id, name, **keys):
+        self.commands.signal(Message('', 'CMD_SIGNAL', {'cmd-id': cmd_id, 'signal': name}, keys))
+
+    def acknowledge(self, cmd_id):
+        self.commands.acknowledge(Message('', 'CMD_ACK', {'cmd-id': cmd_id}))
+
+    def state_of(self, cmd_id):
+        """As it was told last."""
+        said = self.said[cmd_id]
+        return said[-1].text('state') if said else ''
+
+    def result(self, cmd_id, timeout=30):
+        def results():
+            return [message for message in self.said[cmd_id] if message.word == 'CMD_RESULTS']
+        return wait_until(results, timeout)[-1].keys
+
+
+@pytest.fixture
+def guests(tmp_path):
+    made = []
+
+    def make(**vm):
+        made.append(Guest(tmp_path, **vm))
+        return made[-1]
+    yield make
+    for guest in made:
+        guest.stop()
+
+
+LOG = 'echo "+" >> log; sleep 0.01; echo "-" >> log'
+
+
+def test_max_commands_is_never_exceeded(guests):
+    """Words come on one thread, ends on the other: both look for the next one to begin."""
+    guest = guests(max_commands=1)
+    for n in range(100):
+        guest.run('c%d' % n, 'sh', '-c', LOG)
+    for n in range(100):
+        assert guest.result('c%d' % n)['state'] == 'exited'
+    with open(os.path.join(guest.served, 'log')) as file:
+        assert file.read() == '+\n-\n' * 100
+
+
+def test_a_kill_as_the_turn_comes_is_told_truly(guests):
+    """Either it never ran, or the signal ended it; and its result is one of the two."""
+    guest = guests(max_commands=1)
+    cancelled = 0
+    for n in range(100):
+        guest.run('first%d' % n, 'true')
+        guest.run('c%d' % n, 'sh', '-c', 'echo ran > ran%d; sleep 30' % n)
+        guest.result('first%d' % n)
+        guest.signal('c%d' % n, 'KILL')
+        result = guest.result('c%d' % n)
+        ran = os.path.exists(os.path.join(guest.served, 'ran%d' % n))
+        assert (result['state'], result['exitCodeOrSignal']) in (('cancelled', -1), ('signaled', 9)), result
+        assert result['by'] == 'signalCmd' and not (ran and result['state'] == 'cancelled'), result
+        cancelled += result['state'] == 'cancelled'
+    assert cancelled                    # else this tests nothing
+
+
+@pytest.mark.parametrize('name', ['CONT', 'WINCH', 'USR1', 'STOP'])
+def test_what_would_not_end_a_program_doesnt_cancel_it(guests, name):
+    guest = guests(max_commands=1)
+    guest.run('first', 'sleep', '0.5')
+    guest.run('c', 'sh', '-c', 'trap "echo caught; exit 7" USR1; while :; do sleep 0.01; done')
+    assert guest.state_of('c') == 'queued'
+    guest.signal('c', name)
+    wait_until(guest.spool.command('c').process, 20)
+    if name == 'STOP':
+        wait_until(lambda: guest.commands.states()['c'] == 'stopped', 20)
+    guest.signal('c', 'KILL')
+    assert guest.result('c')['state'] in ('signaled', 'exited')
+
+
+def test_a_command_that_was_cancelled_before_it_came_never_runs(guests):
+    guest = guests()
+    guest.signal('c', 'KILL', cancel=True)
+    assert guest.result('c')['state'] == 'cancelled'
+    guest.run('c', 'touch', 'ran')
+    guest.acknowledge('c')
+    guest.run('c', 'touch', 'ran')
+    assert guest.said['c'][-1].text('state') == 'cancelled' and not os.path.exists(guest.served + '/ran')
+    guest.signal('other', 'KILL')       # of what the host knows to have run
+    assert not guest.said['other']
+
+
+def test_a_command_expires_where_it_waits(guests):
+    guest = guests(max_commands=1)
+    guest.run('first', 'sleep', '2.5')
+    guest.run('c', 'touch', 'ran', expires=0.2)
+    guest.run('later', 'true', expires=100)
+    result = guest.result('c')
+    assert (result['state'], result['exitCodeOrSignal']) == ('expired', -1)
+    assert guest.result('first')['state'] == guest.result('later')['state'] == 'exited'
+    assert not os.path.exists(guest.served + '/ran')
+
+
+def test_each_queued_command_costs_the_same(guests):
+    guest = guests(max_commands=1)
+    guest.run('first', 'sleep', '60')
+    times = []
+    for batch in range(3):
+        begin = time.thread_time() if hasattr(time, 'thread_time') else time.process_time()
+        for n in range(500):
+            guest.run('c%d' % (500 * batch + n), 'true')
+        times.append((time.thread_time() if hasattr(time, 'thread_time') else time.process_time()) - begin)
+    assert times[2] < 2 * times[0] + 0.1, times
+    guest.signal('first', 'KILL')
+    assert guest.result('c1499', 120)['state'] == 'exited'
+
+
+def test_want_of_descriptors_is_no_death_of_the_fork_server(guests, monkeypatch):
+    guest = guests()
+    guest.run('first', 'sleep', '60')           # takes the runner that is free
+    real, failing = guest.forks._new_runner, [True]
+
+    def scarce():
+        if failing:
+            raise OSError(24, 'Too many open files')
+        return real()
+    monkeypatch.setattr(guest.forks, '_new_runner', scarce)
+    guest.run('c', 'echo', 'hello')
+    assert not guest.said['c'] or guest.state_of('c') == 'queued'
+    failing.clear()
+    assert guest.result('c')['out'] == 'hello\n' and not guest.restarts
+    guest.signal('first', 'KILL')
+    guest.result('first')
+
+
+def test_the_loss_of_the_spool_is_noticed(guests, tmp_path):
+    guest = guests()
+    guest.run('first', 'true')
+    guest.result('first')
+    os.rename(guest.spool.folder, str(tmp_path / 'gone'))
+    wait_until(lambda: any('was deleted' in why for why in guest.restarts), 20)
+
+
+def test_a_word_that_can_not_be_followed_fails_with_a_sentence(guests):
+    guest = guests()
+    for number, options in enumerate(({'limits': {'as': -1}}, {'limits': {'stack': 5}}, {'timeout': -1},
+                                      {'args64': ['%']}, {'env': {'A=B': 'c'}})):
+        guest.run('c%d' % number, 'true', **options)
+        result = guest.result('c%d' % number)
+        assert result['state'] == 'failed' and result['error'].startswith('EINVAL: CMD_RUN: '), result
+
+
+def test_the_way_of_a_command_is_the_documented_one():
+    with open(os.path.join(TOP, 'docs', 'protocol.md'), encoding='utf-8') as file:
+        rows = re.findall(r'^\| `(\w+)` \| ([^|]*) \|[^|]*\|$', file.read(), re.MULTILINE)
+    told = {state: tuple(re.findall('`([a-z]+)`', following)) for state, following in rows}
+    assert told == guestspool.WAY
+
+
+# --- file systems without hard links ---
+
+def test_a_folder_without_hard_links(guests, monkeypatch):
+    def link(*_):
+        raise OSError(1, 'Operation not permitted')
+    monkeypatch.setattr(os, 'link', link)       # before the runners are forked
+    guest = guests()
+    guest.run('c', 'echo', 'hello')
+    assert guest.result('c')['out'] == 'hello\n'
+    assert not guest.spool.command('c').runner_lives() and guest.spool.command('c').claim() is None
+
+
+# --- who the guest is ---
+
+def settle(folder, ini='', **vm):
+    found = agent.read_settings(None, vmguest.SETTINGS).VM
+    vars(found).update(vm)
+    guestidentity.settle_folders(found, ini)
+    return found
+
+
+def test_where_the_agents_own_things_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, 'geteuid', lambda: 0)
+    found = settle(tmp_path)
+    assert (found.state_dir, found.dir_to_serve) == ('/var/lib/vmguest', '/var/lib/vmguest/vmguest-files')
+    monkeypatch.setattr(os, 'geteuid', lambda: 1000)
+    monkeypatch.setenv('XDG_STATE_HOME', str(tmp_path / 'xdg'))
+    assert settle(tmp_path).state_dir == str(tmp_path / 'xdg' / 'vmguest')
+    ini = str(tmp_path / 'etc' / 'guest.ini')
+    monkeypatch.setenv('XDG_STATE_HOME', '/dev/null/nowhere')
+    assert settle(tmp_path, ini).state_dir == str(tmp_path / 'etc' / 'vmguest-state')
+    served = str(tmp_path / 'served')
+    found = settle(tmp_path, os.path.join(served, '..', 'etc', 'guest.ini'), dir_to_serve=served)
+    assert found.dir_to_serve == served and not found.state_dir.startswith(served)
+
+
+@pytest.mark.parametrize('state', ['served', 'served/deep', 'link'])
+def test_state_never_lies_in_what_is_served(tmp_path, state):
+    (tmp_path / 'served').mkdir()
+    (tmp_path / 'link').symlink_to(tmp_path / 'served')
+    with pytest.raises(agent.AgentError, match='lies within dir_to_serve'):
+        settle(tmp_path, dir_to_serve=str(tmp_path / 'served'), state_dir=str(tmp_path / state))
+
+
+def test_folders_of_others_and_links_are_refused(tmp_path):
+    (tmp_path / 'real').mkdir()
+    (tmp_path / 'link').symlink_to(tmp_path / 'real')
+    with pytest.raises(agent.AgentError, match='link'):
+        guestspool.Spool(str(tmp_path / 'link'), 'g', 'boot')
+    if os.getuid() == 0:
+        os.chown(str(tmp_path / 'real'), 65534, 65534)
+        with pytest.raises(agent.AgentError, match='belongs to another user'):
+            guestspool.Spool(str(tmp_path / 'real'), 'g', 'boot')
+
+
+def secret(tmp_path, serial='/nowhere', **vm):
+    found = agent.read_settings(None, vmguest.SETTINGS).VM
+    vars(found).update(dict({'state_dir': str(tmp_path)}, **vm))
+    return guestidentity.Secret(found, 'g', serial=str(serial))
+
+
+DIGITS = '0123456789abcdef' * 4
+
+
+def test_a_secret_is_made_once_and_told_until_a_host_is_trusted(tmp_path):
+    made = secret(tmp_path)
+    assert (made.source, len(made.value), made.may_be_told, made.host_key) == ('made', 32, True, '')
+    assert os.stat(str(tmp_path / 'g.secret')).st_mode & 0o777 == 0o600
+    made.pin('host-1')
+    again = secret(tmp_path)
+    assert (again.value, again.may_be_told, again.host_key) == (made.value, False, 'host-1')
+
+
+def test_a_configured_secret_and_one_of_the_firmware(tmp_path):
+    path = tmp_path / 'key'
+    path.write_text(DIGITS + '\n')
+    path.chmod(0o600)
+    for value in (DIGITS, str(path)):
+        found = secret(tmp_path, secret=value)
+        assert (found.source, found.value.hex(), found.may_be_told) == ('guest.ini', DIGITS, False)
+    serial = tmp_path / 'serial'
+    serial.write_text('vmhost:%s\n' % DIGITS[:32])
+    found = secret(tmp_path, serial=serial)
+    assert (found.source, found.value.hex(), found.may_be_told) == ('firmware', DIGITS[:32], False)
+    serial.write_text('VirtualBox-1234\n')
+    assert secret(tmp_path, serial=serial).source == 'made'
+
+
+@pytest.mark.parametrize('mode, text, why', [
+    (0o644, DIGITS, 'chmod 600'), (0o600, DIGITS[:40], '64 hexadecimal digits'), (None, '', 'No such file')])
+def test_what_is_no_secret_is_refused(tmp_path, mode, text, why):
+    path = tmp_path / 'key'
+    if mode is not None:
+        path.write_text(text)
+        path.chmod(mode)
+    with pytest.raises(agent.AgentError, match=why):
+        secret(tmp_path, secret=str(path))
+
+

@@ -1,0 +1,325 @@
+"""Programs as the guest's runners start, watch, measure and end them: a fork server and folders, no host."""
+
+import base64
+import json
+import os
+import pwd
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import wait_until
+
+import guestforks
+import guestprocesses
+import guestrequests
+import guestspool
+from protocol import Message
+
+pytestmark = pytest.mark.skipif(not os.path.exists('/proc/self/stat'), reason='needs /proc')
+AS_ROOT = pytest.mark.skipif(os.getuid() != 0, reason='needs root')
+DEFAULTS = type('Defaults', (), {'kill_after': 0.5, 'output_limit': 10 ** 6, 'inline_output': 65536})
+
+
+class Runners:
+    """A fork server with commands in folders below ``root``."""
+
+    def __init__(self, root):
+        self.root = str(root)
+        self.served = os.path.join(self.root, 'served')
+        os.mkdir(self.served)
+        self.count = 0
+        self.forks = guestforks.ForkServer()
+
+    def begin(self, cmd, *args, **options):
+        """A command that was given to a runner."""
+        self.count += 1
+        command = guestspool.Command('c', os.path.join(self.root, 'c%d' % self.count))
+        os.mkdir(command.folder, 0o700)
+        options.update(cmd=cmd, args=list(args))
+        request = guestrequests.read_request(Message('', 'CMD_RUN', None, options), DEFAULTS)
+        request['root'] = self.served
+        if 'stdin' in request:
+            with open(command.path('stdin'), 'wb') as file:
+                file.write(request.pop('stdin'))
+            request['stdin'] = True
+        with open(command.path('request.json'), 'w') as file:
+            json.dump(request, file)
+        command.request = request
+        assert self.forks.run(command.folder)
+        return command
+
+    def end(self, command, timeout=30):
+        """Its result, with what it wrote."""
+        wait_until(lambda: command.has('result.json'), timeout)
+        result = command.result()
+        result['out'] = command.slice('out', 0, 10 ** 6)
+        return result
+
+    def run(self, cmd, *args, **options):
+        return self.end(self.begin(cmd, *args, **options))
+
+
+@pytest.fixture
+def runners(tmp_path):
+    for folder in (tmp_path.parent.parent, tmp_path.parent, tmp_path):
+        os.chmod(str(folder), 0o755)        # for other users
+    runners = Runners(tmp_path)
+    yield runners
+    runners.forks.stop()
+
+
+def cpu(result):
+    return result['resources']['ru_utime'] + result['resources']['ru_stime']
+
+
+# --- accounting ---
+
+SPIN = 'import os, time\nwhile sum(os.times()[:2]) < 0.3: pass\n'
+
+
+@pytest.mark.skipif(not shutil.which('time'), reason='needs /usr/bin/time')
+def test_memory_is_the_programs_own_and_not_the_forkers(runners):
+    """This one, that the runners were forked from, has many times as much."""
+    grown = 'x = bytearray(10 ** 7)'
+    for words in (['true'], [sys.executable, '-S', '-c', grown]):
+        results = [runners.run(*words) for _ in range(9)]
+        assert not any(result['inexact'] for result in results)
+        ours = statistics.median(result['resources']['ru_maxrss'] for result in results)
+        theirs = statistics.median(
+            int(subprocess.run(['/usr/bin/time', '-f', '%M'] + words, stderr=subprocess.PIPE).stderr)
+            for _ in range(9))
+        assert abs(ours - theirs) <= max(0.05 * theirs, 256)
+
+
+def test_children_that_nobody_waited_for_are_counted(runners):
+    spin = '%s -S -c "%s"' % (sys.executable, SPIN)
+    assert cpu(runners.run('sh', '-c', spin)) >= 0.3
+    assert cpu(runners.run('sh', '-c', '(%s) & exit 0' % spin)) >= 0.3       # an orphan
+    assert cpu(runners.run('sh', '-c', '(%s; sleep 0.1) & sleep 1; exit 0' % spin)) >= 0.3
+
+
+def test_what_is_left_behind_is_said_and_measured_no_further(runners):
+    command = runners.begin('sh', '-c', 'sleep 60 > /dev/null 2>&1 & echo $!')
+    result = runners.end(command)
+    assert result['left'] == 1
+    daemon = int(result['out'])
+    assert guestprocesses.start_ticks(daemon)
+    os.kill(daemon, signal.SIGKILL)
+    assert cpu(runners.run('true')) < 0.1 and runners.run('true')['left'] == 0
+
+
+# --- what is observed can't end a command ---
+
+@pytest.fixture
+def odd_name(tmp_path):
+    """A process whose name is no UTF-8."""
+    path = os.path.join(os.fsencode(str(tmp_path)), b'\xff\xfe)( ')
+    shutil.copy(shutil.which('sleep'), path)
+    process = subprocess.Popen([path, '60'])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_process_of_any_name_disturbs_nobody(runners, odd_name):
+    path = os.path.join(runners.served, 'ж' * 8)
+    shutil.copy(shutil.which('sleep'), path)
+    command = runners.begin('sh', '-c', '"$0" 50 & "$0" 51', path, timeout=0.5)
+    wait_until(lambda: len(command.members()) == 3, 10)
+    assert guestprocesses.live_usage(command.members())[0] == 3
+    result = runners.end(command)
+    assert (result['state'], result['by'], result['left']) == ('timeout', 'timeout', 0)
+
+
+NEST = 'if [ $1 -gt 0 ]; then sh -c "$0" "$0" $(($1 - 1)); else sleep 60; fi; :'
+
+
+def test_processes_nested_by_hundreds(runners):
+    command = runners.begin('sh', '-c', NEST, NEST, '1100', timeout=60)
+    wait_until(lambda: len(command.members()) == 1102, 50)
+    command.note_signal(signal.SIGKILL)
+    guestprocesses.signal_all(command.members(), signal.SIGKILL)
+    result = runners.end(command)
+    assert (result['state'], result['exitCodeOrSignal'], result['by'], result['left']) == \
+        ('signaled', 9, 'signalCmd', 0)
+
+
+@pytest.mark.parametrize('make', [os.mkfifo, os.mkdir])
+def test_standard_input_that_is_no_file_is_refused(runners, make):
+    make(os.path.join(runners.served, 'input'))
+    result = runners.run('cat', fileForStdin='input')
+    assert result['state'] == 'failed'
+    assert result['error'].startswith('EINVAL: standard input should be a file')
+
+
+@AS_ROOT
+def test_files_are_opened_by_the_commands_own_user(runners):
+    """A link to what root alone may read, a folder that root alone may enter."""
+    secret = os.path.join(runners.root, 'secret')
+    with open(secret, 'w') as file:
+        file.write('secret\n')
+    os.chmod(secret, 0o600)
+    os.symlink(secret, os.path.join(runners.served, 'link'))
+    os.mkdir(os.path.join(runners.served, 'shut'), 0o700)
+    assert runners.run('cat', fileForStdin='link')['out'] == b'secret\n'
+    for options in ({'fileForStdin': 'link'}, {'path': 'shut'}):
+        result = runners.run('cat', user='nobody', **options)
+        assert result['state'] == 'failed' and result['error'].startswith('EACCES: '), result
+
+
+# --- escapes and signals ---
+
+@pytest.mark.parametrize('end', ['timeout', 'KILL'])
+def test_sessions_of_their_own_escape_neither_timeout_nor_kill(runners, end):
+    program = 'setsid sleep 60 & setsid setsid sleep 61 & trap "" TERM; sleep 62'
+    command = runners.begin('sh', '-c', program, timeout=1 if end == 'timeout' else 60)
+    wait_until(lambda: len(command.members()) >= 4, 10)
+    members = command.members()
+    if end == 'KILL':
+        command.note_signal(signal.SIGKILL)
+        os.kill(command.process(), signal.SIGKILL)
+    assert runners.end(command)['left'] == 0
+    assert not any(map(guestprocesses.start_ticks, members))
+
+
+def test_a_daemon_may_be_meant_to_stay(runners):
+    program = 'setsid sleep 60 > /dev/null 2>&1 & echo $!; sleep 61'
+    command = runners.begin('sh', '-c', program, timeout=1, leave=True)
+    result = runners.end(command)
+    daemon = int(result['out'])
+    assert result['state'] == 'timeout' and result['left'] == 1 and guestprocesses.start_ticks(daemon)
+    os.kill(daemon, signal.SIGKILL)
+
+
+def test_signals_are_the_defaults_whatever_the_agent_inherited(tmp_path):
+    signals = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGPIPE)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in signals}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR2])
+    try:
+        runners = Runners(tmp_path)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    try:
+        for name in ('TERM', 'HUP', 'USR1', 'PIPE', 'USR2'):
+            result = runners.run('sh', '-c', 'kill -%s $$; echo survived' % name)
+            assert (result['state'], result['out']) == ('signaled', b''), name
+    finally:
+        runners.forks.stop()
+
+
+def test_the_time_that_a_program_is_stopped_is_not_its_own(runners):
+    command = runners.begin('sh', '-c', 'sleep 0.2; echo done', timeout=1)
+    wait_until(command.process, 10)
+    guestprocesses.signal_all(command.members(), signal.SIGSTOP)
+    wait_until(lambda: command.read_state() == 'stopped', 10)
+    time.sleep(1.5)                     # longer than its timeout
+    assert not command.has('result.json')
+    guestprocesses.signal_all(command.members(), signal.SIGCONT)
+    result = runners.end(command)
+    assert (result['state'], result['out'], result['by']) == ('exited', b'done\n', 'itself')
+
+
+def test_who_ended_it(runners):
+    assert runners.run('sh', '-c', 'kill -SEGV $$')['by'] == 'itself'
+    command = runners.begin('sleep', '60')
+    wait_until(command.process, 10)
+    os.kill(command.process(), signal.SIGTERM)      # somebody else on that machine
+    assert runners.end(command)['by'] == 'other'
+
+
+def test_what_the_kernel_killed_for_memory(tmp_path):
+    log = tmp_path / 'kmsg'
+    log.write_text('6,339,5140900,-;NET: Registered\n'
+                   '3,340,9000000,-;Out of memory: Killed process 77 (old) total-vm:1kB\n'
+                   '3,341,90000000,-;Memory cgroup out of memory: Killed process 4711 (python) total\n')
+    assert guestprocesses.was_killed_for_memory(4711, 80.0, str(log))
+    for pid, since in ((4711, 100.0), (471, 80.0), (77, 80.0)):
+        assert not guestprocesses.was_killed_for_memory(pid, since, str(log))
+    assert not guestprocesses.was_killed_for_memory(4711, 80.0, str(tmp_path / 'none'))
+
+
+@pytest.mark.parametrize('name, number', [('TERM', 15), ('SIGKILL', 9), ('2', 2), ('int', 2), ('64', 64),
+                                          ('RTMIN', int(signal.SIGRTMIN)), ('RTMIN+3', signal.SIGRTMIN + 3),
+                                          ('SIGRTMAX-1', signal.SIGRTMAX - 1)])
+def test_all_signals_of_the_system(name, number):
+    assert guestrequests.signal_number(name) == number
+
+
+# --- words, users, errors ---
+
+def test_any_bytes_reach_the_program(runners):
+    words = [b'\xe4.txt', b'\x01\x1b\x7f', 'ж'.encode()]
+    program = [b'-c', b'printf "%s|" "$@" "$VALUE"; pwd', b'sh']
+    encoded = [base64.b64encode(word).decode() for word in program + words]
+    folder = os.path.join(os.fsencode(runners.served), b'\xfc')
+    os.mkdir(folder)
+    result = runners.run('sh', args64=encoded, env64={'VALUE': base64.b64encode(b'\xff\x02').decode()},
+                         path64=base64.b64encode(b'\xfc').decode())
+    assert result['out'] == b'|'.join(words + [b'\xff\x02', folder + b'\n'])
+
+
+def environment(result):
+    return dict(line.split('=', 1) for line in result['out'].decode().splitlines() if '=' in line)
+
+
+@AS_ROOT
+def test_another_user_gets_an_environment_of_its_own(runners, monkeypatch):
+    runners.forks.stop()
+    for name in ('XDG_RUNTIME_DIR', 'MAIL', 'SECRET'):
+        monkeypatch.setenv(name, 'of root')
+    runners.forks = guestforks.ForkServer()
+    nobody = pwd.getpwnam('nobody')
+    found = environment(runners.run('env', user='nobody', env={'MINE': '1'}))
+    assert (found['HOME'], found['USER'], found['LOGNAME'], found['SHELL'], found['MINE']) == \
+        (nobody.pw_dir, 'nobody', 'nobody', nobody.pw_shell, '1')
+    assert found['PWD'] == runners.served and found['PATH'].startswith('/usr/local/bin')
+    assert not {'XDG_RUNTIME_DIR', 'MAIL', 'SECRET'} & set(found)
+    assert environment(runners.run('env'))['SECRET'] == 'of root'
+
+
+@AS_ROOT
+@pytest.mark.parametrize('user, told', [('nobody', '65534:65534'), ('65534', '65534:65534'),
+                                        ('4321', '4321:4321'), ('nobody:daemon', '65534:1'),
+                                        ('4321:1234', '4321:1234')])
+def test_users_and_groups_by_name_and_number(runners, user, told):
+    out = runners.run('sh', '-c', 'echo $(id -u):$(id -g) $(id -G)', user=user)['out'].decode().split()
+    assert out[0] == told and '0' not in out[1:]
+
+
+@pytest.mark.parametrize('user, error', [('no-such', 'ENOENT: no such user: no-such'),
+                                         ('nobody:no-such', 'ENOENT: no such group: no-such')])
+def test_users_that_are_not_there(runners, user, error):
+    assert runners.run('true', user=user)['error'] == error
+
+
+@pytest.mark.parametrize('cmd, options, error', [
+    ('no-such-program', {}, 'ENOENT: '), ('/no/such', {}, 'ENOENT: '), ('/etc/passwd', {}, 'EACCES: '),
+    ('./text', {}, 'ENOEXEC: '), ('true', {'path': 'no-such'}, 'ENOENT: '), ('/', {}, 'EACCES: ')])
+def test_what_can_not_begin_says_so_by_errno(runners, cmd, options, error):
+    path = os.path.join(runners.served, 'text')
+    with open(path, 'w') as file:
+        file.write('no program\n')
+    os.chmod(path, 0o755)
+    result = runners.run(cmd, **options)
+    assert (result['state'], result['finished'], result['exitCodeOrSignal']) == ('failed', False, -1)
+    assert result['error'].startswith(error) and 'Error' not in result['error']
+
+
+def test_without_a_starter_all_works_and_what_is_inexact_is_said(tmp_path, monkeypatch):
+    """Another processor than those that it is written for."""
+    monkeypatch.setattr(guestforks, 'make_starter', lambda: -1)
+    runners = Runners(tmp_path)
+    try:
+        result = runners.run('echo', 'hello')
+        assert result['out'] == b'hello\n' and result['inexact'] == ['ru_maxrss']
+        assert runners.run('no-such-program')['error'].startswith('ENOENT: ')
+        assert runners.run('sleep', '60', timeout=0.3)['state'] == 'timeout'
+    finally:
+        runners.forks.stop()

@@ -1,0 +1,439 @@
+"""VirtualBox's connection: the manager and every COM object, errors, finding VMs, waiting for them, locks.
+
+What it is not: it does nothing with a VM; that is done by the classes in virtualbox.py, vboximages.py and
+vboxnetwork.py, all of which use one `Connection`. One thread, no locks of threads.
+"""
+
+import contextlib
+import logging
+import os
+import sys
+import time
+from typing import Any, Callable, Dict, Iterator, List, Tuple
+
+from faults import (
+    AccessDenied,
+    BadState,
+    Busy,
+    DeadlineExceeded,
+    HypervisorError,
+    NoSuchVM,
+    NotSupported,
+    VMHostError,
+)
+from hosttrust import is_mac
+from hypervisor import ConnectionLost, Job, either
+
+log = logging.getLogger('vmhost.virtualbox')
+
+# Extra-data keys of VMs. The value is the VM's uuid: VirtualBox copies extra data into clones, which aren't
+# ours.
+MADE_BY_US = 'vmhost/made'         # createVM made it
+MAKING = 'vmhost/making'           # still being made; left behind by a host that died meanwhile
+KEEP = 'vmhost/keep'               # cleanup leaves it alone
+
+OFF = ('PoweredOff', 'Aborted', 'Teleported')
+SAVED = ('Saved', 'AbortedSaved')
+ONLINE = ('Running', 'Paused', 'Stuck')
+ACCEPTABLE = {                     # the states in which a verb makes sense
+    'start': OFF + SAVED,
+    'shutdown': ('Running',),
+    'reset': ('Running',),
+    'power_off': ONLINE,
+    'pause': ('Running',),
+    'resume': ('Paused',),
+    'save_state': ('Running', 'Paused'),
+    'discard_state': SAVED,
+    'take_snapshot': OFF + SAVED + ('Running', 'Paused'),
+    'delete_snapshot': OFF + SAVED + ('Running', 'Paused'),
+    'restore_snapshot': OFF + SAVED,
+    'remove_vm': OFF + SAVED,
+    'set_limits': OFF + ('Running',),
+    'screenshot': ('Running', 'Paused'),
+}
+STALL = 600                        # seconds without any progress after which a job is given up
+
+# Status codes of the API (VirtualBox.xidl, "Result codes"; the last ones are COM's own).
+OBJECT_NOT_FOUND = 0x80bb0001
+INVALID_VM_STATE = 0x80bb0002
+NOT_SUPPORTED = 0x80bb0009
+INVALID_OBJECT_STATE = 0x80bb0007
+INVALID_SESSION_STATE = 0x80bb000b
+OBJECT_IN_USE = 0x80bb000c
+ACCESS_DENIED = 0x80070005
+NOT_IMPLEMENTED = 0x80004001
+FAULT_OF_CODE = {
+    INVALID_VM_STATE: BadState,
+    NOT_SUPPORTED: NotSupported,
+    NOT_IMPLEMENTED: NotSupported,
+    INVALID_OBJECT_STATE: BadState,
+    INVALID_SESSION_STATE: Busy,
+    OBJECT_IN_USE: Busy,
+    ACCESS_DENIED: AccessDenied,
+}
+DEAD = (0x80004004, 0x800706be, 0x800706ba, 0x80010108)   # abort, call failed, RPC down, gone
+
+NO_DRIVER = ('VERR_VM_DRIVER', 'rc=-1908', 'VERR_SUPDRV', 'vboxdrv')
+MEND_DRIVER = ('the kernel module vboxdrv is not loaded: install the kernel headers, then run '
+               '/sbin/vboxconfig (Debian: dpkg-reconfigure virtualbox-dkms), and with Secure Boot '
+               'enrol its key')
+
+
+class Connection:
+    """The manager and every COM object: connecting, errors, finding VMs, waiting for their states, locks."""
+
+    def __init__(self, settings: Dict[str, Any], connect: Callable[[], Any]) -> None:
+        self.network = settings['network']
+        self.desktop = settings['remote_desktop']
+        self.chirp_port = settings['chirp_port']
+        self.timeout = settings['command_timeout']
+        self._connect = connect
+        self.manager = None  # type: Any
+        self.vbox = None  # type: Any
+        self.states = {}  # type: Dict[int, str]
+        self._listener = None  # type: Any
+
+    def connect(self) -> bool:
+        """True where it was done only now.
+
+        A VBoxSVC that has just died can take 10 s to make room for the next one: the VMs' processes hold its
+        socket until they notice.
+        """
+        if self.vbox is not None:
+            if not self.answers():
+                raise ConnectionLost('VirtualBox (VBoxSVC) died')
+            return False
+        self.manager = self._connect()
+        why = ''
+        try:
+            self.vbox = self.manager.getVirtualBox()
+        except Exception as error:
+            why = str(error)
+        if self.vbox is None:
+            self.manager = None
+            raise ConnectionLost('VirtualBox does not answer: VBoxSVC could not be started. ' + why)
+        names = self.manager.constants.all_values('MachineState')
+        self.states = {code: name for name, code in names.items()
+                       if not name.startswith(('First', 'Last'))}
+        return True
+
+    def disconnect(self) -> None:
+        self.vbox = self.manager = self._listener = None
+
+    def answers(self) -> bool:
+        """Whether VBoxSVC does."""
+        try:
+            return self.vbox.revision is not None
+        except Exception as error:
+            log.debug('VBoxSVC does not answer: %s', error)
+            return False
+
+    def has_news(self) -> bool:
+        """Whether VirtualBox told an event since this was asked last; it does so of every change."""
+        self.manager.waitForEvents(0)
+        if self._listener is None:
+            listener = self.vbox.eventSource.createListener()
+            self.vbox.eventSource.registerListener(
+                listener, [self.const('VBoxEventType_Any')], False)
+            self._listener = listener
+            return True
+        news = False
+        while True:
+            event = self.vbox.eventSource.getEvent(self._listener, 0)
+            if event is None:
+                return news
+            self.vbox.eventSource.eventProcessed(self._listener, event)
+            news = True
+
+    def array(self, thing: Any, name: str) -> List[Any]:
+        return list(self.manager.getArray(thing, name) or [])
+
+    def const(self, name: str) -> int:
+        return getattr(self.manager.constants, name)
+
+    def api(self) -> Tuple[int, int]:
+        """Version of the API: some calls' arguments differ."""
+        major, minor = self.vbox.APIVersion.split('_')[:2]
+        return int(major), int(minor)
+
+    # Errors.
+
+    def code(self, error: Exception) -> int:
+        """COM's status code, 0 for other errors: of an OSError, too, vboxapi's XPCOM would give the errno."""
+        if self.manager is None or not self.manager.xcptIsOurXcptKind(error):
+            return 0
+        return int(self.manager.xcptGetStatus(error)) & 0xffffffff
+
+    def is_dead(self, error: Exception) -> bool:
+        return self.code(error) in DEAD or self.vbox is None
+
+    def is_not_ready(self, error: Exception) -> bool:
+        """VirtualBox refuses access to an object that it is still making, or about to end ("The object is
+        not ready"): seen of a VM that another call was importing."""
+        return self.code(error) == ACCESS_DENIED
+
+    def translate(self, error: Exception) -> VMHostError:
+        """VirtualBox's error as ours, with its text and code."""
+        if isinstance(error, OSError):              # of ours: a file that can't be read, a full disk
+            return HypervisorError(str(error))
+        code = self.code(error)
+        if not code:
+            return error if isinstance(error, VMHostError) else HypervisorError(
+                '%s: %s' % (type(error).__name__, error))
+        text = self.manager.xcptGetMessage(error) or str(error)
+        return fault_of(code, text)
+
+    def finish(self, job: Job, progress: Any, text: str) -> None:
+        """Waits for a Progress of VirtualBox's, and raises what it failed with."""
+        last, changed = -1, time.monotonic()
+        while not progress.completed:
+            percent = min(100, progress.percent)
+            job.report(percent, text)
+            if percent != last:
+                last, changed = percent, time.monotonic()
+            elif time.monotonic() - changed > max(STALL, self.timeout):
+                raise DeadlineExceeded('%s: no progress for %d s, at %d%%; VirtualBox goes on '
+                                       'with it' % (text, STALL, percent))
+            job.wait(0.05)
+        job.renew_deadline()
+        code = progress.resultCode & 0xffffffff
+        if code:
+            raise fault_of(code, error_text(progress.errorInfo))
+
+    def finish_in_process(self, job: Job, progress: Any, text: str) -> None:
+        """Like finish, for a Progress that lives in the VM's process, and may end with it."""
+        try:
+            self.finish(job, progress, text)
+        except Exception as error:
+            if not self.is_dead(error) or not self.answers():
+                raise
+
+    # Finding.
+
+    def find(self, vm: str) -> Any:
+        """The IMachine of this name, id or uuid. Raises BadState where VirtualBox can't read it."""
+        machine = self.find_any(vm)
+        if not machine.accessible:
+            raise BadState('VirtualBox can\'t read %s: %s; `rm` takes it out of VirtualBox, and leaves '
+                           'its files' % (vm, access_trouble(machine)))
+        return machine
+
+    def find_any(self, vm: str) -> Any:
+        """As find, of machines that VirtualBox can't read, too."""
+        wanted = str(vm)
+        if is_mac(wanted):
+            for machine in self.machines_now():
+                if self.id_of(machine) == wanted.upper():
+                    return machine
+        try:
+            return self.vbox.findMachine(wanted)
+        except Exception as error:
+            if self.code(error) != OBJECT_NOT_FOUND:
+                raise
+        for machine in self.unreadable():
+            if name_in_path(machine) == wanted:
+                return machine
+        raise NoSuchVM('no VM has the name, id or uuid %r' % wanted)
+
+    def machines_now(self) -> List[Any]:
+        """All machines that are there, and whose settings VirtualBox can read."""
+        return [machine for machine in self.array(self.vbox, 'machines') if self.if_there(
+            lambda each: each.accessible and self.state_of(each), machine)]
+
+    def unreadable(self) -> List[Any]:
+        """All machines whose settings VirtualBox can't read."""
+        return [machine for machine in self.array(self.vbox, 'machines')
+                if self.if_there(lambda each: not each.accessible, machine)]
+
+    def if_there(self, read: Callable[[Any], Any], machine: Any) -> Any:
+        """What `read` gives; None of a machine that isn't ready: nobody could mean it yet, or any more."""
+        try:
+            return read(machine)
+        except Exception as error:
+            if not self.is_not_ready(error):
+                raise
+            return None
+
+    def state_of(self, machine: Any) -> str:
+        return self.states.get(machine.state, 'Unknown%s' % machine.state)
+
+    def cards(self, machine: Any) -> Iterator[Any]:
+        """The network cards in use."""
+        for slot in range(8):
+            card = machine.getNetworkAdapter(slot)
+            if card.enabled:
+                yield card
+
+    def card_of(self, machine: Any) -> Any:
+        """The card whose MAC is the VM's id: host-only or NAT by the mode, else the first."""
+        names = (('NAT', 'NATNetwork') if self.network['mode'] == 'nat' else ('HostOnly', 'HostOnlyNetwork'))
+        kinds = self.attachments(*names)
+        first = None
+        for card in self.cards(machine):            # mostly the first one: each look takes its time
+            if card.attachmentType in kinds:
+                return card
+            first = first or card
+        return first
+
+    def attachments(self, *names: str) -> List[int]:
+        """The codes of these kinds of attachment of a card, as far as this VirtualBox has them."""
+        known = self.manager.constants.all_values('NetworkAttachmentType')
+        return [known[name] for name in names if name in known]
+
+    def id_of(self, machine: Any) -> str:
+        card = self.card_of(machine)
+        return colons(card.MACAddress) if card else ''
+
+    # Waiting for a VM.
+
+    def ready(self, job: Job, vm: str, verb: str) -> Any:
+        """Finds and checks the VM: it is in a state in which `verb` makes sense."""
+        machine = self.find(vm)
+        state = self.settled(job, machine)
+        if state not in ACCEPTABLE[verb]:
+            raise BadState('%s is %s; %s needs it to be %s' % (
+                machine.name, state, verb.replace('_', ' '),
+                either([name for name in ACCEPTABLE[verb] if name in self.states.values()])))
+        return machine
+
+    def settled(self, job: Job, machine: Any) -> str:
+        """Waits while the VM is on its way from one state to another."""
+        first = self.const('MachineState_FirstTransient')
+        on_its_way = self.const('SessionState_Spawning'), self.const('SessionState_Unlocking')
+        while first <= machine.state or machine.sessionState in on_its_way:
+            job.check_deadline(Busy('%s is still %s%s' % (
+                machine.name, self.state_of(machine), self._nobody_at_work(machine))))
+            job.wait(0.05)
+        return self.state_of(machine)
+
+    def _nobody_at_work(self, machine: Any) -> str:
+        if machine.sessionState != self.const('SessionState_Unlocked'):
+            return '; `stop --force` ends its process'
+        return (', and no process works at it: VirtualBox lost track. End VBoxSVC when no VM runs, or '
+                'restart the machine; nothing on its disks is lost')
+
+    def reached(self, job: Job, machine: Any, *states: str) -> None:
+        """Waits until the VM is in one of these states and nobody is about to let it go."""
+        while self.state_of(machine) not in states:
+            job.check_deadline(DeadlineExceeded(
+                '%s is %s, and not yet %s after %d s' % (
+                    machine.name, self.state_of(machine), either(states), self.timeout)))
+            job.wait(0.05)
+        self.settled(job, machine)
+
+    # Locks.
+
+    def lock(self, job: Job, machine: Any) -> Any:
+        """A session that holds the VM's lock: shared with its process where it runs."""
+        session = self.manager.getSessionObject()
+
+        def take() -> Any:
+            online = self.state_of(machine) in ONLINE
+            machine.lockMachine(session, self.const('LockType_Shared' if online else 'LockType_Write'))
+            return session
+        return self.when_unlocked(job, machine, take)
+
+    def when_unlocked(self, job: Job, machine: Any, take: Callable[[], Any]) -> Any:
+        """What `take` gives. Somebody else may hold the lock for a moment: tried again, less and less
+        often, until the deadline of the job."""
+        pause = 0.05
+        while True:
+            try:
+                return take()
+            except Exception as error:
+                if self.code(error) not in (INVALID_OBJECT_STATE, INVALID_SESSION_STATE, OBJECT_IN_USE):
+                    raise
+                job.check_deadline(Busy('%s is locked by another program: %s'
+                                        % (machine.name, self.translate(error))))
+            job.wait(pause)
+            pause = min(2 * pause, 2)
+
+    def unlock(self, session: Any) -> None:
+        """Lets go; a VM process that has ended has done so already."""
+        try:
+            if session.state == self.const('SessionState_Locked'):
+                session.unlockMachine()
+        except Exception as error:
+            log.debug('unlocking: %s', error)
+
+    @contextlib.contextmanager
+    def locked(self, job: Job, machine: Any) -> Iterator[Any]:
+        """The session, for as long as it holds the VM's lock."""
+        session = self.lock(job, machine)
+        try:
+            yield session
+        finally:
+            self.unlock(session)
+
+    def tell_console(self, job: Job, machine: Any, act: Callable[[Any], Any], text: str = '') -> None:
+        """Does `act` with the VM's console, and waits for its Progress if it gives one."""
+        with self.locked(job, machine) as session:
+            console = session.console
+            if console is None:
+                raise BadState('%s is %s' % (machine.name, self.state_of(machine)))
+            progress = act(console)
+            if progress is not None:
+                self.finish_in_process(job, progress, text)
+
+    def edit(self, job: Job, machine: Any, change: Callable[[Any], None]) -> None:
+        """Changes settings through a session's mutable machine, and saves them: all or nothing."""
+        with self.locked(job, machine) as session:
+            try:
+                change(session.machine)
+                session.machine.saveSettings()
+            except Exception:
+                with contextlib.suppress(Exception):
+                    session.machine.discardSettings()
+                raise
+
+
+def fault_of(code: int, text: str) -> VMHostError:
+    """VirtualBox's code and text as an error of ours."""
+    if any(word in text for word in NO_DRIVER) or (
+            'unexpectedly during startup' in text and not module_line()[0]):
+        text += ' -- ' + MEND_DRIVER
+    return FAULT_OF_CODE.get(code, HypervisorError)('%s (VirtualBox 0x%08x)'
+                                                    % (' '.join(text.split()), code))
+
+
+def error_text(info: Any) -> str:
+    """The text of an IVirtualBoxErrorInfo and of those chained to it."""
+    texts = []
+    while info is not None:
+        if info.text:
+            texts.append(info.text)
+        info = info.next
+    return '; '.join(texts) or 'no reason given'
+
+
+def progress_of(answer: Any) -> Any:
+    """Methods with a Progress and further results answer with a tuple, Progress first or last."""
+    if not isinstance(answer, (tuple, list)):
+        return answer
+    return next(part for part in answer if hasattr(part, 'completed'))
+
+
+def colons(mac: str) -> str:
+    """080027AABBCC as 08:00:27:AA:BB:CC."""
+    return ':'.join(mac[at:at + 2] for at in range(0, len(mac), 2)).upper()
+
+
+def name_in_path(machine: Any) -> str:
+    """The name of a VM that VirtualBox can't read: that of its file."""
+    return os.path.splitext(os.path.basename(machine.settingsFilePath.replace('\\', '/')))[0]
+
+
+def access_trouble(machine: Any) -> str:
+    """Why VirtualBox can't read a VM."""
+    return ' '.join(error_text(machine.accessError).split())
+
+
+def has_mark(machine: Any, key: str) -> bool:
+    """Whether the VM itself has this mark of ours, and not just one that it was cloned from."""
+    return bool(machine.getExtraData(key) == machine.id)
+
+
+def module_line() -> Tuple[bool, str, str, bool]:
+    """Whether the kernel has VirtualBox's driver; known on Linux alone."""
+    there = not sys.platform.startswith('linux') or os.path.exists('/dev/vboxdrv')
+    return there, 'kernel module vboxdrv', '' if there else MEND_DRIVER, True

@@ -1,0 +1,655 @@
+"""VirtualBox's images and disks: making VMs, removing them, and what a host that died has left.
+
+What it is not: it starts no VM. One thread, that of virtualbox.py; no locks.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import time
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+import agent
+from faults import (
+    AlreadyExists,
+    BadState,
+    Busy,
+    DeadlineExceeded,
+    HypervisorError,
+    InvalidParams,
+    NotSupported,
+)
+from hosttrust import is_mac
+from hypervisor import Job, either, option
+from vboxconnection import (
+    INVALID_OBJECT_STATE,
+    KEEP,
+    MADE_BY_US,
+    MAKING,
+    OBJECT_IN_USE,
+    OBJECT_NOT_FOUND,
+    OFF,
+    Connection,
+    has_mark,
+    name_in_path,
+)
+from vboxnetwork import Cards
+
+log = logging.getLogger('vmhost.virtualbox')
+
+# Global extra-data keys.
+IMPORTING = 'vmhost/importing/'    # + name: the .vbox that an import will register
+EXPECTED = 'vmhost/expected'       # + path of a disk that createVM is about to make: when it began
+DISK_MADE = 'vmhost/disk/'         # + uuid of a disk that createVM made: its path then
+
+UUID = re.compile(r'^{?[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}}?$')
+LARGEST = 2 ** 31 - 1              # of the numbers that options hold
+LONGEST_NAME = 200                 # bytes of a VM's name: it names files
+
+
+class Images:
+    """Making a VM: from an appliance, a disk, an ISO, nothing, or by registering one."""
+
+    def __init__(self, box: Connection, cards: 'Cards', disks: 'Disks') -> None:
+        self._cards = cards
+        self._disks = disks
+        self.box = box
+
+    def create_vm(self, job: Job, name: str, image: str = '', options: Dict[str, Any] = {}) -> str:  # noqa: B006
+        wish = wishes(options)
+        registers = not image and name.lower().endswith('.vbox')
+        kind = os.path.splitext(name if registers else image)[1].lower()
+        check_fitting(options, kind)
+        if registers:
+            return self._register(os.path.abspath(name))
+        self._check_new_name(name)
+        self._check_ostype(wish['ostype'])
+        if image and not os.path.isfile(image):
+            raise InvalidParams('no such image file: %s' % image)
+        if kind in ('.ova', '.ovf'):
+            self._import(job, name, os.path.abspath(image), wish)
+        elif kind in ('', '.iso', '.vdi', '.vmdk', '.vhd', '.vhdx', '.qcow', '.qcow2', '.hdd'):
+            self._build(job, name, image and os.path.abspath(image), kind, wish)
+        else:
+            raise NotSupported('an image is .ova, .ovf, .iso, .vdi, .vmdk, .vhd or .qcow, not %r'
+                               % kind)
+        return name
+
+    def _check_new_name(self, name: str) -> None:
+        if not name or re.search(r'[/\\\x00-\x1f]', name) or name in ('.', '..'):
+            raise InvalidParams('%r is no name for a VM' % name)
+        if len(name.encode('utf-8')) > LONGEST_NAME:
+            raise InvalidParams('%.20s… is too long for the name of a VM, whose files are called so: '
+                                '%d bytes, and %d at most' % (name, len(name.encode('utf-8')), LONGEST_NAME))
+        self._check_is_no_id(name)
+        if name in [machine.name for machine in self.box.machines_now()] + [
+                name_in_path(machine) for machine in self.box.unreadable()]:
+            raise AlreadyExists('there is a VM %r already' % name)
+        path = self.box.vbox.composeMachineFilename(name, '', '', '')
+        if os.path.exists(path):
+            raise AlreadyExists('%s exists already, of a VM that is not registered' % path)
+
+    def _check_is_no_id(self, name: str) -> None:
+        """Whoever means a VM of that name would reach the one that has the id."""
+        if is_mac(name) or UUID.match(name):
+            raise InvalidParams('%r is an id, and no name for a VM' % name)
+
+    def _check_ostype(self, ostype: str) -> None:
+        known = [each.id for each in self.box.array(self.box.vbox, 'guestOSTypes')] if ostype else ['']
+        if ostype not in known:
+            raise InvalidParams('VirtualBox knows no ostype %r; `VBoxManage list ostypes` lists them'
+                                % ostype)
+
+    def _register(self, path: str) -> str:
+        if not os.path.isfile(path):
+            raise InvalidParams('no such file: %s' % path)
+        for machine in self.box.array(self.box.vbox, 'machines'):       # those that can't be read, too
+            there = self.box.if_there(lambda each: each.settingsFilePath, machine) or ''
+            if os.path.abspath(there) == path:
+                raise AlreadyExists('%s is registered already' % path)
+        password = ('',) if self.box.api() >= (7, 0) else ()
+        machine = self.box.vbox.openMachine(path, *password)
+        self._check_is_no_id(machine.name)
+        if machine.name in [each.name for each in self.box.machines_now()]:
+            raise AlreadyExists('there is a VM %r already' % machine.name)
+        self.box.vbox.registerMachine(machine)
+        return machine.name
+
+    def _build(self, job: Job, name: str, image: str, kind: str, wish: Dict[str, Any]) -> None:
+        machine = self._new_machine(name, wish['ostype'])
+        disk = None
+        try:
+            disk = self._new_disk(job, machine, image, kind, wish['diskSize'])
+            self.box.edit(job, machine, lambda mutable: self._fit_out(
+                mutable, wish, disk, image if kind == '.iso' else ''))
+        except BaseException:
+            self._remove_half_made(machine, disk)
+            raise
+
+    def _new_machine(self, name: str, ostype: str) -> Any:
+        """Registered at once, marked as half made: if we die now, cleanup will find it."""
+        ostype = ostype or 'Linux_64'
+        if self.box.api() >= (7, 1):
+            arch = self.box.vbox.getGuestOSType(ostype).platformArchitecture
+            arguments = ['', name, arch, [], ostype, '', '', '', '']
+        elif self.box.api() >= (7, 0):
+            arguments = ['', name, [], ostype, '', '', '', '']
+        else:
+            arguments = ['', name, [], ostype, '']
+        machine = self.box.vbox.createMachine(*arguments)
+        machine.applyDefaults('')
+        machine.setExtraData(MADE_BY_US, machine.id)
+        machine.setExtraData(MAKING, machine.id)
+        machine.saveSettings()
+        self.box.vbox.registerMachine(machine)
+        return machine
+
+    def _remove_half_made(self, machine: Any, disk: Any = None) -> None:
+        """And the new disk, which it may not have attached yet."""
+        try:
+            note = IMPORTING + machine.name
+            if disk is not None and not self.box.array(disk, 'machineIds'):
+                self._disks.forget(disk.id, disk.location)
+                disk.deleteStorage().waitForCompletion(10000)
+            self._disks.delete(machine, self._disks.is_made)[0].waitForCompletion(10000)
+            self.box.vbox.setExtraData(note, '')
+        except Exception as error:
+            log.warning('a half-made VM is left for cleanup: %s', self.box.translate(error))
+
+    def _new_disk(self, job: Job, machine: Any, image: str, kind: str, size: Optional[int]) -> Any:
+        copied = image and kind != '.iso'
+        if not copied and size == 0:
+            return None
+        folder = os.path.dirname(machine.settingsFilePath)
+        disk = self.box.vbox.createMedium('VDI', os.path.join(folder, machine.name + '.vdi'),
+                                          self.box.const('AccessMode_ReadWrite'),
+                                          self.box.const('DeviceType_HardDisk'))
+        self._disks.expect(disk.location)
+        variant = [self.box.const('MediumVariant_Standard')]
+        if copied:
+            self._copy_disk(job, image, disk, variant)
+        else:
+            megabytes = self._default_size(machine) if size is None else size
+            self.box.finish(job, disk.createBaseStorage(megabytes << 20, variant), 'making a disk')
+        self._disks.remember(disk)
+        return disk
+
+    def _default_size(self, machine: Any) -> int:
+        return max(1024, self.box.vbox.getGuestOSType(machine.OSTypeId).recommendedHDD >> 20)
+
+    def _copy_disk(self, job: Job, image: str, disk: Any, variant: List[int]) -> None:
+        own_copy = False
+        try:
+            source = self._disks.open(image)
+        except Exception as error:
+            if self.box.code(error) != OBJECT_NOT_FOUND:
+                raise
+            own_copy = True
+            source = self._open_twin(job, image, os.path.dirname(disk.location))
+        try:
+            self.box.finish(job, self._clone(source, disk, variant), 'copying the disk')
+        finally:
+            self._let_go(source, own_copy)
+
+    def _clone(self, source: Any, disk: Any, variant: List[int]) -> Any:
+        try:
+            return source.cloneTo(disk, variant, None)
+        except Exception as error:
+            if self.box.code(error) not in (INVALID_OBJECT_STATE, OBJECT_IN_USE):
+                raise
+            raise Busy('%s is locked: %s uses it (%s)' % (
+                source.location, either([self.box.vbox.findMachine(each).name for each in self.box.array(
+                    source, 'machineIds')] or ['another program'], 'and'), self.box.translate(error)))
+
+    def _let_go(self, source: Any, own_copy: bool) -> None:
+        """VirtualBox goes on with a copying that was broken off, and then refuses: cleanup finds our copy."""
+        try:
+            if own_copy:
+                twin = source.location
+                source.deleteStorage().waitForCompletion(10000)
+                self._disks.forget_expected(twin)
+            elif not self.box.array(source, 'machineIds'):
+                source.close()
+        except Exception as error:
+            log.info('an image stays open: %s', self.box.translate(error))
+
+    def _open_twin(self, job: Job, image: str, folder: str) -> Any:
+        """Of a copy of a disk that VirtualBox knows: both have the same uuid, so it opens neither
+        the copy nor, without writing into it, gives it another. A copy of the copy gets one."""
+        twin = os.path.join(folder, 'copy-of-' + os.path.basename(image))
+        self._disks.expect(twin)
+        try:
+            self._copy_file(job, image, twin)
+            return self._disks.open(twin, 'ReadWrite', True)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(twin)
+            self._disks.forget_expected(twin)
+            raise
+
+    def _copy_file(self, job: Job, image: str, target: str) -> None:
+        total = os.path.getsize(image) or 1
+        with open(image, 'rb') as source, open(target, 'wb') as copy:
+            for block in iter(lambda: source.read(4 << 20), b''):
+                copy.write(block)
+                job.report(100 * source.tell() // total, 'copying the image')
+        job.renew_deadline()
+
+    def _fit_out(self, machine: Any, wish: Dict[str, Any], disk: Any, iso: str) -> None:
+        if disk is not None:
+            bus, port = self._free_place(machine, ('SATA', 'SCSI', 'VirtioSCSI', 'IDE'))
+            machine.attachDevice(bus, port, 0, self.box.const('DeviceType_HardDisk'), disk)
+        if iso:
+            medium = self.box.vbox.openMedium(iso, self.box.const('DeviceType_DVD'),
+                                              self.box.const('AccessMode_ReadOnly'), False)
+            self._insert(machine, medium)
+        self._apply(machine, wish)
+
+    def _free_place(self, machine: Any, kinds: Tuple[str, ...]) -> Tuple[str, int]:
+        buses = self.box.manager.constants.all_values('StorageBus')
+        for kind in kinds:
+            for controller in self.box.array(machine, 'storageControllers'):
+                if controller.bus == buses.get(kind):
+                    return controller.name, self._free_port_of(machine, controller)
+        controller = machine.addStorageController('SATA', buses['SATA'])
+        controller.portCount = 2
+        return controller.name, 0
+
+    def _free_port_of(self, machine: Any, controller: Any) -> int:
+        used = {place.port for place in self.box.array(machine, 'mediumAttachments')
+                if place.controller == controller.name}
+        free = [port for port in range(controller.maxPortCount) if port not in used]
+        if free[0] >= controller.portCount:
+            controller.portCount = free[0] + 1
+        return free[0]
+
+    def _insert(self, machine: Any, medium: Any) -> None:
+        """Into the drive that the machine has, else into a new one."""
+        dvd = self.box.const('DeviceType_DVD')
+        for place in self.box.array(machine, 'mediumAttachments'):
+            if place.type == dvd:
+                machine.mountMedium(place.controller, place.port, place.device, medium, True)
+                return
+        bus, port = self._free_place(machine, ('IDE', 'SATA'))
+        machine.attachDevice(bus, port, 0, dvd, medium)
+
+    def _apply(self, machine: Any, wish: Dict[str, Any]) -> None:
+        if wish['memory']:
+            machine.memorySize = wish['memory']
+        if wish['cpus']:
+            machine.CPUCount = wish['cpus']
+        self._cards.give(machine, wish['network'] or self.box.network['mode'])
+        if wish['keep']:
+            machine.setExtraData(KEEP, machine.id)
+        machine.setExtraData(MADE_BY_US, machine.id)
+        machine.setExtraData(MAKING, '')
+
+    def _import(self, job: Job, name: str, image: str, wish: Dict[str, Any]) -> None:
+        """VirtualBox registers the VM when all its disks are there; until then a note of ours
+        says whose it will be."""
+        appliance = self.box.vbox.createAppliance()
+        self.box.finish(job, appliance.read(image), 'reading the appliance')
+        appliance.interpret()
+        systems = self.box.array(appliance, 'virtualSystemDescriptions')
+        if len(systems) != 1:
+            raise NotSupported('%s holds %d machines, not one' % (image, len(systems)))
+        self._check_licence(systems[0], image, wish['acceptEula'])
+        path = self.box.vbox.composeMachineFilename(name, '', '', '')
+        self._rename_system(systems[0], name, path)
+        note = IMPORTING + name
+        self.box.vbox.setExtraData(note, path)
+        self._expect_disks(systems[0], os.path.dirname(path))
+        try:
+            self.box.finish(job, appliance.importMachines([]), 'importing')
+        except Exception as error:                  # VirtualBox goes on, or died: what comes is ours
+            if not isinstance(error, DeadlineExceeded) and not self.box.is_dead(error):
+                self._disks.forget_in(os.path.dirname(path))
+            raise
+        machine = self.box.vbox.findMachine(self.box.array(appliance, 'machines')[0])
+        try:
+            for disk in self._disks.of(machine):
+                self._disks.remember(disk)
+            self.box.edit(job, machine, lambda mutable: self._apply(mutable, wish))
+        except BaseException:
+            self._remove_half_made(machine)
+            raise
+        self.box.vbox.setExtraData(note, '')
+
+    def _check_licence(self, system: Any, image: str, accepted: bool) -> None:
+        kind = self.box.const('VirtualSystemDescriptionType_License')
+        kinds, _, _, values, _ = system.getDescription()
+        texts = [value for each, value in zip(kinds, values) if each == kind and value]
+        if texts and not accepted:
+            raise BadState('%s comes under a licence; once you accept it (createVM option acceptEula, '
+                           'create --accept-eula) it is imported:\n%s' % (image, '\n'.join(texts)))
+
+    def _rename_system(self, system: Any, name: str, path: str) -> None:
+        kinds, _, _, values, extra = system.getDescription()
+        renamed = {self.box.const('VirtualSystemDescriptionType_Name'): name,
+                   self.box.const('VirtualSystemDescriptionType_SettingsFile'): path}
+        values = [renamed.get(kind, value) for kind, value in zip(kinds, values)]
+        system.setFinalValues([True] * len(kinds), values, extra)
+
+    def _expect_disks(self, system: Any, folder: str) -> None:
+        """Notes the disks that an import will make: the VM that has them is there at its end alone."""
+        disk = self.box.const('VirtualSystemDescriptionType_HardDiskImage')
+        kinds, _, _, values, _ = system.getDescription()
+        for kind, value in zip(kinds, values):
+            location = os.path.join(folder, value)
+            if kind == disk and not os.path.exists(location):
+                self._disks.expect(location)
+
+
+# --- disks, and what was left behind -----------------------------------------------------------
+
+class Disks:
+    """Disks: opening and deleting them, and the notes of which are ours.
+
+    The note of a disk that is there has its uuid: it may be moved. One that is about to be made has none
+    yet, so its note has the path, and when it began.
+    """
+
+    def __init__(self, box: Connection) -> None:
+        self.box = box
+
+    def open(self, image: str, mode: str = 'ReadOnly', new_uuid: bool = False) -> Any:
+        return self.box.vbox.openMedium(image, self.box.const('DeviceType_HardDisk'),
+                                        self.box.const('AccessMode_' + mode), new_uuid)
+
+    def of(self, machine: Any) -> List[Any]:
+        disk = self.box.const('DeviceType_HardDisk')
+        return [place.medium for place in self.box.array(machine, 'mediumAttachments')
+                if place.type == disk and place.medium]
+
+    # Notes.
+
+    def expect(self, path: str) -> None:
+        """A disk will be made there. Two seconds are what some file systems' clocks are off."""
+        self.box.vbox.setExtraData(EXPECTED + path, '%d' % (time.time() - 2))
+
+    def remember(self, disk: Any) -> None:
+        """It is there, and ours."""
+        self.box.vbox.setExtraData(DISK_MADE + disk.id, disk.location)
+        self.forget_expected(disk.location)
+
+    def forget(self, uuid: str, path: str) -> None:
+        """It is gone, or about to go."""
+        self.box.vbox.setExtraData(DISK_MADE + uuid, '')
+        self.forget_expected(path)
+
+    def forget_expected(self, path: str) -> None:
+        self.box.vbox.setExtraData(EXPECTED + path, '')
+
+    def is_made(self, medium: Any) -> bool:
+        """Whether we made this disk, or the one that it lies on."""
+        base = medium.base
+        return bool(self.box.vbox.getExtraData(DISK_MADE + base.id)) or is_recent(
+            base.location, self.box.vbox.getExtraData(EXPECTED + base.location))
+
+    def made(self) -> List[Tuple[str, str]]:
+        """(uuid, path where it was made) of the disks that we made."""
+        keys = [key for key in self.box.vbox.getExtraDataKeys() if key.startswith(DISK_MADE)]
+        return [(key[len(DISK_MADE):], self.box.vbox.getExtraData(key)) for key in keys]
+
+    def expected(self) -> List[Tuple[str, str]]:
+        """(path, when it began) of the disks that were to be made."""
+        keys = [key for key in self.box.vbox.getExtraDataKeys() if key.startswith(EXPECTED)]
+        return [(key[len(EXPECTED):], self.box.vbox.getExtraData(key)) for key in keys]
+
+    def forget_in(self, folder: str) -> None:
+        """Drops the notes of what was to come in this folder and didn't: what lies there later isn't ours."""
+        for key, path, begun in self._begun():
+            if os.path.dirname(path) == folder and not is_recent(path, begun):
+                self.box.vbox.setExtraData(key, '')
+
+    def _begun(self) -> List[Tuple[str, str, str]]:
+        """(key of the note, path, when it began) of unfinished disks, and of the .vbox files that imports
+        make."""
+        imports = [key for key in self.box.vbox.getExtraDataKeys() if key.startswith(IMPORTING)]
+        return [(EXPECTED + path, path, begun) for path, begun in self.expected()] + [
+            (key, self.box.vbox.getExtraData(key), '0') for key in imports]
+
+    def forget_what_never_came(self, making: List[str]) -> None:
+        """As forget_in, for whatever a host began that has died, but for the folders where VMs are being
+        made. The sooner the better: a user may put files of his own there."""
+        if not self.work_goes_on():
+            for folder in {os.path.dirname(path) for _, path, _ in self._begun()}.difference(making):
+                self.forget_in(folder)
+
+    def work_goes_on(self) -> bool:
+        """Whether VirtualBox is at work: it goes on with what a host began that has died."""
+        return bool(self.box.array(self.box.vbox, 'progressOperations'))
+
+    # Deleting.
+
+    def delete(self, machine: Any, wanted: Callable[[Any], bool]) -> Tuple[Any, List[str]]:
+        """Unregisters and deletes the VM's files, and of those of its disks that nothing else needs the
+        wanted ones. Gives the Progress, and the paths of the disks that are kept."""
+        media = self._unused(machine.unregister(self.box.const('CleanupMode_DetachAllReturnHardDisksOnly')))
+        kept = [medium for medium in media if not wanted(medium)]
+        media = [medium for medium in media if medium not in kept]
+        for medium in media:
+            if not medium.parent:
+                self.forget(medium.id, medium.location)
+        paths = sorted({medium.base.location for medium in kept})
+        return machine.deleteConfig(media), paths
+
+    def _unused(self, media: List[Any]) -> List[Any]:
+        """Of the disks that a VM had, and its snapshots: those that no other VM has attached, nor a disk
+        that lies on them, such as a linked clone's."""
+        had = {medium.id for medium in media}
+        needed = set()  # type: set
+        for medium in media:
+            if self.box.array(medium, 'machineIds') or {
+                    child.id for child in self.box.array(medium, 'children')} - had:
+                while medium and medium.id not in needed:
+                    needed.add(medium.id)
+                    medium = medium.parent
+        return [medium for medium in media if medium.id not in needed]
+
+
+class Cleaning:
+    """Removing VMs, and what a host that died has left."""
+
+    def __init__(self, box: Connection, disks: Disks) -> None:
+        self._disks = disks
+        self.box = box
+
+    def remove_vm(self, job: Job, vm: str, delete_disks: bool = False, all_disks: bool = False) -> List[str]:
+        machine = self.box.find_any(vm)
+        if not machine.accessible:
+            machine.unregister(self.box.const('CleanupMode_UnregisterOnly'))
+            return []
+        machine = self.box.ready(job, vm, 'remove_vm')
+        if machine.sessionState != self.box.const('SessionState_Unlocked'):
+            self.box.unlock(self.box.lock(job, machine))       # waits, or says Busy
+        if not delete_disks and not all_disks:
+            machine.unregister(self.box.const('CleanupMode_UnregisterOnly'))
+            return []
+        folder = os.path.realpath(os.path.dirname(machine.settingsFilePath))
+
+        def belongs(medium: Any) -> bool:
+            inside = os.path.realpath(medium.base.location).startswith(folder + os.sep)
+            return all_disks or inside or self._disks.is_made(medium)
+        progress, kept = self._disks.delete(machine, belongs)
+        self.box.finish(job, progress, 'deleting')
+        return kept
+
+    def cleanup(self, job: Job, dry_run: bool = True, vms: List[str] = []) -> List[Dict[str, str]]:  # noqa: B006
+        self._disks.forget_what_never_came(self._folders_in_the_making(job))
+        rows = self._left_vms(job, vms) + self._left_disks(job)
+        if dry_run:
+            return [row for row, _ in rows]
+        return [row for row, remove in rows if row['kind'] == 'kept' or self._succeeds(row, remove)]
+
+    def _succeeds(self, row: Dict[str, str], remove: Callable[[], None]) -> bool:
+        """Removes it. What can't be removed mustn't hide what was, nor keep the rest."""
+        try:
+            remove()
+            return True
+        except Exception as error:
+            if self.box.is_dead(error):
+                raise
+            log.warning('cleanup could not remove the %s %s: %s', row['kind'], row['name'],
+                        self.box.translate(error))
+            return False
+
+    # VMs.
+
+    def _left_vms(self, job: Job, named: List[str]) -> List[Tuple[Dict[str, str], Any]]:
+        wanted = {self.box.find(vm).id for vm in named}
+        rows = []  # type: List[Tuple[Dict[str, str], Any]]
+        for machine in self.box.machines_now():
+            why = self._why_left(job, machine, machine.id in wanted)
+            if why:
+                rows.append(({'kind': 'vm', 'name': machine.name, 'why': why},
+                             lambda machine=machine: self._remove_vm(job, machine)))
+        return rows
+
+    def _why_left(self, job: Job, machine: Any, named: bool) -> str:
+        """Why this VM may go, '' when it must not."""
+        busy = {vm for _, vm in job.others} & {machine.name, machine.id, self.box.id_of(machine)}
+        if has_mark(machine, KEEP) or busy or machine.sessionState != self.box.const('SessionState_Unlocked'):
+            return ''
+        if has_mark(machine, MAKING) or self._import_left(job, machine):
+            return 'half made'
+        ours = has_mark(machine, MADE_BY_US) and self.box.state_of(machine) in OFF
+        return 'named' if named and ours else ''
+
+    def _import_left(self, job: Job, machine: Any) -> bool:
+        path = self.box.vbox.getExtraData(IMPORTING + machine.name)
+        return bool(path) and path == machine.settingsFilePath
+
+    def _remove_vm(self, job: Job, machine: Any) -> None:
+        self.box.finish(job, self._disks.delete(machine, self._disks.is_made)[0], 'deleting')
+
+    # Disks.
+
+    def _left_disks(self, job: Job) -> List[Tuple[Dict[str, str], Any]]:
+        """The disks that we made and that no VM has attached, nor a disk that lies on them.
+
+        A VM that VirtualBox can't read may use any disk: then none that is whole goes. Nothing unfinished
+        is left while VirtualBox works.
+        """
+        making = self._folders_in_the_making(job)
+        known = {disk.id: disk for disk in self.box.array(self.box.vbox, 'hardDisks')}
+        unread = [name_in_path(machine) for machine in self.box.unreadable()]
+        rows = []  # type: List[Tuple[Dict[str, str], Any]]
+        for uuid, path in self._disks.made():
+            disk = known.get(uuid)
+            path = disk.location if disk is not None else path
+            if os.path.dirname(path) in making or (disk is not None and self._is_used(disk)):
+                continue
+            if not os.path.exists(path):
+                self.box.vbox.setExtraData(DISK_MADE + uuid, '')
+            elif unread:
+                why = 'VirtualBox can\'t read %s, which may use it' % either(unread, 'and')
+                rows.append(({'kind': 'kept', 'name': path, 'why': why}, None))
+            else:
+                rows.append(({'kind': 'disk', 'name': path, 'why': 'no VM uses it'},
+                             lambda uuid=uuid, path=path: self._remove_disk(job, path, uuid)))
+        for path, begun in self._disks.expected():
+            if os.path.dirname(path) in making or self._disks.work_goes_on():
+                continue
+            if not is_recent(path, begun):
+                self._disks.forget_expected(path)
+            elif not [disk for disk in known.values() if disk.location == path and self._is_used(disk)]:
+                rows.append(({'kind': 'disk', 'name': path, 'why': 'half made'},
+                             lambda path=path: self._remove_disk(job, path, '')))
+        return rows
+
+    def _is_used(self, disk: Any) -> bool:
+        return bool(self.box.array(disk, 'machineIds') or self.box.array(disk, 'children'))
+
+    def _folders_in_the_making(self, job: Job) -> List[str]:
+        """Where VMs are being made, or changed, at this moment."""
+        busy = [vm for _, vm in job.others]
+        machines = self.box.machines_now() if busy else []
+        paths = [machine.settingsFilePath for machine in machines if {machine.name, machine.id} & set(busy)]
+        paths += [self.box.vbox.composeMachineFilename(vm, '', '', '') for verb, vm in job.others
+                  if verb == 'create_vm']
+        return [os.path.dirname(path) for path in paths]
+
+    def _remove_disk(self, job: Job, path: str, uuid: str) -> None:
+        """uuid: the disk that was made there, '' where that was never finished."""
+        try:
+            medium = self._disks.open(path, 'ReadWrite')
+        except Exception as error:
+            if self.box.is_dead(error) or uuid:
+                raise
+            os.remove(path)                         # not even a disk yet, or still the twin of another
+            self._disks.forget_expected(path)
+        else:
+            uuid = uuid or medium.id
+            if medium.id != uuid:
+                self.box.vbox.setExtraData(DISK_MADE + uuid, '')
+                medium.close()                      # VirtualBox didn't know it before
+                raise HypervisorError('%s is another disk than the one that was made there' % path)
+            self.box.finish(job, medium.deleteStorage(), 'deleting a disk')
+            self._disks.forget(uuid, path)
+        if not self._is_folder_of_vm(os.path.dirname(path)):
+            remove_leavings(os.path.dirname(path))
+
+    def _is_folder_of_vm(self, folder: str) -> bool:
+        """Whether a registered VM has its settings there; one that VirtualBox can't read is a VM, too."""
+        return os.path.realpath(folder) in [
+            os.path.realpath(os.path.dirname(machine.settingsFilePath))
+            for machine in self.box.array(self.box.vbox, 'machines')]
+
+
+def wishes(options: Dict[str, Any]) -> Dict[str, Any]:
+    """createVM's options, checked; None or '' where nothing was asked for."""
+    wish = {'memory': None, 'cpus': None, 'ostype': '', 'network': '', 'diskSize': None,
+            'keep': False, 'acceptEula': False}  # type: Dict[str, Any]
+    unknown = set(options) - set(wish)
+    if unknown:
+        raise InvalidParams('createVM knows no option %s; it knows %s' % (
+            ', '.join(sorted(unknown)), ', '.join(sorted(wish))))
+    wish.update(options)
+    for name, least in (('memory', 4), ('cpus', 1), ('diskSize', 0)):
+        if wish[name] is not None:
+            wish[name] = option(name, wish[name], agent.integer(least, LARGEST))
+    for name in ('keep', 'acceptEula'):
+        wish[name] = option(name, wish[name], agent.yes_no)
+    if wish['network'] not in ('', 'hostonly', 'nat', 'none'):
+        raise InvalidParams('network is hostonly, nat or none, not %r' % wish['network'])
+    return wish
+
+
+def names_its_own_mark(settings: str) -> bool:
+    """has_mark of MADE_BY_US, from the text of a .vbox file."""
+    uuid = re.search(r'<Machine\b[^>]*\suuid="{(.+?)}"', settings)
+    return uuid is not None and 'name="%s" value="%s"' % (MADE_BY_US, uuid.group(1)) in settings
+
+
+def check_fitting(options: Dict[str, Any], kind: str) -> None:
+    """Options that would change nothing, since the image decides, are refused rather than forgotten."""
+    if kind in ('', '.iso'):
+        return
+    decided = {'.vbox': tuple(options), '.ova': ('diskSize', 'ostype'), '.ovf': ('diskSize', 'ostype')}
+    for name in decided.get(kind, ('diskSize',)):
+        if options.get(name) not in (None, ''):
+            raise InvalidParams('%s is no option where a VM is made from a %s file, which decides it'
+                                % (name, kind))
+
+
+def remove_leavings(folder: str) -> None:
+    """Settings of an unregistered VM of ours whose disk has gone; and the folder, once empty."""
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if name.endswith(('.vbox', '.vbox-prev')):
+            with open(path, encoding='utf-8', errors='replace') as settings:
+                ours = names_its_own_mark(settings.read())
+            if ours:
+                os.remove(path)
+    if not os.listdir(folder):
+        os.rmdir(folder)
+
+
+def is_recent(path: str, begun: str) -> bool:
+    """Whether there is a file, and none that is older than `begun` says ('' for never)."""
+    try:
+        return bool(begun) and os.path.getmtime(path) >= int(begun)
+    except OSError:
+        return False
