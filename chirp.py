@@ -1,42 +1,28 @@
-"""Files over Chirp, the protocol of cctools: a client, a server, and a wrapper round its chirp_server.
+"""Files over Chirp, the protocol of cctools: the door of the rooms behind it, and the command line.
 
-What it is not: a file system, a cache, or a server for the public: it serves one folder to the
-addresses it was told of, and its rights are those of the one ACL it was given.
-
-Threads: the client has none of its own, except, while a large file is verified that goes on after a cut, or
-comes from a server that isn't ours, one that asks for its checksum (``chirp-hash``). A client object
-belongs to one thread at a time. The server has one that accepts (``chirp``) and one per
-connection (``chirp-N``); ``start``, ``stop``, ``allow`` and ``address`` may be called from any.
-
-Paths of the server are text (or bytes), ``/`` between the names; bytes that are not UTF-8 are kept
-as surrogate escapes.
+chirpclient.py moves files and folders by the requests of chirprequests.py; chirpserver.py serves a folder, in
+which chirproot.py keeps every path; chirpreal.py runs cctools' own server instead. chirplocal.py and
+chirpwire.py are below them all. Programs outside find ``ChirpClient``, ``ChirpServer`` and
+``RealChirpServer`` here.
 """
 
 import argparse
 import errno
-import logging
 import os
 import re
 import signal
+import ssl
 import stat
 import sys
 import threading
 import time
-from typing import List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple, Union
 
-from chirpclient import ChirpClient
+from chirpclient import ChirpClient, landing_here, landing_there
+from chirpreal import RealChirpServer
 from chirpserver import ChirpServer
-from chirpticket import Ticket
-from chirpwire import (
-    PORT,
-    ChirpError,
-    shown,
-)
+from chirpwire import PORT, ChirpError, shown
 
-log = logging.getLogger('vmhost.chirp')
-
-
-# --- the command line ------------------------------------------------------------------------
 
 def parse_address(text: str) -> Tuple[str, int]:
     """HOST, HOST:PORT or [HOST]:PORT."""
@@ -72,7 +58,10 @@ def parse_words(words: Optional[Sequence[str]]) -> argparse.Namespace:
     serve.add_argument('--allow', action='append', metavar='ADDRESS',
                        help='who may connect, as often as wanted (default 127.0.0.1)')
     serve.add_argument('--rights', default='rwld', help='of r, w, l, d (default %(default)s)')
-    serve.add_argument('--ticket', metavar='FILE', help='public key (PEM): let only its owner in')
+    serve.add_argument('--server', choices=('embedded', 'chirp_server'), default='embedded',
+                       help='ours, or the one of cctools (default %(default)s)')
+    serve.add_argument('--cert', metavar='FILE', help='serve over TLS: certificate (PEM)')
+    serve.add_argument('--key', metavar='FILE', help='and its private key')
     for verb, what in (('put', 'send a file or folder'), ('get', 'fetch a file or folder')):
         moving = verbs.add_parser(verb, help=what)
         moving.add_argument('address', type=parse_address, metavar='HOST:PORT')
@@ -84,29 +73,52 @@ def parse_words(words: Optional[Sequence[str]]) -> argparse.Namespace:
     listing.add_argument('-l', action='store_true', dest='long', help='with mode, size and time')
     for verb in ('put', 'get', 'ls'):
         verbs.choices[verb].add_argument('--timeout', type=parse_timeout, default=30.0, metavar='SECONDS',
-                                         help='silence that is borne (default %(default)s)')
-        verbs.choices[verb].add_argument('--ticket', metavar='FILE', help='private key (PEM)')
+                                         help='of silence, until it gives up (default %(default)s)')
+        verbs.choices[verb].add_argument('--ca', metavar='FILE', help='over TLS: who must have signed')
+    for parser_of_verb in verbs.choices.values():
+        parser_of_verb.add_argument('--secret', metavar='FILE',
+                                    help='64 hex digits: let in, or be let in, by these')
+        parser_of_verb.add_argument('--id', default='', help='whose secret it is')
     parsed = parser.parse_args(words)
     if parsed.verb is None:
         parser.error('expected serve, put, get or ls')
     return parsed
 
 
-def read_text(path: Optional[str]) -> str:
+def read_secret(path: Optional[str]) -> bytes:
+    """Of a file; empty where there is none. Raises ChirpError."""
     if not path:
-        return ''
+        return b''
     with open(path) as file:
-        return file.read()
+        digits = file.read().strip()
+    if not re.match('[0-9a-f]{32,}$', digits) or len(digits) % 2:
+        raise ChirpError('%s: expected 64 hex digits' % path)
+    return bytes.fromhex(digits)
+
+
+def make_server(words: argparse.Namespace) -> Union[ChirpServer, RealChirpServer]:
+    """The server that was asked for. Raises ChirpError, OSError."""
+    secret = read_secret(words.secret)
+    allow = words.allow or (None if secret else ['127.0.0.1'])
+    if words.server == 'chirp_server':
+        if secret or words.cert:
+            raise ChirpError('chirp_server knows neither --secret nor --cert')
+        return RealChirpServer(words.folder, words.host, words.port, allow, words.rights)
+    tls = None
+    if words.cert:
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        tls.load_cert_chain(words.cert, words.key)
+    return ChirpServer(words.folder, words.host, words.port, allow, words.rights,
+                       'secret' if secret else 'address', secret, words.id, tls=tls)
 
 
 def serve_folder(words: argparse.Namespace) -> None:
     told: List[int] = []    # a handler may wait for no lock, as an event has
-    for number_ in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number_, lambda number_, _: told.append(number_))
-    server = ChirpServer(words.folder, words.host, words.port, words.allow or ['127.0.0.1'], words.rights,
-                         'ticket' if words.ticket else 'address', read_text(words.ticket))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: told.append(number))
+    server: Any = make_server(words)
     with server:
-        print('serving %s on %s:%d' % ((server.root.path,) + server.address), flush=True)
+        print('serving %s on %s:%d' % ((words.folder,) + server.address), flush=True)
         while not told:
             time.sleep(0.2)
 
@@ -128,16 +140,16 @@ class Bar:
 
 
 def move(client: ChirpClient, words: argparse.Namespace) -> None:
-    name = os.path.basename(words.source.rstrip('/' + (os.sep if words.verb == 'put' else '')))
-    target = words.target or name
-    if not target or target in ('.', '..'):
-        raise ChirpError('name the target: %s has no name of its own' % words.source)
+    """As ``cp -r`` does."""
     bar = Bar()
+    source, target = words.source, words.target or ''
     try:
         if words.verb == 'put':
-            client.put(words.source, os.fsencode(target), progress=bar)
+            client.put(source, landing_there(client, source, target), progress=bar)
+        elif target == '-':
+            client.read(os.fsencode(source), sys.stdout.buffer.write)
         else:
-            client.get(os.fsencode(words.source), target, progress=bar)
+            client.get(os.fsencode(source), landing_here(client, source, target), progress=bar)
     finally:
         bar.end()
 
@@ -145,7 +157,7 @@ def move(client: ChirpClient, words: argparse.Namespace) -> None:
 def print_listing(client: ChirpClient, words: argparse.Namespace) -> None:
     if sys.stdout is None:
         raise OSError(errno.EBADF, 'the standard output is closed')
-    for entry in client.ls(os.fsencode(words.path)):
+    for entry in sorted(client.ls(os.fsencode(words.path))):
         name = shown(entry.name) + ('/' if entry.is_dir else '')
         if words.long:
             stamp = time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(entry.mtime))
@@ -161,8 +173,9 @@ def main(words: Optional[Sequence[str]] = None) -> int:
         if parsed.verb == 'serve':
             serve_folder(parsed)
             return 0
-        ticket = Ticket.from_pem(read_text(parsed.ticket)) if parsed.ticket else None
-        with ChirpClient(parsed.address[0], parsed.address[1], parsed.timeout, ticket) as client:
+        tls = ssl.create_default_context(cafile=parsed.ca) if parsed.ca else None
+        with ChirpClient(parsed.address[0], parsed.address[1], parsed.timeout, read_secret(parsed.secret),
+                         parsed.id, tls) as client:
             (print_listing if parsed.verb == 'ls' else move)(client, parsed)
         return 0
     except (ChirpError, OSError) as error:

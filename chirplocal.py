@@ -1,6 +1,6 @@
 """Files and folders on this machine, as transfers need them: partial files, locks, names, links.
 
-No threads.
+What it is not: anything that knows a server. No threads.
 """
 
 import contextlib
@@ -10,10 +10,9 @@ import logging
 import os
 import re
 import stat
-from typing import Any, Iterator, Tuple
+from typing import Any, Iterator, Optional, Tuple
 
-from chirprequests import PART
-from chirpwire import BLOCK, TO_QUOTE, Busy, is_zero, new_buffer, new_hash, to_bytes
+from chirpwire import Busy, is_zero, part_name, to_bytes
 
 try:
     import fcntl
@@ -21,21 +20,8 @@ except ImportError:                    # Windows
     fcntl = None               # type: ignore
 
 log = logging.getLogger('vmhost.chirp')
+
 NESTED = 200                   # levels of a folder that are followed
-PLAIN_NAME = 200               # bytes of a quoted name that a part's begins with; both share a line
-
-
-def part_name(name: bytes) -> bytes:
-    """Under which name a file is while it is not whole."""
-    if len(TO_QUOTE.sub(b'%00', name)) <= PLAIN_NAME:
-        return name + PART
-    return new_hash('sha1', name).hexdigest()[:16].encode('ascii') + PART
-
-
-def part_path(path: bytes) -> bytes:
-    """The same for a path of the server."""
-    folder, slash, name = path.rstrip(b'/').rpartition(b'/')
-    return folder + slash + part_name(name)
 
 
 def to_remote(name: str) -> bytes:
@@ -62,18 +48,6 @@ def local_part(path: str) -> str:
     return os.path.join(folder, os.fsdecode(part_name(os.fsencode(name))))
 
 
-def hash_part(file: Any, checksum: Any, start: int, end: int) -> None:
-    """Takes a part of a local file into a checksum."""
-    view = new_buffer()
-    file.seek(start)
-    while start < end:
-        count = file.readinto(view[:min(BLOCK, end - start)])
-        if not count:
-            return
-        checksum.update(view[:count])
-        start += count
-
-
 def open_regular(path: str) -> Any:
     """Opens a local file to read, unbuffered. Raises OSError where it is something else."""
     fd = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
@@ -85,31 +59,16 @@ def open_regular(path: str) -> Any:
     return os.fdopen(fd, 'rb', buffering=0)
 
 
-def changed(before: os.stat_result, after: os.stat_result) -> bool:
-    return (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns)
-
-
-def hash_local(path: str, size: int, algorithm: str) -> Any:
-    """The checksum object of the first bytes of a local file."""
-    checksum = new_hash(algorithm)
-    with open_regular(path) as file:
-        hash_part(file, checksum, 0, size)
-    return checksum
-
-
-def tree_size(path: str) -> int:
-    """Bytes of the files in a folder that will be sent, for the progress only."""
+def tree_size(path: str, depth: int = 0) -> int:
+    """Bytes of the files in a folder that will be sent."""
     size = 0
-    deepest = path.count(os.sep) + NESTED
-    for folder, folders, names in os.walk(path):
-        folders[:] = [name for name in folders
-                      if not to_remote(name).endswith(PART) and folder.count(os.sep) <= deepest]
-        for name in names:
-            if to_remote(name).endswith(PART):
-                continue
+    with contextlib.suppress(OSError), os.scandir(path) as entries:
+        for entry in entries:
             with contextlib.suppress(OSError):
-                found = os.lstat(os.path.join(folder, name))
-                size += found.st_size if stat.S_ISREG(found.st_mode) else 0
+                if entry.is_dir(follow_symlinks=False):
+                    size += tree_size(entry.path, depth + 1) if depth < NESTED else 0
+                elif entry.is_file(follow_symlinks=False):
+                    size += entry.stat(follow_symlinks=False).st_size
     return size
 
 
@@ -117,16 +76,44 @@ def join(folder: bytes, name: bytes) -> bytes:
     return folder.rstrip(b'/') + b'/' + name
 
 
-def check_target(path: str) -> None:
-    """Raises OSError for what no file may replace: a folder, or a device, FIFO or socket."""
+def is_device(path: str) -> bool:
+    """Whether what is written there goes to a device, FIFO or the like, which no file may replace."""
     try:
         mode = os.stat(path).st_mode
     except OSError:                    # nothing, or a link to it
-        return
-    if stat.S_ISDIR(mode):
+        return False
+    path = os.path.abspath(path)
+    return (not stat.S_ISREG(mode) and not stat.S_ISDIR(mode) or path.startswith('/proc/')
+            or path.startswith('/dev/') and os.path.islink(path))      # as /dev/stdout
+
+
+def open_device(path: str) -> Any:
+    """Opens a device or FIFO to write to. Raises OSError where nobody reads from it."""
+    fd = os.open(path, os.O_WRONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_NOCTTY', 0)
+                 | getattr(os, 'O_CLOEXEC', 0))
+    if hasattr(os, 'set_blocking'):
+        os.set_blocking(fd, True)
+    return os.fdopen(fd, 'wb', buffering=0)
+
+
+def check_target(path: str) -> None:
+    """Raises OSError for what no file may replace: a folder, or a device, FIFO or socket."""
+    if os.path.isdir(path):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-    if not stat.S_ISREG(mode):
+    if is_device(path):
         raise OSError(errno.EINVAL, 'neither a file nor a folder', path)
+
+
+def check_room(folder: str, count: int) -> None:
+    """Raises OSError where the disk of a folder has no room for so many bytes more."""
+    if hasattr(os, 'statvfs'):
+        found = os.statvfs(folder)
+        free = found.f_bavail * found.f_frsize
+    else:
+        import shutil
+        free = shutil.disk_usage(folder).free
+    if count > free:
+        raise OSError(errno.ENOSPC, '%d bytes are needed, %d are free' % (count, free), folder)
 
 
 def open_part(target: str) -> Any:
@@ -158,14 +145,24 @@ def open_part(target: str) -> Any:
 
 
 def remove_part(path: str, target: str) -> None:
-    """Removes a partial folder, or a link, where a partial file is to be. Raises Busy. shutil is imported
-    here alone: a guest that waits does without its memory."""
+    """Removes a partial folder, or a link, where a partial file is to be. Raises Busy."""
     if os.path.islink(path):
         os.unlink(path)
     else:
-        import shutil
         with locked_folder(path, target):
-            shutil.rmtree(path)
+            remove_tree(path)
+
+
+def remove_tree(path: str) -> None:
+    """Removes a file, or a folder and all in it. shutil is imported here alone: a guest that waits does
+    without its memory."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        import shutil
+        for folder, _, _ in os.walk(path):
+            os.chmod(folder, 0o700)
+        shutil.rmtree(path)
+    else:
+        os.unlink(path)
 
 
 def lock(fd: int, target: str) -> None:
@@ -181,22 +178,22 @@ def lock(fd: int, target: str) -> None:
 
 
 @contextlib.contextmanager
-def locked_folder(path: str, target: str) -> Iterator[None]:
-    """Makes the partial folder of a target, and locks it. Raises Busy."""
+def locked_folder(path: str, target: str) -> Iterator[bool]:
+    """Makes the partial folder of a target, unless it is there, and locks it; says whether it was made.
+    Raises Busy."""
     if os.path.lexists(path) and (os.path.islink(path) or not os.path.isdir(path)):
         with open_part(target) as file:
-            let_go(file)
-            os.unlink(path)
-    make_folder(path)
+            give_up_part(file, target)
+    made = make_folder(path)
     if fcntl is None:
-        yield
+        yield made
         return
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         lock(fd, target)
         if not is_still(fd, path):
             raise Busy(to_remote(target))
-        yield
+        yield made
     finally:
         os.close(fd)
 
@@ -209,11 +206,40 @@ def is_still(fd: int, path: str) -> bool:
         return False
 
 
-def let_go(file: Any) -> None:
+def finish_part(file: Any, target: str) -> None:
+    """Gives a partial file its name, and the owner of the file that it replaces, where we may."""
+    keep_owner(file, target)
+    close_where_needed(file)
+    os.replace(local_part(target), target)
+
+
+def give_up_part(file: Any, target: str) -> None:
+    """Removes a partial file that is of no more use."""
+    close_where_needed(file)
+    os.unlink(local_part(target))
+
+
+def close_where_needed(file: Any) -> None:
     """Closes a file that is to be renamed or removed, where no system does that with an open one; elsewhere
     it stays locked meanwhile."""
     if fcntl is None:
         file.close()
+
+
+def mode_of_file(path: str) -> Optional[int]:
+    """The mode of the regular file that is there, if there is one."""
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return None
+    return stat.S_IMODE(mode) if stat.S_ISREG(mode) else None
+
+
+def keep_owner(file: Any, target: str) -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        found = os.lstat(target)
+        if stat.S_ISREG(found.st_mode):
+            os.fchown(file.fileno(), found.st_uid, found.st_gid)
 
 
 def write_here(file: Any, view: memoryview) -> None:
@@ -231,18 +257,20 @@ def set_times(file: Any, atime: int, mtime: int) -> None:
 
 
 def set_mode(file: Any, mode: int) -> None:
-    """The owner may always read and write."""
     if hasattr(os, 'fchmod'):
-        os.fchmod(file.fileno(), mode | 0o600)
+        os.fchmod(file.fileno(), mode & 0o777)
 
 
-def make_folder(path: str) -> None:
-    """Makes a folder, or takes the one that is there. Raises OSError for a link or file."""
+def make_folder(path: str) -> bool:
+    """Makes a folder, or takes the one that is there; says whether it was made. Raises OSError for what is
+    no folder."""
     try:
         os.mkdir(path, 0o700)
+        return True
     except FileExistsError:
         if not stat.S_ISDIR(os.lstat(path).st_mode):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+        return False
 
 
 def may_leave(target: str, inside: Tuple[str, ...]) -> bool:

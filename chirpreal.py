@@ -13,7 +13,6 @@ import time
 from typing import Any, Callable, Iterable, List, Optional, Tuple
 
 from chirpserver import CLIENTS, IDLE
-from chirpticket import HOST_SUBJECT, PublicKey
 from chirpwire import ChirpError
 
 log = logging.getLogger('vmhost.chirp')
@@ -29,24 +28,21 @@ class RealChirpServer:
     """Runs cctools' chirp_server with the same rights as ours, and starts it again should it end.
 
     What its ACL files say it reads at every request, so what may come in can change while it runs. It
-    takes any connection and then refuses it, and its clients can reach ``.__acl``: ours is tighter.
-    Thread ``chirp-watch`` starts the process and waits for it. Raises ChirpError where its folder, its
-    user or its key is no good.
+    takes any connection and then refuses it, its clients can reach ``.__acl``, it knows addresses alone, no
+    secret, no TLS, no spool: ours is tighter. Raises ChirpError where its folder or its user is no good.
     """
 
     def __init__(self, root: str, host: str = '127.0.0.1', port: int = 0,
                  allow: Optional[Iterable[str]] = None, rights: str = 'rwld',
-                 auth: str = 'address', ticket: str = '', max_clients: int = CLIENTS,
-                 idle_timeout: float = IDLE, user: str = 'nobody', program: str = 'chirp_server') -> None:
+                 max_clients: int = CLIENTS, idle_timeout: float = IDLE,
+                 user: str = 'nobody', program: str = 'chirp_server') -> None:
         self.root = os.path.realpath(root)
         self._host, self._port = host, port
         self._rights = rights
-        self._auth = auth
         self._limits = (max_clients, idle_timeout)
         self._user = user if os.getuid() == 0 else ''
         self._program = program
         self._allowed = sorted(allow or ())
-        self._ticket = ticket
         self._folder = ''              # what the server keeps beside
         self._process: Optional[subprocess.Popen] = None
         self._listens = False
@@ -65,13 +61,6 @@ class RealChirpServer:
     def allow(self, addresses: Iterable[str]) -> None:
         """From now on these addresses may do something, and no other."""
         self._allowed = sorted(addresses)
-        if self._thread is not None:
-            self._write_rights()
-
-    def set_ticket(self, pem: str) -> None:
-        """From now on, with ``auth='ticket'``, this public key opens, and no other. Raises ChirpError."""
-        PublicKey(pem)
-        self._ticket = pem
         if self._thread is not None:
             self._write_rights()
 
@@ -115,8 +104,9 @@ class RealChirpServer:
 
     def _words(self) -> List[str]:
         clients, idle = self._limits
-        words = [self._program, '-r', self.root, '-I', self._host, '-p', str(self._port),
-                 '-Z', self._file('port'), '-a', self._auth, '--inherit-default-acl',
+        words = [self._program, '-r', self.root, '-I', self._host,
+                 '-Z', self._file('port'), '-p', str(self._port),       # in this order: -Z asks for any port
+                 '-a', 'address', '--inherit-default-acl',
                  '-u', '127.0.0.1', '-U', '1000d',      # else it tells a public catalog of itself
                  '-n', 'guest', '-y', self._folder, '-t', str(int(idle)), '-M', str(clients), '-E']
         return words + (['-i', self._user] if self._user else [])
@@ -134,20 +124,8 @@ class RealChirpServer:
                 raise ChirpError('no user %s' % self._user)
 
     def _write_rights(self) -> None:
-        subjects = [HOST_SUBJECT] if self._auth == 'ticket' else ['address:' + a for a in self._allowed]
-        self._write('.__acl', ''.join('%s %s\n' % (subject, self._rights) for subject in subjects))
-        if self._auth == 'ticket':
-            wanted = self._write_ticket() if self._ticket else ''
-            for name in os.listdir(self.root):
-                if name.startswith('.__ticket.') and name != wanted:
-                    os.unlink(os.path.join(self.root, name))
-
-    def _write_ticket(self) -> str:
-        key = PublicKey(self._ticket)
-        name = '.__ticket.' + key.digest
-        self._write(name, 'subject "%s"\nticket "%s"\nexpiration "%d"\nrights "/" "%s"\n' % (
-            HOST_SUBJECT, key.pem, time.time() + 10 * 365 * 86400, self._rights))
-        return name
+        self._write('.__acl', ''.join('address:%s %s\n' % (address, self._rights)
+                                      for address in self._allowed))
 
     def _write(self, name: str, text: str) -> None:
         """All at once, and not through a link that lies there."""

@@ -1,30 +1,30 @@
-"""The requests of the Chirp protocol, one by one, on a connection of their own.
+"""A connection to a Chirp server, and the requests of the protocol on it, one by one.
 
-No threads; an object belongs to one thread at a time.
+What it is not: a mover of files and folders (chirpclient.py). No threads; an object belongs to one thread at
+a time. Paths of the server are text (or bytes), ``/`` between the names; bytes that are not UTF-8 are kept
+as surrogate escapes.
 """
 
-import bisect
+import collections
 import contextlib
 import errno
-import os
+import logging
 import re
 import socket
-import stat
-import struct
 import threading
 import time
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, TypeVar
+from typing import Any, Callable, Iterator, Optional, Tuple, TypeVar, Union
 
-from chirpticket import CHALLENGE, Ticket
 from chirpwire import (
+    CHALLENGE,
     CODES,
-    COMMON,
     CRC32,
-    GMAC,
-    IS_DIR,
+    DOESNT_EXIST,
     LINE,
+    NOT_DIR,
     PORT,
     RESERVED,
+    SECRET,
     STAT_LINE,
     AccessDenied,
     Disconnected,
@@ -35,123 +35,51 @@ from chirpwire import (
     Stat,
     TimedOut,
     Wire,
-    computes,
-    new_hash,
     parse_stat,
     quote,
+    secret_answer,
     shown,
     to_text,
+    unquote,
 )
 
-LARGE = 64 * 1024 * 1024       # a file from here on, OpenSSL is worth the time of loading it
-PIECE = 4 * 1024 * 1024        # bytes that one pread or pwrite of the client moves
-SLOWEST_HASH = 2 * 1024 * 1024         # and of which it must compute a checksum
+log = logging.getLogger('vmhost.chirp')
+
+SLOWEST_HASH = 2 * 1024 * 1024         # bytes per second of which a peer must compute a checksum
+LISTING = 256 * 1024 * 1024    # bytes of a folder's names that are taken in
+IN_MEMORY = 1024 * 1024        # and of these, what is not on disk
+REPLY_LINE = re.compile(br'-?[0-9]{1,18} *$')
+STATFS_LINE = re.compile(br'-?[0-9]{1,20}( -?[0-9]{1,20}){6} *$')
+NAME_LINE = 1024               # bytes of a line in a listing
+DEPTH = 32                     # requests that are sent ahead
+AHEAD = 16 * 1024              # and their bytes: what a server takes in while it waits for us to read
 
 
-# --- the client: requests --------------------------------------------------------------------
-
-REPLY = 64 * 1024              # bytes of a reply that isn't file content
-LISTING = 8 * 1024 * 1024      # bytes that the listings which are held at once may take
-
-
-class Entry(NamedTuple):
-    """What a listing says of a name: bytes, mode with its type bits, seconds."""
-    name: str
-    size: int
-    mode: int
-    mtime: int
-
-    @property
-    def is_dir(self) -> bool:
-        return stat.S_ISDIR(self.mode)
-
-    @property
-    def is_file(self) -> bool:
-        return stat.S_ISREG(self.mode)
-
-    @property
-    def is_link(self) -> bool:
-        return stat.S_ISLNK(self.mode)
-
-
-class Listing:
-    """The entries of a folder, in the order of their names; kept small, since a folder may be large."""
-
-    ENTRY = struct.Struct('>QLq')
-    MORE = 50                  # bytes that Python adds to a record
-
-    def __init__(self, limit: int) -> None:
-        self._records: List[bytes] = []
-        self._limit = limit
-        self.size = 0                  # bytes that it takes
-
-    def add(self, name: bytes, found: Stat) -> None:
-        """Raises ProtocolError where it becomes too large."""
-        record = name + b'\0' + self.ENTRY.pack(found.size, found.mode & 0xffffffff,
-                                                max(-1 << 62, min(found.mtime, 1 << 62)))
-        self.size += len(record) + self.MORE
-        if self.size > self._limit:
-            raise ProtocolError('a folder of too many entries')
-        self._records.append(record)
-
-    def sort(self) -> 'Listing':
-        self._records.sort()
-        return self
-
-    def folders(self) -> 'Listing':
-        """Those of the entries alone."""
-        found = Listing(self._limit)
-        found._records = [record for record in self._records if self._entry(record).is_dir]
-        found.size = sum(len(record) + self.MORE for record in found._records)
-        return found
-
-    def without_parts(self) -> 'Listing':
-        """Forgets what isn't whole yet."""
-        self._records = [record for record in self._records
-                         if not record[:-self.ENTRY.size].endswith(PART + b'\0')]
-        return self
-
-    def find(self, name: bytes) -> Optional[Entry]:
-        """The entry of that name."""
-        index = bisect.bisect_left(self._records, name + b'\0')
-        if index < len(self._records) and self._records[index].startswith(name + b'\0'):
-            return self._entry(self._records[index])
-        return None
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __iter__(self) -> Iterator[Entry]:
-        return map(self._entry, self._records)
-
-    def _entry(self, record: bytes) -> Entry:
-        name, _, numbers = record.partition(b'\0')
-        size, mode, mtime = self.ENTRY.unpack(numbers)
-        return Entry(to_text(name), size, mode, mtime)
-
-
-def is_safe_name(name: bytes) -> bool:
-    """Whether a name of a listing is one of an entry, and not a way elsewhere."""
-    return (name not in (b'', b'.', b'..') and b'/' not in name and b'\0' not in name
-            and not name.startswith(RESERVED) and len(name) <= 255)
-
-
-class Requests:
+class Connection:
     """The calls of the protocol, one by one, on a connection that is made when it is needed, and
     again, once, where it has ended between two requests (servers end idle ones). All of them
-    raise Refused for an error reply, and Disconnected, TimedOut, AccessDenied, Cancelled."""
+    raise Refused for an error reply, and Disconnected, TimedOut, AccessDenied, Cancelled.
 
-    def __init__(self, address: str, port: int = PORT, timeout: float = 30.0,
-                 ticket: Optional[Ticket] = None) -> None:
+    ``secret``: what this and the guest of that ``id`` share: proved to a server that asks for it (bytes).
+    ``tls``: an ssl.SSLContext, to talk TLS alone; its check of names is for ``address``.
+    ``timeout``: seconds that the server may be silent. ``cancel``, an event, and ``until``, a monotonic time,
+    end whatever is under way.
+    """
+
+    def __init__(self, address: str, port: int = PORT, timeout: float = 30.0, secret: bytes = b'',
+                 id: str = '', tls: Any = None) -> None:
         self.address = address
         self.port = port
         self.timeout = timeout
-        self.ticket = ticket
+        self.secret = secret
+        self.id = id
+        self.tls = tls
         self.cancel: Optional[threading.Event] = None
+        self.until: Optional[float] = None
         self.subject = ''              # who the server says that we are
+        self.root: Optional[str] = None        # where what it serves is on its machine, if it is one of ours
         self._wire: Optional[Wire] = None
         self._used = False             # whether this connection has answered a request
-        self._knows: Dict[str, bool] = {}    # checksums, once it was asked for
 
     def __enter__(self: 'Client') -> 'Client':
         return self
@@ -165,21 +93,28 @@ class Requests:
         """The connection, authenticated; made now, unless it is there."""
         if self._wire is None:
             wire = Wire(self._dial(), self.timeout)
-            wire.cancel = self.cancel
+            wire.cancel, wire.until = self.cancel, self.until
             try:
                 self.subject = self._authenticate(wire)
+                self.root = self._greet(wire)
             except BaseException:
                 wire.close()
                 raise
             self._wire, self._used = wire, False
-        self._wire.cancel = self.cancel
+        self._wire.cancel, self._wire.until = self.cancel, self.until
         return self._wire
 
     def disconnect(self) -> None:
         """Ends the connection, if there is one. The next request makes another."""
-        wire, self._wire, self._knows = self._wire, None, {}
+        wire, self._wire = self._wire, None
         if wire is not None:
             wire.close()
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the server is one of ours; connects, if need be. No request may be under way then."""
+        self.connect()
+        return self.root is not None
 
     @contextlib.contextmanager
     def moving_content(self) -> Iterator[None]:
@@ -190,25 +125,33 @@ class Requests:
             self.disconnect()
             raise
 
-    def give_up_ended(self) -> None:
+    def drop_if_ended(self) -> None:
         """Notices that the server has ended the connection, before requests are sent ahead on it. No request
         may be under way."""
         if self._wire is not None and self._wire.has_ended():
             self.disconnect()
 
     def _dial(self) -> socket.socket:
+        seconds = self.timeout if self.until is None else min(self.timeout, self.until - time.monotonic())
         try:
-            return socket.create_connection((self.address, self.port), self.timeout)
+            sock = socket.create_connection((self.address, self.port), max(seconds, 0.001))
         except socket.timeout:
             raise TimedOut('%s:%d doesn\'t answer' % (self.address, self.port))
         except OSError as error:
             raise Disconnected('%s:%d can\'t be reached: %s' % (self.address, self.port, error))
+        if self.tls is None:
+            return sock
+        try:
+            return self.tls.wrap_socket(sock, server_hostname=self.address)
+        except (OSError, ValueError) as error:
+            sock.close()
+            raise AccessDenied('%s:%d: no TLS: %s' % (self.address, self.port, error))
 
     def _authenticate(self, wire: Wire) -> str:
-        """By ticket, if there is one, else by address; never ``unix``, where the server names a file
+        """By the secret, if there is one, else by address; never ``unix``, where the server names a file
         that the client makes."""
         try:
-            if self.ticket is not None and self._show_ticket(wire, self.ticket):
+            if self.secret and self._show_secret(wire):
                 return self._subject_of(wire)
             wire.put(b'address\n')
             if wire.line() == b'yes' and wire.line() == b'yes':
@@ -217,26 +160,35 @@ class Requests:
             raise AccessDenied('%s:%d turns us away' % (self.address, self.port))
         raise AccessDenied('%s:%d doesn\'t let us in' % (self.address, self.port))
 
-    def _show_ticket(self, wire: Wire, ticket: Ticket) -> bool:
-        wire.put(b'ticket\n')
+    def _show_secret(self, wire: Wire) -> bool:
+        wire.put(SECRET.encode('ascii') + b'\n')
         if wire.line() != b'yes':
             return False
-        wire.put(ticket.public.digest.encode('ascii') + b'\n')
-        answer = wire.line()
-        if answer == b'%d' % CHALLENGE:
-            signature = ticket.sign(wire.read(CHALLENGE))
-            wire.put(b'%d\n' % len(signature) + signature)
-            if wire.line() == b'success':
-                return True
-        elif answer not in (b'declined', b'failure'):
-            raise ProtocolError('ticket: %.80r' % answer)
-        wire.put(b'==\n')
-        return False
+        challenge = wire.line()
+        if not re.match(b'[0-9a-f]{%d}$' % (2 * CHALLENGE), challenge):
+            raise ProtocolError('not a challenge: %.80r' % challenge)
+        wire.put(secret_answer(self.secret, self.id, challenge) + b'\n')
+        if wire.line() != b'yes':
+            raise AccessDenied('%s:%d has another secret than %s' % (self.address, self.port, self.id))
+        return True
 
     def _subject_of(self, wire: Wire) -> str:
         if wire.line() != b'yes':
             raise ProtocolError('authentication went wrong')
         return to_text(wire.line() + b':' + wire.line())
+
+    def _greet(self, wire: Wire) -> Optional[str]:
+        """Says that this is one of ours, and learns whether the server is, and what it serves."""
+        wire.put(b'vmhost 1\n')
+        try:
+            count = self._number(wire, '')
+        except Refused:
+            return None
+        if count > 4096:
+            raise ProtocolError('a path of %d bytes' % count)
+        return to_text(wire.read(count)) or None
+
+    # Requests and replies.
 
     def ask(self, what: str, *words: Any) -> bytes:
         """A request line: text and numbers as they are; bytes are quoted already."""
@@ -248,10 +200,19 @@ class Requests:
 
     def result(self, wire: Wire, what: str = '') -> int:
         """The number of a reply. Raises Refused where it is negative."""
+        try:
+            number = self._number(wire, what)
+        except ProtocolError:
+            self.disconnect()
+            raise
+        finally:
+            self._used = True
+        return number
+
+    def _number(self, wire: Wire, what: str) -> int:
         line = wire.line()
         if not REPLY_LINE.match(line):
-            raise self.broken('not a reply: %.80r' % line)
-        self._used = True
+            raise ProtocolError('not a reply: %.80r' % line)
         if line.startswith(b'-'):
             raise Refused(int(line), what)
         return int(line)
@@ -286,10 +247,6 @@ class Requests:
 
     # Files and folders.
 
-    def whoami(self) -> str:
-        """Who the server says that we are, ``address:…`` or the subject of a ticket."""
-        return to_text(self.call('whoami', 1024, read=self._payload(1024)))
-
     def stat(self, path: Path) -> Stat:
         """Of what the path leads to, through links."""
         return self.call('stat', quote(path), about=path, read=read_stat)
@@ -298,11 +255,19 @@ class Requests:
         """Of what has this name, a link itself."""
         return self.call('lstat', quote(path), about=path, read=read_stat)
 
-    def ls(self, path: Path = '/', held: int = 0) -> Listing:
-        """The entries of a folder. Names that could lead elsewhere raise ProtocolError, as does a listing
-        that takes, with the ``held`` bytes of others, more than LISTING."""
-        return self.call('getlongdir', quote(path), about=path,
-                         read=lambda wire, _: self._read_listing(wire, LISTING - held))
+    def find(self, path: Path, follow: bool = True) -> Optional[Stat]:
+        """``stat`` or ``lstat``; None of what isn't there."""
+        try:
+            return self.stat(path) if follow else self.lstat(path)
+        except Refused as refused:
+            if refused.code in (DOESNT_EXIST, NOT_DIR):
+                return None
+            raise
+
+    def ls(self, path: Path = '/') -> Iterator[Stat]:
+        """The entries of a folder, in any order, however many: beyond some they are kept on disk meanwhile.
+        Names that could lead elsewhere raise ProtocolError."""
+        return entries_in(self.call('getlongdir', quote(path), about=path, read=self._read_listing))
 
     def mkdir(self, path: Path, mode: int = 0o755) -> None:
         self.call('mkdir', quote(path), mode, about=path, again=False)
@@ -320,14 +285,20 @@ class Requests:
     def rename(self, old: Path, new: Path) -> None:
         self.call('rename', quote(old), quote(new), about=old, again=False)
 
-    def link(self, old: Path, new: Path) -> None:
-        self.call('link', quote(old), quote(new), about=new, again=False)
+    def replacing(self, old: Path, new: Path) -> bytes:
+        """The request that gives a file its name; by a server of ours with the owner of what it replaces.
+        Raises Refused where the two paths don't fit into one line."""
+        return self.ask('replace' if self.is_ours else 'rename', quote(old), quote(new))
+
+    def replace(self, old: Path, new: Path) -> None:
+        """Gives a file its name, as ``replacing`` says."""
+        self.call('replace' if self.is_ours else 'rename', quote(old), quote(new), about=new, again=False)
 
     def symlink(self, target: Path, new: Path) -> None:
         self.call('symlink', quote(target), quote(new), about=new, again=False)
 
     def readlink(self, path: Path) -> str:
-        return to_text(self.call('readlink', quote(path), 4096, about=path, read=self._payload(4096)))
+        return to_text(self.call('readlink', quote(path), 4096, about=path, read=payload(4096)))
 
     def chmod(self, path: Path, mode: int) -> None:
         self.call('chmod', quote(path), mode & 0o7777, about=path)
@@ -335,61 +306,25 @@ class Requests:
     def utime(self, path: Path, atime: int, mtime: int) -> None:
         self.call('utime', quote(path), int(atime), int(mtime), about=path)
 
-    def truncate(self, path: Path, length: int) -> None:
-        self.call('truncate', quote(path), length, about=path)
-
-    def access(self, path: Path, mask: int = os.R_OK) -> None:
-        """Raises Refused where the path can't be used so."""
-        self.call('access', quote(path), mask, about=path)
-
-    def statfs(self, path: Path = '/') -> Tuple[int, ...]:
-        """(type, block size, blocks, free, available, files, free files)."""
-        return self.call('statfs', quote(path), about=path, read=self._read_statfs)
+    def free_bytes(self, path: Path = '/') -> int:
+        """What the disk of a folder has room for."""
+        return self.call('statfs', quote(path), about=path, read=read_free_bytes)
 
     def hash(self, path: Path, algorithm: str = 'sha1', size: int = 0) -> bytes:
-        """The digest, ``sha1``, ``md5``, or, by a server of ours, ``crc32`` or ``gmac``, that the server has.
-        ``size``: the file's, for the time that it may take."""
-        return self.call(*words_of_hash(path, algorithm), about=path, read=self._payload(64),
+        """The digest, ``sha1`` or ``md5``, that the server has of a file. ``size``: the file's, for the time
+        that it may take."""
+        return self.call('hash', algorithm, quote(path), about=path, read=payload(64),
                          patience=size / SLOWEST_HASH)
 
-    def algorithm(self, size: int = 0) -> str:
-        """The algorithm to verify a file of that size with: the fastest that both have. No request may be
-        under way."""
-        if size >= LARGE and computes(GMAC) and self._has(GMAC):
-            return GMAC
-        return CRC32 if self._has(CRC32) else COMMON
-
-    def _has(self, algorithm: str) -> bool:
-        """Whether the server has one of ours."""
-        if algorithm not in self._knows:
-            self._knows[algorithm] = False
-            try:
-                self.hash('/', algorithm)
-            except Refused as refused:     # who knows what is asked for says that of a folder
-                self._knows[algorithm] = refused.code == IS_DIR
-        return self._knows[algorithm]
-
-    def has_same(self, path: Path, checksum: Any, size: int) -> bool:
-        """Whether the server's file, of that size, has this checksum, of hashlib's kind."""
-        return self.hash(path, checksum.name, size) == checksum.digest()
-
-    def reads_same(self, wire: Wire, count: int, content: bytes) -> bool:
-        """Whether the digest that follows is the content's; ``count``: the reply to its request."""
-        checksum = new_hash(self.algorithm(), content)
-        if count != checksum.digest_size:
-            raise self.broken('hash: a wrong count')
-        return wire.read(count) == checksum.digest()
-
-    def getacl(self, path: Path = '/') -> List[Tuple[str, str]]:
-        """(subject, rights) pairs."""
-        return self.call('getacl', quote(path), about=path, read=self._read_acl)
-
-    def setacl(self, path: Path, subject: str, rights: str) -> None:
-        self.call('setacl', quote(path), quote(subject), rights, about=path)
+    def asking_for_digest(self, path: Path, start: int, count: int) -> Tuple[str, bytes]:
+        """(algorithm, request): CRC-32 of a part, by a server of ours, else SHA-1 of the whole."""
+        if self.is_ours:
+            return CRC32, self.ask(CRC32, quote(path), start, count)
+        return 'sha1', self.ask('hash', 'sha1', quote(path))
 
     def getfile(self, path: Path, limit: int = 16 * 1024 * 1024) -> bytes:
         """A small file's content. Raises ProtocolError where it is larger than the limit."""
-        return self.call('getfile', quote(path), about=path, read=self._payload(limit))
+        return self.call('getfile', quote(path), about=path, read=payload(limit))
 
     def putfile(self, path: Path, content: bytes, mode: int = 0o644) -> None:
         """Writes a small file; on a real server others may see it half-written."""
@@ -410,78 +345,64 @@ class Requests:
         return self.call('fstat', file, again=False, read=read_stat)
 
     def pread(self, file: int, length: int, offset: int) -> bytes:
-        return self.call('pread', file, length, offset, again=False, read=self._payload(length))
+        return self.call('pread', file, length, offset, again=False, read=payload(length))
 
     def pwrite(self, file: int, data: bytes, offset: int) -> int:
         """How many bytes were written."""
         return self.call('pwrite', file, len(data), offset, data=data, again=False)
 
-    def fsync(self, file: int) -> None:
-        self.call('fsync', file, again=False)
-
-    def ftruncate(self, file: int, length: int) -> None:
-        self.call('ftruncate', file, length, again=False)
-
     # Reading replies.
-
-    def _payload(self, limit: int) -> Callable[[Wire, int], bytes]:
-        def read(wire: Wire, count: int) -> bytes:
-            if count > limit:
-                raise ProtocolError('%d bytes where %d were asked for' % (count, limit))
-            return wire.read(count)
-        return read
 
     def _send_content(self, wire: Wire, content: bytes, path: Path) -> None:
         wire.put(content)
         if self.result(wire, shown(path)) != len(content):
             raise ProtocolError('putfile: a wrong count')
 
-    def _read_listing(self, wire: Wire, limit: int) -> Listing:
-        listing = Listing(limit)
-        deadline = wire.deadline(LISTING)
-        name = wire.line(NAME_LINE)
-        while name:
-            line = wire.line(NAME_LINE)
-            while not STAT_LINE.match(line):           # a newline in a name, as the real server has it
-                name += b'\n' + line
-                if len(name) > NAME_LINE:
-                    raise ProtocolError('a name of more than %d bytes' % NAME_LINE)
-                line = wire.line(NAME_LINE)
-            if name not in (b'.', b'..') and not name.startswith(RESERVED):
+    def _read_listing(self, wire: Wire, _: int) -> Any:
+        """A file of entries: the size of a name, the name, its stat line. All of a listing is read before
+        anything else can be asked for."""
+        import tempfile
+        file = tempfile.SpooledTemporaryFile(IN_MEMORY, prefix='chirp-')
+        try:
+            deadline, taken = wire.deadline(LISTING), 0
+            for name, line in entries_of(wire):
+                taken += len(name) + len(line)
+                if taken > LISTING:
+                    raise ProtocolError('a folder of too many entries')
+                if time.monotonic() > deadline:
+                    raise TimedOut('a listing without an end')
+                name = unquote(name) if self.root is not None else name
+                if name in (b'.', b'..') or self.root is None and name.startswith(RESERVED):
+                    continue
                 if not is_safe_name(name):
                     raise ProtocolError('a listing with the name %.300r' % name)
-                listing.add(name, parse_stat(line))
-            if time.monotonic() > deadline:
-                raise TimedOut('a listing without an end')
-            name = wire.line(NAME_LINE)
-        return listing.sort()
-
-    def _read_statfs(self, wire: Wire, _: int) -> Tuple[int, ...]:
-        line = wire.line()
-        if not re.match(br'-?[0-9]{1,20}( -?[0-9]{1,20}){6} *$', line):
-            raise ProtocolError('not a statfs line: %.80r' % line)
-        return tuple(map(int, line.split()))
-
-    def _read_acl(self, wire: Wire, _: int) -> List[Tuple[str, str]]:
-        lines: List[Tuple[str, str]] = []
-        line = wire.line()
-        while line:
-            words = to_text(line).rpartition(' ')
-            lines.append((words[0], words[2]))
-            if len(lines) > 1000:
-                raise ProtocolError('an ACL without an end')
-            line = wire.line()
-        return lines
+                parse_stat(line)
+                file.write(b'%d\n%s%s\n' % (len(name), name, line))
+            file.seek(0)
+            return file
+        except BaseException:
+            file.close()
+            raise
 
 
-REPLY_LINE = re.compile(br'-?[0-9]{1,18} *$')
-NAME_LINE = 1024               # bytes of a line in a listing
-Client = TypeVar('Client', bound=Requests)
+def entries_in(file: Any) -> Iterator[Stat]:
+    """The entries that ``_read_listing`` put into a file, which is closed at their end."""
+    with file:
+        for head in iter(file.readline, b''):
+            name = file.read(int(head))
+            yield parse_stat(file.readline().rstrip(b'\n'), to_text(name))
 
 
-def words_of_hash(path: Path, algorithm: str) -> Tuple[Any, ...]:
-    """The request for a file's digest."""
-    return (algorithm, quote(path)) if algorithm in (CRC32, GMAC) else ('hash', algorithm, quote(path))
+Client = TypeVar('Client', bound=Connection)
+
+
+def payload(limit: int) -> Callable[[Wire, int], bytes]:
+    """What reads as many bytes as the reply says, if that is what was asked for."""
+    def read(wire: Wire, count: int) -> bytes:
+        if count > limit:
+            raise ProtocolError('%d bytes where %d were asked for' % (count, limit))
+        return wire.read(count)
+    return read
 
 
 def read_stat(wire: Wire, _: int) -> Stat:
@@ -489,4 +410,66 @@ def read_stat(wire: Wire, _: int) -> Stat:
     return parse_stat(wire.line())
 
 
-PART = b'.vmhost-part'         # how the name of what isn't whole yet ends; nobody else's does
+def read_free_bytes(wire: Wire, _: int) -> int:
+    line = wire.line()
+    if not STATFS_LINE.match(line):
+        raise ProtocolError('not a statfs line: %.80r' % line)
+    numbers = [int(word) for word in line.split()]
+    return numbers[1] * numbers[4]
+
+
+def entries_of(wire: Wire) -> Iterator[Tuple[bytes, bytes]]:
+    """(name, stat line) of each entry of a listing. A name with a newline is more than one line, as the real
+    server has it; one with a carriage return is what it is."""
+    name = wire.raw_line(NAME_LINE)
+    while name:
+        line = wire.raw_line(NAME_LINE)
+        while not STAT_LINE.match(line):
+            name += b'\n' + line
+            if len(name) > NAME_LINE:
+                raise ProtocolError('a name of more than %d bytes' % NAME_LINE)
+            line = wire.raw_line(NAME_LINE)
+        yield name, line
+        name = wire.raw_line(NAME_LINE)
+
+
+def is_safe_name(name: bytes) -> bool:
+    """Whether a name of a listing is one of an entry, and not a way elsewhere."""
+    return name not in (b'', b'.', b'..') and b'/' not in name and b'\0' not in name and len(name) <= 255
+
+
+class Pipeline:
+    """Requests sent ahead, and what to do with each reply, in order."""
+
+    def __init__(self, client: Connection) -> None:
+        self._client = client
+        self._waiting: collections.deque = collections.deque()
+        self._bytes = 0
+
+    def add(self, line: bytes, read: Callable[[Wire, Union[int, Refused]], None]) -> None:
+        """Sends a request; ``read`` gets the wire and the number of the reply, or the refusal."""
+        self._client.connect().put(line)
+        self._waiting.append((len(line), read))
+        self._bytes += len(line)
+        while len(self._waiting) > DEPTH or self._bytes > AHEAD:
+            self.step()
+
+    def step(self) -> None:
+        """Reads the reply of the oldest request."""
+        size, read = self._waiting.popleft()
+        self._bytes -= size
+        wire = self._client.connect()
+        try:
+            result: Union[int, Refused] = self._client.result(wire)
+        except Refused as refused:
+            result = refused
+        read(wire, result)
+
+    def is_idle(self) -> bool:
+        """Whether no request is under way."""
+        return not self._waiting
+
+    def drain(self) -> None:
+        """Reads all replies."""
+        while self._waiting:
+            self.step()

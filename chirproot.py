@@ -1,77 +1,106 @@
 """A folder that is served: paths are resolved within it, and nothing leads out.
 
-No threads of its own; any thread may use it.
+What it is not: a judge of who may do what; the server asks its ACL. No threads of its own; any thread may use
+it.
 """
 
 import contextlib
+import copy
 import errno
 import os
 import stat
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
-from chirpwire import BLOCK, PATH, RESERVED, ChirpError, is_zero, new_hash
+from chirpwire import PATH, RESERVED, TEMPORARY, ChirpError, is_zero
 
-TEMPORARY = b'.__put.'         # files that are still being received
 LINKS = 40                     # symbolic links that one path may lead through
 DEEPEST = 200                  # levels that rmall goes down
+OF_SERVERS = (TEMPORARY, b'.__acl', b'.__uuid', b'.__ticket.', b'.__alloc')      # ours, and the real one
 
 
 class Root:
     """A folder as the peers see it. Every path is resolved name by name, from descriptor to descriptor,
     without the kernel following a link; links are resolved here, within the folder. So no ``..``, no
-    link and no race leads out, whoever made it. Raises OSError. Any thread may use it."""
+    link and no race leads out, whoever made it. Raises OSError. Any thread may use it.
+
+    ``shown``: {name: folder} of what can be read under that name at the top, and never changed.
+    """
 
     def __init__(self, path: str, shown: Optional[Dict[str, str]] = None) -> None:
-        """``shown``: {name: folder} of what can be read under that name at the top, and never changed."""
         if os.open not in os.supports_dir_fd:
             raise ChirpError('this system can\'t open files relative to a folder: it can\'t serve')
         self.path = os.path.realpath(path)
-        self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-        self._shown = {os.fsencode(name): os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-                       for name, folder in (shown or {}).items()}
+        self.ours = False              # whether a program of ours looks at it
+        self._reserved: Tuple[bytes, ...] = (RESERVED,)
         self._closed = False
+        self._shown: Dict[bytes, Root] = {}
+        self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            for name, folder in (shown or {}).items():
+                self._shown[os.fsencode(name)] = Root(folder)
+        except OSError:
+            self.close()
+            raise
+
+    def for_ours(self) -> 'Root':
+        """The same folder, not to be closed, as programs of ours see it: every name can be said, and all but
+        those that servers make belong to the user."""
+        root = copy.copy(self)
+        root.ours, root._reserved = True, OF_SERVERS
+        return root
 
     def close(self) -> None:
         """Closes its descriptor. A second call does nothing: the number may be another file's by then."""
         if not self._closed:
             self._closed = True
-            for fd in (self._fd, *self._shown.values()):
-                os.close(fd)
+            os.close(self._fd)
+            for root in self._shown.values():
+                root.close()
 
     @contextlib.contextmanager
-    def parent(self, path: bytes, follow: bool = True, write: bool = True) -> Iterator[Tuple[int, bytes]]:
+    def parent(self, path: bytes, follow: bool = True) -> Iterator[Tuple[int, bytes]]:
         """The descriptor of the folder that a path's last name is in, and that name ('.': the root).
-        With ``follow`` the name isn't a link, or wasn't a moment ago: use it without following.
-        ``write``: something will be changed by it."""
-        names = split_path(path)
-        if write and names and names[0] in self._shown:
-            raise OSError(errno.EROFS, 'to be read only')
-        fd, name = self._walk(names, follow)
+        With ``follow`` the name isn't a link, or wasn't a moment ago: use it without following."""
+        names = self._names(path)
+        root = self
+        if names and names[0] in self._shown:
+            root, names = self._shown[names[0]], names[1:]
+        fd, name = root._walk(names, follow)
         try:
             yield fd, name
         finally:
-            self._leave(fd)
+            root._leave(fd)
+
+    @contextlib.contextmanager
+    def changing(self, path: bytes, follow: bool = True) -> Iterator[Tuple[int, bytes]]:
+        """``parent`` of what is going to be made, changed or removed."""
+        names = self._names(path)
+        if names and names[0] in self._shown:
+            raise PermissionError(errno.EROFS, 'to be read only')
+        with self.parent(path, follow) as found:
+            yield found
 
     def free_bytes(self) -> int:
         return free_bytes(self._fd)
 
     def stat(self, path: bytes, follow: bool = True) -> os.stat_result:
-        with self.parent(path, follow, write=False) as (fd, name):
+        with self.parent(path, follow) as (fd, name):
             return os.stat(name, dir_fd=fd, follow_symlinks=False)
 
-    def open(self, path: bytes, flags: int = os.O_RDONLY, mode: int = 0o600, write: bool = False) -> int:
+    def open(self, path: bytes, flags: int = os.O_RDONLY) -> int:
         """A descriptor of a regular file or, to read, of a folder."""
-        with self.parent(path, write=write) as (fd, name):
-            return open_in(fd, name, flags, mode)
+        find = self.parent if flags & os.O_ACCMODE == os.O_RDONLY else self.changing
+        with find(path) as (fd, name):
+            return open_in(fd, name, flags)
 
     def list(self, path: bytes) -> Iterator[Tuple[bytes, os.stat_result]]:
-        """What is in a folder, ``.`` and ``..`` too; not what can't be said in a line."""
+        """What is in a folder, ``.`` and ``..`` too, one by one; not what can't be said."""
         fd = self.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             yield b'.', os.fstat(fd)
             yield b'..', os.fstat(fd)
-            for name in map(os.fsencode, os.listdir(fd)):
-                if b'\n' in name or name.startswith(RESERVED):
+            for name in names_in(fd):
+                if b'\n' in name and not self.ours or name.startswith(self._reserved):
                     continue
                 try:
                     yield name, os.stat(name, dir_fd=fd, follow_symlinks=False)
@@ -80,10 +109,19 @@ class Root:
         finally:
             os.close(fd)
 
+    def _names(self, path: bytes) -> List[bytes]:
+        """The names of a path of a request, which can't climb over the root. Raises OSError for ours."""
+        names = split_path(path)
+        self._check_reserved(names)
+        return names
+
+    def _check_reserved(self, names: Sequence[bytes]) -> None:
+        """Raises PermissionError for a name that is the server's own."""
+        if any(name.startswith(self._reserved) for name in names):
+            raise PermissionError(errno.EACCES, 'a name of the server\'s own')
+
     def _walk(self, names: List[bytes], follow: bool) -> Tuple[int, bytes]:
         here, done, links = self._fd, [], 0    # type: int, List[bytes], int
-        if names and names[0] in self._shown:
-            here = os.dup(self._shown[names.pop(0)])
         try:
             while names:
                 name = names.pop(0)
@@ -106,7 +144,9 @@ class Root:
                 links += 1
                 if links > LINKS:
                     raise OSError(errno.EINVAL, 'too many links')
-                names[:0] = link_names(target)
+                leads = [name for name in target.split(b'/') if name not in (b'', b'.')]
+                self._check_reserved(leads)
+                names[:0] = leads              # with their '..': what precedes may be a link, too
                 if target.startswith(b'/'):
                     here, done = self._leave(here), []
             return here, b'.'
@@ -139,7 +179,7 @@ WALK = (getattr(os, 'O_PATH', 0) | getattr(os, 'O_DIRECTORY', 0) | getattr(os, '
 
 
 def split_path(path: bytes) -> List[bytes]:
-    """The names of a path of a request, which can't climb over the root. Raises OSError for ours."""
+    """The names of a path, which can't climb over the root. Raises OSError."""
     if len(path) > PATH:
         raise OSError(errno.ENAMETOOLONG, 'path too long')
     names: List[bytes] = []
@@ -148,21 +188,17 @@ def split_path(path: bytes) -> List[bytes]:
             del names[-1:]
         elif name not in (b'', b'.'):
             names.append(name)
-    check_reserved(names)
     return names
 
 
-def link_names(target: bytes) -> List[bytes]:
-    """The names of a link's target; ``..`` stay, since what precedes may be a link, too."""
-    names = [name for name in target.split(b'/') if name not in (b'', b'.')]
-    check_reserved(names)
-    return names
-
-
-def check_reserved(names: Sequence[bytes]) -> None:
-    """Raises PermissionError for a name that is the server's own."""
-    if any(name.startswith(RESERVED) for name in names):
-        raise PermissionError(errno.EACCES, 'a name of the server\'s own')
+def names_in(fd: int) -> Iterator[bytes]:
+    """The names in an open folder, one by one, however many there are."""
+    if os.scandir in os.supports_fd:
+        with os.scandir(fd) as entries:
+            for entry in entries:
+                yield os.fsencode(entry.name)
+    else:                              # Python 3.6
+        yield from map(os.fsencode, os.listdir(fd))
 
 
 def link_target(fd: int, name: bytes) -> Optional[bytes]:
@@ -205,15 +241,22 @@ def remove_tree(fd: int, name: bytes, depth: int = 0) -> None:
         raise OSError(errno.EMFILE, 'too deep')
     inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
     try:
-        for entry in os.listdir(inner):
-            remove_tree(inner, os.fsencode(entry), depth + 1)
+        with contextlib.suppress(OSError):     # one that may not be written; or what follows says so
+            os.fchmod(inner, 0o700)
+        for entry in names_in(inner):
+            remove_tree(inner, entry, depth + 1)
     finally:
         os.close(inner)
     os.rmdir(name, dir_fd=fd)
 
 
+def servers_alone(fd: int) -> bool:
+    """Whether a folder holds nothing but files of servers."""
+    return all(name.startswith(OF_SERVERS) for name in names_in(fd))
+
+
 def remove_folder(fd: int, name: bytes) -> None:
-    """rmdir; a folder that holds nothing but the server's own files is empty."""
+    """rmdir; a folder that holds nothing but files of servers is empty."""
     try:
         os.rmdir(name, dir_fd=fd)
         return
@@ -222,10 +265,9 @@ def remove_folder(fd: int, name: bytes) -> None:
             raise
     inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
     try:
-        names = [os.fsencode(entry) for entry in os.listdir(inner)]
-        if all(entry.startswith(RESERVED) for entry in names):
-            for entry in names:
-                os.unlink(entry, dir_fd=inner)
+        names = list(names_in(inner)) if servers_alone(inner) else []
+        for entry in names:
+            os.unlink(entry, dir_fd=inner)
     finally:
         os.close(inner)
     os.rmdir(name, dir_fd=fd)
@@ -243,10 +285,16 @@ def write_all(fd: int, view: memoryview, offset: int, holes: bool = True) -> Non
         view = view[count:]
 
 
-def change_mode(fd: int, mode: int) -> None:
-    """chmod; the owner's own rights stay, setuid and its like don't come."""
-    keep = 0o700 if stat.S_ISDIR(os.fstat(fd).st_mode) else 0o600
+def change_mode(fd: int, mode: int, least: int) -> None:
+    """chmod; setuid and its like don't come. ``least``: the rights of the owner that stay, of a folder's."""
+    keep = least if stat.S_ISDIR(os.fstat(fd).st_mode) else least & 0o600
     os.fchmod(fd, mode & 0o777 | keep)
+
+
+def keep_owner(fd: int, found: os.stat_result) -> None:
+    """Gives an open file the owner of another, where we may."""
+    with contextlib.suppress(OSError):
+        os.fchown(fd, found.st_uid, found.st_gid)
 
 
 def statfs_line(fd: int) -> bytes:
@@ -259,16 +307,3 @@ def free_bytes(fd: int) -> int:
     """What the disk of a file or folder has room for."""
     found = os.fstatvfs(fd)
     return found.f_bavail * found.f_frsize
-
-
-def hash_file(fd: int, algorithm: str, checksum: Any = None, count: Optional[int] = None) -> Any:
-    """The checksum of a file, or its first bytes, read from the start, not moving where it stands."""
-    checksum = checksum or new_hash(algorithm)
-    at = 0
-    while count is None or at < count:
-        data = os.pread(fd, BLOCK if count is None else min(BLOCK, count - at), at)
-        if not data:
-            break
-        checksum.update(data)
-        at += len(data)
-    return checksum

@@ -5,11 +5,11 @@ No threads.
 
 import contextlib
 import errno
-import functools
 import logging
 import os
 import re
 import select
+import selectors
 import socket
 import stat
 import threading
@@ -28,6 +28,14 @@ SMALL = 64 * 1024              # a file up to here is read whole, and goes with 
 HOLE = 32 * 1024              # zeros that are worth a hole in a file
 SLICE = 0.2                    # seconds between looks at whether a wait was cancelled
 SLOWEST = 10 * 1024            # bytes per second that a peer must move, beside the timeout
+
+# What two programs of this project say to each other beyond the protocol; docs/protocol.md has it in full.
+CRC32 = 'crc32'                # the checksum between ours: half of the time that SHA-1 takes
+SECRET = 'secret'              # the way of authentication by a secret that both have
+CHALLENGE = 32                 # bytes of its challenge, each two digits on the wire
+
+RESERVED = b'.__'              # names that begin so are the server's own; real servers keep their ACLs so
+TEMPORARY = b'.__put.'         # what a server of ours is still receiving
 
 Path = Union[str, bytes]
 
@@ -76,13 +84,15 @@ class Changed(ChirpError):
 
 
 class Incomplete(ChirpError):
-    """Of a folder, some entries could not be moved; all others were. ``failures``: (path, reason)."""
+    """Some entries of a folder were not moved; all others were. ``failures``: (path, reason) of each, to
+    some number; ``count``: how many there are."""
 
     def __init__(self, failures: List[Tuple[str, str]], count: int) -> None:
         self.failures = failures
+        self.count = count
         text = '; '.join('%s: %s' % failure for failure in failures[:3])
         super().__init__('%d of the entries could not be moved: %s%s' % (
-            count, text, '; …' if count > 3 else ''))
+            count, text, '; and %d more' % (count - 3) if count > 3 else ''))
 
 
 class Refused(ChirpError):
@@ -147,6 +157,26 @@ def unquote(word: bytes) -> bytes:
     return word.split(b'\0', 1)[0]
 
 
+PART = re.compile(br'\.[0-9a-f]{16}\.vmhost-part$')
+
+
+def part_name(name: bytes) -> bytes:
+    """Under which name a file or folder is while it isn't whole, beside where it will be. No user's file has
+    such a name but by intent."""
+    return b'.%s.vmhost-part' % new_hash('sha1', name).hexdigest()[:16].encode('ascii')
+
+
+def is_part(name: bytes) -> bool:
+    return PART.match(name) is not None
+
+
+def secret_answer(secret: bytes, id: str, challenge: bytes) -> bytes:
+    """What proves that one knows the secret of that guest; ``challenge``: its digits, as they were sent."""
+    import hmac
+    return hmac.new(secret, b'chirp\n' + id.encode('ascii') + b'\n' + challenge,
+                    'sha256').hexdigest().encode('ascii')
+
+
 def shown(path: Path) -> str:
     """A path for a message: one line, not endless."""
     text = to_bytes(path).decode('utf-8', 'backslashreplace')
@@ -155,7 +185,8 @@ def shown(path: Path) -> str:
 
 
 class Stat(NamedTuple):
-    """What a stat line says: integers, times in seconds."""
+    """What a stat line says: integers, times in seconds. ``name``: in a listing, the entry's."""
+    name: str
     dev: int
     ino: int
     mode: int
@@ -193,12 +224,13 @@ def stat_line(found: os.stat_result) -> bytes:
 STAT_LINE = re.compile(br'-?[0-9]{1,20}(?: -?[0-9]{1,20}){12} *$')
 
 
-def parse_stat(line: bytes) -> Stat:
+def parse_stat(line: bytes, name: str = '') -> Stat:
     """Raises ProtocolError."""
     if not STAT_LINE.match(line):
         raise ProtocolError('not a stat line: %.80r' % line)
-    found = Stat(*map(int, line.split()))
-    if found.size < 0 or max(found) >= 1 << 64:
+    numbers = list(map(int, line.split()))
+    found = Stat(name, *numbers)
+    if found.size < 0 or max(numbers) >= 1 << 64:
         raise ProtocolError('a stat line out of range: %.300r' % line)
     return found
 
@@ -215,8 +247,8 @@ class Wire:
     """A connected socket, with a buffer for each way. What was ``put`` leaves at the latest before the
     next wait for the peer, so requests, or replies, that belong together share a packet.
 
-    ``timeout``: seconds of silence that are borne, at the beginning of what is awaited or sent, or within
-    it; besides, SLOWEST bounds the whole. Raises Disconnected, TimedOut, ProtocolError, and Cancelled once
+    ``timeout``: seconds of silence that are allowed. SLOWEST bounds how long a number of bytes may take, and
+    ``until``, a monotonic time, everything. Raises Disconnected, TimedOut, ProtocolError, and Cancelled once
     the event ``cancel`` is set.
     """
 
@@ -226,10 +258,13 @@ class Wire:
         self._sock = sock
         self.timeout = timeout
         self.cancel: Optional[threading.Event] = None
+        self.until: Optional[float] = None
         self._data = bytearray()
         self._at = 0           # up to where the data has been taken
         self._out: List[bytes] = []
         self._out_size = 0
+        # TLS has no descriptor that the kernel could send a file to.
+        self._sendfile = no_sendfile if hasattr(sock, 'context') else SENDFILE
         sock.settimeout(SLICE)
         with contextlib.suppress(OSError):     # a socket pair has no such option
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -240,19 +275,14 @@ class Wire:
 
     def has_ended(self) -> bool:
         """Whether the end arrived, or what nobody asked for."""
-        self._sock.settimeout(0)
-        try:
-            self._sock.recv(1, socket.MSG_PEEK)
-            return True
-        except OSError as error:
-            return not isinstance(error, BlockingIOError)
-        finally:
-            self._sock.settimeout(SLICE)
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._sock, selectors.EVENT_READ)
+            return bool(selector.select(0))
 
     def interrupt(self) -> None:
         """Ends the connection for whoever waits on it, who closes it then. Safe from any thread."""
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):     # a TLS socket's own shutdown is for its thread alone
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
 
     @contextlib.contextmanager
     def patient(self, seconds: float) -> Iterator[None]:
@@ -267,6 +297,10 @@ class Wire:
 
     def line(self, limit: int = LINE) -> bytes:
         """The next line, without its LF and any CR."""
+        return self.raw_line(limit).replace(b'\r', b'')
+
+    def raw_line(self, limit: int = LINE) -> bytes:
+        """The next line, without its LF."""
         end = self._data.find(b'\n', self._at)
         if end < 0:
             end = self._wait_for_line(limit)
@@ -274,11 +308,7 @@ class Wire:
             raise ProtocolError('a line of more than %d bytes' % limit)
         line = bytes(self._data[self._at:end])
         self._at = end + 1
-        return line.replace(b'\r', b'') if b'\r' in line else line
-
-    def has_line(self) -> bool:
-        """Whether a whole line has arrived already."""
-        return self._data.find(b'\n', self._at) >= 0
+        return line
 
     def read(self, count: int) -> bytes:
         """Exactly so many bytes; for small counts."""
@@ -315,7 +345,8 @@ class Wire:
 
     def deadline(self, count: int) -> float:
         """Until when so many bytes must have moved."""
-        return time.monotonic() + self.timeout + count / SLOWEST
+        deadline = time.monotonic() + self.timeout + count / SLOWEST
+        return deadline if self.until is None else min(deadline, self.until)
 
     def _wait_for_line(self, limit: int) -> int:
         deadline = self.deadline(0)
@@ -350,18 +381,22 @@ class Wire:
                 raise Disconnected('the connection broke: %s' % error)
             if not got:
                 raise EndOfStream('the peer closed the connection')
+            self.check_cancelled()
             self._check_pace(deadline)
             return got
 
     def _look_up(self, silence: float, deadline: float) -> None:
         """While nothing moves: until ``silence`` something must have."""
         self.check_cancelled()
+        self._check_pace(deadline)
         if time.monotonic() > silence:
             raise TimedOut('nothing moved for %g seconds' % self.timeout)
-        self._check_pace(deadline)
 
     def _check_pace(self, deadline: float) -> None:
-        if time.monotonic() > deadline:
+        now = time.monotonic()
+        if self.until is not None and now > self.until:
+            raise TimedOut('it takes longer than it may')
+        if now > deadline:
             raise TimedOut('the peer is too slow')
 
     def check_cancelled(self) -> None:
@@ -402,15 +437,6 @@ class Wire:
                 silence = self.deadline(0)
                 self._check_pace(deadline)
 
-    def end(self) -> None:
-        """Says that no more comes, and waits until the peer has taken it in, and closes."""
-        self.flush()
-        with contextlib.suppress(OSError, Disconnected):
-            self._sock.shutdown(socket.SHUT_WR)
-            deadline = self.deadline(0)
-            while True:
-                self._receive(self._sock.recv, RECEIVE, deadline)
-
     def send_file(self, fd: int, offset: int, count: int) -> None:
         """Sends a part of a regular file. If the file has become shorter the connection is broken: the
         count has been announced."""
@@ -426,22 +452,37 @@ class Wire:
         except OSError as error:
             raise Disconnected('the file can\'t be sent: %s' % error)
 
+    def send_copy(self, file: Any, count: int) -> None:
+        """Sends the next bytes of an unbuffered file by way of memory.
+
+        A client does so, not by sendfile: that hands on pages that nobody has touched lately, and on one
+        machine the receiver, who has more to do, waits for the memory then (chirp_server: a fifth slower).
+        """
+        self.flush()
+        buffer = new_buffer()
+        while count:
+            got = file.readinto(buffer[:min(count, BLOCK)])
+            if not got:
+                raise Shrunk('the file became shorter while it was sent')
+            self.send(buffer[:got])
+            count -= got
+
     def _send_some(self, fd: int, offset: int, count: int, deadline: float) -> int:
         try:
-            sent = SENDFILE(self._sock.fileno(), fd, offset, count)
+            sent = self._sendfile(self._sock.fileno(), fd, offset, count)
         except (BlockingIOError, InterruptedError):
             self._wait_to_send(deadline)
             return 0
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
-            sent = self._send_copy(fd, offset, count)
+            sent = self._send_through_memory(fd, offset, count)
         if not sent:
             raise Shrunk('the file became shorter while it was sent')
         return sent
 
-    def _send_copy(self, fd: int, offset: int, count: int) -> int:
-        """Where neither the system nor the file system knows sendfile."""
+    def _send_through_memory(self, fd: int, offset: int, count: int) -> int:
+        """Where the system, the file system or the connection knows no sendfile."""
         os.lseek(fd, offset, os.SEEK_SET)
         data = os.read(fd, min(count, BLOCK))
         self.send(data)
@@ -455,173 +496,51 @@ class Wire:
             self._look_up(silence, deadline)
 
 
-
-# --- checksums of what passes ----------------------------------------------------------------
-
-CRC32 = 'crc32'                # the checksum between programs of ours: a third of the time that SHA-1 takes
-GMAC = 'gmac'                  # of their large files: half of that, where OpenSSL is at hand
-COMMON = 'sha1'                # with others'
-GMAC_OF_BYTES = bytes.fromhex('7140162cdfe5371122bfd6db6e9f42df')      # of all bytes from 0 to 255, 256 times
-
+# --- checksums -------------------------------------------------------------------------------
 
 class Crc32:
-    """zlib's CRC-32 as hashlib has its checksums. It tells what arrived altered, not what was forged:
-    no checksum can that comes from who sent the bytes."""
+    """zlib's CRC-32, as hashlib has its checksums."""
 
-    name = CRC32
     digest_size = 4
 
-    def __init__(self, value: int = 0) -> None:
-        self._value = value
+    def __init__(self) -> None:
+        self._value = 0
 
     def update(self, data: Any) -> None:
         self._value = zlib.crc32(data, self._value)
-
-    def copy(self) -> 'Crc32':
-        return Crc32(self._value)
 
     def digest(self) -> bytes:
         return self._value.to_bytes(self.digest_size, 'big')
 
 
-class Libcrypto:
-    """Of OpenSSL, which hashlib's module brings along, what that module doesn't show: AES-GCM
-    (EVP_EncryptInit(3)). Raises ImportError, OSError or AttributeError where it can't be reached this way."""
-
-    GET_TAG = 0x10             # EVP_CTRL_AEAD_GET_TAG
-
-    def __init__(self) -> None:
-        import _hashlib
-        import ctypes
-        self._ctypes = ctypes
-        self._library = ctypes.CDLL(_hashlib.__file__)
-        at, number_ = ctypes.c_void_p, ctypes.c_int
-        self._cipher = self._function('EVP_aes_128_gcm', at)()
-        self._new = self._function('EVP_CIPHER_CTX_new', at)
-        self._copy = self._function('EVP_CIPHER_CTX_copy', number_, at, at)
-        self._begin = self._function('EVP_EncryptInit_ex', number_, at, at, at, at, at)
-        self._update = self._function('EVP_EncryptUpdate', number_, at, at, at, at, number_)
-        self._end = self._function('EVP_EncryptFinal_ex', number_, at, at, at)
-        self._control = self._function('EVP_CIPHER_CTX_ctrl', number_, at, number_, number_, at)
-        self.free = self._function('EVP_CIPHER_CTX_free', None, at)
-
-    def _function(self, name: str, gives: Any, *takes: Any) -> Any:
-        function = getattr(self._library, name)
-        function.restype, function.argtypes = gives, takes
-        return function
-
-    def new(self) -> int:
-        """A context, for ``free``, whose key and nonce are zeros."""
-        context = self._new()
-        self._check(context and self._begin(context, self._cipher, None, bytes(16), bytes(12)))
-        return int(context)
-
-    def copy(self, context: int) -> int:
-        """Another one that goes on from there."""
-        other = self._new()
-        self._check(other and self._copy(other, context))
-        return int(other)
-
-    def update(self, context: int, data: Any) -> None:
-        """Authenticates bytes, or a part of a bytearray; nothing is encrypted."""
-        if len(data):
-            if isinstance(data, bytes):
-                at: Any = data
-            else:
-                at = self._ctypes.byref(self._ctypes.c_char.from_buffer(data))
-            self._check(self._update(context, None, self._count(), at, len(data)))
-
-    def end(self, context: int, size: int) -> bytes:
-        """The tag; the context can only be freed from here on."""
-        tag = self._ctypes.create_string_buffer(size)
-        self._check(self._end(context, tag, self._count()))
-        self._check(self._control(context, self.GET_TAG, size, tag))
-        return tag.raw
-
-    def _count(self) -> Any:
-        """Where a number of bytes that nobody needs goes."""
-        return self._ctypes.byref(self._ctypes.c_int())
-
-    def _check(self, worked: Any) -> None:
-        if not worked:
-            raise MemoryError('OpenSSL refuses to compute GMAC')
-
-
-class Gmac:
-    """GMAC (NIST SP 800-38D) with a key and a nonce of zeros, as hashlib has its checksums. Processors
-    multiply polynomials for it. It tells what arrived altered, as Crc32 does, not what was forged."""
-
-    name = GMAC
-    digest_size = 16
-
-    def __init__(self, library: Libcrypto, context: int) -> None:
-        self._library = library
-        self._context = context
-
-    def __del__(self) -> None:
-        self._library.free(self._context)
-
-    def update(self, data: Any) -> None:
-        self._library.update(self._context, data)
-
-    def copy(self) -> 'Gmac':
-        return Gmac(self._library, self._library.copy(self._context))
-
-    def digest(self) -> bytes:
-        copy = self.copy()             # this one may go on
-        return self._library.end(copy._context, self.digest_size)
-
-
-@functools.lru_cache(maxsize=None)
-def libcrypto() -> Optional[Libcrypto]:
-    """OpenSSL, where it computes GMAC as it should, in less time than zlib computes CRC-32."""
-    content = bytes(range(256)) * 256
-    try:
-        library = Libcrypto()
-        begun = Gmac(library, library.new())
-        begun.update(content[:1000])
-        whole = begun.copy()
-        whole.update(memoryview(bytearray(content))[1000:])
-        right = whole.digest() == GMAC_OF_BYTES
-    except (ImportError, OSError, AttributeError, MemoryError) as error:
-        log.debug('no GMAC from OpenSSL: %s', error)
-        return None
-    return library if right and quickest(whole.update, content) < quickest(zlib.crc32, content) else None
-
-
-def computes(algorithm: str) -> bool:
-    """Whether it is one of ours, and can be had here."""
-    return algorithm == CRC32 or algorithm == GMAC and libcrypto() is not None
-
-
-def quickest(do: Callable[[Any], Any], content: bytes) -> float:
-    """The seconds that it takes, undisturbed."""
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        do(content)
-        times.append(time.perf_counter() - began)
-    return min(times)
-
-
 def new_hash(algorithm: str, data: bytes = b'') -> Any:
-    """``crc32``, ``gmac``, where there is ``libcrypto()``, or one of hashlib's. OpenSSL is imported by need
-    alone: a guest that waits does without its megabytes."""
+    """``crc32``, or one of hashlib's. That is imported by need alone: a guest that waits does without the
+    megabytes of OpenSSL."""
     if algorithm == CRC32:
-        return Crc32(zlib.crc32(data))
-    if algorithm == GMAC:
-        library = libcrypto()
-        if library is None:
-            raise ValueError('no GMAC here')
-        checksum = Gmac(library, library.new())
-        checksum.update(data)
-        return checksum
-    import hashlib
-    return hashlib.new(algorithm, data)
+        checksum: Any = Crc32()
+    else:
+        import hashlib
+        checksum = hashlib.new(algorithm)
+    checksum.update(data)
+    return checksum
+
+
+def hash_file(file: Any, algorithm: str, start: int, count: int, look_up: Callable[[], None]) -> bytes:
+    """The digest of a part of an unbuffered file, as far as it goes. ``look_up`` is called now and then."""
+    checksum, buffer = new_hash(algorithm), new_buffer()
+    file.seek(start)
+    while count > 0:
+        got = file.readinto(buffer[:min(BLOCK, count)])
+        if not got:
+            break
+        checksum.update(buffer[:got])
+        count -= got
+        look_up()
+    return checksum.digest()
 
 
 def new_buffer() -> memoryview:
-    """What content passes through on its way, into its checksum too, while the processor has it at hand."""
+    """What content passes through on its way."""
     return memoryview(bytearray(BLOCK))
 
 
@@ -636,22 +555,3 @@ def is_zero(view: memoryview) -> bool:
 
 
 # --- the server: a folder that nothing leads out of ------------------------------------------
-
-RESERVED = b'.__'              # names that begin so are the server's own, and out of reach
-
-
-def send_passing(wire: Wire, file: Any, count: int, buffer: memoryview, checksum: Any) -> None:
-    """Sends the next bytes of a file, read once for the wire and, if one is given, the checksum.
-
-    Not by sendfile even where no checksum is wanted: it hands on pages that nobody has touched lately, and on
-    one machine the receiver, who has more to do, waits for the memory then (chirp_server: a fifth slower).
-    """
-    wire.flush()
-    while count:
-        got = file.readinto(buffer[:min(count, BLOCK)])
-        if not got:
-            raise Shrunk('the file became shorter while it was sent')
-        wire.send(buffer[:got])
-        if checksum is not None:
-            checksum.update(buffer[:got])
-        count -= got

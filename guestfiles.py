@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, List
 import agent
 import chirpserver
 from chirpwire import ChirpError
-from protocol import BadWord, Message
+from protocol import Message
 
 LISTEN_PATIENCE = 3.0          # seconds that HELLO waits for chirp_server, so that it can tell of it
 STOP_PATIENCE = 1.0            # seconds that the Chirp server has for its end
@@ -68,23 +68,17 @@ class Files:
                                              auth=self._settings.auth, shown=shown).start()
             return
         import chirpreal  # what the embedded one doesn't need
-        self._server = chirpreal.RealChirpServer(self._root, address, port, allowed, auth=self._settings.auth,
-                                             user=self._settings.user)
+        self._server = chirpreal.RealChirpServer(self._root, address, port, allowed,
+                                                 user=self._settings.user)
         self._server.begin(self._on_port, LISTEN_PATIENCE)
 
     def admit(self, greeting: Message) -> None:
-        """What the host's greeting says for files: where it is, if not at the broker, and its key."""
+        """What the host's greeting says for files: where it is, if not at the broker."""
         if self._server is None:
             return
         addresses = [value for value in greeting.sequence('addresses') if isinstance(value, str)]
         if addresses:
             self._server.allow(addresses)
-        ticket = greeting.text('chirp-ticket')
-        if ticket and self._settings.auth == 'ticket':
-            try:
-                self._server.set_ticket(ticket)
-            except ChirpError as error:
-                raise BadWord('HELLO: chirp-ticket: %s' % error)
 
     def stop(self) -> None:
         """Ends the server, if there is one."""

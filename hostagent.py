@@ -84,7 +84,6 @@ class Host:
         self.connection.start(self._broker_host())
         self.server = Server(self)
         self.server.start()
-        self.machines.find_ticket(self.folder)
         self.journal.event('host-start', text='vmhost %s, pid %d' % (agent.VERSION, os.getpid()))
         log.info('vmhost %s started, pid %d: XML-RPC on %s:%s, broker on %s:%s, hypervisor %s, state in %s',
                  agent.VERSION, os.getpid(), *self.server.address, *self.connection.address,

@@ -12,7 +12,6 @@ import time
 from typing import Any, Callable, Dict, List
 
 import agent
-import chirprequests
 import chirpwire
 import protocol
 from faults import InvalidParams, NoSuchMethod, NotSupported
@@ -738,7 +737,7 @@ class FileMethods(Methods):
         return [shown_entry(entry) for entry in self._host.machines.list_dir(vm, read_remote(path))]
 
 
-def shown_entry(entry: chirprequests.Entry) -> Dict[str, Any]:
+def shown_entry(entry: chirpwire.Stat) -> Dict[str, Any]:
     """An entry of a folder; the exact bytes of its name where XML-RPC would alter it."""
     shown = {'name': entry.name, 'size': entry.size, 'mode': entry.mode, 'mtime': entry.mtime,
              'isDir': entry.is_dir}    # type: Dict[str, Any]

@@ -8,12 +8,9 @@ knows are looked up on ``name-lookup-1``, since it may take its time. No locks o
 
 import logging
 import os
-import threading
-from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import chirpclient
-import chirprequests
-import chirpticket
 import chirpwire
 import drivers
 import vmstates
@@ -22,7 +19,6 @@ from hostcommands import Commands
 from hostguests import Guest, Guests
 from hostjournal import Journal
 from hostlink import Connection
-from hoststate import StateFolder
 from hosttrust import is_mac
 from hostworkers import Batch
 
@@ -38,7 +34,6 @@ class Machines:
 
     def __init__(self, guests: Guests, commands: Commands, journal: Journal, connection: Connection) -> None:
         self.hypervisor = None                 # type: Any      # a driver, once one has been started
-        self.ticket = None                     # type: Optional[chirpticket.Ticket]
         self._guests = guests
         self._commands = commands
         self._journal = journal
@@ -122,7 +117,7 @@ class Machines:
 
     def greet(self, guest: Guest) -> None:
         """Tells an agent its name, and what it needs to know of this host."""
-        self._connection.greet(guest.id, guest.name, self.ticket)
+        self._connection.greet(guest.id, guest.name, None)
 
     def _look_up(self, guests: Dict[str, Guest]) -> None:
         for guest in guests.values():
@@ -211,30 +206,15 @@ class Machines:
         address, port = endpoint or (guest.ip, guest.chirp_port)
         if not port:
             raise NoFiles('%s offers no files (it has no Chirp server)' % guest.name)
-        return chirpclient.ChirpClient(address, port, CHIRP_TIMEOUT, self.ticket)
+        return chirpclient.ChirpClient(address, port, CHIRP_TIMEOUT)
 
-    def list_dir(self, vm: str, path: str) -> Iterable[chirprequests.Entry]:
+    def list_dir(self, vm: str, path: str) -> List[chirpwire.Stat]:
         """What is in a folder of a VM. Raises TransferError, NoSuchVM, AgentNotConnected."""
         try:
             with self.chirp_client(self.connected(vm)) as client:
-                return client.ls(path)
+                return sorted(client.ls(path))
         except (chirpwire.ChirpError, OSError) as error:
             raise TransferError('%s on %s: %s' % (path, vm, error))
-
-    def find_ticket(self, folder: StateFolder) -> None:
-        """Reads or makes the key by which guests with auth=ticket know this host: in the background, since
-        to make one takes a second."""
-        threading.Thread(target=self._find_ticket, args=(folder,), name='ticket', daemon=True).start()
-
-    def _find_ticket(self, folder: StateFolder) -> None:
-        try:
-            self.ticket = chirpticket.Ticket.from_pem(folder.secret(
-                'chirp.key', lambda: chirpticket.Ticket.generate().pem()))
-        except (OSError, chirpwire.ChirpError) as error:
-            log.error('guests with auth=ticket serve no files: %s: %s', folder.file('chirp.key'), error)
-            return
-        for guest in self._guests.on_list():
-            self.greet(guest)
 
 
 def start_driver(settings: Any, state_dir: str, on_event: Callable[[str, str, str], None]) -> Any:

@@ -516,7 +516,7 @@ class HELLO:
 
     @staticmethod
     def howToGreet(to: str, **keys: Any) -> Message:
-        """By the host. Keys: name, beacon_interval, session, addresses, chirp-ticket."""
+        """By the host. Keys: name, beacon_interval, session, addresses."""
         return Message(CMD_REQUESTS, 'HELLO', {'to': to}, keys)
 
     @staticmethod

@@ -59,7 +59,7 @@ SETTINGS = {
     'Chirp': {
         'server': (agent.choice('embedded', 'chirp_server'), 'embedded'),
         'port': (agent.integer(0, 65535), '9094'),
-        'auth': (agent.choice('address', 'ticket'), 'address'), 'user': (agent.text, 'nobody')},
+        'auth': (agent.choice('address'), 'address'), 'user': (agent.text, 'nobody')},
     'Logging': agent.LOGGING,
 }  # type: Dict[str, Any]
 

@@ -9,7 +9,6 @@ import sys
 import pytest
 from helpers import wait_until
 from test_chirp import make_tree, needs_cctools, seen, write
-from test_chirp_tickets import OTHER, TICKET
 
 import chirp
 import chirpclient
@@ -75,11 +74,13 @@ def test_a_closed_output_is_said(serving):
 
 
 def test_a_target_may_end_with_a_slash(serving, tmp_path):
+    """As with cp -r: it is made, or what is there takes the folder in."""
     (tmp_path / 'served' / 'tree').mkdir()
     write(tmp_path / 'served' / 'tree' / 'x', b'x')
     for _ in 'new', 'again':
         chirp_py('get', serving, '/tree/', str(tmp_path / 'new') + '/')
-    assert os.listdir(str(tmp_path / 'new')) == ['x']
+    assert sorted(os.listdir(str(tmp_path / 'new'))) == ['tree', 'x']
+    assert os.listdir(str(tmp_path / 'new' / 'tree')) == ['x']
 
 
 def test_a_folder_that_is_too_deep_is_said(serving, tmp_path):
@@ -143,20 +144,6 @@ def test_the_wrapper_starts_a_server_again_that_died(real):
             except chirpwire.ChirpError:
                 return None
         wait_until(serves, 30)
-
-
-@needs_cctools
-def test_the_wrapper_takes_tickets(real):
-    with chirpreal.RealChirpServer(real, auth='ticket') as server:
-        with pytest.raises(chirpwire.AccessDenied):
-            chirpclient.ChirpClient(*server.address, ticket=TICKET).stat('/')
-        server.set_ticket(TICKET.public.pem)
-        with chirpclient.ChirpClient(*server.address, ticket=TICKET) as client:
-            client.putfile('/a', b'b')
-            assert client.whoami() == 'host:agent'
-        for wrong in (None, OTHER):
-            with pytest.raises(chirpwire.AccessDenied):
-                chirpclient.ChirpClient(*server.address, ticket=wrong).stat('/')
 
 
 def test_a_wrapper_that_can_not_start_says_why(real):
