@@ -88,6 +88,13 @@ def change(host: Client, screen: Screen, vms: List[str], done: str, method: str,
     return for_each(screen, vms, change_one)
 
 
+def do_forget(host: Client, screen: Screen, args: Any) -> int:
+    """Forgets a machine."""
+    host.call('forgetVM', args.vm)
+    screen.say('%s is forgotten' % agent.printable(args.vm))
+    return 0
+
+
 SNAPSHOTS = {'take': ('takeSnapshot', 'taken'), 'restore': ('restoreSnapshot', 'restored'),
              'rm': ('deleteSnapshot', 'deleted')}
 
@@ -180,6 +187,7 @@ VERBS = [
     Verb('rm', do_rm, 'remove a VM', [
         VM, switch('--disks', help='delete its files and disks as well'),
         switch('--all-disks', help='and disks that were attached from elsewhere')]),
+    Verb('forget', do_forget, 'forget a machine: its name, id and secret are free for another one', [VM]),
     Verb('start', do_start, 'start VMs', [VMS, switch('--gui', help='with a window')]),
     Verb('stop', do_stop, 'shut VMs down', [VMS, switch('--force', help='power them off')]),
     Verb('pause', changing('pause', 'is paused'), 'pause VMs', [VMS]),

@@ -78,11 +78,12 @@ class AgentMethods(Methods):
         return '\n\n'.join(map(str, texts))
 
     def agentInfo(self) -> dict:
-        """{version, proto, python, hypervisor, broker, xmlrpc, uptime, vms, cmds, aint, jobs} of the host.
+        """{version, proto, python, hypervisor, broker, xmlrpc, uptime, vms, cmds, aint, untrusted, jobs}.
 
         vms: how many agents are connected; cmds: how many commands are unfinished; aint: how many
-        words weren't any; broker: where it is, and the embedded one's counters; jobs: what VirtualBox
-        is busy with, [{verb, vm, percent, text}].
+        words were dropped, since they weren't any, or not signed by whom they are said to be from;
+        untrusted: the latter alone; broker: where it is, and the embedded one's counters; jobs: what
+        the hypervisor is busy with, [{verb, vm, percent, text}].
 
             >>> host.agentInfo()['hypervisor']
             'none'
@@ -93,6 +94,7 @@ class AgentMethods(Methods):
                 'broker': host.connection.info(), 'xmlrpc': '%s:%s' % host.server.address,
                 'uptime': time.monotonic() - host.started, 'vms': len(host.guests.on_list()),
                 'cmds': host.commands.count(), 'aint': host.words.unknown,
+                'untrusted': host.trust.untrusted,
                 'jobs': hypervisor.under_way() if hypervisor is not None else []}
 
     def getEvents(self, after: int = 0, timeout: float = 0) -> dict:
@@ -236,6 +238,19 @@ class MachineMethods(Methods):
             {'08:00:27:00:00:01': 'node1'}
         """
         return {machine_id: name for name, machine_id in self.getNamesToIdsMapping().items()}
+
+    @audited
+    def forgetVM(self, vm: str) -> bool:
+        """Forgets a machine that said HELLO: its name, its id and its secret are free for another one.
+
+        What ran there is lost, and its agent, if it is still there, no longer trusted. A VM stays in the
+        hypervisor, and gets a new secret at its next start.
+
+            >>> host.forgetVM('lab12')
+            True
+        """
+        self._host.machines.forget(self._host.machines.find(vm))
+        return True
 
 
 class ControlMethods(Methods):

@@ -40,7 +40,8 @@ SETTINGS: Dict[str, Dict[str, Tuple[Callable, str]]] = {
         'xmlrpc_auth': (agent.yes_no, 'yes'), 'state_dir': (agent.path, 'vmhost-state'),
         'vm_gc_grace': (agent.at_least(1, agent.duration, '1 s'), '30'),
         'keep_results': (agent.duration, '7d'), 'fetch_limit': (agent.size, '64M'),
-        'max_transfers': (agent.integer(1, 1000), '4')},
+        'max_transfers': (agent.integer(1, 1000), '4'),
+        'other_machines': (agent.yes_no, 'no'), 'unsigned_guests': (agent.yes_no, 'no')},
     'Hypervisor': {
         'hypervisor': (agent.choice('auto', *(list(drivers.DRIVERS) + ['none'])), 'auto'),
         'command_timeout': (agent.duration, '45')},

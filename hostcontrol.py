@@ -11,6 +11,7 @@ import logging
 import secrets
 import threading
 import time
+from fnmatch import fnmatchcase
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import protocol
@@ -136,8 +137,9 @@ class Control:
         """
         if cmd_id and self._commands.is_repeated(cmd_id, request, (pattern,)):
             return cmd_id
+        wanted = pattern.upper() if ':' in pattern else pattern      # a MAC's: no other id or name has one
         guests = [guest for guest in (self._machines.all() if queue else self._guests.on_list())
-                  if protocol.is_addressed(pattern, guest.id, guest.name)]
+                  if protocol.is_addressed(pattern, guest.id, guest.name) or fnmatchcase(guest.id, wanted)]
         if not guests:
             raise NoSuchVM('no %s VM matches %.100r' % ('known' if queue else 'connected', pattern))
         self._check_size(request)

@@ -1096,6 +1096,10 @@ class Hypervisor:
         """Like name_of; '' for a MAC that two VMs have."""
         return self._watch.name_of(mac)
 
+    def known_uuid(self, vm: str) -> str:
+        """The uuid of a VM, by name or id; '' for one that was not seen, or an id that two VMs have."""
+        return self._watch.uuid_of(vm)
+
     def known_state(self, vm: str) -> str:
         """One of STATES; '' for a VM that was not seen."""
         row = self._watch.row_of(vm)

@@ -21,8 +21,8 @@ from faults import (
     NotSupported,
     VMHostError,
 )
-from hosttrust import is_mac
 from hypervisor import ConnectionLost, Job, either
+from protocol import is_mac
 
 log = logging.getLogger('vmhost.virtualbox')
 

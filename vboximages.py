@@ -20,8 +20,8 @@ from faults import (
     InvalidParams,
     NotSupported,
 )
-from hosttrust import is_mac
 from hypervisor import Job, either, option
+from protocol import is_mac
 from vboxconnection import (
     INVALID_OBJECT_STATE,
     KEEP,
