@@ -4,7 +4,6 @@ No threads, no locks; while `run` lasts, the signals that would end it are hande
 """
 
 import argparse
-import shlex
 import signal
 import sys
 import time
@@ -34,14 +33,13 @@ def do_ps(host: Client, screen: Screen, args: Any) -> int:
     if args.json:
         screen.json(rows)
         return 0
-    details = dict(host.each('getCmdDetails', {row['cmdId'] for row in rows}))
     statuses = dict(host.each('getCmdStatus', [row['cmdId'] for row in rows])) if args.long else {}
     headings = ['ID', 'VM', 'STATE', 'SUBMITTED'] + (['CPU', 'MEMORY', 'PROGRESS'] if args.long else [])
-    screen.table(headings + ['COMMAND'], [cmd_row(row, details, statuses) for row in rows])
+    screen.table(headings + ['COMMAND'], [cmd_row(row, statuses) for row in rows])
     return 0
 
 
-def cmd_row(row: Dict[str, Any], details: Dict[str, Any], statuses: Dict[str, Any]) -> List[str]:
+def cmd_row(row: Dict[str, Any], statuses: Dict[str, Any]) -> List[str]:
     """A line of `ps`."""
     shown = [row['cmdId'], row['vm'], row['state'], shown_time(row['submitted'])]
     status = statuses.get(row['cmdId'])
@@ -49,8 +47,7 @@ def cmd_row(row: Dict[str, Any], details: Dict[str, Any], statuses: Dict[str, An
         usage = status['resources'] if status else {}
         shown += ['%.1f s' % (usage.get('ru_utime', 0) + usage.get('ru_stime', 0)),
                   shown_size(usage.get('ru_maxrss', 0) * 1024), str(status and status['progress'] or '-')]
-    words = [row['cmd']] + details.get(row['cmdId'], {}).get('args', [])
-    return shown + [' '.join(shlex.quote(word) for word in words)]
+    return shown + [row['line']]
 
 
 def do_run(host: Client, screen: Screen, args: Any) -> int:
