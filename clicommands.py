@@ -4,21 +4,22 @@ No threads, no locks; while `run` lasts, the signals that would end it are hande
 """
 
 import argparse
-import shlex
+import os
 import signal
 import sys
 import time
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Set, Tuple
 
 import agent
 from cliscreen import Screen, shown_size, shown_time
 from cliverbs import ID, JSON, VMS, Verb, argument, read_seconds, switch
 from faults import AgentNotConnected, BadState, DeadlineExceeded, InvalidParams
 from hostclient import Client, NoHost
-from rpc import Binary
+from rpc import Binary, FilePath, is_xml
 
 FAILED = 255                   # exit code of `run` for an error that isn't the command's
 TIMED_OUT = 124                # … of a command that ran into its timeout, and ended with 0: timeout(1)'s
+NOT_STARTED = {'ENOENT': 127, 'EACCES': 126, 'ENOEXEC': 126}       # as shells have it
 SHORTEST_LOOK = 0.01           # seconds between looks at a command's output …
 LONGEST_LOOK = 0.25            # … which grow while nothing comes
 PATIENCE = 10.0                # seconds after a command's end in which all of its output should have come
@@ -34,14 +35,13 @@ def do_ps(host: Client, screen: Screen, args: Any) -> int:
     if args.json:
         screen.json(rows)
         return 0
-    details = dict(host.each('getCmdDetails', {row['cmdId'] for row in rows}))
     statuses = dict(host.each('getCmdStatus', [row['cmdId'] for row in rows])) if args.long else {}
     headings = ['ID', 'VM', 'STATE', 'SUBMITTED'] + (['CPU', 'MEMORY', 'PROGRESS'] if args.long else [])
-    screen.table(headings + ['COMMAND'], [cmd_row(row, details, statuses) for row in rows])
+    screen.table(headings + ['COMMAND'], [cmd_row(row, statuses) for row in rows])
     return 0
 
 
-def cmd_row(row: Dict[str, Any], details: Dict[str, Any], statuses: Dict[str, Any]) -> List[str]:
+def cmd_row(row: Dict[str, Any], statuses: Dict[str, Any]) -> List[str]:
     """A line of `ps`."""
     shown = [row['cmdId'], row['vm'], row['state'], shown_time(row['submitted'])]
     status = statuses.get(row['cmdId'])
@@ -49,29 +49,23 @@ def cmd_row(row: Dict[str, Any], details: Dict[str, Any], statuses: Dict[str, An
         usage = status['resources'] if status else {}
         shown += ['%.1f s' % (usage.get('ru_utime', 0) + usage.get('ru_stime', 0)),
                   shown_size(usage.get('ru_maxrss', 0) * 1024), str(status and status['progress'] or '-')]
-    words = [row['cmd']] + details.get(row['cmdId'], {}).get('args', [])
-    return shown + [' '.join(shlex.quote(word) for word in words)]
+    return shown + [row['line']]
 
 
 def do_run(host: Client, screen: Screen, args: Any) -> int:
     """Runs a command, brings its output as it comes, and exits with its code."""
     if not args.command:
         raise InvalidParams('no command given: run VM -- CMD ARG…')
-    options = {}  # type: Dict[str, Any]
-    if args.timeout:
-        options['timeout'] = args.timeout
-    if args.stdin:
-        options['stdin'] = Binary(sys.stdin.buffer.read())
     many = host.is_pattern(args.vm)
     with Interrupts() as interrupts:
-        cmd_id = host.call('runCmdOnAll' if many else 'runCmd', args.vm, args.command[0], args.command[1:],
-                           dict(args.env), args.folder, args.input, options)
+        cmd_id = submit(host, args, many)
         if args.detach:
             screen.say(cmd_id)
             return 0
+        limit = args.timeout and not args.queue and time.monotonic() + args.timeout + PATIENCE
         try:
             followed = Followed(host, screen, cmd_id, many)
-            followed.to_the_end(lambda: forward(host, screen, cmd_id, interrupts))
+            followed.to_the_end(lambda: forward(host, screen, cmd_id, interrupts), limit)
         except KeyboardInterrupt:
             screen.complain('detached; the command continues as %s' % cmd_id)
             raise
@@ -85,8 +79,40 @@ def do_run(host: Client, screen: Screen, args: Any) -> int:
             screen.complain('the command continues; follow it with `out -f %s` when the host agent is back'
                             % cmd_id)
             raise
-        return max(exit_code(screen, host.call('getCmdResults', key), name)
-                   for key, name in followed.names.items())
+        codes = followed.exit_codes()
+        if many:
+            screen.conclude(summary(codes))
+        return max(code for code, _ in codes.values())
+
+
+def submit(host: Client, args: Any, many: bool) -> str:
+    """Has the command run once, even where the connection breaks before the answer: its id names it."""
+    options = {'id': time.strftime('%Y%m%d-%H%M%S-', time.gmtime()) + os.urandom(4).hex()}  # type: Dict[str, Any]
+    if args.timeout:
+        options['timeout'] = args.timeout
+    if args.queue:
+        options['queue'] = True
+    if args.stdin:
+        options['stdin'] = Binary(sys.stdin.buffer.read())
+    call = ('runCmdOnAll' if many else 'runCmd', args.vm, exact(args.command[0]),
+            [exact(word) for word in args.command[1:]], {name: exact(value) for name, value in args.env},
+            exact(args.folder), args.input, options)
+    try:
+        return host.call(*call)
+    except NoHost:
+        return host.call(*call)
+
+
+def exact(text: str) -> FilePath:
+    """A word of ours: its bytes where they aren't UTF-8, or XML can't carry them."""
+    return text if is_xml(text) else Binary(text.encode('utf-8', 'surrogateescape'))
+
+
+def summary(codes: Dict[str, Tuple[int, str]]) -> str:
+    """How a command ended on many VMs: ``29 ok, lab12 exited 4, lab07 absent``."""
+    bad = ['%s %s' % (name, end) for name, (code, end) in sorted(codes.items()) if code]
+    good = len(codes) - len(bad)
+    return ', '.join(['%d ok' % good] * bool(good) + bad)
 
 
 class Interrupts:
@@ -139,6 +165,8 @@ class Followed:
 
     def __init__(self, host: Client, screen: Screen, cmd_id: str, many: bool) -> None:
         self._host = host
+        self._screen = screen
+        self._told: Set[str] = set()
         keys = host.call('getCmdDetails', cmd_id)['executions'] if many else [cmd_id]
         self.names = {key: key.partition('@')[2] for key in keys} if many else {cmd_id: ''}
         self._open = [Tail(host, key, Pipe(screen.out, name), Pipe(screen.err, name))
@@ -148,14 +176,40 @@ class Followed:
         """Brings what is there now; whether that was anything. Raises as ``Tail.look``."""
         return any([execution.look(patience) for execution in self._open])
 
-    def to_the_end(self, between: Callable[[], None]) -> None:
-        """Looks until all have ended; calls ``between`` before each look."""
+    def to_the_end(self, between: Callable[[], None], limit: float = 0) -> None:
+        """Looks until all have ended; calls ``between`` before each look.
+
+        limit    monotonic: from then on, nobody is waited for who doesn't answer; 0: they are, which is told
+        """
         pause = SHORTEST_LOOK
         while self._open:
             self._host.call('waitCmd', self._open[0].key, pause)
             between()
             pause = SHORTEST_LOOK if self.look() else min(2 * pause, LONGEST_LOOK)
             self._open = [execution for execution in self._open if not execution.is_over]
+            silent = [execution for execution in self._open if execution.is_silent()]
+            if limit and time.monotonic() > limit:
+                self._open = [execution for execution in self._open if execution not in silent]
+            for execution in silent if not limit else ():
+                self._tell_silent(execution)
+
+    def _tell_silent(self, execution: 'Tail') -> None:
+        if execution.key not in self._told:
+            self._told.add(execution.key)
+            name = self.names[execution.key] or 'the VM'
+            self._screen.complain('%s does not answer; still waiting' % name)
+
+    def exit_codes(self) -> Dict[str, Tuple[int, str]]:
+        """{VM: (exit code, how it ended)}; tells why, where the program itself can't."""
+        return {name: self._exit_code(key, name) for key, name in self.names.items()}
+
+    def _exit_code(self, key: str, name: str) -> Tuple[int, str]:
+        results = self._host.call('getCmdResults', key)
+        if results:
+            return exit_code(self._screen, results, name), end_of(results)
+        self._screen.complain('%sno answer within the time limit; the command continues as %s'
+                              % (name and name + ': ', key))
+        return FAILED, 'absent'
 
 
 PIECE = 256 * 1024      # bytes of a command's output that are asked for at a time
@@ -171,6 +225,7 @@ class Tail:
         self._pipes = {'out': out, 'err': err}
         self._offsets = {'out': 0, 'err': 0}
         self._ended = 0.0              # monotonic: when it was first seen to have ended
+        self._answered = time.monotonic()      # when the guest told last how far it is
 
     def look(self, patience: float = PATIENCE) -> bool:
         """Brings what is there now; whether that was anything.
@@ -180,6 +235,8 @@ class Tail:
         """
         status = self._host.call('getCmdStatus', self.key)
         ended = status['ended'] > 0
+        if 0 <= status.get('age', -1) < PATIENCE:
+            self._answered = time.monotonic()
         if ended:
             self._ended = self._ended or time.monotonic()
         sizes = {stream: status[stream + 'Size'] for stream in self._pipes}
@@ -197,6 +254,10 @@ class Tail:
             for pipe in self._pipes.values():
                 pipe.end()
         return moved
+
+    def is_silent(self) -> bool:
+        """Whether the guest hasn't answered for long."""
+        return time.monotonic() - self._answered > PATIENCE
 
     def _bring(self, stream: str, size: float) -> bool:
         begin = self._offsets[stream]
@@ -236,22 +297,32 @@ def exit_code(screen: Screen, results: Dict[str, Any], vm: str = '') -> int:
     """What a shell would say of a command that ended so; tells why, where the program itself can't."""
     number, state = results['exitCodeOrSignal'], results['state']
     why = results['error'] or state
-    tell_cut(screen, results, vm)
+    is_cut = tell_cut(screen, results, vm)
     if state not in ('exited', 'signaled'):
         screen.complain('%s%s' % (vm and vm + ': ', why))
     if state == 'timeout' and results['finished']:
         return number or TIMED_OUT      # it ended in peace at the TERM, and still isn't done
     if state == 'exited':
-        return number
+        return number or (FAILED if is_cut else 0)
+    if state == 'failed':
+        return NOT_STARTED.get(why.partition(':')[0], FAILED)
     return 128 + number if state in ('signaled', 'timeout') else FAILED
 
 
-def tell_cut(screen: Screen, results: Dict[str, Any], vm: str) -> None:
-    """Complains where there was more output than the guest keeps."""
-    for stream in ('out', 'err'):
-        if results.get(stream + '-truncated'):
-            screen.complain('%sstd%s was truncated: the command wrote more than output_limit'
-                            % (vm and vm + ': ', stream))
+def end_of(results: Dict[str, Any]) -> str:
+    """How it ended, in a word or two."""
+    if results['state'] in ('exited', 'signaled'):
+        return '%s %d' % (results['state'], results['exitCodeOrSignal'])
+    return results['state']
+
+
+def tell_cut(screen: Screen, results: Dict[str, Any], vm: str) -> bool:
+    """Whether there was more output than the guest keeps, which is complained about."""
+    cut = [stream for stream in ('out', 'err') if results.get(stream + '-truncated')]
+    for stream in cut:
+        screen.complain('%sstd%s was truncated: the command wrote more than output_limit'
+                        % (vm and vm + ': ', stream))
+    return bool(cut)
 
 
 def do_out(host: Client, screen: Screen, args: Any) -> int:
@@ -288,6 +359,7 @@ VERBS = [
     Verb('run', do_run, 'run a program in a VM, and show its output as it is written', [
         switch('-i', '--stdin', help='pass standard input'),
         switch('-d', '--detach', help='print the command\'s id, and return at once'),
+        switch('--queue', help='wait for VMs whose agents aren\'t connected'),
         argument('-t', '--timeout', metavar='SEC', type=read_seconds, default=0.0,
                  help='terminate it after that time (90, 5m, 2h)'),
         argument('-e', '--env', metavar='K=V', type=read_variable, action='append', default=[],

@@ -44,6 +44,12 @@ class Screen:
         self.err.write('vmhost: %s\n' % agent.printable(text))
         self.err.flush()
 
+    def conclude(self, text: str) -> None:
+        """The last line, on standard error."""
+        self.progress('')
+        self.err.write(agent.printable(text) + '\n')
+        self.err.flush()
+
     def json(self, value: Any, indent: Optional[int] = 2) -> None:
         """The value as JSON, in which nothing is left that a terminal would obey."""
         ascii_only = (self.out.encoding or '').lower().replace('-', '') != 'utf8'

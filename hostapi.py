@@ -533,8 +533,8 @@ class CommandMethods(Methods):
     def listCmds(self, filter: dict = {}) -> list:
         """[{cmdId, vm, cmd, line, state, submitted, ended}], the newest 1,000, the newest last.
 
-        line: cmd and args, cut after 300 characters, as cmd is. filter: vm, state, cmd, cmdId, since,
-        finished, limit.
+        line: cmd and args as a shell takes them, cut after 1,000 characters, as cmd is. filter: vm, state,
+        cmd, cmdId, since, finished, limit.
 
             >>> host.listCmds({'vm': 'node1', 'cmd': 'sh', 'limit': 1})[0]['state']
             'exited'

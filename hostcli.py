@@ -168,10 +168,10 @@ def main(argv: List[str], start: Optional[Callable[[str], int]] = None,
     """
     screen = Screen()
     try:
-        # Python reads arguments by the locale; here they are UTF-8, as in XML-RPC. Names of files may be
-        # any bytes.
-        errors = 'surrogateescape' if argv[1:2] in (['put'], ['get']) else 'replace'
-        return run([os.fsencode(word).decode('utf-8', errors) for word in argv], screen, start, check)
+        # Python reads arguments by the locale; here they are UTF-8, as in XML-RPC. Words may be any
+        # bytes.
+        words = [os.fsencode(word).decode('utf-8', 'surrogateescape') for word in argv]
+        return run(words, screen, start, check)
     except KeyboardInterrupt:
         return INTERRUPTED
     except agent.AgentError as error:

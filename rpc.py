@@ -38,6 +38,9 @@ class Binary:
     def __hash__(self) -> int:
         return hash(self.data)
 
+    def __str__(self) -> str:
+        return self.data.decode('utf-8', 'backslashreplace')
+
 
 FilePath = Union[str, Binary]      # the latter: exact bytes, which need not be UTF-8
 
