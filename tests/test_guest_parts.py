@@ -142,7 +142,8 @@ def test_what_is_a_virtual_machine(tmp_path):
         (tmp_path / 'sys_vendor').write_text(vendor + '\n')
         assert guestmachine.is_virtual(str(tmp_path), str(cpuinfo))
     cpuinfo.write_text('flags\t\t: fpu vme hypervisor lahf_lm\n')
-    assert guestmachine.is_virtual('/nowhere', str(cpuinfo)) and not guestmachine.is_virtual('/nowhere', '/no')
+    assert guestmachine.is_virtual('/nowhere', str(cpuinfo))
+    assert not guestmachine.is_virtual('/nowhere', '/no')
 
 
 def test_without_proc_the_missing_package_is_named(monkeypatch):
