@@ -18,6 +18,8 @@ from hostclient import Client, NoHost
 from rpc import Binary
 
 FAILED = 255                   # exit code of `run` for an error that isn't the command's
+# … of a command that couldn't begin, by errno's name: a shell's.
+NOT_STARTED = {'ENOENT': 127, 'EACCES': 126, 'ENOEXEC': 126}
 TIMED_OUT = 124                # … of a command that ran into its timeout, and ended with 0: timeout(1)'s
 SHORTEST_LOOK = 0.01           # seconds between looks at a command's output …
 LONGEST_LOOK = 0.25            # … which grow while nothing comes
@@ -236,22 +238,25 @@ def exit_code(screen: Screen, results: Dict[str, Any], vm: str = '') -> int:
     """What a shell would say of a command that ended so; tells why, where the program itself can't."""
     number, state = results['exitCodeOrSignal'], results['state']
     why = results['error'] or state
-    tell_cut(screen, results, vm)
+    was_cut = tell_cut(screen, results, vm)
     if state not in ('exited', 'signaled'):
         screen.complain('%s%s' % (vm and vm + ': ', why))
     if state == 'timeout' and results['finished']:
         return number or TIMED_OUT      # it ended in peace at the TERM, and still isn't done
     if state == 'exited':
-        return number
+        return number or (FAILED if was_cut else 0)     # who reads the output should know that it isn't all
+    if state == 'failed':
+        return NOT_STARTED.get(why.partition(':')[0], FAILED)
     return 128 + number if state in ('signaled', 'timeout') else FAILED
 
 
-def tell_cut(screen: Screen, results: Dict[str, Any], vm: str) -> None:
-    """Complains where there was more output than the guest keeps."""
-    for stream in ('out', 'err'):
-        if results.get(stream + '-truncated'):
-            screen.complain('%sstd%s was truncated: the command wrote more than output_limit'
-                            % (vm and vm + ': ', stream))
+def tell_cut(screen: Screen, results: Dict[str, Any], vm: str) -> bool:
+    """Complains where there was more output than the guest keeps; whether there was."""
+    cut = [stream for stream in ('out', 'err') if results.get(stream + '-truncated')]
+    for stream in cut:
+        screen.complain('%sstd%s was truncated: the command wrote more than output_limit'
+                        % (vm and vm + ': ', stream))
+    return bool(cut)
 
 
 def do_out(host: Client, screen: Screen, args: Any) -> int:

@@ -11,6 +11,7 @@ import socketserver
 import subprocess
 import sys
 import threading
+import types
 import xmlrpc.client
 import xmlrpc.server
 import zipfile
@@ -100,6 +101,24 @@ def test_run_passes_environment_folder_and_arguments(host, guests):
     assert out == 'Dienstag ü=1 -e --\nsub\n'
 
 
+@pytest.mark.parametrize('words, code, why', [
+    (['no-such-program'], 127, b'ENOENT'), (['/etc/passwd'], 126, b'EACCES'), (['/etc'], 126, b'EACCES'),
+    (['-C', 'no/such', 'true'], 127, b'ENOENT')])
+def test_run_exits_as_a_shell_does_where_a_program_can_not_begin(host, guests, words, code, why):
+    done = host.verb('run', *words[:-1], 'one', '--', words[-1])
+    assert (done.returncode, why in done.stderr) == (code, True), done
+
+
+def test_output_that_was_cut_is_no_success():
+    told = []
+    screen = types.SimpleNamespace(complain=told.append)
+    results = {'state': 'exited', 'exitCodeOrSignal': 0, 'error': '', 'out-truncated': True,
+               'err-truncated': False}
+    assert clicommands.exit_code(screen, results) == 255 and 'stdout was truncated' in told[0]
+    assert clicommands.exit_code(screen, dict(results, exitCodeOrSignal=7)) == 7
+    assert clicommands.exit_code(screen, dict(results, **{'out-truncated': False})) == 0
+
+
 def test_run_exits_with_128_and_the_signal(host, guests):
     assert host.verb('run', 'one', '--', 'sh', '-c', 'kill -USR1 $$').returncode == 128 + signal.SIGUSR1
     done = host.verb('run', '-t', '0.5', 'one', '--', 'sleep', '77')
@@ -107,7 +126,7 @@ def test_run_exits_with_128_and_the_signal(host, guests):
 
 
 @pytest.mark.parametrize('words', [
-    ('one', '--', 'no-such-program'), ('nobody', '--', 'true'), ('x*', '--', 'true'), ('one', '--'), ('one',),
+    ('nobody', '--', 'true'), ('x*', '--', 'true'), ('one', '--'), ('one',),
     (), ('-t', 'soon', 'one', '--', 'true'), ('-e', 'X', 'one', '--', 'true'), ('one', '--', 'a\x1b')])
 def test_what_is_not_the_commands_is_255(host, guests, words):
     done = host.verb('run', *words)

@@ -327,8 +327,8 @@ def test_users_and_groups_by_name_and_number(runners, user, told):
     assert out[0] == told and '0' not in out[1:]
 
 
-@pytest.mark.parametrize('user, error', [('no-such', 'ENOENT: no such user: no-such'),
-                                         ('nobody:no-such', 'ENOENT: no such group: no-such')])
+@pytest.mark.parametrize('user, error', [('no-such', 'EINVAL: no such user: no-such'),
+                                         ('nobody:no-such', 'EINVAL: no such group: no-such')])
 def test_users_that_are_not_there(runners, user, error):
     assert runners.run('true', user=user)['error'] == error
 
