@@ -35,8 +35,9 @@ USAGE = '''usage: {me} host.ini                 run the host agent until SIGTERM
 '''
 EXIT_CODES = '''exit codes: 0 success; 1 the host agent refused or can't be reached; 2 usage; 130 Ctrl-C.
 run: the command's own (of many VMs the highest); 128 and the signal's number if a signal ended it;
-     124 if it exited with 0 after its timeout; 255 if the error isn't the command's: no such VM,
-     the program can't be started, the command was lost. All: 255 if standard output can't be written.
+     124 if it exited with 0 after its timeout; 127 if the program wasn't found, 126 if it can't be
+     executed; 255 if the error isn't the command's: no such VM, output that was cut, a lost command.
+     All: 255 if standard output can't be written.
 '''
 
 
