@@ -26,6 +26,22 @@ SERIAL_READER = bytes([
     0xba, 0xf8, 0x03, 0x26, 0x8a, 0x05, 0xee, 0x47, 0xe2, 0xee,    # out es:[di]; inc di; loop more
     0xf4, 0xeb, 0xfd])                                             # halt: hlt; jmp halt
 
+# A boot sector that writes 32 KB after 32 KB of the BIOS to the first disk.
+WRITER = bytes([
+    0x31, 0xc0, 0x8e, 0xd8, 0xb2, 0x80,                            # ds = 0; dl = 80h
+    0xbe, 0x19, 0x7c, 0xb8, 0x00, 0x43, 0xcd, 0x13,                # again: si = packet; ah = 43h; int 13h
+    0x66, 0x81, 0x06, 0x21, 0x7c, 0x40, 0, 0, 0, 0xeb, 0xed,       # add dword [packet + 8],64; jmp again
+    0x10, 0, 0x40, 0, 0, 0, 0, 0xf0, 0x40, 0, 0, 0, 0, 0, 0, 0])   # packet: 64 sectors at F000:0 to LBA 64
+
+
+def boot_disk(tmp_path, disk, sector, megabytes):
+    """Makes a disk that boots this sector."""
+    raw = str(tmp_path / 'raw')
+    with open(raw, 'wb') as file:
+        file.write(sector.ljust(510, b'\0') + b'\x55\xaa')
+        file.truncate(megabytes << 20)
+    manage('convertfromraw', raw, disk)
+
 
 @pytest.fixture
 def vm(api, remove_all):
@@ -168,11 +184,8 @@ def test_a_cold_start_tells_the_firmware_its_serial(secret_box, firmware, device
 
 
 def test_the_guest_reads_the_serial_and_its_clone_one_of_its_own(secret_box, tmp_path):
-    raw, disk, serial = (str(tmp_path / name) for name in ('raw', 'disk.vdi', 'serial'))
-    with open(raw, 'wb') as file:
-        file.write(SERIAL_READER.ljust(510, b'\0') + b'\x55\xaa')
-        file.truncate(2 << 20)
-    manage('convertfromraw', raw, disk)
+    disk, serial = (str(tmp_path / name) for name in ('disk.vdi', 'serial'))
+    boot_disk(tmp_path, disk, SERIAL_READER, 2)
     secret_box.create_vm('read', disk, {'memory': 16})
     manage('modifyvm', 'read', '--uart1', '0x3f8', '4', '--uartmode1', 'file', serial)
     said = {}
@@ -186,3 +199,30 @@ def test_the_guest_reads_the_serial_and_its_clone_one_of_its_own(secret_box, tmp
             said[name] = file.read()
         os.remove(serial)
         assert said[name] == 'vmhost:' + 32 * secret_box.describe(name)['uuid'][0]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder for 8 MB."""
+    folder = str(tmp_path / 'small')
+    os.makedirs(folder)
+    subprocess.check_call(['mount', '-t', 'tmpfs', '-o', 'size=8m', 'small', folder])
+    yield folder
+    subprocess.check_call(['umount', '-l', folder])
+
+
+def test_a_full_disk_pauses_a_vm_for_a_reason_that_is_told(host, api, remove_all, small_disk, tmp_path):
+    disk = os.path.join(small_disk, 'disk.vdi')
+    boot_disk(tmp_path, disk, WRITER, 64)
+    api.createVM('writer', '', {'memory': 16, 'diskSize': 0})
+    manage('storageattach', 'writer', '--storagectl', 'SATA', '--port', '0', '--type', 'hdd', '--medium', disk)
+    after = host.last_event()
+    fault_of(api.start, 'writer')
+    assert 'disk is full' in host.wait_for_event('vm-trouble', 'writer', after, 60)['text']
+    assert api.getState('writer') == 'Paused' and 'disk is full' in api.getVM('writer')['trouble']
+    code, text = fault_of(api.resume, 'writer')
+    assert (code, 'disk is full' in text) == (4, True), text
+    subprocess.check_call(['mount', '-o', 'remount,size=200m', small_disk])
+    assert api.resume('writer') is True
+    assert api.getVM('writer')['trouble'] == ''
+    api.powerOff('writer')
