@@ -215,7 +215,8 @@ def test_a_full_disk_pauses_a_vm_for_a_reason_that_is_told(host, api, remove_all
     disk = os.path.join(small_disk, 'disk.vdi')
     boot_disk(tmp_path, disk, WRITER, 64)
     api.createVM('writer', '', {'memory': 16, 'diskSize': 0})
-    manage('storageattach', 'writer', '--storagectl', 'SATA', '--port', '0', '--type', 'hdd', '--medium', disk)
+    manage('storageattach', 'writer', '--storagectl', 'SATA', '--port', '0', '--type', 'hdd',
+           '--medium', disk)
     after = host.last_event()
     fault_of(api.start, 'writer')
     assert 'disk is full' in host.wait_for_event('vm-trouble', 'writer', after, 60)['text']
