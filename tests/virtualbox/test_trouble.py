@@ -9,7 +9,7 @@ import time
 
 import pytest
 from helpers import wait_until
-from rig import facts, manage, state_of, vboxsvc, vm_process
+from rig import facts, manage, vboxsvc, vm_process
 from vms import SETTINGS, fault_of, kill
 
 import hypervisor
@@ -117,18 +117,20 @@ def test_what_a_hung_vm_is_asked_fails_alone(host, api, vm, method):
 
 
 def test_another_tool_switches_a_vm_off_under_a_live_snapshot(api, vm):
-    running(api, vm)
+    """Seen with 7.2: both wait for one another in the VM's process, for ever. Its end frees all."""
     for number in range(3):
-        with contextlib.ExitStack() as stack:
-            if state_of(vm) != 'running':
-                api.start(vm)
-            other = subprocess.Popen(['VBoxManage', 'controlvm', vm, 'poweroff'], stdout=subprocess.DEVNULL,
-                                     stderr=subprocess.DEVNULL)
-            stack.callback(other.wait)
-            fault_of(api.takeSnapshot, vm, 's%d' % number)
-        wait_until(lambda: fault_of(api.getState, vm)[1] in ('PoweredOff', 'Aborted', 'Running', 'Saved') or
-                   fault_of(api.powerOff, vm)[0] == 0, 60)
-    assert api.start(vm) is True or api.getState(vm) == 'Running'
+        running(api, vm)
+        other = subprocess.Popen(['VBoxManage', 'controlvm', vm, 'poweroff'], stdout=subprocess.DEVNULL,
+                                 stderr=subprocess.DEVNULL)
+        try:
+            print(fault_of(api.takeSnapshot, vm, 's%d' % number))
+            if other.poll() is None or api.getState(vm) not in ('PoweredOff', 'Aborted'):
+                print(api.getState(vm), fault_of(api.powerOff, vm))
+            other.wait(30)
+        finally:
+            other.kill()
+            other.wait()
+        assert api.getState(vm) in ('PoweredOff', 'Aborted')
 
 
 def test_a_vm_that_can_not_be_read(host, api, vm):
