@@ -1299,21 +1299,13 @@ class Link:
         return ''
 
     def _acknowledge(self, headers: Dict[str, str], command: str) -> None:
-        """ACK or NACK by the version's key (where the versions differ: STOMP 1.2, ACK)."""
         number = headers.get('subscription', '0')
         if number.isdigit() and int(number) < len(self._subscriptions) \
                 and self._subscriptions[int(number)][1] == 'auto':
             return
-        if self.version == '1.2':
-            key = {'id': headers.get('ack', '')}
-        else:
-            key = {'message-id': headers.get('message-id', '')}
-            if self.version == '1.1':
-                key['subscription'] = number
-            command = 'ACK' if self.version == '1.0' else command
         if not self._acks:
             self._acks_due = time.monotonic() + ACK_DELAY
-        self._acks.append(encode(command, key, b'', self.version))
+        self._acks.append(_encode_ack(command, headers, self.version))
         if len(self._acks) >= ACKS_AT_ONCE:
             self._send_acks()
 
@@ -1330,6 +1322,16 @@ class Link:
         except Exception:
             log.exception('in a callback of the link')
             return False
+
+
+def _encode_ack(command: str, headers: Dict[str, str], version: str) -> bytes:
+    """ACK or NACK of a MESSAGE, by the version's key (where the versions differ: STOMP 1.2, ACK)."""
+    if version == '1.2':
+        return encode(command, {'id': headers.get('ack', '')}, b'', version)
+    key = {'message-id': headers.get('message-id', '')}
+    if version == '1.1':
+        key['subscription'] = headers.get('subscription', '0')
+    return encode('ACK' if version == '1.0' else command, key, b'', version)
 
 
 WaitFor = Callable[[Any, int], None]       # until the socket can be read or written
