@@ -6,13 +6,14 @@ No threads, no locks.
 import os
 import posixpath
 import time
-from typing import Any, Dict
+from typing import Any, Dict, Tuple
 
 import agent
 from cliscreen import PROGRESS_EVERY, Screen, shown_size, shown_span
 from cliverbs import VM, VMS, Verb, argument
+from faults import InvalidParams
 from hostclient import Client
-from rpc import Binary, FilePath, is_carried
+from rpc import carried
 
 
 def do_put(host: Client, screen: Screen, args: Any) -> int:
@@ -29,11 +30,6 @@ def do_get(host: Client, screen: Screen, args: Any) -> int:
     if os.path.isdir(target) and args.target and name not in ('', '.', '..'):
         target = os.path.join(target, name)
     return transfer(host, screen, 'get', args.vm, args.source, target)
-
-
-def carried(path: str) -> FilePath:
-    """A path for XML-RPC: as text, or its exact bytes where text can't have them."""
-    return path if is_carried(path) else Binary(path.encode('utf-8', 'surrogateescape'))
 
 
 def transfer(host: Client, screen: Screen, direction: str, vm: str, source: str, target: str) -> int:
@@ -65,11 +61,32 @@ def transfer_line(now: Dict[str, Any]) -> str:
     return line
 
 
+def do_cp(host: Client, screen: Screen, args: Any) -> int:
+    """Copies from this machine to VMs, or from a VM to this machine."""
+    from_vm, source = split_place(args.source)
+    to_vm, target = split_place(args.target)
+    if bool(from_vm) == bool(to_vm):
+        raise InvalidParams('one of SRC and DST is VM:PATH, and the other one is on this machine')
+    args.vm, args.source, args.target = from_vm or to_vm, source, target
+    return do_get(host, screen, args) if from_vm else do_put(host, screen, args)
+
+
+def split_place(place: str) -> Tuple[str, str]:
+    """(VM, path) of VM:PATH; ('', path) of a path on this machine: one with a slash before the colon, too."""
+    vm, colon, path = place.partition(':')
+    is_drive = os.name == 'nt' and len(vm) == 1
+    return (vm, path) if colon and vm and '/' not in vm and not is_drive else ('', place)
+
+
 VERBS = [
     Verb('put', do_put, 'copy a file or folder to a VM', [
         VMS, argument('source', metavar='SRC', help='on this machine'),
         argument('target', metavar='DST', nargs='?', default='', help='in the VM; default: the same name')], (
             'put web1 data/ input',)),
+    Verb('cp', do_cp, 'copy a file or folder, to or from a VM', [
+        argument('source', metavar='SRC', help='a path on this machine, or VM:PATH'),
+        argument('target', metavar='DST', help='the other one of them')], (
+            'cp data/ web1:input', 'cp web1:result.tar .')),
     Verb('get', do_get, 'copy a file or folder from a VM', [
         VM, argument('source', metavar='SRC', help='in the VM'),
         argument('target', metavar='DST', nargs='?', default='',

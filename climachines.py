@@ -16,8 +16,12 @@ from rpc import finite
 
 
 def do_ls(host: Client, screen: Screen, args: Any) -> int:
-    """VMs, and whether their agents are connected."""
-    found = [vm for _, vm in host.each('getVM', host.vm_names())]
+    """VMs, and whether their agents are connected: what is wrong comes first."""
+    names = host.call('listKnownVMs')
+    if args.vm:
+        names = host.matching_of(args.vm, names)
+    found = [vm for _, vm in host.each('getVM', names)]
+    found.sort(key=lambda vm: (vm['agent'] not in ('lost', 'late'), vm['name']))
     if args.json:
         screen.json(found)
         return 0
@@ -173,7 +177,8 @@ def do_keep(host: Client, screen: Screen, args: Any) -> int:
 
 VERBS = [
     Verb('ls', do_ls, 'list VMs, and whether their agents are connected', [
-        JSON, switch('-l', '--long', help='more columns')]),
+        argument('vm', metavar='VM', nargs='?', help='only this one, or those that match a pattern'), JSON,
+        switch('-l', '--long', help='more columns')]),
     Verb('create', do_create, 'create a VM from an image, or register a .vbox file', [
         argument('name', metavar='NAME', help='of the VM, or a .vbox file'),
         argument('image', metavar='IMAGE', nargs='?', default='', help='.ova, .ovf, .vdi, .vmdk or .iso'),

@@ -25,6 +25,7 @@ class Screen:
     """Standard output and standard error: for a person, where they are a terminal."""
 
     def __init__(self) -> None:
+        open_closed_streams()
         self.out = lenient(sys.stdout)
         self.err = lenient(sys.stderr)
         plain = 'NO_COLOR' in os.environ or os.environ.get('TERM') == 'dumb'
@@ -89,6 +90,24 @@ class Screen:
             self.err.write('\r' + text + ' ' * (self._progress - len(text)) + ('' if text else '\r'))
             self.err.flush()
             self._progress = len(text)
+
+
+def open_closed_streams() -> None:
+    """Opens the null device in place of standard streams that are closed.
+
+    What is opened next would take their numbers, and get what was meant for a person.
+    """
+    while True:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        if descriptor > 2:
+            os.close(descriptor)
+            break
+    if sys.stdin is None:
+        sys.stdin = open(0, closefd=False)
+    if sys.stdout is None:
+        sys.stdout = open(1, 'w', closefd=False)
+    if sys.stderr is None:
+        sys.stderr = open(2, 'w', closefd=False)
 
 
 def escaped(text: str) -> str:

@@ -21,7 +21,7 @@ import agent
 import protocol
 import stompbroker
 from hostcommands import Commands
-from hostconfig import SETTINGS
+from hostconfig import read_settings
 from hostcontrol import Control
 from hostguests import Guests
 from hostjournal import Journal, JournalError
@@ -199,11 +199,14 @@ class Clock:
             self._next_retention = now + RETENTION_PAUSE
 
 
-def run_host(ini: str) -> int:
-    """Runs the host agent in the foreground until SIGTERM or Ctrl-C; gives the exit code."""
+def run_host(ini: Optional[str]) -> int:
+    """Runs the host agent in the foreground until SIGTERM or Ctrl-C; gives the exit code.
+
+    ini    None: on the defaults
+    """
     host = None
     try:
-        settings = agent.read_settings(ini, SETTINGS)
+        settings = read_settings(ini)
         agent.set_up_logging(settings.Logging)
         sys.setswitchinterval(agent.SWITCH_INTERVAL)
         host = Host(settings)

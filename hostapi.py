@@ -178,6 +178,15 @@ class MachineMethods(Methods):
         """
         return [guest.name for guest in self._host.guests.on_list()]
 
+    def listKnownVMs(self) -> list:
+        """Names of all VMs, and of all machines whose agents were ever seen: lost and absent ones, too.
+
+            >>> host.listKnownVMs()
+            ['node1']
+        """
+        names = {guest.name for guest in self._host.guests.all()}
+        return sorted(names.union(self.listVMs()))
+
     def getVM(self, vm: str) -> dict:
         """{name, id, uuid, state, trouble, agent, ip, lastSeen, clockOffset, facts, rdp, commands} of a VM.
 
@@ -578,10 +587,11 @@ class CommandMethods(Methods):
                     executions=[execution.key for execution in executions])
 
     def getCmdStatus(self, id: str, refresh: bool = True) -> dict:
-        """{state, pid, wall, resources, processes, outSize, errSize, progress, error, ended, age}.
+        """{state, pid, wall, resources, processes, outSize, errSize, progress, error, ended, end, age}.
 
-        refresh asks the guest; age is how many seconds ago it said so (-1: never); ended: 0 while it is
-        unfinished. Of a multicast's own id: {cmdId@vmName: the same}.
+        refresh asks the guest; age is how many seconds ago it said so (-1: never); ended and end (how it
+        ended, as in 'exited 3'): 0 and '' while it is unfinished. Of a multicast's own id: {cmdId@vmName: the
+        same}.
 
             >>> status = host.getCmdStatus(cmd_id)
             >>> status['state'], status['outSize']

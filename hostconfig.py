@@ -2,8 +2,10 @@
 """
 
 import ipaddress
+import os
 import re
-from typing import Callable, Dict, Tuple
+import sys
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import agent
 import drivers
@@ -24,6 +26,33 @@ def port_range(value: str) -> str:
     if not 0 < low <= high < 65536:
         raise ValueError('ports such as 5000-5050')
     return '%d-%d' % (low, high)
+
+
+def own_state_dir() -> str:
+    """Where a program of this user keeps its state, on this system."""
+    home = os.path.expanduser('~')
+    if os.name == 'nt':
+        base = os.environ.get('LOCALAPPDATA') or home
+    elif sys.platform == 'darwin':
+        base = os.path.join(home, 'Library', 'Application Support')
+    elif os.geteuid() == 0:
+        base = '/var/lib'
+    else:
+        base = os.environ.get('XDG_STATE_HOME') or os.path.join(home, '.local', 'state')
+    return os.path.join(base, 'vmhost')
+
+
+def ini_here() -> Optional[str]:
+    """The ini file that is meant where none is named: host.ini, if it is in this folder."""
+    return 'host.ini' if os.path.isfile('host.ini') else None
+
+
+def read_settings(ini: Optional[str]) -> Any:
+    """The settings in host.ini; None: the defaults, state in the system's place. Raises ConfigError."""
+    settings = agent.read_settings(ini, SETTINGS)
+    if ini is None:
+        settings.Host.state_dir = own_state_dir()
+    return settings
 
 
 SETTINGS: Dict[str, Dict[str, Tuple[Callable, str]]] = {

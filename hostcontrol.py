@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import protocol
 from faults import AgentNotConnected, BadState, DeadlineExceeded, InvalidParams, NoSuchVM, VMHostError
-from hostcommands import CALLED_OFF, Commands, log_submitted, well_formed
+from hostcommands import CALLED_OFF, Commands, describe_end, log_submitted, well_formed
 from hostguests import Guest, Guests
 from hostjournal import FINISHED, Execution
 from hostmachines import Machines
@@ -292,7 +292,7 @@ class Control:
                 'wall': told.get('wall', 0), 'resources': told.get('resources', {}),
                 'outSize': told.get('out-size', 0), 'errSize': told.get('err-size', 0),
                 'progress': execution.status.get('progress', ''), 'error': told.get('error', ''),
-                'ended': execution.ended, 'age': age}
+                'ended': execution.ended, 'end': describe_end(told) if execution.ended else '', 'age': age}
 
     # What guests know of it.
 

@@ -55,6 +55,11 @@ def is_carried(text: str) -> bool:
     return '\r' not in text and is_xml(text)
 
 
+def carried(text: str) -> FilePath:
+    """A text for a call: itself, or its exact bytes where XML can't hold it; half surrogates are bytes."""
+    return text if is_xml(text) else Binary(text.encode('utf-8', 'surrogateescape'))
+
+
 def is_xml(text: str) -> bool:
     """Whether XML can hold the text."""
     return XML_UNSAFE.search(text) is None

@@ -104,7 +104,7 @@ def test_run_passes_environment_folder_and_arguments(host, guests):
 
 def test_run_exits_with_128_and_the_signal(host, guests):
     assert host.verb('run', 'one', '--', 'sh', '-c', 'kill -USR1 $$').returncode == 128 + signal.SIGUSR1
-    done = host.verb('run', '-t', '0.5', 'one', '--', 'sleep', '77')
+    done = host.verb('run', '-T', '0.5', 'one', '--', 'sleep', '77')
     assert done.returncode == 128 + signal.SIGTERM and b'timeout' in done.stderr
 
 
@@ -146,7 +146,7 @@ def test_one_that_hangs_holds_up_nobody_and_ends_by_the_limit(host, guests, tmp_
         os.kill(hung.process.pid, signal.SIGSTOP)
         try:
             begin = time.monotonic()
-            with started(host, 'run', '-t', '2', '*', '--', 'echo', 'done') as process:
+            with started(host, 'run', '-T', '2', '*', '--', 'echo', 'done') as process:
                 assert sorted(process.stdout.readline() for _ in range(2)) == [b'one: done\n', b'two: done\n']
                 assert time.monotonic() - begin < 6
                 assert process.wait(60) == 255
@@ -158,7 +158,7 @@ def test_one_that_hangs_holds_up_nobody_and_ends_by_the_limit(host, guests, tmp_
 
 @pytest.mark.parametrize('words', [
     ('one', '-C', 'x', '--'), ('nobody', '--', 'true'), ('x*', '--', 'true'), ('one', '--'), ('one',),
-    (), ('-t', 'soon', 'one', '--', 'true'), ('-e', 'X', 'one', '--', 'true')])
+    (), ('-T', 'soon', 'one', '--', 'true'), ('-e', 'X', 'one', '--', 'true')])
 def test_what_is_not_the_commands_is_255(host, guests, words):
     done = host.verb('run', *words)
     assert done.returncode == 255
@@ -297,7 +297,7 @@ def test_a_detached_command_is_listed_followed_and_killed(host, guests):
         assert process.stdout.readline() == b'begun\n'
         assert json.loads(verb(host, 'info', cmd_id, '--json'))['status']['state'] == 'running'
         verb(host, 'kill', cmd_id)
-        assert (process.stdout.read(), process.stderr.read(), process.wait(20)) == (b'', b'', 0)
+        assert (process.stdout.read(), process.stderr.read(), process.wait(20)) == (b'', b'', 128 + 15)
     assert verb(host, 'out', cmd_id) == 'begun\n'
     assert 'signaled' in verb(host, 'info', cmd_id)
     assert b'already ended' in host.verb('kill', cmd_id).stderr
@@ -432,7 +432,8 @@ class PlayedHost:
 
 
 VM_ANSWERS = {
-    'listVMs': ['web 1', 'web 2', 'db'], 'listRegisteredVMs': [], 'getNamesToIdsMapping': {'web 1': 'a'},
+    'listVMs': ['web 1', 'web 2', 'db'], 'listKnownVMs': ['web 1', 'web 2', 'db'],
+    'listRegisteredVMs': [], 'getNamesToIdsMapping': {'web 1': 'a'},
     'start': True, 'shutdown': True, 'powerOff': True, 'pause': True, 'resume': True, 'saveState': True,
     'reset': lambda vm: True if vm != 'web 1' else xmlrpc.client.Fault(4, 'it is off'), 'removeVM': True,
     'takeSnapshot': True, 'restoreSnapshot': True, 'deleteSnapshot': True, 'listSnapshots': ['fresh'],
@@ -552,7 +553,7 @@ def test_help_tells_of_every_verb(capsys):
 
 
 @pytest.mark.parametrize('words, said', [
-    ((), 'usage:'), (('ls',), 'ini file comes first'), (('host.ini', 'pss'), 'did you mean ps?'),
+    (('no.such',), 'unknown verb'), (('host.ini', 'pss'), 'did you mean ps?'),
     (('--no',), '--no'),
     (('host.ini', 'ls', '--jason'), '--jason'), (('--completion', 'csh'), 'bash|zsh|fish')])
 def test_wrong_usage_is_2(words, said, tmp_path):
@@ -592,15 +593,15 @@ def test_candidates(host, guests):
         return clicomplete.candidates([host.ini] + list(words), hostcli.VERBS)
     assert completed('p') == ['pause', 'ping', 'ps', 'put']
     assert completed('run', '') == ['one', 'two']
-    assert completed('run', '-t', '5', 't') == ['two']
-    assert completed('run', '-t', '') == []
+    assert completed('run', '-T', '5', 't') == ['two']
+    assert completed('run', '-T', '') == []
     assert completed('run', 'one', '--', 'o') == []
     assert completed('run', '--t') == ['--timeout']
     assert completed('snap', 't') == ['take']
     assert completed('snap', 'take', 'o') == ['one']
     assert completed('kill', '-s', 'KI') == ['KILL']
     assert completed('call', 'getCmdS') == ['getCmdStatus']
-    assert completed('ls', '') == []
+    assert completed('ls', '') == ['one', 'two']
     assert clicomplete.candidates(['/nowhere.ini', 'info', ''], hostcli.VERBS) == []
     assert clicomplete.candidates([''], hostcli.VERBS) == []
     cmd_id = verb(host, 'run', '-d', 'one', '--', 'true').strip()

@@ -195,7 +195,7 @@ def test_an_exit_code_after_a_timeout_is_no_signal(host, guest):
     results = host.run('one', 'sh', '-c', obeys % 3, timeout=0.3)
     assert (results['state'], results['finished'], results['exitCodeOrSignal']) == ('timeout', True, 3)
     for code, told in ((3, 3), (0, 124)):
-        done = host.verb('run', '-t', '0.3', 'one', '--', 'sh', '-c', obeys % code)
+        done = host.verb('run', '-T', '0.3', 'one', '--', 'sh', '-c', obeys % code)
         assert done.returncode == told and b'timeout' in done.stderr
 
 
