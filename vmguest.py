@@ -38,7 +38,7 @@ from guestmachine import Network, memory, read_boot_id, uptime
 from guestreports import Reports
 from guestrunner import drain
 from guestspool import SHOWN_AS, Spool, folder_name
-from gueststart import make_starter
+from gueststart import become_subreaper, make_starter
 from guesttrust import HostTrust
 from protocol import Message
 
@@ -449,6 +449,9 @@ def check(settings: Any) -> int:
     findings.append(agent.Finding(
         make_starter() >= 0, 'peak memory of commands is told exactly', 'it is only known to be no more than '
         'what is told: exact on Linux on x86-64', needed=False))
+    findings.append(agent.Finding(
+        become_subreaper(), 'processes of a command are followed into sessions of their own (subreaper)',
+        'those that make a session of their own escape timeout and KILL: this needs Linux', needed=False))
     if settings.Chirp.server == 'chirp_server':
         import shutil  # brings compressors along
         findings.append(agent.Finding(
