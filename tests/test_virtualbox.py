@@ -331,6 +331,7 @@ def test_a_silent_process_is_given_up():
 def test_a_worker_with_nothing_to_do_ends(monkeypatch):
     monkeypatch.setattr(hypervisor, 'WORKER_IDLE', 0.2)
     with started(ANSWERS) as box:
+        assert box.version() == 'an answer'
         box.pause('vm')
         worker = box.processes[-1]
         wait_until(lambda: worker.returncode is not None)

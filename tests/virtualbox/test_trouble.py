@@ -1,6 +1,7 @@
 """One VM's trouble is its own: it hangs, can't be read, has another's card, or its host's disk is full."""
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from vms import SETTINGS, fault_of, kill
 
 import hypervisor
 
+NUMBERS = itertools.count(1)
 SMALL = {'memory': 16, 'diskSize': 4}
 # A boot sector that looks for `vmhost:` where the firmware's tables are, and writes that word to the first
 # serial port, or N.
@@ -45,8 +47,9 @@ def boot_disk(tmp_path, disk, sector, megabytes):
 
 @pytest.fixture
 def vm(api, remove_all):
-    api.createVM('troubled', '', SMALL)
-    return 'troubled'
+    name = 'troubled-%d' % next(NUMBERS)        # what a broken snapshot left may keep the name
+    api.createVM(name, '', SMALL)
+    return name
 
 
 def running(api, vm):
