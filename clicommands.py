@@ -26,6 +26,7 @@ SHORTEST_LOOK = 0.01           # seconds between looks at a command's output …
 LONGEST_LOOK = 0.25            # … which grow while nothing comes
 LONGEST_WAIT = 60              # seconds that one call may wait
 PATIENCE = 10.0                # seconds after a command's end in which all of its output should have come
+WIDE = 100                     # columns from which on `ps` shows whole dates
 FINISHED_SHOWN = 20            # finished commands that `ps` lists
 
 
@@ -41,16 +42,18 @@ def do_ps(host: Client, screen: Screen, args: Any) -> int:
     statuses = dict(host.each('getCmdStatus', ids, args.long))     # with -l asked of the guests
     headings = ['ID', 'VM', 'STATE', 'SUBMITTED', 'TIME']
     headings += ['CPU', 'MEMORY', 'PROGRESS', 'COMMAND'] if args.long else ['COMMAND']
-    screen.table(headings, [cmd_row(row, statuses.get(row['cmdId'], {}), args.long) for row in rows])
+    is_narrow = 0 < screen.width < WIDE
+    screen.table(headings, [cmd_row(row, statuses.get(row['cmdId'], {}), args.long, is_narrow)
+                            for row in rows])
     return 0
 
 
-def cmd_row(row: Dict[str, Any], status: Dict[str, Any], long: bool) -> List[str]:
+def cmd_row(row: Dict[str, Any], status: Dict[str, Any], long: bool, is_narrow: bool) -> List[str]:
     """A line of `ps`."""
     end = status.get('end', '')
     state = end if end.startswith(('exited', 'signaled')) and end != 'exited 0' else row['state']
     wall = shown_span(finite(status.get('wall'))) if status.get('wall') else '-'
-    shown = [row['cmdId'], row['vm'], state, shown_time(row['submitted']), wall]
+    shown = [row['cmdId'], row['vm'], state, shown_time(row['submitted'], is_narrow), wall]
     if long:
         usage = status.get('resources', {})
         cpu = finite(usage.get('ru_utime')) + finite(usage.get('ru_stime'))

@@ -18,6 +18,7 @@ import agent
 COLOURS = {'alive': 32, 'Running': 32, 'running': 32, 'late': 33, 'Paused': 33, 'Saved': 33, 'suspended': 33,
            'queued': 33, 'sent': 33, 'lost': 31, 'failed': 31, 'timeout': 31, 'signaled': 31, 'Aborted': 31,
            'Stuck': 31, 'ok': 32, '--': 33, 'NO': 31}  # type: Dict[str, int]
+NARROWEST = 5                  # columns that are left of a cell, at least
 PROGRESS_EVERY = 0.2           # seconds between two looks at a progress
 
 
@@ -63,7 +64,7 @@ class Screen:
         widths = [max(map(cells, column)) for column in zip(*lines)]
         while self.width and sum(widths) + 2 * len(widths) - 2 > self.width:
             widest = max(range(len(widths)), key=lambda n: (n > 0, widths[n]))
-            if widths[widest] <= 8:
+            if widths[widest] <= NARROWEST:
                 break
             widths[widest] -= 1
         for line in lines:
@@ -165,9 +166,14 @@ def shown_span(seconds: float) -> str:
         else '%.0f d' % (minutes / 1440)
 
 
-def shown_time(moment: float) -> str:
-    """A time since 1970 for a person, in the local zone; '-' for 0."""
-    return time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(moment)) if moment else '-'
+def shown_time(moment: float, is_short: bool = False) -> str:
+    """A time since 1970 for a person, in the local zone; '-' for 0. Short: today's time, or the day."""
+    if not moment:
+        return '-'
+    then = time.localtime(moment)
+    is_today = then[:3] == time.localtime()[:3]
+    return time.strftime('%H:%M:%S' if is_today else '%Y-%m-%d', then) if is_short \
+        else time.strftime('%Y-%m-%d %H:%M:%S', then)
 
 
 def show_pairs(screen: Screen, found: Dict[str, Any], indent: str = '') -> None:

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 import xmlrpc.client
 import xmlrpc.server
 import zipfile
@@ -123,6 +122,7 @@ def test_output_that_was_cut_is_no_success(host, tmp_path):
     with Agent(tmp_path, host, 'narrow', output_limit='10K'):
         done = host.verb('run', 'narrow', '--', 'sh', '-c', 'yes | head -c 100000')
         assert done.returncode == 255 and b'stdout was truncated' in done.stderr
+    assert verb(host, 'forget', 'narrow') == 'narrow is forgotten\n'
 
 
 def test_a_call_whose_answer_is_lost_is_made_again_under_the_same_id():
@@ -134,9 +134,7 @@ def test_a_call_whose_answer_is_lost_is_made_again_under_the_same_id():
             if len(calls) == 1:
                 raise hostclient.NoHost('cut')
             return 'an id'
-    args = types.SimpleNamespace(vm='g', command=['true'], env=[], folder='', input='', timeout=0,
-                                 queue=False, stdin=False)
-    assert clicommands.submit(Cut(), args, False) == 'an id'
+    assert clicommands.submit(Cut(), 'runCmd', 'g', 'true', [], {}, '', '', {}) == 'an id'
     assert calls[0] == calls[1] and calls[0][-1]['id']
 
 
@@ -154,6 +152,7 @@ def test_one_that_hangs_holds_up_nobody_and_ends_by_the_limit(host, guests, tmp_
             assert 'hung: no answer within the time limit' in told[0] and told[-1] == '2 ok, hung absent'
         finally:
             os.kill(hung.process.pid, signal.SIGCONT)
+    verb(host, 'forget', 'hung')
 
 
 @pytest.mark.parametrize('words', [

@@ -51,7 +51,8 @@ def test_run_takes_what_the_api_takes(host, guests):
                      'trap "" TERM; sleep 60 & wait; wait')
     assert done.returncode == 128 + signal.SIGKILL
     if os.geteuid() == 0:
-        assert said(host, 'run', '-u', 'nobody', 'one', 'id', '-un') == 'nobody\n'
+        assert said(host, 'run', '-u', 'root', 'one', 'id', '-un') == 'root\n'
+        assert host.verb('run', '-u', 'no-such', 'one', 'id').returncode == 255
     assert host.verb('run', '-l', 'nothing=1', 'one', 'true').returncode == 255
 
 
