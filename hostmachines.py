@@ -237,7 +237,8 @@ class Machines:
         address, port = endpoint or (guest.ip, guest.chirp_port)
         if not port:
             raise NoFiles('%s offers no files (it has no Chirp server)' % guest.name)
-        return chirpclient.ChirpClient(address, port, CHIRP_TIMEOUT, self._trust.secret_of(guest.id), guest.id)
+        return chirpclient.ChirpClient(address, port, CHIRP_TIMEOUT, self._trust.secret_of(guest.id),
+                                       guest.id, self._connection.files_tls() if guest.chirp_tls else None)
 
     def list_dir(self, vm: str, path: str) -> List[chirpwire.Stat]:
         """What is in a folder of a VM. Raises TransferError, NoSuchVM, AgentNotConnected."""
