@@ -14,13 +14,23 @@ import chirpclient
 import chirpwire
 import drivers
 import vmstates
-from faults import AgentNotConnected, BadState, NoFiles, NoSuchVM, TransferError, VMHostError
+from faults import (
+    AgentNotConnected,
+    AlreadyExists,
+    BadState,
+    InvalidParams,
+    NoFiles,
+    NoSuchVM,
+    TransferError,
+    VMHostError,
+)
 from hostcommands import Commands
 from hostguests import Guest, Guests
 from hostjournal import Journal
 from hostlink import Connection
 from hosttrust import Session, Trust
 from hostworkers import Batch
+from protocol import BadWord, read_id, read_secret
 
 log = logging.getLogger('vmhost')
 
@@ -166,6 +176,20 @@ class Machines:
         self.take_over(guest)
         for execution in self._commands.open_of(guest.id):
             self._commands.lose(execution, 'the VM and its disks were removed')
+
+    def pair(self, machine_id: str, path: str) -> None:
+        """Pins the secret in a file to an id. Raises InvalidParams, AlreadyExists, JournalError."""
+        try:
+            with open(path, encoding='ascii', errors='replace') as file:
+                secret = read_secret(file.read(200).strip())
+            machine_id = read_id(machine_id)
+        except OSError as error:
+            raise InvalidParams('%s: %s' % (path, error.strerror))
+        except BadWord as error:
+            raise InvalidParams(str(error))
+        if self._trust.secrets.pinned(machine_id) not in (b'', secret):
+            raise AlreadyExists('%s has another secret: forget it first' % machine_id)
+        self._trust.secrets.pin(machine_id, secret)
 
     def forget(self, guest: Guest) -> None:
         """Forgets a machine: name, id and secret are free, its commands lost. Raises JournalError.

@@ -758,7 +758,7 @@ def read_nonce(text: str) -> str:
 def read_secret(text: str) -> bytes:
     """A secret that a guest tells. Raises BadWord, which doesn't show it."""
     if _SECRET.fullmatch(text) is None:
-        raise BadWord('HELLO: secret should be 64 hexadecimal digits')
+        raise BadWord('a secret should be 64 hexadecimal digits')
     return bytes.fromhex(text)
 
 
