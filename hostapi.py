@@ -249,6 +249,20 @@ class MachineMethods(Methods):
         return {machine_id: name for name, machine_id in self.getNamesToIdsMapping().items()}
 
     @audited
+    def pairVM(self, id: str, file: str) -> bool:
+        """Tells the host a secret that stands in a guest.ini: a file with the 64 hexadecimal digits.
+
+        A guest whose secret the host knows already has to be forgotten first.
+
+            >>> open('lab12.secret', 'w').write(64 * '5')
+            64
+            >>> host.pairVM('lab12', os.path.abspath('lab12.secret'))
+            True
+        """
+        self._host.machines.pair(id, file)
+        return True
+
+    @audited
     def forgetVM(self, vm: str) -> bool:
         """Forgets a machine that said HELLO: its name, its id and its secret are free for another one.
 

@@ -45,6 +45,12 @@ class Guest:
         port = port.get('port') if isinstance(port, dict) else port
         return port if isinstance(port, int) and 0 < port < 65536 else 0
 
+    @property
+    def chirp_tls(self) -> bool:
+        """Whether that talks TLS."""
+        chirp = self.facts.get('chirp')
+        return isinstance(chirp, dict) and chirp.get('tls') is True
+
 
 class Guests:
     """The agents that said HELLO, and whether they are still there. Safe from any thread.

@@ -176,6 +176,12 @@ class Connection:
         connection, machine_id, address = origin.split(' ')
         return connection, machine_id, address
 
+    def files_tls(self) -> Any:
+        """The ssl.SSLContext for guests that serve their files by TLS. Raises ConfigError."""
+        context = agent.client_tls(self._settings.ca_file or self._settings.cert_file)
+        context.check_hostname = False         # guests are known by their secrets, and have many addresses
+        return context
+
     def proved(self, session: Session) -> None:
         """From now on what is for that guest goes to the connection of this session."""
         if self._policy is not None:

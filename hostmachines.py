@@ -14,13 +14,23 @@ import chirpclient
 import chirpwire
 import drivers
 import vmstates
-from faults import AgentNotConnected, BadState, NoFiles, NoSuchVM, TransferError, VMHostError
+from faults import (
+    AgentNotConnected,
+    AlreadyExists,
+    BadState,
+    InvalidParams,
+    NoFiles,
+    NoSuchVM,
+    TransferError,
+    VMHostError,
+)
 from hostcommands import Commands
 from hostguests import Guest, Guests
 from hostjournal import Journal
 from hostlink import Connection
 from hosttrust import Session, Trust
 from hostworkers import Batch
+from protocol import BadWord, read_id, read_secret
 
 log = logging.getLogger('vmhost')
 
@@ -167,6 +177,20 @@ class Machines:
         for execution in self._commands.open_of(guest.id):
             self._commands.lose(execution, 'the VM and its disks were removed')
 
+    def pair(self, machine_id: str, path: str) -> None:
+        """Pins the secret in a file to an id. Raises InvalidParams, AlreadyExists, JournalError."""
+        try:
+            with open(path, encoding='ascii', errors='replace') as file:
+                secret = read_secret(file.read(200).strip())
+            machine_id = read_id(machine_id)
+        except OSError as error:
+            raise InvalidParams('%s: %s' % (path, error.strerror))
+        except BadWord as error:
+            raise InvalidParams(str(error))
+        if self._trust.secrets.pinned(machine_id) not in (b'', secret):
+            raise AlreadyExists('%s has another secret: forget it first' % machine_id)
+        self._trust.secrets.pin(machine_id, secret)
+
     def forget(self, guest: Guest) -> None:
         """Forgets a machine: name, id and secret are free, its commands lost. Raises JournalError.
 
@@ -237,7 +261,8 @@ class Machines:
         address, port = endpoint or (guest.ip, guest.chirp_port)
         if not port:
             raise NoFiles('%s offers no files (it has no Chirp server)' % guest.name)
-        return chirpclient.ChirpClient(address, port, CHIRP_TIMEOUT, self._trust.secret_of(guest.id), guest.id)
+        return chirpclient.ChirpClient(address, port, CHIRP_TIMEOUT, self._trust.secret_of(guest.id),
+                                       guest.id, self._connection.files_tls() if guest.chirp_tls else None)
 
     def list_dir(self, vm: str, path: str) -> List[chirpwire.Stat]:
         """What is in a folder of a VM. Raises TransferError, NoSuchVM, AgentNotConnected."""

@@ -305,7 +305,8 @@ class Trust:
             raise Refusal('%s is known by another secret: %s' % (machine_id, FORGET % machine_id))
         if not known:
             raise Refusal('this host knows no secret of %s: it was forgotten, or the journal was lost. To '
-                          'have it told anew, delete the .host file in the guest\'s state_dir' % machine_id)
+                          'have it told anew, delete the .host file in the guest\'s state_dir; what stands '
+                          'in guest.ini is told by pairVM' % machine_id)
         wanted = hello.text('secret-id')
         for secret in known:
             if not wanted or wanted == protocol.secret_id(secret, machine_id):

@@ -758,7 +758,7 @@ def read_nonce(text: str) -> str:
 def read_secret(text: str) -> bytes:
     """A secret that a guest tells. Raises BadWord, which doesn't show it."""
     if _SECRET.fullmatch(text) is None:
-        raise BadWord('HELLO: secret should be 64 hexadecimal digits')
+        raise BadWord('a secret should be 64 hexadecimal digits')
     return bytes.fromhex(text)
 
 
@@ -1026,11 +1026,8 @@ class Link:
         while not self._stopping.is_set():
             if self._try_candidates() and not self._refused:
                 delay = self._first_delay
-            self._sleep(min(LONGEST_DELAY, delay * (1 + os.urandom(1)[0] / 512)))      # with jitter
+            self._stopping.wait(min(LONGEST_DELAY, delay * (1 + os.urandom(1)[0] / 512)))      # with jitter
             delay = min(LONGEST_DELAY, delay * 2)
-
-    def _sleep(self, seconds: float) -> None:
-        self._stopping.wait(seconds)
 
     def _try_candidates(self) -> bool:
         """One round over the candidates, until one of them served. Whether one did."""

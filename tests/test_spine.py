@@ -558,9 +558,10 @@ def test_hostile_words_harm_nobody(host, guest, api):
     before = api.agentInfo()['aint']
     with Guest(host.broker_port, 'evil') as evil:
         evil.join()
-        for body in ('NONSENSE', 'CMD_RESULTS {', 'CMD_RESULTS []', 'CMD_RESULTS {"cmd-id": 5, "state": "x"}',
-                     '', 'CMD_STATUS ' + '[' * 100000, 'CMD_RUN {}', '__import__', 'CMD_STATUS {"state": NaN}',
-                     'CMD_RESULTS {"cmd-id": "x", "exitCodeOrSignal": 1e999}', 'PONG {"ping-id": {}}'):
+        for body in ('NONSENSE', 'CMD_RESULTS {', 'CMD_RESULTS []', '', 'CMD_STATUS ' + '[' * 100000,
+                     'CMD_RUN {}', '__import__', 'CMD_STATUS {"state": NaN}',
+                     'CMD_RESULTS {"cmd-id": "x", "exitCodeOrSignal": 1e999}', 'PONG {"ping-id": {}}',
+                     'CMD_RESULTS {"cmd-id": 5, "state": "x"}'):
             evil.body(body)
         wait_until(lambda: api.agentInfo()['aint'] >= before + 8, 10)
         assert api.agentInfo()['untrusted'] == 0
