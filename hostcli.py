@@ -170,7 +170,7 @@ def main(argv: List[str], start: Optional[Callable[[str], int]] = None,
     try:
         # Python reads arguments by the locale; here they are UTF-8, as in XML-RPC. Names of files may be
         # any bytes.
-        errors = 'surrogateescape' if argv[1:2] in (['put'], ['get']) else 'replace'
+        errors = 'surrogateescape' if argv[1:2] in (['put'], ['get'], ['cp']) else 'replace'
         return run([os.fsencode(word).decode('utf-8', errors) for word in argv], screen, start, check)
     except KeyboardInterrupt:
         return INTERRUPTED
