@@ -1,40 +1,126 @@
-"""The verbs for files and folders: to VMs, and from them.
+"""The verbs for files and folders: to VMs, and from them, with the habits of ``cp -r``.
 
 No threads, no locks.
 """
 
+import base64
+import contextlib
+import fnmatch
 import os
 import posixpath
+import re
+import select
+import sys
 import time
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, List
 
 import agent
 from cliscreen import PROGRESS_EVERY, Screen, shown_size, shown_span
-from cliverbs import VM, VMS, Verb, argument
-from faults import InvalidParams
+from cliverbs import JSON, VM, VMS, Verb, argument
+from faults import VMHostError
 from hostclient import Client
 from rpc import carried
+
+TOLD = 3                       # failures that are told one by one on the screen
+GLOB = re.compile(r'[*?\[]')
 
 
 def do_put(host: Client, screen: Screen, args: Any) -> int:
     """Sends a file or folder to VMs."""
-    source = os.path.abspath(args.source)      # the host's working directory is not ours
-    target = args.target or os.path.basename(source)
-    return max([transfer(host, screen, 'put', vm, source, target) for vm in host.matching(args.vm)])
+    source = here(args.source)
+    target = args.target or os.path.basename(os.path.abspath(source))
+    return max([transfer(host, screen, args, 'put', vm, source, target) for vm in host.matching(args.vm)])
 
 
 def do_get(host: Client, screen: Screen, args: Any) -> int:
-    """Fetches a file or folder from a VM."""
-    name = posixpath.basename(args.source.rstrip('/'))
-    target = os.path.abspath(args.target or name)
-    if os.path.isdir(target) and args.target and name not in ('', '.', '..'):
-        target = os.path.join(target, name)
-    return transfer(host, screen, 'get', args.vm, args.source, target)
+    """Fetches files and folders from a VM."""
+    if args.target in ('-', '/dev/stdout'):
+        return stream(host, screen, args)
+    sources = matching(host, args.vm, args.source)
+    target = here(args.target) if args.target else ''
+    if len(sources) > 1 and target and not os.path.isdir(target):
+        raise VMHostError('%s is not a folder, and %d files match' % (args.target, len(sources)))
+    return max([transfer(host, screen, args, 'get', args.vm, source,
+                         target or here(posixpath.basename(source.rstrip('/')))) for source in sources])
 
 
-def transfer(host: Client, screen: Screen, direction: str, vm: str, source: str, target: str) -> int:
+def do_cp(host: Client, screen: Screen, args: Any) -> int:
+    """Copies a file or folder to a VM, or from one: VM:PATH says where it is, or is to be."""
+    (there, source), (back, target) = vm_and_path(args.source), vm_and_path(args.target)
+    if bool(there) == bool(back):
+        raise VMHostError('one of the two should be VM:PATH, the other one a path of this machine')
+    args.vm, args.source, args.target = there or back, source, target
+    return do_put(host, screen, args) if back else do_get(host, screen, args)
+
+
+def vm_and_path(text: str) -> List[str]:
+    """[VM, path]; VM is '' for a path of this machine: one with a slash before the colon, or with a drive."""
+    found = re.match(r'([^/:]+(?::[0-9A-Fa-f]{2}){5}|[^/:]+):(.*)$', text, re.DOTALL)
+    if found is None or os.name == 'nt' and len(found.group(1)) == 1:
+        return ['', text]
+    return [found.group(1), found.group(2)]
+
+
+def here(path: str) -> str:
+    """A path of this machine for the host agent, whose working directory is not ours; ends as it did."""
+    return os.path.join(os.getcwd(), path)
+
+
+def matching(host: Client, vm: str, source: str) -> List[str]:
+    """The paths of a VM that a pattern means; a path that is none, itself."""
+    folder, name = posixpath.split(source)
+    if not GLOB.search(name):
+        return [source]
+    listed = host.call('listDir', vm, carried(folder or '/'))
+    names = [base64.b64decode(entry['name64']).decode('utf-8', 'surrogateescape') if 'name64' in entry
+             else entry['name'] for entry in listed]
+    found = [each for each in sorted(names) if each == name or fnmatch.fnmatchcase(each, name)
+             and (name.startswith('.') or not each.startswith('.'))]
+    if not found:
+        raise VMHostError('%s: no file of that name, and none that matches' % source)
+    return [posixpath.join(folder, each) for each in found]
+
+
+def stream(host: Client, screen: Screen, args: Any) -> int:
+    """Fetches a file to standard output: the host agent writes it into a FIFO."""
+    if not hasattr(os, 'mkfifo'):
+        raise VMHostError('this system has no FIFO: name a file instead of -')
+    import tempfile  # needed here alone
+    with tempfile.TemporaryDirectory(prefix='vmhost-') as folder, contextlib.ExitStack() as stack:
+        path = os.path.join(folder, 'stream')
+        os.mkfifo(path, 0o600)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        stack.callback(os.close, fd)
+        moving = host.call('startTransfer', 'get', args.vm, carried(args.source), path)
+        try:
+            while True:
+                now = host.call('getTransfer', moving)
+                if not copy_on(fd) and now['state'] not in ('waiting', 'running'):
+                    return tell_end(screen, args, args.vm, now)
+        except BaseException:
+            host.call('cancelTransfer', moving)
+            raise
+
+
+def copy_on(fd: int) -> bool:
+    """Writes to standard output what a FIFO has, once it has something; whether that was so."""
+    select.select([fd], [], [], PROGRESS_EVERY)
+    copied = False
+    with contextlib.suppress(BlockingIOError):
+        for data in iter(lambda: os.read(fd, 1 << 20), b''):
+            sys.stdout.buffer.write(data)
+            copied = True
+        if not copied:
+            time.sleep(PROGRESS_EVERY / 10)    # nobody writes, yet or any more: select doesn't wait then
+    sys.stdout.buffer.flush()
+    return copied
+
+
+def transfer(host: Client, screen: Screen, args: Any, direction: str, vm: str, source: str,
+             target: str) -> int:
     """Moves a file or folder, verified; a terminal shows how far it is. Ctrl-C cancels it."""
-    moving = host.call('startTransfer', direction, vm, carried(source), carried(target))
+    options = [] if args.links == 'keep' else [{'links': args.links}]
+    moving = host.call('startTransfer', direction, vm, carried(source), carried(target), *options)
     try:
         while True:
             now = host.call('getTransfer', moving)
@@ -47,10 +133,22 @@ def transfer(host: Client, screen: Screen, direction: str, vm: str, source: str,
         raise
     finally:
         screen.progress('')
-    if now['state'] != 'done':
-        screen.complain('%s: %s' % (vm, now['error'] or now['state']))
-        return 1
-    return 0
+    return tell_end(screen, args, vm, now)
+
+
+def tell_end(screen: Screen, args: Any, vm: str, now: Dict[str, Any]) -> int:
+    """Says how a transfer ended; gives the exit code."""
+    if args.json:
+        screen.json(now)
+    elif now['state'] != 'done':
+        failures = now.get('failures', ())
+        for failure in failures[:TOLD]:
+            screen.complain('%s: %s: %s' % (vm, failure['path'], failure['reason']))
+        if len(failures) > TOLD:
+            screen.complain('%s: and %d more; --json tells all' % (vm, len(failures) - TOLD))
+        elif not failures:
+            screen.complain('%s: %s' % (vm, now['error'] or now['state']))
+    return 0 if now['state'] == 'done' else 1
 
 
 def transfer_line(now: Dict[str, Any]) -> str:
@@ -61,34 +159,20 @@ def transfer_line(now: Dict[str, Any]) -> str:
     return line
 
 
-def do_cp(host: Client, screen: Screen, args: Any) -> int:
-    """Copies from this machine to VMs, or from a VM to this machine."""
-    from_vm, source = split_place(args.source)
-    to_vm, target = split_place(args.target)
-    if bool(from_vm) == bool(to_vm):
-        raise InvalidParams('one of SRC and DST is VM:PATH, and the other one is on this machine')
-    args.vm, args.source, args.target = from_vm or to_vm, source, target
-    return do_get(host, screen, args) if from_vm else do_put(host, screen, args)
-
-
-def split_place(place: str) -> Tuple[str, str]:
-    """(VM, path) of VM:PATH; ('', path) of a path on this machine: one with a slash before the colon, too."""
-    vm, colon, path = place.partition(':')
-    is_drive = os.name == 'nt' and len(vm) == 1
-    return (vm, path) if colon and vm and '/' not in vm and not is_drive else ('', place)
-
-
+LINKS = argument('--links', choices=('keep', 'skip', 'follow'), default='keep',
+                 help='symbolic links in a folder: the same there, left out, or what they lead to')
 VERBS = [
     Verb('put', do_put, 'copy a file or folder to a VM', [
         VMS, argument('source', metavar='SRC', help='on this machine'),
-        argument('target', metavar='DST', nargs='?', default='', help='in the VM; default: the same name')], (
-            'put web1 data/ input',)),
-    Verb('cp', do_cp, 'copy a file or folder, to or from a VM', [
-        argument('source', metavar='SRC', help='a path on this machine, or VM:PATH'),
-        argument('target', metavar='DST', help='the other one of them')], (
-            'cp data/ web1:input', 'cp web1:result.tar .')),
-    Verb('get', do_get, 'copy a file or folder from a VM', [
-        VM, argument('source', metavar='SRC', help='in the VM'),
+        argument('target', metavar='DST', nargs='?', default='', help='in the VM; default: the same name'),
+        LINKS, JSON], ('put web1 data/ input',)),
+    Verb('get', do_get, 'copy files or a folder from a VM', [
+        VM, argument('source', metavar='SRC', help='in the VM; * and ? match names'),
         argument('target', metavar='DST', nargs='?', default='',
-                 help='on this machine; default: the same name')], ('get web1 result.tar .',)),
+                 help='on this machine; default: the same name; -: standard output'),
+        LINKS, JSON], ('get web1 result.tar .', 'get web1 \'*.csv\' results/')),
+    Verb('cp', do_cp, 'copy a file or folder to a VM or from one', [
+        argument('source', metavar='SRC', help='a path, or VM:PATH'),
+        argument('target', metavar='DST', help='VM:PATH, or a path'),
+        LINKS, JSON], ('cp web1:result.tar .', 'cp data/ web1:input')),
 ]

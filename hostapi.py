@@ -723,10 +723,11 @@ class FileMethods(Methods):
         """
         return self._copy('get', vm, remote, local)
 
-    def _start(self, direction: str, vm: str, source: FilePath, target: FilePath) -> Transfer:
+    def _start(self, direction: str, vm: str, source: FilePath, target: FilePath,
+               links: str = 'keep') -> Transfer:
         here, there = read_local, read_remote
         from_, to = (here, there) if direction == 'put' else (there, here)
-        return self._host.transfers.start(direction, vm, from_(source), to(target))
+        return self._host.transfers.start(direction, vm, from_(source), to(target), links)
 
     def _copy(self, direction: str, vm: str, source: FilePath, target: FilePath) -> list:
         transfer = self._start(direction, vm, source, target)
@@ -736,26 +737,30 @@ class FileMethods(Methods):
     @audited
     def startTransfer(self, direction: str, vm: str, source: FilePath, target: FilePath,
                       options: dict = {}) -> str:
-        """Begins to move a file or folder, ``put`` to the VM or ``get`` from it; its id at once.
+        """Begins to move a file or folder, ``put`` to the VM or ``get`` from it, as ``cp -r`` does; its id at
+        once. Option ``links``: of a folder's symbolic links, ``keep`` makes the same where they stay inside,
+        ``skip`` leaves them out, ``follow`` moves what they lead to.
 
         Fault 10 (Busy) while another one goes to the same place, whose id it names.
 
             >>> source = os.path.abspath('hello.txt')
             >>> transfer_id = host.startTransfer('put', 'node1', source, 'second.txt')
         """
-        if options:
-            raise InvalidParams('startTransfer: no option %r; there are none' % sorted(options)[0])
-        return self._start(direction, vm, source, target).id
+        unknown = set(options) - {'links'}
+        if unknown:
+            raise InvalidParams('startTransfer: no option %r; there is links' % sorted(unknown)[0])
+        return self._start(direction, vm, source, target, options.get('links', 'keep')).id
 
     def getTransfer(self, id: str) -> dict:
-        """{state, bytes, total, rate, error, …}; state: waiting, running, done, failed, cancelled.
+        """{state, bytes, total, rate, error, failures: [{path, reason}], …}; state: waiting, running, done,
+        failed, cancelled. failures: what of a folder was not moved; all else of it was.
 
             >>> while host.getTransfer(transfer_id)['state'] in ('waiting', 'running'):
             ...     time.sleep(0.1)
             >>> host.getTransfer(transfer_id)['bytes']
             5
         """
-        return self._host.transfers.get(id).shown()
+        return self._host.transfers.get(id).details()
 
     @audited
     def cancelTransfer(self, id: str) -> bool:

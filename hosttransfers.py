@@ -19,7 +19,7 @@ from typing import Any, Dict, List, Tuple
 import chirpclient
 import chirpwire
 import rpc
-from faults import Busy, InvalidParams, VMHostError
+from faults import AgentNotConnected, Busy, InvalidParams, NoFiles, TransferError, VMHostError
 from hostjournal import Journal
 from hostmachines import Machines
 from hostworkers import Workers
@@ -28,19 +28,24 @@ log = logging.getLogger('vmhost')
 
 TRANSFERS_KEPT = 1000          # ended ones that are remembered
 TRANSFERS_WAITING = 10000
+GUEST_PATIENCE = 600.0         # seconds without progress that a transfer waits for an agent that went away
+GUEST_LOOK = 0.5               # and between looks at whether it is back
 
 
 class Transfer:
     """A file or folder on its way. ``state``: waiting, running, done, failed or cancelled."""
 
-    def __init__(self, direction: str, vm: str, source: str, target: str) -> None:
+    def __init__(self, direction: str, vm: str, source: str, target: str, links: str) -> None:
         self.id = 'transfer-' + secrets.token_hex(6)
         self.direction = direction
         self.vm = vm
         self.source = source
         self.target = target
+        self.links = links             # keep, skip or follow
+        self.is_aimed = False          # whether the target is what it will be called
         self.state = 'waiting'
         self.error = ''
+        self.failures = []             # type: List[Tuple[str, str]]   # (path, reason), of a folder
         self.bytes = 0
         self.total = 0
         self.began = self.ended = 0.0          # monotonic
@@ -52,9 +57,10 @@ class Transfer:
     def is_under_way(self) -> bool:
         return self.state in ('waiting', 'running')
 
-    def go_into_target(self) -> None:
-        """What is sent goes into its target, a folder, under its own name."""
-        self.target = posixpath.join(self.target, default_target(self.direction, self.source))
+    def aim(self, target: str) -> None:
+        """What is moved is to be called so, where it goes."""
+        self.target = target
+        self.is_aimed = True
         self.place = self._place()
 
     def _place(self) -> Tuple[str, ...]:
@@ -75,6 +81,11 @@ class Transfer:
                 'bytes': self.bytes, 'total': self.total,
                 'rate': self.bytes / seconds if seconds > 0 else 0.0}
 
+    def details(self) -> Dict[str, Any]:
+        """``shown``, and every entry of a folder that failed."""
+        return dict(self.shown(), failures=[{'path': rpc.xml_safe(path), 'reason': rpc.xml_safe(reason)}
+                                            for path, reason in self.failures])
+
 
 class Transfers:
     """Files to and from guests, by Chirp. ``max_transfers`` at once, the others wait their turn.
@@ -89,7 +100,7 @@ class Transfers:
         self._lock = threading.Lock()
         self._known = collections.OrderedDict()  # type: collections.OrderedDict
 
-    def start(self, direction: str, vm: str, source: str, target: str) -> Transfer:
+    def start(self, direction: str, vm: str, source: str, target: str, links: str = 'keep') -> Transfer:
         """Puts a transfer, ``put`` or ``get``, into the queue. Raises InvalidParams, NoSuchVM, …"""
         if direction not in ('put', 'get'):
             raise InvalidParams('direction is put (to the VM) or get (from it), not %.40r' % direction)
@@ -98,9 +109,11 @@ class Transfers:
             raise InvalidParams('source and target should be paths')
         if self._workers.waiting() >= TRANSFERS_WAITING:
             raise Busy('%d transfers wait already' % TRANSFERS_WAITING)
-        transfer = Transfer(direction, guest.name, source, target or default_target(direction, source))
-        if direction == 'put' and target.endswith('/') and not os.path.isdir(source):
-            transfer.go_into_target()
+        if links not in ('keep', 'skip', 'follow'):
+            raise InvalidParams('links is keep, skip or follow, not %.40r' % links)
+        if not target and not chirpclient.own_name(source, os.sep if direction == 'put' else '/'):
+            raise InvalidParams('name the target: %.100r has no name of its own' % source)
+        transfer = Transfer(direction, guest.name, source, target, links)
         with self._lock:
             self._check_place(transfer)
             self._known[transfer.id] = transfer
@@ -162,29 +175,56 @@ class Transfers:
         try:
             if transfer.cancelled.is_set():
                 raise chirpwire.Cancelled('cancelled before it began')
-            with self._machines.chirp_client(self._machines.connected(transfer.vm)) as client:
-                if transfer.direction == 'put':
-                    self._aim(client, transfer)
-                move = client.put if transfer.direction == 'put' else client.get
-                move(transfer.source, transfer.target, progress=transfer.progress,
-                     cancel=transfer.cancelled)
+            self._move(transfer)
             transfer.state = 'done'
         except (VMHostError, chirpwire.ChirpError, OSError) as error:
             transfer.state = 'cancelled' if transfer.cancelled.is_set() else 'failed'
             transfer.error = str(error) or type(error).__name__
+            transfer.failures = getattr(error, 'failures', [])
         except Exception as error:
             transfer.state, transfer.error = 'failed', '%s: %s' % (type(error).__name__, error)
             log.exception('in %s', transfer.id)
         finally:
             self._end(transfer)
 
-    def _aim(self, client: chirpclient.ChirpClient, transfer: Transfer) -> None:
-        """Has the folders that a file or folder is to be in. Raises Busy."""
-        make_parents(client, transfer.target)
-        if not os.path.isdir(transfer.source) and is_folder(client, transfer.target):
-            with self._lock:
-                transfer.go_into_target()
-                self._check_place(transfer)
+    def _move(self, transfer: Transfer) -> None:
+        """Goes on where the agent went away and comes back, as a command would."""
+        moved, began = -1, time.monotonic()
+        while True:
+            try:
+                with self._machines.chirp_client(self._machines.connected(transfer.vm)) as client:
+                    return self._move_with(client, transfer)
+            except chirpwire.ProtocolError:
+                raise
+            except (AgentNotConnected, NoFiles, chirpwire.Disconnected) as error:
+                if transfer.bytes > moved:
+                    moved, began = transfer.bytes, time.monotonic()
+                if time.monotonic() > began + GUEST_PATIENCE:
+                    raise
+                log.info('%s: %s; it waits for the agent', transfer.id, error)
+            if transfer.cancelled.wait(GUEST_LOOK):
+                raise chirpwire.Cancelled('cancelled')
+
+    def _move_with(self, client: chirpclient.ChirpClient, transfer: Transfer) -> None:
+        there = GuestPaths(client, transfer.vm)
+        if transfer.direction == 'put':
+            if not transfer.is_aimed:
+                target = there.inside(transfer.target) if transfer.target else ''
+                self._aim(transfer, chirpclient.landing_there(client, transfer.source, target))
+            make_parents(client, transfer.target)
+            client.put(transfer.source, transfer.target, transfer.progress, transfer.cancelled,
+                       links=transfer.links)
+        else:
+            source = there.inside(transfer.source)
+            if not transfer.is_aimed:
+                self._aim(transfer, chirpclient.landing_here(client, source, transfer.target))
+            client.get(source, transfer.target, transfer.progress, transfer.cancelled, links=transfer.links)
+
+    def _aim(self, transfer: Transfer, target: str) -> None:
+        """Raises Busy."""
+        with self._lock:
+            transfer.aim(target)
+            self._check_place(transfer)
 
     def _end(self, transfer: Transfer) -> None:
         """Notes the end in the journal, and wakes who waits for it, whatever becomes of the note."""
@@ -205,17 +245,37 @@ def make_parents(client: chirpclient.ChirpClient, target: str) -> None:
             client.mkdir('/' + '/'.join(names[:depth]))
 
 
-def is_folder(client: chirpclient.ChirpClient, path: str) -> bool:
-    """Whether that is a folder in a guest."""
-    try:
-        return client.stat(path).is_dir
-    except chirpwire.Refused:
-        return False
+class GuestPaths:
+    """Paths in a guest, as people write them: relative to what it serves, ``~`` the same; an absolute one
+    must be in there."""
 
+    def __init__(self, client: chirpclient.ChirpClient, vm: str) -> None:
+        self._client = client
+        self._vm = vm
 
-def default_target(direction: str, source: str) -> str:
-    """The source's own name: at the root of what a guest serves, or in the working directory."""
-    name = os.path.basename(source.rstrip('/' + (os.sep if direction == 'put' else '')))
-    if not name or name in ('.', '..'):
-        raise InvalidParams('name the target: %.100r has no name of its own' % source)
-    return name
+    def inside(self, path: str) -> str:
+        """The path as the guest's server has it. Raises TransferError for one that is outside."""
+        if path == '~' or path.startswith('~/'):
+            path = path[2:] or '/'
+        elif path.startswith('~'):
+            raise TransferError('%.200s: only ~ itself is known there' % path)
+        if path.startswith('/'):
+            return self._of_absolute(path)
+        if posixpath.normpath(path).split('/')[0] == '..':
+            raise self._outside(path)
+        return path
+
+    def _of_absolute(self, path: str) -> str:
+        """Of the guest's own file system, or, of what is there already, of what is served."""
+        self._client.connect()
+        root = self._client.root
+        normal = posixpath.normpath('/' + path.lstrip('/'))
+        if root and root != '/' and (normal + '/').startswith(root + '/'):
+            return normal[len(root):] + '/' * (path.endswith('/') and normal != root) or '/'
+        if normal == '/' or root == '/' or self._client.find(path, False) is not None:
+            return path
+        raise self._outside(path)
+
+    def _outside(self, path: str) -> TransferError:
+        return TransferError('%.200s is outside of what %s serves%s: name a path in there' % (
+            path, self._vm, ', ' + self._client.root if self._client.root else ''))

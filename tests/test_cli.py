@@ -500,7 +500,7 @@ def test_put_and_get(tmp_path):
         assert host.calls[-4] == ('startTransfer', 'put', 'db', str(tmp_path / 'in'), 'in')
         steps[:] = [moved('failed', 0)]
         assert host.verb('get', 'db', 'a/b', str(tmp_path)) == (1, '', 'vmhost: db: torn\n')
-        assert host.calls[-2] == ('startTransfer', 'get', 'db', 'a/b', str(tmp_path / 'b'))
+        assert host.calls[-2] == ('startTransfer', 'get', 'db', 'a/b', str(tmp_path))
 
 
 def test_a_transfer_shows_its_progress_and_ctrl_c_cancels_it(tmp_path):

@@ -1,0 +1,143 @@
+"""put, get and cp from the command line, through a real host and a real guest: the habits of ``cp -r``."""
+
+import json
+import os
+import signal
+import stat
+
+import pytest
+from agents import Agent, Host
+from helpers import fault_of, wait_until
+from test_chirp import write
+
+pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
+
+
+@pytest.fixture(scope='module')
+def host(tmp_path_factory):
+    with Host(tmp_path_factory.mktemp('host')) as host:
+        yield host
+
+
+@pytest.fixture
+def guest(host, tmp_path):
+    with Agent(tmp_path / 'guest', host, 'g') as guest:
+        yield guest
+
+
+def in_guest(guest, *names):
+    return os.path.join(guest.files, *names)
+
+
+def verb(host, *words):
+    done = host.verb(*(str(word) for word in words))
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def good(host, *words):
+    code, out, err = verb(host, *words)
+    assert (code, err) == (0, ''), err
+    return out
+
+
+def names(folder):
+    return sorted(name for name in os.listdir(str(folder)) if not name.startswith('.vmguest'))
+
+
+def test_put_and_get_are_as_cp_is(host, guest, tmp_path):
+    """A folder that is there takes things in; in both directions."""
+    tree = tmp_path / 'tree'
+    tree.mkdir()
+    write(tree / 'x', b'x')
+    good(host, 'put', 'g', tree)
+    good(host, 'put', 'g', tree)                       # into itself, as cp -r does
+    good(host, 'put', 'g', tree / 'x', 'tree')
+    good(host, 'put', 'g', tree, 'other/')
+    assert names(guest.files) == ['other', 'tree'] and names(in_guest(guest, 'tree')) == ['tree', 'x']
+    assert names(in_guest(guest, 'other')) == ['x']
+    back = tmp_path / 'back'
+    good(host, 'get', 'g', 'other', back)
+    good(host, 'get', 'g', 'other/', back)
+    assert names(back) == ['other', 'x'] and names(back / 'other') == ['x']
+    good(host, 'cp', 'g:tree/x', back / 'copied')
+    good(host, 'cp', back / 'copied', 'g:other')
+    assert names(in_guest(guest, 'other')) == ['copied', 'x']
+    for words in (('get', 'g', 'tree/x', str(tmp_path / 'new') + '/'), ('put', 'g', tree / 'x', 'new/')):
+        code, _, err = verb(host, *words)
+        assert code == 1 and 'is not a folder' in err
+    assert not os.path.exists(str(tmp_path / 'new')) and 'new' not in names(guest.files)
+    assert verb(host, 'cp', 'a', 'b')[0] == 1 and verb(host, 'cp', 'g:a', 'g:b')[0] == 1
+
+
+def test_a_pattern_is_what_it_matches(host, guest, tmp_path):
+    for name in '1.csv', '2.csv', '.hidden.csv', 'other', 'new\rline.csv':
+        write(tmp_path / name, name.encode())
+        good(host, 'put', 'g', tmp_path / name)
+    results = tmp_path / 'results'
+    results.mkdir()
+    good(host, 'get', 'g', '*.csv', results)
+    assert names(results) == ['1.csv', '2.csv', 'new\rline.csv']
+    code, _, err = verb(host, 'get', 'g', '*.csv', tmp_path / 'other')
+    assert code == 1 and 'not a folder' in err
+    assert verb(host, 'get', 'g', '*.none', results)[0] == 1
+
+
+def test_a_path_outside_is_an_error_that_says_so(host, guest, tmp_path):
+    source = write(tmp_path / 'x', b'x')
+    for path in '/tmp/x', '/etc/x', '../x', 'a/../../x', '~root/x', '/new':
+        code, _, err = verb(host, 'put', 'g', source, path)
+        assert code == 1 and ('outside' in err or '~' in err), (path, err)
+    for path in '/etc/passwd', '../x':
+        assert verb(host, 'get', 'g', path, tmp_path / 'got')[0] == 1
+    assert names(guest.files) == [] and not (tmp_path / 'got').exists()
+    good(host, 'put', 'g', source, '~/one')
+    good(host, 'put', 'g', source, os.path.realpath(guest.files) + '/two')
+    assert names(guest.files) == ['one', 'two']
+    good(host, 'get', 'g', '/one', tmp_path / 'got')    # what is there may be named as the API lists it
+
+
+def test_a_file_goes_to_standard_output(host, guest, tmp_path):
+    content = bytes(range(256)) * 3000
+    write(tmp_path / 'x', content)
+    good(host, 'put', 'g', tmp_path / 'x')
+    before = os.lstat('/dev/stdout')
+    for target in '-', '/dev/stdout':
+        done = host.verb('get', 'g', 'x', target)
+        assert (done.returncode, done.stdout) == (0, content), done.stderr
+    assert os.path.samestat(before, os.lstat('/dev/stdout')) and stat.S_ISLNK(before.st_mode)
+    done = host.verb('get', 'g', 'missing', '-')
+    assert done.returncode == 1 and b'does not exist' in done.stderr and not done.stdout
+
+
+def test_each_failure_is_told(host, guest, tmp_path):
+    tree = tmp_path / 'tree'
+    tree.mkdir()
+    for index in range(5):
+        os.symlink('/etc/passwd', str(tree / ('out%d' % index)))
+    write(tree / 'x', b'x')
+    good(host, 'put', 'g', tree)
+    code, _, err = verb(host, 'get', 'g', 'tree', tmp_path / 'back')
+    assert code == 1 and err.count('leads out') == 3 and 'and 2 more' in err
+    assert 'vmhost-part' not in err
+    assert names(tmp_path / 'back') == ['x']
+    code, out, _ = verb(host, 'get', 'g', 'tree', tmp_path / 'b2', '--json')
+    assert code == 1 and len(json.loads(out)['failures']) == 5
+    good(host, 'get', 'g', 'tree', tmp_path / 'c', '--links', 'skip')
+    with host.api as api:
+        fault = fault_of(api.startTransfer, 'get', 'g', 'tree', str(tmp_path / 'd'), {'links': 'all'})
+        assert fault.faultCode == -32602
+
+
+def test_a_transfer_goes_on_when_the_agent_is_back(host, guest, tmp_path):
+    content = os.urandom(128 << 20)
+    write(tmp_path / 'big', content)
+    with host.api as api:
+        moving = api.startTransfer('put', 'g', str(tmp_path / 'big'), 'big')
+        wait_until(lambda: api.getTransfer(moving)['bytes'] > 1 << 20, 30, 0.005)
+        guest.stop(signal.SIGKILL)
+        assert api.getTransfer(moving)['state'] == 'running'
+        guest.start()
+        wait_until(lambda: api.getTransfer(moving)['state'] != 'running', 60)
+        assert api.getTransfer(moving)['state'] == 'done', api.getTransfer(moving)
+        with open(in_guest(guest, 'big'), 'rb') as file:
+            assert file.read() == content
