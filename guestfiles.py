@@ -42,8 +42,8 @@ class Files:
     def serve(self, address: str, host: str, shown: Dict[str, str], secret: bytes, id: str) -> None:
         """Serves at that address of this machine, to whoever knows the secret of this id.
 
-        ``host``: who is let in instead, with auth=address. ``shown``: {name: folder} of what can be read under
-        that name, and never changed.
+        ``host``: who is let in instead, with auth=address. ``shown``: {name: folder} of what can be read
+        under that name, and never changed.
         """
         self._identity = secret, id
         if self._server is not None and self._address == address:
@@ -74,8 +74,8 @@ class Files:
             secret, id = self._identity
             by_secret = self._settings.auth == 'secret'
             self._server = chirpserver.ChirpServer(
-                self._root, address, port, None if by_secret else allowed, auth=self._settings.auth, secret=secret,
-                id=id, tls=self.tls, shown=shown).start()
+                self._root, address, port, None if by_secret else allowed, auth=self._settings.auth,
+                secret=secret, id=id, tls=self.tls, shown=shown).start()
             return
         log.warning('files are open to every user of %s: chirp_server lets in by address alone', allowed[0])
         import chirpreal  # what the embedded one doesn't need

@@ -227,7 +227,8 @@ class Agent:
     def _link_up(self, link: protocol.Link) -> None:
         if not self._settle_id():
             return
-        self.files.serve(self.ip, link.peer_address[0], {SHOWN_AS: self._spool.shown}, self.secret.value, self.id)
+        self.files.serve(self.ip, link.peer_address[0], {SHOWN_AS: self._spool.shown}, self.secret.value,
+                         self.id)
         self._trust.connected()
         self._say_hello()
         now = time.monotonic()
