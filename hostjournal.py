@@ -286,6 +286,11 @@ class Journal:
                           % ('results' if results else "''", where), *(values + (limit,)))
         return [Execution(*row) for row in reversed(found)]
 
+    def ends(self) -> List[Tuple]:
+        """(state, how many executions that ended so are kept, the sum of their seconds to the end)."""
+        return self.rows('SELECT state, count(*), sum(max(0, ended - submitted)) FROM executions '
+                         'WHERE ended > 0 GROUP BY state ORDER BY state')
+
     def orphans(self, cmd_id: str) -> List['Execution']:
         """Results under that id which no command of this journal asked for."""
         found = self.rows('SELECT vm_id, results, received FROM orphans WHERE cmd_id = ?', cmd_id)
