@@ -23,7 +23,8 @@ def do_check(host: Client, screen: Screen, args: Any) -> int:
     """Lets the host agent's program look, which alone knows what it needs."""
     import subprocess  # needed here alone
     program = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'vmhost.py')
-    return subprocess.call([sys.executable, program, args.ini, 'check'] + ['--json'] * args.json)
+    ini = [args.ini] if args.ini else []
+    return subprocess.call([sys.executable, program] + ini + ['check'] + ['--json'] * args.json)
 
 
 def do_info(host: Client, screen: Screen, args: Any) -> int:

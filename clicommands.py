@@ -4,24 +4,29 @@ No threads, no locks; while `run` lasts, the signals that would end it are hande
 """
 
 import argparse
-import shlex
+import binascii
+import fnmatch
+import os
 import signal
 import sys
 import time
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 import agent
-from cliscreen import Screen, shown_size, shown_time
-from cliverbs import ID, JSON, VMS, Verb, argument, read_seconds, switch
+from cliscreen import Screen, shown_size, shown_span, shown_time
+from cliverbs import ID, IDS, JSON, VMS, Verb, argument, for_each, read_seconds, show_list, switch
 from faults import AgentNotConnected, BadState, DeadlineExceeded, InvalidParams
 from hostclient import Client, NoHost
-from rpc import Binary
+from rpc import Binary, carried, finite
 
 FAILED = 255                   # exit code of `run` for an error that isn't the command's
 TIMED_OUT = 124                # … of a command that ran into its timeout, and ended with 0: timeout(1)'s
+NOT_STARTED = {'ENOENT': 127, 'EACCES': 126, 'ENOEXEC': 126}       # as shells have it
 SHORTEST_LOOK = 0.01           # seconds between looks at a command's output …
 LONGEST_LOOK = 0.25            # … which grow while nothing comes
+LONGEST_WAIT = 60              # seconds that one call may wait
 PATIENCE = 10.0                # seconds after a command's end in which all of its output should have come
+WIDE = 100                     # columns from which on `ps` shows whole dates
 FINISHED_SHOWN = 20            # finished commands that `ps` lists
 
 
@@ -31,62 +36,125 @@ def do_ps(host: Client, screen: Screen, args: Any) -> int:
     rows = host.call('listCmds', dict(of_vm, finished=True, limit=args.number)) if args.number else []
     rows += host.call('listCmds', dict(of_vm, finished=False))
     rows.sort(key=lambda row: row['submitted'])
-    if args.json:
-        screen.json(rows)
-        return 0
-    details = dict(host.each('getCmdDetails', {row['cmdId'] for row in rows}))
-    statuses = dict(host.each('getCmdStatus', [row['cmdId'] for row in rows])) if args.long else {}
-    headings = ['ID', 'VM', 'STATE', 'SUBMITTED'] + (['CPU', 'MEMORY', 'PROGRESS'] if args.long else [])
-    screen.table(headings + ['COMMAND'], [cmd_row(row, details, statuses) for row in rows])
+    ids = [row['cmdId'] for row in rows]
+    if args.quiet or args.json:
+        return show_list(screen, args.json, ids, rows)
+    statuses = dict(host.each('getCmdStatus', ids, args.long))     # with -l asked of the guests
+    headings = ['ID', 'VM', 'STATE', 'SUBMITTED', 'TIME']
+    headings += ['CPU', 'MEMORY', 'PROGRESS', 'COMMAND'] if args.long else ['COMMAND']
+    is_narrow = 0 < screen.width < WIDE
+    screen.table(headings, [cmd_row(row, statuses.get(row['cmdId'], {}), args.long, is_narrow)
+                            for row in rows])
     return 0
 
 
-def cmd_row(row: Dict[str, Any], details: Dict[str, Any], statuses: Dict[str, Any]) -> List[str]:
+def cmd_row(row: Dict[str, Any], status: Dict[str, Any], long: bool, is_narrow: bool) -> List[str]:
     """A line of `ps`."""
-    shown = [row['cmdId'], row['vm'], row['state'], shown_time(row['submitted'])]
-    status = statuses.get(row['cmdId'])
-    if statuses:
-        usage = status['resources'] if status else {}
-        shown += ['%.1f s' % (usage.get('ru_utime', 0) + usage.get('ru_stime', 0)),
-                  shown_size(usage.get('ru_maxrss', 0) * 1024), str(status and status['progress'] or '-')]
-    words = [row['cmd']] + details.get(row['cmdId'], {}).get('args', [])
-    return shown + [' '.join(shlex.quote(word) for word in words)]
+    end = status.get('end', '')
+    state = end if end.startswith(('exited', 'signaled')) and end != 'exited 0' else row['state']
+    wall = shown_span(finite(status.get('wall'))) if status.get('wall') else '-'
+    shown = [row['cmdId'], row['vm'], state, shown_time(row['submitted'], is_narrow), wall]
+    if long:
+        usage = status.get('resources', {})
+        cpu = finite(usage.get('ru_utime')) + finite(usage.get('ru_stime'))
+        shown += ['%.1f s' % cpu, shown_size(finite(usage.get('ru_maxrss')) * 1024),
+                  str(status.get('progress') or '-')]
+    return shown + [row['line']]
 
+
+# --- run -------------------------------------------------------------------------------------
 
 def do_run(host: Client, screen: Screen, args: Any) -> int:
     """Runs a command, brings its output as it comes, and exits with its code."""
     if not args.command:
-        raise InvalidParams('no command given: run VM -- CMD ARG…')
-    options = {}  # type: Dict[str, Any]
-    if args.timeout:
-        options['timeout'] = args.timeout
+        raise InvalidParams('no command given: run VM CMD ARG…')
+    words = [carried(word) for word in args.command]
+    env = {name: carried(value) for name, value in args.env}
+    return run_request(host, screen, args, args.vm, words[0], words[1:], env, carried(args.folder),
+                       args.input, run_options(args))
+
+
+def run_options(args: Any) -> Dict[str, Any]:
+    """The options of runCmd that were given."""
+    options = {name: getattr(args, name) for name in (
+        'timeout', 'killAfter', 'expires', 'user', 'nice', 'envClear', 'outputLimit', 'queue', 'id')
+        if getattr(args, name) not in (None, False)}
+    if args.limits:
+        options['limits'] = dict(args.limits)
     if args.stdin:
         options['stdin'] = Binary(sys.stdin.buffer.read())
-    many = host.is_pattern(args.vm)
+    return options
+
+
+def do_rerun(host: Client, screen: Screen, args: Any) -> int:
+    """Runs what a command ran, once more, on the same VMs."""
+    was = host.call('getCmdDetails', args.id)
+    options = dict(was['options'])
+    options.pop('fileForStdin', '')
+    if 'stdin64' in options:
+        options['stdin'] = Binary(binascii.a2b_base64(options.pop('stdin64')))
+    return run_request(host, screen, args, was['vm'], was['cmd'], was['args'], was['env'], was['path'],
+                       was['fileForStdin'], options)
+
+
+def run_request(host: Client, screen: Screen, args: Any, vm: str, *request: Any) -> int:
+    """Runs a request of runCmd on one VM or many, and follows it; gives the exit code."""
+    many = host.is_pattern(vm)
+    known = host.call('listKnownVMs') if many else []
+    options = request[-1]
     with Interrupts() as interrupts:
-        cmd_id = host.call('runCmdOnAll' if many else 'runCmd', args.vm, args.command[0], args.command[1:],
-                           dict(args.env), args.folder, args.input, options)
+        cmd_id = submit(host, 'runCmdOnAll' if many else 'runCmd', vm, *request)
         if args.detach:
             screen.say(cmd_id)
             return 0
-        try:
-            followed = Followed(host, screen, cmd_id, many)
-            followed.to_the_end(lambda: forward(host, screen, cmd_id, interrupts))
-        except KeyboardInterrupt:
-            screen.complain('detached; the command continues as %s' % cmd_id)
-            raise
-        except BrokenPipeError:
-            host.call('signalCmd', cmd_id, 'PIPE')      # as if it had written there itself
-            raise
-        except OSError:
-            screen.complain('detached; the command continues as %s' % cmd_id)
-            raise
-        except NoHost:
-            screen.complain('the command continues; follow it with `out -f %s` when the host agent is back'
-                            % cmd_id)
-            raise
-        return max(exit_code(screen, host.call('getCmdResults', key), name)
-                   for key, name in followed.names.items())
+        waits = options.get('queue') or not options.get('timeout')
+        limit = 0 if waits else time.monotonic() + options['timeout'] + PATIENCE
+        followed = follow(host, screen, cmd_id, many, interrupts, limit)
+        codes = followed.exit_codes()
+    if many:
+        absent = [name for name in sorted(set(known) - set(codes)) if fnmatch.fnmatchcase(name, vm)]
+        screen.conclude(summary(codes, absent))
+    return max(code for code, _ in codes.values())
+
+
+def submit(host: Client, method: str, vm: str, *request: Any) -> str:
+    """Has the command run once, even where the connection breaks before the answer: its id names it."""
+    options = dict(request[-1])
+    options.setdefault('id', time.strftime('%Y%m%d-%H%M%S-', time.gmtime()) + os.urandom(4).hex())
+    call = (method, vm) + request[:-1] + (options,)
+    try:
+        return host.call(*call)
+    except NoHost:
+        return host.call(*call)
+
+
+def follow(host: Client, screen: Screen, cmd_id: str, many: bool, interrupts: 'Interrupts',
+           limit: float) -> 'Followed':
+    """Brings a command's output until it ends, or should have; hands on to it what interrupts."""
+    try:
+        followed = Followed(host, screen, cmd_id, many)
+        followed.to_the_end(lambda: forward(host, screen, cmd_id, interrupts), limit)
+        return followed
+    except KeyboardInterrupt:
+        screen.complain('detached; the command continues as %s' % cmd_id)
+        raise
+    except BrokenPipeError:
+        host.call('signalCmd', cmd_id, 'PIPE')      # as if it had written there itself
+        raise
+    except OSError:
+        screen.complain('detached; the command continues as %s' % cmd_id)
+        raise
+    except NoHost:
+        screen.complain('the command continues; follow it with `out -f %s` when the host agent is back'
+                        % cmd_id)
+        raise
+
+
+def summary(codes: Dict[str, Tuple[int, str]], absent: List[str]) -> str:
+    """How a command ended on many VMs: ``29 ok, lab12 exited 4, lab07 absent``."""
+    bad = ['%s %s' % (name, end) for name, (code, end) in sorted(codes.items()) if code]
+    good = len(codes) - len(bad)
+    return ', '.join(['%d ok' % good] * bool(good) + bad + [name + ' absent' for name in absent])
 
 
 class Interrupts:
@@ -139,6 +207,8 @@ class Followed:
 
     def __init__(self, host: Client, screen: Screen, cmd_id: str, many: bool) -> None:
         self._host = host
+        self._screen = screen
+        self._told: Set[str] = set()
         keys = host.call('getCmdDetails', cmd_id)['executions'] if many else [cmd_id]
         self.names = {key: key.partition('@')[2] for key in keys} if many else {cmd_id: ''}
         self._open = [Tail(host, key, Pipe(screen.out, name), Pipe(screen.err, name))
@@ -148,14 +218,45 @@ class Followed:
         """Brings what is there now; whether that was anything. Raises as ``Tail.look``."""
         return any([execution.look(patience) for execution in self._open])
 
-    def to_the_end(self, between: Callable[[], None]) -> None:
-        """Looks until all have ended; calls ``between`` before each look."""
+    def tail(self, lines: int) -> None:
+        """Leaves out all but the last lines of what is there now."""
+        for execution in self._open:
+            execution.tail(lines)
+
+    def to_the_end(self, between: Callable[[], None], limit: float = 0) -> None:
+        """Looks until all have ended; calls ``between`` before each look.
+
+        limit    monotonic: from then on, nobody is waited for who doesn't answer; 0: they are, which is told
+        """
         pause = SHORTEST_LOOK
         while self._open:
             self._host.call('waitCmd', self._open[0].key, pause)
             between()
             pause = SHORTEST_LOOK if self.look() else min(2 * pause, LONGEST_LOOK)
             self._open = [execution for execution in self._open if not execution.is_over]
+            silent = [execution for execution in self._open if execution.is_silent()]
+            if limit and time.monotonic() > limit:
+                self._open = [execution for execution in self._open if execution not in silent]
+            for execution in silent if not limit else ():
+                self._tell_silent(execution)
+
+    def _tell_silent(self, execution: 'Tail') -> None:
+        if execution.key not in self._told:
+            self._told.add(execution.key)
+            name = self.names[execution.key] or 'the VM'
+            self._screen.complain('%s does not answer; still waiting' % name)
+
+    def exit_codes(self) -> Dict[str, Tuple[int, str]]:
+        """{VM: (exit code, how it ended)}; tells why, where the program itself can't."""
+        return {name: self._exit_code(key, name) for key, name in self.names.items()}
+
+    def _exit_code(self, key: str, name: str) -> Tuple[int, str]:
+        results = self._host.call('getCmdResults', key)
+        if results:
+            return exit_code(self._screen, results, name), end_of(results)
+        self._screen.complain('%sno answer within the time limit; the command continues as %s'
+                              % (name and name + ': ', key))
+        return FAILED, 'absent'
 
 
 PIECE = 256 * 1024      # bytes of a command's output that are asked for at a time
@@ -171,6 +272,7 @@ class Tail:
         self._pipes = {'out': out, 'err': err}
         self._offsets = {'out': 0, 'err': 0}
         self._ended = 0.0              # monotonic: when it was first seen to have ended
+        self._answered = time.monotonic()      # when the guest told last how far it is
 
     def look(self, patience: float = PATIENCE) -> bool:
         """Brings what is there now; whether that was anything.
@@ -180,6 +282,8 @@ class Tail:
         """
         status = self._host.call('getCmdStatus', self.key)
         ended = status['ended'] > 0
+        if 0 <= status.get('age', -1) < PATIENCE:
+            self._answered = time.monotonic()
         if ended:
             self._ended = self._ended or time.monotonic()
         sizes = {stream: status[stream + 'Size'] for stream in self._pipes}
@@ -197,6 +301,26 @@ class Tail:
             for pipe in self._pipes.values():
                 pipe.end()
         return moved
+
+    def is_silent(self) -> bool:
+        """Whether the guest hasn't answered for long."""
+        return time.monotonic() - self._answered > PATIENCE
+
+    def tail(self, lines: int) -> None:
+        """Leaves out all but the last lines of what is there now. Raises VMHostError."""
+        status = self._host.call('getCmdStatus', self.key)
+        for stream in self._pipes:
+            self._offsets[stream] = self._last_lines(stream, int(status[stream + 'Size']), lines)
+
+    def _last_lines(self, stream: str, size: int, lines: int) -> int:
+        """Where the last lines begin: read from the end, until there are as many."""
+        begin, text = size, b''
+        while begin > 0 and text.count(b'\n', 0, -1) < lines:
+            length = min(begin, PIECE)
+            begin -= length
+            text = self._host.call('getCmdOutput', self.key, stream, begin, length)['data'].data + text
+        found = text.splitlines(True)[-lines:] if lines else []
+        return size - sum(map(len, found))
 
     def _bring(self, stream: str, size: float) -> bool:
         begin = self._offsets[stream]
@@ -236,32 +360,51 @@ def exit_code(screen: Screen, results: Dict[str, Any], vm: str = '') -> int:
     """What a shell would say of a command that ended so; tells why, where the program itself can't."""
     number, state = results['exitCodeOrSignal'], results['state']
     why = results['error'] or state
-    tell_cut(screen, results, vm)
+    is_cut = tell_cut(screen, results, vm)
     if state not in ('exited', 'signaled'):
         screen.complain('%s%s' % (vm and vm + ': ', why))
     if state == 'timeout' and results['finished']:
         return number or TIMED_OUT      # it ended in peace at the TERM, and still isn't done
     if state == 'exited':
-        return number
+        return number or (FAILED if is_cut else 0)
+    if state == 'failed':
+        return NOT_STARTED.get(why.partition(':')[0], FAILED)
     return 128 + number if state in ('signaled', 'timeout') else FAILED
 
 
-def tell_cut(screen: Screen, results: Dict[str, Any], vm: str) -> None:
-    """Complains where there was more output than the guest keeps."""
-    for stream in ('out', 'err'):
-        if results.get(stream + '-truncated'):
-            screen.complain('%sstd%s was truncated: the command wrote more than output_limit'
-                            % (vm and vm + ': ', stream))
+def end_of(results: Dict[str, Any]) -> str:
+    """How it ended, in a word or two."""
+    if results['state'] in ('exited', 'signaled'):
+        return '%s %d' % (results['state'], results['exitCodeOrSignal'])
+    return results['state']
 
+
+def tell_cut(screen: Screen, results: Dict[str, Any], vm: str) -> bool:
+    """Whether there was more output than the guest keeps, which is complained about."""
+    cut = [stream for stream in ('out', 'err') if results.get(stream + '-truncated')]
+    for stream in cut:
+        screen.complain('%sstd%s was truncated: the command wrote more than output_limit'
+                        % (vm and vm + ': ', stream))
+    return bool(cut)
+
+
+# --- the others ------------------------------------------------------------------------------
 
 def do_out(host: Client, screen: Screen, args: Any) -> int:
-    """The output of a command, now, or until it ends."""
-    details = host.call('getCmdDetails', args.id)
-    followed = Followed(host, screen, args.id, details['executions'] != [args.id])
-    if args.follow:
+    """The output of commands, now, or until they end; then the exit code is the highest of theirs."""
+    return max(show_output(host, screen, cmd_id, args.follow, args.tail) for cmd_id in args.ids)
+
+
+def show_output(host: Client, screen: Screen, cmd_id: str, to_the_end: bool, lines: Optional[int]) -> int:
+    """The output of one command, or of one on many VMs; gives the exit code."""
+    details = host.call('getCmdDetails', cmd_id)
+    followed = Followed(host, screen, cmd_id, details['executions'] != [cmd_id])
+    if lines is not None:
+        followed.tail(lines)
+    if to_the_end:
         followed.to_the_end(lambda: None)
-    else:
-        followed.look(patience=0)
+        return max(code for code, _ in followed.exit_codes().values())
+    followed.look(patience=0)
     for key, name in followed.names.items():
         results = host.call('getCmdResults', key)
         if results:
@@ -269,11 +412,23 @@ def do_out(host: Client, screen: Screen, args: Any) -> int:
     return 0
 
 
+def do_wait(host: Client, screen: Screen, args: Any) -> int:
+    """Waits until commands have ended; the exit code is the highest of theirs."""
+    codes = []
+    for cmd_id in args.ids:
+        while not host.call('waitCmd', cmd_id, LONGEST_WAIT):
+            pass
+        for key in host.call('getCmdDetails', cmd_id)['executions']:
+            codes.append(exit_code(screen, host.call('getCmdResults', key), key.partition('@')[2]))
+    return max(codes)
+
+
 def do_kill(host: Client, screen: Screen, args: Any) -> int:
-    """Sends a signal to all processes of a command."""
-    if host.call('signalCmd', args.id, args.signal):
-        return 0
-    raise BadState('%s has already ended' % args.id)
+    """Sends a signal to all processes of commands."""
+    def kill(cmd_id: str) -> None:
+        if not host.call('signalCmd', cmd_id, args.signal):
+            raise BadState('%s has already ended' % cmd_id)
+    return for_each(screen, args.ids, kill)
 
 
 def read_variable(text: str) -> Tuple[str, str]:
@@ -284,29 +439,65 @@ def read_variable(text: str) -> Tuple[str, str]:
     return name, value
 
 
+def read_limit(text: str) -> Tuple[str, float]:
+    """NAME=NUMBER, the number with a unit of size or without. Raises ArgumentTypeError."""
+    name, sign, value = text.partition('=')
+    if not sign:
+        raise argparse.ArgumentTypeError('%s: expected cpu=30, as=2G, fsize=, nofile= or nproc=' % text)
+    return name, read_bytes(value)
+
+
+def read_bytes(text: str) -> int:
+    """A size as in the ini files. Raises ArgumentTypeError."""
+    try:
+        return agent.size(text)
+    except ValueError as expected:
+        raise argparse.ArgumentTypeError('%s: expected %s' % (text, expected))
+
+
+DETACH = switch('-d', '--detach', help='print the command\'s id, and return at once')
+RUN_ARGUMENTS = [
+    switch('-i', '--stdin', help='pass standard input'), DETACH,
+    argument('-T', '--timeout', metavar='SEC', type=read_seconds,
+             help='terminate it after that time (90, 5m, 2h)'),
+    argument('-k', '--kill-after', metavar='SEC', type=read_seconds, dest='killAfter',
+             help='and kill it, if it goes on for so long after that'),
+    argument('-e', '--env', metavar='K=V', type=read_variable, action='append', default=[],
+             help='set an environment variable; may be repeated'),
+    switch('--clear-env', dest='envClear', help='nothing of the guest\'s own environment'),
+    argument('-I', '--input', metavar='FILE', default='', help='standard input from a file in the VM'),
+    argument('-C', '--folder', metavar='DIR', default='',
+             help='working directory, within what the VM serves'),
+    argument('-u', '--user', metavar='USER', help='run it as this user'),
+    argument('-n', '--nice', metavar='N', type=int, help='its niceness'),
+    argument('-l', '--limit', metavar='NAME=N', type=read_limit, action='append', default=[], dest='limits',
+             help='as with ulimit: as, cpu, fsize, nofile or nproc; may be repeated'),
+    argument('--output-limit', metavar='SIZE', type=read_bytes, dest='outputLimit',
+             help='how much output is kept (64K, 1G)'),
+    switch('--queue', help='if the VM is away, wait for it'),
+    argument('--expires', metavar='SEC', type=read_seconds, help='don\'t begin it later than that'),
+    argument('--id', metavar='ID', help='an id of your own: the same again runs nothing'),
+    VMS]
+
 VERBS = [
-    Verb('run', do_run, 'run a program in a VM, and show its output as it is written', [
-        switch('-i', '--stdin', help='pass standard input'),
-        switch('-d', '--detach', help='print the command\'s id, and return at once'),
-        argument('-t', '--timeout', metavar='SEC', type=read_seconds, default=0.0,
-                 help='terminate it after that time (90, 5m, 2h)'),
-        argument('-e', '--env', metavar='K=V', type=read_variable, action='append', default=[],
-                 help='set an environment variable; may be repeated'),
-        argument('-I', '--input', metavar='FILE', default='', help='standard input from a file in the VM'),
-        argument('-C', '--folder', metavar='DIR', default='',
-                 help='working directory, within what the VM serves'),
-        VMS], (
-            'run web1 -- uname -a',
-            'run -t 5m -e LEVEL=9 web1 -- sh -c \'gzip -$LEVEL < in > out\'',
-            'run -i web1 -- tar xf - < tree.tar',
-            'run \'web*\' -- uptime')),
+    Verb('run', do_run, 'run a program in a VM, and show its output as it is written', RUN_ARGUMENTS, (
+        'run web1 uname -a',
+        'run -T 5m -e LEVEL=9 web1 -- sh -c \'gzip -$LEVEL < in > out\'',
+        'run -i web1 -- tar xf - < tree.tar',
+        'run \'web*\' uptime')),
+    Verb('rerun', do_rerun, 'run a command once more, as it was', [DETACH, ID]),
     Verb('ps', do_ps, 'list commands: unfinished ones, and the last finished', [
         argument('vm', metavar='VM', nargs='?', help='only those of this VM'), JSON,
         switch('-l', '--long', help='with CPU time, memory and progress'),
+        switch('-q', '--quiet', help='their ids alone'),
         argument('-n', '--number', metavar='N', type=int, default=FINISHED_SHOWN,
                  help='how many finished ones (default: %d)' % FINISHED_SHOWN)]),
-    Verb('out', do_out, 'print the output of a command', [
-        switch('-f', '--follow', help='until it ends'), ID]),
-    Verb('kill', do_kill, 'send a signal to all processes of a command', [
-        argument('-s', '--signal', metavar='SIG', default='TERM', help='TERM, KILL, INT, HUP, 9, …'), ID]),
+    Verb('out', do_out, 'print the output of commands', [
+        switch('-f', '--follow', help='until they end; exit with the command\'s code'),
+        argument('-n', '--tail', metavar='N', type=int, help='the last N lines'), IDS],
+        ('out -f --tail 20 ID',)),
+    Verb('wait', do_wait, 'wait until commands have ended, and exit with the highest code', [IDS]),
+    Verb('kill', do_kill, 'send a signal to all processes of commands', [
+        argument('-s', '--signal', metavar='SIG', default='TERM', help='TERM, KILL, INT, HUP, 9, …'), IDS],
+        ('kill -9 ID',)),
 ]

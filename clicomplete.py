@@ -14,7 +14,7 @@ import agent
 from clicommands import FINISHED_SHOWN
 from cliverbs import Verb
 from hostclient import Client
-from hostconfig import SETTINGS
+from hostconfig import ini_here, read_settings
 
 # Each asks this program for what could stand where the cursor is: {me} --complete WORD…, without the
 # name of the program, up to the cursor. Nothing: a file.
@@ -74,8 +74,11 @@ def completion(shell: str) -> str:
 def candidates(words: List[str], verbs: Dict[str, Verb]) -> List[str]:
     """What could stand for the last word, behind the others: an ini file, a verb, its arguments."""
     words = [unquoted(word) for word in words]
+    if len(words) > 1 and words[0] in verbs and not os.path.isfile(words[0]):
+        words.insert(0, ini_here() or '')
     if len(words) < 2:
-        found = ['--help', '--bundle', '--completion', '--version'] if words[-1:] != [''] else []
+        options = ['--help', '--bundle', '--completion', '--version']
+        found = options + list(verbs) if words[-1:] != [''] else []
     elif len(words) == 2:
         found = list(verbs)
     elif words[1] in verbs and '--' not in words[:-1]:
@@ -109,8 +112,7 @@ def candidates_of(verb: Verb, words: List[str]) -> List[str]:
                  and 'metavar' not in options.get(words[n - 1], {})]
         wanted = positional[len(given)] if len(given) < len(positional) else {}
     try:
-        settings = agent.read_settings(words[0], SETTINGS)
-        return meant(Client(settings.Host.state_dir), wanted, words[-2])
+        return meant(Client(read_settings(words[0] or None).Host.state_dir), wanted, words[-2])
     except agent.AgentError:
         return []           # no host, no names; a shell in the middle of a line wants no complaint
 

@@ -19,7 +19,7 @@ from cliscreen import PROGRESS_EVERY, Screen, shown_size, shown_span
 from cliverbs import JSON, VM, VMS, Verb, argument
 from faults import VMHostError
 from hostclient import Client
-from rpc import Binary, FilePath, is_carried
+from rpc import carried
 
 TOLD = 3                       # failures that are told one by one on the screen
 GLOB = re.compile(r'[*?\[]')
@@ -114,11 +114,6 @@ def copy_on(fd: int) -> bool:
             time.sleep(PROGRESS_EVERY / 10)    # nobody writes, yet or any more: select doesn't wait then
     sys.stdout.buffer.flush()
     return copied
-
-
-def carried(path: str) -> FilePath:
-    """A path for XML-RPC: as text, or its exact bytes where text can't have them."""
-    return path if is_carried(path) else Binary(path.encode('utf-8', 'surrogateescape'))
 
 
 def transfer(host: Client, screen: Screen, args: Any, direction: str, vm: str, source: str,

@@ -16,8 +16,12 @@ from rpc import finite
 
 
 def do_ls(host: Client, screen: Screen, args: Any) -> int:
-    """VMs, and whether their agents are connected."""
-    found = [vm for _, vm in host.each('getVM', host.vm_names())]
+    """VMs, and whether their agents are connected: what is wrong comes first."""
+    names = host.call('listKnownVMs')
+    if args.vm:
+        names = host.matching_of(args.vm, names)
+    found = [vm for _, vm in host.each('getVM', names)]
+    found.sort(key=lambda vm: (vm['agent'] not in ('lost', 'late'), vm['name']))
     if args.json:
         screen.json(found)
         return 0
@@ -86,6 +90,13 @@ def change(host: Client, screen: Screen, vms: List[str], done: str, method: str,
         watch(host, screen, vm, method, vm, *args)
         screen.say('%s %s' % (agent.printable(vm), done))
     return for_each(screen, vms, change_one)
+
+
+def do_forget(host: Client, screen: Screen, args: Any) -> int:
+    """Forgets a machine."""
+    host.call('forgetVM', args.vm)
+    screen.say('%s is forgotten' % agent.printable(args.vm))
+    return 0
 
 
 SNAPSHOTS = {'take': ('takeSnapshot', 'taken'), 'restore': ('restoreSnapshot', 'restored'),
@@ -166,7 +177,8 @@ def do_keep(host: Client, screen: Screen, args: Any) -> int:
 
 VERBS = [
     Verb('ls', do_ls, 'list VMs, and whether their agents are connected', [
-        JSON, switch('-l', '--long', help='more columns')]),
+        argument('vm', metavar='VM', nargs='?', help='only this one, or those that match a pattern'), JSON,
+        switch('-l', '--long', help='more columns')]),
     Verb('create', do_create, 'create a VM from an image, or register a .vbox file', [
         argument('name', metavar='NAME', help='of the VM, or a .vbox file'),
         argument('image', metavar='IMAGE', nargs='?', default='', help='.ova, .ovf, .vdi, .vmdk or .iso'),
@@ -180,6 +192,7 @@ VERBS = [
     Verb('rm', do_rm, 'remove a VM', [
         VM, switch('--disks', help='delete its files and disks as well'),
         switch('--all-disks', help='and disks that were attached from elsewhere')]),
+    Verb('forget', do_forget, 'forget a machine: its name, id and secret are free for another one', [VM]),
     Verb('start', do_start, 'start VMs', [VMS, switch('--gui', help='with a window')]),
     Verb('stop', do_stop, 'shut VMs down', [VMS, switch('--force', help='power them off')]),
     Verb('pause', changing('pause', 'is paused'), 'pause VMs', [VMS]),

@@ -18,6 +18,7 @@ import agent
 COLOURS = {'alive': 32, 'Running': 32, 'running': 32, 'late': 33, 'Paused': 33, 'Saved': 33, 'suspended': 33,
            'queued': 33, 'sent': 33, 'lost': 31, 'failed': 31, 'timeout': 31, 'signaled': 31, 'Aborted': 31,
            'Stuck': 31, 'ok': 32, '--': 33, 'NO': 31}  # type: Dict[str, int]
+NARROWEST = 5                  # columns that are left of a cell, at least
 PROGRESS_EVERY = 0.2           # seconds between two looks at a progress
 
 
@@ -25,6 +26,7 @@ class Screen:
     """Standard output and standard error: for a person, where they are a terminal."""
 
     def __init__(self) -> None:
+        open_closed_streams()
         self.out = lenient(sys.stdout)
         self.err = lenient(sys.stderr)
         plain = 'NO_COLOR' in os.environ or os.environ.get('TERM') == 'dumb'
@@ -44,6 +46,12 @@ class Screen:
         self.err.write('vmhost: %s\n' % agent.printable(text))
         self.err.flush()
 
+    def conclude(self, text: str) -> None:
+        """The last line, on standard error."""
+        self.progress('')
+        self.err.write(agent.printable(text) + '\n')
+        self.err.flush()
+
     def json(self, value: Any, indent: Optional[int] = 2) -> None:
         """The value as JSON, in which nothing is left that a terminal would obey."""
         ascii_only = (self.out.encoding or '').lower().replace('-', '') != 'utf8'
@@ -56,7 +64,7 @@ class Screen:
         widths = [max(map(cells, column)) for column in zip(*lines)]
         while self.width and sum(widths) + 2 * len(widths) - 2 > self.width:
             widest = max(range(len(widths)), key=lambda n: (n > 0, widths[n]))
-            if widths[widest] <= 8:
+            if widths[widest] <= NARROWEST:
                 break
             widths[widest] -= 1
         for line in lines:
@@ -83,6 +91,24 @@ class Screen:
             self.err.write('\r' + text + ' ' * (self._progress - len(text)) + ('' if text else '\r'))
             self.err.flush()
             self._progress = len(text)
+
+
+def open_closed_streams() -> None:
+    """Opens the null device in place of standard streams that are closed.
+
+    What is opened next would take their numbers, and get what was meant for a person.
+    """
+    while True:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        if descriptor > 2:
+            os.close(descriptor)
+            break
+    if sys.stdin is None:
+        sys.stdin = open(0, closefd=False)
+    if sys.stdout is None:
+        sys.stdout = open(1, 'w', closefd=False)
+    if sys.stderr is None:
+        sys.stderr = open(2, 'w', closefd=False)
 
 
 def escaped(text: str) -> str:
@@ -140,9 +166,14 @@ def shown_span(seconds: float) -> str:
         else '%.0f d' % (minutes / 1440)
 
 
-def shown_time(moment: float) -> str:
-    """A time since 1970 for a person, in the local zone; '-' for 0."""
-    return time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(moment)) if moment else '-'
+def shown_time(moment: float, is_short: bool = False) -> str:
+    """A time since 1970 for a person, in the local zone; '-' for 0. Short: today's time, or the day."""
+    if not moment:
+        return '-'
+    then = time.localtime(moment)
+    is_today = then[:3] == time.localtime()[:3]
+    return time.strftime('%H:%M:%S' if is_today else '%Y-%m-%d', then) if is_short \
+        else time.strftime('%Y-%m-%d %H:%M:%S', then)
 
 
 def show_pairs(screen: Screen, found: Dict[str, Any], indent: str = '') -> None:

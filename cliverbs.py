@@ -18,7 +18,7 @@ Argument = Tuple[Tuple[str, ...], Dict[str, Any]]
 
 
 class Verb(NamedTuple):
-    """A verb: its name, what does it, what is said of it, its arguments, some examples, and other names.
+    """A verb: its name, what does it, what is said of it, its arguments, and some examples.
 
     An argument is what argparse's add_argument takes. Its metavar tells the completion what it is.
     """
@@ -27,7 +27,6 @@ class Verb(NamedTuple):
     help: str
     arguments: List[Argument]
     examples: Tuple[str, ...] = ()
-    aliases: Tuple[str, ...] = ()
 
 
 def argument(*names: str, **options: Any) -> Argument:
@@ -52,6 +51,7 @@ JSON = switch('--json', help='print JSON')
 VM = argument('vm', metavar='VM', help='name or id')
 VMS = argument('vm', metavar='VM', help='name, id, or a pattern such as \'web*\'')
 ID = argument('id', metavar='ID', help='a command\'s id, as printed by `run -d` and `ps`')
+IDS = argument('ids', metavar='ID', nargs='+', help='ids of commands, as printed by `run -d` and `ps`')
 
 
 def show_list(screen: Screen, as_json: bool, lines: List[str], found: Any) -> int:

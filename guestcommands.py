@@ -123,15 +123,23 @@ class Commands:
 
     def _accept(self, cmd_id: str, message: Message) -> Optional[Command]:
         """The command, its request written down; None where there is such a folder. Raises OSError."""
+        try:
+            request, failure = read_request(message, self._settings), ''
+        except BadWord as error:
+            request, failure = {}, 'EINVAL: %s' % error
+        command = self._claim(cmd_id, request)
+        if command is not None and failure:
+            command.end('failed', failure)
+            command.state = 'failed'
+        return command
+
+    def _claim(self, cmd_id: str, request: Dict[str, Any]) -> Optional[Command]:
+        """The same for a request that was read; nothing is left where it can't be written. Raises OSError."""
         command = self._spool.claim(cmd_id)
         if command is None:
             return None
         try:
-            self._write_request(command, read_request(message, self._settings))
-        except BadWord as error:
-            self._write_request(command, {})
-            command.end('failed', 'EINVAL: %s' % error)
-            command.state = 'failed'
+            self._write_request(command, request)
         except OSError:
             command.discard()
             raise
@@ -210,9 +218,8 @@ class Commands:
     def _cancelled_before(self, cmd_id: str) -> Optional[Command]:
         """A command of which nothing but the id is known; None where there was one, or the disk is full."""
         try:
-            command = self._spool.claim(cmd_id)
+            command = self._claim(cmd_id, {})
             if command is not None:
-                self._write_request(command, {})
                 self._add(command)
             return command
         except OSError as error:

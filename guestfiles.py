@@ -22,10 +22,15 @@ class Files:
     """The Chirp server of a guest, if there can be one: commands don't need it."""
 
     def __init__(self, root: str, settings: Any, on_port: Callable[[], None]) -> None:
-        """``settings``: [Chirp]. ``on_port``: called on another thread, once a late server has a port."""
+        """``settings``: [Chirp]. ``on_port``: called on another thread, once a late server has a port.
+
+        Raises AgentError where the certificate can't be used.
+        """
         self._root = root
         self._settings = settings
         self._on_port = on_port
+        self._identity = b'', ''
+        self.tls = server_tls(settings) if settings.cert_file else None
         self._server = None            # type: Any
         self._address = ''             # at which it listens
 
@@ -34,13 +39,15 @@ class Files:
         """Where files are served; 0: nowhere, or not yet."""
         return self._server.address[1] if self._server is not None else 0
 
-    def serve(self, address: str, host: str, shown: Dict[str, str]) -> None:
-        """Serves at that address of this machine; ``host``: who is let in.
+    def serve(self, address: str, host: str, shown: Dict[str, str], secret: bytes, id: str) -> None:
+        """Serves at that address of this machine, to whoever knows the secret of this id.
 
-        ``shown``: {name: folder} of what can be read under that name, and never changed.
+        ``host``: who is let in instead, with auth=address. ``shown``: {name: folder} of what can be read
+        under that name, and never changed.
         """
+        self._identity = secret, id
         if self._server is not None and self._address == address:
-            self._server.allow([host])      # the host may have moved
+            self._allow([host])             # the host may have moved
             return
         self.stop()
         self._address = address
@@ -64,9 +71,13 @@ class Files:
     def _start(self, address: str, port: int, allowed: List[str], shown: Dict[str, str]) -> None:
         """Doesn't wait for chirp_server, which may never come up: this is the link's thread."""
         if self._settings.server == 'embedded':
-            self._server = chirpserver.ChirpServer(self._root, address, port, allowed,
-                                             auth=self._settings.auth, shown=shown).start()
+            secret, id = self._identity
+            by_secret = self._settings.auth == 'secret'
+            self._server = chirpserver.ChirpServer(
+                self._root, address, port, None if by_secret else allowed, auth=self._settings.auth,
+                secret=secret, id=id, tls=self.tls, shown=shown).start()
             return
+        log.warning('files are open to every user of %s: chirp_server lets in by address alone', allowed[0])
         import chirpreal  # what the embedded one doesn't need
         self._server = chirpreal.RealChirpServer(self._root, address, port, allowed,
                                                  user=self._settings.user)
@@ -78,6 +89,10 @@ class Files:
             return
         addresses = [value for value in greeting.sequence('addresses') if isinstance(value, str)]
         if addresses:
+            self._allow(addresses)
+
+    def _allow(self, addresses: List[str]) -> None:
+        if self._settings.auth == 'address' or self._settings.server != 'embedded':
             self._server.allow(addresses)
 
     def stop(self) -> None:
@@ -85,3 +100,15 @@ class Files:
         if self._server is not None:
             self._server.stop(STOP_PATIENCE)
             self._server = None
+
+
+def server_tls(settings: Any) -> Any:
+    """The ssl.SSLContext of the file server. Raises AgentError."""
+    import ssl  # some memory, where it is configured
+    context = ssl.SSLContext(getattr(ssl, 'PROTOCOL_TLS_SERVER', ssl.PROTOCOL_TLS))
+    try:
+        context.load_cert_chain(settings.cert_file, settings.key_file or None)
+    except (OSError, ssl.SSLError) as error:
+        raise agent.AgentError('[Chirp] cert_file %s, key_file %s: %s'
+                               % (settings.cert_file, settings.key_file, error))
+    return context

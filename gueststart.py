@@ -153,7 +153,7 @@ def find(text: str, by_number: Callable[[int], Any], by_name: Callable[[str], An
         return by_name(text)
     except KeyError:
         if not re.fullmatch('[0-9]{1,9}', text):
-            raise OSError(errno.ENOENT, 'no such %s' % what, text)
+            raise OSError(errno.EINVAL, 'no such %s' % what, text)
     with contextlib.suppress(KeyError):
         return by_number(int(text))
     return None

@@ -21,7 +21,7 @@ import agent
 import protocol
 import stompbroker
 from hostcommands import Commands
-from hostconfig import SETTINGS
+from hostconfig import read_settings
 from hostcontrol import Control
 from hostguests import Guests
 from hostjournal import Journal, JournalError
@@ -31,6 +31,7 @@ from hostoutput import Fetcher, Output
 from hostserver import Server
 from hoststate import StateFolder
 from hosttransfers import Transfers
+from hosttrust import Secrets, Trust
 from hostwords import Words
 from hostworkers import Batch
 
@@ -65,17 +66,19 @@ class Host:
         for known in self.journal.guests():
             self.guests.remember(*known)
         self.commands = Commands(self.journal)
-        self.connection = Connection(settings, lambda frame: self.words.hear(frame), self.guests.forgive)
+        self.trust = Trust(Secrets(self.journal), self.guests, settings.Host)
+        self.connection = Connection(settings, self.trust, lambda frame: self.words.hear(frame),
+                                     self.guests.forgive)
         say = self.connection.say
-        self.machines = Machines(self.guests, self.commands, self.journal, self.connection)
+        self.machines = Machines(self.guests, self.commands, self.journal, self.connection, self.trust)
         self.control = Control(self.commands, self.guests, self.machines, say, settings.Broker.max_frame)
         self.fetcher = Fetcher(self.commands, self.machines, say, self.folder, settings.Host.fetch_limit)
         self.output = Output(self.fetcher, self.control, self.machines)
         self.transfers = Transfers(self.machines, self.journal, settings.Host.max_transfers)
         # A moment later: one sync serves all that came meanwhile, and who waits for results gets them first.
         self.acknowledgements = Batch('acknowledge', self._acknowledge, before=ACK_DELAY)
-        self.words = Words(self.connection, self.guests, self.machines, self.journal, self.commands,
-                           self.control, self.fetcher, self.acknowledgements.add)
+        self.words = Words(self.connection, self.trust, self.guests, self.machines, self.journal,
+                           self.commands, self.control, self.fetcher, self.acknowledgements.add)
         self.clock = Clock(self)
 
     def start(self) -> None:
@@ -196,11 +199,14 @@ class Clock:
             self._next_retention = now + RETENTION_PAUSE
 
 
-def run_host(ini: str) -> int:
-    """Runs the host agent in the foreground until SIGTERM or Ctrl-C; gives the exit code."""
+def run_host(ini: Optional[str]) -> int:
+    """Runs the host agent in the foreground until SIGTERM or Ctrl-C; gives the exit code.
+
+    ini    None: on the defaults
+    """
     host = None
     try:
-        settings = agent.read_settings(ini, SETTINGS)
+        settings = read_settings(ini)
         agent.set_up_logging(settings.Logging)
         sys.setswitchinterval(agent.SWITCH_INTERVAL)
         host = Host(settings)

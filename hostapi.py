@@ -78,11 +78,12 @@ class AgentMethods(Methods):
         return '\n\n'.join(map(str, texts))
 
     def agentInfo(self) -> dict:
-        """{version, proto, python, hypervisor, broker, xmlrpc, uptime, vms, cmds, aint, jobs} of the host.
+        """{version, proto, python, hypervisor, broker, xmlrpc, uptime, vms, cmds, aint, untrusted, jobs}.
 
         vms: how many agents are connected; cmds: how many commands are unfinished; aint: how many
-        words weren't any; broker: where it is, and the embedded one's counters; jobs: what VirtualBox
-        is busy with, [{verb, vm, percent, text}].
+        words were dropped, since they weren't any, or not signed by whom they are said to be from;
+        untrusted: the latter alone; broker: where it is, and the embedded one's counters; jobs: what
+        the hypervisor is busy with, [{verb, vm, percent, text}].
 
             >>> host.agentInfo()['hypervisor']
             'none'
@@ -93,6 +94,7 @@ class AgentMethods(Methods):
                 'broker': host.connection.info(), 'xmlrpc': '%s:%s' % host.server.address,
                 'uptime': time.monotonic() - host.started, 'vms': len(host.guests.on_list()),
                 'cmds': host.commands.count(), 'aint': host.words.unknown,
+                'untrusted': host.trust.untrusted,
                 'jobs': hypervisor.under_way() if hypervisor is not None else []}
 
     def getEvents(self, after: int = 0, timeout: float = 0) -> dict:
@@ -176,6 +178,15 @@ class MachineMethods(Methods):
         """
         return [guest.name for guest in self._host.guests.on_list()]
 
+    def listKnownVMs(self) -> list:
+        """Names of all VMs, and of all machines whose agents were ever seen: lost and absent ones, too.
+
+            >>> host.listKnownVMs()
+            ['node1']
+        """
+        names = {guest.name for guest in self._host.guests.all()}
+        return sorted(names.union(self.listVMs()))
+
     def getVM(self, vm: str) -> dict:
         """{name, id, uuid, state, trouble, agent, ip, lastSeen, clockOffset, facts, rdp, commands} of a VM.
 
@@ -236,6 +247,33 @@ class MachineMethods(Methods):
             {'08:00:27:00:00:01': 'node1'}
         """
         return {machine_id: name for name, machine_id in self.getNamesToIdsMapping().items()}
+
+    @audited
+    def pairVM(self, id: str, file: str) -> bool:
+        """Tells the host a secret that stands in a guest.ini: a file with the 64 hexadecimal digits.
+
+        A guest whose secret the host knows already has to be forgotten first.
+
+            >>> open('lab12.secret', 'w').write(64 * '5')
+            64
+            >>> host.pairVM('lab12', os.path.abspath('lab12.secret'))
+            True
+        """
+        self._host.machines.pair(id, file)
+        return True
+
+    @audited
+    def forgetVM(self, vm: str) -> bool:
+        """Forgets a machine that said HELLO: its name, its id and its secret are free for another one.
+
+        What ran there is lost, and its agent, if it is still there, no longer trusted. A VM stays in the
+        hypervisor, and gets a new secret at its next start.
+
+            >>> host.forgetVM('lab12')
+            True
+        """
+        self._host.machines.forget(self._host.machines.find(vm))
+        return True
 
 
 class ControlMethods(Methods):
@@ -518,8 +556,8 @@ class CommandMethods(Methods):
     def listCmds(self, filter: dict = {}) -> list:
         """[{cmdId, vm, cmd, line, state, submitted, ended}], the newest 1,000, the newest last.
 
-        line: cmd and args, cut after 300 characters, as cmd is. filter: vm, state, cmd, cmdId, since,
-        finished, limit.
+        line: cmd and args as a shell takes them, cut after 1,000 characters, as cmd is. filter: vm, state,
+        cmd, cmdId, since, finished, limit.
 
             >>> host.listCmds({'vm': 'node1', 'cmd': 'sh', 'limit': 1})[0]['state']
             'exited'
@@ -563,10 +601,11 @@ class CommandMethods(Methods):
                     executions=[execution.key for execution in executions])
 
     def getCmdStatus(self, id: str, refresh: bool = True) -> dict:
-        """{state, pid, wall, resources, processes, outSize, errSize, progress, error, ended, age}.
+        """{state, pid, wall, resources, processes, outSize, errSize, progress, error, ended, end, age}.
 
-        refresh asks the guest; age is how many seconds ago it said so (-1: never); ended: 0 while it is
-        unfinished. Of a multicast's own id: {cmdId@vmName: the same}.
+        refresh asks the guest; age is how many seconds ago it said so (-1: never); ended and end (how it
+        ended, as in 'exited 3'): 0 and '' while it is unfinished. Of a multicast's own id: {cmdId@vmName: the
+        same}.
 
             >>> status = host.getCmdStatus(cmd_id)
             >>> status['state'], status['outSize']

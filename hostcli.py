@@ -7,7 +7,7 @@ clicommands.py, clifiles.py and cliagent.py. Threads: main alone; no locks.
 import argparse
 import os
 import sys
-from typing import Any, Callable, List, Optional
+from typing import Any, Callable, List, Optional, Set, Tuple
 
 import agent
 import cliagent
@@ -18,7 +18,7 @@ from clicommands import FAILED
 from cliscreen import Screen, terminal_width
 from cliverbs import Function, Verb
 from hostclient import Client
-from hostconfig import SETTINGS
+from hostconfig import ini_here, read_settings
 
 INTERRUPTED = 130              # exit code after Ctrl-C
 
@@ -26,17 +26,33 @@ SUBJECTS = [('virtual machines', climachines.VERBS), ('commands', clicommands.VE
             ('files', clifiles.VERBS), ('host agent', cliagent.VERBS)]
 VERBS = {verb.name: verb for _, verbs in SUBJECTS for verb in verbs}
 
-USAGE = '''usage: {me} host.ini                 run the host agent until SIGTERM or Ctrl-C
-       {me} host.ini VERB …          talk to the running one
-       {me} host.ini VERB --help     show the arguments of a verb
+ALIASES = {'exec': 'run', 'logs': 'out', 'top': 'ps -l', 'list': 'ls', 'inspect': 'info',
+           'version': '--version', 'help': '--help'}
+MEANT = {                      # what hands type that know other tools, and what it is here
+    'attach': 'out -f', 'tail': 'out -f', 'log': 'out', 'output': 'out', 'delete': 'rm', 'remove': 'rm',
+    'destroy': 'rm', 'undefine': 'rm', 'restart': 'reset', 'reboot': 'reset', 'suspend': 'pause',
+    'freeze': 'pause', 'unpause': 'resume', 'continue': 'resume', 'up': 'start', 'boot': 'start',
+    'down': 'stop', 'halt': 'stop', 'poweroff': 'stop --force', 'snapshot': 'snap', 'upload': 'put',
+    'push': 'put', 'download': 'get', 'pull': 'get', 'fetch': 'get', 'transfer': 'cp', 'scp': 'cp',
+    'copy': 'cp', 'show': 'info', 'describe': 'info', 'stats': 'ps -l', 'jobs': 'ps', 'cancel': 'kill',
+    'terminate': 'kill', 'signal': 'kill', 'retry': 'rerun', 'repeat': 'rerun', 'prune': 'cleanup',
+    'gc': 'cleanup', 'vnc': 'rdp', 'console': 'rdp', 'network': 'net', 'doctor': 'check', 'history': 'events',
+    'ssh': 'run', 'execute': 'run', 'dashboard': 'status --open', 'new': 'create', 'import': 'create'}
+
+USAGE = '''usage: {me} [host.ini]               run the host agent until SIGTERM or Ctrl-C
+       {me} [host.ini] VERB …        talk to the running one
+       {me} VERB --help              show the arguments of a verb
        {me} --bundle FILE.pyz        write the whole program as one file that Python runs
        {me} --completion bash|zsh|fish
        {me} --version
+
+without host.ini: the one in this folder, else the defaults
 '''
 EXIT_CODES = '''exit codes: 0 success; 1 the host agent refused or can't be reached; 2 usage; 130 Ctrl-C.
 run: the command's own (of many VMs the highest); 128 and the signal's number if a signal ended it;
-     124 if it exited with 0 after its timeout; 255 if the error isn't the command's: no such VM,
-     the program can't be started, the command was lost. All: 255 if standard output can't be written.
+     124 if it exited with 0 after its timeout; 127 if the program wasn't found, 126 if it can't be
+     executed; 255 if the error isn't the command's: no such VM, output that was cut, a lost command.
+     All: 255 if standard output can't be written.
 '''
 
 
@@ -50,7 +66,7 @@ def overview() -> str:
     lines = ['Manages virtual machines and the programs in them.\n', USAGE.format(me=program_name())]
     for subject, verbs in SUBJECTS:
         lines += ['%s:' % subject] + ['  %-8s %s' % (verb.name, verb.help) for verb in verbs] + ['']
-    examples = ['  %s host.ini %s' % (program_name(), example)
+    examples = ['  %s %s' % (program_name(), example)
                 for verb in VERBS.values() for example in verb.examples]
     return '\n'.join(lines + ['examples:'] + examples + ['', EXIT_CODES.rstrip()])
 
@@ -66,14 +82,15 @@ class Parser(argparse.ArgumentParser):
     """The arguments of one verb; what is wrong with them ends with that verb's exit code."""
 
     def __init__(self, verb: Verb) -> None:
-        super().__init__(prog='%s host.ini %s' % (program_name(), verb.name), description=verb.help,
-                         epilog=self._epilog(verb), allow_abbrev=False, formatter_class=Formatter)
+        super().__init__(prog='%s %s' % (program_name(), verb.name), description=verb.help,
+                         epilog=self._epilog(verb), allow_abbrev=False, formatter_class=Formatter,
+                         usage='%(prog)s [OPTION …] VM [--] CMD [ARG …]' if verb.name == 'run' else None)
         self._code = code_of_errors(verb)
         for names, options in verb.arguments:
             self.add_argument(*names, **options)
 
     def _epilog(self, verb: Verb) -> str:
-        lines = ['  %s host.ini %s' % (program_name(), example) for example in verb.examples]
+        lines = ['  %s %s' % (program_name(), example) for example in verb.examples]
         return '\n'.join((['examples:'] + lines if lines else []) + ['', EXIT_CODES])
 
     def error(self, message: str) -> Any:
@@ -83,33 +100,57 @@ class Parser(argparse.ArgumentParser):
 
 def code_of_errors(verb: Verb, code: int = 2) -> int:
     """The exit code for errors of ours: `run` leaves all others to the command."""
-    return FAILED if verb.name == 'run' else code
+    return FAILED if verb.name in ('run', 'rerun') else code
 
 
 def read_arguments(verb: Verb, words: List[str]) -> Any:
     """The arguments of a verb. Exits where they are wrong, or --help is among them."""
-    command = []  # type: List[str]
-    if verb.name == 'run' and '--' in words:
-        at = words.index('--')
-        words, command = words[:at], words[at + 1:]
+    command: List[str] = []
+    if verb.name == 'run':
+        words, command = split_command(verb, words)
+    elif verb.name == 'kill':
+        words = [word for each in words for word in signal_option(each)]
     args = Parser(verb).parse_args(words)
     args.command = command
     return args
 
 
-def run_verb(ini: str, words: List[str], screen: Screen, check: Function) -> int:
+def split_command(verb: Verb, words: List[str]) -> Tuple[List[str], List[str]]:
+    """(our own words, the command) of `run`: it begins behind the VM, or behind --."""
+    takes_value = {name for names, options in verb.arguments for name in names if 'metavar' in options}
+    at = skip_options(words, 0, takes_value)
+    behind = skip_options(words, at + 1, takes_value)      # options may stand behind the VM, too, before --
+    if words[behind:behind + 1] == ['--']:
+        return words[:behind], words[behind + 1:]
+    return words[:at + 1], words[at + 1:]
+
+
+def skip_options(words: List[str], at: int, takes_value: Set[str]) -> int:
+    """Where the first word stands that is neither an option nor the value of one, or --."""
+    while at < len(words) and words[at].startswith('-') and words[at] not in ('-', '--'):
+        at += 2 if words[at] in takes_value else 1
+    return at
+
+
+def signal_option(word: str) -> List[str]:
+    """-9, -KILL and -SIGKILL of `kill` as its option -s."""
+    is_signal = word[:1] == '-' and word[1:].isalnum() and (word[1:].isdigit() or word[1:].isupper())
+    return ['-s', word[1:]] if is_signal else [word]
+
+
+def run_verb(ini: Optional[str], words: List[str], screen: Screen, check: Function) -> int:
     """Does what the words say with the host agent of that ini file; gives the exit code."""
     verb = VERBS.get(words[0])
     if verb is None:
         import difflib  # needed here alone
-        close = difflib.get_close_matches(words[0], VERBS, 1)
+        close = [MEANT[words[0]]] if words[0] in MEANT else difflib.get_close_matches(words[0], VERBS, 1)
         screen.complain('unknown verb %s%s; `%s --help` lists them' % (
             words[0], close and ' (did you mean %s?)' % close[0] or '', program_name()))
         return 2
     args = read_arguments(verb, words[1:])
     args.ini = ini
     try:
-        args.settings = agent.read_settings(ini, SETTINGS)
+        args.settings = read_settings(ini)
         function = check if verb.name == 'check' else verb.function
         return function(Client(args.settings.Host.state_dir), screen, args)
     except agent.AgentError as error:
@@ -133,45 +174,53 @@ def run_option(words: List[str], screen: Screen) -> int:
         for candidate in clicomplete.candidates(words[1:], VERBS):
             screen.say(candidate)
     else:
-        screen.complain('%s: expected host.ini, --help, --bundle FILE.pyz, --completion bash|zsh|fish '
-                        'or --version' % ' '.join(words))
+        screen.complain('%s: expected a verb, host.ini, --help, --bundle FILE.pyz, '
+                        '--completion bash|zsh|fish or --version' % ' '.join(words))
         return 2
     return 0
 
 
-def run(words: List[str], screen: Screen, start: Optional[Callable[[str], int]], check: Function) -> int:
+Start = Callable[[Optional[str]], int]
+
+
+def split_ini(words: List[str]) -> Tuple[Optional[str], List[str]]:
+    """(the ini file, the other words); None: the defaults."""
+    first = words[0] if words else '-'
+    is_verb = first in VERBS or first in ALIASES
+    if os.path.isfile(first) if is_verb else first.endswith('.ini') or os.path.exists(first):
+        return first, words[1:]
+    return ini_here(), words
+
+
+def run(words: List[str], screen: Screen, start: Optional[Start], check: Function) -> int:
     """Does what the words say; gives the exit code."""
-    if not words:
-        screen.err.write(USAGE.format(me=program_name()))
-        return 2
-    if words[0].startswith('-'):
+    ini, words = split_ini(words)
+    if words[:1] and words[0] in ALIASES:
+        words = ALIASES[words[0]].split() + words[1:]
+    if words[:1] == ['--help'] and words[1:2] and words[1] in VERBS:
+        words = [words[1], '--help']
+    if words and words[0].startswith('-'):
         return run_option(words, screen)
-    if words[0] in VERBS and not os.path.exists(words[0]):
-        screen.complain('the ini file comes first: %s host.ini %s' % (program_name(), ' '.join(words)))
-        return 2
-    if words[1:2] in (['-h'], ['--help']):
-        return run_option(words[1:], screen)
-    if words[1:]:
-        return run_verb(words[0], words[1:], screen, check)
+    if words:
+        return run_verb(ini, words, screen, check)
     if start is None:
         screen.err.write(USAGE.format(me=program_name()))
         return 2
-    return start(words[0])
+    return start(ini)
 
 
-def main(argv: List[str], start: Optional[Callable[[str], int]] = None,
+def main(argv: List[str], start: Optional[Start] = None,
          check: Function = cliagent.do_check) -> int:
     """The command line; gives the exit code.
 
-    start    runs the host agent of an ini file; None: this program has no such part
+    start    runs the host agent of an ini file (None: on the defaults)
     check    what the verb of that name does
     """
     screen = Screen()
     try:
-        # Python reads arguments by the locale; here they are UTF-8, as in XML-RPC. Names of files may be
-        # any bytes.
-        errors = 'surrogateescape' if argv[1:2] in (['put'], ['get'], ['cp']) else 'replace'
-        return run([os.fsencode(word).decode('utf-8', errors) for word in argv], screen, start, check)
+        # Python reads arguments by the locale; here they are UTF-8, as in XML-RPC, or any bytes.
+        words = [os.fsencode(word).decode('utf-8', 'surrogateescape') for word in argv]
+        return run(words, screen, start, check)
     except KeyboardInterrupt:
         return INTERRUPTED
     except agent.AgentError as error:

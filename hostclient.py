@@ -129,10 +129,10 @@ class Client:
 
     # What several methods of the API say together.
 
-    def each(self, method: str, names: Iterable[str]) -> List[Tuple[str, Any]]:
+    def each(self, method: str, names: Iterable[str], *args: Any) -> List[Tuple[str, Any]]:
         """(name, answer) of a method for each name, without those for which it raised."""
         names = list(names)
-        calls = [{'methodName': method, 'params': [name]} for name in names]
+        calls = [{'methodName': method, 'params': [name] + list(args)} for name in names]
         answers = self.call('system.multicall', calls)
         return [(name, answer[0]) for name, answer in zip(names, answers) if isinstance(answer, list)]
 
@@ -154,9 +154,15 @@ class Client:
         """The VMs that a glob means; what is no glob, unchanged. Raises NoSuchVM."""
         if not self.is_pattern(vm):
             return [vm]
-        found = [name for name in self.vm_names() if fnmatch.fnmatchcase(name, vm)]
+        return self.matching_of(vm, self.vm_names())
+
+    def matching_of(self, pattern: str, names: Iterable[str]) -> List[str]:
+        """Those of the names that a glob, or a name or id, means. Raises NoSuchVM where there is none."""
+        if not any(sign in pattern for sign in '*?['):
+            return [self.call('getVM', pattern)['name']]
+        found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
         if not found:
-            raise NoSuchVM('no VM matches %s' % vm)
+            raise NoSuchVM('no VM matches %s' % pattern)
         return found
 
 

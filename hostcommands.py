@@ -11,6 +11,7 @@ import binascii
 import collections
 import logging
 import secrets
+import shlex
 import threading
 import time
 from typing import Any, Callable, Container, Dict, List, Optional, Tuple
@@ -27,7 +28,7 @@ log = logging.getLogger('vmhost')
 
 RETRY_DELAYS = (5, 10, 20, 40, 60)     # seconds between publications of a CMD_RUN; the last repeats
 ORPHANS_KEPT = 1000                    # results that nobody here asked for
-LINE_SHOWN = 300                       # characters of command and arguments that a list shows
+LINE_SHOWN = 1000                      # characters of command and arguments that a list shows
 CALLED_OFF = ('cancelled', 'expired')  # ends that the host may decide without the guest
 LONGEST_STATUS = 1000                  # characters of a progress or an error of a running command
 RECENT_KEPT = 100                      # executions that ended, and are remembered as they are …
@@ -75,10 +76,10 @@ class Commands:
         cmd_id = cmd_id or time.strftime('%Y%m%d-%H%M%S-', time.gmtime()) + secrets.token_hex(4)
         submitted, life = time.time(), request['options'].get('expires', 0)
         expires = life and submitted + life
-        cmd, line = well_formed(request['cmd']), well_formed(' '.join([request['cmd']] + request['args']))
+        cmd, line = well_formed(request['cmd']), command_line(request)
         executions = [Execution(cmd_id, guest.id, guest.name, multicast, cmd,
                                 'queued' if guest in away else 'sent', submitted, expires=expires,
-                                line=line[:LINE_SHOWN]) for guest in guests]
+                                line=line) for guest in guests]
         with self._journal.writing() as journal:
             if not journal.execute('INSERT OR IGNORE INTO commands VALUES (?, ?, ?, ?, ?, ?)', cmd_id, target,
                                    int(multicast), protocol.write_json(request), submitted, client).rowcount:
@@ -398,6 +399,13 @@ def read_filter(filter: Dict[str, Any]) -> Dict[str, Any]:
             raise InvalidParams('listCmds: %s: %.40r' % (name, value))
     cmd_id, at, vm = filter.get('cmdId', '').partition('@')
     return dict(filter, cmdId=cmd_id, vm=vm) if at else filter
+
+
+def command_line(request: Dict[str, Any]) -> str:
+    """Command and arguments as a shell would take them, cut after LINE_SHOWN characters."""
+    words = [shlex.quote(word[:LINE_SHOWN + 1]) for word in [request['cmd']] + request['args'][:LINE_SHOWN]]
+    line = well_formed(' '.join(words))
+    return line if len(line) <= LINE_SHOWN else line[:LINE_SHOWN] + '…'
 
 
 def well_formed(text: str) -> str:

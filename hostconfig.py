@@ -2,8 +2,10 @@
 """
 
 import ipaddress
+import os
 import re
-from typing import Callable, Dict, Tuple
+import sys
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import agent
 import drivers
@@ -26,6 +28,33 @@ def port_range(value: str) -> str:
     return '%d-%d' % (low, high)
 
 
+def own_state_dir() -> str:
+    """Where a program of this user keeps its state, on this system."""
+    home = os.path.expanduser('~')
+    if os.name == 'nt':
+        base = os.environ.get('LOCALAPPDATA') or home
+    elif sys.platform == 'darwin':
+        base = os.path.join(home, 'Library', 'Application Support')
+    elif os.geteuid() == 0:
+        base = '/var/lib'
+    else:
+        base = os.environ.get('XDG_STATE_HOME') or os.path.join(home, '.local', 'state')
+    return os.path.join(base, 'vmhost')
+
+
+def ini_here() -> Optional[str]:
+    """The ini file that is meant where none is named: host.ini, if it is in this folder."""
+    return 'host.ini' if os.path.isfile('host.ini') else None
+
+
+def read_settings(ini: Optional[str]) -> Any:
+    """The settings in host.ini; None: the defaults, state in the system's place. Raises ConfigError."""
+    settings = agent.read_settings(ini, SETTINGS)
+    if ini is None:
+        settings.Host.state_dir = own_state_dir()
+    return settings
+
+
 SETTINGS: Dict[str, Dict[str, Tuple[Callable, str]]] = {
     'Broker': {
         'embedded': (agent.yes_no, 'yes'), 'host': (agent.text, 'auto'),
@@ -40,7 +69,8 @@ SETTINGS: Dict[str, Dict[str, Tuple[Callable, str]]] = {
         'xmlrpc_auth': (agent.yes_no, 'yes'), 'state_dir': (agent.path, 'vmhost-state'),
         'vm_gc_grace': (agent.at_least(1, agent.duration, '1 s'), '30'),
         'keep_results': (agent.duration, '7d'), 'fetch_limit': (agent.size, '64M'),
-        'max_transfers': (agent.integer(1, 1000), '4')},
+        'max_transfers': (agent.integer(1, 1000), '4'),
+        'other_machines': (agent.yes_no, 'no'), 'unsigned_guests': (agent.yes_no, 'no')},
     'Hypervisor': {
         'hypervisor': (agent.choice('auto', *(list(drivers.DRIVERS) + ['none'])), 'auto'),
         'command_timeout': (agent.duration, '45')},

@@ -11,11 +11,12 @@ import logging
 import secrets
 import threading
 import time
+from fnmatch import fnmatchcase
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import protocol
 from faults import AgentNotConnected, BadState, DeadlineExceeded, InvalidParams, NoSuchVM, VMHostError
-from hostcommands import CALLED_OFF, Commands, log_submitted, well_formed
+from hostcommands import CALLED_OFF, Commands, describe_end, log_submitted, well_formed
 from hostguests import Guest, Guests
 from hostjournal import FINISHED, Execution
 from hostmachines import Machines
@@ -136,8 +137,9 @@ class Control:
         """
         if cmd_id and self._commands.is_repeated(cmd_id, request, (pattern,)):
             return cmd_id
+        wanted = pattern.upper() if ':' in pattern else pattern      # a MAC's: no other id or name has one
         guests = [guest for guest in (self._machines.all() if queue else self._guests.on_list())
-                  if protocol.is_addressed(pattern, guest.id, guest.name)]
+                  if protocol.is_addressed(pattern, guest.id, guest.name) or fnmatchcase(guest.id, wanted)]
         if not guests:
             raise NoSuchVM('no %s VM matches %.100r' % ('known' if queue else 'connected', pattern))
         self._check_size(request)
@@ -290,7 +292,7 @@ class Control:
                 'wall': told.get('wall', 0), 'resources': told.get('resources', {}),
                 'outSize': told.get('out-size', 0), 'errSize': told.get('err-size', 0),
                 'progress': execution.status.get('progress', ''), 'error': told.get('error', ''),
-                'ended': execution.ended, 'age': age}
+                'ended': execution.ended, 'end': describe_end(told) if execution.ended else '', 'age': age}
 
     # What guests know of it.
 

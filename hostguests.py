@@ -12,6 +12,7 @@ import time
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from faults import Busy
+from protocol import is_mac
 
 LOADS_KEPT = 120               # loads that are remembered of a guest, for the status page …
 LOAD_EVERY = 5.0               # … and the seconds between two of them: ten minutes, or more
@@ -43,6 +44,12 @@ class Guest:
         port = self.facts.get('chirp')
         port = port.get('port') if isinstance(port, dict) else port
         return port if isinstance(port, int) and 0 < port < 65536 else 0
+
+    @property
+    def chirp_tls(self) -> bool:
+        """Whether that talks TLS."""
+        chirp = self.facts.get('chirp')
+        return isinstance(chirp, dict) and chirp.get('tls') is True
 
 
 class Guests:
@@ -79,32 +86,19 @@ class Guests:
                 guest = self._known[id] = Guest(id, name)
             news = guest.agent == 'lost' or guest.session != session
             guest.name = self._free_name(id, name)
-            self._make_way(guest, lambda taken: taken.upper() == id.upper())    # an id comes before a name
             guest.ip, guest.boot, guest.session = ip, boot, session
             guest.facts, guest.clock_offset = facts, clock_offset
             self._touch(guest)
             return guest, news
 
     def _make_room(self) -> None:
-        if len(self._known) < GUESTS_KEPT:
-            return
-        lost = [guest for guest in self._known.values() if guest.agent == 'lost']
-        if not lost:
-            raise Busy('%d agents are known already' % len(self._known))
-        del self._known[min(lost, key=lambda guest: guest.last_seen).id]
-
-    def _make_way(self, guest: Guest, is_in_its_way: Callable[[str], bool]) -> None:
-        """Appends the id to the names of others that stand in a guest's way."""
-        for other in self._known.values():
-            if other is not guest and is_in_its_way(other.name):
-                other.name = '%s-%s' % (other.name, other.id)
+        if len(self._known) >= GUESTS_KEPT:        # an absent one keeps its name, until it is forgotten
+            raise Busy('%d agents are known already: forget some (vmhost.py forget VM)' % len(self._known))
 
     def _free_name(self, id: str, name: str) -> str:
-        """The name, with the id appended where another one on the list has it, or it is another's id."""
-        for other in self._known.values():
-            if other.id != id and (name.upper() == other.id.upper()
-                                   or other.agent != 'lost' and name == other.name):
-                return '%s-%s' % (name, id)
+        """The name, with the id appended where it is another's name or id."""
+        while any(other.id != id and name in (other.name, other.id) for other in self._known.values()):
+            name = '%s-%s' % (name, id)
         return name
 
     def _touch(self, guest: Guest) -> None:
@@ -132,8 +126,20 @@ class Guests:
     def rename(self, guest: Guest, name: str) -> None:
         """The hypervisor's name for a guest; another that calls itself so has its id appended."""
         with self._lock:
-            self._make_way(guest, lambda taken: taken == name)
             guest.name = name
+            for other in self._known.values():
+                if other is not guest and other.name == name:
+                    other.name = self._free_name(other.id, '%s-%s' % (name, other.id))
+
+    def owner_of(self, name: str) -> Optional[str]:
+        """The id of who has that name, present or not."""
+        with self._lock:
+            return next((guest.id for guest in self._known.values() if guest.name == name), None)
+
+    def forget(self, id: str) -> None:
+        """Lets go of a guest, and its name."""
+        with self._lock:
+            self._known.pop(id, None)
 
     def gone(self, id: str) -> Optional[Guest]:
         """A BYE: off the list."""
@@ -183,12 +189,11 @@ class Guests:
         return changed
 
     def find(self, vm: str) -> Optional[Guest]:
-        """By id or name, in this order; one on the list comes before one that is lost."""
-        wanted = vm.upper()
+        """By id, or name."""
+        id = vm.upper() if is_mac(vm) else vm
         with self._lock:
-            found = [guest for guest in self._known.values()
-                     if vm == guest.name or wanted == guest.id.upper()]
-        return min(found, key=lambda guest: (guest.agent == 'lost', wanted != guest.id.upper()), default=None)
+            return self._known.get(id) or next(
+                (guest for guest in self._known.values() if guest.name == vm), None)
 
     def by_id(self, id: str) -> Optional[Guest]:
         """The guest of exactly that id."""

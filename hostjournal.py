@@ -113,6 +113,11 @@ class Journal:
             raise
 
     def _connect(self) -> sqlite3.Connection:
+        # It holds secrets. SQLite gives the files beside it the same mode.
+        for path in (self.path, self.path + '-wal', self.path + '-shm'):
+            if path == self.path or os.path.exists(path):
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+                os.chmod(path, 0o600)
         connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False,
                                      timeout=10)
         connection.execute('PRAGMA journal_mode = WAL')
@@ -288,8 +293,12 @@ class Journal:
                           received, received, results) for vm_id, results, received in found]
 
     def guests(self) -> List[Tuple]:
-        """(id, name, ip, boot, session, facts, last_seen) of all that were ever seen, and kept."""
+        """(id, name, ip, boot, session, facts, last_seen) of all that were ever seen, and not forgotten."""
         return self.rows('SELECT id, name, ip, boot, session, facts, last_seen FROM guests')
+
+    def secrets(self) -> List[Tuple[str, str]]:
+        """(holder, hexadecimal digits) of all secrets: for hosttrust.Secrets alone."""
+        return self.rows('SELECT holder, secret FROM secrets')
 
     def forget_before(self, when: float) -> Tuple[int, bool]:
         """Deletes what ended before that time (seconds since 1970): a slice of it.
@@ -309,8 +318,6 @@ class Journal:
                          'events ORDER BY seq LIMIT ?) WHERE time < ?)', 4 * RETENTION_SLICE, when)
             run('DELETE FROM events WHERE seq <= (SELECT max(seq) FROM events) - ?', EVENTS_KEPT)
             run('DELETE FROM orphans WHERE received < ?', when)
-            run('DELETE FROM guests WHERE last_seen < ? AND id NOT IN '
-                '(SELECT vm_id FROM executions WHERE ended = 0)', when)
         return len(old), len(old) < RETENTION_SLICE and events.rowcount < 4 * RETENTION_SLICE
 
 

@@ -12,13 +12,14 @@ import secrets
 import socket
 import threading
 import time
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import agent
 import protocol
 import stompbroker
 from faults import VMHostError
-from hosttrust import HostPolicy, neighbour_mac
+from hostpolicy import HostPolicy
+from hosttrust import Session, Trust
 
 log = logging.getLogger('vmhost')
 
@@ -27,16 +28,15 @@ EMBEDDED_TIMEOUT = 10.0        # seconds in which the embedded broker must answe
 
 
 class Connection:
-    """The host at the broker: sends words, and passes on what arrives.
+    """The host at the broker: signs and sends words, and passes on what arrives."""
 
-    ``policy`` is the embedded broker's, None with another broker, which enforces nothing of ours.
-    """
-
-    def __init__(self, settings: Any, hear: Callable[[Any], None], on_up: Callable[[], None]) -> None:
+    def __init__(self, settings: Any, trust: Trust, hear: Callable[[Any], None],
+                 on_up: Callable[[], None]) -> None:
         """hear: gets each frame; on_up: called whenever a connection has been made. Both on ``link``."""
+        self._trust = trust
         self.session = secrets.token_hex(8)
         self.address = '', 0                   # of the broker, as configured, or as it listens
-        self.policy: Optional[HostPolicy] = None
+        self._policy: Optional[HostPolicy] = None      # the embedded broker's
         self._broker: Optional[stompbroker.Broker] = None
         self._link: Optional[protocol.Link] = None
         self._settings = settings.Broker
@@ -60,10 +60,11 @@ class Connection:
 
     def _start_broker(self, host: str, secret: str) -> None:
         settings = self._settings
-        self.policy = HostPolicy(secret, neighbour_mac)
+        self._policy = HostPolicy(secret, self._trust.judge)
+        self._trust.watch_connections(self._policy.is_there)
         self._broker = stompbroker.Broker(
             host, settings.port, login=settings.username, passcode=settings.password,
-            tls=server_tls(settings), policy=self.policy, heartbeat=settings.heartbeat,
+            tls=server_tls(settings), policy=self._policy, heartbeat=settings.heartbeat,
             max_frame=settings.max_frame)
         try:
             self._broker.start()
@@ -94,7 +95,8 @@ class Connection:
         """Says BYE, and stops link and broker."""
         self._closing = True
         if self._link is not None:
-            self.say(protocol.BYE.howToLeave('the host stops'))
+            for machine_id in self._trust.sessions.ids():
+                self.say(protocol.BYE.howToLeave(machine_id, 'the host stops'))
             self._link.close()
         if self._broker is not None:
             self._broker.stop()
@@ -114,33 +116,76 @@ class Connection:
         return self._link is not None and not self._link.up
 
     def say(self, message: protocol.Message) -> bool:
-        """Publishes a word. False where there is no connection to the broker. From any thread."""
-        if self._link is None:
-            return False
-        headers = dict(message.headers, timestamp=protocol.timestamp())
-        headers['from'] = 'host'
-        return self._link.send(message.topic, headers, message.body())
+        """Says a word to the guest whose id is in ``to``, signed. From any thread.
 
-    def call_the_roll(self) -> None:
-        """Asks all guests to say HELLO; again after ROLL_CALL_EVERY at the earliest."""
+        False where the guest has no session, or there is no connection to the broker.
+        """
+        session = self._trust.sessions.of(message.headers['to'])
+        return session is not None and self.say_in(session, message)
+
+    def say_in(self, session: Session, message: protocol.Message, signed: bool = True) -> bool:
+        """The same in a session that the guest may not have proved yet."""
+        return self._link is not None and session.say(message, self._link.send, signed)
+
+    def call_the_roll(self, connection: str = '') -> None:
+        """Asks all guests to say HELLO, or the one at that connection of the embedded broker.
+
+        All of them again after ROLL_CALL_EVERY at the earliest.
+        """
         now = time.monotonic()
-        if now - self._last_roll_call >= ROLL_CALL_EVERY:
+        if not connection:
+            if now - self._last_roll_call < ROLL_CALL_EVERY:
+                return
             self._last_roll_call = now
-            self.say(protocol.HELLO.howToGreet('*', session=self.session))
+        self._say_unsigned(protocol.HELLO.howToGreet('*', session=self.session), connection)
 
-    def greet(self, machine_id: str, name: str, ticket: Any) -> None:
-        """Answers a guest's HELLO: what it is called, and what it needs to know of this host."""
-        if self.policy is not None:
-            self.policy.named(machine_id, name)
+    def greet(self, session: Session, name: str) -> None:
+        """Answers a guest's HELLO: what it is called, and what it needs to know of this host.
+
+        For the first time with what proves this host, later as a word like all others.
+        """
         keys = {'name': name, 'session': self.session,
                 'max_frame': self._settings.max_frame}  # type: Dict[str, Any]
         if self._beacon_grace < 30:
             keys['beacon_interval'] = max(1, self._beacon_grace / 3)
         if self._broker is None and self._link is not None:
             keys['addresses'] = own_addresses(self._link.local_address[0])
-        if ticket is not None:
-            keys['chirp-ticket'] = ticket.public.pem
-        self.say(protocol.HELLO.howToGreet(machine_id, **keys))
+        is_first, session.name = not session.name, name
+        if is_first:
+            keys.update(session.greeting)
+        self.say_in(session, protocol.HELLO.howToGreet(session.id, **keys), signed=not is_first)
+
+    def refuse(self, machine_id: str, connection: str, why: str) -> None:
+        """Answers a HELLO that is not let in."""
+        self._say_unsigned(protocol.HELLO.howToGreet(machine_id, refused=why), connection)
+
+    def _say_unsigned(self, message: protocol.Message, connection: str) -> None:
+        headers = dict(message.headers, **{'from': 'host'})
+        if connection:
+            headers['connection'] = connection
+        if self._link is not None:
+            self._link.send(message.topic, headers, message.body())
+
+    def origin(self, headers: Dict[str, str]) -> Tuple[str, str, str]:
+        """Where a frame came from: the embedded broker's number of the connection, the id that it is bound
+        to, its address. With another broker: '', the id that it claims, ''.
+        """
+        origin = headers.pop('connection', '')
+        if self._policy is None:
+            return '', headers.get('from') or headers.get('id', ''), ''
+        connection, machine_id, address = origin.split(' ')
+        return connection, machine_id, address
+
+    def files_tls(self) -> Any:
+        """The ssl.SSLContext for guests that serve their files by TLS. Raises ConfigError."""
+        context = agent.client_tls(self._settings.ca_file or self._settings.cert_file)
+        context.check_hostname = False         # guests are known by their secrets, and have many addresses
+        return context
+
+    def proved(self, session: Session) -> None:
+        """From now on what is for that guest goes to the connection of this session."""
+        if self._policy is not None:
+            self._policy.prove(session.connection)
 
     def info(self) -> Dict[str, Any]:
         """What agentInfo shows of the broker: {address, connected, embedded, server, counters}."""

@@ -14,13 +14,23 @@ import chirpclient
 import chirpwire
 import drivers
 import vmstates
-from faults import AgentNotConnected, BadState, NoFiles, NoSuchVM, TransferError, VMHostError
+from faults import (
+    AgentNotConnected,
+    AlreadyExists,
+    BadState,
+    InvalidParams,
+    NoFiles,
+    NoSuchVM,
+    TransferError,
+    VMHostError,
+)
 from hostcommands import Commands
 from hostguests import Guest, Guests
 from hostjournal import Journal
 from hostlink import Connection
-from hosttrust import is_mac
+from hosttrust import Session, Trust
 from hostworkers import Batch
+from protocol import BadWord, read_id, read_secret
 
 log = logging.getLogger('vmhost')
 
@@ -32,25 +42,27 @@ LOOKUP_EVERY = 1.0             # seconds between two lookups of names, however o
 class Machines:
     """Finds the machine that is meant by a name or an id, and keeps names and ids in step."""
 
-    def __init__(self, guests: Guests, commands: Commands, journal: Journal, connection: Connection) -> None:
+    def __init__(self, guests: Guests, commands: Commands, journal: Journal, connection: Connection,
+                 trust: Trust) -> None:
         self.hypervisor = None                 # type: Any      # a driver, once one has been started
         self._guests = guests
         self._commands = commands
         self._journal = journal
         self._connection = connection
+        self._trust = trust
         self._lookups = Batch('name-lookup', self._look_up, after=LOOKUP_EVERY)
 
     # The hypervisor.
 
     def start_hypervisor(self, settings: Any, state_dir: str) -> None:
         """Starts the driver, if one is wanted and its hypervisor answers."""
-        driver = start_driver(settings, state_dir, self._vm_event)
+        driver = start_driver(settings, state_dir, self._vm_event, self._trust.board_serial)
         if driver is not None and settings.Network.manage:
             try:
                 driver.setup_network()
             except VMHostError as error:
                 log.error('the host-only network can\'t be set up ([Network] manage): %s', error)
-        self.hypervisor = driver
+        self.hypervisor = self._trust.hypervisor = driver
 
     @property
     def hypervisor_name(self) -> str:
@@ -88,15 +100,17 @@ class Machines:
 
     # Agents that come.
 
+    def look_for(self, machine_id: str, connection: str) -> None:
+        """Has a VM looked for that the driver hasn't seen so far; its agent is asked to say HELLO again."""
+        self._lookups.add(machine_id, connection)
+
     def join(self, machine_id: str, own_name: str, **facts: Any) -> Guest:
-        """A HELLO: the agent is listed under its name, and greeted. ``facts`` as of Guests.add."""
+        """An agent proved itself: it is listed under its name, and told that. ``facts`` as of Guests.add."""
         known = self._known_name(machine_id)
         guest, news = self._guests.add(machine_id, known or self._free_name(machine_id, own_name), **facts)
         if known:
             self._guests.rename(guest, known)
         self._introduce(guest, news, bool(known))
-        if self.hypervisor is not None and is_mac(guest.id) and not known:
-            self._lookups.add(guest.id, guest)
         return guest
 
     def _free_name(self, machine_id: str, name: str) -> str:
@@ -113,16 +127,29 @@ class Machines:
                 journal.event('guest-hello', guest.name, '', '%s at %s' % (guest.id, guest.ip))
         if is_vm:
             self.take_over(guest)
-        self.greet(guest)
+        session = self._trust.sessions.of(guest.id)
+        if session is not None and session.name != guest.name:
+            self.greet(session, guest.name)
 
-    def greet(self, guest: Guest) -> None:
+    def greet(self, session: Session, name: str) -> None:
         """Tells an agent its name, and what it needs to know of this host."""
-        self._connection.greet(guest.id, guest.name, None)
+        self._connection.greet(session, name)
 
-    def _look_up(self, guests: Dict[str, Guest]) -> None:
-        for guest in guests.values():
-            if not self._lookups.is_stopping:
-                self._rename(guest)
+    def _look_up(self, connections: Dict[str, str]) -> None:
+        for machine_id, connection in connections.items():
+            if self._lookups.is_stopping:
+                return
+            try:
+                if self.hypervisor.name_of(machine_id):
+                    self._connection.call_the_roll(connection)
+                else:
+                    self._refuse(machine_id, connection, 'no VM has the network card %s' % machine_id)
+            except VMHostError as error:
+                self._refuse(machine_id, connection, 'the hypervisor doesn\'t answer: %s' % error)
+
+    def _refuse(self, machine_id: str, connection: str, why: str) -> None:
+        self._trust.refused(machine_id, why)
+        self._connection.refuse(machine_id, connection, why)
 
     def _rename(self, guest: Guest) -> None:
         """Gives a guest the name that the hypervisor has for it, where it has one."""
@@ -149,6 +176,34 @@ class Machines:
         self.take_over(guest)
         for execution in self._commands.open_of(guest.id):
             self._commands.lose(execution, 'the VM and its disks were removed')
+
+    def pair(self, machine_id: str, path: str) -> None:
+        """Pins the secret in a file to an id. Raises InvalidParams, AlreadyExists, JournalError."""
+        try:
+            with open(path, encoding='ascii', errors='replace') as file:
+                secret = read_secret(file.read(200).strip())
+            machine_id = read_id(machine_id)
+        except OSError as error:
+            raise InvalidParams('%s: %s' % (path, error.strerror))
+        except BadWord as error:
+            raise InvalidParams(str(error))
+        if self._trust.secrets.pinned(machine_id) not in (b'', secret):
+            raise AlreadyExists('%s has another secret: forget it first' % machine_id)
+        self._trust.secrets.pin(machine_id, secret)
+
+    def forget(self, guest: Guest) -> None:
+        """Forgets a machine: name, id and secret are free, its commands lost. Raises JournalError.
+
+        An agent that is still there is no longer listened to.
+        """
+        self._trust.forget(guest.id)
+        for execution in self._commands.open_of(guest.id):
+            self._commands.lose(execution, 'the VM was forgotten')
+        with self._journal.writing() as journal:
+            journal.execute('DELETE FROM guests WHERE id = ?', guest.id)
+            journal.event('guest-forgotten', guest.name, '', guest.id)
+        self._guests.forget(guest.id)
+        log.info('forgot %s, %s', guest.name, guest.id)
 
     # Which machine is meant.
 
@@ -206,7 +261,8 @@ class Machines:
         address, port = endpoint or (guest.ip, guest.chirp_port)
         if not port:
             raise NoFiles('%s offers no files (it has no Chirp server)' % guest.name)
-        return chirpclient.ChirpClient(address, port, CHIRP_TIMEOUT)
+        return chirpclient.ChirpClient(address, port, CHIRP_TIMEOUT, self._trust.secret_of(guest.id),
+                                       guest.id, self._connection.files_tls() if guest.chirp_tls else None)
 
     def list_dir(self, vm: str, path: str) -> List[chirpwire.Stat]:
         """What is in a folder of a VM. Raises TransferError, NoSuchVM, AgentNotConnected."""
@@ -217,12 +273,13 @@ class Machines:
             raise TransferError('%s on %s: %s' % (path, vm, error))
 
 
-def start_driver(settings: Any, state_dir: str, on_event: Callable[[str, str, str], None]) -> Any:
+def start_driver(settings: Any, state_dir: str, on_event: Callable[[str, str, str], None],
+                 serial_of: Callable[[str, str], str]) -> Any:
     """The first driver whose hypervisor answers; None where none is wanted, or none does."""
     wanted = settings.Hypervisor.hypervisor
     for name in drivers.names_of(wanted):
         import hypervisor  # some memory, where VMs are controlled
-        driver = hypervisor.Hypervisor(name, driver_settings(settings, state_dir), on_event)
+        driver = hypervisor.Hypervisor(name, driver_settings(settings, state_dir), on_event, serial_of)
         driver.open()
         try:
             log.info('%s %s', name, driver.version())

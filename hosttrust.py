@@ -1,146 +1,402 @@
-"""Trust: who may say what to the embedded broker, and what a guest may call itself.
+"""Trust: which guest is who it says it is, by a secret that it and this host alone know.
+
+What it is not: the arithmetic of proofs and signatures (protocol.py), or the roles of connections to the
+embedded broker (hostpolicy.py).
+
+Threads: any thread may call. Each class has one lock, for its own tables; under a session's lock a word is
+signed and given to the link, so that its number and its place in the stream agree.
 """
 
-import hmac
+import collections
 import ipaddress
 import logging
+import secrets as random
 import threading
-from typing import Any, Callable, Dict
+import time
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import protocol
-import stompbroker
+import vmstates
+from agent import printable
+from hostguests import Guests
+from hostjournal import Journal
+from protocol import Message, Signatures, Untrusted
 
 log = logging.getLogger('vmhost')
 
-
-class _Role:
-    """Who a connection to the embedded broker is."""
-
-    def __init__(self, is_host: bool) -> None:
-        self.is_host = is_host
-        self.id = ''
-        self.name = ''
-        self.session = ''
-        self.boot = ''
+LONGEST_HELLO = 64 * 1024      # bytes: of anything more a guest is asked
+PENDING_AT_ONCE = 4            # sessions of one guest that it has not proved yet, on one connection …
+PENDING_BYTES = 32 * 1024 * 1024   # … and what all of them together may take
+TOLD_EVERY = 60.0              # seconds between two log lines about untrusted words of one guest …
+WARNED_OF = 1000               # … of so many of which that is known
+FORGET = 'if it is this machine from now on, run: vmhost.py forget %s'
 
 
-class HostPolicy(stompbroker.Policy):
-    """Roles on the embedded broker: the host's own connection, by a secret; all others are guests.
+class Refusal(Exception):
+    """A guest is not let in. The text is for its log, and for ours."""
 
-    A guest may SEND to connections and cmd_responses alone, SUBSCRIBE to cmd_requests alone, is
-    bound to the id of its first HELLO, and is sent only what is addressed to it. The header
-    ``from`` of all that a guest sends is written here, so that the host can lean on it. Guests wait while
-    the host has much to read: they would say it all again if its connection were cut off.
+
+# --- secrets ---------------------------------------------------------------------------------
+
+class Secrets:
+    """What guests and this host share: by id, once pinned; by the VM's uuid, of what its firmware holds.
+
+    In the journal and in memory. Nobody is shown one, but the driver that writes it into a VM.
     """
 
-    def __init__(self, secret: str, mac_of: Callable[[str], str]) -> None:
-        self._secret = secret
-        self._mac_of = mac_of
-        # Guards the table of bound sessions; nothing is called while it is held.
+    def __init__(self, journal: Journal) -> None:
+        """Raises JournalError."""
+        self._journal = journal
+        # Guards the table, and that a secret is made once. The journal is written while it is held.
         self._lock = threading.Lock()
-        self._sessions = {}            # type: Dict[str, Any]
+        self._known = dict(journal.secrets())      # type: Dict[str, str]
 
-    def connecting(self, session: Any, headers: Dict[str, str]) -> None:
-        secret = headers.get('vmhost-secret', '')
-        session.policy_data = _Role(hmac.compare_digest(secret.encode(), self._secret.encode()))
-        session.essential = session.policy_data.is_host
+    @property
+    def host_key(self) -> str:
+        """What names this host to guests, for as long as its journal lasts. No secret."""
+        return self._made('host/key')
 
-    def subscribing(self, session: Any, destination: str, headers: Dict[str, str]) -> None:
-        if not session.policy_data.is_host and destination != protocol.CMD_REQUESTS:
-            raise stompbroker.Refused('a guest may subscribe to %s alone' % protocol.CMD_REQUESTS)
+    def firmware_digits(self, uuid: str) -> str:
+        """The 32 digits for the firmware of a VM; made at the first call. Raises JournalError."""
+        return self._made('vm/' + uuid)
 
-    def sending(self, session: Any, destination: str, frame: Any) -> bool:
-        role = session.policy_data
-        if role.is_host:
-            return True
-        if destination not in (protocol.CONNECTIONS, protocol.CMD_RESPONSES):
-            raise stompbroker.Refused('a guest may not send to %.100s' % destination)
-        if not role.id and not self._bind(session, role, frame):
-            return False
-        for name in ('from', 'id'):
-            if frame.headers.get(name, role.id).upper() != role.id.upper():
-                raise stompbroker.Refused('this connection is bound to the id %s' % role.id)
-        frame.headers['from'] = role.id
-        return True
+    def _made(self, holder: str) -> str:
+        with self._lock:
+            if holder not in self._known:
+                self._write(holder, random.token_hex(16))
+            return self._known[holder]
 
-    def _bind(self, session: Any, role: _Role, frame: Any) -> bool:
-        """Gives the connection the id of its HELLO. False: it said something else before."""
-        try:
-            message = protocol.interpret(frame.headers, frame.body.decode('utf-8', 'replace'))
-            if message.word != 'HELLO':
+    def _write(self, holder: str, digits: str) -> None:
+        with self._journal.writing() as journal:
+            journal.execute('INSERT OR REPLACE INTO secrets VALUES (?, ?, ?)', holder, digits, time.time())
+        self._known[holder] = digits
+
+    def of_firmware(self, uuid: str) -> bytes:
+        """What was written into the firmware of a VM; b'' where nothing was."""
+        return self._value('vm/' + uuid)
+
+    def pinned(self, machine_id: str) -> bytes:
+        """The secret of a guest; b'' where it has none yet."""
+        return self._value(machine_id)
+
+    def _value(self, holder: str) -> bytes:
+        with self._lock:
+            return bytes.fromhex(self._known.get(holder, ''))
+
+    def pin(self, machine_id: str, secret: bytes) -> None:
+        """From now on this is the guest's only one. Raises JournalError."""
+        with self._lock:
+            if self._known.get(machine_id) != secret.hex():
+                self._write(machine_id, secret.hex())
+
+    def forget(self, machine_id: str, uuid: str) -> None:
+        """Deletes a guest's secret, and what its VM's firmware holds. Raises JournalError."""
+        with self._lock:
+            for holder in (machine_id, 'vm/' + uuid):
+                if holder in self._known:
+                    with self._journal.writing() as journal:
+                        journal.execute('DELETE FROM secrets WHERE holder = ?', holder)
+                    del self._known[holder]
+
+
+# --- sessions --------------------------------------------------------------------------------
+
+class Session:
+    """What follows one HELLO of a guest: its signatures, or None for a guest of another make."""
+
+    __slots__ = ('id', 'connection', 'secret', 'greeting', 'name', 'hello', 'address', 'proved', 'lock',
+                 '_signatures')
+
+    def __init__(self, hello: Message, machine_id: str, connection: str, secret: bytes = b'',
+                 host_key: str = '') -> None:
+        self.id = machine_id
+        self.connection = connection       # the embedded broker's number of it; '' with another broker
+        self.secret = secret
+        self.hello = hello
+        self.address = ''                  # where the guest is, as the embedded broker sees it
+        self.proved = False
+        self.greeting = {}                 # type: Dict[str, str]   # by what the host proves itself, once
+        self.name = ''                     # that the guest was told
+        self.lock = threading.Lock()       # see above
+        self._signatures = None            # type: Optional[Signatures]
+        if secret:
+            nonces = machine_id, hello.text('nonce'), protocol.new_nonce()
+            self._signatures = Signatures(protocol.session_key(secret, *nonces), 'host')
+            self.greeting = {'nonce': nonces[2], 'key': host_key,
+                             'proof': protocol.host_proof(secret, *nonces)}
+
+    def say(self, message: Message, send: Callable[[str, Dict[str, str], bytes], bool],
+            signed: bool = True) -> bool:
+        """Signs a word, and sends it. Raises LocalError."""
+        headers, body = dict(message.headers, **{'from': 'host'}), message.body()
+        with self.lock:
+            if signed and self._signatures is not None:
+                headers = self._signatures.sign(message.topic, headers, body)
+            if self.connection:
+                headers['connection'] = self.connection
+            return send(message.topic, headers, body)
+
+    def check(self, topic: str, headers: Dict[str, str], body: bytes) -> Dict[str, str]:
+        """The headers of a word, as far as the guest signed them. Raises Untrusted."""
+        if self._signatures is None:
+            return headers
+        with self.lock:
+            return self._signatures.check(topic, headers, body)
+
+
+class Sessions:
+    """The sessions of all guests. Safe from any thread.
+
+    Of each guest the one that goes on, the one before, whose last words may still arrive, and those
+    that it has not proved yet: anybody can say HELLO, and none of that ends what goes on.
+    """
+
+    def __init__(self) -> None:
+        # Guards the tables; nothing is called while it is held.
+        self._lock = threading.Lock()
+        self._current = {}             # type: Dict[str, Session]
+        self._before = {}              # type: Dict[str, Session]
+        self._pending = collections.OrderedDict()  # type: collections.OrderedDict[Session, int]
+
+    def of(self, machine_id: str) -> Optional[Session]:
+        """The session that goes on."""
+        with self._lock:
+            return self._current.get(machine_id)
+
+    def ids(self) -> List[str]:
+        """Who has a session."""
+        with self._lock:
+            return list(self._current)
+
+    def add(self, session: Session, size: int) -> None:
+        """One that is still to be proved, whose HELLO had so many bytes."""
+        with self._lock:
+            mine = [other for other in self._pending
+                    if (other.id, other.connection) == (session.id, session.connection)]
+            for other in mine[:max(0, len(mine) + 1 - PENDING_AT_ONCE)]:
+                del self._pending[other]
+            self._pending[session] = size
+            while sum(self._pending.values()) > PENDING_BYTES:
+                self._pending.popitem(last=False)
+
+    def candidates(self, machine_id: str, connection: str) -> List[Session]:
+        """Those that a word of that guest, on that connection, may be of; the likeliest first."""
+        with self._lock:
+            found = [table[machine_id] for table in (self._current, self._before) if machine_id in table]
+            return found + [session for session in self._pending
+                            if session.id == machine_id and session.connection == connection]
+
+    def begin(self, session: Session) -> bool:
+        """It is proved. Whether that is news."""
+        with self._lock:
+            if session.proved:
                 return False
-            machine_id = read_id(message.text('id'))
-            role.session, role.boot = message.text('session'), message.text('boot')
-        except protocol.BadWord as error:
-            raise stompbroker.Refused(str(error))
-        self._check_neighbour(session, machine_id)
-        self._take_id(session, role, machine_id)
+            session.proved = True
+            self._pending.pop(session, None)
+            current = self._current.get(session.id)
+            if current is not None:
+                self._before[session.id] = current
+            self._current[session.id] = session
+            return True
+
+    def end(self, machine_id: str) -> None:
+        """Ends all sessions of a guest."""
+        with self._lock:
+            self._current.pop(machine_id, None)
+            self._before.pop(machine_id, None)
+            for session in [session for session in self._pending if session.id == machine_id]:
+                del self._pending[session]
+
+
+class Seldom:
+    """Warnings that may come by the thousand: of each guest one in TOLD_EVERY seconds is logged."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        # Guards the table; nothing is called while it is held.
+        self._lock = threading.Lock()
+        self._told = {}                # type: Dict[str, Tuple[float, int]]  # id: when, and how many since
+
+    def warn(self, machine_id: str, text: str, *values: Any) -> None:
+        """Logs it, or counts it for the next time."""
+        now = self._clock()
+        with self._lock:
+            when, count = self._told.get(machine_id, (now - TOLD_EVERY, 0))
+            is_due = now - when >= TOLD_EVERY
+            if len(self._told) > WARNED_OF:        # ids that may be no guest's
+                self._told.clear()
+            self._told[machine_id] = (now, 0) if is_due else (when, count + 1)
+        if is_due:
+            log.warning(text + ' (and %d times since the last line)' * bool(count),
+                        *[printable(str(value)) for value in values] + [count] * bool(count))
+
+
+# --- who is let in ---------------------------------------------------------------------------
+
+class Trust:
+    """Judges HELLOs, and checks and signs all other words. Safe from any thread."""
+
+    def __init__(self, secrets: Secrets, guests: Guests, settings: Any,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        """``settings``: those of [Host]."""
+        self.hypervisor = None         # type: Any     # a driver, once one has been started
+        self.secrets = secrets
+        self.sessions = Sessions()
+        self.untrusted = 0             # words that were dropped
+        self._guests = guests
+        self._settings = settings
+        self._drops, self._refusals = Seldom(clock), Seldom(clock)
+        self._is_there = lambda connection: False      # type: Callable[[str], bool]
+
+    # HELLO.
+
+    def judge(self, machine_id: str, hello: Message) -> None:
+        """Raises Refusal where a HELLO can't be let in, whatever it may prove. Asks nobody."""
+        owner = self._guests.owner_of(machine_id)
+        if owner not in (None, machine_id):
+            raise Refusal('the id %s is another machine\'s name' % machine_id)
+        self._check_place(machine_id)
+        if not hello.text('nonce'):
+            return self._judge_unsigned(machine_id, hello)
+        protocol.read_nonce(hello.text('nonce'))
+        self._choose_secret(machine_id, hello)
+
+    def _check_place(self, machine_id: str) -> None:
+        """With a hypervisor, an id is one of its VMs'; of other machines where that is configured."""
+        is_outside = self.hypervisor is not None and not protocol.is_mac(machine_id)
+        if is_outside and not self._settings.other_machines:
+            raise Refusal('%s is the id of no VM: machines outside of the hypervisor are let in with '
+                          '[Host] other_machines=yes' % machine_id)
+
+    def is_vm_to_find(self, machine_id: str) -> bool:
+        """Whether that id is one of a VM's, if it is any, which the driver has not seen so far."""
+        return self.hypervisor is not None and protocol.is_mac(machine_id) \
+            and not self.hypervisor.known_name(machine_id)
+
+    def _judge_unsigned(self, machine_id: str, hello: Message) -> None:
+        if not self._settings.unsigned_guests:
+            raise Refusal('the agent of %s (vmguest %s) proves nothing: update it. Agents of other makes are '
+                          'let in with [Host] unsigned_guests=yes'
+                          % (machine_id, printable(hello.text('version')[:40])))
+        if self.secrets.pinned(machine_id):
+            raise Refusal('%s has a secret, and now an agent that knows none: %s'
+                          % (machine_id, FORGET % machine_id))
+
+    def watch_connections(self, is_there: Callable[[str], bool]) -> None:
+        """``is_there``: whether the embedded broker still has a connection."""
+        self._is_there = is_there
+
+    def board_serial(self, machine_id: str, uuid: str) -> str:
+        """What a VM's firmware is to tell as the board's serial number. Raises JournalError."""
+        return 'vmhost:' + self.secrets.firmware_digits(uuid)
+
+    def _firmware(self, machine_id: str) -> bytes:
+        uuid = self.hypervisor.known_uuid(machine_id) if self.hypervisor is not None else ''
+        return self.secrets.of_firmware(uuid) if uuid else b''
+
+    def _choose_secret(self, machine_id: str, hello: Message) -> Tuple[bytes, bool]:
+        """The secret by which that guest is to prove itself, and whether it just told it. Raises Refusal."""
+        known = [secret for secret in (self.secrets.pinned(machine_id), self._firmware(machine_id)) if secret]
+        told = hello.text('secret')
+        if told:
+            secret = protocol.read_secret(told)
+            if secret in known or not self.secrets.pinned(machine_id) and self._may_be_first(machine_id):
+                return secret, True
+            raise Refusal('%s is known by another secret: %s' % (machine_id, FORGET % machine_id))
+        if not known:
+            raise Refusal('this host knows no secret of %s: it was forgotten, or the journal was lost. To '
+                          'have it told anew, delete the .host file in the guest\'s state_dir; what stands '
+                          'in guest.ini is told by pairVM' % machine_id)
+        wanted = hello.text('secret-id')
+        for secret in known:
+            if not wanted or wanted == protocol.secret_id(secret, machine_id):
+                return secret, False
+        raise Refusal('%s is known by another secret: %s' % (machine_id, FORGET % machine_id))
+
+    def _may_be_first(self, machine_id: str) -> bool:
+        """Whether that id may be pinned by first use. Raises Refusal."""
+        state = self.hypervisor.known_state(machine_id) if self.hypervisor is not None else ''
+        if state in (vmstates.OFF, vmstates.SAVED):
+            raise Refusal('the VM with the id %s is %s' % (machine_id, state))
         return True
 
-    def _check_neighbour(self, session: Any, machine_id: str) -> None:
-        mac = self._mac_of(session.peer[0])
-        if mac and is_mac(machine_id) and mac.upper() != machine_id.upper():
-            raise stompbroker.Refused('id %s, but the network card at %s is %s'
-                                      % (machine_id, session.peer[0], mac))
+    def begin(self, machine_id: str, hello: Message, size: int, connection: str) -> Session:
+        """The session of a HELLO of that many bytes; ``proved`` if that is all it takes.
 
-    def _take_id(self, session: Any, role: _Role, machine_id: str) -> None:
-        """Binds, unless another living agent has that id.
-
-        A reconnect (same session), and a machine that was reset (same address, another boot), take
-        the place of their old connection, which may not have noticed yet that it is dead. Over
-        loopback the second waits until the old one's heart-beats are missed.
+        Raises Refusal, JournalError.
         """
-        with self._lock:
-            other = self._sessions.get(machine_id)
-            if other is not None and other is not session:
-                data = other.policy_data
-                same = data.session == role.session
-                # Over loopback all guests have one address (NAT): there an address proves nothing.
-                reset = other.peer[0] == session.peer[0] and data.boot != role.boot \
-                    and not session.peer[0].startswith(('127.', '::1'))
-                if not same and not reset:
-                    raise stompbroker.Refused('id %s is taken by an agent at %s'
-                                              % (machine_id, other.peer[0]))
-            role.id = machine_id
-            self._sessions[machine_id] = session
-        if other is not None and other is not session:
-            other.close('its agent came back on another connection')
+        if size > LONGEST_HELLO:
+            raise Refusal('a HELLO of %d bytes; at most %d are taken' % (size, LONGEST_HELLO))
+        self.judge(machine_id, hello)
+        if not hello.text('nonce'):
+            return self._begin_unsigned(machine_id, hello, connection)
+        secret, is_told = self._choose_secret(machine_id, hello)
+        session = Session(hello, machine_id, connection, secret, self.secrets.host_key)
+        if is_told:
+            self._prove(session)
+        else:
+            self.sessions.add(session, size)
+        return session
 
-    def named(self, machine_id: str, name: str) -> None:
-        """The host's name for a guest; what is addressed to it by name reaches it from now on."""
-        with self._lock:
-            session = self._sessions.get(machine_id)
-        if session is not None:
-            session.policy_data.name = name
+    def _begin_unsigned(self, machine_id: str, hello: Message, connection: str) -> Session:
+        """Of guests that prove nothing, who is there first stays."""
+        other = self.sessions.of(machine_id)
+        if other is not None and other.connection != connection and self._is_there(other.connection):
+            raise Refusal('the id %s is taken by another agent' % machine_id)
+        session = Session(hello, machine_id, connection)
+        self.sessions.begin(session)
+        return session
 
-    def address_of(self, machine_id: str) -> str:
-        """The address that a guest's connection comes from; '' where it has none."""
-        with self._lock:
-            session = self._sessions.get(machine_id)
-        return session.peer[0] if session is not None else ''
+    def _prove(self, session: Session) -> bool:
+        if session.secret:
+            self.secrets.pin(session.id, session.secret)
+        return self.sessions.begin(session)
 
-    def audience(self, destination: str, frame: Any) -> Callable[[Any], bool]:
-        to = frame.headers.get('to', '')
-        asks_all = to == '*' and frame.body.startswith(b'HELLO')
-        is_glob, wanted = any(sign in to for sign in '*?['), to.upper()
-        with self._lock:               # a name that is another's id reaches nobody
-            is_id = to in self._sessions or wanted in self._sessions
+    def secret_of(self, machine_id: str) -> bytes:
+        """By what this host proves itself to a guest's file server; b'' where the guest has none."""
+        session = self.sessions.of(machine_id)
+        return session.secret if session is not None else self.secrets.pinned(machine_id)
 
-        def is_sent_to(session: Any) -> bool:
-            role = session.policy_data
-            if role.is_host or not role.id:
-                return role.is_host or asks_all
-            if is_glob:
-                return protocol.is_addressed(to, role.id, role.name)
-            # The same for what most words have, an id: with 1,000 guests it is asked 1,000 times.
-            return bool(to) and (role.id.upper() == wanted or role.name == to and not is_id)
-        return is_sent_to
+    # All other words.
 
-    def closed(self, session: Any) -> None:
-        role = session.policy_data
-        with self._lock:
-            if role is not None and self._sessions.get(role.id) is session:
-                del self._sessions[role.id]
+    def check(self, machine_id: str, connection: str, topic: str, headers: Dict[str, str],
+              body: bytes) -> Tuple[Dict[str, str], Optional[Session]]:
+        """The signed headers of a guest's word, and its session where this word has proved it.
+
+        Raises Untrusted, JournalError.
+        """
+        why = Untrusted('it has no session')
+        for session in self.sessions.candidates(machine_id, connection):
+            try:
+                signed = session.check(topic, headers, body)
+            except Untrusted as error:
+                why = error
+                continue
+            is_new = not session.proved and self._prove(session)
+            return signed, session if is_new else None
+        raise why
+
+    def drop(self, machine_id: str, why: Any) -> None:
+        """Counts an untrusted word, and says so now and then."""
+        self.untrusted += 1
+        self._drops.warn(machine_id, 'dropped a word of %s: %s', machine_id, why)
+
+    def refused(self, machine_id: str, why: Any) -> None:
+        """Says now and then that a guest is not let in."""
+        self._refusals.warn(machine_id, '%s is not let in: %s', machine_id, why)
+
+    def forget(self, machine_id: str) -> None:
+        """Lets go of a guest's secrets and sessions. Raises JournalError."""
+        uuid = self.hypervisor.known_uuid(machine_id) if self.hypervisor is not None else ''
+        self.secrets.forget(machine_id, uuid)
+        self.sessions.end(machine_id)
+
+
+def read_name(text: str) -> str:
+    """A name that a machine gives itself, as it may be shown: printable, at most 64 characters, no '@';
+    and no MAC, which is another's id."""
+    name = ''.join(char for char in text if char.isprintable() and char != '@').strip()[:64]
+    return '' if protocol.is_mac(name) else name
 
 
 def is_loopback(address: str) -> bool:
@@ -149,40 +405,3 @@ def is_loopback(address: str) -> bool:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:
         return address.lower() == 'localhost'
-
-
-def is_mac(text: str) -> bool:
-    """Whether it is a MAC address with colons."""
-    parts = text.split(':')
-    return len(parts) == 6 and all(len(part) == 2 and set(part) <= set('0123456789abcdefABCDEF')
-                                   for part in parts)
-
-
-def read_id(text: str) -> str:
-    """A guest's id, MACs in upper case. Raises BadWord for what can't be one."""
-    if not protocol.is_id(text):
-        raise protocol.BadWord('HELLO: id %.80r' % text)
-    return text.upper() if is_mac(text) else text
-
-
-def read_name(text: str) -> str:
-    """A name that a machine gives itself, as it may be shown: printable, at most 64 characters, no '@';
-    and no MAC, which is another's id."""
-    name = ''.join(char for char in text if char.isprintable() and char != '@').strip()[:64]
-    return '' if is_mac(name) else name
-
-
-def neighbour_mac(address: str) -> str:
-    """The MAC that the kernel knows for an address on a directly attached network, else ''.
-
-    On Linux, from /proc/net/arp; elsewhere nothing is known.
-    """
-    try:
-        with open('/proc/net/arp') as table:
-            for line in table.readlines()[1:]:
-                fields = line.split()
-                if fields[0] == address and fields[3] != '00:00:00:00:00:00':
-                    return fields[3].upper()
-    except OSError as error:
-        log.debug('no neighbour table: %s', error)
-    return ''

@@ -14,12 +14,12 @@ import protocol
 from hostcommands import CALLED_OFF, Commands, has_more_output, read_results
 from hostcontrol import Control
 from hostguests import Guests
-from hostjournal import Journal
+from hostjournal import Journal, JournalError
 from hostlink import Connection
 from hostmachines import Machines
 from hostoutput import Fetcher
-from hosttrust import read_id, read_name
-from protocol import Message
+from hosttrust import Refusal, Session, Trust, read_name
+from protocol import Message, read_id
 from rpc import finite
 
 log = logging.getLogger('vmhost')
@@ -34,11 +34,12 @@ class Words:
     """
     side = 'host'
 
-    def __init__(self, connection: Connection, guests: Guests, machines: Machines, journal: Journal,
-                 commands: Commands, control: Control, fetcher: Fetcher,
+    def __init__(self, connection: Connection, trust: Trust, guests: Guests, machines: Machines,
+                 journal: Journal, commands: Commands, control: Control, fetcher: Fetcher,
                  acknowledge: Callable[[Any], None]) -> None:
         self.unknown = 0                       # messages that were no word for a host
         self._connection = connection
+        self._trust = trust
         self._guests = guests
         self._machines = machines
         self._journal = journal
@@ -48,12 +49,69 @@ class Words:
         self._acknowledge = acknowledge
 
     def hear(self, frame: Any) -> None:
-        """One MESSAGE. What isn't a word is counted and dropped; ACKed all the same."""
+        """One MESSAGE. What isn't a word, or isn't signed, is counted and dropped; ACKed all the same."""
+        connection, sender, address = self._connection.origin(frame.headers)
         try:
-            message = protocol.interpret(frame.headers, frame.body, frame.headers.get('destination', ''))
-            protocol.hear(self, message)
+            sender = read_id(sender)
+            if frame.body.startswith('HELLO') and 'mac' not in frame.headers:
+                self._hear_hello(frame, connection, sender, address)
+            else:
+                self._hear_signed(frame, connection, sender)
         except protocol.BadWord as error:
-            self._drop(str(error), frame.headers.get('from', ''))
+            self._drop(str(error), sender)
+        except (protocol.Untrusted, JournalError) as error:
+            self._trust.drop(sender, error)
+            self.unknown += 1
+            if self._trust.sessions.of(sender) is None:     # it may have one of this host's run before
+                self._connection.call_the_roll(connection)
+
+    def _hear_signed(self, frame: Any, connection: str, sender: str) -> None:
+        topic, body = frame.headers.get('destination', ''), frame.body.encode('utf-8')
+        headers, proved = self._trust.check(sender, connection, topic, frame.headers, body)
+        if proved is not None:
+            self._join(proved)
+        headers['from'] = sender
+        protocol.hear(self, protocol.interpret(headers, frame.body, topic))
+
+    def _hear_hello(self, frame: Any, connection: str, sender: str, address: str) -> None:
+        """Anybody can say HELLO: a guest that hasn't proved itself by it is greeted, and pinged."""
+        hello = protocol.interpret(frame.headers, frame.body, frame.headers.get('destination', ''))
+        if self._trust.is_vm_to_find(sender):
+            self._machines.look_for(sender, connection)
+            return
+        try:
+            session = self._trust.begin(sender, hello, len(frame.body), connection)
+        except (Refusal, JournalError) as why:
+            self._trust.refused(sender, why)
+            self._connection.refuse(sender, connection, str(why))
+            return
+        session.address = address
+        if session.proved:
+            self._join(session)
+        else:
+            self._machines.greet(session, self._machines.name_of(sender))
+            self._connection.say_in(session, protocol.PING.howToSay(sender, 'session'))
+
+    def heard_hello(self, message: Message) -> None:
+        """The same once more, signed: what came before may have been said by somebody else on the broker."""
+        session = self._trust.sessions.of(message.headers['from'])
+        if session is not None:
+            session.hello = message
+            self._join(session)
+
+    def _join(self, session: Session) -> None:
+        """A guest has proved who it is: listed, and its commands compared with ours."""
+        hello = session.hello
+        self._connection.proved(session)
+        name = read_name(hello.text('name')) or read_name(hello.text('host')) or session.id
+        guest = self._machines.join(
+            session.id, name, ip=session.address or hello.text('ip')[:64], boot=hello.text('boot')[:64],
+            session=hello.text('session')[:64], facts=read_facts(hello), clock_offset=clock_offset(hello))
+        if isinstance(hello.get('cmds'), dict):
+            self._control.reconcile(guest, hello.mapping('cmds'))
+        else:
+            for execution in self._commands.open_of(guest.id):   # too many for a HELLO; the answers tell
+                self._control.query(execution)
 
     def heard_aint(self, message: Message) -> None:
         """An unknown word, or one that isn't for a host."""
@@ -65,38 +123,18 @@ class Words:
                 'AINT from %.80r: %s', sender, what)
 
     def _sender(self, message: Message, load: Optional[Dict[str, float]] = None) -> str:
-        """The id of who said it, which counts as a beacon. With the embedded broker, the policy wrote it."""
-        sender = self._sender_id(message)
+        """The id of who said it, which counts as a beacon."""
+        sender = message.headers['from']
         if not self._guests.heard(sender, load):
             self._connection.call_the_roll()
         return sender
 
-    def _sender_id(self, message: Message) -> str:
-        sender = message.headers.get('from') or (
-            '' if self._connection.policy is not None else message.text('id'))
-        return read_id(sender)
 
     # Who is there.
 
-    def heard_hello(self, message: Message) -> None:
-        """A guest is there: listed, greeted, and its commands compared with ours."""
-        machine_id, ip = read_id(message.text('id')), message.text('ip')[:64]
-        if self._connection.policy is not None:
-            machine_id = self._sender_id(message)
-            ip = self._connection.policy.address_of(machine_id)
-        name = read_name(message.text('name')) or read_name(message.text('host')) or machine_id
-        guest = self._machines.join(
-            machine_id, name, ip=ip, boot=message.text('boot')[:64], session=message.text('session')[:64],
-            facts=read_facts(message), clock_offset=clock_offset(message))
-        if isinstance(message.get('cmds'), dict):
-            self._control.reconcile(guest, message.mapping('cmds'))
-        else:
-            for execution in self._commands.open_of(guest.id):   # too many for a HELLO; the answers tell
-                self._control.query(execution)
-
     def heard_bye(self, message: Message) -> None:
         """A guest goes; its commands stay as they are."""
-        guest = self._guests.gone(self._sender_id(message))
+        guest = self._guests.gone(message.headers['from'])
         if guest is not None:
             reason = read_name(message.text('reason'))
             log.info('%s left: %s', guest.name, reason)
@@ -163,6 +201,8 @@ def read_facts(message: Message) -> Dict[str, Any]:
     chirp = message.get('chirp')
     port = finite(chirp.get('port') if isinstance(chirp, dict) else chirp)
     facts['chirp'] = {'port': port} if port else {}
+    if port and isinstance(chirp, dict) and chirp.get('tls') is True:
+        facts['chirp']['tls'] = True
     return {name: value for name, value in facts.items() if value}
 
 

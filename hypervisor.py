@@ -950,7 +950,6 @@ class Hypervisor:
             finally:
                 if kind_of(verb) == 'changing' and not self._closing:
                     self._look()
-                self._workers.end_idle(time.monotonic() - WORKER_IDLE)
 
     def _work(self, call: Call, patience: float) -> Any:
         """Has it done by a worker; by another one where the first lost the hypervisor before it began."""
@@ -981,6 +980,8 @@ class Hypervisor:
     def _owning(self, call: Call) -> Iterator[None]:
         """Nobody else changes this VM meanwhile; and none is made while cleanup looks for what is half
         made."""
+        if kind_of(call.verb) == 'changing' and call.verb not in ('create_vm', 'remove_vm'):
+            self._refuse_clash(call.vm)
         key = self._watch.uuid_of(call.vm) or call.vm
         deadline = time.monotonic() + self._settings['command_timeout']
         with self._free:
@@ -1013,14 +1014,12 @@ class Hypervisor:
 
     def start(self, vm: str, gui_mode: bool = False) -> bool:
         """Starts, or goes on from the saved state. True once it runs."""
-        self._refuse_clash(vm)
         row = self._row(vm)
         secret = self._secret_of(row['id'], row['uuid']) if row is not None else ''
         return self._call('start', (vm, bool(gui_mode), secret and 'vmhost:' + secret))
 
     def power_off(self, vm: str) -> bool:
         """Pulls the plug; of a VM that hangs, ends the process."""
-        self._refuse_clash(vm)
         try:
             return self._call('power_off', (vm,), patience=min(HUNG, self._settings['command_timeout'] + 2))
         except Unresponsive as error:
@@ -1096,6 +1095,10 @@ class Hypervisor:
         """Like name_of; '' for a MAC that two VMs have."""
         return self._watch.name_of(mac)
 
+    def known_uuid(self, vm: str) -> str:
+        """The uuid of a VM, by name or id; '' for one that was not seen, or an id that two VMs have."""
+        return self._watch.uuid_of(vm)
+
     def known_state(self, vm: str) -> str:
         """One of STATES; '' for a VM that was not seen."""
         row = self._watch.row_of(vm)
@@ -1146,7 +1149,11 @@ class Hypervisor:
 
     def _tell_events(self) -> None:
         while True:
-            event = self._events.get()
+            try:
+                event = self._events.get(timeout=WORKER_IDLE / 2)
+            except queue.Empty:
+                self._workers.end_idle(time.monotonic() - WORKER_IDLE)
+                continue
             if event is None:
                 return
             try:
@@ -1177,7 +1184,7 @@ class Watch:
         return None if seen is None else list(seen.values())
 
     def row_of(self, vm: str) -> Optional[Dict[str, Any]]:
-        return self._by_word.get(vm) or self._by_word.get(vm.upper())
+        return self._by_word.get(vm) or (self._by_word.get(vm.upper()) if ':' in vm else None)
 
     def uuid_of(self, vm: str) -> str:
         row = self.row_of(vm)
@@ -1204,7 +1211,7 @@ class Watch:
                     names.setdefault(row['id'], []).append(row['name'])
             clashed = self._clashes
             self._clashes = {mac: each for mac, each in names.items() if len(each) > 1}
-            self._by_word = {row[key]: row for key in ('uuid', 'id', 'name') for row in rows
+            self._by_word = {row[key]: row for key in ('name', 'id', 'uuid') for row in rows
                              if row[key] and not (key == 'id' and row['id'] in self._clashes)}
             for mac in self._clashes:
                 if mac not in clashed:

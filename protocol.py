@@ -1,24 +1,27 @@
 """STOMP frames, the words that host and guests say to each other, and the link that carries them.
 
-Three parts, each usable without the ones below it:
+Four parts, each usable without the ones below it:
 
 * the frame codec: bytes in, frames out, and back. STOMP 1.0, 1.1 and 1.2, no socket anywhere.
   The broker uses this part alone.
 * the words: what a frame between our agents means. One class per word, one explicit table.
+* trust: ids, the proof that a host gives a guest, the signatures of words. Pure: bytes in, bytes out.
 * ``Link``: an agent's STOMP connection. It connects, negotiates, beats, reconnects.
 
 What it is not: a broker (stompbroker.py), or the knowledge of what to do about a word (the agents).
 
-Threads: codec and words have none and keep no global state. A ``Link`` has one thread of its own,
+Threads: codec, words and trust have none and keep no global state. A ``Link`` has one thread of its own,
 named ``link``, on which all its callbacks run.
 
 Sources: the STOMP specifications 1.0, 1.1 and 1.2 (sections are named where they matter), and
-docs/protocol.md for the words.
+docs/protocol.md for the words and their signatures.
 """
 
 import contextlib
 import errno
 import fnmatch
+import hashlib
+import hmac
 import json
 import logging
 import math
@@ -30,7 +33,7 @@ import threading
 import time
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
-PROTO = 1              # of the words; HELLO carries it
+PROTO = 2              # of the words; HELLO carries it
 
 log = logging.getLogger('vmhost.link')
 
@@ -486,21 +489,9 @@ def interpret(headers: Dict[str, str], body: str, topic: str = '') -> Message:
 
 def is_addressed(to: str, machine_id: str, name: str) -> bool:
     """Whether a header ``to`` means that machine: its id, its name, a glob of either, or ``*``."""
-    if not to:
-        return False
     if to in ('*', machine_id, name):
-        return True
-    if to.upper() == machine_id.upper():
-        return True
-    return fnmatch.fnmatchcase(name, to) or fnmatch.fnmatchcase(machine_id.upper(), to.upper())
-
-
-def timestamp() -> str:
-    """Seconds since 1970 for the header ``timestamp``: to be read by people, compared with nothing.
-
-    A whole number, since RabbitMQ closes the connection for any other; ActiveMQ writes its own over it.
-    """
-    return '%d' % time.time()
+        return bool(to)
+    return fnmatch.fnmatchcase(name, to) or fnmatch.fnmatchcase(machine_id, to)
 
 
 class HELLO:
@@ -509,14 +500,14 @@ class HELLO:
 
     @staticmethod
     def howToSay(id: str, ip: str, **facts: Any) -> Message:
-        """By a guest. Facts: proto host name boot session chirp os python cpus mem cmds."""
-        # Here once more, since brokers write over the header: what the host shows as clockOffset.
+        """By a guest. Facts: nonce secret proto host name boot session chirp os python cpus mem cmds."""
+        # What the host shows as clockOffset.
         facts.update(proto=PROTO, timestamp=round(time.time(), 3))
         return Message(CONNECTIONS, 'HELLO', {'id': id, 'ip': ip}, facts)
 
     @staticmethod
     def howToGreet(to: str, **keys: Any) -> Message:
-        """By the host. Keys: name, beacon_interval, session, addresses."""
+        """By the host. Keys: nonce, key, proof, name, beacon_interval, session, addresses; or refused."""
         return Message(CMD_REQUESTS, 'HELLO', {'to': to}, keys)
 
     @staticmethod
@@ -533,9 +524,9 @@ class BYE:
         return Message(CONNECTIONS, 'BYE', {'id': id, 'ip': ip}, {'reason': reason})
 
     @staticmethod
-    def howToLeave(reason: str = '') -> Message:
-        """By the host, to all guests."""
-        return Message(CMD_REQUESTS, 'BYE', {'to': '*', 'id': 'host', 'ip': ''}, {'reason': reason})
+    def howToLeave(to: str, reason: str = '') -> Message:
+        """By the host, to each guest."""
+        return Message(CMD_REQUESTS, 'BYE', {'to': to, 'id': 'host', 'ip': ''}, {'reason': reason})
 
     @staticmethod
     def listenAndAct(agent: Any, message: Message) -> None:
@@ -590,8 +581,11 @@ class CMD_RUN:
     def howToSay(to: str, cmd_id: str, cmd: str, args: List[str], env: Dict[str, str],
                  path: str = '', **options: Any) -> Message:
         """Options: the JSON keys of docs/protocol.md, such as stdin, timeout and limits."""
-        headers = {'to': to, 'cmd-id': cmd_id, 'cmd': cmd, 'path': path}
+        headers = {'to': to, 'cmd-id': cmd_id}
         keys = dict(options)
+        for name, text in (('cmd', cmd), ('path', path)):
+            # A header with a line end can't be signed, and brokers don't agree on spaces at the ends.
+            (keys if text != text.strip() or '\n' in text else headers)[name] = text
         texts = {'args': write_json(args), 'env': write_json(env)}
         if sum(map(len, texts.values())) > HEADERS_LIMIT:
             keys.update(args=args, env=env)
@@ -701,16 +695,168 @@ def hear(agent: Any, message: Message) -> None:
         word.listenAndAct(agent, message)
 
 
-def is_id(value: str) -> bool:
-    """Whether a guest may have that id."""
-    return 0 < len(value) <= 64 and value.isprintable() and not set(value) & set('@*?[]/\\ ')
+# --- trust -----------------------------------------------------------------------------------
+
+NONCE_SIZE = 16            # bytes; 32 hexadecimal digits, which enter proof and key as they are written
+MAC_DIGITS = 32
+WINDOW = 64                # words by which one may be overtaken by others
+# Headers that are not signed: those of STOMP and of the signature itself, …
+UNSIGNED = frozenset(('seq', 'mac', 'destination', 'subscription', 'message-id', 'ack', 'content-length',
+                      'content-type', 'receipt'))
+# … and those that some brokers write or write over. Nothing acts on any of them.
+BROKERS_OWN = UNSIGNED | {
+    'timestamp', 'expires', 'expiration', 'priority', 'persistent', 'redelivered', 'reply-to', 'type',
+    'correlation-id', 'user-id', 'app-id', 'cluster-id', 'content-encoding', 'original-destination',
+    'transaction'}
+
+_MAC_ADDRESS = re.compile('(?:[0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}')
+_PLAIN_ID = re.compile('[A-Za-z0-9][A-Za-z0-9._-]{0,63}')
+_NONCE = re.compile('[0-9a-f]{32}')
+_SECRET = re.compile('[0-9A-Fa-f]{64}')
+_SEQ = re.compile('[1-9][0-9]{0,17}')
+
+
+class Untrusted(ProtocolError):
+    """A word without the signature of whom it is said to be from, or one that was heard before."""
+
+
+def is_mac(text: str) -> bool:
+    """Whether it is a MAC address with colons."""
+    return _MAC_ADDRESS.fullmatch(text) is not None
+
+
+def read_id(text: str) -> str:
+    """A guest's id in its one form: a MAC in upper case, or a name as it is. Raises BadWord for all else."""
+    if is_mac(text):
+        return text.upper()
+    if _PLAIN_ID.fullmatch(text) is None:
+        raise BadWord('no id: %.80r' % text)
+    return text
 
 
 def guest_id(value: str) -> str:
-    """A guest's id, or auto."""
-    if not is_id(value):
-        raise ValueError('auto, or 1 to 64 characters without spaces and any of @ * ? [ ] / \\')
-    return value
+    """A guest's id as it is configured, or auto. Raises ValueError."""
+    try:
+        return read_id(value)
+    except BadWord:
+        raise ValueError('auto, a MAC address, or 1 to 64 of the characters A-Z a-z 0-9 . _ - with a '
+                         'letter or digit first')
+
+
+def new_nonce() -> str:
+    """A fresh nonce, as HELLO carries it."""
+    return os.urandom(NONCE_SIZE).hex()
+
+
+def read_nonce(text: str) -> str:
+    """A nonce from a peer. Raises BadWord."""
+    if _NONCE.fullmatch(text) is None:
+        raise BadWord('HELLO: nonce should be %d hexadecimal digits in lower case' % (2 * NONCE_SIZE))
+    return text
+
+
+def read_secret(text: str) -> bytes:
+    """A secret that a guest tells. Raises BadWord, which doesn't show it."""
+    if _SECRET.fullmatch(text) is None:
+        raise BadWord('a secret should be 64 hexadecimal digits')
+    return bytes.fromhex(text)
+
+
+def _keyed(key: bytes, *lines: str) -> Any:
+    return hmac.new(key, '\n'.join(lines).encode('utf-8'), hashlib.sha256)
+
+
+def secret_id(secret: bytes, machine_id: str) -> str:
+    """What names a secret of that guest, and tells nothing of it: 16 hexadecimal digits."""
+    return str(_keyed(secret, 'id', machine_id).hexdigest()[:16])
+
+
+def host_proof(secret: bytes, machine_id: str, guest_nonce: str, host_nonce: str) -> str:
+    """By what a host shows a guest that it knows the guest's secret: 64 hexadecimal digits."""
+    return _keyed(secret, 'host', machine_id, guest_nonce, host_nonce).hexdigest()
+
+
+def is_proof(proof: str, secret: bytes, machine_id: str, guest_nonce: str, host_nonce: str) -> bool:
+    """Whether that is the proof, compared in constant time."""
+    expected = host_proof(secret, machine_id, guest_nonce, host_nonce)
+    return hmac.compare_digest(proof.encode('utf-8', 'replace'), expected.encode('ascii'))
+
+
+def session_key(secret: bytes, machine_id: str, guest_nonce: str, host_nonce: str) -> bytes:
+    """The key by which the words of one session are signed; the two nonces name the session."""
+    return _keyed(secret, 'session', machine_id, guest_nonce, host_nonce).digest()
+
+
+class Signatures:
+    """Signs what one side of a session says, and checks what it hears. Pure; for one thread at a time.
+
+    ``side``: 'host' or 'guest', the one that says here.
+    """
+
+    __slots__ = ('_says', '_hears', '_seq', '_highest', '_seen')
+
+    def __init__(self, key: bytes, side: str) -> None:
+        other = 'guest' if side == 'host' else 'host'
+        self._says = _keyed(key, side, '')
+        self._hears = _keyed(key, other, '')
+        self._seq = 0                      # of the last word that was said
+        self._highest = 0                  # … and of the newest that was heard
+        self._seen = 0                     # bit n: the word of _highest - n was heard
+
+    def sign(self, topic: str, headers: Dict[str, str], body: bytes) -> Dict[str, str]:
+        """The headers with ``seq`` and ``mac``. Raises LocalError for what can't be signed."""
+        self._seq += 1
+        seq = str(self._seq)
+        try:
+            mac = _mac(self._says, seq, topic, headers, BROKERS_OWN, body)
+        except Untrusted as error:
+            raise LocalError(str(error))
+        return dict(headers, seq=seq, mac=mac)
+
+    def check(self, topic: str, headers: Dict[str, str], body: bytes) -> Dict[str, str]:
+        """The headers of a word that was heard, as far as they are signed: nothing else may be acted on.
+
+        Raises Untrusted where the word has no right signature, or was heard before.
+        """
+        seq, mac = headers.get('seq', ''), headers.get('mac', '')
+        if _SEQ.fullmatch(seq) is None or not mac:
+            raise Untrusted('it is not signed')
+        # A sender may sign what only some brokers write over.
+        for unsigned in (BROKERS_OWN, UNSIGNED):
+            expected = _mac(self._hears, seq, topic, headers, unsigned, body)
+            if hmac.compare_digest(mac.encode('utf-8', 'replace'), expected.encode('ascii')):
+                self._take(int(seq))
+                return own_headers(headers, unsigned)
+        raise Untrusted('its signature is wrong')
+
+    def _take(self, seq: int) -> None:
+        """Raises Untrusted for a number that was heard, or may have been."""
+        ahead = seq - self._highest
+        if ahead > 0:
+            # Beyond the window nothing is left of the bits; and a number may be of any size.
+            self._seen = (self._seen << ahead | 1) & (1 << WINDOW) - 1 if ahead < WINDOW else 1
+            self._highest = seq
+        elif ahead <= -WINDOW or self._seen >> -ahead & 1:
+            raise Untrusted('it was heard before')
+        else:
+            self._seen |= 1 << -ahead
+
+
+def own_headers(headers: Dict[str, str], unsigned: Any = BROKERS_OWN) -> Dict[str, str]:
+    """A word's own headers, without those of STOMP and of brokers."""
+    return {name: value for name, value in headers.items() if name not in unsigned}
+
+
+def _mac(keyed: Any, seq: str, topic: str, headers: Dict[str, str], unsigned: Any, body: bytes) -> str:
+    """Raises Untrusted where a name or value could be read as two headers."""
+    lines = [name + ':' + headers[name] for name in sorted(headers) if name not in unsigned]
+    lines.append('')
+    text = '%s\n%s\n%s' % (seq, topic, '\n'.join(lines))
+    if text.count('\n') > len(lines) + 1 or ':' in ''.join(headers):
+        raise Untrusted('a line end or a colon in its headers')
+    signed = keyed.copy()
+    signed.update(text.encode('utf-8', 'replace') + body)
+    return str(signed.hexdigest()[:MAC_DIGITS])
 
 
 # --- the link --------------------------------------------------------------------------------
@@ -782,6 +928,8 @@ class Link:
         self._socket = None                           # type: Any
         self._outbox = bytearray()
         self._refused = False
+        self._broken = ''                             # why this connection can't go on
+        self._abandoned = ''                          # why the agent left the last one
         self._stopping = threading.Event()
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._wake_receiver.setblocking(False)
@@ -819,6 +967,13 @@ class Link:
                 return
         self._wake_receiver.close()
         self._wake_sender.close()
+
+    def abandon(self, reason: str) -> None:
+        """Drops the connection that is up, since nobody there can be trusted, for the next candidate."""
+        if self.up:
+            self._abandoned = reason
+            self._broken = self._broken or reason
+            self._wake()
 
     def send(self, destination: str, headers: Dict[str, str], body: bytes) -> bool:
         """Sends a SEND frame, or leaves it to the link's thread; never waits.
@@ -871,11 +1026,8 @@ class Link:
         while not self._stopping.is_set():
             if self._try_candidates() and not self._refused:
                 delay = self._first_delay
-            self._sleep(min(LONGEST_DELAY, delay * (1 + os.urandom(1)[0] / 512)))      # with jitter
+            self._stopping.wait(min(LONGEST_DELAY, delay * (1 + os.urandom(1)[0] / 512)))      # with jitter
             delay = min(LONGEST_DELAY, delay * 2)
-
-    def _sleep(self, seconds: float) -> None:
-        self._stopping.wait(seconds)
 
     def _try_candidates(self) -> bool:
         """One round over the candidates, until one of them served. Whether one did."""
@@ -893,7 +1045,7 @@ class Link:
         return False
 
     def _session(self, address: Address) -> bool:
-        """One connection from start to end. Whether the broker answered CONNECTED."""
+        """One connection from start to end. Whether the broker answered CONNECTED, and was not abandoned."""
         reason = 'closed'
         self._begin_session()
         try:
@@ -906,13 +1058,14 @@ class Link:
             why = getattr(error, 'strerror', '') or str(error) or type(error).__name__
             reason = '%s:%s: %s' % (address[0], address[1], why)
             self.last_error = reason
-            log.log(logging.INFO if self._is_news(reason) else logging.DEBUG, 'no connection to a broker at '
-                    '%s; is it running, and reachable? It is tried again; --check tells more', reason)
+            log.log(logging.INFO if self._is_news(reason) else logging.DEBUG, (
+                'left the broker at %s' if self._abandoned else 'no connection to a broker at %s; is it '
+                'running, and reachable? It is tried again; --check tells more'), reason)
         finally:
             self._end_session()
         if self._was_up:
             self._call(self._on_down, reason)
-        return self._connected
+        return self._connected and not self._abandoned
 
     def _is_news(self, reason: str) -> bool:
         """Whether that wasn't why since the last connection: attempts may repeat for days."""
@@ -924,6 +1077,7 @@ class Link:
     def _begin_session(self) -> None:
         self.version = ''
         self._broken = ''
+        self._was_abandoned, self._abandoned = bool(self._abandoned), ''
         self._connected = self._was_up = self._refused = False
         self._farewell_confirmed = False
         self._unconfirmed = {'subscribed-%d' % n for n in range(len(self._subscriptions))}
@@ -1121,9 +1275,10 @@ class Link:
     def _came_up(self) -> None:
         self.up = self._was_up = True
         self.last_error = ''
-        del self._told[:]
-        log.info('connected to %s:%s, STOMP %s, %s', self.peer_address[0], self.peer_address[1],
-                 self.version, self.server)
+        if not self._was_abandoned:         # else it may be the same one, all night
+            del self._told[:]
+        log.log(logging.DEBUG if self._was_abandoned else logging.INFO, 'connected to %s:%s, STOMP %s, %s',
+                self.peer_address[0], self.peer_address[1], self.version, self.server)
         self._call(self._on_up, self)
 
     def _on_error(self, message: Dict[str, Any]) -> str:
@@ -1141,21 +1296,13 @@ class Link:
         return ''
 
     def _acknowledge(self, headers: Dict[str, str], command: str) -> None:
-        """ACK or NACK by the version's key (where the versions differ: STOMP 1.2, ACK)."""
         number = headers.get('subscription', '0')
         if number.isdigit() and int(number) < len(self._subscriptions) \
                 and self._subscriptions[int(number)][1] == 'auto':
             return
-        if self.version == '1.2':
-            key = {'id': headers.get('ack', '')}
-        else:
-            key = {'message-id': headers.get('message-id', '')}
-            if self.version == '1.1':
-                key['subscription'] = number
-            command = 'ACK' if self.version == '1.0' else command
         if not self._acks:
             self._acks_due = time.monotonic() + ACK_DELAY
-        self._acks.append(encode(command, key, b'', self.version))
+        self._acks.append(_encode_ack(command, headers, self.version))
         if len(self._acks) >= ACKS_AT_ONCE:
             self._send_acks()
 
@@ -1172,6 +1319,16 @@ class Link:
         except Exception:
             log.exception('in a callback of the link')
             return False
+
+
+def _encode_ack(command: str, headers: Dict[str, str], version: str) -> bytes:
+    """ACK or NACK of a MESSAGE, by the version's key (where the versions differ: STOMP 1.2, ACK)."""
+    if version == '1.2':
+        return encode(command, {'id': headers.get('ack', '')}, b'', version)
+    key = {'message-id': headers.get('message-id', '')}
+    if version == '1.1':
+        key['subscription'] = headers.get('subscription', '0')
+    return encode('ACK' if version == '1.0' else command, key, b'', version)
 
 
 WaitFor = Callable[[Any, int], None]       # until the socket can be read or written

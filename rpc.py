@@ -38,6 +38,9 @@ class Binary:
     def __hash__(self) -> int:
         return hash(self.data)
 
+    def __str__(self) -> str:
+        return self.data.decode('utf-8', 'backslashreplace')
+
 
 FilePath = Union[str, Binary]      # the latter: exact bytes, which need not be UTF-8
 
@@ -50,6 +53,11 @@ LARGEST = 1.7e308              # somewhat below a double's largest
 def is_carried(text: str) -> bool:
     """Whether XML-RPC leaves the text as it is."""
     return '\r' not in text and is_xml(text)
+
+
+def carried(text: str) -> FilePath:
+    """A text for a call: itself, or its exact bytes where XML can't hold it; half surrogates are bytes."""
+    return text if is_xml(text) else Binary(text.encode('utf-8', 'surrogateescape'))
 
 
 def is_xml(text: str) -> bool:

@@ -24,7 +24,6 @@ What one ``recv`` brings is gathered, and each session gets what it is owed in o
 import argparse
 import collections
 import contextlib
-import enum
 import errno
 import heapq
 import hmac
@@ -60,6 +59,7 @@ LONGEST_END = 30.0                        # seconds that a client has to read it
 LINGER = 2.0                              # seconds from our last byte to the socket's end
 MOST_FOR_SELECT = 500                     # connections that select() can look after
 LONGEST_SLEEP = 3600.0                    # seconds; system calls don't take any number
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -153,8 +153,11 @@ Delivery = Tuple[Queue, Message]
 
 # --- connections -------------------------------------------------------------------------------
 
-class State(enum.IntEnum):
-    """Where a connection stands. It only moves down this list; ``Connection._enter`` moves it."""
+class State:
+    """Where a connection stands. It only moves down this list; ``Connection._enter`` moves it.
+
+    Numbers, since an enum's members cost up to 6 times as much to look up, for each write.
+    """
     HANDSHAKE = 0          # of TLS
     OPENING = 1            # until CONNECT
     CONNECTED = 2
@@ -176,9 +179,8 @@ class Outbox:
         self.waiting = 0                   # bytes
 
     def put(self, parts: Tuple[bytes, ...], delivery: Optional[Delivery] = None) -> None:
-        for part in parts:
-            self._chunks.append(part)
-            self.waiting += len(part)
+        self._chunks.extend(parts)
+        self.waiting += len(parts[0]) if len(parts) == 1 else sum(map(len, parts))
         if delivery is not None:
             if self._deliveries is None:   # few clients need it, and it takes a tenth of an idle one
                 self._deliveries = collections.deque()
@@ -206,7 +208,8 @@ class Outbox:
                 chunks.appendleft(memoryview(chunk)[sent:])
                 break
         self._written += before - self.waiting
-        self._settle()
+        if self._deliveries is not None:
+            self._settle(self._deliveries)
         return before - self.waiting
 
     def _next_chunk(self) -> Any:
@@ -222,12 +225,11 @@ class Outbox:
             size += len(parts[-1])
         return b''.join(parts)
 
-    def _settle(self) -> None:
+    def _settle(self, deliveries: 'collections.deque[Tuple[int, Delivery]]') -> None:
         """What is written, queues need not keep."""
-        deliveries = self._deliveries
         while deliveries and deliveries[0][0] <= self._written:
             queue, message = deliveries.popleft()[1]
-            queue.settle([message])
+            queue.let_go(message.cost)
 
     def clear(self) -> List[Delivery]:
         """Forgets what waits; gives what queues have to take back."""
@@ -382,7 +384,7 @@ class Connection(Outlet):
 
     def begin(self) -> None:
         """From now on the selector looks after the socket, and the clock after all of it."""
-        self._listen_for(selectors.EVENT_READ)
+        self._listen_for(READ)
         self.broker.came(self)
         self.set_clock()
 
@@ -405,7 +407,7 @@ class Connection(Outlet):
         self.clock.deadline = NEVER
         self.broker.peers.identified(self)
 
-    def _enter(self, state: State) -> None:
+    def _enter(self, state: int) -> None:
         """The one place where the state changes, and what each one brings with it."""
         if self.state < State.ENDING <= state:
             self.broker.destinations.flush()       # it may be owed what was gathered
@@ -418,9 +420,9 @@ class Connection(Outlet):
             self._unfinished = 0
             del self._reader               # what it holds was let go of
             self.clock.end_within(self.broker.now, LONGEST_END)
-        if state is State.LINGERING:
+        if state == State.LINGERING:
             self.clock.end_within(self.broker.now, LINGER)
-        if state is State.CLOSED:
+        if state == State.CLOSED:
             return self._shut()
         self.set_clock()
         self._listen()
@@ -442,35 +444,34 @@ class Connection(Outlet):
         self.broker.gone(self)
         del self.session                   # the two would keep each other until the collector comes
 
-    def guarded(self, step: Callable[..., None], *arguments: Any) -> None:
-        """Does one of its steps. An error of the broker's own ends this connection alone."""
-        if self.state is State.CLOSED:     # by another one, earlier in this round
-            return
-        try:
-            step(*arguments)
-        except OSError as error:
-            self.close(str(error))
-        except Exception:
-            log.exception('%r is closed after an error of the broker', self)
-            self.close('internal error')
+    def failed(self, error: Exception) -> None:
+        """What it tried can't be done. An error of the broker's own ends this connection alone."""
+        if not isinstance(error, OSError):
+            log.error('%r is closed after an error of the broker', self, exc_info=error)
+        self.close(str(error))
 
     def ready(self, events: int) -> None:
         """The selector says that the socket can be read or written."""
-        self.guarded(self._ready, events)
+        if self.state == State.CLOSED:     # by another one, earlier in this round
+            return
+        try:
+            self._ready(events)
+        except Exception as error:
+            self.failed(error)
 
     def _ready(self, events: int) -> None:
-        if self.state is State.HANDSHAKE:
+        if self.state == State.HANDSHAKE:
             if not self._shake_hands():
                 return
-            events = selectors.EVENT_READ          # TLS may have taken in more than the handshake
-        if events & selectors.EVENT_READ:
+            events = READ          # TLS may have taken in more than the handshake
+        if events & READ:
             if self._has_to_wait():
                 self._held_up = True
                 self.broker.count.held_up += 1
                 self._listen()
             else:
                 self._read()
-        if events & selectors.EVENT_WRITE and self.state is not State.CLOSED:
+        if events & WRITE and self.state != State.CLOSED:
             self.flush()
 
     def _shake_hands(self) -> bool:
@@ -478,19 +479,20 @@ class Connection(Outlet):
         try:
             self._sock.do_handshake()  # type: ignore[attr-defined]
         except ssl.SSLWantReadError:
-            self._listen_for(selectors.EVENT_READ)
+            self._listen_for(READ)
         except ssl.SSLWantWriteError:
-            self._listen_for(selectors.EVENT_WRITE)
+            self._listen_for(WRITE)
         else:
             self._enter(State.OPENING)
-        return self.state is State.OPENING
+        return self.state == State.OPENING
 
     def _listen(self) -> None:
         """Has the selector look for what matters in this state."""
-        events = selectors.EVENT_WRITE if self._outbox.waiting else 0
-        if not self._is_paused and self.state is not State.DRAINING:
-            events |= selectors.EVENT_READ
-        self._listen_for(events)
+        events = WRITE if self._outbox.waiting else 0
+        if not self._is_paused and self.state != State.DRAINING:
+            events |= READ
+        if events != self._events:
+            self._listen_for(events)
 
     def _listen_for(self, events: int) -> None:
         if events != self._events:
@@ -509,7 +511,7 @@ class Connection(Outlet):
 
     def go_on(self) -> None:
         """If it had to wait, it is read again; that it wasn't heard was not its fault."""
-        if self._held_up and self.state is not State.CLOSED:
+        if self._held_up and self.state != State.CLOSED:
             self._held_up = False
             self.clock.heard = self.broker.now
             self._listen()
@@ -535,7 +537,7 @@ class Connection(Outlet):
             return None
 
     def _is_buffered_by_tls(self) -> bool:
-        return self.broker.tls is not None and self.state is not State.CLOSED and bool(
+        return self.broker.tls is not None and self.state != State.CLOSED and bool(
             self._sock.pending())  # type: ignore[attr-defined]
 
     def _hung_up(self) -> None:
@@ -633,27 +635,31 @@ class Connection(Outlet):
 
     def has_room(self) -> bool:
         """Whether a queue may give more; if not, the queues are asked again when there is."""
-        if self.waiting >= self.HIGH:
-            self._wants_room = True
-        return self.waiting < self.HIGH and self.state is State.CONNECTED
+        if self.state != State.CONNECTED:
+            return False
+        if (self._outbox.waiting if self._lanes is None else self.waiting) < self.HIGH:
+            return True
+        self._wants_room = True
+        return False
 
     def flush(self) -> None:
         """Writes as much as the socket takes, and does what follows from what is left."""
         self._to_flush = False
-        if self.state is State.HANDSHAKE:
+        if self.state in (State.HANDSHAKE, State.CLOSED):
             return
         self._write()
-        if self.state is State.CLOSED:
+        if self.state == State.CLOSED:
             return
-        self._count_waiting()
-        if self.takes_turns and self.waiting < self.broker.limits.waiting // 4:
-            self.broker.let_all_go_on()
-        if self._has_too_much():
+        waiting = self._count_waiting()
+        if self.takes_turns:
+            if waiting < self.broker.limits.waiting // 4:
+                self.broker.let_all_go_on()
+        elif waiting and self._has_too_much():
             return self.cut_off()
-        if not self.waiting and self.state in (State.ENDING, State.DRAINING):
+        if not waiting and self.state in (State.ENDING, State.DRAINING):
             return self._finish()
         self._listen()
-        if self._wants_room and self.waiting < self.HIGH // 2:
+        if self._wants_room and waiting < self.HIGH // 2:
             self._wants_room = False
             self.session.ask_queues()
 
@@ -676,11 +682,14 @@ class Connection(Outlet):
         """The frame that is being sent doesn't count, and one more may always wait: none is too large
         for a client that reads."""
         most = self.broker.limits.waiting + self.broker.limits.max_frame
-        return self._lanes is None and self.waiting - self._outbox.begun > most
+        return self._outbox.waiting - self._outbox.begun > most
 
-    def _count_waiting(self) -> None:
-        self.broker.count.waiting_bytes += self.waiting - self._counted
-        self._counted = self.waiting
+    def _count_waiting(self) -> int:
+        """Tells the broker's counter what waits; gives it."""
+        waiting = self.waiting
+        self.broker.count.waiting_bytes += waiting - self._counted
+        self._counted = waiting
+        return waiting
 
     @property
     def waiting(self) -> int:
@@ -694,7 +703,10 @@ class Connection(Outlet):
 
     def tick(self) -> None:
         """The clock reached what was set."""
-        self.guarded(self._tick)
+        try:
+            self._tick()
+        except Exception as error:
+            self.failed(error)
 
     def _tick(self) -> None:
         now, clock = self.broker.now, self.clock
@@ -702,7 +714,7 @@ class Connection(Outlet):
             clock.heard = now
         if now >= clock.pause:
             self._end_pause()
-            if self.state is State.CLOSED:
+            if self.state == State.CLOSED:
                 return
         if now >= clock.deadline:
             return self._time_is_over()
@@ -718,7 +730,7 @@ class Connection(Outlet):
     def _time_is_over(self) -> None:
         """It was not said in time who that is, or the end takes too long."""
         if self.state in (State.OPENING, State.CONNECTED):
-            self.fail('no %s within %g s' % ('CONNECT' if self.state is State.OPENING else 'word who this is',
+            self.fail('no %s within %g s' % ('CONNECT' if self.state == State.OPENING else 'word who this is',
                                              self.broker.limits.connect_time))
         else:
             self.close('its time to connect or to end is over')
@@ -734,7 +746,7 @@ class Connection(Outlet):
 
     def end(self) -> None:
         """No frame is taken any more; what is owed is still written, then the socket closed."""
-        if self.state is State.UNREACHABLE:
+        if self.state == State.UNREACHABLE:
             self.close('ended')
         elif self.state < State.ENDING:
             self._enter(State.ENDING)
@@ -744,7 +756,7 @@ class Connection(Outlet):
     def _finish(self) -> None:
         """All is written: says so, and waits shortly for the peer to close first, since closing
         with unread bytes would throw away what the peer has not read yet."""
-        if self.state is State.DRAINING:
+        if self.state == State.DRAINING:
             return self.close('ended')
         self._say_goodbye_in_tls()
         self._sock.shutdown(socket.SHUT_WR)
@@ -764,7 +776,7 @@ class Connection(Outlet):
 
     def close(self, why: str) -> None:
         """Closes the socket at once."""
-        if self.state is not State.CLOSED:
+        if self.state != State.CLOSED:
             log.debug('%r is closed: %s', self, why)
             self._enter(State.CLOSED)
 
@@ -884,7 +896,7 @@ class Listener:
         return self._sock.getsockname()[:2]
 
     def begin(self) -> None:
-        self._broker.listen_for(self._sock, selectors.EVENT_READ, 0, self._accept)
+        self._broker.listen_for(self._sock, READ, 0, self._accept)
 
     def close(self) -> None:
         self._sock.close()
@@ -903,7 +915,7 @@ class Listener:
     def _pause(self, error: OSError) -> None:
         """No descriptors left: waits for some to be closed, without spinning."""
         log.error('cannot accept a connection: %s', error)
-        self._broker.listen_for(self._sock, 0, selectors.EVENT_READ, self._accept)
+        self._broker.listen_for(self._sock, 0, READ, self._accept)
         self._broker.alarms.set(-self._sock.fileno(), self._broker.now + 0.5, self.begin)
 
 
@@ -962,7 +974,7 @@ class Broker:
             self._most_connections = min(self._most_connections, MOST_FOR_SELECT)
         self._wakee, self._waker = socket.socketpair()
         self._wakee.setblocking(False)
-        self._selector.register(self._wakee, selectors.EVENT_READ, self._woken)
+        self._selector.register(self._wakee, READ, self._woken)
         for listener in self._listeners:
             listener.begin()
         self._thread = threading.Thread(target=self._run, name='broker', daemon=True)
@@ -1128,7 +1140,10 @@ class Broker:
     def _flush(self) -> None:
         waiting = self._to_flush
         for connection in waiting:         # grows while queues find room
-            connection.guarded(connection.flush)
+            try:
+                connection.flush()
+            except Exception as error:
+                connection.failed(error)
         del waiting[:]
 
     def _relieve_waiting(self) -> None:

@@ -87,9 +87,9 @@ class Envelope:
 
 class Message:
     """A SEND on its way. ``serial`` counts up, ``number`` is its name; ``sender`` is the outlet of who
-    said it. The rest is a queue's: when it came, whether it was given to somebody before, how often
-    it was refused, and by which of the present consumers."""
-    __slots__ = ('serial', 'number', 'envelope', 'body', 'sender', 'since', 'redelivered', 'refusals',
+    said it. The rest is a queue's: the bytes that it takes, when it came, whether it was given to
+    somebody before, how often it was refused, and by which of the present consumers."""
+    __slots__ = ('serial', 'number', 'envelope', 'body', 'sender', 'cost', 'since', 'redelivered', 'refusals',
                  'refusers')
 
     def __init__(self, serial: int, number: str, envelope: Envelope, body: bytes, sender: Any) -> None:
@@ -101,18 +101,14 @@ class Message:
         self.redelivered = False
 
     def enters_queue(self) -> None:
+        self.cost = len(self.body) + self.envelope.cost
         self.since = time.monotonic()
         self.refusals = 0
         self.refusers = frozenset()  # type: FrozenSet[Subscription]
 
     @property
-    def cost(self) -> int:
-        """Bytes that it takes while it is kept."""
-        return len(self.body) + self.envelope.cost
-
-    @property
     def is_expired(self) -> bool:
-        return self.envelope.expires <= time.time()
+        return self.envelope.expires < NEVER and self.envelope.expires <= time.time()
 
     def head(self, version: str, acked: bool) -> bytes:
         """The head from the message's number on: a subscription's ``lead`` stands before it."""
@@ -249,7 +245,7 @@ class Topic(Destination):
         self.came += 1
         if not self.subscriptions:
             self.all.dropped += 1
-        elif message.envelope.expires < NEVER and message.is_expired:
+        elif message.is_expired:
             self.all.expired += 1
         elif audience is None and len(message.body) < LARGE:
             self._batch.append(message)
@@ -319,8 +315,9 @@ class Queue(Destination):
 
     def publish(self, message: Message) -> None:
         """Raises DestinationError where there is no room."""
-        self.all.keep(self, message.cost)
         message.enters_queue()
+        self.all.make_room(self, message.cost)
+        self.let_go(-message.cost)
         self._fresh.append(message)
         self.came += 1
         if message.is_expired:
@@ -349,6 +346,8 @@ class Queue(Destination):
         return message
 
     def _pop(self, consumer: Subscription) -> Optional[Message]:
+        if not self._back:
+            return self._fresh.popleft() if self._fresh else None
         back = [heap for refusers, heap in self._back.items() if consumer not in refusers]
         heap = min(back, key=lambda each: each[0][0]) if back else []
         if self._fresh and not (heap and heap[0][0] < self._fresh[0].serial):
@@ -398,7 +397,12 @@ class Queue(Destination):
     def settle(self, messages: Iterable[Message]) -> None:
         """They have arrived."""
         for message in messages:
-            self.all.let_go(self, message.cost)
+            self.let_go(message.cost)
+
+    def let_go(self, cost: int) -> None:
+        """So many bytes of it are kept no longer."""
+        self.bytes -= cost
+        self.all.bytes -= cost
 
     def refuse(self, messages: Iterable[Message], refuser: Subscription) -> None:
         """NACK. They are offered again when this round is over, behind the NACK's RECEIPT."""
@@ -524,22 +528,16 @@ class Destinations:
         if self.bytes + more > self._most_in_all:
             raise DestinationError('the queues are full: all together may hold %d bytes' % self._most_in_all)
 
-    def keep(self, queue: Queue, cost: int) -> None:
-        """Accounts a message that waits. Raises DestinationError where that is too much."""
+    def make_room(self, queue: Queue, cost: int) -> None:
+        """Raises DestinationError where there is none for that many bytes."""
         if queue.bytes + cost > self._most_bytes or self.bytes + cost > self._most_in_all:
             queue.expire()
-        try:
-            self._check(queue.name, queue.bytes + cost)
-            self._check_all(cost)
-        except DestinationError:
-            self.forget(queue)
-            raise
-        self.bytes += cost
-        queue.bytes += cost
-
-    def let_go(self, queue: Queue, cost: int) -> None:
-        self.bytes -= cost
-        queue.bytes -= cost
+            try:
+                self._check(queue.name, queue.bytes + cost)
+                self._check_all(cost)
+            except DestinationError:
+                self.forget(queue)
+                raise
 
     def bury(self, queue: Queue, message: Message) -> bool:
         """Moves a message that was refused too often to ``DEAD_LETTERS``. False: it can't go there."""
@@ -550,13 +548,12 @@ class Destinations:
                         'reason': 'refused %d times' % message.refusals})
         serial = next(self._serials)
         letter = Message(serial, self._of_queue % serial, Envelope(headers), message.body, None)
-        self.let_go(queue, message.cost)
+        queue.let_go(message.cost)
         dead_letters = self.get(DEAD_LETTERS)
         try:
             dead_letters.publish(letter)
         except DestinationError as error:
             log.warning('%s keeps what was refused %d times: %s', queue.name, message.refusals, error)
-            self.bytes += message.cost
-            queue.bytes += message.cost
+            queue.let_go(-message.cost)
             return False
         return True

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from faults import (
     AccessDenied,
@@ -21,8 +21,8 @@ from faults import (
     NotSupported,
     VMHostError,
 )
-from hosttrust import is_mac
 from hypervisor import ConnectionLost, Job, either
+from protocol import is_mac
 
 log = logging.getLogger('vmhost.virtualbox')
 
@@ -128,22 +128,30 @@ class Connection:
             log.debug('VBoxSVC does not answer: %s', error)
             return False
 
-    def has_news(self) -> bool:
-        """Whether VirtualBox told an event since this was asked last; it does so of every change."""
+    def has_news(self) -> Optional[bool]:
+        """Whether VirtualBox told an event since this was asked last, as it does of every change; None
+        where it tells none."""
         self.manager.waitForEvents(0)
-        if self._listener is None:
-            listener = self.vbox.eventSource.createListener()
-            self.vbox.eventSource.registerListener(
-                listener, [self.const('VBoxEventType_Any')], False)
-            self._listener = listener
-            return True
-        news = False
-        while True:
-            event = self.vbox.eventSource.getEvent(self._listener, 0)
-            if event is None:
-                return news
-            self.vbox.eventSource.eventProcessed(self._listener, event)
-            news = True
+        source = self.vbox.eventSource
+        try:
+            if self._listener is None:
+                listener = source.createListener()
+                source.registerListener(listener, [self.const('VBoxEventType_Any')], False)
+                self._listener = listener
+                return True
+            news = False
+            while True:
+                event = source.getEvent(self._listener, 0)
+                if event is None:
+                    return news
+                source.eventProcessed(self._listener, event)
+                news = True
+        except Exception as error:
+            if self.is_dead(error):
+                raise
+            log.debug('no events of VirtualBox: %s', error)
+            self._listener = None                   # it forgets a listener that was silent for long
+            return None
 
     def array(self, thing: Any, name: str) -> List[Any]:
         return list(self.manager.getArray(thing, name) or [])

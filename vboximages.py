@@ -20,8 +20,8 @@ from faults import (
     InvalidParams,
     NotSupported,
 )
-from hosttrust import is_mac
 from hypervisor import Job, either, option
+from protocol import is_mac
 from vboxconnection import (
     INVALID_OBJECT_STATE,
     KEEP,
@@ -541,7 +541,8 @@ class Cleaning:
             path = disk.location if disk is not None else path
             if os.path.dirname(path) in making or (disk is not None and self._is_used(disk)):
                 continue
-            if not os.path.exists(path):
+            another = disk is None and path in [each.location for each in known.values()]
+            if another or not os.path.exists(path):
                 self.box.vbox.setExtraData(DISK_MADE + uuid, '')
             elif unread:
                 why = 'VirtualBox can\'t read %s, which may use it' % either(unread, 'and')

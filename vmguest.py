@@ -3,7 +3,8 @@
 Run it as ``python vmguest.py [guest.ini]``. Here are the keys of guest.ini, the agent, the command line. The
 rooms behind it: guestcommands.py decides over commands, guestreports.py tells of them, guestrequests.py reads
 what is asked, guestspool.py remembers them, guestforks.py and guestrunner.py run them, guestprocesses.py and
-guestmachine.py know /proc, guestfiles.py serves files.
+guestmachine.py know /proc, guestidentity.py keeps the secret, guesttrust.py knows which host is obeyed,
+guestfiles.py serves files.
 
 What it is not: the parent of the commands. A runner outlives the agent, and writes its result into the spool;
 the next agent finds it there.
@@ -26,7 +27,7 @@ import socket
 import sys
 import threading
 import time
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Set, Tuple  # noqa: F401
 
 import agent
 import protocol
@@ -37,7 +38,8 @@ from guestmachine import Network, memory, read_boot_id, uptime
 from guestreports import Reports
 from guestrunner import drain
 from guestspool import SHOWN_AS, Spool, folder_name
-from gueststart import make_starter
+from gueststart import become_subreaper, make_starter
+from guesttrust import HostTrust
 from protocol import Message
 
 log = logging.getLogger('vmguest')
@@ -59,7 +61,8 @@ SETTINGS = {
     'Chirp': {
         'server': (agent.choice('embedded', 'chirp_server'), 'embedded'),
         'port': (agent.integer(0, 65535), '9094'),
-        'auth': (agent.choice('address'), 'address'), 'user': (agent.text, 'nobody')},
+        'auth': (agent.choice('secret', 'address'), 'secret'), 'user': (agent.text, 'nobody'),
+        'cert_file': (agent.path, ''), 'key_file': (agent.path, '')},
     'Logging': agent.LOGGING,
 }  # type: Dict[str, Any]
 
@@ -72,7 +75,8 @@ GREETING_PATIENCE = 5.0        # seconds that results wait for the host's greeti
 NOWHERE = ('no broker to join: this is no virtual machine, so it is only looked for on 127.0.0.1:%d, where '
            'neither root nor this user listens. Start the host agent, or name the broker: --broker HOST, or '
            '[Broker] host')
-FIRST_WORD = 8 * 1000          # bytes of a HELLO before the host has told what its broker takes
+HELLO_LIMIT = 8 * 1000         # bytes of the commands in a HELLO, which may be the first word
+HELLO_EVERY = 1.0              # seconds between two of them, whoever asks
 
 
 class Agent:
@@ -96,11 +100,16 @@ class Agent:
         self.aint = 0
         self.stopping = False
         self.restart = ''              # why the agent should begin anew, as another process image
-        self.largest_hello = FIRST_WORD
         self._fork_server = fork_server
         self._spool = None             # type: Any    # this and …
         self._commands = None          # type: Any    # … these are there once the id is known
+        self._trust = None             # type: Any
+        self._is_only_address = True   # whether there is no other one to try
+        self._left = set()             # type: Set[str]   # what was told of brokers that were left
+        self._hello_due = float('inf')
+        self._said_hello = -HELLO_EVERY
         self.files = None              # type: Any    # from ``start`` on
+        self._host_address = ''        # where the host was that proved itself last
         self._told_where = False       # that no broker is looked for anywhere
         self._told_port = 0            # of the Chirp server, in the last HELLO
         self._wakeup, self._waker = os.pipe()
@@ -145,6 +154,7 @@ class Agent:
         vm = self.settings.VM
         spool = Spool(vm.state_dir, self.id, self.boot)
         self.secret = Secret(vm, folder_name(self.id))
+        self._trust = HostTrust(self.id, self.secret)
         is_shown = self.settings.Chirp.server == 'embedded'    # else the host reads output by words alone
         self.reports = Reports(self.say, vm.inline_output, spool.chirp_path if is_shown else '')
         commands = Commands(vm, self.root, self.boot, spool, self._fork_server, self.reports, self._wake_by,
@@ -206,8 +216,9 @@ class Agent:
         host, port = self.settings.Broker.host, self.settings.Broker.port
         if host != 'auto':
             return [(host, port)]
-        known = [self.link.peer_address[0]] if self.link.peer_address[0] else []
+        known = [self._host_address] if self._host_address else []
         found = list(dict.fromkeys(known + self.network.candidates(port)))
+        self._is_only_address = len(found) < 2
         if not found and not self._told_where:
             log.warning(NOWHERE, port)
         self._told_where = not found
@@ -216,7 +227,9 @@ class Agent:
     def _link_up(self, link: protocol.Link) -> None:
         if not self._settle_id():
             return
-        self.files.serve(self.ip, link.peer_address[0], {SHOWN_AS: self._spool.shown})
+        self.files.serve(self.ip, link.peer_address[0], {SHOWN_AS: self._spool.shown}, self.secret.value,
+                         self.id)
+        self._trust.connected()
         self._say_hello()
         now = time.monotonic()
         self._commands.resend(now - RESEND_EVERY + GREETING_PATIENCE)
@@ -224,7 +237,7 @@ class Agent:
         self.wake()
 
     def _link_down(self, reason: str) -> None:
-        if not self.stopping:
+        if not self.stopping and self._trust.is_proved:
             log.warning('no connection to the broker: %s', reason)
 
     def _settle_id(self) -> bool:
@@ -252,21 +265,36 @@ class Agent:
     # Words: the one place where they are said, and the one where they are heard.
 
     def say(self, message: Message) -> bool:
-        """Publishes a word. False where there is no connection to the broker. From any thread."""
-        if not self.id:
-            return False
-        headers = dict(message.headers, timestamp=protocol.timestamp())
-        headers['from'] = self.id
-        return self.link.send(message.topic, headers, message.body())
+        """Says a word to the host. False where none has proved itself. From any thread."""
+        return self._trust is not None and self._trust.say(message, self.link.send)
 
     def _hear(self, frame: Any) -> None:
-        """One MESSAGE. What isn't a word for this guest is dropped, the former counted."""
-        if not self.id or not protocol.is_addressed(frame.headers.get('to', ''), self.id, self.name):
+        """One MESSAGE. What isn't a word of the host for this guest is dropped, and counted."""
+        headers, body = frame.headers, frame.body
+        if not self.id or not protocol.is_addressed(headers.get('to', ''), self.id, self.name):
             return
         try:
-            protocol.hear(self, protocol.interpret(frame.headers, frame.body))
+            if body.startswith('HELLO') and 'mac' not in headers:
+                self._hear_greeting(protocol.interpret(headers, body))
+                return
+            headers = self._trust.check(headers.get('destination', ''), headers, body.encode('utf-8'))
+            protocol.hear(self, protocol.interpret(headers, body))
         except protocol.BadWord as error:
             self._count_aint(error)
+        except protocol.Untrusted as error:
+            self._trust.drop(error)
+
+    def _hear_greeting(self, hello: Message) -> None:
+        """To all: announce yourselves. To this guest: the proof of its host, or another's try."""
+        if hello.headers.get('to') == '*':
+            self._hello_due = self._said_hello + HELLO_EVERY
+            self._wake_by(self._hello_due)
+        elif self._trust.greeted(hello):
+            self._host_address = self.link.peer_address[0]
+            self._left.clear()
+            self.heard_hello(hello)
+            self.say(self._hello())        # what it said before, anybody may have said
+        self._wake_by(self._trust.verdict(self._is_only_address)[1])
 
     def _count_aint(self, why: Any) -> None:
         self.aint += 1
@@ -281,19 +309,17 @@ class Agent:
         log.info('the host says BYE: %.200r', message.text('reason'))
 
     def heard_hello(self, message: Message) -> None:
-        """To all: announce yourselves. To this guest: the host's name for it, and its wishes."""
-        if message.headers.get('to') == '*':
-            self._say_hello()
-            return
+        """The host's name for this guest, and its wishes."""
         self.name = message.text('name', self.name)
         self.files.admit(message)
         interval = message.number('beacon_interval', self.beacon_interval)
         self.beacon_interval = min(max(0.5, interval), 3600.0)
         if message.get('max_frame') is not None:
             self.reports.limit(message.number('max_frame'))
-        self.largest_hello = self.reports.largest_word
         log.info('joined the host at %s as %s, id %s', self.link.peer_address[0], self.name, self.id)
         self._commands.resend(0.0)
+        self._next_beacon = time.monotonic()
+        self.wake()
 
     def heard_cmd_run(self, message: Message) -> None:
         """The host wants a command to be run."""
@@ -312,12 +338,19 @@ class Agent:
         self._commands.acknowledge(message)
 
     def _say_hello(self) -> None:
+        """Asks whoever is there to prove that it is this guest's host."""
+        self._said_hello, self._hello_due = time.monotonic(), float('inf')
+        message = self._hello()
+        message.keys.update(self._trust.hello())
+        self.link.send(message.topic, dict(message.headers, **{'from': self.id}), message.body())
+
+    def _hello(self) -> Message:
         facts = self.facts()
         states = self._commands.states()
-        if len(protocol.write_json(states)) <= self.largest_hello:
+        if len(protocol.write_json(states)) <= HELLO_LIMIT:
             facts['cmds'] = states      # else the host asks for each
         self._told_port = self.files.port
-        self.say(protocol.HELLO.howToSay(self.id, self.ip, **facts))
+        return protocol.HELLO.howToSay(self.id, self.ip, **facts)
 
     def _tell_port(self) -> None:
         """The host should know where files are served by now. On a thread of the Chirp server."""
@@ -333,7 +366,7 @@ class Agent:
         if self.settings.VM.name:
             facts['name'] = self.settings.VM.name
         if self.files.port:
-            facts['chirp'] = {'port': self.files.port}
+            facts['chirp'] = dict({'port': self.files.port}, **({'tls': True} if self.files.tls else {}))
         return facts
 
     def _say_still_alive(self) -> None:
@@ -352,7 +385,9 @@ class Agent:
     def _patience(self) -> float:
         """Seconds until something is due. Of a command that lasts, or ended, its runner reports."""
         with self._clock_lock:
-            due = [self._next_beacon, self._next_housekeeping]
+            due = [self._next_beacon, self._next_housekeeping, self._hello_due]
+            if self.link.up and self._trust is not None:
+                due.append(self._trust.verdict(self._is_only_address)[1])
             next_look = self._commands.due() if self._commands is not None else None
             self._awake_at = min(due if next_look is None else due + [next_look])
         return max(0.0, self._awake_at - time.monotonic())
@@ -363,12 +398,27 @@ class Agent:
         reported = self._fork_server.reported()
         if self._commands is not None:
             self._commands.look(now, reported)
+        if now >= self._hello_due and self.link.up:
+            self._say_hello()
+        self._judge_host()
         if now >= self._next_beacon:
             self._next_beacon = now + self.beacon_interval
             self._say_still_alive()
         if now >= self._next_housekeeping:
             self._next_housekeeping = now + HOUSEKEEPING_EVERY
             self._keep_house()
+
+    def _judge_host(self) -> None:
+        """Leaves who doesn't prove to be this guest's host."""
+        if not self.link.up or self._trust is None:
+            return
+        why, _ = self._trust.verdict(self._is_only_address)
+        if why:
+            told = '%s:%s: %s' % (self.link.peer_address + (why,))
+            if told not in self._left and len(self._left) < 100:
+                self._left.add(told)
+                log.warning('not this guest\'s host, and not obeyed: %s', told)
+            self.link.abandon(why)
 
     def _keep_house(self) -> None:
         self._fork_server.trim()
@@ -400,6 +450,9 @@ def check(settings: Any) -> int:
     findings.append(agent.Finding(
         make_starter() >= 0, 'peak memory of commands is told exactly', 'it is only known to be no more than '
         'what is told: exact on Linux on x86-64', needed=False))
+    findings.append(agent.Finding(
+        become_subreaper(), 'processes of a command are followed into sessions of their own (subreaper)',
+        'those that make a session of their own escape timeout and KILL: this needs Linux', needed=False))
     if settings.Chirp.server == 'chirp_server':
         import shutil  # brings compressors along
         findings.append(agent.Finding(

@@ -1,7 +1,7 @@
 """The host agent's program: the door through which a person comes in.
 
-``python vmhost.py host.ini`` runs the host agent (hostagent.py) in the foreground; ``python vmhost.py
-host.ini VERB ...`` talks to the running one (hostcli.py), and loads nothing of it.
+``python vmhost.py [host.ini]`` runs the host agent (hostagent.py) in the foreground; ``python vmhost.py
+[host.ini] VERB ...`` talks to the running one (hostcli.py), and loads nothing of it.
 
 Threads: main alone, here; those of a host agent are listed in hostagent.py.
 """
@@ -10,13 +10,13 @@ Threads: main alone, here; those of a host agent are listed in hostagent.py.
 __needs__: str = 'Python 3.6 or later, and this is an older one: try python3 instead of python'
 
 import sys
-from typing import Any, List
+from typing import Any, List, Optional
 
 import hostcli
 
 
-def run_host(ini: str) -> int:
-    """Runs the host agent of that ini file until SIGTERM or Ctrl-C; gives the exit code."""
+def run_host(ini: Optional[str]) -> int:
+    """Runs the host agent of that ini file, or on the defaults, until SIGTERM; gives the exit code."""
     import hostagent  # verbs do without it
     return hostagent.run_host(ini)
 

@@ -48,14 +48,25 @@ def frame(command, headers, body=b''):
 class Ours(brokers.ExternalBroker):
     """stompbroker.py by itself."""
     name = 'ours'
+    tree = TOP
 
     @classmethod
     def missing(cls):
         return ''
 
     def launch(self):
-        self.process = self.spawn([sys.executable, os.path.join(TOP, 'stompbroker.py'),
+        self.process = self.spawn([sys.executable, os.path.join(self.tree, 'stompbroker.py'),
                                    '--port', str(self.port)], {})
+
+
+class Before(Ours):
+    """The same of another tree, which --before names."""
+    name = 'before'
+    tree = ''
+
+    @classmethod
+    def missing(cls):
+        return '' if cls.tree else 'needs --before TREE'
 
 
 class CoilMQ(brokers.ExternalBroker):
@@ -101,7 +112,7 @@ class OpenActiveMQ(brokers.ActiveMQ):
         return re.sub('<plugins>.*</plugins>', '', super().configuration(), flags=re.DOTALL)
 
 
-CANDIDATES = (Ours, CoilMQ, OpenRabbitMQ, OpenActiveMQ)
+CANDIDATES = (Ours, Before, CoilMQ, OpenRabbitMQ, OpenActiveMQ)
 
 
 def pages_of(broker):
@@ -520,9 +531,12 @@ def main():
     parser.add_argument('--rounds', type=int, help='counted rounds')
     parser.add_argument('--only', nargs='+', choices=[each[0] for each in MEASUREMENTS], metavar='WORD',
                         help='these measurements: ' + ', '.join(each[0] for each in MEASUREMENTS))
-    parser.add_argument('--brokers', nargs='+', default=[each.name for each in CANDIDATES],
+    parser.add_argument('--brokers', nargs='+',
+                        default=[each.name for each in CANDIDATES if each is not Before],
                         choices=[each.name for each in CANDIDATES], help='these brokers')
+    parser.add_argument('--before', metavar='TREE', help='the broker of another checkout as well, for ratios')
     chosen = parser.parse_args()
+    Before.tree = chosen.before and os.path.abspath(chosen.before)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))
     folder = tempfile.mkdtemp()
@@ -540,7 +554,7 @@ def main():
 def start_brokers(names, folder, stack):
     running = []
     for kind in CANDIDATES:
-        if kind.name not in names:
+        if kind.name not in names and not (kind is Before and kind.tree):
             continue
         missing = kind.missing()
         if missing:

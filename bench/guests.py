@@ -47,6 +47,9 @@ class Guest:
         self.beacons = 0
         self.said = 0.0                     # when the last beacon was
         self.unacknowledged = {}
+        self.secret = os.urandom(32)
+        self.nonce = protocol.new_nonce()
+        self.session = None                 # what signs, once the host has greeted
         self.socket = socket.create_connection(('127.0.0.1', crowd.port))
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.put('CONNECT', {'accept-version': '1.2', 'host': '/',
@@ -59,14 +62,16 @@ class Guest:
         self.socket.sendall(protocol.encode(command, headers, body, '1.2'))
 
     def say(self, message):
-        headers = dict(message.headers, timestamp=protocol.timestamp(), destination=message.topic)
-        headers['from'] = self.id
-        self.put('SEND', headers, message.body())
+        headers, body = dict(message.headers, **{'from': self.id}), message.body()
+        if message.word != 'HELLO':
+            headers = self.session.sign(message.topic, headers, body)
+        self.put('SEND', dict(headers, destination=message.topic), body)
 
     def hello(self):
         self.say(protocol.HELLO.howToSay(
             self.id, '127.0.0.1', name=self.name, host=self.name, boot='boot', session=self.id,
-            os='load script', python='3', version=agent.VERSION, cpus=1, mem=2 ** 30, cmds={}))
+            os='load script', python='3', version=agent.VERSION, cpus=1, mem=2 ** 30, cmds={},
+            nonce=self.nonce, secret=self.secret.hex()))
 
     def beacon(self):
         self.beacons += 1
@@ -85,11 +90,17 @@ class Guest:
         if frame.command == 'RECEIPT':
             self.hello()
         elif frame.command == 'MESSAGE':
+            if 'mac' in frame.headers:
+                self.session.check(frame.headers['destination'], frame.headers, frame.body)
             word = protocol.interpret(frame.headers, frame.body.decode())
             self.crowd.heard[word.word] += 1
             cmd_id = word.text('cmd-id')
             if word.word == 'HELLO' and word.headers['to'] == '*':
                 self.hello()
+            elif word.word == 'HELLO' and word.get('proof'):
+                parts = self.secret, self.id, self.nonce, word.text('nonce')
+                assert protocol.is_proof(word.text('proof'), *parts)
+                self.session = protocol.Signatures(protocol.session_key(*parts), 'guest')
             elif word.word == 'CMD_RUN':
                 self.unacknowledged[cmd_id] = True
                 self.say(protocol.CMD_RESULTS.howToSay(cmd_id, RESULTS))

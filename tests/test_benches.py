@@ -1,6 +1,7 @@
 """The short forms of what is measured at length by the commands in bench/."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -35,3 +36,14 @@ def test_a_verb_costs_little_more_than_its_imports():
 def test_a_connection_of_the_broker_costs_little():
     printed = bench('broker.py', '--quick', '--brokers', 'ours', '--only', 'memory', 'thousand', 'topic')
     assert 'met     KiB per idle connection' in printed
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not shutil.which('time') or not shutil.which('bash'), reason='needs time and bash')
+def test_usage_is_exact():
+    assert 'MISSED' not in bench('accounting.py', '--runs', '20')
+
+
+@pytest.mark.soak
+def test_idle_agents_take_little():
+    assert 'MISSED' not in bench('idle.py', '--seconds', '20')

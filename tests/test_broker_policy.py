@@ -9,7 +9,7 @@ import pytest
 from helpers import wait_until
 from stomp_client import Client, frame, running
 
-from hosttrust import HostPolicy
+from hostpolicy import HostPolicy
 from protocol import CMD_REQUESTS, CMD_RESPONSES, CONNECTIONS
 from stompbroker import Broker, Policy, Refused
 
@@ -172,17 +172,23 @@ def test_a_mistake_in_the_policy_ends_one_session_alone(broker, connect, caplog)
 SECRET = 'known to the host alone'
 
 
+def judge(machine_id, hello):
+    if machine_id == 'stranger':
+        raise ValueError('no stranger is let in')
+
+
 @pytest.fixture
 def hosted():
     """A broker as the host runs it, and what makes clients of it."""
-    with running(Broker(port=0, policy=HostPolicy(SECRET, lambda address: ''))) as broker:
+    policy = HostPolicy(SECRET, judge)
+    with running(Broker(port=0, policy=policy)) as broker:
         clients = []
 
         def client(*lines):
             clients.append(Client(broker.address))
             clients[-1].connect('1.2', *lines)
             return clients[-1]
-        client.broker = broker
+        client.broker, client.policy = broker, policy
         yield client
         for one in clients:
             one.close()
@@ -196,13 +202,21 @@ def the_host(hosted):
     return host
 
 
-def guest(hosted, the_host, id, *lines):
-    """A guest that subscribed and said HELLO."""
+def claim(hosted, the_host, id, *lines):
+    """A guest that subscribed and said HELLO, and the number of its connection."""
     client = hosted(*lines)
     client.subscribe(CMD_REQUESTS)
     client.ask('SEND', 'destination:' + CONNECTIONS, 'id:' + id, body=b'HELLO {"session":"%s"}' % id.encode())
     message, = the_host.before_now()
-    assert message.get('from') == id
+    number, claimed, address = message.get('connection').replace('\\c', ':').split(' ')
+    assert (claimed, address) == (id, '127.0.0.1')
+    return client, number
+
+
+def guest(hosted, the_host, id, *lines):
+    """The same, once it has proved its id to the host."""
+    client, number = claim(hosted, the_host, id, *lines)
+    hosted.policy.prove(number)
     return client
 
 
@@ -228,38 +242,62 @@ def test_a_secret_that_is_wrong_makes_a_guest(hosted):
         client.take_error()
 
 
-def test_who_has_not_said_hello_says_nothing(hosted, the_host):
+@pytest.mark.parametrize('body', [b'CMD_RESULTS {}', b'STILL_ALIVE', b'', b'HELLO {', b'HELLO'])
+def test_who_has_not_said_hello_says_nothing(hosted, the_host, body):
     client = hosted()
-    client.ask('SEND', 'destination:' + CMD_RESPONSES, 'from:one', body=b'CMD_RESULTS {}')
+    client.say('SEND', 'destination:' + CMD_RESPONSES, 'from:one', body=body)
+    client.take_error()
+    assert the_host.before_now() == []
+
+
+@pytest.mark.parametrize('id', ['stranger', 'gauß', 'a b', '', '08:00:27:AA:ﬀ:01', 'x' * 65])
+def test_who_is_not_let_in(hosted, the_host, id):
+    client = hosted()
+    client.say('SEND', 'destination:' + CONNECTIONS, 'id:' + id, body=b'HELLO')
+    assert 'stranger' in client.take_error().get('message') or id != 'stranger'
     assert the_host.before_now() == []
 
 
 def test_each_guest_gets_what_is_addressed_to_it(hosted, the_host):
-    one, two = guest(hosted, the_host, 'one'), guest(hosted, the_host, 'two')
+    one, two = guest(hosted, the_host, 'one'), guest(hosted, the_host, '0A:00:00:00:00:09')
     silent = hosted()
     silent.subscribe(CMD_REQUESTS)
 
     def sent(to, body=b'CMD_RUN'):
-        the_host.ask('SEND', 'destination:' + CMD_REQUESTS, 'to:' + to, body=body)
+        the_host.ask('SEND', 'destination:' + CMD_REQUESTS, 'to:' + to.replace(':', '\\c'), body=body)
         return [len(client.before_now_as_guest()) for client in (one, two, silent)]
     assert sent('one') == [1, 0, 0]
-    assert sent('t*') == [0, 1, 0]
-    assert sent('*') == [1, 1, 0]
+    assert sent('0A:00:00:00:00:09') == [0, 1, 0]
     assert sent('*', b'HELLO') == [1, 1, 1]
-    assert sent('three') == [0, 0, 0]
+    for nobody in ('ONE', 'o*', '0a:00:00:00:00:09', 'three', ''):
+        assert sent(nobody) == [0, 0, 0]
 
 
-def test_an_id_is_bound_to_one_connection(hosted, the_host):
-    first = guest(hosted, the_host, 'one')
-    thief = hosted()
-    thief.say('SEND', 'destination:' + CONNECTIONS, 'id:one', body=b'HELLO {"session":"another","boot":""}')
-    thief.take_error()
+def test_an_id_that_is_not_proved_gets_what_is_for_its_connection(hosted, the_host):
+    one = guest(hosted, the_host, 'one')
+    thief, number = claim(hosted, the_host, 'one')
+    the_host.ask('SEND', 'destination:' + CMD_REQUESTS, 'to:one', body=b'CMD_RUN')
+    assert (len(one.before_now_as_guest()), thief.before_now_as_guest()) == (1, [])
+    the_host.ask('SEND', 'destination:' + CMD_REQUESTS, 'to:one', 'connection:' + number, body=b'HELLO')
+    greeting, = thief.before_now_as_guest()
+    assert greeting.get('connection') is None and one.before_now_as_guest() == []
+
+
+def test_who_proves_an_id_takes_the_place_of_who_had_it(hosted, the_host):
+    first, again = guest(hosted, the_host, 'one'), guest(hosted, the_host, 'one')
+    first.close()
+    wait_until(lambda: hosted.broker.counters()['connections'] == 2)
+    the_host.ask('SEND', 'destination:' + CMD_REQUESTS, 'to:one', body=b'CMD_RUN')
+    assert len(again.before_now_as_guest()) == 1
+
+
+def test_a_connection_is_bound_to_one_id(hosted, the_host):
+    client = guest(hosted, the_host, '0A:00:00:00:00:09')
+    client.ask('SEND', 'destination:' + CMD_RESPONSES, 'from:0a\\c00\\c00\\c00\\c00\\c09', body=b'PONG')
+    assert len(the_host.before_now()) == 1
+    client.say('SEND', 'destination:' + CONNECTIONS, body=b'HELLO {"id":"other"}')
+    client.take_error()
     assert the_host.before_now() == []
-    again = guest(hosted, the_host, 'one')                   # the same session: a reconnect
-    first.take_end()
-    again.ask('SEND', 'destination:' + CONNECTIONS, body=b'STILL_ALIVE')
-    message, = the_host.before_now()
-    assert message.get('from') == 'one'
 
 
 # --- who is essential ---
@@ -336,7 +374,7 @@ def test_many_results_do_not_cut_the_host_off(hosted, the_host):
     for thread in threads:
         thread.join(30)
     assert {one.body for one in got} == {result}
-    assert sorted(one.get('from') for one in got) == sorted('g%d' % number for number in range(30))
+    assert sorted(one.get('connection').split()[1] for one in got) == sorted('g%d' % n for n in range(30))
     assert hosted.broker.counters()['cut_off'] == 0
 
 

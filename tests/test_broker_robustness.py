@@ -51,7 +51,7 @@ def test_a_subscriber_that_does_not_read_delays_nobody(habit):
             for _ in range(20):
                 sender.say('SEND', 'destination:/topic/a', 'content-length:%d' % MIB, body=body)
                 assert listener.take().body == body
-                assert broker.counters()['waiting_bytes'] <= 9 * MIB + 1000
+                assert broker.counters()['waiting_bytes'] <= 10 * MIB + 1000  # one more may wait
                 if habit != 'never reads':
                     with contextlib.suppress(ConnectionError):
                         lazy.socket.recv(1)

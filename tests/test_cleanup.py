@@ -170,6 +170,13 @@ def test_a_disk_that_was_moved_is_still_ours(box, vbox, tmp_path):
     assert not os.path.exists(moved) and not vbox.extra
 
 
+def test_a_disk_in_the_place_of_one_that_went_is_in_use(box, vbox):
+    disk = create(box, vbox, 'ours').mediumAttachments[0].medium
+    vbox.setExtraData('vmhost/disk/of-one-that-went', disk.location)
+    assert box.cleanup() == []
+    assert 'vmhost/disk/of-one-that-went' not in vbox.extra
+
+
 def test_cleanup_leaves_what_is_kept_or_merely_off(box, vbox):
     create(box, vbox, 'off')
     create(box, vbox, 'kept')

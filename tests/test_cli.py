@@ -11,6 +11,7 @@ import socketserver
 import subprocess
 import sys
 import threading
+import time
 import xmlrpc.client
 import xmlrpc.server
 import zipfile
@@ -102,13 +103,61 @@ def test_run_passes_environment_folder_and_arguments(host, guests):
 
 def test_run_exits_with_128_and_the_signal(host, guests):
     assert host.verb('run', 'one', '--', 'sh', '-c', 'kill -USR1 $$').returncode == 128 + signal.SIGUSR1
-    done = host.verb('run', '-t', '0.5', 'one', '--', 'sleep', '77')
+    done = host.verb('run', '-T', '0.5', 'one', '--', 'sleep', '77')
     assert done.returncode == 128 + signal.SIGTERM and b'timeout' in done.stderr
 
 
+@pytest.mark.parametrize('program, code', [('no-such-program', 127), ('/etc/passwd', 126), ('/etc', 126)])
+def test_what_can_not_start_exits_as_in_a_shell(host, guests, program, code):
+    done = host.verb('run', 'one', '--', program)
+    assert done.returncode == code and re.match(b'vmhost: E[A-Z]+: ', done.stderr)
+
+
+def test_any_bytes_are_words_of_a_command(host, guests):
+    show = ['run', '-e', b'N=\xfe', 'one', '--', 'sh', '-c', 'printf "%s|" "$@" "$N"', 'sh']
+    assert host.verb(*show, b'\xe4.txt', b'a\x1b\x01', 'ä').stdout == b'\xe4.txt|a\x1b\x01|\xc3\xa4|\xfe|'
+
+
+def test_output_that_was_cut_is_no_success(host, tmp_path):
+    with Agent(tmp_path, host, 'narrow', output_limit='10K'):
+        done = host.verb('run', 'narrow', '--', 'sh', '-c', 'yes | head -c 100000')
+        assert done.returncode == 255 and b'stdout was truncated' in done.stderr
+    assert verb(host, 'forget', 'narrow') == 'narrow is forgotten\n'
+
+
+def test_a_call_whose_answer_is_lost_is_made_again_under_the_same_id():
+    calls = []
+
+    class Cut:
+        def call(self, *words):
+            calls.append(words)
+            if len(calls) == 1:
+                raise hostclient.NoHost('cut')
+            return 'an id'
+    assert clicommands.submit(Cut(), 'runCmd', 'g', 'true', [], {}, '', '', {}) == 'an id'
+    assert calls[0] == calls[1] and calls[0][-1]['id']
+
+
+@pytest.mark.slow
+def test_one_that_hangs_holds_up_nobody_and_ends_by_the_limit(host, guests, tmp_path):
+    with Agent(tmp_path, host, 'hung') as hung:
+        os.kill(hung.process.pid, signal.SIGSTOP)
+        try:
+            begin = time.monotonic()
+            with started(host, 'run', '-T', '2', '*', '--', 'echo', 'done') as process:
+                assert sorted(process.stdout.readline() for _ in range(2)) == [b'one: done\n', b'two: done\n']
+                assert time.monotonic() - begin < 6
+                assert process.wait(60) == 255
+                told = process.stderr.read().decode().splitlines()
+            assert 'hung: no answer within the time limit' in told[0] and told[-1] == '2 ok, hung absent'
+        finally:
+            os.kill(hung.process.pid, signal.SIGCONT)
+    verb(host, 'forget', 'hung')
+
+
 @pytest.mark.parametrize('words', [
-    ('one', '--', 'no-such-program'), ('nobody', '--', 'true'), ('x*', '--', 'true'), ('one', '--'), ('one',),
-    (), ('-t', 'soon', 'one', '--', 'true'), ('-e', 'X', 'one', '--', 'true'), ('one', '--', 'a\x1b')])
+    ('one', '-C', 'x', '--'), ('nobody', '--', 'true'), ('x*', '--', 'true'), ('one', '--'), ('one',),
+    (), ('-T', 'soon', 'one', '--', 'true'), ('-e', 'X', 'one', '--', 'true')])
 def test_what_is_not_the_commands_is_255(host, guests, words):
     done = host.verb('run', *words)
     assert done.returncode == 255
@@ -118,8 +167,11 @@ def test_what_is_not_the_commands_is_255(host, guests, words):
 def test_run_on_many_prefixes_each_line(host, guests):
     done = host.verb('run', '*', '--', 'sh', '-c', 'echo a; printf b; echo e >&2; [ $(basename $PWD) = 0 ]')
     assert sorted(done.stdout.decode().splitlines()) == ['one: a', 'one: b', 'two: a', 'two: b']
-    assert sorted(done.stderr.decode().splitlines()) == ['one: e', 'two: e']
+    *lines, summary = done.stderr.decode().splitlines()
+    assert sorted(lines) == ['one: e', 'two: e'] and summary == 'one exited 1, two exited 1'
     assert done.returncode == 1
+    done = host.verb('run', '*', '--', 'sh', '-c', 'exec sh -c "exit $1"', 'sh', '0')
+    assert (done.returncode, done.stderr) == (0, b'2 ok\n')
 
 
 def test_ctrl_c_ends_the_command(host, guests):
@@ -244,7 +296,7 @@ def test_a_detached_command_is_listed_followed_and_killed(host, guests):
         assert process.stdout.readline() == b'begun\n'
         assert json.loads(verb(host, 'info', cmd_id, '--json'))['status']['state'] == 'running'
         verb(host, 'kill', cmd_id)
-        assert (process.stdout.read(), process.stderr.read(), process.wait(20)) == (b'', b'', 0)
+        assert (process.stdout.read(), process.stderr.read(), process.wait(20)) == (b'', b'', 128 + 15)
     assert verb(host, 'out', cmd_id) == 'begun\n'
     assert 'signaled' in verb(host, 'info', cmd_id)
     assert b'already ended' in host.verb('kill', cmd_id).stderr
@@ -379,7 +431,8 @@ class PlayedHost:
 
 
 VM_ANSWERS = {
-    'listVMs': ['web 1', 'web 2', 'db'], 'listRegisteredVMs': [], 'getNamesToIdsMapping': {'web 1': 'a'},
+    'listVMs': ['web 1', 'web 2', 'db'], 'listKnownVMs': ['web 1', 'web 2', 'db'],
+    'listRegisteredVMs': [], 'getNamesToIdsMapping': {'web 1': 'a'},
     'start': True, 'shutdown': True, 'powerOff': True, 'pause': True, 'resume': True, 'saveState': True,
     'reset': lambda vm: True if vm != 'web 1' else xmlrpc.client.Fault(4, 'it is off'), 'removeVM': True,
     'takeSnapshot': True, 'restoreSnapshot': True, 'deleteSnapshot': True, 'listSnapshots': ['fresh'],
@@ -499,7 +552,7 @@ def test_help_tells_of_every_verb(capsys):
 
 
 @pytest.mark.parametrize('words, said', [
-    ((), 'usage:'), (('ls',), 'ini file comes first'), (('host.ini', 'pss'), 'did you mean ps?'),
+    (('no.such',), 'unknown verb'), (('host.ini', 'pss'), 'did you mean ps?'),
     (('--no',), '--no'),
     (('host.ini', 'ls', '--jason'), '--jason'), (('--completion', 'csh'), 'bash|zsh|fish')])
 def test_wrong_usage_is_2(words, said, tmp_path):
@@ -539,15 +592,15 @@ def test_candidates(host, guests):
         return clicomplete.candidates([host.ini] + list(words), hostcli.VERBS)
     assert completed('p') == ['pause', 'ping', 'ps', 'put']
     assert completed('run', '') == ['one', 'two']
-    assert completed('run', '-t', '5', 't') == ['two']
-    assert completed('run', '-t', '') == []
+    assert completed('run', '-T', '5', 't') == ['two']
+    assert completed('run', '-T', '') == []
     assert completed('run', 'one', '--', 'o') == []
     assert completed('run', '--t') == ['--timeout']
     assert completed('snap', 't') == ['take']
     assert completed('snap', 'take', 'o') == ['one']
     assert completed('kill', '-s', 'KI') == ['KILL']
     assert completed('call', 'getCmdS') == ['getCmdStatus']
-    assert completed('ls', '') == []
+    assert completed('ls', '') == ['one', 'two']
     assert clicomplete.candidates(['/nowhere.ini', 'info', ''], hostcli.VERBS) == []
     assert clicomplete.candidates([''], hostcli.VERBS) == []
     cmd_id = verb(host, 'run', '-d', 'one', '--', 'true').strip()

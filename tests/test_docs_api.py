@@ -15,6 +15,8 @@ import xmlrpc.client
 
 import pytest
 from agents import TOP, Agent, Host
+from fake_guest import CONNECTIONS, Guest
+from helpers import wait_until
 
 import faults
 import hostapi
@@ -65,6 +67,12 @@ def test_each_example_does_what_stands_there(host, tmp_path, monkeypatch):
                     exec(code_of(method), {'host': api})
                 assert caught.value.faultCode == faults.NotSupported.fault, method.name
                 continue
+            if method.name == 'forgetVM':
+                with Guest(host.broker_port, 'lab12', bytes.fromhex(64 * '5')) as other:
+                    other.hello(tell=False)    # by what pairVM told
+                    other.hear('PING')
+                    other.word('STILL_ALIVE', CONNECTIONS)
+                    wait_until(lambda: api.getVM('lab12'))
             test = doctest.DocTest(examples, names, method.name, None, None, None)
             test.globs = names                   # the examples go on from one another
             said = []

@@ -107,6 +107,45 @@ def test_addresses_and_cards(network):
     assert (carries, over_loopback, lo, none) == ('card', 'card', '', '')
 
 
+LISTENER = '''
+import os, socket, sys
+sock = socket.socket()
+sock.bind(('127.0.0.1', 0))
+if sys.argv[1]:
+    os.setuid(int(sys.argv[1]))
+    sock = socket.socket()
+    sock.bind(('127.0.0.1', 0))
+sock.listen(1)
+print(sock.getsockname()[1], flush=True)
+sys.stdin.read()
+'''
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/net/tcp'), reason='needs /proc/net/tcp')
+def test_on_no_virtual_machine_only_this_users_and_roots_brokers_count(monkeypatch):
+    monkeypatch.setattr(guestmachine, 'is_virtual', lambda: False)
+    for uid in ['', '65534'] if os.getuid() == 0 else ['']:
+        with subprocess.Popen([sys.executable, '-c', LISTENER, uid], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE) as listener:
+            port = int(listener.stdout.readline())
+            assert guestmachine.Network().candidates(port) == ([] if uid else ['127.0.0.1'])
+            listener.stdin.close()
+    assert guestmachine.Network().candidates(port) == []        # nobody listens there any more
+
+
+def test_what_is_a_virtual_machine(tmp_path):
+    cpuinfo = tmp_path / 'cpuinfo'
+    cpuinfo.write_text('model name\t: hypervisor-less\nflags\t\t: fpu vme de\n')
+    (tmp_path / 'sys_vendor').write_text('Dell Inc.\n')
+    assert not guestmachine.is_virtual(str(tmp_path), str(cpuinfo))
+    for vendor in ('innotek GmbH', 'QEMU', 'VMware, Inc.', 'Xen'):
+        (tmp_path / 'sys_vendor').write_text(vendor + '\n')
+        assert guestmachine.is_virtual(str(tmp_path), str(cpuinfo))
+    cpuinfo.write_text('flags\t\t: fpu vme hypervisor lahf_lm\n')
+    assert guestmachine.is_virtual('/nowhere', str(cpuinfo))
+    assert not guestmachine.is_virtual('/nowhere', '/no')
+
+
 def test_without_proc_the_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(guestmachine.Network, '_has_proc', lambda self: False)
     monkeypatch.setitem(sys.modules, 'netifaces', None)

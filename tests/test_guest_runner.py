@@ -12,6 +12,7 @@ import sys
 import time
 
 import pytest
+from agents import TOP
 from helpers import wait_until
 
 import guestforks
@@ -226,6 +227,39 @@ def test_the_time_that_a_program_is_stopped_is_not_its_own(runners):
     assert (result['state'], result['out'], result['by']) == ('exited', b'done\n', 'itself')
 
 
+AS_PROCESS_1 = '''
+import os, signal, sys, time
+sys.path[:0] = [%r, %r]
+import guestprocesses, test_guest_runner
+assert os.getpid() == 1
+runners = test_guest_runner.Runners(sys.argv[1])
+program = 'exec > /dev/null 2>&1; (setsid sleep 0.3 &); (setsid sleep 9 &)'
+print(runners.run('sh', '-c', program)['left'])
+os.kill(runners.forks.pid, signal.SIGKILL)
+deadline = time.monotonic() + 10
+while time.monotonic() < deadline:
+    runners.forks.lives()
+    pids = guestprocesses.all_pids()
+    zombies = [pid for pid in pids if not guestprocesses.is_alive(guestprocesses.stat_fields(pid))]
+    if not zombies and len(pids) == 2:          # this one, and the long sleep
+        break
+    time.sleep(0.05)
+print(len(zombies), len(pids))
+'''
+
+
+@AS_ROOT
+@pytest.mark.skipif(not shutil.which('unshare'), reason='needs unshare')
+def test_process_1_of_a_container_leaves_no_zombies(tmp_path):
+    program = AS_PROCESS_1 % (TOP, os.path.join(TOP, 'tests'))
+    words = ['unshare', '--pid', '--fork', '--kill-child', '--mount-proc', sys.executable, '-c', program,
+             str(tmp_path)]
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+    if b'unshare failed' in done.stderr:
+        pytest.skip('may not make namespaces')
+    assert done.stdout.split() == [b'2', b'0', b'2'], done
+
+
 def test_who_ended_it(runners):
     assert runners.run('sh', '-c', 'kill -SEGV $$')['by'] == 'itself'
     command = runners.begin('sleep', '60')
@@ -293,8 +327,8 @@ def test_users_and_groups_by_name_and_number(runners, user, told):
     assert out[0] == told and '0' not in out[1:]
 
 
-@pytest.mark.parametrize('user, error', [('no-such', 'ENOENT: no such user: no-such'),
-                                         ('nobody:no-such', 'ENOENT: no such group: no-such')])
+@pytest.mark.parametrize('user, error', [('no-such', 'EINVAL: no such user: no-such'),
+                                         ('nobody:no-such', 'EINVAL: no such group: no-such')])
 def test_users_that_are_not_there(runners, user, error):
     assert runners.run('true', user=user)['error'] == error
 

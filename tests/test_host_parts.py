@@ -5,7 +5,6 @@ import os
 import sqlite3
 import threading
 import time
-import types
 import xmlrpc.client
 
 import helpers
@@ -25,7 +24,6 @@ import hosttrust
 import hostworkers
 import protocol
 import rpc
-import stompbroker
 import vmhost
 from protocol import Message
 
@@ -223,16 +221,23 @@ def test_liveness(clock):
     assert add(guests, 'A')[1]
 
 
-def test_a_name_is_no_way_to_anothers_id(clock):
+def test_a_name_stays_its_owners(clock):
     guests = hostguests.Guests(30, clock)
-    squatter = add(guests, 'A', 'second')[0]
-    assert guests.find('second') is squatter
-    second = add(guests, 'second', 'n')[0]
-    assert guests.find('second') is guests.find('SECOND') is second
-    assert squatter.name == 'second-A' and guests.find('second-A') is squatter
-    assert add(guests, 'A', 'SECOND')[0].name == 'SECOND-A'
-    guests.gone('second')
-    assert add(guests, 'A', 'second')[0].name == 'second-A' and guests.find('second') is second
+    owner = add(guests, 'A', 'second')[0]
+    assert guests.find('second') is owner and guests.owner_of('second') == 'A'
+    assert guests.find('SECOND') is None
+    guests.gone('A')
+    assert add(guests, 'B', 'second')[0].name == 'second-B' and guests.find('second') is owner
+    assert add(guests, 'C', 'A')[0].name == 'A-C'           # nor is it called by another's id
+    guests.forget('A')
+    assert add(guests, 'B', 'second')[0].name == 'second'
+
+
+def test_the_hypervisors_name_wins(clock):
+    guests = hostguests.Guests(30, clock)
+    guest, vm = add(guests, 'A', 'web')[0], add(guests, '0A:00:00:00:00:09', 'x')[0]
+    guests.rename(vm, 'web')
+    assert guests.find('web') is vm is guests.find('0a:00:00:00:00:09') and guest.name == 'web-A'
 
 
 def test_a_mac_is_no_name():
@@ -365,94 +370,6 @@ def test_results_are_read_or_refused(keys):
     assert set(hostcommands.lost_results('x', '')) <= set(results)
     protocol.read_json(protocol.write_json(results))
     rpc.to_xml(hostapi.shown_results(results))
-
-
-# --- trust ---
-
-class Session:
-    def __init__(self, policy, secret='', peer='10.0.0.1'):
-        self.policy, self.peer, self.policy_data, self.is_closed = policy, (peer, 1), None, False
-        policy.connecting(self, {'vmhost-secret': secret})
-
-    def close(self, why):
-        self.is_closed = True
-        self.policy.closed(self)
-
-    def says(self, word, destination=protocol.CONNECTIONS, **headers):
-        frame = types.SimpleNamespace(headers=dict(headers), body=word.encode())
-        return self.policy.sending(self, destination, frame), frame.headers
-
-
-@pytest.fixture
-def policy():
-    return hosttrust.HostPolicy('secret', {'10.0.0.9': '0A:00:00:00:00:09'}.get)
-
-
-def test_a_guest_is_bound_to_its_first_hello(policy):
-    guest = Session(policy)
-    assert guest.says('STILL_ALIVE', id='A')[0] is False
-    assert guest.says('HELLO', id='A')[0] is True
-    assert guest.says('STILL_ALIVE')[1]['from'] == 'A'
-    for headers in ({'id': 'B'}, {'from': 'B'}):
-        with pytest.raises(stompbroker.Refused):
-            guest.says('STILL_ALIVE', **headers)
-
-
-def test_what_a_guest_may_not(policy):
-    guest = Session(policy, 'wrong')
-    with pytest.raises(stompbroker.Refused):
-        guest.says('CMD_RUN', protocol.CMD_REQUESTS, to='B')
-    for destination in (protocol.CONNECTIONS, protocol.CMD_RESPONSES, '/queue/x'):
-        with pytest.raises(stompbroker.Refused):
-            policy.subscribing(guest, destination, {})
-    policy.subscribing(guest, protocol.CMD_REQUESTS, {})
-    host = Session(policy, 'secret')
-    policy.subscribing(host, protocol.CMD_RESPONSES, {})
-    assert host.says('CMD_RUN', protocol.CMD_REQUESTS, to='A')[0] is True
-
-
-def test_the_network_card_must_be_its_own(policy):
-    with pytest.raises(stompbroker.Refused, match='0A:00:00:00:00:09'):
-        Session(policy, peer='10.0.0.9').says('HELLO', id='0a:00:00:00:00:01')
-    neighbour = Session(policy, peer='10.0.0.9')
-    assert neighbour.says('HELLO', id='0a:00:00:00:00:09')[1]['from'] == '0A:00:00:00:00:09'
-
-
-def test_one_id_one_agent(policy):
-    first = Session(policy)
-    first.says('HELLO {"session": "1", "boot": "b"}', id='A')
-    with pytest.raises(stompbroker.Refused, match='taken'):
-        Session(policy).says('HELLO {"session": "2", "boot": "b"}', id='A')
-    again = Session(policy)
-    again.says('HELLO {"session": "1", "boot": "b"}', id='A')
-    assert first.is_closed and not again.is_closed
-    rebooted = Session(policy)
-    rebooted.says('HELLO {"session": "3", "boot": "c"}', id='A')
-    assert again.is_closed
-    natted = [Session(policy, peer='127.0.0.1') for _ in range(2)]
-    natted[0].says('HELLO {"session": "1", "boot": "b"}', id='N')
-    with pytest.raises(stompbroker.Refused, match='taken'):
-        natted[1].says('HELLO {"session": "2", "boot": "c"}', id='N')
-    elsewhere = Session(policy, peer='10.0.0.2')
-    with pytest.raises(stompbroker.Refused):
-        elsewhere.says('HELLO {"session": "4", "boot": "d"}', id='A')
-
-
-def test_only_the_addressed_are_sent_it(policy):
-    host, first, second, silent = (Session(policy, secret) for secret in ('secret', '', '', ''))
-    first.says('HELLO', id='A')
-    second.says('HELLO', id='B')
-    policy.named('B', 'berta')
-
-    def reached(to, word=b'CMD_RUN'):
-        frame = types.SimpleNamespace(headers={'to': to}, body=word)
-        audience = policy.audience(protocol.CMD_REQUESTS, frame)
-        return [session for session in (first, second, silent) if audience(session)]
-    assert reached('A') == [first] and reached('berta') == [second] and reached('be*') == [second]
-    assert reached('*') == [first, second] and reached('') == [] and reached('C') == []
-    assert reached('*', b'HELLO') == [first, second, silent]
-    policy.named('B', 'A')
-    assert reached('A') == [first]
 
 
 # --- what the API is asked ---

@@ -230,3 +230,29 @@ def test_it_joins_a_real_broker_whatever_pieces_the_bytes_come_in():
     made.close()
     broker.stop()
     wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == 'link'])
+
+
+# --- a broker whose host can't be trusted ---
+
+def test_an_abandoned_broker_is_left_for_the_next_one(peer, link):
+    with contextlib.closing(Peer()) as other:
+        made = link(first_delay=0.01)
+        made._candidates = lambda: [peer.address, other.address]
+        peer.accept()
+        assert made.told.get(timeout=20) == 'up'
+        made.abandon('it gives no proof')
+        assert 'it gives no proof' in made.told.get(timeout=20)
+        other.accept()
+        assert made.told.get(timeout=20) == 'up' and made.peer_address == other.address
+        other.close()
+
+
+def test_the_abandoned_one_is_told_of_once_a_night(peer, link, caplog):
+    caplog.set_level('INFO', 'vmhost.link')
+    made = link(first_delay=0.01)
+    for _ in range(3):
+        peer.accept()
+        assert made.told.get(timeout=20) == 'up'
+        made.abandon('it gives no proof')
+        made.told.get(timeout=20)
+    assert caplog.text.count('it gives no proof') == 1 and 'running' not in caplog.text

@@ -18,6 +18,7 @@ import xmlrpc.client
 import pytest
 from agents import Agent, Host, command
 from brokers import free_port
+from fake_guest import Guest
 from helpers import fault_of, wait_until
 
 import agent
@@ -194,7 +195,7 @@ def test_an_exit_code_after_a_timeout_is_no_signal(host, guest):
     results = host.run('one', 'sh', '-c', obeys % 3, timeout=0.3)
     assert (results['state'], results['finished'], results['exitCodeOrSignal']) == ('timeout', True, 3)
     for code, told in ((3, 3), (0, 124)):
-        done = host.verb('run', '-t', '0.3', 'one', '--', 'sh', '-c', obeys % code)
+        done = host.verb('run', '-T', '0.3', 'one', '--', 'sh', '-c', obeys % code)
         assert done.returncode == told and b'timeout' in done.stderr
 
 
@@ -544,25 +545,26 @@ def test_a_name_that_is_a_glob_means_itself_alone_where_no_other_matches(host, g
 
 
 def test_a_results_orphan_can_be_read_and_forgotten(host, guest, api):
-    hostile(host, HELLO, send('/topic/cmd_responses',
-                              'CMD_RESULTS {"cmd-id": "or@phan", "finished": true, "out": "x"}'))
+    with Guest(host.broker_port, 'orphans') as other:
+        other.join().word('CMD_RESULTS', **{'cmd-id': 'or@phan', 'finished': True, 'out': 'x'})
+        other.hear('CMD_ACK')
     wait_until(lambda: [event for event in api.getEvents(-20)['events'] if event['cmdId'] == 'or@phan'], 10)
     assert api.getCmdResults('or@phan')['out'] == 'x'
     assert api.forgetCmd('or@phan') is True
     assert fault_of(api.getCmdResults, 'or@phan').faultCode == 3
 
 
-HELLO = send('/topic/connections', 'HELLO {"name": "evil"}', id='evil', ip='1.2.3.4')
-
-
 def test_hostile_words_harm_nobody(host, guest, api):
     before = api.agentInfo()['aint']
-    to_host = '/topic/cmd_responses'
-    hostile(host, HELLO, *[send(to_host, body) for body in (
-        'NONSENSE', 'CMD_RESULTS {', 'CMD_RESULTS []', 'CMD_RESULTS {"cmd-id": 5, "state": "x"}', '',
-        'CMD_STATUS ' + '[' * 100000, 'CMD_RUN {}', '__import__', 'CMD_STATUS {"state": NaN}',
-        'CMD_RESULTS {"cmd-id": "x", "exitCodeOrSignal": 1e999}', 'PONG {"ping-id": {}}')])
-    wait_until(lambda: api.agentInfo()['aint'] >= before + 8, 10)
+    with Guest(host.broker_port, 'evil') as evil:
+        evil.join()
+        for body in ('NONSENSE', 'CMD_RESULTS {', 'CMD_RESULTS []', '', 'CMD_STATUS ' + '[' * 100000,
+                     'CMD_RUN {}', '__import__', 'CMD_STATUS {"state": NaN}',
+                     'CMD_RESULTS {"cmd-id": "x", "exitCodeOrSignal": 1e999}', 'PONG {"ping-id": {}}',
+                     'CMD_RESULTS {"cmd-id": 5, "state": "x"}'):
+            evil.body(body)
+        wait_until(lambda: api.agentInfo()['aint'] >= before + 8, 10)
+        assert api.agentInfo()['untrusted'] == 0
     assert host.run('one', 'echo', 'well')['out'] == 'well\n'
 
 
@@ -570,20 +572,20 @@ def test_a_guest_can_not_forge_or_listen(host, guest, api):
     cmd_id = api.runCmd('one', 'sleep', ['2'])
     forged = json.dumps({'cmd-id': cmd_id, 'state': 'exited', 'finished': True, 'exitCodeOrSignal': 66,
                          'from': 'one', 'id': 'one'})
-    assert b'ERROR' in hostile(host, HELLO, send('/topic/cmd_responses', 'CMD_RESULTS ' + forged,
-                                                 **{'from': 'one'}))
-    hostile(host, HELLO, send('/topic/cmd_responses', 'CMD_RESULTS ' + forged))
+    with Guest(host.broker_port, 'forger') as forger:
+        forger.join().body('CMD_RESULTS ' + forged)
+        forger.hear('CMD_ACK')                 # an orphan of its own
+        forger.put('/topic/cmd_responses', {'from': 'one'}, 'CMD_RESULTS ' + forged)
+        forger.take_error()
     assert b'ERROR' in hostile(host, send('/topic/cmd_requests', 'CMD_RUN', to='one', cmd='true'))
     for topic in ('/topic/cmd_responses', '/topic/connections', '/queue/x'):
         assert b'ERROR' in hostile(host, ('SUBSCRIBE\nid:0\ndestination:%s\n\n\0' % topic).encode())
-    assert b'taken' in hostile(host, send('/topic/connections', 'HELLO {"session": "s"}', id='one', ip='x'))
-    heard = []
-    spy = threading.Thread(target=lambda: heard.append(hostile(
-        host, HELLO, b'SUBSCRIBE\nid:0\ndestination:/topic/cmd_requests\n\n\0')))
-    spy.start()
-    assert host.run('one', 'echo', 'a-secret')['out'] == 'a-secret\n'
-    spy.join()
-    assert b'a-secret' not in heard[0]
+    with Guest(host.broker_port, 'spy') as spy, Guest(host.broker_port, 'one') as thief:
+        spy.join()
+        thief.put('/topic/connections', {'id': 'one'}, 'HELLO {"nonce": "%s"}' % ('0' * 32))
+        assert host.run('one', 'echo', 'a-secret')['out'] == 'a-secret\n'
+        heard = [frame.body for listener in (spy, thief) for frame in listener.before_now_as_guest()]
+    assert not [body for body in heard if b'a-secret' in body]
     assert host.results(cmd_id)['exitCodeOrSignal'] == 0
 
 

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ import urllib.parse
 import pytest
 from agents import TOP, Agent, Host
 from chromium import CHROMIUM, Browser
+from fake_guest import Guest
 from helpers import wait_until
 from vms import SETTINGS
 
@@ -89,22 +89,17 @@ class FakeGuest:
     """A guest without an agent, that says what it is told to. For a ``with`` block."""
 
     def __init__(self, host, id, **facts):
-        self.id = id
-        self.connection = socket.create_connection(('127.0.0.1', host.broker_port), timeout=20)
-        self.connection.sendall(b'CONNECT\naccept-version:1.2\nhost:x\n\n\0')
-        assert self.connection.recv(65536).startswith(b'CONNECTED')
-        self.connection.sendall(b'SUBSCRIBE\nid:0\ndestination:/topic/cmd_requests\n\n\0')
-        self.say('/topic/connections', 'HELLO', **facts)
+        self.guest = Guest(host.broker_port, id)
+        self.guest.hello(**facts)
 
     def say(self, destination, word, **keys):
-        self.connection.sendall(('SEND\ndestination:%s\nid:%s\nip:1.2.3.4\n\n%s %s\0' % (
-            destination, self.id, word, json.dumps(keys).replace('Infinity', '1e999'))).encode())
+        self.guest.word(word, destination, **keys)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exc):
-        self.connection.close()
+        self.guest.close()
 
 
 # --- who may see it ---

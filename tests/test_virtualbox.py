@@ -328,6 +328,16 @@ def test_a_silent_process_is_given_up():
         assert box.version() == 'an answer'
 
 
+def test_a_worker_with_nothing_to_do_ends(monkeypatch):
+    monkeypatch.setattr(hypervisor, 'WORKER_IDLE', 0.2)
+    with started(ANSWERS) as box:
+        assert box.version() == 'an answer'
+        box.pause('vm')
+        worker = box.processes[-1]
+        wait_until(lambda: worker.returncode is not None)
+        assert box.pause('vm') == 'an answer'
+
+
 def test_a_worker_that_hangs_takes_nobody_along():
     """Nor is it said that the hypervisor died."""
     with started(ANSWERS, HANGS % 'SIG_DFL', ANSWERS) as box:

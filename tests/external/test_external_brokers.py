@@ -22,7 +22,7 @@ from test_spine import (  # noqa: F401
     test_output_and_usage_of_a_running_command,
     test_stdin_as_text_bytes_and_file,
     test_the_result_of_a_program,
-    test_timeout_leaves_no_process_of_the_session,
+    test_timeout_leaves_no_process,
     test_what_can_not_start_fails_at_once,
 )
 

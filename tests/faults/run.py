@@ -2,10 +2,13 @@
 
 Real processes of a host, three guests (each behind a cutting proxy), and now and then a broker apart,
 are killed, stopped, cut off, rolled back, filled up and put out of time, one fault after the other,
-while commands are asked for. Each command appends a line to a file of its own, outside of the guests'
-disks: the only proof that it ran. When the dust has settled: each ran at most once (per state of its
-guest's disk), each has exactly one end, and what the host reports equals the proof. ``lost`` and
-``failed`` are right only where a fault that a command was under allows them.
+while commands are asked for: some twice by the same id, as who got no answer does; some are cancelled or
+signalled, some expire where they wait. Each command appends a line to a file of its own, outside of the
+guests' disks, as it begins, and makes another file as it ends: the only proof of that. When the dust has
+settled: each ran at most once (per state of its guest's disk), each has exactly one end, and what the host
+reports equals the proof: what is cancelled or expired never began, what ended by a signal got it from here,
+what exited came to its end. ``lost`` and ``failed`` are right only where a fault that a command was under
+allows them.
 
 The same seed gives the same sequence of faults and of commands (--plan prints it); how they fall
 together in time differs. Ends with one line of counts, and 0 when nothing was lost, double or wrong.
@@ -54,18 +57,24 @@ KINDS = {              # fault: weight, (shortest, longest) duration in seconds
     'guest-full': (3, (0.5, 2)), 'host-full': (3, (0.5, 2)),
 }
 
+DEEDS = ('',) * 8 + ('repeat', 'repeat', 'KILL', 'TERM', 'expire')
+
 Fault = collections.namedtuple('Fault', 'kind guest seconds')
 
 
 def plan_of(seed, faults, commands):
-    """(the faults, the commands) of a seed; a command is (guest, seconds, exit code, bytes of output)."""
+    """(the faults, the commands) of a seed.
+
+    A command is (guest, seconds, exit code, bytes of output, what is done to it): ``repeat``: it is asked
+    for twice; ``KILL``, ``TERM``: it gets that signal; ``expire``: it has to begin within 2 s.
+    """
     choose = random.Random(seed)
     kinds, weights = list(KINDS), [weight for weight, _ in KINDS.values()]
     planned = []
     for kind in choose.choices(kinds, weights, k=faults):
         planned.append(Fault(kind, choose.randrange(GUESTS), round(choose.uniform(*KINDS[kind][1]), 2)))
     asked = [(choose.randrange(GUESTS), choose.choice((0, 0, 0, 0.1, 0.3, 1, 2, 5)), choose.randrange(100),
-              choose.choice((0, 0, 0, 100000))) for _ in range(commands)]
+              choose.choice((0, 0, 0, 100000)), choose.choice(DEEDS)) for _ in range(commands)]
     return planned, asked
 
 
@@ -74,7 +83,7 @@ class Attempt:
 
     def __init__(self, world, number, command):
         self.number = number
-        self.guest, self.seconds, self.code, self.output = command
+        self.guest, self.seconds, self.code, self.output, self.deed = command
         self.nonce = '%06d' % number
         self.proof = os.path.join(world.proofs, self.nonce)
         self.cmd_id = ''
@@ -86,8 +95,21 @@ class Attempt:
     def words(self):
         """The arguments of sh."""
         return ['-c', 'echo "$GENERATION" >> "$1"; sleep "$2"; head -c "$4" /dev/zero | tr "\\\\0" x; '
-                'echo "$5"; exit "$3"', 'sh', self.proof, str(self.seconds), str(self.code),
-                str(self.output), self.nonce]
+                'echo "$5"; echo > "$1.ended"; exit "$3"', 'sh', self.proof, str(self.seconds),
+                str(self.code), str(self.output), self.nonce]
+
+    def options(self):
+        """Of runCmd."""
+        found = {'queue': True}
+        if self.deed == 'repeat':
+            found['id'] = 'of-the-caller-' + self.nonce
+        if self.deed == 'expire':
+            found['expires'] = 2
+        return found
+
+    def has_ended(self):
+        """Whether it came to its own end, as it wrote itself."""
+        return os.path.exists(self.proof + '.ended')
 
     def runs(self):
         """The generation of the guest's disk at each run."""
@@ -108,7 +130,7 @@ class Guest:
         self.proxy = CuttingProxy(world.port)
         self.clock = Clock(self.folder)
         self.generation = self.boot = 0
-        self.disk = os.path.join(self.folder, 'state')
+        self.disk = os.path.join(self.folder, 'state', 'spool')
         self.copy = None
         self.has_small_disk = mount_small_disk(self.disk, '48M')
         host = world.host
@@ -260,15 +282,26 @@ class World:
                 attempt = Attempt(self, len(self.attempts), command)
                 self.attempts.append(attempt)
             try:
-                with self.host.api as api:
-                    attempt.cmd_id = api.runCmd('g%d' % attempt.guest, 'sh', attempt.words(), {}, '', '',
-                                                {'queue': True})
+                self.submit(attempt)
                 return
             except xmlrpc.client.Fault:
                 attempt.refused = True
             except (OSError, ValueError, xmlrpc.client.Error):
                 pass
             time.sleep(0.3)
+
+    def submit(self, attempt):
+        """runCmd, and what is done to the command. Raises what that raised."""
+        def call():
+            return api.runCmd('g%d' % attempt.guest, 'sh', attempt.words(), {}, '', '', attempt.options())
+        with self.host.api as api:
+            attempt.cmd_id = call()
+            with contextlib.suppress(OSError, xmlrpc.client.Error):
+                if attempt.deed == 'repeat':
+                    assert call() == attempt.cmd_id
+                elif attempt.deed in ('KILL', 'TERM'):
+                    time.sleep(attempt.seconds / 10)
+                    api.signalCmd(attempt.cmd_id, attempt.deed)
 
     def look_on(self):
         """Notes each end, so that one that changes is found."""
@@ -284,7 +317,9 @@ class World:
     def note_ends(self, listed):
         for command in listed:
             cmd_id, state = command['cmdId'], command['state']
-            if self.ended.setdefault(cmd_id, state) != state:
+            was, self.ended[cmd_id] = self.ended.get(cmd_id, state), state
+            # What the host called off may turn out to have begun: then that is told instead.
+            if was not in (state, 'cancelled', 'expired'):
                 self.changed.append(cmd_id)
 
     def excuse(self, why, guest=None, since=None):
@@ -554,7 +589,7 @@ class World:
             return False
         folder = os.path.join(guest.folder, 'twin')
         shutil.rmtree(folder, ignore_errors=True)
-        shared = {'state_dir': guest.disk} if self.broker is not None else {}
+        shared = {'state_dir': os.path.dirname(guest.disk)} if self.broker is not None else {}
         twin = Agent(folder, guest.agent.host, guest.id, broker={'port': self.port}, **shared)
         twin.faults = {'env': {'GENERATION': 'twin'}}
         twin.start(wait=False)
@@ -674,8 +709,17 @@ def judge(attempt):
     if state == 'exited':
         size = attempt.output + len(attempt.nonce) + 1
         right = results['exitCodeOrSignal'] == attempt.code and results['out-size'] == size \
-            and results['out'].endswith(attempt.nonce + '\n') and len(runs) >= 1
+            and attempt.has_ended() and results['out'].endswith(attempt.nonce + '\n') and len(runs) >= 1
         return ('exited', '') if right else ('wrong', 'its results are not those of its run')
+    if state in ('cancelled', 'expired'):
+        right = attempt.deed in {'cancelled': ('KILL', 'TERM'), 'expired': ('expire',)}[state] \
+            and (not runs or 'disk' in attempt.excuses)
+        return (state, '') if right else ('wrong', 'it is %s, and ran, or nobody wanted that' % state)
+    if state == 'signaled':
+        # What expired at the host, and had begun in the guest at that moment, is ended by KILL.
+        right = attempt.deed in ('KILL', 'TERM', 'expire') and results['by'] == 'signalCmd' \
+            and not attempt.has_ended()
+        return (state, '') if right else ('wrong', 'nobody sent that signal, or it had ended')
     if state == 'lost':
         excused = attempt.excuses & {'reboot', 'disk', 'runner-kill', 'journal'} and results['error']
         return ('excused', '') if excused else ('lost', 'nothing excuses it')

@@ -83,7 +83,8 @@ def remove(uuid):
     pid = vm_process(uuid)
     if pid:
         kill(pid)
-    wait_until(lambda: try_manage('unregistervm', uuid, '--delete'), 30, 0.3)
+    wait_until(lambda: try_manage('unregistervm', uuid, '--delete') or try_manage('unregistervm', uuid),
+               30, 0.3)
 
 
 def forget_networks():

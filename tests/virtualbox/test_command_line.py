@@ -13,17 +13,17 @@ VM = 'told'
 LIFE = [                        # a verb, what it says, and the state in which it leaves the VM
     (['create', VM, '--memory', '16', '--cpus', '2', '--disk', '4', '--network', 'nat'], VM, 'PoweredOff'),
     (['snap', 'take', VM, 'base'], 'snapshot taken', 'PoweredOff'),
-    (['start', VM], VM + ' runs', 'Running'),
+    (['start', VM], VM + ' is running', 'Running'),
     (['reset', VM], VM + ' is reset', 'Running'),
     (['snap', 'take', VM, 'live'], 'snapshot taken', 'Running'),
     (['snap', 'ls', VM], 'base\nlive', 'Running'),
     (['pause', VM], VM + ' is paused', 'Paused'),
-    (['resume', VM], VM + ' runs', 'Running'),
+    (['resume', VM], VM + ' is running', 'Running'),
     (['save', 'tol*'], VM + ' is saved', 'Saved'),
-    (['start', VM], VM + ' runs', 'Running'),
+    (['start', VM], VM + ' is running', 'Running'),
     (['stop', '--force', VM], VM + ' is off', 'PoweredOff'),
     (['snap', 'restore', VM], 'snapshot restored', 'Saved'),
-    (['call', 'discardState', VM], 'true', 'PoweredOff'),
+    (['discard', VM], VM + ' is off', 'PoweredOff'),
     (['snap', 'rm', VM, 'live'], 'snapshot deleted', 'PoweredOff'),
     (['snap', 'restore', VM, 'base'], 'snapshot restored', 'PoweredOff'),
     (['rm', VM, '--disks'], VM + ' removed', None),
@@ -109,7 +109,7 @@ def test_mistakes_about_vms_disks_and_snapshots(host, small, tmp_path):
             (['snap', 'restore', VM, 'x'], 'needs it to be'), (['snap', 'rm', VM, 'x'], 'has no snapshot'),
             (['snap', 'rm', VM], 'which snapshot'), (['snap', 'take', VM], 'which snapshot'),
             (['call', 'setLimits', VM, '{"cpuPercent": 0}'], '1 to 100'),
-            (['call', 'setLimits', VM, '{"cpuPercent": '], 'no JSON'),
+            (['call', 'setLimits', VM, '{"cpuPercent": '], 'not valid JSON'),
             (['run', VM, '--', 'true'], 'agent'), (['ping', VM], 'agent'), (['get', VM, 'x'], 'agent')]:
         assert why in refusal(host, *words, code=255 if words[0] == 'run' else 1), words
     assert 'new' not in told(host, 'ls')
@@ -130,7 +130,9 @@ def test_looking_at_a_vm(host, small, tmp_path):
     assert told(host, 'call', 'setLimits', VM, '{"cpuPercent": 50}') == 'true\n'
     assert facts(VM)['cpuexecutioncap'] == '50'
     desktop = told(host, 'rdp', VM)
-    assert desktop == '127.0.0.1:%s (authentication external, security TLS)\n' % facts(VM)['vrdeports']
+    where, password = desktop.splitlines()
+    assert where == '127.0.0.1:%s (authentication password, security none)' % facts(VM)['vrdeports']
+    assert re.match(r'password: \w{8} \(shown once\)$', password)
     assert json.loads(told(host, 'rdp', VM, '--json'))['enabled'] is True
     assert told(host, 'rdp', VM, '--off') == 'off\n' and facts(VM)['vrde'] == 'off'
     assert re.search(r'vm-state +told Running\n', told(host, 'events'))
@@ -143,11 +145,19 @@ def test_looking_at_the_hypervisor(host, remove_all):
     assert (code, err) == (1, '') and re.search(r'✗  kernel module vboxdrv: .*vboxconfig', out), out
     assert re.search(r'✓  VirtualBox 7\.\d', out)
     told(host, 'create', VM, '--memory', '16', '--disk', '4')
+    disk = next(value for value in facts(VM).values() if value.endswith('.vdi'))
     manage('createvm', '--name', 'foreign', '--ostype', 'Linux_64', '--register')
-    assert said(host, 'cleanup') == (0, 'would remove vm %s (PoweredOff)\n' % VM,
-                                     'vmhost: nothing was removed: cleanup --yes does\n')
-    assert json.loads(told(host, 'cleanup', '--json')) == [{'kind': 'vm', 'name': VM, 'why': 'PoweredOff'}]
-    assert told(host, 'cleanup', '--yes') == 'removed vm %s (PoweredOff)\n' % VM
+    assert said(host, 'cleanup') == (0, '', '')
+    manage('storageattach', VM, '--storagectl', 'SATA', '--port', '0', '--medium', 'none')
+    assert said(host, 'cleanup') == (0, 'would remove disk %s (no VM uses it)\n' % disk,
+                                     'vmhost: nothing was removed; use cleanup --yes\n')
+    assert told(host, 'keep', VM) == VM + ' is kept\n'
+    assert 'vm ' + VM not in said(host, 'cleanup', '--vms', VM)[1]
+    assert told(host, 'keep', VM, '--off') == VM + ' is not kept any more\n'
+    assert json.loads(told(host, 'cleanup', '--json', '--vms', VM)) == [
+        {'kind': 'vm', 'name': VM, 'why': 'named'}, {'kind': 'disk', 'name': disk, 'why': 'no VM uses it'}]
+    assert told(host, 'cleanup', '--yes', '--vms', VM) == (
+        'removed vm %s (named)\nremoved disk %s (no VM uses it)\n' % (VM, disk))
     assert told(host, 'cleanup') == '' and '"foreign"' in manage('list', 'vms')
 
 
@@ -177,11 +187,11 @@ def test_ctrl_c_in_the_middle_of_create(host, api, appliance, remove_all):
         wait_until(lambda: re.search(rb'begun: .* s, \d+ %, .* left importing', terminal.written), 60)
         terminal.type(b'\x03')
         code, text = terminal.wait()
-        goes_on = 'begun: the host agent goes on with it, `ls` shows how far it is'
+        goes_on = 'begun: the host agent continues; `ls` shows the progress'
         assert (code, text.splitlines()[-1]) == (130, 'vmhost: ' + goes_on)
         assert api.cleanup(False) == []                 # it is not left, it is being made
         assert re.search(r'(?m)^begun: importing, \d+ %$', told(host, 'ls'))
     wait_until(lambda: not api.agentInfo()['jobs'], 300, 0.1)
-    assert said(host, 'cleanup')[1] == 'would remove vm begun (PoweredOff)\n'
+    assert said(host, 'cleanup') == (0, '', '')
     assert told(host, 'rm', 'begun', '--disks') == 'begun removed\n'
     assert told(host, 'cleanup') == '' and manage('list', 'hdds') == hdds

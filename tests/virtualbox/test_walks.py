@@ -1,14 +1,21 @@
 """Random walks of 20 calls over one VM: each answer is the one the model expects, and in the end
-VBoxManage sees what the model and the API say. VMHOST_WALKS says how many, VMHOST_WALK_SEED where to
-begin."""
+VBoxManage sees what the model and the API say. And walks over two VMs with a chaos beside them: lists answer
+at once, nothing foreign is touched, and in the end all agree. VMHOST_WALKS says how many of each,
+VMHOST_WALK_SEED where to begin."""
 
+import contextlib
 import os
 import random
 import re
+import signal
+import subprocess
+import sys
+import threading
 
 import pytest
 from helpers import wait_until
-from rig import AS_VBOXMANAGE_SAYS, facts, manage, vm_process
+from rig import AS_VBOXMANAGE_SAYS, facts, manage, try_manage, vm_process
+from test_trouble import lists_are_asked
 from vm_cases import CHANGES
 from vms import fault_of, kill
 
@@ -118,3 +125,88 @@ def snapshots_of(vm):
     names = dict(re.findall(r'^SnapshotName((?:-\d+)*)="(.*)"$', manage(
         'snapshot', vm, 'list', '--machinereadable'), re.MULTILINE))
     return {name: names.get(path.rpartition('-')[0], '') if path else '' for path, name in names.items()}
+
+
+class Chaos:
+    """Another tool, and an unkind machine, that do things to VMs until they are told to stop."""
+
+    def __init__(self, chance, vms):
+        self.chance, self.vms = chance, vms
+        self.done = []
+        self.ending = threading.Event()
+        self.thread = threading.Thread(target=self.run)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exc):
+        self.ending.set()
+        self.thread.join()
+
+    def run(self):
+        while not self.ending.wait(self.chance.uniform(0.2, 1.5)):
+            act = self.chance.choice([self.power_off, self.stop, self.kill, self.lock, self.describe])
+            vm = self.chance.choice(self.vms)
+            self.done.append((act.__name__, vm))
+            act(vm)
+
+    def power_off(self, vm):
+        try_manage('controlvm', vm, 'poweroff')
+
+    def stop(self, vm):
+        pid = vm_process(facts(vm)['UUID'])
+        if pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+                self.ending.wait(1)
+                os.kill(pid, signal.SIGCONT)
+
+    def kill(self, vm):
+        pid = vm_process(facts(vm)['UUID'])
+        if pid:
+            kill(pid)
+
+    def lock(self, vm):
+        program = os.path.join(os.path.dirname(__file__), 'lock_holder.py')
+        holder = subprocess.Popen([sys.executable, program, vm],
+                                  stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.ending.wait(1)
+        with contextlib.suppress(BrokenPipeError):
+            holder.stdin.close()
+        holder.wait(30)
+
+    def describe(self, vm):
+        try_manage('modifyvm', vm, '--description', 'chaos')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', range(SEED, SEED + WALKS))
+def test_a_walk_with_chaos(host, api, remove_all, seed):
+    chance = random.Random(seed)
+    vms = ['chaos-%d' % number for number in range(2)]
+    manage('createvm', '--name', 'foreign', '--ostype', 'Linux_64', '--register')
+    foreign = facts('foreign')
+    for vm in vms:
+        api.createVM(vm, '', {'memory': 16, 'diskSize': 4})
+    done = []
+    with lists_are_asked(host) as took, Chaos(random.Random(seed + 1000), vms) as chaos:
+        for _ in range(CALLS):
+            method, args = a_call(chance)
+            vm = chance.choice(vms)
+            if method != 'kill':
+                code, answer = fault_of(getattr(api, method), vm, *args)
+                done.append((method, vm, code, answer))
+                assert code in (0, 4, 5, 7, 8, 10), done
+    for vm in vms:
+        settled = wait_until(lambda vm=vm: settled_state(api, vm), 90, 0.3)
+        assert AS_VBOXMANAGE_SAYS[settled] == facts(vm)['VMState'], (done, chaos.done)
+        assert sorted(api.listSnapshots(vm)) == sorted(snapshots_of(vm)), (done, chaos.done)
+    assert facts('foreign') == foreign
+    assert max(took) < 2, (max(took), done, chaos.done)
+
+
+def settled_state(api, vm):
+    """The state, once it is one that stays, and VBoxManage sees the same."""
+    state = api.getState(vm)
+    return state if AS_VBOXMANAGE_SAYS.get(state) == facts(vm)['VMState'] else None

@@ -1,0 +1,261 @@
+"""What a hostile guest tries at the host, over real sockets, and what it gets; what proves an honest one."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+from agents import Agent, Host
+from fake_guest import CONNECTIONS, RESPONSES, Guest
+from helpers import fault_of, wait_until
+
+pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
+
+
+@pytest.fixture(scope='module')
+def host(tmp_path_factory):
+    with Host(tmp_path_factory.mktemp('host')) as host:
+        yield host
+
+
+@pytest.fixture
+def guest(host):
+    """``guest(id, secret)``: a fake one, connected."""
+    made = []
+
+    def make(id, secret=None):
+        made.append(Guest(host.broker_port, id, secret))
+        return made[-1]
+    yield make
+    for one in made:
+        one.close()
+
+
+def dropped(host):
+    with host.api as api:
+        return api.agentInfo()['untrusted']
+
+
+def test_first_use_pins_a_secret(host, guest, api):
+    first = guest('first').join()
+    wait_until(lambda: 'first' in api.listRegisteredVMs())
+    cmd_id = api.runCmd('first', 'id')
+    headers, _ = first.hear('CMD_RUN')
+    assert headers['cmd-id'] == cmd_id
+    first.word('CMD_RESULTS', headers={'cmd-id': cmd_id}, state='exited', finished=True, exitCodeOrSignal=0)
+    first.hear('CMD_ACK')
+    assert api.getCmdResults(cmd_id)['finished'] is True
+
+
+def test_it_is_told_once_and_proved_from_then_on(host, guest, api):
+    secret = os.urandom(32)
+    guest('again', secret).join()
+    again = guest('again', secret)
+    greeting = again.hello(tell=False)
+    assert len(greeting['nonce']) == 32 and greeting['key']
+    headers, _ = again.hear('PING')            # by this the host asks for a proof
+    again.word('PONG', headers={'ping-id': headers['ping-id']})
+    cmd_id = api.runCmd('again', 'id')
+    assert again.hear('CMD_RUN')[0]['cmd-id'] == cmd_id
+
+
+def test_another_secret_is_refused_by_a_sentence_that_names_forget(host, guest, api):
+    honest = guest('honest').join()
+    teller = guest('honest')
+    teller.put(CONNECTIONS, {'id': 'honest'}, 'HELLO ' + json.dumps({'nonce': '0' * 32, 'secret': '0' * 64}))
+    assert 'forget honest' in teller.take_error().get('message')
+    silent = guest('honest')                   # greeted, but it can't prove anything
+    silent.put(CONNECTIONS, {'id': 'honest'}, 'HELLO ' + json.dumps({'nonce': '0' * 32}))
+    _, word, greeting = silent.take_word(time.monotonic() + 20)
+    assert word == 'HELLO' and 'proof' in greeting
+    silent.key = os.urandom(32)
+    before = dropped(host)
+    silent.word('STILL_ALIVE', CONNECTIONS)
+    wait_until(lambda: dropped(host) == before + 1)
+    cmd_id = api.runCmd('honest', 'id')
+    assert honest.hear('CMD_RUN')[0]['cmd-id'] == cmd_id
+
+
+def test_forget_lets_name_id_and_secret_go(host, guest, api):
+    old = guest('leaver').join(name='left')
+    cmd_id = api.runCmd('left', 'id')
+    assert api.forgetVM('left') is True
+    assert api.getCmdStatus(cmd_id, False)['state'] == 'lost'
+    assert fault_of(api.runCmd, 'left', 'id').faultCode == 1 and fault_of(api.forgetVM, 'left').faultCode == 1
+    before = dropped(host)
+    old.word('STILL_ALIVE', CONNECTIONS)
+    wait_until(lambda: dropped(host) > before)
+    new = guest('leaver').join(name='left')
+    assert api.getNamesToIdsMapping()['left'] == 'leaver'
+    api.runCmd('left', 'id')
+    new.hear('CMD_RUN')
+
+
+@pytest.mark.parametrize('present', [True, False])
+def test_anothers_name_is_no_id(host, guest, api, present):
+    name = 'web-%s' % present
+    victim = guest('id-of-' + name).join(name=name)
+    if not present:
+        victim.word('BYE', CONNECTIONS)
+        wait_until(lambda: name not in api.listRegisteredVMs())
+    thief = guest(name)
+    thief.put(CONNECTIONS, {'id': name}, 'HELLO ' + json.dumps({'nonce': '0' * 32, 'secret': '0' * 64}))
+    assert 'another machine\'s name' in thief.take_error().get('message')
+    assert api.getVM(name)['id'] == 'id-of-' + name
+
+
+def test_a_name_stays_its_owners_after_bye(host, guest, api):
+    owner = guest('owner').join(name='mine')
+    owner.word('BYE', CONNECTIONS)
+    wait_until(lambda: 'mine' not in api.listRegisteredVMs())
+    guest('thief').join(name='mine')
+    assert api.getVM('mine')['id'] == 'owner'
+    assert api.getIdsToNamesMapping()['thief'] == 'mine-thief'
+    assert fault_of(api.runCmd, 'mine', 'id').faultCode == 2
+
+
+def test_ids_are_compared_exactly(host, guest, api):
+    lower, upper = guest('node1').join(), guest('NODE1').join()
+    cmd_id = api.runCmd('node1', 'id')
+    assert lower.hear('CMD_RUN')[0]['cmd-id'] == cmd_id
+    api.runCmd('NODE1', 'true')
+    assert upper.hear('CMD_RUN')[0]['cmd'] == 'true'       # and not the one for node1 before
+
+
+@pytest.mark.parametrize('id', ['gauß', '08:00:27:AA:ﬀ:01', 'a b', '*', '', 'x' * 65, 'a\nb'])
+def test_what_is_no_id(host, guest, id):
+    thief = guest(id)
+    thief.put(CONNECTIONS, {'id': id}, 'HELLO ' + json.dumps({'nonce': '0' * 32, 'secret': '0' * 64}))
+    thief.take_error()
+
+
+def test_a_hello_with_a_living_guests_id_ends_nothing(host, guest, api):
+    """From the same address, with another boot id: that was enough before."""
+    honest = guest('living').join()
+    running = api.runCmd('living', 'sleep')
+    honest.hear('CMD_RUN')
+    honest.word('CMD_STATUS', headers={'cmd-id': running}, state='running')
+    wait_until(lambda: api.getCmdStatus(running, False)['state'] == 'running')
+    thief = guest('living')
+    for _ in range(20):
+        keys = {'nonce': os.urandom(16).hex(), 'boot': 'x', 'session': 'y', 'cmds': {}}
+        thief.put(CONNECTIONS, {'id': 'living'}, 'HELLO ' + json.dumps(keys))
+    cmd_id = api.runCmd('living', 'id')
+    assert honest.hear('CMD_RUN')[0]['cmd-id'] == cmd_id
+    honest.word('CMD_STATUS', headers={'cmd-id': running}, state='running', processes=7)
+    wait_until(lambda: api.getCmdStatus(running, False)['processes'] == 7)
+    assert not [word for word in heard_by(thief) if word not in ('HELLO', 'PING')]
+
+
+def heard_by(guest):
+    """The words that came so far."""
+    return [frame.body.split(b' ')[0].decode() for frame in guest.before_now_as_guest()
+            if frame.command == 'MESSAGE']
+
+
+def test_unsigned_forged_and_repeated_words_are_dropped(host, guest, api):
+    honest = guest('forged').join()
+    cmd_id = api.runCmd('forged', 'id')
+    honest.hear('CMD_RUN')
+    result = {'state': 'exited', 'finished': True, 'exitCodeOrSignal': 0, 'out': 'forged'}
+    body = 'CMD_RESULTS ' + json.dumps(result)
+    thief = guest('forged')
+    thief.put(CONNECTIONS, {'id': 'forged'}, 'HELLO ' + json.dumps({'nonce': '0' * 32}))
+    before = dropped(host)
+    for headers in ({}, {'seq': '9'}, {'seq': '9', 'mac': '0' * 32}, {'seq': '-1', 'mac': 'x'}):
+        thief.put(RESPONSES, dict(headers, **{'from': 'forged', 'cmd-id': cmd_id}), body)
+    wait_until(lambda: dropped(host) == before + 4)
+    assert api.getCmdResults(cmd_id) == ''
+    headers, body = honest.signed('CMD_STATUS', headers={'cmd-id': cmd_id}, state='running', pid=5)
+    honest.put(RESPONSES, headers, body)
+    wait_until(lambda: api.getCmdStatus(cmd_id, False)['pid'] == 5)
+    honest.word('CMD_STATUS', headers={'cmd-id': cmd_id}, state='running', pid=6)
+    wait_until(lambda: api.getCmdStatus(cmd_id, False)['pid'] == 6)
+    for replayer in honest, thief:
+        replayer.put(RESPONSES, headers, body)
+    wait_until(lambda: dropped(host) == before + 6)
+    assert api.getCmdStatus(cmd_id, False)['pid'] == 6
+
+
+def test_words_may_overtake_each_other_within_the_window(host, guest, api):
+    honest = guest('overtaken').join()
+    cmd_id = api.runCmd('overtaken', 'id')
+    honest.hear('CMD_RUN')
+    frames = [honest.signed('CMD_STATUS', headers={'cmd-id': cmd_id}, state='running', pid=n + 1)
+              for n in range(70)]
+    before = dropped(host)
+    for headers, body in reversed(frames):
+        honest.put(RESPONSES, headers, body)
+    wait_until(lambda: dropped(host) == before + 6)            # those 64 and more behind
+    assert api.getCmdStatus(cmd_id, False)['pid'] == 7
+
+
+def test_what_is_dropped_is_logged_once_a_minute(host, guest):
+    noisy = guest('noisy').join()
+    before = dropped(host)
+    for _ in range(50):
+        noisy.put(RESPONSES, {'from': 'noisy'}, 'PONG')
+    wait_until(lambda: dropped(host) == before + 50)
+    assert host.log().count('dropped a word of noisy') == 1
+
+
+def test_an_agent_of_before_is_told_to_update(host, guest):
+    old = guest('old')
+    old.put(CONNECTIONS, {'id': 'old'}, 'HELLO {"version": "1.0.0", "proto": 1}')
+    message = old.take_error().get('message')
+    assert 'update' in message and '1.0.0' in message
+    assert 'unsigned_guests' in message
+
+
+def test_unsigned_guests_where_they_are_let_in(tmp_path):
+    with Host(tmp_path / 'host', unsigned_guests='yes') as host, host.api as api:
+        with Guest(host.broker_port, 'foreign') as foreign, Guest(host.broker_port, 'foreign') as second:
+            foreign.put(CONNECTIONS, {'id': 'foreign'}, 'HELLO {"name": "foreign"}')
+            wait_until(lambda: 'foreign' in api.listRegisteredVMs())
+            second.put(CONNECTIONS, {'id': 'foreign'}, 'HELLO {"name": "foreign"}')
+            cmd_id = api.runCmd('foreign', 'id')
+            headers, _ = foreign.hear('CMD_RUN')
+            assert 'mac' not in headers and 'CMD_RUN' not in heard_by(second)
+            foreign.put(RESPONSES, {'cmd-id': cmd_id, 'from': 'foreign'}, 'CMD_RESULTS {"state": "exited"}')
+            wait_until(lambda: api.getCmdResults(cmd_id))
+        with Guest(host.broker_port, 'signed') as signed, Guest(host.broker_port, 'signed') as downgrade:
+            signed.join()
+            downgrade.put(CONNECTIONS, {'id': 'signed'}, 'HELLO {}')
+            assert 'forget signed' in downgrade.take_error().get('message')
+
+
+def test_a_multicast_is_signed_for_each(host, guest, api):
+    guests = [guest('many%d' % number).join() for number in range(5)]
+    cmd_id = api.runCmdOnAll('many?', 'id')
+    for one in guests:
+        headers, _ = one.hear('CMD_RUN')
+        assert (headers['cmd-id'], headers['to']) == (cmd_id, one.id)
+
+
+def test_nobody_is_shown_a_secret(host, guest, api):
+    secret = os.urandom(32)
+    guest('shy', secret).join()
+    shown = json.dumps([api.getVM('shy'), api.getEvents(-1000), api.agentInfo()], default=str) + host.log()
+    assert secret.hex() not in shown
+    for folder, _, names in os.walk(host.state):
+        for name in filter(lambda name: os.path.isfile(os.path.join(folder, name)), names):
+            path = os.path.join(folder, name)
+            with open(path, 'rb') as file:
+                if secret.hex().encode() in file.read():
+                    assert name.startswith('journal') and os.stat(path).st_mode & 0o77 == 0
+
+
+def test_a_host_that_restarts_is_known_again(tmp_path):
+    with Host(tmp_path / 'host') as host:
+        with Agent(tmp_path / 'guest', host, 'one') as agent:
+            host.process.send_signal(signal.SIGKILL)
+            host.process.wait()
+            with open(host.ini) as file:
+                text = file.read().replace('port = 0', 'port = %d' % host.broker_port, 1)
+            with open(host.ini, 'w') as file:
+                file.write(text)
+            host.start()
+            wait_until(agent.has_joined, 40)
+            assert host.run('one', 'echo', 'again')['out'] == 'again\n'
+            assert 'not obeyed' not in agent.log()

@@ -1,0 +1,182 @@
+"""The words that hands know from ssh, docker and supervisor do here what they do there."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from agents import TOP, Agent, Host
+from helpers import wait_until
+
+pytestmark = [pytest.mark.ends, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
+SCRIPT = os.path.join(TOP, 'vmhost.py')
+
+
+@pytest.fixture(scope='module')
+def host(tmp_path_factory):
+    with Host(tmp_path_factory.mktemp('host')) as host:
+        yield host
+
+
+@pytest.fixture(scope='module')
+def guests(host, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('guests')
+    with Agent(folder / 'one', host, 'one') as one, Agent(folder / 'two', host, 'two') as two:
+        yield one, two
+
+
+def said(host, *words, code=0, **kwargs):
+    done = host.verb(*words, **kwargs)
+    assert done.returncode == code, (words, done)
+    return done.stdout.decode()
+
+
+def test_run_needs_no_dashes(host, guests):
+    assert said(host, 'exec', 'one', 'echo', '-n', 'a', '--', 'b') == 'a -- b'
+    assert said(host, 'run', '-e', 'A=1', 'one', 'sh', '-c', 'echo $A; exit 4', code=4) == '1\n'
+    assert said(host, 'run', 'one', '-e', 'A=2', '--', 'sh', '-c', 'echo $A') == '2\n'
+    assert said(host, 'run', 'one', '--', 'echo', '-d') == '-d\n'
+
+
+def test_run_takes_what_the_api_takes(host, guests):
+    told = said(host, 'run', '-n', '7', '-l', 'nofile=50', '--clear-env', '-e', 'PATH=/usr/bin:/bin', 'one',
+                'sh', '-c', 'nice; ulimit -n; env | grep -c HOME; true')
+    assert told.split() == ['7', '50', '0']
+    first = said(host, 'run', '-d', '--id', 'mine-1', 'one', 'true').strip()
+    assert first == 'mine-1' == said(host, 'run', '-d', '--id', 'mine-1', 'one', 'true').strip()
+    done = host.verb('run', '-T', '0.3', '-k', '0.2', 'one', 'sh', '-c',
+                     'trap "" TERM; sleep 60 & wait; wait')
+    assert done.returncode == 128 + signal.SIGKILL
+    if os.geteuid() == 0:
+        assert said(host, 'run', '-u', 'root', 'one', 'id', '-un') == 'root\n'
+        assert host.verb('run', '-u', 'no-such', 'one', 'id').returncode == 255
+    assert host.verb('run', '-l', 'nothing=1', 'one', 'true').returncode == 255
+
+
+def test_bytes_that_are_no_text_are_arguments(host, guests):
+    done = subprocess.run([os.fsencode(word) for word in host.command('run', 'one', 'printf', '%s')]
+                          + [b'\xff\x01\r'], stdout=subprocess.PIPE, timeout=60)
+    assert done.stdout == b'\xff\x01\r'
+
+
+def test_logs_tail_and_wait_exit_with_the_code(host, guests):
+    cmd_id = said(host, 'run', '-d', 'one', 'sh', '-c', 'seq 1 200000; echo e >&2; exit 3').strip()
+    assert host.verb('wait', cmd_id).returncode == 3
+    assert host.verb('logs', '-f', cmd_id).returncode == 3
+    assert said(host, 'logs', '--tail', '2', cmd_id) == '199999\n200000\n'
+    assert said(host, 'out', '--tail', '0', cmd_id) == ''
+    assert len(said(host, 'out', '-n', '100000', cmd_id).splitlines()) == 100000
+    another = said(host, 'run', '-d', 'two', 'echo', 'x').strip()
+    assert host.verb('wait', another, cmd_id).returncode == 3
+    assert said(host, 'out', another, another) == 'x\nx\n'
+
+
+def test_ps_of_ids_ends_and_times(host, guests):
+    cmd_id = said(host, 'run', '-d', 'one', 'sh', '-c', 'exit 9').strip()
+    host.verb('wait', cmd_id)
+    ids = said(host, 'ps', '-q').splitlines()
+    assert cmd_id in ids and all(re.match(r'[\w-]+(@\w+)?$', line) for line in ids)
+    line, = [line for line in said(host, 'ps').splitlines() if cmd_id in line]
+    assert ' exited 9 ' in line and ' 0 s ' in line
+    assert 'MEMORY' in said(host, 'top').splitlines()[0]
+
+
+@pytest.mark.parametrize('option', [('-9',), ('-KILL',), ('-SIGKILL',), ('-s', '9'), ('-s', 'KILL')])
+def test_kill_as_hands_know_it(option, host, guests):
+    ids = [said(host, 'run', '-d', name, 'sleep', '60').strip() for name in ('one', 'two')]
+    assert host.verb('kill', *(option + tuple(ids))).returncode == 0
+    assert [host.results(cmd_id)['exitCodeOrSignal'] for cmd_id in ids] == [9, 9]
+    assert host.verb('kill', 'no-such', ids[0]).returncode == 1
+
+
+def test_rerun(host, guests):
+    cmd_id = said(host, 'run', '-d', '-e', 'A=5', 'one', 'sh', '-c', 'echo $A $PWD; exit 2').strip()
+    assert host.verb('wait', cmd_id).returncode == 2
+    again = host.verb('rerun', cmd_id)
+    assert again.returncode == 2 and again.stdout == host.verb('out', cmd_id).stdout
+    assert said(host, 'rerun', '-d', cmd_id).strip() != cmd_id
+    done = host.verb('run', '-i', 'one', 'cat', input=b'\xff\x00')
+    ids = said(host, 'ps', '-q').split()
+    assert done.stdout == b'\xff\x00' == host.verb('rerun', ids[-1]).stdout
+    assert host.verb('rerun', 'no-such').returncode == 255
+
+
+def test_cp_both_ways(host, guests, tmp_path):
+    (tmp_path / 'here').write_text('text')
+    assert said(host, 'cp', str(tmp_path / 'here'), 'one:there') == ''
+    assert said(host, 'cp', 'one:there', str(tmp_path / 'back')) == ''
+    assert (tmp_path / 'back').read_text() == 'text'
+    for words in (('a', 'b'), ('one:a', 'two:b')):
+        done = host.verb('cp', *words)
+        assert done.returncode == 1 and b'VM:PATH' in done.stderr
+    (tmp_path / 'a:b').write_text('colon')
+    assert said(host, 'cp', './a:b', 'one:colon', cwd=str(tmp_path)) == ''
+
+
+def test_ls_of_one_and_inspect(host, guests):
+    assert [line.split()[0] for line in said(host, 'ls', 'two').splitlines()] == ['NAME', 'two']
+    assert [vm['name'] for vm in json.loads(said(host, 'list', 't*', '--json'))] == ['two']
+    assert host.verb('ls', 'nobody').returncode == 1
+    assert json.loads(said(host, 'inspect', 'one', '--json'))['name'] == 'one'
+
+
+def test_help_and_version():
+    def run(*words):
+        done = subprocess.run([sys.executable, SCRIPT] + list(words), stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE)
+        return done.returncode, done.stdout.decode(), done.stderr.decode()
+    assert run('version') == run('--version')
+    assert run('help') == run('--help') == run('host.ini', '--help')
+    code, text, _ = run('help', 'run')
+    assert code == 0 and 'VM [--] CMD' in text and '--kill-after' in text
+    for typed, meant in (('delete', 'rm'), ('ssh', 'run'), ('download', 'get'), ('restart', 'reset')):
+        code, _, text = run(typed, 'x')
+        assert code == 2 and '(did you mean %s?)' % meant in text
+
+
+def test_closed_standard_streams(host, guests):
+    for closed in ('>&-', '2>&-', '<&-', '>&- 2>&- <&-'):
+        for words in ('ls', 'run one -- echo x', 'run -i one -- cat', 'nonsense'):
+            done = subprocess.run(['sh', '-c', 'exec "$@" ' + closed, 'sh'] + host.command(*words.split()),
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+            assert b'Traceback' not in done.stderr and b'Exception' not in done.stderr, done
+            assert done.returncode == (2 if words == 'nonsense' else 0), done
+
+
+def test_an_ini_file_is_optional(tmp_path):
+    environment = dict(os.environ, XDG_STATE_HOME=str(tmp_path / 'xdg'), HOME=str(tmp_path))
+    folder = tmp_path / 'work'
+    folder.mkdir()
+    done = subprocess.run([sys.executable, SCRIPT, 'ls'], cwd=str(folder), env=environment,
+                          stderr=subprocess.PIPE)
+    assert done.returncode == 1 and b'no host agent runs here' in done.stderr
+    with Host(folder) as host:
+        os.rename(host.ini, str(folder / 'host.ini'))
+        done = subprocess.run([sys.executable, SCRIPT, 'status', '--json'], cwd=str(folder), env=environment,
+                              stdout=subprocess.PIPE)
+        assert json.loads(done.stdout.decode())['hypervisor'] == 'none'
+
+
+def test_many_end_with_a_line_that_tells_who_is_missing(tmp_path):
+    with Host(tmp_path / 'host', vm_gc_grace=2) as host:
+        with Agent(tmp_path / 'a', host, 'lab1'), Agent(tmp_path / 'b', host, 'lab2') as second, \
+                Agent(tmp_path / 'c', host, 'lab3') as third:
+            third.stop()
+            with host.api as api:
+                wait_until(lambda: api.listRegisteredVMs() == ['lab1', 'lab2'], 20)
+            done = host.verb('run', 'lab*', 'sh', '-c', 'case "$PWD" in */a/*) exit 0;; esac; exit 4')
+            assert done.stderr.decode().splitlines()[-1] == '1 ok, lab2 exited 4, lab3 absent'
+            assert done.returncode == 4
+            second.process.send_signal(signal.SIGSTOP)         # it hangs
+            try:
+                done = host.verb('run', '-T', '1', '-k', '1', 'lab*', 'true')
+                assert done.stderr.decode().splitlines()[-1] == '1 ok, lab2 absent, lab3 absent'
+                assert done.returncode == 255
+            finally:
+                second.process.send_signal(signal.SIGCONT)
+            lines = [line.split() for line in said(host, 'ls').splitlines()]
+            assert lines[1][0] in ('lab3', 'lab2') and 'lost' in lines[1]
+            assert {line[0] for line in lines[1:]} == {'lab1', 'lab2', 'lab3'}
