@@ -185,6 +185,8 @@ class ChirpClient(Connection):
         Of a folder's symbolic links, ``keep`` makes those that stay within it, with no ``..`` after a
         name; the others are told of in Incomplete. Nothing is written through a link.
         """
+        if not source:
+            raise ChirpError('an empty path is no source')
         with self._moving(progress, cancel, within) as meter:
             target = os.fspath(target)
             Download(self, meter, options(verify, keep, links)).run(
@@ -405,8 +407,6 @@ class Upload(Move):
         """What is there of it when it begins: a file may grow meanwhile."""
         with open_regular(source) as file:
             found = os.fstat(file.fileno())
-            if not found.st_size and file.read(1):
-                raise OSError(errno.EINVAL, 'a file that doesn\'t say how long it is', source)
             self._meter.moved = base
             there = self._client.find(target)
             if there is not None and there.is_dir:
@@ -419,7 +419,9 @@ class Upload(Move):
             self._meter.add(start)
             with self._keeping_room(part, target, space_of(found) - start):
                 mode = self._send_rest(file, start, found, part)
-            if self._options.verify or changed(found, os.fstat(file.fileno())):
+            if not found.st_size:
+                self._send_unsized(file, source, part)
+            elif self._options.verify or changed(found, os.fstat(file.fileno())):
                 if not self._client.has_same(part, file, found.st_size, self._meter):
                     self._client.unlink(part)
                     raise Changed('%s changed while it was read, or arrived altered' % source)
@@ -476,6 +478,15 @@ class Upload(Move):
             self._send_pieces(file, number, start, found.st_size)
         self._client.close(number)
         return there.mode & 0o777
+
+    def _send_unsized(self, file: Any, source: str, part: bytes) -> None:
+        """The content of a file that says that it has none: those of /proc do."""
+        data = file.read(SMALL + 1)
+        if len(data) > SMALL:
+            raise OSError(errno.EINVAL, 'a file that doesn\'t say how long it is', source)
+        if data:
+            self._client.putfile(part, data)
+            self._meter.add(len(data))
 
     def _send_pieces(self, file: Any, number: int, start: int, end: int) -> None:
         file.seek(start)
@@ -539,6 +550,8 @@ class Upload(Move):
                 for entry in entries:
                     with self._failing(entry.path):
                         if entry.is_dir(follow_symlinks=self._options.links == 'follow'):
+                            if not merge:
+                                self._make_way(known, target, to_remote(entry.name))
                             folders.append(entry.name)
                         elif not is_part(to_remote(entry.name)):
                             self._put_entry(entry, target, known, merge)
@@ -560,6 +573,12 @@ class Upload(Move):
                     self._meter.add(0)
                     self._put_folder(path, join(target, to_remote(name)), merge)
         names.clear()
+
+    def _make_way(self, known: 'Known', folder: bytes, name: bytes) -> None:
+        """Removes what an earlier attempt left where a folder is to be."""
+        there = self._small.asking(lambda: known.find(name)) if known.must_ask else known.find(name)
+        if there is not None and not there.is_dir:
+            self._small.asking(lambda: self._client.unlink(join(folder, name)))
 
     def _make_folder(self, target: bytes) -> bool:
         """Whether it wasn't there."""
@@ -592,8 +611,8 @@ class Upload(Move):
             if len(data) <= SMALL:
                 if merge and known.has_part(name):
                     self._small.asking(lambda: self._client.rmall(part_path(target)))
-                mode = self._wanted_mode(found, there)
-                return self._small.put(SmallFile(entry.path, target, merge, mode, found, data))
+                return self._small.put(SmallFile(entry.path, target, merge, self._wanted_mode(found, there),
+                                                 there is not None, found, data))
         self._small.asking(lambda: self._put_file(entry.path, target))
 
     def _has(self, source: str, found: os.stat_result, target: bytes, there: Optional[Stat]) -> bool:
@@ -650,14 +669,15 @@ class Known:
 
 class SmallFile:
     """A small file on its way to the server."""
-    __slots__ = ('source', 'target', 'name', 'mode', 'found', 'data', 'error')
+    __slots__ = ('source', 'target', 'name', 'mode', 'replaces', 'found', 'data', 'error')
 
-    def __init__(self, source: str, target: bytes, merge: bool, mode: int, found: os.stat_result,
-                 data: bytes) -> None:
+    def __init__(self, source: str, target: bytes, merge: bool, mode: int, replaces: bool,
+                 found: os.stat_result, data: bytes) -> None:
         self.source = source
         self.target = target
         self.name = part_path(target) if merge else target     # by which it is sent
         self.mode = mode
+        self.replaces = replaces       # a file, whose mode that is
         self.found = found
         self.data = data
         self.error: Optional[Exception] = None
@@ -683,7 +703,8 @@ class SmallFiles:
         """Its content goes once the server has agreed, with what completes the last one."""
         if self._pipeline.is_idle():
             self._client.drop_if_ended()
-        self._client.replacing(file.name, file.target)         # raises where that is too long
+        if file.name != file.target:
+            self._client.replacing(file.name, file.target)     # raises where that is too long
         agreed: List[Union[int, Refused]] = []
         self._pipeline.add(self._client.ask('putfile', quote(file.name), file.mode, len(file.data)),
                            lambda wire, result: agreed.append(result))
@@ -715,7 +736,7 @@ class SmallFiles:
         if self._options.verify:
             algorithm, request = self._client.asking_for_digest(file.name, 0, len(file.data))
             add(request, lambda wire, result: self._compare(file, algorithm, wire, result))
-        if not self._client.is_ours and file.mode & 0o077:
+        if not self._client.is_ours and file.mode & 0o077 and (self._options.keep or file.replaces):
             add(ask('chmod', name, file.mode), file.check)     # the real server has a umask of 077
         if self._options.keep:
             # The time comes last: by it a later attempt knows what is complete.

@@ -1,0 +1,218 @@
+"""What a folder may hold: odd names, modes, links, sizes, numbers; and attempts that stopped half way."""
+
+import os
+import stat
+import subprocess
+import threading
+
+import pytest
+from test_chirp import client, our_server, seen, served, write  # noqa: F401
+
+import chirpclient
+import chirpwire
+
+ODD = ['new\nline', 'Icon\r', '\r', '.__mine', '.__', 'x.vmhost-part', 'a\\b', '%0A', 'tab\t', 'é',
+       os.fsdecode(b'\xff\xfe'), ' ', '-', '\x01\x02', '"', '~', 'n' * 200]
+
+
+@pytest.fixture
+def ours(tmp_path):
+    """A client of a server of ours, and the folder that it serves."""
+    (tmp_path / 'served').mkdir()
+    with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as moving:
+        yield moving, tmp_path / 'served'
+
+
+@pytest.fixture(autouse=True)
+def all_progress(monkeypatch):
+    monkeypatch.setattr(chirpclient.Meter, 'EVERY', 0)
+
+
+def make_odd(folder):
+    for name in ODD:
+        (folder / ('d' + name)[:255]).mkdir(parents=True)
+        write(folder / name, name.encode('utf-8', 'surrogateescape') * 3)
+        write(folder / ('d' + name)[:255] / name, b'inner')
+        os.symlink(name, str(folder / ('l' + name)[:254]))
+    return folder
+
+
+def test_any_name_arrives_between_two_of_ours(ours, tmp_path):
+    client, there = ours  # noqa: F811
+    source = make_odd(tmp_path / 'source')
+    for _ in 'new', 'again':
+        client.put(str(source), '/tree')
+        client.get('/tree', str(tmp_path / 'back'))
+        assert seen(there / 'tree') == seen(tmp_path / 'back') == seen(source)
+
+
+def test_what_a_peer_can_not_carry_is_told_by_name(client, served, tmp_path):  # noqa: F811
+    """Each name arrives, or is among the failures."""
+    source = make_odd(tmp_path / 'source')
+    failed = []
+    for move in (lambda: client.put(str(source), '/tree'),
+                 lambda: client.get('/tree', str(tmp_path / 'back'))):
+        try:
+            move()
+        except chirpwire.Incomplete as incomplete:
+            failed += [path for path, _ in incomplete.failures]
+    if client.is_ours:
+        assert not failed
+    # The real server keeps to itself what begins so.
+    missing = set(os.listdir(str(source))) - set(os.listdir(str(tmp_path / 'back')))
+    assert all(name.startswith('.__') or any(chirpwire.shown(name) in path for path in failed)
+               for name in missing), (missing, failed)
+
+
+def test_modes_are_what_they_are(ours, tmp_path):
+    client, there = ours  # noqa: F811
+    source = tmp_path / 'source'
+    (source / 'closed').mkdir(parents=True)
+    for mode in 0o444, 0o400, 0o755, 0o600, 0o640:
+        write(source / 'closed' / oct(mode), b'x' * mode * 200, mode)
+        write(source / 'closed' / ('small' + oct(mode)), b'x', mode)
+    os.chmod(str(source / 'closed'), 0o555)
+    os.chmod(str(source), 0o500)
+    client.put(str(source), '/tree')
+    client.get('/tree', str(tmp_path / 'back'))
+    assert seen(there / 'tree') == seen(tmp_path / 'back') == seen(source)
+    assert stat.S_IMODE((there / 'tree' / 'closed').stat().st_mode) == 0o555
+    assert stat.S_IMODE((there / 'tree').stat().st_mode) == 0o500
+
+
+def tree_of(folder, contents):
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write(folder / name, content)
+    return folder
+
+
+@pytest.mark.parametrize('way', ['put', 'get'])
+def test_what_another_source_left_is_not_there(client, served, tmp_path, way):  # noqa: F811
+    """A transfer is cancelled; something else is moved to the same target."""
+    first = {'f%d' % n: b'%d' % n * 1000 for n in range(60)}
+    first.update({'deep/x': b'1', 'big': os.urandom(9 << 20), 'is a file': b'1', 'a folder/x': b'1',
+                  'same': b'1'})
+    second = {'same': b'2', 'is a file/now': b'2', 'a folder': b'2', 'f1': b'2', 'big2': os.urandom(100000)}
+    sources = tmp_path / 'here' if way == 'put' else served[1]
+    trees = tree_of(sources / 'first', first), tree_of(sources / 'second', second)
+    for stops in 5000, 100000, 3 << 20:
+        cancel = threading.Event()
+        with pytest.raises(chirpwire.Cancelled):
+            def stop(moved, total, cancel=cancel, stops=stops):
+                if moved >= stops:
+                    cancel.set()
+            if way == 'put':
+                client.put(str(trees[0]), '/target', progress=stop, cancel=cancel)
+            else:
+                client.get('/first', str(tmp_path / 'target'), progress=stop, cancel=cancel)
+        if way == 'put':
+            client.put(str(trees[1]), '/target')
+            assert seen(served[1] / 'target') == seen(trees[1])
+            client.rmall('/target')
+        else:
+            client.get('/second', str(tmp_path / 'target'))
+            assert seen(tmp_path / 'target') == seen(trees[1])
+            subprocess.check_call(['rm', '-rf', str(tmp_path / 'target')])
+
+
+def test_links_are_kept_skipped_or_followed(ours, tmp_path):
+    client, there = ours  # noqa: F811
+    source = tree_of(tmp_path / 'source', {'file': b'x', 'folder/inner': b'y', 'big': os.urandom(200000)})
+    for name, target in (('to file', 'file'), ('to folder', 'folder'), ('to big', 'big'),
+                         ('folder/up', '..'), ('none', 'missing')):
+        os.symlink(target, str(source / name))
+    client.put(str(source), '/kept')
+    client.get('/kept', str(tmp_path / 'kept'))
+    assert seen(there / 'kept') == seen(tmp_path / 'kept') == seen(source)
+    client.put(str(source), '/skipped', links='skip')
+    client.get('/kept', str(tmp_path / 'skipped'), links='skip')
+    for folder in there / 'skipped', tmp_path / 'skipped':
+        assert sorted(os.listdir(str(folder))) == ['big', 'file', 'folder']
+    for move, folder in ((lambda: client.put(str(source), '/followed', links='follow'), there / 'followed'),
+                         (lambda: client.get('/kept', str(tmp_path / 'followed'), links='follow'),
+                          tmp_path / 'followed')):
+        with pytest.raises(chirpwire.Incomplete) as incomplete:
+            move()
+        told = [path.rpartition('/')[2] for path, _ in incomplete.value.failures]
+        assert set(told) == {'none', 'up'}     # 'up' leads back to where we are
+        assert (folder / 'to file').read_bytes() == b'x' and not (folder / 'to file').is_symlink()
+        assert (folder / 'to folder' / 'inner').read_bytes() == b'y'
+        assert (folder / 'to big').read_bytes() == (source / 'big').read_bytes()
+
+
+def test_a_file_that_does_not_say_its_size_is_read_to_its_end(ours, tmp_path):
+    """As those of /proc."""
+    with our_server('/proc/self') as server, chirpclient.ChirpClient(*server.address) as proc:
+        proc.get('/status', str(tmp_path / 'status'))
+        assert b'Name:' in (tmp_path / 'status').read_bytes()
+    client, there = ours  # noqa: F811
+    client.put('/proc/self/status', '/status')
+    assert b'Name:' in (there / 'status').read_bytes()
+
+
+def test_a_disk_without_room_is_seen_before(tmp_path):
+    """And leaves nothing half, on either side."""
+    small, source = tmp_path / 'small', tmp_path / 'source'
+    small.mkdir()
+    source.mkdir()
+    if subprocess.call(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'none', str(small)],
+                       stderr=subprocess.DEVNULL):
+        pytest.skip('a tmpfs can not be mounted here')
+    try:
+        write(source / 'big', os.urandom(3 << 20))
+        moved = []
+        with our_server(small) as server, chirpclient.ChirpClient(*server.address) as client:  # noqa: F811
+            for name, target in (source / 'big', '/big'), (source, '/tree'):
+                with pytest.raises(chirpwire.Refused, match='no space'):
+                    client.put(str(name), target, progress=lambda moved_, _: moved.append(moved_))
+            assert not any(moved) and os.listdir(str(small)) == []
+        with our_server(source) as server, chirpclient.ChirpClient(*server.address) as client:  # noqa: F811
+            with pytest.raises(OSError, match='are free'):
+                client.get('/big', str(small / 'big'))
+            assert os.listdir(str(small)) == []
+    finally:
+        subprocess.check_call(['umount', str(small)])
+
+
+def test_a_transfer_is_cancelled_while_checksums_are_computed(ours, tmp_path, monkeypatch):
+    client, there = ours  # noqa: F811
+    source = write(tmp_path / 'source', os.urandom(1 << 20))
+    cancel = threading.Event()
+    computing = chirpwire.hash_file
+
+    def slow(file, algorithm, start, count, look_up):
+        cancel.set()
+        return computing(file, algorithm, start, count, look_up)
+    monkeypatch.setattr(chirpclient, 'hash_file', slow)
+    with pytest.raises(chirpwire.Cancelled):
+        client.put(str(source), '/target', cancel=cancel)
+    assert not (there / 'target').exists()
+
+
+def test_forty_at_once_wait_for_their_turn(tmp_path):
+    (tmp_path / 'served').mkdir()
+    source = write(tmp_path / 'source', os.urandom(300000))
+    failed = []
+
+    def move(number):
+        try:
+            with chirpclient.ChirpClient(*server.address) as client:  # noqa: F811
+                client.put(str(source), '/f%d' % number)
+        except chirpwire.ChirpError as error:
+            failed.append(error)
+    with our_server(tmp_path / 'served', max_clients=4) as server:
+        threads = [threading.Thread(target=move, args=(number,)) for number in range(40)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(100)
+    assert not failed and len(os.listdir(str(tmp_path / 'served'))) == 40
+
+
+def test_a_source_that_is_empty_is_refused(ours, tmp_path):
+    client, _ = ours  # noqa: F811
+    for move in (lambda: client.put('', '/x'), lambda: client.get('', str(tmp_path / 'x'))):
+        with pytest.raises((chirpwire.ChirpError, OSError)):
+            move()
+    assert not (tmp_path / 'x').exists()
