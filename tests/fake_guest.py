@@ -68,6 +68,9 @@ class Guest(Client):
             if word == 'HELLO' and headers['to'] == self.id and 'mac' not in headers:
                 return greeting if 'refused' in greeting else self.enter(greeting)
 
+    def secret_id(self):
+        return keyed(self.secret, 'id', self.id).hexdigest()[:16]
+
     def enter(self, greeting):
         """Begins the session of a greeting, which must prove the host."""
         nonces = self.id, self.nonce, greeting['nonce']
