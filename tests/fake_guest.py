@@ -61,7 +61,8 @@ class Guest(Client):
         keys = dict({'nonce': self.nonce, 'name': self.id, 'boot': 'b', 'session': 's', 'cmds': {}}, **keys)
         if tell:
             keys['secret'] = self.secret.hex()
-        self.put(CONNECTIONS, {'id': self.id, 'ip': '10.9.8.7'}, 'HELLO ' + json.dumps(keys).replace('Infinity', '1e999'))
+        body = 'HELLO ' + json.dumps(keys).replace('Infinity', '1e999')
+        self.put(CONNECTIONS, {'id': self.id, 'ip': '10.9.8.7'}, body)
         deadline = time.monotonic() + TIMEOUT
         while True:
             headers, word, greeting = self.take_word(deadline)
