@@ -861,23 +861,23 @@ class Workers:
 
 
 class Hypervisor:
-    """A hypervisor, for the rest of the host. Each verb of `Driver` is a method that takes the verb's
-    arguments but the job, waits, and gives its value or raises its VMHostError. Every method may be called
-    from any thread.
+    """A hypervisor, for the rest of the host. Each verb of `Driver` is a method that takes its arguments
+    but the job, waits, and gives its value or raises its VMHostError. Any thread may call any method.
 
-    name        one of DRIVERS settings    as Driver's; what the driver prints is kept in `state_dir`, or
-    nowhere where that is '' on_event    called with (type, vm, text) on the thread `vm-events` serial_of
-    called with a VM's id and uuid before each start: gives what its firmware tells as the board's serial
-                number, '' for nothing
+    name        of the driver, in drivers.py
+    settings    as Driver's; what the driver prints is kept in `state_dir`, or nowhere where that is ''
+    on_event    called with (type, vm, text) on the thread `vm-events`
+    serial_of   called with a VM's id and uuid before each start: gives what its firmware tells the guest as
+                the board's serial number, '' for nothing
     """
 
     def __init__(self, name: str, settings: Dict[str, Any],
                  on_event: Callable[[str, str, str], None] = lambda type, vm, text: None,
-                 secret_of: Callable[[str, str], str] = lambda id, uuid: '') -> None:
+                 serial_of: Callable[[str, str], str] = lambda id, uuid: '') -> None:
         self.name = name
         self._settings = settings
         self._on_event = on_event
-        self._secret_of = secret_of
+        self._serial_of = serial_of
         self._patience = settings['command_timeout'] + SILENCE
         self._events = queue.Queue()  # type: queue.Queue
         self._watch = Watch(self._happened)
@@ -1015,8 +1015,8 @@ class Hypervisor:
     def start(self, vm: str, gui_mode: bool = False) -> bool:
         """Starts, or goes on from the saved state. True once it runs."""
         row = self._row(vm)
-        secret = self._secret_of(row['id'], row['uuid']) if row is not None else ''
-        return self._call('start', (vm, bool(gui_mode), secret and 'vmhost:' + secret))
+        serial = self._serial_of(row['id'], row['uuid']) if row is not None else ''
+        return self._call('start', (vm, bool(gui_mode), serial))
 
     def power_off(self, vm: str) -> bool:
         """Pulls the plug; of a VM that hangs, ends the process."""

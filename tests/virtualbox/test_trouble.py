@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -178,7 +179,7 @@ def test_two_vms_with_one_card(host, api, vm):
 def secret_box(home, remove_all, tmp_path):
     """A hypervisor that gives each VM a secret of its own, made of the first digit of its uuid."""
     box = hypervisor.Hypervisor('VirtualBox', dict(SETTINGS, state_dir=str(tmp_path), command_timeout=45),
-                                secret_of=lambda id, uuid: 32 * uuid[0])
+                                serial_of=lambda id, uuid: 'vmhost:' + 32 * uuid[0])
     box.open()
     yield box
     assert box.close()
@@ -193,6 +194,12 @@ def test_a_cold_start_tells_the_firmware_its_serial(secret_box, firmware, device
     digit = secret_box.describe('cold')['uuid'][0]
     assert manage('getextradata', 'cold', key).strip() == 'Value: string:vmhost:' + 32 * digit
     assert secret_box.power_off('cold') is True
+
+
+def test_the_host_agent_gives_each_vm_a_secret(api, vm):
+    api.start(vm)
+    told = manage('getextradata', vm, 'VBoxInternal/Devices/pcbios/0/Config/DmiBoardSerial').strip()
+    assert re.match('Value: string:vmhost:[0-9a-f]{32}$', told)
 
 
 def test_the_guest_reads_the_serial_and_its_clone_one_of_its_own(secret_box, tmp_path):
