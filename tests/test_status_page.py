@@ -411,6 +411,15 @@ def test_a_click_through(host, guest, api, browser):
 
 @in_chromium
 @pytest.mark.once
+def test_the_file_that_status_open_opens_leads_to_the_page(host, guest, browser):
+    assert host.verb('status', '--open', env=dict(os.environ, BROWSER='true')).returncode == 0
+    page = browser.open('file://' + os.path.join(host.state, 'open-status.html'))
+    page.wait('document.querySelector("#live") && %s == "●live"' % text_of('#live'))
+    assert page.js('location.href') == 'http://%s/status' % host.address and page.problems == []
+
+
+@in_chromium
+@pytest.mark.once
 def test_progress_as_programs_write_it_and_why_a_command_failed(host, guest, api, browser):
     page = browser.open(api.getStatusLink())
     wrote = {'0.5': 50, '21/42': 50, '50 % of it': 50, '1/5': 20, 'half': -1}
