@@ -198,7 +198,8 @@ class StatusPage:
         return sorted(rows, key=lambda row: (row['agent'] == 'lost', row['name'], row['id']))
 
     def _of_guest(self, guest: Guest) -> Dict[str, Any]:
-        loads = [[load['time'], finite(load.get('load1')), finite(load.get('mem_free'))]
+        loads = [[load['time'], finite(load.get('load1')), finite(load.get('mem_free')),
+                  finite(load.get('disk_free'))]
                  for load in self._host.guests.loads_of(guest)]
         state = 'Null' if guest.agent == 'lost' else 'Running'
         if self._host.machines.hypervisor is not None:
@@ -229,6 +230,7 @@ class StatusPage:
         shown = {name: finite(status[name])
                  for name in ('wall', 'processes', 'outSize', 'errSize', 'age')}    # type: Dict[str, Any]
         return dict(shown, cmdId=execution.key, vm=execution.vm, cmd=execution.cmd[:TEXT_SHOWN],
+                    line=(execution.line or execution.cmd)[:TEXT_SHOWN],
                     state=status['state'], ended=execution.ended,
                     progress=str(status['progress'])[:TEXT_SHOWN],
                     end=describe_end(execution.answer())[:TEXT_SHOWN] if execution.ended else '',

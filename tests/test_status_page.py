@@ -252,7 +252,7 @@ def test_the_snapshot_tells_what_goes_on(host, guest, api):
     vm, = [vm for vm in told['vms'] if vm['id'] == 'node1']
     assert (vm['name'], vm['agent'], vm['state'], vm['ip']) == ('node1', 'alive', 'Running', '127.0.0.1')
     assert vm['cpus'] >= 1 and vm['mem'] > 0 and 0 <= told['time'] - vm['lastSeen'] < 20
-    assert all(len(load) == 3 and 0 < load[2] < vm['mem'] for load in vm['loads'])
+    assert all(len(load) == 4 and 0 < load[2] < vm['mem'] for load in vm['loads'])
     since = vm['loads'][-1][0]
     again = read(host, '/status/snapshot?since=%r' % since)['vms'][0]['loads']
     assert all(load[0] > since for load in again)
@@ -380,6 +380,7 @@ def test_a_click_through(host, guest, api, browser):
     assert page.js('document.cookie') == ''
     page.wait(text_of('#machines tbody') + '.includes("node1")')
     page.wait('document.querySelector("#machines svg path").getAttribute("d").length > 20')
+    assert '1 alive' in page.js(text_of('#glance'))
     hostile = HOSTILE.encode() + b' \x1b[1m \x00 \xff \xe2\x80\xae ende\r\nnext\n'
     cmd_id = api.runCmd('node1', sys.executable, ['-c', OUTPUT % hostile])
     row = '#commands tbody tr:first-child'
@@ -406,6 +407,39 @@ def test_a_click_through(host, guest, api, browser):
     page.wait('%s.includes("cmd-finished")' % text_of('#events'))
     assert page.js('document.title').startswith('vmhost ')
     assert page.problems == []
+
+
+@in_chromium
+@pytest.mark.once
+def test_the_file_that_status_open_opens_leads_to_the_page(host, guest, browser):
+    assert host.verb('status', '--open', env=dict(os.environ, BROWSER='true')).returncode == 0
+    page = browser.open('file://' + os.path.join(host.state, 'open-status.html'))
+    page.wait('document.querySelector("#live") && %s == "●live"' % text_of('#live'))
+    assert page.js('location.href') == 'http://%s/status' % host.address and page.problems == []
+
+
+@in_chromium
+@pytest.mark.once
+def test_progress_as_programs_write_it_and_why_a_command_failed(host, guest, api, browser):
+    page = browser.open(api.getStatusLink())
+    wrote = {'0.5': 50, '21/42': 50, '50 % of it': 50, '1/5': 20, 'half': -1}
+    for text, percents in wrote.items():
+        cmd_id = api.runCmd('node1', 'sh', ['-c', 'printf %s "$0" > $VM_PROGRESS_FILE; echo why >&2; '
+                                            'while [ ! -e stop ]; do sleep 0.1; done; exit 3', text])
+        row = ('[...document.querySelectorAll("#commands tbody tr")].find(r => r.innerText.includes("%s"))'
+               % cmd_id)
+        page.wait(row + ' && %s.innerText.includes(%s)' % (row, json.dumps(text)))
+        progress = row + '.querySelector("progress")'
+        shown = page.js('%s.hidden ? -1 : %s.value' % (progress, progress))
+        assert shown == percents, text
+        assert page.js(row + '.innerText.includes(" left")') == (percents > 0), text
+    with open(os.path.join(guest.files, 'stop'), 'w'):
+        host.results(cmd_id)
+    os.remove(os.path.join(guest.files, 'stop'))
+    page.wait(row + '.innerText.includes("exited 3")')
+    page.js('%s.querySelector("button").click(); 1' % row)
+    page.wait(text_of('#text') + ' == "why\\n"')
+    assert page.js('document.querySelector("input[value=err]").checked') and page.problems == []
 
 
 @in_chromium
@@ -520,6 +554,7 @@ def test_a_guest_that_goes_and_a_host_that_restarts(tmp_path, browser):
             guest.stop(signal.SIGKILL)
             page.wait(text_of('#machines') + '.includes("lost")')
             page.wait(text_of('#say') + ' == "node1 is lost"')
+            page.wait(text_of('#glance') + '.startsWith("1 lost, ")')
             assert page.js(text_of('#machines-count')) == '0 agents connected'
         finally:
             guest.stop(signal.SIGKILL)
