@@ -27,7 +27,10 @@ from rpc import finite
 log = logging.getLogger('vmhost')
 
 RETRY_DELAYS = (5, 10, 20, 40, 60)     # seconds between publications of a CMD_RUN; the last repeats
-ORPHANS_KEPT = 1000                    # results that nobody here asked for
+ORPHANS_KEPT = 5000                    # results that nobody here asked for, …
+ORPHANS_OF_ONE = 100                   # … of one guest, …
+ORPHAN_LARGEST = 16 * 1024             # … with no more than that, written as JSON, else …
+ORPHAN_TEXT = 500                      # … so many characters of each text
 LINE_SHOWN = 1000                      # characters of command and arguments that a list shows
 CALLED_OFF = ('cancelled', 'expired')  # ends that the host may decide without the guest
 LONGEST_STATUS = 1000                  # characters of a progress or an error of a running command
@@ -316,14 +319,24 @@ class Commands:
             journal.execute('UPDATE executions SET fetched = 1 WHERE cmd_id = ? AND vm_id = ?',
                             *execution.index)
 
-    def keep_orphan(self, cmd_id: str, vm_id: str, vm: str, results: Dict[str, Any]) -> None:
-        """Results of a command that this host never asked for: kept, and never asked about."""
-        with self._journal.writing() as journal:
+    def keep_orphan(self, cmd_id: str, vm_id: str, vm: str, results: Dict[str, Any],
+                    noted: bool = True) -> None:
+        """Results of a command that this host never asked for: kept, and never asked about.
+
+        Of each guest the newest, with the begin of long texts. ``noted``: there is an event of it.
+        """
+        text = protocol.write_json(results)
+        if len(text) > ORPHAN_LARGEST:
+            text = protocol.write_json({name: value[:ORPHAN_TEXT] if isinstance(value, str) else value
+                                        for name, value in results.items() if not name.endswith('64')})
+        with self._journal.writing(durable=False) as journal:
             journal.execute('INSERT OR REPLACE INTO orphans VALUES (?, ?, ?, ?)', cmd_id[:200],
-                            vm_id, time.time(), protocol.write_json(results))
-            journal.execute('DELETE FROM orphans WHERE rowid IN (SELECT rowid FROM orphans '
-                            'ORDER BY received DESC LIMIT -1 OFFSET ?)', ORPHANS_KEPT)
-            journal.event('orphan-result', vm, cmd_id[:200], describe_end(results))
+                            vm_id, time.time(), text)
+            for where, values, kept in (('vm_id = ?', (vm_id,), ORPHANS_OF_ONE), ('1', (), ORPHANS_KEPT)):
+                journal.execute('DELETE FROM orphans WHERE rowid IN (SELECT rowid FROM orphans WHERE %s '
+                                'ORDER BY received DESC LIMIT -1 OFFSET ?)' % where, *(values + (kept,)))
+            if noted:
+                journal.event('orphan-result', vm, cmd_id[:200], describe_end(results))
 
     # What the API asks.
 

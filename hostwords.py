@@ -138,7 +138,8 @@ class Words:
         if guest is not None:
             reason = read_name(message.text('reason'))
             log.info('%s left: %s', guest.name, reason)
-            self._journal.note('guest-bye', guest.name, '', reason)
+            if self._guests.should_note(guest):
+                self._journal.note('guest-bye', guest.name, '', reason)
 
     def heard_still_alive(self, message: Message) -> None:
         """A beacon, with the load."""
@@ -182,7 +183,8 @@ class Words:
         else:
             execution = self._commands.finished(cmd_id, sender)
             if execution is None:
-                self._commands.keep_orphan(cmd_id, sender, self._machines.name_of(sender), results)
+                self._commands.keep_orphan(cmd_id, sender, self._machines.name_of(sender), results,
+                                           noted=self._guests.may_be_noted(sender))
             elif execution.state in CALLED_OFF and results['state'] not in CALLED_OFF:
                 self._commands.correct(execution, results, fetched=not has_more_output(results))
         self._control.answers.arrived((cmd_id, sender), message)
