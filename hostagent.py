@@ -130,6 +130,7 @@ class Host:
     def _acknowledge(self, journalled: Dict[Any, None]) -> None:
         """Says CMD_ACK for results, once they are on the disk. On ``acknowledge-1``."""
         try:
+            self.commands.write_orphans()
             self.journal.sync()
         except JournalError as error:
             log.error('%d results are not acknowledged: %s', len(journalled), error)

@@ -27,7 +27,13 @@ from rpc import finite
 log = logging.getLogger('vmhost')
 
 RETRY_DELAYS = (5, 10, 20, 40, 60)     # seconds between publications of a CMD_RUN; the last repeats
-ORPHANS_KEPT = 1000                    # results that nobody here asked for
+ORPHANS_KEPT = 5000                    # results that nobody here asked for, …
+ORPHANS_OF_ONE = 100                   # … of one guest, …
+ORPHAN_LARGEST = 16 * 1024             # … with no more than that, written as JSON, else …
+ORPHAN_TEXT = 500                      # … so many characters of each text
+ORPHANS_AT_ONCE = 1000                 # that wait to be journalled
+TRIM_ORPHANS = ('DELETE FROM orphans WHERE rowid IN (SELECT rowid FROM orphans WHERE %s '
+                'ORDER BY received DESC LIMIT -1 OFFSET ?)')
 LINE_SHOWN = 1000                      # characters of command and arguments that a list shows
 CALLED_OFF = ('cancelled', 'expired')  # ends that the host may decide without the guest
 LONGEST_STATUS = 1000                  # characters of a progress or an error of a running command
@@ -54,6 +60,7 @@ class Commands:
         self._lock = threading.Lock()
         self._open = {}                # type: Dict[Tuple[str, str], Execution]
         self._by_key = {}              # type: Dict[str, Execution]
+        self._orphans = {}             # type: Dict[Tuple[str, str], Tuple]
         self._unwritten = {}           # type: Dict[Tuple[str, str], Execution]
         # Of what ended last: its results are asked for next.
         self._recent = collections.OrderedDict()  # type: collections.OrderedDict[str, Execution]
@@ -316,14 +323,38 @@ class Commands:
             journal.execute('UPDATE executions SET fetched = 1 WHERE cmd_id = ? AND vm_id = ?',
                             *execution.index)
 
-    def keep_orphan(self, cmd_id: str, vm_id: str, vm: str, results: Dict[str, Any]) -> None:
-        """Results of a command that this host never asked for: kept, and never asked about."""
-        with self._journal.writing() as journal:
-            journal.execute('INSERT OR REPLACE INTO orphans VALUES (?, ?, ?, ?)', cmd_id[:200],
-                            vm_id, time.time(), protocol.write_json(results))
-            journal.execute('DELETE FROM orphans WHERE rowid IN (SELECT rowid FROM orphans '
-                            'ORDER BY received DESC LIMIT -1 OFFSET ?)', ORPHANS_KEPT)
-            journal.event('orphan-result', vm, cmd_id[:200], describe_end(results))
+    def keep_orphan(self, cmd_id: str, vm_id: str, vm: str, results: Dict[str, Any],
+                    noted: bool = True) -> bool:
+        """Results of a command that this host never asked for: kept, unless there are too many at once.
+
+        In memory until ``write_orphans``. Of each guest the newest, with the begin of long texts. ``noted``:
+        there is an event of it.
+        """
+        text = protocol.write_json(results)
+        if len(text) > ORPHAN_LARGEST:
+            text = protocol.write_json({name: value[:ORPHAN_TEXT] if isinstance(value, str) else value
+                                        for name, value in results.items() if not name.endswith('64')})
+        with self._lock:
+            if len(self._orphans) >= ORPHANS_AT_ONCE:
+                return False                   # the guest says it again
+            row = cmd_id[:200], vm_id, time.time(), text
+            self._orphans[row[:2]] = row, noted and (vm, cmd_id[:200], describe_end(results))
+            return True
+
+    def write_orphans(self) -> None:
+        """Journals those of before. Raises JournalError."""
+        with self._lock:
+            orphans, self._orphans = self._orphans, {}
+        if not orphans:
+            return
+        with self._journal.writing(durable=False) as journal:
+            for row, event in orphans.values():
+                journal.execute('INSERT OR REPLACE INTO orphans VALUES (?, ?, ?, ?)', *row)
+                if event:
+                    journal.event('orphan-result', *event)
+            for vm_id in {vm_id for _, vm_id in orphans}:
+                journal.execute(TRIM_ORPHANS % 'vm_id = ?', vm_id, ORPHANS_OF_ONE)
+            journal.execute(TRIM_ORPHANS % '1', ORPHANS_KEPT)
 
     # What the API asks.
 

@@ -16,7 +16,8 @@ from protocol import is_mac
 
 LOADS_KEPT = 120               # loads that are remembered of a guest, for the status page …
 LOAD_EVERY = 5.0               # … and the seconds between two of them: ten minutes, or more
-NOTE_EVERY = 1.0               # seconds between two notes of a guest in the journal
+NOTES_AT_ONCE = 20             # of a guest in the journal, besides those of its commands, …
+NOTE_EVERY = 10.0              # … and the seconds after which there may be one more
 GUESTS_KEPT = 10000            # ids that may say HELLO
 
 
@@ -34,7 +35,7 @@ class Guest:
         self.heard = 0.0
         self.last_seen = 0.0
         self.clock_offset = 0.0
-        self.noted = -1e9              # monotonic: when it was last journalled
+        self.noted = -1e9              # monotonic: from when on all it may note could be noted again
         self.loaded = -1e9             # monotonic: when its load was last remembered
         self.loads = collections.deque(maxlen=LOADS_KEPT)  # type: collections.deque
 
@@ -154,10 +155,16 @@ class Guests:
         """Whether its coming should be journalled: a guest that comes and goes all the time doesn't fill the
         journal."""
         with self._lock:
-            if self._clock() - guest.noted < NOTE_EVERY:
+            now = self._clock()
+            if guest.noted > now + (NOTES_AT_ONCE - 1) * NOTE_EVERY:
                 return False
-            guest.noted = self._clock()
+            guest.noted = max(now, guest.noted) + NOTE_EVERY
             return True
+
+    def may_be_noted(self, id: str) -> bool:
+        """The same for whatever else a guest has the host write into the journal."""
+        guest = self.by_id(id)
+        return guest is not None and self.should_note(guest)
 
     def forgive(self) -> None:
         """Nobody was late: it was the host, or the broker, that slept."""

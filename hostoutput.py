@@ -7,6 +7,7 @@ tables, and nothing is called while it is held.
 """
 
 import base64
+import collections
 import contextlib
 import hashlib
 import logging
@@ -32,7 +33,10 @@ log = logging.getLogger('vmhost')
 QUERY_TIMEOUT = 5.0            # seconds in which a guest gives a slice of output
 OUTPUT_SLICE = 256 * 1024      # bytes that one CMD_QUERY asks for, at most
 OUTPUT_READ = 4 * 1024 * 1024  # bytes that are read of fetched output at once
-FETCHERS = 2                   # threads that fetch output of commands
+FETCHERS = 4                   # threads that fetch output of commands
+WAITING = 1000                 # commands of one guest whose output waits for its turn
+FETCH_TIME = 30.0              # seconds for the output of a command, and …
+SLOWEST = 256 * 1024           # … a second more for so many bytes of fetch_limit
 FETCH_PATIENCE = 600.0         # seconds after a command's end in which its output is tried for
 
 
@@ -53,6 +57,7 @@ class Fetcher:
         self._workers = Workers('fetch', FETCHERS)
         self._lock = threading.Lock()
         self._under_way: Dict[Tuple[str, str], threading.Event] = {}       # what is set cancels it
+        self._waiting = {}     # type: Dict[str, collections.deque]    # behind the one of each guest
         self._sweeps = False
 
     def path(self, execution: Execution, stream: str) -> str:
@@ -66,6 +71,24 @@ class Fetcher:
         with self._lock:
             if self._under_way.setdefault(execution.index, cancel) is not cancel:
                 return
+            waiting = self._waiting.get(execution.vm_id)
+            if waiting is None:
+                self._waiting[execution.vm_id] = collections.deque()
+            elif len(waiting) < WAITING:
+                waiting.append((execution, cancel))
+                return
+            else:
+                del self._under_way[execution.index]       # the guest says it again
+                return
+        self._workers.do(lambda: self._fetch(execution, cancel))
+
+    def _begin_next(self, vm_id: str) -> None:
+        """A guest may take its time: it has one worker at most."""
+        with self._lock:
+            if not self._waiting[vm_id]:
+                del self._waiting[vm_id]
+                return
+            execution, cancel = self._waiting[vm_id].popleft()
         self._workers.do(lambda: self._fetch(execution, cancel))
 
     def stop(self, deadline: float) -> None:
@@ -127,6 +150,7 @@ class Fetcher:
         finally:
             with self._lock:
                 del self._under_way[execution.index]
+            self._begin_next(execution.vm_id)
         if cancel.is_set() and self._commands.finished(*execution.index) is None:
             self._delete(execution)        # it was forgotten meanwhile
             over = True
@@ -176,7 +200,8 @@ class Fetcher:
                 if results[stream + '-offset']:
                     target = self.path(execution, stream)
                     limit = min(results[stream + '-size'], self._limit)
-                    client.fetch(results['spool'] + '/' + stream, target, limit, cancel=cancel)
+                    client.fetch(results['spool'] + '/' + stream, target, limit, cancel=cancel,
+                                 within=FETCH_TIME + limit / SLOWEST)
                     agent.sync(target)
         agent.sync(self._folder)
 

@@ -138,7 +138,8 @@ class Words:
         if guest is not None:
             reason = read_name(message.text('reason'))
             log.info('%s left: %s', guest.name, reason)
-            self._journal.note('guest-bye', guest.name, '', reason)
+            if self._guests.should_note(guest):
+                self._journal.note('guest-bye', guest.name, '', reason)
 
     def heard_still_alive(self, message: Message) -> None:
         """A beacon, with the load."""
@@ -182,14 +183,21 @@ class Words:
         else:
             execution = self._commands.finished(cmd_id, sender)
             if execution is None:
-                self._commands.keep_orphan(cmd_id, sender, self._machines.name_of(sender), results)
-            elif execution.state in CALLED_OFF and results['state'] not in CALLED_OFF:
+                self._keep_orphan(cmd_id, sender, results)
+                return
+            if execution.state in CALLED_OFF and results['state'] not in CALLED_OFF:
                 self._commands.correct(execution, results, fetched=not has_more_output(results))
         self._control.answers.arrived((cmd_id, sender), message)
-        if execution is None or execution.fetched:
+        if execution.fetched:
             self._acknowledge((sender, cmd_id))
         else:
             self._fetcher.begin(execution)
+
+    def _keep_orphan(self, cmd_id: str, sender: str, results: Dict[str, Any]) -> None:
+        """Nobody here asked for these results: perhaps an earlier journal's host did."""
+        noted = self._guests.may_be_noted(sender)
+        if self._commands.keep_orphan(cmd_id, sender, self._machines.name_of(sender), results, noted):
+            self._acknowledge((sender, cmd_id))
 
 
 def read_facts(message: Message) -> Dict[str, Any]:

@@ -72,7 +72,7 @@ def test_each_example_does_what_stands_there(host, tmp_path, monkeypatch):
                     other.hello(tell=False)    # by what pairVM told
                     other.hear('PING')
                     other.word('STILL_ALIVE', CONNECTIONS)
-                    wait_until(lambda: api.getVM('lab12'))
+                    wait_until(lambda: 'lab12' in api.listRegisteredVMs())
             test = doctest.DocTest(examples, names, method.name, None, None, None)
             test.globs = names                   # the examples go on from one another
             said = []

@@ -328,9 +328,33 @@ def test_orphans_are_bounded(journal, monkeypatch):
     monkeypatch.setattr(hostcommands, 'ORPHANS_KEPT', 3)
     commands = hostcommands.Commands(journal)
     for number in range(10):
-        commands.keep_orphan('unknown-%d' % number, 'A', 'a', results_of('x'))
+        assert commands.keep_orphan('unknown-%d' % number, 'A', 'a', results_of('x'))
+    commands.write_orphans()
     assert journal.rows('SELECT cmd_id FROM orphans ORDER BY cmd_id') == [
         ('unknown-7',), ('unknown-8',), ('unknown-9',)]
+
+
+def test_one_guests_orphans_push_out_no_others(journal, monkeypatch):
+    monkeypatch.setattr(hostcommands, 'ORPHANS_AT_ONCE', 150)
+    commands = hostcommands.Commands(journal)
+    commands.keep_orphan('honest', 'H', 'h', results_of('honest', out='kept'))
+    large = results_of('x', out='x' * 10 ** 6)
+    kept = [commands.keep_orphan('noise-%d' % number, 'N', 'n', large, noted=False)
+            for number in range(200)]
+    assert kept == [True] * 149 + [False] * 51
+    commands.write_orphans()
+    assert journal.orphans('honest')[0].answer()['out'] == 'kept'
+    found = journal.rows("SELECT count(*), max(length(results)) < 20000 FROM orphans WHERE vm_id = 'N'")
+    assert found == [(100, 1)]
+    assert [event['cmdId'] for event in journal.events_after(0, 0)['events']] == ['honest']
+
+
+def test_a_guest_that_comes_and_goes_does_not_fill_the_journal(clock):
+    guests = hostguests.Guests(30, clock)
+    guest = add(guests, 'A')[0]
+    assert [guests.should_note(guest) for _ in range(25)] == [True] * 20 + [False] * 5
+    clock.now += 30
+    assert [guests.may_be_noted('A') for _ in range(5)] == [True] * 3 + [False] * 2
 
 
 def test_what_ends_while_it_is_looked_at_is_shown_as_ended(journal):
