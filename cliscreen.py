@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import os
+import re
 import sys
 import time
 import unicodedata
@@ -18,6 +19,8 @@ import agent
 COLOURS = {'alive': 32, 'Running': 32, 'running': 32, 'late': 33, 'Paused': 33, 'Saved': 33, 'suspended': 33,
            'queued': 33, 'sent': 33, 'lost': 31, 'failed': 31, 'timeout': 31, 'signaled': 31, 'Aborted': 31,
            'Stuck': 31, 'ok': 32, '--': 33, 'NO': 31}  # type: Dict[str, int]
+RED = 31
+FAILED_END = re.compile('(exited|signaled) [1-9][0-9]*')
 NARROWEST = 5                  # columns that are left of a cell, at least
 PROGRESS_EVERY = 0.2           # seconds between two looks at a progress
 
@@ -78,7 +81,8 @@ class Screen:
                 shown = shown[:-1]
             shown += '…' if (self.out.encoding or '').lower().startswith('utf') else '~'
         padding = ' ' * (width - cells(shown))
-        return self.coloured(shown, COLOURS.get(text, 0)) + padding
+        colour = RED if FAILED_END.fullmatch(text) else COLOURS.get(text, 0)
+        return self.coloured(shown, colour) + padding
 
     def coloured(self, text: str, colour: int) -> str:
         """The text in one of the terminal's colours; 0: as it is."""

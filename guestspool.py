@@ -56,6 +56,7 @@ EMPTYING = 0o1700              # mode of a folder whose command is over, while i
 EMPTIED = 0o500                # … and from then on
 RESERVED = 8192                # bytes that each command has on the disk from its begin, for its result
 LONGEST_ERROR = 1000           # characters of an error, so that a result fits into that
+SIGNAL = 'signal-'             # begin of a file's name
 LARGEST_PROGRESS = 4096        # bytes of a progress file
 SWEEP_SLICE = 200              # folders that one look for old ones goes through
 SAVE_CLOCK_EVERY = 600.0       # seconds: so much more a boot may add to what is kept for a while
@@ -107,7 +108,7 @@ class Command:
     """One command: its spool folder, and what the agent knows of it.
 
     The folder holds request.json (what was asked for), runner (locked while its runner lives),
-    process.json (the pid), out, err, stdin, progress, result.json, acked. It is empty, and not
+    process.json (the pid), out, err, stdin, progress, signal-N, result.json, acked. It is empty, and not
     writable, once all that is over. Until there is a result, result.json.new keeps room for it.
     """
 
@@ -277,13 +278,19 @@ class Command:
                 file.write('{}')
 
     def note_signal(self, number: int) -> None:
-        """Notes, before it is sent, that a signal is the host's: so the runner knows who sent it."""
-        with open(self.path('signals'), 'a', opener=private) as file:
-            file.write('%d\n' % number)
+        """Notes, before it is sent, that a signal is the host's: so the runner knows who sent it.
+
+        By a file without content, for which a full disk mostly has room.
+        """
+        open(self.path('%s%d' % (SIGNAL, number)), 'w', opener=private).close()
 
     def sent_signals(self) -> List[int]:
         """The numbers of the signals that the host has sent so far."""
-        return [int(line) for line in self.slice('signals', 0, PAGE).split() if line.isdigit()]
+        try:
+            names = os.listdir(self.folder)
+        except OSError:
+            return []
+        return [int(name[len(SIGNAL):]) for name in names if name.startswith(SIGNAL)]
 
     def members(self) -> List[int]:
         """The living processes of the command, while its runner lives."""

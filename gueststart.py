@@ -219,10 +219,10 @@ class Start:
             if 'stdin' in self._request:
                 null = os.open(self._command.path('stdin'), os.O_RDONLY)
                 stack.callback(os.close, null)
-            places = [(os.POSIX_SPAWN_DUP2, fd, number)
+            places = [(os.POSIX_SPAWN_DUP2, fd, number)         # novm
                       for number, fd in enumerate((null, out, err, reporter))]
             try:
-                self.child = os.posix_spawn(
+                self.child = os.posix_spawn(                    # novm
                     '/proc/self/fd/%d' % self._origin.starter, [self._folder, path] + self._words,
                     self._environment, file_actions=places, setsigmask=[], setsigdef=self._origin.ignored)
             except OSError as error:

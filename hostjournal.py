@@ -102,7 +102,19 @@ class Journal:
             self._open()
         self.last_event = self._row('SELECT max(seq) FROM events')[0] or 0
 
+    def _make_private(self) -> None:
+        """It holds secrets; SQLite gives the files beside it the same mode. Before the first connection: to
+        close a file of SQLite's lets go of all its locks on it."""
+        try:
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+            for path in (self.path, self.path + '-wal', self.path + '-shm'):
+                if os.path.exists(path):
+                    os.chmod(path, 0o600)
+        except OSError as error:
+            raise JournalError('%s: %s' % (self.path, error.strerror))
+
     def _open(self) -> None:
+        self._make_private()
         self._writer = self._connect()
         try:
             self._check_format()
@@ -113,11 +125,6 @@ class Journal:
             raise
 
     def _connect(self) -> sqlite3.Connection:
-        # It holds secrets. SQLite gives the files beside it the same mode.
-        for path in (self.path, self.path + '-wal', self.path + '-shm'):
-            if path == self.path or os.path.exists(path):
-                os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-                os.chmod(path, 0o600)
         connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False,
                                      timeout=10)
         connection.execute('PRAGMA journal_mode = WAL')
@@ -285,6 +292,11 @@ class Journal:
                           '%s, fetched, expires, line FROM executions WHERE %s ORDER BY number DESC LIMIT ?'
                           % ('results' if results else "''", where), *(values + (limit,)))
         return [Execution(*row) for row in reversed(found)]
+
+    def ends(self) -> List[Tuple]:
+        """(state, how many executions that ended so are kept, the sum of their seconds to the end)."""
+        return self.rows('SELECT state, count(*), sum(max(0, ended - submitted)) FROM executions '
+                         'WHERE ended > 0 GROUP BY state ORDER BY state')
 
     def orphans(self, cmd_id: str) -> List['Execution']:
         """Results under that id which no command of this journal asked for."""

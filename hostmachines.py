@@ -56,7 +56,7 @@ class Machines:
 
     def start_hypervisor(self, settings: Any, state_dir: str) -> None:
         """Starts the driver, if one is wanted and its hypervisor answers."""
-        driver = start_driver(settings, state_dir, self._vm_event, self._trust.board_serial)
+        driver = start_driver(settings, state_dir, self._vm_event, self._trust.firmware_digits)
         if driver is not None and settings.Network.manage:
             try:
                 driver.setup_network()
@@ -274,12 +274,12 @@ class Machines:
 
 
 def start_driver(settings: Any, state_dir: str, on_event: Callable[[str, str, str], None],
-                 serial_of: Callable[[str, str], str]) -> Any:
+                 secret_of: Callable[[str, str], str]) -> Any:
     """The first driver whose hypervisor answers; None where none is wanted, or none does."""
     wanted = settings.Hypervisor.hypervisor
     for name in drivers.names_of(wanted):
         import hypervisor  # some memory, where VMs are controlled
-        driver = hypervisor.Hypervisor(name, driver_settings(settings, state_dir), on_event, serial_of)
+        driver = hypervisor.Hypervisor(name, driver_settings(settings, state_dir), on_event, secret_of)
         driver.open()
         try:
             log.info('%s %s', name, driver.version())

@@ -279,6 +279,10 @@ class Connection:
             answer = self._server.prove(request.query.get('nonce', ''))
             return self._respond(200, 'text/plain', answer.encode('ascii'))
         self._admit(request)
+        if request.path == '/metrics':
+            import hostmetrics  # for those who have something that reads it
+            text = hostmetrics.metrics(self._server.host)
+            return self._respond(200, hostmetrics.CONTENT_TYPE, text.encode('utf-8'))
         if request.path != '/':
             raise Refused(404, 'no page %.100s' % request.path)
         import hostreference  # an agent whose reference nobody reads does without its memory
@@ -326,6 +330,7 @@ class Server:
         self.gate = Gate(settings.xmlrpc_listen_on, host.token if settings.xmlrpc_auth else '')
         self.dispatcher = Dispatcher(host, api)
         self.status = StatusPage(host, api)
+        self.host = host
         self._token = host.token
         self._folder = host.folder
         self._lock = threading.Lock()

@@ -497,19 +497,19 @@ def run_driver(make: Callable[[Dict[str, Any]], Driver]) -> None:
         inbox.put(None)
 
     def tell(message: Dict[str, Any]) -> None:
-        answers.write(json.dumps(message).encode() + b'\n')
-        answers.flush()
+        try:
+            answers.write(json.dumps(message).encode() + b'\n')
+            answers.flush()
+        except OSError:                 # the host died: its successor finds what is half made, and decides
+            os._exit(1)
 
     threading.Thread(target=read, name='requests', daemon=True).start()
     code = 0
     try:
         Server(make(setup['settings']), inbox, tell, setup['watches']).run()
     except ConnectionLost as error:
-        with contextlib.suppress(OSError):
-            tell({'lost': str(error)})
+        tell({'lost': str(error)})
         code = 3
-    except BrokenPipeError:
-        code = 1
     os._exit(code)                      # a hypervisor's library may take half a minute to end
 
 

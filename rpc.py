@@ -47,7 +47,7 @@ FilePath = Union[str, Binary]      # the latter: exact bytes, which need not be 
 XML_UNSAFE = re.compile('[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]')      # what XML 1.0 can't carry
 XML_ESCAPES = {ord('&'): '&amp;', ord('<'): '&lt;', ord('>'): '&gt;'}
 
-LARGEST = 1.7e308              # somewhat below a double's largest
+LARGEST = 1.7976931348623157e308        # of a double
 
 
 def is_carried(text: str) -> bool:

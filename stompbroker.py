@@ -845,7 +845,7 @@ class Peers:
         if self._all[address] < self._limits.per_address and len(unidentified) >= self._limits.unidentified:
             oldest = next(iter(unidentified.values()))
             if now - oldest.since > UNIDENTIFIED_TIME:
-                oldest.fail('too many connections of %s have not said who they are' % address)
+                log.warning('%r goes: too many of its address have not said who they are', oldest)
                 oldest.close('another one takes its place')
         return (self._all[address] < self._limits.per_address
                 and len(unidentified) < self._limits.unidentified)

@@ -150,8 +150,9 @@ class Images:
         try:
             note = IMPORTING + machine.name
             if disk is not None and not self.box.array(disk, 'machineIds'):
-                self._disks.forget(disk.id, disk.location)
+                uuid, path = disk.id, disk.location
                 disk.deleteStorage().waitForCompletion(10000)
+                self._disks.forget(uuid, path)
             self._disks.delete(machine, self._disks.is_made)[0].waitForCompletion(10000)
             self.box.vbox.setExtraData(note, '')
         except Exception as error:

@@ -562,6 +562,7 @@ def test_wrong_usage_is_2(words, said, tmp_path):
 
 def test_tables_fit_the_terminal_and_have_colours_there_alone(host, guests):
     verb(host, 'run', 'one', '--', 'echo', 'x' * 300)
+    verb(host, 'run', 'one', '--', 'false', code=1)
     words = [sys.executable, SCRIPT, host.ini, 'ps']
     code, text = Terminal(words, 70).wait()
     plain = re.sub('\x1b\\[[0-9]*m', '', text)

@@ -326,6 +326,7 @@ def told(tmp_path_factory):
     with Host(tmp_path_factory.mktemp('told')) as host, FakeGuest(
             host, 'evil', name='evil', mem='abc', cpus=float('inf'), os=EVIL, python=['x'],
             proto=10 ** 400) as evil, host.api as api:
+        evil.say('/topic/connections', 'STILL_ALIVE', load1=1)
         wait_until(lambda: 'evil' in api.listRegisteredVMs())
         evil.say('/topic/connections', 'STILL_ALIVE', load1=float('inf'))
         evil.say('/topic/connections', 'STILL_ALIVE', load1=10 ** 400)
@@ -375,6 +376,7 @@ def test_numbers_of_a_guest_are_finite(told):
 def test_a_guest_writes_no_line_of_the_log(told):
     host, api, evil = told
     with FakeGuest(host, 'liar', name='liar') as liar:
+        liar.say('/topic/connections', 'STILL_ALIVE', load1=1)
         wait_until(lambda: 'liar' in api.listRegisteredVMs())
         liar.say('/topic/connections', 'NOT A WORD\nINFO vmhost: forged \x1b[2J')
         liar.say('/topic/connections', 'BYE', reason='so\nINFO vmhost: forged \x1b[2J')

@@ -32,16 +32,21 @@ def guest(host, tmp_path_factory):
         yield guest
 
 
-@pytest.fixture
-def absent(host, tmp_path):
-    """An agent that was there, and is away."""
-    guest = Agent(tmp_path / 'absent', host, 'away')
-    with guest:
+@pytest.fixture(scope='module')
+def comes_and_goes(host, tmp_path_factory):
+    """An agent that has been there."""
+    with Agent(tmp_path_factory.mktemp('away'), host, 'away') as guest:
         pass
+    return guest
+
+
+@pytest.fixture
+def absent(host, comes_and_goes):
+    """An agent that was there, and is away."""
     with host.api as api:
-        wait_until(lambda: 'away' not in api.listRegisteredVMs(), 10)
-    yield guest
-    guest.stop()
+        wait_until(lambda: 'away' not in api.listRegisteredVMs(), 20)
+    yield comes_and_goes
+    comes_and_goes.stop()
 
 
 class Proof:

@@ -52,7 +52,8 @@ def fake(tmp_path_factory):
 def host(fake, tmp_path_factory):
     """A host agent on the fake, in NAT mode."""
     environment = fake_virtualbox.install(fake)
-    with VMHost(tmp_path_factory.mktemp('host'), environment, {'command_timeout': 1}) as host:
+    with VMHost(tmp_path_factory.mktemp('host'), environment, {'command_timeout': 1},
+                other_machines='yes') as host:
         yield host
 
 
@@ -230,6 +231,7 @@ def give_card(fake, host, api):
 def test_what_waits_for_a_vm_that_gets_another_card_runs(host, api, vm, tmp_path, give_card):
     waits = api.runCmd(vm, 'echo', ['waited'], {}, '', '', {'queue': True})
     give_card(vm, '08:00:27:00:0A:01')
+    api.start(vm)
     with Agent(tmp_path, host, '08:00:27:00:0A:01', name='unknown'):
         assert host.results(waits)['out'] == 'waited\n'
         assert [row['vm'] for row in api.listCmds({'vm': vm})] == [vm]
@@ -238,6 +240,7 @@ def test_what_waits_for_a_vm_that_gets_another_card_runs(host, api, vm, tmp_path
 def test_what_was_sent_to_a_card_that_is_gone_is_not_sent_to_another(host, api, vm, tmp_path, give_card):
     """It may run, or have run: it is asked for again when the VM has that card again."""
     old = api.getVM(vm)['id']
+    api.start(vm)
     with Agent(tmp_path, host, old):
         wait_until(lambda: api.listRegisteredVMs() == [vm])
         runs = api.runCmd(vm, 'sh', ['-c', 'while [ ! -e go ]; do sleep 0.1; done; echo ended'])
@@ -268,8 +271,9 @@ def test_a_vm_without_a_card_takes_no_commands(api):
 
 
 def test_a_stranger_that_takes_a_vms_name(host, api, vm, tmp_path):
-    with Agent(tmp_path / 'stranger', host, '02:00:00:00:00:99', name=vm):
-        wait_until(lambda: '%s-02:00:00:00:00:99' % vm in api.listRegisteredVMs())
+    api.start(vm)
+    with Agent(tmp_path / 'stranger', host, 'stranger-99', name=vm):
+        wait_until(lambda: '%s-stranger-99' % vm in api.listRegisteredVMs())
         assert fault_of(api.runCmd, vm, 'true')[0] == 2
         with Agent(tmp_path / 'guest', host, api.getVM(vm)['id']):
             wait_until(lambda: vm in api.listRegisteredVMs())
@@ -636,7 +640,7 @@ def test_an_agent_goes_with_its_vm(host, api, vm, tmp_path):
 
 
 def test_a_guest_that_no_vm_is_keeps_its_own_name(host, api, tmp_path):
-    with Agent(tmp_path, host, '02:00:00:00:00:01', name='stranger'):
+    with Agent(tmp_path, host, 'stranger-01', name='stranger'):
         wait_until(lambda: api.listRegisteredVMs() == ['stranger'])
         assert host.run('stranger', 'true')['state'] == 'exited'
     assert 'Traceback' not in host.log()

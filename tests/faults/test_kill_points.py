@@ -259,7 +259,7 @@ FETCH_POINTS = {
     'the guest, when it is asked for the output': ('guest', ['Session._answer', 'before', 1]),
     'the guest, before the first byte is sent': ('guest', ['Wire.send_file', 'before', 1]),
     'the guest, within a piece': ('guest', ['Wire._send_some', 'after', 1]),
-    'the guest, after the first stream': ('guest', ['Session._close_file', 'after', 1]),
+    'the guest, after the first stream': ('guest', ['OpenFiles.close', 'after', 1]),
 }
 
 

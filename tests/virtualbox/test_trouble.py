@@ -46,7 +46,14 @@ def boot_disk(tmp_path, disk, sector, megabytes):
 
 
 @pytest.fixture
-def vm(api, remove_all):
+def swept(api):
+    """What a test's VMs leave goes after them."""
+    yield
+    api.cleanup(False)
+
+
+@pytest.fixture
+def vm(api, swept, remove_all):
     name = 'troubled-%d' % next(NUMBERS)        # what a broken snapshot left may keep the name
     api.createVM(name, '', SMALL)
     return name

@@ -1,0 +1,108 @@
+"""Which ids a host with a hypervisor lets in, and the secrets of firmware. VirtualBox is the fake one."""
+
+import json
+import os
+import sqlite3
+
+import fake_virtualbox
+import pytest
+from fake_guest import CONNECTIONS, Guest
+from helpers import wait_until
+from vms import VMHost
+
+pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
+
+
+@pytest.fixture(scope='module')
+def host(tmp_path_factory):
+    environment = fake_virtualbox.install(tmp_path_factory.mktemp('fake'))
+    with VMHost(tmp_path_factory.mktemp('host'), environment) as host:
+        yield host
+
+
+@pytest.fixture
+def guest(host):
+    """``guest(id, secret)``: a fake one, connected."""
+    made = []
+
+    def make(id, secret=None):
+        made.append(Guest(host.broker_port, id, secret))
+        return made[-1]
+    yield make
+    for one in made:
+        one.close()
+
+
+def refusal(guest):
+    """Why a HELLO isn't let in: by an ERROR at once, or by a word once the hypervisor was asked."""
+    keys = {'nonce': '0' * 32, 'secret': guest.secret.hex()}
+    guest.put(CONNECTIONS, {'id': guest.id}, 'HELLO ' + json.dumps(keys))
+    frame = guest.take()
+    if frame.command == 'ERROR':
+        return frame.get('message')
+    return json.loads(frame.body.partition(b' ')[2].decode())['refused']
+
+
+def firmware_secret(host, uuid):
+    """What the host wrote into a VM's firmware."""
+    journal = sqlite3.connect(os.path.join(host.state, 'journal.sqlite'))
+    try:
+        found = journal.execute('SELECT secret FROM secrets WHERE holder = ?', ('vm/' + uuid,)).fetchone()
+        return bytes.fromhex(found[0])
+    finally:
+        journal.close()
+
+
+def test_an_id_is_one_of_a_vms(host, guest, api):
+    assert 'no VM has the network card 02:00:00:00:00:99' in refusal(guest('02:00:00:00:00:99'))
+    assert 'other_machines' in refusal(guest('lab12'))
+
+
+def test_the_mac_of_a_vm_that_is_off_goes_to_nobody(host, guest, api):
+    api.createVM('off', '', {'memory': 16})
+    mac = api.getVM('off')['id']
+    assert 'is off' in refusal(guest(mac))
+    api.start('off')
+    wait_until(lambda: api.getState('off') == 'Running')
+    guest(mac).join()
+    assert api.listRegisteredVMs() == ['off']
+    api.powerOff('off')
+    assert 'forget' in refusal(guest(mac))
+
+
+def test_a_vm_proves_itself_by_its_firmware(host, guest, api):
+    api.createVM('firm', '', {'memory': 16})
+    api.start('firm')
+    vm = api.getVM('firm')
+    secret = firmware_secret(host, vm['uuid'])
+    assert len(secret) == 16
+    early = guest(vm['id']).join()             # another one who says that id before it, and tells a secret
+    api.runCmd('firm', 'id')
+    early.hear('CMD_RUN')
+    agent = guest(vm['id'], secret)
+    agent.hello(tell=False, **{'secret-id': agent.secret_id()})
+    agent.hear('PING')
+    agent.word('STILL_ALIVE', CONNECTIONS)
+    second = api.runCmd('firm', 'echo')
+    headers = {}
+    while headers.get('cmd-id') != second:
+        headers, _ = agent.hear('CMD_RUN')
+    assert 'forget' in refusal(guest(vm['id'], early.secret))      # its time is over
+    api.reset('firm')
+    assert firmware_secret(host, vm['uuid']) == secret
+    api.powerOff('firm')
+    assert api.forgetVM('firm') is True
+    api.start('firm')
+    assert firmware_secret(host, vm['uuid']) != secret
+
+
+def test_macs_are_written_in_any_case(host, guest, api):
+    api.createVM('lower', '', {'memory': 16})
+    api.start('lower')
+    mac = api.getVM('lower')['id']
+    one = guest(mac)
+    one.nonce = os.urandom(16).hex()
+    keys = {'nonce': one.nonce, 'secret': one.secret.hex()}
+    one.put(CONNECTIONS, {'id': mac.lower()}, 'HELLO ' + json.dumps(keys))
+    wait_until(lambda: 'lower' in api.listRegisteredVMs())
+    assert api.getVM(mac.lower())['name'] == 'lower'
