@@ -355,6 +355,7 @@ class Move:
         self._meter = meter
         self._options = options
         self._failures = Failures()
+        self._merges = True            # whether what is at the target already is somebody's
         self._around: List[Tuple[int, int]] = []       # (device, inode) of the folders that we are in
 
     @contextlib.contextmanager
@@ -433,8 +434,8 @@ class Upload(Move):
         self._client.replace(part, target)
 
     def _wanted_mode(self, found: os.stat_result, there: Optional[Stat]) -> int:
-        """That of the file which is replaced, else of the source."""
-        if there is not None and there.is_file:
+        """That of the file which is replaced, unless an earlier attempt left that; else of the source."""
+        if self._merges and there is not None and there.is_file:
             return there.mode & 0o777
         return found.st_mode & 0o777
 
@@ -457,8 +458,12 @@ class Upload(Move):
         """Whether nothing needs to be sent."""
         if there is None or there.size != found.st_size or there.mtime != int(found.st_mtime):
             return False
-        return self._options.keep and (
-            not self._options.verify or self._client.has_same(target, file, found.st_size, self._meter))
+        if not self._options.keep or self._options.verify and not self._client.has_same(
+                target, file, found.st_size, self._meter):
+            return False
+        if there.mode & 0o777 != self._wanted_mode(found, there):
+            self._client.chmod(target, found.st_mode & 0o777)
+        return True
 
     def _resume(self, file: Any, found: os.stat_result, part: bytes) -> int:
         """How much of the file is there already."""
@@ -514,6 +519,7 @@ class Upload(Move):
         self._around.clear()
         self._small = SmallFiles(self._client, self._meter, self._failures, self._options)
         there = self._client.find(target)
+        self._merges = there is not None
         if there is not None and not there.is_dir:
             raise Refused(NOT_DIR, shown(target))
         if there is not None:
@@ -871,7 +877,7 @@ class Download(Move):
                     give_up_part(file, target)         # it leads to nothing
                 raise
             if self._options.keep:
-                there = mode_of_file(target)
+                there = mode_of_file(target) if self._merges else None
                 set_times(file, found.atime, found.mtime)
                 set_mode(file, found.mode if there is None else there)
             finish_part(file, target)
@@ -886,10 +892,12 @@ class Download(Move):
             return False
         if int(here.st_mtime) != found.mtime or not self._options.keep:
             return False
-        if not self._options.verify:
-            return True
         with open_regular(target) as file:
-            return self._client.has_same(source, file, found.size, self._meter)
+            if self._options.verify and not self._client.has_same(source, file, found.size, self._meter):
+                return False
+            if not self._merges:
+                set_mode(file, found.mode)
+            return True
 
     def _resume(self, file: Any, number: int, size: int) -> int:
         """How much of the file is here already: what is here, if its end is the same there."""
@@ -971,7 +979,8 @@ class Download(Move):
         self._around.clear()
         self._pipeline = Pipeline(self._client)
         found = self._client.stat(source)
-        if os.path.lexists(target):
+        self._merges = os.path.lexists(target)
+        if self._merges:
             if os.path.islink(target) and os.path.isdir(target):
                 target = os.path.realpath(target)      # the user's own link, above what we fetch
             return self._get_folder(source, target, found, (), True, make_folder(target))

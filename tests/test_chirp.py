@@ -396,6 +396,8 @@ def test_the_chirp_tool(ours, tmp_path):
     assert b'with blank' in listed and b'per%cent' in listed
     assert hashlib.md5(b'plain').hexdigest().encode() in tool(ours, 'md5', '/tree/plain').lower()
     assert b'address:127.0.0.1 rwld' in tool(ours, 'getacl', '/')
+    tool(ours, 'setacl', '/', 'hostname:*.example.org', 'rl')          # told back, and opens nothing
+    assert b'hostname:*.example.org rl' in tool(ours, 'getacl', '/')
     assert b'address:127.0.0.1' in tool(ours, 'whoami')
     tool(ours, 'mkdir', '-p', '/a/b/c')
     tool(ours, 'mv', '/tree/plain', '/a/b/c/moved')

@@ -517,7 +517,7 @@ def test_giants_cost_nothing(rooted):
         for request in (b'putfile /x 420 9223372036854775807', b'pread 0 9223372036854775807 0',
                         b'whoami 999999999999', b'pwrite 0 -5 0',
                         b'readlink /file 99999999999', b'open /file r 99999999999999999999999',
-                        b'getfile ' + b'/' * 1000, b'stat ' + b'a/' * 500, b'truncate /file -1',
+                        b'getfile ' + b'/' * 1000, b'stat ' + b'a/' * 500, b'truncate /file -1', b'whoami -1',
                         b'utime /file 9999999999999999 9999999999999999', b'hash sha1 ' + b'%41' * 300):
             with admitted(server) as sock:
                 sock.sendall(b'open /file rw 0\n' + request + b'\n')

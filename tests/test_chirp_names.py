@@ -95,7 +95,12 @@ def test_what_another_source_left_is_not_there(client, served, tmp_path, way):  
                   'same': b'1'})
     second = {'same': b'2', 'is a file/now': b'2', 'a folder': b'2', 'f1': b'2', 'big2': os.urandom(100000)}
     sources = tmp_path / 'here' if way == 'put' else served[1]
+    first.update({'mode': b'', 'larger mode': b'm' * 100000})
+    second.update({'mode': b'', 'larger mode': b'm' * 100000})
     trees = tree_of(sources / 'first', first), tree_of(sources / 'second', second)
+    for name in 'mode', 'larger mode':
+        os.chmod(str(trees[0] / name), 0o640)
+        os.chmod(str(trees[1] / name), 0o755)
     for stops in 5000, 100000, 3 << 20:
         cancel = threading.Event()
         with pytest.raises(chirpwire.Cancelled):
