@@ -46,7 +46,7 @@ def test_life(box):
         assert ('life' in box.list_running()) is (state != vmstates.OFF)
     wait_until(lambda: [event for event in box.happened if event[1] == 'life'][-1:] == [
         ('vm-state', 'life', 'PoweredOff')])
-    assert box.remove_vm('life') == [] and 'life' not in box.list_vms()
+    assert box.remove_vm('life', True) == [] and 'life' not in box.list_vms()
     wait_until(lambda: ('vm-removed', 'life', '') in box.happened)
 
 
@@ -60,9 +60,9 @@ def test_what_does_not_fit(box):
             getattr(box, verb)(*args)
     box.start('fits')
     with pytest.raises(faults.BadState):
-        box.remove_vm('fits')
+        box.remove_vm('fits', True)
     box.power_off('fits')
-    box.remove_vm('fits')
+    box.remove_vm('fits', True)
 
 
 def test_what_a_driver_does_not_have_is_not_supported(box):
@@ -76,7 +76,7 @@ def test_what_a_driver_does_not_have_is_not_supported(box):
             assert box.name in str(error)
         except faults.BadState:
             pass                        # it is off, which a driver that has the verb may mind
-    box.remove_vm('lacks')
+    box.remove_vm('lacks', True)
 
 
 def test_lists_answer_at_once_while_something_is_changed(box):
@@ -84,4 +84,4 @@ def test_lists_answer_at_once_while_something_is_changed(box):
     begun = time.monotonic()
     assert 'busy' in box.list_vms() and box.vms_with_state()['busy'] == 'PoweredOff'
     assert time.monotonic() - begun < 2
-    box.remove_vm('busy')
+    box.remove_vm('busy', True)
