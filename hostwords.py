@@ -75,6 +75,8 @@ class Words:
 
     def _hear_hello(self, frame: Any, connection: str, sender: str, address: str) -> None:
         """Anybody can say HELLO: a guest that hasn't proved itself by it is greeted, and pinged."""
+        if not self._trust.sessions.may_begin(sender, connection, time.monotonic()):
+            raise protocol.Untrusted('too many HELLOs')
         hello = protocol.interpret(frame.headers, frame.body, frame.headers.get('destination', ''))
         if self._trust.is_vm_to_find(sender):
             self._machines.look_for(sender, connection)
