@@ -259,6 +259,9 @@ class Trust:
         self.untrusted = 0             # words that were dropped
         self._guests = guests
         self._settings = settings
+        if settings.unsigned_guests:
+            log.warning('[Host] unsigned_guests=yes: whoever reaches the broker can be any guest that has no '
+                        'secret')
         self._drops, self._refusals = Seldom(clock), Seldom(clock)
         self._is_there = lambda connection: False      # type: Callable[[str], bool]
 

@@ -108,7 +108,8 @@ class Words:
         name = read_name(hello.text('name')) or read_name(hello.text('host')) or session.id
         guest = self._machines.join(
             session.id, name, ip=session.address or hello.text('ip')[:64], boot=hello.text('boot')[:64],
-            session=hello.text('session')[:64], facts=read_facts(hello), clock_offset=clock_offset(hello))
+            session=hello.text('session')[:64], clock_offset=clock_offset(hello),
+            facts=dict(read_facts(hello), **({} if session.secret else {'unsigned': True})))
         if isinstance(hello.get('cmds'), dict):
             self._control.reconcile(guest, hello.mapping('cmds'))
         else:
