@@ -36,8 +36,10 @@ def do_ls(host: Client, screen: Screen, args: Any) -> int:
 
 def vm_row(vm: Dict[str, Any], long: bool) -> List[Any]:
     """A line of `ls`."""
-    row = [vm['name'], vm['state'], vm['agent'], vm['ip'] or '-', len(vm['commands'])]
     facts = vm['facts']
+    row = [vm['name'], vm['state'], vm['agent'], vm['ip'] or '-', len(vm['commands'])]
+    if long and facts.get('unsigned'):
+        row[2] += ' (unsigned)'
     if long:
         seen = shown_span(max(0, time.time() - vm['lastSeen'])) + ' ago' if vm['lastSeen'] else 'never'
         memory = shown_size(finite(facts['mem'])) if facts.get('mem') else '-'

@@ -66,7 +66,7 @@ class HostPolicy(stompbroker.Policy):
             return True
         if destination not in (protocol.CONNECTIONS, protocol.CMD_RESPONSES):
             raise stompbroker.Refused('a guest may not send to %.100s' % destination)
-        if not role.id or frame.body.startswith(b'HELLO') and 'mac' not in frame.headers:
+        if not role.id:
             self._claim(session, role, frame)
         for name in ('from', 'id'):
             text = frame.headers.get(name, role.id)
@@ -82,8 +82,6 @@ class HostPolicy(stompbroker.Policy):
             if hello.word != 'HELLO':
                 raise stompbroker.Refused('a guest says HELLO first')
             machine_id = protocol.read_id(hello.text('id'))
-            if machine_id != (role.id or machine_id):
-                raise stompbroker.Refused('this connection is bound to the id %s' % role.id)
             self._judge(machine_id, hello)
         except stompbroker.Refused:
             raise

@@ -25,6 +25,8 @@ from protocol import Message, Signatures, Untrusted
 log = logging.getLogger('vmhost')
 
 LONGEST_HELLO = 64 * 1024      # bytes: of anything more a guest is asked
+HELLOS = 5.0                   # a second, of one guest on one connection, …
+HELLOS_AT_ONCE = 20            # … and so many at once; what is more is dropped unread
 PENDING_AT_ONCE = 4            # sessions of one guest that it has not proved yet, on one connection …
 PENDING_BYTES = 32 * 1024 * 1024   # … and what all of them together may take
 TOLD_EVERY = 60.0              # seconds between two log lines about untrusted words of one guest …
@@ -157,6 +159,7 @@ class Sessions:
         self._current = {}             # type: Dict[str, Session]
         self._before = {}              # type: Dict[str, Session]
         self._pending = collections.OrderedDict()  # type: collections.OrderedDict[Session, int]
+        self._hellos = {}              # type: Dict[Tuple[str, str], float]     # until when they are paid for
 
     def of(self, machine_id: str) -> Optional[Session]:
         """The session that goes on."""
@@ -167,6 +170,17 @@ class Sessions:
         """Who has a session."""
         with self._lock:
             return list(self._current)
+
+    def may_begin(self, machine_id: str, connection: str, now: float) -> bool:
+        """Whether a HELLO of that guest on that connection may be looked at: a few at once, some a second."""
+        with self._lock:
+            if len(self._hellos) > WARNED_OF:
+                self._hellos.clear()
+            paid = max(now, self._hellos.get((machine_id, connection), now))
+            if paid > now + HELLOS_AT_ONCE / HELLOS:
+                return False
+            self._hellos[machine_id, connection] = paid + 1 / HELLOS
+            return True
 
     def add(self, session: Session, size: int) -> None:
         """One that is still to be proved, whose HELLO had so many bytes."""
@@ -245,6 +259,9 @@ class Trust:
         self.untrusted = 0             # words that were dropped
         self._guests = guests
         self._settings = settings
+        if settings.unsigned_guests:
+            log.warning('[Host] unsigned_guests=yes: whoever reaches the broker can be any guest that has no '
+                        'secret')
         self._drops, self._refusals = Seldom(clock), Seldom(clock)
         self._is_there = lambda connection: False      # type: Callable[[str], bool]
 

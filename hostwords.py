@@ -75,6 +75,8 @@ class Words:
 
     def _hear_hello(self, frame: Any, connection: str, sender: str, address: str) -> None:
         """Anybody can say HELLO: a guest that hasn't proved itself by it is greeted, and pinged."""
+        if not self._trust.sessions.may_begin(sender, connection, time.monotonic()):
+            raise protocol.Untrusted('too many HELLOs')
         hello = protocol.interpret(frame.headers, frame.body, frame.headers.get('destination', ''))
         if self._trust.is_vm_to_find(sender):
             self._machines.look_for(sender, connection)
@@ -106,7 +108,8 @@ class Words:
         name = read_name(hello.text('name')) or read_name(hello.text('host')) or session.id
         guest = self._machines.join(
             session.id, name, ip=session.address or hello.text('ip')[:64], boot=hello.text('boot')[:64],
-            session=hello.text('session')[:64], facts=read_facts(hello), clock_offset=clock_offset(hello))
+            session=hello.text('session')[:64], clock_offset=clock_offset(hello),
+            facts=dict(read_facts(hello), **({} if session.secret else {'unsigned': True})))
         if isinstance(hello.get('cmds'), dict):
             self._control.reconcile(guest, hello.mapping('cmds'))
         else:

@@ -295,7 +295,7 @@ def test_a_connection_is_bound_to_one_id(hosted, the_host):
     client = guest(hosted, the_host, '0A:00:00:00:00:09')
     client.ask('SEND', 'destination:' + CMD_RESPONSES, 'from:0a\\c00\\c00\\c00\\c00\\c09', body=b'PONG')
     assert len(the_host.before_now()) == 1
-    client.say('SEND', 'destination:' + CONNECTIONS, body=b'HELLO {"id":"other"}')
+    client.say('SEND', 'destination:' + CONNECTIONS, 'id:other', body=b'HELLO')
     client.take_error()
     assert the_host.before_now() == []
 

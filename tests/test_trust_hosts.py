@@ -214,6 +214,8 @@ def test_unsigned_guests_where_they_are_let_in(tmp_path):
             foreign.put(CONNECTIONS, {'id': 'foreign'}, 'HELLO {"name": "foreign"}')
             wait_until(lambda: 'foreign' in api.listRegisteredVMs())
             second.put(CONNECTIONS, {'id': 'foreign'}, 'HELLO {"name": "foreign"}')
+            assert 'alive (unsigned)' in host.verb('ls', '-l').stdout.decode()
+            assert 'unsigned_guests' in host.verb('check').stdout.decode() and 'unsigned_guests' in host.log()
             cmd_id = api.runCmd('foreign', 'id')
             headers, _ = foreign.hear('CMD_RUN')
             assert 'mac' not in headers and 'CMD_RUN' not in heard_by(second)

@@ -1,0 +1,78 @@
+"""One guest's noise is its own trouble: another one's words get through, and the host grows within bounds.
+
+How long they take is measured by bench/noise.py; here, that they come at all, on a busy machine, too.
+"""
+
+import json
+import os
+import sys
+
+import pytest
+from agents import TOP, Agent, Host
+from fake_guest import CONNECTIONS, RESPONSES, Guest
+from helpers import wait_until
+
+sys.path.append(os.path.join(TOP, 'bench'))
+
+import noise  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='needs /proc')
+
+
+@pytest.fixture(scope='module')
+def host(tmp_path_factory):
+    with Host(tmp_path_factory.mktemp('host')) as host:
+        yield host
+
+
+@pytest.fixture(scope='module')
+def honest(host, tmp_path_factory):
+    with Agent(tmp_path_factory.mktemp('guest'), host, 'honest') as agent:
+        yield agent
+
+
+@pytest.mark.parametrize('word', sorted(noise.WORDS))
+def test_another_guest_is_heard(host, honest, api, word):
+    memory, journal = noise.resident(host.process.pid), noise.journal_size(host)
+    one = noise.Noise(host.broker_port, word)
+    one.start()
+    try:
+        wait_until(lambda: one.said > 300 or word == 'large' and one.said > 10, 30)
+        for _ in range(10):
+            assert api.ping('honest', 10) == 'PONG from honest'
+        assert host.run('honest', 'echo', word)['out'] == word + '\n'
+    finally:
+        one.stop()
+    assert noise.resident(host.process.pid) - memory < noise.MEMORY_TARGET
+    assert noise.journal_size(host) - journal < noise.JOURNAL_TARGET
+
+
+def test_a_first_frame_is_short(host, honest, api):
+    """200 HELLOs of a megabyte: none is taken, nothing is kept."""
+    memory = noise.resident(host.process.pid)
+    for _ in range(200):
+        with Guest(host.broker_port, 'giant') as giant:
+            body = 'HELLO ' + json.dumps({'nonce': '0' * 32, 'chirp': {'port': 'x' * 10 ** 6}})
+            try:
+                giant.put(CONNECTIONS, {'id': 'giant'}, body)
+                giant.take_end_or_error()
+            except ConnectionError:
+                continue
+    assert noise.resident(host.process.pid) - memory < noise.MEMORY_TARGET
+    assert 'giant' not in api.getNamesToIdsMapping().values()
+
+
+def test_what_a_guest_says_begins_no_line_of_the_log(host, honest, api):
+    evil = 'x\n2026-01-01 00:00:00,000 INFO vmhost: forged\x1b[2J'
+    with Guest(host.broker_port, 'writer') as writer:
+        writer.hello(name=evil, host=evil, os=evil, version=evil, boot=evil, session=evil)
+        for word in ('BYE', 'CMD_STATUS', 'CMD_RESULTS', 'NONSENSE ' + evil, evil):
+            writer.word(word, headers={'cmd-id': 'x'}, reason=evil, state=evil, error=evil)
+        writer.put(RESPONSES, {'from': 'writer', 'cmd-id': evil.replace('\n', ' ')}, evil)
+        writer.put(CONNECTIONS, {'id': 'writer'}, 'HELLO ' + json.dumps({'nonce': evil}))
+        before = api.agentInfo()['aint']
+        writer.word('NONSENSE')
+        wait_until(lambda: api.agentInfo()['aint'] > before)
+    log = host.log()
+    assert '\x1b' not in log
+    assert not [line for line in log.splitlines() if line.startswith("2026-01-01 00:00:00,000")]
