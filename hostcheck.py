@@ -37,9 +37,9 @@ def do_check(host: Client, screen: Screen, args: Any) -> int:
         findings.append(agent.Finding(False, 'host agent', str(error)))
     findings += check_hypervisor(settings)
     if settings.Host.unsigned_guests:
-        findings.append(agent.Finding(False, '[Host] unsigned_guests=yes', 'whoever reaches the broker can be '
-                                      'any guest that has no secret: set it to no once all agents sign',
-                                      needed=False))
+        findings.append(agent.Finding(
+            False, '[Host] unsigned_guests=yes', 'whoever reaches the broker can be any guest that has no '
+            'secret: set it to no once all agents sign', needed=False))
     if args.json:
         screen.json([finding._asdict() for finding in findings])
     else:
