@@ -29,6 +29,7 @@ log = logging.getLogger('vmhost')
 TRANSFERS_KEPT = 1000          # ended ones that are remembered
 TRANSFERS_WAITING = 10000
 GUEST_PATIENCE = 600.0         # seconds without progress that a transfer waits for an agent that went away
+FILES_PATIENCE = 10.0          # … for one that is there, and offers no files: chirp_server may be starting
 GUEST_LOOK = 0.5               # and between looks at whether it is back
 
 
@@ -199,7 +200,8 @@ class Transfers:
             except (AgentNotConnected, NoFiles, chirpwire.Disconnected) as error:
                 if transfer.bytes > moved:
                     moved, began = transfer.bytes, time.monotonic()
-                if time.monotonic() > began + GUEST_PATIENCE:
+                patience = FILES_PATIENCE if isinstance(error, NoFiles) else GUEST_PATIENCE
+                if time.monotonic() > began + patience:
                     raise
                 log.info('%s: %s; it waits for the agent', transfer.id, error)
             if transfer.cancelled.wait(GUEST_LOOK):
