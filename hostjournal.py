@@ -98,8 +98,9 @@ class Journal:
         except sqlite3.DatabaseError as error:
             if not os.path.exists(path) or isinstance(error, sqlite3.OperationalError):
                 raise JournalError('%s: %s' % (path, error))
-            self._set_aside(error)
+            aside = self._set_aside(error)
             self._open()
+            self._salvage(aside)
         self.last_event = self._row('SELECT max(seq) FROM events')[0] or 0
 
     def _make_private(self) -> None:
@@ -150,13 +151,27 @@ class Journal:
         if found != 'ok':
             raise sqlite3.DatabaseError(found)
 
-    def _set_aside(self, error: Exception) -> None:
+    def _set_aside(self, error: Exception) -> str:
         aside = '%s.corrupt-%d' % (self.path, time.time())
         for suffix in ('', '-wal', '-shm'):
             if os.path.exists(self.path + suffix):
                 os.replace(self.path + suffix, aside + suffix)
         log.error('%s is damaged (%s): set aside as %s; a new journal begins',
                   self.path, error, aside)
+        return aside
+
+    def _salvage(self, aside: str) -> None:
+        """Takes over the secrets of a damaged journal, as far as they can be read: without them every guest
+        would have to be let in anew."""
+        found = []                     # type: List[Tuple]
+        try:
+            with contextlib.closing(sqlite3.connect(aside)) as damaged:
+                found.extend(damaged.execute('SELECT holder, secret, since FROM secrets'))
+        except sqlite3.Error as error:
+            log.warning('%s: not all secrets of guests could be read: %s', aside, error)
+        with self.writing() as journal:
+            for row in found:
+                journal.execute('INSERT OR REPLACE INTO secrets VALUES (?, ?, ?)', *row)
 
     def close(self) -> None:
         """Wakes whoever waits for events, and closes the file."""

@@ -177,6 +177,8 @@ def test_an_older_journal_is_brought_up_to_date(tmp_path):
 def test_torn_pages_are_found_at_the_start(tmp_path, caplog):
     path = str(tmp_path / 'journal')
     journal = hostjournal.Journal(path)
+    secrets = hosttrust.Secrets(journal)
+    secrets.pin('one', b'1' * 32)
     with journal.writing() as transaction:
         for _ in range(2000):
             transaction.event('filler', text='x' * 200)
@@ -184,8 +186,12 @@ def test_torn_pages_are_found_at_the_start(tmp_path, caplog):
     with open(path, 'r+b') as file:
         file.seek(4096 * 30)
         file.write(os.urandom(4096 * 3))
-    hostjournal.Journal(path).close()
-    assert 'set aside' in caplog.text
+    journal = hostjournal.Journal(path)
+    try:
+        assert 'set aside' in caplog.text
+        assert hosttrust.Secrets(journal).pinned('one') == b'1' * 32       # these could still be read
+    finally:
+        journal.close()
 
 
 def test_old_results_are_let_go(journal):
