@@ -21,7 +21,8 @@ def host(tmp_path_factory):
 
 @pytest.fixture
 def guest(host, tmp_path):
-    with Agent(tmp_path / 'guest', host, 'g') as guest:
+    # The host knows a guest by its secret, which stays while the guests of the tests come and go.
+    with Agent(tmp_path / 'guest', host, 'g', state_dir=str(tmp_path.parent / 'state of g')) as guest:
         yield guest
 
 

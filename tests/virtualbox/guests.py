@@ -104,8 +104,9 @@ class DHCPServer:
 
 
 @contextlib.contextmanager
-def qemu(image, bridge, mac, serial):
-    """The machine's QEMU with the guest image, its card on a bridge. ``image``: the machine's path."""
+def qemu(image, bridge, mac, serial, board_serial=''):
+    """The machine's QEMU with the guest image, its card on a bridge. ``image``: the machine's path;
+    ``board_serial``: what its firmware tells."""
     tap = 'tap-' + bridge
     subprocess.check_call(['ip', 'tuntap', 'add', tap, 'mode', 'tap'])
     subprocess.check_call(['ip', 'link', 'set', tap, 'master', bridge, 'up'])
@@ -113,7 +114,8 @@ def qemu(image, bridge, mac, serial):
         ['chroot', '/machine', 'qemu-system-x86_64', '-m', '512', '-display', 'none', '-no-reboot',
          '-kernel', image + '/vmlinuz', '-initrd', image + '/initrd.gz', '-append', 'console=ttyS0 quiet',
          '-netdev', 'tap,id=n,ifname=%s,script=no,downscript=no' % tap,
-         '-device', 'e1000,netdev=n,mac=' + mac, '-serial', 'stdio'],
+         '-device', 'e1000,netdev=n,mac=' + mac, '-serial', 'stdio']
+        + ['-smbios', 'type=2,serial=' + board_serial] * bool(board_serial),
         stdin=subprocess.DEVNULL, stdout=serial, stderr=subprocess.STDOUT)
     try:
         yield process

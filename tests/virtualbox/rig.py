@@ -83,8 +83,10 @@ def remove(uuid):
     pid = vm_process(uuid)
     if pid:
         kill(pid)
-    wait_until(lambda: try_manage('unregistervm', uuid, '--delete') or try_manage('unregistervm', uuid),
-               30, 0.3)
+    try:        # while its process ends the VM is locked; files that stay would be in the next one's way
+        wait_until(lambda: try_manage('unregistervm', uuid, '--delete'), 20, 0.3)
+    except AssertionError:
+        manage('unregistervm', uuid)
 
 
 def forget_networks():

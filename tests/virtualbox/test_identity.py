@@ -14,10 +14,11 @@ def mac(api, vm):
 
 def test_an_agent_meets_its_vm(host, api, remove_all, tmp_path):
     api.createVM('met', '', SMALL)
+    api.start('met')
     with Agent(tmp_path, host, mac(api, 'met'), name='whatever-it-says'):
         wait_until(lambda: api.getVM('met')['agent'] == 'alive')
         found = api.getVM('met')
-        assert (found['name'], found['state']) == ('met', 'PoweredOff')
+        assert (found['name'], found['state']) == ('met', 'Running')
         assert api.listRegisteredVMs() == ['met']
         assert api.ping('met') == 'PONG from met'
         results = host.run('met', 'echo', 'here')
@@ -28,6 +29,7 @@ def test_an_agent_meets_its_vm(host, api, remove_all, tmp_path):
 def test_a_vm_made_while_the_host_runs(host, api, remove_all, tmp_path):
     manage('createvm', '--name', 'foreign', '--ostype', 'Linux_64', '--register')
     manage('modifyvm', 'foreign', '--nic1', 'nat', '--macaddress1', '080027ABCDEF')
+    api.start('foreign')
     with Agent(tmp_path, host, '08:00:27:AB:CD:EF', name='foreign-guest'):
         wait_until(lambda: api.listRegisteredVMs() == ['foreign'])
         assert api.getIdsToNamesMapping()['08:00:27:AB:CD:EF'] == 'foreign'
@@ -36,10 +38,13 @@ def test_a_vm_made_while_the_host_runs(host, api, remove_all, tmp_path):
 def test_a_vm_renamed_while_the_host_runs(host, api, remove_all, tmp_path):
     api.createVM('before', '', SMALL)
     host.wait_for_event('vm-added', 'before')
+    api.start('before')
     with Agent(tmp_path, host, mac(api, 'before')):
         wait_until(lambda: api.listRegisteredVMs() == ['before'])
+        api.powerOff('before')
         manage('modifyvm', 'before', '--name', 'after')
-        wait_until(lambda: api.listRegisteredVMs() == ['after'])
+        api.start('after')
+        wait_until(lambda: api.listRegisteredVMs() == ['after'], 60)
         assert host.wait_for_event('vm-renamed', 'after')['text'] == 'was before'
         assert 'before' not in api.getNamesToIdsMapping()
         assert host.run('after', 'true')['exitCodeOrSignal'] == 0
@@ -49,8 +54,10 @@ def test_a_new_card_while_the_host_runs(host, api, remove_all, tmp_path):
     api.createVM('carded', '', SMALL)
     host.wait_for_event('vm-added', 'carded')
     old = mac(api, 'carded')
+    api.start('carded')
     with Agent(tmp_path / 'old', host, old):
         wait_until(lambda: api.listRegisteredVMs() == ['carded'])
+    api.powerOff('carded')
     waits = api.runCmd('carded', 'echo', ['waited'], {}, '', '', {'queue': True})
     manage('modifyvm', 'carded', '--macaddress1', '08002700C0DE')
     assert mac(api, 'carded') == '08:00:27:00:C0:DE'
@@ -60,6 +67,7 @@ def test_a_new_card_while_the_host_runs(host, api, remove_all, tmp_path):
     found = api.getVM('carded')
     assert (found['id'], found['agent']) == ('08:00:27:00:C0:DE', 'never')
     queued = api.runCmd('carded', 'echo', ['new'], {}, '', '', {'queue': True})
+    api.start('carded')
     with Agent(tmp_path / 'new', host, '08:00:27:00:C0:DE', name='unknown'):
         assert host.results(queued)['out'] == 'new\n'
         assert host.results(waits)['out'] == 'waited\n'
@@ -67,11 +75,15 @@ def test_a_new_card_while_the_host_runs(host, api, remove_all, tmp_path):
 
 
 def test_an_agent_that_was_there_before_its_vm(host, api, remove_all, tmp_path):
-    with Agent(tmp_path, host, '08:00:27:00:BE:EF', name='early'):
-        wait_until(lambda: api.listRegisteredVMs() == ['early'])
+    early = Agent(tmp_path, host, '08:00:27:00:BE:EF', name='early').start(wait=False)
+    try:
+        wait_until(lambda: 'no VM has the network card' in early.log(), 30)
         manage('createvm', '--name', 'late', '--ostype', 'Linux_64', '--register')
         manage('modifyvm', 'late', '--nic1', 'nat', '--macaddress1', '08002700BEEF')
-        wait_until(lambda: api.listRegisteredVMs() == ['late'])
+        api.start('late')
+        wait_until(lambda: api.listRegisteredVMs() == ['late'], 60)
+    finally:
+        early.stop()
 
 
 @pytest.mark.parametrize('words, told', [
