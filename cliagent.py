@@ -49,6 +49,11 @@ def show_one(screen: Screen, found: Dict[str, Any], as_json: bool) -> int:
     return 0
 
 
+# What agentInfo calls shorter than a person would.
+LABELS = {'proto': 'protocol', 'vms': 'agents', 'cmds': 'unfinished commands', 'aint': 'unknown words',
+          'untrusted': 'untrusted words'}
+
+
 def do_status(host: Client, screen: Screen, args: Any) -> int:
     """The host agent's own state; or a link to its page in the browser, which opens it once."""
     if args.open:
@@ -56,7 +61,10 @@ def do_status(host: Client, screen: Screen, args: Any) -> int:
         screen.say(link)
         open_in_browser(host.folder, link)
         return 0
-    return show_one(screen, host.call('agentInfo'), args.json)
+    info = host.call('agentInfo')
+    if args.json:
+        return show_one(screen, info, True)
+    return show_one(screen, {LABELS.get(name, name): value for name, value in info.items()}, False)
 
 
 REDIRECT = """<!DOCTYPE html>

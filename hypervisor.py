@@ -103,7 +103,8 @@ class Driver:
     def connect(self) -> None:
         """Reaches the hypervisor, where that isn't done. Before each verb but `check`.
 
-        Raises ConnectionLost where a new process may reach it, VMHostError where something must be mended.
+        Raises ConnectionLost where a new process may reach it, VMHostError where something has to
+        be fixed first.
         """
 
     def disconnect(self) -> None:
@@ -1251,7 +1252,7 @@ class Watch:
 # --- plain helpers -----------------------------------------------------------------------------
 
 def clash_text(mac: str, names: List[str]) -> str:
-    """What is wrong where VMs share a MAC, and how it is mended."""
+    """What is wrong where VMs share a MAC, and how to fix it."""
     return ('%s have the same MAC address, %s, so nobody can tell their guests apart: give one of them '
             'another while it is off (VBoxManage modifyvm NAME --macaddress1 auto)'
             % (either(sorted(names), 'and'), mac))

@@ -965,7 +965,7 @@ class Broker:
     # -- from any thread
 
     def start(self) -> None:
-        """Listens, and starts the thread. Raises BrokerError where an address can't be had."""
+        """Listens, and starts the thread. Raises BrokerError where an address is not available."""
         _allow_many_sockets()
         self._stopping = False
         self._listeners = self._listen()
