@@ -113,7 +113,8 @@ def test_a_kill_as_the_turn_comes_is_told_truly(guests):
     for n in range(100):
         guest.run('first%d' % n, 'true')
         guest.run('c%d' % n, 'sh', '-c', 'echo ran > ran%d; sleep 30' % n)
-        guest.result('first%d' % n)
+        if n % 4:                       # else the signal comes before the turn, or as it comes
+            guest.result('first%d' % n)
         guest.signal('c%d' % n, 'KILL')
         result = guest.result('c%d' % n)
         ran = os.path.exists(os.path.join(guest.served, 'ran%d' % n))

@@ -189,13 +189,13 @@ class ByCommandLine:
         assert self.verb('pause', VM) == VM + ' is paused\n'
 
     def resume(self):
-        assert self.verb('resume', VM) == VM + ' runs\n'
+        assert self.verb('resume', VM) == VM + ' is running\n'
 
     def save(self):
         assert self.on_terminal('save', VM) == (VM + ' is saved', True)
 
     def start(self):
-        assert self.verb('start', VM) == VM + ' runs\n'
+        assert self.verb('start', VM) == VM + ' is running\n'
 
     def power_off(self):
         assert self.verb('stop', '--force', VM) == VM + ' is off\n'
