@@ -56,7 +56,7 @@ class Machines:
 
     def start_hypervisor(self, settings: Any, state_dir: str) -> None:
         """Starts the driver, if one is wanted and its hypervisor answers."""
-        driver = start_driver(settings, state_dir, self._vm_event, self._trust.firmware_digits)
+        driver = start_driver(settings, state_dir, self._vm_event, self._trust.board_serial)
         if driver is not None and settings.Network.manage:
             try:
                 driver.setup_network()

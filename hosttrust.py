@@ -303,9 +303,9 @@ class Trust:
         """``is_there``: whether the embedded broker still has a connection."""
         self._is_there = is_there
 
-    def firmware_digits(self, machine_id: str, uuid: str) -> str:
-        """The secret that a VM's firmware is to hold, 32 digits. Raises JournalError."""
-        return self.secrets.firmware_digits(uuid)
+    def board_serial(self, machine_id: str, uuid: str) -> str:
+        """What a VM's firmware is to tell as its board's serial number: its secret. Raises JournalError."""
+        return 'vmhost:' + self.secrets.firmware_digits(uuid)
 
     def _firmware(self, machine_id: str) -> bytes:
         uuid = self.hypervisor.known_uuid(machine_id) if self.hypervisor is not None else ''
