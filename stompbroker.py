@@ -44,7 +44,17 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import agent
 from protocol import CLIENT_COMMANDS, FrameReader, RemoteError, WireFrame
-from stompqueues import LARGE, NEVER, Audience, DestinationError, Destinations, Message, Outlet, Queue, Status
+from stompqueues import (
+    LARGE,
+    NEVER,
+    Audience,
+    BrokerMessage,
+    DestinationError,
+    Destinations,
+    Outlet,
+    Queue,
+    Status,
+)
 from stompsession import Session, StompError
 
 log = logging.getLogger('vmhost.broker')
@@ -148,7 +158,7 @@ class Limits(NamedTuple):
     held: int = 128 * 1024 * 1024          # bytes in all unfinished frames, transactions, subscriptions
 
 
-Delivery = Tuple[Queue, Message]
+Delivery = Tuple[Queue, BrokerMessage]
 
 
 # --- connections -------------------------------------------------------------------------------
@@ -229,7 +239,7 @@ class Outbox:
         """What is written, queues need not keep."""
         while deliveries and deliveries[0][0] <= self._written:
             queue, message = deliveries.popleft()[1]
-            queue.let_go(message.cost)
+            queue.release(message.cost)
 
     def clear(self) -> List[Delivery]:
         """Forgets what waits; gives what queues have to take back."""

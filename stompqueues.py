@@ -85,7 +85,7 @@ class Envelope:
         return lines
 
 
-class Message:
+class BrokerMessage:
     """A SEND on its way. ``serial`` counts up, ``number`` is its name; ``sender`` is the outlet of who
     said it. The rest is a queue's: the bytes that it takes, when it came, whether it was given to
     somebody before, how often it was refused, and by which of the present consumers."""
@@ -159,14 +159,14 @@ class Subscription:
         ack_header = self.mode != 'auto' and version == '1.2'
         self.kind = version, ack_header
         self.prefetch = prefetch
-        self.unacked = collections.OrderedDict()  # type: collections.OrderedDict[str, Message]
+        self.unacked = collections.OrderedDict()  # type: collections.OrderedDict[str, BrokerMessage]
         lead = 'MESSAGE\n'
         if 'id' in headers:
             lead += 'subscription:%s\n' % protocol.escape(headers['id'], version)
         lead += 'ack:%d-' % number if ack_header else 'message-id:'
         self.lead = lead.encode('utf-8', 'replace')
 
-    def give(self, message: Message, delivery: Any = None) -> None:
+    def give(self, message: BrokerMessage, delivery: Any = None) -> None:
         """Sends one message to the subscriber."""
         if len(message.body) < LARGE:
             parts = (self.lead + message.rest(*self.kind),)  # type: Tuple[bytes, ...]
@@ -177,7 +177,7 @@ class Subscription:
     def has_room(self) -> bool:
         return len(self.unacked) < self.prefetch and self.outlet.has_room()
 
-    def acknowledge(self, number: str) -> List[Message]:
+    def acknowledge(self, number: str) -> List[BrokerMessage]:
         """Takes the messages that an ACK or NACK of this one is about, out of ``unacked``."""
         if number not in self.unacked:
             return []
@@ -239,9 +239,9 @@ class Topic(Destination):
 
     def __init__(self, all_of_them: 'Destinations', name: str) -> None:
         super().__init__(all_of_them, name)
-        self._batch = []  # type: List[Message]
+        self._batch = []  # type: List[BrokerMessage]
 
-    def publish(self, message: Message, audience: Optional[Audience]) -> None:
+    def publish(self, message: BrokerMessage, audience: Optional[Audience]) -> None:
         self.came += 1
         if not self.subscriptions:
             self.all.dropped += 1
@@ -303,21 +303,21 @@ class Queue(Destination):
     def __init__(self, all_of_them: 'Destinations', name: str) -> None:
         super().__init__(all_of_them, name)
         self.bytes = 0
-        self._fresh = collections.deque()  # type: collections.deque[Message]
+        self._fresh = collections.deque()  # type: collections.deque[BrokerMessage]
         # Those that came back, the oldest first, by who refused them: what an ACK costs depends on
         # the number of these groups, never on the number of messages.
-        self._back = {}  # type: Dict[FrozenSet[Subscription], List[Tuple[int, Message]]]
+        self._back = {}  # type: Dict[FrozenSet[Subscription], List[Tuple[int, BrokerMessage]]]
         self._turns = collections.deque()  # type: collections.deque[Subscription]
 
     @property
     def idle(self) -> bool:
         return not self.subscriptions and not self.bytes
 
-    def publish(self, message: Message) -> None:
+    def publish(self, message: BrokerMessage) -> None:
         """Raises DestinationError where there is no room."""
         message.enters_queue()
         self.all.make_room(self, message.cost)
-        self.let_go(-message.cost)
+        self.release(-message.cost)
         self._fresh.append(message)
         self.came += 1
         if message.is_expired:
@@ -337,7 +337,7 @@ class Queue(Destination):
                 passed_over = 0
                 self._give(consumer, message)
 
-    def _next_for(self, consumer: Subscription) -> Optional[Message]:
+    def _next_for(self, consumer: Subscription) -> Optional[BrokerMessage]:
         """The oldest message that the consumer hasn't refused; those that are expired go."""
         message = self._pop(consumer)
         while message is not None and message.is_expired:
@@ -345,7 +345,7 @@ class Queue(Destination):
             message = self._pop(consumer)
         return message
 
-    def _pop(self, consumer: Subscription) -> Optional[Message]:
+    def _pop(self, consumer: Subscription) -> Optional[BrokerMessage]:
         if not self._back:
             return self._fresh.popleft() if self._fresh else None
         back = [heap for refusers, heap in self._back.items() if consumer not in refusers]
@@ -359,7 +359,7 @@ class Queue(Destination):
             del self._back[message.refusers]
         return message
 
-    def _give(self, consumer: Subscription, message: Message) -> None:
+    def _give(self, consumer: Subscription, message: BrokerMessage) -> None:
         self.went += 1
         if consumer.mode == 'auto':
             consumer.give(message, (self, message))
@@ -380,13 +380,13 @@ class Queue(Destination):
             for _, message in self._back.pop(refusers):
                 self._put_back(message, refusers)
 
-    def take_back(self, messages: Iterable[Message], redelivered: bool = True) -> None:
+    def take_back(self, messages: Iterable[BrokerMessage], redelivered: bool = True) -> None:
         """What was given to a consumer that is gone; ``dispatch`` must follow."""
         for message in messages:
             message.redelivered = message.redelivered or redelivered
             self._put_back(message, message.refusers)
 
-    def _put_back(self, message: Message, refusers: FrozenSet[Subscription]) -> None:
+    def _put_back(self, message: BrokerMessage, refusers: FrozenSet[Subscription]) -> None:
         others = frozenset(self.subscriptions) - refusers
         present = refusers.intersection(self.subscriptions)
         if not others or (present not in self._back and len(self._back) >= self.MOST_GROUPS):
@@ -394,17 +394,17 @@ class Queue(Destination):
         message.refusers = present
         heapq.heappush(self._back.setdefault(present, []), (message.serial, message))
 
-    def settle(self, messages: Iterable[Message]) -> None:
+    def settle(self, messages: Iterable[BrokerMessage]) -> None:
         """They have arrived."""
         for message in messages:
-            self.let_go(message.cost)
+            self.release(message.cost)
 
-    def let_go(self, cost: int) -> None:
+    def release(self, cost: int) -> None:
         """So many bytes of it are kept no longer."""
         self.bytes -= cost
         self.all.bytes -= cost
 
-    def refuse(self, messages: Iterable[Message], refuser: Subscription) -> None:
+    def refuse(self, messages: Iterable[BrokerMessage], refuser: Subscription) -> None:
         """NACK. They are offered again when this round is over, behind the NACK's RECEIPT."""
         for message in messages:
             message.refusals += 1
@@ -422,7 +422,7 @@ class Queue(Destination):
             if message.is_expired:
                 self._expire(message)
 
-    def _expire(self, message: Message) -> None:
+    def _expire(self, message: BrokerMessage) -> None:
         self.all.expired += 1
         self.settle([message])
 
@@ -493,10 +493,10 @@ class Destinations:
             self.flush()
         serial = next(self._serials)
         if type(place) is Topic:
-            message = Message(serial, self._of_topic % serial, envelope, frame.body, sender)
+            message = BrokerMessage(serial, self._of_topic % serial, envelope, frame.body, sender)
             place.publish(message, audience(name, frame))
         else:
-            place.publish(Message(serial, self._of_queue % serial, envelope, frame.body, sender))
+            place.publish(BrokerMessage(serial, self._of_queue % serial, envelope, frame.body, sender))
 
     def flush(self) -> None:
         """Gives out what a topic has gathered."""
@@ -539,7 +539,7 @@ class Destinations:
                 self.forget(queue)
                 raise
 
-    def bury(self, queue: Queue, message: Message) -> bool:
+    def bury(self, queue: Queue, message: BrokerMessage) -> bool:
         """Moves a message that was refused too often to ``DEAD_LETTERS``. False: it can't go there."""
         if queue.name == DEAD_LETTERS:
             return False
@@ -547,13 +547,13 @@ class Destinations:
         headers.update({'destination': DEAD_LETTERS, 'original-destination': queue.name,
                         'reason': 'refused %d times' % message.refusals})
         serial = next(self._serials)
-        letter = Message(serial, self._of_queue % serial, Envelope(headers), message.body, None)
-        queue.let_go(message.cost)
+        letter = BrokerMessage(serial, self._of_queue % serial, Envelope(headers), message.body, None)
+        queue.release(message.cost)
         dead_letters = self.get(DEAD_LETTERS)
         try:
             dead_letters.publish(letter)
         except DestinationError as error:
             log.warning('%s keeps what was refused %d times: %s', queue.name, message.refusals, error)
-            queue.let_go(-message.cost)
+            queue.release(-message.cost)
             return False
         return True

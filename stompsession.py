@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import protocol
 from protocol import WireFrame
-from stompqueues import Message, Queue, Subscription, cost_of, expiry
+from stompqueues import BrokerMessage, Queue, Subscription, cost_of, expiry
 
 log = logging.getLogger('vmhost.broker')
 
@@ -134,7 +134,7 @@ class Session:
         headers['content-type'] = 'text/plain'
         self._say('ERROR', headers, (text + '\n').encode('utf-8', 'replace'))
 
-    def stop(self, unwritten: List[Tuple[Queue, Message]], for_good: bool) -> None:
+    def stop(self, unwritten: List[Tuple[Queue, BrokerMessage]], for_good: bool) -> None:
         """It is sent no more, and queues take back what it wasn't sent (``unwritten``). For good: it says no
         more, either; they take back all, transactions are forgotten, and the policy is told."""
         places = {each.destination: None for each in self._by_number.values()}  # type: Dict[Any, None]

@@ -191,7 +191,7 @@ class Images:
         try:
             self.box.finish(job, self._clone(source, disk, variant), 'copying the disk')
         finally:
-            self._let_go(source, own_copy)
+            self._drop_source(source, own_copy)
 
     def _clone(self, source: Any, disk: Any, variant: List[int]) -> Any:
         try:
@@ -203,7 +203,7 @@ class Images:
                 source.location, either([self.box.vbox.findMachine(each).name for each in self.box.array(
                     source, 'machineIds')] or ['another program'], 'and'), self.box.translate(error)))
 
-    def _let_go(self, source: Any, own_copy: bool) -> None:
+    def _drop_source(self, source: Any, own_copy: bool) -> None:
         """VirtualBox goes on with a copying that was broken off, and then refuses: cleanup finds our copy."""
         try:
             if own_copy:
