@@ -342,6 +342,7 @@ def memory(process, what='VmHWM'):
         return next(int(line.split()[1]) for line in file if line.startswith(what)) * 1024
 
 
+@pytest.mark.once
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='memory is read from /proc')
 def test_unfinished_bodies_take_no_more_than_they_may():
     """60 clients with 10 MB each, of bodies that never end, where 64 MiB may be held; those who had to go
@@ -359,6 +360,7 @@ def test_unfinished_bodies_take_no_more_than_they_may():
         assert memory(program.process) - before < 1.1 * 64 * MIB + 12 * MIB      # and one that is being read
 
 
+@pytest.mark.once
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='memory is read from /proc')
 def test_queues_take_no_more_memory_than_they_may():
     """Small messages and large ones, and what comes back from a consumer that dies."""
