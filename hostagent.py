@@ -37,6 +37,7 @@ from hostworkers import Batch
 
 log = logging.getLogger('vmhost')
 
+BROKER_ADDRESS = 'broker.address'      # the file that tells where the broker is
 TICK = 0.25                    # seconds between looks at the clock
 SLEPT = 5.0                    # seconds that a tick may be late before the host is said to have slept,
                                # or half of vm_gc_grace, where that is less
@@ -85,6 +86,7 @@ class Host:
         """Starts everything. Raises VMHostError, ConfigError or ProtocolError with a sentence."""
         self.machines.start_hypervisor(self.settings, self.folder.path)
         self.connection.start(self._broker_host())
+        self.folder.write(BROKER_ADDRESS, '%s:%s' % self.connection.address)
         self.server = Server(self)
         self.server.start()
         self.journal.event('host-start', text='vmhost %s, pid %d' % (agent.VERSION, os.getpid()))
@@ -119,6 +121,8 @@ class Host:
         self.acknowledgements.stop(time.monotonic() + 0.5)
         self.machines.stop(time.monotonic() + 0.5)
         self.connection.stop()
+        with contextlib.suppress(OSError):
+            os.remove(self.folder.file(BROKER_ADDRESS))
         if self.machines.hypervisor is not None:
             self.machines.hypervisor.close()
         with contextlib.suppress(JournalError):

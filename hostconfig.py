@@ -11,6 +11,16 @@ import agent
 import drivers
 
 
+def port(value: str) -> int:
+    """A kind: a port; 0, or auto, is a free one, which the state folder tells."""
+    if value.lower() == 'auto':
+        return 0
+    try:
+        return agent.integer(0, 65535)(value)
+    except ValueError:
+        raise ValueError('auto, or a whole number from 0 to 65535')
+
+
 def ip_address(value: str) -> str:
     """A kind: an IPv4 address or netmask."""
     try:
@@ -58,14 +68,14 @@ def read_settings(ini: Optional[str]) -> Any:
 SETTINGS: Dict[str, Dict[str, Tuple[Callable, str]]] = {
     'Broker': {
         'embedded': (agent.yes_no, 'yes'), 'host': (agent.text, 'auto'),
-        'port': (agent.integer(0, 65535), '61613'), 'username': (agent.text, ''),
+        'port': (port, '61613'), 'username': (agent.text, ''),
         'password': (agent.text, ''), 'heartbeat': (agent.integer(0, 3600), '10'),
         'max_frame': (agent.at_least(24 << 10, agent.size, '24K'), '1M'),
         'tls': (agent.yes_no, 'no'), 'ca_file': (agent.path, ''), 'cert_file': (agent.path, ''),
         'key_file': (agent.path, '')},
     'Host': {
         'xmlrpc_listen_on': (agent.given, '127.0.0.1'),
-        'xmlrpc_port': (agent.integer(0, 65535), '50505'),
+        'xmlrpc_port': (port, '50505'),
         'xmlrpc_auth': (agent.yes_no, 'yes'), 'state_dir': (agent.path, 'vmhost-state'),
         'vm_gc_grace': (agent.at_least(1, agent.duration, '1 s'), '30'),
         'keep_results': (agent.duration, '7d'), 'fetch_limit': (agent.size, '64M'),

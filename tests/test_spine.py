@@ -747,3 +747,10 @@ def test_a_caller_that_no_thread_is_left_for_is_turned_away(tmp_path, monkeypatc
             assert api.listVMs() == []
     finally:
         host.stop()
+
+
+def test_ports_that_the_host_finds_by_itself_are_told_by_its_folder(tmp_path):
+    with Host(tmp_path / 'host', broker={'port': 'auto'}, xmlrpc_port='auto') as host, host.api as api:
+        with open(os.path.join(host.state, 'broker.address')) as file:
+            assert file.read().strip() == api.agentInfo()['broker']['address']
+    assert 'broker.address' not in os.listdir(host.state)
