@@ -263,7 +263,7 @@ def test_the_whole_job(guest, way):
     found = by.found()
     assert (found['id'].replace(':', ''), found['state'], found['agent']) == (
         facts(VM)['macaddress1'], 'Running', 'alive')
-    by.put(guest.local('input', b''.join(b'%d\n' % number for number in NUMBERS)), '/input')
+    by.put(guest.local('input', b''.join(b'%d\n' % number for number in NUMBERS)), 'input')
     by.put(guest.local('program', PROGRAM.encode()), '/program')
     guest.note('input there')
     cmd_id = by.run('sh', 'program')
@@ -287,7 +287,7 @@ def test_the_whole_job(guest, way):
     assert results['wall'] >= len(NUMBERS)
     for name, content in (('output', b'%d\n' % sum(NUMBERS)), ('starts', b'started\n')):
         got = guest.local('got')
-        by.get('/' + name, got)
+        by.get(name, got)
         with open(got, 'rb') as file:
             assert file.read() == content
     guest.note('output here')
