@@ -264,7 +264,7 @@ def test_the_whole_job(guest, way):
     assert (found['id'].replace(':', ''), found['state'], found['agent']) == (
         facts(VM)['macaddress1'], 'Running', 'alive')
     by.put(guest.local('input', b''.join(b'%d\n' % number for number in NUMBERS)), 'input')
-    by.put(guest.local('program', PROGRAM.encode()), '/program')
+    by.put(guest.local('program', PROGRAM.encode()), 'program')
     guest.note('input there')
     cmd_id = by.run('sh', 'program')
     wait_until(lambda: by.progress(cmd_id).startswith('at '), PATIENCE, 0.2)
