@@ -16,7 +16,6 @@ from protocol import Message
 
 LARGEST_INLINE = 256 * 1024    # bytes of a stream that a word carries, at most
 LARGEST_WORD = 900 * 1000      # bytes of a body, below what a broker takes (max_frame) …
-FIRST_WORD = 8 * 1000          # … and of a HELLO before the host has told what its broker takes
 SMALLEST_WORD = 2 * 1000       # whatever the host tells: a result without output fits
 FRAME_RESERVE = 4 * 1000       # bytes of max_frame that are left for what is not output
 LARGEST_OFFSET = 2 ** 62       # of a file's bytes, as far as systems can tell

@@ -394,7 +394,7 @@ def test_results_fit_into_what_the_host_takes(tmp_path):
     """max_frame is smaller than the output that a guest would send, and than its list of commands."""
     with Host(tmp_path / 'host', broker={'max_frame': '24K'}) as host:
         guest = Agent(tmp_path / 'guest', host, 'g', inline_output='256K')
-        guest.faults = {'set': {'FIRST_WORD': 500}}
+        guest.faults = {'set': {'HELLO_LIMIT': 500}}
         check_small_words(tmp_path, host, guest)
 
 
