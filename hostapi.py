@@ -49,8 +49,8 @@ class Methods:
 
     def _hypervisor(self) -> Any:
         if self._host.machines.hypervisor is None:
-            raise NotSupported('no hypervisor here (hypervisor=%s): VMs can be neither made nor '
-                               'controlled' % self._host.settings.Hypervisor.hypervisor)
+            raise NotSupported('no hypervisor here (%s): VMs can be neither made nor controlled'
+                               % self._host.machines.no_hypervisor)
         return self._host.machines.hypervisor
 
     def _done(self, result: Any) -> bool:

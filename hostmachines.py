@@ -45,6 +45,7 @@ class Machines:
     def __init__(self, guests: Guests, commands: Commands, journal: Journal, connection: Connection,
                  trust: Trust) -> None:
         self.hypervisor = None                 # type: Any      # a driver, once one has been started
+        self.no_hypervisor = ''                # why there is none
         self._guests = guests
         self._commands = commands
         self._journal = journal
@@ -56,7 +57,8 @@ class Machines:
 
     def start_hypervisor(self, settings: Any, state_dir: str) -> None:
         """Starts the driver, if one is wanted and its hypervisor answers."""
-        driver = start_driver(settings, state_dir, self._vm_event, self._trust.board_serial)
+        driver, reasons = start_driver(settings, state_dir, self._vm_event, self._trust.board_serial)
+        self.no_hypervisor = '; '.join(['hypervisor=%s' % settings.Hypervisor.hypervisor] + reasons)
         if driver is not None and settings.Network.manage:
             try:
                 driver.setup_network()
@@ -274,9 +276,10 @@ class Machines:
 
 
 def start_driver(settings: Any, state_dir: str, on_event: Callable[[str, str, str], None],
-                 secret_of: Callable[[str, str], str]) -> Any:
-    """The first driver whose hypervisor answers; None where none is wanted, or none does."""
+                 secret_of: Callable[[str, str], str]) -> Tuple[Any, List[str]]:
+    """The first driver whose hypervisor answers, None where none is wanted or none does; and why not each."""
     wanted = settings.Hypervisor.hypervisor
+    reasons = []  # type: List[str]
     for name in drivers.names_of(wanted):
         import hypervisor  # some memory, where VMs are controlled
         driver = hypervisor.Hypervisor(name, driver_settings(settings, state_dir), on_event, secret_of)
@@ -285,12 +288,13 @@ def start_driver(settings: Any, state_dir: str, on_event: Callable[[str, str, st
             log.info('%s %s', name, driver.version())
             for warning in driver.warnings():
                 log.warning('%s', warning)
-            return driver
+            return driver, reasons
         except VMHostError as error:
+            reasons.append('%s: %s' % (name, error))
             log.log(logging.INFO if wanted == 'auto' else logging.ERROR,
-                    'VMs can\'t be controlled, everything else works: %s', error)
+                    'VMs can\'t be controlled, everything else works: %s', reasons[-1])
             driver.close()
-    return None
+    return None, reasons
 
 
 def driver_settings(settings: Any, state_dir: str) -> Dict[str, Any]:

@@ -172,7 +172,9 @@ class Consumer(Actor):
 
     def act(self):
         self.mode = self.chance.choice(self.modes)
+        self.began = time.monotonic()
         self.unacked = []            # (id, frame)
+        self.acknowledged = set()
         self.last = {}               # of each producer, in this life
         prefetch = self.chance.choice([[], ['prefetch-count:1'], ['prefetch-count:20']])
         self.client.say('SUBSCRIBE', 'id:0', 'destination:' + self.queue, 'ack:' + self.mode, *prefetch)
@@ -190,8 +192,10 @@ class Consumer(Actor):
                 self.die()
 
     def got(self, found):
-        one = self.run.note(found)
+        one = self.run.note(found, self.began)
         name, number = one
+        if one in self.acknowledged:
+            self.run.failures.append('%s: %r comes again to who acknowledged it' % (self.queue, one))
         if self.is_alone and number <= self.last.get(name, -1):
             self.run.failures.append('%s: %r after %d' % (self.queue, one, self.last[name]))
         self.last[name] = number
@@ -233,7 +237,8 @@ class Consumer(Actor):
         if end == 'ABORT':
             self.unacked = settled + self.unacked
         elif command == 'ACK':
-            self.run.settled.update(ids)
+            self.acknowledged.update(ids)
+            self.run.settled.update(dict.fromkeys(ids, time.monotonic()))
 
     def after_life(self):
         """What was written to a dead auto consumer's socket may be lost; nothing else."""
@@ -262,21 +267,24 @@ class Run:
         self.never = set()           # of transactions that were aborted
         self.together = []           # of transactions that may have been committed
         self.seen = collections.Counter()
-        self.settled = set()         # the broker said that they are acknowledged
+        self.first = set()           # of those seen, the copies that were not called redelivered
+        self.settled = {}            # the broker said that they are acknowledged: when
         self.refusals = collections.Counter()
         self.written = set()         # to auto consumers
         self.most = collections.Counter()
         self._lock = threading.Lock()
 
-    def note(self, found):
-        """A message that somebody was sent."""
+    def note(self, found, began):
+        """A message that somebody was sent whose connection began then: what came to one that was cut off is
+        read late, perhaps after the copy that the next one got, and even after the next one's ACK."""
         one = id_of(found.body)
         with self._lock:
-            if one in self.settled:
+            if self.settled.get(one, began) < began:
                 self.failures.append('%r comes again though it was acknowledged' % (one,))
-            is_new = found.get('redelivered') != 'true' and found.get('destination') != DEAD_LETTERS
-            if self.seen[one] and is_new:
-                self.failures.append('%r comes again without redelivered' % (one,))
+            if found.get('redelivered') != 'true' and found.get('destination') != DEAD_LETTERS:
+                if one in self.first:
+                    self.failures.append('%r comes again without redelivered' % (one,))
+                self.first.add(one)
             self.seen[one] += 1
         return one
 
@@ -289,12 +297,13 @@ def drain(run, queue):
     """What lies in a queue at the end, in its order."""
     with Client(run.broker.address) as client:
         client.connect('1.2')
+        began = time.monotonic()
         client.subscribe(queue)
         found = client.before_now()
         while True:
             more = client.before_now()
             if not more:
-                return [run.note(one) for one in found]
+                return [run.note(one, began) for one in found]
             found += more
 
 

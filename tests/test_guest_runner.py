@@ -215,13 +215,16 @@ def test_signals_are_the_defaults_whatever_the_agent_inherited(tmp_path):
         runners.forks.stop()
 
 
-def test_the_time_that_a_program_is_stopped_is_not_its_own(runners):
-    command = runners.begin('sh', '-c', 'sleep 0.2; echo done', timeout=1)
-    wait_until(command.process, 10)
+def test_the_time_that_a_program_is_stopped_is_not_its_own(runners, tmp_path):
+    gate = tmp_path / 'gate'
+    program = 'touch %s.begun; while [ ! -e %s ]; do sleep 0.05; done; echo done' % (gate, gate)
+    command = runners.begin('sh', '-c', program, timeout=1)
+    wait_until((tmp_path / 'gate.begun').exists, 10)
     guestprocesses.signal_all(command.members(), signal.SIGSTOP)
     wait_until(lambda: command.read_state() == 'stopped', 10)
     time.sleep(1.5)                     # longer than its timeout
     assert not command.has('result.json')
+    gate.touch()
     guestprocesses.signal_all(command.members(), signal.SIGCONT)
     result = runners.end(command)
     assert (result['state'], result['out'], result['by']) == ('exited', b'done\n', 'itself')
