@@ -21,7 +21,7 @@ def do_ls(host: Client, screen: Screen, args: Any) -> int:
     if args.vm:
         names = host.matching_of(args.vm, names)
     found = [vm for _, vm in host.each('getVM', names)]
-    found.sort(key=lambda vm: (vm['agent'] not in ('lost', 'late'), vm['name']))
+    found.sort(key=lambda vm: (not vm['trouble'], vm['agent'] not in ('lost', 'late'), vm['name']))
     if args.json:
         screen.json(found)
         return 0
@@ -29,6 +29,9 @@ def do_ls(host: Client, screen: Screen, args: Any) -> int:
     if args.long:
         headings += ['ID', 'SEEN', 'CPUS', 'MEMORY', 'PYTHON', 'CLOCK', 'SYSTEM']
     screen.table(headings, [vm_row(vm, args.long) for vm in found])
+    for vm in found:
+        if vm['trouble']:
+            screen.say(agent.printable('%s: %s' % (vm['name'], vm['trouble'])))
     for job in host.call('agentInfo')['jobs']:
         screen.say(agent.printable('%s: %s, %d %%' % (job['vm'], job['text'], job['percent'])))
     return 0

@@ -628,7 +628,7 @@ class CommandMethods(Methods):
 
         {cmd-id, out, err, finished, exitCodeOrSignal, resources, state, error, wall, started, ended,
         out-size, err-size, …}: see docs/protocol.md. out64 and err64 hold the exact bytes where
-        out and err can't.
+        out and err can't; an err of size 0 holds error, for clients that don't know that.
 
             >>> results = host.getCmdResults(cmd_id)
             >>> results['out'], results['exitCodeOrSignal']
@@ -796,12 +796,15 @@ def shown_text(text: str) -> FilePath:
 
 
 def shown_results(results: Dict[str, Any]) -> Dict[str, Any]:
-    """The results for XML-RPC, which alters some text: the exact bytes go beside it then."""
+    """The results for XML-RPC, which alters some text: the exact bytes go beside it then. Who doesn't know
+    ``error`` finds it in an ``err`` that would be empty."""
     shown = dict(results)
     for stream in ('out', 'err'):
         text = results[stream]
         if stream + '64' not in results and not is_carried(text):
             shown[stream + '64'] = base64.b64encode(text.encode('utf-8')).decode('ascii')
+    if not results.get('err-size'):
+        shown['err'] = results['err'] or results['error']
     return shown
 
 

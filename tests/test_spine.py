@@ -90,7 +90,7 @@ def test_200_exit_codes_from_16_clients(host, guest):
 def test_what_can_not_start_fails_at_once(host, guest, api, cmd, path, error):
     results = host.results(api.runCmd('one', cmd, [], {}, path), 10)
     assert (results['state'], results['finished'], results['exitCodeOrSignal']) == ('failed', False, -1)
-    assert results['error'].startswith(error)
+    assert results['error'].startswith(error) and results['err'] == results['error']
 
 
 def test_timeout_leaves_no_process(host, guest):

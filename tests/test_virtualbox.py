@@ -607,6 +607,7 @@ def test_two_vms_with_one_card(host, api, fake, vm, give_card):
     assert api.start(uuid) is True and api.getState('twin') == 'Running'
     with environment(host.environment):
         assert 'same MAC' in ' '.join(host.verb('check').stdout.decode().split())
+        assert '\ntwin: ' in host.verb('ls').stdout.decode()      # below the table: what is wrong with it
     api.powerOff(uuid)
     give_card('twin', '08:00:27:00:0A:09')
     assert api.start('twin') is True
