@@ -814,8 +814,9 @@ PARTS = (AgentMethods, MachineMethods, ControlMethods, CommandMethods, FileMetho
 class Api:
     """The methods of the XML-RPC interface, by name. Any thread may call them.
 
-    Times are seconds since 1970, durations seconds, sizes bytes. A VM is given by name or id.
-    Faults: -32601 no such method, -32602 wrong arguments, -32603 internal; 1 NoSuchVM,
+    Times are seconds since 1970, durations seconds, sizes bytes. A VM is given by name or id. A file on
+    the host is best given by its whole path: another one is relative to the folder that the host agent was
+    started in. Faults: -32601 no such method, -32602 wrong arguments, -32603 internal; 1 NoSuchVM,
     2 AgentNotConnected, 3 NoSuchCommand, 4 BadState, 5 HypervisorError, 6 TransferError, 7 Timeout,
     8 AlreadyExists, 9 NotSupported, 10 Busy, 11 AccessDenied.
     """
