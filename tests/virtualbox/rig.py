@@ -14,15 +14,22 @@ AS_VBOXMANAGE_SAYS = {'PoweredOff': 'poweroff', 'Running': 'running', 'Paused': 
                       'Aborted': 'aborted', 'AbortedSaved': 'aborted-saved'}
 
 
+class Refused(Exception):
+    """VBoxManage said no."""
+
+
 def manage(*words):
     """What VBoxManage says; fails where it fails."""
-    return subprocess.run(('VBoxManage',) + words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          universal_newlines=True, timeout=900, check=True).stdout
+    done = subprocess.run(('VBoxManage',) + words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          universal_newlines=True, timeout=900)
+    if done.returncode:
+        raise Refused('VBoxManage %s: %s' % (' '.join(words), done.stdout))
+    return done.stdout
 
 
 def try_manage(*words):
     """Whether VBoxManage does it: not while the VM's process is on its way, say."""
-    with contextlib.suppress(subprocess.CalledProcessError):
+    with contextlib.suppress(Refused):
         manage(*words)
         return True
     return False
@@ -37,7 +44,7 @@ def facts(vm):
 
 def state_of(vm):
     """The VM's state, as VBoxManage says; '' while it can't be read."""
-    with contextlib.suppress(subprocess.CalledProcessError):
+    with contextlib.suppress(Refused):
         return facts(vm)['VMState']
     return ''
 
@@ -83,10 +90,9 @@ def remove(uuid):
     pid = vm_process(uuid)
     if pid:
         kill(pid)
-    try:        # while its process ends the VM is locked; files that stay would be in the next one's way
-        wait_until(lambda: try_manage('unregistervm', uuid, '--delete'), 20, 0.3)
-    except AssertionError:
-        manage('unregistervm', uuid)
+    # While its process ends the VM is locked; files that stay would be in the next one's way.
+    wait_until(lambda: try_manage('unregistervm', uuid, '--delete') or uuid not in manage('list', 'vms'),
+               20, 0.3)
 
 
 def forget_networks():
