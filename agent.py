@@ -41,6 +41,11 @@ def path(value: str) -> str:
     return value
 
 
+def password(value: str) -> str:
+    """Text that nobody else may read: ``read_settings`` looks at the mode of the ini file."""
+    return value
+
+
 class PathOr:
     """A kind: a path, unless all of it matches ``pattern``: then it is a word that means something else."""
 
@@ -134,7 +139,8 @@ def read_settings(file: Optional[str], spec: Dict[str, Dict[str, Tuple[Callable,
             ValueError with what it expects
     file    None: the defaults, relative to the working directory
 
-    Raises ConfigError for a file that can't be read, an unknown section or key, or a bad value.
+    Raises ConfigError for a file that can't be read, an unknown section or key, a bad value, or a password
+    in a file that others can read.
     """
     parser = configparser.ConfigParser(interpolation=None, strict=True)
     if file is not None:
@@ -179,8 +185,15 @@ def _read_section(file: Optional[str], parser: configparser.ConfigParser, sectio
                               % (file, section, key, given, expected))
         if value and (kind is path or isinstance(kind, PathOr) and kind.is_path(value)):
             value = os.path.join(folder, os.path.expanduser(value))
+        if value and kind is password and file is not None and is_open_to_others(file):
+            raise ConfigError('%s: [%s] %s: others can read it: chmod 600 %s' % (file, section, key, file))
         values[key] = value
     return types.SimpleNamespace(**values)
+
+
+def is_open_to_others(file: str) -> bool:
+    """Whether anybody but its owner may read or write a file; not known on Windows, and so False there."""
+    return os.name == 'posix' and bool(os.stat(file).st_mode & 0o077)
 
 
 def catch_signals() -> socket.socket:
