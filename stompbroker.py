@@ -63,6 +63,7 @@ SERVER = 'vmhost-broker/' + agent.VERSION
 RECEIVE = 64 * 1024                       # bytes taken from a client at a time
 JOINED = 256 * 1024                       # bytes that one write carries, if the chunks are small
 SHARE = 256 * 1024                        # bytes that one sender may have waiting for an essential client
+WEIGHT = 64 * 1024                        # bytes of a body that count as one frame of a client's rate
 UNIDENTIFIED_TIME = 1.0                   # seconds that a client has before another may take its place
 SHORTEST_MARGIN = 1.0                     # seconds that a client's heart-beat may be late
 LONGEST_END = 30.0                        # seconds that a client has to read its last frames
@@ -91,7 +92,8 @@ class Policy:
     frame each; whoever has more than ``SHARE`` bytes there is not read until that is less, and
     nobody is while half of ``limits.waiting`` waits in all lanes together.
     ``session.rate = (frames a second, frames at once)``, in ``connecting``: beyond that the
-    connection is read more slowly; nothing is dropped. What isn't a SEND counts a tenth.
+    connection is read more slowly; nothing is dropped. A body of more than ``WEIGHT`` bytes counts
+    as so many frames as it has times that; what isn't a SEND counts a tenth.
     ``session.identified = False``, in ``connecting``: the client has to say who it is by its first
     SEND, in ``limits.connect_time`` from its connection on, in a body of at most 64 KiB; ``sending``
     sets it to True, or the connection ends with an ERROR. Of those that have not said it yet,
@@ -588,7 +590,8 @@ class Connection(Outlet):
     def _is_too_fast(self, frame: WireFrame) -> bool:
         """Whether it has to pause: the frames that were received already wait, too."""
         assert self._bucket is not None
-        pause = self._bucket.take(1.0 if frame.command == 'SEND' else 0.1, self.broker.now)
+        cost = max(1.0, len(frame.body) / WEIGHT) if frame.command == 'SEND' else 0.1
+        pause = self._bucket.take(cost, self.broker.now)
         if pause:
             self.broker.count.slowed += 1
             self.clock.pause = self.broker.now + pause

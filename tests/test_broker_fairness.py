@@ -8,7 +8,7 @@ import pytest
 from helpers import wait_until
 from stomp_client import Client, frame, running
 
-from stompbroker import SHARE, Broker, Policy
+from stompbroker import SHARE, WEIGHT, Broker, Policy
 
 WHERE = 'destination:/topic/a'
 
@@ -138,6 +138,16 @@ def test_a_rate(broker, connect):
     assert [listener.take().body for _ in range(205)] == [b'%d' % number for number in range(45, 250)]
     assert 1.8 < time.monotonic() - begin < 10
     assert broker.counters()['slowed'] > 0 and broker.counters()['held_bytes'] < 2000
+
+
+def test_a_rate_counts_bytes(broker, connect):
+    """Ten frames that are as good as 8 each: 50 pass at once, then 100 a second."""
+    listener, slow = connect('1.2'), connect('1.2', 'login:slow')
+    listener.subscribe('/topic/a')
+    begin = time.monotonic()
+    slow.send(frame('SEND', WHERE, body=b'x' * (8 * WEIGHT)) * 10)
+    assert len(listener.take_all(10)) == 10
+    assert 0.2 < time.monotonic() - begin < 10 and broker.counters()['slowed'] > 0
 
 
 def test_who_floods_and_goes_is_heard_to_its_end(broker, connect):
