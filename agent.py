@@ -230,6 +230,8 @@ SWITCH_INTERVAL = 0.0002
 LOG_FORMAT = '%(asctime)s %(levelname)s %(name)s: %(message)s'
 LOG_SIZE = 10 * 1000 * 1000    # bytes, after which the file is rotated
 LOG_FILES = 5                  # rotated ones that are kept
+TOLD_EVERY = 60.0              # seconds between two warnings about the same sender …
+WARNED_OF = 1000               # … of so many of which that is known
 
 
 def set_up_logging(settings: Any) -> None:
@@ -278,6 +280,30 @@ def printable(text: str) -> str:
         return text
     return ''.join(char if char.isprintable() else char.encode('unicode_escape').decode('ascii')
                    for char in text)
+
+
+class Seldom:
+    """Warnings that may come by the thousand: of each sender one in TOLD_EVERY seconds is logged.
+
+    From any thread: two at the same moment may both be logged.
+    """
+
+    def __init__(self, log: Any, clock: Callable[[], float] = time.monotonic) -> None:
+        self._log = log
+        self._clock = clock
+        self._told = {}                # type: Dict[str, Tuple[float, int]]  # sender: when, and how many since
+
+    def warn(self, sender: str, text: str, *values: Any) -> None:
+        """Logs it, or counts it for the next time."""
+        now = self._clock()
+        when, count = self._told.get(sender, (now - TOLD_EVERY, 0))
+        is_due = now - when >= TOLD_EVERY
+        if len(self._told) > WARNED_OF:            # whoever they are
+            self._told.clear()
+        self._told[sender] = (now, 0) if is_due else (when, count + 1)
+        if is_due:
+            self._log.warning(text + ' (and %d times since the last line)' * bool(count),
+                              *[printable(str(value)) for value in values] + [count] * bool(count))
 
 
 # --- is all well? ----------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import protocol
 import vmstates
-from agent import printable
+from agent import Seldom, printable
 from hostguests import Guests
 from hostjournal import Journal
 from protocol import Message, Signatures, Untrusted
@@ -29,8 +29,7 @@ HELLOS = 5.0                   # a second, of one guest on one connection, …
 HELLOS_AT_ONCE = 20            # … and so many at once; what is more is dropped unread
 PENDING_AT_ONCE = 4            # sessions of one guest that it has not proved yet, on one connection …
 PENDING_BYTES = 32 * 1024 * 1024   # … and what all of them together may take
-TOLD_EVERY = 60.0              # seconds between two log lines about untrusted words of one guest …
-WARNED_OF = 1000               # … of so many of which that is known
+HELLOS_OF = 1000               # … of so many guests and connections of which that is known
 FORGET = 'if it is this machine from now on, run: vmhost.py forget %s'
 
 
@@ -174,7 +173,7 @@ class Sessions:
     def may_begin(self, machine_id: str, connection: str, now: float) -> bool:
         """Whether a HELLO of that guest on that connection may be looked at: a few at once, some a second."""
         with self._lock:
-            if len(self._hellos) > WARNED_OF:
+            if len(self._hellos) > HELLOS_OF:
                 self._hellos.clear()
             paid = max(now, self._hellos.get((machine_id, connection), now))
             if paid > now + HELLOS_AT_ONCE / HELLOS:
@@ -222,29 +221,6 @@ class Sessions:
                 del self._pending[session]
 
 
-class Seldom:
-    """Warnings that may come by the thousand: of each guest one in TOLD_EVERY seconds is logged."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        # Guards the table; nothing is called while it is held.
-        self._lock = threading.Lock()
-        self._told = {}                # type: Dict[str, Tuple[float, int]]  # id: when, and how many since
-
-    def warn(self, machine_id: str, text: str, *values: Any) -> None:
-        """Logs it, or counts it for the next time."""
-        now = self._clock()
-        with self._lock:
-            when, count = self._told.get(machine_id, (now - TOLD_EVERY, 0))
-            is_due = now - when >= TOLD_EVERY
-            if len(self._told) > WARNED_OF:        # ids that may be no guest's
-                self._told.clear()
-            self._told[machine_id] = (now, 0) if is_due else (when, count + 1)
-        if is_due:
-            log.warning(text + ' (and %d times since the last line)' * bool(count),
-                        *[printable(str(value)) for value in values] + [count] * bool(count))
-
-
 # --- who is let in ---------------------------------------------------------------------------
 
 class Trust:
@@ -262,7 +238,7 @@ class Trust:
         if settings.unsigned_guests:
             log.warning('[Host] unsigned_guests=yes: whoever reaches the broker can be any guest that has no '
                         'secret')
-        self._drops, self._refusals = Seldom(clock), Seldom(clock)
+        self._drops, self._refusals = Seldom(log, clock), Seldom(log, clock)
         self._is_there = lambda connection: False      # type: Callable[[str], bool]
 
     # HELLO.

@@ -847,8 +847,9 @@ class Alarms:
 class Peers:
     """How many connections each address has, and which of them have not said who they are."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, told: agent.Seldom) -> None:
         self._limits = limits
+        self._told = told
         self._all = collections.Counter()  # type: Dict[str, int]
         self._unidentified = {}  # type: Dict[str, collections.OrderedDict[int, Connection]]
 
@@ -856,12 +857,21 @@ class Peers:
         """Whether one more may come from there; the oldest that doesn't say who it is may have to go."""
         unidentified = self._unidentified.get(address, collections.OrderedDict())
         if self._all[address] < self._limits.per_address and len(unidentified) >= self._limits.unidentified:
-            oldest = next(iter(unidentified.values()))
-            if now - oldest.since > UNIDENTIFIED_TIME:
-                log.warning('%r goes: too many of its address have not said who they are', oldest)
-                oldest.close('another one takes its place')
+            self._let_go(unidentified, now)
         return (self._all[address] < self._limits.per_address
                 and len(unidentified) < self._limits.unidentified)
+
+    def make_room(self, now: float) -> None:
+        """There are as many as there may be: of the address that has most of them, the oldest that doesn't
+        say who it is has to go."""
+        if self._unidentified:
+            self._let_go(max(self._unidentified.values(), key=len), now)
+
+    def _let_go(self, unidentified: 'collections.OrderedDict[int, Connection]', now: float) -> None:
+        oldest = next(iter(unidentified.values()))
+        if now - oldest.since > UNIDENTIFIED_TIME:
+            self._told.warn(oldest.peer[0], '%s goes: too many have not said who they are', oldest)
+            oldest.close('another one takes its place')
 
     def came(self, connection: Connection) -> None:
         address = connection.peer[0]
@@ -953,7 +963,8 @@ class Broker:
         self.count = Counters()
         self.now = time.monotonic()
         self.alarms = Alarms()
-        self.peers = Peers(self.limits)
+        self._told = agent.Seldom(log)
+        self.peers = Peers(self.limits, self._told)
         self.destinations = Destinations(self.token, self.limits.queued, self.limits.queued_in_all,
                                          self.limits.refusals)
         # What a round may gather for a client before it must be written. Twice the limit, since
@@ -1125,9 +1136,11 @@ class Broker:
     def admit(self, sock: socket.socket, peer: Tuple[Any, ...]) -> None:
         """A client came."""
         self.count.connections_total += 1
+        if len(self._connections) >= self._most_connections:
+            self.peers.make_room(self.now)
         if len(self._connections) >= self._most_connections or not self.peers.admits(peer[0], self.now):
             self.count.refused += 1
-            log.warning('%s is sent away: %d connections', _spoken(peer), len(self._connections))
+            self._told.warn(peer[0], '%s is sent away: %s connections', _spoken(peer), len(self._connections))
             sock.close()
             return
         try:

@@ -105,6 +105,24 @@ def test_the_oldest_stranger_makes_room():
         assert strangers[1].silent_for(0.1)
 
 
+def test_strangers_of_many_addresses_lock_nobody_out():
+    with running(Broker('127.0.0.1', port=0, connections=6)) as broker, contextlib.ExitStack() as stack:
+        def client(source):
+            return stack.enter_context(Client(broker.address, source=source))
+        known = client('127.0.0.2')
+        known.connect('1.2')
+        strangers = [client('127.0.0.%d' % (3 + n % 2)) for n in range(5)]
+        wait_until(lambda: broker.counters()['connections'] == 6)
+        client('127.0.0.2').take_end_or_error()            # each of them has a second
+        pause = threading.Event()
+        pause.wait(1.2)
+        newcomer = client('127.0.0.2')
+        newcomer.connect('1.2')
+        strangers[0].take_end_or_error()                   # of the address that has most of them
+        for one in known, newcomer:
+            one.ask('SEND', WHERE)
+
+
 def test_addresses_are_limited_each_by_itself():
     with running(Broker('127.0.0.1', port=0, per_address=3)) as broker, contextlib.ExitStack() as stack:
         def client(source):
