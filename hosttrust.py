@@ -18,6 +18,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import protocol
 import vmstates
 from agent import Seldom, printable
+from faults import Busy
 from hostguests import Guests
 from hostjournal import Journal
 from protocol import Message, Signatures, Untrusted
@@ -249,6 +250,10 @@ class Trust:
         if owner not in (None, machine_id):
             raise Refusal('the id %s is another machine\'s name' % machine_id)
         self._check_place(machine_id)
+        try:
+            self._guests.check_room(machine_id)
+        except Busy as error:
+            raise Refusal(str(error))
         if not hello.text('nonce'):
             return self._judge_unsigned(machine_id, hello)
         protocol.read_nonce(hello.text('nonce'))
@@ -257,6 +262,8 @@ class Trust:
     def _check_place(self, machine_id: str) -> None:
         """With a hypervisor, an id is one of its VMs'; of other machines where that is configured."""
         is_outside = self.hypervisor is not None and not protocol.is_mac(machine_id)
+        if is_outside and self.hypervisor.known_state(machine_id):
+            raise Refusal('the id %s is a VM\'s name' % machine_id)
         if is_outside and not self._settings.other_machines:
             raise Refusal('%s is the id of no VM: machines outside of the hypervisor are let in with '
                           '[Host] other_machines=yes' % machine_id)
