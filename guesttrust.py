@@ -73,20 +73,23 @@ class HostTrust:
         for nonce in nonces if host_nonce else ():
             parts = self._secret.value, self._id, nonce, protocol.read_nonce(host_nonce)
             if protocol.is_proof(proof, *parts):
-                self._begin(Signatures(protocol.session_key(*parts), 'guest'), greeting.text('key')[:64])
+                self._begin(nonce, protocol.session_key(*parts), greeting.text('key')[:64])
                 return True
         self._complain('its greeting proves nothing' if proof else
                        'its greeting has no proof (vmhost 1.0 gives none: update it)')
         return False
 
-    def _begin(self, session: Signatures, key: str) -> None:
+    def _begin(self, nonce: str, session_key: bytes, key: str) -> None:
+        """The nonce is used up: said again, its greeting would have this session's words count anew."""
         known = self._secret.host_key
         if key != known:
             if known:
                 log.warning('the host that knows the secret has the key %s; it was %s', printable(key), known)
             self._secret.pin(printable(key))
         with self._lock:
-            self._sessions = [session] + self._sessions[:1]
+            if nonce in self._nonces:
+                self._nonces.remove(nonce)
+            self._sessions = [Signatures(session_key, 'guest')] + self._sessions[:1]
 
     def _complain(self, why: str) -> None:
         with self._lock:
