@@ -41,6 +41,11 @@ def path(value: str) -> str:
     return value
 
 
+def password(value: str) -> str:
+    """Text that nobody else may read: ``read_settings`` looks at the mode of the ini file."""
+    return value
+
+
 class PathOr:
     """A kind: a path, unless all of it matches ``pattern``: then it is a word that means something else."""
 
@@ -134,7 +139,8 @@ def read_settings(file: Optional[str], spec: Dict[str, Dict[str, Tuple[Callable,
             ValueError with what it expects
     file    None: the defaults, relative to the working directory
 
-    Raises ConfigError for a file that can't be read, an unknown section or key, or a bad value.
+    Raises ConfigError for a file that can't be read, an unknown section or key, a bad value, or a password
+    in a file that others can read.
     """
     parser = configparser.ConfigParser(interpolation=None, strict=True)
     if file is not None:
@@ -179,8 +185,15 @@ def _read_section(file: Optional[str], parser: configparser.ConfigParser, sectio
                               % (file, section, key, given, expected))
         if value and (kind is path or isinstance(kind, PathOr) and kind.is_path(value)):
             value = os.path.join(folder, os.path.expanduser(value))
+        if value and kind is password and file is not None and is_open_to_others(file):
+            raise ConfigError('%s: [%s] %s: others can read it: chmod 600 %s' % (file, section, key, file))
         values[key] = value
     return types.SimpleNamespace(**values)
+
+
+def is_open_to_others(file: str) -> bool:
+    """Whether anybody but its owner may read or write a file; not known on Windows, and so False there."""
+    return os.name == 'posix' and bool(os.stat(file).st_mode & 0o077)
 
 
 def catch_signals() -> socket.socket:
@@ -217,6 +230,8 @@ SWITCH_INTERVAL = 0.0002
 LOG_FORMAT = '%(asctime)s %(levelname)s %(name)s: %(message)s'
 LOG_SIZE = 10 * 1000 * 1000    # bytes, after which the file is rotated
 LOG_FILES = 5                  # rotated ones that are kept
+TOLD_EVERY = 60.0              # seconds between two warnings about the same sender …
+WARNED_OF = 1000               # … of so many of which that is known
 
 
 def set_up_logging(settings: Any) -> None:
@@ -265,6 +280,30 @@ def printable(text: str) -> str:
         return text
     return ''.join(char if char.isprintable() else char.encode('unicode_escape').decode('ascii')
                    for char in text)
+
+
+class Seldom:
+    """Warnings that may come by the thousand: of each sender one in TOLD_EVERY seconds is logged.
+
+    From any thread: two at the same moment may both be logged.
+    """
+
+    def __init__(self, log: Any, clock: Callable[[], float] = time.monotonic) -> None:
+        self._log = log
+        self._clock = clock
+        self._told = {}                # type: Dict[str, Tuple[float, int]]  # sender: when, and how many since
+
+    def warn(self, sender: str, text: str, *values: Any) -> None:
+        """Logs it, or counts it for the next time."""
+        now = self._clock()
+        when, count = self._told.get(sender, (now - TOLD_EVERY, 0))
+        is_due = now - when >= TOLD_EVERY
+        if len(self._told) > WARNED_OF:            # whoever they are
+            self._told.clear()
+        self._told[sender] = (now, 0) if is_due else (when, count + 1)
+        if is_due:
+            self._log.warning(text + ' (and %d times since the last line)' * bool(count),
+                              *[printable(str(value)) for value in values] + [count] * bool(count))
 
 
 # --- is all well? ----------------------------------------------------------------------------

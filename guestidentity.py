@@ -163,6 +163,12 @@ def read_configured(value: str) -> str:
         raise agent.AgentError('[VM] secret: %s: %s' % (value, error.strerror))
 
 
+def warn_of_readers(vm: Any, ini: str) -> None:
+    """Says so in the log where others can read the secret in guest.ini."""
+    if DIGITS.fullmatch(vm.secret) and agent.is_open_to_others(ini):
+        log.warning('others can read [VM] secret: chmod 600 %s', ini)
+
+
 def read_digits(path: str) -> str:
     """The digits in a file that only its owner may read. Raises AgentError, OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)

@@ -13,7 +13,7 @@ import time
 from typing import Any, Callable, Dict, List, Tuple  # noqa: F401
 
 import protocol
-from agent import printable
+from agent import Seldom, printable
 from protocol import Message, Signatures, Untrusted
 
 log = logging.getLogger('vmguest')
@@ -21,7 +21,6 @@ log = logging.getLogger('vmguest')
 NONCES = 4                     # HELLOs of one connection whose greetings may still come
 GREETING_TIMEOUT = 10.0        # seconds in which a host has to greet, where there is another address to try
 COMPLAINT_TIMEOUT = 3.0        # … and after a greeting without proof, which may have been a third party's
-TOLD_EVERY = 60.0              # seconds between two log lines about untrusted words
 
 
 class HostTrust:
@@ -38,7 +37,7 @@ class HostTrust:
         self._sessions = []            # type: List[Signatures]     # the one that goes on, and the one before
         self._since = 0.0              # when the connection came up
         self._complaint = '', 0.0      # what is wrong with who answers there, and since when
-        self._dropped = clock() - TOLD_EVERY, 0    # the last log line about it, and how many since
+        self._drops = Seldom(log, clock)
 
     def connected(self) -> None:
         """A connection came up: who is there has to prove itself anew."""
@@ -74,20 +73,23 @@ class HostTrust:
         for nonce in nonces if host_nonce else ():
             parts = self._secret.value, self._id, nonce, protocol.read_nonce(host_nonce)
             if protocol.is_proof(proof, *parts):
-                self._begin(Signatures(protocol.session_key(*parts), 'guest'), greeting.text('key')[:64])
+                self._begin(nonce, protocol.session_key(*parts), greeting.text('key')[:64])
                 return True
         self._complain('its greeting proves nothing' if proof else
                        'its greeting has no proof (vmhost 1.0 gives none: update it)')
         return False
 
-    def _begin(self, session: Signatures, key: str) -> None:
+    def _begin(self, nonce: str, session_key: bytes, key: str) -> None:
+        """The nonce is used up: said again, its greeting would have this session's words count anew."""
         known = self._secret.host_key
         if key != known:
             if known:
                 log.warning('the host that knows the secret has the key %s; it was %s', printable(key), known)
             self._secret.pin(printable(key))
         with self._lock:
-            self._sessions = [session] + self._sessions[:1]
+            if nonce in self._nonces:
+                self._nonces.remove(nonce)
+            self._sessions = [Signatures(session_key, 'guest')] + self._sessions[:1]
 
     def _complain(self, why: str) -> None:
         with self._lock:
@@ -119,13 +121,7 @@ class HostTrust:
     def drop(self, why: Any) -> None:
         """Counts an untrusted word, and says so now and then."""
         self.untrusted += 1
-        when, count = self._dropped
-        if self._clock() - when < TOLD_EVERY:
-            self._dropped = when, count + 1
-            return
-        self._dropped = self._clock(), 0
-        log.warning('dropped a word that is said to be the host\'s: %s%s', why,
-                    ' (and %d since the last such line)' % count if count else '')
+        self._drops.warn('', 'dropped a word that is said to be the host\'s: %s', why)
 
     def verdict(self, is_only: bool) -> Tuple[str, float]:
         """Why to leave the connection, '' for no reason; and when to ask again.

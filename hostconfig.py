@@ -69,7 +69,7 @@ SETTINGS: Dict[str, Dict[str, Tuple[Callable, str]]] = {
     'Broker': {
         'embedded': (agent.yes_no, 'yes'), 'host': (agent.text, 'auto'),
         'port': (port, '61613'), 'username': (agent.text, ''),
-        'password': (agent.text, ''), 'heartbeat': (agent.integer(0, 3600), '10'),
+        'password': (agent.password, ''), 'heartbeat': (agent.integer(0, 3600), '10'),
         'max_frame': (agent.at_least(24 << 10, agent.size, '24K'), '1M'),
         'tls': (agent.yes_no, 'no'), 'ca_file': (agent.path, ''), 'cert_file': (agent.path, ''),
         'key_file': (agent.path, '')},

@@ -79,11 +79,11 @@ class Guests:
 
     def add(self, id: str, name: str, ip: str, boot: str, session: str,
             facts: Dict[str, Any], clock_offset: float) -> Tuple[Guest, bool]:
-        """A HELLO: the guest, and whether it is news (a new agent, or one that was away)."""
+        """A HELLO: the guest, and whether it is news (a new agent, or one that was away). Raises Busy."""
         with self._lock:
+            self._check_room(id)
             guest = self._known.get(id)
             if guest is None:
-                self._make_room()
                 guest = self._known[id] = Guest(id, name)
             news = guest.agent == 'lost' or guest.session != session
             guest.name = self._free_name(id, name)
@@ -92,8 +92,13 @@ class Guests:
             self._touch(guest)
             return guest, news
 
-    def _make_room(self) -> None:
-        if len(self._known) >= GUESTS_KEPT:        # an absent one keeps its name, until it is forgotten
+    def check_room(self, id: str) -> None:
+        """Raises Busy where that would be one too many: an absent one stays until it is forgotten."""
+        with self._lock:
+            self._check_room(id)
+
+    def _check_room(self, id: str) -> None:
+        if id not in self._known and len(self._known) >= GUESTS_KEPT:
             raise Busy('%d agents are known already: forget some (vmhost.py forget VM)' % len(self._known))
 
     def _free_name(self, id: str, name: str) -> str:

@@ -23,6 +23,7 @@ from hosttrust import Session, Trust
 
 log = logging.getLogger('vmhost')
 
+STRANGERS = 64                 # connections of one address that have not said HELLO yet
 ROLL_CALL_EVERY = 2.0          # seconds between two requests to all guests to say HELLO
 EMBEDDED_TIMEOUT = 10.0        # seconds in which the embedded broker must answer
 
@@ -65,7 +66,7 @@ class Connection:
         self._broker = stompbroker.Broker(
             host, settings.port, login=settings.username, passcode=settings.password,
             tls=server_tls(settings), policy=self._policy, heartbeat=settings.heartbeat,
-            max_frame=settings.max_frame)
+            max_frame=settings.max_frame, unidentified=STRANGERS)
         try:
             self._broker.start()
         except stompbroker.BrokerError as error:

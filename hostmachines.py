@@ -30,7 +30,7 @@ from hostjournal import Journal
 from hostlink import Connection
 from hosttrust import Session, Trust
 from hostworkers import Batch
-from protocol import BadWord, read_id, read_secret
+from protocol import BadWord, is_mac, read_id, read_secret
 
 log = logging.getLogger('vmhost')
 
@@ -220,11 +220,16 @@ class Machines:
         if clash:
             raise BadState(clash)
         guest = self._guests.find(vm)
-        if guest is None or guest.agent == 'lost':      # by now the VM may have another card
+        # By now the VM may have another card; or it is a new one, of the name of a machine outside.
+        if guest is None or guest.agent == 'lost' or self._is_vms_name(guest.id):
             guest = self.describe(vm)[0] or guest
         if guest is None:
             raise NoSuchVM('no VM %.100r' % vm)
         return guest
+
+    def _is_vms_name(self, machine_id: str) -> bool:
+        return (self.hypervisor is not None and not is_mac(machine_id)
+                and bool(self.hypervisor.known_state(machine_id)))
 
     def describe(self, vm: str) -> Tuple[Optional[Guest], Dict[str, Any]]:
         """A VM as its agent and as the hypervisor know it; (None, {}) where the hypervisor doesn't."""

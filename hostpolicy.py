@@ -8,12 +8,13 @@ Threads: the broker's calls the methods of Policy, the host's ``link`` the other
 
 import hmac
 import threading
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 import protocol
 import stompbroker
 
 RATE = 100, 500                # frames of a guest a second, and at once
+CLAIMS = 8                     # connections that claim one id; the oldest that doesn't prove it makes room
 
 
 class _Role:
@@ -43,6 +44,7 @@ class HostPolicy(stompbroker.Policy):
         self._lock = threading.Lock()
         self._connections = {}         # type: Dict[str, Any]
         self._proved = {}              # type: Dict[str, Any]
+        self._claims = {}              # type: Dict[str, List[Any]]    # by id, the oldest first
 
     # The broker's questions.
 
@@ -89,6 +91,19 @@ class HostPolicy(stompbroker.Policy):
             raise stompbroker.Refused(str(error))
         role.id = machine_id
         session.identified = True
+        for other in self._surplus(session):
+            other.close('too many claim to be %s' % machine_id)
+
+    def _surplus(self, session: Any) -> List[Any]:
+        """Those that make room for one that claims an id. In NAT mode all guests have one address, and share
+        its connections."""
+        machine_id = session.policy_data.id
+        with self._lock:
+            claims = self._claims.setdefault(machine_id, [])
+            keeps = session, self._proved.get(machine_id)
+            others = [other for other in claims if other not in keeps]
+            claims.append(session)
+            return others[:max(0, len(claims) - CLAIMS)]
 
     def audience(self, destination: str, frame: Any) -> Optional[Callable[[Any], bool]]:
         connection, to = frame.headers.pop('connection', ''), frame.headers.get('to', '')
@@ -106,8 +121,13 @@ class HostPolicy(stompbroker.Policy):
         role = session.policy_data
         with self._lock:
             self._connections.pop(session.id, None)
-            if role is not None and self._proved.get(role.id) is session:
+            if role is None or not role.id:
+                return
+            if self._proved.get(role.id) is session:
                 del self._proved[role.id]
+            self._claims[role.id].remove(session)
+            if not self._claims[role.id]:
+                del self._claims[role.id]
 
     # The host's.
 

@@ -17,7 +17,8 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import protocol
 import vmstates
-from agent import printable
+from agent import Seldom, printable
+from faults import Busy
 from hostguests import Guests
 from hostjournal import Journal
 from protocol import Message, Signatures, Untrusted
@@ -29,8 +30,7 @@ HELLOS = 5.0                   # a second, of one guest on one connection, …
 HELLOS_AT_ONCE = 20            # … and so many at once; what is more is dropped unread
 PENDING_AT_ONCE = 4            # sessions of one guest that it has not proved yet, on one connection …
 PENDING_BYTES = 32 * 1024 * 1024   # … and what all of them together may take
-TOLD_EVERY = 60.0              # seconds between two log lines about untrusted words of one guest …
-WARNED_OF = 1000               # … of so many of which that is known
+HELLOS_OF = 1000               # … of so many guests and connections of which that is known
 FORGET = 'if it is this machine from now on, run: vmhost.py forget %s'
 
 
@@ -174,7 +174,7 @@ class Sessions:
     def may_begin(self, machine_id: str, connection: str, now: float) -> bool:
         """Whether a HELLO of that guest on that connection may be looked at: a few at once, some a second."""
         with self._lock:
-            if len(self._hellos) > WARNED_OF:
+            if len(self._hellos) > HELLOS_OF:
                 self._hellos.clear()
             paid = max(now, self._hellos.get((machine_id, connection), now))
             if paid > now + HELLOS_AT_ONCE / HELLOS:
@@ -222,29 +222,6 @@ class Sessions:
                 del self._pending[session]
 
 
-class Seldom:
-    """Warnings that may come by the thousand: of each guest one in TOLD_EVERY seconds is logged."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        # Guards the table; nothing is called while it is held.
-        self._lock = threading.Lock()
-        self._told = {}                # type: Dict[str, Tuple[float, int]]  # id: when, and how many since
-
-    def warn(self, machine_id: str, text: str, *values: Any) -> None:
-        """Logs it, or counts it for the next time."""
-        now = self._clock()
-        with self._lock:
-            when, count = self._told.get(machine_id, (now - TOLD_EVERY, 0))
-            is_due = now - when >= TOLD_EVERY
-            if len(self._told) > WARNED_OF:        # ids that may be no guest's
-                self._told.clear()
-            self._told[machine_id] = (now, 0) if is_due else (when, count + 1)
-        if is_due:
-            log.warning(text + ' (and %d times since the last line)' * bool(count),
-                        *[printable(str(value)) for value in values] + [count] * bool(count))
-
-
 # --- who is let in ---------------------------------------------------------------------------
 
 class Trust:
@@ -262,7 +239,7 @@ class Trust:
         if settings.unsigned_guests:
             log.warning('[Host] unsigned_guests=yes: whoever reaches the broker can be any guest that has no '
                         'secret')
-        self._drops, self._refusals = Seldom(clock), Seldom(clock)
+        self._drops, self._refusals = Seldom(log, clock), Seldom(log, clock)
         self._is_there = lambda connection: False      # type: Callable[[str], bool]
 
     # HELLO.
@@ -273,6 +250,10 @@ class Trust:
         if owner not in (None, machine_id):
             raise Refusal('the id %s is another machine\'s name' % machine_id)
         self._check_place(machine_id)
+        try:
+            self._guests.check_room(machine_id)
+        except Busy as error:
+            raise Refusal(str(error))
         if not hello.text('nonce'):
             return self._judge_unsigned(machine_id, hello)
         protocol.read_nonce(hello.text('nonce'))
@@ -281,6 +262,8 @@ class Trust:
     def _check_place(self, machine_id: str) -> None:
         """With a hypervisor, an id is one of its VMs'; of other machines where that is configured."""
         is_outside = self.hypervisor is not None and not protocol.is_mac(machine_id)
+        if is_outside and self.hypervisor.known_state(machine_id):
+            raise Refusal('the id %s is a VM\'s name' % machine_id)
         if is_outside and not self._settings.other_machines:
             raise Refusal('%s is the id of no VM: machines outside of the hypervisor are let in with '
                           '[Host] other_machines=yes' % machine_id)

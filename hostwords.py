@@ -11,6 +11,7 @@ import time
 from typing import Any, Callable, Dict, Optional
 
 import protocol
+from faults import Busy
 from hostcommands import CALLED_OFF, Commands, has_more_output, read_results
 from hostcontrol import Control
 from hostguests import Guests
@@ -59,7 +60,7 @@ class Words:
                 self._hear_signed(frame, connection, sender)
         except protocol.BadWord as error:
             self._drop(str(error), sender)
-        except (protocol.Untrusted, JournalError) as error:
+        except (protocol.Untrusted, JournalError, Busy) as error:
             self._trust.drop(sender, error)
             self.unknown += 1
             if self._trust.sessions.of(sender) is None:     # it may have one of this host's run before

@@ -63,6 +63,7 @@ SERVER = 'vmhost-broker/' + agent.VERSION
 RECEIVE = 64 * 1024                       # bytes taken from a client at a time
 JOINED = 256 * 1024                       # bytes that one write carries, if the chunks are small
 SHARE = 256 * 1024                        # bytes that one sender may have waiting for an essential client
+WEIGHT = 64 * 1024                        # bytes of a body that count as one frame of a client's rate
 UNIDENTIFIED_TIME = 1.0                   # seconds that a client has before another may take its place
 SHORTEST_MARGIN = 1.0                     # seconds that a client's heart-beat may be late
 LONGEST_END = 30.0                        # seconds that a client has to read its last frames
@@ -91,7 +92,8 @@ class Policy:
     frame each; whoever has more than ``SHARE`` bytes there is not read until that is less, and
     nobody is while half of ``limits.waiting`` waits in all lanes together.
     ``session.rate = (frames a second, frames at once)``, in ``connecting``: beyond that the
-    connection is read more slowly; nothing is dropped. What isn't a SEND counts a tenth.
+    connection is read more slowly; nothing is dropped. A body of more than ``WEIGHT`` bytes counts
+    as so many frames as it has times that; what isn't a SEND counts a tenth.
     ``session.identified = False``, in ``connecting``: the client has to say who it is by its first
     SEND, in ``limits.connect_time`` from its connection on, in a body of at most 64 KiB; ``sending``
     sets it to True, or the connection ends with an ERROR. Of those that have not said it yet,
@@ -588,7 +590,8 @@ class Connection(Outlet):
     def _is_too_fast(self, frame: WireFrame) -> bool:
         """Whether it has to pause: the frames that were received already wait, too."""
         assert self._bucket is not None
-        pause = self._bucket.take(1.0 if frame.command == 'SEND' else 0.1, self.broker.now)
+        cost = max(1.0, len(frame.body) / WEIGHT) if frame.command == 'SEND' else 0.1
+        pause = self._bucket.take(cost, self.broker.now)
         if pause:
             self.broker.count.slowed += 1
             self.clock.pause = self.broker.now + pause
@@ -844,8 +847,9 @@ class Alarms:
 class Peers:
     """How many connections each address has, and which of them have not said who they are."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, told: agent.Seldom) -> None:
         self._limits = limits
+        self._told = told
         self._all = collections.Counter()  # type: Dict[str, int]
         self._unidentified = {}  # type: Dict[str, collections.OrderedDict[int, Connection]]
 
@@ -853,12 +857,21 @@ class Peers:
         """Whether one more may come from there; the oldest that doesn't say who it is may have to go."""
         unidentified = self._unidentified.get(address, collections.OrderedDict())
         if self._all[address] < self._limits.per_address and len(unidentified) >= self._limits.unidentified:
-            oldest = next(iter(unidentified.values()))
-            if now - oldest.since > UNIDENTIFIED_TIME:
-                log.warning('%r goes: too many of its address have not said who they are', oldest)
-                oldest.close('another one takes its place')
+            self._let_go(unidentified, now)
         return (self._all[address] < self._limits.per_address
                 and len(unidentified) < self._limits.unidentified)
+
+    def make_room(self, now: float) -> None:
+        """There are as many as there may be: of the address that has most of them, the oldest that doesn't
+        say who it is has to go."""
+        if self._unidentified:
+            self._let_go(max(self._unidentified.values(), key=len), now)
+
+    def _let_go(self, unidentified: 'collections.OrderedDict[int, Connection]', now: float) -> None:
+        oldest = next(iter(unidentified.values()))
+        if now - oldest.since > UNIDENTIFIED_TIME:
+            self._told.warn(oldest.peer[0], '%s goes: too many have not said who they are', oldest)
+            oldest.close('another one takes its place')
 
     def came(self, connection: Connection) -> None:
         address = connection.peer[0]
@@ -950,7 +963,8 @@ class Broker:
         self.count = Counters()
         self.now = time.monotonic()
         self.alarms = Alarms()
-        self.peers = Peers(self.limits)
+        self._told = agent.Seldom(log)
+        self.peers = Peers(self.limits, self._told)
         self.destinations = Destinations(self.token, self.limits.queued, self.limits.queued_in_all,
                                          self.limits.refusals)
         # What a round may gather for a client before it must be written. Twice the limit, since
@@ -1122,9 +1136,11 @@ class Broker:
     def admit(self, sock: socket.socket, peer: Tuple[Any, ...]) -> None:
         """A client came."""
         self.count.connections_total += 1
+        if len(self._connections) >= self._most_connections:
+            self.peers.make_room(self.now)
         if len(self._connections) >= self._most_connections or not self.peers.admits(peer[0], self.now):
             self.count.refused += 1
-            log.warning('%s is sent away: %d connections', _spoken(peer), len(self._connections))
+            self._told.warn(peer[0], '%s is sent away: %s connections', _spoken(peer), len(self._connections))
             sock.close()
             return
         try:

@@ -33,7 +33,15 @@ import agent
 import protocol
 from guestcommands import RESEND_EVERY, Commands
 from guestforks import ForkServer
-from guestidentity import SERVED, Secret, identify, make_folder, read_id, settle_folders
+from guestidentity import (
+    SERVED,
+    Secret,
+    identify,
+    make_folder,
+    read_id,
+    settle_folders,
+    warn_of_readers,
+)
 from guestmachine import Network, memory, read_boot_id, uptime
 from guestreports import Reports
 from guestrunner import drain
@@ -47,7 +55,7 @@ log = logging.getLogger('vmguest')
 SETTINGS = {
     'Broker': {
         'host': (agent.text, 'auto'), 'port': (agent.integer(1, 65535), '61613'),
-        'username': (agent.text, ''), 'password': (agent.text, ''),
+        'username': (agent.text, ''), 'password': (agent.password, ''),
         'heartbeat': (agent.integer(0, 3600), '10'), 'tls': (agent.yes_no, 'no'),
         'ca_file': (agent.path, '')},
     'VM': {
@@ -549,6 +557,7 @@ def main(argv: List[str]) -> int:
         if '--check' in options:
             return check(settings)
         agent.set_up_logging(settings.Logging)
+        warn_of_readers(settings.VM, ini or '')
         sys.setswitchinterval(agent.SWITCH_INTERVAL)
         return run_agent(settings)
     except (protocol.ProtocolError, agent.AgentError) as error:

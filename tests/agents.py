@@ -43,6 +43,7 @@ class Process:
             for section, keys in ini.items():
                 file.write('[%s]\n' % section)
                 file.writelines('%s = %s\n' % item for item in keys.items())
+        os.chmod(self.ini, 0o600)      # as long as a password stands there
         self.log_path = os.path.join(self.folder, 'log')
         self.process = None
 

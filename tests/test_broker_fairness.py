@@ -8,7 +8,7 @@ import pytest
 from helpers import wait_until
 from stomp_client import Client, frame, running
 
-from stompbroker import SHARE, Broker, Policy
+from stompbroker import SHARE, WEIGHT, Broker, Policy
 
 WHERE = 'destination:/topic/a'
 
@@ -105,6 +105,24 @@ def test_the_oldest_stranger_makes_room():
         assert strangers[1].silent_for(0.1)
 
 
+def test_strangers_of_many_addresses_lock_nobody_out():
+    with running(Broker('127.0.0.1', port=0, connections=6)) as broker, contextlib.ExitStack() as stack:
+        def client(source):
+            return stack.enter_context(Client(broker.address, source=source))
+        known = client('127.0.0.2')
+        known.connect('1.2')
+        strangers = [client('127.0.0.%d' % (3 + n % 2)) for n in range(5)]
+        wait_until(lambda: broker.counters()['connections'] == 6)
+        client('127.0.0.2').take_end_or_error()            # each of them has a second
+        pause = threading.Event()
+        pause.wait(1.2)
+        newcomer = client('127.0.0.2')
+        newcomer.connect('1.2')
+        strangers[0].take_end_or_error()                   # of the address that has most of them
+        for one in known, newcomer:
+            one.ask('SEND', WHERE)
+
+
 def test_addresses_are_limited_each_by_itself():
     with running(Broker('127.0.0.1', port=0, per_address=3)) as broker, contextlib.ExitStack() as stack:
         def client(source):
@@ -138,6 +156,16 @@ def test_a_rate(broker, connect):
     assert [listener.take().body for _ in range(205)] == [b'%d' % number for number in range(45, 250)]
     assert 1.8 < time.monotonic() - begin < 10
     assert broker.counters()['slowed'] > 0 and broker.counters()['held_bytes'] < 2000
+
+
+def test_a_rate_counts_bytes(broker, connect):
+    """Ten frames that are as good as 8 each: 50 pass at once, then 100 a second."""
+    listener, slow = connect('1.2'), connect('1.2', 'login:slow')
+    listener.subscribe('/topic/a')
+    begin = time.monotonic()
+    slow.send(frame('SEND', WHERE, body=b'x' * (8 * WEIGHT)) * 10)
+    assert len(listener.take_all(10)) == 10
+    assert 0.2 < time.monotonic() - begin < 10 and broker.counters()['slowed'] > 0
 
 
 def test_who_floods_and_goes_is_heard_to_its_end(broker, connect):

@@ -9,7 +9,7 @@ import pytest
 from helpers import wait_until
 from stomp_client import Client, frame, running
 
-from hostpolicy import HostPolicy
+from hostpolicy import CLAIMS, HostPolicy
 from protocol import CMD_REQUESTS, CMD_RESPONSES, CONNECTIONS
 from stompbroker import Broker, Policy, Refused
 
@@ -287,6 +287,19 @@ def test_who_proves_an_id_takes_the_place_of_who_had_it(hosted, the_host):
     first, again = guest(hosted, the_host, 'one'), guest(hosted, the_host, 'one')
     first.close()
     wait_until(lambda: hosted.broker.counters()['connections'] == 2)
+    the_host.ask('SEND', 'destination:' + CMD_REQUESTS, 'to:one', body=b'CMD_RUN')
+    assert len(again.before_now_as_guest()) == 1
+
+
+def test_connections_that_claim_an_id_are_few(hosted, the_host):
+    """In NAT mode all guests have one address, and its connections are for all of them."""
+    honest = guest(hosted, the_host, 'one')
+    thieves = [claim(hosted, the_host, 'one')[0] for _ in range(20)]
+    assert hosted.broker.counters()['connections'] == 1 + CLAIMS
+    thieves[0].take_end_or_error()
+    again = guest(hosted, the_host, 'one')                 # the honest one, at its next connection
+    honest.close()
+    wait_until(lambda: hosted.broker.counters()['connections'] <= CLAIMS)
     the_host.ask('SEND', 'destination:' + CMD_REQUESTS, 'to:one', body=b'CMD_RUN')
     assert len(again.before_now_as_guest()) == 1
 

@@ -42,6 +42,7 @@ def settings_of(block, spec, folder):
     path = os.path.join(str(folder), 'an.ini')
     with open(path, 'w') as file:
         file.write(BLOCKS[block])
+    os.chmod(path, 0o600)
     return agent.read_settings(path, spec)
 
 

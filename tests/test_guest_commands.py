@@ -305,6 +305,15 @@ def test_a_configured_secret_and_one_of_the_firmware(tmp_path):
     assert secret(tmp_path, serial=serial).source == 'made'
 
 
+@pytest.mark.parametrize('mode, is_told', [(0o644, True), (0o600, False)])
+def test_a_secret_in_an_ini_that_others_can_read_is_warned_of(tmp_path, caplog, mode, is_told):
+    ini = tmp_path / 'guest.ini'
+    ini.write_text('[VM]\nsecret = %s\n' % DIGITS)
+    ini.chmod(mode)
+    guestidentity.warn_of_readers(agent.read_settings(str(ini), vmguest.SETTINGS).VM, str(ini))
+    assert ('chmod 600 %s' % ini in caplog.text) is is_told and DIGITS not in caplog.text
+
+
 @pytest.mark.parametrize('mode, text, why', [
     (0o644, DIGITS, 'chmod 600'), (0o600, DIGITS[:40], '64 hexadecimal digits'), (None, '', 'No such file')])
 def test_what_is_no_secret_is_refused(tmp_path, mode, text, why):

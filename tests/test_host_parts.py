@@ -5,6 +5,7 @@ import os
 import sqlite3
 import threading
 import time
+import types
 import xmlrpc.client
 
 import helpers
@@ -249,6 +250,23 @@ def test_the_hypervisors_name_wins(clock):
 def test_a_mac_is_no_name():
     assert hosttrust.read_name('0a:00:00:00:00:09') == ''
     assert hosttrust.read_name('a@b\n*') == 'ab*'
+
+
+def test_first_use_ends_where_as_many_are_known_as_may_be(journal, monkeypatch):
+    monkeypatch.setattr(hostguests, 'GUESTS_KEPT', 2)
+    guests = hostguests.Guests(30)
+    trust = hosttrust.Trust(hosttrust.Secrets(journal), guests,
+                            types.SimpleNamespace(other_machines=True, unsigned_guests=False))
+
+    def hello(id):
+        message = protocol.Message('', 'HELLO', {}, {'nonce': '0' * 32, 'secret': '1' * 64})
+        return trust.begin(id, message, 100, '')
+    for id in 'ab':
+        assert hello(id).proved
+        guests.add(id, id, '', '', '', {}, 0)
+    with pytest.raises(hosttrust.Refusal, match='forget'):
+        hello('c')
+    assert hello('a').proved and not trust.secrets.pinned('c')
 
 
 def test_the_suspended_and_the_forgiven_are_not_judged(clock):

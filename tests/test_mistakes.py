@@ -240,6 +240,19 @@ def test_a_typo_in_an_ini(program, text, said, tmp_path):
     sentences(printed, str(ini) if 'Logging]\nfile' not in text else '[Logging]', said)
 
 
+@pytest.mark.skipif(os.name != 'posix', reason='needs modes of files')
+@pytest.mark.parametrize('program', ['vmhost.py', 'vmguest.py'])
+def test_a_password_that_others_can_read(program, tmp_path):
+    ini = write(tmp_path / 'a.ini', '[Broker]\npassword = hunter2\nheartbeat = none\n')
+    for mode in (0o644, 0o640, 0o604):
+        ini.chmod(mode)
+        code, printed = run(ini, program=program)
+        assert code == 1 and len(printed.splitlines()) == 1 and 'hunter2' not in printed
+        sentences(printed, '[Broker] password', 'chmod 600 %s' % ini)
+    ini.chmod(0o600)
+    assert 'heartbeat' in run(ini, program=program)[1]              # the next mistake
+
+
 # 8
 
 @pytest.mark.parametrize('program', ['vmhost.py', 'vmguest.py'])

@@ -3,8 +3,10 @@
 How long they take is measured by bench/noise.py; here, that they come at all, on a busy machine, too.
 """
 
+import contextlib
 import json
 import os
+import socket
 import sys
 
 import pytest
@@ -60,6 +62,38 @@ def test_a_first_frame_is_short(host, honest, api):
                 continue
     assert noise.resident(host.process.pid) - memory < noise.MEMORY_TARGET
     assert 'giant' not in api.getNamesToIdsMapping().values()
+
+
+def joined(host, id):
+    """A guest that has joined; None where it is sent away."""
+    try:
+        return Guest(host.broker_port, id).join()
+    except (OSError, AssertionError):
+        return None
+
+
+def test_10000_connections(host, honest, api):
+    """All from the address of the honest ones, as in NAT mode: silent ones, then those of one known."""
+    def count():
+        return api.agentInfo()['broker']['counters']['connections']
+    before = count()
+    with contextlib.ExitStack() as stack:
+        for _ in range(100):
+            for _ in range(100):
+                stack.enter_context(socket.create_connection(('127.0.0.1', host.broker_port), 20))
+            api.ping('honest', 10)
+        wait_until(lambda: count() <= before + 64)
+        # once they have had their second
+        stack.enter_context(wait_until(lambda: joined(host, 'newcomer'), 30))
+        wait_until(lambda: 'newcomer' in api.listRegisteredVMs())
+    wait_until(lambda: count() <= before)
+    with contextlib.ExitStack() as stack:
+        known = stack.enter_context(Guest(host.broker_port, 'many-armed')).join()
+        for _ in range(100):
+            stack.enter_context(Guest(host.broker_port, 'many-armed', known.secret)).hello()
+        wait_until(lambda: count() < before + 20)
+        assert api.ping('honest', 10) == 'PONG from honest'
+    assert host.log().count(' is sent away') + host.log().count(' goes: ') < 5
 
 
 def test_what_a_guest_says_begins_no_line_of_the_log(host, honest, api):

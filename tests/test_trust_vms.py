@@ -1,5 +1,6 @@
 """Which ids a host with a hypervisor lets in, and the secrets of firmware. VirtualBox is the fake one."""
 
+import contextlib
 import json
 import os
 import sqlite3
@@ -7,7 +8,7 @@ import sqlite3
 import fake_virtualbox
 import pytest
 from fake_guest import CONNECTIONS, Guest
-from helpers import wait_until
+from helpers import fault_of, wait_until
 from vms import VMHost
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
@@ -94,6 +95,30 @@ def test_a_vm_proves_itself_by_its_firmware(host, guest, api):
     assert api.forgetVM('firm') is True
     api.start('firm')
     assert firmware_secret(host, vm['uuid']) != secret
+
+
+def test_nobody_has_the_name_of_a_vm_as_an_id(tmp_path):
+    """Whether that VM ever had an agent, and whether the VM or the machine outside came first."""
+    environment = fake_virtualbox.install(tmp_path / 'fake')
+    with VMHost(tmp_path / 'host', environment, other_machines='yes') as host, host.api as api, \
+            contextlib.ExitStack() as stack:
+        def guest(id):
+            return stack.enter_context(Guest(host.broker_port, id))
+        api.createVM('web1', '', {'memory': 16})
+        wait_until(lambda: api.getState('web1') == 'PoweredOff')
+        assert 'is a VM\'s name' in refusal(guest('web1'))
+        outside = guest('lab12').join()
+        api.runCmd('lab12', 'true')
+        outside.hear('CMD_RUN')
+        api.createVM('lab12', '', {'memory': 16})
+        assert api.getVM('lab12')['id'] != 'lab12'
+        assert fault_of(api.runCmd, 'lab12', 'id').faultCode == 2      # the VM's agent isn't there
+        api.start('lab12')
+        inside = guest(api.getVM('lab12')['id']).join()
+        wait_until(lambda: api.getIdsToNamesMapping().get('lab12') == 'lab12-lab12')
+        cmd_id = api.runCmd('lab12', 'id')
+        assert inside.hear('CMD_RUN')[0]['cmd-id'] == cmd_id
+        assert '\'s name' in refusal(guest('lab12'))
 
 
 def test_macs_are_written_in_any_case(host, guest, api):
