@@ -201,13 +201,13 @@ class Commands:
         cmd_id = message.text('cmd-id')
         with self._lock:
             command = self._commands.get(cmd_id)
+        why = 'signal %d before it began' % number
         if command is None and message.flag('cancel'):
-            command = self._cancelled_before(cmd_id)
+            self._cancel_before_it_comes(cmd_id, why)
         if command is None or command.has_ended():
             return
         log.info('%s: signal %d', cmd_id, number)
-        if number in ENDING and self._take_back(command, 'cancelled'):
-            self._end(command, 'cancelled', 'signal %d before it began' % number, by='signalCmd')
+        if number in ENDING and self._take_back(command, 'cancelled', why, by='signalCmd'):
             return
         with contextlib.suppress(OSError):      # of a full disk: then the result doesn't tell who sent it
             command.note_signal(number)
@@ -215,33 +215,32 @@ class Commands:
             command.signals.append(number)
         self._deliver(command)
 
-    def _cancelled_before(self, cmd_id: str) -> Optional[Command]:
-        """A command of which nothing but the id is known; None where there was one, or the disk is full."""
+    def _cancel_before_it_comes(self, cmd_id: str, why: str) -> None:
+        """Notes the end of a command of which nothing but the id is known, unless there was one."""
         try:
             command = self._claim(cmd_id, {})
             if command is not None:
+                command.end('cancelled', why, by='signalCmd')
+                command.state = 'cancelled'
                 self._add(command)
-            return command
+                self._send_results(command)
         except OSError as error:
             log.error('%s can\'t be cancelled: %s', cmd_id, describe_error(error))
-            return None
 
-    def _take_back(self, command: Command, state: str) -> bool:
-        """Takes a command that hasn't begun, so that no runner will. Whoever claims it first decides."""
+    def _take_back(self, command: Command, state: str, error: str, **more: Any) -> bool:
+        """Ends a command that hasn't begun, so that no runner will take it; False where one has it.
+
+        Whoever claims it first decides. Raises OSError where the result can't be written.
+        """
         with self._lock:
-            if command.state not in ('queued', 'starting'):
-                return False
-            lock = command.claim()
+            lock = command.claim() if command.state in ('queued', 'starting') else None
             if lock is None:
                 return False
-            lock.close()
             self._set_state(command, state)
-            return True
-
-    def _end(self, command: Command, state: str, error: str, **more: Any) -> None:
-        """Writes and sends the result of what never ran. Raises OSError."""
-        command.end(state, error, **more)
+        with lock:              # until there is a result: else its runner would seem to have been killed
+            command.end(state, error, **more)
         self._send_results(command)
+        return True
 
     def _deliver(self, command: Command) -> None:
         """Sends the signals that are due to the processes of a command, once it has any."""
@@ -373,13 +372,14 @@ class Commands:
         elif command.has('runner'):
             self._look_after(command, now)
         elif now - command.begun > START_PATIENCE:
-            self._start(command)
+            self._order_runner(command)         # not put back: the first one may just be slow
 
     def _look_at_queued(self, command: Command) -> None:
         """Raises OSError."""
         expires = command.request.get('expires-at')
-        if expires and self._spool.clock.now() >= expires and self._take_back(command, 'expired'):
-            self._end(command, 'expired', 'ETIME: it had not begun within %g s' % command.request['expires'])
+        if expires and self._spool.clock.now() >= expires:
+            self._take_back(command, 'expired', 'ETIME: it had not begun within %g s'
+                            % command.request['expires'])
 
     def _look_after(self, command: Command, now: float) -> None:
         """A command that runs: its runner may have been killed, its status or a signal be due."""
@@ -389,7 +389,7 @@ class Commands:
         self._notice_begin(command)
         self._deliver(command)
         interval = command.request.get('status-interval', 0)
-        if interval and now - command.told >= interval:
+        if interval and now - command.told >= interval and command.is_running():
             self._reports.status(command)
 
     # The changes of a command's state.
@@ -417,13 +417,18 @@ class Commands:
             self._start(command)
 
     def _start(self, command: Command) -> None:
-        command.begun = time.monotonic()
         log.debug('%s: begins', command.cmd_id)
+        if not self._order_runner(command):
+            self._put_back(command)
+
+    def _order_runner(self, command: Command) -> bool:
+        """False where there is no room for one more runner now."""
+        command.begun = time.monotonic()
         try:
-            if not self._fork_server.run(command.folder):
-                self._put_back(command)
+            return self._fork_server.run(command.folder)
         except ConnectionError:
             self._restart('the fork server died')
+            return True
 
     def _put_back(self, command: Command) -> None:
         """Into the queue: there is no room for one more runner now. The next look tries again."""

@@ -14,6 +14,7 @@ import protocol
 
 TICKS = os.sysconf('SC_CLK_TCK')
 PAGE = os.sysconf('SC_PAGE_SIZE')
+LOOKS = 3                      # at children: who ends meanwhile hides its own, which are the subreaper's then
 # Indexes into stat_fields: see proc(5), whose numbers begin with 1 and with the two fields that are left out.
 STATE, PARENT, SESSION, MINOR, MAJOR, USER, SYSTEM, START, RESIDENT = 0, 1, 3, 7, 9, 11, 12, 19, 21
 
@@ -60,12 +61,13 @@ def descendants(pid: int) -> List[int]:
     """The living children of a process, and theirs, and so on, whatever sessions they are in."""
     is_told = os.path.exists('/proc/self/task/%d/children' % os.getpid())
     children = children_of if is_told else children_table()
-    found, todo = {}, [pid]  # type: Dict[int, bool], List[int]
-    while todo:
-        for child in children(todo.pop()):
-            if child not in found:
-                found[child] = is_alive(stat_fields(child))
-                todo.append(child)
+    found = {}  # type: Dict[int, bool]
+    for _ in range(LOOKS):
+        todo = [pid]
+        while todo:
+            new = [child for child in children(todo.pop()) if child not in found]
+            found.update((child, is_alive(stat_fields(child))) for child in new)
+            todo += new
     return [child for child, alive in found.items() if alive]
 
 

@@ -406,14 +406,19 @@ class RunnerProcess:
                     run_command(runner)
                 except Exception:       # the agent sees that the command has no runner any more
                     log.exception('runner of %s', folder)
-                is_free = not children_of(os.getpid())
-                if is_free:
-                    self._orders.send(b'.')     # before the report: the next command may follow at once
-                runner.report()
-                if not is_free:
+                goes_on = not children_of(os.getpid()) and self._say_free()
+                runner.report()         # after that: the next command may follow at once
+                if not goes_on:
                     return
         finally:
             self.unsynced.sync_all()
+
+    def _say_free(self) -> bool:
+        """False where nobody gives this one commands any more."""
+        try:
+            return self._orders.send(b'.') > 0
+        except ConnectionError:
+            return False
 
 
 def folders_to_run(orders: socket.socket, unsynced: Unsynced) -> Iterator[str]:

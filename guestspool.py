@@ -40,7 +40,9 @@ FORMAT = 1                     # of request.json and result.json; a newer one is
 ENDS = ('exited', 'signaled', 'timeout', 'failed', 'lost', 'cancelled', 'expired')
 # The way of a command through its states: from each to which. docs/protocol.md has the same table.
 WAY = {
-    'queued': ('starting', 'failed', 'lost', 'cancelled', 'expired'),
+    # Past `starting`: a runner that the agent before this one asked may take it late.
+    'queued': ('starting', 'running', 'stopped', 'exited', 'signaled', 'timeout', 'failed', 'lost',
+               'cancelled', 'expired'),
     'starting': ('queued', 'running', 'stopped', 'exited', 'signaled', 'timeout', 'failed', 'lost',
                  'cancelled'),
     'running': ('stopped', 'exited', 'signaled', 'timeout', 'failed', 'lost', 'cancelled'),
@@ -299,9 +301,9 @@ class Command:
             runner, pid = int(process['runner']), int(process['pid'])
         except (OSError, ValueError, KeyError, TypeError):
             return []
-        if not self.runner_lives():
-            return []
         found = descendants(runner)
+        if not self.runner_lives():     # asked afterwards: else these may be of the runner's next command
+            return []
         return in_session(found, pid) if self.request.get('leave') else found
 
     def end_processes(self) -> int:
@@ -490,6 +492,9 @@ class Spool:
                                    % (self.folder, command.request['format'], FORMAT))
         command.cmd_id = str(command.request['cmd-id'])
         command.state = 'acknowledged' if command.has('acked') else command.read_state()
+        if command.state == 'queued' and 'cmd' not in command.request:
+            command.discard()          # to be refused or cancelled, which wasn't written down any more
+            return None
         return command
 
     def sweep(self, keep_spool: float, dedupe_ttl: float) -> bool:

@@ -55,6 +55,9 @@ class Guest:
             self.commands.look(time.monotonic(), self.forks.reported())
 
     def stop(self):
+        for cmd_id in self.commands.states():       # a test that failed leaves some
+            self.signal(cmd_id, 'KILL')
+        wait_until(lambda: not self.commands.count_unended(), 20)
         self.stopping.set()
         self.thread.join()
         self.forks.stop()
@@ -122,6 +125,93 @@ def test_a_kill_as_the_turn_comes_is_told_truly(guests):
         assert result['by'] == 'signalCmd' and not (ran and result['state'] == 'cancelled'), result
         cancelled += result['state'] == 'cancelled'
     assert cancelled                    # else this tests nothing
+
+
+def test_a_look_at_what_is_just_being_cancelled_doesnt_take_it_for_lost(guests, monkeypatch):
+    """The main thread looks at a command that is taken back, and has no result yet."""
+    guest = guests(max_commands=1)
+    guest.run('first', 'sleep', '60')
+    guest.run('waits', 'touch', 'ran')
+    real, looked = guestspool.Command.end, []
+
+    def end(command, state, *words, **more):
+        if state == 'cancelled' and not looked:
+            looked.append(state)
+            guest.commands.look(time.monotonic() + 2, [])
+        real(command, state, *words, **more)
+    monkeypatch.setattr(guestspool.Command, 'end', end)
+    guest.signal('waits', 'KILL')
+    assert looked and guest.result('waits')['state'] == 'cancelled'
+    guest.signal('first', 'KILL')
+    guest.result('first')
+    told = [message.text('state') for message in guest.said['waits'] if message.word == 'CMD_RESULTS']
+    assert set(told) == {'cancelled'} and not os.path.exists(guest.served + '/ran')
+
+
+def test_what_is_cancelled_before_it_came_is_never_begun(guests, monkeypatch):
+    """The main thread looks for the next one to begin, while the cancelled one is noted."""
+    guest = guests()
+    real = guestcommands.Commands._add
+
+    def add(commands, command):
+        real(commands, command)
+        commands._begin_waiting()
+    monkeypatch.setattr(guestcommands.Commands, '_add', add)
+    guest.signal('c', 'KILL', cancel=True)
+    assert guest.result('c')['state'] == 'cancelled'
+
+
+def test_an_agent_that_ended_while_it_noted_a_cancelled_command_leaves_nothing_to_run(guests, monkeypatch):
+    guest = guests()
+
+    def die(*words, **more):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(guestspool.Command, 'end', die)
+        with pytest.raises(KeyboardInterrupt):
+            guest.signal('c', 'KILL', cancel=True)
+    guest.spool.close()
+    guest.begin()
+    assert guest.commands.states() == {} and not guest.spool.command('c').has('request.json')
+
+
+def test_a_runner_that_the_agent_before_had_asked_may_take_a_command_late(guests):
+    guest = guests(max_commands=1)
+    guest.run('first', 'sleep', '60')
+    wait_until(guest.spool.command('first').process, 20)
+    guest.run('late', 'echo', 'hello')
+    guest.forks.run(guest.spool.command('late').folder)
+    wait_until(lambda: guest.spool.command('late').has('result.json'), 20)
+    guest.run('late', 'echo', 'hello')      # the host asks again
+    assert guest.result('late')['out'] == 'hello\n' and guest.commands.states()['late'] == 'exited'
+    guest.signal('first', 'KILL')
+    guest.result('first')
+
+
+def test_a_signal_never_reaches_the_next_command_of_a_runner(guests, monkeypatch):
+    """The runner ends one command and begins another, while the processes of the first are looked up."""
+    guest = guests()
+    guest.run('first', 'true')
+    guest.result('first')
+    guest.run('second', 'sleep', '60')
+    first, second = (guest.spool.find(cmd_id) for cmd_id in ('first', 'second'))
+    wait_until(second.process, 20)
+    assert first.read('process.json')['runner'] == second.read('process.json')['runner']
+    real, order = guestspool.descendants, []
+
+    def descendants(pid):
+        order.append('listed')
+        return real(pid)
+
+    def runner_lives(command):
+        order.append('asked')
+        return len(order) < 2           # it lived when it was asked first
+    monkeypatch.setattr(guestspool, 'descendants', descendants)
+    monkeypatch.setattr(guestspool.Command, 'runner_lives', runner_lives)
+    assert first.members() == []
+    monkeypatch.undo()
+    guest.signal('second', 'KILL')
+    guest.result('second')
 
 
 @pytest.mark.parametrize('name', ['CONT', 'WINCH', 'USR1', 'STOP'])

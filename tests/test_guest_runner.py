@@ -114,6 +114,33 @@ def test_what_is_left_behind_is_said_and_measured_no_further(runners):
     assert cpu(runners.run('true')) < 0.1 and runners.run('true')['left'] == 0
 
 
+# --- the fork server and its runners ---
+
+def test_one_runner_of_very_many_tells_of_the_end_as_well(runners, monkeypatch):
+    """It isn't waited for, and ends after its command; whoever looks at the clock needn't find that out."""
+    monkeypatch.setattr(guestforks, 'MOST_BUSY', 1)
+    first = runners.begin('sh', '-c', 'while ! [ -e go ]; do sleep 0.01; done')
+    second = runners.begin('sleep', '60')
+    wait_until(second.process, 20)
+    told = []
+    wait_until(lambda: told.extend(runners.forks.reported()) or told.count('c1') == told.count('c2') == 1, 20)
+    open(os.path.join(runners.served, 'go'), 'w').close()
+    runners.end(first)
+    wait_until(lambda: told.extend(runners.forks.reported()) or told.count('c1') == 2, 20)
+    os.kill(second.process(), signal.SIGKILL)
+    runners.end(second)
+
+
+def test_a_child_whose_parent_ends_while_it_is_looked_for_is_found(monkeypatch):
+    """It is the subreaper's then, whose children were read already."""
+    child = subprocess.Popen(['sleep', '60'])
+    looks = {-1: [[-2], [child.pid]], -2: [[]]}     # no such processes
+    monkeypatch.setattr(guestprocesses, 'children_of', lambda pid: (looks.get(pid) or [[]]).pop(0))
+    assert guestprocesses.descendants(-1) == [child.pid]
+    child.kill()
+    child.wait()
+
+
 # --- what is observed can't end a command ---
 
 @pytest.fixture
