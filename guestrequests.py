@@ -8,9 +8,8 @@ import re
 import signal
 from typing import Any, Dict, List
 
-from protocol import BadWord, Message
+from protocol import STREAM, BadWord, Message
 
-STREAM = 'stream'              # as stdin: it comes by CMD_INPUT
 LIMITS = ('as', 'cpu', 'fsize', 'nofile', 'nproc')
 
 

@@ -361,6 +361,7 @@ CMD_RESPONSES = '/topic/cmd_responses'   # guest -> host
 
 HEADERS_LIMIT = 8 * 1024   # bytes of args and env that may stand in headers; more goes into JSON
 LONGEST_INTEGER = 24       # digits; int() of a megabyte of digits would take a guest's minute
+STREAM = 'stream'      # as CMD_RUN's stdin: CMD_INPUT brings it
 RUSAGE_FIELDS = (
     'ru_utime', 'ru_stime', 'ru_maxrss', 'ru_ixrss', 'ru_idrss', 'ru_isrss', 'ru_minflt',
     'ru_majflt', 'ru_nswap', 'ru_inblock', 'ru_oublock', 'ru_msgsnd', 'ru_msgrcv', 'ru_nsignals',
