@@ -20,6 +20,7 @@ import threading
 import time
 from typing import Any, Callable, Dict, Iterable, Optional
 
+from guestconsole import Consoles
 from guestforks import ForkServer
 from guestprocesses import signal_all
 from guestreports import Reports
@@ -41,7 +42,8 @@ class Commands:
     """All commands of one agent that aren't acknowledged yet."""
 
     def __init__(self, settings: Any, root: str, boot: str, spool: Spool, fork_server: ForkServer,
-                 reports: Reports, look_by: Callable[[float], None], restart: Callable[[str], None]) -> None:
+                 reports: Reports, consoles: Consoles, look_by: Callable[[float], None],
+                 restart: Callable[[str], None]) -> None:
         """``settings``: [VM]. ``root``: where commands start. ``boot``: see read_boot_id.
 
         look_by(moment)     has the main thread call ``look`` by then
@@ -53,6 +55,7 @@ class Commands:
         self._spool = spool
         self._fork_server = fork_server
         self._reports = reports
+        self._consoles = consoles
         self._look_by = look_by
         self._restart = restart
         # Guards what follows, and the state of each command.
@@ -158,6 +161,7 @@ class Commands:
         if request.get('expires'):
             request['expires-at'] = self._spool.clock.now() + request['expires']
         command.request = request
+        command.taken = 0 if request.get('stream') else None
         # Not by rename: whether a torn one was begun is seen by its other name, runner. The runner brings
         # both names to the disk, before the program begins.
         with open(command.path('request.json'), 'w', opener=private) as file:
@@ -189,7 +193,12 @@ class Commands:
             self._reports.unknown(cmd_id)
         else:
             self._notice_begin(command)
-            self._reports.status(command, **self._reports.slices(command, message))
+            if not self._consoles.query(command, message):
+                self._reports.status(command, **self._reports.slices(command, message))
+
+    def input(self, message: Message) -> None:
+        """CMD_INPUT: the next piece of a streamed input, or the size of a terminal."""
+        self._consoles.input(self._find(message.text('cmd-id')), message)
 
     def signal(self, message: Message) -> None:
         """CMD_SIGNAL: to all processes of a command, as soon as it has any.

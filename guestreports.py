@@ -7,7 +7,7 @@ import base64
 import os
 import re
 import time
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, Tuple
 
 import protocol
 from guestprocesses import live_usage
@@ -53,6 +53,16 @@ class Reports:
             processes, resources = live_usage(command.members())
             keys.update(pid=pid, processes=processes, resources=resources, wall=command.wall())
         keys.update(slices)
+        self._say_status(command, keys)
+
+    def news(self, command: Command, **keys: Any) -> None:
+        """The same for somebody who waits: how much output there is, and these keys."""
+        self._say_status(command, dict(keys, **{'out-size': command.size('out'),
+                                                'err-size': command.size('err')}))
+
+    def _say_status(self, command: Command, keys: Dict[str, Any]) -> None:
+        if command.taken is not None:
+            keys['in-offset'] = command.taken
         state = 'running' if command.state == 'starting' else command.state
         self._say(protocol.CMD_STATUS.howToSay(command.cmd_id, state, **keys))
 
@@ -63,21 +73,26 @@ class Reports:
     def slices(self, command: Command, query: Message) -> Dict[str, Any]:
         """The slices of output that a CMD_QUERY asks for. Raises BadWord."""
         length = int(min(max(0, query.number('max', LARGEST_INLINE)), LARGEST_INLINE))
-        found = {}  # type: Dict[str, Any]
-        for stream in ('out', 'err'):
-            if query.get(stream + '-offset') is not None:
-                offset = int(min(max(0, query.number(stream + '-offset')), LARGEST_OFFSET))
-                found.update(self._slice(command, stream, offset, length))
-        return found
+        return self.slices_from(command, offsets_in(query), length)[0]
 
-    def _slice(self, command: Command, stream: str, offset: int, length: int) -> Dict[str, Any]:
-        """A slice of a stream, as long as two of them fit into a word."""
+    def slices_from(self, command: Command, offsets: Dict[str, int],
+                    length: int = LARGEST_INLINE) -> Tuple[Dict[str, Any], Dict[str, int]]:
+        """Slices of these streams, as keys of a CMD_STATUS, and where each ends."""
+        found, ends = {}, {}  # type: Dict[str, Any], Dict[str, int]
+        for stream, offset in offsets.items():
+            keys, size = self._slice(command, stream, offset, length)
+            found.update(keys)
+            ends[stream] = offset + size
+        return found, ends
+
+    def _slice(self, command: Command, stream: str, offset: int, length: int) -> Tuple[Dict[str, Any], int]:
+        """A slice of a stream, as long as two of them fit into a word, and its size."""
         data = command.slice(stream, offset, length)
         while True:
             found = {stream + '-offset': offset}  # type: Dict[str, Any]
             put_bytes(found, stream, data)
             if len(protocol.write_json(found)) <= self._room_for_output // 2 or not data:
-                return found
+                return found, len(data)
             data = data[:len(data) // 2]
 
     def results(self, command: Command, result: Dict[str, Any]) -> None:
@@ -102,6 +117,12 @@ class Reports:
             if len(protocol.write_json(found)) <= self._room_for_output or not room:
                 return found
             room //= 2
+
+
+def offsets_in(query: Message) -> Dict[str, int]:
+    """{stream: from where on} that a CMD_QUERY asks for. Raises BadWord."""
+    return {stream: int(min(max(0, query.number(stream + '-offset')), LARGEST_OFFSET))
+            for stream in ('out', 'err') if query.get(stream + '-offset') is not None}
 
 
 def put_bytes(keys: Dict[str, Any], stream: str, data: bytes) -> None:

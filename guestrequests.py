@@ -8,7 +8,7 @@ import re
 import signal
 from typing import Any, Dict, List
 
-from protocol import BadWord, Message
+from protocol import STREAM, BadWord, Message
 
 LIMITS = ('as', 'cpu', 'fsize', 'nofile', 'nproc')
 
@@ -43,10 +43,41 @@ def read_request(message: Message, defaults: Any) -> Dict[str, Any]:
     env = request['env']
     if any('\0' in text for text in [request['cmd'], request['path'], *request['args'], *env, *env.values()]):
         raise BadWord('CMD_RUN: a NUL in cmd, path, args or env')
+    read_input(message, request)
+    return request
+
+
+def read_input(message: Message, request: Dict[str, Any]) -> None:
+    """Puts into the request where its standard input is from. Raises BadWord.
+
+    ``stdin``: these bytes. ``stream``: CMD_INPUT brings it. ``terminal``: it has one, {rows, columns, term}.
+    """
+    if message.get('terminal') is not None:
+        request['terminal'] = read_terminal(message.mapping('terminal'))
+    is_given = message.get('stdin64') is not None or bool(request['fileForStdin'])
+    if message.get('stdin64') is None and message.get('stdin') == STREAM or request.get('terminal'):
+        if is_given:
+            raise BadWord('CMD_RUN: a streamed input, and another one')
+        request['stream'] = True
+        return
     stdin = read_stdin(message)
     if stdin is not None:
         request['stdin'] = stdin
-    return request
+
+
+def read_terminal(asked: Dict[str, Any]) -> Dict[str, Any]:
+    """A terminal as it is asked for, with the usual one's values where it doesn't say. Raises BadWord."""
+    told = Message('', 'CMD_RUN', None, asked)
+    return {'rows': screen_size(told, 'rows', 24), 'columns': screen_size(told, 'columns', 80),
+            'term': told.text('term', 'xterm')}
+
+
+def screen_size(message: Message, name: str, default: int = 0) -> int:
+    """The rows or columns of a terminal; 0: unknown. Raises BadWord."""
+    number = message.number(name, default)
+    if not 0 <= number <= 65535:
+        raise BadWord('%s: %s should be from 0 to 65535' % (message.word, name))
+    return int(number)
 
 
 def exact_text(message: Message, name: str) -> str:

@@ -13,10 +13,11 @@ import select
 import signal
 import socket
 import time
-from typing import Any, Iterator, Optional
+from typing import Any, Iterator, Optional, Tuple
 
 import agent
 import protocol
+from guestinput import Inlet, read_output, set_size, wait_until_ready
 from guestprocesses import (
     children_of,
     descendants,
@@ -58,6 +59,7 @@ class Runner:
         self.pid = 0                   # of the program
         self.usage = Usage()
         self.pipes = {}                # type: Any       # {descriptor: (name, the file's descriptor)}
+        self.inlet = None              # type: Optional[Inlet]    # of a streamed input
         self.truncated = {'out': False, 'err': False}
         self.failure = ''              # why writing the spool failed
         self.timed_out = False
@@ -98,8 +100,10 @@ class Runner:
         self._finish_exited(ended)
 
     def close(self) -> None:
-        """Lets go of pipes, files and the lock."""
+        """Lets go of pipes, files, input and the lock."""
         self._close_pipes()
+        if self.inlet is not None:
+            self.inlet.close()
         if self._lock is not None:
             self._lock.close()
 
@@ -124,7 +128,7 @@ class Runner:
         self.deadline = self.begin + float(timeout) if timeout else None
         self._write_process()
         self._open_outputs()
-        self.report_at = self.begin + FIRST_STATUS
+        self.report_at = self.begin + (0 if self.inlet is not None else FIRST_STATUS)
 
     def _write_process(self) -> None:
         # Torn, it is as good as none: what a dead runner left is found by its environment, too.
@@ -142,12 +146,30 @@ class Runner:
         """Starts the program, in a session of its own. Raises what that raised, in the child too."""
         start = Start(self.command, self.request, self.process.origin)
         with contextlib.ExitStack() as stack:
-            out, err = self._open_pipe('out', stack), self._open_pipe('err', stack)
+            places = self._open_terminal(stack) if self.request.get('terminal') else self._open_pipes(stack)
             self.begin, self.started = time.monotonic(), time.time()
-            start.begin(out, err, self.process.null)
+            start.begin(*places)
         self.pid = start.wait()
         if self.pid != start.child:
             self._starter = start.child
+
+    def _open_pipes(self, stack: contextlib.ExitStack) -> Tuple[int, int, int]:
+        """The program's ends: two outputs, an input."""
+        out, err, stdin = self._open_pipe('out', stack), self._open_pipe('err', stack), self.process.null
+        if self.request.get('stream'):
+            stdin, writer = os.pipe()
+            stack.callback(os.close, stdin)
+            self.inlet = Inlet(self.command.folder, writer, False)
+        return out, err, stdin
+
+    def _open_terminal(self, stack: contextlib.ExitStack) -> Tuple[int, int, int]:
+        """The same, of which all are one terminal: what is written there is the output."""
+        master, terminal = os.openpty()
+        stack.callback(os.close, terminal)
+        self.pipes[master] = ('out', -1)
+        self.inlet = Inlet(self.command.folder, master, True)
+        set_size(terminal, self.request['terminal']['rows'], self.request['terminal']['columns'])
+        return terminal, terminal, terminal
 
     def _open_pipe(self, name: str, stack: contextlib.ExitStack) -> int:
         """The program's end of the pipe of a stream, closed here by ``stack``."""
@@ -201,20 +223,29 @@ class Runner:
 
     def _pump(self, timeout: float) -> None:
         """Waits for output, the end of a child, or the time; writes what came into the spool."""
-        ready, _, _ = select.select(list(self.pipes) + [self.process.wakeup], [], [], timeout)
-        for descriptor in ready:
+        inlet = self.inlet
+        sources = list(self.pipes) + [self.process.wakeup]
+        ready = wait_until_ready(sources + (inlet.readable() if inlet is not None else []),
+                                 inlet.writable() if inlet is not None else [], timeout)
+        for descriptor in sources:
+            if descriptor not in ready:
+                continue
             if descriptor == self.process.wakeup:
                 drain(descriptor)
             else:
                 self._read_pipe(descriptor)
+        if inlet is not None:
+            inlet.react(ready)
 
     def _read_pipe(self, descriptor: int) -> None:
         name, target = self.pipes[descriptor]
         try:
-            data = os.read(descriptor, PUMP)
+            data = read_output(descriptor, PUMP)
         except BlockingIOError:
             return
         if not data:
+            if self.request.get('terminal') and self.inlet is not None:
+                self.inlet.close_target()
             del self.pipes[descriptor]
             os.close(descriptor)
             os.close(target)
@@ -229,6 +260,8 @@ class Runner:
             # A full disk: the command can't be accounted for, and is ended.
             self.failure = describe_error(error)
             self._signal(signal.SIGKILL)
+        if self.inlet is not None:
+            self.inlet.tell()
 
     def _enforce(self) -> None:
         """TERM at the timeout, KILL kill-after seconds later."""

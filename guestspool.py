@@ -122,6 +122,7 @@ class Command:
         self.begun = 0.0               # monotonic: when the fork server was asked
         self.told = 0.0                # monotonic: when its status was last sent
         self.sent = 0.0                # monotonic: when its results were last sent
+        self.taken = None              # type: Optional[int]   # bytes of a streamed input, as far as is known
         self.signals = []              # type: List[int]   # that its processes haven't got yet
 
     def path(self, name: str) -> str:

@@ -24,6 +24,7 @@ import signal
 import stat
 import struct
 import sys
+import termios
 import time
 from typing import Any, Callable, Dict
 
@@ -195,32 +196,38 @@ class Start:
         self.child = 0                 # the process that was forked: the program, or the starter
         self._report = -1
 
-    def begin(self, out: int, err: int, null: int) -> None:
-        """With these descriptors as the program's outputs, and as an empty input. Raises OSError."""
+    def begin(self, out: int, err: int, stdin: int) -> None:
+        """With these descriptors as the program's outputs and, unless a file is asked for, as its input.
+
+        Raises OSError.
+        """
         if self._user is not None:
             self._open_progress(self._user)
+            if self._request.get('terminal'):
+                os.fchown(stdin, self._user.uid, -1)
         self._report, reporter = os.pipe()
         try:
-            if not self._is_plain() or not self._spawn(reporter, out, err, null):
-                self._fork(reporter, out, err)
+            if not self._is_plain() or not self._spawn(reporter, out, err, stdin):
+                self._fork(reporter, out, err, stdin)
         finally:
             os.close(reporter)
 
     def _is_plain(self) -> bool:
         """Whether the starter can do all that there is to be done."""
-        asked = any(self._request.get(name) for name in ('user', 'nice', 'limits', 'fileForStdin'))
+        asked = any(self._request.get(name)
+                    for name in ('user', 'nice', 'limits', 'fileForStdin', 'terminal'))
         return self._origin.starter >= 0 and not asked and hasattr(os, 'posix_spawn')
 
-    def _spawn(self, reporter: int, out: int, err: int, null: int) -> bool:
+    def _spawn(self, reporter: int, out: int, err: int, stdin: int) -> bool:
         """Begins by the starter alone, which no page has to be copied for. False where this system doesn't
         execute what is in memory alone. Raises OSError."""
         path = find_program(self._words[0], self._folder, self._environment)
         with contextlib.ExitStack() as stack:
             if 'stdin' in self._request:
-                null = os.open(self._command.path('stdin'), os.O_RDONLY)
-                stack.callback(os.close, null)
+                stdin = os.open(self._command.path('stdin'), os.O_RDONLY)
+                stack.callback(os.close, stdin)
             places = [(os.POSIX_SPAWN_DUP2, fd, number)         # novm
-                      for number, fd in enumerate((null, out, err, reporter))]
+                      for number, fd in enumerate((stdin, out, err, reporter))]
             try:
                 self.child = os.posix_spawn(                    # novm
                     '/proc/self/fd/%d' % self._origin.starter, [self._folder, path] + self._words,
@@ -231,12 +238,12 @@ class Start:
                 return False
         return True
 
-    def _fork(self, reporter: int, out: int, err: int) -> None:
+    def _fork(self, reporter: int, out: int, err: int, stdin: int) -> None:
         """Raises OSError."""
         self.child = os.fork()
         if self.child == 0:
             try:
-                self._become_program(reporter, out, err)
+                self._become_program(reporter, out, err, stdin)
             except BaseException as error:
                 number = getattr(error, 'errno', None) or errno.EINVAL
                 text = getattr(error, 'strerror', None) or '%s: %s' % (type(error).__name__, error)
@@ -278,27 +285,33 @@ class Start:
 
     # In the child.
 
-    def _become_program(self, reporter: int, out: int, err: int) -> None:
+    def _become_program(self, reporter: int, out: int, err: int, stdin: int) -> None:
         """Doesn't come back, but by what it raises."""
         for number in self._origin.ignored:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         request = self._request
-        out, err, reporter = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, SPARE) for fd in (out, err, reporter))
+        out, err, stdin, reporter = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, SPARE)
+                                     for fd in (out, err, stdin, reporter))
         if request.get('nice'):
             os.nice(int(request['nice']))
-        stdin = os.open(self._command.path('stdin'), os.O_RDONLY) if 'stdin' in request else -1
+        if 'stdin' in request:
+            stdin = os.open(self._command.path('stdin'), os.O_RDONLY)
         if self._user is not None:
             self._user.become()
         os.chdir(self._folder)
-        if stdin < 0:
-            stdin = self._open_stdin()
+        if request.get('fileForStdin'):
+            stdin = self._open_stdin(request['fileForStdin'])
         words, env = self._words, self._environment
         path = find_program(words[0], self._folder, env)
         for fd, number in ((stdin, 0), (out, 1), (err, 2)):
             os.dup2(fd, number)
         for name, value in request.get('limits', {}).items():
             set_limit(name, int(value))
+        if request.get('terminal'):
+            os.setsid()
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+            os.execve(path, words, env)
         if self._origin.starter >= 0:
             os.dup2(reporter, REPORT)
             try:
@@ -310,10 +323,9 @@ class Start:
         os.setsid()
         os.execve(path, words, env)
 
-    def _open_stdin(self) -> int:
+    def _open_stdin(self, name: str) -> int:
         """A descriptor of fileForStdin. Never waits for a peer: pipes are refused."""
-        name = self._request.get('fileForStdin')
-        path = os.path.join(encode(self._request['root']), encode(name)) if name else os.devnull
+        path = os.path.join(encode(self._request['root']), encode(name))
         opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
         mode = os.fstat(opened).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISCHR(mode):
@@ -330,6 +342,8 @@ class Start:
             found = dict(self._origin.environment) if self._user is None else \
                 {encode(name): encode(value) for name, value in self._user.environment().items()}
         found[b'PWD'] = os.path.abspath(self._folder)
+        if self._request.get('terminal'):
+            found[b'TERM'] = encode(self._request['terminal']['term'])
         found[b'VM_PROGRESS_FILE'] = encode(self._command.path('progress'))
         found.update({encode(name): encode(value) for name, value in self._request['env'].items()})
         return found

@@ -24,6 +24,7 @@ from hostcommands import Commands
 from hostconfig import read_settings
 from hostcontrol import Control
 from hostguests import Guests
+from hostinput import Inputs
 from hostjournal import Journal, JournalError
 from hostlink import Connection
 from hostmachines import Machines
@@ -75,11 +76,13 @@ class Host:
         self.control = Control(self.commands, self.guests, self.machines, say, settings.Broker.max_frame)
         self.fetcher = Fetcher(self.commands, self.machines, say, self.folder, settings.Host.fetch_limit)
         self.output = Output(self.fetcher, self.control, self.machines)
+        self.inputs = Inputs(self.commands, self.control, say, settings.Broker.max_frame)
         self.transfers = Transfers(self.machines, self.journal, settings.Host.max_transfers)
         # A moment later: one sync serves all that came meanwhile, and who waits for results gets them first.
         self.acknowledgements = Batch('acknowledge', self._acknowledge, before=ACK_DELAY)
         self.words = Words(self.connection, self.trust, self.guests, self.machines, self.journal,
-                           self.commands, self.control, self.fetcher, self.acknowledgements.add)
+                           self.commands, self.control, self.inputs, self.output.follows, self.fetcher,
+                           self.acknowledgements.add)
         self.clock = Clock(self)
 
     def start(self) -> None:
@@ -169,6 +172,7 @@ class Clock:
         with host.journal.best_effort():
             host.commands.write_states()
         host.control.publish_due()
+        host.inputs.tick()
         self._judge_liveness()
         with host.journal.best_effort():
             host.control.give_up_missing()

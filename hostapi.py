@@ -19,7 +19,7 @@ from hostarguments import names_of
 from hostcommands import LINE_SHOWN
 from hostguests import Guest
 from hostjournal import Execution
-from hostrequests import read_local, read_remote, read_request, read_signal
+from hostrequests import read_local, read_remote, read_request, read_signal, read_size
 from hosttransfers import Transfer
 from rpc import Binary, FilePath, is_carried
 
@@ -523,7 +523,8 @@ class CommandMethods(Methods):
 
         args: a list of texts; env: laid over the guest's own; path: the folder it starts in, relative to
         dir_to_serve; each as base64 where its bytes aren't UTF-8, or XML can't carry them. fileForStdin: a
-        file in the guest. Options: stdin (text, or base64 for exact bytes), timeout, killAfter (s), user,
+        file in the guest. Options: stdin (text, base64 for exact bytes, or 'stream': putCmdInput brings it),
+        terminal ({rows, columns, term}: one of its own, its input streamed), timeout, killAfter (s), user,
         envClear, nice, limits {as, cpu, fsize, nofile, nproc}, leave (daemons go on after a timeout or KILL),
         statusInterval (s), outputLimit, inlineOutput (bytes), queue (waits for an agent that isn't
         connected), expires (s: not begun by then, it never will be), id (the caller's own id for it: the
@@ -601,7 +602,8 @@ class CommandMethods(Methods):
                     executions=[execution.key for execution in executions])
 
     def getCmdStatus(self, id: str, refresh: bool = True) -> dict:
-        """{state, pid, wall, resources, processes, outSize, errSize, progress, error, ended, end, age}.
+        """{state, pid, wall, resources, processes, outSize, errSize, inOffset, progress, error, ended, end,
+        age}.
 
         refresh asks the guest; age is how many seconds ago it said so (-1: never); ended and end (how it
         ended, as in 'exited 3'): 0 and '' while it is unfinished. Of a multicast's own id: {cmdId@vmName: the
@@ -615,10 +617,13 @@ class CommandMethods(Methods):
         if self._is_one(id, executions):
             if refresh:
                 self._host.control.refresh(executions)
-            return self._host.control.status(executions[0])
+            return self._status(executions[0])
         if refresh:
             self._host.control.refresh(executions)
-        return {execution.key: self._host.control.status(execution) for execution in executions}
+        return {execution.key: self._status(execution) for execution in executions}
+
+    def _status(self, execution: Execution) -> Dict[str, Any]:
+        return dict(self._host.control.status(execution), inOffset=self._host.inputs.next_offset(execution))
 
     def _is_one(self, id: str, executions: List[Execution]) -> bool:
         return len(executions) == 1 and executions[0].key == id
@@ -643,8 +648,12 @@ class CommandMethods(Methods):
             return ''
         return {execution.key: shown_results(execution.answer()) for execution in executions}
 
-    def getCmdOutput(self, id: str, stream: str = 'out', offset: int = 0, length: int = 65536) -> dict:
+    def getCmdOutput(self, id: str, stream: str = 'out', offset: int = 0, length: int = 65536,
+                     timeout: float = 0) -> dict:
         """{data: base64, offset, next, size, eof} of a stream, ``out`` or ``err``; while it runs, too.
+
+        With ``timeout`` (up to 60) it waits so many seconds for the first byte, or the end. A terminal's
+        output is all ``out``.
 
             >>> part = host.getCmdOutput(cmd_id, 'out', 3, 100)
             >>> part['data'].data, part['next'], part['eof']
@@ -654,8 +663,42 @@ class CommandMethods(Methods):
             raise InvalidParams('stream is out or err, not %.40r' % stream)
         if not (0 <= offset <= 2 ** 53 and 0 <= length <= 2 ** 53):
             raise InvalidParams('offset and length are bytes, from 0')
-        found = self._host.output.read(self._host.commands.find_one(id), stream, int(offset), int(length))
+        execution = self._host.commands.find_one(id)
+        place = execution, stream, int(offset), int(length)
+        wait = min(timeout, LONGEST_POLL)
+        found = self._host.output.wait(*place, wait) if wait > 0 else self._host.output.read(*place)
         return dict(found, data=Binary(found['data']))
+
+    def putCmdInput(self, id: str, data: Binary, eof: bool = False, offset: int = -1) -> int:
+        """Hands a command the next bytes of its input; how many were taken: less than given, 0 too, while the
+        program doesn't read. ``eof``: with the last of them its input ends.
+
+        For commands begun with stdin='stream', or a terminal. ``offset``: where the bytes begin in the whole
+        input (getCmdStatus tells what comes next: inOffset); what was taken before is not taken twice. Fault
+        4 where the command or its input has ended.
+
+            >>> sort_id = host.runCmd('node1', 'sort', [], {}, '', '', {'stdin': 'stream'})
+            >>> host.putCmdInput(sort_id, b'pear\\napple\\n', True)
+            11
+            >>> host.waitCmd(sort_id), host.getCmdResults(sort_id)['out']
+            (True, 'apple\\npear\\n')
+        """
+        if not -1 <= offset <= 2 ** 53:
+            raise InvalidParams('offset is a number of bytes')
+        execution = self._host.commands.find_one(id)
+        return self._host.inputs.put(execution, data.data, bool(eof), int(offset))
+
+    def resizeCmd(self, id: str, rows: int, columns: int) -> bool:
+        """Tells a command's terminal how large it is.
+
+            >>> terminal = {'terminal': {'rows': 24, 'columns': 80}}
+            >>> top_id = host.runCmd('node1', 'sleep', ['600'], {}, '', '', terminal)
+            >>> host.resizeCmd(top_id, 50, 132), host.signalCmd(top_id, 'KILL')
+            (True, True)
+        """
+        execution = self._host.commands.find_one(id)
+        self._host.inputs.resize(execution, read_size('rows', rows), read_size('columns', columns))
+        return True
 
     @audited
     def signalCmd(self, id: str, signal: Any = 'TERM') -> bool:

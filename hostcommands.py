@@ -230,7 +230,7 @@ class Commands:
                 # journal was restored, and they were acknowledged before: then they are asked for.
                 execution.next_publish = None if state not in FINISHED \
                     else self._clock() + RETRY_DELAYS[0]
-                execution.status = read_status(message)
+                execution.status = dict(execution.status, **read_status(message))
                 execution.status_time = self._clock()
                 if state in ('running', 'stopped', 'queued') \
                         and execution.state in ('sent', 'queued', 'running'):
@@ -463,14 +463,17 @@ def describe_end(results: Dict[str, Any]) -> str:
 
 def read_status(message: Message) -> Dict[str, Any]:
     """What a CMD_STATUS says of a running command, of the right types, and nothing else."""
-    status = {name: finite(message.get(name)) for name in
-              ('pid', 'processes', 'wall', 'out-size', 'err-size', 'in-offset')}   # type: Dict[str, Any]
+    status = {name: finite(message.get(name))
+              for name in ('pid', 'processes', 'wall', 'out-size', 'err-size', 'in-offset')
+              if message.get(name) is not None}    # type: Dict[str, Any]
     for name in ('state', 'progress', 'error'):
         told = message.get(name)
-        status[name] = str(told)[:LONGEST_STATUS] if isinstance(told, (str, int, float)) else ''
+        if told is not None:
+            status[name] = str(told)[:LONGEST_STATUS] if isinstance(told, (str, int, float)) else ''
     usage = message.get('resources')
-    status['resources'] = {name: finite(usage.get(name)) for name in protocol.RUSAGE_FIELDS
-                           if name in usage} if isinstance(usage, dict) else {}
+    if isinstance(usage, dict):
+        status['resources'] = {name: finite(usage.get(name)) for name in protocol.RUSAGE_FIELDS
+                               if name in usage}
     return status
 
 

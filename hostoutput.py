@@ -6,7 +6,6 @@ Threads: any thread may call; output is fetched on ``fetch-N``. ``Fetcher`` has 
 tables, and nothing is called while it is held.
 """
 
-import base64
 import collections
 import contextlib
 import hashlib
@@ -23,6 +22,7 @@ import protocol
 from faults import AgentNotConnected, BadState, DeadlineExceeded, NoFiles, VMHostError
 from hostcommands import Commands, inline_output
 from hostcontrol import Control
+from hostfollow import Follows, slice_in
 from hostjournal import FINISHED, Execution
 from hostmachines import Machines
 from hoststate import StateFolder
@@ -31,6 +31,7 @@ from hostworkers import Workers
 log = logging.getLogger('vmhost')
 
 QUERY_TIMEOUT = 5.0            # seconds in which a guest gives a slice of output
+LONGEST_PAUSE = 0.25           # seconds until it is seen that a command is lost, or its agent back
 OUTPUT_SLICE = 256 * 1024      # bytes that one CMD_QUERY asks for, at most
 OUTPUT_READ = 4 * 1024 * 1024  # bytes that are read of fetched output at once
 FETCHERS = 4                   # threads that fetch output of commands
@@ -216,6 +217,7 @@ class Output:
     """Reads the output of commands, wherever it is. Safe from any thread."""
 
     def __init__(self, fetcher: Fetcher, control: Control, machines: Machines) -> None:
+        self.follows = Follows()
         self._fetcher = fetcher
         self._control = control
         self._machines = machines
@@ -241,6 +243,31 @@ class Output:
             return output_slice(b'', offset, 0, False)
         return self._ask(execution, stream, offset, length)
 
+    def wait(self, execution: Execution, stream: str, offset: int, length: int,
+             timeout: float) -> Dict[str, Any]:
+        """The same, as soon as there is a byte, or the end; at the latest after so many seconds.
+
+        The guest tells what is written by itself meanwhile. Raises as ``read``.
+        """
+        deadline = time.monotonic() + timeout
+        followed = self.follows.of(execution)
+        while not execution.done.is_set() and time.monotonic() < deadline:
+            is_there = self._machines.can_answer(execution.vm_id) and execution.state == 'running'
+            with followed.changed:
+                data = followed.read(stream, offset, length)
+                seconds = followed.must_ask(stream, offset, timeout) if is_there and not data else 0
+            if data:
+                return output_slice(data, offset, execution.status.get(stream + '-size', 0), False)
+            if seconds:
+                self._control.query(execution, **{stream + '-offset': offset, 'follow': seconds,
+                                                  'max': min(length, OUTPUT_SLICE)})
+            with followed.changed:
+                if not followed.read(stream, offset, length) and not execution.done.is_set():
+                    followed.changed.wait(max(0.0, min(LONGEST_PAUSE, deadline - time.monotonic())))
+        if execution.done.is_set() or not self._machines.can_answer(execution.vm_id):
+            return self.read(execution, stream, offset, length)
+        return output_slice(b'', offset, execution.status.get(stream + '-size', 0), False)
+
     def _ask(self, execution: Execution, stream: str, offset: int, length: int) -> Dict[str, Any]:
         """A slice by CMD_QUERY and CMD_STATUS."""
         if not self._machines.can_answer(execution.vm_id):
@@ -260,8 +287,7 @@ class Output:
         if message.text('state') == 'unknown':
             raise BadState('the output of %s is no longer in %s: its spool was deleted, or lost'
                            % (execution.key, execution.vm))
-        exact = message.text(stream + '64')
-        data = base64.b64decode(exact) if exact else message.text(stream).encode('utf-8')
+        data = slice_in(message, stream)
         ended = message.text('state') in FINISHED and execution.done.is_set()
         return output_slice(data, offset, int(message.number(stream + '-size')), ended)
 

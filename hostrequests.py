@@ -20,13 +20,15 @@ OPTIONS = {                    # of runCmd: what it is called here, on the wire,
     'envClear': ('env-clear', (bool,)), 'nice': ('nice', (int,)), 'limits': ('limits', (dict,)),
     'statusInterval': ('status-interval', (int, float)), 'outputLimit': ('output-limit', (int, float)),
     'inlineOutput': ('inline-output', (int, float)), 'expires': ('expires', (int, float)),
-    'leave': ('leave', (bool, int)), 'queue': ('queue', (bool, int)), 'id': ('id', (str,)),
+    'terminal': ('terminal', (dict,)), 'leave': ('leave', (bool, int)),
+    'queue': ('queue', (bool, int)), 'id': ('id', (str,)),
 }
 LIMITS = ('as', 'cpu', 'fsize', 'nofile', 'nproc')
 # Of every system that guests run on; this one may have fewer.
 SIGNALS = ('HUP', 'INT', 'QUIT', 'ILL', 'TRAP', 'ABRT', 'BUS', 'FPE', 'KILL', 'USR1', 'SEGV', 'USR2', 'PIPE',
            'ALRM', 'TERM', 'CHLD', 'CONT', 'STOP', 'TSTP', 'TTIN', 'TTOU', 'URG', 'XCPU', 'XFSZ', 'VTALRM',
            'PROF', 'WINCH', 'IO', 'POLL', 'PWR', 'SYS', 'EMT', 'INFO')
+MOST_ROWS = 65535              # of a terminal, and columns
 LARGEST_NUMBER = 1e18          # of seconds or bytes, so that no system's integer overflows
 
 
@@ -47,15 +49,39 @@ def read_request(cmd: FilePath, args: List[Any], env: Any, path: Any, file_for_s
     if not cmd or isinstance(cmd, Binary) and not cmd.data:
         raise InvalidParams('cmd is empty')
     read = read_options(options)
+    if 'terminal' in read:
+        read['terminal'] = read_terminal(read['terminal'])
+    sources = [name for name in ('fileForStdin',) if file_for_stdin]
+    sources += [name for name in ('stdin', 'stdin64') if name in read]
+    if len(sources) > 1:
+        raise InvalidParams('%s and %s: one of them' % (sources[0], sources[1]))
+    if 'terminal' in read and sources and read.get('stdin') != protocol.STREAM:
+        raise InvalidParams('terminal and %s: one of them' % sources[0])
     if file_for_stdin:
-        if 'stdin' in read or 'stdin64' in read:
-            raise InvalidParams('fileForStdin and stdin: one of them')
         read['fileForStdin'] = file_for_stdin
     how = {'queue': bool(read.pop('queue', False)), 'cmd_id': read_id(read.pop('id', ''))}
     request = {'cmd': read_text('cmd', cmd), 'args': [read_text('args', arg) for arg in args],
                'env': read_env(env), 'options': read,
                'path': '' if path in (None, '', 'None') else read_text('path', path)}
     return request, how
+
+
+def read_terminal(asked: Dict[str, Any]) -> Dict[str, Any]:
+    """{rows, columns, term}, as far as they are given. Raises InvalidParams that names what is wrong."""
+    unknown = set(asked) - {'rows', 'columns', 'term'}
+    if unknown:
+        raise InvalidParams('option terminal: no %r; there are rows, columns and term' % sorted(unknown)[0])
+    if not isinstance(asked.get('term', ''), str):
+        raise InvalidParams('option terminal: term is the name of its kind, as in $TERM')
+    sizes = {name: read_size(name, asked[name]) for name in ('rows', 'columns') if name in asked}
+    return dict(asked, **sizes)
+
+
+def read_size(name: str, value: Any) -> int:
+    """Rows or columns of a terminal. Raises InvalidParams."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MOST_ROWS:
+        raise InvalidParams('%s: %.40r: expected a number from 1 to %d' % (name, value, MOST_ROWS))
+    return int(value)
 
 
 def read_text(name: str, value: Any) -> str:

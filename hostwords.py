@@ -14,7 +14,9 @@ import protocol
 from faults import Busy
 from hostcommands import CALLED_OFF, Commands, has_more_output, read_results
 from hostcontrol import Control
+from hostfollow import Follows
 from hostguests import Guests
+from hostinput import Inputs
 from hostjournal import Journal, JournalError
 from hostlink import Connection
 from hostmachines import Machines
@@ -36,8 +38,8 @@ class Words:
     side = 'host'
 
     def __init__(self, connection: Connection, trust: Trust, guests: Guests, machines: Machines,
-                 journal: Journal, commands: Commands, control: Control, fetcher: Fetcher,
-                 acknowledge: Callable[[Any], None]) -> None:
+                 journal: Journal, commands: Commands, control: Control, inputs: Inputs, follows: Follows,
+                 fetcher: Fetcher, acknowledge: Callable[[Any], None]) -> None:
         self.unknown = 0                       # messages that were no word for a host
         self._connection = connection
         self._trust = trust
@@ -46,6 +48,8 @@ class Words:
         self._journal = journal
         self._commands = commands
         self._control = control
+        self._inputs = inputs
+        self._follows = follows
         self._fetcher = fetcher
         self._acknowledge = acknowledge
 
@@ -116,6 +120,8 @@ class Words:
         else:
             for execution in self._commands.open_of(guest.id):   # too many for a HELLO; the answers tell
                 self._control.query(execution)
+        self._inputs.joined(guest.id)
+        self._follows.joined(guest.id)
 
     def heard_aint(self, message: Message) -> None:
         """An unknown word, or one that isn't for a host."""
@@ -174,6 +180,9 @@ class Words:
         elif state in ('queued', 'running', 'stopped'):
             self._control.recall_if_called_off(*index)
         self._control.answers.arrived(index, message)
+        if execution is not None:
+            self._inputs.heard(execution, message)
+            self._follows.heard(index, message)
 
     def heard_cmd_results(self, message: Message) -> None:
         """The end of a command: journalled, then acknowledged; once more where it came before."""
@@ -192,6 +201,7 @@ class Words:
             if execution.state in CALLED_OFF and results['state'] not in CALLED_OFF:
                 self._commands.correct(execution, results, fetched=not has_more_output(results))
         self._control.answers.arrived((cmd_id, sender), message)
+        self._follows.heard((cmd_id, sender), message)
         if execution.fetched:
             self._acknowledge((sender, cmd_id))
         else:

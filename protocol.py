@@ -17,6 +17,7 @@ Sources: the STOMP specifications 1.0, 1.1 and 1.2 (sections are named where the
 docs/protocol.md for the words and their signatures.
 """
 
+import binascii
 import contextlib
 import errno
 import fnmatch
@@ -360,6 +361,7 @@ CMD_RESPONSES = '/topic/cmd_responses'   # guest -> host
 
 HEADERS_LIMIT = 8 * 1024   # bytes of args and env that may stand in headers; more goes into JSON
 LONGEST_INTEGER = 24       # digits; int() of a megabyte of digits would take a guest's minute
+STREAM = 'stream'      # as CMD_RUN's stdin: CMD_INPUT brings it
 RUSAGE_FIELDS = (
     'ru_utime', 'ru_stime', 'ru_maxrss', 'ru_ixrss', 'ru_idrss', 'ru_isrss', 'ru_minflt',
     'ru_majflt', 'ru_nswap', 'ru_inblock', 'ru_oublock', 'ru_msgsnd', 'ru_msgrcv', 'ru_nsignals',
@@ -617,7 +619,7 @@ class CMD_QUERY:
 
     @staticmethod
     def howToSay(to: str, cmd_id: str, **keys: Any) -> Message:
-        """Keys: out-offset, err-offset, max (bytes of each)."""
+        """Keys: out-offset, err-offset, max (bytes of each), follow (seconds in which new output is told)."""
         return Message(CMD_REQUESTS, 'CMD_QUERY', {'to': to, 'cmd-id': cmd_id}, keys)
 
     @staticmethod
@@ -638,6 +640,22 @@ class CMD_SIGNAL:
     @staticmethod
     def listenAndAct(agent: Any, message: Message) -> None:
         agent.heard_cmd_signal(message)
+
+
+class CMD_INPUT:
+    """The host hands a command the next piece of its input, the end of it, or the size of its terminal."""
+    listeners = ('guest',)
+
+    @staticmethod
+    def howToSay(to: str, cmd_id: str, offset: int, data: bytes = b'', **keys: Any) -> Message:
+        """offset: of the data in the whole input, so that none is taken twice. Keys: eof, rows, columns."""
+        if data:
+            keys['data64'] = binascii.b2a_base64(data, newline=False).decode('ascii')
+        return Message(CMD_REQUESTS, 'CMD_INPUT', {'to': to, 'cmd-id': cmd_id, 'offset': str(offset)}, keys)
+
+    @staticmethod
+    def listenAndAct(agent: Any, message: Message) -> None:
+        agent.heard_cmd_input(message)
 
 
 class CMD_RESULTS:
@@ -677,6 +695,7 @@ WORDS = {
     'CMD_STATUS': CMD_STATUS,
     'CMD_QUERY': CMD_QUERY,
     'CMD_SIGNAL': CMD_SIGNAL,
+    'CMD_INPUT': CMD_INPUT,
     'CMD_RESULTS': CMD_RESULTS,
     'CMD_RESULT': CMD_RESULTS,     # an older guest's spelling
     'CMD_ACK': CMD_ACK,

@@ -32,6 +32,7 @@ from typing import Any, Dict, List, Optional, Set, Tuple  # noqa: F401
 import agent
 import protocol
 from guestcommands import RESEND_EVERY, Commands
+from guestconsole import Consoles
 from guestforks import ForkServer
 from guestidentity import (
     SERVED,
@@ -111,6 +112,7 @@ class Agent:
         self._fork_server = fork_server
         self._spool = None             # type: Any    # this and …
         self._commands = None          # type: Any    # … these are there once the id is known
+        self._consoles = None          # type: Any
         self._trust = None             # type: Any
         self._is_only_address = True   # whether there is no other one to try
         self._left = set()             # type: Set[str]   # what was told of brokers that were left
@@ -165,8 +167,9 @@ class Agent:
         self._trust = HostTrust(self.id, self.secret)
         is_shown = self.settings.Chirp.server == 'embedded'    # else the host reads output by words alone
         self.reports = Reports(self.say, vm.inline_output, spool.chirp_path if is_shown else '')
-        commands = Commands(vm, self.root, self.boot, spool, self._fork_server, self.reports, self._wake_by,
-                            self._restart)
+        self._consoles = Consoles(self.reports, self._wake_by)
+        commands = Commands(vm, self.root, self.boot, spool, self._fork_server, self.reports, self._consoles,
+                            self._wake_by, self._restart)
         commands.load()
         self._spool, self._commands = spool, commands
 
@@ -174,7 +177,9 @@ class Agent:
         """Works until it is told to stop. On the main thread."""
         signal.set_wakeup_fd(self._waker)
         while not self.stopping and not self.restart:
-            select.select([self._wakeup, self._fork_server.reports], [], [], self._patience())
+            consoles = self._consoles
+            reading, writing = consoles.watched() if consoles is not None else ([], [])
+            select.select([self._wakeup, self._fork_server.reports] + reading, writing, [], self._patience())
             drain(self._wakeup)
             try:
                 self.tick()
@@ -203,6 +208,8 @@ class Agent:
         self.say(protocol.BYE.howToSay(self.id, self.ip, self.restart or 'the agent stops'))
         self.link.close()
         self._fork_server.stop()
+        if self._consoles is not None:
+            self._consoles.close()
         if self._spool is not None:
             self._spool.close()
         signal.set_wakeup_fd(-1)
@@ -337,6 +344,10 @@ class Agent:
         """The host asks how far a command is."""
         self._commands.query(message)
 
+    def heard_cmd_input(self, message: Message) -> None:
+        """The host hands a command its input."""
+        self._commands.input(message)
+
     def heard_cmd_signal(self, message: Message) -> None:
         """The host signals a command."""
         self._commands.signal(message)
@@ -396,13 +407,17 @@ class Agent:
             due = [self._next_beacon, self._next_housekeeping, self._hello_due]
             if self.link.up and self._trust is not None:
                 due.append(self._trust.verdict(self._is_only_address)[1])
-            next_look = self._commands.due() if self._commands is not None else None
-            self._awake_at = min(due if next_look is None else due + [next_look])
+            if self._commands is not None:
+                looks = self._commands.due(), self._consoles.due()
+                due += [moment for moment in looks if moment is not None]
+            self._awake_at = min(due)
         return max(0.0, self._awake_at - time.monotonic())
 
     def tick(self) -> None:
         """What time and the runners bring."""
         now = time.monotonic()
+        if self._consoles is not None:
+            self._consoles.look(now)
         reported = self._fork_server.reported()
         if self._commands is not None:
             self._commands.look(now, reported)

@@ -12,6 +12,7 @@ from helpers import wait_until
 
 import agent
 import guestcommands
+import guestconsole
 import guestforks
 import guestidentity
 import guestreports
@@ -40,9 +41,10 @@ class Guest:
     def begin(self):
         self.spool = guestspool.Spool(self.state, 'g', 'boot')
         self.reports = guestreports.Reports(self.say, 65536, self.spool.chirp_path)
+        self.consoles = guestconsole.Consoles(self.reports, lambda moment: None)
         self.commands = guestcommands.Commands(
-            self.settings, self.served, 'boot', self.spool, self.forks, self.reports, lambda moment: None,
-            self.restarts.append)
+            self.settings, self.served, 'boot', self.spool, self.forks, self.reports, self.consoles,
+            lambda moment: None, self.restarts.append)
         self.commands.load()
         self.thread = threading.Thread(target=self.look)
         self.thread.start()
@@ -52,6 +54,7 @@ class Guest:
 
     def look(self):
         while not self.stopping.wait(0.01):
+            self.consoles.look(time.monotonic())
             self.commands.look(time.monotonic(), self.forks.reported())
 
     def stop(self):
@@ -60,6 +63,7 @@ class Guest:
         wait_until(lambda: not self.commands.count_unended(), 20)
         self.stopping.set()
         self.thread.join()
+        self.consoles.close()
         self.forks.stop()
         self.spool.close()
 

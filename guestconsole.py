@@ -1,0 +1,254 @@
+"""The consoles of a guest's commands: input that the host streams to them, output that it follows.
+
+What it is not: where the input goes (guestinput.py, in the runner), or a record of anything: who follows asks
+again, and input is sent again until the runner has taken it.
+
+Threads: the link's thread brings the host's words, the main thread what runners and time bring. One lock
+guards the table and each console; nothing that waits happens while it is held.
+"""
+
+import base64
+import logging
+import socket
+import threading
+import time
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+from guestinput import NOTICE, Piece, connect
+from guestreports import Reports, offsets_in
+from guestrequests import screen_size
+from guestspool import Command
+from protocol import BadWord, Message
+
+LOOK_EVERY = 0.01              # seconds between looks at output that no runner tells of
+ACK_AFTER = 0.01               # seconds in which news of taken input gather
+UNSENT = 4 * 1024 * 1024       # bytes of input that wait for one runner; what is more comes again
+AHEAD = 1024 * 1024            # bytes of output that are told before the host asks again
+LONGEST_FOLLOW = 3600.0        # seconds
+WORDS_AT_ONCE = 200            # that tell of output by themselves, …
+WORDS = 60.0                   # … and so many a second
+
+log = logging.getLogger('vmguest')
+
+
+class Console:
+    """One command's."""
+
+    def __init__(self, command: Command) -> None:
+        self.command = command
+        self.connection: Optional[socket.socket] = None    # to its runner
+        self.unsent = bytearray()      # pieces of input for that
+        self.received = b''            # of a notice that isn't whole yet
+        self.ack_at: Optional[float] = None    # when to tell how much input was taken
+        self.is_end_taken = False
+        self.offsets: Dict[str, int] = {}      # of streams that are followed: what is told next
+        self.until = 0.0               # monotonic: for so long
+        self.ahead = 0                 # bytes that may be told before the host asks again
+
+    def connect(self) -> bool:
+        """Whether there is a connection, now or from before."""
+        if self.connection is None and self.command.request.get('stream'):
+            try:
+                self.connection = connect(self.command.folder)
+            except OSError as error:
+                log.debug('%s: no runner takes input now: %s', self.command.cmd_id, error)
+        return self.connection is not None
+
+    def send(self) -> None:
+        """Gives the runner what it has room for."""
+        while self.unsent and self.connection is not None:
+            try:
+                with memoryview(self.unsent) as view:
+                    sent = self.connection.send(view)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                log.debug('%s: %s', self.command.cmd_id, error)
+                self.disconnect()
+                return
+            del self.unsent[:sent]
+
+    def receive(self) -> bool:
+        """Reads notices; whether there was one."""
+        if self.connection is None:
+            return False
+        try:
+            data = self.connection.recv(65536)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data = b''
+        if not data:
+            self.disconnect()
+            return False
+        data = self.received + data
+        whole = len(data) // NOTICE.size * NOTICE.size
+        self.received = data[whole:]
+        if whole:
+            taken, is_end = NOTICE.unpack(data[whole - NOTICE.size:whole])
+            if (taken, bool(is_end)) != (self.command.taken, self.is_end_taken):
+                self.command.taken, self.is_end_taken = taken, bool(is_end)
+                self.ack_at = self.ack_at or time.monotonic() + ACK_AFTER
+        return bool(whole)
+
+    def disconnect(self) -> None:
+        """The runner is gone; what it hasn't got is lost with it."""
+        if self.connection is not None:
+            self.connection.close()
+        self.connection, self.received = None, b''
+        del self.unsent[:]
+
+    def is_followed(self, now: float) -> bool:
+        return bool(self.offsets) and now < self.until
+
+    def grown(self) -> Dict[str, int]:
+        """Of the followed streams, those with more output than was told."""
+        return {stream: offset for stream, offset in self.offsets.items()
+                if self.command.size(stream) > offset}
+
+
+class Consoles:
+    """The consoles of all commands that have one."""
+
+    def __init__(self, reports: Reports, look_by: Callable[[float], None]) -> None:
+        """look_by(moment): has the main thread call ``look`` by then."""
+        self._reports = reports
+        self._look_by = look_by
+        # Guards the table, the consoles in it, and the words that may be said.
+        self._lock = threading.Lock()
+        self._consoles: Dict[str, Console] = {}
+        self._words = float(WORDS_AT_ONCE)
+        self._counted = time.monotonic()
+
+    def _of(self, command: Command) -> Console:
+        """With the lock held."""
+        return self._consoles.setdefault(command.cmd_id, Console(command))
+
+    def close(self) -> None:
+        """Lets go of the connections; the runners go on."""
+        with self._lock:
+            for console in self._consoles.values():
+                console.disconnect()
+            self._consoles.clear()
+
+    # What the host asks for, on the link's thread.
+
+    def input(self, command: Optional[Command], message: Message) -> None:
+        """CMD_INPUT, for that command of the spool. Raises BadWord."""
+        piece = read_piece(message)
+        if command is None:
+            self._reports.unknown(message.text('cmd-id'))
+            return
+        if command.has_ended() or not command.request.get('stream'):
+            self._reports.news(command)
+            return
+        with self._lock:
+            console = self._of(command)
+            if len(console.unsent) < UNSENT:
+                console.unsent += piece.packed()
+            if console.connect():
+                console.send()
+            if command.taken is not None and piece.offset + len(piece.data) <= command.taken:
+                console.ack_at = console.ack_at or time.monotonic() + ACK_AFTER     # it didn't hear so before
+        self._look_by(time.monotonic())
+
+    def query(self, command: Command, query: Message) -> bool:
+        """CMD_QUERY; False where it doesn't ask to follow. Raises BadWord."""
+        seconds = min(query.number('follow'), LONGEST_FOLLOW)
+        is_unknown = command.taken is None and command.request.get('stream') and not command.has_ended()
+        if seconds <= 0 and not is_unknown:
+            return False
+        slices, ends = self._reports.slices_from(command, offsets_in(query))
+        with self._lock:
+            console = self._of(command)
+            if seconds > 0:
+                console.offsets.update(ends)
+                console.until, console.ahead = time.monotonic() + seconds, AHEAD
+            console.connect()
+        if seconds > 0:
+            self._reports.news(command, **slices)
+        self._look_by(time.monotonic())
+        return seconds > 0
+
+    # What runners and time bring, on the main thread.
+
+    def watched(self) -> Tuple[List[socket.socket], List[socket.socket]]:
+        """The runners that may tell something, and those that should take something."""
+        with self._lock:
+            open_ones = [console for console in self._consoles.values() if console.connection is not None]
+            return ([console.connection for console in open_ones if console.connection is not None],
+                    [console.connection for console in open_ones if console.unsent
+                     and console.connection is not None])
+
+    def due(self) -> Optional[float]:
+        """When ``look`` is due, by the monotonic clock; None: not before something happens."""
+        now = time.monotonic()
+        moments: List[float] = []
+        with self._lock:
+            for console in self._consoles.values():
+                if console.ack_at is not None:
+                    moments.append(console.ack_at)
+                is_followed = console.is_followed(now) and console.ahead > 0
+                if console.connection is None and (console.unsent or is_followed) \
+                        or is_followed and console.grown():
+                    moments.append(now + LOOK_EVERY)
+        return min(moments) if moments else None
+
+    def look(self, now: float) -> None:
+        """Takes what runners tell, and tells what the host waits for."""
+        with self._lock:
+            self._words = min(float(WORDS_AT_ONCE), self._words + WORDS * (now - self._counted))
+            self._counted = now
+            consoles = list(self._consoles.values())
+            for console in consoles:
+                self._look_at(console, now)
+            due = [console for console in consoles if self._is_due(console, now)]
+        for console in due:
+            self._tell(console)
+
+    def _look_at(self, console: Console, now: float) -> None:
+        """With the lock held."""
+        if console.command.has_ended() or not (console.is_followed(now) or console.connection is not None
+                                               or console.unsent or console.ack_at is not None):
+            console.disconnect()
+            del self._consoles[console.command.cmd_id]
+            return
+        if console.connect():
+            console.send()
+            while console.receive():
+                pass
+
+    def _is_due(self, console: Console, now: float) -> bool:
+        """Whether there is something to tell, and a word to spare. With the lock held."""
+        is_acked = console.ack_at is not None and now >= console.ack_at
+        has_grown = console.is_followed(now) and console.ahead > 0 and bool(console.grown())
+        if not (is_acked or has_grown) or self._words < 1:
+            return False
+        self._words -= 1
+        console.ack_at = None
+        return True
+
+    def _tell(self, console: Console) -> None:
+        """How much input was taken, and the new output."""
+        with self._lock:
+            keys: Dict[str, Any] = {}
+            if console.is_followed(time.monotonic()) and console.ahead > 0:
+                keys, ends = self._reports.slices_from(console.command, console.grown())
+                console.ahead -= sum(ends[stream] - console.offsets[stream] for stream in ends)
+                console.offsets.update(ends)
+            if console.is_end_taken:
+                keys['in-eof'] = True
+        self._reports.news(console.command, **keys)
+
+
+def read_piece(message: Message) -> Piece:
+    """What a CMD_INPUT hands over. Raises BadWord."""
+    offset = message.number('offset')
+    if not 0 <= offset < 2 ** 62:
+        raise BadWord('CMD_INPUT: offset should be a number of bytes')
+    try:
+        data = base64.b64decode(message.text('data64'), validate=True)
+    except ValueError:
+        raise BadWord('CMD_INPUT: data64 is no base64')
+    return Piece(int(offset), data, message.flag('eof'), screen_size(message, 'rows'),
+                 screen_size(message, 'columns'))

@@ -1,0 +1,236 @@
+"""The input of commands that is streamed to them, and the sizes of their terminals.
+
+A window of it is held for each command: it is sent, and sent again, until the guest has taken it. Each byte
+has its offset in the whole input, so none is taken twice; and what a guest has taken it tells any host.
+
+What it is not: the output (hostoutput.py). Nothing of it is journalled: it may be a password, or an image.
+
+Threads: any thread may call; ``heard`` and ``joined`` are for ``link``, ``tick`` for ``main``. One lock for
+the table, one for each input; under the latter words are said, so that pieces go in their order.
+"""
+
+import logging
+import threading
+import time
+from typing import Any, Callable, Dict, Optional, Tuple
+
+import protocol
+from faults import BadState, DeadlineExceeded
+from hostcommands import Commands
+from hostcontrol import Control
+from hostjournal import Execution
+from protocol import STREAM, Message
+
+log = logging.getLogger('vmhost')
+
+WINDOW = 1024 * 1024           # bytes that are held for a command that doesn't read
+PIECE = 256 * 1024             # bytes of one word, or less where the broker takes less
+ROOM_PATIENCE = 1.0            # seconds that a caller waits for the command to read
+ASK_TIMEOUT = 5.0              # seconds in which a guest tells how much it has taken
+FIRST_RESEND = 1.0             # seconds after which a piece is sent again, doubled up to …
+LAST_RESEND = 30.0
+
+
+class _Input:
+    """One command's: what the guest has not taken yet, and where that begins in the whole."""
+
+    def __init__(self, execution: Execution, taken: int, is_terminal: bool) -> None:
+        self.execution = execution
+        self.index = execution.index
+        self.is_terminal = is_terminal
+        self.taken = taken             # bytes that the guest has
+        self.held = bytearray()        # that it may not have
+        self.sent = taken              # how far it was sent, as far as anybody knows
+        self.is_ended = self.is_end_taken = False
+        self.size: Dict[str, int] = {}     # of the terminal, as it was set last
+        self.resend_at: Optional[float] = None
+        self.pause = FIRST_RESEND
+        # Guards all of it; words are said while it is held, nothing else is.
+        self.changed = threading.Condition(threading.Lock())
+
+    @property
+    def end(self) -> int:
+        """Where the next byte comes."""
+        return self.taken + len(self.held)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether something is on its way."""
+        return bool(self.held) or self.is_ended and not self.is_end_taken
+
+
+class Inputs:
+    """The inputs of all commands that have one."""
+
+    def __init__(self, commands: Commands, control: Control, say: Callable[[Message], bool],
+                 max_frame: int) -> None:
+        self._commands = commands
+        self._control = control
+        self._say = say
+        self._piece = min(PIECE, max_frame // 2)
+        self._lock = threading.Lock()
+        self._inputs: Dict[Tuple[str, str], _Input] = {}
+
+    # What the API asks.
+
+    def put(self, execution: Execution, data: bytes, is_end: bool, offset: int = -1) -> int:
+        """How many of the bytes were taken: less than there are while the program doesn't read.
+
+        ``offset``: where they begin in the whole input, if it is not the end of what was put so far; what was
+        put before counts as taken, and is left alone. Raises BadState, DeadlineExceeded.
+        """
+        found = self._of(execution)
+        with found.changed:
+            before = 0 if offset < 0 else found.end - offset
+            if before < 0:
+                raise BadState('%s has had %d bytes of input; these begin at %d'
+                               % (execution.key, found.end, offset))
+            if before >= len(data) and (found.is_ended or not is_end):
+                return len(data)
+            data = data[before:]
+            self._check_open(found)
+            self._wait_for_room(found, bool(data))
+            taken = data[:WINDOW - len(found.held)]
+            found.held += taken
+            found.is_ended = is_end and len(taken) == len(data)
+            self._send(found)
+            return before + len(taken)
+
+    def _check_open(self, found: _Input) -> None:
+        if found.execution.ended:
+            raise BadState('%s has ended' % found.execution.key)
+        if found.is_ended:
+            raise BadState('the input of %s has ended' % found.execution.key)
+
+    def _wait_for_room(self, found: _Input, is_wanted: bool) -> None:
+        """For a program that reads slowly; with the lock held, which is let go meanwhile."""
+        deadline = time.monotonic() + ROOM_PATIENCE
+        while is_wanted and len(found.held) >= WINDOW and time.monotonic() < deadline:
+            found.changed.wait(deadline - time.monotonic())
+            self._check_open(found)
+
+    def resize(self, execution: Execution, rows: int, columns: int) -> None:
+        """Tells a terminal its size. Raises BadState, DeadlineExceeded."""
+        found = self._of(execution)
+        with found.changed:
+            self._check_open_terminal(found)
+            found.size = {'rows': rows, 'columns': columns}
+            self._say(self._word(found, found.sent, b'', **found.size))
+
+    def _check_open_terminal(self, found: _Input) -> None:
+        if found.execution.ended:
+            raise BadState('%s has ended' % found.execution.key)
+        if not found.is_terminal:
+            raise BadState('%s has no terminal: run it with the option terminal' % found.execution.key)
+
+    def next_offset(self, execution: Execution) -> int:
+        """Where the next byte of the input comes, as far as it is known."""
+        with self._lock:
+            found = self._inputs.get(execution.index)
+        return found.end if found is not None else execution.status.get('in-offset', 0)
+
+    def _of(self, execution: Execution) -> _Input:
+        """Raises BadState, DeadlineExceeded."""
+        with self._lock:
+            found = self._inputs.get(execution.index)
+        if found is not None:
+            return found
+        options = self._commands.request(execution.cmd_id)['request']['options']
+        if options.get('stdin') != STREAM and 'terminal' not in options:
+            raise BadState('the input of %s is not streamed: run it with the option stdin=\'%s\', or terminal'
+                           % (execution.key, STREAM))
+        if execution.ended:
+            raise BadState('%s has ended' % execution.key)
+        made = _Input(execution, self._ask_taken(execution), 'terminal' in options)
+        with self._lock:
+            return self._inputs.setdefault(execution.index, made)
+
+    def _ask_taken(self, execution: Execution) -> int:
+        """How much the guest has taken of what another run of this host may have sent."""
+        if execution.state in ('queued', 'sent'):
+            return 0
+        known = execution.status.get('in-offset')
+        if known is not None:
+            return int(known)
+        with self._control.answers.expected(
+                execution.index, lambda message: message.get('in-offset') is not None) as answer:
+            self._control.query(execution)
+            message = answer.wait(ASK_TIMEOUT)
+        if message is None:
+            raise DeadlineExceeded('%s doesn\'t tell how much input %s has taken'
+                                   % (execution.vm, execution.key))
+        return max(0, int(message.number('in-offset')))
+
+    # Sending, with the input's lock held.
+
+    def _word(self, found: _Input, offset: int, data: bytes, **keys: Any) -> Message:
+        vm_id, cmd_id = found.execution.vm_id, found.execution.cmd_id
+        return protocol.CMD_INPUT.howToSay(vm_id, cmd_id, offset, data, **keys)
+
+    def _send(self, found: _Input, most: int = WINDOW) -> None:
+        """What was not sent yet, or is to be sent again; ``most`` bytes."""
+        begin = max(found.sent, found.taken)
+        stop = min(found.end, begin + most)
+        while True:
+            upto = min(stop, begin + self._piece)
+            is_end = found.is_ended and upto == found.end
+            if upto == begin and not (is_end and not found.is_end_taken):
+                break
+            data = bytes(found.held[begin - found.taken:upto - found.taken])
+            if not self._say(self._word(found, begin, data, **({'eof': True} if is_end else {}))):
+                break                  # its guest isn't there; it is sent when that is back
+            begin = found.sent = upto
+            if is_end:
+                break
+        if found.is_open and found.resend_at is None:
+            found.resend_at = time.monotonic() + found.pause
+
+    # What guests and time bring.
+
+    def heard(self, execution: Execution, status: Message) -> None:
+        """A CMD_STATUS: how much was taken. Raises BadWord."""
+        with self._lock:
+            found = self._inputs.get(execution.index)
+        if found is None or status.get('in-offset') is None:
+            return
+        taken = int(status.number('in-offset'))
+        with found.changed:
+            moved = min(taken, found.end) - found.taken
+            if moved > 0:
+                del found.held[:moved]
+                found.taken += moved
+            is_end_taken = found.is_ended and (status.flag('in-eof') or taken > found.end)
+            found.is_end_taken = found.is_end_taken or is_end_taken
+            if moved > 0 or found.is_end_taken:
+                found.pause, found.resend_at = FIRST_RESEND, None
+                if found.is_open:
+                    self._send(found)
+                found.changed.notify_all()
+
+    def joined(self, vm_id: str) -> None:
+        """A guest is there, perhaps again: what it may have missed is sent to it."""
+        for found in self._all():
+            if found.execution.vm_id == vm_id and not found.execution.ended:
+                with found.changed:
+                    found.sent, found.resend_at, found.pause = found.taken, None, FIRST_RESEND
+                    if found.size:
+                        self._say(self._word(found, found.taken, b'', **found.size))
+                    self._send(found)
+
+    def tick(self) -> None:
+        """Sends again what wasn't taken in time, and forgets what has ended."""
+        now = time.monotonic()
+        for found in self._all():
+            with found.changed:
+                if found.execution.ended:
+                    found.changed.notify_all()
+                    with self._lock:
+                        self._inputs.pop(found.index, None)
+                elif found.resend_at is not None and now >= found.resend_at:
+                    found.pause = min(LAST_RESEND, 2 * found.pause)
+                    found.sent, found.resend_at = found.taken, None
+                    self._send(found, self._piece)     # the rest follows once this was taken
+
+    def _all(self) -> list:
+        with self._lock:
+            return list(self._inputs.values())
