@@ -6,6 +6,7 @@ What it is not: anything that knows a word, a frame or a guest. Imports nothing 
 """
 
 import configparser
+import contextlib
 import errno
 import importlib.util
 import io
@@ -18,6 +19,7 @@ import time
 import types
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Set, Tuple
 
+ON_WINDOWS = os.name == 'nt'
 VERSION = '1.0.0'      # of the project; all its files are released together
 
 
@@ -395,9 +397,39 @@ def sync(path: str) -> None:
     if is_posix or not os.path.isdir(path):        # Windows brings names to the disk by itself
         descriptor = os.open(path, os.O_RDONLY if is_posix else os.O_RDWR)
         try:
-            os.fsync(descriptor)
+            sync_descriptor(descriptor)
         finally:
             os.close(descriptor)
+
+
+def sync_descriptor(descriptor: int) -> None:
+    """Brings to the disk what is open. Raises OSError."""
+    if sys.platform == 'darwin':       # whose fsync leaves it in the disk's own memory
+        import fcntl
+        with contextlib.suppress(OSError):         # a file system that has no more than fsync
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(descriptor)
+
+
+HELD = 2.0                     # seconds that a virus scanner may hold a new file
+HELD_PAUSE = 0.05              # seconds between two tries
+
+
+def replace(source: str, target: str) -> None:
+    """Gives a file or folder a name, and ends what had it, as os.replace does. Raises OSError.
+
+    Windows refuses that while any program has the file open, as virus scanners do with what is new: there it
+    is tried again.
+    """
+    deadline = time.monotonic() + HELD
+    while True:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if not ON_WINDOWS or time.monotonic() > deadline:
+                raise
+        time.sleep(HELD_PAUSE)
 
 
 def why_not_listening(error: OSError) -> str:
@@ -483,7 +515,7 @@ def write_bundle(path: str, main_module: str, data: Iterable[str] = ()) -> None:
         with open(path + '.new', 'wb') as file:
             file.write(buffer.getvalue())
         os.chmod(path + '.new', 0o755)
-        os.replace(path + '.new', path)
+        replace(path + '.new', path)
     except OSError as error:
         raise AgentError('%s can\'t be written: %s' % (path, error.strerror or error))
 

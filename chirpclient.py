@@ -14,19 +14,25 @@ import threading
 import time
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
+import agent
+import localnames
 from chirplocal import (
     NESTED,
+    beginning,
     check_room,
     check_target,
     finish_part,
     give_up_part,
     is_device,
     join,
+    link_there,
     local_part,
     locked_folder,
     make_folder,
+    make_link,
     may_leave,
     mode_of_file,
+    mode_there,
     open_device,
     open_part,
     open_regular,
@@ -141,7 +147,8 @@ class Failures:
         self.count += 1
         if len(self._some) < FAILURES:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-            self._some.append((shown(path if isinstance(path, bytes) else to_remote(path)), str(reason)))
+            told = path if isinstance(path, bytes) else to_remote(localnames.short_path(path))
+            self._some.append((shown(told), str(reason)))
 
     def check(self) -> None:
         """Raises Incomplete."""
@@ -173,7 +180,7 @@ class ChirpClient(Connection):
         """
         with self._moving(progress, cancel, within) as meter:
             Upload(self, meter, options(verify, keep, links)).run(
-                os.fspath(source), to_bytes(target).rstrip(b'/') or b'/')
+                localnames.long_path(os.fspath(source)), to_bytes(target).rstrip(b'/') or b'/')
 
     def get(self, source: Path, target: str, progress: Optional[Progress] = None,
             cancel: Optional[threading.Event] = None, verify: bool = True, keep: bool = True,
@@ -190,7 +197,7 @@ class ChirpClient(Connection):
         with self._moving(progress, cancel, within) as meter:
             target = os.fspath(target)
             Download(self, meter, options(verify, keep, links)).run(
-                to_bytes(source), target.rstrip(os.sep + (os.altsep or '')) or target)
+                to_bytes(source), localnames.long_path(target.rstrip(SEPARATORS) or target))
 
     def fetch(self, source: Path, target: str, limit: int, progress: Optional[Progress] = None,
               cancel: Optional[threading.Event] = None, within: Optional[float] = None) -> int:
@@ -311,8 +318,12 @@ def landing_there(client: Connection, source: str, target: str) -> str:
 
 
 def landing_here(client: Connection, source: str, target: str) -> str:
-    """What a file or folder of the server is to be called here, as by ``cp -r``. Raises ChirpError."""
-    return landing(own_name(source), target, os.path.isdir, lambda: client.stat(source).is_dir, SEPARATORS)
+    """What a file or folder of the server is to be called here, as by ``cp -r``. Raises ChirpError,
+    OSError."""
+    name = own_name(source)
+    if name and (not target or os.path.isdir(target)):
+        to_local(name)                 # raises where that can't be a name here
+    return landing(name, target, os.path.isdir, lambda: client.stat(source).is_dir, SEPARATORS)
 
 
 SEPARATORS = os.sep + (os.altsep or '')
@@ -407,7 +418,7 @@ class Upload(Move):
     def _send_file(self, source: str, target: bytes, base: int) -> None:
         """What is there of it when it begins: a file may grow meanwhile."""
         with open_regular(source) as file:
-            found = os.fstat(file.fileno())
+            found, begin = os.fstat(file.fileno()), beginning(file)
             self._meter.moved = base
             there = self._client.find(target)
             if there is not None and there.is_dir:
@@ -419,25 +430,25 @@ class Upload(Move):
             start = self._resume(file, found, part)
             self._meter.add(start)
             with self._keeping_room(part, target, space_of(found) - start):
-                mode = self._send_rest(file, start, found, part)
+                mode = self._send_rest(file, start, found, part, mode_there(found, begin))
             if not found.st_size:
                 self._send_unsized(file, source, part)
             elif self._options.verify or changed(found, os.fstat(file.fileno())):
                 if not self._client.has_same(part, file, found.st_size, self._meter):
                     self._client.unlink(part)
                     raise Changed('%s changed while it was read, or arrived altered' % source)
-        wanted = self._wanted_mode(found, there)
+        wanted = self._wanted_mode(found, there, begin)
         if mode != wanted:
             self._client.chmod(part, wanted)
         if self._options.keep:
             self._client.utime(part, int(found.st_atime), int(found.st_mtime))
         self._client.replace(part, target)
 
-    def _wanted_mode(self, found: os.stat_result, there: Optional[Stat]) -> int:
+    def _wanted_mode(self, found: os.stat_result, there: Optional[Stat], begin: bytes) -> int:
         """That of the file which is replaced, unless an earlier attempt left that; else of the source."""
         if self._merges and there is not None and there.is_file:
             return there.mode & 0o777
-        return found.st_mode & 0o777
+        return mode_there(found, begin)
 
     @contextlib.contextmanager
     def _keeping_room(self, part: bytes, target: bytes, count: int) -> Iterator[None]:
@@ -461,8 +472,9 @@ class Upload(Move):
         if not self._options.keep or self._options.verify and not self._client.has_same(
                 target, file, found.st_size, self._meter):
             return False
-        if there.mode & 0o777 != self._wanted_mode(found, there):
-            self._client.chmod(target, found.st_mode & 0o777)
+        wanted = self._wanted_mode(found, there, beginning(file))
+        if there.mode & 0o777 != wanted:
+            self._client.chmod(target, wanted)
         return True
 
     def _resume(self, file: Any, found: os.stat_result, part: bytes) -> int:
@@ -476,9 +488,9 @@ class Upload(Move):
             return there.size
         return 0
 
-    def _send_rest(self, file: Any, start: int, found: os.stat_result, part: bytes) -> int:
-        """Writes what is missing; the mode that the part has."""
-        number, there = self._client.open(part, 'wc' if start else 'wct', found.st_mode & 0o777)
+    def _send_rest(self, file: Any, start: int, found: os.stat_result, part: bytes, mode: int) -> int:
+        """Writes what is missing; the mode that the part has: ``mode``, where it is made."""
+        number, there = self._client.open(part, 'wc' if start else 'wct', mode)
         with self._client.moving_content():
             self._send_pieces(file, number, start, found.st_size)
         self._client.close(number)
@@ -567,7 +579,7 @@ class Upload(Move):
             if not merge and failed == self._failures.count:
                 known.remove_parts()
         if self._options.keep and (made or not merge):
-            self._client.chmod(target, found.st_mode & 0o777)
+            self._client.chmod(target, mode_there(found))
             self._client.utime(target, int(found.st_atime), int(found.st_mtime))
 
     def _put_folders(self, source: str, names: List[str], target: bytes, merge: bool) -> None:
@@ -602,7 +614,7 @@ class Upload(Move):
         there = self._small.asking(lambda: known.find(name)) if known.must_ask else known.find(name)
         if entry.is_symlink() and self._options.links != 'follow':
             if self._options.links == 'keep':
-                self._small.asking(lambda: self._put_link(os.readlink(entry.path), target, there, merge))
+                self._small.asking(lambda: self._put_link(entry.path, target, there, merge))
             return
         found = entry.stat()
         if not stat.S_ISREG(found.st_mode):
@@ -617,8 +629,9 @@ class Upload(Move):
             if len(data) <= SMALL:
                 if merge and known.has_part(name):
                     self._small.asking(lambda: self._client.rmall(part_path(target)))
-                return self._small.put(SmallFile(entry.path, target, merge, self._wanted_mode(found, there),
-                                                 there is not None, found, data))
+                mode = self._wanted_mode(found, there, data)
+                return self._small.put(SmallFile(entry.path, target, merge, mode, there is not None, found,
+                                                 data))
         self._small.asking(lambda: self._put_file(entry.path, target))
 
     def _has(self, source: str, found: os.stat_result, target: bytes, there: Optional[Stat]) -> bool:
@@ -627,12 +640,13 @@ class Upload(Move):
         with open_regular(source) as file:
             return self._is_same(file, found, target, there)
 
-    def _put_link(self, leads: str, target: bytes, there: Optional[Stat], merge: bool) -> None:
+    def _put_link(self, source: str, target: bytes, there: Optional[Stat], merge: bool) -> None:
+        leads = link_there(source)
         if there is not None:
-            if there.is_link and to_bytes(self._client.readlink(target)) == to_remote(leads):
+            if there.is_link and to_bytes(self._client.readlink(target)) == leads:
                 return
             (self._client.unlink if merge else self._client.rmall)(target)
-        self._client.symlink(to_remote(leads), target)
+        self._client.symlink(leads, target)
 
 
 class Known:
@@ -878,9 +892,9 @@ class Download(Move):
                 raise
             if self._options.keep:
                 there = mode_of_file(target) if self._merges else None
-                set_times(file, found.atime, found.mtime)
-                set_mode(file, found.mode if there is None else there)
-            finish_part(file, target)
+                finish_part(file, target, (found.atime, found.mtime), found.mode if there is None else there)
+            else:
+                finish_part(file, target)
 
     def _is_there(self, source: bytes, found: Stat, target: str) -> bool:
         """Whether an earlier attempt got to the end."""
@@ -896,7 +910,7 @@ class Download(Move):
             if self._options.verify and not self._client.has_same(source, file, found.size, self._meter):
                 return False
             if not self._merges:
-                set_mode(file, found.mode)
+                set_mode(file.fileno(), found.mode)
             return True
 
     def _resume(self, file: Any, number: int, size: int) -> int:
@@ -983,11 +997,14 @@ class Download(Move):
         if self._merges:
             if os.path.islink(target) and os.path.isdir(target):
                 target = os.path.realpath(target)      # the user's own link, above what we fetch
-            return self._get_folder(source, target, found, (), True, make_folder(target))
+            made = make_folder(target)
+            self._fold = localnames.folding(target)
+            return self._get_folder(source, target, found, (), True, made)
         part = local_part(target)
         with locked_folder(part, target) as made:
+            self._fold = localnames.folding(part)
             self._get_folder(source, part, found, (), False, made)
-            os.rename(part, target)
+            agent.replace(part, target)
 
     def _get_folder(self, source: bytes, target: str, found: Stat, inside: Tuple[str, ...],
                     merge: bool, made: bool) -> None:
@@ -999,6 +1016,7 @@ class Download(Move):
                 self._remove_others(source, target)
             folders: List[Stat] = []
             again: List[Tuple[bytes, str]] = []
+            names = localnames.Names(self._fold)
             for entry in self._client.ls(source):
                 name = to_bytes(entry.name)
                 self._entries += 1
@@ -1007,6 +1025,7 @@ class Download(Move):
                 if is_part(name):
                     continue
                 with self._failing(join(source, name)):
+                    names.add(to_local(entry.name))
                     if entry.is_link and self._options.links == 'follow':
                         self._pipeline.drain()
                         entry = self._client.stat(join(source, name))._replace(name=entry.name)
@@ -1018,9 +1037,8 @@ class Download(Move):
                     self._get_folders(source, target, folders, inside, merge, again)
             self._get_folders(source, target, folders, inside, merge, again)
         if self._options.keep and (made or not merge):
-            os.chmod(target, found.mode & 0o777)
-            with contextlib.suppress(OverflowError):   # a server may say any number
-                os.utime(target, (found.mtime, found.mtime))
+            set_mode(target, found.mode)
+            set_times(target, (found.mtime, found.mtime))
 
     def _get_folders(self, source: bytes, target: str, folders: List[Stat], inside: Tuple[str, ...],
                      merge: bool, again: List[Tuple[bytes, str]]) -> None:
@@ -1080,7 +1098,7 @@ class Download(Move):
             return
         if os.path.lexists(here):
             os.unlink(here)            # raises where it is a folder
-        os.symlink(to_local_link(leads), here)
+        make_link(to_local_link(leads), here, lambda: self._client.stat(path).is_dir)
 
     def _get_small(self, entry: Stat, path: bytes, here: str, again: List[Tuple[bytes, str]]) -> None:
         """Asks for a small file, without waiting for it."""
@@ -1125,9 +1143,9 @@ class Download(Move):
                 write_here(file, memoryview(data))
                 file.truncate(len(data))
                 if self._options.keep:
-                    set_times(file, entry.mtime, entry.mtime)
-                    set_mode(file, entry.mode)
-                finish_part(file, fetched.here)
+                    finish_part(file, fetched.here, (entry.mtime, entry.mtime), entry.mode)
+                else:
+                    finish_part(file, fetched.here)
             self._meter.add(len(data))
 
 

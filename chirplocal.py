@@ -8,19 +8,22 @@ import errno
 import itertools
 import logging
 import os
-import re
 import stat
-from typing import Any, Iterator, Optional, Tuple
+from typing import Any, Callable, Iterator, Optional, Tuple, Union
 
-from chirpwire import Busy, is_zero, part_name, to_bytes
+import agent
+import localnames
+from chirpwire import Busy, ChirpError, is_zero, part_name, to_bytes
 
 try:
     import fcntl
 except ImportError:                    # Windows
     fcntl = None               # type: ignore
+    import msvcrt
 
 log = logging.getLogger('vmhost.chirp')
 
+ON_WINDOWS = os.name == 'nt'
 NESTED = 200                   # levels of a folder that are followed
 
 
@@ -31,15 +34,9 @@ def to_remote(name: str) -> bytes:
 
 def to_local(name: str) -> str:
     """What an entry of the server is called here. Raises OSError where that can't be."""
-    if os.name == 'posix':
-        return os.fsdecode(to_bytes(name))
-    if NOT_ON_WINDOWS.search(name):
-        raise OSError(errno.EINVAL, 'no file can have this name here')
-    return name
-
-
-NOT_ON_WINDOWS = re.compile(r'[\x00-\x1f<>:"/\\|?*\ud800-\udfff]|[ .]$'
-                            r'|^(con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$)', re.IGNORECASE)
+    local = os.fsdecode(to_bytes(name)) if os.name == 'posix' else name
+    localnames.check(local)
+    return local
 
 
 def local_part(path: str) -> str:
@@ -168,13 +165,27 @@ def remove_tree(path: str) -> None:
 def lock(fd: int, target: str) -> None:
     """Locks what is made for a target, until it is closed. Raises Busy."""
     if fcntl is None:
-        return
+        return lock_on_windows(fd, target)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise Busy(to_remote(target))
     except OSError as error:           # a file system that has none
         log.debug('%s: no lock: %s', target, error)
+
+
+LOCKED_BYTE = 2 ** 31 - 2      # of a partial file on Windows, where no other program can read what is locked
+
+
+def lock_on_windows(fd: int, target: str) -> None:
+    """As ``lock``, of a file that is open at its begin."""
+    os.lseek(fd, LOCKED_BYTE, os.SEEK_SET)
+    try:
+        msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)         # type: ignore
+    except OSError:
+        raise Busy(to_remote(target))
+    finally:
+        os.lseek(fd, 0, os.SEEK_SET)
 
 
 @contextlib.contextmanager
@@ -186,7 +197,8 @@ def locked_folder(path: str, target: str) -> Iterator[bool]:
             give_up_part(file, target)
     made = make_folder(path)
     if fcntl is None:
-        yield made
+        with locked_beside(path, target):
+            yield made
         return
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -194,6 +206,22 @@ def locked_folder(path: str, target: str) -> Iterator[bool]:
         if not is_still(fd, path):
             raise Busy(to_remote(target))
         yield made
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def locked_beside(path: str, target: str) -> Iterator[None]:
+    """Locks a partial folder where the system opens no folders: by a file that goes with who made it."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+    try:
+        fd = os.open(local_part(path), flags | os.O_TEMPORARY)         # type: ignore
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.EACCES):
+            raise
+        raise Busy(to_remote(target))
+    try:
+        yield
     finally:
         os.close(fd)
 
@@ -206,11 +234,18 @@ def is_still(fd: int, path: str) -> bool:
         return False
 
 
-def finish_part(file: Any, target: str) -> None:
-    """Gives a partial file its name, and the owner of the file that it replaces, where we may."""
+def finish_part(file: Any, target: str, times: Optional[Tuple[int, int]] = None,
+                mode: Optional[int] = None) -> None:
+    """Gives a partial file its times (accessed, changed), its mode and its name, and the owner of the file
+    that it replaces, where we may."""
     keep_owner(file, target)
     close_where_needed(file)
-    os.replace(local_part(target), target)
+    part = local_part(target) if file.closed else file.fileno()        # type: Union[int, str]
+    if times is not None:
+        set_times(part, times)
+    if mode is not None:
+        set_mode(part, mode)
+    agent.replace(local_part(target), target)
 
 
 def give_up_part(file: Any, target: str) -> None:
@@ -251,14 +286,35 @@ def write_here(file: Any, view: memoryview) -> None:
         view = view[file.write(view):]
 
 
-def set_times(file: Any, atime: int, mtime: int) -> None:
+def set_times(where: Union[int, str], times: Tuple[int, int]) -> None:
+    """Sets when the file or folder of that descriptor, or path, was accessed and changed last."""
     with contextlib.suppress(OverflowError):           # a server may say any number
-        os.utime(file.fileno() if os.utime in os.supports_fd else file.name, (atime, mtime))
+        os.utime(where, times)
 
 
-def set_mode(file: Any, mode: int) -> None:
-    if hasattr(os, 'fchmod'):
-        os.fchmod(file.fileno(), mode & 0o777)
+def set_mode(where: Union[int, str], mode: int) -> None:
+    """Sets the mode of the file or folder of that descriptor, or path. Nothing on Windows, which of all its
+    bits knows that nobody may write: no later transfer could replace such a file."""
+    if not ON_WINDOWS:
+        os.chmod(where, mode & 0o777)
+
+
+def mode_there(found: os.stat_result, begin: bytes = b'') -> int:
+    """The mode that a file or folder of this machine has at the server. ``begin``: the file's first bytes, by
+    which one is known that can be executed, where the system doesn't know."""
+    if not ON_WINDOWS:
+        return found.st_mode & 0o777
+    mode = 0o755 if stat.S_ISDIR(found.st_mode) or begin.startswith((b'#!', b'\x7fELF')) else 0o644
+    return mode if found.st_mode & stat.S_IWUSR else mode & ~0o222
+
+
+def beginning(file: Any) -> bytes:
+    """What ``mode_there`` wants to know of a file that is open to read, at its begin."""
+    if not ON_WINDOWS:
+        return b''
+    begin = file.read(4)
+    file.seek(0)
+    return begin
 
 
 def make_folder(path: str) -> bool:
@@ -285,6 +341,38 @@ def may_leave(target: str, inside: Tuple[str, ...]) -> bool:
     names = [name for name in target.split('/') if name not in ('', '.')]
     ups = len(list(itertools.takewhile(lambda name: name == '..', names)))
     return ups > len(inside) or '..' in names[ups:]
+
+
+def make_link(leads: str, path: str, is_folder: Callable[[], bool]) -> None:
+    """Makes a symbolic link. ``is_folder``: whether it leads to one, which Windows wants to know. Raises
+    OSError."""
+    if not ON_WINDOWS:
+        return os.symlink(leads, path)
+    try:
+        to_folder = is_folder()
+    except ChirpError:                 # it leads nowhere
+        to_folder = False
+    try:
+        os.symlink(leads, path, to_folder)
+    except OSError as error:
+        if getattr(error, 'winerror', 0) != NO_PRIVILEGE:
+            raise
+        raise OSError(errno.EPERM, 'Windows lets this user make no symbolic links: switch its developer mode '
+                      'on, or take --links follow, or skip')
+
+
+NO_PRIVILEGE = 1314            # Windows' number for a right that a user hasn't
+
+
+def link_there(path: str) -> bytes:
+    """Where a link of this machine leads, for the server. Raises OSError where that can't be said there."""
+    leads = os.readlink(path)
+    if not ON_WINDOWS:
+        return to_remote(leads)
+    leads = localnames.short_path(leads).replace('\\', '/')
+    if leads.startswith('/') or ':' in leads:
+        raise OSError(errno.EINVAL, 'a link to %s, which only this machine has' % leads)
+    return to_remote(leads)
 
 
 def to_local_link(target: str) -> str:

@@ -15,6 +15,7 @@ import time
 from typing import Any, Dict, List
 
 import agent
+import localnames
 from cliscreen import PROGRESS_EVERY, Screen, shown_size, shown_span
 from cliverbs import JSON, VM, VMS, Verb, argument
 from faults import VMHostError
@@ -40,8 +41,21 @@ def do_get(host: Client, screen: Screen, args: Any) -> int:
     target = here(args.target) if args.target else ''
     if len(sources) > 1 and target and not os.path.isdir(target):
         raise VMHostError('%s is not a folder, and %d files match' % (args.target, len(sources)))
-    return max([transfer(host, screen, args, 'get', args.vm, source,
-                         target or here(posixpath.basename(source.rstrip('/')))) for source in sources])
+    names = localnames.Names(localnames.folding(target or os.getcwd()) if len(sources) > 1 else None)
+    return max([fetch(host, screen, args, source, target, names) for source in sources])
+
+
+def fetch(host: Client, screen: Screen, args: Any, source: str, target: str, names: localnames.Names) -> int:
+    """Fetches one of a VM's files or folders; gives the exit code. names: those that came before."""
+    name = posixpath.basename(source.rstrip('/'))
+    try:
+        if not target or os.path.isdir(target):
+            localnames.check(name)
+            names.add(name)
+    except OSError as error:
+        screen.complain('%s: %s: %s' % (args.vm, source, error.strerror))
+        return 1
+    return transfer(host, screen, args, 'get', args.vm, source, target or here(name))
 
 
 def do_cp(host: Client, screen: Screen, args: Any) -> int:

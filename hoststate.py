@@ -12,6 +12,7 @@ import sqlite3
 import stat
 from typing import Callable
 
+import agent
 from faults import Busy, VMHostError
 
 
@@ -75,7 +76,7 @@ class StateFolder:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, 'w') as file:
             file.write(text + '\n')
-        os.replace(temporary, self.file(name))
+        agent.replace(temporary, self.file(name))
 
     def secret(self, name: str, make: Callable[[], str] = lambda: secrets.token_urlsafe(24)) -> str:
         """The text of a file that only this user can read; made at the first call."""

@@ -1,0 +1,152 @@
+"""Names of files on this machine: what Windows and macOS make of them, as far as Linux can imitate it."""
+
+import errno
+import os
+import time
+import unicodedata
+
+import pytest
+from test_chirp_names import ours  # noqa: F401
+
+import agent
+import chirplocal
+import chirpwire
+import localnames
+
+NO_NAMES = ['a:b', 'back\\slash', '..\\out', 'dot.', 'space ', 'con', 'CON.txt', 'Aux .txt', 'nul', 'COM1',
+            'com\u00b9.log', 'LPT\u00b2', 'CONIN$', 'a*', 'a?', 'a"b', '<', '>', '|', 'tab\t', '\udcff']
+NAMES = ['a', 'README', '.hidden', 'cone', 'console.txt', 'com', 'com10', 'null', 'a b', '\u00e9', 'x~1', '-']
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    monkeypatch.setattr(localnames, 'ON_WINDOWS', True)
+
+
+def test_names_that_windows_can_not_have_are_refused(windows):
+    for name in NO_NAMES:
+        with pytest.raises(OSError, match='no file can have this name'):
+            localnames.check(name)
+    for name in NAMES:
+        localnames.check(name)
+
+
+def test_elsewhere_any_name_is_one():
+    for name in NO_NAMES + NAMES:
+        localnames.check(name)
+
+
+@pytest.mark.parametrize('name', ['a:b', '..\\out', 'CON'])
+def test_a_name_that_can_not_be_is_told_and_the_rest_arrives(ours, tmp_path, windows, monkeypatch,  # noqa: F811
+                                                                  name):
+    client, there = ours
+    monkeypatch.setattr(localnames, 'long_path', lambda path: path)
+    (there / 'tree' / name).mkdir(parents=True)
+    (there / 'tree' / 'good').write_bytes(b'x')
+    (there / name / 'sub').mkdir(parents=True)
+    target = tmp_path / 'target'
+    with pytest.raises(chirpwire.Incomplete) as incomplete:
+        client.get('/tree', str(target))
+    assert [(path, why) for path, why in incomplete.value.failures] == [
+        (chirpwire.shown('/tree/' + name), 'no file can have this name here')]
+    assert os.listdir(str(target)) == ['good']
+
+
+@pytest.mark.parametrize('fold, names', [
+    (localnames.upper, ('README', 'Readme')), (localnames.case_folded, ('stra\u00dfe', 'STRASSE')),
+    (localnames.normal, ('\u00e9', unicodedata.normalize('NFD', '\u00e9')))])
+def test_the_second_of_two_names_that_are_one_is_told(ours, tmp_path, monkeypatch, fold, names):  # noqa: F811
+    """A file and a folder alike, also where a target is there already; the first one is whole."""
+    client, there = ours
+    monkeypatch.setattr(localnames, 'folding', lambda folder: fold)
+    for name in names:
+        (there / 'tree' / 'files').mkdir(parents=True, exist_ok=True)
+        (there / 'tree' / 'files' / name).write_bytes(name.encode('utf-8'))
+        (there / 'tree' / 'folders' / name).mkdir(parents=True)
+        (there / 'tree' / 'folders' / name / 'inner').write_bytes(name.encode('utf-8'))
+    for _ in 'new', 'merged':
+        with pytest.raises(chirpwire.Incomplete) as incomplete:
+            client.get('/tree', str(tmp_path / 'target'))
+        failures = incomplete.value.failures
+        assert len(failures) == 2 and all('would be the same file as' in why for _, why in failures)
+        (first,) = os.listdir(str(tmp_path / 'target' / 'files'))
+        assert (tmp_path / 'target' / 'files' / first).read_bytes() == first.encode('utf-8')
+        (first,) = os.listdir(str(tmp_path / 'target' / 'folders'))
+        assert (tmp_path / 'target' / 'folders' / first / 'inner').read_bytes() == first.encode('utf-8')
+
+
+def test_a_disk_that_tells_names_apart_is_known(tmp_path, monkeypatch):
+    assert localnames.folding(str(tmp_path)) is None
+    monkeypatch.setattr(localnames.sys, 'platform', 'darwin')
+    assert localnames.folding(str(tmp_path)) is localnames.normal      # accents are one in any case
+    assert os.listdir(str(tmp_path)) == []
+    assert localnames.folding(str(tmp_path / 'missing')) is localnames.normal
+
+
+def test_ntfs_compares_character_by_character():
+    assert localnames.upper('stra\u00dfe') != localnames.upper('STRASSE')
+    assert localnames.upper('\u00e9.TXT') == localnames.upper('\u00c9.txt')
+
+
+def test_long_paths_are_written_as_windows_wants_them(windows, monkeypatch):
+    monkeypatch.setattr(localnames.os.path, 'abspath', lambda path: path)
+    assert localnames.long_path('C:\\a') == '\\\\?\\C:\\a' == localnames.long_path('\\\\?\\C:\\a')
+    assert localnames.long_path('\\\\server\\share') == '\\\\?\\UNC\\server\\share'
+    assert localnames.long_path('\\\\.\\NUL') == '\\\\.\\NUL'
+    for path in 'C:\\a', '\\\\server\\share', '/posix':
+        assert localnames.short_path(localnames.long_path(path)) == path or path == '/posix'
+
+
+def test_modes_there_are_made_up_where_windows_knows_none(tmp_path, monkeypatch):
+    file, closed = tmp_path / 'file', tmp_path / 'closed'
+    for path in file, closed:
+        path.write_text('')
+    os.chmod(str(file), 0o666)
+    os.chmod(str(closed), 0o444)
+    found = os.stat(str(file))
+    assert chirplocal.mode_there(found) == 0o666
+    modes = [os.stat(str(path)) for path in (file, closed, tmp_path)]
+    monkeypatch.setattr(chirplocal, 'ON_WINDOWS', True)
+    assert [chirplocal.mode_there(found) for found in modes] == [0o644, 0o444, 0o755]
+    assert chirplocal.mode_there(modes[0], b'#!/b') == 0o755 == chirplocal.mode_there(modes[0], b'\x7fELF')
+
+
+def test_a_name_that_is_held_for_a_moment_is_taken_a_moment_later(tmp_path, monkeypatch):
+    """As where a virus scanner looks at what is new."""
+    (tmp_path / 'new').write_text('x')
+    tries, real = [], os.replace
+
+    def held(source, target):
+        tries.append(time.monotonic())
+        if len(tries) < 3:
+            raise PermissionError(errno.EACCES, 'held')
+        real(source, target)
+    monkeypatch.setattr(agent.os, 'replace', held)
+    with pytest.raises(PermissionError):
+        agent.replace(str(tmp_path / 'new'), str(tmp_path / 'name'))       # POSIX means what it says
+    tries.clear()
+    monkeypatch.setattr(agent, 'ON_WINDOWS', True)
+    agent.replace(str(tmp_path / 'new'), str(tmp_path / 'name'))
+    assert len(tries) == 3 and (tmp_path / 'name').read_text() == 'x'
+    monkeypatch.setattr(agent, 'HELD', 0.1)
+    monkeypatch.setattr(agent.os, 'replace', lambda *_: os.rename(str(tmp_path / 'none'), '/none/x'))
+    with pytest.raises(FileNotFoundError):
+        agent.replace('a', 'b')
+
+
+def test_macos_is_asked_to_bring_bytes_to_the_disk_itself(tmp_path, monkeypatch):
+    import fcntl
+    asked = []
+    monkeypatch.setattr(agent.sys, 'platform', 'darwin')
+    monkeypatch.setattr(fcntl, 'F_FULLFSYNC', 51, raising=False)
+    monkeypatch.setattr(fcntl, 'fcntl', lambda descriptor, what: asked.append(what))
+    agent.sync(str(tmp_path))
+    assert asked == [51]
+
+    def refuse(descriptor, what):
+        raise OSError(errno.ENOTSUP, 'not there')
+    monkeypatch.setattr(fcntl, 'fcntl', refuse)
+    synced = []
+    monkeypatch.setattr(agent.os, 'fsync', synced.append)
+    agent.sync(str(tmp_path))
+    assert len(synced) == 1
