@@ -67,7 +67,7 @@ class Life:
         self._last = now               # when elapsed time was counted last
         self._checkpointed = now
         self._is_paused = self._is_connected = False
-        self._fraction = 0.0
+        self._fraction = record.fraction
         self._lost = 0
         self._ran = 0.0
         self._final: Optional[End] = None              # once what comes before it is done
@@ -268,7 +268,7 @@ class Life:
     def _checkpoint(self, now: float) -> None:
         """What was computed so far stays, whatever happens to this process."""
         self._checkpointed = now
-        self._record.checkpoint = self._record.cpu
+        self._record.checkpoint, self._record.fraction = self._record.cpu, self._fraction
         self._record.save()
 
     def _count_time(self, now: float) -> None:

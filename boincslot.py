@@ -304,6 +304,7 @@ class Record:
     cpu         CPU seconds told last; never fewer are told
     checkpoint  CPU seconds at the last checkpoint
     elapsed     seconds in which it ran
+    fraction    of it that was done at the last checkpoint
     put         whether the guest has its files
     made        whether there may be a machine, or a command, of this task
     troubles    temporary exits in a row
@@ -314,7 +315,7 @@ class Record:
         self._path = path
         self.attempt, self.troubles = 1, 0
         self.before = self.cpu = self.checkpoint = cpu
-        self.elapsed = 0.0
+        self.elapsed = self.fraction = 0.0
         self.put = self.made = False
         with contextlib.suppress(OSError, ValueError):
             with open(path, encoding='utf-8') as file:

@@ -423,11 +423,11 @@ class Work:
     # While it runs.
 
     def begin(self) -> bool:
-        """The command has been begun; where it runs already, this changes nothing."""
+        """The command has been begun, and isn't halted; where it runs already, this changes nothing."""
         run = self._job.run(self._words.rest)
         self.host.call('runCmd', self.machine.name, run[0], run[1:], {}, self.machine.files, '',
                        {'id': self.command})
-        return True
+        return self.resume()
 
     def look(self) -> Look:
         """How far it is."""
