@@ -80,10 +80,11 @@ SETTINGS: Dict[str, Dict[str, Tuple[Callable, str]]] = {
         'vm_gc_grace': (agent.at_least(1, agent.duration, '1 s'), '30'),
         'keep_results': (agent.duration, '7d'), 'fetch_limit': (agent.size, '64M'),
         'max_transfers': (agent.integer(1, 1000), '4'),
-        'other_machines': (agent.yes_no, 'no'), 'unsigned_guests': (agent.yes_no, 'no')},
+        'other_machines': (agent.yes_no, 'no'), 'unsigned_guests': (agent.yes_no, 'no'),
+        'idle_end': (agent.duration, '0')},
     'Hypervisor': {
         'hypervisor': (agent.choice('auto', *(list(drivers.DRIVERS) + ['none'])), 'auto'),
-        'command_timeout': (agent.duration, '45')},
+        'command_timeout': (agent.duration, '45'), 'machine_folder': (agent.path, 'vmhost-machines')},
     'Network': {
         'mode': (agent.choice('hostonly', 'nat'), 'hostonly'),
         'interface': (agent.text, 'vboxnet0'), 'manage': (agent.yes_no, 'no'),

@@ -1,0 +1,227 @@
+"""The job file of a BOINC task, vbox_job.xml: what kind of machine it needs, and what runs there.
+
+The fields are vboxwrapper's, read as it reads them, and four of our own that it passes over: <command>,
+<input>, <output>, <checkpoint>. What isn't known is a warning; what is known and can't be done here, or is
+not to be done, is refused by its name.
+
+What it is not: a look at files (boincwork.py). No threads, no state.
+"""
+
+import math
+import shlex
+import xml.etree.ElementTree
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+
+FILE = 'vbox_job.xml'
+CHECKPOINTS = ('state', 'files', 'none')
+MOST_CPUS = 32
+LEAST_MEMORY = 512             # MB
+COMMAND = ['sh', 'boinc_app']  # what runs where the job file doesn't say
+
+
+class JobError(Exception):
+    """A job file that can't be used; one line that names file, field and what is wanted."""
+
+
+class Moved(NamedTuple):
+    """A file that is put into the guest, or fetched from it."""
+    logical: str               # its name in the slot
+    path: str                  # where it is in the guest, relative to what the guest serves
+    optional: bool = False     # it may be missing
+
+
+def _flag(text: str) -> bool:
+    if text.lower() in ('', '1', 'true', 'yes'):
+        return True
+    if text.lower() in ('0', 'false', 'no'):
+        return False
+    raise ValueError('1 or 0')
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError('a number')
+    if not 0 <= value < 1e12:
+        raise ValueError('a number, not below 0')
+    return value
+
+
+def _path(text: str) -> str:
+    """A path in the guest, or a logical name: relative, and it leads nowhere else."""
+    parts = text.split('/')
+    if not text or text.startswith('/') or '..' in parts or '\\' in text or '\0' in text:
+        raise ValueError('a relative path without ..')
+    return text
+
+
+def _words(text: str) -> List[str]:
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError('words as a shell splits them (%s)' % error)
+    if not words:
+        raise ValueError('a command')
+    return words
+
+
+def _checkpoint(text: str) -> str:
+    if text not in CHECKPOINTS:
+        raise ValueError('one of ' + ', '.join(CHECKPOINTS))
+    return text
+
+
+# Those that count once: what reads them, and the default.
+FIELDS: Dict[str, Tuple[Callable[[str], Any], Any]] = {
+    'os_name': (str, ''), 'memory_size_mb': (_number, 0.0), 'enable_network': (_flag, False),
+    'enable_remotedesktop': (_flag, False), 'job_duration': (_number, 0.0),
+    'fraction_done_filename': (_path, ''), 'completion_trigger_file': (_path, ''),
+    'temporary_exit_trigger_file': (_path, ''), 'trickle_trigger_file': (_path, ''),
+    'copy_cmdline_to_shared': (_flag, False), 'minimum_checkpoint_interval': (_number, 600.0),
+    'disable_automatic_checkpoints': (_flag, False), 'multiattach_vdi_file': (_path, ''),
+    'enable_shared_directory': (_flag, False), 'command': (_words, []), 'checkpoint': (_checkpoint, ''),
+}
+LISTS = ('copy_to_shared', 'intermediate_upload_file')                 # paths, any number of them
+FILES = ('input', 'output')                                            # Moved, any number of them
+NEEDLESS = {                   # that ask for what is done anyway, or otherwise; nobody need be warned
+    'heartbeat_filename', 'minimum_heartbeat_interval',                # the guest's agent tells that it lives
+    'enable_vm_savestate_usage', 'vram_size_mb', 'vm_disk_controller_type', 'vm_disk_controller_model',
+    'enable_graphics_support', 'enable_screenshots_on_error', 'enable_nat_dns_host_resolver',
+    'vm_network_driver', 'boot_iso', 'enable_scratch_directory',
+}
+REFUSED = {
+    'enable_floppyio': 'data goes into the VM as files (<input>), there is no floppy',
+    'share_project_dir': 'a VM must not reach the files of other tasks',
+    'share_slot_dir': 'a VM must not reach the files of the wrapper: name them as <input> and <output>',
+    'network_bridged_mode': 'a VM must not be a machine of its own in the volunteer\'s network',
+    'enable_isocontextualization': 'contextualization by an ISO image isn\'t done here',
+    'enable_cache_disk': 'a second disk isn\'t attached here',
+}
+
+
+class Job:
+    """The job file, read. Each field of FIELDS and LISTS is an attribute; ``warnings``: lines for stderr."""
+
+    def __init__(self, text: str) -> None:
+        """Raises JobError."""
+        self.warnings = []             # type: List[str]
+        self.inputs = []               # type: List[Moved]
+        self.outputs = []              # type: List[Moved]
+        self.copy_to_shared = []       # type: List[str]
+        self.intermediate_upload_file = []     # type: List[str]
+        self._fields = {name: default for name, (_, default) in FIELDS.items()}
+        for element in _root_of(text):
+            self._read(element)
+
+    def _read(self, element: Any) -> None:
+        name, text = element.tag, (element.text or '').strip()
+        try:
+            if name in FILES:
+                (self.inputs if name == 'input' else self.outputs).append(_moved(element, text))
+            elif name in LISTS:
+                getattr(self, name).append(_path(text))
+            elif name in FIELDS:
+                self._fields[name] = FIELDS[name][0](text)
+            elif name in REFUSED:
+                if _flag(text):
+                    raise JobError('%s: <%s>: refused: %s' % (FILE, name, REFUSED[name]))
+            elif name not in NEEDLESS:
+                self.warnings.append('%s: <%s> is not known, and does nothing' % (FILE, name))
+        except ValueError as expected:
+            raise JobError('%s: <%s>%.80s: expected %s' % (FILE, name, text, expected))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__['_fields'][name]
+        except KeyError:
+            raise AttributeError(name)
+
+    def run(self, words: List[str]) -> List[str]:
+        """What runs in the guest: the command and its words, then those of the task."""
+        return (self.command or COMMAND) + words
+
+
+def _root_of(text: str) -> Any:
+    try:
+        root = xml.etree.ElementTree.fromstring(text)
+    except xml.etree.ElementTree.ParseError as error:
+        raise JobError('%s: no XML: %s' % (FILE, error))
+    if root.tag != 'vbox_job':
+        raise JobError('%s: <%.40s>: expected <vbox_job>' % (FILE, root.tag))
+    return [element for element in root if isinstance(element.tag, str)]
+
+
+def _moved(element: Any, text: str) -> Moved:
+    """<input>NAME</input>, or <input><name>NAME</name><path>WHERE</path><optional/></input>."""
+    fields = {child.tag: (child.text or '').strip() for child in element}
+    unknown = set(fields) - {'name', 'path', 'optional'}
+    if unknown:
+        raise ValueError('name, path or optional, not <%s>' % sorted(unknown)[0])
+    logical = _path(fields.get('name', text))
+    optional = 'optional' in fields and _flag(fields['optional'])
+    return Moved(logical, _path(fields.get('path', logical)), optional)
+
+
+class Words(NamedTuple):
+    """The wrapper's own options, as vboxwrapper has them, and the words that are left for the science."""
+    cpus: int
+    memory: int                # MB, 0: as the job file says
+    image: str                 # its logical name
+    rest: List[str]
+
+
+def read_words(words: List[str], ncpus: float) -> Words:
+    """Sorts a task's command line. Raises JobError.
+
+    ncpus    CPUs that the client gives the task
+    """
+    values = {'--nthreads': '', '--memory_size_mb': '', '--vmimage': '', '--trickle': ''}
+    rest: List[str] = []
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if word == '--':
+            rest += left
+            break
+        if word in values:
+            if not left:
+                raise JobError('%s: expected a value' % word)
+            values[word] = left.pop(0)
+        elif word not in ('--register_only', '--sporadic'):
+            rest.append(word)
+    cpus = _whole('--nthreads', values['--nthreads']) or math.ceil(ncpus) or 1
+    image = 'vm_image_%s.vdi' % values['--vmimage'] if values['--vmimage'] else 'vm_image.vdi'
+    return Words(min(int(cpus), MOST_CPUS), _whole('--memory_size_mb', values['--memory_size_mb']),
+                 image, rest)
+
+
+def _whole(name: str, text: str) -> int:
+    try:
+        return int(_number(text)) if text else 0
+    except ValueError as expected:
+        raise JobError('%s %.40s: expected %s' % (name, text, expected))
+
+
+def fraction_of(text: str) -> Optional[float]:
+    """What a program wrote of its progress: its last word is a number from 0 to 1, or a percentage."""
+    words = text.split()
+    try:
+        value = float(words[-1].rstrip('%')) / (100 if words[-1].endswith('%') else 1)
+    except (IndexError, ValueError):
+        return None
+    return value if 0 <= value <= 1 else None
+
+
+class Trigger(NamedTuple):
+    """A trigger file: a number (an exit code, or a delay in seconds), whether it is a notice, and why."""
+    number: int
+    notice: bool
+    message: str
+
+
+def read_trigger(text: str) -> Trigger:
+    """What such a file says; empty: 0, and nothing else."""
+    lines = text.splitlines() + ['', '']
+    number = int(lines[0]) if lines[0].strip().lstrip('-').isdigit() and len(lines[0]) < 12 else 0
+    return Trigger(number, lines[1].strip() == '1', ' '.join(' '.join(lines[2:]).split()))

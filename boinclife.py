@@ -1,0 +1,320 @@
+"""The life of a BOINC task: what is done next, what the client is told, and how it ends. A state machine.
+
+In: words of the client, the clock, and how each step of the work ended. Out: the name of the next step
+(boincwork.py does it), the status that the client shows, and at last an `End`. Steps are done one at a time
+on another thread; nothing waits here, so the client's words are heard while a step goes on.
+
+Only the failure of the science itself is an error. All else ends the process for a while: with a reason in
+plain words, and 60 s that double up to an hour.
+
+What it is not: shared memory and files (boincslot.py), or calls (boincwork.py). No threads, no clock of its
+own.
+"""
+
+import logging
+from typing import Any, NamedTuple, Optional, Tuple
+
+from boincjob import Job, Trigger
+from boincslot import Record
+from boincwork import Look, Trouble
+from faults import VMHostError
+from hostclient import NoHost
+
+log = logging.getLogger('vmboinc')
+
+ABORTED, SIGNALLED, INIT_FAILURE = 194, 193, 206       # exit codes, as BOINC has them
+NO_PROGRAM = ('ENOENT', 'EACCES', 'ENOEXEC', 'ENOTDIR')
+LOOK_EVERY = 1.0               # seconds between two looks at the science
+QUICK = 0.3                    # … and at what is soon so
+QUIT_WITHIN = 50.0             # seconds in which a client's <quit/> is answered: it kills after 60
+FIRST_DELAY, LONGEST_DELAY = 60, 3600          # seconds of a temporary exit
+READY_WITHIN = 900.0           # seconds that a machine may take until its agent is there
+AWAY_TRIES = 5                 # times that a host agent or a machine may be lost without an exit
+GOOD_RUN = 60.0                # seconds of science after which earlier troubles count no more
+
+
+class End(NamedTuple):
+    """How the process ends."""
+    code: int = 0
+    finish: bool = False               # the task is over, and the code is its own
+    delay: float = 0.0                 # else, where above 0: start it again in so many seconds …
+    message: str = ''                  # … and why; or what a finished task says to the user
+    notice: bool = False
+    signal: int = 0                    # this process dies of it
+
+
+class Life:
+    """One run of the wrapper. Times are monotonic seconds."""
+
+    RUNNING = ('connect', 'ready', 'put', 'begin', 'limit', 'look')        # each once the one before is so
+    ENDING = ('collect', 'remove')
+
+    def __init__(self, job: Job, record: Record, now: float, period: float = 300.0) -> None:
+        """
+        period    seconds between two checkpoints, as the client's user wants them
+        """
+        self.end: Optional[End] = None
+        self.wish = 'run'              # then suspend, run again, quit, abort
+        self.messages: Tuple[str, ...] = ()            # for the channel of trickle messages
+        self._job = job
+        self._record = record
+        self._period = period
+        self._todo = list(self.RUNNING)
+        self._step = ''                # the one that is under way
+        self._not_before = now         # when the next one may begin
+        self._asked = now              # when the wish came that holds now
+        self._waits_since = now        # since when the step that comes next isn't so
+        self._last = now               # when elapsed time was counted last
+        self._checkpointed = now
+        self._is_paused = self._is_connected = False
+        self._fraction = record.fraction
+        self._lost = 0
+        self._ran = 0.0
+        self._final: Optional[End] = None              # once what comes before it is done
+
+    # What comes in.
+
+    def hear(self, word: str, now: float) -> None:
+        """A word of the client."""
+        if word == 'reread_app_info':
+            self._change_limits()
+        wish = {'suspend': 'suspend', 'resume': 'run', 'quit': 'quit', 'abort': 'abort'}.get(word)
+        if wish and self.wish not in ('abort', wish) and not (self.wish == 'quit' and wish != 'abort'):
+            log.info('the client says %s', word)
+            self.wish, self._asked, self._not_before = wish, now, now
+
+    def _change_limits(self) -> None:
+        if 'limit' not in self._todo and self._todo[:1] == ['look']:
+            self._todo.insert(0, 'limit')
+
+    def next(self, now: float) -> str:
+        """The step to begin now; '' for none yet. It ends with ``succeeded`` or ``failed``."""
+        self._count_time(now)
+        if self._is_overdue(now):
+            self._leave_for(self.wish)
+        if self.end or self._step or now < self._not_before:
+            return ''
+        self._step = getattr(self, '_next_' + self.wish)()
+        return self._step
+
+    def _is_overdue(self, now: float) -> bool:
+        return self.wish in ('quit', 'abort') and now - self._asked > QUIT_WITHIN
+
+    def _next_run(self) -> str:
+        return 'resume' if self._is_paused else self._todo[0]
+
+    def _next_suspend(self) -> str:
+        """What isn't running yet isn't begun; what has ended may be brought home."""
+        if self._is_paused:
+            return 'stay'
+        if self._todo[0] == 'look':
+            return 'pause'
+        return self._todo[0] if self._todo[0] != 'begin' else ''
+
+    def _next_quit(self) -> str:
+        if not self._is_connected or not self._record.made:
+            self._leave_for('quit')
+            return ''
+        return 'save'
+
+    def _next_abort(self) -> str:
+        if not self._record.made:
+            self._leave_for('abort')
+            return ''
+        return 'remove' if self._is_connected else 'connect'
+
+    def _leave_for(self, wish: str) -> None:
+        self.end = self.end or (End(ABORTED) if wish == 'abort' else self._final or End())
+
+    # How a step ended.
+
+    def succeeded(self, value: Any, now: float) -> None:
+        """The step that was under way gave this."""
+        step, self._step = self._step, ''
+        if isinstance(value, Look):
+            self._saw(value, now)
+        elif not value:
+            self._not_before = now + QUICK
+            if step == 'ready' and now - self._waits_since > READY_WITHIN:
+                self._trouble('the machine\'s agent isn\'t there after %d minutes: does its image start '
+                              'vmguest?' % (READY_WITHIN / 60))
+        else:
+            getattr(self, '_did_' + step, self._did)(step, now)
+
+    def _did(self, step: str, now: float) -> None:
+        """The first of what is to be done is done."""
+        if self._todo[0] == step:
+            self._todo.pop(0)
+        self._waits_since = now
+
+    def _did_connect(self, step: str, now: float) -> None:
+        self._is_connected = True
+        self._did(step, now)
+
+    def _did_pause(self, step: str, now: float) -> None:
+        self._is_paused = True
+
+    def _did_stay(self, step: str, now: float) -> None:
+        self._not_before = now + LOOK_EVERY
+
+    def _did_resume(self, step: str, now: float) -> None:
+        self._is_paused = False
+        self._last = now
+
+    def _did_save(self, step: str, now: float) -> None:
+        self._checkpoint(now)
+        self._leave_for(self.wish)
+
+    def _did_remove(self, step: str, now: float) -> None:
+        self._record.made = False
+        self._record.save()
+        self._leave_for(self.wish)
+
+    def failed(self, error: Exception, now: float) -> None:
+        """The step that was under way raised this."""
+        step, self._step = self._step, ''
+        if self.wish in ('quit', 'abort'):
+            log.warning('%s: %s', step, error)         # the lease, and the cleanup, take care of it
+            self._leave_for(self.wish)
+        elif step == 'remove':
+            log.warning('the machine is left for the next cleanup: %s', error)
+            self._did_remove(step, now)
+        elif isinstance(error, NoHost):
+            self._begin_anew('the host agent went away', now)
+        elif isinstance(error, Trouble):
+            self._trouble(str(error))
+        elif isinstance(error, VMHostError):
+            self._begin_anew('%s: %s' % (step, error), now)
+        else:
+            self._trouble('%s: %s: %s' % (step, type(error).__name__, error))
+
+    def _begin_anew(self, why: str, now: float) -> None:
+        """Looks again what is there, and does what is missing. More than some times in a row is a trouble."""
+        log.warning('%s', why)
+        self._lost += 1
+        if self._lost > AWAY_TRIES:
+            self._trouble(why)
+        self._todo = list(self.RUNNING if self._todo[0] not in self.ENDING else
+                          self.RUNNING[:2] + ('look',))
+        self._is_connected = self._is_paused = False
+        self._waits_since, self._not_before = now, now + LOOK_EVERY
+
+    def _trouble(self, why: str) -> None:
+        """An end for a while."""
+        self._record.troubles += 1
+        self._record.save()
+        self.end = self.end or End(delay=delay_of(self._record.troubles), message=why)
+
+    # What was seen of the science.
+
+    def _saw(self, seen: Look, now: float) -> None:
+        self._not_before = now + LOOK_EVERY
+        if seen.state == 'away':
+            return self._begin_anew('the machine doesn\'t run', now)
+        if seen.state == 'lost':
+            return self._begin_attempt(now)
+        self._record.cpu = max(self._record.cpu, self._record.before + seen.cpu)
+        self._fraction = max(self._fraction, self._fraction_of(seen))
+        self.messages += seen.messages
+        if seen.ended:
+            self._over(end_of(seen), now)
+        elif seen.done:
+            self._over(End(seen.done.number, True, message=seen.done.message, notice=seen.done.notice), now)
+        elif self._has_run_long_enough():
+            self._over(End(0, True), now)
+        elif seen.pause:
+            self._rest(seen.pause, now)
+        elif self._is_checkpoint_due(now):
+            self._checkpoint(now)
+
+    def _fraction_of(self, seen: Look) -> float:
+        if self._job.job_duration:
+            return min(1.0, self._record.elapsed / self._job.job_duration)
+        return seen.fraction or 0.0
+
+    def _has_run_long_enough(self) -> bool:
+        return bool(self._job.job_duration) and self._record.elapsed >= self._job.job_duration
+
+    def _over(self, end: End, now: float) -> None:
+        """The science has ended: well or not, what it made is brought home."""
+        log.info('the task is over: %s', describe(end))
+        if end.delay:                  # it couldn't even begin, and this may pass
+            self._record.attempt += 1
+            return self._trouble(end.message)
+        self._final = end
+        self._todo = list(self.ENDING)
+        self._waits_since = self._not_before = now
+
+    def _rest(self, pause: Trigger, now: float) -> None:
+        """The science asks for a pause."""
+        self._final = End(delay=pause.number or FIRST_DELAY, message=pause.message or
+                          'the task asks for a pause', notice=pause.notice)
+        self.wish, self._asked, self._not_before = 'quit', now, now
+
+    def _begin_attempt(self, now: float) -> None:
+        """What ran is lost: the science begins anew, with what it has on its disk."""
+        self._record.attempt += 1
+        self._record.before = self._record.checkpoint
+        self._record.put = False
+        self._record.save()
+        self._begin_anew('the program was lost with its machine; it begins again', now)
+
+    # Checkpoints and time.
+
+    def _is_checkpoint_due(self, now: float) -> bool:
+        every = max(self._period, self._job.minimum_checkpoint_interval)
+        return self._job.checkpoint != 'none' and now - self._checkpointed >= every
+
+    def _checkpoint(self, now: float) -> None:
+        """What was computed so far stays, whatever happens to this process."""
+        self._checkpointed = now
+        self._record.checkpoint, self._record.fraction = self._record.cpu, self._fraction
+        self._record.save()
+
+    def _count_time(self, now: float) -> None:
+        if self._todo[0] == 'look' and self.wish == 'run' and not self._is_paused:
+            self._record.elapsed += now - self._last
+            self._ran += now - self._last
+            if self._ran > GOOD_RUN and (self._record.troubles or self._lost):
+                self._record.troubles = self._lost = 0
+        self._last = now
+
+    # What the client is told.
+
+    def is_told(self) -> bool:
+        """Whether the client wants to hear how far it is."""
+        return self.wish != 'suspend'
+
+    def status(self, start: float = 0.0, end: float = 1.0) -> str:
+        """How far it is, for the client.
+
+        start, end    the part of the task's progress that is this program's
+        """
+        over = self.end is not None and self.end.finish
+        fraction = start + (1.0 if over else self._fraction) * (end - start)
+        return ('<current_cpu_time>%e</current_cpu_time>\n<checkpoint_cpu_time>%e</checkpoint_cpu_time>\n'
+                '<fraction_done>%e</fraction_done>\n' % (self._record.cpu, self._record.checkpoint, fraction))
+
+
+def delay_of(troubles: int) -> float:
+    """Seconds of the temporary exit that comes after so many in a row."""
+    return float(min(FIRST_DELAY * 2 ** min(troubles - 1, 10), LONGEST_DELAY))
+
+
+def end_of(seen: Look) -> End:
+    """What the end of the science makes of the task."""
+    if seen.state == 'exited':
+        return End(seen.code, True)
+    if seen.state == 'signaled':
+        return End(SIGNALLED, True, signal=seen.code,
+                   message='the program was ended by signal %d' % seen.code)
+    if seen.state == 'failed' and seen.why.startswith(NO_PROGRAM):
+        return End(INIT_FAILURE, True, message='the program can\'t be started: %s' % seen.why)
+    return End(delay=FIRST_DELAY, message='the program didn\'t run: %s' % (seen.why or seen.state))
+
+
+def describe(end: End) -> str:
+    """An end, for the log."""
+    if end.message:
+        return end.message
+    return 'exit code %d' % end.code

@@ -1,0 +1,331 @@
+"""A BOINC task's slot: the folder in which the client starts it, and the memory through which both talk.
+
+The client's application protocol as a program without libboinc speaks it: init_data.xml, logical names, the
+lock, eight mailboxes of a kilobyte, the files that tell how a task ended. `Channels` is bytes in, messages
+out: it takes any writable buffer.
+
+What it is not: what the task does (boinclife.py), or the job file (boincjob.py). Imports nothing of ours.
+Threads: one. No locks of threads; the lock of a slot is between processes.
+"""
+
+import contextlib
+import json
+import mmap
+import os
+import re
+import time
+from typing import Any, List, Optional
+
+CHANNEL = 1024                 # bytes of a mailbox: a flag, then text that ends with NUL
+CONTROL, GRAPHICS, HEARTBEAT, STATUS, TRICKLE_UP, TRICKLE_DOWN = 0, 3, 4, 5, 6, 7      # their numbers
+CHANNELS = 8
+
+LOCK_FILE = 'boinc_lockfile'
+MEMORY_FILE = 'boinc_mmap_file'
+FINISH_FILE = 'boinc_finish_called'
+TEMPORARY_FILE = 'boinc_temporary_exit'
+LINK = re.compile(r'<soft_link>(.*?)</soft_link>')
+LINK_WITHIN = 512              # bytes at the begin of a file in which it may say that it is a link
+
+
+class Channels:
+    """The mailboxes in the memory that a client shares with its task.
+
+    No queue and no lock: a sender writes where the flag is 0, text first; the receiver takes the text, then
+    clears the flag.
+    """
+
+    def __init__(self, memory: Any) -> None:
+        self._memory = memory
+
+    def waits(self, channel: int) -> bool:
+        """Whether a message is there that nobody has taken yet."""
+        return bytes(self._memory[channel * CHANNEL:channel * CHANNEL + 1]) != b'\0'
+
+    def receive(self, channel: int) -> str:
+        """The message that waits, '' for none; its sender may put the next one there."""
+        at = channel * CHANNEL
+        if not self.waits(channel):
+            return ''
+        text = bytes(self._memory[at + 1:at + CHANNEL]).split(b'\0')[0].decode('utf-8', 'replace')
+        self._memory[at:at + 1] = b'\0'
+        return text
+
+    def send(self, channel: int, text: str) -> bool:
+        """Leaves a message. False, and nothing done, where the last one hasn't been read.
+
+        Raises ValueError for one that doesn't fit.
+        """
+        at, message = channel * CHANNEL, text.encode('ascii', 'replace') + b'\0'
+        if len(message) > CHANNEL - 1:
+            raise ValueError('%d bytes don\'t fit into a channel' % len(message))
+        if self.waits(channel):
+            return False
+        self._memory[at + 1:at + 1 + len(message)] = message
+        self._memory[at:at + 1] = b'\1'
+        return True
+
+
+def words_of(message: str) -> List[str]:
+    """The empty elements of a message, which are its words: <suspend/> is suspend."""
+    return re.findall(r'<(\w+)/>', message)
+
+
+class InitData:
+    """init_data.xml. It is no XML that a parser takes, since paths and preferences stand in it as they are:
+    tags are searched for."""
+
+    def __init__(self, text: str = '') -> None:
+        self._text = text
+
+    def text(self, tag: str, default: str = '') -> str:
+        """What a tag holds; the default where it is missing."""
+        found = re.search(r'<%s>(.*?)</%s>' % (tag, tag), self._text, re.DOTALL)
+        return found.group(1).strip() if found else default
+
+    def number(self, tag: str, default: float = 0.0) -> float:
+        """The same as a number; the default where it is none."""
+        try:
+            return float(self.text(tag))
+        except ValueError:
+            return default
+
+
+class SlotTaken(Exception):
+    """Another process runs in this slot."""
+
+
+class Slot:
+    """The folder in which the client started this process. Without a client (a person tries a job out in a
+    folder of its own) there is no shared memory, and nobody to watch."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.init = InitData()
+        self._lock = None              # type: Any
+        self.read_init()
+
+    def path(self, name: str) -> str:
+        """The path of a file in the slot."""
+        return os.path.join(self.folder, name)
+
+    def read_init(self) -> None:
+        """Reads init_data.xml, at the start and when the client has changed it."""
+        with contextlib.suppress(FileNotFoundError):
+            with open(self.path('init_data.xml'), encoding='utf-8', errors='replace') as file:
+                self.init = InitData(file.read())
+
+    @property
+    def has_client(self) -> bool:
+        """Whether a client started this."""
+        return os.path.exists(self.path('init_data.xml'))
+
+    @property
+    def project_dir(self) -> str:
+        """The project's folder, that all its tasks share."""
+        return self.init.text('project_dir') or os.path.abspath(self.folder)
+
+    def resolve(self, logical: str) -> str:
+        """The path of the file that a logical name stands for: where a link leads, or the file itself."""
+        path = self.path(logical)
+        try:
+            with open(path, 'rb') as file:
+                found = LINK.search(file.read(LINK_WITHIN).decode('utf-8', 'replace'))
+        except OSError:
+            found = None
+        if found:
+            return os.path.abspath(os.path.join(self.folder, found.group(1)))
+        return os.path.realpath(path)
+
+    def names_in(self, folder: str) -> List[str]:
+        """Logical names, with slashes, of all files in one of the slot's folders and those in it."""
+        names = []
+        for place, _, files in os.walk(self.path(folder)):
+            names += [os.path.relpath(os.path.join(place, name), self.folder).replace(os.sep, '/')
+                      for name in files]
+        return sorted(names)
+
+    # The lock.
+
+    def lock(self) -> None:
+        """Takes the slot. Raises SlotTaken."""
+        try:
+            self._lock = _lock_windows(self.path(LOCK_FILE)) if os.name == 'nt' else \
+                _lock_posix(self.path(LOCK_FILE))
+        except OSError:
+            raise SlotTaken()
+
+    def unlock(self) -> None:
+        """Lets the slot go."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+            with contextlib.suppress(OSError):
+                os.remove(self.path(LOCK_FILE))
+
+    # The client.
+
+    def memory(self) -> Any:
+        """The memory that is shared with the client; some of our own where it offers none."""
+        size = CHANNELS * CHANNEL
+        if os.name == 'nt':
+            name = self.init.text('comm_obj_name')
+            shared = mmap.mmap  # type: Any      # whose tagname is Windows' alone
+            return shared(-1, size, tagname='shm_' + name) if name else bytearray(size)
+        try:
+            with open(self.path(MEMORY_FILE), 'r+b') as file:
+                return mmap.mmap(file.fileno(), size)
+        except (OSError, ValueError):
+            return bytearray(size)
+
+    # The end.
+
+    def finish(self, code: int, message: str = '', notice: bool = False) -> None:
+        """Tells the client that the task is over; with a message to the user, an alert where ``notice``."""
+        lines = ['%d' % code] + ([message] if message else []) + (['notice'] if message and notice else [])
+        self._write(FINISH_FILE, lines)
+
+    def finished(self) -> Optional[int]:
+        """The code of a finish file that an earlier run left, which died before it could exit; else None."""
+        try:
+            with open(self.path(FINISH_FILE), encoding='utf-8', errors='replace') as file:
+                return int(file.readline())
+        except (OSError, ValueError):
+            return None
+
+    def exit_for_a_while(self, seconds: float, reason: str, notice: bool = False) -> None:
+        """Asks the client to start the task again in a while, and to show why."""
+        self._write(TEMPORARY_FILE, ['%d' % seconds, ' '.join(reason.split())[:250]]
+                    + (['notice'] if notice else []))
+
+    def _write(self, name: str, lines: List[str]) -> None:
+        with open(self.path(name + '.new'), 'w', encoding='utf-8') as file:
+            file.write('\n'.join(lines) + '\n')
+        os.replace(self.path(name + '.new'), self.path(name))
+
+
+def _lock_posix(path: str) -> Any:
+    import fcntl  # not on Windows
+    file = open(path, 'w')
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def _lock_windows(path: str) -> Any:
+    """As libboinc does: the file is opened for this process alone."""
+    import msvcrt  # Windows
+    file = open(path, 'w')
+    try:
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)      # type: ignore[attr-defined]
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is a process of that number; one that has ended unwaited for counts."""
+    if os.name == 'nt':
+        return _is_alive_on_windows(pid)
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:                    # another user's
+        pass
+    return True
+
+
+def _is_alive_on_windows(pid: int) -> bool:
+    import ctypes  # needed there alone
+    synchronize, timed_out, denied = 0x100000, 0x102, 5
+    kernel = ctypes.windll.kernel32    # type: ignore[attr-defined]
+    handle = kernel.OpenProcess(synchronize, False, pid)
+    if not handle:
+        return bool(kernel.GetLastError() == denied)
+    try:
+        return bool(kernel.WaitForSingleObject(handle, 0) == timed_out)
+    finally:
+        kernel.CloseHandle(handle)
+
+
+class Client:
+    """What the wrapper hears of the client, and whether it is still there."""
+
+    LOOK_EVERY = 2.0           # seconds between two looks for its process
+    SILENCE = 30.0             # seconds without a heartbeat, where the client doesn't tell its pid
+
+    def __init__(self, pid: int, watched: bool, now: float) -> None:
+        self._pid = pid
+        self._watched = watched
+        self._looked = self._heard = now
+        self.network_suspended = False
+
+    def hear(self, heartbeat: str, now: float) -> None:
+        """Takes what came in the channel of heartbeats, '' for nothing."""
+        if heartbeat:
+            self._heard = now
+            self.network_suspended = '<network_suspended/>' in heartbeat
+
+    def is_gone(self, now: float) -> bool:
+        """Whether it died, or was killed."""
+        if not self._watched:
+            return False
+        if not self._pid:
+            return now - self._heard > self.SILENCE
+        if now - self._looked < self.LOOK_EVERY:
+            return False
+        self._looked = now
+        return not is_alive(self._pid)
+
+
+def wait_for_lock(slot: Slot, patience: float) -> bool:
+    """Takes the slot; waits so many seconds for an earlier wrapper, which notices that its client died."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            slot.lock()
+            return True
+        except SlotTaken:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.5)
+
+
+class Record:
+    """What the wrapper remembers over its own restarts: a file in the slot, which goes when the task goes.
+
+    attempt     how often the science was begun anew
+    before      CPU seconds of earlier attempts, as far as they count
+    cpu         CPU seconds told last; never fewer are told
+    checkpoint  CPU seconds at the last checkpoint
+    elapsed     seconds in which it ran
+    fraction    of it that was done at the last checkpoint
+    put         whether the guest has its files
+    made        whether there may be a machine, or a command, of this task
+    troubles    temporary exits in a row
+    """
+    FILE = 'vmboinc.json'
+
+    def __init__(self, path: str, cpu: float = 0.0) -> None:
+        self._path = path
+        self.attempt, self.troubles = 1, 0
+        self.before = self.cpu = self.checkpoint = cpu
+        self.elapsed = self.fraction = 0.0
+        self.put = self.made = False
+        with contextlib.suppress(OSError, ValueError):
+            with open(path, encoding='utf-8') as file:
+                for name, value in json.load(file).items():
+                    if type(value) is type(getattr(self, name, None)):
+                        setattr(self, name, value)
+
+    def save(self) -> None:
+        """Writes it; who reads it sees the old text or the new one. Raises OSError."""
+        values = {name: value for name, value in vars(self).items() if not name.startswith('_')}
+        with open(self._path + '.new', 'w', encoding='utf-8') as file:
+            json.dump(values, file)
+        os.replace(self._path + '.new', self._path)

@@ -1,0 +1,592 @@
+"""What the host agent does for a BOINC task: its machine, its files, its command. One step at a time.
+
+Each step of `Work` is short, can be asked for again at any time, and gives True once what it is for is so;
+what it has to wait for it looks at, and says False. So a step that a dead agent or a killed wrapper cut
+short is simply taken again.
+
+What it is not: what is done next, or told to the client (boinclife.py). It names no hypervisor.
+Threads: all of it belongs to one.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import posixpath
+import re
+import subprocess
+import sys
+import time
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+import agent
+import hostconfig
+from boincjob import COMMAND, LEAST_MEMORY, Job, Moved, Trigger, Words, fraction_of, read_trigger
+from boincslot import Record, Slot
+from faults import NoSuchCommand, NoSuchVM, NotSupported, TransferError
+from hostclient import Client, NoHost
+
+log = logging.getLogger('vmboinc')
+
+LEASE = 60                     # seconds without its wrapper after which a VM is saved
+LEASE_EVERY = 10.0             # seconds between two renewals
+START_PATIENCE = 60.0          # seconds that a host agent may take to answer
+START_AGAIN = 5.0              # seconds after which another one is started: the first may have met
+                               # one that was about to end
+LOOK_AT_FILES = 2.0            # seconds between two looks for trigger files
+OWNER = 'boinc '               # + the project's folder: owner of a task's VM
+INI = """\
+# The host agent that serves this project's tasks. Written once, by vmboinc: what you change here stays.
+[Broker]
+port = auto
+
+[Host]
+xmlrpc_port = auto
+state_dir = state
+idle_end = 10m
+
+[Hypervisor]
+machine_folder = machines
+
+[Network]
+mode = nat
+
+[Logging]
+file = vmhost.log
+"""
+
+
+class Trouble(Exception):
+    """Not the science's fault: the task is to be tried again in a while. The text says
+    why, and what to do."""
+
+
+class Look(NamedTuple):
+    """What was seen of the science."""
+    ended: bool = False
+    state: str = 'running'             # as getCmdStatus has it; away: its machine doesn't run
+    cpu: float = 0.0                   # seconds, of this attempt
+    fraction: Optional[float] = None
+    code: int = 0                      # once it ended: exit code or signal
+    why: str = ''
+    done: Optional[Trigger] = None     # the completion trigger file
+    pause: Optional[Trigger] = None    # the temporary exit trigger file
+    messages: Tuple[str, ...] = ()     # to the client: there is a trickle message, or a file to upload
+
+
+class HostAgent:
+    """The host agent of a project's folder, which one of its tasks starts, and which serves them all."""
+
+    def __init__(self, folder: str, command: List[str]) -> None:
+        """
+        folder     where its ini file, state and log are
+        command    what starts a host agent, but for its ini file
+        """
+        self.folder = folder
+        self.ini = os.path.join(folder, 'host.ini')
+        self._command = command
+        self._client: Optional[Client] = None
+        self._settings = None          # type: Any
+        self._started = self._deadline = 0.0
+
+    def call(self, method: str, *args: Any) -> Any:
+        """What a method of its API answers. Raises VMHostError."""
+        if self._client is None:
+            raise NoHost('no host agent was started yet')
+        return self._client.call(method, *args)
+
+    @property
+    def drives_vms(self) -> bool:
+        """Whether tasks get VMs; not where the volunteer's host.ini says hypervisor=none."""
+        return bool(self._read_settings().Hypervisor.hypervisor != 'none')
+
+    def connect(self) -> bool:
+        """Whether it answers; starts one where none does. Raises Trouble."""
+        try:
+            settings = self._read_settings()
+            self._client = Client(settings.Host.state_dir)
+            self._client.call('agentInfo')
+            self._deadline = 0.0
+            return True
+        except NoHost:
+            self._start()
+            return False
+        except (agent.AgentError, OSError) as error:
+            raise Trouble('the host agent in %s can\'t be used: %s' % (self.folder, error))
+
+    def _read_settings(self) -> Any:
+        if self._settings is None:
+            if not os.path.exists(self.ini):
+                os.makedirs(self.folder, mode=0o700, exist_ok=True)
+                with open(self.ini + '.new', 'w', encoding='utf-8') as file:
+                    file.write(INI)
+                os.replace(self.ini + '.new', self.ini)
+            self._settings = hostconfig.read_settings(self.ini)
+        return self._settings
+
+    def _start(self) -> None:
+        now = time.monotonic()
+        self._deadline = self._deadline or now + START_PATIENCE
+        if now > self._deadline:
+            self._deadline = 0.0
+            raise Trouble('the host agent doesn\'t start: %s' % self._last_words())
+        if now - self._started > START_AGAIN or not self._started:
+            self._started = now
+            start_orphaned(self._command + [self.ini], self.folder)
+
+    def _last_words(self) -> str:
+        """The last line of what it printed."""
+        with contextlib.suppress(OSError, IndexError):
+            with open(os.path.join(self.folder, PRINTED), encoding='utf-8', errors='replace') as file:
+                return file.read().strip().splitlines()[-1]
+        return 'its log is in %s' % self.folder
+
+
+PRINTED = 'printed.log'                # what a host agent prints, which doesn't go into its log
+
+
+def start_orphaned(command: List[str], folder: str) -> None:
+    """Starts a program that is nobody's child: a BOINC client ends a task's descendants at its end.
+
+    It lives in ``folder``, and what it prints is kept there. Raises OSError.
+    """
+    starter = ('import subprocess, sys\n'
+               'with open(sys.argv[1], "wb") as out:\n'
+               '    subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL, stdout=out, stderr=out, '
+               '**({"creationflags": 0x8} if sys.platform == "win32" else {"start_new_session": True}))')
+    environment = {name: value for name, value in os.environ.items() if name != 'LD_LIBRARY_PATH'}
+    subprocess.run([sys.executable, '-c', starter, PRINTED] + command, cwd=folder, env=environment,
+                   check=True, stdin=subprocess.DEVNULL)
+
+
+class VirtualMachine:
+    """A VM of the task's own, made on the project's image, which stays as it is."""
+
+    MAKING = ('Starting', 'Stopping', 'Saving', 'Restoring', 'SettingUp')
+
+    def __init__(self, host: HostAgent, name: str, image: str, folder: str, owner: str,
+                 hardware: Dict[str, Any]) -> None:
+        """
+        image       path of the disk on which its own lies
+        folder      where its files go
+        hardware    createVM's options: memory, cpus, ostype
+        """
+        self.name = name
+        self.files = ''                # the folder of the task in what the guest serves: all of it
+        self._host = host
+        self._image = image
+        self._options = dict(hardware, linked=True, folder=folder, owner=owner)
+        self._leased = 0.0
+
+    def ready(self) -> bool:
+        """Whether it runs, and its agent is there; does what is next to get there."""
+        if self._host.call('agentInfo')['hypervisor'] == 'none':
+            raise Trouble('no hypervisor answers here: install VirtualBox, or see what '
+                          '`vmhost.py %s check` says' % self._host.ini)
+        state = self._host.call('listVMsWithState').get(self.name)
+        if state is None:
+            if not os.path.isfile(self._image):
+                raise Trouble('the project\'s disk image %s is missing' % self._image)
+            self._host.call('createVM', self.name, self._image, self._options)
+        elif state in ('PoweredOff', 'Aborted', 'Saved', 'AbortedSaved'):
+            self._host.call('start', self.name)
+        elif state == 'Paused':
+            self._host.call('resume', self.name)
+        elif state == 'Running':
+            self.lease()
+            return bool(self._host.call('getVM', self.name)['agent'] == 'alive')
+        return False
+
+    def runs(self) -> bool:
+        """Whether it does, as far as its hypervisor knows."""
+        self.lease()
+        return bool(self._host.call('getState', self.name) == 'Running')
+
+    def lease(self) -> None:
+        """Has it saved where this process dies."""
+        now = time.monotonic()
+        if not self._leased or now - self._leased > LEASE_EVERY:
+            self._host.call('lease', self.name, LEASE)
+            self._leased = now
+
+    def pause(self, command: str) -> None:
+        """Halts it in memory."""
+        if self._state() == 'Running':
+            self._host.call('pause', self.name)
+        self.lease()
+
+    def resume(self, command: str) -> None:
+        """Lets it go on."""
+        if self._state() == 'Paused':
+            self._host.call('resume', self.name)
+
+    def save(self, command: str) -> None:
+        """Writes it to disk, and stops it."""
+        if self._state() in ('Running', 'Paused'):
+            self._host.call('saveState', self.name)
+        self._leased = 0.0
+
+    def remove(self, command: str) -> None:
+        """Takes it away, with its disk."""
+        state = self._state()
+        if state in ('Running', 'Paused', 'Stuck'):
+            self._host.call('powerOff', self.name)
+        elif state in ('Saved', 'AbortedSaved'):
+            self._host.call('discardState', self.name)
+        if state:
+            self._host.call('removeVM', self.name, True)
+
+    def limit(self, limits: Dict[str, Any]) -> None:
+        """Keeps it within the user's preferences."""
+        with contextlib.suppress(NotSupported):
+            self._host.call('setLimits', self.name, limits)
+
+    def _state(self) -> str:
+        try:
+            return str(self._host.call('getState', self.name))
+        except NoSuchVM:
+            return ''
+
+
+class GivenMachine:
+    """A machine that is there, whose agent has joined a host agent without a hypervisor: all tasks share it,
+    each has a folder of its own. To pause is to stop the command's processes."""
+
+    def __init__(self, host: HostAgent, name: str) -> None:
+        self.name = ''
+        self.files = name
+        self._host = host
+
+    def ready(self) -> bool:
+        """Whether there is one."""
+        names = self._host.call('listRegisteredVMs')
+        self.name = self.name if self.name in names else min(names, default='')
+        return bool(self.name)
+
+    def runs(self) -> bool:
+        """Whether its agent is there."""
+        return self.name in self._host.call('listRegisteredVMs')
+
+    def lease(self) -> None:
+        """Nobody can save it."""
+
+    def pause(self, command: str) -> None:
+        """Stops the processes of the command."""
+        self._signal(command, 'STOP')
+
+    def resume(self, command: str) -> None:
+        """Lets them go on."""
+        self._signal(command, 'CONT')
+
+    def save(self, command: str) -> None:
+        """As ``pause``: the machine stays."""
+        self._signal(command, 'STOP')
+
+    def remove(self, command: str) -> None:
+        """Ends the command, and removes the task's folder."""
+        self._signal(command, 'KILL')
+        self._host.call('runCmd', self.name, 'rm', ['-rf', self.files], {}, '', '', {'queue': True})
+
+    def limit(self, limits: Dict[str, Any]) -> None:
+        """It is nobody's to limit."""
+
+    def _signal(self, command: str, name: str) -> None:
+        with contextlib.suppress(NoSuchCommand):
+            self._host.call('signalCmd', command, name)
+
+
+class Work:
+    """The steps. Each raises Trouble, or a VMHostError; NoHost where the host agent went away meanwhile."""
+
+    def __init__(self, slot: Slot, job: Job, words: Words, record: Record, host: HostAgent) -> None:
+        self.host = host
+        self.machine = None            # type: Any
+        self._slot = slot
+        self._job = job
+        self._words = words
+        self._record = record
+        self._guest = GuestFiles(self)
+        self._transfer = ''
+        self._waiting = []             # type: List[Tuple[str, str, str]]
+        self._collected = False
+        result = slot.init.text('result_name', 'standalone')
+        place = slot.project_dir
+        self._digest = hashlib.md5((place + '\n' + result).encode()).hexdigest()[:16]
+        self._name = '%s_%s' % (os.path.basename(place), re.sub(r'[^A-Za-z0-9._-]', '_', result))[:100]
+        self._owner = OWNER + place
+
+    @property
+    def command(self) -> str:
+        """The id of the science's command."""
+        return 'boinc-%s-%d' % (self._digest, self._record.attempt)
+
+    # Before it runs.
+
+    def connect(self) -> bool:
+        """The host agent answers."""
+        if not self.host.connect():
+            return False
+        self.machine = self.machine or self._choose_machine()
+        return True
+
+    def _choose_machine(self) -> Any:
+        if not self.host.drives_vms:
+            return GivenMachine(self.host, self._name)
+        wish = {'cpus': self._words.cpus}      # type: Dict[str, Any]
+        memory = self._words.memory or int(self._job.memory_size_mb)
+        wish['memory'] = max(memory, LEAST_MEMORY)
+        if self._job.os_name:
+            wish['ostype'] = self._job.os_name
+        parent = self._job.multiattach_vdi_file
+        image = os.path.join(self._slot.project_dir, parent) if parent else \
+            self._slot.resolve(self._words.image)
+        return VirtualMachine(self.host, self._name, image, os.path.abspath(self._slot.folder), self._owner,
+                              wish)
+
+    def ready(self) -> bool:
+        """The machine runs, and its agent is there."""
+        if not self._record.made:
+            self._record.made = True
+            self._record.save()
+        return bool(self.machine.ready())
+
+    def put(self) -> bool:
+        """The guest has the task's files."""
+        if self._record.put:
+            return True
+        if not self._waiting:
+            self._waiting = [('put', self._slot.resolve(moved.logical), self.there(moved.path))
+                             for moved in self._inputs()]
+        if not self._move_all():
+            return False
+        self._record.put = True
+        self._record.save()
+        return True
+
+    def _inputs(self) -> List[Moved]:
+        found = list(self._job.inputs) + [Moved(name, posixpath.basename(name))
+                                          for name in self._job.copy_to_shared]
+        if not self._job.command and not any(moved.path == COMMAND[1] for moved in found):
+            found.append(Moved(COMMAND[1], COMMAND[1]))
+        found += [moved for moved in self._shared() if os.path.exists(self._slot.resolve(moved.logical))]
+        if self._job.copy_cmdline_to_shared:
+            with open(self._slot.path('cmdline'), 'w', encoding='utf-8') as file:
+                file.write(' '.join(self._words.rest))
+            found.append(Moved('cmdline', 'cmdline'))
+        missing = [moved.logical for moved in found
+                   if not moved.optional and not os.path.exists(self._slot.resolve(moved.logical))]
+        if missing:
+            raise Trouble('the file %s is missing in the slot: reset the project' % missing[0])
+        return [moved for moved in found if os.path.exists(self._slot.resolve(moved.logical))]
+
+    def _shared(self) -> List[Moved]:
+        """The files in the slot's folder shared/, which is what the guest serves."""
+        return [Moved(name, name[len('shared/'):]) for name in self._slot.names_in('shared')]
+
+    def there(self, path: str) -> str:
+        """A path in the guest, of a file of the task's."""
+        return posixpath.join(self.machine.files, path)
+
+    def in_slot(self, name: str) -> str:
+        """The path of a file in the slot, for other processes too."""
+        return os.path.abspath(self._slot.path(name))
+
+    def upload(self, name: str) -> bool:
+        """Fetches an output before the end, and asks the client to upload it. Whether that was possible."""
+        _, error, status = self.host.call('cpFileFromVM', self.machine.name, self.there(name),
+                                          self._slot.resolve(name))
+        if status:
+            log.warning('%s isn\'t uploaded: %s', name, error)
+            return False
+        open(self._slot.path('boinc_ufr_' + name), 'w').close()
+        return True
+
+    def _move_all(self) -> bool:
+        """Moves the files that wait, one after the other. Whether all are where they should be."""
+        if self._transfer:
+            told = self.host.call('getTransfer', self._transfer)
+            if told['state'] in ('waiting', 'running'):
+                return False
+            self._transfer = ''
+            if told['state'] != 'done':
+                raise Trouble('%s: %s' % (os.path.basename(self._waiting[0][1]), told['error']))
+            self._waiting.pop(0)
+        if self._waiting:
+            direction, source, target = self._waiting[0]
+            self._transfer = self.host.call('startTransfer', direction, self.machine.name, source, target)
+        return not self._waiting
+
+    def forget_transfer(self) -> None:
+        """The host agent went away, and with it what it was moving."""
+        self._transfer, self._waiting = '', []
+
+    # While it runs.
+
+    def begin(self) -> bool:
+        """The command has been begun, and isn't halted; where it runs already, this changes nothing."""
+        run = self._job.run(self._words.rest)
+        self.host.call('runCmd', self.machine.name, run[0], run[1:], {}, self.machine.files, '',
+                       {'id': self.command})
+        return self.resume()
+
+    def look(self) -> Look:
+        """How far it is."""
+        status = self.host.call('getCmdStatus', self.command)
+        if status['ended']:
+            return self._end(status)
+        if not self.machine.runs():
+            return Look(state='away')
+        seen = Look(state=status['state'], cpu=cpu_of(status), fraction=fraction_of(status['progress']))
+        return self._guest.look(self._job, seen)
+
+    def _end(self, status: Dict[str, Any]) -> Look:
+        results = self.host.call('getCmdResults', self.command)
+        if results['err']:
+            log.info('the last that the program said:\n%s', results['err'][-8192:])
+        return Look(True, results['state'], cpu_of(results), 1.0, int(results['exitCodeOrSignal']),
+                    results['error'] or status['end'])
+
+    def pause(self) -> bool:
+        """It doesn't compute."""
+        self.machine.pause(self.command)
+        return True
+
+    def resume(self) -> bool:
+        """It does again."""
+        self.machine.resume(self.command)
+        return True
+
+    def save(self) -> bool:
+        """It takes neither processor nor memory, and can go on."""
+        self.machine.save(self.command)
+        return True
+
+    def stay(self) -> bool:
+        """The machine stays paused: its lease goes on."""
+        self.machine.lease()
+        return True
+
+    def limit(self) -> bool:
+        """The VM keeps within the preferences of now."""
+        init = self._slot.init
+        percent = init.number('cpu_usage_limit')
+        rates = [rate for rate in (init.number('max_bytes_sec_up'), init.number('max_bytes_sec_down'))
+                 if rate > 0]
+        self.machine.limit({'cpuPercent': int(percent) if 0 < percent < 100 else 100,
+                            'netKBps': max(1, int(min(rates) / 1024)) if rates else 0})
+        return True
+
+    # After it ended.
+
+    def collect(self) -> bool:
+        """What it made is where the client looks for it; what is missing there isn't made up."""
+        if not self._collected:
+            self._waiting = [('get', self.there(moved.path), self._slot.resolve(moved.logical))
+                             for moved in self._outputs() if self._guest.exists(self.there(moved.path))]
+            self._collected = True
+        return self._move_all()
+
+    def _outputs(self) -> List[Moved]:
+        found = self._job.outputs or [moved for moved in self._shared()
+                                      if not os.path.exists(self._slot.resolve(moved.logical))]
+        for moved in found:
+            if not moved.optional and not self._guest.exists(self.there(moved.path)):
+                log.error('the program left no file %s', moved.path)
+        return found
+
+    def remove(self) -> bool:
+        """Nothing of the task is left on this machine."""
+        self.machine.remove(self.command)
+        return True
+
+
+class GuestFiles:
+    """Small files in the guest by which a program tells something."""
+
+    LARGEST = 64 * 1024        # bytes of one that is read
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._looked = 0.0
+        self._seen = {}                # type: Dict[str, Tuple[int, int]]
+        self._fraction = None          # type: Optional[float]
+        self._trickles = []            # type: List[Tuple[str, str]]
+
+    def exists(self, path: str) -> bool:
+        """Whether there is such a file in the guest."""
+        return posixpath.basename(path) in self._list(posixpath.dirname(path))
+
+    def look(self, job: Job, seen: Look) -> Look:
+        """What was seen, and what files tell."""
+        now = time.monotonic()
+        names = [job.fraction_done_filename, job.completion_trigger_file, job.temporary_exit_trigger_file,
+                 job.trickle_trigger_file] + job.intermediate_upload_file
+        if not any(names) or now - self._looked < LOOK_AT_FILES:
+            return seen._replace(fraction=first_of(seen.fraction, self._fraction))
+        self._looked = now
+        news = self._news({name: self._work.there(name) for name in names if name})
+        if job.fraction_done_filename in news:
+            self._fraction = fraction_of(self._read(job.fraction_done_filename) or '0')
+        done, pause = [read_trigger(self._read(name)) if name in news else None
+                       for name in (job.completion_trigger_file, job.temporary_exit_trigger_file)]
+        if job.trickle_trigger_file in news:
+            self._trickles.append((job.trickle_trigger_file, self._read(job.trickle_trigger_file)))
+        uploads = [name for name in job.intermediate_upload_file if name in news and self._work.upload(name)]
+        messages = self._trickle() + ['<have_new_upload_file/>'] * bool(uploads)
+        return seen._replace(fraction=first_of(seen.fraction, self._fraction), done=done, pause=pause,
+                             messages=tuple(messages))
+
+    def _trickle(self) -> List[str]:
+        """Hands the next trickle message to the client, which takes one at a time."""
+        path = self._work.in_slot('trickle_up.xml')
+        if not self._trickles or os.path.exists(path):
+            return []
+        variety, text = self._trickles.pop(0)
+        with open(path, 'w', encoding='utf-8') as file:
+            file.write('<variety>%s</variety>\n%s' % (variety, text))
+        return ['<have_new_trickle_up/>']
+
+    def _news(self, wanted: Dict[str, str]) -> List[str]:
+        """Those of the names whose files have come, or changed, since the last look. wanted: {name: path}"""
+        folders = {folder: self._list(folder) for folder in {posixpath.dirname(each)
+                                                             for each in wanted.values()}}
+        news = []
+        for name, path in wanted.items():
+            mark = folders[posixpath.dirname(path)].get(posixpath.basename(path))
+            if mark is not None and self._seen.get(name) != mark:
+                self._seen[name] = mark
+                news.append(name)
+        return news
+
+    def _list(self, folder: str) -> Dict[str, Tuple[int, int]]:
+        """{name: (when it was changed, size)} of what is in a folder of the guest; {} where there is none."""
+        try:
+            rows = self._work.host.call('listDir', self._work.machine.name, '/' + folder)
+        except TransferError:
+            return {}
+        return {row['name']: (int(row['mtime']), int(row['size'])) for row in rows if not row['isDir']}
+
+    def _read(self, name: str) -> str:
+        """The text of a file that was just seen; '' for one that is too large, or has gone again."""
+        if self._seen[name][1] > self.LARGEST:
+            log.warning('%s in the guest is larger than %d bytes, and not read', name, self.LARGEST)
+            return ''
+        local = self._work.in_slot('vmboinc.told')
+        _, error, status = self._work.host.call('cpFileFromVM', self._work.machine.name,
+                                                self._work.there(name), local)
+        if status:
+            log.warning('%s in the guest can\'t be read: %s', name, error)
+            return ''
+        with open(local, encoding='utf-8', errors='replace') as file:
+            return file.read(self.LARGEST)
+
+
+def first_of(*values: Optional[float]) -> Optional[float]:
+    """The first that isn't None."""
+    return next((value for value in values if value is not None), None)
+
+
+def cpu_of(told: Dict[str, Any]) -> float:
+    """CPU seconds, by the guest's accounting."""
+    used = told['resources']
+    return float(used.get('ru_utime', 0)) + float(used.get('ru_stime', 0))

@@ -1,0 +1,165 @@
+"""A real BOINC client with tasks that run vmboinc, and a machine that runs their programs, for the tests.
+
+The client is that of tests/rigs/boinc-rig; the machine is this one, with a guest agent, so that no hypervisor
+is needed.
+"""
+
+import contextlib
+import importlib.machinery
+import importlib.util
+import os
+import platform
+import shutil
+import signal
+import socket
+import sys
+import types
+
+import pytest
+from agents import TOP, Agent
+from helpers import wait_until
+
+import agent
+
+PATH = os.path.join(TOP, 'tests', 'rigs', 'boinc-rig')
+COUNT = """\
+#!/bin/sh
+# Counts, with progress, until the test has it finish.
+echo $$ >> starts
+n=$(cat counted 2> /dev/null || echo 0)
+while ! [ -e finish ]; do
+    i=0; while [ $i -lt 20000 ]; do i=$((i + 1)); done
+    n=$((n + 1))
+    echo $n > counted
+    echo 0.$(printf %04d $n) > $VM_PROGRESS_FILE
+    sleep 0.05
+done
+{ cat in more/in; echo "$@"; wc -l < starts; times; } > out
+"""
+JOB = """\
+<vbox_job>
+  <os_name>Linux_64</os_name>
+  <memory_size_mb>256</memory_size_mb>
+  <minimum_checkpoint_interval>1</minimum_checkpoint_interval>
+%s</vbox_job>
+"""
+
+
+def why_not():
+    """Why there can be no such client here, '' where there can."""
+    if platform.machine() != 'x86_64' or sys.platform != 'linux':
+        return 'the BOINC rig is for Linux on x86_64'
+    missing = [name for name in ('apt-get', 'apt-cache', 'dpkg-deb', 'ldd') if shutil.which(name) is None]
+    return 'the BOINC rig needs %s (Debian, Ubuntu)' % missing[0] if missing else ''
+
+
+def load_rig():
+    """The rig's program as a module."""
+    loader = importlib.machinery.SourceFileLoader('boinc_rig', PATH)
+    found = importlib.util.module_from_spec(importlib.util.spec_from_loader('boinc_rig', loader))
+    with contextlib.suppress(ImportError):
+        before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+        loader.exec_module(found)
+        sys.dont_write_bytecode = before
+    return found
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', 0))
+        return listener.getsockname()[1]
+
+
+class Boinc:
+    """A client, stopped at first; ``add`` tasks, then ``rig.start()``."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+        self.rig = load_rig().Rig(os.path.join(self.folder, 'rig'))
+        self.broker_port = free_port()
+        self.project = self.rig.project
+        self.state = os.path.join(self.project, 'vmhost', 'state')
+        self.program = os.path.join(self.folder, 'vmboinc')
+        self.guest = None
+
+    def setup(self):
+        os.makedirs(self.folder, exist_ok=True)
+        self.rig.setup(free_port())
+        agent.write_bundle(self.program, 'vmboinc', ['status.html'])
+        self.rig.change('global_prefs_override.xml', ['disk_interval=1'])
+        self.rig.change('cc_config.xml', ['ncpus=16'])
+        os.makedirs(os.path.join(self.project, 'vmhost'), mode=0o700)
+        with open(os.path.join(self.project, 'vmhost', 'host.ini'), 'w') as file:
+            file.write('[Broker]\nport = %d\n[Host]\nxmlrpc_port = auto\nstate_dir = state\nidle_end = 10m\n'
+                       '[Hypervisor]\nhypervisor = none\n[Logging]\nfile = vmhost.log\n' % self.broker_port)
+        self.guest = Agent(os.path.join(self.folder, 'guest'), types.SimpleNamespace(
+            broker_port=self.broker_port), 'g1')
+        self.guest.start(wait=False)
+
+    def close(self):
+        if self.guest is not None:
+            self.guest.stop()
+        for pid in self.host_pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        self.rig.clean()
+
+    def add(self, name, program, job='', inputs=(), outputs=(), arguments='', flags=()):
+        """A task.
+
+        program    the text of boinc_app
+        job        further lines of the job file
+        inputs     (name, text) of each
+        """
+        options = []
+        for logical, text in [('vbox_job.xml', JOB % job), ('boinc_app', program)] + list(inputs):
+            path = self.write(name + '-' + logical.replace('/', '_'), text)
+            options += ['--input', '%s=%s' % (logical, path)]
+        for logical in outputs:
+            options += ['--output', logical]
+        if arguments:
+            options += ['--args', arguments]
+        self.rig.add(name, self.program, options + ['--flag', 'dont_throttle'])
+
+    def write(self, name, text):
+        path = os.path.join(self.folder, name)
+        with open(path, 'w') as file:
+            file.write(text)
+        return path
+
+    def host_pids(self):
+        """The host agents of the project."""
+        return [pid for pid in self.rig.leftovers()
+                if os.path.realpath('/proc/%d/cwd' % pid) == os.path.join(self.project, 'vmhost')]
+
+    def task_folder(self, name):
+        """Where a task's program runs, in what the guest serves."""
+        return os.path.join(self.guest.files, '%s_%s' % (os.path.basename(self.project), name))
+
+    def read(self, name, file):
+        """The text of a file that a task's program wrote, '' while there is none."""
+        with contextlib.suppress(OSError):
+            with open(os.path.join(self.task_folder(name), file)) as opened:
+                return opened.read()
+        return ''
+
+    def stderr_says(self, name, text):
+        return wait_until(lambda: text in self.rig.stderr(name), 20)
+
+
+@contextlib.contextmanager
+def running(folder):
+    """A Boinc that is set up, and at the end leaves no process."""
+    path = os.environ['PATH']
+    os.environ['PATH'] = os.path.dirname(sys.executable) + os.pathsep + path
+    boinc = Boinc(folder)
+    try:
+        try:
+            boinc.setup()
+        except (OSError, SystemExit) as error:
+            pytest.skip('no BOINC client can be had here: %s' % error)
+        yield boinc
+    finally:
+        os.environ['PATH'] = path
+        if boinc.guest is not None:
+            boinc.close()

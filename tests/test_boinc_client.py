@@ -1,0 +1,145 @@
+"""vmboinc as a real BOINC client runs it: what the client shows of tasks, however they end."""
+
+import os
+import re
+import signal
+
+import boinc as boinc_rig
+import pytest
+from helpers import wait_until
+
+pytestmark = [pytest.mark.once, pytest.mark.slow, pytest.mark.ends,
+              pytest.mark.skipif(bool(boinc_rig.why_not()), reason=boinc_rig.why_not() or 'never')]
+
+
+@pytest.fixture
+def boinc(tmp_path):
+    with boinc_rig.running(tmp_path) as found:
+        yield found
+
+
+class Watched:
+    """A task whose fraction and CPU time are looked at, and may only grow."""
+
+    def __init__(self, boinc, name):
+        self.boinc, self.name = boinc, name
+        self.last = {'fraction': 0, 'cpu': 0}
+
+    def task(self):
+        now = self.boinc.rig.task(self.name)
+        if now['process'] == 'running' and now['fraction'] and now['cpu']:
+            for key, before in self.last.items():
+                assert now[key] >= before - 1e-6, '%s went back from %s: %s' % (key, before, now)
+                self.last[key] = now[key]
+        return now
+
+    def wait(self, predicate, seconds=60):
+        return wait_until(lambda: predicate(self.task()), seconds, 0.2)
+
+    def begins_at_a_checkpoint(self):
+        """A client that was killed remembers what it wrote when the last checkpoint was told."""
+        self.last = {'fraction': 0, 'cpu': 0}
+
+    def goes_on(self):
+        """Waits until its program has got further, and the client has heard of that."""
+        before = float('0.' + self.boinc.read(self.name, 'counted').strip().zfill(4))
+        self.wait(lambda task: task['process'] == 'running' and task['fraction'] > before)
+
+    def program(self):
+        """(the pid, the state) of its program, as this machine's kernel has them."""
+        pid = int(self.boinc.read(self.name, 'starts').split()[-1])
+        with open('/proc/%d/stat' % pid) as file:
+            return pid, file.read().rpartition(')')[2].split()[0]
+
+    def is_stopped(self):
+        return self.program()[1] == 'T'
+
+
+def test_the_life_of_a_task(boinc):
+    """Suspended, unloaded, its client quit and killed, its wrapper killed, its host agent killed: one program
+    goes on through all of it, and ends well."""
+    rig = boinc.rig
+    boinc.add('t1', boinc_rig.COUNT, '<input>in</input><input>more/in</input><output>out</output>',
+              [('in', 'apples\n'), ('more/in', 'pears\n')], ['out'], 'and plums')
+    rig.start()
+    task = Watched(boinc, 't1')
+    task.wait(lambda now: now['fraction'] > 0.001)
+    rig.operate('suspend', 't1')
+    wait_until(task.is_stopped, 20)
+    assert rig.task('t1')['process'] == 'suspended'
+    rig.operate('resume', 't1')
+    task.goes_on()
+
+    task.wait(lambda now: now['checkpoint'] > 0)
+    rig.change('global_prefs_override.xml', ['leave_apps_in_memory=0'])
+    rig.operate('suspend', 't1')
+    rig.wait('t1', 'process=none', 30)
+    assert task.is_stopped()
+    rig.operate('resume', 't1')
+    task.goes_on()
+
+    rig.stop()
+    assert task.is_stopped()
+    rig.start()
+    task.goes_on()
+
+    wrapper = rig.task('t1')['pid']
+    rig.kill()
+    wait_until(lambda: not os.path.exists('/proc/%d' % wrapper), 20)
+    assert task.is_stopped()
+    rig.start()
+    task.begins_at_a_checkpoint()
+    task.goes_on()
+
+    wrapper = rig.task('t1')['pid']
+    os.kill(wrapper, signal.SIGKILL)
+    task.wait(lambda now: now['pid'] not in (0, wrapper))
+    task.goes_on()
+
+    hosts = boinc.host_pids()
+    assert len(hosts) == 1
+    os.kill(hosts[0], signal.SIGKILL)
+    task.goes_on()
+    assert len(boinc.host_pids()) == 1
+
+    open(os.path.join(boinc.task_folder('t1'), 'finish'), 'w').close()
+    end = rig.wait('t1', 'done=true', 60)
+    assert (end['state'], end['exit']) == ('uploaded', 0), rig.stderr('t1')
+    with open(rig.file('t1', 'out')) as file:
+        lines = file.read().split('\n')
+    assert lines[:4] == ['apples', 'pears', 'and plums', '1']
+    used = sum(60 * float(minutes) + float(seconds) for minutes, seconds in (
+        word.rstrip('s').split('m') for word in ' '.join(lines[4:6]).split()))
+    assert end['cpu'] == pytest.approx(used, rel=0.05, abs=0.05)
+    wait_until(lambda: not os.path.exists(boinc.task_folder('t1')), 20)
+
+
+def test_ends(boinc):
+    """Ten tasks at once, and each shows what became of its program."""
+    rig = boinc.rig
+    for name, program in (('one', 'exit 1'), ('most', 'exit 255'), ('segv', 'kill -SEGV $$'),
+                          ('killed', 'kill -KILL $$'), ('lacks', 'exit 0'), ('endless', 'sleep 600')):
+        boinc.add(name, program + '\n', '<output>out</output>' if name == 'lacks' else '',
+                  outputs=['out'] if name == 'lacks' else [])
+    boinc.add('completed', 'printf "3\\n1\\nall that was to be done\\n" > over; sleep 600\n',
+              '<completion_trigger_file>over</completion_trigger_file>')
+    boinc.add('tired', 'printf "1800\\n0\\nthe moon is up\\n" > rest; sleep 600\n',
+              '<temporary_exit_trigger_file>rest</temporary_exit_trigger_file>')
+    boinc.add('odd', 'exit 0\n', '<enable_floppyio>1</enable_floppyio><frobnicate/>')
+    boinc.add('timed', 'sleep 600\n', '<job_duration>2</job_duration>')
+    rig.start()
+    wait_until(lambda: rig.task('endless')['fraction'] == 0 and rig.task('endless')['process'] == 'running'
+               and os.path.exists(boinc.task_folder('endless')), 60, 0.2)
+    rig.operate('abort', 'endless')
+    ends = {name: rig.wait(name, 'done=true', 60) for name in (
+        'one', 'most', 'segv', 'killed', 'lacks', 'endless', 'completed', 'timed')}
+    assert {name: (end['state'], end['exit']) for name, end in ends.items()} == {
+        'one': ('error', 1), 'most': ('error', 255), 'segv': ('error', 11), 'killed': ('error', 193),
+        'lacks': ('error', 0), 'endless': ('aborted', 203), 'completed': ('error', 3),
+        'timed': ('uploaded', 0)}
+    assert re.search('Output file lacks_out.* absent', rig.read('client.log'))
+    assert 'the program left no file out' in rig.stderr('lacks')
+    assert rig.wait('tired', 'waiting=the moon is up')['process'] == 'none'
+    task = rig.wait('odd', 'process=none')
+    assert 'enable_floppyio' in wait_until(lambda: rig.task('odd')['waiting'], 20), task
+    wait_until(lambda: os.listdir(boinc.guest.files) == ['%s_tired' % os.path.basename(boinc.project)], 20)

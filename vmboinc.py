@@ -1,0 +1,236 @@
+#!/usr/bin/env python3
+"""The BOINC wrapper: what a BOINC client starts as a task's main program.
+
+It has the host agent run the task's science in a virtual machine, and speaks BOINC's application protocol to
+the client: progress, CPU time, suspend, resume, quit, abort, finished. docs/boinc.md says how a project's
+admin uses it, and what a volunteer sees.
+
+What it is not: a host agent. It starts one where none answers, and talks to it as the command line does.
+
+Threads: ``main`` hears the client and tells it how far the task is, ten times a second; ``work`` does one
+step after the other. They hand each other a step, and what came of it.
+
+The next line tells a BOINC server that this program talks through a file that is mapped into memory.
+API_VERSION_7.20.5
+"""
+
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from typing import Any, List, Optional
+
+import agent
+import boincslot
+from boincjob import FILE, Job, JobError, read_words
+from boinclife import LONGEST_DELAY, End, Life
+from boincslot import CONTROL, HEARTBEAT, STATUS, TRICKLE_UP, Channels, Client, Record, Slot, words_of
+from boincwork import HostAgent, Work
+
+log = logging.getLogger('vmboinc')
+
+USAGE = """\
+usage: vmboinc.py [WORD ...]           as a BOINC task, in its slot; by hand in a folder with a vbox_job.xml
+       vmboinc.py --bundle FILE        write the whole program as the one file of an app version
+       vmboinc.py --host-agent INI     run the host agent, which a task starts by itself
+"""
+TICK = 0.1                     # seconds between two looks at what the client says
+STATUS_EVERY = 1.0
+LAST_STATUS = 2.0              # seconds in which the client reads the last status
+LOCK_PATIENCE = 35.0           # seconds that an earlier wrapper may still need to go
+LOCK_DELAY = 600               # seconds of the temporary exit after that
+# Signals after which a client starts a task again, as if it were its machine's fault and not the task's.
+STARTED_AGAIN = ('SIGHUP', 'SIGINT', 'SIGQUIT', 'SIGKILL', 'SIGTERM', 'SIGSTOP')
+
+
+class Hands:
+    """The thread ``work``, which does a step at a time."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._steps = queue.Queue()    # type: queue.Queue
+        self._done = queue.Queue()     # type: queue.Queue
+        threading.Thread(target=self._run, name='work', daemon=True).start()
+
+    def begin(self, step: str) -> None:
+        """Has a step done. Returns at once."""
+        self._steps.put(step)
+
+    def result(self, timeout: float) -> Optional[List[Any]]:
+        """[value, error] of the step that ended; None where none does within so many seconds."""
+        try:
+            return self._done.get(timeout=timeout)
+        except queue.Empty:
+            return None
+
+    def _run(self) -> None:
+        while True:
+            step = self._steps.get()
+            try:
+                self._done.put([getattr(self._work, step)(), None])
+            except Exception as error:         # Life knows what each kind means
+                log.debug('%s', step, exc_info=True)
+                self._done.put([None, error])
+
+
+class Task:
+    """One run of the wrapper, in its slot."""
+
+    def __init__(self, slot: Slot, words: List[str], command: List[str]) -> None:
+        """Raises JobError, OSError.
+
+        command    what starts a host agent, but for its ini file
+        """
+        now = time.monotonic()
+        init = slot.init
+        self._slot = slot
+        self._channels = Channels(slot.memory())
+        with open(slot.resolve(FILE), encoding='utf-8', errors='replace') as file:
+            job = Job(file.read())
+        for warning in job.warnings:
+            log.warning('%s', warning)
+        read = read_words(words, init.number('ncpus', 1.0))
+        record = Record(slot.path(Record.FILE), init.number('wu_cpu_time'))
+        host = HostAgent(os.path.join(slot.project_dir, 'vmhost'), command)
+        self._work = Work(slot, job, read, record, host)
+        self._life = Life(job, record, now, init.number('checkpoint_period') or 300.0)
+        self._client = Client(int(init.number('client_pid')), slot.has_client, now)
+        self._told = 0.0
+
+    def run(self) -> End:
+        """Lives until the end, and gives it."""
+        hands = Hands(self._work)
+        while self._life.end is None:
+            now = time.monotonic()
+            self._hear(now)
+            step = self._life.next(now)
+            if step:
+                hands.begin(step)
+            self._tell(now)
+            result = hands.result(TICK)
+            if result is not None:
+                self._take(*result)
+        return self._life.end
+
+    def _take(self, value: Any, error: Optional[Exception]) -> None:
+        if error is not None:
+            self._life.failed(error, time.monotonic())
+        else:
+            self._life.succeeded(value, time.monotonic())
+
+    def _hear(self, now: float) -> None:
+        for word in words_of(self._channels.receive(CONTROL)):
+            if word == 'reread_app_info':
+                self._slot.read_init()
+            self._life.hear(word, now)
+        self._client.hear(self._channels.receive(HEARTBEAT), now)
+        if self._client.is_gone(now):
+            self._life.hear('quit', now)
+
+    def _tell(self, now: float) -> None:
+        if now - self._told >= STATUS_EVERY and self._life.is_told():
+            self._told = now
+            self.tell_status()
+        if self._life.messages and self._channels.send(TRICKLE_UP, self._life.messages[0]):
+            self._life.messages = self._life.messages[1:]
+
+    def tell_status(self) -> bool:
+        """Tells the client how far it is; False where it hasn't read the last one."""
+        init = self._slot.init
+        return self._channels.send(STATUS, self._life.status(
+            init.number('fraction_done_start'), init.number('fraction_done_end', 1.0)))
+
+    def tell_last_status(self) -> None:
+        """Has the client read the last one before the process ends."""
+        deadline = time.monotonic() + LAST_STATUS
+        while not self.tell_status() and time.monotonic() < deadline:
+            time.sleep(TICK)
+        while self._channels.waits(STATUS) and time.monotonic() < deadline:
+            time.sleep(TICK)
+
+
+def run_task(words: List[str]) -> int:
+    """Runs the task of this slot; gives the exit code."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format='%(asctime)s vmboinc: %(message)s',
+                        datefmt='%Y-%m-%d %H:%M:%S')
+    slot = Slot('.')
+    code = slot.finished()
+    if code is not None:
+        log.info('the task was over already')
+        return code & 0xff
+    if not boincslot.wait_for_lock(slot, LOCK_PATIENCE):
+        slot.exit_for_a_while(LOCK_DELAY, 'Waiting to acquire slot directory lock. Another instance may be '
+                              'running.')
+        return 0
+    try:
+        return leave(slot, live(slot, words))
+    finally:
+        slot.unlock()
+
+
+def live(slot: Slot, words: List[str]) -> End:
+    """Runs the task; gives how it ended."""
+    log.info('vmboinc %s, pid %d, task %s', agent.VERSION, os.getpid(), slot.init.text('result_name'))
+    try:
+        task = Task(slot, words, host_agent_command())
+    except (JobError, OSError) as error:
+        return End(delay=LONGEST_DELAY, message=str(error))
+    end = task.run()
+    if end.finish or not end.delay:
+        task.tell_last_status()
+    return end
+
+
+def leave(slot: Slot, end: End) -> int:
+    """Tells the client how it ended, as files do; gives the exit code."""
+    if end.delay:
+        log.warning('again in %.0f s: %s', end.delay, end.message)
+        slot.exit_for_a_while(end.delay, end.message, end.notice)
+    elif end.finish:
+        log.info('over, exit code %d%s', end.code, ': ' + end.message if end.message else '')
+        slot.finish(end.code, end.message, end.notice)
+        if end.signal:
+            slot.unlock()
+            die_of(end.signal)
+    return end.code & 0xff if os.name == 'posix' else end.code
+
+
+def die_of(number: int) -> None:
+    """Ends this process as the science ended, by a signal; returns where the client would start it again."""
+    if os.name != 'posix' or signal.Signals(number).name in STARTED_AGAIN:
+        return
+    import resource  # POSIX
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+def host_agent_command() -> List[str]:
+    """What starts a host agent, but for its ini file: this program."""
+    return [sys.executable, os.path.abspath(sys.argv[0]), '--host-agent']
+
+
+def run_host(ini: str) -> int:
+    """Runs the host agent; gives the exit code."""
+    import hostagent  # the wrapper does without it
+    return hostagent.run_host(ini)
+
+
+def main(argv: List[str]) -> int:
+    """The command line; gives the exit code."""
+    if argv[:1] == ['--bundle'] and len(argv) == 2:
+        agent.write_bundle(argv[1], 'vmboinc', ['status.html'])
+        return 0
+    if argv[:1] == ['--host-agent'] and len(argv) == 2:
+        return run_host(argv[1])
+    if argv in (['-h'], ['--help']):
+        print(USAGE, end='')
+        return 0
+    return run_task(argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))
