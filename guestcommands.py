@@ -58,13 +58,13 @@ class Commands:
         self._consoles = consoles
         self._look_by = look_by
         self._restart = restart
+        self._refusals = Refusals(reports)
         # Guards what follows, and the state of each command.
         self._lock = threading.Lock()
         self._commands = {}            # type: Dict[str, Command]
         self._folders = {}             # type: Dict[str, Command]       # by the name of the folder
         self._waiting = collections.deque()    # type: Any     # for their turn
         self._active = 0               # commands that begin or run
-        self._refusals = collections.OrderedDict()     # type: Any     # {cmd-id: Refusal}
         self._next_look = time.monotonic()
 
     # What was there before.
@@ -101,15 +101,13 @@ class Commands:
         cmd_id = message.text('cmd-id')
         if not cmd_id:
             raise BadWord('CMD_RUN: no cmd-id')
-        with self._lock:
-            refusal = self._refusals.get(cmd_id)
-        if refusal is not None:
-            self._send_refusal(refusal)
+        if self._refusals.answer_again(cmd_id):
             return
         try:
             command = self._accept(cmd_id, message)
         except OSError as error:
-            self._refuse(cmd_id, error)
+            self._refusals.refuse(cmd_id, error)
+            self._look_by(time.monotonic() + POLL)
             return
         if command is None:
             self._answer_again(cmd_id)
@@ -268,8 +266,7 @@ class Commands:
         cmd_id = message.text('cmd-id')
         with self._lock:
             command = self._commands.get(cmd_id)
-            if cmd_id in self._refusals:
-                self._refusals[cmd_id].acked = True
+        self._refusals.acknowledge(cmd_id)
         if command is None or not command.has_ended():
             return
         try:
@@ -282,22 +279,6 @@ class Commands:
             self._commands.pop(cmd_id, None)
             self._folders.pop(os.path.basename(command.folder), None)
         log.info('%s: acknowledged', cmd_id)
-
-    # What can't be written down (the disk is full) never runs, and fails with that error.
-
-    def _refuse(self, cmd_id: str, error: OSError) -> None:
-        log.error('%s can\'t be taken: %s', cmd_id, error)
-        refusal = Refusal(cmd_id, unrun_result('failed', describe_error(error)))
-        with self._lock:
-            self._refusals[cmd_id] = refusal
-            if len(self._refusals) > REFUSALS_KEPT:
-                del self._refusals[next(iter(self._refusals))]
-        self._send_refusal(refusal)
-        self._look_by(time.monotonic() + POLL)
-
-    def _send_refusal(self, refusal: 'Refusal') -> None:
-        refusal.sent = time.monotonic()
-        self._reports.bare_results(refusal.cmd_id, refusal.result)
 
     # What the agent asks.
 
@@ -315,9 +296,10 @@ class Commands:
     def resend(self, sent: float) -> None:
         """Has the next look believe that the results were last sent at ``sent``. From any thread."""
         with self._lock:
-            for one in [*self._commands.values(), *self._refusals.values()]:
-                one.sent = sent
+            for command in self._commands.values():
+                command.sent = sent
             self._next_look = 0.0
+        self._refusals.resend(sent)
         self._look_by(0.0)
 
     # What the clock and the runners bring, on the main thread.
@@ -325,7 +307,7 @@ class Commands:
     def due(self) -> Optional[float]:
         """When ``look`` is due, by the monotonic clock; None: not before something happens."""
         with self._lock:
-            return self._next_look if self._commands or self._refusals else None
+            return self._next_look if self._commands or self._refusals.are_unacknowledged() else None
 
     def look(self, now: float, reported: Iterable[str]) -> None:
         """``reported``: folders whose runners say that something happened."""
@@ -355,15 +337,12 @@ class Commands:
         """Looks at each command that isn't over; sends again what nobody acknowledged."""
         with self._lock:
             commands = list(self._commands.values())
-            refusals = [refusal for refusal in self._refusals.values() if not refusal.acked]
         for command in commands:
             try:
                 self._look_at(command, now)
             except OSError as error:        # a full disk, say: the others' turn comes all the same
                 log.error('%s: %s', command.cmd_id, describe_error(error))
-        for refusal in refusals:
-            if now - refusal.sent >= RESEND_EVERY:
-                self._send_refusal(refusal)
+        self._refusals.look(now)
         if not self._spool.is_there():
             self._restart('the spool %s was deleted: what ran is lost' % self._spool.folder)
         if not self._fork_server.lives():
@@ -490,6 +469,63 @@ class Commands:
         os.rename(command.path('result.json'), aside)
         command.end('lost', 'its result was damaged: %s' % error)
         return command.result()
+
+
+class Refusals:
+    """Commands that can't be written down, as the disk is full: they never run, and fail with that error.
+    From any thread."""
+
+    def __init__(self, reports: Reports) -> None:
+        self._reports = reports
+        self._lock = threading.Lock()          # guards what follows
+        self._refusals = collections.OrderedDict()     # type: Any     # {cmd-id: Refusal}
+
+    def refuse(self, cmd_id: str, error: OSError) -> None:
+        """Has a command fail."""
+        log.error('%s can\'t be taken: %s', cmd_id, error)
+        refusal = Refusal(cmd_id, unrun_result('failed', describe_error(error)))
+        with self._lock:
+            self._refusals[cmd_id] = refusal
+            if len(self._refusals) > REFUSALS_KEPT:
+                del self._refusals[next(iter(self._refusals))]
+        self._send(refusal)
+
+    def answer_again(self, cmd_id: str) -> bool:
+        """Sends the result of a command that was refused once more; False where it wasn't."""
+        with self._lock:
+            refusal = self._refusals.get(cmd_id)
+        if refusal is not None:
+            self._send(refusal)
+        return refusal is not None
+
+    def acknowledge(self, cmd_id: str) -> None:
+        """The host has the result, if there is one; the refusal stays, for words that come again."""
+        with self._lock:
+            if cmd_id in self._refusals:
+                self._refusals[cmd_id].acked = True
+
+    def are_unacknowledged(self) -> bool:
+        """Whether the host still lacks a result."""
+        with self._lock:
+            return any(not refusal.acked for refusal in self._refusals.values())
+
+    def resend(self, sent: float) -> None:
+        """Has ``look`` believe that the results were last sent at this monotonic time."""
+        with self._lock:
+            for refusal in self._refusals.values():
+                refusal.sent = sent
+
+    def look(self, now: float) -> None:
+        """Sends again what nobody acknowledged for a while."""
+        with self._lock:
+            due = [refusal for refusal in self._refusals.values()
+                   if not refusal.acked and now - refusal.sent >= RESEND_EVERY]
+        for refusal in due:
+            self._send(refusal)
+
+    def _send(self, refusal: 'Refusal') -> None:
+        refusal.sent = time.monotonic()
+        self._reports.bare_results(refusal.cmd_id, refusal.result)
 
 
 class Refusal:
