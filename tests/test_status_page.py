@@ -423,9 +423,11 @@ def test_the_file_that_status_open_opens_leads_to_the_page(host, guest, browser)
 def test_progress_as_programs_write_it_and_why_a_command_failed(host, guest, api, browser):
     page = browser.open(api.getStatusLink())
     wrote = {'0.5': 50, '21/42': 50, '50 % of it': 50, '1/5': 20, 'half': -1}
+    cmd_ids = []
     for text, percents in wrote.items():
         cmd_id = api.runCmd('node1', 'sh', ['-c', 'printf %s "$0" > $VM_PROGRESS_FILE; echo why >&2; '
                                             'while [ ! -e stop ]; do sleep 0.1; done; exit 3', text])
+        cmd_ids.append(cmd_id)
         row = ('[...document.querySelectorAll("#commands tbody tr")].find(r => r.innerText.includes("%s"))'
                % cmd_id)
         page.wait(row + ' && %s.innerText.includes(%s)' % (row, json.dumps(text)))
@@ -434,7 +436,8 @@ def test_progress_as_programs_write_it_and_why_a_command_failed(host, guest, api
         assert shown == percents, text
         assert page.js(row + '.innerText.includes(" left")') == (percents > 0), text
     with open(os.path.join(guest.files, 'stop'), 'w'):
-        host.results(cmd_id)
+        for one in cmd_ids:
+            host.results(one)
     os.remove(os.path.join(guest.files, 'stop'))
     page.wait(row + '.innerText.includes("exited 3")')
     page.js('%s.querySelector("button").click(); 1' % row)

@@ -587,12 +587,12 @@ def test_a_paused_vm_is_suspended_and_not_lost(tmp_path):
         os.rename(state + '.new', state)
 
     become('running')
-    host = Host(tmp_path / 'host', broker={'heartbeat': 1, 'host': '127.0.0.1'}, vm_gc_grace=3,
-                other_machines='yes')
+    vm = '08:00:27:00:00:01'
+    host = Host(tmp_path / 'host', broker={'heartbeat': 1, 'host': '127.0.0.1'}, vm_gc_grace=3)
     host.faults = {'vm_state': state}
-    with host, Agent(tmp_path / 'guest', host, 'g', broker={'heartbeat': 1}) as guest, host.api as api:
+    with host, Agent(tmp_path / 'guest', host, vm, broker={'heartbeat': 1}) as guest, host.api as api:
         proof = Proof(tmp_path, 1)
-        cmd_id = proof.ask(host, 'g')
+        cmd_id = proof.ask(host, vm)
         wait_for_state(host, cmd_id, 'running')
         become('paused')
         guest.process.send_signal(signal.SIGSTOP)

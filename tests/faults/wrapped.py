@@ -89,6 +89,9 @@ class FakeHypervisor:
         with open(self.path) as file:
             return file.read()
 
+    def known_name(self, vm):
+        return vm
+
     def names_to_ids(self):
         return {}
 
@@ -98,7 +101,7 @@ class FakeHypervisor:
 
 def patch_hypervisor(path):
     import hostmachines
-    hostmachines.start_driver = lambda *_: FakeHypervisor(path)
+    hostmachines.start_driver = lambda *_: (FakeHypervisor(path), [])
 
 
 def main(ini):
