@@ -73,7 +73,10 @@ class Guests:
         """A guest of an earlier run of the host: known, and lost until it says HELLO."""
         guest = Guest(id, name)
         guest.ip, guest.boot, guest.session, guest.last_seen = ip, boot, session, last_seen
-        guest.facts = json.loads(facts)
+        try:
+            guest.facts = dict(json.loads(facts))
+        except (TypeError, ValueError):
+            guest.facts = {}               # a damaged row; it tells them again
         with self._lock:
             self._known[id] = guest
 

@@ -69,6 +69,9 @@ UPGRADES = {                   # format: what makes the next one of it
     3: """ALTER TABLE executions ADD COLUMN expires REAL NOT NULL DEFAULT 0;
           ALTER TABLE executions ADD COLUMN line TEXT NOT NULL DEFAULT '';""",
 }
+# Of a damaged file, SQLite's own words may be no UTF-8.
+DAMAGED = sqlite3.DatabaseError, UnicodeDecodeError
+FAILED = sqlite3.Error, UnicodeDecodeError
 RETENTION_SLICE = 5000         # rows that one transaction deletes
 
 
@@ -95,7 +98,7 @@ class Journal:
         self._commits = self._synced = 0       # how many there were, and how many of them are on the disk
         try:
             self._open()
-        except sqlite3.DatabaseError as error:
+        except DAMAGED as error:
             if not os.path.exists(path) or isinstance(error, sqlite3.OperationalError):
                 raise JournalError('%s: %s' % (path, error))
             aside = self._set_aside(error)
@@ -137,6 +140,8 @@ class Journal:
         if found == 0:
             self._writer.executescript('BEGIN;' + SCHEMA + 'PRAGMA user_version = %d; COMMIT;'
                                        % JOURNAL_FORMAT)
+        elif found < 0:
+            raise sqlite3.DatabaseError('format %d' % found)
         elif found > JOURNAL_FORMAT:
             raise JournalError('%s was written by a newer vmhost (format %d, this one knows %d)'
                                % (self.path, found, JOURNAL_FORMAT))
@@ -167,7 +172,7 @@ class Journal:
         try:
             with contextlib.closing(sqlite3.connect(aside)) as damaged:
                 found.extend(damaged.execute('SELECT holder, secret, since FROM secrets'))
-        except sqlite3.Error as error:
+        except FAILED as error:
             log.warning('%s: not all secrets of guests could be read: %s', aside, error)
         with self.writing() as journal:
             for row in found:
@@ -206,7 +211,7 @@ class Journal:
                     if self._writer.in_transaction:
                         self._writer.execute('ROLLBACK')
                     raise
-            except sqlite3.Error as error:
+            except FAILED as error:
                 raise JournalError('journal %s: %s' % (self.path, error))
             if transaction.last_event:
                 self.last_event = transaction.last_event
@@ -252,7 +257,7 @@ class Journal:
         with self._read_lock:
             try:
                 return self._reader.execute(query, values).fetchall()
-            except sqlite3.Error as error:
+            except FAILED as error:
                 raise JournalError('journal %s: %s' % (self.path, error))
 
     def _row(self, query: str, *values: Any) -> Tuple:
@@ -294,10 +299,10 @@ class Journal:
             self._lock.notify_all()
 
     def command(self, cmd_id: str) -> Optional[Dict[str, Any]]:
-        """What was asked for under that id."""
+        """What was asked for under that id. Raises JournalError, also where that is damaged."""
         row = self._row('SELECT target, multicast, request, submitted, client FROM commands '
                         'WHERE cmd_id = ?', cmd_id)
-        return row and {'target': row[0], 'multicast': bool(row[1]), 'request': json.loads(row[2]),
+        return row and {'target': row[0], 'multicast': bool(row[1]), 'request': read_object(row[2]),
                         'submitted': row[3], 'client': row[4]} or None
 
     def executions(self, where: str, *values: Any, limit: int = -1,
@@ -316,7 +321,7 @@ class Journal:
     def orphans(self, cmd_id: str) -> List['Execution']:
         """Results under that id which no command of this journal asked for."""
         found = self.rows('SELECT vm_id, results, received FROM orphans WHERE cmd_id = ?', cmd_id)
-        return [Execution(cmd_id, vm_id, vm_id, len(found) > 1, '', json.loads(results)['state'],
+        return [Execution(cmd_id, vm_id, vm_id, len(found) > 1, '', read_object(results).get('state', 'lost'),
                           received, received, results) for vm_id, results, received in found]
 
     def guests(self) -> List[Tuple]:
@@ -346,6 +351,17 @@ class Journal:
             run('DELETE FROM events WHERE seq <= (SELECT max(seq) FROM events) - ?', EVENTS_KEPT)
             run('DELETE FROM orphans WHERE received < ?', when)
         return len(old), len(old) < RETENTION_SLICE and events.rowcount < 4 * RETENTION_SLICE
+
+
+def read_object(text: str) -> Dict[str, Any]:
+    """The JSON object in a row. Raises JournalError: the checks of SQLite don't look into a text."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise JournalError('a row of the journal is damaged: %.80s' % text)
+    return found
 
 
 ENDED = threading.Event()              # of all that had ended before: there may be a thousand in a list
@@ -393,8 +409,8 @@ class Execution:
         return self.cmd_id, self.vm_id
 
     def answer(self) -> Dict[str, Any]:
-        """The results, as journalled; {} while unfinished."""
-        return json.loads(self.results) if self.results else {}
+        """The results, as journalled; {} while unfinished. Raises JournalError where they are damaged."""
+        return read_object(self.results) if self.results else {}
 
 
 class Transaction:

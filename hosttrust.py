@@ -10,6 +10,7 @@ signed and given to the link, so that its number and its place in the stream agr
 import collections
 import ipaddress
 import logging
+import re
 import secrets as random
 import threading
 import time
@@ -31,6 +32,7 @@ HELLOS_AT_ONCE = 20            # … and so many at once; what is more is droppe
 PENDING_AT_ONCE = 4            # sessions of one guest that it has not proved yet, on one connection …
 PENDING_BYTES = 32 * 1024 * 1024   # … and what all of them together may take
 HELLOS_OF = 1000               # … of so many guests and connections of which that is known
+DIGITS = re.compile('(?:[0-9a-f]{32}){1,2}')
 FORGET = 'if it is this machine from now on, run: vmhost.py forget %s'
 
 
@@ -51,7 +53,13 @@ class Secrets:
         self._journal = journal
         # Guards the table, and that a secret is made once. The journal is written while it is held.
         self._lock = threading.Lock()
-        self._known = dict(journal.secrets())      # type: Dict[str, str]
+        self._known = {}               # type: Dict[str, str]
+        for holder, digits in journal.secrets():
+            if not DIGITS.fullmatch(digits):       # nobody knows another one, so that nobody takes its place
+                digits = random.token_hex(16)
+                log.error('the journal is damaged, the secret of %s lost: until it is forgotten '
+                          '(vmhost.py forget VM), it is not let in', holder)
+            self._known[holder] = digits
 
     @property
     def host_key(self) -> str:

@@ -472,8 +472,21 @@ class Message:
         return value
 
 
+REPEATED = 'cmd-id', 'ping-id'             # what an answer repeats as a header
+
+
 def interpret(headers: Dict[str, str], body: str, topic: str = '') -> Message:
-    """The message in a frame. Raises BadWord where the body is no word with a JSON object."""
+    """The message in a frame. Raises BadWord where the body is no word with a JSON object, or where
+    an answer couldn't repeat what it has to."""
+    message = _interpret(headers, body, topic)
+    for name in REPEATED:
+        value = message.get(name)
+        if isinstance(value, str) and ('\n' in value or '\0' in value):
+            raise BadWord('%s: a line end or NUL in %s' % (message.word, name))
+    return message
+
+
+def _interpret(headers: Dict[str, str], body: str, topic: str) -> Message:
     word, _, text = body.partition(' ')
     if not word or len(word) > 64:
         raise BadWord('no word: %.40r' % body)

@@ -145,6 +145,49 @@ def test_a_damaged_journal_is_set_aside(tmp_path, damage, caplog):
         journal.close()
 
 
+def test_damage_that_sqlite_has_no_words_for(tmp_path):
+    """It names the table, in what is no UTF-8 then."""
+    path = str(tmp_path / 'journal')
+    hostjournal.Journal(path).close()
+    with open(path, 'rb') as file:
+        data = file.read()
+    with open(path, 'wb') as file:
+        file.write(data.replace(b'CREATE TABLE orphans', b'CREATE\xd6\xd6ABLE orphans')
+                   .replace(b'orphans', b'orph\xd6ns'))
+    hostjournal.Journal(path).close()
+    assert [name for name in os.listdir(str(tmp_path)) if 'corrupt' in name]
+
+
+@pytest.mark.parametrize('change', [
+    "UPDATE guests SET facts = '{'", "UPDATE guests SET facts = '[1]'", "UPDATE secrets SET secret = 'x'",
+    "UPDATE commands SET request = ''", "UPDATE executions SET results = '5', ended = 1",
+    'PRAGMA user_version = -5'])
+def test_rows_that_are_damaged_hold_up_no_start(tmp_path, change, caplog):
+    """SQLite's own check doesn't look into texts."""
+    path = str(tmp_path / 'journal')
+    write_journal(path, hostjournal.JOURNAL_FORMAT)
+    damaged = sqlite3.connect(path)
+    damaged.execute(change)
+    damaged.commit()
+    damaged.close()
+    journal = hostjournal.Journal(path)
+    try:
+        guests, trust = hostguests.Guests(30), hosttrust.Secrets(journal)
+        for known in journal.guests():
+            guests.remember(*known)
+            assert guests.find('a').chirp_port == 0
+        assert (trust.pinned('a') == bytes.fromhex('1' * 64)) is ('SET secret' not in change)
+        assert trust.pinned('a') and ('forget' in caplog.text) is ('SET secret' in change)
+        commands = hostcommands.Commands(journal)
+        for call in (lambda: commands.request('c'), lambda: journal.executions('1')[0].answer()):
+            try:
+                call()
+            except (hostjournal.JournalError, faults.NoSuchCommand, IndexError) as error:
+                assert 'damaged' in str(error) or 'user_version' in change
+    finally:
+        journal.close()
+
+
 def test_a_newer_journal_is_refused(tmp_path):
     path = str(tmp_path / 'journal')
     connection = sqlite3.connect(path)
@@ -154,23 +197,37 @@ def test_a_newer_journal_is_refused(tmp_path):
         hostjournal.Journal(path)
 
 
-def test_an_older_journal_is_brought_up_to_date(tmp_path):
-    path = str(tmp_path / 'journal')
+def write_journal(path, number):
+    """As a host of that format wrote it."""
     old = sqlite3.connect(path)
     schema = '\n'.join(line for line in hostjournal.SCHEMA.splitlines() if not any(
         new in line for new in ('of_cmd ', 'by_submission', 'TABLE secrets')))
     old.executescript(schema.replace(" expires REAL NOT NULL DEFAULT 0, line TEXT NOT NULL DEFAULT '',", ''))
-    old.execute("INSERT INTO commands VALUES ('c', 'a', 0, '{}', 1, 'x')")
-    old.execute('PRAGMA user_version = 1')
+    for older in range(1, number):
+        old.executescript(hostjournal.UPGRADES[older])
+    old.execute("INSERT INTO commands VALUES ('c', 'a', 0, '{\"cmd\": \"true\"}', 1, 'x')")
+    old.execute("INSERT INTO executions (cmd_id, vm_id, vm, multicast, cmd, state, submitted) "
+                "VALUES ('c', 'a', 'a', 0, 'true', 'sent', 1)")
+    old.execute("INSERT INTO guests VALUES ('a', 'a', '1.2.3.4', 'boot', 'session', '{\"cpus\": 2}', 1)")
+    old.execute("INSERT INTO events VALUES (1, 1, 'guest-hello', 'a', '', 'x')")
+    if number >= 3:
+        old.execute("INSERT INTO secrets VALUES ('a', ?, 1)", ('1' * 64,))
+    old.execute('PRAGMA user_version = %d' % number)
     old.commit()
     old.close()
+
+
+@pytest.mark.parametrize('number', range(1, hostjournal.JOURNAL_FORMAT + 1))
+def test_an_older_journal_is_brought_up_to_date(tmp_path, number):
+    path = str(tmp_path / 'journal')
+    write_journal(path, number)
     journal = hostjournal.Journal(path)
     try:
         assert journal.command('c')['client'] == 'x'
         assert journal.rows('PRAGMA user_version') == [(hostjournal.JOURNAL_FORMAT,)]
         made = journal.rows('SELECT name FROM sqlite_master')
         assert ('by_submission',) in made and ('secrets',) in made
-        assert journal.executions('expires = 0 AND line = ?', '') == []
+        assert len(journal.executions('expires = 0 AND line = ?', '')) == 1
     finally:
         journal.close()
 

@@ -51,6 +51,14 @@ def test_words_are_addressed_exactly():
     assert protocol.is_addressed('x', 'node1', 'x') and not protocol.is_addressed('N*', 'node1', 'x')
 
 
+@pytest.mark.parametrize('headers, body', [
+    ({}, 'CMD_QUERY {"cmd-id": "a\\nb"}'), ({}, 'PING {"ping-id": "\\u0000"}'),
+    ({'cmd-id': 'a\nb'}, 'CMD_QUERY')])
+def test_what_an_answer_repeats_can_be_a_header(headers, body):
+    with pytest.raises(protocol.BadWord):
+        protocol.interpret(headers, body)
+
+
 # --- what the page shows ---
 
 def test_the_worked_example_of_the_page():
