@@ -11,6 +11,7 @@ import subprocess
 import time
 
 import pytest
+from agents import Agent, Host
 from test_chirp import our_server, write
 from test_chirp_hostile import HostileServer, all_of
 
@@ -159,7 +160,11 @@ def certificate(tmp_path):
     """(certificate, key) for 127.0.0.1."""
     if not shutil.which('openssl'):
         pytest.skip('openssl is not installed')
-    paths = str(tmp_path / 'cert.pem'), str(tmp_path / 'key.pem')
+    return make_certificate(tmp_path, 'one')
+
+
+def make_certificate(folder, name):
+    paths = str(folder / (name + '.cert')), str(folder / (name + '.key'))
     subprocess.check_call(['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '2',
                            '-subj', '/CN=guest', '-addext', 'subjectAltName=IP:127.0.0.1',
                            '-out', paths[0], '-keyout', paths[1]], stderr=subprocess.DEVNULL)
@@ -189,3 +194,30 @@ def test_files_go_over_tls_and_over_nothing_else(tmp_path, certificate):
                 assert b'yes' not in all_of(sock)
         with knows(server, tls=checks) as client:
             assert client.stat('/there').size == len(content)
+
+
+def test_files_go_over_tls_as_the_ini_files_say(tmp_path, certificate):
+    """Also output beyond the inline part; and never to who has a certificate of somebody else's."""
+    cert, key = certificate
+    others_cert, others_key = make_certificate(tmp_path, 'other')
+    source = str(write(tmp_path / 'source', os.urandom(300000)))
+    with contextlib.ExitStack() as stack:
+        host = stack.enter_context(Host(tmp_path / 'host', {
+            'tls': 'yes', 'cert_file': cert, 'key_file': key, 'ca_file': cert}))
+        for name, chirp in ('one', (cert, key)), ('other', (others_cert, others_key)):
+            stack.enter_context(Agent(
+                tmp_path / name, host, name, {'tls': 'yes', 'ca_file': cert},
+                {'cert_file': chirp[0], 'key_file': chirp[1]}))
+        api = stack.enter_context(host.api)
+        facts = api.getVM('one')['facts']['chirp']
+        assert facts['tls'] is True
+        assert api.cpFileToVM('one', source, 'there') == ['', '', 0]
+        assert api.cpFileFromVM('one', 'there', str(tmp_path / 'back')) == ['', '', 0]
+        assert (tmp_path / 'back').read_bytes() == (tmp_path / 'source').read_bytes()
+        assert len(host.verb('run', 'one', 'sh', '-c', 'yes | head -c 300000').stdout) == 300000
+        out, err, status = api.cpFileToVM('other', source, 'there')
+        assert status and 'certificate' in err.lower(), err
+        with socket.create_connection(('127.0.0.1', facts['port']), 20) as sock:
+            with contextlib.suppress(OSError):
+                sock.sendall(b'secret\n' * 100)
+                assert b'yes' not in all_of(sock)
