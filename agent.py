@@ -21,6 +21,7 @@ from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Se
 
 ON_WINDOWS = os.name == 'nt'
 VERSION = '1.0.0'      # of the project; all its files are released together
+IS_HEARD = sys.stderr is not None      # whether anybody could hear this program when it began: not from pyw
 
 
 # --- configuration ---------------------------------------------------------------------------
@@ -199,7 +200,7 @@ def is_open_to_others(file: str) -> bool:
 
 
 def catch_signals() -> socket.socket:
-    """A socket that can be read once SIGTERM or Ctrl-C came; to be kept. On the main thread.
+    """A socket that can be read once SIGTERM, Ctrl-C or Ctrl-Break came; to be kept. On the main thread.
 
     No Python code runs at that moment: if it set an event, say, it would wait for a lock that the
     interrupted code may hold, for ever.
@@ -207,8 +208,9 @@ def catch_signals() -> socket.socket:
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.detach())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+    for name in ('SIGTERM', 'SIGINT', 'SIGBREAK'):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda *_: None)
     return reader
 
 
@@ -236,8 +238,11 @@ TOLD_EVERY = 60.0              # seconds between two warnings about the same sen
 WARNED_OF = 1000               # … of so many of which that is known
 
 
-def set_up_logging(settings: Any) -> None:
-    """Logging as the section [Logging] wants it, a line for each message. Raises ConfigError."""
+def set_up_logging(settings: Any, unheard: str = '') -> None:
+    """Logging as the section [Logging] wants it, a line for each message. Raises ConfigError.
+
+    unheard    the file for it where none is named, and nobody hears this program; made with the first message
+    """
     import logging  # a program that only asks an agent does without
 
     class OneLine(logging.LogRecord):
@@ -253,10 +258,11 @@ def set_up_logging(settings: Any) -> None:
             config.fileConfig(settings.config, disable_existing_loggers=False)
             return
         handler = logging.StreamHandler()  # type: logging.Handler
-        if settings.file:
+        if settings.file or unheard and not IS_HEARD:
             from logging import handlers
             handler = handlers.RotatingFileHandler(
-                settings.file, maxBytes=LOG_SIZE, backupCount=LOG_FILES, encoding='utf-8')
+                settings.file or unheard, maxBytes=LOG_SIZE, backupCount=LOG_FILES, encoding='utf-8',
+                delay=not settings.file)
     except Exception as error:      # fileConfig raises whatever its file makes it meet
         why = getattr(error, 'strerror', '') or '%s: %s' % (type(error).__name__, error)
         raise ConfigError('[Logging] %s = %s: %s' % ('config' if settings.config else 'file',
@@ -341,8 +347,12 @@ def check_package(name: str, needed: bool) -> Finding:
 
 def check_folder(folder: str, key: str) -> Finding:
     """Whether files can be made in the folder, or the folder in the nearest one that exists."""
-    place = existing(folder)
-    writable = os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)
+    import tempfile  # needed here alone
+    place, writable = existing(folder), True
+    try:
+        tempfile.TemporaryFile(dir=place).close()      # what modes say isn't all, on Windows least of all
+    except OSError:
+        writable = False
     return Finding(writable, 'folder %s' % folder, '%s can\'t be written by this user: change its owner '
                    'or mode, or name another folder as %s' % (place, key))
 
@@ -432,12 +442,18 @@ def replace(source: str, target: str) -> None:
         time.sleep(HELD_PAUSE)
 
 
+WSAEACCES = 10013              # Windows' number
+
+
 def why_not_listening(error: OSError) -> str:
     """Why nobody can listen on an address, and what to do about it."""
     if error.errno in (errno.EADDRINUSE, getattr(errno, 'WSAEADDRINUSE', 0)):
         return 'another program listens there: stop it, or take another port'
     if error.errno in (errno.EADDRNOTAVAIL, getattr(errno, 'WSAEADDRNOTAVAIL', 0)):
         return 'this machine has no such address: take one of its own'
+    if getattr(error, 'winerror', 0) == WSAEACCES:
+        return ('another program holds the port, or Windows has reserved it, for Hyper-V, say (`netsh '
+                'interface ipv4 show excludedportrange tcp` lists those): take another one, or auto')
     if error.errno in (errno.EACCES, errno.EPERM):
         return 'this user may not: take a port above 1023'
     return error.strerror or str(error)

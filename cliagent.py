@@ -7,12 +7,13 @@ import contextlib
 import json
 import os
 import sys
+import time
 from typing import Any, Dict, List
 
 import agent
 from cliscreen import Screen, show_pairs, shown_time
 from cliverbs import JSON, Verb, argument, switch
-from faults import InvalidParams, NoSuchCommand, NoSuchVM
+from faults import DeadlineExceeded, InvalidParams, NoSuchCommand, NoSuchVM
 from hostclient import Client
 from rpc import Binary, xml_number
 
@@ -65,6 +66,22 @@ def do_status(host: Client, screen: Screen, args: Any) -> int:
     if args.json:
         return show_one(screen, info, True)
     return show_one(screen, {LABELS.get(name, name): value for name, value in info.items()}, False)
+
+
+STOPPING = 30.0                # seconds in which a host agent that was told to end should have done so
+STOP_LOOK = 0.05               # seconds between two looks whether it has
+
+
+def do_shutdown(host: Client, screen: Screen, args: Any) -> int:
+    """Ends the host agent, and waits until it has ended: it takes the files that tell where it is along."""
+    host.call('stopHost')
+    deadline = time.monotonic() + STOPPING
+    told = [os.path.join(host.folder, name) for name in ('xmlrpc.address', 'broker.address')]
+    while any(map(os.path.exists, told)):
+        if time.monotonic() > deadline:
+            raise DeadlineExceeded('the host agent was told to end, and has not within %.0f s' % STOPPING)
+        time.sleep(STOP_LOOK)
+    return 0
 
 
 REDIRECT = """<!DOCTYPE html>
@@ -152,6 +169,7 @@ VERBS = [
         switch('-f', '--follow', help='wait for new events, until Ctrl-C'), JSON,
         argument('-n', '--number', metavar='N', type=int, default=EVENTS_SHOWN,
                  help='how many past ones (default: %d)' % EVENTS_SHOWN)]),
+    Verb('shutdown', do_shutdown, 'end the host agent; commands and VMs go on', []),
     Verb('call', do_call, 'call a method of the API, and print its answer as JSON', [
         argument('method', metavar='METHOD', help='`call -r help` describes them'),
         argument('arguments', metavar='JSON', nargs='*', help='JSON values; anything else is taken as text'),

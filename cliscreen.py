@@ -33,7 +33,7 @@ class Screen:
         self.out = lenient(sys.stdout)
         self.err = lenient(sys.stderr)
         plain = 'NO_COLOR' in os.environ or os.environ.get('TERM') == 'dumb'
-        self._colours = self.out.isatty() and not plain
+        self._colours = self.out.isatty() and not plain and obeys_colours()
         self.width = terminal_width() if self.out.isatty() else 0    # 0: any
         self.shows_progress = self.err.isatty()
         self._progress = 0             # columns of the progress line that stands on the terminal
@@ -97,6 +97,14 @@ class Screen:
             self._progress = len(text)
 
 
+def obeys_colours() -> bool:
+    """Whether a terminal here obeys the sequences for colours: those of Windows are asked to."""
+    if os.name != 'nt':
+        return True
+    import windows  # there alone
+    return windows.switch_colours_on()
+
+
 def open_closed_streams() -> None:
     """Opens the null device in place of standard streams that are closed.
 
@@ -108,11 +116,11 @@ def open_closed_streams() -> None:
             os.close(descriptor)
             break
     if sys.stdin is None:
-        sys.stdin = open(0, closefd=False)
+        sys.stdin = open(os.devnull)
     if sys.stdout is None:
-        sys.stdout = open(1, 'w', closefd=False)
+        sys.stdout = open(os.devnull, 'w')
     if sys.stderr is None:
-        sys.stderr = open(2, 'w', closefd=False)
+        sys.stderr = open(os.devnull, 'w')
 
 
 def escaped(text: str) -> str:

@@ -38,6 +38,7 @@ from hostworkers import Batch
 
 log = logging.getLogger('vmhost')
 
+LOG = 'vmhost.log'             # the file in the state folder for the log of an agent that nobody hears
 BROKER_ADDRESS = 'broker.address'      # the file that tells where the broker is
 TICK = 0.25                    # seconds between looks at the clock
 SLEPT = 5.0                    # seconds that a tick may be late before the host is said to have slept,
@@ -59,6 +60,7 @@ class Host:
         self.settings = settings
         self.started = time.monotonic()
         self.server: Optional[Server] = None
+        self.is_ending = False                         # set by who wants it to end; within a tick, it does
         self.folder = StateFolder(settings.Host.state_dir)
         self.token = secrets.token_urlsafe(24)         # a new one at each start
         self.folder.write('xmlrpc.token', self.token)
@@ -106,9 +108,13 @@ class Host:
             return hypervisor.broker_address() or '127.0.0.1'
         return '127.0.0.1'
 
+    def end(self) -> None:
+        """Has ``run`` return within a tick. Any thread may call."""
+        self.is_ending = True
+
     def run(self, ended: socket.socket) -> None:
-        """Ticks until ``ended`` can be read."""
-        while not select.select([ended], [], [], TICK)[0]:
+        """Ticks until ``ended`` can be read, or ``is_ending`` is set."""
+        while not self.is_ending and not select.select([ended], [], [], TICK)[0]:
             try:
                 self.clock.tick()
             except Exception:       # the agent lives on, whatever one tick met
@@ -124,14 +130,14 @@ class Host:
         self.acknowledgements.stop(time.monotonic() + 0.5)
         self.machines.stop(time.monotonic() + 0.5)
         self.connection.stop()
-        with contextlib.suppress(OSError):
-            os.remove(self.folder.file(BROKER_ADDRESS))
         if self.machines.hypervisor is not None:
             self.machines.hypervisor.close()
         with contextlib.suppress(JournalError):
             self.commands.write_states()
             self.journal.event('host-stop')
         self.journal.close()
+        with contextlib.suppress(OSError):     # the last thing: who waits for our end looks for this file
+            os.remove(self.folder.file(BROKER_ADDRESS))
         self.folder.close()
 
     def _acknowledge(self, journalled: Dict[Any, None]) -> None:
@@ -209,23 +215,39 @@ class Clock:
 
 
 def run_host(ini: Optional[str]) -> int:
-    """Runs the host agent in the foreground until SIGTERM or Ctrl-C; gives the exit code.
+    """Runs the host agent in the foreground until it is told to end; gives the exit code.
 
+    It ends by SIGTERM, Ctrl-C, Ctrl-Break, the method stopHost, and the end of the session on Windows.
     ini    None: on the defaults
     """
-    host = None
+    host = session = None
     try:
         settings = read_settings(ini)
-        agent.set_up_logging(settings.Logging)
+        agent.set_up_logging(settings.Logging, os.path.join(settings.Host.state_dir, LOG))
         sys.setswitchinterval(agent.SWITCH_INTERVAL)
         host = Host(settings)
         ended = agent.catch_signals()
+        if os.name == 'nt':
+            import windows  # there alone
+            session = windows.SessionEnd(host.end)
         host.start()
         host.run(ended)
         return 0
     except (agent.AgentError, stompbroker.BrokerError, protocol.ProtocolError) as error:
-        print('vmhost: %s' % agent.naming_file(ini, error), file=sys.stderr)
+        complain(agent.naming_file(ini, error), ini)
         return 1
     finally:
         if host is not None:
             host.stop()
+        if session is not None:
+            session.close()
+
+
+def complain(why: str, ini: Optional[str]) -> None:
+    """Tells why there is no host agent, also where nobody hears it."""
+    print('vmhost: %s' % why, file=sys.stderr)
+    if not agent.IS_HEARD:
+        if not logging.getLogger().handlers:   # not known where it would be logged
+            beside = os.path.join(os.path.dirname(os.path.abspath(ini or LOG)), LOG)
+            agent.set_up_logging(agent.read_settings(None, {'Logging': agent.LOGGING}).Logging, beside)
+        log.error('%s', why)

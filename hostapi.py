@@ -119,6 +119,16 @@ class AgentMethods(Methods):
         assert server is not None
         return server.status.link(server.own_url())
 
+    @audited
+    def stopHost(self) -> bool:
+        """Ends the host agent, as SIGTERM does: VMs, agents and commands go on.
+
+            >>> host.stopHost()
+            True
+        """
+        self._host.is_ending = True
+        return True
+
     def version(self) -> str:
         """The hypervisor's version.
 

@@ -5,6 +5,7 @@ What it is not: a part of the running host; it asks that one by XML-RPC, as the 
 
 import os
 import socket
+import sys
 import time
 from typing import Any, Dict, Iterator, List
 
@@ -35,7 +36,7 @@ def do_check(host: Client, screen: Screen, args: Any) -> int:
         findings += check_start(settings, error)
     except VMHostError as error:
         findings.append(agent.Finding(False, 'host agent', str(error)))
-    findings += check_hypervisor(settings)
+    findings += check_program() + check_hypervisor(settings)
     if settings.Host.unsigned_guests:
         findings.append(agent.Finding(
             False, '[Host] unsigned_guests=yes', 'whoever reaches the broker can be any guest that has no '
@@ -46,6 +47,22 @@ def do_check(host: Client, screen: Screen, args: Any) -> int:
         for line in agent.describe_findings(findings, screen.out.encoding):
             screen.say(agent.printable(line))
     return 0 if all(finding.ok or not finding.needed for finding in findings) else 1
+
+
+def check_program() -> List[agent.Finding]:
+    """Whether others could change the program itself; on POSIX its folder's mode says so to who looks."""
+    if os.name != 'nt':
+        return []
+    import windows  # there alone
+    folder = os.path.dirname(os.path.abspath(sys.argv[0]))
+    try:
+        others = windows.who_may_change(windows.access_of(folder))
+    except OSError as error:
+        return [agent.Finding(False, 'folder %s' % folder, str(error), needed=False)]
+    return [agent.Finding(
+        not others, 'only you may change the program in %s' % folder,
+        'so may %s, and with it what runs as you: move it to a folder of your own, below %%LOCALAPPDATA%%'
+        % ', '.join(others), needed=False)]
 
 
 def check_running(host: Client, info: Dict[str, Any], mode: str) -> Iterator[agent.Finding]:

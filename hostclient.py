@@ -13,6 +13,7 @@ import fnmatch
 import os
 import select
 import socket
+import time
 from typing import Any, Iterable, List, Optional, Tuple
 
 import localsocket
@@ -22,6 +23,7 @@ from faults import AccessDenied, InvalidParams, NoSuchVM, VMHostError
 USER = 'vmhost'                # of HTTP Basic, with the token as its password
 CONNECT_TIMEOUT = 10.0         # seconds for a connection, and for the proof; an answer may take hours
 LONGEST_LINE = 64 * 1024       # bytes of a line of an answer's head
+LOOK_UP = 0.2 if os.name == 'nt' else 0        # seconds between two looks for Ctrl-C; 0: it comes by itself
 EVERYWHERE = {'0.0.0.0': '127.0.0.1', '::': '::1', '': '127.0.0.1'}     # where it listens: where to connect
 
 
@@ -186,6 +188,7 @@ class _Connection:
         if self._authorization:
             lines.append('Authorization: ' + self._authorization)
         self._socket.sendall('\r\n'.join(lines + ['', '']).encode('latin-1') + body)
+        self._wait_for_answer()
         status = self._line().split(' ', 2)
         if len(status) < 2 or not status[0].startswith('HTTP/1.') or not status[1].isdigit():
             raise ValueError('no HTTP')
@@ -200,6 +203,13 @@ class _Connection:
         if len(answer) < length:
             raise ConnectionResetError('it went away in the middle of an answer')
         return int(status[1]), answer
+
+    def _wait_for_answer(self) -> None:
+        """On Windows, where nothing that is waited for in a socket lets Ctrl-C through."""
+        deadline, timeout = time.monotonic(), self._socket.gettimeout()
+        while LOOK_UP and (timeout is None or time.monotonic() < deadline + timeout):
+            if select.select([self._socket], [], [], LOOK_UP)[0]:
+                return
 
     def _line(self) -> str:
         line = self._file.readline(LONGEST_LINE)

@@ -131,8 +131,15 @@ class Journal:
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False,
                                      timeout=10)
-        connection.execute('PRAGMA journal_mode = WAL')
-        connection.execute('PRAGMA synchronous = FULL')
+        try:
+            connection.execute('PRAGMA journal_mode = WAL')
+            connection.execute('PRAGMA synchronous = FULL')
+            # On macOS alone: otherwise the disk may still have it in its own memory when the power goes.
+            connection.execute('PRAGMA fullfsync = 1')
+            connection.execute('PRAGMA checkpoint_fullfsync = 1')
+        except BaseException:
+            connection.close()         # no system but POSIX' sets a file aside that is open
+            raise
         return connection
 
     def _check_format(self) -> None:
@@ -160,7 +167,7 @@ class Journal:
         aside = '%s.corrupt-%d' % (self.path, time.time())
         for suffix in ('', '-wal', '-shm'):
             if os.path.exists(self.path + suffix):
-                os.replace(self.path + suffix, aside + suffix)
+                agent.replace(self.path + suffix, aside + suffix)
         log.error('%s is damaged (%s): set aside as %s; a new journal begins',
                   self.path, error, aside)
         return aside

@@ -46,8 +46,8 @@ class StateFolder:
     def make_private(self) -> None:
         """Takes the folder, and the files in it, from everybody but this user. Raises VMHostError where that
         isn't enough: another user owns one, or could have put it there."""
-        if os.name != 'posix':         # elsewhere a user's folders are the user's own
-            return
+        if os.name == 'nt':
+            return self._make_private_on_windows()
         mode = self._check_owner(self.path)
         if mode & 0o022:
             raise VMHostError('state_dir %s: other users may have written into it; check what is there, '
@@ -58,6 +58,19 @@ class StateFolder:
             mode = self._check_owner(path)
             if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
                 make_mode(path, 0o600 if stat.S_ISREG(mode) else 0o700)
+
+    def _make_private_on_windows(self) -> None:
+        """By the folder's access list: what is made in it has the same."""
+        import windows  # there alone
+        try:
+            owner, me = windows.owner_of(self.path), windows.this_user()
+            if owner not in (me, windows.SYSTEM, windows.ADMINISTRATORS):
+                raise OSError('it belongs to another user (%s)' % owner)
+            windows.make_private(self.path)
+        except OSError as error:
+            raise VMHostError('state_dir %s: others may read it, which can\'t be changed: %s; set a folder '
+                              'of your own, on an NTFS disk, in [Host]'
+                              % (self.path, error.strerror or error))
 
     def _check_owner(self, path: str) -> int:
         """The mode of what this user owns. Raises VMHostError, OSError."""

@@ -1391,12 +1391,20 @@ def _connect_tcp(connection: socket.socket, target: Any, wait_for: WaitFor) -> N
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     code = connection.connect_ex(target)
     if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, 'WSAEWOULDBLOCK', 0)):
-        raise OSError(code, os.strerror(code))
+        raise socket_error(code)
     if code:
         wait_for(connection, selectors.EVENT_WRITE)
     code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if code:
-        raise OSError(code, os.strerror(code))
+        raise socket_error(code)
+
+
+def socket_error(code: int) -> OSError:
+    """An error of a socket by its number, with the system's own text."""
+    if os.name == 'nt':                # whose C library knows none of the socket's
+        import ctypes
+        return ctypes.WinError(code)   # type: ignore
+    return OSError(code, os.strerror(code))
 
 
 def _wrap(connection: socket.socket, host: str, tls: Any, wait_for: WaitFor) -> Any:

@@ -1252,6 +1252,9 @@ def _notice_the_dead(listener: socket.socket) -> None:
             listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
+DESCRIPTORS = (65536, 10240, 4096, 1024)       # that are asked for, as many as there may be
+
+
 def _allow_many_sockets() -> None:
     """Raises the process's limit of descriptors, where there is such a thing."""
     try:
@@ -1259,12 +1262,16 @@ def _allow_many_sockets() -> None:
     except ImportError:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    if soft == resource.RLIM_INFINITY:
+        return
+    for wanted in DESCRIPTORS:         # macOS says that there is no limit, and has one of 10,240 or so
+        wanted = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+        if wanted <= soft:
+            return
         try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            return resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         except (OSError, ValueError) as error:
-            log.info('at most %d descriptors: %s', soft, error)
+            log.info('no more than %d descriptors: %s', wanted - 1, error)
 
 
 def _spoken(address: Tuple[Any, ...]) -> str:

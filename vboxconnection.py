@@ -398,7 +398,7 @@ class Connection:
 def fault_of(code: int, text: str) -> VMHostError:
     """VirtualBox's code and text as an error of ours."""
     if any(word in text for word in NO_DRIVER) or (
-            'unexpectedly during startup' in text and not module_line()[0]):
+            'unexpectedly during startup' in text and lacks_module()):
         text += ' -- ' + MEND_DRIVER
     return FAULT_OF_CODE.get(code, HypervisorError)('%s (VirtualBox 0x%08x)'
                                                     % (' '.join(text.split()), code))
@@ -441,7 +441,14 @@ def has_mark(machine: Any, key: str) -> bool:
     return bool(machine.getExtraData(key) == machine.id)
 
 
-def module_line() -> Tuple[bool, str, str, bool]:
-    """Whether the kernel has VirtualBox's driver; known on Linux alone."""
-    there = not sys.platform.startswith('linux') or os.path.exists('/dev/vboxdrv')
-    return there, 'kernel module vboxdrv', '' if there else MEND_DRIVER, True
+def lacks_module() -> bool:
+    """Whether the kernel lacks VirtualBox's driver; known on Linux alone."""
+    return sys.platform.startswith('linux') and not os.path.exists('/dev/vboxdrv')
+
+
+def module_lines() -> List[Tuple[bool, str, str, bool]]:
+    """What `check` says of that driver: nothing where it isn't known."""
+    if not sys.platform.startswith('linux'):
+        return []
+    lacks = lacks_module()
+    return [(not lacks, 'kernel module vboxdrv', MEND_DRIVER if lacks else '', True)]

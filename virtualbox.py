@@ -40,6 +40,7 @@ from hypervisor import ConnectionLost, Driver, Job, either, is_local, option, po
 from vboxconnection import (
     KEEP,
     MADE_BY_US,
+    MEND_DRIVER,
     NOT_SUPPORTED,
     OFF,
     ONLINE,
@@ -47,7 +48,8 @@ from vboxconnection import (
     Connection,
     access_trouble,
     has_mark,
-    module_line,
+    lacks_module,
+    module_lines,
     name_in_path,
     progress_of,
 )
@@ -588,15 +590,14 @@ class Checks:
         self.box = box
 
     def warnings(self, job: Job) -> List[str]:
-        loaded, _, mend, _ = module_line()
-        return [] if loaded else ['VMs can\'t be started, all the rest works: ' + mend]
+        return ['VMs can\'t be started, all the rest works: ' + MEND_DRIVER] if lacks_module() else []
 
     def check(self, job: Job) -> List[Tuple[bool, str, str, bool]]:
         try:
             self.box.connect()
         except (ConnectionLost, VMHostError) as error:
-            return [(False, 'VirtualBox', str(error), True), module_line()]
-        lines = [version_line(self.box.vbox.version, self.box.api()), module_line(), self._vtx_line()]
+            return [(False, 'VirtualBox', str(error), True)] + module_lines()
+        lines = [version_line(self.box.vbox.version, self.box.api())] + module_lines() + [self._vtx_line()]
         lines += self._network.check_lines(job)
         lines.append(self._desktop_line())
         return lines

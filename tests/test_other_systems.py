@@ -1,0 +1,156 @@
+"""What Windows and macOS want of the host's parts, as far as Linux can imitate it (and tests/windows)."""
+
+import errno
+import os
+import resource
+import shlex
+import socket
+import subprocess
+import sys
+import types
+
+import pytest
+from agents import Host
+from helpers import wait_until
+
+import agent
+import hostclient
+import hostjournal
+import protocol
+import stompbroker
+import vboxconnection
+import windows
+
+PRIVATE = 'D:PAI(A;OICI;FA;;;SY)(A;OICI;FA;;;S-1-5-21-1-2-3-1001)'
+# What Windows gives a new folder below C:\, and one below a user's own.
+BELOW_C = ('D:AI(A;ID;FA;;;BA)(A;OICIIOID;GA;;;BA)(A;ID;FA;;;SY)(A;OICIID;0x1200a9;;;BU)(A;ID;0x1301bf;;;AU)'
+           '(A;OICIIOID;SDGXGWGR;;;AU)')
+BELOW_HOME = 'D:AI(A;OICIID;FA;;;SY)(A;OICIID;FA;;;BA)(A;OICIID;FA;;;S-1-5-21-1-2-3-1001)'
+
+
+def test_who_may_read_and_change_a_folder_is_read_from_its_access_list():
+    me = 'S-1-5-21-1-2-3-1001'
+    assert windows.is_private(PRIVATE, me)
+    for access in BELOW_C, BELOW_HOME, PRIVATE.replace('PAI', 'AI'), PRIVATE + '(A;OICI;FR;;;BU)', 'D:P', '':
+        assert not windows.is_private(access, me)
+    assert not windows.is_private(PRIVATE, 'S-1-5-21-1-2-3-1002')
+    assert windows.who_may_change(BELOW_C) == ['Authenticated Users']
+    assert windows.who_may_change(BELOW_HOME) == [] == windows.who_may_change(PRIVATE)
+    mixed = 'D:(A;;FR;;;WD)(A;;GRGX;;;BU)(D;;FA;;;AU)(A;;FA;;;WD)(A;;SDGXGWGR;;;BU)'
+    assert windows.who_may_change(mixed) == ['Everyone', 'Users']
+
+
+def test_a_port_that_windows_keeps_for_itself_is_told_so():
+    error = PermissionError(errno.EACCES, 'forbidden')
+    assert '1023' in agent.why_not_listening(error)
+    error.winerror = 10013
+    assert 'reserved' in agent.why_not_listening(error) and 'auto' in agent.why_not_listening(error)
+
+
+def test_a_folder_is_checked_by_writing_to_it(tmp_path):
+    assert agent.check_folder(str(tmp_path / 'new' / 'one'), 'key').ok and os.listdir(str(tmp_path)) == []
+    assert not agent.check_folder('/proc/self/new', 'key').ok
+
+
+def test_the_kernel_module_is_a_thing_of_linux(monkeypatch):
+    monkeypatch.setattr(vboxconnection.sys, 'platform', 'win32')
+    assert vboxconnection.module_lines() == []
+    monkeypatch.setattr(vboxconnection.sys, 'platform', 'linux')
+    assert 'vboxdrv' in vboxconnection.module_lines()[0][1]
+
+
+@pytest.mark.parametrize('soft, most, got', [(256, 10240, 10240), (256, 5000, 4096), (256, 300, None),
+                                             (8192, 9000, None)])
+def test_as_many_descriptors_are_asked_for_as_there_may_be(monkeypatch, soft, most, got):
+    """macOS names no limit, and refuses what is above one."""
+    limits = []
+
+    def set_limit(which, pair):
+        if pair[0] > most:
+            raise ValueError('not allowed')
+        limits.append(pair[0])
+    monkeypatch.setattr(resource, 'getrlimit', lambda which: (soft, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, 'setrlimit', set_limit)
+    stompbroker._allow_many_sockets()
+    assert limits == ([got] if got else [])
+
+
+def test_a_refused_connection_is_told_in_the_words_of_the_system():
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        settings = types.SimpleNamespace(port=free.getsockname()[1], username='', password='')
+        link = protocol.try_broker('127.0.0.1', settings, None)
+    assert 'refused' in link.last_error
+
+
+def test_a_damaged_journal_is_closed_before_it_is_set_aside(tmp_path, monkeypatch):
+    path = tmp_path / 'journal'
+    path.write_bytes(b'no database at all' * 1000)
+    real = agent.replace
+
+    def replace(source, target):
+        open_here = [os.readlink('/proc/self/fd/' + fd) for fd in os.listdir('/proc/self/fd')
+                     if os.path.lexists('/proc/self/fd/' + fd)]
+        assert str(path) not in open_here
+        real(source, target)
+    monkeypatch.setattr(hostjournal.agent, 'replace', replace)
+    hostjournal.Journal(str(path)).close()
+    assert len([name for name in os.listdir(str(tmp_path)) if 'corrupt' in name]) == 1
+
+
+def test_waiting_for_an_answer_is_done_in_looks(tmp_path, monkeypatch):
+    """As on Windows, where Ctrl-C comes only between them."""
+    monkeypatch.setattr(hostclient, 'LOOK_UP', 0.01)
+    with Host(tmp_path) as host:
+        monkeypatch.setattr(hostclient.localsocket, 'path_in', lambda folder: '')
+        client = hostclient.Client(host.state)
+        last = client.call('getEvents', 0)['last']
+        assert client.call('getEvents', last, 0.2)['events'] == []
+        client._leave()
+
+
+# --- a host that nobody hears, and its end ---
+
+def test_shutdown_waits_until_the_host_has_ended(tmp_path):
+    with Host(tmp_path) as host:
+        done = host.verb('shutdown')
+        assert (done.returncode, done.stdout, done.stderr) == (0, b'', b'')
+        assert host.process.wait(10) == 0
+        host.start()                   # nothing of the old one is in the way
+        with host.api as api:
+            assert api.stopHost() is True      # who asked gets the answer
+        assert host.process.wait(10) == 0
+        assert host.verb('shutdown').returncode == 1
+
+
+@pytest.mark.parametrize('is_good', [True, False])
+def test_a_host_that_nobody_hears_logs_into_its_state_folder(tmp_path, is_good):
+    """As one that pyw runs: it has no standard streams at all."""
+    host = Host(tmp_path)
+    if not is_good:
+        with open(host.ini, 'a') as ini:
+            ini.write('\n[Nonsense]\n')
+    words = ' '.join(map(shlex.quote, host.words()))
+    process = subprocess.Popen(['sh', '-c', 'exec %s <&- >&- 2>&-' % words], cwd=host.folder)
+    try:
+        if is_good:
+            log = os.path.join(host.state, 'vmhost.log')
+            wait_until(lambda: os.path.exists(log) and 'started' in open(log).read(), 20)
+            assert host.verb('shutdown').returncode == 0 and process.wait(10) == 0
+            assert os.stat(log).st_mode & 0o077 == 0 or os.stat(host.state).st_mode & 0o077 == 0
+        else:
+            assert process.wait(20) == 1
+            with open(os.path.join(host.folder, 'vmhost.log')) as file:
+                assert 'Nonsense' in file.read()
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def test_ctrl_break_ends_as_ctrl_c_does():
+    """SIGBREAK is Windows' own; any other number does here."""
+    code = ('import os, signal, select, sys; sys.path.insert(0, %r); signal.SIGBREAK = signal.SIGUSR1;'
+            'import agent; ended = agent.catch_signals(); os.kill(os.getpid(), signal.SIGUSR1);'
+            'assert select.select([ended], [], [], 10)[0]' % os.path.dirname(os.path.abspath(agent.__file__)))
+    subprocess.check_call([sys.executable, '-c', code])
