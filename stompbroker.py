@@ -62,6 +62,8 @@ log = logging.getLogger('vmhost.broker')
 SERVER = 'vmhost-broker/' + agent.VERSION
 RECEIVE = 64 * 1024                       # bytes taken from a client at a time
 JOINED = 256 * 1024                       # bytes that one write carries, if the chunks are small
+READ_AT_ONCE = 1024 * 1024                # bytes that are read before what they bring is given out,
+PUT_AT_ONCE = 8 * 1024 * 1024             # and that are put into outboxes before they are written
 SHARE = 256 * 1024                        # bytes that one sender may have waiting for an essential client
 WEIGHT = 64 * 1024                        # bytes of a body that count as one frame of a client's rate
 UNIDENTIFIED_TIME = 1.0                   # seconds that a client has before another may take its place
@@ -71,6 +73,8 @@ LINGER = 2.0                              # seconds from our last byte to the so
 MOST_FOR_SELECT = 500                     # connections that select() can look after
 LONGEST_SLEEP = 3600.0                    # seconds; system calls don't take any number
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+TRIES_FOR_A_PORT = 20                     # that is free on each of several addresses
+NO_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -129,7 +133,6 @@ class Counters:
         self.frames_out = 0
         self.bytes_in = 0
         self.bytes_out = 0
-        self.waiting_bytes = 0             # that clients have not read yet
         self.held_bytes = 0                # in unfinished frames, transactions, subscriptions
         self.held_up = 0                   # times that a sender had to wait for an essential client
         self.slowed = 0                    # times that a client was over its rate
@@ -180,23 +183,63 @@ class State:
     CLOSED = 7
 
 
-class Outbox:
-    """The bytes that wait for one client, first in, first out; small chunks leave in one write."""
-    __slots__ = ('_chunks', '_written', '_deliveries', 'waiting')
+class Memory:
+    """The bytes that wait in all outboxes. A large chunk that waits for many is there once."""
 
     def __init__(self) -> None:
+        self.bytes = 0
+        self._holders = collections.Counter()  # type: Dict[int, int]   # by the id of a large chunk
+
+    def take(self, chunk: bytes) -> None:
+        """A large chunk waits in an outbox."""
+        if not self._holders[id(chunk)]:
+            self.bytes += len(chunk)
+        self._holders[id(chunk)] += 1
+
+    def leave(self, chunk: bytes) -> None:
+        self._holders[id(chunk)] -= 1
+        if not self._holders[id(chunk)]:
+            del self._holders[id(chunk)]
+            self.bytes -= len(chunk)
+
+    def holders(self, chunk: bytes) -> int:
+        """In how many outboxes it waits; 0 for what is no large chunk."""
+        return self._holders.get(id(chunk), 0)
+
+
+class Outbox:
+    """The bytes that wait for one client, first in, first out; small chunks leave in one write."""
+    __slots__ = ('_chunks', '_written', '_deliveries', '_memory', '_join_at', 'waiting', 'large')
+
+    MANY = 1000            # small chunks that are joined when the socket doesn't take them
+
+    def __init__(self, memory: Memory) -> None:
         self._chunks = collections.deque()  # type: collections.deque[Any]
         self._deliveries = None  # type: Optional[collections.deque[Tuple[int, Delivery]]]
         self._written = 0                  # bytes, since the beginning
+        self._memory = memory
+        self._join_at = self.MANY          # chunks
         self.waiting = 0                   # bytes
+        self.large = 0                     # of them, those of large chunks: the memory counts them
 
-    def put(self, parts: Tuple[bytes, ...], delivery: Optional[Delivery] = None) -> None:
+    def put(self, parts: Tuple[bytes, ...], delivery: Optional[Delivery] = None) -> int:
+        """Gives the number of bytes."""
         self._chunks.extend(parts)
-        self.waiting += len(parts[0]) if len(parts) == 1 else sum(map(len, parts))
+        size = len(parts[0]) if len(parts) == 1 else sum(map(len, parts))
+        self.waiting += size
+        if size >= LARGE:
+            self._take_large(parts)
         if delivery is not None:
             if self._deliveries is None:   # few clients need it, and it takes a tenth of an idle one
                 self._deliveries = collections.deque()
             self._deliveries.append((self._written + self.waiting, delivery))
+        return size
+
+    def _take_large(self, parts: Tuple[bytes, ...]) -> None:
+        for part in parts:
+            if len(part) >= LARGE:
+                self._memory.take(part)
+                self.large += len(part)
 
     @property
     def begun(self) -> int:
@@ -208,7 +251,7 @@ class Outbox:
         Raises OSError where it never will."""
         chunks, before = self._chunks, self.waiting
         while chunks:
-            chunk = self._next_chunk()
+            chunk = self._next(chunks)
             chunks.appendleft(chunk)
             try:
                 sent = sock.send(chunk)
@@ -216,18 +259,22 @@ class Outbox:
                 break                      # the selector says when to go on
             self.waiting -= sent
             chunks.popleft()
+            if self.large:
+                self._count_large(chunk, sent)
             if sent < len(chunk):
                 chunks.appendleft(memoryview(chunk)[sent:])
                 break
+        if len(chunks) > self._join_at:
+            self._join()
         self._written += before - self.waiting
         if self._deliveries is not None:
             self._settle(self._deliveries)
         return before - self.waiting
 
-    def _next_chunk(self) -> Any:
-        """The first chunk, or several small ones in one. What was begun stays as it is: TLS wants
+    @staticmethod
+    def _next(chunks: 'collections.deque[Any]') -> Any:
+        """Takes the first chunk, or several small ones in one. What was begun stays as it is: TLS wants
         the same bytes again."""
-        chunks = self._chunks
         first = chunks.popleft()
         if not chunks or len(first) >= LARGE or isinstance(first, memoryview):
             return first
@@ -237,19 +284,52 @@ class Outbox:
             size += len(parts[-1])
         return b''.join(parts)
 
+    def _count_large(self, chunk: Any, sent: int) -> None:
+        whole = _whole(chunk)
+        if self._memory.holders(whole):
+            self.large -= sent
+            if sent == len(chunk):
+                self._memory.leave(whole)
+
+    def _join(self) -> None:
+        """Many small chunks take much more than their bytes. The first one stays as it is."""
+        chunks, self._chunks = self._chunks, collections.deque()
+        self._chunks.append(chunks.popleft())
+        while chunks:
+            self._chunks.append(self._next(chunks))
+        self._join_at = 2 * len(self._chunks) + self.MANY
+
+    @property
+    def share(self) -> float:
+        """Bytes of memory that are its own, and its part of what waits for others as well."""
+        shared = 0.0
+        if self.large:
+            for whole in map(_whole, self._chunks):
+                holders = self._memory.holders(whole)
+                shared += len(whole) / holders if holders else 0
+        return self.waiting - self.large + shared
+
     def _settle(self, deliveries: 'collections.deque[Tuple[int, Delivery]]') -> None:
         """What is written, queues need not keep."""
         while deliveries and deliveries[0][0] <= self._written:
             queue, message = deliveries.popleft()[1]
-            queue.release(message.cost)
+            queue.written(message)
 
     def clear(self) -> List[Delivery]:
         """Forgets what waits; gives what queues have to take back."""
         unwritten = [delivery for _, delivery in self._deliveries or ()]
+        for whole in map(_whole, self._chunks):
+            if self._memory.holders(whole):
+                self._memory.leave(whole)
         self._chunks.clear()
         self._deliveries = None
-        self.waiting = 0
+        self.waiting = self.large = 0
         return unwritten
+
+
+def _whole(chunk: Any) -> bytes:
+    """What it is the rest of, if it was begun."""
+    return chunk.obj if isinstance(chunk, memoryview) else chunk  # type: ignore[no-any-return,return-value]
 
 
 class Lanes:
@@ -378,10 +458,10 @@ class Connection(Outlet):
         self._sock = sock
         # Until it is known who that is, nothing large is waited for.
         self._reader = FrameReader(CLIENT_COMMANDS, max_body=RECEIVE)
-        self._outbox = Outbox()
+        self._outbox = Outbox(broker.memory)
         self._lanes = None  # type: Optional[Lanes]
         self._bucket = None  # type: Optional[Bucket]
-        self._counted = 0                  # bytes of the outbox that are in the broker's counter
+        self._counted = 0                  # bytes that are its own, as the broker's memory knows them
         self._to_flush = False             # the broker will call ``flush`` in this round
         self._wants_room = False           # queues have more for it
         self._held_up = False              # not read until an essential client has read
@@ -624,7 +704,7 @@ class Connection(Outlet):
         if self.state > State.CONNECTED:
             return
         if self._lanes is None:
-            self._outbox.put(parts, delivery)
+            self.broker.put_at_once += self._outbox.put(parts, delivery)
         else:
             self._lanes.put(sender or self, parts, delivery)
         self.broker.count.frames_out += frames
@@ -635,6 +715,8 @@ class Connection(Outlet):
                 self.broker.is_held_up = True
         elif self._outbox.waiting > self.broker.most_in_a_round:
             self._relieve()
+        elif self.broker.put_at_once > PUT_AT_ONCE:
+            self.broker.write_early()
 
     def _ask_for_flush(self) -> None:
         self._to_flush = True
@@ -698,11 +780,17 @@ class Connection(Outlet):
         return self._outbox.waiting - self._outbox.begun > most
 
     def _count_waiting(self) -> int:
-        """Tells the broker's counter what waits; gives it."""
+        """Tells the broker's memory what waits; gives it."""
         waiting = self.waiting
-        self.broker.count.waiting_bytes += waiting - self._counted
-        self._counted = waiting
+        own = waiting - self._outbox.large
+        self.broker.memory.bytes += own - self._counted
+        self._counted = own
         return waiting
+
+    @property
+    def share(self) -> float:
+        """Bytes of the broker's memory that wait for it."""
+        return self._outbox.share + (self._lanes.waiting if self._lanes is not None else 0)
 
     @property
     def waiting(self) -> int:
@@ -752,6 +840,8 @@ class Connection(Outlet):
 
     def fail(self, text: str, frame: Optional[WireFrame] = None) -> None:
         """An ERROR frame, then the end."""
+        if self.state == State.CLOSED:     # cut off by what its own frame brought
+            return
         self.broker.count.errors += 1
         log.info('%r: %s', self, text)
         self.session.say_error(' '.join(text.replace('\0', ' ').split()), frame)
@@ -856,7 +946,8 @@ class Peers:
     def admits(self, address: str, now: float) -> bool:
         """Whether one more may come from there; the oldest that doesn't say who it is may have to go."""
         unidentified = self._unidentified.get(address, collections.OrderedDict())
-        if self._all[address] < self._limits.per_address and len(unidentified) >= self._limits.unidentified:
+        if (unidentified and len(unidentified) >= self._limits.unidentified
+                and self._all[address] < self._limits.per_address):
             self._let_go(unidentified, now)
         return (self._all[address] < self._limits.per_address
                 and len(unidentified) < self._limits.unidentified)
@@ -961,6 +1052,8 @@ class Broker:
         self.server = SERVER
         self.token = '%08x' % int.from_bytes(os.urandom(4), 'big')
         self.count = Counters()
+        self.memory = Memory()             # of what clients have not read yet
+        self.put_at_once = 0               # bytes, into outboxes, since all of them were written
         self.now = time.monotonic()
         self.alarms = Alarms()
         self._told = agent.Seldom(log)
@@ -982,6 +1075,7 @@ class Broker:
         self._most_connections = self.limits.connections
         self._connections = {}   # type: Dict[int, Connection]
         self._to_flush = []      # type: List[Connection]
+        self._is_flushing = False
         self._has_holes = False            # the memory; it is looked after from so many bytes on:
         self.much_is_held = self.limits.held // 2
         self._connection_numbers = itertools.count(1)
@@ -1007,27 +1101,42 @@ class Broker:
     def _listen(self) -> List[Listener]:
         """A listener for each address of the host; those that this machine hasn't are left out, unless
         it has none of them."""
-        listeners, port = [], self._port   # type: List[Listener], int
+        if not 0 <= self._port <= 65535:
+            raise BrokerError('there is no port %d' % self._port)     # getaddrinfo takes another one
+        tries = 1 if self._port else TRIES_FOR_A_PORT
         try:
-            if not 0 <= port <= 65535:
-                raise BrokerError('there is no port %d' % port)       # getaddrinfo takes another one
             found = list(dict.fromkeys(
                 (family, address) for family, _, _, _, address in socket.getaddrinfo(
-                    self._host, port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)))
+                    self._host, self._port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)))
+            while True:
+                tries -= 1
+                try:
+                    return self._listen_on(found)
+                except OSError as error:
+                    if error.errno != errno.EADDRINUSE or not tries:
+                        raise
+        except (OSError, UnicodeError) as error:
+            wanted = _spoken((self._host, self._port))
+            raise BrokerError('the broker cannot listen on %s: %s' % (wanted, error))
+
+    def _listen_on(self, found: List[Any]) -> List[Listener]:
+        """On each (family, address), all with one port. Raises OSError."""
+        listeners, port = [], self._port   # type: List[Listener], int
+        try:
             for number, (family, address) in enumerate(found):
                 try:
                     listeners.append(Listener(self, family, (address[0], port) + address[2:],
                                               alone=len(found) == 1))
                 except OSError as error:
-                    if error.errno != errno.EADDRNOTAVAIL or number == len(found) - 1 and not listeners:
+                    if error.errno not in NO_ADDRESS or number == len(found) - 1 and not listeners:
                         raise
                     log.warning('%s is no address of this machine', address[0])
                 else:
                     port = listeners[-1].address[1]
-        except (OSError, UnicodeError) as error:
+        except OSError:
             for listener in listeners:
                 listener.close()
-            raise BrokerError('the broker cannot listen on %s: %s' % (_spoken((self._host, port)), error))
+            raise
         return listeners
 
     @property
@@ -1072,6 +1181,7 @@ class Broker:
         counted = dict(vars(self.count))
         counted['connections'] = len(self._connections)
         counted['destinations'] = len(self.destinations)
+        counted['waiting_bytes'] = self.memory.bytes
         counted['queued_bytes'] = self.destinations.bytes
         counted['dropped'] = self.destinations.dropped
         counted['expired'] = self.destinations.expired
@@ -1102,8 +1212,12 @@ class Broker:
     def _round(self) -> None:
         ready = self._selector.select(self.alarms.patience())
         self.now = time.monotonic()
+        enough = self.count.bytes_in + READ_AT_ONCE
         for key, events in ready:
             key.data(events)
+            if self.count.bytes_in >= enough:
+                self._deliver()
+                enough = self.count.bytes_in + READ_AT_ONCE
         self._deliver()
         if self.alarms.delay(self.now) > SHORTEST_MARGIN:
             self._forgive()
@@ -1159,11 +1273,22 @@ class Broker:
         self.destinations.flush()
         self.destinations.dispatch()
         self._flush()
-        if self.count.waiting_bytes > self.limits.waiting_in_all:
-            self._relieve_waiting()
+
+    def write_early(self) -> None:
+        """What one round brings may be much more than may wait, times all subscriptions."""
+        if not self._is_flushing:
             self._flush()
 
     def _flush(self) -> None:
+        self._is_flushing = True
+        self._write_all()
+        if self.memory.bytes > self.limits.waiting_in_all:
+            self._relieve_waiting()
+            self._write_all()
+        self._is_flushing = False
+        self.put_at_once = 0
+
+    def _write_all(self) -> None:
         waiting = self._to_flush
         for connection in waiting:         # grows while queues find room
             try:
@@ -1173,10 +1298,10 @@ class Broker:
         del waiting[:]
 
     def _relieve_waiting(self) -> None:
-        """All clients together don't read enough: those for whom most waits go."""
+        """All clients together don't read enough: those who take most of the memory go."""
         others = [each for each in self._connections.values() if not each.takes_turns]
-        for connection in sorted(others, key=lambda each: -each.waiting):
-            if self.count.waiting_bytes <= self.limits.waiting_in_all:
+        for connection in sorted(others, key=lambda each: -each.share):
+            if self.memory.bytes <= self.limits.waiting_in_all:
                 return
             connection.cut_off()
 
@@ -1203,7 +1328,8 @@ class Broker:
         """Whether login and passcode are right. The time it takes tells nothing about them."""
         if not self._login and not self._passcode:
             return True
-        right = [hmac.compare_digest(ours.encode('utf-8'), theirs.encode('utf-8', 'replace'))
+        right = [hmac.compare_digest(ours.encode('utf-8', 'surrogateescape'),
+                                     theirs.encode('utf-8', 'replace'))
                  for ours, theirs in ((self._login, login), (self._passcode, passcode))]
         return all(right)
 
@@ -1292,6 +1418,7 @@ LIMITS = {                 # of Limits: what --help says
     'waiting_in_all': 'bytes that all clients have not read', 'queued': 'bytes in a queue',
     'queued_in_all': 'bytes in all queues',
     'held': 'bytes in all unfinished frames, transactions and subscriptions'}
+NEVER_0 = frozenset(('connections', 'per_address', 'unidentified', 'unacknowledged', 'refusals'))
 PROGRAM = Limits(max_frame=16 * 1024 * 1024)     # what holds where no option says otherwise
 # On Windows, Ctrl-Break.
 SIGNAL_OF_STATUS = getattr(signal, 'SIGUSR1', None) or getattr(signal, 'SIGBREAK', None)
@@ -1300,18 +1427,21 @@ SIGNAL_OF_STATUS = getattr(signal, 'SIGUSR1', None) or getattr(signal, 'SIGBREAK
 def _arguments(arguments: Optional[List[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description='A STOMP broker; messages live in memory. SIGUSR1 has it print what it holds.')
-    parser.add_argument('--host', default='127.0.0.1', help='name or address; of a name, all its addresses')
+    parser.add_argument('--host', default='127.0.0.1', type=_not_empty,
+                        help='name or address; of a name, all its addresses')
     parser.add_argument('--port', type=int, default=61613)
-    parser.add_argument('--login', default='')
-    parser.add_argument('--passcode', default='', help='others can see it in the list of processes')
-    parser.add_argument('--passcode-file', metavar='FILE', help='whose first line is the passcode')
-    parser.add_argument('--tls-cert', metavar='FILE', help='PEM; turns TLS on')
-    parser.add_argument('--tls-key', metavar='FILE', help='PEM, where it is not in the other file')
+    parser.add_argument('--login', type=_not_empty)
+    parser.add_argument('--passcode', type=_not_empty, help='others can see it in the list of processes')
+    parser.add_argument('--passcode-file', metavar='FILE', type=_not_empty,
+                        help='whose first line is the passcode')
+    parser.add_argument('--tls-cert', metavar='FILE', type=_not_empty, help='PEM; turns TLS on')
+    parser.add_argument('--tls-key', metavar='FILE', type=_not_empty,
+                        help='PEM, where it is not in the other file')
     parser.add_argument('-v', '--verbose', action='store_true')
     limits = parser.add_argument_group('limits')
     for name, default in PROGRAM._asdict().items():
         limits.add_argument('--' + name.replace('_', '-'), default=default, metavar='N', help='%s; %s' % (
-            LIMITS[name], default), type=_no_less_than_0(type(default)))
+            LIMITS[name], default), type=_no_less_than(1 if name in NEVER_0 else 0, type(default)))
     chosen = parser.parse_args(arguments)
     if chosen.tls_key and not chosen.tls_cert:
         parser.error('--tls-key needs --tls-cert: without it nothing would be encrypted')
@@ -1320,13 +1450,20 @@ def _arguments(arguments: Optional[List[str]]) -> argparse.Namespace:
     return chosen
 
 
-def _no_less_than_0(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+def _no_less_than(least: int, kind: Callable[[str], Any]) -> Callable[[str], Any]:
     def number(text: str) -> Any:
         value = kind(text)
-        if not value >= 0:
-            raise argparse.ArgumentTypeError('less than 0: %s' % text)
+        if not value >= least:
+            raise argparse.ArgumentTypeError('less than %d: %s' % (least, text))
         return value
     return number
+
+
+def _not_empty(text: str) -> str:
+    """What a shell makes of a variable that isn't set must not turn off passcode or TLS."""
+    if not text:
+        raise argparse.ArgumentTypeError('there is nothing in it')
+    return text
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
@@ -1338,13 +1475,12 @@ def main(arguments: Optional[List[str]] = None) -> int:
     if SIGNAL_OF_STATUS is not None:
         signal.signal(SIGNAL_OF_STATUS, lambda *_: None)       # and so its number comes by the socket, too
     try:
-        passcode = _read_passcode(chosen.passcode_file) if chosen.passcode_file else chosen.passcode
-        broker = Broker(chosen.host, chosen.port, chosen.login, passcode,
+        passcode = _read_passcode(chosen.passcode_file) if chosen.passcode_file else chosen.passcode or ''
+        broker = Broker(chosen.host, chosen.port, chosen.login or '', passcode,
                         _server_tls(chosen.tls_cert, chosen.tls_key),
                         **{name: getattr(chosen, name) for name in Limits._fields})
         broker.start()
-        for address in broker.addresses:
-            print('listening on %s' % _spoken(address), flush=True)
+        _print('\n'.join('listening on %s' % _spoken(address) for address in broker.addresses), sys.stdout)
         _serve(broker, signals)
     except BrokerError as error:
         print('stompbroker: %s' % error, file=sys.stderr)
@@ -1361,9 +1497,21 @@ def _serve(broker: Broker, signals: socket.socket) -> None:
                 raise BrokerError('the broker has failed: %r' % broker.failure)
             if signals.recv(1)[0] != SIGNAL_OF_STATUS:
                 return
-            print(status_table(broker), file=sys.stderr, flush=True)
+            try:
+                table = status_table(broker)
+            except BrokerError as error:   # it is busy, and goes on
+                table = 'stompbroker: %s' % error
+            _print(table, sys.stderr)
     finally:
         broker.stop()
+
+
+def _print(text: str, file: Any) -> None:
+    """For whoever started the broker; where that one reads no more, the broker goes on without."""
+    try:
+        print(text, file=file, flush=True)
+    except (OSError, ValueError) as error:
+        log.info('nobody reads what is printed: %s', error)
 
 
 def status_table(broker: Broker) -> str:
@@ -1378,7 +1526,7 @@ def status_table(broker: Broker) -> str:
 
 def _read_passcode(path: str) -> str:
     try:
-        with open(path, encoding='utf-8') as file:
+        with open(path, encoding='utf-8-sig') as file:      # Windows' Notepad puts a mark before it
             if os.name == 'posix' and os.fstat(file.fileno()).st_mode & 0o077:
                 log.warning('others can read the passcode: chmod 600 %s', path)
             passcode = file.readline().rstrip('\r\n')
@@ -1394,10 +1542,15 @@ def _server_tls(cert: Optional[str], key: Optional[str]) -> Optional[ssl.SSLCont
         return None
     try:
         tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        tls.load_cert_chain(cert, key)
-    except OSError as error:
+        tls.load_cert_chain(cert, key, password=_refuse_to_ask)
+    except (OSError, ValueError) as error:
         raise BrokerError('certificate %s, key %s: %s' % (cert, key or cert, error))
     return tls
+
+
+def _refuse_to_ask() -> str:
+    """OpenSSL would ask at the terminal for an encrypted key's password, and wait."""
+    raise ValueError('the key is encrypted, and nobody is there to be asked for its password')
 
 
 if __name__ == '__main__':

@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import protocol
 from protocol import WireFrame
-from stompqueues import BrokerMessage, Queue, Subscription, cost_of, expiry
+from stompqueues import BrokerMessage, Queue, Subscription, check_name, check_send, cost_of
 
 log = logging.getLogger('vmhost.broker')
 
@@ -28,7 +28,12 @@ class StompError(Exception):
 # Headers of SUBSCRIBE that ask for what isn't there, and what that is.
 NOT_BUILT = {'selector': 'selectors', 'durable': 'durable subscriptions',
              'activemq.subscriptionName': 'durable subscriptions',
-             'durable-subscription-name': 'durable subscriptions'}
+             'activemq.subcriptionName': 'durable subscriptions',      # as ActiveMQ's own examples spell it
+             'durable-subscription-name': 'durable subscriptions',
+             'browser': 'queue browsers', 'activemq.exclusive': 'exclusive consumers',
+             'activemq.retroactive': 'retroactive subscriptions',
+             'no-local': 'subscriptions without one\'s own messages',
+             'activemq.noLocal': 'subscriptions without one\'s own messages'}
 
 
 class Transactions:
@@ -223,7 +228,7 @@ class Session:
         if allowed is False:
             self.broker.count.refused += 1
         elif 'transaction' in frame.headers:
-            expiry(frame.headers)          # else it would be found at COMMIT
+            check_send(frame.headers)      # else it would be found at COMMIT
             self._transactions.add(frame)
         else:
             self._route(frame)
@@ -246,16 +251,18 @@ class Session:
             raise StompError('ack is none of auto, client, client-individual: %.40r' % mode)
         if len(self._by_number) >= self.broker.limits.subscriptions:
             raise StompError('more than %d subscriptions' % self.broker.limits.subscriptions)
+        check_name(destination)
         for name in NOT_BUILT:
             if frame.headers.get(name, 'false') not in ('false', ''):
                 raise StompError('this broker has no %s: header %s' % (NOT_BUILT[name], name))
         prefetch = self._prefetch(frame.headers)
         self.broker.policy.subscribing(self, destination, frame.headers)
-        self.connection.hold(cost_of(frame.headers))
+        cost = cost_of(frame.headers) + self.broker.destinations.overhead(destination)
+        self.connection.hold(cost)
         self._numbers += 1
         place = self.broker.destinations.get(destination)
         subscription = Subscription(self, self.connection, self.version, self._numbers, key, frame.headers,
-                                    place, prefetch)
+                                    place, prefetch, cost)
         self._subscriptions[key] = self._by_number[subscription.id] = subscription
         place.add(subscription)
 
@@ -294,7 +301,7 @@ class Session:
     def ask_queues(self) -> None:
         """There is room again for what queues have."""
         for subscription in list(self._subscriptions.values()):
-            subscription.destination.dispatch()
+            subscription.destination.has_room_again(subscription)
 
     # -- ACK and NACK
 
@@ -328,9 +335,9 @@ class Session:
         queue = subscription.destination
         if frame.command == 'ACK':
             queue.settle(messages)
-            queue.dispatch()
+            queue.has_room_again(subscription)
         else:
-            queue.refuse(messages, subscription)
+            queue.refuse(messages, subscription, frame.headers.get('requeue') == 'false')
         self._forget_if_done(subscription)
         self.broker.destinations.forget(queue)
 
@@ -341,6 +348,8 @@ class Session:
             candidates = [self._by_number[key]] if key in self._by_number else []
         else:
             key, number = headers.get('subscription', ''), headers['message-id']
+            if self.broker.destinations.is_of_topic(number):
+                return None, number
             candidates = [self._subscriptions[key]] if key in self._subscriptions else []
             if not candidates or number not in candidates[0].unacked:
                 candidates = [each for each in self._by_number.values()
