@@ -67,6 +67,8 @@ def test_each_example_does_what_stands_there(host, tmp_path, monkeypatch):
                     exec(code_of(method), {'host': api})
                 assert caught.value.faultCode == faults.NotSupported.fault, method.name
                 continue
+            if method.name == 'stopHost':
+                continue                     # the others go on (test_leases.py)
             if method.name == 'forgetVM':
                 with Guest(host.broker_port, 'lab12', bytes.fromhex(64 * '5')) as other:
                     other.hello(tell=False)    # by what pairVM told
