@@ -87,7 +87,6 @@ class Connection:
         self.desktop = settings['remote_desktop']
         self.chirp_port = settings['chirp_port']
         self.timeout = settings['command_timeout']
-        self.machine_folder = settings.get('machine_folder', '')       # '': VirtualBox's own
         self._connect = connect
         self.manager = None  # type: Any
         self.vbox = None  # type: Any

@@ -82,8 +82,7 @@ class Images:
 
     def _path_of(self, name: str, wish: Dict[str, Any]) -> str:
         """Where the settings of a new VM will be."""
-        folder = wish['folder'] or self.box.machine_folder
-        return str(self.box.vbox.composeMachineFilename(name, '', '', folder))
+        return str(self.box.vbox.composeMachineFilename(name, '', '', wish['folder']))
 
     def _check_new_name(self, name: str, path: str) -> None:
         if not name or re.search(r'[/\\\x00-\x1f]', name) or name in ('.', '..'):
@@ -647,8 +646,8 @@ class Cleaning:
         busy = [vm for _, vm in job.others]
         machines = self.box.machines_now() if busy else []
         paths = [machine.settingsFilePath for machine in machines if {machine.name, machine.id} & set(busy)]
-        paths += [self.box.vbox.composeMachineFilename(vm, '', '', self.box.machine_folder)
-                  for verb, vm in job.others if verb == 'create_vm']
+        paths += [self.box.vbox.composeMachineFilename(vm, '', '', '') for verb, vm in job.others
+                  if verb == 'create_vm']
         return [os.path.dirname(path) for path in paths]
 
     def _remove_disk(self, job: Job, path: str, uuid: str) -> None:
