@@ -8,6 +8,7 @@ What it is not: a look at files (boincwork.py). No threads, no state.
 """
 
 import math
+import re
 import shlex
 import xml.etree.ElementTree
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
@@ -223,5 +224,5 @@ class Trigger(NamedTuple):
 def read_trigger(text: str) -> Trigger:
     """What such a file says; empty: 0, and nothing else."""
     lines = text.splitlines() + ['', '']
-    number = int(lines[0]) if lines[0].strip().lstrip('-').isdigit() and len(lines[0]) < 12 else 0
+    number = int(lines[0]) if re.fullmatch(r'\s*-?[0-9]{1,9}\s*', lines[0]) else 0
     return Trigger(number, lines[1].strip() == '1', ' '.join(' '.join(lines[2:]).split()))

@@ -317,7 +317,7 @@ class Record:
         self.before = self.cpu = self.checkpoint = cpu
         self.elapsed = self.fraction = 0.0
         self.put = self.made = False
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):     # no such file, or a damaged one
             with open(path, encoding='utf-8') as file:
                 for name, value in json.load(file).items():
                     if type(value) is type(getattr(self, name, None)):

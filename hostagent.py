@@ -26,6 +26,7 @@ from hostcontrol import Control
 from hostguests import Guests
 from hostinput import Inputs
 from hostjournal import Journal, JournalError
+from hostleases import Leases
 from hostlink import Connection
 from hostmachines import Machines
 from hostoutput import Fetcher, Output
@@ -75,6 +76,7 @@ class Host:
                                      self.guests.forgive)
         say = self.connection.say
         self.machines = Machines(self.guests, self.commands, self.journal, self.connection, self.trust)
+        self.leases = Leases(self.folder, self.machines, self.journal)
         self.control = Control(self.commands, self.guests, self.machines, say, settings.Broker.max_frame)
         self.fetcher = Fetcher(self.commands, self.machines, say, self.folder, settings.Host.fetch_limit)
         self.output = Output(self.fetcher, self.control, self.machines)
@@ -126,6 +128,7 @@ class Host:
         if self.server is not None:
             self.server.stop()
         self.transfers.stop(time.monotonic() + 1.0)
+        self.leases.stop(time.monotonic() + 1.0)
         self.fetcher.stop(time.monotonic() + 1.0)
         self.acknowledgements.stop(time.monotonic() + 0.5)
         self.machines.stop(time.monotonic() + 0.5)
@@ -173,8 +176,15 @@ class Clock:
     def tick(self) -> None:
         """Called every TICK seconds."""
         host, now = self._host, time.monotonic()
-        if self._has_slept(now) or host.connection.is_down:
+        if self._has_slept(now):
+            host.leases.forgive()
             host.guests.forgive()
+        elif host.connection.is_down:
+            host.guests.forgive()
+        host.leases.tick()
+        if self._is_idle(now):
+            log.info('nothing to do for %.0f s: vmhost ends ([Host] idle_end)', host.settings.Host.idle_end)
+            host.is_ending = True
         with host.journal.best_effort():
             host.commands.write_states()
         host.control.publish_due()
@@ -195,6 +205,17 @@ class Clock:
             log.warning('the clock jumped ahead by %.0f s: nothing is deleted for %.0f s', jump, DOUBT)
             self._next_retention = max(self._next_retention, now + DOUBT)
         return max(passed, jump) > min(SLEPT, self._host.settings.Host.vm_gc_grace / 2)
+
+    def _is_idle(self, now: float) -> bool:
+        """Whether nobody asked for anything for idle_end, and nothing that was asked for goes on."""
+        host, limit = self._host, self._host.settings.Host.idle_end
+        if not limit or host.server is None or now - host.server.asked < limit:
+            return False
+        hypervisor = host.machines.hypervisor
+        return not (host.leases.count() or host.transfers.are_under_way()
+                    or hypervisor is not None and hypervisor.under_way()
+                    or any(host.machines.can_answer(guest.id) and host.commands.open_of(guest.id)
+                           for guest in host.guests.on_list()))
 
     def _judge_liveness(self) -> None:
         for guest, liveness in self._host.guests.tick(self._host.machines.is_suspended):

@@ -295,9 +295,11 @@ class ControlMethods(Methods):
         """Makes a VM from .ova, .ovf, .vdi, .vmdk or .iso; or registers a .vbox file. [True, name].
 
         Options: memory (MB), cpus, ostype, network (hostonly, nat or none), diskSize (MB) of the new, empty
-        disk, 0 for none, keep (cleanup leaves the VM alone), and acceptEula (an appliance's licence). What
-        an image decides itself is refused: diskSize beside a disk or an appliance, ostype beside an
-        appliance, all beside a .vbox file.
+        disk, 0 for none, keep (cleanup leaves the VM alone), acceptEula (an appliance's licence), linked (the
+        VM's disk lies on the image, which is only read and must stay; no copy), folder (where the folder of
+        the VM's files is made; an absolute path) and owner (any text, that cleanup can look for). What an
+        image decides itself is refused: diskSize beside a disk or an appliance, ostype beside an appliance,
+        all beside a .vbox file.
 
             >>> host.createVM('node1', '/images/cernvm.ova', {'memory': 2048, 'cpus': 2})
             [True, 'node1']
@@ -470,6 +472,16 @@ class ControlMethods(Methods):
         """
         return self._hypervisor().remote_desktop(vm, enable, options)
 
+    def lease(self, vm: str, seconds: float) -> bool:
+        """Says that somebody looks after a VM: where it isn't said again within so many seconds, the VM is
+        saved. 0: nobody does any more, and it is left as it is.
+
+            >>> host.lease('node1', 60)
+            True
+        """
+        self._host.leases.take(vm, seconds)
+        return True
+
     def getNetwork(self) -> dict:
         """{mode, interface, hostIp, netmask, dhcp: {server, lower, upper, enabled}}.
 
@@ -488,16 +500,17 @@ class ControlMethods(Methods):
         return self._hypervisor().setup_network()
 
     @audited
-    def cleanup(self, dryRun: bool = True, vms: list = []) -> list:
+    def cleanup(self, dryRun: bool = True, vms: list = [], owner: str = '') -> list:
         """What is, or would be, removed: [{kind, name, why}] of VMs and disks that this tool made.
 
         What is half made, disks of its own that no VM uses, and those of its VMs that are named in `vms` and
-        off. Rows of kind `kept` tell what was passed over.
+        off. Rows of kind `kept` tell what was passed over. With `owner` (of createVM) only VMs of that owner:
+        those that are named and off or saved, and those whose folder is gone.
 
             >>> host.cleanup(True)
             []
         """
-        return self._hypervisor().cleanup(dryRun, vms)
+        return self._hypervisor().cleanup(dryRun, vms, owner)
 
     @audited
     def keepVM(self, vm: str, keep: bool = True) -> bool:

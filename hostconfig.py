@@ -62,6 +62,7 @@ def read_settings(ini: Optional[str]) -> Any:
     settings = agent.read_settings(ini, SETTINGS)
     if ini is None:
         settings.Host.state_dir = own_state_dir()
+        settings.Hypervisor.machine_folder = os.path.join(own_state_dir(), 'machines')
     return settings
 
 

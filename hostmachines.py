@@ -305,5 +305,6 @@ def start_driver(settings: Any, state_dir: str, on_event: Callable[[str, str, st
 def driver_settings(settings: Any, state_dir: str) -> Dict[str, Any]:
     """What a driver is told of host.ini; state_dir: where it may keep what it prints, '' for nowhere."""
     return {'network': dict(vars(settings.Network)), 'remote_desktop': dict(vars(settings.RemoteDesktop)),
+            'machine_folder': settings.Hypervisor.machine_folder,
             'chirp_port': CHIRP_PORT, 'state_dir': os.path.abspath(state_dir) if state_dir else '',
             'command_timeout': settings.Hypervisor.command_timeout}

@@ -267,7 +267,10 @@ class Connection:
             raise Refused(404, 'calls go to / or /RPC2')
         body = self._read_body(request)
         if len(body) == request.length():
-            self._respond(200, 'text/xml; charset=utf-8', self._server.dispatcher.answer(body, self._client))
+            self._server.asked = time.monotonic()
+            answer = self._server.dispatcher.answer(body, self._client)
+            self._server.asked = time.monotonic()      # the call may have taken long
+            self._respond(200, 'text/xml; charset=utf-8', answer)
 
     def _show(self, request: Request) -> None:
         """A page, what the status page asks for, or the proof that this is the host agent."""
@@ -331,6 +334,7 @@ class Server:
         self.dispatcher = Dispatcher(host, api)
         self.status = StatusPage(host, api)
         self.host = host
+        self.asked = time.monotonic()                  # when the API was called last
         self._token = host.token
         self._folder = host.folder
         self._lock = threading.Lock()

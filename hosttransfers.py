@@ -143,6 +143,11 @@ class Transfers:
             known = list(self._known.values())
         return [transfer.shown() for transfer in known]
 
+    def are_under_way(self) -> bool:
+        """Whether one waits or runs."""
+        with self._lock:
+            return any(transfer.is_under_way for transfer in self._known.values())
+
     def cancel(self, id: str) -> bool:
         """Has it end, at once where it waits. False where it has ended. Raises InvalidParams."""
         transfer = self.get(id)

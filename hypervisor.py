@@ -91,7 +91,7 @@ class Driver:
     vm-progress.
 
     settings    {network{…}, remote_desktop{…}: as the sections [Network] and [RemoteDesktop]; chirp_port,
-                state_dir, command_timeout: s}
+                state_dir, machine_folder, command_timeout: s}
     """
     name = ''                      # as a person knows it
 
@@ -310,9 +310,11 @@ class Driver:
         return self._cannot('forward a port')
 
     @changing
-    def cleanup(self, job: 'Job', dry_run: bool = True, vms: List[str] = []) -> List[Dict[str, str]]:  # noqa: B006
+    def cleanup(self, job: 'Job', dry_run: bool = True, vms: List[str] = [], owner: str = ''  # noqa: B006
+                ) -> List[Dict[str, str]]:
         """[{kind: vm|disk, name, why}] of what create_vm began and nobody needs, and of the VMs named;
-        removes it unless dry_run. Rows of kind `kept` say what can't be decided, and why."""
+        removes it unless dry_run. Rows of kind `kept` say what can't be decided, and why. With an owner: of
+        the VMs made for that owner alone, those named that don't run, and those whose folder is gone."""
         return self._cannot('clean up')
 
 

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import time
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import agent
 from faults import (
@@ -30,6 +30,7 @@ from vboxconnection import (
     OBJECT_IN_USE,
     OBJECT_NOT_FOUND,
     OFF,
+    SAVED,
     Connection,
     has_mark,
     name_in_path,
@@ -42,6 +43,7 @@ log = logging.getLogger('vmhost.virtualbox')
 IMPORTING = 'vmhost/importing/'    # + name: the .vbox that an import will register
 EXPECTED = 'vmhost/expected'       # + path of a disk that createVM is about to make: when it began
 DISK_MADE = 'vmhost/disk/'         # + uuid of a disk that createVM made: its path then
+OWNER = 'vmhost/owner/'            # + uuid of a VM that createVM made: whose it is
 
 UUID = re.compile(r'^{?[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}}?$')
 LARGEST = 2 ** 31 - 1              # of the numbers that options hold
@@ -61,9 +63,11 @@ class Images:
         registers = not image and name.lower().endswith('.vbox')
         kind = os.path.splitext(name if registers else image)[1].lower()
         check_fitting(options, kind)
+        if wish['linked'] and kind in ('', '.iso', '.ova', '.ovf'):
+            raise InvalidParams('linked: expected an image that is a disk, on which the VM\'s own can lie')
         if registers:
             return self._register(os.path.abspath(name))
-        self._check_new_name(name)
+        self._check_new_name(name, self._path_of(name, wish))
         self._check_ostype(wish['ostype'])
         if image and not os.path.isfile(image):
             raise InvalidParams('no such image file: %s' % image)
@@ -76,7 +80,11 @@ class Images:
                                % kind)
         return name
 
-    def _check_new_name(self, name: str) -> None:
+    def _path_of(self, name: str, wish: Dict[str, Any]) -> str:
+        """Where the settings of a new VM will be."""
+        return str(self.box.vbox.composeMachineFilename(name, '', '', wish['folder']))
+
+    def _check_new_name(self, name: str, path: str) -> None:
         if not name or re.search(r'[/\\\x00-\x1f]', name) or name in ('.', '..'):
             raise InvalidParams('%r is no name for a VM' % name)
         if len(name.encode('utf-8')) > LONGEST_NAME:
@@ -86,7 +94,6 @@ class Images:
         if name in [machine.name for machine in self.box.machines_now()] + [
                 name_in_path(machine) for machine in self.box.unreadable()]:
             raise AlreadyExists('there is a VM %r already' % name)
-        path = self.box.vbox.composeMachineFilename(name, '', '', '')
         if os.path.exists(path):
             raise AlreadyExists('%s exists already, of a VM that is not registered' % path)
 
@@ -117,26 +124,26 @@ class Images:
         return machine.name
 
     def _build(self, job: Job, name: str, image: str, kind: str, wish: Dict[str, Any]) -> None:
-        machine = self._new_machine(name, wish['ostype'])
+        machine = self._new_machine(name, wish)
         disk = None
         try:
-            disk = self._new_disk(job, machine, image, kind, wish['diskSize'])
+            disk = self._new_disk(job, machine, image, kind, wish)
             self.box.edit(job, machine, lambda mutable: self._fit_out(
                 mutable, wish, disk, image if kind == '.iso' else ''))
         except BaseException:
             self._remove_half_made(machine, disk)
             raise
 
-    def _new_machine(self, name: str, ostype: str) -> Any:
+    def _new_machine(self, name: str, wish: Dict[str, Any]) -> Any:
         """Registered at once, marked as half made: if we die now, cleanup will find it."""
-        ostype = ostype or 'Linux_64'
+        ostype, path = wish['ostype'] or 'Linux_64', self._path_of(name, wish)
         if self.box.api() >= (7, 1):
             arch = self.box.vbox.getGuestOSType(ostype).platformArchitecture
-            arguments = ['', name, arch, [], ostype, '', '', '', '']
+            arguments = [path, name, arch, [], ostype, '', '', '', '']
         elif self.box.api() >= (7, 0):
-            arguments = ['', name, [], ostype, '', '', '', '']
+            arguments = [path, name, [], ostype, '', '', '', '']
         else:
-            arguments = ['', name, [], ostype, '']
+            arguments = [path, name, [], ostype, '']
         machine = self.box.vbox.createMachine(*arguments)
         machine.applyDefaults('')
         machine.setExtraData(MADE_BY_US, machine.id)
@@ -158,8 +165,8 @@ class Images:
         except Exception as error:
             log.warning('a half-made VM is left for cleanup: %s', self.box.translate(error))
 
-    def _new_disk(self, job: Job, machine: Any, image: str, kind: str, size: Optional[int]) -> Any:
-        copied = image and kind != '.iso'
+    def _new_disk(self, job: Job, machine: Any, image: str, kind: str, wish: Dict[str, Any]) -> Any:
+        copied, size = image and kind != '.iso', wish['diskSize']
         if not copied and size == 0:
             return None
         folder = os.path.dirname(machine.settingsFilePath)
@@ -168,7 +175,9 @@ class Images:
                                           self.box.const('DeviceType_HardDisk'))
         self._disks.expect(disk.location)
         variant = [self.box.const('MediumVariant_Standard')]
-        if copied:
+        if copied and wish['linked']:
+            self._lay_on(job, image, disk, variant)
+        elif copied:
             self._copy_disk(job, image, disk, variant)
         else:
             megabytes = self._default_size(machine) if size is None else size
@@ -178,6 +187,11 @@ class Images:
 
     def _default_size(self, machine: Any) -> int:
         return max(1024, self.box.vbox.getGuestOSType(machine.OSTypeId).recommendedHDD >> 20)
+
+    def _lay_on(self, job: Job, image: str, disk: Any, variant: List[int]) -> None:
+        """A differencing disk: what is written goes there, and the image is only read, by all on it."""
+        source = self._disks.open(image)
+        self.box.finish(job, source.createDiffStorage(disk, variant), 'making a disk on the image')
 
     def _copy_disk(self, job: Job, image: str, disk: Any, variant: List[int]) -> None:
         own_copy = False
@@ -283,6 +297,8 @@ class Images:
         self._cards.give(machine, wish['network'] or self.box.network['mode'])
         if wish['keep']:
             machine.setExtraData(KEEP, machine.id)
+        if wish['owner']:
+            self.box.vbox.setExtraData(OWNER + machine.id, wish['owner'])
         machine.setExtraData(MADE_BY_US, machine.id)
         machine.setExtraData(MAKING, '')
 
@@ -296,7 +312,7 @@ class Images:
         if len(systems) != 1:
             raise NotSupported('%s holds %d machines, not one' % (image, len(systems)))
         self._check_licence(systems[0], image, wish['acceptEula'])
-        path = self.box.vbox.composeMachineFilename(name, '', '', '')
+        path = self._path_of(name, wish)
         self._rename_system(systems[0], name, path)
         note = IMPORTING + name
         self.box.vbox.setExtraData(note, path)
@@ -384,9 +400,12 @@ class Disks:
 
     def is_made(self, medium: Any) -> bool:
         """Whether we made this disk, or the one that it lies on."""
-        base = medium.base
-        return bool(self.box.vbox.getExtraData(DISK_MADE + base.id)) or is_recent(
-            base.location, self.box.vbox.getExtraData(EXPECTED + base.location))
+        while medium:
+            if self.box.vbox.getExtraData(DISK_MADE + medium.id) or is_recent(
+                    medium.location, self.box.vbox.getExtraData(EXPECTED + medium.location)):
+                return True
+            medium = medium.parent
+        return False
 
     def made(self) -> List[Tuple[str, str]]:
         """(uuid, path where it was made) of the disks that we made."""
@@ -430,11 +449,30 @@ class Disks:
         media = self._unused(machine.unregister(self.box.const('CleanupMode_DetachAllReturnHardDisksOnly')))
         kept = [medium for medium in media if not wanted(medium)]
         media = [medium for medium in media if medium not in kept]
+        images = self.images_under(media)
         for medium in media:
-            if not medium.parent:
+            if not medium.parent or self.is_noted(medium):
                 self.forget(medium.id, medium.location)
-        paths = sorted({medium.base.location for medium in kept})
+        paths = sorted({medium.base.location for medium in kept if medium.id not in images})
         return machine.deleteConfig(media), paths
+
+    def images_under(self, media: List[Any]) -> Dict[str, Any]:
+        """{uuid: disk} of the images on which disks lie that createVM made."""
+        return {medium.parent.id: medium.parent for medium in media
+                if medium.parent and self.is_noted(medium)}
+
+    def close_unused(self, images: Dict[str, Any]) -> None:
+        """Has VirtualBox forget images on which nothing lies any more; their files stay."""
+        for image in images.values():
+            try:
+                if not self.box.array(image, 'machineIds') and not self.box.array(image, 'children'):
+                    image.close()
+            except Exception as error:
+                log.info('an image stays open: %s', self.box.translate(error))
+
+    def is_noted(self, medium: Any) -> bool:
+        """Whether createVM made this very disk."""
+        return bool(self.box.vbox.getExtraData(DISK_MADE + medium.id))
 
     def _unused(self, media: List[Any]) -> List[Any]:
         """Of the disks that a VM had, and its snapshots: those that no other VM has attached, nor a disk
@@ -473,13 +511,22 @@ class Cleaning:
         def belongs(medium: Any) -> bool:
             inside = os.path.realpath(medium.base.location).startswith(folder + os.sep)
             return all_disks or inside or self._disks.is_made(medium)
-        progress, kept = self._disks.delete(machine, belongs)
+        return self._delete(job, machine, belongs)
+
+    def _delete(self, job: Job, machine: Any, wanted: Callable[[Any], bool]) -> List[str]:
+        """The VM, its files, and those of its disks that are wanted; gives the paths of the others."""
+        images = self._disks.images_under(self._disks.of(machine))
+        owner = OWNER + machine.id
+        progress, kept = self._disks.delete(machine, wanted)
         self.box.finish(job, progress, 'deleting')
+        self.box.vbox.setExtraData(owner, '')
+        self._disks.close_unused(images)
         return kept
 
-    def cleanup(self, job: Job, dry_run: bool = True, vms: List[str] = []) -> List[Dict[str, str]]:  # noqa: B006
+    def cleanup(self, job: Job, dry_run: bool = True, vms: List[str] = [], owner: str = ''  # noqa: B006
+                ) -> List[Dict[str, str]]:
         self._disks.forget_what_never_came(self._folders_in_the_making(job))
-        rows = self._left_vms(job, vms) + self._left_disks(job)
+        rows = self._left_of(job, vms, owner) if owner else self._left_vms(job, vms) + self._left_disks(job)
         if dry_run:
             return [row for row, _ in rows]
         return [row for row, remove in rows if row['kind'] == 'kept' or self._succeeds(row, remove)]
@@ -508,6 +555,36 @@ class Cleaning:
                              lambda machine=machine: self._remove_vm(job, machine)))
         return rows
 
+    def _left_of(self, job: Job, named: List[str], owner: str) -> List[Tuple[Dict[str, str], Any]]:
+        """The VMs of an owner, and nobody else's: those that are named, and those whose folder is gone."""
+        rows = []  # type: List[Tuple[Dict[str, str], Any]]
+        for machine in self.box.machines_now():
+            if self._owner_of(machine) == owner and {machine.name, machine.id} & set(named) \
+                    and self._may_go(job, machine, OFF + SAVED):
+                rows.append(({'kind': 'vm', 'name': machine.name, 'why': 'named'},
+                             lambda machine=machine: self._remove_vm(job, machine)))
+        for machine in self.box.unreadable():
+            if self._owner_of(machine) == owner and not os.path.exists(machine.settingsFilePath):
+                rows.append(({'kind': 'vm', 'name': name_in_path(machine), 'why': 'its folder is gone'},
+                             lambda machine=machine: self._forget_vm(machine)))
+        return rows
+
+    def _owner_of(self, machine: Any) -> str:
+        return str(self.box.vbox.getExtraData(OWNER + machine.id))
+
+    def _may_go(self, job: Job, machine: Any, states: Tuple[str, ...]) -> bool:
+        """Whether it is ours, nobody uses it, and it isn't to be kept."""
+        busy = {vm for _, vm in job.others} & {machine.name, machine.id, self.box.id_of(machine)}
+        unlocked = machine.sessionState == self.box.const('SessionState_Unlocked')
+        return not busy and unlocked and not has_mark(machine, KEEP) and has_mark(machine, MADE_BY_US) \
+            and self.box.state_of(machine) in states
+
+    def _forget_vm(self, machine: Any) -> None:
+        """Of which nothing is there any more."""
+        owner = OWNER + machine.id
+        machine.unregister(self.box.const('CleanupMode_UnregisterOnly'))
+        self.box.vbox.setExtraData(owner, '')
+
     def _why_left(self, job: Job, machine: Any, named: bool) -> str:
         """Why this VM may go, '' when it must not."""
         busy = {vm for _, vm in job.others} & {machine.name, machine.id, self.box.id_of(machine)}
@@ -523,7 +600,7 @@ class Cleaning:
         return bool(path) and path == machine.settingsFilePath
 
     def _remove_vm(self, job: Job, machine: Any) -> None:
-        self.box.finish(job, self._disks.delete(machine, self._disks.is_made)[0], 'deleting')
+        self._delete(job, machine, self._disks.is_made)
 
     # Disks.
 
@@ -603,7 +680,7 @@ class Cleaning:
 def wishes(options: Dict[str, Any]) -> Dict[str, Any]:
     """createVM's options, checked; None or '' where nothing was asked for."""
     wish = {'memory': None, 'cpus': None, 'ostype': '', 'network': '', 'diskSize': None,
-            'keep': False, 'acceptEula': False}  # type: Dict[str, Any]
+            'keep': False, 'acceptEula': False, 'linked': False, 'folder': '', 'owner': ''}  # type: Dict[str, Any]
     unknown = set(options) - set(wish)
     if unknown:
         raise InvalidParams('createVM knows no option %s; it knows %s' % (
@@ -612,7 +689,12 @@ def wishes(options: Dict[str, Any]) -> Dict[str, Any]:
     for name, least in (('memory', 4), ('cpus', 1), ('diskSize', 0)):
         if wish[name] is not None:
             wish[name] = option(name, wish[name], agent.integer(least, LARGEST))
-    for name in ('keep', 'acceptEula'):
+    for name in ('folder', 'owner'):
+        if not isinstance(wish[name], str) or not wish[name].isprintable():
+            raise InvalidParams('%s: %.80r: expected text' % (name, wish[name]))
+    if wish['folder'] and not os.path.isabs(wish['folder']):
+        raise InvalidParams('folder: %.200s: expected an absolute path' % wish['folder'])
+    for name in ('keep', 'acceptEula', 'linked'):
         wish[name] = option(name, wish[name], agent.yes_no)
     if wish['network'] not in ('', 'hostonly', 'nat', 'none'):
         raise InvalidParams('network is hostonly, nat or none, not %r' % wish['network'])

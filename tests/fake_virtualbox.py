@@ -214,13 +214,13 @@ class VirtualBox(WithExtraData):
         raise FakeError(NOT_FOUND, 'Could not find a registered machine named %r' % wanted)
 
     def composeMachineFilename(self, name, group, flags, folder):
-        return os.path.join(os.environ['FAKE_VIRTUALBOX'], name, name + '.vbox')
+        return os.path.join(folder or os.environ['FAKE_VIRTUALBOX'], name, name + '.vbox')
 
     def getGuestOSType(self, name):
         return next(each for each in self.guestOSTypes if each.id == name)
 
     def createMachine(self, file, name, architecture, groups, ostype, *more):
-        return Machine(self, name, ostype, self.composeMachineFilename(name, '', '', ''))
+        return Machine(self, name, ostype, file or self.composeMachineFilename(name, '', '', ''))
 
     def createAppliance(self):
         return Appliance(self)
@@ -342,6 +342,13 @@ class Medium:
         target.createBaseStorage(0, variant)
         self.use = progress_of(os.path.splitext(os.path.basename(target.location))[0])
         return self.use
+
+    def createDiffStorage(self, target, variant):
+        target.parent, target.base = self, self.base
+        with open(target.location, 'w') as file:
+            file.write(target.id)
+        self.children.append(target)
+        return Progress()
 
     def _check_use(self):
         if not self.use.completed:

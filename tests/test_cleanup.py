@@ -325,3 +325,55 @@ def test_options_that_virtualbox_refuses_leave_nothing_behind(box, vbox, applian
     assert sorted(os.listdir(str(tmp_path))) == before
     assert not vbox.machines and not vbox.hardDisks and not vbox.extra
     assert box.create_vm('again', image) == 'again'
+
+
+# Disks that lie on an image, folders and owners.
+
+@pytest.fixture
+def image(vbox, tmp_path):
+    """The path of a disk that a project gave, and that VirtualBox doesn't know."""
+    (tmp_path / 'image.vdi').write_text('5d7d8d0a-0000-4000-8000-000000000001')
+    return str(tmp_path / 'image.vdi')
+
+
+def create_on(box, vbox, name, image, **options):
+    box.create_vm(name, image, dict({'linked': True}, **options))
+    return vbox.findMachine(name)
+
+
+def test_disks_lie_on_an_image_that_stays(box, vbox, image, tmp_path):
+    before = open(image).read()
+    first = create_on(box, vbox, 'first', image, folder=str(tmp_path / 'slot'), owner='me')
+    second = create_on(box, vbox, 'second', image)
+    assert first.settingsFilePath == str(tmp_path / 'slot' / 'first' / 'first.vbox')
+    disk = disk_of(first)
+    assert os.path.dirname(disk) == os.path.dirname(first.settingsFilePath)
+    assert first.mediumAttachments[0].medium.parent is second.mediumAttachments[0].medium.parent
+    assert box.remove_vm('first', True) == [] and not os.path.exists(disk)
+    assert [medium.location for medium in vbox.hardDisks] == [image]
+    assert box.remove_vm('second', True) == []
+    assert not vbox.hardDisks and open(image).read() == before
+    assert vbox.extra == {}
+
+
+@pytest.mark.parametrize('options, what', [
+    ({'linked': True}, 'linked'), ({'linked': 'perhaps'}, 'linked'), ({'folder': 'here'}, 'absolute'),
+    ({'owner': 5}, 'owner'), ({'owner': 'a\nb'}, 'owner')])
+def test_what_makes_no_sense_is_refused(options, what, box):
+    with pytest.raises(faults.InvalidParams, match=what):
+        box.create_vm('one', '', options)
+
+
+def test_an_owners_cleanup_takes_its_own_alone(box, vbox, image, tmp_path):
+    for name, owner in (('mine', 'me'), ('kept', 'me'), ('gone', 'me'), ('runs', 'me'), ('yours', 'you')):
+        create_on(box, vbox, name, image, owner=owner, folder=str(tmp_path / name))
+    box.start('runs', False, '')
+    for name in ('gone', 'yours'):
+        machine = vbox.findMachine(name)
+        os.remove(machine.settingsFilePath)
+        machine.readable = False
+    wanted = [('vm', 'mine'), ('vm', 'gone')]
+    assert rows(box.cleanup(True, ['mine', 'runs', 'yours'], 'me')) == wanted
+    assert rows(box.cleanup(False, ['mine', 'runs', 'yours'], 'me')) == wanted
+    assert sorted(machine.name for machine in vbox.machines) == ['kept', 'runs', 'yours']
+    assert rows(box.cleanup(True, [], 'nobody')) == []

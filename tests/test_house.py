@@ -1,7 +1,7 @@
 """The house: its rooms, which imports which, and how large they are.
 
 CONTRIBUTING.md lists the rooms from the roof to the cellar, each with what it imports; here that list is
-held against the code. ``python tests/test_house.py`` prints it as it should stand there.
+held against the code. ``python tests/test_house.py`` brings it up to date.
 """
 
 import ast
@@ -92,8 +92,26 @@ def test_no_class_is_too_large():
     assert large == {}
 
 
+def bring_up_to_date():
+    """Writes each room's arrows into CONTRIBUTING.md, each room once; new ones come last, to be moved up."""
+    path, seen = os.path.join(TOP, 'CONTRIBUTING.md'), set()
+
+    def line(room, job):
+        arrows = ', '.join(sorted(imports_of(room) - CELLAR))
+        return '    %-18s %s%s' % (room + '.py', job, arrows and ' → ' + arrows)
+
+    def replaced(found):
+        room, job = found.group(1), found.group(2)
+        if room in seen or room not in ROOMS:
+            return ''
+        seen.add(room)
+        return line(room, job) + '\n'
+    with open(path, encoding='utf-8') as file:
+        text = re.sub(A_ROOM.pattern + r'\n', replaced, file.read(), flags=re.MULTILINE)
+    new = ''.join(line(room, '?') + '\n' for room in sorted(set(ROOMS) - seen))
+    with open(path, 'w', encoding='utf-8') as file:
+        file.write(text.replace('\n<!-- /rooms -->', new + '\n<!-- /rooms -->'))
+
+
 if __name__ == '__main__':
-    jobs = {room: job for room, job, _ in listed()}
-    for room in [room for room, _, _ in listed()] + sorted(set(ROOMS) - set(jobs)):
-        arrows = ', '.join(sorted(imports_of(room) - CELLAR)) if room in ROOMS else 'is gone'
-        print('    %-19s %s%s' % (room + '.py', jobs.get(room, '?'), arrows and ' → ' + arrows))
+    bring_up_to_date()

@@ -1,0 +1,500 @@
+"""vmboinc's parts by themselves: the memory shared with a client, the slot, the job file, a task's life."""
+
+import ast
+import contextlib
+import os
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import boincjob
+import boincslot
+import hostclient
+from boinclife import (
+    AWAY_TRIES,
+    FIRST_DELAY,
+    LONGEST_DELAY,
+    LOOK_EVERY,
+    QUIT_WITHIN,
+    READY_WITHIN,
+    End,
+    Life,
+    delay_of,
+)
+from boincslot import CHANNEL, CHANNELS, Channels, InitData, Record, Slot
+from boincwork import Look, Trouble
+from faults import HypervisorError
+
+# The shared memory.
+
+CHARACTERS = st.characters(min_codepoint=1, max_codepoint=127)
+
+
+@given(st.lists(st.tuples(st.integers(0, CHANNELS - 1), st.text(CHARACTERS, min_size=1, max_size=1022))))
+def test_what_is_sent_is_received_once(messages):
+    memory = bytearray(CHANNELS * CHANNEL)
+    sender, receiver, waiting = Channels(memory), Channels(memory), {}
+    for channel, text in messages:
+        assert sender.send(channel, text) == (channel not in waiting)
+        waiting.setdefault(channel, text)
+        assert all(receiver.waits(each) for each in waiting)
+    for channel in range(CHANNELS):
+        assert receiver.receive(channel) == waiting.get(channel, '')
+        assert receiver.receive(channel) == ''
+    assert len(memory) == CHANNELS * CHANNEL
+
+
+@given(st.binary(max_size=CHANNEL), st.integers(0, CHANNELS - 1))
+def test_whatever_a_client_leaves_there_is_read(left, channel):
+    memory = bytearray(b'\7' * (CHANNELS * CHANNEL))
+    memory[channel * CHANNEL:channel * CHANNEL + len(left)] = left
+    boincslot.words_of(Channels(memory).receive(channel))
+    assert memory[channel * CHANNEL] == 0 and memory.count(0) <= 1 + left.count(0)
+    assert len(memory) == CHANNELS * CHANNEL
+
+
+def test_what_does_not_fit_is_refused():
+    memory = bytearray(CHANNELS * CHANNEL)
+    with pytest.raises(ValueError):
+        Channels(memory).send(5, 'x' * 1023)
+    assert not any(memory)
+
+
+# The slot.
+
+INIT = """<app_init_data>
+<project_dir>/var/lib/a & b</project_dir>
+<wu_cpu_time>12.500000</wu_cpu_time>
+<project_preferences><odd <unclosed></project_preferences>
+<result_name>task_1</result_name>
+</app_init_data>
+"""
+
+
+def test_init_data_that_no_parser_takes():
+    init = InitData(INIT)
+    assert init.text('project_dir') == '/var/lib/a & b' and init.text('result_name') == 'task_1'
+    assert init.number('wu_cpu_time') == 12.5 and init.number('client_pid', 7) == 7
+    assert init.text('missing', 'so') == 'so' and init.number('result_name', 1) == 1
+
+
+def test_logical_names(tmp_path):
+    (tmp_path / 'projects').mkdir()
+    slot_folder = tmp_path / 'slots' / '0'
+    slot_folder.mkdir(parents=True)
+    (tmp_path / 'projects' / 'real').write_text('what it holds')
+    (slot_folder / 'by_file').write_text('<soft_link>../../projects/real</soft_link>\n')
+    (slot_folder / 'by_link').symlink_to('../../projects/real')
+    (slot_folder / 'copied').write_text('copied')
+    (slot_folder / 'to_come').write_text('<soft_link>../../projects/output</soft_link>\n')
+    slot = Slot(str(slot_folder))
+    real = str(tmp_path / 'projects' / 'real')
+    assert [slot.resolve(name) for name in ('by_file', 'by_link', 'copied', 'to_come', 'nothing')] == [
+        real, real, str(slot_folder / 'copied'), str(tmp_path / 'projects' / 'output'),
+        str(slot_folder / 'nothing')]
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='Windows locks otherwise')
+def test_one_wrapper_for_a_slot(tmp_path):
+    code = 'import boincslot; boincslot.Slot(%r).lock()' % str(tmp_path)
+    slot = Slot(str(tmp_path))
+    slot.lock()
+    top = os.path.dirname(os.path.abspath(boincslot.__file__))
+    other = subprocess.run([sys.executable, '-c', code], stderr=subprocess.PIPE, cwd=top)
+    assert b'SlotTaken' in other.stderr
+    slot.unlock()
+    assert subprocess.run([sys.executable, '-c', code], cwd=top).returncode == 0
+
+
+def test_files_at_the_end(tmp_path):
+    slot = Slot(str(tmp_path))
+    assert slot.finished() is None
+    slot.exit_for_a_while(60.4, 'no\nroom  here', True)
+    assert (tmp_path / 'boinc_temporary_exit').read_text() == '60\nno room here\nnotice\n'
+    slot.finish(3, 'so it is')
+    assert (tmp_path / 'boinc_finish_called').read_text() == '3\nso it is\n' and slot.finished() == 3
+
+
+@pytest.mark.parametrize('text', ['', '{', '[1]', '{"attempt": "two", "cpu": null, "unknown": 5}'])
+def test_a_damaged_record_is_a_new_one(text, tmp_path):
+    path = str(tmp_path / 'record')
+    with open(path, 'w') as file:
+        file.write(text)
+    record = Record(path, 7.0)
+    assert (record.attempt, record.cpu, record.put) == (1, 7.0, False)
+    record.attempt, record.elapsed = 2, 3.5
+    record.save()
+    assert Record(path).attempt == 2 and Record(path).elapsed == 3.5
+
+
+# The job file.
+
+def job_of(fields=''):
+    return boincjob.Job('<vbox_job>%s</vbox_job>' % fields)
+
+
+def test_a_job_file_of_vboxwrapper_is_read_as_it_is():
+    job = job_of('''
+        <os_name>Linux26_64</os_name><memory_size_mb>512</memory_size_mb><enable_network/>
+        <job_duration>3600.5</job_duration><fraction_done_filename>done/fraction</fraction_done_filename>
+        <copy_to_shared>a</copy_to_shared><copy_to_shared>b</copy_to_shared>
+        <heartbeat_filename>heart</heartbeat_filename><vram_size_mb>16</vram_size_mb>
+        <enable_shared_directory>1</enable_shared_directory><share_project_dir>0</share_project_dir>
+        <frobnicate>9</frobnicate><!-- said -->''')
+    assert (job.os_name, job.memory_size_mb, job.enable_network) == ('Linux26_64', 512, True)
+    assert (job.job_duration, job.fraction_done_filename) == (3600.5, 'done/fraction')
+    assert job.copy_to_shared == ['a', 'b'] and job.enable_shared_directory
+    assert job.warnings == ['vbox_job.xml: <frobnicate> is not known, and does nothing']
+    assert job.run(['7', 'x y']) == ['sh', 'boinc_app', '7', 'x y']
+
+
+def test_our_own_fields():
+    job = job_of('''<command>python3 "the science.py" -v</command><checkpoint>none</checkpoint>
+        <input>in</input><input><name>data</name><path>deep/data</path><optional/></input>
+        <output>out</output>''')
+    assert job.run(['5']) == ['python3', 'the science.py', '-v', '5'] and job.checkpoint == 'none'
+    assert job.inputs == [('in', 'in', False), ('data', 'deep/data', True)]
+    assert job.outputs == [('out', 'out', False)]
+
+
+@pytest.mark.parametrize('fields, said', [
+    ('<enable_floppyio>1</enable_floppyio>', 'enable_floppyio'),
+    ('<share_project_dir/>', 'share_project_dir'),
+    ('<network_bridged_mode/>', 'network_bridged_mode'), ('<job_duration>long</job_duration>', 'a number'),
+    ('<job_duration>nan</job_duration>', 'a number'), ('<input>/etc/passwd</input>', 'a relative path'),
+    ('<output>../../x</output>', 'a relative path'),
+    ('<output><name>a</name><mode>7</mode></output>', 'mode'),
+    ('<command>"</command>', 'words'), ('<command/>', 'a command'),
+    ('<checkpoint>often</checkpoint>', 'state, files, none'),
+    ('<enable_network>maybe</enable_network>', '1 or 0'), ('<a>', 'no XML')])
+def test_what_a_job_file_must_not_say(fields, said):
+    with pytest.raises(boincjob.JobError, match='vbox_job.xml.*' + said):
+        job_of(fields)
+
+
+@given(st.text())
+def test_any_text_is_a_job_file_or_an_error(text):
+    for whole in (text, '<vbox_job>%s</vbox_job>' % text, '<vbox_job><input>%s</input></vbox_job>' % text):
+        try:
+            job = boincjob.Job(whole)
+        except boincjob.JobError:
+            continue
+        for moved in job.inputs:
+            assert not moved.path.startswith('/') and '..' not in moved.path.split('/')
+
+
+@given(st.lists(st.text()), st.floats(0, 100))
+def test_any_command_line_is_sorted_or_an_error(words, ncpus):
+    try:
+        read = boincjob.read_words(words, ncpus)
+    except boincjob.JobError:
+        return
+    assert 1 <= read.cpus <= 32 and len(read.rest) <= len(words)
+
+
+def test_the_words_of_vboxwrapper_are_not_the_sciences():
+    words = '--nthreads 4 -n 5 --memory_size_mb 2048 in --vmimage 2 -- --nthreads 7'
+    read = boincjob.read_words(words.split(), 1)
+    assert read == (4, 2048, 'vm_image_2.vdi', ['-n', '5', 'in', '--nthreads', '7'])
+    assert boincjob.read_words([], 1.5) == (2, 0, 'vm_image.vdi', [])
+
+
+@pytest.mark.parametrize('text, fraction', [
+    ('0.25', 0.25), ('0.1\n0.2\n', 0.2), ('12 %', None), ('done: 12%', 0.12), ('', None), ('nan', None),
+    ('2', None), ('-1', None), ('x', None)])
+def test_fractions(text, fraction):
+    assert boincjob.fraction_of(text) == fraction
+
+
+@given(st.text())
+def test_any_text_is_a_trigger(text):
+    assert isinstance(boincjob.read_trigger(text).number, int)
+
+
+def test_triggers():
+    assert boincjob.read_trigger('3\n1\nall is\nwell\n') == (3, True, 'all is well')
+    assert boincjob.read_trigger('') == (0, False, '')
+
+
+# The life of a task.
+
+class Alive:
+    """A Life whose clock the test has; steps succeed at once unless the test says otherwise."""
+
+    def __init__(self, tmp_path, job='', **how):
+        self.now = 1000.0
+        self.record = Record(str(tmp_path / 'record'))
+        self.life = Life(job_of(job), self.record, self.now, **how)
+        self.steps = []
+
+    def step(self):
+        """The next step that it wants, waiting for that up to a minute of its clock."""
+        for _ in range(600):
+            step = self.life.next(self.now)
+            if step or self.life.end:
+                self.steps += [step] if step else []
+                return step
+            self.now += 0.1
+        return ''
+
+    def go(self, *results):
+        """Takes as many steps, each with its result; gives their names."""
+        taken = []
+        for result in results:
+            taken.append(self.step())
+            if isinstance(result, Exception):
+                self.life.failed(result, self.now)
+            else:
+                self.life.succeeded(result, self.now)
+        return taken
+
+    def says(self, word):
+        self.life.hear(word, self.now)
+
+    def runs(self, look=None):
+        """Brings it to where the science runs."""
+        self.record.made = True
+        assert self.go(True, True, True, True, True, look or Look()) == [
+            'connect', 'ready', 'put', 'begin', 'limit', 'look']
+        return self
+
+
+def seen(ended=False, **how):
+    return Look(ended=ended, **how)
+
+
+def test_from_nothing_to_a_finished_task(tmp_path):
+    task = Alive(tmp_path)
+    assert task.go(False, True, False, True, True, True, True) == [
+        'connect', 'connect', 'ready', 'ready', 'put', 'begin', 'limit']
+    task.go(seen(cpu=1, fraction=0.5))
+    assert '<current_cpu_time>1.0' in task.life.status() and '<fraction_done>5.0' in task.life.status()
+    assert task.go(seen(True, state='exited', cpu=2), False, True, True) == [
+        'look', 'collect', 'collect', 'remove']
+    assert task.life.end == End(0, True) and '<fraction_done>1.0' in task.life.status()
+    assert '<fraction_done>7.5' in task.life.status(0.5, 0.75)
+
+
+def test_two_looks_are_a_second_apart(tmp_path):
+    task = Alive(tmp_path).runs()
+    begin = task.now
+    assert task.step() == 'look' and task.now - begin >= LOOK_EVERY - 0.11
+
+
+def test_suspended_and_resumed(tmp_path):
+    task = Alive(tmp_path).runs()
+    task.says('suspend')
+    assert task.go(True, True, True) == ['pause', 'stay', 'stay'] and not task.life.is_told()
+    task.says('resume')
+    task.says('resume')
+    assert task.go(True, seen()) == ['resume', 'look'] and task.life.is_told()
+
+
+def test_a_resume_out_of_nothing_changes_nothing(tmp_path):
+    task = Alive(tmp_path).runs()
+    task.says('resume')
+    assert task.go(seen()) == ['look']
+
+
+def test_suspended_before_it_begins_it_does_not_begin(tmp_path):
+    task = Alive(tmp_path)
+    task.says('suspend')
+    assert task.go(True, True, True) == ['connect', 'ready', 'put'] and task.step() == ''
+    task.says('resume')
+    assert task.step() == 'begin'
+
+
+@pytest.mark.parametrize('suspended', [False, True])
+def test_quit_saves(suspended, tmp_path):
+    task = Alive(tmp_path).runs(seen(cpu=5, fraction=0.1))
+    if suspended:
+        task.says('suspend')
+        task.go(True)
+    task.says('quit')
+    assert task.go(True) == ['save']
+    assert task.life.end == End() and task.record.checkpoint == 5 and task.record.fraction == 0.1
+
+
+def test_quit_and_abort_wait_for_no_step_longer_than_the_client_does(tmp_path):
+    for word, code in (('quit', 0), ('abort', 194)):
+        task = Alive(tmp_path)
+        assert task.step() == 'connect'
+        task.says(word)
+        assert task.step() == ''           # the step never ends
+        task.now += QUIT_WITHIN
+        task.step()
+        assert task.life.end == End(code)
+
+
+def test_quit_before_anything_was_made_is_at_once(tmp_path):
+    task = Alive(tmp_path)
+    task.says('quit')
+    assert task.step() == '' and task.life.end == End() and task.now == 1000.0
+
+
+@pytest.mark.parametrize('connected', [False, True])
+def test_abort_removes(connected, tmp_path):
+    task = Alive(tmp_path)
+    task.record.made = True
+    if connected:
+        task.runs()
+    task.says('abort')
+    task.says('quit')
+    assert task.go(*[True] * (1 if connected else 2))[-1] == 'remove'
+    assert task.life.end == End(194) and not task.record.made
+
+
+def test_abort_while_suspended(tmp_path):
+    task = Alive(tmp_path).runs()
+    task.says('suspend')
+    task.go(True)
+    task.says('abort')
+    assert task.go(HypervisorError('no')) == ['remove'] and task.life.end == End(194)
+
+
+@pytest.mark.parametrize('look, end', [
+    (seen(True, state='exited', code=1), End(1, True)),
+    (seen(True, state='exited', code=255), End(255, True)),
+    (seen(True, state='signaled', code=11),
+     End(193, True, signal=11, message='the program was ended by signal 11')),
+    (seen(True, state='failed', why='ENOENT: no such file'),
+     End(206, True, message='the program can\'t be started: ENOENT: no such file')),
+    (seen(done=boincjob.Trigger(4, True, 'so')), End(4, True, message='so', notice=True))])
+def test_ends_of_the_science(look, end, tmp_path):
+    task = Alive(tmp_path).runs()
+    assert task.go(look, True, True) == ['look', 'collect', 'remove'] and task.life.end == end
+
+
+@pytest.mark.parametrize('state, why', [('failed', 'ENOSPC: disk full'), ('cancelled', ''), ('expired', '')])
+def test_what_is_not_the_sciences_fault_is_tried_again(state, why, tmp_path):
+    task = Alive(tmp_path).runs()
+    task.go(seen(True, state=state, why=why))
+    assert task.life.end.delay == FIRST_DELAY and not task.life.end.finish and task.record.attempt == 2
+    assert (why or state) in task.life.end.message
+
+
+def test_it_asks_for_a_pause(tmp_path):
+    task = Alive(tmp_path).runs()
+    assert task.go(seen(pause=boincjob.Trigger(1800, False, 'the moon is up')), True) == ['look', 'save']
+    assert task.life.end == End(delay=1800, message='the moon is up')
+
+
+def test_job_duration(tmp_path):
+    task = Alive(tmp_path, '<job_duration>10</job_duration>').runs()
+    for _ in range(5):
+        task.go(seen(cpu=1))
+    assert 0.3 < float(task.life.status().split('<fraction_done>')[1].split('<')[0]) < 0.7
+    for _ in range(10):
+        if task.step() == 'look':
+            task.life.succeeded(seen(cpu=1), task.now)
+    task.life.succeeded(True, task.now)
+    assert task.go(True) == ['remove']
+    assert task.life.end == End(0, True) and 10 <= task.record.elapsed < 12
+
+
+def test_suspended_time_is_not_running_time(tmp_path):
+    task = Alive(tmp_path).runs()
+    before = task.record.elapsed
+    task.says('suspend')
+    task.go(True)
+    for _ in range(50):
+        task.go(True)
+    assert task.record.elapsed - before < 1
+
+
+def test_checkpoints(tmp_path):
+    for job, told in (('<minimum_checkpoint_interval>3</minimum_checkpoint_interval>', True),
+                      ('<minimum_checkpoint_interval>600</minimum_checkpoint_interval>', False),
+                      ('<checkpoint>none</checkpoint>', False)):
+        with contextlib.suppress(FileNotFoundError):
+            (tmp_path / 'record').unlink()
+        task = Alive(tmp_path, job, period=2).runs()
+        for second in range(10):
+            task.go(seen(cpu=second))
+        assert ('<checkpoint_cpu_time>0.0' not in task.life.status()) == told
+
+
+def test_a_host_agent_that_went_away_is_started_again(tmp_path):
+    task = Alive(tmp_path).runs()
+    assert task.go(hostclient.NoHost('gone'), False, True, True, True, True, True, seen()) == [
+        'look', 'connect', 'connect', 'ready', 'put', 'begin', 'limit', 'look']
+    assert task.life.end is None
+
+
+def test_and_when_the_results_are_fetched_nothing_begins_again(tmp_path):
+    task = Alive(tmp_path).runs()
+    task.go(seen(True, state='exited'))
+    assert task.go(hostclient.NoHost('gone'), True, True, seen(True, state='exited'), True, True) == [
+        'collect', 'connect', 'ready', 'look', 'collect', 'remove']
+
+
+def test_a_lost_program_begins_anew_with_a_name_of_its_own(tmp_path):
+    task = Alive(tmp_path).runs(seen(cpu=5, fraction=0.4))
+    task.record.checkpoint, task.record.put = 3.0, True
+    task.go(seen(True, state='lost'))
+    assert (task.record.attempt, task.record.before, task.record.put) == (2, 3.0, False)
+    assert task.go(True, True, True, True, True, seen(cpu=1, fraction=0.1))[3] == 'begin'
+    assert '<current_cpu_time>5.0' in task.life.status() and '<fraction_done>4.0' in task.life.status()
+
+
+def test_what_goes_wrong_again_and_again_is_a_temporary_exit(tmp_path):
+    task = Alive(tmp_path).runs()
+    for _ in range(AWAY_TRIES + 1):
+        if task.step() == 'look':
+            task.life.failed(HypervisorError('VT-x is off'), task.now)
+        while not task.life.end and task.step() != 'look':
+            task.life.succeeded(True, task.now)
+        if not task.life.end:
+            task.life.failed(HypervisorError('VT-x is off'), task.now)
+    assert task.life.end.delay == FIRST_DELAY and 'VT-x is off' in task.life.end.message
+
+
+def test_delays_double_up_to_an_hour(tmp_path):
+    assert [delay_of(count) for count in (1, 2, 3, 7, 100)] == [60, 120, 240, LONGEST_DELAY, LONGEST_DELAY]
+    for count in (1, 2, 3):
+        task = Alive(tmp_path)
+        task.go(Trouble('no room'))
+        assert task.life.end == End(delay=60 * 2 ** (count - 1), message='no room')
+    task = Alive(tmp_path).runs()
+    while task.record.troubles:
+        task.go(seen())
+    assert task.now < 1000 + 90
+
+
+def test_a_machine_whose_agent_never_comes(tmp_path):
+    task = Alive(tmp_path)
+    task.go(True)
+    while not task.life.end:
+        task.go(False)
+    assert READY_WITHIN < task.now - 1000 < READY_WITHIN + 5 and 'vmguest' in task.life.end.message
+
+
+def test_preferences_are_read_again(tmp_path):
+    task = Alive(tmp_path).runs()
+    task.says('reread_app_info')
+    assert task.go(True, seen()) == ['limit', 'look']
+
+
+@given(st.lists(st.sampled_from(['suspend', 'resume', 'quit', 'abort', 'reread_app_info', 'fail', 'nothing',
+                                 'lose', 'end', 'look', 'no host'])))
+def test_whatever_comes_it_ends_or_goes_on(tmp_path_factory, events):
+    task = Alive(tmp_path_factory.mktemp('life'))
+    last = 0.0
+    for event in events:
+        step = task.step()
+        if event in ('fail', 'no host') and step:
+            task.life.failed({'fail': HypervisorError, 'no host': hostclient.NoHost}[event]('x'), task.now)
+        elif step == 'look':
+            task.life.succeeded({'lose': seen(True, state='lost'), 'end': seen(True, state='exited')}.get(
+                event, seen(cpu=last + 1)), task.now)
+        elif step:
+            task.life.succeeded(event != 'nothing', task.now)
+        task.says(event)
+        cpu = ast.literal_eval(task.life.status().split('<current_cpu_time>')[1].split('<')[0])
+        assert cpu >= last
+        last = cpu
+    if not task.life.end and task.life.wish != 'suspend':
+        assert task.step() or task.life.end

@@ -1,0 +1,69 @@
+"""What nobody looks after any more ends: a VM whose lease is over is saved, an idle host agent goes."""
+
+import os
+import signal
+
+import fake_virtualbox
+import pytest
+from agents import Agent, Host
+from helpers import fault_of, wait_until
+from vms import VMHost
+
+import faults
+
+
+@pytest.fixture
+def host(tmp_path):
+    with VMHost(tmp_path / 'host', fake_virtualbox.install(tmp_path / 'fake')) as host:
+        with host.api as api:
+            api.createVM('science', '', {'diskSize': 4})
+            api.start('science')
+        yield host
+
+
+def test_a_vm_whose_lease_is_over_is_saved(host, api):
+    assert api.lease('science', 0.3)
+    wait_until(lambda: api.getState('science') == 'Saved', 20)
+    assert host.wait_for_event('lease-over', 'science')
+    api.start('science')
+    assert api.lease('science', 600) and api.lease('science', 0)       # nobody does, and that is all right
+    assert api.getState('science') == 'Running'
+
+
+def test_a_lease_outlives_the_host_agent(host, api):
+    api.lease('science', 1)
+    host.stop(signal.SIGKILL)
+    host.start()
+    with host.api as after:
+        wait_until(lambda: after.getState('science') == 'Saved', 20)
+
+
+def test_who_can_have_none(host, api, tmp_path):
+    assert fault_of(api.lease, 'nobody', 60).faultCode == faults.NoSuchVM.fault
+    with Host(tmp_path / 'without') as other, other.api as its:
+        assert fault_of(its.lease, 'science', 60).faultCode == faults.NotSupported.fault
+
+
+def test_an_idle_host_agent_ends(tmp_path):
+    host = Host(tmp_path, idle_end='0.5').start()
+    assert host.process.wait(20) == 0
+    assert 'idle_end' in host.log()
+
+
+def test_a_host_agent_whose_guest_works_is_not_idle(tmp_path):
+    with Host(tmp_path / 'host', idle_end='1') as host, Agent(tmp_path / 'guest', host, 'g1') as guest:
+        with host.api as api:
+            api.runCmd('g1', 'sh', ['-c', 'until [ -e over ]; do sleep 0.1; done'])
+        wait_until(lambda: 'running' in host.log(), 20)
+        with pytest.raises(AssertionError):
+            wait_until(lambda: host.process.poll() is not None, 2.5)
+        open(os.path.join(guest.files, 'over'), 'w').close()
+        assert host.process.wait(20) == 0
+
+
+def test_stop_host(tmp_path):
+    with Host(tmp_path) as host:
+        with host.api as api:
+            assert api.stopHost()
+        assert host.process.wait(10) == 0
+        assert not os.path.exists(os.path.join(host.state, 'broker.address'))
