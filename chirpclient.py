@@ -4,6 +4,7 @@ What it is not: a synchroniser: what a folder holds beside what is moved into it
 belongs to one thread at a time.
 """
 
+import collections
 import contextlib
 import errno
 import logging
@@ -12,7 +13,7 @@ import posixpath
 import stat
 import threading
 import time
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import agent
 import localnames
@@ -48,6 +49,8 @@ from chirplocal import (
 from chirprequests import SLOWEST_HASH, Connection, Pipeline
 from chirpwire import (
     BLOCK,
+    CHECKED,
+    CRC32,
     DOESNT_EXIST,
     EXISTS,
     INVALID,
@@ -61,6 +64,7 @@ from chirpwire import (
     Cancelled,
     Changed,
     ChirpError,
+    Crc32,
     Disconnected,
     Incomplete,
     Path,
@@ -72,6 +76,7 @@ from chirpwire import (
     Wire,
     hash_file,
     is_part,
+    may_have_changed,
     new_buffer,
     new_hash,
     part_name,
@@ -83,7 +88,7 @@ from chirpwire import (
 log = logging.getLogger('vmhost.chirp')
 
 PIECE = 8 * 1024 * 1024        # bytes that one pread or pwrite moves
-PIECES = 3                     # preads or pwrites that are under way
+AHEAD = 3 * PIECE              # bytes of preads or pwrites that are under way
 WINDOW = 64 * 1024 * 1024      # bytes of which a server of ours is asked for the checksum at once
 RETRIES = 2                    # new connections without progress before a transfer fails
 OVERLAP = 64 * 1024            # bytes of a partial file that are fetched again, to see if it goes on
@@ -280,6 +285,21 @@ class ChirpClient(Connection):
         return True
 
 
+    def read_checksum(self, wire: Wire, path: bytes) -> bytes:
+        """The reply to a request that came with a piece of content. Raises Changed, with others under way."""
+        try:
+            length = self.result(wire)
+        except Refused as refused:
+            raise Changed('%s: %s' % (shown(path), refused))
+        if length != Crc32.digest_size:
+            raise self.broken('a checksum of %d bytes' % length)
+        return wire.read(length)
+
+
+def altered(path: Path) -> Changed:
+    return Changed('%s changed while it was read, or arrived altered' % shown(path))
+
+
 def options(verify: bool, keep: bool, links: str) -> Options:
     if links not in ('keep', 'skip', 'follow'):
         raise ValueError('links is keep, skip or follow, not %s' % links)
@@ -418,7 +438,7 @@ class Upload(Move):
     def _send_file(self, source: str, target: bytes, base: int) -> None:
         """What is there of it when it begins: a file may grow meanwhile."""
         with open_regular(source) as file:
-            found, begin = os.fstat(file.fileno()), beginning(file)
+            found, begin, seen = os.fstat(file.fileno()), beginning(file), time.time()
             self._meter.moved = base
             there = self._client.find(target)
             if there is not None and there.is_dir:
@@ -429,14 +449,16 @@ class Upload(Move):
             self._client.replacing(part, target)       # raises where that is too long
             start = self._resume(file, found, part)
             self._meter.add(start)
+            checked = self._options.verify and self._client.is_ours
             with self._keeping_room(part, target, space_of(found) - start):
-                mode = self._send_rest(file, start, found, part, mode_there(found, begin))
+                mode = self._send_rest(file, start, found, part, mode_there(found, begin), checked)
             if not found.st_size:
                 self._send_unsized(file, source, part)
-            elif self._options.verify or changed(found, os.fstat(file.fileno())):
+            elif self._options.verify and not checked or may_have_changed(
+                    found, seen, os.fstat(file.fileno())):
                 if not self._client.has_same(part, file, found.st_size, self._meter):
                     self._client.unlink(part)
-                    raise Changed('%s changed while it was read, or arrived altered' % source)
+                    raise altered(source)
         wanted = self._wanted_mode(found, there, begin)
         if mode != wanted:
             self._client.chmod(part, wanted)
@@ -488,11 +510,13 @@ class Upload(Move):
             return there.size
         return 0
 
-    def _send_rest(self, file: Any, start: int, found: os.stat_result, part: bytes, mode: int) -> int:
-        """Writes what is missing; the mode that the part has: ``mode``, where it is made."""
+    def _send_rest(self, file: Any, start: int, found: os.stat_result, part: bytes, mode: int,
+                   checked: bool) -> int:
+        """Writes what is missing; the mode that the part has: ``mode``, where it is made. ``checked``: with a
+        checksum of each piece."""
         number, there = self._client.open(part, 'wc' if start else 'wct', mode)
         with self._client.moving_content():
-            self._send_pieces(file, number, start, found.st_size)
+            self._send_pieces(file, number, start, found.st_size, part if checked else b'')
         self._client.close(number)
         return there.mode & 0o777
 
@@ -505,21 +529,26 @@ class Upload(Move):
             self._client.putfile(part, data)
             self._meter.add(len(data))
 
-    def _send_pieces(self, file: Any, number: int, start: int, end: int) -> None:
+    def _send_pieces(self, file: Any, number: int, start: int, end: int, checked: bytes) -> None:
+        """``checked``: the path, where each piece is to be checked once it is there; else b''."""
         file.seek(start)
-        wire = self._client.connect()
-        sent: List[int] = []
+        wire, buffer, size = self._client.connect(), new_buffer(), CHECKED if checked else PIECE
+        sent: Deque[Tuple[int, bytes]] = collections.deque()
         while start < end or sent:
-            if start < end and len(sent) < PIECES:
-                count = min(PIECE, end - start)
+            if start < end and len(sent) * size < AHEAD:
+                count, checksum = min(size, end - start), new_hash(CRC32) if checked else None
                 wire.put(self._client.ask('pwrite', number, count, start))
-                wire.send_copy(file, count)
-                sent.append(count)
+                wire.send_copy(file, count, buffer, checksum)
+                if checksum is not None:
+                    wire.put(self._client.ask(CRC32, quote(checked), start, count))
+                sent.append((count, checksum.digest() if checksum is not None else b''))
                 start += count
             else:
-                count = sent.pop(0)
+                count, digest = sent.popleft()
                 if self._client.result(wire, 'write') != count:
                     raise self._client.broken('pwrite: a wrong count')
+                if checked and self._client.read_checksum(wire, checked) != digest:
+                    raise altered(checked)
                 self._meter.add(count)
 
     # A folder.
@@ -820,10 +849,6 @@ def part_path(path: bytes) -> bytes:
     return folder + slash + part_name(name)
 
 
-def changed(before: os.stat_result, after: os.stat_result) -> bool:
-    return (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns)
-
-
 def space_of(found: Any) -> int:
     """Bytes on disk that a file of that stat needs: one with holes needs less than its size."""
     return min(found.st_size, found.st_blocks * 512) if hasattr(found, 'st_blocks') else found.st_size
@@ -934,17 +959,22 @@ class Download(Move):
             data = self._client.getfile(source)
             write_whole(file, memoryview(data))
             return self._meter.add(len(data))
+        checked = self._options.verify and self._client.is_ours
         with self._client.moving_content():
-            self._receive_pieces(number, start, size, lambda view: write_here(file, view))
+            self._receive_pieces(number, start, size, lambda view: write_here(file, view),
+                                 source if checked else b'')
             file.truncate(size)        # where it ends with a hole
-        after = self._client.fstat(number)
-        self._client.close(number)
-        if size == found.size and (
+        after, doubt = self._client.fstat(number), 0       # bytes that may not be what they should
+        if checked and not self._client.has_changed(number):
+            doubt = start
+        elif size == found.size and (
                 self._options.verify or (found.size, found.mtime) != (after.size, after.mtime)):
-            if not (self._client.has_same(source, file, size, self._meter)
-                    if self._client.is_ours or after.size == size
-                    else self._has_same_start(source, file, size)):
-                raise Changed('%s changed while it was read, or arrived altered' % shown(source))
+            doubt = size
+        self._client.close(number)
+        if doubt and not (self._client.has_same(source, file, doubt, self._meter)
+                          if self._client.is_ours or after.size == size
+                          else self._has_same_start(source, file, size)):
+            raise altered(source)
 
     def _has_same_start(self, source: bytes, file: Any, size: int) -> bool:
         """Of a file that grew, where the server has checksums of whole files alone: by fetching it again."""
@@ -959,19 +989,27 @@ class Download(Move):
         self._meter.moved = moved
         return True
 
-    def _receive_pieces(self, number: int, start: int, end: int, write: Callable[[memoryview], Any]) -> None:
-        wire, buffer = self._client.connect(), new_buffer()
-        asked: List[int] = []
+    def _receive_pieces(self, number: int, start: int, end: int, write: Callable[[memoryview], Any],
+                        checked: bytes = b'') -> None:
+        """``checked``: the path, where each piece is to be checked as it comes."""
+        wire, buffer, size = self._client.connect(), new_buffer(), CHECKED if checked else PIECE
+        asked: Deque[int] = collections.deque()
         while start < end or asked:
-            if start < end and len(asked) < PIECES:
-                asked.append(min(PIECE, end - start))
+            if start < end and len(asked) * size < AHEAD:
+                asked.append(min(size, end - start))
+                if checked:            # first: what is read for it is in the processor's cache then
+                    wire.put(self._client.ask(CRC32, quote(checked), start, asked[-1]))
                 wire.put(self._client.ask('pread', number, asked[-1], start))
                 start += asked[-1]
             else:
-                self._receive_piece(wire, asked.pop(0), buffer, write)
+                checksum = new_hash(CRC32) if checked else None
+                digest = self._client.read_checksum(wire, checked) if checked else b''
+                self._receive_piece(wire, asked.popleft(), buffer, write, checksum)
+                if checksum is not None and checksum.digest() != digest:
+                    raise altered(checked)
 
     def _receive_piece(self, wire: Wire, count: int, buffer: memoryview,
-                       write: Callable[[memoryview], Any]) -> None:
+                       write: Callable[[memoryview], Any], checksum: Any) -> None:
         got = self._client.result(wire, 'read')
         if got > count:
             raise self._client.broken('pread: %d bytes where %d were asked for' % (got, count))
@@ -981,6 +1019,8 @@ class Download(Move):
         while count:
             got = wire.read_into(buffer[:min(count, BLOCK)], deadline)
             write(buffer[:got])
+            if checksum is not None:
+                checksum.update(buffer[:got])
             count -= got
             self._meter.add(got)
 

@@ -344,6 +344,13 @@ class Connection:
     def fstat(self, file: int) -> Stat:
         return self.call('fstat', file, again=False, read=read_stat)
 
+    def has_changed(self, file: int) -> bool:
+        """Whether it may have, since it was opened; of a server that doesn't know, it may."""
+        try:
+            return bool(self.call('fchanged', file, again=False))
+        except Refused:
+            return True
+
     def pread(self, file: int, length: int, offset: int) -> bytes:
         return self.call('pread', file, length, offset, again=False, read=payload(length))
 

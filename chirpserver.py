@@ -55,6 +55,7 @@ from chirpwire import (
     ProtocolError,
     Wire,
     hash_file,
+    may_have_changed,
     new_buffer,
     quote,
     secret_answer,
@@ -412,16 +413,18 @@ class WholeFiles(Part):
             self._wire.flush()
             start = min(start, os.fstat(fd).st_size)
             with open(fd, 'rb', buffering=0, closefd=False) as file:
-                digest = hash_file(file, algorithm, start, count, self._session.look_up)
+                digest = hash_file(file, algorithm, start, count, self._session.look_up, self._session.buffer)
         return b'%d\n' % len(digest) + digest
 
 
 class OpenFile:
     """What a client has open."""
-    __slots__ = ('fd', 'reads', 'writes', 'appends')
+    __slots__ = ('fd', 'found', 'seen', 'reads', 'writes', 'appends')
 
-    def __init__(self, fd: int, reads: bool, writes: bool, appends: bool) -> None:
+    def __init__(self, fd: int, found: os.stat_result, reads: bool, writes: bool, appends: bool) -> None:
         self.fd = fd
+        self.found = found             # what it was when it was opened …
+        self.seen = time.time()        # … and when that was
         self.reads = reads
         self.writes = writes
         self.appends = appends
@@ -457,8 +460,8 @@ class OpenFiles(Part):
                 self._session.need('rl')
                 how &= ~(os.O_CREAT | os.O_TRUNC | os.O_EXCL)
             opened = open_in(fd, name, how, number(mode) & 0o777 | 0o600)
-        file = OpenFile(opened, reads or not writes, writes, b'a' in flags)
         found = os.fstat(opened)
+        file = OpenFile(opened, found, reads or not writes, writes, b'a' in flags)
         if not writes:
             try:
                 self._session.need('l' if stat.S_ISDIR(found.st_mode) else 'r')
@@ -518,6 +521,11 @@ class OpenFiles(Part):
 
     def fstat(self, word: bytes) -> bytes:
         return b'0\n' + stat_line(os.fstat(self._find(word).fd))
+
+    def fchanged(self, word: bytes) -> bytes:
+        """Of ours alone: 1 where the file may have changed since it was opened, else 0."""
+        file = self._find(word)
+        return b'%d\n' % may_have_changed(file.found, file.seen, os.fstat(file.fd))
 
     def fsync(self, word: bytes) -> bytes:
         os.fsync(self._find(word).fd)
@@ -724,7 +732,8 @@ REQUESTS: Dict[type, Dict[str, Tuple[int, str]]] = {
         'hash': (2, 'r'), 'md5': (1, 'r'), 'crc32': (3, 'r')},
     OpenFiles: {
         'open': (3, ''), 'close': (1, ''), 'pread': (3, ''), 'pwrite': (3, ''), 'fstat': (1, ''),
-        'fsync': (1, ''), 'ftruncate': (2, ''), 'fchmod': (2, 'w'), 'fchown': (3, 'w'), 'fstatfs': (1, '')},
+        'fchanged': (1, ''), 'fsync': (1, ''), 'ftruncate': (2, ''), 'fchmod': (2, 'w'), 'fchown': (3, 'w'),
+        'fstatfs': (1, '')},
     Names: {
         'getlongdir': (1, 'l'), 'getdir': (1, 'l'), 'stat': (1, 'l'), 'lstat': (1, 'l'), 'mkdir': (2, 'wv'),
         'unlink': (1, 'd'), 'rmdir': (1, 'd'), 'rmall': (1, 'd'), 'rename': (2, 'w'), 'replace': (2, 'w'),

@@ -50,3 +50,64 @@ def test_what_differs_in_one_byte_is_not_the_same(tmp_path, size, monkeypatch):
                 there.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1:])
                 assert not client.has_same(b'/there', here, size, meter)
             assert not client.has_same(b'/missing', here, size, meter)
+
+
+# --- along with the content ---
+
+def of_pieces(monkeypatch, folder):
+    """Pieces of 64 KiB; and an old file of many of them."""
+    monkeypatch.setattr(chirpclient, 'CHECKED', 65536)
+    source = write(folder / 'source', os.urandom(1 << 20))
+    os.utime(str(source), (1e9, 1e9))
+    return source
+
+
+def no_second_reading(*words):
+    raise AssertionError('all of it is read again')
+
+
+@pytest.mark.parametrize('way', ['put', 'get'])
+def test_what_holds_still_is_read_once(tmp_path, monkeypatch, way):
+    source = of_pieces(monkeypatch, tmp_path)
+    monkeypatch.setattr(chirpclient.ChirpClient, 'has_same', no_second_reading)
+    with our_server(tmp_path) as server, chirpclient.ChirpClient(*server.address) as client:
+        if way == 'put':
+            client.put(str(source), '/target')
+        else:
+            client.get('/source', str(tmp_path / 'target'))
+    assert (tmp_path / 'target').read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize('way', ['put', 'get'])
+def test_a_change_of_what_has_passed_already_is_noticed(tmp_path, monkeypatch, way):
+    """Its piece was right, and what arrives would be no state that the file was ever in."""
+    source, changed = of_pieces(monkeypatch, tmp_path), []
+
+    def change(moved, total):
+        if 200000 < moved < 900000 and not changed:
+            changed.append(moved)
+            with open(str(source), 'r+b') as file:
+                file.write(b'changed')
+            os.utime(str(source), (1e9, 1e9))      # what can't be set is the time of that
+    monkeypatch.setattr(chirpclient.Meter, 'EVERY', 0)
+    with our_server(tmp_path) as server, chirpclient.ChirpClient(*server.address) as client:
+        if way == 'put':
+            client.put(str(source), '/target', progress=change)
+        else:
+            client.get('/source', str(tmp_path / 'target'), progress=change)
+    assert changed and (tmp_path / 'target').read_bytes() == source.read_bytes()
+    assert source.read_bytes().startswith(b'changed')
+
+
+def test_a_file_may_have_changed_where_its_time_can_not_tell(tmp_path):
+    path = write(tmp_path / 'f', b'content')
+    os.utime(str(path), (2e9, 2e9))            # as one that is being written
+    with our_server(tmp_path) as server, chirpclient.ChirpClient(*server.address) as client:
+        number, _ = client.open('/f')
+        assert client.has_changed(number)
+        os.utime(str(path), (1e9, 1e9))
+        number, _ = client.open('/f')
+        assert not client.has_changed(number)
+        path.write_bytes(b'another')
+        os.utime(str(path), (1e9, 1e9))
+        assert client.has_changed(number)
