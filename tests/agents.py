@@ -117,12 +117,19 @@ class Host(Process):
 
     @property
     def url(self):
-        return 'http://vmhost:%s@%s/' % (self.token, self.address)
+        return self.url_at(self.address)
+
+    def url_at(self, address):
+        return 'http://vmhost:%s@%s/' % (self.token, address)
 
     @property
     def api(self):
         """A new proxy: one per thread."""
-        return xmlrpc.client.ServerProxy(self.url, allow_none=True)
+        return self.api_at(self.address)
+
+    def api_at(self, address):
+        """The same by another address, which leads there."""
+        return xmlrpc.client.ServerProxy(self.url_at(address), allow_none=True)
 
     def answers(self):
         try:

@@ -1,4 +1,4 @@
-"""A TCP proxy between a guest and the broker, that cuts, holds, slows, splits and doubles what passes."""
+"""A TCP proxy between a guest and the broker, or a caller and the API, that cuts, holds, slows, doubles."""
 
 import contextlib
 import socket
@@ -14,6 +14,7 @@ class CuttingProxy:
     throttle  100 bytes each 10 ms
     hole      nothing passes until the mode changes; then all that waited
     twice     what a new connection of the guest sends goes to the broker on two connections
+    mute      what asks is passed on; where the answer would come, the connection is cut
     """
 
     def __init__(self, target):
@@ -60,7 +61,7 @@ class CuttingProxy:
                 data = source.recv(65536)
                 while self.mode == 'hole' and not self._stopping:
                     time.sleep(0.02)
-                if not data:
+                if not data or self.mode == 'mute' and targets == [pair.client]:
                     break
                 if not pair.is_half_open:
                     self._pass_on(data, targets)

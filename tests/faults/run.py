@@ -2,13 +2,14 @@
 
 Real processes of a host, three guests (each behind a cutting proxy), and now and then a broker apart,
 are killed, stopped, cut off, rolled back, filled up and put out of time, one fault after the other,
-while commands are asked for: some twice by the same id, as who got no answer does; some are cancelled or
-signalled, some expire where they wait. Each command appends a line to a file of its own, outside of the
-guests' disks, as it begins, and makes another file as it ends: the only proof of that. When the dust has
-settled: each ran at most once (per state of its guest's disk), each has exactly one end, and what the host
-reports equals the proof: what is cancelled or expired never began, what ended by a signal got it from here,
-what exited came to its end. ``lost`` and ``failed`` are right only where a fault that a command was under
-allows them.
+while commands are asked for: some twice by the same id, some through a proxy that cuts the answer, by
+callers who then repeat the call; some are cancelled or signalled, some expire where they wait. One guest runs
+two at a time, so that others wait there for their turn. Each command appends a line to a file of its own,
+outside of the guests' disks, as it begins, and makes another file as it ends: the only proof of that. When
+the dust has settled: each ran at most once (per state of its guest's disk), each has exactly one end, and
+what the host reports equals the proof: what is cancelled or expired never began, what ended by a signal got
+it from here, what exited came to its end. ``lost`` and ``failed`` are right only where a fault that a command
+was under allows them.
 
 The same seed gives the same sequence of faults and of commands (--plan prints it); how they fall
 together in time differs. Ends with one line of counts, and 0 when nothing was lost, double or wrong.
@@ -18,6 +19,7 @@ import argparse
 import collections
 import contextlib
 import hashlib
+import http.client
 import json
 import os
 import queue
@@ -57,7 +59,8 @@ KINDS = {              # fault: weight, (shortest, longest) duration in seconds
     'guest-full': (3, (0.5, 2)), 'host-full': (3, (0.5, 2)),
 }
 
-DEEDS = ('',) * 8 + ('repeat', 'repeat', 'KILL', 'TERM', 'expire')
+DEEDS = ('',) * 8 + ('repeat', 'cut', 'cut', 'KILL', 'TERM', 'expire')
+SENT = {'KILL': 9, 'TERM': 15, 'expire': 9}    # by what is done to a command: the signal that may end it
 
 Fault = collections.namedtuple('Fault', 'kind guest seconds')
 
@@ -66,7 +69,8 @@ def plan_of(seed, faults, commands):
     """(the faults, the commands) of a seed.
 
     A command is (guest, seconds, exit code, bytes of output, what is done to it): ``repeat``: it is asked
-    for twice; ``KILL``, ``TERM``: it gets that signal; ``expire``: it has to begin within 2 s.
+    for twice; ``cut``: the same, and the first answer is cut; ``KILL``, ``TERM``: it gets that signal;
+    ``expire``: it has to begin within 2 s.
     """
     choose = random.Random(seed)
     kinds, weights = list(KINDS), [weight for weight, _ in KINDS.values()]
@@ -88,6 +92,7 @@ class Attempt:
         self.proof = os.path.join(world.proofs, self.nonce)
         self.cmd_id = ''
         self.refused = False           # a fault said so: it must never run
+        self.unanswered = False        # an earlier call was perhaps taken: then a fault doesn't say that
         self.excuses = set()
         self.results = None            # as recorded before a journal was lost
         self.ends = 1
@@ -101,7 +106,7 @@ class Attempt:
     def options(self):
         """Of runCmd."""
         found = {'queue': True}
-        if self.deed == 'repeat':
+        if self.deed in ('repeat', 'cut'):
             found['id'] = 'of-the-caller-' + self.nonce
         if self.deed == 'expire':
             found['expires'] = 2
@@ -136,7 +141,7 @@ class Guest:
         host = world.host
         host.broker_port = self.proxy.port
         self.agent = Agent(self.folder, host, self.id, broker={'heartbeat': 2}, beacon_interval=1,
-                           kill_after=1, keep_spool=10)
+                           kill_after=1, keep_spool=10, max_commands=0 if number else 2)
 
     def start(self):
         self.agent.faults = {
@@ -285,20 +290,27 @@ class World:
                 self.submit(attempt)
                 return
             except xmlrpc.client.Fault:
-                attempt.refused = True
+                attempt.refused = not attempt.unanswered
             except (OSError, ValueError, xmlrpc.client.Error):
                 pass
             time.sleep(0.3)
 
     def submit(self, attempt):
         """runCmd, and what is done to the command. Raises what that raised."""
-        def call():
+        def call(api):
             return api.runCmd('g%d' % attempt.guest, 'sh', attempt.words(), {}, '', '', attempt.options())
+        if attempt.deed == 'cut':
+            with contextlib.closing(CuttingProxy(int(self.host.address.rpartition(':')[2]))) as proxy:
+                proxy.mode = 'mute'
+                attempt.unanswered = True
+                with self.host.api_at('127.0.0.1:%d' % proxy.port) as api:
+                    with contextlib.suppress(OSError, http.client.HTTPException):
+                        call(api)      # which Python's own client sends again at once
         with self.host.api as api:
-            attempt.cmd_id = call()
+            attempt.cmd_id = call(api)
             with contextlib.suppress(OSError, xmlrpc.client.Error):
                 if attempt.deed == 'repeat':
-                    assert call() == attempt.cmd_id
+                    assert call(api) == attempt.cmd_id
                 elif attempt.deed in ('KILL', 'TERM'):
                     time.sleep(attempt.seconds / 10)
                     api.signalCmd(attempt.cmd_id, attempt.deed)
@@ -495,10 +507,16 @@ class World:
                     attempt.excuses.add('journal')
 
     def do_journal_lost(self, guest, seconds):
+        """With the secrets of all guests; so their owner lets them tell those anew."""
         self.record()
         self.host.stop(signal.SIGKILL)
         self.forget_journal({})
         self.host.start()
+        for guest in self.guests:
+            guest.agent.stop(timeout=30)
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(guest.agent.state, guest.id + '.host'))
+            guest.start()
         self.excuse('journal')
         return True
 
@@ -717,7 +735,7 @@ def judge(attempt):
         return (state, '') if right else ('wrong', 'it is %s, and ran, or nobody wanted that' % state)
     if state == 'signaled':
         # What expired at the host, and had begun in the guest at that moment, is ended by KILL.
-        right = attempt.deed in ('KILL', 'TERM', 'expire') and results['by'] == 'signalCmd' \
+        right = results['exitCodeOrSignal'] == SENT.get(attempt.deed) and results['by'] == 'signalCmd' \
             and not attempt.has_ended()
         return (state, '') if right else ('wrong', 'nobody sent that signal, or it had ended')
     if state == 'lost':
