@@ -390,7 +390,8 @@ def children_of(pid):
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='looks into /proc')
 def test_a_runner_runs_one_command_after_the_other(host, guest):
     """And nothing of a command stays for the next one: priority, limits, folder, environment, descriptors."""
-    show = 'ulimit -n; nice; pwd; echo $LEFT; ls /proc/$PPID/fd | wc -l'
+    show = ('ulimit -n; nice; pwd; echo $LEFT; '      # its parent was the starter, that goes within moments
+            'until ls /proc/$(awk "/^PPid/ {print \\$2}" /proc/$$/status)/fd > list; do :; done; wc -l < list')
     *plain, descriptors = host.run('one', 'sh', '-c', show)['out'].splitlines()
     before = runners_of(guest)
     with host.api as api:
@@ -403,7 +404,7 @@ def test_a_runner_runs_one_command_after_the_other(host, guest):
     for _ in range(20):
         *shown, count = host.run('one', 'sh', '-c', show)['out'].splitlines()
         assert shown == plain
-        assert int(count) < int(descriptors) + 15      # it may have just begun: one a command would be 40
+        assert int(count) < int(descriptors) + 30      # it may have just begun: one a command would be 40
     assert len(set(runners_of(guest)) - set(before)) <= 1       # for two commands at once
 
 
