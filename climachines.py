@@ -32,7 +32,10 @@ def do_ls(host: Client, screen: Screen, args: Any) -> int:
     for vm in found:
         if vm['trouble']:
             screen.say(agent.printable('%s: %s' % (vm['name'], vm['trouble'])))
-    for job in host.call('agentInfo')['jobs']:
+    info = host.call('agentInfo')
+    for refused in info.get('refused', ()) if not args.vm else ():
+        screen.say(agent.printable('%s is not let in: %s' % (refused['id'], refused['why'])))
+    for job in info['jobs']:
         screen.say(agent.printable('%s: %s, %d %%' % (job['vm'], job['text'], job['percent'])))
     return 0
 

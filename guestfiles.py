@@ -73,6 +73,9 @@ class Files:
         if self._settings.server == 'embedded':
             secret, id = self._identity
             by_secret = self._settings.auth == 'secret'
+            if not by_secret:
+                log.warning('[Chirp] auth=address: files are open to every user of %s and, behind NAT, to '
+                            'every other guest there', allowed[0])
             self._server = chirpserver.ChirpServer(
                 self._root, address, port, None if by_secret else allowed, auth=self._settings.auth,
                 secret=secret, id=id, tls=self.tls, shown=shown).start()

@@ -78,12 +78,14 @@ class AgentMethods(Methods):
         return '\n\n'.join(map(str, texts))
 
     def agentInfo(self) -> dict:
-        """{version, proto, python, hypervisor, broker, xmlrpc, uptime, vms, cmds, aint, untrusted, jobs}.
+        """{version, proto, python, hypervisor, broker, xmlrpc, uptime, vms, cmds, aint, untrusted, refused,
+        jobs}.
 
         vms: how many agents are connected; cmds: how many commands are unfinished; aint: how many
         words were dropped, since they weren't any, or not signed by whom they are said to be from;
-        untrusted: the latter alone; broker: where it is, and the embedded one's counters; jobs: what
-        the hypervisor is busy with, [{verb, vm, percent, text}].
+        untrusted: the latter alone; refused: agents that were not let in lately, [{id, why}]; broker:
+        where it is, and the embedded one's counters; jobs: what the hypervisor is busy with, [{verb,
+        vm, percent, text}].
 
             >>> host.agentInfo()['hypervisor']
             'none'
@@ -95,6 +97,7 @@ class AgentMethods(Methods):
                 'uptime': time.monotonic() - host.started, 'vms': len(host.guests.on_list()),
                 'cmds': host.commands.count(), 'aint': host.words.unknown,
                 'untrusted': host.trust.untrusted,
+                'refused': [{'id': id, 'why': why} for id, why in host.trust.refusals.lately()],
                 'jobs': hypervisor.under_way() if hypervisor is not None else []}
 
     def getEvents(self, after: int = 0, timeout: float = 0) -> dict:

@@ -82,6 +82,8 @@ def check_running(host: Client, info: Dict[str, Any], mode: str) -> Iterator[age
                             'reaches %s' % broker['address'], needed=False)
     for guest in guests:
         yield check_guest(guest)
+    for refused in info.get('refused', ()):
+        yield agent.Finding(False, 'guest %s is not let in' % refused['id'], refused['why'], needed=False)
 
 
 def check_guest(guest: Dict[str, Any]) -> agent.Finding:

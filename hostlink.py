@@ -61,7 +61,7 @@ class Connection:
 
     def _start_broker(self, host: str, secret: str) -> None:
         settings = self._settings
-        self._policy = HostPolicy(secret, self._trust.judge)
+        self._policy = HostPolicy(secret, self._trust.judge_first)
         self._trust.watch_connections(self._policy.is_there)
         self._broker = stompbroker.Broker(
             host, settings.port, login=settings.username, passcode=settings.password,

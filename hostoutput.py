@@ -34,9 +34,9 @@ QUERY_TIMEOUT = 5.0            # seconds in which a guest gives a slice of outpu
 LONGEST_PAUSE = 0.25           # seconds until it is seen that a command is lost, or its agent back
 OUTPUT_SLICE = 256 * 1024      # bytes that one CMD_QUERY asks for, at most
 OUTPUT_READ = 4 * 1024 * 1024  # bytes that are read of fetched output at once
-FETCHERS = 4                   # threads that fetch output of commands
+FETCHERS = 32                  # threads that fetch output of commands: some guests may take all their time
 WAITING = 1000                 # commands of one guest whose output waits for its turn
-FETCH_TIME = 30.0              # seconds for the output of a command, and …
+FETCH_TIME = 30.0              # seconds for all output of a command, and …
 SLOWEST = 256 * 1024           # … a second more for so many bytes of fetch_limit
 FETCH_PATIENCE = 600.0         # seconds after a command's end in which its output is tried for
 
@@ -196,14 +196,15 @@ class Fetcher:
         if not os.path.isdir(self._folder):
             os.makedirs(self._folder, mode=0o700, exist_ok=True)
             agent.sync(os.path.dirname(self._folder))
+        limits = {stream: min(results[stream + '-size'], self._limit)
+                  for stream in ('out', 'err') if results[stream + '-offset']}
+        deadline = time.monotonic() + FETCH_TIME + sum(limits.values()) / SLOWEST
         with self._machines.chirp_client(guest) as client:
-            for stream in ('out', 'err'):
-                if results[stream + '-offset']:
-                    target = self.path(execution, stream)
-                    limit = min(results[stream + '-size'], self._limit)
-                    client.fetch(results['spool'] + '/' + stream, target, limit, cancel=cancel,
-                                 within=FETCH_TIME + limit / SLOWEST)
-                    agent.sync(target)
+            for stream, limit in limits.items():
+                target = self.path(execution, stream)
+                client.fetch(results['spool'] + '/' + stream, target, limit, cancel=cancel,
+                             within=deadline - time.monotonic())
+                agent.sync(target)
         agent.sync(self._folder)
 
 

@@ -31,8 +31,13 @@ HELLOS = 5.0                   # a second, of one guest on one connection, …
 HELLOS_AT_ONCE = 20            # … and so many at once; what is more is dropped unread
 PENDING_AT_ONCE = 4            # sessions of one guest that it has not proved yet, on one connection …
 PENDING_BYTES = 32 * 1024 * 1024   # … and what all of them together may take
+REFUSED_SHOWN = 20             # refusals that are shown, …
+REFUSED_FOR = 120.0            # … and for so many seconds: a guest tries again within 30
 HELLOS_OF = 1000               # … of so many guests and connections of which that is known
 DIGITS = re.compile('(?:[0-9a-f]{32}){1,2}')
+UNKNOWN = ('this host knows no secret of %s: it was forgotten, or the journal was lost. Delete the .host '
+           'file in the guest\'s state_dir, and it tells its secret anew; a VM gets one at its next start; '
+           'one that stands in guest.ini is told by pairVM')
 FORGET = 'if it is this machine from now on, run: vmhost.py forget %s'
 
 
@@ -230,6 +235,35 @@ class Sessions:
                 del self._pending[session]
 
 
+class Refusals:
+    """Why guests were not let in lately, one sentence of each. Safe from any thread."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        # Guards the table; nothing is called while it is held.
+        self._lock = threading.Lock()
+        self._latest = collections.OrderedDict()   # type: collections.OrderedDict[str, Tuple[float, str]]
+
+    def add(self, machine_id: str, why: str) -> None:
+        """Keeps it instead of the one before."""
+        with self._lock:
+            self._latest.pop(machine_id, None)
+            self._latest[machine_id] = self._clock(), why
+            if len(self._latest) > REFUSED_SHOWN:
+                self._latest.popitem(last=False)
+
+    def remove(self, machine_id: str) -> None:
+        """By now it is let in."""
+        with self._lock:
+            self._latest.pop(machine_id, None)
+
+    def lately(self) -> List[Tuple[str, str]]:
+        """(id, why) of each, the newest last."""
+        with self._lock:
+            return [(machine_id, why) for machine_id, (when, why) in self._latest.items()
+                    if self._clock() - when < REFUSED_FOR]
+
+
 # --- who is let in ---------------------------------------------------------------------------
 
 class Trust:
@@ -247,10 +281,19 @@ class Trust:
         if settings.unsigned_guests:
             log.warning('[Host] unsigned_guests=yes: whoever reaches the broker can be any guest that has no '
                         'secret')
+        self.refusals = Refusals(clock)
         self._drops, self._refusals = Seldom(log, clock), Seldom(log, clock)
         self._is_there = lambda connection: False      # type: Callable[[str], bool]
 
     # HELLO.
+
+    def judge_first(self, machine_id: str, hello: Message) -> None:
+        """For the embedded broker, which tells the guest: as ``judge``, and says so here, too."""
+        try:
+            self.judge(machine_id, hello)
+        except Refusal as why:
+            self.refused(machine_id, why)
+            raise
 
     def judge(self, machine_id: str, hello: Message) -> None:
         """Raises Refusal where a HELLO can't be let in, whatever it may prove. Asks nobody."""
@@ -312,9 +355,7 @@ class Trust:
                 return secret, True
             raise Refusal('%s is known by another secret: %s' % (machine_id, FORGET % machine_id))
         if not known:
-            raise Refusal('this host knows no secret of %s: it was forgotten, or the journal was lost. To '
-                          'have it told anew, delete the .host file in the guest\'s state_dir; what stands '
-                          'in guest.ini is told by pairVM' % machine_id)
+            raise Refusal(UNKNOWN % machine_id)
         wanted = hello.text('secret-id')
         for secret in known:
             if not wanted or wanted == protocol.secret_id(secret, machine_id):
@@ -358,6 +399,7 @@ class Trust:
     def _prove(self, session: Session) -> bool:
         if session.secret:
             self.secrets.pin(session.id, session.secret)
+        self.refusals.remove(session.id)
         return self.sessions.begin(session)
 
     def secret_of(self, machine_id: str) -> bytes:
@@ -390,7 +432,8 @@ class Trust:
         self._drops.warn(machine_id, 'dropped a word of %s: %s', machine_id, why)
 
     def refused(self, machine_id: str, why: Any) -> None:
-        """Says now and then that a guest is not let in."""
+        """Says now and then that a guest is not let in, and keeps why."""
+        self.refusals.add(machine_id, printable(str(why)))
         self._refusals.warn(machine_id, '%s is not let in: %s', machine_id, why)
 
     def forget(self, machine_id: str) -> None:

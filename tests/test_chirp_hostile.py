@@ -53,6 +53,7 @@ class HostileServer:
 
     def __init__(self, answer, hello=HELLO, greets=False):
         self._answer, self._hello, self._greets = answer, hello, greets
+        self.asked = 0                 # connections
         self._listener = socket.socket()
         self._listener.bind(('127.0.0.1', 0))
         self._listener.listen(16)
@@ -81,6 +82,7 @@ class HostileServer:
             except OSError:
                 return
             self._socks.append(sock)
+            self.asked += 1
             self._threads.append(threading.Thread(target=self._serve, args=(sock,)))
             self._threads[-1].start()
 

@@ -127,6 +127,15 @@ def test_what_is_shown_can_be_read_and_never_changed(tmp_path):
     assert (spool / 'out').read_bytes() == b'output' and sorted(os.listdir(str(spool))) == ['link', 'out']
 
 
+def test_a_guest_that_lets_in_by_address_says_so(tmp_path):
+    source = str(write(tmp_path / 'source', b'x'))
+    with Host(tmp_path / 'host') as host, \
+            Agent(tmp_path / 'guest', host, 'one', chirp={'auth': 'address'}) as guest:
+        assert 'open to every user of 127.0.0.1' in guest.log()
+        with host.api as api:
+            assert api.cpFileToVM('one', source, 'there') == ['', '', 0]
+
+
 # --- time --------------------------------------------------------------------------------------------
 
 def trickle():

@@ -248,16 +248,41 @@ def test_nobody_is_shown_a_secret(host, guest, api):
                     assert name.startswith('journal') and os.stat(path).st_mode & 0o77 == 0
 
 
+def stay_at(host):
+    """Has the next agent of that folder listen where this one does."""
+    with open(host.ini) as file:
+        text = file.read().replace('port = 0', 'port = %d' % host.broker_port, 1)
+    with open(host.ini, 'w') as file:
+        file.write(text)
+
+
 def test_a_host_that_restarts_is_known_again(tmp_path):
     with Host(tmp_path / 'host') as host:
         with Agent(tmp_path / 'guest', host, 'one') as agent:
             host.process.send_signal(signal.SIGKILL)
             host.process.wait()
-            with open(host.ini) as file:
-                text = file.read().replace('port = 0', 'port = %d' % host.broker_port, 1)
-            with open(host.ini, 'w') as file:
-                file.write(text)
+            stay_at(host)
             host.start()
             wait_until(agent.has_joined, 40)
             assert host.run('one', 'echo', 'again')['out'] == 'again\n'
             assert 'not obeyed' not in agent.log()
+
+
+def test_a_host_that_lost_its_journal_says_what_to_do(tmp_path):
+    """In both logs, by ls and by check; and that helps."""
+    with Host(tmp_path / 'host') as host, Agent(tmp_path / 'guest', host, 'one') as agent:
+        stay_at(host)
+        host.stop()
+        for name in os.listdir(host.state):
+            if name.startswith('journal'):
+                os.remove(os.path.join(host.state, name))
+        host.start()
+        told = 'Delete the .host file in the guest\'s state_dir'
+        wait_until(lambda: told in host.log() and told in agent.log(), 40)
+        assert 'one is not let in: this host knows no secret of one' in host.log()
+        for words in ('ls',), ('check',):
+            assert told in host.verb(*words).stdout.decode(), words
+        os.remove(os.path.join(agent.state, 'one.host'))
+        wait_until(agent.has_joined, 60)
+        assert host.run('one', 'echo', 'again')['out'] == 'again\n'
+        assert 'not let in' not in host.verb('ls').stdout.decode()

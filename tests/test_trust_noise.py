@@ -13,6 +13,8 @@ import pytest
 from agents import TOP, Agent, Host
 from fake_guest import CONNECTIONS, RESPONSES, Guest
 from helpers import wait_until
+from test_chirp_hostile import HostileServer
+from test_chirp_trust import trickle
 
 sys.path.append(os.path.join(TOP, 'bench'))
 
@@ -62,6 +64,32 @@ def test_a_first_frame_is_short(host, honest, api):
                 continue
     assert noise.resident(host.process.pid) - memory < noise.MEMORY_TARGET
     assert 'giant' not in api.getNamesToIdsMapping().values()
+
+
+def trickles(line):
+    """The answers of a file server, as slow as it gets away with."""
+    if line.startswith(b'pread'):
+        return trickle()
+    return b'' if len(line) == 65 else b'0\n1 2 33188 1 0 0 0 5000000 4096 8 0 0 0\n'
+
+
+def test_file_servers_that_trickle_hold_up_no_others_output(host, honest, api):
+    """As many as there were threads that fetch, and some more."""
+    hello = b'yes\n' + b'00' * 32 + b'\nyes\nyes\nsecret\nx\n'
+    result = {'state': 'exited', 'exitCodeOrSignal': 0, 'spool': '/x', 'out-size': 9000, 'out-offset': 9000}
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(HostileServer(trickles, hello))
+        for number in range(8):
+            guest = stack.enter_context(Guest(host.broker_port, 'slow-%d' % number))
+            guest.join(chirp={'port': server.address[1]})
+            cmd_id = api.runCmd(guest.id, 'true')
+            guest.hear('CMD_RUN')
+            guest.word('CMD_RESULTS', headers={'cmd-id': cmd_id}, **result)
+        wait_until(lambda: server.asked >= 4)
+        cmd_id = api.runCmd('honest', 'sh', ['-c', 'yes | head -c 300000'])
+        host.results(cmd_id)
+        wait_until(lambda: any(name.startswith(cmd_id) for name in os.listdir(os.path.join(
+            host.state, 'output'))), 10)
 
 
 def joined(host, id):

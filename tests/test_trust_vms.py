@@ -5,11 +5,15 @@ import json
 import os
 import sqlite3
 
+import fake_server
 import fake_virtualbox
 import pytest
+import vms
 from fake_guest import CONNECTIONS, Guest
 from helpers import fault_of, wait_until
 from vms import VMHost
+
+import virtualbox
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
 
@@ -95,6 +99,32 @@ def test_a_vm_proves_itself_by_its_firmware(host, guest, api):
     assert api.forgetVM('firm') is True
     api.start('firm')
     assert firmware_secret(host, vm['uuid']) != secret
+
+
+def test_a_clone_has_a_secret_of_its_own(host, guest, api):
+    """Whatever it was cloned with; with the original's it doesn't get in."""
+    api.createVM('original', '', {'memory': 16})
+    api.start('original')
+    with vms.environment(host.environment):
+        box = fake_server.VirtualBoxManager().getVirtualBox()
+        clone = box.clone(box.findMachine('original'), 'clone')
+        key = virtualbox.SERIAL_KEY % 'pcbios'
+        before = clone.getExtraData(key)
+    wait_until(lambda: 'clone' in api.listVMs())
+    api.start('clone')
+    secrets = [firmware_secret(host, api.getVM(name)['uuid']) for name in ('original', 'clone')]
+    assert before == 'string:vmhost:' + secrets[0].hex() and secrets[0] != secrets[1]
+    assert clone.getExtraData(key) == 'string:vmhost:' + secrets[1].hex()
+    agents = [guest(api.getVM(name)['id'], secret) for name, secret in zip(('original', 'clone'), secrets)]
+    for agent in agents:
+        agent.hello(tell=False, **{'secret-id': agent.secret_id()})
+        agent.hear('PING')
+        agent.word('STILL_ALIVE', CONNECTIONS)
+    wait_until(lambda: {'original', 'clone'} <= set(api.listRegisteredVMs()))
+    thief = guest(agents[0].id, secrets[1])
+    keys = {'nonce': '0' * 32, 'secret-id': thief.secret_id()}
+    thief.put(CONNECTIONS, {'id': thief.id}, 'HELLO ' + json.dumps(keys))
+    assert 'forget' in thief.take_error().get('message')
 
 
 def test_nobody_has_the_name_of_a_vm_as_an_id(tmp_path):
