@@ -58,6 +58,7 @@ from chirpwire import (
     NO_SPACE,
     NOT_AUTHENTICATED,
     NOT_DIR,
+    RESERVED,
     SMALL,
     TOO_BIG,
     Busy,
@@ -596,6 +597,7 @@ class Upload(Move):
             with os.scandir(source) as entries:
                 for entry in entries:
                     with self._failing(entry.path):
+                        self._check_name(to_remote(entry.name))
                         if entry.is_dir(follow_symlinks=self._options.links == 'follow'):
                             if not merge:
                                 self._make_way(known, target, to_remote(entry.name))
@@ -610,6 +612,11 @@ class Upload(Move):
         if self._options.keep and (made or not merge):
             self._client.chmod(target, mode_there(found))
             self._client.utime(target, int(found.st_atime), int(found.st_mtime))
+
+    def _check_name(self, name: bytes) -> None:
+        """Raises OSError for what would be there, and in no listing."""
+        if name.startswith(RESERVED) and self._client.root is None:
+            raise OSError(errno.EINVAL, 'chirp_server shows nobody what is called so')
 
     def _put_folders(self, source: str, names: List[str], target: bytes, merge: bool) -> None:
         self._small.finish()

@@ -31,7 +31,8 @@ class Root:
             raise ChirpError('this system can\'t open files relative to a folder: it can\'t serve')
         self.path = os.path.realpath(path)
         self.ours = False              # whether a program of ours looks at it
-        self._reserved: Tuple[bytes, ...] = (RESERVED,)
+        self._reserved: Tuple[bytes, ...] = (RESERVED,)        # begins of names that aren't shown …
+        self._kept: Tuple[bytes, ...] = (RESERVED,)    # … or not changed
         self._closed = False
         self._shown: Dict[bytes, Root] = {}
         self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
@@ -44,9 +45,9 @@ class Root:
 
     def for_ours(self) -> 'Root':
         """The same folder, not to be closed, as programs of ours see it: every name can be said, and all but
-        those that servers make belong to the user."""
+        those that servers make belong to the user, who may read those."""
         root = copy.copy(self)
-        root.ours, root._reserved = True, OF_SERVERS
+        root.ours, root._reserved, root._kept = True, (TEMPORARY,), OF_SERVERS
         return root
 
     def close(self) -> None:
@@ -58,14 +59,20 @@ class Root:
                 root.close()
 
     @contextlib.contextmanager
-    def parent(self, path: bytes, follow: bool = True) -> Iterator[Tuple[int, bytes]]:
+    def parent(self, path: bytes, follow: bool = True,
+               reserved: Tuple[bytes, ...] = ()) -> Iterator[Tuple[int, bytes]]:
         """The descriptor of the folder that a path's last name is in, and that name ('.': the root).
-        With ``follow`` the name isn't a link, or wasn't a moment ago: use it without following."""
-        names = self._names(path)
+        With ``follow`` the name isn't a link, or wasn't a moment ago: use it without following.
+
+        ``reserved``: begins of names that it doesn't lead to, beside those that aren't shown.
+        """
+        reserved += self._reserved
+        names = split_path(path)       # which can't climb over the root
+        check_names(names, reserved)
         root = self
         if names and names[0] in self._shown:
             root, names = self._shown[names[0]], names[1:]
-        fd, name = root._walk(names, follow)
+        fd, name = root._walk(names, follow, reserved)
         try:
             yield fd, name
         finally:
@@ -74,10 +81,9 @@ class Root:
     @contextlib.contextmanager
     def changing(self, path: bytes, follow: bool = True) -> Iterator[Tuple[int, bytes]]:
         """``parent`` of what is going to be made, changed or removed."""
-        names = self._names(path)
-        if names and names[0] in self._shown:
+        if any(name in self._shown for name in split_path(path)[:1]):
             raise PermissionError(errno.EROFS, 'to be read only')
-        with self.parent(path, follow) as found:
+        with self.parent(path, follow, self._kept) as found:
             yield found
 
     def free_bytes(self) -> int:
@@ -109,18 +115,7 @@ class Root:
         finally:
             os.close(fd)
 
-    def _names(self, path: bytes) -> List[bytes]:
-        """The names of a path of a request, which can't climb over the root. Raises OSError for ours."""
-        names = split_path(path)
-        self._check_reserved(names)
-        return names
-
-    def _check_reserved(self, names: Sequence[bytes]) -> None:
-        """Raises PermissionError for a name that is the server's own."""
-        if any(name.startswith(self._reserved) for name in names):
-            raise PermissionError(errno.EACCES, 'a name of the server\'s own')
-
-    def _walk(self, names: List[bytes], follow: bool) -> Tuple[int, bytes]:
+    def _walk(self, names: List[bytes], follow: bool, reserved: Tuple[bytes, ...]) -> Tuple[int, bytes]:
         here, done, links = self._fd, [], 0    # type: int, List[bytes], int
         try:
             while names:
@@ -145,7 +140,7 @@ class Root:
                 if links > LINKS:
                     raise OSError(errno.EINVAL, 'too many links')
                 leads = [name for name in target.split(b'/') if name not in (b'', b'.')]
-                self._check_reserved(leads)
+                check_names(leads, reserved)
                 names[:0] = leads              # with their '..': what precedes may be a link, too
                 if target.startswith(b'/'):
                     here, done = self._leave(here), []
@@ -189,6 +184,12 @@ def split_path(path: bytes) -> List[bytes]:
         elif name not in (b'', b'.'):
             names.append(name)
     return names
+
+
+def check_names(names: Sequence[bytes], reserved: Tuple[bytes, ...]) -> None:
+    """Raises PermissionError for a name that is the server's own."""
+    if any(name.startswith(reserved) for name in names):
+        raise PermissionError(errno.EACCES, 'a name of the server\'s own')
 
 
 def names_in(fd: int) -> Iterator[bytes]:

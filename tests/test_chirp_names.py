@@ -58,10 +58,29 @@ def test_what_a_peer_can_not_carry_is_told_by_name(client, served, tmp_path):  #
             failed += [path for path, _ in incomplete.failures]
     if client.is_ours:
         assert not failed
-    # The real server keeps to itself what begins so.
     missing = set(os.listdir(str(source))) - set(os.listdir(str(tmp_path / 'back')))
-    assert all(name.startswith('.__') or any(chirpwire.shown(name) in path for path in failed)
-               for name in missing), (missing, failed)
+    assert all(any(path.endswith(chirpwire.shown(name)) for path in failed) for name in missing), \
+        (missing, failed)
+
+
+def test_what_servers_keep_in_a_folder_is_fetched_and_never_written(ours, tmp_path):
+    """A program may have made what has such a name, or chirp_server, which goes by its ACLs."""
+    client, there = ours  # noqa: F811
+    source = tree_of(tmp_path / 'source', {'.__acl': b'address:* rwlda', 'x': b'x', 'd/.__uuid': b'1'})
+    with pytest.raises(chirpwire.Incomplete) as incomplete:
+        client.put(str(source), '/tree')
+    assert sorted(path.rpartition('/')[2] for path, _ in incomplete.value.failures) == ['.__acl', '.__uuid']
+    os.symlink('.__acl', str(source / 'link'))
+    for name in '.__acl', 'd/.__uuid', 'link':
+        os.rename(str(source / name), str(there / 'tree' / name))
+    client.get('/tree', str(tmp_path / 'back'))
+    assert seen(tmp_path / 'back') == seen(there / 'tree')
+    for change in (lambda: client.putfile('/tree/.__acl', b''), lambda: client.putfile('/tree/link', b''),
+                   lambda: client.unlink('/tree/.__acl'), lambda: client.rename('/tree/x', '/tree/.__acl'),
+                   lambda: client.open('/tree/link', 'w')):
+        with pytest.raises(chirpwire.Refused, match='not authorized'):
+            change()
+    assert (there / 'tree' / '.__acl').read_bytes() == b'address:* rwlda'
 
 
 def test_modes_are_what_they_are(ours, tmp_path):
@@ -183,6 +202,7 @@ def test_a_disk_without_room_is_seen_before(tmp_path):
 def test_a_transfer_is_cancelled_while_checksums_are_computed(ours, tmp_path, monkeypatch):
     client, there = ours  # noqa: F811
     source = write(tmp_path / 'source', os.urandom(1 << 20))
+    client.put(str(source), '/target')
     cancel = threading.Event()
     computing = chirpwire.hash_file
 
@@ -190,9 +210,9 @@ def test_a_transfer_is_cancelled_while_checksums_are_computed(ours, tmp_path, mo
         cancel.set()
         return computing(file, algorithm, start, count, look_up)
     monkeypatch.setattr(chirpclient, 'hash_file', slow)
-    with pytest.raises(chirpwire.Cancelled):
+    with pytest.raises(chirpwire.Cancelled):           # it looks whether that is there already
         client.put(str(source), '/target', cancel=cancel)
-    assert not (there / 'target').exists()
+    assert os.listdir(str(there)) == ['target']
 
 
 def test_forty_at_once_wait_for_their_turn(tmp_path):
