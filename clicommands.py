@@ -5,9 +5,11 @@ No threads, no locks; while `run` lasts, the signals that would end it are hande
 
 import argparse
 import binascii
+import contextlib
 import fnmatch
 import os
 import signal
+import stat
 import sys
 import time
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
@@ -27,6 +29,9 @@ LONGEST_LOOK = 0.25            # … which grow while nothing comes
 LONGEST_WAIT = 60              # seconds that one call may wait
 PATIENCE = 10.0                # seconds after a command's end in which all of its output should have come
 WIDE = 100                     # columns from which on `ps` shows whole dates
+STREAM = 'stream'              # the option stdin of a command whose input comes bit by bit
+SMALL_INPUT = 64 * 1024        # bytes of a file that go along with the command
+SHELL_OUTPUT = 1024 ** 3       # bytes of a shell's output that are kept
 FINISHED_SHOWN = 20            # finished commands that `ps` lists
 
 
@@ -68,6 +73,8 @@ def do_run(host: Client, screen: Screen, args: Any) -> int:
     """Runs a command, brings its output as it comes, and exits with its code."""
     if not args.command:
         raise InvalidParams('no command given: run VM CMD ARG…')
+    if args.terminal:
+        check_terminal(host, args)
     words = [carried(word) for word in args.command]
     env = {name: carried(value) for name, value in args.env}
     return run_request(host, screen, args, args.vm, words[0], words[1:], env, carried(args.folder),
@@ -81,9 +88,40 @@ def run_options(args: Any) -> Dict[str, Any]:
         if getattr(args, name) not in (None, False)}
     if args.limits:
         options['limits'] = dict(args.limits)
-    if args.stdin:
-        options['stdin'] = Binary(sys.stdin.buffer.read())
+    if args.terminal:
+        import cliterminal  # which most do without
+        options['terminal'] = cliterminal.wanted()
+    elif args.stdin:
+        options['stdin'] = read_at_once() or STREAM
     return options
+
+
+def check_terminal(host: Client, args: Any) -> None:
+    """Raises InvalidParams where there can be none."""
+    if args.input:
+        raise InvalidParams('-t and -I: one of them')
+    if host.is_pattern(args.vm):
+        raise InvalidParams('-t is for one VM')
+    need_posix()
+
+
+def need_posix() -> None:
+    """Raises InvalidParams on a system whose terminals are of another kind."""
+    if os.name != 'posix':
+        raise InvalidParams('a terminal can be shown on Linux, macOS and other POSIX systems alone; here, '
+                            '`run -i` passes input')
+
+
+def read_at_once() -> Optional[Binary]:
+    """Standard input, where that is a small file: so the command can be run again with it; else None."""
+    try:
+        found = os.fstat(0)
+        left = found.st_size - os.lseek(0, 0, os.SEEK_CUR)
+        if stat.S_ISREG(found.st_mode) and left <= SMALL_INPUT:
+            return Binary(sys.stdin.buffer.read())
+    except OSError:
+        pass
+    return None
 
 
 def do_rerun(host: Client, screen: Screen, args: Any) -> int:
@@ -93,6 +131,9 @@ def do_rerun(host: Client, screen: Screen, args: Any) -> int:
     options.pop('fileForStdin', '')
     if 'stdin64' in options:
         options['stdin'] = Binary(binascii.a2b_base64(options.pop('stdin64')))
+    if options.pop('terminal', None) or options.get('stdin') == STREAM:
+        options.pop('stdin', None)
+        screen.complain('%s had input as it came, which is not kept: it gets none now' % args.id)
     return run_request(host, screen, args, was['vm'], was['cmd'], was['args'], was['env'], was['path'],
                        was['fileForStdin'], options)
 
@@ -106,7 +147,12 @@ def run_request(host: Client, screen: Screen, args: Any, vm: str, *request: Any)
         cmd_id = submit(host, 'runCmdOnAll' if many else 'runCmd', vm, *request)
         if args.detach:
             screen.say(cmd_id)
+        if options.get('stdin') == STREAM:
+            pass_input(host, cmd_id, many, args.detach)
+        if args.detach:
             return 0
+        if 'terminal' in options:
+            return visit(host, screen, vm, cmd_id)
         waits = options.get('queue') or not options.get('timeout')
         limit = 0 if waits else time.monotonic() + options['timeout'] + PATIENCE
         followed = follow(host, screen, cmd_id, many, interrupts, limit)
@@ -115,6 +161,58 @@ def run_request(host: Client, screen: Screen, args: Any, vm: str, *request: Any)
         absent = [name for name in sorted(set(known) - set(codes)) if fnmatch.fnmatchcase(name, vm)]
         screen.conclude(summary(codes, absent))
     return max(code for code, _ in codes.values())
+
+
+def pass_input(host: Client, cmd_id: str, many: bool, to_the_end: bool) -> None:
+    """Passes standard input on to the command; ``to_the_end``: before anything else is done."""
+    import cliterminal  # which most do without
+    keys = host.call('getCmdDetails', cmd_id)['executions'] if many else [cmd_id]
+    passed = cliterminal.Input(host.folder, keys)
+    if to_the_end:
+        passed.run()
+    else:
+        passed.start()
+
+
+def visit(host: Client, screen: Screen, vm: str, cmd_id: str, is_back: bool = False) -> int:
+    """Sits at the terminal of a command until that ends, or the person leaves; gives the exit code.
+
+    is_back    somebody was there before
+    """
+    import cliterminal  # which most do without
+    try:
+        visit = cliterminal.Visit(host, screen, cmd_id)
+        if is_back:
+            visit.come_back()
+        visit.stay()
+        return exit_code(screen, host.call('getCmdResults', cmd_id))
+    except (cliterminal.Detached, NoHost) as left:
+        screen.complain('%sthe command continues; come back with `shell %s %s`'
+                        % ('%s; ' % left if isinstance(left, NoHost) else '', vm, cmd_id))
+        return FAILED
+
+
+SHELL = 'exec "${SHELL:-sh}" -l'        # in the guest, to a terminal, it is the user's own
+
+
+def do_shell(host: Client, screen: Screen, args: Any) -> int:
+    """A shell on a terminal of its own, which lasts when the person leaves; or one that does so already."""
+    vm = host.call('getVM', args.vm)['name']
+    if args.id:
+        need_posix()
+        details = host.call('getCmdDetails', args.id)
+        if details['vm'] != vm or 'terminal' not in details['options']:
+            raise InvalidParams('%s is no command with a terminal on %s' % (args.id, vm))
+        return visit(host, screen, vm, args.id, True)
+    options: Dict[str, Any] = {'user': args.user} if args.user else {}
+    args.detach = False
+    if os.isatty(0):
+        import cliterminal  # which most do without
+        need_posix()
+        options.update(terminal=cliterminal.wanted(), outputLimit=SHELL_OUTPUT)
+    else:
+        options['stdin'] = STREAM
+    return run_request(host, screen, args, vm, 'sh', ['-c', SHELL], {}, '', '', options)
 
 
 def submit(host: Client, method: str, vm: str, *request: Any) -> str:
@@ -230,7 +328,10 @@ class Followed:
         """
         pause = SHORTEST_LOOK
         while self._open:
-            self._host.call('waitCmd', self._open[0].key, pause)
+            if len(self.names) > 1:
+                self._host.call('waitCmd', self._open[0].key, pause)
+            else:
+                self._open[0].wait(pause)
             between()
             pause = SHORTEST_LOOK if self.look() else min(2 * pause, LONGEST_LOOK)
             self._open = [execution for execution in self._open if not execution.is_over]
@@ -302,6 +403,17 @@ class Tail:
                 pipe.end()
         return moved
 
+    def wait(self, seconds: float) -> None:
+        """Until there is standard output, or the end; at the latest after so many seconds."""
+        with contextlib.suppress(AgentNotConnected, DeadlineExceeded):
+            answer = self._host.call('getCmdOutput', self.key, 'out', self._offsets['out'], PIECE, seconds)
+            self._take('out', answer)
+
+    def _take(self, stream: str, answer: Dict[str, Any]) -> None:
+        if answer['data'].data:
+            self._pipes[stream].write(answer['data'].data)
+            self._offsets[stream] = int(answer['next'])
+
     def is_silent(self) -> bool:
         """Whether the guest hasn't answered for long."""
         return time.monotonic() - self._answered > PATIENCE
@@ -328,8 +440,7 @@ class Tail:
             answer = self._host.call('getCmdOutput', self.key, stream, self._offsets[stream], PIECE)
             if not answer['data'].data:
                 break
-            self._pipes[stream].write(answer['data'].data)
-            self._offsets[stream] = answer['next']
+            self._take(stream, answer)
         return self._offsets[stream] > begin
 
 
@@ -457,7 +568,9 @@ def read_bytes(text: str) -> int:
 
 DETACH = switch('-d', '--detach', help='print the command\'s id, and return at once')
 RUN_ARGUMENTS = [
-    switch('-i', '--stdin', help='pass standard input'), DETACH,
+    switch('-i', '--stdin', help='pass standard input, as it comes'),
+    switch('-t', '--terminal', help='with a terminal of its own; ~. at the begin of a line leaves it'),
+    DETACH,
     argument('-T', '--timeout', metavar='SEC', type=read_seconds,
              help='terminate it after that time (90, 5m, 2h)'),
     argument('-k', '--kill-after', metavar='SEC', type=read_seconds, dest='killAfter',
@@ -484,7 +597,13 @@ VERBS = [
         'run web1 uname -a',
         'run -T 5m -e LEVEL=9 web1 -- sh -c \'gzip -$LEVEL < in > out\'',
         'run -i web1 -- tar xf - < tree.tar',
+        'run -t web1 top',
         'run \'web*\' uptime')),
+    Verb('shell', do_shell, 'a shell in a VM, which lasts when you leave (~. at the begin of a line)', [
+        argument('-u', '--user', metavar='USER', help='run it as this user'),
+        argument('vm', metavar='VM', help='name or id'),
+        argument('id', metavar='ID', nargs='?', help='come back to this one, as told when you left')],
+        ('shell web1', 'shell web1 ID')),
     Verb('rerun', do_rerun, 'run a command once more, as it was', [DETACH, ID]),
     Verb('ps', do_ps, 'list commands: unfinished ones, and the last finished', [
         argument('vm', metavar='VM', nargs='?', help='only those of this VM'), JSON,

@@ -344,6 +344,7 @@ class Start:
         found[b'PWD'] = os.path.abspath(self._folder)
         if self._request.get('terminal'):
             found[b'TERM'] = encode(self._request['terminal']['term'])
+            found.setdefault(b'SHELL', encode(own_shell()))
         found[b'VM_PROGRESS_FILE'] = encode(self._command.path('progress'))
         found.update({encode(name): encode(value) for name, value in self._request['env'].items()})
         return found
@@ -354,6 +355,14 @@ class Start:
         os.close(private(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW))
         os.chown(path, user.uid, user.gid)
         os.chmod(self._command.folder, PASSED)
+
+
+def own_shell() -> str:
+    """The shell of this process's user, which services aren't told by their environment."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_shell or '/bin/sh'
+    except KeyError:
+        return '/bin/sh'
 
 
 def encode(text: Any) -> bytes:

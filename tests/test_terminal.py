@@ -1,7 +1,13 @@
 """Programs that somebody talks to: input, terminals, output as it is written. Real host, real guests."""
 
+import fcntl
 import hashlib
 import os
+import re
+import signal
+import struct
+import subprocess
+import termios
 import threading
 import time
 import xmlrpc.client
@@ -10,6 +16,9 @@ import pytest
 from agents import Agent, Host
 from brokers import free_port
 from helpers import fault_of, wait_until
+from terminals import Terminal
+
+import cliterminal
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
 
@@ -204,3 +213,144 @@ def test_a_shell_on_a_terminal(api):
     api.putCmdInput(cmd_id, b'exit 7\nexit 7\n')
     assert api.waitCmd(cmd_id, 10)
     assert api.getCmdResults(cmd_id)['exitCodeOrSignal'] == 7
+
+
+# --- the command line ---
+
+class Person(Terminal):
+    """Who types at a terminal with a verb on it."""
+
+    def __init__(self, host, *words):
+        super().__init__(host.command(*words))
+        self.mark = 0
+
+    def sees(self, text, timeout=20):
+        """Waits until that is shown, after what was seen last."""
+        wait_until(lambda: self.written.find(text, self.mark) >= 0, timeout)
+        self.mark = self.written.find(text, self.mark) + len(text)
+
+    def has(self, rows, columns):
+        """A window of that size, from now on."""
+        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack('HHHH', rows, columns, 0, 0))
+
+
+def at_prompt(person):
+    """A shell whose prompt is PROMPT."""
+    person.type(b"PS1=PRO'MPT> '; set +o history\r")
+    person.sees(b'PROMPT> ')
+
+
+def test_run_passes_input_as_it_comes(host, guest):
+    process = subprocess.Popen(host.command('run', '-i', 'one', 'cat'), stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, bufsize=0)
+    for n in range(3):
+        process.stdin.write(b'%d\n' % n)
+        assert process.stdout.readline() == b'%d\n' % n
+    process.stdin.close()
+    assert process.wait(10) == 0
+    process.stdout.close()
+
+
+def test_run_passes_much_in_bounded_memory(host, guest, tmp_path):
+    """No process that it goes through holds more than a part of it."""
+    size, piece = 96 * 2 ** 20, os.urandom(2 ** 20)
+    process = subprocess.Popen(host.command('run', '-i', 'one', 'sha256sum'), stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, bufsize=0)
+    wanted = hashlib.sha256()
+    for _ in range(0, size, len(piece)):
+        process.stdin.write(piece)
+        wanted.update(piece)
+    peaks = [peak(pid) for pid in (process.pid, host.process.pid, guest.process.pid)]
+    process.stdin.close()
+    assert process.stdout.read().split()[0].decode() == wanted.hexdigest()
+    assert process.wait(10) == 0
+    process.stdout.close()
+    assert max(peaks) < 80 * 1024, peaks
+
+
+def peak(pid):
+    """KiB that a process had at most."""
+    with open('/proc/%d/status' % pid) as file:
+        return int(re.search(r'VmHWM:\s+(\d+)', file.read()).group(1))
+
+
+def test_run_on_a_terminal_exits_with_the_code(host, guest):
+    person = Person(host, 'run', '-t', 'one', 'sh', '-c', 'tty && stty size && read x && exit $x')
+    person.sees(b'24 80')
+    person.type(b'9\r')
+    assert person.wait()[0] == 9
+    person = Person(host, 'run', '-it', 'one', 'sh', '-c', 'echo begun; exec sleep 600')
+    person.sees(b'begun')
+    person.type(b'\x03')
+    assert person.wait()[0] == 130
+
+
+def test_a_shell(host, guest):
+    person = Person(host, 'shell', 'one')
+    at_prompt(person)
+    person.type(b'tty; echo $TERM $((6 * 7))\r')
+    person.sees(b'xterm 42')
+    person.has(33, 101)
+    person.type(b'stty size\r')
+    person.sees(b'33 101')
+    person.type(b"sh -c 'echo wait$((20 + 1)); exec sleep 600'\r")
+    person.sees(b'wait21')
+    person.type(b'\x03')
+    person.sees(b'PROMPT> ')
+    person.type(b'exit 5\r')
+    assert person.wait()[0] == 5
+
+
+@pytest.mark.parametrize('how', ['keys', 'signal', 'hangup'])
+def test_a_shell_lasts_and_one_comes_back_to_it(host, guest, how):
+    person = Person(host, 'shell', 'one')
+    at_prompt(person)
+    person.type(b'cd /tmp; here=$((40 + 2)); echo mark$here\r')
+    person.sees(b'mark42')
+    if how == 'keys':
+        person.type(b'\r~.')
+    elif how == 'signal':
+        os.kill(person.pid, signal.SIGTERM)
+    else:
+        os.kill(person.pid, signal.SIGKILL)
+    code, text = person.wait()
+    cmd_id = host.verb('ps', '-q', 'one').stdout.split()[-1].decode()
+    assert how == 'hangup' or code == 255 and 'shell one ' + cmd_id in text
+    person = Person(host, 'shell', 'one', cmd_id)
+    person.sees(b'mark42')
+    person.type(b'echo again$here in $PWD\r')
+    person.sees(b'again42 in /tmp')
+    person.type(b'exit 0\r')
+    assert person.wait()[0] == 0
+
+
+def test_a_paste_of_a_megabyte(host, guest, tmp_path):
+    """Into a program that reads key by key, as editors and shells do."""
+    target = tmp_path / 'pasted'
+    person = Person(host, 'run', '-t', 'one', 'sh', '-c', 'stty raw -echo; echo ready; head -c 1000000 > %s'
+                    % target)
+    person.sees(b'ready')
+    text = b'0123456789abcde\r' * 62500
+    paste = threading.Thread(target=lambda: [person.type(text[at:at + 1000])
+                                             for at in range(0, len(text), 1000)])
+    paste.start()
+    assert person.wait()[0] == 0
+    paste.join()
+    assert target.read_bytes() == text
+
+
+def test_what_a_terminal_is_not_for(host, guest):
+    for words in (['run', '-t', '*', 'true'], ['run', '-t', '-I', 'x', 'one', 'true'], ['shell', 'one', 'none']):
+        assert host.verb(*words).returncode == 255
+
+
+def test_a_shell_reads_a_script(host, guest):
+    done = host.verb('shell', 'one', input=b'echo from $0; exit 4\n')
+    assert done.returncode == 4 and done.stdout.startswith(b'from ')
+
+
+def test_escapes():
+    escapes = cliterminal.Escapes()
+    assert escapes.read(b'~~a~.b\r~x\r') == (b'~a~.b\r~x\r', False)
+    assert escapes.read(b'~') == (b'', False)
+    assert escapes.read(b'.more') == (b'', True)
