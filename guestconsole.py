@@ -7,7 +7,7 @@ Threads: the link's thread brings the host's words, the main thread what runners
 guards the table and each console; nothing that waits happens while it is held.
 """
 
-import base64
+import binascii
 import logging
 import socket
 import threading
@@ -146,11 +146,14 @@ class Consoles:
             console = self._of(command)
             if len(console.unsent) < UNSENT:
                 console.unsent += piece.packed()
+            was_watched = console.connection is not None
             if console.connect():
                 console.send()
             if command.taken is not None and piece.offset + len(piece.data) <= command.taken:
                 console.ack_at = console.ack_at or time.monotonic() + ACK_AFTER     # it didn't hear so before
-        self._look_by(time.monotonic())
+            is_watched = was_watched and not console.unsent and console.ack_at is None
+        if not is_watched:
+            self._look_by(time.monotonic())
 
     def query(self, command: Command, query: Message) -> bool:
         """CMD_QUERY; False where it doesn't ask to follow. Raises BadWord."""
@@ -247,7 +250,7 @@ def read_piece(message: Message) -> Piece:
     if not 0 <= offset < 2 ** 62:
         raise BadWord('CMD_INPUT: offset should be a number of bytes')
     try:
-        data = base64.b64decode(message.text('data64'), validate=True)
+        data = binascii.a2b_base64(message.text('data64'))
     except ValueError:
         raise BadWord('CMD_INPUT: data64 is no base64')
     return Piece(int(offset), data, message.flag('eof'), screen_size(message, 'rows'),

@@ -15,12 +15,14 @@ import select
 import socket
 import struct
 import termios
+import time
 from typing import Any, List, NamedTuple, Optional
 
 log = logging.getLogger('vmguest')
 
 NAME = 'input'                 # of the socket, in the command's folder
 LONGEST_PATH = 100             # bytes: an address holds 104 of them on some systems, with the NUL
+NEWS_PATIENCE = 0.002          # seconds in which output may follow a piece of input: both are told at once
 HELD = 256 * 1024              # bytes that a runner holds for a program that doesn't read
 RECEIVE = 256 * 1024           # bytes that are received at once
 PIECE = struct.Struct('<QIHHB')        # offset, length, rows, columns, whether it is the end; then the bytes
@@ -77,6 +79,7 @@ class Inlet:
 
     def __init__(self, folder: str, target: int, is_terminal: bool) -> None:
         """``target``: where the program reads; a terminal's master stays the caller's. Raises OSError."""
+        self._news_due: Optional[float] = None     # monotonic: when to tell of taken input
         self.taken = 0                 # bytes of the input that came so far, and are the program's
         self._folder = folder
         self._is_terminal = is_terminal
@@ -103,14 +106,20 @@ class Inlet:
         """What should be watched for room."""
         return [self._target] * (self._target >= 0 and bool(self._waiting))
 
+    def patience(self, most: float) -> float:
+        """Seconds until ``react`` has something to do by itself, at most so many."""
+        return most if self._news_due is None else max(0.0, min(most, self._news_due - time.monotonic()))
+
     def react(self, ready: List[Any]) -> None:
-        """To what of these is ready."""
+        """To what of these is ready, and to the time."""
         if self._listener in ready:
             self._accept()
         if self._agent is not None and self._agent in ready:
             self._receive(self._agent)
         if self._target >= 0 and self._target in ready and self._waiting:
             self._write()
+        if self._news_due is not None and time.monotonic() >= self._news_due:
+            self.tell()
 
     def _accept(self) -> None:
         """One agent at a time: a new one takes the old one's place."""
@@ -142,7 +151,7 @@ class Inlet:
         if self._waiting:
             self._write()
         self._end()
-        self.tell()
+        self._news_due = self._news_due or time.monotonic() + NEWS_PATIENCE
 
     def _take_pieces(self) -> None:
         """All that are whole."""
@@ -214,6 +223,7 @@ class Inlet:
 
     def tell(self) -> None:
         """Has the agent look: at how far the input was taken, and at the output."""
+        self._news_due = None
         if self._agent is None:
             return
         try:

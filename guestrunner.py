@@ -224,6 +224,8 @@ class Runner:
     def _pump(self, timeout: float) -> None:
         """Waits for output, the end of a child, or the time; writes what came into the spool."""
         inlet = self.inlet
+        if inlet is not None:
+            timeout = inlet.patience(timeout)
         sources = list(self.pipes) + [self.process.wakeup]
         ready = wait_until_ready(sources + (inlet.readable() if inlet is not None else []),
                                  inlet.writable() if inlet is not None else [], timeout)

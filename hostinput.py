@@ -89,7 +89,7 @@ class Inputs:
                 return len(data)
             data = data[before:]
             self._check_open(found)
-            self._wait_for_room(found, bool(data))
+            self._wait_for_room(found, min(len(data), PIECE))
             taken = data[:WINDOW - len(found.held)]
             found.held += taken
             found.is_ended = is_end and len(taken) == len(data)
@@ -102,10 +102,10 @@ class Inputs:
         if found.is_ended:
             raise BadState('the input of %s has ended' % found.execution.key)
 
-    def _wait_for_room(self, found: _Input, is_wanted: bool) -> None:
+    def _wait_for_room(self, found: _Input, wanted: int) -> None:
         """For a program that reads slowly; with the lock held, which is let go meanwhile."""
         deadline = time.monotonic() + ROOM_PATIENCE
-        while is_wanted and len(found.held) >= WINDOW and time.monotonic() < deadline:
+        while len(found.held) + wanted > WINDOW and time.monotonic() < deadline:
             found.changed.wait(deadline - time.monotonic())
             self._check_open(found)
 

@@ -149,6 +149,7 @@ def write_fault(fault: Fault) -> bytes:
 
 # --- XML to values ---------------------------------------------------------------------------
 
+LARGEST_TEXT = 1024 * 1024     # bytes that come as one
 LONGEST_NUMBER = 400           # digits: what an int takes grows with their square
 
 
@@ -210,6 +211,7 @@ class _Document:
         self._is_typed = False         # whether the open <value> has got its value
         parser = expat.ParserCreate()
         parser.buffer_text = True
+        parser.buffer_size = min(max(8192, len(body)), LARGEST_TEXT)
         parser.StartElementHandler = self._start
         parser.EndElementHandler = self._end
         parser.CharacterDataHandler = self._text.append

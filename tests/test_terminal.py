@@ -340,7 +340,8 @@ def test_a_paste_of_a_megabyte(host, guest, tmp_path):
 
 
 def test_what_a_terminal_is_not_for(host, guest):
-    for words in (['run', '-t', '*', 'true'], ['run', '-t', '-I', 'x', 'one', 'true'], ['shell', 'one', 'none']):
+    for words in (['run', '-t', '*', 'true'], ['run', '-t', '-I', 'x', 'one', 'true'],
+                  ['shell', 'one', 'none']):
         assert host.verb(*words).returncode == 255
 
 
