@@ -8,9 +8,9 @@ import binascii
 import contextlib
 import fnmatch
 import os
+import select
 import signal
 import stat
-import sys
 import time
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
@@ -30,7 +30,8 @@ LONGEST_WAIT = 60              # seconds that one call may wait
 PATIENCE = 10.0                # seconds after a command's end in which all of its output should have come
 WIDE = 100                     # columns from which on `ps` shows whole dates
 STREAM = 'stream'              # the option stdin of a command whose input comes bit by bit
-SMALL_INPUT = 64 * 1024        # bytes of a file that go along with the command
+SMALL_INPUT = 64 * 1024        # bytes of input that go along with the command …
+AT_ONCE = 0.05                 # … if they, and the end, are there within so many seconds
 SHELL_OUTPUT = 1024 ** 3       # bytes of a shell's output that are kept
 FINISHED_SHOWN = 20            # finished commands that `ps` lists
 
@@ -92,7 +93,8 @@ def run_options(args: Any) -> Dict[str, Any]:
         import cliterminal  # which most do without
         options['terminal'] = cliterminal.wanted()
     elif args.stdin:
-        options['stdin'] = read_at_once() or STREAM
+        args.begun, is_over = read_at_once()
+        options['stdin'] = Binary(args.begun) if is_over else STREAM
     return options
 
 
@@ -112,21 +114,30 @@ def need_posix() -> None:
                             '`run -i` passes input')
 
 
-def read_at_once() -> Optional[Binary]:
-    """Standard input, where that is a small file: so the command can be run again with it; else None."""
-    try:
-        found = os.fstat(0)
-        left = found.st_size - os.lseek(0, 0, os.SEEK_CUR)
-        if stat.S_ISREG(found.st_mode) and left <= SMALL_INPUT:
-            return Binary(sys.stdin.buffer.read())
-    except OSError:
-        pass
-    return None
+def read_at_once() -> Tuple[bytes, bool]:
+    """What is there of standard input, and whether that is all: then it is kept for `rerun`, too."""
+    found, deadline = b'', time.monotonic() + AT_ONCE
+    if os.isatty(0):
+        return found, False
+    is_file = stat.S_ISREG(os.fstat(0).st_mode)
+    while len(found) <= SMALL_INPUT:
+        if not is_file and not (os.name == 'posix' and can_be_read(0, deadline - time.monotonic())):
+            return found, False
+        piece = os.read(0, SMALL_INPUT + 1 - len(found))
+        if not piece:
+            return found, True
+        found += piece
+    return found, False
+
+
+def can_be_read(descriptor: int, seconds: float) -> bool:
+    """Whether there is something, or the end, within that time."""
+    return bool(select.select([descriptor], [], [], max(0.0, seconds))[0])
 
 
 def do_rerun(host: Client, screen: Screen, args: Any) -> int:
     """Runs what a command ran, once more, on the same VMs."""
-    was = host.call('getCmdDetails', args.id)
+    was, args.begun = host.call('getCmdDetails', args.id), b''
     options = dict(was['options'])
     options.pop('fileForStdin', '')
     if 'stdin64' in options:
@@ -148,7 +159,7 @@ def run_request(host: Client, screen: Screen, args: Any, vm: str, *request: Any)
         if args.detach:
             screen.say(cmd_id)
         if options.get('stdin') == STREAM:
-            pass_input(host, cmd_id, many, args.detach)
+            pass_input(host, cmd_id, many, args.begun, args.detach)
         if args.detach:
             return 0
         if 'terminal' in options:
@@ -163,11 +174,12 @@ def run_request(host: Client, screen: Screen, args: Any, vm: str, *request: Any)
     return max(code for code, _ in codes.values())
 
 
-def pass_input(host: Client, cmd_id: str, many: bool, to_the_end: bool) -> None:
-    """Passes standard input on to the command; ``to_the_end``: before anything else is done."""
+def pass_input(host: Client, cmd_id: str, many: bool, begun: bytes, to_the_end: bool) -> None:
+    """Passes standard input on to the command, of which so much was read; ``to_the_end``: before anything
+    else is done."""
     import cliterminal  # which most do without
     keys = host.call('getCmdDetails', cmd_id)['executions'] if many else [cmd_id]
-    passed = cliterminal.Input(host.folder, keys)
+    passed = cliterminal.Input(host.folder, keys, begun)
     if to_the_end:
         passed.run()
     else:
@@ -205,7 +217,7 @@ def do_shell(host: Client, screen: Screen, args: Any) -> int:
             raise InvalidParams('%s is no command with a terminal on %s' % (args.id, vm))
         return visit(host, screen, vm, args.id, True)
     options: Dict[str, Any] = {'user': args.user} if args.user else {}
-    args.detach = False
+    args.detach, args.begun = False, b''
     if os.isatty(0):
         import cliterminal  # which most do without
         need_posix()

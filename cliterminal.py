@@ -67,14 +67,15 @@ class Input:
     restarted meanwhile.
     """
 
-    def __init__(self, folder: str, keys: List[str], is_terminal: bool = False,
+    def __init__(self, folder: str, keys: List[str], begun: bytes = b'', is_terminal: bool = False,
                  resized: Callable[[Client], None] = lambda host: None) -> None:
-        """folder: the host's; resized(host): the terminal has another size. It may be told by ``resize``."""
+        """folder: the host's; begun: what was read already; resized(host): the terminal has another size,
+        after ``resize``."""
         self._host = Client(folder)
         self._escapes = Escapes() if is_terminal else None
         self._resized = resized
         self._offsets: Dict[str, int] = dict.fromkeys(keys, 0)
-        self._kept = bytearray()
+        self._kept = bytearray(begun)
         self._begin = 0                # where that begins in the whole
         self._is_over = False
         self._wakeup, self._waker = os.pipe()
@@ -97,12 +98,13 @@ class Input:
     def run(self) -> None:
         """To the end of the input, or of the last command."""
         try:
+            if self._kept:
+                self._bring_to_all()
             while self._offsets and not self._is_over:
                 data = self._read()
                 self._is_over = not data
                 self._take(data)
-                for key in list(self._offsets):
-                    self._bring(key)
+                self._bring_to_all()
         except VMHostError as error:   # main meets it, too, and tells it
             if self._escapes is None:
                 sys.stderr.write('vmhost: standard input: %s\n' % error)
@@ -140,6 +142,10 @@ class Input:
         if surplus > 0:
             del self._kept[:surplus]
             self._begin += surplus
+
+    def _bring_to_all(self) -> None:
+        for key in list(self._offsets):
+            self._bring(key)
 
     def _bring(self, key: str) -> None:
         """To one command, all that is there. Raises VMHostError."""
@@ -213,7 +219,7 @@ class Visit:
         self._id = cmd_id
         self._offset = 0               # of the output
         self._ended = 0.0              # monotonic: when the command was first seen to have ended
-        self._input = Input(host.folder, [cmd_id], os.isatty(0), self._resize)
+        self._input = Input(host.folder, [cmd_id], b'', os.isatty(0), self._resize)
 
     def come_back(self) -> None:
         """Has the last of what the terminal showed shown again, and its programs draw anew."""

@@ -37,7 +37,7 @@ MEANT = {                      # what hands type that know other tools, and what
     'copy': 'cp', 'show': 'info', 'describe': 'info', 'stats': 'ps -l', 'jobs': 'ps', 'cancel': 'kill',
     'terminate': 'kill', 'signal': 'kill', 'retry': 'rerun', 'repeat': 'rerun', 'prune': 'cleanup',
     'gc': 'cleanup', 'vnc': 'rdp', 'console': 'rdp', 'network': 'net', 'doctor': 'check', 'history': 'events',
-    'ssh': 'shell', 'execute': 'run', 'dashboard': 'status --open', 'new': 'create', 'import': 'create'}
+    'ssh': 'run', 'execute': 'run', 'dashboard': 'status --open', 'new': 'create', 'import': 'create'}
 
 USAGE = '''usage: {me} [host.ini]               run the host agent until SIGTERM or Ctrl-C
        {me} [host.ini] VERB …        talk to the running one
