@@ -30,6 +30,7 @@ import os
 import re
 import selectors
 import socket
+import sys
 import threading
 import time
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
@@ -65,6 +66,7 @@ MAX_HEAD = 64 * 1024       # bytes of command and headers together
 MAX_HEADERS = 1000         # header lines
 MAX_BODY = 1024 * 1024     # bytes; Broker.max_frame overrides it
 MAX_KNOWN = 2048           # bytes of a head that is kept, since the next one may be the same
+MOST_KNOWN = 20            # its headers
 LONGEST_COMMAND = max(map(len, CLIENT_COMMANDS | SERVER_COMMANDS))
 
 
@@ -141,6 +143,12 @@ def encode(command: str, headers: Dict[str, str], body: bytes = b'', version: st
     return b'%b%b\0\n' % (encode_head(command, headers.items(), version), body)
 
 
+def size_of(headers: Dict[str, str]) -> int:
+    """Bytes of memory that they take: a thousand short ones take thirty times their texts."""
+    return (sys.getsizeof(headers) + sum(map(sys.getsizeof, headers))
+            + sum(map(sys.getsizeof, headers.values())))
+
+
 class FrameReader:
     """Takes bytes as they come, gives frames: ``feed``, then ``next_frame`` until it gives None.
 
@@ -181,8 +189,7 @@ class FrameReader:
         """Bytes that wait for the rest of their frame."""
         if self._head is None:
             return len(self._buffer)
-        headers = self._head[1]
-        return len(self._buffer) + sum(map(len, headers)) + sum(map(len, headers.values()))
+        return len(self._buffer) + size_of(self._head[1])
 
     def feed(self, data: bytes) -> None:
         """Takes bytes from the peer; ``next_frame`` looks at them."""
@@ -227,8 +234,8 @@ class FrameReader:
     def _remember(self, raw: bytes) -> None:
         """A client often sends the same head again: it is parsed once."""
         assert self._head is not None
-        if raw[-1] and len(raw) <= MAX_KNOWN:
-            command, headers = self._head
+        command, headers = self._head
+        if raw[-1] and len(raw) <= MAX_KNOWN and len(headers) <= MOST_KNOWN:
             self._known = raw, self.version, command, headers.copy(), self._body_length
 
     def _is_known(self) -> bool:

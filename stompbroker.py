@@ -241,7 +241,7 @@ class Outbox:
         """What is written, queues need not keep."""
         while deliveries and deliveries[0][0] <= self._written:
             queue, message = deliveries.popleft()[1]
-            queue.release(message.cost)
+            queue.written(message)
 
     def clear(self) -> List[Delivery]:
         """Forgets what waits; gives what queues have to take back."""

@@ -20,7 +20,10 @@ from protocol import WireFrame
 log = logging.getLogger('vmhost.broker')
 
 LARGE = 32 * 1024                         # a body from here on is sent as it is, never copied
-MESSAGE_OVERHEAD = 512                    # bytes that a kept message costs beside its texts
+# Bytes that is taken beside texts and bodies, by:
+FRAME_OVERHEAD = 200                      # a frame that waits for COMMIT, or a subscription
+MESSAGE_OVERHEAD = 320                    # a message in a queue
+ENVELOPE_OVERHEAD = 256                   # what messages with the same head share
 NEVER = float('inf')
 DEAD_LETTERS = '/queue/DLQ'               # where messages go that were refused too often
 # Headers of a SEND that are about this one sending, or that MESSAGE has of its own.
@@ -41,9 +44,8 @@ def is_queue(name: str) -> bool:
 
 
 def cost_of(headers: Dict[str, str], body: bytes = b'') -> int:
-    """About how many bytes a frame takes: its texts, what was encoded of them, and the body."""
-    return (MESSAGE_OVERHEAD + len(body)
-            + 2 * (sum(map(len, headers)) + sum(map(len, headers.values()))))
+    """About how many bytes a frame takes that is kept."""
+    return FRAME_OVERHEAD + protocol.size_of(headers) + len(body)
 
 
 def expiry(headers: Dict[str, str]) -> float:
@@ -57,20 +59,22 @@ def expiry(headers: Dict[str, str]) -> float:
 
 class Envelope:
     """What stands round the bodies of one SEND head: destination and headers, encoded once."""
-    __slots__ = ('destination', 'headers', 'expires', '_lines', '_cost')
+    __slots__ = ('destination', 'headers', 'expires', 'kept', '_lines', '_cost')
 
     def __init__(self, headers: Dict[str, str]) -> None:
         self.destination = headers['destination']
         self.headers = headers
         self.expires = expiry(headers) if 'expires' in headers else NEVER
+        self.kept = 0                      # messages in its queue that have it
         self._lines = {}  # type: Dict[str, bytes]
         self._cost = 0
 
     @property
     def cost(self) -> int:
-        """Bytes that it takes while a message is kept."""
+        """Bytes that it takes while messages that have it are kept; once for all of them."""
         if not self._cost:
-            self._cost = cost_of(self.headers)
+            texts = sum(map(len, self.headers)) + sum(map(len, self.headers.values()))
+            self._cost = ENVELOPE_OVERHEAD + protocol.size_of(self.headers) + texts
         return self._cost
 
     def lines(self, version: str) -> bytes:
@@ -101,10 +105,10 @@ class BrokerMessage:
         self.redelivered = False
 
     def enters_queue(self) -> None:
-        self.cost = len(self.body) + self.envelope.cost
+        self.cost = MESSAGE_OVERHEAD + len(self.body)
         self.since = time.monotonic()
         self.refusals = 0
-        self.refusers = frozenset()  # type: FrozenSet[Subscription]
+        self.refusers = NOBODY
 
     @property
     def is_expired(self) -> bool:
@@ -148,12 +152,12 @@ class Subscription:
                  'unacked')
 
     def __init__(self, owner: Any, outlet: Outlet, version: str, number: int, key: str,
-                 headers: Dict[str, str], destination: Any, prefetch: int) -> None:
+                 headers: Dict[str, str], destination: Any, prefetch: int, cost: int) -> None:
         self.owner = owner                 # whom a policy knows
         self.outlet = outlet
         self.id = str(number)
         self.key = key
-        self.cost = cost_of(headers)
+        self.cost = cost
         self.destination = destination
         self.mode = headers.get('ack', 'auto')
         ack_header = self.mode != 'auto' and version == '1.2'
@@ -189,6 +193,9 @@ class Subscription:
         return taken
 
 
+NOBODY = frozenset()  # type: FrozenSet[Subscription]
+
+
 class Status(NamedTuple):
     """What can be seen of a destination."""
     name: str
@@ -201,23 +208,29 @@ class Status(NamedTuple):
 
 class Destination:
     """A name with subscribers; either a Topic or a Queue."""
+    __slots__ = ('all', 'name', 'subscriptions', 'came', 'went')
+
+    OVERHEAD = 600         # bytes that it takes
 
     def __init__(self, all_of_them: 'Destinations', name: str) -> None:
         self.all = all_of_them
         self.name = name
-        self.subscriptions = ()  # type: Tuple[Subscription, ...]
+        self.subscriptions = {}  # type: Dict[Subscription, None]
         self.came = 0
         self.went = 0
 
     def add(self, subscription: Subscription) -> None:
-        self.subscriptions += (subscription,)
+        self.subscriptions[subscription] = None
 
     def remove(self, subscription: Subscription) -> None:
-        self.subscriptions = tuple(other for other in self.subscriptions
-                                   if other is not subscription)
+        """It gets no more. What it costs doesn't depend on how many others there are."""
+        del self.subscriptions[subscription]
 
     def dispatch(self) -> None:
         """Gives out what waits, as far as subscribers have room."""
+
+    def has_room_again(self, subscription: Subscription) -> None:
+        """The subscription can be given more."""
 
     @property
     def idle(self) -> bool:
@@ -234,6 +247,8 @@ class Topic(Destination):
     Messages are gathered while the broker reads, and given to each subscriber in one piece: the
     subscription's lead, joined between the rests of the frames, which all subscribers share.
     """
+
+    __slots__ = ('_batch',)
 
     MOST_BLOBS = 64        # that are kept for subscribers whose lead is the same
 
@@ -252,7 +267,7 @@ class Topic(Destination):
             self.all.gathering = self
         else:
             self.flush()
-            for subscription in self.subscriptions:
+            for subscription in list(self.subscriptions):       # who doesn't read is removed meanwhile
                 if audience is None or audience(subscription.owner):
                     self.went += 1
                     subscription.give(message)
@@ -265,7 +280,7 @@ class Topic(Destination):
         self.went += len(batch) * len(self.subscriptions)
         rests = {}  # type: Dict[Tuple[str, bool], List[bytes]]
         blobs = {}  # type: Dict[Tuple[Tuple[str, bool], bytes], bytes]
-        for subscription in self.subscriptions:
+        for subscription in list(self.subscriptions):
             if subscription.outlet.takes_turns:
                 for message in batch:
                     subscription.give(message)
@@ -297,7 +312,9 @@ class Queue(Destination):
     goes. A refused one (NACK) is offered to the consumers that haven't refused it; when all have,
     to all again; after several refusals it goes to ``DEAD_LETTERS``.
     """
+    __slots__ = ('bytes', '_fresh', '_back', '_turns')
 
+    OVERHEAD = 1600
     MOST_GROUPS = 64       # of messages that wait for others than those who refused them
 
     def __init__(self, all_of_them: 'Destinations', name: str) -> None:
@@ -307,35 +324,86 @@ class Queue(Destination):
         # Those that came back, the oldest first, by who refused them: what an ACK costs depends on
         # the number of these groups, never on the number of messages.
         self._back = {}  # type: Dict[FrozenSet[Subscription], List[Tuple[int, BrokerMessage]]]
-        self._turns = collections.deque()  # type: collections.deque[Subscription]
+        # Consumers that may have room, the next one first. Who has none is out until it says so:
+        # what a SEND costs doesn't depend on how many of them there are.
+        self._turns = collections.OrderedDict()  # type: collections.OrderedDict[Subscription, None]
 
     @property
     def idle(self) -> bool:
         return not self.subscriptions and not self.bytes
 
+    # -- messages that come and go
+
     def publish(self, message: BrokerMessage) -> None:
         """Raises DestinationError where there is no room."""
         message.enters_queue()
-        self.all.make_room(self, message.cost)
-        self.release(-message.cost)
+        if message.is_expired:
+            self.came += 1
+            self.all.expired += 1
+            return self.all.forget(self)
+        self.all.make_room(self, message)
+        self.keep(message)
         self._fresh.append(message)
         self.came += 1
-        if message.is_expired:
-            self._expire(self._fresh.pop())
         self.dispatch()
+
+    def keep(self, message: BrokerMessage) -> None:
+        """From now on it is counted."""
+        cost, envelope = message.cost, message.envelope
+        if not envelope.kept:
+            cost += envelope.cost
+            if envelope.expires < NEVER:
+                self.all.expires(self, envelope)
+        envelope.kept += 1
+        if not self.bytes:
+            self.all.bytes += self.OVERHEAD
+        self.bytes += cost
+        self.all.bytes += cost
+
+    def drop(self, message: BrokerMessage) -> None:
+        """It is kept no longer."""
+        cost, envelope = message.cost, message.envelope
+        envelope.kept -= 1
+        if not envelope.kept:
+            cost += envelope.cost
+        self.bytes -= cost
+        self.all.bytes -= cost
+        if not self.bytes:
+            self.all.bytes -= self.OVERHEAD
+
+    def settle(self, messages: Iterable[BrokerMessage]) -> None:
+        """They have arrived. ``Destinations.forget`` must follow."""
+        for message in messages:
+            self.drop(message)
+
+    def written(self, message: BrokerMessage) -> None:
+        """An ``auto`` consumer's socket has it."""
+        self.drop(message)
+        if not self.subscriptions:
+            self.all.forget(self)
+
+    # -- who is next
 
     def dispatch(self) -> None:
         """Gives out what waits, each to the next consumer that has room."""
         turns, passed_over = self._turns, 0
         while (self._fresh or self._back) and passed_over < len(turns):
-            consumer = turns[0]
-            turns.rotate(-1)
-            message = self._next_for(consumer) if consumer.has_room() else None
+            consumer = next(iter(turns))
+            if not consumer.has_room():
+                del turns[consumer]
+                continue
+            turns.move_to_end(consumer)
+            message = self._next_for(consumer)
             if message is None:
                 passed_over += 1
             else:
                 passed_over = 0
                 self._give(consumer, message)
+
+    def has_room_again(self, subscription: Subscription) -> None:
+        if subscription in self.subscriptions:
+            self._turns.setdefault(subscription)
+            self.dispatch()
 
     def _next_for(self, consumer: Subscription) -> Optional[BrokerMessage]:
         """The oldest message that the consumer hasn't refused; those that are expired go."""
@@ -348,15 +416,17 @@ class Queue(Destination):
     def _pop(self, consumer: Subscription) -> Optional[BrokerMessage]:
         if not self._back:
             return self._fresh.popleft() if self._fresh else None
-        back = [heap for refusers, heap in self._back.items() if consumer not in refusers]
-        heap = min(back, key=lambda each: each[0][0]) if back else []
-        if self._fresh and not (heap and heap[0][0] < self._fresh[0].serial):
+        heads = [(heap[0][0], refusers) for refusers, heap in self._back.items() if consumer not in refusers]
+        serial, refusers = min(heads, default=(NEVER, NOBODY), key=lambda head: head[0])
+        if self._fresh and self._fresh[0].serial < serial:
             return self._fresh.popleft()
-        if not heap:
+        if serial == NEVER:
             return None
+        heap = self._back[refusers]
         message = heapq.heappop(heap)[1]
+        message.refusers = refusers
         if not heap:
-            del self._back[message.refusers]
+            del self._back[refusers]
         return message
 
     def _give(self, consumer: Subscription, message: BrokerMessage) -> None:
@@ -367,18 +437,39 @@ class Queue(Destination):
             consumer.unacked[message.number] = message
             consumer.give(message)
 
+    # -- consumers that come and go
+
     def add(self, subscription: Subscription) -> None:
         super().add(subscription)
-        self._turns.append(subscription)
+        self._turns[subscription] = None
         self.dispatch()
 
     def remove(self, subscription: Subscription) -> None:
         """It gets no more. What it has not acknowledged stays with it; see ``take_back``."""
         super().remove(subscription)
-        self._turns.remove(subscription)
-        for refusers in [each for each in self._back if each]:       # nobody waits for one who is gone
-            for _, message in self._back.pop(refusers):
-                self._put_back(message, refusers)
+        self._turns.pop(subscription, None)
+        for refusers in [each for each in self._back if self._group(each) != each]:
+            self._regroup(refusers)              # nobody waits for one who is gone
+
+    def _regroup(self, refusers: FrozenSet[Subscription]) -> None:
+        fewer = self._back.pop(refusers)
+        group = self._group(refusers)
+        more = self._back.setdefault(group, [])
+        if len(more) < len(fewer):
+            fewer, more = more, fewer
+            self._back[group] = more
+        for entry in fewer:
+            heapq.heappush(more, entry)
+
+    def _group(self, refusers: FrozenSet[Subscription]) -> FrozenSet[Subscription]:
+        """Those of them who aren't asked again: the present ones, as long as there are others."""
+        if not refusers:
+            return NOBODY
+        present = frozenset(each for each in refusers if each in self.subscriptions)
+        if len(present) == len(self.subscriptions) or (
+                present not in self._back and len(self._back) >= self.MOST_GROUPS):
+            return NOBODY
+        return present
 
     def take_back(self, messages: Iterable[BrokerMessage], redelivered: bool = True) -> None:
         """What was given to a consumer that is gone; ``dispatch`` must follow."""
@@ -387,44 +478,48 @@ class Queue(Destination):
             self._put_back(message, message.refusers)
 
     def _put_back(self, message: BrokerMessage, refusers: FrozenSet[Subscription]) -> None:
-        others = frozenset(self.subscriptions) - refusers
-        present = refusers.intersection(self.subscriptions)
-        if not others or (present not in self._back and len(self._back) >= self.MOST_GROUPS):
-            present = frozenset()
-        message.refusers = present
-        heapq.heappush(self._back.setdefault(present, []), (message.serial, message))
+        message.refusers = NOBODY                # its group says it; who is gone is not held by it
+        heapq.heappush(self._back.setdefault(self._group(refusers), []), (message.serial, message))
 
-    def settle(self, messages: Iterable[BrokerMessage]) -> None:
-        """They have arrived."""
-        for message in messages:
-            self.release(message.cost)
-
-    def release(self, cost: int) -> None:
-        """So many bytes of it are kept no longer."""
-        self.bytes -= cost
-        self.all.bytes -= cost
-
-    def refuse(self, messages: Iterable[BrokerMessage], refuser: Subscription) -> None:
-        """NACK. They are offered again when this round is over, behind the NACK's RECEIPT."""
+    def refuse(self, messages: Iterable[BrokerMessage], refuser: Subscription, for_good: bool) -> None:
+        """NACK. They are offered again when this round is over, behind the NACK's RECEIPT; or, for good,
+        go to the dead letters at once."""
         for message in messages:
             message.refusals += 1
             message.redelivered = True
-            if message.refusals < self.all.most_refusals or not self.all.bury(self, message):
+            enough = for_good or message.refusals >= self.all.most_refusals
+            if not enough or not self.all.bury(self, message):
                 self._put_back(message, message.refusers | {refuser})
+        if refuser in self.subscriptions:
+            self._turns.setdefault(refuser)
         self.all.to_dispatch[self] = None
 
-    def expire(self) -> None:
-        """Forgets all that is expired, which is else found when its turn comes."""
-        waiting = list(self._fresh)
-        self._fresh.clear()
-        self._fresh.extend(message for message in waiting if not message.is_expired)
-        for message in waiting:
+    # -- expiry
+
+    def expire(self) -> float:
+        """Forgets all that is expired, which is else found when its turn comes; says when the next is."""
+        self._fresh = collections.deque(self._without_expired(self._fresh))
+        for refusers, heap in list(self._back.items()):
+            of_use = {message.serial for message in self._without_expired([message for _, message in heap])}
+            self._back[refusers] = [entry for entry in heap if entry[0] in of_use]
+            heapq.heapify(self._back[refusers])
+            if not of_use:
+                del self._back[refusers]
+        waiting = itertools.chain(self._fresh, (each for heap in self._back.values() for _, each in heap))
+        return min((message.envelope.expires for message in waiting), default=NEVER)
+
+    def _without_expired(self, messages: Iterable[BrokerMessage]) -> List[BrokerMessage]:
+        of_use = []
+        for message in messages:
             if message.is_expired:
                 self._expire(message)
+            else:
+                of_use.append(message)
+        return of_use
 
     def _expire(self, message: BrokerMessage) -> None:
         self.all.expired += 1
-        self.settle([message])
+        self.drop(message)
 
     def status(self) -> Status:
         heads = [heap[0][1] for heap in self._back.values()] + list(itertools.islice(self._fresh, 1))
@@ -449,6 +544,9 @@ class Destinations:
         self._most_bytes = most_bytes
         self._most_in_all = most_in_all
         self._places = {}        # type: Dict[str, Any]
+        self._expiring = {}      # type: Dict[Queue, float]   # those with messages that expire, and when
+        self._next_expiry = NEVER          # the first of these; seconds since 1970
+        self._pause_until = 0.0            # of looking for what is expired
         self._envelope = Envelope({'destination': ''})   # of the last SEND: the next is often like it
         self._serials = itertools.count(1)
         self._of_topic, self._of_queue = token + '-t%d', token + '-q%d'
@@ -458,6 +556,11 @@ class Destinations:
 
     def status(self) -> List[Status]:
         return sorted(place.status() for place in self._places.values())
+
+    @staticmethod
+    def overhead(name: str) -> int:
+        """Bytes that a topic or queue of that name takes."""
+        return (Queue if is_queue(name) else Topic).OVERHEAD
 
     def get(self, name: str) -> Any:
         """The topic or queue of that name."""
@@ -470,6 +573,8 @@ class Destinations:
         """Drops one that holds nothing."""
         if place.idle:
             self._places.pop(place.name, None)
+            if type(place) is Queue:
+                self._expiring.pop(place, None)
 
     def is_of_topic(self, number: str) -> bool:
         """Whether that is the name of a topic's message: nothing is kept of it."""
@@ -513,31 +618,65 @@ class Destinations:
         """Raises DestinationError unless all of these SENDs find room."""
         wanted = collections.Counter()  # type: Dict[str, int]
         for frame in frames:
-            if is_queue(frame.headers['destination']):
-                wanted[frame.headers['destination']] += cost_of(frame.headers, frame.body)
-        for name, cost in wanted.items():
-            place = self._places.get(name)
-            self._check(name, cost + (place.bytes if place is not None else 0))
-        self._check_all(sum(wanted.values()))
+            name = frame.headers['destination']
+            if is_queue(name):
+                wanted[name] += MESSAGE_OVERHEAD + len(frame.body) + Envelope(frame.headers).cost
+        self._check_room(wanted)
 
-    def _check(self, name: str, size: int) -> None:
-        if size > self._most_bytes:
-            raise DestinationError('%.100s is full: a queue may hold %d bytes' % (name, self._most_bytes))
-
-    def _check_all(self, more: int) -> None:
-        if self.bytes + more > self._most_in_all:
-            raise DestinationError('the queues are full: all together may hold %d bytes' % self._most_in_all)
-
-    def make_room(self, queue: Queue, cost: int) -> None:
-        """Raises DestinationError where there is none for that many bytes."""
-        if queue.bytes + cost > self._most_bytes or self.bytes + cost > self._most_in_all:
-            queue.expire()
+    def make_room(self, queue: Queue, message: BrokerMessage) -> None:
+        """Raises DestinationError where there is none for that message."""
+        cost = message.cost if message.envelope.kept else message.cost + message.envelope.cost
+        in_all = cost if queue.bytes else cost + queue.OVERHEAD
+        if queue.bytes + cost > self._most_bytes or self.bytes + in_all > self._most_in_all:
             try:
-                self._check(queue.name, queue.bytes + cost)
-                self._check_all(cost)
+                self._check_room({queue.name: cost})
             except DestinationError:
                 self.forget(queue)
                 raise
+
+    def _check_room(self, wanted: Dict[str, int]) -> None:
+        """Raises DestinationError where there isn't so much for these queues, though what is expired goes."""
+        text = self._refusal(wanted)
+        if text:
+            self._expire(wanted)
+            text = self._refusal(wanted)
+        if text:
+            raise DestinationError(text)
+
+    def _refusal(self, wanted: Dict[str, int]) -> str:
+        """Why there is no room; '' where there is."""
+        in_all = self.bytes
+        for name, cost in wanted.items():
+            held = getattr(self._places.get(name), 'bytes', 0)
+            in_all += cost if held else cost + Queue.OVERHEAD
+            if held + cost > self._most_bytes:
+                return '%.100s is full: a queue may hold %d bytes' % (name, self._most_bytes)
+        if in_all > self._most_in_all:
+            return 'the queues are full: all together may hold %d bytes' % self._most_in_all
+        return ''
+
+    # -- expiry
+
+    def expires(self, queue: Queue, envelope: Envelope) -> None:
+        """A message with this envelope came to the queue."""
+        self._expiring[queue] = min(envelope.expires, self._expiring.get(queue, NEVER))
+        self._next_expiry = min(self._next_expiry, envelope.expires)
+
+    def _expire(self, wanted: Iterable[str]) -> None:
+        """Drops what is expired in all queues; those of ``wanted`` stay, though they hold nothing any more.
+        Looking for it takes a twentieth of the time at most."""
+        begin = time.monotonic()
+        if begin < self._pause_until or time.time() < self._next_expiry:
+            return
+        for queue, soonest in list(self._expiring.items()):
+            if soonest <= time.time():
+                self._expiring[queue] = queue.expire()
+                if self._expiring[queue] == NEVER:
+                    del self._expiring[queue]
+                if queue.name not in wanted:
+                    self.forget(queue)
+        self._next_expiry = min(self._expiring.values(), default=NEVER)
+        self._pause_until = begin + 20 * (time.monotonic() - begin)
 
     def bury(self, queue: Queue, message: BrokerMessage) -> bool:
         """Moves a message that was refused too often to ``DEAD_LETTERS``. False: it can't go there."""
@@ -545,15 +684,15 @@ class Destinations:
             return False
         headers = {name: value for name, value in message.envelope.headers.items() if name != 'expires'}
         headers.update({'destination': DEAD_LETTERS, 'original-destination': queue.name,
-                        'reason': 'refused %d times' % message.refusals})
+                        'reason': 'refused %d time%s' % (message.refusals, 's' * (message.refusals > 1))})
         serial = next(self._serials)
         letter = BrokerMessage(serial, self._of_queue % serial, Envelope(headers), message.body, None)
-        queue.release(message.cost)
-        dead_letters = self.get(DEAD_LETTERS)
+        queue.drop(message)
         try:
-            dead_letters.publish(letter)
+            self.get(DEAD_LETTERS).publish(letter)
         except DestinationError as error:
             log.warning('%s keeps what was refused %d times: %s', queue.name, message.refusals, error)
-            queue.release(-message.cost)
+            self._places[queue.name] = queue     # if it was forgotten, as one that holds nothing
+            queue.keep(message)
             return False
         return True

@@ -251,11 +251,12 @@ class Session:
                 raise StompError('this broker has no %s: header %s' % (NOT_BUILT[name], name))
         prefetch = self._prefetch(frame.headers)
         self.broker.policy.subscribing(self, destination, frame.headers)
-        self.connection.hold(cost_of(frame.headers))
+        cost = cost_of(frame.headers) + self.broker.destinations.overhead(destination)
+        self.connection.hold(cost)
         self._numbers += 1
         place = self.broker.destinations.get(destination)
         subscription = Subscription(self, self.connection, self.version, self._numbers, key, frame.headers,
-                                    place, prefetch)
+                                    place, prefetch, cost)
         self._subscriptions[key] = self._by_number[subscription.id] = subscription
         place.add(subscription)
 
@@ -294,7 +295,7 @@ class Session:
     def ask_queues(self) -> None:
         """There is room again for what queues have."""
         for subscription in list(self._subscriptions.values()):
-            subscription.destination.dispatch()
+            subscription.destination.has_room_again(subscription)
 
     # -- ACK and NACK
 
@@ -328,9 +329,9 @@ class Session:
         queue = subscription.destination
         if frame.command == 'ACK':
             queue.settle(messages)
-            queue.dispatch()
+            queue.has_room_again(subscription)
         else:
-            queue.refuse(messages, subscription)
+            queue.refuse(messages, subscription, frame.headers.get('requeue') == 'false')
         self._forget_if_done(subscription)
         self.broker.destinations.forget(queue)
 
@@ -341,6 +342,8 @@ class Session:
             candidates = [self._by_number[key]] if key in self._by_number else []
         else:
             key, number = headers.get('subscription', ''), headers['message-id']
+            if self.broker.destinations.is_of_topic(number):
+                return None, number
             candidates = [self._subscriptions[key]] if key in self._subscriptions else []
             if not candidates or number not in candidates[0].unacked:
                 candidates = [each for each in self._by_number.values()

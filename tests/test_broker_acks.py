@@ -421,8 +421,21 @@ def test_what_is_refused_too_often_goes_to_the_dead_letters(broker, connect, que
     assert broker.counters()['queued_bytes'] == 0
 
 
+def test_who_refuses_may_say_that_nobody_is_to_be_asked_again(connect, queue):
+    """RabbitMQ's ``requeue:false``."""
+    one, two = connect('1.2'), connect('1.2')
+    one.subscribe(queue, 'ack:client-individual')
+    two.publish(queue, b'poison')
+    two.subscribe(queue, 'ack:client-individual')
+    one.ask('NACK', 'requeue:false', *key_of(one.take(), '1.2'))
+    assert two.bodies() == []
+    one.subscribe(DEAD, id='dead')
+    message = one.take()
+    assert message.body == b'poison' and message.get('reason') == 'refused 1 time'
+
+
 def test_nothing_is_lost_where_the_dead_letters_are_full():
-    with running(Broker(port=0, queued=4000, refusals=2)) as broker, Client(broker.address) as client:
+    with running(Broker(port=0, queued=4500, refusals=2)) as broker, Client(broker.address) as client:
         client.connect('1.2')
         client.publish(DEAD, b'x' * 3000)
         client.subscribe('/queue/a', 'ack:client-individual')

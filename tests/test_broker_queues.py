@@ -308,6 +308,112 @@ def test_expired_messages_make_room():
         assert fill(broker, '/queue/a', 5000)[1] == taken
 
 
+def test_what_is_expired_in_one_queue_makes_room_for_all():
+    """Nobody reads the first queue; for a COMMIT the same holds."""
+    with running(Broker(port=0, queued_in_all=100000)) as broker, Client(broker.address) as client:
+        client.connect('1.2')
+
+        def fill_with_what_expires():
+            end = time.time() + 1
+            assert 'all together' in fill(broker, '/queue/a', 5000, 'expires:%d' % (end * 1000))[0]
+            wait_until(lambda: time.time() > end)
+        fill_with_what_expires()
+        client.publish('/queue/b', *[b'x' * 5000] * 12)
+        client.subscribe('/queue/b')
+        client.take_all(12)
+        fill_with_what_expires()
+        client.ask('BEGIN', 'transaction:t')
+        client.say('SEND', 'destination:/queue/b', 'transaction:t', body=b'y' * 5000)
+        client.ask('COMMIT', 'transaction:t')
+        assert client.take().body == b'y' * 5000
+
+
+def test_queues_that_hold_nothing_are_forgotten(broker, connect, queue):
+    """Whether the message was expired as it came, or its consumer unsubscribed before it was written."""
+    client = connect('1.2')
+    client.send(b''.join(frame('SEND', 'destination:%s-%d' % (queue, number), 'expires:1')
+                         for number in range(100)))
+    for number in range(100):
+        client.send(frame('SUBSCRIBE', 'id:a', 'destination:%s.%d' % (queue, number))
+                    + frame('SEND', 'destination:%s.%d' % (queue, number)) + frame('UNSUBSCRIBE', 'id:a'))
+    assert len(client.before_now()) == 100
+    wait_until(lambda: broker.counters()['destinations'] == 0)
+
+
+# --- many consumers ---
+
+def seconds_of_the_end(broker, queue, others):
+    """That a client with 1,000 subscriptions takes to end, where there are so many others."""
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Client(broker.address)) for _ in range(others // 1000 + 2)]
+        for client in clients:
+            client.connect('1.2')
+        for client in clients[1:]:
+            client.send(b''.join(frame('SUBSCRIBE', 'id:%d' % number, 'destination:' + queue)
+                                 for number in range(1000)))
+            client.before_now()
+        begin = time.monotonic()
+        clients[-1].ask('DISCONNECT')
+        clients[0].before_now()
+        return time.monotonic() - begin
+
+
+@pytest.mark.parametrize('kind', ['queue', 'topic'])
+def test_the_end_of_a_subscription_costs_the_same_among_many(kind):
+    with running(Broker(port=0)) as broker:
+        few = min(seconds_of_the_end(broker, '/%s/a' % kind, 0) for _ in range(3))
+        assert min(seconds_of_the_end(broker, '/%s/a' % kind, 10000) for _ in range(3)) < 3 * few + 0.1
+
+
+def test_consumers_without_room_cost_the_others_nothing(connect, queue):
+    """2,000 consumers have what they may have; nobody asks them with each message."""
+    sender = connect('1.2')
+
+    def seconds():
+        begin = time.monotonic()
+        sender.send(frame('SEND', 'destination:' + queue) * 1000)
+        sender.before_now()
+        return time.monotonic() - begin
+    before = min(seconds() for _ in range(3))
+    for _ in range(2):
+        busy = connect('1.2')
+        busy.send(b''.join(frame('SUBSCRIBE', 'id:%d' % number, 'destination:' + queue, 'ack:client',
+                                 'prefetch-count:1') for number in range(1000)))
+        assert len(busy.before_now()) == 1000
+    assert min(seconds() for _ in range(3)) < 3 * before + 0.1
+    last = connect('1.2')
+    last.subscribe(queue, id='last')
+    assert len(last.take_all(4000)) == 4000
+    busy.ask('DISCONNECT')
+    assert len(last.take_all(1000)) == 1000
+
+
+def test_who_refused_and_goes_among_many(connect, queue):
+    """What three of four refused waits for the fourth; as each of them goes, nothing is lost or doubled."""
+    busy, *others = [connect('1.2') for _ in range(4)]
+    busy.subscribe(queue, 'ack:client-individual', 'prefetch-count:1')
+    busy.publish(queue, b'first')
+    first = busy.take()
+    for other in others:
+        other.subscribe(queue, 'ack:client-individual')
+    bodies = numbered(60)
+    busy.publish(queue, *bodies)
+    left = 180
+    while left:
+        for other in others:
+            messages = [message for message in other.before_now() if message.command == 'MESSAGE']
+            left -= len(messages)
+            other.send(b''.join(frame('NACK', 'id:' + message.get('ack')) for message in messages))
+    for other in others:
+        other.ask('DISCONNECT')
+    assert busy.bodies() == []
+    busy.ask('ACK', 'id:' + first.get('ack'))
+    for body in bodies:
+        message = busy.take()
+        assert message.body == body and message.get('redelivered') == 'true'
+        busy.ask('ACK', 'id:' + message.get('ack'))
+
+
 def test_a_body_that_the_broker_took_cuts_nobody_off():
     """Bodies of 16 MiB for subscribers that read 20 MB/s, where 8 MiB may wait."""
     with running(Broker(port=0, max_frame=16 * MIB)) as broker, contextlib.ExitStack() as stack:
@@ -382,3 +488,50 @@ def test_queues_take_no_more_memory_than_they_may():
             client.connect('1.2')
             client.before_now()
         assert memory(program.process) - before < 1.1 * 64 * MIB
+
+
+@pytest.mark.once
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='memory is read from /proc')
+@pytest.mark.parametrize('what', ['names', 'headers', 'letters'])
+def test_what_stands_round_a_message_counts_as_well(what):
+    """Queues of one message each, messages of 900 short headers, and headers of which one letter makes
+    the others take four bytes."""
+    with Program('--queued-in-all', str(16 * MIB)) as program, Client(program.address) as client:
+        client.connect('1.2')
+        client.before_now()
+        before = memory(program.process)
+        with contextlib.suppress(OSError):
+            for number in range(100000):
+                destination, lines = '/queue/a', []
+                if what == 'names':
+                    destination += str(number)
+                elif what == 'headers':
+                    lines = ['%x:%x' % (each, number) for each in range(900)]
+                else:
+                    lines = ['a:%d' % number + '\U0001f600' + 'x' * 9000]
+                client.send(frame('SEND', 'destination:' + destination, *lines))
+        client.take_end_or_error()
+        with Client(program.address) as other:
+            other.connect('1.2')
+            other.before_now()
+        assert memory(program.process) - before < 1.1 * 16 * MIB + MIB
+
+
+@pytest.mark.once
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='memory is read from /proc')
+@pytest.mark.parametrize('kind', ['topic', 'queue'])
+def test_subscriptions_take_no_more_memory_than_they_may(kind):
+    """Each to a destination of its own."""
+    with Program('--held', str(16 * MIB)) as program, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Client(program.address)) for _ in range(30)]
+        for client in clients:
+            client.connect('1.2')
+        clients[0].before_now()
+        before = memory(program.process)
+        for which, client in enumerate(clients[1:]):
+            place = 'destination:/%s/%d.' % (kind, which)
+            with contextlib.suppress(OSError):
+                client.send(b''.join(frame('SUBSCRIBE', 'id:%d' % number, place + str(number))
+                                     for number in range(999)))
+            clients[0].before_now()
+        assert memory(program.process) - before < 1.1 * 16 * MIB + MIB

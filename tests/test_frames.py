@@ -17,6 +17,7 @@ from protocol import (
     encode,
     encode_head,
     escape,
+    size_of,
     unescape,
 )
 
@@ -238,7 +239,7 @@ def test_held():
     assert reader.next_frame() is None and reader.held == 0
     reader.feed(b'SEND\nname:value\ncontent-length:5\n\nab')
     assert reader.next_frame() is None
-    assert reader.held == len('name' 'value' 'content-length' '5' 'ab')
+    assert reader.held == size_of({'name': 'value', 'content-length': '5'}) + len('ab')
     reader.feed(b'cde\0')
     assert reader.next_frame().body == b'abcde' and reader.held == 0
 
