@@ -71,6 +71,8 @@ LINGER = 2.0                              # seconds from our last byte to the so
 MOST_FOR_SELECT = 500                     # connections that select() can look after
 LONGEST_SLEEP = 3600.0                    # seconds; system calls don't take any number
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+TRIES_FOR_A_PORT = 20                     # that is free on each of several addresses
+NO_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -856,7 +858,8 @@ class Peers:
     def admits(self, address: str, now: float) -> bool:
         """Whether one more may come from there; the oldest that doesn't say who it is may have to go."""
         unidentified = self._unidentified.get(address, collections.OrderedDict())
-        if self._all[address] < self._limits.per_address and len(unidentified) >= self._limits.unidentified:
+        if (unidentified and len(unidentified) >= self._limits.unidentified
+                and self._all[address] < self._limits.per_address):
             self._let_go(unidentified, now)
         return (self._all[address] < self._limits.per_address
                 and len(unidentified) < self._limits.unidentified)
@@ -1007,27 +1010,42 @@ class Broker:
     def _listen(self) -> List[Listener]:
         """A listener for each address of the host; those that this machine hasn't are left out, unless
         it has none of them."""
-        listeners, port = [], self._port   # type: List[Listener], int
+        if not 0 <= self._port <= 65535:
+            raise BrokerError('there is no port %d' % self._port)     # getaddrinfo takes another one
+        tries = 1 if self._port else TRIES_FOR_A_PORT
         try:
-            if not 0 <= port <= 65535:
-                raise BrokerError('there is no port %d' % port)       # getaddrinfo takes another one
             found = list(dict.fromkeys(
                 (family, address) for family, _, _, _, address in socket.getaddrinfo(
-                    self._host, port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)))
+                    self._host, self._port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)))
+            while True:
+                tries -= 1
+                try:
+                    return self._listen_on(found)
+                except OSError as error:
+                    if error.errno != errno.EADDRINUSE or not tries:
+                        raise
+        except (OSError, UnicodeError) as error:
+            wanted = _spoken((self._host, self._port))
+            raise BrokerError('the broker cannot listen on %s: %s' % (wanted, error))
+
+    def _listen_on(self, found: List[Any]) -> List[Listener]:
+        """On each (family, address), all with one port. Raises OSError."""
+        listeners, port = [], self._port   # type: List[Listener], int
+        try:
             for number, (family, address) in enumerate(found):
                 try:
                     listeners.append(Listener(self, family, (address[0], port) + address[2:],
                                               alone=len(found) == 1))
                 except OSError as error:
-                    if error.errno != errno.EADDRNOTAVAIL or number == len(found) - 1 and not listeners:
+                    if error.errno not in NO_ADDRESS or number == len(found) - 1 and not listeners:
                         raise
                     log.warning('%s is no address of this machine', address[0])
                 else:
                     port = listeners[-1].address[1]
-        except (OSError, UnicodeError) as error:
+        except OSError:
             for listener in listeners:
                 listener.close()
-            raise BrokerError('the broker cannot listen on %s: %s' % (_spoken((self._host, port)), error))
+            raise
         return listeners
 
     @property
@@ -1203,7 +1221,8 @@ class Broker:
         """Whether login and passcode are right. The time it takes tells nothing about them."""
         if not self._login and not self._passcode:
             return True
-        right = [hmac.compare_digest(ours.encode('utf-8'), theirs.encode('utf-8', 'replace'))
+        right = [hmac.compare_digest(ours.encode('utf-8', 'surrogateescape'),
+                                     theirs.encode('utf-8', 'replace'))
                  for ours, theirs in ((self._login, login), (self._passcode, passcode))]
         return all(right)
 
@@ -1285,6 +1304,7 @@ LIMITS = {                 # of Limits: what --help says
     'waiting_in_all': 'bytes that all clients have not read', 'queued': 'bytes in a queue',
     'queued_in_all': 'bytes in all queues',
     'held': 'bytes in all unfinished frames, transactions and subscriptions'}
+NEVER_0 = frozenset(('connections', 'per_address', 'unidentified', 'unacknowledged', 'refusals'))
 PROGRAM = Limits(max_frame=16 * 1024 * 1024)     # what holds where no option says otherwise
 # On Windows, Ctrl-Break.
 SIGNAL_OF_STATUS = getattr(signal, 'SIGUSR1', None) or getattr(signal, 'SIGBREAK', None)
@@ -1293,18 +1313,21 @@ SIGNAL_OF_STATUS = getattr(signal, 'SIGUSR1', None) or getattr(signal, 'SIGBREAK
 def _arguments(arguments: Optional[List[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description='A STOMP broker; messages live in memory. SIGUSR1 has it print what it holds.')
-    parser.add_argument('--host', default='127.0.0.1', help='name or address; of a name, all its addresses')
+    parser.add_argument('--host', default='127.0.0.1', type=_not_empty,
+                        help='name or address; of a name, all its addresses')
     parser.add_argument('--port', type=int, default=61613)
-    parser.add_argument('--login', default='')
-    parser.add_argument('--passcode', default='', help='others can see it in the list of processes')
-    parser.add_argument('--passcode-file', metavar='FILE', help='whose first line is the passcode')
-    parser.add_argument('--tls-cert', metavar='FILE', help='PEM; turns TLS on')
-    parser.add_argument('--tls-key', metavar='FILE', help='PEM, where it is not in the other file')
+    parser.add_argument('--login', type=_not_empty)
+    parser.add_argument('--passcode', type=_not_empty, help='others can see it in the list of processes')
+    parser.add_argument('--passcode-file', metavar='FILE', type=_not_empty,
+                        help='whose first line is the passcode')
+    parser.add_argument('--tls-cert', metavar='FILE', type=_not_empty, help='PEM; turns TLS on')
+    parser.add_argument('--tls-key', metavar='FILE', type=_not_empty,
+                        help='PEM, where it is not in the other file')
     parser.add_argument('-v', '--verbose', action='store_true')
     limits = parser.add_argument_group('limits')
     for name, default in PROGRAM._asdict().items():
         limits.add_argument('--' + name.replace('_', '-'), default=default, metavar='N', help='%s; %s' % (
-            LIMITS[name], default), type=_no_less_than_0(type(default)))
+            LIMITS[name], default), type=_no_less_than(1 if name in NEVER_0 else 0, type(default)))
     chosen = parser.parse_args(arguments)
     if chosen.tls_key and not chosen.tls_cert:
         parser.error('--tls-key needs --tls-cert: without it nothing would be encrypted')
@@ -1313,13 +1336,20 @@ def _arguments(arguments: Optional[List[str]]) -> argparse.Namespace:
     return chosen
 
 
-def _no_less_than_0(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+def _no_less_than(least: int, kind: Callable[[str], Any]) -> Callable[[str], Any]:
     def number(text: str) -> Any:
         value = kind(text)
-        if not value >= 0:
-            raise argparse.ArgumentTypeError('less than 0: %s' % text)
+        if not value >= least:
+            raise argparse.ArgumentTypeError('less than %d: %s' % (least, text))
         return value
     return number
+
+
+def _not_empty(text: str) -> str:
+    """What a shell makes of a variable that isn't set must not turn off passcode or TLS."""
+    if not text:
+        raise argparse.ArgumentTypeError('there is nothing in it')
+    return text
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
@@ -1331,13 +1361,12 @@ def main(arguments: Optional[List[str]] = None) -> int:
     if SIGNAL_OF_STATUS is not None:
         signal.signal(SIGNAL_OF_STATUS, lambda *_: None)       # and so its number comes by the socket, too
     try:
-        passcode = _read_passcode(chosen.passcode_file) if chosen.passcode_file else chosen.passcode
-        broker = Broker(chosen.host, chosen.port, chosen.login, passcode,
+        passcode = _read_passcode(chosen.passcode_file) if chosen.passcode_file else chosen.passcode or ''
+        broker = Broker(chosen.host, chosen.port, chosen.login or '', passcode,
                         _server_tls(chosen.tls_cert, chosen.tls_key),
                         **{name: getattr(chosen, name) for name in Limits._fields})
         broker.start()
-        for address in broker.addresses:
-            print('listening on %s' % _spoken(address), flush=True)
+        _print('\n'.join('listening on %s' % _spoken(address) for address in broker.addresses), sys.stdout)
         _serve(broker, signals)
     except BrokerError as error:
         print('stompbroker: %s' % error, file=sys.stderr)
@@ -1354,9 +1383,21 @@ def _serve(broker: Broker, signals: socket.socket) -> None:
                 raise BrokerError('the broker has failed: %r' % broker.failure)
             if signals.recv(1)[0] != SIGNAL_OF_STATUS:
                 return
-            print(status_table(broker), file=sys.stderr, flush=True)
+            try:
+                table = status_table(broker)
+            except BrokerError as error:   # it is busy, and goes on
+                table = 'stompbroker: %s' % error
+            _print(table, sys.stderr)
     finally:
         broker.stop()
+
+
+def _print(text: str, file: Any) -> None:
+    """For whoever started the broker; where that one reads no more, the broker goes on without."""
+    try:
+        print(text, file=file, flush=True)
+    except (OSError, ValueError) as error:
+        log.info('nobody reads what is printed: %s', error)
 
 
 def status_table(broker: Broker) -> str:
@@ -1371,7 +1412,7 @@ def status_table(broker: Broker) -> str:
 
 def _read_passcode(path: str) -> str:
     try:
-        with open(path, encoding='utf-8') as file:
+        with open(path, encoding='utf-8-sig') as file:      # Windows' Notepad puts a mark before it
             if os.name == 'posix' and os.fstat(file.fileno()).st_mode & 0o077:
                 log.warning('others can read the passcode: chmod 600 %s', path)
             passcode = file.readline().rstrip('\r\n')
@@ -1387,10 +1428,15 @@ def _server_tls(cert: Optional[str], key: Optional[str]) -> Optional[ssl.SSLCont
         return None
     try:
         tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        tls.load_cert_chain(cert, key)
-    except OSError as error:
+        tls.load_cert_chain(cert, key, password=_refuse_to_ask)
+    except (OSError, ValueError) as error:
         raise BrokerError('certificate %s, key %s: %s' % (cert, key or cert, error))
     return tls
+
+
+def _refuse_to_ask() -> str:
+    """OpenSSL would ask at the terminal for an encrypted key's password, and wait."""
+    raise ValueError('the key is encrypted, and nobody is there to be asked for its password')
 
 
 if __name__ == '__main__':

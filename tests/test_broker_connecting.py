@@ -1,5 +1,6 @@
 """Connecting: versions, login, TLS, addresses, the command line. Docstrings name the rules."""
 
+import errno
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from agents import TOP
 from helpers import wait_until
 from stomp_client import Client, Program, frame, running
 
+import stompbroker
 from stompbroker import Broker, BrokerError, Limits
 
 # --- versions ---
@@ -413,7 +415,11 @@ def test_the_program_takes_large_bodies():
     (['--host', '192.0.2.1'], '192.0.2.1'), (['--port', '99999'], '99999'),
     (['--tls-cert', 'no/such/file'], 'no/such'), (['--passcode-file', 'no/such/file'], 'no/such'),
     (['--passcode-file', '/dev/null'], 'empty'), (['--passcode-file', 'f', '--passcode', 'x'], 'exclude'),
-    (['--tls-key', 'key.pem'], '--tls-cert'), (['--connections', '-1'], 'less than 0'),
+    (['--tls-key', 'key.pem'], '--tls-cert'), (['--connections', '-1'], 'less than 1'),
+    (['--queued', '-1'], 'less than 0'), (['--unidentified', '0'], 'less than 1'),
+    (['--unacknowledged', '0'], 'less than 1'), (['--passcode-file', ''], 'nothing in it'),
+    (['--passcode', ''], 'nothing in it'), (['--tls-cert', ''], 'nothing in it'),
+    (['--host', ''], 'nothing in it'),
     (['--connect-time', 'nan'], 'less than 0'), (['--queued', 'much'], 'much'),
     (['--port', 'x'], 'usage')])
 def test_the_program_says_what_is_wrong(arguments, words):
@@ -433,6 +439,9 @@ def test_the_passcode_comes_from_a_file(tmp_path):
             with Client(program.address) as client:
                 client.say('CONNECT', 'accept-version:1.2', 'host:x', 'login:me', 'passcode:' + passcode)
                 assert client.take().command == answer
+        path.write_bytes(b'\xef\xbb\xbfgeheim\r\n')       # Notepad's
+        with Program('--passcode-file', str(path)) as program, Client(program.address) as client:
+            client.connect('1.2', 'passcode:geheim')
         path.chmod(0o644)
         with Program('--passcode-file', str(path)) as open_one:
             assert b'chmod 600' in open_one.end(signal.SIGTERM)[2]
@@ -453,6 +462,58 @@ def test_a_name_means_all_its_addresses(monkeypatch):
             for address in broker.addresses:
                 with Client(address) as client:
                     client.connect('1.2')
+
+
+def test_a_port_that_is_free_on_one_address_alone(monkeypatch):
+    """With port 0 one is looked for that all addresses have."""
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, '', (host, 0)) for host in ('127.0.0.1', '127.0.0.2')]
+    monkeypatch.setattr(socket, 'getaddrinfo', lambda *_: found)
+    taken = []
+
+    class Thief(stompbroker.Listener):
+        """After the first listener, somebody else has its port on the other address."""
+
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            if len(taken) < 2:
+                taken.append(socket.socket())
+                taken[-1].bind(('127.0.0.2', self.address[1]))
+                taken[-1].listen(1)
+    monkeypatch.setattr(stompbroker, 'Listener', Thief)
+    try:
+        with running(Broker('somebody', 0)) as broker:
+            assert [host for host, _ in broker.addresses] == ['127.0.0.1', '127.0.0.2'] and len(taken) == 2
+            assert len({port for _, port in broker.addresses}) == 1
+    finally:
+        for sock in taken:
+            sock.close()
+
+
+def test_a_system_without_ipv6(monkeypatch):
+    """localhost is ::1 as well, in /etc/hosts; a kernel without IPv6 has no such sockets."""
+    found = [(family, socket.SOCK_STREAM, 6, '', address) for family, address in (
+        (socket.AF_INET6, ('::1', 0, 0, 0)), (socket.AF_INET, ('127.0.0.1', 0)))]
+    monkeypatch.setattr(socket, 'getaddrinfo', lambda *_: found)
+
+    class Listener(stompbroker.Listener):
+        def __init__(self, broker, family, *arguments, **options):
+            if family == socket.AF_INET6:
+                raise OSError(errno.EAFNOSUPPORT, 'Address family not supported by protocol')
+            super().__init__(broker, family, *arguments, **options)
+    monkeypatch.setattr(stompbroker, 'Listener', Listener)
+    with running(Broker('localhost', 0)) as broker:
+        assert [host for host, _ in broker.addresses] == ['127.0.0.1']
+
+
+def test_an_encrypted_key_is_not_asked_for(certificate, tmp_path):
+    cert, key = certificate
+    encrypted = str(tmp_path / 'encrypted.pem')
+    subprocess.run(['openssl', 'rsa', '-aes256', '-passout', 'pass:x', '-in', key, '-out', encrypted],
+                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    program = [sys.executable, os.path.join(TOP, 'stompbroker.py')]
+    done = subprocess.run(program + ['--port', '0', '--tls-cert', cert, '--tls-key', encrypted],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30)
+    assert done.returncode == 1 and b'encrypted' in done.stderr and b'Traceback' not in done.stderr
 
 
 def test_each_limit_is_an_option():
@@ -480,6 +541,34 @@ def test_the_program_shows_what_it_holds():
             assert queue.split()[:5] == ['/queue/a\\nb', '3', '0', '3', '0'] and queue.endswith(' s\n')
             assert topic.split()[:5] == ['/topic/t', '0', '1', '1', '1']
         assert program.end(signal.SIGTERM)[0] == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGUSR1'), reason='signals of POSIX')
+def test_nobody_has_to_read_what_the_program_prints():
+    """Neither where it listens, nor what it holds."""
+    with Program() as program, Client(program.address) as client:
+        program.process.stdout.close()
+        program.process.stderr.close()
+        client.connect('1.2')
+        for _ in range(3):
+            program.process.send_signal(signal.SIGUSR1)
+            client.before_now()
+        program.process.send_signal(signal.SIGTERM)
+        assert program.process.wait(30) == 0
+
+
+def test_a_busy_broker_survives_a_question(monkeypatch, capsys):
+    """It is asked what it holds, and doesn't answer in time; then by SIGTERM it ends."""
+    def status():
+        raise BrokerError('the broker does not answer')
+    signals, other = socket.socketpair()
+    broker = Broker(port=0)
+    broker.start()
+    with signals, other:
+        monkeypatch.setattr(broker, 'status', status)
+        other.send(bytes((stompbroker.SIGNAL_OF_STATUS, signal.SIGTERM)))
+        stompbroker._serve(broker, signals)          # stops it, too
+    assert 'does not answer' in capsys.readouterr().err
 
 
 def test_the_status_of_each_destination():
