@@ -30,6 +30,15 @@ DEAD_LETTERS = '/queue/DLQ'               # where messages go that were refused 
 NOT_PASSED_ON = frozenset(('receipt', 'transaction', 'content-length', 'message-id',
                            'subscription', 'ack', 'redelivered'))
 
+# What other brokers have and this one hasn't: headers of SEND, and beginnings of names.
+NOT_FOR_SEND = dict.fromkeys(('AMQ_SCHEDULED_DELAY', 'AMQ_SCHEDULED_PERIOD', 'AMQ_SCHEDULED_REPEAT',
+                              'AMQ_SCHEDULED_CRON'), 'scheduled messages')
+NOT_FOR_SEND['JMSXGroupID'] = 'message groups'
+NO_SUCH_PLACES = {'/temp-queue/': 'temporary queues', '/temp-topic/': 'temporary topics',
+                  '/remote-temp-queue/': 'temporary queues', '/remote-temp-topic/': 'temporary topics',
+                  '/reply-queue/': 'temporary queues', '/amq/queue/': 'queues but /queue/…',
+                  '/exchange/': 'exchanges', '/dsub/': 'durable subscriptions'}
+
 # Whether a subscriber is to get a message; of topics alone.
 Audience = Callable[[Any], bool]
 
@@ -49,22 +58,51 @@ def cost_of(headers: Dict[str, str], body: bytes = b'') -> int:
 
 
 def expiry(headers: Dict[str, str]) -> float:
-    """When a message with these headers is of no more use; seconds since 1970. ``expires`` is in
-    milliseconds, as ActiveMQ has it, and 0 is never. Raises DestinationError."""
-    text = headers.get('expires', '0').strip()
+    """When a message with these headers that is sent now is of no more use; seconds since 1970. ``expires``
+    is in milliseconds since then, as ActiveMQ has it, and 0 is never; ``expiration`` in milliseconds from
+    now, as RabbitMQ has it. Raises DestinationError."""
+    end = _milliseconds(headers, 'expires', 'milliseconds since 1970') or NEVER
+    if 'expiration' in headers:
+        end = min(end, time.time() + _milliseconds(headers, 'expiration', 'milliseconds'))
+    return end
+
+
+def _milliseconds(headers: Dict[str, str], name: str, what: str) -> float:
+    """Seconds; 0 where there is no such header."""
+    text = headers.get(name, '0').strip()
     if re.match('[0-9]{1,18}$', text) is None:
-        raise DestinationError('expires is no time in milliseconds since 1970: %.40r' % text)
-    return int(text) / 1000.0 or NEVER
+        raise DestinationError('%s is no time in %s: %.40r' % (name, what, text))
+    return int(text) / 1000.0
+
+
+def check_send(headers: Dict[str, str]) -> None:
+    """Raises DestinationError where a SEND asks for what isn't there, or for no time."""
+    check_name(headers['destination'])
+    for name, what in NOT_FOR_SEND.items():
+        if name in headers:
+            raise DestinationError('this broker has no %s: header %s' % (what, name))
+    if headers.get('reply-to', '').startswith('/temp-'):
+        raise DestinationError('this broker has no temporary queues: header reply-to')
+    expiry(headers)
+
+
+def check_name(name: str) -> None:
+    """Raises DestinationError where it names what isn't there: a topic would take it, and nobody get it."""
+    for beginning, what in NO_SUCH_PLACES.items():
+        if name.startswith(beginning):
+            raise DestinationError('this broker has no %s: %.100s' % (what, name))
 
 
 class Envelope:
-    """What stands round the bodies of one SEND head: destination and headers, encoded once."""
+    """What stands round the bodies of one SEND head: destination and headers, encoded once. Raises
+    DestinationError where they ask for what isn't there."""
     __slots__ = ('destination', 'headers', 'expires', 'kept', '_lines', '_cost')
 
     def __init__(self, headers: Dict[str, str]) -> None:
+        check_send(headers)
         self.destination = headers['destination']
         self.headers = headers
-        self.expires = expiry(headers) if 'expires' in headers else NEVER
+        self.expires = expiry(headers)
         self.kept = 0                      # messages in its queue that have it
         self._lines = {}  # type: Dict[str, bytes]
         self._cost = 0
@@ -585,7 +623,7 @@ class Destinations:
         """Gives a SEND to its destination. One topic at a time gathers, so that order holds between
         destinations, too. Raises DestinationError."""
         envelope = self._envelope
-        if frame.headers != envelope.headers:
+        if frame.headers != envelope.headers or 'expiration' in frame.headers:
             envelope = self._envelope = Envelope(frame.headers)
         name = envelope.destination
         place = self._places.get(name)     # type: Any
@@ -682,7 +720,8 @@ class Destinations:
         """Moves a message that was refused too often to ``DEAD_LETTERS``. False: it can't go there."""
         if queue.name == DEAD_LETTERS:
             return False
-        headers = {name: value for name, value in message.envelope.headers.items() if name != 'expires'}
+        headers = {name: value for name, value in message.envelope.headers.items()
+                   if name not in ('expires', 'expiration')}
         headers.update({'destination': DEAD_LETTERS, 'original-destination': queue.name,
                         'reason': 'refused %d time%s' % (message.refusals, 's' * (message.refusals > 1))})
         serial = next(self._serials)

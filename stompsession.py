@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import protocol
 from protocol import WireFrame
-from stompqueues import BrokerMessage, Queue, Subscription, cost_of, expiry
+from stompqueues import BrokerMessage, Queue, Subscription, check_name, check_send, cost_of
 
 log = logging.getLogger('vmhost.broker')
 
@@ -28,7 +28,12 @@ class StompError(Exception):
 # Headers of SUBSCRIBE that ask for what isn't there, and what that is.
 NOT_BUILT = {'selector': 'selectors', 'durable': 'durable subscriptions',
              'activemq.subscriptionName': 'durable subscriptions',
-             'durable-subscription-name': 'durable subscriptions'}
+             'activemq.subcriptionName': 'durable subscriptions',      # as ActiveMQ's own examples spell it
+             'durable-subscription-name': 'durable subscriptions',
+             'browser': 'queue browsers', 'activemq.exclusive': 'exclusive consumers',
+             'activemq.retroactive': 'retroactive subscriptions',
+             'no-local': 'subscriptions without one\'s own messages',
+             'activemq.noLocal': 'subscriptions without one\'s own messages'}
 
 
 class Transactions:
@@ -223,7 +228,7 @@ class Session:
         if allowed is False:
             self.broker.count.refused += 1
         elif 'transaction' in frame.headers:
-            expiry(frame.headers)          # else it would be found at COMMIT
+            check_send(frame.headers)      # else it would be found at COMMIT
             self._transactions.add(frame)
         else:
             self._route(frame)
@@ -246,6 +251,7 @@ class Session:
             raise StompError('ack is none of auto, client, client-individual: %.40r' % mode)
         if len(self._by_number) >= self.broker.limits.subscriptions:
             raise StompError('more than %d subscriptions' % self.broker.limits.subscriptions)
+        check_name(destination)
         for name in NOT_BUILT:
             if frame.headers.get(name, 'false') not in ('false', ''):
                 raise StompError('this broker has no %s: header %s' % (NOT_BUILT[name], name))

@@ -202,13 +202,39 @@ def test_bad_prefetch(connect, queue, value):
 @pytest.mark.parametrize('line, words', [
     ("selector:a = 'b'", 'selectors'), ('durable:true', 'durable subscriptions'),
     ('activemq.subscriptionName:x', 'durable subscriptions'),
-    ('durable-subscription-name:x', 'durable subscriptions')])
+    ('durable-subscription-name:x', 'durable subscriptions'),
+    ('activemq.subcriptionName:x', 'durable subscriptions'), ('browser:true', 'queue browsers'),
+    ('activemq.exclusive:true', 'exclusive consumers'), ('no-local:true', "subscriptions without one's own"),
+    ('activemq.retroactive:true', 'retroactive subscriptions')])
 @pytest.mark.parametrize('kind', ['/queue/', '/topic/'])
 def test_what_is_not_built_is_refused(connect, line, words, kind):
     client = connect('1.2')
     client.say('SUBSCRIBE', 'id:0', 'destination:%sa' % kind, line, 'receipt:r')
     error = client.take_error()
     assert 'has no ' + words in error.get('message') and error.get('receipt-id') == 'r'
+
+
+@pytest.mark.parametrize('within', [[], ['transaction:t']])
+@pytest.mark.parametrize('line, words', [
+    ('AMQ_SCHEDULED_DELAY:1000', 'scheduled messages'), ('JMSXGroupID:a', 'message groups'),
+    ('reply-to:/temp-queue/a', 'temporary queues')])
+def test_a_send_that_asks_for_what_is_not_built(connect, queue, line, words, within):
+    """It would be delivered at once, or out of its group, or its answer to nobody."""
+    client = connect('1.2')
+    client.ask('BEGIN', 'transaction:t')
+    client.say('SEND', 'destination:' + queue, line, *within)
+    assert 'has no ' + words in client.take_error().get('message')
+
+
+@pytest.mark.parametrize('name', ['/temp-queue/a', '/temp-topic/a', '/reply-queue/a', '/amq/queue/a',
+                                  '/exchange/amq.topic/a', '/dsub/a'])
+@pytest.mark.parametrize('command', ['SEND', 'SUBSCRIBE'])
+def test_names_that_mean_something_elsewhere(broker, connect, name, command):
+    """Taken for topics, they would lose what is sent there."""
+    client = connect('1.2')
+    client.say(command, 'destination:' + name, 'id:0')
+    assert 'has no' in client.take_error().get('message')
+    assert broker.counters()['destinations'] == 0
 
 
 @pytest.mark.parametrize('line', ['selector:', 'durable:false', 'auto-delete:true', 'persistent:true'])
@@ -239,6 +265,21 @@ def test_expired_messages_are_not_delivered(broker, connect, queue):
     assert broker.counters()['queued_bytes'] == 0
 
 
+def test_expiration_counts_from_each_sending(connect, queue):
+    """RabbitMQ's name; each message with the same head has a time of its own."""
+    client = connect('1.2')
+    for number in range(2):
+        client.ask('SEND', 'destination:' + queue, 'expiration:600', body=b'%d' % number)
+        end = time.time() + 0.4
+        wait_until(lambda: time.time() > end)  # noqa: B023
+    client.subscribe(queue, 'ack:client-individual', id='a')
+    message, = client.before_now()
+    assert message.body == b'1' and message.get('expiration') == '600'
+    client.ask('NACK', 'id:' + message.get('ack'), 'requeue:false')
+    client.subscribe('/queue/DLQ', id='dead')
+    assert client.take().get('expiration') is None
+
+
 def test_expired_messages_of_a_topic(connect):
     client = connect('1.2')
     client.subscribe('/topic/a')
@@ -261,11 +302,12 @@ def test_an_expired_message_does_not_come_again(connect, queue):
 
 @pytest.mark.parametrize('value', ['x', '-1', '1e3', '', '9' * 30])
 @pytest.mark.parametrize('within', [[], ['transaction:t']])
-def test_bad_expires(connect, queue, value, within):
+@pytest.mark.parametrize('name', ['expires', 'expiration'])
+def test_bad_expires(connect, queue, name, value, within):
     client = connect('1.2')
     client.ask('BEGIN', 'transaction:t')
-    client.say('SEND', 'destination:' + queue, 'expires:' + value, *within)
-    assert 'expires' in client.take_error().get('message')
+    client.say('SEND', 'destination:' + queue, name + ':' + value, *within)
+    assert name in client.take_error().get('message')
 
 
 # --- limits ---
