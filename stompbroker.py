@@ -62,6 +62,8 @@ log = logging.getLogger('vmhost.broker')
 SERVER = 'vmhost-broker/' + agent.VERSION
 RECEIVE = 64 * 1024                       # bytes taken from a client at a time
 JOINED = 256 * 1024                       # bytes that one write carries, if the chunks are small
+READ_AT_ONCE = 1024 * 1024                # bytes that are read before what they bring is given out,
+PUT_AT_ONCE = 8 * 1024 * 1024             # and that are put into outboxes before they are written
 SHARE = 256 * 1024                        # bytes that one sender may have waiting for an essential client
 WEIGHT = 64 * 1024                        # bytes of a body that count as one frame of a client's rate
 UNIDENTIFIED_TIME = 1.0                   # seconds that a client has before another may take its place
@@ -131,7 +133,6 @@ class Counters:
         self.frames_out = 0
         self.bytes_in = 0
         self.bytes_out = 0
-        self.waiting_bytes = 0             # that clients have not read yet
         self.held_bytes = 0                # in unfinished frames, transactions, subscriptions
         self.held_up = 0                   # times that a sender had to wait for an essential client
         self.slowed = 0                    # times that a client was over its rate
@@ -182,23 +183,63 @@ class State:
     CLOSED = 7
 
 
-class Outbox:
-    """The bytes that wait for one client, first in, first out; small chunks leave in one write."""
-    __slots__ = ('_chunks', '_written', '_deliveries', 'waiting')
+class Memory:
+    """The bytes that wait in all outboxes. A large chunk that waits for many is there once."""
 
     def __init__(self) -> None:
+        self.bytes = 0
+        self._holders = collections.Counter()  # type: Dict[int, int]   # by the id of a large chunk
+
+    def take(self, chunk: bytes) -> None:
+        """A large chunk waits in an outbox."""
+        if not self._holders[id(chunk)]:
+            self.bytes += len(chunk)
+        self._holders[id(chunk)] += 1
+
+    def leave(self, chunk: bytes) -> None:
+        self._holders[id(chunk)] -= 1
+        if not self._holders[id(chunk)]:
+            del self._holders[id(chunk)]
+            self.bytes -= len(chunk)
+
+    def holders(self, chunk: bytes) -> int:
+        """In how many outboxes it waits; 0 for what is no large chunk."""
+        return self._holders.get(id(chunk), 0)
+
+
+class Outbox:
+    """The bytes that wait for one client, first in, first out; small chunks leave in one write."""
+    __slots__ = ('_chunks', '_written', '_deliveries', '_memory', '_join_at', 'waiting', 'large')
+
+    MANY = 1000            # small chunks that are joined when the socket doesn't take them
+
+    def __init__(self, memory: Memory) -> None:
         self._chunks = collections.deque()  # type: collections.deque[Any]
         self._deliveries = None  # type: Optional[collections.deque[Tuple[int, Delivery]]]
         self._written = 0                  # bytes, since the beginning
+        self._memory = memory
+        self._join_at = self.MANY          # chunks
         self.waiting = 0                   # bytes
+        self.large = 0                     # of them, those of large chunks: the memory counts them
 
-    def put(self, parts: Tuple[bytes, ...], delivery: Optional[Delivery] = None) -> None:
+    def put(self, parts: Tuple[bytes, ...], delivery: Optional[Delivery] = None) -> int:
+        """Gives the number of bytes."""
         self._chunks.extend(parts)
-        self.waiting += len(parts[0]) if len(parts) == 1 else sum(map(len, parts))
+        size = len(parts[0]) if len(parts) == 1 else sum(map(len, parts))
+        self.waiting += size
+        if size >= LARGE:
+            self._take_large(parts)
         if delivery is not None:
             if self._deliveries is None:   # few clients need it, and it takes a tenth of an idle one
                 self._deliveries = collections.deque()
             self._deliveries.append((self._written + self.waiting, delivery))
+        return size
+
+    def _take_large(self, parts: Tuple[bytes, ...]) -> None:
+        for part in parts:
+            if len(part) >= LARGE:
+                self._memory.take(part)
+                self.large += len(part)
 
     @property
     def begun(self) -> int:
@@ -210,7 +251,7 @@ class Outbox:
         Raises OSError where it never will."""
         chunks, before = self._chunks, self.waiting
         while chunks:
-            chunk = self._next_chunk()
+            chunk = self._next(chunks)
             chunks.appendleft(chunk)
             try:
                 sent = sock.send(chunk)
@@ -218,18 +259,22 @@ class Outbox:
                 break                      # the selector says when to go on
             self.waiting -= sent
             chunks.popleft()
+            if self.large:
+                self._count_large(chunk, sent)
             if sent < len(chunk):
                 chunks.appendleft(memoryview(chunk)[sent:])
                 break
+        if len(chunks) > self._join_at:
+            self._join()
         self._written += before - self.waiting
         if self._deliveries is not None:
             self._settle(self._deliveries)
         return before - self.waiting
 
-    def _next_chunk(self) -> Any:
-        """The first chunk, or several small ones in one. What was begun stays as it is: TLS wants
+    @staticmethod
+    def _next(chunks: 'collections.deque[Any]') -> Any:
+        """Takes the first chunk, or several small ones in one. What was begun stays as it is: TLS wants
         the same bytes again."""
-        chunks = self._chunks
         first = chunks.popleft()
         if not chunks or len(first) >= LARGE or isinstance(first, memoryview):
             return first
@@ -238,6 +283,31 @@ class Outbox:
             parts.append(chunks.popleft())
             size += len(parts[-1])
         return b''.join(parts)
+
+    def _count_large(self, chunk: Any, sent: int) -> None:
+        whole = _whole(chunk)
+        if self._memory.holders(whole):
+            self.large -= sent
+            if sent == len(chunk):
+                self._memory.leave(whole)
+
+    def _join(self) -> None:
+        """Many small chunks take much more than their bytes. The first one stays as it is."""
+        chunks, self._chunks = self._chunks, collections.deque()
+        self._chunks.append(chunks.popleft())
+        while chunks:
+            self._chunks.append(self._next(chunks))
+        self._join_at = 2 * len(self._chunks) + self.MANY
+
+    @property
+    def share(self) -> float:
+        """Bytes of memory that are its own, and its part of what waits for others as well."""
+        shared = 0.0
+        if self.large:
+            for whole in map(_whole, self._chunks):
+                holders = self._memory.holders(whole)
+                shared += len(whole) / holders if holders else 0
+        return self.waiting - self.large + shared
 
     def _settle(self, deliveries: 'collections.deque[Tuple[int, Delivery]]') -> None:
         """What is written, queues need not keep."""
@@ -248,10 +318,18 @@ class Outbox:
     def clear(self) -> List[Delivery]:
         """Forgets what waits; gives what queues have to take back."""
         unwritten = [delivery for _, delivery in self._deliveries or ()]
+        for whole in map(_whole, self._chunks):
+            if self._memory.holders(whole):
+                self._memory.leave(whole)
         self._chunks.clear()
         self._deliveries = None
-        self.waiting = 0
+        self.waiting = self.large = 0
         return unwritten
+
+
+def _whole(chunk: Any) -> bytes:
+    """What it is the rest of, if it was begun."""
+    return chunk.obj if isinstance(chunk, memoryview) else chunk  # type: ignore[no-any-return,return-value]
 
 
 class Lanes:
@@ -380,10 +458,10 @@ class Connection(Outlet):
         self._sock = sock
         # Until it is known who that is, nothing large is waited for.
         self._reader = FrameReader(CLIENT_COMMANDS, max_body=RECEIVE)
-        self._outbox = Outbox()
+        self._outbox = Outbox(broker.memory)
         self._lanes = None  # type: Optional[Lanes]
         self._bucket = None  # type: Optional[Bucket]
-        self._counted = 0                  # bytes of the outbox that are in the broker's counter
+        self._counted = 0                  # bytes that are its own, as the broker's memory knows them
         self._to_flush = False             # the broker will call ``flush`` in this round
         self._wants_room = False           # queues have more for it
         self._held_up = False              # not read until an essential client has read
@@ -626,7 +704,7 @@ class Connection(Outlet):
         if self.state > State.CONNECTED:
             return
         if self._lanes is None:
-            self._outbox.put(parts, delivery)
+            self.broker.put_at_once += self._outbox.put(parts, delivery)
         else:
             self._lanes.put(sender or self, parts, delivery)
         self.broker.count.frames_out += frames
@@ -637,6 +715,8 @@ class Connection(Outlet):
                 self.broker.is_held_up = True
         elif self._outbox.waiting > self.broker.most_in_a_round:
             self._relieve()
+        elif self.broker.put_at_once > PUT_AT_ONCE:
+            self.broker.write_early()
 
     def _ask_for_flush(self) -> None:
         self._to_flush = True
@@ -700,11 +780,17 @@ class Connection(Outlet):
         return self._outbox.waiting - self._outbox.begun > most
 
     def _count_waiting(self) -> int:
-        """Tells the broker's counter what waits; gives it."""
+        """Tells the broker's memory what waits; gives it."""
         waiting = self.waiting
-        self.broker.count.waiting_bytes += waiting - self._counted
-        self._counted = waiting
+        own = waiting - self._outbox.large
+        self.broker.memory.bytes += own - self._counted
+        self._counted = own
         return waiting
+
+    @property
+    def share(self) -> float:
+        """Bytes of the broker's memory that wait for it."""
+        return self._outbox.share + (self._lanes.waiting if self._lanes is not None else 0)
 
     @property
     def waiting(self) -> int:
@@ -754,6 +840,8 @@ class Connection(Outlet):
 
     def fail(self, text: str, frame: Optional[WireFrame] = None) -> None:
         """An ERROR frame, then the end."""
+        if self.state == State.CLOSED:     # cut off by what its own frame brought
+            return
         self.broker.count.errors += 1
         log.info('%r: %s', self, text)
         self.session.say_error(' '.join(text.replace('\0', ' ').split()), frame)
@@ -964,6 +1052,8 @@ class Broker:
         self.server = SERVER
         self.token = '%08x' % int.from_bytes(os.urandom(4), 'big')
         self.count = Counters()
+        self.memory = Memory()             # of what clients have not read yet
+        self.put_at_once = 0               # bytes, into outboxes, since all of them were written
         self.now = time.monotonic()
         self.alarms = Alarms()
         self._told = agent.Seldom(log)
@@ -985,6 +1075,7 @@ class Broker:
         self._most_connections = self.limits.connections
         self._connections = {}   # type: Dict[int, Connection]
         self._to_flush = []      # type: List[Connection]
+        self._is_flushing = False
         self._has_holes = False            # the memory; it is looked after from so many bytes on:
         self.much_is_held = self.limits.held // 2
         self._connection_numbers = itertools.count(1)
@@ -1090,6 +1181,7 @@ class Broker:
         counted = dict(vars(self.count))
         counted['connections'] = len(self._connections)
         counted['destinations'] = len(self.destinations)
+        counted['waiting_bytes'] = self.memory.bytes
         counted['queued_bytes'] = self.destinations.bytes
         counted['dropped'] = self.destinations.dropped
         counted['expired'] = self.destinations.expired
@@ -1120,8 +1212,12 @@ class Broker:
     def _round(self) -> None:
         ready = self._selector.select(self.alarms.patience())
         self.now = time.monotonic()
+        enough = self.count.bytes_in + READ_AT_ONCE
         for key, events in ready:
             key.data(events)
+            if self.count.bytes_in >= enough:
+                self._deliver()
+                enough = self.count.bytes_in + READ_AT_ONCE
         self._deliver()
         if self.alarms.delay(self.now) > SHORTEST_MARGIN:
             self._forgive()
@@ -1177,11 +1273,22 @@ class Broker:
         self.destinations.flush()
         self.destinations.dispatch()
         self._flush()
-        if self.count.waiting_bytes > self.limits.waiting_in_all:
-            self._relieve_waiting()
+
+    def write_early(self) -> None:
+        """What one round brings may be much more than may wait, times all subscriptions."""
+        if not self._is_flushing:
             self._flush()
 
     def _flush(self) -> None:
+        self._is_flushing = True
+        self._write_all()
+        if self.memory.bytes > self.limits.waiting_in_all:
+            self._relieve_waiting()
+            self._write_all()
+        self._is_flushing = False
+        self.put_at_once = 0
+
+    def _write_all(self) -> None:
         waiting = self._to_flush
         for connection in waiting:         # grows while queues find room
             try:
@@ -1191,10 +1298,10 @@ class Broker:
         del waiting[:]
 
     def _relieve_waiting(self) -> None:
-        """All clients together don't read enough: those for whom most waits go."""
+        """All clients together don't read enough: those who take most of the memory go."""
         others = [each for each in self._connections.values() if not each.takes_turns]
-        for connection in sorted(others, key=lambda each: -each.waiting):
-            if self.count.waiting_bytes <= self.limits.waiting_in_all:
+        for connection in sorted(others, key=lambda each: -each.share):
+            if self.memory.bytes <= self.limits.waiting_in_all:
                 return
             connection.cut_off()
 

@@ -7,6 +7,7 @@ import random
 import resource
 import selectors
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -83,6 +84,89 @@ def test_what_waits_for_all_is_bounded():
                 listener.before_now()
                 assert broker.counters()['waiting_bytes'] <= 8 * MIB
             assert broker.counters()['cut_off'] >= 4
+
+
+def test_a_body_that_waits_for_many_is_there_once():
+    """Ten don't read two bodies of 6 MiB: that is 12 MiB of the 16, and nobody is cut off."""
+    with running(Broker(port=0, waiting_in_all=16 * MIB, max_frame=8 * MIB)) as broker:
+        with connected(broker, 1) as (sender,), connected(broker, 10, receive_buffer=100000) as lazy:
+            for client in lazy:
+                client.subscribe('/topic/a')
+            bodies = [os.urandom(6 * MIB) for _ in range(2)]
+            for body in bodies:
+                sender.ask('SEND', 'destination:/topic/a', 'content-length:%d' % len(body), body=body)
+            sender.before_now()
+            counters = broker.counters()
+            assert counters['cut_off'] == 0 and 11 * MIB < counters['waiting_bytes'] < 12.1 * MIB
+            for client in lazy[:5]:
+                assert [message.body for message in client.take_all(2)] == bodies
+            for client in lazy[5:7]:
+                client.close()
+            sender.before_now()
+            assert 11 * MIB < broker.counters()['waiting_bytes'] < 12.1 * MIB
+            for client in lazy[7:]:
+                assert [message.body for message in client.take_all(2)] == bodies
+            wait_until(lambda: broker.counters()['waiting_bytes'] == 0)
+
+
+def test_who_takes_most_of_the_memory_goes():
+    """Ten share a body of 6 MiB; three take 5 MiB each, for themselves alone."""
+    with running(Broker(port=0, waiting_in_all=17 * MIB, max_frame=8 * MIB)) as broker:
+        with connected(broker, 1) as (sender,), connected(broker, 13, receive_buffer=500000) as lazy:
+            for number, client in enumerate(lazy):
+                client.subscribe('/topic/%d' % max(0, number - 9))
+            for number, size in enumerate((6, 5, 5, 5)):
+                sender.publish('/topic/%d' % number, b'%d' % number * (size * MIB))
+                sender.before_now()
+            assert broker.counters()['cut_off'] == 1 and broker.counters()['waiting_bytes'] < 17 * MIB
+            assert [client.take().body for client in lazy[:10]] == [b'0' * (6 * MIB)] * 10
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='memory is read from /proc')
+@pytest.mark.once
+def test_what_one_read_brings_times_all_subscriptions_is_bounded():
+    """60 KiB of small frames, for 60 clients with 25 subscriptions each: 200 MB, where 16 MiB may wait."""
+    with Program('--waiting-in-all', str(16 * MIB)) as program, connected(program, 61) as (sender, *clients):
+        for number, client in enumerate(clients):
+            client.send(b''.join(frame('SUBSCRIBE', 'id:%d' % (25 * number + each), 'destination:/t')
+                                 for each in range(25)))
+            client.before_now()
+        before = memory(program.process, 'VmHWM')
+        sender.send(frame('SEND', 'destination:/t') * 1500)
+        sender.before_now()
+        assert memory(program.process, 'VmHWM') - before < (1.1 * 16 + 10) * 1024
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='memory is read from /proc')
+@pytest.mark.once
+def test_what_one_round_reads_is_bounded():
+    """300 clients have said 60 KiB of small frames each, when the broker looks: 180 MB of messages."""
+    with Program() as program, connected(program, 301) as (listener, *clients):
+        listener.subscribe('/t')
+        before = memory(program.process, 'VmHWM')
+        program.process.send_signal(signal.SIGSTOP)
+        for client in clients:
+            client.send(frame('SEND', 'destination:/t') * 500)
+        program.process.send_signal(signal.SIGCONT)
+        for client in clients:
+            client.before_now()
+        assert len(listener.bodies()) == 500 * 300
+        assert memory(program.process, 'VmHWM') - before < 40 * 1024
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='memory is read from /proc')
+@pytest.mark.once
+def test_small_frames_that_wait_take_no_more_than_their_bytes():
+    """RECEIPTs that nobody reads."""
+    with Program('--waiting-in-all', str(4 * MIB)) as program, connected(program, 1) as (good,):
+        with connected(program, 1, receive_buffer=4096) as (lazy,):
+            good.before_now()
+            before = memory(program.process, 'VmHWM')
+            with contextlib.suppress(OSError):
+                for _ in range(45):
+                    lazy.send(frame('SEND', 'destination:/t', 'receipt:') * 10000)
+            good.before_now()
+            assert memory(program.process, 'VmHWM') - before < (1.1 * 4 + 1) * 1024
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='memory is read from /proc')
