@@ -162,9 +162,14 @@ class BrokerMessage:
         return b'%b\n%bcontent-length:%d\n\n' % (number, self.envelope.lines(version),
                                                  len(self.body))
 
-    def rest(self, version: str, acked: bool) -> bytes:
-        """The whole frame from the message's number on."""
-        return b'%b%b\0\n' % (self.head(version, acked), self.body)
+    def rest(self, version: str, acked: bool, lead: bytes = b'') -> bytes:
+        """The whole frame from the message's number on, or with the lead that stands before it."""
+        if acked or self.redelivered:
+            return b'%b%b%b\0\n' % (lead, self.head(version, acked), self.body)
+        # The same in one go: a quarter of what a message through a queue costs is to make its frame.
+        body = self.body
+        return b'%b%b\n%bcontent-length:%d\n\n%b\0\n' % (
+            lead, self.number.encode('ascii'), self.envelope.lines(version), len(body), body)
 
 
 class Outlet:
@@ -211,7 +216,8 @@ class Subscription:
     def give(self, message: BrokerMessage, delivery: Any = None) -> None:
         """Sends one message to the subscriber."""
         if len(message.body) < LARGE:
-            parts = (self.lead + message.rest(*self.kind),)  # type: Tuple[bytes, ...]
+            version, acked = self.kind
+            parts = (message.rest(version, acked, self.lead),)  # type: Tuple[bytes, ...]
         else:
             parts = self.lead + message.head(*self.kind), message.body, b'\0\n'
         self.outlet.put(parts, 1, message.sender, delivery)
@@ -375,7 +381,7 @@ class Queue(Destination):
     def publish(self, message: BrokerMessage) -> None:
         """Raises DestinationError where there is no room."""
         message.enters_queue()
-        if message.is_expired:
+        if message.envelope.expires < NEVER and message.is_expired:
             self.came += 1
             self.all.expired += 1
             return self.all.forget(self)
@@ -445,15 +451,14 @@ class Queue(Destination):
 
     def _next_for(self, consumer: Subscription) -> Optional[BrokerMessage]:
         """The oldest message that the consumer hasn't refused; those that are expired go."""
-        message = self._pop(consumer)
-        while message is not None and message.is_expired:
+        while self._fresh or self._back:
+            message = self._pop(consumer) if self._back else self._fresh.popleft()
+            if message is None or message.envelope.expires == NEVER or not message.is_expired:
+                return message
             self._expire(message)
-            message = self._pop(consumer)
-        return message
+        return None
 
     def _pop(self, consumer: Subscription) -> Optional[BrokerMessage]:
-        if not self._back:
-            return self._fresh.popleft() if self._fresh else None
         heads = [(heap[0][0], refusers) for refusers, heap in self._back.items() if consumer not in refusers]
         serial, refusers = min(heads, default=(NEVER, NOBODY), key=lambda head: head[0])
         if self._fresh and self._fresh[0].serial < serial:
