@@ -36,8 +36,7 @@ NOT_FOR_SEND = dict.fromkeys(('AMQ_SCHEDULED_DELAY', 'AMQ_SCHEDULED_PERIOD', 'AM
 NOT_FOR_SEND['JMSXGroupID'] = 'message groups'
 NO_SUCH_PLACES = {'/temp-queue/': 'temporary queues', '/temp-topic/': 'temporary topics',
                   '/remote-temp-queue/': 'temporary queues', '/remote-temp-topic/': 'temporary topics',
-                  '/reply-queue/': 'temporary queues', '/amq/queue/': 'queues but /queue/…',
-                  '/exchange/': 'exchanges', '/dsub/': 'durable subscriptions'}
+                  '/reply-queue/': 'temporary queues', '/dsub/': 'durable subscriptions'}
 
 # Whether a subscriber is to get a message; of topics alone.
 Audience = Callable[[Any], bool]
@@ -48,8 +47,8 @@ class DestinationError(Exception):
 
 
 def is_queue(name: str) -> bool:
-    """What isn't /queue/… is a topic."""
-    return name.startswith('/queue/')
+    """What isn't /queue/…, or RabbitMQ's other name for one, is a topic."""
+    return name.startswith(('/queue/', '/amq/queue/'))
 
 
 def cost_of(headers: Dict[str, str], body: bytes = b'') -> int:

@@ -226,8 +226,18 @@ def test_a_send_that_asks_for_what_is_not_built(connect, queue, line, words, wit
     assert 'has no ' + words in client.take_error().get('message')
 
 
-@pytest.mark.parametrize('name', ['/temp-queue/a', '/temp-topic/a', '/reply-queue/a', '/amq/queue/a',
-                                  '/exchange/amq.topic/a', '/dsub/a'])
+def test_rabbitmq_s_other_name_of_a_queue(connect):
+    """It keeps what nobody takes yet; what looks like an exchange is a topic."""
+    client = connect('1.2')
+    for name, kept in ('/amq/queue/a', [b'a']), ('/exchange/amq.topic/a', []):
+        client.publish(name, b'a')
+        client.subscribe(name, id=name)
+        assert client.bodies() == kept
+        client.publish(name, b'b')
+        assert client.take().body == b'b'
+
+
+@pytest.mark.parametrize('name', ['/temp-queue/a', '/temp-topic/a', '/reply-queue/a', '/dsub/a'])
 @pytest.mark.parametrize('command', ['SEND', 'SUBSCRIBE'])
 def test_names_that_mean_something_elsewhere(broker, connect, name, command):
     """Taken for topics, they would lose what is sent there."""
