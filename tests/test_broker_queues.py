@@ -247,7 +247,8 @@ def test_names_that_mean_something_elsewhere(broker, connect, name, command):
     assert broker.counters()['destinations'] == 0
 
 
-@pytest.mark.parametrize('line', ['selector:', 'durable:false', 'auto-delete:true', 'persistent:true'])
+@pytest.mark.parametrize('line', ['selector:', 'durable:false', 'durable:False', 'auto-delete:true',
+                                  'persistent:true'])
 def test_what_asks_for_nothing_is_taken(connect, queue, line):
     client = connect('1.2')
     client.subscribe(queue, line)
