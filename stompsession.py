@@ -36,6 +36,11 @@ NOT_BUILT = {'selector': 'selectors', 'durable': 'durable subscriptions',
              'activemq.noLocal': 'subscriptions without one\'s own messages'}
 
 
+def _is_no(value: Optional[str]) -> bool:
+    """Python's clients say False."""
+    return value in ('false', 'False')
+
+
 class Transactions:
     """The open transactions of a session: the frames of each, until COMMIT or ABORT."""
     __slots__ = ('_open', '_most', '_hold')
@@ -253,7 +258,7 @@ class Session:
             raise StompError('more than %d subscriptions' % self.broker.limits.subscriptions)
         check_name(destination)
         for name in NOT_BUILT:
-            if frame.headers.get(name, 'false') not in ('false', ''):
+            if frame.headers.get(name) and not _is_no(frame.headers[name]):
                 raise StompError('this broker has no %s: header %s' % (NOT_BUILT[name], name))
         prefetch = self._prefetch(frame.headers)
         self.broker.policy.subscribing(self, destination, frame.headers)
@@ -337,7 +342,7 @@ class Session:
             queue.settle(messages)
             queue.has_room_again(subscription)
         else:
-            queue.refuse(messages, subscription, frame.headers.get('requeue') == 'false')
+            queue.refuse(messages, subscription, _is_no(frame.headers.get('requeue')))
         self._forget_if_done(subscription)
         self.broker.destinations.forget(queue)
 

@@ -421,13 +421,14 @@ def test_what_is_refused_too_often_goes_to_the_dead_letters(broker, connect, que
     assert broker.counters()['queued_bytes'] == 0
 
 
-def test_who_refuses_may_say_that_nobody_is_to_be_asked_again(connect, queue):
+@pytest.mark.parametrize('no', ['false', 'False'])
+def test_who_refuses_may_say_that_nobody_is_to_be_asked_again(connect, queue, no):
     """RabbitMQ's ``requeue:false``."""
     one, two = connect('1.2'), connect('1.2')
     one.subscribe(queue, 'ack:client-individual')
     two.publish(queue, b'poison')
     two.subscribe(queue, 'ack:client-individual')
-    one.ask('NACK', 'requeue:false', *key_of(one.take(), '1.2'))
+    one.ask('NACK', 'requeue:' + no, *key_of(one.take(), '1.2'))
     assert two.bodies() == []
     one.subscribe(DEAD, id='dead')
     message = one.take()

@@ -226,8 +226,18 @@ def test_a_send_that_asks_for_what_is_not_built(connect, queue, line, words, wit
     assert 'has no ' + words in client.take_error().get('message')
 
 
-@pytest.mark.parametrize('name', ['/temp-queue/a', '/temp-topic/a', '/reply-queue/a', '/amq/queue/a',
-                                  '/exchange/amq.topic/a', '/dsub/a'])
+def test_rabbitmq_s_other_name_of_a_queue(connect):
+    """It keeps what nobody takes yet; what looks like an exchange is a topic."""
+    client = connect('1.2')
+    for name, kept in ('/amq/queue/a', [b'a']), ('/exchange/amq.topic/a', []):
+        client.publish(name, b'a')
+        client.subscribe(name, id=name)
+        assert client.bodies() == kept
+        client.publish(name, b'b')
+        assert client.take().body == b'b'
+
+
+@pytest.mark.parametrize('name', ['/temp-queue/a', '/temp-topic/a', '/reply-queue/a', '/dsub/a'])
 @pytest.mark.parametrize('command', ['SEND', 'SUBSCRIBE'])
 def test_names_that_mean_something_elsewhere(broker, connect, name, command):
     """Taken for topics, they would lose what is sent there."""
@@ -237,7 +247,8 @@ def test_names_that_mean_something_elsewhere(broker, connect, name, command):
     assert broker.counters()['destinations'] == 0
 
 
-@pytest.mark.parametrize('line', ['selector:', 'durable:false', 'auto-delete:true', 'persistent:true'])
+@pytest.mark.parametrize('line', ['selector:', 'durable:false', 'durable:False', 'auto-delete:true',
+                                  'persistent:true'])
 def test_what_asks_for_nothing_is_taken(connect, queue, line):
     client = connect('1.2')
     client.subscribe(queue, line)
