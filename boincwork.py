@@ -22,7 +22,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import agent
 import hostconfig
 from boincjob import COMMAND, LEAST_MEMORY, Job, Moved, Trigger, Words, fraction_of, read_trigger
-from boincslot import Record, Slot
+from boincslot import InitData, Record, Slot
 from faults import NoSuchCommand, NoSuchVM, NotSupported, TransferError
 from hostclient import Client, NoHost
 
@@ -33,6 +33,7 @@ LEASE_EVERY = 10.0             # seconds between two renewals
 START_PATIENCE = 60.0          # seconds that a host agent may take to answer
 START_AGAIN = 5.0              # seconds after which another one is started: the first may have met
                                # one that was about to end
+LONGEST_NAME = 150             # characters of a machine's name
 LOOK_AT_FILES = 2.0            # seconds between two looks for trigger files
 OWNER = 'boinc '               # + the project's folder: owner of a task's VM
 INI = """\
@@ -309,11 +310,11 @@ class Work:
         self._transfer = ''
         self._waiting = []             # type: List[Tuple[str, str, str]]
         self._collected = False
-        result = slot.init.text('result_name', 'standalone')
-        place = slot.project_dir
-        self._digest = hashlib.md5((place + '\n' + result).encode()).hexdigest()[:16]
-        self._name = '%s_%s' % (os.path.basename(place), re.sub(r'[^A-Za-z0-9._-]', '_', result))[:100]
-        self._owner = OWNER + place
+        self._place = slot.project_dir
+        result = slot.init.text('result_name')
+        self._digest = hashlib.md5((self._place + '\n' + result).encode()).hexdigest()[:16]
+        self._name = self._name_of(slot.init)
+        self._owner = OWNER + self._place
 
     @property
     def command(self) -> str:
@@ -342,6 +343,23 @@ class Work:
             self._slot.resolve(self._words.image)
         return VirtualMachine(self.host, self._name, image, os.path.abspath(self._slot.folder), self._owner,
                               wish)
+
+    def clean(self) -> bool:
+        """No VM is left of tasks of this project that the client has forgotten (a reset, say)."""
+        with contextlib.suppress(NotSupported):
+            slots = os.path.dirname(os.path.abspath(self._slot.folder))
+            inits = [Slot(os.path.join(slots, name)).init for name in os.listdir(slots)]
+            known = [self._name_of(init) for init in inits if init.text('project_dir') == self._place]
+            left = [name for name in self.host.call('listVMs')
+                    if name.startswith(self._name_of(InitData())) and name not in known + [self._name]]
+            for row in self.host.call('cleanup', False, left, self._owner):
+                log.info('removed what an earlier task left: %s (%s)', row['name'], row['why'])
+        return True
+
+    def _name_of(self, init: InitData) -> str:
+        """What a task's machine is called, after its project and its name; without one, how all begin."""
+        result = re.sub(r'[^A-Za-z0-9._-]', '_', init.text('result_name'))
+        return ('%s_%s' % (os.path.basename(self._place), result))[:LONGEST_NAME]
 
     def ready(self) -> bool:
         """The machine runs, and its agent is there."""
