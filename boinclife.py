@@ -47,7 +47,7 @@ class Life:
     """One run of the wrapper. Times are monotonic seconds."""
 
     # Each once the one before is so.
-    RUNNING = ('connect', 'clean', 'ready', 'put', 'begin', 'limit', 'look')
+    RUNNING = ('connect', 'clean', 'ready', 'put', 'begin', 'limit', 'show_desktop', 'look')
     ENDING = ('collect', 'remove')
 
     def __init__(self, job: Job, record: Record, now: float, period: float = 300.0) -> None:

@@ -257,8 +257,8 @@ class Alive:
     def runs(self, look=None):
         """Brings it to where the science runs."""
         self.record.made = True
-        assert self.go(True, True, True, True, True, True, look or Look()) == [
-            'connect', 'clean', 'ready', 'put', 'begin', 'limit', 'look']
+        assert self.go(True, True, True, True, True, True, True, look or Look()) == [
+            'connect', 'clean', 'ready', 'put', 'begin', 'limit', 'show_desktop', 'look']
         return self
 
 
@@ -268,8 +268,8 @@ def seen(ended=False, **how):
 
 def test_from_nothing_to_a_finished_task(tmp_path):
     task = Alive(tmp_path)
-    assert task.go(False, True, True, False, True, True, True, True) == [
-        'connect', 'connect', 'clean', 'ready', 'ready', 'put', 'begin', 'limit']
+    assert task.go(False, True, True, False, True, True, True, True, True) == [
+        'connect', 'connect', 'clean', 'ready', 'ready', 'put', 'begin', 'limit', 'show_desktop']
     task.go(seen(cpu=1, fraction=0.5))
     assert '<current_cpu_time>1.0' in task.life.status() and '<fraction_done>5.0' in task.life.status()
     assert task.go(seen(True, state='exited', cpu=2), False, True, True) == [
@@ -419,8 +419,8 @@ def test_checkpoints(tmp_path):
 
 def test_a_host_agent_that_went_away_is_started_again(tmp_path):
     task = Alive(tmp_path).runs()
-    assert task.go(hostclient.NoHost('gone'), False, True, True, True, True, True, True, seen()) == [
-        'look', 'connect', 'connect', 'clean', 'ready', 'put', 'begin', 'limit', 'look']
+    assert task.go(hostclient.NoHost('gone'), False, True, True, True, True, True, True, True, seen()) == [
+        'look', 'connect', 'connect', 'clean', 'ready', 'put', 'begin', 'limit', 'show_desktop', 'look']
     assert task.life.end is None
 
 
@@ -451,7 +451,7 @@ def test_a_lost_program_begins_anew_with_a_name_of_its_own(tmp_path):
     task.record.checkpoint, task.record.put = 3.0, True
     task.go(seen(True, state='lost'))
     assert (task.record.attempt, task.record.before, task.record.put) == (2, 3.0, False)
-    assert task.go(True, True, True, True, True, True, seen(cpu=1, fraction=0.1))[4] == 'begin'
+    assert task.go(True, True, True, True, True, True, True, seen(cpu=1, fraction=0.1))[4] == 'begin'
     assert '<current_cpu_time>5.0' in task.life.status() and '<fraction_done>4.0' in task.life.status()
 
 
