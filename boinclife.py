@@ -46,7 +46,8 @@ class End(NamedTuple):
 class Life:
     """One run of the wrapper. Times are monotonic seconds."""
 
-    RUNNING = ('connect', 'ready', 'put', 'begin', 'limit', 'look')        # each once the one before is so
+    # Each once the one before is so.
+    RUNNING = ('connect', 'clean', 'ready', 'put', 'begin', 'limit', 'show_desktop', 'look')
     ENDING = ('collect', 'remove')
 
     def __init__(self, job: Job, record: Record, now: float, period: float = 300.0) -> None:
@@ -112,10 +113,10 @@ class Life:
         return self._todo[0] if self._todo[0] != 'begin' else ''
 
     def _next_quit(self) -> str:
-        if not self._is_connected or not self._record.made:
+        if not self._record.made or not (self._is_connected or self._lost):
             self._leave_for('quit')
             return ''
-        return 'save'
+        return 'save' if self._is_connected else 'connect'
 
     def _next_abort(self) -> str:
         if not self._record.made:
@@ -173,7 +174,9 @@ class Life:
     def failed(self, error: Exception, now: float) -> None:
         """The step that was under way raised this."""
         step, self._step = self._step, ''
-        if self.wish in ('quit', 'abort'):
+        if isinstance(error, NoHost) and step in ('save', 'remove') and self._lost < AWAY_TRIES:
+            self._try_again(step, now)
+        elif self.wish in ('quit', 'abort'):
             log.warning('%s: %s', step, error)         # the lease, and the cleanup, take care of it
             self._leave_for(self.wish)
         elif step == 'remove':
@@ -188,6 +191,14 @@ class Life:
         else:
             self._trouble('%s: %s: %s' % (step, type(error).__name__, error))
 
+    def _try_again(self, step: str, now: float) -> None:
+        """The last step failed since the host agent went away: another one does it."""
+        log.warning('the host agent went away before the step %s', step)
+        self._lost += 1
+        self._is_connected = False
+        self._todo = ['connect', step]
+        self._not_before = now + QUICK
+
     def _begin_anew(self, why: str, now: float) -> None:
         """Looks again what is there, and does what is missing. More than some times in a row is a trouble."""
         log.warning('%s', why)
@@ -195,7 +206,7 @@ class Life:
         if self._lost > AWAY_TRIES:
             self._trouble(why)
         self._todo = list(self.RUNNING if self._todo[0] not in self.ENDING else
-                          self.RUNNING[:2] + ('look',))
+                          ('connect', 'ready', 'look'))
         self._is_connected = self._is_paused = False
         self._waits_since, self._not_before = now, now + LOOK_EVERY
 

@@ -14,6 +14,7 @@ import logging
 import os
 import posixpath
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -22,23 +23,27 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import agent
 import hostconfig
 from boincjob import COMMAND, LEAST_MEMORY, Job, Moved, Trigger, Words, fraction_of, read_trigger
-from boincslot import Record, Slot
-from faults import NoSuchCommand, NoSuchVM, NotSupported, TransferError
+from boincslot import InitData, Record, Slot
+from faults import NoSuchCommand, NoSuchVM, NotSupported, TransferError, VMHostError
 from hostclient import Client, NoHost
 
 log = logging.getLogger('vmboinc')
 
 LEASE = 60                     # seconds without its wrapper after which a VM is saved
+LINK_EVERY = 60.0              # seconds between two links to the status page; one is good for two minutes
 LEASE_EVERY = 10.0             # seconds between two renewals
 START_PATIENCE = 60.0          # seconds that a host agent may take to answer
 START_AGAIN = 5.0              # seconds after which another one is started: the first may have met
                                # one that was about to end
+LONGEST_NAME = 150             # characters of a machine's name
 LOOK_AT_FILES = 2.0            # seconds between two looks for trigger files
+BROKER_PORT = 61613            # of a guest's agent that isn't told another one
 OWNER = 'boinc '               # + the project's folder: owner of a task's VM
 INI = """\
 # The host agent that serves this project's tasks. Written once, by vmboinc: what you change here stays.
 [Broker]
-port = auto
+# It stays the same, so that VMs that were saved find it again.
+port = %d
 
 [Host]
 xmlrpc_port = auto
@@ -119,7 +124,7 @@ class HostAgent:
             if not os.path.exists(self.ini):
                 os.makedirs(self.folder, mode=0o700, exist_ok=True)
                 with open(self.ini + '.new', 'w', encoding='utf-8') as file:
-                    file.write(INI)
+                    file.write(INI % free_port())
                 os.replace(self.ini + '.new', self.ini)
             self._settings = hostconfig.read_settings(self.ini)
         return self._settings
@@ -140,6 +145,15 @@ class HostAgent:
             with open(os.path.join(self.folder, PRINTED), encoding='utf-8', errors='replace') as file:
                 return file.read().strip().splitlines()[-1]
         return 'its log is in %s' % self.folder
+
+
+def free_port() -> int:
+    """The port that guests' agents try by themselves, where it is free now; else any that is."""
+    for port in (BROKER_PORT, 0):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(('127.0.0.1', port))
+            return int(listener.getsockname()[1])
+    return BROKER_PORT
 
 
 PRINTED = 'printed.log'                # what a host agent prints, which doesn't go into its log
@@ -305,15 +319,17 @@ class Work:
         self._job = job
         self._words = words
         self._record = record
+        self.shown = []                # type: List[str]       # for the client's channel of graphics
+        self._linked = 0.0             # when the status page's link was made
         self._guest = GuestFiles(self)
         self._transfer = ''
         self._waiting = []             # type: List[Tuple[str, str, str]]
         self._collected = False
-        result = slot.init.text('result_name', 'standalone')
-        place = slot.project_dir
-        self._digest = hashlib.md5((place + '\n' + result).encode()).hexdigest()[:16]
-        self._name = '%s_%s' % (os.path.basename(place), re.sub(r'[^A-Za-z0-9._-]', '_', result))[:100]
-        self._owner = OWNER + place
+        self._place = slot.project_dir
+        result = slot.init.text('result_name')
+        self._digest = hashlib.md5((self._place + '\n' + result).encode()).hexdigest()[:16]
+        self._name = self._name_of(slot.init)
+        self._owner = OWNER + self._place
 
     @property
     def command(self) -> str:
@@ -342,6 +358,23 @@ class Work:
             self._slot.resolve(self._words.image)
         return VirtualMachine(self.host, self._name, image, os.path.abspath(self._slot.folder), self._owner,
                               wish)
+
+    def clean(self) -> bool:
+        """No VM is left of tasks of this project that the client has forgotten (a reset, say)."""
+        with contextlib.suppress(NotSupported):
+            slots = os.path.dirname(os.path.abspath(self._slot.folder))
+            inits = [Slot(os.path.join(slots, name)).init for name in os.listdir(slots)]
+            known = [self._name_of(init) for init in inits if init.text('project_dir') == self._place]
+            left = [name for name in self.host.call('listVMs')
+                    if name.startswith(self._name_of(InitData())) and name not in known + [self._name]]
+            for row in self.host.call('cleanup', False, left, self._owner):
+                log.info('removed what an earlier task left: %s (%s)', row['name'], row['why'])
+        return True
+
+    def _name_of(self, init: InitData) -> str:
+        """What a task's machine is called, after its project and its name; without one, how all begin."""
+        result = re.sub(r'[^A-Za-z0-9._-]', '_', init.text('result_name'))
+        return ('%s_%s' % (os.path.basename(self._place), result))[:LONGEST_NAME]
 
     def ready(self) -> bool:
         """The machine runs, and its agent is there."""
@@ -436,8 +469,32 @@ class Work:
             return self._end(status)
         if not self.machine.runs():
             return Look(state='away')
+        self._show_page()
         seen = Look(state=status['state'], cpu=cpu_of(status), fraction=fraction_of(status['progress']))
         return self._guest.look(self._job, seen)
+
+    def _show_page(self) -> None:
+        """The client's button opens the host agent's status page: by a link that opens it once, and soon."""
+        now = time.monotonic()
+        if not self._linked or now - self._linked > LINK_EVERY:
+            self._linked = now
+            self.shown.append('<web_graphics_url>%s</web_graphics_url>' % self.host.call('getStatusLink'))
+
+    def show_desktop(self) -> bool:
+        """The VM's screen can be looked at, where the job file wants that and the hypervisor can. Where there
+        is a password, it is in a file of the slot that only this user can read."""
+        if self._job.enable_remotedesktop:
+            try:
+                desktop = self.host.call('remoteDesktop', self.machine.name, True)
+            except VMHostError as error:
+                log.warning('no remote desktop: %s', error)
+                return True
+            self.shown.append('<remote_desktop_addr>%s:%s</remote_desktop_addr>'
+                              % (desktop['address'], desktop['port']))
+            path = self.in_slot('remote_desktop_password')
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 'w') as file:
+                file.write(desktop.get('password', '') + '\n')
+        return True
 
     def _end(self, status: Dict[str, Any]) -> Look:
         results = self.host.call('getCmdResults', self.command)

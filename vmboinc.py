@@ -27,7 +27,18 @@ import agent
 import boincslot
 from boincjob import FILE, Job, JobError, read_words
 from boinclife import LONGEST_DELAY, End, Life
-from boincslot import CONTROL, HEARTBEAT, STATUS, TRICKLE_UP, Channels, Client, Record, Slot, words_of
+from boincslot import (
+    CONTROL,
+    GRAPHICS,
+    HEARTBEAT,
+    STATUS,
+    TRICKLE_UP,
+    Channels,
+    Client,
+    Record,
+    Slot,
+    words_of,
+)
 from boincwork import HostAgent, Work
 
 log = logging.getLogger('vmboinc')
@@ -134,6 +145,9 @@ class Task:
         if now - self._told >= STATUS_EVERY and self._life.is_told():
             self._told = now
             self.tell_status()
+        shown = self._work.shown       # the other thread only appends to it
+        if shown and self._channels.send(GRAPHICS, shown[0]):
+            shown.pop(0)
         if self._life.messages and self._channels.send(TRICKLE_UP, self._life.messages[0]):
             self._life.messages = self._life.messages[1:]
 

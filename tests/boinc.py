@@ -12,6 +12,7 @@ import platform
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import types
 
@@ -156,7 +157,7 @@ def running(folder):
     try:
         try:
             boinc.setup()
-        except (OSError, SystemExit) as error:
+        except (OSError, SystemExit, subprocess.CalledProcessError) as error:
             pytest.skip('no BOINC client can be had here: %s' % error)
         yield boinc
     finally:

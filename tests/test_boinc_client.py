@@ -64,6 +64,7 @@ def test_the_life_of_a_task(boinc):
     rig.start()
     task = Watched(boinc, 't1')
     task.wait(lambda now: now['fraction'] > 0.001)
+    wait_until(lambda: '/status?key=' in rig.task('t1')['web'], 20)
     rig.operate('suspend', 't1')
     wait_until(task.is_stopped, 20)
     assert rig.task('t1')['process'] == 'suspended'

@@ -257,8 +257,8 @@ class Alive:
     def runs(self, look=None):
         """Brings it to where the science runs."""
         self.record.made = True
-        assert self.go(True, True, True, True, True, look or Look()) == [
-            'connect', 'ready', 'put', 'begin', 'limit', 'look']
+        assert self.go(True, True, True, True, True, True, True, look or Look()) == [
+            'connect', 'clean', 'ready', 'put', 'begin', 'limit', 'show_desktop', 'look']
         return self
 
 
@@ -268,8 +268,8 @@ def seen(ended=False, **how):
 
 def test_from_nothing_to_a_finished_task(tmp_path):
     task = Alive(tmp_path)
-    assert task.go(False, True, False, True, True, True, True) == [
-        'connect', 'connect', 'ready', 'ready', 'put', 'begin', 'limit']
+    assert task.go(False, True, True, False, True, True, True, True, True) == [
+        'connect', 'connect', 'clean', 'ready', 'ready', 'put', 'begin', 'limit', 'show_desktop']
     task.go(seen(cpu=1, fraction=0.5))
     assert '<current_cpu_time>1.0' in task.life.status() and '<fraction_done>5.0' in task.life.status()
     assert task.go(seen(True, state='exited', cpu=2), False, True, True) == [
@@ -302,7 +302,7 @@ def test_a_resume_out_of_nothing_changes_nothing(tmp_path):
 def test_suspended_before_it_begins_it_does_not_begin(tmp_path):
     task = Alive(tmp_path)
     task.says('suspend')
-    assert task.go(True, True, True) == ['connect', 'ready', 'put'] and task.step() == ''
+    assert task.go(True, True, True, True) == ['connect', 'clean', 'ready', 'put'] and task.step() == ''
     task.says('resume')
     assert task.step() == 'begin'
 
@@ -419,8 +419,8 @@ def test_checkpoints(tmp_path):
 
 def test_a_host_agent_that_went_away_is_started_again(tmp_path):
     task = Alive(tmp_path).runs()
-    assert task.go(hostclient.NoHost('gone'), False, True, True, True, True, True, seen()) == [
-        'look', 'connect', 'connect', 'ready', 'put', 'begin', 'limit', 'look']
+    assert task.go(hostclient.NoHost('gone'), False, True, True, True, True, True, True, True, seen()) == [
+        'look', 'connect', 'connect', 'clean', 'ready', 'put', 'begin', 'limit', 'show_desktop', 'look']
     assert task.life.end is None
 
 
@@ -431,12 +431,27 @@ def test_and_when_the_results_are_fetched_nothing_begins_again(tmp_path):
         'collect', 'connect', 'ready', 'look', 'collect', 'remove']
 
 
+@pytest.mark.parametrize('word, step, code', [('quit', 'save', 0), ('abort', 'remove', 194)])
+def test_nor_is_a_machine_left_running_where_it_went_away_at_the_end(word, step, code, tmp_path):
+    task = Alive(tmp_path).runs()
+    task.says(word)
+    assert task.go(hostclient.NoHost('gone'), False, True, True) == [step, 'connect', 'connect', step]
+    assert task.life.end == End(code)
+
+
+def test_a_finished_task_is_removed_by_the_next_host_agent(tmp_path):
+    task = Alive(tmp_path).runs()
+    assert task.go(seen(True, state='exited'), True, hostclient.NoHost('gone'), True, True)[2:] == [
+        'remove', 'connect', 'remove']
+    assert task.life.end == End(0, True)
+
+
 def test_a_lost_program_begins_anew_with_a_name_of_its_own(tmp_path):
     task = Alive(tmp_path).runs(seen(cpu=5, fraction=0.4))
     task.record.checkpoint, task.record.put = 3.0, True
     task.go(seen(True, state='lost'))
     assert (task.record.attempt, task.record.before, task.record.put) == (2, 3.0, False)
-    assert task.go(True, True, True, True, True, seen(cpu=1, fraction=0.1))[3] == 'begin'
+    assert task.go(True, True, True, True, True, True, True, seen(cpu=1, fraction=0.1))[4] == 'begin'
     assert '<current_cpu_time>5.0' in task.life.status() and '<fraction_done>4.0' in task.life.status()
 
 
@@ -466,7 +481,7 @@ def test_delays_double_up_to_an_hour(tmp_path):
 
 def test_a_machine_whose_agent_never_comes(tmp_path):
     task = Alive(tmp_path)
-    task.go(True)
+    task.go(True, True)
     while not task.life.end:
         task.go(False)
     assert READY_WITHIN < task.now - 1000 < READY_WITHIN + 5 and 'vmguest' in task.life.end.message

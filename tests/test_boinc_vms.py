@@ -1,0 +1,231 @@
+"""vmboinc with VMs: made on the project's image in the task's slot, paused, saved, and gone afterwards.
+
+The hypervisor is the fake VirtualBox; what would be the VM's agent runs beside it.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import types
+
+import fake_server
+import fake_virtualbox
+import pytest
+from agents import Agent
+from fake_client import FakeClient
+from helpers import wait_until
+from vms import kill
+
+import hostclient
+
+pytestmark = [pytest.mark.once, pytest.mark.ends,
+              pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
+INI = """[Broker]
+port = auto
+[Host]
+xmlrpc_port = auto
+state_dir = state
+[Hypervisor]
+hypervisor = VirtualBox
+[Logging]
+file = vmhost.log
+"""
+JOB = """<vbox_job>
+<os_name>Linux_64</os_name><memory_size_mb>600</memory_size_mb>
+<multiattach_vdi_file>image.vdi</multiattach_vdi_file>
+<minimum_checkpoint_interval>0</minimum_checkpoint_interval>
+<input>in</input><output>out</output>%s
+</vbox_job>
+"""
+APP = """n=0
+while ! [ -e finish ]; do n=$((n + 1)); echo 0.5 > $VM_PROGRESS_FILE; sleep 0.1; done
+cat in > out
+"""
+
+
+class Project:
+    """A project's folder with an image, its host agent's ini file, and tasks."""
+
+    def __init__(self, folder, stack, name='project'):
+        self.folder, self.name, self._stack = str(folder), name, stack
+        self.environment = fake_virtualbox.install(os.path.join(self.folder, 'fake'))
+        self.place = os.path.join(self.folder, 'projects', name)
+        os.makedirs(os.path.join(self.place, 'vmhost'), mode=0o700)
+        self.image = os.path.join(self.place, 'image.vdi')
+        for path, text in ((self.image, '5d7d8d0a-0000-4000-8000-00000000000%d' % len(name)),
+                           (os.path.join(self.place, 'vmhost', 'host.ini'), INI)):
+            with open(path, 'w') as file:
+                file.write(text)
+        self.client = hostclient.Client(os.path.join(self.place, 'vmhost', 'state'))
+        stack.callback(self.end_host)
+
+    def call(self, method, *args):
+        return self.client.call(method, *args)
+
+    def vms(self):
+        """{name: state}, {} while no host agent answers."""
+        with contextlib.suppress(hostclient.NoHost):
+            return self.call('listVMsWithState')
+        return {}
+
+    def host_pid(self):
+        with open(os.path.join(self.place, 'vmhost', 'vmhost.log')) as file:
+            return int(file.read().rpartition('started, pid ')[2].partition(':')[0])
+
+    def end_host(self):
+        with contextlib.suppress(OSError, ValueError):
+            pid = self.host_pid()
+            kill(pid)
+
+    def task(self, name='t1', job='', app=APP):
+        task = FakeClient(self.folder, name, self.name, self.environment)
+        self._stack.callback(task.close)
+        task.write('vbox_job.xml', JOB % job)
+        task.link('boinc_app', app)
+        task.link('in', 'what goes in\n')
+        task.vm = '%s_%s' % (self.name, name)
+        return task
+
+    def agent(self, task):
+        """What runs in a task's VM, once that does."""
+        task.wait(lambda: self.vms().get(task.vm) == 'Running')
+        port = int(self.call('agentInfo')['broker']['address'].rpartition(':')[2])
+        host = types.SimpleNamespace(broker_port=port)
+        agent = Agent(os.path.join(self.folder, 'guest-' + task.name), host,
+                      self.call('getVM', task.vm)['id'])
+        self._stack.enter_context(contextlib.closing(types.SimpleNamespace(close=agent.stop)))
+        agent.start(wait=False)
+        return agent
+
+    def has(self, task, state):
+        return task.wait(lambda: self.vms().get(task.vm) == state)
+
+
+@pytest.fixture
+def project(tmp_path):
+    with contextlib.ExitStack() as stack:
+        yield Project(tmp_path, stack)
+
+
+def finish(agent):
+    open(os.path.join(agent.files, 'finish'), 'w').close()
+
+
+def test_the_life_of_a_vm(project):
+    task = project.task()
+    out = task.link('out')
+    task.start()
+    agent = project.agent(task)
+    task.wait(lambda: task.status('fraction_done') == 0.5)
+    assert os.path.exists(os.path.join(task.slot, task.vm, task.vm + '.vbox'))
+    with open(os.path.join(project.place, 'vmhost', 'state', 'leases.json')) as file:
+        assert file.read().strip() == '{"%s": 60}' % task.vm
+    task.says('suspend')
+    project.has(task, 'Paused')
+    task.says('resume')
+    project.has(task, 'Running')
+    task.says('quit')
+    assert task.wait_for_end() == 0 and project.vms() == {task.vm: 'Saved'}
+    assert not task.read('boinc_finish_called') and task.status('checkpoint_cpu_time') >= 0
+    task.start()
+    project.has(task, 'Running')
+    task.wait(lambda: task.status('fraction_done') == 0.5)
+    kill(project.host_pid())
+    finish(agent)                              # whose host's broker has another port by now
+    assert task.process.poll() is None
+    task.says('abort')
+    assert task.wait_for_end(60) == 194 and project.vms() == {}
+    assert not os.path.exists(out) and not os.path.exists(os.path.join(task.slot, task.vm))
+    assert open(project.image).read().startswith('5d7d8d0a')
+
+
+def test_a_finished_task_leaves_nothing(project):
+    task = project.task(app='cat in > out; exit $1')
+    out = task.link('out')
+    task.start('0')
+    project.agent(task)
+    assert task.wait_for_end() == 0 and task.read('boinc_finish_called') == '0\n'
+    assert open(out).read() == 'what goes in\n' and project.vms() == {}
+    assert not os.path.exists(os.path.join(task.slot, task.vm))
+    assert not os.path.exists(os.path.join(task.slot, 'boinc_lockfile'))
+
+
+def test_a_client_that_died_gets_its_vm_saved(project):
+    task = project.task()
+    task.link('out')
+    stands_in = subprocess.Popen(['sleep', '600'])
+    task.init(pid=stands_in.pid)
+    task.start()
+    project.agent(task)
+    task.wait(lambda: task.status('fraction_done') == 0.5)
+    stands_in.kill()
+    stands_in.wait()
+    assert task.wait_for_end() == 0 and project.vms() == {task.vm: 'Saved'}
+
+
+def test_a_killed_wrapper_goes_on_with_the_same_vm(project):
+    task = project.task()
+    out = task.link('out')
+    task.start()
+    agent = project.agent(task)
+    task.wait(lambda: task.status('fraction_done') == 0.5)
+    uuid = project.call('getVM', task.vm)['uuid']
+    task.process.send_signal(signal.SIGKILL)
+    task.process.wait()
+    task.told = []
+    task.start()
+    task.wait(lambda: task.status('fraction_done') == 0.5)
+    assert project.call('getVM', task.vm)['uuid'] == uuid
+    assert [command['state'] for command in project.call('listCmds')] == ['running']
+    finish(agent)
+    assert task.wait_for_end() == 0 and open(out).read() == 'what goes in\n'
+
+
+def test_preferences_reach_the_vm(project, monkeypatch):
+    monkeypatch.setenv('FAKE_VIRTUALBOX', project.environment['FAKE_VIRTUALBOX'])
+    task = project.task()
+    task.link('out')
+    task.init(cpu_limit=40)
+    task.start()
+    project.agent(task)
+    machine = fake_server.VirtualBoxManager().getVirtualBox().findMachine(task.vm)
+    task.wait(lambda: machine.CPUExecutionCap == 40)
+    assert machine.memorySize == 600
+    task.init(cpu_limit=0)
+    task.says('reread_app_info')
+    task.wait(lambda: machine.CPUExecutionCap == 100)
+
+
+def test_vms_of_tasks_that_the_client_forgot_go(project):
+    first = project.task('first')
+    first.link('out')
+    first.start()
+    project.has(first, 'Running')
+    first.says('quit')
+    assert first.wait_for_end() == 0
+    os.remove(os.path.join(first.slot, 'init_data.xml'))               # as a reset does
+    project.call('createVM', 'project_other', '', {'diskSize': 4, 'owner': 'somebody else'})
+    second = project.task('second')
+    second.link('out')
+    second.start()
+    project.has(second, 'Running')
+    assert sorted(project.vms()) == ['project_other', second.vm]
+
+
+def test_no_image_and_no_hypervisor_are_no_errors(project, tmp_path):
+    os.remove(project.image)
+    task = project.task()
+    task.start()
+    assert task.wait_for_end() == 0
+    assert task.read('boinc_temporary_exit').startswith('60\n') and 'image.vdi is missing' in task.read(
+        'boinc_temporary_exit')
+    task.start()
+    assert task.wait_for_end() == 0 and task.read('boinc_temporary_exit').startswith('120\n')
+    project.end_host()
+    with open(os.path.join(project.place, 'vmhost', 'host.ini'), 'w') as file:
+        file.write(INI.replace('VirtualBox', 'auto'))
+    task.environment = {}
+    task.start()
+    assert task.wait_for_end(60) == 0
+    wait_until(lambda: 'install VirtualBox' in task.read('boinc_temporary_exit'))
