@@ -391,7 +391,7 @@ def children_of(pid):
 def test_a_runner_runs_one_command_after_the_other(host, guest):
     """And nothing of a command stays for the next one: priority, limits, folder, environment, descriptors."""
     show = ('ulimit -n; nice; pwd; echo $LEFT; '      # its parent was the starter, that goes within moments
-            'until ls /proc/$(awk "/^PPid/ {print \\$2}" /proc/$$/status)/fd > list; do :; done; wc -l < list')
+            'until ls /proc/$(awk "/^PPid/ {print \\$2}" /proc/$$/status)/fd >list; do :; done; wc -l <list')
     *plain, descriptors = host.run('one', 'sh', '-c', show)['out'].splitlines()
     before = runners_of(guest)
     with host.api as api:
