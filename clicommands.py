@@ -58,8 +58,11 @@ def cmd_row(row: Dict[str, Any], status: Dict[str, Any], long: bool, is_narrow: 
     """A line of `ps`."""
     end = status.get('end', '')
     state = end if end.startswith(('exited', 'signaled')) and end != 'exited 0' else row['state']
-    wall = shown_span(finite(status.get('wall'))) if status.get('wall') else '-'
-    shown = [row['cmdId'], row['vm'], state, shown_time(row['submitted'], is_narrow), wall]
+    wall = finite(status.get('wall'))
+    if wall and row['state'] == 'running':         # it was told some time ago
+        wall += max(0.0, finite(status.get('age')))
+    shown = [row['cmdId'], row['vm'], state, shown_time(row['submitted'], is_narrow),
+             shown_span(wall) if wall else '-']
     if long:
         usage = status.get('resources', {})
         cpu = finite(usage.get('ru_utime')) + finite(usage.get('ru_stime'))

@@ -292,6 +292,7 @@ def test_a_detached_command_is_listed_followed_and_killed(host, guests):
     cmd_id = verb(host, 'run', '-d', 'one', '--', 'sh', '-c', 'echo begun; exec sleep 99').strip()
     assert json.loads(verb(host, 'ps', 'one', '--json'))[-1]['cmdId'] == cmd_id
     assert cmd_id in verb(host, 'ps') and "'echo begun; exec sleep 99'" in verb(host, 'ps', '-l')
+    wait_until(lambda: re.search(cmd_id + r'.* ([2-9]|\d\d) s ', verb(host, 'ps')))
     with started(host, 'out', '-f', cmd_id) as process:
         assert process.stdout.readline() == b'begun\n'
         assert json.loads(verb(host, 'info', cmd_id, '--json'))['status']['state'] == 'running'
