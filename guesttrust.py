@@ -65,7 +65,7 @@ class HostTrust:
     def greeted(self, greeting: Message) -> bool:
         """Whether that greeting proves the host: a new session begins with it. Raises BadWord."""
         if greeting.text('refused'):
-            self._complain('it refuses this guest: %s' % printable(greeting.text('refused')[:300]))
+            self._complain('it refuses this guest: %s' % printable(greeting.text('refused')[:500]))
             return False
         proof, host_nonce = greeting.text('proof'), greeting.text('nonce')
         with self._lock:

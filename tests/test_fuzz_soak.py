@@ -13,6 +13,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -142,13 +143,18 @@ FROM_HOSTS = [
     b'CMD_RUN {"cmd-id": "c", "cmd": "true", "args": ["a"], "env": {"A": "b"}, "path": "", "stdin": "x", '
     b'"timeout": 5, "kill-after": 1, "nice": 1, "limits": {"nofile": 99}, "output-limit": 99, '
     b'"inline-output": 9}',
-    b'CMD_QUERY {"cmd-id": "c", "out-offset": 0, "err-offset": 0, "max": 100}',
+    b'CMD_RUN {"cmd-id": "c", "cmd": "cat", "args": [], "stdin": "stream", "timeout": 5, '
+    b'"status-interval": 1}',
+    b'CMD_RUN {"cmd-id": "c", "cmd": "cat", "args": [], "timeout": 5, "env-clear": true, '
+    b'"terminal": {"rows": 24, "columns": 80, "term": "xterm"}}',
+    b'CMD_QUERY {"cmd-id": "c", "out-offset": 0, "err-offset": 0, "max": 100, "follow": 2}',
     b'CMD_SIGNAL {"cmd-id": "c", "signal": "TERM"}', b'CMD_ACK {"cmd-id": "c"}', b'PING {"ping-id": "p"}',
-    b'CMD_INPUT {"cmd-id": "c", "offset": 0, "data64": "eA==", "eof": true}', b'BYE {"reason": "x"}',
+    b'CMD_INPUT {"cmd-id": "c", "offset": 0, "data64": "eA==", "eof": true, "rows": 25, "columns": 90}',
+    b'BYE {"reason": "x"}',
     b'HELLO {"name": "one", "beacon_interval": 1, "session": "s", "max_frame": 1000000, "addresses": ["1"]}']
 
 
-ODD = [None, True, -1, 0, 2 ** 31, 10 ** 30, 10 ** 400, 1e308, float('inf'), float('nan'), '', 'x' * 5000,
+ODD = [None, True, -1, 0, 2 ** 31, 10 ** 30, 10 ** 400, 1e308, '', 'x' * 5000,
        '\0\n', 'ß\u2028', 'c', '7', [], [1], [['a']], {}, {'a': 1}, {'port': []}]
 
 
@@ -159,7 +165,9 @@ def word_of(chance, words):
         return mutated(chance, word).decode('utf-8', 'replace').replace('\0', '')
     name, _, text = word.partition(b' ')
     keys = json.loads(text.decode())
-    for key in chance.sample(sorted(keys), chance.randrange(len(keys) + 1)):
+    if 'cmd-id' in keys:
+        keys['cmd-id'] += str(chance.randrange(100))
+    for key in chance.sample(sorted(keys), chance.randrange(min(len(keys), 3) + 1)):
         keys[key] = chance.choice(ODD)
     return name.decode() + ' ' + json.dumps(keys)
 
@@ -226,6 +234,15 @@ def words_at_the_guest(place):
             yield stroke
         finally:
             guest.stop()
+            kill_those_in(guest.files)
+
+
+def kill_those_in(folder):
+    """Programs outlive their agent, and some were asked for without a time limit."""
+    for pid in filter(str.isdigit, os.listdir('/proc')):
+        with contextlib.suppress(OSError):
+            if os.path.realpath('/proc/%s/cwd' % pid) == os.path.realpath(folder):
+                os.kill(int(pid), signal.SIGKILL)
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -248,6 +248,16 @@ def test_nobody_is_shown_a_secret(host, guest, api):
                     assert name.startswith('journal') and os.stat(path).st_mode & 0o77 == 0
 
 
+def test_facts_are_those_that_are_known_and_bounded(host, guest, api):
+    guest('braggart').join(os='x' * 20000, cpus=[1], mem='abc', python={'a': 1}, host=7,
+                           own={'a': 'x' * 9000}, chirp={'port': 'x' * 9000, 'more': 'y' * 9000})
+    wait_until(lambda: 'braggart' in api.listRegisteredVMs())
+    facts = api.getVM('braggart')['facts']
+    assert set(facts) <= {'proto', 'cpus', 'mem', 'host', 'os', 'python', 'version', 'chirp', 'boot',
+                          'session'}
+    assert len(json.dumps(facts)) < 1000 and not facts.get('chirp')
+
+
 def stay_at(host):
     """Has the next agent of that folder listen where this one does."""
     with open(host.ini) as file:
