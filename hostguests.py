@@ -32,6 +32,7 @@ class Guest:
         self.session = ''
         self.facts = {}                # type: Dict[str, Any]
         self.agent = 'lost'            # alive, late or lost
+        self.has_left = False          # whether it said BYE, and so isn't missed
         self.heard = 0.0
         self.last_seen = 0.0
         self.clock_offset = 0.0
@@ -111,7 +112,7 @@ class Guests:
         return name
 
     def _touch(self, guest: Guest) -> None:
-        guest.agent = 'alive'
+        guest.agent, guest.has_left = 'alive', False
         guest.heard = self._clock()
         guest.last_seen = time.time()
 
@@ -156,7 +157,7 @@ class Guests:
             guest = self._known.get(id)
             if guest is None or guest.agent == 'lost':
                 return None
-            guest.agent = 'lost'
+            guest.agent, guest.has_left = 'lost', True
             return guest
 
     def should_note(self, guest: Guest) -> bool:

@@ -8,13 +8,15 @@ time look at the host, while others wait for what it sees.
 import base64
 import collections
 import hashlib
+import json
+import logging
 import os
 import re
 import secrets
 import socket
 import threading
 import time
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from hostapi import Api
 from hostcommands import describe_end
@@ -22,9 +24,13 @@ from hostguests import Guest
 from hostjournal import Execution
 from rpc import finite
 
+log = logging.getLogger('vmhost')
+
 LINK_LIFE = 120.0              # seconds in which a link opens the status page
 VISIT_LIFE = 12 * 3600.0       # seconds without a request, after which a visit ends
 VISITS_KEPT = 100
+SAVE_EVERY = 600.0             # seconds in which how long visits last may be forgotten by a crash
+VISITS = 'status-visits'       # the file that keeps them
 LOOK_LIFE = 1.0                # seconds that one look at everything serves all pages
 ASK_EVERY = 2.0                # seconds between two questions to a guest about a command
 ASKED_AT_ONCE = 50
@@ -33,6 +39,8 @@ COMMANDS_SHOWN = 100
 ENDED_SHOWN = 20
 TEXT_SHOWN = 300               # characters of an event's text: a command may have a megabyte of them
 OUTPUT_SHOWN = 64 * 1024       # bytes of output at once
+WORDS_SHOWN = 1000             # arguments of a command
+UNTOLD = {'stdin', 'stdin64'}  # options that may hold secrets
 VISIT = b'<meta name="visit" content="%s">'    # in the page: what it shows with each question
 
 
@@ -64,14 +72,19 @@ class Visits:
     A link holds a key, that is good once and for two minutes; it is exchanged for a secret that the page
     holds in memory and shows with each question, so that nothing that lasts stands in an address, and no
     browser hands it to another port of this machine, as it would a cookie. It opens the status page alone.
+    Visits outlive the host agent: a file has their secrets' digests, by which nobody can show one.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, kept: str = '',
+                 keep: Callable[[str], None] = lambda text: None) -> None:
+        """kept: what another run gave to ``keep``, which brings it to a file, and may raise OSError."""
         self._clock = clock
-        # Guards both tables: key or secret -> when it ends. Nothing is called while it is held.
+        self._keep = keep
+        # Guards both tables: key or secret's digest -> when it ends. The file is written while it is held.
         self._lock = threading.Lock()
         self._keys = collections.OrderedDict()     # type: Dict[str, float]
-        self._visits = collections.OrderedDict()   # type: Dict[str, float]
+        self._visits = collections.OrderedDict(read_visits(kept, clock()))   # type: Dict[str, float]
+        self._saved = clock()
 
     def new_key(self) -> str:
         """A key for one link."""
@@ -86,33 +99,69 @@ class Visits:
     def is_known(self, secret: str) -> bool:
         """Whether that visit goes on; each time it is asked for, it is prolonged."""
         with self._lock:
-            ends = self._visits.pop(secret, 0.0)
+            ends = self._visits.pop(digest_of(secret), 0.0)
             if ends <= self._clock():
                 return False
-            self._visits[secret] = self._clock() + VISIT_LIFE
+            self._visits[digest_of(secret)] = self._clock() + VISIT_LIFE
+            if self._clock() - self._saved > SAVE_EVERY:
+                self._save()
             return True
 
     def _add(self, table: Any, life: float) -> str:
         secret = secrets.token_urlsafe(24)
         with self._lock:
-            table[secret] = self._clock() + life
+            table[secret if table is self._keys else digest_of(secret)] = self._clock() + life
             while len(table) > VISITS_KEPT:
                 table.popitem(last=False)      # the oldest, or the one not used for longest
+            if table is self._visits:
+                self._save()
         return secret
+
+    def _save(self) -> None:
+        """With the lock held."""
+        self._saved = self._clock()
+        offset = time.time() - self._clock()
+        try:
+            self._keep(json.dumps({digest: ends + offset for digest, ends in self._visits.items()}))
+        except OSError as error:
+            log.warning('visits of the status page are not kept: %s', error)
+
+
+def visits_in(folder: Any) -> Visits:
+    """Those of a state folder, which keeps them. Raises OSError."""
+    return Visits(kept=folder.secret(VISITS, lambda: '{}'), keep=lambda text: folder.write(VISITS, text))
+
+
+def digest_of(secret: str) -> str:
+    """What is remembered of a visit's secret."""
+    return hashlib.sha256(secret.encode('utf-8', 'replace')).hexdigest()
+
+
+def read_visits(kept: str, now: float) -> List[Tuple[str, float]]:
+    """The visits of another run that go on, with their ends by this one's clock."""
+    try:
+        offset = now - time.time()
+        found = [(str(digest), min(float(ends) + offset, now + VISIT_LIFE))
+                 for digest, ends in json.loads(kept or '{}').items()]
+    except (ValueError, TypeError, AttributeError) as error:
+        log.warning('the visits of the status page that were kept can\'t be read: %s', error)
+        return []
+    return [(digest, ends) for digest, ends in found if ends > now]
 
 
 class StatusPage:
     """The status page, and what it reads. It shows, and never acts. Any thread may ask.
 
     ``/status`` is the page; ``/status/snapshot?since=TIME`` all that goes on now, with loads since
-    that time; ``/status/events?after=NUMBER&timeout=SECONDS`` and ``/status/output?id=ID&
-    stream=STREAM&offset=BYTES`` (no offset: the end of it) are getEvents and getCmdOutput.
+    that time; ``/status/command?id=ID`` what is to be known of one; ``/status/events?after=NUMBER&
+    timeout=SECONDS`` and ``/status/output?id=ID&stream=STREAM&offset=BYTES`` (no offset: the end of it) are
+    getEvents and getCmdOutput.
     """
 
-    def __init__(self, host: Any, api: Api) -> None:
+    def __init__(self, host: Any, api: Api, visits: Optional[Visits] = None) -> None:
         self._host = host
         self._api = api.methods
-        self._visits = Visits()
+        self._visits = visits or Visits()
         self._page = read_beside('status.html')
         self.headers = page_headers(self._page.decode('utf-8'))
         # Guards the last look, and lets one thread at a time look: other pages wait for what it saw.
@@ -142,6 +191,8 @@ class StatusPage:
             return self._snapshot(float(query.get('since', 0)))
         if what == 'events':
             return self._events(int(query.get('after', 0)), float(query.get('timeout', 0)))
+        if what == 'command':
+            return self._command(query['id'])
         if what == 'output':
             return self._output(query['id'], query.get('stream', 'out'), query.get('offset', ''))
         raise KeyError(what)
@@ -161,6 +212,22 @@ class StatusPage:
         found = self._api['getCmdOutput'](id, stream, begin, OUTPUT_SHOWN)
         return dict(found, data=base64.b64encode(found['data'].data).decode('ascii'),
                     state=status['state'])
+
+    def _command(self, id: str) -> Dict[str, Any]:
+        """One command: what was asked for, but for the values of variables and its input, and how it is."""
+        execution = self._host.commands.find_one(id)
+        self._host.control.refresh([execution])
+        asked = self._api['getCmdDetails'](id)
+        told = execution.answer() if execution.ended else {}
+        status = self._host.control.status(execution)
+        options = {name: value for name, value in asked['options'].items() if name not in UNTOLD}
+        words = [str(word)[:OUTPUT_SHOWN] for word in [asked['cmd']] + asked['args'][:WORDS_SHOWN]]
+        return dict(self._of_command(execution), words=words, path=str(asked['path']),
+                    variables=sorted(asked['env']), options=options, client=asked['client'],
+                    hasInput=not UNTOLD.isdisjoint(asked['options']), submitted=asked['submitted'],
+                    started=finite(told.get('started')), pid=finite(status['pid']), by=told.get('by', ''),
+                    error=str(status['error'])[:OUTPUT_SHOWN], resources=status['resources'],
+                    truncated=[stream for stream in ('out', 'err') if told.get(stream + '-truncated')])
 
     def _snapshot(self, since: float) -> Dict[str, Any]:
         with self._looking:
@@ -205,14 +272,15 @@ class StatusPage:
         if self._host.machines.hypervisor is not None:
             state = self._host.machines.hypervisor.known_native(guest.id) or state
         return {'id': guest.id, 'name': guest.name, 'state': state, 'agent': guest.agent,
-                'ip': guest.ip, 'lastSeen': guest.last_seen, 'os': str(guest.facts.get('os', '')),
+                'left': guest.has_left, 'ip': guest.ip, 'lastSeen': guest.last_seen,
+                'os': str(guest.facts.get('os', '')),
                 'cpus': finite(guest.facts.get('cpus')),
                 'mem': finite(guest.facts.get('mem')), 'loads': loads}
 
     def _of_vm(self, name: str, state: str, id: str) -> Dict[str, Any]:
         """A VM of which no agent was ever heard."""
-        return {'id': id, 'name': name, 'state': state, 'agent': 'never', 'ip': '', 'lastSeen': 0,
-                'os': '', 'cpus': 0, 'mem': 0, 'loads': []}
+        return {'id': id, 'name': name, 'state': state, 'agent': 'never', 'left': False, 'ip': '',
+                'lastSeen': 0, 'os': '', 'cpus': 0, 'mem': 0, 'loads': []}
 
     def _commands(self) -> Tuple[List[Dict[str, Any]], int]:
         """The unfinished commands, the oldest first, then those that ended last; how many are unfinished."""

@@ -27,7 +27,7 @@ from faults import InvalidParams, NoSuchCommand, VMHostError
 from hostapi import ALIASES, PARTS, Api
 from hostclient import EVERYWHERE, USER, proof
 from hostdispatch import Dispatcher
-from hostpages import PAGE_HEADERS, StatusPage, page_headers
+from hostpages import PAGE_HEADERS, StatusPage, page_headers, visits_in
 from hosttrust import is_loopback
 
 log = logging.getLogger('vmhost')
@@ -332,7 +332,7 @@ class Server:
         api = Api(host)
         self.gate = Gate(settings.xmlrpc_listen_on, host.token if settings.xmlrpc_auth else '')
         self.dispatcher = Dispatcher(host, api)
-        self.status = StatusPage(host, api)
+        self.status = StatusPage(host, api, visits_in(host.folder))
         self.host = host
         self.asked = time.monotonic()                  # when the API was called last
         self._token = host.token

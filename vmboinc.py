@@ -233,8 +233,9 @@ def run_host(ini: str) -> int:
     return hostagent.run_host(ini)
 
 
-def main(argv: List[str]) -> int:
+def main(argv: Optional[List[str]] = None) -> int:
     """The command line; gives the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ['--bundle'] and len(argv) == 2:
         agent.write_bundle(argv[1], 'vmboinc', ['status.html'])
         return 0

@@ -549,8 +549,9 @@ def execute_anew(why: str) -> None:
     os.execv(sys.executable, [sys.executable] + flags + sys.argv)
 
 
-def main(argv: List[str]) -> int:
+def main(argv: Optional[List[str]] = None) -> int:
     """The command line; gives the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
     if '--help' in argv or '-h' in argv:
         print(__doc__.splitlines()[0] + '\n\n' + USAGE)
         return 0

@@ -27,8 +27,9 @@ def check(client: Any, screen: Any, args: Any) -> int:
     return hostcheck.do_check(client, screen, args)
 
 
-def main(argv: List[str]) -> int:
+def main(argv: Optional[List[str]] = None) -> int:
     """The command line; gives the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
     return hostcli.main(argv, run_host, check)
 
 

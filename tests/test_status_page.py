@@ -447,6 +447,64 @@ def test_progress_as_programs_write_it_and_why_a_command_failed(host, guest, api
 
 @in_chromium
 @pytest.mark.once
+def test_the_page_of_a_command(host, guest, api, browser):
+    script = 'echo to stdout; echo "$0 to stderr" >&2; exit 3'
+    cmd_id = api.runCmd('node1', 'sh', ['-c', script, HOSTILE], {'SECRET': 'hidden', 'A': '1'}, '', '',
+                        {'timeout': 60, 'stdin': 'hidden'})
+    host.results(cmd_id)
+    told = read(host, '/status/command?id=' + cmd_id)
+    assert told['variables'] == ['A', 'SECRET'] and 'hidden' not in json.dumps(told)
+    page = browser.open(api.getStatusLink())
+    page.wait('%s.includes("%s")' % (text_of('#commands'), cmd_id))
+    page.js('[...document.querySelectorAll("#commands a")].find(a => a.href.includes("%s")).click(); 1'
+            % cmd_id)
+    page.wait('%s.includes("to stderr")' % text_of('#command-err pre'))
+    page.wait('%s == "to stdout\\n"' % text_of('#command-out pre'))
+    assert page.js('document.activeElement.id') == 'command-title'
+    assert page.js('document.querySelector("#command-err").open')
+    facts = page.js(text_of('#command-facts'))
+    for text in ('exited 3', 'A, SECRET', 'timeout 60', 'submitted', HOSTILE.replace("'", "'\\''")):
+        assert text in facts, text
+    assert 'hidden' not in facts
+    assert page.js('getComputedStyle(document.querySelector("#machines")).display') == 'none' or \
+        page.js('document.querySelector("#machines").offsetParent === null')
+    keep_shots(page, 'command')
+    page.js('document.querySelector("#command a").click(); 1')
+    page.wait('document.querySelector("#command").hidden && document.querySelector("#machines").offsetParent')
+    page.js('location.hash = "#no-such"; 1')
+    page.wait('%s.includes("no command no-such")' % text_of('#command-facts'))
+    assert [problem for problem in page.problems if '404' not in problem] == []
+
+
+@in_chromium
+@pytest.mark.once
+def test_filter_and_sort(host, guest, api, browser):
+    host.run('node1', 'sh', '-c', ': aaa; sleep 0.3')
+    host.run('node1', 'sh', '-c', ': zzz; exit 1')
+    page = browser.open(api.getStatusLink())
+    rows = '[...document.querySelectorAll("#commands tbody tr")].map(r => r.innerText)'
+    page.wait('%s.join().includes("zzz") && %s.join().includes("aaa")' % (rows, rows))
+
+    def filtered(text):
+        page.js('(() => { const f = document.querySelector("#filter"); f.value = %s; '
+                'f.dispatchEvent(new Event("input")); })()' % json.dumps(text))
+        return page.js(rows)
+    assert all('zzz' in row for row in filtered('EXITED zzz'))
+    assert filtered('nothing of the kind') == [] == page.js(
+        '[...document.querySelectorAll("#machines tbody tr")]')
+    filtered('')
+    page.js('(() => { const s = document.querySelector("#commands-sort"); s.value = "4"; '
+            's.dispatchEvent(new Event("change")); })()')
+    times = page.js('commands.chosen().map(wall)')
+    assert times == sorted(times, reverse=True)
+    assert page.js('document.querySelector("#commands th[aria-sort]").innerText') == 'Time'
+    page.js('document.querySelector("#commands th.sorts").click(); 1')       # the first column's name
+    shown = page.js('commands.chosen().map(c => c.line)')
+    assert shown == sorted(shown) and page.problems == []
+
+
+@in_chromium
+@pytest.mark.once
 def test_what_guests_say_is_text(evil_host, browser):
     with evil_host.api as api, FakeGuest(evil_host, 'evil2', name='\u202eevil2', os=HOSTILE,
                                          cpus='many', mem=-1e308) as evil:
@@ -533,11 +591,13 @@ def test_from_a_phone_to_a_wide_screen_light_and_dark(host, guest, api, browser)
     page = browser.open(api.getStatusLink())
     page.wait('document.querySelector("#commands tbody button")')
     page.wait('document.querySelector("#events tbody button")')
-    for width in (320, 412, 820, 900, 1280, 1920, 2560):
+    for width in (320, 375, 412, 760, 800, 820, 900, 1100, 1280, 1400, 1920, 2560):
         page.resize(width, 800)
         assert page.js('document.documentElement.scrollWidth') <= width
         assert page.js('[...document.querySelectorAll("section")].filter('
                        's => s.scrollWidth > s.clientWidth + 1).length') == 0, width
+        assert page.js('getComputedStyle(document.querySelector("#commands tbody tr")).display') == (
+            'table-row' if width >= 760 else 'block'), width
     for dark in (False, True):
         page.scheme(dark)
         assert page.js(CONTRAST) == []
@@ -569,5 +629,10 @@ def test_a_guest_that_goes_and_a_host_that_restarts(tmp_path, browser):
             ini = file.read().replace('xmlrpc_port = 0', 'xmlrpc_port = ' + port)
         with open(host.ini, 'w') as file:
             file.write(ini)
+        host.start()
+        page.wait('document.querySelector("#trouble").hidden')      # the visit goes on
+        page.wait(text_of('#events') + '.includes("host-stop")')
+        host.stop()
+        os.remove(os.path.join(host.state, hostpages.VISITS))
         host.start()
         page.wait(text_of('#trouble') + '.includes("status --open")')
