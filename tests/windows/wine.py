@@ -34,12 +34,12 @@ def path_there(path):
 class Program:
     """A Windows program that runs, with what it has said so far."""
 
-    def __init__(self, program, *words, folder=None):
+    def __init__(self, program, *words, folder=None, stdin=subprocess.DEVNULL):
         if program in ('python', 'pythonw'):
             program = os.path.join(RIG, 'python', program + '.exe')
         self._said = []
         self.process = subprocess.Popen(
-            [WINE, program] + list(words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            [WINE, program] + list(words), stdin=stdin, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, cwd=folder, env=environment())
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -111,9 +111,9 @@ class WindowsHost(Host):
             events = journal.execute("SELECT type FROM events WHERE type LIKE 'host-%' ORDER BY seq")
             return [row[0] for row in events] == ['host-start', 'host-stop']
 
-    def begin(self, folder, *words):
+    def begin(self, folder, *words, **options):
         """Begins a verb in a folder."""
-        return Program('python', *(self.words() + list(words)), folder=folder)
+        return Program('python', *(self.words() + list(words)), folder=folder, **options)
 
     def run_there(self, folder, *words):
         """Runs a verb in a folder: (exit code, what it said)."""
