@@ -1,17 +1,21 @@
 """The host side on Windows: what a volunteer types, what may go wrong, and how it ends."""
 
+import io
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
 import time
+import zipfile
 
 import pytest
 from agents import TOP, Agent
 from helpers import wait_until
 from wine import RIG, Program, WindowsHost, path_there, python
 
+VBOXAPI = '/usr/lib/python3/dist-packages/vboxapi'
 GONE = 'no host agent runs here'
 
 
@@ -159,6 +163,57 @@ def test_ctrl_c_ends_what_waits(host, guest, tmp_path, words, seen):
         assert time.monotonic() - begin < 3 and code == 130, (code, said)
         for row in api.listCmds({'finished': False}):
             api.signalCmd(row['cmdId'], 'KILL')
+
+
+# --- the folder for volunteers, and VirtualBox ---
+
+def test_the_folder_that_is_copied_works(tmp_path, windows):
+    """On a package like that of python.org: the rig's Python, zipped as it is there."""
+    make_package(str(tmp_path / 'python-embed-amd64.zip'))
+    subprocess.check_call([sys.executable, TOP + '/vmhost.py', '--bundle', 'vmhost.pyz'], cwd=str(tmp_path))
+    subprocess.check_call([sys.executable, TOP + '/examples/windows/make_folder.py', 'python-embed-amd64.zip',
+                           'vmhost.pyz', 'vm host'], cwd=str(tmp_path))
+    write(tmp_path / 'vm host' / 'host.ini', b'[Broker]\nport = auto\n[Host]\nxmlrpc_port = auto\n')
+    state = tmp_path / 'vm host' / 'vmhost-state'
+    command = path_there(tmp_path / 'vm host' / 'vmhost.cmd')
+    host = Program('cmd', '/c', command, folder=str(tmp_path))
+    wait_until(lambda: 'started' in host.said() or host.process.poll() is not None, 60)
+    assert (state / 'xmlrpc.address').exists(), host.said()
+    code, said = Program('cmd', '/c', command, 'status', folder=str(tmp_path)).wait()
+    assert code == 0 and 'hypervisor' in said
+    assert Program('cmd', '/c', command, 'shutdown', folder=str(tmp_path)).wait() == (0, '')
+    assert host.wait()[0] == 0
+
+
+def make_package(path):
+    there = os.path.join(RIG, 'python')
+    library = io.BytesIO()
+    with zipfile.ZipFile(library, 'w') as package:
+        for folder, folders, names in os.walk(os.path.join(there, 'Lib')):
+            folders[:] = [name for name in folders if name not in ('site-packages', '__pycache__')]
+            for name in names:
+                package.write(os.path.join(folder, name),
+                              os.path.relpath(os.path.join(folder, name), os.path.join(there, 'Lib')))
+    (dll,) = [name for name in os.listdir(there) if re.fullmatch(r'python3\d+\.dll', name)]
+    with zipfile.ZipFile(path, 'w') as package:
+        for folder in there, os.path.join(there, 'DLLs'):
+            for name in os.listdir(folder):
+                if name.endswith(('.exe', '.dll', '.pyd')):
+                    package.write(os.path.join(folder, name), name)
+        package.writestr(dll.replace('.dll', '.zip'), library.getvalue())
+        package.writestr(dll.replace('.dll', '._pth'), dll.replace('.dll', '.zip') + '\n.\n\n#import site\n')
+
+
+def test_vboxapis_part_for_windows_runs_up_to_the_type_library(tmp_path, windows):
+    """Wine has no VirtualBox: what its vboxapi imports, and asks pywin32 for, is there."""
+    rig = os.environ.get('VMHOST_RIG', '/var/tmp/vmhost-rig')
+    if not os.path.exists(rig + VBOXAPI):
+        pytest.skip('no vboxapi here: the VirtualBox rig has one')
+    shutil.copytree(rig + VBOXAPI, str(tmp_path / 'vboxapi'))
+    code, said = python('-c', 'import sys; sys.path[:0] = sys.argv[1:]; import virtualbox\n'
+                        'try:\n    virtualbox.import_virtualbox()\n'
+                        'except Exception as error:\n    print(error)', path_there(tmp_path), path_there(TOP))
+    assert code == 0 and 'TYPE_E_LIBNOTREGISTERED' in said, said
 
 
 # --- the end, and what comes after it ---
