@@ -19,6 +19,7 @@ calls `on_event`. Whoever calls a verb waits on his own thread.
 import base64
 import collections
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -387,6 +388,8 @@ class Server:
                     self._serve(self._waiting.pop(0))
                 if self._watches and time.monotonic() >= self._next_news:
                     self._watch()
+                if not gc.isenabled():             # by a driver whose objects may end on this thread alone
+                    gc.collect()
         finally:
             self._driver.disconnect()
 

@@ -70,8 +70,11 @@ FAULT_OF_CODE = {
     INVALID_SESSION_STATE: Busy,
     OBJECT_IN_USE: Busy,
     ACCESS_DENIED: AccessDenied,
-}
-DEAD = (0x80004004, 0x800706be, 0x800706ba, 0x80010108)   # abort, call failed, RPC down, gone
+}  # type: Dict[int, Any]
+DEAD = (0x80004004, 0x800706be, 0x800706ba, 0x80010108,    # abort, call failed, RPC down, gone
+        0x800706bf, 0x800706b5, 0x80010007, 0x80010012, 0x800401fd)    # what Windows says of it as well
+CALL_AGAIN = (0x80010001, 0x8001010a)          # Windows: the server is busy, and has done nothing
+FAULT_OF_CODE.update((code, Busy) for code in CALL_AGAIN)
 
 NO_DRIVER = ('VERR_VM_DRIVER', 'rc=-1908', 'VERR_SUPDRV', 'vboxdrv')
 MEND_DRIVER = ('the kernel module vboxdrv is not loaded: install the kernel headers, then run '

@@ -14,6 +14,7 @@ the next one, whatever it drops or creates anew. A fresh process does: a process
 
 import base64
 import fnmatch
+import gc
 import ipaddress
 import logging
 import os
@@ -124,10 +125,54 @@ def import_virtualbox() -> Any:
         raise HypervisorError('vboxapi can not be imported: %s: %s'
                               % (type(error).__name__, error))
     try:
+        if sys.platform == 'win32':
+            prepare_com()
         return vboxapi.VirtualBoxManager()
+    except ImportError as error:       # on Windows it is imported here alone
+        raise HypervisorError('%s: vboxapi needs pywin32 on Windows: %s -m pip install pywin32'
+                              % (error, sys.executable))
     except Exception as error:
         raise HypervisorError('vboxapi does not work with this Python %s: %s: %s'
                               % (platform.python_version(), type(error).__name__, error))
+
+
+GENERATED = 'vmhost-gen_py'    # in the folder for temporary files, where win32com puts modules that it makes
+IN_USE = 'in-use'              # a file that is open in a process' own folder there
+
+
+def prepare_com() -> None:
+    """Has pywin32 do on Windows what vboxapi needs, and more processes than one. Raises ImportError.
+
+    vboxapi deletes the modules that win32com has generated, and has them made anew: each process gets a
+    folder of its own for them. COM's objects are let go of on the thread that made them: so the collector of
+    cycles, which may run on any, doesn't run by itself; the driver's loop calls it (hypervisor.py).
+    """
+    import tempfile
+
+    import win32com
+    top = os.path.join(tempfile.gettempdir(), GENERATED)
+    remove_unused(top)
+    folder = os.path.join(top, str(os.getpid()))
+    os.makedirs(folder, exist_ok=True)
+    HELD.append(open(os.path.join(folder, IN_USE), 'w'))
+    win32com.__gen_path__ = folder
+    win32com.gen_py.__path__ = [folder]
+    gc.disable()
+
+
+HELD = []                      # type: List[Any]
+
+
+def remove_unused(top: str) -> None:
+    """Removes folders of processes that have ended: Windows renames none in which a file is open."""
+    import shutil
+    for name in os.listdir(top) if os.path.isdir(top) else ():
+        path = os.path.join(top, name)
+        try:
+            os.rename(path, path + '.gone')
+            shutil.rmtree(path + '.gone')
+        except OSError as error:
+            log.debug('%s stays: %s', path, error)
 
 
 # --- what there is -----------------------------------------------------------------------------

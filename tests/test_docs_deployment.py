@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import xml.etree.ElementTree
 
 import pytest
 from agents import TOP, Agent, Host
@@ -60,8 +61,6 @@ def test_every_ini_file_is_one_that_the_agents_take(tmp_path):
     assert host.Broker.tls and host.Broker.embedded and host.Broker.host == '192.168.56.1'
     host = settings_of('host.ini with another broker', hostconfig.SETTINGS, tmp_path)
     assert not host.Broker.embedded and host.Broker.port == 61613
-    windows = settings_of('C:\\vmhost\\host.ini', hostconfig.SETTINGS, tmp_path)
-    assert windows.Logging.file.endswith('vmhost.log')
     for block in ('guest.ini with TLS', 'guest.ini with another broker', '/etc/vmguest/guest.ini'):
         settings_of(block, vmguest.SETTINGS, tmp_path)
 
@@ -85,11 +84,21 @@ def test_units_are_what_systemd_takes(tmp_path, title):
 
 
 def test_the_launch_agent_is_a_plist():
-    plist = plistlib.loads(BLOCKS['~/Library/LaunchAgents/vmhost.plist'].encode())
+    with open(os.path.join(TOP, 'examples', 'macos', 'vmhost.plist'), 'rb') as file:
+        plist = plistlib.load(file)
     assert plist['Label'] == 'vmhost' and plist['RunAtLoad'] is True
     assert [os.path.basename(word) for word in plist['ProgramArguments']] == \
         ['python3', 'vmhost.pyz', 'host.ini']
-    assert plist['AbandonProcessGroup'] is True
+    assert plist['AbandonProcessGroup'] is True and plist['SoftResourceLimits']['NumberOfFiles'] > 256
+
+
+def test_the_task_of_windows_goes_on_for_ever():
+    root = xml.etree.ElementTree.parse(os.path.join(TOP, 'examples', 'windows', 'vmhost-task.xml')).getroot()
+    found = {element.tag.rpartition('}')[2]: element.text for element in root.iter()}
+    assert found['ExecutionTimeLimit'] == 'PT0S' and found['Priority'] == '5'
+    for name in 'DisallowStartIfOnBatteries', 'StopIfGoingOnBatteries', 'StopOnIdleEnd':
+        assert found[name] == 'false'
+    assert found['Command'].startswith('FOLDER') and found['UserId'] == 'USER'     # at-logon.cmd knows these
 
 
 def test_user_data_holds_the_unit_and_the_ini_file_of_this_page():

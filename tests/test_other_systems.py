@@ -1,6 +1,7 @@
 """What Windows and macOS want of the host's parts, as far as Linux can imitate it (and tests/windows)."""
 
 import errno
+import gc
 import os
 import resource
 import shlex
@@ -19,7 +20,9 @@ import hostjournal
 import protocol
 import stompbroker
 import vboxconnection
+import virtualbox
 import windows
+from faults import Busy, HypervisorError
 
 PRIVATE = 'D:PAI(A;OICI;FA;;;SY)(A;OICI;FA;;;S-1-5-21-1-2-3-1001)'
 # What Windows gives a new folder below C:\, and one below a user's own.
@@ -154,3 +157,51 @@ def test_ctrl_break_ends_as_ctrl_c_does():
             'import agent; ended = agent.catch_signals(); os.kill(os.getpid(), signal.SIGUSR1);'
             'assert select.select([ended], [], [], 10)[0]' % os.path.dirname(os.path.abspath(agent.__file__)))
     subprocess.check_call([sys.executable, '-c', code])
+
+
+# --- VirtualBox's COM on Windows ---
+
+@pytest.fixture
+def com(tmp_path, monkeypatch):
+    """pywin32, as far as it is asked, in a process of Windows; gives the folder for temporary files."""
+    win32com = types.ModuleType('win32com')
+    win32com.gen_py = types.ModuleType('win32com.gen_py')
+    monkeypatch.setitem(sys.modules, 'win32com', win32com)
+    monkeypatch.setattr(virtualbox.sys, 'platform', 'win32')
+    monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
+    monkeypatch.setattr(virtualbox, 'HELD', [])
+    yield win32com
+    gc.enable()
+    for file in virtualbox.HELD:
+        file.close()
+
+
+def test_each_process_has_generated_modules_of_its_own(com, tmp_path, monkeypatch):
+    top = tmp_path / virtualbox.GENERATED
+    (top / 'ended').mkdir(parents=True)
+    (top / 'running').mkdir()
+    real = os.rename
+
+    def rename(source, target):
+        if 'running' in source:        # a file in it is open
+            raise PermissionError(errno.EACCES, 'in use')
+        real(source, target)
+    monkeypatch.setattr(virtualbox.os, 'rename', rename)
+    monkeypatch.setitem(sys.modules, 'vboxapi', types.SimpleNamespace(VirtualBoxManager=lambda: 'manager'))
+    assert virtualbox.import_virtualbox() == 'manager'
+    own = str(top / str(os.getpid()))
+    assert com.__gen_path__ == own and com.gen_py.__path__ == [own]
+    assert sorted(os.listdir(str(top))) == sorted([str(os.getpid()), 'running'])
+    assert not gc.isenabled()
+
+
+def test_a_missing_pywin32_is_named(com, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'vboxapi', types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, 'win32com', None)
+    with pytest.raises(HypervisorError, match='pip install pywin32'):
+        virtualbox.import_virtualbox()
+
+
+@pytest.mark.parametrize('code', vboxconnection.CALL_AGAIN)
+def test_a_server_that_asks_to_call_again_is_busy(code):
+    assert vboxconnection.FAULT_OF_CODE[code] is Busy

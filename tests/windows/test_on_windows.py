@@ -1,0 +1,293 @@
+"""The host side on Windows: what a volunteer types, what may go wrong, and how it ends."""
+
+import io
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import time
+import zipfile
+
+import pytest
+from agents import TOP, Agent
+from helpers import wait_until
+from wine import RIG, Program, WindowsHost, path_there, python
+
+VBOXAPI = '/usr/lib/python3/dist-packages/vboxapi'
+GONE = 'no host agent runs here'
+
+
+def write(path, data, mode=0o644):
+    os.makedirs(os.path.dirname(str(path)), exist_ok=True)
+    with open(str(path), 'wb') as file:
+        file.write(data)
+    os.chmod(str(path), mode)
+
+
+def mode(path):
+    return stat.S_IMODE(os.stat(str(path)).st_mode)
+
+
+# --- the first commands ---
+
+def test_a_command_runs_and_ends_with_its_code(verb, guest):
+    code, said = verb('ls')
+    assert code == 0 and 'alive' in said
+    assert verb('run', 'g', '--', 'sh', '-c', 'echo hello; exit 3') == (3, 'hello\n')
+    assert verb('ping', 'g')[0] == 0
+    code, said = verb('events', '-n', '2')
+    assert code == 0 and 'exited 3' in said
+
+
+def test_check_is_content_and_says_nothing_of_linux(verb, guest):
+    code, said = verb('check')
+    assert code == 0 and 'NO' not in said.split() and 'vboxdrv' not in said
+    assert 'only you may change' in said or 'so may' in said
+    code, said = verb('status')
+    assert code == 0 and 'connected' in said
+
+
+def test_a_bundle_made_there_is_the_one_made_here_and_runs(tmp_path, windows):
+    subprocess.check_call([sys.executable, os.path.join(TOP, 'vmhost.py'), '--bundle', 'here.pyz'],
+                          cwd=str(tmp_path))
+    assert python(path_there(TOP + '/vmhost.py'), '--bundle', 'there.pyz', folder=str(tmp_path)) == (0, '')
+    assert (tmp_path / 'here.pyz').read_bytes() == (tmp_path / 'there.pyz').read_bytes()
+    host = WindowsHost(tmp_path / 'host')
+    host.bundle = str(tmp_path / 'there.pyz')
+    with host, Agent(tmp_path / 'guest', host, 'g'):
+        assert host.run_there(str(tmp_path), 'run', 'g', 'echo', 'hello') == (0, 'hello\n')
+
+
+def test_input_goes_in_as_it_comes_byte_by_byte(host, guest, tmp_path):
+    """What Windows' C library would take for the end, or for the end of a line, as well."""
+    cat = host.begin(str(tmp_path), 'run', '-i', 'g', 'sh', '-c', 'head -c 6; cat | od -An -tx1',
+                     stdin=subprocess.PIPE)
+    with cat.process.stdin as into:
+        into.write(b'first\n')
+        into.flush()
+        wait_until(lambda: cat.said() == 'first\n', 30)
+        into.write(b'a\r\nb\x1ac\n\0\xff')
+    assert cat.wait() == (0, 'first\n 61 0d 0a 62 1a 63 0a 00 ff\n')
+
+
+# --- files ---
+
+def test_files_go_and_come_and_come_again(verb, guest, tmp_path):
+    data = os.urandom(5 << 20)
+    write(tmp_path / 'tree' / 'big', data)
+    write(tmp_path / 'tree' / 'folder' / 'small', b'small')
+    write(tmp_path / 'tree' / 'script', b'#!/bin/sh\n')
+    os.utime(str(tmp_path / 'tree' / 'big'), (1500000000, 1500000000))
+    for _ in 'new', 'again':
+        assert verb('put', 'g', 'tree', 'tree/') == (0, '')
+    there = os.path.join(guest.files, 'tree')
+    assert [mode(os.path.join(there, name)) for name in ('big', 'folder', 'script', 'folder/small')] == [
+        0o644, 0o755, 0o755, 0o644]
+    assert int(os.stat(os.path.join(there, 'big')).st_mtime) == 1500000000
+    for _ in 'new', 'again':
+        assert verb('get', 'g', 'tree', 'back/') == (0, '') == verb('get', 'g', 'tree/big', 'one')
+    assert (tmp_path / 'back' / 'big').read_bytes() == data == (tmp_path / 'one').read_bytes()
+    assert int((tmp_path / 'back' / 'big').stat().st_mtime) == 1500000000
+    assert (tmp_path / 'back' / 'folder' / 'small').read_bytes() == b'small'
+    assert not [name for _, _, names in os.walk(str(tmp_path)) for name in names if 'vmhost-part' in name]
+
+
+def test_what_is_there_keeps_its_mode_and_gets_new_content(verb, guest, tmp_path):
+    write(os.path.join(guest.files, 'closed'), b'old', 0o400)
+    write(tmp_path / 'closed', b'new content')
+    assert verb('put', 'g', 'closed') == (0, '')
+    assert mode(os.path.join(guest.files, 'closed')) == 0o400
+    write(os.path.join(guest.files, 'closed'), b'newer')
+    assert verb('get', 'g', 'closed') == (0, '') and (tmp_path / 'closed').read_bytes() == b'newer'
+
+
+def test_names_that_are_one_or_none_are_told(verb, guest, tmp_path):
+    for name in 'README', 'Readme', 'd/x', 'D/y', 'con.txt', 'a:b', 'back\\slash', 'dot.', 'good':
+        write(os.path.join(guest.files, 'names', name), name.encode())
+    code, said = verb('get', 'g', 'names', '--json')
+    assert code == 1
+    failed = [line.split('"')[3] for line in said.splitlines() if '"path"' in line]
+    assert len(failed) == 6, said
+    assert sorted(os.listdir(str(tmp_path / 'names'))) in [
+        sorted([folder, readme, 'good']) for folder in 'dD' for readme in ('README', 'Readme')]
+    for name in 'names/a:b', 'names/con.txt':
+        code, said = verb('get', 'g', name)
+        assert code == 1 and 'no file can have this name' in said
+    code, said = verb('get', 'g', 'names/[Rr]*', 'names')
+    assert code == 1 and 'would be the same file' in said
+
+
+def test_two_that_go_to_one_place_at_once_do_not_mix(host, windows):
+    """Locks are Windows' own: a byte far behind the file's end, and a file beside a folder."""
+    code, said = python('-c', '''if True:
+        import os, sys, tempfile
+        sys.path.insert(0, %r)
+        import chirplocal, chirpwire
+        with tempfile.TemporaryDirectory() as folder:
+            target = os.path.join(folder, 'target')
+            with chirplocal.open_part(target) as file:
+                file.write(b'x' * 100)
+                try:
+                    chirplocal.open_part(target)
+                except chirpwire.Busy:
+                    print('busy')
+                chirplocal.finish_part(file, target, (1, 1), 0o400)
+            chirplocal.open_part(target).close()
+            part = target + '.part'
+            with chirplocal.locked_folder(part, target):
+                try:
+                    with chirplocal.locked_folder(part, target):
+                        pass
+                except chirpwire.Busy:
+                    print('busy')
+            with chirplocal.locked_folder(part, target):
+                print(sorted(os.listdir(folder))[0] != '', os.stat(target).st_size)
+        ''' % path_there(TOP))
+    assert (code, said) == (0, 'busy\nbusy\nTrue 100\n')
+
+
+# --- Ctrl-C ---
+
+@pytest.mark.parametrize('words, seen', [(('events', '-f'), 'cmd-submitted'), (('out', '-f', '%s'), 'here'),
+                                         (('run', 'g', 'sh', '-c', 'echo here; sleep 60'), 'here')])
+def test_ctrl_c_ends_what_waits(host, guest, tmp_path, words, seen):
+    with host.api as api:
+        cmd_id = api.runCmd('g', 'sh', ['-c', 'echo here; sleep 60'])
+        waiting = host.begin(str(tmp_path), *[word.replace('%s', cmd_id) for word in words])
+        wait_until(lambda: seen in waiting.said(), 30)
+        begin = time.monotonic()
+        waiting.interrupt()
+        code, said = waiting.wait(10)
+        assert time.monotonic() - begin < 3 and code == 130, (code, said)
+        for row in api.listCmds({'finished': False}):
+            api.signalCmd(row['cmdId'], 'KILL')
+
+
+# --- the folder for volunteers, and VirtualBox ---
+
+def test_the_folder_that_is_copied_works(tmp_path, windows):
+    """On a package like that of python.org: the rig's Python, zipped as it is there."""
+    make_package(str(tmp_path / 'python-embed-amd64.zip'))
+    subprocess.check_call([sys.executable, TOP + '/vmhost.py', '--bundle', 'vmhost.pyz'], cwd=str(tmp_path))
+    subprocess.check_call([sys.executable, TOP + '/examples/windows/make_folder.py', 'python-embed-amd64.zip',
+                           'vmhost.pyz', 'vm host'], cwd=str(tmp_path))
+    write(tmp_path / 'vm host' / 'host.ini', b'[Broker]\nport = auto\n[Host]\nxmlrpc_port = auto\n')
+    state = tmp_path / 'vm host' / 'vmhost-state'
+    command = path_there(tmp_path / 'vm host' / 'vmhost.cmd')
+    host = Program('cmd', '/c', command, folder=str(tmp_path))
+    wait_until(lambda: 'started' in host.said() or host.process.poll() is not None, 60)
+    assert (state / 'xmlrpc.address').exists(), host.said()
+    code, said = Program('cmd', '/c', command, 'status', folder=str(tmp_path)).wait()
+    assert code == 0 and 'hypervisor' in said
+    assert Program('cmd', '/c', command, 'shutdown', folder=str(tmp_path)).wait() == (0, '')
+    assert host.wait()[0] == 0
+
+
+def make_package(path):
+    there = os.path.join(RIG, 'python')
+    library = io.BytesIO()
+    with zipfile.ZipFile(library, 'w') as package:
+        for folder, folders, names in os.walk(os.path.join(there, 'Lib')):
+            folders[:] = [name for name in folders if name not in ('site-packages', '__pycache__')]
+            for name in names:
+                package.write(os.path.join(folder, name),
+                              os.path.relpath(os.path.join(folder, name), os.path.join(there, 'Lib')))
+    (dll,) = [name for name in os.listdir(there) if re.fullmatch(r'python3\d+\.dll', name)]
+    with zipfile.ZipFile(path, 'w') as package:
+        for folder in there, os.path.join(there, 'DLLs'):
+            for name in os.listdir(folder):
+                if name.endswith(('.exe', '.dll', '.pyd')):
+                    package.write(os.path.join(folder, name), name)
+        package.writestr(dll.replace('.dll', '.zip'), library.getvalue())
+        package.writestr(dll.replace('.dll', '._pth'), dll.replace('.dll', '.zip') + '\n.\n\n#import site\n')
+
+
+def test_vboxapis_part_for_windows_runs_up_to_the_type_library(tmp_path, windows):
+    """Wine has no VirtualBox: what its vboxapi imports, and asks pywin32 for, is there."""
+    rig = os.environ.get('VMHOST_RIG', '/var/tmp/vmhost-rig')
+    if not os.path.exists(rig + VBOXAPI):
+        pytest.skip('no vboxapi here: the VirtualBox rig has one')
+    shutil.copytree(rig + VBOXAPI, str(tmp_path / 'vboxapi'))
+    code, said = python('-c', 'import sys; sys.path[:0] = sys.argv[1:]; import virtualbox\n'
+                        'try:\n    virtualbox.import_virtualbox()\n'
+                        'except Exception as error:\n    print(error)', path_there(tmp_path), path_there(TOP))
+    assert code == 0 and 'TYPE_E_LIBNOTREGISTERED' in said, said
+
+
+# --- the end, and what comes after it ---
+
+def test_a_host_killed_in_the_middle_loses_nothing(tmp_path, windows):
+    with WindowsHost(tmp_path / 'host', broker={'port': free_port()}) as host, \
+            Agent(tmp_path / 'guest', host, 'g') as guest:
+        with host.api as api:
+            ids = [api.runCmd('g', 'sh', ['-c', 'echo %d >> runs; sleep 0.%d' % (number, number)])
+                   for number in range(1, 10)]
+        host.program_there.kill()      # as taskkill /F does
+        host.start()
+        assert {host.results(cmd_id)['state'] for cmd_id in ids} == {'exited'}
+        with open(os.path.join(guest.files, 'runs')) as file:
+            assert sorted(file.read().split()) == sorted('123456789')
+        assert host.run_there(str(tmp_path), 'shutdown') == (0, '')
+        assert host.process.wait(10) == 0
+        host.start()
+        with host.api as api:
+            assert len(api.listFinishedCmds()) == 9
+
+
+def free_port():
+    import socket
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize('how', ['interrupt', 'close'])
+def test_the_host_ends_in_order(tmp_path, windows, how):
+    """By Ctrl-C, and by taskkill without /F, which asks its window."""
+    with WindowsHost(tmp_path) as host:
+        if how == 'interrupt':
+            host.program_there.interrupt()
+        else:
+            pid = re.search(r'started, pid (\d+)', host.log()).group(1)
+            assert Program('taskkill', '/PID', pid).wait()[0] == 0
+        host.process.wait(20)
+        assert not os.path.exists(os.path.join(host.state, 'broker.address'))
+    assert host.has_stopped_in_order()
+
+
+def test_a_host_that_nobody_hears_works_and_logs(tmp_path, windows):
+    """pyw has no standard streams: it is started so by a Python that is detached from any console."""
+    host = WindowsHost(tmp_path)
+    code, said = python('-c', 'import subprocess, sys; subprocess.Popen(sys.argv[1:], creationflags=8)',
+                        path_there(os.path.join(RIG, 'python', 'pythonw.exe')), *host.words(),
+                        folder=host.folder)
+    assert code == 0, said
+    log = os.path.join(host.state, 'vmhost.log')
+    wait_until(lambda: os.path.exists(log) and 'started' in open(log).read(), 60)
+    assert host.answers()
+    assert host.run_there(host.folder, 'shutdown') == (0, '')
+    assert GONE in host.run_there(host.folder, 'ls')[1]
+
+
+def test_a_damaged_journal_is_set_aside(tmp_path, windows):
+    host = WindowsHost(tmp_path)
+    os.makedirs(host.state)
+    write(os.path.join(host.state, 'journal.sqlite'), b'no database ' * 1000)
+    with host:
+        assert [name for name in os.listdir(host.state) if '.corrupt-' in name]
+        assert 'is damaged' in host.log()
+
+
+def test_what_keeps_it_from_starting_is_told(host, tmp_path):
+    code, said = python(*host.words(), folder=str(tmp_path))
+    assert code == 1 and 'another vmhost runs on the state folder' in said
+    (tmp_path / 'taken.ini').write_text('[Broker]\nport = %d\n[Host]\nxmlrpc_port = 0\n[Hypervisor]\n'
+                                        'hypervisor = none\n' % host.broker_port)
+    code, said = python(path_there(TOP + '/vmhost.py'), 'taken.ini', folder=str(tmp_path))
+    assert code == 1 and 'port %d' % host.broker_port in said.replace(':', ' port ') and 'port' in said
+    (tmp_path / 'other.ini').write_text('[Broker]\nembedded = no\nhost = 127.0.0.1\nport = %d\n[Hypervisor]\n'
+                                        'hypervisor = none\n' % free_port())
+    code, said = python(path_there(TOP + '/vmhost.py'), 'other.ini', 'check', folder=str(tmp_path))
+    assert code == 1 and 'Unknown error' not in said and 'refused' in said
