@@ -14,6 +14,7 @@ import logging
 import os
 import posixpath
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -105,6 +106,10 @@ class HostAgent:
         """Whether tasks get VMs; not where the volunteer's host.ini says hypervisor=none."""
         return bool(self._read_settings().Hypervisor.hypervisor != 'none')
 
+    def how_to(self, verb: str) -> str:
+        """What a person types to ask it."""
+        return ' '.join(map(shlex.quote, self._command + [self.ini, verb]))
+
     def connect(self) -> bool:
         """Whether it answers; starts one where none does. Raises Trouble."""
         try:
@@ -195,8 +200,8 @@ class VirtualMachine:
     def ready(self) -> bool:
         """Whether it runs, and its agent is there; does what is next to get there."""
         if self._host.call('agentInfo')['hypervisor'] == 'none':
-            raise Trouble('no hypervisor answers here: install VirtualBox, or see what '
-                          '`vmhost.py %s check` says' % self._host.ini)
+            raise Trouble('no hypervisor answers here: install VirtualBox; what is missing tells: %s'
+                          % self._host.how_to('check'))
         state = self._host.call('listVMsWithState').get(self.name)
         if state is None:
             if not os.path.isfile(self._image):
