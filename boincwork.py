@@ -14,11 +14,12 @@ import logging
 import os
 import posixpath
 import re
+import shlex
 import socket
 import subprocess
 import sys
 import time
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import agent
 import hostconfig
@@ -105,6 +106,10 @@ class HostAgent:
         """Whether tasks get VMs; not where the volunteer's host.ini says hypervisor=none."""
         return bool(self._read_settings().Hypervisor.hypervisor != 'none')
 
+    def how_to(self, verb: str) -> str:
+        """What a person types to ask it."""
+        return ' '.join(map(shlex.quote, self._command + [self.ini, verb]))
+
     def connect(self) -> bool:
         """Whether it answers; starts one where none does. Raises Trouble."""
         try:
@@ -176,33 +181,35 @@ def start_orphaned(command: List[str], folder: str) -> None:
 class VirtualMachine:
     """A VM of the task's own, made on the project's image, which stays as it is."""
 
-    MAKING = ('Starting', 'Stopping', 'Saving', 'Restoring', 'SettingUp')
-
-    def __init__(self, host: HostAgent, name: str, image: str, folder: str, owner: str,
-                 hardware: Dict[str, Any]) -> None:
+    def __init__(self, host: HostAgent, name: str, image: str, options: Dict[str, Any],
+                 limits: Callable[[], Dict[str, Any]]) -> None:
         """
-        image       path of the disk on which its own lies
-        folder      where its files go
-        hardware    createVM's options: memory, cpus, ostype
+        image      path of the disk on which its own lies
+        options    createVM's: folder, owner, memory, cpus, ostype
+        limits     gives setLimits' limits, as they are to be now
         """
         self.name = name
         self.files = ''                # the folder of the task in what the guest serves: all of it
         self._host = host
         self._image = image
-        self._options = dict(hardware, linked=True, folder=folder, owner=owner)
+        self._options = dict(options, linked=True)
+        self._limits = limits
         self._leased = 0.0
 
     def ready(self) -> bool:
         """Whether it runs, and its agent is there; does what is next to get there."""
         if self._host.call('agentInfo')['hypervisor'] == 'none':
-            raise Trouble('no hypervisor answers here: install VirtualBox, or see what '
-                          '`vmhost.py %s check` says' % self._host.ini)
+            raise Trouble('no hypervisor answers here: install VirtualBox; what is missing tells: %s'
+                          % self._host.how_to('check'))
         state = self._host.call('listVMsWithState').get(self.name)
         if state is None:
             if not os.path.isfile(self._image):
                 raise Trouble('the project\'s disk image %s is missing' % self._image)
             self._host.call('createVM', self.name, self._image, self._options)
-        elif state in ('PoweredOff', 'Aborted', 'Saved', 'AbortedSaved'):
+        elif state in ('PoweredOff', 'Aborted'):
+            self.limit()
+            self._host.call('start', self.name)
+        elif state in ('Saved', 'AbortedSaved'):
             self._host.call('start', self.name)
         elif state == 'Paused':
             self._host.call('resume', self.name)
@@ -250,10 +257,17 @@ class VirtualMachine:
         if state:
             self._host.call('removeVM', self.name, True)
 
-    def limit(self, limits: Dict[str, Any]) -> None:
-        """Keeps it within the user's preferences."""
-        with contextlib.suppress(NotSupported):
-            self._host.call('setLimits', self.name, limits)
+    def limit(self) -> None:
+        """Keeps it within the user's preferences. What can't be set now waits for its next start."""
+        wish = self._limits()
+        for limits in (wish, {'cpuPercent': wish['cpuPercent']}):
+            try:
+                self._host.call('setLimits', self.name, limits)
+                return
+            except (NoHost, NoSuchVM):
+                raise
+            except VMHostError as error:
+                log.warning('the limits %s of the preferences are not set: %s', limits, error)
 
     def _state(self) -> str:
         try:
@@ -301,7 +315,7 @@ class GivenMachine:
         self._signal(command, 'KILL')
         self._host.call('runCmd', self.name, 'rm', ['-rf', self.files], {}, '', '', {'queue': True})
 
-    def limit(self, limits: Dict[str, Any]) -> None:
+    def limit(self) -> None:
         """It is nobody's to limit."""
 
     def _signal(self, command: str, name: str) -> None:
@@ -356,8 +370,8 @@ class Work:
         parent = self._job.multiattach_vdi_file
         image = os.path.join(self._slot.project_dir, parent) if parent else \
             self._slot.resolve(self._words.image)
-        return VirtualMachine(self.host, self._name, image, os.path.abspath(self._slot.folder), self._owner,
-                              wish)
+        wish.update(folder=os.path.abspath(self._slot.folder), owner=self._owner)
+        return VirtualMachine(self.host, self._name, image, wish, self._limits)
 
     def clean(self) -> bool:
         """No VM is left of tasks of this project that the client has forgotten (a reset, say)."""
@@ -525,13 +539,17 @@ class Work:
 
     def limit(self) -> bool:
         """The VM keeps within the preferences of now."""
+        self.machine.limit()
+        return True
+
+    def _limits(self) -> Dict[str, Any]:
+        """setLimits' limits, as the user's preferences have them."""
         init = self._slot.init
         percent = init.number('cpu_usage_limit')
         rates = [rate for rate in (init.number('max_bytes_sec_up'), init.number('max_bytes_sec_down'))
                  if rate > 0]
-        self.machine.limit({'cpuPercent': int(percent) if 0 < percent < 100 else 100,
-                            'netKBps': max(1, int(min(rates) / 1024)) if rates else 0})
-        return True
+        return {'cpuPercent': max(1, int(percent)) if 0 < percent < 100 else 100,
+                'netKBps': max(1, int(min(rates) / 1024)) if rates else 0}
 
     # After it ended.
 

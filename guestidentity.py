@@ -18,6 +18,8 @@ ROOTS_STATE = '/var/lib/vmguest'
 STATE_NAME = 'vmguest-state'   # of the folder beside guest.ini
 SERVED = 'vmguest-files'       # the folder that is served by default, in state_dir
 BOARD_SERIAL = '/sys/class/dmi/id/board_serial'
+CHASSIS_SERIAL = '/sys/class/dmi/id/chassis_serial'
+PORT_OF_FIRMWARE = re.compile('vmhost-port:([0-9]{1,5})')
 OF_FIRMWARE = re.compile('vmhost:([0-9a-f]{32})')
 DIGITS = re.compile('[0-9a-fA-F]{64}')
 PASSED = 0o711                 # mode of folders that another user may pass, to a file of its own
@@ -185,15 +187,22 @@ def read_digits(path: str) -> str:
     return text
 
 
-def read_firmware(path: str) -> str:
+def read_firmware(path: str, pattern: Any = OF_FIRMWARE) -> str:
     """The digits that the hypervisor wrote as the board's serial number; '' where there are none."""
     try:
         with open(path, encoding='ascii', errors='replace') as file:
-            found = OF_FIRMWARE.fullmatch(file.read(200).strip())
+            found = pattern.fullmatch(file.read(200).strip())
     except OSError as error:
-        log.debug('no secret in the firmware: %s', error)
+        log.debug('the firmware tells nothing: %s', error)
         return ''
     return found.group(1) if found else ''
+
+
+def find_broker_port(broker: Any, path: str = CHASSIS_SERIAL) -> int:
+    """The port of the settings [Broker]; where the host is looked for, the one that the VM's firmware tells,
+    if it does."""
+    told = read_firmware(path, PORT_OF_FIRMWARE) if broker.host == 'auto' else ''
+    return int(told) if told and 0 < int(told) < 65536 else int(broker.port)
 
 
 def write_private(path: str, text: str) -> None:

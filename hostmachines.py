@@ -34,6 +34,7 @@ from protocol import BadWord, is_mac, read_id, read_secret
 
 log = logging.getLogger('vmhost')
 
+BROKER_PORT = 61613            # that guests try where nothing tells them another one
 CHIRP_PORT = 9094              # where a guest's Chirp server listens, unless it says otherwise
 CHIRP_TIMEOUT = 30.0           # seconds of silence that a Chirp server may keep
 LOOKUP_EVERY = 1.0             # seconds between two lookups of names, however often guests say HELLO
@@ -306,5 +307,12 @@ def driver_settings(settings: Any, state_dir: str) -> Dict[str, Any]:
     """What a driver is told of host.ini; state_dir: where it may keep what it prints, '' for nowhere."""
     return {'network': dict(vars(settings.Network)), 'remote_desktop': dict(vars(settings.RemoteDesktop)),
             'machine_folder': settings.Hypervisor.machine_folder,
+            'broker_hint': broker_hint(settings.Broker.port),
             'chirp_port': CHIRP_PORT, 'state_dir': os.path.abspath(state_dir) if state_dir else '',
             'command_timeout': settings.Hypervisor.command_timeout}
+
+
+def broker_hint(port: int) -> str:
+    """How a VM's firmware tells where the broker is, at the gateway: '' for the port that guests try anyway,
+    or one that isn't known before the broker listens."""
+    return 'vmhost-port:%d' % port if port not in (0, BROKER_PORT) else ''

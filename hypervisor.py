@@ -92,7 +92,8 @@ class Driver:
     vm-progress.
 
     settings    {network{…}, remote_desktop{…}: as the sections [Network] and [RemoteDesktop]; chirp_port,
-                state_dir, machine_folder, command_timeout: s}
+                state_dir, machine_folder, command_timeout: s; broker_hint: what the firmware of VMs is to
+                tell as the chassis' serial number, '' for nothing}
     """
     name = ''                      # as a person knows it
 

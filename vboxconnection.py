@@ -90,6 +90,7 @@ class Connection:
         self.desktop = settings['remote_desktop']
         self.chirp_port = settings['chirp_port']
         self.timeout = settings['command_timeout']
+        self.broker_hint = settings.get('broker_hint', '')
         self._connect = connect
         self.manager = None  # type: Any
         self.vbox = None  # type: Any

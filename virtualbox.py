@@ -62,6 +62,7 @@ log = logging.getLogger('vmhost.virtualbox')
 BANDWIDTH_GROUP = 'vmhost'
 DESKTOP_SECURITY = {'tls': 'TLS', 'rdp': 'RDP', 'negotiate': 'Negotiate'}
 SERIAL_KEY = 'VBoxInternal/Devices/%s/0/Config/DmiBoardSerial'     # of the firmware: pcbios or efi
+CHASSIS_KEY = 'VBoxInternal/Devices/%s/0/Config/DmiChassisSerial'
 
 STATE_OF_NATIVE = {                # the seam's states; all others are on their way from one to another
     'Running': vmstates.RUNNING, 'DeletingSnapshotOnline': vmstates.RUNNING,
@@ -249,17 +250,18 @@ class Life:
 
     def _prepare(self, machine: Any, board_serial: str) -> None:
         """Before a cold start; `machine` is a session's mutable one."""
-        self._tell_serial(machine, board_serial)
+        self._tell(machine, SERIAL_KEY, board_serial)
+        self._tell(machine, CHASSIS_KEY, self.box.broker_hint)
         if self.box.network['mode'] == 'nat':
             self._cards.add_chirp_rule(machine)
 
-    def _tell_serial(self, machine: Any, serial: str) -> None:
+    def _tell(self, machine: Any, key: str, serial: str) -> None:
         """What the firmware tells the guest. The key of the other kind of firmware keeps a VM from
         starting."""
         firmware = machine.firmwareSettings.firmwareType if self.box.api() >= (7, 1) else machine.firmwareType
         bios = firmware == self.box.const('FirmwareType_BIOS')
-        machine.setExtraData(SERIAL_KEY % ('efi' if bios else 'pcbios'), '')
-        machine.setExtraData(SERIAL_KEY % ('pcbios' if bios else 'efi'), serial and 'string:' + serial)
+        machine.setExtraData(key % ('efi' if bios else 'pcbios'), '')
+        machine.setExtraData(key % ('pcbios' if bios else 'efi'), serial and 'string:' + serial)
 
     def _launch(self, job: Job, machine: Any, kind: str) -> None:
         environment = [] if self.box.api() >= (6, 1) else ''

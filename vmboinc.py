@@ -46,7 +46,8 @@ log = logging.getLogger('vmboinc')
 USAGE = """\
 usage: vmboinc.py [WORD ...]           as a BOINC task, in its slot; by hand in a folder with a vbox_job.xml
        vmboinc.py --bundle FILE        write the whole program as the one file of an app version
-       vmboinc.py --host-agent INI     run the host agent, which a task starts by itself
+       vmboinc.py --host-agent INI [VERB ...]
+                                       run the host agent, as a task does by itself; or ask the running one
 """
 TICK = 0.1                     # seconds between two looks at what the client says
 STATUS_EVERY = 1.0
@@ -227,10 +228,10 @@ def host_agent_command() -> List[str]:
     return [sys.executable, os.path.abspath(sys.argv[0]), '--host-agent']
 
 
-def run_host(ini: str) -> int:
-    """Runs the host agent; gives the exit code."""
-    import hostagent  # the wrapper does without it
-    return hostagent.run_host(ini)
+def host_agent(words: List[str]) -> int:
+    """The host agent's own program, with its ini file and perhaps a verb; gives the exit code."""
+    import vmhost  # the wrapper does without it
+    return vmhost.main(words)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -239,8 +240,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     if argv[:1] == ['--bundle'] and len(argv) == 2:
         agent.write_bundle(argv[1], 'vmboinc', ['status.html'])
         return 0
-    if argv[:1] == ['--host-agent'] and len(argv) == 2:
-        return run_host(argv[1])
+    if argv[:1] == ['--host-agent'] and len(argv) > 1:
+        return host_agent(argv[1:])
     if argv in (['-h'], ['--help']):
         print(USAGE, end='')
         return 0

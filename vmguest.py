@@ -37,6 +37,7 @@ from guestforks import ForkServer
 from guestidentity import (
     SERVED,
     Secret,
+    find_broker_port,
     identify,
     make_folder,
     read_id,
@@ -132,6 +133,7 @@ class Agent:
         self._next_beacon = now
         self._next_housekeeping = now + HOUSEKEEPING_EVERY
         broker = settings.Broker
+        broker.port = find_broker_port(broker)
         self.link = protocol.Link(
             self._brokers, [(protocol.CMD_REQUESTS, 'auto')], self._link_up, self._hear,
             self._link_down, broker.username, broker.password, broker.heartbeat,
@@ -483,6 +485,7 @@ def check(settings: Any) -> int:
             'cctools, or take [Chirp] server=embedded; commands work without it', needed=False))
     network = Network()
     configured = settings.Broker.host
+    settings.Broker.port = find_broker_port(settings.Broker)
     try:
         hosts = network.candidates(settings.Broker.port) if configured == 'auto' else [configured]
         if hosts:

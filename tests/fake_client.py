@@ -26,7 +26,8 @@ INIT = """<app_init_data>
 <fraction_done_start>0.0</fraction_done_start>
 <fraction_done_end>1.0</fraction_done_end>
 <ncpus>1.0</ncpus>
-<global_preferences><cpu_usage_limit>%g</cpu_usage_limit></global_preferences>
+<global_preferences><cpu_usage_limit>%g</cpu_usage_limit>
+<max_bytes_sec_up>%g</max_bytes_sec_up></global_preferences>
 </app_init_data>
 """
 
@@ -47,9 +48,10 @@ class FakeClient:
         with open(os.path.join(self.slot, 'boinc_mmap_file'), 'wb') as file:
             file.write(bytes(CHANNELS * CHANNEL))
 
-    def init(self, cpu_limit=100, pid=None):
+    def init(self, cpu_limit=100, pid=None, rate=0):
         """Writes init_data.xml."""
-        self.write('init_data.xml', INIT % (self.name, self.project, pid or os.getpid(), cpu_limit))
+        self.write('init_data.xml', INIT % (self.name, self.project, pid or os.getpid(), cpu_limit,
+                                            rate))
 
     def write(self, name, text):
         """A file in the slot."""

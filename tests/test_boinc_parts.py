@@ -63,6 +63,20 @@ def test_what_does_not_fit_is_refused():
     assert not any(memory)
 
 
+def test_the_bundle_is_what_a_client_and_a_server_want(tmp_path):
+    path = str(tmp_path / 'vmboinc_100')
+    top = os.path.dirname(os.path.abspath(boincslot.__file__))
+    subprocess.run([sys.executable, os.path.join(top, 'vmboinc.py'), '--bundle', path], check=True)
+    with open(path, 'rb') as file:
+        content = file.read()
+    assert content.startswith(b'#!/usr/bin/env python3\n') and b'\nAPI_VERSION_7.20.5\n' in content
+    said = subprocess.run([sys.executable, '-I', '-S', path, '--help'], stdout=subprocess.PIPE, check=True)
+    assert b'usage: ' in said.stdout
+    said = subprocess.run([sys.executable, '-I', '-S', path, '--host-agent', '--help'],
+                          stdout=subprocess.PIPE, check=True)
+    assert b'cleanup' in said.stdout
+
+
 # The slot.
 
 INIT = """<app_init_data>
@@ -144,9 +158,9 @@ def test_a_job_file_of_vboxwrapper_is_read_as_it_is():
         <heartbeat_filename>heart</heartbeat_filename><vram_size_mb>16</vram_size_mb>
         <enable_shared_directory>1</enable_shared_directory><share_project_dir>0</share_project_dir>
         <frobnicate>9</frobnicate><!-- said -->''')
-    assert (job.os_name, job.memory_size_mb, job.enable_network) == ('Linux26_64', 512, True)
+    assert (job.os_name, job.memory_size_mb) == ('Linux26_64', 512)
     assert (job.job_duration, job.fraction_done_filename) == (3600.5, 'done/fraction')
-    assert job.copy_to_shared == ['a', 'b'] and job.enable_shared_directory
+    assert job.copy_to_shared == ['a', 'b']
     assert job.warnings == ['vbox_job.xml: <frobnicate> is not known, and does nothing']
     assert job.run(['7', 'x y']) == ['sh', 'boinc_app', '7', 'x y']
 
@@ -169,7 +183,7 @@ def test_our_own_fields():
     ('<output><name>a</name><mode>7</mode></output>', 'mode'),
     ('<command>"</command>', 'words'), ('<command/>', 'a command'),
     ('<checkpoint>often</checkpoint>', 'state, files, none'),
-    ('<enable_network>maybe</enable_network>', '1 or 0'), ('<a>', 'no XML')])
+    ('<enable_remotedesktop>maybe</enable_remotedesktop>', '1 or 0'), ('<a>', 'no XML')])
 def test_what_a_job_file_must_not_say(fields, said):
     with pytest.raises(boincjob.JobError, match='vbox_job.xml.*' + said):
         job_of(fields)

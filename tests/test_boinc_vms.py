@@ -182,6 +182,41 @@ def test_a_killed_wrapper_goes_on_with_the_same_vm(project):
     assert task.wait_for_end() == 0 and open(out).read() == 'what goes in\n'
 
 
+def test_a_vm_that_died_boots_again_and_the_program_begins_with_its_files(project):
+    task = project.task(app='echo begun >> begun; until [ -e finish ]; do sleep 0.1; done; cat begun > out')
+    out = task.link('out')
+    task.start()
+    agent = project.agent(task)
+    task.wait(lambda: os.path.exists(os.path.join(agent.files, 'begun')))
+    open(os.path.join(project.environment['FAKE_VIRTUALBOX'], 'abort-' + task.vm), 'w').close()
+    task.wait(lambda: len(project.call('listCmds')) == 2)
+    finish(agent)
+    assert task.wait_for_end(60) == 0, task.read('stderr.txt')
+    assert open(out).read() == 'begun\nbegun\n' and 'begins again' in task.read('stderr.txt')
+
+
+def test_two_projects_at_once(tmp_path):
+    """Each has a host agent; and the end of the one's VMs is nothing to the other's."""
+    with contextlib.ExitStack() as stack:
+        projects = [Project(tmp_path, stack, name) for name in ('one', 'other')]
+        tasks = [projects[0].task('a'), projects[0].task('b'), projects[1].task('c')]
+        outs = [task.link('out') for task in tasks]
+        agents = []
+        for task, project in zip(tasks, (projects[0], projects[0], projects[1])):
+            task.start()
+            agents.append(project.agent(task))
+        tasks[0].wait(lambda: all(task.status('fraction_done') == 0.5 for task in tasks))
+        assert sorted(projects[0].vms()) == ['one_a', 'one_b', 'other_c']
+        assert projects[0].host_pid() != projects[1].host_pid()
+        for agent in agents[:2]:
+            finish(agent)
+        assert [task.wait_for_end(60) for task in tasks[:2]] == [0, 0]
+        assert projects[1].vms() == {'other_c': 'Running'}
+        finish(agents[2])
+        assert tasks[2].wait_for_end() == 0 and projects[1].vms() == {}
+        assert [open(out).read() for out in outs] == ['what goes in\n'] * 3
+
+
 def test_preferences_reach_the_vm(project, monkeypatch):
     monkeypatch.setenv('FAKE_VIRTUALBOX', project.environment['FAKE_VIRTUALBOX'])
     task = project.task()
@@ -192,9 +227,10 @@ def test_preferences_reach_the_vm(project, monkeypatch):
     machine = fake_server.VirtualBoxManager().getVirtualBox().findMachine(task.vm)
     task.wait(lambda: machine.CPUExecutionCap == 40)
     assert machine.memorySize == 600
-    task.init(cpu_limit=0)
+    task.init(cpu_limit=50, rate=20480)        # whose first rate can't be set while it runs
     task.says('reread_app_info')
-    task.wait(lambda: machine.CPUExecutionCap == 100)
+    task.wait(lambda: machine.CPUExecutionCap == 50)
+    task.wait(lambda: 'netKBps' in task.read('stderr.txt'))
 
 
 def test_vms_of_tasks_that_the_client_forgot_go(project):

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import agent
+import guestidentity
 import guestmachine
 import guestreports
 import guestrequests
@@ -515,3 +516,13 @@ def test_a_wrong_configuration_is_one_sentence(ini, words, tmp_path):
     assert done.returncode == 1 and words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and 'Traceback' not in done.stderr
 
+
+@pytest.mark.parametrize('told, host, port', [
+    ('vmhost-port:40000\n', 'auto', 40000), ('vmhost-port:40000', '10.0.2.2', 61613), ('', 'auto', 61613),
+    ('vmhost-port:0', 'auto', 61613), ('vmhost-port:99999', 'auto', 61613), ('Not Specified', 'auto', 61613)])
+def test_a_vms_firmware_may_tell_the_brokers_port(told, host, port, tmp_path):
+    path = tmp_path / 'chassis_serial'
+    path.write_text(told)
+    broker = types.SimpleNamespace(host=host, port=61613)
+    assert guestidentity.find_broker_port(broker, str(path)) == port
+    assert guestidentity.find_broker_port(broker, str(tmp_path / 'missing')) == 61613

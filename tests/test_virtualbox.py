@@ -19,6 +19,7 @@ from vm_cases import *  # noqa: F403 (the tests, for pytest to find)
 from vms import SETTINGS, VMHost, command_line, environment, fault_of, here, processes
 
 import faults
+import hostmachines
 import hypervisor
 import vboxnetwork
 import virtualbox
@@ -469,6 +470,17 @@ def test_a_cold_start_tells_the_firmware_its_serial(driver, made):
     made.firmwareSettings.firmwareType = 2                  # EFI: the other key would keep it from starting
     driver.start('vm', False, 'vmhost:' + 32 * '3')
     assert made.extra[SERIAL % 'efi'] == 'string:vmhost:' + 32 * '3' and SERIAL % 'pcbios' not in made.extra
+
+
+def test_a_cold_start_tells_the_firmware_where_the_broker_is(driver, made):
+    key = 'VBoxInternal/Devices/pcbios/0/Config/DmiChassisSerial'
+    driver.start('vm')
+    assert key not in made.extra
+    driver.power_off('vm')
+    with here(dict(SETTINGS, broker_hint=hostmachines.broker_hint(40000)), driver.fake) as other:
+        other.start('vm')
+    assert made.extra[key] == 'string:vmhost-port:40000'
+    assert not hostmachines.broker_hint(61613) and not hostmachines.broker_hint(0)
 
 
 def test_limits_are_all_or_nothing(driver, made):
