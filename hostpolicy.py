@@ -14,6 +14,7 @@ import protocol
 import stompbroker
 
 RATE = 100, 500                # frames of a guest a second, and at once
+BYTE_RATE = 10e6, 8e6          # bytes of a guest a second, and at once: files don't go this way
 CLAIMS = 8                     # connections that claim one id; the oldest that doesn't prove it makes room
 
 
@@ -54,7 +55,7 @@ class HostPolicy(stompbroker.Policy):
         session.essential = role.is_host
         if not role.is_host:
             session.identified = False
-            session.rate = RATE
+            session.rate, session.byte_rate = RATE, BYTE_RATE
             with self._lock:
                 self._connections[session.id] = session
 

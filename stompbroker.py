@@ -53,7 +53,6 @@ log = logging.getLogger('vmhost.broker')
 SERVER = 'vmhost-broker/' + agent.VERSION
 READ_AT_ONCE = 1024 * 1024                # bytes that are read before what they bring is given out,
 PUT_AT_ONCE = 8 * 1024 * 1024             # and that are put into outboxes before they are written
-WEIGHT = 64 * 1024                        # bytes of a body that count as one frame of a client's rate
 UNIDENTIFIED_TIME = 1.0                   # seconds that a client has before another may take its place
 SHORTEST_MARGIN = 1.0                     # seconds that a client's heart-beat may be late
 LONGEST_END = 30.0                        # seconds that a client has to read its last frames
@@ -83,8 +82,8 @@ class Policy:
     frame each; whoever has more than ``SHARE`` bytes there is not read until that is less, and
     nobody is while half of ``limits.waiting`` waits in all lanes together.
     ``session.rate = (frames a second, frames at once)``, in ``connecting``: beyond that the
-    connection is read more slowly; nothing is dropped. A body of more than ``WEIGHT`` bytes counts
-    as so many frames as it has times that; what isn't a SEND counts a tenth.
+    connection is read more slowly; nothing is dropped. What isn't a SEND counts a tenth.
+    ``session.byte_rate``: the same in bytes of bodies.
     ``session.identified = False``, in ``connecting``: the client has to say who it is by its first
     SEND, in ``limits.connect_time`` from its connection on, in a body of at most 64 KiB; ``sending``
     sets it to True, or the connection ends with an ERROR. Of those that have not said it yet,
@@ -184,6 +183,14 @@ class Bucket:
         return self.PAUSE - self._left / self._rate if self._left < 0 else 0.0
 
 
+def _frames_in(frame: WireFrame) -> float:
+    return 1.0 if frame.command == 'SEND' else 0.1
+
+
+def _bytes_in(frame: WireFrame) -> float:
+    return float(len(frame.body))
+
+
 class Clock:
     """When a connection has to be looked at: for its deadline, and its heart-beats both ways."""
     __slots__ = ('heard', 'spoke', 'beat', 'silence', 'deadline', 'pause')
@@ -234,7 +241,7 @@ class Connection(Outlet):
     What it does with either depends on its ``state``.
     """
     __slots__ = ('broker', 'peer', 'number', 'since', 'state', 'clock', 'session', 'takes_turns', 'backlog',
-                 'held', '_sock', '_reader', '_outbox', '_lanes', '_bucket', '_counted', '_to_flush',
+                 'held', '_sock', '_reader', '_outbox', '_lanes', '_buckets', '_counted', '_to_flush',
                  '_wants_room', '_held_up', '_events', '_unfinished')
 
     HIGH = 256 * 1024      # bytes waiting at which queues give no more
@@ -254,7 +261,7 @@ class Connection(Outlet):
         self._reader = FrameReader(CLIENT_COMMANDS, max_body=RECEIVE)
         self._outbox = Outbox(broker.memory)
         self._lanes = None  # type: Optional[Lanes]
-        self._bucket = None  # type: Optional[Bucket]
+        self._buckets = ()  # type: Tuple[Tuple[Bucket, Callable[[WireFrame], float]], ...]
         self._counted = 0                  # bytes that are its own, as the broker's memory knows them
         self._to_flush = False             # the broker will call ``flush`` in this round
         self._wants_room = False           # queues have more for it
@@ -278,8 +285,8 @@ class Connection(Outlet):
         """CONNECT was right, and the policy has said what holds for this client."""
         session = self.session
         self._reader.version = session.version
-        if session.rate is not None:
-            self._bucket = Bucket(*session.rate, now=self.broker.now)
+        self._buckets = tuple((Bucket(*rate, now=self.broker.now), cost) for rate, cost in (
+            (session.rate, _frames_in), (session.byte_rate, _bytes_in)) if rate is not None)
         if session.essential:
             self.takes_turns = True
             self._lanes = Lanes()
@@ -445,7 +452,7 @@ class Connection(Outlet):
                 self.session.handle(frame)
                 if self.state >= State.ENDING:
                     return
-                if self._bucket is not None and self._is_too_fast(frame):
+                if self._buckets and self._is_too_fast(frame):
                     break
                 frame = reader.next_frame()
             if reader.held or self._unfinished:
@@ -463,9 +470,7 @@ class Connection(Outlet):
 
     def _is_too_fast(self, frame: WireFrame) -> bool:
         """Whether it has to pause: the frames that were received already wait, too."""
-        assert self._bucket is not None
-        cost = max(1.0, len(frame.body) / WEIGHT) if frame.command == 'SEND' else 0.1
-        pause = self._bucket.take(cost, self.broker.now)
+        pause = max(bucket.take(cost(frame), self.broker.now) for bucket, cost in self._buckets)
         if pause:
             self.broker.count.slowed += 1
             self.clock.pause = self.broker.now + pause

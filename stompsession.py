@@ -82,12 +82,12 @@ class Transactions:
 class Session:
     """What a client says, in STOMP, over its connection: one method for each command.
 
-    ``peer``, ``id``, ``policy_data``, ``essential``, ``rate``, ``identified`` and ``close`` are for the
-    policy; the rest is the broker's own.
+    ``peer``, ``id``, ``policy_data``, ``essential``, ``rate``, ``byte_rate``, ``identified`` and ``close``
+    are for the policy; the rest is the broker's own.
     """
-    __slots__ = ('broker', 'connection', 'peer', 'id', 'policy_data', 'essential', 'rate', 'identified',
-                 'version', '_subscriptions', '_by_number', '_numbers', '_transactions', '_is_connected',
-                 '_was_asked', '_was_identified')
+    __slots__ = ('broker', 'connection', 'peer', 'id', 'policy_data', 'essential', 'rate', 'byte_rate',
+                 'identified', 'version', '_subscriptions', '_by_number', '_numbers', '_transactions',
+                 '_is_connected', '_was_asked', '_was_identified')
 
     def __init__(self, connection: Any) -> None:
         self.broker = connection.broker
@@ -97,6 +97,7 @@ class Session:
         self.policy_data = None  # type: Any
         self.essential = False
         self.rate = None  # type: Optional[Tuple[float, float]]
+        self.byte_rate = None  # type: Optional[Tuple[float, float]]
         self.identified = True
         self.version = '1.0'
         self._subscriptions = {}  # type: Dict[str, Subscription]

@@ -8,7 +8,7 @@ import pytest
 from helpers import wait_until
 from stomp_client import Client, frame, running
 
-from stompbroker import WEIGHT, Broker, Policy
+from stompbroker import Broker, Policy
 from stompoutbox import SHARE
 
 WHERE = 'destination:/topic/a'
@@ -23,6 +23,8 @@ class Strict(Policy):
         session.essential = login == 'essential'
         if login == 'slow':
             session.rate = self.rate
+        if login == 'heavy':
+            session.byte_rate = 4e6, 1e6
         session.identified = login != 'stranger'
 
     def sending(self, session, destination, frame):
@@ -160,13 +162,13 @@ def test_a_rate(broker, connect):
 
 
 def test_a_rate_counts_bytes(broker, connect):
-    """Ten frames that are as good as 8 each: 50 pass at once, then 100 a second."""
-    listener, slow = connect('1.2'), connect('1.2', 'login:slow')
+    """Of few frames that are large: the first three pass at once."""
+    listener, slow = connect('1.2'), connect('1.2', 'login:heavy')
     listener.subscribe('/topic/a')
     begin = time.monotonic()
-    slow.send(frame('SEND', WHERE, body=b'x' * (8 * WEIGHT)) * 10)
-    assert len(listener.take_all(10)) == 10
-    assert 0.2 < time.monotonic() - begin < 10 and broker.counters()['slowed'] > 0
+    slow.send(frame('SEND', WHERE, body=b'x' * 500000) * 6)
+    assert len(listener.take_all(6)) == 6 and 0.4 < time.monotonic() - begin < 10
+    assert broker.counters()['slowed'] > 0
 
 
 def test_who_floods_and_goes_is_heard_to_its_end(broker, connect):
