@@ -18,7 +18,7 @@ from multiprocessing.connection import Client, Listener
 import fake_virtualbox
 
 PLAIN = (str, bytes, int, float, bool, type(None))
-LINGERS = 10.0                 # seconds that the process stays without a client: a host that is killed comes back
+LINGERS = 3.0                  # seconds that the process stays without a client
 
 
 class VirtualBoxManager(fake_virtualbox.VirtualBoxManager):
