@@ -3,11 +3,12 @@
 import os
 import signal
 
+import fake_server
 import fake_virtualbox
 import pytest
 from agents import Agent, Host
 from helpers import fault_of, wait_until
-from vms import VMHost
+from vms import VMHost, environment
 
 import faults
 
@@ -32,10 +33,13 @@ def test_a_vm_whose_lease_is_over_is_saved(host, api):
 
 def test_a_lease_outlives_the_host_agent(host, api):
     api.lease('science', 1)
+    with environment(host.environment):
+        keeper = fake_server.VirtualBoxManager()        # its VMs stay while a program is connected
     host.stop(signal.SIGKILL)
     host.start()
     with host.api as after:
         wait_until(lambda: after.getState('science') == 'Saved', 20)
+    keeper.line.connection.close()
 
 
 def test_who_can_have_none(host, api, tmp_path):
