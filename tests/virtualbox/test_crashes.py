@@ -152,7 +152,8 @@ def test_the_host_killed_while_it_makes_a_vm(home, foreign, appliance, tmp_path,
                 removed.extend(api.cleanup(False))
                 return all_there_is(home, image) == before
             wait_until(is_clean, 60, 0.2)
-            assert removed and all('half' in row['name'] for row in removed)
+            # Where VirtualBox died as well, nothing of it may have been written down.
+            assert (removed or dead == 'all') and all('half' in row['name'] for row in removed)
             assert api.cleanup() == []
     try_manage('closemedium', 'disk', image)
 

@@ -223,4 +223,6 @@ def settle(api, vm):
 def settled_state(api, vm):
     """The state, once it is one that stays, and VBoxManage sees the same."""
     state = api.getState(vm)
-    return state if AS_VBOXMANAGE_SAYS.get(state) == facts(vm)['VMState'] else None
+    if state not in AS_VBOXMANAGE_SAYS:        # on its way: for one that hangs there VBoxManage would wait
+        return None
+    return state if AS_VBOXMANAGE_SAYS[state] == facts(vm)['VMState'] else None
