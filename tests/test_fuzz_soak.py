@@ -7,6 +7,7 @@ first quarter.
 
 import base64
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -377,6 +378,7 @@ class Place:
     def memory(self):
         """MB of each process, this one first."""
         found = []
+        gc.collect()
         for pid in ['self'] + [process.process.pid for process in self.processes]:
             with open('/proc/%s/statm' % pid) as file:
                 found.append(int(file.read().split()[1]) * 4096 / MEGABYTE)

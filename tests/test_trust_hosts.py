@@ -278,6 +278,7 @@ def test_a_host_that_restarts_is_known_again(tmp_path):
             assert 'not obeyed' not in agent.log()
 
 
+@pytest.mark.slow
 def test_a_host_that_lost_its_journal_says_what_to_do(tmp_path):
     """In both logs, by ls and by check; and that helps."""
     with Host(tmp_path / 'host') as host, Agent(tmp_path / 'guest', host, 'one') as agent:
