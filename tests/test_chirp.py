@@ -473,3 +473,10 @@ def test_a_client_that_no_thread_is_left_for_is_turned_away(tmp_path, monkeypatc
         assert 'can\'t start new thread' in caplog.text
         with chirpclient.ChirpClient(*server.address) as client:
             client.stat('/')
+
+
+def test_who_one_is_is_told_as_the_real_server_tells_it(served):  # noqa: F811
+    expected = b'yes\nyes\nyes\naddress\n127.0.0.1\n-8\n0\n3\nadd17\naddress:127.0.0.117\naddress:127.0.0.1'
+    with socket.create_connection(served[0], 20) as sock, sock.makefile('rb') as answers:
+        sock.sendall(b'address\n' + b''.join(b'whoami %d\n' % length for length in (-1, 0, 3, 17, 100000)))
+        assert answers.read(len(expected)) == expected

@@ -132,6 +132,17 @@ def test_the_wrapper_serves_and_stops(real, tmp_path):
 
 
 @needs_cctools
+def test_the_wrapper_serves_on_the_port_that_was_asked_for(real):
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    with chirpreal.RealChirpServer(real, port=port, allow=['127.0.0.1']) as server:
+        assert server.address == ('127.0.0.1', port)
+        with chirpclient.ChirpClient('127.0.0.1', port) as client:
+            assert client.stat('/').is_dir
+
+
+@needs_cctools
 def test_the_wrapper_starts_a_server_again_that_died(real):
     with chirpreal.RealChirpServer(real, allow=['127.0.0.1']) as server:
         address, pid = server.address, server._process.pid
