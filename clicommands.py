@@ -33,13 +33,15 @@ STREAM = 'stream'              # the option stdin of a command whose input comes
 SMALL_INPUT = 64 * 1024        # bytes of input that go along with the command …
 AT_ONCE = 0.05                 # … if they, and the end, are there within so many seconds
 SHELL_OUTPUT = 1024 ** 3       # bytes of a shell's output that are kept
-FINISHED_SHOWN = 20            # finished commands that `ps` lists
+FINISHED_SHOWN = 20            # finished commands that `ps` lists, …
+MOST_SHOWN = 100000            # … and with -a
 
 
 def do_ps(host: Client, screen: Screen, args: Any) -> int:
     """Commands: all unfinished ones, and the last that finished."""
     of_vm = {'vm': host.call('getVM', args.vm)['name']} if args.vm else {}
-    rows = host.call('listCmds', dict(of_vm, finished=True, limit=args.number)) if args.number else []
+    limit = MOST_SHOWN if args.all else args.number
+    rows = host.call('listCmds', dict(of_vm, finished=True, limit=limit)) if limit else []
     rows += host.call('listCmds', dict(of_vm, finished=False))
     rows.sort(key=lambda row: row['submitted'])
     ids = [row['cmdId'] for row in rows]
@@ -624,6 +626,7 @@ VERBS = [
         argument('vm', metavar='VM', nargs='?', help='only those of this VM'), JSON,
         switch('-l', '--long', help='with CPU time, memory and progress'),
         switch('-q', '--quiet', help='their ids alone'),
+        switch('-a', '--all', help='all that are kept, and not the last finished alone'),
         argument('-n', '--number', metavar='N', type=int, default=FINISHED_SHOWN,
                  help='how many finished ones (default: %d)' % FINISHED_SHOWN)]),
     Verb('out', do_out, 'print the output of commands', [

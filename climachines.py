@@ -43,7 +43,8 @@ def do_ls(host: Client, screen: Screen, args: Any) -> int:
 def vm_row(vm: Dict[str, Any], long: bool) -> List[Any]:
     """A line of `ls`."""
     facts = vm['facts']
-    row = [vm['name'], vm['state'], vm['agent'], vm['ip'] or '-', len(vm['commands'])]
+    state = 'unknown' if vm['state'] == 'Null' else vm['state']
+    row = [vm['name'], state, vm['agent'], vm['ip'] or '-', len(vm['commands'])]
     if long and facts.get('unsigned'):
         row[2] += ' (unsigned)'
     if long:

@@ -188,6 +188,10 @@ def shown_time(moment: float, is_short: bool = False) -> str:
         else time.strftime('%Y-%m-%d %H:%M:%S', then)
 
 
+SHOWN_AS = dict(dict.fromkeys(('submitted', 'started', 'ended', 'lastSeen'), shown_time),
+                mem=shown_size, uptime=shown_span, wall=shown_span)  # type: Dict[str, Any]
+
+
 def show_pairs(screen: Screen, found: Dict[str, Any], indent: str = '') -> None:
     """Names and values, one per line; what is in a mapping stands indented below its name."""
     width = max([len(str(name)) for name in found] + [0])
@@ -196,8 +200,10 @@ def show_pairs(screen: Screen, found: Dict[str, Any], indent: str = '') -> None:
             screen.say('%s%s' % (indent, agent.printable(str(name))))
             show_pairs(screen, value, indent + '    ')
             continue
-        if name in ('submitted', 'started', 'ended', 'lastSeen') and isinstance(value, float):
-            value = shown_time(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and name in SHOWN_AS:
+            value = SHOWN_AS[name](value)
+        elif isinstance(value, dict):
+            value = ''
         elif isinstance(value, list):
             value = ', '.join(map(str, value))
         screen.say('%s%-*s  %s' % (indent, width, agent.printable(str(name)),

@@ -59,6 +59,7 @@ class Commands:
         self._look_by = look_by
         self._restart = restart
         self._refusals = Refusals(reports)
+        self.name = ''                 # of this guest, as programs are told it
         # Guards what follows, and the state of each command.
         self._lock = threading.Lock()
         self._commands = {}            # type: Dict[str, Command]
@@ -157,7 +158,7 @@ class Commands:
                 file.write(stdin)
             request['stdin'] = True
         request.update({'cmd-id': command.cmd_id, 'format': FORMAT, 'boot': self._boot,
-                        'root': self._root, 'received': time.time()})
+                        'root': self._root, 'received': time.time(), 'name': self.name})
         if request.get('expires'):
             request['expires-at'] = self._spool.clock.now() + request['expires']
         command.request = request

@@ -346,6 +346,8 @@ class Start:
             found[b'TERM'] = encode(self._request['terminal']['term'])
             found.setdefault(b'SHELL', encode(own_shell()))
         found[b'VM_PROGRESS_FILE'] = encode(self._command.path('progress'))
+        found[b'VM_NAME'] = encode(self._request.get('name', ''))
+        found[b'VM_CMD_ID'] = encode(self._request.get('cmd-id', ''))
         found.update({encode(name): encode(value) for name, value in self._request['env'].items()})
         return found
 

@@ -20,6 +20,7 @@ from cliverbs import Function, Verb
 from hostclient import Client
 from hostconfig import ini_here, read_settings
 
+TYPING_ERROR = 0.76            # how like a verb a word must be to be meant as it: others mean something else
 INTERRUPTED = 130              # exit code after Ctrl-C
 
 SUBJECTS = [('virtual machines', climachines.VERBS), ('commands', clicommands.VERBS),
@@ -27,7 +28,7 @@ SUBJECTS = [('virtual machines', climachines.VERBS), ('commands', clicommands.VE
 VERBS = {verb.name: verb for _, verbs in SUBJECTS for verb in verbs}
 
 ALIASES = {'exec': 'run', 'logs': 'out', 'top': 'ps -l', 'list': 'ls', 'inspect': 'info',
-           'version': '--version', 'help': '--help'}
+           'version': '--version', 'help': '--help', '-v': '--version', '-V': '--version'}
 MEANT = {                      # what hands type that know other tools, and what it is here
     'attach': 'out -f', 'tail': 'out -f', 'log': 'out', 'output': 'out', 'delete': 'rm', 'remove': 'rm',
     'destroy': 'rm', 'undefine': 'rm', 'restart': 'reset', 'reboot': 'reset', 'suspend': 'pause',
@@ -36,8 +37,14 @@ MEANT = {                      # what hands type that know other tools, and what
     'push': 'put', 'download': 'get', 'pull': 'get', 'fetch': 'get', 'transfer': 'cp', 'scp': 'cp',
     'copy': 'cp', 'show': 'info', 'describe': 'info', 'stats': 'ps -l', 'jobs': 'ps', 'cancel': 'kill',
     'terminate': 'kill', 'signal': 'kill', 'retry': 'rerun', 'repeat': 'rerun', 'prune': 'cleanup',
-    'gc': 'cleanup', 'vnc': 'rdp', 'console': 'rdp', 'network': 'net', 'doctor': 'check', 'history': 'events',
-    'ssh': 'run', 'execute': 'run', 'dashboard': 'status --open', 'new': 'create', 'import': 'create'}
+    'gc': 'cleanup', 'vnc': 'rdp', 'console': 'rdp', 'network': 'net', 'doctor': 'check',
+    'history': 'events', 'ssh': 'run', 'execute': 'run', 'purge': 'cleanup', 'sftp': 'cp', 'rsync': 'cp',
+    'cat': 'get VM FILE -', 'login': 'shell', 'enter': 'shell', 'connect': 'shell', 'fg': 'shell VM ID',
+    'screen': 'shell', 'tmux': 'shell', 'terminal': 'shell', 'bash': 'shell', 'build': 'create',
+    'register': 'create', 'find': 'ls', 'who': 'ls', 'vms': 'ls', 'machines': 'ls', 'nodes': 'ls',
+    'hosts': 'ls', 'rollback': 'snap restore', 'revert': 'snap restore', 'recover': 'snap restore',
+    'monitor': 'status --open', 'web': 'status --open', 'ip': 'info', 'port': 'net',
+    'dashboard': 'status --open', 'new': 'create', 'import': 'create'}
 
 USAGE = '''usage: {me} [host.ini]               run the host agent until SIGTERM or Ctrl-C
        {me} [host.ini] VERB …        talk to the running one
@@ -143,7 +150,8 @@ def run_verb(ini: Optional[str], words: List[str], screen: Screen, check: Functi
     verb = VERBS.get(words[0])
     if verb is None:
         import difflib  # needed here alone
-        close = [MEANT[words[0]]] if words[0] in MEANT else difflib.get_close_matches(words[0], VERBS, 1)
+        close = [MEANT[words[0]]] if words[0] in MEANT else \
+            difflib.get_close_matches(words[0], VERBS, 1, TYPING_ERROR)
         screen.complain('unknown verb %s%s; `%s --help` lists them' % (
             words[0], close and ' (did you mean %s?)' % close[0] or '', program_name()))
         return 2

@@ -172,6 +172,7 @@ class Agent:
         self._consoles = Consoles(self.reports, self._wake_by)
         commands = Commands(vm, self.root, self.boot, spool, self._fork_server, self.reports, self._consoles,
                             self._wake_by, self._restart)
+        commands.name = self.name
         commands.load()
         self._spool, self._commands = spool, commands
 
@@ -327,7 +328,7 @@ class Agent:
 
     def heard_hello(self, message: Message) -> None:
         """The host's name for this guest, and its wishes."""
-        self.name = message.text('name', self.name)
+        self.name = self._commands.name = message.text('name', self.name)
         self.files.admit(message)
         interval = message.number('beacon_interval', self.beacon_interval)
         self.beacon_interval = min(max(0.5, interval), 3600.0)

@@ -74,6 +74,13 @@ def test_logs_tail_and_wait_exit_with_the_code(host, guests):
     assert said(host, 'out', another, another) == 'x\nx\n'
 
 
+def test_what_programs_are_told_of_themselves(host, guests):
+    cmd_id = said(host, 'run', '-d', 'one', 'sh', '-c', 'echo $VM_NAME $VM_CMD_ID').strip()
+    assert host.verb('wait', cmd_id).returncode == 0
+    assert said(host, 'out', cmd_id) == 'one %s\n' % cmd_id
+    assert cmd_id in said(host, 'ps', '-aq', 'one')
+
+
 def test_ps_of_ids_ends_and_times(host, guests):
     cmd_id = said(host, 'run', '-d', 'one', 'sh', '-c', 'exit 9').strip()
     host.verb('wait', cmd_id)
@@ -130,9 +137,13 @@ def test_help_and_version():
         return done.returncode, done.stdout.decode(), done.stderr.decode()
     assert run('version') == run('--version')
     assert run('help') == run('--help') == run('host.ini', '--help')
+    assert run('-v') == run('--version')
+    for typed in ('mount', 'rename', 'images', 'edit'):      # none of these is what a verb does
+        assert 'did you mean' not in run(typed, 'x')[2]
     code, text, _ = run('help', 'run')
     assert code == 0 and 'VM [--] CMD' in text and '--kill-after' in text
-    for typed, meant in (('delete', 'rm'), ('ssh', 'run'), ('download', 'get'), ('restart', 'reset')):
+    for typed, meant in (('delete', 'rm'), ('ssh', 'run'), ('download', 'get'), ('restart', 'reset'),
+                         ('purge', 'cleanup'), ('sftp', 'cp'), ('shel', 'shell'), ('creat', 'create')):
         code, _, text = run(typed, 'x')
         assert code == 2 and '(did you mean %s?)' % meant in text
 
