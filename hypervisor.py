@@ -488,8 +488,9 @@ def run_driver(make: Callable[[Dict[str, Any]], Driver]) -> None:
     The first line holds the settings. A hypervisor starts processes that inherit descriptors 0 to 2 and
     outlive us, and its library prints: so both ends of the conversation are moved out of their way.
     """
-    if hasattr(signal, 'SIGINT'):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is for the host agent
+    for name in ('SIGINT', 'SIGBREAK'):             # Ctrl-C, and Windows' Ctrl-Break, are for the host agent
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     requests, answers = os.fdopen(os.dup(0), 'rb'), os.fdopen(os.dup(1), 'wb')
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)

@@ -150,3 +150,44 @@ def test_macos_is_asked_to_bring_bytes_to_the_disk_itself(tmp_path, monkeypatch)
     monkeypatch.setattr(agent.os, 'fsync', synced.append)
     agent.sync(str(tmp_path))
     assert len(synced) == 1
+
+
+# --- links, as Windows has them ---
+
+@pytest.fixture
+def links(monkeypatch):
+    """What Windows is asked to make: [(where it leads, path, to a folder)]."""
+    made = []
+    monkeypatch.setattr(chirplocal, 'ON_WINDOWS', True)
+    monkeypatch.setattr(chirplocal.os, 'symlink', lambda *words: made.append(words))
+    return made
+
+
+def missing():
+    raise chirpwire.Refused(chirpwire.DOESNT_EXIST)
+
+
+def test_windows_is_told_whether_a_link_leads_to_a_folder(links):
+    for is_folder in lambda: True, lambda: False, missing:
+        chirplocal.make_link('leads', 'path', is_folder)
+    assert links == [('leads', 'path', True), ('leads', 'path', False), ('leads', 'path', False)]
+
+
+def test_a_right_that_the_user_has_not_is_told_with_the_remedy(links, monkeypatch):
+    def refuse(*_):
+        error = OSError(errno.EINVAL, 'a required privilege is not held by the client')
+        error.winerror = 1314
+        raise error
+    monkeypatch.setattr(chirplocal.os, 'symlink', refuse)
+    with pytest.raises(OSError, match='developer mode'):
+        chirplocal.make_link('leads', 'path', lambda: False)
+
+
+def test_links_of_windows_are_written_as_the_guest_reads_them(links, monkeypatch):
+    for leads, there in ('folder\\file', b'folder/file'), ('..\\up', b'../up'), ('plain', b'plain'):
+        monkeypatch.setattr(chirplocal.os, 'readlink', lambda path, leads=leads: leads)
+        assert chirplocal.link_there('path') == there
+    for leads in '\\\\?\\C:\\folder', 'D:\\file', '\\\\?\\UNC\\server\\share', '\\root':
+        monkeypatch.setattr(chirplocal.os, 'readlink', lambda path, leads=leads: leads)
+        with pytest.raises(OSError, match='which only this machine has'):
+            chirplocal.link_there('path')
