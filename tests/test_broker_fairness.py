@@ -8,7 +8,8 @@ import pytest
 from helpers import wait_until
 from stomp_client import Client, frame, running
 
-from stompbroker import SHARE, WEIGHT, Broker, Policy
+from stompbroker import WEIGHT, Broker, Policy
+from stompoutbox import SHARE
 
 WHERE = 'destination:/topic/a'
 
