@@ -86,28 +86,34 @@ class Outbox:
 
     def write(self, sock: socket.socket) -> int:
         """Sends until nothing is left, or the socket takes no more; gives the number of bytes.
-        Raises OSError where it never will."""
-        chunks, before = self._chunks, self.waiting
+        Raises OSError where it never will; what it took before is written all the same."""
+        before = self.waiting
+        try:
+            self._send(sock)
+        finally:
+            self._written += before - self.waiting
+            if self._deliveries is not None:
+                self._settle(self._deliveries)
+        if len(self._chunks) > self._join_at:
+            self._join()
+        return before - self.waiting
+
+    def _send(self, sock: socket.socket) -> None:
+        chunks = self._chunks
         while chunks:
             chunk = self._next(chunks)
             chunks.appendleft(chunk)
             try:
                 sent = sock.send(chunk)
             except WOULD_BLOCK:
-                break                      # the selector says when to go on
+                return                     # the selector says when to go on
             self.waiting -= sent
             chunks.popleft()
             if self.large:
                 self._count_large(chunk, sent)
             if sent < len(chunk):
                 chunks.appendleft(memoryview(chunk)[sent:])
-                break
-        if len(chunks) > self._join_at:
-            self._join()
-        self._written += before - self.waiting
-        if self._deliveries is not None:
-            self._settle(self._deliveries)
-        return before - self.waiting
+                return
 
     @staticmethod
     def _next(chunks: 'collections.deque[Any]') -> Any:

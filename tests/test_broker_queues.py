@@ -11,6 +11,8 @@ from helpers import wait_until
 from stomp_client import Client, Program, frame, running
 
 from stompbroker import Broker, Policy
+from stompoutbox import Memory, Outbox
+from stompqueues import LARGE, BrokerMessage, Destinations, Envelope
 
 MIB = 1024 * 1024
 NUMBERS = itertools.count()
@@ -117,6 +119,28 @@ def test_a_consumer_that_a_write_shows_to_be_dead():
         first = number_of(other.take())
         assert first < 15000
         assert [number_of(other.take()) for _ in range(first + 1, 20001)] == list(range(first + 1, 20001))
+
+
+def test_what_a_socket_took_before_it_failed_is_written():
+    """The client may have read it, and hung up: it would come again as if nobody had seen it."""
+    queue = Destinations('a', MIB, MIB, 5).get('/queue/a')
+    messages = [BrokerMessage(number, str(number), Envelope({'destination': queue.name}), b'', None)
+                for number in range(2)]
+    outbox = Outbox(Memory())
+    for message in messages:
+        queue.publish(message)
+        outbox.put((b'x' * LARGE,), (queue, message))
+
+    class Failing:
+        sends = iter([LARGE])
+
+        def send(self, data):
+            for sent in self.sends:
+                return sent
+            raise ConnectionResetError()
+    with pytest.raises(ConnectionResetError):
+        outbox.write(Failing())
+    assert outbox.clear() == [(queue, messages[1])]
 
 
 @pytest.mark.parametrize('vanish', ['close', 'reset', 'disconnect', 'error'])
