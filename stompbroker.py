@@ -668,7 +668,7 @@ class Connection(Outlet):
     def cut_off(self) -> None:
         """Closes the connection of one that doesn't read: too much waits for it."""
         self.broker.count.cut_off += 1
-        log.warning('%r is cut off: it has not read %d bytes', self, self.waiting)
+        self.broker.told.warn(self.peer[0], '%s is cut off: it has not read %s bytes', self, self.waiting)
         self.close('does not read')
 
     def close(self, why: str) -> None:
@@ -850,8 +850,8 @@ class Broker:
         self.put_at_once = 0               # bytes, into outboxes, since all of them were written
         self.now = time.monotonic()
         self.alarms = Alarms()
-        self._told = agent.Seldom(log)
-        self.peers = Peers(self.limits, self._told)
+        self.told = agent.Seldom(log)
+        self.peers = Peers(self.limits, self.told)
         self.destinations = Destinations(self.token, self.limits.queued, self.limits.queued_in_all,
                                          self.limits.refusals)
         # What a round may gather for a client before it must be written. Twice the limit, since
@@ -1048,7 +1048,7 @@ class Broker:
             self.peers.make_room(self.now)
         if len(self._connections) >= self._most_connections or not self.peers.admits(peer[0], self.now):
             self.count.refused += 1
-            self._told.warn(peer[0], '%s is sent away: %s connections', _spoken(peer), len(self._connections))
+            self.told.warn(peer[0], '%s is sent away: %s connections', _spoken(peer), len(self._connections))
             sock.close()
             return
         try:

@@ -14,6 +14,7 @@ import re
 import time
 from typing import Any, Callable, Dict, FrozenSet, Iterable, List, NamedTuple, Optional, Tuple
 
+import agent
 import protocol
 from protocol import WireFrame
 
@@ -583,6 +584,7 @@ class Destinations:
         self.expired = 0
         self.gathering = None    # type: Optional[Topic]
         self.to_dispatch = {}    # type: Dict[Queue, None]
+        self._told = agent.Seldom(log)
         self._most_bytes = most_bytes
         self._most_in_all = most_in_all
         self._places = {}        # type: Dict[str, Any]
@@ -734,7 +736,8 @@ class Destinations:
         try:
             self.get(DEAD_LETTERS).publish(letter)
         except DestinationError as error:
-            log.warning('%s keeps what was refused %d times: %s', queue.name, message.refusals, error)
+            self._told.warn(queue.name, '%s keeps what was refused %s times: %s',
+                            queue.name, message.refusals, error)
             self._places[queue.name] = queue     # if it was forgotten, as one that holds nothing
             queue.keep(message)
             return False

@@ -435,14 +435,18 @@ def test_who_refuses_may_say_that_nobody_is_to_be_asked_again(connect, queue, no
     assert message.body == b'poison' and message.get('reason') == 'refused 1 time'
 
 
-def test_nothing_is_lost_where_the_dead_letters_are_full():
+def test_nothing_is_lost_where_the_dead_letters_are_full(caplog):
+    """And who refuses again and again fills no log with it, nor writes lines of its own there."""
+    name = '/queue/a\\n\x1b[31m'
     with running(Broker(port=0, queued=4500, refusals=2)) as broker, Client(broker.address) as client:
         client.connect('1.2')
         client.publish(DEAD, b'x' * 3000)
-        client.subscribe('/queue/a', 'ack:client-individual')
-        client.publish('/queue/a', b'y' * 3000)
+        client.subscribe(name, 'ack:client-individual')
+        client.publish(name, b'y' * 3000)
         for _ in range(5):
             client.ask('NACK', *key_of(client.take(), '1.2'))
+        line, = [one for one in caplog.messages if 'keeps what was refused' in one]
+        assert line.isprintable()
         client.ask('ACK', *key_of(client.take(), '1.2'))
         client.subscribe(DEAD, id='1')
         assert client.bodies() == [b'x' * 3000] and broker.counters()['queued_bytes'] == 0
