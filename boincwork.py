@@ -310,8 +310,10 @@ class GivenMachine:
         self._signal(command, 'CONT')
 
     def save(self, command: str) -> None:
-        """As ``pause``: the machine stays."""
+        """As ``pause``: the machine stays. The host agent hears that, so that it can be idle."""
         self._signal(command, 'STOP')
+        with contextlib.suppress(NoSuchCommand):
+            self._host.call('getCmdStatus', command)
 
     def remove(self, command: str) -> None:
         """Ends the command, and removes the task's folder."""
