@@ -226,4 +226,5 @@ def read_trigger(text: str) -> Trigger:
     """What such a file says; empty: 0, and nothing else."""
     lines = text.splitlines() + ['', '']
     number = int(lines[0]) if re.fullmatch(r'\s*-?[0-9]{1,9}\s*', lines[0]) else 0
-    return Trigger(number, lines[1].strip() == '1', ' '.join(' '.join(lines[2:]).split()))
+    message = ' '.join(' '.join(lines[2:]).split())
+    return Trigger(number, lines[1].strip() == '1', ''.join(filter(str.isprintable, message)))

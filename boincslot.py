@@ -263,13 +263,11 @@ class Client:
         self._pid = pid
         self._watched = watched
         self._looked = self._heard = now
-        self.network_suspended = False
 
     def hear(self, heartbeat: str, now: float) -> None:
         """Takes what came in the channel of heartbeats, '' for nothing."""
         if heartbeat:
             self._heard = now
-            self.network_suspended = '<network_suspended/>' in heartbeat
 
     def is_gone(self, now: float) -> bool:
         """Whether it died, or was killed."""

@@ -37,6 +37,9 @@ START_PATIENCE = 60.0          # seconds that a host agent may take to answer
 START_AGAIN = 5.0              # seconds after which another one is started: the first may have met
                                # one that was about to end
 LONGEST_NAME = 150             # characters of a machine's name
+NO_SUCH_FOLDER = ('does not exist', 'not a directory')     # how the error of a folder that isn't there ends
+LAST_WORDS = 8192              # characters of the program's standard error that the task's keeps
+MOST_TRICKLES = 100            # messages that wait for the client to take them
 LOOK_AT_FILES = 2.0            # seconds between two looks for trigger files
 BROKER_PORT = 61613            # of a guest's agent that isn't told another one
 OWNER = 'boinc '               # + the project's folder: owner of a task's VM
@@ -307,8 +310,10 @@ class GivenMachine:
         self._signal(command, 'CONT')
 
     def save(self, command: str) -> None:
-        """As ``pause``: the machine stays."""
+        """As ``pause``: the machine stays. The host agent hears that, so that it can be idle."""
         self._signal(command, 'STOP')
+        with contextlib.suppress(NoSuchCommand):
+            self._host.call('getCmdStatus', command)
 
     def remove(self, command: str) -> None:
         """Ends the command, and removes the task's folder."""
@@ -513,7 +518,9 @@ class Work:
     def _end(self, status: Dict[str, Any]) -> Look:
         results = self.host.call('getCmdResults', self.command)
         if results['err']:
-            log.info('the last that the program said:\n%s', results['err'][-8192:])
+            log.info('the last that the program said:')
+            for line in results['err'][-LAST_WORDS:].splitlines():
+                log.info('  %s', agent.printable(line))
         return Look(True, results['state'], cpu_of(results), 1.0, int(results['exitCodeOrSignal']),
                     results['error'] or status['end'])
 
@@ -604,7 +611,7 @@ class GuestFiles:
             self._fraction = fraction_of(self._read(job.fraction_done_filename) or '0')
         done, pause = [read_trigger(self._read(name)) if name in news else None
                        for name in (job.completion_trigger_file, job.temporary_exit_trigger_file)]
-        if job.trickle_trigger_file in news:
+        if job.trickle_trigger_file in news and len(self._trickles) < MOST_TRICKLES:
             self._trickles.append((job.trickle_trigger_file, self._read(job.trickle_trigger_file)))
         uploads = [name for name in job.intermediate_upload_file if name in news and self._work.upload(name)]
         messages = self._trickle() + ['<have_new_upload_file/>'] * bool(uploads)
@@ -637,8 +644,10 @@ class GuestFiles:
         """{name: (when it was changed, size)} of what is in a folder of the guest; {} where there is none."""
         try:
             rows = self._work.host.call('listDir', self._work.machine.name, '/' + folder)
-        except TransferError:
-            return {}
+        except TransferError as error:
+            if str(error).endswith(NO_SUCH_FOLDER):
+                return {}
+            raise
         return {row['name']: (int(row['mtime']), int(row['size'])) for row in rows if not row['isDir']}
 
     def _read(self, name: str) -> str:

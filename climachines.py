@@ -55,10 +55,23 @@ def vm_row(vm: Dict[str, Any], long: bool) -> List[Any]:
     return row
 
 
+def hardware_of(args: Any) -> Dict[str, Any]:
+    """createVM's options, as they were typed."""
+    names = 'memory', 'cpus', 'ostype', 'network', 'diskSize', 'keep', 'acceptEula'
+    return {name: getattr(args, name) for name in names if getattr(args, name) not in (None, False)}
+
+
+def do_launch(host: Client, screen: Screen, args: Any) -> int:
+    """Makes a VM from an image, starts it, and waits for its agent."""
+    options = dict(hardware_of(args), timeout=args.timeout)
+    watch(host, screen, args.name, 'launchVM', args.name, os.path.abspath(args.image), options)
+    screen.say(agent.printable(args.name))
+    return 0
+
+
 def do_create(host: Client, screen: Screen, args: Any) -> int:
     """Makes a VM from an image, or registers a .vbox file."""
-    names = 'memory', 'cpus', 'ostype', 'network', 'diskSize', 'keep', 'acceptEula'
-    options = {name: getattr(args, name) for name in names if getattr(args, name) not in (None, False)}
+    options = hardware_of(args)
     image = args.image and os.path.abspath(args.image)     # the host's working directory is not ours
     name = os.path.abspath(args.name) if not image and args.name.endswith('.vbox') else args.name
     _, made = watch(host, screen, name, 'createVM', name, image, options)
@@ -184,6 +197,13 @@ def do_keep(host: Client, screen: Screen, args: Any) -> int:
     return change(host, screen, host.matching(args.vm), done, 'keepVM', not args.off)
 
 
+HARDWARE = [
+    argument('--memory', metavar='MB', type=int), argument('--cpus', metavar='N', type=int),
+    argument('--ostype', metavar='TYPE', help='VirtualBox\'s name for the guest\'s system'),
+    argument('--network', choices=['hostonly', 'nat', 'none'], help='default: as in host.ini'),
+    argument('--disk', metavar='MB', type=int, dest='diskSize', help='of the disk beside an .iso'),
+    switch('--keep', help='cleanup never removes it'),
+    switch('--accept-eula', dest='acceptEula', help='accept the licence of an appliance')]
 VERBS = [
     Verb('ls', do_ls, 'list VMs, and whether their agents are connected', [
         argument('vm', metavar='VM', nargs='?', help='only this one, or those that match a pattern'), JSON,
@@ -191,13 +211,12 @@ VERBS = [
     Verb('create', do_create, 'create a VM from an image, or register a .vbox file', [
         argument('name', metavar='NAME', help='of the VM, or a .vbox file'),
         argument('image', metavar='IMAGE', nargs='?', default='', help='.ova, .ovf, .vdi, .vmdk or .iso'),
-        argument('--memory', metavar='MB', type=int), argument('--cpus', metavar='N', type=int),
-        argument('--ostype', metavar='TYPE', help='VirtualBox\'s name for the guest\'s system'),
-        argument('--network', choices=['hostonly', 'nat', 'none'], help='default: as in host.ini'),
-        argument('--disk', metavar='MB', type=int, dest='diskSize', help='of the disk beside an .iso'),
-        switch('--keep', help='cleanup never removes it'),
-        switch('--accept-eula', dest='acceptEula', help='accept the licence of an appliance')], (
-            'create web1 cernvm.ova --memory 2048 --cpus 2',)),
+        *HARDWARE], ('create web1 cernvm.ova --memory 2048 --cpus 2',)),
+    Verb('launch', do_launch, 'create a VM from an image, start it, wait for its agent', [
+        argument('name', metavar='NAME', help='of the VM'),
+        argument('image', metavar='IMAGE', help='.ova, .ovf, .vdi, .vmdk or .iso'),
+        argument('--timeout', metavar='SEC', type=float, default=600.0, help='for its agent (default: 600)'),
+        *HARDWARE], ('launch web1 cernvm.ova --memory 2048',)),
     Verb('rm', do_rm, 'remove a VM', [
         VM, switch('--disks', help='delete its files and disks as well'),
         switch('--all-disks', help='and disks that were attached from elsewhere')]),

@@ -214,8 +214,9 @@ class Clock:
         hypervisor = host.machines.hypervisor
         return not (host.leases.count() or host.transfers.are_under_way()
                     or hypervisor is not None and hypervisor.under_way()
-                    or any(host.machines.can_answer(guest.id) and host.commands.open_of(guest.id)
-                           for guest in host.guests.on_list()))
+                    or any(host.control.shown_state(execution) != 'stopped' for guest in host.guests.on_list()
+                           if host.machines.can_answer(guest.id)
+                           for execution in host.commands.open_of(guest.id)))
 
     def _judge_liveness(self) -> None:
         for guest, liveness in self._host.guests.tick(self._host.machines.is_suspended):

@@ -14,15 +14,17 @@ from typing import Any, Callable, Dict, List
 import agent
 import chirpwire
 import protocol
-from faults import InvalidParams, NoSuchMethod, NotSupported
+from faults import DeadlineExceeded, InvalidParams, NoSuchMethod, NotSupported
 from hostarguments import names_of
 from hostcommands import LINE_SHOWN
 from hostguests import Guest
 from hostjournal import Execution
-from hostrequests import read_local, read_remote, read_request, read_signal, read_size
+from hostrequests import read_local, read_remote, read_request, read_seconds, read_signal, read_size
 from hosttransfers import Transfer
 from rpc import Binary, FilePath, is_carried
 
+LAUNCH_PATIENCE = 600.0        # seconds that the agent of a new VM may take
+LAUNCH_LOOK = 0.5              # seconds between two looks whether it is there
 LONGEST_POLL = 60.0            # seconds that a call may wait
 ALIASES = {'listAvailableVMs': 'listVMs', 'unpause': 'resume', 'saveSnapshot': 'takeSnapshot',
            'getPerformanceData': 'getStats'}      # names that older clients use
@@ -308,6 +310,32 @@ class ControlMethods(Methods):
             [True, 'node1']
         """
         return [True, self._hypervisor().create_vm(name, image, options)]
+
+    @audited
+    def launchVM(self, name: str, image: str, options: dict = {}) -> bool:
+        """Makes a VM from an image, starts it, and waits for its agent; True once that is there.
+
+        Options: createVM's, and timeout: how many seconds the agent may take (600). Where it takes longer,
+        fault 7: the VM is there, and goes on.
+
+            >>> host.launchVM('node1', '/images/cernvm.ova', {'memory': 2048, 'timeout': 300})
+            True
+        """
+        options = dict(options)
+        patience = read_seconds('timeout', options.pop('timeout', LAUNCH_PATIENCE))
+        self._hypervisor().create_vm(name, image, options)
+        self._hypervisor().start(name, False)
+        deadline = time.monotonic() + patience
+        while not self._has_agent(name):
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded('%s runs, and its agent isn\'t there after %g s: does the image start '
+                                       'vmguest? What it shows tells `screenshot`' % (name, patience))
+            time.sleep(LAUNCH_LOOK)
+        return True
+
+    def _has_agent(self, vm: str) -> bool:
+        guest = self._host.machines.describe(vm)[0]
+        return guest is not None and guest.agent == 'alive' and bool(guest.last_seen)
 
     @audited
     def removeVM(self, vm: str, deleteDisks: bool = False, allDisks: bool = False) -> bool:

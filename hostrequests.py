@@ -142,6 +142,13 @@ def read_options(options: Dict[str, Any]) -> Dict[str, Any]:
     return read
 
 
+def read_seconds(name: str, value: Any) -> float:
+    """An option that is a span of time. Raises InvalidParams."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= LARGEST_NUMBER:
+        raise InvalidParams('option %s: %.40r: expected seconds' % (name, value))
+    return float(value)
+
+
 def read_signal(name: Any) -> str:
     """A signal as the guest understands it: a name without SIG, or a number. Raises InvalidParams."""
     text = str(name).upper()

@@ -447,9 +447,9 @@ class Disks:
         """Unregisters and deletes the VM's files, and of those of its disks that nothing else needs the
         wanted ones. Gives the Progress, and the paths of the disks that are kept."""
         media = self._unused(machine.unregister(self.box.const('CleanupMode_DetachAllReturnHardDisksOnly')))
-        kept = [medium for medium in media if not wanted(medium)]
+        images = self.images_under(media)      # are never ours, whoever wants them
+        kept = [medium for medium in media if medium.id in images or not wanted(medium)]
         media = [medium for medium in media if medium not in kept]
-        images = self.images_under(media)
         for medium in media:
             if not medium.parent or self.is_noted(medium):
                 self.forget(medium.id, medium.location)

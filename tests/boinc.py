@@ -11,13 +11,13 @@ import os
 import platform
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import types
 
 import pytest
 from agents import TOP, Agent
+from brokers import free_port
 from helpers import wait_until
 
 import agent
@@ -63,12 +63,6 @@ def load_rig():
         loader.exec_module(found)
         sys.dont_write_bytecode = before
     return found
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(('127.0.0.1', 0))
-        return listener.getsockname()[1]
 
 
 class Boinc:

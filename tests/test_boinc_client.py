@@ -10,6 +10,7 @@ from helpers import wait_until
 
 pytestmark = [pytest.mark.once, pytest.mark.slow, pytest.mark.ends,
               pytest.mark.skipif(bool(boinc_rig.why_not()), reason=boinc_rig.why_not() or 'never')]
+LACKS = '<output><name>out</name><path>no/such/out</path></output>'
 
 
 @pytest.fixture
@@ -120,7 +121,7 @@ def test_ends(boinc):
     rig = boinc.rig
     for name, program in (('one', 'exit 1'), ('most', 'exit 255'), ('segv', 'kill -SEGV $$'),
                           ('killed', 'kill -KILL $$'), ('lacks', 'exit 0'), ('endless', 'sleep 600')):
-        boinc.add(name, program + '\n', '<output>out</output>' if name == 'lacks' else '',
+        boinc.add(name, program + '\n', LACKS if name == 'lacks' else '',
                   outputs=['out'] if name == 'lacks' else [])
     boinc.add('completed', 'printf "3\\n1\\nall that was to be done\\n" > over; sleep 600\n',
               '<completion_trigger_file>over</completion_trigger_file>')
@@ -139,7 +140,7 @@ def test_ends(boinc):
         'lacks': ('error', 0), 'endless': ('aborted', 203), 'completed': ('error', 3),
         'timed': ('uploaded', 0)}
     assert re.search('Output file lacks_out.* absent', rig.read('client.log'))
-    assert 'the program left no file out' in rig.stderr('lacks')
+    assert 'the program left no file no/such/out' in rig.stderr('lacks')
     assert rig.wait('tired', 'waiting=the moon is up')['process'] == 'none'
     task = rig.wait('odd', 'process=none')
     assert 'enable_floppyio' in wait_until(lambda: rig.task('odd')['waiting'], 20), task

@@ -5,6 +5,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 import boincjob
 import boincslot
+import boincwork
 import hostclient
 from boinclife import (
     AWAY_TRIES,
@@ -26,7 +28,7 @@ from boinclife import (
 )
 from boincslot import CHANNEL, CHANNELS, Channels, InitData, Record, Slot
 from boincwork import Look, Trouble
-from faults import HypervisorError
+from faults import HypervisorError, TransferError
 
 # The shared memory.
 
@@ -231,6 +233,47 @@ def test_any_text_is_a_trigger(text):
 def test_triggers():
     assert boincjob.read_trigger('3\n1\nall is\nwell\n') == (3, True, 'all is well')
     assert boincjob.read_trigger('') == (0, False, '')
+
+
+# The steps.
+
+class OneAnswer:
+    """A host agent that answers each call with the same, or raises it."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def call(self, method, *args):
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+@pytest.mark.parametrize('why, is_missing', [
+    ('/out on vm: /out: does not exist', True), ('/a on vm: not a directory', True),
+    ('/out on vm: timed out', False), ('/does not exist on vm: disconnected', False)])
+def test_an_output_that_cannot_be_looked_at_is_not_a_missing_one(why, is_missing):
+    work = types.SimpleNamespace(host=OneAnswer(TransferError(why)), machine=types.SimpleNamespace(name='vm'))
+    files = boincwork.GuestFiles(work)
+    if is_missing:
+        assert files.exists('out') is False
+    else:
+        with pytest.raises(TransferError):
+            files.exists('out')
+
+
+def test_a_client_is_gone(tmp_path):
+    """Its process ends, or, where it doesn't tell which that is, its heart-beats stop."""
+    with subprocess.Popen(['sleep', '600']) as process:
+        client = boincslot.Client(process.pid, True, 0)
+        assert not client.is_gone(100)
+        process.kill()
+        process.wait()
+        assert not client.is_gone(100.1) and client.is_gone(103)       # looked at now and then
+    old = boincslot.Client(0, True, 0)
+    old.hear('<heartbeat/><network_suspended/>', 20)
+    assert not old.is_gone(49) and old.is_gone(51)
+    assert not boincslot.Client(0, False, 0).is_gone(1e9)              # by hand there is none
 
 
 # The life of a task.

@@ -19,7 +19,7 @@ from vms import kill
 
 import hostclient
 
-pytestmark = [pytest.mark.once, pytest.mark.ends,
+pytestmark = [pytest.mark.once, pytest.mark.slow, pytest.mark.ends,
               pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 INI = """[Broker]
 port = auto

@@ -351,7 +351,7 @@ def test_disks_lie_on_an_image_that_stays(box, vbox, image, tmp_path):
     assert first.mediumAttachments[0].medium.parent is second.mediumAttachments[0].medium.parent
     assert box.remove_vm('first', True) == [] and not os.path.exists(disk)
     assert [medium.location for medium in vbox.hardDisks] == [image]
-    assert box.remove_vm('second', True) == []
+    assert box.remove_vm('second', True, True) == []           # all disks: the image is none of them
     assert not vbox.hardDisks and open(image).read() == before
     assert vbox.extra == {}
 

@@ -7,6 +7,7 @@ import fake_server
 import fake_virtualbox
 import pytest
 from agents import Agent, Host
+from brokers import free_port
 from helpers import fault_of, wait_until
 from vms import VMHost, environment
 
@@ -55,12 +56,21 @@ def test_an_idle_host_agent_ends(tmp_path):
 
 
 def test_a_host_agent_whose_guest_works_is_not_idle(tmp_path):
-    with Host(tmp_path / 'host', idle_end='1') as host, Agent(tmp_path / 'guest', host, 'g1') as guest:
+    with Host(tmp_path / 'host', {'port': free_port()}, idle_end='1') as host, \
+            Agent(tmp_path / 'guest', host, 'g1') as guest:
         with host.api as api:
-            api.runCmd('g1', 'sh', ['-c', 'until [ -e over ]; do sleep 0.1; done'])
+            cmd_id = api.runCmd('g1', 'sh', ['-c', 'until [ -e over ]; do sleep 0.1; done'])
         wait_until(lambda: 'running' in host.log(), 20)
         with pytest.raises(AssertionError):
             wait_until(lambda: host.process.poll() is not None, 2.5)
+        with host.api as api:
+            api.signalCmd(cmd_id, 'STOP')        # until somebody has it go on
+            wait_until(lambda: api.getCmdStatus(cmd_id)['state'] == 'stopped', 20)
+        assert host.process.wait(20) == 0
+        host.start()
+        with host.api as api:
+            wait_until(lambda: api.listRegisteredVMs(), 20)
+            api.signalCmd(cmd_id, 'CONT')
         open(os.path.join(guest.files, 'over'), 'w').close()
         assert host.process.wait(20) == 0
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 
 import fake_server
 import fake_virtualbox
@@ -13,6 +14,7 @@ from fake_guest import CONNECTIONS, Guest
 from helpers import fault_of, wait_until
 from vms import VMHost
 
+import faults
 import virtualbox
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
@@ -161,3 +163,26 @@ def test_macs_are_written_in_any_case(host, guest, api):
     one.put(CONNECTIONS, {'id': mac.lower()}, 'HELLO ' + json.dumps(keys))
     wait_until(lambda: 'lower' in api.listRegisteredVMs())
     assert api.getVM(mac.lower())['name'] == 'lower'
+
+
+def test_launch_waits_for_the_agent(host, guest, api, tmp_path):
+    with ThreadPoolExecutor(1) as pool, host.api as other:
+        launched = pool.submit(host.verb, 'launch', 'launched', image_in(tmp_path), '--memory', '16')
+        wait_until(lambda: other.listVMsWithState().get('launched') == 'Running', 20)
+        mac = other.getVM('launched')['id']
+        assert not launched.done()
+        guest(mac).join()
+        done = launched.result(30)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b'launched\n', b'')
+    fault = fault_of(api.launchVM, 'silent', image_in(tmp_path, 'silent'), {'timeout': 0.1})
+    assert fault.faultCode == faults.DeadlineExceeded.fault and 'silent runs' in fault.faultString
+    assert api.getState('silent') == 'Running'
+    fault = fault_of(api.launchVM, 'never', image_in(tmp_path), {'timeout': 'long'})
+    assert fault.faultCode == faults.InvalidParams.fault and 'never' not in api.listVMs()
+
+
+def image_in(folder, name='image'):
+    """The path of a disk of its own."""
+    path = folder / (name + '.vdi')
+    path.write_text('5d7d8d0a-0000-4000-8000-%012d' % len(name))
+    return str(path)
