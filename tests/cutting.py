@@ -69,7 +69,11 @@ class CuttingProxy:
             if self.most is not None and len(self.connections) >= self.most:
                 near.close()
                 continue
-            far = socket.create_connection(self._server)
+            try:
+                far = socket.create_connection(self._server)
+            except OSError:                            # it was killed
+                near.close()
+                continue
             self.connections.append((near, far))
             for sock in (near, far):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
