@@ -85,6 +85,8 @@ class Commands:
             self._lose_unless_ended(command)
         else:
             log.info('%s: goes on', command.cmd_id)
+            if signal.SIGKILL in command.sent_signals():       # noted; perhaps it wasn't sent any more
+                command.signals.append(signal.SIGKILL)
 
     def _add(self, command: Command) -> None:
         with self._lock:

@@ -38,6 +38,14 @@ class Guest:
         self.stopping = threading.Event()
         self.begin()
 
+    def begin_anew(self):
+        """As the next agent does."""
+        self.stopping.set()
+        self.thread.join()
+        self.stopping.clear()
+        self.spool.close()
+        self.begin()
+
     def begin(self):
         self.spool = guestspool.Spool(self.state, 'g', 'boot')
         self.reports = guestreports.Reports(self.say, 65536, self.spool.chirp_path)
@@ -174,8 +182,7 @@ def test_an_agent_that_ended_while_it_noted_a_cancelled_command_leaves_nothing_t
         patch.setattr(guestspool.Command, 'end', die)
         with pytest.raises(KeyboardInterrupt):
             guest.signal('c', 'KILL', cancel=True)
-    guest.spool.close()
-    guest.begin()
+    guest.begin_anew()
     assert guest.commands.states() == {} and not guest.spool.command('c').has('request.json')
 
 
@@ -190,6 +197,16 @@ def test_a_runner_that_the_agent_before_had_asked_may_take_a_command_late(guests
     assert guest.result('late')['out'] == 'hello\n' and guest.commands.states()['late'] == 'exited'
     guest.signal('first', 'KILL')
     guest.result('first')
+
+
+def test_a_kill_that_an_agent_noted_and_never_sent_is_sent_by_the_next_one(guests):
+    guest = guests()
+    guest.run('c', 'sleep', '60')
+    wait_until(guest.spool.command('c').process, 20)
+    guest.spool.command('c').note_signal(9)
+    guest.begin_anew()
+    result = guest.result('c')
+    assert (result['state'], result['exitCodeOrSignal'], result['by']) == ('signaled', 9, 'signalCmd')
 
 
 def test_a_signal_never_reaches_the_next_command_of_a_runner(guests, monkeypatch):
