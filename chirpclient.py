@@ -1000,6 +1000,7 @@ class Download(Move):
                         checked: bytes = b'') -> None:
         """``checked``: the path, where each piece is to be checked as it comes."""
         wire, buffer, size = self._client.connect(), new_buffer(), CHECKED if checked else PIECE
+        self._client.ask(CRC32, quote(checked), end, size)     # raises where that is too long
         asked: Deque[int] = collections.deque()
         while start < end or asked:
             if start < end and len(asked) * size < AHEAD:

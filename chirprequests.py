@@ -118,10 +118,11 @@ class Connection:
 
     @contextlib.contextmanager
     def moving_content(self) -> Iterator[None]:
-        """Where a file here fails, the connection ends: bytes that were announced won't be sent, or taken."""
+        """Where a file fails, here or there, the connection ends: more of it is under way, and won't be sent,
+        or taken."""
         try:
             yield
-        except OSError:
+        except (OSError, Refused):
             self.disconnect()
             raise
 

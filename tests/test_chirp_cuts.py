@@ -445,6 +445,36 @@ def test_a_file_that_the_disk_loses_leaves_the_others_of_its_folder_alone(client
     assert {name: what for name, what in there.items() if not chirpwire.is_part(name)} == seen(source)
 
 
+@pytest.mark.parametrize('call', ['put', 'get'])
+def test_a_file_that_the_servers_disk_loses_leaves_the_others_alone(tmp_path, monkeypatch, call):
+    """The server refuses a piece in the middle, while more are under way."""
+    name = 'pwrite' if call == 'put' else 'pread'
+    real, refused = getattr(chirpserver.OpenFiles, name), []
+
+    def refuse(self, word, length, offset):
+        if int(offset) and not refused:
+            refused.append(word)
+            self._wire.skip(int(length) if call == 'put' else 0)
+            return b'-8\n'
+        return real(self, word, length, offset)
+    monkeypatch.setattr(chirpserver.OpenFiles, name, refuse)
+    source = tmp_path / 'source'
+    source.mkdir()
+    for each in 'abc':
+        write(source / each, os.urandom(11 << 20))
+    with our_server(tmp_path) as server, chirpclient.ChirpClient(*server.address) as moving:
+        with pytest.raises(chirpwire.Incomplete) as info:
+            if call == 'put':
+                moving.put(str(source), '/target')
+            else:
+                moving.get('/source', str(tmp_path / 'target'))
+    lost = os.path.basename(info.value.failures[0][0])
+    assert len(info.value.failures) == 1 and lost in 'abc'
+    os.unlink(str(source / lost))
+    there = seen(tmp_path / 'target')
+    assert {name: what for name, what in there.items() if not chirpwire.is_part(name)} == seen(source)
+
+
 def test_what_vanishes_from_a_folder_is_told_and_the_rest_is_moved(client, served, tmp_path, monkeypatch):  # noqa: F811
     (served[1] / 'tree').mkdir()
     for name in ('a', 'b', 'c'):
