@@ -117,7 +117,7 @@ def read_arguments(verb: Verb, words: List[str]) -> Any:
         words, command = split_command(verb, words)
     elif verb.name == 'kill':
         words = [word for each in words for word in signal_option(each)]
-    args = Parser(verb).parse_args(words)
+    args = Parser(verb).parse_args([part for word in words for part in short_options(verb, word)])
     args.command = command
     return args
 
@@ -137,6 +137,20 @@ def skip_options(words: List[str], at: int, takes_value: Set[str]) -> int:
     while at < len(words) and words[at].startswith('-') and words[at] not in ('-', '--'):
         at += 2 if words[at] in takes_value else 1
     return at
+
+
+def short_options(verb: Verb, word: str) -> List[str]:
+    """-it as -i and -t, -n5 as -n and 5: before 3.8, argparse takes neither without abbreviations."""
+    takes_value = {name: 'metavar' in options for names, options in verb.arguments for name in names}
+    found: List[str] = []
+    for at in range(1, len(word) if word[:1] == '-' and word[1:2] not in ('-', '') else 0):
+        option = '-' + word[at]
+        if option not in takes_value:
+            return [word]
+        found.append(option)
+        if takes_value[option]:
+            return found + [word[at + 1:]] * (at + 1 < len(word))
+    return found or [word]
 
 
 def signal_option(word: str) -> List[str]:

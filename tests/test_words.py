@@ -11,6 +11,8 @@ import pytest
 from agents import TOP, Agent, Host
 from helpers import wait_until
 
+import hostcli
+
 pytestmark = [pytest.mark.ends, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 SCRIPT = os.path.join(TOP, 'vmhost.py')
 
@@ -97,6 +99,18 @@ def test_kill_as_hands_know_it(option, host, guests):
     assert host.verb('kill', *(option + tuple(ids))).returncode == 0
     assert [host.results(cmd_id)['exitCodeOrSignal'] for cmd_id in ids] == [9, 9]
     assert host.verb('kill', 'no-such', ids[0]).returncode == 1
+
+
+def test_short_options_that_are_written_together():
+    def read(verb, *words):
+        return hostcli.read_arguments(hostcli.VERBS[verb], list(words))
+    args = read('run', '-itT5', 'one', 'ls', '-la')
+    assert (args.stdin, args.terminal, args.timeout, args.command) == (True, True, 5, ['ls', '-la'])
+    args = read('ps', '-aqn3', 'one')
+    assert (args.all, args.quiet, args.number, args.vm) == (True, True, 3, 'one')
+    assert read('kill', '-9', 'id').signal == '9' and read('out', '-n', '-1', 'id').tail == -1
+    with pytest.raises(SystemExit):
+        read('ps', '-qx')
 
 
 def test_rerun(host, guests):
