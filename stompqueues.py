@@ -222,9 +222,6 @@ class Subscription:
             parts = self.lead + message.head(*self.kind), message.body, b'\0\n'
         self.outlet.put(parts, 1, message.sender, delivery)
 
-    def has_room(self) -> bool:
-        return len(self.unacked) < self.prefetch and self.outlet.has_room()
-
     def acknowledge(self, number: str) -> List[BrokerMessage]:
         """Takes the messages that an ACK or NACK of this one is about, out of ``unacked``."""
         if number not in self.unacked:
@@ -385,24 +382,26 @@ class Queue(Destination):
             self.came += 1
             self.all.expired += 1
             return self.all.forget(self)
-        self.all.make_room(self, message)
         self.keep(message)
         self._fresh.append(message)
         self.came += 1
-        self.dispatch()
+        if self._turns:
+            self.dispatch()
 
     def keep(self, message: BrokerMessage) -> None:
-        """From now on it is counted."""
-        cost, envelope = message.cost, message.envelope
+        """From now on it is counted. Raises DestinationError where there is no room."""
+        cost, envelope, all_of_them = message.cost, message.envelope, self.all
         if not envelope.kept:
             cost += envelope.cost
-            if envelope.expires < NEVER:
-                self.all.expires(self, envelope)
+        in_all = cost if self.bytes else cost + self.OVERHEAD
+        if self.bytes + cost > all_of_them.most_bytes or all_of_them.bytes + in_all > all_of_them.most_in_all:
+            all_of_them.make_room(self, cost)
+            in_all = cost if self.bytes else cost + self.OVERHEAD
+        if envelope.expires < NEVER and not envelope.kept:
+            all_of_them.expires(self, envelope)
         envelope.kept += 1
-        if not self.bytes:
-            self.all.bytes += self.OVERHEAD
         self.bytes += cost
-        self.all.bytes += cost
+        all_of_them.bytes += in_all
 
     def drop(self, message: BrokerMessage) -> None:
         """It is kept no longer."""
@@ -423,7 +422,7 @@ class Queue(Destination):
     def written(self, message: BrokerMessage) -> None:
         """An ``auto`` consumer's socket has it."""
         self.drop(message)
-        if not self.subscriptions:
+        if not (self.bytes or self.subscriptions):
             self.all.forget(self)
 
     # -- who is next
@@ -433,7 +432,7 @@ class Queue(Destination):
         turns, passed_over = self._turns, 0
         while (self._fresh or self._back) and passed_over < len(turns):
             consumer = next(iter(turns))
-            if not consumer.has_room():
+            if len(consumer.unacked) >= consumer.prefetch or not consumer.outlet.has_room():
                 del turns[consumer]
                 continue
             turns.move_to_end(consumer)
@@ -585,8 +584,8 @@ class Destinations:
         self.gathering = None    # type: Optional[Topic]
         self.to_dispatch = {}    # type: Dict[Queue, None]
         self._told = agent.Seldom(log)
-        self._most_bytes = most_bytes
-        self._most_in_all = most_in_all
+        self.most_bytes = most_bytes
+        self.most_in_all = most_in_all
         self._places = {}        # type: Dict[str, Any]
         self._expiring = {}      # type: Dict[Queue, float]   # those with messages that expire, and when
         self._next_expiry = NEVER          # the first of these; seconds since 1970
@@ -667,16 +666,13 @@ class Destinations:
                 wanted[name] += MESSAGE_OVERHEAD + len(frame.body) + Envelope(frame.headers).cost
         self._check_room(wanted)
 
-    def make_room(self, queue: Queue, message: BrokerMessage) -> None:
-        """Raises DestinationError where there is none for that message."""
-        cost = message.cost if message.envelope.kept else message.cost + message.envelope.cost
-        in_all = cost if queue.bytes else cost + queue.OVERHEAD
-        if queue.bytes + cost > self._most_bytes or self.bytes + in_all > self._most_in_all:
-            try:
-                self._check_room({queue.name: cost})
-            except DestinationError:
-                self.forget(queue)
-                raise
+    def make_room(self, queue: Queue, cost: int) -> None:
+        """Raises DestinationError where there is none for so many bytes."""
+        try:
+            self._check_room({queue.name: cost})
+        except DestinationError:
+            self.forget(queue)
+            raise
 
     def _check_room(self, wanted: Dict[str, int]) -> None:
         """Raises DestinationError where there isn't so much for these queues, though what is expired goes."""
@@ -693,10 +689,10 @@ class Destinations:
         for name, cost in wanted.items():
             held = getattr(self._places.get(name), 'bytes', 0)
             in_all += cost if held else cost + Queue.OVERHEAD
-            if held + cost > self._most_bytes:
-                return '%.100s is full: a queue may hold %d bytes' % (name, self._most_bytes)
-        if in_all > self._most_in_all:
-            return 'the queues are full: all together may hold %d bytes' % self._most_in_all
+            if held + cost > self.most_bytes:
+                return '%.100s is full: a queue may hold %d bytes' % (name, self.most_bytes)
+        if in_all > self.most_in_all:
+            return 'the queues are full: all together may hold %d bytes' % self.most_in_all
         return ''
 
     # -- expiry

@@ -227,7 +227,7 @@ class Session:
     # -- SEND
 
     def _send(self, frame: WireFrame) -> None:
-        destination = self._needed(frame, 'destination')
+        destination = frame.headers.get('destination') or self._needed(frame, 'destination')
         allowed = self.broker.policy.sending(self, destination, frame)
         if not self._was_identified:
             self._identify()
