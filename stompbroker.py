@@ -1339,17 +1339,19 @@ def _read_passcode(path: str) -> str:
 def _server_tls(cert: Optional[str], key: Optional[str]) -> Optional[ssl.SSLContext]:
     if not cert:
         return None
+    asked = []
+
+    def password() -> str:
+        """OpenSSL would ask at the terminal for an encrypted key's, and wait."""
+        asked.append(True)
+        return ''
     try:
         tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        tls.load_cert_chain(cert, key, password=_refuse_to_ask)
-    except (OSError, ValueError) as error:
-        raise BrokerError('certificate %s, key %s: %s' % (cert, key or cert, error))
+        tls.load_cert_chain(cert, key, password=password)
+    except OSError as error:
+        raise BrokerError('certificate %s, key %s: %s' % (
+            cert, key or cert, 'the key is encrypted' if asked else error))
     return tls
-
-
-def _refuse_to_ask() -> str:
-    """OpenSSL would ask at the terminal for an encrypted key's password, and wait."""
-    raise ValueError('the key is encrypted, and nobody is there to be asked for its password')
 
 
 if __name__ == '__main__':
