@@ -304,6 +304,7 @@ class Record:
     elapsed     seconds in which it ran
     fraction    of it that was done at the last checkpoint
     put         whether the guest has its files
+    machine     the one on which it runs, where all tasks share some
     made        whether there may be a machine, or a command, of this task
     troubles    temporary exits in a row
     """
@@ -315,6 +316,7 @@ class Record:
         self.before = self.cpu = self.checkpoint = cpu
         self.elapsed = self.fraction = 0.0
         self.put = self.made = False
+        self.machine = ''
         with contextlib.suppress(OSError, ValueError, AttributeError):     # no such file, or a damaged one
             with open(path, encoding='utf-8') as file:
                 for name, value in json.load(file).items():

@@ -205,6 +205,8 @@ class VirtualMachine:
             raise Trouble('no hypervisor answers here: install VirtualBox; what is missing tells: %s'
                           % self._host.how_to('check'))
         state = self._host.call('listVMsWithState').get(self.name)
+        if state is not None:          # before it starts: this process may die at any moment
+            self.lease()
         if state is None:
             if not os.path.isfile(self._image):
                 raise Trouble('the project\'s disk image %s is missing' % self._image)
@@ -217,7 +219,6 @@ class VirtualMachine:
         elif state == 'Paused':
             self._host.call('resume', self.name)
         elif state == 'Running':
-            self.lease()
             return bool(self._host.call('getVM', self.name)['agent'] == 'alive')
         return False
 
@@ -283,16 +284,24 @@ class GivenMachine:
     """A machine that is there, whose agent has joined a host agent without a hypervisor: all tasks share it,
     each has a folder of its own. To pause is to stop the command's processes."""
 
-    def __init__(self, host: HostAgent, name: str) -> None:
-        self.name = ''
+    def __init__(self, host: HostAgent, name: str, record: Record) -> None:
         self.files = name
         self._host = host
+        self._record = record
+
+    @property
+    def name(self) -> str:
+        """The one that was chosen, for good: the task's files are there."""
+        return self._record.machine
 
     def ready(self) -> bool:
-        """Whether there is one."""
+        """Whether it is there; at first, whether there is any, and the one with the fewest commands is it."""
         names = self._host.call('listRegisteredVMs')
-        self.name = self.name if self.name in names else min(names, default='')
-        return bool(self.name)
+        if names and not self.name:
+            load = {name: len(self._host.call('getVM', name)['commands']) for name in names}
+            self._record.machine = min(names, key=lambda name: (load[name], name))
+            self._record.save()
+        return self.name in names
 
     def runs(self) -> bool:
         """Whether its agent is there."""
@@ -366,7 +375,7 @@ class Work:
 
     def _choose_machine(self) -> Any:
         if not self.host.drives_vms:
-            return GivenMachine(self.host, self._name)
+            return GivenMachine(self.host, self._name, self._record)
         wish = {'cpus': self._words.cpus}      # type: Dict[str, Any]
         memory = self._words.memory or int(self._job.memory_size_mb)
         wish['memory'] = max(memory, LEAST_MEMORY)

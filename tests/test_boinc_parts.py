@@ -262,6 +262,21 @@ def test_an_output_that_cannot_be_looked_at_is_not_a_missing_one(why, is_missing
             files.exists('out')
 
 
+def test_given_machines_share_the_tasks_and_a_task_stays_where_it_is(tmp_path):
+    machines = {'busy': ['a', 'b'], 'idle': [], 'other': []}
+    host = types.SimpleNamespace(call=lambda method, *args: (
+        sorted(machines) if method == 'listRegisteredVMs' else {'commands': machines[args[0]]}))
+    record = Record(str(tmp_path / 'record'))
+    assert boincwork.GivenMachine(host, 'task', record).ready() and record.machine == 'idle'
+    machines.pop('idle')
+    again = boincwork.GivenMachine(host, 'task', Record(str(tmp_path / 'record')))
+    assert not again.ready() and again.name == 'idle'
+    machines['idle'] = ['a', 'b', 'c']
+    assert again.ready()
+    nobody = types.SimpleNamespace(call=lambda *_: [])
+    assert not boincwork.GivenMachine(nobody, 'task', Record(str(tmp_path / 'none'))).ready()
+
+
 def test_a_client_is_gone(tmp_path):
     """Its process ends, or, where it doesn't tell which that is, its heart-beats stop."""
     with subprocess.Popen(['sleep', '600']) as process:
