@@ -18,13 +18,17 @@ has its own.
 # An older Python can't read this file: it stops at this line, and shows it.
 __needs__: str = 'Python 3.6 or later, and this is an older one: try python3 instead of python'
 
-import logging
 import os
+import sys
+
+if os.name != 'posix':
+    sys.exit('vmguest: guests are Linux, macOS and other POSIX systems; here the host agent runs (vmhost.py)')
+
+import logging
 import platform
 import select
 import signal
 import socket
-import sys
 import threading
 import time
 from typing import Any, Dict, List, Optional, Set, Tuple  # noqa: F401

@@ -324,6 +324,18 @@ def test_a_shell_lasts_and_one_comes_back_to_it(host, guest, how):
     assert person.wait()[0] == 0
 
 
+def test_a_shell_goes_on_while_the_agent_is_restarted(host, tmp_path):
+    with Agent(tmp_path, host, 'shaky') as agent:
+        person = Person(host, 'shell', 'shaky')
+        at_prompt(person)
+        agent.stop()
+        agent.start()
+        person.type(b'echo still$((20 + 2))\r')
+        person.sees(b'still22')
+        person.type(b'exit 0\r')
+        assert person.wait()[0] == 0
+
+
 def test_a_paste_of_a_megabyte(host, guest, tmp_path):
     """Into a program that reads key by key, as editors and shells do."""
     target = tmp_path / 'pasted'
