@@ -586,7 +586,7 @@ def read_bytes(text: str) -> int:
 DETACH = switch('-d', '--detach', help='print the command\'s id, and return at once')
 RUN_ARGUMENTS = [
     switch('-i', '--stdin', help='pass standard input, as it comes'),
-    switch('-t', '--terminal', help='with a terminal of its own; ~. at the begin of a line leaves it'),
+    switch('-t', dest='terminal', help='with a terminal of its own; ~. at the begin of a line leaves it'),
     DETACH,
     argument('-T', '--timeout', metavar='SEC', type=read_seconds,
              help='terminate it after that time (90, 5m, 2h)'),
