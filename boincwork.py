@@ -18,6 +18,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
@@ -34,7 +35,7 @@ LEASE = 60                     # seconds without its wrapper after which a VM is
 LINK_EVERY = 60.0              # seconds between two links to the status page; one is good for two minutes
 LEASE_EVERY = 10.0             # seconds between two renewals
 START_PATIENCE = 60.0          # seconds that a host agent may take to answer
-START_AGAIN = 5.0              # seconds after which another one is started: the first may have met
+START_AGAIN = 10.0             # seconds after which another one is started: the first may have met
                                # one that was about to end
 LONGEST_NAME = 150             # characters of a machine's name
 NO_SUCH_FOLDER = ('does not exist', 'not a directory')     # how the error of a folder that isn't there ends
@@ -131,9 +132,7 @@ class HostAgent:
         if self._settings is None:
             if not os.path.exists(self.ini):
                 os.makedirs(self.folder, mode=0o700, exist_ok=True)
-                with open(self.ini + '.new', 'w', encoding='utf-8') as file:
-                    file.write(INI % free_port())
-                os.replace(self.ini + '.new', self.ini)
+                write_new(self.ini, INI % free_port())
             self._settings = hostconfig.read_settings(self.ini)
         return self._settings
 
@@ -155,6 +154,22 @@ class HostAgent:
         return 'its log is in %s' % self.folder
 
 
+def write_new(path: str, text: str) -> None:
+    """Writes a file, whole or not at all, unless there is one: another task may be doing the same. Raises
+    OSError."""
+    descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path))
+    with open(descriptor, 'w', encoding='utf-8') as file:
+        file.write(text)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:                    # a file system without links
+        os.replace(temporary, path)
+        return
+    os.remove(temporary)
+
+
 def free_port() -> int:
     """The port that guests' agents try by themselves, where it is free now; else any that is."""
     for port in (BROKER_PORT, 0):
@@ -173,7 +188,7 @@ def start_orphaned(command: List[str], folder: str) -> None:
     It lives in ``folder``, and what it prints is kept there. Raises OSError.
     """
     starter = ('import subprocess, sys\n'
-               'with open(sys.argv[1], "wb") as out:\n'
+               'with open(sys.argv[1], "ab") as out:\n'
                '    subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL, stdout=out, stderr=out, '
                '**({"creationflags": 0x8} if sys.platform == "win32" else {"start_new_session": True}))')
     environment = {name: value for name, value in os.environ.items() if name != 'LD_LIBRARY_PATH'}

@@ -5,6 +5,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 import types
 
 import pytest
@@ -260,6 +261,22 @@ def test_an_output_that_cannot_be_looked_at_is_not_a_missing_one(why, is_missing
     else:
         with pytest.raises(TransferError):
             files.exists('out')
+
+
+def test_tasks_that_begin_at_once_write_one_ini_file(tmp_path):
+    folder = str(tmp_path / 'vmhost')
+    agents = [boincwork.HostAgent(folder, []) for _ in range(8)]
+    threads = [threading.Thread(target=lambda each=each: each.drives_vms) for each in agents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert os.listdir(folder) == ['host.ini'] and all(each.drives_vms for each in agents)
+    with open(os.path.join(folder, 'host.ini')) as file:
+        before = file.read()
+    boincwork.write_new(os.path.join(folder, 'host.ini'), 'another')
+    with open(os.path.join(folder, 'host.ini')) as file:
+        assert file.read() == before and os.listdir(folder) == ['host.ini']
 
 
 def test_given_machines_share_the_tasks_and_a_task_stays_where_it_is(tmp_path):
