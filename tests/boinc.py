@@ -94,6 +94,7 @@ class Boinc:
     def close(self):
         if self.guest is not None:
             self.guest.stop()
+            self.guest.end_programs()
         for pid in self.host_pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)

@@ -94,7 +94,8 @@ class Project:
         host = types.SimpleNamespace(broker_port=port)
         agent = Agent(os.path.join(self.folder, 'guest-' + task.name), host,
                       self.call('getVM', task.vm)['id'])
-        self._stack.enter_context(contextlib.closing(types.SimpleNamespace(close=agent.stop)))
+        self._stack.callback(agent.end_programs)
+        self._stack.callback(agent.stop)
         agent.start(wait=False)
         return agent
 
