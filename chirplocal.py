@@ -19,7 +19,6 @@ try:
     import fcntl
 except ImportError:                    # Windows
     fcntl = None               # type: ignore
-    import msvcrt
 
 log = logging.getLogger('vmhost.chirp')
 
@@ -179,6 +178,7 @@ LOCKED_BYTE = 2 ** 31 - 2      # of a partial file on Windows, where no other pr
 
 def lock_on_windows(fd: int, target: str) -> None:
     """As ``lock``, of a file that is open at its begin."""
+    import msvcrt  # of Windows' Python alone
     os.lseek(fd, LOCKED_BYTE, os.SEEK_SET)
     try:
         msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)         # type: ignore
