@@ -867,6 +867,8 @@ class Download(Move):
     def run(self, source: bytes, target: str) -> None:
         found = self._client.stat(source)
         if found.is_dir:
+            if is_device(target):
+                raise Refused(IS_DIR, shown(source))
             self._client.persist(self._meter, lambda: self._get_tree(source, target))
             return self._failures.check()
         self._meter.total = found.size

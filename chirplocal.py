@@ -121,6 +121,7 @@ def open_part(target: str) -> Any:
         fd = os.open(path, flags | getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0), 0o600)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.EISDIR):
+            error.filename = target        # a person knows no other name
             raise
         remove_part(path, target)
         return open_part(target)

@@ -17,7 +17,7 @@ from typing import Any, Dict, List
 import agent
 import localnames
 from cliscreen import PROGRESS_EVERY, Screen, shown_size, shown_span
-from cliverbs import JSON, VM, VMS, Verb, argument
+from cliverbs import JSON, VM, VMS, Verb, argument, switch
 from faults import VMHostError
 from hostclient import Client
 from rpc import carried
@@ -76,7 +76,12 @@ def vm_and_path(text: str) -> List[str]:
 
 
 def here(path: str) -> str:
-    """A path of this machine for the host agent, whose working directory is not ours; ends as it did."""
+    """A path of this machine for the host agent, whose working directory is not ours; ends as it did.
+
+    Raises VMHostError for an empty one: joined, it would be the whole working directory.
+    """
+    if not path:
+        raise VMHostError('a path is empty: name a file or folder (. is the one you are in)')
     return os.path.join(os.getcwd(), path)
 
 
@@ -173,20 +178,22 @@ def transfer_line(now: Dict[str, Any]) -> str:
     return line
 
 
+AS_CP = switch('-r', '-R', '-a', '-p', '--recursive',
+               help='as for cp and scp; folders, modes and times are copied without it, too')
 LINKS = argument('--links', choices=('keep', 'skip', 'follow'), default='keep',
                  help='symbolic links in a folder: the same there, left out, or what they lead to')
 VERBS = [
     Verb('put', do_put, 'copy a file or folder to a VM', [
         VMS, argument('source', metavar='SRC', help='on this machine'),
         argument('target', metavar='DST', nargs='?', default='', help='in the VM; default: the same name'),
-        LINKS, JSON], ('put web1 data/ input',)),
+        AS_CP, LINKS, JSON], ('put web1 data/ input',)),
     Verb('get', do_get, 'copy files or a folder from a VM', [
         VM, argument('source', metavar='SRC', help='in the VM; * and ? match names'),
         argument('target', metavar='DST', nargs='?', default='',
                  help='on this machine; default: the same name; -: standard output'),
-        LINKS, JSON], ('get web1 result.tar .', 'get web1 \'*.csv\' results/')),
+        AS_CP, LINKS, JSON], ('get web1 result.tar .', 'get web1 \'*.csv\' results/')),
     Verb('cp', do_cp, 'copy a file or folder to a VM or from one', [
         argument('source', metavar='SRC', help='a path, or VM:PATH'),
         argument('target', metavar='DST', help='VM:PATH, or a path'),
-        LINKS, JSON], ('cp web1:result.tar .', 'cp data/ web1:input')),
+        AS_CP, LINKS, JSON], ('cp web1:result.tar .', 'cp data/ web1:input')),
 ]

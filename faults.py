@@ -21,8 +21,10 @@ class NoSuchMethod(VMHostError):
     """The API has no such method."""
     fault = -32601
 
-    def __init__(self, name: str) -> None:
-        super().__init__('no method %.100r; system.listMethods lists them' % name)
+    @classmethod
+    def named(cls, name: str) -> 'NoSuchMethod':
+        """The fault for that name. (At the caller it is made of its text, as the others are.)"""
+        return cls('no method %.100r; system.listMethods lists them' % name)
 
 
 class NoSuchVM(VMHostError):

@@ -76,7 +76,7 @@ class AgentMethods(Methods):
             name = ALIASES.get(method, method)
             texts = [text for text in texts if text.name == name]
             if not texts:
-                raise NoSuchMethod(method)
+                raise NoSuchMethod.named(method)
         return '\n\n'.join(map(str, texts))
 
     def agentInfo(self) -> dict:

@@ -59,7 +59,7 @@ class Dispatcher:
     def _find(self, name: str) -> Callable:
         found = self._system.get(name) or self._api.methods.get(name) or self._api.older.get(name)
         if found is None:
-            raise NoSuchMethod(name)
+            raise NoSuchMethod.named(name)
         return found
 
     def _call(self, name: str, method: Callable, params: List[Any]) -> rpc.XML:

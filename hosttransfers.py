@@ -7,7 +7,6 @@ table, and the step from waiting to running or cancelled; nothing is called whil
 """
 
 import collections
-import contextlib
 import logging
 import os
 import posixpath
@@ -245,11 +244,17 @@ class Transfers:
 
 
 def make_parents(client: chirpclient.ChirpClient, target: str) -> None:
-    """Makes the folders in a guest that a target is to be in, where they are missing."""
+    """Makes the folders in a guest that a target is to be in, where they are missing. Raises Refused
+    where one of them is a file."""
     names = [name for name in target.split('/')[:-1] if name]
     for depth in range(1, len(names) + 1):
-        with contextlib.suppress(chirpwire.Refused):        # it is there; or the put will say what is wrong
-            client.mkdir('/' + '/'.join(names[:depth]))
+        folder = '/' + '/'.join(names[:depth])
+        try:
+            client.mkdir(folder)
+        except chirpwire.Refused:          # it is there; or the put will say what is wrong
+            found = client.find(folder)
+            if found is not None and not found.is_dir:
+                raise chirpwire.Refused(chirpwire.NOT_DIR, folder[1:])
 
 
 class GuestPaths:

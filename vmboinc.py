@@ -45,6 +45,7 @@ log = logging.getLogger('vmboinc')
 
 USAGE = """\
 usage: vmboinc.py [WORD ...]           as a BOINC task, in its slot; by hand in a folder with a vbox_job.xml
+       vmboinc.py --version
        vmboinc.py --bundle FILE        write the whole program as the one file of an app version
        vmboinc.py --host-agent INI [VERB ...]
                                        run the host agent, as a task does by itself; or ask the running one
@@ -244,6 +245,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         return host_agent(argv[1:])
     if argv in (['-h'], ['--help']):
         print(USAGE, end='')
+        return 0
+    if argv == ['--version']:
+        print('vmboinc %s' % agent.VERSION)
         return 0
     return run_task(argv)
 

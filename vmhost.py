@@ -12,7 +12,10 @@ __needs__: str = 'Python 3.6 or later, and this is an older one: try python3 ins
 import sys
 from typing import Any, List, Optional
 
-import hostcli
+try:
+    import hostcli
+except KeyboardInterrupt:      # Ctrl-C before the command line is there to hear it
+    sys.exit(130)
 
 
 def run_host(ini: Optional[str]) -> int:

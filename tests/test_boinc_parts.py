@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import agent
 import boincjob
 import boincslot
 import boincwork
@@ -75,6 +76,9 @@ def test_the_bundle_is_what_a_client_and_a_server_want(tmp_path):
     assert content.startswith(b'#!/usr/bin/env python3\n') and b'\nAPI_VERSION_7.20.5\n' in content
     said = subprocess.run([sys.executable, '-I', '-S', path, '--help'], stdout=subprocess.PIPE, check=True)
     assert b'usage: ' in said.stdout
+    said = subprocess.run([sys.executable, '-I', '-S', path, '--version'], stdout=subprocess.PIPE, check=True,
+                          cwd=str(tmp_path))
+    assert said.stdout.decode() == 'vmboinc %s\n' % agent.VERSION
     said = subprocess.run([sys.executable, '-I', '-S', path, '--host-agent', '--help'],
                           stdout=subprocess.PIPE, check=True)
     assert b'cleanup' in said.stdout

@@ -26,6 +26,7 @@ import faults
 import hostclient
 import hoststate
 import localsocket
+import rpc
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='modes, users and Unix sockets')
 as_root = pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() != 0, reason='needs root')
@@ -422,3 +423,14 @@ def test_completing_a_name_runs_nothing_of_it(quote, tmp_path):
     terminal.type(b'exit\n')
     terminal.wait()
     assert not (tmp_path / 'pwned').exists()
+
+
+# --- faults, there and back ---
+
+def test_a_fault_says_at_the_caller_what_it_said_at_the_host():
+    """Once, that is: its class is made of the text that came."""
+    for kind in faults.VMHostError.__subclasses__():
+        if 'fault' in vars(kind):
+            error = hostclient.raised_by(rpc.Fault(kind.fault, 'the text'))
+            assert str(error).startswith('the text') and str(error).count('the text') == 1, str(error)
+            assert str(error) in ('the text', 'the text (`ls` lists them)'), str(error)

@@ -110,6 +110,42 @@ def test_a_file_goes_to_standard_output(host, guest, tmp_path):
     assert done.returncode == 1 and b'does not exist' in done.stderr and not done.stdout
 
 
+def test_an_empty_source_is_refused(host, guest, tmp_path):
+    """As of a variable that isn't set; not the folder that the command line is in, or all that is served."""
+    for words in ('put', 'g', ''), ('put', 'g', '', 'x'), ('cp', '', 'g:'), ('cp', 'g:', tmp_path / 'got'), \
+            ('get', 'g', '', tmp_path / 'got'):
+        code, out, err = verb(host, *words)
+        assert (code, out) == (1, '') and err, words
+    assert names(guest.files) == [] and not (tmp_path / 'got').exists()
+
+
+def test_a_folder_is_not_streamed(host, guest, tmp_path):
+    os.mkdir(in_guest(guest, 'tree'))
+    code, out, err = verb(host, 'get', 'g', 'tree', '-')
+    assert (code, out) == (1, '') and 'directory' in err and '/stream' not in err
+
+
+def test_no_error_names_a_temporary_file(host, guest, tmp_path):
+    """Where what should be a folder is a file, or isn't there."""
+    write(tmp_path / 'file', b'x')
+    good(host, 'put', 'g', tmp_path / 'file')
+    for words in ('put', 'g', tmp_path / 'file', 'file/y'), ('get', 'g', 'file', tmp_path / 'file' / 'y'), \
+            ('get', 'g', 'file', tmp_path / 'missing' / 'y'):
+        code, _, err = verb(host, *words)
+        assert code == 1 and 'vmhost-part' not in err, err
+        assert 'file' in err or 'missing' in err
+
+
+def test_the_options_of_cp_and_scp_are_taken(host, guest, tmp_path):
+    tree = tmp_path / 'tree'
+    tree.mkdir()
+    write(tree / 'x', b'x')
+    good(host, 'cp', '-r', tree, 'g:there')
+    good(host, 'put', '-a', 'g', tree, 'too')
+    good(host, 'get', '-rp', 'g', 'there', tmp_path / 'back')
+    assert names(tmp_path / 'back') == ['x'] and names(guest.files) == ['there', 'too']
+
+
 def test_each_failure_is_told(host, guest, tmp_path):
     tree = tmp_path / 'tree'
     tree.mkdir()

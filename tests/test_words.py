@@ -171,6 +171,20 @@ def test_closed_standard_streams(host, guests):
             assert done.returncode == (2 if words == 'nonsense' else 0), done
 
 
+def test_ctrl_c_while_the_program_loads_is_no_traceback():
+    """Fingers are quick: here it comes with the import of one of its files."""
+    code = ('import runpy, sys\n'
+            'class Finder:\n'
+            '    def find_spec(self, name, path, target=None):\n'
+            '        if name == "cliagent":\n'
+            '            raise KeyboardInterrupt\n'
+            'sys.meta_path.insert(0, Finder())\n'
+            'sys.path.insert(0, sys.argv[1])\n'
+            'runpy.run_path(sys.argv[1] + "/vmhost.py", run_name="__main__")\n')
+    done = subprocess.run([sys.executable, '-c', code, TOP], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b'', b'')
+
+
 def test_an_ini_file_is_optional(tmp_path):
     environment = dict(os.environ, XDG_STATE_HOME=str(tmp_path / 'xdg'), HOME=str(tmp_path))
     folder = tmp_path / 'work'
