@@ -967,7 +967,10 @@ def notice_death(sock: socket.socket) -> None:
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens there, and doesn't block. Raises OSError."""
-    family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    name = host  # type: Any
+    with contextlib.suppress(UnicodeEncodeError):
+        name = host.encode('ascii')        # as text, Python would load its tables for names of all languages
+    family, kind, protocol, _, where = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0]
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

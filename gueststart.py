@@ -15,7 +15,6 @@ import grp
 import json
 import logging
 import os
-import platform
 import pwd
 import re
 import resource
@@ -78,7 +77,7 @@ ELF_SEGMENT = struct.Struct('<IIQQQQQQ')
 
 def make_starter() -> int:
     """A descriptor of the starter, to be executed; -1 where this system has none."""
-    code = STARTERS.get(platform.machine())
+    code = STARTERS.get(os.uname().machine)
     if code is None or not sys.platform.startswith('linux') or sys.maxsize < 2 ** 32:
         return -1
     head = ELF_HEADER.size + ELF_SEGMENT.size

@@ -1379,7 +1379,10 @@ def _dial(address: Address, tls: Any, wait_for: WaitFor) -> Any:
     Raises OSError, and what wait_for raises.
     """
     error = None  # type: Optional[OSError]
-    for family, kind, proto, _, target in socket.getaddrinfo(address[0], address[1], 0, socket.SOCK_STREAM):
+    host = address[0]  # type: Any
+    with contextlib.suppress(UnicodeEncodeError):
+        host = host.encode('ascii')    # as text, Python would load its tables for names of all languages
+    for family, kind, proto, _, target in socket.getaddrinfo(host, address[1], 0, socket.SOCK_STREAM):
         connection = socket.socket(family, kind, proto)
         try:
             _connect_tcp(connection, target, wait_for)

@@ -25,7 +25,6 @@ if os.name != 'posix':
     sys.exit('vmguest: guests are Linux, macOS and other POSIX systems; here the host agent runs (vmhost.py)')
 
 import logging
-import platform
 import select
 import signal
 import socket
@@ -160,8 +159,8 @@ class Agent:
         # After the fork: runners needn't carry it. Before the link: its heart-beats would wait meanwhile.
         from guestfiles import Files
         self.files = Files(self.root, self.settings.Chirp, self._tell_port)
-        agent.release_memory()
         self.link.start()
+        agent.release_memory()
         log.info('vmguest %s runs as pid %d: broker %s:%d, serves %s', agent.VERSION, os.getpid(),
                  self.settings.Broker.host, self.settings.Broker.port, self.root)
 
@@ -385,8 +384,10 @@ class Agent:
 
     def facts(self) -> Dict[str, Any]:
         """What a HELLO tells of this machine; mem in bytes."""
+        system = os.uname()
         facts = {'host': socket.gethostname(), 'boot': self.boot, 'session': self.session,
-                 'os': platform.platform(), 'python': platform.python_version(),
+                 'os': '%s %s, %s' % (system.sysname, system.release, system.machine),
+                 'python': sys.version.split()[0],
                  'version': agent.VERSION, 'cpus': os.cpu_count() or 0,
                  'mem': memory('MemTotal')}  # type: Dict[str, Any]
         if self.settings.VM.name:
