@@ -14,7 +14,7 @@ import threading
 
 import pytest
 from helpers import wait_until
-from rig import AS_VBOXMANAGE_SAYS, facts, manage, try_manage, vm_process
+from rig import AS_VBOXMANAGE_SAYS, Refused, facts, manage, try_manage, vm_process
 from test_trouble import lists_are_asked
 from vm_cases import CHANGES
 from vms import fault_of, kill
@@ -149,7 +149,8 @@ class Chaos:
             act = self.chance.choice([self.power_off, self.stop, self.kill, self.lock, self.describe])
             vm = self.chance.choice(self.vms)
             self.done.append((act.__name__, vm))
-            act(vm)
+            with contextlib.suppress(Refused):         # of a VM that is on its way
+                act(vm)
 
     def power_off(self, vm):
         """Given up after some time: under a live snapshot both wait for one another for ever."""
@@ -209,6 +210,7 @@ def test_a_walk_with_chaos(host, api, remove_all, seed):
         assert AS_VBOXMANAGE_SAYS[settled] == facts(vm)['VMState'], (done, chaos.done)
         assert sorted(api.listSnapshots(vm)) == sorted(snapshots_of(vm)), (done, chaos.done)
     assert facts('foreign') == foreign
+    print('lists took %.2f s at most' % max(took))
     assert max(took) < 2, (max(took), done, chaos.done)
 
 
