@@ -211,7 +211,7 @@ def test_a_walk_with_chaos(host, api, remove_all, seed):
         assert sorted(api.listSnapshots(vm)) == sorted(snapshots_of(vm)), (done, chaos.done)
     assert facts('foreign') == foreign
     print('lists took %.2f s at most' % max(took))
-    assert max(took) < 2, (max(took), done, chaos.done)
+    assert max(took) < 1, (max(took), done, chaos.done)
 
 
 def settle(api, vm):
