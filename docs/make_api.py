@@ -6,6 +6,8 @@
 import os
 import sys
 
+import made
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 PAGE = os.path.join(HERE, 'api.md')
 sys.path.insert(0, os.path.dirname(HERE))
@@ -55,19 +57,5 @@ def make_page():
     return '\n'.join(lines) + '\n'
 
 
-def main(words):
-    """Writes the page, or checks it; gives the exit code."""
-    page = make_page()
-    if '--check' in words:
-        with open(PAGE, encoding='utf-8') as file:
-            if file.read() == page:
-                return 0
-        print('docs/api.md is not what the docstrings say: python docs/make_api.py', file=sys.stderr)
-        return 1
-    with open(PAGE, 'w', encoding='utf-8', newline='\n') as file:
-        file.write(page)
-    return 0
-
-
 if __name__ == '__main__':
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(made.write_or_check(sys.argv[1:], PAGE, make_page(), 'docs/make_api.py'))
