@@ -96,6 +96,7 @@ class Commands:
             journal.event('cmd-submitted', target, cmd_id, 'by %s: %s' % (client, line))
         with self._lock:
             for execution in executions:
+                execution.status = {'in-offset': 0}        # no earlier host has sent any input
                 self._keep(execution)
                 if execution.state == 'queued':
                     execution.next_publish = self._clock()     # as soon as its agent is there

@@ -1,10 +1,12 @@
 """Programs that somebody talks to: input, terminals, output as it is written. Real host, real guests."""
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import re
 import signal
+import sqlite3
 import struct
 import subprocess
 import termios
@@ -109,6 +111,7 @@ def test_what_was_put_before_is_not_taken_twice(api):
     assert api.putCmdInput(cmd_id, b'bcdef', False, 1) == 5
     assert fault_of(api.putCmdInput, cmd_id, b'x', False, 100).faultCode == 4
     assert api.getCmdStatus(cmd_id, False)['inOffset'] == 6
+    assert fault_of(api.putCmdInput, cmd_id, b'', True, 3).faultCode == 4      # more than that was put
     for _ in range(2):
         assert api.putCmdInput(cmd_id, b'f!', True, 5) == 2
     assert api.waitCmd(cmd_id, 10)
@@ -162,6 +165,27 @@ def test_input_goes_on_after_a_restart_of_the_host(tmp_path):
         with host.api as api:
             wait_until(lambda: api.getCmdStatus(cmd_id)['inOffset'] == 7)
             assert api.putCmdInput(cmd_id, b're after', True, 4) == 8
+            assert api.waitCmd(cmd_id, 20)
+            assert api.getCmdResults(cmd_id)['out'] == 'before after'
+
+
+def test_what_an_earlier_host_had_sent_is_known_again(tmp_path):
+    """It died before it had journalled that the command runs, and nobody has asked for its status since."""
+    with Host(tmp_path / 'host', broker={'port': free_port()}) as host, \
+            Agent(tmp_path / 'guest', host, 'one') as agent:
+        with host.api as api:
+            cmd_id = begin(api, 'cat', stdin='stream')
+            assert api.putCmdInput(cmd_id, b'before ') == 7
+            wait_until(lambda: api.getCmdOutput(cmd_id)['size'] == 7)
+        host.stop()
+        path = os.path.join(host.state, 'journal.sqlite')
+        with contextlib.closing(sqlite3.connect(path)) as journal, journal:
+            journal.execute("UPDATE executions SET state = 'sent'")
+        host.start()
+        wait_until(agent.has_joined, 20)
+        with host.api as api:
+            assert api.getCmdStatus(cmd_id)['inOffset'] == 7
+            assert api.putCmdInput(cmd_id, b'after', True) == 5
             assert api.waitCmd(cmd_id, 20)
             assert api.getCmdResults(cmd_id)['out'] == 'before after'
 
