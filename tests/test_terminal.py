@@ -241,6 +241,15 @@ def test_a_shell_on_a_terminal(api):
 
 # --- the command line ---
 
+@pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='no /proc')
+@pytest.mark.parametrize('options', [{}, {'nice': 1}, {'stdin': 'stream'}, {'terminal': {}}])
+def test_a_program_has_nothing_open_that_is_not_its_own(api, options):
+    """Least of all the socket by which its runner is told what to run next."""
+    cmd_id = begin(api, 'sh', '-c', 'exec ls /proc/self/fd', **options)
+    assert api.waitCmd(cmd_id, 10)
+    assert api.getCmdResults(cmd_id)['out'].split() == ['0', '1', '2', '3']      # 3: the folder that ls reads
+
+
 class Person(Terminal):
     """Who types at a terminal with a verb on it."""
 
