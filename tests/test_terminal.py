@@ -250,6 +250,14 @@ def test_a_program_has_nothing_open_that_is_not_its_own(api, options):
     assert api.getCmdResults(cmd_id)['out'].split() == ['0', '1', '2', '3']      # 3: the folder that ls reads
 
 
+def test_a_program_may_leave_its_terminal_and_come_back(api):
+    script = 'exec <&- >&- 2>&-; sleep 0.3; echo back > /dev/tty; exit 9'
+    cmd_id = begin(api, 'sh', '-c', script, terminal={})
+    assert api.waitCmd(cmd_id, 10)
+    results = api.getCmdResults(cmd_id)
+    assert (results['state'], results['exitCodeOrSignal'], results['out'].strip()) == ('exited', 9, 'back')
+
+
 class Person(Terminal):
     """Who types at a terminal with a verb on it."""
 
