@@ -78,7 +78,9 @@ class ForkServer:
             if not data:
                 return
             for _, _, passed in rights:
-                self._fork_runner(requests, DESCRIPTOR.unpack(passed)[0])
+                orders, = DESCRIPTOR.unpack(passed)
+                os.set_inheritable(orders, False)      # it came without: no program may have it
+                self._fork_runner(requests, orders)
 
     def _fork_runner(self, requests: socket.socket, orders: int) -> None:
         try:

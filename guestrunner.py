@@ -59,6 +59,7 @@ class Runner:
         self.pid = 0                   # of the program
         self.usage = Usage()
         self.pipes = {}                # type: Any       # {descriptor: (name, the file's descriptor)}
+        self.terminal = -1             # the program's end of its terminal
         self.inlet = None              # type: Optional[Inlet]    # of a streamed input
         self.truncated = {'out': False, 'err': False}
         self.failure = ''              # why writing the spool failed
@@ -92,6 +93,7 @@ class Runner:
             self._report_that_it_runs()
             self.process.unsynced.sync_due()
         ended = time.monotonic()
+        self._close_terminal()
         while self.pipes and time.monotonic() < ended + DRAIN and not self.failure:
             self._pump(ended + DRAIN - time.monotonic())
         if self.timed_out or signal.SIGKILL in self.command.sent_signals():
@@ -108,6 +110,7 @@ class Runner:
             self._lock.close()
 
     def _close_pipes(self) -> None:
+        self._close_terminal()
         for reader, (_, target) in self.pipes.items():
             os.close(reader)
             if target >= 0:
@@ -146,7 +149,7 @@ class Runner:
         """Starts the program, in a session of its own. Raises what that raised, in the child too."""
         start = Start(self.command, self.request, self.process.origin)
         with contextlib.ExitStack() as stack:
-            places = self._open_terminal(stack) if self.request.get('terminal') else self._open_pipes(stack)
+            places = self._open_terminal() if self.request.get('terminal') else self._open_pipes(stack)
             self.begin, self.started = time.monotonic(), time.time()
             start.begin(*places)
         self.pid = start.wait()
@@ -162,14 +165,19 @@ class Runner:
             self.inlet = Inlet(self.command.folder, writer, False)
         return out, err, stdin
 
-    def _open_terminal(self, stack: contextlib.ExitStack) -> Tuple[int, int, int]:
+    def _open_terminal(self) -> Tuple[int, int, int]:
         """The same, of which all are one terminal: what is written there is the output."""
-        master, terminal = os.openpty()
-        stack.callback(os.close, terminal)
+        master, self.terminal = os.openpty()
         self.pipes[master] = ('out', -1)
         self.inlet = Inlet(self.command.folder, master, True)
-        set_size(terminal, self.request['terminal']['rows'], self.request['terminal']['columns'])
-        return terminal, terminal, terminal
+        set_size(self.terminal, self.request['terminal']['rows'], self.request['terminal']['columns'])
+        return self.terminal, self.terminal, self.terminal
+
+    def _close_terminal(self) -> None:
+        """Not before the program has ended: while nobody has it open, it would seem to be gone."""
+        if self.terminal >= 0:
+            os.close(self.terminal)
+        self.terminal = -1
 
     def _open_pipe(self, name: str, stack: contextlib.ExitStack) -> int:
         """The program's end of the pipe of a stream, closed here by ``stack``."""

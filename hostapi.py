@@ -671,13 +671,14 @@ class CommandMethods(Methods):
         if self._is_one(id, executions):
             if refresh:
                 self._host.control.refresh(executions)
-            return self._status(executions[0])
+            return self._status(executions[0], refresh)
         if refresh:
             self._host.control.refresh(executions)
         return {execution.key: self._status(execution) for execution in executions}
 
-    def _status(self, execution: Execution) -> Dict[str, Any]:
-        return dict(self._host.control.status(execution), inOffset=self._host.inputs.next_offset(execution))
+    def _status(self, execution: Execution, refresh: bool = False) -> Dict[str, Any]:
+        taken = self._host.inputs.next_offset(execution, refresh)
+        return dict(self._host.control.status(execution), inOffset=taken)
 
     def _is_one(self, id: str, executions: List[Execution]) -> bool:
         return len(executions) == 1 and executions[0].key == id

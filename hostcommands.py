@@ -35,6 +35,7 @@ ORPHANS_AT_ONCE = 1000                 # that wait to be journalled
 TRIM_ORPHANS = ('DELETE FROM orphans WHERE rowid IN (SELECT rowid FROM orphans WHERE %s '
                 'ORDER BY received DESC LIMIT -1 OFFSET ?)')
 LINE_SHOWN = 1000                      # characters of command and arguments that a list shows
+FINISH_PATIENCE = 5.0                  # seconds for another thread to set what it has journalled
 CALLED_OFF = ('cancelled', 'expired')  # ends that the host may decide without the guest
 LONGEST_STATUS = 1000                  # characters of a progress or an error of a running command
 RECENT_KEPT = 100                      # executions that ended, and are remembered as they are …
@@ -96,6 +97,7 @@ class Commands:
             journal.event('cmd-submitted', target, cmd_id, 'by %s: %s' % (client, line))
         with self._lock:
             for execution in executions:
+                execution.status = {'in-offset': 0}        # no earlier host has sent any input
                 self._keep(execution)
                 if execution.state == 'queued':
                     execution.next_publish = self._clock()     # as soon as its agent is there
@@ -260,7 +262,7 @@ class Commands:
             raise
 
     def finish(self, execution: Execution, results: Dict[str, Any], fetched: bool) -> bool:
-        """Journals the end of an execution, once, then wakes whoever waits. False: it had ended.
+        """Journals the end of an execution, once, then wakes whoever waits. False: it has another end.
 
         It survives a loss of power from the journal's next ``sync`` on; the guest has it until CMD_ACK.
         """
@@ -276,7 +278,8 @@ class Commands:
             if changed:
                 journal.event('cmd-finished', execution.vm, execution.key, describe_end(results))
         if not changed:
-            return False            # another thread was faster, and sets what follows
+            execution.done.wait(FINISH_PATIENCE)       # another thread was faster, and sets what follows
+            return False
         with self._lock:
             execution.state, execution.ended, execution.results = results['state'], ended, text
             execution.fetched = fetched

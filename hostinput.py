@@ -9,6 +9,7 @@ Threads: any thread may call; ``heard`` and ``joined`` are for ``link``, ``tick`
 the table, one for each input; under the latter words are said, so that pieces go in their order.
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -87,6 +88,9 @@ class Inputs:
                                % (execution.key, found.end, offset))
             if before >= len(data) and (found.is_ended or not is_end):
                 return len(data)
+            if before > len(data):
+                raise BadState('%s has had %d bytes of input; these end at %d'
+                               % (execution.key, found.end, offset + len(data)))
             data = data[before:]
             self._check_open(found)
             self._wait_for_room(found, min(len(data), PIECE))
@@ -123,8 +127,11 @@ class Inputs:
         if not found.is_terminal:
             raise BadState('%s has no terminal: run it with the option terminal' % found.execution.key)
 
-    def next_offset(self, execution: Execution) -> int:
-        """Where the next byte of the input comes, as far as it is known."""
+    def next_offset(self, execution: Execution, refresh: bool) -> int:
+        """Where the next byte of the input comes, as far as it is known; its guest may be asked."""
+        if refresh and not execution.ended and execution.status.get('in-offset') is None:
+            with contextlib.suppress(BadState, DeadlineExceeded):      # no such input, or no answer
+                return self._of(execution).end
         with self._lock:
             found = self._inputs.get(execution.index)
         return found.end if found is not None else execution.status.get('in-offset', 0)
@@ -147,11 +154,11 @@ class Inputs:
 
     def _ask_taken(self, execution: Execution) -> int:
         """How much the guest has taken of what another run of this host may have sent."""
-        if execution.state in ('queued', 'sent'):
+        if execution.state == 'queued':
             return 0
         known = execution.status.get('in-offset')
         if known is not None:
-            return int(known)
+            return max(0, int(known))
         with self._control.answers.expected(
                 execution.index, lambda message: message.get('in-offset') is not None) as answer:
             self._control.query(execution)

@@ -189,17 +189,17 @@ class Words:
         sender = self._sender(message)
         results = read_results(message)
         cmd_id = results['cmd-id']
+        fetched = not has_more_output(results)
         execution = self._commands.find_open(cmd_id, sender)
         if execution is not None:
             self._control.found(execution)
-            self._commands.finish(execution, results, fetched=not has_more_output(results))
-        else:
+        if execution is None or not self._commands.finish(execution, results, fetched):
             execution = self._commands.finished(cmd_id, sender)
             if execution is None:
                 self._keep_orphan(cmd_id, sender, results)
                 return
             if execution.state in CALLED_OFF and results['state'] not in CALLED_OFF:
-                self._commands.correct(execution, results, fetched=not has_more_output(results))
+                self._commands.correct(execution, results, fetched)
         self._control.answers.arrived((cmd_id, sender), message)
         self._follows.heard((cmd_id, sender), message)
         if execution.fetched:

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 import xmlrpc.client
+from unittest import mock
 
 import pytest
 from agents import Agent, Host
@@ -18,6 +19,8 @@ import hostcontrol
 import hostguests
 import hostjournal
 import hostrequests
+import hostwords
+import protocol
 
 
 @pytest.fixture(scope='module')
@@ -190,6 +193,39 @@ def test_an_end_that_was_decided_here_gives_way_to_the_truth(tmp_path):
         truth = dict(hostcommands.lost_results(cmd_id, '', 'exited'), exitCodeOrSignal=3)
         commands.correct(commands.finished(cmd_id, 'A'), truth, fetched=True)
         assert commands.find(cmd_id)[0].answer() == truth
+        assert [event['type'] for event in journal.events_after(0, 0)['events']] == [
+            'cmd-submitted', 'cmd-finished', 'cmd-corrected']
+    finally:
+        journal.close()
+
+
+class ExpiresJustNow(hostcommands.Commands):
+    """Another thread ends each command as expired, right after it was found to be unfinished."""
+
+    def find_open(self, cmd_id, vm_id):
+        found = super().find_open(cmd_id, vm_id)
+        ender = threading.Thread(target=self.call_off, args=(found, 'expired', 'it had not begun'))
+        ender.start()
+        ender.join()
+        return found
+
+
+def test_results_are_the_truth_though_the_command_expires_as_they_come(tmp_path):
+    journal = hostjournal.Journal(str(tmp_path / 'journal'))
+    try:
+        commands = ExpiresJustNow(journal)
+        request = {'cmd': 'x', 'args': [], 'env': {}, 'path': '', 'options': {}}
+        cmd_id, _ = commands.new(request, 'a', False, [hostguests.Guest('A', 'a')], 'tester')
+        acknowledged = []
+        others = [mock.MagicMock() for _ in range(5)]
+        words = hostwords.Words(*others, commands, *others[:4], acknowledged.append)
+        message = protocol.CMD_RESULTS.howToSay(cmd_id, {'state': 'exited', 'finished': True,
+                                                         'exitCodeOrSignal': 3})
+        message.headers['from'] = 'A'
+        words.heard_cmd_results(message)
+        [execution] = commands.find(cmd_id)
+        assert (execution.state, execution.answer()['exitCodeOrSignal']) == ('exited', 3)
+        assert acknowledged == [('A', cmd_id)]
         assert [event['type'] for event in journal.events_after(0, 0)['events']] == [
             'cmd-submitted', 'cmd-finished', 'cmd-corrected']
     finally:

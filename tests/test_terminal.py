@@ -1,10 +1,12 @@
 """Programs that somebody talks to: input, terminals, output as it is written. Real host, real guests."""
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import re
 import signal
+import sqlite3
 import struct
 import subprocess
 import termios
@@ -109,6 +111,7 @@ def test_what_was_put_before_is_not_taken_twice(api):
     assert api.putCmdInput(cmd_id, b'bcdef', False, 1) == 5
     assert fault_of(api.putCmdInput, cmd_id, b'x', False, 100).faultCode == 4
     assert api.getCmdStatus(cmd_id, False)['inOffset'] == 6
+    assert fault_of(api.putCmdInput, cmd_id, b'', True, 3).faultCode == 4      # more than that was put
     for _ in range(2):
         assert api.putCmdInput(cmd_id, b'f!', True, 5) == 2
     assert api.waitCmd(cmd_id, 10)
@@ -166,6 +169,27 @@ def test_input_goes_on_after_a_restart_of_the_host(tmp_path):
             assert api.getCmdResults(cmd_id)['out'] == 'before after'
 
 
+def test_what_an_earlier_host_had_sent_is_known_again(tmp_path):
+    """It died before it had journalled that the command runs, and nobody has asked for its status since."""
+    with Host(tmp_path / 'host', broker={'port': free_port()}) as host, \
+            Agent(tmp_path / 'guest', host, 'one') as agent:
+        with host.api as api:
+            cmd_id = begin(api, 'cat', stdin='stream')
+            assert api.putCmdInput(cmd_id, b'before ') == 7
+            wait_until(lambda: api.getCmdOutput(cmd_id)['size'] == 7)
+        host.stop()
+        path = os.path.join(host.state, 'journal.sqlite')
+        with contextlib.closing(sqlite3.connect(path)) as journal, journal:
+            journal.execute("UPDATE executions SET state = 'sent'")
+        host.start()
+        wait_until(agent.has_joined, 20)
+        with host.api as api:
+            assert api.getCmdStatus(cmd_id)['inOffset'] == 7
+            assert api.putCmdInput(cmd_id, b'after', True) == 5
+            assert api.waitCmd(cmd_id, 20)
+            assert api.getCmdResults(cmd_id)['out'] == 'before after'
+
+
 # --- output ---
 
 def test_output_is_here_as_it_is_written(host, api):
@@ -216,6 +240,23 @@ def test_a_shell_on_a_terminal(api):
 
 
 # --- the command line ---
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='no /proc')
+@pytest.mark.parametrize('options', [{}, {'nice': 1}, {'stdin': 'stream'}, {'terminal': {}}])
+def test_a_program_has_nothing_open_that_is_not_its_own(api, options):
+    """Least of all the socket by which its runner is told what to run next."""
+    cmd_id = begin(api, 'sh', '-c', 'exec ls /proc/self/fd', **options)
+    assert api.waitCmd(cmd_id, 10)
+    assert api.getCmdResults(cmd_id)['out'].split() == ['0', '1', '2', '3']      # 3: the folder that ls reads
+
+
+def test_a_program_may_leave_its_terminal_and_come_back(api):
+    script = 'exec <&- >&- 2>&-; sleep 0.3; echo back > /dev/tty; exit 9'
+    cmd_id = begin(api, 'sh', '-c', script, terminal={})
+    assert api.waitCmd(cmd_id, 10)
+    results = api.getCmdResults(cmd_id)
+    assert (results['state'], results['exitCodeOrSignal'], results['out'].strip()) == ('exited', 9, 'back')
+
 
 class Person(Terminal):
     """Who types at a terminal with a verb on it."""
