@@ -128,12 +128,14 @@ def test_a_folder_is_not_streamed(host, guest, tmp_path):
 def test_no_error_names_a_temporary_file(host, guest, tmp_path):
     """Where what should be a folder is a file, or isn't there."""
     write(tmp_path / 'file', b'x')
-    good(host, 'put', 'g', tmp_path / 'file')
-    for words in ('put', 'g', tmp_path / 'file', 'file/y'), ('get', 'g', 'file', tmp_path / 'file' / 'y'), \
-            ('get', 'g', 'file', tmp_path / 'missing' / 'y'):
-        code, _, err = verb(host, *words)
-        assert code == 1 and 'vmhost-part' not in err, err
-        assert 'file' in err or 'missing' in err
+    (tmp_path / 'tree').mkdir()
+    for name in 'file', 'tree':
+        good(host, 'put', 'g', tmp_path / name)
+        for words in ('put', 'g', tmp_path / name, 'file/y'), ('get', 'g', name, tmp_path / 'file' / 'y'), \
+                ('get', 'g', name, tmp_path / 'missing' / 'y'):
+            code, _, err = verb(host, *words)
+            assert code == 1 and 'vmhost-part' not in err, err
+            assert 'file' in err or 'missing' in err
 
 
 def test_the_options_of_cp_and_scp_are_taken(host, guest, tmp_path):
