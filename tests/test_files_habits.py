@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import stat
+import time
 
 import pytest
 from agents import Agent, Host
@@ -146,6 +147,22 @@ def test_the_options_of_cp_and_scp_are_taken(host, guest, tmp_path):
     good(host, 'put', '-a', 'g', tree, 'too')
     good(host, 'get', '-rp', 'g', 'there', tmp_path / 'back')
     assert names(tmp_path / 'back') == ['x'] and names(guest.files) == ['there', 'too']
+
+
+def test_many_go_into_one_folder_at_once(host, guest, tmp_path):
+    """Before it is known where each will be in there, too."""
+    os.mkdir(in_guest(guest, 'into'))
+    files = [write(tmp_path / ('file%d' % n), b'x') for n in range(16)]
+    back = tmp_path / 'back'
+    back.mkdir()
+    with host.api as api:
+        for direction, sources, target in (('put', map(str, files), 'into/'),
+                                           ('get', ['into/' + file.name for file in files], str(back))):
+            for one in [api.startTransfer(direction, 'g', source, target) for source in sources]:
+                while api.getTransfer(one)['state'] in ('waiting', 'running'):
+                    time.sleep(0.01)
+                assert api.getTransfer(one)['state'] == 'done', api.getTransfer(one)
+    assert names(in_guest(guest, 'into')) == names(back) == sorted(file.name for file in files)
 
 
 def test_each_failure_is_told(host, guest, tmp_path):
