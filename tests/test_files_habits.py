@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import stat
 import time
@@ -52,7 +53,10 @@ def test_put_and_get_are_as_cp_is(host, guest, tmp_path):
     tree.mkdir()
     write(tree / 'x', b'x')
     good(host, 'put', 'g', tree)
-    good(host, 'put', 'g', tree)                       # into itself, as cp -r does
+    good(host, 'put', 'g', tree)                       # into what is served, as cp -r tree . does
+    good(host, 'cp', tree, 'g:')
+    assert names(in_guest(guest, 'tree')) == ['x']
+    good(host, 'put', 'g', tree, 'tree')               # into that one
     good(host, 'put', 'g', tree / 'x', 'tree')
     good(host, 'put', 'g', tree, 'other/')
     assert names(guest.files) == ['other', 'tree'] and names(in_guest(guest, 'tree')) == ['tree', 'x']
@@ -60,6 +64,15 @@ def test_put_and_get_are_as_cp_is(host, guest, tmp_path):
     back = tmp_path / 'back'
     good(host, 'get', 'g', 'other', back)
     good(host, 'get', 'g', 'other/', back)
+    here = tmp_path / 'here'
+    here.mkdir()
+    for words in ('get', 'g', 'other'), ('get', 'g', 'other'), ('put', 'g', '.', 'named'), ('put', 'g', '.'):
+        done = host.verb(*words, cwd=str(here))
+        assert (done.returncode, done.stderr) == (0, b'')
+    assert names(here) == ['other'] and names(here / 'other') == ['x']
+    assert names(in_guest(guest, 'here')) == names(in_guest(guest, 'named')) == ['other']
+    for name in 'here', 'named':
+        shutil.rmtree(in_guest(guest, name))
     assert names(back) == ['other', 'x'] and names(back / 'other') == ['x']
     good(host, 'cp', 'g:tree/x', back / 'copied')
     good(host, 'cp', back / 'copied', 'g:other')
@@ -114,7 +127,7 @@ def test_a_file_goes_to_standard_output(host, guest, tmp_path):
 def test_an_empty_source_is_refused(host, guest, tmp_path):
     """As of a variable that isn't set; not the folder that the command line is in, or all that is served."""
     for words in ('put', 'g', ''), ('put', 'g', '', 'x'), ('cp', '', 'g:'), ('cp', 'g:', tmp_path / 'got'), \
-            ('get', 'g', '', tmp_path / 'got'):
+            ('get', 'g', '', tmp_path / 'got'), ('get', 'g', '/'), ('get', 'g', '.'), ('put', 'g', '/'):
         code, out, err = verb(host, *words)
         assert (code, out) == (1, '') and err, words
     assert names(guest.files) == [] and not (tmp_path / 'got').exists()
