@@ -137,7 +137,7 @@ class Transfers:
         """Two that go to one place at once would write into each other's partial files. Raises Busy."""
         for known in self._known.values():
             if known is not transfer and known.place == transfer.place and known.is_under_way:
-                raise Busy('%s goes to %.200s already' % (known.id, transfer.target))
+                raise Busy('%s goes to %.200s already' % (known.id, transfer.target or transfer.own_name))
 
     def get(self, id: str) -> Transfer:
         """Raises InvalidParams for an id that is unknown, or ended long ago."""
