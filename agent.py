@@ -502,6 +502,16 @@ sys.exit(%(name)s.main(sys.argv[1:]))
 OLDEST_DATE = (1980, 1, 1, 0, 0, 0)    # that a zip can hold: a bundle's bytes depend on no clock
 
 
+def bundle(path: str, main_module: str, data: Iterable[str] = ()) -> int:
+    """``write_bundle`` for a command line: says what is wrong on standard error; gives the exit code."""
+    try:
+        write_bundle(path, main_module, data)
+    except AgentError as error:
+        print('%s: %s' % (main_module, error), file=sys.stderr)
+        return 1
+    return 0
+
+
 def write_bundle(path: str, main_module: str, data: Iterable[str] = ()) -> None:
     """Writes a zip that Python runs under any name: a module, what it imports, and a start of its ``main``.
 
@@ -533,6 +543,8 @@ def write_bundle(path: str, main_module: str, data: Iterable[str] = ()) -> None:
         os.chmod(path + '.new', 0o755)
         replace(path + '.new', path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(path + '.new')
         raise AgentError('%s can\'t be written: %s' % (path, error.strerror or error))
 
 

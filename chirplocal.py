@@ -196,7 +196,11 @@ def locked_folder(path: str, target: str) -> Iterator[bool]:
     if os.path.lexists(path) and (os.path.islink(path) or not os.path.isdir(path)):
         with open_part(target) as file:
             give_up_part(file, target)
-    made = make_folder(path)
+    try:
+        made = make_folder(path)
+    except OSError as error:
+        error.filename = target        # a person knows no other name
+        raise
     if fcntl is None:
         with locked_beside(path, target):
             yield made

@@ -28,8 +28,11 @@ GLOB = re.compile(r'[*?\[]')
 
 def do_put(host: Client, screen: Screen, args: Any) -> int:
     """Sends a file or folder to VMs."""
-    source = here(args.source)
-    target = args.target or os.path.basename(os.path.abspath(source))
+    source, target = here(args.source), args.target
+    if not target:
+        source = os.path.abspath(source)
+        # A folder goes into what the VM serves, as by cp -r: one of its name there takes in what it holds.
+        target = '' if os.path.isdir(source) else os.path.basename(source)
     return max([transfer(host, screen, args, 'put', vm, source, target) for vm in host.matching(args.vm)])
 
 
@@ -48,6 +51,8 @@ def do_get(host: Client, screen: Screen, args: Any) -> int:
 def fetch(host: Client, screen: Screen, args: Any, source: str, target: str, names: localnames.Names) -> int:
     """Fetches one of a VM's files or folders; gives the exit code. names: those that came before."""
     name = posixpath.basename(source.rstrip('/'))
+    if not target and name in ('', '.', '..'):
+        raise VMHostError('name the target: %s has no name of its own' % (source or "''"))
     try:
         if not target or os.path.isdir(target):
             localnames.check(name)
@@ -55,7 +60,7 @@ def fetch(host: Client, screen: Screen, args: Any, source: str, target: str, nam
     except OSError as error:
         screen.complain('%s: %s: %s' % (args.vm, source, error.strerror))
         return 1
-    return transfer(host, screen, args, 'get', args.vm, source, target or here(name))
+    return transfer(host, screen, args, 'get', args.vm, source, target or here('.'))
 
 
 def do_cp(host: Client, screen: Screen, args: Any) -> int:
@@ -185,12 +190,13 @@ LINKS = argument('--links', choices=('keep', 'skip', 'follow'), default='keep',
 VERBS = [
     Verb('put', do_put, 'copy a file or folder to a VM', [
         VMS, argument('source', metavar='SRC', help='on this machine'),
-        argument('target', metavar='DST', nargs='?', default='', help='in the VM; default: the same name'),
+        argument('target', metavar='DST', nargs='?', default='',
+                 help='in the VM; default: under its name where commands start'),
         AS_CP, LINKS, JSON], ('put web1 data/ input',)),
     Verb('get', do_get, 'copy files or a folder from a VM', [
         VM, argument('source', metavar='SRC', help='in the VM; * and ? match names'),
         argument('target', metavar='DST', nargs='?', default='',
-                 help='on this machine; default: the same name; -: standard output'),
+                 help='on this machine; default: under its name in this folder; -: standard output'),
         AS_CP, LINKS, JSON], ('get web1 result.tar .', 'get web1 \'*.csv\' results/')),
     Verb('cp', do_cp, 'copy a file or folder to a VM or from one', [
         argument('source', metavar='SRC', help='a path, or VM:PATH'),

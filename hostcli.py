@@ -6,6 +6,7 @@ clicommands.py, clifiles.py and cliagent.py. Threads: main alone; no locks.
 
 import argparse
 import os
+import re
 import sys
 from typing import Any, Callable, List, Optional, Set, Tuple
 
@@ -93,6 +94,7 @@ class Parser(argparse.ArgumentParser):
                          epilog=self._epilog(verb), allow_abbrev=False, formatter_class=Formatter,
                          usage='%(prog)s [OPTION …] VM [--] CMD [ARG …]' if verb.name == 'run' else None)
         self._code = code_of_errors(verb)
+        self._takes_one = any(options.get('metavar') == 'SRC' for _, options in verb.arguments)
         for names, options in verb.arguments:
             self.add_argument(*names, **options)
 
@@ -102,6 +104,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """One sentence, and where there is more."""
+        if self._takes_one and re.match('unrecognized arguments: [^-]', message):
+            message = 'one SRC at a time: call it for each, or put them into a folder'
         self.exit(self._code, 'vmhost: %s: %s (%s --help)\n' % (self.prog.split()[-1], message, self.prog))
 
 
@@ -219,8 +223,9 @@ def run(words: List[str], screen: Screen, start: Optional[Start], check: Functio
     ini, words = split_ini(words)
     if words[:1] and words[0] in ALIASES:
         words = ALIASES[words[0]].split() + words[1:]
-    if words[:1] == ['--help'] and words[1:2] and words[1] in VERBS:
-        words = [words[1], '--help']
+    if words[:1] == ['--help'] and words[1:]:
+        verb = ALIASES.get(words[1], words[1]).split(' ')[0]
+        words = ['--help'] if verb.startswith('-') else [verb, '--help']
     if words and words[0].startswith('-'):
         return run_option(words, screen)
     if words:

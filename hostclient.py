@@ -18,7 +18,7 @@ from typing import Any, Iterable, List, Optional, Tuple
 
 import localsocket
 import rpc
-from faults import AccessDenied, InvalidParams, NoSuchVM, VMHostError
+from faults import AccessDenied, InvalidParams, NoSuchCommand, NoSuchVM, VMHostError
 
 USER = 'vmhost'                # of HTTP Basic, with the token as its password
 CONNECT_TIMEOUT = 10.0         # seconds for a connection, and for the proof; an answer may take hours
@@ -240,5 +240,5 @@ def _is_carried(value: Any) -> bool:
 def raised_by(fault: rpc.Fault) -> VMHostError:
     """A fault as the error that the host raised."""
     kinds = {kind.fault: kind for kind in VMHostError.__subclasses__() if 'fault' in vars(kind)}
-    hint = ' (`ls` lists them)' if fault.code == NoSuchVM.fault else ''
-    return kinds.get(fault.code, VMHostError)(fault.text + hint)
+    lists = {NoSuchVM.fault: ' (`ls` lists them)', NoSuchCommand.fault: ' (`ps` lists them)'}
+    return kinds.get(fault.code, VMHostError)(fault.text + lists.get(fault.code, ''))

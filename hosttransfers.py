@@ -63,11 +63,21 @@ class Transfer:
         self.is_aimed = True
         self.place = self._place()
 
+    @property
+    def own_name(self) -> str:
+        """What it is called where it is; '' for ``/``, ``.`` and ``..``."""
+        return chirpclient.own_name(self.source, chirpclient.SEPARATORS if self.direction == 'put' else '/')
+
     def _place(self) -> Tuple[str, ...]:
-        """Where it goes, however that is written."""
-        if self.direction == 'put':
-            return self.vm, posixpath.normpath('/' + self.target.lstrip('/'))
-        return (os.path.realpath(self.target),)
+        """Where it goes, however that is written; into a target that is surely a folder, many go at once."""
+        is_put = self.direction == 'put'
+        target = self.target
+        if not self.is_aimed and (not chirpclient.own_name(target, '/' if is_put else chirpclient.SEPARATORS)
+                                  or target[-1] == '/' or not is_put and os.path.isdir(target)):
+            target = posixpath.join(target, self.own_name)
+        if is_put:
+            return self.vm, posixpath.normpath('/' + target.lstrip('/'))
+        return (os.path.realpath(target),)
 
     def progress(self, moved: int, total: int) -> None:
         """What the Chirp client tells from time to time."""
@@ -111,9 +121,9 @@ class Transfers:
             raise Busy('%d transfers wait already' % TRANSFERS_WAITING)
         if links not in ('keep', 'skip', 'follow'):
             raise InvalidParams('links is keep, skip or follow, not %.40r' % links)
-        if not target and not chirpclient.own_name(source, os.sep if direction == 'put' else '/'):
-            raise InvalidParams('name the target: %.100r has no name of its own' % source)
         transfer = Transfer(direction, guest.name, source, target, links)
+        if not target and not transfer.own_name:
+            raise InvalidParams('name the target: %.100r has no name of its own' % source)
         with self._lock:
             self._check_place(transfer)
             self._known[transfer.id] = transfer
@@ -127,7 +137,7 @@ class Transfers:
         """Two that go to one place at once would write into each other's partial files. Raises Busy."""
         for known in self._known.values():
             if known is not transfer and known.place == transfer.place and known.is_under_way:
-                raise Busy('%s goes to %.200s already' % (known.id, transfer.target))
+                raise Busy('%s goes to %.200s already' % (known.id, transfer.target or transfer.own_name))
 
     def get(self, id: str) -> Transfer:
         """Raises InvalidParams for an id that is unknown, or ended long ago."""

@@ -239,8 +239,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     """The command line; gives the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ['--bundle'] and len(argv) == 2:
-        agent.write_bundle(argv[1], 'vmboinc', ['status.html'])
-        return 0
+        return agent.bundle(argv[1], 'vmboinc', ['status.html'])
     if argv[:1] == ['--host-agent'] and len(argv) > 1:
         return host_agent(argv[1:])
     if argv in (['-h'], ['--help']):

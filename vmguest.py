@@ -568,8 +568,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         print('vmguest %s' % agent.VERSION)
         return 0
     if argv[:1] == ['--bundle'] and len(argv) == 2:
-        agent.write_bundle(argv[1], 'vmguest')
-        return 0
+        return agent.bundle(argv[1], 'vmguest')
     words, options = split_options(argv)
     if len(words) > 1 or any(word.startswith('-') for word in words):
         print('vmguest: %s\n%s' % (' '.join(argv), USAGE), file=sys.stderr)

@@ -433,4 +433,4 @@ def test_a_fault_says_at_the_caller_what_it_said_at_the_host():
         if 'fault' in vars(kind):
             error = hostclient.raised_by(rpc.Fault(kind.fault, 'the text'))
             assert str(error).startswith('the text') and str(error).count('the text') == 1, str(error)
-            assert str(error) in ('the text', 'the text (`ls` lists them)'), str(error)
+            assert str(error) in ('the text', 'the text (`ls` lists them)', 'the text (`ps` lists them)')

@@ -237,6 +237,8 @@ def test_one_transfer_at_a_time_goes_to_a_place(tmp_path, monkeypatch):
                       host.transfers.start('get', 'g', 'a/there', back)]
             with pytest.raises(faults.Busy, match=others[-1].id):
                 host.transfers.start('get', 'h', 'other', str(tmp_path / 'link' / 'back'))
+            with pytest.raises(faults.Busy, match=others[1].id + ' goes to there already'):
+                host.transfers.start('put', 'g', str(tmp_path / 'link' / 'there'), '')
         finally:
             gate.set()
         assert all(transfer.done.wait(20) for transfer in [first] + others)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
 import stat
+import time
 
 import pytest
 from agents import Agent, Host
@@ -51,7 +53,10 @@ def test_put_and_get_are_as_cp_is(host, guest, tmp_path):
     tree.mkdir()
     write(tree / 'x', b'x')
     good(host, 'put', 'g', tree)
-    good(host, 'put', 'g', tree)                       # into itself, as cp -r does
+    good(host, 'put', 'g', tree)                       # into what is served, as cp -r tree . does
+    good(host, 'cp', tree, 'g:')
+    assert names(in_guest(guest, 'tree')) == ['x']
+    good(host, 'put', 'g', tree, 'tree')               # into that one
     good(host, 'put', 'g', tree / 'x', 'tree')
     good(host, 'put', 'g', tree, 'other/')
     assert names(guest.files) == ['other', 'tree'] and names(in_guest(guest, 'tree')) == ['tree', 'x']
@@ -59,6 +64,15 @@ def test_put_and_get_are_as_cp_is(host, guest, tmp_path):
     back = tmp_path / 'back'
     good(host, 'get', 'g', 'other', back)
     good(host, 'get', 'g', 'other/', back)
+    here = tmp_path / 'here'
+    here.mkdir()
+    for words in ('get', 'g', 'other'), ('get', 'g', 'other'), ('put', 'g', '.', 'named'), ('put', 'g', '.'):
+        done = host.verb(*words, cwd=str(here))
+        assert (done.returncode, done.stderr) == (0, b'')
+    assert names(here) == ['other'] and names(here / 'other') == ['x']
+    assert names(in_guest(guest, 'here')) == names(in_guest(guest, 'named')) == ['other']
+    for name in 'here', 'named':
+        shutil.rmtree(in_guest(guest, name))
     assert names(back) == ['other', 'x'] and names(back / 'other') == ['x']
     good(host, 'cp', 'g:tree/x', back / 'copied')
     good(host, 'cp', back / 'copied', 'g:other')
@@ -113,7 +127,7 @@ def test_a_file_goes_to_standard_output(host, guest, tmp_path):
 def test_an_empty_source_is_refused(host, guest, tmp_path):
     """As of a variable that isn't set; not the folder that the command line is in, or all that is served."""
     for words in ('put', 'g', ''), ('put', 'g', '', 'x'), ('cp', '', 'g:'), ('cp', 'g:', tmp_path / 'got'), \
-            ('get', 'g', '', tmp_path / 'got'):
+            ('get', 'g', '', tmp_path / 'got'), ('get', 'g', '/'), ('get', 'g', '.'), ('put', 'g', '/'):
         code, out, err = verb(host, *words)
         assert (code, out) == (1, '') and err, words
     assert names(guest.files) == [] and not (tmp_path / 'got').exists()
@@ -128,12 +142,14 @@ def test_a_folder_is_not_streamed(host, guest, tmp_path):
 def test_no_error_names_a_temporary_file(host, guest, tmp_path):
     """Where what should be a folder is a file, or isn't there."""
     write(tmp_path / 'file', b'x')
-    good(host, 'put', 'g', tmp_path / 'file')
-    for words in ('put', 'g', tmp_path / 'file', 'file/y'), ('get', 'g', 'file', tmp_path / 'file' / 'y'), \
-            ('get', 'g', 'file', tmp_path / 'missing' / 'y'):
-        code, _, err = verb(host, *words)
-        assert code == 1 and 'vmhost-part' not in err, err
-        assert 'file' in err or 'missing' in err
+    (tmp_path / 'tree').mkdir()
+    for name in 'file', 'tree':
+        good(host, 'put', 'g', tmp_path / name)
+        for words in ('put', 'g', tmp_path / name, 'file/y'), ('get', 'g', name, tmp_path / 'file' / 'y'), \
+                ('get', 'g', name, tmp_path / 'missing' / 'y'):
+            code, _, err = verb(host, *words)
+            assert code == 1 and 'vmhost-part' not in err, err
+            assert 'file' in err or 'missing' in err
 
 
 def test_the_options_of_cp_and_scp_are_taken(host, guest, tmp_path):
@@ -144,6 +160,22 @@ def test_the_options_of_cp_and_scp_are_taken(host, guest, tmp_path):
     good(host, 'put', '-a', 'g', tree, 'too')
     good(host, 'get', '-rp', 'g', 'there', tmp_path / 'back')
     assert names(tmp_path / 'back') == ['x'] and names(guest.files) == ['there', 'too']
+
+
+def test_many_go_into_one_folder_at_once(host, guest, tmp_path):
+    """Before it is known where each will be in there, too."""
+    os.mkdir(in_guest(guest, 'into'))
+    files = [write(tmp_path / ('file%d' % n), b'x') for n in range(16)]
+    back = tmp_path / 'back'
+    back.mkdir()
+    with host.api as api:
+        for direction, sources, target in (('put', map(str, files), 'into/'),
+                                           ('get', ['into/' + file.name for file in files], str(back))):
+            for one in [api.startTransfer(direction, 'g', source, target) for source in sources]:
+                while api.getTransfer(one)['state'] in ('waiting', 'running'):
+                    time.sleep(0.01)
+                assert api.getTransfer(one)['state'] == 'done', api.getTransfer(one)
+    assert names(in_guest(guest, 'into')) == names(back) == sorted(file.name for file in files)
 
 
 def test_each_failure_is_told(host, guest, tmp_path):

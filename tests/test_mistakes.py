@@ -196,6 +196,15 @@ def test_a_full_disk(full, tmp_path):
     sentences(text, str(full), 'No space left')
 
 
+def test_a_bundle_that_cant_be_written_is_a_sentence(tmp_path):
+    for program in 'vmhost.py', 'vmguest.py', 'vmboinc.py':
+        for place in tmp_path, tmp_path / 'missing' / 'x.pyz':
+            code, text = run('--bundle', place, program=program)
+            assert code == 1
+            sentences(text, str(place), 'can\'t be written')
+    assert not os.path.exists(str(tmp_path) + '.new')
+
+
 # 6
 
 @pytest.fixture

@@ -123,6 +123,7 @@ def test_rerun(host, guests):
     ids = said(host, 'ps', '-q').split()
     assert done.stdout == b'\xff\x00' == host.verb('rerun', ids[-1]).stdout
     assert host.verb('rerun', 'no-such').returncode == 255
+    assert b'(`ps` lists them)' in host.verb('logs', 'one').stderr     # docker's would be a machine's
 
 
 def test_cp_both_ways(host, guests, tmp_path):
@@ -156,6 +157,13 @@ def test_help_and_version():
         assert 'did you mean' not in run(typed, 'x')[2]
     code, text, _ = run('help', 'run')
     assert code == 0 and 'VM [--] CMD' in text and '--kill-after' in text
+    assert run('help', 'exec') == run('help', 'run') and '--tail' in run('help', 'logs')[1]
+    code, _, text = run('help', 'restart')
+    assert code == 2 and '(did you mean reset?)' in text
+    for words in ('put', 'one', 'a', 'b', 'there/'), ('cp', 'a', 'b', 'one:'), ('get', 'one', 'a', 'b', '.'):
+        code, _, text = run(*words)
+        assert code == 2 and 'one SRC at a time' in text, text
+    assert '--nonsense' in run('put', 'one', 'a', 'b', '--nonsense')[2]
     for typed, meant in (('delete', 'rm'), ('ssh', 'run'), ('download', 'get'), ('restart', 'reset'),
                          ('purge', 'cleanup'), ('sftp', 'cp'), ('shel', 'shell'), ('creat', 'create')):
         code, _, text = run(typed, 'x')
