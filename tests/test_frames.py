@@ -259,7 +259,8 @@ def test_linear_time(head):
         assert reader.next_frame() is not None
         return time.process_time() - begin
     small = min(seconds(100 * 1000) for _ in range(3))
-    assert min(seconds(1000 * 1000) for _ in range(3)) < 30 * small + 0.05
+    # A clock of 10 ms, as Windows has it, may tell nothing of the small one.
+    assert min(seconds(1000 * 1000) for _ in range(3)) < 30 * max(small, 0.01) + 0.05
 
 
 @given(st.binary(max_size=200), st.sampled_from(VERSIONS), st.integers(1, 9), st.sampled_from(

@@ -1,6 +1,6 @@
-"""A Linux guest that VirtualBox boots from nothing, in a VM that the host agent made: its agent reads what the
-host wrote into the firmware, and proves by that who it is, with nothing configured in it. In the rig, whose
-VirtualBox interprets, that takes a quarter of an hour and more: by hand, with VMHOST_COLD_BOOT=1 and a
+"""A Linux guest that VirtualBox boots from nothing, in a VM that the host agent made: its agent reads what
+the host wrote into the firmware, and proves by that who it is, with nothing configured in it. In the rig,
+whose VirtualBox interprets, that takes a quarter of an hour and more: by hand, with VMHOST_COLD_BOOT=1 and a
 guest.iso (tests/rigs/guest-image RIG/opt/guest-image iso)."""
 
 import os
