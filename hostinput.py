@@ -13,7 +13,7 @@ import contextlib
 import logging
 import threading
 import time
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Optional
 
 import protocol
 from faults import BadState, DeadlineExceeded
@@ -37,7 +37,6 @@ class _Input:
 
     def __init__(self, execution: Execution, taken: int, is_terminal: bool) -> None:
         self.execution = execution
-        self.index = execution.index
         self.is_terminal = is_terminal
         self.taken = taken             # bytes that the guest has
         self.held = bytearray()        # that it may not have
@@ -70,7 +69,7 @@ class Inputs:
         self._say = say
         self._piece = min(PIECE, max_frame // 2)
         self._lock = threading.Lock()
-        self._inputs: Dict[Tuple[str, str], _Input] = {}
+        self._inputs: Dict[Execution, _Input] = {}     # whose name and id may change
 
     # What the API asks.
 
@@ -133,13 +132,13 @@ class Inputs:
             with contextlib.suppress(BadState, DeadlineExceeded):      # no such input, or no answer
                 return self._of(execution).end
         with self._lock:
-            found = self._inputs.get(execution.index)
+            found = self._inputs.get(execution)
         return found.end if found is not None else execution.status.get('in-offset', 0)
 
     def _of(self, execution: Execution) -> _Input:
         """Raises BadState, DeadlineExceeded."""
         with self._lock:
-            found = self._inputs.get(execution.index)
+            found = self._inputs.get(execution)
         if found is not None:
             return found
         options = self._commands.request(execution.cmd_id)['request']['options']
@@ -150,7 +149,7 @@ class Inputs:
             raise BadState('%s has ended' % execution.key)
         made = _Input(execution, self._ask_taken(execution), 'terminal' in options)
         with self._lock:
-            return self._inputs.setdefault(execution.index, made)
+            return self._inputs.setdefault(execution, made)
 
     def _ask_taken(self, execution: Execution) -> int:
         """How much the guest has taken of what another run of this host may have sent."""
@@ -197,7 +196,7 @@ class Inputs:
     def heard(self, execution: Execution, status: Message) -> None:
         """A CMD_STATUS: how much was taken. Raises BadWord."""
         with self._lock:
-            found = self._inputs.get(execution.index)
+            found = self._inputs.get(execution)
         if found is None or status.get('in-offset') is None:
             return
         taken = int(status.number('in-offset'))
@@ -232,7 +231,7 @@ class Inputs:
                 if found.execution.ended:
                     found.changed.notify_all()
                     with self._lock:
-                        self._inputs.pop(found.index, None)
+                        self._inputs.pop(found.execution, None)
                 elif found.resend_at is not None and now >= found.resend_at:
                     found.pause = min(LAST_RESEND, 2 * found.pause)
                     found.sent, found.resend_at = found.taken, None

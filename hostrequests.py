@@ -150,11 +150,13 @@ def read_seconds(name: str, value: Any) -> float:
 
 
 def read_signal(name: Any) -> str:
-    """A signal as the guest understands it: a name without SIG, or a number. Raises InvalidParams."""
+    """A signal as the guest understands it: a name without SIG, a number, RTMIN+n or RTMAX-n. Raises
+    InvalidParams."""
     text = str(name).upper()
     text = text[3:] if text.startswith('SIG') else text
     is_number = text.isdigit() and len(text) <= 2 and 0 < int(text) <= 64
-    if isinstance(name, bool) or not (is_number or text in SIGNALS):
-        raise InvalidParams('no signal %.40r; there are %s, and numbers from 1 to 64'
+    is_realtime = re.fullmatch(r'RTMIN(\+[0-9]{1,2})?|RTMAX(-[0-9]{1,2})?', text, re.ASCII)
+    if isinstance(name, bool) or not (is_number or is_realtime or text in SIGNALS):
+        raise InvalidParams('no signal %.40r; there are %s, RTMIN+n, RTMAX-n, and numbers from 1 to 64'
                             % (name, ', '.join(SIGNALS)))
     return text

@@ -489,8 +489,8 @@ def test_options_that_no_guest_could_follow(options):
 
 
 def test_signals_by_their_names_and_numbers():
-    read = [hostrequests.read_signal(name) for name in ('TERM', 'sigusr1', 9, '15')]
-    assert read == ['TERM', 'USR1', '9', '15']
+    read = [hostrequests.read_signal(name) for name in ('TERM', 'sigusr1', 9, '15', 'SIGRTMIN+3', 'rtmax')]
+    assert read == ['TERM', 'USR1', '9', '15', 'RTMIN+3', 'RTMAX']
     for name in ('FOO', '', '0', 0, 999, -1, True, 'TERM2'):
         with pytest.raises(faults.InvalidParams):
             hostrequests.read_signal(name)
