@@ -67,7 +67,8 @@ class Images:
             raise InvalidParams('linked: expected an image that is a disk, on which the VM\'s own can lie')
         if registers:
             return self._register(os.path.abspath(name))
-        self._check_new_name(name, self._path_of(name, wish))
+        self._check_name(name)
+        self._check_is_new(name, self._path_of(name, wish))
         self._check_ostype(wish['ostype'])
         if image and not os.path.isfile(image):
             raise InvalidParams('no such image file: %s' % image)
@@ -84,13 +85,15 @@ class Images:
         """Where the settings of a new VM will be."""
         return str(self.box.vbox.composeMachineFilename(name, '', '', wish['folder']))
 
-    def _check_new_name(self, name: str, path: str) -> None:
+    def _check_name(self, name: str) -> None:
         if not name or re.search(r'[/\\\x00-\x1f]', name) or name in ('.', '..'):
             raise InvalidParams('%r is no name for a VM' % name)
         if len(name.encode('utf-8')) > LONGEST_NAME:
             raise InvalidParams('%.20s… is too long for the name of a VM, whose files are called so: '
                                 '%d bytes, and %d at most' % (name, len(name.encode('utf-8')), LONGEST_NAME))
         self._check_is_no_id(name)
+
+    def _check_is_new(self, name: str, path: str) -> None:
         if name in [machine.name for machine in self.box.machines_now()] + [
                 name_in_path(machine) for machine in self.box.unreadable()]:
             raise AlreadyExists('there is a VM %r already' % name)

@@ -214,6 +214,8 @@ class VirtualBox(WithExtraData):
         raise FakeError(NOT_FOUND, 'Could not find a registered machine named %r' % wanted)
 
     def composeMachineFilename(self, name, group, flags, folder):
+        if not name:
+            raise FakeError(INVALID_ARGUMENT, 'Machine name is invalid, must not be empty')
         return os.path.join(folder or os.environ['FAKE_VIRTUALBOX'], name, name + '.vbox')
 
     def getGuestOSType(self, name):

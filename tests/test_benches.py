@@ -41,7 +41,14 @@ def test_a_connection_of_the_broker_costs_little():
 @pytest.mark.soak
 @pytest.mark.skipif(not shutil.which('time') or not shutil.which('bash'), reason='needs time and bash')
 def test_usage_is_exact():
-    assert 'MISSED' not in bench('accounting.py', '--runs', '20')
+    """A row that misses has to miss twice: two programs take turns on processors that others use, too."""
+    def missed():
+        done = subprocess.run([sys.executable, os.path.join(TOP, 'bench', 'accounting.py'), '--runs', '20'],
+                              stdout=subprocess.PIPE, timeout=600, universal_newlines=True)
+        assert 'true' in done.stdout
+        return {line[:24] for line in done.stdout.splitlines() if 'MISSED' in line}
+    first = missed()
+    assert not first or not first & missed()
 
 
 @pytest.mark.soak
