@@ -125,6 +125,8 @@ class Crowd:
         now = time.monotonic()
         for number in range(count):
             guest = Guest(self, number)
+            while guest.session is None:        # an address may have few connections that say nothing yet
+                guest.read()
             self.guests.append(guest)
             self.selector.register(guest.socket, selectors.EVENT_READ, guest)
             heapq.heappush(self.due, (now + BEACON + BEACON * number / count, number, 'beacon'))

@@ -272,6 +272,7 @@ def test_a_command_expires_where_it_waits(guests):
     assert not os.path.exists(guest.served + '/ran')
 
 
+@pytest.mark.once
 def test_each_queued_command_costs_the_same(guests):
     guest = guests(max_commands=1)
     guest.run('first', 'sleep', '60')
@@ -281,7 +282,7 @@ def test_each_queued_command_costs_the_same(guests):
         for n in range(250):
             guest.run('c%d' % (250 * batch + n), 'true')
         times.append((time.thread_time() if hasattr(time, 'thread_time') else time.process_time()) - begin)
-    assert times[2] < 2 * times[0] + 0.1, times
+    assert times[2] < 2 * max(times[:2]) + 0.3, times
     guest.signal('first', 'KILL')
     assert guest.result('c749', 300)['state'] == 'exited'
 
