@@ -377,6 +377,7 @@ class Commands:
         if not command.runner_lives():
             self._lose_unless_ended(command)
             return
+        command.continue_runner()
         self._notice_begin(command)
         self._deliver(command)
         interval = command.request.get('status-interval', 0)

@@ -175,6 +175,15 @@ class Command:
         except (OSError, ValueError, KeyError, TypeError):
             return 0
 
+    def continue_runner(self) -> None:
+        """Has its living runner go on, where somebody on this machine stopped it."""
+        try:
+            runner = int(self.read('process.json')['runner'])
+        except (OSError, ValueError, KeyError, TypeError):
+            return
+        if is_stopped(runner):
+            signal_all([runner], signal.SIGCONT)
+
     def wall(self) -> float:
         """Seconds since the program began; 0 where it hasn't."""
         try:

@@ -3,6 +3,7 @@
 import collections
 import os
 import re
+import signal
 import threading
 import time
 
@@ -247,6 +248,17 @@ def test_what_would_not_end_a_program_doesnt_cancel_it(guests, name):
         wait_until(lambda: guest.commands.states()['c'] == 'stopped', 20)
     guest.signal('c', 'KILL')
     assert guest.result('c')['state'] in ('signaled', 'exited')
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='no /proc')
+def test_a_runner_that_was_stopped_goes_on(guests):
+    """Its program can do that, and would have no timeout any more, and no end that is told."""
+    guest = guests()
+    guest.run('c', 'sleep', '60', timeout=1)
+    command = guest.spool.command('c')
+    wait_until(command.process, 20)
+    os.kill(command.read('process.json')['runner'], signal.SIGSTOP)
+    assert guest.result('c')['state'] == 'timeout'
 
 
 def test_a_command_that_was_cancelled_before_it_came_never_runs(guests):
