@@ -61,6 +61,13 @@ def connect(broker):
     assert left == {'destinations': 0, 'queued_bytes': 0}, 'the test left messages in a queue'
 
 
+@pytest.fixture(scope='module')
+def host(tmp_path_factory):
+    """A host agent without a hypervisor, for the module's tests; some modules have one of their own."""
+    with agents.Host(tmp_path_factory.mktemp('host')) as host:
+        yield host
+
+
 @pytest.fixture
 def api(host):
     """A proxy of the API of the fixture ``host``, whichever host that is."""

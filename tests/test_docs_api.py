@@ -14,7 +14,7 @@ import types
 import xmlrpc.client
 
 import pytest
-from agents import TOP, Agent, Host
+from agents import TOP, Agent
 from fake_guest import CONNECTIONS, Guest
 from helpers import wait_until
 
@@ -45,12 +45,6 @@ def test_all_methods_are_there_with_an_example_of_each():
 
 def code_of(method):
     return ''.join(example.source for example in doctest.DocTestParser().get_examples(method.example))
-
-
-@pytest.fixture(scope='module')
-def host(tmp_path_factory):
-    with Host(tmp_path_factory.mktemp('host')) as host:
-        yield host
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')

@@ -205,12 +205,6 @@ def test_a_socket_of_another_user_is_told_nothing(tmp_path):
 
 # --- connections ---
 
-@pytest.fixture(scope='module')
-def host(tmp_path_factory):
-    with Host(tmp_path_factory.mktemp('host')) as host:
-        yield host
-
-
 def connect(host):
     address, port = host.address.split(':')
     return socket.create_connection((address, int(port)), 20)

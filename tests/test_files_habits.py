@@ -8,17 +8,11 @@ import stat
 import time
 
 import pytest
-from agents import Agent, Host
+from agents import Agent
 from helpers import fault_of, wait_until
 from test_chirp import write
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
-
-
-@pytest.fixture(scope='module')
-def host(tmp_path_factory):
-    with Host(tmp_path_factory.mktemp('host')) as host:
-        yield host
 
 
 @pytest.fixture

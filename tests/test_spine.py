@@ -31,12 +31,6 @@ pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
 
 
 @pytest.fixture(scope='module')
-def host(tmp_path_factory):
-    with Host(tmp_path_factory.mktemp('host')) as host:
-        yield host
-
-
-@pytest.fixture(scope='module')
 def guest(host, tmp_path_factory):
     with Agent(tmp_path_factory.mktemp('guest'), host, 'one') as guest:
         yield guest

@@ -33,12 +33,6 @@ HOSTILE = '<img src=x onerror="document.title=\'owned\'">'
 
 
 @pytest.fixture(scope='module')
-def host(tmp_path_factory):
-    with Host(tmp_path_factory.mktemp('host')) as host:
-        yield host
-
-
-@pytest.fixture(scope='module')
 def guest(host, tmp_path_factory):
     with Agent(tmp_path_factory.mktemp('guest'), host, 'node1', beacon_interval=1) as guest:
         yield guest

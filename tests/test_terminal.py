@@ -26,12 +26,6 @@ pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
 
 
 @pytest.fixture(scope='module')
-def host(tmp_path_factory):
-    with Host(tmp_path_factory.mktemp('host')) as host:
-        yield host
-
-
-@pytest.fixture(scope='module')
 def guest(host, tmp_path_factory):
     with Agent(tmp_path_factory.mktemp('guest'), host, 'one') as guest:
         yield guest
@@ -45,6 +39,14 @@ def api(host, guest):
 
 def begin(api, *words, **options):
     return api.runCmd('one', words[0], list(words[1:]), {}, '', '', options)
+
+
+def begin_cat(api):
+    """A program that says what it reads, and has said what came before something happens."""
+    cmd_id = begin(api, 'cat', stdin='stream')
+    assert api.putCmdInput(cmd_id, b'before ') == 7
+    wait_until(lambda: api.getCmdOutput(cmd_id)['size'] == 7)
+    return cmd_id
 
 
 def put_all(api, cmd_id, data, eof=True):
@@ -156,9 +158,7 @@ def test_input_goes_on_after_a_restart_of_the_host(tmp_path):
     with Host(tmp_path / 'host', broker={'port': free_port()}) as host, \
             Agent(tmp_path / 'guest', host, 'one') as agent:
         with host.api as api:
-            cmd_id = begin(api, 'cat', stdin='stream')
-            assert api.putCmdInput(cmd_id, b'before ') == 7
-            wait_until(lambda: api.getCmdOutput(cmd_id)['size'] == 7)
+            cmd_id = begin_cat(api)
         host.stop()
         host.start()
         wait_until(agent.has_joined, 20)
@@ -174,9 +174,7 @@ def test_what_an_earlier_host_had_sent_is_known_again(tmp_path):
     with Host(tmp_path / 'host', broker={'port': free_port()}) as host, \
             Agent(tmp_path / 'guest', host, 'one') as agent:
         with host.api as api:
-            cmd_id = begin(api, 'cat', stdin='stream')
-            assert api.putCmdInput(cmd_id, b'before ') == 7
-            wait_until(lambda: api.getCmdOutput(cmd_id)['size'] == 7)
+            cmd_id = begin_cat(api)
         host.stop()
         path = os.path.join(host.state, 'journal.sqlite')
         with contextlib.closing(sqlite3.connect(path)) as journal, journal:

@@ -9,7 +9,7 @@ import sys
 import xmlrpc.client
 
 import pytest
-from agents import TOP, Agent, Host, Process
+from agents import TOP, Agent, Process
 from cutting import CuttingProxy
 from fake_guest import Guest
 from helpers import wait_until
@@ -47,12 +47,6 @@ class Between(CuttingProxy):
         """Says frames once more on the newest connection."""
         near, far = self.connections[-1]
         self.say(far if way == 'up' else near, *frames)
-
-
-@pytest.fixture(scope='module')
-def host(tmp_path_factory):
-    with Host(tmp_path_factory.mktemp('host')) as host:
-        yield host
 
 
 @pytest.fixture(scope='module')

@@ -13,12 +13,6 @@ from helpers import fault_of, wait_until
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
 
 
-@pytest.fixture(scope='module')
-def host(tmp_path_factory):
-    with Host(tmp_path_factory.mktemp('host')) as host:
-        yield host
-
-
 @pytest.fixture
 def guest(host):
     """``guest(id, secret)``: a fake one, connected."""

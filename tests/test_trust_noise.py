@@ -10,7 +10,7 @@ import socket
 import sys
 
 import pytest
-from agents import TOP, Agent, Host
+from agents import TOP, Agent
 from fake_guest import CONNECTIONS, RESPONSES, Guest
 from helpers import wait_until
 from test_chirp_hostile import HostileServer
@@ -21,12 +21,6 @@ sys.path.append(os.path.join(TOP, 'bench'))
 import noise  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='needs /proc')
-
-
-@pytest.fixture(scope='module')
-def host(tmp_path_factory):
-    with Host(tmp_path_factory.mktemp('host')) as host:
-        yield host
 
 
 @pytest.fixture(scope='module')

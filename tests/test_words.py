@@ -18,12 +18,6 @@ SCRIPT = os.path.join(TOP, 'vmhost.py')
 
 
 @pytest.fixture(scope='module')
-def host(tmp_path_factory):
-    with Host(tmp_path_factory.mktemp('host')) as host:
-        yield host
-
-
-@pytest.fixture(scope='module')
 def guests(host, tmp_path_factory):
     folder = tmp_path_factory.mktemp('guests')
     with Agent(folder / 'one', host, 'one') as one, Agent(folder / 'two', host, 'two') as two:

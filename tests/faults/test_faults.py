@@ -22,12 +22,6 @@ TOP = os.path.dirname(os.path.dirname(HERE))
 LINUX = pytest.mark.skipif(not os.path.isdir('/proc/self/task'), reason='needs Linux\'s /proc')
 
 
-@pytest.fixture(scope='module')
-def host(tmp_path_factory):
-    with Host(tmp_path_factory.mktemp('host')) as host:
-        yield host
-
-
 def wait_for_state(host, cmd_id, state, timeout=20):
     with host.api as api:
         wait_until(lambda: api.getCmdStatus(cmd_id)['state'] == state, timeout)

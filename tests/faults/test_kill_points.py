@@ -15,12 +15,6 @@ import guestspool
 pytestmark = [pytest.mark.once, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 
 
-@pytest.fixture(scope='module')
-def host(tmp_path_factory):
-    with Host(tmp_path_factory.mktemp('host')) as host:
-        yield host
-
-
 # --- the guest agent dies ---
 
 AGENT_POINTS = {
