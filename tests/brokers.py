@@ -64,11 +64,12 @@ class ExternalBroker:
         'accept-version': '1.2', 'host': '/', 'heart-beat': '0,0', 'login': HOST['username'],
         'passcode': HOST['password']}, version='1.2')
 
-    def __init__(self, folder, tls=None):
+    def __init__(self, folder, tls=None, quick_start=False):
         self.folder = str(folder)
         os.makedirs(self.folder, exist_ok=True)
         self.port = free_port()
         self.tls = tls                     # paths of certificate and key, or None
+        self.quick_start = quick_start     # with less for a long run, on processors that others use, too
         self.process = None
         self.log_path = os.path.join(self.folder, 'log')
 
@@ -148,6 +149,7 @@ class RabbitMQ(ExternalBroker):
     name = 'RabbitMQ'
     server = '/usr/lib/rabbitmq/bin/rabbitmq-server'
     epmd = None
+    idle_options = ' +sbwt none +sbwtdcpu none +sbwtdio none'      # its threads don't spin while they wait
 
     @classmethod
     def missing(cls):
@@ -175,7 +177,8 @@ class RabbitMQ(ExternalBroker):
             'ERL_EPMD_PORT': str(epmd_port), 'ERL_EPMD_ADDRESS': '127.0.0.1', 'HOME': folder,
             'RABBITMQ_NODENAME': 'vmhost-%d@localhost' % self.port, 'RABBITMQ_NODE_IP_ADDRESS': '127.0.0.1',
             'RABBITMQ_DIST_PORT': str(free_port()),
-            'RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS': '-kernel inet_dist_use_interface {127,0,0,1}',
+            'RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS': '-kernel inet_dist_use_interface {127,0,0,1}'
+                                                   + self.idle_options * self.quick_start,
             'RABBITMQ_CONFIG_FILE': self.write('rabbitmq.conf', self.configuration()),
             'RABBITMQ_ENABLED_PLUGINS_FILE': self.write(
                 'enabled_plugins', snippet('enabled_plugins', 'RabbitMQ')),
@@ -196,6 +199,7 @@ class ActiveMQ(ExternalBroker):
     name = 'ActiveMQ'
     home = '/usr/share/activemq'
     options = ['-Xms128M', '-Xmx512M']
+    quick_options = ['-XX:TieredStopAtLevel=1', '-XX:+UseSerialGC']    # compiled once, and not better later
 
     @classmethod
     def missing(cls):
@@ -212,9 +216,10 @@ class ActiveMQ(ExternalBroker):
         configuration = self.write('activemq.xml', self.configuration())
         places = ['-Dactivemq.%s=%s' % item for item in (
             ('home', self.home), ('base', self.folder), ('conf', self.folder), ('data', self.folder))]
+        options = self.options + self.quick_options * self.quick_start
         self.process = self.spawn(
-            ['java'] + self.options + places + ['-jar', self.home + '/bin/activemq.jar', 'start',
-                                                'xbean:file:' + configuration], {})
+            ['java'] + options + places + [
+                '-jar', self.home + '/bin/activemq.jar', 'start', 'xbean:file:' + configuration], {})
 
 
 EXTERNAL = (RabbitMQ, ActiveMQ)

@@ -1,6 +1,7 @@
 """What a policy may ask for, so that one client's noise is its own trouble: rates, lanes, strangers."""
 
 import contextlib
+import socket
 import threading
 import time
 
@@ -10,6 +11,8 @@ from stomp_client import Client, frame, running
 
 from stompbroker import Broker, Policy
 from stompoutbox import SHARE
+
+pytestmark = pytest.mark.ends
 
 WHERE = 'destination:/topic/a'
 
@@ -246,8 +249,9 @@ def test_senders_to_an_essential_client_take_turns(broker, connect):
         assert [one for one in got if one.startswith(b'third')] == [b'third %d' % n for n in range(20)]
     finally:
         stop.set()
-        flooder.reset()
+        flooder.socket.shutdown(socket.SHUT_RDWR)      # which ends a wait in another thread, as close doesn't
         thread.join(30)
+        assert not thread.is_alive()
     assert broker.counters()['cut_off'] == 0
 
 

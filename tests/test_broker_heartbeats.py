@@ -11,6 +11,8 @@ from stomp_client import Client, Program, frame, running
 
 from stompbroker import Broker
 
+pytestmark = pytest.mark.ends
+
 
 @pytest.mark.parametrize('lines', [(), ('heart-beat:0,0',)])
 def test_none_are_sent_unasked(connect, lines):

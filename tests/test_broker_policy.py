@@ -13,6 +13,8 @@ from hostpolicy import CLAIMS, HostPolicy
 from protocol import CMD_REQUESTS, CMD_RESPONSES, CONNECTIONS
 from stompbroker import Broker, Policy, Refused
 
+pytestmark = pytest.mark.ends
+
 
 class Recorder(Policy):
     """Allows what its tests don't forbid, and remembers what it was asked."""

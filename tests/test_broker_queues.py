@@ -14,6 +14,8 @@ from stompbroker import Broker, Policy
 from stompoutbox import Memory, Outbox
 from stompqueues import LARGE, BrokerMessage, Destinations, Envelope
 
+pytestmark = pytest.mark.ends
+
 MIB = 1024 * 1024
 NUMBERS = itertools.count()
 

@@ -23,6 +23,8 @@ from stomp_client import Client, Program, frame, running
 
 from stompbroker import Broker
 
+pytestmark = pytest.mark.ends
+
 MIB = 1024 * 1024
 
 

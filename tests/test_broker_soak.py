@@ -13,6 +13,8 @@ from stomp_client import Client, frame, running
 
 from stompbroker import Broker
 
+pytestmark = pytest.mark.once
+
 DEAD_LETTERS = '/queue/DLQ'
 REFUSALS = 3
 LIMITS = {'queued': 300000, 'queued_in_all': 700000, 'held': 400000, 'refusals': REFUSALS}

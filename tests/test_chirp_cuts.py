@@ -25,6 +25,8 @@ import chirprequests
 import chirpserver
 import chirpwire
 
+pytestmark = pytest.mark.ends
+
 SIZE = 24 * 1024 * 1024
 CUTS = 20
 

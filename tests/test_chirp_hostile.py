@@ -21,6 +21,8 @@ import chirprequests
 import chirpserver
 import chirpwire
 
+pytestmark = pytest.mark.ends
+
 HELLO = b'yes\nyes\nyes\naddress\n127.0.0.1\n'
 BOUND = 10 * 1024 * 1024
 STAT = b'1 2 %d 1 0 0 0 %d 4096 8 0 0 0\n'

@@ -28,7 +28,7 @@ import faults
 import hostcli
 import hostclient
 
-pytestmark = [pytest.mark.ends, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
+pytestmark = [pytest.mark.whole, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 SCRIPT = os.path.join(TOP, 'vmhost.py')
 
 

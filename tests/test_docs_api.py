@@ -22,6 +22,8 @@ import faults
 import hostapi
 import hostreference
 
+pytestmark = pytest.mark.whole
+
 METHODS = [method for part, methods in hostreference.describe(hostapi.PARTS) for method in methods]
 
 

@@ -28,7 +28,8 @@ import hoststate
 import localsocket
 import rpc
 
-pytestmark = pytest.mark.skipif(os.name != 'posix', reason='modes, users and Unix sockets')
+pytestmark = [pytest.mark.ends,
+              pytest.mark.skipif(os.name != 'posix', reason='modes, users and Unix sockets')]
 as_root = pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() != 0, reason='needs root')
 NOBODY = 65534
 

@@ -33,7 +33,7 @@ import hostconfig
 import hostguests
 import hostjournal
 
-pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
+pytestmark = [pytest.mark.whole, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 FULL = os.environ.get('VMHOST_FULL')            # nothing else runs on this machine
 
 

@@ -447,6 +447,7 @@ def pythons():
     return sorted(glob.glob(root + '/versions/3.*/bin/python')) + [sys.executable]
 
 
+@pytest.mark.once
 def test_the_bundle_is_the_same_from_every_python(tmp_path):
     made = {bundle_by(python, tmp_path / ('%d.pyz' % n)) for n, python in enumerate(pythons())}
     assert len(made) == 1

@@ -22,6 +22,8 @@ import hostrequests
 import hostwords
 import protocol
 
+pytestmark = pytest.mark.ends
+
 
 @pytest.fixture(scope='module')
 def host(tmp_path_factory):

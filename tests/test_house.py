@@ -5,6 +5,7 @@ held against the code. ``python tests/test_house.py`` brings it up to date.
 """
 
 import ast
+import functools
 import glob
 import os
 import re
@@ -17,11 +18,13 @@ ROOMS = {os.path.basename(path)[:-len('.py')]: path for path in glob.glob(os.pat
 A_ROOM = re.compile(r'^    (\w+)\.py +(\S.*?)(?: +→ (.+))?$', re.MULTILINE)
 
 
+@functools.lru_cache(None)
 def tree_of(room):
     with open(ROOMS[room], encoding='utf-8') as file:
         return ast.parse(file.read())
 
 
+@functools.lru_cache(None)
 def imports_of(room, everything=False, at_once=False):
     """The rooms that a room imports, anywhere in it; ``at_once``: as soon as it is imported itself;
     ``everything``: all modules, not rooms alone."""
@@ -31,7 +34,7 @@ def imports_of(room, everything=False, at_once=False):
             names.update(alias.name.split('.')[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module.split('.')[0])
-    return names if everything else names & set(ROOMS)
+    return frozenset(names if everything else names & set(ROOMS))
 
 
 def listed():

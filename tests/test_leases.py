@@ -13,6 +13,8 @@ from vms import VMHost, environment
 
 import faults
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.fixture
 def host(tmp_path):

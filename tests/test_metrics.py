@@ -10,7 +10,7 @@ from agents import Agent, Host
 
 import hostmetrics
 
-pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
+pytestmark = [pytest.mark.whole, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 
 
 def get(host, authorization):

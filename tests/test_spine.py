@@ -27,7 +27,7 @@ import hostconfig
 import hostserver
 import hostworkers
 
-pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
+pytestmark = [pytest.mark.whole, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 
 
 @pytest.fixture(scope='module')

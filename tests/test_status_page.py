@@ -27,7 +27,7 @@ import hostjournal
 import hostpages
 import hypervisor
 
-pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
+pytestmark = [pytest.mark.whole, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 in_chromium = pytest.mark.skipif(CHROMIUM is None, reason='no chromium here')
 HOSTILE = '<img src=x onerror="document.title=\'owned\'">'
 

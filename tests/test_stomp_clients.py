@@ -15,6 +15,8 @@ from stomp_client import running
 
 from stompbroker import Broker
 
+pytestmark = pytest.mark.ends
+
 TIMEOUT = 30
 TEXT = 'Grüße: a\\b\n'
 

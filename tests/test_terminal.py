@@ -22,7 +22,7 @@ from terminals import Terminal
 
 import cliterminal
 
-pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
+pytestmark = [pytest.mark.whole, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 
 
 @pytest.fixture(scope='module')

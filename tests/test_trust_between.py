@@ -17,7 +17,7 @@ from test_trust_guests import may_make_networks
 
 from protocol import CLIENT_COMMANDS, SERVER_COMMANDS, FrameReader, encode
 
-pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
+pytestmark = [pytest.mark.whole, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 
 
 class Between(CuttingProxy):

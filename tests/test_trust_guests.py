@@ -23,7 +23,7 @@ import protocol
 from protocol import CMD_REQUESTS, CONNECTIONS, Message
 from stompbroker import Broker
 
-pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
+pytestmark = [pytest.mark.ends, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 

@@ -10,7 +10,7 @@ from agents import Agent, Host
 from fake_guest import CONNECTIONS, RESPONSES, Guest
 from helpers import fault_of, wait_until
 
-pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
+pytestmark = [pytest.mark.ends, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ sys.path.append(os.path.join(TOP, 'bench'))
 
 import noise  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='needs /proc')
+pytestmark = [pytest.mark.ends,
+              pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='needs /proc')]
 
 
 @pytest.fixture(scope='module')

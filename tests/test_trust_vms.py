@@ -17,7 +17,7 @@ from vms import VMHost
 import faults
 import virtualbox
 
-pytestmark = pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')
+pytestmark = [pytest.mark.ends, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 
 
 @pytest.fixture(scope='module')

@@ -24,6 +24,8 @@ import hypervisor
 import vboxnetwork
 import virtualbox
 
+pytestmark = pytest.mark.ends
+
 NUMBERS = itertools.count(1)
 ANSWERS = '''
 import json, sys

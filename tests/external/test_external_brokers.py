@@ -11,7 +11,7 @@ import socket
 
 import pytest
 from agents import Agent, Host
-from brokers import EXTERNAL, GUEST, HOST, RabbitMQ, broker_section, make_certificate
+from brokers import GUEST, HOST, RabbitMQ, broker_section, make_certificate
 from helpers import wait_until
 from test_spine import (  # noqa: F401
     test_200_exit_codes_from_16_clients,
@@ -30,14 +30,6 @@ from protocol import SERVER_COMMANDS, FrameReader, encode
 
 pytestmark = [pytest.mark.slow, pytest.mark.once,
               pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
-
-
-@pytest.fixture(scope='module', params=EXTERNAL, ids=lambda kind: kind.name)
-def broker(request, tmp_path_factory):
-    if request.param.missing():
-        pytest.skip(request.param.missing())
-    with request.param(tmp_path_factory.mktemp('broker')) as broker:
-        yield broker
 
 
 @pytest.fixture(scope='module')
@@ -125,7 +117,7 @@ def test_what_a_guest_may(broker, command, destination, answer):
 
 @pytest.mark.skipif(bool(RabbitMQ.missing()), reason=RabbitMQ.missing())
 def test_tls(tmp_path):
-    with RabbitMQ(tmp_path / 'broker', make_certificate(str(tmp_path))) as broker:
+    with RabbitMQ(tmp_path / 'broker', make_certificate(str(tmp_path)), True) as broker:
         with Host(tmp_path / 'host', broker.broker_keys(HOST)) as host:
             with Agent(tmp_path / 'guest', host, 'secure', broker.broker_keys(GUEST)):
                 assert host.run('secure', 'echo', 'x' * 5000)['out'] == 'x' * 5000 + '\n'

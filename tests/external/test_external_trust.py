@@ -6,21 +6,13 @@ import time
 
 import pytest
 from agents import Agent, Host
-from brokers import EXTERNAL, GUEST, HOST
+from brokers import GUEST, HOST
 from fake_guest import CONNECTIONS, REQUESTS, RESPONSES, Guest
 from helpers import wait_until
 from stomp_client import Client
 
 pytestmark = [pytest.mark.slow, pytest.mark.once,
               pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
-
-
-@pytest.fixture(scope='module', params=EXTERNAL, ids=lambda kind: kind.name)
-def broker(request, tmp_path_factory):
-    if request.param.missing():
-        pytest.skip(request.param.missing())
-    with request.param(tmp_path_factory.mktemp('broker')) as broker:
-        yield broker
 
 
 @pytest.fixture(scope='module')

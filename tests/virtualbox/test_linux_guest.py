@@ -269,7 +269,7 @@ def test_the_whole_job(guest, way):
     by.put(guest.local('program', PROGRAM.encode()), 'program')
     guest.note('input there')
     cmd_id = by.run('sh', 'program')
-    wait_until(lambda: by.progress(cmd_id).startswith('at '), PATIENCE, 0.2)
+    wait_until(lambda: by.progress(cmd_id).startswith('at '), PATIENCE, 1)      # each asks the slow guest
     guest.note('progress seen')
     by.pause()
     assert by.found()['state'] == 'Paused' and by.states(cmd_id) == {'suspended'}
