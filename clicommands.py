@@ -571,8 +571,17 @@ def read_limit(text: str) -> Tuple[str, float]:
     """NAME=NUMBER, the number with a unit of size or without. Raises ArgumentTypeError."""
     name, sign, value = text.partition('=')
     if not sign:
-        raise argparse.ArgumentTypeError('%s: expected cpu=30, as=2G, fsize=, nofile= or nproc=' % text)
-    return name, read_bytes(value)
+        raise argparse.ArgumentTypeError('%s: expected memory=2G, cpus=1.5, pids=, cpu=30, as=, fsize=, '
+                                         'nofile= or nproc=' % text)
+    return name, read_cores(value) if name == 'cpus' else read_bytes(value)
+
+
+def read_cores(text: str) -> float:
+    """A number of processor cores, or a part of one. Raises ArgumentTypeError."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError('cpus=%s: expected a number of cores, such as 0.5' % text)
 
 
 def read_bytes(text: str) -> int:
@@ -601,7 +610,8 @@ RUN_ARGUMENTS = [
     argument('-u', '--user', metavar='USER', help='run it as this user'),
     argument('-n', '--nice', metavar='N', type=int, help='its niceness'),
     argument('-l', '--limit', metavar='NAME=N', type=read_limit, action='append', default=[], dest='limits',
-             help='as with ulimit: as, cpu, fsize, nofile or nproc; may be repeated'),
+             help='memory, cpus or pids: of all its processes together; as, cpu, fsize, nofile or nproc: of '
+                  'each, as with ulimit; may be repeated'),
     argument('--output-limit', metavar='SIZE', type=read_bytes, dest='outputLimit',
              help='how much output is kept (64K, 1G)'),
     switch('--queue', help='if the VM is away, wait for it'),

@@ -78,6 +78,17 @@ class Commands:
                 if not command.has_ended():
                     self._take_up(command)
         self._begin_waiting()
+        self.tidy_groups()
+
+    def tidy_groups(self) -> None:
+        """Removes control groups whose commands have ended, once the processes have that these left."""
+        self._fork_server.place.sweep(self._spool.folder, self._is_over)
+
+    def _is_over(self, name: str) -> bool:
+        """Whether the command with a folder of that name has no runner any more."""
+        with self._lock:
+            command = self._folders.get(name)
+        return command is None or command.has_ended()
 
     def _take_up(self, command: Command) -> None:
         if command.request.get('boot') != self._boot:
@@ -259,6 +270,8 @@ class Commands:
         with self._lock:
             due, command.signals = command.signals, []
         for number in due:
+            if number == signal.SIGKILL:
+                command.kill_group()
             # What is forked meanwhile is killed, too.
             for _ in range(KILL_ROUNDS if number == signal.SIGKILL else 1):
                 if not signal_all(command.members(), number):

@@ -14,6 +14,7 @@ import threading
 from typing import List
 
 import agent
+from guestcgroup import find_place
 from guestrunner import RunnerProcess
 from guestspool import describe_error
 from gueststart import Origin, become_subreaper, make_starter
@@ -47,6 +48,8 @@ class ForkServer:
         self._lock = threading.Lock()
         self._free = []                # type: List[socket.socket]
         self._busy = []                # type: List[socket.socket]
+        self.place = find_place()
+        self.place.settle()            # before there is a process that would have to be moved
         agent.release_memory()         # rather than have each runner share what nobody uses
         self._start()
         self._free.append(self._new_runner())
@@ -66,7 +69,7 @@ class ForkServer:
     def _serve(self, requests: socket.socket) -> None:
         """Forks a runner for each socket that comes."""
         os.close(self.reports)
-        self._origin = Origin(make_starter())
+        self._origin = Origin(make_starter(), self.place)
         become_subreaper()         # of what ended runners leave
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -191,3 +194,4 @@ class ForkServer:
             log.debug('the fork server was waited for already')
         for descriptor in (self.reports, self._reporter):
             os.close(descriptor)
+        self.place.tidy()

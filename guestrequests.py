@@ -10,7 +10,7 @@ from typing import Any, Dict, List
 
 from protocol import STREAM, BadWord, Message
 
-LIMITS = ('as', 'cpu', 'fsize', 'nofile', 'nproc')
+LIMITS = ('as', 'cpu', 'fsize', 'nofile', 'nproc', 'memory', 'cpus', 'pids')
 
 
 def read_request(message: Message, defaults: Any) -> Dict[str, Any]:
@@ -29,7 +29,7 @@ def read_request(message: Message, defaults: Any) -> Dict[str, Any]:
                'status-interval': message.number('status-interval'),
                'output-limit': int(message.number('output-limit', defaults.output_limit)),
                'inline-output': int(message.number('inline-output', defaults.inline_output)),
-               'limits': {name: int(as_number('limits', value))
+               'limits': {name: as_limit(name, value)
                           for name, value in message.mapping('limits').items()}}  # type: Dict[str, Any]
     if not request['cmd']:
         raise BadWord('CMD_RUN: no cmd')
@@ -38,7 +38,7 @@ def read_request(message: Message, defaults: Any) -> Dict[str, Any]:
             raise BadWord('CMD_RUN: %s should not be negative' % name)
     for name, value in request['limits'].items():
         if name not in LIMITS or value < 0:
-            raise BadWord('CMD_RUN: limits: %.40s = %d: there are %s, none below 0'
+            raise BadWord('CMD_RUN: limits: %.40s = %g: there are %s, none below 0'
                           % (name, value, ', '.join(LIMITS)))
     env = request['env']
     if any('\0' in text for text in [request['cmd'], request['path'], *request['args'], *env, *env.values()]):
@@ -127,9 +127,10 @@ def as_text(name: str, value: Any) -> str:
     return Message('', 'CMD_RUN', None, {name: value}).text(name)
 
 
-def as_number(name: str, value: Any) -> float:
-    """A limit. Raises BadWord."""
-    return Message('', 'CMD_RUN', None, {name: value}).number(name)
+def as_limit(name: str, value: Any) -> float:
+    """A limit: a whole number, but of processor cores. Raises BadWord."""
+    number = Message('', 'CMD_RUN', None, {'limits': value}).number('limits')
+    return number if name == 'cpus' else int(number)
 
 
 def signal_number(name: str) -> int:

@@ -13,10 +13,12 @@ import select
 import signal
 import socket
 import time
-from typing import Any, Iterator, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import agent
 import protocol
+from guestcgroup import LIMITS as OF_GROUPS
+from guestcgroup import Group, no_limit  # noqa: F401
 from guestinput import Inlet, read_output, set_size, wait_until_ready
 from guestprocesses import (
     children_of,
@@ -34,6 +36,7 @@ from gueststart import Origin, Start, become_subreaper
 ACK_PATIENCE = 0.05            # seconds after which results that nobody has yet are brought to the disk
 DRAIN = 2.0                    # seconds for the pipes to be emptied after the end of the process
 SETTLE = 0.05                  # seconds more for orphans to end, where there are any
+UNCOUNTED = 0.001              # seconds of CPU that the sums of two ways to count may differ by
 END_PATIENCE = 10.0            # seconds for processes to be ended that the system doesn't let go of
 FIRST_STATUS = 0.05            # seconds after which a command that still runs is reported
 PUMP = 256 * 1024              # bytes read from a pipe at a time
@@ -49,7 +52,7 @@ class Runner:
 
     The program and its descendants stay below this process, whatever sessions they make: where the system has
     subreapers, orphans become its children. It feeds the spool from their pipes, and waits for all of them
-    by wait4, which tells their exact usage.
+    by wait4, which tells their exact usage. Where it may make a control group, they are in that, too.
     """
 
     def __init__(self, folder: str, process: 'RunnerProcess') -> None:
@@ -57,6 +60,7 @@ class Runner:
         self.process = process
         self.request = {}              # type: Any
         self.pid = 0                   # of the program
+        self.group = None              # type: Optional[Group]    # of its processes, where there can be one
         self.usage = Usage()
         self.pipes = {}                # type: Any       # {descriptor: (name, the file's descriptor)}
         self.terminal = -1             # the program's end of its terminal
@@ -106,6 +110,8 @@ class Runner:
         self._close_pipes()
         if self.inlet is not None:
             self.inlet.close()
+        if self.group is not None:
+            self.group.remove()        # the agent does, once those have ended that were left
         if self._lock is not None:
             self._lock.close()
 
@@ -137,7 +143,8 @@ class Runner:
         # Torn, it is as good as none: what a dead runner left is found by its environment, too.
         with open(self.command.path('process.json'), 'w', opener=private) as file:
             file.write(json.dumps({'pid': self.pid, 'started': self.started, 'begin': self.begin,
-                                   'ticks': start_ticks(self.pid), 'runner': os.getpid()}))
+                                   'ticks': start_ticks(self.pid), 'runner': os.getpid(),
+                                   'group': self.group.folder if self.group is not None else ''}))
 
     def abandon(self) -> None:
         """Ends a program that can't be accounted for, since a file of it couldn't be written, say."""
@@ -147,7 +154,8 @@ class Runner:
 
     def _spawn(self) -> None:
         """Starts the program, in a session of its own. Raises what that raised, in the child too."""
-        start = Start(self.command, self.request, self.process.origin)
+        self._make_group()
+        start = Start(self.command, self.request, self.process.origin, self.group)
         with contextlib.ExitStack() as stack:
             places = self._open_terminal() if self.request.get('terminal') else self._open_pipes(stack)
             self.begin, self.started = time.monotonic(), time.time()
@@ -155,6 +163,30 @@ class Runner:
         self.pid = start.wait()
         if self.pid != start.child:
             self._starter = start.child
+        if self.group is not None and not self.group.holds(self.pid):
+            self._do_without_group()
+
+    def _limits(self) -> Dict[str, Any]:
+        """Those that a group has to keep."""
+        limits = self.request.get('limits', {})
+        return {name: limits[name] for name in OF_GROUPS if name in limits}
+
+    def _make_group(self) -> None:
+        """Raises OSError where there is no group that keeps the limits."""
+        limits = self._limits()
+        self.group = self.process.origin.place.make_group(self.command.folder)
+        if self.group is not None:
+            self.group.limit(limits)
+        elif limits:
+            raise no_limit(min(limits))
+
+    def _do_without_group(self) -> None:
+        """The program couldn't begin there: this kernel has no such fork, say. Raises OSError."""
+        if self.group is not None:
+            self.group.remove()
+        self.group = None
+        if self._limits():
+            raise no_limit(min(self._limits()))
 
     def _open_pipes(self, stack: contextlib.ExitStack) -> Tuple[int, int, int]:
         """The program's ends: two outputs, an input."""
@@ -288,10 +320,18 @@ class Runner:
         """To all processes of the command; how many there were."""
         if not has_proc():
             return signal_session(self.pid, number) if self.pid else 0
-        pids = descendants(os.getpid())
         if self.request.get('leave'):
-            pids = in_session(pids, self.pid)
-        return signal_all(pids, number)
+            return signal_all(in_session(descendants(os.getpid()), self.pid), number)
+        if number == signal.SIGKILL and self.group is not None:
+            self.group.kill()
+        return signal_all(self._members(), number)
+
+    def _members(self) -> List[int]:
+        """The living processes of the command: also those that have left its group, by su, say."""
+        pids = descendants(os.getpid())
+        if self.group is None or not self.group.is_populated():
+            return pids
+        return sorted(set(pids).union(self.group.pids()))
 
     def _end_all(self) -> None:
         """After a timeout or KILL: no process stays, but one that the system doesn't let go of."""
@@ -327,19 +367,33 @@ class Runner:
             log.debug('the agent is gone: %s', error)
 
     def _finish_exited(self, ended: float) -> None:
+        more = self._of_the_group()
+        more.update({name + '-truncated': truncated for name, truncated in self.truncated.items()})
         status = self.status or 0
         exited = os.WIFEXITED(status)
         code = os.WEXITSTATUS(status) if exited else os.WTERMSIG(status)
         state = 'timeout' if self.timed_out else 'exited' if exited else 'signaled'
-        error = ''
+        by = self._ended_by(exited, code)
+        error = 'ENOMEM: the kernel killed it for want of memory' if by == 'oom' else ''
         if self.timed_out:
             error = 'ran longer than its timeout of %g s' % float(self.request['timeout'])
         if self.failure:
             state, error = 'failed', self.failure
-        self._finish(state, error, finished=exited, exitCodeOrSignal=code, by=self._ended_by(exited, code),
+        self._finish(state, error, finished=exited, exitCodeOrSignal=code, by=by,
                      resources=self.usage.fields, inexact=[] if self._starter else ['ru_maxrss'],
-                     left=len(descendants(os.getpid())), wall=ended - self.begin, started=self.started,
-                     **{'out-truncated': self.truncated['out'], 'err-truncated': self.truncated['err']})
+                     left=len(self._members()), wall=ended - self.begin, started=self.started,
+                     **more)
+
+    def _of_the_group(self) -> Dict[str, Any]:
+        """What its control group alone can tell, as keys of the result."""
+        if self.group is None:
+            return {}
+        cpu = self.group.cpu()
+        # Processes that nobody waits for, as their parent ignores their end, and those that are left.
+        if cpu is not None and sum(cpu) > self.usage.cpu() + UNCOUNTED:
+            self.usage.fields.update(ru_utime=cpu[0], ru_stime=cpu[1])
+        peak, kills = self.group.memory_peak(), self.group.oom_kills()
+        return dict({} if peak is None else {'memory-peak': peak}, **{'oom-kills': kills} if kills else {})
 
     def _ended_by(self, exited: bool, number: int) -> str:
         """Who ended the program: itself, timeout, signalCmd, oom (the kernel, for memory), or other."""
@@ -349,8 +403,10 @@ class Runner:
             return 'itself'
         if number in self.command.sent_signals():
             return 'signalCmd'
-        is_oom = number == signal.SIGKILL and was_killed_for_memory(self.pid, self.begin)
-        return 'oom' if is_oom else 'other'
+        if number == signal.SIGKILL and (self.group is not None and self.group.oom_kills()
+                                         or was_killed_for_memory(self.pid, self.begin)):
+            return 'oom'
+        return 'other'
 
     def _finish(self, state: str, error: str, **more: Any) -> None:
         """result.json, by rename. On a full disk, without reserved room, it takes the output's."""
@@ -375,6 +431,10 @@ class Usage:
             value = getattr(usage, name)
             self.fields[name] = max(self.fields[name], value) if name == 'ru_maxrss' \
                 else self.fields[name] + value
+
+    def cpu(self) -> float:
+        """Seconds of the processor."""
+        return float(self.fields['ru_utime'] + self.fields['ru_stime'])
 
 
 class Unsynced:

@@ -18,6 +18,7 @@ from typing import Any, Dict, Iterator, List, Optional
 
 import agent
 import protocol
+from guestcgroup import Group
 from guestidentity import make_folder
 from guestprocesses import (
     PAGE,
@@ -175,6 +176,14 @@ class Command:
         except (OSError, ValueError, KeyError, TypeError):
             return 0
 
+    def group(self) -> Optional[Group]:
+        """Its control group, if it has one whose processes are to be ended with it."""
+        try:
+            folder = self.read('process.json')['group']
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return Group(str(folder)) if folder and not self.request.get('leave') else None
+
     def continue_runner(self) -> None:
         """Has its living runner go on, where somebody on this machine stopped it."""
         try:
@@ -314,22 +323,33 @@ class Command:
         found = descendants(runner)
         if not self.runner_lives():     # asked afterwards: else these may be of the runner's next command
             return []
-        return in_session(found, pid) if self.request.get('leave') else found
+        if self.request.get('leave'):
+            return in_session(found, pid)
+        group = self.group()
+        return found if group is None else sorted(set(found).union(group.pids()))
+
+    def kill_group(self) -> None:
+        """KILLs all at once, where it has a control group; ``members`` may tell of others."""
+        group = self.group()
+        if group is not None and self.runner_lives():
+            group.kill()
 
     def end_processes(self) -> int:
         """KILLs what a dead runner left of the command; how many processes there were.
 
-        Only what is surely the command's: its session, while the leader is the process that was
-        started, by pid and start time; and whatever has its VM_PROGRESS_FILE, which names the folder.
+        Only what is surely the command's: its control group; its session, while the leader is the process
+        that was started, by pid and start time; and whatever has its VM_PROGRESS_FILE, which names the
+        folder.
         """
         try:
             process = self.read('process.json')
             leader, ticks = int(process['pid']), process.get('ticks')
         except (OSError, ValueError, KeyError, TypeError):
             leader, ticks = 0, None
-        count = 0
+        group = self.group()
+        count = int(group is not None and group.kill())
         if leader and ticks and start_ticks(leader) == ticks:
-            count = signal_session(leader, signal.SIGKILL)
+            count += signal_session(leader, signal.SIGKILL)
         return count + signal_all(processes_with('VM_PROGRESS_FILE', self.path('progress')), signal.SIGKILL)
 
 

@@ -25,8 +25,10 @@ import struct
 import sys
 import termios
 import time
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, List, Optional
 
+from guestcgroup import LIMITS as OF_GROUPS
+from guestcgroup import Group, Place
 from guestidentity import PASSED
 from guestspool import Command, private
 
@@ -51,19 +53,24 @@ log = logging.getLogger('vmguest')
 # /bin/true. So the runner executes this program of a few hundred bytes, which forks the one that was asked
 # for, and ends. The orphan becomes the child of the runner, its subreaper, and wait4 tells what it used, and
 # no more. Its words: the folder to work in, the path to execute, then the words of the program. It writes P
-# and the program's pid to descriptor 3; or D (the folder) or E (the program) and an errno.
+# and the program's pid to descriptor 3; or D (the folder) or E (the program) and an errno. Where descriptor 4
+# is the folder of a control group, the program begins within that (a move would hold up all that fork).
 STARTERS = {'x86_64': bytes.fromhex(
     '488b1c24'                 # _start: mov rbx, [rsp]                 argc
     '488d6c2408'               #         lea rbp, [rsp+8]               argv
     '4c8d64dd08'               #         lea r12, [rbp+rbx*8+8]         envp
     '6a44415d'                 #         push 'D'; pop r13
     '6a5058488b7d000f05'       #         chdir(argv[0])
-    '85c07832'                 #         test eax, eax; js failed
+    '85c07864'                 #         test eax, eax; js failed
     '6a45415d'                 #         push 'E'; pop r13
-    '6a3a580f05'               #         vfork()
-    '85c07825752b'             #         test eax, eax; js failed; jnz parent
+    '6a0431c050505050506a11505050'     # push 4; xor eax, eax; 5 × push rax; push SIGCHLD; 3 × push rax
+    '48b8004100000200000050'   #         mov rax, CLONE_VM | CLONE_VFORK | CLONE_INTO_CGROUP; push rax
+    '4889e76a585eb8b30100000f05'       # clone3(rsp, 88)
+    '85c079056a3a580f05'       #         test eax, eax; jns began; vfork()
+    '85c0782d7533'             # began:  test eax, eax; js failed; jnz parent
     '6a70580f05'               #         setsid()
     '6a48586a035f6a025e6a015a0f05'     # fcntl(3, F_SETFD, FD_CLOEXEC)
+    '6a48586a045f0f05'         #         fcntl(4, F_SETFD, FD_CLOEXEC)
     '6a3b58488b7d08488d75104c89e20f05'     # execve(argv[1], argv + 2, envp)
     'f7d86a7f4155eb04'         # failed: neg eax; push 127; push r13; jmp say
     '6a006a50'                 # parent: push 0; push 'P'
@@ -164,9 +171,13 @@ def find(text: str, by_number: Callable[[int], Any], by_name: Callable[[str], An
 class Origin:
     """What all programs of an agent begin with: found out once, since each start should take little."""
 
-    def __init__(self, starter: int) -> None:
-        """``starter``: see make_starter; -1: a program is executed by the runner's own child."""
+    def __init__(self, starter: int, place: Place) -> None:
+        """``starter``: see make_starter; -1: a program is executed by the runner's own child.
+
+        ``place``: where control groups are made.
+        """
         self.starter = starter
+        self.place = place
         self.environment = {encode(name): encode(value) for name, value in os.environ.items()}
         self.environment.pop(b'OLDPWD', None)
         self.ignored = [number for number in range(1, signal.NSIG) if is_ignored(number)]
@@ -183,11 +194,16 @@ def is_ignored(number: int) -> bool:
 class Start:
     """One program on its way from a request to its exec. ``wait`` tells whether it got there."""
 
-    def __init__(self, command: Command, request: Dict[str, Any], origin: Origin) -> None:
-        """Does what can be done before the fork, after which each page that is touched is copied."""
+    def __init__(self, command: Command, request: Dict[str, Any], origin: Origin,
+                 group: Optional[Group]) -> None:
+        """Does what can be done before the fork, after which each page that is touched is copied.
+
+        ``group``: where the program is to be, if that can be.
+        """
         self._command = command
         self._request = request
         self._origin = origin
+        self._group = group
         self._user = User(request['user']) if request.get('user') else None
         self._folder = os.path.join(encode(request['root']), encode(request['path']))
         self._words = [encode(word) for word in [request['cmd']] + request['args']]
@@ -226,7 +242,7 @@ class Start:
                 stdin = os.open(self._command.path('stdin'), os.O_RDONLY)
                 stack.callback(os.close, stdin)
             places = [(os.POSIX_SPAWN_DUP2, fd, number)         # novm
-                      for number, fd in enumerate((stdin, out, err, reporter))]
+                      for number, fd in enumerate((stdin, out, err, reporter, *self._open_group(stack)))]
             try:
                 self.child = os.posix_spawn(                    # novm
                     '/proc/self/fd/%d' % self._origin.starter, [self._folder, path] + self._words,
@@ -236,6 +252,20 @@ class Start:
                     raise
                 return False
         return True
+
+    def _open_group(self, stack: contextlib.ExitStack) -> List[int]:
+        """The descriptor of the group, if there is one, until ``stack`` closes it."""
+        if self._group is None:
+            return []
+        try:
+            opened = self._group.open()
+        except OSError as error:
+            log.debug('%s: %s', self._group.folder, error)
+            return []
+        spare = fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, SPARE)      # no place of another one
+        os.close(opened)
+        stack.callback(os.close, spare)
+        return [spare]
 
     def _fork(self, reporter: int, out: int, err: int, stdin: int) -> None:
         """Raises OSError."""
@@ -292,6 +322,7 @@ class Start:
         request = self._request
         out, err, stdin, reporter = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, SPARE)
                                      for fd in (out, err, stdin, reporter))
+        entrance = self._open_entrance()
         if request.get('nice'):
             os.nice(int(request['nice']))
         if 'stdin' in request:
@@ -306,7 +337,11 @@ class Start:
         for fd, number in ((stdin, 0), (out, 1), (err, 2)):
             os.dup2(fd, number)
         for name, value in request.get('limits', {}).items():
-            set_limit(name, int(value))
+            if name not in OF_GROUPS:
+                set_limit(name, int(value))
+        if entrance >= 0:      # so late, since what this process uses isn't the program's
+            with contextlib.suppress(OSError):
+                os.write(entrance, b'0')
         if request.get('terminal'):
             os.setsid()
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
@@ -321,6 +356,13 @@ class Start:
             os.set_inheritable(REPORT, False)      # a system that executes nothing that is in memory alone
         os.setsid()
         os.execve(path, words, env)
+
+    def _open_entrance(self) -> int:
+        """A descriptor of the group's entrance, which another user couldn't open; -1 where there is none."""
+        if self._group is not None:
+            with contextlib.suppress(OSError):
+                return fcntl.fcntl(self._group.open_entrance(), fcntl.F_DUPFD_CLOEXEC, SPARE)
+        return -1
 
     def _open_stdin(self, name: str) -> int:
         """A descriptor of fileForStdin. Never waits for a peer: pipes are refused."""

@@ -579,10 +579,11 @@ class CommandMethods(Methods):
         dir_to_serve; each as base64 where its bytes aren't UTF-8, or XML can't carry them. fileForStdin: a
         file in the guest. Options: stdin (text, base64 for exact bytes, or 'stream': putCmdInput brings it),
         terminal ({rows, columns, term}: one of its own, its input streamed), timeout, killAfter (s), user,
-        envClear, nice, limits {as, cpu, fsize, nofile, nproc}, leave (daemons go on after a timeout or KILL),
-        statusInterval (s), outputLimit, inlineOutput (bytes), queue (waits for an agent that isn't
-        connected), expires (s: not begun by then, it never will be), id (the caller's own id for it: the
-        same call again is answered as the first time, and runs nothing; fault 8 for another command).
+        envClear, nice, limits {as, cpu, fsize, nofile, nproc: of each process; memory (bytes), cpus (cores:
+        0.5, say), pids: of all together, where the guest can make control groups}, leave (daemons go on after
+        a timeout or KILL), statusInterval (s), outputLimit, inlineOutput (bytes), queue (waits for an agent
+        that isn't connected), expires (s: not begun by then, it never will be), id (the caller's own id for
+        it: the same call again is answered as the first time, and runs nothing; fault 8 for another command).
 
             >>> options = {'timeout': 60, 'limits': {'cpu': 30}}
             >>> script = ['-c', 'echo $DAY; exit 3']

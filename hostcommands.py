@@ -453,7 +453,8 @@ def lost_results(cmd_id: str, reason: str, state: str = 'lost', by: str = '') ->
             'resources': dict.fromkeys(protocol.RUSAGE_FIELDS, 0), 'state': state,
             'error': reason, 'wall': 0, 'started': 0, 'ended': time.time(), 'out-size': 0,
             'err-size': 0, 'out-offset': 0, 'err-offset': 0, 'out-truncated': False,
-            'err-truncated': False, 'spool': '', 'by': by, 'inexact': [], 'left': 0}
+            'err-truncated': False, 'spool': '', 'by': by, 'inexact': [], 'left': 0, 'memory-peak': 0,
+            'oom-kills': 0}
 
 
 def describe_end(results: Dict[str, Any]) -> str:
@@ -494,7 +495,8 @@ def read_results(message: Message) -> Dict[str, Any]:
     for name in ('out', 'err', 'error', 'spool', 'by'):
         results[name] = message.text(name)
     results['inexact'] = [name for name in message.sequence('inexact') if name in protocol.RUSAGE_FIELDS]
-    results['left'] = int(message.number('left'))
+    for name in ('left', 'memory-peak', 'oom-kills'):
+        results[name] = int(message.number(name))
     for name in ('wall', 'started', 'ended'):
         results[name] = message.number(name)
     for stream in ('out', 'err'):

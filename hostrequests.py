@@ -23,7 +23,7 @@ OPTIONS = {                    # of runCmd: what it is called here, on the wire,
     'terminal': ('terminal', (dict,)), 'leave': ('leave', (bool, int)),
     'queue': ('queue', (bool, int)), 'id': ('id', (str,)),
 }
-LIMITS = ('as', 'cpu', 'fsize', 'nofile', 'nproc')
+LIMITS = ('as', 'cpu', 'fsize', 'nofile', 'nproc', 'memory', 'cpus', 'pids')
 # Of every system that guests run on; this one may have fewer.
 SIGNALS = ('HUP', 'INT', 'QUIT', 'ILL', 'TRAP', 'ABRT', 'BUS', 'FPE', 'KILL', 'USR1', 'SEGV', 'USR2', 'PIPE',
            'ALRM', 'TERM', 'CHLD', 'CONT', 'STOP', 'TSTP', 'TTIN', 'TTOU', 'URG', 'XCPU', 'XFSZ', 'VTALRM',

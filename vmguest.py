@@ -34,6 +34,7 @@ from typing import Any, Dict, List, Optional, Set, Tuple  # noqa: F401
 
 import agent
 import protocol
+from guestcgroup import find_place
 from guestcommands import RESEND_EVERY, Commands
 from guestconsole import Consoles
 from guestforks import ForkServer
@@ -161,6 +162,7 @@ class Agent:
         self.files = Files(self.root, self.settings.Chirp, self._tell_port)
         self.link.start()
         agent.release_memory()
+        log.info('control groups: %s', self._fork_server.place.describe())
         log.info('vmguest %s runs as pid %d: broker %s:%d, serves %s', agent.VERSION, os.getpid(),
                  self.settings.Broker.host, self.settings.Broker.port, self.root)
 
@@ -453,6 +455,8 @@ class Agent:
 
     def _keep_house(self) -> None:
         self._fork_server.trim()
+        if self._commands is not None:
+            self._commands.tidy_groups()
         vm = self.settings.VM
         if self._spool is not None and not self._spool.sweep(vm.keep_spool, vm.dedupe_ttl):
             self._next_housekeeping = time.monotonic() + SWEEP_PAUSE
@@ -484,6 +488,12 @@ def check(settings: Any) -> int:
     findings.append(agent.Finding(
         become_subreaper(), 'processes of a command are followed into sessions of their own (subreaper)',
         'those that make a session of their own escape timeout and KILL: this needs Linux', needed=False))
+    place = find_place()
+    place.controllers = place.settled_controllers()
+    findings.append(agent.Finding(
+        bool(place.folder), 'each command has a control group of its own, %s' % place.describe(),
+        'commands have no control groups, so their memory together can\'t be limited: %s' % place.describe(),
+        needed=False))
     if settings.Chirp.server == 'chirp_server':
         import shutil  # brings compressors along
         findings.append(agent.Finding(

@@ -79,7 +79,9 @@ def test_units_are_what_systemd_takes(tmp_path, title):
     scope = ['--user'] if '/user/' in title else []
     done = run(['systemd-analyze', 'verify', '--man=no'] + scope + [path],
                env=dict(os.environ, XDG_RUNTIME_DIR=str(tmp_path), SYSTEMD_UNIT_PATH=str(tmp_path) + ':'))
-    mine = [line for line in done.stdout.splitlines() if os.path.basename(title) in line]
+    unknown = "Unknown key 'DelegateSubgroup'"      # before systemd 254, which goes on without it
+    mine = [line for line in done.stdout.splitlines()
+            if os.path.basename(title) in line and unknown not in line]
     assert not mine, done.stdout
 
 

@@ -15,6 +15,7 @@ import pytest
 from agents import TOP
 from helpers import wait_until
 
+import guestcgroup
 import guestforks
 import guestprocesses
 import guestrequests
@@ -64,6 +65,22 @@ class Runners:
     def run(self, cmd, *args, **options):
         return self.end(self.begin(cmd, *args, **options))
 
+    def close(self):
+        """Leaves no control group behind, nor what lives in one."""
+        self.forks.stop()
+        end_groups(self.forks.place, self.root)
+
+
+def end_groups(place, root):
+    """Ends what is left of the commands in folders there, and their control groups."""
+    def are_gone():
+        nest = place.nest(root)
+        for folder in guestcgroup.children_of(nest) if nest else ():
+            guestcgroup.Group(folder).kill()
+        place.sweep(root, lambda name: True)
+        return not os.path.isdir(nest)
+    wait_until(are_gone, 10)
+
 
 @pytest.fixture
 def runners(tmp_path):
@@ -71,7 +88,7 @@ def runners(tmp_path):
         os.chmod(str(folder), 0o755)        # for other users
     runners = Runners(tmp_path)
     yield runners
-    runners.forks.stop()
+    runners.close()
 
 
 def cpu(result):
@@ -239,7 +256,7 @@ def test_signals_are_the_defaults_whatever_the_agent_inherited(tmp_path):
             result = runners.run('sh', '-c', 'kill -%s $$; echo survived' % name)
             assert (result['state'], result['out']) == ('signaled', b''), name
     finally:
-        runners.forks.stop()
+        runners.close()
 
 
 def test_the_time_that_a_program_is_stopped_is_not_its_own(runners, tmp_path):
@@ -287,6 +304,7 @@ def test_process_1_of_a_container_leaves_no_zombies(tmp_path):
     done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
     if b'unshare failed' in done.stderr:
         pytest.skip('may not make namespaces')
+    end_groups(guestcgroup.find_place(), str(tmp_path))
     assert done.stdout.split() == [b'2', b'0', b'2'], done
 
 
@@ -335,7 +353,7 @@ def environment(result):
 
 @AS_ROOT
 def test_another_user_gets_an_environment_of_its_own(runners, monkeypatch):
-    runners.forks.stop()
+    runners.close()
     for name in ('XDG_RUNTIME_DIR', 'MAIL', 'SECRET'):
         monkeypatch.setenv(name, 'of root')
     runners.forks = guestforks.ForkServer()
@@ -386,4 +404,4 @@ def test_without_a_starter_all_works_and_what_is_inexact_is_said(tmp_path, monke
         assert runners.run('no-such-program')['error'].startswith('ENOENT: ')
         assert runners.run('sleep', '60', timeout=0.3)['state'] == 'timeout'
     finally:
-        runners.forks.stop()
+        runners.close()
