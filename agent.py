@@ -290,6 +290,14 @@ def printable(text: str) -> str:
                    for char in text)
 
 
+def sentence(error: BaseException) -> str:
+    """What went wrong, for a person: of what the system says, the path and the reason, and no number."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error) or type(error).__name__
+    names = [name for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
+    return ': '.join([' -> '.join(map(os.fsdecode, names)), error.strerror] if names else [error.strerror])
+
+
 class Seldom:
     """Warnings that may come by the thousand: of each sender one in TOLD_EVERY seconds is logged.
 
@@ -456,7 +464,7 @@ def why_not_listening(error: OSError) -> str:
                 'interface ipv4 show excludedportrange tcp` lists those): take another one, or auto')
     if error.errno in (errno.EACCES, errno.EPERM):
         return 'this user may not: take a port above 1023'
-    return error.strerror or str(error)
+    return sentence(error)
 
 
 # --- one file to drop into an image ----------------------------------------------------------

@@ -7,6 +7,7 @@ chirpwire.py are below them all. Programs outside find ``ChirpClient``, ``ChirpS
 """
 
 import argparse
+import contextlib
 import errno
 import os
 import re
@@ -16,8 +17,9 @@ import stat
 import sys
 import threading
 import time
-from typing import Any, List, Optional, Sequence, Tuple, Union
+from typing import Any, Iterator, List, Optional, Sequence, Tuple, Union
 
+import agent
 from chirpclient import ChirpClient, landing_here, landing_there
 from chirpreal import RealChirpServer
 from chirpserver import ChirpServer
@@ -117,10 +119,16 @@ def serve_folder(words: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: told.append(number))
     server: Any = make_server(words)
-    with server:
+    try:
+        server.start()
+    except OSError as error:
+        raise ChirpError('%s:%d: %s' % (words.host, words.port, agent.why_not_listening(error)))
+    try:
         print('serving %s on %s:%d' % ((words.folder,) + server.address), flush=True)
         while not told:
             time.sleep(0.2)
+    finally:
+        server.stop()
 
 
 class Bar:
@@ -139,6 +147,19 @@ class Bar:
             sys.stderr.write('\n')
 
 
+@contextlib.contextmanager
+def standard_output() -> Iterator[Any]:
+    """All that is written to it is out at the end. Raises OSError where it is closed, or full."""
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, 'the standard output is closed')
+    try:
+        yield sys.stdout
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())         # Python's end flushes it again
+        raise
+
+
 def move(client: ChirpClient, words: argparse.Namespace) -> None:
     """As ``cp -r`` does."""
     bar = Bar()
@@ -147,7 +168,8 @@ def move(client: ChirpClient, words: argparse.Namespace) -> None:
         if words.verb == 'put':
             client.put(source, landing_there(client, source, target), progress=bar)
         elif target == '-':
-            client.read(os.fsencode(source), sys.stdout.buffer.write)
+            with standard_output() as out:
+                client.read(os.fsencode(source), out.buffer.write)
         else:
             client.get(os.fsencode(source), landing_here(client, source, target), progress=bar)
     finally:
@@ -155,15 +177,14 @@ def move(client: ChirpClient, words: argparse.Namespace) -> None:
 
 
 def print_listing(client: ChirpClient, words: argparse.Namespace) -> None:
-    if sys.stdout is None:
-        raise OSError(errno.EBADF, 'the standard output is closed')
-    for entry in sorted(client.ls(os.fsencode(words.path))):
-        name = shown(entry.name) + ('/' if entry.is_dir else '')
-        if words.long:
-            stamp = time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(entry.mtime))
-            name = '%s %12d %s %s' % (stat.filemode(entry.mode), entry.size, stamp, name)
-        encoding = sys.stdout.encoding or 'utf-8'
-        print(name.encode(encoding, 'backslashreplace').decode(encoding))
+    with standard_output() as out:
+        for entry in sorted(client.ls(os.fsencode(words.path))):
+            name = shown(entry.name) + ('/' if entry.is_dir else '')
+            if words.long:
+                stamp = time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(entry.mtime))
+                name = '%s %12d %s %s' % (stat.filemode(entry.mode), entry.size, stamp, name)
+            encoding = out.encoding or 'utf-8'
+            print(name.encode(encoding, 'backslashreplace').decode(encoding), file=out)
 
 
 def main(words: Optional[Sequence[str]] = None) -> int:
@@ -179,7 +200,7 @@ def main(words: Optional[Sequence[str]] = None) -> int:
             (print_listing if parsed.verb == 'ls' else move)(client, parsed)
         return 0
     except (ChirpError, OSError) as error:
-        print('chirp.py: %s' % error, file=sys.stderr)
+        print('chirp.py: %s' % agent.printable(agent.sentence(error)), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

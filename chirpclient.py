@@ -315,39 +315,61 @@ def own_name(source: str, separators: str = '/') -> str:
     return '' if name in ('.', '..') else name
 
 
-def landing(name: str, target: str, is_folder: Callable[[str], bool], of_folder: Callable[[], bool],
-            separators: str) -> str:
+IsFolder = Callable[[str], Optional[bool]]     # None: there is nothing of that name
+
+
+def landing(name: str, target: str, is_folder: IsFolder, of_folder: Callable[[], bool], paths: Any) -> str:
     """Where ``cp -r`` would put something of that name: in a folder that is there, else under the target's
-    own name. Raises ChirpError where there is no such place."""
+    own name. ``paths``: the module that knows the target's system. Raises ChirpError where there is no such
+    place."""
     if not target:
         if not name:
             raise ChirpError('name the target: the source has no name of its own')
         return name
-    if is_folder(target):
-        return target.rstrip(separators) + separators[0] + name if name else target
+    there = is_folder(target)
+    separators = separators_of(paths)
+    if there:
+        return target.rstrip(separators) + paths.sep + name if name else target
+    if there is None:
+        check_folder(paths.dirname(target.rstrip(separators)), is_folder)
     if target[-1] in separators and not of_folder():
         raise ChirpError('%s is not a folder' % target)
     return target
 
 
+def check_folder(path: str, is_folder: IsFolder) -> None:
+    """Raises ChirpError where no folder is that something could be made in."""
+    there = is_folder(path) if path else True
+    if there is None:
+        raise ChirpError('the folder %s does not exist' % path)
+    if not there:
+        raise ChirpError('%s is not a folder' % path)
+
+
+def separators_of(paths: Any) -> str:
+    return paths.sep + (paths.altsep or '')
+
+
 def landing_there(client: Connection, source: str, target: str) -> str:
     """What a file or folder from here is to be called at the server, as by ``cp -r``. Raises ChirpError."""
-    def is_folder(path: str) -> bool:
+    def is_folder(path: str) -> Optional[bool]:
         found = client.find(path)
-        return found is not None and found.is_dir
-    return landing(own_name(source, SEPARATORS), target, is_folder, lambda: os.path.isdir(source), '/')
+        return None if found is None else found.is_dir
+    return landing(own_name(source, SEPARATORS), target, is_folder, lambda: os.path.isdir(source), posixpath)
 
 
 def landing_here(client: Connection, source: str, target: str) -> str:
     """What a file or folder of the server is to be called here, as by ``cp -r``. Raises ChirpError,
     OSError."""
+    def is_folder(path: str) -> Optional[bool]:
+        return os.path.isdir(path) if os.path.exists(path) else None
     name = own_name(source)
     if name and (not target or os.path.isdir(target)):
         to_local(name)                 # raises where that can't be a name here
-    return landing(name, target, os.path.isdir, lambda: client.stat(source).is_dir, SEPARATORS)
+    return landing(name, target, is_folder, lambda: client.stat(source).is_dir, os.path)
 
 
-SEPARATORS = os.sep + (os.altsep or '')
+SEPARATORS = separators_of(os.path)
 
 
 class Claims:

@@ -15,6 +15,7 @@ import threading
 import time
 from typing import Any, Callable, Iterator, Optional, Tuple, TypeVar, Union
 
+import agent
 from chirpwire import (
     CHALLENGE,
     CODES,
@@ -139,14 +140,15 @@ class Connection:
         except socket.timeout:
             raise TimedOut('%s:%d doesn\'t answer' % (self.address, self.port))
         except OSError as error:
-            raise Disconnected('%s:%d can\'t be reached: %s' % (self.address, self.port, error))
+            raise Disconnected('%s:%d can\'t be reached: %s' % (
+                self.address, self.port, agent.sentence(error)))
         if self.tls is None:
             return sock
         try:
             return self.tls.wrap_socket(sock, server_hostname=self.address)
         except (OSError, ValueError) as error:
             sock.close()
-            raise AccessDenied('%s:%d: no TLS: %s' % (self.address, self.port, error))
+            raise AccessDenied('%s:%d: no TLS: %s' % (self.address, self.port, agent.sentence(error)))
 
     def _authenticate(self, wire: Wire) -> str:
         """By the secret, if there is one, else by address; never ``unix``, where the server names a file

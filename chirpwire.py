@@ -17,6 +17,8 @@ import time
 import zlib
 from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
+import agent
+
 log = logging.getLogger('vmhost.chirp')
 
 PORT = 9094
@@ -380,7 +382,7 @@ class Wire:
                 self._look_up(silence, deadline)
                 continue
             except OSError as error:
-                raise Disconnected('the connection broke: %s' % error)
+                raise Disconnected('the connection broke: %s' % agent.sentence(error))
             if not got:
                 raise EndOfStream('the peer closed the connection')
             self.check_cancelled()
@@ -434,7 +436,7 @@ class Wire:
             except socket.timeout:
                 self._look_up(silence, deadline)
             except OSError as error:
-                raise Disconnected('the connection broke: %s' % error)
+                raise Disconnected('the connection broke: %s' % agent.sentence(error))
             else:
                 silence = self.deadline(0)
                 self._check_pace(deadline)
@@ -452,7 +454,7 @@ class Wire:
         except (Disconnected, Cancelled):
             raise
         except OSError as error:
-            raise Disconnected('the file can\'t be sent: %s' % error)
+            raise Disconnected('the file can\'t be sent: %s' % agent.sentence(error))
 
     def send_copy(self, file: Any, count: int, buffer: memoryview, checksum: Any = None) -> None:
         """Sends the next bytes of an unbuffered file by way of memory, and adds them to a checksum.

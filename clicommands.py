@@ -15,7 +15,7 @@ import time
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 import agent
-from cliscreen import Screen, shown_size, shown_span, shown_time
+from cliscreen import Screen, naming_output, shown_size, shown_span, shown_time
 from cliverbs import ID, IDS, JSON, VMS, Verb, argument, for_each, read_seconds, show_list, switch
 from faults import AgentNotConnected, BadState, DeadlineExceeded, InvalidParams
 from hostclient import Client, NoHost
@@ -475,8 +475,9 @@ class Pipe:
             lines = (self._begun + data).split(b'\n')
             self._begun = lines.pop()
             data = b''.join(self._prefix + line + b'\n' for line in lines)
-        self._to.write(data)
-        self._to.flush()
+        with naming_output():
+            self._to.write(data)
+            self._to.flush()
 
     def end(self) -> None:
         """Nothing more comes."""

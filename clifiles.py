@@ -10,7 +10,6 @@ import os
 import posixpath
 import re
 import select
-import sys
 import time
 from typing import Any, Dict, List
 
@@ -119,32 +118,35 @@ def stream(host: Client, screen: Screen, args: Any) -> int:
         try:
             while True:
                 now = host.call('getTransfer', moving)
-                if not copy_on(fd) and now['state'] not in ('waiting', 'running'):
+                if not copy_on(fd, screen) and now['state'] not in ('waiting', 'running'):
                     return tell_end(screen, args, args.vm, now)
         except BaseException:
             host.call('cancelTransfer', moving)
             raise
 
 
-def copy_on(fd: int) -> bool:
+def copy_on(fd: int, screen: Screen) -> bool:
     """Writes to standard output what a FIFO has, once it has something; whether that was so."""
     select.select([fd], [], [], PROGRESS_EVERY)
     copied = False
-    with contextlib.suppress(BlockingIOError):
-        for data in iter(lambda: os.read(fd, 1 << 20), b''):
-            sys.stdout.buffer.write(data)
-            copied = True
-        if not copied:
-            time.sleep(PROGRESS_EVERY / 10)    # nobody writes, yet or any more: select doesn't wait then
-    sys.stdout.buffer.flush()
-    return copied
+    while True:
+        try:
+            data = os.read(fd, 1 << 20)
+        except BlockingIOError:
+            return copied
+        if not data:
+            if not copied:
+                time.sleep(PROGRESS_EVERY / 10)        # nobody writes, yet or any more: select doesn't wait
+            return copied
+        screen.write(data)
+        copied = True
 
 
 def transfer(host: Client, screen: Screen, args: Any, direction: str, vm: str, source: str,
              target: str) -> int:
     """Moves a file or folder, verified; a terminal shows how far it is. Ctrl-C cancels it."""
-    options = [] if args.links == 'keep' else [{'links': args.links}]
-    moving = host.call('startTransfer', direction, vm, carried(source), carried(target), *options)
+    moving = host.call('startTransfer', direction, vm, carried(source), carried(target),
+                       {'links': args.links, 'parents': False})
     try:
         while True:
             now = host.call('getTransfer', moving)

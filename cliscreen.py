@@ -4,6 +4,7 @@ What it is not: anything that knows the host agent. Imports nothing of ours but 
 """
 
 import binascii
+import contextlib
 import functools
 import io
 import json
@@ -12,7 +13,7 @@ import re
 import sys
 import time
 import unicodedata
-from typing import Any, Dict, Iterable, List, Optional
+from typing import Any, Dict, Iterable, Iterator, List, Optional
 
 import agent
 
@@ -40,8 +41,15 @@ class Screen:
 
     def say(self, text: str) -> None:
         """A line on standard output, at once."""
-        self.out.write(text + '\n')
-        self.out.flush()
+        with naming_output():
+            self.out.write(text + '\n')
+            self.out.flush()
+
+    def write(self, data: bytes) -> None:
+        """Bytes on standard output, at once."""
+        with naming_output():
+            self.out.buffer.write(data)
+            self.out.buffer.flush()
 
     def complain(self, text: str) -> None:
         """A line on standard error."""
@@ -108,7 +116,8 @@ def obeys_colours() -> bool:
 def open_closed_streams() -> None:
     """Opens the null device in place of standard streams that are closed.
 
-    What is opened next would take their numbers, and get what was meant for a person.
+    What is opened next would take their numbers, and get what was meant for a person. Who writes to standard
+    output is told that it is closed.
     """
     while True:
         descriptor = os.open(os.devnull, os.O_RDWR)
@@ -118,9 +127,19 @@ def open_closed_streams() -> None:
     if sys.stdin is None:
         sys.stdin = open(os.devnull)
     if sys.stdout is None:
-        sys.stdout = open(os.devnull, 'w')
+        sys.stdout = open(os.open(os.devnull, os.O_RDONLY), 'w')
     if sys.stderr is None:
         sys.stderr = open(os.devnull, 'w')
+
+
+@contextlib.contextmanager
+def naming_output() -> Iterator[None]:
+    """Has an OSError of what is written to standard output say that it is that."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = 'standard output'
+        raise
 
 
 def escaped(text: str) -> str:

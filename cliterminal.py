@@ -266,8 +266,7 @@ class Visit:
         return bool(self._ended) and time.monotonic() - self._ended > PATIENCE
 
     def _show(self, data: bytes) -> None:
-        self._screen.out.buffer.write(data)
-        self._screen.out.buffer.flush()
+        self._screen.write(data)
 
     def _resize(self, host: Client) -> None:
         size = terminal_size()

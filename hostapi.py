@@ -803,8 +803,8 @@ class FileMethods(Methods):
         """Sends a file or folder to a VM, verified; ``[out, err, status]``, status 0 when it is there.
 
         remote is relative to what the guest serves (its own name at the root, where none is given). A file
-        goes into remote where that is a folder, or ends with '/'. A path that isn't UTF-8, or has control
-        characters, is given as base64: its exact bytes.
+        goes into remote where that is a folder; folders that remote is to be in are made. A path that isn't
+        UTF-8, or has control characters, is given as base64: its exact bytes.
 
             >>> with open('hello.txt', 'w') as file:
             ...     count = file.write('hello')
@@ -822,11 +822,10 @@ class FileMethods(Methods):
         """
         return self._copy('get', vm, remote, local)
 
-    def _start(self, direction: str, vm: str, source: FilePath, target: FilePath,
-               links: str = 'keep') -> Transfer:
+    def _start(self, direction: str, vm: str, source: FilePath, target: FilePath, **options: Any) -> Transfer:
         here, there = read_local, read_remote
         from_, to = (here, there) if direction == 'put' else (there, here)
-        return self._host.transfers.start(direction, vm, from_(source), to(target), links)
+        return self._host.transfers.start(direction, vm, from_(source), to(target), **options)
 
     def _copy(self, direction: str, vm: str, source: FilePath, target: FilePath) -> list:
         transfer = self._start(direction, vm, source, target)
@@ -838,17 +837,18 @@ class FileMethods(Methods):
                       options: dict = {}) -> str:
         """Begins to move a file or folder, ``put`` to the VM or ``get`` from it, as ``cp -r`` does; its id at
         once. Option ``links``: of a folder's symbolic links, ``keep`` makes the same where they stay inside,
-        ``skip`` leaves them out, ``follow`` moves what they lead to.
+        ``skip`` leaves them out, ``follow`` moves what they lead to. Option ``parents``: whether folders that
+        the target is to be in are made where they are missing; as a rule in a VM, and not here.
 
         Fault 10 (Busy) while another one goes to the same place, whose id it names.
 
             >>> source = os.path.abspath('hello.txt')
             >>> transfer_id = host.startTransfer('put', 'node1', source, 'second.txt')
         """
-        unknown = set(options) - {'links'}
+        unknown = set(options) - {'links', 'parents'}
         if unknown:
-            raise InvalidParams('startTransfer: no option %r; there is links' % sorted(unknown)[0])
-        return self._start(direction, vm, source, target, options.get('links', 'keep')).id
+            raise InvalidParams('startTransfer: no option %r, but links and parents' % sorted(unknown)[0])
+        return self._start(direction, vm, source, target, **options).id
 
     def getTransfer(self, id: str) -> dict:
         """{state, bytes, total, rate, error, failures: [{path, reason}], …}; state: waiting, running, done,

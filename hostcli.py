@@ -16,7 +16,7 @@ import clicommands
 import clifiles
 import climachines
 from clicommands import FAILED
-from cliscreen import Screen, terminal_width
+from cliscreen import Screen, naming_output, terminal_width
 from cliverbs import Function, Verb
 from hostclient import Client
 from hostconfig import ini_here, read_settings
@@ -101,6 +101,12 @@ class Parser(argparse.ArgumentParser):
     def _epilog(self, verb: Verb) -> str:
         lines = ['  %s %s' % (program_name(), example) for example in verb.examples]
         return '\n'.join((['examples:'] + lines if lines else []) + ['', EXIT_CODES])
+
+    def print_help(self, file: Any = None) -> None:
+        """Raises OSError where it can't be written, which argparse would keep to itself."""
+        with naming_output():
+            sys.stdout.write(self.format_help())
+            sys.stdout.flush()
 
     def error(self, message: str) -> Any:
         """One sentence, and where there is more."""
@@ -259,7 +265,7 @@ def main(argv: List[str], start: Optional[Start] = None,
         return 128 + 13
     except OSError as error:           # a full disk behind standard output, say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        screen.complain('%s' % error)
+        screen.complain(agent.sentence(error))
         return FAILED
 
 

@@ -233,7 +233,7 @@ class Journal:
         try:
             agent.sync(self.path + '-wal')
         except OSError as error:
-            raise JournalError('journal %s: %s' % (self.path, error))
+            raise JournalError('journal %s: %s' % (self.path, agent.sentence(error)))
         with self._lock:
             self._synced = max(self._synced, commits)
 

@@ -10,6 +10,7 @@ import logging
 import os
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
+import agent
 import chirpclient
 import chirpwire
 import drivers
@@ -278,7 +279,7 @@ class Machines:
             with self.chirp_client(self.connected(vm)) as client:
                 return sorted(client.ls(path))
         except (chirpwire.ChirpError, OSError) as error:
-            raise TransferError('%s on %s: %s' % (path, vm, error))
+            raise TransferError('%s on %s: %s' % (path, vm, agent.sentence(error)))
 
 
 def start_driver(settings: Any, state_dir: str, on_event: Callable[[str, str, str], None],

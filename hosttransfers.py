@@ -13,8 +13,9 @@ import posixpath
 import secrets
 import threading
 import time
-from typing import Any, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
+import agent
 import chirpclient
 import chirpwire
 import rpc
@@ -35,14 +36,14 @@ GUEST_LOOK = 0.5               # and between looks at whether it is back
 class Transfer:
     """A file or folder on its way. ``state``: waiting, running, done, failed or cancelled."""
 
-    def __init__(self, direction: str, vm: str, source: str, target: str, links: str) -> None:
+    def __init__(self, direction: str, vm: str, source: str, target: str, links: str, parents: bool) -> None:
         self.id = 'transfer-' + secrets.token_hex(6)
         self.direction = direction
         self.vm = vm
         self.source = source
         self.target = target
         self.links = links             # keep, skip or follow
-        self.is_aimed = False          # whether the target is what it will be called
+        self.parents = parents         # whether the folders that the target is to be in are made
         self.state = 'waiting'
         self.error = ''
         self.failures = []             # type: List[Tuple[str, str]]   # (path, reason), of a folder
@@ -51,7 +52,8 @@ class Transfer:
         self.began = self.ended = 0.0          # monotonic
         self.cancelled = threading.Event()
         self.done = threading.Event()
-        self.place = self._place()
+        self.asked = self._place_asked_for()
+        self.place = ()        # type: Tuple[str, ...]   # where it goes, once that is known
 
     @property
     def is_under_way(self) -> bool:
@@ -60,24 +62,27 @@ class Transfer:
     def aim(self, target: str) -> None:
         """What is moved is to be called so, where it goes."""
         self.target = target
-        self.is_aimed = True
-        self.place = self._place()
+        self.place = self.place_of(target)
 
     @property
     def own_name(self) -> str:
         """What it is called where it is; '' for ``/``, ``.`` and ``..``."""
         return chirpclient.own_name(self.source, chirpclient.SEPARATORS if self.direction == 'put' else '/')
 
-    def _place(self) -> Tuple[str, ...]:
-        """Where it goes, however that is written; into a target that is surely a folder, many go at once."""
-        is_put = self.direction == 'put'
-        target = self.target
-        if not self.is_aimed and (not chirpclient.own_name(target, '/' if is_put else chirpclient.SEPARATORS)
-                                  or target[-1] == '/' or not is_put and os.path.isdir(target)):
-            target = posixpath.join(target, self.own_name)
-        if is_put:
+    def place_of(self, target: str) -> Tuple[str, ...]:
+        """Where that is, however it is written."""
+        if self.direction == 'put':
             return self.vm, posixpath.normpath('/' + target.lstrip('/'))
         return (os.path.realpath(target),)
+
+    def _place_asked_for(self) -> Tuple[str, ...]:
+        """Where it goes, as far as that can be said before the VM is asked: in a target that is a folder, it
+        has its own name."""
+        is_put = self.direction == 'put'
+        if (not chirpclient.own_name(self.target, '/' if is_put else chirpclient.SEPARATORS)
+                or self.target[-1] == '/' or not is_put and os.path.isdir(self.target)):
+            return self.place_of(posixpath.join(self.target, self.own_name))
+        return self.place_of(self.target) + ((self.own_name,) if is_put else ())
 
     def progress(self, moved: int, total: int) -> None:
         """What the Chirp client tells from time to time."""
@@ -110,8 +115,10 @@ class Transfers:
         self._lock = threading.Lock()
         self._known = collections.OrderedDict()  # type: collections.OrderedDict
 
-    def start(self, direction: str, vm: str, source: str, target: str, links: str = 'keep') -> Transfer:
-        """Puts a transfer, ``put`` or ``get``, into the queue. Raises InvalidParams, NoSuchVM, …"""
+    def start(self, direction: str, vm: str, source: str, target: str, links: str = 'keep',
+              parents: Optional[bool] = None) -> Transfer:
+        """Puts a transfer, ``put`` or ``get``, into the queue. ``parents``: whether missing folders that the
+        target is to be in are made; None: in a VM they are. Raises InvalidParams, NoSuchVM, …"""
         if direction not in ('put', 'get'):
             raise InvalidParams('direction is put (to the VM) or get (from it), not %.40r' % direction)
         guest = self._machines.connected(vm)
@@ -121,11 +128,14 @@ class Transfers:
             raise Busy('%d transfers wait already' % TRANSFERS_WAITING)
         if links not in ('keep', 'skip', 'follow'):
             raise InvalidParams('links is keep, skip or follow, not %.40r' % links)
-        transfer = Transfer(direction, guest.name, source, target, links)
+        if parents not in (None, True, False):
+            raise InvalidParams('parents is true or false, not %.40r' % parents)
+        transfer = Transfer(direction, guest.name, source, target, links,
+                            direction == 'put' if parents is None else parents)
         if not target and not transfer.own_name:
             raise InvalidParams('name the target: %.100r has no name of its own' % source)
         with self._lock:
-            self._check_place(transfer)
+            self._check_place(transfer.asked, lambda known: (known.asked, known.place))
             self._known[transfer.id] = transfer
             ended = [known for known in self._known.values() if known.done.is_set()]
             for known in ended[:max(0, len(self._known) - TRANSFERS_KEPT)]:
@@ -133,11 +143,11 @@ class Transfers:
         self._workers.do(lambda: self._run(transfer))
         return transfer
 
-    def _check_place(self, transfer: Transfer) -> None:
+    def _check_place(self, place: Tuple[str, ...], places_of: Callable[[Transfer], Tuple]) -> None:
         """Two that go to one place at once would write into each other's partial files. Raises Busy."""
         for known in self._known.values():
-            if known is not transfer and known.place == transfer.place and known.is_under_way:
-                raise Busy('%s goes to %.200s already' % (known.id, transfer.target or transfer.own_name))
+            if known.is_under_way and place in places_of(known):
+                raise Busy('%s goes to %.200s already' % (known.id, known.target or known.own_name))
 
     def get(self, id: str) -> Transfer:
         """Raises InvalidParams for an id that is unknown, or ended long ago."""
@@ -194,7 +204,7 @@ class Transfers:
             transfer.state = 'done'
         except (VMHostError, chirpwire.ChirpError, OSError) as error:
             transfer.state = 'cancelled' if transfer.cancelled.is_set() else 'failed'
-            transfer.error = str(error) or type(error).__name__
+            transfer.error = agent.sentence(error)
             transfer.failures = getattr(error, 'failures', [])
         except Exception as error:
             transfer.state, transfer.error = 'failed', '%s: %s' % (type(error).__name__, error)
@@ -203,7 +213,8 @@ class Transfers:
             self._end(transfer)
 
     def _move(self, transfer: Transfer) -> None:
-        """Goes on where the agent went away and comes back, as a command would."""
+        """Goes on where the agent went away and comes back, as a command would; waits where another one goes
+        to the same place."""
         moved, began = -1, time.monotonic()
         while True:
             try:
@@ -211,6 +222,8 @@ class Transfers:
                     return self._move_with(client, transfer)
             except chirpwire.ProtocolError:
                 raise
+            except Busy as busy:
+                log.debug('%s: %s; it waits for that', transfer.id, busy)
             except (AgentNotConnected, NoFiles, chirpwire.Disconnected) as error:
                 if transfer.bytes > moved:
                     moved, began = transfer.bytes, time.monotonic()
@@ -224,23 +237,26 @@ class Transfers:
     def _move_with(self, client: chirpclient.ChirpClient, transfer: Transfer) -> None:
         there = GuestPaths(client, transfer.vm)
         if transfer.direction == 'put':
-            if not transfer.is_aimed:
+            if not transfer.place:
                 target = there.inside(transfer.target) if transfer.target else ''
+                if transfer.parents:
+                    make_parents(client, target)
                 self._aim(transfer, chirpclient.landing_there(client, transfer.source, target))
-            make_parents(client, transfer.target)
             client.put(transfer.source, transfer.target, transfer.progress, transfer.cancelled,
                        links=transfer.links)
         else:
             source = there.inside(transfer.source)
-            if not transfer.is_aimed:
+            if not transfer.place:
+                if transfer.parents:
+                    os.makedirs(os.path.dirname(os.path.abspath(transfer.target)), exist_ok=True)
                 self._aim(transfer, chirpclient.landing_here(client, source, transfer.target))
             client.get(source, transfer.target, transfer.progress, transfer.cancelled, links=transfer.links)
 
     def _aim(self, transfer: Transfer, target: str) -> None:
-        """Raises Busy."""
+        """From now on it goes there, and no other one. Raises Busy, where another one does."""
         with self._lock:
+            self._check_place(transfer.place_of(target), lambda known: (known.place,))
             transfer.aim(target)
-            self._check_place(transfer)
 
     def _end(self, transfer: Transfer) -> None:
         """Notes the end in the journal, and wakes who waits for it, whatever becomes of the note."""
@@ -256,7 +272,7 @@ class Transfers:
 def make_parents(client: chirpclient.ChirpClient, target: str) -> None:
     """Makes the folders in a guest that a target is to be in, where they are missing. Raises Refused
     where one of them is a file."""
-    names = [name for name in target.split('/')[:-1] if name]
+    names = [name for name in target.split('/') if name][:-1]
     for depth in range(1, len(names) + 1):
         folder = '/' + '/'.join(names[:depth])
         try:

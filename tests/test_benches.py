@@ -53,5 +53,10 @@ def test_usage_is_exact():
 
 
 @pytest.mark.soak
+def test_very_many_names_take_no_memory():
+    assert 'back: 20000 of 20000' in bench('names.py', '--names', '20000')
+
+
+@pytest.mark.soak
 def test_idle_agents_take_little():
     assert 'MISSED' not in bench('idle.py', '--seconds', '20')

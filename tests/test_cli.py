@@ -487,15 +487,18 @@ def moved(state, done):
             'error': 'torn' if state == 'failed' else ''}
 
 
+AS_CP = {'links': 'keep', 'parents': False}
+
+
 def test_put_and_get(tmp_path):
     steps = [moved('waiting', 0), moved('running', 2 ** 20), moved('done', 2 ** 22)]
     answers = dict(VM_ANSWERS, startTransfer='t', getTransfer=lambda id: steps.pop(0))
     with PlayedHost(tmp_path, answers) as host:
         assert host.verb('put', 'db', str(tmp_path / 'in')) == (0, '', '')
-        assert host.calls[-4] == ('startTransfer', 'put', 'db', str(tmp_path / 'in'), 'in')
+        assert host.calls[-4] == ('startTransfer', 'put', 'db', str(tmp_path / 'in'), 'in', AS_CP)
         steps[:] = [moved('failed', 0)]
         assert host.verb('get', 'db', 'a/b', str(tmp_path)) == (1, '', 'vmhost: db: torn\n')
-        assert host.calls[-2] == ('startTransfer', 'get', 'db', 'a/b', str(tmp_path))
+        assert host.calls[-2] == ('startTransfer', 'get', 'db', 'a/b', str(tmp_path), AS_CP)
 
 
 def test_a_transfer_shows_its_progress_and_ctrl_c_cancels_it(tmp_path):

@@ -231,14 +231,16 @@ def test_one_transfer_at_a_time_goes_to_a_place(tmp_path, monkeypatch):
         try:
             first = host.transfers.start('put', 'g', one, 'a/there')
             with pytest.raises(faults.Busy, match=first.id):
-                host.transfers.start('put', 'g', two, '//a/./there')
+                host.transfers.start('put', 'g', one, '//a/./there')
             others = [host.transfers.start('put', 'h', two, 'a/there'),
                       host.transfers.start('put', 'g', two, 'there'),
                       host.transfers.start('get', 'g', 'a/there', back)]
             with pytest.raises(faults.Busy, match=others[-1].id):
                 host.transfers.start('get', 'h', 'other', str(tmp_path / 'link' / 'back'))
-            with pytest.raises(faults.Busy, match=others[1].id + ' goes to there already'):
-                host.transfers.start('put', 'g', str(tmp_path / 'link' / 'there'), '')
+            into = host.transfers.start('put', 'g', str(tmp_path / 'link' / 'there'), '')
+            with pytest.raises(faults.Busy, match=into.id + ' goes to there already'):
+                host.transfers.start('put', 'h', str(tmp_path / 'there'), '') and \
+                    host.transfers.start('put', 'g', str(tmp_path / 'there'), '')
         finally:
             gate.set()
         assert all(transfer.done.wait(20) for transfer in [first] + others)

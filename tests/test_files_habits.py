@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import stat
+import subprocess
 import time
 
 import pytest
@@ -163,13 +164,83 @@ def test_many_go_into_one_folder_at_once(host, guest, tmp_path):
     back = tmp_path / 'back'
     back.mkdir()
     with host.api as api:
-        for direction, sources, target in (('put', map(str, files), 'into/'),
+        for direction, sources, target in (('put', map(str, files[:8]), 'into/'),
+                                           ('put', map(str, files[8:]), 'into'),
                                            ('get', ['into/' + file.name for file in files], str(back))):
             for one in [api.startTransfer(direction, 'g', source, target) for source in sources]:
                 while api.getTransfer(one)['state'] in ('waiting', 'running'):
                     time.sleep(0.01)
                 assert api.getTransfer(one)['state'] == 'done', api.getTransfer(one)
     assert names(in_guest(guest, 'into')) == names(back) == sorted(file.name for file in files)
+
+
+def test_two_that_go_to_one_name_go_one_after_the_other(host, guest, tmp_path):
+    """Whether two meet is known once the VM was asked what there is: as by two cp, the last one wins."""
+    contents = [bytes([number]) * (8 << 20) for number in range(4)]
+    sources = [str(write(tmp_path / str(number), content)) for number, content in enumerate(contents)]
+    with host.api as api:
+        moving = [api.startTransfer('put', 'g', source, 'one') for source in sources]
+        assert fault_of(api.startTransfer, 'put', 'g', sources[0], './one').faultCode == 10
+        for one in moving:
+            wait_until(lambda one=one: api.getTransfer(one)['state'] not in ('waiting', 'running'), 30)
+            assert api.getTransfer(one)['state'] == 'done', api.getTransfer(one)
+    assert names(guest.files) == ['one']
+    with open(in_guest(guest, 'one'), 'rb') as file:
+        assert file.read() in contents
+
+
+def test_a_folder_that_is_missing_is_named(host, guest, tmp_path):
+    """By verbs, as cp does, in both directions alike; a program has it made in the VM, which has no mkdir."""
+    write(tmp_path / 'x', b'x')
+    (tmp_path / 'tree').mkdir()
+    good(host, 'put', 'g', tmp_path / 'x')
+    good(host, 'put', 'g', tmp_path / 'tree', '.')
+    for words, folder in ((('put', 'g', tmp_path / 'x', 'no/y'), 'no'),
+                          (('put', 'g', tmp_path / 'tree', 'no/y/'), 'no'),
+                          (('put', 'g', tmp_path / 'x', 'no/way/y'), 'no/way'),
+                          (('get', 'g', 'x', tmp_path / 'no' / 'y'), tmp_path / 'no'),
+                          (('get', 'g', 'tree', tmp_path / 'no' / 'y'), tmp_path / 'no')):
+        assert verb(host, *words) == (1, '', 'vmhost: g: the folder %s does not exist\n' % folder)
+    for words, folder in ((('put', 'g', tmp_path / 'x', 'x/y'), 'x'),
+                          (('get', 'g', 'x', tmp_path / 'x' / 'y'), tmp_path / 'x')):
+        assert verb(host, *words) == (1, '', 'vmhost: g: %s is not a folder\n' % folder)
+    assert names(guest.files) == ['tree', 'x'] and not (tmp_path / 'no').exists()
+    with host.api as api:
+        assert api.cpFileToVM('g', str(tmp_path / 'x'), 'made/for/y')[2] == 0
+        assert api.cpFileFromVM('g', 'x', str(tmp_path / 'no' / 'y'))[2] == 1
+        moving = api.startTransfer('get', 'g', 'x', str(tmp_path / 'made' / 'y'), {'parents': True})
+        wait_until(lambda: api.getTransfer(moving)['state'] == 'done', 20)
+        assert fault_of(api.startTransfer, 'get', 'g', 'x', 'y', {'parents': 'no'}).faultCode == -32602
+    assert names(in_guest(guest, 'made', 'for')) == names(tmp_path / 'made') == ['y']
+
+
+def test_what_the_system_says_is_told_without_its_number(host, guest, tmp_path):
+    """Path and reason, to who types and to who calls."""
+    missing = str(tmp_path / 'missing')
+    assert verb(host, 'put', 'g', missing) == (1, '', 'vmhost: g: %s: No such file or directory\n' % missing)
+    with host.api as api:
+        assert api.cpFileToVM('g', missing, 'x') == ['', missing + ': No such file or directory', 1]
+        assert api.cpFileFromVM('g', 'x', '/proc/self/x')[1].endswith(': does not exist')
+
+
+@pytest.mark.parametrize('stdout, why', [('>&-', 'Bad file descriptor'), ('>/dev/full', 'No space left')])
+def test_an_output_that_takes_nothing_is_said(host, guest, tmp_path, stdout, why):
+    if 'full' in stdout and not os.path.exists('/dev/full'):
+        pytest.skip('needs /dev/full')
+    write(tmp_path / 'x', b'x')
+    good(host, 'put', 'g', tmp_path / 'x')
+    with host.api as api:
+        cmd_id = api.runCmd('g', 'echo', ['hello'])
+        assert api.waitCmd(cmd_id, 20)
+    for words in ('get', 'g', 'x', '-'), ('ls', '--json'), ('out', cmd_id), ('ps', '--help'):
+        done = subprocess.run(['/bin/sh', '-c', 'exec "$@" ' + stdout, 'sh'] + host.command(*words),
+                              stderr=subprocess.PIPE, timeout=60)
+        told = done.stderr.decode()
+        assert done.returncode == 255 and told.startswith('vmhost: standard output: ' + why), (words, told)
+        assert told.count('\n') == 1
+    done = subprocess.run(['/bin/sh', '-c', 'exec "$@" ' + stdout, 'sh'] + host.command('put', 'g', str(
+        tmp_path / 'x')), stderr=subprocess.PIPE, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b'')          # which says nothing
 
 
 def test_each_failure_is_told(host, guest, tmp_path):
