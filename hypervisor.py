@@ -755,13 +755,14 @@ class Worker:
 
     def carry_out(self, call: Call, patience: float) -> bool:
         """Waits until the call is done; False where the process ended without an answer. Where it is silent
-        for `patience` seconds it is killed, and the call has failed with `Unresponsive`."""
+        for `patience` seconds it is killed, and the call has failed with `Unresponsive`. Until it begins, it
+        is the machine that takes its time, and not the VM."""
         self._call = call
         call.hand_to(self.child)
         while not call.done.wait(0.5):
             if self.ended.is_set():
                 return call.done.is_set()
-            if time.monotonic() - call.heard > patience:
+            if time.monotonic() - call.heard > (patience if call.begun else max(patience, SILENCE)):
                 self.child.kill()
                 self.ended.wait(5)
                 call.fail(Unresponsive('%s: no answer for %d s: the VM\'s own process hangs, perhaps; '
