@@ -48,7 +48,7 @@ LACKS = ('statistics, screenshots, the remote desktop, limits of the network, ho
          'and ISO images, cleanup of what was left half made')
 NOBODY = '<inaccessible>'          # what `list vms` calls a VM whose settings can't be read
 DEFAULT_DISK = 8192                # MB: VBoxManage doesn't tell what VirtualBox recommends
-ANSWERS_IN = 2.0                   # seconds in which a VM's own process has to answer, where all are listed
+ANSWERS_IN = 3.0                   # seconds in which a VM's own process has to answer, where all are listed
 ASK_AGAIN = 15.0                   # seconds until one that didn't is asked again
 DISKS = ('.vdi', '.vmdk', '.vhd', '.vhdx', '.qcow', '.qcow2', '.hdd')
 
@@ -83,14 +83,14 @@ class VBoxManage(Driver):
     def _run(self, *words: str, job: Optional[Job] = None, text: str = '', patience: float = 0) -> str:
         return str(self._program.run(*words, job=job, text=text, patience=patience))
 
-    def _change(self, job: Job, *words: str, text: str = '') -> str:
+    def _change(self, job: Job, *words: str, text: str = '', secret: bool = False) -> str:
         """Like _run; somebody else may hold the VM for a moment: tried again until the job's deadline."""
         pause = 0.05
         while True:
             try:
-                return self._run(*words, job=job, text=text)
+                return str(self._program.run(*words, job=job, text=text, secret=secret))
             except Refused as error:
-                if error.code not in vboxconnection.LOCKED:
+                if error.code not in vboxconnection.LOCKED and 'not ready' not in str(error):
                     raise
                 job.check_deadline(faults.Busy('the VM is locked by another program: %s' % error))
             job.wait(pause)
@@ -132,7 +132,7 @@ class VBoxManage(Driver):
                 or time.monotonic() < self._ask_at.get(uuid, 0):
             return row
         try:
-            info = self._info(uuid, ANSWERS_IN)
+            info = self._info(uuid, ANSWERS_IN if runs else 0)
         except faults.DeadlineExceeded:
             self._ask_at[uuid] = time.monotonic() + ASK_AGAIN
             return row
@@ -226,7 +226,7 @@ class VBoxManage(Driver):
                 raise faults.BadState('%s can\'t start: its disk %s is missing; put it back, or detach it'
                                       % (info['name'], path))
         if native_of(info) in OFF:
-            self._tell_firmware(info, board_serial)
+            self._tell_firmware(job, info, board_serial)
             if self.settings['network']['mode'] == 'nat':
                 self._add_chirp_rule(job, info)
         self._change(job, 'startvm', uuid, '--type=' + ('gui' if gui_mode else 'headless'), text='starting')
@@ -237,14 +237,14 @@ class VBoxManage(Driver):
                                          % info['name'])
         return True
 
-    def _tell_firmware(self, info: Dict[str, str], serial: str) -> None:
+    def _tell_firmware(self, job: Job, info: Dict[str, str], serial: str) -> None:
         """The key of the other kind of firmware would keep the VM from starting."""
         kind, other = ('pcbios', 'efi') if info['firmware'] == 'BIOS' else ('efi', 'pcbios')
         hint = self.settings.get('broker_hint', '')
         for key, value in ((virtualbox.SERIAL_KEY, serial), (virtualbox.CHASSIS_KEY, hint)):
-            self._run('setextradata', info['UUID'], key % other)
+            self._change(job, 'setextradata', info['UUID'], key % other)
             told = ['string:' + value] if value else []
-            self._program.run('setextradata', info['UUID'], key % kind, *told, secret=True)
+            self._change(job, 'setextradata', info['UUID'], key % kind, *told, secret=True)
 
     def find_verb(self, name: str) -> Callable[..., Any]:
         return self.control if name in CONTROLS else super().find_verb(name)

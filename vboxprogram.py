@@ -28,6 +28,9 @@ STATES = (                         # the API's names, in the order of its codes
 NATIVE = dict({name.lower(): name for name in STATES}, **{      # VBoxManage's word: the API's
     'poweroff': 'PoweredOff', 'aborted-saved': 'AbortedSaved', 'gurumeditation': 'Stuck',
     'deletingsnapshotlive': 'DeletingSnapshotOnline', 'deletingsnapshotlivepaused': 'DeletingSnapshotPaused'})
+INFO_LINE = re.compile(
+    r'^(?:(\w*Snapshot\w+(?:-\d+)*)="(.*?)"|("?[^="\n]+"?)=(?:"((?:[^"\\]|\\.)*)"|([^"\n]*)))$',
+    re.MULTILINE | re.DOTALL)
 
 
 class Refused(Exception):
@@ -137,10 +140,17 @@ def percent_in(text: str) -> int:
 
 
 def read_info(text: str) -> Dict[str, str]:
-    """{key: value} of `showvminfo --machinereadable`. A quote within a value has a backslash before it, so
-    that no description can say what VirtualBox doesn't."""
-    found = re.findall(r'^("?[^="\n]+"?)=(?:"((?:[^"\\]|\\.)*)"|([^"\n]*))', text, re.MULTILINE | re.DOTALL)
-    return {key.strip('"'): re.sub(r'\\(["\\])', r'\1', quoted) or plain for key, quoted, plain in found}
+    """{key: value} of `showvminfo --machinereadable`.
+
+    Within a value, a quote has a backslash before it, but not where snapshots are told, which come last: so
+    the first value of a key holds, and no text that somebody gave a VM can say what VirtualBox doesn't.
+    """
+    info = {}  # type: Dict[str, str]
+    for found in INFO_LINE.finditer(text):
+        snapshot, raw, key, quoted, plain = found.groups()
+        value = raw if snapshot else re.sub(r'\\(["\\])', r'\1', quoted or '') or plain or ''
+        info.setdefault(snapshot or key.strip('"'), value)
+    return info
 
 
 def native_of(info: Dict[str, str]) -> str:
