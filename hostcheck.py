@@ -74,8 +74,8 @@ def check_running(host: Client, info: Dict[str, Any], mode: str) -> Iterator[age
                         'no connection: is it running, and are [Broker] host, port, username, password '
                         'and tls right?')
     if info['hypervisor'] != 'none' and is_out_of_reach(broker['address'], mode):
-        yield agent.Finding(False, 'network', 'net --setup makes it; then: '
-                            + OUT_OF_REACH % broker['address'], needed=False)
+        yield agent.Finding(False, 'network', 'VMs made now get NAT; net --setup makes the host-only one; '
+                            'then: ' + OUT_OF_REACH % broker['address'], needed=False)
     guests = [guest for _, guest in host.each('getVM', host.call('listRegisteredVMs'))]
     if not guests:
         yield agent.Finding(False, 'guests', 'none has joined: start vmguest.py in a VM, where it '

@@ -1052,10 +1052,12 @@ class Hypervisor:
 
     def chirp_endpoint(self, vm: str) -> Optional[Tuple[str, int]]:
         """(host, port) by which the guest's Chirp port is reached where its address can't be, else None."""
-        if self._settings['network']['mode'] != 'nat':
+        if self._row(vm) is None:       # a machine outside the hypervisor
             return None
-        host, port = self._call('find_chirp', (vm,)) or self._call('forward_chirp', (vm,))
-        return host, port
+        found = self._call('find_chirp', (vm,))
+        if not found and self._settings['network']['mode'] == 'nat':
+            found = self._call('forward_chirp', (vm,))
+        return (found[0], found[1]) if found else None
 
     # Lists: what is there now; where that takes too long, what was seen last.
 

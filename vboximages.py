@@ -285,7 +285,7 @@ class Images:
             machine.memorySize = wish['memory']
         if wish['cpus']:
             machine.CPUCount = wish['cpus']
-        self._cards.give(machine, wish['network'] or self.box.network['mode'])
+        self._cards.give(machine, wish['network'])
         if wish['keep']:
             machine.setExtraData(KEEP, machine.id)
         if wish['owner']:

@@ -53,8 +53,9 @@ ASK_AGAIN = 15.0                   # seconds until one that didn't is asked agai
 DISKS = ('.vdi', '.vmdk', '.vhd', '.vhdx', '.qcow', '.qcow2', '.hdd')
 
 
-class VBoxManage(Driver):
-    """The driver. What a VM is, it asks by `showvminfo`: `info` is {key: value} of that."""
+class Asking(Driver):
+    """What there is, and how each VM is: the driver's base. It asks by `showvminfo`: `info` is {key: value}
+    of that."""
     name = 'VBoxManage'
 
     def __init__(self, settings: Dict[str, Any]) -> None:
@@ -216,6 +217,26 @@ class VBoxManage(Driver):
                 info['name'], native_of(info), either(states))))
             job.wait(0.1)
 
+    def _marks(self, uuid: str) -> Dict[str, str]:
+        """{key: value} of a VM's extra data, or of `global`."""
+        return dict(re.findall(r'^Key: (.*?), Value: (.*?)\r?$', self._run('getextradata', uuid, 'enumerate'),
+                               re.MULTILINE))
+
+    def _card_of(self, info: Dict[str, str]) -> int:
+        """The slot of the card whose MAC is the VM's id: host-only or NAT by the mode, else the first; 0
+        for none."""
+        return next(iter(slots_of(info, *self._kinds(self.settings['network']['mode'])) or slots_of(info)), 0)
+
+    def _kinds(self, mode: str) -> Tuple[str, ...]:
+        return ('nat', 'natnetwork') if mode == 'nat' else ('hostonly', 'hostonlynetwork')
+
+
+class VBoxManage(Asking):
+    """The driver: what it does to VMs."""
+
+    def find_verb(self, name: str) -> Callable[..., Any]:
+        return self.control if name in CONTROLS else super().find_verb(name)
+
     # Life of a VM.
 
     def start(self, job: Job, vm: str, gui_mode: bool = False, board_serial: str = '') -> bool:
@@ -245,9 +266,6 @@ class VBoxManage(Driver):
             self._change(job, 'setextradata', info['UUID'], key % other)
             told = ['string:' + value] if value else []
             self._change(job, 'setextradata', info['UUID'], key % kind, *told, secret=True)
-
-    def find_verb(self, name: str) -> Callable[..., Any]:
-        return self.control if name in CONTROLS else super().find_verb(name)
 
     def control(self, job: Job, vm: str) -> bool:
         """Carries out the job's verb, as CONTROLS says."""
@@ -279,11 +297,6 @@ class VBoxManage(Driver):
         self._ask_at.pop(uuid, None)
         self._reached(job, uuid, *OFF + SAVED)
         return True
-
-    def _marks(self, uuid: str) -> Dict[str, str]:
-        """{key: value} of a VM's extra data, or of `global`."""
-        return dict(re.findall(r'^Key: (.*?), Value: (.*?)\r?$', self._run('getextradata', uuid, 'enumerate'),
-                               re.MULTILINE))
 
     # Making a VM.
 
@@ -472,14 +485,6 @@ class VBoxManage(Driver):
         return True
 
     # The network.
-
-    def _card_of(self, info: Dict[str, str]) -> int:
-        """The slot of the card whose MAC is the VM's id: host-only or NAT by the mode, else the first; 0
-        for none."""
-        return next(iter(slots_of(info, *self._kinds(self.settings['network']['mode'])) or slots_of(info)), 0)
-
-    def _kinds(self, mode: str) -> Tuple[str, ...]:
-        return ('nat', 'natnetwork') if mode == 'nat' else ('hostonly', 'hostonlynetwork')
 
     def _card_words(self, network: str) -> List[str]:
         """The first card of a new VM: over it the agent will speak."""

@@ -81,8 +81,8 @@ class VirtualBox(Driver):
     def __init__(self, settings: Dict[str, Any], connect: Optional[Callable[[], Any]] = None) -> None:
         super().__init__(settings)
         self._box = box = Connection(settings, connect or import_virtualbox)
-        network, cards, disks = Network(box), Cards(box), Disks(box)
-        desktop = Desktop(box)
+        network, disks, desktop = Network(box), Disks(box), Desktop(box)
+        cards = Cards(box, network)
         self._parts = [Looking(box, desktop), Life(box, cards), Snapshots(box), Images(box, cards, disks),
                        Cleaning(box, disks), network, cards, desktop, Measuring(box), Checks(box, network)]
 
@@ -227,6 +227,7 @@ class Life:
     def start(self, job: Job, vm: str, gui_mode: bool = False, board_serial: str = '') -> bool:
         machine = self.box.ready(job, vm, 'start')
         self._check_disks(machine)
+        self._cards.check(machine)
         if self.box.state_of(machine) in OFF:
             self.box.edit(job, machine, lambda mutable: self._prepare(mutable, board_serial))
         self._launch(job, machine, 'gui' if gui_mode else 'headless')
@@ -251,8 +252,7 @@ class Life:
         """Before a cold start; `machine` is a session's mutable one."""
         self._tell(machine, SERIAL_KEY, board_serial)
         self._tell(machine, CHASSIS_KEY, self.box.broker_hint)
-        if self.box.network['mode'] == 'nat':
-            self._cards.add_chirp_rule(machine)
+        self._cards.settle(machine)
 
     def _tell(self, machine: Any, key: str, serial: str) -> None:
         """What the firmware tells the guest. The key of the other kind of firmware keeps a VM from
