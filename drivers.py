@@ -15,12 +15,20 @@ def virtualbox(settings: Dict[str, Any]) -> Any:
     return virtualbox.VirtualBox(settings)
 
 
-DRIVERS = collections.OrderedDict([('VirtualBox', virtualbox)])    # `auto` tries them in this order
+def vboxmanage(settings: Dict[str, Any]) -> Any:
+    """VirtualBox's driver for where vboxapi can't be had."""
+    import vboxmanage
+    return vboxmanage.VBoxManage(settings)
+
+
+DRIVERS = collections.OrderedDict([                 # `auto` tries them in this order
+    ('VirtualBox', virtualbox), ('VBoxManage', vboxmanage)])
 
 
 def names_of(wanted: str) -> List[str]:
-    """The drivers to try, where [Hypervisor] says `auto`, `none`, or a name."""
-    return {'auto': list(DRIVERS), 'none': []}.get(wanted, [wanted])
+    """The drivers to try, one after the other, where [Hypervisor] says `auto`, `none`, or a name."""
+    lists = {'auto': list(DRIVERS), 'none': [], 'VirtualBox': ['VirtualBox', 'VBoxManage']}
+    return lists.get(wanted, [wanted])
 
 
 def run(name: str) -> None:

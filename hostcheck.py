@@ -74,8 +74,8 @@ def check_running(host: Client, info: Dict[str, Any], mode: str) -> Iterator[age
                         'no connection: is it running, and are [Broker] host, port, username, password '
                         'and tls right?')
     if info['hypervisor'] != 'none' and is_out_of_reach(broker['address'], mode):
-        yield agent.Finding(False, 'network', 'net --setup makes it; then: '
-                            + OUT_OF_REACH % broker['address'], needed=False)
+        yield agent.Finding(False, 'network', 'VMs made now get NAT; net --setup makes the host-only one; '
+                            'then: ' + OUT_OF_REACH % broker['address'], needed=False)
     guests = [guest for _, guest in host.each('getVM', host.call('listRegisteredVMs'))]
     if not guests:
         yield agent.Finding(False, 'guests', 'none has joined: start vmguest.py in a VM, where it '
@@ -141,22 +141,27 @@ def listen_problem(host: str, port: int) -> str:
 
 
 def check_hypervisor(settings: Any) -> List[agent.Finding]:
-    """Each driver that is wanted; with `auto` the rest works without one."""
+    """The drivers that are wanted, up to the first one that works; with `auto` the rest works without one."""
     wanted = settings.Hypervisor.hypervisor
     if wanted == 'none':
         return [agent.Finding(True, 'no hypervisor wanted')]
-    findings = []  # type: List[agent.Finding]
+    lacking = []  # type: List[agent.Finding]       # why not those before it
     for name in drivers.names_of(wanted):
         driver = hypervisor.Hypervisor(name, driver_settings(settings, ''))     # no file of a host's
         driver.open()
+        lines = []  # type: List[Any]
         try:
             lines = driver.check()
             lines += [(False, row['name'], clash, True) for row in driver.list_rows()
                       for clash in [driver.clash_of(row['name'])] if clash]
+            works = True
         except VMHostError as error:
-            lines = [(False, name, str(error), True)]
+            lines, works = lines or [(False, name, str(error), True)], False
         finally:
             driver.close()
-        findings += [agent.Finding(ok, what, mend, needed and wanted != 'auto')
-                     for ok, what, mend, needed in lines]
-    return findings
+        findings = [agent.Finding(ok, what, mend, needed and wanted != 'auto')
+                    for ok, what, mend, needed in lines]
+        if works:
+            return [finding._replace(needed=False) for finding in lacking] + findings
+        lacking += findings
+    return lacking

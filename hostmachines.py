@@ -293,14 +293,15 @@ def start_driver(settings: Any, state_dir: str, on_event: Callable[[str, str, st
         driver.open()
         try:
             log.info('%s %s', name, driver.version())
-            for warning in driver.warnings():
+            for warning in reasons + driver.warnings():
                 log.warning('%s', warning)
             return driver, reasons
         except VMHostError as error:
             reasons.append('%s: %s' % (name, error))
-            log.log(logging.INFO if wanted == 'auto' else logging.ERROR,
-                    'VMs can\'t be controlled, everything else works: %s', reasons[-1])
             driver.close()
+    if reasons:
+        log.log(logging.INFO if wanted == 'auto' else logging.ERROR,
+                'VMs can\'t be controlled, everything else works: %s', '; '.join(reasons))
     return None, reasons
 
 

@@ -41,6 +41,7 @@ log = logging.getLogger('vmhost.hypervisor')
 SILENCE = 20.0                 # seconds beyond command_timeout after which a silent process hangs
 HUNG = 15.0                    # seconds of silence after which a VM that is switched off is one that hangs
 LIST_PATIENCE = 0.8            # seconds until a list is what was seen last, rather than what is there now
+LOOK_PATIENCE = 5.0            # seconds that who changed something waits until it is seen
 LOOK_EVERY = 1.0               # seconds between two looks where no news come, and something has just happened
 LOOK_AT_LEAST = 20.0           # seconds after which is looked in any case
 NEWS_EVERY = 0.25              # seconds between two questions for news
@@ -754,13 +755,14 @@ class Worker:
 
     def carry_out(self, call: Call, patience: float) -> bool:
         """Waits until the call is done; False where the process ended without an answer. Where it is silent
-        for `patience` seconds it is killed, and the call has failed with `Unresponsive`."""
+        for `patience` seconds it is killed, and the call has failed with `Unresponsive`. Until it begins, it
+        is the machine that takes its time, and not the VM."""
         self._call = call
         call.hand_to(self.child)
         while not call.done.wait(0.5):
             if self.ended.is_set():
                 return call.done.is_set()
-            if time.monotonic() - call.heard > patience:
+            if time.monotonic() - call.heard > (patience if call.begun else max(patience, SILENCE)):
                 self.child.kill()
                 self.ended.wait(5)
                 call.fail(Unresponsive('%s: no answer for %d s: the VM\'s own process hangs, perhaps; '
@@ -980,7 +982,7 @@ class Hypervisor:
     def _look(self) -> None:
         """After a change: whoever made it finds the new state known, and no state goes untold."""
         with contextlib.suppress(VMHostError):
-            self._watch.look(self._call('machines', patience=LIST_PATIENCE))
+            self._watch.look(self._call('machines', patience=LOOK_PATIENCE))
 
     # One change at a time for each VM.
 
@@ -1050,10 +1052,12 @@ class Hypervisor:
 
     def chirp_endpoint(self, vm: str) -> Optional[Tuple[str, int]]:
         """(host, port) by which the guest's Chirp port is reached where its address can't be, else None."""
-        if self._settings['network']['mode'] != 'nat':
+        if self._row(vm) is None:       # a machine outside the hypervisor
             return None
-        host, port = self._call('find_chirp', (vm,)) or self._call('forward_chirp', (vm,))
-        return host, port
+        found = self._call('find_chirp', (vm,))
+        if not found and self._settings['network']['mode'] == 'nat':
+            found = self._call('forward_chirp', (vm,))
+        return (found[0], found[1]) if found else None
 
     # Lists: what is there now; where that takes too long, what was seen last.
 

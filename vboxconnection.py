@@ -71,6 +71,7 @@ FAULT_OF_CODE = {
     OBJECT_IN_USE: Busy,
     ACCESS_DENIED: AccessDenied,
 }  # type: Dict[int, Any]
+LOCKED = (INVALID_OBJECT_STATE, INVALID_SESSION_STATE, OBJECT_IN_USE)      # by somebody else
 DEAD = (0x80004004, 0x800706be, 0x800706ba, 0x80010108,    # abort, call failed, RPC down, gone
         0x800706bf, 0x800706b5, 0x80010007, 0x80010012, 0x800401fd)    # what Windows says of it as well
 CALL_AGAIN = (0x80010001, 0x8001010a)          # Windows: the server is busy, and has done nothing
@@ -353,7 +354,7 @@ class Connection:
             try:
                 return take()
             except Exception as error:
-                if self.code(error) not in (INVALID_OBJECT_STATE, INVALID_SESSION_STATE, OBJECT_IN_USE):
+                if self.code(error) not in LOCKED:
                     raise
                 job.check_deadline(Busy('%s is locked by another program: %s'
                                         % (machine.name, self.translate(error))))
@@ -400,12 +401,12 @@ class Connection:
 
 
 def fault_of(code: int, text: str) -> VMHostError:
-    """VirtualBox's code and text as an error of ours."""
+    """VirtualBox's code, 0 where there is none, and text as an error of ours."""
     if any(word in text for word in NO_DRIVER) or (
             'unexpectedly during startup' in text and lacks_module()):
         text += ' -- ' + MEND_DRIVER
-    return FAULT_OF_CODE.get(code, HypervisorError)('%s (VirtualBox 0x%08x)'
-                                                    % (' '.join(text.split()), code))
+    told = ' (VirtualBox 0x%08x)' % code if code else ''
+    return FAULT_OF_CODE.get(code, HypervisorError)(' '.join(text.split()) + told)
 
 
 def error_text(info: Any) -> str:
@@ -448,6 +449,11 @@ def has_mark(machine: Any, key: str) -> bool:
 def lacks_module() -> bool:
     """Whether the kernel lacks VirtualBox's driver; known on Linux alone."""
     return sys.platform.startswith('linux') and not os.path.exists('/dev/vboxdrv')
+
+
+def module_warnings() -> List[str]:
+    """What the log says of it at start."""
+    return ['VMs can\'t be started, all the rest works: ' + MEND_DRIVER] if lacks_module() else []
 
 
 def module_lines() -> List[Tuple[bool, str, str, bool]]:

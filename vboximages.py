@@ -47,6 +47,7 @@ OWNER = 'vmhost/owner/'            # + uuid of a VM that createVM made: whose it
 
 UUID = re.compile(r'^{?[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}}?$')
 LARGEST = 2 ** 31 - 1              # of the numbers that options hold
+NOT_LINKED = 'linked: expected an image that is a disk, on which the VM\'s own can lie'
 LONGEST_NAME = 200                 # bytes of a VM's name: it names files
 
 
@@ -64,10 +65,10 @@ class Images:
         kind = os.path.splitext(name if registers else image)[1].lower()
         check_fitting(options, kind)
         if wish['linked'] and kind in ('', '.iso', '.ova', '.ovf'):
-            raise InvalidParams('linked: expected an image that is a disk, on which the VM\'s own can lie')
+            raise InvalidParams(NOT_LINKED)
         if registers:
             return self._register(os.path.abspath(name))
-        self._check_name(name)
+        check_name(name)
         self._check_is_new(name, self._path_of(name, wish))
         self._check_ostype(wish['ostype'])
         if image and not os.path.isfile(image):
@@ -85,25 +86,12 @@ class Images:
         """Where the settings of a new VM will be."""
         return str(self.box.vbox.composeMachineFilename(name, '', '', wish['folder']))
 
-    def _check_name(self, name: str) -> None:
-        if not name or re.search(r'[/\\\x00-\x1f]', name) or name in ('.', '..'):
-            raise InvalidParams('%r is no name for a VM' % name)
-        if len(name.encode('utf-8')) > LONGEST_NAME:
-            raise InvalidParams('%.20s… is too long for the name of a VM, whose files are called so: '
-                                '%d bytes, and %d at most' % (name, len(name.encode('utf-8')), LONGEST_NAME))
-        self._check_is_no_id(name)
-
     def _check_is_new(self, name: str, path: str) -> None:
         if name in [machine.name for machine in self.box.machines_now()] + [
                 name_in_path(machine) for machine in self.box.unreadable()]:
             raise AlreadyExists('there is a VM %r already' % name)
         if os.path.exists(path):
             raise AlreadyExists('%s exists already, of a VM that is not registered' % path)
-
-    def _check_is_no_id(self, name: str) -> None:
-        """Whoever means a VM of that name would reach the one that has the id."""
-        if is_mac(name) or UUID.match(name):
-            raise InvalidParams('%r is an id, and no name for a VM' % name)
 
     def _check_ostype(self, ostype: str) -> None:
         known = [each.id for each in self.box.array(self.box.vbox, 'guestOSTypes')] if ostype else ['']
@@ -120,7 +108,7 @@ class Images:
                 raise AlreadyExists('%s is registered already' % path)
         password = ('',) if self.box.api() >= (7, 0) else ()
         machine = self.box.vbox.openMachine(path, *password)
-        self._check_is_no_id(machine.name)
+        check_is_no_id(machine.name)
         if machine.name in [each.name for each in self.box.machines_now()]:
             raise AlreadyExists('there is a VM %r already' % machine.name)
         self.box.vbox.registerMachine(machine)
@@ -297,7 +285,7 @@ class Images:
             machine.memorySize = wish['memory']
         if wish['cpus']:
             machine.CPUCount = wish['cpus']
-        self._cards.give(machine, wish['network'] or self.box.network['mode'])
+        self._cards.give(machine, wish['network'])
         if wish['keep']:
             machine.setExtraData(KEEP, machine.id)
         if wish['owner']:
@@ -678,6 +666,22 @@ class Cleaning:
         return os.path.realpath(folder) in [
             os.path.realpath(os.path.dirname(machine.settingsFilePath))
             for machine in self.box.array(self.box.vbox, 'machines')]
+
+
+def check_name(name: str) -> None:
+    """Raises InvalidParams where it is no name for a new VM."""
+    if not name or re.search(r'[/\\\x00-\x1f]', name) or name in ('.', '..'):
+        raise InvalidParams('%r is no name for a VM' % name)
+    if len(name.encode('utf-8')) > LONGEST_NAME:
+        raise InvalidParams('%.20s… is too long for the name of a VM, whose files are called so: '
+                            '%d bytes, and %d at most' % (name, len(name.encode('utf-8')), LONGEST_NAME))
+    check_is_no_id(name)
+
+
+def check_is_no_id(name: str) -> None:
+    """Whoever means a VM of that name would reach the one that has the id."""
+    if is_mac(name) or UUID.match(name):
+        raise InvalidParams('%r is an id, and no name for a VM' % name)
 
 
 def wishes(options: Dict[str, Any]) -> Dict[str, Any]:

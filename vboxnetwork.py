@@ -8,9 +8,7 @@ import socket
 import sys
 from typing import Any, Dict, List, Optional, Tuple
 
-from faults import (
-    HypervisorError,
-)
+from faults import BadState, HypervisorError
 from hypervisor import Job, is_local, port_is_free
 from vboxconnection import (
     MAKING,
@@ -21,6 +19,7 @@ from vboxconnection import (
 )
 
 CHIRP_RULE = 'vmhost-chirp'        # name of the NAT port forwarding
+NAT_FOR_NOW = 'vmhost/nat-for-now'     # a mark: there was no host-only network yet when the VM was made
 
 
 class Network:
@@ -38,6 +37,10 @@ class Network:
                 'hostIp': found.IPAddress if found else '',
                 'netmask': found.networkMask if found else '',
                 'dhcp': self._dhcp_facts(dhcp)}
+
+    def is_there(self) -> bool:
+        """Whether there is a host-only network as [Network] names it."""
+        return (self._mac_network() if networks_on_mac(self.box) else self._interface()) is not None
 
     def _dhcp_facts(self, dhcp: Any) -> Dict[str, Any]:
         if dhcp is None:
@@ -153,7 +156,8 @@ class Network:
         lines = [(not problem, 'addresses of the host-only network', problem, True)]
         now = self.get_network(job)
         there = now['hostIp'] == self.box.network['host_ip'] and is_local(now['hostIp'])
-        mend = '`vmhost.py host.ini call setupNetwork` makes it, or manage=yes in [Network]'
+        mend = ('`vmhost.py host.ini call setupNetwork` makes it, or manage=yes in [Network]; VMs that are '
+                'made before get NAT')
         lines.append((there, 'interface %s with address %s' % (name, self.box.network['host_ip']),
                       '' if there else mend, True))
         lines.append((now['dhcp']['enabled'], 'DHCP server of ' + name,
@@ -164,19 +168,57 @@ class Network:
 class Cards:
     """Network cards: giving a new VM its card; in NAT mode, the guest's Chirp port on our loopback."""
 
-    def __init__(self, box: Connection) -> None:
+    def __init__(self, box: Connection, network: Network) -> None:
         self.box = box
+        self._network = network
 
     def give(self, machine: Any, network: str) -> None:
-        """The card over which the agent will speak. An appliance keeps those it came with."""
+        """The card over which the agent will speak: none, nat, hostonly, or '' for what [Network] says. An
+        appliance keeps those it came with.
+
+        While [Network] says hostonly, and nobody has set that network up, it is NAT: so the VM starts, and
+        its agent reaches the host, which then listens on 127.0.0.1. `settle` makes it host-only.
+        """
         cards = list(self.box.cards(machine))
-        if network == 'none':
+        wanted = network or self.box.network['mode']
+        if wanted == 'none':
             for card in cards:
                 card.enabled = False
-        elif network == 'nat':
+        elif wanted == 'nat':
             self._make_nat(self._card_for(machine, cards, ('NAT',)), machine)
-        else:
+        elif network or self._network.is_there():
             self._make_host_only(self._card_for(machine, cards, ('HostOnly', 'HostOnlyNetwork')))
+        else:
+            machine.setExtraData(NAT_FOR_NOW, machine.id)
+            self._make_nat(self._card_for(machine, cards, ('NAT', 'HostOnly', 'HostOnlyNetwork')), machine)
+
+    def settle(self, machine: Any) -> None:
+        """Before a cold start: the card and its rule as they are to be. `machine` is a session's mutable
+        one."""
+        if has_mark(machine, NAT_FOR_NOW) and self.box.network['mode'] == 'hostonly' \
+                and self._network.is_there():
+            card = self.box.card_of(machine)
+            if self._chirp_rule(card):
+                card.NATEngine.removeRedirect(CHIRP_RULE)
+            self._make_host_only(card)
+            machine.setExtraData(NAT_FOR_NOW, '')
+        elif self._forwards(machine):
+            self.add_chirp_rule(machine)
+
+    def _forwards(self, machine: Any) -> bool:
+        return bool(self.box.network['mode'] == 'nat' or has_mark(machine, NAT_FOR_NOW))
+
+    def check(self, machine: Any) -> None:
+        """Raises BadState where a card's host-only interface is missing, of which VirtualBox says
+        VERR_INTERNAL_ERROR."""
+        kinds = self.box.attachments('HostOnly')
+        wanted = [card.hostOnlyInterface for card in self.box.cards(machine) if card.attachmentType in kinds]
+        there = [each.name for each in self.box.array(self.box.vbox.host, 'networkInterfaces')]
+        for interface in wanted:
+            if interface not in there:
+                raise BadState('%s can\'t start: there is no host-only interface %s, which its network card '
+                               'uses; net --setup makes the one of [Network]'
+                               % (machine.name, interface or '(none is named)'))
 
     def _card_for(self, machine: Any, cards: List[Any], kinds: Tuple[str, ...]) -> Any:
         fitting = [card for card in cards if card.attachmentType in self.box.attachments(*kinds)]
@@ -195,7 +237,7 @@ class Cards:
     def _make_nat(self, card: Any, machine: Any) -> None:
         card.attachmentType = self.box.const('NetworkAttachmentType_NAT')
         self._reach_localhost(card.NATEngine)
-        if self.box.network['mode'] == 'nat':
+        if self._forwards(machine):
             self.add_chirp_rule(machine)
 
     def _make_host_only(self, card: Any) -> None:

@@ -41,7 +41,6 @@ from hypervisor import ConnectionLost, Driver, Job, either, is_local, option, po
 from vboxconnection import (
     KEEP,
     MADE_BY_US,
-    MEND_DRIVER,
     NOT_SUPPORTED,
     OFF,
     ONLINE,
@@ -49,8 +48,8 @@ from vboxconnection import (
     Connection,
     access_trouble,
     has_mark,
-    lacks_module,
     module_lines,
+    module_warnings,
     name_in_path,
     progress_of,
 )
@@ -82,8 +81,8 @@ class VirtualBox(Driver):
     def __init__(self, settings: Dict[str, Any], connect: Optional[Callable[[], Any]] = None) -> None:
         super().__init__(settings)
         self._box = box = Connection(settings, connect or import_virtualbox)
-        network, cards, disks = Network(box), Cards(box), Disks(box)
-        desktop = Desktop(box)
+        network, disks, desktop = Network(box), Disks(box), Desktop(box)
+        cards = Cards(box, network)
         self._parts = [Looking(box, desktop), Life(box, cards), Snapshots(box), Images(box, cards, disks),
                        Cleaning(box, disks), network, cards, desktop, Measuring(box), Checks(box, network)]
 
@@ -228,6 +227,7 @@ class Life:
     def start(self, job: Job, vm: str, gui_mode: bool = False, board_serial: str = '') -> bool:
         machine = self.box.ready(job, vm, 'start')
         self._check_disks(machine)
+        self._cards.check(machine)
         if self.box.state_of(machine) in OFF:
             self.box.edit(job, machine, lambda mutable: self._prepare(mutable, board_serial))
         self._launch(job, machine, 'gui' if gui_mode else 'headless')
@@ -252,8 +252,7 @@ class Life:
         """Before a cold start; `machine` is a session's mutable one."""
         self._tell(machine, SERIAL_KEY, board_serial)
         self._tell(machine, CHASSIS_KEY, self.box.broker_hint)
-        if self.box.network['mode'] == 'nat':
-            self._cards.add_chirp_rule(machine)
+        self._cards.settle(machine)
 
     def _tell(self, machine: Any, key: str, serial: str) -> None:
         """What the firmware tells the guest. The key of the other kind of firmware keeps a VM from
@@ -420,17 +419,7 @@ class Snapshots:
         return rows
 
     def _find(self, machine: Any, name: str) -> Any:
-        if not name:
-            if machine.currentSnapshot is None:
-                raise HypervisorError('%s has no snapshot' % machine.name)
-            return machine.currentSnapshot
-        same = [row for row in self._rows(machine) if name in (row['name'], row['id'])]
-        if not same:
-            raise HypervisorError('%s has no snapshot %r' % (machine.name, name))
-        if len(same) > 1:
-            raise HypervisorError('%s has %d snapshots named %r: use a uuid, one of %s' % (
-                machine.name, len(same), name, ', '.join(row['id'] for row in same)))
-        return machine.findSnapshot(same[0]['id'])
+        return machine.findSnapshot(pick_snapshot(machine.name, self._rows(machine), name)['id'])
 
     def take_snapshot(self, job: Job, vm: str, name: str, desc: str = '', again: bool = False) -> bool:
         if not name:
@@ -637,7 +626,7 @@ class Checks:
         self.box = box
 
     def warnings(self, job: Job) -> List[str]:
-        return ['VMs can\'t be started, all the rest works: ' + MEND_DRIVER] if lacks_module() else []
+        return module_warnings()
 
     def check(self, job: Job) -> List[Tuple[bool, str, str, bool]]:
         try:
@@ -664,6 +653,15 @@ class Checks:
 
 # --- plain helpers -----------------------------------------------------------------------------
 
+def pick_snapshot(vm: str, rows: List[Dict[str, Any]], name: str) -> Dict[str, Any]:
+    """The row of `Driver.snapshots` that is meant by a name or id; the current one's where that is ''."""
+    same = [row for row in rows if name in (row['name'], row['id']) or not name and row['current']]
+    if not same:
+        raise HypervisorError('%s has no snapshot%s' % (vm, name and ' %r' % name))
+    if len(same) > 1:
+        raise HypervisorError('%s has %d snapshots named %r: use a uuid, one of %s' % (
+            vm, len(same), name, ', '.join(row['id'] for row in same)))
+    return same[0]
 
 
 def metric_matches(name: str, key: str) -> bool:
@@ -699,8 +697,13 @@ def version_line(version: str, api: Tuple[int, int]) -> Tuple[bool, str, str, bo
 
 def log_of(machine: Any, tail: int) -> str:
     """The end of VBox.log; '' of a VM that never ran."""
+    return end_of_file(machine.queryLogFilename(0), tail)
+
+
+def end_of_file(path: str, tail: int) -> str:
+    """Its last bytes as text; '' where there is none."""
     try:
-        with open(machine.queryLogFilename(0), 'rb') as log_file:
+        with open(path, 'rb') as log_file:
             size = log_file.seek(0, os.SEEK_END)
             log_file.seek(max(0, size - max(0, tail)))
             return log_file.read(max(0, tail)).decode('utf-8', 'replace')

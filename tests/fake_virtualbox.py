@@ -520,6 +520,8 @@ class Machine(WithExtraData):
 
     def launchVMProcess(self, session, kind, environment):
         if kind == 'emergencystop':
+            while os.path.exists(steering('ends-late-' + self.name)):
+                time.sleep(0.02)
             for name in ('hang-', 'stuck-in-'):
                 if os.path.exists(steering(name + self.name)):
                     os.remove(steering(name + self.name))

@@ -1,5 +1,6 @@
 """What many tests need."""
 
+import os
 import time
 import xmlrpc.client
 
@@ -13,6 +14,11 @@ def wait_until(predicate, timeout=10, interval=0.02):
             return found
         assert time.monotonic() < deadline, 'not within %s s' % timeout
         time.sleep(interval)
+
+
+def others_take():
+    """How many times as long all takes, for what else the machine does; VMHOST_FULL: it does nothing."""
+    return 1 if os.environ.get('VMHOST_FULL') else max(1, max(os.getloadavg()) / os.cpu_count())
 
 
 def fault_of(call, *args):

@@ -8,10 +8,11 @@ import os
 import shutil
 import subprocess
 import time
+import xmlrpc.client
 
 import pytest
 from guests import agent_on_offer
-from helpers import wait_until
+from helpers import others_take, wait_until
 from rig import facts
 from terminals import Terminal
 from vms import VMHost, fault_of
@@ -32,14 +33,20 @@ while read number; do
 done < input
 echo $total > output
 '''
+SCIENCE = '''#!/bin/sh
+echo "$1" >> starts
+total=0
+while read number; do
+    total=$((total + number))
+    echo $total
+    sleep 1
+done < input
+echo $total > output
+echo done >&2
+'''
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(
     not os.path.exists(SAVED + '/linux-guest.vbox'), reason='no saved guest: tests/rigs/virtualbox guest')]
-
-
-def others_take():
-    """How many times as long all takes, for what else the machine does; VMHOST_FULL: it does nothing."""
-    return 1 if os.environ.get('VMHOST_FULL') else max(1, max(os.getloadavg()) / os.cpu_count())
 
 
 class Guest:
@@ -219,7 +226,7 @@ def guest(home, tmp_path_factory):
     os.makedirs('/root/linux-guest', exist_ok=True)
     shutil.move(os.path.join(folder, 'guest.iso'), '/root/linux-guest/guest.iso')
     tmp_path = tmp_path_factory.mktemp('linux-guest')
-    host = VMHost(tmp_path / 'host', broker={'port': 61613, 'heartbeat': 20},
+    host = VMHost(tmp_path / 'host', broker={'port': 61613, 'heartbeat': 20}, xmlrpc_auth='no',
                   hypervisor={'command_timeout': 120})     # the guest's seconds are long ones
     with host, host.api as api, agent_on_offer('127.0.0.1', '', tmp_path):
         guest = Guest(host, api, folder)
@@ -296,5 +303,103 @@ def test_the_whole_job(guest, way):
     by.power_off()
     assert by.found()['state'] == 'PoweredOff'
     guest.note('off')
+    print(', '.join(guest.times))
+    assert time.monotonic() - guest.begun < JOB * others_take(), guest.times
+
+
+class OldWrapper:
+    """The BOINC wrapper of 2009, call for call: what its Python 2 script asks an older host agent for, with
+    its arguments as they are, at its address, without a password. Its task is a program and a file of input,
+    which are copied into the VM; its client tells it by ``orders`` to checkpoint, suspend, resume or quit,
+    one in each round."""
+
+    def __init__(self, host, folder):
+        self.vms = xmlrpc.client.ServerProxy('http://localhost:%s/RPC2' % host.address.rpartition(':')[2])
+        self.folder = folder
+        self.cpu_times = []            # of the VM, in s, as it reports them
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.vms('close')()
+
+    def run(self, orders):
+        """Until the task has ended: its results. None where it was told to quit."""
+        assert VM in self.vms.listAvailableVMs()
+        self.begin()
+        cmd_id = self.vms.runCmd(VM, './science', [' 8 '], '{}', 'None', 'input')
+        while cmd_id not in self.vms.listFinishedCmds():
+            order = orders.pop(0) if orders else 'poll'
+            if order == 'quit':
+                self.vms.saveState(VM)
+                return self.end()
+            self.obey(order)
+        results = self.vms.getCmdResults(cmd_id)
+        assert results['resources']['ru_stime'] + results['resources']['ru_utime'] > 0
+        self.vms.ping(VM)
+        assert self.vms.cpFileFromVM(VM, 'output', os.path.join(self.folder, 'output'))[2] == 0
+        self.vms.saveState(VM)
+        self.end()
+        return results
+
+    def begin(self):
+        if self.vms.getState(VM) != 'Saved':
+            self.vms.restoreSnapshot(VM)
+        if VM not in self.vms.listRunningVMs():
+            self.vms.start(VM)
+        assert VM in self.vms.listRunningVMs()
+        wait_until(lambda: fault_of(self.vms.ping, VM)[0] == 0, PATIENCE, 0.5)
+        for name, remote in (('science', './science'), ('input', 'input')):
+            out, err, status = self.vms.cpFileToVM(VM, os.path.join(self.folder, name), remote)
+            assert status == 0, err
+
+    def obey(self, order):
+        if order == 'checkpoint':
+            self.vms.saveSnapshot(VM, '')
+        elif order == 'suspend':
+            self.vms.pause(VM)
+            assert self.vms.getState(VM) == 'Paused'
+        elif order == 'resume':
+            self.vms.unpause(VM)
+        if order != 'suspend':                      # of a VM that is paused it asks for no time
+            self.cpu_times.append(self.cpu_time())
+
+    def cpu_time(self):
+        cmd_id = self.vms.runCmd(VM, 'cat', ['/proc/uptime'])
+        wait_until(lambda: cmd_id in self.vms.listFinishedCmds(), PATIENCE, 0.2)
+        up, idle = map(float, self.vms.getCmdResults(cmd_id)['out'].split())
+        return up - idle
+
+    def end(self):
+        if VM in self.vms.listRunningVMs():
+            self.vms.saveState(VM)
+
+
+def test_the_old_wrappers_job(guest, tmp_path):
+    """With its checkpoints, suspended, told to quit, and started again: it then runs its command anew."""
+    guest.begin()
+    guest.off()
+    guest.fresh = False
+    (tmp_path / 'input').write_text(''.join('%d\n' % number for number in NUMBERS))
+    (tmp_path / 'science').write_text(SCIENCE)
+    os.chmod(str(tmp_path / 'science'), 0o755)
+    before = guest.api.listSnapshots(VM)
+    with OldWrapper(guest.host, str(tmp_path)) as wrapper:
+        assert wrapper.run(['poll', 'checkpoint', 'suspend', 'resume', 'quit']) is None
+        guest.note('told to quit')
+        assert guest.api.getState(VM) == 'Saved' and len(guest.api.listSnapshots(VM)) == len(before) + 1
+    with OldWrapper(guest.host, str(tmp_path)) as wrapper:
+        results = wrapper.run(['checkpoint'])
+    guest.note('ended')
+    assert (results['finished'], results['exitCodeOrSignal'], results['err']) == (True, 0, 'done\n')
+    assert [int(line) for line in results['out'].split()] == list(itertools.accumulate(NUMBERS))
+    assert (tmp_path / 'output').read_text() == '%d\n' % sum(NUMBERS)
+    assert guest.api.getState(VM) == 'Saved' and len(wrapper.cpu_times) >= 1
+    made = [name for name in guest.api.listSnapshots(VM) if name not in before]
+    assert len(made) == 2
+    for name in reversed(made):
+        guest.api.deleteSnapshot(VM, name)
+    guest.note('cleaned up')
     print(', '.join(guest.times))
     assert time.monotonic() - guest.begun < JOB * others_take(), guest.times

@@ -104,6 +104,25 @@ def test_the_host_only_card_gives_the_id(no_network, remove_all, tmp_path):
         assert api.getVM('carded')['id'].replace(':', '') == facts('carded')['macaddress3']
 
 
+def test_a_vm_starts_though_no_network_was_set_up(no_network, remove_all, tmp_path):
+    """By NAT; of one that wants a host-only card it is said what is missing. Once there is a network, the
+    first one gets its card."""
+    with VMHost(tmp_path, network=HOST_ONLY) as host, host.api as api:
+        api.createVM('early', '', {'memory': 16, 'diskSize': 0})
+        api.createVM('hasty', '', {'memory': 16, 'diskSize': 0, 'network': 'hostonly'})
+        mac = api.getVM('early')['id']
+        assert api.start('early') is True and facts('early')['nic1'] == 'nat'
+        assert [value for key, value in facts('early').items() if value.startswith('vmhost-chirp,')]
+        code, text = fault_of(api.start, 'hasty')
+        assert (code, 'net --setup' in text) == (4, True), text
+        api.powerOff('early')
+        api.setupNetwork()
+        fault_of(api.start, 'early')                # which the rig can't: it lacks the kernel's module
+        found = facts('early')
+        assert (found['nic1'], found['hostonlyadapter1']) == ('hostonly', 'vboxnet0')
+        assert api.getVM('early')['id'] == mac == api.getVM(mac)['id']
+
+
 def test_nat_mode_forwards_chirp_on_loopback(api, remove_all):
     rules = set()
     for name in ('one', 'two'):

@@ -1,0 +1,97 @@
+"""What VBoxManage prints, read; where it is looked for; and what it is told that nobody else may see."""
+
+import os
+import sys
+import time
+
+import pytest
+
+import drivers
+import vboxprogram
+from faults import DeadlineExceeded, HypervisorError
+
+INFO = r'''name="b \"c\" \\"
+memory=16
+"SATA-0-0"="C:\\Users\\x.vdi"
+VMState="poweroff"
+ rec_screen0
+description="x\"
+VMState=\"running\"
+y"
+SnapshotName="a "quoted"\"
+SnapshotUUID="1"
+SnapshotDescription="two
+lines, one="of"
+SnapshotName-1="b"
+SnapshotUUID-1="2"
+VMState="paused"
+CurrentSnapshotUUID="2"
+'''
+
+
+def test_what_a_vm_is():
+    info = vboxprogram.read_info(INFO)
+    assert (info['name'], info['memory'], info['SATA-0-0']) == ('b "c" \\', '16', 'C:\\Users\\x.vdi')
+    assert info['VMState'] == 'poweroff' and info['description'] == 'x"\nVMState="running"\ny'
+    assert vboxprogram.read_snapshots(info) == [
+        {'name': 'a "quoted"\\', 'id': '1', 'parent': '', 'depth': 0, 'desc': 'two\nlines, one="of',
+         'taken': 0, 'online': False, 'current': False},
+        {'name': 'b', 'id': '2', 'parent': 'a "quoted"\\', 'depth': 1, 'desc': '', 'taken': 0,
+         'online': False, 'current': True}]
+
+
+def a_program(tmp_path, monkeypatch, text):
+    """A VBoxManage that does this, first on the PATH."""
+    path = tmp_path / 'VBoxManage'
+    path.write_text('#!%s\nimport sys, time\n%s\n' % (sys.executable, text))
+    path.chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path), prepend=os.pathsep)
+    return vboxprogram.Program(20)
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+@pytest.mark.parametrize('text, code, told', [
+    ('print("VBoxManage: error: Not now\\nVBoxManage: error: Details: code VBOX_E_X (0x80bb0007), component",'
+     ' file=sys.stderr)', 0x80bb0007, 'Not now'),
+    ('sys.exit("no library")', 0, 'no library'), ('sys.exit(3)', 0, 'ended with 3')])
+def test_what_it_refuses(tmp_path, monkeypatch, text, code, told):
+    with pytest.raises(vboxprogram.Refused, match=told) as refused:
+        a_program(tmp_path, monkeypatch, text).run('list', 'vms')
+    assert refused.value.code == code
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+def test_one_that_hangs_is_ended(tmp_path, monkeypatch):
+    begun = time.monotonic()
+    with pytest.raises(DeadlineExceeded):
+        a_program(tmp_path, monkeypatch, 'time.sleep(100)').run('list', 'vms', patience=0.2)
+    assert time.monotonic() - begun < 50
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+def test_a_secret_is_read_from_a_file_that_goes(tmp_path, monkeypatch):
+    program = a_program(tmp_path, monkeypatch,
+                        'path = sys.argv[1][1:]; import os\n'
+                        'print(sys.argv, oct(os.stat(os.path.dirname(path)).st_mode)[-3:], path)\n'
+                        'print(open(path).read())')
+    told, secret = program.run('setextradata', 'uuid', 'key', 'string:se cret', secret=True).splitlines()
+    assert secret == "setextradata uuid key 'string:se cret'"
+    assert 'se cret' not in told and told.split()[-2] == '700' and not os.path.exists(told.split()[-1])
+
+
+def test_where_windows_has_it(tmp_path, monkeypatch):
+    """Never in the working folder."""
+    monkeypatch.setattr(sys, 'platform', 'win32')
+    for name in ('VBOX_MSI_INSTALL_PATH', 'VBOX_INSTALL_PATH', 'ProgramFiles'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'VBoxManage.exe').write_text('')
+    with pytest.raises(HypervisorError, match='install VirtualBox'):
+        vboxprogram.find_program()
+    monkeypatch.setenv('VBOX_MSI_INSTALL_PATH', str(tmp_path))
+    assert vboxprogram.find_program() == str(tmp_path / 'VBoxManage.exe')
+
+
+def test_which_drivers_are_tried():
+    assert drivers.names_of('auto') == drivers.names_of('VirtualBox') == ['VirtualBox', 'VBoxManage']
+    assert drivers.names_of('VBoxManage') == ['VBoxManage'] and drivers.names_of('none') == []

@@ -1,0 +1,203 @@
+"""The contract of drivers, on the real VirtualBox by its program VBoxManage; and what it alone must do."""
+
+import contextlib
+import glob
+import os
+import signal
+import threading
+import time
+
+import pytest
+from driver_cases import *  # noqa: F403 (the tests, for pytest to find)
+from helpers import wait_until
+from rig import facts, manage, vm_process
+from test_hypervisor import opened
+from vms import SETTINGS, VMHost, fault_of
+
+import faults
+import hypervisor
+import vboxmanage
+import vmstates
+
+SERIAL = 'vmhost:' + '5' * 32
+
+
+@pytest.fixture
+def box(home, remove_all, tmp_path):
+    settings = dict(SETTINGS, state_dir=str(tmp_path), command_timeout=45)
+    with opened(hypervisor.Hypervisor, 'VBoxManage', settings) as box:
+        yield box
+
+
+@pytest.fixture
+def driver_class():
+    return vboxmanage.VBoxManage
+
+
+@pytest.fixture
+def vm(box):
+    box.create_vm('-by-hand', '', {'memory': 16, 'diskSize': 4, 'cpus': 1})
+    return '-by-hand'
+
+
+def test_a_vm_is_what_was_asked_for(box, vm):
+    found, said = box.describe(vm), facts(box.known_uuid(vm))
+    assert (found['memory'], found['cpus'], found['tagged'], found['native']) == (16, 1, True, 'PoweredOff')
+    assert found['id'].replace(':', '') == said['macaddress1'] and said['nic1'] == 'nat'
+    assert box.describe(found['id'])['uuid'] == box.describe(found['uuid'].lower())['uuid'] == found['uuid']
+    assert os.path.exists(os.path.splitext(said['CfgFile'])[0] + '.vdi')
+    assert box.machine_states() == box.machine_states() and box.machine_states()['Stuck'] == 8
+
+
+def test_snapshots(box, vm):
+    for name in ('-live', 'b "quoted"\\', 'same', 'same'):
+        assert box._call('take_snapshot', (vm, name, 'its\ndescription', True)) is True
+    rows = box.snapshots(vm)
+    assert [(row['name'], row['parent'], row['depth'], row['current']) for row in rows] == [
+        ('-live', '', 0, False), ('b "quoted"\\', '-live', 1, False), ('same', 'b "quoted"\\', 2, False),
+        ('same', 'same', 3, True)]
+    assert rows[0]['desc'] == 'its\ndescription'
+    for error, verb, args in ((faults.AlreadyExists, 'take_snapshot', (vm, '-live')),
+                              (faults.HypervisorError, 'restore_snapshot', (vm, 'none')),
+                              (faults.HypervisorError, 'delete_snapshot', (vm, 'same'))):
+        with pytest.raises(error):
+            getattr(box, verb)(*args)
+    with pytest.raises(faults.BadState, match='snapshots'):
+        box.remove_vm(vm, True)
+    assert box.restore_snapshot(vm, '-live') is True and box.snapshots(vm)[0]['current']
+    for row in reversed(rows):
+        assert box.delete_snapshot(vm, row['id']) is True
+    assert box.snapshots(vm) == []
+
+
+def test_saved_and_back(box, vm):
+    box.start(vm)
+    assert box.take_snapshot(vm, 'live') is True and box.state(vm) == 'Running'
+    assert box.set_limits(vm, {'cpuPercent': 50}) is True
+    for verb, native in (('pause', 'Paused'), ('save_state', 'Saved'), ('start', 'Running'),
+                         ('reset', 'Running'), ('save_state', 'Saved'), ('discard_state', 'PoweredOff')):
+        assert getattr(box, verb)(vm) is True and box.state(vm) == native, verb
+    assert 'VirtualBox' in box.get_log(vm)
+    assert facts(box.known_uuid(vm))['cpuexecutioncap'] == '50'
+    with pytest.raises(faults.NotSupported, match='VBoxManage can\'t limit the network'):
+        box.set_limits(vm, {'netKBps': 100})
+
+
+def test_the_secret_of_the_firmware(home, remove_all, tmp_path):
+    """Is what the VM gets, and in no list of processes."""
+    seen = []
+    box = hypervisor.Hypervisor('VBoxManage', dict(SETTINGS, state_dir=str(tmp_path), command_timeout=45),
+                                serial_of=lambda id, uuid: SERIAL)
+    box.open()
+    with contextlib.closing(box), command_lines(seen):
+        box.create_vm('secretive', '', {'memory': 16, 'diskSize': 0})
+        box.start('secretive')
+        host, port = box.chirp_endpoint('secretive')
+    assert host == '127.0.0.1' and 0 < port < 65536
+    told = manage('getextradata', 'secretive', 'enumerate')
+    assert 'pcbios/0/Config/DmiBoardSerial, Value: string:' + SERIAL in told
+    assert any('VBoxManage' in line for line in seen) and not any('5' * 32 in line for line in seen)
+
+
+@contextlib.contextmanager
+def command_lines(seen):
+    """Those of all processes that there are meanwhile, as often as they can be read."""
+    ending = threading.Event()
+
+    def look():
+        while not ending.is_set():
+            for path in glob.glob('/proc/[0-9]*/cmdline'):
+                with contextlib.suppress(OSError):
+                    with open(path, errors='replace') as file:
+                        seen.append(file.read())
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield
+    finally:
+        ending.set()
+        thread.join()
+
+
+def test_a_disk_on_an_image_that_stays(box, images, tmp_path):
+    """A task's VM: in a folder of its own, on the project's image; removed with its disk, nothing else is."""
+    image = str(images / 'disk.vdi')
+    before = os.stat(image)
+    for name in ('task-1', 'task-2'):
+        box.create_vm(name, image, {'linked': True, 'owner': 'the project', 'folder': str(tmp_path)})
+    box.create_vm('copied', image, {'memory': 16})
+    path = str(tmp_path / 'foreign.vdi')
+    manage('createmedium', 'disk', '--filename', path, '--size', '4')
+    manage('storageattach', 'task-1', '--storagectl', 'IDE', '--port', '0', '--device', '0', '--type', 'hdd',
+           '--medium', path)
+    assert box.cleanup(True, ['task-2', 'copied'], 'the project') == [
+        {'kind': 'vm', 'name': 'task-2', 'why': 'named'}]
+    assert box.cleanup(False, ['task-2', 'copied'], 'another') == []
+    assert box.cleanup(False, ['task-2', 'copied'], 'the project') == [
+        {'kind': 'vm', 'name': 'task-2', 'why': 'named'}]
+    assert box.remove_vm('task-1', True) == [path] and os.path.exists(path)
+    assert box.remove_vm('copied', True) == []
+    assert os.stat(image) == before and not glob.glob(str(tmp_path / 'task-*'))
+    assert image not in manage('list', 'hdds') and 'task' not in manage('list', 'hdds')
+    manage('closemedium', 'disk', path)
+
+
+def test_what_it_leaves_to_vboxapi(box, vm, images):
+    for verb, args in (('screenshot', (vm,)), ('get_stats', (vm,)), ('remote_desktop', (vm,)),
+                       ('cleanup', ()), ('create_vm', ('x', str(images / 'appliance.ova'))),
+                       ('create_vm', ('/some/where.vbox',)), ('get_network', ())):
+        with pytest.raises(faults.NotSupported, match='VBoxManage can\'t'):
+            getattr(box, verb)(*args)
+
+
+def test_a_hung_vm(box, vm):
+    """Lists answer, others go on, and powerOff ends its process."""
+    box.start(vm)
+    pid = vm_process(box.known_uuid(vm))
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        begun = time.monotonic()
+        rows = {row['name']: row['state'] for row in box.list_rows()}
+        assert rows[vm] == vmstates.RUNNING and time.monotonic() - begun < 2
+        assert box.create_vm('beside', '', {'memory': 16, 'diskSize': 0}) == 'beside'
+        assert box.start('beside') is True
+        assert box.power_off(vm) is True and box.state(vm) == 'Aborted'
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_what_another_tool_does_is_seen(box, vm):
+    uuid = box.describe(vm)['uuid']
+    manage('modifyvm', uuid, '--name', 'renamed')
+    wait_until(lambda: ('vm-renamed', 'renamed', 'was ' + vm) in box.happened, 40)
+    manage('startvm', uuid, '--type', 'headless')
+    wait_until(lambda: ('vm-state', 'renamed', 'Running') in box.happened, 40)
+
+
+def test_a_vm_that_can_not_be_read(box, vm):
+    uuid = box.describe(vm)['uuid']
+    with open(facts(uuid)['CfgFile'], 'w') as file:
+        file.write('no settings')
+    from rig import vboxsvc
+    from vms import kill
+    kill(vboxsvc())
+    row = wait_until(lambda: [row for row in box.list_rows() if row['state'] == vmstates.INACCESSIBLE], 60)[0]
+    assert (row['name'], row['uuid']) == (uuid, uuid) and 'tells why' in row['trouble']
+    assert box.remove_vm(uuid) == [] and box.list_vms() == []
+
+
+def test_a_host_agent_without_vboxapi_takes_it_by_itself(home, remove_all, tmp_path):
+    (tmp_path / 'vboxapi.py').write_text('raise ImportError("no module named vboxapi")\n')
+    paths = [str(tmp_path), os.environ.get('PYTHONPATH', '')]
+    with VMHost(tmp_path / 'host', {'PYTHONPATH': os.pathsep.join(paths)},
+                hypervisor={'hypervisor': 'auto'}) as host, host.api as api:
+        assert api.agentInfo()['hypervisor'] == 'VBoxManage' and 'vboxapi is not installed' in host.log()
+        assert api.createVM('volunteered', '', {'memory': 16, 'diskSize': 4}) == [True, 'volunteered']
+        assert api.start('volunteered') is True and api.getVM('volunteered')['state'] == 'Running'
+        code, text = fault_of(api.remoteDesktop, 'volunteered')
+        assert code == 9 and 'VBoxManage can\'t' in text
+        assert api.saveSnapshot('volunteered', 7) is True and api.listSnapshots('volunteered') == ['7']
+        checked = host.verb('check')
+        assert b'driven by' in checked.stdout, checked
+        assert api.powerOff('volunteered') is True

@@ -1,0 +1,553 @@
+"""VirtualBox without vboxapi: a driver that runs the program VBoxManage, one process for each thing to do.
+
+It is for machines where vboxapi can't be had, such as most volunteers' with Windows or macOS, and
+has what a task's VM needs: made from a disk or from nothing, its life, snapshots, the share of the processor,
+NAT, files. All else (`LACKS`) is virtualbox.py's alone: fault 9 here, with a sentence.
+
+It reads what VBoxManage prints for programs (`--machinereadable`) ; VMs are named by their uuid
+alone, so that no name is taken for an option, and secrets go into a file that VBoxManage reads, since every
+user may see a command line.
+
+What it is not: the connection to VirtualBox's API (vboxconnection.py), of which it uses what is said of
+VirtualBox: states, marks, errors. One thread, that of a driver's process; no locks.
+"""
+
+import contextlib
+import os
+import re
+import socket
+import time
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+import faults
+import vboxconnection
+import vboximages
+import vboxnetwork
+import virtualbox
+import vmstates
+from hypervisor import HUNG, Driver, Job, either, port_is_free
+from protocol import is_mac
+from vboxconnection import ACCEPTABLE, KEEP, MADE_BY_US, MAKING, OFF, ONLINE, SAVED
+from vboxprogram import (
+    STATES,
+    Program,
+    Refused,
+    attached_in,
+    native_of,
+    read_info,
+    read_snapshots,
+    slots_of,
+)
+
+CONTROLS = {                       # verb: VBoxManage's words, the states that they lead to, what takes long
+    'reset': (('controlvm', 'reset'), ('Running',), ''), 'pause': (('controlvm', 'pause'), ('Paused',), ''),
+    'resume': (('controlvm', 'resume'), ('Running',), ''),
+    'save_state': (('controlvm', 'savestate'), ('Saved',), 'saving the state'),
+    'shutdown': (('controlvm', 'acpipowerbutton'), OFF, ''), 'discard_state': (('discardstate',), OFF, '')}
+LACKS = ('statistics, screenshots, the remote desktop, limits of the network, host-only networks, appliances '
+         'and ISO images, cleanup of what was left half made')
+NOBODY = '<inaccessible>'          # what `list vms` calls a VM whose settings can't be read
+DEFAULT_DISK = 8192                # MB: VBoxManage doesn't tell what VirtualBox recommends
+ANSWERS_IN = 3.0                   # seconds in which a VM's own process has to answer, where all are listed
+ASK_AGAIN = 15.0                   # seconds until one that didn't is asked again
+DISKS = ('.vdi', '.vmdk', '.vhd', '.vhdx', '.qcow', '.qcow2', '.hdd')
+
+
+class Asking(Driver):
+    """What there is, and how each VM is: the driver's base. It asks by `showvminfo`: `info` is {key: value}
+    of that."""
+    name = 'VBoxManage'
+
+    def __init__(self, settings: Dict[str, Any]) -> None:
+        super().__init__(settings)
+        self._program = None  # type: Any
+        self._version = ''
+        self._rows = {}  # type: Dict[str, Tuple[str, Any, Dict[str, Any]]]  # uuid: (.vbox, its stamp, row)
+        self._ask_at = {}  # type: Dict[str, float]          # uuid of a VM whose process hangs: when to ask
+
+    # Between the driver and its process.
+
+    def connect(self) -> None:
+        if self._program is None:
+            program = Program(self.settings['command_timeout'])
+            found = re.search(r'^(\d+\.\d+\.\d+)', program.run('--version'), re.MULTILINE)
+            if found is None:
+                raise faults.HypervisorError('%s tells no version of VirtualBox' % program.path)
+            program.run('list', 'vms')              # as the version doesn't need VBoxSVC
+            self._program, self._version = program, found.group(1)
+
+    def translate(self, error: Exception) -> Exception:
+        if isinstance(error, Refused):
+            return vboxconnection.fault_of(error.code, str(error))
+        return super().translate(error)
+
+    def _run(self, *words: str, job: Optional[Job] = None, text: str = '', patience: float = 0) -> str:
+        return str(self._program.run(*words, job=job, text=text, patience=patience))
+
+    def _change(self, job: Job, *words: str, text: str = '', secret: bool = False) -> str:
+        """Like _run; somebody else may hold the VM for a moment: tried again until the job's deadline."""
+        pause = 0.05
+        while True:
+            try:
+                return str(self._program.run(*words, job=job, text=text, secret=secret))
+            except Refused as error:
+                if error.code not in vboxconnection.LOCKED and 'not ready' not in str(error):
+                    raise
+                job.check_deadline(faults.Busy('the VM is locked by another program: %s' % error))
+            job.wait(pause)
+            pause = min(2 * pause, 2)
+
+    def _api(self) -> Tuple[int, int]:
+        major, minor = self._version.split('.')[:2]
+        return int(major), int(minor)
+
+    # What there is.
+
+    def version(self, job: Job) -> str:
+        return self._version
+
+    def machine_states(self, job: Job) -> Dict[str, int]:
+        names = [name for name in STATES if name != 'AbortedSaved' or self._api() >= (7, 0)]
+        return {name: code for code, name in enumerate(names)}
+
+    def machines(self, job: Job) -> List[Dict[str, Any]]:
+        running = {uuid for _, uuid in self._listed('runningvms')}
+        rows = [self._look(name, uuid, uuid in running) for name, uuid in self._listed('vms')]
+        return [row for row in rows if row is not None]
+
+    def _listed(self, what: str) -> List[Tuple[str, str]]:
+        return re.findall(r'^"(.*)" \{([0-9a-f-]{36})\}\s*$', self._run('list', what), re.MULTILINE)
+
+    def _look(self, name: str, uuid: str, runs: bool) -> Optional[Dict[str, Any]]:
+        """A VM's row; the last one where it is off, and its settings, which hold its state, are the same; or
+        where its process hangs, which is asked now and then. None of one that went meanwhile."""
+        if name == NOBODY:
+            return {'name': uuid, 'id': '', 'uuid': uuid, 'native': 'Inaccessible',
+                    'state': vmstates.INACCESSIBLE,
+                    'trouble': 'VirtualBox can\'t read its settings; `VBoxManage list vms --long` tells why'}
+        path, stamp, row = self._rows.get(uuid, ('', None, {
+            'name': name, 'id': '', 'uuid': uuid, 'native': 'Running', 'state': vmstates.RUNNING,
+            'trouble': 'its process does not answer'}))
+        now = stamp_of(path)
+        if not runs and row['native'] in OFF + SAVED and stamp == now is not None \
+                or time.monotonic() < self._ask_at.get(uuid, 0):
+            return row
+        try:
+            info = self._info(uuid, ANSWERS_IN if runs else 0)
+        except faults.DeadlineExceeded:
+            self._ask_at[uuid] = time.monotonic() + ASK_AGAIN
+            return row
+        except Refused:
+            return None
+        self._rows[uuid] = (info['CfgFile'], now if path == info['CfgFile'] else None, self._row(info))
+        return self._rows[uuid][2]
+
+    def _info(self, uuid: str, patience: float = 0) -> Dict[str, str]:
+        return read_info(self._run('showvminfo', uuid, '--machinereadable', patience=patience))
+
+    def _row(self, info: Dict[str, str]) -> Dict[str, Any]:
+        native = native_of(info)
+        card = self._card_of(info)
+        mac = vboxconnection.colons(info['macaddress%d' % card]) if card else ''
+        return {'name': info['name'], 'id': mac, 'uuid': info['UUID'], 'native': native, 'trouble': '',
+                'state': virtualbox.STATE_OF_NATIVE.get(native, vmstates.CHANGING)}
+
+    def describe(self, job: Job, vm: str) -> Dict[str, Any]:
+        uuid = self._find(job, vm)
+        if uuid in [each for name, each in self._listed('vms') if name == NOBODY]:
+            return dict(self._look(NOBODY, uuid, False) or {}, memory=0, cpus=0, ostype='', snapshot='',
+                        tagged=False, rdp={})
+        info = self._info(uuid)
+        return dict(self._row(info), memory=int(info['memory']), cpus=int(info['cpus']),
+                    ostype=info['ostype'], snapshot=info.get('CurrentSnapshotName', ''),
+                    tagged=self._marks(uuid).get(MADE_BY_US) == uuid, rdp={})
+
+    def warnings(self, job: Job) -> List[str]:
+        return ['VirtualBox is driven by %s, as vboxapi is missing, which brings %s' % (
+            self._program.path, LACKS)] + vboxconnection.module_warnings()
+
+    def check(self, job: Job) -> List[Tuple[bool, str, str, bool]]:
+        try:
+            self.connect()
+        except Exception as error:
+            found = error if isinstance(error, faults.VMHostError) else self.translate(error)
+            return [(False, 'VBoxManage', str(found), True)]
+        lines = [virtualbox.version_line(self._version, self._api())] + vboxconnection.module_lines()
+        lines += [(False, 'vboxapi', why, False) for why in self.warnings(job)[:1]]
+        if self.settings['network']['mode'] == 'hostonly':
+            lines.append((False, 'host-only network', 'mode=nat in [Network] needs none', False))
+        return lines
+
+    # Finding, and waiting.
+
+    def _find(self, job: Job, vm: str) -> str:
+        """The uuid of the VM of this name, id or uuid."""
+        wanted = str(vm)
+        if is_mac(wanted):
+            found = [row['uuid'] for row in self.machines(job) if row['id'] == wanted.upper()]
+        else:
+            found = [uuid for name, uuid in self._listed('vms') if wanted in (uuid, name)]
+        if not found:
+            raise faults.NoSuchVM('no VM has the name, id or uuid %r' % wanted)
+        return found[0]
+
+    def _ready(self, job: Job, vm: str, verb: str) -> Dict[str, str]:
+        """What the VM is; in a state in which `verb` makes sense."""
+        info = self._settled(job, self._find(job, vm))
+        if native_of(info) not in ACCEPTABLE[verb]:
+            raise faults.BadState('%s is %s; %s needs it to be %s' % (
+                info['name'], native_of(info), verb.replace('_', ' '), either(ACCEPTABLE[verb])))
+        return info
+
+    def _settled(self, job: Job, uuid: str) -> Dict[str, str]:
+        """Waits while the VM is on its way from one state to another."""
+        while True:
+            info = self._info(uuid)
+            if native_of(info) in virtualbox.STATE_OF_NATIVE:
+                return info
+            job.check_deadline(faults.Busy('%s is still %s' % (info['name'], native_of(info))))
+            job.wait(0.2)
+
+    def _reached(self, job: Job, uuid: str, *states: str) -> None:
+        while True:
+            info = self._info(uuid)
+            if native_of(info) in states:
+                return
+            job.check_deadline(faults.DeadlineExceeded('%s is %s, and not yet %s' % (
+                info['name'], native_of(info), either(states))))
+            job.wait(0.1)
+
+    def _marks(self, uuid: str) -> Dict[str, str]:
+        """{key: value} of a VM's extra data, or of `global`."""
+        return dict(re.findall(r'^Key: (.*?), Value: (.*?)\r?$', self._run('getextradata', uuid, 'enumerate'),
+                               re.MULTILINE))
+
+    def _card_of(self, info: Dict[str, str]) -> int:
+        """The slot of the card whose MAC is the VM's id: host-only or NAT by the mode, else the first; 0
+        for none."""
+        return next(iter(slots_of(info, *self._kinds(self.settings['network']['mode'])) or slots_of(info)), 0)
+
+    def _kinds(self, mode: str) -> Tuple[str, ...]:
+        return ('nat', 'natnetwork') if mode == 'nat' else ('hostonly', 'hostonlynetwork')
+
+
+class VBoxManage(Asking):
+    """The driver: what it does to VMs."""
+
+    def find_verb(self, name: str) -> Callable[..., Any]:
+        return self.control if name in CONTROLS else super().find_verb(name)
+
+    # Life of a VM.
+
+    def start(self, job: Job, vm: str, gui_mode: bool = False, board_serial: str = '') -> bool:
+        info = self._ready(job, vm, 'start')
+        uuid = info['UUID']
+        for path in [path for _, _, _, path, _ in attached_in(info)]:
+            if os.path.isabs(path) and not os.path.exists(path):
+                raise faults.BadState('%s can\'t start: its disk %s is missing; put it back, or detach it'
+                                      % (info['name'], path))
+        if native_of(info) in OFF:
+            self._tell_firmware(job, info, board_serial)
+            if self.settings['network']['mode'] == 'nat':
+                self._add_chirp_rule(job, info)
+        self._change(job, 'startvm', uuid, '--type=' + ('gui' if gui_mode else 'headless'), text='starting')
+        job.renew_deadline()
+        self._reached(job, uuid, 'Running', 'Paused', *OFF + SAVED)
+        if native_of(self._info(uuid)) not in ('Running', 'Paused'):
+            raise faults.HypervisorError('%s came up, and is off already: its log, getLog, should tell why'
+                                         % info['name'])
+        return True
+
+    def _tell_firmware(self, job: Job, info: Dict[str, str], serial: str) -> None:
+        """The key of the other kind of firmware would keep the VM from starting."""
+        kind, other = ('pcbios', 'efi') if info['firmware'] == 'BIOS' else ('efi', 'pcbios')
+        hint = self.settings.get('broker_hint', '')
+        for key, value in ((virtualbox.SERIAL_KEY, serial), (virtualbox.CHASSIS_KEY, hint)):
+            self._change(job, 'setextradata', info['UUID'], key % other)
+            told = ['string:' + value] if value else []
+            self._change(job, 'setextradata', info['UUID'], key % kind, *told, secret=True)
+
+    def control(self, job: Job, vm: str) -> bool:
+        """Carries out the job's verb, as CONTROLS says."""
+        words, states, text = CONTROLS[job.verb]
+        uuid = self._ready(job, vm, job.verb)['UUID']
+        self._change(job, words[0], uuid, *words[1:], text=text)
+        if text:
+            job.renew_deadline()
+        self._reached(job, uuid, *states)
+        return True
+
+    def power_off(self, job: Job, vm: str) -> bool:
+        uuid = self._find(job, vm)
+        try:
+            self._info(uuid, min(HUNG, job.timeout))
+        except faults.DeadlineExceeded:             # its process answers nobody
+            return self.end_process(job, vm)
+        self._change(job, 'controlvm', self._ready(job, vm, 'power_off')['UUID'], 'poweroff')
+        self._reached(job, uuid, *OFF)
+        return True
+
+    def end_process(self, job: Job, vm: str) -> bool:
+        """Asks VBoxSVC alone, as the VM's own process doesn't answer."""
+        uuid = self._find(job, vm)
+        self._run('startvm', uuid, '--type=emergencystop')
+        while uuid in [each for _, each in self._listed('runningvms')]:
+            job.check_deadline(faults.DeadlineExceeded('%s still runs' % vm))
+            job.wait(0.1)
+        self._ask_at.pop(uuid, None)
+        self._reached(job, uuid, *OFF + SAVED)
+        return True
+
+    # Making a VM.
+
+    def create_vm(self, job: Job, name: str, image: str = '', options: Dict[str, Any] = {}) -> str:  # noqa: B006
+        wish = vboximages.wishes(options)
+        kind = os.path.splitext(image)[1].lower()
+        vboximages.check_fitting(options, kind)
+        if wish['linked'] and kind not in DISKS:
+            raise faults.InvalidParams(vboximages.NOT_LINKED)
+        if not image and name.lower().endswith('.vbox'):
+            self._cannot('register VMs here: `VBoxManage registervm` does')
+        vboximages.check_name(name)
+        if name in [each for each, _ in self._listed('vms')]:
+            raise faults.AlreadyExists('there is a VM %r already' % name)
+        if image and not os.path.isfile(image):
+            raise faults.InvalidParams('no such image file: %s' % image)
+        if kind not in ('',) + DISKS:
+            self._cannot('make VMs from %s, but from disks: %s' % (kind, ', '.join(DISKS)))
+        uuid = self._make(job, name, wish)
+        try:
+            self._fit_out(job, uuid, image and os.path.abspath(image), wish)
+        except BaseException:
+            with contextlib.suppress(Refused):      # a disk that isn't attached yet
+                self._run('closemedium', 'disk', disk_path(self._info(uuid)), '--delete')
+            self._delete(job, self._info(uuid), False)
+            raise
+        return name
+
+    def _make(self, job: Job, name: str, wish: Dict[str, Any]) -> str:
+        words = ['--name=' + name, '--ostype=' + (wish['ostype'] or 'Linux_64'), '--register', '--default']
+        words += ['--basefolder=' + wish['folder']] if wish['folder'] else []
+        try:
+            self._run('createvm', *words)
+        except Refused as error:
+            if 'already exists' in str(error):
+                raise faults.AlreadyExists('%s, of a VM that is not registered' % error)
+            raise
+        uuid = self._find(job, name)
+        for mark in (MADE_BY_US, MAKING):           # if we die now, cleanup will find it
+            self._change(job, 'setextradata', uuid, mark, uuid)
+        return uuid
+
+    def _fit_out(self, job: Job, uuid: str, image: str, wish: Dict[str, Any]) -> None:
+        info = self._info(uuid)
+        words = ['--%s=%d' % (key, wish[key]) for key in ('memory', 'cpus') if wish[key]]
+        self._change(job, 'modifyvm', uuid, *words + self._card_words(wish['network']))
+        path = disk_path(info)
+        if self._make_disk(job, path, image, wish):
+            buses = {info[key.replace('name', 'type')]: info[key] for key in sorted(info)
+                     if key.startswith('storagecontrollername')}
+            bus = buses.get('IntelAhci') or next(iter(buses.values()))
+            self._change(job, 'storageattach', uuid, '--storagectl=' + bus, '--port=0', '--device=0',
+                         '--type=hdd', '--medium=' + path)
+        if wish['keep']:
+            self._change(job, 'setextradata', uuid, KEEP, uuid)
+        if wish['owner']:
+            self._run('setextradata', 'global', vboximages.OWNER + uuid, wish['owner'])
+        self._change(job, 'setextradata', uuid, MAKING)
+
+    def _make_disk(self, job: Job, path: str, image: str, wish: Dict[str, Any]) -> bool:
+        """Whether one is wanted."""
+        if image and wish['linked']:
+            self._run('createmedium', 'disk', '--filename=' + path, '--diffparent=' + image, job=job,
+                      text='making a disk on the image')
+        elif image:
+            known = image in self._run('list', 'hdds')
+            self._run('clonemedium', 'disk', image, path, '--format=VDI', job=job, text='copying the disk')
+            if not known:
+                self._run('closemedium', 'disk', image)
+        elif wish['diskSize'] != 0:
+            size = DEFAULT_DISK if wish['diskSize'] is None else wish['diskSize']
+            self._run('createmedium', 'disk', '--filename=' + path, '--size=%d' % size, job=job,
+                      text='making a disk')
+        job.renew_deadline()
+        return bool(image or wish['diskSize'] != 0)
+
+    # Removing.
+
+    def remove_vm(self, job: Job, vm: str, delete_disks: bool = False, all_disks: bool = False) -> List[str]:
+        uuid = self._find(job, vm)
+        if uuid in [each for name, each in self._listed('vms') if name == NOBODY]:
+            self._run('unregistervm', uuid)
+            return []
+        info = self._ready(job, vm, 'remove_vm')
+        if not delete_disks and not all_disks:
+            self._change(job, 'unregistervm', uuid)
+            return []
+        return self._delete(job, info, all_disks)
+
+    def _delete(self, job: Job, info: Dict[str, str], all_disks: bool) -> List[str]:
+        """The VM, its files, and its disks, those in its folder or all of them; gives those that are kept.
+
+        VBoxManage by itself would also delete the image under a VM's disk: so no disk is left to it.
+        """
+        uuid, folder = info['UUID'], os.path.realpath(os.path.dirname(info['CfgFile'])) + os.sep
+        if 'SnapshotName' in info:
+            raise faults.BadState('%s has snapshots: delete them first, or remove the VM without its disks'
+                                  % info['name'])
+        kept = []
+        for controller, port, device, path, disk in attached_in(info):
+            try:
+                told = self._run('showmediuminfo', 'disk', disk)
+            except Refused:                         # a CD, of which nothing is deleted
+                continue
+            self._change(job, 'storageattach', uuid, '--storagectl=' + controller, '--port=' + port,
+                         '--device=' + device, '--medium=none')
+            if all_disks or os.path.realpath(path).startswith(folder):
+                self._run('closemedium', 'disk', disk, '--delete', job=job, text='deleting a disk')
+                self._forget_image(told)
+            else:
+                kept.append(path)
+        self._change(job, 'unregistervm', uuid, '--delete')
+        self._run('setextradata', 'global', vboximages.OWNER + uuid)
+        return sorted(kept)
+
+    def _forget_image(self, told: str) -> None:
+        """The image on which a disk lay that is deleted, unless another disk lies on it; its file stays."""
+        parent = re.search(r'^Parent UUID: +([0-9a-f-]{36})$', told, re.MULTILINE)
+        if parent is not None:
+            with contextlib.suppress(Refused):
+                self._run('closemedium', 'disk', parent.group(1))
+
+    def cleanup(self, job: Job, dry_run: bool = True, vms: List[str] = [], owner: str = ''  # noqa: B006
+                ) -> List[Dict[str, str]]:
+        if not owner:
+            self._cannot('find what was left half made: vboxapi can')
+        owners, gone = self._marks('global'), []
+        for row in self.machines(job):
+            uuid, named = row['uuid'], bool({row['name'], row['uuid']} & set(vms))
+            if named and owners.get(vboximages.OWNER + uuid) == owner and row['native'] in OFF + SAVED:
+                marks = self._marks(uuid)
+                gone += [row] if marks.get(MADE_BY_US) == uuid and marks.get(KEEP) != uuid else []
+        for row in gone if not dry_run else ():
+            self._delete(job, self._info(row['uuid']), False)
+        return [{'kind': 'vm', 'name': row['name'], 'why': 'named'} for row in gone]
+
+    # Snapshots.
+
+    def snapshots(self, job: Job, vm: str) -> List[Dict[str, Any]]:
+        return read_snapshots(self._info(self._find(job, vm)))
+
+    def take_snapshot(self, job: Job, vm: str, name: str, desc: str = '', again: bool = False) -> bool:
+        if not name:
+            raise faults.InvalidParams('a snapshot needs a name')
+        info = self._ready(job, vm, 'take_snapshot')
+        if not again and name in [row['name'] for row in read_snapshots(info)]:
+            raise faults.AlreadyExists('%s has a snapshot %r already' % (info['name'], name))
+        live = ['--live'] if native_of(info) == 'Running' else []
+        self._change(job, 'snapshot', info['UUID'], 'take', name, *['--description=' + desc] + live,
+                     text='taking the snapshot')
+        job.renew_deadline()
+        self._reached(job, info['UUID'], native_of(info))
+        return True
+
+    def restore_snapshot(self, job: Job, vm: str, name: str = '') -> bool:
+        return self._on_snapshot(job, vm, name, 'restore', 'restoring the snapshot')
+
+    def delete_snapshot(self, job: Job, vm: str, name: str) -> bool:
+        if not name:
+            raise faults.InvalidParams('which snapshot?')
+        return self._on_snapshot(job, vm, name, 'delete', 'deleting the snapshot')
+
+    def _on_snapshot(self, job: Job, vm: str, name: str, act: str, text: str) -> bool:
+        info = self._ready(job, vm, act + '_snapshot')
+        self._change(job, 'snapshot', info['UUID'], act,
+                     virtualbox.pick_snapshot(info['name'], read_snapshots(info), name)['id'], text=text)
+        job.renew_deadline()
+        self._settled(job, info['UUID'])
+        return True
+
+    # Looking in, and limits.
+
+    def get_log(self, job: Job, vm: str, tail: int = virtualbox.LOG_TAIL) -> str:
+        folder = self._info(self._find(job, vm))['LogFldr']
+        return virtualbox.end_of_file(os.path.join(folder, 'VBox.log'), tail)
+
+    def set_limits(self, job: Job, vm: str, limits: Dict[str, Any]) -> bool:
+        wish = virtualbox.read_limits(limits)
+        if set(wish) - {'cpuPercent'}:
+            self._cannot('limit the network: vboxapi can')
+        info = self._ready(job, vm, 'set_limits')
+        if 'cpuPercent' in wish and native_of(info) in ONLINE:
+            self._change(job, 'controlvm', info['UUID'], 'cpuexecutioncap', str(wish['cpuPercent']))
+        elif 'cpuPercent' in wish:
+            self._change(job, 'modifyvm', info['UUID'], '--cpuexecutioncap=%d' % wish['cpuPercent'])
+        return True
+
+    # The network.
+
+    def _card_words(self, network: str) -> List[str]:
+        """The first card of a new VM: over it the agent will speak."""
+        mode = network or self.settings['network']['mode']
+        if mode == 'hostonly':
+            return ['--nic1=hostonly', '--hostonlyadapter1=' + self.settings['network']['interface']]
+        return ['--nic1=' + mode] + (self._localhost_words(1) if mode == 'nat' else [])
+
+    def _localhost_words(self, slot: int) -> List[str]:
+        """Before 7.0, a guest could always reach its host's 127.0.0.1."""
+        return ['--nat-localhostreachable%d=on' % slot] if self._api() >= (7, 0) else []
+
+    def find_chirp(self, job: Job, vm: str) -> Optional[List[Any]]:
+        rule = self._chirp_rule(self._info(self._find(job, vm)))
+        return [rule[2], int(rule[3])] if rule else None
+
+    def forward_chirp(self, job: Job, vm: str) -> List[Any]:
+        info = self._settled(job, self._find(job, vm))
+        self._add_chirp_rule(job, info)
+        found = self.find_chirp(job, vm)
+        if not found:
+            raise faults.HypervisorError('%s has no NAT card: its Chirp port can not be reached'
+                                         % info['name'])
+        return found
+
+    def _chirp_rule(self, info: Dict[str, str]) -> List[str]:
+        """name, protocol, host address, host port, guest address, guest port; [] for none."""
+        rules = [value.split(',') for key, value in info.items() if key.startswith('Forwarding(')]
+        return next((rule for rule in rules if rule[0] == vboxnetwork.CHIRP_RULE
+                     and rule[5] == str(self.settings['chirp_port'])), [])
+
+    def _add_chirp_rule(self, job: Job, info: Dict[str, str]) -> None:
+        """Moves the one that there is where another program listens meanwhile."""
+        slot = next(iter(slots_of(info, 'nat')), 0)
+        online, rule = native_of(info) in ONLINE, self._chirp_rule(info)
+        if not slot or rule and (online or port_is_free(rule[2], int(rule[3]))):
+            return
+        with socket.socket() as probe:
+            probe.bind(('127.0.0.1', 0))
+            port = probe.getsockname()[1]
+        new = '%s,tcp,127.0.0.1,%d,,%d' % (vboxnetwork.CHIRP_RULE, port, self.settings['chirp_port'])
+        tell = ['controlvm', info['UUID'], 'natpf%d' % slot] if online else [
+            'modifyvm', info['UUID'], '--natpf%d' % slot]
+        if any(value.startswith(vboxnetwork.CHIRP_RULE + ',') for value in info.values()):
+            self._change(job, *tell + ['delete', vboxnetwork.CHIRP_RULE])
+        self._change(job, *tell + [new])
+        if not online and self._localhost_words(slot):
+            self._change(job, 'modifyvm', info['UUID'], *self._localhost_words(slot))
+
+
+# --- plain helpers -----------------------------------------------------------------------------
+
+# --- plain helpers -----------------------------------------------------------------------------
+
+def disk_path(info: Dict[str, str]) -> str:
+    """Of the disk that a VM is made with."""
+    return os.path.splitext(info['CfgFile'])[0] + '.vdi'
+
+
+def stamp_of(path: str) -> Optional[Tuple[int, int]]:
+    """What changes with a file; None where there is none."""
+    try:
+        status = os.stat(path)
+        return status.st_mtime_ns, status.st_size
+    except OSError:
+        return None

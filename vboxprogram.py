@@ -1,0 +1,185 @@
+"""The program VBoxManage: finding it, running it, reading what it prints.
+
+VirtualBox's own tool, of which vboxmanage.py makes a driver. It prints for programs (`--machinereadable`);
+errors come as lines of their own, with VirtualBox's status code; and how far it is, in percent.
+
+What it is not: it knows no verb of a driver. No threads, no locks.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from faults import DeadlineExceeded, HypervisorError
+from hypervisor import Job
+from vboxconnection import STALL
+
+STATES = (                         # the API's names, in the order of its codes
+    'Null', 'PoweredOff', 'Saved', 'Teleported', 'Aborted', 'AbortedSaved', 'Running', 'Paused', 'Stuck',
+    'Teleporting', 'LiveSnapshotting', 'Starting', 'Stopping', 'Saving', 'Restoring', 'TeleportingPausedVM',
+    'TeleportingIn', 'DeletingSnapshotOnline', 'DeletingSnapshotPaused', 'OnlineSnapshotting',
+    'RestoringSnapshot', 'DeletingSnapshot', 'SettingUp', 'Snapshotting')
+NATIVE = dict({name.lower(): name for name in STATES}, **{      # VBoxManage's word: the API's
+    'poweroff': 'PoweredOff', 'aborted-saved': 'AbortedSaved', 'gurumeditation': 'Stuck',
+    'deletingsnapshotlive': 'DeletingSnapshotOnline', 'deletingsnapshotlivepaused': 'DeletingSnapshotPaused'})
+INFO_LINE = re.compile(
+    r'^(?:(\w*Snapshot\w+(?:-\d+)*)="(.*?)"|("?[^="\n]+"?)=(?:"((?:[^"\\]|\\.)*)"|([^"\n]*)))$',
+    re.MULTILINE | re.DOTALL)
+
+
+class Refused(Exception):
+    """VBoxManage said no. Stays in the driver's process, whose `translate` makes one of our errors of it.
+
+    code    VirtualBox's status code, 0 where VBoxManage told none
+    """
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class Program:
+    """The program VBoxManage."""
+
+    def __init__(self, timeout: float) -> None:
+        self.path = find_program()
+        self._timeout = timeout
+        # In UTF-8, so that no name is lost; and English, which is what `translate` knows.
+        self._environment = dict(os.environ) if sys.platform == 'win32' else dict(
+            os.environ, LC_ALL='en_US.UTF-8' if sys.platform == 'darwin' else 'C.UTF-8')
+
+    def run(self, *words: str, job: Optional[Job] = None, text: str = '', patience: float = 0,
+            secret: bool = False) -> str:
+        """What it prints. Raises Refused, and DeadlineExceeded where it makes no progress for `patience`
+        seconds; it is ended then. job, text: whom to tell how far it is, of something long. secret: nobody
+        sees the words in the list of processes."""
+        with tempfile.TemporaryDirectory(prefix='vmhost-') as folder:
+            told = [hide(folder, words)] if secret else list(words)
+            out, errors = os.path.join(folder, 'out'), os.path.join(folder, 'errors')
+            # Files, not pipes: VBoxSVC, which it starts, inherits them, and would hold a pipe open.
+            with open(out, 'wb') as stdout, open(errors, 'wb') as stderr:
+                process = subprocess.Popen(
+                    [self.path] + told, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
+                    env=self._environment, creationflags=getattr(subprocess, 'CREATE_NO_WINDOW', 0))
+            try:
+                self._wait(process, errors, job, text, patience or (STALL if text else self._timeout))
+            finally:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+            return answer_of(process.returncode, content_of(out), content_of(errors))
+
+    def _wait(self, process: Any, errors: str, job: Optional[Job], text: str, patience: float) -> None:
+        percent, changed = -1, time.monotonic()
+        while True:
+            try:
+                process.wait(0.05)
+                return
+            except subprocess.TimeoutExpired:
+                now = percent_in(content_of(errors)) if text else -1
+            if now != percent:
+                percent, changed = now, time.monotonic()
+            if job is not None and text:
+                job.report(max(0, percent), text)
+            if time.monotonic() - changed > patience:
+                raise DeadlineExceeded('VBoxManage did not answer for %d s' % patience)
+
+
+# --- plain helpers -----------------------------------------------------------------------------
+
+def find_program() -> str:
+    """The path of VBoxManage. Raises HypervisorError."""
+    if sys.platform == 'win32':        # never the working folder, where shutil.which looks first
+        folders = [os.environ.get(name, '') for name in ('VBOX_MSI_INSTALL_PATH', 'VBOX_INSTALL_PATH')]
+        folders += [os.path.join(os.environ.get('ProgramFiles', 'C:\\Program Files'), 'Oracle', 'VirtualBox')]
+        places = [os.path.join(folder, 'VBoxManage.exe') for folder in folders if folder]
+    else:
+        places = [shutil.which('VBoxManage') or '', '/usr/local/bin/VBoxManage', '/usr/bin/VBoxManage',
+                  '/Applications/VirtualBox.app/Contents/MacOS/VBoxManage']
+    for path in places:
+        if path and os.path.isfile(path):
+            return path
+    raise HypervisorError('there is no program VBoxManage: install VirtualBox')
+
+
+def hide(folder: str, words: Sequence[str]) -> str:
+    """What makes VBoxManage read these words from a file in a folder that nobody else can read."""
+    path = os.path.join(folder, 'words')
+    with open(path, 'w', encoding='utf-8') as file:
+        file.write(' '.join(shlex.quote(word) for word in words))
+    return '@' + path
+
+
+def content_of(path: str) -> str:
+    """All that is in a file, so far."""
+    with open(path, encoding='utf-8', errors='replace') as file:
+        return file.read()
+
+
+def answer_of(code: int, out: str, errors: str) -> str:
+    """What VBoxManage printed. Raises Refused; some of its errors come with an exit code of 0."""
+    lines = re.findall(r'^VBoxManage(?:\.exe)?: error: (.*)$', errors, re.MULTILINE)
+    if not lines and not code:
+        return out
+    status = re.search(r'Details: code \S+ \(0x([0-9a-f]{8})\)', errors)
+    texts = [line for line in lines if not line.startswith(('Details: ', 'Context: '))]
+    raise Refused('; '.join(texts) or errors.strip()[-1000:] or 'VBoxManage ended with %d' % code,
+                  int(status.group(1), 16) if status is not None else 0)
+
+
+def percent_in(text: str) -> int:
+    """The last of 0%...10%...; -1 where there is none yet."""
+    found = re.findall(r'(\d+)%', text[-200:])
+    return int(found[-1]) if found else -1
+
+
+def read_info(text: str) -> Dict[str, str]:
+    """{key: value} of `showvminfo --machinereadable`.
+
+    Within a value, a quote has a backslash before it, but not where snapshots are told, which come last: so
+    the first value of a key holds, and no text that somebody gave a VM can say what VirtualBox doesn't.
+    """
+    info = {}  # type: Dict[str, str]
+    for found in INFO_LINE.finditer(text):
+        snapshot, raw, key, quoted, plain = found.groups()
+        value = raw if snapshot else re.sub(r'\\(["\\])', r'\1', quoted or '') or plain or ''
+        info.setdefault(snapshot or key.strip('"'), value)
+    return info
+
+
+def native_of(info: Dict[str, str]) -> str:
+    """The state, as the API calls it."""
+    return NATIVE.get(info['VMState'], 'Unknown')
+
+
+def slots_of(info: Dict[str, str], *kinds: str) -> List[int]:
+    """The slots, from 1, of the network cards in use, or of those of some kinds."""
+    cards = [(slot, info.get('nic%d' % slot, 'none')) for slot in range(1, 9)]
+    return [slot for slot, kind in cards if kind != 'none' and (not kinds or kind in kinds)]
+
+
+def attached_in(info: Dict[str, str]) -> List[Tuple[str, str, str, str, str]]:
+    """(controller, port, device, path, uuid) of what lies in the VM's drives."""
+    places = [re.match(r'(.+)-ImageUUID-(\d+)-(\d+)$', key) for key in info]
+    return [(place.group(1), place.group(2), place.group(3), info['%s-%s-%s' % place.groups()],
+             info[place.group(0)]) for place in places if place is not None]
+
+
+def read_snapshots(info: Dict[str, str]) -> List[Dict[str, Any]]:
+    """As Driver.snapshots; VBoxManage doesn't tell when one was taken, nor whether the VM ran."""
+    rows = []
+    for key, name in info.items():
+        if re.match(r'SnapshotName(-\d+)*$', key):
+            place = key[len('SnapshotName'):]
+            parent = info['SnapshotName' + place.rpartition('-')[0]] if place else ''
+            uuid = info['SnapshotUUID' + place]
+            rows.append({'name': name, 'id': uuid, 'parent': parent, 'depth': place.count('-'),
+                         'desc': info.get('SnapshotDescription' + place, ''), 'taken': 0, 'online': False,
+                         'current': uuid == info.get('CurrentSnapshotUUID')})
+    return rows
