@@ -30,6 +30,10 @@ QUIT_WITHIN = 50.0             # seconds in which a client's <quit/> is answered
 FIRST_DELAY, LONGEST_DELAY = 60, 3600          # seconds of a temporary exit
 READY_WITHIN = 900.0           # seconds that a machine may take until its agent is there
 AWAY_TRIES = 5                 # times that a host agent or a machine may be lost without an exit
+LEAST_FRACTION = 0.001         # told before the science tells its own: for 0, a client shows a guess, and
+                               # would go back from it
+NO_FRACTION = -1.0             # has a client show its guess
+SILENT_FOR = 60.0              # seconds of science after which its progress isn't waited for any more
 GOOD_RUN = 60.0                # seconds of science after which earlier troubles count no more
 
 
@@ -105,12 +109,12 @@ class Life:
         return 'resume' if self._is_paused else self._todo[0]
 
     def _next_suspend(self) -> str:
-        """What isn't running yet isn't begun; what has ended may be brought home."""
+        """What isn't there yet isn't made, what boots or runs is paused; what has ended may be brought home."""
         if self._is_paused:
             return 'stay'
-        if self._todo[0] == 'look':
-            return 'pause'
-        return self._todo[0] if self._todo[0] != 'begin' else ''
+        if self._todo[0] in ('connect', 'clean') + self.ENDING:
+            return self._todo[0]
+        return 'pause' if self._record.made else ''
 
     def _next_quit(self) -> str:
         if not self._record.made or not (self._is_connected or self._lost):
@@ -160,7 +164,7 @@ class Life:
 
     def _did_resume(self, step: str, now: float) -> None:
         self._is_paused = False
-        self._last = now
+        self._last = self._waits_since = now
 
     def _did_save(self, step: str, now: float) -> None:
         self._checkpoint(now)
@@ -301,8 +305,11 @@ class Life:
 
         start, end    the part of the task's progress that is this program's
         """
-        over = self.end is not None and self.end.finish
-        fraction = start + (1.0 if over else self._fraction) * (end - start)
+        fraction = start + max(self._fraction, LEAST_FRACTION) * (end - start)
+        if self.end is not None and self.end.finish:
+            fraction = end
+        elif not self._fraction and self._ran > SILENT_FOR:
+            fraction = NO_FRACTION
         return ('<current_cpu_time>%e</current_cpu_time>\n<checkpoint_cpu_time>%e</checkpoint_cpu_time>\n'
                 '<fraction_done>%e</fraction_done>\n' % (self._record.cpu, self._record.checkpoint, fraction))
 

@@ -20,10 +20,12 @@ import hostclient
 from boinclife import (
     AWAY_TRIES,
     FIRST_DELAY,
+    LEAST_FRACTION,
     LONGEST_DELAY,
     LOOK_EVERY,
     QUIT_WITHIN,
     READY_WITHIN,
+    SILENT_FOR,
     End,
     Life,
     delay_of,
@@ -395,9 +397,36 @@ def test_a_resume_out_of_nothing_changes_nothing(tmp_path):
 def test_suspended_before_it_begins_it_does_not_begin(tmp_path):
     task = Alive(tmp_path)
     task.says('suspend')
-    assert task.go(True, True, True, True) == ['connect', 'clean', 'ready', 'put'] and task.step() == ''
+    assert task.go(True, True) == ['connect', 'clean'] and task.step() == ''
     task.says('resume')
-    assert task.step() == 'begin'
+    assert task.step() == 'ready'
+
+
+def test_suspended_while_its_machine_boots_that_is_paused(tmp_path):
+    task = Alive(tmp_path)
+    task.record.made = True
+    task.go(True, True, False)
+    task.says('suspend')
+    assert task.go(True, True) == ['pause', 'stay']
+    task.now += READY_WITHIN
+    task.says('resume')
+    assert task.go(True, False, True) == ['resume', 'ready', 'ready'] and task.life.end is None
+
+
+def test_a_client_need_not_guess_how_far_a_task_is(tmp_path):
+    """Its guess would be more than what the program tells at first."""
+    def told():
+        return float(task.life.status().split('<fraction_done>')[1].split('<')[0])
+    task = Alive(tmp_path)
+    assert told() == LEAST_FRACTION
+    task.runs()
+    task.go(seen())
+    assert told() == LEAST_FRACTION
+    for _ in range(int(SILENT_FOR) + 2):
+        task.go(seen())
+    assert told() < 0
+    task.go(seen(fraction=0.25))
+    assert told() == 0.25
 
 
 @pytest.mark.parametrize('suspended', [False, True])
