@@ -52,6 +52,7 @@ class Life:
 
     # Each once the one before is so.
     RUNNING = ('connect', 'clean', 'ready', 'put', 'begin', 'limit', 'show_desktop', 'look')
+    AT_WORK = ('look', 'checkpoint')
     ENDING = ('collect', 'remove')
 
     def __init__(self, job: Job, record: Record, now: float, period: float = 300.0) -> None:
@@ -89,7 +90,7 @@ class Life:
             self.wish, self._asked, self._not_before = wish, now, now
 
     def _change_limits(self) -> None:
-        if 'limit' not in self._todo and self._todo[:1] == ['look']:
+        if self._todo[0] in self.AT_WORK:
             self._todo.insert(0, 'limit')
 
     def next(self, now: float) -> str:
@@ -170,6 +171,10 @@ class Life:
         self._checkpoint(now)
         self._leave_for(self.wish)
 
+    def _did_checkpoint(self, step: str, now: float) -> None:
+        self._did(step, now)
+        self._checkpoint(now)
+
     def _did_remove(self, step: str, now: float) -> None:
         self._record.made = False
         self._record.save()
@@ -178,7 +183,11 @@ class Life:
     def failed(self, error: Exception, now: float) -> None:
         """The step that was under way raised this."""
         step, self._step = self._step, ''
-        if isinstance(error, NoHost) and step in ('save', 'remove') and self._lost < AWAY_TRIES:
+        if step == 'checkpoint' and not isinstance(error, NoHost):
+            log.warning('no checkpoint: %s', error)    # the next one is as good
+            self._did(step, now)
+            self._checkpointed = now
+        elif isinstance(error, NoHost) and step in ('save', 'remove') and self._lost < AWAY_TRIES:
             self._try_again(step, now)
         elif self.wish in ('quit', 'abort'):
             log.warning('%s: %s', step, error)         # the lease, and the cleanup, take care of it
@@ -239,6 +248,9 @@ class Life:
             self._over(End(0, True), now)
         elif seen.pause:
             self._rest(seen.pause, now)
+        elif self._is_checkpoint_due(now) and self._job.checkpoint == 'state':
+            self._todo.insert(0, 'checkpoint')
+            self._not_before = now
         elif self._is_checkpoint_due(now):
             self._checkpoint(now)
 
@@ -287,7 +299,7 @@ class Life:
         self._record.save()
 
     def _count_time(self, now: float) -> None:
-        if self._todo[0] == 'look' and self.wish == 'run' and not self._is_paused:
+        if self._todo[0] in self.AT_WORK and self.wish == 'run' and not self._is_paused:
             self._record.elapsed += now - self._last
             self._ran += now - self._last
             if self._ran > GOOD_RUN and (self._record.troubles or self._lost):

@@ -533,10 +533,34 @@ def test_checkpoints(tmp_path):
                       ('<checkpoint>none</checkpoint>', False)):
         with contextlib.suppress(FileNotFoundError):
             (tmp_path / 'record').unlink()
-        task = Alive(tmp_path, job, period=2).runs()
+        task = Alive(tmp_path, '<checkpoint>files</checkpoint>' + job, period=2).runs()
         for second in range(10):
             task.go(seen(cpu=second))
         assert ('<checkpoint_cpu_time>0.0' not in task.life.status()) == told
+
+
+def test_a_checkpoint_of_the_state_is_told_once_it_is_there(tmp_path):
+    every = '<minimum_checkpoint_interval>3</minimum_checkpoint_interval>'
+    task = Alive(tmp_path, every, period=2).runs(seen(cpu=1))
+    while task.step() == 'look':
+        task.life.succeeded(seen(cpu=7, fraction=0.5), task.now)
+    assert task.steps[-1] == 'checkpoint' and '<checkpoint_cpu_time>0.0' in task.life.status()
+    task.says('quit')
+    task.life.failed(HypervisorError('no room'), task.now)
+    assert '<checkpoint_cpu_time>0.0' in task.life.status() and task.step() == 'save'
+
+    task = Alive(tmp_path, every, period=2).runs(seen(cpu=1))
+    while task.step() == 'look':
+        task.life.succeeded(seen(cpu=7, fraction=0.5), task.now)
+    task.life.succeeded(True, task.now)
+    assert '<checkpoint_cpu_time>7.0' in task.life.status() and task.record.fraction == 0.5
+    assert task.step() == 'look'
+
+
+def test_what_a_checkpoint_is():
+    for fields, kind in (('', 'state'), ('<disable_automatic_checkpoints/>', 'files'),
+                         ('<disable_automatic_checkpoints/><checkpoint>state</checkpoint>', 'state')):
+        assert job_of(fields).checkpoint == kind
 
 
 def test_a_host_agent_that_went_away_is_started_again(tmp_path):

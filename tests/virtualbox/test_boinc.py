@@ -76,7 +76,7 @@ def as_if_booted(vm):
     shutil.copy(SAVED + '/guest.iso', '/root/linux-guest/guest.iso')
     manage('registervm', settings)
     memory, = glob.glob(SAVED + '/Snapshots/*.sav')
-    manage('adoptstate', vm, memory)
+    manage('adoptstate', vm, shutil.copy(memory, os.path.dirname(settings)))       # which goes with the VM
 
 
 def digest(path):
