@@ -55,6 +55,12 @@ def why_not():
     return 'the BOINC rig needs %s (Debian, Ubuntu)' % missing[0] if missing else ''
 
 
+def status_of(pid):
+    """{key: value} of what this machine's kernel says of a process."""
+    with open('/proc/%d/status' % pid) as file:
+        return dict(line.rstrip('\n').split(':\t', 1) for line in file)
+
+
 def load_rig():
     """The rig's program as a module."""
     loader = importlib.machinery.SourceFileLoader('boinc_rig', PATH)
@@ -145,6 +151,13 @@ class WithMachine(Boinc):
         self.guest.stop()
         self.guest.end_programs()
         super().close()
+
+    def reboot(self, program):
+        """The machine fails, with the program of that pid, and is there again."""
+        for pid in (self.guest.process.pid, status_of(program)['PPid'], program):
+            os.kill(int(pid), signal.SIGKILL)
+        self.guest.process.wait()
+        self.guest.start(wait=False)
 
     def task_folder(self, name):
         """Where a task's program runs, in what the guest serves."""

@@ -25,7 +25,7 @@ import hostclient
 SAVED = '/opt/linux-guest'
 SERIAL = 'VBoxInternal/Devices/pcbios/0/Config/DmiBoardSerial'
 SCHEMA = '{http://www.virtualbox.org/}'
-PATIENCE = 600                 # seconds for what takes some 30 on a machine with nothing else to do
+PATIENCE = 900                 # seconds for what takes some 40 on a machine with nothing else to do
 
 pytestmark = [pytest.mark.slow,
               pytest.mark.skipif(not os.path.exists(SAVED + '/linux-guest.vbox'),
