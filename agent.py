@@ -510,26 +510,27 @@ sys.exit(%(name)s.main(sys.argv[1:]))
 OLDEST_DATE = (1980, 1, 1, 0, 0, 0)    # that a zip can hold: a bundle's bytes depend on no clock
 
 
-def bundle(path: str, main_module: str, data: Iterable[str] = ()) -> int:
+def bundle(path: str, main_module: str, data: Iterable[str] = (), programs: Iterable[str] = ()) -> int:
     """``write_bundle`` for a command line: says what is wrong on standard error; gives the exit code."""
     try:
-        write_bundle(path, main_module, data)
+        write_bundle(path, main_module, data, programs)
     except AgentError as error:
         print('%s: %s' % (main_module, error), file=sys.stderr)
         return 1
     return 0
 
 
-def write_bundle(path: str, main_module: str, data: Iterable[str] = ()) -> None:
+def write_bundle(path: str, main_module: str, data: Iterable[str] = (), programs: Iterable[str] = ()) -> None:
     """Writes a zip that Python runs under any name: a module, what it imports, and a start of its ``main``.
 
     ``data``: names of text files that lie beside the main module, and do so in the bundle, too.
+    ``programs``: modules that it runs without importing them, with what they import.
     The bytes are the same from every Python: stored, not compressed, since zlib's versions differ.
     Raises AgentError.
     """
     import zipfile  # brings compressors along, that an agent doesn't need
     files = {}  # type: Dict[str, str]
-    for module in sorted(_modules_of(main_module)):
+    for module in sorted(_modules_of(main_module, *programs)):
         files.update(_sources(module))
     named = {file[:-len('.py')].replace('/__init__', '').replace('/', '.'): file for file in sorted(files)}
     files['__main__.py'] = BUNDLE_MAIN % {'name': main_module, 'modules': named}
@@ -556,11 +557,11 @@ def write_bundle(path: str, main_module: str, data: Iterable[str] = ()) -> None:
         raise AgentError('%s can\'t be written: %s' % (path, error.strerror or error))
 
 
-def _modules_of(main_module: str) -> Set[str]:
-    """The module, all modules beside it that it and they import, and the package stomper."""
-    folder = os.path.dirname(_loader_of(main_module).get_filename(main_module))
-    found = {main_module}
-    to_read = [main_module]
+def _modules_of(*main_modules: str) -> Set[str]:
+    """The modules, all modules beside the first that it and they import, and the package stomper."""
+    folder = os.path.dirname(_loader_of(main_modules[0]).get_filename(main_modules[0]))
+    found = set(main_modules)
+    to_read = list(main_modules)
     while to_read:
         module = to_read.pop()
         for name in _imports_of(_loader_of(module).get_source(module)) - found:

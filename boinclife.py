@@ -30,6 +30,10 @@ QUIT_WITHIN = 50.0             # seconds in which a client's <quit/> is answered
 FIRST_DELAY, LONGEST_DELAY = 60, 3600          # seconds of a temporary exit
 READY_WITHIN = 900.0           # seconds that a machine may take until its agent is there
 AWAY_TRIES = 5                 # times that a host agent or a machine may be lost without an exit
+LEAST_FRACTION = 0.001         # told before the science tells its own: for 0, a client shows a guess, and
+                               # would go back from it
+NO_FRACTION = -1.0             # has a client show its guess
+SILENT_FOR = 60.0              # seconds of science after which its progress isn't waited for any more
 GOOD_RUN = 60.0                # seconds of science after which earlier troubles count no more
 
 
@@ -48,6 +52,7 @@ class Life:
 
     # Each once the one before is so.
     RUNNING = ('connect', 'clean', 'ready', 'put', 'begin', 'limit', 'show_desktop', 'look')
+    AT_WORK = ('look', 'checkpoint')
     ENDING = ('collect', 'remove')
 
     def __init__(self, job: Job, record: Record, now: float, period: float = 300.0) -> None:
@@ -85,7 +90,7 @@ class Life:
             self.wish, self._asked, self._not_before = wish, now, now
 
     def _change_limits(self) -> None:
-        if 'limit' not in self._todo and self._todo[:1] == ['look']:
+        if self._todo[0] in self.AT_WORK:
             self._todo.insert(0, 'limit')
 
     def next(self, now: float) -> str:
@@ -105,12 +110,12 @@ class Life:
         return 'resume' if self._is_paused else self._todo[0]
 
     def _next_suspend(self) -> str:
-        """What isn't running yet isn't begun; what has ended may be brought home."""
+        """What isn't there yet isn't made, what boots or runs is paused; what has ended may be brought home."""
         if self._is_paused:
             return 'stay'
-        if self._todo[0] == 'look':
-            return 'pause'
-        return self._todo[0] if self._todo[0] != 'begin' else ''
+        if self._todo[0] in ('connect', 'clean') + self.ENDING:
+            return self._todo[0]
+        return 'pause' if self._record.made else ''
 
     def _next_quit(self) -> str:
         if not self._record.made or not (self._is_connected or self._lost):
@@ -160,11 +165,15 @@ class Life:
 
     def _did_resume(self, step: str, now: float) -> None:
         self._is_paused = False
-        self._last = now
+        self._last = self._waits_since = now
 
     def _did_save(self, step: str, now: float) -> None:
         self._checkpoint(now)
         self._leave_for(self.wish)
+
+    def _did_checkpoint(self, step: str, now: float) -> None:
+        self._did(step, now)
+        self._checkpoint(now)
 
     def _did_remove(self, step: str, now: float) -> None:
         self._record.made = False
@@ -174,7 +183,11 @@ class Life:
     def failed(self, error: Exception, now: float) -> None:
         """The step that was under way raised this."""
         step, self._step = self._step, ''
-        if isinstance(error, NoHost) and step in ('save', 'remove') and self._lost < AWAY_TRIES:
+        if step == 'checkpoint' and not isinstance(error, NoHost):
+            log.warning('no checkpoint: %s', error)    # the next one is as good
+            self._did(step, now)
+            self._checkpointed = now
+        elif isinstance(error, NoHost) and step in ('save', 'remove') and self._lost < AWAY_TRIES:
             self._try_again(step, now)
         elif self.wish in ('quit', 'abort'):
             log.warning('%s: %s', step, error)         # the lease, and the cleanup, take care of it
@@ -235,6 +248,9 @@ class Life:
             self._over(End(0, True), now)
         elif seen.pause:
             self._rest(seen.pause, now)
+        elif self._is_checkpoint_due(now) and self._job.checkpoint == 'state':
+            self._todo.insert(0, 'checkpoint')
+            self._not_before = now
         elif self._is_checkpoint_due(now):
             self._checkpoint(now)
 
@@ -283,7 +299,7 @@ class Life:
         self._record.save()
 
     def _count_time(self, now: float) -> None:
-        if self._todo[0] == 'look' and self.wish == 'run' and not self._is_paused:
+        if self._todo[0] in self.AT_WORK and self.wish == 'run' and not self._is_paused:
             self._record.elapsed += now - self._last
             self._ran += now - self._last
             if self._ran > GOOD_RUN and (self._record.troubles or self._lost):
@@ -301,8 +317,11 @@ class Life:
 
         start, end    the part of the task's progress that is this program's
         """
-        over = self.end is not None and self.end.finish
-        fraction = start + (1.0 if over else self._fraction) * (end - start)
+        fraction = start + max(self._fraction, LEAST_FRACTION) * (end - start)
+        if self.end is not None and self.end.finish:
+            fraction = end
+        elif not self._fraction and self._ran > SILENT_FOR:
+            fraction = NO_FRACTION
         return ('<current_cpu_time>%e</current_cpu_time>\n<checkpoint_cpu_time>%e</checkpoint_cpu_time>\n'
                 '<fraction_done>%e</fraction_done>\n' % (self._record.cpu, self._record.checkpoint, fraction))
 

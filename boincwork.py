@@ -31,6 +31,7 @@ from hostclient import Client, NoHost
 
 log = logging.getLogger('vmboinc')
 
+CHECKPOINT = 'checkpoint '     # + a number: name of a snapshot
 LEASE = 60                     # seconds without its wrapper after which a VM is saved
 LINK_EVERY = 60.0              # seconds between two links to the status page; one is good for two minutes
 LEASE_EVERY = 10.0             # seconds between two renewals
@@ -226,6 +227,9 @@ class VirtualMachine:
             if not os.path.isfile(self._image):
                 raise Trouble('the project\'s disk image %s is missing' % self._image)
             self._host.call('createVM', self.name, self._image, self._options)
+        elif state in ('PoweredOff', 'Aborted') and self._checkpoints():
+            log.warning('the machine is %s: it goes on from its last checkpoint', state)
+            self._host.call('restoreSnapshot', self.name, self._checkpoints()[-1])
         elif state in ('PoweredOff', 'Aborted'):
             self.limit()
             self._host.call('start', self.name)
@@ -265,6 +269,18 @@ class VirtualMachine:
         if self._state() in ('Running', 'Paused'):
             self._host.call('saveState', self.name)
         self._leased = 0.0
+
+    def checkpoint(self) -> None:
+        """Keeps what it is now, memory and all, for when its process dies; what was kept before goes."""
+        before = self._checkpoints()
+        self._host.call('takeSnapshot', self.name, '%s%d' % (CHECKPOINT, time.time()))
+        for name in before:
+            self._host.call('deleteSnapshot', self.name, name)
+        self.lease()
+
+    def _checkpoints(self) -> List[str]:
+        """Names of snapshots, the newest last."""
+        return [name for name in self._host.call('listSnapshots', self.name) if name.startswith(CHECKPOINT)]
 
     def remove(self, command: str) -> None:
         """Takes it away, with its disk."""
@@ -338,6 +354,9 @@ class GivenMachine:
         self._signal(command, 'STOP')
         with contextlib.suppress(NoSuchCommand):
             self._host.call('getCmdStatus', command)
+
+    def checkpoint(self) -> None:
+        """It stays, whatever happens to this process."""
 
     def remove(self, command: str) -> None:
         """Ends the command, and removes the task's folder."""
@@ -502,7 +521,7 @@ class Work:
         """The command has been begun, and isn't halted; where it runs already, this changes nothing."""
         run = self._job.run(self._words.rest)
         self.host.call('runCmd', self.machine.name, run[0], run[1:], {}, self.machine.files, '',
-                       {'id': self.command})
+                       {'id': self.command, 'mayReturn': self._job.checkpoint == 'state'})
         return self.resume()
 
     def look(self) -> Look:
@@ -556,6 +575,11 @@ class Work:
     def resume(self) -> bool:
         """It does again."""
         self.machine.resume(self.command)
+        return True
+
+    def checkpoint(self) -> bool:
+        """It can go on from here where its machine dies."""
+        self.machine.checkpoint()
         return True
 
     def save(self) -> bool:

@@ -138,6 +138,10 @@ class Commands:
             raise NoSuchCommand('no command %.100s' % cmd_id)
         return command
 
+    def may_return(self, execution: Execution) -> bool:
+        """Whether it may go on in a VM that died, once that is set back to a snapshot."""
+        return bool(self.request(execution.cmd_id)['request']['options'].get('mayReturn'))
+
     def is_known(self, cmd_id: str) -> bool:
         """Whether the journal holds a command of that id."""
         return self._journal.command(cmd_id) is not None

@@ -341,6 +341,7 @@ class Control:
 def cmd_run(to: str, cmd_id: str, request: Dict[str, Any], expires: float = 0) -> Message:
     """The CMD_RUN of a request; ``expires`` since 1970. Bytes that aren't UTF-8 go along in base64."""
     options = dict(request['options'])
+    options.pop('mayReturn', None)     # this host's business
     if expires:
         options['expires'] = max(0.001, expires - time.time())
     for name in ('cmd', 'path'):

@@ -85,7 +85,7 @@ class Machines:
             log.info('%s: its saved state is still there, and so are its commands', vm)
         elif type in ('vm-aborted', 'vm-stuck') and guest is not None:
             for execution in self._commands.open_of(guest.id):
-                if execution.state == 'running':
+                if execution.state == 'running' and not self._commands.may_return(execution):
                     self._commands.lose(execution, 'the VM ended: %s' % text)
         elif type == 'vm-removed' and guest is not None:
             self._guests.gone(guest.id)

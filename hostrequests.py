@@ -21,7 +21,7 @@ OPTIONS = {                    # of runCmd: what it is called here, on the wire,
     'statusInterval': ('status-interval', (int, float)), 'outputLimit': ('output-limit', (int, float)),
     'inlineOutput': ('inline-output', (int, float)), 'expires': ('expires', (int, float)),
     'terminal': ('terminal', (dict,)), 'leave': ('leave', (bool, int)),
-    'queue': ('queue', (bool, int)), 'id': ('id', (str,)),
+    'queue': ('queue', (bool, int)), 'id': ('id', (str,)), 'mayReturn': ('mayReturn', (bool, int)),
 }
 LIMITS = ('as', 'cpu', 'fsize', 'nofile', 'nproc', 'memory', 'cpus', 'pids')
 # Of every system that guests run on; this one may have fewer.

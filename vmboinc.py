@@ -17,6 +17,7 @@ API_VERSION_7.20.5
 import logging
 import os
 import queue
+import runpy
 import signal
 import sys
 import threading
@@ -50,6 +51,7 @@ usage: vmboinc.py [WORD ...]           as a BOINC task, in its slot; by hand in 
        vmboinc.py --host-agent INI [VERB ...]
                                        run the host agent, as a task does by itself; or ask the running one
 """
+BUNDLED, PROGRAMS = ['status.html'], ['vmhost']        # what the bundle holds beside this program
 TICK = 0.1                     # seconds between two looks at what the client says
 STATUS_EVERY = 1.0
 LAST_STATUS = 2.0              # seconds in which the client reads the last status
@@ -229,19 +231,20 @@ def host_agent_command() -> List[str]:
     return [sys.executable, os.path.abspath(sys.argv[0]), '--host-agent']
 
 
-def host_agent(words: List[str]) -> int:
-    """The host agent's own program, with its ini file and perhaps a verb; gives the exit code."""
-    import vmhost  # the wrapper does without it
-    return vmhost.main(words)
+def run_host_agent(words: List[str]) -> None:
+    """The host agent's own program, with its ini file and perhaps a verb, in place of this one. Raises
+    SystemExit."""
+    sys.argv[1:] = words
+    runpy.run_module('vmhost', run_name='__main__')
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """The command line; gives the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ['--bundle'] and len(argv) == 2:
-        return agent.bundle(argv[1], 'vmboinc', ['status.html'])
+        return agent.bundle(argv[1], 'vmboinc', BUNDLED, PROGRAMS)
     if argv[:1] == ['--host-agent'] and len(argv) > 1:
-        return host_agent(argv[1:])
+        run_host_agent(argv[1:])
     if argv in (['-h'], ['--help']):
         print(USAGE, end='')
         return 0

@@ -1,7 +1,7 @@
-"""A real BOINC client with tasks that run vmboinc, and a machine that runs their programs, for the tests.
+"""A real BOINC client with tasks that run vmboinc, for the tests.
 
-The client is that of tests/rigs/boinc-rig; the machine is this one, with a guest agent, so that no hypervisor
-is needed.
+The client is that of tests/rigs/boinc-rig. The programs of its tasks run on this machine, by a guest agent, so
+that no hypervisor is needed; or in VMs of the hypervisor that is here.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from brokers import free_port
 from helpers import wait_until
 
 import agent
+import vmboinc
 
 PATH = os.path.join(TOP, 'tests', 'rigs', 'boinc-rig')
 COUNT = """\
@@ -54,6 +55,12 @@ def why_not():
     return 'the BOINC rig needs %s (Debian, Ubuntu)' % missing[0] if missing else ''
 
 
+def status_of(pid):
+    """{key: value} of what this machine's kernel says of a process."""
+    with open('/proc/%d/status' % pid) as file:
+        return dict(line.rstrip('\n').split(':\t', 1) for line in file)
+
+
 def load_rig():
     """The rig's program as a module."""
     loader = importlib.machinery.SourceFileLoader('boinc_rig', PATH)
@@ -69,45 +76,35 @@ class Boinc:
     """A client, stopped at first; ``add`` tasks, then ``rig.start()``."""
 
     def __init__(self, folder):
+        """Tasks get VMs, for which vmboinc writes its host.ini itself."""
         self.folder = str(folder)
         self.rig = load_rig().Rig(os.path.join(self.folder, 'rig'))
-        self.broker_port = free_port()
         self.project = self.rig.project
         self.state = os.path.join(self.project, 'vmhost', 'state')
         self.program = os.path.join(self.folder, 'vmboinc')
-        self.guest = None
 
     def setup(self):
         os.makedirs(self.folder, exist_ok=True)
         self.rig.setup(free_port())
-        agent.write_bundle(self.program, 'vmboinc', ['status.html'])
+        agent.write_bundle(self.program, 'vmboinc', vmboinc.BUNDLED, vmboinc.PROGRAMS)
         self.rig.change('global_prefs_override.xml', ['disk_interval=1'])
         self.rig.change('cc_config.xml', ['ncpus=16'])
-        os.makedirs(os.path.join(self.project, 'vmhost'), mode=0o700)
-        with open(os.path.join(self.project, 'vmhost', 'host.ini'), 'w') as file:
-            file.write('[Broker]\nport = %d\n[Host]\nxmlrpc_port = auto\nstate_dir = state\nidle_end = 10m\n'
-                       '[Hypervisor]\nhypervisor = none\n[Logging]\nfile = vmhost.log\n' % self.broker_port)
-        self.guest = Agent(os.path.join(self.folder, 'guest'), types.SimpleNamespace(
-            broker_port=self.broker_port), 'g1')
-        self.guest.start(wait=False)
 
     def close(self):
-        if self.guest is not None:
-            self.guest.stop()
-            self.guest.end_programs()
         for pid in self.host_pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
         self.rig.clean()
 
-    def add(self, name, program, job='', inputs=(), outputs=(), arguments='', flags=()):
+    def add(self, name, program, job='', inputs=(), outputs=(), arguments='', files=()):
         """A task.
 
         program    the text of boinc_app
         job        further lines of the job file
         inputs     (name, text) of each
+        files      paths of files of the application
         """
-        options = []
+        options = [word for path in files for word in ('--file', path)]
         for logical, text in [('vbox_job.xml', JOB % job), ('boinc_app', program)] + list(inputs):
             path = self.write(name + '-' + logical.replace('/', '_'), text)
             options += ['--input', '%s=%s' % (logical, path)]
@@ -128,6 +125,40 @@ class Boinc:
         return [pid for pid in self.rig.leftovers()
                 if os.path.realpath('/proc/%d/cwd' % pid) == os.path.join(self.project, 'vmhost')]
 
+    def stderr_says(self, name, text):
+        return wait_until(lambda: text in self.rig.stderr(name), 20)
+
+
+class WithMachine(Boinc):
+    """Without a hypervisor: this machine is the one on which the tasks' programs run."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.broker_port = free_port()
+        self.guest = None
+
+    def setup(self):
+        super().setup()
+        os.makedirs(os.path.join(self.project, 'vmhost'), mode=0o700)
+        with open(os.path.join(self.project, 'vmhost', 'host.ini'), 'w') as file:
+            file.write('[Broker]\nport = %d\n[Host]\nxmlrpc_port = auto\nstate_dir = state\nidle_end = 10m\n'
+                       '[Hypervisor]\nhypervisor = none\n[Logging]\nfile = vmhost.log\n' % self.broker_port)
+        self.guest = Agent(os.path.join(self.folder, 'guest'), types.SimpleNamespace(
+            broker_port=self.broker_port), 'g1')
+        self.guest.start(wait=False)
+
+    def close(self):
+        self.guest.stop()
+        self.guest.end_programs()
+        super().close()
+
+    def reboot(self, program):
+        """The machine fails, with the program of that pid, and is there again."""
+        for pid in (self.guest.process.pid, status_of(program)['PPid'], program):
+            os.kill(int(pid), signal.SIGKILL)
+        self.guest.process.wait()
+        self.guest.start(wait=False)
+
     def task_folder(self, name):
         """Where a task's program runs, in what the guest serves."""
         return os.path.join(self.guest.files, '%s_%s' % (os.path.basename(self.project), name))
@@ -139,23 +170,22 @@ class Boinc:
                 return opened.read()
         return ''
 
-    def stderr_says(self, name, text):
-        return wait_until(lambda: text in self.rig.stderr(name), 20)
-
 
 @contextlib.contextmanager
-def running(folder):
-    """A Boinc that is set up, and at the end leaves no process."""
+def running(folder, kind=WithMachine):
+    """A Boinc of that kind that is set up, and at the end leaves no process."""
     path = os.environ['PATH']
     os.environ['PATH'] = os.path.dirname(sys.executable) + os.pathsep + path
-    boinc = Boinc(folder)
+    boinc = kind(folder)
+    is_there = False
     try:
         try:
             boinc.setup()
+            is_there = True
         except (OSError, SystemExit, subprocess.CalledProcessError) as error:
             pytest.skip('no BOINC client can be had here: %s' % error)
         yield boinc
     finally:
         os.environ['PATH'] = path
-        if boinc.guest is not None:
+        if is_there:
             boinc.close()

@@ -43,24 +43,31 @@ class Watched:
 
     def goes_on(self):
         """Waits until its program has got further, and the client has heard of that."""
-        before = float('0.' + self.boinc.read(self.name, 'counted').strip().zfill(4))
+        counted = wait_until(lambda: self.boinc.read(self.name, 'counted').strip())    # '' as it is written
+        before = float('0.' + counted.zfill(4))
         self.wait(lambda task: task['process'] == 'running' and task['fraction'] > before)
 
     def program(self):
         """(the pid, the state) of its program, as this machine's kernel has them."""
         pid = int(self.boinc.read(self.name, 'starts').split()[-1])
-        with open('/proc/%d/stat' % pid) as file:
-            return pid, file.read().rpartition(')')[2].split()[0]
+        return pid, boinc_rig.status_of(pid)['State'][0]
 
     def is_stopped(self):
         return self.program()[1] == 'T'
 
+    def used(self):
+        """CPU seconds of its program, and of what this has started."""
+        with open('/proc/%d/stat' % self.program()[0]) as file:
+            ticks = file.read().rpartition(')')[2].split()[11:15]
+        return sum(map(int, ticks)) / os.sysconf('SC_CLK_TCK')
+
 
 def test_the_life_of_a_task(boinc):
     """Suspended, unloaded, its client quit and killed, its wrapper killed, its host agent killed: one program
-    goes on through all of it, and ends well."""
+    goes on through all of it. Its machine fails: it begins again with its files. And it ends well."""
     rig = boinc.rig
-    boinc.add('t1', boinc_rig.COUNT, '<input>in</input><input>more/in</input><output>out</output>',
+    boinc.add('t1', boinc_rig.COUNT, '<checkpoint>files</checkpoint>'
+              '<input>in</input><input>more/in</input><output>out</output>',
               [('in', 'apples\n'), ('more/in', 'pears\n')], ['out'], 'and plums')
     rig.start()
     task = Watched(boinc, 't1')
@@ -101,18 +108,26 @@ def test_the_life_of_a_task(boinc):
     hosts = boinc.host_pids()
     assert len(hosts) == 1
     os.kill(hosts[0], signal.SIGKILL)
+    task.wait(lambda now: len(boinc.host_pids()) == 1 and boinc.host_pids() != hosts)
     task.goes_on()
-    assert len(boinc.host_pids()) == 1
+
+    first, _ = task.program()
+    os.kill(first, signal.SIGSTOP)             # until all that it did is in a checkpoint
+    before = task.used()
+    task.wait(lambda now: now['checkpoint'] > before - 0.05)
+    boinc.reboot(first)
+    wait_until(lambda: len(boinc.read('t1', 'starts').split()) == 2, 60)
+    task.goes_on()
 
     open(os.path.join(boinc.task_folder('t1'), 'finish'), 'w').close()
     end = rig.wait('t1', 'done=true', 60)
     assert (end['state'], end['exit']) == ('uploaded', 0), rig.stderr('t1')
     with open(rig.file('t1', 'out')) as file:
         lines = file.read().split('\n')
-    assert lines[:4] == ['apples', 'pears', 'and plums', '1']
+    assert lines[:4] == ['apples', 'pears', 'and plums', '2']
     used = sum(60 * float(minutes) + float(seconds) for minutes, seconds in (
         word.rstrip('s').split('m') for word in ' '.join(lines[4:6]).split()))
-    assert end['cpu'] == pytest.approx(used, rel=0.05, abs=0.05)
+    assert end['cpu'] == pytest.approx(before + used, rel=0.05, abs=0.05)
     wait_until(lambda: not os.path.exists(boinc.task_folder('t1')), 20)
 
 

@@ -20,10 +20,12 @@ import hostclient
 from boinclife import (
     AWAY_TRIES,
     FIRST_DELAY,
+    LEAST_FRACTION,
     LONGEST_DELAY,
     LOOK_EVERY,
     QUIT_WITHIN,
     READY_WITHIN,
+    SILENT_FOR,
     End,
     Life,
     delay_of,
@@ -395,9 +397,36 @@ def test_a_resume_out_of_nothing_changes_nothing(tmp_path):
 def test_suspended_before_it_begins_it_does_not_begin(tmp_path):
     task = Alive(tmp_path)
     task.says('suspend')
-    assert task.go(True, True, True, True) == ['connect', 'clean', 'ready', 'put'] and task.step() == ''
+    assert task.go(True, True) == ['connect', 'clean'] and task.step() == ''
     task.says('resume')
-    assert task.step() == 'begin'
+    assert task.step() == 'ready'
+
+
+def test_suspended_while_its_machine_boots_that_is_paused(tmp_path):
+    task = Alive(tmp_path)
+    task.record.made = True
+    task.go(True, True, False)
+    task.says('suspend')
+    assert task.go(True, True) == ['pause', 'stay']
+    task.now += READY_WITHIN
+    task.says('resume')
+    assert task.go(True, False, True) == ['resume', 'ready', 'ready'] and task.life.end is None
+
+
+def test_a_client_need_not_guess_how_far_a_task_is(tmp_path):
+    """Its guess would be more than what the program tells at first."""
+    def told():
+        return float(task.life.status().split('<fraction_done>')[1].split('<')[0])
+    task = Alive(tmp_path)
+    assert told() == LEAST_FRACTION
+    task.runs()
+    task.go(seen())
+    assert told() == LEAST_FRACTION
+    for _ in range(int(SILENT_FOR) + 2):
+        task.go(seen())
+    assert told() < 0
+    task.go(seen(fraction=0.25))
+    assert told() == 0.25
 
 
 @pytest.mark.parametrize('suspended', [False, True])
@@ -504,10 +533,34 @@ def test_checkpoints(tmp_path):
                       ('<checkpoint>none</checkpoint>', False)):
         with contextlib.suppress(FileNotFoundError):
             (tmp_path / 'record').unlink()
-        task = Alive(tmp_path, job, period=2).runs()
+        task = Alive(tmp_path, '<checkpoint>files</checkpoint>' + job, period=2).runs()
         for second in range(10):
             task.go(seen(cpu=second))
         assert ('<checkpoint_cpu_time>0.0' not in task.life.status()) == told
+
+
+def test_a_checkpoint_of_the_state_is_told_once_it_is_there(tmp_path):
+    every = '<minimum_checkpoint_interval>3</minimum_checkpoint_interval>'
+    task = Alive(tmp_path, every, period=2).runs(seen(cpu=1))
+    while task.step() == 'look':
+        task.life.succeeded(seen(cpu=7, fraction=0.5), task.now)
+    assert task.steps[-1] == 'checkpoint' and '<checkpoint_cpu_time>0.0' in task.life.status()
+    task.says('quit')
+    task.life.failed(HypervisorError('no room'), task.now)
+    assert '<checkpoint_cpu_time>0.0' in task.life.status() and task.step() == 'save'
+
+    task = Alive(tmp_path, every, period=2).runs(seen(cpu=1))
+    while task.step() == 'look':
+        task.life.succeeded(seen(cpu=7, fraction=0.5), task.now)
+    task.life.succeeded(True, task.now)
+    assert '<checkpoint_cpu_time>7.0' in task.life.status() and task.record.fraction == 0.5
+    assert task.step() == 'look'
+
+
+def test_what_a_checkpoint_is():
+    for fields, kind in (('', 'state'), ('<disable_automatic_checkpoints/>', 'files'),
+                         ('<disable_automatic_checkpoints/><checkpoint>state</checkpoint>', 'state')):
+        assert job_of(fields).checkpoint == kind
 
 
 def test_a_host_agent_that_went_away_is_started_again(tmp_path):

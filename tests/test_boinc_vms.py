@@ -184,7 +184,7 @@ def test_a_killed_wrapper_goes_on_with_the_same_vm(project):
 
 
 def test_a_vm_that_died_boots_again_and_the_program_begins_with_its_files(project):
-    task = project.task(app='echo begun >> begun; until [ -e finish ]; do sleep 0.1; done; cat begun > out')
+    task = project.task(job='<checkpoint>files</checkpoint>', app='echo begun >> begun; until [ -e finish ]; do sleep 0.1; done; cat begun > out')
     out = task.link('out')
     task.start()
     agent = project.agent(task)
@@ -194,6 +194,23 @@ def test_a_vm_that_died_boots_again_and_the_program_begins_with_its_files(projec
     finish(agent)
     assert task.wait_for_end(60) == 0, task.read('stderr.txt')
     assert open(out).read() == 'begun\nbegun\n' and 'begins again' in task.read('stderr.txt')
+
+
+def test_a_vm_that_died_goes_on_from_its_last_checkpoint(project):
+    task = project.task(app='echo begun >> begun; until [ -e finish ]; do sleep 0.1; done; cat begun > out')
+    out = task.link('out')
+    task.start()
+    agent = project.agent(task)
+    task.wait(lambda: os.path.exists(os.path.join(agent.files, 'begun')))
+    first = task.wait(lambda: project.call('listSnapshots', task.vm))
+    task.wait(lambda: project.call('listSnapshots', task.vm) not in ([], first))
+    assert len(project.call('listSnapshots', task.vm)) <= 2
+    open(os.path.join(project.environment['FAKE_VIRTUALBOX'], 'abort-' + task.vm), 'w').close()
+    task.wait(lambda: 'from its last checkpoint' in task.read('stderr.txt'))
+    project.has(task, 'Running')
+    finish(agent)
+    assert task.wait_for_end(60) == 0, task.read('stderr.txt')
+    assert open(out).read() == 'begun\n' and project.vms() == {}
 
 
 def test_two_projects_at_once(tmp_path):
