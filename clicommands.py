@@ -423,13 +423,12 @@ class Tail:
     def wait(self, seconds: float) -> None:
         """Until there is standard output, or the end; at the latest after so many seconds."""
         with contextlib.suppress(AgentNotConnected, DeadlineExceeded):
-            answer = self._host.call('getCmdOutput', self.key, 'out', self._offsets['out'], PIECE, seconds)
-            self._take('out', answer)
+            self._take('out', self._host.output(self.key, 'out', self._offsets['out'], PIECE, seconds).data)
 
-    def _take(self, stream: str, answer: Dict[str, Any]) -> None:
-        if answer['data'].data:
-            self._pipes[stream].write(answer['data'].data)
-            self._offsets[stream] = int(answer['next'])
+    def _take(self, stream: str, data: bytes) -> None:
+        if data:
+            self._pipes[stream].write(data)
+            self._offsets[stream] += len(data)
 
     def is_silent(self) -> bool:
         """Whether the guest hasn't answered for long."""
@@ -447,17 +446,17 @@ class Tail:
         while begin > 0 and text.count(b'\n', 0, -1) < lines:
             length = min(begin, PIECE)
             begin -= length
-            text = self._host.call('getCmdOutput', self.key, stream, begin, length)['data'].data + text
+            text = self._host.output(self.key, stream, begin, length).data + text
         found = text.splitlines(True)[-lines:] if lines else []
         return size - sum(map(len, found))
 
     def _bring(self, stream: str, size: float) -> bool:
         begin = self._offsets[stream]
         while self._offsets[stream] < size:
-            answer = self._host.call('getCmdOutput', self.key, stream, self._offsets[stream], PIECE)
-            if not answer['data'].data:
+            data = self._host.output(self.key, stream, self._offsets[stream], PIECE).data
+            if not data:
                 break
-            self._take(stream, answer)
+            self._take(stream, data)
         return self._offsets[stream] > begin
 
 
