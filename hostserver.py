@@ -73,7 +73,7 @@ class Request:
             raise Refused(400, 'no HTTP/1.1')
         self.method, target, version = words
         self.path, _, query = target.partition('?')
-        self.query = dict(urllib.parse.parse_qsl(query))
+        self.query = dict(urllib.parse.parse_qsl(query)) if query else {}
         self.headers = {}              # type: Dict[str, str]
         for line in lines[1:]:
             name, colon, value = line.partition(':')

@@ -392,17 +392,22 @@ def _read_integer(text: str) -> Any:
     return int(text) if len(text) <= LONGEST_INTEGER else float(text)
 
 
+# Made once: json.loads and json.dumps would make new ones for each word.
+_DECODER = json.JSONDecoder(parse_int=_read_integer, parse_constant=_refuse_constant)
+_ENCODER = json.JSONEncoder(separators=(',', ':'), sort_keys=True)
+
+
 def read_json(text: str) -> Any:
     """The value of a JSON text from a peer. Raises ValueError for whatever is wrong with it."""
     try:
-        return json.loads(text, parse_int=_read_integer, parse_constant=_refuse_constant)
+        return _DECODER.decode(text)
     except RecursionError:
         raise ValueError('JSON nested too deeply')
 
 
 def write_json(value: Any) -> str:
     """One line of JSON in ASCII, so that neither line ends nor odd characters can stand in it."""
-    return json.dumps(value, separators=(',', ':'), sort_keys=True)
+    return _ENCODER.encode(value)
 
 
 class Plain(str):
