@@ -11,9 +11,9 @@ import time
 from typing import Any, Dict, List
 
 import agent
-from cliscreen import Screen, show_pairs, shown_time
+from cliscreen import Screen, show_one, shown_time
 from cliverbs import JSON, Verb, argument, switch
-from faults import DeadlineExceeded, InvalidParams, NoSuchCommand, NoSuchVM
+from faults import DeadlineExceeded, InvalidParams
 from hostclient import Client
 from rpc import Binary, xml_number
 
@@ -26,28 +26,6 @@ def do_check(host: Client, screen: Screen, args: Any) -> int:
     program = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'vmhost.py')
     ini = [args.ini] if args.ini else []
     return subprocess.call([sys.executable, program] + ini + ['check'] + ['--json'] * args.json)
-
-
-def do_info(host: Client, screen: Screen, args: Any) -> int:
-    """All that is known of a VM, or of a command."""
-    try:
-        found = host.call('getVM', args.vm)
-    except NoSuchVM:
-        try:
-            found = dict(host.call('getCmdDetails', args.vm), status=host.call('getCmdStatus', args.vm),
-                         results=host.call('getCmdResults', args.vm))
-        except NoSuchCommand:
-            raise NoSuchVM('%s is neither a VM (`ls` lists them) nor a command (`ps`)' % args.vm)
-    return show_one(screen, found, args.json)
-
-
-def show_one(screen: Screen, found: Dict[str, Any], as_json: bool) -> int:
-    """What is known of one thing, as JSON or for a person; gives the exit code."""
-    if as_json:
-        screen.json(found)
-    else:
-        show_pairs(screen, found)
-    return 0
 
 
 # What agentInfo calls shorter than a person would.
@@ -163,8 +141,6 @@ VERBS = [
     Verb('status', do_status, 'show the state of the host agent', [
         switch('--open', help='open the status page in a browser'), JSON]),
     Verb('check', do_check, 'check the prerequisites, and say how to fix what is missing', [JSON]),
-    Verb('info', do_info, 'show details of a VM or a command', [
-        argument('vm', metavar='VM|ID', help='of a VM or a command'), JSON]),
     Verb('events', do_events, 'show the event log', [
         switch('-f', '--follow', help='wait for new events, until Ctrl-C'), JSON,
         argument('-n', '--number', metavar='N', type=int, default=EVENTS_SHOWN,

@@ -15,9 +15,9 @@ import time
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 import agent
-from cliscreen import Screen, naming_output, shown_size, shown_span, shown_time
+from cliscreen import Screen, naming_output, show_one, shown_size, shown_span, shown_time
 from cliverbs import ID, IDS, JSON, VMS, Verb, argument, for_each, read_seconds, show_list, switch
-from faults import AgentNotConnected, BadState, DeadlineExceeded, InvalidParams
+from faults import AgentNotConnected, BadState, DeadlineExceeded, InvalidParams, NoSuchCommand, NoSuchVM
 from hostclient import Client, NoHost
 from rpc import Binary, carried, finite
 
@@ -37,6 +37,10 @@ FINISHED_SHOWN = 20            # finished commands that `ps` lists, …
 MOST_SHOWN = 100000            # … and with -a
 
 
+SPARE = ['SUBMITTED', 'MEMORY', 'TIME', 'CPU', 'VM', 'PROGRESS', 'COMMAND', 'STATE']   # columns of `ps` that
+ELASTIC = ['VM', 'COMMAND']    # a narrow terminal does without; and those that it may cut before
+
+
 def do_ps(host: Client, screen: Screen, args: Any) -> int:
     """Commands: all unfinished ones, and the last that finished."""
     of_vm = {'vm': host.call('getVM', args.vm)['name']} if args.vm else {}
@@ -52,7 +56,7 @@ def do_ps(host: Client, screen: Screen, args: Any) -> int:
     headings += ['CPU', 'MEMORY', 'PROGRESS', 'COMMAND'] if args.long else ['COMMAND']
     is_narrow = 0 < screen.width < WIDE
     screen.table(headings, [cmd_row(row, statuses.get(row['cmdId'], {}), args.long, is_narrow)
-                            for row in rows])
+                            for row in rows], SPARE, ELASTIC)
     return 0
 
 
@@ -63,7 +67,8 @@ def cmd_row(row: Dict[str, Any], status: Dict[str, Any], long: bool, is_narrow: 
     wall = finite(status.get('wall'))
     if wall and row['state'] == 'running':         # it was told some time ago
         wall += max(0.0, finite(status.get('age')))
-    shown = [row['cmdId'], row['vm'], state, shown_time(row['submitted'], is_narrow),
+    cmd_id = row['cmdId'].partition('@')[0] if is_narrow else row['cmdId']     # the VM has a column
+    shown = [cmd_id, row['vm'], state, shown_time(row['submitted'], is_narrow),
              shown_span(wall) if wall else '-']
     if long:
         usage = status.get('resources', {})
@@ -423,13 +428,12 @@ class Tail:
     def wait(self, seconds: float) -> None:
         """Until there is standard output, or the end; at the latest after so many seconds."""
         with contextlib.suppress(AgentNotConnected, DeadlineExceeded):
-            answer = self._host.call('getCmdOutput', self.key, 'out', self._offsets['out'], PIECE, seconds)
-            self._take('out', answer)
+            self._take('out', self._host.output(self.key, 'out', self._offsets['out'], PIECE, seconds).data)
 
-    def _take(self, stream: str, answer: Dict[str, Any]) -> None:
-        if answer['data'].data:
-            self._pipes[stream].write(answer['data'].data)
-            self._offsets[stream] = int(answer['next'])
+    def _take(self, stream: str, data: bytes) -> None:
+        if data:
+            self._pipes[stream].write(data)
+            self._offsets[stream] += len(data)
 
     def is_silent(self) -> bool:
         """Whether the guest hasn't answered for long."""
@@ -447,17 +451,17 @@ class Tail:
         while begin > 0 and text.count(b'\n', 0, -1) < lines:
             length = min(begin, PIECE)
             begin -= length
-            text = self._host.call('getCmdOutput', self.key, stream, begin, length)['data'].data + text
+            text = self._host.output(self.key, stream, begin, length).data + text
         found = text.splitlines(True)[-lines:] if lines else []
         return size - sum(map(len, found))
 
     def _bring(self, stream: str, size: float) -> bool:
         begin = self._offsets[stream]
         while self._offsets[stream] < size:
-            answer = self._host.call('getCmdOutput', self.key, stream, self._offsets[stream], PIECE)
-            if not answer['data'].data:
+            data = self._host.output(self.key, stream, self._offsets[stream], PIECE).data
+            if not data:
                 break
-            self._take(stream, answer)
+            self._take(stream, data)
         return self._offsets[stream] > begin
 
 
@@ -515,6 +519,46 @@ def tell_cut(screen: Screen, results: Dict[str, Any], vm: str) -> bool:
         screen.complain('%sstd%s was truncated: the command wrote more than output_limit'
                         % (vm and vm + ': ', stream))
     return bool(cut)
+
+
+# --- info ------------------------------------------------------------------------------------
+
+def do_info(host: Client, screen: Screen, args: Any) -> int:
+    """All that is known of a VM, or of a command."""
+    try:
+        found = host.call('getVM', args.vm)
+    except NoSuchVM:
+        try:
+            found = dict(host.call('getCmdDetails', args.vm), status=host.call('getCmdStatus', args.vm),
+                         results=host.call('getCmdResults', args.vm))
+        except NoSuchCommand:
+            raise NoSuchVM('%s is neither a VM (`ls` lists them) nor a command (`ps`)' % args.vm)
+        if not args.json:
+            found = described(found)
+    return show_one(screen, found, args.json)
+
+
+def described(found: Dict[str, Any]) -> Dict[str, Any]:
+    """What `info` shows of a command: what is told twice, or is nothing, left out."""
+    import shlex  # needed here alone
+    status, is_one = found['status'], found['executions'] == [found['cmdId']]
+    shown = {'id': found['cmdId'], 'vm': found['vm'],
+             'command': ' '.join([shlex.quote(str(word)) for word in [found['cmd']] + found['args']]),
+             'folder': found['path'], 'environment': found['env'], 'options': found['options'],
+             'submitted': found['submitted'], 'by': found['client']}
+    if not is_one:
+        shown['executions'] = {key.partition('@')[2]: one['end'] or one['state']
+                               for key, one in status.items()}
+    else:
+        results = found['results'] or {}
+        usage = results.get('resources') or status['resources']
+        shown['state'] = status['end'] or status['state']
+        shown.update({name: status[name] for name in ('pid', 'processes', 'progress', 'error')})
+        shown.update({name: results.get(name) for name in ('started', 'ended')})
+        shown.update(wall=results.get('wall', status['wall']), output=shown_size(finite(status['outSize'])),
+                     errors=shown_size(finite(status['errSize'])),
+                     resources={name: value for name, value in usage.items() if value})
+    return {name: value for name, value in shown.items() if value not in ('', {}, None, 0)}
 
 
 # --- the others ------------------------------------------------------------------------------
@@ -640,6 +684,8 @@ VERBS = [
         switch('-a', '--all', help='all that are kept, and not the last finished alone'),
         argument('-n', '--number', metavar='N', type=int, default=FINISHED_SHOWN,
                  help='how many finished ones (default: %d)' % FINISHED_SHOWN)]),
+    Verb('info', do_info, 'show details of a VM or a command', [
+        argument('vm', metavar='VM|ID', help='of a VM or a command'), JSON]),
     Verb('out', do_out, 'print the output of commands', [
         switch('-f', '--follow', help='until they end; exit with the command\'s code'),
         argument('-n', '--tail', metavar='N', type=int, help='the last N lines'), IDS],

@@ -14,6 +14,9 @@ from faults import InvalidParams
 from hostclient import Client
 from rpc import finite
 
+SPARE = ['CLOCK', 'PYTHON', 'ID', 'CPUS', 'SYSTEM', 'MEMORY', 'ADDRESS', 'SEEN', 'COMMANDS', 'STATE',
+         'AGENT']              # columns of `ls`: what a narrow terminal does without first
+
 
 def do_ls(host: Client, screen: Screen, args: Any) -> int:
     """VMs, and whether their agents are connected: what is wrong comes first."""
@@ -28,7 +31,7 @@ def do_ls(host: Client, screen: Screen, args: Any) -> int:
     headings = ['NAME', 'STATE', 'AGENT', 'ADDRESS', 'COMMANDS']
     if args.long:
         headings += ['ID', 'SEEN', 'CPUS', 'MEMORY', 'PYTHON', 'CLOCK', 'SYSTEM']
-    screen.table(headings, [vm_row(vm, args.long) for vm in found])
+    screen.table(headings, [vm_row(vm, args.long) for vm in found], spare=SPARE, elastic=['SYSTEM'])
     for vm in found:
         if vm['trouble']:
             screen.say(agent.printable('%s: %s' % (vm['name'], vm['trouble'])))

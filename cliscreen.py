@@ -13,7 +13,7 @@ import re
 import sys
 import time
 import unicodedata
-from typing import Any, Dict, Iterable, Iterator, List, Optional
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Set
 
 import agent
 
@@ -22,7 +22,8 @@ COLOURS = {'alive': 32, 'Running': 32, 'running': 32, 'late': 33, 'Paused': 33, 
            'Stuck': 31, 'ok': 32, '--': 33, 'NO': 31}  # type: Dict[str, int]
 RED = 31
 FAILED_END = re.compile('(exited|signaled) [1-9][0-9]*')
-NARROWEST = 5                  # columns that are left of a cell, at least
+NARROWEST = 5                  # columns that are left of a cell, at least, …
+ELASTIC = 10                   # … and of one that may be cut before others are left out
 PROGRESS_EVERY = 0.2           # seconds between two looks at a progress
 
 
@@ -69,17 +70,20 @@ class Screen:
         text = json.dumps(value, indent=indent, ensure_ascii=ascii_only, default=as_text)
         self.say('\n'.join([line if line.isprintable() else escaped(line) for line in text.split('\n')]))
 
-    def table(self, headings: List[str], rows: Iterable[List[Any]]) -> None:
-        """Columns as wide as they need to be, and cut to the terminal, but for the first one."""
+    def table(self, headings: List[str], rows: Iterable[List[Any]], spare: Iterable[str] = (),
+              elastic: Iterable[str] = ()) -> None:
+        """Columns as wide as they need to be, and no wider together than the terminal.
+
+        Where there is no room, those of ``elastic`` are cut, then those of ``spare`` left out, in that order.
+        The first column is always shown, and whole.
+        """
         lines = [[agent.printable(str(cell)) for cell in row] for row in [headings] + list(rows)]
-        widths = [max(map(cells, column)) for column in zip(*lines)]
-        while self.width and sum(widths) + 2 * len(widths) - 2 > self.width:
-            widest = max(range(len(widths)), key=lambda n: (n > 0, widths[n]))
-            if widths[widest] <= NARROWEST:
-                break
-            widths[widest] -= 1
+        widths = dict(zip(headings, [max(map(cells, column)) for column in zip(*lines)]))
+        if self.width:
+            fit(widths, self.width, list(spare), set(elastic))
         for line in lines:
-            padded = [self._cell(text, width) for text, width in zip(line, widths)]
+            shown = [(text, widths[name]) for name, text in zip(headings, line) if name in widths]
+            padded = [self._cell(text, width) for text, width in shown]
             self.say('  '.join(padded[:-1] + [padded[-1].rstrip()]))
 
     def _cell(self, text: str, width: int) -> str:
@@ -103,6 +107,25 @@ class Screen:
             self.err.write('\r' + text + ' ' * (self._progress - len(text)) + ('' if text else '\r'))
             self.err.flush()
             self._progress = len(text)
+
+
+def fit(widths: Dict[str, int], room: int, spare: List[str], elastic: Set[str]) -> None:
+    """Makes columns fit into so many, as ``Screen.table`` has it: narrows them, or takes them out."""
+    def needed(least: Dict[str, int]) -> int:
+        return sum(min(width, least.get(name, width)) for name, width in widths.items()) + 2 * len(widths) - 2
+    cut = dict.fromkeys(elastic, ELASTIC)
+    for name in spare:
+        if needed(cut) <= room:
+            break
+        widths.pop(name, 0)
+    others = [name for name in list(widths)[1:] if name not in elastic]
+    for least, names in ((ELASTIC, elastic), (NARROWEST, others)):
+        while needed({}) > room:
+            left = [name for name in names if name in widths]
+            widest = max(left, key=lambda name: widths[name], default='')
+            if not widest or widths[widest] <= least:
+                break
+            widths[widest] -= 1
 
 
 def obeys_colours() -> bool:
@@ -221,9 +244,20 @@ def show_pairs(screen: Screen, found: Dict[str, Any], indent: str = '') -> None:
             continue
         if isinstance(value, (int, float)) and not isinstance(value, bool) and name in SHOWN_AS:
             value = SHOWN_AS[name](value)
+        elif isinstance(value, float):
+            value = '%.3g' % value if abs(value) < 1000 else '%.0f' % value
         elif isinstance(value, dict):
             value = ''
         elif isinstance(value, list):
             value = ', '.join(map(str, value))
         screen.say('%s%-*s  %s' % (indent, width, agent.printable(str(name)),
                                    agent.printable(str(value)) or '-'))
+
+
+def show_one(screen: Screen, found: Dict[str, Any], as_json: bool) -> int:
+    """What is known of one thing, as JSON or for a person; gives the exit code."""
+    if as_json:
+        screen.json(found)
+    else:
+        show_pairs(screen, found)
+    return 0

@@ -18,10 +18,9 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 from cliscreen import Screen
 from faults import AgentNotConnected, BadState, DeadlineExceeded, VMHostError
 from hostclient import Client, NoHost
-from rpc import Binary
 
 PIECE = 256 * 1024             # bytes that are read, or shown, at once
-KEPT = 2 * 1024 * 1024         # bytes of the input that may have to be sent again: more than the host holds
+KEPT = 4 * 1024 * 1024         # bytes of the input that may have to be sent again: more than the host holds
 RETRY = 0.5                    # seconds until a host or guest that is away is asked again
 OUTPUT_WAIT = 20.0             # seconds that one call waits for output
 PATIENCE = 10.0                # seconds after a command's end in which all of its output should have come
@@ -139,7 +138,7 @@ class Input:
     def _take(self, data: bytes) -> None:
         self._kept += data
         surplus = len(self._kept) - KEPT - len(data)
-        if surplus > 0:
+        if surplus > KEPT:             # not each time: the rest is moved
             del self._kept[:surplus]
             self._begin += surplus
 
@@ -152,9 +151,10 @@ class Input:
         end = self._begin + len(self._kept)
         while key in self._offsets:
             offset = self._offsets[key]
-            data = bytes(self._kept[offset - self._begin:])
+            with memoryview(self._kept) as kept:
+                data = bytes(kept[offset - self._begin:])
             try:
-                taken = self._host.call('putCmdInput', key, Binary(data), self._is_over, offset)
+                taken = self._host.put_input(key, data, self._is_over, offset)
             except (NoHost, AgentNotConnected, DeadlineExceeded):
                 time.sleep(RETRY)
                 continue
@@ -225,7 +225,7 @@ class Visit:
         """Has the last of what the terminal showed shown again, and its programs draw anew."""
         status = self._host.call('getCmdStatus', self._id)
         begin = max(0, int(status['outSize']) - REPLAYED)
-        shown = self._host.call('getCmdOutput', self._id, 'out', begin, REPLAYED)['data'].data
+        shown = self._host.output(self._id, 'out', begin, REPLAYED).data
         self._show(shown[shown.find(b'\n') + 1 if begin else 0:])
         self._offset = begin + len(shown)
         self._input.go_on_from(self._id, int(status['inOffset']))
@@ -250,15 +250,15 @@ class Visit:
     def _look(self) -> bool:
         """Shows what comes next; False at the end."""
         try:
-            part = self._host.call('getCmdOutput', self._id, 'out', self._offset, PIECE, OUTPUT_WAIT)
+            part = self._host.output(self._id, 'out', self._offset, PIECE, OUTPUT_WAIT)
         except (AgentNotConnected, DeadlineExceeded):
             if self._has_ended_long_ago():
                 raise
             time.sleep(RETRY)
             return True
-        self._show(part['data'].data)
-        self._offset = int(part['next'])
-        return not part['eof']
+        self._show(part.data)
+        self._offset += len(part.data)
+        return not part.eof
 
     def _has_ended_long_ago(self) -> bool:
         if self._host.call('getCmdStatus', self._id, False)['ended']:

@@ -18,6 +18,7 @@ LARGEST_INLINE = 256 * 1024    # bytes of a stream that a word carries, at most
 LARGEST_WORD = 900 * 1000      # bytes of a body, below what a broker takes (max_frame) …
 SMALLEST_WORD = 2 * 1000       # whatever the host tells: a result without output fits
 FRAME_RESERVE = 4 * 1000       # bytes of max_frame that are left for what is not output
+LONGEST_IN_JSON = 12           # bytes that one of output takes there at most, as text and as base64
 LARGEST_OFFSET = 2 ** 62       # of a file's bytes, as far as systems can tell
 
 
@@ -91,7 +92,8 @@ class Reports:
         while True:
             found = {stream + '-offset': offset}  # type: Dict[str, Any]
             put_bytes(found, stream, data)
-            if len(protocol.write_json(found)) <= self._room_for_output // 2 or not data:
+            room = self._room_for_output // 2
+            if LONGEST_IN_JSON * len(data) <= room or len(protocol.write_json(found)) <= room or not data:
                 return found, len(data)
             data = data[:len(data) // 2]
 

@@ -920,6 +920,11 @@ class Api:
     started in. Faults: -32601 no such method, -32602 wrong arguments, -32603 internal; 1 NoSuchVM,
     2 AgentNotConnected, 3 NoSuchCommand, 4 BadState, 5 HypervisorError, 6 TransferError, 7 Timeout,
     8 AlreadyExists, 9 NotSupported, 10 Busy, 11 AccessDenied.
+
+    Much input and output goes faster as it is, without XML and base64. ``POST /input/ID?offset=N&eof=1`` is
+    putCmdInput: it answers how many bytes were taken. ``GET /output/ID?stream=out&offset=N&length=N`` (and
+    ``&timeout=S``) is getCmdOutput, with size and eof in the headers Vmhost-Size and Vmhost-Eof. An answer
+    that is a fault has its number in Vmhost-Fault.
     """
 
     def __init__(self, host: Any) -> None:

@@ -14,7 +14,7 @@ import os
 import select
 import socket
 import time
-from typing import Any, Iterable, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import localsocket
 import rpc
@@ -38,6 +38,12 @@ class NoHost(VMHostError):
     """No host agent answers."""
 
 
+class Slice(NamedTuple):
+    """A part of a command's output, and whether that is its end."""
+    data: bytes
+    eof: bool
+
+
 class Client:
     """The running host agent of a state folder.
 
@@ -54,16 +60,31 @@ class Client:
         if not _is_carried(args):
             raise InvalidParams('XML-RPC can\'t carry control characters: send them as a file, or as '
                                 'standard input')
-        body = rpc.write_call(method, args)
+        return self._ask('POST', '/', rpc.write_call(method, args), lambda _, answer: rpc.read_answer(answer))
+
+    def put_input(self, cmd_id: str, data: bytes, eof: bool, offset: int) -> int:
+        """putCmdInput, without what XML costs. Raises VMHostError."""
+        path = '/input/%s?eof=%d&offset=%d' % (quoted(cmd_id), eof, offset)
+        return self._ask('POST', path, data, lambda _, answer: int(answer))
+
+    def output(self, cmd_id: str, stream: str, offset: int, length: int, timeout: float = 0) -> Slice:
+        """getCmdOutput, likewise. Raises VMHostError."""
+        path = '/output/%s?stream=%s&offset=%d&length=%d&timeout=%g' % (
+            quoted(cmd_id), stream, offset, length, timeout)
+        return self._ask('GET', path, b'',
+                         lambda headers, answer: Slice(answer, headers['vmhost-eof'] == '1'))
+
+    def _ask(self, method: str, path: str, body: bytes, read: Callable[[Dict[str, str], bytes], Any]) -> Any:
+        """What an answer says; read(headers, body) tells it. Raises VMHostError."""
         try:
-            return rpc.read_answer(self._post(body))
+            return read(*self._request(method, path, body))
         except rpc.Fault as fault:
             raise raised_by(fault)
         except OSError as error:
             self._leave()
             raise NoHost('no host agent answers at %s (%s): start it again with `vmhost.py host.ini`'
                          % (self.address, error.strerror or error))
-        except ValueError as error:    # no HTTP, no XML-RPC
+        except (ValueError, KeyError) as error:        # no HTTP, no XML-RPC
             self._leave()
             raise NoHost('what answers at %s is no vmhost (%s): restart the host agent'
                          % (self.address, error))
@@ -71,16 +92,19 @@ class Client:
             self._leave()
             raise
 
-    def _post(self, body: bytes) -> bytes:
+    def _request(self, method: str, path: str, body: bytes) -> Tuple[Dict[str, str], bytes]:
+        """(headers, body) of the answer. Raises VMHostError, Fault, OSError, ValueError."""
         if self._connection is None or self._connection.is_over():
             self._leave()
             self._connection = self._connect()
-        code, answer = self._connection.request('POST', '/', body)
+        code, headers, answer = self._connection.request(method, path, body)
+        if 'vmhost-fault' in headers:
+            raise rpc.Fault(int(headers['vmhost-fault']), answer.decode('utf-8', 'replace').strip())
         if code != 200:
             self._leave()
             raise NoHost('the host agent at %s refuses: %d %s'
                          % (self.address, code, answer.decode('utf-8', 'replace').strip()))
-        return answer
+        return headers, answer
 
     def _leave(self) -> None:
         if self._connection is not None:
@@ -109,7 +133,7 @@ class Client:
         nonce = os.urandom(16).hex()
         connection = _Connection(
             socket.create_connection((EVERYWHERE.get(host, host), int(port)), CONNECT_TIMEOUT))
-        code, answer = connection.request('GET', '/proof?nonce=' + nonce)
+        code, _, answer = connection.request('GET', '/proof?nonce=' + nonce)
         wanted = proof(token, self.address, nonce).encode('ascii')
         if code != 200 or answer.strip() != wanted:
             connection.close()
@@ -182,8 +206,8 @@ class _Connection:
         self._socket.settimeout(None)
         return self
 
-    def request(self, method: str, path: str, body: bytes = b'') -> Tuple[int, bytes]:
-        """(status, body) of the answer. Raises OSError, ValueError."""
+    def request(self, method: str, path: str, body: bytes = b'') -> Tuple[int, Dict[str, str], bytes]:
+        """(status, headers, body) of the answer. Raises OSError, ValueError."""
         lines = ['%s %s HTTP/1.1' % (method, path), 'Host: localhost', 'Content-Length: %d' % len(body)]
         if self._authorization:
             lines.append('Authorization: ' + self._authorization)
@@ -192,17 +216,17 @@ class _Connection:
         status = self._line().split(' ', 2)
         if len(status) < 2 or not status[0].startswith('HTTP/1.') or not status[1].isdigit():
             raise ValueError('no HTTP')
-        length = -1
+        headers = {}
         for line in iter(self._line, ''):
             name, _, value = line.partition(':')
-            if name.lower() == 'content-length':
-                length = int(value)
+            headers[name.lower()] = value.strip()
+        length = int(headers.get('content-length', -1))
         if length < 0:
             raise ValueError('no Content-Length')
         answer = self._file.read(length)
         if len(answer) < length:
             raise ConnectionResetError('it went away in the middle of an answer')
-        return int(status[1]), answer
+        return int(status[1]), headers, answer
 
     def _wait_for_answer(self) -> None:
         """On Windows, where nothing that is waited for in a socket lets Ctrl-C through."""
@@ -226,6 +250,12 @@ class _Connection:
         with contextlib.suppress(OSError):
             self._file.close()
             self._socket.close()
+
+
+def quoted(text: str) -> str:
+    """As a part of a path. (urllib.parse would cost each verb some milliseconds.)"""
+    return ''.join(chr(byte) if chr(byte).isalnum() and byte < 128 or byte in b'-._@' else '%%%02X' % byte
+                   for byte in text.encode('utf-8', 'surrogateescape'))
 
 
 def _is_carried(value: Any) -> bool:

@@ -7,6 +7,7 @@ Threads: any thread may call, many at once; nothing is locked.
 import logging
 from typing import Any, Callable, Dict, List
 
+import hoststreams
 import rpc
 from faults import NoSuchMethod, VMHostError
 from hostapi import ALIASES, Api
@@ -38,7 +39,21 @@ class Dispatcher:
         except rpc.Fault as fault:
             return rpc.write_fault(fault)
 
+    def pass_bytes(self, path: str, query: Dict[str, str], body: bytes, client: str) -> hoststreams.Answer:
+        """To a request for input or output of a command, as it is."""
+        self._api.caller.name = client
+        return hoststreams.answer(self.value, path, query, body)
+
     def call(self, name: str, params: List[Any]) -> rpc.XML:
+        """The method's answer as XML. Raises Fault, and nothing else."""
+        answer = self.value(name, params)
+        try:
+            return rpc.to_xml(answer)
+        except TypeError as error:
+            log.exception('in %.100r', name)
+            raise rpc.Fault(-32603, 'TypeError: %s' % error)
+
+    def value(self, name: str, params: List[Any]) -> Any:
         """The method's answer. Raises Fault, and nothing else.
 
         Who asked for what changes something is in the journal, and whether it was refused.
@@ -62,10 +77,10 @@ class Dispatcher:
             raise NoSuchMethod.named(name)
         return found
 
-    def _call(self, name: str, method: Callable, params: List[Any]) -> rpc.XML:
+    def _call(self, name: str, method: Callable, params: List[Any]) -> Any:
         try:
             check_arguments(method, params)
-            return rpc.to_xml(method(*params))
+            return method(*params)
         except rpc.Fault:
             raise
         except VMHostError as error:

@@ -24,7 +24,7 @@ from protocol import STREAM, Message
 
 log = logging.getLogger('vmhost')
 
-WINDOW = 1024 * 1024           # bytes that are held for a command that doesn't read
+WINDOW = 2 * 1024 * 1024       # bytes that are held for a command that doesn't read
 PIECE = 256 * 1024             # bytes of one word, or less where the broker takes less
 ROOM_PATIENCE = 1.0            # seconds that a caller waits for the command to read
 ASK_TIMEOUT = 5.0              # seconds in which a guest tells how much it has taken

@@ -22,6 +22,7 @@ import urllib.parse
 from typing import Any, Dict, List, Optional, Tuple
 
 import agent
+import hoststreams
 import localsocket
 from faults import InvalidParams, NoSuchCommand, VMHostError
 from hostapi import ALIASES, PARTS, Api
@@ -44,8 +45,8 @@ CHALLENGE = {'WWW-Authenticate': 'Basic realm="vmhost"'}
 HOW_TO_OPEN = ('the status page opens by a link, valid once and for two minutes: python vmhost.py host.ini '
                'status --open; or for the user %s, with the token' % USER)
 REASONS = {200: 'OK', 400: 'Bad Request', 401: 'Unauthorized', 403: 'Forbidden', 404: 'Not Found',
-           405: 'Method Not Allowed', 411: 'Length Required', 413: 'Payload Too Large',
-           431: 'Request Header Fields Too Large', 503: 'Service Unavailable'}
+           405: 'Method Not Allowed', 409: 'Conflict', 411: 'Length Required', 413: 'Payload Too Large',
+           431: 'Request Header Fields Too Large', 500: 'Internal Server Error', 503: 'Service Unavailable'}
 
 
 class Refused(Exception):
@@ -72,7 +73,7 @@ class Request:
             raise Refused(400, 'no HTTP/1.1')
         self.method, target, version = words
         self.path, _, query = target.partition('?')
-        self.query = dict(urllib.parse.parse_qsl(query))
+        self.query = dict(urllib.parse.parse_qsl(query)) if query else {}
         self.headers = {}              # type: Dict[str, str]
         for line in lines[1:]:
             name, colon, value = line.partition(':')
@@ -185,7 +186,9 @@ class Connection:
                 return False
             request = Request(head)
             log.debug('%s %s %.200s', self._client, request.method, request.path)
-            if request.method == 'POST':
+            if hoststreams.split(request.path)[0]:
+                self._pass_bytes(request)
+            elif request.method == 'POST':
                 self._call(request)
             elif request.method == 'GET':
                 self._show(request)
@@ -271,6 +274,21 @@ class Connection:
             answer = self._server.dispatcher.answer(body, self._client)
             self._server.asked = time.monotonic()      # the call may have taken long
             self._respond(200, 'text/xml; charset=utf-8', answer)
+
+    def _pass_bytes(self, request: Request) -> None:
+        """Input or output of a command."""
+        self._check_origin(request)
+        self._admit(request)
+        kind, _ = hoststreams.split(request.path)
+        if request.method != hoststreams.PATHS[kind]:
+            raise Refused(405, '/%s takes %s' % (kind, hoststreams.PATHS[kind]))
+        body = self._read_body(request) if request.method == 'POST' else b''
+        if request.method == 'POST' and len(body) < request.length():
+            return
+        self._server.asked = time.monotonic()
+        answer = self._server.dispatcher.pass_bytes(request.path, request.query, body, self._client)
+        self._server.asked = time.monotonic()
+        self._respond(answer.code, 'application/octet-stream', answer.body, answer.headers)
 
     def _show(self, request: Request) -> None:
         """A page, what the status page asks for, or the proof that this is the host agent."""

@@ -69,7 +69,9 @@ def expiry(headers: Dict[str, str]) -> float:
 
 def _milliseconds(headers: Dict[str, str], name: str, what: str) -> float:
     """Seconds; 0 where there is no such header."""
-    text = headers.get(name, '0').strip()
+    if name not in headers:
+        return 0.0
+    text = headers[name].strip()
     if re.match('[0-9]{1,18}$', text) is None:
         raise DestinationError('%s is no time in %s: %.40r' % (name, what, text))
     return int(text) / 1000.0
@@ -119,11 +121,9 @@ class Envelope:
         """The header lines as a receiver of that version gets them."""
         lines = self._lines.get(version)
         if lines is None:
-            escape = protocol.escape
-            lines = self._lines[version] = ''.join(
-                '%s:%s\n' % (escape(name, version), escape(value, version))
-                for name, value in self.headers.items()
-                if name not in NOT_PASSED_ON).encode('utf-8', 'replace')
+            passed_on = [item for item in self.headers.items() if item[0] not in NOT_PASSED_ON]
+            text = '\n'.join(protocol.header_lines(passed_on, version) + [''])
+            lines = self._lines[version] = text.encode('utf-8', 'replace')
         return lines
 
 

@@ -591,7 +591,7 @@ def test_from_a_phone_to_a_wide_screen_light_and_dark(host, guest, api, browser)
         assert page.js('[...document.querySelectorAll("section")].filter('
                        's => s.scrollWidth > s.clientWidth + 1).length') == 0, width
         assert page.js('getComputedStyle(document.querySelector("#commands tbody tr")).display') == (
-            'table-row' if width >= 760 else 'block'), width
+            'table-row' if width >= 760 else 'grid'), width
     for dark in (False, True):
         page.scheme(dark)
         assert page.js(CONTRAST) == []
