@@ -131,6 +131,7 @@ class Host:
         self.leases.stop(time.monotonic() + 1.0)
         self.fetcher.stop(time.monotonic() + 1.0)
         self.acknowledgements.stop(time.monotonic() + 0.5)
+        self.words.first_uses.stop(time.monotonic() + 0.5)
         self.machines.stop(time.monotonic() + 0.5)
         self.connection.stop()
         if self.machines.hypervisor is not None:
@@ -222,7 +223,8 @@ class Clock:
         for guest, liveness in self._host.guests.tick(self._host.machines.is_suspended):
             log.info('%s is %s', guest.name, liveness)
             self._host.journal.note('guest-' + liveness, guest.name, '',
-                                    'nothing heard for %.0f s' % (time.time() - guest.last_seen))
+                                    'nothing heard for %.0f s' % (time.time() - guest.last_seen),
+                                    durable=False)
 
     def _delete_old(self, now: float) -> None:
         """Deletes a slice of what keep_results no longer keeps."""

@@ -18,7 +18,8 @@ LOADS_KEPT = 120               # loads that are remembered of a guest, for the s
 LOAD_EVERY = 5.0               # … and the seconds between two of them: ten minutes, or more
 NOTES_AT_ONCE = 20             # of a guest in the journal, besides those of its commands, …
 NOTE_EVERY = 10.0              # … and the seconds after which there may be one more
-GUESTS_KEPT = 10000            # ids that may say HELLO
+GUESTS_KEPT = 10000            # ids that may say HELLO, …
+OF_ONE_ADDRESS = 2000          # … and new ones among them, from one address
 
 
 class Guest:
@@ -100,6 +101,16 @@ class Guests:
         """Raises Busy where that would be one too many: an absent one stays until it is forgotten."""
         with self._lock:
             self._check_room(id)
+
+    def check_share(self, id: str, ip: str) -> None:
+        """Raises Busy where one address has brought as many machines as it may: under ever new ids, one guest
+        would take all the room. '': an address that nobody has seen."""
+        with self._lock:
+            if not ip or id in self._known:
+                return
+            count = sum(guest.ip == ip for guest in self._known.values())
+        if count >= OF_ONE_ADDRESS:
+            raise Busy('%d agents of %s are known already: forget some (vmhost.py forget VM)' % (count, ip))
 
     def _check_room(self, id: str) -> None:
         if id not in self._known and len(self._known) >= GUESTS_KEPT:

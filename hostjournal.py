@@ -237,15 +237,15 @@ class Journal:
         with self._lock:
             self._synced = max(self._synced, commits)
 
-    def event(self, type: str, vm: str = '', cmd_id: str = '', text: str = '') -> None:
+    def event(self, type: str, vm: str = '', cmd_id: str = '', text: str = '', durable: bool = True) -> None:
         """Writes one event. Raises JournalError."""
-        with self.writing() as transaction:
+        with self.writing(durable) as transaction:
             transaction.event(type, vm, cmd_id, text)
 
-    def note(self, type: str, vm: str = '', cmd_id: str = '', text: str = '') -> None:
-        """Writes one event, if it can."""
+    def note(self, type: str, vm: str = '', cmd_id: str = '', text: str = '', durable: bool = True) -> None:
+        """Writes one event, if it can. Not ``durable``: what a guest can have happen as often as it likes."""
         with self.best_effort():
-            self.event(type, vm, cmd_id, text)
+            self.event(type, vm, cmd_id, text, durable)
 
     @contextlib.contextmanager
     def best_effort(self) -> Iterator[None]:

@@ -126,7 +126,8 @@ class Machines:
     def _introduce(self, guest: Guest, is_news: bool, is_vm: bool) -> None:
         if is_news and self._guests.should_note(guest):
             log.info('%s joined: %s at %s', guest.name, guest.id, guest.ip)
-            with self._journal.best_effort(), self._journal.writing() as journal:
+            # Not durable: who comes and goes tells it again, and a guest's words don't wait for the disk.
+            with self._journal.best_effort(), self._journal.writing(durable=False) as journal:
                 journal.add_guest(guest)
                 journal.event('guest-hello', guest.name, '', '%s at %s' % (guest.id, guest.ip))
         if is_vm:

@@ -21,7 +21,8 @@ import vmstates
 from agent import Seldom, printable
 from faults import Busy
 from hostguests import Guests
-from hostjournal import Journal
+from hostjournal import Journal, JournalError
+from hostworkers import Batch
 from protocol import Message, Signatures, Untrusted
 
 log = logging.getLogger('vmhost')
@@ -39,6 +40,7 @@ UNKNOWN = ('this host knows no secret of %s: it was forgotten, or the journal wa
            'file in the guest\'s state_dir, and it tells its secret anew; a VM gets one at its next start; '
            'one that stands in guest.ini is told by pairVM')
 FORGET = 'if it is this machine from now on, run: vmhost.py forget %s'
+OTHER_SECRET = '%s is known by another secret: %s'
 
 
 class Refusal(Exception):
@@ -82,9 +84,14 @@ class Secrets:
             return self._known[holder]
 
     def _write(self, holder: str, digits: str) -> None:
+        self._write_all({holder: digits})
+
+    def _write_all(self, digits_of: Dict[str, str]) -> None:
+        now = time.time()
         with self._journal.writing() as journal:
-            journal.execute('INSERT OR REPLACE INTO secrets VALUES (?, ?, ?)', holder, digits, time.time())
-        self._known[holder] = digits
+            for holder, digits in digits_of.items():
+                journal.execute('INSERT OR REPLACE INTO secrets VALUES (?, ?, ?)', holder, digits, now)
+        self._known.update(digits_of)
 
     def of_firmware(self, uuid: str) -> bytes:
         """What was written into the firmware of a VM; b'' where nothing was."""
@@ -100,9 +107,15 @@ class Secrets:
 
     def pin(self, machine_id: str, secret: bytes) -> None:
         """From now on this is the guest's only one. Raises JournalError."""
+        self.pin_all({machine_id: secret})
+
+    def pin_all(self, secret_of: Dict[str, bytes]) -> None:
+        """The same for many guests, in one durable write. Raises JournalError."""
         with self._lock:
-            if self._known.get(machine_id) != secret.hex():
-                self._write(machine_id, secret.hex())
+            news = {machine_id: secret.hex() for machine_id, secret in secret_of.items()
+                    if self._known.get(machine_id) != secret.hex()}
+            if news:
+                self._write_all(news)
 
     def forget(self, machine_id: str, uuid: str) -> None:
         """Deletes a guest's secret, and what its VM's firmware holds. Raises JournalError."""
@@ -119,8 +132,8 @@ class Secrets:
 class Session:
     """What follows one HELLO of a guest: its signatures, or None for a guest of another make."""
 
-    __slots__ = ('id', 'connection', 'secret', 'greeting', 'name', 'hello', 'address', 'proved', 'lock',
-                 '_signatures')
+    __slots__ = ('id', 'connection', 'secret', 'greeting', 'name', 'hello', 'address', 'proved', 'is_told',
+                 'lock', '_signatures')
 
     def __init__(self, hello: Message, machine_id: str, connection: str, secret: bytes = b'',
                  host_key: str = '') -> None:
@@ -130,6 +143,7 @@ class Session:
         self.hello = hello
         self.address = ''                  # where the guest is, as the embedded broker sees it
         self.proved = False
+        self.is_told = False               # whether its HELLO told the secret, for which it is to be pinned
         self.greeting = {}                 # type: Dict[str, str]   # by what the host proves itself, once
         self.name = ''                     # that the guest was told
         self.lock = threading.Lock()       # see above
@@ -353,14 +367,14 @@ class Trust:
             secret = protocol.read_secret(told)
             if secret in known or not self.secrets.pinned(machine_id) and self._may_be_first(machine_id):
                 return secret, True
-            raise Refusal('%s is known by another secret: %s' % (machine_id, FORGET % machine_id))
+            raise Refusal(OTHER_SECRET % (machine_id, FORGET % machine_id))
         if not known:
             raise Refusal(UNKNOWN % machine_id)
         wanted = hello.text('secret-id')
         for secret in known:
             if not wanted or wanted == protocol.secret_id(secret, machine_id):
                 return secret, False
-        raise Refusal('%s is known by another secret: %s' % (machine_id, FORGET % machine_id))
+        raise Refusal(OTHER_SECRET % (machine_id, FORGET % machine_id))
 
     def _may_be_first(self, machine_id: str) -> bool:
         """Whether that id may be pinned by first use. Raises Refusal."""
@@ -370,7 +384,8 @@ class Trust:
         return True
 
     def begin(self, machine_id: str, hello: Message, size: int, connection: str) -> Session:
-        """The session of a HELLO of that many bytes; ``proved`` if that is all it takes.
+        """The session of a HELLO of that many bytes; ``proved`` if that is all it takes, ``is_told`` if
+        that is pinned first (``pin_told``).
 
         Raises Refusal, JournalError.
         """
@@ -381,11 +396,33 @@ class Trust:
             return self._begin_unsigned(machine_id, hello, connection)
         secret, is_told = self._choose_secret(machine_id, hello)
         session = Session(hello, machine_id, connection, secret, self.secrets.host_key)
-        if is_told:
+        if is_told and secret == self.secrets.pinned(machine_id):
             self._prove(session)
+        elif is_told:
+            session.is_told = True
         else:
             self.sessions.add(session, size)
         return session
+
+    def pin_told(self, sessions: List[Session]) -> List[Tuple[Session, str]]:
+        """Pins what guests have told for the first time, of each id what was told first, in one durable
+        write. Gives each session, and why it is refused, or ''. Raises JournalError."""
+        judged, secret_of = [], {}     # type: List[Tuple[Session, str]], Dict[str, bytes]
+        for session in sessions:
+            why = ''
+            try:
+                self._choose_secret(session.id, session.hello)     # it may have been pinned meanwhile
+            except Refusal as refusal:
+                why = str(refusal)
+            else:
+                if secret_of.setdefault(session.id, session.secret) != session.secret:
+                    why = OTHER_SECRET % (session.id, FORGET % session.id)
+            judged.append((session, why))
+        self.secrets.pin_all(secret_of)
+        for session, why in judged:
+            if not why:
+                self._prove(session)
+        return judged
 
     def _begin_unsigned(self, machine_id: str, hello: Message, connection: str) -> Session:
         """Of guests that prove nothing, who is there first stays."""
@@ -441,6 +478,45 @@ class Trust:
         uuid = self.hypervisor.known_uuid(machine_id) if self.hypervisor is not None else ''
         self.secrets.forget(machine_id, uuid)
         self.sessions.end(machine_id)
+
+
+class FirstUses:
+    """Guests that tell their secret for the first time: all that came meanwhile are pinned by one durable
+    write, on ``first-use-1``, so that a crowd of them holds up nobody else's words.
+
+    ``join`` is called there with each that is let in, ``refuse`` with (session, why) for each other one.
+    """
+
+    def __init__(self, trust: Trust, journal: Journal, join: Callable[[Session], None],
+                 refuse: Callable[[Session, str], None]) -> None:
+        self._trust = trust
+        self._journal = journal
+        self._join = join
+        self._refuse = refuse
+        self._batch = Batch('first-use', self._pin)
+
+    def add(self, session: Session) -> None:
+        """Pins it soon; returns at once."""
+        self._batch.add(session)
+
+    def stop(self, deadline: float) -> None:
+        """Lets the batch at work end, until that monotonic time."""
+        self._batch.stop(deadline)
+
+    def _pin(self, sessions: Dict[Session, None]) -> None:
+        try:
+            judged = self._trust.pin_told(list(sessions))
+        except JournalError as error:
+            judged = [(session, str(error)) for session in sessions]
+        for session, why in judged:
+            if self._batch.is_stopping:
+                return
+            if why:
+                self._refuse(session, why)
+            else:
+                self._join(session)
+        with self._journal.best_effort():
+            self._journal.sync()           # what their joining wrote
 
 
 def read_name(text: str) -> str:

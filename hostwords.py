@@ -3,10 +3,12 @@
 What it is not: an authority on what a guest says. Nothing that a guest sends is evaluated, or used as a
 path; texts are bounded, numbers finite.
 
-Threads: all runs on ``link``, one word at a time. No locks.
+Threads: all runs on ``link``, one word at a time; but who is let in by first use joins on ``first-use-1``.
+One lock, held for a word, or for one that joins, keeps these two apart.
 """
 
 import logging
+import threading
 import time
 from typing import Any, Callable, Dict, Optional
 
@@ -21,7 +23,7 @@ from hostjournal import Journal, JournalError
 from hostlink import Connection
 from hostmachines import Machines
 from hostoutput import Fetcher
-from hosttrust import Refusal, Session, Trust, read_name
+from hosttrust import FirstUses, Refusal, Session, Trust, read_name
 from protocol import Message, read_id
 from rpc import finite
 
@@ -52,9 +54,15 @@ class Words:
         self._follows = follows
         self._fetcher = fetcher
         self._acknowledge = acknowledge
+        self.first_uses = FirstUses(trust, journal, self._join_newcomer, self._refuse)
+        self._lock = threading.Lock()          # see above
 
     def hear(self, frame: Any) -> None:
         """One MESSAGE. What isn't a word, or isn't signed, is counted and dropped; ACKed all the same."""
+        with self._lock:
+            self._hear(frame)
+
+    def _hear(self, frame: Any) -> None:
         connection, sender, address = self._connection.origin(frame.headers)
         try:
             sender = read_id(sender)
@@ -88,16 +96,30 @@ class Words:
             return
         try:
             session = self._trust.begin(sender, hello, len(frame.body), connection)
-        except (Refusal, JournalError) as why:
+            self._guests.check_share(sender, address)
+        except (Refusal, JournalError, Busy) as why:
             self._trust.refused(sender, why)
             self._connection.refuse(sender, connection, str(why))
             return
         session.address = address
         if session.proved:
             self._join(session)
+        elif session.is_told:
+            self.first_uses.add(session)
         else:
             self._machines.greet(session, self._machines.name_of(sender))
             self._connection.say_in(session, protocol.PING.howToSay(sender, 'session'))
+
+    def _join_newcomer(self, session: Session) -> None:
+        with self._lock:
+            try:
+                self._join(session)
+            except (JournalError, Busy) as error:
+                self._trust.drop(session.id, error)
+
+    def _refuse(self, session: Session, why: str) -> None:
+        self._trust.refused(session.id, why)
+        self._connection.refuse(session.id, session.connection, why)
 
     def heard_hello(self, message: Message) -> None:
         """The same once more, signed: what came before may have been said by somebody else on the broker."""
@@ -149,7 +171,7 @@ class Words:
             reason = read_name(message.text('reason'))
             log.info('%s left: %s', guest.name, reason)
             if self._guests.should_note(guest):
-                self._journal.note('guest-bye', guest.name, '', reason)
+                self._journal.note('guest-bye', guest.name, '', reason, durable=False)
 
     def heard_still_alive(self, message: Message) -> None:
         """A beacon, with the load."""

@@ -43,12 +43,20 @@ def unsigned(guest, number):
     return RESPONSES, {'cmd-id': 'c%d' % number, 'seq': '1', 'mac': '0' * 32}, 'CMD_RESULTS {}'
 
 
+def newcomer(guest, number):
+    """HELLO of a machine that nobody has seen before, on a connection of its own."""
+    with Guest(guest.port, 'new-%d' % number) as new:
+        new.put(CONNECTIONS, {'id': new.id}, 'HELLO ' + json.dumps(
+            {'nonce': os.urandom(16).hex(), 'secret': new.secret.hex()}))
+    return signed('STILL_ALIVE', CONNECTIONS)(guest, number)
+
+
 RESULT = {'state': 'exited', 'finished': True, 'exitCodeOrSignal': 0}
 WORDS = {
     'HELLO': hello, 'unsigned': unsigned, 'STILL_ALIVE': signed('STILL_ALIVE', CONNECTIONS, load1=1.0),
     'CMD_STATUS': signed('CMD_STATUS', state='running'), 'CMD_RESULTS': signed('CMD_RESULTS', **RESULT),
     'large': signed('CMD_RESULTS', out='x' * 900000, **RESULT), 'PONG': signed('PONG'),
-    'AINT': signed('NONSENSE'),
+    'AINT': signed('NONSENSE'), 'newcomer': newcomer,
     'BYE': signed('BYE', CONNECTIONS, reason='x' * 1000)}
 
 

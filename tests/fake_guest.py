@@ -43,7 +43,7 @@ class Guest(Client):
 
     def __init__(self, port, id, secret=None, login=(), host='127.0.0.1'):
         super().__init__((host, port))
-        self.id = id
+        self.id, self.port = id, port
         self.secret = secret or os.urandom(32)
         self.key, self.seq, self.nonce = None, 0, ''
         self.connect(None if login else '1.2', *login)

@@ -309,21 +309,58 @@ def test_a_mac_is_no_name():
     assert hosttrust.read_name('a@b\n*') == 'ab*'
 
 
-def test_first_use_ends_where_as_many_are_known_as_may_be(journal, monkeypatch):
-    monkeypatch.setattr(hostguests, 'GUESTS_KEPT', 2)
-    guests = hostguests.Guests(30)
-    trust = hosttrust.Trust(hosttrust.Secrets(journal), guests,
-                            types.SimpleNamespace(other_machines=True, unsigned_guests=False))
+@pytest.fixture
+def trust(journal):
+    return hosttrust.Trust(hosttrust.Secrets(journal), hostguests.Guests(30),
+                           types.SimpleNamespace(other_machines=True, unsigned_guests=False))
 
-    def hello(id):
-        message = protocol.Message('', 'HELLO', {}, {'nonce': '0' * 32, 'secret': '1' * 64})
-        return trust.begin(id, message, 100, '')
+
+def first_hello(trust, id, secret='1' * 64):
+    message = protocol.Message('', 'HELLO', {}, {'nonce': '0' * 32, 'secret': secret})
+    return trust.begin(id, message, 100, '')
+
+
+def test_first_use_ends_where_as_many_are_known_as_may_be(trust, monkeypatch):
+    monkeypatch.setattr(hostguests, 'GUESTS_KEPT', 2)
+    guests = trust._guests
     for id in 'ab':
-        assert hello(id).proved
+        assert trust.pin_told([first_hello(trust, id)])[0][0].proved
         guests.add(id, id, '', '', '', {}, 0)
     with pytest.raises(hosttrust.Refusal, match='forget'):
-        hello('c')
-    assert hello('a').proved and not trust.secrets.pinned('c')
+        first_hello(trust, 'c')
+    assert first_hello(trust, 'a').proved and not trust.secrets.pinned('c')
+
+
+def test_a_crowd_of_newcomers_is_one_durable_write(journal, trust):
+    trust.secrets.host_key              # made by the first one
+    before = journal._commits
+    crowd = [first_hello(trust, 'g%d' % number) for number in range(100)]
+    assert journal._commits == before and not any(session.proved for session in crowd)
+    assert [why for _, why in trust.pin_told(crowd)] == [''] * 100
+    assert journal._commits == before + 1 and all(session.proved for session in crowd)
+    assert hosttrust.Secrets(journal).pinned('g99')
+
+
+def test_of_those_who_come_at_once_under_one_id_the_first_is_let_in(trust):
+    first, other, again = [first_hello(trust, 'a', digit * 64) for digit in '121']
+    assert [(session, bool(why)) for session, why in trust.pin_told([first, other, again])] \
+        == [(first, False), (other, True), (again, False)]
+    late = first_hello(trust, 'b')
+    trust.secrets.pin('b', b'x' * 32)   # meanwhile, by hand
+    assert 'forget b' in trust.pin_told([late])[0][1] and not late.proved
+    assert trust.secrets.pinned('a') == bytes.fromhex('1' * 64) and trust.secrets.pinned('b') == b'x' * 32
+
+
+def test_one_address_does_not_take_all_the_room(clock, monkeypatch):
+    monkeypatch.setattr(hostguests, 'OF_ONE_ADDRESS', 2)
+    guests = hostguests.Guests(30, clock)
+    for id in 'ab':
+        guests.check_share(id, '10.0.0.1')
+        guests.add(id, id, '10.0.0.1', '', '', {}, 0)
+    with pytest.raises(faults.Busy, match='10.0.0.1'):
+        guests.check_share('c', '10.0.0.1')
+    for id, ip in (('a', '10.0.0.1'), ('c', '10.0.0.2'), ('c', '')):
+        guests.check_share(id, ip)
 
 
 def test_the_suspended_and_the_forgiven_are_not_judged(clock):
