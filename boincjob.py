@@ -80,15 +80,16 @@ FIELDS: Dict[str, Tuple[Callable[[str], Any], Any]] = {
     'fraction_done_filename': (_path, ''), 'completion_trigger_file': (_path, ''),
     'temporary_exit_trigger_file': (_path, ''), 'trickle_trigger_file': (_path, ''),
     'copy_cmdline_to_shared': (_flag, False), 'minimum_checkpoint_interval': (_number, 600.0),
-    'multiattach_vdi_file': (_path, ''), 'disable_automatic_checkpoints': (_flag, False), 'command': (_words, []), 'checkpoint': (_checkpoint, ''),
+    'multiattach_vdi_file': (_path, ''), 'disable_automatic_checkpoints': (_flag, False),
+    'command': (_words, []), 'checkpoint': (_checkpoint, ''),
 }
 LISTS = ('copy_to_shared', 'intermediate_upload_file')                 # paths, any number of them
 FILES = ('input', 'output')                                            # Moved, any number of them
 NEEDLESS = {                   # that ask for what is done anyway, or otherwise; nobody need be warned
     'heartbeat_filename', 'minimum_heartbeat_interval',                # the guest's agent tells that it lives
     'enable_network',                          # the VM has its network in any case: its agent speaks over it
-    'enable_shared_directory', 'enable_vm_savestate_usage', 'vram_size_mb', 'vm_disk_controller_type', 'vm_disk_controller_model',
-    'enable_graphics_support', 'enable_screenshots_on_error', 'enable_nat_dns_host_resolver',
+    'enable_shared_directory', 'enable_vm_savestate_usage', 'vram_size_mb', 'vm_disk_controller_type',
+    'vm_disk_controller_model', 'enable_graphics_support', 'enable_screenshots_on_error', 'enable_nat_dns_host_resolver',
     'vm_network_driver', 'boot_iso', 'enable_scratch_directory',
 }
 REFUSED = {

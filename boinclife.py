@@ -110,7 +110,7 @@ class Life:
         return 'resume' if self._is_paused else self._todo[0]
 
     def _next_suspend(self) -> str:
-        """What isn't there yet isn't made, what boots or runs is paused; what has ended may be brought home."""
+        """What isn't there yet isn't made, what boots or runs is paused; what ended may be brought home."""
         if self._is_paused:
             return 'stay'
         if self._todo[0] in ('connect', 'clean') + self.ENDING:

@@ -1,7 +1,7 @@
 """A real BOINC client with tasks that run vmboinc, for the tests.
 
-The client is that of tests/rigs/boinc-rig. The programs of its tasks run on this machine, by a guest agent, so
-that no hypervisor is needed; or in VMs of the hypervisor that is here.
+The client is that of tests/rigs/boinc-rig. The programs of its tasks run on this machine, by a guest agent,
+so that no hypervisor is needed; or in VMs of the hypervisor that is here.
 """
 
 import contextlib

@@ -184,7 +184,8 @@ def test_a_killed_wrapper_goes_on_with_the_same_vm(project):
 
 
 def test_a_vm_that_died_boots_again_and_the_program_begins_with_its_files(project):
-    task = project.task(job='<checkpoint>files</checkpoint>', app='echo begun >> begun; until [ -e finish ]; do sleep 0.1; done; cat begun > out')
+    task = project.task(job='<checkpoint>files</checkpoint>',
+                        app='echo begun >> begun; until [ -e finish ]; do sleep 0.1; done; cat begun > out')
     out = task.link('out')
     task.start()
     agent = project.agent(task)

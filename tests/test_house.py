@@ -60,8 +60,8 @@ def test_what_no_room_may_import():
     assert not imports_of('protocol') and not imports_of('agent')
     assert reachable('stompbroker') <= {'stompbroker', 'stompsession', 'stompoutbox', 'stompqueues',
                                         'protocol', 'agent'}
-    host = {'vmhost'} | {room for room in ROOMS if room.startswith('host') and room not in ('hostcli', 'hostclient',
-                                                                               'hostconfig')}
+    host = {'vmhost'} | {room for room in ROOMS if room.startswith('host')
+                         and room not in ('hostcli', 'hostclient', 'hostconfig')}
     for room in reachable('hostcli') | reachable('vmguest'):
         assert not imports_of(room, at_once=True) & (host | {'stompbroker', 'hypervisor'}), room
     assert not imports_of('vmboinc') & host            # it speaks XML-RPC to a host agent, anywhere in it

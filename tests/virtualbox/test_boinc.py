@@ -1,5 +1,5 @@
-"""The whole job of a real BOINC client's task in a VM: vmboinc makes it on the project's image, in the slot, and
-the science runs in a real Linux there.
+"""The whole job of a real BOINC client's task in a VM: vmboinc makes it on the project's image, in the slot,
+and the science runs in a real Linux there.
 
 VirtualBox interprets every instruction here, and a boot takes a quarter of an hour. So the task is unloaded
 while its VM boots; and meanwhile the VM gets the hardware and the memory of linux-guest, which has booted.
@@ -52,8 +52,8 @@ def image(home, tmp_path):
 
 
 def as_if_booted(vm):
-    """Gives a saved VM the hardware of linux-guest, and the memory that this had when it waited for an agent. Its
-    own disk stays where it is: for a machine with one more device that memory is refused."""
+    """Gives a saved VM the hardware of linux-guest, and the memory that this had when it waited for an agent.
+    Its own disk stays where it is: for a machine with one more device that memory is refused."""
     manage('discardstate', vm)
     settings = facts(vm)['CfgFile']
     manage('unregistervm', vm)

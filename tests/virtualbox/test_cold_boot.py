@@ -1,8 +1,8 @@
 """A Linux guest that VirtualBox boots from nothing, in a VM that the host agent made: its agent reads what
 the host wrote into the firmware, and proves by that who it is, with nothing configured in it. In the rig,
-whose VirtualBox interprets, that takes 43 minutes with a processor of its own: by hand, with VMHOST_COLD_BOOT=1
-and a guest.iso (tests/rigs/guest-image RIG/opt/guest-image iso). What its console says is in vms/serial.log of
-VirtualBox's home."""
+whose VirtualBox interprets, that takes 43 minutes with a processor of its own: by hand, with
+VMHOST_COLD_BOOT=1 and a guest.iso (tests/rigs/guest-image RIG/opt/guest-image iso). What its console says is
+in vms/serial.log of VirtualBox's home."""
 
 import os
 
