@@ -89,8 +89,8 @@ NEEDLESS = {                   # that ask for what is done anyway, or otherwise;
     'heartbeat_filename', 'minimum_heartbeat_interval',                # the guest's agent tells that it lives
     'enable_network',                          # the VM has its network in any case: its agent speaks over it
     'enable_shared_directory', 'enable_vm_savestate_usage', 'vram_size_mb', 'vm_disk_controller_type',
-    'vm_disk_controller_model', 'enable_graphics_support', 'enable_screenshots_on_error', 'enable_nat_dns_host_resolver',
-    'vm_network_driver', 'boot_iso', 'enable_scratch_directory',
+    'vm_disk_controller_model', 'enable_graphics_support', 'enable_screenshots_on_error',
+    'enable_nat_dns_host_resolver', 'vm_network_driver', 'boot_iso', 'enable_scratch_directory',
 }
 REFUSED = {
     'enable_floppyio': 'data goes into the VM as files (<input>), there is no floppy',
