@@ -1,8 +1,10 @@
 """What all tests share: the paths, and hypothesis without a clock (these machines are shared)."""
 
 import os
+import shutil
 import signal
 import sys
+import tempfile
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -20,10 +22,19 @@ settings.register_profile('shared-machine', deadline=None,
                           suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile('shared-machine')
 
-agents.compiled = True         # they start hundreds of times
+# They start hundreds of times; what had to be compiled each time would take twice the processor's time.
+agents.compiled = True
+pycache = None
+if sys.version_info >= (3, 8) and os.environ.pop('PYTHONDONTWRITEBYTECODE', ''):
+    pycache = os.environ['PYTHONPYCACHEPREFIX'] = tempfile.mkdtemp(prefix='pycache-')
 
 # A shell has what it runs in the background ignore Ctrl-C, and that is inherited by what tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_unconfigure():
+    if pycache:
+        shutil.rmtree(pycache, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

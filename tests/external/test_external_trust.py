@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.once,
 
 @pytest.fixture(scope='module')
 def host(broker, tmp_path_factory):
-    with Host(tmp_path_factory.mktemp('host'), broker.broker_keys(HOST)) as host:
+    with Host(tmp_path_factory.mktemp('host'), broker.broker_keys(HOST), vm_gc_grace=300) as host:
         yield host
 
 
