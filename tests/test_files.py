@@ -19,7 +19,7 @@ import cutting
 import pytest
 from agents import Agent, Host, command
 from helpers import fault_of, wait_until
-from test_chirp import make_gib, make_many, same, same_folder
+from test_chirp import GIB, make_large, make_many, same, same_folder
 
 import agent
 import chirpclient
@@ -271,9 +271,11 @@ def test_a_transfer_that_waits_is_cancelled_at_once(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.once
-@pytest.mark.parametrize('make, compare', [(make_gib, same), (make_many, same_folder)])
-def test_much_goes_there_and_comes_back(guest, api, tmp_path, make, compare):
-    source = make(tmp_path / 'source')
+@pytest.mark.parametrize('make, size, compare', [
+    (make_large, GIB // 4, same), (make_many, 1000, same_folder)])
+def test_much_goes_there_and_comes_back(guest, api, tmp_path, make, size, compare):
+    """test_chirp.py moves more, without a host."""
+    source = make(tmp_path / 'source', size)
     there = os.path.join(guest.files, 'much')
     assert api.cpFileToVM('one', str(source), 'much') == ['', '', 0]
     assert compare(source, there)

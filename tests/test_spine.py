@@ -345,20 +345,21 @@ def read_time(told):
 
 @pytest.mark.slow
 @pytest.mark.once
-def test_multicast_to_50_guests(host, tmp_path):
-    agents = [Agent(tmp_path / ('m%d' % n), host, 'many%d' % n) for n in range(50)]
+def test_multicast_to_20_guests(host, tmp_path):
+    """Real agents; bench/guests.py has 300, and a test of the soak 50 that send much."""
+    agents = [Agent(tmp_path / ('m%d' % n), host, 'many%d' % n) for n in range(20)]
     try:
         for agent in agents:
             agent.start(wait=False)
         with host.api as api:
-            wait_until(lambda: len([name for name in api.listVMs() if name.startswith('many')]) == 50, 90)
+            wait_until(lambda: len([name for name in api.listVMs() if name.startswith('many')]) == 20, 90)
             cmd_id = api.runCmdOnAll('many*', 'sh', ['-c', 'echo $$'])
             wait_until(lambda: api.waitCmd(cmd_id, 10), 60)
             results = api.getCmdResults(cmd_id)
-            assert sorted(results) == sorted('%s@many%d' % (cmd_id, n) for n in range(50))
+            assert sorted(results) == sorted('%s@many%d' % (cmd_id, n) for n in range(20))
             assert all(result['exitCodeOrSignal'] == 0 for result in results.values())
-            assert len({result['out'] for result in results.values()}) == 50
-            assert len(api.listCmds({'cmdId': cmd_id})) == 50
+            assert len({result['out'] for result in results.values()}) == 20
+            assert len(api.listCmds({'cmdId': cmd_id})) == 20
     finally:
         for agent in agents:
             agent.process.send_signal(signal.SIGTERM)
