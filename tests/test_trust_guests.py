@@ -89,26 +89,34 @@ GREETINGS = {
     'with nonsense': {'nonce': ['x'], 'proof': {}, 'key': 7}, 'refused': {'refused': 'go\n away\x1b[2J'}}
 
 
-@pytest.mark.parametrize('greeting', sorted(GREETINGS))
-def test_a_host_without_proof_is_obeyed_in_nothing(stranger, tmp_path, greeting):
-    mark = tmp_path / 'mark'
-    agent = guest_at(stranger, tmp_path / 'guest').start(wait=False)
-    try:
-        stranger.hear('HELLO')
-        stranger.say('HELLO ' + json.dumps(GREETINGS[greeting]), 'one')
-        for signed in ({}, {'seq': 1, 'mac': '0' * 32}):
-            stranger.say('CMD_RUN', 'one', cmd_id='x', cmd='touch', args=json.dumps([str(mark)]), **signed)
-            stranger.say('PING', 'one', ping_id='p', **signed)
-        wait_until(lambda: 'not obeyed' in agent.log(), 20)
-        wait_until(lambda: stranger.broker.counters()['connections'] == 1, 20)
-        assert not set(stranger.heard()) - {'HELLO'} and not mark.exists()
-        log = agent.log()
-        assert '127.0.0.1:%d' % stranger.broker.address[1] in log and '\x1b' not in log
-        assert 'vmhost 1.0 gives none' in log or greeting != 'as of 1.0'
-        stranger.hear('HELLO')                 # it comes back, since there may be its host by then
-        assert agent.log().count('not obeyed') == 1
-    finally:
-        agent.stop()
+def test_a_host_without_proof_is_obeyed_in_nothing(tmp_path):
+    """Four of them at once: each guest waits for some seconds before it comes back."""
+    met = {}
+    with contextlib.ExitStack() as stack:
+        for number, greeting in enumerate(sorted(GREETINGS)):
+            stranger = stack.enter_context(Stranger())
+            agent = guest_at(stranger, tmp_path / str(number))
+            stack.callback(agent.stop)
+            met[greeting] = stranger, agent.start(wait=False)
+        for greeting, (stranger, agent) in met.items():
+            give_orders_without_proof(greeting, stranger, agent, tmp_path / 'mark')
+        for stranger, agent in met.values():
+            stranger.hear('HELLO')             # it comes back, since there may be its host by then
+            assert agent.log().count('not obeyed') == 1
+
+
+def give_orders_without_proof(greeting, stranger, agent, mark):
+    stranger.hear('HELLO')
+    stranger.say('HELLO ' + json.dumps(GREETINGS[greeting]), 'one')
+    for signed in ({}, {'seq': 1, 'mac': '0' * 32}):
+        stranger.say('CMD_RUN', 'one', cmd_id='x', cmd='touch', args=json.dumps([str(mark)]), **signed)
+        stranger.say('PING', 'one', ping_id='p', **signed)
+    wait_until(lambda: 'not obeyed' in agent.log(), 20)
+    wait_until(lambda: stranger.broker.counters()['connections'] == 1, 20)
+    assert not set(stranger.heard()) - {'HELLO'} and not mark.exists()
+    log = agent.log()
+    assert '127.0.0.1:%d' % stranger.broker.address[1] in log and '\x1b' not in log
+    assert 'vmhost 1.0 gives none' in log or greeting != 'as of 1.0'
 
 
 def test_who_takes_the_hosts_place_gets_a_guest_that_does_nothing(tmp_path):
@@ -138,7 +146,7 @@ def test_who_takes_the_hosts_place_gets_a_guest_that_does_nothing(tmp_path):
 def test_forged_repeated_and_reordered_words_of_a_host(stranger, tmp_path):
     """On a broker where everybody may say everything: the host is known, and another one is there, too."""
     secret = os.urandom(32)
-    agent = guest_at(stranger, tmp_path / 'guest', secret=secret.hex()).start(wait=False)
+    agent = guest_at(stranger, tmp_path / 'guest', secret=secret.hex(), beacon_interval=1).start(wait=False)
     try:
         _, told = stranger.hear('HELLO')
         assert 'secret' not in told            # one that is configured is never told
