@@ -79,6 +79,14 @@ def host(tmp_path_factory):
         yield host
 
 
+@pytest.fixture(scope='module')
+def guests(host, tmp_path_factory):
+    """Two agents at the fixture ``host``, for the module's tests."""
+    folder = tmp_path_factory.mktemp('guests')
+    with agents.Agent(folder / 'one', host, 'one') as one, agents.Agent(folder / 'two', host, 'two') as two:
+        yield one, two
+
+
 @pytest.fixture
 def api(host):
     """A proxy of the API of the fixture ``host``, whichever host that is."""

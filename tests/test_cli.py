@@ -32,13 +32,6 @@ pytestmark = [pytest.mark.whole, pytest.mark.skipif(os.name != 'posix', reason='
 SCRIPT = os.path.join(TOP, 'vmhost.py')
 
 
-@pytest.fixture(scope='module')
-def guests(host, tmp_path_factory):
-    folder = tmp_path_factory.mktemp('guests')
-    with Agent(folder / 'one', host, 'one') as one, Agent(folder / 'two', host, 'two') as two:
-        yield one, two
-
-
 def verb(host, *words, code=0, **kwargs):
     """What a verb printed, as text; its exit code is checked."""
     done = host.verb(*words, **kwargs)

@@ -10,24 +10,12 @@ import sys
 import pytest
 from agents import TOP, Agent, Host
 from helpers import wait_until
+from test_cli import SCRIPT
+from test_cli import verb as said
 
 import hostcli
 
 pytestmark = [pytest.mark.ends, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
-SCRIPT = os.path.join(TOP, 'vmhost.py')
-
-
-@pytest.fixture(scope='module')
-def guests(host, tmp_path_factory):
-    folder = tmp_path_factory.mktemp('guests')
-    with Agent(folder / 'one', host, 'one') as one, Agent(folder / 'two', host, 'two') as two:
-        yield one, two
-
-
-def said(host, *words, code=0, **kwargs):
-    done = host.verb(*words, **kwargs)
-    assert done.returncode == code, (words, done)
-    return done.stdout.decode()
 
 
 def test_run_needs_no_dashes(host, guests):
