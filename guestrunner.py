@@ -88,6 +88,9 @@ class Runner:
         except InterruptedError as error:
             self.abandon()
             return self._finish('cancelled', describe_error(error), by='signalCmd')
+        except ChildProcessError as error:
+            self.abandon()
+            return self._finish('lost', describe_error(error))
         except Exception as error:      # of Python or the system: it is the command's
             self.abandon()
             return self._finish('failed', describe_error(error))
@@ -396,7 +399,12 @@ class Runner:
         return dict({} if peak is None else {'memory-peak': peak}, **{'oom-kills': kills} if kills else {})
 
     def _ended_by(self, exited: bool, number: int) -> str:
-        """Who ended the program: itself, timeout, signalCmd, oom (the kernel, for memory), or other."""
+        """Who ended the program: itself, timeout, signalCmd, oom (the kernel, for memory), or other.
+
+        The only place that decides it. '': this runner, since the output couldn't be kept.
+        """
+        if self.failure:
+            return ''
         if self.timed_out:
             return 'timeout'
         if exited or number in OF_ITSELF:

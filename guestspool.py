@@ -155,15 +155,16 @@ class Command:
             return b''
 
     def runner_lives(self) -> bool:
-        """Whether the runner has its lock."""
+        """Whether the runner has its lock; also where that can't be told, without descriptors, say."""
         try:
             with open(self.path('request.json')) as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
-        except BlockingIOError:
-            return True
-        except OSError:
+        except FileNotFoundError:
             return False
+        except OSError as error:       # of one that lives: BlockingIOError
+            log.debug('%s: %s', self.folder, error)
+            return True
 
     def was_cut(self) -> bool:
         """Whether it was begun, and power was lost before the system wrote what it had been asked for."""

@@ -41,6 +41,7 @@ ROOTS_PATH = '/usr/local/sbin:/usr/sbin:/sbin:' + OWN_PATH     # … and of root
 REPORT = 3                     # the descriptor on which the starter reports
 # Signals that end a program which doesn't care for them, and so a command that hasn't begun.
 ENDING = (signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGABRT)
+BECOMES = b'SX'                # records by which a child tells what it becomes: the starter, the program
 SPARE = 10                     # descriptors from here on are free to be moved to
 SET_CHILD_SUBREAPER = 36       # of prctl
 
@@ -209,6 +210,7 @@ class Start:
         self._words = [encode(word) for word in [request['cmd']] + request['args']]
         self._environment = self._make_environment()
         self.child = 0                 # the process that was forked: the program, or the starter
+        self._is_starter = False       # whether it is the latter, as far as it hasn't said
         self._report = -1
 
     def begin(self, out: int, err: int, stdin: int) -> None:
@@ -251,6 +253,7 @@ class Start:
                 if error.errno in (errno.E2BIG, errno.EAGAIN, errno.ENOMEM):
                     raise
                 return False
+        self._is_starter = True
         return True
 
     def _open_group(self, stack: contextlib.ExitStack) -> List[int]:
@@ -301,15 +304,18 @@ class Start:
             os.close(self._report)
 
     def _read_report(self, data: bytes) -> int:
-        if data.startswith(b'['):
-            number, text, about = json.loads(data.decode())
-            raise OSError(number, text, *[about] if about else [])
-        pid = self.child
+        """Records of a letter and a number; of this program's own child, the last one may be a JSON array."""
+        pid = 0 if self._is_starter else self.child
         for at in range(0, len(data), 5):
             kind, number = data[at:at + 1], int.from_bytes(data[at + 1:at + 5], 'little')
-            if kind != b'P':
+            if kind == b'[':
+                number, text, about = json.loads(data[at:].decode())
+                raise OSError(number, text, *[about] if about else [])
+            if kind not in BECOMES + b'P':
                 raise OSError(number, os.strerror(number), self._folder if kind == b'D' else self._words[0])
-            pid = number
+            pid = {b'S': 0, b'X': self.child}.get(kind, number)
+        if not pid:
+            raise ChildProcessError(errno.ECHILD, 'what was to begin it was killed: perhaps it had begun')
         return pid
 
     # In the child.
@@ -348,12 +354,15 @@ class Start:
             os.execve(path, words, env)
         if self._origin.starter >= 0:
             os.dup2(reporter, REPORT)
+            os.write(REPORT, b'S\0\0\0\0')
             try:
                 os.execve(self._origin.starter, [b'.', path] + words, env)
             except OSError as error:
                 if error.errno == errno.E2BIG:
                     raise
-            os.set_inheritable(REPORT, False)      # a system that executes nothing that is in memory alone
+            # A system that executes nothing that is in memory alone.
+            os.write(REPORT, b'X\0\0\0\0')
+            os.set_inheritable(REPORT, False)
         os.setsid()
         os.execve(path, words, env)
 

@@ -37,6 +37,8 @@ TRIM_ORPHANS = ('DELETE FROM orphans WHERE rowid IN (SELECT rowid FROM orphans W
 LINE_SHOWN = 1000                      # characters of command and arguments that a list shows
 FINISH_PATIENCE = 5.0                  # seconds for another thread to set what it has journalled
 CALLED_OFF = ('cancelled', 'expired')  # ends that the host may decide without the guest
+LARGEST_CODE = 255                     # of an exit, or a signal: guests are POSIX systems
+ENDED_BY = ('itself', 'timeout', 'signalCmd', 'oom', 'other')
 LONGEST_STATUS = 1000                  # characters of a progress or an error of a running command
 RECENT_KEPT = 100                      # executions that ended, and are remembered as they are …
 RECENT_LARGEST = 16 * 1024             # … with no more than that of results, written as JSON
@@ -490,14 +492,18 @@ def read_results(message: Message) -> Dict[str, Any]:
     state = message.text('state', 'exited' if message.flag('finished') else 'signaled')
     if state not in FINISHED:
         raise protocol.BadWord('CMD_RESULTS: state %.40r' % state)
+    number = int(message.number('exitCodeOrSignal', -1))
+    if not -1 <= number <= LARGEST_CODE:
+        raise protocol.BadWord('CMD_RESULTS: exitCodeOrSignal should be from -1 to %d' % LARGEST_CODE)
     resources = message.mapping('resources')
     results = {'cmd-id': message.text('cmd-id'), 'state': state,
                'finished': message.flag('finished'),
-               'exitCodeOrSignal': int(message.number('exitCodeOrSignal', -1)),
+               'exitCodeOrSignal': number,
                'resources': {name: Message('', 'CMD_RESULTS', None, resources).number(name)
                              for name in protocol.RUSAGE_FIELDS}}
     for name in ('out', 'err', 'error', 'spool', 'by'):
         results[name] = message.text(name)
+    results['by'] = results['by'] if results['by'] in ENDED_BY else ''
     results['inexact'] = [name for name in message.sequence('inexact') if name in protocol.RUSAGE_FIELDS]
     for name in ('left', 'memory-peak', 'oom-kills'):
         results[name] = int(message.number(name))

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import pwd
+import resource
 import shutil
 import signal
 import statistics
@@ -20,6 +21,7 @@ import guestforks
 import guestprocesses
 import guestrequests
 import guestspool
+import gueststart
 from protocol import Message
 
 pytestmark = pytest.mark.skipif(not os.path.exists('/proc/self/stat'), reason='needs /proc')
@@ -314,6 +316,52 @@ def test_who_ended_it(runners):
     wait_until(command.process, 10)
     os.kill(command.process(), signal.SIGTERM)      # somebody else on that machine
     assert runners.end(command)['by'] == 'other'
+
+
+def test_whose_output_can_not_be_kept_was_ended_by_nobody_else(runners, monkeypatch):
+    monkeypatch.setattr(DEFAULTS, 'output_limit', 10 ** 9)
+    command = runners.begin('sh', '-c', 'ulimit -f; yes')
+    wait_until(lambda: command.size('out') > 0, 10)
+    runner = command.read('process.json')['runner']
+    resource.prlimit(runner, resource.RLIMIT_FSIZE, (10 ** 6, 10 ** 6))
+    result = runners.end(command)
+    assert (result['state'], result['by']) == ('failed', ''), result
+    assert result['error'].startswith('EFBIG: ')
+
+
+# Instead of the starter: getpid(); kill(that, SIGKILL)
+KILLED = bytes.fromhex('6a27580f05' '89c7' '6a095e' '6a3e58' '0f05')
+
+
+@pytest.mark.skipif(os.uname().machine != 'x86_64', reason='has no starter')
+@pytest.mark.parametrize('options', [{}, {'nice': 1}])
+def test_a_program_whose_starter_is_killed_may_have_begun(tmp_path, monkeypatch, options):
+    monkeypatch.setitem(gueststart.STARTERS, 'x86_64', KILLED)
+    runners = Runners(tmp_path)
+    try:
+        result = runners.run('true', **options)
+        assert (result['state'], result['exitCodeOrSignal']) == ('lost', -1), result
+        assert 'killed' in result['error'] and not result['finished']
+    finally:
+        runners.close()
+
+
+def test_a_runner_is_not_dead_for_want_of_descriptors(runners):
+    """Else the agent would end its processes, and tell that somebody did."""
+    command = runners.begin('sleep', '60')
+    wait_until(command.process, 10)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as last:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (last.fileno(), before[1]))
+        try:
+            lives = command.runner_lives()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert lives
+    runner = command.read('process.json')['runner']
+    os.kill(runner, signal.SIGKILL)
+    wait_until(lambda: not command.runner_lives(), 10)
+    command.end_processes()
 
 
 def test_what_the_kernel_killed_for_memory(tmp_path):

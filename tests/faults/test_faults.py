@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -480,6 +481,32 @@ def test_a_full_host_disk_refuses_commands_and_keeps_results_in_the_guests(tmp_p
                     assert api.getCmdResults(cmd_id) == ''
             proof.check(host.results(cmd_id))
             assert host.run('g', 'echo', 'well')['out'] == 'well\n'
+
+
+def test_output_that_a_full_host_disk_can_not_take_stays_in_the_guest(tmp_path):
+    """It is fetched into a file; nothing is acknowledged before that is whole."""
+    with small_disk(tmp_path / 'host' / 'vmhost-state', '8M'), Host(tmp_path / 'host') as host:
+        guest = Agent(tmp_path / 'guest', host, 'g')
+        guest.faults = {'set': {'RESEND_EVERY': 0.5}}
+        with guest, host.api as api:
+            program = 'until test -e go; do sleep 0.1; done; yes | head -c 2000000'
+            cmd_id = api.runCmd('g', 'sh', ['-c', program])
+            wait_for_state(host, cmd_id, 'running')
+            with run.full(host.state):
+                open(os.path.join(guest.files, 'go'), 'w').close()
+                folder = os.path.join(guest.spool, cmd_id)
+                wait_until(lambda: os.path.exists(os.path.join(folder, 'result.json')), 20)
+                wait_until(lambda: len(FULL.findall(host.log())) >= 2, 20)
+                assert not os.path.exists(os.path.join(folder, 'acked'))
+                assert api.ping('g') == 'PONG from g'
+            results = host.results(cmd_id)
+            assert (results['state'], results['out-size']) == ('exited', 2000000)
+            wait_until(lambda: os.path.exists(os.path.join(folder, 'acked')), 20)
+            told = api.getCmdOutput(cmd_id, 'out', 1999990)
+            assert (told['size'], told['data'].data) == (2000000, b'y\n' * 5)
+
+
+FULL = re.compile('disk is full|No space left')
 
 
 def fill_journal(host):
