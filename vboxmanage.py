@@ -25,7 +25,7 @@ import vboximages
 import vboxnetwork
 import virtualbox
 import vmstates
-from hypervisor import HUNG, Driver, Job, either, port_is_free
+from hypervisor import HUNG, NOT_READY, Driver, Job, either, port_is_free
 from protocol import is_mac
 from vboxconnection import ACCEPTABLE, KEEP, MADE_BY_US, MAKING, OFF, ONLINE, SAVED
 from vboxprogram import (
@@ -81,17 +81,26 @@ class Asking(Driver):
             return vboxconnection.fault_of(error.code, str(error))
         return super().translate(error)
 
-    def _run(self, *words: str, job: Optional[Job] = None, text: str = '', patience: float = 0) -> str:
-        return str(self._program.run(*words, job=job, text=text, patience=patience))
+    def _run(self, *words: str, job: Optional[Job] = None, text: str = '', patience: float = 0,
+             secret: bool = False) -> str:
+        """As Program.run; again, where VirtualBox is still making an object, or ending it."""
+        until = time.monotonic() + NOT_READY
+        while True:
+            try:
+                return str(self._program.run(*words, job=job, text=text, patience=patience, secret=secret))
+            except Refused as error:
+                if 'not ready' not in str(error) or time.monotonic() > until:
+                    raise
+            time.sleep(0.1)
 
     def _change(self, job: Job, *words: str, text: str = '', secret: bool = False) -> str:
         """Like _run; somebody else may hold the VM for a moment: tried again until the job's deadline."""
         pause = 0.05
         while True:
             try:
-                return str(self._program.run(*words, job=job, text=text, secret=secret))
+                return self._run(*words, job=job, text=text, secret=secret)
             except Refused as error:
-                if error.code not in vboxconnection.LOCKED and 'not ready' not in str(error):
+                if error.code not in vboxconnection.LOCKED:
                     raise
                 job.check_deadline(faults.Busy('the VM is locked by another program: %s' % error))
             job.wait(pause)
@@ -271,11 +280,23 @@ class VBoxManage(Asking):
         """Carries out the job's verb, as CONTROLS says."""
         words, states, text = CONTROLS[job.verb]
         uuid = self._ready(job, vm, job.verb)['UUID']
-        self._change(job, words[0], uuid, *words[1:], text=text)
+        try:
+            self._change(job, words[0], uuid, *words[1:], text=text)
+        except Refused:
+            if job.verb != 'save_state' or native_of(self._settled(job, uuid)) != 'Saved':
+                raise
+            self._write_settings(job, uuid)
         if text:
             job.renew_deadline()
         self._reached(job, uuid, *states)
         return True
+
+    def _write_settings(self, job: Job, uuid: str) -> None:
+        """Seen with 7.2: the state is saved, but VBoxSVC fails while it writes the .vbox file, which then
+        doesn't name the state. A change writes it again."""
+        text = self._info(uuid).get('description', '')
+        for each in (text + ' ', text):
+            self._change(job, 'modifyvm', uuid, '--description=' + each)
 
     def power_off(self, job: Job, vm: str) -> bool:
         uuid = self._find(job, vm)

@@ -1,7 +1,7 @@
 """Random walks of 20 calls over one VM: each answer is the one the model expects, and in the end
-VBoxManage sees what the model and the API say. And walks over two VMs with a chaos beside them: lists answer
-at once, nothing foreign is touched, and in the end all agree. VMHOST_WALKS says how many of each,
-VMHOST_WALK_SEED where to begin."""
+VBoxManage sees what the model and the API say. And walks over two VMs with a chaos beside them, to which it
+belongs that their disk fills: lists answer at once, nothing foreign is touched, and in the end all agree.
+VMHOST_WALKS says how many of each, VMHOST_WALK_SEED where to begin."""
 
 import contextlib
 import os
@@ -127,11 +127,22 @@ def snapshots_of(vm):
     return {name: names.get(path.rpartition('-')[0], '') if path else '' for path, name in names.items()}
 
 
-class Chaos:
-    """Another tool, and an unkind machine, that do things to VMs until they are told to stop."""
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of 30 MB."""
+    folder = str(tmp_path / 'small')
+    os.mkdir(folder)
+    subprocess.check_call(['mount', '-t', 'tmpfs', '-o', 'size=30m', 'small', folder])
+    yield folder
+    subprocess.check_call(['umount', '--lazy', folder])
 
-    def __init__(self, chance, vms):
-        self.chance, self.vms = chance, vms
+
+class Chaos:
+    """Another tool, and an unkind machine, that do things to VMs until they are told to stop. ``folder``: on
+    the disk where they are."""
+
+    def __init__(self, chance, vms, folder):
+        self.chance, self.vms, self.folder = chance, vms, folder
         self.done = []
         self.ending = threading.Event()
         self.thread = threading.Thread(target=self.run)
@@ -146,7 +157,8 @@ class Chaos:
 
     def run(self):
         while not self.ending.wait(self.chance.uniform(0.2, 1.5)):
-            act = self.chance.choice([self.power_off, self.stop, self.kill, self.lock, self.describe])
+            act = self.chance.choice([self.power_off, self.stop, self.kill, self.lock, self.describe,
+                                      self.fill])
             vm = self.chance.choice(self.vms)
             self.done.append((act.__name__, vm))
             with contextlib.suppress(Refused):         # of a VM that is on its way
@@ -186,18 +198,27 @@ class Chaos:
     def describe(self, vm):
         try_manage('modifyvm', vm, '--description', 'chaos')
 
+    def fill(self, vm):
+        """The disk, for a moment."""
+        path = os.path.join(self.folder, 'filling')
+        with contextlib.suppress(OSError), open(path, 'wb', buffering=0) as file:
+            while True:
+                file.write(bytes(1 << 18))
+        self.ending.wait(1)
+        os.remove(path)
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize('seed', range(SEED, SEED + WALKS))
-def test_a_walk_with_chaos(host, api, remove_all, seed):
+def test_a_walk_with_chaos(host, api, small_disk, remove_all, seed):
     chance = random.Random(seed)
     vms = ['chaos-%d' % number for number in range(2)]
     manage('createvm', '--name', 'foreign', '--ostype', 'Linux_64', '--register')
     foreign = facts('foreign')
     for vm in vms:
-        api.createVM(vm, '', {'memory': 16, 'diskSize': 4})
+        api.createVM(vm, '', {'memory': 16, 'diskSize': 4, 'folder': small_disk})
     done = []
-    with lists_are_asked(host) as took, Chaos(random.Random(seed + 1000), vms) as chaos:
+    with lists_are_asked(host) as took, Chaos(random.Random(seed + 1000), vms, small_disk) as chaos:
         for _ in range(CALLS):
             method, args = a_call(chance)
             vm = chance.choice(vms)
