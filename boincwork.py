@@ -498,6 +498,7 @@ class Work:
 
     def _move_all(self) -> bool:
         """Moves the files that wait, one after the other. Whether all are where they should be."""
+        self.machine.lease()
         if self._transfer:
             told = self.host.call('getTransfer', self._transfer)
             if told['state'] in ('waiting', 'running'):

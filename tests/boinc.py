@@ -15,12 +15,16 @@ import subprocess
 import sys
 import types
 
+import fake_server
+import fake_virtualbox
 import pytest
+import vms
 from agents import TOP, Agent
 from brokers import free_port
 from helpers import wait_until
 
 import agent
+import hostclient
 import vmboinc
 
 PATH = os.path.join(TOP, 'tests', 'rigs', 'boinc-rig')
@@ -169,6 +173,60 @@ class WithMachine(Boinc):
             with open(os.path.join(self.task_folder(name), file)) as opened:
                 return opened.read()
         return ''
+
+
+class WithFakeVMs(Boinc):
+    """Tasks get VMs of the fake VirtualBox; what would be a VM's agent runs beside it."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.environment = fake_virtualbox.install(os.path.join(self.folder, 'fake'))
+        self.client = hostclient.Client(self.state)
+        self.agents = []
+        self.box = None
+        self.image = self.write('image.vdi', '5d7d8d0a-0000-4000-8000-000000000001')
+
+    def setup(self):
+        with vms.environment(self.environment):
+            super().setup()
+
+    def start(self):
+        with vms.environment(self.environment):
+            self.rig.start()
+
+    def vms(self):
+        """{name: state}, {} while no host agent answers."""
+        with contextlib.suppress(hostclient.NoHost):
+            return self.client.call('listVMsWithState')
+        return {}
+
+    def has(self, name, state):
+        return wait_until(lambda: self.vms().get(self.vm(name)) == state, 60)
+
+    def vm(self, name):
+        """What a task's VM is called."""
+        return '%s_%s' % (os.path.basename(self.project), name)
+
+    def boot(self, name):
+        """Starts what runs in a task's VM, once that does."""
+        self.has(name, 'Running')
+        with vms.environment(self.environment):
+            self.box = fake_server.VirtualBoxManager()         # which lives on while somebody talks to it
+        machine = self.box.getVirtualBox().findMachine(self.vm(name))
+        forwarding, = machine.getNetworkAdapter(0).NATEngine.redirects
+        port = int(self.client.call('agentInfo')['broker']['address'].rpartition(':')[2])
+        found = Agent(os.path.join(self.folder, 'guest-' + name), types.SimpleNamespace(broker_port=port),
+                      self.client.call('getVM', self.vm(name))['id'],
+                      chirp={'port': forwarding.split(',')[3]})
+        self.agents.append(found)
+        found.start(wait=False)
+        return found
+
+    def close(self):
+        for each in self.agents:
+            each.stop()
+            each.end_programs()
+        super().close()
 
 
 @contextlib.contextmanager

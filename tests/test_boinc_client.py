@@ -125,10 +125,72 @@ def test_the_life_of_a_task(boinc):
     with open(rig.file('t1', 'out')) as file:
         lines = file.read().split('\n')
     assert lines[:4] == ['apples', 'pears', 'and plums', '2']
-    used = sum(60 * float(minutes) + float(seconds) for minutes, seconds in (
-        word.rstrip('s').split('m') for word in ' '.join(lines[4:6]).split()))
-    assert end['cpu'] == pytest.approx(before + used, rel=0.05, abs=0.05)
+    assert end['cpu'] == pytest.approx(before + seconds_of(lines[4:6]), rel=0.05, abs=0.05)
     wait_until(lambda: not os.path.exists(boinc.task_folder('t1')), 20)
+
+
+def test_the_life_of_a_task_in_a_vm(tmp_path):
+    """The same, as far as a VM goes without a hypervisor: one VM, one program, and checkpoints."""
+    with boinc_rig.running(tmp_path, boinc_rig.WithFakeVMs) as boinc:
+        rig = boinc.rig
+        boinc.add('t1', boinc_rig.COUNT, '<multiattach_vdi_file>image.vdi</multiattach_vdi_file>'
+                  '<input>in</input><input>more/in</input><output>out</output>',
+                  [('in', 'apples\n'), ('more/in', 'pears\n')], ['out'], 'and plums', [boinc.image])
+        boinc.start()
+        guest = boinc.boot('t1')
+        task = Watched(boinc, 't1')
+        task.wait(lambda now: now['cpu'] > 0 and now['checkpoint'] > 0)
+        uuid = boinc.client.call('getVM', boinc.vm('t1'))['uuid']
+        rig.operate('suspend', 't1')
+        boinc.has('t1', 'Paused')
+        rig.operate('resume', 't1')
+        boinc.has('t1', 'Running')
+
+        rig.change('global_prefs_override.xml', ['leave_apps_in_memory=0'])
+        rig.operate('suspend', 't1')
+        rig.wait('t1', 'process=none', 30)
+        assert boinc.vms() == {boinc.vm('t1'): 'Saved'}
+        rig.operate('resume', 't1')
+        boinc.has('t1', 'Running')
+
+        rig.stop()
+        assert boinc.vms() == {boinc.vm('t1'): 'Saved'}
+        task.begins_at_a_checkpoint()
+        boinc.start()
+        boinc.has('t1', 'Running')
+        rig.kill()
+        boinc.has('t1', 'Saved')
+        task.begins_at_a_checkpoint()
+        boinc.start()
+        boinc.has('t1', 'Running')
+
+        wrapper = rig.task('t1')['pid']
+        os.kill(wrapper, signal.SIGKILL)
+        task.wait(lambda now: now['pid'] not in (0, wrapper))
+        hosts = boinc.host_pids()
+        os.kill(hosts[0], signal.SIGKILL)
+        task.wait(lambda now: len(boinc.host_pids()) == 1 and boinc.host_pids() != hosts)
+        fraction = task.task()['fraction']
+        task.wait(lambda now: now['fraction'] > fraction)
+        assert boinc.client.call('getVM', boinc.vm('t1'))['uuid'] == uuid
+
+        open(os.path.join(boinc.environment['FAKE_VIRTUALBOX'], 'abort-' + boinc.vm('t1')), 'w').close()
+        boinc.stderr_says('t1', 'goes on from its last checkpoint')
+        boinc.has('t1', 'Running')
+        open(os.path.join(guest.files, 'finish'), 'w').close()
+        end = rig.wait('t1', 'done=true', 60)
+        assert (end['state'], end['exit']) == ('uploaded', 0), rig.stderr('t1')
+        with open(rig.file('t1', 'out')) as file:
+            lines = file.read().split('\n')
+        assert lines[:4] == ['apples', 'pears', 'and plums', '1']
+        assert end['cpu'] == pytest.approx(seconds_of(lines[4:6]), rel=0.05, abs=0.05)
+        assert boinc.vms() == {}
+
+
+def seconds_of(lines):
+    """The sum of what a shell's `times` printed."""
+    return sum(60 * float(minutes) + float(seconds) for minutes, seconds in re.findall(
+        r'(\d+)m([\d.]+)s', ' '.join(lines)))
 
 
 def test_ends(boinc):

@@ -285,6 +285,16 @@ def test_tasks_that_begin_at_once_write_one_ini_file(tmp_path):
         assert file.read() == before and os.listdir(folder) == ['host.ini']
 
 
+def test_a_vm_keeps_its_lease_while_large_files_move(tmp_path):
+    leases = []
+    work = boincwork.Work(Slot(str(tmp_path)), job_of(), boincjob.read_words([], 1), Record(
+        str(tmp_path / 'record')), types.SimpleNamespace(
+            call=lambda method, *_: {'state': 'running'} if method == 'getTransfer' else 'id'))
+    work.machine = types.SimpleNamespace(name='vm', files='', lease=lambda: leases.append(1))
+    (tmp_path / 'boinc_app').write_text('')
+    assert not work.put() and not work.put() and len(leases) == 2
+
+
 def test_given_machines_share_the_tasks_and_a_task_stays_where_it_is(tmp_path):
     machines = {'busy': ['a', 'b'], 'idle': [], 'other': []}
     host = types.SimpleNamespace(call=lambda method, *args: (
