@@ -9,6 +9,7 @@ Threads: a Client belongs to one.
 """
 
 import contextlib
+import errno
 import fnmatch
 import os
 import select
@@ -23,7 +24,9 @@ from faults import AccessDenied, InvalidParams, NoSuchCommand, NoSuchVM, VMHostE
 USER = 'vmhost'                # of HTTP Basic, with the token as its password
 CONNECT_TIMEOUT = 10.0         # seconds for a connection, and for the proof; an answer may take hours
 LONGEST_LINE = 64 * 1024       # bytes of a line of an answer's head
-LOOK_UP = 0.2 if os.name == 'nt' else 0        # seconds between two looks for Ctrl-C; 0: it comes by itself
+SILENCE = 15.0                 # seconds without an answer, after which it is asked whether anybody is there
+LARGE = 64 * 1024              # bytes of a call that may find nobody who reads
+LOOK_UP = 0.2 if os.name == 'nt' else SILENCE  # seconds between two looks; on Windows Ctrl-C waits for them
 EVERYWHERE = {'0.0.0.0': '127.0.0.1', '::': '::1', '': '127.0.0.1'}     # where it listens: where to connect
 
 
@@ -125,7 +128,7 @@ class Client:
         if localsocket.peer_uid(connection) not in (0, owner):
             connection.close()
             raise AccessDenied('another user\'s program answers at %s: restart the host agent' % path)
-        return _Connection(connection).trusted()
+        return _Connection(connection).trusted(self._check_alive)
 
     def _connect_by_tcp(self) -> '_Connection':
         host, _, port = self.address.rpartition(':')
@@ -139,7 +142,20 @@ class Client:
             connection.close()
             raise AccessDenied('what answers at %s does not know the token in %s: restart the host agent'
                                % (self.address, os.path.join(self.folder, 'xmlrpc.token')))
-        return connection.trusted('Bearer ' + token)
+        return connection.trusted(self._check_alive, 'Bearer ' + token)
+
+    def _check_alive(self) -> None:
+        """An answer may take hours, and comes from a host agent that answers others. Raises OSError."""
+        other = Client(self.folder)
+        try:
+            other._connection = other._connect()
+            other._connection.request('GET', '/proof?nonce=' + 32 * '0', patience=SILENCE)
+        except socket.timeout:
+            raise TimeoutError(errno.ETIMEDOUT, 'it is there, but answers nobody: it hangs, or was stopped')
+        except OSError:
+            return                     # it has its hands full
+        finally:
+            other._leave()
 
     def _read(self, name: str) -> str:
         path = os.path.join(self.folder, name)
@@ -199,20 +215,26 @@ class _Connection:
         self._socket = connection
         self._file = connection.makefile('rb')
         self._authorization = ''
+        self._check_alive: Callable[[], None] = lambda: None
 
-    def trusted(self, authorization: str = '') -> '_Connection':
-        """Itself, which from now on shows that it may ask, and waits as long as an answer takes."""
+    def trusted(self, check_alive: Callable[[], None], authorization: str = '') -> '_Connection':
+        """Itself, which from now on shows that it may ask, and waits as long as an answer takes.
+
+        check_alive raises OSError where there will be none.
+        """
         self._authorization = authorization
+        self._check_alive = check_alive
         self._socket.settimeout(None)
         return self
 
-    def request(self, method: str, path: str, body: bytes = b'') -> Tuple[int, Dict[str, str], bytes]:
-        """(status, headers, body) of the answer. Raises OSError, ValueError."""
+    def request(self, method: str, path: str, body: bytes = b'',
+                patience: Optional[float] = None) -> Tuple[int, Dict[str, str], bytes]:
+        """(status, headers, body) of the answer, within so many seconds. Raises OSError, ValueError."""
         lines = ['%s %s HTTP/1.1' % (method, path), 'Host: localhost', 'Content-Length: %d' % len(body)]
         if self._authorization:
             lines.append('Authorization: ' + self._authorization)
-        self._socket.sendall('\r\n'.join(lines + ['', '']).encode('latin-1') + body)
-        self._wait_for_answer()
+        self._send('\r\n'.join(lines + ['', '']).encode('latin-1') + body)
+        self._wait_for_answer(self._socket.gettimeout() if patience is None else patience)
         status = self._line().split(' ', 2)
         if len(status) < 2 or not status[0].startswith('HTTP/1.') or not status[1].isdigit():
             raise ValueError('no HTTP')
@@ -228,12 +250,30 @@ class _Connection:
             raise ConnectionResetError('it went away in the middle of an answer')
         return int(status[1]), headers, answer
 
-    def _wait_for_answer(self) -> None:
-        """On Windows, where nothing that is waited for in a socket lets Ctrl-C through."""
-        deadline, timeout = time.monotonic(), self._socket.gettimeout()
-        while LOOK_UP and (timeout is None or time.monotonic() < deadline + timeout):
-            if select.select([self._socket], [], [], LOOK_UP)[0]:
-                return
+    def _send(self, data: bytes) -> None:
+        """What is large may find no room, where nobody reads any more. Raises OSError."""
+        before = self._socket.gettimeout()
+        if before is None and len(data) > LARGE:
+            self._socket.settimeout(SILENCE)
+            try:
+                self._socket.sendall(data)
+            finally:
+                self._socket.settimeout(before)
+        else:
+            self._socket.sendall(data)
+
+    def _wait_for_answer(self, timeout: Optional[float]) -> None:
+        """None: as long as somebody is there. Raises OSError."""
+        patience = SILENCE if timeout is None else timeout
+        deadline = time.monotonic() + patience
+        while not select.select([self._socket], [], [], min(LOOK_UP, patience))[0]:
+            patience = deadline - time.monotonic()
+            if patience > 0:
+                continue
+            if timeout is not None:
+                raise socket.timeout('no answer within %g s' % timeout)
+            self._check_alive()
+            patience, deadline = SILENCE, time.monotonic() + SILENCE
 
     def _line(self) -> str:
         line = self._file.readline(LONGEST_LINE)

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import os
+import signal
 
 import pytest
 from agents import Agent
@@ -76,3 +77,21 @@ def test_the_command_line_asks_so(host, guest):
     with pytest.raises(NoSuchCommand):
         client.output('no such thing/../%', 'out', 0, 100)
     assert client.call('agentInfo')['proto'] == 2          # the connection is still of use
+
+
+def test_a_host_agent_that_hangs_is_told(host, guest, monkeypatch):
+    monkeypatch.setattr(hostclient, 'SILENCE', 0.2)
+    monkeypatch.setattr(hostclient, 'LOOK_UP', 0.05)
+    client = hostclient.Client(host.state)
+    with host.api as api:
+        cmd_id = api.runCmd('one', 'sleep', ['600'], {}, '', '', {'stdin': 'stream'})
+    assert client.call('waitCmd', cmd_id, 1) is False          # which only takes its time
+    host.process.send_signal(signal.SIGSTOP)
+    try:
+        for ask in (lambda: client.call('agentInfo'), lambda: client.output(cmd_id, 'out', 0, 1),
+                    lambda: client.put_input(cmd_id, bytes(2 ** 20), False, 0)):
+            with pytest.raises(hostclient.NoHost, match='no host agent answers at .*(hangs|timed out)'):
+                ask()
+    finally:
+        host.process.send_signal(signal.SIGCONT)
+    assert client.call('signalCmd', cmd_id, 'KILL') is True
