@@ -112,6 +112,7 @@ class Agent:
         self.session = os.urandom(8).hex()
         self.beacon_interval = max(0.5, settings.VM.beacon_interval)
         self.aint = 0
+        self._aints = agent.Seldom(log)        # a stranger's broker says them as fast as it likes
         self.stopping = False
         self.restart = ''              # why the agent should begin anew, as another process image
         self._fork_server = fork_server
@@ -250,6 +251,8 @@ class Agent:
     def _link_up(self, link: protocol.Link) -> None:
         if not self._settle_id():
             return
+        is_found = self.settings.Broker.host == 'auto'
+        self.secret.arrive('%s:%d' % link.peer_address if is_found else '')
         self.files.serve(self.ip, link.peer_address[0], {SHOWN_AS: self._spool.shown}, self.secret.value,
                          self.id)
         self._trust.connected()
@@ -321,7 +324,7 @@ class Agent:
 
     def _count_aint(self, why: Any) -> None:
         self.aint += 1
-        log.info('AINT: %s', why)
+        self._aints.warn('', 'AINT: %s', why)
 
     def heard_aint(self, message: Message) -> None:
         """An unknown word, or one that isn't for a guest."""

@@ -312,7 +312,7 @@ def test_a_mac_is_no_name():
 @pytest.fixture
 def trust(journal):
     return hosttrust.Trust(hosttrust.Secrets(journal), hostguests.Guests(30),
-                           types.SimpleNamespace(other_machines=True, unsigned_guests=False))
+                           types.SimpleNamespace(other_machines=True, unsigned_guests=False, first_use=True))
 
 
 def first_hello(trust, id, secret='1' * 64):
@@ -332,7 +332,7 @@ def test_first_use_ends_where_as_many_are_known_as_may_be(trust, monkeypatch):
 
 
 def test_a_crowd_of_newcomers_is_one_durable_write(journal, trust):
-    assert trust.secrets.host_key       # made by the first one
+    assert trust.secrets.host_key       # made when it is first asked for
     before = journal._commits
     crowd = [first_hello(trust, 'g%d' % number) for number in range(100)]
     assert journal._commits == before and not any(session.proved for session in crowd)
