@@ -110,7 +110,7 @@ def do_events(host: Client, screen: Screen, args: Any) -> int:
 
 def event_line(screen: Screen, event: Dict[str, Any]) -> str:
     """An event as a line of text."""
-    words = [shown_time(event['time']), '%-14s' % event['type'], event['vm'], event['cmdId'], event['text']]
+    words = [shown_time(event['time']), '%-15s' % event['type'], event['vm'], event['cmdId'], event['text']]
     return ' '.join(agent.printable(word) for word in words if word)
 
 

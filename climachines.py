@@ -10,7 +10,7 @@ from typing import Any, Dict, List
 import agent
 from cliscreen import Screen, show_pairs, shown_size, shown_span
 from cliverbs import JSON, VM, VMS, Function, Verb, argument, for_each, read_seconds, show_list, switch, watch
-from faults import InvalidParams
+from faults import InvalidParams, NotSupported
 from hostclient import Client
 from rpc import finite
 
@@ -85,11 +85,15 @@ def do_create(host: Client, screen: Screen, args: Any) -> int:
 def do_rm(host: Client, screen: Screen, args: Any) -> int:
     """Removes a VM, with its disks if asked; says which disks from elsewhere are kept."""
     name, after = host.call('getVM', args.vm)['name'], host.call('getEvents', -1)['last']
-    code = change(host, screen, [args.vm], 'removed', 'removeVM', args.disks, args.all_disks)
+    try:
+        watch(host, screen, args.vm, 'removeVM', args.vm, args.disks, args.all_disks)
+    except NotSupported as error:
+        raise NotSupported('%s; `forget %s` takes a machine off the list' % (error, args.vm))
+    screen.say('%s removed' % agent.printable(args.vm))
     for event in host.call('getEvents', after)['events']:
         if (event['type'], event['vm']) == ('disk-kept', name):
             screen.say('kept %s (rm --all-disks deletes it, too)' % agent.printable(event['text']))
-    return code
+    return 0
 
 
 def do_start(host: Client, screen: Screen, args: Any) -> int:

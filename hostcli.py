@@ -39,7 +39,8 @@ MEANT = {                      # what hands type that know other tools, and what
     'copy': 'cp', 'show': 'info', 'describe': 'info', 'stats': 'ps -l', 'jobs': 'ps', 'cancel': 'kill',
     'terminate': 'kill', 'signal': 'kill', 'retry': 'rerun', 'repeat': 'rerun', 'prune': 'cleanup',
     'gc': 'cleanup', 'vnc': 'rdp', 'console': 'rdp', 'network': 'net', 'doctor': 'check',
-    'history': 'events', 'ssh': 'run', 'execute': 'run', 'purge': 'cleanup', 'sftp': 'cp', 'rsync': 'cp',
+    'history': 'events', 'ssh': 'shell VM, or run VM CMD',
+    'execute': 'run', 'purge': 'cleanup', 'sftp': 'cp', 'rsync': 'cp',
     'cat': 'get VM FILE -', 'login': 'shell', 'enter': 'shell', 'connect': 'shell', 'fg': 'shell VM ID',
     'screen': 'shell', 'tmux': 'shell', 'terminal': 'shell', 'bash': 'shell', 'build': 'create',
     'register': 'create', 'find': 'ls', 'who': 'ls', 'vms': 'ls', 'machines': 'ls', 'nodes': 'ls',
@@ -265,7 +266,7 @@ def main(argv: List[str], start: Optional[Start] = None,
         return 128 + 13
     except OSError as error:           # a full disk behind standard output, say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        screen.complain(agent.sentence(error))
+        screen.complain(('' if error.filename else 'standard output: ') + agent.sentence(error))
         return FAILED
 
 

@@ -247,12 +247,13 @@ class Answers:
         self._state, self._size, self._output = state, size, output
 
     def call(self, method, *args):
-        if method == 'getCmdStatus':
-            return {'ended': self._state == 'exited', 'outSize': self._size, 'errSize': 0}
+        assert method == 'getCmdStatus'
+        return {'ended': self._state == 'exited', 'outSize': self._size, 'errSize': 0}
+
+    def output(self, key, stream, offset, length, timeout=0):
         if isinstance(self._output, Exception):
             raise self._output
-        data = self._output[args[2]:]
-        return {'data': xmlrpc.client.Binary(data), 'next': args[2] + len(data)}
+        return hostclient.Slice(self._output[offset:], False)
 
 
 @pytest.mark.parametrize('state, output, patience, raises', [

@@ -196,6 +196,21 @@ def test_a_full_disk(full, tmp_path):
     sentences(text, str(full), 'No space left')
 
 
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
+def test_an_output_that_is_full_and_machines_that_no_hypervisor_has(tmp_path):
+    with Host(tmp_path / 'host') as host, Agent(tmp_path / 'guest', host, 'lab07'), \
+            open('/dev/full', 'w') as full:
+        done = subprocess.run(host.command('ls', '--json'), stdout=full, stderr=subprocess.PIPE, timeout=60)
+        assert done.returncode == 255
+        sentences(done.stderr.decode(), 'standard output', 'No space left')
+        done = host.verb('rm', 'lab07')
+        assert done.returncode == 1
+        sentences(done.stderr.decode(), 'no hypervisor here', '`forget lab07`')
+        done = host.verb('ssh', 'lab07')
+        assert done.returncode == 2
+        sentences(done.stderr.decode(), 'did you mean shell VM, or run VM CMD?')
+
+
 def test_a_bundle_that_cant_be_written_is_a_sentence(tmp_path):
     for program in 'vmhost.py', 'vmguest.py', 'vmboinc.py':
         for place in tmp_path, tmp_path / 'missing' / 'x.pyz':
