@@ -1346,7 +1346,7 @@ class Link:
 
     def _on_error(self, message: Dict[str, Any]) -> str:
         self._refused = True       # what a broker refuses once, it refuses again a second later
-        text, body = message['headers'].get('message', ''), message['body'].strip()[:500]
+        text, body = message['headers'].get('message', '')[:500], message['body'].strip()[:500]
         raise RemoteError('broker says: ' + (text if body == text else '%s %s' % (text, body)))
 
     def _on_stomp_message(self, message: Dict[str, Any]) -> str:

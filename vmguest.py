@@ -112,6 +112,7 @@ class Agent:
         self.session = os.urandom(8).hex()
         self.beacon_interval = max(0.5, settings.VM.beacon_interval)
         self.aint = 0
+        self._aints = agent.Seldom(log)        # a stranger's broker says them as fast as it likes
         self.stopping = False
         self.restart = ''              # why the agent should begin anew, as another process image
         self._fork_server = fork_server
@@ -321,7 +322,7 @@ class Agent:
 
     def _count_aint(self, why: Any) -> None:
         self.aint += 1
-        log.info('AINT: %s', why)
+        self._aints.warn('', 'AINT: %s', why)
 
     def heard_aint(self, message: Message) -> None:
         """An unknown word, or one that isn't for a guest."""

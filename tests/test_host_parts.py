@@ -332,7 +332,7 @@ def test_first_use_ends_where_as_many_are_known_as_may_be(trust, monkeypatch):
 
 
 def test_a_crowd_of_newcomers_is_one_durable_write(journal, trust):
-    assert trust.secrets.host_key       # made by the first one
+    assert trust.secrets.host_key       # made when it is first asked for
     before = journal._commits
     crowd = [first_hello(trust, 'g%d' % number) for number in range(100)]
     assert journal._commits == before and not any(session.proved for session in crowd)

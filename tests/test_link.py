@@ -174,13 +174,14 @@ def test_a_silent_broker_is_given_up(peer, link):
 
 
 def test_a_broker_that_refuses_is_asked_ever_more_rarely(peer, link):
-    link(first_delay=0.05)
+    made = link(first_delay=0.05)
     times = []
     for _ in range(5):
-        connection = peer.accept(b'ERROR\nmessage:go away\n\n\0', confirm=False)
+        connection = peer.accept(b'ERROR\nmessage:go away%s\n\n\0' % (b'!' * 60000), confirm=False)
         times.append(time.monotonic())
         connection.close()
     assert times[4] - times[3] > 4 * 0.05
+    assert 'go away' in made.last_error and len(made.last_error) < 1000    # each is a line of the log
 
 
 def test_a_broker_that_does_not_read_holds_up_nobody(peer, link):
