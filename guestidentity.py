@@ -4,6 +4,7 @@ What it is not: the proof by that secret, which protocol.py makes, or the networ
 threads of its own; the main thread or the link's uses it, one at a time. No locks.
 """
 
+import hmac
 import logging
 import os
 import re
@@ -114,6 +115,9 @@ class Secret:
 
     ``value`` is the key as bytes: 32, or the firmware's 16. ``source`` says where it is from:
     guest.ini, firmware, or made (by this guest, at its first start).
+
+    One that was made is told at the first use. Where the host is looked for at several addresses, each is
+    told another value, made of it: who listens at one doesn't learn what another is told.
     """
 
     def __init__(self, vm: Any, name: str, serial: str = BOARD_SERIAL) -> None:
@@ -125,7 +129,10 @@ class Secret:
         else:
             digits = read_firmware(serial)
             self.source = 'firmware' if digits else 'made'
-        self.value = bytes.fromhex(digits or self._read_or_make())
+        self._made = self.value = bytes.fromhex(digits or self._read_or_make())
+        self._place = self._pinned()[1] if self.source == 'made' else ''       # where it was told
+        if self._place:
+            self.value = of_place(self._made, self._place)
 
     def _read_or_make(self) -> str:
         try:
@@ -139,20 +146,36 @@ class Secret:
     @property
     def host_key(self) -> str:
         """The key id of the host that this guest trusts; '' before the first one."""
+        return self._pinned()[0]
+
+    def _pinned(self) -> Tuple[str, str]:
+        """(key id, place) of the host that this guest trusts."""
         try:
             with open(self._pin_path) as file:
-                return file.read().strip()
+                key, _, place = file.read().strip().partition('\n')
+                return key, place
         except FileNotFoundError:
-            return ''
+            return '', ''
 
     def pin(self, host_key: str) -> None:
         """From now on no other host is trusted. Raises OSError."""
-        write_private(self._pin_path, host_key + '\n')
+        write_private(self._pin_path, '%s\n%s' % (host_key, self._place + '\n' if self._place else ''))
+
+    def arrive(self, place: str) -> None:
+        """The address where it may be told next; '' where that is the only one there is."""
+        if self.may_be_told:
+            self._place = place
+            self.value = of_place(self._made, place) if place else self._made
 
     @property
     def may_be_told(self) -> bool:
         """Whether HELLO may tell it: one that was made here, as long as no host is trusted."""
         return self.source == 'made' and not self.host_key
+
+
+def of_place(secret: bytes, place: str) -> bytes:
+    """What is told at one of several addresses."""
+    return hmac.new(secret, ('place\n' + place).encode('utf-8'), 'sha256').digest()
 
 
 def read_configured(value: str) -> str:

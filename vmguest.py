@@ -251,6 +251,8 @@ class Agent:
     def _link_up(self, link: protocol.Link) -> None:
         if not self._settle_id():
             return
+        is_found = self.settings.Broker.host == 'auto'
+        self.secret.arrive('%s:%d' % link.peer_address if is_found else '')
         self.files.serve(self.ip, link.peer_address[0], {SHOWN_AS: self._spool.shown}, self.secret.value,
                          self.id)
         self._trust.connected()

@@ -414,6 +414,29 @@ def test_a_secret_is_made_once_and_told_until_a_host_is_trusted(tmp_path):
     assert (again.value, again.may_be_told, again.host_key) == (made.value, False, 'host-1')
 
 
+def test_who_listens_at_one_address_learns_nothing_of_what_another_is_told(tmp_path):
+    made = secret(tmp_path)
+    alone = made.value
+    told = []
+    for place in ('10.0.2.2:61613', '192.168.56.1:61613', '10.0.2.2:61613'):
+        made.arrive(place)
+        told.append(made.value)
+    assert told[0] == told[2] and len({alone, told[0], told[1]}) == 3 and len(told[0]) == 32
+    made.arrive('192.168.56.1:61613')
+    made.pin('host-1')
+    made.arrive('10.0.2.2:61613')           # it is known by that one from now on, wherever its host is
+    again = secret(tmp_path)
+    assert made.value == again.value == told[1] and again.host_key == 'host-1' and not again.may_be_told
+    again.arrive('')
+    assert again.value == told[1]
+    os.remove(str(tmp_path / 'g.host'))
+    again.arrive('')
+    assert again.value == alone and again.may_be_told
+    configured = secret(tmp_path, secret=DIGITS)
+    configured.arrive('10.0.2.2:61613')
+    assert configured.value.hex() == DIGITS
+
+
 def test_a_configured_secret_and_one_of_the_firmware(tmp_path):
     path = tmp_path / 'key'
     path.write_text(DIGITS + '\n')
