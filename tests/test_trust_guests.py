@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 import time
@@ -236,26 +237,29 @@ from test_trust_guests import Stranger
 with Stranger(61613, '10.99.0.1') as stranger:
     print('up', flush=True)
     while True:
-        stranger.hear('HELLO', 1000)
+        _, told = stranger.hear('HELLO', 1000)
         stranger.say('HELLO {"name": "one", "session": "s"}', 'one')
         stranger.say('CMD_RUN', 'one', cmd_id='x', cmd='touch', args=json.dumps([sys.argv[1]]))
-        print('asked', flush=True)
+        print(told.get('secret'), flush=True)
 ''' % (TOP, os.path.join(TOP, 'tests'))
 
 
 @pytest.mark.skipif(not may_make_networks(), reason='needs network namespaces')
 def test_the_default_gateways_broker_commands_nobody(tmp_path):
+    """And what it is told at the first use isn't what the host is told, at the next address."""
     names = ['vmhost-gate-%d' % os.getpid(), 'vmhost-lap-%d' % os.getpid()]
     gate, laptop = (['ip', 'netns', 'exec', name] for name in names)
     with contextlib.ExitStack() as stack:
         for name in names:
             subprocess.check_call(['ip', 'netns', 'add', name])
             stack.callback(subprocess.call, ['ip', 'netns', 'del', name])
-        subprocess.check_call(['ip', 'link', 'add', 'eth', 'netns', names[0], 'type', 'veth', 'peer', 'name',
-                               'eth', 'netns', names[1]])
-        for name, address in zip(names, ('10.99.0.1/24', '10.99.0.2/24')):
-            for words in ('addr add %s dev eth' % address, 'link set eth up', 'link set lo up'):
-                subprocess.check_call(['ip', '-n', name] + words.split())
+        for card, network in ('eth', '10.99.0'), ('private', '10.98.0'):
+            subprocess.check_call(['ip', 'link', 'add', card, 'netns', names[0], 'type', 'veth', 'peer',
+                                   'name', card, 'netns', names[1]])
+            for number, name in enumerate(names, 1):
+                for words in ('addr add %s.%d/24 dev %s' % (network, number, card), 'link set %s up' % card,
+                              'link set lo up'):
+                    subprocess.check_call(['ip', '-n', name] + words.split())
         subprocess.check_call(['ip', '-n', names[1], 'route', 'add', 'default', 'via', '10.99.0.1'])
         mark = tmp_path / 'mark'
         there = subprocess.Popen(gate + [sys.executable, '-c', STRANGER, str(mark)], stdout=subprocess.PIPE)
@@ -263,14 +267,30 @@ def test_the_default_gateways_broker_commands_nobody(tmp_path):
         stack.callback(there.wait)
         stack.callback(there.kill)
         assert there.stdout.readline() == b'up\n'
-        state = str(tmp_path / 'state')
-        agent = Process(tmp_path / 'guest', 'vmguest', {'VM': {'id': 'one', 'state_dir': state}})
-        inner = agent.words
-        agent.words = lambda: laptop + inner()
-        with agent:
+        agent = within(laptop, Process(tmp_path / 'guest', 'vmguest', {
+            'VM': {'id': 'one', 'state_dir': str(tmp_path / 'state')}}))
+        host = within(gate, Process(tmp_path / 'host', 'vmhost', {
+            'Broker': {'host': '10.98.0.1'}, 'Hypervisor': {'hypervisor': 'none'}}))
+        with host, agent:
             if guestmachine.is_virtual():
-                assert there.stdout.readline() == b'asked\n'
+                secret = there.stdout.readline().decode().strip()
                 wait_until(lambda: 'not obeyed' in agent.log(), 30)
+                assert not re.search('joined the host at 10.99', agent.log())
+                wait_until(lambda: 'joined the host at 10.98.0.1' in agent.log(), 30)
+                assert len(secret) == 64 and pinned(host, 'one') not in ('', secret)
             else:
                 wait_until(lambda: 'no broker to join' in agent.log(), 30)
-        assert not mark.exists() and not re.search('joined', agent.log())
+        assert not mark.exists()
+
+
+def within(network, process):
+    words = process.words()
+    process.words = lambda: network + words
+    return process
+
+
+def pinned(host, id):
+    """The secret by which a host knows a guest, from its journal."""
+    path = os.path.join(host.folder, 'vmhost-state', 'journal.sqlite')
+    with contextlib.closing(sqlite3.connect(path)) as journal:
+        return journal.execute('SELECT secret FROM secrets WHERE holder = ?', (id,)).fetchone()[0]
