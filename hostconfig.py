@@ -82,7 +82,7 @@ SETTINGS: Dict[str, Dict[str, Tuple[Callable, str]]] = {
         'keep_results': (agent.duration, '7d'), 'fetch_limit': (agent.size, '64M'),
         'max_transfers': (agent.integer(1, 1000), '4'),
         'other_machines': (agent.yes_no, 'no'), 'unsigned_guests': (agent.yes_no, 'no'),
-        'idle_end': (agent.duration, '0')},
+        'first_use': (agent.yes_no, 'yes'), 'idle_end': (agent.duration, '0')},
     'Hypervisor': {
         'hypervisor': (agent.choice('auto', *(list(drivers.DRIVERS) + ['none'])), 'auto'),
         'command_timeout': (agent.duration, '45'), 'machine_folder': (agent.path, 'vmhost-machines')},

@@ -378,6 +378,10 @@ class Trust:
 
     def _may_be_first(self, machine_id: str) -> bool:
         """Whether that id may be pinned by first use. Raises Refusal."""
+        if not self._settings.first_use:
+            raise Refusal('nobody is let in by first use here ([Host] first_use=no), and this host knows no '
+                          'secret of %s: pairVM tells it one; to a VM it gives one at its next start, which '
+                          'its agent reads as root' % machine_id)
         state = self.hypervisor.known_state(machine_id) if self.hypervisor is not None else ''
         if state in (vmstates.OFF, vmstates.SAVED):
             raise Refusal('the VM with the id %s is %s' % (machine_id, state))
@@ -435,6 +439,9 @@ class Trust:
 
     def _prove(self, session: Session) -> bool:
         if session.secret:
+            if self.secrets.pinned(session.id) not in (b'', session.secret):
+                log.warning('%s proved itself by its firmware: from now on, who was let in under that id by '
+                            'first use is not. What ran there until now may have been another\'s', session.id)
             self.secrets.pin(session.id, session.secret)
         self.refusals.remove(session.id)
         return self.sessions.begin(session)

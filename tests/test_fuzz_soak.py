@@ -320,7 +320,7 @@ def journals(place):
         write_journal(str(place.folder / 'old'), number)
         olds.append((place.folder / 'old').read_bytes())
         (place.folder / 'old').unlink()
-    settings = types.SimpleNamespace(other_machines=True, unsigned_guests=False)
+    settings = types.SimpleNamespace(other_machines=True, unsigned_guests=False, first_use=True)
 
     def stroke(chance):
         folder.mkdir()

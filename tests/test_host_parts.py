@@ -312,7 +312,7 @@ def test_a_mac_is_no_name():
 @pytest.fixture
 def trust(journal):
     return hosttrust.Trust(hosttrust.Secrets(journal), hostguests.Guests(30),
-                           types.SimpleNamespace(other_machines=True, unsigned_guests=False))
+                           types.SimpleNamespace(other_machines=True, unsigned_guests=False, first_use=True))
 
 
 def first_hello(trust, id, secret='1' * 64):

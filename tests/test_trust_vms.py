@@ -91,6 +91,7 @@ def test_a_vm_proves_itself_by_its_firmware(host, guest, api):
     agent.hear('PING')
     agent.word('STILL_ALIVE', CONNECTIONS)
     second = api.runCmd('firm', 'echo')
+    assert vm['id'] + ' proved itself by its firmware' in host.log()       # and says whose it may have been
     headers = {}
     while headers.get('cmd-id') != second:
         headers, _ = agent.hear('CMD_RUN')
@@ -101,6 +102,26 @@ def test_a_vm_proves_itself_by_its_firmware(host, guest, api):
     assert api.forgetVM('firm') is True
     api.start('firm')
     assert firmware_secret(host, vm['uuid']) != secret
+
+
+def test_where_nobody_is_let_in_by_first_use_the_firmware_and_pairing_do(tmp_path):
+    environment = fake_virtualbox.install(tmp_path / 'fake')
+    with VMHost(tmp_path / 'host', environment, first_use='no', other_machines='yes') as host, \
+            host.api as api, contextlib.ExitStack() as stack:
+        def guest(id, secret=None):
+            return stack.enter_context(Guest(host.broker_port, id, secret))
+        api.createVM('web', '', {'memory': 16})
+        api.start('web')
+        vm = api.getVM('web')
+        for id in (vm['id'], 'outside'):
+            assert 'first_use' in refusal(guest(id))
+        agent = guest(vm['id'], firmware_secret(host, vm['uuid']))
+        agent.hello(tell=False, **{'secret-id': agent.secret_id()})
+        agent.word('STILL_ALIVE', CONNECTIONS)
+        (tmp_path / 'secret').write_text('ab' * 32)
+        api.pairVM('outside', str(tmp_path / 'secret'))
+        guest('outside', bytes.fromhex('ab' * 32)).hello(tell=False)
+        wait_until(lambda: api.listRegisteredVMs() == ['web'])
 
 
 def test_a_clone_has_a_secret_of_its_own(host, guest, api):
