@@ -97,6 +97,7 @@ FAILURES = 10000               # failures of a folder that are told one by one
 KNOWN = 50000                  # names of a folder that are held; of more, each is asked for
 ENTRIES = 10 * 1000 * 1000     # in a folder that is fetched, with all in it
 PENDING = 1000                 # folders in a folder that wait until its files have been moved
+NEITHER = 'neither file, folder nor link'
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 Progress = Callable[[int, int], None]
@@ -152,9 +153,9 @@ class Failures:
     def add(self, path: Path, error: Any) -> None:
         self.count += 1
         if len(self._some) < FAILURES:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            reason = error.strerror if isinstance(error, OSError) else getattr(error, 'reason', '')
             told = path if isinstance(path, bytes) else to_remote(localnames.short_path(path))
-            self._some.append((shown(told), str(reason)))
+            self._some.append((shown(told), reason or str(error)))
 
     def check(self) -> None:
         """Raises Incomplete."""
@@ -249,7 +250,7 @@ class ChirpClient(Connection):
                 log.info('%s:%d: %s; trying again', self.address, self.port, error)
                 meter.wait(0.05 * 4 ** failed)
 
-    def until_it_holds_still(self, meter: Meter, step: Callable[[], Any]) -> Any:
+    def until_it_holds_still(self, meter: Meter, path: Path, step: Callable[[], Any]) -> Any:
         """``persist``; again where a file changed meanwhile, some times. Raises Changed."""
         tries = 0
         while True:
@@ -259,7 +260,7 @@ class ChirpClient(Connection):
                 self.disconnect()
                 tries += 1
                 if tries > RETRIES:
-                    raise Changed(str(error))
+                    raise Changed(path, error.reason if isinstance(error, Changed) else str(error))
 
     def has_same(self, path: bytes, file: Any, size: int, meter: Meter) -> bool:
         """Whether the first bytes of the server's file and of an open one here are the same. Both are read
@@ -291,14 +292,14 @@ class ChirpClient(Connection):
         try:
             length = self.result(wire)
         except Refused as refused:
-            raise Changed('%s: %s' % (shown(path), refused))
+            raise Changed(path, refused.reason)
         if length != Crc32.digest_size:
             raise self.broken('a checksum of %d bytes' % length)
         return wire.read(length)
 
 
 def altered(path: Path) -> Changed:
-    return Changed('%s changed while it was read, or arrived altered' % shown(path))
+    return Changed(path, 'it changed while it was read, or arrived altered')
 
 
 def options(verify: bool, keep: bool, links: str) -> Options:
@@ -456,7 +457,8 @@ class Upload(Move):
         """Under a temporary name, which becomes its own at the end."""
         base = self._meter.moved
         with CLAIMS.holding(self._client, target):
-            self._client.until_it_holds_still(self._meter, lambda: self._send_file(source, target, base))
+            self._client.until_it_holds_still(
+                self._meter, to_remote(source), lambda: self._send_file(source, target, base))
 
     def _send_file(self, source: str, target: bytes, base: int) -> None:
         """What is there of it when it begins: a file may grow meanwhile."""
@@ -481,7 +483,7 @@ class Upload(Move):
                     found, seen, os.fstat(file.fileno())):
                 if not self._client.has_same(part, file, found.st_size, self._meter):
                     self._client.unlink(part)
-                    raise altered(source)
+                    raise altered(to_remote(source))
         wanted = self._wanted_mode(found, there, begin)
         if mode != wanted:
             self._client.chmod(part, wanted)
@@ -619,12 +621,13 @@ class Upload(Move):
             with os.scandir(source) as entries:
                 for entry in entries:
                     with self._failing(entry.path):
+                        check_whole(to_remote(entry.name))
                         self._check_name(to_remote(entry.name))
                         if entry.is_dir(follow_symlinks=self._options.links == 'follow'):
                             if not merge:
                                 self._make_way(known, target, to_remote(entry.name))
                             folders.append(entry.name)
-                        elif not is_part(to_remote(entry.name)):
+                        else:
                             self._put_entry(entry, target, known, merge)
                     if len(folders) >= PENDING:
                         self._put_folders(source, folders, target, merge)
@@ -645,9 +648,8 @@ class Upload(Move):
         for name in names:
             path = os.path.join(source, name)
             with self._failing(path):
-                if not is_part(to_remote(name)):
-                    self._meter.add(0)
-                    self._put_folder(path, join(target, to_remote(name)), merge)
+                self._meter.add(0)
+                self._put_folder(path, join(target, to_remote(name)), merge)
         names.clear()
 
     def _make_way(self, known: 'Known', folder: bytes, name: bytes) -> None:
@@ -676,7 +678,7 @@ class Upload(Move):
             return
         found = entry.stat()
         if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, 'neither file, folder nor link')
+            raise OSError(errno.EINVAL, NEITHER)
         if there is not None and there.is_dir and not merge:
             self._small.asking(lambda: self._client.rmall(target))
             there = None
@@ -834,7 +836,7 @@ class SmallFiles:
     def _compare(self, file: SmallFile, algorithm: str, wire: Wire, result: Union[int, Refused]) -> None:
         file.check(wire, result)
         if not isinstance(result, Refused) and not reads_same(wire, result, algorithm, file.data):
-            file.error = Changed('it arrived altered')
+            file.error = altered(file.target)
 
     def _complete_last(self) -> None:
         """Gives the last one its name, now that all replies are known."""
@@ -872,6 +874,12 @@ def reads_same(wire: Wire, count: int, algorithm: str, content: bytes) -> bool:
     return wire.read(count) == digest
 
 
+def check_whole(name: bytes) -> None:
+    """Raises OSError for what isn't whole yet, or never will be: it is no copy of anything."""
+    if is_part(name):
+        raise OSError(errno.EINVAL, 'a transfer has begun it, and not ended: repeat that, or remove this')
+
+
 def part_path(path: bytes) -> bytes:
     """Where a file or folder of the server is while it isn't whole."""
     folder, slash, name = path.rstrip(b'/').rpartition(b'/')
@@ -893,6 +901,8 @@ class Download(Move):
                 raise Refused(IS_DIR, shown(source))
             self._client.persist(self._meter, lambda: self._get_tree(source, target))
             return self._failures.check()
+        if not found.is_file:
+            raise OSError(errno.EINVAL, NEITHER, shown(source))
         self._meter.total = found.size
         if is_device(target):
             with open_device(target) as file:
@@ -913,7 +923,7 @@ class Download(Move):
             self._meter.total = found.size
             if not found.size:
                 return write(memoryview(self._client.getfile(source)))
-            self._receive_pieces(number, self._meter.moved, found.size, write)
+            self._receive_pieces(source, number, self._meter.moved, found.size, write)
             self._client.close(number)
         self._client.persist(self._meter, step)
 
@@ -923,7 +933,7 @@ class Download(Move):
         check_target(target)
         base = self._meter.moved
         self._client.until_it_holds_still(
-            self._meter, lambda: self._receive_file(source, target, base, limit))
+            self._meter, source, lambda: self._receive_file(source, target, base, limit))
 
     def _receive_file(self, source: bytes, target: str, base: int, limit: Optional[int]) -> None:
         """What is there of it when it begins: a file may grow meanwhile."""
@@ -992,8 +1002,7 @@ class Download(Move):
             return self._meter.add(len(data))
         checked = self._options.verify and self._client.is_ours
         with self._client.moving_content():
-            self._receive_pieces(number, start, size, lambda view: write_here(file, view),
-                                 source if checked else b'')
+            self._receive_pieces(source, number, start, size, lambda view: write_here(file, view), checked)
             file.truncate(size)        # where it ends with a hole
         after, doubt = self._client.fstat(number), 0       # bytes that may not be what they should
         if checked and not self._client.has_changed(number):
@@ -1011,42 +1020,42 @@ class Download(Move):
         """Of a file that grew, where the server has checksums of whole files alone: by fetching it again."""
         def compare(view: memoryview) -> None:
             if file.read(len(view)) != view:
-                raise Changed('%s changed while it was read' % shown(source))
+                raise altered(source)
         moved = self._meter.moved
         number, _ = self._client.open(source, 'r')
         file.seek(0)
-        self._receive_pieces(number, 0, size, compare)
+        self._receive_pieces(source, number, 0, size, compare)
         self._client.close(number)
         self._meter.moved = moved
         return True
 
-    def _receive_pieces(self, number: int, start: int, end: int, write: Callable[[memoryview], Any],
-                        checked: bytes = b'') -> None:
-        """``checked``: the path, where each piece is to be checked as it comes."""
+    def _receive_pieces(self, source: bytes, number: int, start: int, end: int,
+                        write: Callable[[memoryview], Any], checked: bool = False) -> None:
+        """``checked``: each piece is checked as it comes."""
         wire, buffer, size = self._client.connect(), new_buffer(), CHECKED if checked else PIECE
-        self._client.ask(CRC32, quote(checked), end, size)     # raises where that is too long
+        self._client.ask(CRC32, quote(source if checked else b''), end, size)  # raises where that is too long
         asked: Deque[int] = collections.deque()
         while start < end or asked:
             if start < end and len(asked) * size < AHEAD:
                 asked.append(min(size, end - start))
                 if checked:            # first: what is read for it is in the processor's cache then
-                    wire.put(self._client.ask(CRC32, quote(checked), start, asked[-1]))
+                    wire.put(self._client.ask(CRC32, quote(source), start, asked[-1]))
                 wire.put(self._client.ask('pread', number, asked[-1], start))
                 start += asked[-1]
             else:
                 checksum = new_hash(CRC32) if checked else None
-                digest = self._client.read_checksum(wire, checked) if checked else b''
-                self._receive_piece(wire, asked.popleft(), buffer, write, checksum)
+                digest = self._client.read_checksum(wire, source) if checked else b''
+                self._receive_piece(source, wire, asked.popleft(), buffer, write, checksum)
                 if checksum is not None and checksum.digest() != digest:
-                    raise altered(checked)
+                    raise altered(source)
 
-    def _receive_piece(self, wire: Wire, count: int, buffer: memoryview,
+    def _receive_piece(self, source: bytes, wire: Wire, count: int, buffer: memoryview,
                        write: Callable[[memoryview], Any], checksum: Any) -> None:
         got = self._client.result(wire, 'read')
         if got > count:
             raise self._client.broken('pread: %d bytes where %d were asked for' % (got, count))
         if got < count:
-            raise Changed('the file became shorter while it was read')
+            raise Changed(source, 'it became shorter while it was read')
         deadline = wire.deadline(count)
         while count:
             got = wire.read_into(buffer[:min(count, BLOCK)], deadline)
@@ -1075,7 +1084,13 @@ class Download(Move):
         part = local_part(target)
         with locked_folder(part, target) as made:
             self._fold = localnames.folding(part)
-            self._get_folder(source, part, found, (), False, made)
+            try:
+                self._get_folder(source, part, found, (), False, made)
+            except OSError as error:
+                if error.errno in FULL:
+                    why = '%s; what has arrived is in %s' % (error.strerror, part)
+                    raise OSError(error.errno, why, target)
+                raise
             agent.replace(part, target)
 
     def _get_folder(self, source: bytes, target: str, found: Stat, inside: Tuple[str, ...],
@@ -1094,9 +1109,8 @@ class Download(Move):
                 self._entries += 1
                 if self._entries > ENTRIES:
                     raise ProtocolError('a folder of too many entries')
-                if is_part(name):
-                    continue
                 with self._failing(join(source, name)):
+                    check_whole(name)
                     names.add(to_local(entry.name))
                     if entry.is_link and self._options.links == 'follow':
                         self._pipeline.drain()
@@ -1154,7 +1168,7 @@ class Download(Move):
             self._pipeline.drain()
             return self._get_link(path, here, inside)
         if not entry.is_file:
-            raise OSError(errno.EINVAL, 'neither file, folder nor link')
+            raise OSError(errno.EINVAL, NEITHER)
         if entry.size > SMALL or os.path.lexists(here) or os.path.lexists(local_part(here)):
             self._pipeline.drain()
             return self._get_file(path, here, None)

@@ -84,7 +84,12 @@ class Shrunk(Disconnected):
 
 
 class Changed(ChirpError):
-    """A file changed while it was read, so that what arrived is no state that it was ever in."""
+    """A file changed while it was read, so that what arrived is no state that it was ever in. ``reason``: the
+    same without its path."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        self.reason = reason
+        super().__init__('%s: %s' % (shown(path), reason))
 
 
 class Incomplete(ChirpError):
@@ -100,12 +105,13 @@ class Incomplete(ChirpError):
 
 
 class Refused(ChirpError):
-    """The peer answered with an error. ``code`` is the protocol's (negative)."""
+    """The peer answered with an error. ``code`` is the protocol's (negative), ``reason`` what it says."""
 
     def __init__(self, code: int, what: str = '') -> None:
         self.code = code if code in MEANINGS else UNKNOWN
         self.what = what
-        super().__init__('%s%s' % (what + ': ' if what else '', MEANINGS[self.code]))
+        self.reason = MEANINGS[self.code]
+        super().__init__('%s%s' % (what + ': ' if what else '', self.reason))
 
 
 NOT_AUTHENTICATED, NOT_AUTHORIZED, DOESNT_EXIST, EXISTS, TOO_BIG, NO_SPACE = -1, -2, -3, -4, -5, -6
@@ -466,7 +472,7 @@ class Wire:
         while count:
             got = file.readinto(buffer[:min(count, len(buffer))])
             if not got:
-                raise Shrunk('the file became shorter while it was sent')
+                raise Shrunk('it became shorter while it was sent')
             self.send(buffer[:got])
             if checksum is not None:
                 checksum.update(buffer[:got])
@@ -483,7 +489,7 @@ class Wire:
                 raise
             sent = self._send_through_memory(fd, offset, count)
         if not sent:
-            raise Shrunk('the file became shorter while it was sent')
+            raise Shrunk('it became shorter while it was sent')
         return sent
 
     def _send_through_memory(self, fd: int, offset: int, count: int) -> int:

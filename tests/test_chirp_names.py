@@ -1,6 +1,7 @@
 """What a folder may hold: odd names, modes, links, sizes, numbers; and attempts that stopped half way."""
 
 import os
+import shutil
 import stat
 import subprocess
 import threading
@@ -61,6 +62,31 @@ def test_what_a_peer_can_not_carry_is_told_by_name(client, served, tmp_path):  #
     missing = set(os.listdir(str(source))) - set(os.listdir(str(tmp_path / 'back')))
     assert all(any(path.endswith(chirpwire.shown(name)) for path in failed) for name in missing), \
         (missing, failed)
+
+
+def test_what_a_transfer_left_is_told_of(ours, tmp_path):
+    """In a folder that is moved; each failure has its path once, and none of a temporary folder."""
+    client, there = ours  # noqa: F811
+    left = '.0123456789abcdef.vmhost-part'
+    source = tree_of(tmp_path / 'source', {left: b'half', 'x': b'x', 'd/' + left: b'half'})
+    os.makedirs(str(source / 'e' / left))
+    with pytest.raises(chirpwire.Incomplete) as incomplete:
+        client.put(str(source), '/tree')
+    begun = 'a transfer has begun it, and not ended: repeat that, or remove this'
+    wanted = {left, 'd/' + left, 'e/' + left}
+    assert dict(incomplete.value.failures) == {'%s/%s' % (source, path): begun for path in wanted}
+    shutil.copytree(str(source), str(there / 'left'))
+    with pytest.raises(chirpwire.Incomplete) as incomplete:
+        client.get('/left', str(tmp_path / 'back'))
+    assert dict(incomplete.value.failures) == {'/left/' + path: begun for path in wanted}
+    assert sorted(os.listdir(str(tmp_path / 'back'))) == ['d', 'e', 'x']
+
+
+def test_a_file_that_is_none_is_said(ours, tmp_path):
+    client, there = ours  # noqa: F811
+    os.mkfifo(str(there / 'pipe'))
+    with pytest.raises(OSError, match='neither file, folder nor link'):
+        client.get('/pipe', str(tmp_path / 'pipe'))
 
 
 def test_what_servers_keep_in_a_folder_is_fetched_and_never_written(ours, tmp_path):
