@@ -337,7 +337,7 @@ class OldWrapper:
             self.obey(order)
         results = self.vms.getCmdResults(cmd_id)
         assert results['resources']['ru_stime'] + results['resources']['ru_utime'] > 0
-        self.vms.ping(VM)
+        self.wait_for_agent()
         assert self.vms.cpFileFromVM(VM, 'output', os.path.join(self.folder, 'output'))[2] == 0
         self.vms.saveState(VM)
         self.end()
@@ -349,10 +349,13 @@ class OldWrapper:
         if VM not in self.vms.listRunningVMs():
             self.vms.start(VM)
         assert VM in self.vms.listRunningVMs()
-        wait_until(lambda: fault_of(self.vms.ping, VM)[0] == 0, PATIENCE, 0.5)
+        self.wait_for_agent()
         for name, remote in (('science', './science'), ('input', 'input')):
             out, err, status = self.vms.cpFileToVM(VM, os.path.join(self.folder, name), remote)
             assert status == 0, err
+
+    def wait_for_agent(self):
+        wait_until(lambda: fault_of(self.vms.ping, VM)[0] == 0, PATIENCE, 0.5)
 
     def obey(self, order):
         if order == 'checkpoint':
