@@ -9,17 +9,20 @@ import subprocess
 import sys
 
 import pytest
-from agents import TOP, Agent, Host
+import wine
+from agents import ON_WINDOWS, TOP, Agent, Host
 from helpers import wait_until
 
 pytestmark = [pytest.mark.ends, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 
 
-def run(*words, program='vmhost.py', python=(sys.executable,), **kwargs):
+def run(*words, program='vmhost.py', python=(), **kwargs):
     """The exit code, and what was said on both outputs."""
-    done = subprocess.run(list(python) + [os.path.join(TOP, program)] + list(map(str, words)), timeout=60,
+    on_windows = ON_WINDOWS and not program.endswith('vmguest.py')
+    python = list(python) or (wine.start_of('python') if on_windows else [sys.executable])
+    done = subprocess.run(python + [os.path.join(TOP, program)] + list(map(str, words)), timeout=60,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs)
-    return done.returncode, done.stdout.decode()
+    return done.returncode, done.stdout.decode().replace('\r\n', '\n')
 
 
 def write(path, text):

@@ -4,7 +4,8 @@ import os
 
 import pytest
 from agents import Agent
-from wine import RIG, WindowsHost, python, stop
+from windows_host import WindowsHost
+from wine import RIG, python, stop
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
