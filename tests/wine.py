@@ -26,7 +26,12 @@ def start_of(program):
     """What starts a Windows program; ``python`` and ``pythonw`` are the rig's."""
     if program in ('python', 'pythonw'):
         program = os.path.join(RIG, 'python', program + '.exe')
-    return ['env'] + ['%s=%s' % item for item in ENVIRONMENT.items()] + [WINE, program]
+    return in_rig(WINE, program)
+
+
+def in_rig(*words):
+    """What starts a program of this machine's that finds the rig."""
+    return ['env'] + ['%s=%s' % item for item in ENVIRONMENT.items()] + list(words)
 
 
 class Program:
@@ -66,6 +71,13 @@ class Program:
 def python(*words, **options):
     """Runs Python there to its end: (exit code, what it said)."""
     return Program('python', *words, **options).wait()
+
+
+def start():
+    """Has that Windows run until ``stop``: a program starts in a second then, and its output isn't held open by
+    services that it starts."""
+    subprocess.call(in_rig('/usr/lib/wine/wineserver64', '-p'))
+    python('-c', '')
 
 
 def stop():
