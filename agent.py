@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 import types
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 ON_WINDOWS = os.name == 'nt'
 VERSION = '1.0.0'      # of the project; all its files are released together
@@ -355,14 +355,32 @@ def check_package(name: str, needed: bool) -> Finding:
 
 def check_folder(folder: str, key: str) -> Finding:
     """Whether files can be made in the folder, or the folder in the nearest one that exists."""
-    import tempfile  # needed here alone
     place, writable = existing(folder), True
     try:
-        tempfile.TemporaryFile(dir=place).close()      # what modes say isn't all, on Windows least of all
+        with momentary_file(place):    # what modes say isn't all, on Windows least of all
+            pass
     except OSError:
         writable = False
     return Finding(writable, 'folder %s' % folder, '%s can\'t be written by this user: change its owner '
                    'or mode, or name another folder as %s' % (place, key))
+
+
+@contextlib.contextmanager
+def momentary_file(folder: str) -> Iterator[str]:
+    """Makes a file in the folder for a moment; gives its path. Raises OSError where that can't be.
+
+    Not by tempfile: where this user may make no file, Windows' Python takes that for a name that is taken, and
+    tries the next one, two thousand million times.
+    """
+    path = os.path.join(folder, '.vmhost-' + os.urandom(8).hex())
+    delete_on_close = getattr(os, 'O_TEMPORARY', 0)    # on Windows
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | delete_on_close, 0o600)
+    try:
+        yield path
+    finally:
+        os.close(descriptor)
+        if not delete_on_close:
+            os.remove(path)
 
 
 def check_disk(folder: str, least: int) -> Finding:

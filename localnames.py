@@ -3,7 +3,7 @@
 A guest's names are bytes in which all but NUL and a slash may stand. Here some of them may be no name at all,
 a device, a way out of the folder, or the name of what is there already.
 
-What it is not: anything that opens a file of a user's. Imports nothing of ours. No threads, no state.
+What it is not: anything that opens a file of a user's. No threads, no state.
 """
 
 import errno
@@ -11,6 +11,8 @@ import os
 import re
 import sys
 from typing import Callable, Dict, Optional
+
+import agent
 
 NOT_ON_WINDOWS = re.compile(
     r'[\x00-\x1f<>:"/\\|?*\ud800-\udfff]|[ .]$'
@@ -60,10 +62,9 @@ def folding(folder: str) -> Optional[Fold]:
 
 def is_apart(folder: str) -> bool:
     """Whether two names that differ by case alone are two in that folder, as far as can be seen."""
-    import tempfile  # needed here alone
     try:
-        with tempfile.NamedTemporaryFile(prefix='.vmhost-', dir=folder) as file:
-            return not os.path.lexists(os.path.join(folder, os.path.basename(file.name).upper()))
+        with agent.momentary_file(folder) as path:
+            return not os.path.lexists(os.path.join(folder, os.path.basename(path).upper()))
     except OSError:                    # what is written there next will say why
         return True
 

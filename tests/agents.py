@@ -14,25 +14,34 @@ import sys
 import time
 import xmlrpc.client
 
+import pytest
+import wine
 from helpers import wait_until
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
+ON_WINDOWS = bool(os.environ.get('VMHOST_HOST_ON_WINDOWS'))
+posix_host = pytest.mark.skipif(ON_WINDOWS, reason='what the host has on POSIX alone')
 compiled = False               # conftest.py sets it
 COMPILED = 'import runpy, sys; sys.path[0] = %r; runpy.run_module(%r, None, "__main__", True)'
 
 
-def command(program, *words):
+def command(program, *words, on_windows=False):
     """What starts vmhost, vmguest, or a bundle, with these words."""
+    python = wine.start_of('python') if on_windows else [sys.executable]
+    top = wine.path_there(TOP) if on_windows else TOP
     if program.endswith('.pyz'):
-        return [sys.executable, program] + list(words)
-    start = ['-c', COMPILED % (TOP, program)] if compiled else [os.path.join(TOP, program + '.py')]
-    return [sys.executable] + start + list(words)
+        start = [wine.path_there(program) if on_windows else program]
+    else:
+        start = ['-c', COMPILED % (top, program)] if compiled else [os.path.join(top, program + '.py')]
+    return python + start + list(words)
 
 
 class Process:
     """One agent's process; what it logs goes into a file."""
+
+    on_windows = False
 
     def __init__(self, folder, program, ini):
         self.folder = str(folder)
@@ -48,14 +57,15 @@ class Process:
         self.process = None
 
     def start(self):
+        words = wine.INTO_FILE + [self.log_path] + self.words() if self.on_windows else self.words()
         with open(self.log_path, 'ab') as log:
             self.process = subprocess.Popen(
-                self.words(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder)
+                words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder)
         return self
 
     def words(self):
         """What starts it."""
-        return command(self.program, self.ini)
+        return command(self.program, self.ini, on_windows=self.on_windows)
 
     def log(self):
         with open(self.log_path, errors='replace') as file:
@@ -65,6 +75,8 @@ class Process:
         """Ends it; gives the exit code. KILLs it, and fails, when it takes too long."""
         if self.process is None:
             return None
+        if self.on_windows:            # which has Ctrl-C alone
+            number, timeout = signal.SIGINT if number == signal.SIGTERM else number, timeout + 20
         if self.process.poll() is None:
             self.process.send_signal(number)
         try:
@@ -85,6 +97,8 @@ class Process:
 class Host(Process):
     """A host agent on free ports, with its API as ``api``."""
 
+    on_windows = ON_WINDOWS
+
     def __init__(self, folder, broker=None, hypervisor='none', **host):
         ini = {'Broker': dict({'port': 0}, **(broker or {})),
                'Host': dict({'xmlrpc_port': 0}, **host), 'Hypervisor': {'hypervisor': hypervisor}}
@@ -98,7 +112,7 @@ class Host(Process):
         if not wait:
             return self
         try:
-            wait_until(lambda: self.process.poll() is not None or self.answers(), 20)
+            wait_until(lambda: self.process.poll() is not None or self.answers(), 60)
             assert self.process.poll() is None, 'the host ended:\n' + self.log()
         except BaseException:
             self.stop(signal.SIGKILL)
@@ -153,12 +167,15 @@ class Host(Process):
 
     def command(self, *words):
         """What runs a verb of the command line."""
-        return command('vmhost', self.ini, *words)
+        return command('vmhost', self.ini, *words, on_windows=self.on_windows)
 
     def verb(self, *words, **kwargs):
-        """Runs a verb of the command line; gives the finished process, with bytes."""
-        return subprocess.run(self.command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        """Runs a verb of the command line; gives the finished process, with bytes, lines ending as here."""
+        done = subprocess.run(self.command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                               timeout=kwargs.pop('timeout', 120), **kwargs)
+        if self.on_windows:
+            done.stderr = done.stderr.replace(b'\r\n', b'\n')
+        return done
 
 
 class Agent(Process):

@@ -15,6 +15,7 @@ sys.path[:0] = [os.path.dirname(TESTS), TESTS]
 import agents  # noqa: E402
 import helpers  # noqa: E402
 import stomp_client  # noqa: E402
+import wine  # noqa: E402
 
 import stompbroker  # noqa: E402
 
@@ -43,6 +44,14 @@ def null_device_stays():
     before = os.stat(os.devnull).st_mode
     yield
     assert os.stat(os.devnull).st_mode == before, 'the test changed the mode of ' + os.devnull
+
+
+@pytest.fixture(scope='session', autouse=agents.ON_WINDOWS)
+def host_on_windows():
+    """What the host agents of all tests run on then."""
+    wine.start()
+    yield
+    wine.stop()
 
 
 @pytest.fixture(scope='module')

@@ -7,8 +7,9 @@ of the fake's as such.
 """
 
 import contextlib
-import fcntl
+import hashlib
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -21,26 +22,35 @@ PLAIN = (str, bytes, int, float, bool, type(None))
 LINGERS = 3.0                  # seconds that the process stays without a client
 
 
+def address_in(folder):
+    """Where the process listens that the folder steers."""
+    if os.name == 'nt':
+        return r'\\.\pipe\vboxsvc-' + hashlib.sha1(folder.encode()).hexdigest()
+    return os.path.join(folder, 'socket')
+
+
 class VirtualBoxManager(fake_virtualbox.VirtualBoxManager):
     """The program's side."""
 
     def __init__(self):
         super().__init__()
-        self.socket = os.path.join(os.environ['FAKE_VIRTUALBOX'], 'socket')
+        self.folder = os.environ['FAKE_VIRTUALBOX']
         self.line = Line(self.connected())
 
     def connected(self):
-        with open(self.socket + '.lock', 'w') as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        address = address_in(self.folder)
+        lock = sqlite3.connect(os.path.join(self.folder, 'socket.lock'), 60, isolation_level=None)
+        with contextlib.closing(lock):
+            lock.execute('BEGIN EXCLUSIVE')
             with contextlib.suppress(OSError):
-                return Client(self.socket)
+                return Client(address)
             with contextlib.suppress(OSError):
-                os.remove(self.socket)
-            subprocess.Popen([sys.executable, os.path.abspath(__file__), self.socket],
+                os.remove(address)
+            subprocess.Popen([sys.executable, os.path.abspath(__file__), self.folder],
                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
             while True:
                 with contextlib.suppress(OSError):
-                    return Client(self.socket)
+                    return Client(address)
                 time.sleep(0.02)
 
     def getVirtualBox(self):
@@ -101,10 +111,10 @@ def unpack(packed, thing_of):
 class Server:
     """The process's side: a thread for each program."""
 
-    def __init__(self, path):
+    def __init__(self, folder):
         self.root = fake_virtualbox.VirtualBox()
         self.things = {}
-        self.listener = Listener(path, 'AF_UNIX', 64)
+        self.listener = Listener(address_in(folder), backlog=64)
         self.clients = 0
         self.alone_since = time.monotonic()
 

@@ -45,12 +45,14 @@ MACS = itertools.count(0x080027000001)
 
 
 def install(folder):
-    """A module vboxapi in the folder; gives the environment in which Python finds it."""
+    """A module vboxapi in the folder; gives the environment in which a host agent's Python finds it."""
+    import agents  # the tests' alone
     os.makedirs(str(folder), exist_ok=True)
     with open(os.path.join(str(folder), 'vboxapi.py'), 'w') as file:
         file.write('from fake_server import VirtualBoxManager    # noqa: F401\n')
     paths = [str(folder), os.path.dirname(os.path.abspath(__file__)), os.environ.get('PYTHONPATH', '')]
-    return {'PYTHONPATH': os.pathsep.join(path for path in paths if path), 'FAKE_VIRTUALBOX': str(folder)}
+    between = ';' if agents.ON_WINDOWS else os.pathsep
+    return {'PYTHONPATH': between.join(path for path in paths if path), 'FAKE_VIRTUALBOX': str(folder)}
 
 
 def steering(name):

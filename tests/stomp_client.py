@@ -278,7 +278,7 @@ class Program:
             + list(arguments),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         line = self.process.stdout.readline().decode()
-        found = re.match(r'listening on \[?([^\]]+)\]?:(\d+)\n\Z', line)
+        found = re.match(r'listening on \[?([^\]]+)\]?:(\d+)\r?\n\Z', line)
         assert found, (line, self.process.stderr.read())
         self.address = found.group(1), int(found.group(2))
 

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import random
-import resource
 import selectors
 import shutil
 import signal
@@ -322,6 +321,7 @@ def memory(process, what='VmRSS'):
 
 
 def allow_descriptors(number):
+    resource = pytest.importorskip('resource')     # which Windows doesn't have, nor a limit
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < number:
         pytest.skip('at most %d descriptors here' % hard)

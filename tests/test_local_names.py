@@ -2,6 +2,8 @@
 
 import errno
 import os
+import shutil
+import subprocess
 import time
 import unicodedata
 
@@ -81,6 +83,43 @@ def test_a_disk_that_tells_names_apart_is_known(tmp_path, monkeypatch):
     assert localnames.folding(str(tmp_path)) is localnames.normal      # accents are one in any case
     assert os.listdir(str(tmp_path)) == []
     assert localnames.folding(str(tmp_path / 'missing')) is localnames.normal
+
+
+@pytest.fixture
+def ignores_case(tmp_path):
+    """A folder that takes names which differ by case for one; it shows them in lower case."""
+    if not shutil.which('lowntfs-3g') or os.getuid() or not os.path.exists('/dev/fuse'):
+        pytest.skip('needs root, /dev/fuse and lowntfs-3g (package ntfs-3g)')
+    disk, folder = str(tmp_path / 'disk'), tmp_path / 'ignores-case'
+    with open(disk, 'wb') as file:
+        file.truncate(16 << 20)
+    subprocess.check_call(['mkntfs', '-q', '-F', '-f', '-s', '512', disk], stdout=subprocess.DEVNULL,
+                          stderr=subprocess.DEVNULL)
+    folder.mkdir()
+    subprocess.check_call(['lowntfs-3g', '-o', 'ignore_case', disk, str(folder)])
+    yield folder
+    subprocess.check_call(['umount', str(folder)])
+
+
+def test_a_disk_that_ignores_case_loses_no_file(ours, ignores_case):  # noqa: F811
+    client, there = ours
+    tree = {'README': b'one', 'Readme': b'two', 'D/x': b'three', 'd/y': b'four', 'other': b'five'}
+    for name, content in tree.items():
+        (there / 'tree' / name).parent.mkdir(parents=True, exist_ok=True)
+        (there / 'tree' / name).write_bytes(content)
+    assert localnames.folding(str(ignores_case)) is localnames.case_folded
+    for _ in 'new', 'again':
+        with pytest.raises(chirpwire.Incomplete) as incomplete:
+            client.get('/tree', str(ignores_case / 'target'))
+        failed = [chirpwire.shown(path) for path, _ in incomplete.value.failures]
+        assert len(failed) == 2 and all('would be the same file as' in why
+                                        for _, why in incomplete.value.failures)
+        arrived = {name: content for name, content in tree.items()
+                   if not any(('/tree/' + name).startswith(path) for path in failed)}
+        assert len(arrived) == 3
+        for name, content in arrived.items():
+            assert (ignores_case / 'target' / name).read_bytes() == content
+        assert sorted(os.listdir(str(ignores_case / 'target'))) == ['d', 'other', 'readme']
 
 
 def test_ntfs_compares_character_by_character():

@@ -54,6 +54,10 @@ def test_a_port_that_windows_keeps_for_itself_is_told_so():
 def test_a_folder_is_checked_by_writing_to_it(tmp_path):
     assert agent.check_folder(str(tmp_path / 'new' / 'one'), 'key').ok and os.listdir(str(tmp_path)) == []
     assert not agent.check_folder('/proc/self/new', 'key').ok
+    with agent.momentary_file(str(tmp_path)) as path:
+        assert [os.path.basename(path)] == os.listdir(str(tmp_path))
+    with pytest.raises(OSError), agent.momentary_file(str(tmp_path / 'missing')):
+        pass
 
 
 def test_the_kernel_module_is_a_thing_of_linux(monkeypatch):

@@ -3,8 +3,10 @@
 import os
 
 import pytest
+import wine
 from agents import Agent
-from wine import RIG, WindowsHost, python, stop
+from windows_host import WindowsHost
+from wine import RIG
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -21,9 +23,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope='session')
 def windows():
     """Wine, whose services run; ended at the end of the tests."""
-    python('-c', '')
+    wine.start()
     yield
-    stop()
+    wine.stop()
 
 
 @pytest.fixture(scope='module')

@@ -4,6 +4,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import zipfile
 import pytest
 from agents import TOP, Agent
 from helpers import wait_until
-from wine import RIG, Program, WindowsHost, path_there, python
+from windows_host import WindowsHost
+from wine import RIG, Program, path_there, python
 
 VBOXAPI = '/usr/lib/python3/dist-packages/vboxapi'
 GONE = 'no host agent runs here'
@@ -224,7 +226,7 @@ def test_a_host_killed_in_the_middle_loses_nothing(tmp_path, windows):
         with host.api as api:
             ids = [api.runCmd('g', 'sh', ['-c', 'echo %d >> runs; sleep 0.%d' % (number, number)])
                    for number in range(1, 10)]
-        host.program_there.kill()      # as taskkill /F does
+        host.stop(signal.SIGKILL)      # as taskkill /F does
         host.start()
         assert {host.results(cmd_id)['state'] for cmd_id in ids} == {'exited'}
         with open(os.path.join(guest.files, 'runs')) as file:
@@ -248,7 +250,7 @@ def test_the_host_ends_in_order(tmp_path, windows, how):
     """By Ctrl-C, and by taskkill without /F, which asks its window."""
     with WindowsHost(tmp_path) as host:
         if how == 'interrupt':
-            host.program_there.interrupt()
+            host.process.send_signal(signal.SIGINT)
         else:
             pid = re.search(r'started, pid (\d+)', host.log()).group(1)
             assert Program('taskkill', '/PID', pid).wait()[0] == 0
@@ -261,7 +263,7 @@ def test_a_host_that_nobody_hears_works_and_logs(tmp_path, windows):
     """pyw has no standard streams: it is started so by a Python that is detached from any console."""
     host = WindowsHost(tmp_path)
     code, said = python('-c', 'import subprocess, sys; subprocess.Popen(sys.argv[1:], creationflags=8)',
-                        path_there(os.path.join(RIG, 'python', 'pythonw.exe')), *host.words(),
+                        path_there(os.path.join(RIG, 'python', 'pythonw.exe')), *host.typed(),
                         folder=host.folder)
     assert code == 0, said
     log = os.path.join(host.state, 'vmhost.log')
@@ -281,7 +283,7 @@ def test_a_damaged_journal_is_set_aside(tmp_path, windows):
 
 
 def test_what_keeps_it_from_starting_is_told(host, tmp_path):
-    code, said = python(*host.words(), folder=str(tmp_path))
+    code, said = python(*host.typed(), folder=str(tmp_path))
     assert code == 1 and 'another vmhost runs on the state folder' in said
     (tmp_path / 'taken.ini').write_text('[Broker]\nport = %d\n[Host]\nxmlrpc_port = 0\n[Hypervisor]\n'
                                         'hypervisor = none\n' % host.broker_port)

@@ -2,7 +2,8 @@
 
 import os
 
-from wine import Program, WindowsHost
+from windows_host import WindowsHost
+from wine import Program
 
 
 def test_the_host_ends_in_order_when_the_user_logs_off(tmp_path, windows):
