@@ -102,7 +102,7 @@ def test_a_host_without_proof_is_obeyed_in_nothing(tmp_path):
         for greeting, (stranger, agent) in met.items():
             give_orders_without_proof(greeting, stranger, agent, tmp_path / 'mark')
         for stranger, agent in met.values():
-            stranger.hear('HELLO')             # it comes back, since there may be its host by then
+            stranger.hear('HELLO', 90)         # it comes back, since there may be its host by then
             assert agent.log().count('not obeyed') == 1
 
 
