@@ -280,7 +280,8 @@ class Machines:
             with self.chirp_client(self.connected(vm)) as client:
                 return sorted(client.ls(path))
         except (chirpwire.ChirpError, OSError) as error:
-            raise TransferError('%s on %s: %s' % (path, vm, agent.sentence(error)))
+            raise TransferError('%s on %s: %s' % (
+                path, vm, getattr(error, 'reason', '') or agent.sentence(error)))
 
 
 def start_driver(settings: Any, state_dir: str, on_event: Callable[[str, str, str], None],
