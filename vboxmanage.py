@@ -172,7 +172,7 @@ class Asking(Driver):
                     tagged=self._marks(uuid).get(MADE_BY_US) == uuid, rdp={})
 
     def warnings(self, job: Job) -> List[str]:
-        return ['VirtualBox is driven by %s, as vboxapi is missing, which brings %s' % (
+        return ['VirtualBox is driven by %s, without vboxapi, which brings %s' % (
             self._program.path, LACKS)] + vboxconnection.module_warnings()
 
     def check(self, job: Job) -> List[Tuple[bool, str, str, bool]]:

@@ -208,7 +208,7 @@ class Cards:
     def _forwards(self, machine: Any) -> bool:
         return bool(self.box.network['mode'] == 'nat' or has_mark(machine, NAT_FOR_NOW))
 
-    def check(self, machine: Any) -> None:
+    def check_interfaces(self, machine: Any) -> None:
         """Raises BadState where a card's host-only interface is missing, of which VirtualBox says
         VERR_INTERNAL_ERROR."""
         kinds = self.box.attachments('HostOnly')

@@ -227,7 +227,7 @@ class Life:
     def start(self, job: Job, vm: str, gui_mode: bool = False, board_serial: str = '') -> bool:
         machine = self.box.ready(job, vm, 'start')
         self._check_disks(machine)
-        self._cards.check(machine)
+        self._cards.check_interfaces(machine)
         if self.box.state_of(machine) in OFF:
             self.box.edit(job, machine, lambda mutable: self._prepare(mutable, board_serial))
         self._launch(job, machine, 'gui' if gui_mode else 'headless')

@@ -51,3 +51,10 @@ def box(request, tmp_path):
 @pytest.fixture(params=[virtualbox.VirtualBox, process_driver.Processes])
 def driver_class(request):
     return request.param
+
+
+def test_no_part_of_a_driver_takes_anothers_verb():
+    """VirtualBox's driver finds a verb in the first of its parts that has one of that name."""
+    driver = virtualbox.VirtualBox(dict(SETTINGS))
+    for verb in VERBS:      # noqa: F405
+        assert len([part for part in driver._parts if hasattr(part, verb)]) <= 1, verb

@@ -77,7 +77,7 @@ def test_saved_and_back(box, vm):
     for verb, native in (('pause', 'Paused'), ('save_state', 'Saved'), ('start', 'Running'),
                          ('reset', 'Running'), ('save_state', 'Saved'), ('discard_state', 'PoweredOff')):
         assert getattr(box, verb)(vm) is True and box.state(vm) == native, verb
-    assert 'VirtualBox' in box.get_log(vm)
+    assert 'VBoxHeadless' in box.get_log(vm)
     assert facts(box.known_uuid(vm))['cpuexecutioncap'] == '50'
     with pytest.raises(faults.NotSupported, match='VBoxManage can\'t limit the network'):
         box.set_limits(vm, {'netKBps': 100})

@@ -1,4 +1,5 @@
-"""A host agent without vboxapi, with a broken one, without the kernel module: it says so, does the rest."""
+"""A host agent without vboxapi and VBoxManage, with broken ones, without the kernel module: it says so, does
+the rest."""
 
 import contextlib
 import os
@@ -10,6 +11,18 @@ from vms import VMHost, fault_of
 
 MANAGER = 'class VirtualBoxManager:\n    def %s(self):\n        raise Exception("no XPCOM")'
 HEADLESS = '/usr/lib/virtualbox/VBoxHeadless'
+PROGRAM = '/usr/lib/virtualbox/VBoxManage'
+
+
+@contextlib.contextmanager
+def replaced(path, other):
+    """The rig has another file in this place. VBoxHeadless as VirtualBox ships it demands the kernel's
+    driver."""
+    subprocess.check_call(['mount', '--bind', other, path])
+    try:
+        yield
+    finally:
+        subprocess.check_call(['umount', path])
 
 
 def works_without_vms(host, tmp_path):
@@ -35,7 +48,7 @@ def lines_of(host, words):
 def test_vboxapi_missing_or_broken(tmp_path, hypervisor, module, told):
     (tmp_path / 'vboxapi.py').write_text(module + '\n')
     paths = [str(tmp_path), os.environ.get('PYTHONPATH', '')]
-    with VMHost(tmp_path / 'host', {'PYTHONPATH': os.pathsep.join(paths)},
+    with replaced(PROGRAM, '/dev/null'), VMHost(tmp_path / 'host', {'PYTHONPATH': os.pathsep.join(paths)},
                 hypervisor={'hypervisor': hypervisor, 'command_timeout': '3'}) as host:
         lines = lines_of(host, 'can\'t be controlled')
         assert len(lines) == 1 and told in lines[0], host.log()
@@ -43,18 +56,9 @@ def test_vboxapi_missing_or_broken(tmp_path, hypervisor, module, told):
         works_without_vms(host, tmp_path)
 
 
-@contextlib.contextmanager
-def as_it_was():
-    """VBoxHeadless as VirtualBox ships it: it demands the kernel's driver."""
-    subprocess.check_call(['mount', '--bind', HEADLESS + '.with-driver', HEADLESS])
-    try:
-        yield
-    finally:
-        subprocess.check_call(['umount', HEADLESS])
-
-
 def test_the_kernel_module_missing(home, remove_all, tmp_path):
-    with as_it_was(), VMHost(tmp_path / 'host', other_machines='yes') as host, host.api as api:
+    with replaced(HEADLESS, HEADLESS + '.with-driver'), \
+            VMHost(tmp_path / 'host', other_machines='yes') as host, host.api as api:
         lines = lines_of(host, 'vboxdrv')
         assert len(lines) == 1 and 'VMs can\'t be started' in lines[0] and 'vboxconfig' in lines[0]
         api.createVM('stands', '', {'memory': 16, 'diskSize': 4})
