@@ -70,9 +70,9 @@ def as_if_booted(vm):
     for discs in registry.findall(SCHEMA + 'DVDImages'):
         registry.remove(discs)
     registry.append(guest.find(SCHEMA + 'MediaRegistry').find(SCHEMA + 'DVDImages'))
+    next(registry.find(SCHEMA + 'DVDImages').iter(SCHEMA + 'Image')).set('location', SAVED + '/guest.iso')
+    next(new.iter(SCHEMA + 'Port')).set('path', os.path.join(os.path.dirname(settings), 'serial.log'))
     tree.write(settings, encoding='utf-8', xml_declaration=True)
-    os.makedirs('/root/linux-guest', exist_ok=True)
-    shutil.copy(SAVED + '/guest.iso', '/root/linux-guest/guest.iso')
     manage('registervm', settings)
     memory, = glob.glob(SAVED + '/Snapshots/*.sav')
     manage('adoptstate', vm, shutil.copy(memory, os.path.dirname(settings)))       # which goes with the VM
@@ -92,7 +92,7 @@ def test_a_task_in_a_vm_of_its_own(boinc, image, tmp_path):
     def until(condition, seconds=PATIENCE):
         return wait_until(condition, seconds, 0.3)
     boinc.add('t1', boinc_rig.COUNT.replace('20000', '200'),
-              '<multiattach_vdi_file>image.vdi</multiattach_vdi_file>'
+              '<multiattach_vdi_file>image.vdi</multiattach_vdi_file><checkpoint>files</checkpoint>'
               '<input>in</input><input>more/in</input><output>out</output>',
               [('in', 'apples\n'), ('more/in', 'pears\n')], ['out'], 'and plums', [image])
     image = os.path.join(boinc.project, 'image.vdi')
