@@ -198,6 +198,9 @@ def test_a_vm_that_died_boots_again_and_the_program_begins_with_its_files(projec
     agent = project.agent(task)
     task.wait(lambda: os.path.exists(os.path.join(agent.files, 'begun')))
     open(os.path.join(project.environment['FAKE_VIRTUALBOX'], 'abort-' + task.vm), 'w').close()
+    task.wait(lambda: 'begins again' in task.read('stderr.txt'))
+    agent.stop()
+    agent = project.agent(task)                # its VM has another port for files by now
     task.wait(lambda: len(project.call('listCmds')) == 2)
     finish(agent)
     assert task.wait_for_end(60) == 0, task.read('stderr.txt')
