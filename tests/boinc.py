@@ -175,6 +175,12 @@ class WithMachine(Boinc):
         return ''
 
 
+def chirp_port(box, vm):
+    """The port of this machine that a VM of the fake's in NAT mode has for its Chirp server."""
+    forwarding, = box.getVirtualBox().findMachine(vm).getNetworkAdapter(0).NATEngine.redirects
+    return int(forwarding.split(',')[3])
+
+
 class WithFakeVMs(Boinc):
     """Tasks get VMs of the fake VirtualBox; what would be a VM's agent runs beside it."""
 
@@ -212,12 +218,10 @@ class WithFakeVMs(Boinc):
         self.has(name, 'Running')
         with vms.environment(self.environment):
             self.box = fake_server.VirtualBoxManager()         # which lives on while somebody talks to it
-        machine = self.box.getVirtualBox().findMachine(self.vm(name))
-        forwarding, = machine.getNetworkAdapter(0).NATEngine.redirects
         port = int(self.client.call('agentInfo')['broker']['address'].rpartition(':')[2])
         found = Agent(os.path.join(self.folder, 'guest-' + name), types.SimpleNamespace(broker_port=port),
                       self.client.call('getVM', self.vm(name))['id'],
-                      chirp={'port': forwarding.split(',')[3]})
+                      chirp={'port': chirp_port(self.box, self.vm(name))})
         self.agents.append(found)
         found.start(wait=False)
         return found
@@ -227,6 +231,8 @@ class WithFakeVMs(Boinc):
             each.stop()
             each.end_programs()
         super().close()
+        if self.box is not None:
+            self.box.line.connection.close()
 
 
 @contextlib.contextmanager

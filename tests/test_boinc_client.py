@@ -194,7 +194,7 @@ def seconds_of(lines):
 
 
 def test_ends(boinc):
-    """Ten tasks at once, and each shows what became of its program."""
+    """Eleven tasks at once, and each shows what became of its program."""
     rig = boinc.rig
     for name, program in (('one', 'exit 1'), ('most', 'exit 255'), ('segv', 'kill -SEGV $$'),
                           ('killed', 'kill -KILL $$'), ('lacks', 'exit 0'), ('endless', 'sleep 600')):
@@ -205,17 +205,19 @@ def test_ends(boinc):
     boinc.add('tired', 'printf "1800\\n0\\nthe moon is up\\n" > rest; sleep 600\n',
               '<temporary_exit_trigger_file>rest</temporary_exit_trigger_file>')
     boinc.add('odd', 'exit 0\n', '<enable_floppyio>1</enable_floppyio><frobnicate/>')
+    boinc.add('absent', '', '<command>no/such/program</command>')
     boinc.add('timed', 'sleep 600\n', '<job_duration>2</job_duration>')
     rig.start()
     wait_until(lambda: rig.task('endless')['fraction'] == 0 and rig.task('endless')['process'] == 'running'
                and os.path.exists(boinc.task_folder('endless')), 60, 0.2)
     rig.operate('abort', 'endless')
     ends = {name: rig.wait(name, 'done=true', 60) for name in (
-        'one', 'most', 'segv', 'killed', 'lacks', 'endless', 'completed', 'timed')}
+        'one', 'most', 'segv', 'killed', 'lacks', 'endless', 'completed', 'absent',
+        'timed')}
     assert {name: (end['state'], end['exit']) for name, end in ends.items()} == {
         'one': ('error', 1), 'most': ('error', 255), 'segv': ('error', 11), 'killed': ('error', 193),
         'lacks': ('error', 0), 'endless': ('aborted', 203), 'completed': ('error', 3),
-        'timed': ('uploaded', 0)}
+        'absent': ('error', 206), 'timed': ('uploaded', 0)}
     assert re.search('Output file lacks_out.* absent', rig.read('client.log'))
     assert 'the program left no file no/such/out' in rig.stderr('lacks')
     assert rig.wait('tired', 'waiting=the moon is up')['process'] == 'none'

@@ -9,14 +9,16 @@ import signal
 import subprocess
 import types
 
+import boinc as boinc_rig
 import fake_server
 import fake_virtualbox
 import pytest
 from agents import Agent
 from fake_client import FakeClient
 from helpers import wait_until
-from vms import kill
+from vms import environment, kill
 
+import boincwork
 import hostclient
 
 pytestmark = [pytest.mark.once, pytest.mark.slow, pytest.mark.ends,
@@ -28,13 +30,15 @@ xmlrpc_port = auto
 state_dir = state
 [Hypervisor]
 hypervisor = VirtualBox
+[Network]
+mode = nat
 [Logging]
 file = vmhost.log
 """
 JOB = """<vbox_job>
 <os_name>Linux_64</os_name><memory_size_mb>600</memory_size_mb>
 <multiattach_vdi_file>image.vdi</multiattach_vdi_file>
-<minimum_checkpoint_interval>0</minimum_checkpoint_interval>
+<minimum_checkpoint_interval>0</minimum_checkpoint_interval><checkpoint>files</checkpoint>
 <input>in</input><output>out</output>%s
 </vbox_job>
 """
@@ -92,8 +96,12 @@ class Project:
         task.wait(lambda: self.vms().get(task.vm) == 'Running')
         port = int(self.call('agentInfo')['broker']['address'].rpartition(':')[2])
         host = types.SimpleNamespace(broker_port=port)
+        with environment(self.environment):
+            box = fake_server.VirtualBoxManager()              # which lives on while somebody talks to it
+        self._stack.callback(box.line.connection.close)
+        port = boinc_rig.chirp_port(box, task.vm)
         agent = Agent(os.path.join(self.folder, 'guest-' + task.name), host,
-                      self.call('getVM', task.vm)['id'])
+                      self.call('getVM', task.vm)['id'], chirp={'port': port})
         self._stack.callback(agent.end_programs)
         self._stack.callback(agent.stop)
         agent.start(wait=False)
@@ -184,13 +192,15 @@ def test_a_killed_wrapper_goes_on_with_the_same_vm(project):
 
 
 def test_a_vm_that_died_boots_again_and_the_program_begins_with_its_files(project):
-    task = project.task(job='<checkpoint>files</checkpoint>',
-                        app='echo begun >> begun; until [ -e finish ]; do sleep 0.1; done; cat begun > out')
+    task = project.task(app='echo begun >> begun; until [ -e finish ]; do sleep 0.1; done; cat begun > out')
     out = task.link('out')
     task.start()
     agent = project.agent(task)
     task.wait(lambda: os.path.exists(os.path.join(agent.files, 'begun')))
     open(os.path.join(project.environment['FAKE_VIRTUALBOX'], 'abort-' + task.vm), 'w').close()
+    task.wait(lambda: 'begins again' in task.read('stderr.txt'))
+    agent.stop()
+    agent = project.agent(task)                # its VM has another port for files by now
     task.wait(lambda: len(project.call('listCmds')) == 2)
     finish(agent)
     assert task.wait_for_end(60) == 0, task.read('stderr.txt')
@@ -198,7 +208,8 @@ def test_a_vm_that_died_boots_again_and_the_program_begins_with_its_files(projec
 
 
 def test_a_vm_that_died_goes_on_from_its_last_checkpoint(project):
-    task = project.task(app='echo begun >> begun; until [ -e finish ]; do sleep 0.1; done; cat begun > out')
+    task = project.task(job='<checkpoint>state</checkpoint>',
+                        app='echo begun >> begun; until [ -e finish ]; do sleep 0.1; done; cat begun > out')
     out = task.link('out')
     task.start()
     agent = project.agent(task)
@@ -215,25 +226,32 @@ def test_a_vm_that_died_goes_on_from_its_last_checkpoint(project):
 
 
 def test_two_projects_at_once(tmp_path):
-    """Each has a host agent; and the end of the one's VMs is nothing to the other's."""
+    """Four tasks of one, two of the other: each has a host agent, and the end, and the cleanup, of the one's
+    VMs is nothing to the other's. Nothing is left."""
     with contextlib.ExitStack() as stack:
         projects = [Project(tmp_path, stack, name) for name in ('one', 'other')]
-        tasks = [projects[0].task('a'), projects[0].task('b'), projects[1].task('c')]
+        tasks = [projects[0].task(name) for name in 'abcd'] + [projects[1].task(name) for name in 'ef']
         outs = [task.link('out') for task in tasks]
         agents = []
-        for task, project in zip(tasks, (projects[0], projects[0], projects[1])):
+        for task, project in zip(tasks, [projects[0]] * 4 + [projects[1]] * 2):
             task.start()
             agents.append(project.agent(task))
-        tasks[0].wait(lambda: all(task.status('fraction_done') == 0.5 for task in tasks))
-        assert sorted(projects[0].vms()) == ['one_a', 'one_b', 'other_c']
+        tasks[0].wait(lambda: all(task.status('fraction_done') == 0.5 for task in tasks), 60)
+        assert sorted(projects[0].vms()) == ['one_a', 'one_b', 'one_c', 'one_d', 'other_e', 'other_f']
         assert projects[0].host_pid() != projects[1].host_pid()
-        for agent in agents[:2]:
+        for agent in agents[:4]:
             finish(agent)
-        assert [task.wait_for_end(60) for task in tasks[:2]] == [0, 0]
-        assert projects[1].vms() == {'other_c': 'Running'}
-        finish(agents[2])
-        assert tasks[2].wait_for_end() == 0 and projects[1].vms() == {}
-        assert [open(out).read() for out in outs] == ['what goes in\n'] * 3
+        assert [task.wait_for_end(60) for task in tasks[:4]] == [0] * 4
+        theirs = ['other_e', 'other_f']
+        assert projects[0].call('cleanup', False, theirs, boincwork.OWNER + projects[0].place) == []
+        assert projects[1].vms() == dict.fromkeys(theirs, 'Running')
+        for agent in agents[4:]:
+            finish(agent)
+        assert [task.wait_for_end(60) for task in tasks[4:]] == [0] * 2 and projects[1].vms() == {}
+        assert [open(out).read() for out in outs] == ['what goes in\n'] * 6
+        for task in tasks:
+            assert not os.path.exists(os.path.join(task.slot, task.vm))
+            assert not os.path.exists(os.path.join(task.slot, 'boinc_lockfile'))
 
 
 def test_preferences_reach_the_vm(project, monkeypatch):

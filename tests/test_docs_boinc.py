@@ -26,6 +26,12 @@ def test_the_tests_that_the_page_names_are_there():
     assert len(named) > 15 and named <= there
 
 
+def test_each_event_and_each_complaint_has_a_test():
+    page = read('docs', 'boinc.md').split('## What happens when')[1]
+    rows = [line for line in page.splitlines() if re.match(r'\| (?!event|complaint)', line)]
+    assert len(rows) > 30 and not [row for row in rows if not re.search(r'`test_\w+` \|$', row)]
+
+
 def test_each_field_of_the_job_file_is_on_the_page():
     page = read('docs', 'boinc.md')
     ours = list(boincjob.FIELDS) + list(boincjob.REFUSED) + list(boincjob.LISTS + boincjob.FILES)
