@@ -671,7 +671,7 @@ VERBS = [
         'run -i web1 -- tar xf - < tree.tar',
         'run -t web1 top',
         'run \'web*\' uptime')),
-    Verb('shell', do_shell, 'a shell in a VM, which lasts when you leave (~. at the begin of a line)', [
+    Verb('shell', do_shell, 'a shell in a VM, which lasts when you leave (type ~. to)', [
         argument('-u', '--user', metavar='USER', help='run it as this user'),
         argument('vm', metavar='VM', help='name or id'),
         argument('id', metavar='ID', nargs='?', help='come back to this one, as told when you left')],

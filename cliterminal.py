@@ -10,6 +10,7 @@ import contextlib
 import os
 import select
 import signal
+import stat
 import sys
 import threading
 import time
@@ -19,7 +20,8 @@ from cliscreen import Screen
 from faults import AgentNotConnected, BadState, DeadlineExceeded, VMHostError
 from hostclient import Client, NoHost
 
-PIECE = 256 * 1024             # bytes that are read, or shown, at once
+PIECE = 256 * 1024             # bytes that are shown at once
+READ = 1024 * 1024             # bytes of the input that are read, and handed over, at once
 KEPT = 4 * 1024 * 1024         # bytes of the input that may have to be sent again: more than the host holds
 RETRY = 0.5                    # seconds until a host or guest that is away is asked again
 OUTPUT_WAIT = 20.0             # seconds that one call waits for output
@@ -96,6 +98,7 @@ class Input:
 
     def run(self) -> None:
         """To the end of the input, or of the last command."""
+        widen_pipe(0)
         try:
             if self._kept:
                 self._bring_to_all()
@@ -122,7 +125,7 @@ class Input:
                 if 0 not in ready:
                     continue
             try:
-                data = os.read(0, PIECE)
+                data = os.read(0, READ)
             except OSError:                # the terminal is gone
                 data = b''
             if self._escapes is None:
@@ -175,6 +178,17 @@ class Input:
             raise BadState('%s takes no more input' % key)
         else:
             self._offsets[key] = offset
+
+
+SET_PIPE_SIZE = 1031           # fcntl's F_SETPIPE_SZ, which Python has from 3.10 on
+
+
+def widen_pipe(descriptor: int) -> None:
+    """Has a pipe on Linux hold as much as is read at once: it holds 64 KiB else, and each costs a call."""
+    if sys.platform.startswith('linux') and stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+        import fcntl
+        with contextlib.suppress(OSError):     # more than the system allows
+            fcntl.fcntl(descriptor, SET_PIPE_SIZE, READ)
 
 
 # --- a terminal ------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from protocol import BadWord, Message
 
 LOOK_EVERY = 0.01              # seconds between looks at output that no runner tells of
 ACK_AFTER = 0.01               # seconds in which news of taken input gather
+RECEIVE = 64 * 1024            # bytes of notices that are read at once
 UNSENT = 4 * 1024 * 1024       # bytes of input that wait for one runner; what is more comes again
 AHEAD = 1024 * 1024            # bytes of output that are told before the host asks again
 LONGEST_FOLLOW = 3600.0        # seconds
@@ -69,11 +70,11 @@ class Console:
             del self.unsent[:sent]
 
     def receive(self) -> bool:
-        """Reads notices; whether there was one."""
+        """Reads notices; whether there may be more."""
         if self.connection is None:
             return False
         try:
-            data = self.connection.recv(65536)
+            data = self.connection.recv(RECEIVE)
         except BlockingIOError:
             return False
         except OSError:
@@ -81,6 +82,7 @@ class Console:
         if not data:
             self.disconnect()
             return False
+        is_more = len(data) == RECEIVE
         data = self.received + data
         whole = len(data) // NOTICE.size * NOTICE.size
         self.received = data[whole:]
@@ -89,7 +91,7 @@ class Console:
             if (taken, bool(is_end)) != (self.command.taken, self.is_end_taken):
                 self.command.taken, self.is_end_taken = taken, bool(is_end)
                 self.ack_at = self.ack_at or time.monotonic() + ACK_AFTER
-        return bool(whole)
+        return is_more
 
     def disconnect(self) -> None:
         """The runner is gone; what it hasn't got is lost with it."""

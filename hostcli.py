@@ -48,20 +48,22 @@ MEANT = {                      # what hands type that know other tools, and what
     'monitor': 'status --open', 'web': 'status --open', 'ip': 'info', 'port': 'net',
     'dashboard': 'status --open', 'new': 'create', 'import': 'create'}
 
-USAGE = '''usage: {me} [host.ini]               run the host agent until SIGTERM or Ctrl-C
-       {me} [host.ini] VERB …        talk to the running one
-       {me} VERB --help              show the arguments of a verb
-       {me} --bundle FILE.pyz        write the whole program as one file that Python runs
+USAGE = '''usage: {me} [host.ini]             run the host agent until Ctrl-C or TERM
+       {me} [host.ini] VERB …      talk to the running one
+       {me} VERB --help            show the arguments of a verb
+       {me} --bundle FILE.pyz      write the program as one file for Python
        {me} --completion bash|zsh|fish
        {me} --version
 
 without host.ini: the one in this folder, else the defaults
 '''
-EXIT_CODES = '''exit codes: 0 success; 1 the host agent refused or can't be reached; 2 usage; 130 Ctrl-C.
-run: the command's own (of many VMs the highest); 128 and the signal's number if a signal ended it;
-     124 if it exited with 0 after its timeout; 127 if the program wasn't found, 126 if it can't be
-     executed; 255 if the error isn't the command's: no such VM, output that was cut, a lost command.
-     All: 255 if standard output can't be written.
+EXIT_CODES = '''exit codes: 0 success; 1 the host agent refused or can't be reached; 2 usage;
+     130 Ctrl-C.
+run: the command's own (of many VMs the highest); 128 and the signal's number
+     if a signal ended it; 124 if it exited with 0 after its timeout; 127 if
+     the program wasn't found, 126 if it can't be executed; 255 if the error
+     isn't the command's: no such VM, output that was cut, a lost command.
+All: 255 if standard output can't be written.
 '''
 
 

@@ -473,9 +473,11 @@ def describe_end(results: Dict[str, Any]) -> str:
 
 def read_status(message: Message) -> Dict[str, Any]:
     """What a CMD_STATUS says of a running command, of the right types, and nothing else."""
-    status = {name: finite(message.get(name))
-              for name in ('pid', 'processes', 'wall', 'out-size', 'err-size', 'in-offset')
-              if message.get(name) is not None}    # type: Dict[str, Any]
+    status = {}                        # type: Dict[str, Any]
+    for name in ('pid', 'processes', 'wall', 'out-size', 'err-size', 'in-offset'):
+        told = message.get(name)
+        if told is not None:
+            status[name] = finite(told)
     for name in ('state', 'progress', 'error'):
         told = message.get(name)
         if told is not None:

@@ -259,8 +259,7 @@ class Connection:
             self._server.trust(self)
 
     def _check_origin(self, request: Request) -> None:
-        name = self._socket.getsockname()
-        self._server.gate.check_origin(request, '' if self._is_local else name[0])
+        self._server.gate.check_origin(request, '' if self._is_local else self._socket.getsockname()[0])
 
     def _call(self, request: Request) -> None:
         """A call of the API."""

@@ -188,8 +188,10 @@ class Agent:
         while not self.stopping and not self.restart:
             consoles = self._consoles
             reading, writing = consoles.watched() if consoles is not None else ([], [])
-            select.select([self._wakeup, self._fork_server.reports] + reading, writing, [], self._patience())
-            drain(self._wakeup)
+            ready, _, _ = select.select([self._wakeup, self._fork_server.reports] + reading, writing, [],
+                                        self._patience())
+            if self._wakeup in ready:
+                drain(self._wakeup)
             try:
                 self.tick()
             except Exception:       # the agent lives on, whatever one tick met

@@ -6,6 +6,7 @@ import pytest
 
 import clicommands
 import climachines
+import hostcli
 from cliscreen import Screen, cells
 
 LS = ['NAME', 'STATE', 'AGENT', 'ADDRESS', 'COMMANDS', 'ID', 'SEEN', 'CPUS', 'MEMORY', 'PYTHON', 'CLOCK',
@@ -76,3 +77,10 @@ def test_info_of_a_command_is_one_screen():
     many = dict(found, executions=['c@a', 'c@b'], results='',
                 status={'c@a': status, 'c@b': dict(status, state='running', end='')})
     assert clicommands.described(many)['executions'] == {'a': 'exited 4', 'b': 'running'}
+
+
+def test_help_fits_into_80_columns(monkeypatch):
+    monkeypatch.setenv('COLUMNS', '80')
+    monkeypatch.setattr('sys.argv', ['vmhost.py'])
+    texts = [hostcli.overview()] + [hostcli.Parser(verb).format_help() for verb in hostcli.VERBS.values()]
+    assert [line for text in texts for line in text.splitlines() if len(line) > 80] == []

@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import struct
 import subprocess
+import sys
 import termios
 import threading
 import time
@@ -406,3 +407,16 @@ def test_escapes():
     assert escapes.read(b'~~a~.b\r~x\r') == (b'~a~.b\r~x\r', False)
     assert escapes.read(b'~') == (b'', False)
     assert escapes.read(b'.more') == (b'', True)
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='a system call of Linux')
+def test_a_pipe_is_widened_and_a_file_left_alone(tmp_path):
+    reader, writer = os.pipe()
+    try:
+        cliterminal.widen_pipe(reader)
+        assert fcntl.fcntl(reader, cliterminal.SET_PIPE_SIZE + 1) == cliterminal.READ
+    finally:
+        os.close(reader)
+        os.close(writer)
+    with open(str(tmp_path / 'file'), 'wb') as file:
+        cliterminal.widen_pipe(file.fileno())
