@@ -387,6 +387,24 @@ def test_a_guest_writes_no_line_of_the_log(told):
     assert '\x1b' not in host.log()
 
 
+LOGS = '''
+import logging, sys, types
+sys.path.insert(0, %r)
+import agent
+agent.set_up_logging(types.SimpleNamespace(level='INFO', file=sys.argv[1], config=''))
+logging.getLogger('vmhost').info('it says %%s', %r)
+'''
+
+
+def test_whatever_is_logged_is_one_line(tmp_path):
+    """Wherever it comes from, and whether or not who logs it thought of that."""
+    path = tmp_path / 'log'
+    said = 'x\r\n2026-01-01 INFO vmhost: forged\x1b[2J\u2028\x85y'
+    subprocess.check_call([sys.executable, '-c', LOGS % (TOP, said), str(path)])
+    text = path.read_bytes().decode('utf-8')
+    assert len(text.splitlines()) == 1 and text.rstrip('\n').isprintable() and 'forged' in text
+
+
 NAMES = ['a$(touch pwned)', 'b`touch pwned`', 'c"; touch pwned; "x', "d'; touch pwned; 'x",
          'e\\\\\\"$(touch pwned)', 'f!!', 'g & touch pwned']
 
