@@ -265,6 +265,7 @@ def test_a_request_has_to_be_there_within_five_seconds(host):
     (b'POST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n', 400),
     (b'POST / HTTP/1.1\r\nContent-Length: 99999999\r\n%s\r\n\r\n', 413),
     (b'POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n%s\r\n\r\n', 411),
+    (b'POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 5\r\n%s\r\n\r\nhello', 411),
     (b'GET /\xff\x80 HTTP/1.1\r\n\r\n', 401), (bytes(range(256)) + b'\r\n\r\n', 400)])
 def test_what_is_no_request_is_refused(head, code, host):
     with connect(host) as sock:
