@@ -87,6 +87,8 @@ class Request:
     def length(self) -> int:
         """How many bytes of body follow. Raises Refused."""
         length = self.headers.get('content-length', '')
+        if 'transfer-encoding' in self.headers:    # by which somebody in between may see another end than we
+            raise Refused(411, 'Content-Length is all that says where a call ends')
         if not (length.isdigit() and len(length) < 20):
             raise Refused(411, 'Content-Length is missing')
         if int(length) > LARGEST_CALL:

@@ -528,7 +528,11 @@ class FirstUses:
 
 def read_name(text: str) -> str:
     """A name that a machine gives itself, as it may be shown: printable, at most 64 characters, no '@';
-    and no MAC, which is another's id."""
+    and no MAC, which is another's id. Characters that Unicode takes for the same (in full width, say) are
+    the same, so that none looks like another's name and is told from it by that alone."""
+    if any(char > '\x7f' for char in text):
+        import unicodedata  # rarely needed
+        text = unicodedata.normalize('NFKC', text[:1000])
     name = ''.join(char for char in text if char.isprintable() and char != '@').strip()[:64]
     return '' if protocol.is_mac(name) else name
 

@@ -265,6 +265,7 @@ def test_a_request_has_to_be_there_within_five_seconds(host):
     (b'POST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n', 400),
     (b'POST / HTTP/1.1\r\nContent-Length: 99999999\r\n%s\r\n\r\n', 413),
     (b'POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n%s\r\n\r\n', 411),
+    (b'POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 5\r\n%s\r\n\r\nhello', 411),
     (b'GET /\xff\x80 HTTP/1.1\r\n\r\n', 401), (bytes(range(256)) + b'\r\n\r\n', 400)])
 def test_what_is_no_request_is_refused(head, code, host):
     with connect(host) as sock:
@@ -385,6 +386,24 @@ def test_a_guest_writes_no_line_of_the_log(told):
     for line in host.log().splitlines():
         assert re.match(r'[0-9]{4}-[0-9]{2}-[0-9]{2} ', line), line
     assert '\x1b' not in host.log()
+
+
+LOGS = '''
+import logging, sys, types
+sys.path.insert(0, %r)
+import agent
+agent.set_up_logging(types.SimpleNamespace(level='INFO', file=sys.argv[1], config=''))
+logging.getLogger('vmhost').info('it says %%s', %r)
+'''
+
+
+def test_whatever_is_logged_is_one_line(tmp_path):
+    """Wherever it comes from, and whether or not who logs it thought of that."""
+    path = tmp_path / 'log'
+    said = 'x\r\n2026-01-01 INFO vmhost: forged\x1b[2J\u2028\x85y'
+    subprocess.check_call([sys.executable, '-c', LOGS % (TOP, said), str(path)])
+    text = path.read_bytes().decode('utf-8')
+    assert len(text.splitlines()) == 1 and text.rstrip('\n').isprintable() and 'forged' in text
 
 
 NAMES = ['a$(touch pwned)', 'b`touch pwned`', 'c"; touch pwned; "x', "d'; touch pwned; 'x",

@@ -309,6 +309,14 @@ def test_a_mac_is_no_name():
     assert hosttrust.read_name('a@b\n*') == 'ab*'
 
 
+@pytest.mark.parametrize('text, name', [
+    ('\uff57\uff45\uff42\uff11', 'web1'), ('we\u200bb1\ufeff', 'web1'), ('ga\u0308st', 'g\xe4st'),
+    ('0\uff21:00:00:00:00:09', ''), ('\uff20\uff20x', 'x'), ('\ufdfa' * 900, None)])
+def test_a_name_that_looks_like_anothers_is_the_same(text, name):
+    found = hosttrust.read_name(text)
+    assert found == name if name is not None else len(found) <= 64
+
+
 @pytest.fixture
 def trust(journal):
     return hosttrust.Trust(hosttrust.Secrets(journal), hostguests.Guests(30),
