@@ -4,6 +4,7 @@ What it is not: anything that knows the host agent. Imports nothing of ours but 
 """
 
 import binascii
+import errno
 import functools
 import io
 import json
@@ -121,6 +122,12 @@ def open_closed_streams() -> None:
         sys.stdout = open(os.devnull, 'w')
     if sys.stderr is None:
         sys.stderr = open(os.devnull, 'w')
+
+
+def has_no_reader(error: OSError) -> bool:
+    """Whether a write failed since who read our output has gone; Windows' C library calls that EINVAL."""
+    is_invalid = error.errno == errno.EINVAL and getattr(error, 'winerror', None) is None
+    return isinstance(error, BrokenPipeError) or os.name == 'nt' and is_invalid
 
 
 def escaped(text: str) -> str:
