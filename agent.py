@@ -369,8 +369,8 @@ def check_folder(folder: str, key: str) -> Finding:
 def momentary_file(folder: str) -> Iterator[str]:
     """Makes a file in the folder for a moment; gives its path. Raises OSError where that can't be.
 
-    Not by tempfile: where this user may make no file, Windows' Python takes that for a name that is taken,
-    and tries the next one, two thousand million times.
+    Not by tempfile: where this user may make no file, Python on Windows takes that for a name that is
+    taken, and tries the next one, two thousand million times.
     """
     path = os.path.join(folder, '.vmhost-' + os.urandom(8).hex())
     delete_on_close = getattr(os, 'O_TEMPORARY', 0)    # on Windows

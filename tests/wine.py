@@ -74,8 +74,8 @@ def python(*words, **options):
 
 
 def start():
-    """Has that Windows run until ``stop``: a program starts in a second then, and its output isn't held open
-    by services that it starts."""
+    """Has that Windows run until ``stop``: a program starts in a second then, and starts no services, which
+    would hold its output open."""
     subprocess.call(in_rig('/usr/lib/wine/wineserver64', '-p'))
     python('-c', '')
 
