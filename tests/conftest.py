@@ -40,7 +40,8 @@ def pytest_unconfigure():
 
 @pytest.fixture(autouse=True)
 def null_device_stays():
-    """A program run as root that sets the mode of what it writes to changes /dev/null for all others."""
+    """A program run as root that sets the mode of what it writes to changes /dev/null for all others:
+    chirp_get of cctools does, with /dev/null for a target, to the mode of the file that it fetches."""
     before = os.stat(os.devnull).st_mode
     yield
     assert os.stat(os.devnull).st_mode == before, 'the test changed the mode of ' + os.devnull
