@@ -565,14 +565,28 @@ def write_bundle(path: str, main_module: str, data: Iterable[str] = (), programs
             entry.external_attr = 0o644 << 16
             bundle.writestr(entry, files[name].encode('utf-8'))
     try:
+        _write_program(path, buffer.getvalue())
+    except OSError as error:
+        raise AgentError('%s can\'t be written: %s' % (path, error.strerror or error))
+
+
+def _write_program(path: str, content: bytes) -> None:
+    """All at once, and executable. A device or a pipe is written to, and a link followed: they stay what they
+    are. Raises OSError."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        with open(path, 'wb') as file:
+            file.write(content)
+        return
+    path = os.path.realpath(path)
+    try:
         with open(path + '.new', 'wb') as file:
-            file.write(buffer.getvalue())
+            file.write(content)
         os.chmod(path + '.new', 0o755)
         replace(path + '.new', path)
-    except OSError as error:
+    except OSError:
         with contextlib.suppress(OSError):
             os.unlink(path + '.new')
-        raise AgentError('%s can\'t be written: %s' % (path, error.strerror or error))
+        raise
 
 
 def _modules_of(*main_modules: str) -> Set[str]:

@@ -5,6 +5,7 @@ import glob
 import os
 import re
 import socket
+import stat
 import subprocess
 import sys
 
@@ -225,6 +226,19 @@ def test_a_bundle_that_cant_be_written_is_a_sentence(tmp_path):
             assert code == 1
             sentences(text, str(place), 'can\'t be written')
     assert not os.path.exists(str(tmp_path) + '.new')
+
+
+def test_a_bundle_goes_into_a_pipe_or_where_a_link_leads_and_replaces_neither(tmp_path):
+    link, pipe, target = tmp_path / 'link', tmp_path / 'pipe', tmp_path / 'target'
+    link.symlink_to(target)
+    assert run('--bundle', link, program='vmguest.py')[0] == 0
+    assert link.is_symlink() and os.access(str(target), os.X_OK)
+    os.mkfifo(str(pipe))
+    reader = subprocess.Popen(['cmp', str(pipe), str(target)])
+    assert run('--bundle', pipe, program='vmguest.py')[0] == 0
+    assert reader.wait(20) == 0
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ['link', 'pipe', 'target']
 
 
 # 6
