@@ -1,7 +1,6 @@
 """A real BOINC client's task with the real VirtualBox: vmboinc makes its VM on the project's image, in the
 slot, has it paused and saved, and leaves nothing of it. VirtualBox interprets every instruction here, so
-nothing boots in that time: what runs in VMs is tested with the fake (test_boinc_client.py,
-test_boinc_vms.py).
+nothing boots in that time: what runs in VMs is tested with the fake (test_boinc_client.py).
 """
 
 import glob
