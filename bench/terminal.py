@@ -187,7 +187,8 @@ def main():
     server = None
     terminals = {}
     try:
-        with Host(os.path.join(folder, 'host')) as host, Agent(os.path.join(folder, 'guest'), host, 'one'):
+        with Host(os.path.join(folder, 'host')) as host, \
+                Agent(os.path.join(folder, 'guest'), host, 'one') as guest:
             terminals = {'bare': Terminal(Bare().words), 'shell': Terminal(host.command('shell', 'one'))}
             if os.path.exists(args.sshd):
                 server, words = start_sshd(args.sshd, folder)
@@ -196,6 +197,7 @@ def main():
             for terminal in terminals.values():
                 terminal.close()
             terminals = {}
+            guest.end_programs()       # the shell would go on
             return 0 if measure_input(host, args.megabytes) and met else 1
     finally:
         for terminal in terminals.values():

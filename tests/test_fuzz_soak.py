@@ -306,7 +306,8 @@ def calls_at_the_door(place):
         body = mutated(chance, CALL % (chance.choice(METHODS), some_of(chance, VALUES, 5)))
         head = (b'POST /RPC2 HTTP/1.1\r\nHost: 127.0.0.1:%s\r\nAuthorization: Basic %s\r\n'
                 b'Content-Type: text/xml\r\nContent-Length: %d\r\n\r\n' % (port.encode(), token, len(body)))
-        page = b'GET %s HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n' % chance.choice([b'/', b'/status', b'/metrics'])
+        page = b'GET %s HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n' % chance.choice(
+            [b'/', b'/status', b'/metrics', b'/output/x?offset=-1'])
         exchange((address, int(port)), chance.choice([head + body, mutated(chance, head) + body,
                                                       mutated(chance, page)]))
     yield stroke

@@ -214,9 +214,6 @@ def test_an_output_that_is_full_and_machines_that_no_hypervisor_has(tmp_path):
         done = host.verb('rm', 'lab07')
         assert done.returncode == 1
         sentences(done.stderr.decode(), 'no hypervisor here', '`forget lab07`')
-        done = host.verb('ssh', 'lab07')
-        assert done.returncode == 2
-        sentences(done.stderr.decode(), 'did you mean shell VM, or run VM CMD?')
 
 
 def test_a_bundle_that_cant_be_written_is_a_sentence(tmp_path):
