@@ -15,7 +15,7 @@ import time
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 import agent
-from cliscreen import Screen, naming_output, show_one, shown_size, shown_span, shown_time
+from cliscreen import Screen, has_no_reader, naming_output, show_one, shown_size, shown_span, shown_time
 from cliverbs import ID, IDS, JSON, VMS, Verb, argument, for_each, read_seconds, show_list, switch
 from faults import AgentNotConnected, BadState, DeadlineExceeded, InvalidParams, NoSuchCommand, NoSuchVM
 from hostclient import Client, NoHost
@@ -258,11 +258,11 @@ def follow(host: Client, screen: Screen, cmd_id: str, many: bool, interrupts: 'I
     except KeyboardInterrupt:
         screen.complain('detached; the command continues as %s' % cmd_id)
         raise
-    except BrokenPipeError:
-        host.call('signalCmd', cmd_id, 'PIPE')      # as if it had written there itself
-        raise
-    except OSError:
-        screen.complain('detached; the command continues as %s' % cmd_id)
+    except OSError as error:
+        if has_no_reader(error):
+            host.call('signalCmd', cmd_id, 'PIPE')      # as if it had written there itself
+        else:
+            screen.complain('detached; the command continues as %s' % cmd_id)
         raise
     except NoHost:
         screen.complain('the command continues; follow it with `out -f %s` when the host agent is back'

@@ -5,6 +5,7 @@ What it is not: anything that knows the host agent. Imports nothing of ours but 
 
 import binascii
 import contextlib
+import errno
 import functools
 import io
 import json
@@ -163,6 +164,12 @@ def naming_output() -> Iterator[None]:
     except OSError as error:
         error.filename = 'standard output'
         raise
+
+
+def has_no_reader(error: OSError) -> bool:
+    """Whether a write failed since who read our output has gone; Windows' C library calls that EINVAL."""
+    is_invalid = error.errno == errno.EINVAL and getattr(error, 'winerror', None) is None
+    return isinstance(error, BrokenPipeError) or os.name == 'nt' and is_invalid
 
 
 def escaped(text: str) -> str:

@@ -16,7 +16,7 @@ import clicommands
 import clifiles
 import climachines
 from clicommands import FAILED
-from cliscreen import Screen, naming_output, terminal_width
+from cliscreen import Screen, has_no_reader, naming_output, terminal_width
 from cliverbs import Function, Verb
 from hostclient import Client
 from hostconfig import ini_here, read_settings
@@ -260,12 +260,10 @@ def main(argv: List[str], start: Optional[Start] = None,
     except agent.AgentError as error:
         screen.complain(str(error))
         return 1
-    except BrokenPipeError:
-        # Who reads us has gone; what is still in the buffer has no reader either.
+    except OSError as error:           # what is still in the buffer has no reader, or no room, either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13
-    except OSError as error:           # a full disk behind standard output, say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if has_no_reader(error):
+            return 128 + 13
         screen.complain(('' if error.filename else 'standard output: ') + agent.sentence(error))
         return FAILED
 

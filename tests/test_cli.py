@@ -47,11 +47,13 @@ def started(host, *words, **kwargs):
 
 # --- run ---
 
+@pytest.mark.windows
 def test_run_keeps_the_outputs_apart_and_exits_with_the_code(host, guests):
     done = host.verb('run', 'one', '--', 'sh', '-c', 'echo out; echo err >&2; exit 7')
     assert (done.stdout, done.stderr, done.returncode) == (b'out\n', b'err\n', 7)
 
 
+@pytest.mark.windows
 def test_run_gives_the_exact_bytes(host, guests):
     exact = bytes(range(256)) * 2000
     done = host.verb('run', '-i', 'one', '--', 'sh', '-c', 'tee /dev/stderr', input=exact)
@@ -81,6 +83,7 @@ def test_run_shows_output_as_it_comes(host, guests):
     assert process.returncode == 0
 
 
+@pytest.mark.windows
 def test_run_passes_environment_folder_and_arguments(host, guests):
     os.makedirs(os.path.join(guests[0].files, 'sub'), exist_ok=True)
     out = verb(host, 'run', '-e', 'DAY=Dienstag ü=1', '-C', 'sub', 'one', '--', 'sh', '-c',
@@ -88,12 +91,14 @@ def test_run_passes_environment_folder_and_arguments(host, guests):
     assert out == 'Dienstag ü=1 -e --\nsub\n'
 
 
+@pytest.mark.windows
 def test_run_exits_with_128_and_the_signal(host, guests):
     assert host.verb('run', 'one', '--', 'sh', '-c', 'kill -USR1 $$').returncode == 128 + signal.SIGUSR1
     done = host.verb('run', '-T', '0.5', 'one', '--', 'sleep', '77')
     assert done.returncode == 128 + signal.SIGTERM and b'timeout' in done.stderr
 
 
+@pytest.mark.windows
 @pytest.mark.parametrize('program, code', [('no-such-program', 127), ('/etc/passwd', 126), ('/etc', 126)])
 def test_what_can_not_start_exits_as_in_a_shell(host, guests, program, code):
     done = host.verb('run', 'one', '--', program)
@@ -151,6 +156,7 @@ def test_what_is_not_the_commands_is_255(host, guests, words):
     assert done.stderr.startswith(b'vmhost: ') and done.stderr.count(b'\n') == 1
 
 
+@pytest.mark.windows
 def test_run_on_many_prefixes_each_line(host, guests):
     done = host.verb('run', '*', '--', 'sh', '-c', 'echo a; printf b; echo e >&2; [ $(basename $PWD) = 0 ]')
     assert sorted(done.stdout.decode().splitlines()) == ['one: a', 'one: b', 'two: a', 'two: b']
@@ -209,6 +215,7 @@ def test_sigterm_is_handed_on(host, guests):
     assert process.returncode == 128 + signal.SIGTERM
 
 
+@pytest.mark.windows
 def test_a_reader_that_leaves_ends_the_command(host, guests):
     process = started(host, 'run', 'one', '--', 'yes')
     assert process.stdout.readline() == b'y\n'

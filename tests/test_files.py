@@ -66,6 +66,7 @@ def write_random(path, size):
     return path
 
 
+@pytest.mark.windows
 @pytest.mark.parametrize('name, size', [
     ('empty', 0), ('one byte', 1), ('with space % \' and ü', 65537), ('n' * 250, 7), ('big', 32 * 2 ** 20),
     pytest.param('with "', 5, marks=posix_host)])
@@ -150,6 +151,7 @@ def test_a_file_goes_into_the_folder_that_it_is_sent_to(tmp_path, monkeypatch, t
         assert (tmp_path / 'served' / there).read_text() == 'content'
 
 
+@pytest.mark.windows
 def test_what_fails_says_why_and_changes_nothing(guest, api, tmp_path):
     out, err, status = api.cpFileFromVM('one', 'nothing-of-that-name', str(tmp_path / 'x'))
     assert status != 0 and 'nothing-of-that-name' in err and not os.path.exists(str(tmp_path / 'x'))
@@ -327,6 +329,7 @@ def read_output(api, cmd_id, stream):
             return data
 
 
+@pytest.mark.windows
 def test_output_is_fetched_and_stays_when_the_guest_is_gone(tmp_path):
     with Host(tmp_path / 'host') as host:
         with Agent(tmp_path / 'guest', host, 'g') as guest, host.api as api:

@@ -54,6 +54,7 @@ def taken():
 
 # 1
 
+@pytest.mark.windows
 @pytest.mark.parametrize('section, key', [('Host', 'xmlrpc_port'), ('Broker', 'port')])
 def test_a_taken_port(section, key, tmp_path, taken):
     ini = host_ini(tmp_path, '[%s]\n%s = %d\n' % (section, key, taken))
@@ -93,6 +94,7 @@ def test_an_id_that_no_guest_may_have(id, tmp_path):
 
 # 2
 
+@pytest.mark.windows
 def test_a_wrong_token(tmp_path):
     with Host(tmp_path) as host:
         token = os.path.join(host.state, 'xmlrpc.token')
@@ -106,6 +108,7 @@ def test_a_wrong_token(tmp_path):
             sentences((done.stdout + done.stderr).decode(), token, 'does not know the token', 'restart')
 
 
+@pytest.mark.windows
 def test_no_host_or_one_that_is_gone(tmp_path):
     ini = host_ini(tmp_path)
     code, text = run(ini, 'ls')
@@ -242,6 +245,7 @@ def readonly(tmp_path):
         subprocess.check_call(['umount', str(folder)])
 
 
+@pytest.mark.windows
 def test_a_read_only_folder(readonly, tmp_path):
     ini = host_ini(tmp_path, '[Host]\nxmlrpc_port = 0\nstate_dir = %s\n' % (readonly / 'state'))
     for words in ((ini,), (ini, 'check')):
@@ -325,6 +329,7 @@ def test_a_name_with_spaces_and_umlauts(tmp_path):
 
 # 10
 
+@pytest.mark.windows
 def test_two_hosts_on_one_state_folder(tmp_path):
     with Host(tmp_path) as host:
         code, text = run(host.ini)

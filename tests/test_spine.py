@@ -38,6 +38,7 @@ def guest(host, tmp_path_factory):
 
 # --- results ---
 
+@pytest.mark.windows
 def test_the_result_of_a_program(host, guest):
     results = host.run('one', 'sh', '-c', 'echo out; echo err >&2; exit 3')
     assert (results['out'], results['err']) == ('out\n', 'err\n')
@@ -46,6 +47,7 @@ def test_the_result_of_a_program(host, guest):
     assert results['resources']['ru_maxrss'] > 0
 
 
+@pytest.mark.windows
 def test_a_signal_is_no_exit_code(host, guest):
     results = host.run('one', 'sh', '-c', 'kill -USR1 $$')
     assert (results['finished'], results['exitCodeOrSignal'], results['state']) == \
@@ -122,6 +124,7 @@ def processes_called(words):
 
 # --- input ---
 
+@pytest.mark.windows
 def test_stdin_as_text_bytes_and_file(host, guest, api):
     assert host.run('one', 'cat', stdin='zwölf\n')['out'] == 'zwölf\n'
     exact = bytes(range(256))
@@ -226,6 +229,7 @@ def test_100_mib_on_both_streams(host, guest, api):
     assert part['data'].data == (whole * 2)[(50 * 2 ** 20 + 1) % 65536:][:1000]
 
 
+@pytest.mark.windows
 def test_bytes_that_xml_can_not_carry(host, guest, api):
     exact = b'a\x1b[1mb\x00c\r\n\xff\xfe\xc3'
     cmd_id = api.runCmd('one', sys.executable, ['-c', 'import os; os.write(1, %r)' % exact])
@@ -443,6 +447,7 @@ def test_who_may_call(host):
     assert post(host, CALL, Host='localhost:50505')[0] == 200
 
 
+@pytest.mark.windows
 def test_malformed_calls_get_their_fault(host, api):
     for body in (b'', b'<', b'<methodCall/>', b'\xff\xfe', CALL[:-20], b'<a>' * 20000):
         status, answer = post(host, body)
@@ -461,6 +466,7 @@ def test_malformed_calls_get_their_fault(host, api):
                                       {'stdin': 'x' * 2000000}).faultString
 
 
+@pytest.mark.windows
 def test_system_methods(host, api):
     names = api.system.listMethods()
     assert {'runCmd', 'listAvailableVMs', 'unpause', 'system.multicall'} <= set(names)
@@ -485,6 +491,7 @@ def test_names_and_ids(host, guest, api):
     assert info['hypervisor'] == 'none' and info['vms'] >= 1
 
 
+@pytest.mark.windows
 def test_the_journal_tells_the_story(host, guest, api):
     last = api.getEvents(0, 0)['last']
     while True:
@@ -550,6 +557,7 @@ def test_a_results_orphan_can_be_read_and_forgotten(host, guest, api):
     assert fault_of(api.getCmdResults, 'or@phan').faultCode == 3
 
 
+@pytest.mark.windows
 def test_hostile_words_harm_nobody(host, guest, api):
     before = api.agentInfo()['aint']
     with Guest(host.broker_port, 'evil') as evil:
