@@ -91,6 +91,16 @@ def test_a_refused_connection_is_told_in_the_words_of_the_system():
     assert 'refused' in link.last_error
 
 
+def test_the_journal_goes_through_the_disks_own_memory(tmp_path):
+    """What SQLite obeys on macOS alone."""
+    journal = hostjournal.Journal(str(tmp_path / 'journal'))
+    try:
+        for name in 'fullfsync', 'checkpoint_fullfsync':
+            assert journal._writer.execute('PRAGMA ' + name).fetchone() == (1,)
+    finally:
+        journal.close()
+
+
 def test_a_damaged_journal_is_closed_before_it_is_set_aside(tmp_path, monkeypatch):
     path = tmp_path / 'journal'
     path.write_bytes(b'no database at all' * 1000)

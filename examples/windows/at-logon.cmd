@@ -6,7 +6,8 @@ if "%1" == "remove" (
     schtasks /Delete /TN vmhost /F
     exit /b
 )
-set TASK=%TEMP%\vmhost-task.xml
-powershell -NoProfile -Command "(Get-Content -Raw '%~dp0vmhost-task.xml').Replace('USER', $env:USERDOMAIN + '\' + $env:USERNAME).Replace('FOLDER', '%~dp0'.TrimEnd('\')) | Set-Content -Encoding Unicode $env:TASK"
+set "TASK=%TEMP%\vmhost-task.xml"
+set "HERE=%~dp0"
+powershell -NoProfile -Command "$xml = [Security.SecurityElement]; (Get-Content -Raw ($env:HERE + 'vmhost-task.xml')).Replace('USER', $xml::Escape($env:USERDOMAIN + '\' + $env:USERNAME)).Replace('FOLDER', $xml::Escape($env:HERE.TrimEnd('\'))) | Set-Content -Encoding Unicode $env:TASK"
 schtasks /Create /TN vmhost /XML "%TASK%" /F && schtasks /Run /TN vmhost
 del "%TASK%"

@@ -28,7 +28,9 @@ def make_folder(python, bundle, folder):
             file.write('\nimport site\n')      # for what is put into Lib/site-packages: pywin32, vboxapi
     shutil.copy(bundle, os.path.join(folder, 'vmhost.pyz'))
     for name in BESIDE:
-        shutil.copy(os.path.join(HERE, name), folder)
+        with open(os.path.join(HERE, name)) as source, \
+                open(os.path.join(folder, name), 'w', newline='\r\n') as target:     # as cmd wants its lines
+            target.write(source.read())
 
 
 if __name__ == '__main__':
