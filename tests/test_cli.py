@@ -91,7 +91,6 @@ def test_run_passes_environment_folder_and_arguments(host, guests):
     assert out == 'Dienstag ü=1 -e --\nsub\n'
 
 
-@pytest.mark.windows
 def test_run_exits_with_128_and_the_signal(host, guests):
     assert host.verb('run', 'one', '--', 'sh', '-c', 'kill -USR1 $$').returncode == 128 + signal.SIGUSR1
     done = host.verb('run', '-T', '0.5', 'one', '--', 'sleep', '77')

@@ -54,7 +54,6 @@ def taken():
 
 # 1
 
-@pytest.mark.windows
 @pytest.mark.parametrize('section, key', [('Host', 'xmlrpc_port'), ('Broker', 'port')])
 def test_a_taken_port(section, key, tmp_path, taken):
     ini = host_ini(tmp_path, '[%s]\n%s = %d\n' % (section, key, taken))
@@ -94,7 +93,6 @@ def test_an_id_that_no_guest_may_have(id, tmp_path):
 
 # 2
 
-@pytest.mark.windows
 def test_a_wrong_token(tmp_path):
     with Host(tmp_path) as host:
         token = os.path.join(host.state, 'xmlrpc.token')
@@ -329,7 +327,6 @@ def test_a_name_with_spaces_and_umlauts(tmp_path):
 
 # 10
 
-@pytest.mark.windows
 def test_two_hosts_on_one_state_folder(tmp_path):
     with Host(tmp_path) as host:
         code, text = run(host.ini)
