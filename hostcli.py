@@ -265,7 +265,6 @@ def main(argv: List[str], start: Optional[Start] = None,
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if has_no_reader(error):
             return 128 + 13
-        # A full disk behind standard output, say.
         screen.complain(('' if error.filename else 'standard output: ') + agent.sentence(error))
         return FAILED
 

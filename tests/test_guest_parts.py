@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import agent
+import guestcgroup
 import guestidentity
 import guestmachine
 import guestreports
@@ -389,7 +390,7 @@ def test_a_runner_out_of_descriptors_fails_and_keeps_none(pipes, tmp_path, monke
         return pipe()
     before = os.listdir('/proc/self/fd')
     monkeypatch.setattr(os, 'pipe', limited)
-    process = types.SimpleNamespace(wakeup=0, reports=0, null=0, origin=gueststart.Origin(-1),
+    process = types.SimpleNamespace(wakeup=0, reports=0, null=0, origin=gueststart.Origin(-1, guestcgroup.Place('')),
                                     unsynced=guestrunner.Unsynced())
     runner = guestrunner.Runner(str(tmp_path), process)
     assert runner.claim()
