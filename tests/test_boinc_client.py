@@ -208,7 +208,8 @@ def test_ends(boinc):
     boinc.add('absent', '', '<command>no/such/program</command>')
     boinc.add('timed', 'sleep 600\n', '<job_duration>2</job_duration>')
     rig.start()
-    wait_until(lambda: rig.task('endless')['process'] == 'running' and os.path.exists(boinc.task_folder('endless')), 60, 0.2)
+    wait_until(lambda: rig.task('endless')['process'] == 'running'
+               and os.path.exists(boinc.task_folder('endless')), 60, 0.2)
     rig.operate('abort', 'endless')
     ends = {name: rig.wait(name, 'done=true', 60) for name in (
         'one', 'most', 'segv', 'killed', 'lacks', 'endless', 'completed', 'absent',

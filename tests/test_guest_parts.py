@@ -390,7 +390,8 @@ def test_a_runner_out_of_descriptors_fails_and_keeps_none(pipes, tmp_path, monke
         return pipe()
     before = os.listdir('/proc/self/fd')
     monkeypatch.setattr(os, 'pipe', limited)
-    process = types.SimpleNamespace(wakeup=0, reports=0, null=0, origin=gueststart.Origin(-1, guestcgroup.Place('')),
+    origin = gueststart.Origin(-1, guestcgroup.Place(''))
+    process = types.SimpleNamespace(wakeup=0, reports=0, null=0, origin=origin,
                                     unsynced=guestrunner.Unsynced())
     runner = guestrunner.Runner(str(tmp_path), process)
     assert runner.claim()
