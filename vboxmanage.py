@@ -416,6 +416,8 @@ class VBoxManage(Asking):
         if 'SnapshotName' in info:
             raise faults.BadState('%s has snapshots: delete them first, or remove the VM without its disks'
                                   % info['name'])
+        if native_of(info) in SAVED:                # of which no disk can be detached
+            self._change(job, 'discardstate', uuid)
         kept = []
         for controller, port, device, path, disk in attached_in(info):
             try:

@@ -124,12 +124,15 @@ def test_a_disk_on_an_image_that_stays(box, images, tmp_path):
     image = str(images / 'disk.vdi')
     before = (images / 'disk.vdi').read_bytes()
     for name in ('task-1', 'task-2'):
-        box.create_vm(name, image, {'linked': True, 'owner': 'the project', 'folder': str(tmp_path)})
+        box.create_vm(name, image, {'memory': 16, 'linked': True, 'owner': 'the project',
+                                    'folder': str(tmp_path)})
     box.create_vm('copied', image, {'memory': 16})
     path = str(tmp_path / 'foreign.vdi')
     manage('createmedium', 'disk', '--filename', path, '--size', '4')
     manage('storageattach', 'task-1', '--storagectl', 'IDE', '--port', '0', '--device', '0', '--type', 'hdd',
            '--medium', path)
+    box.start('task-2')
+    box.save_state('task-2')
     assert box.cleanup(True, ['task-2', 'copied'], 'the project') == [
         {'kind': 'vm', 'name': 'task-2', 'why': 'named'}]
     assert box.cleanup(False, ['task-2', 'copied'], 'another') == []

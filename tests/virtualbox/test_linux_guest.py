@@ -34,13 +34,13 @@ done < input
 echo $total > output
 '''
 SCIENCE = '''#!/bin/sh
-echo "$1" >> starts
+echo "$1" >> runs
 total=0
 while read number; do
     total=$((total + number))
     echo $total
-    sleep 1
 done < input
+while [ $(wc -l < runs) -lt 2 ]; do sleep 1; done    # the first time it is told to quit
 echo $total > output
 echo done >&2
 '''
@@ -316,6 +316,7 @@ class OldWrapper:
     def __init__(self, host, folder):
         self.vms = xmlrpc.client.ServerProxy('http://localhost:%s/RPC2' % host.address.rpartition(':')[2])
         self.folder = folder
+        self.cmd_id = ''               # of the task's command
         self.cpu_times = []            # of the VM, in s, as it reports them
 
     def __enter__(self):
@@ -328,14 +329,14 @@ class OldWrapper:
         """Until the task has ended: its results. None where it was told to quit."""
         assert VM in self.vms.listAvailableVMs()
         self.begin()
-        cmd_id = self.vms.runCmd(VM, './science', [' 8 '], '{}', 'None', 'input')
-        while cmd_id not in self.vms.listFinishedCmds():
+        self.cmd_id = self.vms.runCmd(VM, './science', [' 8 '], '{}', 'None', 'input')
+        while orders or self.cmd_id not in self.vms.listFinishedCmds():
             order = orders.pop(0) if orders else 'poll'
             if order == 'quit':
                 self.vms.saveState(VM)
                 return self.end()
             self.obey(order)
-        results = self.vms.getCmdResults(cmd_id)
+        results = self.vms.getCmdResults(self.cmd_id)
         assert results['resources']['ru_stime'] + results['resources']['ru_utime'] > 0
         self.wait_for_agent()
         assert self.vms.cpFileFromVM(VM, 'output', os.path.join(self.folder, 'output'))[2] == 0
@@ -391,10 +392,13 @@ def test_the_old_wrappers_job(guest, tmp_path):
     with OldWrapper(guest.host, str(tmp_path)) as wrapper:
         assert wrapper.run(['poll', 'checkpoint', 'suspend', 'resume', 'quit']) is None
         guest.note('told to quit')
+        first = wrapper.cmd_id
+        assert guest.api.getCmdStatus(first)['state'] == 'suspended'
         assert guest.api.getState(VM) == 'Saved' and len(guest.api.listSnapshots(VM)) == len(before) + 1
     with OldWrapper(guest.host, str(tmp_path)) as wrapper:
         results = wrapper.run(['checkpoint'])
     guest.note('ended')
+    assert guest.api.getCmdStatus(first)['state'] == 'exited'      # though its wrapper has forgotten it
     assert (results['finished'], results['exitCodeOrSignal'], results['err']) == (True, 0, 'done\n')
     assert [int(line) for line in results['out'].split()] == list(itertools.accumulate(NUMBERS))
     assert (tmp_path / 'output').read_text() == '%d\n' % sum(NUMBERS)
