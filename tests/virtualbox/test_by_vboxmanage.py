@@ -12,7 +12,7 @@ from driver_cases import *  # noqa: F403 (the tests, for pytest to find)
 from helpers import wait_until
 from rig import facts, manage, vm_process
 from test_hypervisor import opened
-from vms import SETTINGS, VMHost, fault_of
+from vms import SETTINGS, VMHost, environment, fault_of
 
 import faults
 import hypervisor
@@ -201,6 +201,7 @@ def test_a_host_agent_without_vboxapi_takes_it_by_itself(home, remove_all, tmp_p
         code, text = fault_of(api.remoteDesktop, 'volunteered')
         assert code == 9 and 'VBoxManage can\'t' in text
         assert api.saveSnapshot('volunteered', 7) is True and api.listSnapshots('volunteered') == ['7']
-        checked = host.verb('check')
+        with environment(host.environment):
+            checked = host.verb('check')
         assert b'driven by' in checked.stdout, checked
         assert api.powerOff('volunteered') is True
