@@ -94,9 +94,20 @@ class Acl:
     def set(self, folder: bytes, subject: str, rights: str) -> None:
         """Notes what a client wants for a folder. Raises Fault where there is no room for it."""
         with self._lock:
-            if len(self._set) >= ACL_LINES and (folder, subject) not in self._set:
-                raise Fault(NO_SPACE)
-            self._set[folder, subject] = in_order(rights)
+            self._note(folder, subject, rights)
+
+    def reset(self, folder: bytes, subject: str, rights: str) -> None:
+        """Notes that a folder is to be a client's alone, who may go on saying so. Raises Fault likewise."""
+        with self._lock:
+            self._set = {place: said for place, said in self._set.items() if place[0] != folder}
+            for pattern, _ in self._lines:
+                self._note(folder, pattern, '')
+            self._note(folder, subject, rights + 'a')
+
+    def _note(self, folder: bytes, subject: str, rights: str) -> None:
+        if len(self._set) >= ACL_LINES and (folder, subject) not in self._set:
+            raise Fault(NO_SPACE)
+        self._set[folder, subject] = in_order(rights)
 
     def text(self, folder: bytes) -> bytes:
         """As getacl says it."""
@@ -685,15 +696,20 @@ class Identity(Part):
 
     def setacl(self, path: bytes, subject: bytes, rights: bytes) -> bytes:
         """See ``Acl``."""
-        folder = self._folder(path)
-        if not stat.S_ISDIR(self._root.stat(folder).st_mode):
-            raise NotADirectoryError(errno.ENOTDIR, 'not a directory')
-        self._session.server.acl.set(folder, unquote(subject).decode('utf-8', 'replace'),
-                                     rights.decode('ascii', 'replace'))
+        who = unquote(subject).decode('utf-8', 'replace')
+        self._session.server.acl.set(self._folder(path, alone=True), who, rights.decode('ascii', 'replace'))
         return b'0\n'
 
-    def _folder(self, path: bytes) -> bytes:
-        self._root.stat(unquote(path))
+    def resetacl(self, path: bytes, rights: bytes) -> bytes:
+        """See ``Acl``."""
+        self._session.server.acl.reset(self._folder(path, alone=True), self._session.subject,
+                                       rights.decode('ascii', 'replace'))
+        return b'0\n'
+
+    def _folder(self, path: bytes, alone: bool = False) -> bytes:
+        """Of something that is there; ``alone``: of a folder alone."""
+        if not stat.S_ISDIR(self._root.stat(unquote(path)).st_mode) and alone:
+            raise NotADirectoryError(errno.ENOTDIR, 'not a directory')
         return b'/' + b'/'.join(split_path(unquote(path)))
 
     def localpath(self, path: bytes) -> bytes:
@@ -710,7 +726,7 @@ class Refusals(Part):
     def thirdput(self) -> bytes:
         raise Fault(NOT_AUTHORIZED)
 
-    resetacl = debug = whoareyou = thirdput
+    debug = whoareyou = thirdput
 
     def setxattr(self, first: bytes, second: bytes, third: bytes) -> bytes:
         """Data follows: ``setxattr P NAME LENGTH``."""
@@ -740,9 +756,10 @@ REQUESTS: Dict[type, Dict[str, Tuple[int, str]]] = {
         'link': (2, 'w'), 'symlink': (2, 'w'), 'readlink': (2, 'r'), 'chmod': (2, 'w'), 'chown': (3, 'w'),
         'lchown': (3, 'w'), 'utime': (3, 'w'), 'truncate': (2, 'w'), 'access': (2, ''), 'statfs': (1, 'l')},
     Identity: {
-        'vmhost': (1, ''), 'whoami': (1, ''), 'getacl': (1, ''), 'setacl': (3, 'wa'), 'localpath': (1, 'l')},
+        'vmhost': (1, ''), 'whoami': (1, ''), 'getacl': (1, ''), 'setacl': (3, 'wa'), 'resetacl': (2, 'wa'),
+        'localpath': (1, 'l')},
     Refusals: {
-        'resetacl': (0, ''), 'thirdput': (0, ''), 'debug': (0, ''), 'whoareyou': (0, ''), 'swrite': (2, ''),
+        'thirdput': (0, ''), 'debug': (0, ''), 'whoareyou': (0, ''), 'swrite': (2, ''),
         'setxattr': (3, ''), 'fsetxattr': (3, ''), 'lsetxattr': (3, ''), 'ticket_register': (3, ''),
         'unknown': (0, '')}}
 COMMANDS = {word.encode('ascii'): (kind, word, count, right) for kind, requests in REQUESTS.items()

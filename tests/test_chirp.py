@@ -399,6 +399,8 @@ def test_the_chirp_tool(ours, tmp_path):
     assert b'address:127.0.0.1 rwld' in tool(ours, 'getacl', '/')
     tool(ours, 'setacl', '/', 'hostname:*.example.org', 'rl')          # told back, and opens nothing
     assert b'hostname:*.example.org rl' in tool(ours, 'getacl', '/')
+    tool(ours, 'resetacl', '/', 'rl')
+    assert tool(ours, 'getacl', '/').split() == [b'address:127.0.0.1', b'rla']
     assert b'address:127.0.0.1' in tool(ours, 'whoami')
     tool(ours, 'mkdir', '-p', '/a/b/c')
     tool(ours, 'mv', '/tree/plain', '/a/b/c/moved')
