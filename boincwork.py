@@ -26,7 +26,7 @@ import agent
 import hostconfig
 from boincjob import COMMAND, LEAST_MEMORY, Job, Moved, Trigger, Words, fraction_of, read_trigger
 from boincslot import InitData, Record, Slot
-from faults import NoSuchCommand, NoSuchVM, NotSupported, TransferError, VMHostError
+from faults import InvalidParams, NoSuchCommand, NoSuchVM, NotSupported, TransferError, VMHostError
 from hostclient import Client, NoHost
 
 log = logging.getLogger('vmboinc')
@@ -499,22 +499,26 @@ class Work:
     def _move_all(self) -> bool:
         """Moves the files that wait, one after the other. Whether all are where they should be."""
         self.machine.lease()
-        if self._transfer:
-            told = self.host.call('getTransfer', self._transfer)
-            if told['state'] in ('waiting', 'running'):
-                return False
-            self._transfer = ''
-            if told['state'] != 'done':
-                raise Trouble('%s: %s' % (os.path.basename(self._waiting[0][1]), told['error']))
+        told = self._transfer_told()
+        if told.get('state') in ('waiting', 'running'):
+            return False
+        self._transfer = ''
+        if told.get('state') == 'done':
             self._waiting.pop(0)
+        elif told:
+            raise Trouble('%s: %s' % (os.path.basename(self._waiting[0][1]), told['error']))
         if self._waiting:
             direction, source, target = self._waiting[0]
             self._transfer = self.host.call('startTransfer', direction, self.machine.name, source, target)
         return not self._waiting
 
-    def forget_transfer(self) -> None:
-        """The host agent went away, and with it what it was moving."""
-        self._transfer, self._waiting = '', []
+    def _transfer_told(self) -> Dict[str, Any]:
+        """What getTransfer tells of the one that was begun; {} where there is none, or no longer: a host
+        agent that goes away forgets what it was moving."""
+        try:
+            return self.host.call('getTransfer', self._transfer) if self._transfer else {}
+        except InvalidParams:
+            return {}
 
     # While it runs.
 

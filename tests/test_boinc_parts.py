@@ -32,7 +32,7 @@ from boinclife import (
 )
 from boincslot import CHANNEL, CHANNELS, Channels, InitData, Record, Slot
 from boincwork import Look, Trouble
-from faults import HypervisorError, TransferError
+from faults import HypervisorError, InvalidParams, TransferError
 
 # The shared memory.
 
@@ -293,6 +293,28 @@ def test_a_vm_keeps_its_lease_while_large_files_move(tmp_path):
     work.machine = types.SimpleNamespace(name='vm', files='', lease=lambda: leases.append(1))
     (tmp_path / 'boinc_app').write_text('')
     assert not work.put() and not work.put() and len(leases) == 2
+
+
+def test_a_new_host_agent_moves_what_the_one_before_was_moving(tmp_path):
+    started, known = [], {}
+
+    def call(method, *args):
+        if method == 'startTransfer':
+            started.append(args[2])
+            known[str(len(started))] = {'state': 'running'}
+            return str(len(started))
+        if args[0] not in known:
+            raise InvalidParams('no transfer %s' % args[0])
+        return known[args[0]]
+    work = boincwork.Work(Slot(str(tmp_path)), job_of(), boincjob.read_words([], 1), Record(
+        str(tmp_path / 'record')), types.SimpleNamespace(call=call))
+    work.machine = types.SimpleNamespace(name='vm', files='', lease=lambda: None)
+    (tmp_path / 'boinc_app').write_text('')
+    assert not work.put()
+    known.clear()                          # killed, and another one came
+    assert not work.put() and len(started) == 2 and started[0] == started[1]
+    known['2']['state'] = 'done'
+    assert work.put() and len(started) == 2
 
 
 def test_given_machines_share_the_tasks_and_a_task_stays_where_it_is(tmp_path):
