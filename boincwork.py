@@ -18,7 +18,6 @@ import shlex
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
@@ -158,8 +157,9 @@ class HostAgent:
 def write_new(path: str, text: str) -> None:
     """Writes a file, whole or not at all, unless there is one: another task may be doing the same. Raises
     OSError."""
-    descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path))
-    with open(descriptor, 'w', encoding='utf-8') as file:
+    # Not by tempfile: see agent.momentary_file.
+    temporary = '%s.%s' % (path, os.urandom(8).hex())
+    with open(temporary, 'x', encoding='utf-8') as file:
         file.write(text)
     try:
         os.link(temporary, path)
