@@ -169,9 +169,10 @@ class Slot:
         """The memory that is shared with the client; some of our own where it offers none."""
         size = CHANNELS * CHANNEL
         if os.name == 'nt':
-            name = self.init.text('comm_obj_name')
-            shared = mmap.mmap  # type: Any      # whose tagname is Windows' alone
-            return shared(-1, size, tagname='shm_' + name) if name else bytearray(size)
+            import windows  # there alone
+            name = 'shm_' + self.init.text('comm_obj_name')        # global where the client is a service
+            shared = windows.shared_memory(('Global\\' + name, name), size)
+            return bytearray(size) if shared is None else shared
         try:
             with open(self.path(MEMORY_FILE), 'r+b') as file:
                 return mmap.mmap(file.fileno(), size)

@@ -1,4 +1,5 @@
-"""What Windows alone has, by its own functions: access lists, the end of a session, a console's modes.
+"""What Windows alone has, by its own functions: access lists, the end of a session, a console's modes, memory
+that programs share.
 
 Nobody loads it elsewhere. What it is not: a decision; who calls knows what is to be done.
 Threads: ``session``, which owns a window that nobody sees: by it Windows tells that the session ends. A
@@ -7,10 +8,11 @@ console's end comes on a thread of Windows' own. No locks.
 
 import contextlib
 import ctypes
+import mmap
 import re
 import threading
 from ctypes import wintypes
-from typing import Any, Callable, List
+from typing import Any, Callable, Iterable, List
 
 # --- who may do what with a file ---------------------------------------------------------------
 
@@ -276,3 +278,23 @@ def switch_colours_on() -> bool:
         if kernel.GetConsoleMode(console, ctypes.byref(mode)):
             return bool(kernel.SetConsoleMode(console, mode.value | OBEYS_ESCAPES))
     return False
+
+
+# --- memory that programs share ----------------------------------------------------------------
+
+FILE_MAP_READ, FILE_MAP_WRITE = 4, 2
+
+
+def shared_memory(names: Iterable[str], size: int) -> Any:
+    """So many bytes of the first of these file mappings that another program has made; None where none is
+    there. Raises OSError."""
+    kernel = library('kernel32')
+    kernel.OpenFileMappingW.restype, kernel.CloseHandle.argtypes = wintypes.HANDLE, [wintypes.HANDLE]
+    for name in names:
+        handle = kernel.OpenFileMappingW(FILE_MAP_READ | FILE_MAP_WRITE, False, name)
+        if handle:
+            with contextlib.ExitStack() as stack:
+                stack.callback(kernel.CloseHandle, handle)
+                mapping = mmap.mmap  # type: Any       # whose tagname is Windows' alone
+                return mapping(-1, size, tagname=name)
+    return None

@@ -138,7 +138,7 @@ def register_all(folder):
 
 
 def unregister_all():
-    pythoncom.UnRegisterTypeLib(*LIBRARY, 0, 3)
+    pythoncom.UnRegisterTypeLib(*LIBRARY, 0, pythoncom.SYS_WIN32)
     for name, (class_id, _) in CLASSES.items():
         register.UnregisterServer(class_id, 'VirtualBox.' + name)
 

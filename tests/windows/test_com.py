@@ -52,7 +52,7 @@ def registered(windows, fake, tmp_path_factory):
         code, said = python(path_there(SERVER), path_there(folder))
         assert code == 0, said
         yield found
-        python(path_there(SERVER), '--unregister')
+        assert python(path_there(SERVER), '--unregister') == (0, '')
 
 
 @pytest.fixture(scope='module')
