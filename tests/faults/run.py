@@ -335,13 +335,15 @@ class World:
                 self.changed.append(cmd_id)
 
     def excuse(self, why, guest=None, since=None):
-        """Commands that haven't ended yet may now end otherwise, for that reason.
+        """Commands that haven't ended yet may now end otherwise, for that reason; nor have those that the host
+        called off, as long as their guest may tell that they had begun.
 
         So may those that have, and were asked for when there were ``since`` attempts or more.
         """
         with self.lock:
             for number, attempt in enumerate(self.attempts):
-                open_still = attempt.cmd_id not in self.ended or since is not None and number >= since
+                open_still = self.ended.get(attempt.cmd_id, 'cancelled') in ('cancelled', 'expired') \
+                    or since is not None and number >= since
                 if guest in (None, attempt.guest) and open_still:
                     attempt.excuses.add(why)
 
