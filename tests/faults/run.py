@@ -335,8 +335,8 @@ class World:
                 self.changed.append(cmd_id)
 
     def excuse(self, why, guest=None, since=None):
-        """Commands that haven't ended yet may now end otherwise, for that reason; nor have those that the host
-        called off, as long as their guest may tell that they had begun.
+        """Commands that haven't ended yet may now end otherwise, for that reason; nor have those that the
+        host called off, as long as their guest may tell that they had begun.
 
         So may those that have, and were asked for when there were ``since`` attempts or more.
         """
