@@ -24,6 +24,7 @@ import sys
 if os.name != 'posix':
     sys.exit('vmguest: guests are Linux, macOS and other POSIX systems; here the host agent runs (vmhost.py)')
 
+import contextlib
 import logging
 import select
 import signal
@@ -131,6 +132,8 @@ class Agent:
         self._wakeup, self._waker = os.pipe()
         os.set_blocking(self._wakeup, False)
         os.set_blocking(self._waker, False)
+        # Guards _waker, which is -1 once it is closed: the link's thread may outlive that on a busy machine.
+        self._waker_lock = threading.Lock()
         # Guards _awake_at, and what it is computed from meanwhile; Commands takes its own lock within it.
         self._clock_lock = threading.Lock()
         now = time.monotonic()
@@ -199,10 +202,9 @@ class Agent:
 
     def wake(self) -> None:
         """Has the main thread look at its clock and the commands now. From any thread."""
-        try:
-            os.write(self._waker, b'w')
-        except BlockingIOError:
-            log.debug('the main thread is awake already')
+        with self._waker_lock, contextlib.suppress(BlockingIOError):       # then it is awake already
+            if self._waker >= 0:
+                os.write(self._waker, b'w')
 
     def _wake_by(self, moment: float) -> None:
         """The same by then, by the monotonic clock: mostly it will be awake anyway."""
@@ -224,8 +226,10 @@ class Agent:
         if self._spool is not None:
             self._spool.close()
         signal.set_wakeup_fd(-1)
-        for descriptor in (self._wakeup, self._waker):
-            os.close(descriptor)
+        with self._waker_lock:
+            os.close(self._waker)
+            self._waker = -1
+        os.close(self._wakeup)
 
     def _restart(self, why: str) -> None:
         self.restart = why

@@ -376,6 +376,16 @@ def test_what_is_no_signal(name):
     with pytest.raises(protocol.BadWord):
         guestrequests.signal_number(name)
 
+def test_who_wakes_an_agent_that_has_stopped_meets_nothing():
+    """As the link's thread does, which may outlive it on a busy machine."""
+    forks = types.SimpleNamespace(stop=lambda: None)
+    guest = vmguest.Agent(agent.read_settings(None, vmguest.SETTINGS), forks)
+    descriptors = os.listdir('/proc/self/fd')
+    guest.wake()
+    guest.stop()
+    guest.wake()
+    assert len(os.listdir('/proc/self/fd')) < len(descriptors)
+
 
 @pytest.mark.parametrize('pipes', [0, 1, 2])
 def test_a_runner_out_of_descriptors_fails_and_keeps_none(pipes, tmp_path, monkeypatch):
