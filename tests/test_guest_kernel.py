@@ -1,7 +1,7 @@
 """Control groups with all controllers, in a Linux of its own under QEMU: memory measured and limited, who was
 killed for it, processor and processes limited; in each place where an agent may make groups.
 
-Takes one to two minutes of a processor. Needs qemu-system-x86_64 and a guest image:
+Takes one to two minutes of a processor: in CI with the soak tests. Needs qemu-system-x86_64 and a guest image:
 tests/rigs/guest-image DIR, and VMHOST_GUEST_IMAGE=DIR.
 """
 
@@ -18,6 +18,7 @@ import agent
 
 IMAGE = os.environ.get('VMHOST_GUEST_IMAGE', '')
 pytestmark = [
+    pytest.mark.soak,
     pytest.mark.skipif(not os.path.exists(os.path.join(IMAGE, 'initrd.gz')),
                        reason='no guest image: tests/rigs/guest-image, VMHOST_GUEST_IMAGE'),
     pytest.mark.skipif(not shutil.which('qemu-system-x86_64'), reason='no qemu-system-x86_64')]
