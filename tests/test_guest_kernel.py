@@ -1,7 +1,7 @@
 """Control groups with all controllers, in a Linux of its own under QEMU: memory measured and limited, who was
 killed for it, processor and processes limited; in each place where an agent may make groups.
 
-Takes one to two minutes of a processor: in CI with the soak tests. Needs qemu-system-x86_64 and a guest image:
+Takes one to two minutes of a processor: in CI with the soak tests. Needs qemu-system-x86_64 and an image:
 tests/rigs/guest-image DIR, and VMHOST_GUEST_IMAGE=DIR.
 """
 
