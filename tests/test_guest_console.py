@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import os
-import time
 
 import pytest
 from helpers import wait_until
@@ -124,11 +123,11 @@ def test_followed_output_is_told_as_it_is_written(guests, options):  # noqa: F81
 def test_what_follows_is_no_longer_told_after_a_while(guests):  # noqa: F811
     guest = guests()
     guest.run('c', 'sh', '-c', 'while :; do echo x; sleep 0.05; done')
-    guest.commands.query(Message('', 'CMD_QUERY', {'cmd-id': 'c', 'out-offset': '0'}, {'follow': 0.3}))
-    time.sleep(0.5)
-    count = len(guest.said['c'])
-    time.sleep(0.3)
-    assert len(guest.said['c']) == count > 2
+    guest.commands.query(Message('', 'CMD_QUERY', {'cmd-id': 'c', 'out-offset': '0'}, {'follow': 2}))
+    wait_until(lambda: len(guest.said['c']) > 2)
+    counts = []
+    wait_until(lambda: counts.append(len(guest.said['c'])) or len(counts) > 10
+               and len(set(counts[-10:])) == 1, 20, 0.05)
     guest.signal('c', 'KILL')
     guest.result('c')
 

@@ -330,8 +330,8 @@ def test_a_shell(host, guest):
     at_prompt(person)
     person.type(b'tty; echo $TERM $((6 * 7))\r')
     person.sees(b'xterm 42')
-    person.has(33, 101)
-    person.type(b'stty size\r')
+    person.has(33, 101)                    # told by a signal, which what is typed may overtake
+    person.type(b'until stty size | grep "33 1[0]1"; do sleep 0.1; done\r')
     person.sees(b'33 101')
     person.type(b"sh -c 'echo wait$((20 + 1)); exec sleep 600'\r")
     person.sees(b'wait21')
