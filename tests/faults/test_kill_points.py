@@ -180,7 +180,8 @@ HOST_POINTS = {
     'when a status came, before the state is written': (['Commands.heard_status', 'after', 1], 'once'),
     'when the results come, before they are journalled': (['Commands.finish', 'before', 1], 'once'),
     'after journalling, before CMD_ACK': (['Commands.finish', 'after', 1], 'once'),
-    'after the journal is on the disk, before CMD_ACK': (['Journal.sync', 'after', 1], 'once'),
+    # The first one is for the guest's secret.
+    'after the journal is on the disk, before CMD_ACK': (['Journal.sync', 'after', 2], 'once'),
     'after CMD_ACK': (['Host._acknowledge', 'after', 1], 'once'),
 }
 
