@@ -125,9 +125,10 @@ class Boinc:
         return path
 
     def host_pids(self):
-        """The host agents of the project."""
+        """The host agents of the project; not the processes of their drivers."""
         return [pid for pid in self.rig.leftovers()
-                if os.path.realpath('/proc/%d/cwd' % pid) == os.path.join(self.project, 'vmhost')]
+                if os.path.realpath('/proc/%d/cwd' % pid) == os.path.join(self.project, 'vmhost')
+                and '--host-agent' in vms.command_line(pid)]
 
     def stderr_says(self, name, text):
         return wait_until(lambda: text in self.rig.stderr(name), 20)
