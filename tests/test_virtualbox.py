@@ -16,7 +16,7 @@ import pytest
 from agents import Agent
 from helpers import others_take, wait_until
 from vm_cases import *  # noqa: F403 (the tests, for pytest to find)
-from vms import SETTINGS, VMHost, command_line, environment, fault_of, here, processes
+from vms import SETTINGS, VMHost, command_line, environment, fault_of, here, processes, removing_new_vms
 
 import faults
 import hostmachines
@@ -63,11 +63,8 @@ def host(fake, tmp_path_factory):
 @pytest.fixture
 def remove_all(api):
     """Whatever VM a test made goes with it."""
-    before = set(api.listVMs())
-    yield
-    for name in set(api.listVMs()) - before:
-        fault_of(api.powerOff, name)
-        api.removeVM(name, True)
+    with removing_new_vms(api):
+        yield
 
 
 @pytest.fixture

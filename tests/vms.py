@@ -131,6 +131,16 @@ def parent_of(pid):
     return 0
 
 
+@contextlib.contextmanager
+def removing_new_vms(api):
+    """Whatever VM is made meanwhile goes at the end."""
+    before = set(api.listVMs())
+    yield
+    for name in set(api.listVMs()) - before:
+        fault_of(api.powerOff, name)
+        api.removeVM(name, True)
+
+
 def command_line(pid):
     """A process's words; [] where it has ended."""
     with contextlib.suppress(OSError):

@@ -8,7 +8,7 @@ import os
 import shutil
 
 import pytest
-from vms import VMHost, environment, fault_of
+from vms import VMHost, environment, removing_new_vms
 from wine import path_there, python
 
 if os.environ.get('VMHOST_FULL'):
@@ -63,11 +63,8 @@ def host(registered, tmp_path_factory):
 
 @pytest.fixture
 def remove_all(api):
-    before = set(api.listVMs())
-    yield
-    for name in set(api.listVMs()) - before:
-        fault_of(api.powerOff, name)
-        api.removeVM(name, True)
+    with removing_new_vms(api):
+        yield
 
 
 @pytest.fixture
