@@ -293,8 +293,9 @@ def shared_memory(names: Iterable[str], size: int) -> Any:
     for name in names:
         handle = kernel.OpenFileMappingW(FILE_MAP_READ | FILE_MAP_WRITE, False, name)
         if handle:
-            with contextlib.ExitStack() as stack:
-                stack.callback(kernel.CloseHandle, handle)
-                mapping = mmap.mmap  # type: Any       # whose tagname is Windows' alone
+            mapping = mmap.mmap  # type: Any           # whose tagname is Windows' alone
+            try:
                 return mapping(-1, size, tagname=name)
+            finally:
+                kernel.CloseHandle(handle)
     return None
