@@ -8,6 +8,7 @@ guards the table and each console; nothing that waits happens while it is held.
 """
 
 import binascii
+import contextlib
 import logging
 import socket
 import threading
@@ -65,9 +66,16 @@ class Console:
                 return
             except OSError as error:
                 log.debug('%s: %s', self.command.cmd_id, error)
-                self.disconnect()
+                self._break_off()
                 return
             del self.unsent[:sent]
+
+    def _break_off(self) -> None:
+        """The runner takes no more. On any thread: ``receive`` meets the end, and disconnects."""
+        del self.unsent[:]
+        with contextlib.suppress(OSError):     # it isn't connected any more
+            assert self.connection is not None
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def receive(self) -> bool:
         """Reads notices; whether there may be more."""
@@ -94,7 +102,10 @@ class Console:
         return is_more
 
     def disconnect(self) -> None:
-        """The runner is gone; what it hasn't got is lost with it."""
+        """The runner is gone; what it hasn't got is lost with it.
+
+        On the main thread alone: it may be waiting for just this connection.
+        """
         if self.connection is not None:
             self.connection.close()
         self.connection, self.received = None, b''

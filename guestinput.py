@@ -16,7 +16,7 @@ import socket
 import struct
 import termios
 import time
-from typing import Any, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional
 
 log = logging.getLogger('vmguest')
 
@@ -243,9 +243,19 @@ class Inlet:
 
 
 def wait_until_ready(readable: List[Any], writable: List[Any], timeout: float) -> List[Any]:
-    """Those that are, at the latest after so many seconds."""
-    ready, with_room, _ = select.select(readable, writable, [], timeout)
-    return ready + with_room
+    """Those that are, or whose other end is gone, at the latest after so many seconds.
+
+    By poll, as select takes no descriptor above 1,023. Who waits is who closes them: one that another thread
+    had closed would be no descriptor any more (ValueError), or another one's.
+    """
+    by_number: Dict[int, Any] = {}
+    poll = select.poll()
+    watched = [(select.POLLIN, each) for each in readable] + [(select.POLLOUT, each) for each in writable]
+    for event, each in watched:
+        number = each if isinstance(each, int) else each.fileno()
+        poll.register(number, event | (select.POLLIN if number in by_number else 0))
+        by_number[number] = each
+    return [by_number[number] for number, _ in poll.poll(1000 * max(0.0, timeout))]
 
 
 def read_output(descriptor: int, length: int) -> bytes:

@@ -26,7 +26,6 @@ if os.name != 'posix':
 
 import contextlib
 import logging
-import select
 import signal
 import socket
 import threading
@@ -49,6 +48,7 @@ from guestidentity import (
     settle_folders,
     warn_of_readers,
 )
+from guestinput import wait_until_ready
 from guestmachine import Network, memory, read_boot_id, uptime
 from guestreports import Reports
 from guestrunner import drain
@@ -191,8 +191,8 @@ class Agent:
         while not self.stopping and not self.restart:
             consoles = self._consoles
             reading, writing = consoles.watched() if consoles is not None else ([], [])
-            ready, _, _ = select.select([self._wakeup, self._fork_server.reports] + reading, writing, [],
-                                        self._patience())
+            ready = wait_until_ready([self._wakeup, self._fork_server.reports] + reading, writing,
+                                     self._patience())
             if self._wakeup in ready:
                 drain(self._wakeup)
             try:

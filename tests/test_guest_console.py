@@ -1,13 +1,19 @@
 """Input that is streamed to commands, terminals, output that is followed: in the guest, without a host."""
 
 import base64
+import contextlib
+import fcntl
 import hashlib
 import os
+import resource
+import socket
+import types
 
 import pytest
 from helpers import wait_until
 from test_guest_commands import guests  # noqa: F401
 
+import guestconsole
 import guestinput
 from protocol import Message
 
@@ -163,3 +169,33 @@ def test_a_folder_of_a_long_name(tmp_path):
     inlet.close()
     connection.close()
     os.close(reader)
+
+
+def test_a_connection_that_breaks_is_closed_by_who_waits_for_it():
+    """The link's thread meets its end while the main thread waits for it, or is about to."""
+    here, there = socket.socketpair()
+    console = guestconsole.Console(types.SimpleNamespace(cmd_id='c', taken=None))
+    console.connection = here
+    there.close()
+    console.unsent += b'a piece'
+    console.send()                      # as the link's thread does
+    assert guestinput.wait_until_ready([here], [here], 5) == [here] and not console.unsent
+    assert not console.receive()        # as the main thread does
+    assert console.connection is None and here.fileno() < 0
+
+
+def test_any_number_of_descriptors_is_waited_for():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2048:
+        pytest.skip('needs a limit of 2,048 descriptors')
+    near, far = socket.socketpair()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2048, hard))
+    try:
+        with near, far, contextlib.ExitStack() as stack:
+            high = fcntl.fcntl(near, fcntl.F_DUPFD_CLOEXEC, 2000)
+            stack.callback(os.close, high)
+            assert guestinput.wait_until_ready([high], [], 0) == []
+            far.send(b'x')
+            assert guestinput.wait_until_ready([high, far], [far], 5) == [high, far]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
