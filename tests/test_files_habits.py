@@ -13,7 +13,7 @@ from agents import Agent
 from helpers import fault_of, wait_until
 from test_chirp import write
 
-pytestmark = [pytest.mark.ends, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
+pytestmark = [pytest.mark.once, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import wine
 from agents import ON_WINDOWS, TOP, Agent, Host, posix_host
 from helpers import wait_until
 
-pytestmark = [pytest.mark.ends, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
+pytestmark = [pytest.mark.once, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 
 
 def run(*words, program='vmhost.py', python=(), **kwargs):

@@ -20,7 +20,7 @@ sys.path.append(os.path.join(TOP, 'bench'))
 
 import noise  # noqa: E402
 
-pytestmark = [pytest.mark.ends,
+pytestmark = [pytest.mark.once,
               pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='needs /proc')]
 
 

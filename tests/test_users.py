@@ -34,7 +34,7 @@ def python_for_all():
     return found[0] if found else ''
 
 
-pytestmark = [pytest.mark.ends, pytest.mark.skipif(
+pytestmark = [pytest.mark.once, pytest.mark.skipif(
     os.name != 'posix' or os.geteuid() != 0 or not shutil.which('setpriv') or not python_for_all(),
     reason='needs root, setpriv, and a Python that others can start')]
 

@@ -15,7 +15,7 @@ from test_cli import verb as said
 
 import hostcli
 
-pytestmark = [pytest.mark.ends, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
+pytestmark = [pytest.mark.once, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 
 
 def test_run_needs_no_dashes(host, guests):

@@ -18,7 +18,7 @@ from helpers import wait_until
 
 import agent
 
-pytestmark = [pytest.mark.ends, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
+pytestmark = [pytest.mark.once, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 TOP = os.path.dirname(os.path.dirname(HERE))
 LINUX = pytest.mark.skipif(not os.path.isdir('/proc/self/task'), reason='needs Linux\'s /proc')
 

@@ -10,6 +10,9 @@ from vms import VMHost, command_line, kill, processes
 
 IN_RIG = os.path.exists('/etc/vmhost-rig')
 EVERY_INSTRUCTION = ('HM/HMForced=0', 'HM/FallbackToIEM=1', 'EM/IemExecutesAll=1')
+# The BIOS fades its logo in and out, and asks for a key: half of what a VM takes that boots nothing.
+NO_LOGO = tuple('Devices/vga/0/Config/' + key for key in (
+    'FadeIn=0', 'FadeOut=0', 'LogoTime=0', 'ShowBootMenu=0'))
 HERE = os.path.dirname(os.path.abspath(__file__))
 MEGABYTES = int(os.environ.get('VMHOST_IMAGE_MB') or 192)
 # A boot sector that writes R to the first serial port, and powers off when the ACPI button is pressed.
@@ -35,7 +38,7 @@ def home():
     folder = tempfile.mkdtemp(prefix='vmhost-rig-')
     os.environ.update(VBOX_USER_HOME=folder, VBOX_IPC_SOCKETID=os.path.basename(folder))
     manage('setproperty', 'machinefolder', os.path.join(folder, 'vms'))
-    for key in EVERY_INSTRUCTION:
+    for key in EVERY_INSTRUCTION + NO_LOGO:
         name, _, value = key.partition('=')
         manage('setextradata', 'global', 'VBoxInternal/' + name, value)
     yield folder
