@@ -58,7 +58,7 @@ def check_program() -> List[agent.Finding]:
     try:
         others = windows.who_may_change(windows.access_of(folder))
     except OSError as error:
-        return [agent.Finding(False, 'folder %s' % folder, str(error), needed=False)]
+        return [agent.Finding(False, 'folder %s' % folder, agent.sentence(error), needed=False)]
     return [agent.Finding(
         not others, 'only you may change the program in %s' % folder,
         'so may %s, and with it what runs as you: move it to a folder of your own, below %%LOCALAPPDATA%%'

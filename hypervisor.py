@@ -32,6 +32,7 @@ import threading
 import time
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
+import agent
 import faults
 from faults import BadState, Busy, DeadlineExceeded, HypervisorError, InvalidParams, NotSupported, VMHostError
 from vmstates import CHANGING, INACCESSIBLE, PAUSED, RUNNING, STUCK
@@ -119,6 +120,8 @@ class Driver:
 
     def translate(self, error: Exception) -> Exception:
         """The error as one of ours; NotReady where a second try may succeed at once."""
+        if isinstance(error, OSError):              # a file that can't be read, a full disk
+            return HypervisorError(agent.sentence(error))
         return HypervisorError('%s: %s' % (type(error).__name__, error))
 
     def has_news(self) -> Optional[bool]:
@@ -702,7 +705,7 @@ class Watcher:
             try:
                 self._live_with(self._launch(True))
             except OSError as error:
-                self._fail_all(HypervisorError('the driver\'s process could not be started: %s' % error))
+                self._fail_all(not_started(error))
             delay = 0.0 if time.monotonic() - started > 10 else min(max(0.2, 2 * delay), 30)
             with self._lock:
                 waited_for = bool(self._calls)
@@ -837,7 +840,7 @@ class Workers:
         try:
             return self._launch(False)
         except OSError as error:
-            raise HypervisorError('the driver\'s process could not be started: %s' % error)
+            raise not_started(error)
 
     def _forget_ended(self) -> None:
         self._all = [worker for worker in self._all if not worker.ended.is_set()]
@@ -1283,6 +1286,11 @@ def close_quietly(stream: Any) -> None:
         stream.close()
     except OSError as error:            # unsent bytes for a process that has gone
         log.debug('closing: %s', error)
+
+
+def not_started(error: OSError) -> HypervisorError:
+    """What those get who wait for a process that the system refused."""
+    return HypervisorError('the driver\'s process could not be started: %s' % agent.sentence(error))
 
 
 def error_from(parts: List[str]) -> Exception:

@@ -11,6 +11,7 @@ import sys
 import time
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
+import agent
 from faults import (
     AccessDenied,
     BadState,
@@ -188,7 +189,7 @@ class Connection:
     def translate(self, error: Exception) -> VMHostError:
         """VirtualBox's error as ours, with its text and code."""
         if isinstance(error, OSError):              # of ours: a file that can't be read, a full disk
-            return HypervisorError(str(error))
+            return HypervisorError(agent.sentence(error))
         code = self.code(error)
         if not code:
             return error if isinstance(error, VMHostError) else HypervisorError(
