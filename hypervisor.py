@@ -354,6 +354,21 @@ class Job:
         if time.monotonic() > self.deadline:
             raise error
 
+    def when_free(self, act: Callable[[], Any], held: Callable[[Exception], str], what: str) -> Any:
+        """What `act` gives. Somebody else may hold `what` for a moment: tried again, less and less often,
+        until the deadline; Busy then. held: what an error tells of that, '' for any other error."""
+        pause = 0.05
+        while True:
+            try:
+                return act()
+            except Exception as error:
+                told = held(error)
+                if not told:
+                    raise
+                self.check_deadline(Busy('%s is locked by another program: %s' % (what, told)))
+            self.wait(pause)
+            pause = min(2 * pause, 2)
+
     def renew_deadline(self) -> None:
         """Something long is done, which has a limit of its own; what comes after it has not begun late."""
         self.deadline = time.monotonic() + self.timeout
