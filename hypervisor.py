@@ -41,7 +41,7 @@ log = logging.getLogger('vmhost.hypervisor')
 
 SILENCE = 20.0                 # seconds beyond command_timeout after which a silent process hangs
 HUNG = 15.0                    # seconds of silence after which a VM that is switched off is one that hangs
-LIST_PATIENCE = 0.8            # seconds until a list is what was seen last, rather than what is there now
+LIST_PATIENCE = 0.6            # seconds until a list is what was seen last, rather than what is there now
 LOOK_PATIENCE = 5.0            # seconds that who changed something waits until it is seen
 LOOK_EVERY = 1.0               # seconds between two looks where no news come, and something has just happened
 LOOK_AT_LEAST = 20.0           # seconds after which is looked in any case
