@@ -10,7 +10,7 @@ from typing import Any, Dict, List
 import agent
 from cliscreen import Screen, show_pairs, shown_size, shown_span
 from cliverbs import JSON, VM, VMS, Function, Verb, argument, for_each, read_seconds, show_list, switch, watch
-from faults import InvalidParams, NotSupported
+from faults import BadState, InvalidParams, NotSupported
 from hostclient import Client
 from rpc import finite
 
@@ -67,7 +67,7 @@ def hardware_of(args: Any) -> Dict[str, Any]:
 def do_launch(host: Client, screen: Screen, args: Any) -> int:
     """Makes a VM from an image, starts it, and waits for its agent."""
     options = dict(hardware_of(args), timeout=args.timeout)
-    watch(host, screen, args.name, 'launchVM', args.name, os.path.abspath(args.image), options)
+    make(host, screen, args.name, 'launchVM', args.name, os.path.abspath(args.image), options)
     screen.say(agent.printable(args.name))
     return 0
 
@@ -77,9 +77,20 @@ def do_create(host: Client, screen: Screen, args: Any) -> int:
     options = hardware_of(args)
     image = args.image and os.path.abspath(args.image)     # the host's working directory is not ours
     name = os.path.abspath(args.name) if not image and args.name.endswith('.vbox') else args.name
-    _, made = watch(host, screen, name, 'createVM', name, image, options)
+    _, made = make(host, screen, name, 'createVM', name, image, options)
     screen.say(agent.printable(made))
     return 0
+
+
+def make(host: Client, screen: Screen, *args: Any) -> Any:
+    """As watch; the licence that an appliance comes under is shown as it is written."""
+    try:
+        return watch(host, screen, *args)
+    except BadState as error:
+        sentence, _, licence = str(error).partition(':\n')
+        for line in licence.splitlines():
+            screen.say(agent.printable(line))
+        raise BadState(sentence)
 
 
 def do_rm(host: Client, screen: Screen, args: Any) -> int:
@@ -188,6 +199,7 @@ def is_out_of_reach(broker: str, mode: str) -> bool:
 
 def do_cleanup(host: Client, screen: Screen, args: Any) -> int:
     """Unfinished VMs and unused disks that this tool created: listed, or removed."""
+    named = [host.call('getVM', vm)['name'] for vm in args.vms]
     found = host.call('cleanup', not args.yes, args.vms)
     verb = 'removed ' if args.yes else 'would remove '
     lines = ['%s %s (%s)' % (what['kind'] if what['kind'] == 'kept' else verb + what['kind'], what['name'],
@@ -195,6 +207,9 @@ def do_cleanup(host: Client, screen: Screen, args: Any) -> int:
     show_list(screen, args.json, lines, found)
     if [what for what in found if what['kind'] != 'kept'] and not args.yes and not args.json:
         screen.complain('nothing was removed; use cleanup --yes')
+    for name in [name for name in named if name not in [what['name'] for what in found]]:
+        screen.complain('%s stays: cleanup removes a VM that `create` made, that is off, and that `keep` '
+                        'does not exclude' % name)
     return 0
 
 

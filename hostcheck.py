@@ -31,7 +31,7 @@ def do_check(host: Client, screen: Screen, args: Any) -> int:
                 agent.check_folder(settings.Host.state_dir, '[Host] state_dir'),
                 agent.check_disk(settings.Host.state_dir, LEAST_DISK), agent.check_clock()]
     try:
-        findings += check_running(host, host.call('agentInfo'), settings.Network.mode)
+        findings += check_running(host, host.call('agentInfo'), settings.Network)
     except NoHost as error:
         findings += check_start(settings, error)
     except VMHostError as error:
@@ -58,14 +58,14 @@ def check_program() -> List[agent.Finding]:
     try:
         others = windows.who_may_change(windows.access_of(folder))
     except OSError as error:
-        return [agent.Finding(False, 'folder %s' % folder, str(error), needed=False)]
+        return [agent.Finding(False, 'folder %s' % folder, agent.sentence(error), needed=False)]
     return [agent.Finding(
         not others, 'only you may change the program in %s' % folder,
         'so may %s, and with it what runs as you: move it to a folder of your own, below %%LOCALAPPDATA%%'
         % ', '.join(others), needed=False)]
 
 
-def check_running(host: Client, info: Dict[str, Any], mode: str) -> Iterator[agent.Finding]:
+def check_running(host: Client, info: Dict[str, Any], network: Any) -> Iterator[agent.Finding]:
     """What the running host agent tells about itself, its broker and its guests."""
     yield agent.Finding(info['version'] == agent.VERSION, 'host agent %s at %s' % (
         info['version'], host.address), 'restart it: the files here are of version ' + agent.VERSION)
@@ -73,9 +73,10 @@ def check_running(host: Client, info: Dict[str, Any], mode: str) -> Iterator[age
     yield agent.Finding(bool(broker['connected']), 'broker at %s' % broker['address'],
                         'no connection: is it running, and are [Broker] host, port, username, password '
                         'and tls right?')
-    if info['hypervisor'] != 'none' and is_out_of_reach(broker['address'], mode):
-        yield agent.Finding(False, 'network', 'VMs made now get NAT; net --setup makes the host-only one; '
-                            'then: ' + OUT_OF_REACH % broker['address'], needed=False)
+    if info['hypervisor'] != 'none' and is_out_of_reach(broker['address'], network.mode):
+        unmade = '' if hypervisor.is_local(network.host_ip) else (
+            'VMs made now get NAT; net --setup makes the host-only one; then: ')
+        yield agent.Finding(False, 'network', unmade + OUT_OF_REACH % broker['address'], needed=False)
     guests = [guest for _, guest in host.each('getVM', host.call('listRegisteredVMs'))]
     if not guests:
         yield agent.Finding(False, 'guests', 'none has joined: start vmguest.py in a VM, where it '

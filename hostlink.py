@@ -220,5 +220,5 @@ def server_tls(settings: Any) -> Any:
         context.load_cert_chain(settings.cert_file, settings.key_file or None)
     except (OSError, ssl.SSLError) as error:
         raise VMHostError('[Broker] cert_file %s, key_file %s: %s'
-                          % (settings.cert_file, settings.key_file, error))
+                          % (settings.cert_file, settings.key_file, agent.sentence(error)))
     return context

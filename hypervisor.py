@@ -32,6 +32,7 @@ import threading
 import time
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
+import agent
 import faults
 from faults import BadState, Busy, DeadlineExceeded, HypervisorError, InvalidParams, NotSupported, VMHostError
 from vmstates import CHANGING, INACCESSIBLE, PAUSED, RUNNING, STUCK
@@ -40,7 +41,7 @@ log = logging.getLogger('vmhost.hypervisor')
 
 SILENCE = 20.0                 # seconds beyond command_timeout after which a silent process hangs
 HUNG = 15.0                    # seconds of silence after which a VM that is switched off is one that hangs
-LIST_PATIENCE = 0.8            # seconds until a list is what was seen last, rather than what is there now
+LIST_PATIENCE = 0.6            # seconds until a list is what was seen last, rather than what is there now
 LOOK_PATIENCE = 5.0            # seconds that who changed something waits until it is seen
 LOOK_EVERY = 1.0               # seconds between two looks where no news come, and something has just happened
 LOOK_AT_LEAST = 20.0           # seconds after which is looked in any case
@@ -119,6 +120,8 @@ class Driver:
 
     def translate(self, error: Exception) -> Exception:
         """The error as one of ours; NotReady where a second try may succeed at once."""
+        if isinstance(error, OSError):              # a file that can't be read, a full disk
+            return HypervisorError(agent.sentence(error))
         return HypervisorError('%s: %s' % (type(error).__name__, error))
 
     def has_news(self) -> Optional[bool]:
@@ -350,6 +353,21 @@ class Job:
     def check_deadline(self, error: Exception) -> None:
         if time.monotonic() > self.deadline:
             raise error
+
+    def when_free(self, act: Callable[[], Any], held: Callable[[Exception], str], what: str) -> Any:
+        """What `act` gives. Somebody else may hold `what` for a moment: tried again, less and less often,
+        until the deadline; Busy then. held: what an error tells of that, '' for any other error."""
+        pause = 0.05
+        while True:
+            try:
+                return act()
+            except Exception as error:
+                told = held(error)
+                if not told:
+                    raise
+                self.check_deadline(Busy('%s is locked by another program: %s' % (what, told)))
+            self.wait(pause)
+            pause = min(2 * pause, 2)
 
     def renew_deadline(self) -> None:
         """Something long is done, which has a limit of its own; what comes after it has not begun late."""
@@ -702,7 +720,7 @@ class Watcher:
             try:
                 self._live_with(self._launch(True))
             except OSError as error:
-                self._fail_all(HypervisorError('the driver\'s process could not be started: %s' % error))
+                self._fail_all(not_started(error))
             delay = 0.0 if time.monotonic() - started > 10 else min(max(0.2, 2 * delay), 30)
             with self._lock:
                 waited_for = bool(self._calls)
@@ -837,7 +855,7 @@ class Workers:
         try:
             return self._launch(False)
         except OSError as error:
-            raise HypervisorError('the driver\'s process could not be started: %s' % error)
+            raise not_started(error)
 
     def _forget_ended(self) -> None:
         self._all = [worker for worker in self._all if not worker.ended.is_set()]
@@ -1283,6 +1301,11 @@ def close_quietly(stream: Any) -> None:
         stream.close()
     except OSError as error:            # unsent bytes for a process that has gone
         log.debug('closing: %s', error)
+
+
+def not_started(error: OSError) -> HypervisorError:
+    """What those get who wait for a process that the system refused."""
+    return HypervisorError('the driver\'s process could not be started: %s' % agent.sentence(error))
 
 
 def error_from(parts: List[str]) -> Exception:

@@ -341,7 +341,7 @@ class Connection(Outlet):
         """What it tried can't be done. An error of the broker's own ends this connection alone."""
         if not isinstance(error, OSError):
             log.error('%r is closed after an error of the broker', self, exc_info=error)
-        self.close(str(error))
+        self.close(agent.sentence(error))
 
     def ready(self, events: int) -> None:
         """The selector says that the socket can be read or written."""
@@ -566,7 +566,7 @@ class Connection(Outlet):
         except OSError as error:
             log.debug('%r: %s', self, error)
             if self.state > State.CONNECTED:
-                return self.close(str(error))
+                return self.close(agent.sentence(error))
             return self._enter(State.UNREACHABLE)
         if sent:
             self.clock.spoke = self.broker.now
@@ -827,7 +827,7 @@ class Listener:
 
     def _pause(self, error: OSError) -> None:
         """No descriptors left: waits for some to be closed, without spinning."""
-        log.error('cannot accept a connection: %s', error)
+        log.error('cannot accept a connection: %s', agent.sentence(error))
         self._broker.listen_for(self._sock, 0, READ, self._accept)
         self._broker.alarms.set(-self._sock.fileno(), self._broker.now + 0.5, self.begin)
 
@@ -916,7 +916,7 @@ class Broker:
                         raise
         except (OSError, UnicodeError) as error:
             wanted = _spoken((self._host, self._port))
-            raise BrokerError('the broker cannot listen on %s: %s' % (wanted, error))
+            raise BrokerError('the broker cannot listen on %s: %s' % (wanted, agent.sentence(error)))
 
     def _listen_on(self, found: List[Any]) -> List[Listener]:
         """On each (family, address), all with one port. Raises OSError."""
@@ -1064,7 +1064,7 @@ class Broker:
                 sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
             Connection(self, sock, peer, next(self._connection_numbers)).begin()
         except (OSError, ValueError) as error:
-            log.info('%s is gone already: %s', _spoken(peer), error)
+            log.info('%s is gone already: %s', _spoken(peer), agent.sentence(error))
             sock.close()
 
     def _deliver(self) -> None:
@@ -1310,7 +1310,7 @@ def _print(text: str, file: Any) -> None:
     try:
         print(text, file=file, flush=True)
     except (OSError, ValueError) as error:
-        log.info('nobody reads what is printed: %s', error)
+        log.info('nobody reads what is printed: %s', agent.sentence(error))
 
 
 def status_table(broker: Broker) -> str:
@@ -1330,7 +1330,7 @@ def _read_passcode(path: str) -> str:
                 log.warning('others can read the passcode: chmod 600 %s', path)
             passcode = file.readline().rstrip('\r\n')
     except (OSError, UnicodeError) as error:
-        raise BrokerError('passcode file %s: %s' % (path, error))
+        raise BrokerError('passcode file %s: %s' % (path, getattr(error, 'strerror', None) or error))
     if not passcode:
         raise BrokerError('passcode file %s: the first line is empty' % path)
     return passcode
@@ -1350,7 +1350,7 @@ def _server_tls(cert: Optional[str], key: Optional[str]) -> Optional[ssl.SSLCont
         tls.load_cert_chain(cert, key, password=password)
     except OSError as error:
         raise BrokerError('certificate %s, key %s: %s' % (
-            cert, key or cert, 'the key is encrypted' if asked else error))
+            cert, key or cert, 'the key is encrypted' if asked else agent.sentence(error)))
     return tls
 
 

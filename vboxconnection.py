@@ -11,6 +11,7 @@ import sys
 import time
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
+import agent
 from faults import (
     AccessDenied,
     BadState,
@@ -51,6 +52,7 @@ ACCEPTABLE = {                     # the states in which a verb makes sense
     'set_limits': OFF + ('Running',),
     'screenshot': ('Running', 'Paused'),
 }
+UNREADABLE = 'VirtualBox can\'t read %s: %s; `rm` takes it out of VirtualBox, and leaves its files'
 STALL = 600                        # seconds without any progress after which a job is given up
 
 # Status codes of the API (VirtualBox.xidl, "Result codes"; the last ones are COM's own).
@@ -188,7 +190,7 @@ class Connection:
     def translate(self, error: Exception) -> VMHostError:
         """VirtualBox's error as ours, with its text and code."""
         if isinstance(error, OSError):              # of ours: a file that can't be read, a full disk
-            return HypervisorError(str(error))
+            return HypervisorError(agent.sentence(error))
         code = self.code(error)
         if not code:
             return error if isinstance(error, VMHostError) else HypervisorError(
@@ -227,8 +229,7 @@ class Connection:
         """The IMachine of this name, id or uuid. Raises BadState where VirtualBox can't read it."""
         machine = self.find_any(vm)
         if not machine.accessible:
-            raise BadState('VirtualBox can\'t read %s: %s; `rm` takes it out of VirtualBox, and leaves '
-                           'its files' % (vm, access_trouble(machine)))
+            raise BadState(UNREADABLE % (vm, access_trouble(machine)))
         return machine
 
     def find_any(self, vm: str) -> Any:
@@ -347,19 +348,10 @@ class Connection:
         return self.when_unlocked(job, machine, take)
 
     def when_unlocked(self, job: Job, machine: Any, take: Callable[[], Any]) -> Any:
-        """What `take` gives. Somebody else may hold the lock for a moment: tried again, less and less
-        often, until the deadline of the job."""
-        pause = 0.05
-        while True:
-            try:
-                return take()
-            except Exception as error:
-                if self.code(error) not in LOCKED:
-                    raise
-                job.check_deadline(Busy('%s is locked by another program: %s'
-                                        % (machine.name, self.translate(error))))
-            job.wait(pause)
-            pause = min(2 * pause, 2)
+        """What `take` gives, once nobody else holds the VM's lock, as Job.when_free."""
+        def held(error: Exception) -> str:
+            return str(self.translate(error)) if self.code(error) in LOCKED else ''
+        return job.when_free(take, held, machine.name)
 
     def unlock(self, session: Any) -> None:
         """Lets go; a VM process that has ended has done so already."""
@@ -433,7 +425,12 @@ def colons(mac: str) -> str:
 
 def name_in_path(machine: Any) -> str:
     """The name of a VM that VirtualBox can't read: that of its file."""
-    return os.path.splitext(os.path.basename(machine.settingsFilePath.replace('\\', '/')))[0]
+    return name_of_file(machine.settingsFilePath)
+
+
+def name_of_file(path: str) -> str:
+    """What a .vbox file is called: its VM's name."""
+    return os.path.splitext(os.path.basename(path.replace('\\', '/')))[0]
 
 
 def access_trouble(machine: Any) -> str:

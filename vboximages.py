@@ -45,6 +45,7 @@ EXPECTED = 'vmhost/expected'       # + path of a disk that createVM is about to 
 DISK_MADE = 'vmhost/disk/'         # + uuid of a disk that createVM made: its path then
 OWNER = 'vmhost/owner/'            # + uuid of a VM that createVM made: whose it is
 
+DISKS = ('.vdi', '.vmdk', '.vhd', '.vhdx', '.qcow', '.qcow2', '.hdd')
 UUID = re.compile(r'^{?[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}}?$')
 LARGEST = 2 ** 31 - 1              # of the numbers that options hold
 NOT_LINKED = 'linked: expected an image that is a disk, on which the VM\'s own can lie'
@@ -75,7 +76,7 @@ class Images:
             raise InvalidParams('no such image file: %s' % image)
         if kind in ('.ova', '.ovf'):
             self._import(job, name, os.path.abspath(image), wish)
-        elif kind in ('', '.iso', '.vdi', '.vmdk', '.vhd', '.vhdx', '.qcow', '.qcow2', '.hdd'):
+        elif kind in ('', '.iso') + DISKS:
             self._build(job, name, image and os.path.abspath(image), kind, wish)
         else:
             raise NotSupported('an image is .ova, .ovf, .iso, .vdi, .vmdk, .vhd or .qcow, not %r'

@@ -4,7 +4,7 @@ It is for machines where vboxapi can't be had, such as most volunteers' with Win
 has what a task's VM needs: made from a disk or from nothing, its life, snapshots, the share of the processor,
 NAT, files. All else (`LACKS`) is virtualbox.py's alone: fault 9 here, with a sentence.
 
-It reads what VBoxManage prints for programs (`--machinereadable`) ; VMs are named by their uuid
+It reads what VBoxManage prints for programs (`--machinereadable`); VMs are named by their uuid
 alone, so that no name is taken for an option, and secrets go into a file that VBoxManage reads, since every
 user may see a command line.
 
@@ -23,21 +23,12 @@ import faults
 import vboxconnection
 import vboximages
 import vboxnetwork
+import vboxprogram
 import virtualbox
 import vmstates
 from hypervisor import HUNG, NOT_READY, Driver, Job, either, port_is_free
-from protocol import is_mac
 from vboxconnection import ACCEPTABLE, KEEP, MADE_BY_US, MAKING, OFF, ONLINE, SAVED
-from vboxprogram import (
-    STATES,
-    Program,
-    Refused,
-    attached_in,
-    native_of,
-    read_info,
-    read_snapshots,
-    slots_of,
-)
+from vboxprogram import Program, Refused, attached_in, disk_path, native_of, slots_of
 
 CONTROLS = {                       # verb: VBoxManage's words, the states that they lead to, what takes long
     'reset': (('controlvm', 'reset'), ('Running',), ''), 'pause': (('controlvm', 'pause'), ('Paused',), ''),
@@ -50,7 +41,6 @@ NOBODY = '<inaccessible>'          # what `list vms` calls a VM whose settings c
 DEFAULT_DISK = 8192                # MB: VBoxManage doesn't tell what VirtualBox recommends
 ANSWERS_IN = 3.0                   # seconds in which a VM's own process has to answer, where all are listed
 ASK_AGAIN = 15.0                   # seconds until one that didn't is asked again
-DISKS = ('.vdi', '.vmdk', '.vhd', '.vhdx', '.qcow', '.qcow2', '.hdd')
 
 
 class Asking(Driver):
@@ -95,16 +85,9 @@ class Asking(Driver):
 
     def _change(self, job: Job, *words: str, text: str = '', secret: bool = False) -> str:
         """Like _run; somebody else may hold the VM for a moment: tried again until the job's deadline."""
-        pause = 0.05
-        while True:
-            try:
-                return self._run(*words, job=job, text=text, secret=secret)
-            except Refused as error:
-                if error.code not in vboxconnection.LOCKED:
-                    raise
-                job.check_deadline(faults.Busy('the VM is locked by another program: %s' % error))
-            job.wait(pause)
-            pause = min(2 * pause, 2)
+        return str(job.when_free(
+            lambda: self._run(*words, job=job, text=text, secret=secret),
+            lambda error: str(error) if getattr(error, 'code', 0) in vboxconnection.LOCKED else '', 'the VM'))
 
     def _api(self) -> Tuple[int, int]:
         major, minor = self._version.split('.')[:2]
@@ -116,7 +99,7 @@ class Asking(Driver):
         return self._version
 
     def machine_states(self, job: Job) -> Dict[str, int]:
-        names = [name for name in STATES if name != 'AbortedSaved' or self._api() >= (7, 0)]
+        names = [name for name in vboxprogram.STATES if name != 'AbortedSaved' or self._api() >= (7, 0)]
         return {name: code for code, name in enumerate(names)}
 
     def machines(self, job: Job) -> List[Dict[str, Any]]:
@@ -131,9 +114,7 @@ class Asking(Driver):
         """A VM's row; the last one where it is off, and its settings, which hold its state, are the same; or
         where its process hangs, which is asked now and then. None of one that went meanwhile."""
         if name == NOBODY:
-            return {'name': uuid, 'id': '', 'uuid': uuid, 'native': 'Inaccessible',
-                    'state': vmstates.INACCESSIBLE,
-                    'trouble': 'VirtualBox can\'t read its settings; `VBoxManage list vms --long` tells why'}
+            return self._unreadable(uuid)
         path, stamp, row = self._rows.get(uuid, ('', None, {
             'name': name, 'id': '', 'uuid': uuid, 'native': 'Running', 'state': vmstates.RUNNING,
             'trouble': 'its process does not answer'}))
@@ -146,13 +127,36 @@ class Asking(Driver):
         except faults.DeadlineExceeded:
             self._ask_at[uuid] = time.monotonic() + ASK_AGAIN
             return row
-        except Refused:
+        except (Refused, faults.BadState):
             return None
         self._rows[uuid] = (info['CfgFile'], now if path == info['CfgFile'] else None, self._row(info))
         return self._rows[uuid][2]
 
+    def _unreadable(self, uuid: str) -> Dict[str, Any]:
+        """The row of a VM whose settings VirtualBox can't read; called as its file is."""
+        if self._rows.get(uuid, ('', None, {}))[2].get('native') != 'Inaccessible':
+            told = ''
+            try:
+                self._run('list', 'vms', '--long', patience=ANSWERS_IN)
+            except Refused as error:
+                told = error.told
+            path = ''.join(re.findall(r'^UUID: +%s\r?\nConfig file: +(.*?)\r?$' % uuid, told, re.MULTILINE))
+            self._rows[uuid] = path, None, {
+                'name': vboxconnection.name_of_file(path) or uuid, 'id': '', 'uuid': uuid,
+                'native': 'Inaccessible', 'state': vmstates.INACCESSIBLE,
+                'trouble': 'VirtualBox can\'t read %s; `VBoxManage list vms --long` tells why' % path}
+        return self._rows[uuid][2]
+
     def _info(self, uuid: str, patience: float = 0) -> Dict[str, str]:
-        return read_info(self._run('showvminfo', uuid, '--machinereadable', patience=patience))
+        """Raises BadState where VirtualBox can't read it."""
+        try:
+            told = self._run('showvminfo', uuid, '--machinereadable', patience=patience)
+            return vboxprogram.read_info(told)
+        except Refused as error:
+            if 'functionality is limited' not in str(error):
+                raise
+            row = self._unreadable(uuid)
+            raise faults.BadState(vboxconnection.UNREADABLE % (row['name'], row['trouble']))
 
     def _row(self, info: Dict[str, str]) -> Dict[str, Any]:
         native = native_of(info)
@@ -163,10 +167,11 @@ class Asking(Driver):
 
     def describe(self, job: Job, vm: str) -> Dict[str, Any]:
         uuid = self._find(job, vm)
-        if uuid in [each for name, each in self._listed('vms') if name == NOBODY]:
-            return dict(self._look(NOBODY, uuid, False) or {}, memory=0, cpus=0, ostype='', snapshot='',
-                        tagged=False, rdp={})
-        info = self._info(uuid)
+        try:
+            info = self._info(uuid)
+        except faults.BadState:
+            return dict(self._unreadable(uuid), memory=0, cpus=0, ostype='', snapshot='', tagged=False,
+                        rdp={})
         return dict(self._row(info), memory=int(info['memory']), cpus=int(info['cpus']),
                     ostype=info['ostype'], snapshot=info.get('CurrentSnapshotName', ''),
                     tagged=self._marks(uuid).get(MADE_BY_US) == uuid, rdp={})
@@ -183,19 +188,27 @@ class Asking(Driver):
             return [(False, 'VBoxManage', str(found), True)]
         lines = [virtualbox.version_line(self._version, self._api())] + vboxconnection.module_lines()
         lines += [(False, 'vboxapi', why, False) for why in self.warnings(job)[:1]]
-        if self.settings['network']['mode'] == 'hostonly':
-            lines.append((False, 'host-only network', 'mode=nat in [Network] needs none', False))
+        if self.settings['network']['mode'] == 'hostonly' and not self._has_network():
+            lines.append((False, 'host-only network', 'without it new VMs get NAT, as with mode=nat; vboxapi '
+                          'makes it, or `VBoxManage hostonlyif create`', False))
         return lines
+
+    def _interfaces(self) -> List[str]:
+        return re.findall(r'^Name: +(.*?)\r?$', self._run('list', 'hostonlyifs'), re.MULTILINE)
+
+    def _has_network(self) -> bool:
+        """Whether there is the host-only network of [Network]."""
+        return self.settings['network']['interface'] in self._interfaces()
 
     # Finding, and waiting.
 
     def _find(self, job: Job, vm: str) -> str:
         """The uuid of the VM of this name, id or uuid."""
         wanted = str(vm)
-        if is_mac(wanted):
-            found = [row['uuid'] for row in self.machines(job) if row['id'] == wanted.upper()]
-        else:
-            found = [uuid for name, uuid in self._listed('vms') if wanted in (uuid, name)]
+        found = [uuid for name, uuid in self._listed('vms') if wanted in (uuid, name)]
+        if not found:                               # an id, or the name of one that can't be read
+            found = [row['uuid'] for row in self.machines(job)
+                     if wanted and (wanted == row['name'] or wanted.upper() == row['id'])]
         if not found:
             raise faults.NoSuchVM('no VM has the name, id or uuid %r' % wanted)
         return found[0]
@@ -251,14 +264,15 @@ class VBoxManage(Asking):
     def start(self, job: Job, vm: str, gui_mode: bool = False, board_serial: str = '') -> bool:
         info = self._ready(job, vm, 'start')
         uuid = info['UUID']
+        wanted = [info.get('hostonlyadapter%d' % slot, '') for slot in slots_of(info, 'hostonly')]
+        vboxnetwork.check_interfaces(info['name'], wanted, self._interfaces)
         for path in [path for _, _, _, path, _ in attached_in(info)]:
             if os.path.isabs(path) and not os.path.exists(path):
                 raise faults.BadState('%s can\'t start: its disk %s is missing; put it back, or detach it'
                                       % (info['name'], path))
         if native_of(info) in OFF:
             self._tell_firmware(job, info, board_serial)
-            if self.settings['network']['mode'] == 'nat':
-                self._add_chirp_rule(job, info)
+            self._settle_card(job, info)
         self._change(job, 'startvm', uuid, '--type=' + ('gui' if gui_mode else 'headless'), text='starting')
         job.renew_deadline()
         self._reached(job, uuid, 'Running', 'Paused', *OFF + SAVED)
@@ -304,7 +318,8 @@ class VBoxManage(Asking):
             self._info(uuid, min(HUNG, job.timeout))
         except faults.DeadlineExceeded:             # its process answers nobody
             return self.end_process(job, vm)
-        self._change(job, 'controlvm', self._ready(job, vm, 'power_off')['UUID'], 'poweroff')
+        self._ready(job, uuid, 'power_off')
+        self._change(job, 'controlvm', uuid, 'poweroff')
         self._reached(job, uuid, *OFF)
         return True
 
@@ -325,7 +340,7 @@ class VBoxManage(Asking):
         wish = vboximages.wishes(options)
         kind = os.path.splitext(image)[1].lower()
         vboximages.check_fitting(options, kind)
-        if wish['linked'] and kind not in DISKS:
+        if wish['linked'] and kind not in vboximages.DISKS:
             raise faults.InvalidParams(vboximages.NOT_LINKED)
         if not image and name.lower().endswith('.vbox'):
             self._cannot('register VMs here: `VBoxManage registervm` does')
@@ -334,8 +349,8 @@ class VBoxManage(Asking):
             raise faults.AlreadyExists('there is a VM %r already' % name)
         if image and not os.path.isfile(image):
             raise faults.InvalidParams('no such image file: %s' % image)
-        if kind not in ('',) + DISKS:
-            self._cannot('make VMs from %s, but from disks: %s' % (kind, ', '.join(DISKS)))
+        if kind not in ('',) + vboximages.DISKS:
+            self._cannot('make VMs from %s, but from disks: %s' % (kind, ', '.join(vboximages.DISKS)))
         uuid = self._make(job, name, wish)
         try:
             self._fit_out(job, uuid, image and os.path.abspath(image), wish)
@@ -363,7 +378,11 @@ class VBoxManage(Asking):
     def _fit_out(self, job: Job, uuid: str, image: str, wish: Dict[str, Any]) -> None:
         info = self._info(uuid)
         words = ['--%s=%d' % (key, wish[key]) for key in ('memory', 'cpus') if wish[key]]
-        self._change(job, 'modifyvm', uuid, *words + self._card_words(wish['network']))
+        mode = wish['network'] or self.settings['network']['mode']
+        if mode == 'hostonly' and not wish['network'] and not self._has_network():
+            mode = 'nat'
+            self._change(job, 'setextradata', uuid, vboxnetwork.NAT_FOR_NOW, uuid)
+        self._change(job, 'modifyvm', uuid, *words + self._card_words(mode, 1))
         path = disk_path(info)
         if self._make_disk(job, path, image, wish):
             buses = {info[key.replace('name', 'type')]: info[key] for key in sorted(info)
@@ -398,10 +417,10 @@ class VBoxManage(Asking):
 
     def remove_vm(self, job: Job, vm: str, delete_disks: bool = False, all_disks: bool = False) -> List[str]:
         uuid = self._find(job, vm)
-        if uuid in [each for name, each in self._listed('vms') if name == NOBODY]:
+        if (NOBODY, uuid) in self._listed('vms'):
             self._run('unregistervm', uuid)
             return []
-        info = self._ready(job, vm, 'remove_vm')
+        info = self._ready(job, uuid, 'remove_vm')
         if not delete_disks and not all_disks:
             self._change(job, 'unregistervm', uuid)
             return []
@@ -446,26 +465,33 @@ class VBoxManage(Asking):
                 ) -> List[Dict[str, str]]:
         if not owner:
             self._cannot('find what was left half made: vboxapi can')
-        owners, gone = self._marks('global'), []
-        for row in self.machines(job):
-            uuid, named = row['uuid'], bool({row['name'], row['uuid']} & set(vms))
-            if named and owners.get(vboximages.OWNER + uuid) == owner and row['native'] in OFF + SAVED:
-                marks = self._marks(uuid)
-                gone += [row] if marks.get(MADE_BY_US) == uuid and marks.get(KEEP) != uuid else []
-        for row in gone if not dry_run else ():
+        owners = self._marks('global')
+        rows = [row for row in self.machines(job) if owners.get(vboximages.OWNER + row['uuid']) == owner]
+        named = [row for row in rows if {row['name'], row['uuid']} & set(vms) and self._may_go(row)]
+        lost = [row for row in rows if row['state'] == vmstates.INACCESSIBLE
+                and self._rows[row['uuid']][0] and not os.path.exists(self._rows[row['uuid']][0])]
+        for row in named if not dry_run else ():
             self._delete(job, self._info(row['uuid']), False)
-        return [{'kind': 'vm', 'name': row['name'], 'why': 'named'} for row in gone]
+        for row in lost if not dry_run else ():
+            self._run('unregistervm', row['uuid'])
+            self._run('setextradata', 'global', vboximages.OWNER + row['uuid'])
+        return [{'kind': 'vm', 'name': row['name'], 'why': why}
+                for found, why in ((named, 'named'), (lost, 'its folder is gone')) for row in found]
+
+    def _may_go(self, row: Dict[str, Any]) -> bool:
+        marks = self._marks(row['uuid']) if row['native'] in OFF + SAVED else {}
+        return marks.get(MADE_BY_US) == row['uuid'] != marks.get(KEEP)
 
     # Snapshots.
 
     def snapshots(self, job: Job, vm: str) -> List[Dict[str, Any]]:
-        return read_snapshots(self._info(self._find(job, vm)))
+        return vboxprogram.read_snapshots(self._info(self._find(job, vm)))
 
     def take_snapshot(self, job: Job, vm: str, name: str, desc: str = '', again: bool = False) -> bool:
         if not name:
             raise faults.InvalidParams('a snapshot needs a name')
         info = self._ready(job, vm, 'take_snapshot')
-        if not again and name in [row['name'] for row in read_snapshots(info)]:
+        if not again and name in [row['name'] for row in vboxprogram.read_snapshots(info)]:
             raise faults.AlreadyExists('%s has a snapshot %r already' % (info['name'], name))
         live = ['--live'] if native_of(info) == 'Running' else []
         self._change(job, 'snapshot', info['UUID'], 'take', name, *['--description=' + desc] + live,
@@ -484,8 +510,8 @@ class VBoxManage(Asking):
 
     def _on_snapshot(self, job: Job, vm: str, name: str, act: str, text: str) -> bool:
         info = self._ready(job, vm, act + '_snapshot')
-        self._change(job, 'snapshot', info['UUID'], act,
-                     virtualbox.pick_snapshot(info['name'], read_snapshots(info), name)['id'], text=text)
+        wanted = virtualbox.pick_snapshot(info['name'], vboxprogram.read_snapshots(info), name)
+        self._change(job, 'snapshot', info['UUID'], act, wanted['id'], text=text)
         job.renew_deadline()
         self._settled(job, info['UUID'])
         return True
@@ -509,12 +535,24 @@ class VBoxManage(Asking):
 
     # The network.
 
-    def _card_words(self, network: str) -> List[str]:
-        """The first card of a new VM: over it the agent will speak."""
-        mode = network or self.settings['network']['mode']
+    def _card_words(self, mode: str, slot: int) -> List[str]:
+        """For modifyvm: the card over which the agent speaks."""
         if mode == 'hostonly':
-            return ['--nic1=hostonly', '--hostonlyadapter1=' + self.settings['network']['interface']]
-        return ['--nic1=' + mode] + (self._localhost_words(1) if mode == 'nat' else [])
+            return ['--nic%d=hostonly' % slot,
+                    '--hostonlyadapter%d=%s' % (slot, self.settings['network']['interface'])]
+        return ['--nic%d=%s' % (slot, mode)] + (self._localhost_words(slot) if mode == 'nat' else [])
+
+    def _settle_card(self, job: Job, info: Dict[str, str]) -> None:
+        """Before a cold start, as vboxnetwork.Cards.settle."""
+        uuid, mode = info['UUID'], self.settings['network']['mode']
+        waits = mode == 'hostonly' and self._marks(uuid).get(vboxnetwork.NAT_FOR_NOW) == uuid
+        if waits and self._has_network():
+            slot = self._card_of(info)
+            forget = ['--natpf%d' % slot, 'delete', vboxnetwork.CHIRP_RULE] if self._chirp_rule(info) else []
+            self._change(job, 'modifyvm', uuid, *forget + self._card_words(mode, slot))
+            self._change(job, 'setextradata', uuid, vboxnetwork.NAT_FOR_NOW)
+        elif waits or mode == 'nat':
+            self._add_chirp_rule(job, info)
 
     def _localhost_words(self, slot: int) -> List[str]:
         """Before 7.0, a guest could always reach its host's 127.0.0.1."""
@@ -559,13 +597,6 @@ class VBoxManage(Asking):
 
 
 # --- plain helpers -----------------------------------------------------------------------------
-
-# --- plain helpers -----------------------------------------------------------------------------
-
-def disk_path(info: Dict[str, str]) -> str:
-    """Of the disk that a VM is made with."""
-    return os.path.splitext(info['CfgFile'])[0] + '.vdi'
-
 
 def stamp_of(path: str) -> Optional[Tuple[int, int]]:
     """What changes with a file; None where there is none."""

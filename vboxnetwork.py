@@ -6,7 +6,7 @@ What it is not: it knows nothing of words or files. One thread, that of virtualb
 import ipaddress
 import socket
 import sys
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from faults import BadState, HypervisorError
 from hypervisor import Job, is_local, port_is_free
@@ -209,16 +209,10 @@ class Cards:
         return bool(self.box.network['mode'] == 'nat' or has_mark(machine, NAT_FOR_NOW))
 
     def check_interfaces(self, machine: Any) -> None:
-        """Raises BadState where a card's host-only interface is missing, of which VirtualBox says
-        VERR_INTERNAL_ERROR."""
         kinds = self.box.attachments('HostOnly')
         wanted = [card.hostOnlyInterface for card in self.box.cards(machine) if card.attachmentType in kinds]
-        there = [each.name for each in self.box.array(self.box.vbox.host, 'networkInterfaces')]
-        for interface in wanted:
-            if interface not in there:
-                raise BadState('%s can\'t start: there is no host-only interface %s, which its network card '
-                               'uses; net --setup makes the one of [Network]'
-                               % (machine.name, interface or '(none is named)'))
+        check_interfaces(machine.name, wanted, lambda: [
+            each.name for each in self.box.array(self.box.vbox.host, 'networkInterfaces')])
 
     def _card_for(self, machine: Any, cards: List[Any], kinds: Tuple[str, ...]) -> Any:
         fitting = [card for card in cards if card.attachmentType in self.box.attachments(*kinds)]
@@ -307,6 +301,15 @@ class Cards:
                 port = probe.getsockname()[1]
             if port not in taken:
                 return port
+
+
+def check_interfaces(vm: str, wanted: List[str], there: Callable[[], List[str]]) -> None:
+    """Raises BadState where a host-only interface that a VM's card wants is missing, of which VirtualBox says
+    VERR_INTERNAL_ERROR. there: gives those that there are."""
+    missing = set(wanted).difference(there()) if wanted else set()
+    if missing:
+        raise BadState('%s can\'t start: there is no host-only interface %s, which its network card uses; '
+                       'net --setup makes the one of [Network]' % (vm, min(missing) or '(none is named)'))
 
 
 def address_problem(network: Dict[str, Any]) -> str:

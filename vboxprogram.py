@@ -37,11 +37,13 @@ class Refused(Exception):
     """VBoxManage said no. Stays in the driver's process, whose `translate` makes one of our errors of it.
 
     code    VirtualBox's status code, 0 where VBoxManage told none
+    told    what it printed nevertheless
     """
 
-    def __init__(self, text: str, code: int) -> None:
+    def __init__(self, text: str, code: int, told: str = '') -> None:
         super().__init__(text)
         self.code = code
+        self.told = told
 
 
 class Program:
@@ -130,7 +132,7 @@ def answer_of(code: int, out: str, errors: str) -> str:
     status = re.search(r'Details: code \S+ \(0x([0-9a-f]{8})\)', errors)
     texts = [line for line in lines if not line.startswith(('Details: ', 'Context: '))]
     raise Refused('; '.join(texts) or errors.strip()[-1000:] or 'VBoxManage ended with %d' % code,
-                  int(status.group(1), 16) if status is not None else 0)
+                  int(status.group(1), 16) if status is not None else 0, out)
 
 
 def percent_in(text: str) -> int:
@@ -169,6 +171,11 @@ def attached_in(info: Dict[str, str]) -> List[Tuple[str, str, str, str, str]]:
     places = [re.match(r'(.+)-ImageUUID-(\d+)-(\d+)$', key) for key in info]
     return [(place.group(1), place.group(2), place.group(3), info['%s-%s-%s' % place.groups()],
              info[place.group(0)]) for place in places if place is not None]
+
+
+def disk_path(info: Dict[str, str]) -> str:
+    """Of the disk that a VM is made with."""
+    return os.path.splitext(info['CfgFile'])[0] + '.vdi'
 
 
 def read_snapshots(info: Dict[str, str]) -> List[Dict[str, Any]]:

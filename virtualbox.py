@@ -265,12 +265,16 @@ class Life:
     def _launch(self, job: Job, machine: Any, kind: str) -> None:
         environment = [] if self.box.api() >= (6, 1) else ''
         session = self.box.manager.getSessionObject()
-        progress = self.box.when_unlocked(
-            job, machine, lambda: machine.launchVMProcess(session, kind, environment))
         try:
+            progress = self.box.when_unlocked(
+                job, machine, lambda: machine.launchVMProcess(session, kind, environment))
             self.box.finish(job, progress, 'starting')
-        except HypervisorError as error:
-            raise type(error)(str(error) + self._why_not_started(machine))
+        except Exception as error:
+            why = '' if self.box.is_dead(error) else self._why_not_started(machine)
+            fault = self.box.translate(error)
+            if not why or not isinstance(fault, HypervisorError):
+                raise
+            raise HypervisorError(str(fault) + why)
         finally:
             self.box.unlock(session)
 
@@ -472,7 +476,8 @@ class Desktop:
         password = ''
         if enable:
             check_desktop_address(wish['address'])
-            wish['port'] = wish['port'] or self._free_port(machine, wish['address'])
+            wish['port'] = wish['port'] or self._present_port(machine, wish['address']) or self._free_port(
+                machine, wish['address'])
             password = make_password() if self._is_vnc() else ''
         self.box.edit(job, machine, lambda mutable: self._switch(mutable, enable, wish, password))
         return dict(self.facts(machine), **({'password': password} if password else {}))
@@ -514,6 +519,13 @@ class Desktop:
     def _auth_types(self) -> Dict[str, int]:
         names = self.box.manager.constants.all_values('AuthType')
         return {name.lower(): code for name, code in names.items()}
+
+    def _present_port(self, machine: Any, address: str) -> int:
+        """The one that it has there already, 0 for none: who asks again finds it where it was."""
+        now = self.facts(machine)
+        low, _, high = self.box.desktop['ports'].partition('-')
+        stays = now['enabled'] and now['address'] == address and int(low) <= now['port'] <= int(high)
+        return int(now['port']) if stays else 0
 
     def _free_port(self, machine: Any, address: str) -> int:
         taken = {self.facts(each)['port'] for each in self.box.machines_now()

@@ -1,6 +1,8 @@
 """What many tests need."""
 
+import contextlib
 import os
+import threading
 import time
 import xmlrpc.client
 
@@ -14,6 +16,30 @@ def wait_until(predicate, timeout=10, interval=0.02):
             return found
         assert time.monotonic() < deadline, 'not within %s s' % timeout
         time.sleep(interval)
+
+
+@contextlib.contextmanager
+def beside(act, pause=0):
+    """Meanwhile ``act`` is called again and again, on a thread of its own, ``pause`` seconds after it
+    returned. What it raises, which ends it, is raised at the end."""
+    ending, failures = threading.Event(), []
+
+    def run():
+        try:
+            while not ending.is_set():
+                act()
+                ending.wait(pause)
+        except Exception as failure:
+            failures.append(failure)
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        ending.set()
+        thread.join()
+    if failures:
+        raise failures[0]
 
 
 def others_take():

@@ -15,7 +15,7 @@ import threading
 
 import pytest
 from cutting import CuttingProxy
-from helpers import wait_until
+from helpers import beside, wait_until
 from test_chirp import client, make_many, make_tree, our_server, seen, served, write  # noqa: F401  (fixtures)
 
 import chirp
@@ -45,26 +45,13 @@ def try_until_done(proxy, cuts, furthest, seed, move):
     return proxy.cuts - before
 
 
-@contextlib.contextmanager
 def watched(path, contents):
     """Fails if a reader of the path ever sees something else than one of the contents."""
     digests = {hashlib.sha1(content).digest() for content in contents}
-    stop, wrong = threading.Event(), []
 
     def watch():
-        while not stop.is_set():
-            digest = hashlib.sha1(path.read_bytes()).digest()
-            if digest not in digests:
-                wrong.append(digest)
-            stop.wait(0.01)
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-    assert not wrong
+        assert hashlib.sha1(path.read_bytes()).digest() in digests
+    return beside(watch, 0.01)
 
 
 @pytest.fixture(autouse=True)

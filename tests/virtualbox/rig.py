@@ -5,9 +5,9 @@ import os
 import re
 import signal
 import subprocess
-import threading
+import time
 
-from helpers import wait_until
+from helpers import beside, wait_until
 from vms import command_line, kill, processes
 
 AS_VBOXMANAGE_SAYS = {'PoweredOff': 'poweroff', 'Running': 'running', 'Paused': 'paused', 'Saved': 'saved',
@@ -66,23 +66,23 @@ def vboxsvc():
     return None
 
 
-@contextlib.contextmanager
 def slowed(pid):
     """A process gets a tenth of its time, so that what it does can be looked at while it does it."""
-    ending = threading.Event()
-
     def hold_up():
-        while not ending.wait(0.02):
-            os.kill(pid, signal.SIGSTOP)
-            ending.wait(0.2)
-            os.kill(pid, signal.SIGCONT)
-    thread = threading.Thread(target=hold_up)
-    thread.start()
+        with stopped(pid):
+            time.sleep(0.2)
+    return beside(hold_up, 0.02)
+
+
+@contextlib.contextmanager
+def stopped(pid):
+    """The process hangs."""
+    os.kill(pid, signal.SIGSTOP)
     try:
         yield
     finally:
-        ending.set()
-        thread.join()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 def remove(uuid):

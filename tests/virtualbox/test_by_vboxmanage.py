@@ -3,16 +3,15 @@
 import contextlib
 import glob
 import os
-import signal
-import threading
+import shutil
 import time
 
 import pytest
 from driver_cases import *  # noqa: F403 (the tests, for pytest to find)
-from helpers import wait_until
-from rig import facts, manage, vm_process
+from helpers import beside, wait_until
+from rig import facts, forget_networks, manage, stopped, vboxsvc, vm_process
 from test_hypervisor import opened
-from vms import SETTINGS, VMHost, environment, fault_of
+from vms import SETTINGS, VMHost, command_line, environment, fault_of, kill, processes
 
 import faults
 import hypervisor
@@ -99,24 +98,9 @@ def test_the_secret_of_the_firmware(home, remove_all, tmp_path):
     assert any('VBoxManage' in line for line in seen) and not any('5' * 32 in line for line in seen)
 
 
-@contextlib.contextmanager
 def command_lines(seen):
     """Those of all processes that there are meanwhile, as often as they can be read."""
-    ending = threading.Event()
-
-    def look():
-        while not ending.is_set():
-            for path in glob.glob('/proc/[0-9]*/cmdline'):
-                with contextlib.suppress(OSError):
-                    with open(path, errors='replace') as file:
-                        seen.append(file.read())
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        yield
-    finally:
-        ending.set()
-        thread.join()
+    return beside(lambda: seen.extend(' '.join(command_line(pid)) for pid in processes()))
 
 
 def test_a_disk_on_an_image_that_stays(box, images, tmp_path):
@@ -156,18 +140,13 @@ def test_what_it_leaves_to_vboxapi(box, vm, images):
 def test_a_hung_vm(box, vm):
     """Lists answer, others go on, and powerOff ends its process."""
     box.start(vm)
-    pid = vm_process(box.known_uuid(vm))
-    os.kill(pid, signal.SIGSTOP)
-    try:
+    with stopped(vm_process(box.known_uuid(vm))):
         begun = time.monotonic()
         rows = {row['name']: row['state'] for row in box.list_rows()}
         assert rows[vm] == vmstates.RUNNING and time.monotonic() - begun < 2
         assert box.create_vm('beside', '', {'memory': 16, 'diskSize': 0}) == 'beside'
         assert box.start('beside') is True
         assert box.power_off(vm) is True and box.state(vm) == 'Aborted'
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
 
 
 def test_what_another_tool_does_is_seen(box, vm):
@@ -178,16 +157,56 @@ def test_what_another_tool_does_is_seen(box, vm):
     wait_until(lambda: ('vm-state', 'renamed', 'Running') in box.happened, 40)
 
 
+def test_where_no_network_was_made_a_vm_gets_nat_until_there_is_one(home, remove_all, tmp_path):
+    """Its id stays. Of one that wants a host-only card it is said what is missing."""
+    forget_networks()
+    network = {'mode': 'hostonly', 'interface': 'vboxnet0', 'host_ip': '192.168.56.1'}
+    settings = dict(SETTINGS, network=network, state_dir=str(tmp_path), command_timeout=45)
+    with opened(hypervisor.Hypervisor, 'VBoxManage', settings) as box:
+        box.create_vm('early', '', {'memory': 16, 'diskSize': 0})
+        box.create_vm('hasty', '', {'memory': 16, 'diskSize': 0, 'network': 'hostonly'})
+        uuid, mac = box.known_uuid('early'), box.describe('early')['id']
+        assert box.start('early') is True and facts(uuid)['nic1'] == 'nat'
+        assert box.chirp_endpoint('early')[0] == '127.0.0.1'
+        with pytest.raises(faults.BadState, match='no host-only interface vboxnet0'):
+            box.start('hasty')
+        box.power_off('early')
+        manage('hostonlyif', 'create')
+        with contextlib.suppress(faults.HypervisorError):       # the rig lacks the kernel's module
+            box.start('early')
+        found = facts(uuid)
+        assert (found['nic1'], found['hostonlyadapter1'], box.describe('early')['id']) == (
+            'hostonly', 'vboxnet0', mac)
+        assert box.chirp_endpoint('early') is None
+    forget_networks()
+
+
 def test_a_vm_that_can_not_be_read(box, vm):
     uuid = box.describe(vm)['uuid']
-    with open(facts(uuid)['CfgFile'], 'w') as file:
+    path = facts(uuid)['CfgFile']
+    with open(path, 'w') as file:
         file.write('no settings')
-    from rig import vboxsvc
-    from vms import kill
     kill(vboxsvc())
     row = wait_until(lambda: [row for row in box.list_rows() if row['state'] == vmstates.INACCESSIBLE], 60)[0]
-    assert (row['name'], row['uuid']) == (uuid, uuid) and 'tells why' in row['trouble']
-    assert box.remove_vm(uuid) == [] and box.list_vms() == []
+    name = os.path.splitext(os.path.basename(path))[0]      # VirtualBox allows no file to begin with a dash
+    assert (row['name'], row['uuid']) == (name, uuid) and path in row['trouble']
+    assert box.describe(name)['native'] == 'Inaccessible'
+    with pytest.raises(faults.BadState, match='`rm` takes it out'):
+        box.start(name)
+    assert box.remove_vm(name) == [] and box.list_vms() == []
+
+
+def test_a_task_whose_folder_is_gone(box, tmp_path):
+    """A client empties its slot: VirtualBox still has the VM, until its owner cleans up."""
+    for name in ('task', 'another'):
+        box.create_vm(name, '', {'memory': 16, 'diskSize': 0, 'owner': 'the owner of ' + name,
+                                 'folder': str(tmp_path / 'slot')})
+    shutil.rmtree(str(tmp_path / 'slot'))
+    kill(vboxsvc())
+    wait_until(lambda: [row['state'] for row in box.list_rows()] == 2 * [vmstates.INACCESSIBLE], 60)
+    assert box.cleanup(False, [], 'the owner of task') == [
+        {'kind': 'vm', 'name': 'task', 'why': 'its folder is gone'}]
+    assert box.list_vms() == ['another']
 
 
 def test_a_host_agent_without_vboxapi_takes_it_by_itself(home, remove_all, tmp_path):

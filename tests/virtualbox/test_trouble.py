@@ -4,14 +4,13 @@ import contextlib
 import itertools
 import os
 import re
-import signal
 import subprocess
 import threading
 import time
 
 import pytest
-from helpers import wait_until
-from rig import facts, manage, vboxsvc, vm_process
+from helpers import beside, wait_until
+from rig import facts, manage, stopped, vboxsvc, vm_process
 from vms import SETTINGS, fault_of, kill
 
 import hypervisor
@@ -67,35 +66,17 @@ def running(api, vm):
 
 
 @contextlib.contextmanager
-def stopped(pid):
-    """The process hangs."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
-
-
-@contextlib.contextmanager
 def lists_are_asked(host):
     """Asks for all VMs again and again meanwhile; gives how long each answer took."""
-    took, ending = [], threading.Event()
+    took = []
 
     def ask():
-        with host.api as api:
-            while not ending.is_set():
-                begun = time.monotonic()
-                api.listVMs(), api.listVMsWithState()
-                took.append((time.monotonic() - begun) / 2)
-                ending.wait(0.02)      # as often as a busy page would, and the processor is left to the VMs
-    thread = threading.Thread(target=ask)
-    thread.start()
-    try:
+        for method in 'listVMs', 'listVMsWithState':
+            begun = time.monotonic()
+            getattr(api, method)()
+            took.append(time.monotonic() - begun)
+    with host.api as api, beside(ask, 0.02):        # as often as a busy page would; VMs need processors, too
         yield took
-    finally:
-        ending.set()
-        thread.join()
 
 
 def test_a_hung_vm_is_switched_off_and_blocks_nobody(host, api, vm):

@@ -4,20 +4,22 @@ belongs that their disk fills: lists answer at once, nothing foreign is touched,
 VMHOST_WALKS says how many of each, VMHOST_WALK_SEED where to begin."""
 
 import contextlib
+import glob
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
-import threading
+import time
 
 import pytest
-from helpers import wait_until
-from rig import AS_VBOXMANAGE_SAYS, Refused, facts, manage, try_manage, vm_process
+from helpers import beside, others_take, wait_until
+from rig import AS_VBOXMANAGE_SAYS, Refused, facts, manage, stopped, try_manage, vboxsvc, vm_process
 from test_trouble import lists_are_asked
 from vm_cases import CHANGES
 from vms import fault_of, kill
+
+from hypervisor import LIST_PATIENCE
 
 WALKS = int(os.environ.get('VMHOST_WALKS') or 1)
 SEED = int(os.environ.get('VMHOST_WALK_SEED') or 0)
@@ -138,31 +140,21 @@ def small_disk(tmp_path):
 
 
 class Chaos:
-    """Another tool, and an unkind machine, that do things to VMs until they are told to stop. ``folder``: on
-    the disk where they are."""
+    """Another tool, and an unkind machine, that do something to a VM at each `act`. ``vms``: {uuid: its two
+    names}; ``folder``: on the disk where they are."""
 
-    def __init__(self, chance, vms, folder):
-        self.chance, self.vms, self.folder = chance, vms, folder
+    def __init__(self, chance, host, vms, folder):
+        self.chance, self.host, self.vms, self.folder = chance, host, vms, folder
+        self.acts = [self.power_off, self.stop, self.kill, self.lock, self.describe, self.rename,
+                     self.unregister, self.fill]
         self.done = []
-        self.ending = threading.Event()
-        self.thread = threading.Thread(target=self.run)
 
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *exc):
-        self.ending.set()
-        self.thread.join()
-
-    def run(self):
-        while not self.ending.wait(self.chance.uniform(0.2, 1.5)):
-            act = self.chance.choice([self.power_off, self.stop, self.kill, self.lock, self.describe,
-                                      self.fill])
-            vm = self.chance.choice(self.vms)
-            self.done.append((act.__name__, vm))
-            with contextlib.suppress(Refused):         # of a VM that is on its way
-                act(vm)
+    def act(self):
+        act, vm = self.chance.choice(self.acts), self.chance.choice(sorted(self.vms))
+        self.done.append((act.__name__, vm))
+        with contextlib.suppress(Refused, ProcessLookupError):      # of a VM that is on its way
+            act(vm)
+        time.sleep(self.chance.uniform(0, 0.5))
 
     def power_off(self, vm):
         """Given up after some time: under a live snapshot both wait for one another for ever."""
@@ -173,16 +165,22 @@ class Chaos:
         other.kill()
         other.wait()
 
+    def a_process(self, vm):
+        """Mostly the VM's own; or VirtualBox's, or a driver's; None where there is none."""
+        kind = self.chance.choice(['vm'] * 5 + ['VBoxSVC', 'watcher', 'worker'])
+        self.done.append(kind)
+        if kind in ('vm', 'VBoxSVC'):
+            return vm_process(vm) if kind == 'vm' else vboxsvc()
+        return next(iter(self.host.driver_pids(kind)), None)
+
     def stop(self, vm):
-        pid = vm_process(facts(vm)['UUID'])
+        pid = self.a_process(vm)
         if pid:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGSTOP)
-                self.ending.wait(1)
-                os.kill(pid, signal.SIGCONT)
+            with stopped(pid):
+                time.sleep(self.chance.uniform(0.5, 3))
 
     def kill(self, vm):
-        pid = vm_process(facts(vm)['UUID'])
+        pid = self.a_process(vm)
         if pid:
             kill(pid)
 
@@ -190,49 +188,92 @@ class Chaos:
         program = os.path.join(os.path.dirname(__file__), 'lock_holder.py')
         holder = subprocess.Popen([sys.executable, program, vm],
                                   stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        self.ending.wait(1)
+        time.sleep(1)
         with contextlib.suppress(BrokenPipeError):
             holder.stdin.close()
-        holder.wait(30)
+        holder.wait(120)
 
     def describe(self, vm):
-        try_manage('modifyvm', vm, '--description', 'chaos')
+        manage('modifyvm', vm, '--description', 'chaos')
+
+    def rename(self, vm):
+        """To its other name, which it keeps; the folder on the small disk, too."""
+        now = facts(vm)['name']
+        manage('modifyvm', vm, '--name', next(name for name in self.vms[vm] if name != now))
+
+    def unregister(self, vm):
+        """For a moment, as who moves it would."""
+        path = facts(vm)['CfgFile']
+        manage('unregistervm', vm)
+        time.sleep(self.chance.uniform(0, 2))
+        wait_until(lambda: try_manage('registervm', path), 120, 0.5)
 
     def fill(self, vm):
-        """The disk, for a moment."""
+        """The disk, for some moments."""
         path = os.path.join(self.folder, 'filling')
         with contextlib.suppress(OSError), open(path, 'wb', buffering=0) as file:
             while True:
                 file.write(bytes(1 << 18))
-        self.ending.wait(1)
+        time.sleep(self.chance.uniform(0.5, 3))
         os.remove(path)
+
+
+@pytest.fixture
+def foreign(remove_all, tmp_path):
+    """What another tool made: a VM with a disk and a snapshot. Gives what VBoxManage and the system say."""
+    disk = str(tmp_path / 'foreign.vdi')
+    manage('createvm', '--name', 'foreign', '--ostype', 'Linux_64', '--register')
+    manage('createmedium', 'disk', '--filename', disk, '--size', '4')
+    manage('storagectl', 'foreign', '--name', 'SATA', '--add', 'sata')
+    manage('storageattach', 'foreign', '--storagectl', 'SATA', '--port', '0', '--type', 'hdd',
+           '--medium', disk)
+    manage('snapshot', 'foreign', 'take', 'its own')
+
+    def look():
+        found = facts('foreign')
+        files = glob.glob(os.path.dirname(found['CfgFile']) + '/**', recursive=True) + [disk]
+        return found, {path: (os.path.getsize(path), os.path.getmtime(path)) for path in files}
+    return look
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('seed', range(SEED, SEED + WALKS))
-def test_a_walk_with_chaos(host, api, small_disk, remove_all, seed):
-    chance = random.Random(seed)
-    vms = ['chaos-%d' % number for number in range(2)]
-    manage('createvm', '--name', 'foreign', '--ostype', 'Linux_64', '--register')
-    foreign = facts('foreign')
-    for vm in vms:
-        api.createVM(vm, '', {'memory': 16, 'diskSize': 4, 'folder': small_disk})
-    done = []
-    with lists_are_asked(host) as took, Chaos(random.Random(seed + 1000), vms, small_disk) as chaos:
+def test_a_walk_with_chaos(host, api, small_disk, foreign, seed):
+    chance, before = random.Random(seed), foreign()
+    vms = {}
+    for number in range(2):
+        names = 'chaos-%d' % number, 'renamed-%d' % number
+        api.createVM(names[0], '', {'memory': 16, 'diskSize': 4, 'folder': small_disk})
+        vms[facts(names[0])['UUID']] = names
+    chaos, done = Chaos(random.Random(seed + 1000), host, vms, small_disk), []
+    with lists_are_asked(host) as took, beside(chaos.act):
         for _ in range(CALLS):
-            method, args = a_call(chance)
-            vm = chance.choice(vms)
-            if method != 'kill':
-                code, answer = fault_of(getattr(api, method), vm, *args)
-                done.append((method, vm, code, answer))
-                assert code in (0, 4, 5, 7, 8, 10), done
-    for vm in vms:
-        settled = settle(api, vm)
-        assert AS_VBOXMANAGE_SAYS[settled] == facts(vm)['VMState'], (done, chaos.done)
-        assert sorted(api.listSnapshots(vm)) == sorted(snapshots_of(vm)), (done, chaos.done)
-    assert facts('foreign') == foreign
-    print('lists took %.2f s at most' % max(took))
-    assert max(took) < 1, (max(took), done, chaos.done)
+            uuid = chance.choice(sorted(vms))
+            method, args = a_fitting_call(chance, fault_of(api.getState, uuid)[1])
+            vm = chance.choice(3 * (uuid,) + vms[uuid])
+            code, answer = fault_of(getattr(api, method), vm, *args)
+            done.append((method, vm, code, answer))
+            assert code in (0, 1, 4, 5, 7, 8, 10), done
+    print('lists took %.2f s at most, load %.1f' % (max(took), os.getloadavg()[0]), done, chaos.done)
+    for uuid in vms:
+        settled, said = settle(api, uuid), facts(uuid)
+        assert AS_VBOXMANAGE_SAYS[settled] == said['VMState']
+        assert sorted(api.listSnapshots(uuid)) == sorted(snapshots_of(uuid))
+        told = api.getVM(uuid)
+        assert (told['name'], told['id'].replace(':', '')) == (said['name'], said['macaddress1'])
+        assert said['name'] in api.listVMs()
+    api.cleanup(False)
+    assert foreign() == before and all(facts(uuid) for uuid in vms)
+    assert max(took) < LIST_PATIENCE + 0.4 * others_take()     # 1 s, where nothing else wants the processors
+
+
+def a_fitting_call(chance, state):
+    """As a_call, mostly one that makes sense in this state."""
+    while True:
+        method, args = a_call(chance)
+        fits = state in CHANGES.get(method, ()) or method in ('takeSnapshot', 'deleteSnapshot')
+        if method != 'kill' and (fits or chance.random() < 0.1):
+            return method, args
 
 
 def settle(api, vm):
