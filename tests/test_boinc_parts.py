@@ -104,6 +104,15 @@ def test_init_data_that_no_parser_takes():
     assert init.text('missing', 'so') == 'so' and init.number('result_name', 1) == 1
 
 
+@pytest.mark.parametrize('version, limit, minds', [
+    ((7, 20), 25, True), ((8, 0), 1, True), ((8, 2), 25, False), ((9, 0), 25, False), ((7, 20), 0, False)])
+def test_clients_that_mind_foreign_cpu(version, limit, minds):
+    init = InitData('<major_version>%d</major_version><minor_version>%d</minor_version>'
+                    '<global_preferences><suspend_cpu_usage>%.6f</suspend_cpu_usage></global_preferences>'
+                    % (version + (limit,)))
+    assert init.minds_foreign_cpu is minds
+
+
 def test_logical_names(tmp_path):
     (tmp_path / 'projects').mkdir()
     slot_folder = tmp_path / 'slots' / '0'
