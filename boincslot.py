@@ -119,7 +119,7 @@ class Slot:
 
     def read_init(self) -> None:
         """Reads init_data.xml, at the start and when the client has changed it."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             with open(self.path('init_data.xml'), encoding='utf-8', errors='replace') as file:
                 self.init = InitData(file.read())
 

@@ -437,6 +437,8 @@ class Work:
 
     def clean(self) -> bool:
         """No VM is left of tasks of this project that the client has forgotten (a reset, say)."""
+        if not self._slot.has_client:
+            return True
         with contextlib.suppress(NotSupported):
             slots = os.path.dirname(os.path.abspath(self._slot.folder))
             inits = [Slot(os.path.join(slots, name)).init for name in os.listdir(slots)]

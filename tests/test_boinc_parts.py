@@ -294,6 +294,19 @@ def test_tasks_that_begin_at_once_write_one_ini_file(tmp_path):
         assert file.read() == before and os.listdir(folder) == ['host.ini']
 
 
+def test_by_hand_what_lies_beside_its_folder_is_nobodys_slot(tmp_path):
+    folder = tmp_path / 'alone'
+    folder.mkdir()
+    (tmp_path / 'a file').write_text('')
+    asked = []
+    work = boincwork.Work(Slot(str(folder)), job_of(), boincjob.read_words([], 1), Record(
+        str(tmp_path / 'record')), types.SimpleNamespace(
+            call=lambda *words: asked.append(words) or []))
+    assert work.clean() and asked == []
+    (folder / 'init_data.xml').write_text(INIT)            # and what is no folder there is no slot
+    assert work.clean() and [words[0] for words in asked] == ['listVMs', 'cleanup']
+
+
 def test_a_vm_keeps_its_lease_while_large_files_move(tmp_path):
     leases = []
     work = boincwork.Work(Slot(str(tmp_path)), job_of(), boincjob.read_words([], 1), Record(
