@@ -91,6 +91,14 @@ class InitData:
             return default
 
 
+    @property
+    def minds_foreign_cpu(self) -> bool:
+        """Whether the client halts its tasks while programs of others use the processor, and takes a VM's
+        process for one: clients before 8.2, as long as their user has that preference."""
+        version = self.number('major_version'), self.number('minor_version')
+        return version < (8, 2) and self.number('suspend_cpu_usage') > 0
+
+
 class SlotTaken(Exception):
     """Another process runs in this slot."""
 
@@ -111,7 +119,7 @@ class Slot:
 
     def read_init(self) -> None:
         """Reads init_data.xml, at the start and when the client has changed it."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             with open(self.path('init_data.xml'), encoding='utf-8', errors='replace') as file:
                 self.init = InitData(file.read())
 

@@ -209,6 +209,7 @@ class VirtualMachine:
         """
         self.name = name
         self.files = ''                # the folder of the task in what the guest serves: all of it
+        self.pid = 0                   # of its process on this machine, while it runs; 0: not known
         self._host = host
         self._image = image
         self._options = dict(options, linked=True)
@@ -238,13 +239,18 @@ class VirtualMachine:
         elif state == 'Paused':
             self._host.call('resume', self.name)
         elif state == 'Running':
-            return bool(self._host.call('getVM', self.name)['agent'] == 'alive')
+            told = self._host.call('getVM', self.name)
+            self.pid = int(told['pid'])
+            return bool(told['agent'] == 'alive')
         return False
 
     def runs(self) -> bool:
         """Whether it does, as far as its hypervisor knows."""
         self.lease()
-        return bool(self._host.call('getState', self.name) == 'Running')
+        if self._host.call('getState', self.name) != 'Running':
+            self.pid = 0
+            return False
+        return True
 
     def lease(self) -> None:
         """Has it saved where this process dies."""
@@ -266,6 +272,7 @@ class VirtualMachine:
 
     def save(self, command: str) -> None:
         """Writes it to disk, and stops it."""
+        self.pid = 0
         if self._state() in ('Running', 'Paused'):
             self._host.call('saveState', self.name)
         self._leased = 0.0
@@ -284,6 +291,7 @@ class VirtualMachine:
 
     def remove(self, command: str) -> None:
         """Takes it away, with its disk."""
+        self.pid = 0
         state = self._state()
         if state in ('Running', 'Paused', 'Stuck'):
             self._host.call('powerOff', self.name)
@@ -314,6 +322,7 @@ class VirtualMachine:
 class GivenMachine:
     """A machine that is there, whose agent has joined a host agent without a hypervisor: all tasks share it,
     each has a folder of its own. To pause is to stop the command's processes."""
+    pid = 0                            # no process of this machine is one
 
     def __init__(self, host: HostAgent, name: str, record: Record) -> None:
         self.files = name
@@ -394,6 +403,11 @@ class Work:
         self._owner = OWNER + self._place
 
     @property
+    def vm_pid(self) -> int:
+        """The process in which the task's VM runs; 0 where none does. For any thread."""
+        return self.machine.pid if self.machine is not None else 0
+
+    @property
     def command(self) -> str:
         """The id of the science's command."""
         return 'boinc-%s-%d' % (self._digest, self._record.attempt)
@@ -423,6 +437,8 @@ class Work:
 
     def clean(self) -> bool:
         """No VM is left of tasks of this project that the client has forgotten (a reset, say)."""
+        if not self._slot.has_client:
+            return True
         with contextlib.suppress(NotSupported):
             slots = os.path.dirname(os.path.abspath(self._slot.folder))
             inits = [Slot(os.path.join(slots, name)).init for name in os.listdir(slots)]

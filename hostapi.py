@@ -203,11 +203,12 @@ class MachineMethods(Methods):
         return sorted(names.union(self.listVMs()))
 
     def getVM(self, vm: str) -> dict:
-        """{name, id, uuid, state, trouble, agent, ip, lastSeen, clockOffset, facts, rdp, commands} of a VM.
+        """{name, id, uuid, state, trouble, agent, ip, lastSeen, clockOffset, facts, rdp, pid,
+        commands} of a VM.
 
         state is the machine's, trouble what is wrong with it, '' for nothing; agent (alive, late, lost or
         never) is the agent's; commands: the ids of those that are unfinished; clockOffset: guest's clock
-        less the host's, roughly.
+        less the host's, roughly; pid: of the process in which it runs, 0 for none.
 
             >>> vm = host.getVM('node1')
             >>> vm['state'], vm['agent'], vm['ip']
@@ -217,9 +218,9 @@ class MachineMethods(Methods):
         known, described = host.machines.describe(vm)
         guest = known or host.machines.find(vm)
         described = described or {
-            'uuid': '', 'native': self._state_of(guest), 'rdp': {}, 'trouble': ''}
+            'uuid': '', 'native': self._state_of(guest), 'rdp': {}, 'trouble': '', 'pid': 0}
         return {'name': guest.name, 'id': guest.id, 'uuid': described['uuid'],
-                'state': described['native'], 'rdp': described['rdp'],
+                'state': described['native'], 'rdp': described['rdp'], 'pid': described.get('pid', 0),
                 'trouble': self._trouble(vm, described),
                 'agent': guest.agent if guest.last_seen else 'never', 'ip': guest.ip,
                 'lastSeen': guest.last_seen, 'clockOffset': guest.clock_offset,

@@ -158,7 +158,8 @@ class Driver:
 
     @quick
     def describe(self, job: 'Job', vm: str) -> Dict[str, Any]:
-        """A row of `machines` with memory (MB), cpus, ostype, snapshot, tagged (made by us), rdp{…}."""
+        """A row of `machines` with memory (MB), cpus, ostype, snapshot, tagged (made by us), rdp{…}, pid (of
+        the process in which it runs; 0 where none does, or it isn't known)."""
         return self._cannot('describe a VM')
 
     @quick

@@ -171,10 +171,11 @@ class Asking(Driver):
             info = self._info(uuid)
         except faults.BadState:
             return dict(self._unreadable(uuid), memory=0, cpus=0, ostype='', snapshot='', tagged=False,
-                        rdp={})
+                        rdp={}, pid=0)
         return dict(self._row(info), memory=int(info['memory']), cpus=int(info['cpus']),
                     ostype=info['ostype'], snapshot=info.get('CurrentSnapshotName', ''),
-                    tagged=self._marks(uuid).get(MADE_BY_US) == uuid, rdp={})
+                    tagged=self._marks(uuid).get(MADE_BY_US) == uuid, rdp={},
+                    pid=virtualbox.process_in(log_in(info)) if native_of(info) in ONLINE else 0)
 
     def warnings(self, job: Job) -> List[str]:
         return ['VirtualBox is driven by %s, without vboxapi, which brings %s' % (
@@ -519,8 +520,7 @@ class VBoxManage(Asking):
     # Looking in, and limits.
 
     def get_log(self, job: Job, vm: str, tail: int = virtualbox.LOG_TAIL) -> str:
-        folder = self._info(self._find(job, vm))['LogFldr']
-        return virtualbox.end_of_file(os.path.join(folder, 'VBox.log'), tail)
+        return virtualbox.end_of_file(log_in(self._info(self._find(job, vm))), tail)
 
     def set_limits(self, job: Job, vm: str, limits: Dict[str, Any]) -> bool:
         wish = virtualbox.read_limits(limits)
@@ -597,6 +597,11 @@ class VBoxManage(Asking):
 
 
 # --- plain helpers -----------------------------------------------------------------------------
+
+def log_in(info: Dict[str, str]) -> str:
+    """The path of a VM's log."""
+    return os.path.join(info['LogFldr'], 'VBox.log')
+
 
 def stamp_of(path: str) -> Optional[Tuple[int, int]]:
     """What changes with a file; None where there is none."""

@@ -71,6 +71,7 @@ STATE_OF_NATIVE = {                # the seam's states; all others are on their 
     'Teleported': vmstates.OFF}
 OLDEST = (6, 1)                    # of VirtualBox, whose API this code speaks
 STAYS = 1.0                        # seconds that a VM must run before a start or resume is believed
+LOG_HEAD = 4096                    # bytes of a VM's log in which its process is told
 LOG_TAIL = 65536                   # bytes of a VM's log in which a reason is looked for
 
 
@@ -208,11 +209,12 @@ class Looking:
         machine = self.box.find_any(vm)
         row = self._row(machine)
         if not machine.accessible:
-            return dict(row, memory=0, cpus=0, ostype='', snapshot='', tagged=False, rdp={})
+            return dict(row, memory=0, cpus=0, ostype='', snapshot='', tagged=False, rdp={}, pid=0)
         snapshot = machine.currentSnapshot
         return dict(row, memory=machine.memorySize, cpus=machine.CPUCount, ostype=machine.OSTypeId,
                     snapshot=snapshot.name if snapshot else '', tagged=has_mark(machine, MADE_BY_US),
-                    rdp=self._desktop.facts(machine))
+                    rdp=self._desktop.facts(machine),
+                    pid=process_in(machine.queryLogFilename(0)) if row['native'] in ONLINE else 0)
 
 
 # --- life of a VM ------------------------------------------------------------------------------
@@ -721,6 +723,16 @@ def end_of_file(path: str, tail: int) -> str:
             return log_file.read(max(0, tail)).decode('utf-8', 'replace')
     except FileNotFoundError:
         return ''
+
+
+def process_in(log_path: str) -> int:
+    """The process that began this VBox.log, which is a VM's own; 0 where it doesn't say, or isn't there."""
+    try:
+        with open(log_path, 'rb') as log_file:
+            found = re.search(rb'Process ID: +(\d+)', log_file.read(LOG_HEAD))
+    except OSError:
+        return 0
+    return int(found.group(1)) if found else 0
 
 
 PAUSES = [                         # what VBox.log says where VirtualBox pauses a VM by itself; why

@@ -114,6 +114,8 @@ class Task:
         self._life = Life(job, record, now, init.number('checkpoint_period') or 300.0)
         self._client = Client(int(init.number('client_pid')), slot.has_client, now)
         self._told = 0.0
+        self._may_name = job.checkpoint != 'none'
+        self._has_named = False
 
     def run(self) -> End:
         """Lives until the end, and gives it."""
@@ -158,8 +160,21 @@ class Task:
     def tell_status(self) -> bool:
         """Tells the client how far it is; False where it hasn't read the last one."""
         init = self._slot.init
-        return self._channels.send(STATUS, self._life.status(
-            init.number('fraction_done_start'), init.number('fraction_done_end', 1.0)))
+        status = self._life.status(init.number('fraction_done_start'), init.number('fraction_done_end', 1.0))
+        return self._channels.send(STATUS, status + self._whose_process())
+
+    def _whose_process(self) -> str:
+        """Names the VM's process as the task's own, to a client that would halt all tasks for it.
+
+        A client kills what was named last when this process ends: before that it is this process itself; and
+        no VM is named that has no checkpoint to go on from, if this one is killed.
+        """
+        ends = self._life.end is not None or self._life.wish in ('quit', 'abort')
+        named = self._work.vm_pid if self._may_name and not ends and self._slot.init.minds_foreign_cpu else 0
+        if not named and not self._has_named:
+            return ''
+        self._has_named = True
+        return '<other_pid>%d</other_pid>\n' % (named or os.getpid())
 
     def tell_last_status(self) -> None:
         """Has the client read the last one before the process ends."""
@@ -197,8 +212,7 @@ def live(slot: Slot, words: List[str]) -> End:
     except (JobError, OSError) as error:
         return End(delay=LONGEST_DELAY, message=str(error))
     end = task.run()
-    if end.finish or not end.delay:
-        task.tell_last_status()
+    task.tell_last_status()
     return end
 
 

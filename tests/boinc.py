@@ -5,10 +5,12 @@ so that no hypervisor is needed; or in VMs of the hypervisor that is here.
 """
 
 import contextlib
+import copy
 import importlib.machinery
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -28,6 +30,7 @@ import hostclient
 import vmboinc
 
 PATH = os.path.join(TOP, 'tests', 'rigs', 'boinc-rig')
+PATIENCE = 180                 # seconds for what takes some 10 on a machine with nothing else to do
 COUNT = """\
 #!/bin/sh
 # Counts, with progress, until the test has it finish.
@@ -59,6 +62,12 @@ def why_not():
     return 'the BOINC rig needs %s (Debian, Ubuntu)' % missing[0] if missing else ''
 
 
+def seconds_of(lines):
+    """The sum of what a shell's `times` printed."""
+    return sum(60 * float(minutes) + float(seconds) for minutes, seconds in re.findall(
+        r'(\d+)m([\d.]+)s', ' '.join(lines)))
+
+
 def status_of(pid):
     """{key: value} of what this machine's kernel says of a process."""
     with open('/proc/%d/status' % pid) as file:
@@ -82,22 +91,29 @@ class Boinc:
     def __init__(self, folder):
         """Tasks get VMs, for which vmboinc writes its host.ini itself."""
         self.folder = str(folder)
-        self.rig = load_rig().Rig(os.path.join(self.folder, 'rig'))
-        self.project = self.rig.project
-        self.state = os.path.join(self.project, 'vmhost', 'state')
         self.program = os.path.join(self.folder, 'vmboinc')
+        self.use(load_rig().Rig(os.path.join(self.folder, 'rig')))
+
+    def use(self, rig):
+        """This is about that rig's project."""
+        self.rig = rig
+        self.project = rig.project
+        self.state = os.path.join(self.project, 'vmhost', 'state')
+        self.client = hostclient.Client(self.state)
 
     def setup(self):
-        os.makedirs(self.folder, exist_ok=True)
-        self.rig.setup(free_port())
+        """What tasks need, once the rig's client is there."""
         agent.write_bundle(self.program, 'vmboinc', vmboinc.BUNDLED, vmboinc.PROGRAMS)
         self.rig.change('global_prefs_override.xml', ['disk_interval=1'])
         self.rig.change('cc_config.xml', ['ncpus=16'])
 
-    def close(self):
+    def end_hosts(self):
         for pid in self.host_pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
+
+    def close(self):
+        self.end_hosts()
         self.rig.clean()
 
     def add(self, name, program, job='', inputs=(), outputs=(), arguments='', files=()):
@@ -123,6 +139,10 @@ class Boinc:
         with open(path, 'w') as file:
             file.write(text)
         return path
+
+    def vm(self, name):
+        """What a task's VM is called."""
+        return '%s_%s' % (os.path.basename(self.project), name)
 
     def host_pids(self):
         """The host agents of the project; not the processes of their drivers."""
@@ -188,9 +208,9 @@ class WithFakeVMs(Boinc):
     def __init__(self, folder):
         super().__init__(folder)
         self.environment = fake_virtualbox.install(os.path.join(self.folder, 'fake'))
-        self.client = hostclient.Client(self.state)
         self.agents = []
         self.box = None
+        self.others = []               # of further projects
         self.image = self.write('image.vdi', '5d7d8d0a-0000-4000-8000-000000000001')
 
     def setup(self):
@@ -201,6 +221,14 @@ class WithFakeVMs(Boinc):
         with vms.environment(self.environment):
             self.rig.start()
 
+    def beside(self, name):
+        """One more project of the same client, for tasks that are added after all those of this one."""
+        other = copy.copy(self)
+        other.use(self.rig.beside(name))
+        other.image = self.write(name + '.vdi', '5d7d8d0a-0000-4000-8000-%012d' % (len(self.others) + 2))
+        self.others.append(other)
+        return other
+
     def vms(self):
         """{name: state}, {} while no host agent answers."""
         with contextlib.suppress(hostclient.NoHost):
@@ -208,17 +236,20 @@ class WithFakeVMs(Boinc):
         return {}
 
     def has(self, name, state):
-        return wait_until(lambda: self.vms().get(self.vm(name)) == state, 60)
+        return wait_until(lambda: self.vms().get(self.vm(name)) == state, PATIENCE)
 
-    def vm(self, name):
-        """What a task's VM is called."""
-        return '%s_%s' % (os.path.basename(self.project), name)
+    def add_counting(self, name, job=''):
+        """A task that counts, with two inputs and an output, until ``finish``."""
+        self.add(name, COUNT, '<multiattach_vdi_file>%s</multiattach_vdi_file><input>in</input>'
+                 '<input>more/in</input><output>out</output>%s' % (os.path.basename(self.image), job),
+                 [('in', 'apples\n'), ('more/in', 'pears\n')], ['out'], 'and plums', [self.image])
 
     def boot(self, name):
         """Starts what runs in a task's VM, once that does."""
         self.has(name, 'Running')
-        with vms.environment(self.environment):
-            self.box = fake_server.VirtualBoxManager()         # which lives on while somebody talks to it
+        if self.box is None:
+            with vms.environment(self.environment):
+                self.box = fake_server.VirtualBoxManager()     # which lives on while somebody talks to it
         port = int(self.client.call('agentInfo')['broker']['address'].rpartition(':')[2])
         found = Agent(os.path.join(self.folder, 'guest-' + name), types.SimpleNamespace(broker_port=port),
                       self.client.call('getVM', self.vm(name))['id'],
@@ -231,26 +262,33 @@ class WithFakeVMs(Boinc):
         for each in self.agents:
             each.stop()
             each.end_programs()
+        for each in self.others:
+            each.end_hosts()
         super().close()
-        if self.box is not None:
-            self.box.line.connection.close()
+        for each in [self] + self.others:
+            if each.box is not None:
+                each.box.line.connection.close()
+
+
+def set_up(rig):
+    """Has a rig's client there, stopped. Skips the test where none can be had."""
+    try:
+        rig.setup(free_port())
+    except (OSError, SystemExit, subprocess.CalledProcessError) as error:
+        pytest.skip('no BOINC client can be had here: %s' % error)
+
+
+def path_with_python():
+    """PATH, on which python3 is this one."""
+    return os.path.dirname(sys.executable) + os.pathsep + os.environ['PATH']
 
 
 @contextlib.contextmanager
 def running(folder, kind=WithMachine):
     """A Boinc of that kind that is set up, and at the end leaves no process."""
-    path = os.environ['PATH']
-    os.environ['PATH'] = os.path.dirname(sys.executable) + os.pathsep + path
-    boinc = kind(folder)
-    is_there = False
-    try:
-        try:
-            boinc.setup()
-            is_there = True
-        except (OSError, SystemExit, subprocess.CalledProcessError) as error:
-            pytest.skip('no BOINC client can be had here: %s' % error)
+    with vms.environment({'PATH': path_with_python()}), contextlib.ExitStack() as stack:
+        boinc = kind(folder)
+        set_up(boinc.rig)
+        boinc.setup()
+        stack.callback(boinc.close)
         yield boinc
-    finally:
-        os.environ['PATH'] = path
-        if is_there:
-            boinc.close()

@@ -17,6 +17,8 @@ from helpers import wait_until
 from boincslot import CHANNEL, CHANNELS, CONTROL, STATUS, Channels
 
 INIT = """<app_init_data>
+<major_version>7</major_version>
+<minor_version>20</minor_version>
 <result_name>%s</result_name>
 <project_dir>%s</project_dir>
 <slot>0</slot>
@@ -27,7 +29,8 @@ INIT = """<app_init_data>
 <fraction_done_end>1.0</fraction_done_end>
 <ncpus>1.0</ncpus>
 <global_preferences><cpu_usage_limit>%g</cpu_usage_limit>
-<max_bytes_sec_up>%g</max_bytes_sec_up></global_preferences>
+<max_bytes_sec_up>%g</max_bytes_sec_up>
+<suspend_cpu_usage>%g</suspend_cpu_usage></global_preferences>
 </app_init_data>
 """
 
@@ -48,10 +51,10 @@ class FakeClient:
         with open(os.path.join(self.slot, 'boinc_mmap_file'), 'wb') as file:
             file.write(bytes(CHANNELS * CHANNEL))
 
-    def init(self, cpu_limit=100, pid=None, rate=0):
+    def init(self, cpu_limit=100, pid=None, rate=0, foreign_cpu=0):
         """Writes init_data.xml."""
         self.write('init_data.xml', INIT % (self.name, self.project, pid or os.getpid(), cpu_limit,
-                                            rate))
+                                            rate, foreign_cpu))
 
     def write(self, name, text):
         """A file in the slot."""

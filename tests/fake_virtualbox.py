@@ -536,7 +536,7 @@ class Machine(WithExtraData):
         self.lockMachine(session, 1)
         self.go_to('Running' if not self.dies() else 'Aborted')
         with open(self.queryLogFilename(0), 'w') as log:
-            log.write('fake log\n' * 100)
+            log.write('Process ID: %d\n' % os.getpid() + 'fake log\n' * 100)
         return Progress()
 
     # Settings.

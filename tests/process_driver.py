@@ -62,8 +62,9 @@ class Processes(hypervisor.Driver):
     def describe(self, job, vm):
         vms = self._read()
         name = self._find(vms, vm)
-        return dict(self._row(name, *vms[name]), memory=0, cpus=1, ostype='', snapshot='', tagged=True,
-                    rdp={})
+        row = self._row(name, *vms[name])
+        return dict(row, memory=0, cpus=1, ostype='', snapshot='', tagged=True, rdp={},
+                    pid=vms[name][1] if row['state'] != vmstates.OFF else 0)
 
     def create_vm(self, job, name, image='', options={}):     # noqa: B006
         vms = self._read()

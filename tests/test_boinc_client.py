@@ -7,6 +7,9 @@ import signal
 import boinc as boinc_rig
 import pytest
 from helpers import wait_until
+from vms import command_line
+
+import boincwork
 
 pytestmark = [pytest.mark.once, pytest.mark.slow, pytest.mark.ends,
               pytest.mark.skipif(bool(boinc_rig.why_not()), reason=boinc_rig.why_not() or 'never')]
@@ -125,7 +128,7 @@ def test_the_life_of_a_task(boinc):
     with open(rig.file('t1', 'out')) as file:
         lines = file.read().split('\n')
     assert lines[:4] == ['apples', 'pears', 'and plums', '2']
-    assert end['cpu'] == pytest.approx(before + seconds_of(lines[4:6]), rel=0.05, abs=0.05)
+    assert end['cpu'] == pytest.approx(before + boinc_rig.seconds_of(lines[4:6]), rel=0.05, abs=0.05)
     wait_until(lambda: not os.path.exists(boinc.task_folder('t1')), 20)
 
 
@@ -133,9 +136,7 @@ def test_the_life_of_a_task_in_a_vm(tmp_path):
     """The same, as far as a VM goes without a hypervisor: one VM, one program, and checkpoints."""
     with boinc_rig.running(tmp_path, boinc_rig.WithFakeVMs) as boinc:
         rig = boinc.rig
-        boinc.add('t1', boinc_rig.COUNT, '<multiattach_vdi_file>image.vdi</multiattach_vdi_file>'
-                  '<input>in</input><input>more/in</input><output>out</output>',
-                  [('in', 'apples\n'), ('more/in', 'pears\n')], ['out'], 'and plums', [boinc.image])
+        boinc.add_counting('t1')
         boinc.start()
         guest = boinc.boot('t1')
         task = Watched(boinc, 't1')
@@ -177,20 +178,60 @@ def test_the_life_of_a_task_in_a_vm(tmp_path):
         open(os.path.join(boinc.environment['FAKE_VIRTUALBOX'], 'abort-' + boinc.vm('t1')), 'w').close()
         boinc.stderr_says('t1', 'goes on from its last checkpoint')
         boinc.has('t1', 'Running')
-        open(os.path.join(guest.files, 'finish'), 'w').close()
-        end = rig.wait('t1', 'done=true', 60)
-        assert (end['state'], end['exit']) == ('uploaded', 0), rig.stderr('t1')
-        with open(rig.file('t1', 'out')) as file:
-            lines = file.read().split('\n')
+        end, lines = finished(boinc, 't1', guest)
         assert lines[:4] == ['apples', 'pears', 'and plums', '1']
-        assert end['cpu'] == pytest.approx(seconds_of(lines[4:6]), rel=0.05, abs=0.05)
+        assert end['cpu'] == pytest.approx(boinc_rig.seconds_of(lines[4:6]), rel=0.05, abs=0.05)
         assert boinc.vms() == {}
 
 
-def seconds_of(lines):
-    """The sum of what a shell's `times` printed."""
-    return sum(60 * float(minutes) + float(seconds) for minutes, seconds in re.findall(
-        r'(\d+)m([\d.]+)s', ' '.join(lines)))
+def finished(boinc, name, guest):
+    """A task that counts ends well: what its client shows of it, and the lines of its output."""
+    open(os.path.join(guest.files, 'finish'), 'w').close()
+    end = boinc.rig.wait(name, 'done=true', boinc_rig.PATIENCE)
+    assert (end['state'], end['exit']) == ('uploaded', 0), boinc.rig.stderr(name)
+    with open(boinc.rig.file(name, 'out')) as file:
+        return end, file.read().split('\n')
+
+
+def test_two_projects_at_once(tmp_path):
+    """Four tasks of one, two of the other, of one client: each project has a host agent, and the end, and the
+    cleanup, of the one's VMs is nothing to the other's. No VM, disk, process or lock is left."""
+    with boinc_rig.running(tmp_path, boinc_rig.WithFakeVMs) as one:
+        for name in 'abcd':
+            one.add_counting(name)
+        other = one.beside('other')
+        for name in 'ef':
+            other.add_counting(name)
+        one.start()
+        project_of = {name: one if name in 'abcd' else other for name in 'abcdef'}
+        guests = {name: project.boot(name) for name, project in project_of.items()}
+        wait_until(lambda: all(one.rig.task(name)['cpu'] > 0 for name in guests), boinc_rig.PATIENCE, 0.2)
+        assert one.vms() == {project.vm(name): 'Running' for name, project in project_of.items()}
+        hosts = one.host_pids(), other.host_pids()
+        assert [len(pids) for pids in hosts] == [1, 1]
+        for name in 'abcd':
+            assert finished(one, name, guests[name])[1][:4] == ['apples', 'pears', 'and plums', '1']
+        theirs = [other.vm(name) for name in 'ef']
+        assert one.client.call('cleanup', False, theirs, boincwork.OWNER + one.project) == []
+        assert one.vms() == dict.fromkeys(theirs, 'Running')
+        for name in 'ef':
+            assert finished(other, name, guests[name])[1][:4] == ['apples', 'pears', 'and plums', '1']
+        assert one.vms() == {} == other.vms()
+        wait_until(lambda: not files_in(one.rig.path('data', 'slots')), 30)
+        assert [path for path in files_in(one.rig.data) if path.endswith('.vdi')] == sorted(
+            os.path.join(project.project, os.path.basename(project.image)) for project in (one, other))
+        for project in (one, other):
+            project.client.call('stopHost')
+        wait_until(lambda: set(map(command_name, one.rig.leftovers())) <= {'fake_server.py', ''}, 30)
+
+
+def command_name(pid):
+    """What a process of Python's runs; '' once it has ended."""
+    return os.path.basename((command_line(pid) + ['', ''])[1])
+
+
+def files_in(folder):
+    return sorted(os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
 
 
 def test_ends(boinc):

@@ -104,6 +104,15 @@ def test_init_data_that_no_parser_takes():
     assert init.text('missing', 'so') == 'so' and init.number('result_name', 1) == 1
 
 
+@pytest.mark.parametrize('version, limit, minds', [
+    ((7, 20), 25, True), ((8, 0), 1, True), ((8, 2), 25, False), ((9, 0), 25, False), ((7, 20), 0, False)])
+def test_clients_that_mind_foreign_cpu(version, limit, minds):
+    init = InitData('<major_version>%d</major_version><minor_version>%d</minor_version>'
+                    '<global_preferences><suspend_cpu_usage>%.6f</suspend_cpu_usage></global_preferences>'
+                    % (version + (limit,)))
+    assert init.minds_foreign_cpu is minds
+
+
 def test_logical_names(tmp_path):
     (tmp_path / 'projects').mkdir()
     slot_folder = tmp_path / 'slots' / '0'
@@ -283,6 +292,19 @@ def test_tasks_that_begin_at_once_write_one_ini_file(tmp_path):
     boincwork.write_new(os.path.join(folder, 'host.ini'), 'another')
     with open(os.path.join(folder, 'host.ini')) as file:
         assert file.read() == before and os.listdir(folder) == ['host.ini']
+
+
+def test_by_hand_what_lies_beside_its_folder_is_nobodys_slot(tmp_path):
+    folder = tmp_path / 'alone'
+    folder.mkdir()
+    (tmp_path / 'a file').write_text('')
+    asked = []
+    work = boincwork.Work(Slot(str(folder)), job_of(), boincjob.read_words([], 1), Record(
+        str(tmp_path / 'record')), types.SimpleNamespace(
+            call=lambda *words: asked.append(words) or []))
+    assert work.clean() and asked == []
+    (folder / 'init_data.xml').write_text(INIT)            # and what is no folder there is no slot
+    assert work.clean() and [words[0] for words in asked] == ['listVMs', 'cleanup']
 
 
 def test_a_vm_keeps_its_lease_while_large_files_move(tmp_path):

@@ -18,7 +18,6 @@ from fake_client import FakeClient
 from helpers import wait_until
 from vms import environment, kill
 
-import boincwork
 import hostclient
 
 pytestmark = [pytest.mark.once, pytest.mark.slow, pytest.mark.ends,
@@ -225,35 +224,6 @@ def test_a_vm_that_died_goes_on_from_its_last_checkpoint(project):
     assert open(out).read() == 'begun\n' and project.vms() == {}
 
 
-def test_two_projects_at_once(tmp_path):
-    """Four tasks of one, two of the other: each has a host agent, and the end, and the cleanup, of the one's
-    VMs is nothing to the other's. Nothing is left."""
-    with contextlib.ExitStack() as stack:
-        projects = [Project(tmp_path, stack, name) for name in ('one', 'other')]
-        tasks = [projects[0].task(name) for name in 'abcd'] + [projects[1].task(name) for name in 'ef']
-        outs = [task.link('out') for task in tasks]
-        agents = []
-        for task, project in zip(tasks, [projects[0]] * 4 + [projects[1]] * 2):
-            task.start()
-            agents.append(project.agent(task))
-        tasks[0].wait(lambda: all(task.status('fraction_done') == 0.5 for task in tasks), 60)
-        assert sorted(projects[0].vms()) == ['one_a', 'one_b', 'one_c', 'one_d', 'other_e', 'other_f']
-        assert projects[0].host_pid() != projects[1].host_pid()
-        for agent in agents[:4]:
-            finish(agent)
-        assert [task.wait_for_end(60) for task in tasks[:4]] == [0] * 4
-        theirs = ['other_e', 'other_f']
-        assert projects[0].call('cleanup', False, theirs, boincwork.OWNER + projects[0].place) == []
-        assert projects[1].vms() == dict.fromkeys(theirs, 'Running')
-        for agent in agents[4:]:
-            finish(agent)
-        assert [task.wait_for_end(60) for task in tasks[4:]] == [0] * 2 and projects[1].vms() == {}
-        assert [open(out).read() for out in outs] == ['what goes in\n'] * 6
-        for task in tasks:
-            assert not os.path.exists(os.path.join(task.slot, task.vm))
-            assert not os.path.exists(os.path.join(task.slot, 'boinc_lockfile'))
-
-
 def test_preferences_reach_the_vm(project, monkeypatch):
     monkeypatch.setenv('FAKE_VIRTUALBOX', project.environment['FAKE_VIRTUALBOX'])
     task = project.task()
@@ -268,6 +238,24 @@ def test_preferences_reach_the_vm(project, monkeypatch):
     task.says('reread_app_info')
     task.wait(lambda: machine.CPUExecutionCap == 50)
     task.wait(lambda: 'netKBps' in task.read('stderr.txt'))
+
+
+def test_a_client_that_halts_tasks_for_foreign_programs_is_told_that_the_vm_is_none(project):
+    """As long as the VM runs; then it is the wrapper itself, for a client kills what was named last."""
+    task = project.task()
+    task.link('out')
+    task.init(foreign_cpu=25)
+    task.start()
+    project.agent(task)
+    task.wait(lambda: task.status('other_pid') == project.call('getVM', task.vm)['pid'] > 0)
+    task.says('quit')
+    assert task.wait_for_end() == 0 and task.status('other_pid') == task.process.pid
+    task.init(foreign_cpu=0)
+    task.told = []
+    task.start()
+    project.has(task, 'Running')
+    task.wait(lambda: len(task.told) > 2)
+    assert not any('other_pid' in text for text in task.told)
 
 
 def test_vms_of_tasks_that_the_client_forgot_go(project):

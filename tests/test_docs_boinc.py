@@ -3,11 +3,14 @@
 import glob
 import os
 import re
+import shutil
 import subprocess
 import xml.etree.ElementTree
 
+import boinc as boinc_rig
 import pytest
 from agents import TOP
+from brokers import free_port
 
 import boincjob
 
@@ -21,9 +24,36 @@ def read(*names):
 
 def test_the_tests_that_the_page_names_are_there():
     named = set(re.findall(r'`(test_\w+)`', read('docs', 'boinc.md')))
-    there = set(re.findall(r'^def (test_\w+)', ''.join(map(read, glob.glob(os.path.join(
-        TOP, 'tests', 'test_*.py')))), re.MULTILINE))
+    files = glob.glob(os.path.join(TOP, 'tests', 'test_*.py')) + [
+        os.path.join(TOP, 'tests', 'virtualbox', 'test_boinc.py')]
+    there = set(re.findall(r'^def (test_\w+)', ''.join(map(read, files)), re.MULTILINE))
     assert len(named) > 15 and named <= there
+
+
+@pytest.mark.once
+@pytest.mark.slow
+@pytest.mark.ends
+@pytest.mark.skipif(bool(boinc_rig.why_not()), reason=boinc_rig.why_not() or 'never')
+def test_what_an_admin_types(tmp_path):
+    """One command after the other, in a clone: from the bundles to the result of a real client's task, on a
+    machine without VirtualBox."""
+    clone, port = str(tmp_path / 'clone'), str(free_port())
+    shutil.copytree(os.path.join(TOP, 'examples'), os.path.join(clone, 'examples'))
+    for path in glob.glob(os.path.join(TOP, '*.py')) + [os.path.join(TOP, 'status.html')]:
+        shutil.copy(path, clone)
+    os.makedirs(os.path.join(clone, 'tests', 'rigs'))
+    shutil.copy(boinc_rig.PATH, os.path.join(clone, 'tests', 'rigs'))
+    boinc_rig.set_up(boinc_rig.load_rig().Rig(os.path.join(clone, 'b')))
+    typed = {title: text.replace('61613', port) for title, text in re.findall(
+        r'^ *```sh (\w+)\n(.*?)^ *```$', read('docs', 'boinc.md'), re.DOTALL | re.MULTILINE)}
+    client = typed['client'].replace('setup b\n', 'setup b %d\n%s' % (free_port(), typed['here']))
+    script = '\n'.join(['set -ex', typed['bundles'], 'touch science_image_1.vdi', typed['version'],
+                        'trap "tests/rigs/boinc-rig clean b; kill %1; wait" EXIT', client])
+    done = subprocess.run(['bash', '-c', script], cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          env=dict(os.environ, PATH=boinc_rig.path_with_python()), timeout=300)
+    said = done.stdout.decode('utf-8', 'replace')
+    assert done.returncode == 0, said
+    assert '\nthe sum of 1000 squares is 333833500\n' in said, said
 
 
 def test_each_event_and_each_complaint_has_a_test():

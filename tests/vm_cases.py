@@ -73,6 +73,14 @@ def test_methods_that_do_not_fit_the_state(api, vm, abort, state):
             assert api.getState(vm) == state, method
 
 
+def test_the_process_in_which_a_vm_runs(api, vm):
+    assert api.getVM(vm)['pid'] == 0
+    api.start(vm)
+    assert api.getVM(vm)['pid'] > 0
+    api.powerOff(vm)
+    assert api.getVM(vm)['pid'] == 0
+
+
 def assert_bad_state(method, state, code, text):
     assert code == 4, '%s on %s: %s %s' % (method, state, code, text)
     assert state in text and len(text.split()) > 5, text

@@ -1,19 +1,29 @@
 """A real BOINC client's task with the real VirtualBox: vmboinc makes its VM on the project's image, in the
-slot, has it paused and saved, and leaves nothing of it. VirtualBox interprets every instruction here, so
-nothing boots in that time: what runs in VMs is tested with the fake (test_boinc_client.py).
+slot, has it paused and saved, and leaves nothing of it; and the science runs in a real Linux there.
+
+VirtualBox interprets every instruction here, and a Linux takes 43 minutes to boot. So the task is unloaded
+while its VM boots, and meanwhile the VM gets the hardware and the memory of linux-guest, which has booted.
 """
 
 import glob
 import hashlib
 import os
 import re
+import shutil
+import signal
+import time
+import xml.etree.ElementTree
 
 import boinc as boinc_rig
 import pytest
+from guests import agent_on_offer
 from helpers import wait_until
-from rig import facts, manage, state_of
+from rig import facts, manage, state_of, vm_process
 
+SAVED = '/opt/linux-guest'
+SCHEMA = '{http://www.virtualbox.org/}'
 PATIENCE = 120                 # seconds for what takes some 5 on a machine with nothing else to do
+LONG_PATIENCE = 900            # … and for what takes some 40
 
 pytestmark = [pytest.mark.slow,
               pytest.mark.skipif(not os.path.isdir(os.path.expanduser('~/.cache/boinc-rig')),
@@ -45,31 +55,107 @@ def uuid_of(disk, whose='UUID'):
     return re.search('^%s: *(.*)$' % whose, manage('showmediuminfo', disk), re.MULTILINE).group(1)
 
 
+def reaches(vm, state):
+    wait_until(lambda: state_of(vm) == state, PATIENCE, 0.3)
+
+
 def test_the_vm_of_a_task(boinc, image):
     rig = boinc.rig
     boinc.add('t1', 'sleep 600\n', '<multiattach_vdi_file>image.vdi</multiattach_vdi_file>', files=[image])
     image = os.path.join(boinc.project, 'image.vdi')
     before = digest(image)
-    vm = os.path.basename(boinc.project) + '_t1'
-
-    def reaches(state):
-        wait_until(lambda: state_of(vm) == state, PATIENCE, 0.3)
+    vm = boinc.vm('t1')
     rig.start()
-    reaches('running')
+    reaches(vm, 'running')
     folder = os.path.join(rig.slot('t1'), vm)
     assert facts(vm)['CfgFile'] == os.path.join(folder, vm + '.vbox')
     disk, = glob.glob(folder + '/*.vdi')
     assert uuid_of(disk, 'Parent UUID') == uuid_of(image)
+    assert boinc.client.call('getVM', vm)['pid'] == vm_process(facts(vm)['UUID'])
     rig.operate('suspend', 't1')
-    reaches('paused')
+    reaches(vm, 'paused')
     rig.operate('resume', 't1')
-    reaches('running')
+    reaches(vm, 'running')
     rig.stop()
     assert state_of(vm) == 'saved'
     rig.start()
-    reaches('running')
+    reaches(vm, 'running')
     rig.operate('abort', 't1')
     end = rig.wait('t1', 'done=true', PATIENCE)
     assert (end['state'], end['exit']) == ('aborted', 203), rig.stderr('t1')
     assert vm not in manage('list', 'vms') and not os.path.exists(folder)
     assert digest(image) == before and 'image.vdi' not in manage('list', 'hdds')
+
+
+def as_if_booted(vm):
+    """Gives a saved VM the hardware of linux-guest, and the memory that this had when it waited for an agent.
+    Its own disk stays where it is: for a machine with one more device that memory is refused."""
+    manage('discardstate', vm)
+    settings = facts(vm)['CfgFile']
+    manage('unregistervm', vm)
+    xml.etree.ElementTree.register_namespace('', SCHEMA.strip('{}'))
+    tree = xml.etree.ElementTree.parse(settings)
+    machine = tree.find(SCHEMA + 'Machine')
+    guest = xml.etree.ElementTree.parse(SAVED + '/linux-guest.vbox').find(SCHEMA + 'Machine')
+    old, new = machine.find(SCHEMA + 'Hardware'), guest.find(SCHEMA + 'Hardware')
+    machine.insert(list(machine).index(old), new)
+    machine.remove(old)
+    registry = machine.find(SCHEMA + 'MediaRegistry')
+    if registry is None:
+        registry = xml.etree.ElementTree.Element(SCHEMA + 'MediaRegistry')
+        machine.insert(0, registry)
+    for discs in registry.findall(SCHEMA + 'DVDImages'):
+        registry.remove(discs)
+    registry.append(guest.find(SCHEMA + 'MediaRegistry').find(SCHEMA + 'DVDImages'))
+    next(registry.find(SCHEMA + 'DVDImages').iter(SCHEMA + 'Image')).set('location', SAVED + '/guest.iso')
+    next(new.iter(SCHEMA + 'Port')).set('path', os.path.join(os.path.dirname(settings), 'serial.log'))
+    tree.write(settings, encoding='utf-8', xml_declaration=True)
+    manage('registervm', settings)
+    memory, = glob.glob(SAVED + '/Snapshots/*.sav')
+    manage('adoptstate', vm, shutil.copy(memory, os.path.dirname(settings)))       # which goes with the VM
+
+
+@pytest.mark.skipif(not os.environ.get('VMHOST_FULL'), reason='takes minutes: VMHOST_FULL=1')
+@pytest.mark.skipif(not os.path.exists(SAVED + '/linux-guest.vbox'),
+                    reason='no saved guest: tests/rigs/virtualbox guest')
+def test_the_science_of_a_task(boinc, image, tmp_path):
+    """Inputs, a program that counts, checkpoints: the VM's process is killed, and it goes on from the last
+    one. The output comes back, and the CPU time is that of the guest's kernel."""
+    rig, begun = boinc.rig, time.monotonic()
+
+    def note(what):
+        print('%3.0f s: %s' % (time.monotonic() - begun, what))
+    boinc.add('t1', boinc_rig.COUNT.replace('20000', '200'),
+              '<multiattach_vdi_file>image.vdi</multiattach_vdi_file><input>in</input><input>more/in</input>'
+              '<output>out</output><minimum_checkpoint_interval>5</minimum_checkpoint_interval>',
+              [('in', 'apples\n'), ('more/in', 'pears\n')], ['out'], 'and plums', [image])
+    vm = boinc.vm('t1')
+    rig.start()
+    reaches(vm, 'running')
+    rig.stop()
+    as_if_booted(vm)
+    note('as if booted')
+    with agent_on_offer('127.0.0.1', '', tmp_path):
+        rig.start()
+        wait_until(lambda: rig.task('t1')['cpu'] > 0, LONG_PATIENCE, 0.3)
+    note('progress seen')
+    rig.wait('t1', 'checkpoint>0', PATIENCE)
+    note('a checkpoint')
+    os.kill(vm_process(facts(vm)['UUID']), signal.SIGKILL)
+    wait_until(lambda: 'goes on from its last checkpoint' in rig.stderr('t1'), PATIENCE, 0.3)
+    note('its process died')
+    last = rig.task('t1')
+    wait_until(lambda: rig.task('t1')['fraction'] > last['fraction'] and rig.task('t1')['cpu'] > last['cpu'],
+               LONG_PATIENCE, 0.3)
+    note('further than before')
+    boinc.client.call('runCmd', vm, 'touch', ['finish'])
+    end = rig.wait('t1', 'done=true', LONG_PATIENCE)
+    note('ended')
+    assert (end['state'], end['exit']) == ('uploaded', 0), rig.stderr('t1')
+    with open(rig.file('t1', 'out')) as file:
+        lines = file.read().split('\n')
+    assert lines[:4] == ['apples', 'pears', 'and plums', '1']
+    print('CPU time %.2f s, of which the guest says %.2f s' % (
+        end['cpu'], boinc_rig.seconds_of(lines[4:6])))
+    assert end['cpu'] == pytest.approx(boinc_rig.seconds_of(lines[4:6]), rel=0.05, abs=0.05)
+    assert vm not in manage('list', 'vms') and not glob.glob(rig.path('data', 'slots', '*', '*'))
