@@ -49,9 +49,11 @@ class Screen:
 
     def write(self, data: bytes) -> None:
         """Bytes on standard output, at once."""
-        with naming_output():
+        try:
             self.out.buffer.write(data)
             self.out.buffer.flush()
+        except OSError as error:
+            raise of_output(error)
 
     def complain(self, text: str) -> None:
         """A line on standard error."""
@@ -162,8 +164,13 @@ def naming_output() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = 'standard output'
-        raise
+        raise of_output(error)
+
+
+def of_output(error: OSError) -> OSError:
+    """The same error, which says that it is standard output's."""
+    error.filename = 'standard output'
+    return error
 
 
 def has_no_reader(error: OSError) -> bool:

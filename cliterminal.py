@@ -2,8 +2,8 @@
 
 What it is not: what comes out of commands without a terminal (clicommands.py), or the verbs.
 
-Threads: ``input`` reads standard input, and has a connection of its own to the host agent; main shows output.
-No locks: what both use is a pipe.
+Threads: where there is no terminal, ``input`` reads standard input, and has a connection of its own to the
+host agent. No locks: it shares nothing.
 """
 
 import contextlib
@@ -14,20 +14,19 @@ import stat
 import sys
 import threading
 import time
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Tuple
 
 from cliscreen import Screen
 from faults import AgentNotConnected, BadState, DeadlineExceeded, VMHostError
-from hostclient import Client, NoHost
+from hostclient import END, SILENCE, Client, Line, NoHost
 
-PIECE = 256 * 1024             # bytes that are shown at once
+TYPED = 64 * 1024              # bytes of what is typed, or pasted, that are read at once
 READ = 1024 * 1024             # bytes of the input that are read, and handed over, at once
 KEPT = 4 * 1024 * 1024         # bytes of the input that may have to be sent again: more than the host holds
 RETRY = 0.5                    # seconds until a host or guest that is away is asked again
-OUTPUT_WAIT = 20.0             # seconds that one call waits for output
-PATIENCE = 10.0                # seconds after a command's end in which all of its output should have come
 ESCAPE, DETACH = ord('~'), ord('.')    # at the begin of a line, as in ssh
 LINE_ENDS = b'\r\n'
+FAREWELL = 2.0                 # seconds in which what was typed before that should be on its way
 REPLAYED = 16 * 1024           # bytes of what a terminal showed that are shown again to who comes back
 
 
@@ -61,6 +60,32 @@ class Escapes:
         return bytes(passed), False
 
 
+class Kept:
+    """What was read of standard input, the last of it: some may have to be sent again."""
+
+    def __init__(self, begun: bytes = b'') -> None:
+        self._data = bytearray(begun)
+        self.begin = 0                 # where that begins in the whole
+
+    @property
+    def end(self) -> int:
+        """Where the next byte comes."""
+        return self.begin + len(self._data)
+
+    def add(self, data: bytes) -> None:
+        """The next of it."""
+        self._data += data
+        surplus = len(self._data) - KEPT - len(data)
+        if surplus > KEPT:             # not each time: the rest is moved
+            del self._data[:surplus]
+            self.begin += surplus
+
+    def since(self, offset: int) -> bytes:
+        """From there on."""
+        with memoryview(self._data) as data:
+            return bytes(data[offset - self.begin:])
+
+
 class Input:
     """Standard input on its way to commands, as fast as the slowest of them reads.
 
@@ -68,82 +93,30 @@ class Input:
     restarted meanwhile.
     """
 
-    def __init__(self, folder: str, keys: List[str], begun: bytes = b'', is_terminal: bool = False,
-                 resized: Callable[[Client], None] = lambda host: None) -> None:
-        """folder: the host's; begun: what was read already; resized(host): the terminal has another size,
-        after ``resize``."""
+    def __init__(self, folder: str, keys: List[str], begun: bytes = b'') -> None:
+        """folder: the host's; begun: what was read already."""
         self._host = Client(folder)
-        self._escapes = Escapes() if is_terminal else None
-        self._resized = resized
         self._offsets: Dict[str, int] = dict.fromkeys(keys, 0)
-        self._kept = bytearray(begun)
-        self._begin = 0                # where that begins in the whole
+        self._kept = Kept(begun)
         self._is_over = False
-        self._wakeup, self._waker = os.pipe()
-        if os.name == 'posix':
-            os.set_blocking(self._waker, False)
 
     def start(self) -> None:
         """Reads on a thread of its own, which ends with this process."""
         threading.Thread(target=self.run, name='input', daemon=True).start()
 
-    def go_on_from(self, key: str, offset: int) -> None:
-        """What is read from now on comes there."""
-        self._offsets[key] = self._begin = offset
-
-    def resize(self) -> None:
-        """Has the thread tell the terminal's new size. A signal's handler may call it."""
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._waker, b'r')
-
     def run(self) -> None:
         """To the end of the input, or of the last command."""
         widen_pipe(0)
         try:
-            if self._kept:
+            if self._kept.end:
                 self._bring_to_all()
             while self._offsets and not self._is_over:
-                data = self._read()
+                data = read_input(READ)
                 self._is_over = not data
-                self._take(data)
+                self._kept.add(data)
                 self._bring_to_all()
         except VMHostError as error:   # main meets it, too, and tells it
-            if self._escapes is None:
-                sys.stderr.write('vmhost: standard input: %s\n' % error)
-        except Detached:
-            os.kill(os.getpid(), signal.SIGHUP)
-
-    def _read(self) -> bytes:
-        """What comes next; b'' at the end. Raises Detached."""
-        while True:
-            if os.name == 'posix':         # elsewhere select takes sockets alone, and no terminal is resized
-                ready, _, _ = select.select([0, self._wakeup], [], [])
-                if self._wakeup in ready:
-                    os.read(self._wakeup, 4096)
-                    with contextlib.suppress(VMHostError):
-                        self._resized(self._host)
-                if 0 not in ready:
-                    continue
-            try:
-                data = os.read(0, READ)
-            except OSError:                # the terminal is gone
-                data = b''
-            if self._escapes is None:
-                return data
-            if not data:
-                raise Detached
-            data, leaves = self._escapes.read(data)
-            if leaves:
-                raise Detached
-            if data:
-                return data
-
-    def _take(self, data: bytes) -> None:
-        self._kept += data
-        surplus = len(self._kept) - KEPT - len(data)
-        if surplus > KEPT:             # not each time: the rest is moved
-            del self._kept[:surplus]
-            self._begin += surplus
+            sys.stderr.write('vmhost: standard input: %s\n' % error)
 
     def _bring_to_all(self) -> None:
         for key in list(self._offsets):
@@ -151,11 +124,9 @@ class Input:
 
     def _bring(self, key: str) -> None:
         """To one command, all that is there. Raises VMHostError."""
-        end = self._begin + len(self._kept)
         while key in self._offsets:
             offset = self._offsets[key]
-            with memoryview(self._kept) as kept:
-                data = bytes(kept[offset - self._begin:])
+            data = self._kept.since(offset)
             try:
                 taken = self._host.put_input(key, data, self._is_over, offset)
             except (NoHost, AgentNotConnected, DeadlineExceeded):
@@ -165,7 +136,7 @@ class Input:
                 self._find_place(key)
                 continue
             self._offsets[key] = offset + taken
-            if offset + taken == end:
+            if offset + taken == self._kept.end:
                 return
 
     def _find_place(self, key: str) -> None:
@@ -174,10 +145,18 @@ class Input:
         offset = int(status['inOffset'])
         if status['ended']:
             del self._offsets[key]
-        elif offset == self._offsets[key] or not self._begin <= offset <= self._begin + len(self._kept):
+        elif offset == self._offsets[key] or not self._kept.begin <= offset <= self._kept.end:
             raise BadState('%s takes no more input' % key)
         else:
             self._offsets[key] = offset
+
+
+def read_input(most: int) -> bytes:
+    """What comes next of standard input; b'' at the end, and where the terminal is gone."""
+    try:
+        return os.read(0, most)
+    except OSError:
+        return b''
 
 
 SET_PIPE_SIZE = 1031           # fcntl's F_SETPIPE_SZ, which Python has from 3.10 on
@@ -231,60 +210,87 @@ class Visit:
         self._host = host
         self._screen = screen
         self._id = cmd_id
+        self._typed = 0                # bytes of the input so far
         self._offset = 0               # of the output
-        self._ended = 0.0              # monotonic: when the command was first seen to have ended
-        self._input = Input(host.folder, [cmd_id], b'', os.isatty(0), self._resize)
+        self._escapes = Escapes() if os.isatty(0) else None
+        self._is_over = False          # the input
+        self._resized, self._resize = os.pipe()
+        os.set_blocking(self._resize, False)
 
     def come_back(self) -> None:
         """Has the last of what the terminal showed shown again, and its programs draw anew."""
         status = self._host.call('getCmdStatus', self._id)
         begin = max(0, int(status['outSize']) - REPLAYED)
         shown = self._host.output(self._id, 'out', begin, REPLAYED).data
-        self._show(shown[shown.find(b'\n') + 1 if begin else 0:])
+        self._screen.write(shown[shown.find(b'\n') + 1 if begin else 0:])
         self._offset = begin + len(shown)
-        self._input.go_on_from(self._id, int(status['inOffset']))
+        self._typed = int(status['inOffset'])
         size = terminal_size()
         self._host.call('resizeCmd', self._id, size['rows'], max(1, size['columns'] - 1))
-        self._resize(self._host)
+        self._tell_size()
 
     def stay(self) -> None:
         """Until the command has ended. Raises Detached, or VMHostError."""
         before = {number: signal.signal(number, leave)
                   for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
-        before[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, lambda *_: self._input.resize())
+        before[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, self._note_size)
         try:
-            with raw_mode():
-                self._input.start()
-                while self._look():
-                    pass
+            with raw_mode(), contextlib.closing(self._host.terminal(self._id, self._offset)) as line:
+                goes_on = self._show(line)
+                while goes_on:
+                    goes_on = self._turn(line)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _look(self) -> bool:
-        """Shows what comes next; False at the end."""
-        try:
-            part = self._host.output(self._id, 'out', self._offset, PIECE, OUTPUT_WAIT)
-        except (AgentNotConnected, DeadlineExceeded):
-            if self._has_ended_long_ago():
-                raise
-            time.sleep(RETRY)
-            return True
-        self._show(part.data)
-        self._offset += len(part.data)
-        return not part.eof
+    def _note_size(self, *_: Any) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._resize, b'r')
 
-    def _has_ended_long_ago(self) -> bool:
-        if self._host.call('getCmdStatus', self._id, False)['ended']:
-            self._ended = self._ended or time.monotonic()
-        return bool(self._ended) and time.monotonic() - self._ended > PATIENCE
+    def _turn(self, line: Line) -> bool:
+        """Waits for what is typed or shown next, and passes it on; False at the end of the command."""
+        reading: List[Any] = [line, self._resized]
+        if line.has_room and not self._is_over:
+            reading.append(0)
+        ready, room, _ = select.select(reading, [line] if line.unsent else [], [], SILENCE)
+        if not (ready or room):
+            line.check_alive()
+        if 0 in ready:
+            self._pass_on(line)
+        if room:
+            line.flush()
+        if self._resized in ready:
+            os.read(self._resized, 4096)
+            self._tell_size()
+        return line not in ready or self._show(line)
 
-    def _show(self, data: bytes) -> None:
-        self._screen.write(data)
+    def _pass_on(self, line: Line) -> None:
+        """What was typed. Raises Detached."""
+        data, leaves = read_input(TYPED), False
+        if self._escapes is None:
+            self._is_over = not data
+        elif data:
+            data, leaves = self._escapes.read(data)
+        else:
+            leaves = True              # the terminal is gone
+        if data or self._is_over:
+            line.put(self._typed, data, self._is_over)
+            self._typed += len(data)
+        if leaves:
+            line.finish(FAREWELL)
+            raise Detached
 
-    def _resize(self, host: Client) -> None:
+    def _show(self, line: Line) -> bool:
+        for kind, offset, data in line.take():
+            if kind == END:
+                return False
+            self._screen.write(data)
+            self._offset = offset + len(data)
+        return True
+
+    def _tell_size(self) -> None:
         size = terminal_size()
-        host.call('resizeCmd', self._id, size['rows'], size['columns'])
+        self._host.call('resizeCmd', self._id, size['rows'], size['columns'])
 
 
 def leave(*_: Any) -> None:

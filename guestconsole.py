@@ -13,7 +13,7 @@ import logging
 import socket
 import threading
 import time
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 from guestinput import NOTICE, Piece, connect
 from guestreports import Reports, offsets_in
@@ -46,6 +46,7 @@ class Console:
         self.offsets: Dict[str, int] = {}      # of streams that are followed: what is told next
         self.until = 0.0               # monotonic: for so long
         self.ahead = 0                 # bytes that may be told before the host asks again
+        self.news: Set[str] = set()    # streams with output that is to be told
 
     def connect(self) -> bool:
         """Whether there is a connection, now or from before."""
@@ -114,10 +115,11 @@ class Console:
     def is_followed(self, now: float) -> bool:
         return bool(self.offsets) and now < self.until
 
-    def grown(self) -> Dict[str, int]:
-        """Of the followed streams, those with more output than was told."""
-        return {stream: offset for stream, offset in self.offsets.items()
-                if self.command.size(stream) > offset}
+    def grown(self, now: float) -> Set[str]:
+        """Of the followed streams, those with more output than was told, where that may be told."""
+        if not self.is_followed(now) or self.ahead <= 0:
+            return set()
+        return {stream for stream, offset in self.offsets.items() if self.command.size(stream) > offset}
 
 
 class Consoles:
@@ -206,7 +208,7 @@ class Consoles:
                     moments.append(console.ack_at)
                 is_followed = console.is_followed(now) and console.ahead > 0
                 if console.connection is None and (console.unsent or is_followed) \
-                        or is_followed and console.grown():
+                        or is_followed and console.grown(now):
                     moments.append(now + LOOK_EVERY)
         return min(moments) if moments else None
 
@@ -237,8 +239,8 @@ class Consoles:
     def _is_due(self, console: Console, now: float) -> bool:
         """Whether there is something to tell, and a word to spare. With the lock held."""
         is_acked = console.ack_at is not None and now >= console.ack_at
-        has_grown = console.is_followed(now) and console.ahead > 0 and bool(console.grown())
-        if not (is_acked or has_grown) or self._words < 1:
+        console.news = console.grown(now)
+        if not (is_acked or console.news) or self._words < 1:
             return False
         self._words -= 1
         console.ack_at = None
@@ -248,8 +250,9 @@ class Consoles:
         """How much input was taken, and the new output."""
         with self._lock:
             keys: Dict[str, Any] = {}
-            if console.is_followed(time.monotonic()) and console.ahead > 0:
-                keys, ends = self._reports.slices_from(console.command, console.grown())
+            if console.news:
+                offsets = {stream: console.offsets[stream] for stream in console.news}
+                keys, ends = self._reports.slices_from(console.command, offsets)
                 console.ahead -= sum(ends[stream] - console.offsets[stream] for stream in ends)
                 console.offsets.update(ends)
             if console.is_end_taken:

@@ -925,7 +925,8 @@ class Api:
     Much input and output goes faster as it is, without XML and base64. ``POST /input/ID?offset=N&eof=1`` is
     putCmdInput: it answers how many bytes were taken. ``GET /output/ID?stream=out&offset=N&length=N`` (and
     ``&timeout=S``) is getCmdOutput, with size and eof in the headers Vmhost-Size and Vmhost-Eof. An answer
-    that is a fault has its number in Vmhost-Fault.
+    that is a fault has its number in Vmhost-Fault. What the command line says to terminals it says on one
+    connection, by ``POST /terminal/ID`` with ``Upgrade: vmhost-terminal`` (hostterminal.py).
     """
 
     def __init__(self, host: Any) -> None:

@@ -14,8 +14,9 @@ import fnmatch
 import os
 import select
 import socket
+import struct
 import time
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 import localsocket
 import rpc
@@ -77,10 +78,27 @@ class Client:
         return self._ask('GET', path, b'',
                          lambda headers, answer: Slice(answer, headers['vmhost-eof'] == '1'))
 
+    def terminal(self, cmd_id: str, output: int) -> 'Line':
+        """The line to a command's terminal, whose output is shown from there on. Raises VMHostError."""
+        path = '/terminal/%s?output=%d' % (quoted(cmd_id), output)
+        return Line(self, self.reach(lambda: self._upgrade(path)))
+
+    def _upgrade(self, path: str) -> '_Connection':
+        connection = self._connect()   # one of its own: calls go on
+        code, headers, answer = connection.request('POST', path, b'', UPGRADE)
+        if code != 101:
+            connection.close()
+            self._check(code, headers, answer)
+        return connection
+
     def _ask(self, method: str, path: str, body: bytes, read: Callable[[Dict[str, str], bytes], Any]) -> Any:
         """What an answer says; read(headers, body) tells it. Raises VMHostError."""
+        return self.reach(lambda: read(*self._request(method, path, body)))
+
+    def reach(self, ask: Callable[[], Any]) -> Any:
+        """What ``ask`` gives; what it raises as VMHostError."""
         try:
-            return read(*self._request(method, path, body))
+            return ask()
         except rpc.Fault as fault:
             raise raised_by(fault)
         except OSError as error:
@@ -101,13 +119,17 @@ class Client:
             self._leave()
             self._connection = self._connect()
         code, headers, answer = self._connection.request(method, path, body)
+        self._check(code, headers, answer)
+        return headers, answer
+
+    def _check(self, code: int, headers: Dict[str, str], answer: bytes) -> None:
+        """Raises Fault, NoHost."""
         if 'vmhost-fault' in headers:
             raise rpc.Fault(int(headers['vmhost-fault']), answer.decode('utf-8', 'replace').strip())
         if code != 200:
             self._leave()
             raise NoHost('the host agent at %s refuses: %d %s'
                          % (self.address, code, answer.decode('utf-8', 'replace').strip()))
-        return headers, answer
 
     def _leave(self) -> None:
         if self._connection is not None:
@@ -128,7 +150,7 @@ class Client:
         if localsocket.peer_uid(connection) not in (0, owner):
             connection.close()
             raise AccessDenied('another user\'s program answers at %s: restart the host agent' % path)
-        return _Connection(connection).trusted(self._check_alive)
+        return _Connection(connection).trusted(self.check_alive)
 
     def _connect_by_tcp(self) -> '_Connection':
         host, _, port = self.address.rpartition(':')
@@ -142,9 +164,9 @@ class Client:
             connection.close()
             raise AccessDenied('what answers at %s does not know the token in %s: restart the host agent'
                                % (self.address, os.path.join(self.folder, 'xmlrpc.token')))
-        return connection.trusted(self._check_alive, 'Bearer ' + token)
+        return connection.trusted(self.check_alive, 'Bearer ' + token)
 
-    def _check_alive(self) -> None:
+    def check_alive(self) -> None:
         """An answer may take hours, and comes from a host agent that answers others. Raises OSError."""
         other = Client(self.folder)
         try:
@@ -227,10 +249,11 @@ class _Connection:
         self._socket.settimeout(None)
         return self
 
-    def request(self, method: str, path: str, body: bytes = b'',
+    def request(self, method: str, path: str, body: bytes = b'', further: Optional[Dict[str, str]] = None,
                 patience: Optional[float] = None) -> Tuple[int, Dict[str, str], bytes]:
         """(status, headers, body) of the answer, within so many seconds. Raises OSError, ValueError."""
         lines = ['%s %s HTTP/1.1' % (method, path), 'Host: localhost', 'Content-Length: %d' % len(body)]
+        lines += ['%s: %s' % item for item in (further or {}).items()]
         if self._authorization:
             lines.append('Authorization: ' + self._authorization)
         self._send('\r\n'.join(lines + ['', '']).encode('latin-1') + body)
@@ -242,6 +265,8 @@ class _Connection:
         for line in iter(self._line, ''):
             name, _, value = line.partition(':')
             headers[name.lower()] = value.strip()
+        if status[1] == '101':         # what follows is no HTTP
+            return 101, headers, b''
         length = int(headers.get('content-length', -1))
         if length < 0:
             raise ValueError('no Content-Length')
@@ -281,6 +306,11 @@ class _Connection:
             raise ConnectionResetError('it went away before it answered')
         return line.decode('latin-1').strip()
 
+    def detach(self) -> Tuple[socket.socket, bytes]:
+        """The socket, which no longer blocks, and what it has brought already."""
+        self._socket.setblocking(False)
+        return self._socket, self._file.peek()
+
     def is_over(self) -> bool:
         """Whether the other side has left, or says what nobody asked for."""
         return bool(select.select([self._socket], [], [], 0)[0])
@@ -290,6 +320,108 @@ class _Connection:
         with contextlib.suppress(OSError):
             self._file.close()
             self._socket.close()
+
+
+# --- a terminal's line -----------------------------------------------------------------------
+
+UPGRADE = {'Connection': 'Upgrade', 'Upgrade': 'vmhost-terminal'}
+PIECE = struct.Struct('!cQI')          # kind, offset in the whole, length; then so many bytes
+INPUT, LAST_INPUT, OUTPUT, END, FAULT = b'i', b'l', b'o', b'e', b'f'    # kinds
+LONGEST_PIECE = 1024 * 1024            # bytes
+UNSENT = 256 * 1024                    # bytes that wait for the host agent; no more should be read then
+
+
+class Pieces:
+    """Takes bytes as they come, gives the whole pieces."""
+
+    def __init__(self) -> None:
+        self._received = bytearray()
+
+    def take(self, data: bytes) -> Iterator[Tuple[bytes, int, bytes]]:
+        """(kind, offset, bytes) of each that is whole now. Raises ValueError."""
+        self._received += data
+        while len(self._received) >= PIECE.size:
+            kind, offset, length = PIECE.unpack_from(self._received)
+            if length > LONGEST_PIECE:
+                raise ValueError('a piece of %d bytes' % length)
+            end = PIECE.size + length
+            if len(self._received) < end:
+                return
+            content = bytes(self._received[PIECE.size:end])
+            del self._received[:end]
+            yield kind, offset, content
+
+
+class Line:
+    """A command's terminal: what is typed goes there, what it shows comes, both as it happens.
+
+    But for ``finish`` its methods never wait; ``fileno`` is for select.
+    """
+
+    def __init__(self, client: Client, connection: _Connection) -> None:
+        self._client = client
+        self._connection = connection
+        self._socket, self._begun = connection.detach()
+        self._pieces = Pieces()
+        self._fault: Optional[rpc.Fault] = None
+        self.unsent = bytearray()      # that the host agent has no room for
+
+    def fileno(self) -> int:
+        """Of its connection."""
+        return self._socket.fileno()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more may be put now."""
+        return len(self.unsent) < UNSENT
+
+    def put(self, offset: int, data: bytes, is_last: bool = False) -> None:
+        """The next of the input, and where that begins. Raises VMHostError."""
+        self.unsent += PIECE.pack(LAST_INPUT if is_last else INPUT, offset, len(data)) + data
+        self.flush()
+
+    def flush(self) -> None:
+        """Sends what there is room for. Raises VMHostError."""
+        self._client.reach(self._flush)
+
+    def _flush(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            del self.unsent[:self._socket.send(self.unsent)]
+
+    def check_alive(self) -> None:
+        """Nothing has come for SILENCE seconds. Raises NoHost where that is since nobody is there."""
+        self._client.reach(self._client.check_alive)
+
+    def finish(self, timeout: float) -> None:
+        """Sends the rest of what was put, if there is room within so many seconds. Raises VMHostError."""
+        deadline = time.monotonic() + timeout
+        while self.unsent and select.select([], [self], [], max(0.0, deadline - time.monotonic()))[1]:
+            self.flush()
+
+    def take(self) -> List[Tuple[bytes, int, bytes]]:
+        """(OUTPUT or END, offset, bytes) of what has come. Raises VMHostError."""
+        return self._client.reach(self._take)      # type: ignore[no-any-return]
+
+    def _take(self) -> List[Tuple[bytes, int, bytes]]:
+        data, self._begun = self._begun, b''
+        if self._fault is not None:
+            raise self._fault
+        if not data:
+            try:
+                data = self._socket.recv(LARGE)
+            except BlockingIOError:
+                return []
+            if not data:
+                raise ConnectionResetError('it went away')
+        taken = list(self._pieces.take(data))
+        if taken and taken[-1][0] == FAULT:    # nothing follows
+            code, _, text = taken.pop()[2].decode('utf-8', 'replace').partition(' ')
+            self._fault = rpc.Fault(int(code), text)
+        return taken
+
+    def close(self) -> None:
+        """Leaves; the command goes on."""
+        self._connection.close()
 
 
 def quoted(text: str) -> str:

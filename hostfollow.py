@@ -8,7 +8,7 @@ Threads: any thread may wait; ``link`` brings what guests tell. One lock for the
 import base64
 import threading
 import time
-from typing import Dict, Optional, Tuple
+from typing import Callable, Dict, List, Optional, Tuple
 
 from hostjournal import Execution
 from protocol import BadWord, Message
@@ -55,12 +55,37 @@ class Followed:
     def __init__(self) -> None:
         self.changed = threading.Condition(threading.Lock())
         self.used = time.monotonic()   # when somebody waited last
+        self._sinks: List[Callable[[], None]] = []
         self._streams = {'out': _Stream(), 'err': _Stream()}
 
     def read(self, stream: str, offset: int, length: int) -> bytes:
         """What is here from that offset on."""
         self.used = time.monotonic()
         return self._streams[stream].read(offset, length)
+
+    def peek(self, stream: str, offset: int, length: int) -> bytes:
+        """The same, for a sink."""
+        return self._streams[stream].read(offset, length)
+
+    def add_sink(self, sink: Callable[[], None]) -> None:
+        """Has it called on ``link``, within ``changed``, whenever there is something new."""
+        with self.changed:
+            self._sinks.append(sink)
+
+    def remove_sink(self, sink: Callable[[], None]) -> None:
+        """It is called no more."""
+        with self.changed:
+            self._sinks.remove(sink)
+
+    def is_idle(self, now: float) -> bool:
+        """Whether nobody waits any more."""
+        return not self._sinks and now - self.used > IDLE
+
+    def tell(self) -> None:
+        """Those who wait."""
+        for sink in self._sinks:
+            sink()
+        self.changed.notify_all()
 
     def must_ask(self, stream: str, offset: int, timeout: float) -> float:
         """For how many seconds the guest should be asked to tell what comes from there on; 0: it does so."""
@@ -105,7 +130,7 @@ class Follows:
         """Of a command, from now on."""
         with self._lock:
             now = time.monotonic()
-            for index in [index for index, one in self._followed.items() if now - one.used > IDLE]:
+            for index in [index for index, one in self._followed.items() if one.is_idle(now)]:
                 del self._followed[index]
             return self._followed.setdefault(execution.index, Followed())
 
@@ -120,7 +145,7 @@ class Follows:
             with followed.changed:
                 if message.word == 'CMD_STATUS':
                     followed.hear(message)
-                followed.changed.notify_all()
+                followed.tell()
 
     def joined(self, vm_id: str) -> None:
         """A guest is there, perhaps again: it may have forgotten who waits."""
@@ -129,4 +154,4 @@ class Follows:
         for followed in found:
             with followed.changed:
                 followed.doubt()
-                followed.changed.notify_all()
+                followed.tell()

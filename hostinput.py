@@ -124,7 +124,16 @@ class Inputs:
         if found.execution.ended:
             raise BadState('%s has ended' % found.execution.key)
         if not found.is_terminal:
-            raise BadState('%s has no terminal: run it with the option terminal' % found.execution.key)
+            raise no_terminal(found.execution)
+
+    def check_terminal(self, execution: Execution) -> None:
+        """Raises BadState for a command without one."""
+        if 'terminal' not in self._options(execution):
+            raise no_terminal(execution)
+
+    def _options(self, execution: Execution) -> Dict[str, Any]:
+        options = self._commands.request(execution.cmd_id)['request']['options']   # type: Dict[str, Any]
+        return options
 
     def next_offset(self, execution: Execution, refresh: bool) -> int:
         """Where the next byte of the input comes, as far as it is known; its guest may be asked."""
@@ -141,7 +150,7 @@ class Inputs:
             found = self._inputs.get(execution)
         if found is not None:
             return found
-        options = self._commands.request(execution.cmd_id)['request']['options']
+        options = self._options(execution)
         if options.get('stdin') != STREAM and 'terminal' not in options:
             raise BadState('the input of %s is not streamed: run it with the option stdin=\'%s\', or terminal'
                            % (execution.key, STREAM))
@@ -240,3 +249,8 @@ class Inputs:
     def _all(self) -> list:
         with self._lock:
             return list(self._inputs.values())
+
+
+def no_terminal(execution: Execution) -> BadState:
+    """What is raised for a command without one."""
+    return BadState('%s has no terminal: run it with the option terminal' % execution.key)

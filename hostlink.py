@@ -2,8 +2,8 @@
 
 What it is not: what the words mean (hostwords.py), or the STOMP protocol (protocol.py, stompbroker.py).
 
-Threads: ``link`` (protocol.Link) calls ``hear`` and ``on_up``; ``broker`` is the embedded broker's. ``say``
-may be called from any thread. No locks of its own.
+Threads: ``link`` (protocol.Link's, or InnerLink's) calls ``hear`` and ``on_up``; ``broker`` is the embedded
+broker's. ``say`` may be called from any thread. No locks of its own.
 """
 
 import contextlib
@@ -20,12 +20,67 @@ import stompbroker
 from faults import VMHostError
 from hostpolicy import HostPolicy
 from hosttrust import Session, Trust
+from stompdoor import Door
 
 log = logging.getLogger('vmhost')
 
 STRANGERS = 64                 # connections of one address that have not said HELLO yet
 ROLL_CALL_EVERY = 2.0          # seconds between two requests to all guests to say HELLO
-EMBEDDED_TIMEOUT = 10.0        # seconds in which the embedded broker must answer
+
+
+class InnerLink:
+    """The host's way to its embedded broker: what protocol.Link is to another one, without a socket."""
+
+    server = stompbroker.SERVER
+    local_address = peer_address = ('', 0)
+    last_error = ''
+
+    def __init__(self, broker: stompbroker.Broker, on_up: Callable[[Any], None],
+                 on_message: Callable[[Any], None], on_down: Callable[[str], None]) -> None:
+        """The callbacks are protocol.Link's, and called on the thread ``link``. Raises LocalError."""
+        self._new_frame = protocol.import_stomper().Frame
+        self._door = Door(broker, (protocol.CONNECTIONS, protocol.CMD_RESPONSES))
+        self._on_up = on_up
+        self._on_message = on_message
+        self._on_down = on_down
+        self.up = False
+        self._thread = threading.Thread(target=self._run, name='link', daemon=True)
+
+    def start(self) -> None:
+        """Once the broker has been started."""
+        self.up = True
+        self._thread.start()
+
+    def close(self, timeout: float = 2.5) -> None:
+        """Ends the thread."""
+        self._door.close()
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+            if self._thread.is_alive():
+                log.warning('thread %s still runs after %s s', self._thread.name, timeout)
+
+    def send(self, destination: str, headers: Dict[str, str], body: bytes) -> bool:
+        """As protocol.Link's; mostly it is with its receiver's system when this returns."""
+        return self.up and self._door.send(destination, headers, body)
+
+    def _run(self) -> None:
+        self._call(self._on_up, self)
+        for frames in iter(self._door.wait, None):
+            for wire in frames:
+                frame = self._new_frame()
+                frame.cmd, frame.headers = wire.command, wire.headers
+                frame.body = wire.body.decode('utf-8', 'replace')
+                self._call(self._on_message, frame)
+            self._door.taken()
+        self.up = False
+        self._call(self._on_down, 'the embedded broker has ended')
+
+    def _call(self, callback: Callable[[Any], None], argument: Any) -> None:
+        """What it raised is logged, and the link lives on."""
+        try:
+            callback(argument)
+        except Exception:
+            log.exception('in a callback of the link')
 
 
 class Connection:
@@ -39,12 +94,11 @@ class Connection:
         self.address = '', 0                   # of the broker, as configured, or as it listens
         self._policy: Optional[HostPolicy] = None      # the embedded broker's
         self._broker: Optional[stompbroker.Broker] = None
-        self._link: Optional[protocol.Link] = None
+        self._link: Any = None                 # a protocol.Link, or an InnerLink
         self._settings = settings.Broker
         self._beacon_grace = settings.Host.vm_gc_grace
         self._hear = hear
         self._on_up = on_up
-        self._came_up = threading.Event()
         self._closing = False
         self._last_roll_call = -ROLL_CALL_EVERY
 
@@ -54,19 +108,18 @@ class Connection:
         Raises VMHostError, ConfigError or ProtocolError with a sentence.
         """
         self.address = host, self._settings.port
-        secret = secrets.token_urlsafe(24)
-        if self._settings.embedded:
-            self._start_broker(host, secret)
-        self._start_link(secret)
+        self._link = self._make_link() if not self._settings.embedded else self._start_broker(host)
+        self._link.start()
 
-    def _start_broker(self, host: str, secret: str) -> None:
+    def _start_broker(self, host: str) -> InnerLink:
         settings = self._settings
-        self._policy = HostPolicy(secret, self._trust.judge_first)
+        self._policy = HostPolicy(self._trust.judge_first)
         self._trust.watch_connections(self._policy.is_there)
         self._broker = stompbroker.Broker(
             host, settings.port, login=settings.username, passcode=settings.password,
             tls=server_tls(settings), policy=self._policy, heartbeat=settings.heartbeat,
             max_frame=settings.max_frame, unidentified=STRANGERS)
+        link = InnerLink(self._broker, self._link_up, self._hear, self._link_down)
         try:
             self._broker.start()
         except stompbroker.BrokerError as error:
@@ -75,22 +128,16 @@ class Connection:
             raise VMHostError('the broker can\'t listen on %s:%s ([Broker] host, port): %s'
                               % (host, settings.port, why))
         self.address = self._broker.address
+        return link
 
-    def _start_link(self, secret: str) -> None:
-        settings, embedded = self._settings, self._broker is not None
-        ca_file = settings.ca_file or (settings.cert_file if embedded else '')
-        tls = agent.client_tls(ca_file) if settings.tls else None
-        if tls is not None and embedded:
-            tls.check_hostname = False      # our own certificate, on our own machine
-        self._link = protocol.Link(
+    def _make_link(self) -> protocol.Link:
+        settings = self._settings
+        return protocol.Link(
             lambda: [self.address], [(protocol.CONNECTIONS, 'client-individual'),
                                      (protocol.CMD_RESPONSES, 'client-individual')],
             self._link_up, self._hear, self._link_down, settings.username, settings.password,
-            settings.heartbeat, tls, {'vmhost-secret': secret} if embedded else {},
-            settings.max_frame, first_delay=0.05 if embedded else protocol.FIRST_DELAY)
-        self._link.start()
-        if embedded and not self._came_up.wait(EMBEDDED_TIMEOUT):
-            raise VMHostError('the embedded broker doesn\'t answer: %s' % self._link.last_error)
+            settings.heartbeat, agent.client_tls(settings.ca_file) if settings.tls else None,
+            max_body=settings.max_frame)
 
     def stop(self) -> None:
         """Says BYE, and stops link and broker."""
@@ -102,8 +149,7 @@ class Connection:
         if self._broker is not None:
             self._broker.stop()
 
-    def _link_up(self, link: protocol.Link) -> None:
-        self._came_up.set()
+    def _link_up(self, link: Any) -> None:
         self._on_up()
         self.call_the_roll()
 

@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from typing import Any, Callable, Dict, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import agent
 import chirplocal
@@ -22,7 +22,7 @@ import protocol
 from faults import AgentNotConnected, BadState, DeadlineExceeded, NoFiles, VMHostError
 from hostcommands import Commands, inline_output
 from hostcontrol import Control
-from hostfollow import Follows, slice_in
+from hostfollow import Followed, Follows, slice_in
 from hostjournal import FINISHED, Execution
 from hostmachines import Machines
 from hoststate import StateFolder
@@ -253,21 +253,36 @@ class Output:
         deadline = time.monotonic() + timeout
         followed = self.follows.of(execution)
         while not execution.done.is_set() and time.monotonic() < deadline:
-            is_there = self._machines.can_answer(execution.vm_id) and execution.state == 'running'
-            with followed.changed:
-                data = followed.read(stream, offset, length)
-                seconds = followed.must_ask(stream, offset, timeout) if is_there and not data else 0
-            if data:
-                return output_slice(data, offset, execution.status.get(stream + '-size', 0), False)
-            if seconds:
-                self._control.query(execution, **{stream + '-offset': offset, 'follow': seconds,
-                                                  'max': min(length, OUTPUT_SLICE)})
+            found = self._look(followed, execution, stream, offset, length, timeout)
+            if found is not None:
+                return found
             with followed.changed:
                 if not followed.read(stream, offset, length) and not execution.done.is_set():
                     followed.changed.wait(max(0.0, min(LONGEST_PAUSE, deadline - time.monotonic())))
         if execution.done.is_set() or not self._machines.can_answer(execution.vm_id):
             return self.read(execution, stream, offset, length)
         return output_slice(b'', offset, execution.status.get(stream + '-size', 0), False)
+
+    def look(self, execution: Execution, stream: str, offset: int, length: int,
+             timeout: float) -> Optional[Dict[str, Any]]:
+        """What there is by now, or None; its guest tells by itself for so many seconds what comes. Raises as
+        ``read``."""
+        if execution.done.is_set() or not self._machines.can_answer(execution.vm_id):
+            return self.read(execution, stream, offset, length)
+        return self._look(self.follows.of(execution), execution, stream, offset, length, timeout)
+
+    def _look(self, followed: Followed, execution: Execution, stream: str, offset: int, length: int,
+              timeout: float) -> Optional[Dict[str, Any]]:
+        is_there = self._machines.can_answer(execution.vm_id) and execution.state == 'running'
+        with followed.changed:
+            data = followed.read(stream, offset, length)
+            seconds = followed.must_ask(stream, offset, timeout) if is_there and not data else 0
+        if data:
+            return output_slice(data, offset, execution.status.get(stream + '-size', 0), False)
+        if seconds:
+            self._control.query(execution, **{stream + '-offset': offset, 'follow': seconds,
+                                              'max': min(length, OUTPUT_SLICE)})
+        return None
 
     def _ask(self, execution: Execution, stream: str, offset: int, length: int) -> Dict[str, Any]:
         """A slice by CMD_QUERY and CMD_STATUS."""

@@ -6,7 +6,6 @@ tells the host which connection a word came by.
 Threads: the broker's calls the methods of Policy, the host's ``link`` the others. One lock, for the table.
 """
 
-import hmac
 import threading
 from typing import Any, Callable, Dict, List, Optional
 
@@ -19,16 +18,15 @@ CLAIMS = 8                     # connections that claim one id; the oldest that 
 
 
 class _Role:
-    """Who a connection to the embedded broker is."""
+    """Which guest a connection to the embedded broker is."""
 
-    def __init__(self, is_host: bool) -> None:
-        self.is_host = is_host
+    def __init__(self) -> None:
         self.id = ''                   # that it claims
         self.proved = False            # whether it has proved that
 
 
 class HostPolicy(stompbroker.Policy):
-    """The host's own connection is known by a secret; all others are guests.
+    """All connections are guests': the host itself has a door.
 
     A guest may SEND to connections and cmd_responses alone, SUBSCRIBE to cmd_requests alone, and is bound to
     the id of its first HELLO. It is sent what is for that id, once it has proved it; before that, what is for
@@ -37,9 +35,8 @@ class HostPolicy(stompbroker.Policy):
     says, the number.
     """
 
-    def __init__(self, secret: str, judge: Callable[[str, protocol.Message], None]) -> None:
+    def __init__(self, judge: Callable[[str, protocol.Message], None]) -> None:
         """``judge``: raises an exception with a sentence for a HELLO that is refused; must not block."""
-        self._secret = secret
         self._judge = judge
         # Guards the tables; nothing is called while it is held.
         self._lock = threading.Lock()
@@ -50,23 +47,18 @@ class HostPolicy(stompbroker.Policy):
     # The broker's questions.
 
     def connecting(self, session: Any, headers: Dict[str, str]) -> None:
-        secret = headers.get('vmhost-secret', '')
-        role = session.policy_data = _Role(hmac.compare_digest(secret.encode(), self._secret.encode()))
-        session.essential = role.is_host
-        if not role.is_host:
-            session.identified = False
-            session.rate, session.byte_rate = RATE, BYTE_RATE
-            with self._lock:
-                self._connections[session.id] = session
+        session.policy_data = _Role()
+        session.identified = False
+        session.rate, session.byte_rate = RATE, BYTE_RATE
+        with self._lock:
+            self._connections[session.id] = session
 
     def subscribing(self, session: Any, destination: str, headers: Dict[str, str]) -> None:
-        if not session.policy_data.is_host and destination != protocol.CMD_REQUESTS:
+        if destination != protocol.CMD_REQUESTS:
             raise stompbroker.Refused('a guest may subscribe to %s alone' % protocol.CMD_REQUESTS)
 
     def sending(self, session: Any, destination: str, frame: Any) -> bool:
         role = session.policy_data
-        if role.is_host:
-            return True
         if destination not in (protocol.CONNECTIONS, protocol.CMD_RESPONSES):
             raise stompbroker.Refused('a guest may not send to %.100s' % destination)
         if not role.id:
@@ -109,9 +101,7 @@ class HostPolicy(stompbroker.Policy):
     def audience(self, destination: str, frame: Any) -> Optional[Callable[[Any], bool]]:
         connection, to = frame.headers.pop('connection', ''), frame.headers.get('to', '')
         if destination != protocol.CMD_REQUESTS:
-            if connection:
-                frame.headers['connection'] = connection
-            return is_hosts
+            return is_nobody           # the host's own are at its door
         with self._lock:
             target = self._connections.get(connection) if connection else self._proved.get(to)
         if to == '*' and not connection:
@@ -146,9 +136,9 @@ class HostPolicy(stompbroker.Policy):
                 self._proved[session.policy_data.id] = session
 
 
-def is_hosts(session: Any) -> bool:
-    """Whether that is the host's own connection."""
-    return bool(session.policy_data.is_host)
+def is_nobody(session: Any) -> bool:
+    """What is for no client."""
+    return False
 
 
 def is_anybody(session: Any) -> bool:

@@ -23,6 +23,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import agent
 import hoststreams
+import hostterminal
 import localsocket
 from faults import InvalidParams, NoSuchCommand, VMHostError
 from hostapi import ALIASES, PARTS, Api
@@ -30,6 +31,7 @@ from hostclient import EVERYWHERE, USER, proof
 from hostdispatch import Dispatcher
 from hostpages import PAGE_HEADERS, StatusPage, page_headers, visits_in
 from hosttrust import is_loopback
+from rpc import Fault
 
 log = logging.getLogger('vmhost')
 
@@ -188,6 +190,8 @@ class Connection:
                 return False
             request = Request(head)
             log.debug('%s %s %.200s', self._client, request.method, request.path)
+            if request.path.startswith(hostterminal.PATH):
+                return self._show_terminal(request)
             if hoststreams.split(request.path)[0]:
                 self._pass_bytes(request)
             elif request.method == 'POST':
@@ -271,9 +275,9 @@ class Connection:
             raise Refused(404, 'calls go to / or /RPC2')
         body = self._read_body(request)
         if len(body) == request.length():
-            self._server.asked = time.monotonic()
+            self._server.note_asked()
             answer = self._server.dispatcher.answer(body, self._client)
-            self._server.asked = time.monotonic()      # the call may have taken long
+            self._server.note_asked()      # the call may have taken long
             self._respond(200, 'text/xml; charset=utf-8', answer)
 
     def _pass_bytes(self, request: Request) -> None:
@@ -286,10 +290,28 @@ class Connection:
         body = self._read_body(request) if request.method == 'POST' else b''
         if request.method == 'POST' and len(body) < request.length():
             return
-        self._server.asked = time.monotonic()
+        self._server.note_asked()
         answer = self._server.dispatcher.pass_bytes(request.path, request.query, body, self._client)
-        self._server.asked = time.monotonic()
+        self._server.note_asked()
         self._respond(answer.code, 'application/octet-stream', answer.body, answer.headers)
+
+    def _show_terminal(self, request: Request) -> bool:
+        """Gives this connection to a command's terminal, to its end; True where that can't be."""
+        self._check_origin(request)
+        self._admit(request)
+        if request.method != 'POST' or request.headers.get('upgrade') != hostterminal.PROTOCOL:
+            raise Refused(405, '%sID takes POST, with Upgrade: %s'
+                          % (hostterminal.PATH, hostterminal.PROTOCOL))
+        try:
+            line = hostterminal.open_line(self._server.host, self._socket, request.path, request.query,
+                                          self._server.note_asked)
+        except Fault as fault:
+            answer = hoststreams.refusal(fault)
+            self._respond(answer.code, 'application/octet-stream', answer.body, answer.headers)
+            return True
+        self._socket.sendall(hostterminal.SWITCHING)
+        line.serve(self._received)
+        return False
 
     def _show(self, request: Request) -> None:
         """A page, what the status page asks for, or the proof that this is the host agent."""
@@ -376,6 +398,10 @@ class Server:
         """Serves, on the thread ``xmlrpc``; the file xmlrpc.address tells clients where."""
         self._thread.start()
         self._folder.write(ADDRESS, '%s:%s' % self.address)
+
+    def note_asked(self) -> None:
+        """Somebody is there."""
+        self.asked = time.monotonic()
 
     def own_url(self) -> str:
         """Where a browser on this machine finds this server."""

@@ -50,7 +50,12 @@ def answer(call: Callable[[str, list], Any], path: str, query: Dict[str, str], b
                                       number(query, 'length', 65536), number(query, 'timeout', 0)])
         return Answer(200, {SIZE: '%d' % found['size'], EOF: '%d' % found['eof']}, found['data'].data)
     except Fault as fault:
-        return Answer(STATUS.get(fault.code, 500), {FAULT: '%d' % fault.code}, (fault.text + '\n').encode())
+        return refusal(fault)
+
+
+def refusal(fault: Fault) -> Answer:
+    """The answer to what raised it."""
+    return Answer(STATUS.get(fault.code, 500), {FAULT: '%d' % fault.code}, (fault.text + '\n').encode())
 
 
 def number(query: Dict[str, str], name: str, default: float) -> float:

@@ -8,7 +8,8 @@ From the socket inwards: ``Listener``, ``Connection`` (its ``State``, ``Outbox``
 (what the client says, in STOMP), destinations; ``Broker`` is the loop round them.
 
 Threads: one, named ``broker``. It owns every socket, session and destination, so nothing here needs a
-lock. From any thread: ``start``, ``stop``, ``counters``, ``status``, ``address`` and ``fileno``.
+lock but the one that is held for each round: the broker's turn, which ``do`` takes between two rounds.
+From any thread: ``start``, ``stop``, ``do``, ``counters``, ``status``, ``address`` and ``fileno``.
 
 Why it is made so (bench/broker.py, 2 cores, messages of 64 bytes, each beside this design in one run).
 What one ``recv`` brings is gathered, and each session gets what it is owed in one write. Tried, and lost:
@@ -59,6 +60,9 @@ LONGEST_END = 30.0                        # seconds that a client has to read it
 LINGER = 2.0                              # seconds from our last byte to the socket's end
 MOST_FOR_SELECT = 500                     # connections that select() can look after
 LONGEST_SLEEP = 3600.0                    # seconds; system calls don't take any number
+# Selectors that notice what another thread changes while they wait.
+SHARED = tuple(getattr(selectors, name) for name in ('EpollSelector', 'KqueueSelector')
+               if hasattr(selectors, name))
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 TRIES_FOR_A_PORT = 20                     # that is free on each of several addresses
 NO_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
@@ -717,9 +721,12 @@ class Alarms:
 
     def patience(self) -> Optional[float]:
         """Seconds until the next one."""
-        if not self._times:
-            return None
-        return min(max(0.0, self._times[0][0] - time.monotonic()), LONGEST_SLEEP)
+        return min(max(0.0, self.first - time.monotonic()), LONGEST_SLEEP) if self._times else None
+
+    @property
+    def first(self) -> float:
+        """When the next one is."""
+        return self._times[0][0] if self._times else NEVER
 
     def delay(self, now: float) -> float:
         """Seconds by which the next one is late."""
@@ -871,6 +878,9 @@ class Broker:
         self._thread = None      # type: Optional[threading.Thread]
         self._stopping = False
         self._questions = collections.deque()  # type: collections.deque[queue.Queue[List[Status]]]
+        self._turn = threading.Lock()      # held while anything of the broker changes, but not while it waits
+        self._jobs = collections.deque()  # type: collections.deque[Callable[[], None]]
+        self._shares_turns = True          # whether other threads may take one
         self._most_connections = self.limits.connections
         self._connections = {}   # type: Dict[int, Connection]
         self._to_flush = []      # type: List[Connection]
@@ -889,6 +899,7 @@ class Broker:
         self._selector = selectors.DefaultSelector()
         if isinstance(self._selector, selectors.SelectSelector):      # on Windows, and bounded there
             self._most_connections = min(self._most_connections, MOST_FOR_SELECT)
+        self._shares_turns = isinstance(self._selector, SHARED)
         self._wakee, self._waker = socket.socketpair()
         self._wakee.setblocking(False)
         self._selector.register(self._wakee, READ, self._woken)
@@ -975,6 +986,30 @@ class Broker:
         assert self._waker is not None
         return self._waker.fileno()
 
+    def do(self, job: Callable[[], None]) -> None:
+        """Has that done in the broker's turn: at once if it waits for its clients, else at the end of the
+        round that goes on. Never waits; jobs keep their order."""
+        self._jobs.append(job)
+        if self._shares_turns:
+            self._do_jobs()
+        else:
+            self._wake()
+
+    def _do_jobs(self) -> None:
+        """Whoever has the turn does the jobs of those who didn't get it, and looks once more afterwards."""
+        while self._jobs and self._turn.acquire(False):
+            try:
+                self.now, first = time.monotonic(), self.alarms.first
+                while self._jobs:
+                    self._jobs.popleft()()
+                self._deliver()
+                if self.alarms.first < first:
+                    self._wake()           # it would sleep longer than that
+            except Exception:
+                log.exception('a job of the broker\'s')
+            finally:
+                self._turn.release()
+
     def counters(self) -> Dict[str, int]:
         """What it did so far, and holds now."""
         counted = dict(vars(self.count))
@@ -1001,15 +1036,20 @@ class Broker:
     def _run(self) -> None:
         try:
             while not self._stopping:
-                self._round()
+                ready = self._selector.select(self.alarms.patience())
+                with self._turn:
+                    self._round(ready)
+                self._do_jobs()
         except Exception as error:
             log.exception('the broker ends')
             self.failure = error
         finally:
-            self._close_all()
+            with self._turn:
+                self._close_all()
+            self._shares_turns = True      # nobody else is there any more
+            self._do_jobs()
 
-    def _round(self) -> None:
-        ready = self._selector.select(self.alarms.patience())
+    def _round(self, ready: List[Tuple[selectors.SelectorKey, int]]) -> None:
         self.now = time.monotonic()
         enough = self.count.bytes_in + READ_AT_ONCE
         for key, events in ready:
@@ -1040,6 +1080,8 @@ class Broker:
     def _close_all(self) -> None:
         for connection in list(self._connections.values()):
             connection.close('the broker stops')
+        for door in set(self.destinations.doors.values()):
+            door.shut()
         for listener in self._listeners:
             listener.close()
         self._listeners = []

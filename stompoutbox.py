@@ -185,33 +185,37 @@ class Lanes:
         self.waiting = 0                   # bytes
 
     def put(self, sender: Any, parts: Tuple[bytes, ...], delivery: Optional[Delivery]) -> None:
-        size = sum(map(len, parts))
+        """A frame in bytes, for an outbox."""
+        self.add(sender, sum(map(len, parts)), (parts, delivery))
+
+    def add(self, sender: Any, size: int, frame: Any) -> None:
+        """A frame of so many bytes, in whatever form."""
         if sender not in self._lanes:
             self._lanes[sender] = collections.deque()
-        self._lanes[sender].append((size, parts, delivery))
+        self._lanes[sender].append((size, frame))
         self.waiting += size
         sender.backlog += size
 
-    def _take(self) -> Tuple[Tuple[bytes, ...], Optional[Delivery]]:
+    def take(self) -> Any:
         """The next frame; its sender is the last to be served again."""
         sender, lane = self._lanes.popitem(last=False)
-        size, parts, delivery = lane.popleft()
+        size, frame = lane.popleft()
         if lane:
             self._lanes[sender] = lane
         self.waiting -= size
         sender.backlog -= size
         if sender.backlog < SHARE // 2:
             sender.go_on()
-        return parts, delivery
+        return frame
 
     def pour(self, outbox: Outbox) -> None:
         """Moves on what the next write carries."""
         while self._lanes and outbox.waiting < RECEIVE:
-            outbox.put(*self._take())
+            outbox.put(*self.take())
 
     def clear(self) -> List[Delivery]:
         """Forgets what waits; gives what queues have to take back."""
         taken = []
         while self._lanes:
-            taken.append(self._take()[1])
+            taken.append(self.take()[1])
         return [delivery for delivery in taken if delivery is not None]

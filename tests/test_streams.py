@@ -49,6 +49,7 @@ def test_exact_bytes_both_ways(host, guest):
     ('GET', '/output/ID?stream=in', 400, '-32602'), ('GET', '/output/ID?offset=much', 400, '-32602'),
     ('GET', '/output/ID?offset=nan', 400, '-32602'), ('GET', '/output/ID?length=-1', 400, '-32602'),
     ('POST', '/input/ID', 409, '4'), ('POST', '/input/ID?offset=1e99', 400, '-32602'),
+    ('GET', '/terminal/ID', 405, None), ('POST', '/terminal/ID', 405, None),
     ('POST', '/output/ID', 405, None), ('GET', '/input/ID', 405, None), ('GET', '/output/', 404, '3')])
 def test_what_cannot_be_answered_says_why(host, guest, method, path, status, fault):
     cmd_id = host.run('one', 'true')['cmd-id']
@@ -57,8 +58,8 @@ def test_what_cannot_be_answered_says_why(host, guest, method, path, status, fau
 
 
 def test_who_may_not_ask(host):
-    for path in '/output/x', '/input/x':
-        method = 'POST' if path == '/input/x' else 'GET'
+    for path in '/output/x', '/input/x', '/terminal/x':
+        method = 'GET' if path == '/output/x' else 'POST'
         assert ask(host, method, path, Authorization='Bearer no')[0] == 401
         assert ask(host, method, path, Origin='http://elsewhere.example')[0] == 403
         assert ask(host, method, path, Host='elsewhere.example')[0] == 403
