@@ -125,7 +125,7 @@ class Input:
                 if 0 not in ready:
                     continue
             try:
-                data = os.read(0, READ)
+                data = read_input()
             except OSError:                # the terminal is gone
                 data = b''
             if self._escapes is None:
@@ -178,6 +178,18 @@ class Input:
             raise BadState('%s takes no more input' % key)
         else:
             self._offsets[key] = offset
+
+
+def read_input() -> bytes:
+    """What comes next on standard input; b'' at its end. Raises OSError.
+
+    What is typed on a console of Windows comes in that console's code page, and each line with a CR: here it
+    is UTF-8, with the lines of a guest.
+    """
+    if os.name == 'nt' and os.isatty(0):
+        typed: Any = sys.stdin.buffer
+        return typed.raw.read(READ).replace(b'\r\n', b'\n')
+    return os.read(0, READ)
 
 
 SET_PIPE_SIZE = 1031           # fcntl's F_SETPIPE_SZ, which Python has from 3.10 on

@@ -45,6 +45,13 @@ def test_a_command_runs_and_ends_with_its_code(verb, guest):
     assert code == 0 and 'exited 3' in said
 
 
+def test_check_names_a_drive_that_is_not_there(tmp_path, windows):
+    """A disk that was pulled out."""
+    write(tmp_path / 'host.ini', b'[Host]\nstate_dir = Q:\\gone\\vmhost\n[Hypervisor]\nhypervisor = none\n')
+    code, said = python(path_there(TOP + '/vmhost.py'), 'host.ini', 'check', folder=str(tmp_path))
+    assert code == 1 and said.count('Q:\\') > 1 and 'Traceback' not in said
+
+
 def test_check_is_content_and_says_nothing_of_linux(verb, guest):
     code, said = verb('check')
     assert code == 0 and 'NO' not in said.split() and 'vboxdrv' not in said
@@ -148,8 +155,11 @@ def test_two_that_go_to_one_place_at_once_do_not_mix(host, windows):
                     print('busy')
             with chirplocal.locked_folder(part, target):
                 print(sorted(os.listdir(folder))[0] != '', os.stat(target).st_size)
+            os.mkdir(chirplocal.local_part(part))      # of a folder, where now a file is to come
+            chirplocal.open_part(part).close()
+            print(os.path.isfile(chirplocal.local_part(part)))
         ''' % path_there(TOP))
-    assert (code, said) == (0, 'busy\nbusy\nTrue 100\n')
+    assert (code, said) == (0, 'busy\nbusy\nTrue 100\nTrue\n')
 
 
 # --- Ctrl-C ---
@@ -283,6 +293,37 @@ def test_a_damaged_journal_is_set_aside(tmp_path, windows):
     with host:
         assert [name for name in os.listdir(host.state) if '.corrupt-' in name]
         assert 'is damaged' in host.log()
+
+
+def test_a_state_folder_is_cut_to_its_user_or_refused(tmp_path, windows):
+    """Wine keeps no access list: which ones are there, and which is asked for, the test says and sees."""
+    code, said = python('-c', '''if True:
+        import sys
+        sys.path.insert(0, %r)
+        import faults, hoststate, windows
+        asked, lists = [], ['D:AI(A;OICIID;FA;;;BU)']
+        windows.access_of = lambda path: lists[-1]
+        windows.set_access = lambda path, access: asked.append(access)
+        windows.has_access_lists = lambda path: True
+
+        def try_it():
+            try:
+                hoststate.StateFolder('state').close()
+            except faults.VMHostError as error:
+                print(error)
+        try_it()
+        lists += asked                 # what it made so is left as it is
+        try_it()
+        print(asked == ['D:P(A;OICI;FA;;;SY)(A;OICI;FA;;;%%s)' %% windows.this_user()])
+        windows.has_access_lists = lambda path: False
+        try_it()
+        windows.owner_of = lambda path: 'S-1-5-21-9-9-9-1001'
+        try_it()
+        ''' % path_there(TOP), folder=str(tmp_path))
+    right, fat, strangers = said.splitlines()
+    assert code == 0 and right == 'True'
+    assert 'state_dir' in fat and 'FAT' in fat and 'NTFS' in fat
+    assert 'state_dir' in strangers and 'belongs to another user (S-1-5-21-9-9-9-1001)' in strangers
 
 
 def test_what_keeps_it_from_starting_is_told(host, tmp_path):
