@@ -9,13 +9,15 @@ import stat
 import subprocess
 import sys
 import time
+import tty
 import zipfile
 
 import pytest
 from agents import TOP, Agent
 from helpers import wait_until
+from terminals import Terminal
 from windows_host import WindowsHost
-from wine import RIG, Program, path_there, python
+from wine import RIG, Program, path_there, python, start_of
 
 VBOXAPI = '/usr/lib/python3/dist-packages/vboxapi'
 # VirtualBox's type library, which a run of test_com.py leaves that was killed.
@@ -81,6 +83,21 @@ def test_input_goes_in_as_it_comes_byte_by_byte(host, guest, tmp_path):
         wait_until(lambda: cat.said() == 'first\n', 30)
         into.write(b'a\r\nb\x1ac\n\0\xff')
     assert cat.wait() == (0, 'first\n 61 0d 0a 62 1a 63 0a 00 ff\n')
+
+
+def test_a_console_has_colours_and_what_is_typed_there_is_what_a_guest_reads(host, guest):
+    """A program of Windows' on a terminal of ours has a console, of that code page and with those lines."""
+    def console(*words):
+        terminal = Terminal(start_of('python') + host.typed() + list(words))
+        tty.setraw(terminal.fd)        # Return is a carriage return there
+        return terminal
+    code, shown = console('ls').wait()
+    assert code == 0 and '\x1b[32malive' in shown
+    terminal = console('run', '-i', 'g', 'sh', '-c', 'echo ready; od -An -tx1')
+    wait_until(lambda: b'ready' in terminal.written, 30)
+    terminal.type('\u00e4\r\x1a\r'.encode())
+    code, shown = terminal.wait()
+    assert code == 0 and ' c3 a4 0a\r\n' in shown
 
 
 # --- files ---
