@@ -260,7 +260,19 @@ def set_up_logging(settings: Any, unheard: str = '') -> None:
         handler = logging.StreamHandler()  # type: logging.Handler
         if settings.file or unheard and not IS_HEARD:
             from logging import handlers
-            handler = handlers.RotatingFileHandler(
+
+            class Rotating(handlers.RotatingFileHandler):
+                """Later, where Windows lets nobody rename the file, since another program reads it: until
+                then it grows."""
+
+                def doRollover(self) -> None:
+                    if self.stream is not None:
+                        self.stream.close()
+                        self.stream = None         # the next line opens it again
+                    with contextlib.suppress(PermissionError):
+                        os.rename(self.baseFilename, self.baseFilename)
+                        super().doRollover()
+            handler = Rotating(
                 settings.file or unheard, maxBytes=LOG_SIZE, backupCount=LOG_FILES, encoding='utf-8',
                 delay=not settings.file)
     except Exception as error:      # fileConfig raises whatever its file makes it meet
@@ -386,15 +398,18 @@ def momentary_file(folder: str) -> Iterator[str]:
 def check_disk(folder: str, least: int) -> Finding:
     """Whether there is room on the folder's disk, in bytes."""
     import shutil  # brings compressors along, that an agent doesn't need
-    free = shutil.disk_usage(existing(folder)).free
+    try:
+        free = shutil.disk_usage(existing(folder)).free
+    except OSError as error:           # Windows: a drive that isn't there
+        return Finding(False, 'disk of %s' % folder, sentence(error))
     return Finding(free >= least, '%d MB free for %s' % (free // 1000000, folder),
                    'less than %d MB: make room, or move it to another disk' % (least // 1000000))
 
 
 def existing(path: str) -> str:
-    """The path, or the nearest one above it that exists."""
+    """The path, or the nearest one above it that exists; the root of a drive that isn't there, on Windows."""
     path = os.path.abspath(path)
-    while not os.path.exists(path):
+    while not os.path.exists(path) and path != os.path.dirname(path):
         path = os.path.dirname(path)
     return path
 

@@ -120,7 +120,8 @@ def open_part(target: str) -> Any:
     try:
         fd = os.open(path, flags | getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0), 0o600)
     except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EISDIR):
+        is_folder = ON_WINDOWS and os.path.isdir(path)     # of which it says that access is denied
+        if error.errno not in (errno.ELOOP, errno.EISDIR) and not is_folder:
             error.filename = target        # a person knows no other name
             raise
         remove_part(path, target)

@@ -152,8 +152,15 @@ class Input:
 
 
 def read_input(most: int) -> bytes:
-    """What comes next of standard input; b'' at the end, and where the terminal is gone."""
+    """What comes next of standard input; b'' at the end, and where the terminal is gone.
+
+    What is typed on a console of Windows comes in that console's code page, and each line with a CR: here it
+    is UTF-8, with the lines of a guest.
+    """
     try:
+        if os.name == 'nt' and os.isatty(0):
+            typed: Any = sys.stdin.buffer
+            return typed.raw.read(most).replace(b'\r\n', b'\n')
         return os.read(0, most)
     except OSError:
         return b''

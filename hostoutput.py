@@ -30,6 +30,7 @@ from hostworkers import Workers
 
 log = logging.getLogger('vmhost')
 
+STREAMS = ('out', 'err')
 QUERY_TIMEOUT = 5.0            # seconds in which a guest gives a slice of output
 LONGEST_PAUSE = 0.25           # seconds until it is seen that a command is lost, or its agent back
 OUTPUT_SLICE = 256 * 1024      # bytes that one CMD_QUERY asks for, at most
@@ -63,8 +64,13 @@ class Fetcher:
 
     def path(self, execution: Execution, stream: str) -> str:
         """Where the output of a command is, or would be."""
-        vm = hashlib.sha256(execution.vm_id.encode('utf-8')).hexdigest()[:16]
-        return os.path.join(self._folder, '%s.%s.%s' % (execution.cmd_id, vm, stream))
+        return self._path(execution.index, stream)
+
+    def _path(self, index: Tuple[str, str], stream: str) -> str:
+        """The hash comes first, and is of both: ids that callers chose may differ by case alone, or be a
+        device of Windows'."""
+        mark = hashlib.sha256(' '.join(index).encode('utf-8')).hexdigest()[:16]
+        return os.path.join(self._folder, '%s.%s.%s' % (mark, index[0], stream))
 
     def begin(self, execution: Execution) -> None:
         """Fetches in the background; CMD_ACK is said at the end."""
@@ -126,8 +132,17 @@ class Fetcher:
             for entry in entries:
                 if self._workers.stopping.is_set():
                     return
-                if not self._commands.is_known(entry.name.split('.')[0]):
+                if not self._is_needed(entry.name):
                     remove_file(entry.path)
+
+    def _is_needed(self, name: str) -> bool:
+        """Whether a file in the folder belongs to a command, or to a fetch that is not over."""
+        if not chirpwire.is_part(os.fsencode(name)):
+            return self._commands.is_known(name.partition('.')[2].rpartition('.')[0])
+        with self._lock:
+            under_way = list(self._under_way)
+        return any(name == os.path.basename(chirplocal.local_part(self._path(index, stream)))
+                   for index in under_way for stream in STREAMS)
 
     def forget(self, execution: Execution) -> None:
         """Deletes what was fetched; what is being fetched is cancelled, and then deleted."""
@@ -139,7 +154,7 @@ class Fetcher:
         self._delete(execution)
 
     def _delete(self, execution: Execution) -> None:
-        for stream in ('out', 'err'):
+        for stream in STREAMS:
             path = self.path(execution, stream)
             remove_file(path)
             remove_file(chirplocal.local_part(path))
@@ -197,7 +212,7 @@ class Fetcher:
             os.makedirs(self._folder, mode=0o700, exist_ok=True)
             agent.sync(os.path.dirname(self._folder))
         limits = {stream: min(results[stream + '-size'], self._limit)
-                  for stream in ('out', 'err') if results[stream + '-offset']}
+                  for stream in STREAMS if results[stream + '-offset']}
         deadline = time.monotonic() + FETCH_TIME + sum(limits.values()) / SLOWEST
         with self._machines.chirp_client(guest) as client:
             for stream, limit in limits.items():

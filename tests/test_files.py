@@ -421,6 +421,31 @@ def test_what_belongs_to_no_command_is_swept(tmp_path):
         host.stop()
 
 
+def test_output_stays_as_long_as_its_command(tmp_path):
+    """Whatever id its caller gave it; and what is being fetched isn't swept from under the fetch."""
+    (tmp_path / 'ini').write_text('')
+    host = hostagent.Host(agent.read_settings(str(tmp_path / 'ini'), hostconfig.SETTINGS))
+    try:
+        paths, request = {}, {'cmd': 'x', 'args': [], 'env': {}, 'path': '', 'options': {}}
+        for cmd_id in 'job.1', 'Job.1', 'nul', 'plain':
+            host.commands.new(request, 'g', False, [hostguests.Guest('G', 'g')], 'tester', cmd_id=cmd_id)
+            paths[cmd_id] = host.fetcher.path(host.commands.find(cmd_id)[0], 'out')
+        kept = [os.path.basename(path) for path in paths.values()]
+        part = os.path.basename(chirplocal.local_part(paths['plain']))
+        assert len(set(map(str.lower, kept))) == 4 and not any(name.startswith('nul.') for name in kept)
+        os.mkdir(host.folder.file('output'))
+        for name in kept + [part, 'left.cmd.out', os.path.basename(chirplocal.local_part('left'))]:
+            open(os.path.join(host.folder.file('output'), name), 'w').close()
+        host.fetcher._under_way['plain', 'G'] = threading.Event()
+        host.fetcher.sweep()
+        wait_until(lambda: len(os.listdir(host.folder.file('output'))) <= 5, 20)
+        del host.fetcher._under_way['plain', 'G']
+        host.fetcher.stop(time.monotonic() + 10)
+        assert sorted(os.listdir(host.folder.file('output'))) == sorted(kept + [part])
+    finally:
+        host.stop()
+
+
 @pytest.mark.skipif(os.name != 'posix' or os.getuid() != 0, reason='who is not root names no other user')
 def test_a_guest_without_files_is_acknowledged_all_the_same(tmp_path):
     """Its chirp_server can't start: the rest of the output stays in the guest, and is read from there."""

@@ -3,6 +3,7 @@
 import errno
 import gc
 import os
+import re
 import resource
 import shlex
 import socket
@@ -15,6 +16,7 @@ from agents import Host
 from helpers import wait_until
 
 import agent
+import cliterminal
 import hostclient
 import hostjournal
 import protocol
@@ -83,6 +85,18 @@ def test_as_many_descriptors_are_asked_for_as_there_may_be(monkeypatch, soft, mo
     assert limits == ([got] if got else [])
 
 
+def test_a_host_that_may_open_few_files_asks_for_more(tmp_path):
+    """As on macOS, where a program begins with 256."""
+    class Narrow(Host):
+        def words(self):
+            return ['sh', '-c', 'ulimit -Sn 256; exec "$@"', 'sh'] + super().words()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Narrow(tmp_path) as host:
+        with open('/proc/%d/limits' % host.process.pid) as file:
+            soft = re.search(r'^Max open files +(\d+)', file.read(), re.M).group(1)
+        assert int(soft) == (min(most, 65536) if most != resource.RLIM_INFINITY else 65536)
+
+
 def test_a_refused_connection_is_told_in_the_words_of_the_system():
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
@@ -127,6 +141,13 @@ def test_waiting_for_an_answer_is_done_in_looks(tmp_path, monkeypatch):
         client._leave()
 
 
+def test_what_is_typed_on_a_console_of_windows_goes_on_as_a_guest_reads_it(monkeypatch):
+    typed = types.SimpleNamespace(read=lambda most: '\u00e4\r\n'.encode())
+    monkeypatch.setattr(cliterminal, 'os', types.SimpleNamespace(name='nt', isatty=lambda descriptor: True))
+    monkeypatch.setattr(sys, 'stdin', types.SimpleNamespace(buffer=types.SimpleNamespace(raw=typed)))
+    assert cliterminal.read_input() == b'\xc3\xa4\n'
+
+
 # --- a host that nobody hears, and its end ---
 
 def test_shutdown_waits_until_the_host_has_ended(tmp_path):
@@ -164,6 +185,29 @@ def test_a_host_that_nobody_hears_logs_into_its_state_folder(tmp_path, is_good):
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+def test_a_log_that_another_program_reads_is_rotated_later(tmp_path):
+    """In a process of its own, whose logging it is; Windows renames no file that is open, says the test."""
+    code = """if True:
+        import logging, os, sys, types
+        sys.path.insert(0, sys.argv[1])
+        import agent
+        agent.LOG_SIZE, real = 100, os.rename
+        agent.set_up_logging(types.SimpleNamespace(level='INFO', file='log', config=''))
+
+        def refuse(source, target):
+            raise PermissionError(13, 'in use')
+        for number in range(9):
+            os.rename = refuse if number < 6 else real
+            logging.info('%d: %s', number, 20 * 'x')
+        """
+    done = subprocess.run([sys.executable, '-c', code, os.path.dirname(os.path.abspath(agent.__file__))],
+                          cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert (done.returncode, done.stdout) == (0, b'')
+    lines = [(tmp_path / name).read_text() for name in sorted(os.listdir(str(tmp_path)), reverse=True)]
+    assert re.findall(r'(\d): x', ''.join(lines)) == list('012345678')
+    assert len(lines) > 2 and lines[-1].count('\n') == 1, lines
 
 
 def test_ctrl_break_ends_as_ctrl_c_does():

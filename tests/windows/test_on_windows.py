@@ -9,13 +9,15 @@ import stat
 import subprocess
 import sys
 import time
+import tty
 import zipfile
 
 import pytest
 from agents import TOP, Agent
 from helpers import wait_until
+from terminals import Terminal
 from windows_host import WindowsHost
-from wine import RIG, Program, path_there, python
+from wine import RIG, Program, path_there, python, start_of
 
 VBOXAPI = '/usr/lib/python3/dist-packages/vboxapi'
 # VirtualBox's type library, which a run of test_com.py leaves that was killed.
@@ -43,6 +45,13 @@ def test_a_command_runs_and_ends_with_its_code(verb, guest):
     assert verb('ping', 'g')[0] == 0
     code, said = verb('events', '-n', '2')
     assert code == 0 and 'exited 3' in said
+
+
+def test_check_names_a_drive_that_is_not_there(tmp_path, windows):
+    """A disk that was pulled out."""
+    write(tmp_path / 'host.ini', b'[Host]\nstate_dir = Q:\\gone\\vmhost\n[Hypervisor]\nhypervisor = none\n')
+    code, said = python(path_there(TOP + '/vmhost.py'), 'host.ini', 'check', folder=str(tmp_path))
+    assert code == 1 and said.count('Q:\\') > 1 and 'Traceback' not in said
 
 
 def test_check_is_content_and_says_nothing_of_linux(verb, guest):
@@ -74,6 +83,21 @@ def test_input_goes_in_as_it_comes_byte_by_byte(host, guest, tmp_path):
         wait_until(lambda: cat.said() == 'first\n', 30)
         into.write(b'a\r\nb\x1ac\n\0\xff')
     assert cat.wait() == (0, 'first\n 61 0d 0a 62 1a 63 0a 00 ff\n')
+
+
+def test_a_console_has_colours_and_what_is_typed_there_is_what_a_guest_reads(host, guest):
+    """A program of Windows' on a terminal of ours has a console, of that code page and with those lines."""
+    def console(*words):
+        terminal = Terminal(start_of('python') + host.typed() + list(words))
+        tty.setraw(terminal.fd)        # Return is a carriage return there
+        return terminal
+    code, shown = console('ls').wait()
+    assert code == 0 and '\x1b[32malive' in shown
+    terminal = console('run', '-i', 'g', 'sh', '-c', 'echo ready; od -An -tx1')
+    wait_until(lambda: b'ready' in terminal.written, 30)
+    terminal.type('\u00e4\r\x1a\r'.encode())
+    code, shown = terminal.wait()
+    assert code == 0 and ' c3 a4 0a\r\n' in shown
 
 
 # --- files ---
@@ -148,8 +172,11 @@ def test_two_that_go_to_one_place_at_once_do_not_mix(host, windows):
                     print('busy')
             with chirplocal.locked_folder(part, target):
                 print(sorted(os.listdir(folder))[0] != '', os.stat(target).st_size)
+            os.mkdir(chirplocal.local_part(part))      # of a folder, where now a file is to come
+            chirplocal.open_part(part).close()
+            print(os.path.isfile(chirplocal.local_part(part)))
         ''' % path_there(TOP))
-    assert (code, said) == (0, 'busy\nbusy\nTrue 100\n')
+    assert (code, said) == (0, 'busy\nbusy\nTrue 100\nTrue\n')
 
 
 # --- Ctrl-C ---
@@ -283,6 +310,37 @@ def test_a_damaged_journal_is_set_aside(tmp_path, windows):
     with host:
         assert [name for name in os.listdir(host.state) if '.corrupt-' in name]
         assert 'is damaged' in host.log()
+
+
+def test_a_state_folder_is_cut_to_its_user_or_refused(tmp_path, windows):
+    """Wine keeps no access list: which ones are there, and which is asked for, the test says and sees."""
+    code, said = python('-c', '''if True:
+        import sys
+        sys.path.insert(0, %r)
+        import faults, hoststate, windows
+        asked, lists = [], ['D:AI(A;OICIID;FA;;;BU)']
+        windows.access_of = lambda path: lists[-1]
+        windows.set_access = lambda path, access: asked.append(access)
+        windows.has_access_lists = lambda path: True
+
+        def try_it():
+            try:
+                hoststate.StateFolder('state').close()
+            except faults.VMHostError as error:
+                print(error)
+        try_it()
+        lists += asked                 # what it made so is left as it is
+        try_it()
+        print(asked == ['D:P(A;OICI;FA;;;SY)(A;OICI;FA;;;%%s)' %% windows.this_user()])
+        windows.has_access_lists = lambda path: False
+        try_it()
+        windows.owner_of = lambda path: 'S-1-5-21-9-9-9-1001'
+        try_it()
+        ''' % path_there(TOP), folder=str(tmp_path))
+    right, fat, strangers = said.splitlines()
+    assert code == 0 and right == 'True'
+    assert 'state_dir' in fat and 'FAT' in fat and 'NTFS' in fat
+    assert 'state_dir' in strangers and 'belongs to another user (S-1-5-21-9-9-9-1001)' in strangers
 
 
 def test_what_keeps_it_from_starting_is_told(host, tmp_path):
