@@ -92,6 +92,11 @@ class Connection:
         if embedded and not self._came_up.wait(EMBEDDED_TIMEOUT):
             raise VMHostError('the embedded broker doesn\'t answer: %s' % self._link.last_error)
 
+    def check_broker(self) -> None:
+        """Raises VMHostError where the embedded broker has ended by itself."""
+        if self._broker is not None and self._broker.failure is not None:
+            raise VMHostError('the embedded broker has failed: %r' % self._broker.failure)
+
     def stop(self) -> None:
         """Says BYE, and stops link and broker."""
         self._closing = True
