@@ -115,8 +115,10 @@ class Host:
         self.is_ending = True
 
     def run(self, ended: socket.socket) -> None:
-        """Ticks until ``ended`` can be read, or ``is_ending`` is set."""
+        """Ticks until ``ended`` can be read, or ``is_ending`` is set. Raises VMHostError when the embedded
+        broker has failed: a host agent that guests can't reach had better be started again."""
         while not self.is_ending and not select.select([ended], [], [], TICK)[0]:
+            self.connection.check_broker()
             try:
                 self.clock.tick()
             except Exception:       # the agent lives on, whatever one tick met

@@ -139,6 +139,11 @@ class Connection:
             settings.heartbeat, agent.client_tls(settings.ca_file) if settings.tls else None,
             max_body=settings.max_frame)
 
+    def check_broker(self) -> None:
+        """Raises VMHostError where the embedded broker has ended by itself."""
+        if self._broker is not None and self._broker.failure is not None:
+            raise VMHostError('the embedded broker has failed: %r' % self._broker.failure)
+
     def stop(self) -> None:
         """Says BYE, and stops link and broker."""
         self._closing = True

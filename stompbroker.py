@@ -749,14 +749,16 @@ class Peers:
         self._all = collections.Counter()  # type: Dict[str, int]
         self._unidentified = {}  # type: Dict[str, collections.OrderedDict[int, Connection]]
 
-    def admits(self, address: str, now: float) -> bool:
-        """Whether one more may come from there; the oldest that doesn't say who it is may have to go."""
+    def refusal(self, address: str, now: float) -> str:
+        """Why no more may come from there, or ''; the oldest that doesn't say who it is may have to go."""
         unidentified = self._unidentified.get(address, collections.OrderedDict())
-        if (unidentified and len(unidentified) >= self._limits.unidentified
-                and self._all[address] < self._limits.per_address):
+        if self._all[address] >= self._limits.per_address:
+            return 'its address has %d already' % self._all[address]
+        if unidentified and len(unidentified) >= self._limits.unidentified:
             self._let_go(unidentified, now)
-        return (self._all[address] < self._limits.per_address
-                and len(unidentified) < self._limits.unidentified)
+        if len(unidentified) >= self._limits.unidentified:
+            return 'its address has %d already that have not said who they are' % len(unidentified)
+        return ''
 
     def make_room(self, now: float) -> None:
         """There are as many as there may be: of the address that has most of them, the oldest that doesn't
@@ -1091,11 +1093,10 @@ class Broker:
     def admit(self, sock: socket.socket, peer: Tuple[Any, ...]) -> None:
         """A client came."""
         self.count.connections_total += 1
-        if len(self._connections) >= self._most_connections:
-            self.peers.make_room(self.now)
-        if len(self._connections) >= self._most_connections or not self.peers.admits(peer[0], self.now):
+        why = self._refusal(peer[0])
+        if why:
             self.count.refused += 1
-            self.told.warn(peer[0], '%s is sent away: %s connections', _spoken(peer), len(self._connections))
+            self.told.warn(peer[0], '%s is sent away: %s', _spoken(peer), why)
             sock.close()
             return
         try:
@@ -1108,6 +1109,14 @@ class Broker:
         except (OSError, ValueError) as error:
             log.info('%s is gone already: %s', _spoken(peer), agent.sentence(error))
             sock.close()
+
+    def _refusal(self, address: str) -> str:
+        """Why no more may come from there, or ''."""
+        if len(self._connections) >= self._most_connections:
+            self.peers.make_room(self.now)
+        if len(self._connections) >= self._most_connections:
+            return 'there are %d already' % len(self._connections)
+        return self.peers.refusal(address, self.now)
 
     def _deliver(self) -> None:
         """Gives out what the round gathered, each connection its own in one write."""

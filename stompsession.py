@@ -329,8 +329,9 @@ class Session:
         has no effect."""
         subscription, number = self._find_unacked(frame.headers)
         if subscription is None and not self.broker.destinations.is_of_topic(number):
+            meant = frame.headers['id' if self.version == '1.2' else 'message-id']
             raise StompError('%s of a message that this client has not, or has settled: %.80r'
-                        % (frame.command, number))
+                             % (frame.command, meant))
 
     def _settle(self, frame: WireFrame) -> None:
         """ACK or NACK."""

@@ -187,7 +187,9 @@ def test_unknown_ids(connect, queue, version, lines, command, within):
     client, _ = consumer_of(connect, queue, 'client', b'a', version=version)
     client.ask('BEGIN', 'transaction:t')
     client.say(command, 'receipt:r', *(lines + within))
-    assert client.take_error().get('receipt-id') == 'r'
+    error = client.take_error()
+    assert error.get('receipt-id') == 'r'
+    assert error.get('message').endswith(repr(lines[0].split(':', 1)[1]))
     assert rest_of(connect, queue) == [b'a']
 
 

@@ -599,3 +599,27 @@ def test_a_broker_whose_thread_fails_ends():
         _, errors = process.communicate(timeout=20)
     assert process.returncode == 1
     assert "stompbroker: the broker has failed: KeyError('on purpose'" in errors.decode()
+
+
+def test_a_host_agent_whose_broker_fails_ends(tmp_path):
+    """A supervisor starts it again; without a broker it would serve nobody."""
+    code = ('import stompbroker, sys, vmhost\n'
+            'def admit(broker, sock, peer, admit=stompbroker.Broker.admit):\n'
+            '    if broker.count.connections_total: raise KeyError("on purpose")\n'
+            '    admit(broker, sock, peer)\n'
+            'stompbroker.Broker.admit = admit\n'
+            'sys.exit(vmhost.main(sys.argv[1:]))\n')
+    ini, address = tmp_path / 'host.ini', tmp_path / 'state' / 'broker.address'
+    ini.write_text('[Broker]\nport = 0\n[Host]\nxmlrpc_port = 0\nstate_dir = %s\n[Hypervisor]\n'
+                   'hypervisor = none\n' % (tmp_path / 'state'))
+    process = subprocess.Popen([sys.executable, '-c', code, str(ini)], cwd=TOP, stderr=subprocess.PIPE)
+    try:
+        wait_until(lambda: address.exists() and address.read_text(), 20)
+        host, port = address.read_text().rsplit(':', 1)
+        with Client((host, int(port))) as client:
+            client.take_end_or_error()
+        _, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert "the embedded broker has failed: KeyError('on purpose'" in errors.decode()

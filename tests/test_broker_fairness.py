@@ -146,6 +146,18 @@ def test_addresses_are_limited_each_by_itself():
         assert client('127.0.0.2').take().command == 'CONNECTED'
 
 
+@pytest.mark.parametrize('limit, why', [
+    ('connections', 'there are 1 already'), ('per_address', 'its address has 1 already'),
+    ('unidentified', 'its address has 1 already that have not said who they are')])
+def test_the_log_says_which_limit_sends_a_client_away(caplog, limit, why):
+    with running(Broker('127.0.0.1', port=0, **{limit: 1})) as broker:
+        with Client(broker.address), Client(broker.address) as second:
+            peer = '%s:%s' % second.socket.getsockname()
+            second.take_end_or_error()
+    assert [record.getMessage() for record in caplog.records if 'sent away' in record.getMessage()] == [
+        '%s is sent away: %s' % (peer, why)]
+
+
 # --- rates ---
 
 def test_a_rate(broker, connect):
