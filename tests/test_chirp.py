@@ -13,7 +13,7 @@ import threading
 import time
 
 import pytest
-from helpers import wait_until
+from helpers import let_others_in, wait_until
 
 import chirpclient
 import chirpserver
@@ -63,9 +63,7 @@ def our_server(folder, **options):
 @pytest.fixture(params=['ours', pytest.param('real', marks=needs_cctools)])
 def served(request, tmp_path):
     """(address, the folder that is served)."""
-    os.chmod(str(tmp_path.parent), 0o755)
-    os.chmod(str(tmp_path.parent.parent), 0o755)
-    os.chmod(str(tmp_path), 0o755)
+    let_others_in(tmp_path)
     folder, scratch = tmp_path / 'served', tmp_path / 'scratch'
     folder.mkdir()
     scratch.mkdir()

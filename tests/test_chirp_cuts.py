@@ -15,7 +15,7 @@ import threading
 
 import pytest
 from cutting import CuttingProxy
-from helpers import beside, wait_until
+from helpers import beside, let_others_in, wait_until
 from test_chirp import client, make_many, make_tree, our_server, seen, served, write  # noqa: F401  (fixtures)
 
 import chirp
@@ -648,8 +648,7 @@ def forked_server(folder, user):
 
 
 def test_no_permission(tmp_path):
-    for path in (tmp_path.parent.parent, tmp_path.parent, tmp_path):
-        os.chmod(str(path), 0o755)
+    let_others_in(tmp_path)
     folder = tmp_path / 'served'
     folder.mkdir()
     write(folder / 'secret', b'x', 0)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import wait_until
+from helpers import let_others_in, wait_until
 from test_chirp import make_tree, needs_cctools, seen, write
 
 import chirp
@@ -100,9 +100,7 @@ def test_a_folder_that_is_too_deep_is_said(serving, tmp_path):
 
 @pytest.fixture
 def real(tmp_path):
-    os.chmod(str(tmp_path.parent.parent), 0o755)
-    os.chmod(str(tmp_path.parent), 0o755)
-    os.chmod(str(tmp_path), 0o755)
+    let_others_in(tmp_path)
     folder = tmp_path / 'served'
     folder.mkdir()
     os.chmod(str(folder), 0o777)

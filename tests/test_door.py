@@ -17,7 +17,7 @@ import xmlrpc.client
 
 import pytest
 from agents import TOP, Host
-from helpers import wait_until
+from helpers import let_others_in, wait_until
 from terminals import Terminal
 from test_mistakes import sentences
 from test_status_page import FakeGuest
@@ -188,9 +188,8 @@ def test_a_socket_of_another_user_is_told_nothing(tmp_path):
     state.mkdir()
     (state / 'xmlrpc.address').write_text('127.0.0.1:1')
     (state / 'xmlrpc.token').write_text('token')
-    os.chmod(str(tmp_path), 0o755)
-    for folder in (state, tmp_path.parent, tmp_path.parent.parent):
-        os.chmod(str(folder), 0o777 if folder == state else 0o755)
+    let_others_in(tmp_path)
+    os.chmod(str(state), 0o777)
     other = subprocess.Popen([sys.executable, '-c', LISTEN % NOBODY, path], stdout=subprocess.PIPE, cwd='/')
     try:
         assert other.stdout.readline() == b'listening\n'

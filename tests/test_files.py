@@ -18,7 +18,7 @@ import xmlrpc.client
 import cutting
 import pytest
 from agents import Agent, Host, posix_host
-from helpers import fault_of, wait_until
+from helpers import fault_of, let_others_in, wait_until
 from test_chirp import GIB, make_large, make_many, same, same_folder
 
 import agent
@@ -466,8 +466,7 @@ def test_a_guest_without_files_is_acknowledged_all_the_same(tmp_path):
 @pytest.mark.parametrize('user', ['nobody', 'root'])
 def test_the_real_server_serves_files_and_no_output(tmp_path, user):
     """Output stays the agent's own, and is read by words."""
-    for folder in (tmp_path.parent.parent, tmp_path.parent, tmp_path):
-        os.chmod(str(folder), 0o755)
+    let_others_in(tmp_path)
     with Host(tmp_path / 'host') as host:
         guest = Agent(tmp_path / 'guest', host, 'g', chirp={'server': 'chirp_server', 'user': user})
         shutil.chown(guest.files, user)

@@ -14,7 +14,7 @@ import time
 
 import pytest
 from agents import TOP
-from helpers import wait_until
+from helpers import let_others_in, wait_until
 
 import guestcgroup
 import guestforks
@@ -86,8 +86,7 @@ def end_groups(place, root):
 
 @pytest.fixture
 def runners(tmp_path):
-    for folder in (tmp_path.parent.parent, tmp_path.parent, tmp_path):
-        os.chmod(str(folder), 0o755)        # for other users
+    let_others_in(tmp_path)
     runners = Runners(tmp_path)
     yield runners
     runners.close()
