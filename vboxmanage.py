@@ -319,7 +319,9 @@ class VBoxManage(Asking):
     def power_off(self, job: Job, vm: str) -> bool:
         uuid = self._find(job, vm)
         try:
-            self._info(uuid, min(HUNG, job.timeout))
+            with contextlib.suppress(Refused):      # which is told below
+                self._run('showvminfo', uuid, '--machinereadable', job=job, text='powering off',
+                          patience=min(HUNG, job.timeout))
         except faults.DeadlineExceeded:             # its process answers nobody
             return self.end_process(job, vm)
         self._ready(job, uuid, 'power_off')
@@ -330,7 +332,8 @@ class VBoxManage(Asking):
     def end_process(self, job: Job, vm: str) -> bool:
         """Asks VBoxSVC alone, as the VM's own process doesn't answer."""
         uuid = self._find(job, vm)
-        self._run('startvm', uuid, '--type=emergencystop')
+        with contextlib.suppress(Refused):          # it has ended meanwhile, or runs still
+            self._run('startvm', uuid, '--type=emergencystop')
         while uuid in [each for _, each in self._listed('runningvms')]:
             job.check_deadline(faults.DeadlineExceeded('%s still runs' % vm))
             job.wait(0.1)
