@@ -61,7 +61,8 @@ def vm_row(vm: Dict[str, Any], long: bool) -> List[Any]:
 def hardware_of(args: Any) -> Dict[str, Any]:
     """createVM's options, as they were typed."""
     names = 'memory', 'cpus', 'ostype', 'network', 'diskSize', 'keep', 'acceptEula'
-    return {name: getattr(args, name) for name in names if getattr(args, name) not in (None, False)}
+    typed = {name: getattr(args, name) for name in names}
+    return {name: value for name, value in typed.items() if value is not None and value is not False}
 
 
 def do_launch(host: Client, screen: Screen, args: Any) -> int:
@@ -223,7 +224,8 @@ HARDWARE = [
     argument('--memory', metavar='MB', type=int), argument('--cpus', metavar='N', type=int),
     argument('--ostype', metavar='TYPE', help='VirtualBox\'s name for the guest\'s system'),
     argument('--network', choices=['hostonly', 'nat', 'none'], help='default: as in host.ini'),
-    argument('--disk', metavar='MB', type=int, dest='diskSize', help='of the disk beside an .iso'),
+    argument('--disk', metavar='MB', type=int, dest='diskSize',
+             help='of its new disk, without an image or beside an .iso; 0: none'),
     switch('--keep', help='cleanup never removes it'),
     switch('--accept-eula', dest='acceptEula', help='accept the licence of an appliance')]
 VERBS = [

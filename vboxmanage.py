@@ -37,6 +37,8 @@ CONTROLS = {                       # verb: VBoxManage's words, the states that t
     'shutdown': (('controlvm', 'acpipowerbutton'), OFF, ''), 'discard_state': (('discardstate',), OFF, '')}
 LACKS = ('statistics, screenshots, the remote desktop, limits of the network, host-only networks, appliances '
          'and ISO images, cleanup of what was left half made')
+PASSING = ('not ready',            # it is still making the object, or ending it
+           'lock request pending')     # another VBoxManage, such as one that looks at the VM, is quicker
 NOBODY = '<inaccessible>'          # what `list vms` calls a VM whose settings can't be read
 DEFAULT_DISK = 8192                # MB: VBoxManage doesn't tell what VirtualBox recommends
 ANSWERS_IN = 3.0                   # seconds in which a VM's own process has to answer, where all are listed
@@ -73,13 +75,13 @@ class Asking(Driver):
 
     def _run(self, *words: str, job: Optional[Job] = None, text: str = '', patience: float = 0,
              secret: bool = False) -> str:
-        """As Program.run; again, where VirtualBox is still making an object, or ending it."""
+        """As Program.run; again, for a moment, where VirtualBox says one of PASSING."""
         until = time.monotonic() + NOT_READY
         while True:
             try:
                 return str(self._program.run(*words, job=job, text=text, patience=patience, secret=secret))
             except Refused as error:
-                if 'not ready' not in str(error) or time.monotonic() > until:
+                if not any(word in str(error) for word in PASSING) or time.monotonic() > until:
                     raise
             time.sleep(0.1)
 
@@ -112,7 +114,8 @@ class Asking(Driver):
 
     def _look(self, name: str, uuid: str, runs: bool) -> Optional[Dict[str, Any]]:
         """A VM's row; the last one where it is off, and its settings, which hold its state, are the same; or
-        where its process hangs, which is asked now and then. None of one that went meanwhile."""
+        where its process hangs, which is asked now and then; or where VirtualBox says no. None of one that
+        went meanwhile."""
         if name == NOBODY:
             return self._unreadable(uuid)
         path, stamp, row = self._rows.get(uuid, ('', None, {
@@ -127,8 +130,9 @@ class Asking(Driver):
         except faults.DeadlineExceeded:
             self._ask_at[uuid] = time.monotonic() + ASK_AGAIN
             return row
-        except (Refused, faults.BadState):
-            return None
+        except (Refused, faults.BadState) as error:
+            gone = getattr(error, 'code', 0) == vboxconnection.OBJECT_NOT_FOUND
+            return row if uuid in self._rows and not gone else None
         self._rows[uuid] = (info['CfgFile'], now if path == info['CfgFile'] else None, self._row(info))
         return self._rows[uuid][2]
 
@@ -316,7 +320,9 @@ class VBoxManage(Asking):
     def power_off(self, job: Job, vm: str) -> bool:
         uuid = self._find(job, vm)
         try:
-            self._info(uuid, min(HUNG, job.timeout))
+            with contextlib.suppress(Refused):      # which is told below
+                self._run('showvminfo', uuid, '--machinereadable', job=job, text='powering off',
+                          patience=min(HUNG, job.timeout))
         except faults.DeadlineExceeded:             # its process answers nobody
             return self.end_process(job, vm)
         self._ready(job, uuid, 'power_off')
@@ -327,7 +333,8 @@ class VBoxManage(Asking):
     def end_process(self, job: Job, vm: str) -> bool:
         """Asks VBoxSVC alone, as the VM's own process doesn't answer."""
         uuid = self._find(job, vm)
-        self._run('startvm', uuid, '--type=emergencystop')
+        with contextlib.suppress(Refused):          # it has ended meanwhile, or runs still
+            self._run('startvm', uuid, '--type=emergencystop')
         while uuid in [each for _, each in self._listed('runningvms')]:
             job.check_deadline(faults.DeadlineExceeded('%s still runs' % vm))
             job.wait(0.1)

@@ -156,7 +156,7 @@ class Network:
         lines = [(not problem, 'addresses of the host-only network', problem, True)]
         now = self.get_network(job)
         there = now['hostIp'] == self.box.network['host_ip'] and is_local(now['hostIp'])
-        mend = ('`vmhost.py host.ini call setupNetwork` makes it, or manage=yes in [Network]; VMs that are '
+        mend = ('`net --setup` makes it (in the API setupNetwork), or manage=yes in [Network]; VMs that are '
                 'made before get NAT')
         lines.append((there, 'interface %s with address %s' % (name, self.box.network['host_ip']),
                       '' if there else mend, True))

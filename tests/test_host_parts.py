@@ -554,6 +554,13 @@ def test_null_is_as_good_as_nothing():
     assert message.text('name', 'none') == 'none' and message.text('ip') == '1.2.3.4'
 
 
+def test_a_vm_without_a_disk():
+    """0 isn't nothing: it asks for none."""
+    typed = types.SimpleNamespace(memory=None, cpus=None, ostype='', network=None, diskSize=0, keep=False,
+                                  acceptEula=True)
+    assert climachines.hardware_of(typed) == {'diskSize': 0, 'ostype': '', 'acceptEula': True}
+
+
 def test_where_vms_reach_the_broker():
     assert climachines.is_out_of_reach('127.0.0.1:61613', 'hostonly')
     assert not climachines.is_out_of_reach('127.0.0.1:61613', 'nat')

@@ -5,8 +5,10 @@ import sys
 import time
 
 import pytest
+from vms import SETTINGS
 
 import drivers
+import vboxmanage
 import vboxprogram
 from faults import DeadlineExceeded, HypervisorError
 
@@ -95,3 +97,32 @@ def test_where_windows_has_it(tmp_path, monkeypatch):
 def test_which_drivers_are_tried():
     assert drivers.names_of('auto') == drivers.names_of('VirtualBox') == ['VirtualBox', 'VBoxManage']
     assert drivers.names_of('VBoxManage') == ['VBoxManage'] and drivers.names_of('none') == []
+
+
+ONE = '6f1c1b0e-3a5b-4c1d-9e2f-0123456789ab'
+SCRIPT = r"""
+import os
+saying = open(os.path.join(os.path.dirname(__file__), 'saying')).read()
+if sys.argv[1] == '--version':
+    print('7.2.4r1')
+elif sys.argv[1:] == ['list', 'vms']:
+    print('"one" {%(one)s}')
+elif sys.argv[1] == 'showvminfo':
+    if saying:
+        sys.exit('VBoxManage: error: No\nVBoxManage: error: Details: code X (0x' + saying + '), component')
+    print('name="one"\nUUID="%(one)s"\nCfgFile="/no/such"\nVMState="poweroff"')
+""" % {'one': ONE}
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+@pytest.mark.parametrize('code, still_there', [('80bb0007', True), ('80bb0001', False)])
+def test_a_vm_of_which_virtualbox_says_no_has_not_gone(tmp_path, monkeypatch, code, still_there):
+    """As where another program holds its lock: its agent would be taken for one that went with its VM."""
+    (tmp_path / 'saying').write_text('')
+    a_program(tmp_path, monkeypatch, SCRIPT)
+    driver = vboxmanage.VBoxManage(SETTINGS)
+    driver.connect()
+    seen = driver.machines(None)
+    assert [(row['name'], row['native']) for row in seen] == [('one', 'PoweredOff')]
+    (tmp_path / 'saying').write_text(code)
+    assert driver.machines(None) == (seen if still_there else [])

@@ -172,7 +172,7 @@ def test_check_says_what_is_wrong_and_how_to_mend_it(no_network, check):
     assert ok['kernel module vboxdrv'] is False and 'vboxconfig' in found['kernel module vboxdrv'][1]
     assert ok['addresses of the host-only network'] is True
     assert ok['interface vboxnet0 with address 192.168.56.1'] is False
-    assert 'setupNetwork' in found['interface vboxnet0 with address 192.168.56.1'][1]
+    assert 'net --setup' in found['interface vboxnet0 with address 192.168.56.1'][1]
     assert [what for what in ok if 'VT-x' in what] and [what for what in ok if 'remote desktop' in what]
     wrong = check(host_ip='10.0.0.1')
     assert 'dhcp_server' in wrong['addresses of the host-only network'][1]
