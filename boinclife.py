@@ -72,7 +72,7 @@ class Life:
         self._waits_since = now        # since when the step that comes next isn't so
         self._last = now               # when elapsed time was counted last
         self._checkpointed = now
-        self._is_paused = self._is_connected = False
+        self._is_paused = self._is_connected = self._has_looked = False
         self._fraction = record.fraction
         self._lost = 0
         self._ran = 0.0
@@ -237,6 +237,7 @@ class Life:
             return self._begin_anew('the machine doesn\'t run', now)
         if seen.state == 'lost':
             return self._begin_attempt(now)
+        self._has_looked = True
         self._record.cpu = max(self._record.cpu, self._record.before + seen.cpu)
         self._fraction = max(self._fraction, self._fraction_of(seen))
         self.messages += seen.messages
@@ -309,8 +310,9 @@ class Life:
     # What the client is told.
 
     def is_told(self) -> bool:
-        """Whether the client wants to hear how far it is."""
-        return self.wish != 'suspend'
+        """Whether the client wants to hear how far it is, and that is known: a run before this one may have
+        told more than it kept, which is of the last checkpoint."""
+        return self.wish != 'suspend' and (self._has_looked or not self._record.fraction)
 
     def status(self, start: float = 0.0, end: float = 1.0) -> str:
         """How far it is, for the client.

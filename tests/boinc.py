@@ -154,6 +154,36 @@ class Boinc:
         return wait_until(lambda: text in self.rig.stderr(name), 20)
 
 
+class Watched:
+    """A task whose fraction and CPU time are looked at, and may only grow."""
+
+    def __init__(self, boinc, name):
+        self.boinc, self.name = boinc, name
+        self.last, self.most = {'fraction': 0, 'cpu': 0}, 0.0
+
+    def task(self):
+        now = self.boinc.rig.task(self.name)
+        if now['process'] == 'running' and now['fraction'] and now['cpu']:
+            for key, before in self.last.items():
+                assert now[key] >= before - 1e-6, '%s went back from %s: %s' % (key, before, now)
+                self.last[key] = now[key]
+        self.most = max(self.most, now['fraction'])
+        return now
+
+    def wait(self, predicate, seconds=60):
+        return wait_until(lambda: predicate(self.task()), seconds, 0.2)
+
+    def begins_at_a_checkpoint(self):
+        """A client that was killed remembers what it wrote when the last checkpoint was told."""
+        self.last = {'fraction': 0, 'cpu': 0}
+
+    def gets_further(self, seconds=60):
+        """Waits until its client has heard of more than it ever had."""
+        self.task()
+        before = self.most
+        self.wait(lambda now: now['process'] == 'running' and now['fraction'] > before, seconds)
+
+
 class WithMachine(Boinc):
     """Without a hypervisor: this machine is the one on which the tasks' programs run."""
 

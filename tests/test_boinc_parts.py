@@ -655,6 +655,18 @@ def test_a_lost_program_begins_anew_with_a_name_of_its_own(tmp_path):
     assert '<current_cpu_time>5.0' in task.life.status() and '<fraction_done>4.0' in task.life.status()
 
 
+def test_a_wrapper_that_was_killed_tells_nothing_before_it_knows_how_far_it_is(tmp_path):
+    """What it told last may be more than it kept: that is of its last checkpoint."""
+    task = Alive(tmp_path)
+    assert task.life.is_told()
+    task.record.fraction = 0.3
+    task.record.save()
+    again = Alive(tmp_path)
+    assert not again.life.is_told()
+    again.runs(seen(fraction=0.4))
+    assert again.life.is_told() and '<fraction_done>4.0' in again.life.status()
+
+
 def test_what_goes_wrong_again_and_again_is_a_temporary_exit(tmp_path):
     task = Alive(tmp_path).runs()
     for _ in range(AWAY_TRIES + 1):

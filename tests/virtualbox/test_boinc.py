@@ -119,15 +119,15 @@ def as_if_booted(vm):
 @pytest.mark.skipif(not os.path.exists(SAVED + '/linux-guest.vbox'),
                     reason='no saved guest: tests/rigs/virtualbox guest')
 def test_the_science_of_a_task(boinc, image, tmp_path):
-    """Inputs, a program that counts, checkpoints: the VM's process is killed, and it goes on from the last
-    one. The output comes back, and the CPU time is that of the guest's kernel."""
+    """Through all that can end a process: one program, or its last checkpoint. The output comes back;
+    fraction and CPU time never go back, and the CPU time is the one that the guest's kernel tells."""
     rig, begun = boinc.rig, time.monotonic()
 
     def note(what):
         print('%3.0f s: %s' % (time.monotonic() - begun, what))
     boinc.add('t1', boinc_rig.COUNT.replace('20000', '200'),
               '<multiattach_vdi_file>image.vdi</multiattach_vdi_file><input>in</input><input>more/in</input>'
-              '<output>out</output><minimum_checkpoint_interval>5</minimum_checkpoint_interval>',
+              '<output>out</output><minimum_checkpoint_interval>15</minimum_checkpoint_interval>',
               [('in', 'apples\n'), ('more/in', 'pears\n')], ['out'], 'and plums', [image])
     vm = boinc.vm('t1')
     rig.start()
@@ -135,27 +135,58 @@ def test_the_science_of_a_task(boinc, image, tmp_path):
     rig.stop()
     as_if_booted(vm)
     note('as if booted')
+    task = boinc_rig.Watched(boinc, 't1')
     with agent_on_offer('127.0.0.1', '', tmp_path):
         rig.start()
-        wait_until(lambda: rig.task('t1')['cpu'] > 0, LONG_PATIENCE, 0.3)
-    note('progress seen')
-    rig.wait('t1', 'checkpoint>0', PATIENCE)
-    note('a checkpoint')
-    os.kill(vm_process(facts(vm)['UUID']), signal.SIGKILL)
+        task.wait(lambda now: now['cpu'] > 0 and now['checkpoint'] > 0, LONG_PATIENCE)
+    note('progress seen, and a checkpoint')
+    rig.operate('suspend', 't1')
+    reaches(vm, 'paused')
+    rig.operate('resume', 't1')
+    task.gets_further(LONG_PATIENCE)
+    note('suspended')
+    rig.change('global_prefs_override.xml', ['leave_apps_in_memory=0'])
+    rig.operate('suspend', 't1')
+    rig.wait('t1', 'process=none', PATIENCE)
+    assert state_of(vm) == 'saved'
+    rig.operate('resume', 't1')
+    task.gets_further(LONG_PATIENCE)
+    note('unloaded')
+    rig.stop()
+    assert state_of(vm) == 'saved'
+    task.begins_at_a_checkpoint()
+    rig.start()
+    task.gets_further(LONG_PATIENCE)
+    note('its client quit')
+    rig.kill()
+    reaches(vm, 'saved')
+    task.begins_at_a_checkpoint()
+    rig.start()
+    task.gets_further(LONG_PATIENCE)
+    note('its client was killed')
+    process, wrapper = vm_process(facts(vm)['UUID']), rig.task('t1')['pid']
+    os.kill(wrapper, signal.SIGKILL)
+    task.wait(lambda now: now['pid'] not in (0, wrapper), PATIENCE)
+    task.gets_further(LONG_PATIENCE)
+    note('its wrapper was killed')
+    host, = boinc.host_pids()
+    os.kill(host, signal.SIGKILL)
+    task.wait(lambda now: len(boinc.host_pids()) == 1 and boinc.host_pids() != [host], PATIENCE)
+    task.gets_further(LONG_PATIENCE)
+    assert vm_process(facts(vm)['UUID']) == process
+    note('its host agent was killed')
+    os.kill(process, signal.SIGKILL)
     wait_until(lambda: 'goes on from its last checkpoint' in rig.stderr('t1'), PATIENCE, 0.3)
-    note('its process died')
-    last = rig.task('t1')
-    wait_until(lambda: rig.task('t1')['fraction'] > last['fraction'] and rig.task('t1')['cpu'] > last['cpu'],
-               LONG_PATIENCE, 0.3)
-    note('further than before')
-    boinc.client.call('runCmd', vm, 'touch', ['finish'])
+    task.gets_further(LONG_PATIENCE)
+    note('its VM was killed')
+    boinc.client.call('runCmd', vm, 'touch', ['finish'], {}, '', '', {'queue': True})
     end = rig.wait('t1', 'done=true', LONG_PATIENCE)
     note('ended')
     assert (end['state'], end['exit']) == ('uploaded', 0), rig.stderr('t1')
     with open(rig.file('t1', 'out')) as file:
         lines = file.read().split('\n')
     assert lines[:4] == ['apples', 'pears', 'and plums', '1']
-    print('CPU time %.2f s, of which the guest says %.2f s' % (
-        end['cpu'], boinc_rig.seconds_of(lines[4:6])))
-    assert end['cpu'] == pytest.approx(boinc_rig.seconds_of(lines[4:6]), rel=0.05, abs=0.05)
+    used = boinc_rig.seconds_of(lines[4:6])
+    print('CPU time %.2f s, of which the guest says %.2f s' % (end['cpu'], used))
+    assert end['cpu'] == pytest.approx(used, rel=0.05, abs=0.05)
     assert vm not in manage('list', 'vms') and not glob.glob(rig.path('data', 'slots', '*', '*'))

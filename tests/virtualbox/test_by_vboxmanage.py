@@ -71,12 +71,13 @@ def test_snapshots(box, vm):
 
 def test_saved_and_back(box, vm):
     box.start(vm)
+    assert box.describe(vm)['pid'] == vm_process(box.known_uuid(vm))
     assert box.take_snapshot(vm, 'live') is True and box.state(vm) == 'Running'
     assert box.set_limits(vm, {'cpuPercent': 50}) is True
     for verb, native in (('pause', 'Paused'), ('save_state', 'Saved'), ('start', 'Running'),
                          ('reset', 'Running'), ('save_state', 'Saved'), ('discard_state', 'PoweredOff')):
         assert getattr(box, verb)(vm) is True and box.state(vm) == native, verb
-    assert 'VBoxHeadless' in box.get_log(vm)
+    assert 'VBoxHeadless' in box.get_log(vm) and box.describe(vm)['pid'] == 0
     assert facts(box.known_uuid(vm))['cpuexecutioncap'] == '50'
     with pytest.raises(faults.NotSupported, match='VBoxManage can\'t limit the network'):
         box.set_limits(vm, {'netKBps': 100})
