@@ -95,8 +95,8 @@ class Line:
             for kind, offset, typed in pieces.take(data):
                 if kind in (INPUT, LAST_INPUT):
                     self._put(offset, typed, kind == LAST_INPUT)
-            data = self._connection.recv(RECEIVE)
-            if not data or self._is_over:
+            data = b'' if self._is_over else self._connection.recv(RECEIVE)
+            if not data:
                 return
             self._asked()
 
@@ -178,7 +178,9 @@ class Line:
         return False
 
     def _tell_fault(self, error: VMHostError) -> None:
+        """Nothing follows. Raises OSError."""
         self._say(FAULT, 0, b'%d %s' % (error.fault, str(error).encode('utf-8', 'replace')))
+        self._connection.shutdown(socket.SHUT_WR)
 
     def _say(self, kind: bytes, offset: int, data: bytes = b'') -> None:
         with self._sending:
