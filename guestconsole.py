@@ -13,7 +13,7 @@ import logging
 import socket
 import threading
 import time
-from typing import Any, Callable, Dict, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from guestinput import NOTICE, Piece, connect
 from guestreports import Reports, offsets_in
@@ -46,7 +46,7 @@ class Console:
         self.offsets: Dict[str, int] = {}      # of streams that are followed: what is told next
         self.until = 0.0               # monotonic: for so long
         self.ahead = 0                 # bytes that may be told before the host asks again
-        self.news: Set[str] = set()    # streams with output that is to be told
+        self.has_notice = False        # the runner told that there may be output
 
     def connect(self) -> bool:
         """Whether there is a connection, now or from before."""
@@ -95,6 +95,7 @@ class Console:
         data = self.received + data
         whole = len(data) // NOTICE.size * NOTICE.size
         self.received = data[whole:]
+        self.has_notice = self.has_notice or whole > 0
         if whole:
             taken, is_end = NOTICE.unpack(data[whole - NOTICE.size:whole])
             if (taken, bool(is_end)) != (self.command.taken, self.is_end_taken):
@@ -112,14 +113,19 @@ class Console:
         self.connection, self.received = None, b''
         del self.unsent[:]
 
+    def is_acked(self, now: float) -> bool:
+        """Whether it is to be told how much input was taken."""
+        return self.ack_at is not None and now >= self.ack_at
+
     def is_followed(self, now: float) -> bool:
         return bool(self.offsets) and now < self.until
 
-    def grown(self, now: float) -> Set[str]:
-        """Of the followed streams, those with more output than was told, where that may be told."""
+    def may_have_grown(self, now: float) -> bool:
+        """Whether there may be more output than was told, and it is to be told."""
         if not self.is_followed(now) or self.ahead <= 0:
-            return set()
-        return {stream for stream, offset in self.offsets.items() if self.command.size(stream) > offset}
+            return False
+        return self.has_notice or any(self.command.size(stream) > offset
+                                      for stream, offset in self.offsets.items())
 
 
 class Consoles:
@@ -208,7 +214,7 @@ class Consoles:
                     moments.append(console.ack_at)
                 is_followed = console.is_followed(now) and console.ahead > 0
                 if console.connection is None and (console.unsent or is_followed) \
-                        or is_followed and console.grown(now):
+                        or console.may_have_grown(now):
                     moments.append(now + LOOK_EVERY)
         return min(moments) if moments else None
 
@@ -222,7 +228,7 @@ class Consoles:
                 self._look_at(console, now)
             due = [console for console in consoles if self._is_due(console, now)]
         for console in due:
-            self._tell(console)
+            self._tell(console, now)
 
     def _look_at(self, console: Console, now: float) -> None:
         """With the lock held."""
@@ -238,23 +244,22 @@ class Consoles:
 
     def _is_due(self, console: Console, now: float) -> bool:
         """Whether there is something to tell, and a word to spare. With the lock held."""
-        is_acked = console.ack_at is not None and now >= console.ack_at
-        console.news = console.grown(now)
-        if not (is_acked or console.news) or self._words < 1:
-            return False
-        self._words -= 1
-        console.ack_at = None
-        return True
+        return self._words >= 1 and (console.is_acked(now) or console.may_have_grown(now))
 
-    def _tell(self, console: Console) -> None:
-        """How much input was taken, and the new output."""
+    def _tell(self, console: Console, now: float) -> None:
+        """How much input was taken, and the new output, if there is any."""
         with self._lock:
             keys: Dict[str, Any] = {}
-            if console.news:
-                offsets = {stream: console.offsets[stream] for stream in console.news}
-                keys, ends = self._reports.slices_from(console.command, offsets)
-                console.ahead -= sum(ends[stream] - console.offsets[stream] for stream in ends)
+            if console.may_have_grown(now):
+                console.has_notice = False
+                keys, ends = self._reports.slices_from(console.command, console.offsets)
+                told = sum(ends[stream] - console.offsets[stream] for stream in ends)
+                if not told and not console.is_acked(now):
+                    return
+                console.ahead -= told
                 console.offsets.update(ends)
+            self._words -= 1
+            console.ack_at = None
             if console.is_end_taken:
                 keys['in-eof'] = True
         self._reports.news(console.command, **keys)

@@ -110,8 +110,9 @@ class Inlet:
         """Seconds until ``react`` has something to do by itself, at most so many."""
         return most if self._news_due is None else max(0.0, min(most, self._news_due - time.monotonic()))
 
-    def react(self, ready: List[Any]) -> None:
-        """To what of these is ready, and to the time."""
+    def react(self, ready: List[Any]) -> bool:
+        """To what of these is ready, and to the time. Whether its terminal got something, which most show."""
+        before = self.taken
         if self._listener in ready:
             self._accept()
         if self._agent is not None and self._agent in ready:
@@ -120,6 +121,7 @@ class Inlet:
             self._write()
         if self._news_due is not None and time.monotonic() >= self._news_due:
             self.tell()
+        return self._is_terminal and self.taken > before
 
     def _accept(self) -> None:
         """One agent at a time: a new one takes the old one's place."""

@@ -58,8 +58,10 @@ class Reports:
 
     def news(self, command: Command, **keys: Any) -> None:
         """The same for somebody who waits: how much output there is, and these keys."""
-        self._say_status(command, dict(keys, **{'out-size': command.size('out'),
-                                                'err-size': command.size('err')}))
+        for stream in ('out', 'err'):
+            if stream + '-size' not in keys:
+                keys[stream + '-size'] = command.size(stream)
+        self._say_status(command, keys)
 
     def _say_status(self, command: Command, keys: Dict[str, Any]) -> None:
         if command.taken is not None:
@@ -88,9 +90,9 @@ class Reports:
 
     def _slice(self, command: Command, stream: str, offset: int, length: int) -> Tuple[Dict[str, Any], int]:
         """A slice of a stream, as long as two of them fit into a word, and its size."""
-        data = command.slice(stream, offset, length)
+        data, there = command.read_part(stream, offset, length)
         while True:
-            found = {stream + '-offset': offset}  # type: Dict[str, Any]
+            found = {stream + '-offset': offset, stream + '-size': there}  # type: Dict[str, Any]
             put_bytes(found, stream, data)
             room = self._room_for_output // 2
             if LONGEST_IN_JSON * len(data) <= room or len(protocol.write_json(found)) <= room or not data:

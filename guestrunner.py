@@ -267,8 +267,14 @@ class Runner:
     def _pump(self, timeout: float) -> None:
         """Waits for output, the end of a child, or the time; writes what came into the spool."""
         inlet = self.inlet
-        if inlet is not None:
-            timeout = inlet.patience(timeout)
+        if inlet is None:
+            self._pump_once(timeout)
+        elif self._pump_once(inlet.patience(timeout)):
+            self._pump_once(inlet.patience(timeout))       # the key is shown before anything else is done
+
+    def _pump_once(self, timeout: float) -> bool:
+        """Whether a terminal was given what it may show at once."""
+        inlet = self.inlet
         sources = list(self.pipes) + [self.process.wakeup]
         ready = wait_until_ready(sources + (inlet.readable() if inlet is not None else []),
                                  inlet.writable() if inlet is not None else [], timeout)
@@ -279,8 +285,7 @@ class Runner:
                 drain(descriptor)
             else:
                 self._read_pipe(descriptor)
-        if inlet is not None:
-            inlet.react(ready)
+        return inlet is not None and inlet.react(ready)
 
     def _read_pipe(self, descriptor: int) -> None:
         name, target = self.pipes[descriptor]

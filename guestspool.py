@@ -14,7 +14,7 @@ import re
 import signal
 import stat
 import time
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import agent
 import protocol
@@ -149,15 +149,19 @@ class Command:
             return 0
 
     def slice(self, name: str, offset: int, length: int) -> bytes:
+        return self.read_part(name, offset, length)[0]
+
+    def read_part(self, name: str, offset: int, length: int) -> Tuple[bytes, int]:
+        """A slice of a file, and the file's size."""
         try:
             descriptor = os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
-            return b''
+            return b'', 0
         try:
-            there = os.fstat(descriptor).st_size - offset
-            return os.pread(descriptor, max(0, min(length, there)), offset)
+            size = os.fstat(descriptor).st_size
+            return os.pread(descriptor, max(0, min(length, size - offset)), offset), size
         except OSError:
-            return b''
+            return b'', 0
         finally:
             os.close(descriptor)
 

@@ -73,7 +73,7 @@ class Host:
         self.commands = Commands(self.journal)
         self.trust = Trust(Secrets(self.journal), self.guests, settings.Host)
         self.connection = Connection(settings, self.trust, lambda frame: self.words.hear(frame),
-                                     self.guests.forgive)
+                                     self.guests.forgive, lambda frame: self.words.hear_news(frame))
         say = self.connection.say
         self.machines = Machines(self.guests, self.commands, self.journal, self.connection, self.trust)
         self.leases = Leases(self.folder, self.machines, self.journal)

@@ -385,8 +385,10 @@ class Line:
         self._client.reach(self._flush)
 
     def _flush(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        try:
             del self.unsent[:self._socket.send(self.unsent)]
+        except BlockingIOError:
+            return                     # it waits for room
 
     def check_alive(self) -> None:
         """Nothing has come for SILENCE seconds. Raises NoHost where that is since nobody is there."""

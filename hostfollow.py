@@ -2,7 +2,8 @@
 
 What it is not: the output (hostoutput.py), which is in the guests and in files.
 
-Threads: any thread may wait; ``link`` brings what guests tell. One lock for the table, one for each command.
+Threads: any thread may wait; ``link`` and ``broker`` bring what guests tell. One lock for the table, one for
+each command.
 """
 
 import base64
@@ -68,7 +69,7 @@ class Followed:
         return self._streams[stream].read(offset, length)
 
     def add_sink(self, sink: Callable[[], None]) -> None:
-        """Has it called on ``link``, within ``changed``, whenever there is something new."""
+        """Has it called whenever something new was heard, within ``changed``; it must not wait."""
         with self.changed:
             self._sinks.append(sink)
 
@@ -76,6 +77,11 @@ class Followed:
         """It is called no more."""
         with self.changed:
             self._sinks.remove(sink)
+
+    @property
+    def has_sinks(self) -> bool:
+        """Whether there is one."""
+        return bool(self._sinks)
 
     def is_idle(self, now: float) -> bool:
         """Whether nobody waits any more."""
@@ -133,6 +139,11 @@ class Follows:
             for index in [index for index, one in self._followed.items() if one.is_idle(now)]:
                 del self._followed[index]
             return self._followed.setdefault(execution.index, Followed())
+
+    def is_watched(self, index: Tuple[str, str]) -> bool:
+        """Whether somebody is at that command's terminal."""
+        followed = self._find(index)
+        return followed is not None and followed.has_sinks
 
     def _find(self, index: Tuple[str, str]) -> Optional[Followed]:
         with self._lock:

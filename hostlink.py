@@ -36,10 +36,13 @@ class InnerLink:
     last_error = ''
 
     def __init__(self, broker: stompbroker.Broker, on_up: Callable[[Any], None],
-                 on_message: Callable[[Any], None], on_down: Callable[[str], None]) -> None:
-        """The callbacks are protocol.Link's, and called on the thread ``link``. Raises LocalError."""
+                 on_message: Callable[[Any], None], on_down: Callable[[str], None],
+                 on_news: Callable[[Any], bool]) -> None:
+        """on_news: whether it heard a CMD_STATUS, on the broker's thread; must not wait. The others are
+        protocol.Link's callbacks, and called on the thread ``link``. Raises LocalError."""
         self._new_frame = protocol.import_stomper().Frame
-        self._door = Door(broker, (protocol.CONNECTIONS, protocol.CMD_RESPONSES))
+        self._door = Door(broker, (protocol.CONNECTIONS, protocol.CMD_RESPONSES), self._hear_at_once)
+        self._on_news = on_news
         self._on_up = on_up
         self._on_message = on_message
         self._on_down = on_down
@@ -67,28 +70,39 @@ class InnerLink:
         self._call(self._on_up, self)
         for frames in iter(self._door.wait, None):
             for wire in frames:
-                frame = self._new_frame()
-                frame.cmd, frame.headers = wire.command, wire.headers
-                frame.body = wire.body.decode('utf-8', 'replace')
-                self._call(self._on_message, frame)
+                self._call(self._on_message, self._frame(wire))
             self._door.taken()
         self.up = False
         self._call(self._on_down, 'the embedded broker has ended')
 
-    def _call(self, callback: Callable[[Any], None], argument: Any) -> None:
-        """What it raised is logged, and the link lives on."""
+    def _frame(self, wire: protocol.WireFrame) -> Any:
+        frame = self._new_frame()
+        frame.cmd, frame.headers = 'MESSAGE', wire.headers
+        frame.body = wire.body.decode('utf-8', 'replace')
+        return frame
+
+    def _hear_at_once(self, wire: protocol.WireFrame) -> bool:
+        return wire.body.startswith(b'CMD_STATUS ') and bool(self._call(self._on_news, self._frame(wire)))
+
+    def _call(self, callback: Callable[[Any], Any], argument: Any) -> Any:
+        """What it gave; what it raised is logged, and the link lives on."""
         try:
-            callback(argument)
+            return callback(argument)
         except Exception:
             log.exception('in a callback of the link')
+            return True
 
 
 class Connection:
     """The host at the broker: signs and sends words, and passes on what arrives."""
 
     def __init__(self, settings: Any, trust: Trust, hear: Callable[[Any], None],
-                 on_up: Callable[[], None]) -> None:
-        """hear: gets each frame; on_up: called whenever a connection has been made. Both on ``link``."""
+                 on_up: Callable[[], None], hear_news: Callable[[Any], bool]) -> None:
+        """hear: gets each frame; on_up: called whenever a connection has been made. Both on ``link``.
+
+        hear_news: gets a CMD_STATUS first, on the thread of an embedded broker; whether it took it. Must not
+        wait.
+        """
         self._trust = trust
         self.session = secrets.token_hex(8)
         self.address = '', 0                   # of the broker, as configured, or as it listens
@@ -98,6 +112,7 @@ class Connection:
         self._settings = settings.Broker
         self._beacon_grace = settings.Host.vm_gc_grace
         self._hear = hear
+        self._hear_news = hear_news
         self._on_up = on_up
         self._closing = False
         self._last_roll_call = -ROLL_CALL_EVERY
@@ -119,7 +134,7 @@ class Connection:
             host, settings.port, login=settings.username, passcode=settings.password,
             tls=server_tls(settings), policy=self._policy, heartbeat=settings.heartbeat,
             max_frame=settings.max_frame, unidentified=STRANGERS)
-        link = InnerLink(self._broker, self._link_up, self._hear, self._link_down)
+        link = InnerLink(self._broker, self._link_up, self._hear, self._link_down, self._hear_news)
         try:
             self._broker.start()
         except stompbroker.BrokerError as error:
@@ -220,11 +235,11 @@ class Connection:
 
     def origin(self, headers: Dict[str, str]) -> Tuple[str, str, str]:
         """Where a frame came from: the embedded broker's number of the connection, the id that it is bound
-        to, its address. With another broker: '', the id that it claims, ''.
+        to, its address. With another broker: '', the id that it claims, ''. Raises BadWord.
         """
         origin = headers.pop('connection', '')
         if self._policy is None:
-            return '', headers.get('from') or headers.get('id', ''), ''
+            return '', protocol.read_id(headers.get('from') or headers.get('id', '')), ''
         connection, machine_id, address = origin.split(' ')
         return connection, machine_id, address
 

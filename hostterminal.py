@@ -6,8 +6,8 @@ it. Each has its offset in the whole, so that a line that breaks is begun anew w
 
 What it is not: HTTP (hostserver.py), or where input and output are (hostinput.py, hostoutput.py).
 
-Threads: the connection's own reads what is typed; ``line-…`` tells what is shown, but what fits is sent by
-``link`` at once. One lock, held for sending.
+Threads: the connection's own reads what is typed; ``line-…`` tells what is shown, but what fits is sent at
+once by the thread that hears it. One lock, held for sending.
 """
 
 import contextlib
@@ -67,7 +67,7 @@ class Line:
         self._rest = b''               # of a piece of which the connection took a part
         self._is_over = False
         self._sending = threading.Lock()
-        self._news = threading.Event()         # there is something that ``link`` has not sent
+        self._news = threading.Event()         # there is something that ``_push`` has not sent
         self._thread = threading.Thread(target=self._tell, name='line-' + execution.key, daemon=True)
 
     def serve(self, begun: bytes) -> None:
@@ -95,8 +95,8 @@ class Line:
             for kind, offset, typed in pieces.take(data):
                 if kind in (INPUT, LAST_INPUT):
                     self._put(offset, typed, kind == LAST_INPUT)
-            data = self._connection.recv(RECEIVE)
-            if not data or self._is_over:
+            data = b'' if self._is_over else self._connection.recv(RECEIVE)
+            if not data:
                 return
             self._asked()
 
@@ -123,7 +123,7 @@ class Line:
     # What is shown.
 
     def _push(self) -> None:
-        """Sends what came by now, if nothing else is being sent. On ``link``; never waits."""
+        """Sends what came by now, if nothing else is being sent. On the thread that hears; never waits."""
         if NOW and not self._rest and self._sending.acquire(False):
             try:
                 data = self._followed.peek('out', self._offset, SHOW)
@@ -178,7 +178,9 @@ class Line:
         return False
 
     def _tell_fault(self, error: VMHostError) -> None:
+        """Nothing follows. Raises OSError."""
         self._say(FAULT, 0, b'%d %s' % (error.fault, str(error).encode('utf-8', 'replace')))
+        self._connection.shutdown(socket.SHUT_WR)
 
     def _say(self, kind: bytes, offset: int, data: bytes = b'') -> None:
         with self._sending:

@@ -3,8 +3,9 @@
 What it is not: an authority on what a guest says. Nothing that a guest sends is evaluated, or used as a
 path; texts are bounded, numbers finite.
 
-Threads: all runs on ``link``, one word at a time; but who is let in by first use joins on ``first-use-1``.
-One lock, held for a word, or for one that joins, keeps these two apart.
+Threads: all runs on ``link``, one word at a time; but who is let in by first use joins on ``first-use-1``,
+and news of terminals are heard on ``broker``. One lock, held for a word, or for one that joins, keeps these
+apart.
 """
 
 import logging
@@ -24,7 +25,7 @@ from hostlink import Connection
 from hostmachines import Machines
 from hostoutput import Fetcher
 from hosttrust import FirstUses, Refusal, Session, Trust, read_name
-from protocol import Message, read_id
+from protocol import Message
 from rpc import finite
 
 log = logging.getLogger('vmhost')
@@ -62,10 +63,24 @@ class Words:
         with self._lock:
             self._hear(frame)
 
-    def _hear(self, frame: Any) -> None:
-        connection, sender, address = self._connection.origin(frame.headers)
+    def hear_news(self, frame: Any) -> bool:
+        """The same for a CMD_STATUS that somebody at the command's terminal waits for, on ``broker``.
+
+        That is a change of threads less. False where nobody waits, or something else is being heard.
+        """
+        index = frame.headers.get('cmd-id', ''), frame.headers.get('from', '')     # as it claims
+        if not self._follows.is_watched(index) or not self._lock.acquire(False):
+            return False
         try:
-            sender = read_id(sender)
+            self._hear(frame)
+            return True
+        finally:
+            self._lock.release()
+
+    def _hear(self, frame: Any) -> None:
+        connection, sender, address = '', frame.headers.get('from', ''), ''
+        try:
+            connection, sender, address = self._connection.origin(frame.headers)
             if frame.body.startswith('HELLO') and 'mac' not in frame.headers:
                 self._hear_hello(frame, connection, sender, address)
             else:

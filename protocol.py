@@ -113,7 +113,8 @@ def unescape(text: str, version: str) -> str:
 
 def header_lines(headers: List[Tuple[str, str]], version: str) -> List[str]:
     """``name:value`` of each, escaped as that STOMP version has it."""
-    if _TO_ESCAPE.search('\0'.join(map(''.join, headers))) is None:       # one look at all of them, as a rule
+    text = '\0'.join(map(''.join, headers))       # one look at all of them, as a rule
+    if not ('\\' in text or ':' in text or '\n' in text or '\r' in text):
         return [name + ':' + value for name, value in headers]
     return [escape(name, version) + ':' + escape(value, version) for name, value in headers]
 
@@ -432,9 +433,10 @@ class Plain(str):
 def write_object(keys: Dict[str, Any]) -> str:
     """The same for an object; as fast as can be where it holds much Plain text."""
     plain = {name: value for name, value in keys.items() if isinstance(value, Plain)}
-    text = write_json({name: value for name, value in keys.items() if name not in plain} if plain else keys)
     if not plain:
-        return text
+        return write_json(keys)
+    rest = {name: value for name, value in keys.items() if name not in plain}
+    text = write_json(rest) if rest else '{}'
     members = ','.join(['"%s":"%s"' % item for item in plain.items()])
     return '%s%s%s}' % (text[:-1], ',' if len(keys) > len(plain) else '', members)
 

@@ -8,7 +8,7 @@ there is rings.
 """
 
 import threading
-from typing import Any, Dict, Iterable, List, Optional
+from typing import Any, Callable, Dict, Iterable, List, Optional
 
 from protocol import LocalError, WireFrame
 from stompoutbox import RECEIVE, Lanes
@@ -23,8 +23,12 @@ class Door:
 
     backlog = 0            # bytes that it said, and others have not taken: they never wait for each other
 
-    def __init__(self, broker: Any, topics: Iterable[str]) -> None:
+    def __init__(self, broker: Any, topics: Iterable[str],
+                 take_at_once: Callable[[WireFrame], bool] = lambda frame: False) -> None:
+        """take_at_once: is shown each frame before which no other one waits, in the broker's turn; whether it
+        took it. Must not wait."""
         self._broker = broker
+        self._take_at_once = take_at_once
         self._lanes = Lanes()
         self._batch: Optional[List[WireFrame]] = []    # that whoever waits may take
         self._is_handed_over = False       # and has not been taken yet
@@ -72,7 +76,9 @@ class Door:
         """A SEND for the program: at once if that waits, else with others once it has taken what it has."""
         self._broker.count.frames_out += 1
         if not self._is_handed_over:
-            return self._hand_over([frame])
+            if not self._take_at_once(frame):
+                self._hand_over([frame])
+            return
         size = len(frame.body) + sum(map(len, frame.headers)) + sum(map(len, frame.headers.values()))
         self._lanes.add(sender, size, frame)
         self._broker.memory.bytes += size

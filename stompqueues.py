@@ -38,6 +38,7 @@ NOT_FOR_SEND['JMSXGroupID'] = 'message groups'
 NO_SUCH_PLACES = {'/temp-queue/': 'temporary queues', '/temp-topic/': 'temporary topics',
                   '/remote-temp-queue/': 'temporary queues', '/remote-temp-topic/': 'temporary topics',
                   '/reply-queue/': 'temporary queues', '/dsub/': 'durable subscriptions'}
+_NO_SUCH = tuple(NO_SUCH_PLACES)
 
 # Whether a subscriber is to get a message; of topics alone.
 Audience = Callable[[Any], bool]
@@ -80,9 +81,9 @@ def _milliseconds(headers: Dict[str, str], name: str, what: str) -> float:
 def check_send(headers: Dict[str, str]) -> None:
     """Raises DestinationError where a SEND asks for what isn't there, or for no time."""
     check_name(headers['destination'])
-    for name, what in NOT_FOR_SEND.items():
-        if name in headers:
-            raise DestinationError('this broker has no %s: header %s' % (what, name))
+    if not headers.keys().isdisjoint(NOT_FOR_SEND):
+        name = next(name for name in NOT_FOR_SEND if name in headers)
+        raise DestinationError('this broker has no %s: header %s' % (NOT_FOR_SEND[name], name))
     if headers.get('reply-to', '').startswith('/temp-'):
         raise DestinationError('this broker has no temporary queues: header reply-to')
     expiry(headers)
@@ -90,9 +91,9 @@ def check_send(headers: Dict[str, str]) -> None:
 
 def check_name(name: str) -> None:
     """Raises DestinationError where it names what isn't there: a topic would take it, and nobody get it."""
-    for beginning, what in NO_SUCH_PLACES.items():
-        if name.startswith(beginning):
-            raise DestinationError('this broker has no %s: %.100s' % (what, name))
+    if name.startswith(_NO_SUCH):
+        what = next(what for beginning, what in NO_SUCH_PLACES.items() if name.startswith(beginning))
+        raise DestinationError('this broker has no %s: %.100s' % (what, name))
 
 
 class Envelope:
