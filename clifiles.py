@@ -66,7 +66,8 @@ def do_cp(host: Client, screen: Screen, args: Any) -> int:
     """Copies a file or folder to a VM, or from one: VM:PATH says where it is, or is to be."""
     (there, source), (back, target) = vm_and_path(args.source), vm_and_path(args.target)
     if bool(there) == bool(back):
-        raise VMHostError('one of the two should be VM:PATH, the other one a path of this machine')
+        raise VMHostError('one of the two should be VM:PATH, the other one a path of this machine%s' % (
+            ': a single letter is a drive; put and get take such a VM' if os.name == 'nt' else ''))
     args.vm, args.source, args.target = there or back, source, target
     return do_put(host, screen, args) if back else do_get(host, screen, args)
 

@@ -170,7 +170,10 @@ class Host(Process):
         return command('vmhost', self.ini, *words, on_windows=self.on_windows)
 
     def verb(self, *words, **kwargs):
-        """Runs a verb of the command line; gives the finished process, with bytes, lines ending as here."""
+        """Runs a verb of the command line; gives the finished process, with bytes; what it says of itself is
+        UTF-8, and its errors have lines as here."""
+        if self.on_windows:
+            kwargs['env'] = dict({'PYTHONIOENCODING': 'utf-8'}, **kwargs.get('env', os.environ))
         done = subprocess.run(self.command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                               timeout=kwargs.pop('timeout', 120), **kwargs)
         if self.on_windows:

@@ -77,6 +77,7 @@ def all_run(api, multicast):
 
 # --- the caller's own id ---
 
+@pytest.mark.windows
 def test_the_same_id_again_is_answered_as_the_first_time(host, guest, tmp_path):
     proof, answers = Proof(tmp_path), []
 
@@ -150,6 +151,7 @@ def test_an_answer_that_is_cut_costs_no_second_run(host, guest, tmp_path):
 
 # --- cancelled ---
 
+@pytest.mark.windows
 def test_what_waits_for_an_agent_is_cancelled_at_once_and_for_good(host, absent, tmp_path, api):
     proof = Proof(tmp_path)
     cmd_id = api.runCmd('away', *proof.words(), {}, '', '', {'queue': True})

@@ -119,6 +119,8 @@ def test_files_go_and_come_and_come_again(verb, guest, tmp_path):
     assert (tmp_path / 'back' / 'big').read_bytes() == data == (tmp_path / 'one').read_bytes()
     assert int((tmp_path / 'back' / 'big').stat().st_mtime) == 1500000000
     assert (tmp_path / 'back' / 'folder' / 'small').read_bytes() == b'small'
+    code, said = verb('cp', 'g:tree/big', 'two')
+    assert code == 1 and 'a single letter is a drive' in said
     assert not [name for _, _, names in os.walk(str(tmp_path)) for name in names if 'vmhost-part' in name]
 
 
