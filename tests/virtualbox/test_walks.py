@@ -8,6 +8,7 @@ import glob
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -202,7 +203,8 @@ class Chaos:
         manage('modifyvm', vm, '--name', next(name for name in self.vms[vm] if name != now))
 
     def unregister(self, vm):
-        """For a moment, as who moves it would."""
+        """For a moment, as who moves it would. Seen with 7.2: on a full disk VirtualBox leaves an empty
+        .vbox file; its user has the one before."""
         path = facts(vm)['CfgFile']
         manage('unregistervm', vm)
         time.sleep(self.chance.uniform(0, 2))
@@ -212,6 +214,8 @@ class Chaos:
                 return manage('registervm', path)
             except Refused as error:
                 assert time.monotonic() < until, error
+                if not os.path.getsize(path):
+                    shutil.copy(path + '-prev', path)
                 time.sleep(0.5)
 
     def fill(self, vm):
