@@ -28,7 +28,7 @@ SUBJECTS = [('virtual machines', climachines.VERBS), ('commands', clicommands.VE
             ('files', clifiles.VERBS), ('host agent', cliagent.VERBS)]
 VERBS = {verb.name: verb for _, verbs in SUBJECTS for verb in verbs}
 
-ALIASES = {'exec': 'run', 'logs': 'out', 'top': 'ps -l', 'list': 'ls', 'inspect': 'info',
+ALIASES = {'exec': 'run', 'logs': 'out', 'top': 'ps -l -n 0', 'list': 'ls', 'inspect': 'info',
            'version': '--version', 'help': '--help', '-v': '--version', '-V': '--version'}
 MEANT = {                      # what hands type that know other tools, and what it is here
     'attach': 'out -f', 'tail': 'out -f', 'log': 'out', 'output': 'out', 'delete': 'rm', 'remove': 'rm',
@@ -177,7 +177,7 @@ def run_verb(ini: Optional[str], words: List[str], screen: Screen, check: Functi
     if verb is None:
         import difflib  # needed here alone
         close = [MEANT[words[0]]] if words[0] in MEANT else \
-            difflib.get_close_matches(words[0], VERBS, 1, TYPING_ERROR)
+            difflib.get_close_matches(words[0], list(VERBS) + list(ALIASES), 1, TYPING_ERROR)
         screen.complain('unknown verb %s%s; `%s --help` lists them' % (
             words[0], close and ' (did you mean %s?)' % close[0] or '', program_name()))
         return 2

@@ -83,7 +83,7 @@ def test_file_servers_that_trickle_hold_up_no_others_output(host, honest, api):
         wait_until(lambda: server.asked >= 4)
         cmd_id = api.runCmd('honest', 'sh', ['-c', 'yes | head -c 300000'])
         host.results(cmd_id)
-        wait_until(lambda: any(name.startswith(cmd_id) for name in os.listdir(os.path.join(
+        wait_until(lambda: any('.%s.' % cmd_id in name for name in os.listdir(os.path.join(
             host.state, 'output'))), 10)
 
 
