@@ -596,7 +596,7 @@ def test_a_broker_whose_thread_fails_ends():
     port = int(process.stdout.readline().rsplit(b':', 1)[1])
     with Client(('127.0.0.1', port)) as client:
         client.take_end_or_error()
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "stompbroker: the broker has failed: KeyError('on purpose'" in errors.decode()
 
@@ -604,9 +604,7 @@ def test_a_broker_whose_thread_fails_ends():
 def test_a_host_agent_whose_broker_fails_ends(tmp_path):
     """A supervisor starts it again; without a broker it would serve nobody."""
     code = ('import stompbroker, sys, vmhost\n'
-            'def admit(broker, sock, peer, admit=stompbroker.Broker.admit):\n'
-            '    if broker.count.connections_total: raise KeyError("on purpose")\n'
-            '    admit(broker, sock, peer)\n'
+            'def admit(broker, sock, peer): raise KeyError("on purpose")\n'
             'stompbroker.Broker.admit = admit\n'
             'sys.exit(vmhost.main(sys.argv[1:]))\n')
     ini, address = tmp_path / 'host.ini', tmp_path / 'state' / 'broker.address'
@@ -614,11 +612,11 @@ def test_a_host_agent_whose_broker_fails_ends(tmp_path):
                    'hypervisor = none\n' % (tmp_path / 'state'))
     process = subprocess.Popen([sys.executable, '-c', code, str(ini)], cwd=TOP, stderr=subprocess.PIPE)
     try:
-        wait_until(lambda: address.exists() and address.read_text(), 20)
+        wait_until(lambda: address.exists() and address.read_text(), 60)
         host, port = address.read_text().rsplit(':', 1)
         with Client((host, int(port))) as client:
             client.take_end_or_error()
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 1
