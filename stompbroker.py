@@ -45,7 +45,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import agent
 from protocol import CLIENT_COMMANDS, FrameReader, RemoteError, WireFrame
-from stompoutbox import RECEIVE, SHARE, WOULD_BLOCK, Delivery, Lanes, Memory, Outbox
+from stompoutbox import RECEIVE, SHARE, WOULD_BLOCK, Delivery, Memory, Outbox
 from stompqueues import NEVER, Audience, DestinationError, Destinations, Outlet, Status
 from stompsession import Session, StompError
 
@@ -81,10 +81,6 @@ class Policy:
 
     All methods are called on the broker's thread and must not block. What they may set:
 
-    ``session.essential = True``, in ``connecting``: it is never cut off for not reading. Instead, its
-    senders wait: what each of them said stands in a lane of its own, the lanes are served in turn, a
-    frame each; whoever has more than ``SHARE`` bytes there is not read until that is less, and
-    nobody is while half of ``limits.waiting`` waits in all lanes together.
     ``session.rate = (frames a second, frames at once)``, in ``connecting``: beyond that the
     connection is read more slowly; nothing is dropped. What isn't a SEND counts a tenth.
     ``session.byte_rate``: the same in bytes of bodies.
@@ -124,7 +120,7 @@ class Counters:
         self.bytes_in = 0
         self.bytes_out = 0
         self.held_bytes = 0                # in unfinished frames, transactions, subscriptions
-        self.held_up = 0                   # times that a sender had to wait for an essential client
+        self.held_up = 0                   # times that a sender had to wait for a door
         self.slowed = 0                    # times that a client was over its rate
         self.refused = 0                   # connections and frames, by login, limit or policy
         self.errors = 0                    # ERROR frames
@@ -244,8 +240,8 @@ class Connection(Outlet):
 
     What it does with either depends on its ``state``.
     """
-    __slots__ = ('broker', 'peer', 'number', 'since', 'state', 'clock', 'session', 'takes_turns', 'backlog',
-                 'held', '_sock', '_reader', '_outbox', '_lanes', '_buckets', '_counted', '_to_flush',
+    __slots__ = ('broker', 'peer', 'number', 'since', 'state', 'clock', 'session', 'backlog',
+                 'held', '_sock', '_reader', '_outbox', '_buckets', '_counted', '_to_flush',
                  '_wants_room', '_held_up', '_events', '_unfinished')
 
     HIGH = 256 * 1024      # bytes waiting at which queues give no more
@@ -257,19 +253,17 @@ class Connection(Outlet):
         self.since = broker.now
         self.state = State.OPENING if broker.tls is None else State.HANDSHAKE
         self.clock = Clock(broker.now, broker.limits.connect_time)
-        self.takes_turns = False
-        self.backlog = 0                   # bytes that it said, and essential clients have not read
+        self.backlog = 0                   # bytes that it said, and a door's program has not taken
         self.held = 0                      # bytes that the client makes the broker keep
         self._sock = sock
         # Until it is known who that is, nothing large is waited for.
         self._reader = FrameReader(CLIENT_COMMANDS, max_body=RECEIVE)
         self._outbox = Outbox(broker.memory)
-        self._lanes = None  # type: Optional[Lanes]
         self._buckets = ()  # type: Tuple[Tuple[Bucket, Callable[[WireFrame], float]], ...]
         self._counted = 0                  # bytes that are its own, as the broker's memory knows them
         self._to_flush = False             # the broker will call ``flush`` in this round
         self._wants_room = False           # queues have more for it
-        self._held_up = False              # not read until an essential client has read
+        self._held_up = False              # not read until a door's program has taken more
         self._events = 0                   # that the selector looks for
         self._unfinished = 0               # bytes that wait for the rest of their frame
         self.session = Session(self)
@@ -291,11 +285,6 @@ class Connection(Outlet):
         self._reader.version = session.version
         self._buckets = tuple((Bucket(*rate, now=self.broker.now), cost) for rate, cost in (
             (session.rate, _frames_in), (session.byte_rate, _bytes_in)) if rate is not None)
-        if session.essential:
-            self.takes_turns = True
-            self._lanes = Lanes()
-            # What the kernel has taken stands before everybody's next word.
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, RECEIVE)
         self._enter(State.CONNECTED)
 
     def identified(self) -> None:
@@ -327,14 +316,10 @@ class Connection(Outlet):
     def _forget_outbox(self) -> List[Delivery]:
         """Gives what queues have to take back."""
         unwritten = self._outbox.clear()
-        if self._lanes is not None:
-            unwritten += self._lanes.clear()
         self._count_waiting()
         return unwritten
 
     def _shut(self) -> None:
-        if self.takes_turns:
-            self.broker.let_all_go_on()
         self._listen_for(0)
         self.broker.alarms.cancel(self.number)
         self._sock.close()
@@ -402,9 +387,9 @@ class Connection(Outlet):
         return self.state < State.ENDING and (self._held_up or self.clock.pause < NEVER)
 
     def _has_to_wait(self) -> bool:
-        """Whether an essential client must read first. Who ends, or hasn't begun, adds nothing for it."""
+        """Whether a door's program must take more first. Who ends, or hasn't begun, adds nothing for it."""
         return ((self.broker.is_held_up or self.backlog > SHARE)
-                and State.CONNECTED <= self.state < State.ENDING and not self.takes_turns)
+                and State.CONNECTED <= self.state < State.ENDING)
 
     def go_on(self) -> None:
         """If it had to wait, it is read again; that it wasn't heard was not its fault."""
@@ -501,22 +486,15 @@ class Connection(Outlet):
 
     # -- writing
 
-    def put(self, parts: Tuple[bytes, ...], frames: int, sender: Any = None,
-            delivery: Optional[Delivery] = None) -> None:
+    def put(self, parts: Tuple[bytes, ...], frames: int, delivery: Optional[Delivery] = None) -> None:
         """Bytes for the client; they leave with all others when the broker has read its round."""
         if self.state > State.CONNECTED:
             return
-        if self._lanes is None:
-            self.broker.put_at_once += self._outbox.put(parts, delivery)
-        else:
-            self._lanes.put(sender or self, parts, delivery)
+        self.broker.put_at_once += self._outbox.put(parts, delivery)
         self.broker.count.frames_out += frames
         if not self._to_flush:
             self._ask_for_flush()
-        if self._lanes is not None:
-            if self.waiting > self.broker.limits.waiting // 2:
-                self.broker.is_held_up = True
-        elif self._outbox.waiting > self.broker.most_in_a_round:
+        if self._outbox.waiting > self.broker.most_in_a_round:
             self._relieve()
         elif self.broker.put_at_once > PUT_AT_ONCE:
             self.broker.write_early()
@@ -535,7 +513,7 @@ class Connection(Outlet):
         """Whether a queue may give more; if not, the queues are asked again when there is."""
         if self.state != State.CONNECTED:
             return False
-        if (self._outbox.waiting if self._lanes is None else self.waiting) < self.HIGH:
+        if self._outbox.waiting < self.HIGH:
             return True
         self._wants_room = True
         return False
@@ -549,10 +527,7 @@ class Connection(Outlet):
         if self.state == State.CLOSED:
             return
         waiting = self._count_waiting()
-        if self.takes_turns:
-            if waiting < self.broker.limits.waiting // 4:
-                self.broker.let_all_go_on()
-        elif waiting and self._has_too_much():
+        if waiting and self._has_too_much():
             return self.cut_off()
         if not waiting and self.state in (State.ENDING, State.DRAINING):
             return self._finish()
@@ -564,9 +539,6 @@ class Connection(Outlet):
     def _write(self) -> None:
         try:
             sent = self._outbox.write(self._sock)
-            while self._lanes is not None and self._lanes.waiting and not self._outbox.waiting:
-                self._lanes.pour(self._outbox)
-                sent += self._outbox.write(self._sock)
         except OSError as error:
             log.debug('%r: %s', self, error)
             if self.state > State.CONNECTED:
@@ -593,12 +565,12 @@ class Connection(Outlet):
     @property
     def share(self) -> float:
         """Bytes of the broker's memory that wait for it."""
-        return self._outbox.share + (self._lanes.waiting if self._lanes is not None else 0)
+        return self._outbox.share
 
     @property
     def waiting(self) -> int:
         """Bytes that it was sent and has not read."""
-        return self._outbox.waiting + (self._lanes.waiting if self._lanes is not None else 0)
+        return self._outbox.waiting
 
     # -- the clock
 
@@ -871,7 +843,7 @@ class Broker:
         # What a round may gather for a client before it must be written. Twice the limit, since
         # only after a try to write it is known whether the client is slow.
         self.most_in_a_round = 2 * (self.limits.waiting + self.limits.max_frame)
-        self.is_held_up = False            # too much waits for an essential client
+        self.is_held_up = False            # too much waits for a door's program
         self.failure = None      # type: Optional[Exception]
         self._host, self._port = host, port
         self._login, self._passcode = login, passcode
@@ -1149,8 +1121,7 @@ class Broker:
 
     def _relieve_waiting(self) -> None:
         """All clients together don't read enough: those who take most of the memory go."""
-        others = [each for each in self._connections.values() if not each.takes_turns]
-        for connection in sorted(others, key=lambda each: -each.share):
+        for connection in sorted(self._connections.values(), key=lambda each: -each.share):
             if self.memory.bytes <= self.limits.waiting_in_all:
                 return
             connection.cut_off()
@@ -1187,7 +1158,7 @@ class Broker:
         self._to_flush.append(connection)
 
     def let_all_go_on(self) -> None:
-        """An essential client has read, or is gone. Where another one hasn't, they soon wait again."""
+        """A door's program has taken what waited. Where another one hasn't, they soon wait again."""
         if self.is_held_up:
             self.is_held_up = False
             for connection in self._connections.values():

@@ -15,7 +15,7 @@ from stompqueues import LARGE, BrokerMessage, Queue
 
 RECEIVE = 64 * 1024                       # bytes taken from a client, or from its senders' lanes, at a time
 JOINED = 256 * 1024                       # bytes that one write carries, if the chunks are small
-SHARE = 256 * 1024                        # bytes that one sender may have waiting for an essential client
+SHARE = 256 * 1024                        # bytes that one sender may have waiting at a door
 WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 Delivery = Tuple[Queue, BrokerMessage]
@@ -177,19 +177,15 @@ def _whole(chunk: Any) -> bytes:
 
 
 class Lanes:
-    """What waits for an essential client: a lane for each sender, served in turn, a frame of each."""
+    """What waits for a door's program: a lane for each sender, served in turn, a frame of each."""
     __slots__ = ('_lanes', 'waiting')
 
     def __init__(self) -> None:
         self._lanes = collections.OrderedDict()  # type: collections.OrderedDict[Any, Any]
         self.waiting = 0                   # bytes
 
-    def put(self, sender: Any, parts: Tuple[bytes, ...], delivery: Optional[Delivery]) -> None:
-        """A frame in bytes, for an outbox."""
-        self.add(sender, sum(map(len, parts)), (parts, delivery))
-
     def add(self, sender: Any, size: int, frame: Any) -> None:
-        """A frame of so many bytes, in whatever form."""
+        """A frame of so many bytes."""
         if sender not in self._lanes:
             self._lanes[sender] = collections.deque()
         self._lanes[sender].append((size, frame))
@@ -207,15 +203,3 @@ class Lanes:
         if sender.backlog < SHARE // 2:
             sender.go_on()
         return frame
-
-    def pour(self, outbox: Outbox) -> None:
-        """Moves on what the next write carries."""
-        while self._lanes and outbox.waiting < RECEIVE:
-            outbox.put(*self.take())
-
-    def clear(self) -> List[Delivery]:
-        """Forgets what waits; gives what queues have to take back."""
-        taken = []
-        while self._lanes:
-            taken.append(self.take()[1])
-        return [delivery for delivery in taken if delivery is not None]

@@ -129,18 +129,17 @@ class Envelope:
 
 
 class BrokerMessage:
-    """A SEND on its way. ``serial`` counts up, ``number`` is its name; ``sender`` is the outlet of who
-    said it. The rest is a queue's: the bytes that it takes, when it came, whether it was given to
-    somebody before, how often it was refused, and by which of the present consumers."""
-    __slots__ = ('serial', 'number', 'envelope', 'body', 'sender', 'cost', 'since', 'redelivered', 'refusals',
+    """A SEND on its way. ``serial`` counts up, ``number`` is its name. The rest is a queue's: the bytes that
+    it takes, when it came, whether it was given to somebody before, how often it was refused, and by which of
+    the present consumers."""
+    __slots__ = ('serial', 'number', 'envelope', 'body', 'cost', 'since', 'redelivered', 'refusals',
                  'refusers')
 
-    def __init__(self, serial: int, number: str, envelope: Envelope, body: bytes, sender: Any) -> None:
+    def __init__(self, serial: int, number: str, envelope: Envelope, body: bytes) -> None:
         self.serial = serial
         self.number = number
         self.envelope = envelope
         self.body = body
-        self.sender = sender
         self.redelivered = False
 
     def enters_queue(self) -> None:
@@ -177,11 +176,9 @@ class Outlet:
     """Where a subscriber's messages go to. The broker's connection is one."""
     __slots__ = ()
 
-    takes_turns = False    # it wants to know whose each message is: senders are served in turn
-
-    def put(self, parts: Tuple[bytes, ...], frames: int, sender: Any = None, delivery: Any = None) -> None:
-        """Takes bytes, and of whom they are. ``delivery``: a queue and a message that it is told to
-        settle once they are written, or to take back if they never are."""
+    def put(self, parts: Tuple[bytes, ...], frames: int, delivery: Any = None) -> None:
+        """Takes bytes. ``delivery``: a queue and a message that it is told to settle once they are written,
+        or to take back if they never are."""
         raise NotImplementedError
 
     def has_room(self) -> bool:
@@ -221,7 +218,7 @@ class Subscription:
             parts = (message.rest(version, acked, self.lead),)  # type: Tuple[bytes, ...]
         else:
             parts = self.lead + message.head(*self.kind), message.body, b'\0\n'
-        self.outlet.put(parts, 1, message.sender, delivery)
+        self.outlet.put(parts, 1, delivery)
 
     def acknowledge(self, number: str) -> List[BrokerMessage]:
         """Takes the messages that an ACK or NACK of this one is about, out of ``unacked``."""
@@ -323,10 +320,6 @@ class Topic(Destination):
         rests = {}  # type: Dict[Tuple[str, bool], List[bytes]]
         blobs = {}  # type: Dict[Tuple[Tuple[str, bool], bytes], bytes]
         for subscription in list(self.subscriptions):
-            if subscription.outlet.takes_turns:
-                for message in batch:
-                    subscription.give(message)
-                continue
             kind, lead = subscription.kind, subscription.lead
             blob = blobs.get((kind, lead))
             if blob is None:
@@ -627,8 +620,8 @@ class Destinations:
 
     def send(self, frame: WireFrame, sender: Any,
              audience: Callable[[str, WireFrame], Optional[Audience]]) -> None:
-        """Gives a SEND to its destination. One topic at a time gathers, so that order holds between
-        destinations, too. Raises DestinationError."""
+        """Gives a SEND to its destination; ``sender``: the outlet of who said it. One topic at a time
+        gathers, so that order holds between destinations, too. Raises DestinationError."""
         if self.doors and frame.headers['destination'] in self.doors:
             return self.doors[frame.headers['destination']].let_out(frame, sender)  # type: ignore[no-any-return]
         envelope = self._envelope
@@ -645,10 +638,10 @@ class Destinations:
             self.flush()
         serial = next(self._serials)
         if type(place) is Topic:
-            message = BrokerMessage(serial, self._of_topic % serial, envelope, frame.body, sender)
+            message = BrokerMessage(serial, self._of_topic % serial, envelope, frame.body)
             place.publish(message, audience(name, frame))
         else:
-            place.publish(BrokerMessage(serial, self._of_queue % serial, envelope, frame.body, sender))
+            place.publish(BrokerMessage(serial, self._of_queue % serial, envelope, frame.body))
 
     def flush(self) -> None:
         """Gives out what a topic has gathered."""
@@ -731,7 +724,7 @@ class Destinations:
         headers.update({'destination': DEAD_LETTERS, 'original-destination': queue.name,
                         'reason': 'refused %d time%s' % (message.refusals, 's' * (message.refusals > 1))})
         serial = next(self._serials)
-        letter = BrokerMessage(serial, self._of_queue % serial, Envelope(headers), message.body, None)
+        letter = BrokerMessage(serial, self._of_queue % serial, Envelope(headers), message.body)
         queue.drop(message)
         try:
             self.get(DEAD_LETTERS).publish(letter)

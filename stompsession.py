@@ -82,10 +82,10 @@ class Transactions:
 class Session:
     """What a client says, in STOMP, over its connection: one method for each command.
 
-    ``peer``, ``id``, ``policy_data``, ``essential``, ``rate``, ``byte_rate``, ``identified`` and ``close``
-    are for the policy; the rest is the broker's own.
+    ``peer``, ``id``, ``policy_data``, ``rate``, ``byte_rate``, ``identified`` and ``close`` are
+    for the policy; the rest is the broker's own.
     """
-    __slots__ = ('broker', 'connection', 'peer', 'id', 'policy_data', 'essential', 'rate', 'byte_rate',
+    __slots__ = ('broker', 'connection', 'peer', 'id', 'policy_data', 'rate', 'byte_rate',
                  'identified', 'version', '_subscriptions', '_by_number', '_numbers', '_transactions',
                  '_is_connected', '_was_asked', '_was_identified')
 
@@ -95,7 +95,6 @@ class Session:
         self.peer = connection.peer
         self.id = '%s-%d' % (self.broker.token, connection.number)
         self.policy_data = None  # type: Any
-        self.essential = False
         self.rate = None  # type: Optional[Tuple[float, float]]
         self.byte_rate = None  # type: Optional[Tuple[float, float]]
         self.identified = True

@@ -1,7 +1,6 @@
 """What a policy may ask for, so that one client's noise is its own trouble: rates, lanes, strangers."""
 
 import contextlib
-import socket
 import threading
 import time
 
@@ -10,7 +9,6 @@ from helpers import wait_until
 from stomp_client import Client, frame, running
 
 from stompbroker import Broker, Policy
-from stompoutbox import SHARE
 
 pytestmark = pytest.mark.ends
 
@@ -18,12 +16,11 @@ WHERE = 'destination:/topic/a'
 
 
 class Strict(Policy):
-    """Login ``essential`` is; ``slow`` is read slowly; ``stranger`` has to say who it is: by HELLO."""
+    """Login ``slow`` is read slowly; ``stranger`` has to say who it is: by HELLO."""
     rate = 100, 50
 
     def connecting(self, session, headers):
         login = headers.get('login', '')
-        session.essential = login == 'essential'
         if login == 'slow':
             session.rate = self.rate
         if login == 'heavy':
@@ -219,74 +216,3 @@ def test_other_frames_count_little(broker, connect):
         slow.say('ABORT', 'transaction:t')
     slow.ask('BEGIN', 'transaction:last')
     assert broker.counters()['slowed'] > 0
-
-
-# --- who sends to an essential client ---
-
-def test_senders_to_an_essential_client_take_turns(broker, connect):
-    """One has said as much as it may; what two others say next comes after a frame or two of it."""
-    essential = connect(None, receive_buffer=4096)
-    essential.connect('1.2', 'login:essential')
-    essential.subscribe('/topic/a')
-    flooder, second, third = connect('1.2'), connect('1.2'), connect('1.2')
-    body = b'flood' * 2000
-    stop = threading.Event()
-
-    def flood():
-        with contextlib.suppress(OSError):
-            while not stop.is_set():
-                flooder.say('SEND', WHERE, body=body)
-    thread = threading.Thread(target=flood)
-    thread.start()
-    try:
-        wait_until(lambda: broker.counters()['held_up'])
-        assert broker.counters()['waiting_bytes'] < 2 * SHARE + 200000
-        for sender, name in (second, b'second'), (third, b'third'):
-            for number in range(20):
-                sender.say('SEND', WHERE, body=name + b' %d' % number)
-            sender.ask('SEND', 'destination:/topic/nobody')
-        wait_until(lambda: broker.counters()['waiting_bytes'] >= SHARE)
-        # That many the kernel has taken; they, and what the next write carries, stand before all others.
-        taken = broker.counters()['bytes_out'] // len(body) + 64 * 1024 // len(body) + 3
-        places, got = [], []
-        while len(got) < 40:
-            one = essential.take().body
-            places.append(one[:5])
-            if one != body:
-                got.append(one)
-        first = next(place for place, one in enumerate(places) if one != b'flood')
-        assert first <= taken, (taken, places)
-        assert places[first:].count(b'flood') <= 42, places      # one between each two, at most
-        assert [one for one in got if one.startswith(b'second')] == [b'second %d' % n for n in range(20)]
-        assert [one for one in got if one.startswith(b'third')] == [b'third %d' % n for n in range(20)]
-    finally:
-        stop.set()
-        flooder.socket.shutdown(socket.SHUT_RDWR)      # which ends a wait in another thread, as close doesn't
-        thread.join(30)
-        assert not thread.is_alive()
-    assert broker.counters()['cut_off'] == 0
-
-
-def test_what_a_sender_said_comes_though_it_went(broker, connect):
-    essential = connect(None, receive_buffer=4096)
-    essential.connect('1.2', 'login:essential')
-    essential.subscribe('/topic/a')
-    with Client(broker.address) as sender:
-        sender.connect('1.2')
-        for _ in range(20):
-            sender.say('SEND', WHERE, body=b'x' * 20000)
-        sender.say('SEND', WHERE, body=b'last')      # a RECEIPT may wait until the other one reads
-    assert len(essential.take_all(20)) == 20 and essential.take().body == b'last'
-
-
-def test_an_essential_client_of_a_queue_that_dies_loses_nothing(broker, connect):
-    essential, sender = connect(None, receive_buffer=4096), connect('1.2')
-    essential.connect('1.2', 'login:essential')
-    essential.subscribe('/queue/a')
-    sender.publish('/queue/a', *[b'%d ' % number + b'x' * 20000 for number in range(50)])
-    essential.reset()
-    reader = connect('1.2')
-    reader.subscribe('/queue/a')
-    first = int(reader.take().body.split()[0])
-    assert first < 25
-    assert [int(reader.take().body.split()[0]) for _ in range(first + 1, 50)] == list(range(first + 1, 50))

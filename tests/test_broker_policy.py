@@ -1,8 +1,6 @@
 """The broker's hook for policies, the host's own policy through it, and the counters."""
 
-import contextlib
 import logging
-import socket
 import threading
 
 import pytest
@@ -26,7 +24,6 @@ class Recorder(Policy):
     def connecting(self, session, headers):
         self.asked.append(('connecting', session))
         session.policy_data = headers.get('login', '')
-        session.essential = session.policy_data == 'essential'
         if session.policy_data == 'nobody':
             raise Refused('you are nobody')
 
@@ -303,67 +300,6 @@ def test_a_connection_is_bound_to_one_id(hosted, the_host):
     client.say('SEND', 'destination:' + CONNECTIONS, 'id:other', body=b'HELLO')
     client.take_error()
     assert the_host.before_now() == []
-
-
-# --- who is essential ---
-
-BODY = bytes(range(1, 256)) * 400
-COUNT = 200            # times the body: more than twice what may wait for a client, and any socket holds
-
-
-@contextlib.contextmanager
-def much_for_an_essential_one(broker):
-    """(the essential session, which doesn't read; a busy one, which sends, and can't go on; its thread)."""
-    with Client(broker.address, receive_buffer=4096) as slow, Client(broker.address) as busy:
-        slow.connect('1.2', 'login:essential')
-        slow.subscribe('/topic/a')
-        busy.connect('1.2', 'heart-beat:300,0')
-        busy.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
-        sent = []
-
-        def send():
-            with contextlib.suppress(OSError):
-                for number in range(COUNT):
-                    busy.say('SEND', 'destination:/topic/a', body=b'%d ' % number + BODY)
-                    sent.append(number)
-        thread = threading.Thread(target=send)
-        thread.start()
-        try:
-            wait_until(lambda: broker.counters()['held_up'], 30)
-            yield slow, busy, sent, thread
-        finally:
-            busy.socket.shutdown(socket.SHUT_RDWR)
-            thread.join(30)
-
-
-def test_others_wait_while_much_waits_for_an_essential_session(policy, broker):
-    """It gets all of it; and who had to wait, unheard, isn't taken for dead."""
-    with much_for_an_essential_one(broker) as (slow, busy, sent, thread), Client(broker.address) as other:
-        other.connect('1.2')
-        other.say('SEND', 'destination:/topic/a', body=b'last')
-        assert broker.counters()['waiting_bytes'] < broker.limits.waiting
-        assert len(sent) < COUNT
-        thread.join(3)             # the time after which a silent client of that heart-beat is dead
-        assert thread.is_alive() and broker.counters()['connections'] == 3
-        got = [slow.take().body for _ in range(COUNT + 1)]
-        assert [body for body in got if body != b'last'] == [b'%d ' % n + BODY for n in range(COUNT)]
-        thread.join(30)
-        busy.ask('SEND', 'destination:/topic/b', body=b'I am still here')
-        assert broker.counters()['cut_off'] == 0 and broker.counters()['waiting_bytes'] == 0
-
-
-@pytest.mark.parametrize('end', ['close', 'reset', 'disconnect'])
-def test_others_go_on_when_an_essential_session_ends(policy, broker, end):
-    with much_for_an_essential_one(broker) as (slow, busy, sent, thread):
-        if end == 'disconnect':
-            slow.say('DISCONNECT')
-            slow.take_end_of_frames()
-        else:
-            getattr(slow, end)()
-        thread.join(30)
-        assert len(sent) == COUNT
-        busy.ask('SEND', 'destination:/topic/b', body=b'I go on')
-        assert not broker.is_held_up
 
 
 def test_many_results_do_not_cut_the_host_off(hosted, the_host):

@@ -126,7 +126,7 @@ def test_a_consumer_that_a_write_shows_to_be_dead():
 def test_what_a_socket_took_before_it_failed_is_written():
     """The client may have read it, and hung up: it would come again as if nobody had seen it."""
     queue = Destinations('a', MIB, MIB, 5).get('/queue/a')
-    messages = [BrokerMessage(number, str(number), Envelope({'destination': queue.name}), b'', None)
+    messages = [BrokerMessage(number, str(number), Envelope({'destination': queue.name}), b'')
                 for number in range(2)]
     outbox = Outbox(Memory())
     for message in messages:

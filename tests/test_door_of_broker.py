@@ -1,5 +1,7 @@
 """The broker's door for the program that it is part of."""
 
+import contextlib
+import socket
 import threading
 import time
 
@@ -116,6 +118,49 @@ def test_senders_wait_while_the_program_does_not_take(inside, client):
     assert bodies.index(b'between') < 20
     bodies.remove(b'between')
     assert [int(body.split()[0]) for body in bodies] == list(range(200))
+
+
+@contextlib.contextmanager
+def flood(broker, program):
+    """(a client that sends more than may wait, and is not read any more; its thread)."""
+    program.pause()
+    with Client(broker.address) as busy:
+        busy.connect('1.2', 'heart-beat:300,0')
+        busy.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+
+        def send():
+            with contextlib.suppress(OSError):
+                for number in range(200):
+                    busy.say('SEND', 'destination:/topic/in', body=b'%d ' % number + b'x' * 100000)
+        thread = threading.Thread(target=send)
+        thread.start()
+        try:
+            wait_until(lambda: broker.counters()['held_up'], 30)
+            yield busy, thread
+        finally:
+            busy.socket.shutdown(socket.SHUT_RDWR)
+            thread.join(30)
+
+
+def test_who_has_to_wait_unheard_is_not_taken_for_dead(inside):
+    broker, program = inside
+    with flood(broker, program) as (busy, thread):
+        thread.join(3)             # the time after which a silent client of that heart-beat is dead
+        assert thread.is_alive() and broker.counters()['connections'] == 1
+        program.read()
+        thread.join(30)
+        busy.ask('SEND', 'destination:/topic/nobody', body=b'I am still here')
+        assert [int(frame.body.split()[0]) for frame in program.before_now()] == list(range(200))
+        assert broker.counters()['cut_off'] == 0
+
+
+def test_senders_go_on_when_the_door_is_closed(inside):
+    broker, program = inside
+    with flood(broker, program) as (busy, thread):
+        program.door.close()
+        thread.join(30)
+        busy.ask('SEND', 'destination:/topic/nobody', body=b'I go on')
+        assert not broker.is_held_up and broker.counters()['waiting_bytes'] == 0
 
 
 def test_a_sender_that_left_is_heard_all_the_same(inside):
