@@ -167,7 +167,7 @@ class Watched:
             for key, before in self.last.items():
                 assert now[key] >= before - 1e-6, '%s went back from %s: %s' % (key, before, now)
                 self.last[key] = now[key]
-        self.most = max(self.most, now['fraction'])
+            self.most = max(self.most, now['fraction'])      # without a CPU time it may be the client's guess
         return now
 
     def wait(self, predicate, seconds=60):

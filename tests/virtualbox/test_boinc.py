@@ -120,7 +120,8 @@ def as_if_booted(vm):
                     reason='no saved guest: tests/rigs/virtualbox guest')
 def test_the_science_of_a_task(boinc, image, tmp_path):
     """Through all that can end a process: one program, or its last checkpoint. The output comes back;
-    fraction and CPU time never go back, and the CPU time is the one that the guest's kernel tells."""
+    fraction and CPU time never go back, and the CPU time is the one that the guest's kernel tells. It takes
+    some seven minutes with a processor of its own, half of that until the agent has started."""
     rig, begun = boinc.rig, time.monotonic()
 
     def note(what):
@@ -156,12 +157,14 @@ def test_the_science_of_a_task(boinc, image, tmp_path):
     assert state_of(vm) == 'saved'
     task.begins_at_a_checkpoint()
     rig.start()
+    reaches(vm, 'running')
     task.gets_further(LONG_PATIENCE)
     note('its client quit')
     rig.kill()
     reaches(vm, 'saved')
     task.begins_at_a_checkpoint()
     rig.start()
+    reaches(vm, 'running')
     task.gets_further(LONG_PATIENCE)
     note('its client was killed')
     process, wrapper = vm_process(facts(vm)['UUID']), rig.task('t1')['pid']
