@@ -442,9 +442,10 @@ def test_the_passcode_comes_from_a_file(tmp_path):
         path.write_bytes(b'\xef\xbb\xbfgeheim\r\n')       # Notepad's
         with Program('--passcode-file', str(path)) as program, Client(program.address) as client:
             client.connect('1.2', 'passcode:geheim')
-        path.chmod(0o644)
-        with Program('--passcode-file', str(path)) as open_one:
-            assert b'chmod 600' in open_one.end(signal.SIGTERM)[2]
+        if os.name == 'posix':         # Windows knows no such modes
+            path.chmod(0o644)
+            with Program('--passcode-file', str(path)) as open_one:
+                assert b'chmod 600' in open_one.end(signal.SIGTERM)[2]
 
 
 @needs_ipv6
@@ -523,7 +524,7 @@ def test_each_limit_is_an_option():
         for number in range(3):
             client.say('SUBSCRIBE', 'id:%d' % number, 'destination:/topic/a')
         assert 'more than 2 subscriptions' in client.take_error().get('message')
-        assert program.end(signal.SIGTERM)[0] == 0
+        assert os.name != 'posix' or program.end(signal.SIGTERM)[0] == 0       # Windows knows no SIGTERM
 
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGUSR1'), reason='signals of POSIX')

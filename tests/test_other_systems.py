@@ -145,7 +145,7 @@ def test_what_is_typed_on_a_console_of_windows_goes_on_as_a_guest_reads_it(monke
     typed = types.SimpleNamespace(read=lambda most: '\u00e4\r\n'.encode())
     monkeypatch.setattr(cliterminal, 'os', types.SimpleNamespace(name='nt', isatty=lambda descriptor: True))
     monkeypatch.setattr(sys, 'stdin', types.SimpleNamespace(buffer=types.SimpleNamespace(raw=typed)))
-    assert cliterminal.read_input() == b'\xc3\xa4\n'
+    assert cliterminal.read_input(100) == b'\xc3\xa4\n'
 
 
 # --- a host that nobody hears, and its end ---
