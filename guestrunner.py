@@ -422,13 +422,15 @@ class Runner:
         return 'other'
 
     def _finish(self, state: str, error: str, **more: Any) -> None:
-        """result.json, by rename. On a full disk, without reserved room, it takes the output's."""
+        """result.json, by rename. On a full disk, without reserved room, it takes the output's; in a folder
+        made anew, where the program deleted it."""
         try:
             self.command.end(state, error, durable=False, **more)
         except OSError as failed:
             for name in filter(self.command.has, ('out', 'err')):
                 os.truncate(self.command.path(name), 0)
             more.update({'out-truncated': True, 'err-truncated': True})
+            os.makedirs(self.command.folder, 0o700, exist_ok=True)
             self.command.end('failed', describe_error(failed), **more)
 
 

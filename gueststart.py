@@ -125,7 +125,7 @@ class User:
 
     def __init__(self, text: str) -> None:
         name, _, group = text.partition(':')
-        entry = find(name, pwd.getpwuid, pwd.getpwnam, 'user')
+        entry = find(name or text, pwd.getpwuid, pwd.getpwnam, 'user')
         self.uid = int(name) if entry is None else entry.pw_uid
         self.name = name if entry is None else entry.pw_name
         self.home = '/' if entry is None else entry.pw_dir
@@ -251,7 +251,7 @@ class Start:
                     self._environment, file_actions=places, setsigmask=[], setsigdef=self._origin.ignored)
             except OSError as error:
                 if error.errno in (errno.E2BIG, errno.EAGAIN, errno.ENOMEM):
-                    raise
+                    raise OSError(error.errno, error.strerror, self._words[0])
                 return False
         self._is_starter = True
         return True
@@ -359,7 +359,7 @@ class Start:
                 os.execve(self._origin.starter, [b'.', path] + words, env)
             except OSError as error:
                 if error.errno == errno.E2BIG:
-                    raise
+                    raise OSError(error.errno, error.strerror, words[0])
             # A system that executes nothing that is in memory alone.
             os.write(REPORT, b'X\0\0\0\0')
             os.set_inheritable(REPORT, False)
@@ -444,4 +444,7 @@ def set_limit(name: str, value: int) -> None:
     which = LIMITS.get(name)
     if which is None:
         raise ValueError('no limit %s on this system' % name)
-    resource.setrlimit(which, (value, value + 5 if name == 'cpu' else value))
+    try:
+        resource.setrlimit(which, (value, value + 5 if name == 'cpu' else value))
+    except ValueError as error:        # what the system refuses with EPERM
+        raise OSError(errno.EPERM, str(error), 'limits.%s' % name)

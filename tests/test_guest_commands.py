@@ -325,6 +325,14 @@ def test_the_loss_of_the_spool_is_noticed(guests, tmp_path):
     wait_until(lambda: any('was deleted' in why for why in guest.restarts), 20)
 
 
+def test_a_program_that_deletes_its_own_spool_folder_is_told_as_ended(guests):
+    guest = guests()
+    guest.run('c', 'sh', '-c', 'rm -r "${VM_PROGRESS_FILE%/*}"; exit 3')
+    result = guest.result('c')
+    assert result['state'] == 'failed' and result['error'].startswith('ENOENT: '), result
+    assert not guest.restarts
+
+
 def test_a_word_that_can_not_be_followed_fails_with_a_sentence(guests):
     guest = guests()
     for number, options in enumerate(({'limits': {'as': -1}}, {'limits': {'stack': 5}}, {'timeout': -1},

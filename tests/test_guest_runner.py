@@ -423,7 +423,8 @@ def test_users_and_groups_by_name_and_number(runners, user, told):
 
 
 @pytest.mark.parametrize('user, error', [('no-such', 'EINVAL: no such user: no-such'),
-                                         ('nobody:no-such', 'EINVAL: no such group: no-such')])
+                                         ('nobody:no-such', 'EINVAL: no such group: no-such'),
+                                         (':daemon', 'EINVAL: no such user: :daemon')])
 def test_users_that_are_not_there(runners, user, error):
     assert runners.run('true', user=user)['error'] == error
 
@@ -439,6 +440,16 @@ def test_what_can_not_begin_says_so_by_errno(runners, cmd, options, error):
     result = runners.run(cmd, **options)
     assert (result['state'], result['finished'], result['exitCodeOrSignal']) == ('failed', False, -1)
     assert result['error'].startswith(error) and 'Error' not in result['error']
+
+
+@pytest.mark.parametrize('options', [{}, {'nice': 1}])
+def test_arguments_that_are_too_long_are_the_programs(runners, options):
+    assert runners.run('echo', 'a' * 500000, **options)['error'] == 'E2BIG: Argument list too long: echo'
+
+
+def test_a_limit_that_the_system_refuses_is_named(runners):
+    error = runners.run('true', limits={'nofile': 99999999999})['error']
+    assert error.startswith('EPERM: ') and error.endswith(': limits.nofile'), error
 
 
 def test_without_a_starter_all_works_and_what_is_inexact_is_said(tmp_path, monkeypatch):
