@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import errno
 import os
+import posixpath
 import re
 import signal
 import ssl
@@ -160,25 +161,33 @@ def standard_output() -> Iterator[Any]:
         raise
 
 
+def inside(path: str) -> str:
+    """The path of what is served. Raises ChirpError for one that leads out: the server would take it as one
+    that is within."""
+    if posixpath.normpath(path).split('/')[0] == '..':
+        raise ChirpError('%s is outside of what is served: name a path in there' % path)
+    return path
+
+
 def move(client: ChirpClient, words: argparse.Namespace) -> None:
     """As ``cp -r`` does."""
     bar = Bar()
     source, target = words.source, words.target or ''
     try:
         if words.verb == 'put':
-            client.put(source, landing_there(client, source, target), progress=bar)
+            client.put(source, landing_there(client, source, inside(target)), progress=bar)
         elif target == '-':
             with standard_output() as out:
-                client.read(os.fsencode(source), out.buffer.write)
+                client.read(os.fsencode(inside(source)), out.buffer.write)
         else:
-            client.get(os.fsencode(source), landing_here(client, source, target), progress=bar)
+            client.get(os.fsencode(inside(source)), landing_here(client, source, target), progress=bar)
     finally:
         bar.end()
 
 
 def print_listing(client: ChirpClient, words: argparse.Namespace) -> None:
     with standard_output() as out:
-        for entry in sorted(client.ls(os.fsencode(words.path))):
+        for entry in sorted(client.ls(os.fsencode(inside(words.path)))):
             name = shown(entry.name) + ('/' if entry.is_dir else '')
             if words.long:
                 stamp = time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(entry.mtime))

@@ -365,6 +365,8 @@ def landing_here(client: Connection, source: str, target: str) -> str:
     def is_folder(path: str) -> Optional[bool]:
         return os.path.isdir(path) if os.path.exists(path) else None
     name = own_name(source)
+    if name and source[-1] == '/' and not client.stat(source).is_dir:
+        raise Refused(NOT_DIR, source)
     if name and (not target or os.path.isdir(target)):
         to_local(name)                 # raises where that can't be a name here
     return landing(name, target, is_folder, lambda: client.stat(source).is_dir, os.path)

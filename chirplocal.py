@@ -84,8 +84,10 @@ def is_device(path: str) -> bool:
 
 
 def open_device(path: str) -> Any:
-    """Opens a device or FIFO to write to. Raises OSError where nobody reads from it."""
-    fd = os.open(path, os.O_WRONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_NOCTTY', 0)
+    """Opens a device or FIFO to write to; of a file, as /dev/stdout may lead to, the end. Raises OSError
+    where nobody reads from it."""
+    at_end = os.O_APPEND if stat.S_ISREG(os.stat(path).st_mode) else 0     # a disk is written from its start
+    fd = os.open(path, os.O_WRONLY | at_end | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_NOCTTY', 0)
                  | getattr(os, 'O_CLOEXEC', 0))
     if hasattr(os, 'set_blocking'):
         os.set_blocking(fd, True)

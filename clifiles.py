@@ -11,7 +11,7 @@ import posixpath
 import re
 import select
 import time
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, List, Optional
 
 import agent
 import localnames
@@ -23,6 +23,8 @@ from rpc import carried
 
 TOLD = 3                       # failures that are told one by one on the screen
 GLOB = re.compile(r'[*?\[]')
+STREAMS = {'/dev/stdin': 0, '/dev/stdout': 1, '/dev/stderr': 2}
+DESCRIPTOR = re.compile(r'/(?:dev|proc/self)/fd/([0-9]{1,9})$')
 
 
 def do_put(host: Client, screen: Screen, args: Any) -> int:
@@ -37,8 +39,9 @@ def do_put(host: Client, screen: Screen, args: Any) -> int:
 
 def do_get(host: Client, screen: Screen, args: Any) -> int:
     """Fetches files and folders from a VM."""
-    if args.target in ('-', '/dev/stdout'):
-        return stream(host, screen, args)
+    descriptor = own_descriptor('/dev/stdout' if args.target == '-' else args.target)
+    if descriptor is not None:
+        return stream(host, screen, args, descriptor)
     sources = matching(host, args.vm, args.source)
     target = here(args.target) if args.target else ''
     if len(sources) > 1 and target and not os.path.isdir(target):
@@ -83,11 +86,20 @@ def vm_and_path(text: str) -> List[str]:
 def here(path: str) -> str:
     """A path of this machine for the host agent, whose working directory is not ours; ends as it did.
 
-    Raises VMHostError for an empty one: joined, it would be the whole working directory.
+    Raises VMHostError for an empty one: joined, it would be the whole working directory; and for one of our
+    own descriptors, as of the shell's <(): there, another file has that number.
     """
     if not path:
         raise VMHostError('a path is empty: name a file or folder (. is the one you are in)')
+    if own_descriptor(path) is not None:
+        raise VMHostError('%s is open in this program alone: name a file, which the host agent reads' % path)
     return os.path.join(os.getcwd(), path)
+
+
+def own_descriptor(path: str) -> Optional[int]:
+    """The descriptor of this process that a path means, as /dev/stdout, or of the shell's >(); else None."""
+    found = DESCRIPTOR.match(path)
+    return int(found.group(1)) if found else STREAMS.get(path)
 
 
 def matching(host: Client, vm: str, source: str) -> List[str]:
@@ -105,11 +117,19 @@ def matching(host: Client, vm: str, source: str) -> List[str]:
     return [posixpath.join(folder, each) for each in found]
 
 
-def stream(host: Client, screen: Screen, args: Any) -> int:
-    """Fetches a file to standard output: the host agent writes it into a FIFO."""
+def stream(host: Client, screen: Screen, args: Any, descriptor: int) -> int:
+    """Fetches a file to a descriptor of ours, as standard output: the host agent writes it into a FIFO."""
     if not hasattr(os, 'mkfifo'):
         raise VMHostError('this system has no FIFO: name a file instead of -')
     import tempfile  # needed here alone
+
+    def write(data: bytes) -> None:
+        try:
+            while data:
+                data = data[os.write(descriptor, data):]
+        except OSError as error:
+            raise VMHostError('%s: %s' % (args.target, error.strerror))
+    out = screen.write if descriptor == 1 else write
     with tempfile.TemporaryDirectory(prefix='vmhost-') as folder, contextlib.ExitStack() as stack:
         path = os.path.join(folder, 'stream')
         os.mkfifo(path, 0o600)
@@ -119,15 +139,15 @@ def stream(host: Client, screen: Screen, args: Any) -> int:
         try:
             while True:
                 now = host.call('getTransfer', moving)
-                if not copy_on(fd, screen) and now['state'] not in ('waiting', 'running'):
+                if not copy_on(fd, out) and now['state'] not in ('waiting', 'running'):
                     return tell_end(screen, args, args.vm, now)
         except BaseException:
             host.call('cancelTransfer', moving)
             raise
 
 
-def copy_on(fd: int, screen: Screen) -> bool:
-    """Writes to standard output what a FIFO has, once it has something; whether that was so."""
+def copy_on(fd: int, write: Callable[[bytes], None]) -> bool:
+    """Writes what a FIFO has, once it has something; whether that was so."""
     select.select([fd], [], [], PROGRESS_EVERY)
     copied = False
     while True:
@@ -139,7 +159,7 @@ def copy_on(fd: int, screen: Screen) -> bool:
             if not copied:
                 time.sleep(PROGRESS_EVERY / 10)        # nobody writes, yet or any more: select doesn't wait
             return copied
-        screen.write(data)
+        write(data)
         copied = True
 
 

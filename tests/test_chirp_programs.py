@@ -53,6 +53,33 @@ def test_serve_put_get_ls(serving, tmp_path):
                for line in chirp_py('ls', '-l', serving, '/source').splitlines())
 
 
+@pytest.mark.skipif(not os.path.exists('/dev/stdout'), reason='needs /dev/stdout')
+def test_what_stands_in_standard_output_stays(serving, tmp_path):
+    """Where that is a file, which /dev/stdout opens anew."""
+    write(tmp_path / 'served' / 'x', b'content')
+    with open(str(tmp_path / 'out'), 'wb') as out:
+        out.write(b'a header, ')
+        out.flush()
+        subprocess.run([sys.executable, PROGRAM, 'get', serving, 'x', '/dev/stdout'], stdout=out, check=True,
+                       timeout=60)
+    assert (tmp_path / 'out').read_bytes() == b'a header, content'
+
+
+def test_what_is_outside_is_refused(serving, tmp_path):
+    """And not put somewhere else."""
+    write(tmp_path / 'x', b'x')
+    for words in ('put', serving, tmp_path / 'x', 'd/../../y'), ('get', serving, '../x', tmp_path / 'got'), \
+            ('ls', serving, '..'):
+        assert 'outside of what is served' in chirp_py(*words, code=1)
+    assert not os.listdir(str(tmp_path / 'served')) and not (tmp_path / 'got').exists()
+
+
+def test_a_file_is_no_folder_by_a_slash(serving, tmp_path):
+    write(tmp_path / 'served' / 'x', b'x')
+    assert 'x/: not a directory' in chirp_py('get', serving, 'x/', tmp_path / 'got', code=1)
+    assert not (tmp_path / 'got').exists()
+
+
 def test_errors_are_one_line(serving, tmp_path):
     assert 'does not exist' in chirp_py('get', serving, '/missing', tmp_path / 'x', code=1)
     assert chirp_py('put', serving, tmp_path / 'missing', code=1).count('\n') == 1

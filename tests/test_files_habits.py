@@ -119,6 +119,22 @@ def test_a_file_goes_to_standard_output(host, guest, tmp_path):
     assert done.returncode == 1 and b'does not exist' in done.stderr and not done.stdout
 
 
+def test_a_descriptor_is_that_of_who_types(host, guest, tmp_path):
+    """As of the shell's >() and <(); the host agent has other files under these numbers."""
+    write(tmp_path / 'x', b'content')
+    good(host, 'put', 'g', tmp_path / 'x')
+    for line, out, err in (('/dev/fd/1', b'content', b''), ('/proc/self/fd/5 5>&1', b'content', b''),
+                           ('/dev/stderr', b'', b'content'),
+                           ('/dev/fd/77', b'', b'vmhost: /dev/fd/77: Bad file descriptor\n')):
+        done = subprocess.run(['/bin/sh', '-c', 'exec "$@" ' + line, 'sh'] + host.command('get', 'g', 'x'),
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+        assert (done.returncode, done.stdout, done.stderr) == (int(line == '/dev/fd/77'), out, err), line
+    for source in '/dev/stdin', '/dev/fd/0':
+        code, out, err = verb(host, 'put', 'g', source, 'y')
+        assert code == 1 and err.startswith('vmhost: %s is open in this program alone' % source)
+    assert names(guest.files) == ['x']
+
+
 def test_an_empty_source_is_refused(host, guest, tmp_path):
     """As of a variable that isn't set; not the folder that the command line is in, or all that is served."""
     for words in ('put', 'g', ''), ('put', 'g', '', 'x'), ('cp', '', 'g:'), ('cp', 'g:', tmp_path / 'got'), \
