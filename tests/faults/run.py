@@ -754,9 +754,9 @@ def judge(attempt):
             and (not runs or bool(attempt.excuses & {'disk', 'journal'}))
         return (state, '') if right else ('wrong', 'it is %s, and ran, or nobody wanted that' % state)
     if state == 'signaled':
-        # What expired at the host, and had begun in the guest at that moment, is ended by KILL.
-        right = results['exitCodeOrSignal'] == SENT.get(attempt.deed) and results['by'] == 'signalCmd' \
-            and not attempt.has_ended()
+        # What the host called off, and had begun in the guest at that moment, is ended by KILL.
+        right = attempt.deed in SENT and results['exitCodeOrSignal'] in (SENT[attempt.deed], signal.SIGKILL) \
+            and results['by'] == 'signalCmd' and not attempt.has_ended()
         return (state, '') if right else ('wrong', 'nobody sent that signal, or it had ended')
     if state == 'lost':
         excused = attempt.excuses & {'reboot', 'disk', 'runner-kill', 'journal'} and results['error']
