@@ -59,7 +59,7 @@ def read_request(cmd: FilePath, args: List[Any], env: Any, path: Any, file_for_s
         raise InvalidParams('terminal and %s: one of them' % sources[0])
     if file_for_stdin:
         read['fileForStdin'] = file_for_stdin
-    how = {'queue': bool(read.pop('queue', False)), 'cmd_id': read_id(read.pop('id', ''))}
+    how = {'queue': bool(read.pop('queue', False)), 'cmd_id': read_id(read.pop('id')) if 'id' in read else ''}
     request = {'cmd': read_text('cmd', cmd), 'args': [read_text('args', arg) for arg in args],
                'env': read_env(env), 'options': read,
                'path': '' if path in (None, '', 'None') else read_text('path', path)}
@@ -95,9 +95,9 @@ def read_text(name: str, value: Any) -> str:
 
 
 def read_id(text: str) -> str:
-    """An id that the caller gives a command, or ''. Raises InvalidParams."""
-    if text and not re.fullmatch('[A-Za-z0-9][A-Za-z0-9._-]{0,63}', text, re.ASCII):
-        raise InvalidParams('option id: %.80r: expected up to 64 letters, digits, dots, - and _' % text)
+    """An id that the caller gives a command. Raises InvalidParams: an empty one, too, which names nothing."""
+    if not re.fullmatch('[A-Za-z0-9][A-Za-z0-9._-]{0,63}', text, re.ASCII):
+        raise InvalidParams('option id: %.80r: expected 1 to 64 letters, digits, dots, - and _' % text)
     return text
 
 

@@ -103,7 +103,7 @@ def test_an_id_is_of_one_command(host, guest, api):
         fault = fault_of(api.runCmd, vm, cmd, args, {}, '', '', {'id': 'mine.2'})
         assert fault.faultCode == 8 and 'mine.2' in fault.faultString
     assert fault_of(api.runCmdOnAll, 'one', 'false', [], {}, '', '', {'id': 'mine.2'}).faultCode == 8
-    for odd in ('../x', 'a@b', ' ', '-x', 'x' * 65, 'ä'):
+    for odd in ('', '../x', 'a@b', ' ', '-x', 'x' * 65, 'ä'):      # '': a variable of a shell that isn't set
         assert fault_of(api.runCmd, 'one', 'true', [], {}, '', '', {'id': odd}).faultCode == -32602
 
 
