@@ -58,6 +58,8 @@ from chirpwire import (
     NO_SPACE,
     NOT_AUTHENTICATED,
     NOT_DIR,
+    PREAD_CRC32,
+    PWRITE_CRC32,
     RESERVED,
     SMALL,
     TOO_BIG,
@@ -286,16 +288,6 @@ class ChirpClient(Connection):
                 return False
         return True
 
-
-    def read_checksum(self, wire: Wire, path: bytes) -> bytes:
-        """The reply to a request that came with a piece of content. Raises Changed, with others under way."""
-        try:
-            length = self.result(wire)
-        except Refused as refused:
-            raise Changed(path, refused.reason)
-        if length != Crc32.digest_size:
-            raise self.broken('a checksum of %d bytes' % length)
-        return wire.read(length)
 
 
 def altered(path: Path) -> Changed:
@@ -543,7 +535,7 @@ class Upload(Move):
         checksum of each piece."""
         number, there = self._client.open(part, 'wc' if start else 'wct', mode)
         with self._client.moving_content():
-            self._send_pieces(file, number, start, found.st_size, part if checked else b'')
+            self._send_pieces(file, number, start, found.st_size, checked, part)
         self._client.close(number)
         return there.mode & 0o777
 
@@ -556,26 +548,24 @@ class Upload(Move):
             self._client.putfile(part, data)
             self._meter.add(len(data))
 
-    def _send_pieces(self, file: Any, number: int, start: int, end: int, checked: bytes) -> None:
-        """``checked``: the path, where each piece is to be checked once it is there; else b''."""
+    def _send_pieces(self, file: Any, number: int, start: int, end: int, checked: bool, path: bytes) -> None:
+        """``checked``: each piece is, as it arrives."""
         file.seek(start)
         wire, buffer, size = self._client.connect(), new_buffer(), CHECKED if checked else PIECE
         sent: Deque[Tuple[int, bytes]] = collections.deque()
         while start < end or sent:
             if start < end and len(sent) * size < AHEAD:
                 count, checksum = min(size, end - start), new_hash(CRC32) if checked else None
-                wire.put(self._client.ask('pwrite', number, count, start))
+                wire.put(self._client.ask(PWRITE_CRC32 if checked else 'pwrite', number, count, start))
                 wire.send_copy(file, count, buffer, checksum)
-                if checksum is not None:
-                    wire.put(self._client.ask(CRC32, quote(checked), start, count))
                 sent.append((count, checksum.digest() if checksum is not None else b''))
                 start += count
             else:
                 count, digest = sent.popleft()
                 if self._client.result(wire, 'write') != count:
                     raise self._client.broken('pwrite: a wrong count')
-                if checked and self._client.read_checksum(wire, checked) != digest:
-                    raise altered(checked)
+                if checked and wire.read(Crc32.digest_size) != digest:
+                    raise altered(path)
                 self._meter.add(count)
 
     # A folder.
@@ -1033,22 +1023,18 @@ class Download(Move):
 
     def _receive_pieces(self, source: bytes, number: int, start: int, end: int,
                         write: Callable[[memoryview], Any], checked: bool = False) -> None:
-        """``checked``: each piece is checked as it comes."""
+        """``checked``: each piece is, as it comes."""
         wire, buffer, size = self._client.connect(), new_buffer(), CHECKED if checked else PIECE
-        self._client.ask(CRC32, quote(source if checked else b''), end, size)  # raises where that is too long
         asked: Deque[int] = collections.deque()
         while start < end or asked:
             if start < end and len(asked) * size < AHEAD:
                 asked.append(min(size, end - start))
-                if checked:            # first: what is read for it is in the processor's cache then
-                    wire.put(self._client.ask(CRC32, quote(source), start, asked[-1]))
-                wire.put(self._client.ask('pread', number, asked[-1], start))
+                wire.put(self._client.ask(PREAD_CRC32 if checked else 'pread', number, asked[-1], start))
                 start += asked[-1]
             else:
                 checksum = new_hash(CRC32) if checked else None
-                digest = self._client.read_checksum(wire, source) if checked else b''
                 self._receive_piece(source, wire, asked.popleft(), buffer, write, checksum)
-                if checksum is not None and checksum.digest() != digest:
+                if checksum is not None and wire.read(Crc32.digest_size) != checksum.digest():
                     raise altered(source)
 
     def _receive_piece(self, source: bytes, wire: Wire, count: int, buffer: memoryview,

@@ -43,6 +43,8 @@ from chirpwire import (
     MEANINGS,
     NO_SPACE,
     NOT_AUTHORIZED,
+    PREAD_CRC32,
+    PWRITE_CRC32,
     SECRET,
     SLICE,
     SMALL,
@@ -57,6 +59,7 @@ from chirpwire import (
     hash_file,
     may_have_changed,
     new_buffer,
+    new_hash,
     quote,
     secret_answer,
     stat_line,
@@ -203,8 +206,9 @@ class Session:
             self._buffer = new_buffer()
         return self._buffer
 
-    def receive(self, fd: int, count: int, offset: int, holes: bool = True) -> None:
-        """Content for a file. All of it is read from the wire, even where it can't be written."""
+    def receive(self, fd: int, count: int, offset: int, holes: bool = True, checksum: Any = None) -> None:
+        """Content for a file, added to a checksum. All of it is read from the wire, even where it can't be
+        written."""
         deadline = self.wire.deadline(count)
         while count:
             got = self.wire.read_into(self.buffer[:min(count, BLOCK)], deadline)
@@ -214,6 +218,8 @@ class Session:
             except OSError:
                 self.wire.skip(count)
                 raise
+            if checksum is not None:
+                checksum.update(self.buffer[:got])
             offset += got
 
     def check_announced(self, count: int) -> None:
@@ -500,6 +506,13 @@ class OpenFiles(Part):
         return b'0\n'
 
     def pread(self, word: bytes, length: bytes, offset: bytes) -> bytes:
+        return self._pread(word, length, offset)
+
+    def preadcrc32(self, word: bytes, length: bytes, offset: bytes) -> bytes:
+        """Of ours alone: the same, and after the content its CRC-32."""
+        return self._pread(word, length, offset, new_hash(CRC32))
+
+    def _pread(self, word: bytes, length: bytes, offset: bytes, checksum: Any = None) -> bytes:
         file, count, at = self._find(word), number(length), number(offset)
         if not file.reads:
             raise Fault(BAD_FD)
@@ -508,16 +521,29 @@ class OpenFiles(Part):
         count = min(count, PREAD)
         if count <= SMALL:
             data = os.pread(file.fd, count, at)
-            return b'%d\n' % len(data) + data
+            return b'%d\n' % len(data) + data + (b'' if checksum is None else new_hash(CRC32, data).digest())
         found = os.fstat(file.fd)
         if stat.S_ISDIR(found.st_mode):
             raise Fault(IS_DIR)
         count = max(0, min(count, found.st_size - at))
         self._wire.put(b'%d\n' % count)
-        self._wire.send_file(file.fd, at, count)
-        return b''
+        if checksum is None:
+            self._wire.send_file(file.fd, at, count)
+            return b''
+        with open(file.fd, 'rb', buffering=0, closefd=False) as content:
+            content.seek(at)
+            self._wire.send_copy(content, count, self._session.buffer, checksum)
+        return checksum.digest()  # type: ignore[no-any-return]
 
     def pwrite(self, word: bytes, length: bytes, offset: bytes) -> bytes:
+        return b'%d\n' % self._pwrite(word, length, offset)
+
+    def pwritecrc32(self, word: bytes, length: bytes, offset: bytes) -> bytes:
+        """Of ours alone: the same, and after the count the CRC-32 of what was written."""
+        checksum = new_hash(CRC32)
+        return b'%d\n' % self._pwrite(word, length, offset, checksum) + checksum.digest()
+
+    def _pwrite(self, word: bytes, length: bytes, offset: bytes, checksum: Any = None) -> int:
         count = number(length)
         if count < 0:
             raise Fault(INVALID)
@@ -526,9 +552,9 @@ class OpenFiles(Part):
             if at < 0 or at + count > MOST:
                 raise Fault(INVALID)
         stored = min(count, PWRITE)
-        self._session.receive(file.fd, stored, at, not file.appends)
+        self._session.receive(file.fd, stored, at, not file.appends, checksum)
         self._wire.skip(count - stored)
-        return b'%d\n' % stored
+        return stored
 
     def fstat(self, word: bytes) -> bytes:
         return b'0\n' + stat_line(os.fstat(self._find(word).fd))
@@ -748,6 +774,7 @@ REQUESTS: Dict[type, Dict[str, Tuple[int, str]]] = {
         'hash': (2, 'r'), 'md5': (1, 'r'), 'crc32': (3, 'r')},
     OpenFiles: {
         'open': (3, ''), 'close': (1, ''), 'pread': (3, ''), 'pwrite': (3, ''), 'fstat': (1, ''),
+        PREAD_CRC32: (3, ''), PWRITE_CRC32: (3, ''),
         'fchanged': (1, ''), 'fsync': (1, ''), 'ftruncate': (2, ''), 'fchmod': (2, 'w'), 'fchown': (3, 'w'),
         'fstatfs': (1, '')},
     Names: {

@@ -35,6 +35,7 @@ SLOWEST = 10 * 1024            # bytes per second that a peer must move, beside 
 
 # What two programs of this project say to each other beyond the protocol; docs/protocol.md has it in full.
 CRC32 = 'crc32'                # the checksum between ours: half of the time that SHA-1 takes
+PREAD_CRC32, PWRITE_CRC32 = 'preadcrc32', 'pwritecrc32'        # of ours, which move content with it
 SECRET = 'secret'              # the way of authentication by a secret that both have
 CHALLENGE = 32                 # bytes of its challenge, each two digits on the wire
 

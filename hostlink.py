@@ -51,6 +51,7 @@ class InnerLink:
 
     def start(self) -> None:
         """Once the broker has been started."""
+        log.debug('the host comes to its embedded broker by a door, without a connection')
         self.up = True
         self._thread.start()
 

@@ -1047,6 +1047,13 @@ class Hypervisor:
         serial = self._serial_of(row['id'], row['uuid']) if row is not None else ''
         return self._call('start', (vm, bool(gui_mode), serial))
 
+    def remove_vm(self, vm: str, delete_disks: bool = False, all_disks: bool = False) -> List[str]:
+        """The disks kept. No list shows the VM any more, however long the next look at all of them takes."""
+        uuid = self._watch.uuid_of(vm)
+        kept = self._call('remove_vm', (vm, delete_disks, all_disks))
+        self._watch.forget(uuid)
+        return kept  # type: ignore[no-any-return]
+
     def power_off(self, vm: str) -> bool:
         """Pulls the plug; of a VM that hangs, ends the process."""
         try:
@@ -1249,6 +1256,12 @@ class Watch:
                     for name in self._clashes[mac]:
                         self._happened('vm-clash', name, clash_text(mac, self._clashes[mac]))
             self._tell_difference(before)
+
+    def forget(self, uuid: str) -> None:
+        """That VM was removed; nobody may have looked since."""
+        seen = self._seen or {}
+        if uuid in seen:
+            self.look([row for row in seen.values() if row['uuid'] != uuid])
 
     def _tell_difference(self, before: Optional[Dict[str, Dict[str, Any]]]) -> None:
         seen = self._seen or {}

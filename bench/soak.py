@@ -215,7 +215,7 @@ class Soak:
 
     def holdings(self):
         """Threads and descriptors of the host, once nothing of the faults is left."""
-        pid, known = self.host.process.pid, self.crowd_size + len(NAMES) + 1
+        pid, known = self.host.process.pid, self.crowd_size + len(NAMES)
         with self.host.api as api:
             wait_until(lambda: api.agentInfo()['broker']['counters']['connections'] == known, 60)
             found = []

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import threading
 import time
 import xmlrpc.client
@@ -61,3 +62,16 @@ def fault_of(call, *args):
     except xmlrpc.client.Fault as fault:
         return fault
     raise AssertionError('no fault, but %r' % (answer,))
+
+
+def halt(pid):
+    """SIGSTOP, which a program's threads on another processor meet a moment later: now all of them have."""
+    def is_halted():
+        tasks = '/proc/%d/task' % pid
+        for task in os.listdir(tasks):
+            with open(os.path.join(tasks, task, 'stat')) as file:
+                if file.read().rpartition(')')[2].split()[0] != 'T':
+                    return False
+        return True
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(is_halted)

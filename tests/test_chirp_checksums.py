@@ -36,6 +36,25 @@ def test_a_server_of_ours_has_the_checksum_of_any_part(tmp_path):
 
 
 @pytest.mark.parametrize('size', [1, 100000, 3 << 20])
+def test_content_goes_with_its_checksum(tmp_path, size):
+    content = os.urandom(size)
+    checksum = zlib.crc32(content).to_bytes(4, 'big')
+    with our_server(tmp_path) as server, chirpclient.ChirpClient(*server.address) as client:
+        number, _ = client.open('/f', 'wc')
+        wire = client.connect()
+        wire.put(client.ask('pwritecrc32', number, size, 0) + content)
+        assert client.result(wire) == size and wire.read(4) == checksum
+        client.close(number)
+        assert (tmp_path / 'f').read_bytes() == content
+        number, _ = client.open('/f')
+        wire.put(client.ask('preadcrc32', number, size + 5, 0))
+        assert client.result(wire) == size
+        assert wire.read(size) == content and wire.read(4) == checksum
+        wire.put(client.ask('preadcrc32', number, 5, size))
+        assert client.result(wire) == 0 and wire.read(4) == bytes(4)
+
+
+@pytest.mark.parametrize('size', [1, 100000, 3 << 20])
 def test_what_differs_in_one_byte_is_not_the_same(tmp_path, size, monkeypatch):
     """Wherever that is, in one window or in several."""
     monkeypatch.setattr(chirpclient, 'WINDOW', 1 << 20)

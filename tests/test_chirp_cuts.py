@@ -437,7 +437,7 @@ def test_a_file_that_the_disk_loses_leaves_the_others_of_its_folder_alone(client
 @pytest.mark.parametrize('call', ['put', 'get'])
 def test_a_file_that_the_servers_disk_loses_leaves_the_others_alone(tmp_path, monkeypatch, call):
     """The server refuses a piece in the middle, while more are under way."""
-    name = 'pwrite' if call == 'put' else 'pread'
+    name = chirpwire.PWRITE_CRC32 if call == 'put' else chirpwire.PREAD_CRC32
     real, refused = getattr(chirpserver.OpenFiles, name), []
 
     def refuse(self, word, length, offset):

@@ -1,7 +1,6 @@
 """The command line, as a person and a script use it: real host, real guests, real terminals."""
 
 import glob
-import itertools
 import json
 import os
 import re
@@ -766,7 +765,7 @@ def test_two_bundles_and_two_ini_files_are_enough(tmp_path):
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     host, guest = begin('vmhost', 'host.ini'), None
     try:
-        said = [line.decode() for line in itertools.islice(host.stdout, 2)][1]
+        said = next(line.decode() for line in host.stdout if b'broker on' in line)
         port = re.search('broker on [^:]+:([0-9]+)', said).group(1)
         (tmp_path / 'guest.ini').write_text('[Broker]\nport = %s\nhost = 127.0.0.1\n[VM]\nid = g\n'
                                              'state_dir = state\n' % port)

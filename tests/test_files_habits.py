@@ -10,7 +10,7 @@ import time
 
 import pytest
 from agents import Agent
-from helpers import fault_of, wait_until
+from helpers import fault_of, halt, wait_until
 from test_chirp import write
 
 pytestmark = [pytest.mark.once, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
@@ -195,8 +195,12 @@ def test_two_that_go_to_one_name_go_one_after_the_other(host, guest, tmp_path):
     contents = [bytes([number]) * (8 << 20) for number in range(4)]
     sources = [str(write(tmp_path / str(number), content)) for number, content in enumerate(contents)]
     with host.api as api:
-        moving = [api.startTransfer('put', 'g', source, 'one') for source in sources]
-        assert fault_of(api.startTransfer, 'put', 'g', sources[0], './one').faultCode == 10
+        halt(guest.process.pid)        # or some would have ended by now
+        try:
+            moving = [api.startTransfer('put', 'g', source, 'one') for source in sources]
+            assert fault_of(api.startTransfer, 'put', 'g', sources[0], './one').faultCode == 10
+        finally:
+            guest.process.send_signal(signal.SIGCONT)
         for one in moving:
             wait_until(lambda one=one: api.getTransfer(one)['state'] not in ('waiting', 'running'), 30)
             assert api.getTransfer(one)['state'] == 'done', api.getTransfer(one)

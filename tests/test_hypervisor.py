@@ -58,3 +58,16 @@ def test_no_part_of_a_driver_takes_anothers_verb():
     driver = virtualbox.VirtualBox(dict(SETTINGS))
     for verb in VERBS:      # noqa: F405
         assert len([part for part in driver._parts if hasattr(part, verb)]) <= 1, verb
+
+
+def test_what_was_removed_is_on_no_list_though_nobody_has_looked_since():
+    def row(name):
+        return {'name': name, 'uuid': 'uuid of ' + name, 'id': '', 'state': 'off', 'native': 'PoweredOff',
+                'trouble': ''}
+    told = []
+    watch = hypervisor.Watch(lambda *event: told.append(event))
+    watch.look([row('one'), row('other')])
+    watch.forget('uuid of one')
+    watch.forget('')                    # of a VM that was not known
+    assert [each['name'] for each in watch.rows()] == ['other'] and watch.row_of('one') is None
+    assert told == [('vm-removed', 'one', '')]

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 from agents import Agent
+from helpers import halt
 
 import hostclient
 from faults import BadState, NoSuchCommand
@@ -87,7 +88,7 @@ def test_a_host_agent_that_hangs_is_told(host, guest, monkeypatch):
     with host.api as api:
         cmd_id = api.runCmd('one', 'sleep', ['600'], {}, '', '', {'stdin': 'stream'})
     assert client.call('waitCmd', cmd_id, 1) is False          # which only takes its time
-    host.process.send_signal(signal.SIGSTOP)
+    halt(host.process.pid)
     try:
         for ask in (lambda: client.call('agentInfo'), lambda: client.output(cmd_id, 'out', 0, 1),
                     lambda: client.put_input(cmd_id, bytes(2 ** 20), False, 0)):
