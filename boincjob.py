@@ -13,10 +13,14 @@ import shlex
 import xml.etree.ElementTree
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
+import agent
+
 FILE = 'vbox_job.xml'
 CHECKPOINTS = ('state', 'files', 'none')
 MOST_CPUS = 32
 LEAST_MEMORY = 512             # MB
+LAST_PORT = 65535
+MOST_PORTS = 100               # of one <port_forward>
 COMMAND = ['sh', 'boinc_app']  # what runs where the job file doesn't say
 
 
@@ -29,6 +33,12 @@ class Moved(NamedTuple):
     logical: str               # its name in the slot
     path: str                  # where it is in the guest, relative to what the guest serves
     optional: bool = False     # it may be missing
+
+
+class Forward(NamedTuple):
+    """A port of the guest that is reached on this machine's 127.0.0.1."""
+    guest: int
+    host: int                  # 0: a free one
 
 
 def _flag(text: str) -> bool:
@@ -81,6 +91,7 @@ FIELDS: Dict[str, Tuple[Callable[[str], Any], Any]] = {
     'temporary_exit_trigger_file': (_path, ''), 'trickle_trigger_file': (_path, ''),
     'copy_cmdline_to_shared': (_flag, False), 'minimum_checkpoint_interval': (_number, 600.0),
     'multiattach_vdi_file': (_path, ''), 'disable_automatic_checkpoints': (_flag, False),
+    'pf_guest_port': (agent.integer(0, LAST_PORT), 0), 'pf_host_port': (agent.integer(0, LAST_PORT), 0),
     'command': (_words, []), 'checkpoint': (_checkpoint, ''),
 }
 LISTS = ('copy_to_shared', 'intermediate_upload_file')                 # paths, any number of them
@@ -110,11 +121,16 @@ class Job:
         self.warnings = []             # type: List[str]
         self.inputs = []               # type: List[Moved]
         self.outputs = []              # type: List[Moved]
+        self.forwards = []             # type: List[Forward]       # that of pf_guest_port first
         self.copy_to_shared = []       # type: List[str]
         self.intermediate_upload_file = []     # type: List[str]
         self._fields = {name: default for name, (_, default) in FIELDS.items()}
         for element in _root_of(text):
             self._read(element)
+        if self.pf_guest_port:
+            self.forwards.insert(0, Forward(self.pf_guest_port, self.pf_host_port))
+        elif self.pf_host_port:
+            self.warnings.append('%s: <pf_host_port> without <pf_guest_port> does nothing' % FILE)
         if not self.checkpoint:
             self._fields['checkpoint'] = 'files' if self.disable_automatic_checkpoints else 'state'
 
@@ -123,6 +139,8 @@ class Job:
         try:
             if name in FILES:
                 (self.inputs if name == 'input' else self.outputs).append(_moved(element, text))
+            elif name == 'port_forward':
+                self.forwards += _forwards(element)
             elif name in LISTS:
                 getattr(self, name).append(_path(text))
             elif name in FIELDS:
@@ -165,6 +183,28 @@ def _moved(element: Any, text: str) -> Moved:
     logical = _path(fields.get('name', text))
     optional = 'optional' in fields and _flag(fields['optional'])
     return Moved(logical, _path(fields.get('path', logical)), optional)
+
+
+def _forwards(element: Any) -> List[Forward]:
+    """<port_forward>: <guest_port> and <host_port> (0: free ones), and with <nports> those that follow."""
+    fields = {child.tag: (child.text or '').strip() for child in element}
+    unknown = set(fields) - {'guest_port', 'host_port', 'nports', 'is_remote'}
+    if unknown:
+        raise ValueError('guest_port, host_port, nports or is_remote, not <%s>' % sorted(unknown)[0])
+    if _flag(fields.get('is_remote', '0')):
+        raise JobError('%s: <port_forward>: <is_remote>: refused: other machines must not reach a '
+                       'volunteer\'s VM' % FILE)
+    numbers = []
+    for name, default, low, high in (('guest_port', '', 1, LAST_PORT), ('host_port', '0', 0, LAST_PORT),
+                                     ('nports', '1', 1, MOST_PORTS)):
+        try:
+            numbers.append(agent.integer(low, high)(fields.get(name, default)))
+        except ValueError as expected:
+            raise ValueError('%s: %s, not %.40r' % (name, expected, fields.get(name, default)))
+    guest, host, count = numbers
+    if max(guest, host) + count - 1 > LAST_PORT:
+        raise ValueError('no port above %d' % LAST_PORT)
+    return [Forward(guest + number, host and host + number) for number in range(count)]
 
 
 class Words(NamedTuple):

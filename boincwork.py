@@ -204,7 +204,7 @@ class VirtualMachine:
                  limits: Callable[[], Dict[str, Any]]) -> None:
         """
         image      path of the disk on which its own lies
-        options    createVM's: folder, owner, memory, cpus, ostype
+        options    createVM's: folder, owner, memory, cpus, ostype, forwards
         limits     gives setLimits' limits, as they are to be now
         """
         self.name = name
@@ -214,6 +214,7 @@ class VirtualMachine:
         self._image = image
         self._options = dict(options, linked=True)
         self._limits = limits
+        self._forwards = []            # type: List[Dict[str, Any]]    # as getVM tells them
         self._leased = 0.0
 
     def ready(self) -> bool:
@@ -241,8 +242,13 @@ class VirtualMachine:
         elif state == 'Running':
             told = self._host.call('getVM', self.name)
             self.pid = int(told['pid'])
+            self._forwards = told['forwards']
             return bool(told['agent'] == 'alive')
         return False
+
+    def port_to(self, port: int) -> int:
+        """The port of this machine that leads to one of the guest's; 0 for none."""
+        return next((int(each['hostPort']) for each in self._forwards if each['guestPort'] == port), 0)
 
     def runs(self) -> bool:
         """Whether it does, as far as its hypervisor knows."""
@@ -343,6 +349,10 @@ class GivenMachine:
             self._record.save()
         return self.name in names
 
+    def port_to(self, port: int) -> int:
+        """None leads there: it may be another computer."""
+        return 0
+
     def runs(self) -> bool:
         """Whether its agent is there."""
         return self.name in self._host.call('listRegisteredVMs')
@@ -423,12 +433,16 @@ class Work:
 
     def _choose_machine(self) -> Any:
         if not self.host.drives_vms:
+            if self._job.forwards:
+                log.warning('no port is forwarded: the science runs on a machine that has joined, in no VM')
             return GivenMachine(self.host, self._name, self._record)
         wish = {'cpus': self._words.cpus}      # type: Dict[str, Any]
         memory = self._words.memory or int(self._job.memory_size_mb)
         wish['memory'] = max(memory, LEAST_MEMORY)
         if self._job.os_name:
             wish['ostype'] = self._job.os_name
+        if self._job.forwards:
+            wish['forwards'] = [{'guestPort': guest, 'hostPort': host} for guest, host in self._job.forwards]
         parent = self._job.multiattach_vdi_file
         image = os.path.join(self._slot.project_dir, parent) if parent else \
             self._slot.resolve(self._words.image)
@@ -557,11 +571,14 @@ class Work:
         return self._guest.look(self._job, seen)
 
     def _show_page(self) -> None:
-        """The client's button opens the host agent's status page: by a link that opens it once, and soon."""
+        """The client's button opens the page that the VM serves, where the job file forwards its port; else
+        the host agent's status page: by a link that opens it once, and soon."""
         now = time.monotonic()
         if not self._linked or now - self._linked > LINK_EVERY:
             self._linked = now
-            self.shown.append('<web_graphics_url>%s</web_graphics_url>' % self.host.call('getStatusLink'))
+            port = self.machine.port_to(self._job.pf_guest_port)
+            page = 'http://localhost:%d' % port if port else self.host.call('getStatusLink')
+            self.shown.append('<web_graphics_url>%s</web_graphics_url>' % page)
 
     def show_desktop(self) -> bool:
         """The VM's screen can be looked at, where the job file wants that and the hypervisor can. Where there

@@ -203,12 +203,13 @@ class MachineMethods(Methods):
         return sorted(names.union(self.listVMs()))
 
     def getVM(self, vm: str) -> dict:
-        """{name, id, uuid, state, trouble, agent, ip, lastSeen, clockOffset, facts, rdp, pid,
+        """{name, id, uuid, state, trouble, agent, ip, lastSeen, clockOffset, facts, rdp, pid, forwards,
         commands} of a VM.
 
         state is the machine's, trouble what is wrong with it, '' for nothing; agent (alive, late, lost or
         never) is the agent's; commands: the ids of those that are unfinished; clockOffset: guest's clock
-        less the host's, roughly; pid: of the process in which it runs, 0 for none.
+        less the host's, roughly; pid: of the process in which it runs, 0 for none; forwards: createVM's, with
+        the ports of this machine that they have now.
 
             >>> vm = host.getVM('node1')
             >>> vm['state'], vm['agent'], vm['ip']
@@ -218,9 +219,11 @@ class MachineMethods(Methods):
         known, described = host.machines.describe(vm)
         guest = known or host.machines.find(vm)
         described = described or {
-            'uuid': '', 'native': self._state_of(guest), 'rdp': {}, 'trouble': '', 'pid': 0}
+            'uuid': '', 'native': self._state_of(guest), 'rdp': {}, 'trouble': '', 'pid': 0,
+            'forwards': []}
         return {'name': guest.name, 'id': guest.id, 'uuid': described['uuid'],
                 'state': described['native'], 'rdp': described['rdp'], 'pid': described.get('pid', 0),
+                'forwards': described.get('forwards', []),
                 'trouble': self._trouble(vm, described),
                 'agent': guest.agent if guest.last_seen else 'never', 'ip': guest.ip,
                 'lastSeen': guest.last_seen, 'clockOffset': guest.clock_offset,
@@ -303,9 +306,14 @@ class ControlMethods(Methods):
         Options: memory (MB), cpus, ostype, network (hostonly, nat or none), diskSize (MB) of the new, empty
         disk, 0 for none, keep (cleanup leaves the VM alone), acceptEula (an appliance's licence), linked (the
         VM's disk lies on the image, which is only read and must stay; no copy), folder (where the folder of
-        the VM's files is made; an absolute path) and owner (any text, that cleanup can look for). What an
-        image decides itself is refused: diskSize beside a disk or an appliance, ostype beside an appliance,
-        all beside a .vbox file.
+        the VM's files is made; an absolute path), owner (any text, that cleanup can look for) and forwards.
+        What an image decides itself is refused: diskSize beside a disk or an appliance, ostype beside an
+        appliance, all beside a .vbox file.
+
+        forwards: [{guestPort, hostPort, isRemote}], TCP ports of a guest with NAT that are reached on this
+        machine: on 127.0.0.1, or with isRemote on all its addresses. hostPort 0, as where it isn't given, is
+        a free one, and another one where that is taken at a later start; `getVM` tells which. A VM whose own
+        hostPort is taken doesn't start.
 
             >>> host.createVM('node1', '/images/cernvm.ova', {'memory': 2048, 'cpus': 2})
             [True, 'node1']

@@ -159,7 +159,8 @@ class Driver:
     @quick
     def describe(self, job: 'Job', vm: str) -> Dict[str, Any]:
         """A row of `machines` with memory (MB), cpus, ostype, snapshot, tagged (made by us), rdp{…}, pid (of
-        the process in which it runs; 0 where none does, or it isn't known)."""
+        the process in which it runs; 0 where none does, or it isn't known), forwards (create_vm's, with the
+        host ports that they have)."""
         return self._cannot('describe a VM')
 
     @quick
@@ -177,7 +178,13 @@ class Driver:
     @changing
     def create_vm(self, job: 'Job', name: str, image: str = '', options: Dict[str, Any] = {}) -> str:  # noqa: B006
         """Makes a VM, and gives its name. Never touches the image. What images and options there are, is the
-        driver's."""
+        driver's.
+
+        Option `forwards`: [{guestPort, hostPort, isRemote}], TCP ports of the guest that are reached on this
+        machine: on 127.0.0.1, or with isRemote on all its addresses. hostPort 0: one that is free at each
+        start, so that it moves where another program has taken it meanwhile; any other one that is taken
+        then is BadState. InvalidParams where the VM's network can't have that.
+        """
         return self._cannot('make VMs')
 
     @changing
@@ -1336,8 +1343,10 @@ def either(names: Any, word: str = 'or') -> str:
 
 
 def port_is_free(address: str, port: int) -> bool:
-    """Whether this machine has the address, and nobody listens there."""
+    """Whether this machine has the address ('' for all), and nobody listens there."""
     with socket.socket() as probe:
+        if os.name == 'posix':             # where connections that have just ended would keep it; on Windows
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)     # it would share a port in use
         try:
             probe.bind((address, port))
         except OSError:

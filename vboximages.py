@@ -35,7 +35,7 @@ from vboxconnection import (
     has_mark,
     name_in_path,
 )
-from vboxnetwork import Cards
+from vboxnetwork import Cards, check_card, read_forwards
 
 log = logging.getLogger('vmhost.virtualbox')
 
@@ -61,7 +61,7 @@ class Images:
         self.box = box
 
     def create_vm(self, job: Job, name: str, image: str = '', options: Dict[str, Any] = {}) -> str:  # noqa: B006
-        wish = wishes(options)
+        wish = wishes(options, self.box.network['mode'])
         registers = not image and name.lower().endswith('.vbox')
         kind = os.path.splitext(name if registers else image)[1].lower()
         check_fitting(options, kind)
@@ -286,7 +286,7 @@ class Images:
             machine.memorySize = wish['memory']
         if wish['cpus']:
             machine.CPUCount = wish['cpus']
-        self._cards.give(machine, wish['network'])
+        self._cards.give(machine, wish['network'], wish['forwards'])
         if wish['keep']:
             machine.setExtraData(KEEP, machine.id)
         if wish['owner']:
@@ -685,10 +685,11 @@ def check_is_no_id(name: str) -> None:
         raise InvalidParams('%r is an id, and no name for a VM' % name)
 
 
-def wishes(options: Dict[str, Any]) -> Dict[str, Any]:
-    """createVM's options, checked; None or '' where nothing was asked for."""
+def wishes(options: Dict[str, Any], mode: str) -> Dict[str, Any]:
+    """createVM's options, checked; None or '' where nothing was asked for. mode: that of [Network]."""
     wish = {'memory': None, 'cpus': None, 'ostype': '', 'network': '', 'diskSize': None,
-            'keep': False, 'acceptEula': False, 'linked': False, 'folder': '', 'owner': ''}  # type: Dict[str, Any]
+            'keep': False, 'acceptEula': False, 'linked': False, 'folder': '', 'owner': '',
+            'forwards': []}  # type: Dict[str, Any]
     unknown = set(options) - set(wish)
     if unknown:
         raise InvalidParams('createVM knows no option %s; it knows %s' % (
@@ -706,6 +707,8 @@ def wishes(options: Dict[str, Any]) -> Dict[str, Any]:
         wish[name] = option(name, wish[name], agent.yes_no)
     if wish['network'] not in ('', 'hostonly', 'nat', 'none'):
         raise InvalidParams('network is hostonly, nat or none, not %r' % wish['network'])
+    wish['forwards'] = read_forwards(wish['forwards'])
+    check_card(wish['forwards'], wish['network'] or mode)
     return wish
 
 

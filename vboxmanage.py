@@ -15,7 +15,6 @@ VirtualBox: states, marks, errors. One thread, that of a driver's process; no lo
 import contextlib
 import os
 import re
-import socket
 import time
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -175,10 +174,11 @@ class Asking(Driver):
             info = self._info(uuid)
         except faults.BadState:
             return dict(self._unreadable(uuid), memory=0, cpus=0, ostype='', snapshot='', tagged=False,
-                        rdp={}, pid=0)
+                        rdp={}, pid=0, forwards=[])
         return dict(self._row(info), memory=int(info['memory']), cpus=int(info['cpus']),
                     ostype=info['ostype'], snapshot=info.get('CurrentSnapshotName', ''),
                     tagged=self._marks(uuid).get(MADE_BY_US) == uuid, rdp={},
+                    forwards=vboxnetwork.forwards_in(rules_in(info)),
                     pid=virtualbox.process_in(log_in(info)) if native_of(info) in ONLINE else 0)
 
     def warnings(self, job: Job) -> List[str]:
@@ -275,6 +275,7 @@ class VBoxManage(Asking):
             if os.path.isabs(path) and not os.path.exists(path):
                 raise faults.BadState('%s can\'t start: its disk %s is missing; put it back, or detach it'
                                       % (info['name'], path))
+        self._move_forwards(job, info)
         if native_of(info) in OFF:
             self._tell_firmware(job, info, board_serial)
             self._settle_card(job, info)
@@ -345,7 +346,7 @@ class VBoxManage(Asking):
     # Making a VM.
 
     def create_vm(self, job: Job, name: str, image: str = '', options: Dict[str, Any] = {}) -> str:  # noqa: B006
-        wish = vboximages.wishes(options)
+        wish = vboximages.wishes(options, self.settings['network']['mode'])
         kind = os.path.splitext(image)[1].lower()
         vboximages.check_fitting(options, kind)
         if wish['linked'] and kind not in vboximages.DISKS:
@@ -390,7 +391,9 @@ class VBoxManage(Asking):
         if mode == 'hostonly' and not wish['network'] and not self._has_network():
             mode = 'nat'
             self._change(job, 'setextradata', uuid, vboxnetwork.NAT_FOR_NOW, uuid)
-        self._change(job, 'modifyvm', uuid, *words + self._card_words(mode, 1))
+        for rule in vboxnetwork.new_forwards(wish['forwards']):
+            words += ['--natpf1', ','.join(rule)]
+        self._change(job, 'modifyvm', uuid, *self._card_words(mode, 1) + words)
         path = disk_path(info)
         if self._make_disk(job, path, image, wish):
             buses = {info[key.replace('name', 'type')]: info[key] for key in sorted(info)
@@ -580,8 +583,7 @@ class VBoxManage(Asking):
 
     def _chirp_rule(self, info: Dict[str, str]) -> List[str]:
         """name, protocol, host address, host port, guest address, guest port; [] for none."""
-        rules = [value.split(',') for key, value in info.items() if key.startswith('Forwarding(')]
-        return next((rule for rule in rules if rule[0] == vboxnetwork.CHIRP_RULE
+        return next((rule for rule in rules_in(info) if rule[0] == vboxnetwork.CHIRP_RULE
                      and rule[5] == str(self.settings['chirp_port'])), [])
 
     def _add_chirp_rule(self, job: Job, info: Dict[str, str]) -> None:
@@ -590,9 +592,7 @@ class VBoxManage(Asking):
         online, rule = native_of(info) in ONLINE, self._chirp_rule(info)
         if not slot or rule and (online or port_is_free(rule[2], int(rule[3]))):
             return
-        with socket.socket() as probe:
-            probe.bind(('127.0.0.1', 0))
-            port = probe.getsockname()[1]
+        port = vboxnetwork.free_port('127.0.0.1', [int(each[3]) for each in rules_in(info)])
         new = '%s,tcp,127.0.0.1,%d,,%d' % (vboxnetwork.CHIRP_RULE, port, self.settings['chirp_port'])
         tell = ['controlvm', info['UUID'], 'natpf%d' % slot] if online else [
             'modifyvm', info['UUID'], '--natpf%d' % slot]
@@ -602,12 +602,26 @@ class VBoxManage(Asking):
         if not online and self._localhost_words(slot):
             self._change(job, 'modifyvm', info['UUID'], *self._localhost_words(slot))
 
+    def _move_forwards(self, job: Job, info: Dict[str, str]) -> None:
+        """As vboxnetwork.Cards.move_forwards."""
+        words = []  # type: List[str]
+        key = '--natpf%d' % next(iter(slots_of(info, 'nat')), 0)
+        for rule in vboxnetwork.moved_forwards(info['name'], rules_in(info)):
+            words += [key, 'delete', rule[0], key, ','.join(rule)]
+        if words:
+            self._change(job, 'modifyvm', info['UUID'], *words)
+
 
 # --- plain helpers -----------------------------------------------------------------------------
 
 def log_in(info: Dict[str, str]) -> str:
     """The path of a VM's log."""
     return os.path.join(info['LogFldr'], 'VBox.log')
+
+
+def rules_in(info: Dict[str, str]) -> List[List[str]]:
+    """A VM's rules of NAT, as vboxnetwork has them."""
+    return [value.split(',') for key, value in info.items() if key.startswith('Forwarding(')]
 
 
 def stamp_of(path: str) -> Optional[Tuple[int, int]]:

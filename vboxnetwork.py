@@ -1,15 +1,18 @@
-"""VirtualBox's network: the host-only network, VMs' cards, and in NAT mode the way to a guest's Chirp port.
+"""VirtualBox's network: the host-only network, VMs' cards, and with NAT the ways to ports of a guest: its
+Chirp port, and those that createVM's `forwards` names.
 
 What it is not: it knows nothing of words or files. One thread, that of virtualbox.py; no locks.
 """
 
 import ipaddress
+import re
 import socket
 import sys
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Container, Dict, Iterable, List, Optional, Sequence, Set, Tuple
 
-from faults import BadState, HypervisorError
-from hypervisor import Job, is_local, port_is_free
+import agent
+from faults import BadState, HypervisorError, InvalidParams
+from hypervisor import Job, is_local, option, port_is_free
 from vboxconnection import (
     MAKING,
     OFF,
@@ -19,6 +22,8 @@ from vboxconnection import (
 )
 
 CHIRP_RULE = 'vmhost-chirp'        # name of the NAT port forwarding
+FORWARD = 'vmhost-forward-'        # + a number, and for some ANY: names of those that createVM was asked for
+ANY = '-any'                       # whose host port is any that is free at a start
 NAT_FOR_NOW = 'vmhost/nat-for-now'     # a mark: there was no host-only network yet when the VM was made
 
 
@@ -166,15 +171,15 @@ class Network:
 
 
 class Cards:
-    """Network cards: giving a new VM its card; in NAT mode, the guest's Chirp port on our loopback."""
+    """Network cards: giving a new VM its card; with NAT, ports of the guest on this machine."""
 
     def __init__(self, box: Connection, network: Network) -> None:
         self.box = box
         self._network = network
 
-    def give(self, machine: Any, network: str) -> None:
+    def give(self, machine: Any, network: str, forwards: Sequence[Dict[str, Any]] = ()) -> None:
         """The card over which the agent will speak: none, nat, hostonly, or '' for what [Network] says. An
-        appliance keeps those it came with.
+        appliance keeps those it came with. forwards: as read_forwards gives them, where the card is NAT.
 
         While [Network] says hostonly, and nobody has set that network up, it is NAT: so the VM starts, and
         its agent reaches the host, which then listens on 127.0.0.1. `settle` makes it host-only.
@@ -185,7 +190,7 @@ class Cards:
             for card in cards:
                 card.enabled = False
         elif wanted == 'nat':
-            self._make_nat(self._card_for(machine, cards, ('NAT',)), machine)
+            self._make_nat(self._card_for(machine, cards, ('NAT',)), machine, forwards)
         elif network or self._network.is_there():
             self._make_host_only(self._card_for(machine, cards, ('HostOnly', 'HostOnlyNetwork')))
         else:
@@ -228,9 +233,11 @@ class Cards:
                 return card
         raise HypervisorError('%s has no network slot left' % machine.name)
 
-    def _make_nat(self, card: Any, machine: Any) -> None:
+    def _make_nat(self, card: Any, machine: Any, forwards: Sequence[Dict[str, Any]] = ()) -> None:
         card.attachmentType = self.box.const('NetworkAttachmentType_NAT')
         self._reach_localhost(card.NATEngine)
+        for rule in new_forwards(forwards, self._taken_ports(card)) if forwards else ():
+            self._add_rule(card, rule)
         if self._forwards(machine):
             self.add_chirp_rule(machine)
 
@@ -262,8 +269,7 @@ class Cards:
         """name, protocol, host address, host port, guest address, guest port."""
         if card is None or card.attachmentType != self.box.const('NetworkAttachmentType_NAT'):
             return None
-        for row in self.box.array(card.NATEngine, 'redirects'):
-            rule = row.split(',')
+        for rule in self._rules(card):
             if rule[0] == CHIRP_RULE and rule[5] == str(self.box.chirp_port):
                 return rule
         return None
@@ -281,27 +287,137 @@ class Cards:
                 rule = None                         # meanwhile, another program listens there
         if rule:
             return
-        names = [row.split(',')[0] for row in self.box.array(engine, 'redirects')]
-        if CHIRP_RULE in names:
+        if CHIRP_RULE in [each[0] for each in self._rules(card)]:
             engine.removeRedirect(CHIRP_RULE)
-        engine.addRedirect(CHIRP_RULE, self.box.const('NATProtocol_TCP'), '127.0.0.1',
-                           self._free_forward_port(), '', self.box.chirp_port)
+        port = free_port('127.0.0.1', self._taken_ports(card))
+        self._add_rule(card, [CHIRP_RULE, '', '127.0.0.1', str(port), '', str(self.box.chirp_port)])
 
     def _reach_localhost(self, engine: Any) -> None:
         if self.box.api() >= (7, 0):                # before, it could always be reached
             engine.localhostReachable = True
 
-    def _free_forward_port(self) -> int:
-        taken = {int(row.split(',')[3]) for machine in self.box.machines_now()
-                 for card in self.box.cards(machine)
-                 for row in self.box.array(card.NATEngine, 'redirects')}
-        while True:
-            with socket.socket() as probe:
-                probe.bind(('127.0.0.1', 0))
-                port = probe.getsockname()[1]
-            if port not in taken:
-                return port
+    def _add_rule(self, card: Any, rule: List[str]) -> None:
+        """As VirtualBox lists it; for TCP."""
+        card.NATEngine.addRedirect(rule[0], self.box.const('NATProtocol_TCP'), rule[2], int(rule[3]), rule[4],
+                                   int(rule[5]))
 
+    def _rules(self, card: Any) -> List[List[str]]:
+        return [row.split(',') for row in self.box.array(card.NATEngine, 'redirects')]
+
+    def _taken_ports(self, *cards: Any) -> Set[int]:
+        """Those that rules of any VM have; and those of these cards, whose settings aren't saved yet."""
+        saved = [card for machine in self.box.machines_now() for card in self.box.cards(machine)]
+        return {int(rule[3]) for card in list(cards) + saved for rule in self._rules(card)}
+
+    # Other ports of the guest.
+
+    def forwards_of(self, machine: Any) -> List[Dict[str, Any]]:
+        """As forwards_in."""
+        return forwards_in([rule for card in self.box.cards(machine) for rule in self._rules(card)])
+
+    def move_forwards(self, job: Job, machine: Any) -> None:
+        """Before each start, a saved VM's, too: away from ports that other programs have taken. Raises
+        BadState as moved_forwards does."""
+        rules = {slot: [rule for rule in self._rules(card) if rule[0].startswith(FORWARD)]
+                 for slot, card in enumerate(map(machine.getNetworkAdapter, range(8))) if card.enabled}
+        taken = self._taken_ports() if any(rules.values()) else set()
+        moved = {slot: moved_forwards(machine.name, rules[slot], taken) for slot in rules}
+        if any(moved.values()):
+            self.box.edit(job, machine, lambda mutable: self._replace_rules(mutable, moved))
+
+    def _replace_rules(self, machine: Any, rules: Dict[int, List[List[str]]]) -> None:
+        """rules: by slot; `machine` is a session's mutable one."""
+        for slot in rules:
+            card = machine.getNetworkAdapter(slot)
+            for rule in rules[slot]:
+                card.NATEngine.removeRedirect(rule[0])
+                self._add_rule(card, rule)
+
+
+# --- ports of a guest --------------------------------------------------------------------------
+# A rule is as VirtualBox lists it: [name, protocol, host address ('' for all), host port, guest address,
+# guest port].
+
+def read_forwards(forwards: Any) -> List[Dict[str, Any]]:
+    """createVM's option `forwards`, checked and whole: [{guestPort, hostPort (0: a free one), isRemote}].
+    Raises InvalidParams."""
+    if not isinstance(forwards, list) or not all(isinstance(each, dict) for each in forwards):
+        raise InvalidParams('forwards: expected a list of {guestPort, hostPort, isRemote}, not %.80r'
+                            % (forwards,))
+    found = [_read_forward(each) for each in forwards]
+    ports = [each['hostPort'] for each in found if each['hostPort']]
+    twice = [port for port in ports if ports.count(port) > 1]
+    if twice:
+        raise InvalidParams('forwards: hostPort %d is there twice' % twice[0])
+    return found
+
+
+def _read_forward(forward: Dict[str, Any]) -> Dict[str, Any]:
+    kinds = {'guestPort': agent.integer(1, 65535), 'hostPort': agent.integer(0, 65535),
+             'isRemote': agent.yes_no}  # type: Dict[str, Callable[[str], Any]]
+    unknown = set(forward) - set(kinds)
+    if unknown:
+        raise InvalidParams('forwards: expected guestPort, hostPort and isRemote, not %s'
+                            % ', '.join(sorted(map(str, unknown))))
+    whole = dict({'guestPort': '', 'hostPort': 0, 'isRemote': False}, **forward)
+    return {name: option('forwards: ' + name, whole[name], kinds[name]) for name in kinds}
+
+
+def check_card(forwards: List[Dict[str, Any]], kind: str) -> None:
+    """Raises InvalidParams where there are any, and the card is not to be nat."""
+    if forwards and kind != 'nat':
+        raise InvalidParams('forwards: expected network=nat, as the host forwards ports to a NAT card alone; '
+                            'this VM\'s is to be %s' % kind)
+
+
+def new_forwards(forwards: Sequence[Dict[str, Any]], taken: Iterable[int] = ()) -> List[List[str]]:
+    """Their rules. taken: host ports that are not to be chosen."""
+    rules = []
+    taken = set(taken).union(each['hostPort'] for each in forwards)
+    for number, each in enumerate(forwards):
+        name, address = '%s%d' % (FORWARD, number), '' if each['isRemote'] else '127.0.0.1'
+        port = each['hostPort'] or free_port(address, taken)
+        taken.add(port)
+        rules.append([name if each['hostPort'] else name + ANY, 'tcp', address, str(port), '',
+                      str(each['guestPort'])])
+    return rules
+
+
+def moved_forwards(vm: str, rules: List[List[str]], taken: Iterable[int] = ()) -> List[List[str]]:
+    """Those of a VM's rules that need another host port, since another program listens there meanwhile; with
+    that. Raises BadState where the port was asked for."""
+    moved = []
+    taken = set(taken).union(int(rule[3]) for rule in rules)
+    for name, protocol, address, port, guest_address, guest_port in rules:
+        if not name.startswith(FORWARD) or port_is_free(address, int(port)):
+            continue
+        if not name.endswith(ANY):
+            raise BadState('%s can\'t start: another program listens on port %s of this machine, from which '
+                           'the VM\'s `forwards` lead to its port %s' % (vm, port, guest_port))
+        free = free_port(address, taken)
+        taken.add(free)
+        moved.append([name, protocol, address, str(free), guest_address, guest_port])
+    return moved
+
+
+def forwards_in(rules: List[List[str]]) -> List[Dict[str, Any]]:
+    """[{guestPort, hostPort, isRemote}] of those rules that createVM's option made, in its order."""
+    ours = [rule for rule in rules if re.match(FORWARD + '[0-9]+', rule[0])]
+    return [{'guestPort': int(rule[5]), 'hostPort': int(rule[3]), 'isRemote': not rule[2]}
+            for rule in sorted(ours, key=lambda rule: int(rule[0].split('-')[2]))]
+
+
+def free_port(address: str, taken: Container[int] = ()) -> int:
+    """A TCP port of this machine's address ('' for all) on which nobody listens; none of those taken."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+            port = int(probe.getsockname()[1])
+        if port not in taken:
+            return port
+
+
+# --- plain helpers -----------------------------------------------------------------------------
 
 def check_interfaces(vm: str, wanted: List[str], there: Callable[[], List[str]]) -> None:
     """Raises BadState where a host-only interface that a VM's card wants is missing, of which VirtualBox says

@@ -84,8 +84,9 @@ class VirtualBox(Driver):
         self._box = box = Connection(settings, connect or import_virtualbox)
         network, disks, desktop = Network(box), Disks(box), Desktop(box)
         cards = Cards(box, network)
-        self._parts = [Looking(box, desktop), Life(box, cards), Snapshots(box), Images(box, cards, disks),
-                       Cleaning(box, disks), network, cards, desktop, Measuring(box), Checks(box, network)]
+        self._parts = [Looking(box, cards, desktop), Life(box, cards), Snapshots(box),
+                       Images(box, cards, disks), Cleaning(box, disks), network, cards, desktop,
+                       Measuring(box), Checks(box, network)]
 
     def find_verb(self, name: str) -> Callable[..., Any]:
         found = [getattr(part, name) for part in self._parts if hasattr(part, name)]
@@ -181,7 +182,8 @@ def remove_unused(top: str) -> None:
 class Looking:
     """What there is, and how each VM is."""
 
-    def __init__(self, box: Connection, desktop: 'Desktop') -> None:
+    def __init__(self, box: Connection, cards: 'Cards', desktop: 'Desktop') -> None:
+        self._cards = cards
         self._desktop = desktop
         self.box = box
 
@@ -209,11 +211,12 @@ class Looking:
         machine = self.box.find_any(vm)
         row = self._row(machine)
         if not machine.accessible:
-            return dict(row, memory=0, cpus=0, ostype='', snapshot='', tagged=False, rdp={}, pid=0)
+            return dict(row, memory=0, cpus=0, ostype='', snapshot='', tagged=False, rdp={}, pid=0,
+                        forwards=[])
         snapshot = machine.currentSnapshot
         return dict(row, memory=machine.memorySize, cpus=machine.CPUCount, ostype=machine.OSTypeId,
                     snapshot=snapshot.name if snapshot else '', tagged=has_mark(machine, MADE_BY_US),
-                    rdp=self._desktop.facts(machine),
+                    rdp=self._desktop.facts(machine), forwards=self._cards.forwards_of(machine),
                     pid=process_in(machine.queryLogFilename(0)) if row['native'] in ONLINE else 0)
 
 
@@ -230,6 +233,7 @@ class Life:
         machine = self.box.ready(job, vm, 'start')
         self._check_disks(machine)
         self._cards.check_interfaces(machine)
+        self._cards.move_forwards(job, machine)
         if self.box.state_of(machine) in OFF:
             self.box.edit(job, machine, lambda mutable: self._prepare(mutable, board_serial))
         self._launch(job, machine, 'gui' if gui_mode else 'headless')

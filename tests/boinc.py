@@ -27,6 +27,7 @@ from helpers import wait_until
 
 import agent
 import hostclient
+import vboxnetwork
 import vmboinc
 
 PATH = os.path.join(TOP, 'tests', 'rigs', 'boinc-rig')
@@ -228,8 +229,9 @@ class WithMachine(Boinc):
 
 def chirp_port(box, vm):
     """The port of this machine that a VM of the fake's in NAT mode has for its Chirp server."""
-    forwarding, = box.getVirtualBox().findMachine(vm).getNetworkAdapter(0).NATEngine.redirects
-    return int(forwarding.split(',')[3])
+    rules = [row.split(',') for row in
+             box.getVirtualBox().findMachine(vm).getNetworkAdapter(0).NATEngine.redirects]
+    return next(int(rule[3]) for rule in rules if rule[0] == vboxnetwork.CHIRP_RULE)
 
 
 class WithFakeVMs(Boinc):

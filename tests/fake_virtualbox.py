@@ -389,6 +389,8 @@ class Card:
         self.NATEngine.removeRedirect = self._remove
 
     def _add(self, name, kind, host, port, guest, guest_port):
+        if name in [row.split(',')[0] for row in self.NATEngine.redirects]:
+            raise FakeError(INVALID_ARGUMENT, 'A NAT rule of this name already exists')
         self.NATEngine.redirects.append('%s,%d,%s,%d,%s,%d' % (name, kind, host, port, guest, guest_port))
 
     def _remove(self, name):

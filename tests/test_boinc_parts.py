@@ -207,6 +207,35 @@ def test_what_a_job_file_must_not_say(fields, said):
         job_of(fields)
 
 
+def test_ports_that_are_forwarded():
+    job = job_of('''<port_forward><host_port>8000</host_port><guest_port>22</guest_port><nports>3</nports>
+        <is_remote>0</is_remote></port_forward><pf_guest_port> 80 </pf_guest_port>
+        <port_forward><guest_port>81</guest_port></port_forward>''')
+    assert job.forwards == [(80, 0), (22, 8000), (23, 8001), (24, 8002), (81, 0)] and job.warnings == []
+    assert job_of('<pf_guest_port>80</pf_guest_port><pf_host_port>7</pf_host_port>').forwards == [(80, 7)]
+    assert job_of('<pf_guest_port>0</pf_guest_port>').forwards == job_of().forwards == []
+    lacking = job_of('<pf_host_port>7</pf_host_port>')
+    assert lacking.forwards == [] and 'without <pf_guest_port>' in lacking.warnings[0]
+
+
+@pytest.mark.parametrize('fields, said', [
+    ('', 'expected guest_port: a whole number from 1 to 65535, not \'\''),
+    ('<guest_port>0</guest_port>', 'guest_port'), ('<guest_port>65536</guest_port>', 'guest_port'),
+    ('<guest_port>1_0</guest_port>', 'guest_port'),
+    ('<guest_port>80</guest_port><host_port>-1</host_port>', 'host_port'),
+    ('<guest_port>80</guest_port><nports>0</nports>', 'nports'),
+    ('<guest_port>80</guest_port><nports>101</nports>', 'nports: .* to 100'),
+    ('<guest_port>65500</guest_port><nports>50</nports>', 'no port above 65535'),
+    ('<guest_port>80</guest_port><host_port>65500</host_port><nports>50</nports>', 'no port above 65535'),
+    ('<guest_port>80</guest_port><protocol>udp</protocol>', 'not <protocol>'),
+    ('<guest_port>80</guest_port><is_remote/>', '<is_remote>: refused')])
+def test_ports_that_are_not(fields, said):
+    with pytest.raises(boincjob.JobError, match='vbox_job.xml: <port_forward>.*' + said):
+        job_of('<port_forward>%s</port_forward>' % fields)
+    with pytest.raises(boincjob.JobError, match='<pf_guest_port>80x: expected a whole number from 0 to'):
+        job_of('<pf_guest_port>80x</pf_guest_port>')
+
+
 @given(st.text())
 def test_any_text_is_a_job_file_or_an_error(text):
     for whole in (text, '<vbox_job>%s</vbox_job>' % text, '<vbox_job><input>%s</input></vbox_job>' % text):

@@ -6,6 +6,7 @@ The hypervisor is the fake VirtualBox; what would be the VM's agent runs beside 
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import types
 
@@ -19,6 +20,7 @@ from helpers import wait_until
 from vms import environment, kill
 
 import hostclient
+from boincslot import GRAPHICS
 
 pytestmark = [pytest.mark.once, pytest.mark.slow, pytest.mark.ends,
               pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
@@ -256,6 +258,32 @@ def test_a_client_that_halts_tasks_for_foreign_programs_is_told_that_the_vm_is_n
     project.has(task, 'Running')
     task.wait(lambda: len(task.told) > 2)
     assert not any('other_pid' in text for text in task.told)
+
+
+def test_what_its_program_serves_is_shown_in_place_of_the_status_page(project, monkeypatch):
+    """On a port that another program takes while the VM is saved."""
+    monkeypatch.setenv('FAKE_VIRTUALBOX', project.environment['FAKE_VIRTUALBOX'])
+    task = project.task(job='<pf_guest_port>8080</pf_guest_port><port_forward><guest_port>22</guest_port>'
+                            '<nports>2</nports></port_forward>')
+    task.link('out')
+    task.start()
+    project.agent(task)
+    forwards = project.call('getVM', task.vm)['forwards']
+    assert [(each['guestPort'], each['isRemote']) for each in forwards] == [
+        (8080, False), (22, False), (23, False)]
+    task.wait(lambda: '<web_graphics_url>http://localhost:%d</web_graphics_url>' % forwards[0]['hostPort']
+              in task.channels.receive(GRAPHICS))
+    task.says('quit')
+    assert task.wait_for_end() == 0 and project.vms() == {task.vm: 'Saved'}
+    with socket.socket() as other:
+        other.bind(('127.0.0.1', forwards[0]['hostPort']))
+        other.listen(1)
+        task.start()
+        project.has(task, 'Running')
+    moved = project.call('getVM', task.vm)['forwards']
+    assert moved[0]['hostPort'] != forwards[0]['hostPort'] and moved[1:] == forwards[1:]
+    task.wait(lambda: '<web_graphics_url>http://localhost:%d</web_graphics_url>' % moved[0]['hostPort']
+              in task.channels.receive(GRAPHICS))
 
 
 def test_vms_of_tasks_that_the_client_forgot_go(project):

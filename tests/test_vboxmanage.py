@@ -1,6 +1,7 @@
 """What VBoxManage prints, read; where it is looked for; and what it is told that nobody else may see."""
 
 import os
+import socket
 import sys
 import time
 
@@ -8,9 +9,10 @@ import pytest
 from vms import SETTINGS
 
 import drivers
+import hypervisor
 import vboxmanage
 import vboxprogram
-from faults import DeadlineExceeded, HypervisorError
+from faults import BadState, DeadlineExceeded, HypervisorError, InvalidParams
 
 INFO = r'''name="b \"c\" \\"
 memory=16
@@ -126,3 +128,89 @@ def test_a_vm_of_which_virtualbox_says_no_has_not_gone(tmp_path, monkeypatch, co
     assert [(row['name'], row['native']) for row in seen] == [('one', 'PoweredOff')]
     (tmp_path / 'saying').write_text(code)
     assert driver.machines(None) == (seen if still_there else [])
+
+
+FORWARDING = r"""
+import json, os
+path = os.path.join(os.path.dirname(__file__), 'vm.json')
+vm = json.load(open(path)) if os.path.exists(path) else {}
+words = sys.argv[1:]
+if words[0] == '--version':
+    print('7.2.4r1')
+elif words[0] == 'createvm':
+    vm = {'state': 'poweroff', 'rules': []}
+elif words == ['list', 'vms'] and vm:
+    print('"one" {%(one)s}')
+elif words[0] == 'showvminfo':
+    print('name="one"\nUUID="%(one)s"\nCfgFile="/no/one.vbox"\nLogFldr="/no"\nfirmware="BIOS"\nmemory=4')
+    print('cpus=1\nostype="Linux"\nnic1="nat"\nmacaddress1="080027000001"\nVMState="%%s"' %% vm['state'])
+    for number, rule in enumerate(vm['rules']):
+        print('Forwarding(%%d)="%%s"' %% (number, rule))
+elif words[0] == 'modifyvm':
+    while '--natpf1' in words:
+        words = words[words.index('--natpf1') + 1:]
+        if words[0] == 'delete':
+            left = [rule for rule in vm['rules'] if rule.split(',')[0] != words[1]]
+            assert len(left) == len(vm['rules']) - 1
+            vm['rules'] = left
+        else:
+            assert words[0].split(',')[0] not in [rule.split(',')[0] for rule in vm['rules']]
+            vm['rules'].append(words[0])
+elif words[0] == 'startvm':
+    vm['state'] = 'running'
+elif words[0] == 'controlvm':
+    vm['state'] = {'savestate': 'saved', 'poweroff': 'poweroff'}[words[2]]
+with open(path, 'w') as file:
+    json.dump(vm, file)
+""" % {'one': ONE}
+
+
+@pytest.fixture
+def one(tmp_path, monkeypatch):
+    """Calls a verb on a VBoxManage that knows one VM, `one`, and its rules of NAT."""
+    a_program(tmp_path, monkeypatch, FORWARDING)
+    driver = vboxmanage.VBoxManage(dict(SETTINGS, command_timeout=20))
+    driver.connect()
+
+    def call(verb, *args):
+        job = hypervisor.Job({'verb': verb, 'args': args}, 20, lambda told: None)
+        return driver.find_verb(verb)(job, *args)
+    return call
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+@pytest.mark.parametrize('verb', ['power_off', 'save_state'])
+def test_ports_of_a_guest_are_reached_here(one, verb):
+    """And where another program takes one while the VM doesn't run, by another one."""
+    one('create_vm', 'one', '', {'diskSize': 0, 'forwards': [
+        {'guestPort': 80}, {'guestPort': 22, 'isRemote': True}]})
+    first, second = one('describe', 'one')['forwards']
+    assert (first['guestPort'], first['isRemote'], second['guestPort'], second['isRemote']) == (
+        80, False, 22, True)
+    assert one('start', 'one') and one('describe', 'one')['forwards'] == [first, second]
+    assert one(verb, 'one')
+    with socket.socket() as other:
+        other.bind(('127.0.0.1', first['hostPort']))
+        other.listen(1)
+        assert one('start', 'one')
+    moved = one('describe', 'one')['forwards']
+    assert moved == [dict(first, hostPort=moved[0]['hostPort']), second]
+    assert moved[0]['hostPort'] not in (first['hostPort'], second['hostPort'])
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+def test_a_forward_of_a_port_that_was_asked_for_stays_there(one):
+    with socket.socket() as other:
+        other.bind(('127.0.0.1', 0))
+        other.listen(1)
+        port = other.getsockname()[1]
+        one('create_vm', 'one', '', {'diskSize': 0, 'forwards': [{'guestPort': 80, 'hostPort': port}]})
+        with pytest.raises(BadState, match='another program listens on port %d' % port):
+            one('start', 'one')
+    assert one('start', 'one')
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+def test_only_nat_forwards_ports(one):
+    with pytest.raises(InvalidParams, match='^forwards: expected network=nat'):
+        one('create_vm', 'one', '', {'network': 'hostonly', 'forwards': [{'guestPort': 80}]})

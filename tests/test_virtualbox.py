@@ -438,6 +438,84 @@ def test_a_port_that_another_program_took_is_not_forwarded(driver):
         assert host == '127.0.0.1' and port != endpoint[1]
 
 
+# The option `forwards`.
+
+def test_ports_of_a_guest_are_reached_here(driver):
+    driver.create_vm('vm', '', {'memory': 16, 'diskSize': 0, 'forwards': [
+        {'guestPort': 80}, {'guestPort': 22, 'hostPort': 0, 'isRemote': True}, {'guestPort': 80.0}]})
+    found = driver.describe('vm')['forwards']
+    assert [(each['guestPort'], each['isRemote']) for each in found] == [(80, False), (22, True), (80, False)]
+    ports = [each['hostPort'] for each in found]
+    assert len(set(ports)) == 3 and all(1 <= port <= 65535 for port in ports)
+    rules = [row.split(',') for row in driver.fake.machines[0].cards[0].NATEngine.redirects]
+    tcp = str(fake_virtualbox.VALUES['NATProtocol']['TCP'])
+    assert [rule[1:] for rule in rules if rule[0] != vboxnetwork.CHIRP_RULE] == [
+        [tcp, '127.0.0.1', str(ports[0]), '', '80'], [tcp, '', str(ports[1]), '', '22'],
+        [tcp, '127.0.0.1', str(ports[2]), '', '80']]
+    assert driver.start('vm') and driver.describe('vm')['forwards'] == found
+
+
+def listening(port):
+    """Another program on a port of 127.0.0.1."""
+    other = socket.socket()
+    other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)     # as servers do
+    other.bind(('127.0.0.1', port))
+    other.listen(1)
+    return other
+
+
+@pytest.mark.parametrize('verb', ['power_off', 'save_state'])
+@pytest.mark.parametrize('remote', [False, True])
+def test_a_forward_moves_where_another_program_took_its_port(driver, verb, remote):
+    driver.create_vm('vm', '', {'memory': 16, 'diskSize': 0, 'forwards': [
+        {'guestPort': 80, 'isRemote': remote}, {'guestPort': 81}]})
+    first, second = driver.describe('vm')['forwards']
+    assert driver.start('vm') and getattr(driver, verb)('vm')
+    with listening(first['hostPort']):
+        assert driver.start('vm')
+    moved = driver.describe('vm')['forwards']
+    assert moved == [dict(first, hostPort=moved[0]['hostPort']), second]
+    assert moved[0]['hostPort'] not in (first['hostPort'], second['hostPort'])
+
+
+def test_a_forward_of_a_port_that_was_asked_for_stays_there(driver):
+    with listening(0) as other:
+        port = other.getsockname()[1]
+        driver.create_vm('vm', '', {'memory': 16, 'diskSize': 0, 'forwards': [
+            {'guestPort': 80, 'hostPort': port}, {'guestPort': 81}]})
+        with pytest.raises(faults.BadState, match='another program listens on port %d .* port 80' % port):
+            driver.start('vm')
+        assert driver.fake.machines[0].state == fake_virtualbox.VALUES['MachineState']['PoweredOff']
+    assert driver.start('vm') and driver.describe('vm')['forwards'][0]['hostPort'] == port
+
+
+def test_a_port_that_connections_had_until_now_is_free(driver):
+    with listening(0) as other:
+        port = other.getsockname()[1]
+        with socket.create_connection(('127.0.0.1', port)):
+            other.accept()[0].close()              # it ends first, so that its system remembers it
+    driver.create_vm('vm', '', {'diskSize': 0, 'forwards': [{'guestPort': 80, 'hostPort': port}]})
+    assert driver.start('vm')
+
+
+@pytest.mark.parametrize('forwards, told', [
+    ('80', 'a list'), (['80'], 'a list'), ([{}], 'guestPort'), ([{'guestPort': 0}], 'guestPort'),
+    ([{'guestPort': 65536}], 'guestPort'), ([{'guestPort': 80, 'hostPort': -1}], 'hostPort'),
+    ([{'guestPort': 80, 'hostPort': 'ssh'}], 'hostPort'),
+    ([{'guestPort': 80, 'isRemote': 'far'}], 'isRemote'), ([{'guestPort': 80, 'nports': 5}], 'nports'),
+    ([{'guestPort': 80, 'hostPort': 8080}, {'guestPort': 81, 'hostPort': 8080}], '8080 is there twice')])
+def test_forwards_that_make_no_sense(driver, forwards, told):
+    with pytest.raises(faults.InvalidParams, match='^forwards: .*' + told):
+        driver.create_vm('vm', '', {'diskSize': 0, 'forwards': forwards})
+    assert driver.fake.machines == []
+
+
+@pytest.mark.parametrize('kind', ['none', 'hostonly'])
+def test_only_nat_forwards_ports(driver, kind):
+    with pytest.raises(faults.InvalidParams, match='^forwards: expected network=nat, .* is to be ' + kind):
+        driver.create_vm('vm', '', {'diskSize': 0, 'network': kind, 'forwards': [{'guestPort': 80}]})
+
+
 def test_a_rate_reaches_a_card_that_came_later(driver):
     driver.create_vm('vm', '', {'memory': 16, 'diskSize': 0})
     assert driver.set_limits('vm', {'netKBps': 100})

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 
@@ -93,6 +94,28 @@ def remove(uuid):
     # While its process ends the VM is locked; files that stay would be in the next one's way.
     wait_until(lambda: try_manage('unregistervm', uuid, '--delete') or uuid not in manage('list', 'vms'),
                20, 0.3)
+
+
+def forwards_are_served_and_move(forwards, start, save):
+    """Of a new VM that was made with ports 80, and 22 for all addresses, forwarded to free ones.
+
+    forwards    gives them as they are now
+    """
+    first, second = forwards()
+    assert (first['guestPort'], first['isRemote'], second['guestPort'], second['isRemote']) == (
+        80, False, 22, True)
+    start()
+    for each, address in ((first, '127.0.0.1'), (second, '127.0.0.1'), (second, '127.0.0.2')):
+        socket.create_connection((address, each['hostPort'])).close()
+    save()
+    with socket.socket() as other:
+        other.bind(('127.0.0.1', first['hostPort']))
+        other.listen(1)
+        start()
+    moved, stayed = forwards()
+    assert moved == dict(first, hostPort=moved['hostPort']) != first and stayed == second
+    for each in moved, stayed:
+        socket.create_connection(('127.0.0.1', each['hostPort'])).close()
 
 
 def forget_networks():

@@ -9,7 +9,15 @@ import time
 import pytest
 from driver_cases import *  # noqa: F403 (the tests, for pytest to find)
 from helpers import beside, wait_until
-from rig import facts, forget_networks, manage, stopped, vboxsvc, vm_process
+from rig import (
+    facts,
+    forget_networks,
+    forwards_are_served_and_move,
+    manage,
+    stopped,
+    vboxsvc,
+    vm_process,
+)
 from test_hypervisor import opened
 from vms import SETTINGS, VMHost, command_line, environment, fault_of, kill, processes
 
@@ -128,6 +136,14 @@ def test_a_disk_on_an_image_that_stays(box, images, tmp_path):
     assert (images / 'disk.vdi').read_bytes() == before and not glob.glob(str(tmp_path / 'task-*'))
     assert image not in manage('list', 'hdds') and 'task' not in manage('list', 'hdds')
     manage('closemedium', 'disk', path)
+
+
+def test_ports_of_a_guest_are_reached_here(box):
+    """And a saved VM's moves, where another program took it meanwhile."""
+    box.create_vm('serves', '', {'memory': 16, 'diskSize': 0, 'forwards': [
+        {'guestPort': 80}, {'guestPort': 22, 'isRemote': True}]})
+    forwards_are_served_and_move(lambda: box.describe('serves')['forwards'], lambda: box.start('serves'),
+                                 lambda: box.save_state('serves'))
 
 
 def test_what_it_leaves_to_vboxapi(box, vm, images):

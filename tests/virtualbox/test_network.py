@@ -6,7 +6,7 @@ import re
 import subprocess
 
 import pytest
-from rig import facts, forget_networks, manage
+from rig import facts, forget_networks, forwards_are_served_and_move, manage
 from vms import VMHost, fault_of
 
 import agent
@@ -134,6 +134,14 @@ def test_nat_mode_forwards_chirp_on_loopback(api, remove_all):
         rules.add(rule[3])
         api.start(name)
     assert len(rules) == 2
+
+
+def test_ports_of_a_guest_are_reached_here(api, remove_all):
+    """And a saved VM's moves, where another program took it meanwhile."""
+    api.createVM('serves', '', {'memory': 16, 'diskSize': 0, 'forwards': [
+        {'guestPort': 80}, {'guestPort': 22, 'isRemote': True}]})
+    forwards_are_served_and_move(lambda: api.getVM('serves')['forwards'], lambda: api.start('serves'),
+                                 lambda: api.saveState('serves'))
 
 
 def test_a_foreign_vm_gets_what_it_needs_at_its_start(api, remove_all):
