@@ -375,6 +375,8 @@ class Commands:
             self._lose(command, 'the guest was rebooted')
         elif command.has('runner'):
             self._look_after(command, now)
+        elif command.state != 'starting':
+            self._look_after_emptied(command)
         elif now - command.begun > START_PATIENCE:
             self._order_runner(command)         # not put back: the first one may just be slow
 
@@ -396,6 +398,13 @@ class Commands:
         interval = command.request.get('status-interval', 0)
         if interval and now - command.told >= interval and command.is_running():
             self._reports.status(command)
+
+    def _look_after_emptied(self, command: Command) -> None:
+        """Its program deleted its spool folder, say: its runner makes that anew at the end, if it lives."""
+        if not command.noted_runner_lives() and not command.has('result.json'):
+            command.end_processes()
+            os.makedirs(command.folder, 0o700, exist_ok=True)
+            self._lose(command, 'its spool folder was deleted, and its runner was killed')
 
     # The changes of a command's state.
 
@@ -445,6 +454,7 @@ class Commands:
     def _notice_begin(self, command: Command) -> None:
         """Sees whether a command that a runner has runs, or is stopped."""
         if command.is_running() and command.process():
+            command.note_runner()
             state = command.read_state()
             with self._lock:
                 if command.is_running() and state in ('running', 'stopped'):

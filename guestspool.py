@@ -4,6 +4,7 @@ What it is not: who runs them (guestrunner.py), or tells the host (vmguest.py). 
 of a file: one agent at a time uses a spool.
 """
 
+import contextlib
 import errno
 import fcntl
 import itertools
@@ -121,6 +122,7 @@ class Command:
         self.request = {}              # type: Dict[str, Any]
         self.state = 'queued'          # as far as the agent has seen: see WAY
         self.begun = 0.0               # monotonic: when the fork server was asked
+        self._runner = (0, 0)          # its pid and start time, while somebody may delete what says so
         self.told = 0.0                # monotonic: when its status was last sent
         self.sent = 0.0                # monotonic: when its results were last sent
         self.taken = None              # type: Optional[int]   # bytes of a streamed input, as far as is known
@@ -195,6 +197,18 @@ class Command:
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return Group(str(folder)) if folder and not self.request.get('leave') else None
+
+    def note_runner(self) -> None:
+        """Remembers who its runner is."""
+        if not self._runner[0]:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                runner = int(self.read('process.json')['runner'])
+                self._runner = runner, start_ticks(runner)
+
+    def noted_runner_lives(self) -> bool:
+        """Whether the one that is remembered does."""
+        pid, ticks = self._runner
+        return bool(pid and ticks) and start_ticks(pid) == ticks
 
     def continue_runner(self) -> None:
         """Has its living runner go on, where somebody on this machine stopped it."""

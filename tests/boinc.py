@@ -147,9 +147,13 @@ class Boinc:
 
     def host_pids(self):
         """The host agents of the project; not the processes of their drivers."""
-        return [pid for pid in self.rig.leftovers()
-                if os.path.realpath('/proc/%d/cwd' % pid) == os.path.join(self.project, 'vmhost')
-                and '--host-agent' in vms.command_line(pid)]
+        found = []
+        for pid in self.rig.leftovers():
+            with contextlib.suppress(OSError):         # it may end meanwhile
+                if os.readlink('/proc/%d/cwd' % pid) == os.path.join(self.project, 'vmhost') \
+                        and '--host-agent' in vms.command_line(pid):
+                    found.append(pid)
+        return found
 
     def stderr_says(self, name, text):
         return wait_until(lambda: text in self.rig.stderr(name), 20)

@@ -327,10 +327,25 @@ def test_the_loss_of_the_spool_is_noticed(guests, tmp_path):
 
 def test_a_program_that_deletes_its_own_spool_folder_is_told_as_ended(guests):
     guest = guests()
-    guest.run('c', 'sh', '-c', 'rm -r "${VM_PROGRESS_FILE%/*}"; exit 3')
+    guest.run('c', 'sh', '-c', 'cd "${VM_PROGRESS_FILE%/*}"; while [ ! -s process.json ]; do sleep .1; done; '
+              'rm -r "$PWD"; exit 3')
     result = guest.result('c')
     assert result['state'] == 'failed' and result['error'].startswith('ENOENT: '), result
     assert not guest.restarts
+
+
+def test_one_whose_runner_is_killed_after_that_is_told_as_lost(guests):
+    guest = guests()
+    guest.run('c', 'sh', '-c', 'while [ ! -e go ]; do sleep 0.02; done; '
+              'rm -r "${VM_PROGRESS_FILE%/*}"; touch gone; sleep 60')
+    command = guest.commands._find('c')
+    wait_until(lambda: command.state == 'running')
+    runner = command.read('process.json')['runner']
+    open(os.path.join(guest.served, 'go'), 'w').close()
+    wait_until(lambda: os.path.exists(os.path.join(guest.served, 'gone')))
+    os.kill(runner, signal.SIGKILL)
+    result = guest.result('c')
+    assert result['state'] == 'lost' and 'its spool folder was deleted' in result['error'], result
 
 
 def test_a_word_that_can_not_be_followed_fails_with_a_sentence(guests):

@@ -265,7 +265,7 @@ def test_the_time_that_a_program_is_stopped_is_not_its_own(runners, tmp_path):
     program = 'touch %s.begun; while [ ! -e %s ]; do sleep 0.05; done; echo done' % (gate, gate)
     command = runners.begin('sh', '-c', program, timeout=1)
     wait_until((tmp_path / 'gate.begun').exists, 10)
-    guestprocesses.signal_all(command.members(), signal.SIGSTOP)
+    guestprocesses.signal_all(wait_until(command.members), signal.SIGSTOP)     # known a moment later
     wait_until(lambda: command.read_state() == 'stopped', 10)
     time.sleep(1.5)                     # longer than its timeout
     assert not command.has('result.json')

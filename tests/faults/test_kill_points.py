@@ -252,8 +252,8 @@ FETCH_POINTS = {
     'the host, when all is here, before that is journalled': ('host', ['Fetcher._fetch_streams', 'after', 1]),
     'the host, when that is journalled, before CMD_ACK': ('host', ['Commands.fetched', 'after', 1]),
     'the guest, when it is asked for the output': ('guest', ['Session._answer', 'before', 1]),
-    'the guest, before the first byte is sent': ('guest', ['Wire.send_file', 'before', 1]),
-    'the guest, within a piece': ('guest', ['Wire._send_some', 'after', 1]),
+    'the guest, before the first byte is sent': ('guest', ['Wire.send_copy', 'before', 1]),
+    'the guest, within a piece': ('guest', ['Crc32.update', 'after', 2]),       # the first is of nothing
     'the guest, after the first stream': ('guest', ['OpenFiles.close', 'after', 1]),
 }
 
