@@ -269,13 +269,21 @@ class Commands:
             return
         with self._lock:
             due, command.signals = command.signals, []
-        for number in due:
-            if number == signal.SIGKILL:
-                command.kill_group()
-            # What is forked meanwhile is killed, too.
-            for _ in range(KILL_ROUNDS if number == signal.SIGKILL else 1):
-                if not signal_all(command.members(), number):
-                    break
+        unsent = [number for number in due if not self._send_signal(command, number)]
+        if unsent:                     # its processes aren't seen yet: the next look tries again
+            with self._lock:
+                command.signals[:0] = unsent
+
+    def _send_signal(self, command: Command, number: int) -> bool:
+        """Whether anybody got it."""
+        if number != signal.SIGKILL:
+            return bool(signal_all(command.members(), number))
+        is_sent = command.kill_group()
+        for _ in range(KILL_ROUNDS):           # what is forked meanwhile is killed, too
+            if not signal_all(command.members(), number):
+                break
+            is_sent = True
+        return is_sent
 
     def acknowledge(self, message: Message) -> None:
         """CMD_ACK: the host has the results; they stay for keep_spool, and then go."""

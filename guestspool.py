@@ -354,11 +354,11 @@ class Command:
         group = self.group()
         return found if group is None else sorted(set(found).union(group.pids()))
 
-    def kill_group(self) -> None:
-        """KILLs all at once, where it has a control group; ``members`` may tell of others."""
+    def kill_group(self) -> bool:
+        """KILLs all at once, where it has a control group; whether there were any. ``members`` may tell of
+        others."""
         group = self.group()
-        if group is not None and self.runner_lives():
-            group.kill()
+        return group is not None and self.runner_lives() and group.kill()
 
     def end_processes(self) -> int:
         """KILLs what a dead runner left of the command; how many processes there were.

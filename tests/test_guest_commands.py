@@ -250,6 +250,23 @@ def test_what_would_not_end_a_program_doesnt_cancel_it(guests, name):
     assert guest.result('c')['state'] in ('signaled', 'exited')
 
 
+@pytest.mark.parametrize('name, number', [('TERM', 15), ('KILL', 9)])
+def test_a_signal_waits_until_the_processes_are_seen(guests, monkeypatch, name, number):
+    real, looks = guestspool.Command.members, []
+
+    def members(self):
+        looks.append(self)
+        return real(self) if len(looks) > 1 else []
+    guest = guests()
+    guest.run('c', 'sleep', '60')
+    wait_until(guest.spool.command('c').process, 20)
+    monkeypatch.setattr(guestspool.Command, 'kill_group', lambda self: False)
+    monkeypatch.setattr(guestspool.Command, 'members', members)
+    guest.signal('c', name)
+    result = guest.result('c')
+    assert (result['state'], result['exitCodeOrSignal'], result['by']) == ('signaled', number, 'signalCmd')
+
+
 @pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='no /proc')
 def test_a_runner_that_was_stopped_goes_on(guests):
     """Its program can do that, and would have no timeout any more, and no end that is told."""
