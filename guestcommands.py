@@ -22,7 +22,6 @@ from typing import Any, Callable, Dict, Iterable, Optional
 
 from guestconsole import Consoles
 from guestforks import ForkServer
-from guestprocesses import signal_all
 from guestreports import Reports
 from guestrequests import read_request, signal_number
 from guestspool import FORMAT, WAY, Command, Spool, describe_error, private, reserve, unrun_result
@@ -33,7 +32,6 @@ RESEND_EVERY = 30.0            # seconds between two sendings of results that no
 START_PATIENCE = 10.0          # seconds after which a runner that shows nothing is asked for again
 POLL = 1.0                     # seconds between looks at commands that runners can't report
 REFUSALS_KEPT = 10000
-KILL_ROUNDS = 10               # of KILL, for what forks as fast as it is killed
 
 log = logging.getLogger('vmguest')
 
@@ -269,21 +267,10 @@ class Commands:
             return
         with self._lock:
             due, command.signals = command.signals, []
-        unsent = [number for number in due if not self._send_signal(command, number)]
+        unsent = [number for number in due if not command.send_signal(number)]
         if unsent:                     # its processes aren't seen yet: the next look tries again
             with self._lock:
                 command.signals[:0] = unsent
-
-    def _send_signal(self, command: Command, number: int) -> bool:
-        """Whether anybody got it."""
-        if number != signal.SIGKILL:
-            return bool(signal_all(command.members(), number))
-        is_sent = command.kill_group()
-        for _ in range(KILL_ROUNDS):           # what is forked meanwhile is killed, too
-            if not signal_all(command.members(), number):
-                break
-            is_sent = True
-        return is_sent
 
     def acknowledge(self, message: Message) -> None:
         """CMD_ACK: the host has the results; they stay for keep_spool, and then go."""
@@ -383,8 +370,9 @@ class Commands:
             self._lose(command, 'the guest was rebooted')
         elif command.has('runner'):
             self._look_after(command, now)
-        elif command.state != 'starting':
-            self._look_after_emptied(command)
+        elif command.state != 'starting':       # its program deleted its spool folder, say
+            if command.end_what_is_left():
+                self._lose(command, 'its spool folder was deleted, and its runner was killed')
         elif now - command.begun > START_PATIENCE:
             self._order_runner(command)         # not put back: the first one may just be slow
 
@@ -406,13 +394,6 @@ class Commands:
         interval = command.request.get('status-interval', 0)
         if interval and now - command.told >= interval and command.is_running():
             self._reports.status(command)
-
-    def _look_after_emptied(self, command: Command) -> None:
-        """Its program deleted its spool folder, say: its runner makes that anew at the end, if it lives."""
-        if not command.noted_runner_lives() and not command.has('result.json'):
-            command.end_processes()
-            os.makedirs(command.folder, 0o700, exist_ok=True)
-            self._lose(command, 'its spool folder was deleted, and its runner was killed')
 
     # The changes of a command's state.
 

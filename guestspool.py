@@ -61,6 +61,7 @@ EMPTIED = 0o500                # … and from then on
 RESERVED = 8192                # bytes that each command has on the disk from its begin, for its result
 LONGEST_ERROR = 1000           # characters of an error, so that a result fits into that
 SIGNAL = 'signal-'             # begin of a file's name
+KILL_ROUNDS = 10               # of KILL, for what forks as fast as it is killed
 LARGEST_PROGRESS = 4096        # bytes of a progress file
 SWEEP_SLICE = 200              # folders that one look for old ones goes through
 SAVE_CLOCK_EVERY = 600.0       # seconds: so much more a boot may add to what is kept for a while
@@ -205,10 +206,15 @@ class Command:
                 runner = int(self.read('process.json')['runner'])
                 self._runner = runner, start_ticks(runner)
 
-    def noted_runner_lives(self) -> bool:
-        """Whether the one that is remembered does."""
+    def end_what_is_left(self) -> bool:
+        """Of one whose folder was emptied, unless the runner that is remembered lives: that makes the folder
+        anew at the end, with a result. Whether there will be none; then there is a folder again."""
         pid, ticks = self._runner
-        return bool(pid and ticks) and start_ticks(pid) == ticks
+        if pid and start_ticks(pid) == ticks or self.has('result.json'):
+            return False
+        self.end_processes()
+        os.makedirs(self.folder, 0o700, exist_ok=True)
+        return True
 
     def continue_runner(self) -> None:
         """Has its living runner go on, where somebody on this machine stopped it."""
@@ -353,6 +359,17 @@ class Command:
             return in_session(found, pid)
         group = self.group()
         return found if group is None else sorted(set(found).union(group.pids()))
+
+    def send_signal(self, number: int) -> bool:
+        """To all its processes; whether there were any."""
+        if number != signal.SIGKILL:
+            return bool(signal_all(self.members(), number))
+        is_sent = self.kill_group()
+        for _ in range(KILL_ROUNDS):           # what is forked meanwhile is killed, too
+            if not signal_all(self.members(), number):
+                break
+            is_sent = True
+        return is_sent
 
     def kill_group(self) -> bool:
         """KILLs all at once, where it has a control group; whether there were any. ``members`` may tell of
