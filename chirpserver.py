@@ -521,7 +521,10 @@ class OpenFiles(Part):
         count = min(count, PREAD)
         if count <= SMALL:
             data = os.pread(file.fd, count, at)
-            return b'%d\n' % len(data) + data + (b'' if checksum is None else new_hash(CRC32, data).digest())
+            if checksum is None:
+                return b'%d\n' % len(data) + data
+            checksum.update(data)
+            return b'%d\n' % len(data) + data + checksum.digest()  # type: ignore[no-any-return]
         found = os.fstat(file.fd)
         if stat.S_ISDIR(found.st_mode):
             raise Fault(IS_DIR)
