@@ -234,11 +234,21 @@ class Sessions:
                 return False
             session.proved = True
             self._pending.pop(session, None)
-            current = self._current.get(session.id)
-            if current is not None:
-                self._before[session.id] = current
-            self._current[session.id] = session
+            self._go_on(session)
             return True
+
+    def confirm(self, session: Session) -> None:
+        """The guest said a signed HELLO in it: this is the one that goes on, whichever began last. A guest
+        may have lost the nonce of another one, whose greeting tells it nothing, then."""
+        with self._lock:
+            if session.id in self._current:
+                self._go_on(session)
+
+    def _go_on(self, session: Session) -> None:
+        current = self._current.get(session.id)
+        if current is not None and current is not session:
+            self._before[session.id] = current
+        self._current[session.id] = session
 
     def end(self, machine_id: str) -> None:
         """Ends all sessions of a guest."""
@@ -467,6 +477,8 @@ class Trust:
                 why = error
                 continue
             is_new = not session.proved and self._prove(session)
+            if body.startswith(b'HELLO'):
+                self.sessions.confirm(session)
             return signed, session if is_new else None
         raise why
 

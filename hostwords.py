@@ -152,6 +152,8 @@ class Words:
             session.id, name, ip=session.address or hello.text('ip')[:64], boot=hello.text('boot')[:64],
             session=hello.text('session')[:64], clock_offset=clock_offset(hello),
             facts=dict(read_facts(hello), **({} if session.secret else {'unsigned': True})))
+        if not session.name:               # another goes on; the guest may know this one's nonce alone
+            self._machines.greet(session, guest.name)
         if isinstance(hello.get('cmds'), dict):
             self._control.reconcile(guest, hello.mapping('cmds'))
         else:

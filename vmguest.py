@@ -259,9 +259,9 @@ class Agent:
             return
         is_found = self.settings.Broker.host == 'auto'
         self.secret.arrive('%s:%d' % link.peer_address if is_found else '')
+        self._trust.connected()            # before the file server, which says HELLO once it has a port
         self.files.serve(self.ip, link.peer_address[0], {SHOWN_AS: self._spool.shown}, self.secret.value,
                          self.id)
-        self._trust.connected()
         self._say_hello()
         now = time.monotonic()
         self._commands.resend(now - RESEND_EVERY + GREETING_PATIENCE)

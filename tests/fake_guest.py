@@ -74,10 +74,13 @@ class Guest(Client):
 
     def enter(self, greeting):
         """Begins the session of a greeting, which must prove the host."""
-        nonces = self.id, self.nonce, greeting['nonce']
-        assert greeting['proof'] == keyed(self.secret, 'host', *nonces).hexdigest()
-        self.key, self.seq = keyed(self.secret, 'session', *nonces).digest(), 0
+        assert greeting['proof'] == self.proof(greeting)
+        self.key, self.seq = keyed(self.secret, 'session', self.id, self.nonce, greeting['nonce']).digest(), 0
         return greeting
+
+    def proof(self, greeting):
+        """What proves the host that answers the last HELLO."""
+        return keyed(self.secret, 'host', self.id, self.nonce, greeting['nonce']).hexdigest()
 
     def join(self, **keys):
         """Says HELLO, and proves itself by a signed word."""

@@ -54,6 +54,31 @@ def test_it_is_told_once_and_proved_from_then_on(host, guest, api):
     assert again.hear('CMD_RUN')[0]['cmd-id'] == cmd_id
 
 
+@pytest.mark.parametrize('is_known', [False, True], ids=['by first use', 'known'])
+@pytest.mark.parametrize('kept', [0, 1])
+def test_of_two_hellos_the_session_goes_on_in_which_the_guest_does(host, guest, api, is_known, kept):
+    """It may have lost the nonce of the other one: by a new connection, or by too many."""
+    name = 'twice-%s-%d' % (is_known, kept)
+    twice = guest(name)
+    if is_known:
+        twice.join()
+    nonces = [os.urandom(16).hex() for _ in range(2)]
+    for nonce in nonces:
+        twice.put(CONNECTIONS, {'id': name}, 'HELLO ' + json.dumps(
+            {'nonce': nonce, 'name': name, 'boot': 'b', 'session': 's', 'secret': twice.secret.hex()}))
+    greetings = []
+    while len(greetings) < 2:                  # each HELLO is answered
+        headers, word, keys = twice.take_word(time.monotonic() + 20)
+        if word == 'HELLO' and headers['to'] == name and 'proof' in keys:
+            greetings.append(keys)
+    twice.nonce = nonces[kept]
+    twice.enter(next(keys for keys in greetings if keys['proof'] == twice.proof(keys)))
+    twice.word('HELLO', CONNECTIONS, name=name, boot='b', session='s', os='signed')
+    wait_until(lambda: api.getVM(name)['facts'].get('os') == 'signed')
+    cmd_id = api.runCmd(name, 'id')
+    assert twice.hear('CMD_RUN')[0]['cmd-id'] == cmd_id
+
+
 def test_another_secret_is_refused_by_a_sentence_that_names_forget(host, guest, api):
     honest = guest('honest').join()
     teller = guest('honest')
