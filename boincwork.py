@@ -39,6 +39,7 @@ START_AGAIN = 10.0             # seconds after which another one is started: the
                                # one that was about to end
 LONGEST_NAME = 150             # characters of a machine's name
 NO_SUCH_FOLDER = ('does not exist', 'not a directory')     # how the error of a folder that isn't there ends
+NO_OUTPUT = NO_SUCH_FOLDER + ('neither file, folder nor link', 'is a directory')       # … of what is no file
 LAST_WORDS = 8192              # characters of the program's standard error that the task's keeps
 MOST_TRICKLES = 100            # messages that wait for the client to take them
 LOOK_AT_FILES = 2.0            # seconds between two looks for trigger files
@@ -119,7 +120,9 @@ class HostAgent:
         try:
             settings = self._read_settings()
             self._client = Client(settings.Host.state_dir)
-            self._client.call('agentInfo')
+            version = self._client.call('agentInfo')['version']
+            if is_older(version):
+                return self._end_older(version)
             self._deadline = 0.0
             return True
         except NoHost:
@@ -127,6 +130,15 @@ class HostAgent:
             return False
         except (agent.AgentError, OSError) as error:
             raise Trouble('the host agent in %s can\'t be used: %s' % (self.folder, error))
+
+    def _end_older(self, version: str) -> bool:
+        """Ends one of an application version before this one, which may lack what this one asks of it: its
+        commands and VMs go on, and its tasks get along with a newer one."""
+        log.warning('the host agent is of version %s: it ends, one of version %s takes its place', version,
+                    agent.VERSION)
+        self.call('stopHost')
+        self._started = 0.0
+        return False
 
     def _read_settings(self) -> Any:
         if self._settings is None:
@@ -152,6 +164,13 @@ class HostAgent:
             with open(os.path.join(self.folder, PRINTED), encoding='utf-8', errors='replace') as file:
                 return file.read().strip().splitlines()[-1]
         return 'its log is in %s' % self.folder
+
+
+def is_older(version: str) -> bool:
+    """Whether a version is before ours."""
+    theirs, ours = [[int(number) for number in re.findall('[0-9]+', each)]
+                    for each in (version, agent.VERSION)]
+    return theirs < ours
 
 
 def write_new(path: str, text: str) -> None:
@@ -379,6 +398,8 @@ class GivenMachine:
 
     def remove(self, command: str) -> None:
         """Ends the command, and removes the task's folder."""
+        if not self.name:              # none was chosen yet
+            return
         self._signal(command, 'KILL')
         self._host.call('runCmd', self.name, 'rm', ['-rf', self.files], {}, '', '', {'queue': True})
 
@@ -402,7 +423,7 @@ class Work:
         self._record = record
         self.shown = []                # type: List[str]       # for the client's channel of graphics
         self._linked = 0.0             # when the status page's link was made
-        self._guest = GuestFiles(self)
+        self._guest = GuestFiles(self, record)
         self._transfer = ''
         self._waiting = []             # type: List[Tuple[str, str, str]]
         self._collected = False
@@ -465,8 +486,13 @@ class Work:
 
     def _name_of(self, init: InitData) -> str:
         """What a task's machine is called, after its project and its name; without one, how all begin."""
-        result = re.sub(r'[^A-Za-z0-9._-]', '_', init.text('result_name'))
-        return ('%s_%s' % (os.path.basename(self._place), result))[:LONGEST_NAME]
+        result = init.text('result_name')
+        name = '%s_%s' % (os.path.basename(self._place), re.sub(r'[^A-Za-z0-9._-]', '_', result))
+        if len(name) <= LONGEST_NAME:
+            return name
+        # Names of tasks often differ at their ends alone.
+        digest = hashlib.md5(result.encode()).hexdigest()[:16]
+        return '%s-%s' % (name[:LONGEST_NAME - len(digest) - 1], digest)
 
     def ready(self) -> bool:
         """The machine runs, and its agent is there."""
@@ -535,12 +561,20 @@ class Work:
         self._transfer = ''
         if told.get('state') == 'done':
             self._waiting.pop(0)
+        elif told and self._is_no_output(told['error']):
+            log.error('what the program left can\'t be fetched, as if it were missing: %s', told['error'])
+            self._waiting.pop(0)
         elif told:
             raise Trouble('%s: %s' % (os.path.basename(self._waiting[0][1]), told['error']))
         if self._waiting:
             direction, source, target = self._waiting[0]
             self._transfer = self.host.call('startTransfer', direction, self.machine.name, source, target)
         return not self._waiting
+
+    def _is_no_output(self, error: str) -> bool:
+        """Whether it tells that what is to be fetched is no file, nor leads to one: that never passes."""
+        direction, source, _ = self._waiting[0]
+        return direction == 'get' and error in ['%s: %s' % (source, how) for how in NO_OUTPUT]
 
     def _transfer_told(self) -> Dict[str, Any]:
         """What getTransfer tells of the one that was begun; {} where there is none, or no longer: a host
@@ -563,7 +597,8 @@ class Work:
         """How far it is."""
         status = self.host.call('getCmdStatus', self.command)
         if status['ended']:
-            return self._end(status)
+            seen = self._end(status)           # its last words may be in files
+            return self._guest.look(self._job, seen, True) if seen.state in ('exited', 'signaled') else seen
         if not self.machine.runs():
             return Look(state='away')
         self._show_page()
@@ -673,33 +708,45 @@ class GuestFiles:
 
     LARGEST = 64 * 1024        # bytes of one that is read
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, record: Record) -> None:
         self._work = work
+        self._record = record
         self._looked = 0.0
-        self._seen = {}                # type: Dict[str, Tuple[int, int]]
+        self._seen = {}                # type: Dict[str, str]  # {name: the file's time and size}
+        self._complained = {}          # type: Dict[str, str]  # {name: why it can't be read}
         self._fraction = None          # type: Optional[float]
-        self._trickles = []            # type: List[Tuple[str, str]]
+        self._trickles = []            # type: List[Tuple[str, str, str]]     # name, text, time and size
 
     def exists(self, path: str) -> bool:
         """Whether there is such a file in the guest."""
         return posixpath.basename(path) in self._list(posixpath.dirname(path))
 
-    def look(self, job: Job, seen: Look) -> Look:
-        """What was seen, and what files tell."""
+    def look(self, job: Job, seen: Look, is_last: bool = False) -> Look:
+        """What was seen, and what files tell; as a rule, only every two seconds."""
         now = time.monotonic()
         names = [job.fraction_done_filename, job.completion_trigger_file, job.temporary_exit_trigger_file,
                  job.trickle_trigger_file] + job.intermediate_upload_file
-        if not any(names) or now - self._looked < LOOK_AT_FILES:
+        if not any(names) or now - self._looked < LOOK_AT_FILES and not is_last:
             return seen._replace(fraction=first_of(seen.fraction, self._fraction))
         self._looked = now
         news = self._news({name: self._work.there(name) for name in names if name})
-        if job.fraction_done_filename in news:
-            self._fraction = fraction_of(self._read(job.fraction_done_filename) or '0')
-        done, pause = [read_trigger(self._read(name)) if name in news else None
+        texts = {}                     # type: Dict[str, str]
+        for name in news:
+            text = None if name in job.intermediate_upload_file else self._read(name)
+            if text is not None:
+                texts[name] = text
+        if job.fraction_done_filename in texts:
+            self._fraction = fraction_of(texts[job.fraction_done_filename] or '0')
+        done, pause = [read_trigger(texts[name]) if name in texts else None
                        for name in (job.completion_trigger_file, job.temporary_exit_trigger_file)]
-        if job.trickle_trigger_file in news and len(self._trickles) < MOST_TRICKLES:
-            self._trickles.append((job.trickle_trigger_file, self._read(job.trickle_trigger_file)))
+        if pause is not None and not done:     # the file is still there when the task goes on
+            self._take(job.temporary_exit_trigger_file, self._seen[job.temporary_exit_trigger_file])
+        if job.trickle_trigger_file in texts and len(self._trickles) < MOST_TRICKLES:
+            self._trickles.append((job.trickle_trigger_file, texts[job.trickle_trigger_file],
+                                   self._seen[job.trickle_trigger_file]))
         uploads = [name for name in job.intermediate_upload_file if name in news and self._work.upload(name)]
+        for name in uploads:
+            self._take(name, self._seen[name])
         messages = self._trickle() + ['<have_new_upload_file/>'] * bool(uploads)
         return seen._replace(fraction=first_of(seen.fraction, self._fraction), done=done, pause=pause,
                              messages=tuple(messages))
@@ -709,10 +756,16 @@ class GuestFiles:
         path = self._work.in_slot('trickle_up.xml')
         if not self._trickles or os.path.exists(path):
             return []
-        variety, text = self._trickles.pop(0)
+        variety, text, mark = self._trickles.pop(0)
         with open(path, 'w', encoding='utf-8') as file:
             file.write('<variety>%s</variety>\n%s' % (variety, text))
+        self._take(variety, mark)
         return ['<have_new_trickle_up/>']
+
+    def _take(self, name: str, mark: str) -> None:
+        """Remembers that this was acted upon: the wrapper that comes next doesn't do it again."""
+        self._record.taken[name] = mark
+        self._record.save()
 
     def _news(self, wanted: Dict[str, str]) -> List[str]:
         """Those of the names whose files have come, or changed, since the last look. wanted: {name: path}"""
@@ -721,32 +774,36 @@ class GuestFiles:
         news = []
         for name, path in wanted.items():
             mark = folders[posixpath.dirname(path)].get(posixpath.basename(path))
-            if mark is not None and self._seen.get(name) != mark:
+            if mark is not None and mark not in (self._seen.get(name), self._record.taken.get(name)):
                 self._seen[name] = mark
                 news.append(name)
         return news
 
-    def _list(self, folder: str) -> Dict[str, Tuple[int, int]]:
-        """{name: (when it was changed, size)} of what is in a folder of the guest; {} where there is none."""
+    def _list(self, folder: str) -> Dict[str, str]:
+        """{name: 'when it was changed, size'} of what is in a folder of the guest; {} where there is none."""
         try:
             rows = self._work.host.call('listDir', self._work.machine.name, '/' + folder)
         except TransferError as error:
             if str(error).endswith(NO_SUCH_FOLDER):
                 return {}
             raise
-        return {row['name']: (int(row['mtime']), int(row['size'])) for row in rows if not row['isDir']}
+        return {row['name']: '%d %d' % (row['mtime'], row['size']) for row in rows if not row['isDir']}
 
-    def _read(self, name: str) -> str:
-        """The text of a file that was just seen; '' for one that is too large, or has gone again."""
-        if self._seen[name][1] > self.LARGEST:
+    def _read(self, name: str) -> Optional[str]:
+        """The text of a file that was just seen; None for one that is too large, or can't be read now: the
+        next look tries that again."""
+        if int(self._seen[name].split()[1]) > self.LARGEST:
             log.warning('%s in the guest is larger than %d bytes, and not read', name, self.LARGEST)
-            return ''
+            return None
         local = self._work.in_slot('vmboinc.told')
         _, error, status = self._work.host.call('cpFileFromVM', self._work.machine.name,
                                                 self._work.there(name), local)
         if status:
-            log.warning('%s in the guest can\'t be read: %s', name, error)
-            return ''
+            if self._complained.get(name) != error:
+                log.warning('%s in the guest can\'t be read: %s', name, error)
+            self._complained[name] = error
+            del self._seen[name]
+            return None
         with open(local, encoding='utf-8', errors='replace') as file:
             return file.read(self.LARGEST)
 

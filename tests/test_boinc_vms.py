@@ -8,17 +8,21 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import types
 
 import boinc as boinc_rig
 import fake_server
 import fake_virtualbox
 import pytest
-from agents import Agent
+from agents import TOP, Agent
 from fake_client import FakeClient
 from helpers import wait_until
 from vms import environment, kill
 
+import agent
+import boincslot
+import boincwork
 import hostclient
 from boincslot import GRAPHICS
 
@@ -300,6 +304,51 @@ def test_vms_of_tasks_that_the_client_forgot_go(project):
     second.start()
     project.has(second, 'Running')
     assert sorted(project.vms()) == ['project_other', second.vm]
+
+
+def test_a_host_agent_of_an_older_version_gives_way_to_a_new_one(project, monkeypatch):
+    host = boincwork.HostAgent(os.path.join(project.place, 'vmhost'),
+                               [sys.executable, os.path.join(TOP, 'vmboinc.py'), '--host-agent'])
+    monkeypatch.setattr(os, 'environ', dict(os.environ, **project.environment))
+    wait_until(host.connect, 30)
+    pid = project.host_pid()
+    with monkeypatch.context() as patched:
+        patched.setattr(agent, 'VERSION', '1.10')
+        assert not host.connect()
+    wait_until(lambda: not boincslot.is_alive(pid))
+    with monkeypatch.context() as patched:
+        patched.setattr(agent, 'VERSION', '0.9')       # an older task gets along with a newer agent
+        wait_until(host.connect, 30)
+    wait_until(lambda: project.host_pid() != pid)
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full')
+def test_a_full_disk_is_no_error(project):
+    task = project.task()
+    os.symlink('/dev/full', os.path.join(task.slot, 'vmboinc.json.new'))
+    task.start()
+    assert task.wait_for_end() == 0
+    assert 'No space left on device' in task.read('boinc_temporary_exit')
+    os.symlink('/dev/full', os.path.join(task.slot, 'boinc_temporary_exit.new'))
+    task.start()                       # not even the reason can be written: it waits until it can
+    task.wait(lambda: 'it is tried again' in task.read('stderr.txt'))
+    os.remove(os.path.join(task.slot, 'boinc_temporary_exit.new'))
+    assert task.wait_for_end() == 0
+    assert 'No space left on device' in task.read('boinc_temporary_exit')
+    os.symlink('/dev/full', os.path.join(task.slot, 'boinc_temporary_exit.new'))
+    open(os.path.join(task.slot, 'stderr.txt'), 'w').close()
+    task.start()
+    task.wait(lambda: 'it is tried again' in task.read('stderr.txt'))
+    task.says('quit')
+    assert task.wait_for_end() == 0
+
+
+def test_a_job_file_that_is_missing_is_said_with_what_to_do(project):
+    task = project.task()
+    os.remove(os.path.join(task.slot, 'vbox_job.xml'))
+    task.start()
+    assert task.wait_for_end() == 0
+    assert 'vbox_job.xml is missing in the slot: reset the project' in task.read('boinc_temporary_exit')
 
 
 def test_no_image_and_no_hypervisor_are_no_errors(project, tmp_path):
