@@ -9,6 +9,7 @@ Threads: all of it belongs to one.
 """
 
 import contextlib
+import glob
 import hashlib
 import logging
 import os
@@ -25,7 +26,7 @@ import agent
 import hostconfig
 from boincjob import COMMAND, LEAST_MEMORY, Job, Moved, Trigger, Words, fraction_of, read_trigger
 from boincslot import InitData, Record, Slot
-from faults import InvalidParams, NoSuchCommand, NoSuchVM, NotSupported, TransferError, VMHostError
+from faults import Busy, InvalidParams, NoSuchCommand, NoSuchVM, NotSupported, TransferError, VMHostError
 from hostclient import Client, NoHost
 
 log = logging.getLogger('vmboinc')
@@ -70,6 +71,10 @@ file = vmhost.log
 class Trouble(Exception):
     """Not the science's fault: the task is to be tried again in a while. The text says
     why, and what to do."""
+
+
+class NotStarted(Trouble):
+    """No host agent answers, though one was started."""
 
 
 class Look(NamedTuple):
@@ -144,7 +149,7 @@ class HostAgent:
         if self._settings is None:
             if not os.path.exists(self.ini):
                 os.makedirs(self.folder, mode=0o700, exist_ok=True)
-                write_new(self.ini, INI % free_port())
+                write_new(self.ini, INI % self._free_port())
             self._settings = hostconfig.read_settings(self.ini)
         return self._settings
 
@@ -153,10 +158,38 @@ class HostAgent:
         self._deadline = self._deadline or now + START_PATIENCE
         if now > self._deadline:
             self._deadline = 0.0
-            raise Trouble('the host agent doesn\'t start: %s' % self._last_words())
+            raise NotStarted('the host agent doesn\'t start: %s' % self._last_words())
         if now - self._started > START_AGAIN or not self._started:
             self._started = now
             start_orphaned(self._command + [self.ini], self.folder)
+
+    def _free_port(self) -> int:
+        """The port that guests' agents try by themselves, where it is free now, and no other project of the
+        client has it; else any that is free."""
+        projects = os.path.dirname(os.path.dirname(os.path.abspath(self.folder)))
+        taken = []
+        for path in glob.glob(os.path.join(glob.escape(projects), '*', 'vmhost', 'host.ini')):
+            with contextlib.suppress(OSError), open(path, encoding='utf-8', errors='replace') as file:
+                taken += re.findall(r'^port *= *(\d+)', file.read(), re.MULTILINE)
+        if str(BROKER_PORT) not in taken and is_free(BROKER_PORT):
+            return BROKER_PORT
+        with socket.socket() as listener:
+            listener.bind(('127.0.0.1', 0))
+            return int(listener.getsockname()[1])
+
+    def take_another_port(self) -> bool:
+        """Has its broker listen on a free port from now on, where another program has taken its own; not
+        where the ini file isn't as it was written here. Whether that was done. Raises OSError."""
+        port = self._read_settings().Broker.port
+        with open(self.ini, encoding='utf-8') as file:
+            text = file.read()
+        if is_free(port) or text != INI % port:
+            return False
+        with open(self.ini + '.new', 'w', encoding='utf-8') as file:
+            file.write(INI % self._free_port())
+        os.replace(self.ini + '.new', self.ini)
+        self._settings = None
+        return True
 
     def _last_words(self) -> str:
         """The last line of what it printed."""
@@ -190,13 +223,13 @@ def write_new(path: str, text: str) -> None:
     os.remove(temporary)
 
 
-def free_port() -> int:
-    """The port that guests' agents try by themselves, where it is free now; else any that is."""
-    for port in (BROKER_PORT, 0):
-        with socket.socket() as listener, contextlib.suppress(OSError):
-            listener.bind(('127.0.0.1', port))
-            return int(listener.getsockname()[1])
-    return BROKER_PORT
+def is_free(port: int) -> bool:
+    """Whether a program can listen on a port of this machine."""
+    with socket.socket() as listener, contextlib.suppress(OSError):
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == 'posix')
+        listener.bind(('127.0.0.1', port))
+        return True
+    return False
 
 
 PRINTED = 'printed.log'                # what a host agent prints, which doesn't go into its log
@@ -258,6 +291,12 @@ class VirtualMachine:
             self._host.call('start', self.name)
         elif state == 'Paused':
             self._host.call('resume', self.name)
+        elif state == 'Stuck':
+            log.warning('the machine has stopped with an error: it is powered off')
+            self._host.call('powerOff', self.name)
+        elif state == 'Inaccessible':
+            raise Trouble('the machine %s can\'t be read: %s; if it stays so, abort the task'
+                          % (self.name, self._host.call('getVM', self.name)['trouble']))
         elif state == 'Running':
             told = self._host.call('getVM', self.name)
             self.pid = int(told['pid'])
@@ -447,8 +486,13 @@ class Work:
 
     def connect(self) -> bool:
         """The host agent answers."""
-        if not self.host.connect():
-            return False
+        try:
+            if not self.host.connect():
+                return False
+        except NotStarted as error:
+            if self._has_no_machine() and self.host.take_another_port():
+                raise Trouble('%s; it takes another port from now on' % error)
+            raise
         self.machine = self.machine or self._choose_machine()
         return True
 
@@ -475,14 +519,24 @@ class Work:
         if not self._slot.has_client:
             return True
         with contextlib.suppress(NotSupported):
-            slots = os.path.dirname(os.path.abspath(self._slot.folder))
-            inits = [Slot(os.path.join(slots, name)).init for name in os.listdir(slots)]
-            known = [self._name_of(init) for init in inits if init.text('project_dir') == self._place]
+            known = [self._name_of(slot.init) for slot in self._slots()]
             left = [name for name in self.host.call('listVMs')
                     if name.startswith(self._name_of(InitData())) and name not in known + [self._name]]
             for row in self.host.call('cleanup', False, left, self._owner):
                 log.info('removed what an earlier task left: %s (%s)', row['name'], row['why'])
         return True
+
+    def _slots(self) -> List[Slot]:
+        """Those of the project's tasks that the client knows; this one's alone without a client."""
+        if not self._slot.has_client:
+            return [self._slot]
+        place = os.path.dirname(os.path.abspath(self._slot.folder))
+        slots = [Slot(os.path.join(place, name)) for name in os.listdir(place)]
+        return [slot for slot in slots if slot.init.text('project_dir') == self._place]
+
+    def _has_no_machine(self) -> bool:
+        """Whether no task of the project has a VM, whose agent knows the broker's port."""
+        return not any(os.path.exists(slot.path(self._name_of(slot.init))) for slot in self._slots())
 
     def _name_of(self, init: InitData) -> str:
         """What a task's machine is called, after its project and its name; without one, how all begin."""
@@ -568,8 +622,18 @@ class Work:
             raise Trouble('%s: %s' % (os.path.basename(self._waiting[0][1]), told['error']))
         if self._waiting:
             direction, source, target = self._waiting[0]
-            self._transfer = self.host.call('startTransfer', direction, self.machine.name, source, target)
+            self._transfer = self._start_transfer(direction, self.machine.name, source, target)
         return not self._waiting
+
+    def _start_transfer(self, *how: str) -> str:
+        """The id of a transfer that was begun; or of the same one, which a wrapper before this one began."""
+        try:
+            return str(self.host.call('startTransfer', *how))
+        except Busy as error:
+            found = re.search('transfer-[0-9a-f]+', str(error))
+            if not found:
+                raise
+            return found.group()
 
     def _is_no_output(self, error: str) -> bool:
         """Whether it tells that what is to be fetched is no file, nor leads to one: that never passes."""

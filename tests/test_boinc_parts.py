@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -32,7 +33,7 @@ from boinclife import (
 )
 from boincslot import CHANNEL, CHANNELS, Channels, InitData, Record, Slot
 from boincwork import Look, Trouble
-from faults import HypervisorError, InvalidParams, TransferError
+from faults import Busy, HypervisorError, InvalidParams, TransferError
 
 # The shared memory.
 
@@ -415,6 +416,62 @@ def test_tasks_that_begin_at_once_write_one_ini_file(tmp_path):
     boincwork.write_new(os.path.join(folder, 'host.ini'), 'another')
     with open(os.path.join(folder, 'host.ini')) as file:
         assert file.read() == before and os.listdir(folder) == ['host.ini']
+
+
+def port_of(host):
+    assert host.drives_vms
+    with open(host.ini) as file:
+        return int(file.read().partition('port = ')[2].split()[0])
+
+
+def test_each_project_has_a_port_of_its_own_and_leaves_one_that_another_program_has_taken(tmp_path):
+    hosts = [boincwork.HostAgent(str(tmp_path / name / 'vmhost'), []) for name in 'abc']
+    ports = [port_of(host) for host in hosts]
+    assert len(set(ports)) == 3
+    assert not hosts[0].take_another_port()
+    with socket.socket() as other:
+        other.bind(('127.0.0.1', ports[1]))
+        other.listen(1)
+        assert hosts[1].take_another_port() and port_of(hosts[1]) not in ports
+        with open(hosts[1].ini, 'w') as file:          # a person's own words
+            file.write('[Broker]\nport = %d\n' % ports[1])
+        assert not boincwork.HostAgent(hosts[1].folder, []).take_another_port()
+
+
+@pytest.mark.parametrize('made', [False, True])
+def test_the_port_stays_where_a_vm_that_was_saved_will_look_for_it(made, tmp_path):
+    slot = tmp_path / 'slots' / '0'
+    slot.mkdir(parents=True)
+    (slot / 'init_data.xml').write_text('<project_dir>/p/project</project_dir><result_name>t</result_name>')
+    if made:
+        (slot / 'project_t').mkdir()
+    moved = []
+
+    def connect():
+        raise boincwork.NotStarted('it doesn\'t start')
+    host = types.SimpleNamespace(connect=connect, take_another_port=lambda: moved.append(1) or True)
+    work = boincwork.Work(Slot(str(slot)), job_of(), boincjob.read_words([], 1), Record(
+        str(tmp_path / 'record')), host)
+    with pytest.raises(Trouble, match='start$' if made else 'another port'):
+        work.connect()
+    assert bool(moved) is not made
+
+
+def test_what_the_wrapper_before_was_moving_is_waited_for(tmp_path):
+    told = {'state': 'running'}
+
+    def call(method, *args):
+        if method == 'startTransfer':
+            raise Busy('transfer-5b330ce503a3 goes to boinc_app already')
+        assert args == ('transfer-5b330ce503a3',)
+        return told
+    work = boincwork.Work(Slot(str(tmp_path)), job_of(), boincjob.read_words([], 1), Record(
+        str(tmp_path / 'record')), types.SimpleNamespace(call=call))
+    work.machine = types.SimpleNamespace(name='vm', files='', lease=lambda: None)
+    (tmp_path / 'boinc_app').write_text('')
+    assert not work.put() and not work.put()
+    told['state'] = 'done'
+    assert work.put()
 
 
 def test_by_hand_what_lies_beside_its_folder_is_nobodys_slot(tmp_path):

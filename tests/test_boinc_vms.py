@@ -202,6 +202,7 @@ def test_a_vm_that_died_boots_again_and_the_program_begins_with_its_files(projec
     task.start()
     agent = project.agent(task)
     task.wait(lambda: os.path.exists(os.path.join(agent.files, 'begun')))
+    task.wait(lambda: [row['state'] for row in project.call('listCmds')] == ['running'])
     open(os.path.join(project.environment['FAKE_VIRTUALBOX'], 'abort-' + task.vm), 'w').close()
     task.wait(lambda: 'begins again' in task.read('stderr.txt'))
     agent.stop()
@@ -212,7 +213,8 @@ def test_a_vm_that_died_boots_again_and_the_program_begins_with_its_files(projec
     assert open(out).read() == 'begun\nbegun\n' and 'begins again' in task.read('stderr.txt')
 
 
-def test_a_vm_that_died_goes_on_from_its_last_checkpoint(project):
+@pytest.mark.parametrize('how', ['abort-', 'stick-'])
+def test_a_vm_that_died_goes_on_from_its_last_checkpoint(how, project):
     task = project.task(job='<checkpoint>state</checkpoint>',
                         app='echo begun >> begun; until [ -e finish ]; do sleep 0.1; done; cat begun > out')
     out = task.link('out')
@@ -222,7 +224,7 @@ def test_a_vm_that_died_goes_on_from_its_last_checkpoint(project):
     first = task.wait(lambda: project.call('listSnapshots', task.vm))
     task.wait(lambda: project.call('listSnapshots', task.vm) not in ([], first))
     assert len(project.call('listSnapshots', task.vm)) <= 2
-    open(os.path.join(project.environment['FAKE_VIRTUALBOX'], 'abort-' + task.vm), 'w').close()
+    open(os.path.join(project.environment['FAKE_VIRTUALBOX'], how + task.vm), 'w').close()
     task.wait(lambda: 'from its last checkpoint' in task.read('stderr.txt'))
     project.has(task, 'Running')
     finish(agent)
