@@ -15,6 +15,7 @@ import contextlib
 import logging
 from typing import Any, NamedTuple, Optional, Tuple
 
+import agent
 from boincjob import Job, Trigger
 from boincslot import Record
 from boincwork import Look, Trouble
@@ -204,7 +205,7 @@ class Life:
         elif isinstance(error, VMHostError):
             self._begin_anew('%s: %s' % (step, error), now)
         else:
-            self._trouble('%s: %s: %s' % (step, type(error).__name__, error))
+            self._trouble('%s: %s' % (step, _why(error)))
 
     def _try_again(self, step: str, now: float) -> None:
         """The last step failed since the host agent went away: another one does it."""
@@ -227,7 +228,7 @@ class Life:
 
     def broke(self, error: Exception) -> None:
         """This process can't go on, since its disk is full, say: none of it is the science's fault."""
-        self._trouble('vmboinc can\'t go on: %s' % (error if isinstance(error, OSError) else repr(error)))
+        self._trouble('vmboinc can\'t go on: %s' % _why(error))
 
     def _trouble(self, why: str) -> None:
         """An end for a while."""
@@ -334,6 +335,11 @@ class Life:
             fraction = NO_FRACTION
         return ('<current_cpu_time>%e</current_cpu_time>\n<checkpoint_cpu_time>%e</checkpoint_cpu_time>\n'
                 '<fraction_done>%e</fraction_done>\n' % (self._record.cpu, self._record.checkpoint, fraction))
+
+
+def _why(error: Exception) -> str:
+    """What the system says; or what of this program broke."""
+    return agent.sentence(error) if isinstance(error, OSError) else '%s: %s' % (type(error).__name__, error)
 
 
 def delay_of(troubles: int) -> float:

@@ -270,7 +270,7 @@ class Client:
     SILENCE = 30.0             # seconds without a heartbeat, where the client doesn't tell its pid
 
     def __init__(self, pid: int, watched: bool, now: float) -> None:
-        self._pid = pid
+        self._pid = pid if 0 < pid < 1 << 31 else 0
         self._watched = watched
         self._looked = self._heard = now
 

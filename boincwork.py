@@ -134,7 +134,7 @@ class HostAgent:
             self._start()
             return False
         except (agent.AgentError, OSError) as error:
-            raise Trouble('the host agent in %s can\'t be used: %s' % (self.folder, error))
+            raise Trouble('the host agent in %s can\'t be used: %s' % (self.folder, agent.sentence(error)))
 
     def _end_older(self, version: str) -> bool:
         """Ends one of an application version before this one, which may lack what this one asks of it: its

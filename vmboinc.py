@@ -225,7 +225,7 @@ def live(slot: Slot, words: List[str]) -> End:
     try:
         task = Task(slot, words, host_agent_command())
     except (JobError, OSError) as error:
-        return End(delay=LONGEST_DELAY, message=str(error))
+        return End(delay=LONGEST_DELAY, message=agent.sentence(error))
     try:
         end = task.run()
     except Exception as error:
@@ -260,7 +260,7 @@ def insist(slot: Slot, write: Callable[[], None]) -> None:
             return write()
         except OSError as error:
             if not is_told:
-                log.error('%s: it is tried again', error)
+                log.error('%s: it is tried again', agent.sentence(error))
             is_told = True
         client.hear(channels.receive(HEARTBEAT), time.monotonic())
         ends = {'quit', 'abort'} & set(words_of(channels.receive(CONTROL)))

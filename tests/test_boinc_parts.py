@@ -542,9 +542,10 @@ def test_a_client_is_gone(tmp_path):
         process.kill()
         process.wait()
         assert not client.is_gone(100.1) and client.is_gone(103)       # looked at now and then
-    old = boincslot.Client(0, True, 0)
-    old.hear('<heartbeat/><network_suspended/>', 20)
-    assert not old.is_gone(49) and old.is_gone(51)
+    for nobody in (0, -1, 10 ** 20):
+        old = boincslot.Client(nobody, True, 0)
+        old.hear('<heartbeat/><network_suspended/>', 20)
+        assert not old.is_gone(49) and old.is_gone(51)
     assert not boincslot.Client(0, False, 0).is_gone(1e9)              # by hand there is none
 
 
