@@ -16,6 +16,7 @@ import os
 import posixpath
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -253,7 +254,7 @@ class VirtualMachine:
     """A VM of the task's own, made on the project's image, which stays as it is."""
 
     def __init__(self, host: HostAgent, name: str, image: str, options: Dict[str, Any],
-                 limits: Callable[[], Dict[str, Any]]) -> None:
+                 limits: Callable[[], Dict[str, Any]], record: Record) -> None:
         """
         image      path of the disk on which its own lies
         options    createVM's: folder, owner, memory, cpus, ostype, forwards
@@ -266,6 +267,7 @@ class VirtualMachine:
         self._image = image
         self._options = dict(options, linked=True)
         self._limits = limits
+        self._record = record
         self._forwards = []            # type: List[Dict[str, Any]]    # as getVM tells them
         self._leased = 0.0
 
@@ -278,9 +280,7 @@ class VirtualMachine:
         if state is not None:          # before it starts: this process may die at any moment
             self.lease()
         if state is None:
-            if not os.path.isfile(self._image):
-                raise Trouble('the project\'s disk image %s is missing' % self._image)
-            self._host.call('createVM', self.name, self._image, self._options)
+            self._make()
         elif state in ('PoweredOff', 'Aborted') and self._checkpoints():
             log.warning('the machine is %s: it goes on from its last checkpoint', state)
             self._host.call('restoreSnapshot', self.name, self._checkpoints()[-1])
@@ -303,6 +303,20 @@ class VirtualMachine:
             self._forwards = told['forwards']
             return bool(told['agent'] == 'alive')
         return False
+
+    def _make(self) -> None:
+        """Makes it; or has the hypervisor know it again, where somebody took it out of the list of VMs."""
+        folder = os.path.join(self._options['folder'], self.name)
+        settings = os.path.join(folder, self.name + '.vbox')
+        if os.path.exists(settings) and self._record.put:
+            log.warning('the machine isn\'t known any more: it is registered again')
+            self._host.call('createVM', settings)
+            return
+        if not os.path.isfile(self._image):
+            raise Trouble('the project\'s disk image %s is missing' % self._image)
+        if os.path.exists(settings):   # it was being made when something died, and nothing has run there
+            shutil.rmtree(folder)
+        self._host.call('createVM', self.name, self._image, self._options)
 
     def port_to(self, port: int) -> int:
         """The port of this machine that leads to one of the guest's; 0 for none."""
@@ -512,7 +526,7 @@ class Work:
         image = os.path.join(self._slot.project_dir, parent) if parent else \
             self._slot.resolve(self._words.image)
         wish.update(folder=os.path.abspath(self._slot.folder), owner=self._owner)
-        return VirtualMachine(self.host, self._name, image, wish, self._limits)
+        return VirtualMachine(self.host, self._name, image, wish, self._limits, self._record)
 
     def clean(self) -> bool:
         """No VM is left of tasks of this project that the client has forgotten (a reset, say)."""

@@ -213,6 +213,35 @@ def test_a_vm_that_died_boots_again_and_the_program_begins_with_its_files(projec
     assert open(out).read() == 'begun\nbegun\n' and 'begins again' in task.read('stderr.txt')
 
 
+@pytest.mark.parametrize('has_run', [True, False])
+def test_a_vm_that_was_taken_out_of_the_list_is_registered_again(has_run, project):
+    """As in VirtualBox's window: removed, its files kept. Where nothing has run in it, it is made anew."""
+    task = project.task(app='echo begun >> begun; until [ -e finish ]; do sleep 0.1; done; cat begun > out')
+    out = task.link('out')
+    task.start()
+    if has_run:
+        agent = project.agent(task)
+        task.wait(lambda: [row['state'] for row in project.call('listCmds')] == ['running'])
+    else:
+        project.has(task, 'Running')
+    id = project.call('getVM', task.vm)['id']
+    task.says('quit')
+    assert task.wait_for_end() == 0
+    project.call('discardState', task.vm)
+    project.call('removeVM', task.vm)
+    if has_run:
+        agent.stop()                   # its program stays, as in memory
+    task.start()
+    agent = project.agent(task)
+    assert ('registered again' in task.read('stderr.txt')) is has_run
+    assert not has_run or project.call('getVM', task.vm)['id'] == id
+    task.wait(lambda: os.path.exists(os.path.join(agent.files, 'begun')))
+    finish(agent)
+    assert task.wait_for_end(60) == 0, task.read('stderr.txt')
+    assert open(out).read() == 'begun\n' and project.vms() == {}
+    assert not os.path.exists(os.path.join(task.slot, task.vm))
+
+
 @pytest.mark.parametrize('how', ['abort-', 'stick-'])
 def test_a_vm_that_died_goes_on_from_its_last_checkpoint(how, project):
     task = project.task(job='<checkpoint>state</checkpoint>',
