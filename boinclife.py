@@ -11,9 +11,11 @@ What it is not: shared memory and files (boincslot.py), or calls (boincwork.py).
 own.
 """
 
+import contextlib
 import logging
 from typing import Any, NamedTuple, Optional, Tuple
 
+import agent
 from boincjob import Job, Trigger
 from boincslot import Record
 from boincwork import Look, Trouble
@@ -28,6 +30,7 @@ LOOK_EVERY = 1.0               # seconds between two looks at the science
 QUICK = 0.3                    # … and at what is soon so
 QUIT_WITHIN = 50.0             # seconds in which a client's <quit/> is answered: it kills after 60
 FIRST_DELAY, LONGEST_DELAY = 60, 3600          # seconds of a temporary exit
+LONGEST_PAUSE = 86400          # seconds that a client takes
 READY_WITHIN = 900.0           # seconds that a machine may take until its agent is there
 AWAY_TRIES = 5                 # times that a host agent or a machine may be lost without an exit
 LEAST_FRACTION = 0.001         # told before the science tells its own: for 0, a client shows a guess, and
@@ -202,7 +205,7 @@ class Life:
         elif isinstance(error, VMHostError):
             self._begin_anew('%s: %s' % (step, error), now)
         else:
-            self._trouble('%s: %s: %s' % (step, type(error).__name__, error))
+            self._trouble('%s: %s' % (step, _why(error)))
 
     def _try_again(self, step: str, now: float) -> None:
         """The last step failed since the host agent went away: another one does it."""
@@ -223,10 +226,15 @@ class Life:
         self._is_connected = self._is_paused = False
         self._waits_since, self._not_before = now, now + LOOK_EVERY
 
+    def broke(self, error: Exception) -> None:
+        """This process can't go on, since its disk is full, say: none of it is the science's fault."""
+        self._trouble('vmboinc can\'t go on: %s' % _why(error))
+
     def _trouble(self, why: str) -> None:
         """An end for a while."""
         self._record.troubles += 1
-        self._record.save()
+        with contextlib.suppress(OSError):     # which may be what the trouble is
+            self._record.save()
         self.end = self.end or End(delay=delay_of(self._record.troubles), message=why)
 
     # What was seen of the science.
@@ -241,10 +249,10 @@ class Life:
         self._record.cpu = max(self._record.cpu, self._record.before + seen.cpu)
         self._fraction = max(self._fraction, self._fraction_of(seen))
         self.messages += seen.messages
-        if seen.ended:
-            self._over(end_of(seen), now)
-        elif seen.done:
+        if seen.done:
             self._over(End(seen.done.number, True, message=seen.done.message, notice=seen.done.notice), now)
+        elif seen.ended:
+            self._over(end_of(seen), now)
         elif self._has_run_long_enough():
             self._over(End(0, True), now)
         elif seen.pause:
@@ -275,7 +283,8 @@ class Life:
 
     def _rest(self, pause: Trigger, now: float) -> None:
         """The science asks for a pause."""
-        self._final = End(delay=pause.number or FIRST_DELAY, message=pause.message or
+        delay = pause.number if 0 < pause.number <= LONGEST_PAUSE else FIRST_DELAY
+        self._final = End(delay=delay, message=pause.message or
                           'the task asks for a pause', notice=pause.notice)
         self.wish, self._asked, self._not_before = 'quit', now, now
 
@@ -326,6 +335,11 @@ class Life:
             fraction = NO_FRACTION
         return ('<current_cpu_time>%e</current_cpu_time>\n<checkpoint_cpu_time>%e</checkpoint_cpu_time>\n'
                 '<fraction_done>%e</fraction_done>\n' % (self._record.cpu, self._record.checkpoint, fraction))
+
+
+def _why(error: Exception) -> str:
+    """What the system says; or what of this program broke."""
+    return agent.sentence(error) if isinstance(error, OSError) else '%s: %s' % (type(error).__name__, error)
 
 
 def delay_of(troubles: int) -> float:

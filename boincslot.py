@@ -10,11 +10,12 @@ Threads: one. No locks of threads; the lock of a slot is between processes.
 
 import contextlib
 import json
+import math
 import mmap
 import os
 import re
 import time
-from typing import Any, List, Optional
+from typing import Any, Dict, List, Optional
 
 CHANNEL = 1024                 # bytes of a mailbox: a flag, then text that ends with NUL
 CONTROL, GRAPHICS, HEARTBEAT, STATUS, TRICKLE_UP, TRICKLE_DOWN = 0, 3, 4, 5, 6, 7      # their numbers
@@ -84,12 +85,12 @@ class InitData:
         return found.group(1).strip() if found else default
 
     def number(self, tag: str, default: float = 0.0) -> float:
-        """The same as a number; the default where it is none."""
+        """The same as a number; the default where it is none, or an endless one."""
         try:
-            return float(self.text(tag))
+            value = float(self.text(tag))
         except ValueError:
             return default
-
+        return value if math.isfinite(value) else default
 
     @property
     def minds_foreign_cpu(self) -> bool:
@@ -269,7 +270,7 @@ class Client:
     SILENCE = 30.0             # seconds without a heartbeat, where the client doesn't tell its pid
 
     def __init__(self, pid: int, watched: bool, now: float) -> None:
-        self._pid = pid
+        self._pid = pid if 0 < pid < 1 << 31 else 0
         self._watched = watched
         self._looked = self._heard = now
 
@@ -313,6 +314,7 @@ class Record:
     elapsed     seconds in which it ran
     fraction    of it that was done at the last checkpoint
     put         whether the guest has its files
+    taken       {logical name: the file's time and size} of trigger files that were acted upon
     machine     the one on which it runs, where all tasks share some
     made        whether there may be a machine, or a command, of this task
     troubles    temporary exits in a row
@@ -325,6 +327,7 @@ class Record:
         self.before = self.cpu = self.checkpoint = cpu
         self.elapsed = self.fraction = 0.0
         self.put = self.made = False
+        self.taken: Dict[str, str] = {}
         self.machine = ''
         with contextlib.suppress(OSError, ValueError, AttributeError):     # no such file, or a damaged one
             with open(path, encoding='utf-8') as file:

@@ -9,12 +9,14 @@ Threads: all of it belongs to one.
 """
 
 import contextlib
+import glob
 import hashlib
 import logging
 import os
 import posixpath
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -25,7 +27,7 @@ import agent
 import hostconfig
 from boincjob import COMMAND, LEAST_MEMORY, Job, Moved, Trigger, Words, fraction_of, read_trigger
 from boincslot import InitData, Record, Slot
-from faults import InvalidParams, NoSuchCommand, NoSuchVM, NotSupported, TransferError, VMHostError
+from faults import Busy, InvalidParams, NoSuchCommand, NoSuchVM, NotSupported, TransferError, VMHostError
 from hostclient import Client, NoHost
 
 log = logging.getLogger('vmboinc')
@@ -39,6 +41,7 @@ START_AGAIN = 10.0             # seconds after which another one is started: the
                                # one that was about to end
 LONGEST_NAME = 150             # characters of a machine's name
 NO_SUCH_FOLDER = ('does not exist', 'not a directory')     # how the error of a folder that isn't there ends
+NO_OUTPUT = NO_SUCH_FOLDER + ('neither file, folder nor link', 'is a directory')       # … of what is no file
 LAST_WORDS = 8192              # characters of the program's standard error that the task's keeps
 MOST_TRICKLES = 100            # messages that wait for the client to take them
 LOOK_AT_FILES = 2.0            # seconds between two looks for trigger files
@@ -69,6 +72,10 @@ file = vmhost.log
 class Trouble(Exception):
     """Not the science's fault: the task is to be tried again in a while. The text says
     why, and what to do."""
+
+
+class NotStarted(Trouble):
+    """No host agent answers, though one was started."""
 
 
 class Look(NamedTuple):
@@ -119,20 +126,31 @@ class HostAgent:
         try:
             settings = self._read_settings()
             self._client = Client(settings.Host.state_dir)
-            self._client.call('agentInfo')
+            version = self._client.call('agentInfo')['version']
+            if is_older(version):
+                return self._end_older(version)
             self._deadline = 0.0
             return True
         except NoHost:
             self._start()
             return False
         except (agent.AgentError, OSError) as error:
-            raise Trouble('the host agent in %s can\'t be used: %s' % (self.folder, error))
+            raise Trouble('the host agent in %s can\'t be used: %s' % (self.folder, agent.sentence(error)))
+
+    def _end_older(self, version: str) -> bool:
+        """Ends one of an application version before this one, which may lack what this one asks of it: its
+        commands and VMs go on, and its tasks get along with a newer one."""
+        log.warning('the host agent is of version %s: it ends, one of version %s takes its place', version,
+                    agent.VERSION)
+        self.call('stopHost')
+        self._started = 0.0
+        return False
 
     def _read_settings(self) -> Any:
         if self._settings is None:
             if not os.path.exists(self.ini):
                 os.makedirs(self.folder, mode=0o700, exist_ok=True)
-                write_new(self.ini, INI % free_port())
+                write_new(self.ini, INI % self._free_port())
             self._settings = hostconfig.read_settings(self.ini)
         return self._settings
 
@@ -141,10 +159,38 @@ class HostAgent:
         self._deadline = self._deadline or now + START_PATIENCE
         if now > self._deadline:
             self._deadline = 0.0
-            raise Trouble('the host agent doesn\'t start: %s' % self._last_words())
+            raise NotStarted('the host agent doesn\'t start: %s' % self._last_words())
         if now - self._started > START_AGAIN or not self._started:
             self._started = now
             start_orphaned(self._command + [self.ini], self.folder)
+
+    def _free_port(self) -> int:
+        """The port that guests' agents try by themselves, where it is free now, and no other project of the
+        client has it; else any that is free."""
+        projects = os.path.dirname(os.path.dirname(os.path.abspath(self.folder)))
+        taken = []
+        for path in glob.glob(os.path.join(glob.escape(projects), '*', 'vmhost', 'host.ini')):
+            with contextlib.suppress(OSError), open(path, encoding='utf-8', errors='replace') as file:
+                taken += re.findall(r'^port *= *(\d+)', file.read(), re.MULTILINE)
+        if str(BROKER_PORT) not in taken and is_free(BROKER_PORT):
+            return BROKER_PORT
+        with socket.socket() as listener:
+            listener.bind(('127.0.0.1', 0))
+            return int(listener.getsockname()[1])
+
+    def take_another_port(self) -> bool:
+        """Has its broker listen on a free port from now on, where another program has taken its own; not
+        where the ini file isn't as it was written here. Whether that was done. Raises OSError."""
+        port = self._read_settings().Broker.port
+        with open(self.ini, encoding='utf-8') as file:
+            text = file.read()
+        if is_free(port) or text != INI % port:
+            return False
+        with open(self.ini + '.new', 'w', encoding='utf-8') as file:
+            file.write(INI % self._free_port())
+        os.replace(self.ini + '.new', self.ini)
+        self._settings = None
+        return True
 
     def _last_words(self) -> str:
         """The last line of what it printed."""
@@ -152,6 +198,13 @@ class HostAgent:
             with open(os.path.join(self.folder, PRINTED), encoding='utf-8', errors='replace') as file:
                 return file.read().strip().splitlines()[-1]
         return 'its log is in %s' % self.folder
+
+
+def is_older(version: str) -> bool:
+    """Whether a version is before ours."""
+    theirs, ours = [[int(number) for number in re.findall('[0-9]+', each)]
+                    for each in (version, agent.VERSION)]
+    return theirs < ours
 
 
 def write_new(path: str, text: str) -> None:
@@ -171,13 +224,13 @@ def write_new(path: str, text: str) -> None:
     os.remove(temporary)
 
 
-def free_port() -> int:
-    """The port that guests' agents try by themselves, where it is free now; else any that is."""
-    for port in (BROKER_PORT, 0):
-        with socket.socket() as listener, contextlib.suppress(OSError):
-            listener.bind(('127.0.0.1', port))
-            return int(listener.getsockname()[1])
-    return BROKER_PORT
+def is_free(port: int) -> bool:
+    """Whether a program can listen on a port of this machine."""
+    with socket.socket() as listener, contextlib.suppress(OSError):
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == 'posix')
+        listener.bind(('127.0.0.1', port))
+        return True
+    return False
 
 
 PRINTED = 'printed.log'                # what a host agent prints, which doesn't go into its log
@@ -201,7 +254,7 @@ class VirtualMachine:
     """A VM of the task's own, made on the project's image, which stays as it is."""
 
     def __init__(self, host: HostAgent, name: str, image: str, options: Dict[str, Any],
-                 limits: Callable[[], Dict[str, Any]]) -> None:
+                 limits: Callable[[], Dict[str, Any]], record: Record) -> None:
         """
         image      path of the disk on which its own lies
         options    createVM's: folder, owner, memory, cpus, ostype, forwards
@@ -214,6 +267,7 @@ class VirtualMachine:
         self._image = image
         self._options = dict(options, linked=True)
         self._limits = limits
+        self._record = record
         self._forwards = []            # type: List[Dict[str, Any]]    # as getVM tells them
         self._leased = 0.0
 
@@ -226,9 +280,7 @@ class VirtualMachine:
         if state is not None:          # before it starts: this process may die at any moment
             self.lease()
         if state is None:
-            if not os.path.isfile(self._image):
-                raise Trouble('the project\'s disk image %s is missing' % self._image)
-            self._host.call('createVM', self.name, self._image, self._options)
+            self._make()
         elif state in ('PoweredOff', 'Aborted') and self._checkpoints():
             log.warning('the machine is %s: it goes on from its last checkpoint', state)
             self._host.call('restoreSnapshot', self.name, self._checkpoints()[-1])
@@ -239,12 +291,32 @@ class VirtualMachine:
             self._host.call('start', self.name)
         elif state == 'Paused':
             self._host.call('resume', self.name)
+        elif state == 'Stuck':
+            log.warning('the machine has stopped with an error: it is powered off')
+            self._host.call('powerOff', self.name)
+        elif state == 'Inaccessible':
+            raise Trouble('the machine %s can\'t be read: %s; if it stays so, abort the task'
+                          % (self.name, self._host.call('getVM', self.name)['trouble']))
         elif state == 'Running':
             told = self._host.call('getVM', self.name)
             self.pid = int(told['pid'])
             self._forwards = told['forwards']
             return bool(told['agent'] == 'alive')
         return False
+
+    def _make(self) -> None:
+        """Makes it; or has the hypervisor know it again, where somebody took it out of the list of VMs."""
+        folder = os.path.join(self._options['folder'], self.name)
+        settings = os.path.join(folder, self.name + '.vbox')
+        if os.path.exists(settings) and self._record.put:
+            log.warning('the machine isn\'t known any more: it is registered again')
+            self._host.call('createVM', settings)
+            return
+        if not os.path.isfile(self._image):
+            raise Trouble('the project\'s disk image %s is missing' % self._image)
+        if os.path.exists(settings):   # it was being made when something died, and nothing has run there
+            shutil.rmtree(folder)
+        self._host.call('createVM', self.name, self._image, self._options)
 
     def port_to(self, port: int) -> int:
         """The port of this machine that leads to one of the guest's; 0 for none."""
@@ -379,6 +451,8 @@ class GivenMachine:
 
     def remove(self, command: str) -> None:
         """Ends the command, and removes the task's folder."""
+        if not self.name:              # none was chosen yet
+            return
         self._signal(command, 'KILL')
         self._host.call('runCmd', self.name, 'rm', ['-rf', self.files], {}, '', '', {'queue': True})
 
@@ -402,7 +476,7 @@ class Work:
         self._record = record
         self.shown = []                # type: List[str]       # for the client's channel of graphics
         self._linked = 0.0             # when the status page's link was made
-        self._guest = GuestFiles(self)
+        self._guest = GuestFiles(self, record)
         self._transfer = ''
         self._waiting = []             # type: List[Tuple[str, str, str]]
         self._collected = False
@@ -426,8 +500,13 @@ class Work:
 
     def connect(self) -> bool:
         """The host agent answers."""
-        if not self.host.connect():
-            return False
+        try:
+            if not self.host.connect():
+                return False
+        except NotStarted as error:
+            if self._has_no_machine() and self.host.take_another_port():
+                raise Trouble('%s; it takes another port from now on' % error)
+            raise
         self.machine = self.machine or self._choose_machine()
         return True
 
@@ -447,26 +526,41 @@ class Work:
         image = os.path.join(self._slot.project_dir, parent) if parent else \
             self._slot.resolve(self._words.image)
         wish.update(folder=os.path.abspath(self._slot.folder), owner=self._owner)
-        return VirtualMachine(self.host, self._name, image, wish, self._limits)
+        return VirtualMachine(self.host, self._name, image, wish, self._limits, self._record)
 
     def clean(self) -> bool:
         """No VM is left of tasks of this project that the client has forgotten (a reset, say)."""
         if not self._slot.has_client:
             return True
         with contextlib.suppress(NotSupported):
-            slots = os.path.dirname(os.path.abspath(self._slot.folder))
-            inits = [Slot(os.path.join(slots, name)).init for name in os.listdir(slots)]
-            known = [self._name_of(init) for init in inits if init.text('project_dir') == self._place]
+            known = [self._name_of(slot.init) for slot in self._slots()]
             left = [name for name in self.host.call('listVMs')
                     if name.startswith(self._name_of(InitData())) and name not in known + [self._name]]
             for row in self.host.call('cleanup', False, left, self._owner):
                 log.info('removed what an earlier task left: %s (%s)', row['name'], row['why'])
         return True
 
+    def _slots(self) -> List[Slot]:
+        """Those of the project's tasks that the client knows; this one's alone without a client."""
+        if not self._slot.has_client:
+            return [self._slot]
+        place = os.path.dirname(os.path.abspath(self._slot.folder))
+        slots = [Slot(os.path.join(place, name)) for name in os.listdir(place)]
+        return [slot for slot in slots if slot.init.text('project_dir') == self._place]
+
+    def _has_no_machine(self) -> bool:
+        """Whether no task of the project has a VM, whose agent knows the broker's port."""
+        return not any(os.path.exists(slot.path(self._name_of(slot.init))) for slot in self._slots())
+
     def _name_of(self, init: InitData) -> str:
         """What a task's machine is called, after its project and its name; without one, how all begin."""
-        result = re.sub(r'[^A-Za-z0-9._-]', '_', init.text('result_name'))
-        return ('%s_%s' % (os.path.basename(self._place), result))[:LONGEST_NAME]
+        result = init.text('result_name')
+        name = '%s_%s' % (os.path.basename(self._place), re.sub(r'[^A-Za-z0-9._-]', '_', result))
+        if len(name) <= LONGEST_NAME:
+            return name
+        # Names of tasks often differ at their ends alone.
+        digest = hashlib.md5(result.encode()).hexdigest()[:16]
+        return '%s-%s' % (name[:LONGEST_NAME - len(digest) - 1], digest)
 
     def ready(self) -> bool:
         """The machine runs, and its agent is there."""
@@ -535,12 +629,30 @@ class Work:
         self._transfer = ''
         if told.get('state') == 'done':
             self._waiting.pop(0)
+        elif told and self._is_no_output(told['error']):
+            log.error('what the program left can\'t be fetched, as if it were missing: %s', told['error'])
+            self._waiting.pop(0)
         elif told:
             raise Trouble('%s: %s' % (os.path.basename(self._waiting[0][1]), told['error']))
         if self._waiting:
             direction, source, target = self._waiting[0]
-            self._transfer = self.host.call('startTransfer', direction, self.machine.name, source, target)
+            self._transfer = self._start_transfer(direction, self.machine.name, source, target)
         return not self._waiting
+
+    def _start_transfer(self, *how: str) -> str:
+        """The id of a transfer that was begun; or of the same one, which a wrapper before this one began."""
+        try:
+            return str(self.host.call('startTransfer', *how))
+        except Busy as error:
+            found = re.search('transfer-[0-9a-f]+', str(error))
+            if not found:
+                raise
+            return found.group()
+
+    def _is_no_output(self, error: str) -> bool:
+        """Whether it tells that what is to be fetched is no file, nor leads to one: that never passes."""
+        direction, source, _ = self._waiting[0]
+        return direction == 'get' and error in ['%s: %s' % (source, how) for how in NO_OUTPUT]
 
     def _transfer_told(self) -> Dict[str, Any]:
         """What getTransfer tells of the one that was begun; {} where there is none, or no longer: a host
@@ -563,7 +675,8 @@ class Work:
         """How far it is."""
         status = self.host.call('getCmdStatus', self.command)
         if status['ended']:
-            return self._end(status)
+            seen = self._end(status)           # its last words may be in files
+            return self._guest.look(self._job, seen, True) if seen.state in ('exited', 'signaled') else seen
         if not self.machine.runs():
             return Look(state='away')
         self._show_page()
@@ -673,33 +786,45 @@ class GuestFiles:
 
     LARGEST = 64 * 1024        # bytes of one that is read
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, record: Record) -> None:
         self._work = work
+        self._record = record
         self._looked = 0.0
-        self._seen = {}                # type: Dict[str, Tuple[int, int]]
+        self._seen = {}                # type: Dict[str, str]  # {name: the file's time and size}
+        self._complained = {}          # type: Dict[str, str]  # {name: why it can't be read}
         self._fraction = None          # type: Optional[float]
-        self._trickles = []            # type: List[Tuple[str, str]]
+        self._trickles = []            # type: List[Tuple[str, str, str]]     # name, text, time and size
 
     def exists(self, path: str) -> bool:
         """Whether there is such a file in the guest."""
         return posixpath.basename(path) in self._list(posixpath.dirname(path))
 
-    def look(self, job: Job, seen: Look) -> Look:
-        """What was seen, and what files tell."""
+    def look(self, job: Job, seen: Look, is_last: bool = False) -> Look:
+        """What was seen, and what files tell; as a rule, only every two seconds."""
         now = time.monotonic()
         names = [job.fraction_done_filename, job.completion_trigger_file, job.temporary_exit_trigger_file,
                  job.trickle_trigger_file] + job.intermediate_upload_file
-        if not any(names) or now - self._looked < LOOK_AT_FILES:
+        if not any(names) or now - self._looked < LOOK_AT_FILES and not is_last:
             return seen._replace(fraction=first_of(seen.fraction, self._fraction))
         self._looked = now
         news = self._news({name: self._work.there(name) for name in names if name})
-        if job.fraction_done_filename in news:
-            self._fraction = fraction_of(self._read(job.fraction_done_filename) or '0')
-        done, pause = [read_trigger(self._read(name)) if name in news else None
+        texts = {}                     # type: Dict[str, str]
+        for name in news:
+            text = None if name in job.intermediate_upload_file else self._read(name)
+            if text is not None:
+                texts[name] = text
+        if job.fraction_done_filename in texts:
+            self._fraction = fraction_of(texts[job.fraction_done_filename] or '0')
+        done, pause = [read_trigger(texts[name]) if name in texts else None
                        for name in (job.completion_trigger_file, job.temporary_exit_trigger_file)]
-        if job.trickle_trigger_file in news and len(self._trickles) < MOST_TRICKLES:
-            self._trickles.append((job.trickle_trigger_file, self._read(job.trickle_trigger_file)))
+        if pause is not None and not done:     # the file is still there when the task goes on
+            self._take(job.temporary_exit_trigger_file, self._seen[job.temporary_exit_trigger_file])
+        if job.trickle_trigger_file in texts and len(self._trickles) < MOST_TRICKLES:
+            self._trickles.append((job.trickle_trigger_file, texts[job.trickle_trigger_file],
+                                   self._seen[job.trickle_trigger_file]))
         uploads = [name for name in job.intermediate_upload_file if name in news and self._work.upload(name)]
+        for name in uploads:
+            self._take(name, self._seen[name])
         messages = self._trickle() + ['<have_new_upload_file/>'] * bool(uploads)
         return seen._replace(fraction=first_of(seen.fraction, self._fraction), done=done, pause=pause,
                              messages=tuple(messages))
@@ -709,10 +834,16 @@ class GuestFiles:
         path = self._work.in_slot('trickle_up.xml')
         if not self._trickles or os.path.exists(path):
             return []
-        variety, text = self._trickles.pop(0)
+        variety, text, mark = self._trickles.pop(0)
         with open(path, 'w', encoding='utf-8') as file:
             file.write('<variety>%s</variety>\n%s' % (variety, text))
+        self._take(variety, mark)
         return ['<have_new_trickle_up/>']
+
+    def _take(self, name: str, mark: str) -> None:
+        """Remembers that this was acted upon: the wrapper that comes next doesn't do it again."""
+        self._record.taken[name] = mark
+        self._record.save()
 
     def _news(self, wanted: Dict[str, str]) -> List[str]:
         """Those of the names whose files have come, or changed, since the last look. wanted: {name: path}"""
@@ -721,32 +852,36 @@ class GuestFiles:
         news = []
         for name, path in wanted.items():
             mark = folders[posixpath.dirname(path)].get(posixpath.basename(path))
-            if mark is not None and self._seen.get(name) != mark:
+            if mark is not None and mark not in (self._seen.get(name), self._record.taken.get(name)):
                 self._seen[name] = mark
                 news.append(name)
         return news
 
-    def _list(self, folder: str) -> Dict[str, Tuple[int, int]]:
-        """{name: (when it was changed, size)} of what is in a folder of the guest; {} where there is none."""
+    def _list(self, folder: str) -> Dict[str, str]:
+        """{name: 'when it was changed, size'} of what is in a folder of the guest; {} where there is none."""
         try:
             rows = self._work.host.call('listDir', self._work.machine.name, '/' + folder)
         except TransferError as error:
             if str(error).endswith(NO_SUCH_FOLDER):
                 return {}
             raise
-        return {row['name']: (int(row['mtime']), int(row['size'])) for row in rows if not row['isDir']}
+        return {row['name']: '%d %d' % (row['mtime'], row['size']) for row in rows if not row['isDir']}
 
-    def _read(self, name: str) -> str:
-        """The text of a file that was just seen; '' for one that is too large, or has gone again."""
-        if self._seen[name][1] > self.LARGEST:
+    def _read(self, name: str) -> Optional[str]:
+        """The text of a file that was just seen; None for one that is too large, or can't be read now: the
+        next look tries that again."""
+        if int(self._seen[name].split()[1]) > self.LARGEST:
             log.warning('%s in the guest is larger than %d bytes, and not read', name, self.LARGEST)
-            return ''
+            return None
         local = self._work.in_slot('vmboinc.told')
         _, error, status = self._work.host.call('cpFileFromVM', self._work.machine.name,
                                                 self._work.there(name), local)
         if status:
-            log.warning('%s in the guest can\'t be read: %s', name, error)
-            return ''
+            if self._complained.get(name) != error:
+                log.warning('%s in the guest can\'t be read: %s', name, error)
+            self._complained[name] = error
+            del self._seen[name]
+            return None
         with open(local, encoding='utf-8', errors='replace') as file:
             return file.read(self.LARGEST)
 

@@ -3,7 +3,9 @@
 No threads but a long call's (cliverbs.watch), no locks.
 """
 
+import argparse
 import os
+import re
 import time
 from typing import Any, Dict, List
 
@@ -60,9 +62,19 @@ def vm_row(vm: Dict[str, Any], long: bool) -> List[Any]:
 
 def hardware_of(args: Any) -> Dict[str, Any]:
     """createVM's options, as they were typed."""
-    names = 'memory', 'cpus', 'ostype', 'network', 'diskSize', 'keep', 'acceptEula'
+    names = 'memory', 'cpus', 'ostype', 'network', 'diskSize', 'forwards', 'keep', 'acceptEula'
     typed = {name: getattr(args, name) for name in names}
     return {name: value for name, value in typed.items() if value is not None and value is not False}
+
+
+def read_forward(text: str) -> Dict[str, int]:
+    """[HOST:]GUEST as one of createVM's forwards. Raises ArgumentTypeError."""
+    ports = text.split(':')
+    if len(ports) > 2 or not all(re.fullmatch('[0-9]{1,5}', port) for port in ports):
+        raise argparse.ArgumentTypeError('%s: expected 8080:80, or 80 for any free port of this machine'
+                                         % text)
+    host, guest = ports if len(ports) == 2 else ('0', text)
+    return {'guestPort': int(guest), 'hostPort': int(host)}
 
 
 def do_launch(host: Client, screen: Screen, args: Any) -> int:
@@ -226,6 +238,8 @@ HARDWARE = [
     argument('--network', choices=['hostonly', 'nat', 'none'], help='default: as in host.ini'),
     argument('--disk', metavar='MB', type=int, dest='diskSize',
              help='of its new disk, without an image or beside an .iso; 0: none'),
+    argument('--forward', metavar='[HOST:]GUEST', type=read_forward, action='append', dest='forwards',
+             help='have a port of this machine, any free one by default, lead to one of a guest with NAT'),
     switch('--keep', help='cleanup never removes it'),
     switch('--accept-eula', dest='acceptEula', help='accept the licence of an appliance')]
 VERBS = [

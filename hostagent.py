@@ -15,7 +15,7 @@ import select
 import socket
 import sys
 import time
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Tuple
 
 import agent
 import protocol
@@ -158,6 +158,18 @@ class Host:
             self.connection.say(protocol.CMD_ACK.howToSay(vm_id, cmd_id))
 
 
+PROGRAM = os.path.dirname(os.path.abspath(__file__))       # the folder of this code, or the bundle
+
+
+def identity_of(path: str) -> Tuple[int, ...]:
+    """What is another one where a file was replaced, () where it is gone; a folder stays itself."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ()
+    return (found.st_ino, found.st_size, found.st_mtime_ns) if os.path.isfile(path) else (found.st_ino,)
+
+
 class Clock:
     """What time brings: liveness, publishing again, giving up what is missing, retention. On ``main``."""
 
@@ -166,6 +178,7 @@ class Clock:
         self._last_tick = time.monotonic()
         self._last_clock = time.time()
         self._next_retention = self._last_tick + self._first_retention()
+        self._program = identity_of(PROGRAM)
 
     def _first_retention(self) -> float:
         """Seconds until something may be deleted: more where the clock may be wrong since the last run."""
@@ -187,6 +200,9 @@ class Clock:
         host.leases.tick()
         if self._is_idle(now):
             log.info('nothing to do for %.0f s: vmhost ends ([Host] idle_end)', host.settings.Host.idle_end)
+            host.is_ending = True
+        elif host.settings.Host.idle_end and self._program != identity_of(PROGRAM):
+            log.warning('%s was removed or replaced: vmhost ends, and whoever needs one starts it', PROGRAM)
             host.is_ending = True
         with host.journal.best_effort():
             host.commands.write_states()

@@ -387,7 +387,8 @@ CONNECTIONS = '/topic/connections'       # guest -> host: HELLO BYE STILL_ALIVE
 CMD_REQUESTS = '/topic/cmd_requests'     # host -> guests
 CMD_RESPONSES = '/topic/cmd_responses'   # guest -> host
 
-HEADERS_LIMIT = 8 * 1024   # bytes of args and env that may stand in headers; more goes into JSON
+HEADERS_LIMIT = 8 * 1024   # bytes of args and env that may stand in headers, a quarter of it of cmd and path
+                           # each; more goes into JSON
 LONGEST_INTEGER = 24       # digits; int() of a megabyte of digits would take a guest's minute
 STREAM = 'stream'      # as CMD_RUN's stdin: CMD_INPUT brings it
 RUSAGE_FIELDS = (
@@ -647,8 +648,10 @@ class CMD_RUN:
         headers = {'to': to, 'cmd-id': cmd_id}
         keys = dict(options)
         for name, text in (('cmd', cmd), ('path', path)):
-            # A header with a line end can't be signed, and brokers don't agree on spaces at the ends.
-            (keys if text != text.strip() or '\n' in text else headers)[name] = text
+            # A header with a line end can't be signed, brokers don't agree on spaces at the ends, and a head
+            # that is too long ends the connection of who gets it, each time it comes.
+            odd = text != text.strip() or '\n' in text or len(text) > HEADERS_LIMIT // 4
+            (keys if odd else headers)[name] = text
         texts = {'args': write_json(args), 'env': write_json(env)}
         if sum(map(len, texts.values())) > HEADERS_LIMIT:
             keys.update(args=args, env=env)

@@ -22,7 +22,7 @@ import signal
 import sys
 import threading
 import time
-from typing import Any, List, Optional
+from typing import Any, Callable, List, Optional
 
 import agent
 import boincslot
@@ -103,8 +103,7 @@ class Task:
         init = slot.init
         self._slot = slot
         self._channels = Channels(slot.memory())
-        with open(slot.resolve(FILE), encoding='utf-8', errors='replace') as file:
-            job = Job(file.read())
+        job = read_job(slot)
         for warning in job.warnings:
             log.warning('%s', warning)
         read = read_words(words, init.number('ncpus', 1.0))
@@ -130,6 +129,12 @@ class Task:
             result = hands.result(TICK)
             if result is not None:
                 self._take(*result)
+        return self._life.end
+
+    def broke(self, error: Exception) -> End:
+        """How it ends where this process can't go on."""
+        self._life.broke(error)
+        assert self._life.end is not None
         return self._life.end
 
     def _take(self, value: Any, error: Optional[Exception]) -> None:
@@ -185,6 +190,16 @@ class Task:
             time.sleep(TICK)
 
 
+def read_job(slot: Slot) -> Job:
+    """Raises JobError, OSError."""
+    try:
+        with open(slot.resolve(FILE), encoding='utf-8', errors='replace') as file:
+            return Job(file.read())
+    except FileNotFoundError:
+        raise JobError('%s is missing in the slot: reset the project; if it stays so, the application\'s '
+                       'version lacks it' % FILE)
+
+
 def run_task(words: List[str]) -> int:
     """Runs the task of this slot; gives the exit code."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format='%(asctime)s vmboinc: %(message)s',
@@ -210,8 +225,12 @@ def live(slot: Slot, words: List[str]) -> End:
     try:
         task = Task(slot, words, host_agent_command())
     except (JobError, OSError) as error:
-        return End(delay=LONGEST_DELAY, message=str(error))
-    end = task.run()
+        return End(delay=LONGEST_DELAY, message=agent.sentence(error))
+    try:
+        end = task.run()
+    except Exception as error:
+        log.exception('the wrapper broke')
+        end = task.broke(error)
     task.tell_last_status()
     return end
 
@@ -220,14 +239,34 @@ def leave(slot: Slot, end: End) -> int:
     """Tells the client how it ended, as files do; gives the exit code."""
     if end.delay:
         log.warning('again in %.0f s: %s', end.delay, end.message)
-        slot.exit_for_a_while(end.delay, end.message, end.notice)
+        insist(slot, lambda: slot.exit_for_a_while(end.delay, end.message, end.notice))
     elif end.finish:
         log.info('over, exit code %d%s', end.code, ': ' + end.message if end.message else '')
-        slot.finish(end.code, end.message, end.notice)
+        insist(slot, lambda: slot.finish(end.code, end.message, end.notice))
         if end.signal:
             slot.unlock()
             die_of(end.signal)
     return end.code & 0xff if os.name == 'posix' else end.code
+
+
+def insist(slot: Slot, write: Callable[[], None]) -> None:
+    """Writes it, as soon as that is possible (the disk may be full): without it a client would start the task
+    again at once, and again. Not beyond a client's <quit/>, <abort/> or end."""
+    channels = Channels(slot.memory())
+    client = Client(int(slot.init.number('client_pid')), slot.has_client, time.monotonic())
+    is_told = False
+    while True:
+        try:
+            return write()
+        except OSError as error:
+            if not is_told:
+                log.error('%s: it is tried again', agent.sentence(error))
+            is_told = True
+        client.hear(channels.receive(HEARTBEAT), time.monotonic())
+        ends = {'quit', 'abort'} & set(words_of(channels.receive(CONTROL)))
+        if ends or not slot.has_client or client.is_gone(time.monotonic()):
+            return
+        time.sleep(TICK)
 
 
 def die_of(number: int) -> None:

@@ -75,6 +75,14 @@ def status_of(pid):
         return dict(line.rstrip('\n').split(':\t', 1) for line in file)
 
 
+def assert_only_grow(reports):
+    """What a client was told of one task went back in nothing, from first to last."""
+    assert reports
+    for number in range(3):
+        values = [report[number] for report in reports if report[number] is not None]
+        assert values == sorted(values), number
+
+
 def load_rig():
     """The rig's program as a module."""
     loader = importlib.machinery.SourceFileLoader('boinc_rig', PATH)
@@ -155,6 +163,14 @@ class Boinc:
                     found.append(pid)
         return found
 
+    def told(self, slot=0):
+        """(CPU time, that of the checkpoint, fraction or None) of each report of that slot's task that the
+        client logged; a fraction below 0 tells none."""
+        report = ('msg from slot %d: <current_cpu_time>(.*)</.*>\n<checkpoint_cpu_time>(.*)</.*>\n'
+                  '(?:<fraction_done>(.*)</.*>)?' % slot)
+        return [tuple(None if text is None or text[0] == '-' else float(text) for text in found.groups())
+                for found in re.finditer(report, self.rig.read('client.log'))]
+
     def stderr_says(self, name, text):
         return wait_until(lambda: text in self.rig.stderr(name), 20)
 
@@ -179,8 +195,14 @@ class Watched:
         return wait_until(lambda: predicate(self.task()), seconds, 0.2)
 
     def begins_at_a_checkpoint(self):
-        """A client that was killed remembers what it wrote when the last checkpoint was told."""
+        """A client that starts a task remembers what it wrote when the last checkpoint was told."""
         self.last = {'fraction': 0, 'cpu': 0}
+
+    def began_again(self, wrapper, seconds=60):
+        """Waits until the client has another wrapper than that one; until it hears of that, it counts from
+        the last checkpoint on."""
+        wait_until(lambda: self.boinc.rig.task(self.name)['pid'] not in (0, wrapper), seconds, 0.2)
+        self.begins_at_a_checkpoint()
 
     def gets_further(self, seconds=60):
         """Waits until its client has heard of more than it ever had."""

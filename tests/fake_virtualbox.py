@@ -193,6 +193,7 @@ class VirtualBox(WithExtraData):
         super().__init__()
         self.reading, self.importing = Progress(), Progress()       # what an Appliance's work comes to
         self.machines, self.hardDisks, self.DHCPServers, self.progressOperations = [], [], [], []
+        self.unregistered = {}                                      # {settings file: machine}
         self.systemProperties = Named(defaultVRDEExtPack='VNC')
         self.performanceCollector = Collector()
         self.eventSource = Events(self)
@@ -230,6 +231,10 @@ class VirtualBox(WithExtraData):
         return Appliance(self)
 
     def openMachine(self, file, password):
+        if file in self.unregistered and os.path.exists(file):
+            machine = self.unregistered.pop(file)
+            machine.mediumAttachments = machine.saved_attachments[:]
+            return machine
         raise FakeError(FILE_ERROR, 'Could not read the settings file %r' % file)
 
     def registerMachine(self, machine):
@@ -578,6 +583,7 @@ class Machine(WithExtraData):
         if self.session or self.runs:
             raise FakeError(OBJECT_STATE, 'Cannot unregister the machine %r while it is locked' % self.name)
         self.vbox.machines.remove(self)
+        self.vbox.unregistered[self.settingsFilePath] = self
         media, self.mediumAttachments = [place.medium for place in self.mediumAttachments], []
         for medium in media:
             if medium.parent and medium.parent not in media and not medium.parent.machineIds:

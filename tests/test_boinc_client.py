@@ -67,26 +67,27 @@ def test_the_life_of_a_task(boinc):
     rig.change('global_prefs_override.xml', ['leave_apps_in_memory=0'])
     rig.operate('suspend', 't1')
     rig.wait('t1', 'process=none', 30)
-    assert task.is_stopped()
+    wait_until(task.is_stopped, 20)
     rig.operate('resume', 't1')
     task.goes_on()
 
     rig.stop()
-    assert task.is_stopped()
+    wait_until(task.is_stopped, 20)
+    task.begins_at_a_checkpoint()      # a client that ends doesn't hear the last of it
     rig.start()
     task.goes_on()
 
     wrapper = rig.task('t1')['pid']
     rig.kill()
     wait_until(lambda: not os.path.exists('/proc/%d' % wrapper), 20)
-    assert task.is_stopped()
+    wait_until(task.is_stopped, 20)
     rig.start()
     task.begins_at_a_checkpoint()
     task.goes_on()
 
     wrapper = rig.task('t1')['pid']
     os.kill(wrapper, signal.SIGKILL)
-    task.wait(lambda now: now['pid'] not in (0, wrapper))
+    task.began_again(wrapper)
     task.goes_on()
 
     hosts = boinc.host_pids()
@@ -110,6 +111,7 @@ def test_the_life_of_a_task(boinc):
         lines = file.read().split('\n')
     assert lines[:4] == ['apples', 'pears', 'and plums', '2']
     assert end['cpu'] == pytest.approx(before + boinc_rig.seconds_of(lines[4:6]), rel=0.05, abs=0.05)
+    boinc_rig.assert_only_grow(boinc.told())
     wait_until(lambda: not os.path.exists(boinc.task_folder('t1')), 20)
 
 
@@ -148,7 +150,7 @@ def test_the_life_of_a_task_in_a_vm(tmp_path):
 
         wrapper = rig.task('t1')['pid']
         os.kill(wrapper, signal.SIGKILL)
-        task.wait(lambda now: now['pid'] not in (0, wrapper))
+        task.began_again(wrapper)
         hosts = boinc.host_pids()
         os.kill(hosts[0], signal.SIGKILL)
         task.wait(lambda now: len(boinc.host_pids()) == 1 and boinc.host_pids() != hosts)
@@ -161,6 +163,7 @@ def test_the_life_of_a_task_in_a_vm(tmp_path):
         end, lines = finished(boinc, 't1', guest)
         assert lines[:4] == ['apples', 'pears', 'and plums', '1']
         assert end['cpu'] == pytest.approx(boinc_rig.seconds_of(lines[4:6]), rel=0.05, abs=0.05)
+        boinc_rig.assert_only_grow(boinc.told())
         assert boinc.vms() == {}
 
 

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -32,7 +33,7 @@ from boinclife import (
 )
 from boincslot import CHANNEL, CHANNELS, Channels, InitData, Record, Slot
 from boincwork import Look, Trouble
-from faults import HypervisorError, InvalidParams, TransferError
+from faults import Busy, HypervisorError, InvalidParams, TransferError
 
 # The shared memory.
 
@@ -102,6 +103,8 @@ def test_init_data_that_no_parser_takes():
     assert init.text('project_dir') == '/var/lib/a & b' and init.text('result_name') == 'task_1'
     assert init.number('wu_cpu_time') == 12.5 and init.number('client_pid', 7) == 7
     assert init.text('missing', 'so') == 'so' and init.number('result_name', 1) == 1
+    assert [InitData('<ncpus>%s</ncpus>' % odd).number('ncpus', 2) for odd in ('nan', '-inf', '1e999', '')] \
+        == [2, 2, 2, 2]
 
 
 @pytest.mark.parametrize('version, limit, minds', [
@@ -299,12 +302,104 @@ class OneAnswer:
     ('/out on vm: timed out', False), ('/does not exist on vm: disconnected', False)])
 def test_an_output_that_cannot_be_looked_at_is_not_a_missing_one(why, is_missing):
     work = types.SimpleNamespace(host=OneAnswer(TransferError(why)), machine=types.SimpleNamespace(name='vm'))
-    files = boincwork.GuestFiles(work)
+    files = boincwork.GuestFiles(work, None)
     if is_missing:
         assert files.exists('out') is False
     else:
         with pytest.raises(TransferError):
             files.exists('out')
+
+
+def fetching(tmp_path, told):
+    """Work whose only output is fetched, and what the host agent tells of that."""
+    answers = {'startTransfer': '7', 'getTransfer': told, 'listDir': [
+        {'name': 'out', 'mtime': 1, 'size': 2, 'isDir': False}]}
+    work = boincwork.Work(Slot(str(tmp_path)), job_of('<output>out</output>'), boincjob.read_words([], 1),
+                          Record(str(tmp_path / 'record')),
+                          types.SimpleNamespace(call=lambda method, *_: answers[method]))
+    work.machine = types.SimpleNamespace(name='vm', files='task', lease=lambda: None)
+    assert not work.collect()
+    return work
+
+
+@pytest.mark.parametrize('why', ['does not exist', 'neither file, folder nor link', 'is a directory'])
+def test_an_output_that_is_no_file_or_leads_out_of_what_is_served_is_a_missing_one(why, tmp_path):
+    assert fetching(tmp_path, {'state': 'failed', 'error': 'task/out: ' + why}).collect()
+
+
+@pytest.mark.parametrize('why', ['task/out: timed out', '/here/out: does not exist'])
+def test_an_output_that_cannot_be_fetched_now_is_fetched_later(why, tmp_path):
+    with pytest.raises(Trouble, match='out: '):
+        fetching(tmp_path, {'state': 'failed', 'error': why}).collect()
+
+
+def test_tasks_whose_long_names_differ_at_their_ends_have_machines_of_their_own(tmp_path):
+    names = set()
+    for result in ('x' * 240 + '_1', 'x' * 240 + '_2', 'short'):
+        (tmp_path / 'init_data.xml').write_text(
+            '<project_dir>/p/project</project_dir><result_name>%s</result_name>' % result)
+        work = boincwork.Work(Slot(str(tmp_path)), job_of(), boincjob.read_words([], 1), Record(
+            str(tmp_path / 'record')), types.SimpleNamespace(drives_vms=False, connect=lambda: True))
+        assert work.connect()
+        names.add(work.machine.files)
+    assert len(names) == 3 and 'project_short' in names and max(map(len, names)) <= boincwork.LONGEST_NAME
+
+
+class Guest:
+    """A host agent with files in a guest: {name: text, or None where it can't be read}."""
+
+    def __init__(self, tmp_path, **files):
+        self.folder, self.files = tmp_path, files
+        self.machine, self.host = types.SimpleNamespace(name='vm'), self
+
+    def call(self, method, *args):
+        if method == 'listDir':
+            return [{'name': name, 'mtime': 1, 'size': len(text or ''), 'isDir': False}
+                    for name, text in self.files.items()]
+        text = self.files[args[1]]
+        with open(args[2], 'w') as file:
+            file.write(text or '')
+        return '', 'timed out' if text is None else '', text is None
+
+    def there(self, name):
+        return name
+
+    def in_slot(self, name):
+        return str(self.folder / name)
+
+    upload = there
+
+    def look(self, job):
+        """What a wrapper sees that has just started."""
+        self.wrapper = boincwork.GuestFiles(self, Record(str(self.folder / 'record')))
+        return self.again(job)
+
+    def again(self, job):
+        return self.wrapper.look(job_of(job), Look(), True)
+
+
+def test_a_completion_file_that_cannot_be_read_now_is_no_success(tmp_path):
+    guest, job = Guest(tmp_path, done=None), '<completion_trigger_file>done</completion_trigger_file>'
+    assert guest.look(job).done is None
+    guest.files['done'] = '7\n0\nso it is\n'
+    assert guest.again(job).done == boincjob.Trigger(7, False, 'so it is')
+    assert guest.look(job).done.number == 7            # it ended before it could say so
+    guest.files['done'] = 'x' * (boincwork.GuestFiles.LARGEST + 1)
+    assert guest.look(job).done is None
+
+
+def test_what_a_trigger_file_asked_for_is_done_once_whoever_comes_next(tmp_path):
+    guest = Guest(tmp_path, later='60\n', up='text', out='so far')
+    job = ('<temporary_exit_trigger_file>later</temporary_exit_trigger_file>'
+           '<trickle_trigger_file>up</trickle_trigger_file>'
+           '<intermediate_upload_file>out</intermediate_upload_file>')
+    first = guest.look(job)
+    assert first.pause.number == 60
+    assert first.messages == ('<have_new_trickle_up/>', '<have_new_upload_file/>')
+    os.remove(guest.in_slot('trickle_up.xml'))         # as the client does
+    assert guest.again(job) == guest.look(job) == Look()
+    guest.files['later'] = '120\n'
+    assert guest.look(job).pause.number == 120
 
 
 def test_tasks_that_begin_at_once_write_one_ini_file(tmp_path):
@@ -321,6 +416,62 @@ def test_tasks_that_begin_at_once_write_one_ini_file(tmp_path):
     boincwork.write_new(os.path.join(folder, 'host.ini'), 'another')
     with open(os.path.join(folder, 'host.ini')) as file:
         assert file.read() == before and os.listdir(folder) == ['host.ini']
+
+
+def port_of(host):
+    assert host.drives_vms
+    with open(host.ini) as file:
+        return int(file.read().partition('port = ')[2].split()[0])
+
+
+def test_each_project_has_a_port_of_its_own_and_leaves_one_that_another_program_has_taken(tmp_path):
+    hosts = [boincwork.HostAgent(str(tmp_path / name / 'vmhost'), []) for name in 'abc']
+    ports = [port_of(host) for host in hosts]
+    assert len(set(ports)) == 3
+    assert not hosts[0].take_another_port()
+    with socket.socket() as other:
+        other.bind(('127.0.0.1', ports[1]))
+        other.listen(1)
+        assert hosts[1].take_another_port() and port_of(hosts[1]) not in ports
+        with open(hosts[1].ini, 'w') as file:          # a person's own words
+            file.write('[Broker]\nport = %d\n' % ports[1])
+        assert not boincwork.HostAgent(hosts[1].folder, []).take_another_port()
+
+
+@pytest.mark.parametrize('made', [False, True])
+def test_the_port_stays_where_a_vm_that_was_saved_will_look_for_it(made, tmp_path):
+    slot = tmp_path / 'slots' / '0'
+    slot.mkdir(parents=True)
+    (slot / 'init_data.xml').write_text('<project_dir>/p/project</project_dir><result_name>t</result_name>')
+    if made:
+        (slot / 'project_t').mkdir()
+    moved = []
+
+    def connect():
+        raise boincwork.NotStarted('it doesn\'t start')
+    host = types.SimpleNamespace(connect=connect, take_another_port=lambda: moved.append(1) or True)
+    work = boincwork.Work(Slot(str(slot)), job_of(), boincjob.read_words([], 1), Record(
+        str(tmp_path / 'record')), host)
+    with pytest.raises(Trouble, match='start$' if made else 'another port'):
+        work.connect()
+    assert bool(moved) is not made
+
+
+def test_what_the_wrapper_before_was_moving_is_waited_for(tmp_path):
+    told = {'state': 'running'}
+
+    def call(method, *args):
+        if method == 'startTransfer':
+            raise Busy('transfer-5b330ce503a3 goes to boinc_app already')
+        assert args == ('transfer-5b330ce503a3',)
+        return told
+    work = boincwork.Work(Slot(str(tmp_path)), job_of(), boincjob.read_words([], 1), Record(
+        str(tmp_path / 'record')), types.SimpleNamespace(call=call))
+    work.machine = types.SimpleNamespace(name='vm', files='', lease=lambda: None)
+    (tmp_path / 'boinc_app').write_text('')
+    assert not work.put() and not work.put()
+    told['state'] = 'done'
+    assert work.put()
 
 
 def test_by_hand_what_lies_beside_its_folder_is_nobodys_slot(tmp_path):
@@ -391,9 +542,10 @@ def test_a_client_is_gone(tmp_path):
         process.kill()
         process.wait()
         assert not client.is_gone(100.1) and client.is_gone(103)       # looked at now and then
-    old = boincslot.Client(0, True, 0)
-    old.hear('<heartbeat/><network_suspended/>', 20)
-    assert not old.is_gone(49) and old.is_gone(51)
+    for nobody in (0, -1, 10 ** 20):
+        old = boincslot.Client(nobody, True, 0)
+        old.hear('<heartbeat/><network_suspended/>', 20)
+        assert not old.is_gone(49) and old.is_gone(51)
     assert not boincslot.Client(0, False, 0).is_gone(1e9)              # by hand there is none
 
 
@@ -567,7 +719,9 @@ def test_abort_while_suspended(tmp_path):
      End(193, True, signal=11, message='the program was ended by signal 11')),
     (seen(True, state='failed', why='ENOENT: no such file'),
      End(206, True, message='the program can\'t be started: ENOENT: no such file')),
-    (seen(done=boincjob.Trigger(4, True, 'so')), End(4, True, message='so', notice=True))])
+    (seen(done=boincjob.Trigger(4, True, 'so')), End(4, True, message='so', notice=True)),
+    (seen(True, state='exited', done=boincjob.Trigger(4, True, 'so')),
+     End(4, True, message='so', notice=True))])
 def test_ends_of_the_science(look, end, tmp_path):
     task = Alive(tmp_path).runs()
     assert task.go(look, True, True) == ['look', 'collect', 'remove'] and task.life.end == end
@@ -585,6 +739,13 @@ def test_it_asks_for_a_pause(tmp_path):
     task = Alive(tmp_path).runs()
     assert task.go(seen(pause=boincjob.Trigger(1800, False, 'the moon is up')), True) == ['look', 'save']
     assert task.life.end == End(delay=1800, message='the moon is up')
+
+
+@pytest.mark.parametrize('number', [-5, 0, 100000])
+def test_a_pause_of_no_length_that_a_client_takes_is_a_minute(number, tmp_path):
+    task = Alive(tmp_path).runs()
+    task.go(seen(pause=boincjob.Trigger(number, False, '')), True)
+    assert task.life.end.delay == FIRST_DELAY
 
 
 def test_job_duration(tmp_path):

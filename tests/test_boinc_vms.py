@@ -8,17 +8,21 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import types
 
 import boinc as boinc_rig
 import fake_server
 import fake_virtualbox
 import pytest
-from agents import Agent
+from agents import TOP, Agent
 from fake_client import FakeClient
 from helpers import wait_until
 from vms import environment, kill
 
+import agent
+import boincslot
+import boincwork
 import hostclient
 from boincslot import GRAPHICS
 
@@ -198,6 +202,7 @@ def test_a_vm_that_died_boots_again_and_the_program_begins_with_its_files(projec
     task.start()
     agent = project.agent(task)
     task.wait(lambda: os.path.exists(os.path.join(agent.files, 'begun')))
+    task.wait(lambda: [row['state'] for row in project.call('listCmds')] == ['running'])
     open(os.path.join(project.environment['FAKE_VIRTUALBOX'], 'abort-' + task.vm), 'w').close()
     task.wait(lambda: 'begins again' in task.read('stderr.txt'))
     agent.stop()
@@ -208,7 +213,37 @@ def test_a_vm_that_died_boots_again_and_the_program_begins_with_its_files(projec
     assert open(out).read() == 'begun\nbegun\n' and 'begins again' in task.read('stderr.txt')
 
 
-def test_a_vm_that_died_goes_on_from_its_last_checkpoint(project):
+@pytest.mark.parametrize('has_run', [True, False])
+def test_a_vm_that_was_taken_out_of_the_list_is_registered_again(has_run, project):
+    """As in VirtualBox's window: removed, its files kept. Where nothing has run in it, it is made anew."""
+    task = project.task(app='echo begun >> begun; until [ -e finish ]; do sleep 0.1; done; cat begun > out')
+    out = task.link('out')
+    task.start()
+    if has_run:
+        agent = project.agent(task)
+        task.wait(lambda: [row['state'] for row in project.call('listCmds')] == ['running'])
+    else:
+        project.has(task, 'Running')
+    id = project.call('getVM', task.vm)['id']
+    task.says('quit')
+    assert task.wait_for_end() == 0
+    project.call('discardState', task.vm)
+    project.call('removeVM', task.vm)
+    if has_run:
+        agent.stop()                   # its program stays, as in memory
+    task.start()
+    agent = project.agent(task)
+    assert ('registered again' in task.read('stderr.txt')) is has_run
+    assert not has_run or project.call('getVM', task.vm)['id'] == id
+    task.wait(lambda: os.path.exists(os.path.join(agent.files, 'begun')))
+    finish(agent)
+    assert task.wait_for_end(60) == 0, task.read('stderr.txt')
+    assert open(out).read() == 'begun\n' and project.vms() == {}
+    assert not os.path.exists(os.path.join(task.slot, task.vm))
+
+
+@pytest.mark.parametrize('how', ['abort-', 'stick-'])
+def test_a_vm_that_died_goes_on_from_its_last_checkpoint(how, project):
     task = project.task(job='<checkpoint>state</checkpoint>',
                         app='echo begun >> begun; until [ -e finish ]; do sleep 0.1; done; cat begun > out')
     out = task.link('out')
@@ -218,7 +253,7 @@ def test_a_vm_that_died_goes_on_from_its_last_checkpoint(project):
     first = task.wait(lambda: project.call('listSnapshots', task.vm))
     task.wait(lambda: project.call('listSnapshots', task.vm) not in ([], first))
     assert len(project.call('listSnapshots', task.vm)) <= 2
-    open(os.path.join(project.environment['FAKE_VIRTUALBOX'], 'abort-' + task.vm), 'w').close()
+    open(os.path.join(project.environment['FAKE_VIRTUALBOX'], how + task.vm), 'w').close()
     task.wait(lambda: 'from its last checkpoint' in task.read('stderr.txt'))
     project.has(task, 'Running')
     finish(agent)
@@ -300,6 +335,51 @@ def test_vms_of_tasks_that_the_client_forgot_go(project):
     second.start()
     project.has(second, 'Running')
     assert sorted(project.vms()) == ['project_other', second.vm]
+
+
+def test_a_host_agent_of_an_older_version_gives_way_to_a_new_one(project, monkeypatch):
+    host = boincwork.HostAgent(os.path.join(project.place, 'vmhost'),
+                               [sys.executable, os.path.join(TOP, 'vmboinc.py'), '--host-agent'])
+    monkeypatch.setattr(os, 'environ', dict(os.environ, **project.environment))
+    wait_until(host.connect, 30)
+    pid = project.host_pid()
+    with monkeypatch.context() as patched:
+        patched.setattr(agent, 'VERSION', '1.10')
+        assert not host.connect()
+    wait_until(lambda: not boincslot.is_alive(pid))
+    with monkeypatch.context() as patched:
+        patched.setattr(agent, 'VERSION', '0.9')       # an older task gets along with a newer agent
+        wait_until(host.connect, 30)
+    wait_until(lambda: project.host_pid() != pid)
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full')
+def test_a_full_disk_is_no_error(project):
+    task = project.task()
+    os.symlink('/dev/full', os.path.join(task.slot, 'vmboinc.json.new'))
+    task.start()
+    assert task.wait_for_end() == 0
+    assert 'No space left on device' in task.read('boinc_temporary_exit')
+    os.symlink('/dev/full', os.path.join(task.slot, 'boinc_temporary_exit.new'))
+    task.start()                       # not even the reason can be written: it waits until it can
+    task.wait(lambda: 'it is tried again' in task.read('stderr.txt'))
+    os.remove(os.path.join(task.slot, 'boinc_temporary_exit.new'))
+    assert task.wait_for_end() == 0
+    assert 'No space left on device' in task.read('boinc_temporary_exit')
+    os.symlink('/dev/full', os.path.join(task.slot, 'boinc_temporary_exit.new'))
+    open(os.path.join(task.slot, 'stderr.txt'), 'w').close()
+    task.start()
+    task.wait(lambda: 'it is tried again' in task.read('stderr.txt'))
+    task.says('quit')
+    assert task.wait_for_end() == 0
+
+
+def test_a_job_file_that_is_missing_is_said_with_what_to_do(project):
+    task = project.task()
+    os.remove(os.path.join(task.slot, 'vbox_job.xml'))
+    task.start()
+    assert task.wait_for_end() == 0
+    assert 'vbox_job.xml is missing in the slot: reset the project' in task.read('boinc_temporary_exit')
 
 
 def test_no_image_and_no_hypervisor_are_no_errors(project, tmp_path):

@@ -460,6 +460,9 @@ VM_ANSWERS = {
     (['snap', 'restore', 'db'], 'snapshot restored\n', ('restoreSnapshot', 'db', '')),
     (['snap', 'rm', 'db', 'new'], 'snapshot deleted\n', ('deleteSnapshot', 'db', 'new')),
     (['create', 'n', '/i.ova', '--memory', '512'], 'n\n', ('createVM', 'n', '/i.ova', {'memory': 512})),
+    (['create', 'n', '/i.vdi', '--forward', '2222:22', '--forward', '80'], 'n\n',
+     ('createVM', 'n', '/i.vdi', {'forwards': [{'guestPort': 22, 'hostPort': 2222},
+                                               {'guestPort': 80, 'hostPort': 0}]})),
     (['create', '/v/n.vbox'], '/v/n.vbox\n', ('createVM', '/v/n.vbox', '', {})),
     (['rdp', 'db'], '127.0.0.1:5000 (authentication external, security TLS)\n',
      ('remoteDesktop', 'db', True)),
@@ -476,6 +479,13 @@ def test_verbs_of_vms(words, said, called, tmp_path, monkeypatch):
         code, out, err = host.verb(*words)
         assert (code, out) == (0, said), err
         assert host.calls[-1] == called
+
+
+@pytest.mark.parametrize('ports', ['', 'http', '1:2:3', ':80', '80:', '-1:80', '1234567'])
+def test_ports_that_are_none_are_said_as_they_are_typed(ports, tmp_path):
+    with PlayedHost(tmp_path, VM_ANSWERS) as host:
+        code, _, err = host.verb('create', 'n', '/i.vdi', '--forward=' + ports)
+        assert code == 2 and 'expected 8080:80, or 80' in err and host.calls == []
 
 
 def test_a_vm_that_refuses_does_not_hold_up_the_others(tmp_path):

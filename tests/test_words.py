@@ -46,6 +46,16 @@ def test_bytes_that_are_no_text_are_arguments(host, guests):
     assert done.stdout == b'\xff\x01\r'
 
 
+@pytest.mark.parametrize('length', [5000, 100000])
+def test_a_long_name_of_a_program_or_folder_ends_nobodys_connection(host, guests, length):
+    name, odd = 'x' * length, 'é:' * (length // 2)
+    for cmd, path in ((name, ''), ('true', name), (odd, odd)):
+        cmd_id = host.api.runCmd('one', cmd, ['é:' * 600], {}, path)
+        assert host.api.waitCmd(cmd_id, 20)
+        assert host.api.getCmdResults(cmd_id)['error'].startswith('EN')      # ENOENT, ENAMETOOLONG
+    assert said(host, 'run', 'one', 'echo', 'on') == 'on\n'
+
+
 def test_logs_tail_and_wait_exit_with_the_code(host, guests):
     cmd_id = said(host, 'run', '-d', 'one', 'sh', '-c', 'seq 1 200000; echo e >&2; exit 3').strip()
     assert host.verb('wait', cmd_id).returncode == 3

@@ -169,7 +169,7 @@ def test_the_science_of_a_task(boinc, image, tmp_path):
     note('its client was killed')
     process, wrapper = vm_process(facts(vm)['UUID']), rig.task('t1')['pid']
     os.kill(wrapper, signal.SIGKILL)
-    task.wait(lambda now: now['pid'] not in (0, wrapper), PATIENCE)
+    task.began_again(wrapper, PATIENCE)
     task.gets_further(LONG_PATIENCE)
     note('its wrapper was killed')
     host, = boinc.host_pids()
@@ -192,4 +192,5 @@ def test_the_science_of_a_task(boinc, image, tmp_path):
     used = boinc_rig.seconds_of(lines[4:6])
     print('CPU time %.2f s, of which the guest says %.2f s' % (end['cpu'], used))
     assert end['cpu'] == pytest.approx(used, rel=0.05, abs=0.05)
+    boinc_rig.assert_only_grow(boinc.told())
     assert vm not in manage('list', 'vms') and not glob.glob(rig.path('data', 'slots', '*', '*'))
