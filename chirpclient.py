@@ -156,7 +156,7 @@ class Failures:
         self.count += 1
         if len(self._some) < FAILURES:
             reason = error.strerror if isinstance(error, OSError) else getattr(error, 'reason', '')
-            told = path if isinstance(path, bytes) else to_remote(localnames.short_path(path))
+            told = path if isinstance(path, bytes) else to_remote(agent.short_path(path))
             self._some.append((shown(told), reason or str(error)))
 
     def check(self) -> None:
@@ -205,6 +205,7 @@ class ChirpClient(Connection):
             raise ChirpError('an empty path is no source')
         with self._moving(progress, cancel, within) as meter:
             target = os.fspath(target)
+            localnames.check_path(target)
             Download(self, meter, options(verify, keep, links)).run(
                 to_bytes(source), localnames.long_path(target.rstrip(SEPARATORS) or target))
 

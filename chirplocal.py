@@ -377,7 +377,7 @@ def link_there(path: str) -> bytes:
     leads = os.readlink(path)
     if not ON_WINDOWS:
         return to_remote(leads)
-    leads = localnames.short_path(leads).replace('\\', '/')
+    leads = agent.short_path(leads).replace('\\', '/')
     if leads.startswith('/') or ':' in leads:
         raise OSError(errno.EINVAL, 'a link to %s, which only this machine has' % leads)
     return to_remote(leads)

@@ -13,6 +13,7 @@ from test_chirp_names import ours  # noqa: F401
 import agent
 import chirplocal
 import chirpwire
+import hostconfig
 import localnames
 
 NO_NAMES = ['a:b', 'back\\slash', '..\\out', 'dot.', 'space ', 'con', 'CON.txt', 'Aux .txt', 'nul', 'COM1',
@@ -31,6 +32,32 @@ def test_names_that_windows_can_not_have_are_refused(windows):
             localnames.check(name)
     for name in NAMES:
         localnames.check(name)
+
+
+@pytest.mark.parametrize('path', ['C:\\dir\\aux.txt', 'C:\\con\\x', '/dir/name.', 'C:name ', 'C:\\a\\b:c',
+                                  '\\\\server\\share\\nul'])
+def test_a_target_that_windows_would_take_for_another_is_refused(windows, path):
+    with pytest.raises(OSError, match='no file can have the name .* here') as refused:
+        localnames.check_path(path)
+    assert refused.value.filename == path
+
+
+def test_a_target_that_windows_takes_as_it_is_written_is_one(windows):
+    for path in ('C:\\dir\\file.txt', 'C:', 'C:file', '..\\.\\a\\', '\\\\server\\share\\a', '\\\\.\\NUL',
+                 '\\\\?\\C:\\dir\\name.', '/a b/.c'):
+        localnames.check_path(path)
+
+
+def test_a_target_of_get_and_a_folder_of_host_ini_are_checked_so(ours, tmp_path, windows):  # noqa: F811
+    client, there = ours
+    (there / 'file').write_bytes(b'x')
+    with pytest.raises(OSError, match='the name aux.txt here'):
+        client.get('/file', str(tmp_path / 'aux.txt'))
+    assert os.listdir(str(tmp_path)) == [there.name]
+    ini = tmp_path / 'host.ini'
+    ini.write_text('[Host]\nstate_dir = aux.state\n')
+    with pytest.raises(agent.ConfigError, match=r'\[Host\] state_dir = .*aux.state: no file can have'):
+        hostconfig.read_settings(str(ini))
 
 
 def test_elsewhere_any_name_is_one():
@@ -133,7 +160,7 @@ def test_long_paths_are_written_as_windows_wants_them(windows, monkeypatch):
     assert localnames.long_path('\\\\server\\share') == '\\\\?\\UNC\\server\\share'
     assert localnames.long_path('\\\\.\\NUL') == '\\\\.\\NUL'
     for path in 'C:\\a', '\\\\server\\share', '/posix':
-        assert localnames.short_path(localnames.long_path(path)) == path or path == '/posix'
+        assert agent.short_path(localnames.long_path(path)) == path or path == '/posix'
 
 
 def test_modes_there_are_made_up_where_windows_knows_none(tmp_path, monkeypatch):
@@ -168,6 +195,13 @@ def test_a_name_that_is_held_for_a_moment_is_taken_a_moment_later(tmp_path, monk
     agent.replace(str(tmp_path / 'new'), str(tmp_path / 'name'))
     assert len(tries) == 3 and (tmp_path / 'name').read_text() == 'x'
     monkeypatch.setattr(agent, 'HELD', 0.1)
+
+    def always_held(source, target):
+        raise PermissionError(errno.EACCES, 'held', source, None, target)
+    monkeypatch.setattr(agent.os, 'replace', always_held)
+    with pytest.raises(PermissionError) as refused:
+        agent.replace(str(tmp_path / 'new'), agent.LONG + 'C:\\name')
+    assert agent.sentence(refused.value) == 'C:\\name: another program has it open, or it is read-only'
     monkeypatch.setattr(agent.os, 'replace', lambda *_: os.rename(str(tmp_path / 'none'), '/none/x'))
     with pytest.raises(FileNotFoundError):
         agent.replace('a', 'b')
