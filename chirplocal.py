@@ -23,6 +23,7 @@ except ImportError:                    # Windows
 log = logging.getLogger('vmhost.chirp')
 
 ON_WINDOWS = os.name == 'nt'
+JUNCTION = getattr(stat, 'IO_REPARSE_TAG_MOUNT_POINT', None)     # on Windows, from Python 3.8 on
 NESTED = 200                   # levels of a folder that are followed
 
 
@@ -55,12 +56,20 @@ def open_regular(path: str) -> Any:
     return os.fdopen(fd, 'rb', buffering=0)
 
 
+def is_link(entry: os.DirEntry) -> bool:
+    """Whether it is a symbolic link, or a junction, which is a link to a folder by another name."""
+    return entry.is_symlink() or JUNCTION is not None and \
+        getattr(entry.stat(follow_symlinks=False), 'st_reparse_tag', None) == JUNCTION
+
+
 def tree_size(path: str, depth: int = 0) -> int:
     """Bytes of the files in a folder that will be sent."""
     size = 0
     with contextlib.suppress(OSError), os.scandir(path) as entries:
         for entry in entries:
             with contextlib.suppress(OSError):
+                if is_link(entry):
+                    continue
                 if entry.is_dir(follow_symlinks=False):
                     size += tree_size(entry.path, depth + 1) if depth < NESTED else 0
                 elif entry.is_file(follow_symlinks=False):

@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 import time
+import types
 import unicodedata
 
 import pytest
 from test_chirp_names import ours  # noqa: F401
 
 import agent
+import chirpclient
 import chirplocal
 import chirpwire
 import hostconfig
@@ -238,6 +240,33 @@ def links(monkeypatch):
 
 def missing():
     raise chirpwire.Refused(chirpwire.DOESNT_EXIST)
+
+
+@pytest.mark.parametrize('tag, found', [(7, True), (9, False)])
+def test_a_junction_is_a_link(tag, found, monkeypatch):
+    monkeypatch.setattr(chirplocal, 'JUNCTION', 7)
+    status = types.SimpleNamespace(st_reparse_tag=tag)
+    entry = types.SimpleNamespace(is_symlink=lambda: False, stat=lambda follow_symlinks: status)
+    assert chirplocal.is_link(entry) is found
+
+
+@pytest.mark.parametrize('links', ['keep', 'skip', 'follow'])
+def test_a_junction_is_moved_as_a_link_is(ours, tmp_path, monkeypatch, links):  # noqa: F811
+    """A folder of that name plays one."""
+    client, there = ours
+    (tmp_path / 'tree' / 'junction').mkdir(parents=True)
+    for name in 'file', 'junction/file':
+        (tmp_path / 'tree' / name).write_text('text')
+    for module in chirplocal, chirpclient:
+        monkeypatch.setattr(module, 'is_link', lambda entry: entry.name == 'junction')
+    try:
+        client.put(str(tmp_path / 'tree'), '/tree', links=links)
+        told = 0
+    except chirpwire.Incomplete as incomplete:
+        told = len(incomplete.failures)
+    assert told == (links == 'keep')           # this one leads nowhere
+    assert (there / 'tree' / 'file').exists()
+    assert (there / 'tree' / 'junction' / 'file').exists() == (links == 'follow')
 
 
 def test_windows_is_told_whether_a_link_leads_to_a_folder(links):
