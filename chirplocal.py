@@ -255,6 +255,7 @@ def finish_part(file: Any, target: str, times: Optional[Tuple[int, int]] = None,
                 mode: Optional[int] = None) -> None:
     """Gives a partial file its times (accessed, changed), its mode and its name, and the owner of the file
     that it replaces, where we may."""
+    localnames.check_own(target)
     keep_owner(file, target)
     close_where_needed(file)
     part = local_part(target) if file.closed else file.fileno()        # type: Union[int, str]
@@ -336,7 +337,8 @@ def beginning(file: Any) -> bytes:
 
 def make_folder(path: str) -> bool:
     """Makes a folder, or takes the one that is there; says whether it was made. Raises OSError for what is
-    no folder."""
+    no folder, or one of another name."""
+    localnames.check_own(path)
     try:
         os.mkdir(path, 0o700)
         return True

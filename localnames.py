@@ -22,6 +22,7 @@ NOT_ON_WINDOWS = re.compile(
     re.IGNORECASE)
 ON_WINDOWS = os.name == 'nt'
 DEVICES = '\\\\.\\'            # begins what is meant to be a device of Windows'
+SHORT = re.compile(r'(?=[^.]{3,8}(\.|$))[^.~]+~[^.]+(\.[^.]{1,3})?$')      # what Windows may call a file, too
 MOST_NAMES = 1000 * 1000       # of one folder that are held
 
 
@@ -39,6 +40,15 @@ def check_path(path: str) -> None:
     for name in re.split(r'[/\\]', ntpath.splitdrive(path)[1]):
         if name not in ('', '.', '..') and NOT_ON_WINDOWS.search(name):
             raise OSError(errno.EINVAL, 'no file can have the name %s here' % name, path)
+
+
+def check_own(path: str) -> None:
+    """Raises OSError where the path leads to a file of another name: Windows gives those with long ones a
+    short one as well, such as ``LONGNA~1.TXT``."""
+    folder, name = os.path.split(path)
+    if ON_WINDOWS and SHORT.match(name) and os.path.lexists(path):
+        if upper(name) not in map(upper, os.listdir(folder or '.')):
+            raise OSError(errno.EEXIST, 'here it is another file\'s short name', path)
 
 
 def long_path(path: str) -> str:

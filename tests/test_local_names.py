@@ -156,6 +156,13 @@ def test_ntfs_compares_character_by_character():
     assert localnames.upper('\u00e9.TXT') == localnames.upper('\u00c9.txt')
 
 
+def test_a_short_name_is_known_by_its_form():
+    for name in 'LONGNA~1.TXT', 'A~1', 'longna~2', 'LONG~J3C.TXT':
+        assert localnames.SHORT.match(name)
+    for name in 'file.c~', '~lock', 'long name~1', 'a~1.html', 'a~', 'a.b~1.c':
+        assert not localnames.SHORT.match(name)
+
+
 def test_long_paths_are_written_as_windows_wants_them(windows, monkeypatch):
     monkeypatch.setattr(localnames.os.path, 'abspath', lambda path: path)
     assert localnames.long_path('C:\\a') == '\\\\?\\C:\\a' == localnames.long_path('\\\\?\\C:\\a')

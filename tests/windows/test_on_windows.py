@@ -172,6 +172,29 @@ def test_a_target_that_windows_would_take_for_another_is_told(verb, guest, tmp_p
     assert (tmp_path / 'name').read_bytes() == b'old' and os.listdir(str(tmp_path)) == ['name']
 
 
+SHORT = """if True:
+    import ctypes, os
+    name = ctypes.create_unicode_buffer(300)
+    ctypes.windll.kernel32.GetShortPathNameW(os.path.abspath('long name.text'), name, 300)
+    print(os.path.basename(name.value))
+"""
+
+
+@pytest.mark.parametrize('kind', ['file', 'folder'])
+def test_what_is_called_as_another_is_for_short_is_told(verb, guest, tmp_path, kind):
+    """As LONGNA~1.TEX, which Windows itself takes for the file of the long name."""
+    write(tmp_path / 'tree' / 'long name.text', b'old')
+    short = python('-c', SHORT, folder=str(tmp_path / 'tree'))[1].strip()
+    assert '~' in short
+    there = os.path.join(guest.files, kind, 'tree')
+    write(os.path.join(there, short, *['file'] * (kind == 'folder')), b'new')
+    write(os.path.join(there, 'good~1'), b'good')
+    code, said = verb('get', 'g', kind + '/tree')
+    assert code == 1 and short in said and 'short name' in said, said
+    assert (tmp_path / 'tree' / 'long name.text').read_bytes() == b'old'
+    assert (tmp_path / 'tree' / 'good~1').read_bytes() == b'good'
+
+
 HOLD = """if True:
     import ctypes, sys, time
     ctypes.windll.kernel32.CreateFileW('name', 0x80000000, 1, None, 3, 0, None)     # nobody may replace it
