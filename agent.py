@@ -5,6 +5,7 @@ Ini files, logging, signals, preconditions that `check` looks at, bundles, the b
 What it is not: anything that knows a word, a frame or a guest. Imports nothing of ours. No threads, no state.
 """
 
+import codecs
 import configparser
 import contextlib
 import errno
@@ -148,17 +149,29 @@ def read_settings(file: Optional[str], spec: Dict[str, Dict[str, Tuple[Callable,
     parser = configparser.ConfigParser(interpolation=None, strict=True)
     if file is not None:
         try:
-            with open(file, encoding='utf-8-sig') as lines:
-                parser.read_file(lines, file)
+            parser.read_file(io.StringIO(_read_text(file), newline=None), file)
         except OSError as error:
             raise ConfigError('%s: %s' % (file, error.strerror or error))
-        except (configparser.Error, UnicodeDecodeError) as error:
+        except configparser.Error as error:
             raise ConfigError('%s: %s' % (file, ' '.join(str(error).split())))
     _refuse_unknown(file, parser, spec)
     folder = os.path.dirname(os.path.abspath(file)) if file is not None else os.getcwd()
     sections = {section: _read_section(file, parser, section, keys, folder)
                 for section, keys in spec.items()}
     return types.SimpleNamespace(**sections)
+
+
+def _read_text(file: str) -> str:
+    """What was saved as UTF-8, or, as some editors on Windows do, as UTF-16. Raises ConfigError, OSError."""
+    with open(file, 'rb') as source:
+        data = source.read()
+    encoding = 'utf-16' if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else 'utf-8-sig'
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = error.object[:error.start].count(b'\n') + 1
+        raise ConfigError('%s: line %d: not in %s: save the file as UTF-8'
+                          % (file, line, error.encoding.upper().replace('-SIG', '')))
 
 
 def _refuse_unknown(file: Optional[str], parser: configparser.ConfigParser,
@@ -306,8 +319,20 @@ def sentence(error: BaseException) -> str:
     """What went wrong, for a person: of what the system says, the path and the reason, and no number."""
     if not isinstance(error, OSError) or not error.strerror:
         return str(error) or type(error).__name__
-    names = [name for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
-    return ': '.join([' -> '.join(map(os.fsdecode, names)), error.strerror] if names else [error.strerror])
+    names = [short_path(os.fsdecode(name)) for name in (error.filename, error.filename2)
+             if isinstance(name, (str, bytes))]
+    return ': '.join([' -> '.join(names), error.strerror] if names else [error.strerror])
+
+
+LONG = '\\\\?\\'               # begins a path of Windows that may be longer than 260 characters
+
+
+def short_path(path: str) -> str:
+    """A path as a person writes it."""
+    if not path.startswith(LONG):
+        return path
+    path = path[len(LONG):]
+    return '\\' + path[3:] if path.startswith('UNC\\') else path
 
 
 class Seldom:
@@ -477,9 +502,11 @@ def replace(source: str, target: str) -> None:
     while True:
         try:
             return os.replace(source, target)
-        except PermissionError:
-            if not ON_WINDOWS or time.monotonic() > deadline:
+        except PermissionError as error:
+            if not ON_WINDOWS:
                 raise
+            if time.monotonic() > deadline:
+                raise PermissionError(error.errno, 'another program has it open, or it is read-only', target)
         time.sleep(HELD_PAUSE)
 
 

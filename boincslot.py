@@ -17,6 +17,8 @@ import re
 import time
 from typing import Any, Dict, List, Optional
 
+import agent
+
 CHANNEL = 1024                 # bytes of a mailbox: a flag, then text that ends with NUL
 CONTROL, GRAPHICS, HEARTBEAT, STATUS, TRICKLE_UP, TRICKLE_DOWN = 0, 3, 4, 5, 6, 7      # their numbers
 CHANNELS = 8
@@ -211,7 +213,7 @@ class Slot:
     def _write(self, name: str, lines: List[str]) -> None:
         with open(self.path(name + '.new'), 'w', encoding='utf-8') as file:
             file.write('\n'.join(lines) + '\n')
-        os.replace(self.path(name + '.new'), self.path(name))
+        agent.replace(self.path(name + '.new'), self.path(name))
 
 
 def _lock_posix(path: str) -> Any:
@@ -340,4 +342,4 @@ class Record:
         values = {name: value for name, value in vars(self).items() if not name.startswith('_')}
         with open(self._path + '.new', 'w', encoding='utf-8') as file:
             json.dump(values, file)
-        os.replace(self._path + '.new', self._path)
+        agent.replace(self._path + '.new', self._path)

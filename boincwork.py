@@ -219,7 +219,7 @@ def write_new(path: str, text: str) -> None:
     except FileExistsError:
         pass
     except OSError:                    # a file system without links
-        os.replace(temporary, path)
+        agent.replace(temporary, path)
         return
     os.remove(temporary)
 

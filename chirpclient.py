@@ -25,6 +25,7 @@ from chirplocal import (
     finish_part,
     give_up_part,
     is_device,
+    is_link,
     join,
     link_there,
     local_part,
@@ -156,7 +157,7 @@ class Failures:
         self.count += 1
         if len(self._some) < FAILURES:
             reason = error.strerror if isinstance(error, OSError) else getattr(error, 'reason', '')
-            told = path if isinstance(path, bytes) else to_remote(localnames.short_path(path))
+            told = path if isinstance(path, bytes) else to_remote(agent.short_path(path))
             self._some.append((shown(told), reason or str(error)))
 
     def check(self) -> None:
@@ -205,6 +206,7 @@ class ChirpClient(Connection):
             raise ChirpError('an empty path is no source')
         with self._moving(progress, cancel, within) as meter:
             target = os.fspath(target)
+            localnames.check_path(target)
             Download(self, meter, options(verify, keep, links)).run(
                 to_bytes(source), localnames.long_path(target.rstrip(SEPARATORS) or target))
 
@@ -615,7 +617,8 @@ class Upload(Move):
                     with self._failing(entry.path):
                         check_whole(to_remote(entry.name))
                         self._check_name(to_remote(entry.name))
-                        if entry.is_dir(follow_symlinks=self._options.links == 'follow'):
+                        follow = self._options.links == 'follow'
+                        if entry.is_dir(follow_symlinks=follow) and (follow or not is_link(entry)):
                             if not merge:
                                 self._make_way(known, target, to_remote(entry.name))
                             folders.append(entry.name)
@@ -664,7 +667,7 @@ class Upload(Move):
         name = to_remote(entry.name)
         target = join(folder, name)
         there = self._small.asking(lambda: known.find(name)) if known.must_ask else known.find(name)
-        if entry.is_symlink() and self._options.links != 'follow':
+        if is_link(entry) and self._options.links != 'follow':
             if self._options.links == 'keep':
                 self._small.asking(lambda: self._put_link(entry.path, target, there, merge))
             return

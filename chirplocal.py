@@ -23,6 +23,7 @@ except ImportError:                    # Windows
 log = logging.getLogger('vmhost.chirp')
 
 ON_WINDOWS = os.name == 'nt'
+JUNCTION = getattr(stat, 'IO_REPARSE_TAG_MOUNT_POINT', None)     # on Windows, from Python 3.8 on
 NESTED = 200                   # levels of a folder that are followed
 
 
@@ -55,12 +56,20 @@ def open_regular(path: str) -> Any:
     return os.fdopen(fd, 'rb', buffering=0)
 
 
+def is_link(entry: os.DirEntry) -> bool:
+    """Whether it is a symbolic link, or a junction, which is a link to a folder by another name."""
+    return entry.is_symlink() or JUNCTION is not None and \
+        getattr(entry.stat(follow_symlinks=False), 'st_reparse_tag', None) == JUNCTION
+
+
 def tree_size(path: str, depth: int = 0) -> int:
     """Bytes of the files in a folder that will be sent."""
     size = 0
     with contextlib.suppress(OSError), os.scandir(path) as entries:
         for entry in entries:
             with contextlib.suppress(OSError):
+                if is_link(entry):
+                    continue
                 if entry.is_dir(follow_symlinks=False):
                     size += tree_size(entry.path, depth + 1) if depth < NESTED else 0
                 elif entry.is_file(follow_symlinks=False):
@@ -246,6 +255,7 @@ def finish_part(file: Any, target: str, times: Optional[Tuple[int, int]] = None,
                 mode: Optional[int] = None) -> None:
     """Gives a partial file its times (accessed, changed), its mode and its name, and the owner of the file
     that it replaces, where we may."""
+    localnames.check_own(target)
     keep_owner(file, target)
     close_where_needed(file)
     part = local_part(target) if file.closed else file.fileno()        # type: Union[int, str]
@@ -327,7 +337,8 @@ def beginning(file: Any) -> bytes:
 
 def make_folder(path: str) -> bool:
     """Makes a folder, or takes the one that is there; says whether it was made. Raises OSError for what is
-    no folder."""
+    no folder, or one of another name."""
+    localnames.check_own(path)
     try:
         os.mkdir(path, 0o700)
         return True
@@ -377,7 +388,7 @@ def link_there(path: str) -> bytes:
     leads = os.readlink(path)
     if not ON_WINDOWS:
         return to_remote(leads)
-    leads = localnames.short_path(leads).replace('\\', '/')
+    leads = agent.short_path(leads).replace('\\', '/')
     if leads.startswith('/') or ':' in leads:
         raise OSError(errno.EINVAL, 'a link to %s, which only this machine has' % leads)
     return to_remote(leads)

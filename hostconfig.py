@@ -9,6 +9,7 @@ from typing import Any, Callable, Dict, Optional, Tuple
 
 import agent
 import drivers
+import localnames
 
 
 def port(value: str) -> int:
@@ -60,10 +61,21 @@ def ini_here() -> Optional[str]:
 def read_settings(ini: Optional[str]) -> Any:
     """The settings in host.ini; None: the defaults, state in the system's place. Raises ConfigError."""
     settings = agent.read_settings(ini, SETTINGS)
+    for section, keys in SETTINGS.items():
+        for key, (kind, _) in keys.items():
+            if kind is agent.path:
+                _check_path(ini, section, key, getattr(getattr(settings, section), key))
     if ini is None:
         settings.Host.state_dir = own_state_dir()
         settings.Hypervisor.machine_folder = os.path.join(own_state_dir(), 'machines')
     return settings
+
+
+def _check_path(ini: Optional[str], section: str, key: str, path: str) -> None:
+    try:
+        localnames.check_path(path)
+    except OSError as error:
+        raise agent.ConfigError('%s: [%s] %s = %s: %s' % (ini, section, key, path, error.strerror))
 
 
 SETTINGS: Dict[str, Dict[str, Tuple[Callable, str]]] = {

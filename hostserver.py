@@ -164,6 +164,8 @@ class Connection:
         """Ends it, from any thread, whatever its own waits for."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+        if agent.ON_WINDOWS:           # where only that wakes who waits to read
+            self._socket.close()
 
     def close(self) -> None:
         """Ends it, and gives the descriptor back. When its thread has ended, or never began."""

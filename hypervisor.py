@@ -554,7 +554,10 @@ class Child:
     """A driver's process, seen from the host."""
 
     def __init__(self, command: List[str], setup: Dict[str, Any], stderr: Any) -> None:
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr)
+        # A host agent without a console, as BOINC's: Windows would open one for it, for everybody to close.
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
+            creationflags=getattr(subprocess, 'CREATE_NO_WINDOW', 0))
         # Keeps two requests from mixing on the pipe. Held while writing to it.
         self._writing = threading.Lock()
         self.write(setup)

@@ -7,20 +7,23 @@ What it is not: anything that opens a file of a user's. No threads, no state.
 """
 
 import errno
+import ntpath
 import os
 import re
 import sys
 from typing import Callable, Dict, Optional
 
 import agent
+from agent import LONG
 
 NOT_ON_WINDOWS = re.compile(
     r'[\x00-\x1f<>:"/\\|?*\ud800-\udfff]|[ .]$'
     r'|^(con|prn|aux|nul|conin\$|conout\$|com[0-9\u00b9\u00b2\u00b3]|lpt[0-9\u00b9\u00b2\u00b3]) *(\.|$)',
     re.IGNORECASE)
 ON_WINDOWS = os.name == 'nt'
+DEVICES = '\\\\.\\'            # begins what is meant to be a device of Windows'
+SHORT = re.compile(r'(?=[^.]{3,8}(\.|$))[^.~]+~[^.]+(\.[^.]{1,3})?$')      # what Windows may call a file, too
 MOST_NAMES = 1000 * 1000       # of one folder that are held
-LONG = '\\\\?\\'               # begins a path of Windows that may be longer than 260 characters
 
 
 def check(name: str) -> None:
@@ -29,22 +32,33 @@ def check(name: str) -> None:
         raise OSError(errno.EINVAL, 'no file can have this name here')
 
 
+def check_path(path: str) -> None:
+    """Raises OSError where a name in the path can be none here. Windows itself would take ``aux.txt`` for a
+    device, and ``name.`` for ``name``."""
+    if not ON_WINDOWS or path.startswith((LONG, DEVICES)):
+        return
+    for name in re.split(r'[/\\]', ntpath.splitdrive(path)[1]):
+        if name not in ('', '.', '..') and NOT_ON_WINDOWS.search(name):
+            raise OSError(errno.EINVAL, 'no file can have the name %s here' % name, path)
+
+
+def check_own(path: str) -> None:
+    """Raises OSError where the path leads to a file of another name: Windows gives those with long ones a
+    short one as well, such as ``LONGNA~1.TXT``."""
+    folder, name = os.path.split(path)
+    if ON_WINDOWS and SHORT.match(name) and os.path.lexists(path):
+        if upper(name) not in map(upper, os.listdir(folder or '.')):
+            raise OSError(errno.EEXIST, 'here it is another file\'s short name', path)
+
+
 def long_path(path: str) -> str:
     """The path so that it, and what comes below it, may be of any length."""
     if not ON_WINDOWS or path.startswith(LONG):
         return path
     path = os.path.abspath(path)
-    if path.startswith('\\\\.\\'):             # a device
+    if path.startswith(DEVICES):
         return path
     return LONG + ('UNC' + path[1:] if path.startswith('\\\\') else path)
-
-
-def short_path(path: str) -> str:
-    """A path of ``long_path`` as a person writes it."""
-    if not path.startswith(LONG):
-        return path
-    path = path[len(LONG):]
-    return '\\' + path[3:] if path.startswith('UNC\\') else path
 
 
 Fold = Callable[[str], str]

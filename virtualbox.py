@@ -113,16 +113,20 @@ class VirtualBox(Driver):
         return self._box.has_news()
 
 
+VBOXAPI = ('`python -m pip install .` in its folder sdk\\install or sdk\\installer\\python'
+           if agent.ON_WINDOWS else
+           'on Debian the package virtualbox, elsewhere `python -m pip install .` in the folder '
+           'sdk/installer/python of VirtualBox, or its SDK')
+
+
 def import_virtualbox() -> Any:
     """A VirtualBoxManager from vboxapi, or HypervisorError that says what is missing."""
     try:
         import vboxapi
     except ImportError as error:
         raise HypervisorError(
-            'vboxapi is not installed for Python %s (%s): %s. It comes with VirtualBox: on Debian '
-            'the package virtualbox, elsewhere `python -m pip install .` in the folder '
-            'sdk/installer/python of VirtualBox, or its SDK'
-            % (platform.python_version(), sys.executable, error))
+            'vboxapi is not installed for Python %s (%s): %s. It comes with VirtualBox: %s'
+            % (platform.python_version(), sys.executable, error, VBOXAPI))
     except Exception as error:
         raise HypervisorError('vboxapi can not be imported: %s: %s'
                               % (type(error).__name__, error))

@@ -219,11 +219,13 @@ def test_a_wrong_login(guarded, lines):
 def test_300_at_once(broker, connect):
     """Connecting: 300 simultaneous connections all get CONNECTED within 15 s
     Connecting: 100 connections opened in one burst (listen backlog): all served within 5 s"""
-    clients = [connect(None) for _ in range(300)]
+    clients = []
+    for _ in range(300):               # on a slow machine the first has no time until the last is there
+        clients.append(connect(None))
+        clients[-1].say('CONNECT', 'accept-version:1.2', 'host:x')
     for client in clients:
-        client.say('CONNECT', 'accept-version:1.2', 'host:x')
-    for client in clients:
-        assert client.take(15).command == 'CONNECTED'
+        answer = client.take(15)
+        assert answer.command == 'CONNECTED', answer
 
 
 def test_100_that_connect_and_vanish(broker, connect):
@@ -611,14 +613,14 @@ def test_a_host_agent_whose_broker_fails_ends(tmp_path):
     ini, address = tmp_path / 'host.ini', tmp_path / 'state' / 'broker.address'
     ini.write_text('[Broker]\nport = 0\n[Host]\nxmlrpc_port = 0\nstate_dir = %s\n[Hypervisor]\n'
                    'hypervisor = none\n' % (tmp_path / 'state'))
-    process = subprocess.Popen([sys.executable, '-c', code, str(ini)], cwd=TOP, stderr=subprocess.PIPE)
+    with open(str(tmp_path / 'errors'), 'wb') as errors:       # Wine's desktop would keep a pipe open
+        process = subprocess.Popen([sys.executable, '-c', code, str(ini)], cwd=TOP, stderr=errors)
     try:
         wait_until(lambda: address.exists() and address.read_text(), 60)
         host, port = address.read_text().rsplit(':', 1)
         with Client((host, int(port))) as client:
             client.take_end_or_error()
-        _, errors = process.communicate(timeout=60)
+        assert process.wait(60) == 1
     finally:
         process.kill()
-    assert process.returncode == 1
-    assert "the embedded broker has failed: KeyError('on purpose'" in errors.decode()
+    assert "the embedded broker has failed: KeyError('on purpose'" in (tmp_path / 'errors').read_text()

@@ -8,6 +8,7 @@ import time
 
 import pytest
 from helpers import wait_until
+from process_memory import MEMORY_IS_KNOWN, most_memory
 from stomp_client import Client, Program, frame, running
 
 from stompbroker import Broker, Policy
@@ -522,36 +523,34 @@ def test_a_body_that_the_broker_took_cuts_nobody_off():
         assert broker.counters()['cut_off'] == 0 and min(counts) >= 2 * 16 * MIB
 
 
-def memory(process, what='VmHWM'):
-    """Bytes of memory that a process has had at most."""
-    with open('/proc/%d/status' % process.pid) as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(what)) * 1024
+# What the interpreter takes at the first use of this and that; Wine's own libraries lie in that memory, too.
+SPARE = MIB if os.name == 'posix' else 4 * MIB
 
 
 @pytest.mark.once
-@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='memory is read from /proc')
+@pytest.mark.skipif(not MEMORY_IS_KNOWN, reason='nobody tells how much memory a process has')
 def test_unfinished_bodies_take_no_more_than_they_may():
     """60 clients with 10 MB each, of bodies that never end, where 64 MiB may be held; those who had to go
     don't read their ERROR, nor close."""
     with Program('--held', str(64 * MIB)) as program, contextlib.ExitStack() as stack:
         monitor = stack.enter_context(Client(program.address))
         monitor.connect('1.2')
-        before = memory(program.process)
+        before = most_memory(program.process)
         for _ in range(60):
             client = stack.enter_context(Client(program.address, receive_buffer=4096))
             client.connect('1.2')
             with contextlib.suppress(OSError):
                 client.send(b'SEND\ndestination:/topic/a\ncontent-length:10000001\n\n' + b'x' * 10000000)
         monitor.before_now()
-        assert memory(program.process) - before < 1.1 * 64 * MIB + 12 * MIB      # and one that is being read
+        assert most_memory(program.process) - before < 1.1 * 64 * MIB + 12 * MIB  # and one being read
 
 
 @pytest.mark.once
-@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='memory is read from /proc')
+@pytest.mark.skipif(not MEMORY_IS_KNOWN, reason='nobody tells how much memory a process has')
 def test_queues_take_no_more_memory_than_they_may():
     """Small messages and large ones, and what comes back from a consumer that dies."""
     with Program('--queued', str(40 * MIB), '--queued-in-all', str(64 * MIB)) as program:
-        before = memory(program.process)
+        before = most_memory(program.process)
         for name, size in ('a', 10), ('b', 1000), ('c', 100000):
             with Client(program.address) as client:
                 client.connect('1.2')
@@ -567,11 +566,11 @@ def test_queues_take_no_more_memory_than_they_may():
         with Client(program.address) as client:
             client.connect('1.2')
             client.before_now()
-        assert memory(program.process) - before < 1.1 * 64 * MIB
+        assert most_memory(program.process) - before < 1.1 * 64 * MIB
 
 
 @pytest.mark.once
-@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='memory is read from /proc')
+@pytest.mark.skipif(not MEMORY_IS_KNOWN, reason='nobody tells how much memory a process has')
 @pytest.mark.parametrize('what', ['names', 'headers', 'letters'])
 def test_what_stands_round_a_message_counts_as_well(what):
     """Queues of one message each, messages of 900 short headers, and headers of which one letter makes
@@ -579,7 +578,7 @@ def test_what_stands_round_a_message_counts_as_well(what):
     with Program('--queued-in-all', str(16 * MIB)) as program, Client(program.address) as client:
         client.connect('1.2')
         client.before_now()
-        before = memory(program.process)
+        before = most_memory(program.process)
         with contextlib.suppress(OSError):
             for number in range(100000):
                 destination, lines = '/queue/a', []
@@ -594,11 +593,11 @@ def test_what_stands_round_a_message_counts_as_well(what):
         with Client(program.address) as other:
             other.connect('1.2')
             other.before_now()
-        assert memory(program.process) - before < 1.1 * 16 * MIB + MIB
+        assert most_memory(program.process) - before < 1.1 * 16 * MIB + SPARE
 
 
 @pytest.mark.once
-@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='memory is read from /proc')
+@pytest.mark.skipif(not MEMORY_IS_KNOWN, reason='nobody tells how much memory a process has')
 @pytest.mark.parametrize('kind', ['topic', 'queue'])
 def test_subscriptions_take_no_more_memory_than_they_may(kind):
     """Each to a destination of its own."""
@@ -607,11 +606,11 @@ def test_subscriptions_take_no_more_memory_than_they_may(kind):
         for client in clients:
             client.connect('1.2')
         clients[0].before_now()
-        before = memory(program.process)
+        before = most_memory(program.process)
         for which, client in enumerate(clients[1:]):
             place = 'destination:/%s/%d.' % (kind, which)
             with contextlib.suppress(OSError):
                 client.send(b''.join(frame('SUBSCRIBE', 'id:%d' % number, place + str(number))
                                      for number in range(999)))
             clients[0].before_now()
-        assert memory(program.process) - before < 1.1 * 16 * MIB + MIB
+        assert most_memory(program.process) - before < 1.1 * 16 * MIB + SPARE

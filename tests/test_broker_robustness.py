@@ -18,6 +18,7 @@ import pytest
 from helpers import wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from process_memory import MEMORY_IS_KNOWN, memory, most_memory
 from stomp_client import Client, Program, frame, running
 
 from stompbroker import Broker
@@ -123,7 +124,7 @@ def test_who_takes_most_of_the_memory_goes():
             assert [client.take().body for client in lazy[:10]] == [b'0' * (6 * MIB)] * 10
 
 
-@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='memory is read from /proc')
+@pytest.mark.skipif(not MEMORY_IS_KNOWN, reason='nobody tells how much memory a process has')
 @pytest.mark.once
 def test_what_one_read_brings_times_all_subscriptions_is_bounded():
     """60 KiB of small frames, for 60 clients with 25 subscriptions each: 200 MB, where 16 MiB may wait."""
@@ -132,19 +133,19 @@ def test_what_one_read_brings_times_all_subscriptions_is_bounded():
             client.send(b''.join(frame('SUBSCRIBE', 'id:%d' % (25 * number + each), 'destination:/t')
                                  for each in range(25)))
             client.before_now()
-        before = memory(program.process, 'VmHWM')
+        before = most_memory(program.process)
         sender.send(frame('SEND', 'destination:/t') * 1500)
         sender.before_now()
-        assert memory(program.process, 'VmHWM') - before < (1.1 * 16 + 10) * 1024
+        assert most_memory(program.process) - before < (1.1 * 16 + 10) * MIB
 
 
-@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='memory is read from /proc')
+@pytest.mark.skipif(not MEMORY_IS_KNOWN, reason='nobody tells how much memory a process has')
 @pytest.mark.once
 def test_what_one_round_reads_is_bounded():
     """300 clients have said 60 KiB of small frames each, when the broker looks: 180 MB of messages."""
     with Program() as program, connected(program, 301) as (listener, *clients):
         listener.subscribe('/t')
-        before = memory(program.process, 'VmHWM')
+        before = most_memory(program.process)
         program.process.send_signal(signal.SIGSTOP)
         for client in clients:
             client.send(frame('SEND', 'destination:/t') * 500)
@@ -152,25 +153,25 @@ def test_what_one_round_reads_is_bounded():
         for client in clients:
             client.before_now()
         assert len(listener.bodies()) == 500 * 300
-        assert memory(program.process, 'VmHWM') - before < 40 * 1024
+        assert most_memory(program.process) - before < 40 * MIB
 
 
-@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='memory is read from /proc')
+@pytest.mark.skipif(not MEMORY_IS_KNOWN, reason='nobody tells how much memory a process has')
 @pytest.mark.once
 def test_small_frames_that_wait_take_no_more_than_their_bytes():
     """RECEIPTs that nobody reads."""
     with Program('--waiting-in-all', str(4 * MIB)) as program, connected(program, 1) as (good,):
         with connected(program, 1, receive_buffer=4096) as (lazy,):
             good.before_now()
-            before = memory(program.process, 'VmHWM')
+            before = most_memory(program.process)
             with contextlib.suppress(OSError):
                 for _ in range(45):
                     lazy.send(frame('SEND', 'destination:/t', 'receipt:') * 10000)
             good.before_now()
-            assert memory(program.process, 'VmHWM') - before < (1.1 * 4 + 1) * 1024
+            assert most_memory(program.process) - before < (1.1 * 4 + 1) * MIB
 
 
-@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='memory is read from /proc')
+@pytest.mark.skipif(not MEMORY_IS_KNOWN, reason='nobody tells how much memory a process has')
 def test_one_round_can_not_bring_more_than_may_wait():
     """60 KiB of small frames, times 1,000 subscriptions of their sender: 180 MB, if nothing stopped it."""
     with Program() as program, connected(program, 1) as (good,):
@@ -184,7 +185,7 @@ def test_one_round_can_not_bring_more_than_may_wait():
                 while greedy.socket.recv(MIB):
                     pass
             assert len(good.bodies()) > 1000
-            assert memory(program.process, 'VmHWM') < 100 * 1024
+            assert most_memory(program.process) < 100 * MIB
 
 
 def test_a_queue_waits_for_a_slow_consumer():
@@ -314,12 +315,6 @@ def test_many_that_come_and_go(broker, connect):
     assert broker.counters()['destinations'] == 0 and broker.counters()['held_bytes'] == 0
 
 
-def memory(process, what='VmRSS'):
-    """KiB of memory that a process has; VmHWM: had at most."""
-    with open('/proc/%d/status' % process.pid) as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(what))
-
-
 def allow_descriptors(number):
     resource = pytest.importorskip('resource')     # which Windows doesn't have, nor a limit
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -350,7 +345,7 @@ def test_2000_that_connect_at_once():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='memory is read from /proc')
+@pytest.mark.skipif(not MEMORY_IS_KNOWN, reason='nobody tells how much memory a process has')
 def test_2000_at_once_and_memory_returns():
     number = 2000
     allow_descriptors(number + 200)
@@ -369,9 +364,9 @@ def test_2000_at_once_and_memory_returns():
             with connected(program, 1) as (last,):
                 last.before_now()
             after.append(memory(program.process))
-        assert full < 80 * 1024                          # under 40 KiB each, with Python itself
+        assert full < 80 * MIB                           # under 40 KiB each, with Python itself
         # What Python keeps from its first use for the next is no leak, but must not grow.
-        assert after[-1] < after[1] + 2048, after
+        assert after[-1] < after[1] + 2 * MIB, after
 
 
 def test_descriptors_run_out():

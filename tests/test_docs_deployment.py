@@ -103,6 +103,15 @@ def test_the_task_of_windows_goes_on_for_ever():
     assert found['Command'].startswith('FOLDER') and found['UserId'] == 'USER'     # at-logon.cmd knows these
 
 
+def test_the_task_of_windows_takes_any_folder():
+    """As at-logon.cmd fills it in: two dashes would end a comment."""
+    with open(os.path.join(TOP, 'examples', 'windows', 'vmhost-task.xml')) as file:
+        text = file.read().replace('USER', 'home\\J\u00f6rg').replace('FOLDER', 'C:\\vm--host &amp; more')
+    root = xml.etree.ElementTree.fromstring(text)
+    found = {element.tag.rpartition('}')[2]: element.text for element in root.iter()}
+    assert found['WorkingDirectory'] == 'C:\\vm--host & more' and found['UserId'] == 'home\\J\u00f6rg'
+
+
 def test_user_data_holds_the_unit_and_the_ini_file_of_this_page():
     yaml = pytest.importorskip('yaml', reason='PyYAML is not installed')
     assert BLOCKS['user-data'].startswith('#cloud-config\n')

@@ -5,14 +5,17 @@ import os
 import shutil
 import subprocess
 import time
+import types
 import unicodedata
 
 import pytest
 from test_chirp_names import ours  # noqa: F401
 
 import agent
+import chirpclient
 import chirplocal
 import chirpwire
+import hostconfig
 import localnames
 
 NO_NAMES = ['a:b', 'back\\slash', '..\\out', 'dot.', 'space ', 'con', 'CON.txt', 'Aux .txt', 'nul', 'COM1',
@@ -31,6 +34,32 @@ def test_names_that_windows_can_not_have_are_refused(windows):
             localnames.check(name)
     for name in NAMES:
         localnames.check(name)
+
+
+@pytest.mark.parametrize('path', ['C:\\dir\\aux.txt', 'C:\\con\\x', '/dir/name.', 'C:name ', 'C:\\a\\b:c',
+                                  '\\\\server\\share\\nul'])
+def test_a_target_that_windows_would_take_for_another_is_refused(windows, path):
+    with pytest.raises(OSError, match='no file can have the name .* here') as refused:
+        localnames.check_path(path)
+    assert refused.value.filename == path
+
+
+def test_a_target_that_windows_takes_as_it_is_written_is_one(windows):
+    for path in ('C:\\dir\\file.txt', 'C:', 'C:file', '..\\.\\a\\', '\\\\server\\share\\a', '\\\\.\\NUL',
+                 '\\\\?\\C:\\dir\\name.', '/a b/.c'):
+        localnames.check_path(path)
+
+
+def test_a_target_of_get_and_a_folder_of_host_ini_are_checked_so(ours, tmp_path, windows):  # noqa: F811
+    client, there = ours
+    (there / 'file').write_bytes(b'x')
+    with pytest.raises(OSError, match='the name aux.txt here'):
+        client.get('/file', str(tmp_path / 'aux.txt'))
+    assert os.listdir(str(tmp_path)) == [there.name]
+    ini = tmp_path / 'host.ini'
+    ini.write_text('[Host]\nstate_dir = aux.state\n')
+    with pytest.raises(agent.ConfigError, match=r'\[Host\] state_dir = .*aux.state: no file can have'):
+        hostconfig.read_settings(str(ini))
 
 
 def test_elsewhere_any_name_is_one():
@@ -127,13 +156,20 @@ def test_ntfs_compares_character_by_character():
     assert localnames.upper('\u00e9.TXT') == localnames.upper('\u00c9.txt')
 
 
+def test_a_short_name_is_known_by_its_form():
+    for name in 'LONGNA~1.TXT', 'A~1', 'longna~2', 'LONG~J3C.TXT':
+        assert localnames.SHORT.match(name)
+    for name in 'file.c~', '~lock', 'long name~1', 'a~1.html', 'a~', 'a.b~1.c':
+        assert not localnames.SHORT.match(name)
+
+
 def test_long_paths_are_written_as_windows_wants_them(windows, monkeypatch):
     monkeypatch.setattr(localnames.os.path, 'abspath', lambda path: path)
     assert localnames.long_path('C:\\a') == '\\\\?\\C:\\a' == localnames.long_path('\\\\?\\C:\\a')
     assert localnames.long_path('\\\\server\\share') == '\\\\?\\UNC\\server\\share'
     assert localnames.long_path('\\\\.\\NUL') == '\\\\.\\NUL'
     for path in 'C:\\a', '\\\\server\\share', '/posix':
-        assert localnames.short_path(localnames.long_path(path)) == path or path == '/posix'
+        assert agent.short_path(localnames.long_path(path)) == path or path == '/posix'
 
 
 def test_modes_there_are_made_up_where_windows_knows_none(tmp_path, monkeypatch):
@@ -168,6 +204,13 @@ def test_a_name_that_is_held_for_a_moment_is_taken_a_moment_later(tmp_path, monk
     agent.replace(str(tmp_path / 'new'), str(tmp_path / 'name'))
     assert len(tries) == 3 and (tmp_path / 'name').read_text() == 'x'
     monkeypatch.setattr(agent, 'HELD', 0.1)
+
+    def always_held(source, target):
+        raise PermissionError(errno.EACCES, 'held', source, None, target)
+    monkeypatch.setattr(agent.os, 'replace', always_held)
+    with pytest.raises(PermissionError) as refused:
+        agent.replace(str(tmp_path / 'new'), agent.LONG + 'C:\\name')
+    assert agent.sentence(refused.value) == 'C:\\name: another program has it open, or it is read-only'
     monkeypatch.setattr(agent.os, 'replace', lambda *_: os.rename(str(tmp_path / 'none'), '/none/x'))
     with pytest.raises(FileNotFoundError):
         agent.replace('a', 'b')
@@ -204,6 +247,33 @@ def links(monkeypatch):
 
 def missing():
     raise chirpwire.Refused(chirpwire.DOESNT_EXIST)
+
+
+@pytest.mark.parametrize('tag, found', [(7, True), (9, False)])
+def test_a_junction_is_a_link(tag, found, monkeypatch):
+    monkeypatch.setattr(chirplocal, 'JUNCTION', 7)
+    status = types.SimpleNamespace(st_reparse_tag=tag)
+    entry = types.SimpleNamespace(is_symlink=lambda: False, stat=lambda follow_symlinks: status)
+    assert chirplocal.is_link(entry) is found
+
+
+@pytest.mark.parametrize('links', ['keep', 'skip', 'follow'])
+def test_a_junction_is_moved_as_a_link_is(ours, tmp_path, monkeypatch, links):  # noqa: F811
+    """A folder of that name plays one."""
+    client, there = ours
+    (tmp_path / 'tree' / 'junction').mkdir(parents=True)
+    for name in 'file', 'junction/file':
+        (tmp_path / 'tree' / name).write_text('text')
+    for module in chirplocal, chirpclient:
+        monkeypatch.setattr(module, 'is_link', lambda entry: entry.name == 'junction')
+    try:
+        client.put(str(tmp_path / 'tree'), '/tree', links=links)
+        told = 0
+    except chirpwire.Incomplete as incomplete:
+        told = len(incomplete.failures)
+    assert told == (links == 'keep')           # this one leads nowhere
+    assert (there / 'tree' / 'file').exists()
+    assert (there / 'tree' / 'junction' / 'file').exists() == (links == 'follow')
 
 
 def test_windows_is_told_whether_a_link_leads_to_a_folder(links):

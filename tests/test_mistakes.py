@@ -84,6 +84,26 @@ def test_a_value_that_the_host_could_not_live_with(line, told, tmp_path):
     sentences(text, 'bad.ini', line.splitlines()[-1].partition(' =')[0], told)
 
 
+@pytest.mark.windows
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16'])
+def test_an_ini_file_may_be_saved_in_any_unicode(encoding, tmp_path):
+    text = '[Host]\r\nstate_dir = \u00e4\r\nxmlrpc_port = x\r\n'
+    (tmp_path / 'host.ini').write_bytes(text.encode(encoding))
+    code, text = run(tmp_path / 'host.ini')
+    assert code == 1
+    sentences(text, 'host.ini', '[Host] xmlrpc_port = x: expected')
+
+
+@pytest.mark.windows
+@pytest.mark.parametrize('data, told', [(b'[Host]\nstate_dir = \xe4\n', 'line 2: not in UTF-8'),
+                                        (b'\xff\xfe[\0H', 'line 1: not in UTF-16')])
+def test_an_ini_file_in_what_is_no_unicode(data, told, tmp_path):
+    (tmp_path / 'host.ini').write_bytes(data)
+    code, text = run(tmp_path / 'host.ini')
+    assert code == 1
+    sentences(text, 'host.ini: ' + told, 'save the file as UTF-8')
+
+
 @pytest.mark.parametrize('id', ['', 'a b', '*', 'a/b', 'x' * 65])
 def test_an_id_that_no_guest_may_have(id, tmp_path):
     ini = write(tmp_path / 'guest.ini', '[VM]\nid = %s\n' % id)

@@ -19,6 +19,7 @@ import agent
 import cliterminal
 import hostclient
 import hostjournal
+import hypervisor
 import protocol
 import stompbroker
 import vboxconnection
@@ -149,6 +150,20 @@ def test_what_is_typed_on_a_console_of_windows_goes_on_as_a_guest_reads_it(monke
 
 
 # --- a host that nobody hears, and its end ---
+
+def test_a_driver_that_is_started_on_windows_opens_no_console(monkeypatch):
+    """A host agent of BOINC's has none: what it starts would get one, in the middle of the screen."""
+    flags = []
+
+    def begin(words, creationflags=0, **options):
+        flags.append(creationflags)
+        return real(words, **options)
+    real = subprocess.Popen
+    monkeypatch.setattr(subprocess, 'CREATE_NO_WINDOW', 0x8000000, raising=False)
+    monkeypatch.setattr(subprocess, 'Popen', begin)
+    child = hypervisor.Child(['cat'], {}, None)
+    child.kill()
+    assert list(child.messages()) in ([], [{}]) and flags == [0x8000000]
 
 def test_shutdown_waits_until_the_host_has_ended(tmp_path):
     with Host(tmp_path) as host:

@@ -2,7 +2,7 @@
 rem Has Windows start the host agent whenever this user logs in, without a window, and starts it now.
 rem at-logon remove: no longer.
 setlocal
-if "%1" == "remove" (
+if "%~1" == "remove" (
     schtasks /Delete /TN vmhost /F
     exit /b
 )

@@ -17,7 +17,10 @@ BESIDE = ('vmhost.cmd', 'at-logon.cmd', 'vmhost-task.xml')
 
 
 def make_folder(python, bundle, folder):
-    """Raises OSError, or ValueError for what is no embeddable package."""
+    """Raises OSError, or ValueError for what is no embeddable package, or no bundle; nothing is made then."""
+    with zipfile.ZipFile(bundle) as program:
+        if 'vmhost.py' not in program.namelist():
+            raise ValueError('%s is no bundle: python vmhost.py --bundle vmhost.pyz makes one' % bundle)
     with zipfile.ZipFile(python) as package:
         if not {'python.exe', 'pythonw.exe'} <= set(package.namelist()):
             raise ValueError('%s is no embeddable package of Python for Windows' % python)
@@ -38,5 +41,7 @@ if __name__ == '__main__':
         sys.exit(__doc__)
     try:
         make_folder(*sys.argv[1:])
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except zipfile.BadZipFile:
+        sys.exit('make_folder.py: %s or %s is no zip, or a damaged one' % tuple(sys.argv[1:3]))
+    except (OSError, ValueError) as error:
         sys.exit('make_folder.py: %s' % error)

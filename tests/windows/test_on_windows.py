@@ -47,6 +47,19 @@ def test_a_command_runs_and_ends_with_its_code(verb, guest):
     assert code == 0 and 'exited 3' in said
 
 
+def test_the_bundle_of_the_guest_is_made_here_and_runs_there(tmp_path, windows):
+    """Of sources as Git writes them on Windows."""
+    (tmp_path / 'clone').mkdir()
+    for name in os.listdir(TOP):
+        if name.endswith('.py'):
+            with open(os.path.join(TOP, name), 'rb') as file:
+                write(tmp_path / 'clone' / name, file.read().replace(b'\n', b'\r\n'))
+    assert python('vmguest.py', '--bundle', 'vmguest.pyz', folder=str(tmp_path / 'clone')) == (0, '')
+    said = subprocess.check_output([sys.executable, 'vmguest.pyz', '--version'], cwd=str(tmp_path / 'clone'))
+    assert said.startswith(b'vmguest ')
+    assert python('vmguest.py', folder=str(tmp_path / 'clone'))[0] == 1
+
+
 def test_check_names_a_drive_that_is_not_there(tmp_path, windows):
     """A disk that was pulled out."""
     write(tmp_path / 'host.ini', b'[Host]\nstate_dir = Q:\\gone\\vmhost\n[Hypervisor]\nhypervisor = none\n')
@@ -147,6 +160,59 @@ def test_names_that_are_one_or_none_are_told(verb, guest, tmp_path):
         assert code == 1 and 'no file can have this name' in said
     code, said = verb('get', 'g', 'names/[Rr]*', 'names')
     assert code == 1 and 'would be the same file' in said
+
+
+def test_a_target_that_windows_would_take_for_another_is_told(verb, guest, tmp_path):
+    """By itself it writes the first to a device, and the second over what stands there as ``name``."""
+    write(os.path.join(guest.files, 'file'), b'new')
+    write(tmp_path / 'name', b'old')
+    for target in 'aux.txt', 'name.', 'name:b':
+        code, said = verb('get', 'g', 'file', target)
+        assert code == 1 and 'no file can have the name ' + target in said, said
+    assert (tmp_path / 'name').read_bytes() == b'old' and os.listdir(str(tmp_path)) == ['name']
+
+
+SHORT = """if True:
+    import ctypes, os
+    name = ctypes.create_unicode_buffer(300)
+    ctypes.windll.kernel32.GetShortPathNameW(os.path.abspath('long name.text'), name, 300)
+    print(os.path.basename(name.value))
+"""
+
+
+@pytest.mark.parametrize('kind', ['file', 'folder'])
+def test_what_is_called_as_another_is_for_short_is_told(verb, guest, tmp_path, kind):
+    """As LONGNA~1.TEX, which Windows itself takes for the file of the long name."""
+    write(tmp_path / 'tree' / 'long name.text', b'old')
+    short = python('-c', SHORT, folder=str(tmp_path / 'tree'))[1].strip()
+    assert '~' in short
+    there = os.path.join(guest.files, kind, 'tree')
+    write(os.path.join(there, short, *['file'] * (kind == 'folder')), b'new')
+    write(os.path.join(there, 'good~1'), b'good')
+    code, said = verb('get', 'g', kind + '/tree')
+    assert code == 1 and short in said and 'short name' in said, said
+    assert (tmp_path / 'tree' / 'long name.text').read_bytes() == b'old'
+    assert (tmp_path / 'tree' / 'good~1').read_bytes() == b'good'
+
+
+HOLD = """if True:
+    import ctypes, sys, time
+    ctypes.windll.kernel32.CreateFileW('name', 0x80000000, 1, None, 3, 0, None)     # nobody may replace it
+    print('held', flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_file_that_another_program_has_open_stays_and_is_told(verb, guest, tmp_path):
+    write(os.path.join(guest.files, 'file'), b'new')
+    write(tmp_path / 'name', b'old')
+    editor = Program('python', '-c', HOLD, folder=str(tmp_path))
+    wait_until(lambda: 'held' in editor.said(), 30)
+    code, said = verb('get', 'g', 'file', 'name')
+    editor.kill()
+    assert code == 1 and said.endswith('\\name: another program has it open, or it is read-only\n'), said
+    assert '?' not in said and (tmp_path / 'name').read_bytes() == b'old'
+    assert verb('get', 'g', 'file', 'name') == (0, '') and (tmp_path / 'name').read_bytes() == b'new'
 
 
 def test_two_that_go_to_one_place_at_once_do_not_mix(host, windows):
@@ -303,6 +369,9 @@ def test_a_host_that_nobody_hears_works_and_logs(tmp_path, windows):
     assert host.answers()
     assert host.run_there(host.folder, 'shutdown') == (0, '')
     assert GONE in host.run_there(host.folder, 'ls')[1]
+    wait_until(host.has_stopped_in_order, 20)
+    with open(log) as file:
+        assert 'WARNING' not in file.read()
 
 
 def test_a_damaged_journal_is_set_aside(tmp_path, windows):
