@@ -7,6 +7,7 @@ vboxnetwork.py, all of which use one `Connection`. One thread, no locks of threa
 import contextlib
 import logging
 import os
+import shutil
 import sys
 import time
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
@@ -52,6 +53,10 @@ ACCEPTABLE = {                     # the states in which a verb makes sense
     'set_limits': OFF + ('Running',),
     'screenshot': ('Running', 'Paused'),
 }
+# Verbs after which VirtualBox writes the VM's settings, and how much room it is to have for that, in bytes.
+WRITES_SETTINGS = ('start', 'save_state', 'discard_state', 'take_snapshot', 'delete_snapshot',
+                   'restore_snapshot', 'set_limits')
+ROOM = 1 << 20
 UNREADABLE = 'VirtualBox can\'t read %s: %s; `rm` takes it out of VirtualBox, and leaves its files'
 STALL = 600                        # seconds without any progress after which a job is given up
 
@@ -308,6 +313,8 @@ class Connection:
             raise BadState('%s is %s; %s needs it to be %s' % (
                 machine.name, state, verb.replace('_', ' '),
                 either([name for name in ACCEPTABLE[verb] if name in self.states.values()])))
+        if verb in WRITES_SETTINGS:
+            check_room(machine.name, machine.settingsFilePath)
         return machine
 
     def settled(self, job: Job, machine: Any) -> str:
@@ -382,6 +389,7 @@ class Connection:
 
     def edit(self, job: Job, machine: Any, change: Callable[[Any], None]) -> None:
         """Changes settings through a session's mutable machine, and saves them: all or nothing."""
+        check_room(machine.name, machine.settingsFilePath)
         with self.locked(job, machine) as session:
             try:
                 change(session.machine)
@@ -390,6 +398,18 @@ class Connection:
                 with contextlib.suppress(Exception):
                     session.machine.discardSettings()
                 raise
+
+
+def check_room(vm: str, settings: str) -> None:
+    """Raises HypervisorError where there is none for a VM's settings.
+
+    Seen with 7.2: on a full disk VirtualBox says that all went well, leaves an empty file, and forgets the
+    VM's disks.
+    """
+    with contextlib.suppress(OSError):              # there is no such folder: VirtualBox says so
+        if shutil.disk_usage(os.path.dirname(settings)).free < ROOM:
+            raise HypervisorError('%s: the disk of %s is full, and VirtualBox would lose the VM\'s settings: '
+                                  'make room first' % (vm, settings))
 
 
 def fault_of(code: int, text: str) -> VMHostError:

@@ -25,7 +25,7 @@ import vboxnetwork
 import vboxprogram
 import virtualbox
 import vmstates
-from hypervisor import HUNG, NOT_READY, Driver, Job, either, port_is_free
+from hypervisor import HUNG, NOT_READY, Driver, Job, either
 from vboxconnection import ACCEPTABLE, KEEP, MADE_BY_US, MAKING, OFF, ONLINE, SAVED
 from vboxprogram import Program, Refused, attached_in, disk_path, native_of, slots_of
 
@@ -122,7 +122,7 @@ class Asking(Driver):
             'trouble': 'its process does not answer'}))
         now = stamp_of(path)
         if not runs and row['native'] in OFF + SAVED and stamp == now is not None \
-                or time.monotonic() < self._ask_at.get(uuid, 0):
+                or runs and time.monotonic() < self._ask_at.get(uuid, 0):
             return row
         try:
             info = self._info(uuid, ANSWERS_IN if runs else 0)
@@ -224,6 +224,8 @@ class Asking(Driver):
         if native_of(info) not in ACCEPTABLE[verb]:
             raise faults.BadState('%s is %s; %s needs it to be %s' % (
                 info['name'], native_of(info), verb.replace('_', ' '), either(ACCEPTABLE[verb])))
+        if verb in vboxconnection.WRITES_SETTINGS:
+            vboxconnection.check_room(info['name'], info['CfgFile'])
         return info
 
     def _settled(self, job: Job, uuid: str) -> Dict[str, str]:
@@ -356,8 +358,7 @@ class VBoxManage(Asking):
         vboximages.check_name(name)
         if name in [each for each, _ in self._listed('vms')]:
             raise faults.AlreadyExists('there is a VM %r already' % name)
-        if image and not os.path.isfile(image):
-            raise faults.InvalidParams('no such image file: %s' % image)
+        vboximages.check_image(image)
         if kind not in ('',) + vboximages.DISKS:
             self._cannot('make VMs from %s, but from disks: %s' % (kind, ', '.join(vboximages.DISKS)))
         uuid = self._make(job, name, wish)
@@ -587,10 +588,9 @@ class VBoxManage(Asking):
                      and rule[5] == str(self.settings['chirp_port'])), [])
 
     def _add_chirp_rule(self, job: Job, info: Dict[str, str]) -> None:
-        """Moves the one that there is where another program listens meanwhile."""
         slot = next(iter(slots_of(info, 'nat')), 0)
-        online, rule = native_of(info) in ONLINE, self._chirp_rule(info)
-        if not slot or rule and (online or port_is_free(rule[2], int(rule[3]))):
+        online = native_of(info) in ONLINE
+        if not slot or self._chirp_rule(info):
             return
         port = vboxnetwork.free_port('127.0.0.1', [int(each[3]) for each in rules_in(info)])
         new = '%s,tcp,127.0.0.1,%d,,%d' % (vboxnetwork.CHIRP_RULE, port, self.settings['chirp_port'])
