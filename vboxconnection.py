@@ -309,12 +309,7 @@ class Connection:
         """Finds and checks the VM: it is in a state in which `verb` makes sense."""
         machine = self.find(vm)
         state = self.settled(job, machine)
-        if state not in ACCEPTABLE[verb]:
-            raise BadState('%s is %s; %s needs it to be %s' % (
-                machine.name, state, verb.replace('_', ' '),
-                either([name for name in ACCEPTABLE[verb] if name in self.states.values()])))
-        if verb in WRITES_SETTINGS:
-            check_room(machine.name, machine.settingsFilePath)
+        check_fits(verb, machine.name, state, machine.settingsFilePath)
         return machine
 
     def settled(self, job: Job, machine: Any) -> str:
@@ -398,6 +393,24 @@ class Connection:
                 with contextlib.suppress(Exception):
                     session.machine.discardSettings()
                 raise
+
+
+def check_fits(verb: str, vm: str, state: str, settings: str) -> None:
+    """Raises BadState where the verb makes no sense in this state, HypervisorError where there is no room."""
+    if state not in ACCEPTABLE[verb]:
+        raise BadState('%s is %s; %s needs it to be %s' % (
+            vm, state, verb.replace('_', ' '), either(ACCEPTABLE[verb])))
+    if verb in WRITES_SETTINGS:
+        check_room(vm, settings)
+
+
+def check_disks(vm: str, paths: List[str]) -> None:
+    """Raises BadState where a disk of a VM that is to start is missing: VirtualBox names the first of many
+    errors."""
+    for path in paths:
+        if path and os.path.isabs(path) and not os.path.exists(path):
+            raise BadState('%s can\'t start: its disk %s is missing; put it back, or detach it '
+                           '(VBoxManage storageattach … --medium none)' % (vm, path))
 
 
 def check_room(vm: str, settings: str) -> None:

@@ -56,7 +56,8 @@ def test_what_does_not_fit(box):
     for error, verb, args in (
             (faults.NoSuchVM, 'start', ('nobody',)), (faults.NoSuchVM, 'describe', ('nobody',)),
             (faults.BadState, 'pause', ('fits',)), (faults.BadState, 'power_off', ('fits',)),
-            (faults.AlreadyExists, 'create_vm', ('fits',)), (faults.InvalidParams, 'create_vm', ('',))):
+            (faults.AlreadyExists, 'create_vm', ('fits',)), (faults.InvalidParams, 'create_vm', ('',)),
+            (faults.InvalidParams, 'create_vm', (' ',))):
         with pytest.raises(error):
             getattr(box, verb)(*args)
     box.start('fits')

@@ -798,6 +798,9 @@ def test_a_vm_that_can_not_be_read(host, api, fake, vm):
 def test_older_clients_name_snapshots_as_they_like(api, vm):
     for name in ('', 12, 12):
         assert api.saveSnapshot(vm, name) is True
+    for call, told in ((lambda: api.saveSnapshot(5, 5), 'saveSnapshot: vm should be string'),
+                       (lambda: api.getPerformanceData(vm, 5), 'getPerformanceData: key should be string')):
+        assert fault_of(call) == (-32602, told)
     first, second, third = api.listSnapshots(vm)
     assert first.startswith('2') and (second, third) == ('12', '12')
     assert fault_of(api.takeSnapshot, vm, '12')[0] == 8

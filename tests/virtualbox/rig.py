@@ -19,10 +19,10 @@ class Refused(Exception):
     """VBoxManage said no."""
 
 
-def manage(*words):
+def manage(*words, patience=900):
     """What VBoxManage says; fails where it fails."""
     done = subprocess.run(('VBoxManage',) + words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          universal_newlines=True, timeout=900)
+                          universal_newlines=True, timeout=patience)
     if done.returncode:
         raise Refused('VBoxManage %s: %s' % (' '.join(words), done.stdout))
     return done.stdout
@@ -38,7 +38,7 @@ def try_manage(*words):
 
 def facts(vm):
     """{key: value} of `VBoxManage showvminfo --machinereadable`."""
-    lines = manage('showvminfo', vm, '--machinereadable').splitlines()
+    lines = manage('showvminfo', vm, '--machinereadable', patience=120).splitlines()
     pairs = (line.partition('=') for line in lines if '=' in line)
     return {key.strip('"'): value.strip('"') for key, _, value in pairs}
 
