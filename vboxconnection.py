@@ -7,6 +7,7 @@ vboxnetwork.py, all of which use one `Connection`. One thread, no locks of threa
 import contextlib
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -84,6 +85,7 @@ DEAD = (0x80004004, 0x800706be, 0x800706ba, 0x80010108,    # abort, call failed,
 CALL_AGAIN = (0x80010001, 0x8001010a)          # Windows: the server is busy, and has done nothing
 FAULT_OF_CODE.update((code, Busy) for code in CALL_AGAIN)
 
+SOURCE = re.compile(r'\.? \S+\.cpp\[\d+\] \(.*\)$', re.DOTALL)    # where VirtualBox's code found an error
 NO_DRIVER = ('VERR_VM_DRIVER', 'rc=-1908', 'VERR_SUPDRV', 'vboxdrv')
 MEND_DRIVER = ('the kernel module vboxdrv is not loaded: install the kernel headers, then run '
                '/sbin/vboxconfig (Debian: dpkg-reconfigure virtualbox-dkms), and with Secure Boot '
@@ -337,6 +339,16 @@ class Connection:
             job.wait(0.05)
         self.settled(job, machine)
 
+    def disks_of(self, machine: Any) -> List[str]:
+        """The paths of all that lies in its drives, and of the disks on which these lie."""
+        paths = []
+        for place in self.array(machine, 'mediumAttachments'):
+            medium = place.medium
+            while medium is not None:
+                paths.append(medium.location)
+                medium = medium.parent
+        return paths
+
     # Locks.
 
     def lock(self, job: Job, machine: Any) -> Any:
@@ -404,13 +416,13 @@ def check_fits(verb: str, vm: str, state: str, settings: str) -> None:
         check_room(vm, settings)
 
 
-def check_disks(vm: str, paths: List[str]) -> None:
-    """Raises BadState where a disk of a VM that is to start is missing: VirtualBox names the first of many
-    errors."""
+def check_disks(vm: str, paths: List[str], what: str = 'start') -> None:
+    """Raises BadState where a disk is missing of a VM that is to start, or to do something else: VirtualBox
+    names the first of many errors, or none."""
     for path in paths:
         if path and os.path.isabs(path) and not os.path.exists(path):
-            raise BadState('%s can\'t start: its disk %s is missing; put it back, or detach it '
-                           '(VBoxManage storageattach … --medium none)' % (vm, path))
+            raise BadState('%s can\'t %s: its disk %s is missing; put it back, or detach it '
+                           '(VBoxManage storageattach … --medium none)' % (vm, what, path))
 
 
 def check_room(vm: str, settings: str) -> None:
@@ -430,6 +442,9 @@ def fault_of(code: int, text: str) -> VMHostError:
     if any(word in text for word in NO_DRIVER) or (
             'unexpectedly during startup' in text and lacks_module()):
         text += ' -- ' + MEND_DRIVER
+    text = SOURCE.sub('', text)
+    if code in DEAD:
+        text += ' -- the VM\'s process ended meanwhile, or VirtualBox did'
     told = ' (VirtualBox 0x%08x)' % code if code else ''
     return FAULT_OF_CODE.get(code, HypervisorError)(' '.join(text.split()) + told)
 

@@ -232,8 +232,7 @@ class Life:
 
     def start(self, job: Job, vm: str, gui_mode: bool = False, board_serial: str = '') -> bool:
         machine = self.box.ready(job, vm, 'start')
-        check_disks(machine.name, [place.medium.location for place in self.box.array(
-            machine, 'mediumAttachments') if place.medium is not None])
+        check_disks(machine.name, self.box.disks_of(machine))
         self._cards.check_interfaces(machine)
         self._cards.move_forwards(job, machine)
         if self.box.state_of(machine) in OFF:
@@ -440,6 +439,7 @@ class Snapshots:
     def restore_snapshot(self, job: Job, vm: str, name: str = '') -> bool:
         machine = self.box.ready(job, vm, 'restore_snapshot')
         snapshot = self._find(machine, name)
+        check_disks(machine.name, self.box.disks_of(snapshot.machine), 'go back to a snapshot')
         with self.box.locked(job, machine) as session:
             self.box.finish(job, session.machine.restoreSnapshot(snapshot), 'restoring the snapshot')
         self.box.settled(job, machine)

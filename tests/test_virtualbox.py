@@ -23,6 +23,7 @@ import cliscreen
 import faults
 import hostmachines
 import hypervisor
+import vboxconnection
 import vboxnetwork
 import virtualbox
 
@@ -613,6 +614,26 @@ def test_a_missing_disk_is_named(driver, made):
     os.remove(path)
     with pytest.raises(faults.BadState, match=re.escape(path) + ' is missing'):
         driver.start('vm')
+
+
+def test_a_missing_disk_on_which_others_lie_is_named(driver, made, tmp_path):
+    place = made.mediumAttachments[0]
+    base, place.medium = place.medium, place.medium.make_child(str(tmp_path / 'child.vdi'))
+    assert driver.take_snapshot('vm', 'early')
+    made.currentSnapshot.machine.mediumAttachments.append(place)
+    os.remove(base.location)
+    for call, what in ((driver.start, 'start'), (driver.restore_snapshot, 'go back')):
+        with pytest.raises(faults.BadState, match='can\'t %s.*%s is missing' % (
+                what, re.escape(base.location))):
+            call('vm')
+
+
+def test_an_error_of_virtualbox_is_told_without_what_is_its_developers(driver):
+    error = vboxconnection.fault_of(0x80004005, (
+        'Document is empty. Location: \'/e.vbox\', line 1. /build/MachineImpl.cpp[706] (nsresult initFrom('
+        'const Guid*))'))
+    assert str(error) == 'Document is empty. Location: \'/e.vbox\', line 1 (VirtualBox 0x80004005)'
+    assert 'process ended' in str(vboxconnection.fault_of(0x80004004, 'no reason given'))
 
 
 def test_a_vm_that_is_paused_again_at_once(driver, made, tmp_path):
