@@ -22,10 +22,10 @@ SPARE = ['CLOCK', 'PYTHON', 'ID', 'CPUS', 'SYSTEM', 'MEMORY', 'ADDRESS', 'SEEN',
 
 def do_ls(host: Client, screen: Screen, args: Any) -> int:
     """VMs, and whether their agents are connected: what is wrong comes first."""
-    names = host.call('listKnownVMs')
+    found = host.call('getVMs')
     if args.vm:
-        names = host.matching_of(args.vm, names)
-    found = [vm for _, vm in host.each('getVM', names)]
+        names = host.matching_of(args.vm, [vm['name'] for vm in found])
+        found = [vm for vm in found if vm['name'] in names]
     found.sort(key=lambda vm: (not vm['trouble'], vm['agent'] not in ('lost', 'late'), vm['name']))
     if args.json:
         screen.json(found)

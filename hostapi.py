@@ -215,24 +215,38 @@ class MachineMethods(Methods):
             >>> vm['state'], vm['agent'], vm['ip']
             ('Running', 'alive', '127.0.0.1')
         """
-        host = self._host
-        known, described = host.machines.describe(vm)
-        guest = known or host.machines.find(vm)
-        described = described or {
-            'uuid': '', 'native': self._state_of(guest), 'rdp': {}, 'trouble': '', 'pid': 0,
-            'forwards': []}
-        return {'name': guest.name, 'id': guest.id, 'uuid': described['uuid'],
-                'state': described['native'], 'rdp': described['rdp'], 'pid': described.get('pid', 0),
-                'forwards': described.get('forwards', []),
-                'trouble': self._trouble(vm, described),
+        known, described = self._host.machines.describe(vm)
+        guest = known or self._host.machines.find(vm)
+        open_here = [execution.key for execution in self._host.commands.open_of(guest.id)]
+        return dict(self._line(guest, described, open_here), rdp=described.get('rdp', {}),
+                    pid=described.get('pid', 0), forwards=described.get('forwards', []))
+
+    def getVMs(self) -> list:
+        """All VMs, and all machines whose agents were ever seen: as getVM, without rdp, pid and forwards.
+
+        One look at the hypervisor for all of them; where that takes longer than a moment, what was seen last.
+
+            >>> [vm['name'] for vm in host.getVMs() if vm['agent'] == 'alive']
+            ['node1']
+        """
+        keys = {}  # type: Dict[str, List[str]]
+        for execution in self._host.commands.open_ones():
+            keys.setdefault(execution.vm_id, []).append(execution.key)
+        return sorted((self._line(guest, row, keys.get(guest.id, []))
+                       for guest, row in self._host.machines.all_described()), key=lambda vm: vm['name'])
+
+    def _line(self, guest: Guest, described: Dict[str, Any], open_here: List[str]) -> Dict[str, Any]:
+        """A machine as its agent and the hypervisor tell of it; described: {} where the latter doesn't."""
+        return {'name': guest.name, 'id': guest.id, 'uuid': described.get('uuid', ''),
+                'state': described.get('native', self._state_of(guest)),
+                'trouble': self._trouble(guest, described),
                 'agent': guest.agent if guest.last_seen else 'never', 'ip': guest.ip,
                 'lastSeen': guest.last_seen, 'clockOffset': guest.clock_offset,
-                'facts': dict(guest.facts, boot=guest.boot),
-                'commands': [execution.key for execution in host.commands.open_of(guest.id)]}
+                'facts': dict(guest.facts, boot=guest.boot), 'commands': open_here}
 
-    def _trouble(self, vm: str, described: Dict[str, Any]) -> str:
+    def _trouble(self, guest: Guest, described: Dict[str, Any]) -> str:
         hypervisor = self._host.machines.hypervisor
-        return described['trouble'] or (hypervisor.clash_of(vm) if hypervisor is not None else '')
+        return described.get('trouble') or (hypervisor.clash_of(guest.id) if hypervisor is not None else '')
 
     def _state_of(self, guest: Guest) -> str:
         return 'Null' if guest.agent == 'lost' else 'Running'

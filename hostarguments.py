@@ -45,18 +45,17 @@ def signature_of(function: Callable) -> str:
                               for name, _, default in parameters_of(function))
 
 
-def check_arguments(method: Callable, params: List[Any]) -> None:
-    """Raises InvalidParams unless the method takes as many, of these types."""
+def check_arguments(called: str, method: Callable, params: List[Any]) -> None:
+    """Raises InvalidParams unless the method takes as many, of these types. called: as the caller did."""
     parameters = parameters_of(method)
     required = sum(parameter.default is REQUIRED for parameter in parameters)
     if not required <= len(params) <= len(parameters):
-        raise InvalidParams('%s%s: %d arguments were given' % (method.__name__, signature_of(method),
-                                                               len(params)))
+        raise InvalidParams('%s%s: %d arguments were given' % (called, signature_of(method), len(params)))
     for (name, kind, _), value in zip(parameters, params):
         if kind is not Any and not isinstance(value, ACCEPTED.get(kind, kind)):
-            raise InvalidParams('%s: %s should be %s' % (method.__name__, name, XMLRPC_NAMES.get(kind, kind)))
+            raise InvalidParams('%s: %s should be %s' % (called, name, XMLRPC_NAMES.get(kind, kind)))
         if isinstance(value, float) and not math.isfinite(value):
-            raise InvalidParams('%s: %s is no number' % (method.__name__, name))
+            raise InvalidParams('%s: %s is no number' % (called, name))
 
 
 def names_of(part: Any) -> List[str]:

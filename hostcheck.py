@@ -77,7 +77,7 @@ def check_running(host: Client, info: Dict[str, Any], network: Any) -> Iterator[
         unmade = '' if hypervisor.is_local(network.host_ip) else (
             'VMs made now get NAT; net --setup makes the host-only one; then: ')
         yield agent.Finding(False, 'network', unmade + OUT_OF_REACH % broker['address'], needed=False)
-    guests = [guest for _, guest in host.each('getVM', host.call('listRegisteredVMs'))]
+    guests = [vm for vm in host.call('getVMs') if vm['agent'] in ('alive', 'late')]
     if not guests:
         yield agent.Finding(False, 'guests', 'none has joined: start vmguest.py in a VM, where it '
                             'reaches %s' % broker['address'], needed=False)

@@ -160,6 +160,11 @@ class Commands:
         with self._lock:
             return [execution for execution in self._open.values() if execution.vm_id == vm_id]
 
+    def open_ones(self) -> List[Execution]:
+        """All unfinished executions."""
+        with self._lock:
+            return list(self._open.values())
+
     def waiting_for(self, vm: str) -> List[Execution]:
         """Those that were not sent yet to the VM of that name, whatever its id was when they came."""
         with self._lock:

@@ -79,7 +79,7 @@ class Dispatcher:
 
     def _call(self, name: str, method: Callable, params: List[Any]) -> Any:
         try:
-            check_arguments(method, params)
+            check_arguments(name, method, params)
             return method(*params)
         except rpc.Fault:
             raise

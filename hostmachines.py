@@ -225,7 +225,7 @@ class Machines:
         guest = self._guests.find(vm)
         # By now the VM may have another card; or it is a new one, of the name of a machine outside.
         if guest is None or guest.agent == 'lost' or self._is_vms_name(guest.id):
-            guest = self.describe(vm)[0] or guest
+            guest = self.describe(vm, at_once=True)[0] or guest
         if guest is None:
             raise NoSuchVM('no VM %.100r' % vm)
         return guest
@@ -234,16 +234,28 @@ class Machines:
         return (self.hypervisor is not None and not is_mac(machine_id)
                 and bool(self.hypervisor.known_state(machine_id)))
 
-    def describe(self, vm: str) -> Tuple[Optional[Guest], Dict[str, Any]]:
-        """A VM as its agent and as the hypervisor know it; (None, {}) where the hypervisor doesn't."""
+    def describe(self, vm: str, at_once: bool = False) -> Tuple[Optional[Guest], Dict[str, Any]]:
+        """A VM as its agent and as the hypervisor know it; (None, {}) where the hypervisor doesn't. at_once:
+        as it was seen last, where the hypervisor takes its time."""
         if self.hypervisor is None:
             return None, {}
         try:
-            found = self.hypervisor.describe(vm)
+            found = self.hypervisor.describe(vm, at_once)
         except NoSuchVM:
             return None, {}
         guest = None if self.hypervisor.clash_of(found['id']) else self._guests.by_id(found['id'])
         return guest or Guest(found['id'], found['name']), found
+
+    def all_described(self) -> List[Tuple[Guest, Dict[str, Any]]]:
+        """`describe` of every known machine, in short: with the rows of the driver's `machines`, {} for a
+        machine that the hypervisor doesn't know. One look for all of them. Raises VMHostError."""
+        rows = self.hypervisor.list_rows() if self.hypervisor is not None else ()
+        shared = {row['id'] for row in rows if self.hypervisor.clash_of(row['id'])}
+        row_of = {row['id']: row for row in rows if row['id'] not in shared}
+        guests = [guest for guest in self._guests.all() if guest.id not in shared]
+        known = {guest.id for guest in guests}
+        return ([(guest, row_of.get(guest.id, {})) for guest in guests]
+                + [(Guest(row['id'], row['name']), row) for row in rows if row['id'] not in known])
 
     def all(self) -> List[Guest]:
         """Every known machine: all agents that were ever there, and the VMs of which none was heard."""

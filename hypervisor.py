@@ -42,7 +42,7 @@ log = logging.getLogger('vmhost.hypervisor')
 SILENCE = 20.0                 # seconds beyond command_timeout after which a silent process hangs
 HUNG = 15.0                    # seconds of silence after which a VM that is switched off is one that hangs
 LIST_PATIENCE = 0.6            # seconds until a list is what was seen last, rather than what is there now
-LOOK_PATIENCE = 5.0            # seconds that who changed something waits until it is seen
+LOOK_PATIENCE = 5.0            # seconds that who changed a VM, or asks for one, waits until it is seen
 LOOK_EVERY = 1.0               # seconds between two looks where no news come, and something has just happened
 LOOK_AT_LEAST = 20.0           # seconds after which is looked in any case
 NEWS_EVERY = 0.25              # seconds between two questions for news
@@ -607,6 +607,7 @@ class Call:
         self.sent_to = None  # type: Optional[Child]
         self.tries = 0
         self.begun = False                      # the driver began to change something
+        self.given_up = False                   # by who switched the VM off: its process is ended
         self.percent = 0
         self.text = ''
         self.heard = time.monotonic()
@@ -661,6 +662,7 @@ class Watcher:
         self._child = None  # type: Optional[Child]
         self._wanted = threading.Event()         # somebody calls: start the process now
         self._closing = False
+        self._owes_since = 0.0                   # when it was first asked what it hasn't answered; 0: it has
         self._why = ''                           # why the last process lost its hypervisor
         self._thread = threading.Thread(target=self._run, name='hypervisor', daemon=True)
 
@@ -694,6 +696,7 @@ class Watcher:
             child = self._child
             if child is not None:
                 call.sent_to = child
+                self._owes_since = self._owes_since or time.monotonic()
         try:
             self._wanted.set()
             if child is not None:
@@ -706,16 +709,24 @@ class Watcher:
                 self._calls.pop(call.id, None)
 
     def _check_silence(self, call: Call, deadline: float) -> None:
-        child, now = call.sent_to, time.monotonic()
+        """Raises DeadlineExceeded where nobody waits any longer; a process that hangs is ended, even where
+        all who ask have little patience."""
+        now = time.monotonic()
+        hangs = self._end_if_hung(call, now)
         if now >= deadline:
             raise DeadlineExceeded('the hypervisor did not answer %s at once' % call.verb)
-        if now - call.heard > self._patience:
-            with self._lock:
-                present = self._child
-            if child is not None and child is present:
-                log.warning('the process that looks at the VMs hangs: starting another one')
-                child.kill()
+        if hangs or now - call.heard > self._patience:
             raise DeadlineExceeded('the hypervisor did not answer %s for %d s' % (call.verb, self._patience))
+
+    def _end_if_hung(self, call: Call, now: float) -> bool:
+        with self._lock:
+            child = self._child
+            hangs = (child is not None and child is call.sent_to and self._owes_since > 0
+                     and now - self._owes_since > self._patience)
+        if hangs and child is not None:
+            log.warning('the process that looks at the VMs hangs: starting another one')
+            child.kill()
+        return hangs
 
     def _fail_all(self, error: Exception) -> None:
         with self._lock:
@@ -742,6 +753,7 @@ class Watcher:
         with self._lock:
             self._child = child
             calls = [call for call in self._calls.values() if not call.done.is_set()]
+            self._owes_since = time.monotonic() if calls else 0.0
         for call in calls:
             if call.tries >= 3:
                 call.fail(HypervisorError(self._why or 'the hypervisor died %d times during %s'
@@ -767,6 +779,9 @@ class Watcher:
                 call = self._calls.get(message['id'])
             if call is not None:
                 call.hear(message)
+        with self._lock:                            # it works
+            owes = any(not each.done.is_set() for each in self._calls.values())
+            self._owes_since = time.monotonic() if owes else 0.0
 
 
 class Worker:
@@ -928,6 +943,7 @@ class Hypervisor:
         self._last_id = 0
         self._under_way = collections.OrderedDict()  # type: Dict[str, Call]     # what is owned: by which call
         self._calls = []  # type: List[Call]
+        self._described = {}  # type: Dict[str, Dict[str, Any]]     # by uuid: what `describe` told last
         self._closing = False
         self._teller = threading.Thread(target=self._tell_events, name='vm-events', daemon=True)
 
@@ -999,6 +1015,8 @@ class Hypervisor:
             if done:
                 return call.answer()
             why = why or 'the driver\'s process ended'
+            if call.given_up:
+                raise Unresponsive('%s: no answer, and meanwhile %s was switched off' % (call.verb, call.vm))
             if self._closing:
                 raise HypervisorError('the host agent is stopping')
             if call.begun and kind_of(call.verb) == 'changing':
@@ -1062,15 +1080,33 @@ class Hypervisor:
         uuid = self._watch.uuid_of(vm)
         kept = self._call('remove_vm', (vm, delete_disks, all_disks))
         self._watch.forget(uuid)
+        self._described.pop(uuid, None)
         return kept  # type: ignore[no-any-return]
 
     def power_off(self, vm: str) -> bool:
         """Pulls the plug; of a VM that hangs, ends the process."""
+        if self._gives_up(self._watch.uuid_of(vm) or vm):
+            return self._call('end_process', (vm,))  # type: ignore[no-any-return]
         try:
             return self._call('power_off', (vm,), patience=min(HUNG, self._settings['command_timeout'] + 2))
         except Unresponsive as error:
             log.warning('%s hangs: its process is ended (%s)', vm, error)
             return self._call('end_process', (vm,))
+
+    def _gives_up(self, key: str) -> bool:
+        """Ends the change of this VM that is under way, where it hangs. Waits until that is known; False
+        where there is none, or it does something."""
+        until = time.monotonic() + HUNG + 1
+        with self._free:
+            while key in self._under_way and time.monotonic() < until:
+                other = self._under_way[key]
+                if other.begun and other.sent_to is not None and time.monotonic() - other.heard > HUNG:
+                    log.warning('%s hangs in %s, which is given up', other.vm, other.verb)
+                    other.given_up = True
+                    other.sent_to.kill()
+                    return True
+                self._free.wait(0.5)
+        return False
 
     def _row(self, vm: str) -> Optional[Dict[str, Any]]:
         """A VM's row, looked up where it wasn't seen; None for an unknown one."""
@@ -1135,7 +1171,21 @@ class Hypervisor:
 
     def state(self, vm: str) -> str:
         """The native state."""
-        return self._call('describe', (vm,))['native']
+        return str(self.describe(vm)['native'])
+
+    def describe(self, vm: str, at_once: bool = False) -> Dict[str, Any]:
+        """As Driver's; of a VM that was seen, where that takes some seconds, or isn't done at once, what was
+        seen last: a row of `Driver.machines` at least."""
+        seen, patience = self._watch.row_of(vm), LIST_PATIENCE if at_once else LOOK_PATIENCE
+        try:
+            found = self._call('describe', (vm,), patience if seen is not None else None)
+            self._described[found['uuid']] = found
+            return found  # type: ignore[no-any-return]
+        except DeadlineExceeded:
+            if seen is None:
+                raise
+            last = self._described.get(seen['uuid'], {})
+            return dict(last if last.get('native') == seen['native'] else {}, **seen)
 
     # What was seen last: asks nobody.
 

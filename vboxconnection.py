@@ -7,6 +7,8 @@ vboxnetwork.py, all of which use one `Connection`. One thread, no locks of threa
 import contextlib
 import logging
 import os
+import re
+import shutil
 import sys
 import time
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
@@ -52,6 +54,10 @@ ACCEPTABLE = {                     # the states in which a verb makes sense
     'set_limits': OFF + ('Running',),
     'screenshot': ('Running', 'Paused'),
 }
+# Verbs after which VirtualBox writes the VM's settings, and how much room it is to have for that, in bytes.
+WRITES_SETTINGS = ('start', 'save_state', 'discard_state', 'take_snapshot', 'delete_snapshot',
+                   'restore_snapshot', 'set_limits')
+ROOM = 1 << 20
 UNREADABLE = 'VirtualBox can\'t read %s: %s; `rm` takes it out of VirtualBox, and leaves its files'
 STALL = 600                        # seconds without any progress after which a job is given up
 
@@ -79,6 +85,7 @@ DEAD = (0x80004004, 0x800706be, 0x800706ba, 0x80010108,    # abort, call failed,
 CALL_AGAIN = (0x80010001, 0x8001010a)          # Windows: the server is busy, and has done nothing
 FAULT_OF_CODE.update((code, Busy) for code in CALL_AGAIN)
 
+SOURCE = re.compile(r'\.? \S+\.cpp\[\d+\] \(.*\)$', re.DOTALL)    # where VirtualBox's code found an error
 NO_DRIVER = ('VERR_VM_DRIVER', 'rc=-1908', 'VERR_SUPDRV', 'vboxdrv')
 MEND_DRIVER = ('the kernel module vboxdrv is not loaded: install the kernel headers, then run '
                '/sbin/vboxconfig (Debian: dpkg-reconfigure virtualbox-dkms), and with Secure Boot '
@@ -304,10 +311,7 @@ class Connection:
         """Finds and checks the VM: it is in a state in which `verb` makes sense."""
         machine = self.find(vm)
         state = self.settled(job, machine)
-        if state not in ACCEPTABLE[verb]:
-            raise BadState('%s is %s; %s needs it to be %s' % (
-                machine.name, state, verb.replace('_', ' '),
-                either([name for name in ACCEPTABLE[verb] if name in self.states.values()])))
+        check_fits(verb, machine.name, state, machine.settingsFilePath)
         return machine
 
     def settled(self, job: Job, machine: Any) -> str:
@@ -334,6 +338,16 @@ class Connection:
                     machine.name, self.state_of(machine), either(states), self.timeout)))
             job.wait(0.05)
         self.settled(job, machine)
+
+    def disks_of(self, machine: Any) -> List[str]:
+        """The paths of all that lies in its drives, and of the disks on which these lie."""
+        paths = []
+        for place in self.array(machine, 'mediumAttachments'):
+            medium = place.medium
+            while medium is not None:
+                paths.append(medium.location)
+                medium = medium.parent
+        return paths
 
     # Locks.
 
@@ -382,6 +396,7 @@ class Connection:
 
     def edit(self, job: Job, machine: Any, change: Callable[[Any], None]) -> None:
         """Changes settings through a session's mutable machine, and saves them: all or nothing."""
+        check_room(machine.name, machine.settingsFilePath)
         with self.locked(job, machine) as session:
             try:
                 change(session.machine)
@@ -392,11 +407,44 @@ class Connection:
                 raise
 
 
+def check_fits(verb: str, vm: str, state: str, settings: str) -> None:
+    """Raises BadState where the verb makes no sense in this state, HypervisorError where there is no room."""
+    if state not in ACCEPTABLE[verb]:
+        raise BadState('%s is %s; %s needs it to be %s' % (
+            vm, state, verb.replace('_', ' '), either(ACCEPTABLE[verb])))
+    if verb in WRITES_SETTINGS:
+        check_room(vm, settings)
+
+
+def check_disks(vm: str, paths: List[str], what: str = 'start') -> None:
+    """Raises BadState where a disk is missing of a VM that is to start, or to do something else: VirtualBox
+    names the first of many errors, or none."""
+    for path in paths:
+        if path and os.path.isabs(path) and not os.path.exists(path):
+            raise BadState('%s can\'t %s: its disk %s is missing; put it back, or detach it '
+                           '(VBoxManage storageattach … --medium none)' % (vm, what, path))
+
+
+def check_room(vm: str, settings: str) -> None:
+    """Raises HypervisorError where there is none for a VM's settings.
+
+    Seen with 7.2: on a full disk VirtualBox says that all went well, leaves an empty file, and forgets the
+    VM's disks.
+    """
+    with contextlib.suppress(OSError):              # there is no such folder: VirtualBox says so
+        if shutil.disk_usage(os.path.dirname(settings)).free < ROOM:
+            raise HypervisorError('%s: the disk of %s is full, and VirtualBox would lose the VM\'s settings: '
+                                  'make room first' % (vm, settings))
+
+
 def fault_of(code: int, text: str) -> VMHostError:
     """VirtualBox's code, 0 where there is none, and text as an error of ours."""
     if any(word in text for word in NO_DRIVER) or (
             'unexpectedly during startup' in text and lacks_module()):
         text += ' -- ' + MEND_DRIVER
+    text = SOURCE.sub('', text)
+    if code in DEAD:
+        text += ' -- the VM\'s process ended meanwhile, or VirtualBox did'
     told = ' (VirtualBox 0x%08x)' % code if code else ''
     return FAULT_OF_CODE.get(code, HypervisorError)(' '.join(text.split()) + told)
 

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import time
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import agent
 from faults import (
@@ -72,8 +72,7 @@ class Images:
         check_name(name)
         self._check_is_new(name, self._path_of(name, wish))
         self._check_ostype(wish['ostype'])
-        if image and not os.path.isfile(image):
-            raise InvalidParams('no such image file: %s' % image)
+        check_image(image)
         if kind in ('.ova', '.ovf'):
             self._import(job, name, os.path.abspath(image), wish)
         elif kind in ('', '.iso') + DISKS:
@@ -92,7 +91,9 @@ class Images:
                 name_in_path(machine) for machine in self.box.unreadable()]:
             raise AlreadyExists('there is a VM %r already' % name)
         if os.path.exists(path):
-            raise AlreadyExists('%s exists already, of a VM that is not registered' % path)
+            raise AlreadyExists('%s exists already, of %s' % (path, next((
+                'the VM %r' % machine.name for machine in self.box.machines_now()
+                if machine.settingsFilePath == path), 'a VM that is not registered')))
 
     def _check_ostype(self, ostype: str) -> None:
         known = [each.id for each in self.box.array(self.box.vbox, 'guestOSTypes')] if ostype else ['']
@@ -182,7 +183,8 @@ class Images:
 
     def _lay_on(self, job: Job, image: str, disk: Any, variant: List[int]) -> None:
         """A differencing disk: what is written goes there, and the image is only read, by all on it."""
-        source = self._disks.open(image)
+        with self._opening(image):
+            source = self._disks.open(image)
         self.box.finish(job, source.createDiffStorage(disk, variant), 'making a disk on the image')
 
     def _copy_disk(self, job: Job, image: str, disk: Any, variant: List[int]) -> None:
@@ -193,11 +195,24 @@ class Images:
             if self.box.code(error) != OBJECT_NOT_FOUND:
                 raise
             own_copy = True
-            source = self._open_twin(job, image, os.path.dirname(disk.location))
+            with self._opening(image):
+                source = self._open_twin(job, image, os.path.dirname(disk.location))
         try:
             self.box.finish(job, self._clone(source, disk, variant), 'copying the disk')
         finally:
             self._drop_source(source, own_copy)
+
+    @contextlib.contextmanager
+    def _opening(self, image: str) -> Iterator[None]:
+        """Names the image, of which VirtualBox says no more than that an object does not exist."""
+        try:
+            yield
+        except Exception as error:
+            if self.box.code(error) != OBJECT_NOT_FOUND:
+                raise
+            raise HypervisorError('VirtualBox can\'t open the image %s: it is damaged, of another kind than '
+                                  'its name says, or a copy of a disk that VirtualBox has (%s)'
+                                  % (image, self.box.translate(error)))
 
     def _clone(self, source: Any, disk: Any, variant: List[int]) -> Any:
         try:
@@ -244,14 +259,16 @@ class Images:
         job.renew_deadline()
 
     def _fit_out(self, machine: Any, wish: Dict[str, Any], disk: Any, iso: str) -> None:
+        """The disk last: one attached in vain counts as in use until VirtualBox ends (seen with 7.2)."""
+        self._apply(machine, wish)
+        if iso:
+            with self._opening(iso):
+                medium = self.box.vbox.openMedium(iso, self.box.const('DeviceType_DVD'),
+                                                  self.box.const('AccessMode_ReadOnly'), False)
+            self._insert(machine, medium)
         if disk is not None:
             bus, port = self._free_place(machine, ('SATA', 'SCSI', 'VirtioSCSI', 'IDE'))
             machine.attachDevice(bus, port, 0, self.box.const('DeviceType_HardDisk'), disk)
-        if iso:
-            medium = self.box.vbox.openMedium(iso, self.box.const('DeviceType_DVD'),
-                                              self.box.const('AccessMode_ReadOnly'), False)
-            self._insert(machine, medium)
-        self._apply(machine, wish)
 
     def _free_place(self, machine: Any, kinds: Tuple[str, ...]) -> Tuple[str, int]:
         buses = self.box.manager.constants.all_values('StorageBus')
@@ -306,7 +323,7 @@ class Images:
         self._check_licence(systems[0], image, wish['acceptEula'])
         path = self._path_of(name, wish)
         self._rename_system(systems[0], name, path)
-        note = IMPORTING + name
+        note, is_new = IMPORTING + name, not os.path.exists(os.path.dirname(path))
         self.box.vbox.setExtraData(note, path)
         self._expect_disks(systems[0], os.path.dirname(path))
         try:
@@ -314,6 +331,9 @@ class Images:
         except Exception as error:                  # VirtualBox goes on, or died: what comes is ours
             if not isinstance(error, DeadlineExceeded) and not self.box.is_dead(error):
                 self._disks.forget_in(os.path.dirname(path))
+                if is_new:
+                    with contextlib.suppress(OSError):      # there is something in it
+                        os.rmdir(os.path.dirname(path))
             raise
         machine = self.box.vbox.findMachine(self.box.array(appliance, 'machines')[0])
         try:
@@ -370,6 +390,13 @@ class Disks:
         disk = self.box.const('DeviceType_HardDisk')
         return [place.medium for place in self.box.array(machine, 'mediumAttachments')
                 if place.type == disk and place.medium]
+
+    def all(self) -> List[Any]:
+        """All that VirtualBox knows, those that lie on others, too."""
+        found = list(self.box.array(self.box.vbox, 'hardDisks'))
+        for disk in found:                          # which grows
+            found += self.box.array(disk, 'children')
+        return found
 
     # Notes.
 
@@ -449,9 +476,14 @@ class Disks:
         return machine.deleteConfig(media), paths
 
     def images_under(self, media: List[Any]) -> Dict[str, Any]:
-        """{uuid: disk} of the images on which disks lie that createVM made."""
-        return {medium.parent.id: medium.parent for medium in media
-                if medium.parent and self.is_noted(medium)}
+        """{uuid: disk} of the images on which disks lie that createVM made, at the bottom of these."""
+        found = {}
+        for medium in media:
+            while medium and medium.parent:
+                if self.is_noted(medium):
+                    found[medium.parent.id] = medium.parent
+                medium = medium.parent
+        return found
 
     def close_unused(self, images: Dict[str, Any]) -> None:
         """Has VirtualBox forget images on which nothing lies any more; their files stay."""
@@ -603,7 +635,7 @@ class Cleaning:
         is left while VirtualBox works.
         """
         making = self._folders_in_the_making(job)
-        known = {disk.id: disk for disk in self.box.array(self.box.vbox, 'hardDisks')}
+        known = {disk.id: disk for disk in self._disks.all()}
         unread = [name_in_path(machine) for machine in self.box.unreadable()]
         rows = []  # type: List[Tuple[Dict[str, str], Any]]
         for uuid, path in self._disks.made():
@@ -671,12 +703,19 @@ class Cleaning:
 
 def check_name(name: str) -> None:
     """Raises InvalidParams where it is no name for a new VM."""
-    if not name or re.search(r'[/\\\x00-\x1f]', name) or name in ('.', '..'):
+    if not name.strip() or re.search(r'[/\\\x00-\x1f]', name) or name in ('.', '..'):
         raise InvalidParams('%r is no name for a VM' % name)
     if len(name.encode('utf-8')) > LONGEST_NAME:
         raise InvalidParams('%.20s… is too long for the name of a VM, whose files are called so: '
                             '%d bytes, and %d at most' % (name, len(name.encode('utf-8')), LONGEST_NAME))
     check_is_no_id(name)
+
+
+def check_image(image: str) -> None:
+    """Raises InvalidParams where there is no such file; '' is none that has to be."""
+    if image and not os.path.isfile(image):
+        raise InvalidParams('%s: %s' % ('this is no regular file' if os.path.exists(image)
+                                        else 'no such image file', image))
 
 
 def check_is_no_id(name: str) -> None:

@@ -25,9 +25,9 @@ import vboxnetwork
 import vboxprogram
 import virtualbox
 import vmstates
-from hypervisor import HUNG, NOT_READY, Driver, Job, either, port_is_free
-from vboxconnection import ACCEPTABLE, KEEP, MADE_BY_US, MAKING, OFF, ONLINE, SAVED
-from vboxprogram import Program, Refused, attached_in, disk_path, native_of, slots_of
+from hypervisor import HUNG, NOT_READY, Driver, Job, either
+from vboxconnection import KEEP, MADE_BY_US, MAKING, OFF, ONLINE, SAVED
+from vboxprogram import Program, Refused, attached_in, disk_path, log_in, native_of, rules_in, slots_of
 
 CONTROLS = {                       # verb: VBoxManage's words, the states that they lead to, what takes long
     'reset': (('controlvm', 'reset'), ('Running',), ''), 'pause': (('controlvm', 'pause'), ('Paused',), ''),
@@ -120,9 +120,9 @@ class Asking(Driver):
         path, stamp, row = self._rows.get(uuid, ('', None, {
             'name': name, 'id': '', 'uuid': uuid, 'native': 'Running', 'state': vmstates.RUNNING,
             'trouble': 'its process does not answer'}))
-        now = stamp_of(path)
+        now = vboxprogram.stamp_of(path)
         if not runs and row['native'] in OFF + SAVED and stamp == now is not None \
-                or time.monotonic() < self._ask_at.get(uuid, 0):
+                or runs and time.monotonic() < self._ask_at.get(uuid, 0):
             return row
         try:
             info = self._info(uuid, ANSWERS_IN if runs else 0)
@@ -221,9 +221,7 @@ class Asking(Driver):
     def _ready(self, job: Job, vm: str, verb: str) -> Dict[str, str]:
         """What the VM is; in a state in which `verb` makes sense."""
         info = self._settled(job, self._find(job, vm))
-        if native_of(info) not in ACCEPTABLE[verb]:
-            raise faults.BadState('%s is %s; %s needs it to be %s' % (
-                info['name'], native_of(info), verb.replace('_', ' '), either(ACCEPTABLE[verb])))
+        vboxconnection.check_fits(verb, info['name'], native_of(info), info['CfgFile'])
         return info
 
     def _settled(self, job: Job, uuid: str) -> Dict[str, str]:
@@ -235,11 +233,12 @@ class Asking(Driver):
             job.check_deadline(faults.Busy('%s is still %s' % (info['name'], native_of(info))))
             job.wait(0.2)
 
-    def _reached(self, job: Job, uuid: str, *states: str) -> None:
+    def _reached(self, job: Job, uuid: str, *states: str) -> bool:
+        """True, once the VM is in one of these states."""
         while True:
             info = self._info(uuid)
             if native_of(info) in states:
-                return
+                return True
             job.check_deadline(faults.DeadlineExceeded('%s is %s, and not yet %s' % (
                 info['name'], native_of(info), either(states))))
             job.wait(0.1)
@@ -252,10 +251,8 @@ class Asking(Driver):
     def _card_of(self, info: Dict[str, str]) -> int:
         """The slot of the card whose MAC is the VM's id: host-only or NAT by the mode, else the first; 0
         for none."""
-        return next(iter(slots_of(info, *self._kinds(self.settings['network']['mode'])) or slots_of(info)), 0)
-
-    def _kinds(self, mode: str) -> Tuple[str, ...]:
-        return ('nat', 'natnetwork') if mode == 'nat' else ('hostonly', 'hostonlynetwork')
+        kind = self.settings['network']['mode']
+        return next(iter(slots_of(info, kind, kind + 'network') or slots_of(info)), 0)
 
 
 class VBoxManage(Asking):
@@ -271,10 +268,7 @@ class VBoxManage(Asking):
         uuid = info['UUID']
         wanted = [info.get('hostonlyadapter%d' % slot, '') for slot in slots_of(info, 'hostonly')]
         vboxnetwork.check_interfaces(info['name'], wanted, self._interfaces)
-        for path in [path for _, _, _, path, _ in attached_in(info)]:
-            if os.path.isabs(path) and not os.path.exists(path):
-                raise faults.BadState('%s can\'t start: its disk %s is missing; put it back, or detach it'
-                                      % (info['name'], path))
+        vboxconnection.check_disks(info['name'], [path for _, _, _, path, _ in attached_in(info)])
         self._move_forwards(job, info)
         if native_of(info) in OFF:
             self._tell_firmware(job, info, board_serial)
@@ -306,10 +300,8 @@ class VBoxManage(Asking):
             if job.verb != 'save_state' or native_of(self._settled(job, uuid)) != 'Saved':
                 raise
             self._write_settings(job, uuid)
-        if text:
-            job.renew_deadline()
-        self._reached(job, uuid, *states)
-        return True
+        job.renew_deadline()
+        return self._reached(job, uuid, *states)
 
     def _write_settings(self, job: Job, uuid: str) -> None:
         """Seen with 7.2: the state is saved, but VBoxSVC fails while it writes the .vbox file, which then
@@ -328,8 +320,7 @@ class VBoxManage(Asking):
             return self.end_process(job, vm)
         self._ready(job, uuid, 'power_off')
         self._change(job, 'controlvm', uuid, 'poweroff')
-        self._reached(job, uuid, *OFF)
-        return True
+        return self._reached(job, uuid, *OFF)
 
     def end_process(self, job: Job, vm: str) -> bool:
         """Asks VBoxSVC alone, as the VM's own process doesn't answer."""
@@ -340,8 +331,7 @@ class VBoxManage(Asking):
             job.check_deadline(faults.DeadlineExceeded('%s still runs' % vm))
             job.wait(0.1)
         self._ask_at.pop(uuid, None)
-        self._reached(job, uuid, *OFF + SAVED)
-        return True
+        return self._reached(job, uuid, *OFF + SAVED)
 
     # Making a VM.
 
@@ -356,8 +346,7 @@ class VBoxManage(Asking):
         vboximages.check_name(name)
         if name in [each for each, _ in self._listed('vms')]:
             raise faults.AlreadyExists('there is a VM %r already' % name)
-        if image and not os.path.isfile(image):
-            raise faults.InvalidParams('no such image file: %s' % image)
+        vboximages.check_image(image)
         if kind not in ('',) + vboximages.DISKS:
             self._cannot('make VMs from %s, but from disks: %s' % (kind, ', '.join(vboximages.DISKS)))
         uuid = self._make(job, name, wish)
@@ -508,8 +497,7 @@ class VBoxManage(Asking):
         self._change(job, 'snapshot', info['UUID'], 'take', name, *['--description=' + desc] + live,
                      text='taking the snapshot')
         job.renew_deadline()
-        self._reached(job, info['UUID'], native_of(info))
-        return True
+        return self._reached(job, info['UUID'], native_of(info))
 
     def restore_snapshot(self, job: Job, vm: str, name: str = '') -> bool:
         return self._on_snapshot(job, vm, name, 'restore', 'restoring the snapshot')
@@ -587,10 +575,9 @@ class VBoxManage(Asking):
                      and rule[5] == str(self.settings['chirp_port'])), [])
 
     def _add_chirp_rule(self, job: Job, info: Dict[str, str]) -> None:
-        """Moves the one that there is where another program listens meanwhile."""
         slot = next(iter(slots_of(info, 'nat')), 0)
-        online, rule = native_of(info) in ONLINE, self._chirp_rule(info)
-        if not slot or rule and (online or port_is_free(rule[2], int(rule[3]))):
+        online = native_of(info) in ONLINE
+        if not slot or self._chirp_rule(info):
             return
         port = vboxnetwork.free_port('127.0.0.1', [int(each[3]) for each in rules_in(info)])
         new = '%s,tcp,127.0.0.1,%d,,%d' % (vboxnetwork.CHIRP_RULE, port, self.settings['chirp_port'])
@@ -598,9 +585,7 @@ class VBoxManage(Asking):
             'modifyvm', info['UUID'], '--natpf%d' % slot]
         if any(value.startswith(vboxnetwork.CHIRP_RULE + ',') for value in info.values()):
             self._change(job, *tell + ['delete', vboxnetwork.CHIRP_RULE])
-        self._change(job, *tell + [new])
-        if not online and self._localhost_words(slot):
-            self._change(job, 'modifyvm', info['UUID'], *self._localhost_words(slot))
+        self._change(job, *tell + [new] + ([] if online else self._localhost_words(slot)))
 
     def _move_forwards(self, job: Job, info: Dict[str, str]) -> None:
         """As vboxnetwork.Cards.move_forwards."""
@@ -610,24 +595,3 @@ class VBoxManage(Asking):
             words += [key, 'delete', rule[0], key, ','.join(rule)]
         if words:
             self._change(job, 'modifyvm', info['UUID'], *words)
-
-
-# --- plain helpers -----------------------------------------------------------------------------
-
-def log_in(info: Dict[str, str]) -> str:
-    """The path of a VM's log."""
-    return os.path.join(info['LogFldr'], 'VBox.log')
-
-
-def rules_in(info: Dict[str, str]) -> List[List[str]]:
-    """A VM's rules of NAT, as vboxnetwork has them."""
-    return [value.split(',') for key, value in info.items() if key.startswith('Forwarding(')]
-
-
-def stamp_of(path: str) -> Optional[Tuple[int, int]]:
-    """What changes with a file; None where there is none."""
-    try:
-        status = os.stat(path)
-        return status.st_mtime_ns, status.st_size
-    except OSError:
-        return None

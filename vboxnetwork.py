@@ -283,8 +283,6 @@ class Cards:
         rule = self._chirp_rule(card)
         if self.box.state_of(machine) in OFF:
             self._reach_localhost(engine)
-            if rule and not port_is_free(rule[2], int(rule[3])):
-                rule = None                         # meanwhile, another program listens there
         if rule:
             return
         if CHIRP_RULE in [each[0] for each in self._rules(card)]:
@@ -316,9 +314,9 @@ class Cards:
         return forwards_in([rule for card in self.box.cards(machine) for rule in self._rules(card)])
 
     def move_forwards(self, job: Job, machine: Any) -> None:
-        """Before each start, a saved VM's, too: away from ports that other programs have taken. Raises
-        BadState as moved_forwards does."""
-        rules = {slot: [rule for rule in self._rules(card) if rule[0].startswith(FORWARD)]
+        """Before each start, a saved VM's, too: away from ports that other programs have taken; the Chirp
+        port's as well. Raises BadState as moved_forwards does."""
+        rules = {slot: [rule for rule in self._rules(card) if rule[0].startswith((FORWARD, CHIRP_RULE))]
                  for slot, card in enumerate(map(machine.getNetworkAdapter, range(8))) if card.enabled}
         taken = self._taken_ports() if any(rules.values()) else set()
         moved = {slot: moved_forwards(machine.name, rules[slot], taken) for slot in rules}
@@ -384,14 +382,14 @@ def new_forwards(forwards: Sequence[Dict[str, Any]], taken: Iterable[int] = ()) 
 
 
 def moved_forwards(vm: str, rules: List[List[str]], taken: Iterable[int] = ()) -> List[List[str]]:
-    """Those of a VM's rules that need another host port, since another program listens there meanwhile; with
-    that. Raises BadState where the port was asked for."""
+    """Those of a VM's rules, of ours alone, that need another host port, since another program listens there
+    meanwhile; with that. Raises BadState where the port was asked for."""
     moved = []
     taken = set(taken).union(int(rule[3]) for rule in rules)
     for name, protocol, address, port, guest_address, guest_port in rules:
-        if not name.startswith(FORWARD) or port_is_free(address, int(port)):
+        if not name.startswith((FORWARD, CHIRP_RULE)) or port_is_free(address, int(port)):
             continue
-        if not name.endswith(ANY):
+        if not name.endswith((ANY, CHIRP_RULE)):
             raise BadState('%s can\'t start: another program listens on port %s of this machine, from which '
                            'the VM\'s `forwards` lead to its port %s' % (vm, port, guest_port))
         free = free_port(address, taken)

@@ -190,3 +190,21 @@ def read_snapshots(info: Dict[str, str]) -> List[Dict[str, Any]]:
                          'desc': info.get('SnapshotDescription' + place, ''), 'taken': 0, 'online': False,
                          'current': uuid == info.get('CurrentSnapshotUUID')})
     return rows
+
+def log_in(info: Dict[str, str]) -> str:
+    """The path of a VM's log."""
+    return os.path.join(info['LogFldr'], 'VBox.log')
+
+
+def rules_in(info: Dict[str, str]) -> List[List[str]]:
+    """A VM's rules of NAT, as vboxnetwork has them."""
+    return [value.split(',') for key, value in info.items() if key.startswith('Forwarding(')]
+
+
+def stamp_of(path: str) -> Optional[Tuple[int, int]]:
+    """What changes with a file; None where there is none."""
+    try:
+        status = os.stat(path)
+        return status.st_mtime_ns, status.st_size
+    except OSError:
+        return None

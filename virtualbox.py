@@ -47,6 +47,7 @@ from vboxconnection import (
     SAVED,
     Connection,
     access_trouble,
+    check_disks,
     has_mark,
     module_lines,
     module_warnings,
@@ -235,7 +236,7 @@ class Life:
 
     def start(self, job: Job, vm: str, gui_mode: bool = False, board_serial: str = '') -> bool:
         machine = self.box.ready(job, vm, 'start')
-        self._check_disks(machine)
+        check_disks(machine.name, self.box.disks_of(machine))
         self._cards.check_interfaces(machine)
         self._cards.move_forwards(job, machine)
         if self.box.state_of(machine) in OFF:
@@ -248,15 +249,6 @@ class Life:
                                   % (machine.name, state))
         self._check_pause(job, machine, 0)
         return True
-
-    def _check_disks(self, machine: Any) -> None:
-        """VirtualBox names only the first error of many."""
-        for place in self.box.array(machine, 'mediumAttachments'):
-            medium = place.medium
-            if medium is not None and medium.location and os.path.isabs(medium.location) \
-                    and not os.path.exists(medium.location):
-                raise BadState('%s can\'t start: its disk %s is missing; put it back, or detach it '
-                               '(VBoxManage storageattach … --medium none)' % (machine.name, medium.location))
 
     def _prepare(self, machine: Any, board_serial: str) -> None:
         """Before a cold start; `machine` is a session's mutable one."""
@@ -451,6 +443,7 @@ class Snapshots:
     def restore_snapshot(self, job: Job, vm: str, name: str = '') -> bool:
         machine = self.box.ready(job, vm, 'restore_snapshot')
         snapshot = self._find(machine, name)
+        check_disks(machine.name, self.box.disks_of(snapshot.machine), 'go back to a snapshot')
         with self.box.locked(job, machine) as session:
             self.box.finish(job, session.machine.restoreSnapshot(snapshot), 'restoring the snapshot')
         self.box.settled(job, machine)

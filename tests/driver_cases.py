@@ -5,6 +5,7 @@ Imported by test_hypervisor.py and virtualbox/test_contract.py, which have the f
 """
 
 import inspect
+import signal
 import time
 
 import pytest
@@ -55,7 +56,8 @@ def test_what_does_not_fit(box):
     for error, verb, args in (
             (faults.NoSuchVM, 'start', ('nobody',)), (faults.NoSuchVM, 'describe', ('nobody',)),
             (faults.BadState, 'pause', ('fits',)), (faults.BadState, 'power_off', ('fits',)),
-            (faults.AlreadyExists, 'create_vm', ('fits',)), (faults.InvalidParams, 'create_vm', ('',))):
+            (faults.AlreadyExists, 'create_vm', ('fits',)), (faults.InvalidParams, 'create_vm', ('',)),
+            (faults.InvalidParams, 'create_vm', (' ',))):
         with pytest.raises(error):
             getattr(box, verb)(*args)
     box.start('fits')
@@ -85,3 +87,31 @@ def test_lists_answer_at_once_while_something_is_changed(box):
     assert 'busy' in box.list_vms() and box.vms_with_state()['busy'] == 'PoweredOff'
     assert time.monotonic() - begun < 2
     box.remove_vm('busy', True)
+
+
+def test_what_was_seen_is_told_while_the_hypervisor_takes_its_time(box, monkeypatch):
+    """Of one VM as of all: its state is known, and so is what was said of it then."""
+    box.create_vm('slow')
+    before = box.describe('slow')
+    monkeypatch.setattr(hypervisor, 'LOOK_PATIENCE', 0.001)
+    monkeypatch.setattr(hypervisor, 'LIST_PATIENCE', 0.001)
+    watcher = box._watcher._child.process
+    watcher.send_signal(signal.SIGSTOP)
+    try:
+        assert (box.describe('slow'), box.state('slow'), 'slow' in box.list_vms()) == (
+            before, 'PoweredOff', True)
+    finally:
+        watcher.send_signal(signal.SIGCONT)
+    monkeypatch.undo()
+    box.remove_vm('slow', True)
+
+
+def test_a_process_that_hangs_is_ended_however_little_patience_all_have_who_ask(box, monkeypatch):
+    box.create_vm('lasts')
+    watcher = box._watcher._child.process
+    monkeypatch.setattr(box._watcher, '_patience', 0.2)
+    watcher.send_signal(signal.SIGSTOP)
+    wait_until(lambda: 'lasts' in box.list_vms() and watcher.poll() is not None)
+    monkeypatch.undo()
+    wait_until(lambda: box.describe('lasts')['native'] == 'PoweredOff')
+    box.remove_vm('lasts', True)

@@ -431,6 +431,7 @@ class Snapshot:
         self.id, self.name, self.description, self.parent, self.online = (
             str(uuid.uuid4()), name, text, parent, online)
         self.timeStamp, self.children = int(time.time() * 1000), []
+        self.machine = Named(mediumAttachments=[])
 
 
 class Machine(WithExtraData):

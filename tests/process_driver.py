@@ -68,7 +68,7 @@ class Processes(hypervisor.Driver):
 
     def create_vm(self, job, name, image='', options={}):     # noqa: B006
         vms = self._read()
-        if not name:
+        if not name.strip():
             raise InvalidParams('a VM needs a name')
         if name in vms:
             raise AlreadyExists('there is a VM %r already' % name)

@@ -349,6 +349,7 @@ def test_disks_lie_on_an_image_that_stays(box, vbox, image, tmp_path):
     disk = disk_of(first)
     assert os.path.dirname(disk) == os.path.dirname(first.settingsFilePath)
     assert first.mediumAttachments[0].medium.parent is second.mediumAttachments[0].medium.parent
+    assert box.cleanup() == []
     assert box.remove_vm('first', True) == [] and not os.path.exists(disk)
     assert [medium.location for medium in vbox.hardDisks] == [image]
     assert box.remove_vm('second', True, True) == []           # all disks: the image is none of them

@@ -488,6 +488,18 @@ def test_ports_that_are_none_are_said_as_they_are_typed(ports, tmp_path):
         assert code == 2 and 'expected 8080:80, or 80' in err and host.calls == []
 
 
+def test_ls_asks_as_often_for_many_vms_as_for_one(tmp_path):
+    vms = [{'name': 'web%d' % number, 'id': '', 'state': 'PoweredOff', 'agent': 'never', 'ip': '',
+            'lastSeen': 0, 'clockOffset': 0, 'facts': {}, 'commands': [],
+            'trouble': 'its disk is missing' if number == 120 else ''} for number in range(121)]
+    with PlayedHost(tmp_path, dict(VM_ANSWERS, getVMs=vms, agentInfo={'jobs': []})) as host:
+        lines = host.verb('ls')[1].splitlines()
+        assert len(lines) == 1 + 121 + 1 and lines[1].startswith('web120 ')
+        assert lines[-1] == 'web120: its disk is missing'
+        assert host.verb('ls', '--json', 'web1?')[1].count('"name"') == 10
+        assert host.calls == [('getVMs',), ('agentInfo',), ('getVMs',)]
+
+
 def test_a_vm_that_refuses_does_not_hold_up_the_others(tmp_path):
     with PlayedHost(tmp_path, VM_ANSWERS) as host:
         assert host.verb('reset', 'web*') == (1, 'web 2 is reset\n', 'vmhost: web 1: it is off\n')

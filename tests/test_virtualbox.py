@@ -23,6 +23,7 @@ import cliscreen
 import faults
 import hostmachines
 import hypervisor
+import vboxconnection
 import vboxnetwork
 import virtualbox
 
@@ -355,6 +356,31 @@ def test_a_worker_that_hangs_takes_nobody_along():
         assert len(box.processes) == 3
 
 
+BEGINS_AND_HANGS = '''
+import json, sys, time
+sys.stdin.readline()
+print(json.dumps({'id': json.loads(sys.stdin.readline())['id'], 'begun': True}), flush=True)
+time.sleep(1000)
+'''
+
+
+def test_who_switches_a_vm_off_gives_up_what_hangs_in_it(monkeypatch):
+    monkeypatch.setattr(hypervisor, 'HUNG', 0.3)
+    failed = []
+    with started(ANSWERS, BEGINS_AND_HANGS, ANSWERS) as box:
+        def pause():
+            with pytest.raises(faults.DeadlineExceeded) as error:
+                box.pause('vm')
+            failed.append(str(error.value))
+        assert box.version() == 'an answer'
+        pausing = threading.Thread(target=pause)
+        pausing.start()
+        wait_until(lambda: len(box.processes) == 2)
+        assert box.power_off('vm') == 'an answer'
+        pausing.join(20)
+    assert failed == ['pause: no answer, and meanwhile vm was switched off']
+
+
 @pytest.mark.skipif(os.name != 'posix', reason='there, terminate is kill')
 @pytest.mark.parametrize('at_term', ['SIG_DFL', 'SIG_IGN'])
 def test_a_driver_that_hangs_ends_with_the_host(at_term):
@@ -436,6 +462,20 @@ def test_a_port_that_another_program_took_is_not_forwarded(driver):
         assert driver.start('vm')
         host, port = driver.forward_chirp('vm')
         assert host == '127.0.0.1' and port != endpoint[1]
+
+
+@pytest.mark.parametrize('verb', ['power_off', 'save_state'])
+def test_the_chirp_port_moves_where_another_program_took_it(driver, verb):
+    driver.create_vm('vm', '', {'memory': 16, 'diskSize': 0})
+    before = driver.find_chirp('vm')
+    assert driver.start('vm') and getattr(driver, verb)('vm')
+    with listening(before[1]):
+        assert driver.start('vm')
+        after = driver.find_chirp('vm')
+    assert after[0] == '127.0.0.1' and after[1] != before[1]
+    rules = [row.split(',') for row in driver.fake.machines[0].cards[0].NATEngine.redirects]
+    assert [rule[:1] + rule[2:4] + rule[5:] for rule in rules] == [
+        [vboxnetwork.CHIRP_RULE, '127.0.0.1', str(after[1]), '9094']]
 
 
 # The option `forwards`.
@@ -574,6 +614,26 @@ def test_a_missing_disk_is_named(driver, made):
     os.remove(path)
     with pytest.raises(faults.BadState, match=re.escape(path) + ' is missing'):
         driver.start('vm')
+
+
+def test_a_missing_disk_on_which_others_lie_is_named(driver, made, tmp_path):
+    place = made.mediumAttachments[0]
+    base, place.medium = place.medium, place.medium.make_child(str(tmp_path / 'child.vdi'))
+    assert driver.take_snapshot('vm', 'early')
+    made.currentSnapshot.machine.mediumAttachments.append(place)
+    os.remove(base.location)
+    for call, what in ((driver.start, 'start'), (driver.restore_snapshot, 'go back')):
+        with pytest.raises(faults.BadState, match='can\'t %s.*%s is missing' % (
+                what, re.escape(base.location))):
+            call('vm')
+
+
+def test_an_error_of_virtualbox_is_told_without_what_is_its_developers(driver):
+    error = vboxconnection.fault_of(0x80004005, (
+        'Document is empty. Location: \'/e.vbox\', line 1. /build/MachineImpl.cpp[706] (nsresult initFrom('
+        'const Guid*))'))
+    assert str(error) == 'Document is empty. Location: \'/e.vbox\', line 1 (VirtualBox 0x80004005)'
+    assert 'process ended' in str(vboxconnection.fault_of(0x80004004, 'no reason given'))
 
 
 def test_a_vm_that_is_paused_again_at_once(driver, made, tmp_path):
@@ -734,6 +794,9 @@ def test_two_vms_with_one_card(host, api, fake, vm, give_card):
     assert {vm, 'twin'} <= set(api.listVMs())
     assert [api.getVM(name)['name'] for name in (vm, 'twin')] == [vm, 'twin']
     assert 'same MAC' in api.getVM(vm)['trouble']
+    for told in api.getVMs():
+        alone = api.getVM(told['uuid'] or told['name'])
+        assert told == {key: alone[key] for key in alone if key not in ('rdp', 'pid', 'forwards')}
     assert api.start(uuid) is True and api.getState('twin') == 'Running'
     with environment(host.environment):
         assert 'same MAC' in ' '.join(host.verb('check').stdout.decode().split())
@@ -756,6 +819,9 @@ def test_a_vm_that_can_not_be_read(host, api, fake, vm):
 def test_older_clients_name_snapshots_as_they_like(api, vm):
     for name in ('', 12, 12):
         assert api.saveSnapshot(vm, name) is True
+    for call, told in ((lambda: api.saveSnapshot(5, 5), 'saveSnapshot: vm should be string'),
+                       (lambda: api.getPerformanceData(vm, 5), 'getPerformanceData: key should be string')):
+        assert fault_of(call) == (-32602, told)
     first, second, third = api.listSnapshots(vm)
     assert first.startswith('2') and (second, third) == ('12', '12')
     assert fault_of(api.takeSnapshot, vm, '12')[0] == 8

@@ -19,10 +19,10 @@ class Refused(Exception):
     """VBoxManage said no."""
 
 
-def manage(*words):
+def manage(*words, patience=900):
     """What VBoxManage says; fails where it fails."""
     done = subprocess.run(('VBoxManage',) + words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          universal_newlines=True, timeout=900)
+                          universal_newlines=True, timeout=patience)
     if done.returncode:
         raise Refused('VBoxManage %s: %s' % (' '.join(words), done.stdout))
     return done.stdout
@@ -38,7 +38,7 @@ def try_manage(*words):
 
 def facts(vm):
     """{key: value} of `VBoxManage showvminfo --machinereadable`."""
-    lines = manage('showvminfo', vm, '--machinereadable').splitlines()
+    lines = manage('showvminfo', vm, '--machinereadable', patience=120).splitlines()
     pairs = (line.partition('=') for line in lines if '=' in line)
     return {key.strip('"'): value.strip('"') for key, _, value in pairs}
 
@@ -48,6 +48,13 @@ def state_of(vm):
     with contextlib.suppress(Refused):
         return facts(vm)['VMState']
     return ''
+
+
+def is_locked(vm):
+    """Whether somebody, such as its process, has the VM, as VBoxManage says."""
+    with contextlib.suppress(Refused):
+        return 'SessionName' in facts(vm)
+    return False
 
 
 def vm_process(vm):
@@ -91,13 +98,21 @@ def remove(uuid):
     pid = vm_process(uuid)
     if pid:
         kill(pid)
+        # Until VirtualBox has noticed, it would unregister the VM, and leave disks that it takes for locked.
+        wait_until(lambda: not is_locked(uuid), 20, 0.3)
     # While its process ends the VM is locked; files that stay would be in the next one's way.
     wait_until(lambda: try_manage('unregistervm', uuid, '--delete') or uuid not in manage('list', 'vms'),
                20, 0.3)
 
 
-def forwards_are_served_and_move(forwards, start, save):
-    """Of a new VM that was made with ports 80, and 22 for all addresses, forwarded to free ones.
+def chirp_port(vm):
+    """The port of this machine by which a guest's Chirp server is reached."""
+    return int(next(value for value in facts(vm).values() if value.startswith('vmhost-chirp,')).split(',')[3])
+
+
+def forwards_are_served_and_move(vm, forwards, start, save):
+    """Of a new VM that was made with ports 80, and 22 for all addresses, forwarded to free ones; and of its
+    Chirp port.
 
     forwards    gives them as they are now
     """
@@ -108,11 +123,15 @@ def forwards_are_served_and_move(forwards, start, save):
     for each, address in ((first, '127.0.0.1'), (second, '127.0.0.1'), (second, '127.0.0.2')):
         socket.create_connection((address, each['hostPort'])).close()
     save()
-    with socket.socket() as other:
-        other.bind(('127.0.0.1', first['hostPort']))
-        other.listen(1)
+    chirp = chirp_port(vm)
+    with socket.socket() as other, socket.socket() as another:
+        for taker, port in ((other, first['hostPort']), (another, chirp)):
+            taker.bind(('127.0.0.1', port))
+            taker.listen(1)
         start()
     moved, stayed = forwards()
+    assert chirp_port(vm) not in (chirp, moved['hostPort'], stayed['hostPort'])
+    socket.create_connection(('127.0.0.1', chirp_port(vm))).close()
     assert moved == dict(first, hostPort=moved['hostPort']) != first and stayed == second
     for each in moved, stayed:
         socket.create_connection(('127.0.0.1', each['hostPort'])).close()

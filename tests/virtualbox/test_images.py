@@ -149,3 +149,30 @@ def test_cleanup_touches_nothing_else(api, images, remove_all, tmp_path):
         assert api.cleanup() == []
     finally:
         try_manage('closemedium', 'disk', foreign_disk, '--delete')
+
+
+@pytest.mark.parametrize('image, options', [
+    ('disk.vdi', {'memory': 2 ** 30}), ('disk.vdi', {'cpus': 1000}), ('', {'memory': 2 ** 30, 'diskSize': 4}),
+    ('torn.iso', {'diskSize': 4}), ('torn.vdi', {}), ('torn.vmdk', {}), ('torn.vdi', {'linked': True}),
+    ('torn.qcow2', {}), ('torn.ova', {})])
+def test_a_vm_that_can_not_be_made_leaves_nothing(api, images, remove_all, tmp_path, image, options):
+    if image.startswith('torn'):
+        with open(str(images / 'disk.vdi'), 'rb') as file:
+            (tmp_path / image).write_bytes(file.read(100000 if image == 'torn.vdi' else 0))
+    before = manage('list', 'hdds'), manage('list', 'dvds'), manage('list', 'vms')
+    path = str((tmp_path if image.startswith('torn') else images) / image) if image else ''
+    code, text = fault_of(api.createVM, 'fails', path, options)
+    assert code == 5 and (not image.startswith('torn') or image in text), text
+    assert 'Object corresponding' not in text.partition(' (')[0], text
+    assert (manage('list', 'hdds'), manage('list', 'dvds'), manage('list', 'vms')) == before
+    assert not os.path.exists(folder_of('fails')) and api.cleanup() == []
+
+
+def test_what_a_linked_vm_has_is_not_left_over(api, images, remove_all):
+    """VirtualBox lists only the disks that lie on no other."""
+    api.createVM('on it', str(images / 'disk.vdi'), {'memory': 16, 'linked': True})
+    assert api.cleanup() == []
+    api.takeSnapshot('on it', 'once')
+    assert api.cleanup() == []
+    assert api.removeVM('on it', True) is True
+    assert str(images) not in manage('list', 'hdds') and api.cleanup() == []

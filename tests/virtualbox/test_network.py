@@ -140,8 +140,9 @@ def test_ports_of_a_guest_are_reached_here(api, remove_all):
     """And a saved VM's moves, where another program took it meanwhile."""
     api.createVM('serves', '', {'memory': 16, 'diskSize': 0, 'forwards': [
         {'guestPort': 80}, {'guestPort': 22, 'isRemote': True}]})
-    forwards_are_served_and_move(lambda: api.getVM('serves')['forwards'], lambda: api.start('serves'),
-                                 lambda: api.saveState('serves'))
+    forwards_are_served_and_move(
+        'serves', lambda: api.getVM('serves')['forwards'], lambda: api.start('serves'),
+        lambda: api.saveState('serves'))
 
 
 def test_a_foreign_vm_gets_what_it_needs_at_its_start(api, remove_all):

@@ -11,8 +11,10 @@ import time
 import pytest
 from helpers import beside, wait_until
 from rig import facts, manage, stopped, vboxsvc, vm_process
+from test_hypervisor import opened
 from vms import SETTINGS, fault_of, kill
 
+import faults
 import hypervisor
 
 NUMBERS = itertools.count(1)
@@ -240,3 +242,55 @@ def test_a_full_disk_pauses_a_vm_for_a_reason_that_is_told(host, api, remove_all
     assert api.resume('writer') is True
     assert api.getVM('writer')['trouble'] == ''
     api.powerOff('writer')
+
+
+@pytest.mark.parametrize('driver', ['VirtualBox', 'VBoxManage'])
+def test_on_a_full_disk_a_vm_keeps_its_settings(home, remove_all, small_disk, tmp_path, driver):
+    """VirtualBox would leave an empty file, and say that the snapshot is restored."""
+    settings = dict(SETTINGS, state_dir=str(tmp_path), command_timeout=45)
+    with opened(hypervisor.Hypervisor, driver, settings) as box:
+        box.create_vm('full', '', dict(SMALL, folder=small_disk))
+        box.start('full')
+        box.take_snapshot('full', 'live')
+        box.power_off('full')
+        before = facts('full')
+        with open(os.path.join(small_disk, 'filling'), 'wb', buffering=0) as file, \
+                contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        for verb, args in (('restore_snapshot', ('live',)), ('take_snapshot', ('x',)),
+                           ('delete_snapshot', ('live',)), ('start', ()),
+                           ('set_limits', ({'cpuPercent': 50},))):
+            with pytest.raises(faults.HypervisorError, match='full.vbox is full'):
+                getattr(box, verb)('full', *args)
+        os.remove(os.path.join(small_disk, 'filling'))
+        now = facts('full')
+        assert os.path.getsize(now['CfgFile']) and now == before
+        assert box.restore_snapshot('full', 'live') and box.start('full') and box.power_off('full')
+
+
+def test_who_switches_a_hung_vm_off_waits_for_nobody_who_hangs_in_it(api, host, vm):
+    """Whoever waits for the answer is told, too."""
+    told = []
+    api.start(vm)
+    with stopped(vm_process(facts(vm)['UUID'])), host.api as another:
+        pausing = threading.Thread(target=lambda: told.append(fault_of(another.pause, vm)))
+        pausing.start()
+        wait_until(lambda: host.driver_pids('worker'))
+        begun = time.monotonic()
+        assert api.powerOff(vm) is True
+        assert time.monotonic() - begun < 40          # 15 s of silence, and what a process takes to end
+        pausing.join(20)
+    assert told[0][0] == 7 and 'switched off' in told[0][1], told
+    assert api.getState(vm) == 'Aborted'
+
+
+def test_what_hangs_hides_no_vm(api, host, vm):
+    """VBoxSVC answers nobody for a while: what was seen last is told of one VM as of all."""
+    uuid = api.getVM(vm)['uuid']
+    with stopped(vboxsvc()):
+        for ask, seconds in ((lambda: vm in api.listVMs(), 2), (lambda: vm in str(api.getVMs()), 2),
+                             (lambda: api.getVM(vm)['uuid'] == uuid, 10), (lambda: api.getState(vm), 10)):
+            begun = time.monotonic()
+            assert ask() and time.monotonic() - begun < seconds
+    assert api.start(vm) is True

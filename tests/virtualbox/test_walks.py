@@ -153,7 +153,8 @@ class Chaos:
     def act(self):
         act, vm = self.chance.choice(self.acts), self.chance.choice(sorted(self.vms))
         self.done.append((act.__name__, vm))
-        with contextlib.suppress(Refused, ProcessLookupError):      # of a VM that is on its way
+        with contextlib.suppress(Refused, ProcessLookupError,       # of a VM that is on its way
+                                 subprocess.TimeoutExpired):        # or for which VirtualBox waits for ever
             act(vm)
         time.sleep(self.chance.uniform(0, 0.5))
 
