@@ -40,13 +40,15 @@ from chirplocal import (
     remove_tree,
     set_mode,
     set_times,
+    stat_here,
+    through_links,
     to_local,
     to_local_link,
     to_remote,
     tree_size,
     write_here,
 )
-from chirprequests import SLOWEST_HASH, Connection, Pipeline
+from chirprequests import SLOWEST_HASH, Connection, Pipeline, leads_nowhere
 from chirpwire import (
     BLOCK,
     CHECKED,
@@ -179,7 +181,8 @@ class ChirpClient(Connection):
             cancel: Optional[threading.Event] = None, verify: bool = True, keep: bool = True,
             links: str = 'keep', within: Optional[float] = None) -> None:
         """Sends a file or folder, to be called ``target`` there. A folder goes into one that is there, whose
-        mode, owner and time stay; a file that is replaced leaves its owner and mode to the new one.
+        mode, owner and time stay; a file that is replaced leaves its owner and mode to the new one. Where
+        ``target`` is a link, what it leads to is; within a folder, a link is replaced itself.
 
         ``progress`` gets (bytes moved, bytes in all) from time to time; ``verify``: compare checksums;
         ``keep``: modes and times. Of a folder's symbolic links, ``keep`` makes the same, ``follow`` moves
@@ -199,7 +202,8 @@ class ChirpClient(Connection):
         written to.
 
         Of a folder's symbolic links, ``keep`` makes those that stay within it, with no ``..`` after a
-        name; the others are told of in Incomplete. Nothing is written through a link.
+        name; the others are told of in Incomplete. Through a link nothing is written, but where ``target``
+        itself is one.
         """
         if not source:
             raise ChirpError('an empty path is no source')
@@ -436,7 +440,8 @@ class Upload(Move):
     """One ``put``."""
 
     def run(self, source: str, target: bytes) -> None:
-        found = os.stat(source)
+        found = stat_here(source)
+        target = self._client.through_links(target)
         if not stat.S_ISDIR(found.st_mode):
             self._meter.total = found.st_size
             return self._put_file(source, target)
@@ -460,8 +465,7 @@ class Upload(Move):
             found, begin, seen = os.fstat(file.fileno()), beginning(file), time.time()
             self._meter.moved = base
             there = self._client.find(target)
-            if there is not None and there.is_dir:
-                raise Refused(IS_DIR, shown(target))
+            check_file_there(there, target)
             if self._is_same(file, found, target, there):
                 return self._meter.add(found.st_size)
             part = part_path(target)
@@ -676,7 +680,8 @@ class Upload(Move):
             there = None
         if there is not None and self._small.asking(lambda: self._has(entry.path, found, target, there)):
             return self._meter.add(found.st_size)
-        if found.st_size <= SMALL and not (there is not None and there.is_dir):
+        check_file_there(there, target)
+        if found.st_size <= SMALL:
             found, data = read_small(entry.path)
             if len(data) <= SMALL:
                 if merge and known.has_part(name):
@@ -866,6 +871,14 @@ def reads_same(wire: Wire, count: int, algorithm: str, content: bytes) -> bool:
     return wire.read(count) == digest
 
 
+def check_file_there(there: Optional[Stat], target: bytes) -> None:
+    """Raises Refused, or OSError, for what no file may replace: a folder, or a device, FIFO or socket."""
+    if there is not None and there.is_dir:
+        raise Refused(IS_DIR, shown(target))
+    if there is not None and not there.is_file and not there.is_link:
+        raise OSError(errno.EINVAL, 'neither a file nor a folder', shown(target))
+
+
 def check_whole(name: bytes) -> None:
     """Raises OSError for what isn't whole yet, or never will be: it is no copy of anything."""
     if is_part(name):
@@ -887,7 +900,9 @@ class Download(Move):
     """One ``get`` or ``fetch``."""
 
     def run(self, source: bytes, target: str) -> None:
-        found = self._client.stat(source)
+        found = self._find_source(source)
+        if not is_device(target):
+            target = through_links(target)
         if found.is_dir:
             if is_device(target):
                 raise Refused(IS_DIR, shown(source))
@@ -900,6 +915,15 @@ class Download(Move):
             with open_device(target) as file:
                 return self.stream(source, lambda view: write_whole(file, view))
         self._get_file(source, target, None)
+
+    def _find_source(self, source: bytes) -> Stat:
+        try:
+            return self._client.stat(source)
+        except Refused:
+            found = self._client.find(source, False)
+            if found is None or not found.is_link:
+                raise
+            raise leads_nowhere(source, self._client.readlink(source))
 
     def fetch(self, source: bytes, target: str, limit: int) -> int:
         """The first bytes of a file."""
