@@ -59,6 +59,7 @@ from chirpwire import (
     IS_DIR,
     NO_SPACE,
     NOT_AUTHENTICATED,
+    NOT_AUTHORIZED,
     NOT_DIR,
     PREAD_CRC32,
     PWRITE_CRC32,
@@ -283,7 +284,7 @@ class ChirpClient(Connection):
                 try:
                     length = self.result(wire, 'checksum of %s' % shown(path))
                 except Refused as refused:
-                    if refused.code == DOESNT_EXIST:
+                    if refused.code in (DOESNT_EXIST, NOT_AUTHORIZED):
                         return False
                     raise
             if length != len(digest):
@@ -455,7 +456,7 @@ class Upload(Move):
     def _put_file(self, source: str, target: bytes) -> None:
         """Under a temporary name, which becomes its own at the end."""
         base = self._meter.moved
-        with CLAIMS.holding(self._client, target):
+        with CLAIMS.holding(self._client, target), naming(target):
             self._client.until_it_holds_still(
                 self._meter, to_remote(source), lambda: self._send_file(source, target, base))
 
@@ -594,9 +595,13 @@ class Upload(Move):
         if old is not None and not old.is_dir:
             self._client.unlink(part)
         try:
-            self._put_folder(source, part, False)
-        except Refused as refused:
-            if refused.code == NO_SPACE:
+            with naming(target):
+                self._put_folder(source, part, False)
+        except (Refused, OSError) as error:
+            self._client.disconnect()          # requests may be under way
+            with contextlib.suppress(Refused):
+                self._client.rmdir(part)       # which nothing has arrived in
+            if isinstance(error, Refused) and error.code == NO_SPACE:
                 raise Refused(NO_SPACE, '%s: what has arrived is in %s' % (shown(target), shown(part)))
             raise
         self._client.rename(part, target)
@@ -783,7 +788,8 @@ class SmallFiles:
         if file.name != file.target:
             self._client.replacing(file.name, file.target)     # raises where that is too long
         agreed: List[Union[int, Refused]] = []
-        self._pipeline.add(self._client.ask('putfile', quote(file.name), file.mode, len(file.data)),
+        mode = self._first_mode(file)
+        self._pipeline.add(self._client.ask('putfile', quote(file.name), mode, len(file.data)),
                            lambda wire, result: agreed.append(result))
         self._pipeline.drain()
         if isinstance(agreed[0], Refused):
@@ -813,12 +819,16 @@ class SmallFiles:
         if self._options.verify:
             algorithm, request = self._client.asking_for_digest(file.name, 0, len(file.data))
             add(request, lambda wire, result: self._compare(file, algorithm, wire, result))
-        if not self._client.is_ours and file.mode & 0o077 and (self._options.keep or file.replaces):
-            add(ask('chmod', name, file.mode), file.check)     # the real server has a umask of 077
+        if self._first_mode(file) != file.mode and (self._options.keep or file.replaces):
+            add(ask('chmod', name, file.mode), file.check)
         if self._options.keep:
             # The time comes last: by it a later attempt knows what is complete.
             add(ask('utime', name, int(file.found.st_atime), int(file.found.st_mtime)), file.check)
         self._last = file
+
+    def _first_mode(self, file: SmallFile) -> int:
+        """What it has first: a server of ours has to read it for its checksum; the real one has a umask."""
+        return file.mode | 0o400 if self._client.is_ours else file.mode & ~0o077
 
     def _arrived(self, file: SmallFile, result: Union[int, Refused]) -> None:
         file.check(None, result)
@@ -869,6 +879,15 @@ def reads_same(wire: Wire, count: int, algorithm: str, content: bytes) -> bool:
     if count != len(digest):
         raise ProtocolError('a checksum of %d bytes' % count)
     return wire.read(count) == digest
+
+
+@contextlib.contextmanager
+def naming(target: bytes) -> Iterator[None]:
+    """Has what is refused name the target: a person knows no other name."""
+    try:
+        yield
+    except Refused as refused:
+        raise Refused(refused.code, refused.what.replace(shown(part_path(target)), shown(target)))
 
 
 def check_file_there(there: Optional[Stat], target: bytes) -> None:
@@ -1098,8 +1117,10 @@ class Download(Move):
             self._fold = localnames.folding(part)
             try:
                 self._get_folder(source, part, found, (), False, made)
-            except OSError as error:
-                if error.errno in FULL:
+            except BaseException as error:
+                with contextlib.suppress(OSError):
+                    os.rmdir(part)             # which nothing has arrived in
+                if isinstance(error, OSError) and error.errno in FULL:
                     why = '%s; what has arrived is in %s' % (error.strerror, part)
                     raise OSError(error.errno, why, target)
                 raise

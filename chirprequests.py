@@ -37,6 +37,7 @@ from chirpwire import (
     Refused,
     Stat,
     TimedOut,
+    TurnedAway,
     Wire,
     parse_stat,
     quote,
@@ -164,7 +165,7 @@ class Connection:
             if wire.line() == b'yes' and wire.line() == b'yes':
                 return self._subject_of(wire)
         except EndOfStream:
-            raise AccessDenied('%s:%d turns us away' % (self.address, self.port))
+            raise TurnedAway('%s:%d turns us away' % (self.address, self.port))
         raise AccessDenied('%s:%d doesn\'t let us in' % (self.address, self.port))
 
     def _show_secret(self, wire: Wire) -> bool:

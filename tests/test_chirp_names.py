@@ -168,6 +168,21 @@ def test_what_servers_keep_in_a_folder_is_fetched_and_never_written(ours, tmp_pa
     assert (there / 'tree' / '.__acl').read_bytes() == b'address:* rwlda'
 
 
+def test_what_a_server_that_died_was_receiving_is_told_of_or_removed(ours, tmp_path):
+    client, there = ours  # noqa: F811
+    left = '.__put.' + '0123456789abcdef'
+    source = tree_of(tmp_path / 'source', {'x': b'x', 'd/y': b'y'})
+    tree_of(there / chirpwire.part_name(b'new').decode(), {left: b'half', 'd/' + left: b'half'})
+    client.put(str(source), '/new')
+    assert seen(there / 'new') == seen(source)
+    write(there / 'new' / left, b'half')
+    write(there / 'new' / '.__put.1', b'mine')         # which no server of ours makes
+    with pytest.raises(chirpwire.Incomplete) as incomplete:
+        client.get('/new', str(tmp_path / 'back'))
+    assert [path for path, _ in incomplete.value.failures] == ['/new/' + left]
+    assert sorted(os.listdir(str(tmp_path / 'back'))) == ['.__put.1', 'd', 'x']
+
+
 def test_modes_are_what_they_are(ours, tmp_path):
     client, there = ours  # noqa: F811
     source = tmp_path / 'source'
