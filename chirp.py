@@ -24,7 +24,7 @@ import agent
 from chirpclient import ChirpClient, landing_here, landing_there
 from chirpreal import RealChirpServer
 from chirpserver import ChirpServer
-from chirpwire import PORT, ChirpError, shown
+from chirpwire import PORT, ChirpError, Incomplete, shown
 
 
 def parse_address(text: str) -> Tuple[str, int]:
@@ -208,6 +208,10 @@ def main(words: Optional[Sequence[str]] = None) -> int:
                          parsed.id, tls) as client:
             (print_listing if parsed.verb == 'ls' else move)(client, parsed)
         return 0
+    except Incomplete as incomplete:
+        for failure in incomplete.failures:
+            print('chirp.py: %s' % agent.printable('%s: %s' % failure), file=sys.stderr)
+        return 1
     except (ChirpError, OSError) as error:
         print('chirp.py: %s' % agent.printable(agent.sentence(error)), file=sys.stderr)
         return 1

@@ -41,13 +41,15 @@ from chirplocal import (
     remove_tree,
     set_mode,
     set_times,
+    stat_here,
+    through_links,
     to_local,
     to_local_link,
     to_remote,
     tree_size,
     write_here,
 )
-from chirprequests import SLOWEST_HASH, Connection, Pipeline
+from chirprequests import SLOWEST_HASH, Connection, Pipeline, leads_nowhere
 from chirpwire import (
     BLOCK,
     CHECKED,
@@ -58,6 +60,7 @@ from chirpwire import (
     IS_DIR,
     NO_SPACE,
     NOT_AUTHENTICATED,
+    NOT_AUTHORIZED,
     NOT_DIR,
     PREAD_CRC32,
     PWRITE_CRC32,
@@ -180,7 +183,8 @@ class ChirpClient(Connection):
             cancel: Optional[threading.Event] = None, verify: bool = True, keep: bool = True,
             links: str = 'keep', within: Optional[float] = None) -> None:
         """Sends a file or folder, to be called ``target`` there. A folder goes into one that is there, whose
-        mode, owner and time stay; a file that is replaced leaves its owner and mode to the new one.
+        mode, owner and time stay; a file that is replaced leaves its owner and mode to the new one. Where
+        ``target`` is a link, what it leads to is; within a folder, a link is replaced itself.
 
         ``progress`` gets (bytes moved, bytes in all) from time to time; ``verify``: compare checksums;
         ``keep``: modes and times. Of a folder's symbolic links, ``keep`` makes the same, ``follow`` moves
@@ -200,7 +204,8 @@ class ChirpClient(Connection):
         written to.
 
         Of a folder's symbolic links, ``keep`` makes those that stay within it, with no ``..`` after a
-        name; the others are told of in Incomplete. Nothing is written through a link.
+        name; the others are told of in Incomplete. Through a link nothing is written, but where ``target``
+        itself is one.
         """
         if not source:
             raise ChirpError('an empty path is no source')
@@ -281,7 +286,7 @@ class ChirpClient(Connection):
                 try:
                     length = self.result(wire, 'checksum of %s' % shown(path))
                 except Refused as refused:
-                    if refused.code == DOESNT_EXIST:
+                    if refused.code in (DOESNT_EXIST, NOT_AUTHORIZED):
                         return False
                     raise
             if length != len(digest):
@@ -438,7 +443,8 @@ class Upload(Move):
     """One ``put``."""
 
     def run(self, source: str, target: bytes) -> None:
-        found = os.stat(source)
+        found = stat_here(source)
+        target = self._client.through_links(target)
         if not stat.S_ISDIR(found.st_mode):
             self._meter.total = found.st_size
             return self._put_file(source, target)
@@ -452,7 +458,7 @@ class Upload(Move):
     def _put_file(self, source: str, target: bytes) -> None:
         """Under a temporary name, which becomes its own at the end."""
         base = self._meter.moved
-        with CLAIMS.holding(self._client, target):
+        with CLAIMS.holding(self._client, target), naming(target):
             self._client.until_it_holds_still(
                 self._meter, to_remote(source), lambda: self._send_file(source, target, base))
 
@@ -462,8 +468,7 @@ class Upload(Move):
             found, begin, seen = os.fstat(file.fileno()), beginning(file), time.time()
             self._meter.moved = base
             there = self._client.find(target)
-            if there is not None and there.is_dir:
-                raise Refused(IS_DIR, shown(target))
+            check_file_there(there, target)
             if self._is_same(file, found, target, there):
                 return self._meter.add(found.st_size)
             part = part_path(target)
@@ -592,9 +597,13 @@ class Upload(Move):
         if old is not None and not old.is_dir:
             self._client.unlink(part)
         try:
-            self._put_folder(source, part, False)
-        except Refused as refused:
-            if refused.code == NO_SPACE:
+            with naming(target):
+                self._put_folder(source, part, False)
+        except (Refused, OSError) as error:
+            self._client.disconnect()          # requests may be under way
+            with contextlib.suppress(Refused):
+                self._client.rmdir(part)       # which nothing has arrived in
+            if isinstance(error, Refused) and error.code == NO_SPACE:
                 raise Refused(NO_SPACE, '%s: what has arrived is in %s' % (shown(target), shown(part)))
             raise
         self._client.rename(part, target)
@@ -679,7 +688,8 @@ class Upload(Move):
             there = None
         if there is not None and self._small.asking(lambda: self._has(entry.path, found, target, there)):
             return self._meter.add(found.st_size)
-        if found.st_size <= SMALL and not (there is not None and there.is_dir):
+        check_file_there(there, target)
+        if found.st_size <= SMALL:
             found, data = read_small(entry.path)
             if len(data) <= SMALL:
                 if merge and known.has_part(name):
@@ -781,7 +791,8 @@ class SmallFiles:
         if file.name != file.target:
             self._client.replacing(file.name, file.target)     # raises where that is too long
         agreed: List[Union[int, Refused]] = []
-        self._pipeline.add(self._client.ask('putfile', quote(file.name), file.mode, len(file.data)),
+        mode = self._first_mode(file)
+        self._pipeline.add(self._client.ask('putfile', quote(file.name), mode, len(file.data)),
                            lambda wire, result: agreed.append(result))
         self._pipeline.drain()
         if isinstance(agreed[0], Refused):
@@ -811,12 +822,16 @@ class SmallFiles:
         if self._options.verify:
             algorithm, request = self._client.asking_for_digest(file.name, 0, len(file.data))
             add(request, lambda wire, result: self._compare(file, algorithm, wire, result))
-        if not self._client.is_ours and file.mode & 0o077 and (self._options.keep or file.replaces):
-            add(ask('chmod', name, file.mode), file.check)     # the real server has a umask of 077
+        if self._first_mode(file) != file.mode and (self._options.keep or file.replaces):
+            add(ask('chmod', name, file.mode), file.check)
         if self._options.keep:
             # The time comes last: by it a later attempt knows what is complete.
             add(ask('utime', name, int(file.found.st_atime), int(file.found.st_mtime)), file.check)
         self._last = file
+
+    def _first_mode(self, file: SmallFile) -> int:
+        """What it has first: a server of ours has to read it for its checksum; the real one has a umask."""
+        return file.mode | 0o400 if self._client.is_ours else file.mode & ~0o077
 
     def _arrived(self, file: SmallFile, result: Union[int, Refused]) -> None:
         file.check(None, result)
@@ -869,6 +884,23 @@ def reads_same(wire: Wire, count: int, algorithm: str, content: bytes) -> bool:
     return wire.read(count) == digest
 
 
+@contextlib.contextmanager
+def naming(target: bytes) -> Iterator[None]:
+    """Has what is refused name the target: a person knows no other name."""
+    try:
+        yield
+    except Refused as refused:
+        raise Refused(refused.code, refused.what.replace(shown(part_path(target)), shown(target)))
+
+
+def check_file_there(there: Optional[Stat], target: bytes) -> None:
+    """Raises Refused, or OSError, for what no file may replace: a folder, or a device, FIFO or socket."""
+    if there is not None and there.is_dir:
+        raise Refused(IS_DIR, shown(target))
+    if there is not None and not there.is_file and not there.is_link:
+        raise OSError(errno.EINVAL, 'neither a file nor a folder', shown(target))
+
+
 def check_whole(name: bytes) -> None:
     """Raises OSError for what isn't whole yet, or never will be: it is no copy of anything."""
     if is_part(name):
@@ -890,7 +922,9 @@ class Download(Move):
     """One ``get`` or ``fetch``."""
 
     def run(self, source: bytes, target: str) -> None:
-        found = self._client.stat(source)
+        found = self._find_source(source)
+        if not is_device(target):
+            target = through_links(target)
         if found.is_dir:
             if is_device(target):
                 raise Refused(IS_DIR, shown(source))
@@ -903,6 +937,15 @@ class Download(Move):
             with open_device(target) as file:
                 return self.stream(source, lambda view: write_whole(file, view))
         self._get_file(source, target, None)
+
+    def _find_source(self, source: bytes) -> Stat:
+        try:
+            return self._client.stat(source)
+        except Refused:
+            found = self._client.find(source, False)
+            if found is None or not found.is_link:
+                raise
+            raise leads_nowhere(source, self._client.readlink(source))
 
     def fetch(self, source: bytes, target: str, limit: int) -> int:
         """The first bytes of a file."""
@@ -1077,8 +1120,10 @@ class Download(Move):
             self._fold = localnames.folding(part)
             try:
                 self._get_folder(source, part, found, (), False, made)
-            except OSError as error:
-                if error.errno in FULL:
+            except BaseException as error:
+                with contextlib.suppress(OSError):
+                    os.rmdir(part)             # which nothing has arrived in
+                if isinstance(error, OSError) and error.errno in FULL:
                     why = '%s; what has arrived is in %s' % (error.strerror, part)
                     raise OSError(error.errno, why, target)
                 raise

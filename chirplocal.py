@@ -62,6 +62,24 @@ def is_link(entry: os.DirEntry) -> bool:
         getattr(entry.stat(follow_symlinks=False), 'st_reparse_tag', None) == JUNCTION
 
 
+def stat_here(path: str) -> os.stat_result:
+    """Of what a path leads to. Raises OSError, which says so of a link that leads nowhere."""
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        if os.path.islink(path):
+            raise OSError(errno.ENOENT, 'a link to %s, where nothing is' % os.readlink(path), path)
+        raise
+
+
+def through_links(path: str) -> str:
+    """Where what is written to a path goes: what a link leads to. Raises OSError where that is nothing."""
+    if not os.path.islink(path):
+        return path
+    stat_here(path)
+    return os.path.realpath(path)
+
+
 def tree_size(path: str, depth: int = 0) -> int:
     """Bytes of the files in a folder that will be sent."""
     size = 0

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import errno
 import logging
+import posixpath
 import re
 import socket
 import threading
@@ -28,6 +29,7 @@ from chirpwire import (
     SECRET,
     STAT_LINE,
     AccessDenied,
+    ChirpError,
     Disconnected,
     EndOfStream,
     Path,
@@ -35,11 +37,13 @@ from chirpwire import (
     Refused,
     Stat,
     TimedOut,
+    TurnedAway,
     Wire,
     parse_stat,
     quote,
     secret_answer,
     shown,
+    to_bytes,
     to_text,
     unquote,
 )
@@ -52,6 +56,7 @@ IN_MEMORY = 1024 * 1024        # and of these, what is not on disk
 REPLY_LINE = re.compile(br'-?[0-9]{1,18} *$')
 STATFS_LINE = re.compile(br'-?[0-9]{1,20}( -?[0-9]{1,20}){6} *$')
 NAME_LINE = 1024               # bytes of a line in a listing
+LINKS = 40                     # symbolic links that one path may lead through
 DEPTH = 32                     # requests that are sent ahead
 AHEAD = 16 * 1024              # and their bytes: what a server takes in while it waits for us to read
 
@@ -160,7 +165,7 @@ class Connection:
             if wire.line() == b'yes' and wire.line() == b'yes':
                 return self._subject_of(wire)
         except EndOfStream:
-            raise AccessDenied('%s:%d turns us away' % (self.address, self.port))
+            raise TurnedAway('%s:%d turns us away' % (self.address, self.port))
         raise AccessDenied('%s:%d doesn\'t let us in' % (self.address, self.port))
 
     def _show_secret(self, wire: Wire) -> bool:
@@ -266,6 +271,31 @@ class Connection:
             if refused.code in (DOESNT_EXIST, NOT_DIR):
                 return None
             raise
+
+    def through_links(self, path: bytes) -> bytes:
+        """What is written to where that path is a link: what it leads to, without a link on the way. Raises
+        ChirpError where that is nothing, or nothing that is served."""
+        found = self.find(path, False)
+        if found is None or not found.is_link:
+            return path
+        names, done, links = path.split(b'/'), b'', 0
+        while names:
+            name = names.pop(0)
+            if name in (b'', b'.', b'..'):
+                done = posixpath.dirname(done).rstrip(b'/') if name == b'..' else done
+                continue
+            here = done + b'/' + name
+            found = self.find(here, False)
+            if found is None or links > LINKS:
+                raise leads_nowhere(path, self.readlink(path))
+            if not found.is_link:
+                done = here
+                continue
+            leads, links = to_bytes(self.readlink(here)), links + 1
+            names[:0] = leads.split(b'/')
+            if leads.startswith(b'/'):
+                done = b''             # that of what is served
+        return done or b'/'
 
     def ls(self, path: Path = '/') -> Iterator[Stat]:
         """The entries of a folder, in any order, however many: beyond some they are kept on disk meanwhile.
@@ -404,6 +434,11 @@ def entries_in(file: Any) -> Iterator[Stat]:
 
 
 Client = TypeVar('Client', bound=Connection)
+
+
+def leads_nowhere(path: Path, leads: str) -> ChirpError:
+    """What to raise for a link of the server."""
+    return ChirpError('%s is a link to %s, where nothing is that is served' % (shown(path), shown(leads)))
 
 
 def payload(limit: int) -> Callable[[Wire, int], bytes]:

@@ -11,7 +11,7 @@ import os
 import stat
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
-from chirpwire import PATH, RESERVED, TEMPORARY, ChirpError, is_zero
+from chirpwire import PATH, RESERVED, TEMPORARY, ChirpError, is_part, is_zero
 
 LINKS = 40                     # symbolic links that one path may lead through
 DEEPEST = 200                  # levels that rmall goes down
@@ -47,7 +47,7 @@ class Root:
         """The same folder, not to be closed, as programs of ours see it: every name can be said, and all but
         those that servers make belong to the user, who may read those."""
         root = copy.copy(self)
-        root.ours, root._reserved, root._kept = True, (TEMPORARY,), OF_SERVERS
+        root.ours, root._reserved, root._kept = True, (), OF_SERVERS
         return root
 
     def close(self) -> None:
@@ -79,11 +79,15 @@ class Root:
             root._leave(fd)
 
     @contextlib.contextmanager
-    def changing(self, path: bytes, follow: bool = True) -> Iterator[Tuple[int, bytes]]:
-        """``parent`` of what is going to be made, changed or removed."""
-        if any(name in self._shown for name in split_path(path)[:1]):
+    def changing(self, path: bytes, follow: bool = True,
+                 removes: bool = False) -> Iterator[Tuple[int, bytes]]:
+        """``parent`` of what is going to be made, changed or removed. ``removes``: which programs of ours may
+        do with what a server left of a file that it was receiving when it died."""
+        names = split_path(path)
+        if any(name in self._shown for name in names[:1]):
             raise PermissionError(errno.EROFS, 'to be read only')
-        with self.parent(path, follow, self._kept) as found:
+        kept = () if removes and self.ours and names and is_part(names[-1]) else self._kept
+        with self.parent(path, follow, kept) as found:
             yield found
 
     def free_bytes(self) -> int:

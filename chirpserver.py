@@ -618,7 +618,7 @@ class Names(Part):
         return b'0\n'
 
     def unlink(self, path: bytes) -> bytes:
-        with self._root.changing(unquote(path), False) as (fd, name):
+        with self._root.changing(unquote(path), False, removes=True) as (fd, name):
             os.unlink(name, dir_fd=fd)
         return b'0\n'
 
@@ -628,7 +628,7 @@ class Names(Part):
         return b'0\n'
 
     def rmall(self, path: bytes) -> bytes:
-        with self._root.changing(unquote(path), False) as (fd, name):
+        with self._root.changing(unquote(path), False, removes=True) as (fd, name):
             if name == b'.':
                 raise Fault(NOT_AUTHORIZED)
             remove_tree(fd, name)
@@ -643,7 +643,7 @@ class Names(Part):
 
     def replace(self, old: bytes, new: bytes) -> bytes:
         """Of ours alone: ``rename`` of a file, which gets the owner of the one that it replaces."""
-        with contextlib.suppress(FileNotFoundError), self._opened(unquote(old)) as fd:
+        with contextlib.suppress(FileNotFoundError, PermissionError), self._opened(unquote(old)) as fd:
             there = self._root.stat(unquote(new), False)
             if stat.S_ISREG(there.st_mode):
                 keep_owner(fd, there)

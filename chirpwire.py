@@ -69,6 +69,11 @@ class AccessDenied(ChirpError):
     """The server accepts none of the ways of authentication that we offer."""
 
 
+class TurnedAway(AccessDenied):
+    """The connection was ended before the server said anything: as to a stranger, and by one that is just
+    stopping, or a NAT with nobody behind it."""
+
+
 class Cancelled(ChirpError):
     """Whoever asked for it changed their mind."""
 
@@ -168,7 +173,7 @@ def unquote(word: bytes) -> bytes:
     return word.split(b'\0', 1)[0]
 
 
-PART = re.compile(br'\.[0-9a-f]{16}\.vmhost-part$')
+PART = re.compile(br'(\.[0-9a-f]{16}\.vmhost-part|%s[0-9a-f]{16})$' % re.escape(TEMPORARY))
 
 
 def part_name(name: bytes) -> bytes:
@@ -178,6 +183,7 @@ def part_name(name: bytes) -> bytes:
 
 
 def is_part(name: bytes) -> bool:
+    """Whether what is called so isn't whole: a transfer's, or what a server of ours is still receiving."""
     return PART.match(name) is not None
 
 

@@ -40,9 +40,9 @@ def do_put(host: Client, screen: Screen, args: Any) -> int:
 def do_get(host: Client, screen: Screen, args: Any) -> int:
     """Fetches files and folders from a VM."""
     descriptor = own_descriptor('/dev/stdout' if args.target == '-' else args.target)
-    if descriptor is not None:
-        return stream(host, screen, args, descriptor)
     sources = matching(host, args.vm, args.source)
+    if descriptor is not None:
+        return max([stream(host, screen, args, source, descriptor) for source in sources])
     target = here(args.target) if args.target else ''
     if len(sources) > 1 and target and not os.path.isdir(target):
         raise VMHostError('%s is not a folder, and %d files match' % (args.target, len(sources)))
@@ -117,7 +117,7 @@ def matching(host: Client, vm: str, source: str) -> List[str]:
     return [posixpath.join(folder, each) for each in found]
 
 
-def stream(host: Client, screen: Screen, args: Any, descriptor: int) -> int:
+def stream(host: Client, screen: Screen, args: Any, source: str, descriptor: int) -> int:
     """Fetches a file to a descriptor of ours, as standard output: the host agent writes it into a FIFO."""
     if not hasattr(os, 'mkfifo'):
         raise VMHostError('this system has no FIFO: name a file instead of -')
@@ -135,7 +135,7 @@ def stream(host: Client, screen: Screen, args: Any, descriptor: int) -> int:
         os.mkfifo(path, 0o600)
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         stack.callback(os.close, fd)
-        moving = host.call('startTransfer', 'get', args.vm, carried(args.source), path)
+        moving = host.call('startTransfer', 'get', args.vm, carried(source), path)
         try:
             while True:
                 now = host.call('getTransfer', moving)

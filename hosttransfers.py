@@ -215,7 +215,7 @@ class Transfers:
     def _move(self, transfer: Transfer) -> None:
         """Goes on where the agent went away and comes back, as a command would; waits where another one goes
         to the same place."""
-        moved, began = -1, time.monotonic()
+        moved, since = -1, {}      # type: int, Dict[float, float]   # patience: when its first reason was
         while True:
             try:
                 with self._machines.chirp_client(self._machines.connected(transfer.vm)) as client:
@@ -224,11 +224,13 @@ class Transfers:
                 raise
             except Busy as busy:
                 log.debug('%s: %s; it waits for that', transfer.id, busy)
-            except (AgentNotConnected, NoFiles, chirpwire.Disconnected) as error:
+            except (AgentNotConnected, NoFiles, chirpwire.Disconnected, chirpwire.TurnedAway) as error:
+                patience = GUEST_PATIENCE if isinstance(
+                    error, (AgentNotConnected, chirpwire.Disconnected)) else FILES_PATIENCE
                 if transfer.bytes > moved:
-                    moved, began = transfer.bytes, time.monotonic()
-                patience = FILES_PATIENCE if isinstance(error, NoFiles) else GUEST_PATIENCE
-                if time.monotonic() > began + patience:
+                    moved = transfer.bytes
+                    since.clear()
+                if time.monotonic() > since.setdefault(patience, time.monotonic()) + patience:
                     raise
                 log.info('%s: %s; it waits for the agent', transfer.id, error)
             if transfer.cancelled.wait(GUEST_LOOK):

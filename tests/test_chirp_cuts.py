@@ -647,6 +647,34 @@ def forked_server(folder, user):
         os.close(far)
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason='reads what nobody may read')
+def test_what_its_owner_may_not_read_arrives_all_the_same(tmp_path):
+    let_others_in(tmp_path)
+    folder, source = tmp_path / 'served', tmp_path / 'tree'
+    for path in folder, source, folder / 'there':
+        path.mkdir()
+        os.chown(str(path), 65534, 65534)
+    for mode in 0, 0o200, 0o111:
+        write(source / ('small%o' % mode), b'x', mode)
+        write(source / ('large%o' % mode), b'x' * 100000, mode)
+    with forked_server(folder, 65534) as address, chirpclient.ChirpClient(*address) as narrow:
+        for target in '/new', '/there', '/there':
+            narrow.put(str(source), target)
+            assert seen(folder / target[1:]) == seen(source)
+
+
+def test_a_folder_that_can_not_be_read_leaves_nothing_behind(tmp_path):
+    let_others_in(tmp_path)
+    (tmp_path / 'served' / 'closed').mkdir(parents=True)
+    os.chmod(str(tmp_path / 'served' / 'closed'), 0)
+    with forked_server(tmp_path / 'served', 65534 if os.getuid() == 0 else os.getuid()) as address, \
+            chirpclient.ChirpClient(*address) as narrow:
+        with pytest.raises(chirpwire.Refused, match='not authorized'):
+            narrow.get('/closed', str(tmp_path / 'got'))
+    os.chmod(str(tmp_path / 'served' / 'closed'), 0o755)
+    assert os.listdir(str(tmp_path)) == ['served']
+
+
 def test_no_permission(tmp_path):
     let_others_in(tmp_path)
     folder = tmp_path / 'served'
@@ -662,4 +690,8 @@ def test_no_permission(tmp_path):
                      lambda: narrow.unlink('/fixed'), lambda: narrow.mkdir('/d')):
             with pytest.raises(chirpwire.Refused, match='not authorized'):
                 move()
+        (tmp_path / 'tree').mkdir()
+        for path in source, tmp_path / 'tree':         # whose temporary name nobody knows
+            with pytest.raises(chirpwire.Refused, match='^/new: not authorized'):
+                narrow.put(str(path), '/new')
     os.chmod(str(folder), 0o755)

@@ -89,6 +89,65 @@ def test_a_file_that_is_none_is_said(ours, tmp_path):
         client.get('/pipe', str(tmp_path / 'pipe'))
 
 
+def test_a_target_that_is_a_link_is_written_through(client, served, tmp_path):  # noqa: F811
+    """As cp does: what it leads to gets the content, by way of folders that are links, too."""
+    here, there = tmp_path / 'here', served[1]
+    for folder in here, there:
+        (folder / 'deep' / 'er').mkdir(parents=True, exist_ok=True)
+        write(folder / 'deep' / 'file', b'old')
+        os.symlink('deep/er', str(folder / 'way'))
+        for name, leads in ('way/back', '../file'), ('chain', 'way/back'), ('link', 'deep/file'):
+            os.symlink(leads, str(folder / name))
+    for name in 'deep', 'deep/er', 'deep/file':
+        os.chmod(str(there / name), 0o777)             # the real server is another user
+    for number, name in enumerate(('link', 'chain', 'way/back')):
+        source = write(tmp_path / 'source', b'%d' % number * 100000 * number + b'.')
+        client.put(str(source), '/' + name)
+        assert (there / 'deep' / 'file').read_bytes() == source.read_bytes()
+        client.get('/deep/file', str(here / name))
+        assert (here / 'deep' / 'file').read_bytes() == source.read_bytes()
+    for folder in here, there:
+        assert os.readlink(str(folder / 'link')) == 'deep/file' and (folder / 'chain').is_symlink()
+        assert set(os.listdir(str(folder / 'deep'))) - {'.__acl'} == {'er', 'file'}
+
+
+@pytest.mark.parametrize('leads', ['nothing', '/etc/passwd', '../../x', 'link'])
+def test_a_target_that_leads_out_or_nowhere_is_told_and_stays(client, served, tmp_path, leads):  # noqa: F811
+    source = write(tmp_path / 'source', b'new')
+    outside = write(tmp_path / 'x', b'untouched')
+    for folder in tmp_path / 'here', served[1]:
+        (folder / 'in').mkdir(parents=True)
+        os.symlink(leads, str(folder / 'in' / 'link'))
+    os.chmod(str(served[1] / 'in'), 0o777)             # the real server is another user
+    with pytest.raises(chirpwire.ChirpError, match='in/link is a link to .*%s, where nothing is' % leads):
+        client.put(str(source), '/in/link')
+    with pytest.raises(chirpwire.ChirpError, match='in/link is a link to .*%s, where nothing is' % leads):
+        client.get('/in/link', str(tmp_path / 'got'))
+    client.put(str(source), '/in/source')
+    if leads in ('nothing', 'link'):
+        with pytest.raises(OSError, match='link'):
+            client.get('/in/source', str(tmp_path / 'here' / 'in' / 'link'))
+        with pytest.raises(OSError, match='link'):
+            client.put(str(tmp_path / 'here' / 'in' / 'link'), '/in/new')
+    for folder in tmp_path / 'here', served[1]:
+        assert os.readlink(str(folder / 'in' / 'link')) == leads
+    assert outside.read_bytes() == b'untouched'
+
+
+def test_what_is_no_file_there_is_not_replaced_by_one(ours, tmp_path):
+    client, there = ours  # noqa: F811
+    source = tree_of(tmp_path / 'source', {'fifo': b'x', 'large': b'x' * 100000, 'other': b'x'})
+    (there / 'tree').mkdir()
+    for name in 'fifo', 'large':
+        os.mkfifo(str(there / 'tree' / name))
+        with pytest.raises(OSError, match='neither a file nor a folder'):
+            client.put(str(source / name), '/tree/' + name)
+    with pytest.raises(chirpwire.Incomplete, match='neither a file nor a folder') as incomplete:
+        client.put(str(source), '/tree')
+    assert incomplete.value.count == 2 and (there / 'tree' / 'other').read_bytes() == b'x'
+    assert all(stat.S_ISFIFO(os.lstat(str(there / 'tree' / name)).st_mode) for name in ('fifo', 'large'))
+
+
 def test_what_servers_keep_in_a_folder_is_fetched_and_never_written(ours, tmp_path):
     """A program may have made what has such a name, or chirp_server, which goes by its ACLs."""
     client, there = ours  # noqa: F811
@@ -107,6 +166,21 @@ def test_what_servers_keep_in_a_folder_is_fetched_and_never_written(ours, tmp_pa
         with pytest.raises(chirpwire.Refused, match='not authorized'):
             change()
     assert (there / 'tree' / '.__acl').read_bytes() == b'address:* rwlda'
+
+
+def test_what_a_server_that_died_was_receiving_is_told_of_or_removed(ours, tmp_path):
+    client, there = ours  # noqa: F811
+    left = '.__put.' + '0123456789abcdef'
+    source = tree_of(tmp_path / 'source', {'x': b'x', 'd/y': b'y'})
+    tree_of(there / chirpwire.part_name(b'new').decode(), {left: b'half', 'd/' + left: b'half'})
+    client.put(str(source), '/new')
+    assert seen(there / 'new') == seen(source)
+    write(there / 'new' / left, b'half')
+    write(there / 'new' / '.__put.1', b'mine')         # which no server of ours makes
+    with pytest.raises(chirpwire.Incomplete) as incomplete:
+        client.get('/new', str(tmp_path / 'back'))
+    assert [path for path, _ in incomplete.value.failures] == ['/new/' + left]
+    assert sorted(os.listdir(str(tmp_path / 'back'))) == ['.__put.1', 'd', 'x']
 
 
 def test_modes_are_what_they_are(ours, tmp_path):

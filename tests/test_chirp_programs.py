@@ -87,6 +87,14 @@ def test_errors_are_one_line(serving, tmp_path):
     assert not os.path.exists(str(tmp_path / 'x')) and not os.path.exists(str(tmp_path / 'x.vmhost-part'))
 
 
+def test_each_failure_is_one_line(serving, tmp_path):
+    (tmp_path / 'served' / 'tree').mkdir()
+    for index in range(5):
+        os.symlink('/etc/passwd', str(tmp_path / 'served' / 'tree' / ('out%d' % index)))
+    told = chirp_py('get', serving, 'tree', tmp_path / 'got', code=1)
+    assert sorted(line.split(': ')[1] for line in told.splitlines()) == ['tree/out%d' % n for n in range(5)]
+
+
 @pytest.mark.parametrize('words', [
     ['ls', '127.0.0.1:1', '--timeout', seconds] for seconds in ('-1', '0', 'nan', 'inf', '1e300', 'x')
 ] + [['serve', '.', '--port', port] for port in ('70000', '-1', 'x')])

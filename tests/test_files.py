@@ -32,6 +32,7 @@ import hostcommands
 import hostconfig
 import hostguests
 import hostjournal
+import hosttransfers
 
 pytestmark = [pytest.mark.whole, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 FULL = os.environ.get('VMHOST_FULL')            # nothing else runs on this machine
@@ -224,6 +225,29 @@ def test_a_transfer_ends_though_the_journal_is_full(tmp_path, monkeypatch):
         assert (transfer.state, transfer.error) == ('done', '')
         monkeypatch.undo()
     assert (tmp_path / 'served' / 'there').read_text() == 'content'
+
+
+def test_who_is_turned_away_tries_again(tmp_path, monkeypatch):
+    """As behind a NAT, which takes the connection while the agent is away."""
+    monkeypatch.setattr(hosttransfers, 'GUEST_LOOK', 0.01)
+    (tmp_path / 'source').write_text('content')
+    tries = []
+    with one_process(tmp_path, monkeypatch) as host, host.machines.chirp_client(None) as there, \
+            cutting.CuttingProxy((there.address, there.port)) as proxy:
+        def client(guest):
+            tries.append(guest)
+            return chirpclient.ChirpClient(*proxy.address)
+        monkeypatch.setattr(host.machines, 'chirp_client', client)
+        proxy.most = 0
+        transfer = host.transfers.start('put', 'g', str(tmp_path / 'source'), 'there')
+        wait_until(lambda: len(tries) > 2 or transfer.done.is_set())
+        proxy.most = None
+        assert transfer.done.wait(20) and (transfer.state, transfer.error) == ('done', '')
+        proxy.most = 0
+        for name in 'FILES_PATIENCE', 'GUEST_PATIENCE':        # a close may arrive as a reset
+            monkeypatch.setattr(hosttransfers, name, 0.05)
+        transfer = host.transfers.start('put', 'g', str(tmp_path / 'source'), 'other')
+        assert transfer.done.wait(20) and transfer.state == 'failed'
 
 
 def test_one_transfer_at_a_time_goes_to_a_place(tmp_path, monkeypatch):

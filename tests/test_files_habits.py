@@ -90,6 +90,10 @@ def test_a_pattern_is_what_it_matches(host, guest, tmp_path):
     code, _, err = verb(host, 'get', 'g', '*.csv', tmp_path / 'other')
     assert code == 1 and 'not a folder' in err
     assert verb(host, 'get', 'g', '*.none', results)[0] == 1
+    assert host.verb('get', 'g', '?.csv', '-').stdout == b'1.csv2.csv'
+    os.symlink('nowhere', in_guest(guest, '3.csv'))
+    code, _, err = verb(host, 'get', 'g', '?.csv', results)
+    assert code == 1 and '3.csv is a link to nowhere, where nothing is' in err and 'does not exist' not in err
 
 
 def test_a_path_outside_is_an_error_that_says_so(host, guest, tmp_path):
