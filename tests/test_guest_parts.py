@@ -96,10 +96,12 @@ def test_it_finds_broker_card_and_id_by_itself(network, route, tmp_path):
     assert done.returncode == 1 and '10.93.0.1:61613' in done.stdout and 'Traceback' not in done.stdout
 
 
-def test_addresses_and_cards(network):
+@pytest.mark.parametrize('system', ['exec', 'umount -l /sys; exec'])
+def test_addresses_and_cards(network, system):
     _, guest = network
     subprocess.check_call(['ip', '-n', guest, 'route', 'add', 'default', 'via', '10.93.0.1'])
-    done = in_namespace(guest, sys.executable, '-c', 'import guestmachine, json\n'
+    done = in_namespace(guest, 'sh', '-c', system + ' "$@"', 'sh',
+                        sys.executable, '-c', 'import guestmachine, json\n'
                         'net = guestmachine.Network()\n'
                         'print(json.dumps([net.gateways(), net.candidates(61613), net.interfaces(), '
                         'net.mac_of("card"), net.address_of("card"), net.interface_with("10.93.0.7"), '

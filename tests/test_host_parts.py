@@ -424,7 +424,7 @@ def test_a_status_that_tells_no_time_does_not_stop_the_clock(journal, clock):
     commands = hostcommands.Commands(journal, clock)
     cmd_id, [execution] = new_command(commands)
     for told, wall in (({}, None), ({'wall': 2}, 2), ({}, 12), ({}, 22), ({'wall': 21}, 21)):
-        commands.heard_status(execution, 'running', Message('', 'CMD_STATUS', {}, dict(told, state='running')))
+        commands.heard_status(execution, 'running', Message('', 'CMD_STATUS', {}, told))
         assert execution.status.get('wall') == wall
         clock.now += 10
     commands.heard_status(execution, 'stopped', Message('', 'CMD_STATUS', {}, {'state': 'stopped'}))
