@@ -183,8 +183,8 @@ def import_netifaces() -> Any:
         import netifaces
         return netifaces
     except ImportError:
-        raise agent.AgentError('this system has no /proc/net/route: install the package netifaces-plus '
-                               '(python -m pip install netifaces-plus)')
+        raise agent.AgentError('this system has no /proc/net/route: the package netifaces-plus is needed: '
+                               + agent.how_to_get('netifaces-plus'))
 
 
 def read_boot_id() -> str:

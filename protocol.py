@@ -1443,8 +1443,9 @@ def import_stomper() -> Any:
     try:
         import stomper
     except ImportError:
-        raise LocalError('the package stomper is missing for this Python: '
-                         'python -m pip install stomper, or use the bundle (--bundle)')
+        import agent  # else this file stands alone
+        raise LocalError('the package stomper is missing for this Python: %s, or use the bundle (--bundle)'
+                         % agent.how_to_get('stomper'))
     return stomper
 
 
