@@ -1443,9 +1443,9 @@ def import_stomper() -> Any:
     try:
         import stomper
     except ImportError:
-        import agent  # else this file stands alone
-        raise LocalError('the package stomper is missing for this Python: %s, or use the bundle (--bundle)'
-                         % agent.how_to_get('stomper'))
+        raise LocalError('the package stomper is missing for this Python: start it by .venv/bin/python, that '
+                         '`python3 -m venv .venv && .venv/bin/python -m pip install stomper` makes, or use '
+                         'the bundle (--bundle)')
     return stomper
 
 
