@@ -386,8 +386,20 @@ def check_python() -> Finding:
 def check_package(name: str, needed: bool) -> Finding:
     """Whether a package can be imported."""
     return Finding(importlib.util.find_spec(name) is not None, 'package ' + name,
-                   'missing for %s: %s -m pip install %s, or use the bundle (--bundle)'
-                   % (sys.executable, sys.executable, name), needed)
+                   'missing for %s: %s, or use the bundle (--bundle)' % (sys.executable, how_to_get(name)),
+                   needed)
+
+
+def how_to_get(package: str) -> str:
+    """What to type for a package that this Python lacks: a system's own mostly takes none from pip."""
+    if sys.prefix != sys.base_prefix:
+        return '%s -m pip install %s' % (sys.executable, package)
+    python = os.path.join('.venv', 'Scripts' if os.name == 'nt' else 'bin', 'python')
+    there = os.path.join(os.path.dirname(os.path.abspath(__file__)), python)
+    if os.path.exists(there) or os.path.exists(there + '.exe'):
+        return 'start it by %s' % there
+    return '%s -m venv .venv && %s -m pip install %s, and start it by %s' % (
+        sys.executable, python, package, python)
 
 
 def check_folder(folder: str, key: str) -> Finding:
@@ -663,7 +675,7 @@ def _loader_of(module: str) -> Any:
     spec = importlib.util.find_spec(module)
     if spec is None:
         raise AgentError('the module %s is missing for this Python, and so can\'t go into the bundle: '
-                         'python -m pip install -r requirements.txt' % module)
+                         '%s' % (module, how_to_get(module)))
     return spec.loader
 
 

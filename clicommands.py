@@ -181,6 +181,8 @@ def run_request(host: Client, screen: Screen, args: Any, vm: str, *request: Any)
     if many:
         absent = [name for name in sorted(set(known) - set(codes)) if fnmatch.fnmatchcase(name, vm)]
         screen.conclude(summary(codes, absent))
+        if absent:
+            return FAILED
     return max(code for code, _ in codes.values())
 
 
@@ -222,7 +224,11 @@ def do_shell(host: Client, screen: Screen, args: Any) -> int:
     vm = host.call('getVM', args.vm)['name']
     if args.id:
         need_posix()
-        details = host.call('getCmdDetails', args.id)
+        try:
+            details = host.call('getCmdDetails', args.id)
+        except NoSuchCommand:
+            raise NoSuchCommand('no command %s to come back to (`ps` lists them); to run it: `run -t %s %s`'
+                                % (args.id, args.vm, args.id))
         if details['vm'] != vm or 'terminal' not in details['options']:
             raise InvalidParams('%s is no command with a terminal on %s' % (args.id, vm))
         return visit(host, screen, vm, args.id, True)
@@ -592,7 +598,8 @@ def do_wait(host: Client, screen: Screen, args: Any) -> int:
         while not host.call('waitCmd', cmd_id, LONGEST_WAIT):
             pass
         for key in host.call('getCmdDetails', cmd_id)['executions']:
-            codes.append(exit_code(screen, host.call('getCmdResults', key), key.partition('@')[2]))
+            name = key if len(args.ids) > 1 else key.partition('@')[2]
+            codes.append(exit_code(screen, host.call('getCmdResults', key), name))
     return max(codes)
 
 
@@ -651,7 +658,7 @@ RUN_ARGUMENTS = [
     switch('--clear-env', dest='envClear', help='nothing of the guest\'s own environment'),
     argument('-I', '--input', metavar='FILE', default='', help='standard input from a file in the VM'),
     argument('-C', '--folder', metavar='DIR', default='',
-             help='working directory, within what the VM serves'),
+             help='working directory; what doesn\'t begin with / is in the folder that the VM serves'),
     argument('-u', '--user', metavar='USER', help='run it as this user'),
     argument('-n', '--nice', metavar='N', type=int, help='its niceness'),
     argument('-l', '--limit', metavar='NAME=N', type=read_limit, action='append', default=[], dest='limits',

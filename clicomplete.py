@@ -112,13 +112,17 @@ def candidates_of(verb: Verb, words: List[str]) -> List[str]:
                  and 'metavar' not in options.get(words[n - 1], {})]
         wanted = positional[len(given)] if len(given) < len(positional) else {}
     try:
-        return meant(Client(read_settings(words[0] or None).Host.state_dir), wanted, words[-2])
+        host = Client(read_settings(words[0] or None).Host.state_dir)
+        return meant(host, wanted, words[-2], verb.name in ('kill', 'shell'))
     except agent.AgentError:
         return []           # no host, no names; a shell in the middle of a line wants no complaint
 
 
-def meant(host: Client, wanted: Dict[str, Any], vm: str) -> List[str]:
-    """All that an argument could be, by its metavar. Raises VMHostError."""
+def meant(host: Client, wanted: Dict[str, Any], vm: str, unfinished: bool) -> List[str]:
+    """All that an argument could be, by its metavar; ``unfinished``: what has ended is none of it.
+
+    Raises VMHostError.
+    """
     metavar = wanted.get('metavar')
     if 'choices' in wanted:
         return list(wanted['choices'])
@@ -132,5 +136,6 @@ def meant(host: Client, wanted: Dict[str, Any], vm: str) -> List[str]:
     if metavar in ('VM', 'VM|ID'):
         found += host.vm_names()
     if metavar in ('ID', 'VM|ID'):
-        found += [row['cmdId'] for row in host.call('listCmds', {'limit': FINISHED_SHOWN})]
+        found += [row['cmdId'] for row in host.call('listCmds', dict(
+            {'limit': FINISHED_SHOWN}, **{'finished': False} if unfinished else {}))]
     return found

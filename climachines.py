@@ -24,12 +24,12 @@ def do_ls(host: Client, screen: Screen, args: Any) -> int:
     """VMs, and whether their agents are connected: what is wrong comes first."""
     found = host.call('getVMs')
     if args.vm:
-        names = host.matching_of(args.vm, [vm['name'] for vm in found])
+        known = [vm['name'] for vm in found]
+        names = {name for pattern in args.vm for name in host.matching_of(pattern, known)}
         found = [vm for vm in found if vm['name'] in names]
     found.sort(key=lambda vm: (not vm['trouble'], vm['agent'] not in ('lost', 'late'), vm['name']))
-    if args.json:
-        screen.json(found)
-        return 0
+    if args.quiet or args.json:
+        return show_list(screen, args.json, [vm['name'] for vm in found], found)
     headings = ['NAME', 'STATE', 'AGENT', 'ADDRESS', 'COMMANDS']
     if args.long:
         headings += ['ID', 'SEEN', 'CPUS', 'MEMORY', 'PYTHON', 'CLOCK', 'SYSTEM']
@@ -146,7 +146,11 @@ def change(host: Client, screen: Screen, vms: List[str], done: str, method: str,
 
 
 def do_forget(host: Client, screen: Screen, args: Any) -> int:
-    """Forgets a machine."""
+    """Forgets a machine; one that is at work only if asked twice, as that would be lost."""
+    found = host.call('getVM', args.vm)
+    if found['agent'] == 'alive' and found['commands'] and not args.force:
+        raise BadState('%s is there, and at work (`ps %s`): what comes of it would be lost; wait for it, or '
+                       'forget it with --force' % (found['name'], found['name']))
     host.call('forgetVM', args.vm)
     screen.say('%s is forgotten' % agent.printable(args.vm))
     return 0
@@ -244,8 +248,8 @@ HARDWARE = [
     switch('--accept-eula', dest='acceptEula', help='accept the licence of an appliance')]
 VERBS = [
     Verb('ls', do_ls, 'list VMs, and whether their agents are connected', [
-        argument('vm', metavar='VM', nargs='?', help='only this one, or those that match a pattern'), JSON,
-        switch('-l', '--long', help='more columns')]),
+        argument('vm', metavar='VM', nargs='*', help='only these, or those that match a pattern'), JSON,
+        switch('-l', '--long', help='more columns'), switch('-q', '--quiet', help='their names alone')]),
     Verb('create', do_create, 'create a VM from an image, or register a .vbox file', [
         argument('name', metavar='NAME', help='of the VM, or a .vbox file'),
         argument('image', metavar='IMAGE', nargs='?', default='', help='.ova, .ovf, .vdi, .vmdk or .iso'),
@@ -258,7 +262,8 @@ VERBS = [
     Verb('rm', do_rm, 'remove a VM', [
         VM, switch('--disks', help='delete its files and disks as well'),
         switch('--all-disks', help='and disks that were attached from elsewhere')]),
-    Verb('forget', do_forget, 'forget a machine: its name, id and secret are free for another one', [VM]),
+    Verb('forget', do_forget, 'forget a machine: its name, id and secret are free for another one', [
+        VM, switch('--force', help='also one that is at work: that is lost')]),
     Verb('start', do_start, 'start VMs', [VMS, switch('--gui', help='with a window')]),
     Verb('stop', do_stop, 'shut VMs down', [VMS, switch('--force', help='power them off')]),
     Verb('pause', changing('pause', 'is paused'), 'pause VMs', [VMS]),

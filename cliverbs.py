@@ -73,7 +73,8 @@ def for_each(screen: Screen, names: List[str], do: Callable[[str], Any]) -> int:
         except NoHost:
             raise
         except VMHostError as error:
-            screen.complain('%s: %s' % (name, error) if len(names) > 1 else str(error))
+            is_named = len(names) == 1 or name in str(error)
+            screen.complain(str(error) if is_named else '%s: %s' % (name, error))
             code = 1
     return code
 

@@ -23,7 +23,8 @@ LEASES = ('/var/lib/dhcp', '/var/lib/dhclient', '/var/lib/NetworkManager', '/run
 class Network:
     """What this machine's network cards are, and where a host may be, read anew at each call.
 
-    From /proc/net/route, /sys/class/net and ioctl on Linux, else by the package netifaces.
+    From /proc/net/route and ioctl on Linux, else by the package netifaces. Not from /sys: a container may
+    have none, or one that shows another network's cards.
     """
 
     def candidates(self, port: int) -> List[str]:
@@ -86,7 +87,7 @@ class Network:
         """The cards that aren't loopback, those that carry a default route first, then by name."""
         if not self._has_proc():
             return [name for name in import_netifaces().interfaces() if not name.startswith('lo')]
-        names = [name for name in sorted(os.listdir('/sys/class/net')) if self.mac_of(name)]
+        names = [name for name in sorted(name for _, name in socket.if_nameindex()) if self.mac_of(name)]
         routed = [row[0] for row in self._routes() if row[1] == '0.0.0.0']
         return sorted(names, key=lambda name: name not in routed)
 
@@ -94,8 +95,9 @@ class Network:
         """The MAC of a card, upper case with colons; '' where it has none."""
         try:
             if self._has_proc():
-                with open('/sys/class/net/%s/address' % interface) as file:
-                    mac = file.read().strip()
+                told = self._ask(interface, 0x8927)           # SIOCGIFHWADDR
+                is_ethernet = told[16:18] == struct.pack('=H', 1)
+                mac = ':'.join('%02x' % byte for byte in told[18:24]) if is_ethernet else ''
             else:
                 netifaces = import_netifaces()
                 mac = netifaces.ifaddresses(interface)[netifaces.AF_LINK][0]['addr']
@@ -115,13 +117,15 @@ class Network:
             netifaces = import_netifaces()
             rows = netifaces.ifaddresses(interface).get(netifaces.AF_INET, [{}])
             return rows[0].get(field, '')
+        try:
+            return socket.inet_ntoa(self._ask(interface, request)[20:24])
+        except OSError:
+            return ''
+
+    def _ask(self, interface: str, request: int) -> bytes:
+        """What the kernel tells of a card. Raises OSError."""
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            try:
-                packed = fcntl.ioctl(probe.fileno(), request,
-                                     struct.pack('256s', interface.encode()[:15]))
-            except OSError:
-                return ''
-        return socket.inet_ntoa(packed[20:24])
+            return fcntl.ioctl(probe.fileno(), request, struct.pack('256s', os.fsencode(interface)[:15]))
 
     def interface_with(self, address: str) -> str:
         """The card that has this address; over loopback the first real one; '' where there is none."""
@@ -179,8 +183,8 @@ def import_netifaces() -> Any:
         import netifaces
         return netifaces
     except ImportError:
-        raise agent.AgentError('this system has no /proc/net/route: install the package netifaces-plus '
-                               '(python -m pip install netifaces-plus)')
+        raise agent.AgentError('this system has no /proc/net/route: the package netifaces-plus is needed: '
+                               + agent.how_to_get('netifaces-plus'))
 
 
 def read_boot_id() -> str:

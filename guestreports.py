@@ -4,6 +4,8 @@ What it is not: the decision when to tell it (guestcommands.py). No threads, no 
 """
 
 import base64
+import binascii
+import contextlib
 import os
 import re
 import time
@@ -18,7 +20,7 @@ LARGEST_INLINE = 256 * 1024    # bytes of a stream that a word carries, at most
 LARGEST_WORD = 900 * 1000      # bytes of a body, below what a broker takes (max_frame) …
 SMALLEST_WORD = 2 * 1000       # whatever the host tells: a result without output fits
 FRAME_RESERVE = 4 * 1000       # bytes of max_frame that are left for what is not output
-LONGEST_IN_JSON = 12           # bytes that one of output takes there at most, as text and as base64
+SPARE = 64                     # bytes that a slice may take more as text than as base64
 LARGEST_OFFSET = 2 ** 62       # of a file's bytes, as far as systems can tell
 
 
@@ -92,10 +94,9 @@ class Reports:
         """A slice of a stream, as long as two of them fit into a word, and its size."""
         data, there = command.read_part(stream, offset, length)
         while True:
-            found = {stream + '-offset': offset, stream + '-size': there}  # type: Dict[str, Any]
-            put_bytes(found, stream, data)
+            found = dict(written(stream, data), **{stream + '-offset': offset, stream + '-size': there})
             room = self._room_for_output // 2
-            if LONGEST_IN_JSON * len(data) <= room or len(protocol.write_json(found)) <= room or not data:
+            if 2 * (len(data) + SPARE) <= room or len(protocol.write_json(found)) <= room or not data:
                 return found, len(data)
             data = data[:len(data) // 2]
 
@@ -127,6 +128,15 @@ def offsets_in(query: Message) -> Dict[str, int]:
     """{stream: from where on} that a CMD_QUERY asks for. Raises BadWord."""
     return {stream: int(min(max(0, query.number(stream + '-offset')), LARGEST_OFFSET))
             for stream in ('out', 'err') if query.get(stream + '-offset') is not None}
+
+
+def written(stream: str, data: bytes) -> Dict[str, Any]:
+    """Bytes of a stream as text, where that is exact and about as short as base64; else in base64 alone."""
+    with contextlib.suppress(UnicodeDecodeError):
+        text = data.decode('utf-8')
+        if len(protocol.write_json(text)) <= 4 * len(data) // 3 + SPARE:
+            return {stream: text}
+    return {stream + '64': protocol.Plain(binascii.b2a_base64(data, newline=False), 'ascii')}
 
 
 def put_bytes(keys: Dict[str, Any], stream: str, data: bytes) -> None:

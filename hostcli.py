@@ -39,7 +39,8 @@ MEANT = {                      # what hands type that know other tools, and what
     'copy': 'cp', 'show': 'info', 'describe': 'info', 'stats': 'ps -l', 'jobs': 'ps', 'cancel': 'kill',
     'terminate': 'kill', 'signal': 'kill', 'retry': 'rerun', 'repeat': 'rerun', 'prune': 'cleanup',
     'gc': 'cleanup', 'vnc': 'rdp', 'console': 'rdp', 'network': 'net', 'doctor': 'check',
-    'history': 'events', 'ssh': 'run', 'execute': 'run', 'purge': 'cleanup', 'sftp': 'cp', 'rsync': 'cp',
+    'history': 'events', 'ssh': 'shell, or run', 'execute': 'run', 'purge': 'cleanup', 'sftp': 'cp',
+    'rsync': 'cp',
     'cat': 'get VM FILE -', 'login': 'shell', 'enter': 'shell', 'connect': 'shell', 'fg': 'shell VM ID',
     'screen': 'shell', 'tmux': 'shell', 'terminal': 'shell', 'bash': 'shell', 'build': 'create',
     'register': 'create', 'find': 'ls', 'who': 'ls', 'vms': 'ls', 'machines': 'ls', 'nodes': 'ls',
@@ -61,7 +62,8 @@ EXIT_CODES = '''exit codes: 0 success; 1 the host agent refused or can't be reac
 run: the command's own (of many VMs the highest); 128 and the signal's number
      if a signal ended it; 124 if it exited with 0 after its timeout; 127 if
      the program wasn't found, 126 if it can't be executed; 255 if the error
-     isn't the command's: no such VM, output that was cut, a lost command.
+     isn't the command's: no such VM, one that is absent, output that was cut,
+     a lost command.
 All: 255 if standard output can't be written.
 '''
 
@@ -96,6 +98,7 @@ class Parser(argparse.ArgumentParser):
                          epilog=self._epilog(verb), allow_abbrev=False, formatter_class=Formatter,
                          usage='%(prog)s [OPTION …] VM [--] CMD [ARG …]' if verb.name == 'run' else None)
         self._code = code_of_errors(verb)
+        self._is_shell = verb.name == 'shell'
         self._takes_one = any(options.get('metavar') == 'SRC' for _, options in verb.arguments)
         for names, options in verb.arguments:
             self.add_argument(*names, **options)
@@ -114,6 +117,8 @@ class Parser(argparse.ArgumentParser):
         """One sentence, and where there is more."""
         if self._takes_one and re.match('unrecognized arguments: [^-]', message):
             message = 'one SRC at a time: call it for each, or put them into a folder'
+        if self._is_shell and message.startswith('unrecognized arguments'):
+            message = 'a shell is told no command; `run -t VM CMD` runs one on a terminal'
         self.exit(self._code, 'vmhost: %s: %s (%s --help)\n' % (self.prog.split()[-1], message, self.prog))
 
 
@@ -141,6 +146,8 @@ def split_command(verb: Verb, words: List[str]) -> Tuple[List[str], List[str]]:
     behind = skip_options(words, at + 1, takes_value)      # options may stand behind the VM, too, before --
     if words[behind:behind + 1] == ['--']:
         return words[:behind], words[behind + 1:]
+    if behind > at + 1:
+        Parser(verb).error('%s: options stand before VM, or before --' % words[at + 1])
     return words[:at + 1], words[at + 1:]
 
 
@@ -205,13 +212,19 @@ def run_option(words: List[str], screen: Screen) -> int:
         screen.say(clicomplete.completion(words[1]))
     elif words[0] == '--complete':
         import clicomplete  # verbs do without it
-        for candidate in clicomplete.candidates(words[1:], VERBS):
+        for candidate in clicomplete.candidates(by_own_name(words[1:]), VERBS):
             screen.say(candidate)
     else:
         screen.complain('%s: expected a verb, host.ini, --help, --bundle FILE.pyz, '
                         '--completion bash|zsh|fish or --version' % ' '.join(words))
         return 2
     return 0
+
+
+def by_own_name(words: List[str]) -> List[str]:
+    """The words, up to one that is still typed, with the verb by its own name."""
+    own = [ALIASES.get(word, word).split(' ')[0] for word in words[:-1][:2]]
+    return [mine if mine in VERBS else word for word, mine in zip(words, own)] + words[len(own):]
 
 
 Start = Callable[[Optional[str]], int]

@@ -243,8 +243,11 @@ class Commands:
                 # journal was restored, and they were acknowledged before: then they are asked for.
                 execution.next_publish = None if state not in FINISHED \
                     else self._clock() + RETRY_DELAYS[0]
-                execution.status = dict(execution.status, **read_status(message))
-                execution.status_time = self._clock()
+                told, now = read_status(message), self._clock()
+                if execution.status.get('wall') and state == 'running':    # not each one tells it
+                    told.setdefault('wall', execution.status['wall'] + now - execution.status_time)
+                execution.status = dict(execution.status, **told)
+                execution.status_time = now
                 if state in ('running', 'stopped', 'queued') \
                         and execution.state in ('sent', 'queued', 'running'):
                     if state != 'queued' and not execution.runs:

@@ -1446,8 +1446,9 @@ def import_stomper() -> Any:
     try:
         import stomper
     except ImportError:
-        raise LocalError('the package stomper is missing for this Python: '
-                         'python -m pip install stomper, or use the bundle (--bundle)')
+        raise LocalError('the package stomper is missing for this Python: start it by .venv/bin/python, that '
+                         '`python3 -m venv .venv && .venv/bin/python -m pip install stomper` makes, or use '
+                         'the bundle (--bundle)')
     return stomper
 
 

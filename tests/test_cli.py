@@ -145,7 +145,33 @@ def test_one_that_hangs_holds_up_nobody_and_ends_by_the_limit(host, guests, tmp_
             assert 'hung: no answer within the time limit' in told[0] and told[-1] == '2 ok, hung absent'
         finally:
             os.kill(hung.process.pid, signal.SIGCONT)
-    verb(host, 'forget', 'hung')
+    verb(host, 'forget', '--force', 'hung')
+
+
+def test_who_is_absent_is_no_success_and_who_is_at_work_is_not_forgotten_by_mistake(host, guests, tmp_path):
+    with Agent(tmp_path, host, 'away') as away:
+        cmd_id = verb(host, 'run', '-d', 'away', '--', 'sleep', '99').strip()
+        wait_until(lambda: 'running' in verb(host, 'ps', 'away'))
+        done = host.verb('forget', 'away')
+        assert done.returncode == 1 and b'at work' in done.stderr and b'--force' in done.stderr
+        verb(host, 'kill', cmd_id)
+        verb(host, 'wait', cmd_id, code=128 + 15)
+        away.stop()
+    wait_until(lambda: 'lost' in verb(host, 'ls', 'away'))
+    done = host.verb('run', '*', '--', 'true')
+    assert (done.returncode, done.stderr) == (255, b'2 ok, away absent\n')
+    assert verb(host, 'ls', '-q', 'away', 'one', '*o*') == 'away\none\ntwo\n'
+    verb(host, 'forget', 'away')
+
+
+@pytest.mark.parametrize('words, said', [
+    (('run', 'one', '-T', '5', 'true'), b'run: -T: options stand before VM, or before --'),
+    (('exec', 'one', '-it', 'sh'), b'run: -it: options stand before VM'),
+    (('shell', 'one', 'uname', '-a'), b'shell: a shell is told no command; `run -t VM CMD`'),
+    (('shell', 'one', 'uname'), b'no command uname to come back to (`ps` lists them); to run it: `run -t ')])
+def test_words_in_another_order_are_told_theirs(host, guests, words, said):
+    done = host.verb(*words)
+    assert done.returncode == 255 and said in done.stderr and done.stderr.count(b'\n') == 1
 
 
 @pytest.mark.parametrize('words', [
@@ -297,7 +323,10 @@ def test_a_detached_command_is_listed_followed_and_killed(host, guests):
         assert (process.stdout.read(), process.stderr.read(), process.wait(20)) == (b'', b'', 128 + 15)
     assert verb(host, 'out', cmd_id) == 'begun\n'
     assert 'signaled' in verb(host, 'info', cmd_id)
-    assert b'already ended' in host.verb('kill', cmd_id).stderr
+    missing = verb(host, 'run', '-d', 'one', '--', 'no-such-program').strip()
+    assert host.verb('kill', cmd_id, missing).stderr.decode() == (
+        'vmhost: %s has already ended\nvmhost: %s has already ended\n' % (cmd_id, missing))
+    assert host.verb('wait', cmd_id, missing).stderr.decode().startswith('vmhost: %s: ENOENT' % missing)
     verb(host, 'kill', cmd_id, code=1)
 
 
@@ -629,7 +658,11 @@ def test_candidates(host, guests):
     assert clicomplete.candidates(['/nowhere.ini', 'info', ''], hostcli.VERBS) == []
     assert clicomplete.candidates([''], hostcli.VERBS) == []
     cmd_id = verb(host, 'run', '-d', 'one', '--', 'true').strip()
+    verb(host, 'wait', cmd_id)
     assert cmd_id in completed('out', cmd_id[:9])
+    assert cmd_id not in completed('kill', cmd_id[:9]) + completed('shell', 'one', '')
+    for words in (['exec', 'o'], [host.ini, 'exec', 'o']):
+        assert hostcli.by_own_name(words) == words[:-2] + ['run', 'o']
 
 
 def test_bash_completes(host, guests, tmp_path):

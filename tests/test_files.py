@@ -370,6 +370,20 @@ def test_output_is_fetched_and_stays_when_the_guest_is_gone(tmp_path):
             assert os.listdir(os.path.join(host.state, 'output')) == []
 
 
+def test_output_beyond_the_limit_comes_by_files_too_and_not_by_words(tmp_path):
+    """Which a guest may say so many of alone, and each a slice."""
+    with Host(tmp_path / 'host', fetch_limit='1M') as host, Agent(tmp_path / 'guest', host, 'g') as guest, \
+            host.api as api:
+        cmd_id = api.runCmd('g', sys.executable, ['-c', WRITER % 300])
+        host.results(cmd_id)
+        wait_until(lambda: os.path.exists(os.path.join(guest.state, 'spool', 'g', cmd_id, 'acked')), 60)
+        before = api.agentInfo()['broker']['counters']['bytes_in']
+        assert read_output(api, cmd_id, 'out') == bytes(range(256)) * 256 * 300
+        assert api.agentInfo()['broker']['counters']['bytes_in'] - before < 2 ** 20
+        assert sum(os.path.getsize(each.path) for each in os.scandir(os.path.join(host.state, 'output'))) \
+            <= 2 * 2 ** 20
+
+
 def test_what_is_forgotten_while_it_is_fetched_is_fetched_no_further(tmp_path):
     """The guest's server holds its output up for ever; so does what is left when the host stops."""
     with Host(tmp_path / 'host') as host, Agent(tmp_path / 'guest', host, 'g') as guest:

@@ -26,6 +26,7 @@ import guestrequests
 import guestrunner
 import guestspool
 import gueststart
+import hostfollow
 import protocol
 import vmguest
 
@@ -95,10 +96,12 @@ def test_it_finds_broker_card_and_id_by_itself(network, route, tmp_path):
     assert done.returncode == 1 and '10.93.0.1:61613' in done.stdout and 'Traceback' not in done.stdout
 
 
-def test_addresses_and_cards(network):
+@pytest.mark.parametrize('system', ['exec', 'umount -l /sys; exec'])
+def test_addresses_and_cards(network, system):
     _, guest = network
     subprocess.check_call(['ip', '-n', guest, 'route', 'add', 'default', 'via', '10.93.0.1'])
-    done = in_namespace(guest, sys.executable, '-c', 'import guestmachine, json\n'
+    done = in_namespace(guest, 'sh', '-c', system + ' "$@"', 'sh',
+                        sys.executable, '-c', 'import guestmachine, json\n'
                         'net = guestmachine.Network()\n'
                         'print(json.dumps([net.gateways(), net.candidates(61613), net.interfaces(), '
                         'net.mac_of("card"), net.address_of("card"), net.interface_with("10.93.0.7"), '
@@ -364,6 +367,15 @@ def test_a_tail_begins_where_it_says(data, room):
         assert base64.b64decode(keys['out64']) == data[offset:]
     else:
         assert message.text('out').encode() == data[offset:]
+
+
+@pytest.mark.parametrize('data', [
+    b'', b'plain text\n' * 1000, 'Größe\n'.encode() * 1000, b'\x1b[1m\r\n', bytes(9000),
+    bytes(range(256)) * 300, b'cut \xe2\x82', '\ufffd'.encode()], ids=lambda data: repr(data[:9]))
+def test_a_slice_is_exact_and_takes_no_more_room_than_in_base64(data):
+    keys = guestreports.written('out', data)
+    assert hostfollow.slice_in(protocol.Message('', 'CMD_STATUS', None, keys), 'out') == data
+    assert len(protocol.write_object(keys)) <= 1.34 * len(data) + 100
 
 
 @pytest.mark.parametrize('name, number', [('TERM', 15), ('SIGKILL', 9), ('2', 2), ('int', 2)])

@@ -420,6 +420,17 @@ def test_what_is_not_answered_is_published_again(journal, clock):
     assert commands.due() == []
 
 
+def test_a_status_that_tells_no_time_does_not_stop_the_clock(journal, clock):
+    commands = hostcommands.Commands(journal, clock)
+    cmd_id, [execution] = new_command(commands)
+    for told, wall in (({}, None), ({'wall': 2}, 2), ({}, 12), ({}, 22), ({'wall': 21}, 21)):
+        commands.heard_status(execution, 'running', Message('', 'CMD_STATUS', {}, told))
+        assert execution.status.get('wall') == wall
+        clock.now += 10
+    commands.heard_status(execution, 'stopped', Message('', 'CMD_STATUS', {}, {'state': 'stopped'}))
+    assert execution.status['wall'] == 21
+
+
 def test_a_host_that_restarts_knows_its_commands(tmp_path):
     path = str(tmp_path / 'journal')
     journal = hostjournal.Journal(path)

@@ -14,6 +14,8 @@ import wine
 from agents import ON_WINDOWS, TOP, Agent, Host, posix_host
 from helpers import wait_until
 
+import agent
+
 pytestmark = [pytest.mark.once, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 
 
@@ -338,7 +340,21 @@ def test_a_missing_package(tmp_path):
         code, text = run(host_ini(tmp_path) if program == 'vmhost.py' else write(tmp_path / 'g.ini', ''),
                          program=program, python=(sys.executable, '-S'), cwd=str(tmp_path))
         assert code == 1
-        sentences(text, 'stomper is missing', 'pip install')
+        sentences(text, 'stomper is missing', 'or use the bundle')
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='venvs look different there')
+def test_a_missing_package_is_had_as_this_python_takes_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(agent, '__file__', str(tmp_path / 'agent.py'))
+    monkeypatch.setattr(sys, 'base_prefix', '/other')
+    assert agent.how_to_get('stomper') == sys.executable + ' -m pip install stomper'
+    monkeypatch.setattr(sys, 'base_prefix', sys.prefix)
+    assert agent.how_to_get('stomper') == (
+        sys.executable + ' -m venv .venv && .venv/bin/python -m pip install stomper, '
+        'and start it by .venv/bin/python')
+    (tmp_path / '.venv' / 'bin').mkdir(parents=True)
+    (tmp_path / '.venv' / 'bin' / 'python').write_bytes(b'')
+    assert agent.how_to_get('stomper') == 'start it by %s/.venv/bin/python' % tmp_path
 
 
 # 9

@@ -586,6 +586,7 @@ CONTRAST = """
 @pytest.mark.once
 def test_from_a_phone_to_a_wide_screen_light_and_dark(host, guest, api, browser):
     host.run('node1', 'a-program-with-a-long-name-' * 5)
+    host.results(api.runCmd('node1', 'cat', ['and', 'some', 'words'], {}, '', '/no/such/folder' * 9))
     page = browser.open(api.getStatusLink())
     page.wait('document.querySelector("#commands tbody button")')
     page.wait('document.querySelector("#events tbody button")')
@@ -596,6 +597,7 @@ def test_from_a_phone_to_a_wide_screen_light_and_dark(host, guest, api, browser)
                        's => s.scrollWidth > s.clientWidth + 1).length') == 0, width
         assert page.js('getComputedStyle(document.querySelector("#commands tbody tr")).display') == (
             'table-row' if width >= 760 else 'grid'), width
+        assert width < 760 or page.js('document.querySelector("#commands th").offsetWidth >= 110'), width
     for dark in (False, True):
         page.scheme(dark)
         assert page.js(CONTRAST) == []
