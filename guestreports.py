@@ -20,7 +20,7 @@ LARGEST_INLINE = 256 * 1024    # bytes of a stream that a word carries, at most
 LARGEST_WORD = 900 * 1000      # bytes of a body, below what a broker takes (max_frame) …
 SMALLEST_WORD = 2 * 1000       # whatever the host tells: a result without output fits
 FRAME_RESERVE = 4 * 1000       # bytes of max_frame that are left for what is not output
-SPARE = 64                     # bytes that a slice may take more as text than as base64
+SPARE = 64                     # bytes that a slice may take in JSON beside twice its own
 LARGEST_OFFSET = 2 ** 62       # of a file's bytes, as far as systems can tell
 
 
@@ -131,10 +131,10 @@ def offsets_in(query: Message) -> Dict[str, int]:
 
 
 def written(stream: str, data: bytes) -> Dict[str, Any]:
-    """Bytes of a stream as text, where that is exact and about as short as base64; else in base64 alone."""
+    """Bytes of a stream as text, where that is exact and no longer than text is; else in base64 alone."""
     with contextlib.suppress(UnicodeDecodeError):
         text = data.decode('utf-8')
-        if len(protocol.write_json(text)) <= 4 * len(data) // 3 + SPARE:
+        if len(protocol.write_json(text)) <= 2 * len(data) + SPARE:
             return {stream: text}
     return {stream + '64': protocol.Plain(binascii.b2a_base64(data, newline=False), 'ascii')}
 
