@@ -178,12 +178,12 @@ def run_request(host: Client, screen: Screen, args: Any, vm: str, *request: Any)
         limit = 0 if waits else time.monotonic() + options['timeout'] + PATIENCE
         followed = follow(host, screen, cmd_id, many, interrupts, limit)
         codes = followed.exit_codes()
+    worst = max(code for code, _ in codes.values())
     if many:
         absent = [name for name in sorted(set(known) - set(codes)) if fnmatch.fnmatchcase(name, vm)]
         screen.conclude(summary(codes, absent))
-        if absent:
-            return FAILED
-    return max(code for code, _ in codes.values())
+        return worst or (FAILED if absent else 0)
+    return worst
 
 
 def pass_input(host: Client, cmd_id: str, many: bool, begun: bytes, to_the_end: bool) -> None:

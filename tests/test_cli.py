@@ -160,6 +160,7 @@ def test_who_is_absent_is_no_success_and_who_is_at_work_is_not_forgotten_by_mist
     wait_until(lambda: 'lost' in verb(host, 'ls', 'away'))
     done = host.verb('run', '*', '--', 'true')
     assert (done.returncode, done.stderr) == (255, b'2 ok, away absent\n')
+    assert host.verb('run', '*', '--', 'sh', '-c', 'exit 4').returncode == 4
     assert verb(host, 'ls', '-q', 'away', 'one', '*o*') == 'away\none\ntwo\n'
     verb(host, 'forget', 'away')
 
