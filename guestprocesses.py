@@ -46,6 +46,11 @@ def is_stopped(pid: int) -> bool:
     return stat_fields(pid)[STATE:PARENT] == [b'T']
 
 
+def is_traced(pid: int) -> bool:
+    """Whether a process stands still for who traces it."""
+    return stat_fields(pid)[STATE:PARENT] == [b't']
+
+
 def start_ticks(pid: int) -> int:
     """When a living process began, in clock ticks since the boot: with the pid, its name for ever; else 0."""
     fields = stat_fields(pid)

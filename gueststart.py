@@ -30,6 +30,7 @@ from typing import Any, Callable, Dict, List, Optional
 from guestcgroup import LIMITS as OF_GROUPS
 from guestcgroup import Group, Place
 from guestidentity import PASSED
+from guestprocesses import is_stopped
 from guestspool import Command, private
 
 LIMITS = {'as': resource.RLIMIT_AS, 'cpu': resource.RLIMIT_CPU, 'fsize': resource.RLIMIT_FSIZE,
@@ -298,6 +299,8 @@ class Start:
                     data += piece
                 elif set(ENDING) & set(self._command.sent_signals()):
                     raise InterruptedError(errno.EINTR, 'a signal came before the program began')
+                elif is_stopped(self.child):       # by the program, say, whose parent the starter is at first
+                    os.kill(self.child, signal.SIGCONT)
                 elif time.monotonic() >= deadline:
                     raise OSError(errno.ETIMEDOUT, 'not started within %g s' % LONGEST_START)
         finally:
