@@ -364,7 +364,7 @@ class Commands:
     def _look_at(self, command: Command, now: float) -> None:
         """Sends its result, or sees to it that there will be one. Raises OSError."""
         if command.state == 'queued':
-            self._look_at_queued(command)
+            self._expire(command)
         elif command.has_result():
             if now - command.sent >= RESEND_EVERY or not command.sent:
                 self._send_results(command)
@@ -378,12 +378,11 @@ class Commands:
         elif now - command.begun > START_PATIENCE:
             self._order_runner(command)         # not put back: the first one may just be slow
 
-    def _look_at_queued(self, command: Command) -> None:
-        """Raises OSError."""
+    def _expire(self, command: Command) -> bool:
+        """Whether it is too late for a command that hasn't begun. Raises OSError."""
         expires = command.request.get('expires-at')
-        if expires and self._spool.clock.now() >= expires:
-            self._take_back(command, 'expired', 'ETIME: it had not begun within %g s'
-                            % command.request['expires'])
+        return bool(expires and self._spool.clock.now() >= expires) and self._take_back(
+            command, 'expired', 'ETIME: it had not begun within %g s' % command.request['expires'])
 
     def _look_after(self, command: Command, now: float) -> None:
         """A command that runs: its runner may have been killed, its status or a signal be due."""
@@ -415,7 +414,7 @@ class Commands:
         with self._lock:
             while self._waiting and (not limit or self._active < limit):
                 command = self._waiting.popleft()
-                if command.state == 'queued':       # and was neither cancelled, nor expired
+                if command.state == 'queued':       # and was not cancelled
                     self._set_state(command, 'starting')
                     chosen.append(command)
         for command in chosen:
@@ -423,7 +422,7 @@ class Commands:
 
     def _start(self, command: Command) -> None:
         log.debug('%s: begins', command.cmd_id)
-        if not self._order_runner(command):
+        if not self._expire(command) and not self._order_runner(command):
             self._put_back(command)
 
     def _order_runner(self, command: Command) -> bool:

@@ -46,7 +46,7 @@ WAY = {
     'queued': ('starting', 'running', 'stopped', 'exited', 'signaled', 'timeout', 'failed', 'lost',
                'cancelled', 'expired'),
     'starting': ('queued', 'running', 'stopped', 'exited', 'signaled', 'timeout', 'failed', 'lost',
-                 'cancelled'),
+                 'cancelled', 'expired'),
     'running': ('stopped', 'exited', 'signaled', 'timeout', 'failed', 'lost', 'cancelled'),
     'stopped': ('running', 'exited', 'signaled', 'timeout', 'failed', 'lost', 'cancelled'),
     'exited': ('acknowledged',), 'signaled': ('acknowledged',), 'timeout': ('acknowledged',),

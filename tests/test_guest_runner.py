@@ -452,6 +452,12 @@ def test_a_limit_that_the_system_refuses_is_named(runners):
     assert error.startswith('EPERM: ') and error.endswith(': limits.nofile'), error
 
 
+def test_a_limit_under_which_no_program_can_begin_is_named(runners):
+    assert runners.run('true', limits={'nofile': 2})['error'] == \
+        'EINVAL: too few for a program to begin: 2: limits.nofile'
+    assert runners.run('sh', '-c', 'ulimit -t', limits={'cpu': 0.5})['out'] == b'1\n'
+
+
 def test_without_a_starter_all_works_and_what_is_inexact_is_said(tmp_path, monkeypatch):
     """Another processor than those that it is written for."""
     monkeypatch.setattr(guestforks, 'make_starter', lambda: -1)
