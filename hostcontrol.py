@@ -170,6 +170,8 @@ class Control:
 
     def publish(self, execution: Execution, request: Optional[Dict[str, Any]] = None) -> None:
         """Sends a command to its VM, for the first time or again: the guest runs it once."""
+        if 0 < execution.expires <= time.time():
+            return                     # give_up_expired ends it
         if request is None:
             request = self._commands.request(execution.cmd_id)['request']
         if self._say(cmd_run(execution.vm_id, execution.cmd_id, request, execution.expires)):

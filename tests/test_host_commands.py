@@ -125,6 +125,12 @@ def test_an_id_is_of_one_command_whoever_comes_at_the_same_time(host, guest, tmp
     assert sorted(answers, key=str) == [8] * 7 + ['mine.5']
 
 
+def test_what_is_too_late_is_not_sent_any_more(host, guest, tmp_path, api):
+    proof = Proof(tmp_path)
+    cmd_id = api.runCmd('one', *proof.words(), {}, '', '', {'expires': 1e-9})
+    assert host.results(cmd_id)['state'] == 'expired' and proof.runs() == 0
+
+
 def test_a_signal_that_may_be_lost_is_not_told_as_sent(host, guest, api):
     cmd_id = api.runCmd('one', 'sleep', ['600'])
     wait_until(lambda: api.getCmdStatus(cmd_id)['pid'], 20)
