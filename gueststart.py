@@ -30,7 +30,7 @@ from typing import Any, Callable, Dict, List, Optional
 from guestcgroup import LIMITS as OF_GROUPS
 from guestcgroup import Group, Place
 from guestidentity import PASSED
-from guestprocesses import is_stopped
+from guestprocesses import children_of, executable, is_stopped, signal_all
 from guestspool import Command, private
 
 LIMITS = {'as': resource.RLIMIT_AS, 'cpu': resource.RLIMIT_CPU, 'fsize': resource.RLIMIT_FSIZE,
@@ -298,14 +298,27 @@ class Start:
                     if not piece:
                         return self._read_report(data)
                     data += piece
-                elif set(ENDING) & set(self._command.sent_signals()):
+                elif set(ENDING) & set(self._command.sent_signals()) and not self._has_begun():
                     raise InterruptedError(errno.EINTR, 'a signal came before the program began')
                 elif is_stopped(self.child):       # by the program, say, whose parent the starter is at first
                     os.kill(self.child, signal.SIGCONT)
-                elif time.monotonic() >= deadline:
+                elif time.monotonic() >= deadline and not self._has_begun():
                     raise OSError(errno.ETIMEDOUT, 'not started within %g s' % LONGEST_START)
         finally:
             os.close(self._report)
+
+    def _has_begun(self) -> bool:
+        """Whether the program runs, though who began it had no turn yet to say so. Else both are stopped, and
+        the program won't do anything any more."""
+        signal_all([self.child], signal.SIGSTOP)
+        found = children_of(self.child)
+        signal_all(found, signal.SIGSTOP)
+        ready, _, _ = select.select([self._report], [], [], 0)
+        starter = executable(self.child)       # which a child of it is until it executes the program
+        if not ready and all(executable(pid) == starter for pid in found):
+            return False
+        signal_all([self.child] + found, signal.SIGCONT)
+        return True
 
     def _read_report(self, data: bytes) -> int:
         """Records of a letter and a number; of this program's own child, the last one may be a JSON array."""
