@@ -90,7 +90,7 @@ class Commands:
 
     def _take_up(self, command: Command) -> None:
         if command.request.get('boot') != self._boot:
-            self._lose(command, 'the guest was rebooted')
+            self._lose(command, why_of_boot(command))
         elif command.is_running() and not command.runner_lives():
             self._lose_unless_ended(command)
         else:
@@ -369,7 +369,7 @@ class Commands:
             if now - command.sent >= RESEND_EVERY or not command.sent:
                 self._send_results(command)
         elif command.request.get('boot') != self._boot:
-            self._lose(command, 'the guest was rebooted')
+            self._lose(command, why_of_boot(command))
         elif command.has('runner'):
             self._look_after(command, now)
         elif command.state != 'starting':       # its program deleted its spool folder, say
@@ -485,6 +485,12 @@ class Commands:
         os.rename(command.path('result.json'), aside)
         command.end('lost', 'its result was damaged: %s' % error)
         return command.result()
+
+
+def why_of_boot(command: Command) -> str:
+    """Why a command of no boot, or of another one, is lost."""
+    return 'the guest was rebooted' if 'boot' in command.request else \
+        'the disk has lost what was written of it'
 
 
 class Refusals:
