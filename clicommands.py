@@ -23,7 +23,8 @@ from rpc import Binary, carried, finite
 
 FAILED = 255                   # exit code of `run` for an error that isn't the command's
 TIMED_OUT = 124                # … of a command that ran into its timeout, and ended with 0: timeout(1)'s
-NOT_STARTED = {'ENOENT': 127, 'EACCES': 126, 'ENOEXEC': 126}       # as shells have it
+NOT_STARTED = {'ENOENT': 127, 'EACCES': 126, 'ENOEXEC': 126}       # as shells have it, …
+NOT_THE_PROGRAM = ('its folder: ', 'standard input: ')     # … but for what isn't the program
 SHORTEST_LOOK = 0.01           # seconds between looks at a command's output …
 LONGEST_LOOK = 0.25            # … which grow while nothing comes
 LONGEST_WAIT = 60              # seconds that one call may wait
@@ -96,7 +97,7 @@ def run_options(args: Any) -> Dict[str, Any]:
     """The options of runCmd that were given."""
     options = {name: getattr(args, name) for name in (
         'timeout', 'killAfter', 'expires', 'user', 'nice', 'envClear', 'outputLimit', 'queue', 'id')
-        if getattr(args, name) not in (None, False)}
+        if getattr(args, name) is not None and getattr(args, name) is not False}       # 0 is one, too
     if args.limits:
         options['limits'] = dict(args.limits)
     if args.terminal:
@@ -176,7 +177,7 @@ def run_request(host: Client, screen: Screen, args: Any, vm: str, *request: Any)
             return visit(host, screen, vm, cmd_id)
         waits = options.get('queue') or not options.get('timeout')
         limit = 0 if waits else time.monotonic() + options['timeout'] + PATIENCE
-        followed = follow(host, screen, cmd_id, many, interrupts, limit)
+        followed = follow(host, screen, cmd_id, many, interrupts, limit, options.get('stdin') == STREAM)
         codes = followed.exit_codes()
     worst = max(code for code, _ in codes.values())
     if many:
@@ -255,8 +256,11 @@ def submit(host: Client, method: str, vm: str, *request: Any) -> str:
 
 
 def follow(host: Client, screen: Screen, cmd_id: str, many: bool, interrupts: 'Interrupts',
-           limit: float) -> 'Followed':
-    """Brings a command's output until it ends, or should have; hands on to it what interrupts."""
+           limit: float, is_fed: bool = False) -> 'Followed':
+    """Brings a command's output until it ends, or should have; hands on to it what interrupts.
+
+    is_fed    its input comes from here
+    """
     try:
         followed = Followed(host, screen, cmd_id, many)
         followed.to_the_end(lambda: forward(host, screen, cmd_id, interrupts), limit)
@@ -271,8 +275,8 @@ def follow(host: Client, screen: Screen, cmd_id: str, many: bool, interrupts: 'I
             screen.complain('detached; the command continues as %s' % cmd_id)
         raise
     except NoHost:
-        screen.complain('the command continues; follow it with `out -f %s` when the host agent is back'
-                        % cmd_id)
+        screen.complain('the command continues%s; follow it with `out -f %s` when the host agent is back'
+                        % (', but gets no more input' if is_fed else '', cmd_id))
         raise
 
 
@@ -322,7 +326,10 @@ def forward(host: Client, screen: Screen, cmd_id: str, interrupts: Interrupts) -
         name = signal.Signals(number).name[3:]
         if screen.shows_progress:
             screen.complain('%s sent to the command; press again to detach from it' % name)
-        host.call('signalCmd', cmd_id, name)
+        try:
+            host.call('signalCmd', cmd_id, name)
+        except (AgentNotConnected, DeadlineExceeded) as error:     # one more detaches
+            screen.complain(str(error))
 
 
 class Followed:
@@ -383,8 +390,10 @@ class Followed:
         results = self._host.call('getCmdResults', key)
         if results:
             return exit_code(self._screen, results, name), end_of(results)
-        self._screen.complain('%sno answer within the time limit; the command continues as %s'
-                              % (name and name + ': ', key))
+        waits = self._host.call('getCmdStatus', key, False)['state'] in ('queued', 'sent')
+        self._screen.complain('%sno answer within the time limit; %s %s' % (
+            name and name + ': ', 'once it answers, it may begin (`kill` cancels it):' if waits
+            else 'the command continues as', key))
         return FAILED, 'absent'
 
 
@@ -506,8 +515,9 @@ def exit_code(screen: Screen, results: Dict[str, Any], vm: str = '') -> int:
         return number or TIMED_OUT      # it ended in peace at the TERM, and still isn't done
     if state == 'exited':
         return number or (FAILED if is_cut else 0)
-    if state == 'failed':
-        return NOT_STARTED.get(why.partition(':')[0], FAILED)
+    if state == 'failed' and not results['finished']:
+        name, _, about = why.partition(': ')
+        return FAILED if about.startswith(NOT_THE_PROGRAM) else NOT_STARTED.get(name, FAILED)
     return 128 + number if state in ('signaled', 'timeout') else FAILED
 
 
@@ -650,7 +660,7 @@ RUN_ARGUMENTS = [
     switch('-t', dest='terminal', help='with a terminal of its own; ~. at the begin of a line leaves it'),
     DETACH,
     argument('-T', '--timeout', metavar='SEC', type=read_seconds,
-             help='terminate it after that time (90, 5m, 2h)'),
+             help='terminate it after that time (90, 5m, 2h; 0: never)'),
     argument('-k', '--kill-after', metavar='SEC', type=read_seconds, dest='killAfter',
              help='and kill it, if it goes on for so long after that'),
     argument('-e', '--env', metavar='K=V', type=read_variable, action='append', default=[],
@@ -658,7 +668,7 @@ RUN_ARGUMENTS = [
     switch('--clear-env', dest='envClear', help='nothing of the guest\'s own environment'),
     argument('-I', '--input', metavar='FILE', default='', help='standard input from a file in the VM'),
     argument('-C', '--folder', metavar='DIR', default='',
-             help='working directory; what doesn\'t begin with / is in the folder that the VM serves'),
+             help='working directory, relative to the folder that the VM serves'),
     argument('-u', '--user', metavar='USER', help='run it as this user'),
     argument('-n', '--nice', metavar='N', type=int, help='its niceness'),
     argument('-l', '--limit', metavar='NAME=N', type=read_limit, action='append', default=[], dest='limits',

@@ -90,7 +90,7 @@ class Commands:
 
     def _take_up(self, command: Command) -> None:
         if command.request.get('boot') != self._boot:
-            self._lose(command, 'the guest was rebooted')
+            self._lose(command, why_of_boot(command))
         elif command.is_running() and not command.runner_lives():
             self._lose_unless_ended(command)
         else:
@@ -184,7 +184,7 @@ class Commands:
             self._reports.bare_results(cmd_id, unrun_result(
                 'lost', 'it was begun before, and isn\'t run again; its results were acknowledged and '
                 'deleted, or its spool folder was damaged'))
-        elif command.has('result.json'):
+        elif command.has_result():
             self._send_results(command)
         else:
             self._reports.status(command)
@@ -249,7 +249,7 @@ class Commands:
     def _take_back(self, command: Command, state: str, error: str, **more: Any) -> bool:
         """Ends a command that hasn't begun, so that no runner will take it; False where one has it.
 
-        Whoever claims it first decides. Raises OSError where the result can't be written.
+        Whoever claims it first decides. Raises OSError where it can't be claimed.
         """
         with self._lock:
             lock = command.claim() if command.state in ('queued', 'starting') else None
@@ -257,7 +257,7 @@ class Commands:
                 return False
             self._set_state(command, state)
         with lock:              # until there is a result: else its runner would seem to have been killed
-            command.end(state, error, **more)
+            command.end_anyhow(state, error, **more)
         self._send_results(command)
         return True
 
@@ -321,9 +321,9 @@ class Commands:
             return self._next_look if self._commands or self._refusals.are_unacknowledged() else None
 
     def look(self, now: float, reported: Iterable[str]) -> None:
-        """``reported``: folders whose runners say that something happened."""
-        for name in reported:
-            self._look_at_reported(name)
+        """``reported``: folders whose runners say that something happened; see ForkServer.reported."""
+        for line in reported:
+            self._look_at_reported(line)
         with self._lock:
             is_due = now >= self._next_look
             if is_due:
@@ -332,12 +332,14 @@ class Commands:
             self._look_at_all(now)
             self._begin_waiting()
 
-    def _look_at_reported(self, name: str) -> None:
+    def _look_at_reported(self, line: str) -> None:
+        name, _, unwritten = line.partition(' ')
         with self._lock:
             command = self._folders.get(name)
         if command is None:
             return
-        if command.has('result.json'):
+        command.remember(unwritten)
+        if command.has_result():
             self._send_results(command)
             self._begin_waiting()
         else:
@@ -362,12 +364,12 @@ class Commands:
     def _look_at(self, command: Command, now: float) -> None:
         """Sends its result, or sees to it that there will be one. Raises OSError."""
         if command.state == 'queued':
-            self._look_at_queued(command)
-        elif command.has('result.json'):
+            self._expire(command)
+        elif command.has_result():
             if now - command.sent >= RESEND_EVERY or not command.sent:
                 self._send_results(command)
         elif command.request.get('boot') != self._boot:
-            self._lose(command, 'the guest was rebooted')
+            self._lose(command, why_of_boot(command))
         elif command.has('runner'):
             self._look_after(command, now)
         elif command.state != 'starting':       # its program deleted its spool folder, say
@@ -376,12 +378,11 @@ class Commands:
         elif now - command.begun > START_PATIENCE:
             self._order_runner(command)         # not put back: the first one may just be slow
 
-    def _look_at_queued(self, command: Command) -> None:
-        """Raises OSError."""
+    def _expire(self, command: Command) -> bool:
+        """Whether it is too late for a command that hasn't begun. Raises OSError."""
         expires = command.request.get('expires-at')
-        if expires and self._spool.clock.now() >= expires:
-            self._take_back(command, 'expired', 'ETIME: it had not begun within %g s'
-                            % command.request['expires'])
+        return bool(expires and self._spool.clock.now() >= expires) and self._take_back(
+            command, 'expired', 'ETIME: it had not begun within %g s' % command.request['expires'])
 
     def _look_after(self, command: Command, now: float) -> None:
         """A command that runs: its runner may have been killed, its status or a signal be due."""
@@ -413,7 +414,7 @@ class Commands:
         with self._lock:
             while self._waiting and (not limit or self._active < limit):
                 command = self._waiting.popleft()
-                if command.state == 'queued':       # and was neither cancelled, nor expired
+                if command.state == 'queued':       # and was not cancelled
                     self._set_state(command, 'starting')
                     chosen.append(command)
         for command in chosen:
@@ -421,7 +422,7 @@ class Commands:
 
     def _start(self, command: Command) -> None:
         log.debug('%s: begins', command.cmd_id)
-        if not self._order_runner(command):
+        if not self._expire(command) and not self._order_runner(command):
             self._put_back(command)
 
     def _order_runner(self, command: Command) -> bool:
@@ -451,19 +452,18 @@ class Commands:
 
     def _lose_unless_ended(self, command: Command) -> None:
         """For a runner that is gone: its result may have been its last deed. Raises OSError."""
-        if not command.has('result.json'):
+        if not command.has_result():
             left = command.end_processes()
             self._lose(command, 'its runner was killed%s'
                        % ('; its processes were, too' if left else ''))
 
     def _lose(self, command: Command, why: str) -> None:
-        """Its result is sent by the next look, which tries again where the disk is full."""
+        """Its result is sent by the next look."""
         log.warning('%s: lost: %s', command.cmd_id, why)
-        with contextlib.suppress(OSError):
-            command.end('lost', why)
-            with self._lock:
-                if not command.has_ended():
-                    self._set_state(command, 'lost')
+        command.end_anyhow('lost', why)
+        with self._lock:
+            if not command.has_ended():
+                self._set_state(command, 'lost')
 
     def _send_results(self, command: Command) -> None:
         """Of a command that has a result.json. Raises OSError where that is damaged and can't be replaced."""
@@ -485,6 +485,12 @@ class Commands:
         os.rename(command.path('result.json'), aside)
         command.end('lost', 'its result was damaged: %s' % error)
         return command.result()
+
+
+def why_of_boot(command: Command) -> str:
+    """Why a command of no boot, or of another one, is lost."""
+    return 'the guest was rebooted' if 'boot' in command.request else \
+        'the disk has lost what was written of it'
 
 
 class Refusals:

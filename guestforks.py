@@ -44,6 +44,7 @@ class ForkServer:
     def __init__(self) -> None:
         self.reports, self._reporter = os.pipe()       # runners write the names of folders to look at
         os.set_blocking(self.reports, False)
+        self._torn = b''               # the begin of a line there
         # Guards the two lists; nothing that blocks happens while it is held.
         self._lock = threading.Lock()
         self._free = []                # type: List[socket.socket]
@@ -177,11 +178,14 @@ class ForkServer:
             return False
 
     def reported(self) -> List[str]:
-        """Names of the folders whose commands ended, or turned out to last, since the last call."""
+        """Names of the folders whose commands ended, or turned out to last, since the last call; after a name
+        and a space the result, as JSON, that couldn't be written."""
         try:
-            return os.read(self.reports, 65536).decode(errors='replace').split()
+            lines = (self._torn + os.read(self.reports, 65536)).split(b'\n')
         except BlockingIOError:
             return []
+        self._torn = lines.pop()
+        return [line.decode(errors='replace') for line in lines]
 
     def stop(self) -> None:
         """Ends it, and the runners that have no command; the others go on."""

@@ -85,6 +85,8 @@ def make_folder(path: str, mode: int = PASSED) -> None:
             raise agent.AgentError('the folder %s belongs to another user: chown it, or name another one'
                                    % path)
         os.fchmod(descriptor, mode)
+    except OSError as error:           # read-only, say
+        raise agent.AgentError('the folder %s can\'t be used: %s' % (path, error.strerror))
     finally:
         os.close(descriptor)
 

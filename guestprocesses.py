@@ -46,6 +46,19 @@ def is_stopped(pid: int) -> bool:
     return stat_fields(pid)[STATE:PARENT] == [b'T']
 
 
+def is_traced(pid: int) -> bool:
+    """Whether a process stands still for who traces it."""
+    return stat_fields(pid)[STATE:PARENT] == [b't']
+
+
+def executable(pid: int) -> str:
+    """The path of what a process executes; '' where that can't be told, as it has ended."""
+    try:
+        return os.readlink('/proc/%d/exe' % pid)
+    except OSError:
+        return ''
+
+
 def start_ticks(pid: int) -> int:
     """When a living process began, in clock ticks since the boot: with the pid, its name for ever; else 0."""
     fields = stat_fields(pid)

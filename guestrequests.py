@@ -4,6 +4,7 @@ What it is not: the doing of it (guestcommands.py). No threads, no locks, no sta
 """
 
 import base64
+import math
 import re
 import signal
 from typing import Any, Dict, List
@@ -128,9 +129,10 @@ def as_text(name: str, value: Any) -> str:
 
 
 def as_limit(name: str, value: Any) -> float:
-    """A limit: a whole number, but of processor cores. Raises BadWord."""
+    """A limit: a whole number, the next larger one for a part (0.5 s would be none), but of processor cores.
+    Raises BadWord."""
     number = Message('', 'CMD_RUN', None, {'limits': value}).number('limits')
-    return number if name == 'cpus' else int(number)
+    return number if name == 'cpus' else math.ceil(number)
 
 
 def signal_number(name: str) -> int:

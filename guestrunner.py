@@ -25,12 +25,13 @@ from guestprocesses import (
     descendants,
     has_proc,
     in_session,
+    is_traced,
     signal_all,
     signal_session,
     start_ticks,
     was_killed_for_memory,
 )
-from guestspool import Command, describe_error, private
+from guestspool import Command, describe_error, is_regular, private, unrun_result
 from gueststart import Origin, Start, become_subreaper
 
 ACK_PATIENCE = 0.05            # seconds after which results that nobody has yet are brought to the disk
@@ -39,6 +40,7 @@ SETTLE = 0.05                  # seconds more for orphans to end, where there ar
 UNCOUNTED = 0.001              # seconds of CPU that the sums of two ways to count may differ by
 END_PATIENCE = 10.0            # seconds for processes to be ended that the system doesn't let go of
 FIRST_STATUS = 0.05            # seconds after which a command that still runs is reported
+LONGEST_TOLD = 300             # characters of an error in a result that has to fit into a pipe at once
 PUMP = 256 * 1024              # bytes read from a pipe at a time
 # What a program brings upon itself: no other process has sent it.
 OF_ITSELF = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSYS,
@@ -60,6 +62,7 @@ class Runner:
         self.process = process
         self.request = {}              # type: Any
         self.pid = 0                   # of the program
+        self.begin = self.started = 0.0        # monotonic, and by the machine's clock
         self.group = None              # type: Optional[Group]    # of its processes, where there can be one
         self.usage = Usage()
         self.pipes = {}                # type: Any       # {descriptor: (name, the file's descriptor)}
@@ -87,13 +90,13 @@ class Runner:
             self._start()
         except InterruptedError as error:
             self.abandon()
-            return self._finish('cancelled', describe_error(error), by='signalCmd')
+            return self.finish('cancelled', describe_error(error), by='signalCmd')
         except ChildProcessError as error:
             self.abandon()
-            return self._finish('lost', describe_error(error))
+            return self.finish('lost', describe_error(error))
         except Exception as error:      # of Python or the system: it is the command's
             self.abandon()
-            return self._finish('failed', describe_error(error))
+            return self.finish('failed', describe_error(error))
         while not self._reap():
             self._pump(self._patience())
             self._enforce()
@@ -135,6 +138,7 @@ class Runner:
         # that it was begun: what request.json says can wait until it matters.
         for folder in (self.command.folder, os.path.dirname(self.command.folder)):
             agent.sync(folder)
+        self._write_process()          # before anybody can stop this runner without being known
         self._spawn()
         timeout = self.request.get('timeout')
         self.deadline = self.begin + float(timeout) if timeout else None
@@ -143,11 +147,16 @@ class Runner:
         self.report_at = self.begin + (0 if self.inlet is not None else FIRST_STATUS)
 
     def _write_process(self) -> None:
-        # Torn, it is as good as none: what a dead runner left is found by its environment, too.
-        with open(self.command.path('process.json'), 'w', opener=private) as file:
-            file.write(json.dumps({'pid': self.pid, 'started': self.started, 'begin': self.begin,
-                                   'ticks': start_ticks(self.pid), 'runner': os.getpid(),
-                                   'group': self.group.folder if self.group is not None else ''}))
+        # Torn, it is as good as none: what a dead runner left is found by its environment, too. What is there
+        # is written over by what is longer, so that it is whole at any time.
+        text = json.dumps({'pid': self.pid, 'started': self.started, 'begin': self.begin,
+                           'ticks': start_ticks(self.pid) if self.pid else 0, 'runner': os.getpid(),
+                           'group': self.group.folder if self.group is not None else ''})
+        descriptor = private(self.command.path('process.json'), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC)
+        try:
+            os.write(descriptor, text.encode())
+        finally:
+            os.close(descriptor)
 
     def abandon(self) -> None:
         """Ends a program that can't be accounted for, since a file of it couldn't be written, say."""
@@ -225,8 +234,8 @@ class Runner:
     def _open_outputs(self) -> None:
         """Makes the files of both streams, while the program comes to life."""
         for reader, (name, _) in self.pipes.items():
-            self.pipes[reader] = (name, os.open(self.command.path(name),
-                                                os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
+            self.pipes[reader] = (name, private(self.command.path(name),
+                                                os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC))
 
     def _reap(self) -> bool:
         """Waits for whatever has ended; whether the program has."""
@@ -238,7 +247,8 @@ class Runner:
             if pid == 0:
                 break
             if os.WIFSTOPPED(status) or os.WIFCONTINUED(status):
-                if pid == self.pid:
+                # Who has its parent trace it (ptrace) stands still at each signal, and is not stopped.
+                if pid == self.pid and not (os.WIFSTOPPED(status) and is_traced(pid)):
                     self._note_stop(os.WIFSTOPPED(status))
             elif pid != self._starter:
                 self.usage.add(usage)
@@ -367,10 +377,11 @@ class Runner:
             self.report_at = None
             self.report()
 
-    def report(self) -> None:
-        """Has the agent, if it still lives, look at the command's folder."""
+    def report(self, result: str = '') -> None:
+        """Has the agent, if it still lives, look at the command's folder, or take a result from here."""
         try:
-            os.write(self.process.reports, (os.path.basename(self.command.folder) + '\n').encode())
+            name = os.path.basename(self.command.folder)
+            os.write(self.process.reports, ' '.join(filter(None, (name, result))).encode() + b'\n')
         except OSError as error:
             log.debug('the agent is gone: %s', error)
 
@@ -387,7 +398,7 @@ class Runner:
             error = 'ran longer than its timeout of %g s' % float(self.request['timeout'])
         if self.failure:
             state, error = 'failed', self.failure
-        self._finish(state, error, finished=exited, exitCodeOrSignal=code, by=by,
+        self.finish(state, error, finished=exited, exitCodeOrSignal=code, by=by,
                      resources=self.usage.fields, inexact=[] if self._starter else ['ru_maxrss'],
                      left=len(self._members()), wall=ended - self.begin, started=self.started,
                      **more)
@@ -421,17 +432,24 @@ class Runner:
             return 'oom'
         return 'other'
 
-    def _finish(self, state: str, error: str, **more: Any) -> None:
+    def finish(self, state: str, error: str, **more: Any) -> None:
         """result.json, by rename. On a full disk, without reserved room, it takes the output's; in a folder
-        made anew, where the program deleted it."""
+        made anew, where the program deleted it. Where nothing can be written any more (a file system that
+        turned read-only, say), the agent is told the result itself."""
         try:
-            self.command.end(state, error, durable=False, **more)
+            return self.command.end(state, error, durable=False, **more)
         except OSError as failed:
-            for name in filter(self.command.has, ('out', 'err')):
-                os.truncate(self.command.path(name), 0)
+            why = describe_error(failed)
+        try:
+            for name in filter(is_regular, map(self.command.path, ('out', 'err'))):
+                os.truncate(name, 0)
+            state, error = 'failed', why
             more.update({'out-truncated': True, 'err-truncated': True})
             os.makedirs(self.command.folder, 0o700, exist_ok=True)
-            self.command.end('failed', describe_error(failed), **more)
+            self.command.end(state, error, **more)
+        except OSError:
+            log.error('%s: its result can\'t be written: %s', self.command.folder, why)
+            self.report(json.dumps(dict(unrun_result(state, error[:LONGEST_TOLD]), **more)))
 
 
 class Usage:
@@ -498,8 +516,11 @@ class RunnerProcess:
         """``reports``: where the agent reads names of folders."""
         os.setsid()
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        # A program may signal its parent (kill $PPID): that costs nobody the result. The agent's end is seen
+        # by its socket.
+        for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT,
+                       signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM):
+            signal.signal(number, lambda *_: None)
         self.wakeup, waker = os.pipe()         # it can be read once a child ended
         for descriptor in (self.wakeup, waker):
             os.set_blocking(descriptor, False)
@@ -566,8 +587,8 @@ def run_command(runner: Runner) -> None:
     except Exception as error:      # whatever it is: a command has a result
         log.exception('runner of %s', runner.command.folder)
         runner.abandon()
-        if not runner.command.has('result.json'):
-            runner.command.end('failed', describe_error(error))
+        if not runner.command.has_result():
+            runner.finish('failed', describe_error(error))
     finally:
         runner.close()
     runner.process.unsynced.add(runner.command)

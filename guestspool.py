@@ -46,7 +46,7 @@ WAY = {
     'queued': ('starting', 'running', 'stopped', 'exited', 'signaled', 'timeout', 'failed', 'lost',
                'cancelled', 'expired'),
     'starting': ('queued', 'running', 'stopped', 'exited', 'signaled', 'timeout', 'failed', 'lost',
-                 'cancelled'),
+                 'cancelled', 'expired'),
     'running': ('stopped', 'exited', 'signaled', 'timeout', 'failed', 'lost', 'cancelled'),
     'stopped': ('running', 'exited', 'signaled', 'timeout', 'failed', 'lost', 'cancelled'),
     'exited': ('acknowledged',), 'signaled': ('acknowledged',), 'timeout': ('acknowledged',),
@@ -61,6 +61,8 @@ EMPTIED = 0o500                # … and from then on
 RESERVED = 8192                # bytes that each command has on the disk from its begin, for its result
 LONGEST_ERROR = 1000           # characters of an error, so that a result fits into that
 SIGNAL = 'signal-'             # begin of a file's name
+SIGNAL_NOTE = re.compile(SIGNAL + '[0-9]{1,3}')
+LARGEST_JSON = 16 * 1024 * 1024        # characters of a file that is read as JSON
 KILL_ROUNDS = 10               # of KILL, for what forks as fast as it is killed
 LARGEST_PROGRESS = 4096        # bytes of a progress file
 SWEEP_SLICE = 200              # folders that one look for old ones goes through
@@ -84,8 +86,39 @@ def unrun_result(state: str, error: str) -> Dict[str, Any]:
 
 
 def private(path: str, flags: int) -> int:
-    """An opener of files that are the agent's alone: their folders may be passed by others."""
-    return os.open(path, flags, 0o600)
+    """An opener of files that are the agent's alone: their folders may be passed by others.
+
+    Whatever a program has put in the place of one (a pipe, a link, a device), nobody waits for that, nor
+    reads it. Raises OSError.
+    """
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, 0o600)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, 'no regular file', path)
+    return descriptor
+
+
+def is_regular(path: str) -> bool:
+    """Whether there is a file of that name, and neither a link to one nor anything else."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return False
+
+
+def remove(path: str) -> None:
+    """Deletes whatever has that name, a folder too. Raises OSError."""
+    if stat.S_ISDIR(os.lstat(path).st_mode):
+        import shutil  # rarely needed, and it brings compressors along
+        shutil.rmtree(path)
+    else:
+        os.remove(path)
+
+
+def make_way(path: str) -> None:
+    """Deletes what isn't a file, where one is to be. Raises OSError."""
+    if os.path.lexists(path) and not is_regular(path):
+        remove(path)
 
 
 def reserve(path: str) -> None:
@@ -100,6 +133,8 @@ def write_file(path: str, text: str, durable: bool = True) -> None:
     Where its room was reserved, a full disk can't prevent it.
     """
     new = path + '.new'
+    for place in (new, path):
+        make_way(place)
     with open(new, 'rb+' if os.path.exists(new) else 'wb', opener=private) as file:
         file.write(text.encode('utf-8'))
         file.truncate()
@@ -128,6 +163,8 @@ class Command:
         self.sent = 0.0                # monotonic: when its results were last sent
         self.taken = None              # type: Optional[int]   # bytes of a streamed input, as far as is known
         self.signals = []              # type: List[int]   # that its processes haven't got yet
+        self.noted = []                # type: List[int]   # that the host has sent, as far as this agent knows
+        self.unwritten = None          # type: Optional[Dict[str, Any]]    # its result, if the disk has no place
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -137,8 +174,11 @@ class Command:
 
     def read(self, name: str) -> Dict[str, Any]:
         """A JSON file of the folder. Raises OSError, ValueError."""
-        with open(self.path(name)) as file:
-            value = json.load(file)
+        with open(self.path(name), opener=private) as file:
+            text = file.read(LARGEST_JSON + 1)
+        if len(text) > LARGEST_JSON:
+            raise ValueError('%s: larger than any that was written here' % self.path(name))
+        value = json.loads(text)
         if not isinstance(value, dict):
             raise ValueError('%s: no JSON object' % self.path(name))
         return value
@@ -147,9 +187,10 @@ class Command:
         if name == 'err' and self.request.get('terminal'):
             return 0                   # what is shown there is all out
         try:
-            return os.stat(self.path(name)).st_size
+            found = os.lstat(self.path(name))
         except OSError:
             return 0
+        return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
     def slice(self, name: str, offset: int, length: int) -> bytes:
         return self.read_part(name, offset, length)[0]
@@ -157,7 +198,7 @@ class Command:
     def read_part(self, name: str, offset: int, length: int) -> Tuple[bytes, int]:
         """A slice of a file, and the file's size."""
         try:
-            descriptor = os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = private(self.path(name), os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return b'', 0
         try:
@@ -171,12 +212,12 @@ class Command:
     def runner_lives(self) -> bool:
         """Whether the runner has its lock; also where that can't be told, without descriptors, say."""
         try:
-            with open(self.path('request.json')) as file:
+            with open(self.path('request.json'), opener=private) as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
-        except FileNotFoundError:
-            return False
         except OSError as error:       # of one that lives: BlockingIOError
+            if error.errno in (errno.ENOENT, errno.EINVAL, errno.ELOOP):
+                return False           # deleted, or replaced by what is no file
             log.debug('%s: %s', self.folder, error)
             return True
 
@@ -210,7 +251,7 @@ class Command:
         """Of one whose folder was emptied, unless the runner that is remembered lives: that makes the folder
         anew at the end, with a result. Whether there will be none; then there is a folder again."""
         pid, ticks = self._runner
-        if pid and start_ticks(pid) == ticks or self.has('result.json'):
+        if pid and start_ticks(pid) == ticks or self.has_result():
             return False
         self.end_processes()
         os.makedirs(self.folder, 0o700, exist_ok=True)
@@ -246,7 +287,7 @@ class Command:
 
     def read_state(self) -> str:
         """The state, as the folder shows it."""
-        if self.has('result.json'):
+        if self.has_result():
             try:
                 return str(self.result()['state'])
             except (OSError, ValueError):
@@ -260,22 +301,42 @@ class Command:
         text = json.dumps(dict(unrun_result(state, error), **more))
         write_file(self.path('result.json'), text, durable)
 
+    def end_anyhow(self, state: str, error: str, **more: Any) -> None:
+        """The same, where the disk takes nothing any more, too: then this agent remembers it."""
+        try:
+            self.end(state, error, **more)
+        except OSError as failed:
+            log.error('%s: its result can\'t be written: %s', self.folder, describe_error(failed))
+            self.unwritten = dict(unrun_result(state, error), **more)
+
+    def remember(self, text: str) -> None:
+        """Takes the result, as JSON, of a runner that couldn't write it; '' for none."""
+        with contextlib.suppress(ValueError):
+            self.unwritten = json.loads(text) if text else self.unwritten
+
+    def has_result(self) -> bool:
+        return self.unwritten is not None or is_regular(self.path('result.json'))
+
     def sync(self) -> None:
         """Brings request, output and result to the disk."""
         for name in ('request.json', 'out', 'err', 'result.json'):
-            if self.has(name):
-                agent.sync(self.path(name))
+            if is_regular(self.path(name)):
+                with open(self.path(name), 'rb', opener=private) as file:
+                    agent.sync_descriptor(file.fileno())
         agent.sync(self.folder)
 
     def result(self) -> Dict[str, Any]:
         """What result.json says. Raises OSError, ValueError where that is no result."""
-        result = self.read('result.json')
+        result = self.read('result.json') if self.unwritten is None else self.unwritten
         if result.get('state') not in ENDS:
             raise ValueError('no state %.40r' % result.get('state'))
+        if result.get('by') == 'other' and result.get('exitCodeOrSignal') in self.noted:
+            result['by'] = 'signalCmd'     # which the runner wasn't told
         return result
 
     def acknowledge(self, now: float) -> None:
         """Notes that the host has the results; ``now`` by the spool's clock. Raises OSError."""
+        make_way(self.path('acked'))
         open(self.path('acked'), 'w', opener=private).close()
         os.utime(self.path('acked'), (now, now))
 
@@ -289,14 +350,14 @@ class Command:
             if aside:
                 os.rename(self.path(name), os.path.join(aside, name))
             else:
-                os.remove(self.path(name))
+                remove(self.path(name))
         os.utime(self.folder, (now, now))
         os.chmod(self.folder, EMPTIED)
 
     def discard(self) -> None:
         """Deletes folder and files of what was never begun."""
         for name in os.listdir(self.folder):
-            os.remove(self.path(name))
+            remove(self.path(name))
         os.rmdir(self.folder)
 
     def claim(self) -> Any:
@@ -307,7 +368,7 @@ class Command:
         """
         path = self.path('request.json')
         try:
-            lock = open(path, 'r+b')
+            lock = open(path, 'r+b', opener=private)
         except FileNotFoundError as error:
             log.debug('%s is not to be taken: %s', path, error)     # emptied, while a runner slept, say
             return None
@@ -333,8 +394,10 @@ class Command:
     def note_signal(self, number: int) -> None:
         """Notes, before it is sent, that a signal is the host's: so the runner knows who sent it.
 
-        By a file without content, for which a full disk mostly has room.
+        By a file without content, for which a full disk mostly has room; where it has none, this agent
+        remembers it. Raises OSError.
         """
+        self.noted.append(number)
         open(self.path('%s%d' % (SIGNAL, number)), 'w', opener=private).close()
 
     def sent_signals(self) -> List[int]:
@@ -343,7 +406,7 @@ class Command:
             names = os.listdir(self.folder)
         except OSError:
             return []
-        return [int(name[len(SIGNAL):]) for name in names if name.startswith(SIGNAL)]
+        return [int(name[len(SIGNAL):]) for name in names if SIGNAL_NOTE.fullmatch(name)]
 
     def members(self) -> List[int]:
         """The living processes of the command, while its runner lives."""

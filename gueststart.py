@@ -30,6 +30,7 @@ from typing import Any, Callable, Dict, List, Optional
 from guestcgroup import LIMITS as OF_GROUPS
 from guestcgroup import Group, Place
 from guestidentity import PASSED
+from guestprocesses import children_of, executable, is_stopped, signal_all
 from guestspool import Command, private
 
 LIMITS = {'as': resource.RLIMIT_AS, 'cpu': resource.RLIMIT_CPU, 'fsize': resource.RLIMIT_FSIZE,
@@ -42,6 +43,7 @@ REPORT = 3                     # the descriptor on which the starter reports
 # Signals that end a program which doesn't care for them, and so a command that hasn't begun.
 ENDING = (signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGABRT)
 BECOMES = b'SX'                # records by which a child tells what it becomes: the starter, the program
+OF_FOLDER, OF_INPUT = 'its folder', 'standard input'       # whose errors aren't the program's
 SPARE = 10                     # descriptors from here on are free to be moved to
 SET_CHILD_SUBREAPER = 36       # of prctl
 
@@ -296,12 +298,27 @@ class Start:
                     if not piece:
                         return self._read_report(data)
                     data += piece
-                elif set(ENDING) & set(self._command.sent_signals()):
+                elif set(ENDING) & set(self._command.sent_signals()) and not self._has_begun():
                     raise InterruptedError(errno.EINTR, 'a signal came before the program began')
-                elif time.monotonic() >= deadline:
+                elif is_stopped(self.child):       # by the program, say, whose parent the starter is at first
+                    os.kill(self.child, signal.SIGCONT)
+                elif time.monotonic() >= deadline and not self._has_begun():
                     raise OSError(errno.ETIMEDOUT, 'not started within %g s' % LONGEST_START)
         finally:
             os.close(self._report)
+
+    def _has_begun(self) -> bool:
+        """Whether the program runs, though who began it had no turn yet to say so. Else both are stopped, and
+        the program won't do anything any more."""
+        signal_all([self.child], signal.SIGSTOP)
+        found = children_of(self.child)
+        signal_all(found, signal.SIGSTOP)
+        ready, _, _ = select.select([self._report], [], [], 0)
+        starter = executable(self.child)       # which a child of it is until it executes the program
+        if not ready and all(executable(pid) == starter for pid in found):
+            return False
+        signal_all([self.child] + found, signal.SIGCONT)
+        return True
 
     def _read_report(self, data: bytes) -> int:
         """Records of a letter and a number; of this program's own child, the last one may be a JSON array."""
@@ -312,7 +329,8 @@ class Start:
                 number, text, about = json.loads(data[at:].decode())
                 raise OSError(number, text, *[about] if about else [])
             if kind not in BECOMES + b'P':
-                raise OSError(number, os.strerror(number), self._folder if kind == b'D' else self._words[0])
+                raise not_the_program(number, OF_FOLDER, self._folder) if kind == b'D' else \
+                    OSError(number, os.strerror(number), self._words[0])
             pid = {b'S': 0, b'X': self.child}.get(kind, number)
         if not pid:
             raise ChildProcessError(errno.ECHILD, 'what was to begin it was killed: perhaps it had begun')
@@ -335,7 +353,7 @@ class Start:
             stdin = os.open(self._command.path('stdin'), os.O_RDONLY)
         if self._user is not None:
             self._user.become()
-        os.chdir(self._folder)
+        self._enter_folder()
         if request.get('fileForStdin'):
             stdin = self._open_stdin(request['fileForStdin'])
         words, env = self._words, self._environment
@@ -366,6 +384,12 @@ class Start:
         os.setsid()
         os.execve(path, words, env)
 
+    def _enter_folder(self) -> None:
+        try:
+            os.chdir(self._folder)
+        except OSError as error:
+            raise not_the_program(error.errno, OF_FOLDER, self._folder)
+
     def _open_entrance(self) -> int:
         """A descriptor of the group's entrance, which another user couldn't open; -1 where there is none."""
         if self._group is not None:
@@ -376,7 +400,10 @@ class Start:
     def _open_stdin(self, name: str) -> int:
         """A descriptor of fileForStdin. Never waits for a peer: pipes are refused."""
         path = os.path.join(encode(self._request['root']), encode(name))
-        opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        try:
+            opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        except OSError as error:
+            raise not_the_program(error.errno, OF_INPUT, path)
         mode = os.fstat(opened).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISCHR(mode):
             raise OSError(errno.EINVAL, 'standard input should be a file, not a pipe, socket or folder', path)
@@ -439,11 +466,19 @@ def find_program(name: bytes, folder: bytes, env: Dict[bytes, bytes]) -> bytes:
     raise OSError(number, os.strerror(number), name)
 
 
+def not_the_program(number: Optional[int], what: str, path: bytes) -> OSError:
+    """An error that no shell's 126 or 127 is about: the program itself may be there."""
+    number = number or errno.EINVAL
+    return OSError(number, '%s: %s' % (what, os.strerror(number)), path)
+
+
 def set_limit(name: str, value: int) -> None:
     """Raises OSError, ValueError."""
     which = LIMITS.get(name)
     if which is None:
         raise ValueError('no limit %s on this system' % name)
+    if name == 'nofile' and value <= REPORT:
+        raise OSError(errno.EINVAL, 'too few for a program to begin: %d' % value, 'limits.nofile')
     try:
         resource.setrlimit(which, (value, value + 5 if name == 'cpu' else value))
     except ValueError as error:        # what the system refuses with EPERM

@@ -786,7 +786,7 @@ class CommandMethods(Methods):
         """Sends a signal, by its name or number, to all processes of a command; False where it has ended.
 
         What hasn't begun is cancelled by TERM, KILL, INT, HUP, QUIT and ABRT, for good, whether its agent is
-        there or not.
+        there or not. Fault 7 where a guest doesn't answer: whether the signal came there isn't known.
 
             >>> long_id = host.runCmd('node1', 'sleep', ['600'])
             >>> host.signalCmd(long_id, 'INT')

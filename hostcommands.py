@@ -77,11 +77,13 @@ class Commands:
         self._by_key[execution.key] = execution
 
     def new(self, request: Dict[str, Any], target: str, multicast: bool, guests: List[Guest], client: str,
-            away: Container[Guest] = (), cmd_id: str = '') -> Tuple[str, List[Execution]]:
-        """Journals a command before anything else is done with it. Raises JournalError.
+            away: Container[Guest] = (), cmd_id: str = '',
+            targets: Container[str] = ()) -> Tuple[str, List[Execution]]:
+        """Journals a command before anything else is done with it. Raises JournalError, AlreadyExists.
 
         away      those of the guests for which it waits, since their agents aren't connected
         cmd_id    the caller's own; where it is known already, there is nothing to execute
+        targets   see is_repeated: another caller may have come with that id a moment ago
         """
         cmd_id = cmd_id or time.strftime('%Y%m%d-%H%M%S-', time.gmtime()) + secrets.token_hex(4)
         submitted, life = time.time(), request['options'].get('expires', 0)
@@ -93,10 +95,13 @@ class Commands:
         with self._journal.writing() as journal:
             if not journal.execute('INSERT OR IGNORE INTO commands VALUES (?, ?, ?, ?, ?, ?)', cmd_id, target,
                                    int(multicast), protocol.write_json(request), submitted, client).rowcount:
-                return cmd_id, []
+                executions = []
             for execution in executions:
                 journal.add_execution(execution)
-            journal.event('cmd-submitted', target, cmd_id, 'by %s: %s' % (client, line))
+            if executions:
+                journal.event('cmd-submitted', target, cmd_id, 'by %s: %s' % (client, line))
+        if not executions:
+            self.is_repeated(cmd_id, request, targets or (target,))
         with self._lock:
             for execution in executions:
                 execution.status = {'in-offset': 0}        # no earlier host has sent any input

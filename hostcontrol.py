@@ -28,7 +28,7 @@ MISSING_GRACE = 5.0            # seconds to answer for a command that a HELLO do
 REFRESH_TIMEOUT = 2.0          # seconds in which guests tell how far their commands are
 FRAME_RESERVE = 16 * 1024      # bytes of a frame that are not the command's own
 SIGNALS_KEPT = 10              # of a command that its guest hasn't answered yet
-CANCEL_TIMEOUT = 2.0           # seconds in which a guest answers for a command that is cancelled
+SIGNAL_TIMEOUT = 2.0           # seconds in which a guest answers for a command that is signalled
 # Signals that cancel a command that hasn't begun; all others wait for it to begin.
 ENDING = frozenset(('TERM', 'KILL', 'INT', 'HUP', 'QUIT', 'ABRT', '15', '9', '2', '1', '3', '6'))
 
@@ -127,7 +127,7 @@ class Control:
             raise AgentNotConnected('the agent of %s is not connected (queue lets the command wait '
                                     'for it)' % guest.name)
         self._check_size(request)
-        return self._submit(request, guest.name, False, [guest], client, cmd_id)
+        return self._submit(request, guest.name, False, [guest], client, cmd_id, self._names_of(vm))
 
     def run_on_all(self, pattern: str, request: Dict[str, Any], client: str, queue: bool = False,
                    cmd_id: str = '') -> str:
@@ -151,9 +151,10 @@ class Control:
         return (vm,) if guest is None else (vm, guest.name)
 
     def _submit(self, request: Dict[str, Any], target: str, multicast: bool, guests: List[Guest],
-                client: str, cmd_id: str) -> str:
+                client: str, cmd_id: str, targets: Tuple[str, ...] = ()) -> str:
         away = {guest for guest in guests if guest.agent == 'lost'}
-        cmd_id, executions = self._commands.new(request, target, multicast, guests, client, away, cmd_id)
+        cmd_id, executions = self._commands.new(request, target, multicast, guests, client, away, cmd_id,
+                                                  targets)
         for execution in executions:
             if execution.state != 'queued':
                 self.publish(execution, request)
@@ -169,6 +170,8 @@ class Control:
 
     def publish(self, execution: Execution, request: Optional[Dict[str, Any]] = None) -> None:
         """Sends a command to its VM, for the first time or again: the guest runs it once."""
+        if 0 < execution.expires <= time.time():
+            return                     # give_up_expired ends it
         if request is None:
             request = self._commands.request(execution.cmd_id)['request']
         if self._say(cmd_run(execution.vm_id, execution.cmd_id, request, execution.expires)):
@@ -189,8 +192,8 @@ class Control:
         """Sends a signal to the processes of commands; False where all have ended.
 
         One of ENDING cancels what hasn't begun, for good: at once where its agent isn't there, and after
-        CANCEL_TIMEOUT where that doesn't answer. Raises BadState or AgentNotConnected for those that it can't
-        be sent to, once it was sent to the others.
+        SIGNAL_TIMEOUT where that doesn't answer. Raises BadState or AgentNotConnected for those that it can't
+        be sent to, once it was sent to the others; DeadlineExceeded where a guest doesn't answer.
         """
         unfinished = [execution for execution in executions if not execution.ended]
         errors, asked = [], []         # type: List[VMHostError], List[Tuple[Execution, _Answer]]
@@ -202,31 +205,44 @@ class Control:
                         asked.append((execution, answer))
                 except VMHostError as error:
                     errors.append(error)
-            deadline = time.monotonic() + CANCEL_TIMEOUT
+            deadline = time.monotonic() + SIGNAL_TIMEOUT
             for execution, answer in asked:
-                if answer.wait(max(0.0, deadline - time.monotonic())) is None and execution.state == 'sent':
-                    self._cancel(execution, name)
+                if answer.wait(max(0.0, deadline - time.monotonic())) is None and not execution.ended:
+                    try:
+                        self._without_answer(execution, name)
+                    except VMHostError as error:
+                        errors.append(error)
         if errors:
             raise errors[0]
         return bool(unfinished)
 
     def _signal(self, execution: Execution, name: str) -> bool:
-        """Whether it is cancelled unless its guest answers."""
+        """Whether its guest is to answer."""
         is_there = self._machines.can_answer(execution.vm_id)
-        has_begun, ends = execution.state not in ('queued', 'sent'), name in ENDING
-        if not is_there and has_begun:
+        begun, ends = has_begun(execution), name in ENDING
+        if not is_there and (begun or not ends and execution.state == 'running'):
             raise AgentNotConnected('the agent of %s is not connected' % execution.vm)
         if execution.state == 'queued' and not ends:
             raise BadState('%s waits for the agent of %s, and has no processes yet; TERM or KILL cancel it'
                            % (execution.key, execution.vm))
         log.info('%s: signal %s', execution.key, name)
-        if not has_begun and not ends and len(execution.signals) < SIGNALS_KEPT:
+        if not begun and not ends and len(execution.signals) < SIGNALS_KEPT:
             execution.signals += (name,)        # the guest may never have got the command, nor get this
         self._say(protocol.CMD_SIGNAL.howToSay(execution.vm_id, execution.cmd_id, name,
-                                               cancel=ends and not has_begun))
-        if ends and not has_begun and not (is_there and execution.state == 'sent'):
+                                               cancel=ends and not begun))
+        if ends and not begun and not (is_there and execution.state != 'queued'):
             self._cancel(execution, name)
-        return ends and execution.state == 'sent'
+        if execution.state == 'running':       # what comes after the signal is answered after it
+            self.query(execution)
+        return (ends or execution.state == 'running') and not execution.ended
+
+    def _without_answer(self, execution: Execution, name: str) -> None:
+        """Raises DeadlineExceeded where the signal may be lost."""
+        if not has_begun(execution) and name in ENDING:
+            self._cancel(execution, name)
+        elif execution.state == 'running':
+            raise DeadlineExceeded('the agent of %s did not answer within %g s: whether signal %s came to %s '
+                                   'isn\'t known' % (execution.vm, SIGNAL_TIMEOUT, name, execution.key))
 
     def _cancel(self, execution: Execution, name: str) -> None:
         self._commands.call_off(execution, 'cancelled', 'signal %s before it began' % name, 'signalCmd')
@@ -336,6 +352,11 @@ class Control:
                                     'rebooted, or its disk lost or restored from an earlier state')
             with self._lock:
                 self._missing.pop(index, None)
+
+
+def has_begun(execution: Execution) -> bool:
+    """Whether its guest has said so: it may still wait there for its turn."""
+    return execution.runs or execution.state not in ('queued', 'sent', 'running')
 
 
 def cmd_run(to: str, cmd_id: str, request: Dict[str, Any], expires: float = 0) -> Message:

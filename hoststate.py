@@ -82,14 +82,21 @@ class StateFolder:
         return found.st_mode
 
     def write(self, name: str, text: str) -> None:
-        """Writes a file that only this user can read; who reads it sees the old text or the new one."""
+        """Writes a file that only this user can read; who reads it sees the old text or the new one.
+
+        Raises OSError, which names the file also where the disk is full.
+        """
         temporary = self.file(name) + '.new'
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, 'w') as file:
-            file.write(text + '\n')
-        agent.replace(temporary, self.file(name))
+        try:
+            with os.fdopen(descriptor, 'w') as file:
+                file.write(text + '\n')
+            agent.replace(temporary, self.file(name))
+        except OSError as error:
+            error.filename = error.filename or self.file(name)
+            raise
 
     def secret(self, name: str, make: Callable[[], str] = lambda: secrets.token_urlsafe(24)) -> str:
         """The text of a file that only this user can read; made at the first call."""

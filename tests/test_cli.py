@@ -105,6 +105,20 @@ def test_what_can_not_start_exits_as_in_a_shell(host, guests, program, code):
     assert done.returncode == code and re.match(b'vmhost: E[A-Z]+: ', done.stderr)
 
 
+@pytest.mark.parametrize('option', ['-I', '-C'])
+def test_what_is_missing_beside_the_program_is_no_missing_program(host, guests, option):
+    done = host.verb('run', option, 'no-such', 'one', '--', 'cat')
+    assert done.returncode == 255 and b'ENOENT: ' in done.stderr and b'no-such' in done.stderr
+
+
+def test_an_option_of_zero_is_one(host, guests):
+    stubborn = 'trap "" TERM; while :; do sleep 1; done'
+    done = host.verb('run', '-T', '0.5', '-k', '0', 'one', '--', 'sh', '-c', stubborn)
+    assert done.returncode == 128 + signal.SIGKILL
+    done = host.verb('run', '--output-limit', '0', 'one', '--', 'echo', 'hi')
+    assert done.returncode == 255 and not done.stdout and b'output_limit' in done.stderr
+
+
 @posix_host
 def test_any_bytes_are_words_of_a_command(host, guests):
     show = ['run', '-e', b'N=\xfe', 'one', '--', 'sh', '-c', 'printf "%s|" "$@" "$N"', 'sh']

@@ -290,6 +290,13 @@ def test_a_command_that_was_cancelled_before_it_came_never_runs(guests):
     assert not guest.said['other']
 
 
+def test_what_is_too_late_when_its_turn_comes_doesnt_begin(guests):
+    guest = guests(max_commands=1)
+    guest.run('c', 'touch', 'ran', expires=1e-9)
+    assert guest.result('c')['state'] == 'expired'
+    assert not os.path.exists(os.path.join(guest.served, 'ran'))
+
+
 def test_a_command_expires_where_it_waits(guests):
     guest = guests(max_commands=1)
     guest.run('first', 'sleep', '2.5')

@@ -452,6 +452,21 @@ def test_a_limit_that_the_system_refuses_is_named(runners):
     assert error.startswith('EPERM: ') and error.endswith(': limits.nofile'), error
 
 
+def test_a_limit_under_which_no_program_can_begin_is_named(runners):
+    assert runners.run('true', limits={'nofile': 2})['error'] == \
+        'EINVAL: too few for a program to begin: 2: limits.nofile'
+    assert runners.run('sh', '-c', 'ulimit -t', limits={'cpu': 0.5})['out'] == b'1\n'
+
+
+def test_what_has_begun_is_not_cancelled_though_its_starter_had_no_turn(runners):
+    """The starter is stopped by its program at once, before it can tell that there is one."""
+    command = runners.begin('sh', '-c', 'kill -STOP $PPID; echo ran; : > "${VM_PROGRESS_FILE%/*}/signal-15"; '
+                            'sleep 1; exit 3')
+    wait_until(lambda: command.continue_runner() or command.has_result(), 20)
+    result = runners.end(command)
+    assert (result['state'], result['exitCodeOrSignal'], result['out']) == ('exited', 3, b'ran\n')
+
+
 def test_without_a_starter_all_works_and_what_is_inexact_is_said(tmp_path, monkeypatch):
     """Another processor than those that it is written for."""
     monkeypatch.setattr(guestforks, 'make_starter', lambda: -1)

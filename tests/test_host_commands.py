@@ -107,6 +107,43 @@ def test_an_id_is_of_one_command(host, guest, api):
         assert fault_of(api.runCmd, 'one', 'true', [], {}, '', '', {'id': odd}).faultCode == -32602
 
 
+def test_an_id_is_of_one_command_whoever_comes_at_the_same_time(host, guest, tmp_path):
+    answers, begin = [], threading.Barrier(8)
+
+    def call(number):
+        with host.api as api:
+            begin.wait(30)
+            try:
+                answers.append(api.runCmd('one', 'true', [str(number)], {}, '', '', {'id': 'mine.5'}))
+            except xmlrpc.client.Fault as fault:
+                answers.append(fault.faultCode)
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(answers, key=str) == [8] * 7 + ['mine.5']
+
+
+def test_what_is_too_late_is_not_sent_any_more(host, guest, tmp_path, api):
+    proof = Proof(tmp_path)
+    cmd_id = api.runCmd('one', *proof.words(), {}, '', '', {'expires': 1e-9})
+    assert host.results(cmd_id)['state'] == 'expired' and proof.runs() == 0
+
+
+def test_a_signal_that_may_be_lost_is_not_told_as_sent(host, guest, api):
+    cmd_id = api.runCmd('one', 'sleep', ['600'])
+    wait_until(lambda: api.getCmdStatus(cmd_id)['pid'], 20)
+    os.kill(guest.process.pid, signal.SIGSTOP)
+    try:
+        wait_until(lambda: api.getCmdStatus(cmd_id)['age'] > 1, 20)     # nothing it said is on its way
+        assert fault_of(api.signalCmd, cmd_id, 'USR1').faultCode == 7
+    finally:
+        os.kill(guest.process.pid, signal.SIGCONT)
+    assert api.signalCmd(cmd_id, 'KILL')
+    assert host.results(cmd_id)['state'] == 'signaled'
+
+
 def test_a_multicast_with_an_id_runs_once_on_each(host, guest, tmp_path, api):
     proof = Proof(tmp_path)
     with Agent(tmp_path / 'two', host, 'one-more'):
