@@ -54,6 +54,8 @@ log = logging.getLogger('vmhost.broker')
 SERVER = 'vmhost-broker/' + agent.VERSION
 READ_AT_ONCE = 1024 * 1024                # bytes that are read before what they bring is given out,
 PUT_AT_ONCE = 8 * 1024 * 1024             # and that are put into outboxes before they are written
+DELIVERIES_IN_A_ROUND = 20000             # of topics; who makes more of them goes on in the next round,
+DELIVERIES_IN_A_TURN = 1000               # but each may make so many
 QUEUES_GIVE = 256 * 1024                  # bytes that may wait for a client, at most, beside one message
 UNIDENTIFIED_TIME = 1.0                   # seconds that a client has before another may take its place
 SHORTEST_MARGIN = 1.0                     # seconds that a client's heart-beat may be late
@@ -431,7 +433,8 @@ class Connection(Outlet):
 
     def _take(self, data: bytes) -> None:
         """Bytes of the client, and each frame that they finish."""
-        reader, frame = self._reader, None
+        reader, frame, places = self._reader, None, self.broker.destinations
+        most = self.broker.most_deliveries()
         try:
             reader.feed(data)
             frame = reader.next_frame()
@@ -441,6 +444,9 @@ class Connection(Outlet):
                 if self.state >= State.ENDING:
                     return
                 if self._buckets and self._is_too_fast(frame):
+                    break
+                if places.deliveries > most:
+                    self._pause_for(1e-6)      # few bytes may make much work: others have their turn first
                     break
                 frame = reader.next_frame()
             if reader.held or self._unfinished:
@@ -461,10 +467,13 @@ class Connection(Outlet):
         pause = max(bucket.take(cost(frame), self.broker.now) for bucket, cost in self._buckets)
         if pause:
             self.broker.count.slowed += 1
-            self.clock.pause = self.broker.now + pause
-            self.set_clock()
-            self._listen()
+            self._pause_for(pause)
         return bool(pause)
+
+    def _pause_for(self, seconds: float) -> None:
+        self.clock.pause = self.broker.now + seconds
+        self.set_clock()
+        self._listen()
 
     def _end_pause(self) -> None:
         self.clock.pause = NEVER
@@ -862,6 +871,7 @@ class Broker:
         self._connections = {}   # type: Dict[int, Connection]
         self._to_flush = []      # type: List[Connection]
         self._is_flushing = False
+        self._deliveries_before = 0        # this round
         self._has_holes = False            # the memory; it is looked after from so many bytes on:
         self.much_is_held = self.limits.held // 2
         self._connection_numbers = itertools.count(1)
@@ -1038,6 +1048,7 @@ class Broker:
 
     def _round(self, ready: List[Tuple[selectors.SelectorKey, int]]) -> None:
         self.now = time.monotonic()
+        self._deliveries_before = self.destinations.deliveries
         enough = self.count.bytes_in + READ_AT_ONCE
         for key, events in ready:
             key.data(events)
@@ -1116,6 +1127,11 @@ class Broker:
         self.destinations.flush()
         self.destinations.dispatch()
         self._flush()
+
+    def most_deliveries(self) -> int:
+        """How many there may be, all in all, at the end of a connection's turn."""
+        return max(self._deliveries_before + DELIVERIES_IN_A_ROUND,
+                   self.destinations.deliveries + DELIVERIES_IN_A_TURN)
 
     def write_early(self) -> None:
         """What one round brings may be much more than may wait, times all subscriptions."""

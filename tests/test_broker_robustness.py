@@ -401,6 +401,7 @@ def test_who_asks_what_it_holds_when_descriptors_are_few(before):
         assert program.process.poll() is None
 
 
+@pytest.mark.skipif(os.name != 'posix', reason='descriptors of POSIX')
 def test_some_descriptors_are_left_for_the_rest_of_the_process():
     """A host agent has files and programs of its own; strangers took all, and it stood still."""
     with Program(before=FEW) as program, contextlib.ExitStack() as stack:
