@@ -307,12 +307,41 @@ def client_tls(ca_file: str) -> Any:
         raise ConfigError('[Broker] ca_file %s: %s' % (ca_file, error))
 
 
+def server_tls(certificate: str, key: str = '') -> Any:
+    """The ssl.SSLContext of a server that has this certificate and key, files in PEM; no key: it is in the
+    first one. Nobody is asked for an encrypted key's password: a service would wait. Raises AgentError,
+    which names the files."""
+    import ssl
+    asked = []
+
+    def password() -> str:
+        asked.append(True)
+        return ''
+    try:
+        for path in filter(None, (certificate, key)):
+            open(path, 'rb').close()           # which of them it is, OpenSSL doesn't tell
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(certificate, key or None, password=password)
+    except ssl.SSLError as error:
+        if asked:
+            why = 'the key is encrypted'
+        elif error.reason == 'KEY_VALUES_MISMATCH':
+            why = 'the key is not this certificate\'s'
+        else:
+            why = 'no certificate and its private key in PEM: %s' % error
+    except OSError as error:
+        why = 'the key is encrypted' if asked else sentence(error)
+    else:
+        return context
+    raise AgentError('certificate %s, key %s: %s' % (certificate, key or certificate, why))
+
+
 def printable(text: str) -> str:
     """The text without anything that a terminal would obey: a guest may have written it."""
     if text.isprintable():
         return text
-    return ''.join(char if char.isprintable() else char.encode('unicode_escape').decode('ascii')
-                   for char in text)
+    # Not the codec unicode_escape: it is a file, and there may be no descriptor left to open one.
+    return ''.join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def sentence(error: BaseException) -> str:
@@ -336,7 +365,7 @@ def short_path(path: str) -> str:
 
 
 class Seldom:
-    """Warnings that may come by the thousand: of each sender one in TOLD_EVERY seconds is logged.
+    """Lines that may come by the thousand: of each sender one in TOLD_EVERY seconds is logged.
 
     From any thread: two at the same moment may both be logged.
     """
@@ -348,6 +377,13 @@ class Seldom:
 
     def warn(self, sender: str, text: str, *values: Any) -> None:
         """Logs it, or counts it for the next time."""
+        self._tell(self._log.warning, sender, text, values)
+
+    def info(self, sender: str, text: str, *values: Any) -> None:
+        """The same, where nobody has to do anything about it."""
+        self._tell(self._log.info, sender, text, values)
+
+    def _tell(self, say: Callable[..., None], sender: str, text: str, values: Tuple[Any, ...]) -> None:
         now = self._clock()
         when, count = self._told.get(sender, (now - TOLD_EVERY, 0))
         is_due = now - when >= TOLD_EVERY
@@ -355,8 +391,8 @@ class Seldom:
             self._told.clear()
         self._told[sender] = (now, 0) if is_due else (when, count + 1)
         if is_due:
-            self._log.warning(text + ' (and %d times since the last line)' * bool(count),
-                              *[printable(str(value)) for value in values] + [count] * bool(count))
+            say(text + ' (and %d times since the last line)' * bool(count),
+                *[printable(str(value)) for value in values] + [count] * bool(count))
 
 
 # --- is all well? ----------------------------------------------------------------------------

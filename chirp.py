@@ -109,8 +109,10 @@ def make_server(words: argparse.Namespace) -> Union[ChirpServer, RealChirpServer
         return RealChirpServer(words.folder, words.host, words.port, allow, words.rights)
     tls = None
     if words.cert:
-        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        tls.load_cert_chain(words.cert, words.key)
+        try:
+            tls = agent.server_tls(words.cert, words.key or '')
+        except agent.AgentError as error:
+            raise ChirpError(str(error))
     return ChirpServer(words.folder, words.host, words.port, allow, words.rights,
                        'secret' if secret else 'address', secret, words.id, tls=tls)
 

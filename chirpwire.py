@@ -197,7 +197,7 @@ def secret_answer(secret: bytes, id: str, challenge: bytes) -> bytes:
 def shown(path: Path) -> str:
     """A path for a message: one line, not endless."""
     text = to_bytes(path).decode('utf-8', 'backslashreplace')
-    text = ''.join(char if char.isprintable() else char.encode('unicode_escape').decode() for char in text)
+    text = ''.join(char if char.isprintable() else repr(char)[1:-1] for char in text)
     return text if len(text) <= 300 else text[:140] + '…' + text[-140:]
 
 

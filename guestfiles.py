@@ -107,11 +107,7 @@ class Files:
 
 def server_tls(settings: Any) -> Any:
     """The ssl.SSLContext of the file server. Raises AgentError."""
-    import ssl  # some memory, where it is configured
-    context = ssl.SSLContext(getattr(ssl, 'PROTOCOL_TLS_SERVER', ssl.PROTOCOL_TLS))
     try:
-        context.load_cert_chain(settings.cert_file, settings.key_file or None)
-    except (OSError, ssl.SSLError) as error:
-        raise agent.AgentError('[Chirp] cert_file %s, key_file %s: %s'
-                               % (settings.cert_file, settings.key_file, error))
-    return context
+        return agent.server_tls(settings.cert_file, settings.key_file)
+    except agent.AgentError as error:
+        raise agent.AgentError('[Chirp] cert_file, key_file: %s' % error)

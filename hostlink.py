@@ -25,6 +25,7 @@ from stompdoor import Door
 log = logging.getLogger('vmhost')
 
 STRANGERS = 64                 # connections of one address that have not said HELLO yet
+SUBSCRIPTIONS = 10             # of a guest, which needs one; each is asked about for each word to guests
 ROLL_CALL_EVERY = 2.0          # seconds between two requests to all guests to say HELLO
 
 
@@ -134,7 +135,7 @@ class Connection:
         self._broker = stompbroker.Broker(
             host, settings.port, login=settings.username, passcode=settings.password,
             tls=server_tls(settings), policy=self._policy, heartbeat=settings.heartbeat,
-            max_frame=settings.max_frame, unidentified=STRANGERS)
+            max_frame=settings.max_frame, unidentified=STRANGERS, subscriptions=SUBSCRIPTIONS)
         link = InnerLink(self._broker, self._link_up, self._hear, self._link_down, self._hear_news)
         try:
             self._broker.start()
@@ -279,13 +280,9 @@ def server_tls(settings: Any) -> Any:
     """The embedded broker's ssl.SSLContext, or None. Raises VMHostError that names the key."""
     if not settings.tls:
         return None
-    import ssl
     if not settings.cert_file:
         raise VMHostError('[Broker] tls=yes needs cert_file, and key_file where the key is in another file')
-    context = ssl.SSLContext(getattr(ssl, 'PROTOCOL_TLS_SERVER', ssl.PROTOCOL_TLS))
     try:
-        context.load_cert_chain(settings.cert_file, settings.key_file or None)
-    except (OSError, ssl.SSLError) as error:
-        raise VMHostError('[Broker] cert_file %s, key_file %s: %s'
-                          % (settings.cert_file, settings.key_file, agent.sentence(error)))
-    return context
+        return agent.server_tls(settings.cert_file, settings.key_file)
+    except agent.AgentError as error:
+        raise VMHostError('[Broker] cert_file, key_file: %s' % error)

@@ -54,6 +54,9 @@ log = logging.getLogger('vmhost.broker')
 SERVER = 'vmhost-broker/' + agent.VERSION
 READ_AT_ONCE = 1024 * 1024                # bytes that are read before what they bring is given out,
 PUT_AT_ONCE = 8 * 1024 * 1024             # and that are put into outboxes before they are written
+DELIVERIES_IN_A_ROUND = 20000             # of topics; who makes more of them goes on in the next round,
+DELIVERIES_IN_A_TURN = 1000               # but each may make so many
+QUEUES_GIVE = 256 * 1024                  # bytes that may wait for a client, at most, beside one message
 UNIDENTIFIED_TIME = 1.0                   # seconds that a client has before another may take its place
 SHORTEST_MARGIN = 1.0                     # seconds that a client's heart-beat may be late
 LONGEST_END = 30.0                        # seconds that a client has to read its last frames
@@ -142,7 +145,7 @@ class Limits(NamedTuple):
     unacknowledged: int = 10000            # messages of a subscription
     refusals: int = 5                      # of a message, then it goes to the dead letters
     max_frame: int = 1024 * 1024           # bytes of a body
-    waiting: int = 8 * 1024 * 1024         # bytes that one client has not read yet, and a frame more
+    waiting: int = 8 * 1024 * 1024         # bytes that one client has not read yet, and max_frame more
     waiting_in_all: int = 256 * 1024 * 1024
     queued: int = 64 * 1024 * 1024         # bytes in a queue
     queued_in_all: int = 256 * 1024 * 1024
@@ -243,8 +246,6 @@ class Connection(Outlet):
     __slots__ = ('broker', 'peer', 'number', 'since', 'state', 'clock', 'session', 'backlog',
                  'held', '_sock', '_reader', '_outbox', '_buckets', '_counted', '_to_flush',
                  '_wants_room', '_held_up', '_events', '_unfinished')
-
-    HIGH = 256 * 1024      # bytes waiting at which queues give no more
 
     def __init__(self, broker: 'Broker', sock: socket.socket, peer: Tuple[Any, ...], number: int) -> None:
         self.broker = broker
@@ -432,7 +433,8 @@ class Connection(Outlet):
 
     def _take(self, data: bytes) -> None:
         """Bytes of the client, and each frame that they finish."""
-        reader, frame = self._reader, None
+        reader, frame, places = self._reader, None, self.broker.destinations
+        most = self.broker.most_deliveries()
         try:
             reader.feed(data)
             frame = reader.next_frame()
@@ -442,6 +444,9 @@ class Connection(Outlet):
                 if self.state >= State.ENDING:
                     return
                 if self._buckets and self._is_too_fast(frame):
+                    break
+                if places.deliveries > most:
+                    self._pause_for(1e-6)      # few bytes may make much work: others have their turn first
                     break
                 frame = reader.next_frame()
             if reader.held or self._unfinished:
@@ -462,10 +467,13 @@ class Connection(Outlet):
         pause = max(bucket.take(cost(frame), self.broker.now) for bucket, cost in self._buckets)
         if pause:
             self.broker.count.slowed += 1
-            self.clock.pause = self.broker.now + pause
-            self.set_clock()
-            self._listen()
+            self._pause_for(pause)
         return bool(pause)
+
+    def _pause_for(self, seconds: float) -> None:
+        self.clock.pause = self.broker.now + seconds
+        self.set_clock()
+        self._listen()
 
     def _end_pause(self) -> None:
         self.clock.pause = NEVER
@@ -513,7 +521,7 @@ class Connection(Outlet):
         """Whether a queue may give more; if not, the queues are asked again when there is."""
         if self.state != State.CONNECTED:
             return False
-        if self._outbox.waiting < self.HIGH:
+        if self._outbox.waiting < self.broker.enough_for_queues:
             return True
         self._wants_room = True
         return False
@@ -532,7 +540,7 @@ class Connection(Outlet):
         if not waiting and self.state in (State.ENDING, State.DRAINING):
             return self._finish()
         self._listen()
-        if self._wants_room and waiting < self.HIGH // 2:
+        if self._wants_room and waiting <= self.broker.enough_for_queues // 2:
             self._wants_room = False
             self.session.ask_queues()
 
@@ -595,7 +603,8 @@ class Connection(Outlet):
         if now >= clock.deadline:
             return self._time_is_over()
         if clock.is_silent(now):
-            log.info('%r is taken for dead: silent for %.1f s', self, now - clock.heard)
+            self.broker.tell('is silent', self.peer, '%s is taken for dead: silent for %.1f s', self,
+                             now - clock.heard)
             return self.close('silent')
         if clock.is_to_beat(now):
             if not self.waiting:           # else what waits there is beat enough
@@ -618,7 +627,7 @@ class Connection(Outlet):
         if self.state == State.CLOSED:     # cut off by what its own frame brought
             return
         self.broker.count.errors += 1
-        log.info('%r: %s', self, text)
+        self.broker.tell('fails', self.peer, '%s: %s', self, text)
         self.session.say_error(' '.join(text.replace('\0', ' ').split()), frame)
         self.end()
 
@@ -649,7 +658,8 @@ class Connection(Outlet):
     def cut_off(self) -> None:
         """Closes the connection of one that doesn't read: too much waits for it."""
         self.broker.count.cut_off += 1
-        self.broker.told.warn(self.peer[0], '%s is cut off: it has not read %s bytes', self, self.waiting)
+        self.broker.told.warn('cut off ' + self.peer[0], '%s is cut off: it has not read %s bytes', self,
+                              self.waiting)
         self.close('does not read')
 
     def close(self, why: str) -> None:
@@ -741,7 +751,7 @@ class Peers:
     def _let_go(self, unidentified: 'collections.OrderedDict[int, Connection]', now: float) -> None:
         oldest = next(iter(unidentified.values()))
         if now - oldest.since > UNIDENTIFIED_TIME:
-            self._told.warn(oldest.peer[0], '%s goes: too many have not said who they are', oldest)
+            self._told.warn('goes ' + oldest.peer[0], '%s goes: too many have not said who they are', oldest)
             oldest.close('another one takes its place')
 
     def came(self, connection: Connection) -> None:
@@ -808,7 +818,7 @@ class Listener:
 
     def _pause(self, error: OSError) -> None:
         """No descriptors left: waits for some to be closed, without spinning."""
-        log.error('cannot accept a connection: %s', agent.sentence(error))
+        self._broker.told.warn('no descriptors', 'cannot accept a connection: %s', agent.sentence(error))
         self._broker.listen_for(self._sock, 0, READ, self._accept)
         self._broker.alarms.set(-self._sock.fileno(), self._broker.now + 0.5, self.begin)
 
@@ -843,6 +853,8 @@ class Broker:
         # What a round may gather for a client before it must be written. Twice the limit, since
         # only after a try to write it is known whether the client is slow.
         self.most_in_a_round = 2 * (self.limits.waiting + self.limits.max_frame)
+        # Bytes waiting for a client at which queues give it no more; it is never cut off for what they have.
+        self.enough_for_queues = max(1, min(QUEUES_GIVE, self.limits.waiting // 2))
         self.is_held_up = False            # too much waits for a door's program
         self.failure = None      # type: Optional[Exception]
         self._host, self._port = host, port
@@ -859,6 +871,7 @@ class Broker:
         self._connections = {}   # type: Dict[int, Connection]
         self._to_flush = []      # type: List[Connection]
         self._is_flushing = False
+        self._deliveries_before = 0        # this round
         self._has_holes = False            # the memory; it is looked after from so many bytes on:
         self.much_is_held = self.limits.held // 2
         self._connection_numbers = itertools.count(1)
@@ -867,7 +880,7 @@ class Broker:
 
     def start(self) -> None:
         """Listens, and starts the thread. Raises BrokerError where an address is not available."""
-        _allow_many_sockets()
+        self._most_connections = self._as_many_as_may_be(_allow_many_sockets())
         self._stopping = False
         self._listeners = self._listen()
         self._selector = selectors.DefaultSelector()
@@ -881,6 +894,16 @@ class Broker:
             listener.begin()
         self._thread = threading.Thread(target=self._run, name='broker', daemon=True)
         self._thread.start()
+
+    def _as_many_as_may_be(self, descriptors: Optional[int]) -> int:
+        """Connections: some of the process's descriptors stay free for its other work, whoever comes."""
+        if descriptors is None:
+            return self.limits.connections
+        most = descriptors - min(LEFT_FREE, descriptors // 2)
+        if most < self.limits.connections:
+            log.warning('no more than %d connections, since the process may open %d files (ulimit -n)',
+                        most, descriptors)
+        return min(self.limits.connections, most)
 
     def _listen(self) -> List[Listener]:
         """A listener for each address of the host; those that this machine hasn't are left out, unless
@@ -1025,6 +1048,7 @@ class Broker:
 
     def _round(self, ready: List[Tuple[selectors.SelectorKey, int]]) -> None:
         self.now = time.monotonic()
+        self._deliveries_before = self.destinations.deliveries
         enough = self.count.bytes_in + READ_AT_ONCE
         for key, events in ready:
             key.data(events)
@@ -1068,7 +1092,7 @@ class Broker:
         why = self._refusal(peer[0])
         if why:
             self.count.refused += 1
-            self.told.warn(peer[0], '%s is sent away: %s', _spoken(peer), why)
+            self.told.warn('sent away ' + peer[0], '%s is sent away: %s', _spoken(peer), why)
             sock.close()
             return
         try:
@@ -1079,8 +1103,16 @@ class Broker:
                 sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
             Connection(self, sock, peer, next(self._connection_numbers)).begin()
         except (OSError, ValueError) as error:
-            log.info('%s is gone already: %s', _spoken(peer), agent.sentence(error))
+            self.tell('is gone', peer, '%s is gone already: %s', _spoken(peer), agent.sentence(error))
             sock.close()
+
+    def tell(self, what: str, peer: Tuple[Any, ...], text: str, *values: Any) -> None:
+        """Logs what clients do that isn't the operator's to mend: of each kind and address it is seldom told,
+        lest strangers fill a disk; but with debugging on, each time."""
+        if log.isEnabledFor(logging.DEBUG):
+            log.info(text, *[agent.printable(str(value)) for value in values])
+        else:
+            self.told.info('%s %s' % (what, peer[0]), text, *values)
 
     def _refusal(self, address: str) -> str:
         """Why no more may come from there, or ''."""
@@ -1095,6 +1127,11 @@ class Broker:
         self.destinations.flush()
         self.destinations.dispatch()
         self._flush()
+
+    def most_deliveries(self) -> int:
+        """How many there may be, all in all, at the end of a connection's turn."""
+        return max(self._deliveries_before + DELIVERIES_IN_A_ROUND,
+                   self.destinations.deliveries + DELIVERIES_IN_A_TURN)
 
     def write_early(self) -> None:
         """What one round brings may be much more than may wait, times all subscriptions."""
@@ -1200,25 +1237,28 @@ def _notice_the_dead(listener: socket.socket) -> None:
 
 
 DESCRIPTORS = (65536, 10240, 4096, 1024)       # that are asked for, as many as there may be
+LEFT_FREE = 200                                # of them, for files and programs; half, if they are few
 
 
-def _allow_many_sockets() -> None:
-    """Raises the process's limit of descriptors, where there is such a thing."""
+def _allow_many_sockets() -> Optional[int]:
+    """Raises the process's limit of descriptors, where there is such a thing; gives what it is then."""
     try:
         import resource
     except ImportError:
-        return
+        return None
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
-        return
+        return None
     for wanted in DESCRIPTORS:         # macOS says that there is no limit, and has one of 10,240 or so
         wanted = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
         if wanted <= soft:
-            return
+            break
         try:
-            return resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            return wanted
         except (OSError, ValueError) as error:
             log.info('no more than %d descriptors: %s', wanted - 1, error)
+    return soft
 
 
 def _spoken(address: Tuple[Any, ...]) -> str:
@@ -1235,7 +1275,7 @@ LIMITS = {                 # of Limits: what --help says
     'subscriptions': 'of a client', 'transactions': 'of a client, at a time',
     'unacknowledged': 'messages that a subscription is sent before it acknowledges one',
     'refusals': 'of a message (NACK), then it goes to /queue/DLQ', 'max_frame': 'bytes of a body',
-    'waiting': 'bytes that a client has not read; it is cut off then',
+    'waiting': 'bytes that a client has not read, beside --max-frame; it is cut off then',
     'waiting_in_all': 'bytes that all clients have not read', 'queued': 'bytes in a queue',
     'queued_in_all': 'bytes in all queues',
     'held': 'bytes in all unfinished frames, transactions and subscriptions'}
@@ -1340,8 +1380,7 @@ def status_table(broker: Broker) -> str:
     lines = ['  '.join('%s %d' % item for item in sorted(broker.counters().items()))]
     lines.append('%-40s %9s %9s %9s %9s %9s' % ('destination', 'waiting', 'consumers', 'in', 'out', 'oldest'))
     for place in broker.status():
-        name = place.name.encode('unicode_escape').decode('ascii')
-        lines.append('%-40s %9d %9d %9d %9d %7.1f s' % ((name,) + place[1:]))
+        lines.append('%-40s %9d %9d %9d %9d %7.1f s' % ((ascii(place.name)[1:-1],) + place[1:]))
     return '\n'.join(lines)
 
 
@@ -1361,19 +1400,10 @@ def _read_passcode(path: str) -> str:
 def _server_tls(cert: Optional[str], key: Optional[str]) -> Optional[ssl.SSLContext]:
     if not cert:
         return None
-    asked = []
-
-    def password() -> str:
-        """OpenSSL would ask at the terminal for an encrypted key's, and wait."""
-        asked.append(True)
-        return ''
     try:
-        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        tls.load_cert_chain(cert, key, password=password)
-    except OSError as error:
-        raise BrokerError('certificate %s, key %s: %s' % (
-            cert, key or cert, 'the key is encrypted' if asked else agent.sentence(error)))
-    return tls
+        return agent.server_tls(cert, key or '')  # type: ignore[no-any-return]
+    except agent.AgentError as error:
+        raise BrokerError(str(error))
 
 
 if __name__ == '__main__':

@@ -306,6 +306,7 @@ class Topic(Destination):
             self.all.gathering = self
         else:
             self.flush()
+            self.all.deliveries += len(self.subscriptions)
             for subscription in list(self.subscriptions):       # who doesn't read is removed meanwhile
                 if audience is None or audience(subscription.owner):
                     self.went += 1
@@ -317,6 +318,7 @@ class Topic(Destination):
             return
         batch, self._batch = self._batch, []
         self.went += len(batch) * len(self.subscriptions)
+        self.all.deliveries += len(self.subscriptions)
         rests = {}  # type: Dict[Tuple[str, bool], List[bytes]]
         blobs = {}  # type: Dict[Tuple[Tuple[str, bool], bytes], bytes]
         for subscription in list(self.subscriptions):
@@ -575,6 +577,7 @@ class Destinations:
         self.bytes = 0                     # in all queues
         self.dropped = 0                   # messages that nobody wanted
         self.expired = 0
+        self.deliveries = 0                # of topics, to a subscription each: what their messages cost
         self.doors = {}          # type: Dict[str, Any]     # of the program itself, by topics that go out there
         self.gathering = None    # type: Optional[Topic]
         self.to_dispatch = {}    # type: Dict[Queue, None]

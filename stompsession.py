@@ -7,6 +7,7 @@ frames by its connection (stompbroker.py), answers through it, and turns to dest
 Threads: none of its own. All of it is called on the broker's thread, so nothing here needs a lock.
 """
 
+import itertools
 import logging
 import re
 from typing import Any, Callable, Dict, List, Optional, Tuple
@@ -77,6 +78,25 @@ class Transactions:
         if name not in self._open:
             raise StompError('no transaction %.80r' % name)
         return self._open[name]
+
+
+class Settled:
+    """Which messages the ACKs and NACKs of one transaction settle."""
+
+    def __init__(self) -> None:
+        self._numbers = {}  # type: Dict[Subscription, Any]       # a set of them
+        self._unacked = {}  # type: Dict[Subscription, Any]       # what is left of those that it was given
+
+    def add(self, subscription: Subscription, number: str) -> bool:
+        """An ACK or NACK of that message, which nobody settled yet. False: an earlier one of these does."""
+        numbers = self._numbers.setdefault(subscription, set())
+        if number in numbers:
+            return False
+        numbers.add(number)
+        if subscription.mode == 'client':      # with all that were given before it
+            before = self._unacked.setdefault(subscription, iter(subscription.unacked))
+            numbers.update(itertools.takewhile(number.__ne__, before))
+        return True
 
 
 class Session:
@@ -187,6 +207,7 @@ class Session:
             answer['heart-beat'] = '%d,%d' % (self.broker.beat_ms, self.broker.beat_ms)
         if not self.broker.admits(headers.get('login', ''), headers.get('passcode', '')):
             self.broker.count.refused += 1
+            self.broker.told.warn('login ' + self.peer[0], '%s: login or passcode is wrong', self.connection)
             raise StompError('login or passcode is wrong')
         self._was_asked = True
         self.broker.policy.connecting(self, headers)
@@ -323,11 +344,14 @@ class Session:
         else:
             self._settle(frame)
 
-    def _check_ack(self, frame: WireFrame) -> None:
+    def _check_ack(self, frame: WireFrame, settled: Optional[Settled] = None) -> None:
         """Raises StompError where nothing is there to be settled. For topics, which keep nothing, an ACK
-        has no effect."""
+        has no effect. ``settled``: by what stands before it in its transaction, to which it is added."""
         subscription, number = self._find_unacked(frame.headers)
-        if subscription is None and not self.broker.destinations.is_of_topic(number):
+        is_there = subscription is not None or self.broker.destinations.is_of_topic(number)
+        if is_there and subscription is not None and settled is not None:
+            is_there = settled.add(subscription, number)
+        if not is_there:
             meant = frame.headers['id' if self.version == '1.2' else 'message-id']
             raise StompError('%s of a message that this client has not, or has settled: %.80r'
                              % (frame.command, meant))
@@ -370,9 +394,10 @@ class Session:
     def _commit(self, frame: WireFrame) -> None:
         """All of it, or an ERROR and nothing."""
         frames = self._transactions.end(self._needed(frame, 'transaction'))
+        settled = Settled()
         for part in frames:
             if part.command != 'SEND':
-                self._check_ack(part)
+                self._check_ack(part, settled)
         self.broker.destinations.check_room(part for part in frames if part.command == 'SEND')
         for part in frames:
             if part.command == 'SEND':

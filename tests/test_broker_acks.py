@@ -599,6 +599,38 @@ def test_a_commit_does_all_or_nothing(connect, queue, topic, version):
     assert listener.bodies() == [] and rest_of(connect, queue) == [b'b']
 
 
+@pytest.mark.parametrize('version', VERSIONS)
+@pytest.mark.parametrize('mode, said', [
+    ('client-individual', [('NACK', 1), ('ACK', 1)]), ('client-individual', [('ACK', 1), ('ACK', 1)]),
+    ('client', [('NACK', 1), ('ACK', 0)]), ('client', [('ACK', 2), ('NACK', 1)])])
+def test_what_a_transaction_says_twice_is_an_error(connect, queue, topic, version, mode, said):
+    """As without one: which of the two held was known to nobody."""
+    if version == '1.0' and (mode != 'client' or said[0][0] == 'NACK'):
+        mode, said = 'client', [('ACK', 1), ('ACK', 0)]
+    elif version == '1.0':
+        said = [('ACK', 2), ('ACK', 2)]
+    client, messages = consumer_of(connect, queue, mode, b'a', b'b', b'c', version=version)
+    listener = connect('1.2')
+    listener.subscribe(topic)
+    client.ask('BEGIN', 'transaction:t')
+    client.ask('SEND', 'destination:' + topic, 'transaction:t', body=b'never')
+    for command, number in said:
+        client.ask(command, 'transaction:t', *key_of(messages[number], version))
+    client.say('COMMIT', 'transaction:t', 'receipt:r')
+    assert client.take_error().get('receipt-id') == 'r'
+    assert listener.bodies() == [] and rest_of(connect, queue) == [b'a', b'b', b'c']
+
+
+def test_several_cumulative_acks_in_a_transaction(connect, queue):
+    client, messages = consumer_of(connect, queue, 'client', b'a', b'b', b'c', b'd')
+    client.ask('BEGIN', 'transaction:t')
+    for number in 0, 2:
+        client.ask('ACK', 'transaction:t', *key_of(messages[number], '1.2'))
+    client.ask('COMMIT', 'transaction:t')
+    client.close()
+    assert rest_of(connect, queue) == [b'd']
+
+
 @pytest.mark.parametrize('limit', ['queued', 'queued_in_all'])
 def test_a_commit_that_meets_a_limit_does_nothing(limit):
     with running(Broker(port=0, **{limit: 10000})) as broker, Client(broker.address) as client:

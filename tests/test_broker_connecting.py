@@ -12,9 +12,11 @@ import sys
 
 import pytest
 from agents import TOP
+from brokers import make_certificate
 from helpers import wait_until
 from stomp_client import Client, Program, frame, running
 
+import agent
 import stompbroker
 from stompbroker import Broker, BrokerError, Limits
 
@@ -517,6 +519,16 @@ def test_an_encrypted_key_is_not_asked_for(certificate, tmp_path):
     done = subprocess.run(program + ['--port', '0', '--tls-cert', cert, '--tls-key', encrypted],
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30)
     assert done.returncode == 1 and b'encrypted' in done.stderr and b'Traceback' not in done.stderr
+
+
+@pytest.mark.parametrize('files, words', [
+    ((0,), 'no certificate and its private key in PEM'), ((0, 'none'), 'none: No such file'),
+    ((0, 2), "the key is not this certificate's"), ((1, 0), 'no certificate and its private key in PEM')])
+def test_a_certificate_without_its_key(certificate, tmp_path, files, words):
+    paths = dict(enumerate(tuple(certificate) + make_certificate(str(tmp_path))[1:]))
+    with pytest.raises(agent.AgentError) as raised:
+        agent.server_tls(*[paths.get(file, file) for file in files])
+    assert words in str(raised.value) and str(paths[files[0]]) in str(raised.value)
 
 
 def test_each_limit_is_an_option():

@@ -216,3 +216,26 @@ def test_other_frames_count_little(broker, connect):
         slow.say('ABORT', 'transaction:t')
     slow.ask('BEGIN', 'transaction:last')
     assert broker.counters()['slowed'] > 0
+
+
+@pytest.mark.parametrize('how', ['two topics', 'receipts'])
+def test_few_bytes_that_make_much_work_delay_nobody(how):
+    """A message to 500 subscriptions costs as much as 500; what one read brought was done in one turn."""
+    with running(Broker(port=0, waiting=64 * 1024 * 1024)) as broker, contextlib.ExitStack() as stack:
+        sender, quiet, subscriber = (stack.enter_context(Client(broker.address)) for _ in range(3))
+        for client in sender, quiet, subscriber:
+            client.connect('1.2')
+        for number in range(1000):
+            subscriber.say('SUBSCRIBE', 'destination:/topic/%d' % (number % 2), 'id:%d' % number)
+        subscriber.before_now()
+        sender.subscribe('/topic/own')         # no RECEIPT overtakes what it may be sent
+        lines = ('receipt:r',) if how == 'receipts' else ()
+        places = '00' if how == 'receipts' else '01'
+        sent = [frame('SEND', 'destination:/topic/' + place, *lines) for place in places] * 300
+        before = broker.counters()['frames_in']
+        sender.send(b''.join(sent))
+        for number in range(3):
+            quiet.ask('SEND', 'destination:/topic/none', receipt=str(number))
+        assert broker.counters()['frames_in'] < before + len(sent)
+        sender.before_now()
+        assert broker.counters()['frames_in'] > before + len(sent)

@@ -88,6 +88,23 @@ def test_a_dead_auto_consumer_costs_what_was_written_to_it(vanish, busy):
         assert broker.counters()['queued_bytes'] == 0
 
 
+@pytest.mark.parametrize('waiting', [1, 100000])
+@pytest.mark.parametrize('mode', ['auto', 'client'])
+def test_a_queue_waits_for_a_slow_consumer_whatever_may_wait(waiting, mode):
+    """It was cut off, and lost what was on its way, for what its queue gave it."""
+    with running(Broker(port=0, waiting=waiting, max_frame=40000)) as broker:
+        with Client(broker.address) as sender, Client(broker.address, receive_buffer=4096) as consumer:
+            sender.connect('1.2')
+            consumer.connect('1.2')
+            for number in '01':
+                consumer.subscribe('/queue/a', 'ack:' + mode, id=number)
+            bodies = numbered(300, 30000)
+            for body in bodies:
+                sender.ask('SEND', 'destination:/queue/a', body=body)
+            assert [consumer.take().body for _ in bodies] == bodies
+            assert broker.counters()['cut_off'] == 0
+
+
 class Waiting(Policy):
     """Holds the broker's thread while it takes a SEND that says so."""
 

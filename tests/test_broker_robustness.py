@@ -19,7 +19,7 @@ from helpers import wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from process_memory import MEMORY_IS_KNOWN, memory, most_memory
-from stomp_client import Client, Program, frame, running
+from stomp_client import TOP, Client, Program, frame, running
 
 from stompbroker import Broker
 
@@ -369,9 +369,52 @@ def test_2000_at_once_and_memory_returns():
         assert after[-1] < after[1] + 2 * MIB, after
 
 
+FEW = ['sh', '-c', 'ulimit -n 30; exec "$@"', 'sh']
+TAKES_ALL = ['sh', '-c', 'ulimit -n 30; python=$1; shift 2; exec "$python" -c "$0" "$@"',
+             'import sys; sys.path.insert(0, %r); import stompbroker; stompbroker.LEFT_FREE = 0; '
+             'sys.exit(stompbroker.main())' % TOP]
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGUSR1'), reason='signals of POSIX')
+@pytest.mark.parametrize('before', [FEW, TAKES_ALL])
+def test_who_asks_what_it_holds_when_descriptors_are_few(before):
+    """A stranger's connections took the last one: what was imported just then made the broker end."""
+    with Program(before=before) as program, contextlib.ExitStack() as stack:
+        (client,) = stack.enter_context(connected(program))
+        client.publish('/queue/\u00e4\\n', b'1')
+        client.before_now()
+        for _ in range(40):
+            stack.enter_context(Client(program.address))
+        client.before_now()
+        program.process.send_signal(signal.SIGUSR1)
+        for line in iter(program.process.stderr.readline, b''):
+            if line.startswith(b'/queue/\\xe4\\n  '):
+                break
+        else:
+            raise AssertionError('no line for the queue')
+        client.before_now()
+        assert program.process.poll() is None
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='descriptors of POSIX')
+def test_some_descriptors_are_left_for_the_rest_of_the_process():
+    """A host agent has files and programs of its own; strangers took all, and it stood still."""
+    with Program(before=FEW) as program, contextlib.ExitStack() as stack:
+        clients = stack.enter_context(connected(program, 15))
+        with Client(program.address) as another:
+            another.take_end_or_error()
+        for client in clients:
+            client.before_now()
+        clients[0].close()
+        with Client(program.address) as another:
+            another.connect('1.2')
+        _, _, errors = program.end(signal.SIGTERM)
+        assert b'no more than 15 connections, since the process may open 30 files' in errors
+
+
 def test_descriptors_run_out():
     """Who comes when there are none left waits until there are; the others don't notice."""
-    with Program(before=['sh', '-c', 'ulimit -n 30; exec "$@"', 'sh']) as program:
+    with Program(before=TAKES_ALL) as program:
         with contextlib.ExitStack() as stack:
             clients = [stack.enter_context(Client(program.address)) for _ in range(40)]
             for client in clients:
@@ -399,6 +442,19 @@ def test_nothing_is_left_after_stop():
             clients[0].say('SEND', 'destination:/topic/a', body=b'x' * MIB)
             clients[1].send(b'SEND\nhalf')
     assert (descriptors(), threading.active_count()) == (before, threads)
+
+
+def test_lines_about_strangers_are_few(caplog):
+    """Who says nonsense, or guesses passcodes, as fast as it can, fills no disk; but it is told of."""
+    with running(Broker(port=0, passcode='x')) as broker, caplog.at_level(logging.INFO, 'vmhost.broker'):
+        for words in (b'NONSENSE\n\n\0', frame('CONNECT', 'accept-version:1.2', 'host:x')) * 30:
+            with Client(broker.address) as client:
+                client.send(words)
+                client.take_error()
+        lines = [record.getMessage() for record in caplog.records]
+        assert [line.split(': ')[1] for line in lines] == ["unknown command 'NONSENSE'",
+                                                           'login or passcode is wrong']
+    assert [record.levelname for record in caplog.records] == ['INFO', 'WARNING']
 
 
 # --- noise ---

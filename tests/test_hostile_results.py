@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from fake_guest import Guest
+from fake_guest import REQUESTS, Guest
 
 pytestmark = pytest.mark.ends
 EVIL = 'x\n2026-01-01 00:00:00,000 INFO vmhost: forged\x1b[2J\r\x9b\u202e'
@@ -82,3 +82,12 @@ def test_no_error_draws_on_a_screen(host, api, liar, state):
         done = host.verb(*words)
         shown = (done.stdout + done.stderr).decode()
         assert not set(shown) & set('\x1b\r\x9b\u202e') and '\n2026-01-01' not in shown, (words, shown)
+
+
+def test_a_guest_subscribes_a_few_times_at_most(host):
+    """The host asks, of each subscription, about each word that it says to anybody."""
+    with Guest(host.broker_port, 'collector') as guest:
+        for number in range(1, 10):
+            guest.subscribe(REQUESTS, id=str(number))
+        guest.say('SUBSCRIBE', 'id:10', 'destination:' + REQUESTS)
+        assert guest.take_error().get('message') == 'more than 10 subscriptions'
