@@ -250,6 +250,22 @@ def start_orphaned(command: List[str], folder: str) -> None:
                    check=True, stdin=subprocess.DEVNULL)
 
 
+def share_priority(pid: int) -> None:
+    """Has another process, with all its threads, computed no sooner than this one, whose priority is what
+    the client's user wants: a service of a hypervisor's may have started a VM's process at its own."""
+    if os.name == 'nt':
+        import windows  # there alone
+        windows.share_priority(pid)
+        return
+    mine, threads = os.getpriority(os.PRIO_PROCESS, 0), [pid]
+    with contextlib.suppress(OSError):                 # where there is no /proc, a process has one priority
+        threads = list(map(int, os.listdir('/proc/%d/task' % pid)))
+    for thread in threads:
+        with contextlib.suppress(OSError):             # it has ended
+            if os.getpriority(os.PRIO_PROCESS, thread) < mine:
+                os.setpriority(os.PRIO_PROCESS, thread, mine)
+
+
 class VirtualMachine:
     """A VM of the task's own, made on the project's image, which stays as it is."""
 
@@ -336,6 +352,8 @@ class VirtualMachine:
         if not self._leased or now - self._leased > LEASE_EVERY:
             self._host.call('lease', self.name, LEASE)
             self._leased = now
+            if self.pid:
+                share_priority(self.pid)
 
     def pause(self, command: str) -> None:
         """Halts it in memory."""

@@ -519,6 +519,25 @@ def test_a_new_host_agent_moves_what_the_one_before_was_moving(tmp_path):
     assert work.put() and len(started) == 2
 
 
+@pytest.mark.skipif(not os.path.isdir('/proc/self/task'), reason='looks at threads as Linux has them')
+def test_a_vm_is_computed_no_sooner_than_its_task():
+    code = 'import os, boincwork; os.nice(%d); boincwork.share_priority(%d)'
+    threads = ('import sys, threading\n'
+               'threading.Thread(target=sys.stdin.read).start()\n'
+               'print(flush=True)')
+    now = os.getpriority(os.PRIO_PROCESS, 0)
+    with subprocess.Popen([sys.executable, '-c', threads], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as vm:
+        vm.stdout.readline()
+        ids = list(map(int, os.listdir('/proc/%d/task' % vm.pid)))
+        for lower, after in ((3, 3), (0, 3), (5, 5)):      # it is never raised
+            subprocess.run([sys.executable, '-c', code % (lower, vm.pid)], check=True,
+                           cwd=os.path.dirname(os.path.abspath(boincwork.__file__)))
+            assert {os.getpriority(os.PRIO_PROCESS, id) for id in ids} == {min(now + after, 19)}
+        vm.stdin.close()
+    assert len(ids) == 2
+
+
 def test_given_machines_share_the_tasks_and_a_task_stays_where_it_is(tmp_path):
     machines = {'busy': ['a', 'b'], 'idle': [], 'other': []}
     host = types.SimpleNamespace(call=lambda method, *args: (
