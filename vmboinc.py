@@ -107,6 +107,8 @@ class Task:
         for warning in job.warnings:
             log.warning('%s', warning)
         read = read_words(words, init.number('ncpus', 1.0))
+        for word in read.passed_over:
+            log.warning('%s does nothing here', word)
         record = Record(slot.path(Record.FILE), init.number('wu_cpu_time'))
         host = HostAgent(os.path.join(slot.project_dir, 'vmhost'), command)
         self._work = Work(slot, job, read, record, host)

@@ -260,10 +260,11 @@ def test_any_command_line_is_sorted_or_an_error(words, ncpus):
 
 
 def test_the_words_of_vboxwrapper_are_not_the_sciences():
-    words = '--nthreads 4 -n 5 --memory_size_mb 2048 in --vmimage 2 -- --nthreads 7'
+    words = '--nthreads 4 -n 5 --memory_size_mb 2048 in --trickle 60 --vmimage 2 --sporadic -- --nthreads 7'
     read = boincjob.read_words(words.split(), 1)
-    assert read == (4, 2048, 'vm_image_2.vdi', ['-n', '5', 'in', '--nthreads', '7'])
-    assert boincjob.read_words([], 1.5) == (2, 0, 'vm_image.vdi', [])
+    assert read == (4, 2048, 'vm_image_2.vdi', ['-n', '5', 'in', '--nthreads', '7'],
+                    ['--trickle', '--sporadic'])
+    assert boincjob.read_words([], 1.5) == (2, 0, 'vm_image.vdi', [], [])
 
 
 @pytest.mark.parametrize('text, fraction', [
