@@ -548,10 +548,11 @@ class Work:
 
     def clean(self) -> bool:
         """No VM is left of tasks of this project that the client has forgotten (a reset, say)."""
-        if not self._slot.has_client:
-            return True
+        slots = self._slots()
+        if not all(slot.has_client and slot.init.is_whole for slot in slots):
+            return True                # by hand; or one is written just now: whose it is tells the next start
         with contextlib.suppress(NotSupported):
-            known = [self._name_of(slot.init) for slot in self._slots()]
+            known = [self._name_of(slot.init) for slot in slots]
             left = [name for name in self.host.call('listVMs')
                     if name.startswith(self._name_of(InitData())) and name not in known + [self._name]]
             for row in self.host.call('cleanup', False, left, self._owner):
@@ -559,16 +560,20 @@ class Work:
         return True
 
     def _slots(self) -> List[Slot]:
-        """Those of the project's tasks that the client knows; this one's alone without a client."""
+        """Those of the project's tasks that the client knows, or may know; without one, this one's alone."""
         if not self._slot.has_client:
             return [self._slot]
         place = os.path.dirname(os.path.abspath(self._slot.folder))
-        slots = [Slot(os.path.join(place, name)) for name in os.listdir(place)]
-        return [slot for slot in slots if slot.init.text('project_dir') == self._place]
+        slots = [slot for slot in [Slot(os.path.join(place, name)) for name in os.listdir(place)]
+                 if slot.has_client]
+        return [slot for slot in slots
+                if not slot.init.is_whole or slot.init.text('project_dir') == self._place]
 
     def _has_no_machine(self) -> bool:
         """Whether no task of the project has a VM, whose agent knows the broker's port."""
-        return not any(os.path.exists(slot.path(self._name_of(slot.init))) for slot in self._slots())
+        slots = self._slots()
+        return all(slot.init.is_whole for slot in slots if slot.has_client) and \
+            not any(os.path.exists(slot.path(self._name_of(slot.init))) for slot in slots)
 
     def _name_of(self, init: InitData) -> str:
         """What a task's machine is called, after its project and its name; without one, how all begin."""

@@ -14,6 +14,7 @@ The next line tells a BOINC server that this program talks through a file that i
 API_VERSION_7.20.5
 """
 
+import codecs
 import logging
 import os
 import queue
@@ -195,8 +196,10 @@ class Task:
 def read_job(slot: Slot) -> Job:
     """Raises JobError, OSError."""
     try:
-        with open(slot.resolve(FILE), encoding='utf-8', errors='replace') as file:
-            return Job(file.read())
+        with open(slot.resolve(FILE), 'rb') as file:
+            content = file.read()
+        is_wide = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)        # as PowerShell writes
+        return Job(content.decode('utf-16' if is_wide else 'utf-8', 'replace'))
     except FileNotFoundError:
         raise JobError('%s is missing in the slot: reset the project; if it stays so, the application\'s '
                        'version lacks it' % FILE)

@@ -443,7 +443,8 @@ def test_each_project_has_a_port_of_its_own_and_leaves_one_that_another_program_
 def test_the_port_stays_where_a_vm_that_was_saved_will_look_for_it(made, tmp_path):
     slot = tmp_path / 'slots' / '0'
     slot.mkdir(parents=True)
-    (slot / 'init_data.xml').write_text('<project_dir>/p/project</project_dir><result_name>t</result_name>')
+    (slot / 'init_data.xml').write_text('<project_dir>/p/project</project_dir><result_name>t</result_name>'
+                                            '</app_init_data>')
     if made:
         (slot / 'project_t').mkdir()
     moved = []
@@ -486,6 +487,32 @@ def test_by_hand_what_lies_beside_its_folder_is_nobodys_slot(tmp_path):
     assert work.clean() and asked == []
     (folder / 'init_data.xml').write_text(INIT)            # and what is no folder there is no slot
     assert work.clean() and [words[0] for words in asked] == ['listVMs', 'cleanup']
+
+
+def test_while_the_client_writes_whose_a_slot_is_no_vm_is_removed(tmp_path):
+    """It empties init_data.xml first: a task's VM must not be taken for one of a forgotten task."""
+    for number in '01':
+        (tmp_path / number).mkdir()
+        (tmp_path / number / 'init_data.xml').write_text(INIT)
+    asked = []
+    work = boincwork.Work(Slot(str(tmp_path / '0')), job_of(), boincjob.read_words([], 1), Record(
+        str(tmp_path / 'record')), types.SimpleNamespace(call=lambda *words: asked.append(words[0]) or []))
+    for half in ('', INIT[:-20]):
+        (tmp_path / '1' / 'init_data.xml').write_text(half)
+        assert work.clean() and asked == []
+    (tmp_path / '1' / 'init_data.xml').write_text(INIT)
+    assert work.clean() and asked == ['listVMs', 'cleanup']
+
+
+def test_half_a_file_of_the_clients_changes_nothing(tmp_path):
+    (tmp_path / 'init_data.xml').write_text(INIT)
+    slot = Slot(str(tmp_path))
+    (tmp_path / 'init_data.xml').write_text(INIT[:30])
+    slot.read_init()
+    assert slot.init.number('wu_cpu_time') == 12.5
+    (tmp_path / 'init_data.xml').write_text(INIT.replace('12.5', '13.5'))
+    slot.read_init()
+    assert slot.init.number('wu_cpu_time') == 13.5
 
 
 def test_a_vm_keeps_its_lease_while_large_files_move(tmp_path):

@@ -374,6 +374,18 @@ def test_a_full_disk_is_no_error(project):
     assert task.wait_for_end() == 0
 
 
+@pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16'])
+def test_a_job_file_as_windows_programs_write_it_is_read(encoding, project):
+    task = project.task(job='<enable_floppyio/>')
+    with open(os.path.join(task.slot, 'vbox_job.xml'), encoding='utf-8') as file:
+        text = file.read()
+    with open(os.path.join(task.slot, 'vbox_job.xml'), 'w', encoding=encoding) as file:
+        file.write(text)
+    task.start()
+    assert task.wait_for_end() == 0
+    assert 'enable_floppyio' in task.read('boinc_temporary_exit')
+
+
 def test_a_job_file_that_is_missing_is_said_with_what_to_do(project):
     task = project.task()
     os.remove(os.path.join(task.slot, 'vbox_job.xml'))
