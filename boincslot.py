@@ -98,6 +98,11 @@ class InitData:
         return value if math.isfinite(value) else default
 
     @property
+    def takes_memory(self) -> bool:
+        """Whether the client takes a task's word for the memory that it needs."""
+        return self.number('major_version') >= 8
+
+    @property
     def minds_foreign_cpu(self) -> bool:
         """Whether the client halts its tasks while programs of others use the processor, and takes a VM's
         process for one: clients before 8.2, as long as their user has that preference."""

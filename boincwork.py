@@ -287,6 +287,11 @@ class VirtualMachine:
         self._forwards = []            # type: List[Dict[str, Any]]    # as getVM tells them
         self._leased = 0.0
 
+    @property
+    def memory(self) -> int:
+        """Bytes that it takes of this machine's, 0 once it is saved."""
+        return self._options['memory'] << 20 if self._leased else 0
+
     def ready(self) -> bool:
         """Whether it runs, and its agent is there; does what is next to get there."""
         if self._host.call('agentInfo')['hypervisor'] == 'none':
@@ -418,7 +423,7 @@ class VirtualMachine:
 class GivenMachine:
     """A machine that is there, whose agent has joined a host agent without a hypervisor: all tasks share it,
     each has a folder of its own. To pause is to stop the command's processes."""
-    pid = 0                            # no process of this machine is one
+    pid = memory = 0                   # no process of this machine is one
 
     def __init__(self, host: HostAgent, name: str, record: Record) -> None:
         self.files = name
@@ -508,6 +513,11 @@ class Work:
     def vm_pid(self) -> int:
         """The process in which the task's VM runs; 0 where none does. For any thread."""
         return self.machine.pid if self.machine is not None else 0
+
+    @property
+    def vm_memory(self) -> int:
+        """Bytes that the task's VM takes; 0 where there is none. For any thread."""
+        return int(self.machine.memory) if self.machine is not None else 0
 
     @property
     def command(self) -> str:

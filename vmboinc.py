@@ -169,6 +169,8 @@ class Task:
         """Tells the client how far it is; False where it hasn't read the last one."""
         init = self._slot.init
         status = self._life.status(init.number('fraction_done_start'), init.number('fraction_done_end', 1.0))
+        if init.takes_memory and self._work.vm_memory:
+            status += '<wss>%e</wss>\n' % self._work.vm_memory
         return self._channels.send(STATUS, status + self._whose_process())
 
     def _whose_process(self) -> str:

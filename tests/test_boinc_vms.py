@@ -295,6 +295,24 @@ def test_a_client_that_halts_tasks_for_foreign_programs_is_told_that_the_vm_is_n
     assert not any('other_pid' in text for text in task.told)
 
 
+def test_its_memory_and_its_screen_are_told(project):
+    """The memory to a client that takes that, of version 8; of the screen the address, and the password to
+    this user alone."""
+    task = project.task(job='<enable_remotedesktop/>')
+    task.link('out')
+    task.start()
+    project.agent(task)
+    task.wait(lambda: '<remote_desktop_addr>127.0.0.1:' in task.channels.receive(GRAPHICS))
+    path = os.path.join(task.slot, 'remote_desktop_password')
+    assert os.stat(path).st_mode & 0o777 == 0o600 and len(task.read(path).strip()) == 8
+    assert not any('<wss>' in told for told in task.told)
+    task.says('quit')
+    assert task.wait_for_end() == 0
+    task.write('init_data.xml', task.read('init_data.xml').replace('<major_version>7', '<major_version>8'))
+    task.start()
+    task.wait(lambda: task.status('wss') == 600 << 20)
+
+
 def test_what_its_program_serves_is_shown_in_place_of_the_status_page(project, monkeypatch):
     """On a port that another program takes while the VM is saved."""
     monkeypatch.setenv('FAKE_VIRTUALBOX', project.environment['FAKE_VIRTUALBOX'])
