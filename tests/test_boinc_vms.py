@@ -5,6 +5,7 @@ The hypervisor is the fake VirtualBox; what would be the VM's agent runs beside 
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -78,12 +79,16 @@ class Project:
             return self.call('listVMsWithState')
         return {}
 
-    def host_pid(self):
+    def host_pids(self):
+        """Those of all host agents that have started, the last one last."""
         with open(os.path.join(self.place, 'vmhost', 'vmhost.log')) as file:
-            return int(file.read().rpartition('started, pid ')[2].partition(':')[0])
+            return list(map(int, re.findall('started, pid ([0-9]+)', file.read())))
+
+    def host_pid(self):
+        return self.host_pids()[-1]
 
     def end_host(self):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, IndexError):
             pid = self.host_pid()
             kill(pid)
 
@@ -360,7 +365,7 @@ def test_a_host_agent_of_an_older_version_gives_way_to_a_new_one(project, monkey
                                [sys.executable, os.path.join(TOP, 'vmboinc.py'), '--host-agent'])
     monkeypatch.setattr(os, 'environ', dict(os.environ, **project.environment))
     wait_until(host.connect, 30)
-    pid = project.host_pid()
+    pid = wait_until(project.host_pids)[-1]
     with monkeypatch.context() as patched:
         patched.setattr(agent, 'VERSION', '1.10')
         assert not host.connect()
