@@ -207,12 +207,16 @@ def _forwards(element: Any) -> List[Forward]:
     return [Forward(guest + number, host and host + number) for number in range(count)]
 
 
+NEEDLESS_WORDS = ('--trickle', '--register_only', '--sporadic')
+
+
 class Words(NamedTuple):
     """The wrapper's own options, as vboxwrapper has them, and the words that are left for the science."""
     cpus: int
     memory: int                # MB, 0: as the job file says
     image: str                 # its logical name
     rest: List[str]
+    passed_over: List[str]     # vboxwrapper's options that do nothing here
 
 
 def read_words(words: List[str], ncpus: float) -> Words:
@@ -222,6 +226,7 @@ def read_words(words: List[str], ncpus: float) -> Words:
     """
     values = {'--nthreads': '', '--memory_size_mb': '', '--vmimage': '', '--trickle': ''}
     rest: List[str] = []
+    passed_over: List[str] = []
     left = list(words)
     while left:
         word = left.pop(0)
@@ -232,12 +237,14 @@ def read_words(words: List[str], ncpus: float) -> Words:
             if not left:
                 raise JobError('%s: expected a value' % word)
             values[word] = left.pop(0)
-        elif word not in ('--register_only', '--sporadic'):
+        if word in NEEDLESS_WORDS:
+            passed_over.append(word)
+        elif word not in values:
             rest.append(word)
     cpus = _whole('--nthreads', values['--nthreads']) or math.ceil(ncpus) or 1
     image = 'vm_image_%s.vdi' % values['--vmimage'] if values['--vmimage'] else 'vm_image.vdi'
     return Words(min(int(cpus), MOST_CPUS), _whole('--memory_size_mb', values['--memory_size_mb']),
-                 image, rest)
+                 image, rest, passed_over)
 
 
 def _whole(name: str, text: str) -> int:

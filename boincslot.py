@@ -81,6 +81,11 @@ class InitData:
     def __init__(self, text: str = '') -> None:
         self._text = text
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is there to its end: a client that writes it anew empties it first."""
+        return '</app_init_data>' in self._text
+
     def text(self, tag: str, default: str = '') -> str:
         """What a tag holds; the default where it is missing."""
         found = re.search(r'<%s>(.*?)</%s>' % (tag, tag), self._text, re.DOTALL)
@@ -93,6 +98,11 @@ class InitData:
         except ValueError:
             return default
         return value if math.isfinite(value) else default
+
+    @property
+    def takes_memory(self) -> bool:
+        """Whether the client takes a task's word for the memory that it needs."""
+        return self.number('major_version') >= 8
 
     @property
     def minds_foreign_cpu(self) -> bool:
@@ -121,10 +131,12 @@ class Slot:
         return os.path.join(self.folder, name)
 
     def read_init(self) -> None:
-        """Reads init_data.xml, at the start and when the client has changed it."""
+        """Reads init_data.xml, at the start and when the client has changed it. Half of it is left."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             with open(self.path('init_data.xml'), encoding='utf-8', errors='replace') as file:
-                self.init = InitData(file.read())
+                read = InitData(file.read())
+            if read.is_whole or not self.init.is_whole:
+                self.init = read
 
     @property
     def has_client(self) -> bool:

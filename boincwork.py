@@ -250,6 +250,22 @@ def start_orphaned(command: List[str], folder: str) -> None:
                    check=True, stdin=subprocess.DEVNULL)
 
 
+def share_priority(pid: int) -> None:
+    """Has another process, with all its threads, computed no sooner than this one, whose priority is what
+    the client's user wants: a service of a hypervisor's may have started a VM's process at its own."""
+    if os.name == 'nt':
+        import windows  # there alone
+        windows.share_priority(pid)
+        return
+    mine, threads = os.getpriority(os.PRIO_PROCESS, 0), [pid]
+    with contextlib.suppress(OSError):                 # where there is no /proc, a process has one priority
+        threads = list(map(int, os.listdir('/proc/%d/task' % pid)))
+    for thread in threads:
+        with contextlib.suppress(OSError):             # it has ended
+            if os.getpriority(os.PRIO_PROCESS, thread) < mine:
+                os.setpriority(os.PRIO_PROCESS, thread, mine)
+
+
 class VirtualMachine:
     """A VM of the task's own, made on the project's image, which stays as it is."""
 
@@ -270,6 +286,11 @@ class VirtualMachine:
         self._record = record
         self._forwards = []            # type: List[Dict[str, Any]]    # as getVM tells them
         self._leased = 0.0
+
+    @property
+    def memory(self) -> int:
+        """Bytes that it takes of this machine's, 0 once it is saved."""
+        return self._options['memory'] << 20 if self._leased else 0
 
     def ready(self) -> bool:
         """Whether it runs, and its agent is there; does what is next to get there."""
@@ -336,6 +357,8 @@ class VirtualMachine:
         if not self._leased or now - self._leased > LEASE_EVERY:
             self._host.call('lease', self.name, LEASE)
             self._leased = now
+            if self.pid:
+                share_priority(self.pid)
 
     def pause(self, command: str) -> None:
         """Halts it in memory."""
@@ -400,7 +423,7 @@ class VirtualMachine:
 class GivenMachine:
     """A machine that is there, whose agent has joined a host agent without a hypervisor: all tasks share it,
     each has a folder of its own. To pause is to stop the command's processes."""
-    pid = 0                            # no process of this machine is one
+    pid = memory = 0                   # no process of this machine is one
 
     def __init__(self, host: HostAgent, name: str, record: Record) -> None:
         self.files = name
@@ -492,6 +515,11 @@ class Work:
         return self.machine.pid if self.machine is not None else 0
 
     @property
+    def vm_memory(self) -> int:
+        """Bytes that the task's VM takes; 0 where there is none. For any thread."""
+        return int(self.machine.memory) if self.machine is not None else 0
+
+    @property
     def command(self) -> str:
         """The id of the science's command."""
         return 'boinc-%s-%d' % (self._digest, self._record.attempt)
@@ -530,10 +558,11 @@ class Work:
 
     def clean(self) -> bool:
         """No VM is left of tasks of this project that the client has forgotten (a reset, say)."""
-        if not self._slot.has_client:
-            return True
+        slots = self._slots()
+        if not all(slot.has_client and slot.init.is_whole for slot in slots):
+            return True                # by hand; or one is written just now: whose it is tells the next start
         with contextlib.suppress(NotSupported):
-            known = [self._name_of(slot.init) for slot in self._slots()]
+            known = [self._name_of(slot.init) for slot in slots]
             left = [name for name in self.host.call('listVMs')
                     if name.startswith(self._name_of(InitData())) and name not in known + [self._name]]
             for row in self.host.call('cleanup', False, left, self._owner):
@@ -541,16 +570,20 @@ class Work:
         return True
 
     def _slots(self) -> List[Slot]:
-        """Those of the project's tasks that the client knows; this one's alone without a client."""
+        """Those of the project's tasks that the client knows, or may know; without one, this one's alone."""
         if not self._slot.has_client:
             return [self._slot]
         place = os.path.dirname(os.path.abspath(self._slot.folder))
-        slots = [Slot(os.path.join(place, name)) for name in os.listdir(place)]
-        return [slot for slot in slots if slot.init.text('project_dir') == self._place]
+        slots = [slot for slot in [Slot(os.path.join(place, name)) for name in os.listdir(place)]
+                 if slot.has_client]
+        return [slot for slot in slots
+                if not slot.init.is_whole or slot.init.text('project_dir') == self._place]
 
     def _has_no_machine(self) -> bool:
         """Whether no task of the project has a VM, whose agent knows the broker's port."""
-        return not any(os.path.exists(slot.path(self._name_of(slot.init))) for slot in self._slots())
+        slots = self._slots()
+        return all(slot.init.is_whole for slot in slots if slot.has_client) and \
+            not any(os.path.exists(slot.path(self._name_of(slot.init))) for slot in slots)
 
     def _name_of(self, init: InitData) -> str:
         """What a task's machine is called, after its project and its name; without one, how all begin."""

@@ -14,6 +14,7 @@ The next line tells a BOINC server that this program talks through a file that i
 API_VERSION_7.20.5
 """
 
+import codecs
 import logging
 import os
 import queue
@@ -107,6 +108,8 @@ class Task:
         for warning in job.warnings:
             log.warning('%s', warning)
         read = read_words(words, init.number('ncpus', 1.0))
+        for word in read.passed_over:
+            log.warning('%s does nothing here', word)
         record = Record(slot.path(Record.FILE), init.number('wu_cpu_time'))
         host = HostAgent(os.path.join(slot.project_dir, 'vmhost'), command)
         self._work = Work(slot, job, read, record, host)
@@ -166,6 +169,8 @@ class Task:
         """Tells the client how far it is; False where it hasn't read the last one."""
         init = self._slot.init
         status = self._life.status(init.number('fraction_done_start'), init.number('fraction_done_end', 1.0))
+        if init.takes_memory and self._work.vm_memory:
+            status += '<wss>%e</wss>\n' % self._work.vm_memory
         return self._channels.send(STATUS, status + self._whose_process())
 
     def _whose_process(self) -> str:
@@ -193,8 +198,10 @@ class Task:
 def read_job(slot: Slot) -> Job:
     """Raises JobError, OSError."""
     try:
-        with open(slot.resolve(FILE), encoding='utf-8', errors='replace') as file:
-            return Job(file.read())
+        with open(slot.resolve(FILE), 'rb') as file:
+            content = file.read()
+        is_wide = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)        # as PowerShell writes
+        return Job(content.decode('utf-16' if is_wide else 'utf-8', 'replace'))
     except FileNotFoundError:
         raise JobError('%s is missing in the slot: reset the project; if it stays so, the application\'s '
                        'version lacks it' % FILE)

@@ -285,6 +285,28 @@ def switch_colours_on() -> bool:
 FILE_MAP_READ, FILE_MAP_WRITE = 4, 2
 
 
+PRIORITIES = (0x40, 0x4000, 0x20, 0x8000, 0x80, 0x100)     # classes of processes, the lowest first
+MAY_SET, MAY_ASK = 0x200, 0x1000                           # of a process
+
+
+def share_priority(pid: int) -> None:
+    """Gives a process this one's priority, where it has a higher one, and where Windows lets it."""
+    kernel = library('kernel32')
+    kernel.OpenProcess.restype = kernel.GetCurrentProcess.restype = wintypes.HANDLE
+    for function in (kernel.GetPriorityClass, kernel.CloseHandle):
+        function.argtypes = [wintypes.HANDLE]
+    kernel.SetPriorityClass.argtypes = [wintypes.HANDLE, wintypes.DWORD]
+    process = kernel.OpenProcess(MAY_SET | MAY_ASK, False, pid)
+    if not process:
+        return
+    try:
+        mine, theirs = [kernel.GetPriorityClass(each) for each in (kernel.GetCurrentProcess(), process)]
+        if {mine, theirs} <= set(PRIORITIES) and PRIORITIES.index(theirs) > PRIORITIES.index(mine):
+            kernel.SetPriorityClass(process, mine)
+    finally:
+        kernel.CloseHandle(process)
+
+
 def shared_memory(names: Iterable[str], size: int) -> Any:
     """So many bytes of the first of these file mappings that another program has made; None where none is
     there. Raises OSError."""

@@ -260,10 +260,11 @@ def test_any_command_line_is_sorted_or_an_error(words, ncpus):
 
 
 def test_the_words_of_vboxwrapper_are_not_the_sciences():
-    words = '--nthreads 4 -n 5 --memory_size_mb 2048 in --vmimage 2 -- --nthreads 7'
+    words = '--nthreads 4 -n 5 --memory_size_mb 2048 in --trickle 60 --vmimage 2 --sporadic -- --nthreads 7'
     read = boincjob.read_words(words.split(), 1)
-    assert read == (4, 2048, 'vm_image_2.vdi', ['-n', '5', 'in', '--nthreads', '7'])
-    assert boincjob.read_words([], 1.5) == (2, 0, 'vm_image.vdi', [])
+    assert read == (4, 2048, 'vm_image_2.vdi', ['-n', '5', 'in', '--nthreads', '7'],
+                    ['--trickle', '--sporadic'])
+    assert boincjob.read_words([], 1.5) == (2, 0, 'vm_image.vdi', [], [])
 
 
 @pytest.mark.parametrize('text, fraction', [
@@ -442,7 +443,8 @@ def test_each_project_has_a_port_of_its_own_and_leaves_one_that_another_program_
 def test_the_port_stays_where_a_vm_that_was_saved_will_look_for_it(made, tmp_path):
     slot = tmp_path / 'slots' / '0'
     slot.mkdir(parents=True)
-    (slot / 'init_data.xml').write_text('<project_dir>/p/project</project_dir><result_name>t</result_name>')
+    (slot / 'init_data.xml').write_text('<project_dir>/p/project</project_dir><result_name>t</result_name>'
+                                            '</app_init_data>')
     if made:
         (slot / 'project_t').mkdir()
     moved = []
@@ -487,6 +489,32 @@ def test_by_hand_what_lies_beside_its_folder_is_nobodys_slot(tmp_path):
     assert work.clean() and [words[0] for words in asked] == ['listVMs', 'cleanup']
 
 
+def test_while_the_client_writes_whose_a_slot_is_no_vm_is_removed(tmp_path):
+    """It empties init_data.xml first: a task's VM must not be taken for one of a forgotten task."""
+    for number in '01':
+        (tmp_path / number).mkdir()
+        (tmp_path / number / 'init_data.xml').write_text(INIT)
+    asked = []
+    work = boincwork.Work(Slot(str(tmp_path / '0')), job_of(), boincjob.read_words([], 1), Record(
+        str(tmp_path / 'record')), types.SimpleNamespace(call=lambda *words: asked.append(words[0]) or []))
+    for half in ('', INIT[:-20]):
+        (tmp_path / '1' / 'init_data.xml').write_text(half)
+        assert work.clean() and asked == []
+    (tmp_path / '1' / 'init_data.xml').write_text(INIT)
+    assert work.clean() and asked == ['listVMs', 'cleanup']
+
+
+def test_half_a_file_of_the_clients_changes_nothing(tmp_path):
+    (tmp_path / 'init_data.xml').write_text(INIT)
+    slot = Slot(str(tmp_path))
+    (tmp_path / 'init_data.xml').write_text(INIT[:30])
+    slot.read_init()
+    assert slot.init.number('wu_cpu_time') == 12.5
+    (tmp_path / 'init_data.xml').write_text(INIT.replace('12.5', '13.5'))
+    slot.read_init()
+    assert slot.init.number('wu_cpu_time') == 13.5
+
+
 def test_a_vm_keeps_its_lease_while_large_files_move(tmp_path):
     leases = []
     work = boincwork.Work(Slot(str(tmp_path)), job_of(), boincjob.read_words([], 1), Record(
@@ -517,6 +545,25 @@ def test_a_new_host_agent_moves_what_the_one_before_was_moving(tmp_path):
     assert not work.put() and len(started) == 2 and started[0] == started[1]
     known['2']['state'] = 'done'
     assert work.put() and len(started) == 2
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self/task'), reason='looks at threads as Linux has them')
+def test_a_vm_is_computed_no_sooner_than_its_task():
+    code = 'import os, boincwork; os.nice(%d); boincwork.share_priority(%d)'
+    threads = ('import sys, threading\n'
+               'threading.Thread(target=sys.stdin.read).start()\n'
+               'print(flush=True)')
+    now = os.getpriority(os.PRIO_PROCESS, 0)
+    with subprocess.Popen([sys.executable, '-c', threads], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as vm:
+        vm.stdout.readline()
+        ids = list(map(int, os.listdir('/proc/%d/task' % vm.pid)))
+        for lower, after in ((3, 3), (0, 3), (5, 5)):      # it is never raised
+            subprocess.run([sys.executable, '-c', code % (lower, vm.pid)], check=True,
+                           cwd=os.path.dirname(os.path.abspath(boincwork.__file__)))
+            assert {os.getpriority(os.PRIO_PROCESS, id) for id in ids} == {min(now + after, 19)}
+        vm.stdin.close()
+    assert len(ids) == 2
 
 
 def test_given_machines_share_the_tasks_and_a_task_stays_where_it_is(tmp_path):

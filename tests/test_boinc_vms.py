@@ -5,6 +5,7 @@ The hypervisor is the fake VirtualBox; what would be the VM's agent runs beside 
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -78,12 +79,16 @@ class Project:
             return self.call('listVMsWithState')
         return {}
 
-    def host_pid(self):
+    def host_pids(self):
+        """Those of all host agents that have started, the last one last."""
         with open(os.path.join(self.place, 'vmhost', 'vmhost.log')) as file:
-            return int(file.read().rpartition('started, pid ')[2].partition(':')[0])
+            return list(map(int, re.findall('started, pid ([0-9]+)', file.read())))
+
+    def host_pid(self):
+        return self.host_pids()[-1]
 
     def end_host(self):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, IndexError):
             pid = self.host_pid()
             kill(pid)
 
@@ -295,6 +300,24 @@ def test_a_client_that_halts_tasks_for_foreign_programs_is_told_that_the_vm_is_n
     assert not any('other_pid' in text for text in task.told)
 
 
+def test_its_memory_and_its_screen_are_told(project):
+    """The memory to a client that takes that, of version 8; of the screen the address, and the password to
+    this user alone."""
+    task = project.task(job='<enable_remotedesktop/>')
+    task.link('out')
+    task.start()
+    project.agent(task)
+    task.wait(lambda: '<remote_desktop_addr>127.0.0.1:' in task.channels.receive(GRAPHICS))
+    path = os.path.join(task.slot, 'remote_desktop_password')
+    assert os.stat(path).st_mode & 0o777 == 0o600 and len(task.read(path).strip()) == 8
+    assert not any('<wss>' in told for told in task.told)
+    task.says('quit')
+    assert task.wait_for_end() == 0
+    task.write('init_data.xml', task.read('init_data.xml').replace('<major_version>7', '<major_version>8'))
+    task.start()
+    task.wait(lambda: task.status('wss') == 600 << 20)
+
+
 def test_what_its_program_serves_is_shown_in_place_of_the_status_page(project, monkeypatch):
     """On a port that another program takes while the VM is saved."""
     monkeypatch.setenv('FAKE_VIRTUALBOX', project.environment['FAKE_VIRTUALBOX'])
@@ -342,7 +365,7 @@ def test_a_host_agent_of_an_older_version_gives_way_to_a_new_one(project, monkey
                                [sys.executable, os.path.join(TOP, 'vmboinc.py'), '--host-agent'])
     monkeypatch.setattr(os, 'environ', dict(os.environ, **project.environment))
     wait_until(host.connect, 30)
-    pid = project.host_pid()
+    pid = wait_until(project.host_pids)[-1]
     with monkeypatch.context() as patched:
         patched.setattr(agent, 'VERSION', '1.10')
         assert not host.connect()
@@ -372,6 +395,18 @@ def test_a_full_disk_is_no_error(project):
     task.wait(lambda: 'it is tried again' in task.read('stderr.txt'))
     task.says('quit')
     assert task.wait_for_end() == 0
+
+
+@pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16'])
+def test_a_job_file_as_windows_programs_write_it_is_read(encoding, project):
+    task = project.task(job='<enable_floppyio/>')
+    with open(os.path.join(task.slot, 'vbox_job.xml'), encoding='utf-8') as file:
+        text = file.read()
+    with open(os.path.join(task.slot, 'vbox_job.xml'), 'w', encoding=encoding) as file:
+        file.write(text)
+    task.start()
+    assert task.wait_for_end() == 0
+    assert 'enable_floppyio' in task.read('boinc_temporary_exit')
 
 
 def test_a_job_file_that_is_missing_is_said_with_what_to_do(project):

@@ -107,3 +107,30 @@ def test_a_task_is_suspended_goes_on_and_ends_well(task, tmp_path):
             pass
         wait_until(lambda: 'ended with 0' in task.client.said(), 60)
         assert open(out).read() == 'what goes in\n', task.read('stderr.txt')
+
+
+PRIORITIES = """
+import ctypes, subprocess, sys
+sys.path.insert(0, sys.argv[1])
+import boincwork, windows
+kernel = windows.library('kernel32')
+kernel.GetCurrentProcess.restype = kernel.OpenProcess.restype = ctypes.c_void_p
+def own(priority):
+    assert kernel.SetPriorityClass(ctypes.c_void_p(kernel.GetCurrentProcess()), priority)
+with subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE) as vm:
+    vm_process = ctypes.c_void_p(kernel.OpenProcess(0x1000, False, vm.pid))
+    for priority in (0x4000, 0x40, 0x20):
+        own(priority)
+        boincwork.share_priority(vm.pid)
+        print('%#x' % kernel.GetPriorityClass(vm_process))
+    vm.stdin.write(b'end\\r\\n')
+boincwork.share_priority(vm.pid)
+print('it has ended')
+"""
+
+
+def test_a_vm_is_computed_no_sooner_than_its_task(tmp_path):
+    program = tmp_path / 'priorities.py'
+    program.write_text(PRIORITIES)
+    assert python(path_there(program), path_there(TOP))[1].split('\n')[:4] == [
+        '0x4000', '0x40', '0x40', 'it has ended']
