@@ -218,9 +218,10 @@ def test_a_file_that_another_program_has_open_stays_and_is_told(verb, guest, tmp
 def test_two_that_go_to_one_place_at_once_do_not_mix(host, windows):
     """Locks are Windows' own: a byte far behind the file's end, and a file beside a folder."""
     code, said = python('-c', '''if True:
-        import os, sys, tempfile
+        import os, sys, tempfile, types
         sys.path.insert(0, %r)
         import chirplocal, chirpwire
+        from hosttransfers import Transfer
         with tempfile.TemporaryDirectory() as folder:
             target = os.path.join(folder, 'target')
             with chirplocal.open_part(target) as file:
@@ -243,8 +244,10 @@ def test_two_that_go_to_one_place_at_once_do_not_mix(host, windows):
             os.mkdir(chirplocal.local_part(part))      # of a folder, where now a file is to come
             chirplocal.open_part(part).close()
             print(os.path.isfile(chirplocal.local_part(part)))
+            get = types.SimpleNamespace(direction='get')
+            print(len({Transfer.place_of(get, os.path.join(folder, name)) for name in ('Name', 'NAME')}))
         ''' % path_there(TOP))
-    assert (code, said) == (0, 'busy\nbusy\nTrue 100\nTrue\n')
+    assert (code, said) == (0, 'busy\nbusy\nTrue 100\nTrue\n1\n')
 
 
 # --- Ctrl-C ---
