@@ -410,8 +410,13 @@ def test_a_state_folder_is_cut_to_its_user_or_refused(tmp_path, windows):
         try_it()
         windows.owner_of = lambda path: 'S-1-5-21-9-9-9-1001'
         try_it()
+        open('state/planted', 'w').close()
+        windows.owner_of = lambda path: stranger if 'planted' in path else windows.this_user()
+        stranger = 'S-1-5-21-9-9-9-1002'
+        try_it()
         ''' % path_there(TOP), folder=str(tmp_path))
-    right, fat, strangers = said.splitlines()
+    right, fat, strangers, planted = said.splitlines()
+    assert 'planted belongs to another user (S-1-5-21-9-9-9-1002)' in planted
     assert code == 0 and right == 'True'
     assert 'state_dir' in fat and 'FAT' in fat and 'NTFS' in fat
     assert 'state_dir' in strangers and 'belongs to another user (S-1-5-21-9-9-9-1001)' in strangers
