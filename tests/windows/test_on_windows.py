@@ -186,10 +186,10 @@ def test_what_is_called_as_another_is_for_short_is_told(verb, guest, tmp_path, k
     write(tmp_path / 'tree' / 'long name.text', b'old')
     short = python('-c', SHORT, folder=str(tmp_path / 'tree'))[1].strip()
     assert '~' in short
-    there = os.path.join(guest.files, kind, 'tree')
+    there = os.path.join(guest.files, 'short ' + kind, 'tree')
     write(os.path.join(there, short, *['file'] * (kind == 'folder')), b'new')
     write(os.path.join(there, 'good~1'), b'good')
-    code, said = verb('get', 'g', kind + '/tree')
+    code, said = verb('get', 'g', 'short ' + kind + '/tree')
     assert code == 1 and short in said and 'short name' in said, said
     assert (tmp_path / 'tree' / 'long name.text').read_bytes() == b'old'
     assert (tmp_path / 'tree' / 'good~1').read_bytes() == b'good'
