@@ -199,7 +199,8 @@ class Fetcher:
         last = isinstance(error, (chirpwire.Refused, NoFiles)) or isinstance(error, chirpwire.ChirpError) \
             and time.time() - execution.ended > FETCH_PATIENCE     # not where this disk is full
         log.log(logging.WARNING if last else logging.INFO, 'output of %s can\'t be fetched%s: %s',
-                execution.key, ', and stays in the guest for its keep_spool' if last else ' now', error)
+                execution.key, ', and stays in the guest for its keep_spool' if last else ' now',
+                agent.sentence(error))
         if last:
             self._commands.fetched(execution)
         return last

@@ -63,9 +63,12 @@ class StateFolder:
         """By the folder's access list: what is made in it has the same."""
         import windows  # there alone
         try:
-            owner, me = windows.owner_of(self.path), windows.this_user()
-            if owner not in (me, windows.SYSTEM, windows.ADMINISTRATORS):
-                raise OSError('it belongs to another user (%s)' % owner)
+            owners = (windows.this_user(), windows.SYSTEM, windows.ADMINISTRATORS)
+            for path in [self.path] + [self.file(name) for name in os.listdir(self.path)]:
+                owner = windows.owner_of(path)
+                if owner not in owners:            # who may change its access list at any time
+                    raise OSError('%s belongs to another user (%s)' % (
+                        'it' if path == self.path else os.path.basename(path), owner))
             windows.make_private(self.path)
         except OSError as error:
             raise VMHostError('state_dir %s: others may read it, which can\'t be changed: %s; set a folder '

@@ -73,7 +73,7 @@ class Transfer:
         """Where that is, however it is written."""
         if self.direction == 'put':
             return self.vm, posixpath.normpath('/' + target.lstrip('/'))
-        return (os.path.realpath(target),)
+        return (os.path.normcase(os.path.realpath(target)),)
 
     def _place_asked_for(self) -> Tuple[str, ...]:
         """Where it goes, as far as that can be said before the VM is asked: in a target that is a folder, it

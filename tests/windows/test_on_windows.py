@@ -186,10 +186,10 @@ def test_what_is_called_as_another_is_for_short_is_told(verb, guest, tmp_path, k
     write(tmp_path / 'tree' / 'long name.text', b'old')
     short = python('-c', SHORT, folder=str(tmp_path / 'tree'))[1].strip()
     assert '~' in short
-    there = os.path.join(guest.files, kind, 'tree')
+    there = os.path.join(guest.files, 'short ' + kind, 'tree')
     write(os.path.join(there, short, *['file'] * (kind == 'folder')), b'new')
     write(os.path.join(there, 'good~1'), b'good')
-    code, said = verb('get', 'g', kind + '/tree')
+    code, said = verb('get', 'g', 'short ' + kind + '/tree')
     assert code == 1 and short in said and 'short name' in said, said
     assert (tmp_path / 'tree' / 'long name.text').read_bytes() == b'old'
     assert (tmp_path / 'tree' / 'good~1').read_bytes() == b'good'
@@ -218,9 +218,10 @@ def test_a_file_that_another_program_has_open_stays_and_is_told(verb, guest, tmp
 def test_two_that_go_to_one_place_at_once_do_not_mix(host, windows):
     """Locks are Windows' own: a byte far behind the file's end, and a file beside a folder."""
     code, said = python('-c', '''if True:
-        import os, sys, tempfile
+        import os, sys, tempfile, types
         sys.path.insert(0, %r)
         import chirplocal, chirpwire
+        from hosttransfers import Transfer
         with tempfile.TemporaryDirectory() as folder:
             target = os.path.join(folder, 'target')
             with chirplocal.open_part(target) as file:
@@ -243,8 +244,10 @@ def test_two_that_go_to_one_place_at_once_do_not_mix(host, windows):
             os.mkdir(chirplocal.local_part(part))      # of a folder, where now a file is to come
             chirplocal.open_part(part).close()
             print(os.path.isfile(chirplocal.local_part(part)))
+            get = types.SimpleNamespace(direction='get')
+            print(len({Transfer.place_of(get, os.path.join(folder, name)) for name in ('Name', 'NAME')}))
         ''' % path_there(TOP))
-    assert (code, said) == (0, 'busy\nbusy\nTrue 100\nTrue\n')
+    assert (code, said) == (0, 'busy\nbusy\nTrue 100\nTrue\n1\n')
 
 
 # --- Ctrl-C ---
@@ -407,8 +410,13 @@ def test_a_state_folder_is_cut_to_its_user_or_refused(tmp_path, windows):
         try_it()
         windows.owner_of = lambda path: 'S-1-5-21-9-9-9-1001'
         try_it()
+        open('state/planted', 'w').close()
+        windows.owner_of = lambda path: stranger if 'planted' in path else windows.this_user()
+        stranger = 'S-1-5-21-9-9-9-1002'
+        try_it()
         ''' % path_there(TOP), folder=str(tmp_path))
-    right, fat, strangers = said.splitlines()
+    right, fat, strangers, planted = said.splitlines()
+    assert 'planted belongs to another user (S-1-5-21-9-9-9-1002)' in planted
     assert code == 0 and right == 'True'
     assert 'state_dir' in fat and 'FAT' in fat and 'NTFS' in fat
     assert 'state_dir' in strangers and 'belongs to another user (S-1-5-21-9-9-9-1001)' in strangers
