@@ -223,13 +223,15 @@ path = os.path.join(os.path.dirname(__file__), 'asked')
 with open(path, 'a') as file:
     file.write(sys.argv[1] + ' ')
 if sys.argv[1] == 'list' and open(path).read().count('list') < 3:
-    sys.exit('VBoxManage: error: Failed to create the VirtualBox object!')
+    sys.exit('VBoxManage: error: ' + %r)
 print('7.2.4r1')
 """
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='runs a script')
-def test_a_server_that_just_ends_is_asked_again(tmp_path, monkeypatch):
-    a_program(tmp_path, monkeypatch, STARTS_LATE)
+@pytest.mark.parametrize('told', ['Failed to create the VirtualBox object!',
+                                  'Failed to assign the machine to the session (E_ACCESSDENIED)'])
+def test_what_just_ends_is_asked_again(tmp_path, monkeypatch, told):
+    a_program(tmp_path, monkeypatch, STARTS_LATE % told)
     vboxmanage.VBoxManage(SETTINGS).connect()
     assert (tmp_path / 'asked').read_text() == '--version list list list '
