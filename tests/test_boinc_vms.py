@@ -221,6 +221,8 @@ def test_a_vm_that_died_goes_on_from_its_last_checkpoint(project):
     open(os.path.join(project.environment['FAKE_VIRTUALBOX'], 'abort-' + task.vm), 'w').close()
     task.wait(lambda: 'from its last checkpoint' in task.read('stderr.txt'))
     project.has(task, 'Running')
+    agent.stop()
+    agent = project.agent(task)                # its VM has another port for files by now: this one is in use
     finish(agent)
     assert task.wait_for_end(60) == 0, task.read('stderr.txt')
     assert open(out).read() == 'begun\n' and project.vms() == {}
