@@ -25,7 +25,7 @@ import vboxnetwork
 import vboxprogram
 import virtualbox
 import vmstates
-from hypervisor import HUNG, NOT_READY, Driver, Job, either
+from hypervisor import HUNG, Driver, Job, either
 from vboxconnection import KEEP, MADE_BY_US, MAKING, OFF, ONLINE, SAVED
 from vboxprogram import Program, Refused, attached_in, disk_path, log_in, native_of, rules_in, slots_of
 
@@ -36,8 +36,6 @@ CONTROLS = {                       # verb: VBoxManage's words, the states that t
     'shutdown': (('controlvm', 'acpipowerbutton'), OFF, ''), 'discard_state': (('discardstate',), OFF, '')}
 LACKS = ('statistics, screenshots, the remote desktop, limits of the network, host-only networks, appliances '
          'and ISO images, cleanup of what was left half made')
-PASSING = ('not ready',            # it is still making the object, or ending it
-           'lock request pending')     # another VBoxManage, such as one that looks at the VM, is quicker
 NOBODY = '<inaccessible>'          # what `list vms` calls a VM whose settings can't be read
 DEFAULT_DISK = 8192                # MB: VBoxManage doesn't tell what VirtualBox recommends
 ANSWERS_IN = 3.0                   # seconds in which a VM's own process has to answer, where all are listed
@@ -72,17 +70,9 @@ class Asking(Driver):
             return vboxconnection.fault_of(error.code, str(error))
         return super().translate(error)
 
-    def _run(self, *words: str, job: Optional[Job] = None, text: str = '', patience: float = 0,
-             secret: bool = False) -> str:
-        """As Program.run; again, for a moment, where VirtualBox says one of PASSING."""
-        until = time.monotonic() + NOT_READY
-        while True:
-            try:
-                return str(self._program.run(*words, job=job, text=text, patience=patience, secret=secret))
-            except Refused as error:
-                if not any(word in str(error) for word in PASSING) or time.monotonic() > until:
-                    raise
-            time.sleep(0.1)
+    def _run(self, *words: str, **how: Any) -> str:
+        """As Program.run."""
+        return str(self._program.run(*words, **how))
 
     def _change(self, job: Job, *words: str, text: str = '', secret: bool = False) -> str:
         """Like _run; somebody else may hold the VM for a moment: tried again until the job's deadline."""
@@ -363,12 +353,12 @@ class VBoxManage(Asking):
         words = ['--name=' + name, '--ostype=' + (wish['ostype'] or 'Linux_64'), '--register', '--default']
         words += ['--basefolder=' + wish['folder']] if wish['folder'] else []
         try:
-            self._run('createvm', *words)
+            told = self._run('createvm', *words)
         except Refused as error:
             if 'already exists' in str(error):
                 raise faults.AlreadyExists('%s, of a VM that is not registered' % error)
             raise
-        uuid = self._find(job, name)
+        uuid = re.findall(r'^UUID: +([0-9a-f-]{36})', told, re.MULTILINE)[-1]
         for mark in (MADE_BY_US, MAKING):           # if we die now, cleanup will find it
             self._change(job, 'setextradata', uuid, mark, uuid)
         return uuid

@@ -17,7 +17,7 @@ import time
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from faults import DeadlineExceeded, HypervisorError
-from hypervisor import Job
+from hypervisor import NOT_READY, Job
 from vboxconnection import STALL
 
 STATES = (                         # the API's names, in the order of its codes
@@ -28,6 +28,11 @@ STATES = (                         # the API's names, in the order of its codes
 NATIVE = dict({name.lower(): name for name in STATES}, **{      # VBoxManage's word: the API's
     'poweroff': 'PoweredOff', 'aborted-saved': 'AbortedSaved', 'gurumeditation': 'Stuck',
     'deletingsnapshotlive': 'DeletingSnapshotOnline', 'deletingsnapshotlivepaused': 'DeletingSnapshotPaused'})
+PASSING = {                        # what VirtualBox says for a moment: how many seconds it is asked again
+    'not ready': NOT_READY,        # it is still making the object, or ending it
+    'lock request pending': NOT_READY,      # another VBoxManage, such as one that looks at the VM, is quicker
+    'Failed to assign the machine to the session': NOT_READY,       # a session of another one just ends
+    'Failed to create the VirtualBox object': 10}       # its server just ends, as it does while nobody asks
 INFO_LINE = re.compile(
     r'^(?:(\w*Snapshot\w+(?:-\d+)*)="(.*?)"|("?[^="\n]+"?)=(?:"((?:[^"\\]|\\.)*)"|([^"\n]*)))$',
     re.MULTILINE | re.DOTALL)
@@ -58,9 +63,21 @@ class Program:
 
     def run(self, *words: str, job: Optional[Job] = None, text: str = '', patience: float = 0,
             secret: bool = False) -> str:
-        """What it prints. Raises Refused, and DeadlineExceeded where it makes no progress for `patience`
-        seconds; it is ended then. job, text: whom to tell how far it is, of something long. secret: nobody
-        sees the words in the list of processes."""
+        """What it prints; asked again where VirtualBox says one of PASSING. Raises Refused, and
+        DeadlineExceeded where it makes no progress for `patience` seconds; it is ended then. job, text: whom
+        to tell how far it is, of something long. secret: nobody sees the words in the list of processes."""
+        begun = time.monotonic()
+        while True:
+            try:
+                return self._run_once(words, job, text, patience, secret)
+            except Refused as error:
+                passes_in = max([PASSING[word] for word in PASSING if word in str(error)] or [0.0])
+                if time.monotonic() - begun > passes_in:
+                    raise
+            time.sleep(0.1)
+
+    def _run_once(self, words: Sequence[str], job: Optional[Job], text: str, patience: float,
+                  secret: bool) -> str:
         with tempfile.TemporaryDirectory(prefix='vmhost-') as folder:
             told = [hide(folder, words)] if secret else list(words)
             out, errors = os.path.join(folder, 'out'), os.path.join(folder, 'errors')

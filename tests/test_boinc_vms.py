@@ -261,6 +261,8 @@ def test_a_vm_that_died_goes_on_from_its_last_checkpoint(how, project):
     open(os.path.join(project.environment['FAKE_VIRTUALBOX'], how + task.vm), 'w').close()
     task.wait(lambda: 'from its last checkpoint' in task.read('stderr.txt'))
     project.has(task, 'Running')
+    agent.stop()
+    agent = project.agent(task)                # its VM has another port for files by now: this one is in use
     finish(agent)
     assert task.wait_for_end(60) == 0, task.read('stderr.txt')
     assert open(out).read() == 'begun\n' and project.vms() == {}

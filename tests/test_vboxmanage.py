@@ -139,6 +139,7 @@ if words[0] == '--version':
     print('7.2.4r1')
 elif words[0] == 'createvm':
     vm = {'state': 'poweroff', 'rules': []}
+    print('Virtual machine is created and registered.\nUUID: %(one)s')
 elif words == ['list', 'vms'] and vm:
     print('"one" {%(one)s}')
 elif words[0] == 'showvminfo':
@@ -214,3 +215,23 @@ def test_a_forward_of_a_port_that_was_asked_for_stays_there(one):
 def test_only_nat_forwards_ports(one):
     with pytest.raises(InvalidParams, match='^forwards: expected network=nat'):
         one('create_vm', 'one', '', {'network': 'hostonly', 'forwards': [{'guestPort': 80}]})
+
+
+STARTS_LATE = r"""
+import os
+path = os.path.join(os.path.dirname(__file__), 'asked')
+with open(path, 'a') as file:
+    file.write(sys.argv[1] + ' ')
+if sys.argv[1] == 'list' and open(path).read().count('list') < 3:
+    sys.exit('VBoxManage: error: ' + %r)
+print('7.2.4r1')
+"""
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+@pytest.mark.parametrize('told', ['Failed to create the VirtualBox object!',
+                                  'Failed to assign the machine to the session (E_ACCESSDENIED)'])
+def test_what_just_ends_is_asked_again(tmp_path, monkeypatch, told):
+    a_program(tmp_path, monkeypatch, STARTS_LATE % told)
+    vboxmanage.VBoxManage(SETTINGS).connect()
+    assert (tmp_path / 'asked').read_text() == '--version list list list '
