@@ -782,26 +782,22 @@ class SmallFiles:
         self._failures = failures
         self._options = options
         self._pipeline = Pipeline(client)
+        self._asked: Optional[SmallFile] = None        # the one whose content waits for the server's consent
         self._last: Optional[SmallFile] = None         # the one that has no name yet
 
     def put(self, file: SmallFile) -> None:
-        """Its content goes once the server has agreed, with what completes the last one."""
+        """Asks for it, in one packet with the content of the last one, which the server has agreed to
+        meanwhile: it takes as many bytes as that has, and then reads on. This one's content can't go along:
+        after a refusal, it would be taken for requests."""
         if self._pipeline.is_idle():
             self._client.drop_if_ended()
         if file.name != file.target:
             self._client.replacing(file.name, file.target)     # raises where that is too long
-        agreed: List[Union[int, Refused]] = []
-        mode = self._first_mode(file)
-        self._pipeline.add(self._client.ask('putfile', quote(file.name), mode, len(file.data)),
-                           lambda wire, result: agreed.append(result))
-        self._pipeline.drain()
-        if isinstance(agreed[0], Refused):
-            self._complete_last()
-            raise Refused(agreed[0].code, shown(file.target))
-        wire = self._client.connect()
-        wire.put(file.data)
-        self._follow(file)
-        wire.flush()           # the server works on it while the next file is read here
+        line = self._client.ask('putfile', quote(file.name), self._first_mode(file), len(file.data))
+        self._send_asked()
+        self._asked = file
+        self._pipeline.add(line, lambda wire, result: self._agreed(file, result))
+        self._client.connect().flush()         # the server works on it while the next file is read here
 
     def asking(self, do: Callable[[], Any]) -> Any:
         """Does what asks the server by itself, once all are in place."""
@@ -810,9 +806,25 @@ class SmallFiles:
 
     def finish(self) -> None:
         """Waits until all are in place."""
+        self._send_asked()
         self._pipeline.drain()
         self._complete_last()
         self._pipeline.drain()
+
+    def _send_asked(self) -> None:
+        """Sends the content of the one that was asked for, once the server has agreed; and what follows."""
+        self._pipeline.drain()
+        file, self._asked = self._asked, None
+        if file is not None:
+            self._client.connect().put(file.data)
+            self._follow(file)
+
+    def _agreed(self, file: SmallFile, result: Union[int, Refused]) -> None:
+        if isinstance(result, Refused):
+            self._asked = None
+            if result.code in (NO_SPACE, NOT_AUTHENTICATED):
+                raise Refused(result.code, shown(file.target))
+            self._failures.add(file.source, result)
 
     def _follow(self, file: SmallFile) -> None:
         """What comes after the content, without waiting; its name last, once all replies were good."""

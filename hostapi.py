@@ -863,7 +863,8 @@ class FileMethods(Methods):
         """Begins to move a file or folder, ``put`` to the VM or ``get`` from it, as ``cp -r`` does; its id at
         once. Option ``links``: of a folder's symbolic links, ``keep`` makes the same where they stay inside,
         ``skip`` leaves them out, ``follow`` moves what they lead to. Option ``parents``: whether folders that
-        the target is to be in are made where they are missing; as a rule in a VM, and not here.
+        the target is to be in are made where they are missing; as a rule in a VM, and not here. Names,
+        content, modes (but for setuid and its like), times and links arrive, or each that doesn't is told.
 
         Fault 10 (Busy) while another one goes to the same place, whose id it names.
 
