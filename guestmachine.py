@@ -38,6 +38,14 @@ class Network:
             return list(dict.fromkeys(found))
         return [LOOPBACK] if self._listener_is_trusted(port) else []
 
+    def why_nowhere(self, port: int) -> str:
+        """What a person is told who has no candidates."""
+        where = 'this is no virtual machine, so it is only looked for on 127.0.0.1:%d, where neither root ' \
+                'nor this user listens. Start the host agent' % port
+        if is_virtual():
+            where = 'in a virtual machine it is looked for on the network, and no card here is in one'
+        return 'no broker to join: %s; or name the broker: --broker HOST, or [Broker] host' % where
+
     def _listener_is_trusted(self, port: int) -> bool:
         """Whether whoever listens on that port of the loopback interface is root or this user."""
         users = set(listeners(port))

@@ -71,10 +71,11 @@ class Guests:
         self._known = {}               # type: Dict[str, Guest]
 
     def remember(self, id: str, name: str, ip: str, boot: str, session: str, facts: str,
-                 last_seen: float) -> None:
+                 last_seen: float, has_left: bool) -> None:
         """A guest of an earlier run of the host: known, and lost until it says HELLO."""
         guest = Guest(id, name)
         guest.ip, guest.boot, guest.session, guest.last_seen = ip, boot, session, last_seen
+        guest.has_left = bool(has_left)
         try:
             guest.facts = dict(json.loads(facts))
         except (TypeError, ValueError):

@@ -332,8 +332,14 @@ class Journal:
                           received, received, results) for vm_id, results, received in found]
 
     def guests(self) -> List[Tuple]:
-        """(id, name, ip, boot, session, facts, last_seen) of all that were ever seen, and not forgotten."""
-        return self.rows('SELECT id, name, ip, boot, session, facts, last_seen FROM guests')
+        """(id, name, ip, boot, session, facts, last_seen, has_left) of all that were seen, and not forgotten.
+
+        has_left: whether its last word was BYE, as far as events are kept.
+        """
+        return self.rows('SELECT id, name, ip, boot, session, facts, last_seen, '
+                         'coalesce(type = \'guest-bye\', 0) FROM guests LEFT JOIN '
+                         '(SELECT vm, type, max(seq) FROM events '
+                         'WHERE type IN (\'guest-hello\', \'guest-bye\') GROUP BY vm) ON vm = name')
 
     def secrets(self) -> List[Tuple[str, str]]:
         """(holder, hexadecimal digits) of all secrets: for hosttrust.Secrets alone."""

@@ -90,9 +90,6 @@ SETTINGS = {
 HOUSEKEEPING_EVERY = 60.0      # seconds
 SWEEP_PAUSE = 0.05             # seconds between two slices of a look for old folders
 GREETING_PATIENCE = 5.0        # seconds that results wait for the host's greeting on a new connection
-NOWHERE = ('no broker to join: this is no virtual machine, so it is only looked for on 127.0.0.1:%d, where '
-           'neither root nor this user listens. Start the host agent, or name the broker: --broker HOST, or '
-           '[Broker] host')
 HELLO_LIMIT = 8 * 1000         # bytes of the commands in a HELLO, which may be the first word
 HELLO_EVERY = 1.0              # seconds between two of them, whoever asks
 
@@ -253,7 +250,7 @@ class Agent:
         found = list(dict.fromkeys(known + self.network.candidates(port)))
         self._is_only_address = len(found) < 2
         if not found and not self._told_where:
-            log.warning(NOWHERE, port)
+            log.warning(self.network.why_nowhere(port))
         self._told_where = not found
         return [(candidate, port) for candidate in found]
 
@@ -519,7 +516,7 @@ def check(settings: Any) -> int:
         if hosts:
             found, address = agent.check_broker(hosts, settings.Broker, protocol.try_broker)
         else:
-            found = agent.Finding(False, 'broker', NOWHERE % settings.Broker.port)
+            found = agent.Finding(False, 'broker', network.why_nowhere(settings.Broker.port))
         findings.append(found)
         if found.ok:
             findings += check_identity(settings, network, address)

@@ -96,6 +96,13 @@ def test_it_finds_broker_card_and_id_by_itself(network, route, tmp_path):
     assert done.returncode == 1 and '10.93.0.1:61613' in done.stdout and 'Traceback' not in done.stdout
 
 
+@pytest.mark.parametrize('virtual, said', [(True, 'no card here'), (False, 'is no virtual machine')])
+def test_who_has_no_candidates_is_told_why(monkeypatch, virtual, said):
+    monkeypatch.setattr(guestmachine, 'is_virtual', lambda: virtual)
+    text = guestmachine.Network().why_nowhere(61613)
+    assert said in text and '--broker HOST' in text and ('61613' in text) is not virtual
+
+
 @pytest.mark.parametrize('system', ['exec', 'umount -l /sys; exec'])
 def test_addresses_and_cards(network, system):
     _, guest = network

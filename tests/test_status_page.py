@@ -619,6 +619,10 @@ def test_a_guest_that_goes_and_a_host_that_restarts(tmp_path, browser):
             page.wait(text_of('#say') + ' == "node1 is lost"')
             page.wait(text_of('#glance') + '.startsWith("1 lost, ")')
             assert page.js(text_of('#machines-count')) == '0 agents connected'
+            with Agent(tmp_path / 'other', host, 'node2') as other:
+                host.run('node2', 'true')
+                other.stop()
+            page.wait(text_of('#machines') + '.includes("left")')
         finally:
             guest.stop(signal.SIGKILL)
         port = host.address.split(':')[1]
@@ -632,6 +636,7 @@ def test_a_guest_that_goes_and_a_host_that_restarts(tmp_path, browser):
         host.start()
         page.wait('document.querySelector("#trouble").hidden')      # the visit goes on
         page.wait(text_of('#events') + '.includes("host-stop")')
+        assert page.js(text_of('#glance')).startswith('1 lost, ')   # who said BYE isn't missed now, either
         host.stop()
         os.remove(os.path.join(host.state, hostpages.VISITS))
         host.start()
