@@ -216,6 +216,7 @@ class Transfers:
         """Goes on where the agent went away and comes back, as a command would; waits where another one goes
         to the same place."""
         moved, since = -1, {}      # type: int, Dict[float, float]   # patience: when its first reason was
+        waits = agent.Seldom(log)
         while True:
             try:
                 with self._machines.chirp_client(self._machines.connected(transfer.vm)) as client:
@@ -232,7 +233,7 @@ class Transfers:
                     since.clear()
                 if time.monotonic() > since.setdefault(patience, time.monotonic()) + patience:
                     raise
-                log.info('%s: %s; it waits for the agent', transfer.id, error)
+                waits.info(str(error), '%s: %s; it waits for the agent', transfer.id, error)
             if transfer.cancelled.wait(GUEST_LOOK):
                 raise chirpwire.Cancelled('cancelled')
 
