@@ -490,7 +490,7 @@ class Commands:
 def why_of_boot(command: Command) -> str:
     """Why a command of no boot, or of another one, is lost."""
     return 'the guest was rebooted' if 'boot' in command.request else \
-        'the disk has lost what was written of it'
+        'the guest was rebooted, or its disk has lost what was written of it'
 
 
 class Refusals:

@@ -129,8 +129,8 @@ RUNNER_POINTS = {
     'when the request is on the disk, before the program begins': (['Runner._spawn', 'before', 1], 'lost'),
     'after the start, before process.json': (['Runner._write_process', 'before', 1], 'lost'),
     'while the program runs': (['Runner._pump', 'before', 1], 'lost'),
-    'after the exit, before result.json': (['Runner._finish', 'before', 1], 'lost'),
-    'after result.json, before the agent is told': (['Runner._finish', 'after', 1], 'once'),
+    'after the exit, before result.json': (['Runner.finish', 'before', 1], 'lost'),
+    'after result.json, before the agent is told': (['Runner.finish', 'after', 1], 'once'),
 }
 
 
