@@ -63,6 +63,9 @@ class Host:
         self.server: Optional[Server] = None
         self.is_ending = False                         # set by who wants it to end; within a tick, it does
         self.folder = StateFolder(settings.Host.state_dir)
+        if self.folder.size('xmlrpc.token') and not self.folder.size('journal.sqlite'):
+            log.warning('%s is gone, or empty: what it knew of commands, and the secrets of guests, is lost; '
+                        'a new one begins', self.folder.file('journal.sqlite'))
         self.token = secrets.token_urlsafe(24)         # a new one at each start
         self.folder.write('xmlrpc.token', self.token)
         self.journal = Journal(self.folder.file('journal.sqlite'))

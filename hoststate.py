@@ -109,6 +109,13 @@ class StateFolder:
         with open(path) as file:
             return file.read().strip()
 
+    def size(self, name: str) -> int:
+        """Of a file, in bytes; 0 where there is none."""
+        try:
+            return os.path.getsize(self.file(name))
+        except OSError:
+            return 0
+
     def close(self) -> None:
         """Lets another host use the folder."""
         self._lock.close()

@@ -303,6 +303,7 @@ def test_a_host_that_lost_its_journal_says_what_to_do(tmp_path):
     with Host(tmp_path / 'host') as host, Agent(tmp_path / 'guest', host, 'one') as agent:
         stay_at(host)
         host.stop()
+        assert 'a new one begins' not in host.log()
         for name in os.listdir(host.state):
             if name.startswith('journal'):
                 os.remove(os.path.join(host.state, name))
@@ -310,6 +311,7 @@ def test_a_host_that_lost_its_journal_says_what_to_do(tmp_path):
         told = 'Delete the .host file in the guest\'s state_dir'
         wait_until(lambda: told in host.log() and told in agent.log(), 40)
         assert 'one is not let in: this host knows no secret of one' in host.log()
+        assert 'journal.sqlite is gone, or empty' in host.log()
         for words in ('ls',), ('check',):
             assert told in host.verb(*words).stdout.decode(), words
         os.remove(os.path.join(agent.state, 'one.host'))

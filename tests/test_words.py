@@ -157,9 +157,9 @@ def test_help_and_version():
         code, _, text = run(*words)
         assert code == 2 and 'one SRC at a time' in text, text
     assert '--nonsense' in run('put', 'one', 'a', 'b', '--nonsense')[2]
-    for typed, meant in (('delete', 'rm'), ('ssh', 'shell, or run'), ('download', 'get'), ('restart', 'reset'),
-                         ('purge', 'cleanup'), ('sftp', 'cp'), ('shel', 'shell'), ('creat', 'create'),
-                         ('lgs', 'logs')):
+    for typed, meant in (('delete', 'rm'), ('ssh', 'shell, or run'), ('download', 'get'),
+                         ('restart', 'reset'), ('purge', 'cleanup'), ('sftp', 'cp'),
+                         ('shel', 'shell'), ('creat', 'create'), ('lgs', 'logs')):
         code, _, text = run(typed, 'x')
         assert code == 2 and '(did you mean %s?)' % meant in text
 
