@@ -224,13 +224,17 @@ class Asking(Driver):
             job.wait(0.2)
 
     def _reached(self, job: Job, uuid: str, *states: str) -> bool:
-        """True, once the VM is in one of these states."""
+        """True, once the VM is in one of these states. Raises HypervisorError where it is off instead."""
         while True:
             info = self._info(uuid)
-            if native_of(info) in states:
+            native = native_of(info)
+            if native in states:
                 return True
+            if native in OFF:
+                raise faults.HypervisorError('%s is %s, and not %s: its process ended; getLog should tell why'
+                                             % (info['name'], native, either(states)))
             job.check_deadline(faults.DeadlineExceeded('%s is %s, and not yet %s' % (
-                info['name'], native_of(info), either(states))))
+                info['name'], native, either(states))))
             job.wait(0.1)
 
     def _marks(self, uuid: str) -> Dict[str, str]:

@@ -160,7 +160,7 @@ elif words[0] == 'modifyvm':
 elif words[0] == 'startvm':
     vm['state'] = 'running'
 elif words[0] == 'controlvm':
-    vm['state'] = {'savestate': 'saved', 'poweroff': 'poweroff'}[words[2]]
+    vm['state'] = {'savestate': 'saved', 'poweroff': 'poweroff', 'reset': 'aborted'}[words[2]]
 with open(path, 'w') as file:
     json.dump(vm, file)
 """ % {'one': ONE}
@@ -197,6 +197,14 @@ def test_ports_of_a_guest_are_reached_here(one, verb):
     moved = one('describe', 'one')['forwards']
     assert moved == [dict(first, hostPort=moved[0]['hostPort']), second]
     assert moved[0]['hostPort'] not in (first['hostPort'], second['hostPort'])
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+def test_a_vm_whose_process_ends_under_a_verb_is_told_at_once(one):
+    one('create_vm', 'one', '', {'diskSize': 0})
+    assert one('start', 'one')
+    with pytest.raises(HypervisorError, match='one is Aborted, and not Running.*getLog'):
+        one('reset', 'one')
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='runs a script')

@@ -281,7 +281,8 @@ def test_who_switches_a_hung_vm_off_waits_for_nobody_who_hangs_in_it(api, host, 
         assert api.powerOff(vm) is True
         assert time.monotonic() - begun < 40          # 15 s of silence, and what a process takes to end
         pausing.join(20)
-    assert told[0][0] == 7 and 'switched off' in told[0][1], told
+    code, text = told[0]               # 4: VirtualBox itself told it first that the VM's process ended
+    assert code == 7 and 'switched off' in text or code == 4 and 'Aborted' in text, told
     assert api.getState(vm) == 'Aborted'
 
 
