@@ -353,6 +353,7 @@ def test_the_host_ends_in_order(tmp_path, windows, how):
         if how == 'interrupt':
             host.process.send_signal(signal.SIGINT)
         else:
+            wait_until(lambda: 'started, pid' in host.log())
             pid = re.search(r'started, pid (\d+)', host.log()).group(1)
             assert Program('taskkill', '/PID', pid).wait()[0] == 0
         host.process.wait(20)
