@@ -31,7 +31,7 @@ from guestprocesses import (
     start_ticks,
     was_killed_for_memory,
 )
-from guestspool import Command, describe_error, is_regular, private, unrun_result
+from guestspool import Command, describe_error, is_regular, make_way, private, unrun_result
 from gueststart import Origin, Start, become_subreaper
 
 ACK_PATIENCE = 0.05            # seconds after which results that nobody has yet are brought to the disk
@@ -142,7 +142,8 @@ class Runner:
         self._spawn()
         timeout = self.request.get('timeout')
         self.deadline = self.begin + float(timeout) if timeout else None
-        self._write_process()
+        with contextlib.suppress(OSError):     # it runs, and is found by its environment, too
+            self._write_process()
         self._open_outputs()
         self.report_at = self.begin + (0 if self.inlet is not None else FIRST_STATUS)
 
@@ -152,6 +153,7 @@ class Runner:
         text = json.dumps({'pid': self.pid, 'started': self.started, 'begin': self.begin,
                            'ticks': start_ticks(self.pid) if self.pid else 0, 'runner': os.getpid(),
                            'group': self.group.folder if self.group is not None else ''})
+        make_way(self.command.path('process.json'))
         descriptor = private(self.command.path('process.json'), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC)
         try:
             os.write(descriptor, text.encode())
@@ -234,6 +236,7 @@ class Runner:
     def _open_outputs(self) -> None:
         """Makes the files of both streams, while the program comes to life."""
         for reader, (name, _) in self.pipes.items():
+            make_way(self.command.path(name))          # the program may be quicker
             self.pipes[reader] = (name, private(self.command.path(name),
                                                 os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC))
 

@@ -303,6 +303,8 @@ class Agent:
     def _hear(self, frame: Any) -> None:
         """One MESSAGE. What isn't a word of the host for this guest is dropped, and counted."""
         headers, body = frame.headers, frame.body
+        if self.stopping:              # what it would be handed to is closed by now
+            return
         if not self.id or not protocol.is_addressed(headers.get('to', ''), self.id, self.name):
             return
         try:
