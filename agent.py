@@ -561,6 +561,18 @@ def replace(source: str, target: str) -> None:
 WSAEACCES = 10013              # Windows' number
 
 
+def port_is_free(address: str, port: int) -> bool:
+    """Whether this machine has the address ('' for all), and nobody listens there."""
+    with socket.socket() as probe:
+        if os.name == 'posix':             # where connections that have just ended would keep it; on Windows
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)     # it would share a port in use
+        try:
+            probe.bind((address, port))
+        except OSError:
+            return False
+    return True
+
+
 def why_not_listening(error: OSError) -> str:
     """Why nobody can listen on an address, and what to do about it."""
     if error.errno in (errno.EADDRINUSE, getattr(errno, 'WSAEADDRINUSE', 0)):

@@ -172,7 +172,7 @@ class HostAgent:
         for path in glob.glob(os.path.join(glob.escape(projects), '*', 'vmhost', 'host.ini')):
             with contextlib.suppress(OSError), open(path, encoding='utf-8', errors='replace') as file:
                 taken += re.findall(r'^port *= *(\d+)', file.read(), re.MULTILINE)
-        if str(BROKER_PORT) not in taken and is_free(BROKER_PORT):
+        if str(BROKER_PORT) not in taken and agent.port_is_free('127.0.0.1', BROKER_PORT):
             return BROKER_PORT
         with socket.socket() as listener:
             listener.bind(('127.0.0.1', 0))
@@ -184,11 +184,11 @@ class HostAgent:
         port = self._read_settings().Broker.port
         with open(self.ini, encoding='utf-8') as file:
             text = file.read()
-        if is_free(port) or text != INI % port:
+        if agent.port_is_free('127.0.0.1', port) or text != INI % port:
             return False
         with open(self.ini + '.new', 'w', encoding='utf-8') as file:
             file.write(INI % self._free_port())
-        os.replace(self.ini + '.new', self.ini)
+        agent.replace(self.ini + '.new', self.ini)
         self._settings = None
         return True
 
@@ -222,15 +222,6 @@ def write_new(path: str, text: str) -> None:
         agent.replace(temporary, path)
         return
     os.remove(temporary)
-
-
-def is_free(port: int) -> bool:
-    """Whether a program can listen on a port of this machine."""
-    with socket.socket() as listener, contextlib.suppress(OSError):
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == 'posix')
-        listener.bind(('127.0.0.1', port))
-        return True
-    return False
 
 
 PRINTED = 'printed.log'                # what a host agent prints, which doesn't go into its log

@@ -402,9 +402,9 @@ class Runner:
         if self.failure:
             state, error = 'failed', self.failure
         self.finish(state, error, finished=exited, exitCodeOrSignal=code, by=by,
-                     resources=self.usage.fields, inexact=[] if self._starter else ['ru_maxrss'],
-                     left=len(self._members()), wall=ended - self.begin, started=self.started,
-                     **more)
+                    resources=self.usage.fields, inexact=[] if self._starter else ['ru_maxrss'],
+                    left=len(self._members()), wall=ended - self.begin, started=self.started,
+                    **more)
 
     def _of_the_group(self) -> Dict[str, Any]:
         """What its control group alone can tell, as keys of the result."""

@@ -25,7 +25,6 @@ import logging
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -1395,21 +1394,9 @@ def either(names: Any, word: str = 'or') -> str:
     return names[0] if len(names) == 1 else '%s %s %s' % (', '.join(names[:-1]), word, names[-1])
 
 
-def port_is_free(address: str, port: int) -> bool:
-    """Whether this machine has the address ('' for all), and nobody listens there."""
-    with socket.socket() as probe:
-        if os.name == 'posix':             # where connections that have just ended would keep it; on Windows
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)     # it would share a port in use
-        try:
-            probe.bind((address, port))
-        except OSError:
-            return False
-    return True
-
-
 def is_local(address: str) -> bool:
     """Has this machine the address?"""
-    return port_is_free(address, 0)
+    return agent.port_is_free(address, 0)
 
 
 def option(name: str, value: Union[str, int, float, bool], kind: Callable[[str], Any]) -> Any:

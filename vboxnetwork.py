@@ -12,7 +12,7 @@ from typing import Any, Callable, Container, Dict, Iterable, List, Optional, Seq
 
 import agent
 from faults import BadState, HypervisorError, InvalidParams
-from hypervisor import Job, is_local, option, port_is_free
+from hypervisor import Job, is_local, option
 from vboxconnection import (
     MAKING,
     OFF,
@@ -387,7 +387,7 @@ def moved_forwards(vm: str, rules: List[List[str]], taken: Iterable[int] = ()) -
     moved = []
     taken = set(taken).union(int(rule[3]) for rule in rules)
     for name, protocol, address, port, guest_address, guest_port in rules:
-        if not name.startswith((FORWARD, CHIRP_RULE)) or port_is_free(address, int(port)):
+        if not name.startswith((FORWARD, CHIRP_RULE)) or agent.port_is_free(address, int(port)):
             continue
         if not name.endswith((ANY, CHIRP_RULE)):
             raise BadState('%s can\'t start: another program listens on port %s of this machine, from which '

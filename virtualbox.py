@@ -37,7 +37,7 @@ from faults import (
     NotSupported,
     VMHostError,
 )
-from hypervisor import ConnectionLost, Driver, Job, either, is_local, option, port_is_free
+from hypervisor import ConnectionLost, Driver, Job, either, is_local, option
 from vboxconnection import (
     KEEP,
     MADE_BY_US,
@@ -535,7 +535,7 @@ class Desktop:
                  if each.id != machine.id and each.VRDEServer.enabled}
         low, _, high = self.box.desktop['ports'].partition('-')
         for port in range(int(low), int(high) + 1):
-            if port not in taken and port_is_free(address, port):
+            if port not in taken and agent.port_is_free(address, port):
                 return port
         raise HypervisorError('no port of %s is free on %s' % (self.box.desktop['ports'], address))
 
