@@ -95,8 +95,10 @@ class Host:
     def start(self) -> None:
         """Starts everything. Raises VMHostError, ConfigError or ProtocolError with a sentence."""
         self.machines.start_hypervisor(self.settings, self.folder.path)
-        self.connection.start(self._broker_host())
+        host = self._broker_host()
+        self.connection.start(host, self.folder.port('broker', host, self.settings.Broker.port))
         self.folder.write(BROKER_ADDRESS, '%s:%s' % self.connection.address)
+        self.folder.keep_port('broker', self.connection.address[1])
         self.server = Server(self)
         self.server.start()
         self.journal.event('host-start', text='vmhost %s, pid %d' % (agent.VERSION, os.getpid()))

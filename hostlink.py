@@ -119,21 +119,21 @@ class Connection:
         self._closing = False
         self._last_roll_call = -ROLL_CALL_EVERY
 
-    def start(self, host: str) -> None:
-        """Starts the embedded broker on that address, or uses the one there; then connects.
+    def start(self, host: str, port: int) -> None:
+        """Starts the embedded broker on that address (port 0: any), or uses the one there; then connects.
 
         Raises VMHostError, ConfigError or ProtocolError with a sentence.
         """
-        self.address = host, self._settings.port
-        self._link = self._make_link() if not self._settings.embedded else self._start_broker(host)
+        self.address = host, port
+        self._link = self._make_link() if not self._settings.embedded else self._start_broker(host, port)
         self._link.start()
 
-    def _start_broker(self, host: str) -> InnerLink:
+    def _start_broker(self, host: str, port: int) -> InnerLink:
         settings = self._settings
         self._policy = HostPolicy(self._trust.judge_first)
         self._trust.watch_connections(self._policy.is_there)
         self._broker = stompbroker.Broker(
-            host, settings.port, login=settings.username, passcode=settings.password,
+            host, port, login=settings.username, passcode=settings.password,
             tls=server_tls(settings), policy=self._policy, heartbeat=settings.heartbeat,
             max_frame=settings.max_frame, unidentified=STRANGERS, subscriptions=SUBSCRIPTIONS)
         link = InnerLink(self._broker, self._link_up, self._hear, self._link_down, self._hear_news)
@@ -143,7 +143,7 @@ class Connection:
             cause = error.__context__
             why = agent.why_not_listening(cause) if isinstance(cause, OSError) else error
             raise VMHostError('the broker can\'t listen on %s:%s ([Broker] host, port): %s'
-                              % (host, settings.port, why))
+                              % (host, port, why))
         self.address = self._broker.address
         return link
 

@@ -384,7 +384,8 @@ class Server:
         self._connections: List[Connection] = []       # the oldest first
         self._stopping, self._waker = socket.socketpair()
         self._thread = threading.Thread(target=self._accept_all, name='xmlrpc', daemon=True)
-        self._listener = listen_by_tcp(settings.xmlrpc_listen_on, settings.xmlrpc_port)
+        listen_on = settings.xmlrpc_listen_on
+        self._listener = listen_by_tcp(listen_on, host.folder.port('xmlrpc', listen_on, settings.xmlrpc_port))
         self.address = self._listener.getsockname()[:2]
         self._local = self._listen_here(host.folder.path)
         self._local_path = localsocket.path_in(host.folder.path)
@@ -400,6 +401,7 @@ class Server:
         """Serves, on the thread ``xmlrpc``; the file xmlrpc.address tells clients where."""
         self._thread.start()
         self._folder.write(ADDRESS, '%s:%s' % self.address)
+        self._folder.keep_port('xmlrpc', self.address[1])
 
     def note_asked(self) -> None:
         """Somebody is there."""

@@ -15,6 +15,7 @@ from typing import Callable
 import agent
 from faults import Busy, VMHostError
 
+PORT = '.port'                 # how the name of a file ends that holds a port of last time
 
 class StateFolder:
     """``state_dir``: journal, token, output of commands."""
@@ -108,6 +109,21 @@ class StateFolder:
             self.write(name, make().strip())
         with open(path) as file:
             return file.read().strip()
+
+    def port(self, name: str, address: str, configured: int) -> int:
+        """The port that is configured; where any will do (0), the one that ``keep_port`` noted under that
+        name, if nobody listens there now: who knows the agent by it finds it again."""
+        try:
+            with open(self.file(name + PORT)) as file:
+                last = int(file.read())
+        except (OSError, ValueError):      # the first start, or somebody wrote into it
+            return configured
+        usable = 0 < last < 65536 and agent.port_is_free(address, last)
+        return last if usable and not configured else configured
+
+    def keep_port(self, name: str, port: int) -> None:
+        """Notes a port for the next start. Raises OSError."""
+        self.write(name + PORT, str(port))
 
     def size(self, name: str) -> int:
         """Of a file, in bytes; 0 where there is none."""

@@ -25,6 +25,7 @@ import agent
 import hostagent
 import hostconfig
 import hostserver
+import hoststate
 import hostworkers
 
 pytestmark = [pytest.mark.whole, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
@@ -599,6 +600,35 @@ def test_giant_and_half_frames(host, guest, api):
     assert b'ERROR' in hostile(host, b'SEND\ndestination:/topic/connections\n\n', b'x' * (2 * 2 ** 20))
     hostile(host, b'SEND\ndestination:/top')
     assert api.ping('one') == 'PONG from one'
+
+
+def test_automatic_ports_stay_the_same_over_restarts(tmp_path):
+    """Guests know the broker by its port, and programs the API: neither would find the host again."""
+    host = Host(tmp_path / 'host', broker={'port': 'auto'}, xmlrpc_port='auto')
+    with host, Agent(tmp_path / 'guest', host, '02:00:00:00:00:01') as guest:
+        address, port = host.address, host.broker_port
+        host.stop()
+        host.start()
+        assert (host.address, host.broker_port) == (address, port)
+        wait_until(guest.has_joined, 40)
+        host.stop()
+        with socket.socket() as other:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            other.bind(('127.0.0.1', port))
+            other.listen(1)
+            host.start()
+        assert host.address == address and host.broker_port != port
+
+
+@pytest.mark.parametrize('text', ['', '99999', '-1', 'abc'])
+def test_a_noted_port_that_is_none_is_passed_over(tmp_path, text):
+    folder = hoststate.StateFolder(str(tmp_path / 'state'))
+    try:
+        folder.write('broker.port', text)
+        assert folder.port('broker', '127.0.0.1', 0) == 0
+        assert folder.port('broker', '127.0.0.1', 61613) == 61613
+    finally:
+        folder.close()
 
 
 def test_a_broker_that_cannot_be_reached_is_named(tmp_path):
