@@ -869,6 +869,7 @@ class ChirpServer:
         self._count = 0
         self._stopping = False
         self._listener: Optional[socket.socket] = None
+        self._address = '', 0
         self._thread: Optional[threading.Thread] = None
         self.allow(None if auth == SECRET and allow is None else allow or ())
 
@@ -892,10 +893,10 @@ class ChirpServer:
 
     @property
     def address(self) -> Tuple[str, int]:
-        """Host and port that it listens on."""
+        """Host and port that it listens on, or listened: another thread may ask while it is stopped."""
         if self._listener is None:
             raise ChirpError('the server is not started')
-        return self._listener.getsockname()[:2]
+        return self._address
 
     def start(self) -> 'ChirpServer':
         """Listens and returns. Where it can't, it closes the folder, and is of no more use."""
@@ -904,6 +905,7 @@ class ChirpServer:
         except OSError:
             self.root.close()
             raise
+        self._address = self._listener.getsockname()[:2]
         self._wake, self._waker = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name='chirp', daemon=True)
         self._thread.start()

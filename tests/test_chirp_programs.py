@@ -203,3 +203,10 @@ def test_a_server_that_can_not_listen_leaves_nothing_open(tmp_path):
         with pytest.raises(OSError):
             chirpserver.ChirpServer(str(tmp_path), port=other.getsockname()[1]).start()
         assert sorted(os.listdir('/proc/self/fd')) == before
+
+
+def test_a_stopped_server_still_tells_where_it_was(tmp_path):
+    """A guest's link may ask while the main thread stops the server: no error of a closed socket."""
+    with chirpserver.ChirpServer(str(tmp_path), port=0) as server:
+        address = server.address
+    assert server.address == address
