@@ -37,7 +37,8 @@ class Files:
     @property
     def port(self) -> int:
         """Where files are served; 0: nowhere, or not yet."""
-        return self._server.address[1] if self._server is not None else 0
+        server = self._server              # read once: the main thread may stop it meanwhile
+        return server.address[1] if server is not None else 0
 
     def serve(self, address: str, host: str, shown: Dict[str, str], secret: bytes, id: str) -> None:
         """Serves at that address of this machine, to whoever knows the secret of this id.
