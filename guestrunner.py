@@ -5,6 +5,7 @@ A runner outlives the agent. It has no threads.
 
 import collections
 import contextlib
+import errno
 import gc
 import json
 import logging
@@ -32,7 +33,7 @@ from guestprocesses import (
     was_killed_for_memory,
 )
 from guestspool import Command, describe_error, is_regular, make_way, private, unrun_result
-from gueststart import Origin, Start, become_subreaper
+from gueststart import Origin, Start, become_subreaper, blame
 
 ACK_PATIENCE = 0.05            # seconds after which results that nobody has yet are brought to the disk
 DRAIN = 2.0                    # seconds for the pipes to be emptied after the end of the process
@@ -96,7 +97,8 @@ class Runner:
             return self.finish('lost', describe_error(error))
         except Exception as error:      # of Python or the system: it is the command's
             self.abandon()
-            return self.finish('failed', describe_error(error))
+            is_killed = self.group is not None and self.group.oom_kills() > 0
+            return self.finish('failed', describe_error(error), **{'by': 'oom'} if is_killed else {})
         while not self._reap():
             self._pump(self._patience())
             self._enforce()
@@ -396,7 +398,8 @@ class Runner:
         code = os.WEXITSTATUS(status) if exited else os.WTERMSIG(status)
         state = 'timeout' if self.timed_out else 'exited' if exited else 'signaled'
         by = self._ended_by(exited, code)
-        error = 'ENOMEM: the kernel killed it for want of memory' if by == 'oom' else ''
+        error = 'ENOMEM: the kernel killed it for want of memory' if by == 'oom' else \
+            self._limit_that_ended_it(0 if exited else code)
         if self.timed_out:
             error = 'ran longer than its timeout of %g s' % float(self.request['timeout'])
         if self.failure:
@@ -416,6 +419,13 @@ class Runner:
             self.usage.fields.update(ru_utime=cpu[0], ru_stime=cpu[1])
         peak, kills = self.group.memory_peak(), self.group.oom_kills()
         return dict({} if peak is None else {'memory-peak': peak}, **{'oom-kills': kills} if kills else {})
+
+    def _limit_that_ended_it(self, number: int) -> str:
+        """A sentence for who asked for a limit, of which this signal tells that it was met; else ''."""
+        name, code = blame(self.request.get('limits', {}), number, self.group)
+        is_sure = code != errno.ENOMEM
+        return name and describe_error(OSError(code, 'ended by signal %d%s' % (
+            number, '' if is_sure else ', perhaps for want of room'), name))
 
     def _ended_by(self, exited: bool, number: int) -> str:
         """Who ended the program: itself, timeout, signalCmd, oom (the kernel, for memory), or other.
