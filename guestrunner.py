@@ -38,6 +38,7 @@ from gueststart import Origin, Start, become_subreaper, blame
 ACK_PATIENCE = 0.05            # seconds after which results that nobody has yet are brought to the disk
 DRAIN = 2.0                    # seconds for the pipes to be emptied after the end of the process
 SETTLE = 0.05                  # seconds more for orphans to end, where there are any
+CLOCK_DRIFT = 1.0              # seconds by which the machine's clock may be adjusted, without being set
 UNCOUNTED = 0.001              # seconds of CPU that the sums of two ways to count may differ by
 END_PATIENCE = 10.0            # seconds for processes to be ended that the system doesn't let go of
 FIRST_STATUS = 0.05            # seconds after which a command that still runs is reported
@@ -406,8 +407,15 @@ class Runner:
             state, error = 'failed', self.failure
         self.finish(state, error, finished=exited, exitCodeOrSignal=code, by=by,
                     resources=self.usage.fields, inexact=[] if self._starter else ['ru_maxrss'],
-                    left=len(self._members()), wall=ended - self.begin, started=self.started,
-                    **more)
+                    left=len(self._members()), **self._times(ended), **more)
+
+    def _times(self, ended: float) -> Dict[str, float]:
+        """When it began and ended, by the machine's clock as that stood at the begin; by how many seconds that
+        was set meanwhile, if it was. ``ended``: monotonic."""
+        wall = ended - self.begin
+        was_set = time.time() - self.started - (time.monotonic() - self.begin)
+        return dict({'wall': wall, 'started': self.started, 'ended': self.started + wall},
+                    **{'clock-set': round(was_set, 3)} if abs(was_set) > CLOCK_DRIFT else {})
 
     def _of_the_group(self) -> Dict[str, Any]:
         """What its control group alone can tell, as keys of the result."""

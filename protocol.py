@@ -604,6 +604,7 @@ class STILL_ALIVE:
     @staticmethod
     def howToSay(id: str, ip: str, **load: Any) -> Message:
         """Load: load1, mem_free and disk_free in bytes, running, uptime in seconds."""
+        load['timestamp'] = round(time.time(), 3)      # its clock may be set after its HELLO
         return Message(CONNECTIONS, 'STILL_ALIVE', {'id': id, 'ip': ip}, load)
 
     @staticmethod

@@ -139,6 +139,27 @@ def test_what_is_left_behind_is_said_and_measured_no_further(runners):
     assert cpu(runners.run('true')) < 0.1 and runners.run('true')['left'] == 0
 
 
+def test_setting_the_clock_makes_no_time_of_a_result_wrong(tmp_path, monkeypatch):
+    """The program does it while it runs, once by two hours ahead and once by two back."""
+    class Clock:
+        monotonic = staticmethod(time.monotonic)
+
+        @staticmethod
+        def time():
+            with open(str(tmp_path / 'set')) as file:
+                return time.time() + int(file.read())
+    monkeypatch.setattr(guestrunner, 'time', Clock)
+    runners = Runners(tmp_path)
+    try:
+        for hours in 2, -2, 0:
+            (tmp_path / 'set').write_text('0')
+            result = runners.run('sh', '-c', 'echo $1 > "$0"', str(tmp_path / 'set'), str(hours * 3600))
+            assert abs(result['ended'] - result['started'] - result['wall']) < 0.001, result
+            assert abs(result.get('clock-set', 0) - hours * 3600) < 1
+    finally:
+        runners.close()
+
+
 # --- the fork server and its runners ---
 
 def test_one_runner_of_very_many_tells_of_the_end_as_well(runners, monkeypatch):

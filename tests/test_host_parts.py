@@ -7,6 +7,7 @@ import threading
 import time
 import types
 import xmlrpc.client
+from unittest import mock
 
 import helpers
 import pytest
@@ -418,6 +419,23 @@ def test_what_is_not_answered_is_published_again(journal, clock):
     commands.heard_status(execution, 'running', Message('', 'CMD_STATUS', {}, {'state': 'running'}))
     clock.now += 1000
     assert commands.due() == []
+
+
+def test_setting_the_clock_makes_nothing_expire(journal, clock, monkeypatch):
+    monkeypatch.setattr(hostcommands, 'time', mock.Mock(wraps=time, **{'time.return_value': 10 ** 9}))
+    commands = hostcommands.Commands(journal, clock)
+    _, [execution] = new_command(commands, expires=100)
+    for now in 10 ** 9 + 7200, 10 ** 9 - 7200:
+        hostcommands.time.time.return_value = now
+        assert commands.expired() == [] and commands.time_left(execution) == 100
+    clock.now += 99
+    assert commands.expired() == []
+    hostcommands.time.time.return_value = 10 ** 9 + 99      # the next host has that clock alone
+    again = hostcommands.Commands(journal, clock)
+    assert again.expired() == [] and again.time_left(again.open_ones()[0]) == 1
+    clock.now += 1
+    assert commands.expired() == [execution]
+    assert hostcommands.Commands(journal, clock).time_left(new_command(commands)[1][0]) == float('inf')
 
 
 def test_a_status_that_tells_no_time_does_not_stop_the_clock(journal, clock):
