@@ -410,8 +410,8 @@ class Runner:
                     left=len(self._members()), **self._times(ended), **more)
 
     def _times(self, ended: float) -> Dict[str, float]:
-        """When it began and ended, by the machine's clock as that stood at the begin; by how many seconds that
-        was set meanwhile, if it was. ``ended``: monotonic."""
+        """When it began and ended, by the machine's clock as that stood at the begin; by how many seconds it
+        was set meanwhile. ``ended``: monotonic."""
         wall = ended - self.begin
         was_set = time.time() - self.started - (time.monotonic() - self.begin)
         return dict({'wall': wall, 'started': self.started, 'ended': self.started + wall},

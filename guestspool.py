@@ -523,6 +523,7 @@ class Spool:
         self.shown = os.path.join(state_dir, 'spool')      # the folder that the host may read
         self.folder = os.path.join(self.shown, folder_name(machine_id))
         self._entries = None           # type: Any    # of the sweep that is under way
+        self._troubles = agent.Seldom(log)
         for folder in (state_dir, self.shown, self.folder):
             make_folder(folder)
         try:
@@ -646,7 +647,7 @@ class Spool:
             try:
                 self._sweep_one(Command('', entry.path), keep_spool, dedupe_ttl)
             except OSError as error:
-                log.warning('%s: %s', entry.path, error)
+                self._troubles.warn('sweep', '%s: %s', entry.path, error)
         if len(entries) == SWEEP_SLICE:
             return False
         self._entries = None

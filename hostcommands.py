@@ -273,6 +273,7 @@ class Commands:
             changed, self._unwritten = self._unwritten, {}
         if not changed:
             return
+        written = []
         try:
             with self._journal.writing() as journal:
                 for execution in changed.values():
@@ -280,12 +281,14 @@ class Commands:
                     if journal.execute('UPDATE executions SET state = ? WHERE cmd_id = ? AND vm_id = ? '
                                        'AND ended = 0', state, *execution.index).rowcount:
                         journal.event('cmd-' + state, execution.vm, execution.key)
-                log.info('%s: %s', execution.key, state)
+                        written.append((execution.key, state))
         except JournalError:
             with self._lock:
                 changed.update(self._unwritten)
                 self._unwritten = changed          # the next call tries again
             raise
+        for key, state in written:
+            log.info('%s: %s', key, state)
 
     def finish(self, execution: Execution, results: Dict[str, Any], fetched: bool) -> bool:
         """Journals the end of an execution, once, then wakes whoever waits. False: it has another end.

@@ -341,6 +341,33 @@ def test_want_of_descriptors_is_no_death_of_the_fork_server(guests, monkeypatch)
     guest.result('first')
 
 
+def test_what_goes_wrong_at_each_look_is_logged_once_a_minute(guests, monkeypatch, caplog):
+    guest = guests()
+    monkeypatch.setattr(guestcommands, 'POLL', 0.01)
+    looks = []
+
+    def fail(self, now):
+        looks.append(now)
+        raise OSError(28, 'No space left on device')
+    for cmd_id in 'a', 'b':
+        guest.run(cmd_id, 'sleep', '60')
+        wait_until(lambda cmd_id=cmd_id: guest.state_of(cmd_id) == 'running')
+    with monkeypatch.context() as patched:
+        patched.setattr(guestcommands.Commands, '_look_at', lambda self, command, now: fail(command, now))
+        wait_until(lambda: len(looks) > 20, 20)
+    assert caplog.text.count('ENOSPC') == 1
+
+
+def test_a_result_that_is_sent_again_is_logged_once(guests, monkeypatch, caplog):
+    guest = guests()
+    caplog.set_level('INFO', 'vmguest')
+    monkeypatch.setattr(guestcommands, 'RESEND_EVERY', 0.01)
+    monkeypatch.setattr(guestcommands, 'POLL', 0.01)
+    guest.run('a', 'true')
+    wait_until(lambda: sum(message.word == 'CMD_RESULTS' for message in guest.said['a']) > 3, 20)
+    assert caplog.text.count('a: exited') == 1
+
+
 def test_the_loss_of_the_spool_is_noticed(guests, tmp_path):
     guest = guests()
     guest.run('first', 'true')

@@ -449,6 +449,32 @@ def test_a_status_that_tells_no_time_does_not_stop_the_clock(journal, clock):
     assert execution.status['wall'] == 21
 
 
+def test_a_state_that_can_not_be_journalled_is_not_logged_again_and_again(journal, monkeypatch, caplog):
+    commands = hostcommands.Commands(journal)
+    ids = []
+    for _ in range(2):
+        cmd_id, [execution] = new_command(commands)
+        ids.append(cmd_id)
+        commands.heard_status(execution, 'running', Message('', 'CMD_STATUS', {}, {}))
+    caplog.set_level('INFO', 'vmhost')
+
+    class ReadOnly:
+        def __enter__(self):
+            return mock.Mock()
+
+        def __exit__(self, *exc):
+            raise hostjournal.JournalError('read-only')
+    with monkeypatch.context() as patched:
+        patched.setattr(journal, 'writing', ReadOnly)
+        for _ in range(3):
+            with pytest.raises(hostjournal.JournalError):
+                commands.write_states()
+    assert 'running' not in caplog.text
+    commands.write_states()
+    commands.write_states()
+    assert [record.getMessage() for record in caplog.records] == ['%s: running' % cmd_id for cmd_id in ids]
+
+
 def test_a_host_that_restarts_knows_its_commands(tmp_path):
     path = str(tmp_path / 'journal')
     journal = hostjournal.Journal(path)
