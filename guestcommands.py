@@ -275,12 +275,16 @@ class Commands:
                 command.signals[:0] = unsent
 
     def acknowledge(self, message: Message) -> None:
-        """CMD_ACK: the host has the results; they stay for keep_spool, and then go."""
-        cmd_id = message.text('cmd-id')
+        """CMD_ACK: the host has the results; they stay for keep_spool, and then go: with ``forget`` now."""
+        cmd_id, forget = message.text('cmd-id'), message.flag('forget')
         with self._lock:
             command = self._commands.get(cmd_id)
         self._refusals.acknowledge(cmd_id)
-        if command is None or not command.has_ended():
+        if command is None:
+            if forget:
+                self._spool.let_go(cmd_id)
+            return
+        if not command.has_ended():
             return
         try:
             command.acknowledge(self._spool.clock.now())
@@ -292,6 +296,8 @@ class Commands:
             self._commands.pop(cmd_id, None)
             self._folders.pop(os.path.basename(command.folder), None)
         log.info('%s: acknowledged', cmd_id)
+        if forget:
+            self._spool.let_go(cmd_id)
 
     # What the agent asks.
 

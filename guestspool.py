@@ -634,6 +634,16 @@ class Spool:
             return None
         return command
 
+    def let_go(self, cmd_id: str) -> None:
+        """Empties the folder of what was acknowledged, before its time. From any thread."""
+        command = self.command(cmd_id)
+        try:
+            if command.has('acked'):
+                command.empty(self.clock.now())
+                log.info('%s: its files are deleted', cmd_id)
+        except OSError as error:       # the sweep comes by again
+            self._troubles.warn('forget', '%s: %s', command.folder, describe_error(error))
+
     def sweep(self, keep_spool: float, dedupe_ttl: float) -> bool:
         """Empties what was acknowledged long ago, forgets what was emptied longer ago.
 

@@ -261,6 +261,11 @@ class Control:
         """Has a guest end, or not begin, what was called off."""
         self._say(protocol.CMD_SIGNAL.howToSay(execution.vm_id, execution.cmd_id, 'KILL', cancel=True))
 
+    def let_go(self, execution: Execution) -> None:
+        """Has a guest delete what it keeps of a command that was forgotten here; who is away does so after
+        its keep_spool."""
+        self._say(protocol.CMD_ACK.howToSay(execution.vm_id, execution.cmd_id, forget=True))
+
     # How far it is.
 
     def query(self, execution: Execution, **keys: Any) -> None:
