@@ -509,7 +509,7 @@ def exit_code(screen: Screen, results: Dict[str, Any], vm: str = '') -> int:
     number, state = results['exitCodeOrSignal'], results['state']
     why = results['error'] or state
     is_cut = tell_cut(screen, results, vm)
-    if state not in ('exited', 'signaled'):
+    if state not in ('exited', 'signaled') or results['error']:
         screen.complain('%s%s' % (vm and vm + ': ', why))
     if state == 'timeout' and results['finished']:
         return number or TIMED_OUT      # it ended in peace at the TERM, and still isn't done

@@ -20,6 +20,7 @@ import threading
 import time
 from typing import Any, Callable, Dict, Iterable, Optional
 
+import agent
 from guestconsole import Consoles
 from guestforks import ForkServer
 from guestreports import Reports
@@ -65,6 +66,7 @@ class Commands:
         self._waiting = collections.deque()    # type: Any     # for their turn
         self._active = 0               # commands that begin or run
         self._next_look = time.monotonic()
+        self._troubles = agent.Seldom(log)     # a disk that is full stays so for many looks
 
     # What was there before.
 
@@ -273,23 +275,29 @@ class Commands:
                 command.signals[:0] = unsent
 
     def acknowledge(self, message: Message) -> None:
-        """CMD_ACK: the host has the results; they stay for keep_spool, and then go."""
-        cmd_id = message.text('cmd-id')
+        """CMD_ACK: the host has the results; they stay for keep_spool, and then go: with ``forget`` now."""
+        cmd_id, forget = message.text('cmd-id'), message.flag('forget')
         with self._lock:
             command = self._commands.get(cmd_id)
         self._refusals.acknowledge(cmd_id)
-        if command is None or not command.has_ended():
+        if command is None:
+            if forget:
+                self._spool.let_go(cmd_id)
+            return
+        if not command.has_ended():
             return
         try:
             command.acknowledge(self._spool.clock.now())
         except OSError as error:
-            log.warning('%s: acknowledged, but %s', cmd_id, describe_error(error))
+            self._troubles.warn('acknowledge', '%s: acknowledged, but %s', cmd_id, describe_error(error))
             return              # it is sent again, and acknowledged again
         with self._lock:
             self._set_state(command, 'acknowledged')
             self._commands.pop(cmd_id, None)
             self._folders.pop(os.path.basename(command.folder), None)
         log.info('%s: acknowledged', cmd_id)
+        if forget:
+            self._spool.let_go(cmd_id)
 
     # What the agent asks.
 
@@ -354,7 +362,7 @@ class Commands:
             try:
                 self._look_at(command, now)
             except OSError as error:        # a full disk, say: the others' turn comes all the same
-                log.error('%s: %s', command.cmd_id, describe_error(error))
+                self._troubles.warn('look', '%s: %s', command.cmd_id, describe_error(error))
         self._refusals.look(now)
         if not self._spool.is_there():
             self._restart('the spool %s was deleted: what ran is lost' % self._spool.folder)
@@ -467,24 +475,26 @@ class Commands:
 
     def _send_results(self, command: Command) -> None:
         """Of a command that has a result.json. Raises OSError where that is damaged and can't be replaced."""
+        is_first = not command.has_ended() or not command.sent
         command.sent = time.monotonic()
         try:
             result = command.result()
         except (OSError, ValueError) as error:
-            result = self._replace_result(command, error)
+            result = replace_result(command, error)
         with self._lock:
             if not command.has_ended():
                 self._set_state(command, result['state'])
         self._reports.results(command, result)
-        log.info('%s: %s', command.cmd_id, result['state'])
+        log.log(logging.INFO if is_first else logging.DEBUG, '%s: %s', command.cmd_id, result['state'])
 
-    def _replace_result(self, command: Command, error: Exception) -> Dict[str, Any]:
-        """A torn result.json is set aside, and the command is lost."""
-        aside = command.path('result.json.corrupt-%d' % time.time())
-        log.error('%s is damaged (%s): set aside as %s', command.path('result.json'), error, aside)
-        os.rename(command.path('result.json'), aside)
-        command.end('lost', 'its result was damaged: %s' % error)
-        return command.result()
+
+def replace_result(command: Command, error: Exception) -> Dict[str, Any]:
+    """A torn result.json is set aside, and the command is lost. Raises OSError."""
+    aside = command.path('result.json.corrupt-%d' % time.time())
+    log.error('%s is damaged (%s): set aside as %s', command.path('result.json'), error, aside)
+    os.rename(command.path('result.json'), aside)
+    command.end('lost', 'its result was damaged: %s' % error)
+    return command.result()
 
 
 def why_of_boot(command: Command) -> str:

@@ -49,6 +49,7 @@ class ForkServer:
         self._lock = threading.Lock()
         self._free = []                # type: List[socket.socket]
         self._busy = []                # type: List[socket.socket]
+        self._troubles = agent.Seldom(log)     # each that waits is tried again every second
         self.place = find_place()
         self.place.settle()            # before there is a process that would have to be moved
         agent.release_memory()         # rather than have each runner share what nobody uses
@@ -121,7 +122,7 @@ class ForkServer:
             except OSError as error:
                 if error.errno not in SCARCE:
                     raise ConnectionError('the fork server died: %s' % error)
-                log.warning('no runner for %s now: %s', folder, error.strerror)
+                self._troubles.warn('run', 'no runner for %s now: %s', folder, error.strerror)
                 return False
             return True
 

@@ -5,6 +5,7 @@ A runner outlives the agent. It has no threads.
 
 import collections
 import contextlib
+import errno
 import gc
 import json
 import logging
@@ -32,11 +33,12 @@ from guestprocesses import (
     was_killed_for_memory,
 )
 from guestspool import Command, describe_error, is_regular, make_way, private, unrun_result
-from gueststart import Origin, Start, become_subreaper
+from gueststart import Origin, Start, become_subreaper, blame
 
 ACK_PATIENCE = 0.05            # seconds after which results that nobody has yet are brought to the disk
 DRAIN = 2.0                    # seconds for the pipes to be emptied after the end of the process
 SETTLE = 0.05                  # seconds more for orphans to end, where there are any
+CLOCK_DRIFT = 1.0              # seconds by which the machine's clock may be adjusted, without being set
 UNCOUNTED = 0.001              # seconds of CPU that the sums of two ways to count may differ by
 END_PATIENCE = 10.0            # seconds for processes to be ended that the system doesn't let go of
 FIRST_STATUS = 0.05            # seconds after which a command that still runs is reported
@@ -96,7 +98,8 @@ class Runner:
             return self.finish('lost', describe_error(error))
         except Exception as error:      # of Python or the system: it is the command's
             self.abandon()
-            return self.finish('failed', describe_error(error))
+            is_killed = self.group is not None and self.group.oom_kills() > 0
+            return self.finish('failed', describe_error(error), **{'by': 'oom'} if is_killed else {})
         while not self._reap():
             self._pump(self._patience())
             self._enforce()
@@ -396,15 +399,23 @@ class Runner:
         code = os.WEXITSTATUS(status) if exited else os.WTERMSIG(status)
         state = 'timeout' if self.timed_out else 'exited' if exited else 'signaled'
         by = self._ended_by(exited, code)
-        error = 'ENOMEM: the kernel killed it for want of memory' if by == 'oom' else ''
+        error = 'ENOMEM: the kernel killed it for want of memory' if by == 'oom' else \
+            self._limit_that_ended_it(0 if exited else code)
         if self.timed_out:
             error = 'ran longer than its timeout of %g s' % float(self.request['timeout'])
         if self.failure:
             state, error = 'failed', self.failure
         self.finish(state, error, finished=exited, exitCodeOrSignal=code, by=by,
                     resources=self.usage.fields, inexact=[] if self._starter else ['ru_maxrss'],
-                    left=len(self._members()), wall=ended - self.begin, started=self.started,
-                    **more)
+                    left=len(self._members()), **self._times(ended), **more)
+
+    def _times(self, ended: float) -> Dict[str, float]:
+        """When it began and ended, by the machine's clock as that stood at the begin; by how many seconds it
+        was set meanwhile. ``ended``: monotonic."""
+        wall = ended - self.begin
+        was_set = time.time() - self.started - (time.monotonic() - self.begin)
+        return dict({'wall': wall, 'started': self.started, 'ended': self.started + wall},
+                    **{'clock-set': round(was_set, 3)} if abs(was_set) > CLOCK_DRIFT else {})
 
     def _of_the_group(self) -> Dict[str, Any]:
         """What its control group alone can tell, as keys of the result."""
@@ -416,6 +427,13 @@ class Runner:
             self.usage.fields.update(ru_utime=cpu[0], ru_stime=cpu[1])
         peak, kills = self.group.memory_peak(), self.group.oom_kills()
         return dict({} if peak is None else {'memory-peak': peak}, **{'oom-kills': kills} if kills else {})
+
+    def _limit_that_ended_it(self, number: int) -> str:
+        """A sentence for who asked for a limit, of which this signal tells that it was met; else ''."""
+        name, code = blame(self.request.get('limits', {}), number, self.group)
+        is_sure = code != errno.ENOMEM
+        return name and describe_error(OSError(code, 'ended by signal %d%s' % (
+            number, '' if is_sure else ', perhaps for want of room'), name))
 
     def _ended_by(self, exited: bool, number: int) -> str:
         """Who ended the program: itself, timeout, signalCmd, oom (the kernel, for memory), or other.

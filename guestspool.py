@@ -523,6 +523,7 @@ class Spool:
         self.shown = os.path.join(state_dir, 'spool')      # the folder that the host may read
         self.folder = os.path.join(self.shown, folder_name(machine_id))
         self._entries = None           # type: Any    # of the sweep that is under way
+        self._troubles = agent.Seldom(log)
         for folder in (state_dir, self.shown, self.folder):
             make_folder(folder)
         try:
@@ -633,6 +634,16 @@ class Spool:
             return None
         return command
 
+    def let_go(self, cmd_id: str) -> None:
+        """Empties the folder of what was acknowledged, before its time. From any thread."""
+        command = self.command(cmd_id)
+        try:
+            if command.has('acked'):
+                command.empty(self.clock.now())
+                log.info('%s: its files are deleted', cmd_id)
+        except OSError as error:       # the sweep comes by again
+            self._troubles.warn('forget', '%s: %s', command.folder, describe_error(error))
+
     def sweep(self, keep_spool: float, dedupe_ttl: float) -> bool:
         """Empties what was acknowledged long ago, forgets what was emptied longer ago.
 
@@ -646,7 +657,7 @@ class Spool:
             try:
                 self._sweep_one(Command('', entry.path), keep_spool, dedupe_ttl)
             except OSError as error:
-                log.warning('%s: %s', entry.path, error)
+                self._troubles.warn('sweep', '%s: %s', entry.path, error)
         if len(entries) == SWEEP_SLICE:
             return False
         self._entries = None

@@ -25,12 +25,12 @@ import struct
 import sys
 import termios
 import time
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from guestcgroup import LIMITS as OF_GROUPS
 from guestcgroup import Group, Place
 from guestidentity import PASSED
-from guestprocesses import children_of, executable, is_stopped, signal_all
+from guestprocesses import children_of, executable, is_alive, is_stopped, signal_all, stat_fields
 from guestspool import Command, private
 
 LIMITS = {'as': resource.RLIMIT_AS, 'cpu': resource.RLIMIT_CPU, 'fsize': resource.RLIMIT_FSIZE,
@@ -40,10 +40,15 @@ LOOK_EVERY = 0.2               # seconds between looks whether the start was can
 OWN_PATH = '/usr/local/bin:/usr/bin:/bin'      # PATH of another user …
 ROOTS_PATH = '/usr/local/sbin:/usr/sbin:/sbin:' + OWN_PATH     # … and of root
 REPORT = 3                     # the descriptor on which the starter reports
+LEAST = {'nofile': REPORT + 1, 'cpu': 1, 'as': 128 * 1024}     # with less no program can begin (its stack)
+# What a death by these signals speaks for, where such a limit was asked for.
+DEATHS = {'cpu': (errno.ETIME, (signal.SIGXCPU,)), 'fsize': (errno.EFBIG, (signal.SIGXFSZ,)),
+          'as': (errno.ENOMEM, (signal.SIGSEGV, signal.SIGBUS, signal.SIGKILL))}
 # Signals that end a program which doesn't care for them, and so a command that hasn't begun.
 ENDING = (signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGABRT)
 BECOMES = b'SX'                # records by which a child tells what it becomes: the starter, the program
 OF_FOLDER, OF_INPUT = 'its folder', 'standard input'       # whose errors aren't the program's
+STARTERS_NAME = 'vmguest-starter'
 SPARE = 10                     # descriptors from here on are free to be moved to
 SET_CHILD_SUBREAPER = 36       # of prctl
 
@@ -97,7 +102,7 @@ def make_starter() -> int:
     try:
         import ctypes  # which a Python may have been built without
         libc = ctypes.CDLL(None)
-        descriptor = libc.memfd_create(b'vmguest-starter', 1)      # MFD_CLOEXEC
+        descriptor = libc.memfd_create(STARTERS_NAME.encode(), 1)      # MFD_CLOEXEC
         if descriptor < 0:
             return -1
         os.write(descriptor, header + segment + code)
@@ -279,7 +284,8 @@ class Start:
             try:
                 self._become_program(reporter, out, err, stdin)
             except BaseException as error:
-                number = getattr(error, 'errno', None) or errno.EINVAL
+                number = getattr(error, 'errno', None) or (
+                    errno.ENOMEM if isinstance(error, MemoryError) else errno.EINVAL)
                 text = getattr(error, 'strerror', None) or '%s: %s' % (type(error).__name__, error)
                 about = getattr(error, 'filename', None)
                 about = os.fsdecode(about) if isinstance(about, (str, bytes)) else ''
@@ -322,7 +328,7 @@ class Start:
 
     def _read_report(self, data: bytes) -> int:
         """Records of a letter and a number; of this program's own child, the last one may be a JSON array."""
-        pid = 0 if self._is_starter else self.child
+        pid = 0
         for at in range(0, len(data), 5):
             kind, number = data[at:at + 1], int.from_bytes(data[at + 1:at + 5], 'little')
             if kind == b'[':
@@ -332,9 +338,28 @@ class Start:
                 raise not_the_program(number, OF_FOLDER, self._folder) if kind == b'D' else \
                     OSError(number, os.strerror(number), self._words[0])
             pid = {b'S': 0, b'X': self.child}.get(kind, number)
-        if not pid:
-            raise ChildProcessError(errno.ECHILD, 'what was to begin it was killed: perhaps it had begun')
-        return pid
+        return pid or self._begun_in_silence()
+
+    def _begun_in_silence(self) -> int:
+        """The program of who was killed before it could tell. Raises OSError where it hasn't begun, and
+        ChildProcessError where that can't be known."""
+        _, status = os.waitpid(self.child, 0)
+        try:           # a program is the only child of the runner now, with what it has left
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            raise self._not_begun(os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0)
+        found = children_of(os.getpid())
+        if len(found) == 1 and is_program(found[0]):
+            return found[0]
+        raise ChildProcessError(errno.ECHILD, 'what was to begin it was killed: perhaps it had begun')
+
+    def _not_begun(self, number: int) -> OSError:
+        """What a command fails with whose program was to be begun by a process that this signal ended."""
+        if number in self._command.sent_signals():
+            return InterruptedError(errno.EINTR, 'a signal came before the program began')
+        name, code = blame(self._request.get('limits', {}), number, self._group)
+        return OSError(code or errno.ECANCELED, 'ended by signal %d before it began' % number,
+                       name or self._words[0])
 
     # In the child.
 
@@ -360,17 +385,18 @@ class Start:
         path = find_program(words[0], self._folder, env)
         for fd, number in ((stdin, 0), (out, 1), (err, 2)):
             os.dup2(fd, number)
-        for name, value in request.get('limits', {}).items():
-            if name not in OF_GROUPS:
-                set_limit(name, int(value))
+        limits = request.get('limits', {})
+        for name in sorted(set(limits).difference(OF_GROUPS), reverse=True):   # ``as`` last: this takes room
+            set_limit(name, int(limits[name]))
         if entrance >= 0:      # so late, since what this process uses isn't the program's
             with contextlib.suppress(OSError):
                 os.write(entrance, b'0')
         if request.get('terminal'):
             os.setsid()
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+            os.write(reporter, b'X\0\0\0\0')
             os.execve(path, words, env)
-        if self._origin.starter >= 0:
+        if self._origin.starter >= 0 and min(limits.get('nproc', 2), limits.get('pids', 2)) > 1:
             os.dup2(reporter, REPORT)
             os.write(REPORT, b'S\0\0\0\0')
             try:
@@ -378,10 +404,9 @@ class Start:
             except OSError as error:
                 if error.errno == errno.E2BIG:
                     raise OSError(error.errno, error.strerror, words[0])
-            # A system that executes nothing that is in memory alone.
-            os.write(REPORT, b'X\0\0\0\0')
-            os.set_inheritable(REPORT, False)
+            os.set_inheritable(REPORT, False)      # a system that executes nothing that is in memory alone
         os.setsid()
+        os.write(reporter, b'X\0\0\0\0')
         os.execve(path, words, env)
 
     def _enter_folder(self) -> None:
@@ -477,9 +502,30 @@ def set_limit(name: str, value: int) -> None:
     which = LIMITS.get(name)
     if which is None:
         raise ValueError('no limit %s on this system' % name)
-    if name == 'nofile' and value <= REPORT:
-        raise OSError(errno.EINVAL, 'too few for a program to begin: %d' % value, 'limits.nofile')
+    if value < LEAST.get(name, 0):
+        raise OSError(errno.EINVAL, 'no program can begin with %d' % value, 'limits.%s' % name)
     try:
         resource.setrlimit(which, (value, value + 5 if name == 'cpu' else value))
     except ValueError as error:        # what the system refuses with EPERM
         raise OSError(errno.EPERM, str(error), 'limits.%s' % name)
+    except OverflowError:
+        raise OSError(errno.EINVAL, 'larger than any limit: %d' % value, 'limits.%s' % name)
+
+
+def blame(limits: Dict[str, Any], number: int, group: Optional[Group]) -> Tuple[str, int]:
+    """The limit that a death by this signal speaks for, and its errno; '' and 0 for none."""
+    if 'memory' in limits and number == signal.SIGKILL and group is not None and group.oom_kills():
+        return 'limits.memory', errno.ENOMEM
+    for name, (code, signals) in DEATHS.items():
+        if name in limits and number in signals:
+            return 'limits.%s' % name, code
+    return '', 0
+
+
+def is_program(pid: int) -> bool:
+    """Whether a child whose starter was killed has become the program: it runs as that, or has ended by
+    itself, of which only what has begun is able."""
+    if is_alive(stat_fields(pid)):
+        return STARTERS_NAME not in executable(pid)
+    ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    return ended is not None and ended.si_code == os.CLD_EXITED

@@ -246,7 +246,7 @@ class Clock:
         for guest, liveness in self._host.guests.tick(self._host.machines.is_suspended):
             log.info('%s is %s', guest.name, liveness)
             self._host.journal.note('guest-' + liveness, guest.name, '',
-                                    'nothing heard for %.0f s' % (time.time() - guest.last_seen),
+                                    'nothing heard for %.0f s' % (time.monotonic() - guest.heard),
                                     durable=False)
 
     def _delete_old(self, now: float) -> None:

@@ -807,7 +807,7 @@ class CommandMethods(Methods):
 
     @audited
     def forgetCmd(self, id: str) -> bool:
-        """Deletes a finished command from the journal, and its output.
+        """Deletes a finished command from the journal, and its output, here and in its guest.
 
             >>> host.forgetCmd(cmd_id)
             True
@@ -816,6 +816,7 @@ class CommandMethods(Methods):
         self._host.commands.forget(executions)
         for execution in executions:
             self._host.fetcher.forget(execution)
+            self._host.control.let_go(execution)
         return True
 
 

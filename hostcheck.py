@@ -92,7 +92,7 @@ def check_guest(guest: Dict[str, Any]) -> agent.Finding:
     what = 'guest %s, %s' % (guest['name'], guest['facts'].get('version', 'of an unknown version'))
     if guest['agent'] != 'alive':
         return agent.Finding(False, what, 'nothing was heard for %s: is the VM paused, or its network '
-                             'down?' % shown_span(time.time() - guest['lastSeen']), needed=False)
+                             'down?' % shown_span(max(0, time.time() - guest['lastSeen'])), needed=False)
     if abs(guest['clockOffset']) > CLOCK_TOLERANCE:
         return agent.Finding(False, what, 'its clock is %s %s: set it (ntpdate, chronyd, or VirtualBox\'s '
                              'Guest Additions); commands work, the times of their files are wrong'

@@ -68,6 +68,8 @@ class Commands:
         # Of what ended last: its results are asked for next.
         self._recent = collections.OrderedDict()  # type: collections.OrderedDict[str, Execution]
         for execution in journal.executions('ended = 0'):
+            if execution.expires:
+                execution.deadline = clock() + execution.expires - time.time()
             self._keep(execution)
             if execution.state in ('queued', 'sent'):
                 execution.next_publish = clock()       # an earlier host may have died before it was
@@ -86,7 +88,7 @@ class Commands:
         targets   see is_repeated: another caller may have come with that id a moment ago
         """
         cmd_id = cmd_id or time.strftime('%Y%m%d-%H%M%S-', time.gmtime()) + secrets.token_hex(4)
-        submitted, life = time.time(), request['options'].get('expires', 0)
+        asked, submitted, life = self._clock(), time.time(), request['options'].get('expires', 0)
         expires = life and submitted + life
         cmd, line = well_formed(request['cmd']), command_line(request)
         executions = [Execution(cmd_id, guest.id, guest.name, multicast, cmd,
@@ -105,6 +107,7 @@ class Commands:
         with self._lock:
             for execution in executions:
                 execution.status = {'in-offset': 0}        # no earlier host has sent any input
+                execution.deadline = asked + life if life else None
                 self._keep(execution)
                 if execution.state == 'queued':
                     execution.next_publish = self._clock()     # as soon as its agent is there
@@ -155,10 +158,14 @@ class Commands:
 
     def expired(self) -> List[Execution]:
         """What should have begun by now, and may not have."""
-        now = time.time()
         with self._lock:
             return [execution for execution in self._open.values()
-                    if 0 < execution.expires <= now and execution.state in ('queued', 'sent')]
+                    if execution.state in ('queued', 'sent') and self.time_left(execution) <= 0]
+
+    def time_left(self, execution: Execution) -> float:
+        """Seconds within which it has to begin, whoever sets the machine's clock meanwhile; infinity: no
+        limit."""
+        return float('inf') if execution.deadline is None else execution.deadline - self._clock()
 
     def open_of(self, vm_id: str) -> List[Execution]:
         """The unfinished executions on that VM."""
@@ -266,6 +273,7 @@ class Commands:
             changed, self._unwritten = self._unwritten, {}
         if not changed:
             return
+        written = []
         try:
             with self._journal.writing() as journal:
                 for execution in changed.values():
@@ -273,12 +281,14 @@ class Commands:
                     if journal.execute('UPDATE executions SET state = ? WHERE cmd_id = ? AND vm_id = ? '
                                        'AND ended = 0', state, *execution.index).rowcount:
                         journal.event('cmd-' + state, execution.vm, execution.key)
-                log.info('%s: %s', execution.key, state)
+                        written.append((execution.key, state))
         except JournalError:
             with self._lock:
                 changed.update(self._unwritten)
                 self._unwritten = changed          # the next call tries again
             raise
+        for key, state in written:
+            log.info('%s: %s', key, state)
 
     def finish(self, execution: Execution, results: Dict[str, Any], fetched: bool) -> bool:
         """Journals the end of an execution, once, then wakes whoever waits. False: it has another end.
@@ -473,7 +483,7 @@ def lost_results(cmd_id: str, reason: str, state: str = 'lost', by: str = '') ->
             'error': reason, 'wall': 0, 'started': 0, 'ended': time.time(), 'out-size': 0,
             'err-size': 0, 'out-offset': 0, 'err-offset': 0, 'out-truncated': False,
             'err-truncated': False, 'spool': '', 'by': by, 'inexact': [], 'left': 0, 'memory-peak': 0,
-            'oom-kills': 0}
+            'oom-kills': 0, 'clock-set': 0}
 
 
 def describe_end(results: Dict[str, Any]) -> str:
@@ -522,7 +532,7 @@ def read_results(message: Message) -> Dict[str, Any]:
     results['inexact'] = [name for name in message.sequence('inexact') if name in protocol.RUSAGE_FIELDS]
     for name in ('left', 'memory-peak', 'oom-kills'):
         results[name] = int(message.number(name))
-    for name in ('wall', 'started', 'ended'):
+    for name in ('wall', 'started', 'ended', 'clock-set'):
         results[name] = message.number(name)
     for stream in ('out', 'err'):
         _read_stream(message, stream, results)

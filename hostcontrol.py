@@ -8,6 +8,7 @@ Threads: any thread may call. ``Answers`` and ``Control`` have a lock each, for 
 import base64
 import contextlib
 import logging
+import math
 import secrets
 import threading
 import time
@@ -170,11 +171,12 @@ class Control:
 
     def publish(self, execution: Execution, request: Optional[Dict[str, Any]] = None) -> None:
         """Sends a command to its VM, for the first time or again: the guest runs it once."""
-        if 0 < execution.expires <= time.time():
+        life = self._commands.time_left(execution)
+        if life <= 0:
             return                     # give_up_expired ends it
         if request is None:
             request = self._commands.request(execution.cmd_id)['request']
-        if self._say(cmd_run(execution.vm_id, execution.cmd_id, request, execution.expires)):
+        if self._say(cmd_run(execution.vm_id, execution.cmd_id, request, life)):
             log.log(logging.INFO if execution.attempts else logging.DEBUG, '%s: sent to %s%s', execution.key,
                     execution.vm, ' again' if execution.attempts else '')
         for name in execution.signals:
@@ -253,11 +255,16 @@ class Control:
             if execution.state == 'sent':
                 self.recall(execution)
             self._commands.call_off(execution, 'expired', 'ETIME: it had not begun within %g s'
-                                    % (execution.expires - execution.submitted))
+                                    % round(execution.expires - execution.submitted, 3))
 
     def recall(self, execution: Execution) -> None:
         """Has a guest end, or not begin, what was called off."""
         self._say(protocol.CMD_SIGNAL.howToSay(execution.vm_id, execution.cmd_id, 'KILL', cancel=True))
+
+    def let_go(self, execution: Execution) -> None:
+        """Has a guest delete what it keeps of a command that was forgotten here; who is away does so after
+        its keep_spool."""
+        self._say(protocol.CMD_ACK.howToSay(execution.vm_id, execution.cmd_id, forget=True))
 
     # How far it is.
 
@@ -359,12 +366,13 @@ def has_begun(execution: Execution) -> bool:
     return execution.runs or execution.state not in ('queued', 'sent', 'running')
 
 
-def cmd_run(to: str, cmd_id: str, request: Dict[str, Any], expires: float = 0) -> Message:
-    """The CMD_RUN of a request; ``expires`` since 1970. Bytes that aren't UTF-8 go along in base64."""
+def cmd_run(to: str, cmd_id: str, request: Dict[str, Any], life: float = math.inf) -> Message:
+    """The CMD_RUN of a request, which has so many seconds to begin. Bytes that aren't UTF-8 go along in
+    base64."""
     options = dict(request['options'])
     options.pop('mayReturn', None)     # this host's business
-    if expires:
-        options['expires'] = max(0.001, expires - time.time())
+    if life < math.inf:
+        options['expires'] = max(0.001, round(life, 3))
     for name in ('cmd', 'path'):
         if not is_utf8(request[name]):
             options[name + '64'] = to_base64(request[name])

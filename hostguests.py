@@ -140,6 +140,12 @@ class Guests:
                 guest.loads.append(dict(load, time=guest.last_seen))
             return True
 
+    def set_clock_offset(self, id: str, offset: float) -> None:
+        """A guest has told what its clock says by now."""
+        with self._lock:
+            if id in self._known:
+                self._known[id].clock_offset = offset
+
     def loads_of(self, guest: Guest) -> List[Dict[str, float]]:
         """What its beacons told of the last minutes, each with its ``time`` since 1970."""
         with self._lock:

@@ -385,8 +385,8 @@ class Execution:
     """One command on one VM. What a thread reads of it may be a moment old, and is never torn."""
 
     __slots__ = ('cmd_id', 'vm_id', 'vm', 'multicast', 'cmd', 'state', 'submitted', 'ended', 'results',
-                 'fetched', 'expires', 'line', 'status', 'status_time', 'asked', 'attempts', 'next_publish',
-                 'signals', 'runs', 'done')
+                 'fetched', 'expires', 'deadline', 'line', 'status', 'status_time', 'asked', 'attempts',
+                 'next_publish', 'signals', 'runs', 'done')
 
     def __init__(self, cmd_id: str, vm_id: str, vm: str, multicast: Any, cmd: str, state: str,
                  submitted: float, ended: float = 0, results: str = '', fetched: Any = 1, expires: float = 0,
@@ -402,6 +402,7 @@ class Execution:
         self.results = results
         self.fetched = bool(fetched)       # whether all output is here, or never will be
         self.expires = expires             # since 1970: from then on it isn't begun; 0: it never expires
+        self.deadline = None               # type: Optional[float]   # the same, monotonic, while unfinished
         self.line = line                   # command and arguments, as a list shows them
         self.status = {}                   # type: Dict[str, Any]
         self.status_time = 0.0             # monotonic

@@ -39,7 +39,7 @@ FETCHERS = 32                  # threads that fetch output of commands: some gue
 WAITING = 1000                 # commands of one guest whose output waits for its turn
 FETCH_TIME = 30.0              # seconds for all output of a command, and …
 SLOWEST = 256 * 1024           # … a second more for so many bytes of fetch_limit
-FETCH_PATIENCE = 600.0         # seconds after a command's end in which its output is tried for
+FETCH_PATIENCE = 600.0         # seconds after the first failure in which a command's output is tried for
 
 
 class Fetcher:
@@ -60,6 +60,7 @@ class Fetcher:
         self._lock = threading.Lock()
         self._under_way: Dict[Tuple[str, str], threading.Event] = {}       # what is set cancels it
         self._waiting = {}     # type: Dict[str, collections.deque]    # behind the one of each guest
+        self._failing = {}     # type: Dict[Tuple[str, str], float]    # since when, monotonic
         self._sweeps = False
 
     def path(self, execution: Execution, stream: str) -> str:
@@ -154,6 +155,8 @@ class Fetcher:
         self._delete(execution)
 
     def _delete(self, execution: Execution) -> None:
+        with self._lock:
+            self._failing.pop(execution.index, None)
         for stream in STREAMS:
             path = self.path(execution, stream)
             remove_file(path)
@@ -184,7 +187,7 @@ class Fetcher:
         except Exception:
             log.exception('fetching the output of %s', execution.key)
             return False
-        self._commands.fetched(execution)
+        self._is_fetched(execution)
         return True
 
     def _is_unfetched(self, execution: Execution) -> bool:
@@ -196,14 +199,21 @@ class Fetcher:
         """Whether the rest of the output is left to the guest, which keeps it for keep_spool."""
         if isinstance(error, chirpwire.Cancelled):
             return False
+        with self._lock:       # not by the end of the command: the clock may have been set, this host away
+            since = self._failing.setdefault(execution.index, time.monotonic())
         last = isinstance(error, (chirpwire.Refused, NoFiles)) or isinstance(error, chirpwire.ChirpError) \
-            and time.time() - execution.ended > FETCH_PATIENCE     # not where this disk is full
+            and time.monotonic() - since > FETCH_PATIENCE          # not where this disk is full
         log.log(logging.WARNING if last else logging.INFO, 'output of %s can\'t be fetched%s: %s',
                 execution.key, ', and stays in the guest for its keep_spool' if last else ' now',
                 agent.sentence(error))
         if last:
-            self._commands.fetched(execution)
+            self._is_fetched(execution)
         return last
+
+    def _is_fetched(self, execution: Execution) -> None:
+        self._commands.fetched(execution)
+        with self._lock:
+            self._failing.pop(execution.index, None)
 
     def _fetch_streams(self, execution: Execution, cancel: threading.Event) -> None:
         """To the disk, not only to the system: the guest is told that it may delete its own."""

@@ -192,8 +192,10 @@ class Words:
 
     def heard_still_alive(self, message: Message) -> None:
         """A beacon, with the load."""
-        self._sender(message, {name: message.number(name) for name in (
+        sender = self._sender(message, {name: message.number(name) for name in (
             'load1', 'mem_free', 'disk_free', 'running', 'uptime') if message.get(name) is not None})
+        if 'timestamp' in message.keys:        # a header of that name may be a broker's
+            self._guests.set_clock_offset(sender, clock_offset(message))
 
     def heard_pong(self, message: Message) -> None:
         """An answer to PING, from whom it was sent to."""

@@ -604,6 +604,7 @@ class STILL_ALIVE:
     @staticmethod
     def howToSay(id: str, ip: str, **load: Any) -> Message:
         """Load: load1, mem_free and disk_free in bytes, running, uptime in seconds."""
+        load['timestamp'] = round(time.time(), 3)      # its clock may be set after its HELLO
         return Message(CONNECTIONS, 'STILL_ALIVE', {'id': id, 'ip': ip}, load)
 
     @staticmethod
@@ -736,12 +737,13 @@ class CMD_RESULTS:
 
 
 class CMD_ACK:
-    """The host has the results safe."""
+    """The host has the results safe; or nobody will ask for them any more."""
     listeners = ('guest',)
 
     @staticmethod
-    def howToSay(to: str, cmd_id: str) -> Message:
-        return Message(CMD_REQUESTS, 'CMD_ACK', {'to': to, 'cmd-id': cmd_id})
+    def howToSay(to: str, cmd_id: str, forget: bool = False) -> Message:
+        return Message(CMD_REQUESTS, 'CMD_ACK', {'to': to, 'cmd-id': cmd_id},
+                       {'forget': True} if forget else {})
 
     @staticmethod
     def listenAndAct(agent: Any, message: Message) -> None:

@@ -67,6 +67,11 @@ def try_limits(layout):
     tell('a fifth of a core', commands.run(*python, SPIN, limits={'cpus': 0.2}))
     tell('too many', commands.run('sh', '-c', 'for i in 1 2 3 4 5 6 7 8; do sleep 1 & done; wait',
                                   limits={'pids': 4}))
+    for name in 'memory', 'pids':
+        for value in 0, 1:
+            tell('no %s, %d' % (name, value), commands.run('echo', 'ran', limits={name: value}))
+            tell('no %s of its user, %d' % (name, value),
+                 commands.run('echo', 'ran', limits={name: value}, user='65534'))
     tell('escaped', commands.run('sh', '-c', 'setsid sleep 90 & setsid setsid sleep 91 & sleep 92',
                                  timeout=1))
     nest = commands.forks.place.nest(commands.root)

@@ -111,6 +111,12 @@ def test_what_is_missing_beside_the_program_is_no_missing_program(host, guests, 
     assert done.returncode == 255 and b'ENOENT: ' in done.stderr and b'no-such' in done.stderr
 
 
+def test_what_was_ended_for_a_limit_is_told_which(host, guests):
+    done = host.verb('run', '-l', 'cpu=1', 'one', '--', 'sh', '-c', 'kill -XCPU $$')
+    assert done.returncode == 128 + signal.SIGXCPU
+    assert done.stderr == b'vmhost: ETIME: ended by signal 24: limits.cpu\n'
+
+
 def test_an_option_of_zero_is_one(host, guests):
     stubborn = 'trap "" TERM; while :; do sleep 1; done'
     done = host.verb('run', '-T', '0.5', '-k', '0', 'one', '--', 'sh', '-c', stubborn)

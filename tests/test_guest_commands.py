@@ -82,8 +82,8 @@ class Guest:
     def signal(self, cmd_id, name, **keys):
         self.commands.signal(Message('', 'CMD_SIGNAL', {'cmd-id': cmd_id, 'signal': name}, keys))
 
-    def acknowledge(self, cmd_id):
-        self.commands.acknowledge(Message('', 'CMD_ACK', {'cmd-id': cmd_id}))
+    def acknowledge(self, cmd_id, **keys):
+        self.commands.acknowledge(Message('', 'CMD_ACK', {'cmd-id': cmd_id}, keys))
 
     def state_of(self, cmd_id):
         """As it was told last."""
@@ -339,6 +339,56 @@ def test_want_of_descriptors_is_no_death_of_the_fork_server(guests, monkeypatch)
     assert guest.result('c')['out'] == 'hello\n' and not guest.restarts
     guest.signal('first', 'KILL')
     guest.result('first')
+
+
+@pytest.mark.parametrize('is_acknowledged', [True, False])
+def test_what_the_host_has_forgotten_takes_no_room_and_never_runs_again(guests, is_acknowledged):
+    guest = guests()
+    folder = guest.spool.command('a').folder
+    guest.run('a', 'sh', '-c', 'echo ran >> log; until [ -e go ]; do sleep 0.01; done')
+    wait_until(lambda: guest.state_of('a') == 'running')
+    guest.acknowledge('a', forget=True)        # of one that runs: somebody is mistaken
+    assert os.path.exists(os.path.join(folder, 'request.json')) and guest.commands.count_unended() == 1
+    open(os.path.join(guest.served, 'go'), 'w').close()
+    assert guest.result('a')['state'] == 'exited'
+    if is_acknowledged:
+        guest.acknowledge('a')
+        assert os.listdir(folder)
+    guest.acknowledge('a', forget=True)
+    assert os.listdir(folder) == [] and guest.commands.states() == {}
+    guest.acknowledge('a', forget=True)        # the word came twice
+    guest.run('a', 'sh', '-c', 'echo ran >> log')
+    assert guest.result('a')['state'] == 'lost'
+    with open(os.path.join(guest.served, 'log')) as file:
+        assert file.read() == 'ran\n'
+    guest.acknowledge('no-such', forget=True)
+
+
+def test_what_goes_wrong_at_each_look_is_logged_once_a_minute(guests, monkeypatch, caplog):
+    guest = guests()
+    monkeypatch.setattr(guestcommands, 'POLL', 0.01)
+    looks = []
+
+    def fail(self, now):
+        looks.append(now)
+        raise OSError(28, 'No space left on device')
+    for cmd_id in 'a', 'b':
+        guest.run(cmd_id, 'sleep', '60')
+        wait_until(lambda cmd_id=cmd_id: guest.state_of(cmd_id) == 'running')
+    with monkeypatch.context() as patched:
+        patched.setattr(guestcommands.Commands, '_look_at', lambda self, command, now: fail(command, now))
+        wait_until(lambda: len(looks) > 20, 20)
+    assert caplog.text.count('ENOSPC') == 1
+
+
+def test_a_result_that_is_sent_again_is_logged_once(guests, monkeypatch, caplog):
+    guest = guests()
+    caplog.set_level('INFO', 'vmguest')
+    monkeypatch.setattr(guestcommands, 'RESEND_EVERY', 0.01)
+    monkeypatch.setattr(guestcommands, 'POLL', 0.01)
+    guest.run('a', 'true')
+    wait_until(lambda: sum(message.word == 'CMD_RESULTS' for message in guest.said['a']) > 3, 20)
+    assert caplog.text.count('a: exited') == 1
 
 
 def test_the_loss_of_the_spool_is_noticed(guests, tmp_path):

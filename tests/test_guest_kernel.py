@@ -88,6 +88,13 @@ def test_a_group_measures_and_limits(told, layout):
     used = results['a fifth of a core']['resources']
     assert used['ru_utime'] + used['ru_stime'] < 0.3 * results['a fifth of a core']['wall']
     assert results['too many']['wall'] < 60 and results['too many']['exitCodeOrSignal'] != 0
+    for value in '0', '1', 'of its user, 0', 'of its user, 1':
+        result = results['no memory, ' + value if value in '01' else 'no memory ' + value]
+        assert (result['state'], result['exitCodeOrSignal'], result['out']) == ('failed', -1, ''), result
+        assert result['error'] == 'ENOMEM: ended by signal 9 before it began: limits.memory'
+        assert result['by'] == 'oom'
+        result = results['no pids, ' + value if value in '01' else 'no pids ' + value]
+        assert (result['state'], result['exitCodeOrSignal'], result['out']) == ('exited', 0, 'ran\n'), result
     assert (results['escaped']['state'], results['escaped']['left']) == ('timeout', 0)
     assert results['left behind'] is False
 

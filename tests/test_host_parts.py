@@ -7,6 +7,7 @@ import threading
 import time
 import types
 import xmlrpc.client
+from unittest import mock
 
 import helpers
 import pytest
@@ -420,6 +421,23 @@ def test_what_is_not_answered_is_published_again(journal, clock):
     assert commands.due() == []
 
 
+def test_setting_the_clock_makes_nothing_expire(journal, clock, monkeypatch):
+    monkeypatch.setattr(hostcommands, 'time', mock.Mock(wraps=time, **{'time.return_value': 10 ** 9}))
+    commands = hostcommands.Commands(journal, clock)
+    _, [execution] = new_command(commands, expires=100)
+    for now in 10 ** 9 + 7200, 10 ** 9 - 7200:
+        hostcommands.time.time.return_value = now
+        assert commands.expired() == [] and commands.time_left(execution) == 100
+    clock.now += 99
+    assert commands.expired() == []
+    hostcommands.time.time.return_value = 10 ** 9 + 99      # the next host has that clock alone
+    again = hostcommands.Commands(journal, clock)
+    assert again.expired() == [] and again.time_left(again.open_ones()[0]) == 1
+    clock.now += 1
+    assert commands.expired() == [execution]
+    assert hostcommands.Commands(journal, clock).time_left(new_command(commands)[1][0]) == float('inf')
+
+
 def test_a_status_that_tells_no_time_does_not_stop_the_clock(journal, clock):
     commands = hostcommands.Commands(journal, clock)
     cmd_id, [execution] = new_command(commands)
@@ -429,6 +447,32 @@ def test_a_status_that_tells_no_time_does_not_stop_the_clock(journal, clock):
         clock.now += 10
     commands.heard_status(execution, 'stopped', Message('', 'CMD_STATUS', {}, {'state': 'stopped'}))
     assert execution.status['wall'] == 21
+
+
+def test_a_state_that_can_not_be_journalled_is_not_logged_again_and_again(journal, monkeypatch, caplog):
+    commands = hostcommands.Commands(journal)
+    ids = []
+    for _ in range(2):
+        cmd_id, [execution] = new_command(commands)
+        ids.append(cmd_id)
+        commands.heard_status(execution, 'running', Message('', 'CMD_STATUS', {}, {}))
+    caplog.set_level('INFO', 'vmhost')
+
+    class ReadOnly:
+        def __enter__(self):
+            return mock.Mock()
+
+        def __exit__(self, *exc):
+            raise hostjournal.JournalError('read-only')
+    with monkeypatch.context() as patched:
+        patched.setattr(journal, 'writing', ReadOnly)
+        for _ in range(3):
+            with pytest.raises(hostjournal.JournalError):
+                commands.write_states()
+    assert 'running' not in caplog.text
+    commands.write_states()
+    commands.write_states()
+    assert [record.getMessage() for record in caplog.records] == ['%s: running' % cmd_id for cmd_id in ids]
 
 
 def test_a_host_that_restarts_knows_its_commands(tmp_path):

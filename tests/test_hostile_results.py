@@ -14,7 +14,7 @@ TEXTS = [json.dumps(EVIL), '"\\u0000\\ud800"', '5', 'null', 'false', '["x"]', js
 FIELDS = {
     'a whole number': (['exitCodeOrSignal', 'left', 'memory-peak', 'oom-kills', 'out-size', 'err-offset'],
                        NUMBERS),
-    'a time': (['wall', 'started', 'ended'], NUMBERS),
+    'a time': (['wall', 'started', 'ended', 'clock-set'], NUMBERS),
     'text': (['out', 'err', 'error', 'spool', 'by'], TEXTS),
     'base64': (['out64', 'err64'], ['"AA=="', '"%"', '"A"', '5', 'null', json.dumps(EVIL)]),
     'a flag': (['finished', 'out-truncated', 'err-truncated'], ['2', '"maybe"', 'null', '[]', '"yes"']),
@@ -27,6 +27,7 @@ WELL = {'state': 'exited', 'finished': True, 'exitCodeOrSignal': 0, 'out': 'well
         'resources': {}}
 NUMBER = (int, float)
 TYPES = {'exitCodeOrSignal': int, 'left': NUMBER, 'memory-peak': NUMBER, 'oom-kills': NUMBER, 'wall': NUMBER,
+         'clock-set': NUMBER,
          'out-size': NUMBER, 'out-offset': NUMBER, 'started': NUMBER, 'ended': NUMBER, 'state': str,
          'out': str, 'err': str, 'error': str, 'spool': str, 'by': str,
          'finished': bool, 'out-truncated': bool, 'inexact': list, 'resources': dict}

@@ -172,15 +172,22 @@ def test_a_guest_that_cannot_reach_the_broker(tmp_path):
 # 4
 
 def test_a_clock_that_is_a_day_off(tmp_path):
+    """Also one that was set after the agent had joined."""
+    is_set = tmp_path / 'set'
     with Host(tmp_path / 'host') as host:
-        guest = Agent(tmp_path / 'guest', host, 'yesterday')
-        ini = guest.ini
-        late = ('import sys, time; now = time.time; time.time = lambda: now() - 86400; '
-                'sys.path.insert(0, %r); import vmguest; sys.exit(vmguest.main([%r]))' % (TOP, ini))
+        guest = Agent(tmp_path / 'guest', host, 'yesterday', beacon_interval=0.5)
+        late = ('import os, sys, time; now = time.time; '
+                'time.time = lambda: now() - 86400 * os.path.exists(%r); '
+                'sys.path.insert(0, %r); import vmguest; sys.exit(vmguest.main([%r]))'
+                % (str(is_set), TOP, guest.ini))
         with open(guest.log_path, 'wb') as log:
             guest.process = subprocess.Popen([sys.executable, '-c', late], stdout=log, stderr=log)
         try:
             wait_until(guest.has_joined, 20)
+            assert host.run('yesterday', 'echo', 'works')['out'] == 'works\n'
+            assert b'behind' not in host.verb('check').stdout
+            is_set.touch()
+            wait_until(lambda: host.api.getVM('yesterday')['clockOffset'] < -86000, 20)
             assert host.run('yesterday', 'echo', 'works')['out'] == 'works\n'
             done = host.verb('check')
             assert done.returncode == 0         # no two clocks are ever compared: all works
