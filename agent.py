@@ -251,6 +251,17 @@ TOLD_EVERY = 60.0              # seconds between two warnings about the same sen
 WARNED_OF = 1000               # … of so many of which that is known
 
 
+def open_standard_streams() -> None:
+    """Has the descriptors 0, 1 and 2 lead nowhere, as far as who started this program closed them.
+
+    Else files and sockets of its own get these numbers, and are lost where a program gets its streams there.
+    """
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= 2:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+    os.close(descriptor)
+
+
 def set_up_logging(settings: Any, unheard: str = '') -> None:
     """Logging as the section [Logging] wants it, a line for each message. Raises ConfigError.
 

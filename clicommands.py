@@ -166,7 +166,7 @@ def run_request(host: Client, screen: Screen, args: Any, vm: str, *request: Any)
     known = host.call('listKnownVMs') if many else []
     options = request[-1]
     with Interrupts() as interrupts:
-        cmd_id = submit(host, 'runCmdOnAll' if many else 'runCmd', vm, *request)
+        cmd_id = submit(host, screen, 'runCmdOnAll' if many else 'runCmd', vm, *request)
         if args.detach:
             screen.say(cmd_id)
         if options.get('stdin') == STREAM:
@@ -244,15 +244,25 @@ def do_shell(host: Client, screen: Screen, args: Any) -> int:
     return run_request(host, screen, args, vm, 'sh', ['-c', SHELL], {}, '', '', options)
 
 
-def submit(host: Client, method: str, vm: str, *request: Any) -> str:
-    """Has the command run once, even where the connection breaks before the answer: its id names it."""
+def submit(host: Client, screen: Screen, method: str, vm: str, *request: Any) -> str:
+    """Has the command run once, even where the connection breaks before the answer: its id names it.
+
+    Where it breaks again, who typed it is told that id.
+    """
     options = dict(request[-1])
     options.setdefault('id', time.strftime('%Y%m%d-%H%M%S-', time.gmtime()) + os.urandom(4).hex())
     call = (method, vm) + request[:-1] + (options,)
     try:
         return host.call(*call)
-    except NoHost:
+    except NoHost as error:
+        was_asked = error.was_asked
+    try:
         return host.call(*call)
+    except NoHost as error:
+        if was_asked or error.was_asked:
+            screen.complain('the command may have begun: once the host agent answers, `info %s` tells, and '
+                            '`run --id %s …` runs nothing twice' % (options['id'], options['id']))
+        raise
 
 
 def follow(host: Client, screen: Screen, cmd_id: str, many: bool, interrupts: 'Interrupts',

@@ -39,7 +39,8 @@ def proof(token: str, address: str, nonce: str) -> str:
 
 
 class NoHost(VMHostError):
-    """No host agent answers."""
+    """No host agent answers. ``was_asked``: one was there, and may have done what it was asked for."""
+    was_asked = False
 
 
 class Slice(NamedTuple):
@@ -102,9 +103,12 @@ class Client:
         except rpc.Fault as fault:
             raise raised_by(fault)
         except OSError as error:
+            was_asked = self._connection is not None
             self._leave()
-            raise NoHost('no host agent answers at %s (%s): start it again with `vmhost.py host.ini`'
-                         % (self.address, error.strerror or error))
+            failed = NoHost('no host agent answers at %s (%s): start it again with `vmhost.py host.ini`'
+                            % (self.address, error.strerror or error))
+            failed.was_asked = was_asked
+            raise failed
         except (ValueError, KeyError) as error:        # no HTTP, no XML-RPC
             self._leave()
             raise NoHost('what answers at %s is no vmhost (%s): restart the host agent'

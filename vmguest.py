@@ -581,6 +581,7 @@ def execute_anew(why: str) -> None:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """The command line; gives the exit code."""
+    agent.open_standard_streams()
     argv = sys.argv[1:] if argv is None else argv
     if '--help' in argv or '-h' in argv:
         print(__doc__.splitlines()[0] + '\n\n' + USAGE)

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import socketserver
 import subprocess
 import sys
@@ -147,8 +148,42 @@ def test_a_call_whose_answer_is_lost_is_made_again_under_the_same_id():
             if len(calls) == 1:
                 raise hostclient.NoHost('cut')
             return 'an id'
-    assert clicommands.submit(Cut(), 'runCmd', 'g', 'true', [], {}, '', '', {}) == 'an id'
+    assert clicommands.submit(Cut(), None, 'runCmd', 'g', 'true', [], {}, '', '', {}) == 'an id'
     assert calls[0] == calls[1] and calls[0][-1]['id']
+
+
+@pytest.mark.skipif(not hasattr(socket, 'AF_UNIX'), reason='no Unix sockets')
+@pytest.mark.parametrize('is_there', [True, False])
+def test_who_got_no_answer_is_told_the_id_of_what_may_run(tmp_path, is_there):
+    """Else it is typed again, and runs twice."""
+    state = tmp_path / 'state'
+    state.mkdir(0o700)
+    (tmp_path / 'host.ini').write_text('[Host]\nstate_dir = state\n')
+    (state / 'xmlrpc.address').write_text('127.0.0.1:1')
+    with socket.socket(socket.AF_UNIX) as listener:
+        here = os.getcwd()
+        os.chdir(str(state))            # a path may be too long for a socket
+        try:
+            listener.bind('xmlrpc.sock')
+        finally:
+            os.chdir(here)
+        if is_there:
+            listener.listen(5)
+
+        def cut_all():
+            for _ in range(2):
+                connection, _ = listener.accept()
+                with connection:
+                    assert connection.recv(65536)
+        thread = threading.Thread(target=cut_all)
+        if is_there:
+            thread.start()
+        done = subprocess.run([sys.executable, SCRIPT, str(tmp_path / 'host.ini'), 'run', '--id', 'mine',
+                               'one', '--', 'true'], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        if is_there:
+            thread.join(20)
+    assert done.returncode == 255 and b'no host agent answers' in done.stderr
+    assert (b'`run --id mine' in done.stderr) == is_there, done.stderr
 
 
 @pytest.mark.slow

@@ -166,6 +166,20 @@ def test_nice_and_limits(host, guest):
 
 
 @pytest.mark.skipif(os.name != 'posix' or os.getuid() != 0, reason='only root may change the user')
+class StartedWithoutStreams(Agent):
+    """As some services start theirs."""
+
+    def words(self):
+        return ['sh', '-c', 'exec "$@" <&- >&- 2>&-', 'sh'] + super().words()
+
+
+def test_an_agent_without_standard_streams(host, tmp_path):
+    with StartedWithoutStreams(tmp_path, host, 'bare'):
+        results = host.run('bare', 'sh', '-c', 'echo out; echo err >&2; exit 3')
+        assert (results['state'], results['exitCodeOrSignal']) == ('exited', 3), results
+        assert (results['out'], results['err']) == ('out\n', 'err\n')
+
+
 def test_user(host, guest, api):
     cmd_id = api.runCmd('one', 'id', ['-un'], {}, '/', '', {'user': 'nobody'})
     assert host.results(cmd_id)['out'] == 'nobody\n'
