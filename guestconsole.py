@@ -53,6 +53,7 @@ class Console:
         self.ahead = 0                 # bytes that may be told before the host asks again
         self.has_notice = False        # the runner told that there may be output
         self.shortcut: Optional[Shortcut] = None       # to the person who is at its terminal
+        self.offered: List[Optional[Shortcut]] = []    # what takes its place
         self.is_begun = False          # whether the host was heard there
         self.out = -1                  # descriptor of what its terminal wrote, while there is a shortcut
 
@@ -123,8 +124,17 @@ class Console:
 
     # The shortcut.
 
+    def offer(self, made: Optional[Shortcut]) -> None:
+        """For ``take_offered``; None: words alone."""
+        self.offered.append(made)
+
+    def take_offered(self) -> None:
+        """On the main thread alone: it may be waiting for the one before."""
+        while self.offered:
+            self.take_shortcut(self.offered.pop(0))
+
     def take_shortcut(self, made: Optional[Shortcut]) -> None:
-        """It takes the place of the one before; None: words alone."""
+        """The same for this one."""
         if self.shortcut is not None:
             self.shortcut.close()
         if self.out >= 0:
@@ -150,6 +160,12 @@ class Console:
     def has_unsent(self) -> bool:
         """Whether the shortcut has no room for what was said there."""
         return self.shortcut is not None and bool(self.shortcut.unsent)
+
+    @property
+    def is_to_be_looked_at(self) -> bool:
+        """Whether there is more to do than to pass on what comes."""
+        return (self.shortcut is None or self.connection is None or self.has_notice or self.has_unsent
+                or bool(self.unsent) or bool(self.offered))
 
     @property
     def is_short(self) -> bool:
@@ -214,6 +230,7 @@ class Consoles:
         with self._lock:
             for console in self._consoles.values():
                 console.disconnect()
+                console.take_offered()
                 console.take_shortcut(None)
             self._consoles.clear()
 
@@ -266,7 +283,7 @@ class Consoles:
         if command.request.get('terminal') and not command.has_ended():
             made = self._dial(token)
             with self._lock:
-                self._of(command).take_shortcut(made)
+                self._of(command).offer(made)
             self._look_by(time.monotonic())
 
     # What runners and time bring, on the main thread.
@@ -286,9 +303,11 @@ class Consoles:
                 if console.connection in ready:
                     rest -= 1
                     console.receive()
-                    if console.is_short and console.may_have_grown(time.monotonic()):
+                    now = time.monotonic()
+                    if console.is_short and console.may_have_grown(now) and self._have_words(now):
+                        self._words -= 1
                         console.show()
-                if console.shortcut is None or console.unsent or console.has_unsent or console.has_notice:
+                if console.is_to_be_looked_at:
                     rest += 1
                 due = min(due, console.ack_at or due)
         return None if rest else due
@@ -324,8 +343,6 @@ class Consoles:
     def look(self, now: float) -> None:
         """Takes what runners tell, and tells what the host waits for."""
         with self._lock:
-            self._words = min(float(WORDS_AT_ONCE), self._words + WORDS * (now - self._counted))
-            self._counted = now
             consoles = list(self._consoles.values())
             for console in consoles:
                 self._look_at(console, now)
@@ -333,15 +350,23 @@ class Consoles:
         for console in due:
             self._tell(console, now)
 
+    def _have_words(self, now: float) -> bool:
+        """Whether one is to spare. With the lock held."""
+        self._words = min(float(WORDS_AT_ONCE), self._words + WORDS * (now - self._counted))
+        self._counted = now
+        return self._words >= 1
+
     def _look_at(self, console: Console, now: float) -> None:
         """With the lock held."""
         if console.command.has_ended() or not (
                 console.is_followed(now) or console.connection is not None or console.unsent
-                or console.shortcut is not None or console.ack_at is not None):
+                or console.shortcut is not None or console.offered or console.ack_at is not None):
             console.disconnect()
+            console.take_offered()
             console.take_shortcut(None)
             del self._consoles[console.command.cmd_id]
             return
+        console.take_offered()
         console.hear_shortcut()
         if console.connect():
             console.send()
@@ -350,14 +375,14 @@ class Consoles:
 
     def _is_due(self, console: Console, now: float) -> bool:
         """Whether there is something to tell, and a word to spare. With the lock held."""
-        has_news = console.may_have_grown(now)
-        return has_news and console.is_short or self._words >= 1 and (console.is_acked(now) or has_news)
+        return self._have_words(now) and (console.is_acked(now) or console.may_have_grown(now))
 
     def _tell(self, console: Console, now: float) -> None:
         """How much input was taken, and the new output, if there is any."""
         with self._lock:
             keys: Dict[str, Any] = {}
             if console.is_short and console.may_have_grown(now):
+                self._words -= 1
                 console.show()
                 if not console.is_acked(now):
                     return

@@ -16,7 +16,9 @@ from typing import Any, Callable, List, Optional
 
 import protocol
 from hostjournal import Execution
+from hostpolicy import BYTE_RATE, RATE
 from shortcut import BEGIN, OUTPUT, Shortcut
+from stompbroker import Bucket
 
 log = logging.getLogger('vmhost')
 
@@ -37,6 +39,9 @@ class Way:
         self._token, self._key = '', b''
         self._shortcut: Optional[Shortcut] = None
         self._ask_at = 0.0
+        self._paused_until = 0.0       # monotonic: it isn't read so long, since its guest said too much
+        now = time.monotonic()
+        self._pieces, self._bytes = Bucket(*RATE, now=now), Bucket(*BYTE_RATE, now=now)
         self._is_closed = False
         self._lock = threading.Lock()
         self._arrived: Optional[socket.socket] = None
@@ -49,7 +54,10 @@ class Way:
         while True:
             if self._shortcut is None:
                 self._take_or_ask()
-            ready = wait_until_ready(person, self._bell, self._shortcut, self._ask_at)
+            until = self._paused_until or (self._ask_at if self._shortcut is None else 0.0)
+            ready = wait_until_ready(person, self._bell, self._shortcut, until)
+            if self._paused_until and time.monotonic() >= self._paused_until:
+                self._paused_until = 0.0
             if self._shortcut is not None and self._shortcut.fileno() in ready:
                 self._hear(self._shortcut)
             if person.fileno() in ready:
@@ -87,9 +95,15 @@ class Way:
     def _hear(self, way: Shortcut) -> None:
         try:
             way.flush()
-            for kind, offset, data in way.hear():
+            pieces = way.hear()
+            for kind, offset, data in pieces:
                 if kind == OUTPUT:
                     self._show(offset, data)
+            now = time.monotonic()
+            pause = max(self._pieces.take(len(pieces), now),
+                        self._bytes.take(sum(len(data) for _, _, data in pieces), now))
+            if pause:
+                self._paused_until = now + pause
         except OSError as error:
             log.debug('%s: the shortcut ends: %s', self._execution.key, error)
             self.give_up()
@@ -124,11 +138,12 @@ class Way:
 
 def wait_until_ready(person: socket.socket, bell: socket.socket, way: Optional[Shortcut],
                      until: float) -> List[int]:
-    """The descriptors that are; without a shortcut, at the latest at that monotonic time."""
+    """The descriptors that are, at the latest at that monotonic time, if it isn't 0; until then a shortcut is
+    not read."""
     poll = select.poll()
     poll.register(person, select.POLLIN)
     if way is None:
         poll.register(bell, select.POLLIN)
-        return [number for number, _ in poll.poll(1000 * max(0.0, until - time.monotonic()))]
-    poll.register(way, select.POLLIN | select.POLLOUT if way.unsent else select.POLLIN)
-    return [number for number, _ in poll.poll()]
+    elif way.unsent or not until:
+        poll.register(way, (0 if until else select.POLLIN) | (select.POLLOUT if way.unsent else 0))
+    return [number for number, _ in poll.poll(1000 * max(0.0, until - time.monotonic()) if until else None)]

@@ -289,6 +289,18 @@ def test_what_a_guest_did_not_sign_is_not_shown(typist):
     assert typist.shown(2) == b'ok'
 
 
+def test_who_says_too_much_is_read_more_slowly(typist):
+    with typist.make_shortcut() as way:
+        begin = time.monotonic()
+        for number in range(700):              # 500 at once, then 100 a second
+            typist.show(way, number, b'x')
+        assert typist.shown(700) == b'x' * 700
+        typist.line.put(0, b'k')
+        assert typist.take(way) == (b'i', 0, b'k')
+        typist.show(way, 700, b'.')
+        assert typist.shown(1) == b'.' and time.monotonic() - begin > 1.5
+
+
 def test_no_key_overtakes_words_that_are_on_their_way(typist):
     typist.line.put(0, b'a')
     assert typist.typed()[0]['offset'] == '0'
