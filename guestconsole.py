@@ -10,21 +10,26 @@ guards the table and each console; nothing that waits happens while it is held.
 import binascii
 import contextlib
 import logging
+import os
 import socket
 import threading
 import time
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
+import protocol
+import shortcut
 from guestinput import NOTICE, Piece, connect
 from guestreports import Reports, offsets_in
 from guestrequests import screen_size
-from guestspool import Command
+from guestspool import Command, private
 from protocol import BadWord, Message
+from shortcut import Shortcut
 
 LOOK_EVERY = 0.01              # seconds between looks at output that no runner tells of
 ACK_AFTER = 0.01               # seconds in which news of taken input gather
 RECEIVE = 64 * 1024            # bytes of notices that are read at once
 UNSENT = 4 * 1024 * 1024       # bytes of input that wait for one runner; what is more comes again
+SHOWN = 64 * 1024              # bytes of output that a shortcut carries at once
 AHEAD = 1024 * 1024            # bytes of output that are told before the host asks again
 LONGEST_FOLLOW = 3600.0        # seconds
 WORDS_AT_ONCE = 200            # that tell of output by themselves, …
@@ -47,6 +52,10 @@ class Console:
         self.until = 0.0               # monotonic: for so long
         self.ahead = 0                 # bytes that may be told before the host asks again
         self.has_notice = False        # the runner told that there may be output
+        self.shortcut: Optional[Shortcut] = None       # to the person who is at its terminal
+        self.offered: List[Optional[Shortcut]] = []    # what takes its place
+        self.is_begun = False          # whether the host was heard there
+        self.out = -1                  # descriptor of what its terminal wrote, while there is a shortcut
 
     def connect(self) -> bool:
         """Whether there is a connection, now or from before."""
@@ -113,6 +122,72 @@ class Console:
         self.connection, self.received = None, b''
         del self.unsent[:]
 
+    # The shortcut.
+
+    def offer(self, made: Optional[Shortcut]) -> None:
+        """For ``take_offered``; None: words alone."""
+        self.offered.append(made)
+
+    def take_offered(self) -> None:
+        """On the main thread alone: it may be waiting for the one before."""
+        while self.offered:
+            self.take_shortcut(self.offered.pop(0))
+
+    def take_shortcut(self, made: Optional[Shortcut]) -> None:
+        """The same for this one."""
+        if self.shortcut is not None:
+            self.shortcut.close()
+        if self.out >= 0:
+            os.close(self.out)
+        self.shortcut, self.is_begun, self.out = made, False, -1
+
+    def hear_shortcut(self) -> None:
+        """What the person typed, for the runner."""
+        if self.shortcut is None:
+            return
+        try:
+            self.shortcut.flush()
+            for kind, offset, data in self.shortcut.hear():
+                if kind == shortcut.BEGIN:
+                    self.is_begun = self.has_notice = True
+                if kind != shortcut.BEGIN and len(self.unsent) < UNSENT:
+                    self.unsent += Piece(offset, data, kind == shortcut.LAST_INPUT).packed()
+        except OSError as error:
+            log.debug('%s: the shortcut ends: %s', self.command.cmd_id, error)
+            self.take_shortcut(None)
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether the shortcut has no room for what was said there."""
+        return self.shortcut is not None and bool(self.shortcut.unsent)
+
+    @property
+    def is_to_be_looked_at(self) -> bool:
+        """Whether there is more to do than to pass on what comes."""
+        return (self.shortcut is None or self.connection is None or self.has_notice or self.has_unsent
+                or bool(self.unsent) or bool(self.offered))
+
+    @property
+    def is_short(self) -> bool:
+        """Whether what its terminal shows goes by the shortcut."""
+        return self.is_begun and 'out' in self.offsets
+
+    def show(self) -> None:
+        """Tells the person what is new."""
+        assert self.shortcut is not None
+        try:
+            if self.out < 0:
+                self.out = private(self.command.path('out'), os.O_RDONLY | os.O_CLOEXEC)
+            data = os.pread(self.out, SHOWN, self.offsets['out'])
+            self.has_notice = len(data) == SHOWN       # there may be more
+            if data:
+                self.shortcut.say(shortcut.OUTPUT, self.offsets['out'], data)
+        except OSError as error:
+            log.debug('%s: the shortcut breaks: %s', self.command.cmd_id, error)
+            return self.take_shortcut(None)
+        self.offsets['out'] += len(data)
+        self.ahead -= len(data)
+
     def is_acked(self, now: float) -> bool:
         """Whether it is to be told how much input was taken."""
         return self.ack_at is not None and now >= self.ack_at
@@ -124,6 +199,8 @@ class Console:
         """Whether there may be more output than was told, and it is to be told."""
         if not self.is_followed(now) or self.ahead <= 0:
             return False
+        if self.is_short and self.connection is not None:      # whose runner tells of all that it writes
+            return self.has_notice and not self.has_unsent
         return self.has_notice or any(self.command.size(stream) > offset
                                       for stream, offset in self.offsets.items())
 
@@ -131,9 +208,12 @@ class Console:
 class Consoles:
     """The consoles of all commands that have one."""
 
-    def __init__(self, reports: Reports, look_by: Callable[[float], None]) -> None:
-        """look_by(moment): has the main thread call ``look`` by then."""
+    def __init__(self, reports: Reports, look_by: Callable[[float], None],
+                 dial: Callable[[str], Optional[Shortcut]] = lambda token: None) -> None:
+        """look_by(moment): has the main thread call ``look`` by then. dial(token): a shortcut to the host;
+        None where there can't be one."""
         self._reports = reports
+        self._dial = dial
         self._look_by = look_by
         # Guards the table, the consoles in it, and the words that may be said.
         self._lock = threading.Lock()
@@ -150,6 +230,8 @@ class Consoles:
         with self._lock:
             for console in self._consoles.values():
                 console.disconnect()
+                console.take_offered()
+                console.take_shortcut(None)
             self._consoles.clear()
 
     # What the host asks for, on the link's thread.
@@ -178,6 +260,9 @@ class Consoles:
 
     def query(self, command: Command, query: Message) -> bool:
         """CMD_QUERY; False where it doesn't ask to follow. Raises BadWord."""
+        if query.text('shortcut'):
+            self._make_shortcut(command, protocol.read_nonce(query.text('shortcut')))
+            return False
         seconds = min(query.number('follow'), LONGEST_FOLLOW)
         is_unknown = command.taken is None and command.request.get('stream') and not command.has_ended()
         if seconds <= 0 and not is_unknown:
@@ -194,15 +279,52 @@ class Consoles:
         self._look_by(time.monotonic())
         return seconds > 0
 
+    def _make_shortcut(self, command: Command, token: str) -> None:
+        if command.request.get('terminal') and not command.has_ended():
+            made = self._dial(token)
+            with self._lock:
+                self._of(command).offer(made)
+            self._look_by(time.monotonic())
+
     # What runners and time bring, on the main thread.
 
-    def watched(self) -> Tuple[List[socket.socket], List[socket.socket]]:
-        """The runners that may tell something, and those that should take something."""
+    def pass_on(self, ready: List[Any]) -> Optional[float]:
+        """What these shortcuts, and the runners behind them, have to say. When ``look`` is due for that; None
+        where it is now, since there is something else."""
+        rest, due = len(ready), float('inf')
         with self._lock:
-            open_ones = [console for console in self._consoles.values() if console.connection is not None]
-            return ([console.connection for console in open_ones if console.connection is not None],
-                    [console.connection for console in open_ones if console.unsent
-                     and console.connection is not None])
+            for console in self._consoles.values():
+                if console.shortcut is None or console.connection is None:
+                    continue
+                if console.shortcut in ready:
+                    rest -= 1
+                    console.hear_shortcut()
+                    console.send()
+                if console.connection in ready:
+                    rest -= 1
+                    console.receive()
+                    now = time.monotonic()
+                    if console.is_short and console.may_have_grown(now) and self._have_words(now):
+                        self._words -= 1
+                        console.show()
+                if console.is_to_be_looked_at:
+                    rest += 1
+                due = min(due, console.ack_at or due)
+        return None if rest else due
+
+    def watched(self) -> Tuple[List[Any], List[Any]]:
+        """The runners and shortcuts that may tell something, and those that should take something."""
+        reading: List[Any] = []
+        writing: List[Any] = []
+        with self._lock:
+            for console in self._consoles.values():
+                for each, unsent in ((console.connection, console.unsent),
+                                     (console.shortcut, console.has_unsent)):
+                    if each is not None:
+                        reading.append(each)
+                        if unsent:
+                            writing.append(each)
+        return reading, writing
 
     def due(self) -> Optional[float]:
         """When ``look`` is due, by the monotonic clock; None: not before something happens."""
@@ -221,8 +343,6 @@ class Consoles:
     def look(self, now: float) -> None:
         """Takes what runners tell, and tells what the host waits for."""
         with self._lock:
-            self._words = min(float(WORDS_AT_ONCE), self._words + WORDS * (now - self._counted))
-            self._counted = now
             consoles = list(self._consoles.values())
             for console in consoles:
                 self._look_at(console, now)
@@ -230,13 +350,24 @@ class Consoles:
         for console in due:
             self._tell(console, now)
 
+    def _have_words(self, now: float) -> bool:
+        """Whether one is to spare. With the lock held."""
+        self._words = min(float(WORDS_AT_ONCE), self._words + WORDS * (now - self._counted))
+        self._counted = now
+        return self._words >= 1
+
     def _look_at(self, console: Console, now: float) -> None:
         """With the lock held."""
-        if console.command.has_ended() or not (console.is_followed(now) or console.connection is not None
-                                               or console.unsent or console.ack_at is not None):
+        if console.command.has_ended() or not (
+                console.is_followed(now) or console.connection is not None or console.unsent
+                or console.shortcut is not None or console.offered or console.ack_at is not None):
             console.disconnect()
+            console.take_offered()
+            console.take_shortcut(None)
             del self._consoles[console.command.cmd_id]
             return
+        console.take_offered()
+        console.hear_shortcut()
         if console.connect():
             console.send()
             while console.receive():
@@ -244,13 +375,18 @@ class Consoles:
 
     def _is_due(self, console: Console, now: float) -> bool:
         """Whether there is something to tell, and a word to spare. With the lock held."""
-        return self._words >= 1 and (console.is_acked(now) or console.may_have_grown(now))
+        return self._have_words(now) and (console.is_acked(now) or console.may_have_grown(now))
 
     def _tell(self, console: Console, now: float) -> None:
         """How much input was taken, and the new output, if there is any."""
         with self._lock:
             keys: Dict[str, Any] = {}
-            if console.may_have_grown(now):
+            if console.is_short and console.may_have_grown(now):
+                self._words -= 1
+                console.show()
+                if not console.is_acked(now):
+                    return
+            elif console.may_have_grown(now):
                 console.has_notice = False
                 keys, ends = self._reports.slices_from(console.command, console.offsets)
                 told = sum(ends[stream] - console.offsets[stream] for stream in ends)

@@ -93,6 +93,11 @@ class Followed:
             sink()
         self.changed.notify_all()
 
+    def take(self, stream: str, offset: int, data: bytes) -> None:
+        """What a shortcut told of it."""
+        self._streams[stream].take(offset, data)
+        self.tell()
+
     def must_ask(self, stream: str, offset: int, timeout: float) -> float:
         """For how many seconds the guest should be asked to tell what comes from there on; 0: it does so."""
         known, now = self._streams[stream], time.monotonic()

@@ -31,6 +31,8 @@ ASK_TIMEOUT = 5.0              # seconds in which a guest tells how much it has 
 FIRST_RESEND = 1.0             # seconds after which a piece is sent again, doubled up to …
 LAST_RESEND = 30.0
 
+Way = Callable[[int, bytes, bool], bool]       # offset, bytes, whether they are the last; if it took them
+
 
 class _Input:
     """One command's: what the guest has not taken yet, and where that begins in the whole."""
@@ -45,6 +47,7 @@ class _Input:
         self.size: Dict[str, int] = {}     # of the terminal, as it was set last
         self.resend_at: Optional[float] = None
         self.pause = FIRST_RESEND
+        self.way_end = -1              # up to where it went by a shortcut
         # Guards all of it; words are said while it is held, nothing else is.
         self.changed = threading.Condition(threading.Lock())
 
@@ -73,11 +76,13 @@ class Inputs:
 
     # What the API asks.
 
-    def put(self, execution: Execution, data: bytes, is_end: bool, offset: int = -1) -> int:
+    def put(self, execution: Execution, data: bytes, is_end: bool, offset: int = -1,
+            way: Optional[Way] = None) -> int:
         """How many of the bytes were taken: less than there are while the program doesn't read.
 
         ``offset``: where they begin in the whole input, if it is not the end of what was put so far; what was
-        put before counts as taken, and is left alone. Raises BadState, DeadlineExceeded.
+        put before counts as taken, and is left alone. ``way``: a shortcut, if there is one. Raises BadState,
+        DeadlineExceeded.
         """
         found = self._of(execution)
         with found.changed:
@@ -96,7 +101,7 @@ class Inputs:
             taken = data[:WINDOW - len(found.held)]
             found.held += taken
             found.is_ended = is_end and len(taken) == len(data)
-            self._send(found)
+            self._send(found, way=way)
             return before + len(taken)
 
     def _check_open(self, found: _Input) -> None:
@@ -182,7 +187,7 @@ class Inputs:
         vm_id, cmd_id = found.execution.vm_id, found.execution.cmd_id
         return protocol.CMD_INPUT.howToSay(vm_id, cmd_id, offset, data, **keys)
 
-    def _send(self, found: _Input, most: int = WINDOW) -> None:
+    def _send(self, found: _Input, most: int = WINDOW, way: Optional[Way] = None) -> None:
         """What was not sent yet, or is to be sent again; ``most`` bytes."""
         begin = max(found.sent, found.taken)
         stop = min(found.end, begin + most)
@@ -192,7 +197,10 @@ class Inputs:
             if upto == begin and not (is_end and not found.is_end_taken):
                 break
             data = bytes(found.held[begin - found.taken:upto - found.taken])
-            if not self._say(self._word(found, begin, data, **({'eof': True} if is_end else {}))):
+            # No shortcut overtakes words that are on their way: what comes too early isn't taken.
+            if way is not None and begin in (found.taken, found.way_end) and way(begin, data, is_end):
+                found.way_end = upto
+            elif not self._say(self._word(found, begin, data, **({'eof': True} if is_end else {}))):
                 break                  # its guest isn't there; it is sent when that is back
             begin = found.sent = upto
             if is_end:
@@ -231,6 +239,15 @@ class Inputs:
                     if found.size:
                         self._say(self._word(found, found.taken, b'', **found.size))
                     self._send(found)
+
+    def say_again(self, execution: Execution) -> None:
+        """By words, what a shortcut may have lost."""
+        with self._lock:
+            found = self._inputs.get(execution)
+        if found is not None and not execution.ended:
+            with found.changed:
+                found.sent, found.way_end = found.taken, -1
+                self._send(found)
 
     def tick(self) -> None:
         """Sends again what wasn't taken in time, and forgets what has ended."""

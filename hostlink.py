@@ -196,6 +196,22 @@ class Connection:
         """The same in a session that the guest may not have proved yet."""
         return self._link is not None and session.say(message, self._link.send, signed)
 
+    def expect_shortcut(self, machine_id: str, take: Callable[[socket.socket], None]) -> Tuple[str, bytes]:
+        """The token with which that guest may connect once to the embedded broker, in whose turn take(socket)
+        is called then, and the key for what it says; ('', b'') where there can't be a shortcut."""
+        session = self._trust.sessions.of(machine_id)
+        token = protocol.new_nonce()
+        key = session.shortcut_key(token) if session is not None else b''
+        if self._policy is None or self._settings.tls or not key:
+            return '', b''
+        self._policy.expect(token, take)
+        return token, key
+
+    def expect_no_shortcut(self, token: str) -> None:
+        """Whoever comes with it now is refused."""
+        if self._policy is not None:
+            self._policy.expect_no_more(token)
+
     def call_the_roll(self, connection: str = '') -> None:
         """Asks all guests to say HELLO, or the one at that connection of the embedded broker.
 

@@ -10,6 +10,7 @@ import threading
 from typing import Any, Callable, Dict, List, Optional
 
 import protocol
+import shortcut
 import stompbroker
 
 RATE = 100, 500                # frames of a guest a second, and at once
@@ -43,6 +44,7 @@ class HostPolicy(stompbroker.Policy):
         self._connections = {}         # type: Dict[str, Any]
         self._proved = {}              # type: Dict[str, Any]
         self._claims = {}              # type: Dict[str, List[Any]]    # by id, the oldest first
+        self._expected = {}            # type: Dict[str, Callable[[Any], None]]    # shortcuts, by token
 
     # The broker's questions.
 
@@ -52,6 +54,10 @@ class HostPolicy(stompbroker.Policy):
         session.rate, session.byte_rate = RATE, BYTE_RATE
         with self._lock:
             self._connections[session.id] = session
+
+    def taking(self, headers: Dict[str, str]) -> Optional[Callable[[Any], None]]:
+        with self._lock:
+            return self._expected.pop(headers.get(shortcut.HEADER, ''), None)
 
     def subscribing(self, session: Any, destination: str, headers: Dict[str, str]) -> None:
         if destination != protocol.CMD_REQUESTS:
@@ -121,6 +127,16 @@ class HostPolicy(stompbroker.Policy):
                 del self._claims[role.id]
 
     # The host's.
+
+    def expect(self, token: str, take: Callable[[Any], None]) -> None:
+        """Who connects with that token is no client; take(socket) in the broker's turn."""
+        with self._lock:
+            self._expected[token] = take
+
+    def expect_no_more(self, token: str) -> None:
+        """Nobody takes it any more."""
+        with self._lock:
+            self._expected.pop(token, None)
 
     def is_there(self, connection: str) -> bool:
         """Whether there is such a connection."""

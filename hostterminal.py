@@ -19,9 +19,11 @@ import urllib.parse
 from typing import Any, Callable, Dict
 
 import hoststreams
+import shortcut
 from faults import AgentNotConnected, BadState, DeadlineExceeded, InvalidParams, VMHostError
 from hostclient import END, FAULT, INPUT, LAST_INPUT, OUTPUT, PIECE, Pieces
 from hostjournal import Execution
+from hostshortcut import Way
 from rpc import Fault
 
 PATH = '/terminal/'            # and the command's id
@@ -67,6 +69,7 @@ class Line:
         self._rest = b''               # of a piece of which the connection took a part
         self._is_over = False
         self._sending = threading.Lock()
+        self._way = Way(host, execution, self._hear_output, self._lose_way)
         self._news = threading.Event()         # there is something that ``_push`` has not sent
         self._thread = threading.Thread(target=self._tell, name='line-' + execution.key, daemon=True)
 
@@ -81,6 +84,7 @@ class Line:
             self._hear(begun)
         finally:
             self._followed.remove_sink(self._push)
+            self._way.close()
             self._is_over = True
             self._news.set()
             with contextlib.suppress(OSError):
@@ -95,6 +99,8 @@ class Line:
             for kind, offset, typed in pieces.take(data):
                 if kind in (INPUT, LAST_INPUT):
                     self._put(offset, typed, kind == LAST_INPUT)
+            if not self._is_over:
+                self._way.wait(self._connection)
             data = b'' if self._is_over else self._connection.recv(RECEIVE)
             if not data:
                 return
@@ -106,7 +112,7 @@ class Line:
         moved = time.monotonic()
         while not self._is_over and not self._execution.ended:
             try:
-                taken = self._inputs.put(self._execution, data, is_last, offset)
+                taken = self._inputs.put(self._execution, data, is_last, offset, self._pass_on)
             except (AgentNotConnected, DeadlineExceeded):
                 taken = 0
                 time.sleep(RETRY)
@@ -116,11 +122,28 @@ class Line:
                     self._is_over = True
                 return
             offset, data = offset + taken, data[taken:]
+            if data:
+                self._way.give_up()    # the program doesn't read, and what it shows would not be heard
             moved = time.monotonic() if taken else moved
             if not data or time.monotonic() > moved + PATIENCE and has_left(self._connection):
                 return
 
+    def _pass_on(self, offset: int, data: bytes, is_last: bool) -> bool:
+        return self._way.put(shortcut.LAST_INPUT if is_last else shortcut.INPUT, offset, data)
+
+    def _lose_way(self) -> None:
+        """What went by the shortcut may not have arrived, and what the guest told there."""
+        self._inputs.say_again(self._execution)
+        with self._followed.changed:
+            self._followed.doubt()
+        self._news.set()
+
     # What is shown.
+
+    def _hear_output(self, offset: int, data: bytes) -> None:
+        """By the shortcut; whoever else follows it has it, too."""
+        with self._followed.changed:
+            self._followed.take('out', offset, data)
 
     def _push(self) -> None:
         """Sends what came by now, if nothing else is being sent. On the thread that hears; never waits."""

@@ -878,12 +878,13 @@ class Signatures:
     ``side``: 'host' or 'guest', the one that says here.
     """
 
-    __slots__ = ('_says', '_hears', '_seq', '_highest', '_seen')
+    __slots__ = ('_key', '_says', '_hears', '_seq', '_highest', '_seen')
 
     def __init__(self, key: bytes, side: str) -> None:
+        self._key = key
         other = 'guest' if side == 'host' else 'host'
-        self._says = _Keyed(key, side)
-        self._hears = _Keyed(key, other)
+        self._says = Keyed(key, side)
+        self._hears = Keyed(key, other)
         self._seq = 0                      # of the last word that was said
         self._highest = 0                  # … and of the newest that was heard
         self._seen = 0                     # bit n: the word of _highest - n was heard
@@ -915,6 +916,10 @@ class Signatures:
                 return own
         raise Untrusted('its signature is wrong')
 
+    def shortcut_key(self, token: str) -> bytes:
+        """By which the pieces of a shortcut are signed."""
+        return bytes(_keyed(self._key, 'shortcut', token).digest())
+
     def _take(self, seq: int) -> None:
         """Raises Untrusted for a number that was heard, or may have been."""
         ahead = seq - self._highest
@@ -933,7 +938,7 @@ def own_headers(headers: Dict[str, str], unsigned: Any = BROKERS_OWN) -> Dict[st
     return {name: value for name, value in headers.items() if name not in unsigned}
 
 
-class _Keyed:
+class Keyed:
     """HMAC-SHA256 with a key, of what one side says: begun once, and gone on with for each word.
 
     Of short texts it is made from two plain hashes of Python's own: of a word that comes after a pause, a key
@@ -959,9 +964,10 @@ class _Keyed:
         text = '%s\n%s\n%s' % (seq, topic, '\n'.join(lines))
         if text.count('\n') > len(lines) + 1 or ':' in ''.join(headers):
             raise Untrusted('a line end or a colon in its headers')
-        return self._digits(text.encode('utf-8', 'replace') + body)[:MAC_DIGITS]
+        return self.digits(text.encode('utf-8', 'replace') + body)[:MAC_DIGITS]
 
-    def _digits(self, signed: bytes) -> str:
+    def digits(self, signed: bytes) -> str:
+        """Of what that side says: 64 hexadecimal digits."""
         if len(signed) > self.SHORT:
             keyed = self._openssl.copy()
             keyed.update(signed)
@@ -1494,13 +1500,18 @@ def _connect_tcp(connection: socket.socket, target: Any, wait_for: WaitFor) -> N
     connection.setblocking(False)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     code = connection.connect_ex(target)
-    if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, 'WSAEWOULDBLOCK', 0)):
+    if code and not is_under_way(code):
         raise socket_error(code)
     if code:
         wait_for(connection, selectors.EVENT_WRITE)
     code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if code:
         raise socket_error(code)
+
+
+def is_under_way(code: int) -> bool:
+    """Whether that is what connect_ex tells of a connection that is being made."""
+    return code in (errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, 'WSAEWOULDBLOCK', 0))
 
 
 def socket_error(code: int) -> OSError:

@@ -97,6 +97,11 @@ class Policy:
     def connecting(self, session: Session, headers: Dict[str, str]) -> None:
         """A CONNECT whose login and passcode matched. May raise Refused."""
 
+    def taking(self, headers: Dict[str, str]) -> Optional[Callable[[socket.socket], None]]:
+        """A CONNECT whose login and passcode matched. Not None: that takes the connection, which is not the
+        broker's, then; what follows is no STOMP."""
+        return None
+
     def subscribing(self, session: Session, destination: str, headers: Dict[str, str]) -> None:
         """A SUBSCRIBE. May raise Refused."""
 
@@ -661,6 +666,12 @@ class Connection(Outlet):
         self.broker.told.warn('cut off ' + self.peer[0], '%s is cut off: it has not read %s bytes', self,
                               self.waiting)
         self.close('does not read')
+
+    def give_away(self, take: Callable[[socket.socket], None]) -> None:
+        """The socket is for somebody else."""
+        taken = self._sock.dup()
+        self.close('handed over')
+        take(taken)
 
     def close(self, why: str) -> None:
         """Closes the socket at once."""

@@ -209,6 +209,9 @@ class Session:
             self.broker.count.refused += 1
             self.broker.told.warn('login ' + self.peer[0], '%s: login or passcode is wrong', self.connection)
             raise StompError('login or passcode is wrong')
+        take = self.broker.policy.taking(headers)
+        if take is not None:
+            return self.connection.give_away(take)     # type: ignore[no-any-return]
         self._was_asked = True
         self.broker.policy.connecting(self, headers)
         self.version = version

@@ -37,6 +37,7 @@ from typing import Any, Dict, List, Optional, Set, Tuple  # noqa: F401
 
 import agent
 import protocol
+import shortcut
 from guestcgroup import find_place
 from guestcommands import RESEND_EVERY, Commands
 from guestconsole import Consoles
@@ -178,7 +179,7 @@ class Agent:
         self._trust = HostTrust(self.id, self.secret)
         is_shown = self.settings.Chirp.server == 'embedded'    # else the host reads output by words alone
         self.reports = Reports(self.say, vm.inline_output, spool.chirp_path if is_shown else '')
-        self._consoles = Consoles(self.reports, self._wake_by)
+        self._consoles = Consoles(self.reports, self._wake_by, self._dial)
         commands = Commands(vm, self.root, self.boot, spool, self._fork_server, self.reports, self._consoles,
                             self._wake_by, self._restart)
         commands.name = self.name
@@ -191,14 +192,28 @@ class Agent:
         while not self.stopping and not self.restart:
             consoles = self._consoles
             reading, writing = consoles.watched() if consoles is not None else ([], [])
-            ready = wait_until_ready([self._wakeup, self._fork_server.reports] + reading, writing,
-                                     self._patience())
-            if self._wakeup in ready:
-                drain(self._wakeup)
+            reading = [self._wakeup, self._fork_server.reports] + reading
+            ready = wait_until_ready(reading, writing, self._patience())
             try:
+                if consoles is not None and not writing:
+                    ready = self._pass_on(consoles, ready, reading)
+                if self._wakeup in ready:
+                    drain(self._wakeup)
                 self.tick()
             except Exception:       # the agent lives on, whatever one tick met
                 log.exception('in the tick')
+
+    def _pass_on(self, consoles: Consoles, ready: List[Any], reading: List[Any]) -> List[Any]:
+        """Keys and what they show pass before anything else is looked at, until more than that is ready, or
+        the time has come."""
+        while ready and time.monotonic() < self._awake_at:
+            due = consoles.pass_on(ready)
+            if due is None:
+                break
+            with self._clock_lock:
+                self._awake_at = min(self._awake_at, due)
+            ready = wait_until_ready(reading, [], self._awake_at - time.monotonic())
+        return ready
 
     def wake(self) -> None:
         """Has the main thread look at its clock and the commands now. From any thread."""
@@ -299,6 +314,17 @@ class Agent:
     def say(self, message: Message) -> bool:
         """Says a word to the host. False where none has proved itself. From any thread."""
         return self._trust is not None and self._trust.say(message, self.link.send)
+
+    def _dial(self, token: str) -> Optional[shortcut.Shortcut]:
+        """A connection that the host expects, for one terminal; None where there can't be one."""
+        broker, key = self.settings.Broker, self._trust.shortcut_key(token)
+        if broker.tls or not key:
+            return None
+        try:
+            return shortcut.dial(self.link.peer_address, token, key, broker.username, broker.password)
+        except OSError as error:
+            log.debug('no shortcut to the host: %s', error)
+            return None
 
     def _hear(self, frame: Any) -> None:
         """One MESSAGE. What isn't a word of the host for this guest is dropped, and counted."""
