@@ -148,6 +148,11 @@ class Slot:
         """The project's folder, that all its tasks share."""
         return self.init.text('project_dir') or os.path.abspath(self.folder)
 
+    @property
+    def client_dir(self) -> str:
+        """The client's own folder, where no task's files are; without a client, this one."""
+        return self.init.text('boinc_dir') or ('' if self.has_client else os.path.abspath(self.folder))
+
     def resolve(self, logical: str) -> str:
         """The path of the file that a logical name stands for: where a link leads, or the file itself."""
         path = self.path(logical)
@@ -159,6 +164,13 @@ class Slot:
         if found:
             return os.path.abspath(os.path.join(self.folder, found.group(1)))
         return os.path.realpath(path)
+
+    def is_within(self, path: str) -> bool:
+        """Whether a path is in one of the task's folders: the slot, and the project's. Without a client, all
+        paths are."""
+        real = os.path.realpath(path)
+        folders = [os.path.join(os.path.realpath(each), '') for each in (self.folder, self.project_dir)]
+        return not self.has_client or real.startswith(tuple(folders))
 
     def names_in(self, folder: str) -> List[str]:
         """Logical names, with slashes, of all files in one of the slot's folders and those in it."""

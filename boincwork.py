@@ -21,13 +21,22 @@ import socket
 import subprocess
 import sys
 import time
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import agent
 import hostconfig
 from boincjob import COMMAND, LEAST_MEMORY, Job, Moved, Trigger, Words, fraction_of, read_trigger
 from boincslot import InitData, Record, Slot
-from faults import Busy, InvalidParams, NoSuchCommand, NoSuchVM, NotSupported, TransferError, VMHostError
+from faults import (
+    AlreadyExists,
+    Busy,
+    InvalidParams,
+    NoSuchCommand,
+    NoSuchVM,
+    NotSupported,
+    TransferError,
+    VMHostError,
+)
 from hostclient import Client, NoHost
 
 log = logging.getLogger('vmboinc')
@@ -67,6 +76,10 @@ mode = nat
 [Logging]
 file = vmhost.log
 """
+
+
+LEAVE = 'vmboinc.ini'          # in the client's folder; the volunteer's alone: no project's files are there
+LEAVES = {'Bridged': {'projects': (agent.text, ''), 'interface': (agent.given, 'auto')}}
 
 
 class Trouble(Exception):
@@ -115,7 +128,8 @@ class HostAgent:
     @property
     def drives_vms(self) -> bool:
         """Whether tasks get VMs; not where the volunteer's host.ini says hypervisor=none."""
-        return bool(self._read_settings().Hypervisor.hypervisor != 'none')
+        with self._usable():
+            return bool(self._read_settings().Hypervisor.hypervisor != 'none')
 
     def how_to(self, verb: str) -> str:
         """What a person types to ask it."""
@@ -123,17 +137,23 @@ class HostAgent:
 
     def connect(self) -> bool:
         """Whether it answers; starts one where none does. Raises Trouble."""
+        with self._usable():
+            try:
+                settings = self._read_settings()
+                self._client = Client(settings.Host.state_dir)
+                version = self._client.call('agentInfo')['version']
+                if is_older(version):
+                    return self._end_older(version)
+                self._deadline = 0.0
+                return True
+            except NoHost:
+                self._start()
+                return False
+
+    @contextlib.contextmanager
+    def _usable(self) -> Iterator[None]:
         try:
-            settings = self._read_settings()
-            self._client = Client(settings.Host.state_dir)
-            version = self._client.call('agentInfo')['version']
-            if is_older(version):
-                return self._end_older(version)
-            self._deadline = 0.0
-            return True
-        except NoHost:
-            self._start()
-            return False
+            yield
         except (agent.AgentError, OSError) as error:
             raise Trouble('the host agent in %s can\'t be used: %s' % (self.folder, agent.sentence(error)))
 
@@ -264,7 +284,7 @@ class VirtualMachine:
                  limits: Callable[[], Dict[str, Any]], record: Record) -> None:
         """
         image      path of the disk on which its own lies
-        options    createVM's: folder, owner, memory, cpus, ostype, forwards
+        options    createVM's: folder, owner, memory, cpus, ostype, forwards, bridged
         limits     gives setLimits' limits, as they are to be now
         """
         self.name = name
@@ -306,7 +326,7 @@ class VirtualMachine:
         elif state == 'Stuck':
             log.warning('the machine has stopped with an error: it is powered off')
             self._host.call('powerOff', self.name)
-        elif state == 'Inaccessible':
+        elif state == 'Inaccessible' and not self._register():
             raise Trouble('the machine %s can\'t be read: %s; if it stays so, abort the task'
                           % (self.name, self._host.call('getVM', self.name)['trouble']))
         elif state == 'Running':
@@ -318,17 +338,25 @@ class VirtualMachine:
 
     def _make(self) -> None:
         """Makes it; or has the hypervisor know it again, where somebody took it out of the list of VMs."""
-        folder = os.path.join(self._options['folder'], self.name)
-        settings = os.path.join(folder, self.name + '.vbox')
-        if os.path.exists(settings) and self._record.put:
-            log.warning('the machine isn\'t known any more: it is registered again')
-            self._host.call('createVM', settings)
+        if self._record.put and self._register():
             return
+        folder = os.path.join(self._options['folder'], self.name)
         if not os.path.isfile(self._image):
             raise Trouble('the project\'s disk image %s is missing' % self._image)
-        if os.path.exists(settings):   # it was being made when something died, and nothing has run there
+        if os.path.exists(folder):     # it was being made when something died, and nothing has run there
             shutil.rmtree(folder)
-        self._host.call('createVM', self.name, self._image, self._options)
+        try:
+            self._host.call('createVM', self.name, self._image, self._options)
+        except (InvalidParams, NotSupported) as error:         # which no hiccup is
+            raise Trouble('the machine can\'t be made: %s' % error)
+
+    def _register(self) -> bool:
+        """Has the hypervisor know it again, by its files; whether they are there."""
+        with contextlib.suppress(AlreadyExists):       # it knows it, though it can't read it
+            if self._host.call('registerVM', self.name, self._options['folder'], self._options['owner']):
+                log.warning('the machine wasn\'t known any more: it is registered again')
+                return True
+        return False
 
     def port_to(self, port: int) -> int:
         """The port of this machine that leads to one of the guest's; 0 for none."""
@@ -519,6 +547,7 @@ class Work:
 
     def connect(self) -> bool:
         """The host agent answers."""
+        self.machine = self.machine or self._choose_machine()
         try:
             if not self.host.connect():
                 return False
@@ -526,19 +555,40 @@ class Work:
             if self._has_no_machine() and self.host.take_another_port():
                 raise Trouble('%s; it takes another port from now on' % error)
             raise
-        self.machine = self.machine or self._choose_machine()
         return True
+
+    def _bridge(self) -> str:
+        """The interface to which the VM gets one more card, '' for none. Raises Trouble where the
+        project wants one, and the volunteer hasn't allowed that."""
+        if not self._job.network_bridged_mode:
+            return ''
+        project, folder = os.path.basename(self._place), self._slot.client_dir
+        path = os.path.join(folder or 'BOINC\'s data folder', LEAVE)
+        try:
+            leave = agent.read_settings(path if folder and os.path.exists(path) else None, LEAVES).Bridged
+        except (agent.AgentError, OSError) as error:
+            raise Trouble(agent.sentence(error))
+        if not {project, '*'} & set(leave.projects.replace(',', ' ').split()):
+            raise Trouble('network_bridged_mode: refused: the project\'s VM would be a machine of its own in '
+                          'your network. You can allow it: two lines, [Bridged] and projects = %s, in %s'
+                          % (project, path))
+        return str(leave.interface)
 
     def _choose_machine(self) -> Any:
         if not self.host.drives_vms:
-            if self._job.forwards:
-                log.warning('no port is forwarded: the science runs on a machine that has joined, in no VM')
+            for what, wanted in (('port is forwarded', self._job.forwards),
+                                 ('card is bridged', self._job.network_bridged_mode)):
+                if wanted:
+                    log.warning('no %s: the science runs on a machine that has joined, in no VM', what)
             return GivenMachine(self.host, self._name, self._record)
         wish = {'cpus': self._words.cpus}      # type: Dict[str, Any]
         memory = self._words.memory or int(self._job.memory_size_mb)
         wish['memory'] = max(memory, LEAST_MEMORY)
         if self._job.os_name:
             wish['ostype'] = self._job.os_name
+        bridge = self._bridge()
+        if bridge:
+            wish['bridged'] = bridge
         if self._job.forwards:
             wish['forwards'] = [{'guestPort': guest, 'hostPort': host} for guest, host in self._job.forwards]
         parent = self._job.multiattach_vdi_file
@@ -634,8 +684,18 @@ class Work:
         """The path of a file in the slot, for other processes too."""
         return os.path.abspath(self._slot.path(name))
 
+    def _may_write(self, logical: str) -> bool:
+        """Whether the file of that name is the task's: its link may be one that the project has sent."""
+        if self._slot.is_within(self._slot.resolve(logical)):
+            return True
+        log.error('%s leads out of the task\'s folders, to %s: it isn\'t written', logical,
+                  self._slot.resolve(logical))
+        return False
+
     def upload(self, name: str) -> bool:
         """Fetches an output before the end, and asks the client to upload it. Whether that was possible."""
+        if not self._may_write(name):
+            return False
         _, error, status = self.host.call('cpFileFromVM', self.machine.name, self.there(name),
                                           self._slot.resolve(name))
         if status:
@@ -794,6 +854,7 @@ class Work:
     def _outputs(self) -> List[Moved]:
         found = self._job.outputs or [moved for moved in self._shared()
                                       if not os.path.exists(self._slot.resolve(moved.logical))]
+        found = [moved for moved in found if self._may_write(moved.logical)]
         for moved in found:
             if not moved.optional and not self._guest.exists(self.there(moved.path)):
                 log.error('the program left no file %s', moved.path)

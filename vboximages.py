@@ -35,7 +35,7 @@ from vboxconnection import (
     has_mark,
     name_in_path,
 )
-from vboxnetwork import Cards, check_card, read_forwards
+from vboxnetwork import Cards, check_bridged, check_card, read_forwards
 
 log = logging.getLogger('vmhost.virtualbox')
 
@@ -73,6 +73,7 @@ class Images:
         self._check_is_new(name, self._path_of(name, wish))
         self._check_ostype(wish['ostype'])
         check_image(image)
+        self._cards.interface_of(wish['bridged'])
         if kind in ('.ova', '.ovf'):
             self._import(job, name, os.path.abspath(image), wish)
         elif kind in ('', '.iso') + DISKS:
@@ -100,6 +101,17 @@ class Images:
         if ostype not in known:
             raise InvalidParams('VirtualBox knows no ostype %r; `VBoxManage list ostypes` lists them'
                                 % ostype)
+
+    def register_vm(self, job: Job, name: str, folder: str, owner: str = '') -> bool:
+        wish = wishes({'folder': folder, 'owner': owner}, self.box.network['mode'])
+        check_name(name)
+        path = self._path_of(name, wish)
+        if not os.path.isfile(path):
+            return False
+        uuid = self.box.find(self._register(path)).id
+        if owner:
+            self.box.vbox.setExtraData(OWNER + uuid, owner)
+        return True
 
     def _register(self, path: str) -> str:
         if not os.path.isfile(path):
@@ -304,6 +316,7 @@ class Images:
         if wish['cpus']:
             machine.CPUCount = wish['cpus']
         self._cards.give(machine, wish['network'], wish['forwards'])
+        self._cards.bridge(machine, wish['bridged'])
         if wish['keep']:
             machine.setExtraData(KEEP, machine.id)
         if wish['owner']:
@@ -728,7 +741,7 @@ def wishes(options: Dict[str, Any], mode: str) -> Dict[str, Any]:
     """createVM's options, checked; None or '' where nothing was asked for. mode: that of [Network]."""
     wish = {'memory': None, 'cpus': None, 'ostype': '', 'network': '', 'diskSize': None,
             'keep': False, 'acceptEula': False, 'linked': False, 'folder': '', 'owner': '',
-            'forwards': []}  # type: Dict[str, Any]
+            'forwards': [], 'bridged': ''}  # type: Dict[str, Any]
     unknown = set(options) - set(wish)
     if unknown:
         raise InvalidParams('createVM knows no option %s; it knows %s' % (
@@ -748,6 +761,7 @@ def wishes(options: Dict[str, Any], mode: str) -> Dict[str, Any]:
         raise InvalidParams('network is hostonly, nat or none, not %r' % wish['network'])
     wish['forwards'] = read_forwards(wish['forwards'])
     check_card(wish['forwards'], wish['network'] or mode)
+    check_bridged(wish['bridged'], wish['network'] or mode)
     return wish
 
 

@@ -198,7 +198,7 @@ def test_our_own_fields():
 @pytest.mark.parametrize('fields, said', [
     ('<enable_floppyio>1</enable_floppyio>', 'enable_floppyio'),
     ('<share_project_dir/>', 'share_project_dir'),
-    ('<network_bridged_mode/>', 'network_bridged_mode'), ('<job_duration>long</job_duration>', 'a number'),
+    ('<job_duration>long</job_duration>', 'a number'),
     ('<job_duration>nan</job_duration>', 'a number'), ('<input>/etc/passwd</input>', 'a relative path'),
     ('<output>../../x</output>', 'a relative path'),
     ('<output><name>a</name><mode>7</mode></output>', 'mode'),
@@ -334,6 +334,95 @@ def test_an_output_that_cannot_be_fetched_now_is_fetched_later(why, tmp_path):
         fetching(tmp_path, {'state': 'failed', 'error': why}).collect()
 
 
+def task_in(folder, job='', host=None):
+    """Work of a task of the project 127.0.0.1_p, in slot 0 of a client in that folder."""
+    project, slot = folder / 'projects' / '127.0.0.1_p', folder / 'slots' / '0'
+    for place in (project, slot):
+        place.mkdir(parents=True, exist_ok=True)
+    (slot / 'init_data.xml').write_text(
+        '<app_init_data><project_dir>%s</project_dir><boinc_dir>%s</boinc_dir><result_name>t1</result_name>'
+        '</app_init_data>' % (project, folder))
+    return boincwork.Work(Slot(str(slot)), job_of(job), boincjob.read_words([], 1), Record(
+        str(slot / Record.FILE)), host or types.SimpleNamespace(drives_vms=True, connect=lambda: True))
+
+
+def bridge_of(work):
+    """What createVM would be asked for."""
+    assert work.connect()
+    return work.machine._options.get('bridged')
+
+
+BRIDGED = '<network_bridged_mode/>'
+
+
+@pytest.mark.parametrize('leave, bridge', [
+    ('projects = 127.0.0.1_p', 'auto'), ('projects = x, 127.0.0.1_p\ninterface = en0: Wi-Fi', 'en0: Wi-Fi'),
+    ('projects = *\ninterface=eth1', 'eth1'), ('', None), ('projects = x', None), ('projects =', None),
+    ('interface = eth0', None)])
+def test_a_card_is_bridged_where_the_volunteer_allows_it(leave, bridge, tmp_path):
+    (tmp_path / boincwork.LEAVE).write_text('[Bridged]\n' + leave)
+    work = task_in(tmp_path, BRIDGED)
+    if bridge:
+        assert bridge_of(work) == bridge
+        return
+    with pytest.raises(Trouble, match='network_bridged_mode: refused: .* projects = 127.0.0.1_p, in %s' % (
+            tmp_path / boincwork.LEAVE)):
+        work.connect()
+
+
+def test_no_leave_makes_a_project_a_card_that_it_does_not_ask_for(tmp_path):
+    (tmp_path / boincwork.LEAVE).write_text('[Bridged]\nprojects = *')
+    assert bridge_of(task_in(tmp_path)) is None
+    assert bridge_of(task_in(tmp_path, '<network_bridged_mode>0</network_bridged_mode>')) is None
+
+
+def test_a_leave_that_cannot_be_read_is_none(tmp_path):
+    (tmp_path / boincwork.LEAVE).write_text('[Bridged]\nproject = *')
+    with pytest.raises(Trouble, match='%s: .Bridged. project: unknown key' % boincwork.LEAVE):
+        task_in(tmp_path, BRIDGED).connect()
+
+
+@pytest.mark.parametrize('folder', ['slots/0', 'projects', 'projects/127.0.0.1_p',
+                                    'projects/127.0.0.1_p/vmhost'])
+def test_a_project_cannot_give_itself_leave(folder, tmp_path, monkeypatch):
+    """By files of its own; also where the client doesn't tell its folder."""
+    work = task_in(tmp_path, BRIDGED)
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / boincwork.LEAVE).write_text('[Bridged]\nprojects = *')
+    monkeypatch.chdir(str(tmp_path / folder))
+    for told in (work, task_in(tmp_path, BRIDGED)):
+        with pytest.raises(Trouble, match='refused'):
+            told.connect()
+        init = tmp_path / 'slots' / '0' / 'init_data.xml'
+        init.write_text(init.read_text().replace('boinc_dir', 'other_dir'))
+        told._slot.init = boincslot.InitData(init.read_text())
+
+
+@pytest.mark.parametrize('target, stays', [
+    ('../../vmboinc.ini', False), ('../../slots/1/out', False), ('../../projects/other/out', False),
+    ('../../projects/127.0.0.1_p/out', True), ('out.new', True)])
+def test_an_output_that_leads_out_of_the_tasks_folders_is_not_written(target, stays, tmp_path, caplog):
+    """Its link may be a file that the project has sent. A volunteer's leave is out of reach."""
+    answers = {'startTransfer': '7', 'listDir': [{'name': 'out', 'mtime': 1, 'size': 2, 'isDir': False}]}
+    asked = []
+    work = task_in(tmp_path, '<output>out</output>', types.SimpleNamespace(
+        call=lambda method, *args: asked.append((method,) + args) or answers[method]))
+    work.machine = types.SimpleNamespace(name='vm', files='', lease=lambda: None)
+    (tmp_path / 'slots' / '0' / 'out').write_text('<soft_link>%s</soft_link>' % target)
+    assert work.collect() is not stays
+    moved = [each for each in asked if each[0] == 'startTransfer']
+    assert moved == ([('startTransfer', 'get', 'vm', 'out', os.path.normpath(
+        str(tmp_path / 'slots' / '0' / target)))] if stays else [])
+    assert ('out leads out of the task\'s folders' in caplog.text) is not stays
+    if not stays:
+        assert not work.upload('out') and asked == []
+
+
+def test_without_a_vm_no_card_is_bridged_and_no_leave_is_needed(tmp_path, caplog):
+    assert task_in(tmp_path, BRIDGED, types.SimpleNamespace(drives_vms=False, connect=lambda: True)).connect()
+    assert 'no card is bridged' in caplog.text
+
+
 def test_tasks_whose_long_names_differ_at_their_ends_have_machines_of_their_own(tmp_path):
     names = set()
     for result in ('x' * 240 + '_1', 'x' * 240 + '_2', 'short'):
@@ -451,7 +540,8 @@ def test_the_port_stays_where_a_vm_that_was_saved_will_look_for_it(made, tmp_pat
 
     def connect():
         raise boincwork.NotStarted('it doesn\'t start')
-    host = types.SimpleNamespace(connect=connect, take_another_port=lambda: moved.append(1) or True)
+    host = types.SimpleNamespace(connect=connect, take_another_port=lambda: moved.append(1) or True,
+                                 drives_vms=True)
     work = boincwork.Work(Slot(str(slot)), job_of(), boincjob.read_words([], 1), Record(
         str(tmp_path / 'record')), host)
     with pytest.raises(Trouble, match='start$' if made else 'another port'):

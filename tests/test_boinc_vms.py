@@ -346,6 +346,29 @@ def test_what_its_program_serves_is_shown_in_place_of_the_status_page(project, m
               in task.channels.receive(GRAPHICS))
 
 
+def test_a_card_is_bridged_where_the_volunteer_allows_it(project, monkeypatch):
+    """Without that leave, or the interface, the task is tried again later: with the reason."""
+    monkeypatch.setenv('FAKE_VIRTUALBOX', project.environment['FAKE_VIRTUALBOX'])
+    task = project.task(job='<network_bridged_mode/>')
+    task.link('out')
+    task.start()
+    assert task.wait_for_end(60) == 0 and project.vms() == {}
+    reason = task.read('boinc_temporary_exit')
+    assert 'network_bridged_mode: refused' in reason and '[Bridged] and projects = project' in reason
+    leave = os.path.join(project.folder, boincwork.LEAVE)
+    assert leave in task.read('stderr.txt')
+    for interface, told in (('eth7', 'no interface eth7; there are: eth0, eth1'), ('eth1', '')):
+        with open(leave, 'w') as file:
+            file.write('[Bridged]\nprojects = project\ninterface = %s\n' % interface)
+        task.start()
+        if told:
+            assert task.wait_for_end(60) == 0 and told in task.read('boinc_temporary_exit')
+    agent = project.agent(task)
+    assert project.call('getVM', task.vm)['bridged'] == 'eth1'
+    finish(agent)
+    assert task.wait_for_end(60) == 0 and task.read('boinc_finish_called') == '0\n'
+
+
 def test_vms_of_tasks_that_the_client_forgot_go(project):
     first = project.task('first')
     first.link('out')
