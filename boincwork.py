@@ -752,7 +752,7 @@ class Work:
         """The command has been begun, and isn't halted; where it runs already, this changes nothing."""
         run = self._job.run(self._words.rest)
         self.host.call('runCmd', self.machine.name, run[0], run[1:], {}, self.machine.files, '',
-                       {'id': self.command, 'mayReturn': self._job.checkpoint == 'state'})
+                       {'id': self.command, 'endLeft': True, 'mayReturn': self._job.checkpoint == 'state'})
         return self.resume()
 
     def look(self) -> Look:

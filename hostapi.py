@@ -621,8 +621,9 @@ class CommandMethods(Methods):
         terminal ({rows, columns, term}: one of its own, its input streamed), timeout, killAfter (s), user,
         envClear, nice, limits {as, cpu, fsize, nofile, nproc: of each process; memory (bytes), cpus (cores:
         0.5, say), pids: of all together, where the guest can make control groups}, leave (daemons go on after
-        a timeout or KILL), statusInterval (s), outputLimit, inlineOutput (bytes), queue (waits for an agent
-        that isn't connected), expires (s: not begun by then, it never will be), mayReturn (where the VM dies,
+        a timeout or KILL), endLeft (what the program leaves ends with it), statusInterval (s),
+        outputLimit, inlineOutput (bytes), queue (waits for an agent that isn't connected), expires (s: not
+        begun by then, it never will be), mayReturn (where the VM dies,
         it is lost only if the agent comes back without it: for VMs that are then set back to a snapshot), id
         (the caller's own id for it: the same call again is answered as the first time, and runs nothing;
         fault 8 for another command).

@@ -43,6 +43,37 @@ def facts(vm):
     return {key.strip('"'): value.strip('"') for key, _, value in pairs}
 
 
+@contextlib.contextmanager
+def uplinks():
+    """Two interfaces, in the rig's own network: eth7, which has the default route, and eth8; gives what moves
+    the route to one of them, or takes it away ('')."""
+    def ip(words, **how):
+        return subprocess.run(['ip'] + words.split(), **dict({'check': True}, **how))
+
+    def route(interface):
+        ip('route flush exact 0.0.0.0/0')
+        if interface:
+            ip('route add default dev ' + interface)
+    try:
+        for number in '78':
+            ip('link add eth%s type veth peer name far%s' % (number, number))
+            ip('addr add 192.0.%s.1/24 dev eth%s' % (number, number))
+            ip('link set eth%s up' % number)
+            ip('link set far%s up' % number)
+        route('eth7')
+        yield route
+    finally:
+        for number in '78':
+            ip('link del eth' + number, check=False)
+
+
+def cards_of(vm):
+    """(kind, interface to which it is bridged or '') of each card of a VM in use, as VirtualBox says."""
+    said = facts(vm)
+    return [(said[key], said.get('bridgeadapter' + key[3:], '')) for key in sorted(said)
+            if re.match('nic[1-8]$', key) and said[key] != 'none']
+
+
 def state_of(vm):
     """The VM's state, as VBoxManage says; '' while it can't be read."""
     with contextlib.suppress(Refused):
