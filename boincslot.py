@@ -342,6 +342,8 @@ class Record:
     put         whether the guest has its files
     taken       {logical name: the file's time and size} of trigger files that were acted upon
     machine     the one on which it runs, where all tasks share some
+    digest      what names its commands; made of the project's folder, and stays when that is moved
+    folder      where the folder of its VM is, as far as the hypervisor knows
     made        whether there may be a machine, or a command, of this task
     troubles    temporary exits in a row
     """
@@ -354,7 +356,7 @@ class Record:
         self.elapsed = self.fraction = 0.0
         self.put = self.made = False
         self.taken: Dict[str, str] = {}
-        self.machine = ''
+        self.machine = self.digest = self.folder = ''
         with contextlib.suppress(OSError, ValueError, AttributeError):     # no such file, or a damaged one
             with open(path, encoding='utf-8') as file:
                 for name, value in json.load(file).items():

@@ -308,6 +308,7 @@ class VirtualMachine:
         if self._host.call('agentInfo')['hypervisor'] == 'none':
             raise Trouble('no hypervisor answers here: install VirtualBox; what is missing tells: %s'
                           % self._host.how_to('check'))
+        self._follow()
         state = self._host.call('listVMsWithState').get(self.name)
         if state is not None:          # before it starts: this process may die at any moment
             self.lease()
@@ -350,8 +351,17 @@ class VirtualMachine:
         except (InvalidParams, NotSupported) as error:         # which no hiccup is
             raise Trouble('the machine can\'t be made: %s' % error)
 
+    def _follow(self) -> None:
+        """Has the hypervisor find it where the client's folder was moved to."""
+        here = self._options['folder']
+        if self._record.folder != here:
+            if self._record.folder:
+                self._register()
+            self._record.folder = here
+            self._record.save()
+
     def _register(self) -> bool:
-        """Has the hypervisor know it again, by its files; whether they are there."""
+        """Has the hypervisor know it again, by its files; whether that was needed, and they are there."""
         with contextlib.suppress(AlreadyExists):       # it knows it, though it can't read it
             if self._host.call('registerVM', self.name, self._options['folder'], self._options['owner']):
                 log.warning('the machine wasn\'t known any more: it is registered again')
@@ -524,7 +534,7 @@ class Work:
         self._collected = False
         self._place = slot.project_dir
         result = slot.init.text('result_name')
-        self._digest = hashlib.md5((self._place + '\n' + result).encode()).hexdigest()[:16]
+        record.digest = record.digest or hashlib.md5((self._place + '\n' + result).encode()).hexdigest()[:16]
         self._name = self._name_of(slot.init)
         self._owner = OWNER + self._place
 
@@ -541,7 +551,7 @@ class Work:
     @property
     def command(self) -> str:
         """The id of the science's command."""
-        return 'boinc-%s-%d' % (self._digest, self._record.attempt)
+        return 'boinc-%s-%d' % (self._record.digest, self._record.attempt)
 
     # Before it runs.
 

@@ -344,7 +344,8 @@ class ControlMethods(Methods):
     def registerVM(self, vm: str, folder: str, owner: str = '') -> bool:
         """Has the hypervisor know a VM again that somebody took out of its list: its files are still there.
 
-        folder and owner as createVM had them. False where there are no files of such a VM in the folder.
+        folder and owner as createVM had them; or, where it was moved since, with all on which the VM's disk
+        lies, that folder now. False where there are no files of such a VM. Fault 8 for one that is known.
 
             >>> host.registerVM('node1', '/srv/slots/0')
             False

@@ -194,8 +194,8 @@ class Driver:
 
     @changing
     def register_vm(self, job: 'Job', name: str, folder: str, owner: str = '') -> bool:
-        """Has a VM known again that create_vm made with these options. False, and nothing done, where there
-        are no files of it."""
+        """Has a VM known again that create_vm made with these options; its folder may have been moved since.
+        False, and nothing done, where there are no files of it; AlreadyExists where it is known."""
         return self._cannot('register VMs')
 
     @changing

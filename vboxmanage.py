@@ -368,8 +368,13 @@ class VBoxManage(Asking):
         path = os.path.join(wish['folder'] or self._default_folder(), name, name + '.vbox')
         if not os.path.isfile(path):
             return False
-        if name in [each for each, _ in self._listed('vms')]:
-            raise faults.AlreadyExists('there is a VM %r already' % name)
+        for row in self.machines(job):
+            known = self._rows[row['uuid']][0]
+            if vboximages.is_moved(known, path):
+                vboximages.follow_move(known, path)
+                self._run('unregistervm', row['uuid'])
+            elif row['name'] == name:
+                raise faults.AlreadyExists('there is a VM %r already' % name)
         self._run('registervm', path)
         if owner:
             self._run('setextradata', 'global', vboximages.OWNER + self._find(job, name), owner)

@@ -398,6 +398,40 @@ def test_a_project_cannot_give_itself_leave(folder, tmp_path, monkeypatch):
         told._slot.init = boincslot.InitData(init.read_text())
 
 
+def test_a_task_whose_clients_folder_was_moved_goes_on_with_its_command(tmp_path):
+    """To another disk, say, with a link in its place or none: else its program would run a second time."""
+    work = task_in(tmp_path / 'here')
+    command, machine = work.command, work._name
+    work.machine = types.SimpleNamespace(ready=lambda: True)
+    assert work.ready()
+    os.rename(str(tmp_path / 'here'), str(tmp_path / 'there'))
+    moved = task_in(tmp_path / 'there')
+    assert (moved.command, moved._name) == (command, machine)
+    (tmp_path / 'there' / 'slots' / '0' / Record.FILE).unlink()
+    assert task_in(tmp_path / 'there').command != command      # another task's may be called so
+
+
+def test_a_vm_whose_folder_was_moved_is_registered_there(tmp_path):
+    """Once; before anything else is done with it, since its hypervisor may not have noticed yet."""
+    asked = []
+
+    def call(method, *args):
+        asked.append((method,) + args[:2])
+        return {'agentInfo': {'hypervisor': 'some'}, 'listVMsWithState': {'127.0.0.1_p_t1': 'Saved'},
+                'registerVM': True}.get(method)
+    for place, moved in (('here', False), ('here', False), ('there', True), ('there', False)):
+        if moved:
+            os.rename(str(tmp_path / 'here'), str(tmp_path / 'there'))
+        work = task_in(tmp_path / place, '', types.SimpleNamespace(
+            drives_vms=True, connect=lambda: True, call=call))
+        del asked[:]
+        assert work.connect() and not work.ready()
+        told = [each for each in asked if each[0] == 'registerVM']
+        slot = str(tmp_path / place / 'slots' / '0')
+        assert told == ([('registerVM', '127.0.0.1_p_t1', slot)] if moved else [])
+        assert not moved or asked.index(told[0]) < asked.index(('listVMsWithState',))
+
+
 @pytest.mark.parametrize('target, stays', [
     ('../../vmboinc.ini', False), ('../../slots/1/out', False), ('../../projects/other/out', False),
     ('../../projects/127.0.0.1_p/out', True), ('out.new', True)])

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -65,6 +66,25 @@ def uplinks():
     finally:
         for number in '78':
             ip('link del eth' + number, check=False)
+
+
+def a_vm_is_moved(box, images, tmp_path):
+    """Its folder, and the image on which its disk lies, are elsewhere; VirtualBox has noticed, or not."""
+    places = [tmp_path / ('a place & %d' % number) for number in range(3)]
+    (places[0] / 'slot').mkdir(parents=True)
+    shutil.copy(str(images / 'disk.vdi'), str(places[0] / 'image.vdi'))
+    box.create_vm('task', str(places[0] / 'image.vdi'), {
+        'memory': 16, 'linked': True, 'owner': 'me', 'folder': str(places[0] / 'slot')})
+    before = (places[0] / 'image.vdi').read_bytes(), box.describe('task')['id']
+    for here, there, notices in ((places[0], places[1], False), (places[1], places[2], True)):
+        assert box.start('task') and box.save_state('task')
+        os.rename(str(here), str(there))
+        if notices:
+            kill(vboxsvc())
+        assert box.register_vm('task', str(there / 'slot'), 'me') is True
+        assert (box.state('task'), box.describe('task')['id']) == ('Saved', before[1])
+    assert box.start('task') and box.power_off('task') and box.remove_vm('task', True) == []
+    assert (places[2] / 'image.vdi').read_bytes() == before[0] and not (places[2] / 'slot' / 'task').exists()
 
 
 def cards_of(vm):
