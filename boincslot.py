@@ -10,6 +10,7 @@ Threads: one. No locks of threads; the lock of a slot is between processes.
 
 import contextlib
 import json
+import logging
 import math
 import mmap
 import os
@@ -18,6 +19,8 @@ import time
 from typing import Any, Dict, List, Optional
 
 import agent
+
+log = logging.getLogger('vmboinc')
 
 CHANNEL = 1024                 # bytes of a mailbox: a flag, then text that ends with NUL
 CONTROL, GRAPHICS, HEARTBEAT, STATUS, TRICKLE_UP, TRICKLE_DOWN = 0, 3, 4, 5, 6, 7      # their numbers
@@ -76,10 +79,10 @@ def words_of(message: str) -> List[str]:
 
 class InitData:
     """init_data.xml. It is no XML that a parser takes, since paths and preferences stand in it as they are:
-    tags are searched for."""
+    tags are searched for; not within the project's preferences, which are the word of its site."""
 
     def __init__(self, text: str = '') -> None:
-        self._text = text
+        self._text = re.sub('<project_preferences>.*?</project_preferences>', '', text, flags=re.DOTALL)
 
     @property
     def is_whole(self) -> bool:
@@ -183,20 +186,18 @@ class Slot:
     # The lock.
 
     def lock(self) -> None:
-        """Takes the slot. Raises SlotTaken."""
-        try:
-            self._lock = _lock_windows(self.path(LOCK_FILE)) if os.name == 'nt' else \
-                _lock_posix(self.path(LOCK_FILE))
-        except OSError:
-            raise SlotTaken()
+        """Takes the slot. Raises SlotTaken, and OSError where nobody can."""
+        self._lock = (_lock_windows if os.name == 'nt' else _lock_posix)(self.path(LOCK_FILE))
 
     def unlock(self) -> None:
         """Lets the slot go."""
         if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+            if os.name == 'nt':                # which removes no file that is open
+                self._lock.close()
             with contextlib.suppress(OSError):
                 os.remove(self.path(LOCK_FILE))
+            self._lock.close()                 # else the next one would lock it, and then it would go
+            self._lock = None
 
     # The client.
 
@@ -245,10 +246,12 @@ def _lock_posix(path: str) -> Any:
     file = open(path, 'w')
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise
-    return file
+        if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            return file
+    except OSError as error:
+        log.debug('%s', error)
+    file.close()                       # another one's, or removed meanwhile by whose it was
+    raise SlotTaken()
 
 
 def _lock_windows(path: str) -> Any:
@@ -259,7 +262,7 @@ def _lock_windows(path: str) -> Any:
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)      # type: ignore[attr-defined]
     except OSError:
         file.close()
-        raise
+        raise SlotTaken()
     return file
 
 
@@ -318,7 +321,10 @@ class Client:
 
 
 def wait_for_lock(slot: Slot, patience: float) -> bool:
-    """Takes the slot; waits so many seconds for an earlier wrapper, which notices that its client died."""
+    """Takes the slot; waits so many seconds for an earlier wrapper, which notices that its client died.
+
+    Raises OSError where nobody can take it.
+    """
     deadline = time.monotonic() + patience
     while True:
         try:

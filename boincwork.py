@@ -18,6 +18,7 @@ import re
 import shlex
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -50,7 +51,8 @@ START_AGAIN = 10.0             # seconds after which another one is started: the
                                # one that was about to end
 LONGEST_NAME = 150             # characters of a machine's name
 NO_SUCH_FOLDER = ('does not exist', 'not a directory')     # how the error of a folder that isn't there ends
-NO_OUTPUT = NO_SUCH_FOLDER + ('neither file, folder nor link', 'is a directory')       # … of what is no file
+NO_OUTPUT = NO_SUCH_FOLDER + (         # … of what is no file, or none that the guest's agent may read
+    'neither file, folder nor link', 'is a directory', 'not authorized')
 LAST_WORDS = 8192              # characters of the program's standard error that the task's keeps
 MOST_TRICKLES = 100            # messages that wait for the client to take them
 LOOK_AT_FILES = 2.0            # seconds between two looks for trigger files
@@ -256,6 +258,8 @@ def start_orphaned(command: List[str], folder: str) -> None:
                'with open(sys.argv[1], "ab") as out:\n'
                '    subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL, stdout=out, stderr=out, '
                '**({"creationflags": 0x8} if sys.platform == "win32" else {"start_new_session": True}))')
+    with open(os.path.join(folder, PRINTED), 'ab'):    # here, where it is told why it can't be
+        pass
     environment = {name: value for name, value in os.environ.items() if name != 'LD_LIBRARY_PATH'}
     subprocess.run([sys.executable, '-c', starter, PRINTED] + command, cwd=folder, env=environment,
                    check=True, stdin=subprocess.DEVNULL)
@@ -722,7 +726,9 @@ class Work:
             return False
         self._transfer = ''
         if told.get('state') == 'done':
-            self._waiting.pop(0)
+            direction, _, target = self._waiting.pop(0)
+            if direction == 'get':
+                let_read(target)
         elif told and self._is_no_output(told['error']):
             log.error('what the program left can\'t be fetched, as if it were missing: %s', told['error'])
             self._waiting.pop(0)
@@ -730,6 +736,8 @@ class Work:
             raise Trouble('%s: %s' % (os.path.basename(self._waiting[0][1]), told['error']))
         if self._waiting:
             direction, source, target = self._waiting[0]
+            if direction == 'get':             # a client makes no folders of outputs that it copies
+                os.makedirs(os.path.dirname(target), exist_ok=True)
             self._transfer = self._start_transfer(direction, self.machine.name, source, target)
         return not self._waiting
 
@@ -746,7 +754,8 @@ class Work:
     def _is_no_output(self, error: str) -> bool:
         """Whether it tells that what is to be fetched is no file, nor leads to one: that never passes."""
         direction, source, _ = self._waiting[0]
-        return direction == 'get' and error in ['%s: %s' % (source, how) for how in NO_OUTPUT]
+        return direction == 'get' and (error in ['%s: %s' % (source, how) for how in NO_OUTPUT]
+                                       or error.startswith(source + ' is a link to '))
 
     def _transfer_told(self) -> Dict[str, Any]:
         """What getTransfer tells of the one that was begun; {} where there is none, or no longer: a host
@@ -979,6 +988,11 @@ class GuestFiles:
             return None
         with open(local, encoding='utf-8', errors='replace') as file:
             return file.read(self.LARGEST)
+
+
+def let_read(path: str) -> None:
+    """Has this user's programs, such as the client, read a file of a guest's mode. Raises OSError."""
+    os.chmod(path, stat.S_IMODE(os.stat(path).st_mode) | stat.S_IRUSR | stat.S_IWUSR)
 
 
 def first_of(*values: Optional[float]) -> Optional[float]:

@@ -107,6 +107,16 @@ def test_init_data_that_no_parser_takes():
         == [2, 2, 2, 2]
 
 
+@pytest.mark.parametrize('place', ['before', 'after'])
+def test_what_a_projects_preferences_say_is_not_the_clients_word(place):
+    """They are what the project's site has; a client's own folder, say, would be theirs to name."""
+    told = '<boinc_dir>/boinc</boinc_dir><result_name>t1</result_name>'
+    theirs = ('<project_preferences>\n<boinc_dir>/evil</boinc_dir>\n<project_dir>/evil</project_dir>\n'
+              '<result_name>x</result_name></project_preferences>')
+    init = InitData(theirs + told if place == 'before' else told + theirs)
+    assert [init.text(tag) for tag in ('boinc_dir', 'result_name', 'project_dir')] == ['/boinc', 't1', '']
+
+
 @pytest.mark.parametrize('version, limit, minds', [
     ((7, 20), 25, True), ((8, 0), 1, True), ((8, 2), 25, False), ((9, 0), 25, False), ((7, 20), 0, False)])
 def test_clients_that_mind_foreign_cpu(version, limit, minds):
@@ -142,6 +152,33 @@ def test_one_wrapper_for_a_slot(tmp_path):
     assert b'SlotTaken' in other.stderr
     slot.unlock()
     assert subprocess.run([sys.executable, '-c', code], cwd=top).returncode == 0
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='Windows locks otherwise')
+def test_who_waits_for_a_slot_has_the_lock_that_the_next_one_finds(tmp_path, monkeypatch):
+    """Not that of a file which the one before has removed meanwhile."""
+    slot, path, opened = Slot(str(tmp_path)), str(tmp_path / boincslot.LOCK_FILE), open
+
+    def removed_meanwhile(*args):
+        file = opened(*args)
+        if args[0] == path:
+            monkeypatch.undo()
+            os.remove(path)
+        return file
+    monkeypatch.setattr(boincslot, 'open', removed_meanwhile, raising=False)
+    assert boincslot.wait_for_lock(slot, 5)
+    assert subprocess.run([sys.executable, '-c', LOCKED, path]).returncode == 1
+    slot.unlock()
+    assert os.listdir(str(tmp_path)) == []
+
+
+LOCKED = '''
+import fcntl, sys
+try:
+    fcntl.lockf(open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)
+except OSError:
+    sys.exit(1)
+'''
 
 
 def test_files_at_the_end(tmp_path):
@@ -323,9 +360,30 @@ def fetching(tmp_path, told):
     return work
 
 
-@pytest.mark.parametrize('why', ['does not exist', 'neither file, folder nor link', 'is a directory'])
+@pytest.mark.parametrize('why', ['does not exist', 'neither file, folder nor link', 'is a directory',
+                                 'not authorized'])
 def test_an_output_that_is_no_file_or_leads_out_of_what_is_served_is_a_missing_one(why, tmp_path):
     assert fetching(tmp_path, {'state': 'failed', 'error': 'task/out: ' + why}).collect()
+
+
+def test_an_output_that_is_a_link_to_a_place_that_is_not_served_is_a_missing_one(tmp_path):
+    assert fetching(tmp_path, {'state': 'failed', 'error': 'task/out is a link to /etc/passwd, where '
+                                                           'nothing is that is served'}).collect()
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='modes are POSIX')
+def test_an_output_is_in_its_folder_and_its_client_can_read_it(tmp_path):
+    """Its folder may be missing, and its mode be none, as in the guest."""
+    def call(method, *args):
+        if method == 'startTransfer':
+            open(args[3], 'w').close()
+            os.chmod(args[3], 0)
+        return {'startTransfer': '7', 'getTransfer': {'state': 'done', 'error': ''}, 'listDir': [
+            {'name': 'out', 'mtime': 1, 'size': 2, 'isDir': False}]}[method]
+    work = task_in(tmp_path, '<output>sub/out</output>', types.SimpleNamespace(call=call))
+    work.machine = types.SimpleNamespace(name='vm', files='', lease=lambda: None)
+    assert not work.collect() and work.collect()
+    assert os.stat(str(tmp_path / 'slots' / '0' / 'sub' / 'out')).st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize('why', ['task/out: timed out', '/here/out: does not exist'])
@@ -598,6 +656,15 @@ def test_what_the_wrapper_before_was_moving_is_waited_for(tmp_path):
     assert not work.put() and not work.put()
     told['state'] = 'done'
     assert work.put()
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='Windows tells otherwise')
+def test_a_folder_in_which_no_host_agent_can_be_started_is_named(tmp_path):
+    """A project's folder that is read-only, say."""
+    host = boincwork.HostAgent(str(tmp_path), [sys.executable, '-c', ''])
+    (tmp_path / boincwork.PRINTED).mkdir()
+    with pytest.raises(Trouble, match='can\'t be used: .*%s: Is a directory$' % boincwork.PRINTED):
+        host.connect()
 
 
 def test_by_hand_what_lies_beside_its_folder_is_nobodys_slot(tmp_path):
