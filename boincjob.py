@@ -274,6 +274,7 @@ class Trigger(NamedTuple):
 def read_trigger(text: str) -> Trigger:
     """What such a file says; empty: 0, and nothing else."""
     lines = text.splitlines() + ['', '']
-    number = int(lines[0]) if re.fullmatch(r'\s*-?[0-9]{1,9}\s*', lines[0]) else 0
+    found = re.match(r'\s*[+-]?[0-9]{1,9}', lines[0])      # and what else stands there is passed over
+    number = int(found.group()) if found else 0
     message = ' '.join(' '.join(lines[2:]).split())
     return Trigger(number, lines[1].strip() == '1', ''.join(filter(str.isprintable, message)))

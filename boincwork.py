@@ -57,6 +57,7 @@ LAST_WORDS = 8192              # characters of the program's standard error that
 MOST_TRICKLES = 100            # messages that wait for the client to take them
 LOOK_AT_FILES = 2.0            # seconds between two looks for trigger files
 BROKER_PORT = 61613            # of a guest's agent that isn't told another one
+COMMAND_ID = 'boinc-'          # begin of the id of a task's command
 OWNER = 'boinc '               # + the project's folder: owner of a task's VM
 INI = """\
 # The host agent that serves this project's tasks. Written once, by vmboinc: what you change here stays.
@@ -507,10 +508,13 @@ class GivenMachine:
 
     def remove(self, command: str) -> None:
         """Ends the command, and removes the task's folder."""
-        if not self.name:              # none was chosen yet
-            return
+        if self.name:                  # else none was chosen yet
+            self.take_away(self.name, command)
+
+    def take_away(self, machine: str, command: str) -> None:
+        """The same on the machine of that name."""
         self._signal(command, 'KILL')
-        self._host.call('runCmd', self.name, 'rm', ['-rf', self.files], {}, '', '', {'queue': True})
+        self._host.call('runCmd', machine, 'rm', ['-rf', self.files], {}, '', '', {'queue': True})
 
     def limit(self) -> None:
         """It is nobody's to limit."""
@@ -555,7 +559,7 @@ class Work:
     @property
     def command(self) -> str:
         """The id of the science's command."""
-        return 'boinc-%s-%d' % (self._record.digest, self._record.attempt)
+        return '%s%s-%d' % (COMMAND_ID, self._record.digest, self._record.attempt)
 
     # Before it runs.
 
@@ -616,13 +620,25 @@ class Work:
         slots = self._slots()
         if not all(slot.has_client and slot.init.is_whole for slot in slots):
             return True                # by hand; or one is written just now: whose it is tells the next start
+        known = [self._name_of(slot.init) for slot in slots]
+        if isinstance(self.machine, GivenMachine):
+            self._end_forgotten(known)
         with contextlib.suppress(NotSupported):
-            known = [self._name_of(slot.init) for slot in slots]
             left = [name for name in self.host.call('listVMs')
                     if name.startswith(self._name_of(InitData())) and name not in known + [self._name]]
             for row in self.host.call('cleanup', False, left, self._owner):
                 log.info('removed what an earlier task left: %s (%s)', row['name'], row['why'])
         return True
+
+    def _end_forgotten(self, known: List[str]) -> None:
+        """Ends, on given machines, commands of tasks whose names aren't known, and removes their files."""
+        for row in self.host.call('listCmds', {'finished': False}):
+            if row['cmdId'].startswith(COMMAND_ID):
+                task = self.host.call('getCmdDetails', row['cmdId'])['path']
+                if task.startswith(self._name_of(InitData())) and task not in known:
+                    log.info('ended what an earlier task left: %s', task)
+                    machine = GivenMachine(self.host, task, self._record)
+                    machine.take_away(row['vm'], row['cmdId'])
 
     def _slots(self) -> List[Slot]:
         """Those of the project's tasks that the client knows, or may know; without one, this one's alone."""

@@ -222,7 +222,7 @@ def run_task(words: List[str]) -> int:
         code = slot.finished()         # by now: the wrapper before may have brought it to its end
         if code is not None:
             log.info('the task was over already')
-            return code & 0xff
+            return exit_code(code)
         return leave(slot, live(slot, words))
     except OSError as error:
         why = 'the slot can\'t be used: %s' % agent.sentence(error)
@@ -258,7 +258,12 @@ def leave(slot: Slot, end: End) -> int:
         if end.signal:
             slot.unlock()
             die_of(end.signal)
-    return end.code & 0xff if os.name == 'posix' else end.code
+    return exit_code(end.code)
+
+
+def exit_code(code: int) -> int:
+    """That of this process, for a task's: POSIX has 8 bits for it, and only 0 may look like 0."""
+    return code if os.name != 'posix' else code & 0xff or (255 if code else 0)
 
 
 def insist(slot: Slot, write: Callable[[], None]) -> None:

@@ -18,6 +18,7 @@ import boincjob
 import boincslot
 import boincwork
 import hostclient
+import vmboinc
 from boinclife import (
     AWAY_TRIES,
     FIRST_DELAY,
@@ -33,7 +34,7 @@ from boinclife import (
 )
 from boincslot import CHANNEL, CHANNELS, Channels, InitData, Record, Slot
 from boincwork import Look, Trouble
-from faults import Busy, HypervisorError, InvalidParams, TransferError
+from faults import Busy, HypervisorError, InvalidParams, NotSupported, TransferError
 
 # The shared memory.
 
@@ -319,6 +320,18 @@ def test_any_text_is_a_trigger(text):
 def test_triggers():
     assert boincjob.read_trigger('3\n1\nall is\nwell\n') == (3, True, 'all is well')
     assert boincjob.read_trigger('') == (0, False, '')
+    for text, number in (('3.7', 3), ('-1 x', -1), ('7\r\n1\r\n', 7), ('done', 0), ('9' * 26, int('9' * 9))):
+        assert boincjob.read_trigger(text).number == number
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='Windows has exit codes of 32 bits')
+@pytest.mark.parametrize('code, exits', [(0, 0), (3, 3), (256, 255), (512, 255), (300, 44), (-1, 255)])
+def test_no_code_but_0_is_a_success(code, exits, tmp_path, monkeypatch):
+    """Of which a client on POSIX sees the low 8 bits; also where the finish file alone tells it."""
+    slot = Slot(str(tmp_path))
+    assert vmboinc.leave(slot, End(code, True)) == exits and slot.finished() == code
+    monkeypatch.chdir(str(tmp_path))
+    assert vmboinc.run_task([]) == exits
 
 
 # The steps.
@@ -772,6 +785,31 @@ def test_given_machines_share_the_tasks_and_a_task_stays_where_it_is(tmp_path):
     assert not boincwork.GivenMachine(nobody, 'task', Record(str(tmp_path / 'none'))).ready()
 
 
+def test_commands_of_tasks_that_the_client_forgot_are_ended_on_given_machines(tmp_path):
+    """Those of tasks that it knows go on, and so does what is no task's."""
+    ended = []
+    commands = {'boinc-1-1': '127.0.0.1_p_t1', 'boinc-2-1': '127.0.0.1_p_t2', 'boinc-3-2': '127.0.0.1_p_t3',
+                'by-hand': '127.0.0.1_p_t4'}
+
+    def call(method, *args):
+        if method == 'listCmds':
+            assert args == ({'finished': False},)
+            return [{'cmdId': id, 'vm': 'here'} for id in sorted(commands)]
+        if method == 'getCmdDetails':
+            return {'path': commands[args[0]]}
+        if method == 'listVMs':
+            raise NotSupported('no hypervisor')
+        ended.append((method,) + args[:3])
+        return True
+    other = tmp_path / 'slots' / '1'
+    other.mkdir(parents=True)
+    work = task_in(tmp_path, '', types.SimpleNamespace(drives_vms=False, connect=lambda: True, call=call))
+    (other / 'init_data.xml').write_text(
+        (tmp_path / 'slots' / '0' / 'init_data.xml').read_text().replace('>t1<', '>t2<'))
+    assert work.connect() and work.clean()
+    assert ended == [('signalCmd', 'boinc-3-2', 'KILL'), ('runCmd', 'here', 'rm', ['-rf', '127.0.0.1_p_t3'])]
+
+
 def test_a_client_is_gone(tmp_path):
     """Its process ends, or, where it doesn't tell which that is, its heart-beats stop."""
     with subprocess.Popen(['sleep', '600']) as process:
@@ -911,6 +949,32 @@ def test_quit_saves(suspended, tmp_path):
     task.says('quit')
     assert task.go(True) == ['save']
     assert task.life.end == End() and task.record.checkpoint == 5 and task.record.fraction == 0.1
+
+
+def test_a_checkpoint_that_can_not_be_recorded_ends_nothing(tmp_path, caplog):
+    """It isn't told, and why is said once; the next one is as good."""
+    task = Alive(tmp_path, '<checkpoint>files</checkpoint>')
+    task.runs(seen(cpu=1))
+    (tmp_path / 'record.new').mkdir()
+    for cpu in (5, 6, 7):
+        task.now += 700
+        task.go(seen(cpu=cpu))
+    assert task.life.end is None and task.record.checkpoint < 5 and caplog.text.count('no checkpoint') == 1
+    (tmp_path / 'record.new').rmdir()
+    task.now += 700
+    task.go(seen(cpu=8))
+    assert task.record.checkpoint == 8
+
+
+@pytest.mark.parametrize('word, code', [('abort', 194), ('', 0)])
+def test_that_a_machine_is_removed_need_not_be_recorded(word, code, tmp_path):
+    """On a full disk, say: else it would be made, and the science begin, again."""
+    task = Alive(tmp_path).runs(None if word else seen(True, state='exited'))
+    (tmp_path / 'record.new').mkdir()
+    if word:
+        task.says(word)
+    task.go(*[True] * (1 if word else 2))
+    assert task.life.end == End(code, not word)
 
 
 def test_quit_and_abort_wait_for_no_step_longer_than_the_client_does(tmp_path):
