@@ -86,7 +86,8 @@ def _checkpoint(text: str) -> str:
 # Those that count once: what reads them, and the default.
 FIELDS: Dict[str, Tuple[Callable[[str], Any], Any]] = {
     'os_name': (str, ''), 'memory_size_mb': (_number, 0.0),
-    'enable_remotedesktop': (_flag, False), 'job_duration': (_number, 0.0),
+    'enable_remotedesktop': (_flag, False), 'network_bridged_mode': (_flag, False),
+    'job_duration': (_number, 0.0),
     'fraction_done_filename': (_path, ''), 'completion_trigger_file': (_path, ''),
     'temporary_exit_trigger_file': (_path, ''), 'trickle_trigger_file': (_path, ''),
     'copy_cmdline_to_shared': (_flag, False), 'minimum_checkpoint_interval': (_number, 600.0),
@@ -107,7 +108,6 @@ REFUSED = {
     'enable_floppyio': 'data goes into the VM as files (<input>), there is no floppy',
     'share_project_dir': 'a VM must not reach the files of other tasks',
     'share_slot_dir': 'a VM must not reach the files of the wrapper: name them as <input> and <output>',
-    'network_bridged_mode': 'a VM must not be a machine of its own in the volunteer\'s network',
     'enable_isocontextualization': 'contextualization by an ISO image isn\'t done here',
     'enable_cache_disk': 'a second disk isn\'t attached here',
 }
@@ -274,6 +274,7 @@ class Trigger(NamedTuple):
 def read_trigger(text: str) -> Trigger:
     """What such a file says; empty: 0, and nothing else."""
     lines = text.splitlines() + ['', '']
-    number = int(lines[0]) if re.fullmatch(r'\s*-?[0-9]{1,9}\s*', lines[0]) else 0
+    found = re.match(r'\s*[+-]?[0-9]{1,9}', lines[0])      # and what else stands there is passed over
+    number = int(found.group()) if found else 0
     message = ' '.join(' '.join(lines[2:]).split())
     return Trigger(number, lines[1].strip() == '1', ''.join(filter(str.isprintable, message)))

@@ -75,7 +75,7 @@ class Life:
         self._waits_since = now        # since when the step that comes next isn't so
         self._last = now               # when elapsed time was counted last
         self._checkpointed = now
-        self._is_paused = self._is_connected = self._has_looked = False
+        self._is_paused = self._is_connected = self._has_looked = self._complained = False
         self._fraction = record.fraction
         self._lost = 0
         self._ran = 0.0
@@ -180,7 +180,7 @@ class Life:
 
     def _did_remove(self, step: str, now: float) -> None:
         self._record.made = False
-        self._record.save()
+        self._save()
         self._leave_for(self.wish)
 
     def failed(self, error: Exception, now: float) -> None:
@@ -305,8 +305,22 @@ class Life:
     def _checkpoint(self, now: float) -> None:
         """What was computed so far stays, whatever happens to this process."""
         self._checkpointed = now
+        before = self._record.checkpoint, self._record.fraction
         self._record.checkpoint, self._record.fraction = self._record.cpu, self._fraction
-        self._record.save()
+        if not self._save():
+            self._record.checkpoint, self._record.fraction = before
+
+    def _save(self) -> bool:
+        """Keeps the record, where that is possible: the disk may be full, and what goes on goes on. Says once
+        why not."""
+        try:
+            self._record.save()
+            self._complained = False
+        except OSError as error:
+            if not self._complained:
+                log.warning('no checkpoint is recorded: %s', agent.sentence(error))
+            self._complained = True
+        return not self._complained
 
     def _count_time(self, now: float) -> None:
         if self._todo[0] in self.AT_WORK and self.wish == 'run' and not self._is_paused:

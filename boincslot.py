@@ -10,6 +10,7 @@ Threads: one. No locks of threads; the lock of a slot is between processes.
 
 import contextlib
 import json
+import logging
 import math
 import mmap
 import os
@@ -18,6 +19,8 @@ import time
 from typing import Any, Dict, List, Optional
 
 import agent
+
+log = logging.getLogger('vmboinc')
 
 CHANNEL = 1024                 # bytes of a mailbox: a flag, then text that ends with NUL
 CONTROL, GRAPHICS, HEARTBEAT, STATUS, TRICKLE_UP, TRICKLE_DOWN = 0, 3, 4, 5, 6, 7      # their numbers
@@ -76,10 +79,10 @@ def words_of(message: str) -> List[str]:
 
 class InitData:
     """init_data.xml. It is no XML that a parser takes, since paths and preferences stand in it as they are:
-    tags are searched for."""
+    tags are searched for; not within the project's preferences, which are the word of its site."""
 
     def __init__(self, text: str = '') -> None:
-        self._text = text
+        self._text = re.sub('<project_preferences>.*?</project_preferences>', '', text, flags=re.DOTALL)
 
     @property
     def is_whole(self) -> bool:
@@ -148,6 +151,11 @@ class Slot:
         """The project's folder, that all its tasks share."""
         return self.init.text('project_dir') or os.path.abspath(self.folder)
 
+    @property
+    def client_dir(self) -> str:
+        """The client's own folder, where no task's files are; without a client, this one."""
+        return self.init.text('boinc_dir') or ('' if self.has_client else os.path.abspath(self.folder))
+
     def resolve(self, logical: str) -> str:
         """The path of the file that a logical name stands for: where a link leads, or the file itself."""
         path = self.path(logical)
@@ -160,6 +168,13 @@ class Slot:
             return os.path.abspath(os.path.join(self.folder, found.group(1)))
         return os.path.realpath(path)
 
+    def is_within(self, path: str) -> bool:
+        """Whether a path is in one of the task's folders: the slot, and the project's. Without a client, all
+        paths are."""
+        real = os.path.realpath(path)
+        folders = [os.path.join(os.path.realpath(each), '') for each in (self.folder, self.project_dir)]
+        return not self.has_client or real.startswith(tuple(folders))
+
     def names_in(self, folder: str) -> List[str]:
         """Logical names, with slashes, of all files in one of the slot's folders and those in it."""
         names = []
@@ -171,20 +186,18 @@ class Slot:
     # The lock.
 
     def lock(self) -> None:
-        """Takes the slot. Raises SlotTaken."""
-        try:
-            self._lock = _lock_windows(self.path(LOCK_FILE)) if os.name == 'nt' else \
-                _lock_posix(self.path(LOCK_FILE))
-        except OSError:
-            raise SlotTaken()
+        """Takes the slot. Raises SlotTaken, and OSError where nobody can."""
+        self._lock = (_lock_windows if os.name == 'nt' else _lock_posix)(self.path(LOCK_FILE))
 
     def unlock(self) -> None:
         """Lets the slot go."""
         if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+            if os.name == 'nt':                # which removes no file that is open
+                self._lock.close()
             with contextlib.suppress(OSError):
                 os.remove(self.path(LOCK_FILE))
+            self._lock.close()                 # else the next one would lock it, and then it would go
+            self._lock = None
 
     # The client.
 
@@ -233,10 +246,12 @@ def _lock_posix(path: str) -> Any:
     file = open(path, 'w')
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise
-    return file
+        if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            return file
+    except OSError as error:
+        log.debug('%s', error)
+    file.close()                       # another one's, or removed meanwhile by whose it was
+    raise SlotTaken()
 
 
 def _lock_windows(path: str) -> Any:
@@ -247,7 +262,7 @@ def _lock_windows(path: str) -> Any:
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)      # type: ignore[attr-defined]
     except OSError:
         file.close()
-        raise
+        raise SlotTaken()
     return file
 
 
@@ -306,7 +321,10 @@ class Client:
 
 
 def wait_for_lock(slot: Slot, patience: float) -> bool:
-    """Takes the slot; waits so many seconds for an earlier wrapper, which notices that its client died."""
+    """Takes the slot; waits so many seconds for an earlier wrapper, which notices that its client died.
+
+    Raises OSError where nobody can take it.
+    """
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -330,6 +348,8 @@ class Record:
     put         whether the guest has its files
     taken       {logical name: the file's time and size} of trigger files that were acted upon
     machine     the one on which it runs, where all tasks share some
+    digest      what names its commands; made of the project's folder, and stays when that is moved
+    folder      where the folder of its VM is, as far as the hypervisor knows
     made        whether there may be a machine, or a command, of this task
     troubles    temporary exits in a row
     """
@@ -342,7 +362,7 @@ class Record:
         self.elapsed = self.fraction = 0.0
         self.put = self.made = False
         self.taken: Dict[str, str] = {}
-        self.machine = ''
+        self.machine = self.digest = self.folder = ''
         with contextlib.suppress(OSError, ValueError, AttributeError):     # no such file, or a damaged one
             with open(path, encoding='utf-8') as file:
                 for name, value in json.load(file).items():

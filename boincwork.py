@@ -18,16 +18,26 @@ import re
 import shlex
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import time
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import agent
 import hostconfig
 from boincjob import COMMAND, LEAST_MEMORY, Job, Moved, Trigger, Words, fraction_of, read_trigger
 from boincslot import InitData, Record, Slot
-from faults import Busy, InvalidParams, NoSuchCommand, NoSuchVM, NotSupported, TransferError, VMHostError
+from faults import (
+    AlreadyExists,
+    Busy,
+    InvalidParams,
+    NoSuchCommand,
+    NoSuchVM,
+    NotSupported,
+    TransferError,
+    VMHostError,
+)
 from hostclient import Client, NoHost
 
 log = logging.getLogger('vmboinc')
@@ -41,11 +51,13 @@ START_AGAIN = 10.0             # seconds after which another one is started: the
                                # one that was about to end
 LONGEST_NAME = 150             # characters of a machine's name
 NO_SUCH_FOLDER = ('does not exist', 'not a directory')     # how the error of a folder that isn't there ends
-NO_OUTPUT = NO_SUCH_FOLDER + ('neither file, folder nor link', 'is a directory')       # … of what is no file
+NO_OUTPUT = NO_SUCH_FOLDER + (         # … of what is no file, or none that the guest's agent may read
+    'neither file, folder nor link', 'is a directory', 'not authorized')
 LAST_WORDS = 8192              # characters of the program's standard error that the task's keeps
 MOST_TRICKLES = 100            # messages that wait for the client to take them
 LOOK_AT_FILES = 2.0            # seconds between two looks for trigger files
 BROKER_PORT = 61613            # of a guest's agent that isn't told another one
+COMMAND_ID = 'boinc-'          # begin of the id of a task's command
 OWNER = 'boinc '               # + the project's folder: owner of a task's VM
 INI = """\
 # The host agent that serves this project's tasks. Written once, by vmboinc: what you change here stays.
@@ -67,6 +79,10 @@ mode = nat
 [Logging]
 file = vmhost.log
 """
+
+
+LEAVE = 'vmboinc.ini'          # in the client's folder; the volunteer's alone: no project's files are there
+LEAVES = {'Bridged': {'projects': (agent.text, ''), 'interface': (agent.given, 'auto')}}
 
 
 class Trouble(Exception):
@@ -115,7 +131,8 @@ class HostAgent:
     @property
     def drives_vms(self) -> bool:
         """Whether tasks get VMs; not where the volunteer's host.ini says hypervisor=none."""
-        return bool(self._read_settings().Hypervisor.hypervisor != 'none')
+        with self._usable():
+            return bool(self._read_settings().Hypervisor.hypervisor != 'none')
 
     def how_to(self, verb: str) -> str:
         """What a person types to ask it."""
@@ -123,17 +140,23 @@ class HostAgent:
 
     def connect(self) -> bool:
         """Whether it answers; starts one where none does. Raises Trouble."""
+        with self._usable():
+            try:
+                settings = self._read_settings()
+                self._client = Client(settings.Host.state_dir)
+                version = self._client.call('agentInfo')['version']
+                if is_older(version):
+                    return self._end_older(version)
+                self._deadline = 0.0
+                return True
+            except NoHost:
+                self._start()
+                return False
+
+    @contextlib.contextmanager
+    def _usable(self) -> Iterator[None]:
         try:
-            settings = self._read_settings()
-            self._client = Client(settings.Host.state_dir)
-            version = self._client.call('agentInfo')['version']
-            if is_older(version):
-                return self._end_older(version)
-            self._deadline = 0.0
-            return True
-        except NoHost:
-            self._start()
-            return False
+            yield
         except (agent.AgentError, OSError) as error:
             raise Trouble('the host agent in %s can\'t be used: %s' % (self.folder, agent.sentence(error)))
 
@@ -236,6 +259,8 @@ def start_orphaned(command: List[str], folder: str) -> None:
                'with open(sys.argv[1], "ab") as out:\n'
                '    subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL, stdout=out, stderr=out, '
                '**({"creationflags": 0x8} if sys.platform == "win32" else {"start_new_session": True}))')
+    with open(os.path.join(folder, PRINTED), 'ab'):    # here, where it is told why it can't be
+        pass
     environment = {name: value for name, value in os.environ.items() if name != 'LD_LIBRARY_PATH'}
     subprocess.run([sys.executable, '-c', starter, PRINTED] + command, cwd=folder, env=environment,
                    check=True, stdin=subprocess.DEVNULL)
@@ -264,7 +289,7 @@ class VirtualMachine:
                  limits: Callable[[], Dict[str, Any]], record: Record) -> None:
         """
         image      path of the disk on which its own lies
-        options    createVM's: folder, owner, memory, cpus, ostype, forwards
+        options    createVM's: folder, owner, memory, cpus, ostype, forwards, bridged
         limits     gives setLimits' limits, as they are to be now
         """
         self.name = name
@@ -288,6 +313,7 @@ class VirtualMachine:
         if self._host.call('agentInfo')['hypervisor'] == 'none':
             raise Trouble('no hypervisor answers here: install VirtualBox; what is missing tells: %s'
                           % self._host.how_to('check'))
+        self._follow()
         state = self._host.call('listVMsWithState').get(self.name)
         if state is not None:          # before it starts: this process may die at any moment
             self.lease()
@@ -306,7 +332,7 @@ class VirtualMachine:
         elif state == 'Stuck':
             log.warning('the machine has stopped with an error: it is powered off')
             self._host.call('powerOff', self.name)
-        elif state == 'Inaccessible':
+        elif state == 'Inaccessible' and not self._register():
             raise Trouble('the machine %s can\'t be read: %s; if it stays so, abort the task'
                           % (self.name, self._host.call('getVM', self.name)['trouble']))
         elif state == 'Running':
@@ -318,17 +344,34 @@ class VirtualMachine:
 
     def _make(self) -> None:
         """Makes it; or has the hypervisor know it again, where somebody took it out of the list of VMs."""
-        folder = os.path.join(self._options['folder'], self.name)
-        settings = os.path.join(folder, self.name + '.vbox')
-        if os.path.exists(settings) and self._record.put:
-            log.warning('the machine isn\'t known any more: it is registered again')
-            self._host.call('createVM', settings)
+        if self._record.put and self._register():
             return
+        folder = os.path.join(self._options['folder'], self.name)
         if not os.path.isfile(self._image):
             raise Trouble('the project\'s disk image %s is missing' % self._image)
-        if os.path.exists(settings):   # it was being made when something died, and nothing has run there
+        if os.path.exists(folder):     # it was being made when something died, and nothing has run there
             shutil.rmtree(folder)
-        self._host.call('createVM', self.name, self._image, self._options)
+        try:
+            self._host.call('createVM', self.name, self._image, self._options)
+        except (InvalidParams, NotSupported) as error:         # which no hiccup is
+            raise Trouble('the machine can\'t be made: %s' % error)
+
+    def _follow(self) -> None:
+        """Has the hypervisor find it where the client's folder was moved to."""
+        here = self._options['folder']
+        if self._record.folder != here:
+            if self._record.folder:
+                self._register()
+            self._record.folder = here
+            self._record.save()
+
+    def _register(self) -> bool:
+        """Has the hypervisor know it again, by its files; whether that was needed, and they are there."""
+        with contextlib.suppress(AlreadyExists):       # it knows it, though it can't read it
+            if self._host.call('registerVM', self.name, self._options['folder'], self._options['owner']):
+                log.warning('the machine wasn\'t known any more: it is registered again')
+                return True
+        return False
 
     def port_to(self, port: int) -> int:
         """The port of this machine that leads to one of the guest's; 0 for none."""
@@ -465,10 +508,13 @@ class GivenMachine:
 
     def remove(self, command: str) -> None:
         """Ends the command, and removes the task's folder."""
-        if not self.name:              # none was chosen yet
-            return
+        if self.name:                  # else none was chosen yet
+            self.take_away(self.name, command)
+
+    def take_away(self, machine: str, command: str) -> None:
+        """The same on the machine of that name."""
         self._signal(command, 'KILL')
-        self._host.call('runCmd', self.name, 'rm', ['-rf', self.files], {}, '', '', {'queue': True})
+        self._host.call('runCmd', machine, 'rm', ['-rf', self.files], {}, '', '', {'queue': True})
 
     def limit(self) -> None:
         """It is nobody's to limit."""
@@ -496,7 +542,7 @@ class Work:
         self._collected = False
         self._place = slot.project_dir
         result = slot.init.text('result_name')
-        self._digest = hashlib.md5((self._place + '\n' + result).encode()).hexdigest()[:16]
+        record.digest = record.digest or hashlib.md5((self._place + '\n' + result).encode()).hexdigest()[:16]
         self._name = self._name_of(slot.init)
         self._owner = OWNER + self._place
 
@@ -513,12 +559,13 @@ class Work:
     @property
     def command(self) -> str:
         """The id of the science's command."""
-        return 'boinc-%s-%d' % (self._digest, self._record.attempt)
+        return '%s%s-%d' % (COMMAND_ID, self._record.digest, self._record.attempt)
 
     # Before it runs.
 
     def connect(self) -> bool:
         """The host agent answers."""
+        self.machine = self.machine or self._choose_machine()
         try:
             if not self.host.connect():
                 return False
@@ -526,19 +573,40 @@ class Work:
             if self._has_no_machine() and self.host.take_another_port():
                 raise Trouble('%s; it takes another port from now on' % error)
             raise
-        self.machine = self.machine or self._choose_machine()
         return True
+
+    def _bridge(self) -> str:
+        """The interface to which the VM gets one more card, '' for none. Raises Trouble where the
+        project wants one, and the volunteer hasn't allowed that."""
+        if not self._job.network_bridged_mode:
+            return ''
+        project, folder = os.path.basename(self._place), self._slot.client_dir
+        path = os.path.join(folder or 'BOINC\'s data folder', LEAVE)
+        try:
+            leave = agent.read_settings(path if folder and os.path.exists(path) else None, LEAVES).Bridged
+        except (agent.AgentError, OSError) as error:
+            raise Trouble(agent.sentence(error))
+        if not {project, '*'} & set(leave.projects.replace(',', ' ').split()):
+            raise Trouble('network_bridged_mode: refused: the project\'s VM would be a machine of its own in '
+                          'your network. You can allow it: two lines, [Bridged] and projects = %s, in %s'
+                          % (project, path))
+        return str(leave.interface)
 
     def _choose_machine(self) -> Any:
         if not self.host.drives_vms:
-            if self._job.forwards:
-                log.warning('no port is forwarded: the science runs on a machine that has joined, in no VM')
+            for what, wanted in (('port is forwarded', self._job.forwards),
+                                 ('card is bridged', self._job.network_bridged_mode)):
+                if wanted:
+                    log.warning('no %s: the science runs on a machine that has joined, in no VM', what)
             return GivenMachine(self.host, self._name, self._record)
         wish = {'cpus': self._words.cpus}      # type: Dict[str, Any]
         memory = self._words.memory or int(self._job.memory_size_mb)
         wish['memory'] = max(memory, LEAST_MEMORY)
         if self._job.os_name:
             wish['ostype'] = self._job.os_name
+        bridge = self._bridge()
+        if bridge:
+            wish['bridged'] = bridge
         if self._job.forwards:
             wish['forwards'] = [{'guestPort': guest, 'hostPort': host} for guest, host in self._job.forwards]
         parent = self._job.multiattach_vdi_file
@@ -552,13 +620,25 @@ class Work:
         slots = self._slots()
         if not all(slot.has_client and slot.init.is_whole for slot in slots):
             return True                # by hand; or one is written just now: whose it is tells the next start
+        known = [self._name_of(slot.init) for slot in slots]
+        if isinstance(self.machine, GivenMachine):
+            self._end_forgotten(known)
         with contextlib.suppress(NotSupported):
-            known = [self._name_of(slot.init) for slot in slots]
             left = [name for name in self.host.call('listVMs')
                     if name.startswith(self._name_of(InitData())) and name not in known + [self._name]]
             for row in self.host.call('cleanup', False, left, self._owner):
                 log.info('removed what an earlier task left: %s (%s)', row['name'], row['why'])
         return True
+
+    def _end_forgotten(self, known: List[str]) -> None:
+        """Ends, on given machines, commands of tasks whose names aren't known, and removes their files."""
+        for row in self.host.call('listCmds', {'finished': False}):
+            if row['cmdId'].startswith(COMMAND_ID):
+                task = self.host.call('getCmdDetails', row['cmdId'])['path']
+                if task.startswith(self._name_of(InitData())) and task not in known:
+                    log.info('ended what an earlier task left: %s', task)
+                    machine = GivenMachine(self.host, task, self._record)
+                    machine.take_away(row['vm'], row['cmdId'])
 
     def _slots(self) -> List[Slot]:
         """Those of the project's tasks that the client knows, or may know; without one, this one's alone."""
@@ -634,8 +714,18 @@ class Work:
         """The path of a file in the slot, for other processes too."""
         return os.path.abspath(self._slot.path(name))
 
+    def _may_write(self, logical: str) -> bool:
+        """Whether the file of that name is the task's: its link may be one that the project has sent."""
+        if self._slot.is_within(self._slot.resolve(logical)):
+            return True
+        log.error('%s leads out of the task\'s folders, to %s: it isn\'t written', logical,
+                  self._slot.resolve(logical))
+        return False
+
     def upload(self, name: str) -> bool:
         """Fetches an output before the end, and asks the client to upload it. Whether that was possible."""
+        if not self._may_write(name):
+            return False
         _, error, status = self.host.call('cpFileFromVM', self.machine.name, self.there(name),
                                           self._slot.resolve(name))
         if status:
@@ -652,7 +742,9 @@ class Work:
             return False
         self._transfer = ''
         if told.get('state') == 'done':
-            self._waiting.pop(0)
+            direction, _, target = self._waiting.pop(0)
+            if direction == 'get':
+                let_read(target)
         elif told and self._is_no_output(told['error']):
             log.error('what the program left can\'t be fetched, as if it were missing: %s', told['error'])
             self._waiting.pop(0)
@@ -660,6 +752,8 @@ class Work:
             raise Trouble('%s: %s' % (os.path.basename(self._waiting[0][1]), told['error']))
         if self._waiting:
             direction, source, target = self._waiting[0]
+            if direction == 'get':             # a client makes no folders of outputs that it copies
+                os.makedirs(os.path.dirname(target), exist_ok=True)
             self._transfer = self._start_transfer(direction, self.machine.name, source, target)
         return not self._waiting
 
@@ -676,7 +770,8 @@ class Work:
     def _is_no_output(self, error: str) -> bool:
         """Whether it tells that what is to be fetched is no file, nor leads to one: that never passes."""
         direction, source, _ = self._waiting[0]
-        return direction == 'get' and error in ['%s: %s' % (source, how) for how in NO_OUTPUT]
+        return direction == 'get' and (error in ['%s: %s' % (source, how) for how in NO_OUTPUT]
+                                       or error.startswith(source + ' is a link to '))
 
     def _transfer_told(self) -> Dict[str, Any]:
         """What getTransfer tells of the one that was begun; {} where there is none, or no longer: a host
@@ -692,7 +787,7 @@ class Work:
         """The command has been begun, and isn't halted; where it runs already, this changes nothing."""
         run = self._job.run(self._words.rest)
         self.host.call('runCmd', self.machine.name, run[0], run[1:], {}, self.machine.files, '',
-                       {'id': self.command, 'mayReturn': self._job.checkpoint == 'state'})
+                       {'id': self.command, 'endLeft': True, 'mayReturn': self._job.checkpoint == 'state'})
         return self.resume()
 
     def look(self) -> Look:
@@ -794,6 +889,7 @@ class Work:
     def _outputs(self) -> List[Moved]:
         found = self._job.outputs or [moved for moved in self._shared()
                                       if not os.path.exists(self._slot.resolve(moved.logical))]
+        found = [moved for moved in found if self._may_write(moved.logical)]
         for moved in found:
             if not moved.optional and not self._guest.exists(self.there(moved.path)):
                 log.error('the program left no file %s', moved.path)
@@ -908,6 +1004,11 @@ class GuestFiles:
             return None
         with open(local, encoding='utf-8', errors='replace') as file:
             return file.read(self.LARGEST)
+
+
+def let_read(path: str) -> None:
+    """Has this user's programs, such as the client, read a file of a guest's mode. Raises OSError."""
+    os.chmod(path, stat.S_IMODE(os.stat(path).st_mode) | stat.S_IRUSR | stat.S_IWUSR)
 
 
 def first_of(*values: Optional[float]) -> Optional[float]:

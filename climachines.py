@@ -62,7 +62,7 @@ def vm_row(vm: Dict[str, Any], long: bool) -> List[Any]:
 
 def hardware_of(args: Any) -> Dict[str, Any]:
     """createVM's options, as they were typed."""
-    names = 'memory', 'cpus', 'ostype', 'network', 'diskSize', 'forwards', 'keep', 'acceptEula'
+    names = 'memory', 'cpus', 'ostype', 'network', 'diskSize', 'forwards', 'bridged', 'keep', 'acceptEula'
     typed = {name: getattr(args, name) for name in names}
     return {name: value for name, value in typed.items() if value is not None and value is not False}
 
@@ -244,6 +244,8 @@ HARDWARE = [
              help='of its new disk, without an image or beside an .iso; 0: none'),
     argument('--forward', metavar='[HOST:]GUEST', type=read_forward, action='append', dest='forwards',
              help='have a port of this machine, any free one by default, lead to one of a guest with NAT'),
+    argument('--bridged', metavar='IF',
+             help='one more card, in the network of that interface of this machine; auto: of its uplink'),
     switch('--keep', help='cleanup never removes it'),
     switch('--accept-eula', dest='acceptEula', help='accept the licence of an appliance')]
 VERBS = [

@@ -109,7 +109,7 @@ class Runner:
         self._close_terminal()
         while self.pipes and time.monotonic() < ended + DRAIN and not self.failure:
             self._pump(ended + DRAIN - time.monotonic())
-        if self.timed_out or signal.SIGKILL in self.command.sent_signals():
+        if self.timed_out or self.request.get('end-left') or signal.SIGKILL in self.command.sent_signals():
             self._end_all()
         self._wait_for_orphans(time.monotonic() + SETTLE)
         self._finish_exited(ended)
@@ -358,7 +358,8 @@ class Runner:
         return sorted(set(pids).union(self.group.pids()))
 
     def _end_all(self) -> None:
-        """After a timeout or KILL: no process stays, but one that the system doesn't let go of."""
+        """After a timeout or KILL, or where none is to be left: no process stays, but one that the system
+        doesn't let go of."""
         give_up = time.monotonic() + float(self.request.get('kill-after', 0)) + END_PATIENCE
         while self._count_living() and time.monotonic() < give_up:
             if self.kill_at is None or time.monotonic() >= self.kill_at:

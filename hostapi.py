@@ -204,12 +204,13 @@ class MachineMethods(Methods):
 
     def getVM(self, vm: str) -> dict:
         """{name, id, uuid, state, trouble, agent, ip, lastSeen, clockOffset, facts, rdp, pid, forwards,
-        commands} of a VM.
+        bridged, commands} of a VM.
 
         state is the machine's, trouble what is wrong with it, '' for nothing; agent (alive, late, lost or
         never) is the agent's; commands: the ids of those that are unfinished; clockOffset: guest's clock
         less the host's, roughly; pid: of the process in which it runs, 0 for none; forwards: createVM's, with
-        the ports of this machine that they have now.
+        the ports of this machine that they have now; bridged: the interface of this machine to which a card
+        of the VM is, '' for none.
 
             >>> vm = host.getVM('node1')
             >>> vm['state'], vm['agent'], vm['ip']
@@ -219,10 +220,11 @@ class MachineMethods(Methods):
         guest = known or self._host.machines.find(vm)
         open_here = [execution.key for execution in self._host.commands.open_of(guest.id)]
         return dict(self._line(guest, described, open_here), rdp=described.get('rdp', {}),
-                    pid=described.get('pid', 0), forwards=described.get('forwards', []))
+                    pid=described.get('pid', 0), forwards=described.get('forwards', []),
+                    bridged=described.get('bridged', ''))
 
     def getVMs(self) -> list:
-        """All VMs, and all machines whose agents were ever seen: as getVM, without rdp, pid and forwards.
+        """All VMs, and all machines whose agents were ever seen: as getVM, less rdp, pid, forwards, bridged.
 
         One look at the hypervisor for all of them; where that takes longer than a moment, what was seen last.
 
@@ -320,19 +322,35 @@ class ControlMethods(Methods):
         Options: memory (MB), cpus, ostype, network (hostonly, nat or none), diskSize (MB) of the new, empty
         disk, 0 for none, keep (cleanup leaves the VM alone), acceptEula (an appliance's licence), linked (the
         VM's disk lies on the image, which is only read and must stay; no copy), folder (where the folder of
-        the VM's files is made; an absolute path), owner (any text, that cleanup can look for) and forwards.
-        What an image decides itself is refused: diskSize beside a disk or an appliance, ostype beside an
-        appliance, all beside a .vbox file.
+        the VM's files is made; an absolute path), owner (any text, that cleanup can look for), forwards
+        and bridged. What an image decides itself is refused: diskSize beside a disk or an appliance, ostype
+        beside an appliance, all beside a .vbox file.
 
         forwards: [{guestPort, hostPort, isRemote}], TCP ports of a guest with NAT that are reached on this
         machine: on 127.0.0.1, or with isRemote on all its addresses. hostPort 0, as where it isn't given, is
         a free one, and another one where that is taken at a later start; `getVM` tells which. A VM whose own
         hostPort is taken doesn't start.
 
+        bridged: the name of an interface of this machine, or auto: that of its default route, anew at each
+        start. The VM gets one more card, by which it is a machine of its own in that interface's network, and
+        reached from there; its agent goes on speaking by the other one.
+
             >>> host.createVM('node1', '/images/cernvm.ova', {'memory': 2048, 'cpus': 2})
             [True, 'node1']
         """
         return [True, self._hypervisor().create_vm(name, image, options)]
+
+    @audited
+    def registerVM(self, vm: str, folder: str, owner: str = '') -> bool:
+        """Has the hypervisor know a VM again that somebody took out of its list: its files are still there.
+
+        folder and owner as createVM had them; or, where it was moved since, with all on which the VM's disk
+        lies, that folder now. False where there are no files of such a VM. Fault 8 for one that is known.
+
+            >>> host.registerVM('node1', '/srv/slots/0')
+            False
+        """
+        return self._hypervisor().register_vm(vm, folder, owner)
 
     @audited
     def launchVM(self, name: str, image: str, options: dict = {}) -> bool:
@@ -604,8 +622,9 @@ class CommandMethods(Methods):
         terminal ({rows, columns, term}: one of its own, its input streamed), timeout, killAfter (s), user,
         envClear, nice, limits {as, cpu, fsize, nofile, nproc: of each process; memory (bytes), cpus (cores:
         0.5, say), pids: of all together, where the guest can make control groups}, leave (daemons go on after
-        a timeout or KILL), statusInterval (s), outputLimit, inlineOutput (bytes), queue (waits for an agent
-        that isn't connected), expires (s: not begun by then, it never will be), mayReturn (where the VM dies,
+        a timeout or KILL), endLeft (what the program leaves ends with it), statusInterval (s),
+        outputLimit, inlineOutput (bytes), queue (waits for an agent that isn't connected), expires (s: not
+        begun by then, it never will be), mayReturn (where the VM dies,
         it is lost only if the agent comes back without it: for VMs that are then set back to a snapshot), id
         (the caller's own id for it: the same call again is answered as the first time, and runs nothing;
         fault 8 for another command).

@@ -20,7 +20,7 @@ OPTIONS = {                    # of runCmd: what it is called here, on the wire,
     'envClear': ('env-clear', (bool,)), 'nice': ('nice', (int,)), 'limits': ('limits', (dict,)),
     'statusInterval': ('status-interval', (int, float)), 'outputLimit': ('output-limit', (int, float)),
     'inlineOutput': ('inline-output', (int, float)), 'expires': ('expires', (int, float)),
-    'terminal': ('terminal', (dict,)), 'leave': ('leave', (bool, int)),
+    'terminal': ('terminal', (dict,)), 'leave': ('leave', (bool, int)), 'endLeft': ('end-left', (bool, int)),
     'queue': ('queue', (bool, int)), 'id': ('id', (str,)), 'mayReturn': ('mayReturn', (bool, int)),
 }
 LIMITS = ('as', 'cpu', 'fsize', 'nofile', 'nproc', 'memory', 'cpus', 'pids')

@@ -25,6 +25,7 @@ import logging
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -159,7 +160,7 @@ class Driver:
     def describe(self, job: 'Job', vm: str) -> Dict[str, Any]:
         """A row of `machines` with memory (MB), cpus, ostype, snapshot, tagged (made by us), rdp{…}, pid (of
         the process in which it runs; 0 where none does, or it isn't known), forwards (create_vm's, with the
-        host ports that they have)."""
+        host ports that they have), bridged (the interface of this machine to which a card is; '')."""
         return self._cannot('describe a VM')
 
     @quick
@@ -183,8 +184,19 @@ class Driver:
         machine: on 127.0.0.1, or with isRemote on all its addresses. hostPort 0: one that is free at each
         start, so that it moves where another program has taken it meanwhile; any other one that is taken
         then is BadState. InvalidParams where the VM's network can't have that.
+
+        Option `bridged`: an interface of this machine, or auto: the default route's, anew at each start. The
+        VM gets one more card, which is part of that interface's network, beside the one over which its
+        agent speaks; so the default is none. InvalidParams where there is no such interface; BadState at a
+        start.
         """
         return self._cannot('make VMs')
+
+    @changing
+    def register_vm(self, job: 'Job', name: str, folder: str, owner: str = '') -> bool:
+        """Has a VM known again that create_vm made with these options; its folder may have been moved since.
+        False, and nothing done, where there are no files of it; AlreadyExists where it is known."""
+        return self._cannot('register VMs')
 
     @changing
     def remove_vm(self, job: 'Job', vm: str, delete_disks: bool = False,
@@ -1397,6 +1409,14 @@ def either(names: Any, word: str = 'or') -> str:
 def is_local(address: str) -> bool:
     """Has this machine the address?"""
     return agent.port_is_free(address, 0)
+
+
+def address_outwards() -> str:
+    """This machine's IPv4 address on the interface of the default route; '' where there is no such route."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(('192.0.2.1', 9))             # of nobody; and nothing is sent
+        return str(probe.getsockname()[0])
+    return ''
 
 
 def option(name: str, value: Union[str, int, float, bool], kind: Callable[[str], Any]) -> Any:

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import time
+import xml.sax.saxutils as saxutils
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import agent
@@ -20,9 +21,10 @@ from faults import (
     InvalidParams,
     NotSupported,
 )
-from hypervisor import Job, either, option
+from hypervisor import NOT_READY, Job, either, option
 from protocol import is_mac
 from vboxconnection import (
+    INVALID_ARGUMENT,
     INVALID_OBJECT_STATE,
     KEEP,
     MADE_BY_US,
@@ -35,7 +37,7 @@ from vboxconnection import (
     has_mark,
     name_in_path,
 )
-from vboxnetwork import Cards, check_card, read_forwards
+from vboxnetwork import Cards, check_bridged, check_card, read_forwards
 
 log = logging.getLogger('vmhost.virtualbox')
 
@@ -68,11 +70,12 @@ class Images:
         if wish['linked'] and kind in ('', '.iso', '.ova', '.ovf'):
             raise InvalidParams(NOT_LINKED)
         if registers:
-            return self._register(os.path.abspath(name))
+            return self._register(job, os.path.abspath(name))
         check_name(name)
         self._check_is_new(name, self._path_of(name, wish))
         self._check_ostype(wish['ostype'])
         check_image(image)
+        self._cards.interface_of(wish['bridged'])
         if kind in ('.ova', '.ovf'):
             self._import(job, name, os.path.abspath(image), wish)
         elif kind in ('', '.iso') + DISKS:
@@ -101,20 +104,50 @@ class Images:
             raise InvalidParams('VirtualBox knows no ostype %r; `VBoxManage list ostypes` lists them'
                                 % ostype)
 
-    def _register(self, path: str) -> str:
+    def register_vm(self, job: Job, name: str, folder: str, owner: str = '') -> bool:
+        wish = wishes({'folder': folder, 'owner': owner}, self.box.network['mode'])
+        check_name(name)
+        path = self._path_of(name, wish)
+        if not os.path.isfile(path):
+            return False
+        self._forget_moved(path)
+        uuid = self.box.find(self._register(job, path)).id
+        if owner:
+            self.box.vbox.setExtraData(OWNER + uuid, owner)
+        return True
+
+    def _forget_moved(self, path: str) -> None:
+        """Takes out a VM whose settings are there now, and no longer where VirtualBox knows them."""
+        for machine in self.box.array(self.box.vbox, 'machines'):
+            known = self.box.if_there(lambda each: each.settingsFilePath, machine) or path
+            if is_moved(known, path):
+                follow_move(known, path)
+                machine.unregister(self.box.const('CleanupMode_UnregisterOnly'))
+
+    def _register(self, job: Job, path: str) -> str:
         if not os.path.isfile(path):
             raise InvalidParams('no such file: %s' % path)
         for machine in self.box.array(self.box.vbox, 'machines'):       # those that can't be read, too
             there = self.box.if_there(lambda each: each.settingsFilePath, machine) or ''
             if os.path.abspath(there) == path:
                 raise AlreadyExists('%s is registered already' % path)
-        password = ('',) if self.box.api() >= (7, 0) else ()
-        machine = self.box.vbox.openMachine(path, *password)
+        machine = self._open(job, path)
         check_is_no_id(machine.name)
         if machine.name in [each.name for each in self.box.machines_now()]:
             raise AlreadyExists('there is a VM %r already' % machine.name)
         self.box.vbox.registerMachine(machine)
         return machine.name
+
+    def _open(self, job: Job, path: str) -> Any:
+        """Seen with 7.2: a saved VM that was just taken out is an invalid argument; soon it isn't."""
+        password, until = ('',) if self.box.api() >= (7, 0) else (), time.monotonic() + NOT_READY
+        while True:
+            try:
+                return self.box.vbox.openMachine(path, *password)
+            except Exception as error:
+                if self.box.code(error) != INVALID_ARGUMENT or time.monotonic() > until:
+                    raise
+            job.wait(0.1)
 
     def _build(self, job: Job, name: str, image: str, kind: str, wish: Dict[str, Any]) -> None:
         machine = self._new_machine(name, wish)
@@ -304,6 +337,7 @@ class Images:
         if wish['cpus']:
             machine.CPUCount = wish['cpus']
         self._cards.give(machine, wish['network'], wish['forwards'])
+        self._cards.bridge(machine, wish['bridged'])
         if wish['keep']:
             machine.setExtraData(KEEP, machine.id)
         if wish['owner']:
@@ -728,7 +762,7 @@ def wishes(options: Dict[str, Any], mode: str) -> Dict[str, Any]:
     """createVM's options, checked; None or '' where nothing was asked for. mode: that of [Network]."""
     wish = {'memory': None, 'cpus': None, 'ostype': '', 'network': '', 'diskSize': None,
             'keep': False, 'acceptEula': False, 'linked': False, 'folder': '', 'owner': '',
-            'forwards': []}  # type: Dict[str, Any]
+            'forwards': [], 'bridged': ''}  # type: Dict[str, Any]
     unknown = set(options) - set(wish)
     if unknown:
         raise InvalidParams('createVM knows no option %s; it knows %s' % (
@@ -748,6 +782,7 @@ def wishes(options: Dict[str, Any], mode: str) -> Dict[str, Any]:
         raise InvalidParams('network is hostonly, nat or none, not %r' % wish['network'])
     wish['forwards'] = read_forwards(wish['forwards'])
     check_card(wish['forwards'], wish['network'] or mode)
+    check_bridged(wish['bridged'], wish['network'] or mode)
     return wish
 
 
@@ -755,6 +790,28 @@ def names_its_own_mark(settings: str) -> bool:
     """has_mark of MADE_BY_US, from the text of a .vbox file."""
     uuid = re.search(r'<Machine\b[^>]*\suuid="{(.+?)}"', settings)
     return uuid is not None and 'name="%s" value="%s"' % (MADE_BY_US, uuid.group(1)) in settings
+
+
+def is_moved(known: str, path: str) -> bool:
+    """Whether a .vbox file that VirtualBox knows there is no longer there, and now is at `path`."""
+    return os.path.basename(known) == os.path.basename(path) and not os.path.exists(known)
+
+
+def follow_move(before: str, path: str) -> None:
+    """Rewrites a .vbox file that was moved with all around it, so that the paths in it are those of now:
+    VirtualBox writes whole ones of what isn't below its folder, such as the image on which a disk lies.
+
+    Raises OSError.
+    """
+    old, new = re.split(r'([/\\])', before), re.split(r'([/\\])', path)
+    while old and new and old[-1] == new[-1]:
+        old.pop(), new.pop()
+    roots = [saxutils.escape(''.join(parts), {'"': '&quot;'}) for parts in (old, new)]
+    with open(path, encoding='utf-8') as file:
+        text = file.read()
+    with open(path + '.moved', 'w', encoding='utf-8') as file:
+        file.write(re.sub(r'="%s(?=[/\\"])' % re.escape(roots[0]), lambda found: '="' + roots[1], text))
+    agent.replace(path + '.moved', path)
 
 
 def check_fitting(options: Dict[str, Any], kind: str) -> None:

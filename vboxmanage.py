@@ -164,11 +164,12 @@ class Asking(Driver):
             info = self._info(uuid)
         except faults.BadState:
             return dict(self._unreadable(uuid), memory=0, cpus=0, ostype='', snapshot='', tagged=False,
-                        rdp={}, pid=0, forwards=[])
+                        rdp={}, pid=0, forwards=[], bridged='')
         return dict(self._row(info), memory=int(info['memory']), cpus=int(info['cpus']),
                     ostype=info['ostype'], snapshot=info.get('CurrentSnapshotName', ''),
                     tagged=self._marks(uuid).get(MADE_BY_US) == uuid, rdp={},
                     forwards=vboxnetwork.forwards_in(rules_in(info)),
+                    bridged=info.get('bridgeadapter%d' % next(iter(slots_of(info, 'bridged')), 0), ''),
                     pid=virtualbox.process_in(log_in(info)) if native_of(info) in ONLINE else 0)
 
     def warnings(self, job: Job) -> List[str]:
@@ -190,6 +191,11 @@ class Asking(Driver):
 
     def _interfaces(self) -> List[str]:
         return re.findall(r'^Name: +(.*?)\r?$', self._run('list', 'hostonlyifs'), re.MULTILINE)
+
+    def _bridgeable(self) -> List[Tuple[str, str]]:
+        """(name, IPv4 address) of each interface to which a card can be bridged."""
+        return re.findall(r'^Name: +(.*?)\r?$(?:(?!^Name:).)*?^IPAddress: +(.*?)\r?$',
+                          self._run('list', 'bridgedifs'), re.MULTILINE | re.DOTALL)
 
     def _has_network(self) -> bool:
         """Whether there is the host-only network of [Network]."""
@@ -264,6 +270,7 @@ class VBoxManage(Asking):
         vboxnetwork.check_interfaces(info['name'], wanted, self._interfaces)
         vboxconnection.check_disks(info['name'], [path for _, _, _, path, _ in attached_in(info)])
         self._move_forwards(job, info)
+        self._move_bridge(job, info)
         if native_of(info) in OFF:
             self._tell_firmware(job, info, board_serial)
             self._settle_card(job, info)
@@ -343,6 +350,8 @@ class VBoxManage(Asking):
         vboximages.check_image(image)
         if kind not in ('',) + vboximages.DISKS:
             self._cannot('make VMs from %s, but from disks: %s' % (kind, ', '.join(vboximages.DISKS)))
+        if wish['bridged']:
+            vboxnetwork.pick_interface(wish['bridged'], self._bridgeable())
         uuid = self._make(job, name, wish)
         try:
             self._fit_out(job, uuid, image and os.path.abspath(image), wish)
@@ -352,6 +361,29 @@ class VBoxManage(Asking):
             self._delete(job, self._info(uuid), False)
             raise
         return name
+
+    def register_vm(self, job: Job, name: str, folder: str, owner: str = '') -> bool:
+        wish = vboximages.wishes({'folder': folder, 'owner': owner}, self.settings['network']['mode'])
+        vboximages.check_name(name)
+        path = os.path.join(wish['folder'] or self._default_folder(), name, name + '.vbox')
+        if not os.path.isfile(path):
+            return False
+        for row in self.machines(job):
+            known = self._rows[row['uuid']][0]
+            if vboximages.is_moved(known, path):
+                vboximages.follow_move(known, path)
+                self._run('unregistervm', row['uuid'])
+            elif row['name'] == name:
+                raise faults.AlreadyExists('there is a VM %r already' % name)
+        self._run('registervm', path)
+        if owner:
+            self._run('setextradata', 'global', vboximages.OWNER + self._find(job, name), owner)
+        return True
+
+    def _default_folder(self) -> str:
+        found = re.search(r'^Default machine folder: +(.*?)\r?$', self._run('list', 'systemproperties'),
+                          re.MULTILINE)
+        return found.group(1) if found else ''
 
     def _make(self, job: Job, name: str, wish: Dict[str, Any]) -> str:
         words = ['--name=' + name, '--ostype=' + (wish['ostype'] or 'Linux_64'), '--register', '--default']
@@ -376,7 +408,11 @@ class VBoxManage(Asking):
             self._change(job, 'setextradata', uuid, vboxnetwork.NAT_FOR_NOW, uuid)
         for rule in vboxnetwork.new_forwards(wish['forwards']):
             words += ['--natpf1', ','.join(rule)]
+        if wish['bridged']:
+            words += self._bridge_words(2, vboxnetwork.pick_interface(wish['bridged'], self._bridgeable()))
         self._change(job, 'modifyvm', uuid, *self._card_words(mode, 1) + words)
+        if wish['bridged'] == vboxnetwork.AUTO:
+            self._change(job, 'setextradata', uuid, vboxnetwork.BRIDGED, uuid)
         path = disk_path(info)
         if self._make_disk(job, path, image, wish):
             buses = {info[key.replace('name', 'type')]: info[key] for key in sorted(info)
@@ -533,6 +569,18 @@ class VBoxManage(Asking):
             return ['--nic%d=hostonly' % slot,
                     '--hostonlyadapter%d=%s' % (slot, self.settings['network']['interface'])]
         return ['--nic%d=%s' % (slot, mode)] + (self._localhost_words(slot) if mode == 'nat' else [])
+
+    def _bridge_words(self, slot: int, interface: str) -> List[str]:
+        return ['--nic%d=bridged' % slot, '--bridgeadapter%d=%s' % (slot, interface)]
+
+    def _move_bridge(self, job: Job, info: Dict[str, str]) -> None:
+        """As vboxnetwork.Cards.move_bridge."""
+        for slot in slots_of(info, 'bridged')[:1]:
+            uuid, now = info['UUID'], info['bridgeadapter%d' % slot]
+            follows = self._marks(uuid).get(vboxnetwork.BRIDGED) == uuid
+            wanted = vboxnetwork.moved_bridge(info['name'], now, follows, self._bridgeable())
+            if wanted != now:
+                self._change(job, 'modifyvm', uuid, *self._bridge_words(slot, wanted))
 
     def _settle_card(self, job: Job, info: Dict[str, str]) -> None:
         """Before a cold start, as vboxnetwork.Cards.settle."""

@@ -1,9 +1,10 @@
-"""VirtualBox's network: the host-only network, VMs' cards, and with NAT the ways to ports of a guest: its
-Chirp port, and those that createVM's `forwards` names.
+"""VirtualBox's network: the host-only network, VMs' cards, one more that is bridged, and with NAT the ways to
+ports of a guest: its Chirp port, and those that createVM's `forwards` names.
 
 What it is not: it knows nothing of words or files. One thread, that of virtualbox.py; no locks.
 """
 
+import contextlib
 import ipaddress
 import re
 import socket
@@ -12,7 +13,7 @@ from typing import Any, Callable, Container, Dict, Iterable, List, Optional, Seq
 
 import agent
 from faults import BadState, HypervisorError, InvalidParams
-from hypervisor import Job, is_local, option
+from hypervisor import Job, address_outwards, is_local, option
 from vboxconnection import (
     MAKING,
     OFF,
@@ -24,6 +25,8 @@ from vboxconnection import (
 CHIRP_RULE = 'vmhost-chirp'        # name of the NAT port forwarding
 FORWARD = 'vmhost-forward-'        # + a number, and for some ANY: names of those that createVM was asked for
 ANY = '-any'                       # whose host port is any that is free at a start
+AUTO = 'auto'                      # in createVM's `bridged`: the interface of the default route
+BRIDGED = 'vmhost/bridged-auto'    # a mark: the VM's bridged card follows that
 NAT_FOR_NOW = 'vmhost/nat-for-now'     # a mark: there was no host-only network yet when the VM was made
 
 
@@ -226,6 +229,51 @@ class Cards:
         card.enabled = True
         return card
 
+    # One that is part of this machine's own network.
+
+    def bridge(self, machine: Any, wish: str) -> None:
+        """Gives the VM one more card, on the interface of createVM's `bridged`; '' for none. Raises
+        InvalidParams."""
+        if wish:
+            card = self._unused_card(machine)
+            self._lay_on(card, self.interface_of(wish))
+            card.enabled = True
+            if wish == AUTO:
+                machine.setExtraData(BRIDGED, machine.id)
+
+    def interface_of(self, wish: str) -> str:
+        """The name of the one that createVM's `bridged` means, '' for none. Raises InvalidParams."""
+        return wish and pick_interface(wish, self._bridgeable())
+
+    def _lay_on(self, card: Any, interface: str) -> None:
+        card.attachmentType = self.box.const('NetworkAttachmentType_Bridged')
+        card.bridgedInterface = interface
+
+    def _bridgeable(self) -> List[Tuple[str, str]]:
+        """(name, IPv4 address) of each interface to which a card can be bridged."""
+        kind = self.box.const('HostNetworkInterfaceType_Bridged')
+        found = self.box.array(self.box.vbox.host, 'networkInterfaces')
+        return [(each.name, each.IPAddress) for each in found if each.interfaceType == kind]
+
+    def _bridged_card(self, machine: Any) -> Any:
+        kinds = self.box.attachments('Bridged')
+        return next((card for card in self.box.cards(machine) if card.attachmentType in kinds), None)
+
+    def bridge_of(self, machine: Any) -> str:
+        """The interface to which a card is bridged, '' for none."""
+        card = self._bridged_card(machine)
+        return card.bridgedInterface if card else ''
+
+    def move_bridge(self, job: Job, machine: Any) -> None:
+        """Before each start: to the interface of the default route, where the card follows that. Raises
+        BadState where there is no such interface."""
+        now = self.bridge_of(machine)
+        if not now:
+            return
+        wanted = moved_bridge(machine.name, now, has_mark(machine, BRIDGED), self._bridgeable())
+        if wanted != now:
+            self.box.edit(job, machine, lambda mutable: self._lay_on(self._bridged_card(mutable), wanted))
+
     def _unused_card(self, machine: Any) -> Any:
         for slot in range(8):
             card = machine.getNetworkAdapter(slot)
@@ -413,6 +461,42 @@ def free_port(address: str, taken: Container[int] = ()) -> int:
             port = int(probe.getsockname()[1])
         if port not in taken:
             return port
+
+
+# --- a card in this machine's network ----------------------------------------------------------
+
+def check_bridged(wish: str, kind: str) -> None:
+    """createVM's option `bridged`: raises InvalidParams where the VM has no other card, as is to be."""
+    if not isinstance(wish, str) or not wish.isprintable():
+        raise InvalidParams('bridged: %.80r: expected the name of an interface, or auto' % (wish,))
+    if wish and kind == 'none':
+        raise InvalidParams('bridged: expected network=nat or hostonly, for the card by which a VM reaches '
+                            'its host; this VM\'s is to be none')
+
+
+def pick_interface(wish: str, there: List[Tuple[str, str]]) -> str:
+    """The name of the interface that createVM's option `bridged` means. there: (name, IPv4 address) of each
+    that can be used. Raises InvalidParams."""
+    outwards = address_outwards() if wish == AUTO else ''
+    for name, address in there:
+        if address == outwards != '' if wish == AUTO else name == wish:
+            return name
+    raise InvalidParams('bridged: %s; there are: %s' % (
+        'the default route has no interface to which a VM\'s card can be bridged' if wish == AUTO
+        else 'no interface %s' % wish, ', '.join(name for name, _ in there) or 'none'))
+
+
+def moved_bridge(vm: str, now: str, follows: bool, there: List[Tuple[str, str]]) -> str:
+    """The interface for a VM's bridged card, which has been `now`. follows: whether the card follows the
+    default route: where that has no such interface, it stays where it is. Raises BadState where that is
+    gone."""
+    if follows:
+        with contextlib.suppress(InvalidParams):
+            return pick_interface(AUTO, there)
+    try:
+        return pick_interface(now, there)
+    except InvalidParams as error:
+        raise BadState('%s can\'t start: %s' % (vm, error))
 
 
 # --- plain helpers -----------------------------------------------------------------------------

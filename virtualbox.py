@@ -217,11 +217,12 @@ class Looking:
         row = self._row(machine)
         if not machine.accessible:
             return dict(row, memory=0, cpus=0, ostype='', snapshot='', tagged=False, rdp={}, pid=0,
-                        forwards=[])
+                        forwards=[], bridged='')
         snapshot = machine.currentSnapshot
         return dict(row, memory=machine.memorySize, cpus=machine.CPUCount, ostype=machine.OSTypeId,
                     snapshot=snapshot.name if snapshot else '', tagged=has_mark(machine, MADE_BY_US),
                     rdp=self._desktop.facts(machine), forwards=self._cards.forwards_of(machine),
+                    bridged=self._cards.bridge_of(machine),
                     pid=process_in(machine.queryLogFilename(0)) if row['native'] in ONLINE else 0)
 
 
@@ -239,6 +240,7 @@ class Life:
         check_disks(machine.name, self.box.disks_of(machine))
         self._cards.check_interfaces(machine)
         self._cards.move_forwards(job, machine)
+        self._cards.move_bridge(job, machine)
         if self.box.state_of(machine) in OFF:
             self.box.edit(job, machine, lambda mutable: self._prepare(mutable, board_serial))
         self._launch(job, machine, 'gui' if gui_mode else 'headless')

@@ -28,7 +28,7 @@ from typing import Any, Callable, List, Optional
 import agent
 import boincslot
 from boincjob import FILE, Job, JobError, read_words
-from boinclife import LONGEST_DELAY, End, Life
+from boinclife import FIRST_DELAY, LONGEST_DELAY, End, Life
 from boincslot import (
     CONTROL,
     GRAPHICS,
@@ -58,6 +58,7 @@ STATUS_EVERY = 1.0
 LAST_STATUS = 2.0              # seconds in which the client reads the last status
 LOCK_PATIENCE = 35.0           # seconds that an earlier wrapper may still need to go
 LOCK_DELAY = 600               # seconds of the temporary exit after that
+TAKEN = 'Waiting to acquire slot directory lock. Another instance may be running.'      # as libboinc says it
 # Signals after which a client starts a task again, as if it were its machine's fault and not the task's.
 STARTED_AGAIN = ('SIGHUP', 'SIGINT', 'SIGQUIT', 'SIGKILL', 'SIGTERM', 'SIGSTOP')
 
@@ -115,7 +116,7 @@ class Task:
         self._work = Work(slot, job, read, record, host)
         self._life = Life(job, record, now, init.number('checkpoint_period') or 300.0)
         self._client = Client(int(init.number('client_pid')), slot.has_client, now)
-        self._told = 0.0
+        self._told, self._is_alone = 0.0, False
         self._may_name = job.checkpoint != 'none'
         self._has_named = False
 
@@ -147,12 +148,15 @@ class Task:
             self._life.succeeded(value, time.monotonic())
 
     def _hear(self, now: float) -> None:
+        if self._is_alone:             # what comes is from the next client, and for the next wrapper
+            return
         for word in words_of(self._channels.receive(CONTROL)):
             if word == 'reread_app_info':
                 self._slot.read_init()
             self._life.hear(word, now)
         self._client.hear(self._channels.receive(HEARTBEAT), now)
         if self._client.is_gone(now):
+            self._is_alone = True
             self._life.hear('quit', now)
 
     def _tell(self, now: float) -> None:
@@ -212,16 +216,17 @@ def run_task(words: List[str]) -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format='%(asctime)s vmboinc: %(message)s',
                         datefmt='%Y-%m-%d %H:%M:%S')
     slot = Slot('.')
-    code = slot.finished()
-    if code is not None:
-        log.info('the task was over already')
-        return code & 0xff
-    if not boincslot.wait_for_lock(slot, LOCK_PATIENCE):
-        slot.exit_for_a_while(LOCK_DELAY, 'Waiting to acquire slot directory lock. Another instance may be '
-                              'running.')
-        return 0
     try:
+        if slot.finished() is None and not boincslot.wait_for_lock(slot, LOCK_PATIENCE):
+            return leave(slot, End(delay=LOCK_DELAY, message=TAKEN))
+        code = slot.finished()         # by now: the wrapper before may have brought it to its end
+        if code is not None:
+            log.info('the task was over already')
+            return exit_code(code)
         return leave(slot, live(slot, words))
+    except OSError as error:
+        why = 'the slot can\'t be used: %s' % agent.sentence(error)
+        return leave(slot, End(delay=FIRST_DELAY, message=why))
     finally:
         slot.unlock()
 
@@ -253,7 +258,12 @@ def leave(slot: Slot, end: End) -> int:
         if end.signal:
             slot.unlock()
             die_of(end.signal)
-    return end.code & 0xff if os.name == 'posix' else end.code
+    return exit_code(end.code)
+
+
+def exit_code(code: int) -> int:
+    """That of this process, for a task's: POSIX has 8 bits for it, and only 0 may look like 0."""
+    return code if os.name != 'posix' else code & 0xff or (255 if code else 0)
 
 
 def insist(slot: Slot, write: Callable[[], None]) -> None:

@@ -21,6 +21,7 @@ INIT = """<app_init_data>
 <minor_version>20</minor_version>
 <result_name>%s</result_name>
 <project_dir>%s</project_dir>
+<boinc_dir>%s</boinc_dir>
 <slot>0</slot>
 <client_pid>%d</client_pid>
 <wu_cpu_time>0.0</wu_cpu_time>
@@ -53,8 +54,8 @@ class FakeClient:
 
     def init(self, cpu_limit=100, pid=None, rate=0, foreign_cpu=0):
         """Writes init_data.xml."""
-        self.write('init_data.xml', INIT % (self.name, self.project, pid or os.getpid(), cpu_limit,
-                                            rate, foreign_cpu))
+        self.write('init_data.xml', INIT % (self.name, self.project, self.folder, pid or os.getpid(),
+                                            cpu_limit, rate, foreign_cpu))
 
     def write(self, name, text):
         """A file in the slot."""

@@ -197,7 +197,10 @@ class VirtualBox(WithExtraData):
         self.systemProperties = Named(defaultVRDEExtPack='VNC')
         self.performanceCollector = Collector()
         self.eventSource = Events(self)
-        self.host = Named(networkInterfaces=[], getProcessorFeature=lambda feature: True)
+        self.host = Named(networkInterfaces=[
+            Named(name=name, IPAddress=address, interfaceType=VALUES['HostNetworkInterfaceType']['Bridged'])
+            for name, address in (('eth0', '192.0.2.7'), ('eth1', '198.51.100.7'))],
+            getProcessorFeature=lambda feature: True)
 
     def signature(self):
         """What changes whenever there is an event to tell."""
@@ -388,7 +391,7 @@ class Card:
     def __init__(self, enabled):
         self.enabled, self.attachmentType, self.cableConnected = enabled, 1, True
         self.MACAddress = '%012X' % next(MACS)
-        self.bandwidthGroup = None
+        self.bandwidthGroup, self.bridgedInterface = None, ''
         self.NATEngine = Named(localhostReachable=False, redirects=[])
         self.NATEngine.addRedirect = self._add
         self.NATEngine.removeRedirect = self._remove

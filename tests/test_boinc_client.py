@@ -220,10 +220,11 @@ def files_in(folder):
 
 
 def test_ends(boinc):
-    """Eleven tasks at once, and each shows what became of its program."""
+    """Twelve tasks at once, and each shows what became of its program."""
     rig = boinc.rig
     for name, program in (('one', 'exit 1'), ('most', 'exit 255'), ('segv', 'kill -SEGV $$'),
-                          ('killed', 'kill -KILL $$'), ('lacks', 'exit 0'), ('endless', 'sleep 600')):
+                          ('killed', 'kill -KILL $$'), ('lacks', 'exit 0'), ('endless', 'sleep 600'),
+                          ('leaves', 'setsid sleep 600 > /dev/null 2>&1 & echo left $! >&2')):
         boinc.add(name, program + '\n', LACKS if name == 'lacks' else '',
                   outputs=['out'] if name == 'lacks' else [])
     boinc.add('completed', 'printf "3\\n1\\nall that was to be done\\n" > over; sleep 600\n',
@@ -239,11 +240,13 @@ def test_ends(boinc):
     rig.operate('abort', 'endless')
     ends = {name: rig.wait(name, 'done=true', 60) for name in (
         'one', 'most', 'segv', 'killed', 'lacks', 'endless', 'completed', 'absent',
-        'timed')}
+        'timed', 'leaves')}
     assert {name: (end['state'], end['exit']) for name, end in ends.items()} == {
         'one': ('error', 1), 'most': ('error', 255), 'segv': ('error', 11), 'killed': ('error', 193),
         'lacks': ('error', 0), 'endless': ('aborted', 203), 'completed': ('error', 3),
-        'absent': ('error', 206), 'timed': ('uploaded', 0)}
+        'absent': ('error', 206), 'timed': ('uploaded', 0), 'leaves': ('uploaded', 0)}
+    daemon = re.search('left ([0-9]+)', rig.stderr('leaves')).group(1)
+    wait_until(lambda: not os.path.exists('/proc/' + daemon), 20)
     assert re.search('Output file lacks_out.* absent', rig.read('client.log'))
     assert 'the program left no file no/such/out' in rig.stderr('lacks')
     assert rig.wait('tired', 'waiting=the moon is up')['process'] == 'none'

@@ -18,6 +18,7 @@ import boincjob
 import boincslot
 import boincwork
 import hostclient
+import vmboinc
 from boinclife import (
     AWAY_TRIES,
     FIRST_DELAY,
@@ -33,7 +34,7 @@ from boinclife import (
 )
 from boincslot import CHANNEL, CHANNELS, Channels, InitData, Record, Slot
 from boincwork import Look, Trouble
-from faults import Busy, HypervisorError, InvalidParams, TransferError
+from faults import Busy, HypervisorError, InvalidParams, NotSupported, TransferError
 
 # The shared memory.
 
@@ -107,6 +108,16 @@ def test_init_data_that_no_parser_takes():
         == [2, 2, 2, 2]
 
 
+@pytest.mark.parametrize('place', ['before', 'after'])
+def test_what_a_projects_preferences_say_is_not_the_clients_word(place):
+    """They are what the project's site has; a client's own folder, say, would be theirs to name."""
+    told = '<boinc_dir>/boinc</boinc_dir><result_name>t1</result_name>'
+    theirs = ('<project_preferences>\n<boinc_dir>/evil</boinc_dir>\n<project_dir>/evil</project_dir>\n'
+              '<result_name>x</result_name></project_preferences>')
+    init = InitData(theirs + told if place == 'before' else told + theirs)
+    assert [init.text(tag) for tag in ('boinc_dir', 'result_name', 'project_dir')] == ['/boinc', 't1', '']
+
+
 @pytest.mark.parametrize('version, limit, minds', [
     ((7, 20), 25, True), ((8, 0), 1, True), ((8, 2), 25, False), ((9, 0), 25, False), ((7, 20), 0, False)])
 def test_clients_that_mind_foreign_cpu(version, limit, minds):
@@ -142,6 +153,33 @@ def test_one_wrapper_for_a_slot(tmp_path):
     assert b'SlotTaken' in other.stderr
     slot.unlock()
     assert subprocess.run([sys.executable, '-c', code], cwd=top).returncode == 0
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='Windows locks otherwise')
+def test_who_waits_for_a_slot_has_the_lock_that_the_next_one_finds(tmp_path, monkeypatch):
+    """Not that of a file which the one before has removed meanwhile."""
+    slot, path, opened = Slot(str(tmp_path)), str(tmp_path / boincslot.LOCK_FILE), open
+
+    def removed_meanwhile(*args):
+        file = opened(*args)
+        if args[0] == path:
+            monkeypatch.undo()
+            os.remove(path)
+        return file
+    monkeypatch.setattr(boincslot, 'open', removed_meanwhile, raising=False)
+    assert boincslot.wait_for_lock(slot, 5)
+    assert subprocess.run([sys.executable, '-c', LOCKED, path]).returncode == 1
+    slot.unlock()
+    assert os.listdir(str(tmp_path)) == []
+
+
+LOCKED = '''
+import fcntl, sys
+try:
+    fcntl.lockf(open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)
+except OSError:
+    sys.exit(1)
+'''
 
 
 def test_files_at_the_end(tmp_path):
@@ -198,7 +236,7 @@ def test_our_own_fields():
 @pytest.mark.parametrize('fields, said', [
     ('<enable_floppyio>1</enable_floppyio>', 'enable_floppyio'),
     ('<share_project_dir/>', 'share_project_dir'),
-    ('<network_bridged_mode/>', 'network_bridged_mode'), ('<job_duration>long</job_duration>', 'a number'),
+    ('<job_duration>long</job_duration>', 'a number'),
     ('<job_duration>nan</job_duration>', 'a number'), ('<input>/etc/passwd</input>', 'a relative path'),
     ('<output>../../x</output>', 'a relative path'),
     ('<output><name>a</name><mode>7</mode></output>', 'mode'),
@@ -282,6 +320,18 @@ def test_any_text_is_a_trigger(text):
 def test_triggers():
     assert boincjob.read_trigger('3\n1\nall is\nwell\n') == (3, True, 'all is well')
     assert boincjob.read_trigger('') == (0, False, '')
+    for text, number in (('3.7', 3), ('-1 x', -1), ('7\r\n1\r\n', 7), ('done', 0), ('9' * 26, int('9' * 9))):
+        assert boincjob.read_trigger(text).number == number
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='Windows has exit codes of 32 bits')
+@pytest.mark.parametrize('code, exits', [(0, 0), (3, 3), (256, 255), (512, 255), (300, 44), (-1, 255)])
+def test_no_code_but_0_is_a_success(code, exits, tmp_path, monkeypatch):
+    """Of which a client on POSIX sees the low 8 bits; also where the finish file alone tells it."""
+    slot = Slot(str(tmp_path))
+    assert vmboinc.leave(slot, End(code, True)) == exits and slot.finished() == code
+    monkeypatch.chdir(str(tmp_path))
+    assert vmboinc.run_task([]) == exits
 
 
 # The steps.
@@ -323,15 +373,159 @@ def fetching(tmp_path, told):
     return work
 
 
-@pytest.mark.parametrize('why', ['does not exist', 'neither file, folder nor link', 'is a directory'])
+@pytest.mark.parametrize('why', ['does not exist', 'neither file, folder nor link', 'is a directory',
+                                 'not authorized'])
 def test_an_output_that_is_no_file_or_leads_out_of_what_is_served_is_a_missing_one(why, tmp_path):
     assert fetching(tmp_path, {'state': 'failed', 'error': 'task/out: ' + why}).collect()
+
+
+def test_an_output_that_is_a_link_to_a_place_that_is_not_served_is_a_missing_one(tmp_path):
+    assert fetching(tmp_path, {'state': 'failed', 'error': 'task/out is a link to /etc/passwd, where '
+                                                           'nothing is that is served'}).collect()
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='modes are POSIX')
+def test_an_output_is_in_its_folder_and_its_client_can_read_it(tmp_path):
+    """Its folder may be missing, and its mode be none, as in the guest."""
+    def call(method, *args):
+        if method == 'startTransfer':
+            open(args[3], 'w').close()
+            os.chmod(args[3], 0)
+        return {'startTransfer': '7', 'getTransfer': {'state': 'done', 'error': ''}, 'listDir': [
+            {'name': 'out', 'mtime': 1, 'size': 2, 'isDir': False}]}[method]
+    work = task_in(tmp_path, '<output>sub/out</output>', types.SimpleNamespace(call=call))
+    work.machine = types.SimpleNamespace(name='vm', files='', lease=lambda: None)
+    assert not work.collect() and work.collect()
+    assert os.stat(str(tmp_path / 'slots' / '0' / 'sub' / 'out')).st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize('why', ['task/out: timed out', '/here/out: does not exist'])
 def test_an_output_that_cannot_be_fetched_now_is_fetched_later(why, tmp_path):
     with pytest.raises(Trouble, match='out: '):
         fetching(tmp_path, {'state': 'failed', 'error': why}).collect()
+
+
+def task_in(folder, job='', host=None):
+    """Work of a task of the project 127.0.0.1_p, in slot 0 of a client in that folder."""
+    project, slot = folder / 'projects' / '127.0.0.1_p', folder / 'slots' / '0'
+    for place in (project, slot):
+        place.mkdir(parents=True, exist_ok=True)
+    (slot / 'init_data.xml').write_text(
+        '<app_init_data><project_dir>%s</project_dir><boinc_dir>%s</boinc_dir><result_name>t1</result_name>'
+        '</app_init_data>' % (project, folder))
+    return boincwork.Work(Slot(str(slot)), job_of(job), boincjob.read_words([], 1), Record(
+        str(slot / Record.FILE)), host or types.SimpleNamespace(drives_vms=True, connect=lambda: True))
+
+
+def bridge_of(work):
+    """What createVM would be asked for."""
+    assert work.connect()
+    return work.machine._options.get('bridged')
+
+
+BRIDGED = '<network_bridged_mode/>'
+
+
+@pytest.mark.parametrize('leave, bridge', [
+    ('projects = 127.0.0.1_p', 'auto'), ('projects = x, 127.0.0.1_p\ninterface = en0: Wi-Fi', 'en0: Wi-Fi'),
+    ('projects = *\ninterface=eth1', 'eth1'), ('', None), ('projects = x', None), ('projects =', None),
+    ('interface = eth0', None)])
+def test_a_card_is_bridged_where_the_volunteer_allows_it(leave, bridge, tmp_path):
+    (tmp_path / boincwork.LEAVE).write_text('[Bridged]\n' + leave)
+    work = task_in(tmp_path, BRIDGED)
+    if bridge:
+        assert bridge_of(work) == bridge
+        return
+    with pytest.raises(Trouble, match='network_bridged_mode: refused: .* projects = 127.0.0.1_p, in %s' % (
+            tmp_path / boincwork.LEAVE)):
+        work.connect()
+
+
+def test_no_leave_makes_a_project_a_card_that_it_does_not_ask_for(tmp_path):
+    (tmp_path / boincwork.LEAVE).write_text('[Bridged]\nprojects = *')
+    assert bridge_of(task_in(tmp_path)) is None
+    assert bridge_of(task_in(tmp_path, '<network_bridged_mode>0</network_bridged_mode>')) is None
+
+
+def test_a_leave_that_cannot_be_read_is_none(tmp_path):
+    (tmp_path / boincwork.LEAVE).write_text('[Bridged]\nproject = *')
+    with pytest.raises(Trouble, match='%s: .Bridged. project: unknown key' % boincwork.LEAVE):
+        task_in(tmp_path, BRIDGED).connect()
+
+
+@pytest.mark.parametrize('folder', ['slots/0', 'projects', 'projects/127.0.0.1_p',
+                                    'projects/127.0.0.1_p/vmhost'])
+def test_a_project_cannot_give_itself_leave(folder, tmp_path, monkeypatch):
+    """By files of its own; also where the client doesn't tell its folder."""
+    work = task_in(tmp_path, BRIDGED)
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / boincwork.LEAVE).write_text('[Bridged]\nprojects = *')
+    monkeypatch.chdir(str(tmp_path / folder))
+    for told in (work, task_in(tmp_path, BRIDGED)):
+        with pytest.raises(Trouble, match='refused'):
+            told.connect()
+        init = tmp_path / 'slots' / '0' / 'init_data.xml'
+        init.write_text(init.read_text().replace('boinc_dir', 'other_dir'))
+        told._slot.init = boincslot.InitData(init.read_text())
+
+
+def test_a_task_whose_clients_folder_was_moved_goes_on_with_its_command(tmp_path):
+    """To another disk, say, with a link in its place or none: else its program would run a second time."""
+    work = task_in(tmp_path / 'here')
+    command, machine = work.command, work._name
+    work.machine = types.SimpleNamespace(ready=lambda: True)
+    assert work.ready()
+    os.rename(str(tmp_path / 'here'), str(tmp_path / 'there'))
+    moved = task_in(tmp_path / 'there')
+    assert (moved.command, moved._name) == (command, machine)
+    (tmp_path / 'there' / 'slots' / '0' / Record.FILE).unlink()
+    assert task_in(tmp_path / 'there').command != command      # another task's may be called so
+
+
+def test_a_vm_whose_folder_was_moved_is_registered_there(tmp_path):
+    """Once; before anything else is done with it, since its hypervisor may not have noticed yet."""
+    asked = []
+
+    def call(method, *args):
+        asked.append((method,) + args[:2])
+        return {'agentInfo': {'hypervisor': 'some'}, 'listVMsWithState': {'127.0.0.1_p_t1': 'Saved'},
+                'registerVM': True}.get(method)
+    for place, moved in (('here', False), ('here', False), ('there', True), ('there', False)):
+        if moved:
+            os.rename(str(tmp_path / 'here'), str(tmp_path / 'there'))
+        work = task_in(tmp_path / place, '', types.SimpleNamespace(
+            drives_vms=True, connect=lambda: True, call=call))
+        del asked[:]
+        assert work.connect() and not work.ready()
+        told = [each for each in asked if each[0] == 'registerVM']
+        slot = str(tmp_path / place / 'slots' / '0')
+        assert told == ([('registerVM', '127.0.0.1_p_t1', slot)] if moved else [])
+        assert not moved or asked.index(told[0]) < asked.index(('listVMsWithState',))
+
+
+@pytest.mark.parametrize('target, stays', [
+    ('../../vmboinc.ini', False), ('../../slots/1/out', False), ('../../projects/other/out', False),
+    ('../../projects/127.0.0.1_p/out', True), ('out.new', True)])
+def test_an_output_that_leads_out_of_the_tasks_folders_is_not_written(target, stays, tmp_path, caplog):
+    """Its link may be a file that the project has sent. A volunteer's leave is out of reach."""
+    answers = {'startTransfer': '7', 'listDir': [{'name': 'out', 'mtime': 1, 'size': 2, 'isDir': False}]}
+    asked = []
+    work = task_in(tmp_path, '<output>out</output>', types.SimpleNamespace(
+        call=lambda method, *args: asked.append((method,) + args) or answers[method]))
+    work.machine = types.SimpleNamespace(name='vm', files='', lease=lambda: None)
+    (tmp_path / 'slots' / '0' / 'out').write_text('<soft_link>%s</soft_link>' % target)
+    assert work.collect() is not stays
+    moved = [each for each in asked if each[0] == 'startTransfer']
+    assert moved == ([('startTransfer', 'get', 'vm', 'out', os.path.normpath(
+        str(tmp_path / 'slots' / '0' / target)))] if stays else [])
+    assert ('out leads out of the task\'s folders' in caplog.text) is not stays
+    if not stays:
+        assert not work.upload('out') and asked == []
+
+
+def test_without_a_vm_no_card_is_bridged_and_no_leave_is_needed(tmp_path, caplog):
+    assert task_in(tmp_path, BRIDGED, types.SimpleNamespace(drives_vms=False, connect=lambda: True)).connect()
+    assert 'no card is bridged' in caplog.text
 
 
 def test_tasks_whose_long_names_differ_at_their_ends_have_machines_of_their_own(tmp_path):
@@ -451,7 +645,8 @@ def test_the_port_stays_where_a_vm_that_was_saved_will_look_for_it(made, tmp_pat
 
     def connect():
         raise boincwork.NotStarted('it doesn\'t start')
-    host = types.SimpleNamespace(connect=connect, take_another_port=lambda: moved.append(1) or True)
+    host = types.SimpleNamespace(connect=connect, take_another_port=lambda: moved.append(1) or True,
+                                 drives_vms=True)
     work = boincwork.Work(Slot(str(slot)), job_of(), boincjob.read_words([], 1), Record(
         str(tmp_path / 'record')), host)
     with pytest.raises(Trouble, match='start$' if made else 'another port'):
@@ -474,6 +669,15 @@ def test_what_the_wrapper_before_was_moving_is_waited_for(tmp_path):
     assert not work.put() and not work.put()
     told['state'] = 'done'
     assert work.put()
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='Windows tells otherwise')
+def test_a_folder_in_which_no_host_agent_can_be_started_is_named(tmp_path):
+    """A project's folder that is read-only, say."""
+    host = boincwork.HostAgent(str(tmp_path), [sys.executable, '-c', ''])
+    (tmp_path / boincwork.PRINTED).mkdir()
+    with pytest.raises(Trouble, match='can\'t be used: .*%s: Is a directory$' % boincwork.PRINTED):
+        host.connect()
 
 
 def test_by_hand_what_lies_beside_its_folder_is_nobodys_slot(tmp_path):
@@ -579,6 +783,31 @@ def test_given_machines_share_the_tasks_and_a_task_stays_where_it_is(tmp_path):
     assert again.ready()
     nobody = types.SimpleNamespace(call=lambda *_: [])
     assert not boincwork.GivenMachine(nobody, 'task', Record(str(tmp_path / 'none'))).ready()
+
+
+def test_commands_of_tasks_that_the_client_forgot_are_ended_on_given_machines(tmp_path):
+    """Those of tasks that it knows go on, and so does what is no task's."""
+    ended = []
+    commands = {'boinc-1-1': '127.0.0.1_p_t1', 'boinc-2-1': '127.0.0.1_p_t2', 'boinc-3-2': '127.0.0.1_p_t3',
+                'by-hand': '127.0.0.1_p_t4'}
+
+    def call(method, *args):
+        if method == 'listCmds':
+            assert args == ({'finished': False},)
+            return [{'cmdId': id, 'vm': 'here'} for id in sorted(commands)]
+        if method == 'getCmdDetails':
+            return {'path': commands[args[0]]}
+        if method == 'listVMs':
+            raise NotSupported('no hypervisor')
+        ended.append((method,) + args[:3])
+        return True
+    other = tmp_path / 'slots' / '1'
+    other.mkdir(parents=True)
+    work = task_in(tmp_path, '', types.SimpleNamespace(drives_vms=False, connect=lambda: True, call=call))
+    (other / 'init_data.xml').write_text(
+        (tmp_path / 'slots' / '0' / 'init_data.xml').read_text().replace('>t1<', '>t2<'))
+    assert work.connect() and work.clean()
+    assert ended == [('signalCmd', 'boinc-3-2', 'KILL'), ('runCmd', 'here', 'rm', ['-rf', '127.0.0.1_p_t3'])]
 
 
 def test_a_client_is_gone(tmp_path):
@@ -720,6 +949,32 @@ def test_quit_saves(suspended, tmp_path):
     task.says('quit')
     assert task.go(True) == ['save']
     assert task.life.end == End() and task.record.checkpoint == 5 and task.record.fraction == 0.1
+
+
+def test_a_checkpoint_that_can_not_be_recorded_ends_nothing(tmp_path, caplog):
+    """It isn't told, and why is said once; the next one is as good."""
+    task = Alive(tmp_path, '<checkpoint>files</checkpoint>')
+    task.runs(seen(cpu=1))
+    (tmp_path / 'record.new').mkdir()
+    for cpu in (5, 6, 7):
+        task.now += 700
+        task.go(seen(cpu=cpu))
+    assert task.life.end is None and task.record.checkpoint < 5 and caplog.text.count('no checkpoint') == 1
+    (tmp_path / 'record.new').rmdir()
+    task.now += 700
+    task.go(seen(cpu=8))
+    assert task.record.checkpoint == 8
+
+
+@pytest.mark.parametrize('word, code', [('abort', 194), ('', 0)])
+def test_that_a_machine_is_removed_need_not_be_recorded(word, code, tmp_path):
+    """On a full disk, say: else it would be made, and the science begin, again."""
+    task = Alive(tmp_path).runs(None if word else seen(True, state='exited'))
+    (tmp_path / 'record.new').mkdir()
+    if word:
+        task.says(word)
+    task.go(*[True] * (1 if word else 2))
+    assert task.life.end == End(code, not word)
 
 
 def test_quit_and_abort_wait_for_no_step_longer_than_the_client_does(tmp_path):

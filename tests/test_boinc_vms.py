@@ -25,6 +25,7 @@ import agent
 import boincslot
 import boincwork
 import hostclient
+import vmboinc
 from boincslot import GRAPHICS
 
 pytestmark = [pytest.mark.once, pytest.mark.slow, pytest.mark.ends,
@@ -178,9 +179,14 @@ def test_a_client_that_died_gets_its_vm_saved(project):
     task.start()
     project.agent(task)
     task.wait(lambda: task.status('fraction_done') == 0.5)
+    with open(os.path.join(project.environment['FAKE_VIRTUALBOX'], 'slow-' + task.vm), 'w') as file:
+        file.write('2')
     stands_in.kill()
     stands_in.wait()
+    task.wait(lambda: 'the client says quit' in task.read('stderr.txt'))
+    task.says('suspend')                       # the next client, to the wrapper that waits for this one
     assert task.wait_for_end() == 0 and project.vms() == {task.vm: 'Saved'}
+    assert task.channels.waits(boincslot.CONTROL)
 
 
 def test_a_killed_wrapper_goes_on_with_the_same_vm(project):
@@ -346,6 +352,29 @@ def test_what_its_program_serves_is_shown_in_place_of_the_status_page(project, m
               in task.channels.receive(GRAPHICS))
 
 
+def test_a_card_is_bridged_where_the_volunteer_allows_it(project, monkeypatch):
+    """Without that leave, or the interface, the task is tried again later: with the reason."""
+    monkeypatch.setenv('FAKE_VIRTUALBOX', project.environment['FAKE_VIRTUALBOX'])
+    task = project.task(job='<network_bridged_mode/>')
+    task.link('out')
+    task.start()
+    assert task.wait_for_end(60) == 0 and project.vms() == {}
+    reason = task.read('boinc_temporary_exit')
+    assert 'network_bridged_mode: refused' in reason and '[Bridged] and projects = project' in reason
+    leave = os.path.join(project.folder, boincwork.LEAVE)
+    assert leave in task.read('stderr.txt')
+    for interface, told in (('eth7', 'no interface eth7; there are: eth0, eth1'), ('eth1', '')):
+        with open(leave, 'w') as file:
+            file.write('[Bridged]\nprojects = project\ninterface = %s\n' % interface)
+        task.start()
+        if told:
+            assert task.wait_for_end(60) == 0 and told in task.read('boinc_temporary_exit')
+    agent = project.agent(task)
+    assert project.call('getVM', task.vm)['bridged'] == 'eth1'
+    finish(agent)
+    assert task.wait_for_end(60) == 0 and task.read('boinc_finish_called') == '0\n'
+
+
 def test_vms_of_tasks_that_the_client_forgot_go(project):
     first = project.task('first')
     first.link('out')
@@ -417,6 +446,34 @@ def test_a_job_file_that_is_missing_is_said_with_what_to_do(project):
     task.start()
     assert task.wait_for_end() == 0
     assert 'vbox_job.xml is missing in the slot: reset the project' in task.read('boinc_temporary_exit')
+
+
+def test_a_task_that_ended_while_its_next_wrapper_waited_is_over(project, monkeypatch):
+    """As where the client was killed, and another one started, while a wrapper brought the outputs home."""
+    task = project.task(app='exit 0')
+
+    def ends_meanwhile(slot, patience):
+        task.write('boinc_finish_called', '7\n')
+        return True
+    monkeypatch.setattr(boincslot, 'wait_for_lock', ends_meanwhile)
+    monkeypatch.setattr(vmboinc, 'live', lambda slot, words: pytest.fail('it runs a second time'))
+    monkeypatch.chdir(task.slot)
+    assert vmboinc.run_task([]) == 7 and not os.path.exists('boinc_temporary_exit')
+
+
+def test_a_slot_that_can_not_be_used_is_no_error(project, monkeypatch):
+    """Nor can the reason be told there, while that is so."""
+    task = project.task()
+    os.mkdir(os.path.join(task.slot, boincslot.LOCK_FILE))
+    task.start()
+    assert task.wait_for_end() == 0
+    assert 'the slot can\'t be used: ' in task.read('boinc_temporary_exit')
+    assert 'boinc_lockfile: Is a directory' in task.read('boinc_temporary_exit')
+    os.mkdir(os.path.join(task.slot, 'boinc_temporary_exit.new'))
+    task.start()
+    task.wait(lambda: 'it is tried again' in task.read('stderr.txt'))
+    os.rmdir(os.path.join(task.slot, 'boinc_temporary_exit.new'))
+    assert task.wait_for_end() == 0 and 'Traceback' not in task.read('stderr.txt')
 
 
 def test_no_image_and_no_hypervisor_are_no_errors(project, tmp_path):

@@ -160,6 +160,18 @@ def test_setting_the_clock_makes_no_time_of_a_result_wrong(tmp_path, monkeypatch
         runners.close()
 
 
+@pytest.mark.parametrize('end', ['exit 3', 'kill -SEGV $$'])
+def test_what_is_left_behind_ends_with_the_program_where_that_is_asked_for(runners, end):
+    program = '(trap "" TERM; setsid sleep 60 & sleep 61) > /dev/null 2>&1 & setsid sleep 62 & %s'
+    command = runners.begin('sh', '-c', 'sleep 1; ' + program % end, **{'end-left': True})
+    wait_until(command.members, 10)
+    result = runners.end(command)
+    code = 3 if end == 'exit 3' else signal.SIGSEGV
+    assert (result['left'], result['exitCodeOrSignal'], result['by']) == (0, code, 'itself')
+    wait_until(lambda: not command.members(), 10)
+    assert not guestprocesses.processes_with('VM_PROGRESS_FILE', command.path('progress'))
+
+
 # --- the fork server and its runners ---
 
 def test_one_runner_of_very_many_tells_of_the_end_as_well(runners, monkeypatch):

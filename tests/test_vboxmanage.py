@@ -11,6 +11,7 @@ from vms import SETTINGS
 import drivers
 import hypervisor
 import vboxmanage
+import vboxnetwork
 import vboxprogram
 from faults import BadState, DeadlineExceeded, HypervisorError, InvalidParams
 
@@ -138,16 +139,27 @@ words = sys.argv[1:]
 if words[0] == '--version':
     print('7.2.4r1')
 elif words[0] == 'createvm':
-    vm = {'state': 'poweroff', 'rules': []}
+    vm = {'state': 'poweroff', 'rules': [], 'marks': {}, 'bridge': ''}
     print('Virtual machine is created and registered.\nUUID: %(one)s')
 elif words == ['list', 'vms'] and vm:
     print('"one" {%(one)s}')
 elif words[0] == 'showvminfo':
     print('name="one"\nUUID="%(one)s"\nCfgFile="/no/one.vbox"\nLogFldr="/no"\nfirmware="BIOS"\nmemory=4')
     print('cpus=1\nostype="Linux"\nnic1="nat"\nmacaddress1="080027000001"\nVMState="%%s"' %% vm['state'])
+    if vm['bridge']:
+        print('nic2="bridged"\nbridgeadapter2="%%s"\nmacaddress2="080027000002"' %% vm['bridge'])
     for number, rule in enumerate(vm['rules']):
         print('Forwarding(%%d)="%%s"' %% (number, rule))
+elif words == ['list', 'bridgedifs']:
+    print(open(os.path.join(os.path.dirname(__file__), 'interfaces')).read())
+elif words[0] == 'setextradata' and words[1] == '%(one)s':
+    vm['marks'][words[2]] = ''.join(words[3:])
+elif words[0] == 'getextradata':
+    for item in vm['marks'].items():
+        print('Key: %%s, Value: %%s' %% item)
 elif words[0] == 'modifyvm':
+    vm['bridge'] = ''.join(word[len('--bridgeadapter2='):] for word in words
+                           if word.startswith('--bridgeadapter2=')) or vm['bridge']
     while '--natpf1' in words:
         words = words[words.index('--natpf1') + 1:]
         if words[0] == 'delete':
@@ -217,6 +229,35 @@ def test_a_forward_of_a_port_that_was_asked_for_stays_there(one):
         with pytest.raises(BadState, match='another program listens on port %d' % port):
             one('start', 'one')
     assert one('start', 'one')
+
+
+def interfaces(tmp_path, *rows):
+    text = ''.join('Name:            %s\nGUID:            0\nDHCP:            Disabled\n'
+                   'IPAddress:       %s\nNetworkMask:     255.255.255.0\nStatus:          Up\n'
+                   'VBoxNetworkName: HostInterfaceNetworking-%s\n\n' % (name, address, name)
+                   for name, address in rows)
+    (tmp_path / 'interfaces').write_text(text)
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+@pytest.mark.parametrize('verb', ['power_off', 'save_state'])
+def test_a_card_in_the_network_of_this_machine(one, tmp_path, monkeypatch, verb):
+    """Which follows the default route, or stays at the interface that was named."""
+    eths = ('eth 0', '192.0.2.7'), ('eth1', '198.51.100.7')
+    interfaces(tmp_path, *eths)
+    monkeypatch.setattr(vboxnetwork, 'address_outwards', lambda: '192.0.2.7')
+    with pytest.raises(InvalidParams, match='^bridged: no interface eth7; there are: eth 0, eth1'):
+        one('create_vm', 'one', '', {'diskSize': 0, 'bridged': 'eth7'})
+    one('create_vm', 'one', '', {'diskSize': 0, 'bridged': 'auto'})
+    assert (one('describe', 'one')['bridged'], one('describe', 'one')['id']) == ('eth 0', '08:00:27:00:00:01')
+    monkeypatch.setattr(vboxnetwork, 'address_outwards', lambda: '198.51.100.7')
+    assert one('start', 'one') and one('describe', 'one')['bridged'] == 'eth1' and one(verb, 'one')
+    interfaces(tmp_path, eths[0])
+    with pytest.raises(BadState, match='one can\'t start: bridged: no interface eth1; there are: eth 0'):
+        one('start', 'one')
+    monkeypatch.setattr(vboxnetwork, 'address_outwards', lambda: '')
+    interfaces(tmp_path, *eths)
+    assert one('start', 'one') and one('describe', 'one')['bridged'] == 'eth1'
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='runs a script')

@@ -556,6 +556,70 @@ def test_only_nat_forwards_ports(driver, kind):
         driver.create_vm('vm', '', {'diskSize': 0, 'network': kind, 'forwards': [{'guestPort': 80}]})
 
 
+# The option `bridged`.
+
+def cards_of(driver):
+    """(kind of attachment, interface to which it is bridged) of each card of the first VM."""
+    kinds = {code: name for name, code in fake_virtualbox.VALUES['NetworkAttachmentType'].items()}
+    return [(kinds[card.attachmentType], card.bridgedInterface) for card in driver.fake.machines[0].cards
+            if card.enabled]
+
+
+@pytest.mark.parametrize('image', ['', 'appliance.ova'])
+def test_a_card_in_the_network_of_this_machine(driver, image, tmp_path):
+    """Beside the one over which the agent speaks, whose MAC is the VM's id; and rates are both's."""
+    if image:
+        image = str(tmp_path / image)
+        open(image, 'w').close()
+    driver.create_vm('vm', image, {'memory': 16, 'bridged': 'eth1'})
+    assert cards_of(driver) == [('NAT', ''), ('Bridged', 'eth1')]
+    machine = driver.fake.machines[0]
+    found = driver.describe('vm')
+    assert (found['bridged'], found['id'].replace(':', '')) == ('eth1', machine.cards[0].MACAddress)
+    assert driver.set_limits('vm', {'netKBps': 100}) and driver.start('vm')
+    assert [card.bandwidthGroup.maxBytesPerSec for card in machine.cards[:2]] == [100 * 1024] * 2
+    assert driver.find_chirp('vm')[0] == '127.0.0.1'
+
+
+def test_a_vm_has_such_a_card_only_where_that_is_asked_for(driver):
+    driver.create_vm('vm', '', {'memory': 16, 'diskSize': 0})
+    assert driver.start('vm') and cards_of(driver) == [('NAT', '')]
+    assert driver.describe('vm')['bridged'] == ''
+
+
+@pytest.mark.parametrize('verb', ['power_off', 'save_state'])
+def test_a_card_that_follows_the_default_route(driver, monkeypatch, verb):
+    """At each start; while there is none, it stays where it is."""
+    route = ['192.0.2.7']
+    monkeypatch.setattr(vboxnetwork, 'address_outwards', lambda: route[0])
+    driver.create_vm('vm', '', {'memory': 16, 'diskSize': 0, 'bridged': 'auto'})
+    for route[0], interface in (('192.0.2.7', 'eth0'), ('198.51.100.7', 'eth1'), ('', 'eth1')):
+        assert driver.start('vm') and cards_of(driver) == [('NAT', ''), ('Bridged', interface)]
+        assert getattr(driver, verb)('vm')
+
+
+def test_an_interface_that_is_gone_is_named(driver, monkeypatch):
+    driver.create_vm('vm', '', {'memory': 16, 'diskSize': 0, 'bridged': 'eth1'})
+    monkeypatch.setattr(vboxnetwork, 'address_outwards', lambda: '192.0.2.7')
+    gone = driver.fake.host.networkInterfaces.pop()
+    with pytest.raises(faults.BadState, match='vm can\'t start: bridged: no interface eth1; there are: eth0'):
+        driver.start('vm')
+    driver.fake.host.networkInterfaces.append(gone)
+    assert driver.start('vm')
+
+
+@pytest.mark.parametrize('options, told', [
+    ({'bridged': 'eth7'}, 'no interface eth7; there are: eth0, eth1'),
+    ({'bridged': 7}, 'the name of an interface'),
+    ({'bridged': 'auto'}, 'the default route has no interface .* there are: eth0, eth1'),
+    ({'bridged': 'eth0', 'network': 'none'}, 'expected network=nat or hostonly')])
+def test_interfaces_to_which_no_card_can_be_bridged(driver, monkeypatch, options, told):
+    monkeypatch.setattr(vboxnetwork, 'address_outwards', lambda: '')
+    with pytest.raises(faults.InvalidParams, match='^bridged: .*' + told):
+        driver.create_vm('vm', '', dict(options, diskSize=0))
+    assert driver.fake.machines == []
+
+
 def test_a_rate_reaches_a_card_that_came_later(driver):
     driver.create_vm('vm', '', {'memory': 16, 'diskSize': 0})
     assert driver.set_limits('vm', {'netKBps': 100})
@@ -796,7 +860,7 @@ def test_two_vms_with_one_card(host, api, fake, vm, give_card):
     assert 'same MAC' in api.getVM(vm)['trouble']
     for told in api.getVMs():
         alone = api.getVM(told['uuid'] or told['name'])
-        assert told == {key: alone[key] for key in alone if key not in ('rdp', 'pid', 'forwards')}
+        assert told == {key: alone[key] for key in alone if key not in ('rdp', 'pid', 'forwards', 'bridged')}
     assert api.start(uuid) is True and api.getState('twin') == 'Running'
     with environment(host.environment):
         assert 'same MAC' in ' '.join(host.verb('check').stdout.decode().split())

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -41,6 +42,56 @@ def facts(vm):
     lines = manage('showvminfo', vm, '--machinereadable', patience=120).splitlines()
     pairs = (line.partition('=') for line in lines if '=' in line)
     return {key.strip('"'): value.strip('"') for key, _, value in pairs}
+
+
+@contextlib.contextmanager
+def uplinks():
+    """Two interfaces, in the rig's own network: eth7, which has the default route, and eth8; gives what moves
+    the route to one of them, or takes it away ('')."""
+    def ip(words, **how):
+        return subprocess.run(['ip'] + words.split(), **dict({'check': True}, **how))
+
+    def route(interface):
+        ip('route flush exact 0.0.0.0/0')
+        if interface:
+            ip('route add default dev ' + interface)
+    try:
+        for number in '78':
+            ip('link add eth%s type veth peer name far%s' % (number, number))
+            ip('addr add 192.0.%s.1/24 dev eth%s' % (number, number))
+            ip('link set eth%s up' % number)
+            ip('link set far%s up' % number)
+        route('eth7')
+        yield route
+    finally:
+        for number in '78':
+            ip('link del eth' + number, check=False)
+
+
+def a_vm_is_moved(box, images, tmp_path):
+    """Its folder, and the image on which its disk lies, are elsewhere; VirtualBox has noticed, or not."""
+    places = [tmp_path / ('a place & %d' % number) for number in range(3)]
+    (places[0] / 'slot').mkdir(parents=True)
+    shutil.copy(str(images / 'disk.vdi'), str(places[0] / 'image.vdi'))
+    box.create_vm('task', str(places[0] / 'image.vdi'), {
+        'memory': 16, 'linked': True, 'owner': 'me', 'folder': str(places[0] / 'slot')})
+    before = (places[0] / 'image.vdi').read_bytes(), box.describe('task')['id']
+    for here, there, notices in ((places[0], places[1], False), (places[1], places[2], True)):
+        assert box.start('task') and box.save_state('task')
+        os.rename(str(here), str(there))
+        if notices:
+            kill(vboxsvc())
+        assert box.register_vm('task', str(there / 'slot'), 'me') is True
+        assert (box.state('task'), box.describe('task')['id']) == ('Saved', before[1])
+    assert box.start('task') and box.power_off('task') and box.remove_vm('task', True) == []
+    assert (places[2] / 'image.vdi').read_bytes() == before[0] and not (places[2] / 'slot' / 'task').exists()
+
+
+def cards_of(vm):
+    """(kind, interface to which it is bridged or '') of each card of a VM in use, as VirtualBox says."""
+    said = facts(vm)
+    return [(said[key], said.get('bridgeadapter' + key[3:], '')) for key in sorted(said)
+            if re.match('nic[1-8]$', key) and said[key] != 'none']
 
 
 def state_of(vm):

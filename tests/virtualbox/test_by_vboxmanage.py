@@ -10,11 +10,14 @@ import pytest
 from driver_cases import *  # noqa: F403 (the tests, for pytest to find)
 from helpers import beside, wait_until
 from rig import (
+    a_vm_is_moved,
+    cards_of,
     facts,
     forget_networks,
     forwards_are_served_and_move,
     manage,
     stopped,
+    uplinks,
     vboxsvc,
     vm_process,
 )
@@ -225,6 +228,41 @@ def test_a_task_whose_folder_is_gone(box, tmp_path):
     assert box.cleanup(False, [], 'the owner of task') == [
         {'kind': 'vm', 'name': 'task', 'why': 'its folder is gone'}]
     assert box.list_vms() == ['another']
+
+
+def test_a_card_in_the_network_of_this_machine(box):
+    with uplinks() as route:
+        box.create_vm('follows', '', {'memory': 16, 'diskSize': 0, 'bridged': 'auto'})
+        assert cards_of('follows') == [('nat', ''), ('bridged', 'eth7')]
+        found = box.describe('follows')
+        assert (found['bridged'], found['id'].replace(':', '')) == ('eth7', facts('follows')['macaddress1'])
+        route('eth8')
+        with contextlib.suppress(faults.HypervisorError):       # the rig lacks the kernel's module
+            box.start('follows')
+        assert cards_of('follows') == [('nat', ''), ('bridged', 'eth8')]
+        with pytest.raises(faults.InvalidParams, match='no interface eth9; there are: .*eth7'):
+            box.create_vm('wrong', '', {'diskSize': 0, 'bridged': 'eth9'})
+    with pytest.raises(faults.BadState, match='no interface eth8'):
+        box.start('follows')
+    assert box.list_vms() == ['follows']
+
+
+def test_a_vm_that_was_taken_out_of_the_list_is_registered_again(box, images, tmp_path):
+    """By its folder, with its disk on an image; and its owner."""
+    options = {'memory': 16, 'linked': True, 'owner': 'me', 'folder': str(tmp_path)}
+    box.create_vm('task', str(images / 'disk.vdi'), options)
+    id = box.describe('task')['id']
+    manage('unregistervm', 'task')
+    assert box.register_vm('other', str(tmp_path)) is False
+    assert box.register_vm('task', str(tmp_path), 'another') is True and box.describe('task')['id'] == id
+    with pytest.raises(faults.AlreadyExists):
+        box.register_vm('task', str(tmp_path))
+    assert box.cleanup(False, ['task'], 'me') == [] and len(box.cleanup(False, ['task'], 'another')) == 1
+    assert not os.path.exists(str(tmp_path / 'task'))
+
+
+def test_a_vm_that_was_moved_is_found_again(box, images, tmp_path):
+    a_vm_is_moved(box, images, tmp_path)
 
 
 def test_a_host_agent_without_vboxapi_takes_it_by_itself(home, remove_all, tmp_path):

@@ -6,7 +6,7 @@ import re
 import subprocess
 
 import pytest
-from rig import facts, forget_networks, forwards_are_served_and_move, manage
+from rig import cards_of, facts, forget_networks, forwards_are_served_and_move, manage, uplinks
 from vms import VMHost, fault_of
 
 import agent
@@ -143,6 +143,29 @@ def test_ports_of_a_guest_are_reached_here(api, remove_all):
     forwards_are_served_and_move(
         'serves', lambda: api.getVM('serves')['forwards'], lambda: api.start('serves'),
         lambda: api.saveState('serves'))
+
+
+def test_a_card_in_the_network_of_this_machine(api, remove_all):
+    """Beside the one by which the VM reaches its host. It follows the default route, or is where it was put.
+    The rig's kernel lacks the module that carries what such a card sends: no VM with one starts here."""
+    with uplinks() as route:
+        assert api.createVM('named', '', {'memory': 16, 'diskSize': 0, 'bridged': 'eth8'}) == [True, 'named']
+        assert api.createVM('follows', '', {'memory': 16, 'diskSize': 0, 'bridged': 'auto'})
+        assert cards_of('named') == [('nat', ''), ('bridged', 'eth8')]
+        assert cards_of('follows') == [('nat', ''), ('bridged', 'eth7')]
+        for vm, interface in (('named', 'eth8'), ('follows', 'eth7')):
+            found = api.getVM(vm)
+            assert found['bridged'] == interface
+            assert found['id'].replace(':', '') == facts(vm)['macaddress1'] != facts(vm)['macaddress2']
+        code, text = fault_of(api.createVM, 'wrong', '', {'diskSize': 0, 'bridged': 'eth9'})
+        assert code == -32602 and re.search('no interface eth9; there are: .*eth7', text)
+        for interface in ('eth8', 'eth7', ''):
+            route(interface)
+            fault_of(api.start, 'follows')
+            assert cards_of('follows') == [('nat', ''), ('bridged', interface or 'eth7')]
+    code, text = fault_of(api.start, 'named')
+    assert code == 4 and 'no interface eth8; there are: ' in text
+    assert 'wrong' not in api.listVMs() and api.getState('named') == 'PoweredOff'
 
 
 def test_a_foreign_vm_gets_what_it_needs_at_its_start(api, remove_all):
