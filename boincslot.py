@@ -79,7 +79,8 @@ class InitData:
     tags are searched for."""
 
     def __init__(self, text: str = '') -> None:
-        self._text = text
+        # A project's own preferences may have any tags; they come before the client's.
+        self._text = re.sub('<project_preferences>.*</project_preferences>', '', text, flags=re.DOTALL)
 
     @property
     def is_whole(self) -> bool:
@@ -132,7 +133,7 @@ class Slot:
 
     def read_init(self) -> None:
         """Reads init_data.xml, at the start and when the client has changed it. Half of it is left."""
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with contextlib.suppress(OSError):
             with open(self.path('init_data.xml'), encoding='utf-8', errors='replace') as file:
                 read = InitData(file.read())
             if read.is_whole or not self.init.is_whole:
@@ -171,12 +172,9 @@ class Slot:
     # The lock.
 
     def lock(self) -> None:
-        """Takes the slot. Raises SlotTaken."""
-        try:
-            self._lock = _lock_windows(self.path(LOCK_FILE)) if os.name == 'nt' else \
-                _lock_posix(self.path(LOCK_FILE))
-        except OSError:
-            raise SlotTaken()
+        """Takes the slot. Raises SlotTaken; OSError where nobody can."""
+        self._lock = _lock_windows(self.path(LOCK_FILE)) if os.name == 'nt' else \
+            _lock_posix(self.path(LOCK_FILE))
 
     def unlock(self) -> None:
         """Lets the slot go."""
@@ -235,19 +233,22 @@ def _lock_posix(path: str) -> Any:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.close()
-        raise
+        raise SlotTaken()
     return file
 
 
 def _lock_windows(path: str) -> Any:
     """As libboinc does: the file is opened for this process alone."""
     import msvcrt  # Windows
-    file = open(path, 'w')
+    try:
+        file = open(path, 'w')
+    except PermissionError:            # as where libboinc has it: for that process alone
+        raise SlotTaken()
     try:
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)      # type: ignore[attr-defined]
     except OSError:
         file.close()
-        raise
+        raise SlotTaken()
     return file
 
 
@@ -306,7 +307,8 @@ class Client:
 
 
 def wait_for_lock(slot: Slot, patience: float) -> bool:
-    """Takes the slot; waits so many seconds for an earlier wrapper, which notices that its client died."""
+    """Takes the slot; waits so many seconds for an earlier wrapper, which notices that its client died.
+    Raises OSError."""
     deadline = time.monotonic() + patience
     while True:
         try:

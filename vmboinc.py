@@ -28,7 +28,7 @@ from typing import Any, Callable, List, Optional
 import agent
 import boincslot
 from boincjob import FILE, Job, JobError, read_words
-from boinclife import LONGEST_DELAY, End, Life
+from boinclife import FIRST_DELAY, LONGEST_DELAY, End, Life
 from boincslot import (
     CONTROL,
     GRAPHICS,
@@ -58,6 +58,7 @@ STATUS_EVERY = 1.0
 LAST_STATUS = 2.0              # seconds in which the client reads the last status
 LOCK_PATIENCE = 35.0           # seconds that an earlier wrapper may still need to go
 LOCK_DELAY = 600               # seconds of the temporary exit after that
+LAST_CODE = 255                # largest exit code of a POSIX process
 # Signals after which a client starts a task again, as if it were its machine's fault and not the task's.
 STARTED_AGAIN = ('SIGHUP', 'SIGINT', 'SIGQUIT', 'SIGKILL', 'SIGTERM', 'SIGSTOP')
 
@@ -211,28 +212,45 @@ def run_task(words: List[str]) -> int:
     """Runs the task of this slot; gives the exit code."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format='%(asctime)s vmboinc: %(message)s',
                         datefmt='%Y-%m-%d %H:%M:%S')
+    signal.signal(signal.SIGINT, signal.SIG_DFL)       # it ends as by any other signal
     slot = Slot('.')
     code = slot.finished()
     if code is not None:
         log.info('the task was over already')
-        return code & 0xff
-    if not boincslot.wait_for_lock(slot, LOCK_PATIENCE):
-        slot.exit_for_a_while(LOCK_DELAY, 'Waiting to acquire slot directory lock. Another instance may be '
-                              'running.')
-        return 0
+        return exit_code(code)
+    try:
+        if not boincslot.wait_for_lock(slot, LOCK_PATIENCE):
+            return leave(slot, End(delay=LOCK_DELAY, message='Waiting to acquire slot directory lock. '
+                                   'Another instance may be running.'))
+    except OSError as error:           # a slot that can't be written is not the science's fault
+        return leave(slot, End(delay=FIRST_DELAY,
+                               message='the slot can\'t be used: %s' % agent.sentence(error)))
     try:
         return leave(slot, live(slot, words))
     finally:
         slot.unlock()
 
 
+def exit_code(code: int) -> int:
+    """What this process exits with, for a code of the science's. A system that keeps but its low byte must
+    not make a success of a failure."""
+    return code if os.name != 'posix' else code & 0xff or (LAST_CODE if code else 0)
+
+
 def live(slot: Slot, words: List[str]) -> End:
     """Runs the task; gives how it ended."""
     log.info('vmboinc %s, pid %d, task %s', agent.VERSION, os.getpid(), slot.init.text('result_name'))
+    lacks = what_is_lacking(slot)
+    if lacks:
+        return End(delay=FIRST_DELAY, message=lacks)
     try:
         task = Task(slot, words, host_agent_command())
     except (JobError, OSError) as error:
         return End(delay=LONGEST_DELAY, message=agent.sentence(error))
+    except Exception as error:
+        log.exception('the wrapper broke')
+        return End(delay=LONGEST_DELAY,
+                   message='vmboinc can\'t go on: %s: %s' % (type(error).__name__, error))
     try:
         end = task.run()
     except Exception as error:
@@ -240,6 +258,19 @@ def live(slot: Slot, words: List[str]) -> End:
         end = task.broke(error)
     task.tell_last_status()
     return end
+
+
+def what_is_lacking(slot: Slot) -> str:
+    """Why a client's init_data.xml can't be gone by: half of it was written, to a full disk, say. Without it
+    this would be a task without a name, with the slot for its project. '' where all is there."""
+    if not slot.has_client:
+        return ''
+    tags = [tag for tag in ('project_dir', 'result_name') if not slot.init.text(tag)]
+    if slot.init.is_whole and not tags:
+        return ''
+    what = 'lacks <%s>' % tags[0] if slot.init.is_whole else 'is cut off'
+    return 'the client\'s init_data.xml %s in slot %s: is the disk full?' % (
+        what, os.path.abspath(slot.folder))
 
 
 def leave(slot: Slot, end: End) -> int:
@@ -253,7 +284,7 @@ def leave(slot: Slot, end: End) -> int:
         if end.signal:
             slot.unlock()
             die_of(end.signal)
-    return end.code & 0xff if os.name == 'posix' else end.code
+    return exit_code(end.code)
 
 
 def insist(slot: Slot, write: Callable[[], None]) -> None:
@@ -305,6 +336,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         return agent.bundle(argv[1], 'vmboinc', BUNDLED, PROGRAMS)
     if argv[:1] == ['--host-agent'] and len(argv) > 1:
         run_host_agent(argv[1:])
+    if argv[:1] in (['--bundle'], ['--host-agent']):
+        print(USAGE, end='', file=sys.stderr)
+        return 2
     if argv in (['-h'], ['--help']):
         print(USAGE, end='')
         return 0

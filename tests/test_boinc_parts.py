@@ -18,6 +18,7 @@ import boincjob
 import boincslot
 import boincwork
 import hostclient
+import vmboinc
 from boinclife import (
     AWAY_TRIES,
     FIRST_DELAY,
@@ -105,6 +106,13 @@ def test_init_data_that_no_parser_takes():
     assert init.text('missing', 'so') == 'so' and init.number('result_name', 1) == 1
     assert [InitData('<ncpus>%s</ncpus>' % odd).number('ncpus', 2) for odd in ('nan', '-inf', '1e999', '')] \
         == [2, 2, 2, 2]
+
+
+def test_a_projects_preferences_are_no_words_of_the_clients():
+    init = InitData('<project_preferences><project_dir>/theirs</project_dir>\n<ncpus>9</ncpus>\n'
+                    '<odd <unclosed></project_preferences>\n<project_dir>/ours</project_dir>'
+                    '</app_init_data>')
+    assert init.text('project_dir') == '/ours' and init.number('ncpus', 2) == 2 and init.is_whole
 
 
 @pytest.mark.parametrize('version, limit, minds', [
@@ -282,6 +290,20 @@ def test_any_text_is_a_trigger(text):
 def test_triggers():
     assert boincjob.read_trigger('3\n1\nall is\nwell\n') == (3, True, 'all is well')
     assert boincjob.read_trigger('') == (0, False, '')
+    texts = '3.7', ' +5 x', '-3', '9' * 30, '-' + '9' * 30
+    assert [boincjob.read_trigger(text).number for text in texts] == [3, 5, -3, (1 << 31) - 1, -1 << 31]
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='Windows keeps 32 bits of an exit code')
+def test_no_failure_becomes_a_success_by_its_low_byte():
+    assert [vmboinc.exit_code(code) for code in (0, 3, 255, 256, -3, -1 << 31)] == [0, 3, 255, 255, 253, 255]
+
+
+@pytest.mark.parametrize('words', [['--bundle'], ['--bundle', 'a', 'b'], ['--host-agent']])
+def test_a_word_of_its_own_without_what_it_needs_is_no_task(words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert vmboinc.main(words) == 2
+    assert capsys.readouterr().err.startswith('usage: ') and os.listdir(str(tmp_path)) == []
 
 
 # The steps.
