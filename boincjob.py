@@ -264,6 +264,9 @@ def fraction_of(text: str) -> Optional[float]:
     return value if 0 <= value <= 1 else None
 
 
+LARGEST_NUMBER = (1 << 31) - 1         # that a system takes for an exit code
+
+
 class Trigger(NamedTuple):
     """A trigger file: a number (an exit code, or a delay in seconds), whether it is a notice, and why."""
     number: int
@@ -274,7 +277,7 @@ class Trigger(NamedTuple):
 def read_trigger(text: str) -> Trigger:
     """What such a file says; empty: 0, and nothing else."""
     lines = text.splitlines() + ['', '']
-    found = re.match(r'\s*[+-]?[0-9]{1,9}', lines[0])      # and what else stands there is passed over
-    number = int(found.group()) if found else 0
+    begins = re.match(r'\s*([+-]?[0-9]+)', lines[0])  # and no more of it: "3.7" is 3, as for C's atoi
+    number = max(-LARGEST_NUMBER - 1, min(int(begins.group(1)[:20]), LARGEST_NUMBER)) if begins else 0
     message = ' '.join(' '.join(lines[2:]).split())
     return Trigger(number, lines[1].strip() == '1', ''.join(filter(str.isprintable, message)))

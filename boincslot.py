@@ -82,7 +82,8 @@ class InitData:
     tags are searched for; not within the project's preferences, which are the word of its site."""
 
     def __init__(self, text: str = '') -> None:
-        self._text = re.sub('<project_preferences>.*?</project_preferences>', '', text, flags=re.DOTALL)
+        # A project's own preferences may have any tags; they come before the client's.
+        self._text = re.sub('<project_preferences>.*</project_preferences>', '', text, flags=re.DOTALL)
 
     @property
     def is_whole(self) -> bool:
@@ -135,7 +136,7 @@ class Slot:
 
     def read_init(self) -> None:
         """Reads init_data.xml, at the start and when the client has changed it. Half of it is left."""
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with contextlib.suppress(OSError):
             with open(self.path('init_data.xml'), encoding='utf-8', errors='replace') as file:
                 read = InitData(file.read())
             if read.is_whole or not self.init.is_whole:
@@ -257,7 +258,10 @@ def _lock_posix(path: str) -> Any:
 def _lock_windows(path: str) -> Any:
     """As libboinc does: the file is opened for this process alone."""
     import msvcrt  # Windows
-    file = open(path, 'w')
+    try:
+        file = open(path, 'w')
+    except PermissionError:            # as where libboinc has it: for that process alone
+        raise SlotTaken()
     try:
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)      # type: ignore[attr-defined]
     except OSError:

@@ -215,6 +215,7 @@ def run_task(words: List[str]) -> int:
     """Runs the task of this slot; gives the exit code."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format='%(asctime)s vmboinc: %(message)s',
                         datefmt='%Y-%m-%d %H:%M:%S')
+    signal.signal(signal.SIGINT, signal.SIG_DFL)       # it ends as by any other signal
     slot = Slot('.')
     try:
         if slot.finished() is None and not boincslot.wait_for_lock(slot, LOCK_PATIENCE):
@@ -234,10 +235,17 @@ def run_task(words: List[str]) -> int:
 def live(slot: Slot, words: List[str]) -> End:
     """Runs the task; gives how it ended."""
     log.info('vmboinc %s, pid %d, task %s', agent.VERSION, os.getpid(), slot.init.text('result_name'))
+    lacks = what_is_lacking(slot)
+    if lacks:
+        return End(delay=FIRST_DELAY, message=lacks)
     try:
         task = Task(slot, words, host_agent_command())
     except (JobError, OSError) as error:
         return End(delay=LONGEST_DELAY, message=agent.sentence(error))
+    except Exception as error:
+        log.exception('the wrapper broke')
+        return End(delay=LONGEST_DELAY,
+                   message='vmboinc can\'t go on: %s: %s' % (type(error).__name__, error))
     try:
         end = task.run()
     except Exception as error:
@@ -245,6 +253,19 @@ def live(slot: Slot, words: List[str]) -> End:
         end = task.broke(error)
     task.tell_last_status()
     return end
+
+
+def what_is_lacking(slot: Slot) -> str:
+    """Why a client's init_data.xml can't be gone by: half of it was written, to a full disk, say. Without it
+    this would be a task without a name, with the slot for its project. '' where all is there."""
+    if not slot.has_client:
+        return ''
+    tags = [tag for tag in ('project_dir', 'result_name') if not slot.init.text(tag)]
+    if slot.init.is_whole and not tags:
+        return ''
+    what = 'lacks <%s>' % tags[0] if slot.init.is_whole else 'is cut off'
+    return 'the client\'s init_data.xml %s in slot %s: is the disk full?' % (
+        what, os.path.abspath(slot.folder))
 
 
 def leave(slot: Slot, end: End) -> int:
@@ -315,6 +336,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         return agent.bundle(argv[1], 'vmboinc', BUNDLED, PROGRAMS)
     if argv[:1] == ['--host-agent'] and len(argv) > 1:
         run_host_agent(argv[1:])
+    if argv[:1] in (['--bundle'], ['--host-agent']):
+        print(USAGE, end='', file=sys.stderr)
+        return 2
     if argv in (['-h'], ['--help']):
         print(USAGE, end='')
         return 0

@@ -118,6 +118,13 @@ def test_what_a_projects_preferences_say_is_not_the_clients_word(place):
     assert [init.text(tag) for tag in ('boinc_dir', 'result_name', 'project_dir')] == ['/boinc', 't1', '']
 
 
+def test_a_projects_preferences_are_no_words_of_the_clients():
+    init = InitData('<project_preferences><project_dir>/theirs</project_dir>\n<ncpus>9</ncpus>\n'
+                    '<odd <unclosed></project_preferences>\n<project_dir>/ours</project_dir>'
+                    '</app_init_data>')
+    assert init.text('project_dir') == '/ours' and init.number('ncpus', 2) == 2 and init.is_whole
+
+
 @pytest.mark.parametrize('version, limit, minds', [
     ((7, 20), 25, True), ((8, 0), 1, True), ((8, 2), 25, False), ((9, 0), 25, False), ((7, 20), 0, False)])
 def test_clients_that_mind_foreign_cpu(version, limit, minds):
@@ -320,7 +327,8 @@ def test_any_text_is_a_trigger(text):
 def test_triggers():
     assert boincjob.read_trigger('3\n1\nall is\nwell\n') == (3, True, 'all is well')
     assert boincjob.read_trigger('') == (0, False, '')
-    for text, number in (('3.7', 3), ('-1 x', -1), ('7\r\n1\r\n', 7), ('done', 0), ('9' * 26, int('9' * 9))):
+    for text, number in (('3.7', 3), ('-1 x', -1), ('7\r\n1\r\n', 7), ('done', 0), (' +5 x', 5), ('-3', -3),
+                         ('9' * 30, (1 << 31) - 1), ('-' + '9' * 30, -1 << 31)):
         assert boincjob.read_trigger(text).number == number
 
 
@@ -332,6 +340,13 @@ def test_no_code_but_0_is_a_success(code, exits, tmp_path, monkeypatch):
     assert vmboinc.leave(slot, End(code, True)) == exits and slot.finished() == code
     monkeypatch.chdir(str(tmp_path))
     assert vmboinc.run_task([]) == exits
+
+
+@pytest.mark.parametrize('words', [['--bundle'], ['--bundle', 'a', 'b'], ['--host-agent']])
+def test_a_word_of_its_own_without_what_it_needs_is_no_task(words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert vmboinc.main(words) == 2
+    assert capsys.readouterr().err.startswith('usage: ') and os.listdir(str(tmp_path)) == []
 
 
 # The steps.

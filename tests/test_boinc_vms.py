@@ -428,6 +428,39 @@ def test_a_full_disk_is_no_error(project):
     assert task.wait_for_end() == 0
 
 
+def test_a_slot_that_cannot_be_written_is_no_error(project):
+    task = project.task()
+    os.symlink('/nowhere/lock', os.path.join(task.slot, 'boinc_lockfile'))
+    os.symlink('/nowhere/reason', os.path.join(task.slot, 'boinc_temporary_exit.new'))
+    task.start()
+    task.wait(lambda: 'it is tried again' in task.read('stderr.txt'))
+    os.remove(os.path.join(task.slot, 'boinc_temporary_exit.new'))
+    assert task.wait_for_end() == 0
+    assert task.read('boinc_temporary_exit').startswith('60\nthe slot can\'t be used: ')
+    assert 'Traceback' not in task.read('stderr.txt')
+
+
+@pytest.mark.parametrize('cut, said', [
+    (lambda text: '', 'is cut off'), (lambda text: text[:text.index('</project_dir>')], 'is cut off'),
+    (lambda text: text.replace('result_name', 'other'), 'lacks <result_name>')])
+def test_init_data_of_a_client_whose_disk_is_full_begins_nothing(cut, said, project):
+    task = project.task()
+    task.write('init_data.xml', cut(task.read('init_data.xml')))
+    task.start()
+    assert task.wait_for_end() == 0
+    assert 'init_data.xml %s in slot' % said in task.read('boinc_temporary_exit')
+    assert not os.path.exists(os.path.join(task.slot, 'vmhost')) and not project.vms()
+
+
+def test_a_signal_from_a_keyboard_ends_it_without_a_traceback(project):
+    task = project.task()
+    task.start()
+    project.has(task, 'Running')
+    task.process.send_signal(signal.SIGINT)
+    assert task.wait_for_end() == -signal.SIGINT
+    assert 'Traceback' not in task.read('stderr.txt')
+
+
 @pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16'])
 def test_a_job_file_as_windows_programs_write_it_is_read(encoding, project):
     task = project.task(job='<enable_floppyio/>')
