@@ -28,6 +28,8 @@ def do_ls(host: Client, screen: Screen, args: Any) -> int:
         names = {name for pattern in args.vm for name in host.matching_of(pattern, known)}
         found = [vm for vm in found if vm['name'] in names]
     found.sort(key=lambda vm: (not vm['trouble'], vm['agent'] not in ('lost', 'late'), vm['name']))
+    info = host.call('agentInfo')
+    warn_of_silence(screen, info)
     if args.quiet or args.json:
         return show_list(screen, args.json, [vm['name'] for vm in found], found)
     headings = ['NAME', 'STATE', 'AGENT', 'ADDRESS', 'COMMANDS']
@@ -37,12 +39,17 @@ def do_ls(host: Client, screen: Screen, args: Any) -> int:
     for vm in found:
         if vm['trouble']:
             screen.say(agent.printable('%s: %s' % (vm['name'], vm['trouble'])))
-    info = host.call('agentInfo')
     for refused in info.get('refused', ()) if not args.vm else ():
         screen.say(agent.printable('%s is not let in: %s' % (refused['id'], refused['why'])))
     for job in info['jobs']:
         screen.say(agent.printable('%s: %s, %d %%' % (job['vm'], job['text'], job['percent'])))
     return 0
+
+
+def warn_of_silence(screen: Screen, info: Dict[str, Any]) -> None:
+    """Says that what is shown is not of now, where the hypervisor answers nobody."""
+    if info.get('trouble'):
+        screen.complain(info['trouble'])
 
 
 def vm_row(vm: Dict[str, Any], long: bool) -> List[Any]:

@@ -80,11 +80,12 @@ class AgentMethods(Methods):
         return '\n\n'.join(map(str, texts))
 
     def agentInfo(self) -> dict:
-        """{version, proto, python, hypervisor, broker, xmlrpc, uptime, vms, cmds, aint, untrusted, refused,
-        jobs}.
+        """{version, proto, python, hypervisor, trouble, broker, xmlrpc, uptime, vms, cmds, aint, untrusted,
+        refused, jobs}.
 
-        vms: how many agents are connected; cmds: how many commands are unfinished; aint: how many
-        words were dropped, since they weren't any, or not signed by whom they are said to be from;
+        trouble: a sentence, where the hypervisor answers nobody, so that VMs are told as they were seen
+        before; else ''; vms: how many agents are connected; cmds: how many commands are unfinished; aint: how
+        many words were dropped, since they weren't any, or not signed by whom they are said to be from;
         untrusted: the latter alone; refused: agents that were not let in lately, [{id, why}]; broker:
         where it is, and the embedded one's counters; jobs: what the hypervisor is busy with, [{verb,
         vm, percent, text}].
@@ -95,6 +96,7 @@ class AgentMethods(Methods):
         host, hypervisor = self._host, self._host.machines.hypervisor
         return {'version': agent.VERSION, 'proto': protocol.PROTO,
                 'python': sys.version.split()[0], 'hypervisor': host.machines.hypervisor_name,
+                'trouble': hypervisor.trouble() if hypervisor is not None else '',
                 'broker': host.connection.info(), 'xmlrpc': '%s:%s' % host.server.address,
                 'uptime': time.monotonic() - host.started, 'vms': len(host.guests.on_list()),
                 'cmds': host.commands.count(), 'aint': host.words.unknown,

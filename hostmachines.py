@@ -225,7 +225,7 @@ class Machines:
         guest = self._guests.find(vm)
         # By now the VM may have another card; or it is a new one, of the name of a machine outside.
         if guest is None or guest.agent == 'lost' or self._is_vms_name(guest.id):
-            guest = self.describe(vm, at_once=True)[0] or guest
+            guest = self.describe(vm)[0] or guest
         if guest is None:
             raise NoSuchVM('no VM %.100r' % vm)
         return guest
@@ -234,13 +234,13 @@ class Machines:
         return (self.hypervisor is not None and not is_mac(machine_id)
                 and bool(self.hypervisor.known_state(machine_id)))
 
-    def describe(self, vm: str, at_once: bool = False) -> Tuple[Optional[Guest], Dict[str, Any]]:
-        """A VM as its agent and as the hypervisor know it; (None, {}) where the hypervisor doesn't. at_once:
-        as it was seen last, where the hypervisor takes its time."""
+    def describe(self, vm: str) -> Tuple[Optional[Guest], Dict[str, Any]]:
+        """A VM as its agent and as the hypervisor know it; (None, {}) where the hypervisor doesn't. As it was
+        seen last, where the hypervisor takes its time."""
         if self.hypervisor is None:
             return None, {}
         try:
-            found = self.hypervisor.describe(vm, at_once)
+            found = self.hypervisor.describe(vm)
         except NoSuchVM:
             return None, {}
         guest = None if self.hypervisor.clash_of(found['id']) else self._guests.by_id(found['id'])

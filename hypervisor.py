@@ -42,7 +42,10 @@ log = logging.getLogger('vmhost.hypervisor')
 SILENCE = 20.0                 # seconds beyond command_timeout after which a silent process hangs
 HUNG = 15.0                    # seconds of silence after which a VM that is switched off is one that hangs
 LIST_PATIENCE = 0.6            # seconds until a list is what was seen last, rather than what is there now
-LOOK_PATIENCE = 5.0            # seconds that who changed a VM, or asks for one, waits until it is seen
+FIRST_PATIENCE = 0.8           # seconds of silence until whoever asks what was never told gets an error
+COMES_UP_IN = 10.0             # seconds for which a process that was just started may be silent
+LOOK_PATIENCE = 5.0            # seconds that who changed a VM, or asks for one, waits while there are answers
+EVER = float('inf')
 LOOK_EVERY = 1.0               # seconds between two looks where no news come, and something has just happened
 LOOK_AT_LEAST = 20.0           # seconds after which is looked in any case
 NEWS_EVERY = 0.25              # seconds between two questions for news
@@ -50,6 +53,11 @@ NOT_READY = 2.0                # seconds that a hypervisor may take to make an o
 WORKERS = 8                    # at most: as many changes go on at once
 WORKER_IDLE = 60.0             # seconds without work after which a worker ends
 PRINTED_KEPT = 1024 * 1024     # bytes of a driver's log file, beyond which it begins anew
+ALIVE_EVERY = 0.2              # seconds between two signs of life of a process that looks at many VMs
+REST_EVERY = 0.1               # seconds after which it looks whether something else is asked
+NESTED = 3                     # questions at most that are answered within each other
+# What is told again while nothing answers.
+REMEMBERED = 'version', 'machine_states', 'find_chirp'
 
 
 class ConnectionLost(Exception):
@@ -101,8 +109,11 @@ class Driver:
 
     def __init__(self, settings: Dict[str, Any]) -> None:
         self.settings = settings
+        self.rest = lambda moved: None       # type: Callable[[bool], None]
 
-    # Between the driver and its process.
+    # Between the driver and its process: `rest` is the latter's. A verb that looks at many VMs, or waits for
+    # one, calls it now and then: what others ask is answered meanwhile, by this driver's other verbs. moved:
+    # the hypervisor answered something since the last time.
 
     def connect(self) -> None:
         """Reaches the hypervisor, where that isn't done. Before each verb but `check`.
@@ -418,6 +429,10 @@ class Server:
         self._next_news = 0.0
         self._next_look = 0.0                      # when to look without news
         self._pause = LOOK_EVERY
+        self._nested = 0
+        self._alive_at = self._rested_at = 0.0
+        if watches:
+            driver.rest = self._rest
 
     def run(self) -> None:
         """Until the host hangs up. Raises ConnectionLost when the hypervisor is gone."""
@@ -432,8 +447,31 @@ class Server:
         finally:
             self._driver.disconnect()
 
-    def _take_messages(self) -> bool:
-        wait = max(0.001, self._next_news - time.monotonic()) if self._watches else None
+    def _rest(self, moved: bool) -> None:
+        """Within something long: a sign of life, and answers for who asks for something else than all VMs."""
+        now = time.monotonic()
+        if moved and now - self._alive_at > ALIVE_EVERY:
+            self._alive_at = now
+            self._tell({'alive': True})
+        if now - self._rested_at < REST_EVERY or self._nested >= NESTED:
+            return
+        self._rested_at = now
+        if not self._take_messages(0.001):
+            self._inbox.put(None)                   # for who is at it
+        asked = [each for each in self._waiting if kind_of(each['verb']) == 'quick'
+                 and each['verb'] != 'machines' and now >= each.get('due', 0)]
+        self._nested += 1
+        try:
+            while asked:
+                self._waiting.remove(asked[0])
+                self._serve(asked[0])
+                asked = [each for each in asked[1:] if each in self._waiting]
+        finally:
+            self._nested -= 1
+
+    def _take_messages(self, wait: Optional[float] = None) -> bool:
+        if wait is None and self._watches:
+            wait = max(0.001, self._next_news - time.monotonic())
         try:
             message = self._inbox.get(timeout=0.001 if self._waiting else wait)
             while message is not None:
@@ -674,6 +712,9 @@ class Watcher:
         self._wanted = threading.Event()         # somebody calls: start the process now
         self._closing = False
         self._owes_since = 0.0                   # when it was first asked what it hasn't answered; 0: it has
+        self._silent_since = 0.0                 # the same, whichever process it was that was asked
+        self._heard_at = 0.0                     # when it last said anything
+        self._comes_up_until = 0.0               # it was started: patience for who asks what was never told
         self._why = ''                           # why the last process lost its hypervisor
         self._thread = threading.Thread(target=self._run, name='hypervisor', daemon=True)
 
@@ -697,14 +738,26 @@ class Watcher:
         self._fail_all(HypervisorError('the host agent is stopping'))
         return not self._thread.is_alive()
 
-    def ask(self, call: Call, patience: Optional[float] = None) -> Any:
-        """The answer of a quick verb. Raises DeadlineExceeded after `patience` seconds."""
-        deadline = time.monotonic() + (patience or float('inf'))
+    def silence(self) -> float:
+        """Seconds for which it has said nothing, though it was asked; 0 where it has answered."""
+        since = self._silent_since
+        return time.monotonic() - since if since else 0.0
+
+    def ask(self, call: Call, patience: Optional[float] = None, at_most: float = 0) -> Any:
+        """The answer of a quick verb. Raises DeadlineExceeded after `patience` seconds; at_most: where the
+        process is coming up, or says something to others, after so many."""
+        begun = time.monotonic()
+
+        def deadline() -> float:
+            moved = min(begun + at_most, max(self._heard_at, self._comes_up_until))
+            return max(begun, moved) + (patience or float('inf'))
+
         with self._lock:
             if self._closing:
                 raise HypervisorError('the host agent is stopping')
             self._calls[call.id] = call
             child = self._child
+            self._silent_since = self._silent_since or begun
             if child is not None:
                 call.sent_to = child
                 self._owes_since = self._owes_since or time.monotonic()
@@ -712,8 +765,8 @@ class Watcher:
             self._wanted.set()
             if child is not None:
                 call.hand_to(child)
-            while not call.done.wait(min(1.0, max(0.0, deadline - time.monotonic()))):
-                self._check_silence(call, deadline)
+            while not call.done.wait(min(1.0, max(0.0, deadline() - time.monotonic()))):
+                self._check_silence(call, deadline())
             return call.answer()
         finally:
             with self._lock:
@@ -736,6 +789,7 @@ class Watcher:
                      and now - self._owes_since > self._patience)
         if hangs and child is not None:
             log.warning('the process that looks at the VMs hangs: starting another one')
+            self._comes_up_until = -1.0             # the next one will hang as well, perhaps
             child.kill()
         return hangs
 
@@ -765,6 +819,8 @@ class Watcher:
             self._child = child
             calls = [call for call in self._calls.values() if not call.done.is_set()]
             self._owes_since = time.monotonic() if calls else 0.0
+            if self._comes_up_until >= 0:
+                self._comes_up_until = time.monotonic() + COMES_UP_IN
         for call in calls:
             if call.tries >= 3:
                 call.fail(HypervisorError(self._why or 'the hypervisor died %d times during %s'
@@ -785,14 +841,17 @@ class Watcher:
             self._tell_seen(message['seen'])
         elif 'lost' in message:
             self._why = message['lost']
-        else:
+            return
+        elif 'alive' not in message:
             with self._lock:
                 call = self._calls.get(message['id'])
             if call is not None:
                 call.hear(message)
         with self._lock:                            # it works
             owes = any(not each.done.is_set() for each in self._calls.values())
-            self._owes_since = time.monotonic() if owes else 0.0
+            self._heard_at = time.monotonic()
+            self._owes_since = self._silent_since = self._heard_at if owes else 0.0
+            self._comes_up_until = 0.0
 
 
 class Worker:
@@ -820,8 +879,9 @@ class Worker:
             if time.monotonic() - call.heard > (patience if call.begun else max(patience, SILENCE)):
                 self.child.kill()
                 self.ended.wait(5)
-                call.fail(Unresponsive('%s: no answer for %d s: the VM\'s own process hangs, perhaps; '
-                                       'powerOff (stop --force) ends it' % (call.verb, patience)))
+                why = ('the VM\'s own process hangs, perhaps; powerOff (stop --force) ends it' if call.vm
+                       else 'the hypervisor itself hangs, perhaps')
+                call.fail(Unresponsive('%s: no answer for %d s: %s' % (call.verb, patience, why)))
         self.idle_since = time.monotonic()
         return True
 
@@ -954,7 +1014,7 @@ class Hypervisor:
         self._last_id = 0
         self._under_way = collections.OrderedDict()  # type: Dict[str, Call]     # what is owned: by which call
         self._calls = []  # type: List[Call]
-        self._described = {}  # type: Dict[str, Dict[str, Any]]     # by uuid: what `describe` told last
+        self._told = {}  # type: Dict[Tuple[str, str], Any]         # by verb and uuid: what was told last
         self._closing = False
         self._teller = threading.Thread(target=self._tell_events, name='vm-events', daemon=True)
 
@@ -1000,21 +1060,63 @@ class Hypervisor:
         if not kind_of(verb):
             raise AttributeError(verb)
 
-        return lambda *args: self._call(verb, args)
+        ask = self._at_once if kind_of(verb) == 'quick' and verb != 'warnings' else self._call
+        return lambda *args: ask(verb, args)
 
-    def _call(self, verb: str, args: Tuple[Any, ...] = (), patience: Optional[float] = None) -> Any:
+    def _at_once(self, verb: str, args: Tuple[Any, ...]) -> Any:
+        """A quick verb's answer: as it is now; of what hardly changes, where nothing is heard for a while, as
+        it was told last. Raises DeadlineExceeded, with the reason, where it never was. The first version is
+        waited for: the hypervisor comes up."""
+        vm = str(args[0]) if args else ''
+        key = verb, self._watch.uuid_of(vm) or vm
+        known = key in self._told
+        try:
+            found = self._call(verb, args, None if verb == 'version' and not known else FIRST_PATIENCE, EVER)
+        except DeadlineExceeded as error:
+            if known:
+                return self._told[key]
+            raise self._silent(error)
+        if verb in REMEMBERED:
+            self._told[key] = found
+        return found
+
+    def trouble(self) -> str:
+        """A sentence, where the hypervisor answers nobody; else ''."""
+        silence = self._watcher.silence()
+        return '' if silence < LIST_PATIENCE else (
+            '%s has not answered for %d s: VMs are told as they were seen before' % (
+                self.name, max(1, silence)))
+
+    def _silent(self, error: Exception) -> DeadlineExceeded:
+        """What those get who ask what isn't known."""
+        return DeadlineExceeded(self.trouble().partition(':')[0] or str(error))
+
+    def _check_answers(self) -> None:
+        """Before something that only looks, but takes its time. Raises DeadlineExceeded."""
+        try:
+            self._call('version', (), FIRST_PATIENCE, EVER)
+        except DeadlineExceeded as error:
+            raise self._silent(error)
+        except VMHostError as error:
+            log.debug('%s: whoever does the work will tell', error)
+
+    def _call(self, verb: str, args: Tuple[Any, ...] = (), patience: Optional[float] = None,
+              at_most: float = 0) -> Any:
         with self._free:
             if self._closing:
                 raise HypervisorError('the host agent is stopping')
             self._last_id += 1
             call = Call(self._last_id, verb, args)
         if kind_of(verb) == 'quick':
-            return self._watcher.ask(call, patience)
+            return self._watcher.ask(call, patience, at_most)
+        if verb == 'cleanup' and (not args or args[0]) or kind_of(verb) == 'looking' and verb != 'check':
+            self._check_answers()
         with self._owning(call):
             try:
                 return self._work(call, patience or self._patience)
             finally:
                 if kind_of(verb) == 'changing' and not self._closing:
+                    self._forget_told(call.vm)
                     self._look()
 
     def _work(self, call: Call, patience: float) -> Any:
@@ -1036,6 +1138,12 @@ class Hypervisor:
                 raise HypervisorError(why)
             time.sleep(pause)
             pause = min(2 * pause, 5)
+
+    def _forget_told(self, vm: str) -> None:
+        """What was told of a VM is no longer so."""
+        changed = self._watch.uuid_of(vm) or vm
+        for key in [key for key in list(self._told) if key[1] in (changed, vm)]:
+            self._told.pop(key, None)
 
     def _look(self) -> None:
         """After a change: whoever made it finds the new state known, and no state goes untold."""
@@ -1091,7 +1199,6 @@ class Hypervisor:
         uuid = self._watch.uuid_of(vm)
         kept = self._call('remove_vm', (vm, delete_disks, all_disks))
         self._watch.forget(uuid)
-        self._described.pop(uuid, None)
         return kept  # type: ignore[no-any-return]
 
     def power_off(self, vm: str) -> bool:
@@ -1125,19 +1232,23 @@ class Hypervisor:
             self.list_rows()
         return self._watch.row_of(vm)
 
+    def check(self) -> List[Tuple[bool, str, str, bool]]:
+        """As Driver's; who asks sits there and waits, even where nothing answers."""
+        return self._call('check', patience=SILENCE)  # type: ignore[no-any-return]
+
     def screenshot(self, vm: str) -> bytes:
         """PNG."""
         return base64.b64decode(self._call('screenshot', (vm,)))
 
     def list_snapshots(self, vm: str) -> List[str]:
         """Names, each parent before its children."""
-        return [row['name'] for row in self._call('snapshots', (vm,))]
+        return [row['name'] for row in self.snapshots(vm)]
 
     def chirp_endpoint(self, vm: str) -> Optional[Tuple[str, int]]:
         """(host, port) by which the guest's Chirp port is reached where its address can't be, else None."""
         if self._row(vm) is None:       # a machine outside the hypervisor
             return None
-        found = self._call('find_chirp', (vm,))
+        found = self.find_chirp(vm)
         if not found and self._settings['network']['mode'] == 'nat':
             found = self._call('forward_chirp', (vm,))
         return (found[0], found[1]) if found else None
@@ -1148,10 +1259,10 @@ class Hypervisor:
         """The rows of `Driver.machines`."""
         seen = self._watch.rows()
         try:
-            rows = self._call('machines', patience=LIST_PATIENCE if seen is not None else None)
-        except DeadlineExceeded:
+            rows = self._call('machines', (), *((FIRST_PATIENCE, EVER) if seen is None else (LIST_PATIENCE,)))
+        except DeadlineExceeded as error:
             if seen is None:
-                raise
+                raise self._silent(error)
             return seen
         self._watch.look(rows)
         return rows
@@ -1184,19 +1295,21 @@ class Hypervisor:
         """The native state."""
         return str(self.describe(vm)['native'])
 
-    def describe(self, vm: str, at_once: bool = False) -> Dict[str, Any]:
-        """As Driver's; of a VM that was seen, where that takes some seconds, or isn't done at once, what was
-        seen last: a row of `Driver.machines` at least."""
-        seen, patience = self._watch.row_of(vm), LIST_PATIENCE if at_once else LOOK_PATIENCE
+    def describe(self, vm: str) -> Dict[str, Any]:
+        """As Driver's; of a VM that was seen, where that takes longer than a moment, what was seen last: a
+        row of `Driver.machines` at least."""
+        seen = self._watch.row_of(vm)
         try:
-            found = self._call('describe', (vm,), patience if seen is not None else None)
-            self._described[found['uuid']] = found
+            found = self._call('describe', (vm,), FIRST_PATIENCE, EVER if seen is None else LOOK_PATIENCE)
+            self._told['describe', found['uuid']] = found
             return found  # type: ignore[no-any-return]
-        except DeadlineExceeded:
+        except DeadlineExceeded as error:
             if seen is None:
-                raise
-            last = self._described.get(seen['uuid'], {})
-            return dict(last if last.get('native') == seen['native'] else {}, **seen)
+                raise self._silent(error)
+            last = self._told.get(('describe', seen['uuid']), {})
+            why = self.trouble() or 'told as it was seen before: %s takes its time' % self.name
+            return dict(last if last.get('native') == seen['native'] else {},
+                        **dict(seen, trouble=seen['trouble'] or why))
 
     # What was seen last: asks nobody.
 

@@ -181,12 +181,10 @@ class Images:
     def _remove_half_made(self, machine: Any, disk: Any = None) -> None:
         """And the new disk, which it may not have attached yet."""
         try:
-            note = IMPORTING + machine.name
-            if disk is not None and not self.box.array(disk, 'machineIds'):
-                uuid, path = disk.id, disk.location
-                disk.deleteStorage().waitForCompletion(10000)
-                self._disks.forget(uuid, path)
+            note, uuid = IMPORTING + machine.name, disk.id if disk is not None else ''
             self._disks.delete(machine, self._disks.is_made)[0].waitForCompletion(10000)
+            for left in [each for each in self._disks.all() if each.id == uuid]:
+                self._disks.take_away(left)
             self.box.vbox.setExtraData(note, '')
         except Exception as error:
             log.warning('a half-made VM is left for cleanup: %s', self.box.translate(error))
@@ -507,7 +505,25 @@ class Disks:
             if not medium.parent or self.is_noted(medium):
                 self.forget(medium.id, medium.location)
         paths = sorted({medium.base.location for medium in kept if medium.id not in images})
-        return machine.deleteConfig(media), paths
+        return machine.deleteConfig([medium for medium in media if not self._close_gone(medium)]), paths
+
+    def take_away(self, disk: Any) -> None:
+        """A disk that we made and that nothing uses."""
+        uuid, path = disk.id, disk.location
+        if not self._close_gone(disk):
+            disk.deleteStorage().waitForCompletion(10000)
+        self.forget(uuid, path)
+
+    def _close_gone(self, medium: Any) -> bool:
+        """Whether a disk's file isn't there any more: VirtualBox, which can't delete it, forgets it then."""
+        if not os.path.isabs(medium.location) or os.path.lexists(medium.location):
+            return False
+        try:
+            medium.close()
+        except Exception as error:                  # another disk lies on it, perhaps
+            log.info('%s, whose file is gone, stays known: %s', medium.location, self.box.translate(error))
+            return False
+        return True
 
     def images_under(self, media: List[Any]) -> Dict[str, Any]:
         """{uuid: disk} of the images on which disks lie that createVM made, at the bottom of these."""

@@ -39,6 +39,7 @@ LACKS = ('statistics, screenshots, the remote desktop, limits of the network, ho
 NOBODY = '<inaccessible>'          # what `list vms` calls a VM whose settings can't be read
 DEFAULT_DISK = 8192                # MB: VBoxManage doesn't tell what VirtualBox recommends
 ANSWERS_IN = 3.0                   # seconds in which a VM's own process has to answer, where all are listed
+HANGS = 'its process does not answer'
 ASK_AGAIN = 15.0                   # seconds until one that didn't is asked again
 
 
@@ -53,6 +54,7 @@ class Asking(Driver):
         self._version = ''
         self._rows = {}  # type: Dict[str, Tuple[str, Any, Dict[str, Any]]]  # uuid: (.vbox, its stamp, row)
         self._ask_at = {}  # type: Dict[str, float]          # uuid of a VM whose process hangs: when to ask
+        self._infos = {}  # type: Dict[str, Dict[str, str]]  # uuid of a VM that runs: what was told of it last
 
     # Between the driver and its process.
 
@@ -63,7 +65,11 @@ class Asking(Driver):
             if found is None:
                 raise faults.HypervisorError('%s tells no version of VirtualBox' % program.path)
             program.run('list', 'vms')              # as the version doesn't need VBoxSVC
+            program.rest = self._take_a_rest
             self._program, self._version = program, found.group(1)
+
+    def _take_a_rest(self, moved: bool) -> None:
+        self.rest(moved)
 
     def translate(self, error: Exception) -> Exception:
         if isinstance(error, Refused):
@@ -108,22 +114,52 @@ class Asking(Driver):
         if name == NOBODY:
             return self._unreadable(uuid)
         path, stamp, row = self._rows.get(uuid, ('', None, {
-            'name': name, 'id': '', 'uuid': uuid, 'native': 'Running', 'state': vmstates.RUNNING,
-            'trouble': 'its process does not answer'}))
+            'name': name, 'id': '', 'uuid': uuid, 'native': 'PoweredOff', 'state': vmstates.OFF}))
         now = vboxprogram.stamp_of(path)
-        if not runs and row['native'] in OFF + SAVED and stamp == now is not None \
-                or runs and time.monotonic() < self._ask_at.get(uuid, 0):
+        if not runs and row['native'] in OFF + SAVED and stamp == now is not None:
             return row
         try:
-            info = self._info(uuid, ANSWERS_IN if runs else 0)
+            info, trouble = self._glance(uuid, runs)
         except faults.DeadlineExceeded:
-            self._ask_at[uuid] = time.monotonic() + ASK_AGAIN
-            return row
+            return self._hung(row)
         except (Refused, faults.BadState) as error:
             gone = getattr(error, 'code', 0) == vboxconnection.OBJECT_NOT_FOUND
             return row if uuid in self._rows and not gone else None
         self._rows[uuid] = (info['CfgFile'], now if path == info['CfgFile'] else None, self._row(info))
-        return self._rows[uuid][2]
+        return dict(self._rows[uuid][2], trouble=trouble)
+
+    def _hung(self, row: Dict[str, Any]) -> Dict[str, Any]:
+        """The row of a VM whose process doesn't answer: it runs, and may have been off when it was seen."""
+        was_off = {'native': 'Running', 'state': vmstates.RUNNING} if row['native'] in OFF + SAVED else {}
+        return dict(row, trouble=HANGS, **was_off)
+
+    def _glance(self, uuid: str, runs: bool) -> Tuple[Dict[str, str], str]:
+        """As _info, for who only looks, and what is wrong: of a VM whose process hangs, which is asked now
+        and then, what was told last. Raises DeadlineExceeded where that is nothing."""
+        if not runs:
+            self._infos.pop(uuid, None)
+            self._ask_at.pop(uuid, None)
+            return self._info(uuid), ''
+        if time.monotonic() >= self._ask_at.get(uuid, 0):
+            self._ask_at[uuid] = time.monotonic() + ASK_AGAIN       # for who asks meanwhile, too
+            hangs = False
+            try:
+                self._infos[uuid] = self._info(uuid, ANSWERS_IN)
+                return self._infos[uuid], ''
+            except faults.DeadlineExceeded:
+                hangs = True
+            finally:
+                if not hangs:
+                    self._ask_at.pop(uuid, None)
+        if uuid not in self._infos:
+            raise faults.DeadlineExceeded('%s: %s; powerOff (stop --force) ends it' % (
+                self._rows[uuid][2]['name'] if uuid in self._rows else uuid, HANGS))
+        return self._infos[uuid], HANGS
+
+    def _seen(self, job: Job, vm: str) -> Tuple[Dict[str, str], str]:
+        """As _glance, of the VM that is meant."""
+        uuid = self._find(job, vm)
+        return self._glance(uuid, uuid in {each for _, each in self._listed('runningvms')})
 
     def _unreadable(self, uuid: str) -> Dict[str, Any]:
         """The row of a VM whose settings VirtualBox can't read; called as its file is."""
@@ -159,13 +195,13 @@ class Asking(Driver):
                 'state': virtualbox.STATE_OF_NATIVE.get(native, vmstates.CHANGING)}
 
     def describe(self, job: Job, vm: str) -> Dict[str, Any]:
-        uuid = self._find(job, vm)
         try:
-            info = self._info(uuid)
+            info, trouble = self._seen(job, vm)
         except faults.BadState:
-            return dict(self._unreadable(uuid), memory=0, cpus=0, ostype='', snapshot='', tagged=False,
-                        rdp={}, pid=0, forwards=[], bridged='')
-        return dict(self._row(info), memory=int(info['memory']), cpus=int(info['cpus']),
+            return dict(self._unreadable(self._find(job, vm)), memory=0, cpus=0, ostype='', snapshot='',
+                        tagged=False, rdp={}, pid=0, forwards=[], bridged='')
+        uuid = info['UUID']
+        return dict(self._row(info), trouble=trouble, memory=int(info['memory']), cpus=int(info['cpus']),
                     ostype=info['ostype'], snapshot=info.get('CurrentSnapshotName', ''),
                     tagged=self._marks(uuid).get(MADE_BY_US) == uuid, rdp={},
                     forwards=vboxnetwork.forwards_in(rules_in(info)),
@@ -356,8 +392,9 @@ class VBoxManage(Asking):
         try:
             self._fit_out(job, uuid, image and os.path.abspath(image), wish)
         except BaseException:
+            path = disk_path(self._info(uuid))
             with contextlib.suppress(Refused):      # a disk that isn't attached yet
-                self._run('closemedium', 'disk', disk_path(self._info(uuid)), '--delete')
+                self._run('closemedium', 'disk', path, *delete_words(path))
             self._delete(job, self._info(uuid), False)
             raise
         return name
@@ -424,7 +461,16 @@ class VBoxManage(Asking):
             self._change(job, 'setextradata', uuid, KEEP, uuid)
         if wish['owner']:
             self._run('setextradata', 'global', vboximages.OWNER + uuid, wish['owner'])
+        self._is_made(job, uuid)
+
+    def _is_made(self, job: Job, uuid: str) -> None:
+        """It is half made no longer. Seen with 7.2, where others look at the VM meanwhile: VirtualBox says
+        yes, and keeps the mark, for which `cleanup` would take a whole VM away."""
         self._change(job, 'setextradata', uuid, MAKING)
+        while MAKING in self._marks(uuid):
+            job.check_deadline(faults.Busy('VirtualBox keeps %s of %s' % (MAKING, uuid)))
+            job.wait(0.2)
+            self._change(job, 'setextradata', uuid, MAKING)
 
     def _make_disk(self, job: Job, path: str, image: str, wish: Dict[str, Any]) -> bool:
         """Whether one is wanted."""
@@ -476,7 +522,7 @@ class VBoxManage(Asking):
             self._change(job, 'storageattach', uuid, '--storagectl=' + controller, '--port=' + port,
                          '--device=' + device, '--medium=none')
             if all_disks or os.path.realpath(path).startswith(folder):
-                self._run('closemedium', 'disk', disk, '--delete', job=job, text='deleting a disk')
+                self._run('closemedium', 'disk', disk, *delete_words(path), job=job, text='deleting a disk')
                 self._forget_image(told)
             else:
                 kept.append(path)
@@ -515,7 +561,7 @@ class VBoxManage(Asking):
     # Snapshots.
 
     def snapshots(self, job: Job, vm: str) -> List[Dict[str, Any]]:
-        return vboxprogram.read_snapshots(self._info(self._find(job, vm)))
+        return vboxprogram.read_snapshots(self._seen(job, vm)[0])
 
     def take_snapshot(self, job: Job, vm: str, name: str, desc: str = '', again: bool = False) -> bool:
         if not name:
@@ -548,7 +594,7 @@ class VBoxManage(Asking):
     # Looking in, and limits.
 
     def get_log(self, job: Job, vm: str, tail: int = virtualbox.LOG_TAIL) -> str:
-        return virtualbox.end_of_file(log_in(self._info(self._find(job, vm))), tail)
+        return virtualbox.end_of_file(log_in(self._seen(job, vm)[0]), tail)
 
     def set_limits(self, job: Job, vm: str, limits: Dict[str, Any]) -> bool:
         wish = virtualbox.read_limits(limits)
@@ -599,7 +645,7 @@ class VBoxManage(Asking):
         return ['--nat-localhostreachable%d=on' % slot] if self._api() >= (7, 0) else []
 
     def find_chirp(self, job: Job, vm: str) -> Optional[List[Any]]:
-        rule = self._chirp_rule(self._info(self._find(job, vm)))
+        rule = self._chirp_rule(self._seen(job, vm)[0])
         return [rule[2], int(rule[3])] if rule else None
 
     def forward_chirp(self, job: Job, vm: str) -> List[Any]:
@@ -637,3 +683,8 @@ class VBoxManage(Asking):
             words += [key, 'delete', rule[0], key, ','.join(rule)]
         if words:
             self._change(job, 'modifyvm', info['UUID'], *words)
+
+
+def delete_words(path: str) -> List[str]:
+    """For closemedium, which can't delete a file that is gone, and then keeps the disk."""
+    return ['--delete'] if os.path.lexists(path) else []

@@ -53,10 +53,14 @@ class Refused(Exception):
 
 
 class Program:
-    """The program VBoxManage."""
+    """The program VBoxManage.
+
+    rest        a driver's: called again and again while it runs
+    """
 
     def __init__(self, timeout: float) -> None:
         self.path = find_program()
+        self.rest = lambda moved: None  # type: Any
         self._timeout = timeout
         # In UTF-8, so that no name is lost; and English, which is what `translate` knows.
         self._environment = dict(os.environ) if sys.platform == 'win32' else dict(
@@ -100,9 +104,11 @@ class Program:
         while True:
             try:
                 process.wait(0.05)
+                self.rest(True)
                 return
             except subprocess.TimeoutExpired:
                 now = percent_in(content_of(errors)) if text else -1
+            self.rest(False)
             if now != percent:
                 percent, changed = now, time.monotonic()
             if job is not None and text:

@@ -85,9 +85,12 @@ class VirtualBox(Driver):
         self._box = box = Connection(settings, connect or import_virtualbox)
         network, disks, desktop = Network(box), Disks(box), Desktop(box)
         cards = Cards(box, network)
-        self._parts = [Looking(box, cards, desktop), Life(box, cards), Snapshots(box),
+        self._parts = [Looking(box, cards, desktop, self._take_a_rest), Life(box, cards), Snapshots(box),
                        Images(box, cards, disks), Cleaning(box, disks), network, cards, desktop,
                        Measuring(box), Checks(box, network)]
+
+    def _take_a_rest(self, moved: bool) -> None:
+        self.rest(moved)
 
     def find_verb(self, name: str) -> Callable[..., Any]:
         found = [getattr(part, name) for part in self._parts if hasattr(part, name)]
@@ -187,9 +190,11 @@ def remove_unused(top: str) -> None:
 class Looking:
     """What there is, and how each VM is."""
 
-    def __init__(self, box: Connection, cards: 'Cards', desktop: 'Desktop') -> None:
+    def __init__(self, box: Connection, cards: 'Cards', desktop: 'Desktop',
+                 rest: Callable[[bool], None]) -> None:
         self._cards = cards
         self._desktop = desktop
+        self._rest = rest
         self.box = box
 
     def version(self, job: Job) -> str:
@@ -200,8 +205,12 @@ class Looking:
 
     def machines(self, job: Job) -> List[Dict[str, Any]]:
         machines = self.box.array(self.box.vbox, 'machines')
-        rows = [self.box.if_there(self._row, machine) for machine in machines]
+        rows = [self.box.if_there(self._next_row, machine) for machine in machines]
         return [row for row in rows if row is not None]
+
+    def _next_row(self, machine: Any) -> Dict[str, Any]:
+        self._rest(True)
+        return self._row(machine)
 
     def _row(self, machine: Any) -> Dict[str, Any]:
         if not machine.accessible:

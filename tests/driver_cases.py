@@ -9,7 +9,7 @@ import signal
 import time
 
 import pytest
-from helpers import wait_until
+from helpers import others_take, wait_until
 
 import faults
 import hypervisor
@@ -93,17 +93,47 @@ def test_what_was_seen_is_told_while_the_hypervisor_takes_its_time(box, monkeypa
     """Of one VM as of all: its state is known, and so is what was said of it then."""
     box.create_vm('slow')
     before = box.describe('slow')
-    monkeypatch.setattr(hypervisor, 'LOOK_PATIENCE', 0.001)
+    monkeypatch.setattr(hypervisor, 'FIRST_PATIENCE', 0.001)
     monkeypatch.setattr(hypervisor, 'LIST_PATIENCE', 0.001)
     watcher = box._watcher._child.process
     watcher.send_signal(signal.SIGSTOP)
     try:
-        assert (box.describe('slow'), box.state('slow'), 'slow' in box.list_vms()) == (
-            before, 'PoweredOff', True)
+        told = box.describe('slow')
+        assert box.name in told.pop('trouble') and dict(told, trouble='') == before
+        assert (box.state('slow'), 'slow' in box.list_vms()) == ('PoweredOff', True)
     finally:
         watcher.send_signal(signal.SIGCONT)
     monkeypatch.undo()
     box.remove_vm('slow', True)
+
+
+def test_whoever_looks_has_an_answer_within_a_second_while_nothing_answers(box, monkeypatch):
+    """What is known, and why it isn't what is now; or an error that says so."""
+    box.create_vm('asked')
+    known = {'version': box.version(), 'machine_states': box.machine_states()}
+    monkeypatch.setattr(hypervisor, 'FIRST_PATIENCE', 0.8)
+    watcher = box._watcher._child.process
+    watcher.send_signal(signal.SIGSTOP)
+    try:
+        took = []
+        for verb, args in (('list_vms', ()), ('describe', ('asked',)), ('state', ('asked',)),
+                           ('describe', ('nobody',)), ('version', ()), ('machine_states', ()),
+                           ('list_snapshots', ('asked',)), ('snapshots', ('asked',)), ('get_network', ()),
+                           ('get_log', ('asked',)), ('get_stats', ('asked',)), ('screenshot', ('asked',)),
+                           ('cleanup', ())):
+            begun = time.monotonic()
+            try:
+                answer = getattr(box, verb)(*args)
+                assert answer == known.get(verb) or verb in ('list_vms', 'describe', 'state')
+            except faults.DeadlineExceeded as error:
+                assert box.name + ' has not answered for' in str(error)
+            took.append(time.monotonic() - begun)
+        assert max(took) < 0.8 + 0.2 * others_take(), took     # 1 s, where it is alone
+        assert box.trouble().startswith(box.name + ' has not answered for')
+    finally:
+        watcher.send_signal(signal.SIGCONT)
+    wait_until(lambda: not box.trouble())
+    box.remove_vm('asked', True)
 
 
 def test_a_process_that_hangs_is_ended_however_little_patience_all_have_who_ask(box, monkeypatch):

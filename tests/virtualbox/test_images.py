@@ -2,11 +2,13 @@
 
 import hashlib
 import os
+import shutil
+import threading
 
 import pytest
 from helpers import wait_until
 from rig import facts, manage, try_manage
-from vms import fault_of
+from vms import VMHost, fault_of
 
 
 def digest(path):
@@ -176,3 +178,24 @@ def test_what_a_linked_vm_has_is_not_left_over(api, images, remove_all):
     assert api.cleanup() == []
     assert api.removeVM('on it', True) is True
     assert str(images) not in manage('list', 'hdds') and api.cleanup() == []
+
+
+@pytest.mark.parametrize('driver', ['VirtualBox', 'VBoxManage'])
+def test_no_disk_stays_known_whose_file_went(home, appliance, remove_all, tmp_path, driver):
+    """With its VM's folder, while that is made or later: nobody could ever take it away."""
+    disk = os.path.join(folder_of('gone'), 'gone.vdi')
+    with VMHost(tmp_path, hypervisor={'hypervisor': driver}) as host, host.api as api, host.api as maker:
+        told = []
+        making = threading.Thread(
+            target=lambda: told.append(fault_of(maker.createVM, 'gone', appliance + '.vdi')))
+        making.start()
+        wait_until(lambda: os.path.exists(disk) and os.path.getsize(disk), 60)
+        shutil.rmtree(folder_of('gone'), ignore_errors=True)
+        making.join(120)
+        assert told and 'gone' not in api.listVMs() and disk not in manage('list', 'hdds')
+        assert api.cleanup() == [] if driver == 'VirtualBox' else True
+        shutil.rmtree(folder_of('gone'), ignore_errors=True)
+        api.createVM('gone', '', {'memory': 16, 'diskSize': 4})
+        os.remove(disk)
+        assert api.removeVM('gone', True) is True and disk not in manage('list', 'hdds')
+    try_manage('closemedium', 'disk', appliance + '.vdi')
