@@ -65,9 +65,39 @@ def test_a_folder_is_checked_by_writing_to_it(tmp_path):
 
 def test_the_kernel_module_is_a_thing_of_linux(monkeypatch):
     monkeypatch.setattr(vboxconnection.sys, 'platform', 'win32')
-    assert vboxconnection.module_lines() == []
+    assert vboxconnection.system_lines() == []
     monkeypatch.setattr(vboxconnection.sys, 'platform', 'linux')
-    assert 'vboxdrv' in vboxconnection.module_lines()[0][1]
+    assert 'vboxdrv' in vboxconnection.system_lines()[0][1]
+
+
+@pytest.mark.parametrize('has, arm, fine, told', [
+    ('1', '', True, ''), ('1', '1', True, ''), ('0', '', False, 'hv_support'), ('', '', False, 'hv_support')])
+def test_macos_is_asked_whether_vms_may_have_the_processor(has, arm, fine, told, tmp_path, monkeypatch):
+    a_sysctl(tmp_path, monkeypatch, '[ "$1" = -n ] || exit 2; case $2 in\n'
+             'kern.hv_support) echo %s;; hw.optional.arm64) [ "%s" ] && echo %s || exit 1;;\n'
+             '*) exit 3;; esac' % (has, arm, arm))
+    [(ok, what, mend, needed)] = vboxconnection.system_lines()
+    assert (ok, needed) == (fine, True) and 'hardware virtualisation' in what and ('ARM' in what) == bool(arm)
+    assert bool(mend) != ok and told in mend
+    assert [told in line for line in vboxconnection.system_warnings()] == [True] * (not fine)
+
+
+def test_a_macos_that_cannot_be_asked_is_no_reason_against_vms(tmp_path, monkeypatch):
+    a_sysctl(tmp_path, monkeypatch, '').chmod(0o600)
+    monkeypatch.setattr(vboxconnection.shutil, 'which', lambda name: str(tmp_path / name))
+    [(ok, _, mend, needed)] = vboxconnection.system_lines()
+    assert (ok, needed) == (False, False) and 'nobody can say' in mend
+    assert vboxconnection.system_warnings() == []
+
+
+def a_sysctl(tmp_path, monkeypatch, text):
+    """macOS, whose sysctl this script is, first on the PATH."""
+    path = tmp_path / 'sysctl'
+    path.write_text('#!/bin/sh\n%s\n' % text)
+    path.chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(vboxconnection.sys, 'platform', 'darwin')
+    return path
 
 
 @pytest.mark.parametrize('soft, most, got', [(256, 10240, 10240), (256, 5000, 4096), (256, 300, None),
