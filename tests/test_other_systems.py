@@ -16,9 +16,12 @@ from agents import Host
 from helpers import wait_until
 
 import agent
+import chirplocal
 import cliterminal
 import hostclient
+import hostconfig
 import hostjournal
+import hosttransfers
 import hypervisor
 import protocol
 import stompbroker
@@ -43,8 +46,80 @@ def test_who_may_read_and_change_a_folder_is_read_from_its_access_list():
     assert not windows.is_private(PRIVATE, 'S-1-5-21-1-2-3-1002')
     assert windows.who_may_change(BELOW_C) == ['Authenticated Users']
     assert windows.who_may_change(BELOW_HOME) == [] == windows.who_may_change(PRIVATE)
+    assert windows.who_may_read(BELOW_C) == ['Users', 'Authenticated Users']
+    assert windows.who_may_read(BELOW_HOME) == [] == windows.who_may_read(PRIVATE)
+    for none in 'D:NO_ACCESS_CONTROL', '':                     # as on a FAT disk: everybody may do everything
+        assert windows.who_may_change(none) == ['Everyone'] == windows.who_may_read(none)
     mixed = 'D:(A;;FR;;;WD)(A;;GRGX;;;BU)(D;;FA;;;AU)(A;;FA;;;WD)(A;;SDGXGWGR;;;BU)'
     assert windows.who_may_change(mixed) == ['Everyone', 'Users']
+
+
+@pytest.mark.skipif(sys.version_info < (3, 7), reason='ctypes.wintypes of Python 3.6 is for Windows alone')
+def test_a_password_in_a_file_that_others_may_read_is_told_on_windows(tmp_path, monkeypatch):
+    import windows
+    ini = tmp_path / 'host.ini'
+    ini.write_text('[Broker]\npassword = x\n')
+    ini.chmod(0o600)
+    monkeypatch.setattr(agent, 'ON_WINDOWS', True)
+    for access in BELOW_C, 'D:NO_ACCESS_CONTROL', None:
+        monkeypatch.setattr(windows, 'access_of', lambda path, text=access: text or os.stat(path + '/none'))
+        with pytest.raises(agent.ConfigError, match=r'\[Broker\] password: others can read it: icacls "'):
+            hostconfig.read_settings(str(ini))
+    monkeypatch.setattr(windows, 'access_of', lambda path: BELOW_HOME)
+    assert hostconfig.read_settings(str(ini)).Broker.password == 'x'
+
+
+def test_a_variable_in_a_path_of_host_ini_is_what_it_stands_for_on_windows(tmp_path, monkeypatch):
+    ini = tmp_path / 'host.ini'
+    ini.write_text('[Host]\nstate_dir = %STATE OF(1)%/vm%\n[Logging]\nfile = 100%/a%b\n')
+    monkeypatch.setenv('STATE OF(1)', '/some/%HOME%')
+    assert hostconfig.read_settings(str(ini)).Host.state_dir == str(tmp_path / '%STATE OF(1)%/vm%')
+    monkeypatch.setattr(agent, 'ON_WINDOWS', True)
+    settings = hostconfig.read_settings(str(ini))
+    assert settings.Host.state_dir == '/some/%HOME%/vm%'
+    assert settings.Logging.file == str(tmp_path / '100%/a%b')
+    monkeypatch.delenv('STATE OF(1)')
+    with pytest.raises(agent.ConfigError, match=r'\[Host\] state_dir = .*: there is no .* variable STATE'):
+        hostconfig.read_settings(str(ini))
+
+
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16'])
+def test_a_secret_is_read_as_any_editor_or_shell_wrote_it(tmp_path, encoding):
+    import chirp
+    path = tmp_path / 'secret'
+    path.write_bytes(('ab' * 32 + '\r\n').encode(encoding))
+    assert chirp.read_secret(str(path)) == b'\xab' * 32
+    path.write_bytes(b'\xff\xfe\xff')
+    with pytest.raises(chirp.ChirpError, match='expected 64 hex digits'):
+        chirp.read_secret(str(path))
+
+
+@pytest.mark.skipif(sys.version_info < (3, 7), reason='ctypes.wintypes of Python 3.6 is for Windows alone')
+def test_ctrl_break_ends_the_host_in_order_where_no_signal_comes_of_it():
+    import windows
+    ended = []
+    session = types.SimpleNamespace(_end=lambda: ended.append(1))
+    assert windows.SessionEnd._console(session, windows.CTRL_BREAK) is True and ended == [1]
+    assert windows.SessionEnd._console(session, 0) is False and ended == [1]       # Ctrl-C is a signal
+
+
+def test_a_device_as_a_target_is_left_to_the_transfer_to_refuse(monkeypatch):
+    """Of which Windows says, even when it is asked where that is, that the handle is invalid."""
+    def realpath(path):
+        raise OSError(errno.EBADF, 'Invalid handle', path)
+    monkeypatch.setattr(hosttransfers.os.path, 'realpath', realpath)
+    transfer = hosttransfers.Transfer('get', 'vm', '/file', '/folder/con', 'keep', False)
+    assert transfer.asked == ('/folder/con',)
+
+
+def test_a_file_to_send_that_another_program_holds_is_told_so(tmp_path, monkeypatch):
+    def held(path, *_):
+        raise PermissionError(errno.EACCES, 'Permission denied', path)
+    monkeypatch.setattr(chirplocal.os, 'open', held)
+    for on_windows, told in (False, 'Permission denied'), (True, 'another program has it open'):
+        monkeypatch.setattr(chirplocal, 'ON_WINDOWS', on_windows)
+        with pytest.raises(PermissionError, match=told):
+            chirplocal.open_regular('file')
 
 
 def test_a_port_that_windows_keeps_for_itself_is_told_so():
