@@ -161,13 +161,19 @@ def read_settings(file: Optional[str], spec: Dict[str, Dict[str, Tuple[Callable,
     return types.SimpleNamespace(**sections)
 
 
+def decoded(data: bytes) -> str:
+    """What was saved as UTF-8, or, as some editors and PowerShell's ``>`` do, as UTF-16. Raises
+    UnicodeDecodeError."""
+    is_wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode('utf-16' if is_wide else 'utf-8-sig')
+
+
 def _read_text(file: str) -> str:
-    """What was saved as UTF-8, or, as some editors on Windows do, as UTF-16. Raises ConfigError, OSError."""
+    """A text file, whichever way it was saved. Raises ConfigError, OSError."""
     with open(file, 'rb') as source:
         data = source.read()
-    encoding = 'utf-16' if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else 'utf-8-sig'
     try:
-        return data.decode(encoding)
+        return decoded(data)
     except UnicodeDecodeError as error:
         line = error.object[:error.start].count(b'\n') + 1
         raise ConfigError('%s: line %d: not in %s: save the file as UTF-8'
@@ -200,15 +206,34 @@ def _read_section(file: Optional[str], parser: configparser.ConfigParser, sectio
             raise ConfigError('%s: [%s] %s = %.80s: expected %s'
                               % (file, section, key, given, expected))
         if value and (kind is path or isinstance(kind, PathOr) and kind.is_path(value)):
-            value = os.path.join(folder, os.path.expanduser(value))
+            try:
+                value = os.path.join(folder, expanded(value))
+            except ValueError as error:
+                raise ConfigError('%s: [%s] %s = %.80s: %s' % (file, section, key, given, error))
         if value and kind is password and file is not None and is_open_to_others(file):
             raise ConfigError('%s: [%s] %s: others can read it: chmod 600 %s' % (file, section, key, file))
         values[key] = value
     return types.SimpleNamespace(**values)
 
 
+def expanded(value: str) -> str:
+    """A path as it was typed, with ``~``, and on Windows ``%NAME%``, replaced by what they stand for.
+
+    Raises ValueError for a name that the environment lacks: nobody means a folder that is called so.
+    """
+    def known(found: Any) -> str:
+        try:
+            return os.environ[found.group(1)]
+        except KeyError:
+            raise ValueError('there is no environment variable %s' % found.group(1))
+    return os.path.expanduser(VARIABLE.sub(known, value) if ON_WINDOWS else value)
+
+
+VARIABLE = re.compile(r'%([^%=:/\\]+)%')
+
+
 def is_open_to_others(file: str) -> bool:
-    """Whether anybody but its owner may read or write a file; not known on Windows, and so False there."""
+    """Whether anybody but its owner may read or write a file; False on Windows, where hostconfig looks."""
     return os.name == 'posix' and bool(os.stat(file).st_mode & 0o077)
 
 

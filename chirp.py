@@ -92,8 +92,12 @@ def read_secret(path: Optional[str]) -> bytes:
     """Of a file; empty where there is none. Raises ChirpError."""
     if not path:
         return b''
-    with open(path) as file:
-        digits = file.read().strip()
+    with open(path, 'rb') as file:
+        data = file.read()
+    try:
+        digits = agent.decoded(data).strip()
+    except UnicodeDecodeError:
+        digits = ''
     if not re.match('[0-9a-f]{32,}$', digits) or len(digits) % 2:
         raise ChirpError('%s: expected 64 hex digits' % path)
     return bytes.fromhex(digits)

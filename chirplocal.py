@@ -47,8 +47,13 @@ def local_part(path: str) -> str:
 
 def open_regular(path: str) -> Any:
     """Opens a local file to read, unbuffered. Raises OSError where it is something else."""
-    fd = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
-                 | getattr(os, 'O_NOCTTY', 0) | getattr(os, 'O_CLOEXEC', 0))
+    try:
+        fd = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
+                     | getattr(os, 'O_NOCTTY', 0) | getattr(os, 'O_CLOEXEC', 0))
+    except PermissionError as error:
+        if ON_WINDOWS:                 # where it is the same number, for whatever reason
+            error.strerror = 'another program has it open, or you may not read it'
+        raise
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
         os.close(fd)

@@ -56,7 +56,8 @@ def check_program() -> List[agent.Finding]:
     import windows  # there alone
     folder = os.path.dirname(os.path.abspath(sys.argv[0]))
     try:
-        others = windows.who_may_change(windows.access_of(folder))
+        others = windows.who_may_change(
+            windows.access_of(folder) if windows.has_access_lists(folder) else windows.NO_LIST)
     except OSError as error:
         return [agent.Finding(False, 'folder %s' % folder, agent.sentence(error), needed=False)]
     return [agent.Finding(

@@ -63,12 +63,27 @@ def read_settings(ini: Optional[str]) -> Any:
     settings = agent.read_settings(ini, SETTINGS)
     for section, keys in SETTINGS.items():
         for key, (kind, _) in keys.items():
+            value = getattr(getattr(settings, section), key)
             if kind is agent.path:
-                _check_path(ini, section, key, getattr(getattr(settings, section), key))
+                _check_path(ini, section, key, value)
+            if kind is agent.password and value and ini and agent.ON_WINDOWS and is_open_on_windows(ini):
+                raise agent.ConfigError(
+                    '%s: [%s] %s: others can read it: icacls "%s" /inheritance:r /grant:r "%%USERNAME%%:F"'
+                    % (ini, section, key, ini))
     if ini is None:
         settings.Host.state_dir = own_state_dir()
         settings.Hypervisor.machine_folder = os.path.join(own_state_dir(), 'machines')
     return settings
+
+
+def is_open_on_windows(file: str) -> bool:
+    """Whether everybody, or such a group, may read or write a file; whoever else was let in by intent."""
+    import windows  # there alone
+    try:
+        access = windows.access_of(file)
+    except OSError:                    # a disk without access lists
+        return True
+    return bool(windows.who_may_read(access) or windows.who_may_change(access))
 
 
 def _check_path(ini: Optional[str], section: str, key: str, path: str) -> None:

@@ -185,13 +185,13 @@ class Machines:
     def pair(self, machine_id: str, path: str) -> None:
         """Pins the secret in a file to an id. Raises InvalidParams, AlreadyExists, JournalError."""
         try:
-            with open(path, encoding='ascii', errors='replace') as file:
-                secret = read_secret(file.read(200).strip())
+            with open(path, 'rb') as file:
+                secret = read_secret(agent.decoded(file.read(400)).strip())
             machine_id = read_id(machine_id)
         except OSError as error:
             raise InvalidParams('%s: %s' % (path, error.strerror))
-        except BadWord as error:
-            raise InvalidParams(str(error))
+        except (BadWord, UnicodeDecodeError) as error:
+            raise InvalidParams(str(error) if isinstance(error, BadWord) else '%s: no text' % path)
         if self._trust.secrets.pinned(machine_id) not in (b'', secret):
             raise AlreadyExists('%s has another secret: forget it first' % machine_id)
         self._trust.secrets.pin(machine_id, secret)

@@ -73,7 +73,10 @@ class Transfer:
         """Where that is, however it is written."""
         if self.direction == 'put':
             return self.vm, posixpath.normpath('/' + target.lstrip('/'))
-        return (os.path.normcase(os.path.realpath(target)),)
+        try:
+            return (os.path.normcase(os.path.realpath(target)),)
+        except OSError:                # a device of Windows', as `con`: the transfer itself says why not
+            return (os.path.normcase(os.path.abspath(target)),)
 
     def _place_asked_for(self) -> Tuple[str, ...]:
         """Where it goes, as far as that can be said before the VM is asked: in a target that is a folder, it

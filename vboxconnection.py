@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+import subprocess
 import sys
 import time
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
@@ -91,6 +92,8 @@ NO_DRIVER = ('VERR_VM_DRIVER', 'rc=-1908', 'VERR_SUPDRV', 'vboxdrv')
 MEND_DRIVER = ('the kernel module vboxdrv is not loaded: install the kernel headers, then run '
                '/sbin/vboxconfig (Debian: dpkg-reconfigure virtualbox-dkms), and with Secure Boot '
                'enrol its key')
+NO_FRAMEWORK = ('macOS lets no VM have the processor (sysctl kern.hv_support): a Mac of before 2010 cannot; '
+                'where macOS itself is a VM, switch on nested virtualisation there')
 
 
 class Connection:
@@ -497,14 +500,36 @@ def lacks_module() -> bool:
     return sys.platform.startswith('linux') and not os.path.exists('/dev/vboxdrv')
 
 
-def module_warnings() -> List[str]:
-    """What the log says of it at start."""
-    return ['VMs can\'t be started, all the rest works: ' + MEND_DRIVER] if lacks_module() else []
+def system_warnings() -> List[str]:
+    """What the log says at start of what VMs need of this system."""
+    return ['VMs can\'t be started, all the rest works: ' + mend
+            for ok, _, mend, needed in system_lines() if needed and not ok]
 
 
-def module_lines() -> List[Tuple[bool, str, str, bool]]:
-    """What `check` says of that driver: nothing where it isn't known."""
+def system_lines() -> List[Tuple[bool, str, str, bool]]:
+    """What `check` says of what VMs need of this system: nothing where that isn't known."""
+    if sys.platform == 'darwin':
+        return [framework_line()]
     if not sys.platform.startswith('linux'):
         return []
     lacks = lacks_module()
     return [(not lacks, 'kernel module vboxdrv', MEND_DRIVER if lacks else '', True)]
+
+
+def framework_line() -> Tuple[bool, str, str, bool]:
+    """Whether macOS lets VMs have the processor: its Hypervisor framework (`hvf`), in the place of VT-x."""
+    what = 'hardware virtualisation (Hypervisor framework)'
+    try:
+        has = sysctl('kern.hv_support')
+        if sysctl('hw.optional.arm64') == '1':     # where a Python for Intel is told of an Intel processor
+            what += ' of Apple silicon: guests are ARM systems, images for Intel do not start'
+    except (OSError, subprocess.SubprocessError) as error:
+        return (False, what, 'nobody can say: ' + agent.sentence(error), False)
+    return (has == '1', what, '' if has == '1' else NO_FRAMEWORK, True)
+
+
+def sysctl(key: str) -> str:
+    """What macOS tells by this name; '' where it knows no such name. Raises OSError, SubprocessError."""
+    path = shutil.which('sysctl') or '/usr/sbin/sysctl'        # a PATH may lack sbin
+    return subprocess.run([path, '-n', key], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL, timeout=10).stdout.decode('utf-8', 'replace').strip()

@@ -210,7 +210,7 @@ class Asking(Driver):
 
     def warnings(self, job: Job) -> List[str]:
         return ['VirtualBox is driven by %s, without vboxapi, which brings %s' % (
-            self._program.path, LACKS)] + vboxconnection.module_warnings()
+            self._program.path, LACKS)] + vboxconnection.system_warnings()
 
     def check(self, job: Job) -> List[Tuple[bool, str, str, bool]]:
         try:
@@ -218,7 +218,7 @@ class Asking(Driver):
         except Exception as error:
             found = error if isinstance(error, faults.VMHostError) else self.translate(error)
             return [(False, 'VBoxManage', str(found), True)]
-        lines = [virtualbox.version_line(self._version, self._api())] + vboxconnection.module_lines()
+        lines = [virtualbox.version_line(self._version, self._api())] + vboxconnection.system_lines()
         lines += [(False, 'vboxapi', why, False) for why in self.warnings(job)[:1]]
         if self.settings['network']['mode'] == 'hostonly' and not self._has_network():
             lines.append((False, 'host-only network', 'without it new VMs get NAT, as with mode=nat; vboxapi '

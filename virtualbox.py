@@ -49,10 +49,10 @@ from vboxconnection import (
     access_trouble,
     check_disks,
     has_mark,
-    module_lines,
-    module_warnings,
     name_in_path,
     progress_of,
+    system_lines,
+    system_warnings,
 )
 from vboximages import LARGEST, Cleaning, Disks, Images
 from vboxnetwork import Cards, Network
@@ -652,23 +652,25 @@ class Checks:
         self.box = box
 
     def warnings(self, job: Job) -> List[str]:
-        return module_warnings()
+        return system_warnings()
 
     def check(self, job: Job) -> List[Tuple[bool, str, str, bool]]:
         try:
             self.box.connect()
         except (ConnectionLost, VMHostError) as error:
-            return [(False, 'VirtualBox', str(error), True)] + module_lines()
-        lines = [version_line(self.box.vbox.version, self.box.api())] + module_lines() + [self._vtx_line()]
+            return [(False, 'VirtualBox', str(error), True)] + system_lines()
+        lines = [version_line(self.box.vbox.version, self.box.api())] + system_lines() + self._vtx_lines()
         lines += self._network.check_lines(job)
         lines.append(self._desktop_line())
         return lines
 
-    def _vtx_line(self) -> Tuple[bool, str, str, bool]:
+    def _vtx_lines(self) -> List[Tuple[bool, str, str, bool]]:
+        if sys.platform == 'darwin':        # system_lines has asked macOS itself
+            return []
         has = self.box.vbox.host.getProcessorFeature(self.box.const('ProcessorFeature_HWVirtEx'))
-        return (bool(has), 'hardware virtualisation (VT-x, AMD-V)',
-                '' if has else 'switch it on in the firmware (BIOS), and off in other hypervisors '
-                '(KVM, Hyper-V); without it VMs do not start, or crawl', True)
+        return [(bool(has), 'hardware virtualisation (VT-x, AMD-V)',
+                 '' if has else 'switch it on in the firmware (BIOS), and off in other hypervisors '
+                 '(KVM, Hyper-V); without it VMs do not start, or crawl', True)]
 
     def _desktop_line(self) -> Tuple[bool, str, str, bool]:
         pack = self.box.vbox.systemProperties.defaultVRDEExtPack

@@ -12,7 +12,7 @@ import mmap
 import re
 import threading
 from ctypes import wintypes
-from typing import Any, Callable, Iterable, List
+from typing import Any, Callable, Iterable, List, Set
 
 # --- who may do what with a file ---------------------------------------------------------------
 
@@ -21,7 +21,12 @@ OWNER, ACCESS, PROTECTED = 1, 4, 0x80000000    # parts of a security descriptor;
 HAS_ACCESS_LISTS = 8                           # a flag of a disk
 TOKEN_QUERY, TOKEN_USER = 8, 1
 SYSTEM, ADMINISTRATORS = 'S-1-5-18', 'S-1-5-32-544'
-EVERYBODY = {'WD': 'Everyone', 'AU': 'Authenticated Users', 'BU': 'Users', 'IU': 'INTERACTIVE'}
+EVERYBODY = {'WD': 'Everyone', 'AU': 'Authenticated Users', 'BU': 'Users', 'IU': 'INTERACTIVE',
+             'BG': 'Guests', 'AN': 'ANONYMOUS LOGON', 'NU': 'NETWORK', 'DU': 'Domain Users',
+             'DG': 'Domain Guests'}
+NO_LIST = 'NO_ACCESS_CONTROL'                  # stands for a list that lets everybody do everything
+MAY_READ = 0x1 | 0x80000000 | 0x10000000
+READ_WORDS = {'FA', 'FR', 'GA', 'GR', 'CC'}
 MAY_CHANGE = 0x2 | 0x40 | 0x10000 | 0x40000 | 0x80000 | 0x40000000 | 0x10000000
 CHANGE_WORDS = {'FA', 'FW', 'GA', 'GW', 'DC', 'DT', 'SD', 'WD', 'WO'}  # the same rights as they are written
 
@@ -54,19 +59,31 @@ def is_private(access: str, user: str) -> bool:
 
 def who_may_change(access: str) -> List[str]:
     """Groups of strangers that an access list, as text, lets change what is there."""
+    return strangers(access, MAY_CHANGE, CHANGE_WORDS)
+
+
+def who_may_read(access: str) -> List[str]:
+    """Groups of strangers that an access list, as text, lets read what is there."""
+    return strangers(access, MAY_READ, READ_WORDS)
+
+
+def strangers(access: str, bits: int, words: Set[str]) -> List[str]:
+    """Groups of strangers to which an access list, as text, gives one of these rights."""
+    if not access.startswith('D:') or NO_LIST in access:
+        return [EVERYBODY['WD']]
     found = []
     for entry in re.findall(r'\(([^)]*)\)', access):
         kind, flags, rights, _, _, who = (entry.split(';') + [''] * 6)[:6]
-        if kind == 'A' and 'IO' not in flags and who in EVERYBODY and may_change(rights):
+        if kind == 'A' and 'IO' not in flags and who in EVERYBODY and gives(rights, bits, words):
             found.append(EVERYBODY[who])
     return found
 
 
-def may_change(rights: str) -> bool:
-    """Whether rights, as they are written, are more than to read and to execute."""
+def gives(rights: str, bits: int, words: Set[str]) -> bool:
+    """Whether rights, as they are written, hold one of these."""
     if rights.startswith('0x'):
-        return bool(int(rights, 16) & MAY_CHANGE)
-    return any(rights[at:at + 2] in CHANGE_WORDS for at in range(0, len(rights), 2))
+        return bool(int(rights, 16) & bits)
+    return any(rights[at:at + 2] in words for at in range(0, len(rights), 2))
 
 
 def this_user() -> str:
@@ -172,7 +189,8 @@ def has_access_lists(path: str) -> bool:
 # --- the end of a session ----------------------------------------------------------------------
 
 WM_DESTROY, WM_CLOSE, WM_QUERYENDSESSION, WM_ENDSESSION = 0x02, 0x10, 0x11, 0x16
-CONSOLE_ENDS = (2, 5, 6)       # events of a console: it is closed, the user logs off, the system shuts down
+CTRL_BREAK = 1                 # an event of a console, which some C libraries make no signal of
+CONSOLE_ENDS = (2, 5, 6)       # others: it is closed, the user logs off, the system shuts down
 LONGEST_END = 15.0             # seconds that the session's end is held up; Windows itself may wait less
 WINDOW = 'vmhost'
 
@@ -210,10 +228,12 @@ class SessionEnd:
             self._thread.join(1)
 
     def _console(self, event: int) -> bool:
-        """On a thread of Windows', which ends the program when this returns."""
-        if event not in CONSOLE_ENDS:
-            return False               # Ctrl-C and Ctrl-Break are signals
+        """On a thread of Windows', which ends the program when this returns from one of CONSOLE_ENDS."""
+        if event not in CONSOLE_ENDS + (CTRL_BREAK,):
+            return False               # Ctrl-C is a signal
         self._end()
+        if event == CTRL_BREAK:
+            return True
         self._ended.wait(LONGEST_END)
         return True
 

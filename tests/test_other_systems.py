@@ -16,9 +16,12 @@ from agents import Host
 from helpers import wait_until
 
 import agent
+import chirplocal
 import cliterminal
 import hostclient
+import hostconfig
 import hostjournal
+import hosttransfers
 import hypervisor
 import protocol
 import stompbroker
@@ -43,8 +46,80 @@ def test_who_may_read_and_change_a_folder_is_read_from_its_access_list():
     assert not windows.is_private(PRIVATE, 'S-1-5-21-1-2-3-1002')
     assert windows.who_may_change(BELOW_C) == ['Authenticated Users']
     assert windows.who_may_change(BELOW_HOME) == [] == windows.who_may_change(PRIVATE)
+    assert windows.who_may_read(BELOW_C) == ['Users', 'Authenticated Users']
+    assert windows.who_may_read(BELOW_HOME) == [] == windows.who_may_read(PRIVATE)
+    for none in 'D:NO_ACCESS_CONTROL', '':                     # as on a FAT disk: everybody may do everything
+        assert windows.who_may_change(none) == ['Everyone'] == windows.who_may_read(none)
     mixed = 'D:(A;;FR;;;WD)(A;;GRGX;;;BU)(D;;FA;;;AU)(A;;FA;;;WD)(A;;SDGXGWGR;;;BU)'
     assert windows.who_may_change(mixed) == ['Everyone', 'Users']
+
+
+@pytest.mark.skipif(sys.version_info < (3, 7), reason='ctypes.wintypes of Python 3.6 is for Windows alone')
+def test_a_password_in_a_file_that_others_may_read_is_told_on_windows(tmp_path, monkeypatch):
+    import windows
+    ini = tmp_path / 'host.ini'
+    ini.write_text('[Broker]\npassword = x\n')
+    ini.chmod(0o600)
+    monkeypatch.setattr(agent, 'ON_WINDOWS', True)
+    for access in BELOW_C, 'D:NO_ACCESS_CONTROL', None:
+        monkeypatch.setattr(windows, 'access_of', lambda path, text=access: text or os.stat(path + '/none'))
+        with pytest.raises(agent.ConfigError, match=r'\[Broker\] password: others can read it: icacls "'):
+            hostconfig.read_settings(str(ini))
+    monkeypatch.setattr(windows, 'access_of', lambda path: BELOW_HOME)
+    assert hostconfig.read_settings(str(ini)).Broker.password == 'x'
+
+
+def test_a_variable_in_a_path_of_host_ini_is_what_it_stands_for_on_windows(tmp_path, monkeypatch):
+    ini = tmp_path / 'host.ini'
+    ini.write_text('[Host]\nstate_dir = %STATE OF(1)%/vm%\n[Logging]\nfile = 100%/a%b\n')
+    monkeypatch.setenv('STATE OF(1)', '/some/%HOME%')
+    assert hostconfig.read_settings(str(ini)).Host.state_dir == str(tmp_path / '%STATE OF(1)%/vm%')
+    monkeypatch.setattr(agent, 'ON_WINDOWS', True)
+    settings = hostconfig.read_settings(str(ini))
+    assert settings.Host.state_dir == '/some/%HOME%/vm%'
+    assert settings.Logging.file == str(tmp_path / '100%/a%b')
+    monkeypatch.delenv('STATE OF(1)')
+    with pytest.raises(agent.ConfigError, match=r'\[Host\] state_dir = .*: there is no .* variable STATE'):
+        hostconfig.read_settings(str(ini))
+
+
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16'])
+def test_a_secret_is_read_as_any_editor_or_shell_wrote_it(tmp_path, encoding):
+    import chirp
+    path = tmp_path / 'secret'
+    path.write_bytes(('ab' * 32 + '\r\n').encode(encoding))
+    assert chirp.read_secret(str(path)) == b'\xab' * 32
+    path.write_bytes(b'\xff\xfe\xff')
+    with pytest.raises(chirp.ChirpError, match='expected 64 hex digits'):
+        chirp.read_secret(str(path))
+
+
+@pytest.mark.skipif(sys.version_info < (3, 7), reason='ctypes.wintypes of Python 3.6 is for Windows alone')
+def test_ctrl_break_ends_the_host_in_order_where_no_signal_comes_of_it():
+    import windows
+    ended = []
+    session = types.SimpleNamespace(_end=lambda: ended.append(1))
+    assert windows.SessionEnd._console(session, windows.CTRL_BREAK) is True and ended == [1]
+    assert windows.SessionEnd._console(session, 0) is False and ended == [1]       # Ctrl-C is a signal
+
+
+def test_a_device_as_a_target_is_left_to_the_transfer_to_refuse(monkeypatch):
+    """Of which Windows says, even when it is asked where that is, that the handle is invalid."""
+    def realpath(path):
+        raise OSError(errno.EBADF, 'Invalid handle', path)
+    monkeypatch.setattr(hosttransfers.os.path, 'realpath', realpath)
+    transfer = hosttransfers.Transfer('get', 'vm', '/file', '/folder/con', 'keep', False)
+    assert transfer.asked == ('/folder/con',)
+
+
+def test_a_file_to_send_that_another_program_holds_is_told_so(tmp_path, monkeypatch):
+    def held(path, *_):
+        raise PermissionError(errno.EACCES, 'Permission denied', path)
+    monkeypatch.setattr(chirplocal.os, 'open', held)
+    for on_windows, told in (False, 'Permission denied'), (True, 'another program has it open'):
+        monkeypatch.setattr(chirplocal, 'ON_WINDOWS', on_windows)
+        with pytest.raises(PermissionError, match=told):
+            chirplocal.open_regular('file')
 
 
 def test_a_port_that_windows_keeps_for_itself_is_told_so():
@@ -65,9 +140,39 @@ def test_a_folder_is_checked_by_writing_to_it(tmp_path):
 
 def test_the_kernel_module_is_a_thing_of_linux(monkeypatch):
     monkeypatch.setattr(vboxconnection.sys, 'platform', 'win32')
-    assert vboxconnection.module_lines() == []
+    assert vboxconnection.system_lines() == []
     monkeypatch.setattr(vboxconnection.sys, 'platform', 'linux')
-    assert 'vboxdrv' in vboxconnection.module_lines()[0][1]
+    assert 'vboxdrv' in vboxconnection.system_lines()[0][1]
+
+
+@pytest.mark.parametrize('has, arm, fine, told', [
+    ('1', '', True, ''), ('1', '1', True, ''), ('0', '', False, 'hv_support'), ('', '', False, 'hv_support')])
+def test_macos_is_asked_whether_vms_may_have_the_processor(has, arm, fine, told, tmp_path, monkeypatch):
+    a_sysctl(tmp_path, monkeypatch, '[ "$1" = -n ] || exit 2; case $2 in\n'
+             'kern.hv_support) echo %s;; hw.optional.arm64) [ "%s" ] && echo %s || exit 1;;\n'
+             '*) exit 3;; esac' % (has, arm, arm))
+    [(ok, what, mend, needed)] = vboxconnection.system_lines()
+    assert (ok, needed) == (fine, True) and 'hardware virtualisation' in what and ('ARM' in what) == bool(arm)
+    assert bool(mend) != ok and told in mend
+    assert [told in line for line in vboxconnection.system_warnings()] == [True] * (not fine)
+
+
+def test_a_macos_that_cannot_be_asked_is_no_reason_against_vms(tmp_path, monkeypatch):
+    a_sysctl(tmp_path, monkeypatch, '').chmod(0o600)
+    monkeypatch.setattr(vboxconnection.shutil, 'which', lambda name: str(tmp_path / name))
+    [(ok, _, mend, needed)] = vboxconnection.system_lines()
+    assert (ok, needed) == (False, False) and 'nobody can say' in mend
+    assert vboxconnection.system_warnings() == []
+
+
+def a_sysctl(tmp_path, monkeypatch, text):
+    """macOS, whose sysctl this script is, first on the PATH."""
+    path = tmp_path / 'sysctl'
+    path.write_text('#!/bin/sh\n%s\n' % text)
+    path.chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(vboxconnection.sys, 'platform', 'darwin')
+    return path
 
 
 @pytest.mark.parametrize('soft, most, got', [(256, 10240, 10240), (256, 5000, 4096), (256, 300, None),

@@ -118,7 +118,7 @@ def test_where_nobody_is_let_in_by_first_use_the_firmware_and_pairing_do(tmp_pat
         agent = guest(vm['id'], firmware_secret(host, vm['uuid']))
         agent.hello(tell=False, **{'secret-id': agent.secret_id()})
         agent.word('STILL_ALIVE', CONNECTIONS)
-        (tmp_path / 'secret').write_text('ab' * 32)
+        (tmp_path / 'secret').write_text('ab' * 32 + '\r\n', encoding='utf-16')     # as PowerShell's > does
         api.pairVM('outside', str(tmp_path / 'secret'))
         guest('outside', bytes.fromhex('ab' * 32)).hello(tell=False)
         wait_until(lambda: api.listRegisteredVMs() == ['web'])

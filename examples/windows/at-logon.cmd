@@ -1,13 +1,13 @@
 @echo off
 rem Has Windows start the host agent whenever this user logs in, without a window, and starts it now.
 rem at-logon remove: no longer.
-setlocal
+setlocal DisableDelayedExpansion
 if "%~1" == "remove" (
     schtasks /Delete /TN vmhost /F
     exit /b
 )
 set "TASK=%TEMP%\vmhost-task.xml"
 set "HERE=%~dp0"
-powershell -NoProfile -Command "$xml = [Security.SecurityElement]; (Get-Content -Raw ($env:HERE + 'vmhost-task.xml')).Replace('USER', $xml::Escape($env:USERDOMAIN + '\' + $env:USERNAME)).Replace('FOLDER', $xml::Escape($env:HERE.TrimEnd('\'))) | Set-Content -Encoding Unicode $env:TASK"
+powershell -NoProfile -Command "$xml = [Security.SecurityElement]; (Get-Content -Raw -LiteralPath ($env:HERE + 'vmhost-task.xml')).Replace('USER', $xml::Escape($env:USERDOMAIN + '\' + $env:USERNAME)).Replace('FOLDER', $xml::Escape($env:HERE.TrimEnd('\'))) | Set-Content -Encoding Unicode -LiteralPath $env:TASK"
 schtasks /Create /TN vmhost /XML "%TASK%" /F && schtasks /Run /TN vmhost
 del "%TASK%"

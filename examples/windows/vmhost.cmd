@@ -1,6 +1,6 @@
 @echo off
 rem The host agent; with words behind it, a verb: vmhost ls
-setlocal
+setlocal DisableDelayedExpansion
 set INI=
 if exist "%~dp0host.ini" set INI="%~dp0host.ini"
 "%~dp0python\python.exe" "%~dp0vmhost.pyz" %INI% %*

@@ -166,10 +166,21 @@ def test_a_target_that_windows_would_take_for_another_is_told(verb, guest, tmp_p
     """By itself it writes the first to a device, and the second over what stands there as ``name``."""
     write(os.path.join(guest.files, 'file'), b'new')
     write(tmp_path / 'name', b'old')
-    for target in 'aux.txt', 'name.', 'name:b':
+    for target in 'aux.txt', 'name.', 'name:b', 'con', 'conout$':
         code, said = verb('get', 'g', 'file', target)
         assert code == 1 and 'no file can have the name ' + target in said, said
     assert (tmp_path / 'name').read_bytes() == b'old' and os.listdir(str(tmp_path)) == ['name']
+
+
+def test_what_only_windows_minds_in_host_ini_is_told(tmp_path, windows):
+    """A variable in a path, and a password that everybody may read."""
+    ini = '[Host]\nstate_dir = %%%s%%\\none\n[Broker]\npassword = hunter2\n'
+    for name, allowed, told in [('TEMP', 0o600, GONE), ('TEMP', 0o644, 'icacls'),
+                                ('NOTEMP', 0o600, 'environment variable NOTEMP')]:
+        write(tmp_path / 'host.ini', (ini % name).encode(), allowed)
+        code, said = python(path_there(TOP + '/vmhost.py'), 'host.ini', 'ls', folder=str(tmp_path))
+        assert code == 1 and told in said and 'hunter2' not in said, said
+        assert '%' not in said.replace('%USERNAME%', '').replace('%NOTEMP%', ''), said
 
 
 SHORT = """if True:
@@ -358,6 +369,34 @@ def test_the_host_ends_in_order(tmp_path, windows, how):
             assert Program('taskkill', '/PID', pid).wait()[0] == 0
         host.process.wait(20)
         assert not os.path.exists(os.path.join(host.state, 'broker.address'))
+    assert host.has_stopped_in_order()
+
+
+# What a console does to its programs: each of them runs a function of Windows' that calls their handlers.
+TELL = """
+import ctypes, sys
+from ctypes import c_size_t, c_void_p, wintypes
+kernel = ctypes.WinDLL('kernel32', use_last_error=True)
+for name in 'OpenProcess', 'CreateRemoteThread', 'GetModuleHandleW':
+    getattr(kernel, name).restype = wintypes.HANDLE
+find = kernel.GetProcAddress
+find.restype, find.argtypes = c_void_p, [wintypes.HANDLE, ctypes.c_char_p]
+routine = find(kernel.GetModuleHandleW('kernelbase.dll'), b'CtrlRoutine')
+process = wintypes.HANDLE(kernel.OpenProcess(0x1fffff, False, int(sys.argv[1])))
+event = c_void_p(int(sys.argv[2]))
+thread = kernel.CreateRemoteThread(process, None, c_size_t(0), c_void_p(routine), event, 0, None)
+sys.exit(0 if routine and thread else 1)
+"""
+
+
+@pytest.mark.parametrize('event', [1, 2, 6], ids=['break', 'closed', 'shutdown'])
+def test_the_host_ends_in_order_when_its_console_says_so(tmp_path, windows, event):
+    with WindowsHost(tmp_path) as host:
+        wait_until(lambda: 'started, pid' in host.log())
+        pid = re.search(r'started, pid (\d+)', host.log()).group(1)
+        write(tmp_path / 'tell.py', TELL.encode())
+        assert Program('python', 'tell.py', pid, str(event), folder=str(tmp_path)).wait()[0] == 0
+        assert host.process.wait(20) == 0
     assert host.has_stopped_in_order()
 
 
