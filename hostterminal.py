@@ -6,8 +6,8 @@ it. Each has its offset in the whole, so that a line that breaks is begun anew w
 
 What it is not: HTTP (hostserver.py), or where input and output are (hostinput.py, hostoutput.py).
 
-Threads: the connection's own reads what is typed; ``line-…`` tells what is shown, but what fits is sent at
-once by the thread that hears it. One lock, held for sending.
+Threads: the connection's own reads what is typed, and what comes by a shortcut (hostshortcut.py); ``line-…``
+tells what is shown, but what fits is sent at once by the thread that hears it. One lock, held for sending.
 """
 
 import contextlib
@@ -84,12 +84,12 @@ class Line:
             self._hear(begun)
         finally:
             self._followed.remove_sink(self._push)
-            self._way.close()
             self._is_over = True
             self._news.set()
             with contextlib.suppress(OSError):
                 self._connection.shutdown(socket.SHUT_RDWR)
             self._thread.join()
+            self._way.close()
 
     # What is typed.
 

@@ -320,7 +320,8 @@ def test_a_token_is_good_for_one_connection_and_dies_with_the_line(host, typist)
 
 
 def refuses(host, token):
-    """Whether who comes with it is a client like all others."""
+    """Whether who comes with it is a client like all others, and not hung up on since the line just ends."""
     with Client(('127.0.0.1', host.broker_port)) as client:
         client.say('CONNECT', 'accept-version:1.2', 'host:/', 'shortcut:' + token)
-        return client.take().command == 'CONNECTED'
+        with contextlib.suppress(AssertionError):
+            return client.take().command == 'CONNECTED'
