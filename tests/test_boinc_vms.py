@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import types
 
 import boinc as boinc_rig
@@ -272,6 +273,47 @@ def test_a_vm_that_died_goes_on_from_its_last_checkpoint(how, project):
     finish(agent)
     assert task.wait_for_end(60) == 0, task.read('stderr.txt')
     assert open(out).read() == 'begun\n' and project.vms() == {}
+
+
+JUMPING = '''
+import time
+real, path = time.time, %r
+def jumping():
+    with open(path) as file:
+        return real() + float(file.read() or 0)
+time.time = jumping
+'''
+
+
+def test_a_clock_that_jumps_by_hours_changes_nothing(project, tmp_path):
+    """Of wrapper and host agent, back and forth: checkpoints are made, the VM runs on, and ends well."""
+    clock = tmp_path / 'clock'
+    clock.write_text('')
+    (tmp_path / 'jumping').mkdir()
+    (tmp_path / 'jumping' / 'sitecustomize.py').write_text(JUMPING % str(clock))
+    task = project.task(job='<checkpoint>state</checkpoint>')
+    task.environment = dict(project.environment, PYTHONPATH=os.pathsep.join(
+        [str(tmp_path / 'jumping'), project.environment['PYTHONPATH']]))
+    out = task.link('out')
+    task.start()
+    agent = project.agent(task)
+    task.wait(lambda: task.status('fraction_done') == 0.5)
+    begun = project.host_pids()
+
+    def is_checkpointed():
+        """By the clock of now."""
+        offsets = [int(name.split()[-1]) - time.time() for name in project.call('listSnapshots', task.vm)]
+        return offsets and all(abs(offset - float(clock.read_text())) < 1000 for offset in offsets)
+    for hours in (5, -7, 0, -1, 30):
+        clock.write_text('%d' % (3600 * hours))
+        task.wait(is_checkpointed)
+        task.told = []
+        task.wait(lambda: len(task.told) > 1)
+        told = project.call('getVM', task.vm)
+        assert (told['state'], told['agent'], project.host_pids()) == ('Running', 'alive', begun)
+    assert [command['state'] for command in project.call('listCmds')] == ['running']
+    finish(agent)
+    assert task.wait_for_end(60) == 0 and open(out).read() == 'what goes in\n' and project.vms() == {}
 
 
 def test_preferences_reach_the_vm(project, monkeypatch):

@@ -119,6 +119,24 @@ def test_addresses_and_cards(network, system):
     assert (carries, over_loopback, lo, none) == ('card', 'card', '', '')
 
 
+def test_both_gateways_of_a_machine_with_two_are_tried(network):
+    """As of a VM with one more card in its host's network, whose router is preferred, and no host. The id is
+    the MAC of the card by which the host is reached."""
+    _, guest = network
+    for words in ('link add lan type veth peer name far', 'addr add 10.94.0.7/24 dev lan', 'link set lan up',
+                  'link set far up', 'route add default via 10.94.0.1 dev lan metric 10',
+                  'route add default via 10.93.0.1 dev card metric 20'):
+        subprocess.check_call(['ip', '-n', guest] + words.split())
+    done = in_namespace(guest, sys.executable, '-c', 'import guestmachine, json\n'
+                        'guestmachine.is_virtual = lambda: True\n'
+                        'net = guestmachine.Network()\n'
+                        'print(json.dumps([net.gateways(), net.candidates(61613), '
+                        'net.interface_with("10.93.0.7")]))',
+                        cwd=TOP)
+    gateways, candidates, carries = json.loads(done.stdout)
+    assert gateways == ['10.94.0.1', '10.93.0.1'] == candidates[:2] and carries == 'card'
+
+
 LISTENER = '''
 import os, socket, sys
 sock = socket.socket()

@@ -5,6 +5,7 @@ VirtualBox interprets every instruction here, and a Linux takes 43 minutes to bo
 while its VM boots, and meanwhile the VM gets the hardware and the memory of linux-guest, which has booted.
 """
 
+import copy
 import glob
 import hashlib
 import os
@@ -19,6 +20,8 @@ import pytest
 from guests import agent_on_offer
 from helpers import wait_until
 from rig import facts, manage, state_of, vm_process
+
+import boincwork
 
 SAVED = '/opt/linux-guest'
 SCHEMA = '{http://www.virtualbox.org/}'
@@ -89,6 +92,49 @@ def test_the_vm_of_a_task(boinc, image):
     assert (end['state'], end['exit']) == ('aborted', 203), rig.stderr('t1')
     assert vm not in manage('list', 'vms') and not os.path.exists(folder)
     assert digest(image) == before and 'image.vdi' not in manage('list', 'hdds')
+
+
+def test_vms_of_two_projects(boinc, image, tmp_path):
+    """Two tasks of one project, one of the other, of one client: what becomes of the one's is nothing to the
+    other's, and nothing is left of any."""
+    rig, other_image = boinc.rig, str(tmp_path / 'other.vdi')
+    manage('createmedium', 'disk', '--filename', other_image, '--size', '4')
+    manage('closemedium', 'disk', other_image)
+    job = '<multiattach_vdi_file>%s</multiattach_vdi_file>'
+    for name in ('a', 'b'):
+        boinc.add(name, 'sleep 600\n', job % 'image.vdi', files=[image])
+    other = copy.copy(boinc)
+    other.use(rig.beside('other'))
+    other.add('c', 'sleep 600\n', job % 'other.vdi', files=[other_image])
+    project_of = {'a': boinc, 'b': boinc, 'c': other}
+    machines = {name: project_of[name].vm(name) for name in project_of}
+    rig.start()
+    try:
+        for vm in machines.values():
+            reaches(vm, 'running')
+        settings = [facts(vm)['CfgFile'] for vm in machines.values()]
+        assert all(path.startswith(rig.path('data', 'slots')) for path in settings)
+        hosts = boinc.host_pids(), other.host_pids()
+        assert [len(pids) for pids in hosts] == [1, 1]
+        rig.operate('abort', 'a')
+        rig.wait('a', 'done=true', PATIENCE)
+        wait_until(lambda: machines['a'] not in manage('list', 'vms'), PATIENCE, 0.3)
+        theirs = boincwork.OWNER + boinc.project
+        assert boinc.client.call('cleanup', False, [machines['c']], theirs) == []
+        assert (state_of(machines['b']), state_of(machines['c'])) == ('running', 'running')
+        rig.stop()
+        assert (state_of(machines['b']), state_of(machines['c'])) == ('saved', 'saved')
+        rig.start()
+        for name in ('b', 'c'):
+            reaches(machines[name], 'running')
+        for name in ('c', 'b'):
+            project_of[name].rig.operate('abort', name)
+            rig.wait(name, 'done=true', PATIENCE)
+        wait_until(lambda: not any(vm in manage('list', 'vms') for vm in machines.values()), PATIENCE, 0.3)
+        assert not glob.glob(rig.path('data', 'slots', '*', '*', '*.vdi'))
+        assert 'image.vdi' not in manage('list', 'hdds') and 'other.vdi' not in manage('list', 'hdds')
+    finally:
+        other.end_hosts()
 
 
 def as_if_booted(vm):
