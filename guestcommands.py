@@ -12,7 +12,6 @@ waited for.
 
 import collections
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -25,7 +24,7 @@ from guestconsole import Consoles
 from guestforks import ForkServer
 from guestreports import Reports
 from guestrequests import read_request, signal_number
-from guestspool import FORMAT, WAY, Command, Spool, describe_error, private, reserve, unrun_result
+from guestspool import WAY, Command, Spool, describe_error, is_want, unrun_result
 from gueststart import ENDING
 from protocol import BadWord, Message
 
@@ -33,6 +32,7 @@ RESEND_EVERY = 30.0            # seconds between two sendings of results that no
 START_PATIENCE = 10.0          # seconds after which a runner that shows nothing is asked for again
 POLL = 1.0                     # seconds between looks at commands that runners can't report
 REFUSALS_KEPT = 10000
+DELETED = 'its spool folder was deleted before it was seen to begin'
 
 log = logging.getLogger('vmguest')
 
@@ -120,11 +120,17 @@ class Commands:
         try:
             command = self._accept(cmd_id, message)
         except OSError as error:
+            if is_want(error):              # the host sends it again, as nobody answers
+                log.warning('%s can\'t be taken now: %s', cmd_id, describe_error(error))
+                return
             self._refusals.refuse(cmd_id, error)
             self._look_by(time.monotonic() + POLL)
             return
         if command is None:
-            self._answer_again(cmd_id)
+            try:
+                self._answer_again(cmd_id, message)
+            except OSError as error:        # then the host asks once more
+                log.error('%s: %s', cmd_id, describe_error(error))
             return
         self._add(command)
         if command.has_ended():
@@ -154,34 +160,23 @@ class Commands:
         if command is None:
             return None
         try:
-            self._write_request(command, request)
+            request.update({'boot': self._boot, 'root': self._root, 'name': self.name})
+            command.write_request(request, self._spool.clock.now())
         except OSError:
             command.discard()
             raise
         return command
 
-    def _write_request(self, command: Command, request: Dict[str, Any]) -> None:
-        """Raises OSError."""
-        reserve(command.path('result.json'))
-        stdin = request.pop('stdin', None)
-        if stdin is not None:
-            with open(command.path('stdin'), 'wb', opener=private) as file:
-                file.write(stdin)
-            request['stdin'] = True
-        request.update({'cmd-id': command.cmd_id, 'format': FORMAT, 'boot': self._boot,
-                        'root': self._root, 'received': time.time(), 'name': self.name})
-        if request.get('expires'):
-            request['expires-at'] = self._spool.clock.now() + request['expires']
-        command.request = request
-        command.taken = 0 if request.get('stream') else None
-        # Not by rename: whether a torn one was begun is seen by its other name, runner. The runner brings
-        # both names to the disk, before the program begins.
-        with open(command.path('request.json'), 'w', opener=private) as file:
-            file.write(json.dumps(request))
+    def _answer_again(self, cmd_id: str, message: Message) -> None:
+        """For a command whose folder is there: status or results, once more; it isn't run.
 
-    def _answer_again(self, cmd_id: str) -> None:
-        """For a command whose folder is there: status or results, once more; it isn't run."""
+        Where it was another command, as its host has forgotten that, nobody gets the other one's results.
+        """
         command = self._find(cmd_id)
+        if command is not None and command.is_another(message, self._settings):
+            self._reports.bare_results(cmd_id, unrun_result(
+                'failed', 'EEXIST: another command had this id here, and has not been forgotten yet'))
+            return
         if command is None:
             self._reports.bare_results(cmd_id, unrun_result(
                 'lost', 'it was begun before, and isn\'t run again; its results were acknowledged and '
@@ -331,7 +326,10 @@ class Commands:
     def look(self, now: float, reported: Iterable[str]) -> None:
         """``reported``: folders whose runners say that something happened; see ForkServer.reported."""
         for line in reported:
-            self._look_at_reported(line)
+            try:
+                self._look_at_reported(line)
+            except OSError as error:        # the next look at all tries again
+                log.error('%s: %s', line.partition(' ')[0], describe_error(error))
         with self._lock:
             is_due = now >= self._next_look
             if is_due:
@@ -352,6 +350,7 @@ class Commands:
             self._begin_waiting()
         else:
             self._notice_begin(command)
+            self._deliver(command)
             self._reports.status(command)
 
     def _look_at_all(self, now: float) -> None:
@@ -371,8 +370,10 @@ class Commands:
 
     def _look_at(self, command: Command, now: float) -> None:
         """Sends its result, or sees to it that there will be one. Raises OSError."""
-        if command.state == 'queued':
-            self._expire(command)
+        state = command.state           # as it was: another thread may put it back into the queue meanwhile
+        if state == 'queued':
+            if not self._expire(command) and command.was_deleted():
+                self._lose(command, DELETED)
         elif command.has_result():
             if now - command.sent >= RESEND_EVERY or not command.sent:
                 self._send_results(command)
@@ -380,11 +381,14 @@ class Commands:
             self._lose(command, why_of_boot(command))
         elif command.has('runner'):
             self._look_after(command, now)
-        elif command.state != 'starting':       # its program deleted its spool folder, say
+        elif state != 'starting':       # its program deleted its spool folder, say
             if command.end_what_is_left():
                 self._lose(command, 'its spool folder was deleted, and its runner was killed')
         elif now - command.begun > START_PATIENCE:
-            self._order_runner(command)         # not put back: the first one may just be slow
+            if command.was_deleted():
+                self._lose(command, DELETED)
+            else:
+                self._order_runner(command)     # not put back: the first one may just be slow
 
     def _expire(self, command: Command) -> bool:
         """Whether it is too late for a command that hasn't begun. Raises OSError."""
@@ -474,27 +478,15 @@ class Commands:
                 self._set_state(command, 'lost')
 
     def _send_results(self, command: Command) -> None:
-        """Of a command that has a result.json. Raises OSError where that is damaged and can't be replaced."""
+        """Of a command that has a result.json. Raises OSError; then the next look tries again."""
         is_first = not command.has_ended() or not command.sent
+        result = command.sound_result()
         command.sent = time.monotonic()
-        try:
-            result = command.result()
-        except (OSError, ValueError) as error:
-            result = replace_result(command, error)
         with self._lock:
             if not command.has_ended():
                 self._set_state(command, result['state'])
         self._reports.results(command, result)
         log.log(logging.INFO if is_first else logging.DEBUG, '%s: %s', command.cmd_id, result['state'])
-
-
-def replace_result(command: Command, error: Exception) -> Dict[str, Any]:
-    """A torn result.json is set aside, and the command is lost. Raises OSError."""
-    aside = command.path('result.json.corrupt-%d' % time.time())
-    log.error('%s is damaged (%s): set aside as %s', command.path('result.json'), error, aside)
-    os.rename(command.path('result.json'), aside)
-    command.end('lost', 'its result was damaged: %s' % error)
-    return command.result()
 
 
 def why_of_boot(command: Command) -> str:

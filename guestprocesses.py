@@ -46,6 +46,12 @@ def is_stopped(pid: int) -> bool:
     return stat_fields(pid)[STATE:PARENT] == [b'T']
 
 
+def stands_still(pid: int) -> bool:
+    """The same, also where it waits within ``vfork``, as shells do, for a child that was stopped with it."""
+    state = stat_fields(pid)[STATE:PARENT]
+    return state == [b'T'] or state == [b'D'] and any(is_stopped(child) for child in children_of(pid))
+
+
 def is_traced(pid: int) -> bool:
     """Whether a process stands still for who traces it."""
     return stat_fields(pid)[STATE:PARENT] == [b't']

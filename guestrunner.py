@@ -148,7 +148,8 @@ class Runner:
         with contextlib.suppress(OSError):     # it runs, and is found by its environment, too
             self._write_process()
         self._open_outputs()
-        self.report_at = self.begin + (0 if self.inlet is not None else FIRST_STATUS)
+        is_awaited = self.inlet is not None or self.command.sent_signals()
+        self.report_at = self.begin + (0 if is_awaited else FIRST_STATUS)
 
     def _write_process(self) -> None:
         # Torn, it is as good as none: what a dead runner left is found by its environment, too. What is there
@@ -445,10 +446,12 @@ class Runner:
             return ''
         if self.timed_out:
             return 'timeout'
-        if exited or number in OF_ITSELF:
+        if exited:
             return 'itself'
         if number in self.command.sent_signals():
             return 'signalCmd'
+        if number in OF_ITSELF:
+            return 'itself'
         if number == signal.SIGKILL and (self.group is not None and self.group.oom_kills()
                                          or was_killed_for_memory(self.pid, self.begin)):
             return 'oom'

@@ -29,8 +29,10 @@ from guestprocesses import (
     processes_with,
     signal_all,
     signal_session,
+    stands_still,
     start_ticks,
 )
+from guestrequests import read_request
 
 log = logging.getLogger('vmguest')
 
@@ -60,6 +62,8 @@ EMPTYING = 0o1700              # mode of a folder whose command is over, while i
 EMPTIED = 0o500                # … and from then on
 RESERVED = 8192                # bytes that each command has on the disk from its begin, for its result
 LONGEST_ERROR = 1000           # characters of an error, so that a result fits into that
+# What makes a request another one: all that its host says each time, whatever this guest's defaults are.
+OWN_KEYS = ('cmd', 'args', 'env', 'path', 'user', 'fileForStdin', 'timeout', 'limits')
 SIGNAL = 'signal-'             # begin of a file's name
 SIGNAL_NOTE = re.compile(SIGNAL + '[0-9]{1,3}')
 LARGEST_JSON = 16 * 1024 * 1024        # characters of a file that is read as JSON
@@ -104,6 +108,11 @@ def is_regular(path: str) -> bool:
         return stat.S_ISREG(os.lstat(path).st_mode)
     except OSError:
         return False
+
+
+def is_want(error: Exception) -> bool:
+    """Whether it tells nothing of the file, only that the system lacks descriptors or memory now."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def remove(path: str) -> None:
@@ -192,6 +201,10 @@ class Command:
             return 0
         return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
+    def holds(self, name: str, content: bytes) -> bool:
+        """Whether a file of it is just that."""
+        return self.slice(name, 0, len(content) + 1) == content
+
     def slice(self, name: str, offset: int, length: int) -> bytes:
         return self.read_part(name, offset, length)[0]
 
@@ -208,6 +221,38 @@ class Command:
             return b'', 0
         finally:
             os.close(descriptor)
+
+    def write_request(self, request: Dict[str, Any], now: float) -> None:
+        """Keeps what was asked for; ``now`` by the spool's clock. Raises OSError."""
+        reserve(self.path('result.json'))
+        stdin = request.pop('stdin', None)
+        if stdin is not None:
+            with open(self.path('stdin'), 'wb', opener=private) as file:
+                file.write(stdin)
+            request['stdin'] = True
+        request.update({'cmd-id': self.cmd_id, 'format': FORMAT, 'received': time.time()})
+        if request.get('expires'):
+            request['expires-at'] = now + request['expires']
+        self.request = request
+        self.taken = 0 if request.get('stream') else None
+        # Not by rename: whether a torn one was begun is seen by its other name, runner. The runner brings
+        # both names to the disk, before the program begins.
+        with open(self.path('request.json'), 'w', opener=private) as file:
+            file.write(json.dumps(request))
+
+    def is_another(self, message: protocol.Message, defaults: Any) -> bool:
+        """Whether a CMD_RUN asks for something else than what this command was, as far as can be told."""
+        if 'cmd' not in self.request:       # cancelled before it came, say
+            return False
+        try:
+            asked = read_request(message, defaults)
+        except protocol.BadWord:
+            return True
+        stdin = asked.get('stdin')
+        if any(asked.get(name) != self.request[name] for name in OWN_KEYS if name in self.request) \
+                or (stdin is not None) != bool(self.request.get('stdin')):
+            return True
+        return stdin is not None and self.has('stdin') and not self.holds('stdin', stdin)
 
     def runner_lives(self) -> bool:
         """Whether the runner has its lock; also where that can't be told, without descriptors, say."""
@@ -257,6 +302,13 @@ class Command:
         os.makedirs(self.folder, 0o700, exist_ok=True)
         return True
 
+    def was_deleted(self) -> bool:
+        """Whether no runner can take it any more; then it has a folder, so that it isn't run again."""
+        if self.has('request.json'):
+            return False
+        os.makedirs(self.folder, 0o700, exist_ok=True)
+        return True
+
     def continue_runner(self) -> None:
         """Has its living runner go on, where somebody on this machine stopped it."""
         try:
@@ -290,11 +342,11 @@ class Command:
         if self.has_result():
             try:
                 return str(self.result()['state'])
-            except (OSError, ValueError):
-                return 'lost'
+            except (OSError, ValueError) as error:
+                return 'running' if is_want(error) else 'lost'
         if not self.has('runner'):
             return 'queued'
-        return 'stopped' if is_stopped(self.process()) else 'running'
+        return 'stopped' if stands_still(self.process()) else 'running'
 
     def end(self, state: str, error: str, durable: bool = True, **more: Any) -> None:
         """Writes a result for what has none; not ``durable``: ``sync`` brings it to the disk."""
@@ -334,6 +386,23 @@ class Command:
             result['by'] = 'signalCmd'     # which the runner wasn't told
         return result
 
+    def sound_result(self) -> Dict[str, Any]:
+        """The result; of one that is torn, that it is lost. Raises OSError where it can't be read now, or
+        the torn one can't be set aside."""
+        try:
+            return self.result()
+        except (OSError, ValueError) as error:
+            if is_want(error):
+                raise                       # it is whole, for all we know
+            return self._replace_result(error)
+
+    def _replace_result(self, error: Exception) -> Dict[str, Any]:
+        aside = self.path('result.json.corrupt-%d' % time.time())
+        log.error('%s is damaged (%s): set aside as %s', self.path('result.json'), error, aside)
+        os.rename(self.path('result.json'), aside)
+        self.end('lost', 'its result was damaged: %s' % error)
+        return self.result()
+
     def acknowledge(self, now: float) -> None:
         """Notes that the host has the results; ``now`` by the spool's clock. Raises OSError."""
         make_way(self.path('acked'))
@@ -355,10 +424,16 @@ class Command:
         os.chmod(self.folder, EMPTIED)
 
     def discard(self) -> None:
-        """Deletes folder and files of what was never begun."""
-        for name in os.listdir(self.folder):
-            remove(self.path(name))
-        os.rmdir(self.folder)
+        """Deletes folder and files of what was never begun. Raises OSError."""
+        for name in ('request.json', 'stdin', 'result.json.new', 'result.json'):
+            with contextlib.suppress(FileNotFoundError):
+                remove(self.path(name))
+        try:
+            os.rmdir(self.folder)       # which needs no descriptor, unlike a list of what is in it
+        except OSError:
+            for name in os.listdir(self.folder):
+                remove(self.path(name))
+            os.rmdir(self.folder)
 
     def claim(self) -> Any:
         """Takes the command for a runner, or to cancel it: a file that is its lock as long as it is open.
@@ -416,6 +491,10 @@ class Command:
         except (OSError, ValueError, KeyError, TypeError):
             return []
         found = descendants(runner)
+        # Just handed from the starter to its runner, the program may be seen at neither; and without /proc
+        # there is nothing to be seen at all.
+        if pid and pid not in found and start_ticks(pid) == process.get('ticks'):
+            found = found + [pid]
         if not self.runner_lives():     # asked afterwards: else these may be of the runner's next command
             return []
         if self.request.get('leave'):
@@ -546,11 +625,13 @@ class Spool:
         return Command(cmd_id, os.path.join(self.folder, folder_name(cmd_id)))
 
     def find(self, cmd_id: str) -> Optional[Command]:
-        """A command that has files here, whether it is acknowledged or not."""
+        """A command that has files here, acknowledged or not. Raises OSError: see ``is_want``."""
         command = self.command(cmd_id)
         try:
             command.request = command.read('request.json')
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            if is_want(error):
+                raise                   # it may be there
             return None
         command.state = command.read_state()
         return command
@@ -600,6 +681,9 @@ class Spool:
             try:
                 command = self._load(os.path.join(self.folder, name))
             except (OSError, ValueError, KeyError, TypeError) as error:
+                if is_want(error):
+                    raise agent.AgentError('the spool %s can\'t be read now: %s'
+                                           % (self.folder, describe_error(error)))
                 self.set_aside(name, error)
                 continue
             if command is not None:

@@ -3,7 +3,9 @@
 import collections
 import os
 import re
+import shutil
 import signal
+import sys
 import threading
 import time
 
@@ -389,6 +391,178 @@ def test_a_result_that_is_sent_again_is_logged_once(guests, monkeypatch, caplog)
     guest.run('a', 'true')
     wait_until(lambda: sum(message.word == 'CMD_RESULTS' for message in guest.said['a']) > 3, 20)
     assert caplog.text.count('a: exited') == 1
+
+
+def scarce_for(monkeypatch, wanted):
+    """No descriptor for what ``wanted(path)`` says, as long as the list that is returned isn't empty."""
+    real, failing = guestspool.private, [True]
+
+    def private(path, flags):
+        if failing and wanted(path):
+            raise OSError(24, 'Too many open files', path)
+        return real(path, flags)
+    monkeypatch.setattr(guestspool, 'private', private)
+    return failing
+
+
+def test_want_of_descriptors_is_no_damage_of_a_result(guests, monkeypatch):
+    guest = guests()
+    tried = []
+    failing = scarce_for(monkeypatch, lambda path: path.endswith('/result.json') and not tried.append(path))
+    guest.run('c', 'sh', '-c', 'exit 3')
+    wait_until(lambda: len(tried) > 1, 20)
+    assert 'c' not in [name for name, state in guest.commands.states().items() if state == 'lost']
+    failing.clear()
+    result = guest.result('c')
+    assert (result['state'], result['exitCodeOrSignal']) == ('exited', 3)
+    assert not [name for name in os.listdir(guest.commands._find('c').folder) if 'corrupt' in name]
+
+
+def test_want_of_descriptors_is_no_damage_of_what_an_earlier_agent_left(guests, monkeypatch):
+    guest = guests()
+    guest.run('c', 'sh', '-c', 'exit 3')
+    guest.result('c')
+    failing = scarce_for(monkeypatch, lambda path: path.endswith('/request.json'))
+    with pytest.raises(agent.AgentError, match='Too many open files'):
+        guest.spool.load()
+    failing.clear()
+    guest.begin_anew()
+    assert guest.commands.states() == {'c': 'exited'}
+
+
+def test_what_there_are_no_descriptors_for_is_taken_when_it_comes_again(guests, monkeypatch):
+    guest = guests()
+    failing = scarce_for(monkeypatch, lambda path: path.endswith('/request.json'))
+    monkeypatch.setattr(os, 'listdir', lambda path: pytest.fail('which needs a descriptor'))
+    guest.run('c', 'echo', 'hello')
+    assert not guest.said['c']
+    monkeypatch.undo()
+    failing.clear()
+    guest.run('c', 'echo', 'hello')
+    assert guest.result('c')['out'] == 'hello\n'
+
+
+@pytest.mark.parametrize('again', [
+    {'args': ['-c', 'exit 4']}, {'cmd': 'dash'}, {'env': {'A': 'b'}}, {'stdin': 'x'}, {'timeout': 5}])
+def test_an_id_that_another_command_had_gets_nothing_of_that(guests, again):
+    guest = guests()
+    asked = dict({'cmd': 'sh', 'args': ['-c', 'exit 3']})
+    for keys in (asked, asked, dict(asked, **again), asked):
+        guest.commands.run(Message('', 'CMD_RUN', {'cmd-id': 'c'}, keys))
+        state = guest.result('c')['state']
+        guest.acknowledge('c')
+        if keys in (asked,):
+            assert (state, guest.result('c')['exitCodeOrSignal']) == ('exited', 3)
+        else:
+            assert state == 'failed' and guest.result('c')['error'].startswith('EEXIST: '), state
+
+
+def test_the_same_input_is_the_same_command(guests):
+    guest = guests()
+    for stdin, state in (('same', 'exited'), ('same', 'exited'), ('other', 'failed'), ('same+', 'failed')):
+        guest.run('c', 'cat', stdin=stdin)
+        result = guest.result('c')
+        assert result['state'] == state and result.get('out', 'same') == 'same'
+
+
+def test_the_place_of_what_was_deleted_while_it_waited_is_free_for_others(guests):
+    guest = guests(max_commands=1)
+    guest.run('first', 'sh', '-c', 'while [ ! -e go ]; do sleep 0.02; done')
+    for cmd_id in ('second', 'third'):
+        guest.run(cmd_id, 'touch', cmd_id)
+        shutil.rmtree(guest.commands._find(cmd_id).folder)
+    guest.run('last', 'true')
+    for cmd_id in ('second', 'third'):
+        result = guest.result(cmd_id)
+        assert result['state'] == 'lost' and 'was deleted before' in result['error'], result
+        guest.acknowledge(cmd_id)
+    assert set(guest.commands.states()) == {'first', 'last'}
+    open(os.path.join(guest.served, 'go'), 'w').close()
+    assert guest.result('last')['state'] == 'exited'
+
+
+def test_what_is_deleted_as_its_turn_comes_frees_its_place(guests, monkeypatch):
+    monkeypatch.setattr(guestcommands, 'START_PATIENCE', 0.1)
+    guest = guests(max_commands=1)
+    order = guest.forks.run
+
+    def run(folder):
+        shutil.rmtree(folder)
+        return order(folder)
+    monkeypatch.setattr(guest.forks, 'run', run)
+    guest.run('c', 'true')
+    assert 'was deleted before' in guest.result('c')['error']
+    monkeypatch.undo()
+    guest.run('last', 'true')
+    assert guest.result('last')['state'] == 'exited'
+
+
+def test_a_signal_that_waits_comes_at_the_begin(guests):
+    guest = guests(max_commands=1)
+    guest.run('first', 'sleep', '60')
+    guest.run('c', 'sh', '-c', 'trap "exit 5" USR1; sleep 0.4; exit 0')
+    guest.signal('c', 'USR1')
+    guest.signal('first', 'KILL')
+    result = guest.result('c')
+    assert (result['state'], result['exitCodeOrSignal']) in (('exited', 5), ('signaled', 10)), result
+
+
+def test_what_was_stopped_within_vfork_is_told_as_stopped(guests):
+    """A parent in vfork can't be stopped itself: it waits for its child, which was."""
+    guest = guests()
+    guest.run('c', sys.executable, '-c', 'import ctypes, os, signal; libc = ctypes.CDLL(None); '
+              'None if libc.vfork() else os.kill(os.getpid(), signal.SIGSTOP)')
+    wait_until(lambda: guest.commands.states()['c'] == 'stopped', 20)
+    guest.signal('c', 'KILL')
+    assert guest.result('c')['exitCodeOrSignal'] == 9
+
+
+def test_what_is_put_back_while_it_is_looked_at_is_not_lost(guests, monkeypatch):
+    guest = guests()
+    guest.run('first', 'sleep', '60')           # takes the runner that is free
+    guest.stopping.set()                        # nobody else looks
+    guest.thread.join()
+    monkeypatch.setattr(guest.forks, 'run', lambda folder: True)
+    guest.run('c', 'echo', 'hello')
+    command = guest.commands._find('c')
+    assert command.state == 'starting'
+    has = guestspool.Command.has
+
+    def put_back(self, name):
+        guest.commands._put_back(command)
+        return has(self, name)
+    monkeypatch.setattr(guestspool.Command, 'has', put_back)
+    guest.commands._look_at(command, time.monotonic())
+    assert command.state == 'queued' and not command.has_result()
+    monkeypatch.undo()
+    guest.thread = threading.Thread(target=guest.look)
+    guest.stopping.clear()
+    guest.thread.start()
+    assert guest.result('c')['out'] == 'hello\n'
+    guest.signal('first', 'KILL')
+    guest.result('first')
+
+
+@pytest.mark.parametrize('name, number', [('TERM', 15), ('KILL', 9)])
+def test_the_program_itself_gets_a_signal_where_no_processes_are_seen(guests, monkeypatch, name, number):
+    """As in a folder without /proc, and while it is handed from who began it to its runner."""
+    guest = guests()
+    guest.run('c', 'sleep', '60')
+    wait_until(guest.spool.command('c').process, 20)
+    monkeypatch.setattr(guestspool.Command, 'group', lambda self: None)
+    monkeypatch.setattr(guestspool, 'descendants', lambda pid: [])
+    guest.signal('c', name)
+    result = guest.result('c')
+    assert (result['state'], result['exitCodeOrSignal'], result['by']) == ('signaled', number, 'signalCmd')
+
+
+@pytest.mark.parametrize('name', ['PIPE', 'SEGV'])
+def test_a_signal_that_was_sent_is_not_the_programs_own(guests, name):
+    guest = guests()
+    guest.run('c', 'sleep', '60')
+    wait_until(guest.spool.command('c').process, 20)
+    guest.signal('c', name)
+    assert guest.result('c')['by'] == 'signalCmd'
 
 
 def test_the_loss_of_the_spool_is_noticed(guests, tmp_path):
