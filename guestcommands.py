@@ -380,7 +380,7 @@ class Commands:
             self._lose(command, why_of_boot(command))
         elif command.has('runner'):
             self._look_after(command, now)
-        elif command.state != 'starting':       # its program deleted its spool folder, say
+        elif command.state in ('running', 'stopped'):      # its program deleted its spool folder, say
             if command.end_what_is_left():
                 self._lose(command, 'its spool folder was deleted, and its runner was killed')
         elif now - command.begun > START_PATIENCE:
