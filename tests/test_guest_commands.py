@@ -582,6 +582,32 @@ def test_a_program_that_deletes_its_own_spool_folder_is_told_as_ended(guests):
     assert not guest.restarts
 
 
+def test_a_look_at_what_is_just_put_back_into_the_queue_loses_nothing(guests, monkeypatch):
+    """The link's thread puts it back while the main thread looks at it."""
+    guest = guests(max_commands=1)
+    guest.run('first', 'sh', '-c', 'until [ -e go ]; do sleep 0.01; done')
+    guest.run('a', 'echo', 'hi')
+    command = guest.commands._commands['a']
+
+    class PutBack(guestspool.Command):
+        reads = 0
+
+        @property
+        def state(self):
+            self.reads += 1
+            return 'starting' if self.reads == 2 else 'queued'     # the first is the look's own
+
+        @state.setter
+        def state(self, value):
+            self.reads = -10 ** 6
+    seen = PutBack('a', command.folder)
+    seen.request, seen.begun, seen.reads = command.request, time.monotonic(), 1
+    guest.commands._look_at(seen, time.monotonic())
+    assert seen.reads >= 2 and not command.has_result()
+    open(os.path.join(guest.served, 'go'), 'w').close()
+    assert guest.result('a')['out'] == 'hi\n'
+
+
 def test_one_whose_runner_is_killed_after_that_is_told_as_lost(guests):
     guest = guests()
     guest.run('c', 'sh', '-c', 'while [ ! -e go ]; do sleep 0.02; done; '
