@@ -79,6 +79,7 @@ class Life:
         self._fraction = record.fraction
         self._lost = 0
         self._ran = 0.0
+        self._complaint = ''           # why no checkpoint could be kept
         self._final: Optional[End] = None              # once what comes before it is done
 
     # What comes in.
@@ -305,8 +306,16 @@ class Life:
     def _checkpoint(self, now: float) -> None:
         """What was computed so far stays, whatever happens to this process."""
         self._checkpointed = now
+        before = self._record.checkpoint, self._record.fraction
         self._record.checkpoint, self._record.fraction = self._record.cpu, self._fraction
-        self._record.save()
+        try:
+            self._record.save()
+            self._complaint = ''
+        except OSError as error:       # the science goes on; what isn't kept isn't told, either
+            self._record.checkpoint, self._record.fraction = before
+            if self._complaint != _why(error):
+                log.warning('no checkpoint: %s', _why(error))
+            self._complaint = _why(error)
 
     def _count_time(self, now: float) -> None:
         if self._todo[0] in self.AT_WORK and self.wish == 'run' and not self._is_paused:

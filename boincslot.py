@@ -161,6 +161,14 @@ class Slot:
             return os.path.abspath(os.path.join(self.folder, found.group(1)))
         return os.path.realpath(path)
 
+    def place_for(self, logical: str) -> str:
+        """The path to which an output is written. A client makes the folders of files that it links, not of
+        those that it fetches out of the slot. Raises OSError."""
+        path = self.resolve(logical)
+        if path.startswith(os.path.realpath(self.folder) + os.sep):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        return path
+
     def names_in(self, folder: str) -> List[str]:
         """Logical names, with slashes, of all files in one of the slot's folders and those in it."""
         names = []

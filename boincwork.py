@@ -18,6 +18,7 @@ import re
 import shlex
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -41,7 +42,9 @@ START_AGAIN = 10.0             # seconds after which another one is started: the
                                # one that was about to end
 LONGEST_NAME = 150             # characters of a machine's name
 NO_SUCH_FOLDER = ('does not exist', 'not a directory')     # how the error of a folder that isn't there ends
-NO_OUTPUT = NO_SUCH_FOLDER + ('neither file, folder nor link', 'is a directory')       # … of what is no file
+NO_OUTPUT = NO_SUCH_FOLDER + ('neither file, folder nor link', 'is a directory',      # … of what is no file,
+                              'not authorized')        # or one that the guest's agent may not read
+LEADS_OUT = 'where nothing is that is served'              # … of a link out of it
 LAST_WORDS = 8192              # characters of the program's standard error that the task's keeps
 MOST_TRICKLES = 100            # messages that wait for the client to take them
 LOOK_AT_FILES = 2.0            # seconds between two looks for trigger files
@@ -222,6 +225,14 @@ def write_new(path: str, text: str) -> None:
         agent.replace(temporary, path)
         return
     os.remove(temporary)
+
+
+def let_owner_read(path: str) -> None:
+    """Lets the client's user read and write a file that came with its mode in the guest."""
+    with contextlib.suppress(OSError):         # it is another user's
+        mode = stat.S_IMODE(os.stat(path).st_mode)
+        if mode & 0o600 != 0o600:
+            os.chmod(path, mode | 0o600)
 
 
 PRINTED = 'printed.log'                # what a host agent prints, which doesn't go into its log
@@ -416,15 +427,20 @@ class GivenMachine:
     each has a folder of its own. To pause is to stop the command's processes."""
     pid = memory = 0                   # no process of this machine is one
 
-    def __init__(self, host: HostAgent, name: str, record: Record) -> None:
-        self.files = name
+    def __init__(self, host: HostAgent, files: str, record: Record, name: str = '') -> None:
+        """
+        files    the task's folder there
+        name     the machine, of a task that has no record any more
+        """
+        self.files = files
         self._host = host
         self._record = record
+        self._name = name
 
     @property
     def name(self) -> str:
         """The one that was chosen, for good: the task's files are there."""
-        return self._record.machine
+        return self._name or self._record.machine
 
     def ready(self) -> bool:
         """Whether it is there; at first, whether there is any, and the one with the fewest commands is it."""
@@ -495,8 +511,7 @@ class Work:
         self._waiting = []             # type: List[Tuple[str, str, str]]
         self._collected = False
         self._place = slot.project_dir
-        result = slot.init.text('result_name')
-        self._digest = hashlib.md5((self._place + '\n' + result).encode()).hexdigest()[:16]
+        self._digest = self._digest_of(slot.init)
         self._name = self._name_of(slot.init)
         self._owner = OWNER + self._place
 
@@ -548,10 +563,13 @@ class Work:
         return VirtualMachine(self.host, self._name, image, wish, self._limits, self._record)
 
     def clean(self) -> bool:
-        """No VM is left of tasks of this project that the client has forgotten (a reset, say)."""
+        """Nothing that runs is left of tasks of this project that the client has forgotten (a reset, say)."""
         slots = self._slots()
         if not all(slot.has_client and slot.init.is_whole for slot in slots):
             return True                # by hand; or one is written just now: whose it is tells the next start
+        if isinstance(self.machine, GivenMachine):
+            self._end_forgotten(slots)
+            return True
         with contextlib.suppress(NotSupported):
             known = [self._name_of(slot.init) for slot in slots]
             left = [name for name in self.host.call('listVMs')
@@ -559,6 +577,19 @@ class Work:
             for row in self.host.call('cleanup', False, left, self._owner):
                 log.info('removed what an earlier task left: %s (%s)', row['name'], row['why'])
         return True
+
+    def _end_forgotten(self, slots: List[Slot]) -> None:
+        """The same on machines that have joined, where no lease ends what a task left: it may be halted for
+        good, or compute on."""
+        known = [self._digest] + [self._digest_of(slot.init) for slot in slots]
+        for row in self.host.call('listCmds', {'finished': False}):
+            found = re.fullmatch('boinc-([0-9a-f]{16})-[0-9]+', row['cmdId'])
+            if not found or found.group(1) in known:
+                continue
+            log.info('ended what an earlier task left on %s: %s', row['vm'], row['line'])
+            files = self.host.call('getCmdDetails', row['cmdId'])['path']
+            forgotten = GivenMachine(self.host, files, self._record, row['vm'])
+            forgotten.remove(row['cmdId'])
 
     def _slots(self) -> List[Slot]:
         """Those of the project's tasks that the client knows, or may know; without one, this one's alone."""
@@ -575,6 +606,10 @@ class Work:
         slots = self._slots()
         return all(slot.init.is_whole for slot in slots if slot.has_client) and \
             not any(os.path.exists(slot.path(self._name_of(slot.init))) for slot in slots)
+
+    def _digest_of(self, init: InitData) -> str:
+        """What the ids of a task's commands have in common."""
+        return hashlib.md5((self._place + '\n' + init.text('result_name')).encode()).hexdigest()[:16]
 
     def _name_of(self, init: InitData) -> str:
         """What a task's machine is called, after its project and its name; without one, how all begin."""
@@ -636,11 +671,14 @@ class Work:
 
     def upload(self, name: str) -> bool:
         """Fetches an output before the end, and asks the client to upload it. Whether that was possible."""
-        _, error, status = self.host.call('cpFileFromVM', self.machine.name, self.there(name),
-                                          self._slot.resolve(name))
+        error, status = 'a client uploads none in a folder before the end', True
+        if '/' not in name:
+            _, error, status = self.host.call('cpFileFromVM', self.machine.name, self.there(name),
+                                              self._slot.place_for(name))
         if status:
             log.warning('%s isn\'t uploaded: %s', name, error)
             return False
+        let_owner_read(self._slot.resolve(name))
         open(self._slot.path('boinc_ufr_' + name), 'w').close()
         return True
 
@@ -652,7 +690,9 @@ class Work:
             return False
         self._transfer = ''
         if told.get('state') == 'done':
-            self._waiting.pop(0)
+            direction, _, target = self._waiting.pop(0)
+            if direction == 'get':
+                let_owner_read(target)
         elif told and self._is_no_output(told['error']):
             log.error('what the program left can\'t be fetched, as if it were missing: %s', told['error'])
             self._waiting.pop(0)
@@ -676,7 +716,8 @@ class Work:
     def _is_no_output(self, error: str) -> bool:
         """Whether it tells that what is to be fetched is no file, nor leads to one: that never passes."""
         direction, source, _ = self._waiting[0]
-        return direction == 'get' and error in ['%s: %s' % (source, how) for how in NO_OUTPUT]
+        leads_out = error.startswith(source + ' is a link to ') and error.endswith(LEADS_OUT)
+        return direction == 'get' and (leads_out or error in ['%s: %s' % (source, how) for how in NO_OUTPUT])
 
     def _transfer_told(self) -> Dict[str, Any]:
         """What getTransfer tells of the one that was begun; {} where there is none, or no longer: a host
@@ -786,7 +827,7 @@ class Work:
     def collect(self) -> bool:
         """What it made is where the client looks for it; what is missing there isn't made up."""
         if not self._collected:
-            self._waiting = [('get', self.there(moved.path), self._slot.resolve(moved.logical))
+            self._waiting = [('get', self.there(moved.path), self._slot.place_for(moved.logical))
                              for moved in self._outputs() if self._guest.exists(self.there(moved.path))]
             self._collected = True
         return self._move_all()

@@ -345,9 +345,33 @@ def fetching(tmp_path, told):
     return work
 
 
-@pytest.mark.parametrize('why', ['does not exist', 'neither file, folder nor link', 'is a directory'])
+@pytest.mark.parametrize('why', [
+    ': does not exist', ': neither file, folder nor link', ': is a directory', ': not authorized',
+    ' is a link to /etc/passwd, where nothing is that is served'])
 def test_an_output_that_is_no_file_or_leads_out_of_what_is_served_is_a_missing_one(why, tmp_path):
-    assert fetching(tmp_path, {'state': 'failed', 'error': 'task/out: ' + why}).collect()
+    assert fetching(tmp_path, {'state': 'failed', 'error': 'task/out' + why}).collect()
+
+
+def test_an_output_that_the_client_fetches_out_of_a_folder_of_the_slot_has_that_folder(tmp_path):
+    slot, there = Slot(str(tmp_path / 'slot')), tmp_path / 'project'
+    (tmp_path / 'slot' / 'linked').mkdir(parents=True)
+    (tmp_path / 'slot' / 'linked' / 'out').write_text('<soft_link>../project/none/out</soft_link>')
+    assert slot.place_for('a/b/out') == str(tmp_path / 'slot' / 'a' / 'b' / 'out')
+    assert os.listdir(str(tmp_path / 'slot' / 'a')) == ['b']
+    assert slot.place_for('linked/out') == str(there / 'none' / 'out') and not there.exists()
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='Windows has no such modes')
+@pytest.mark.parametrize('mode, after', [(0, 0o600), (0o444, 0o644), (0o755, 0o755)])
+def test_the_clients_user_can_read_an_output_whatever_its_mode_in_the_guest(mode, after, tmp_path):
+    work = fetching(tmp_path, {'state': 'done'})
+    (tmp_path / 'out').write_text('')
+    os.chmod(str(tmp_path / 'out'), mode)
+    assert work.collect() and (tmp_path / 'out').stat().st_mode & 0o777 == after
+
+
+def test_a_file_in_a_folder_is_not_uploaded_before_the_end(tmp_path):
+    assert not fetching(tmp_path, {}).upload('folder/out')
 
 
 @pytest.mark.parametrize('why', ['task/out: timed out', '/here/out: does not exist'])
@@ -524,6 +548,31 @@ def test_while_the_client_writes_whose_a_slot_is_no_vm_is_removed(tmp_path):
         assert work.clean() and asked == []
     (tmp_path / '1' / 'init_data.xml').write_text(INIT)
     assert work.clean() and asked == ['listVMs', 'cleanup']
+
+
+def test_programs_of_forgotten_tasks_end_on_machines_that_have_joined(tmp_path):
+    for number in '01':
+        (tmp_path / number).mkdir()
+        (tmp_path / number / 'init_data.xml').write_text(INIT.replace('task_1', 'task_' + number))
+    ids, asked = [], []
+
+    def call(method, *args):
+        asked.append((method,) + args)
+        return {'listCmds': [{'cmdId': id, 'vm': 'node', 'line': 'sh'} for id in ids],
+                'getCmdDetails': {'path': 'its folder'}}.get(method)
+    host = types.SimpleNamespace(call=call)
+
+    def work_of(place):
+        return boincwork.Work(Slot(str(tmp_path / place)), job_of(), boincjob.read_words([], 1), Record(
+            str(tmp_path / 'record')), host)
+    ids += [work_of('0').command, work_of('1').command, 'boinc-0123456789abcdef-3', 'of-somebody-else']
+    work = work_of('0')
+    work.machine = boincwork.GivenMachine(host, 'my folder', Record(str(tmp_path / 'record')))
+    assert work.clean()
+    assert asked == [
+        ('listCmds', {'finished': False}), ('getCmdDetails', 'boinc-0123456789abcdef-3'),
+        ('signalCmd', 'boinc-0123456789abcdef-3', 'KILL'),
+        ('runCmd', 'node', 'rm', ['-rf', 'its folder'], {}, '', '', {'queue': True})]
 
 
 def test_half_a_file_of_the_clients_changes_nothing(tmp_path):
@@ -850,6 +899,20 @@ def test_checkpoints(tmp_path):
         for second in range(10):
             task.go(seen(cpu=second))
         assert ('<checkpoint_cpu_time>0.0' not in task.life.status()) == told
+
+
+def test_a_checkpoint_that_a_full_disk_does_not_take_ends_nothing(tmp_path):
+    task = Alive(tmp_path, '<checkpoint>files</checkpoint><minimum_checkpoint_interval>0'
+                 '</minimum_checkpoint_interval>', period=1.0).runs()
+    task.go(seen(cpu=5, fraction=0.5), seen(cpu=6, fraction=0.6))
+    assert '<checkpoint_cpu_time>6.0' in task.life.status()
+    os.mkdir(str(tmp_path / 'record.new'))             # nothing can be written there
+    task.go(seen(cpu=7, fraction=0.7), seen(cpu=8, fraction=0.8))
+    assert not task.life.end and '<checkpoint_cpu_time>6.0' in task.life.status()
+    assert '<current_cpu_time>8.0' in task.life.status()
+    os.rmdir(str(tmp_path / 'record.new'))
+    task.go(seen(cpu=9, fraction=0.9))
+    assert '<checkpoint_cpu_time>9.0' in task.life.status() and Record(task.record._path).checkpoint == 9
 
 
 def test_a_checkpoint_of_the_state_is_told_once_it_is_there(tmp_path):
