@@ -341,6 +341,7 @@ class Record:
     taken       {logical name: the file's time and size} of trigger files that were acted upon
     machine     the one on which it runs, where all tasks share some
     made        whether there may be a machine, or a command, of this task
+    collected   whether its outputs are where the client looks for them
     troubles    temporary exits in a row
     """
     FILE = 'vmboinc.json'
@@ -350,7 +351,7 @@ class Record:
         self.attempt, self.troubles = 1, 0
         self.before = self.cpu = self.checkpoint = cpu
         self.elapsed = self.fraction = 0.0
-        self.put = self.made = False
+        self.put = self.made = self.collected = False
         self.taken: Dict[str, str] = {}
         self.machine = ''
         with contextlib.suppress(OSError, ValueError, AttributeError):     # no such file, or a damaged one

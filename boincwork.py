@@ -826,11 +826,18 @@ class Work:
 
     def collect(self) -> bool:
         """What it made is where the client looks for it; what is missing there isn't made up."""
+        if self._record.collected:     # by a wrapper before this one; they may be gone in the guest by now
+            return True
         if not self._collected:
             self._waiting = [('get', self.there(moved.path), self._slot.place_for(moved.logical))
                              for moved in self._outputs() if self._guest.exists(self.there(moved.path))]
             self._collected = True
-        return self._move_all()
+        if not self._move_all():
+            return False
+        self._record.collected = True
+        with contextlib.suppress(OSError):             # without it they are fetched again
+            self._record.save()
+        return True
 
     def _outputs(self) -> List[Moved]:
         found = self._job.outputs or [moved for moved in self._shared()

@@ -370,6 +370,15 @@ def test_the_clients_user_can_read_an_output_whatever_its_mode_in_the_guest(mode
     assert work.collect() and (tmp_path / 'out').stat().st_mode & 0o777 == after
 
 
+def test_outputs_that_are_there_are_not_missed_in_a_guest_that_has_none_any_more(tmp_path, caplog):
+    assert fetching(tmp_path, {'state': 'done'}).collect()
+    after = boincwork.Work(Slot(str(tmp_path)), job_of('<output>out</output>'), boincjob.read_words([], 1),
+                           Record(str(tmp_path / 'record')),
+                           OneAnswer(TransferError('/task on vm: /task: does not exist')))
+    after.machine = types.SimpleNamespace(name='vm', files='task', lease=lambda: None)
+    assert after.collect() and not caplog.records
+
+
 def test_a_file_in_a_folder_is_not_uploaded_before_the_end(tmp_path):
     assert not fetching(tmp_path, {}).upload('folder/out')
 
