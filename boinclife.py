@@ -292,7 +292,7 @@ class Life:
         """What ran is lost: the science begins anew, with what it has on its disk."""
         self._record.attempt += 1
         self._record.before = self._record.checkpoint
-        self._record.put = False
+        self._record.put = self._record.collected = False
         self._record.save()
         self._begin_anew('the program was lost with its machine; it begins again', now)
 

@@ -355,6 +355,7 @@ class Record:
     digest      what names its commands; made of the project's folder, and stays when that is moved
     folder      where the folder of its VM is, as far as the hypervisor knows
     made        whether there may be a machine, or a command, of this task
+    collected   whether its outputs are where the client looks for them
     troubles    temporary exits in a row
     """
     FILE = 'vmboinc.json'
@@ -364,7 +365,7 @@ class Record:
         self.attempt, self.troubles = 1, 0
         self.before = self.cpu = self.checkpoint = cpu
         self.elapsed = self.fraction = 0.0
-        self.put = self.made = False
+        self.put = self.made = self.collected = False
         self.taken: Dict[str, str] = {}
         self.machine = self.digest = self.folder = ''
         with contextlib.suppress(OSError, ValueError, AttributeError):     # no such file, or a damaged one

@@ -111,7 +111,7 @@ class Task:
         read = read_words(words, init.number('ncpus', 1.0))
         for word in read.passed_over:
             log.warning('%s does nothing here', word)
-        record = Record(slot.path(Record.FILE), init.number('wu_cpu_time'))
+        record = Record(slot.path(Record.FILE), max(0.0, init.number('wu_cpu_time')))
         host = HostAgent(os.path.join(slot.project_dir, 'vmhost'), command)
         self._work = Work(slot, job, read, record, host)
         self._life = Life(job, record, now, init.number('checkpoint_period') or 300.0)

@@ -394,6 +394,19 @@ def test_an_output_that_is_no_file_or_leads_out_of_what_is_served_is_a_missing_o
     assert fetching(tmp_path, {'state': 'failed', 'error': 'task/out: ' + why}).collect()
 
 
+def test_outputs_that_are_there_are_not_missed_in_a_guest_that_has_none_any_more(tmp_path, caplog):
+    assert fetching(tmp_path, {'state': 'done'}).collect()
+    after = boincwork.Work(Slot(str(tmp_path)), job_of('<output>out</output>'), boincjob.read_words([], 1),
+                           Record(str(tmp_path / 'record')),
+                           OneAnswer(TransferError('/task on vm: /task: does not exist')))
+    after.machine = types.SimpleNamespace(name='vm', files='task', lease=lambda: None)
+    assert after.collect() and not caplog.records
+
+
+def test_a_file_in_a_folder_is_not_uploaded_before_the_end(tmp_path):
+    assert not fetching(tmp_path, {}).upload('folder/out')
+
+
 def test_an_output_that_is_a_link_to_a_place_that_is_not_served_is_a_missing_one(tmp_path):
     assert fetching(tmp_path, {'state': 'failed', 'error': 'task/out is a link to /etc/passwd, where '
                                                            'nothing is that is served'}).collect()
