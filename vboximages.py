@@ -121,6 +121,8 @@ class Images:
         disk = None
         try:
             disk = self._new_disk(job, machine, image, kind, wish)
+            if disk is not None:
+                check_still_there(disk.location)
             self.box.edit(job, machine, lambda mutable: self._fit_out(
                 mutable, wish, disk, image if kind == '.iso' else ''))
         except BaseException:
@@ -715,6 +717,13 @@ class Cleaning:
         return os.path.realpath(folder) in [
             os.path.realpath(os.path.dirname(machine.settingsFilePath))
             for machine in self.box.array(self.box.vbox, 'machines')]
+
+
+def check_still_there(path: str) -> None:
+    """The new disk, before it is attached: where VirtualBox then can't write the VM's settings, it takes the
+    disk for attached until it ends, and nobody can have it forget the disk."""
+    if not os.path.exists(path):
+        raise HypervisorError('%s is gone: somebody removed it while the VM was made' % path)
 
 
 def check_name(name: str) -> None:

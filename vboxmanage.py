@@ -416,6 +416,7 @@ class VBoxManage(Asking):
         self._change(job, 'modifyvm', uuid, *self._card_words(mode, 1) + words)
         path = disk_path(info)
         if self._make_disk(job, path, image, wish):
+            vboximages.check_still_there(path)
             buses = {info[key.replace('name', 'type')]: info[key] for key in sorted(info)
                      if key.startswith('storagecontrollername')}
             bus = buses.get('IntelAhci') or next(iter(buses.values()))
