@@ -303,7 +303,13 @@ class VBoxManage(Asking):
         if native_of(info) in OFF:
             self._tell_firmware(job, info, board_serial)
             self._settle_card(job, info)
-        self._change(job, 'startvm', uuid, '--type=' + ('gui' if gui_mode else 'headless'), text='starting')
+        try:
+            self._change(job, 'startvm', uuid, '--type=' + ('gui' if gui_mode else 'headless'),
+                         text='starting')
+        except Refused as error:
+            if native_of(self._settled(job, uuid)) not in SAVED:
+                raise
+            raise Refused(str(error) + virtualbox.NOT_FROM_SAVED, error.code)
         job.renew_deadline()
         self._reached(job, uuid, 'Running', 'Paused', *OFF + SAVED)
         if native_of(self._info(uuid)) not in ('Running', 'Paused'):
