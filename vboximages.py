@@ -150,10 +150,10 @@ class Images:
     def _remove_half_made(self, machine: Any, disk: Any = None) -> None:
         """And the new disk, which it may not have attached yet."""
         try:
-            note, uuid = IMPORTING + machine.name, disk.id if disk is not None else ''
+            note = IMPORTING + machine.name
+            if disk is not None and not self.box.array(disk, 'machineIds'):
+                self._disks.take_away(disk)
             self._disks.delete(machine, self._disks.is_made)[0].waitForCompletion(10000)
-            for left in [each for each in self._disks.all() if each.id == uuid]:
-                self._disks.take_away(left)
             self.box.vbox.setExtraData(note, '')
         except Exception as error:
             log.warning('a half-made VM is left for cleanup: %s', self.box.translate(error))
