@@ -154,6 +154,8 @@ class Images:
         disk = None
         try:
             disk = self._new_disk(job, machine, image, kind, wish)
+            if disk is not None:
+                check_still_there(disk.location)
             self.box.edit(job, machine, lambda mutable: self._fit_out(
                 mutable, wish, disk, image if kind == '.iso' else ''))
         except BaseException:
@@ -181,10 +183,10 @@ class Images:
     def _remove_half_made(self, machine: Any, disk: Any = None) -> None:
         """And the new disk, which it may not have attached yet."""
         try:
-            note, uuid = IMPORTING + machine.name, disk.id if disk is not None else ''
+            note = IMPORTING + machine.name
+            if disk is not None and not self.box.array(disk, 'machineIds'):
+                self._disks.take_away(disk)
             self._disks.delete(machine, self._disks.is_made)[0].waitForCompletion(10000)
-            for left in [each for each in self._disks.all() if each.id == uuid]:
-                self._disks.take_away(left)
             self.box.vbox.setExtraData(note, '')
         except Exception as error:
             log.warning('a half-made VM is left for cleanup: %s', self.box.translate(error))
@@ -749,6 +751,13 @@ class Cleaning:
         return os.path.realpath(folder) in [
             os.path.realpath(os.path.dirname(machine.settingsFilePath))
             for machine in self.box.array(self.box.vbox, 'machines')]
+
+
+def check_still_there(path: str) -> None:
+    """The new disk, before it is attached: where VirtualBox then can't write the VM's settings, it takes the
+    disk for attached until it ends, and nobody can have it forget the disk."""
+    if not os.path.exists(path):
+        raise HypervisorError('%s is gone: somebody removed it while the VM was made' % path)
 
 
 def check_name(name: str) -> None:

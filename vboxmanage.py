@@ -310,7 +310,13 @@ class VBoxManage(Asking):
         if native_of(info) in OFF:
             self._tell_firmware(job, info, board_serial)
             self._settle_card(job, info)
-        self._change(job, 'startvm', uuid, '--type=' + ('gui' if gui_mode else 'headless'), text='starting')
+        try:
+            self._change(job, 'startvm', uuid, '--type=' + ('gui' if gui_mode else 'headless'),
+                         text='starting')
+        except Refused as error:
+            if native_of(self._settled(job, uuid)) not in SAVED:
+                raise
+            raise Refused(str(error) + virtualbox.NOT_FROM_SAVED, error.code)
         job.renew_deadline()
         self._reached(job, uuid, 'Running', 'Paused', *OFF + SAVED)
         if native_of(self._info(uuid)) not in ('Running', 'Paused'):
@@ -452,6 +458,7 @@ class VBoxManage(Asking):
             self._change(job, 'setextradata', uuid, vboxnetwork.BRIDGED, uuid)
         path = disk_path(info)
         if self._make_disk(job, path, image, wish):
+            vboximages.check_still_there(path)
             buses = {info[key.replace('name', 'type')]: info[key] for key in sorted(info)
                      if key.startswith('storagecontrollername')}
             bus = buses.get('IntelAhci') or next(iter(buses.values()))

@@ -71,6 +71,8 @@ STATE_OF_NATIVE = {                # the seam's states; all others are on their 
     'AbortedSaved': vmstates.SAVED, 'PoweredOff': vmstates.OFF, 'Aborted': vmstates.OFF,
     'Teleported': vmstates.OFF}
 OLDEST = (6, 1)                    # of VirtualBox, whose API this code speaks
+NOT_FROM_SAVED = (' -- if its saved state is damaged or missing, discardState (discard) gives it up: the VM '
+                  'then boots anew from its disks')
 STAYS = 1.0                        # seconds that a VM must run before a start or resume is believed
 LOG_HEAD = 4096                    # bytes of a VM's log in which its process is told
 LOG_TAIL = 65536                   # bytes of a VM's log in which a reason is looked for
@@ -293,8 +295,7 @@ class Life:
 
     def _why_not_started(self, machine: Any) -> str:
         if self.box.state_of(machine) in SAVED:
-            return (' -- if its saved state is damaged or missing, discardState (discard) gives it up: '
-                    'the VM then boots anew from its disks')
+            return NOT_FROM_SAVED
         if max(machine.settingsFilePath) > '~' and locale_name() in ('', 'C', 'POSIX'):
             return (' -- its name is beyond ASCII, and in the locale C VirtualBox starts no such VM: '
                     'run the host agent with LC_ALL=C.UTF-8')

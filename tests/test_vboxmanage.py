@@ -182,6 +182,8 @@ elif words[0] == 'setextradata' and words[1] != 'global':
 elif words[0] == 'getextradata':
     for pair in vm.get('marks', {}).items():
         print('Key: %%s, Value: %%s' %% pair)
+elif words[0] == 'startvm' and os.path.exists(path + '.cut'):
+    sys.exit('VBoxManage: error: The VM session was closed before any attempt to power it on')
 elif words[0] == 'startvm':
     vm['state'] = 'running'
 elif words[0] == 'controlvm':
@@ -222,6 +224,15 @@ def test_ports_of_a_guest_are_reached_here(one, verb):
     moved = one('describe', 'one')['forwards']
     assert moved == [dict(first, hostPort=moved[0]['hostPort']), second]
     assert moved[0]['hostPort'] not in (first['hostPort'], second['hostPort'])
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+def test_what_to_do_where_the_saved_state_is_cut(one, tmp_path):
+    one('create_vm', 'one', '', {'diskSize': 0})
+    assert one('start', 'one') and one('save_state', 'one')
+    (tmp_path / 'vm.json.cut').write_text('')
+    with pytest.raises(vboxprogram.Refused, match='closed before.*discardState .discard. gives it up'):
+        one('start', 'one')
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='runs a script')
