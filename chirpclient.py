@@ -62,6 +62,7 @@ from chirpwire import (
     NOT_AUTHENTICATED,
     NOT_AUTHORIZED,
     NOT_DIR,
+    OF_SERVERS,
     PREAD_CRC32,
     PWRITE_CRC32,
     RESERVED,
@@ -445,6 +446,7 @@ class Upload(Move):
     def run(self, source: str, target: bytes) -> None:
         found = stat_here(source)
         target = self._client.through_links(target)
+        self._check_name(posixpath.basename(target), target)
         if not stat.S_ISDIR(found.st_mode):
             self._meter.total = found.st_size
             return self._put_file(source, target)
@@ -642,10 +644,13 @@ class Upload(Move):
             self._client.chmod(target, mode_there(found))
             self._client.utime(target, int(found.st_atime), int(found.st_mtime))
 
-    def _check_name(self, name: bytes) -> None:
-        """Raises OSError for what would be there, and in no listing."""
+    def _check_name(self, name: bytes, path: Path = b'') -> None:
+        """Raises OSError for what would be there, and in no listing; or what no server has written."""
         if name.startswith(RESERVED) and self._client.root is None:
-            raise OSError(errno.EINVAL, 'chirp_server shows nobody what is called so')
+            raise OSError(errno.EINVAL, 'chirp_server shows nobody what is called so', shown(path) or None)
+        if name.startswith(OF_SERVERS):
+            raise OSError(errno.EINVAL, 'Chirp servers keep their own things under that name: choose another',
+                          shown(path) or None)
 
     def _put_folders(self, source: str, names: List[str], target: bytes, merge: bool) -> None:
         self._small.finish()

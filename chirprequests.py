@@ -38,6 +38,7 @@ from chirpwire import (
     Stat,
     TimedOut,
     TurnedAway,
+    Unlistable,
     Wire,
     parse_stat,
     quote,
@@ -299,8 +300,10 @@ class Connection:
 
     def ls(self, path: Path = '/') -> Iterator[Stat]:
         """The entries of a folder, in any order, however many: beyond some they are kept on disk meanwhile.
-        Names that could lead elsewhere raise ProtocolError."""
-        return entries_in(self.call('getlongdir', quote(path), about=path, read=self._read_listing))
+        Names that could lead elsewhere raise ProtocolError; ones for which another server than ours ends its
+        list too early, Unlistable."""
+        return entries_in(self.call('getlongdir', quote(path), about=path,
+                                    read=lambda wire, _: self._read_listing(wire, path)))
 
     def mkdir(self, path: Path, mode: int = 0o755) -> None:
         self.call('mkdir', quote(path), mode, about=path, again=False)
@@ -328,7 +331,9 @@ class Connection:
         self.call('replace' if self.is_ours else 'rename', quote(old), quote(new), about=new, again=False)
 
     def symlink(self, target: Path, new: Path) -> None:
-        self.call('symlink', quote(target), quote(new), about=new, again=False)
+        """Raises OSError for what another server than ours would make another link of."""
+        self.call('symlink', quote(target) if self.is_ours else link_word(target), quote(new), about=new,
+                  again=False)
 
     def readlink(self, path: Path) -> str:
         return to_text(self.call('readlink', quote(path), 4096, about=path, read=payload(4096)))
@@ -398,7 +403,7 @@ class Connection:
         if self.result(wire, shown(path)) != len(content):
             raise ProtocolError('putfile: a wrong count')
 
-    def _read_listing(self, wire: Wire, _: int) -> Any:
+    def _read_listing(self, wire: Wire, path: Path) -> Any:
         """A file of entries: the size of a name, the name, its stat line. All of a listing is read before
         anything else can be asked for."""
         import tempfile
@@ -418,11 +423,25 @@ class Connection:
                     raise ProtocolError('a listing with the name %.300r' % name)
                 parse_stat(line)
                 file.write(b'%d\n%s%s\n' % (len(name), name, line))
+            if self.root is None:
+                self._check_end(wire, path)
             file.seek(0)
             return file
         except BaseException:
             file.close()
             raise
+
+    def _check_end(self, wire: Wire, path: Path) -> None:
+        """The list ends with an empty line. A name that begins with a line feed starts with one, too: what
+        follows is then more of the list, and no answer to what is asked here. Raises Unlistable."""
+        wire.put(self.ask('whoami', LINE))
+        try:
+            follows = payload(LINE)(wire, self._number(wire, ''))
+        except (ProtocolError, Refused):
+            follows = b''
+        if to_text(follows) != self.subject:
+            self.disconnect()          # nobody knows what the rest belongs to
+            raise Unlistable(path)
 
 
 def entries_in(file: Any) -> Iterator[Stat]:
@@ -434,6 +453,14 @@ def entries_in(file: Any) -> Iterator[Stat]:
 
 
 Client = TypeVar('Client', bound=Connection)
+
+
+def link_word(target: Path) -> bytes:
+    """What a link leads to as a word for chirp_server, which takes that as it comes. Raises OSError."""
+    target = to_bytes(target)
+    if target.split() != [target]:
+        raise OSError(errno.EINVAL, 'chirp_server makes no link to a path with white space in it')
+    return target
 
 
 def leads_nowhere(path: Path, leads: str) -> ChirpError:

@@ -11,11 +11,10 @@ import os
 import stat
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
-from chirpwire import PATH, RESERVED, TEMPORARY, ChirpError, is_part, is_zero
+from chirpwire import OF_SERVERS, PATH, RESERVED, ChirpError, is_part, is_zero
 
 LINKS = 40                     # symbolic links that one path may lead through
 DEEPEST = 200                  # levels that rmall goes down
-OF_SERVERS = (TEMPORARY, b'.__acl', b'.__uuid', b'.__ticket.', b'.__alloc')      # ours, and the real one
 
 
 class Root:

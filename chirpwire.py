@@ -42,6 +42,8 @@ CHALLENGE = 32                 # bytes of its challenge, each two digits on the 
 RESERVED = b'.__'              # names that begin so are the server's own; real servers keep their ACLs so
 TEMPORARY = b'.__put.'         # what a server of ours is still receiving
 
+OF_SERVERS = (TEMPORARY, b'.__acl', b'.__uuid', b'.__ticket.', b'.__alloc')      # ours, and the real one
+
 Path = Union[str, bytes]
 
 
@@ -118,6 +120,15 @@ class Refused(ChirpError):
         self.what = what
         self.reason = MEANINGS[self.code]
         super().__init__('%s%s' % (what + ': ' if what else '', self.reason))
+
+
+class Unlistable(Refused):
+    """A folder whose list can't be told from a shorter one. Nothing of it is known for sure."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(INVALID, shown(path))
+        self.reason = 'a name in it begins with a line feed, or has two in a row: that can\'t be listed'
+        self.args = ('%s: %s' % (self.what, self.reason),)
 
 
 NOT_AUTHENTICATED, NOT_AUTHORIZED, DOESNT_EXIST, EXISTS, TOO_BIG, NO_SPACE = -1, -2, -3, -4, -5, -6

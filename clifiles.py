@@ -10,8 +10,10 @@ import os
 import posixpath
 import re
 import select
+import signal
+import sys
 import time
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import agent
 import localnames
@@ -27,9 +29,58 @@ STREAMS = {'/dev/stdin': 0, '/dev/stdout': 1, '/dev/stderr': 2}
 DESCRIPTOR = re.compile(r'/(?:dev|proc/self)/fd/([0-9]{1,9})$')
 
 
+class Ended(SystemExit):
+    """A signal ended us."""
+
+
+@contextlib.contextmanager
+def heeding_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise Ended meanwhile, so that a transfer ends with who asked for it; nohup's way to
+    ignore one stays."""
+    def leave(number: int, frame: Any) -> None:
+        raise Ended(128 + number)
+    numbers = [getattr(signal, name) for name in ('SIGTERM', 'SIGHUP') if hasattr(signal, name)]
+    before = {number: signal.signal(number, leave) for number in numbers
+              if signal.getsignal(number) == signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def do_put(host: Client, screen: Screen, args: Any) -> int:
-    """Sends a file or folder to VMs."""
-    source, target = here(args.source), args.target
+    """Sends a file or folder to VMs; of -, what standard input has."""
+    descriptor = own_descriptor('/dev/stdin' if args.source == '-' else args.source)
+    if descriptor is None:
+        return put(host, screen, args, here(args.source))
+    if not args.target:
+        raise VMHostError('name the target: what comes from %s has no name of its own' % args.source)
+    import tempfile  # needed here alone
+    with heeding_signals(), tempfile.TemporaryDirectory(prefix='vmhost-') as folder:
+        name = 'stdin' if args.source == '-' else os.path.basename(args.source)
+        source = os.path.join(folder, name)
+        keep_input(descriptor, source, args.source)
+        return put(host, screen, args, source)
+
+
+def keep_input(descriptor: int, path: str, name: str) -> None:
+    """Writes what a descriptor has into a new file, to its end: the host agent sends files alone, whose
+    content it can read again to verify it. Raises VMHostError."""
+    if sys.platform == 'win32':
+        import msvcrt
+        msvcrt.setmode(descriptor, os.O_BINARY)
+    try:
+        with open(path, 'wb') as file:
+            for data in iter(lambda: os.read(descriptor, 1 << 20), b''):
+                file.write(data)
+    except OSError as error:
+        raise VMHostError('%s: %s' % (name, error.strerror))
+
+
+def put(host: Client, screen: Screen, args: Any, source: str) -> int:
+    """Sends what the host agent can read under that path."""
+    target = args.target
     if not target:
         source = os.path.abspath(source)
         # A folder goes into what the VM serves, as by cp -r: one of its name there takes in what it holds.
@@ -86,13 +137,10 @@ def vm_and_path(text: str) -> List[str]:
 def here(path: str) -> str:
     """A path of this machine for the host agent, whose working directory is not ours; ends as it did.
 
-    Raises VMHostError for an empty one: joined, it would be the whole working directory; and for one of our
-    own descriptors, as of the shell's <(): there, another file has that number.
+    Raises VMHostError for an empty one: joined, it would be the whole working directory.
     """
     if not path:
         raise VMHostError('a path is empty: name a file or folder (. is the one you are in)')
-    if own_descriptor(path) is not None:
-        raise VMHostError('%s is open in this program alone: name a file, which the host agent reads' % path)
     return os.path.join(os.getcwd(), path)
 
 
@@ -130,7 +178,8 @@ def stream(host: Client, screen: Screen, args: Any, source: str, descriptor: int
         except OSError as error:
             raise VMHostError('%s: %s' % (args.target, error.strerror))
     out = screen.write if descriptor == 1 else write
-    with tempfile.TemporaryDirectory(prefix='vmhost-') as folder, contextlib.ExitStack() as stack:
+    with heeding_signals(), tempfile.TemporaryDirectory(prefix='vmhost-') as folder, \
+            contextlib.ExitStack() as stack:
         path = os.path.join(folder, 'stream')
         os.mkfifo(path, 0o600)
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -165,21 +214,23 @@ def copy_on(fd: int, write: Callable[[bytes], None]) -> bool:
 
 def transfer(host: Client, screen: Screen, args: Any, direction: str, vm: str, source: str,
              target: str) -> int:
-    """Moves a file or folder, verified; a terminal shows how far it is. Ctrl-C cancels it."""
-    moving = host.call('startTransfer', direction, vm, carried(source), carried(target),
-                       {'links': args.links, 'parents': False})
-    try:
-        while True:
-            now = host.call('getTransfer', moving)
-            if now['state'] not in ('waiting', 'running'):
-                break
-            screen.progress('%s: %s' % (agent.printable(vm), transfer_line(now)))
-            time.sleep(PROGRESS_EVERY)
-    except KeyboardInterrupt:
-        host.call('cancelTransfer', moving)
-        raise
-    finally:
-        screen.progress('')
+    """Moves a file or folder, verified; a terminal shows how far it is. Ctrl-C cancels it, as SIGTERM and
+    SIGHUP do."""
+    with heeding_signals():
+        moving = host.call('startTransfer', direction, vm, carried(source), carried(target),
+                           {'links': args.links, 'parents': False})
+        try:
+            while True:
+                now = host.call('getTransfer', moving)
+                if now['state'] not in ('waiting', 'running'):
+                    break
+                screen.progress('%s: %s' % (agent.printable(vm), transfer_line(now)))
+                time.sleep(PROGRESS_EVERY)
+        except (KeyboardInterrupt, Ended):
+            host.call('cancelTransfer', moving)
+            raise
+        finally:
+            screen.progress('')
     return tell_end(screen, args, vm, now)
 
 
@@ -212,10 +263,10 @@ LINKS = argument('--links', choices=('keep', 'skip', 'follow'), default='keep',
                  help='symbolic links in a folder: the same there, left out, or what they lead to')
 VERBS = [
     Verb('put', do_put, 'copy a file or folder to a VM', [
-        VMS, argument('source', metavar='SRC', help='on this machine'),
+        VMS, argument('source', metavar='SRC', help='on this machine; -: standard input'),
         argument('target', metavar='DST', nargs='?', default='',
                  help='in the VM; default: under its name where commands start'),
-        AS_CP, LINKS, JSON], ('put web1 data/ input',)),
+        AS_CP, LINKS, JSON], ('put web1 data/ input', 'put web1 - dump.sql < dump.sql')),
     Verb('get', do_get, 'copy files or a folder from a VM', [
         VM, argument('source', metavar='SRC', help='in the VM; * and ? match names'),
         argument('target', metavar='DST', nargs='?', default='',

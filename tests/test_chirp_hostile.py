@@ -24,6 +24,7 @@ import chirpwire
 pytestmark = pytest.mark.ends
 
 HELLO = b'yes\nyes\nyes\naddress\n127.0.0.1\n'
+WHOAMI = b'17\naddress:127.0.0.1'
 BOUND = 10 * 1024 * 1024
 STAT = b'1 2 %d 1 0 0 0 %d 4096 8 0 0 0\n'
 FOLDER, FILE, LINK = 0o40755, 0o100644, 0o120777
@@ -93,7 +94,8 @@ class HostileServer:
             lines.readline()
             sock.sendall(self._hello)
             for line in lines:
-                answer = b'-8\n' if line == b'vmhost 1\n' and not self._greets else self._answer(line)
+                answer = b'-8\n' if line == b'vmhost 1\n' and not self._greets else \
+                    WHOAMI if line.startswith(b'whoami ') else self._answer(line)
                 if answer is None:
                     break
                 for part in [answer] if isinstance(answer, bytes) else answer:

@@ -64,6 +64,25 @@ def test_what_a_peer_can_not_carry_is_told_by_name(client, served, tmp_path):  #
         (missing, failed)
 
 
+@pytest.mark.parametrize('name', ['\n', '\nx', 'x\n\ny', '\n0', '\n\n'])
+def test_a_name_that_ends_a_list_too_early_is_no_end(client, served, tmp_path, name):  # noqa: F811
+    """All of the folder arrives, or it is told; the folders beside it arrive."""
+    there = tree_of(served[1] / 'tree', {'folder/' + name: b'x', 'folder/after': b'y', 'beside/file': b'z'})
+    told = []
+    try:
+        client.get('/tree', str(tmp_path / 'back'))
+    except chirpwire.Incomplete as incomplete:
+        told = incomplete.failures
+    assert (tmp_path / 'back' / 'beside' / 'file').read_bytes() == b'z'
+    if client.is_ours or not told:
+        assert not told and seen(tmp_path / 'back') == seen(there)
+    else:
+        assert [path for path, _ in told] == ['/tree/folder'] and 'line feed' in told[0][1]
+        with pytest.raises(chirpwire.Unlistable, match='^/tree/folder: a name in it begins with a line feed'):
+            list(client.ls('/tree/folder'))
+    assert [entry.name for entry in client.ls('/tree/beside')] == ['file']
+
+
 def test_what_a_transfer_left_is_told_of(ours, tmp_path):
     """In a folder that is moved; each failure has its path once, and none of a temporary folder."""
     client, there = ours  # noqa: F811
@@ -146,6 +165,30 @@ def test_what_is_no_file_there_is_not_replaced_by_one(ours, tmp_path):
         client.put(str(source), '/tree')
     assert incomplete.value.count == 2 and (there / 'tree' / 'other').read_bytes() == b'x'
     assert all(stat.S_ISFIFO(os.lstat(str(there / 'tree' / name)).st_mode) for name in ('fifo', 'large'))
+
+
+def test_links_lead_where_they_should_or_are_told(client, served, tmp_path):  # noqa: F811
+    source = tree_of(tmp_path / 'source', {'file': b'x'})
+    leads = ['a b', 'a\nb', 'a%0Ab', '%41', 'a\\~"<>', os.fsdecode(b'\xff')]
+    for number, lead in enumerate(leads):
+        os.symlink(lead, str(source / ('link%d' % number)))
+    told = []
+    try:
+        client.put(str(source), '/tree')
+    except chirpwire.Incomplete as incomplete:
+        told = [path[-5:] for path, reason in incomplete.failures if 'white space' in reason]
+    assert sorted(told) == ([] if client.is_ours else ['link0', 'link1'])
+    there = {path: entry for path, entry in seen(source).items() if os.fsdecode(path) not in told}
+    assert seen(served[1] / 'tree') == there
+
+
+@pytest.mark.parametrize('name', ['.__acl', '.__put.x'])
+def test_a_name_that_servers_keep_is_told_and_leaves_nothing(client, served, tmp_path, name):  # noqa: F811
+    write(tmp_path / 'file', b'x')
+    before = sorted(os.listdir(str(served[1])))
+    with pytest.raises(OSError, match='Chirp servers keep|chirp_server shows nobody'):
+        client.put(str(tmp_path / 'file'), '/' + name)
+    assert sorted(os.listdir(str(served[1]))) == before
 
 
 def test_what_servers_keep_in_a_folder_is_fetched_and_never_written(ours, tmp_path):

@@ -621,6 +621,19 @@ def test_a_transfer_shows_its_progress_and_ctrl_c_cancels_it(tmp_path):
         assert host.calls[-1] == ('cancelTransfer', 't')
 
 
+@pytest.mark.skipif(os.name == 'nt', reason='Windows ends a process without a word')
+@pytest.mark.parametrize('number', ['SIGTERM', 'SIGHUP'])
+@pytest.mark.parametrize('words', [['put', 'db', 'in'], ['get', 'db', 'out', '.'], ['get', 'db', 'out', '-']])
+def test_a_transfer_ends_with_who_asked_for_it(tmp_path, words, number):
+    answers = dict(VM_ANSWERS, startTransfer='t', getTransfer=moved('running', 2 ** 20), cancelTransfer=True)
+    with PlayedHost(tmp_path, answers) as host:
+        process = subprocess.Popen(host.command + words, cwd=str(tmp_path), stdout=subprocess.DEVNULL)
+        wait_until(lambda: ('getTransfer', 't') in host.calls, 20)
+        process.send_signal(getattr(signal, number))
+        assert process.wait(20) == 128 + getattr(signal, number)
+        assert host.calls[-1] == ('cancelTransfer', 't')
+
+
 def test_a_long_call_shows_how_far_the_hypervisor_is(tmp_path):
     seen = threading.Event()
 

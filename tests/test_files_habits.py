@@ -133,10 +133,38 @@ def test_a_descriptor_is_that_of_who_types(host, guest, tmp_path):
         done = subprocess.run(['/bin/sh', '-c', 'exec "$@" ' + line, 'sh'] + host.command('get', 'g', 'x'),
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
         assert (done.returncode, done.stdout, done.stderr) == (int(line == '/dev/fd/77'), out, err), line
-    for source in '/dev/stdin', '/dev/fd/0':
-        code, out, err = verb(host, 'put', 'g', source, 'y')
-        assert code == 1 and err.startswith('vmhost: %s is open in this program alone' % source)
-    assert names(guest.files) == ['x']
+    for source in '-', '/dev/stdin', '/dev/fd/0':
+        send_input(host, source.encode(), 'put', 'g', source, 'y')
+        with open(in_guest(guest, 'y'), 'rb') as file:
+            assert file.read() == source.encode()
+    assert names(guest.files) == ['x', 'y']
+
+
+def send_input(host, content, *words):
+    folder = os.path.join(str(host.folder), 'input')
+    os.makedirs(folder, exist_ok=True)
+    done = subprocess.run(host.command(*words), input=content, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          timeout=60, env=dict(os.environ, TMPDIR=folder))
+    assert (done.returncode, done.stdout, done.stderr) == (0, b'', b'')
+    assert os.listdir(folder) == []
+
+
+def test_standard_input_becomes_a_file(host, guest, tmp_path):
+    """Named by its target; in a folder, as cp /dev/stdin names it. What goes wrong is said."""
+    content = os.urandom(3 * 2 ** 20)
+    os.mkdir(in_guest(guest, 'folder'))
+    for words, path in ((['put', 'g', '-', 'dump'], 'dump'), (['cp', '-', 'g:copy'], 'copy'),
+                        (['put', 'g', '-', 'folder'], 'folder/stdin')):
+        send_input(host, content, *words)
+        with open(in_guest(guest, path), 'rb') as file:
+            assert file.read() == content
+    send_input(host, b'', 'put', 'g', '-', 'dump')
+    assert os.path.getsize(in_guest(guest, 'dump')) == 0
+    for words, why in ((['-'], 'name the target: what comes from - has no name of its own'),
+                       (['-', 'none/x'], 'g: the folder none does not exist'),
+                       (['/dev/fd/77', 'y'], '/dev/fd/77: Bad file descriptor')):
+        assert verb(host, 'put', 'g', *words) == (1, '', 'vmhost: %s\n' % why)
+    assert names(guest.files) == ['copy', 'dump', 'folder']
 
 
 def test_an_empty_source_is_refused(host, guest, tmp_path):
