@@ -9,6 +9,7 @@ console's end comes on a thread of Windows' own. No locks.
 import contextlib
 import ctypes
 import mmap
+import os
 import re
 import threading
 from ctypes import wintypes
@@ -48,6 +49,12 @@ def make_private(folder: str) -> None:
         raise OSError('its disk knows no access rights, as FAT does')
     if not is_private(access_of(folder), me):
         set_access(folder, 'D:P(A;OICI;FA;;;SY)(A;OICI;FA;;;%s)' % me)
+    for path in [os.path.join(folder, name) for name in os.listdir(folder)]:
+        with contextlib.suppress(FileNotFoundError):       # of another host agent, that runs there
+            access = access_of(path)   # what came from elsewhere may let others in by itself
+            if who_may_read(access) or who_may_change(access):
+                inherit = 'OICI' if os.path.isdir(path) else ''
+                set_access(path, 'D:P(A;{0};FA;;;SY)(A;{0};FA;;;{1})'.format(inherit, me))
 
 
 def is_private(access: str, user: str) -> bool:

@@ -55,6 +55,26 @@ def test_who_may_read_and_change_a_folder_is_read_from_its_access_list():
 
 
 @pytest.mark.skipif(sys.version_info < (3, 7), reason='ctypes.wintypes of Python 3.6 is for Windows alone')
+def test_what_lies_open_in_a_state_folder_is_closed_on_windows(tmp_path, monkeypatch):
+    """As what was copied there with the access that it had."""
+    import windows
+    me = 'S-1-5-21-1-2-3-1001'
+    (tmp_path / 'folder').mkdir()
+    for name in 'token', 'own':
+        (tmp_path / name).write_text('x')
+    lists = {str(tmp_path): PRIVATE, str(tmp_path / 'own'): BELOW_HOME, str(tmp_path / 'token'): BELOW_C,
+             str(tmp_path / 'folder'): BELOW_C}
+    monkeypatch.setattr(windows, 'this_user', lambda: me)
+    monkeypatch.setattr(windows, 'has_access_lists', lambda path: True)
+    monkeypatch.setattr(windows, 'access_of', lists.__getitem__)
+    monkeypatch.setattr(windows, 'set_access', lists.__setitem__)
+    windows.make_private(str(tmp_path))
+    assert (lists[str(tmp_path)], lists[str(tmp_path / 'own')]) == (PRIVATE, BELOW_HOME)
+    for name in 'token', 'folder':
+        assert windows.is_private(lists[str(tmp_path / name)], me)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 7), reason='ctypes.wintypes of Python 3.6 is for Windows alone')
 def test_a_password_in_a_file_that_others_may_read_is_told_on_windows(tmp_path, monkeypatch):
     import windows
     ini = tmp_path / 'host.ini'

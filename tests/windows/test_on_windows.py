@@ -433,7 +433,7 @@ def test_a_state_folder_is_cut_to_its_user_or_refused(tmp_path, windows):
         sys.path.insert(0, %r)
         import faults, hoststate, windows
         asked, lists = [], ['D:AI(A;OICIID;FA;;;BU)']
-        windows.access_of = lambda path: lists[-1]
+        windows.access_of = lambda path: lists[-1] if path.endswith('state') else 'D:AI(A;ID;FA;;;SY)'
         windows.set_access = lambda path, access: asked.append(access)
         windows.has_access_lists = lambda path: True
 
