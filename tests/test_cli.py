@@ -779,8 +779,9 @@ def test_a_commands_life_is_in_both_logs(host, guests):
     who = 'vmhost@127.0.0.1' if ON_WINDOWS else 'uid %d' % os.getuid()     # by TCP, or by the Unix socket
     assert life(host.log()) == ['asked for on one by ' + who,
                                 'running', 'signal TERM', 'on one signaled 15', 'forgotten']
-    wait_until(lambda: len(life(guests[0].log())) == 4, 20)
-    assert life(guests[0].log()) == ['asked for', 'signal 15', 'signaled', 'acknowledged']
+    wait_until(lambda: len(life(guests[0].log())) == 5, 20)
+    assert life(guests[0].log()) == ['asked for', 'signal 15', 'signaled', 'acknowledged',
+                                     'its files are deleted']
 
 
 def test_one_honest_line_at_start(host):

@@ -612,7 +612,7 @@ def test_null_is_as_good_as_nothing():
 def test_a_vm_without_a_disk():
     """0 isn't nothing: it asks for none."""
     typed = types.SimpleNamespace(memory=None, cpus=None, ostype='', network=None, diskSize=0, keep=False,
-                                  acceptEula=True, forwards=None)
+                                  acceptEula=True, forwards=None, bridged=None)
     assert climachines.hardware_of(typed) == {'diskSize': 0, 'ostype': '', 'acceptEula': True}
 
 

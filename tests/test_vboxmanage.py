@@ -154,11 +154,6 @@ elif words[0] == 'showvminfo':
         print('Forwarding(%%d)="%%s"' %% (number, rule))
 elif words == ['list', 'bridgedifs']:
     print(open(os.path.join(os.path.dirname(__file__), 'interfaces')).read())
-elif words[0] == 'setextradata' and words[1] == '%(one)s':
-    vm['marks'][words[2]] = ''.join(words[3:])
-elif words[0] == 'getextradata':
-    for item in vm['marks'].items():
-        print('Key: %%s, Value: %%s' %% item)
 elif words[0] == 'modifyvm':
     vm['bridge'] = ''.join(word[len('--bridgeadapter2='):] for word in words
                            if word.startswith('--bridgeadapter2=')) or vm['bridge']
