@@ -627,7 +627,9 @@ def test_a_transfer_shows_its_progress_and_ctrl_c_cancels_it(tmp_path):
 def test_a_transfer_ends_with_who_asked_for_it(tmp_path, words, number):
     answers = dict(VM_ANSWERS, startTransfer='t', getTransfer=moved('running', 2 ** 20), cancelTransfer=True)
     with PlayedHost(tmp_path, answers) as host:
-        process = subprocess.Popen(host.command + words, cwd=str(tmp_path), stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(                    # also where the tests themselves run under nohup
+            host.command + words, cwd=str(tmp_path), stdout=subprocess.DEVNULL,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
         wait_until(lambda: ('getTransfer', 't') in host.calls, 20)
         process.send_signal(getattr(signal, number))
         assert process.wait(20) == 128 + getattr(signal, number)

@@ -125,7 +125,7 @@ def test_a_vm_of_which_virtualbox_says_no_has_not_gone(tmp_path, monkeypatch, co
     """As where another program holds its lock: its agent would be taken for one that went with its VM."""
     (tmp_path / 'saying').write_text('')
     a_program(tmp_path, monkeypatch, SCRIPT)
-    driver = vboxmanage.VBoxManage(SETTINGS)
+    driver = vboxmanage.VBoxManage(dict(SETTINGS, command_timeout=20))
     driver.connect()
     seen = driver.machines(None)
     assert [(row['name'], row['native']) for row in seen] == [('one', 'PoweredOff')]

@@ -34,9 +34,7 @@ SERIAL = 'vmhost:' + '5' * 32
 
 
 @pytest.fixture
-def box(home, remove_all, tmp_path, monkeypatch):
-    """Who asks it has patience, where a program is slow to start for what else the machine does."""
-    monkeypatch.setattr(hypervisor, 'FIRST_PATIENCE', hypervisor.FIRST_PATIENCE * others_take())
+def box(home, remove_all, tmp_path):
     settings = dict(SETTINGS, state_dir=str(tmp_path), command_timeout=45)
     with opened(hypervisor.Hypervisor, 'VBoxManage', settings) as box:
         yield box

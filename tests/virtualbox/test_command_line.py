@@ -119,7 +119,7 @@ def test_mistakes_about_vms_disks_and_snapshots(host, small, tmp_path):
 def test_looking_at_a_vm(host, small, tmp_path):
     row, = [vm for vm in json.loads(told(host, 'ls', '--json')) if vm['name'] == VM]
     alone = json.loads(told(host, 'info', VM, '--json'))
-    assert row == {key: alone[key] for key in alone if key not in ('rdp', 'pid', 'forwards')}
+    assert row == {key: alone[key] for key in alone if key not in ('rdp', 'pid', 'forwards', 'bridged')}
     assert (row['state'], row['agent'], row['uuid']) == ('Running', 'never', facts(VM)['UUID'])
     assert row['id'].replace(':', '') == facts(VM)['macaddress1'] and row['id'] in told(host, 'ls', '-l')
     assert re.search(r'(?m)^state +Running$', told(host, 'info', row['id']))
