@@ -198,6 +198,16 @@ class Watched:
         """A client that starts a task remembers what it wrote when the last checkpoint was told."""
         self.last = {'fraction': 0, 'cpu': 0}
 
+    def wrapper(self, seconds=60):
+        """The pid of the task's wrapper, once it has one: who kills 0 kills all that runs these tests."""
+        return wait_until(lambda: self.boinc.rig.task(self.name)['pid'], seconds, 0.2)
+
+    def kill_wrapper(self, seconds=60):
+        """The task's wrapper is killed, and the client starts another one."""
+        wrapper = self.wrapper(seconds)
+        os.kill(wrapper, signal.SIGKILL)
+        self.began_again(wrapper, seconds)
+
     def began_again(self, wrapper, seconds=60):
         """Waits until the client has another wrapper than that one; until it hears of that, it counts from
         the last checkpoint on."""

@@ -138,6 +138,7 @@ def test_whoever_looks_has_an_answer_within_a_second_while_nothing_answers(box, 
 
 def test_a_process_that_hangs_is_ended_however_little_patience_all_have_who_ask(box, monkeypatch):
     box.create_vm('lasts')
+    wait_until(lambda: 'lasts' in box.list_vms())    # what comes up later than that patience tells nothing
     watcher = box._watcher._child.process
     monkeypatch.setattr(box._watcher, '_patience', 0.2)
     watcher.send_signal(signal.SIGSTOP)

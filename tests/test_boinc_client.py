@@ -77,7 +77,7 @@ def test_the_life_of_a_task(boinc):
     rig.start()
     task.goes_on()
 
-    wrapper = rig.task('t1')['pid']
+    wrapper = task.wrapper()
     rig.kill()
     wait_until(lambda: not os.path.exists('/proc/%d' % wrapper), 20)
     wait_until(task.is_stopped, 20)
@@ -85,9 +85,7 @@ def test_the_life_of_a_task(boinc):
     task.begins_at_a_checkpoint()
     task.goes_on()
 
-    wrapper = rig.task('t1')['pid']
-    os.kill(wrapper, signal.SIGKILL)
-    task.began_again(wrapper)
+    task.kill_wrapper()
     task.goes_on()
 
     hosts = boinc.host_pids()
@@ -148,9 +146,7 @@ def test_the_life_of_a_task_in_a_vm(tmp_path):
         boinc.start()
         boinc.has('t1', 'Running')
 
-        wrapper = rig.task('t1')['pid']
-        os.kill(wrapper, signal.SIGKILL)
-        task.began_again(wrapper)
+        task.kill_wrapper()
         hosts = boinc.host_pids()
         os.kill(hosts[0], signal.SIGKILL)
         task.wait(lambda now: len(boinc.host_pids()) == 1 and boinc.host_pids() != hosts)

@@ -66,8 +66,7 @@ def test_all_that_was_lost_is_run_again_as_the_page_says(tmp_path):
     again = re.search(r'^```sh\n(vmhost ps.*?)^```$', text_of('docs', 'power-cut.md'), re.S | re.M).group(1)
     with Host(tmp_path / 'host') as host, Agent(tmp_path / 'guest', host, 'one') as guest, host.api as api:
         cmd_id = api.runCmd('one', 'sh', ['-c', '[ -e cut ] || sleep 600'])
-        wait_until(lambda: api.getCmdStatus(cmd_id)['pid'])
-        pid = api.getCmdStatus(cmd_id)['pid']
+        pid = wait_until(lambda: api.getCmdStatus(cmd_id)['pid'])
         runner = int(subprocess.check_output(['ps', '-o', 'ppid=', '-p', str(pid)]))
         os.kill(runner, signal.SIGKILL)
         assert host.results(cmd_id)['state'] == 'lost'

@@ -187,8 +187,7 @@ def test_a_vm_that_ended_loses_its_commands(host, api, fake, vm, tmp_path, word,
     with Agent(tmp_path, host, api.getVM(vm)['id']):
         wait_until(lambda: api.listRegisteredVMs() == [vm])
         running = api.runCmd(vm, 'sleep', ['1000'])
-        wait_until(lambda: api.getCmdStatus(running)['pid'])
-        pid = api.getCmdStatus(running)['pid']
+        pid = wait_until(lambda: api.getCmdStatus(running)['pid'])
         after = host.last_event()
         (fake / (word + vm)).write_text('')
         host.wait_for_event(told, vm, after)

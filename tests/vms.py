@@ -151,6 +151,7 @@ def command_line(pid):
 
 def kill(pid):
     """KILLs a process that may have ended, and waits for its end."""
+    assert pid > 0, pid
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not command_line(pid), 20)

@@ -217,9 +217,8 @@ def test_the_science_of_a_task(boinc, image, tmp_path):
     reaches(vm, 'running')
     task.gets_further(LONG_PATIENCE)
     note('its client was killed')
-    process, wrapper = vm_process(facts(vm)['UUID']), rig.task('t1')['pid']
-    os.kill(wrapper, signal.SIGKILL)
-    task.began_again(wrapper, PATIENCE)
+    process = wait_until(lambda: vm_process(facts(vm)['UUID']), PATIENCE)
+    task.kill_wrapper(PATIENCE)
     task.gets_further(LONG_PATIENCE)
     note('its wrapper was killed')
     host, = boinc.host_pids()

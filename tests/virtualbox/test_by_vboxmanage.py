@@ -147,8 +147,8 @@ def test_ports_of_a_guest_are_reached_here(box):
     box.create_vm('serves', '', {'memory': 16, 'diskSize': 0, 'forwards': [
         {'guestPort': 80}, {'guestPort': 22, 'isRemote': True}]})
     forwards_are_served_and_move(
-        'serves', lambda: box.describe('serves')['forwards'], lambda: box.start('serves'),
-        lambda: box.save_state('serves'))
+        'serves', lambda: wait_until(lambda: box.describe('serves').get('forwards'), 60),
+        lambda: box.start('serves'), lambda: box.save_state('serves'))
 
 
 def test_what_it_leaves_to_vboxapi(box, vm, images):
