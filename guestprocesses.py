@@ -22,8 +22,15 @@ log = logging.getLogger('vmguest')
 
 
 def has_proc() -> bool:
-    """Whether this system shows its processes there; else sessions are all that is known of them."""
-    return os.path.isdir('/proc/self')
+    """Whether this system shows its processes there; else sessions are all that is known of them.
+
+    One that was mounted for another namespace (``unshare --pid``) has other numbers for the same processes,
+    and ours for others: it is none.
+    """
+    try:
+        return os.readlink('/proc/self') == str(os.getpid())
+    except OSError:
+        return False
 
 
 def stat_fields(pid: int) -> List[bytes]:
@@ -33,7 +40,7 @@ def stat_fields(pid: int) -> List[bytes]:
             fields = file.read().rpartition(b')')[2].split()
     except (OSError, ValueError):
         return []
-    return fields if len(fields) > RESIDENT else []
+    return fields if len(fields) > RESIDENT and has_proc() else []
 
 
 def is_alive(fields: List[bytes]) -> bool:
@@ -60,7 +67,7 @@ def is_traced(pid: int) -> bool:
 def executable(pid: int) -> str:
     """The path of what a process executes; '' where that can't be told, as it has ended."""
     try:
-        return os.readlink('/proc/%d/exe' % pid)
+        return os.readlink('/proc/%d/exe' % pid) if has_proc() else ''
     except OSError:
         return ''
 
@@ -94,7 +101,7 @@ def children_of(pid: int) -> List[int]:
     """The children of all threads of a process."""
     found = []  # type: List[int]
     try:
-        for thread in os.listdir('/proc/%d/task' % pid):
+        for thread in os.listdir('/proc/%d/task' % pid) if has_proc() else []:
             with open('/proc/%d/task/%s/children' % (pid, thread), 'rb') as file:
                 found += [int(word) for word in file.read().split()]
     except (OSError, ValueError):

@@ -54,6 +54,7 @@ from guestidentity import (
 )
 from guestinput import wait_until_ready
 from guestmachine import Network, memory, read_boot_id, uptime
+from guestprocesses import has_proc
 from guestreports import Reports
 from guestrunner import drain
 from guestspool import SHOWN_AS, Spool, folder_name
@@ -523,8 +524,10 @@ def check(settings: Any) -> int:
         make_starter() >= 0, 'peak memory of commands is told exactly', 'it is only known to be no more than '
         'what is told: exact on Linux on x86-64', needed=False))
     findings.append(agent.Finding(
-        become_subreaper(), 'processes of a command are followed into sessions of their own (subreaper)',
-        'those that make a session of their own escape timeout and KILL: this needs Linux', needed=False))
+        has_proc() and become_subreaper(),
+        'processes of a command are followed into sessions of their own (subreaper)',
+        'those that make a session of their own escape timeout and KILL: this needs Linux, with a /proc of this '
+        'PID namespace (unshare --mount-proc)', needed=False))
     place = find_place()
     place.controllers = place.settled_controllers()
     findings.append(agent.Finding(

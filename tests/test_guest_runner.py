@@ -349,6 +349,37 @@ def test_process_1_of_a_container_leaves_no_zombies(tmp_path):
     assert done.stdout.split() == [b'2', b'0', b'2'], done
 
 
+BENEATH_A_FOREIGN_PROC = '''
+import os, sys, time
+sys.path[:0] = [%r, %r]
+import guestprocesses, test_guest_runner
+assert os.getpid() == 1 and os.readlink('/proc/self') != '1'
+runners = test_guest_runner.Runners(sys.argv[1])
+command = runners.begin('sh', '-c', 'trap "" TERM; sleep 600 & sleep 601', **{'timeout': 1, 'kill-after': 0.2})
+result = runners.end(command)
+print(result['state'], guestprocesses.all_pids(), guestprocesses.descendants(os.getppid()))
+killed = runners.begin('sleep', '602')
+test_guest_runner.wait_until(killed.process, 10)
+killed.note_signal(9)
+print(killed.send_signal(9), guestprocesses.start_ticks(os.getpid()))
+print(runners.end(killed)['state'])
+runners.forks.stop()
+'''
+
+
+@AS_ROOT
+@pytest.mark.skipif(not shutil.which('unshare'), reason='needs unshare')
+def test_a_proc_of_other_processes_is_none(tmp_path):
+    """Its numbers are those of another namespace: who believed them would signal strangers, and end nothing."""
+    program = BENEATH_A_FOREIGN_PROC % (TOP, os.path.join(TOP, 'tests'))
+    words = ['unshare', '--pid', '--fork', '--kill-child', sys.executable, '-c', program, str(tmp_path)]
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+    if b'unshare failed' in done.stderr:
+        pytest.skip('may not make namespaces')
+    end_groups(guestcgroup.find_place(), str(tmp_path))
+    assert done.stdout.decode().split('\n') == ['timeout [] []', 'True 0', 'signaled', ''], done
+
+
 def test_who_ended_it(runners):
     assert runners.run('sh', '-c', 'kill -SEGV $$')['by'] == 'itself'
     command = runners.begin('sleep', '60')
