@@ -16,6 +16,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 import agent
 
 FILE = 'vbox_job.xml'
+LARGEST = 1 << 20              # characters of it: splitting words takes its time
 CHECKPOINTS = ('state', 'files', 'none')
 MOST_CPUS = 32
 LEAST_MEMORY = 512             # MB
@@ -67,6 +68,13 @@ def _path(text: str) -> str:
     return text
 
 
+def _output(name: str) -> str:
+    """The logical name of a file that is written in the slot."""
+    if SLOTS_OWN.fullmatch(name.split('/')[0]):
+        raise ValueError('another name: that file of a slot is the client\'s or the wrapper\'s')
+    return name
+
+
 def _words(text: str) -> List[str]:
     try:
         words = shlex.split(text)
@@ -95,8 +103,10 @@ FIELDS: Dict[str, Tuple[Callable[[str], Any], Any]] = {
     'pf_guest_port': (agent.integer(0, LAST_PORT), 0), 'pf_host_port': (agent.integer(0, LAST_PORT), 0),
     'command': (_words, []), 'checkpoint': (_checkpoint, ''),
 }
-LISTS = ('copy_to_shared', 'intermediate_upload_file')                 # paths, any number of them
-FILES = ('input', 'output')                                            # Moved, any number of them
+# Files of a slot that are its client's and its wrapper's: no output may be written over them.
+SLOTS_OWN = re.compile(r'(stderr|stdout)\.txt|init_data\.xml|%s|vmboinc\.(json|told)|'
+                       r'boinc_(lockfile|mmap_file|finish_called|temporary_exit|task_state\.xml|ufr_.*)'
+                       % re.escape(FILE), re.IGNORECASE)
 NEEDLESS = {                   # that ask for what is done anyway, or otherwise; nobody need be warned
     'heartbeat_filename', 'minimum_heartbeat_interval',                # the guest's agent tells that it lives
     'enable_network',                          # the VM has its network in any case: its agent speaks over it
@@ -114,7 +124,7 @@ REFUSED = {
 
 
 class Job:
-    """The job file, read. Each field of FIELDS and LISTS is an attribute; ``warnings``: lines for stderr."""
+    """The job file, read. Each field of FIELDS is an attribute; ``warnings``: lines for stderr."""
 
     def __init__(self, text: str) -> None:
         """Raises JobError."""
@@ -137,12 +147,17 @@ class Job:
     def _read(self, element: Any) -> None:
         name, text = element.tag, (element.text or '').strip()
         try:
-            if name in FILES:
-                (self.inputs if name == 'input' else self.outputs).append(_moved(element, text))
+            if name == 'input':
+                self.inputs.append(_moved(element, text))
+            elif name == 'output':
+                moved = _moved(element, text)
+                self.outputs.append(moved._replace(logical=_output(moved.logical)))
+            elif name == 'intermediate_upload_file':
+                self.intermediate_upload_file.append(_output(_path(text)))
             elif name == 'port_forward':
                 self.forwards += _forwards(element)
-            elif name in LISTS:
-                getattr(self, name).append(_path(text))
+            elif name == 'copy_to_shared':
+                self.copy_to_shared.append(_path(text))
             elif name in FIELDS:
                 self._fields[name] = FIELDS[name][0](text)
             elif name in REFUSED:
@@ -165,6 +180,8 @@ class Job:
 
 
 def _root_of(text: str) -> Any:
+    if len(text) > LARGEST:
+        raise JobError('%s: refused: it has more than 1 MiB' % FILE)
     try:
         root = xml.etree.ElementTree.fromstring(text)
     except xml.etree.ElementTree.ParseError as error:

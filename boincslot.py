@@ -159,12 +159,10 @@ class Slot:
 
     def resolve(self, logical: str) -> str:
         """The path of the file that a logical name stands for: where a link leads, or the file itself."""
-        path = self.path(logical)
-        try:
-            with open(path, 'rb') as file:
+        path, found = self.path(logical), None
+        if os.path.isfile(path):        # a named pipe would wait for a writer
+            with contextlib.suppress(OSError), open(path, 'rb') as file:
                 found = LINK.search(file.read(LINK_WITHIN).decode('utf-8', 'replace'))
-        except OSError:
-            found = None
         if found:
             return os.path.abspath(os.path.join(self.folder, found.group(1)))
         return os.path.realpath(path)

@@ -700,7 +700,11 @@ class Work:
                    if not moved.optional and not os.path.exists(self._slot.resolve(moved.logical))]
         if missing:
             raise Trouble('the file %s is missing in the slot: reset the project' % missing[0])
-        return [moved for moved in found if os.path.exists(self._slot.resolve(moved.logical))]
+        found = [moved for moved in found if os.path.exists(self._slot.resolve(moved.logical))]
+        for path in [self._slot.resolve(moved.logical) for moved in found]:
+            if not os.path.isfile(path) and not os.path.isdir(path):
+                raise Trouble('%s is neither file nor folder: reset the project' % path)  # a pipe: no end
+        return found
 
     def _shared(self) -> List[Moved]:
         """The files in the slot's folder shared/, which is what the guest serves."""

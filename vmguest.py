@@ -526,8 +526,8 @@ def check(settings: Any) -> int:
     findings.append(agent.Finding(
         has_proc() and become_subreaper(),
         'processes of a command are followed into sessions of their own (subreaper)',
-        'those that make a session of their own escape timeout and KILL: this needs Linux, with a /proc of this '
-        'PID namespace (unshare --mount-proc)', needed=False))
+        'those that make a session of their own escape timeout and KILL: this needs Linux, and a /proc of '
+        'this PID namespace (unshare --mount-proc)', needed=False))
     place = find_place()
     place.controllers = place.settled_controllers()
     findings.append(agent.Finding(

@@ -245,11 +245,14 @@ def test_our_own_fields():
     ('<share_project_dir/>', 'share_project_dir'),
     ('<job_duration>long</job_duration>', 'a number'),
     ('<job_duration>nan</job_duration>', 'a number'), ('<input>/etc/passwd</input>', 'a relative path'),
-    ('<output>../../x</output>', 'a relative path'),
+    ('<output>../../x</output>', 'a relative path'), ('<output>stderr.txt</output>', 'another name'),
+    ('<output><name>boinc_finish_called</name><path>out</path></output>', 'another name'),
+    ('<intermediate_upload_file>INIT_DATA.xml</intermediate_upload_file>', 'another name'),
     ('<output><name>a</name><mode>7</mode></output>', 'mode'),
     ('<command>"</command>', 'words'), ('<command/>', 'a command'),
     ('<checkpoint>often</checkpoint>', 'state, files, none'),
-    ('<enable_remotedesktop>maybe</enable_remotedesktop>', '1 or 0'), ('<a>', 'no XML')])
+    ('<enable_remotedesktop>maybe</enable_remotedesktop>', '1 or 0'), ('<a>', 'no XML'),
+    ('<command>%s</command>' % ('a ' * (1 << 19)), 'more than 1 MiB')], ids=lambda value: value[:60])
 def test_what_a_job_file_must_not_say(fields, said):
     with pytest.raises(boincjob.JobError, match='vbox_job.xml.*' + said):
         job_of(fields)
@@ -680,6 +683,18 @@ def test_the_port_stays_where_a_vm_that_was_saved_will_look_for_it(made, tmp_pat
     with pytest.raises(Trouble, match='start$' if made else 'another port'):
         work.connect()
     assert bool(moved) is not made
+
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='needs named pipes')
+def test_an_input_without_an_end_is_refused(tmp_path):
+    (tmp_path / 'boinc_app').write_text('')
+    os.mkfifo(str(tmp_path / 'data'))
+    job = job_of('<input>data</input>')
+    work = boincwork.Work(Slot(str(tmp_path)), job, boincjob.read_words([], 1), Record(
+        str(tmp_path / 'record')), types.SimpleNamespace())
+    work.machine = types.SimpleNamespace(name='vm', files='', lease=lambda: None)
+    with pytest.raises(Trouble, match='data is neither file nor folder'):
+        work.put()
 
 
 def test_what_the_wrapper_before_was_moving_is_waited_for(tmp_path):

@@ -355,7 +355,7 @@ sys.path[:0] = [%r, %r]
 import guestprocesses, test_guest_runner
 assert os.getpid() == 1 and os.readlink('/proc/self') != '1'
 runners = test_guest_runner.Runners(sys.argv[1])
-command = runners.begin('sh', '-c', 'trap "" TERM; sleep 600 & sleep 601', **{'timeout': 1, 'kill-after': 0.2})
+command = runners.begin('sh', '-c', 'trap "" TERM; sleep 600 & sleep 601', timeout=1, **{'kill-after': 0})
 result = runners.end(command)
 print(result['state'], guestprocesses.all_pids(), guestprocesses.descendants(os.getppid()))
 killed = runners.begin('sleep', '602')
@@ -370,7 +370,7 @@ runners.forks.stop()
 @AS_ROOT
 @pytest.mark.skipif(not shutil.which('unshare'), reason='needs unshare')
 def test_a_proc_of_other_processes_is_none(tmp_path):
-    """Its numbers are those of another namespace: who believed them would signal strangers, and end nothing."""
+    """Of another namespace: who believed its numbers would signal strangers, and end nothing."""
     program = BENEATH_A_FOREIGN_PROC % (TOP, os.path.join(TOP, 'tests'))
     words = ['unshare', '--pid', '--fork', '--kill-child', sys.executable, '-c', program, str(tmp_path)]
     done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
