@@ -394,7 +394,7 @@ class Commands:
         """Whether it is too late for a command that hasn't begun. Raises OSError."""
         expires = command.request.get('expires-at')
         return bool(expires and self._spool.clock.now() >= expires) and self._take_back(
-            command, 'expired', 'ETIME: it had not begun within %g s' % command.request['expires'])
+            command, 'expired', 'ETIME: it had not begun within %.3g s' % command.request['expires'])
 
     def _look_after(self, command: Command, now: float) -> None:
         """A command that runs: its runner may have been killed, its status or a signal be due."""
