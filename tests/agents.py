@@ -71,7 +71,7 @@ class Process:
         with open(self.log_path, errors='replace') as file:
             return file.read()
 
-    def stop(self, number=signal.SIGTERM, timeout=5):
+    def stop(self, number=signal.SIGTERM, timeout=20):
         """Ends it; gives the exit code. KILLs it, and fails, when it takes too long."""
         if self.process is None:
             return None

@@ -70,10 +70,11 @@ def test_a_megabyte_for_who_reads_slowly(guests):  # noqa: F811
 
 def test_a_program_that_reads_no_more_holds_nobody_up(guests):  # noqa: F811
     guest = guests()
-    guest.run('c', 'sh', '-c', 'exec <&-; sleep 0.3', stdin='stream')
+    guest.run('c', 'sh', '-c', 'exec <&-; while [ ! -e go ]; do sleep 0.05; done', stdin='stream')
     for offset in range(0, 2 ** 20, 65536):
         put(guest, 'c', offset, bytes(65536))
     wait_until(lambda: taken(guest, 'c') == 2 ** 20)
+    open(os.path.join(guest.served, 'go'), 'w').close()
     assert guest.result('c')['state'] == 'exited'
 
 

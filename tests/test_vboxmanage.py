@@ -311,5 +311,5 @@ print('7.2.4r1')
                                   'Failed to assign the machine to the session (E_ACCESSDENIED)'])
 def test_what_just_ends_is_asked_again(tmp_path, monkeypatch, told):
     a_program(tmp_path, monkeypatch, STARTS_LATE % told)
-    vboxmanage.VBoxManage(SETTINGS).connect()
+    vboxmanage.VBoxManage(dict(SETTINGS, command_timeout=20)).connect()
     assert (tmp_path / 'asked').read_text() == '--version list list list '

@@ -81,5 +81,6 @@ def start():
 
 
 def stop():
-    """Ends all that runs there."""
-    subprocess.call([os.path.join(TOP, 'tests', 'rigs', 'windows'), 'stop', RIG])
+    """Ends all that runs there, unless it stays for other tests: then whoever runs them ends it."""
+    if 'VMHOST_WINDOWS_STAYS' not in os.environ:
+        subprocess.call([os.path.join(TOP, 'tests', 'rigs', 'windows'), 'stop', RIG])

@@ -227,7 +227,7 @@ def test_damaged_spool_folders_are_set_aside(host, tmp_path):
         proofs = {}
         for name in ('request.json', 'result.json', 'process.json', 'nothing'):
             os.makedirs(str(tmp_path / name))
-            proof = Proof(tmp_path / name, 1)
+            proof = Proof(tmp_path / name, 4)           # nothing ends before the agent is killed
             proofs[name] = proof, proof.ask(host, 'torn')
         for _, cmd_id in proofs.values():
             wait_for_state(host, cmd_id, 'running')
