@@ -262,12 +262,11 @@ class Commands:
         """Sends the signals that are due to the processes of a command, once it has any."""
         if not command.process():
             return
-        with self._lock:
-            due, command.signals = command.signals, []
-        unsent = [number for number in due if not command.send_signal(number)]
-        if unsent:                     # its processes aren't seen yet: the next look tries again
-            with self._lock:
-                command.signals[:0] = unsent
+        with command.delivery:         # one after the other, in the order in which they came
+            while command.signals and command.send_signal(command.signals[0]):
+                with self._lock:
+                    command.signals.pop(0)
+            # Where its processes aren't seen yet, the next look tries again.
 
     def acknowledge(self, message: Message) -> None:
         """CMD_ACK: the host has the results; they stay for keep_spool, and then go: with ``forget`` now."""

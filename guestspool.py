@@ -1,7 +1,7 @@
 """The spool: what a guest remembers of commands, a folder for each.
 
 What it is not: who runs them (guestrunner.py), or tells the host (vmguest.py). No threads; no lock but that
-of a file: one agent at a time uses a spool.
+of a file, by which one agent at a time uses a spool, and one that whoever signals a command holds.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import stat
+import threading
 import time
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
@@ -172,6 +173,7 @@ class Command:
         self.sent = 0.0                # monotonic: when its results were last sent
         self.taken = None              # type: Optional[int]   # bytes of a streamed input, as far as is known
         self.signals = []              # type: List[int]   # that its processes haven't got yet
+        self.delivery = threading.Lock()       # held by who sends them
         self.noted = []                # type: List[int]   # that the host has sent, as far as this agent knows
         self.unwritten = None          # type: Optional[Dict[str, Any]]    # its result, if the disk has no place
 

@@ -176,12 +176,18 @@ class Control:
             return                     # give_up_expired ends it
         if request is None:
             request = self._commands.request(execution.cmd_id)['request']
+        self._say_signals(execution, True)
         if self._say(cmd_run(execution.vm_id, execution.cmd_id, request, life)):
             log.log(logging.INFO if execution.attempts else logging.DEBUG, '%s: sent to %s%s', execution.key,
                     execution.vm, ' again' if execution.attempts else '')
-        for name in execution.signals:
-            self._say(protocol.CMD_SIGNAL.howToSay(execution.vm_id, execution.cmd_id, name))
+        self._say_signals(execution, False)
         self._commands.published(execution)
+
+    def _say_signals(self, execution: Execution, ends: bool) -> None:
+        """Those again that the guest may never have got; what ``ends`` the command before that is asked for."""
+        for name in execution.signals:
+            if (name in ENDING) == ends:
+                self._say(protocol.CMD_SIGNAL.howToSay(execution.vm_id, execution.cmd_id, name, cancel=ends))
 
     def publish_due(self) -> None:
         """Sends what is due, where its agent is there."""
@@ -228,7 +234,7 @@ class Control:
             raise BadState('%s waits for the agent of %s, and has no processes yet; TERM or KILL cancel it'
                            % (execution.key, execution.vm))
         log.info('%s: signal %s', execution.key, name)
-        if not begun and not ends and len(execution.signals) < SIGNALS_KEPT:
+        if not begun and (name not in execution.signals if ends else len(execution.signals) < SIGNALS_KEPT):
             execution.signals += (name,)        # the guest may never have got the command, nor get this
         self._say(protocol.CMD_SIGNAL.howToSay(execution.vm_id, execution.cmd_id, name,
                                                cancel=ends and not begun))
@@ -242,6 +248,7 @@ class Control:
         """Raises DeadlineExceeded where the signal may be lost."""
         if not has_begun(execution) and name in ENDING:
             self._cancel(execution, name)
+            self.recall(execution)      # whoever is there by now
         elif execution.state == 'running':
             raise DeadlineExceeded('the agent of %s did not answer within %g s: whether signal %s came to %s '
                                    'isn\'t known' % (execution.vm, SIGNAL_TIMEOUT, name, execution.key))

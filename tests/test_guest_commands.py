@@ -269,6 +269,61 @@ def test_a_signal_waits_until_the_processes_are_seen(guests, monkeypatch, name, 
     assert (result['state'], result['exitCodeOrSignal'], result['by']) == ('signaled', number, 'signalCmd')
 
 
+def test_signals_come_in_their_order_whoever_sends_them(guests, monkeypatch):
+    """A STOP that is still being sent, by the look that found the processes, when the CONT comes: what came
+    last is what is left."""
+    guest = guests()
+    guest.run('c', 'sleep', '60')
+    wait_until(guest.spool.command('c').process, 20)
+    real, order = guestspool.Command.send_signal, []
+    is_sent, goes_on = threading.Event(), threading.Event()
+
+    def send_signal(self, number):
+        if number == signal.SIGSTOP:
+            is_sent.set()
+            goes_on.wait(30)
+        order.append(number)
+        return real(self, number)
+    monkeypatch.setattr(guestspool.Command, 'send_signal', send_signal)
+    senders = [threading.Thread(target=guest.signal, args=('c', name)) for name in ('STOP', 'CONT')]
+    senders[0].start()
+    assert is_sent.wait(30)
+    senders[1].start()
+    senders[1].join(0.5)                # it would be through by then, if it didn't wait
+    goes_on.set()
+    for sender in senders:
+        sender.join()
+    wait_until(lambda: len(order) > 1, 20)
+    assert order == [signal.SIGSTOP, signal.SIGCONT]
+    monkeypatch.undo()
+    guest.signal('c', 'KILL')
+    assert guest.result('c')['state'] == 'signaled'
+
+
+def test_a_signal_for_processes_that_are_not_seen_yet_holds_up_the_next_one(guests, monkeypatch):
+    guest = guests()
+    guest.run('c', 'sleep', '60')
+    command = guest.spool.command('c')
+    wait_until(command.process, 20)
+    real, sent, is_seen = guestspool.Command.send_signal, [], threading.Event()
+
+    def send_signal(self, number):
+        if number == signal.SIGSTOP and not is_seen.is_set():
+            return False
+        sent.append(number)
+        return real(self, number)
+    monkeypatch.setattr(guestspool.Command, 'send_signal', send_signal)
+    guest.signal('c', 'STOP')
+    guest.signal('c', 'CONT')
+    assert sent == []
+    is_seen.set()
+    wait_until(lambda: len(sent) > 1, 20)
+    assert sent == [signal.SIGSTOP, signal.SIGCONT]
+    monkeypatch.undo()
+    guest.signal('c', 'KILL')
+    assert guest.result('c')['state'] == 'signaled'
+
+
 @pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='no /proc')
 def test_a_runner_that_was_stopped_goes_on(guests):
     """Its program can do that, and would have no timeout any more, and no end that is told."""

@@ -224,6 +224,24 @@ def test_what_an_agent_does_not_answer_for_is_cancelled_and_told_truly(host, gue
     wait_until(lambda: told()[0] != 'cancelled' or not proof.runs(), 20)
 
 
+@pytest.mark.parametrize('name', ['TERM', 'KILL'])
+def test_what_is_cancelled_while_its_agent_starts_anew_never_runs(host, tmp_path, api, name):
+    """The agent was killed a moment ago, and nobody knows yet; the next one is there before the time for an answer
+    is over, and is sent the command again."""
+    proof = Proof(tmp_path)
+    with Agent(tmp_path / 'again', host, 'again-' + name) as agent:
+        agent.stop(signal.SIGKILL)
+        cmd_id = api.runCmd(agent.id, *proof.words('sleep 5'), {}, '', '', {'queue': True})
+        begun = threading.Timer(0.1, agent.start, (False,))
+        begun.start()
+        assert api.signalCmd(cmd_id, name) is True
+        begun.join()
+        results = host.results(cmd_id)
+        assert (results['state'], results['by']) == ('cancelled', 'signalCmd')
+        assert host.run(agent.id, 'true', queue=True)['state'] == 'exited'     # words come in turn
+        assert proof.runs() == 0 and api.getCmdResults(cmd_id)['state'] == 'cancelled'
+
+
 def test_an_end_that_was_decided_here_gives_way_to_the_truth(tmp_path):
     journal = hostjournal.Journal(str(tmp_path / 'journal'))
     try:
