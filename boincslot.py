@@ -348,9 +348,10 @@ class Record:
     elapsed     seconds in which it ran
     fraction    of it that was done at the last checkpoint
     put         whether the guest has its files
+    emptied     whether the task's folder on a given machine was without any before
     taken       {logical name: the file's time and size} of trigger files that were acted upon
     machine     the one on which it runs, where all tasks share some
-    digest      what names its commands; made of the project's folder, and stays when that is moved
+    digest      what names its commands: made anew for each slot, and it stays when that is moved
     folder      where the folder of its VM is, as far as the hypervisor knows
     made        whether there may be a machine, or a command, of this task
     collected   whether its outputs are where the client looks for them
@@ -363,7 +364,7 @@ class Record:
         self.attempt, self.troubles = 1, 0
         self.before = self.cpu = self.checkpoint = cpu
         self.elapsed = self.fraction = 0.0
-        self.put = self.made = self.collected = False
+        self.put = self.made = self.collected = self.emptied = False
         self.taken: Dict[str, str] = {}
         self.machine = self.digest = self.folder = ''
         with contextlib.suppress(OSError, ValueError, AttributeError):     # no such file, or a damaged one

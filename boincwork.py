@@ -454,6 +454,14 @@ class VirtualMachine:
             return ''
 
 
+def commands_of(host: HostAgent, is_meant: Callable[[str], bool]) -> List[Dict[str, Any]]:
+    """listCmds' rows of the commands, unfinished, of tasks on given machines; is_meant takes the name of a
+    task's folder."""
+    rows = [row for row in host.call('listCmds', {'finished': False}) if row['cmdId'].startswith(COMMAND_ID)]
+    tasks = [host.call('getCmdDetails', row['cmdId'])['path'] for row in rows]
+    return [dict(row, task=task) for row, task in zip(rows, tasks) if is_meant(task)]
+
+
 class GivenMachine:
     """A machine that is there, whose agent has joined a host agent without a hypervisor: all tasks share it,
     each has a folder of its own. To pause is to stop the command's processes."""
@@ -463,6 +471,7 @@ class GivenMachine:
         self.files = name
         self._host = host
         self._record = record
+        self._emptying = ''            # id of the command that removes what is in the folder
 
     @property
     def name(self) -> str:
@@ -472,11 +481,43 @@ class GivenMachine:
     def ready(self) -> bool:
         """Whether it is there; at first, whether there is any, and the one with the fewest commands is it."""
         names = self._host.call('listRegisteredVMs')
-        if names and not self.name:
+        if not names or not self.name and not self._end_former(names):
+            return False
+        if not self.name:
             load = {name: len(self._host.call('getVM', name)['commands']) for name in names}
             self._record.machine = min(names, key=lambda name: (load[name], name))
             self._record.save()
-        return self.name in names
+        return self.name in names and (self._record.emptied or self._is_emptied())
+
+    def _end_former(self, names: List[str]) -> bool:
+        """Whether nothing goes on, on those machines, of a task of the same name that was reset, and that
+        its server has sent again; ends what does."""
+        former = [row for row in commands_of(self._host, lambda task: task == self.files)
+                  if row['vm'] in names]
+        for row in former:
+            log.info('ended what is left of this task from before it was reset: %s', row['cmdId'])
+            self._signal(row['cmdId'], 'KILL')
+        return not former
+
+    def _is_emptied(self) -> bool:
+        """Whether the task's folder held nothing of such a task, once; has it removed where it does."""
+        if not self._emptying and (self._record.put or not self._has_folder()):
+            self._record.emptied = True
+            self._record.save()
+        elif not self._emptying:
+            self._emptying = self._host.call('runCmd', self.name, 'rm', ['-rf', self.files])
+        elif self._host.call('getCmdStatus', self._emptying)['ended']:
+            self._emptying = ''
+        return self._record.emptied
+
+    def _has_folder(self) -> bool:
+        try:
+            self._host.call('listDir', self.name, '/' + self.files)
+            return True
+        except TransferError as error:
+            if str(error).endswith(NO_SUCH_FOLDER):
+                return False
+            raise
 
     def port_to(self, port: int) -> int:
         """None leads there: it may be another computer."""
@@ -541,8 +582,8 @@ class Work:
         self._waiting = []             # type: List[Tuple[str, str, str]]
         self._collected = False
         self._place = slot.project_dir
-        result = slot.init.text('result_name')
-        record.digest = record.digest or hashlib.md5((self._place + '\n' + result).encode()).hexdigest()[:16]
+        # Not made of the task's name: host and guest remember what they ran under it, before a reset.
+        record.digest = record.digest or os.urandom(8).hex()
         self._name = self._name_of(slot.init)
         self._owner = OWNER + self._place
 
@@ -616,7 +657,10 @@ class Work:
         return VirtualMachine(self.host, self._name, image, wish, self._limits, self._record)
 
     def clean(self) -> bool:
-        """No VM is left of tasks of this project that the client has forgotten (a reset, say)."""
+        """No VM is left of tasks of this project that the client has forgotten (a reset, say); nor one of this
+        name, where this slot has had none: a server sends tasks again that were reset."""
+        if not self._record.made:
+            self._remove([self._name])
         slots = self._slots()
         if not all(slot.has_client and slot.init.is_whole for slot in slots):
             return True                # by hand; or one is written just now: whose it is tells the next start
@@ -624,21 +668,22 @@ class Work:
         if isinstance(self.machine, GivenMachine):
             self._end_forgotten(known)
         with contextlib.suppress(NotSupported):
-            left = [name for name in self.host.call('listVMs')
-                    if name.startswith(self._name_of(InitData())) and name not in known + [self._name]]
-            for row in self.host.call('cleanup', False, left, self._owner):
-                log.info('removed what an earlier task left: %s (%s)', row['name'], row['why'])
+            self._remove([name for name in self.host.call('listVMs')
+                          if name.startswith(self._name_of(InitData())) and name not in known + [self._name]])
         return True
+
+    def _remove(self, names: List[str]) -> None:
+        """Removes VMs of the project's, by their names."""
+        with contextlib.suppress(NotSupported):
+            for row in self.host.call('cleanup', False, names, self._owner):
+                log.info('removed what an earlier task left: %s (%s)', row['name'], row['why'])
 
     def _end_forgotten(self, known: List[str]) -> None:
         """Ends, on given machines, commands of tasks whose names aren't known, and removes their files."""
-        for row in self.host.call('listCmds', {'finished': False}):
-            if row['cmdId'].startswith(COMMAND_ID):
-                task = self.host.call('getCmdDetails', row['cmdId'])['path']
-                if task.startswith(self._name_of(InitData())) and task not in known:
-                    log.info('ended what an earlier task left: %s', task)
-                    machine = GivenMachine(self.host, task, self._record)
-                    machine.take_away(row['vm'], row['cmdId'])
+        begin = self._name_of(InitData())
+        for row in commands_of(self.host, lambda task: task.startswith(begin) and task not in known):
+            log.info('ended what an earlier task left: %s', row['task'])
+            GivenMachine(self.host, row['task'], self._record).take_away(row['vm'], row['cmdId'])
 
     def _slots(self) -> List[Slot]:
         """Those of the project's tasks that the client knows, or may know; without one, this one's alone."""

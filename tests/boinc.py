@@ -143,6 +143,17 @@ class Boinc:
             options += ['--args', arguments]
         self.rig.add(name, self.program, options + ['--flag', 'dont_throttle'])
 
+    def forget(self):
+        """The stopped client forgets all tasks, as at a reset of the project; its host agent's folder stays."""
+        state = self.rig.read('data', 'client_state.xml')
+        for tag in ('file', 'app', 'app_version', 'workunit', 'result', 'active_task_set'):
+            state = re.sub('<%s>.*?</%s>\n' % (tag, tag), '', state, flags=re.DOTALL)
+        self.rig.write(state, 'data', 'client_state.xml')
+        shutil.rmtree(self.rig.path('data', 'slots'))
+        for entry in os.scandir(self.project):
+            if entry.is_file():
+                os.remove(entry.path)
+
     def write(self, name, text):
         path = os.path.join(self.folder, name)
         with open(path, 'w') as file:

@@ -249,3 +249,29 @@ def test_ends(boinc):
     task = rig.wait('odd', 'process=none')
     assert 'enable_floppyio' in wait_until(lambda: rig.task('odd')['waiting'], 20), task
     wait_until(lambda: os.listdir(boinc.guest.files) == ['%s_tired' % os.path.basename(boinc.project)], 20)
+
+
+def test_a_task_that_is_sent_again_after_a_reset_runs_again(boinc):
+    """Under its old name, on a machine that remembers what ran under that, and what it had halted."""
+    rig = boinc.rig
+    for name, program in (('over', 'echo $$ >> result\n'), ('halted', 'echo $$ >> result; sleep 600\n')):
+        boinc.add(name, program, '<output>result</output>', outputs=['result'])
+    rig.start()
+    rig.wait('over', 'done=true', 60)
+    halted = int(wait_until(lambda: boinc.read('halted', 'result').strip(), 60))
+    with open(rig.file('over', 'result')) as file:
+        first = file.read()
+    rig.stop()
+    wait_until(lambda: boinc_rig.status_of(halted)['State'][0] == 'T', 20)
+    boinc.forget()
+    for name in ('over', 'halted'):
+        boinc.add(name, 'echo $$ >> result\n', '<output>result</output>', outputs=['result'])
+    rig.start()
+    for name, before in (('over', first), ('halted', '%d\n' % halted)):
+        end = rig.wait(name, 'done=true', 60)
+        assert (end['state'], end['exit']) == ('uploaded', 0), rig.stderr(name)
+        with open(rig.file(name, 'result')) as file:
+            again = file.read()
+        assert again.count('\n') == 1 and again != before
+    assert not os.path.exists('/proc/%d' % halted)
+    wait_until(lambda: not os.listdir(boinc.guest.files), 20)
