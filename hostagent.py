@@ -283,6 +283,9 @@ def run_host(ini: Optional[str]) -> int:
     except (agent.AgentError, stompbroker.BrokerError, protocol.ProtocolError) as error:
         complain(agent.naming_file(ini, error), ini)
         return 1
+    except OSError as error:           # the state folder's disk is full, say
+        complain(agent.sentence(error), ini)
+        return 1
     finally:
         if host is not None:
             host.stop()

@@ -302,29 +302,41 @@ def test_shutdown_waits_until_the_host_has_ended(tmp_path):
         assert host.verb('shutdown').returncode == 1
 
 
-@pytest.mark.parametrize('is_good', [True, False])
-def test_a_host_that_nobody_hears_logs_into_its_state_folder(tmp_path, is_good):
+@pytest.mark.parametrize('wrong', ['', 'ini', 'state'])
+def test_a_host_that_nobody_hears_logs_into_its_state_folder(tmp_path, wrong):
     """As one that pyw runs: it has no standard streams at all."""
     host = Host(tmp_path)
-    if not is_good:
+    if wrong == 'ini':
         with open(host.ini, 'a') as ini:
             ini.write('\n[Nonsense]\n')
+    if wrong == 'state':               # what can't be written there is any file, as on a full disk
+        os.makedirs(os.path.join(host.state, 'xmlrpc.token', 'in the way'), 0o700)
+        os.chmod(host.state, 0o700)
     words = ' '.join(map(shlex.quote, host.words()))
     process = subprocess.Popen(['sh', '-c', 'exec %s <&- >&- 2>&-' % words], cwd=host.folder)
     try:
-        if is_good:
-            log = os.path.join(host.state, 'vmhost.log')
+        log = os.path.join(host.folder if wrong == 'ini' else host.state, 'vmhost.log')
+        if not wrong:
             wait_until(lambda: os.path.exists(log) and 'started' in open(log).read(), 20)
             assert host.verb('shutdown').returncode == 0 and process.wait(10) == 0
             assert os.stat(log).st_mode & 0o077 == 0 or os.stat(host.state).st_mode & 0o077 == 0
         else:
             assert process.wait(20) == 1
-            with open(os.path.join(host.folder, 'vmhost.log')) as file:
-                assert 'Nonsense' in file.read()
+            with open(log) as file:
+                assert {'ini': 'Nonsense', 'state': 'xmlrpc.token'}[wrong] in file.read()
     finally:
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+def test_a_state_file_that_cannot_be_written_ends_the_start_with_1(tmp_path):
+    host = Host(tmp_path)
+    os.makedirs(os.path.join(host.state, 'xmlrpc.token', 'in the way'), 0o700)
+    os.chmod(host.state, 0o700)
+    done = subprocess.run(host.words(), cwd=host.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          timeout=20)
+    assert done.returncode == 1 and re.search(rb'^vmhost: .*xmlrpc\.token: .*\n$', done.stdout, re.M), done.stdout
 
 
 def test_a_log_that_another_program_reads_is_rotated_later(tmp_path):
