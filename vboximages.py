@@ -48,6 +48,8 @@ DISK_MADE = 'vmhost/disk/'         # + uuid of a disk that createVM made: its pa
 OWNER = 'vmhost/owner/'            # + uuid of a VM that createVM made: whose it is
 
 DISKS = ('.vdi', '.vmdk', '.vhd', '.vhdx', '.qcow', '.qcow2', '.hdd')
+PREVIOUS = '-prev'                 # after the name of a .vbox file: what it was before the last change
+HAS_DISK = re.compile(r'<AttachedDevice\b[^>]*\btype="HardDisk"')
 UUID = re.compile(r'^{?[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}}?$')
 LARGEST = 2 ** 31 - 1              # of the numbers that options hold
 NOT_LINKED = 'linked: expected an image that is a disk, on which the VM\'s own can lie'
@@ -683,8 +685,8 @@ class Cleaning:
     def _left_disks(self, job: Job) -> List[Tuple[Dict[str, str], Any]]:
         """The disks that we made and that no VM has attached, nor a disk that lies on them.
 
-        A VM that VirtualBox can't read may use any disk: then none that is whole goes. Nothing unfinished
-        is left while VirtualBox works.
+        A VM that VirtualBox can't read may use any disk: then none that is whole goes; nor one of a VM that
+        isn't listed, but has its settings beside it. Nothing unfinished is left while VirtualBox works.
         """
         making = self._folders_in_the_making(job)
         known = {disk.id: disk for disk in self._disks.all()}
@@ -698,8 +700,10 @@ class Cleaning:
             another = disk is None and path in [each.location for each in known.values()]
             if another or not os.path.exists(path):
                 self.box.vbox.setExtraData(DISK_MADE + uuid, '')
-            elif unread:
-                why = 'VirtualBox can\'t read %s, which may use it' % either(unread, 'and')
+                continue
+            why = ('VirtualBox can\'t read %s, which may use it' % either(unread, 'and') if unread
+                   else self._unlisted_user(uuid, path))
+            if why:
                 rows.append(({'kind': 'kept', 'name': path, 'why': why}, None))
             else:
                 rows.append(({'kind': 'disk', 'name': path, 'why': 'no VM uses it'},
@@ -713,6 +717,19 @@ class Cleaning:
                 rows.append(({'kind': 'disk', 'name': path, 'why': 'half made'},
                              lambda path=path: self._remove_disk(job, path, '')))
         return rows
+
+    def _unlisted_user(self, uuid: str, path: str) -> str:
+        """Why a disk stays whose VM somebody took out of VirtualBox's list, and may bring back: its settings
+        are beside the disk. '' where there are none."""
+        folder = os.path.dirname(path)
+        listed = [os.path.realpath(machine.settingsFilePath)
+                  for machine in self.box.array(self.box.vbox, 'machines')]
+        for settings in settings_in(folder):
+            use = '' if os.path.realpath(settings) in listed else use_of(settings, uuid)
+            if use:
+                return ('the VM of %s %s it, which VirtualBox doesn\'t list: `create` of that file brings '
+                        'it back' % (settings, use))
+        return ''
 
     def _is_used(self, disk: Any) -> bool:
         return bool(self.box.array(disk, 'machineIds') or self.box.array(disk, 'children'))
@@ -817,6 +834,33 @@ def names_its_own_mark(settings: str) -> bool:
     return uuid is not None and 'name="%s" value="%s"' % (MADE_BY_US, uuid.group(1)) in settings
 
 
+def use_of(settings: str, uuid: str) -> str:
+    """How a VM has a disk, from its .vbox file, its snapshots included: 'uses', 'may use' where the file is
+    torn or gone, '' for not at all."""
+    text = settings_text(settings)
+    if '</VirtualBox>' not in text:
+        return 'may use'
+    disk = re.escape(uuid.strip('{}'))
+    used = re.search(r'<Image\b[^>]*\buuid="{%s}"|<HardDisk\b[^>]*\buuid="{%s}"[^>]*[^/>]>' % (disk, disk),
+                     text, re.IGNORECASE)
+    return 'uses' if used else ''
+
+
+def settings_in(folder: str) -> List[str]:
+    """The .vbox files in a folder, and those of which what they were before is left alone."""
+    names = [name[:-len(PREVIOUS)] if name.endswith(PREVIOUS) else name for name in os.listdir(folder)]
+    return [os.path.join(folder, name) for name in sorted(set(names)) if name.endswith('.vbox')]
+
+
+def settings_text(path: str) -> str:
+    """A .vbox file's text, '' where there is none."""
+    try:
+        with open(path, encoding='utf-8', errors='replace') as file:
+            return file.read()
+    except FileNotFoundError:
+        return ''
+
+
 def is_moved(known: str, path: str) -> bool:
     """Whether a .vbox file that VirtualBox knows there is no longer there, and now is at `path`."""
     return os.path.basename(known) == os.path.basename(path) and not os.path.exists(known)
@@ -851,14 +895,13 @@ def check_fitting(options: Dict[str, Any], kind: str) -> None:
 
 
 def remove_leavings(folder: str) -> None:
-    """Settings of an unregistered VM of ours whose disk has gone; and the folder, once empty."""
-    for name in os.listdir(folder):
-        path = os.path.join(folder, name)
-        if name.endswith(('.vbox', '.vbox-prev')):
-            with open(path, encoding='utf-8', errors='replace') as settings:
-                ours = names_its_own_mark(settings.read())
-            if ours:
-                os.remove(path)
+    """Settings of an unregistered VM of ours whose last disk has gone; and the folder, once empty."""
+    for path in settings_in(folder):
+        text = settings_text(path) or settings_text(path + PREVIOUS)
+        if names_its_own_mark(text) and not HAS_DISK.search(text):
+            for each in (path, path + PREVIOUS):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(each)
     if not os.listdir(folder):
         os.rmdir(folder)
 

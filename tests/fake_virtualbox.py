@@ -562,6 +562,11 @@ class Machine(WithExtraData):
             file.write('<Machine uuid="{%s}" name="%s">\n' % (self.id, self.name))
             for item in sorted(self.extra.items()):
                 file.write('<ExtraDataItem name="%s" value="%s"/>\n' % item)
+            for place in self.mediumAttachments:
+                if place.medium is not None:
+                    file.write('<AttachedDevice type="HardDisk"><Image uuid="{%s}"/></AttachedDevice>\n'
+                               % place.medium.id)
+            file.write('</Machine></VirtualBox>\n')
 
     def getNetworkAdapter(self, slot):
         return self.cards[slot]

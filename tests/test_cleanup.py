@@ -72,11 +72,40 @@ def test_a_registered_vm_keeps_its_settings_when_its_disk_goes(box, vbox):
 def test_an_unregistered_vm_loses_its_settings_with_its_disk(box, vbox):
     machine = create(box, vbox, 'gone')
     disk = disk_of(machine)
+    os.rename(machine.settingsFilePath, machine.settingsFilePath + '-prev')     # as VirtualBox does
     machine.mediumAttachments.clear()
+    machine.saveSettings()
     box.remove_vm('gone')
     assert os.path.exists(machine.settingsFilePath)
     assert rows(box.cleanup(False)) == [('disk', disk)]
     assert not os.path.exists(os.path.dirname(disk))
+
+
+@pytest.mark.parametrize('harm, told', [
+    (lambda path: None, 'uses it'), (lambda path: open(path, 'w').close(), 'may use it'),
+    (lambda path: os.rename(path, path + '-prev'), 'may use it')])
+def test_a_vm_that_was_taken_out_of_the_list_keeps_its_disk_and_settings(box, vbox, harm, told):
+    """`rm`, or VBoxManage unregistervm: `create` of its .vbox file brings it back."""
+    machine = create(box, vbox, 'out')
+    disk, settings = disk_of(machine), machine.settingsFilePath
+    box.remove_vm('out')
+    harm(settings)
+    files = os.listdir(os.path.dirname(disk))
+    row, = box.cleanup(False)
+    assert (row['kind'], row['name']) == ('kept', disk)
+    assert row['why'].startswith('the VM of %s %s' % (settings, told))
+    assert os.listdir(os.path.dirname(disk)) == files
+
+
+def test_settings_of_an_unlisted_vm_that_has_another_disk_stay(box, vbox, tmp_path):
+    machine = create(box, vbox, 'out')
+    disk = disk_of(machine)
+    machine.mediumAttachments.clear()
+    attach(machine, foreign_disk(vbox, tmp_path))
+    machine.saveSettings()
+    box.remove_vm('out')
+    assert rows(box.cleanup(False)) == [('disk', disk)]
+    assert os.path.exists(machine.settingsFilePath)
 
 
 def test_a_foreign_disk_of_our_vm_stays(box, vbox, tmp_path):
@@ -201,6 +230,7 @@ def test_the_settings_of_an_unregistered_clone_stay(box, vbox):
     path = os.path.join(os.path.dirname(disk), 'clone.vbox')
     os.rename(clone.settingsFilePath, path)
     machine.mediumAttachments.clear()
+    machine.saveSettings()
     vbox.machines.clear()
     assert rows(box.cleanup(False)) == [('disk', disk)]
     assert os.listdir(os.path.dirname(disk)) == ['clone.vbox']
