@@ -8,11 +8,11 @@ import json
 import os
 import sys
 import time
-from typing import Any, Dict, List
+from typing import Any, Dict, Iterator
 
 import agent
 from cliscreen import Screen, show_one, shown_time
-from cliverbs import JSON, Verb, argument, switch
+from cliverbs import JSON, Verb, argument, read_count, switch
 from faults import DeadlineExceeded, InvalidParams
 from hostclient import Client
 from rpc import Binary, xml_number
@@ -89,23 +89,30 @@ def open_in_browser(folder: str, link: str) -> None:
 
 def do_events(host: Client, screen: Screen, args: Any) -> int:
     """What happened: the last events, and what comes."""
-    last, timeout = -args.number, 0
-    shown: List[Dict[str, Any]] = []
-    while True:
-        answer = host.call('getEvents', last, timeout)
-        for event in answer['events']:
-            if not args.json:
-                screen.say(event_line(screen, event))
-            elif args.follow:
-                screen.json(event, None)
-        shown += answer['events']
-        last, timeout = answer['last'], 60
-        if not args.follow:
-            break
-        shown = []
+    shown = []
+    for event in events(host, args.number, args.follow):
+        if not args.json:
+            screen.say(event_line(screen, event))
+        elif args.follow:
+            screen.json(event, None)
+        else:
+            shown.append(event)
     if args.json:
         screen.json(shown)
     return 0
+
+
+def events(host: Client, number: int, follow: bool) -> Iterator[Dict[str, Any]]:
+    """So many of the last, however few one call tells; to follow, then each that comes. Raises VMHostError."""
+    answer = host.call('getEvents', -number or -1)
+    told = answer['events'] if number else []
+    while told or follow:
+        yield from told
+        number -= len(told)
+        if number <= 0 and not follow:
+            break
+        answer = host.call('getEvents', answer['last'], 60 if follow else 0)
+        told = answer['events']
 
 
 def event_line(screen: Screen, event: Dict[str, Any]) -> str:
@@ -143,7 +150,7 @@ VERBS = [
     Verb('check', do_check, 'check the prerequisites, and say how to fix what is missing', [JSON]),
     Verb('events', do_events, 'show the event log', [
         switch('-f', '--follow', help='wait for new events, until Ctrl-C'), JSON,
-        argument('-n', '--number', metavar='N', type=int, default=EVENTS_SHOWN,
+        argument('-n', '--number', metavar='N', type=read_count, default=EVENTS_SHOWN,
                  help='how many past ones (default: %d)' % EVENTS_SHOWN)]),
     Verb('shutdown', do_shutdown, 'end the host agent; commands and VMs go on', []),
     Verb('call', do_call, 'call a method of the API, and print its answer as JSON', [

@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 import agent
 from cliscreen import Screen, has_no_reader, naming_output, show_one, shown_size, shown_span, shown_time
-from cliverbs import ID, IDS, JSON, VMS, Verb, argument, for_each, read_seconds, show_list, switch
+from cliverbs import ID, IDS, JSON, VMS, Verb, argument, for_each, read_count, read_seconds, show_list, switch
 from faults import AgentNotConnected, BadState, DeadlineExceeded, InvalidParams, NoSuchCommand, NoSuchVM
 from hostclient import Client, NoHost
 from rpc import Binary, carried, finite
@@ -50,9 +50,15 @@ def do_ps(host: Client, screen: Screen, args: Any) -> int:
     rows += host.call('listCmds', dict(of_vm, finished=False))
     rows.sort(key=lambda row: row['submitted'])
     ids = [row['cmdId'] for row in rows]
-    if args.quiet or args.json:
-        return show_list(screen, args.json, ids, rows)
+    if args.quiet and not args.json:
+        return show_list(screen, False, ids, rows)
     statuses = dict(host.each('getCmdStatus', ids, args.long))     # with -l asked of the guests
+    untold = [row['cmdId'] for row in rows if row['state'] == 'running'       # since the host agent's start
+              and statuses.get(row['cmdId'], {}).get('age', 0) < 0]
+    statuses.update(host.each('getCmdStatus', untold if not args.long else [], True))
+    if args.json:
+        return show_list(screen, True, ids, [dict(row, status=statuses.get(row['cmdId'], {}))
+                                             for row in rows])
     headings = ['ID', 'VM', 'STATE', 'SUBMITTED', 'TIME']
     headings += ['CPU', 'MEMORY', 'PROGRESS', 'COMMAND'] if args.long else ['COMMAND']
     is_narrow = 0 < screen.width < WIDE
@@ -85,6 +91,8 @@ def do_run(host: Client, screen: Screen, args: Any) -> int:
     """Runs a command, brings its output as it comes, and exits with its code."""
     if not args.command:
         raise InvalidParams('no command given: run VM CMD ARG…')
+    if args.input and (args.stdin or args.terminal):
+        raise InvalidParams('%s and -I: one of them' % ('-t' if args.terminal else '-i'))
     if args.terminal:
         check_terminal(host, args)
     words = [carried(word) for word in args.command]
@@ -111,8 +119,6 @@ def run_options(args: Any) -> Dict[str, Any]:
 
 def check_terminal(host: Client, args: Any) -> None:
     """Raises InvalidParams where there can be none."""
-    if args.input:
-        raise InvalidParams('-t and -I: one of them')
     if host.is_pattern(args.vm):
         raise InvalidParams('-t is for one VM')
     need_posix()
@@ -709,13 +715,13 @@ VERBS = [
         switch('-l', '--long', help='with CPU time, memory and progress'),
         switch('-q', '--quiet', help='their ids alone'),
         switch('-a', '--all', help='all that are kept, and not the last finished alone'),
-        argument('-n', '--number', metavar='N', type=int, default=FINISHED_SHOWN,
+        argument('-n', '--number', metavar='N', type=read_count, default=FINISHED_SHOWN,
                  help='how many finished ones (default: %d)' % FINISHED_SHOWN)]),
     Verb('info', do_info, 'show details of a VM or a command', [
         argument('vm', metavar='VM|ID', help='of a VM or a command'), JSON]),
     Verb('out', do_out, 'print the output of commands', [
         switch('-f', '--follow', help='until they end; exit with the command\'s code'),
-        argument('-n', '--tail', metavar='N', type=int, help='the last N lines'), IDS],
+        argument('-n', '--tail', metavar='N', type=read_count, help='the last N lines'), IDS],
         ('out -f --tail 20 ID',)),
     Verb('wait', do_wait, 'wait until commands have ended, and exit with the highest code', [IDS]),
     Verb('kill', do_kill, 'send a signal to all processes of commands', [

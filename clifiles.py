@@ -19,7 +19,7 @@ import agent
 import localnames
 from cliscreen import PROGRESS_EVERY, Screen, shown_size, shown_span
 from cliverbs import JSON, VM, VMS, Verb, argument, switch
-from faults import VMHostError
+from faults import InvalidParams, VMHostError
 from hostclient import Client
 from rpc import carried
 
@@ -93,6 +93,8 @@ def do_get(host: Client, screen: Screen, args: Any) -> int:
     descriptor = own_descriptor('/dev/stdout' if args.target == '-' else args.target)
     sources = matching(host, args.vm, args.source)
     if descriptor is not None:
+        if args.json and descriptor == 1:
+            raise InvalidParams('standard output gets the file: --json goes with a DST that is a file')
         return max([stream(host, screen, args, source, descriptor) for source in sources])
     target = here(args.target) if args.target else ''
     if len(sources) > 1 and target and not os.path.isdir(target):
@@ -219,6 +221,7 @@ def transfer(host: Client, screen: Screen, args: Any, direction: str, vm: str, s
     with heeding_signals():
         moving = host.call('startTransfer', direction, vm, carried(source), carried(target),
                            {'links': args.links, 'parents': False})
+        now = {'bytes': 0, 'total': 0}
         try:
             while True:
                 now = host.call('getTransfer', moving)
@@ -227,7 +230,9 @@ def transfer(host: Client, screen: Screen, args: Any, direction: str, vm: str, s
                 screen.progress('%s: %s' % (agent.printable(vm), transfer_line(now)))
                 time.sleep(PROGRESS_EVERY)
         except (KeyboardInterrupt, Ended):
-            host.call('cancelTransfer', moving)
+            if host.call('cancelTransfer', moving):
+                screen.complain('%s: cancelled at %s of %s; the same again goes on from there' % (
+                    vm, shown_size(now['bytes']), shown_size(now['total'])))
             raise
         finally:
             screen.progress('')

@@ -244,7 +244,8 @@ def do_keep(host: Client, screen: Screen, args: Any) -> int:
 
 
 HARDWARE = [
-    argument('--memory', metavar='MB', type=int), argument('--cpus', metavar='N', type=int),
+    argument('--memory', metavar='MB', type=int, help='what it has of it'),
+    argument('--cpus', metavar='N', type=int, help='how many it has'),
     argument('--ostype', metavar='TYPE', help='VirtualBox\'s name for the guest\'s system'),
     argument('--network', choices=['hostonly', 'nat', 'none'], help='default: as in host.ini'),
     argument('--disk', metavar='MB', type=int, dest='diskSize',
@@ -281,7 +282,7 @@ VERBS = [
     Verb('discard', changing('discardState', 'is off'), 'discard the saved state of VMs', [VMS]),
     Verb('reset', changing('reset', 'is reset'), 'reset VMs', [VMS]),
     Verb('snap', do_snap, 'list, take, restore and remove snapshots of a VM', [
-        argument('action', choices=['ls', 'take', 'restore', 'rm']), VM,
+        argument('action', choices=['ls', 'take', 'restore', 'rm'], help='what is done'), VM,
         argument('name', metavar='SNAPSHOT', nargs='?', default='',
                  help='default of restore: the current one'),
         JSON], ('snap take web1 fresh', 'snap restore web1 fresh')),

@@ -5,6 +5,7 @@ What it is not: the verbs (climachines.py, clicommands.py, clifiles.py, cliagent
 """
 
 import argparse
+import re
 import time
 from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
@@ -45,6 +46,13 @@ def read_seconds(text: str) -> float:
         return agent.duration(text)
     except ValueError as expected:
         raise argparse.ArgumentTypeError('%s: expected %s' % (text, expected))
+
+
+def read_count(text: str) -> int:
+    """How many. Raises ArgumentTypeError."""
+    if not re.fullmatch('[0-9]{1,9}', text):
+        raise argparse.ArgumentTypeError('%s: expected a whole number, from 0 on' % text)
+    return int(text)
 
 
 JSON = switch('--json', help='print JSON')

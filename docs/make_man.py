@@ -25,10 +25,10 @@ def roff(text):
 def shown(names, options):
     """An argument as a person writes it."""
     if not names[0].startswith('-'):
-        word = options.get('metavar', names[0])
+        word = options.get('metavar') or '|'.join(options.get('choices', names))
         many = {'+': word + ' …', '?': '[%s]' % word, '*': '[%s …]' % word}
         return many.get(options.get('nargs'), word)
-    value = ' ' + options.get('metavar', names[-1].strip('-').upper())
+    value = ' ' + (options.get('metavar') or '|'.join(options.get('choices', [names[-1].strip('-').upper()])))
     return ', '.join(name + value * (options.get('action') != 'store_true') for name in names)
 
 
@@ -38,8 +38,10 @@ def describe(verb):
     words = ['VM', '[--]', 'CMD', '[ARG …]'] if verb.name == 'run' else positional
     lines = ['.SS ' + roff(' '.join([verb.name] + words)), roff(verb.help[:1].upper() + verb.help[1:] + '.')]
     for names, options in verb.arguments:
-        if options.get('help') and not (verb.name == 'run' and not names[0].startswith('-')):
-            lines += ['.TP', '.B ' + roff(shown(names, options)), roff(options['help'].replace('%%', '%'))]
+        is_option = names[0].startswith('-')
+        if is_option or options.get('help') and verb.name != 'run':
+            lines += ['.TP', '.B ' + roff(shown(names, options))]
+            lines += [roff(options['help'].replace('%%', '%'))] if options.get('help') else []
     if verb.examples:
         lines += ['.PP', '.nf'] + ['    vmhost ' + roff(example) for example in verb.examples] + ['.fi']
     return lines

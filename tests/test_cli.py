@@ -66,7 +66,8 @@ def test_run_with_a_file_of_the_vm_as_standard_input(host, guests):
     with open(os.path.join(guests[0].files, 'input'), 'w') as file:
         file.write('from a file')
     assert verb(host, 'run', '-I', 'input', 'one', '--', 'cat') == 'from a file'
-    assert host.verb('run', '-i', '-I', 'input', 'one', '--', 'cat', input=b'x').returncode == 255
+    done = host.verb('run', '-i', '-I', 'input', 'one', '--', 'cat', input=b'x')
+    assert done.returncode == 255 and b'-i and -I: one of them' in done.stderr
     done = host.verb('run', '-i', 'one', '--', 'cat', input=bytes(2000000))
     assert done.returncode == 0 and done.stdout == bytes(2000000)
 
@@ -309,6 +310,9 @@ def test_a_reader_that_leaves_ends_the_command(host, guests):
     assert process.wait(20) == 128 + 13
     last = json.loads(verb(host, 'ps', '--json'))[-1]
     wait_until(lambda: 'signaled' in verb(host, 'call', 'getCmdStatus', last['cmdId']), 20)
+    rows = {row['cmdId']: row for row in json.loads(verb(host, 'ps', '--json'))}
+    status = rows[last['cmdId']]['status']
+    assert status['end'] == 'signaled 13' and 'ru_utime' in status['resources']
 
 
 def test_a_host_that_goes_away_tells_how_to_go_on(tmp_path):
@@ -426,6 +430,29 @@ def test_events(host, guests):
         assert any(json.loads(line.decode())['cmdId'] == another for line in process.stdout)
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130 and process.stderr.read() == b''
+
+
+def test_events_that_no_single_call_tells(tmp_path):
+    def tell(after, timeout=0):
+        begin = 2500 + after if after < 0 else after
+        told = [{'seq': seq, 'time': 0.0, 'type': 'x', 'vm': '', 'cmdId': '', 'text': str(seq)}
+                for seq in range(begin + 1, min(begin + 1000, 2500) + 1)]
+        return {'last': told[-1]['seq'] if told else begin, 'events': told}
+    with PlayedHost(tmp_path, {'getEvents': tell}) as host:
+        for number in (2500, 1500, 2, 0):
+            code, out, errors = host.verb('events', '--json', '-n', str(number))
+            assert (code, errors, [event['seq'] for event in json.loads(out)]) == (
+                0, '', list(range(2501 - number, 2501))), number
+        assert [line.split()[-1] for line in host.verb('events', '-n', '1001')[1].splitlines()] == [
+            str(number) for number in range(1500, 2501)]
+
+
+@pytest.mark.parametrize('words', [['events', '-n', '-1'], ['ps', '-n', '-5'], ['out', '-n', '-3', 'x'],
+                                   ['events', '-n', 'all']])
+def test_how_many_is_no_number_below_0(tmp_path, words):
+    with PlayedHost(tmp_path, {}) as host:
+        code, _, errors = host.verb(*words)
+        assert code == 2 and 'expected a whole number, from 0 on' in errors, errors
 
 
 def test_call(host, guests):
@@ -617,8 +644,15 @@ def test_a_transfer_shows_its_progress_and_ctrl_c_cancels_it(tmp_path):
         terminal = Terminal(host.command + ['put', 'db', 'in'])
         wait_until(lambda: b'db: 1.0 MiB of 4.0 MiB, 1.0 MiB/s, 3 s left' in terminal.written, 20)
         terminal.type(b'\x03')
-        assert terminal.wait()[0] == 130
+        code, text = terminal.wait()
+        assert code == 130 and 'vmhost: db: cancelled at 1.0 MiB of 4.0 MiB; the same again goes on' in text
         assert host.calls[-1] == ('cancelTransfer', 't')
+
+
+def test_the_content_of_a_file_has_standard_output_for_itself(tmp_path):
+    with PlayedHost(tmp_path, dict(VM_ANSWERS)) as host:
+        code, out, errors = host.verb('get', 'db', 'out', '-', '--json')
+        assert (code, out) == (1, '') and 'standard output gets the file' in errors
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='Windows ends a process without a word')

@@ -15,6 +15,7 @@ from agents import TOP, Agent, Host
 from helpers import wait_until
 from test_docs_deployment import BLOCKS
 
+import hostcli
 import hostconfig
 import hostmetrics
 
@@ -80,6 +81,14 @@ def test_all_that_was_lost_is_run_again_as_the_page_says(tmp_path):
 
 
 def test_the_man_page_is_what_the_verbs_say():
+    with open(os.path.join(TOP, 'docs', 'vmhost.1'), encoding='utf-8') as page:
+        parts = page.read().replace('\\-', '-').split('\n.SS ')[1:]
+    named = {part.split()[0]: re.findall('[^ ,|\n]+', part.partition('\n')[0] + '\n' + '\n'.join(
+        re.findall(r'^\.B (.*)$', part, re.M))) for part in parts}
+    for name, verb in hostcli.VERBS.items():
+        for names, options in verb.arguments:
+            words = [word for word in names if word.startswith('-')] + list(options.get('choices', ()))
+            assert not [word for word in words if word not in named[name]], (name, names)
     done = subprocess.run([sys.executable, os.path.join(TOP, 'docs', 'make_man.py'), '--check'])
     assert done.returncode == 0
     if shutil.which('groff'):

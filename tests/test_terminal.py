@@ -163,6 +163,8 @@ def test_input_goes_on_after_a_restart_of_the_host(tmp_path):
         host.stop()
         host.start()
         wait_until(agent.has_joined, 20)
+        listed = host.verb('ps').stdout.decode()       # for how long it runs is asked, if nobody told
+        assert re.search(cmd_id + r' .*\d s +cat', listed), listed
         with host.api as api:
             wait_until(lambda: api.getCmdStatus(cmd_id)['inOffset'] == 7)
             assert api.putCmdInput(cmd_id, b're after', True, 4) == 8
