@@ -52,6 +52,11 @@ def stands_still(pid: int) -> bool:
     return state == [b'T'] or state == [b'D'] and any(is_stopped(child) for child in children_of(pid))
 
 
+def all_stand_still(pids: Iterable[int]) -> bool:
+    """Whether none of the processes does anything: each was stopped, or stands still for who traces it."""
+    return all(stands_still(pid) or is_traced(pid) for pid in pids)
+
+
 def is_traced(pid: int) -> bool:
     """Whether a process stands still for who traces it."""
     return stat_fields(pid)[STATE:PARENT] == [b't']

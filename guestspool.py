@@ -24,6 +24,7 @@ from guestcgroup import Group
 from guestidentity import make_folder
 from guestprocesses import (
     PAGE,
+    all_stand_still,
     descendants,
     in_session,
     is_stopped,
@@ -348,7 +349,8 @@ class Command:
                 return 'running' if is_want(error) else 'lost'
         if not self.has('runner'):
             return 'queued'
-        return 'stopped' if stands_still(self.process()) else 'running'
+        is_stopped = stands_still(self.process()) and all_stand_still(self.members())
+        return 'stopped' if is_stopped else 'running'
 
     def end(self, state: str, error: str, durable: bool = True, **more: Any) -> None:
         """Writes a result for what has none; not ``durable``: ``sync`` brings it to the disk."""
