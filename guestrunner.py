@@ -34,7 +34,7 @@ from guestprocesses import (
     start_ticks,
     was_killed_for_memory,
 )
-from guestspool import Command, describe_error, is_regular, make_way, private, unrun_result
+from guestspool import TRACE_PATIENCE, Command, describe_error, is_regular, make_way, private, unrun_result
 from gueststart import Origin, Start, become_subreaper, blame
 
 ACK_PATIENCE = 0.05            # seconds after which results that nobody has yet are brought to the disk
@@ -112,6 +112,7 @@ class Runner:
             self._report_that_it_runs()
             self.process.unsynced.sync_due()
         ended = time.monotonic()
+        self.timed_out |= self._was_ended_late(ended)
         self._close_terminal()
         while self.pipes and time.monotonic() < ended + DRAIN and not self.failure:
             self._pump(ended + DRAIN - time.monotonic())
@@ -352,6 +353,11 @@ class Runner:
         elif self.kill_at is not None and now >= self.kill_at:
             self.kill_at = now + 1
             self._signal(signal.SIGKILL)
+
+    def _was_ended_late(self, ended: float) -> bool:
+        """Whether the agent had to: this runner had no turn, as it was traced (ptrace)."""
+        return self.deadline is not None and not self.is_stopped and ended > self.deadline + TRACE_PATIENCE \
+            and self.status == signal.SIGKILL and signal.SIGKILL not in self.command.sent_signals()
 
     def _signal(self, number: int) -> int:
         """To all processes of the command; how many there were."""
