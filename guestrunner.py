@@ -42,6 +42,7 @@ DRAIN = 2.0                    # seconds for the pipes to be emptied after the e
 SETTLE = 0.05                  # seconds more for orphans to end, where there are any
 CLOCK_DRIFT = 1.0              # seconds by which the machine's clock may be adjusted, without being set
 UNCOUNTED = 0.001              # seconds of CPU that the sums of two ways to count may differ by
+NOISE = 1.002                  # and as a factor, where there were many processes
 END_PATIENCE = 10.0            # seconds for processes to be ended that the system doesn't let go of
 FIRST_STATUS = 0.05            # seconds after which a command that still runs is reported
 FIRST_LOOK, LONGEST_LOOK = 0.02, 1.0   # seconds between looks whether others than a stopped program go on
@@ -429,7 +430,7 @@ class Runner:
         if self.failure:
             state, error = 'failed', self.failure
         self.finish(state, error, finished=exited, exitCodeOrSignal=code, by=by,
-                    resources=self.usage.fields, inexact=[] if self._starter else ['ru_maxrss'],
+                    resources=self.usage.fields, inexact=self.usage.inexact(bool(self._starter)),
                     left=len(self._members()), **self._times(ended), **more)
 
     def _times(self, ended: float) -> Dict[str, float]:
@@ -447,6 +448,7 @@ class Runner:
         cpu = self.group.cpu()
         # Processes that nobody waits for, as their parent ignores their end, and those that are left.
         if cpu is not None and sum(cpu) > self.usage.cpu() + UNCOUNTED:
+            self.usage.is_partial = sum(cpu) > NOISE * self.usage.cpu() + UNCOUNTED and not self._members()
             self.usage.fields.update(ru_utime=cpu[0], ru_stime=cpu[1])
         peak, kills = self.group.memory_peak(), self.group.oom_kills()
         return dict({} if peak is None else {'memory-peak': peak}, **{'oom-kills': kills} if kills else {})
@@ -503,6 +505,7 @@ class Usage:
 
     def __init__(self) -> None:
         self.fields = dict.fromkeys(protocol.RUSAGE_FIELDS, 0)      # type: Any
+        self.is_partial = False        # there were processes that nobody waited for: their CPU alone is known
 
     def add(self, usage: Any) -> None:
         """What wait4 tells of one that ended, and of children that it waited for."""
@@ -510,6 +513,12 @@ class Usage:
             value = getattr(usage, name)
             self.fields[name] = max(self.fields[name], value) if name == 'ru_maxrss' \
                 else self.fields[name] + value
+
+    def inexact(self, is_peak_known: bool) -> List[str]:
+        """The fields that aren't exact."""
+        if self.is_partial:
+            return [name for name in protocol.RUSAGE_FIELDS if name not in ('ru_utime', 'ru_stime')]
+        return [] if is_peak_known else ['ru_maxrss']
 
     def cpu(self) -> float:
         """Seconds of the processor."""

@@ -316,8 +316,8 @@ class Command:
         return True
 
     def continue_runner(self) -> None:
-        """Has its living runner go on, where somebody on this machine stopped it. A process of the command that
-        traces it (ptrace), so that it can't end the command in time, is ended."""
+        """Has its living runner go on, where somebody on this machine stopped it. A process of the command
+        that traces it (ptrace), so that it can't end the command in time, is ended."""
         try:
             runner = int(self.read('process.json')['runner'])
         except (OSError, ValueError, KeyError, TypeError):
