@@ -59,6 +59,11 @@ def stands_still(pid: int) -> bool:
     return state == [b'T'] or state == [b'D'] and any(is_stopped(child) for child in children_of(pid))
 
 
+def all_stand_still(pids: Iterable[int]) -> bool:
+    """Whether none of the processes does anything: each was stopped, or stands still for who traces it."""
+    return all(stands_still(pid) or is_traced(pid) for pid in pids)
+
+
 def is_traced(pid: int) -> bool:
     """Whether a process stands still for who traces it."""
     return stat_fields(pid)[STATE:PARENT] == [b't']
@@ -179,13 +184,23 @@ def live_usage(pids: Iterable[int]) -> Tuple[int, Dict[str, float]]:
 
 def peak_memory(pid: int) -> int:
     """KiB that were resident at most, of a living process; else 0."""
+    return status_number(pid, b'VmHWM:')
+
+
+def tracer_of(pid: int) -> int:
+    """The process that traces it (ptrace); 0 for none."""
+    return status_number(status_number(pid, b'TracerPid:'), b'Tgid:')     # it may be a thread that does
+
+
+def status_number(pid: int, name: bytes) -> int:
+    """A number of /proc/PID/status; 0 where there is none."""
     try:
         with open('/proc/%d/status' % pid, 'rb') as file:
             for line in file:
-                if line.startswith(b'VmHWM:'):
+                if line.startswith(name):
                     return int(line.split()[1])
     except (OSError, ValueError, IndexError) as error:
-        log.debug('no VmHWM of %d: %s', pid, error)
+        log.debug('no %s of %d: %s', name.decode(), pid, error)
     return 0
 
 

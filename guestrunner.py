@@ -9,6 +9,7 @@ import errno
 import gc
 import json
 import logging
+import math
 import os
 import select
 import signal
@@ -22,6 +23,7 @@ from guestcgroup import LIMITS as OF_GROUPS
 from guestcgroup import Group, no_limit  # noqa: F401
 from guestinput import Inlet, read_output, set_size, wait_until_ready
 from guestprocesses import (
+    all_stand_still,
     children_of,
     descendants,
     has_proc,
@@ -32,7 +34,7 @@ from guestprocesses import (
     start_ticks,
     was_killed_for_memory,
 )
-from guestspool import Command, describe_error, is_regular, make_way, private, unrun_result
+from guestspool import TRACE_PATIENCE, Command, describe_error, is_regular, make_way, private, unrun_result
 from gueststart import Origin, Start, become_subreaper, blame
 
 ACK_PATIENCE = 0.05            # seconds after which results that nobody has yet are brought to the disk
@@ -40,8 +42,10 @@ DRAIN = 2.0                    # seconds for the pipes to be emptied after the e
 SETTLE = 0.05                  # seconds more for orphans to end, where there are any
 CLOCK_DRIFT = 1.0              # seconds by which the machine's clock may be adjusted, without being set
 UNCOUNTED = 0.001              # seconds of CPU that the sums of two ways to count may differ by
+NOISE = 1.002                  # and as a factor, where there were many processes
 END_PATIENCE = 10.0            # seconds for processes to be ended that the system doesn't let go of
 FIRST_STATUS = 0.05            # seconds after which a command that still runs is reported
+FIRST_LOOK, LONGEST_LOOK = 0.02, 1.0   # seconds between looks whether others than a stopped program go on
 LONGEST_TOLD = 300             # characters of an error in a result that has to fit into a pipe at once
 PUMP = 256 * 1024              # bytes read from a pipe at a time
 # What a program brings upon itself: no other process has sent it.
@@ -75,7 +79,10 @@ class Runner:
         self.timed_out = False
         self.status = None             # type: Optional[int]      # of the program, once it ended
         self.deadline = None           # type: Optional[float]
-        self.stopped_at = None         # type: Optional[float]    # of a program that a signal stopped
+        self.is_stopped = False        # the program itself, by a signal
+        self.stopped_at = None         # type: Optional[float]    # since when all its processes are
+        self.look_at = math.inf        # when to see again whether they are
+        self.look_after = 0.0          # seconds to the look after that
         self.kill_at = None            # type: Optional[float]
         self.report_at = None          # type: Optional[float]
         self._starter = 0              # the process that began the program, if that wasn't this one
@@ -106,6 +113,7 @@ class Runner:
             self._report_that_it_runs()
             self.process.unsynced.sync_due()
         ended = time.monotonic()
+        self.timed_out |= self._was_ended_late(ended)
         self._close_terminal()
         while self.pipes and time.monotonic() < ended + DRAIN and not self.failure:
             self._pump(ended + DRAIN - time.monotonic())
@@ -256,22 +264,27 @@ class Runner:
             if os.WIFSTOPPED(status) or os.WIFCONTINUED(status):
                 # Who has its parent trace it (ptrace) stands still at each signal, and is not stopped.
                 if pid == self.pid and not (os.WIFSTOPPED(status) and is_traced(pid)):
-                    self._note_stop(os.WIFSTOPPED(status))
+                    self.is_stopped = os.WIFSTOPPED(status)
+                    self.look_at, self.look_after = 0.0, FIRST_LOOK
             elif pid != self._starter:
                 self.usage.add(usage)
                 if pid == self.pid:
                     self.status = status
         return self.status is not None
 
-    def _note_stop(self, stopped: bool) -> None:
-        """The time for which a program is stopped isn't its own: its timeout comes so much later."""
+    def _note_stop(self) -> None:
+        """The time for which all of it is stopped isn't its own: its timeout comes so much later."""
         now = time.monotonic()
-        if stopped and self.stopped_at is None:
-            self.stopped_at = now
-        elif not stopped and self.stopped_at is not None:
-            if self.deadline is not None:
-                self.deadline += now - self.stopped_at
-            self.stopped_at = None
+        if now < self.look_at:
+            return
+        self.look_at = now + self.look_after if self.is_stopped else math.inf
+        self.look_after = min(LONGEST_LOOK, 2 * self.look_after)
+        is_still = self.is_stopped and all_stand_still(self._signalled())
+        if is_still == (self.stopped_at is not None):
+            return
+        if self.stopped_at is not None and self.deadline is not None:
+            self.deadline += now - self.stopped_at
+        self.stopped_at = now if is_still else None
         self.report()
 
     def _patience(self) -> float:
@@ -279,7 +292,7 @@ class Runner:
         due = [moment for moment in (deadline, self.kill_at, self.report_at, self.process.unsynced.due)
                if moment is not None]
         # A timeout of centuries is more than select takes.
-        return max(0.0, min(60.0, min(due) - time.monotonic())) if due else 60.0
+        return max(0.0, min(60.0, min(due + [self.look_at]) - time.monotonic()))
 
     def _pump(self, timeout: float) -> None:
         """Waits for output, the end of a child, or the time; writes what came into the spool."""
@@ -332,6 +345,7 @@ class Runner:
 
     def _enforce(self) -> None:
         """TERM at the timeout, KILL kill-after seconds later."""
+        self._note_stop()
         now = time.monotonic()
         if self.deadline is not None and now >= self.deadline and not self.timed_out and not self.stopped_at:
             self.timed_out = True
@@ -341,15 +355,23 @@ class Runner:
             self.kill_at = now + 1
             self._signal(signal.SIGKILL)
 
+    def _was_ended_late(self, ended: float) -> bool:
+        """Whether the agent had to: this runner had no turn, as it was traced (ptrace)."""
+        return self.deadline is not None and not self.is_stopped and ended > self.deadline + TRACE_PATIENCE \
+            and self.status == signal.SIGKILL and signal.SIGKILL not in self.command.sent_signals()
+
     def _signal(self, number: int) -> int:
         """To all processes of the command; how many there were."""
         if not has_proc():
             return signal_session(self.pid, number) if self.pid else 0
-        if self.request.get('leave'):
-            return signal_all(in_session(descendants(os.getpid()), self.pid), number)
-        if number == signal.SIGKILL and self.group is not None:
+        if number == signal.SIGKILL and self.group is not None and not self.request.get('leave'):
             self.group.kill()
-        return signal_all(self._members(), number)
+        return signal_all(self._signalled(), number)
+
+    def _signalled(self) -> List[int]:
+        """Whom signals to the command go to."""
+        is_all = not self.request.get('leave')
+        return self._members() if is_all else in_session(descendants(os.getpid()), self.pid)
 
     def _members(self) -> List[int]:
         """The living processes of the command: also those that have left its group, by su, say."""
@@ -408,7 +430,7 @@ class Runner:
         if self.failure:
             state, error = 'failed', self.failure
         self.finish(state, error, finished=exited, exitCodeOrSignal=code, by=by,
-                    resources=self.usage.fields, inexact=[] if self._starter else ['ru_maxrss'],
+                    resources=self.usage.fields, inexact=self.usage.inexact(bool(self._starter)),
                     left=len(self._members()), **self._times(ended), **more)
 
     def _times(self, ended: float) -> Dict[str, float]:
@@ -426,6 +448,7 @@ class Runner:
         cpu = self.group.cpu()
         # Processes that nobody waits for, as their parent ignores their end, and those that are left.
         if cpu is not None and sum(cpu) > self.usage.cpu() + UNCOUNTED:
+            self.usage.is_partial = sum(cpu) > NOISE * self.usage.cpu() + UNCOUNTED and not self._members()
             self.usage.fields.update(ru_utime=cpu[0], ru_stime=cpu[1])
         peak, kills = self.group.memory_peak(), self.group.oom_kills()
         return dict({} if peak is None else {'memory-peak': peak}, **{'oom-kills': kills} if kills else {})
@@ -482,6 +505,7 @@ class Usage:
 
     def __init__(self) -> None:
         self.fields = dict.fromkeys(protocol.RUSAGE_FIELDS, 0)      # type: Any
+        self.is_partial = False        # there were processes that nobody waited for: their CPU alone is known
 
     def add(self, usage: Any) -> None:
         """What wait4 tells of one that ended, and of children that it waited for."""
@@ -489,6 +513,12 @@ class Usage:
             value = getattr(usage, name)
             self.fields[name] = max(self.fields[name], value) if name == 'ru_maxrss' \
                 else self.fields[name] + value
+
+    def inexact(self, is_peak_known: bool) -> List[str]:
+        """The fields that aren't exact."""
+        if self.is_partial:
+            return [name for name in protocol.RUSAGE_FIELDS if name not in ('ru_utime', 'ru_stime')]
+        return [] if is_peak_known else ['ru_maxrss']
 
     def cpu(self) -> float:
         """Seconds of the processor."""
@@ -617,7 +647,6 @@ def run_command(runner: Runner) -> None:
     finally:
         runner.close()
     runner.process.unsynced.add(runner.command)
-FIRST_STATUS = 0.05            # seconds after which a command that still runs is reported
 
 
 def drain(descriptor: int) -> None:

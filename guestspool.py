@@ -24,14 +24,17 @@ from guestcgroup import Group
 from guestidentity import make_folder
 from guestprocesses import (
     PAGE,
+    all_stand_still,
     descendants,
     in_session,
     is_stopped,
+    is_traced,
     processes_with,
     signal_all,
     signal_session,
     stands_still,
     start_ticks,
+    tracer_of,
 )
 from guestrequests import read_request
 
@@ -69,6 +72,7 @@ SIGNAL = 'signal-'             # begin of a file's name
 SIGNAL_NOTE = re.compile(SIGNAL + '[0-9]{1,3}')
 LARGEST_JSON = 16 * 1024 * 1024        # characters of a file that is read as JSON
 KILL_ROUNDS = 10               # of KILL, for what forks as fast as it is killed
+TRACE_PATIENCE = 1.0           # seconds by which a runner may be late that a process traces
 LARGEST_PROGRESS = 4096        # bytes of a progress file
 SWEEP_SLICE = 200              # folders that one look for old ones goes through
 SAVE_CLOCK_EVERY = 600.0       # seconds: so much more a boot may add to what is kept for a while
@@ -312,13 +316,16 @@ class Command:
         return True
 
     def continue_runner(self) -> None:
-        """Has its living runner go on, where somebody on this machine stopped it."""
+        """Has its living runner go on, where somebody on this machine stopped it. A process of the command
+        that traces it (ptrace), so that it can't end the command in time, is ended."""
         try:
             runner = int(self.read('process.json')['runner'])
         except (OSError, ValueError, KeyError, TypeError):
             return
         if is_stopped(runner):
             signal_all([runner], signal.SIGCONT)
+        elif is_traced(runner) and 0 < self.request.get('timeout', 0) < self.wall() - TRACE_PATIENCE:
+            signal_all(set(self.members()).intersection([tracer_of(runner)]), signal.SIGKILL)
 
     def wall(self) -> float:
         """Seconds since the program began; 0 where it hasn't."""
@@ -348,7 +355,8 @@ class Command:
                 return 'running' if is_want(error) else 'lost'
         if not self.has('runner'):
             return 'queued'
-        return 'stopped' if stands_still(self.process()) else 'running'
+        is_stopped = stands_still(self.process()) and all_stand_still(self.members())
+        return 'stopped' if is_stopped else 'running'
 
     def end(self, state: str, error: str, durable: bool = True, **more: Any) -> None:
         """Writes a result for what has none; not ``durable``: ``sync`` brings it to the disk."""

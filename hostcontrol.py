@@ -184,10 +184,10 @@ class Control:
         self._commands.published(execution)
 
     def _say_signals(self, execution: Execution, ends: bool) -> None:
-        """Those again that the guest may never have got; what ``ends`` the command before that is asked for."""
+        """Those again that the guest may never have got; what ``ends`` a command, before the command."""
         for name in execution.signals:
             if (name in ENDING) == ends:
-                self._say(protocol.CMD_SIGNAL.howToSay(execution.vm_id, execution.cmd_id, name, cancel=ends))
+                self._say(protocol.CMD_SIGNAL.howToSay(execution.vm_id, execution.cmd_id, name, ends))
 
     def publish_due(self) -> None:
         """Sends what is due, where its agent is there."""

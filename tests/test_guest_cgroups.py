@@ -223,7 +223,19 @@ def test_what_forks_by_hundreds_and_makes_sessions_is_ended(runners, end):      
 
 @HERE
 def test_children_whose_end_is_ignored_are_counted(runners):        # noqa: F811
-    assert 0.5 < cpu(runners.run(sys.executable, '-S', '-c', UNWAITED)) < 0.9
+    result = runners.run(sys.executable, '-S', '-c', UNWAITED)
+    assert 0.5 < cpu(result) < 0.9
+    assert {'ru_maxrss', 'ru_minflt', 'ru_nivcsw'} <= set(result['inexact'])      # of these nobody knows
+    assert not {'ru_utime', 'ru_stime'} & set(result['inexact'])
+
+
+@HERE
+def test_what_is_waited_for_or_goes_on_is_exact(runners):        # noqa: F811
+    spin = UNWAITED.replace('signal.SIG_IGN', 'signal.SIG_DFL')
+    assert runners.run('sh', '-c', '"$@"; "$@"', 'sh', sys.executable, '-S', '-c', spin)['inexact'] == []
+    daemon = 'exec > /dev/null 2>&1; setsid "$@" & sleep 0.3'
+    result = runners.run('sh', '-c', daemon, 'sh', sys.executable, '-S', '-c', spin.replace('0.3', '30'))
+    assert (result['left'] > 0, result['inexact']) == (True, [])
 
 
 @HERE

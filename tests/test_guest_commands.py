@@ -335,6 +335,29 @@ def test_a_runner_that_was_stopped_goes_on(guests):
     assert guest.result('c')['state'] == 'timeout'
 
 
+HOLDS_ITS_RUNNER = '''
+import ctypes, json, os, sys, time
+with open(os.path.join(os.path.dirname(os.environ['VM_PROGRESS_FILE']), 'process.json')) as file:
+    runner = json.load(file)['runner']
+if ctypes.CDLL(None).ptrace(16, runner, 0, 0) != 0:     # PTRACE_ATTACH
+    sys.exit(77)
+time.sleep(60)
+'''
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='ptrace of Linux')
+@pytest.mark.parametrize('words', [[sys.executable, '-c', HOLDS_ITS_RUNNER],
+                                   ['sh', '-c', '"$@" & wait', 'sh', sys.executable, '-c', HOLDS_ITS_RUNNER]])
+def test_a_program_that_traces_its_runner_has_its_timeout(guests, words):
+    """Its runner stands still for it, and can't end it."""
+    guest = guests()
+    guest.run('c', *words, timeout=0.5, **{'kill-after': 0.5})
+    result = guest.result('c')
+    if result['exitCodeOrSignal'] == 77:
+        pytest.skip('this system lets no process trace its parent')
+    assert (result['state'], result['by'], result.get('left', 0)) == ('timeout', 'timeout', 0)
+
+
 def test_a_command_that_was_cancelled_before_it_came_never_runs(guests):
     guest = guests()
     guest.signal('c', 'KILL', cancel=True)

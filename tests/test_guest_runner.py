@@ -300,6 +300,18 @@ def test_signals_are_the_defaults_whatever_the_agent_inherited(tmp_path):
         runners.close()
 
 
+@pytest.mark.parametrize('stops', [
+    'kill -STOP $$', '(while :; do kill -STOP $$; sleep 0.2; kill -CONT $$; done) & wait'])
+def test_a_program_that_is_stopped_while_its_others_work_has_its_timeout(runners, stops):
+    """Else it escapes it by ``kill -STOP $$``."""
+    command = runners.begin('sh', '-c', 'while :; do sleep 0.01; done & ' + stops, timeout=1)
+    pid = wait_until(command.process, 10)
+    wait_until(lambda: guestprocesses.is_stopped(pid), 10)
+    assert command.read_state() == 'running'
+    result = runners.end(command)
+    assert (result['state'], result['by'], result['left']) == ('timeout', 'timeout', 0)
+
+
 def test_the_time_that_a_program_is_stopped_is_not_its_own(runners, tmp_path):
     gate = tmp_path / 'gate'
     program = 'touch %s.begun; while [ ! -e %s ]; do sleep 0.05; done; echo done' % (gate, gate)

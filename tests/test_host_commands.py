@@ -226,8 +226,8 @@ def test_what_an_agent_does_not_answer_for_is_cancelled_and_told_truly(host, gue
 
 @pytest.mark.parametrize('name', ['TERM', 'KILL'])
 def test_what_is_cancelled_while_its_agent_starts_anew_never_runs(host, tmp_path, api, name):
-    """The agent was killed a moment ago, and nobody knows yet; the next one is there before the time for an answer
-    is over, and is sent the command again."""
+    """The agent was killed a moment ago, and nobody knows yet; the next one is there before the time for an
+    answer is over, and is sent the command again."""
     proof = Proof(tmp_path)
     with Agent(tmp_path / 'again', host, 'again-' + name) as agent:
         agent.stop(signal.SIGKILL)
