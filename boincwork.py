@@ -472,6 +472,7 @@ class GivenMachine:
         self._host = host
         self._record = record
         self._emptying = ''            # id of the command that removes what is in the folder
+        self._told_missing = ''
 
     @property
     def name(self) -> str:
@@ -481,6 +482,7 @@ class GivenMachine:
     def ready(self) -> bool:
         """Whether it is there; at first, whether there is any, and the one with the fewest commands is it."""
         names = self._host.call('listRegisteredVMs')
+        self._tell_missing(names)
         if not names or not self.name and not self._end_former(names):
             return False
         if not self.name:
@@ -488,6 +490,16 @@ class GivenMachine:
             self._record.machine = min(names, key=lambda name: (load[name], name))
             self._record.save()
         return self.name in names and (self._record.emptied or self._is_emptied())
+
+    def _tell_missing(self, names: List[str]) -> None:
+        """Says once what is waited for."""
+        if not names or self.name and self.name not in names:
+            missing = 'the machine %s isn\'t connected' % self.name if self.name else \
+                'no machine has joined: vmguest is to be started on one, with the broker and the port that ' \
+                'stand in %s' % self._host.ini
+            if missing != self._told_missing:
+                log.info('%s', missing)
+            self._told_missing = missing
 
     def _end_former(self, names: List[str]) -> bool:
         """Whether nothing goes on, on those machines, of a task of the same name that was reset, and that
@@ -657,9 +669,9 @@ class Work:
         return VirtualMachine(self.host, self._name, image, wish, self._limits, self._record)
 
     def clean(self) -> bool:
-        """No VM is left of tasks of this project that the client has forgotten (a reset, say); nor one of this
-        name, where this slot has had none: a server sends tasks again that were reset."""
-        if not self._record.made:
+        """No VM is left of tasks of this project that the client has forgotten (a reset, say); nor one of
+        this name, where this slot has had none: a server sends tasks again that were reset."""
+        if not self._record.made and not isinstance(self.machine, GivenMachine):
             self._remove([self._name])
         slots = self._slots()
         if not all(slot.has_client and slot.init.is_whole for slot in slots):

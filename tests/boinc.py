@@ -144,7 +144,7 @@ class Boinc:
         self.rig.add(name, self.program, options + ['--flag', 'dont_throttle'])
 
     def forget(self):
-        """The stopped client forgets all tasks, as at a reset of the project; its host agent's folder stays."""
+        """The stopped client forgets all tasks, as at a reset; its host agent stays."""
         state = self.rig.read('data', 'client_state.xml')
         for tag in ('file', 'app', 'app_version', 'workunit', 'result', 'active_task_set'):
             state = re.sub('<%s>.*?</%s>\n' % (tag, tag), '', state, flags=re.DOTALL)

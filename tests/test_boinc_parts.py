@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import logging
 import os
 import socket
 import subprocess
@@ -716,9 +717,9 @@ def test_by_hand_what_lies_beside_its_folder_is_nobodys_slot(tmp_path):
     work = boincwork.Work(Slot(str(folder)), job_of(), boincjob.read_words([], 1), Record(
         str(tmp_path / 'record')), types.SimpleNamespace(
             call=lambda *words: asked.append(words) or []))
-    assert work.clean() and asked == []
+    assert work.clean() and asked == [('cleanup', False, ['alone_'], boincwork.OWNER + str(folder))]
     (folder / 'init_data.xml').write_text(INIT)            # and what is no folder there is no slot
-    assert work.clean() and [words[0] for words in asked] == ['listVMs', 'cleanup']
+    assert work.clean() and [words[0] for words in asked] == ['cleanup', 'cleanup', 'listVMs', 'cleanup']
 
 
 def test_while_the_client_writes_whose_a_slot_is_no_vm_is_removed(tmp_path):
@@ -729,6 +730,7 @@ def test_while_the_client_writes_whose_a_slot_is_no_vm_is_removed(tmp_path):
     asked = []
     work = boincwork.Work(Slot(str(tmp_path / '0')), job_of(), boincjob.read_words([], 1), Record(
         str(tmp_path / 'record')), types.SimpleNamespace(call=lambda *words: asked.append(words[0]) or []))
+    work._record.made = True
     for half in ('', INIT[:-20]):
         (tmp_path / '1' / 'init_data.xml').write_text(half)
         assert work.clean() and asked == []
@@ -800,8 +802,13 @@ def test_a_vm_is_computed_no_sooner_than_its_task():
 
 def test_given_machines_share_the_tasks_and_a_task_stays_where_it_is(tmp_path):
     machines = {'busy': ['a', 'b'], 'idle': [], 'other': []}
-    host = types.SimpleNamespace(call=lambda method, *args: (
-        sorted(machines) if method == 'listRegisteredVMs' else {'commands': machines[args[0]]}))
+
+    def call(method, *args):
+        if method == 'listDir':
+            raise TransferError('/task on %s: /task: does not exist' % args[0])
+        return {'listRegisteredVMs': sorted(machines), 'listCmds': []}.get(method) \
+            if method.startswith('list') else {'commands': machines[args[0]]}
+    host = types.SimpleNamespace(ini='host.ini', call=call)
     record = Record(str(tmp_path / 'record'))
     assert boincwork.GivenMachine(host, 'task', record).ready() and record.machine == 'idle'
     machines.pop('idle')
@@ -809,7 +816,7 @@ def test_given_machines_share_the_tasks_and_a_task_stays_where_it_is(tmp_path):
     assert not again.ready() and again.name == 'idle'
     machines['idle'] = ['a', 'b', 'c']
     assert again.ready()
-    nobody = types.SimpleNamespace(call=lambda *_: [])
+    nobody = types.SimpleNamespace(ini='host.ini', call=lambda *_: [])
     assert not boincwork.GivenMachine(nobody, 'task', Record(str(tmp_path / 'none'))).ready()
 
 
@@ -925,6 +932,50 @@ def test_suspended_and_resumed(tmp_path):
     task.says('resume')
     task.says('resume')
     assert task.go(True, seen()) == ['resume', 'look'] and task.life.is_told()
+
+
+def test_a_client_that_throttles_fills_no_log(tmp_path, caplog):
+    """Where the application's version lacks <dont_throttle/>: suspend and resume, each second or two."""
+    caplog.set_level(logging.INFO)
+    task = Alive(tmp_path).runs()
+    for _ in range(1000):
+        task.says('suspend')
+        task.go(True)
+        task.says('resume')
+        task.go(True)
+    assert 10 < len(caplog.records) < 100
+    assert 'isn\'t noted any more' in caplog.records[-1].getMessage()
+    task.says('quit')
+    assert caplog.records[-1].getMessage() == 'the client says quit'
+
+
+def test_a_program_that_waits_for_its_turn_has_not_run_long_enough(tmp_path, caplog):
+    """On a machine that runs only so many commands at once: its time begins when it does."""
+    caplog.set_level(logging.INFO)
+    task = Alive(tmp_path, '<job_duration>10</job_duration>').runs(seen(state='queued'))
+    for _ in range(30):
+        assert task.go(seen(state='queued')) == ['look']
+    assert not task.record.elapsed
+    assert [record.getMessage() for record in caplog.records if 'its turn' in record.getMessage()] == [
+        'the program waits for its turn: its machine runs no more commands at once']
+    while not task.go(seen())[-1:] == ['collect']:
+        assert task.record.elapsed < 13
+    assert 9 < task.record.elapsed < 13
+
+
+def test_what_a_task_waits_for_is_said(tmp_path, caplog):
+    """Long before it gives up; once."""
+    caplog.set_level(logging.INFO)
+    task = Alive(tmp_path)
+    task.go(True, True)
+    task.go(*[False] * 300)
+    assert [record.getMessage() for record in caplog.records] == ['the machine\'s agent isn\'t there yet']
+    caplog.clear()
+    names = []
+    host = types.SimpleNamespace(ini='host.ini', call=lambda *_: names)
+    machine = boincwork.GivenMachine(host, 'task', Record(str(tmp_path / 'other')))
+    assert not machine.ready() and not machine.ready()
+    assert ['no machine has joined' in record.getMessage() for record in caplog.records] == [True]
 
 
 def test_a_resume_out_of_nothing_changes_nothing(tmp_path):
