@@ -26,7 +26,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 
 import agent
 import hostconfig
-from boincjob import COMMAND, LEAST_MEMORY, Job, Moved, Trigger, Words, fraction_of, read_trigger
+from boincjob import COMMAND, FILE, LEAST_MEMORY, RESET, Job, Moved, Trigger, Words, fraction_of, read_trigger
 from boincslot import InitData, Record, Slot
 from faults import (
     AlreadyExists,
@@ -315,6 +315,9 @@ class VirtualMachine:
                           % self._host.how_to('check'))
         self._follow()
         state = self._host.call('listVMsWithState').get(self.name)
+        if state not in ('Running', 'Paused') and not os.path.isfile(self._image):
+            raise Trouble('the project\'s disk image %s is missing: %sthe application\'s version lacks it'
+                          % (self._image, RESET))
         if state is not None:          # before it starts: this process may die at any moment
             self.lease()
         if state is None:
@@ -347,8 +350,6 @@ class VirtualMachine:
         if self._record.put and self._register():
             return
         folder = os.path.join(self._options['folder'], self.name)
-        if not os.path.isfile(self._image):
-            raise Trouble('the project\'s disk image %s is missing' % self._image)
         if os.path.exists(folder):     # it was being made when something died, and nothing has run there
             shutil.rmtree(folder)
         try:
@@ -756,7 +757,8 @@ class Work:
         missing = [moved.logical for moved in found
                    if not moved.optional and not os.path.exists(self._slot.resolve(moved.logical))]
         if missing:
-            raise Trouble('the file %s is missing in the slot: reset the project' % missing[0])
+            raise Trouble('the file %s is missing in the slot: %s%s names a file that the task doesn\'t have'
+                          % (missing[0], RESET, FILE))
         return [moved for moved in found if os.path.exists(self._slot.resolve(moved.logical))]
 
     def _shared(self) -> List[Moved]:

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import subprocess
 
 import boinc as boinc_rig
 import pytest
@@ -279,3 +280,31 @@ def test_a_task_that_is_sent_again_after_a_reset_runs_again(boinc):
         assert again.count('\n') == 1 and again != before
     assert not os.path.exists('/proc/%d' % halted)
     wait_until(lambda: not os.listdir(boinc.guest.files), 20)
+
+
+def test_by_hand_a_task_runs_as_often_as_its_folder_is_told_to(boinc, tmp_path):
+    """With what stands there by then, on a machine that remembers the run before; and it says which file is
+    in the way."""
+    alone = tmp_path / 'alone'
+    alone.mkdir()
+    os.rename(os.path.join(boinc.project, 'vmhost'), str(alone / 'vmhost'))
+    (alone / 'vbox_job.xml').write_text('<vbox_job><input>in</input><output>out</output></vbox_job>')
+    (alone / 'boinc_app').write_text('cat in >> out\n')
+    boinc.project, finish_file = str(alone), alone / 'boinc_finish_called'
+
+    def run():
+        done = subprocess.run([boinc.program], cwd=str(alone), stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, timeout=60)
+        assert done.returncode == 0, done.stdout
+        return done.stdout.decode()
+    try:
+        for number in range(3):
+            (alone / 'in').write_text('%d\n' % number)
+            run()
+            assert (alone / 'out').read_text() == '%d\n' % number and finish_file.exists()
+            assert 'was over already, as boinc_finish_called says: without that file, it begins anew' in run()
+            finish_file.unlink()
+        assert sorted(os.listdir(str(alone))) == ['boinc_app', 'in', 'out', 'vbox_job.xml', 'vmhost']
+    finally:
+        for pid in boinc_rig.hosts_in(alone / 'vmhost'):
+            os.kill(pid, signal.SIGTERM)

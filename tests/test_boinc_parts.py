@@ -248,6 +248,9 @@ def test_our_own_fields():
     ('<job_duration>nan</job_duration>', 'a number'), ('<input>/etc/passwd</input>', 'a relative path'),
     ('<output>../../x</output>', 'a relative path'),
     ('<output><name>a</name><mode>7</mode></output>', 'mode'),
+    ('<input><name>a</name><path>/etc/x</path></input>', 'a relative path without .., not <path>/etc/x$'),
+    ('<output><name>../a</name></output>', 'a relative path without .., not <name>../a$'),
+    ('<memory_size_mb>99999999999999</memory_size_mb>', 'a number from 0 to 1e12'),
     ('<command>"</command>', 'words'), ('<command/>', 'a command'),
     ('<checkpoint>often</checkpoint>', 'state, files, none'),
     ('<enable_remotedesktop>maybe</enable_remotedesktop>', '1 or 0'), ('<a>', 'no XML')])
@@ -498,6 +501,24 @@ def test_a_project_cannot_give_itself_leave(folder, tmp_path, monkeypatch):
         told._slot.init = boincslot.InitData(init.read_text())
 
 
+def test_files_that_are_missing_are_named_with_what_to_do(tmp_path):
+    """An image as well as an input; also where a VM is there that was saved: to detach it is no help."""
+    (tmp_path / 'projects' / '127.0.0.1_p').mkdir(parents=True)
+    states = {}
+    answers = {'agentInfo': {'hypervisor': 'any'}, 'listVMsWithState': states}
+    host = types.SimpleNamespace(drives_vms=True, connect=lambda: True,
+                                 call=lambda method, *_: answers.get(method))
+    work = task_in(tmp_path, '<multiattach_vdi_file>image.vdi</multiattach_vdi_file><input>in</input>', host)
+    assert work.connect()
+    what_to_do = ' is missing%s: reset the project; if it stays so, %s'
+    for _ in range(2):
+        with pytest.raises(Trouble, match='image.vdi' + what_to_do % ('', 'the application\'s version')):
+            work.ready()
+        states['127.0.0.1_p_t1'] = 'Saved'
+    with pytest.raises(Trouble, match='in' + what_to_do % (' in the slot', 'vbox_job.xml names a file')):
+        work.put()
+
+
 def test_a_task_whose_clients_folder_was_moved_goes_on_with_its_command(tmp_path):
     """To another disk, say, with a link in its place or none: else its program would run a second time."""
     work = task_in(tmp_path / 'here')
@@ -525,6 +546,7 @@ def test_a_vm_whose_folder_was_moved_is_registered_there(tmp_path):
         work = task_in(tmp_path / place, '', types.SimpleNamespace(
             drives_vms=True, connect=lambda: True, call=call))
         del asked[:]
+        (tmp_path / place / 'slots' / '0' / 'vm_image.vdi').write_text('')
         assert work.connect() and not work.ready()
         told = [each for each in asked if each[0] == 'registerVM']
         slot = str(tmp_path / place / 'slots' / '0')
