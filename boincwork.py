@@ -44,6 +44,7 @@ log = logging.getLogger('vmboinc')
 
 CHECKPOINT = 'checkpoint '     # + a number: name of a snapshot
 LEASE = 60                     # seconds without its wrapper after which a VM is saved
+TELL_AFTER = 10.0              # seconds without a machine after which it is told what is waited for
 LINK_EVERY = 60.0              # seconds between two links to the status page; one is good for two minutes
 LEASE_EVERY = 10.0             # seconds between two renewals
 START_PATIENCE = 60.0          # seconds that a host agent may take to answer
@@ -300,6 +301,7 @@ class VirtualMachine:
         self._options = dict(options, linked=True)
         self._limits = limits
         self._record = record
+        self._has_run = False          # since it was told last that it doesn't
         self._forwards = []            # type: List[Dict[str, Any]]    # as getVM tells them
         self._leased = 0.0
 
@@ -318,6 +320,10 @@ class VirtualMachine:
         if state not in ('Running', 'Paused') and not os.path.isfile(self._image):
             raise Trouble('the project\'s disk image %s is missing: %sthe application\'s version lacks it'
                           % (self._image, RESET))
+        if state not in ('Running', 'Paused') and self._has_run:
+            log.warning('the machine is %s, by somebody else or since its lease was over: it goes on',
+                        state or 'gone')
+            self._has_run = False
         if state is not None:          # before it starts: this process may die at any moment
             self.lease()
         if state is None:
@@ -339,6 +345,7 @@ class VirtualMachine:
             raise Trouble('the machine %s can\'t be read: %s; if it stays so, abort the task'
                           % (self.name, self._host.call('getVM', self.name)['trouble']))
         elif state == 'Running':
+            self._has_run = True
             told = self._host.call('getVM', self.name)
             self.pid = int(told['pid'])
             self._forwards = told['forwards']
@@ -473,7 +480,8 @@ class GivenMachine:
         self._host = host
         self._record = record
         self._emptying = ''            # id of the command that removes what is in the folder
-        self._told_missing = ''
+        self._missing_since = 0.0      # 0: it isn't
+        self._is_told = False
 
     @property
     def name(self) -> str:
@@ -493,14 +501,17 @@ class GivenMachine:
         return self.name in names and (self._record.emptied or self._is_emptied())
 
     def _tell_missing(self, names: List[str]) -> None:
-        """Says once what is waited for."""
-        if not names or self.name and self.name not in names:
-            missing = 'the machine %s isn\'t connected' % self.name if self.name else \
-                'no machine has joined: vmguest is to be started on one, with the broker and the port that ' \
-                'stand in %s' % self._host.ini
-            if missing != self._told_missing:
-                log.info('%s', missing)
-            self._told_missing = missing
+        """Says once what has been waited for for a while."""
+        if self.name in names or names and not self.name:
+            self._missing_since = 0.0
+            return
+        now = time.monotonic()
+        self._missing_since = self._missing_since or now
+        if not self._is_told and now - self._missing_since > TELL_AFTER:
+            self._is_told = True
+            log.info('the machine %s isn\'t connected', self.name) if self.name else log.info(
+                'no machine has joined: vmguest is to be started on one, with the broker and the port that '
+                'stand in %s', self._host.ini)
 
     def _end_former(self, names: List[str]) -> bool:
         """Whether nothing goes on, on those machines, of a task of the same name that was reset, and that
@@ -514,7 +525,7 @@ class GivenMachine:
 
     def _is_emptied(self) -> bool:
         """Whether the task's folder held nothing of such a task, once; has it removed where it does."""
-        if not self._emptying and (self._record.put or not self._has_folder()):
+        if not self._emptying and (self._record.put or not self.has_folder()):
             self._record.emptied = True
             self._record.save()
         elif not self._emptying:
@@ -523,7 +534,8 @@ class GivenMachine:
             self._emptying = ''
         return self._record.emptied
 
-    def _has_folder(self) -> bool:
+    def has_folder(self) -> bool:
+        """Whether the task has its folder there."""
         try:
             self._host.call('listDir', self.name, '/' + self.files)
             return True
@@ -737,12 +749,20 @@ class Work:
             return True
         if not self._waiting:
             self._waiting = [('put', self._slot.resolve(moved.logical), self.there(moved.path))
-                             for moved in self._inputs()]
+                             for moved in self._inputs()] or self._bare_folder()
         if not self._move_all():
             return False
         self._record.put = True
         self._record.save()
         return True
+
+    def _bare_folder(self) -> List[Tuple[str, str, str]]:
+        """What makes the task's folder in the guest, where that is missing and no file does."""
+        if not self.machine.files or self.machine.has_folder():
+            return []
+        bare = self.in_slot('vmboinc.bare')
+        os.makedirs(bare, exist_ok=True)
+        return [('put', bare, self.machine.files)]
 
     def _inputs(self) -> List[Moved]:
         found = list(self._job.inputs) + [Moved(name, posixpath.basename(name))

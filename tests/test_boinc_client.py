@@ -221,7 +221,7 @@ def files_in(folder):
 
 
 def test_ends(boinc):
-    """Twelve tasks at once, and each shows what became of its program."""
+    """Thirteen tasks at once, and each shows what became of its program."""
     rig = boinc.rig
     for name, program in (('one', 'exit 1'), ('most', 'exit 255'), ('segv', 'kill -SEGV $$'),
                           ('killed', 'kill -KILL $$'), ('lacks', 'exit 0'), ('endless', 'sleep 600'),
@@ -234,6 +234,7 @@ def test_ends(boinc):
               '<temporary_exit_trigger_file>rest</temporary_exit_trigger_file>')
     boinc.add('odd', 'exit 0\n', '<enable_floppyio>1</enable_floppyio><frobnicate/>')
     boinc.add('absent', '', '<command>no/such/program</command>')
+    boinc.add('bare', '', '<command>sh -c "ls -A > out"</command><output>out</output>', outputs=['out'])
     boinc.add('timed', 'sleep 600\n', '<job_duration>2</job_duration>')
     rig.start()
     wait_until(lambda: rig.task('endless')['process'] == 'running'
@@ -241,11 +242,13 @@ def test_ends(boinc):
     rig.operate('abort', 'endless')
     ends = {name: rig.wait(name, 'done=true', 60) for name in (
         'one', 'most', 'segv', 'killed', 'lacks', 'endless', 'completed', 'absent',
-        'timed', 'leaves')}
+        'timed', 'leaves', 'bare')}
     assert {name: (end['state'], end['exit']) for name, end in ends.items()} == {
         'one': ('error', 1), 'most': ('error', 255), 'segv': ('error', 11), 'killed': ('error', 193),
         'lacks': ('error', 0), 'endless': ('aborted', 203), 'completed': ('error', 3),
-        'absent': ('error', 206), 'timed': ('uploaded', 0), 'leaves': ('uploaded', 0)}
+        'absent': ('error', 206), 'timed': ('uploaded', 0), 'leaves': ('uploaded', 0),
+        'bare': ('uploaded', 0)}
+    assert 'ENOENT: No such file or directory: no/such/program' in rig.stderr('absent')
     daemon = re.search('left ([0-9]+)', rig.stderr('leaves')).group(1)
     wait_until(lambda: not os.path.exists('/proc/' + daemon), 20)
     assert re.search('Output file lacks_out.* absent', rig.read('client.log'))

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import types
 
 import pytest
@@ -501,6 +502,22 @@ def test_a_project_cannot_give_itself_leave(folder, tmp_path, monkeypatch):
         told._slot.init = boincslot.InitData(init.read_text())
 
 
+def test_a_machine_that_somebody_stopped_is_said_to_go_on(tmp_path, caplog):
+    """Also before its agent has come."""
+    states, machine = {'vm': 'Running'}, {'pid': 0, 'forwards': [], 'agent': 'never'}
+    answers = {'agentInfo': {'hypervisor': 'any'}, 'listVMsWithState': states, 'getVM': machine}
+    image = tmp_path / 'image'
+    image.write_text('')
+    host = types.SimpleNamespace(call=lambda method, *_: answers.get(method))
+    vm = boincwork.VirtualMachine(host, 'vm', str(image), {'folder': '', 'owner': ''}, dict,
+                                  Record(str(tmp_path / 'record')))
+    for state in ('Saved', 'Running', 'Running', 'Saved', 'Saved'):
+        states['vm'] = state
+        assert not vm.ready()
+    assert [record.getMessage() for record in caplog.records] == [
+        'the machine is Saved, by somebody else or since its lease was over: it goes on']
+
+
 def test_files_that_are_missing_are_named_with_what_to_do(tmp_path):
     """An image as well as an input; also where a VM is there that was saved: to detach it is no help."""
     (tmp_path / 'projects' / '127.0.0.1_p').mkdir(parents=True)
@@ -985,7 +1002,7 @@ def test_a_program_that_waits_for_its_turn_has_not_run_long_enough(tmp_path, cap
     assert 9 < task.record.elapsed < 13
 
 
-def test_what_a_task_waits_for_is_said(tmp_path, caplog):
+def test_what_a_task_waits_for_is_said(tmp_path, caplog, monkeypatch):
     """Long before it gives up; once."""
     caplog.set_level(logging.INFO)
     task = Alive(tmp_path)
@@ -996,6 +1013,9 @@ def test_what_a_task_waits_for_is_said(tmp_path, caplog):
     names = []
     host = types.SimpleNamespace(ini='host.ini', call=lambda *_: names)
     machine = boincwork.GivenMachine(host, 'task', Record(str(tmp_path / 'other')))
+    assert not machine.ready() and not caplog.records
+    now = time.monotonic() + boincwork.TELL_AFTER
+    monkeypatch.setattr(boincwork, 'time', types.SimpleNamespace(monotonic=lambda: now))
     assert not machine.ready() and not machine.ready()
     assert ['no machine has joined' in record.getMessage() for record in caplog.records] == [True]
 
