@@ -148,7 +148,10 @@ class HostAgent:
                 version = self._client.call('agentInfo')['version']
                 if is_older(version):
                     return self._end_older(version)
-                self._deadline = 0.0
+                if self._started:
+                    with contextlib.suppress(OSError):
+                        os.remove(os.path.join(self.folder, STARTING))
+                self._started = self._deadline = 0.0
                 return True
             except NoHost:
                 self._start()
@@ -184,9 +187,23 @@ class HostAgent:
         if now > self._deadline:
             self._deadline = 0.0
             raise NotStarted('the host agent doesn\'t start: %s' % self._last_words())
-        if now - self._started > START_AGAIN or not self._started:
+        if (now - self._started > START_AGAIN or not self._started) and self._is_first():
             self._started = now
             start_orphaned(self._command + [self.ini], self.folder)
+
+    def _is_first(self) -> bool:
+        """Whether no other task has started one just now: a client starts many tasks at once."""
+        path = os.path.join(self.folder, STARTING)
+        with contextlib.suppress(OSError):
+            if not 0 <= time.time() - os.stat(path).st_mtime < START_AGAIN:
+                os.remove(path)
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        except FileExistsError:
+            return False
+        except OSError:                # the start itself tells why nothing can be written there
+            pass
+        return True
 
     def _free_port(self) -> int:
         """The port that guests' agents try by themselves, where it is free now, and no other project of the
@@ -248,6 +265,7 @@ def write_new(path: str, text: str) -> None:
     os.remove(temporary)
 
 
+STARTING = 'starting'                  # there while a host agent was started by one of the tasks
 PRINTED = 'printed.log'                # what a host agent prints, which doesn't go into its log
 
 

@@ -739,6 +739,19 @@ def test_what_the_wrapper_before_was_moving_is_waited_for(tmp_path):
     assert work.put()
 
 
+def test_of_many_tasks_at_once_one_starts_the_host_agent(tmp_path, monkeypatch):
+    """And another one, where that doesn't come to anything; a clock that was set back holds up nobody."""
+    started = []
+    monkeypatch.setattr(boincwork, 'start_orphaned', lambda command, folder: started.append(folder))
+    hosts = [boincwork.HostAgent(str(tmp_path), ['vmhost']) for _ in range(4)]
+    for count, when in ((1, None), (2, 1e9), (3, 4e9)):
+        if when:
+            os.utime(str(tmp_path / boincwork.STARTING), (when, when))
+        for host in hosts:
+            assert not host.connect()
+        assert started == [str(tmp_path)] * count
+
+
 @pytest.mark.skipif(os.name != 'posix', reason='Windows tells otherwise')
 def test_a_folder_in_which_no_host_agent_can_be_started_is_named(tmp_path):
     """A project's folder that is read-only, say."""
