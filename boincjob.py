@@ -17,6 +17,7 @@ import agent
 
 FILE = 'vbox_job.xml'
 LARGEST = 1 << 20              # characters of it: splitting words takes its time
+RESET = 'reset the project; if it stays so, '           # what a volunteer can do where a file is missing
 CHECKPOINTS = ('state', 'files', 'none')
 MOST_CPUS = 32
 LEAST_MEMORY = 512             # MB
@@ -56,7 +57,7 @@ def _number(text: str) -> float:
     except ValueError:
         raise ValueError('a number')
     if not 0 <= value < 1e12:
-        raise ValueError('a number, not below 0')
+        raise ValueError('a number from 0 to 1e12')
     return value
 
 
@@ -197,9 +198,14 @@ def _moved(element: Any, text: str) -> Moved:
     unknown = set(fields) - {'name', 'path', 'optional'}
     if unknown:
         raise ValueError('name, path or optional, not <%s>' % sorted(unknown)[0])
-    logical = _path(fields.get('name', text))
-    optional = 'optional' in fields and _flag(fields['optional'])
-    return Moved(logical, _path(fields.get('path', logical)), optional)
+    found = {'name': text}
+    for tag in ('name', 'path'):
+        try:
+            found[tag] = _path(fields.get(tag, found['name']))
+        except ValueError as expected:
+            where = ', not <%s>%.80s' % (tag, fields[tag]) if tag in fields else ''
+            raise ValueError('%s%s' % (expected, where))
+    return Moved(found['name'], found['path'], 'optional' in fields and _flag(fields['optional']))
 
 
 def _forwards(element: Any) -> List[Forward]:

@@ -31,12 +31,14 @@ QUICK = 0.3                    # … and at what is soon so
 QUIT_WITHIN = 50.0             # seconds in which a client's <quit/> is answered: it kills after 60
 FIRST_DELAY, LONGEST_DELAY = 60, 3600          # seconds of a temporary exit
 LONGEST_PAUSE = 86400          # seconds that a client takes
+TOLD_AFTER = 60.0              # … after which it is told that it is waited for
 READY_WITHIN = 900.0           # seconds that a machine may take until its agent is there
 AWAY_TRIES = 5                 # times that a host agent or a machine may be lost without an exit
 LEAST_FRACTION = 0.001         # told before the science tells its own: for 0, a client shows a guess, and
                                # would go back from it
 NO_FRACTION = -1.0             # has a client show its guess
 SILENT_FOR = 60.0              # seconds of science after which its progress isn't waited for any more
+MOST_NOTED = 40                # times that a client's suspend and resume are noted
 GOOD_RUN = 60.0                # seconds of science after which earlier troubles count no more
 
 
@@ -76,8 +78,9 @@ class Life:
         self._last = now               # when elapsed time was counted last
         self._checkpointed = now
         self._is_paused = self._is_connected = self._has_looked = self._complained = False
+        self._is_queued = self._has_waited = False
         self._fraction = record.fraction
-        self._lost = 0
+        self._lost = self._heard = 0
         self._ran = 0.0
         self._final: Optional[End] = None              # once what comes before it is done
 
@@ -89,8 +92,18 @@ class Life:
             self._change_limits()
         wish = {'suspend': 'suspend', 'resume': 'run', 'quit': 'quit', 'abort': 'abort'}.get(word)
         if wish and self.wish not in ('abort', wish) and not (self.wish == 'quit' and wish != 'abort'):
-            log.info('the client says %s', word)
+            self._note(word)
             self.wish, self._asked, self._not_before = wish, now, now
+
+    def _note(self, word: str) -> None:
+        """A word of the client, for stderr.txt, of which a project sees the last 63 KB: some clients suspend
+        and resume a task each second or two, for days."""
+        self._heard += word in ('suspend', 'resume')
+        if self._heard <= MOST_NOTED or word not in ('suspend', 'resume'):
+            log.info('the client says %s', word)
+        if self._heard == MOST_NOTED:
+            log.info('from now on, that it says suspend or resume isn\'t noted any more')
+            self._heard += 1
 
     def _change_limits(self) -> None:
         if self._todo[0] in self.AT_WORK:
@@ -145,8 +158,11 @@ class Life:
         elif not value:
             self._not_before = now + QUICK
             if step == 'ready' and now - self._waits_since > READY_WITHIN:
-                self._trouble('the machine\'s agent isn\'t there after %d minutes: does its image start '
-                              'vmguest?' % (READY_WITHIN / 60))
+                self._trouble('the machine\'s agent isn\'t there after %d minutes: does its image, or the '
+                              'machine that is to join, start vmguest?' % (READY_WITHIN / 60))
+            elif step == 'ready' and now - self._waits_since > TOLD_AFTER and not self._has_waited:
+                self._has_waited = True
+                log.info('the machine\'s agent isn\'t there yet')
         else:
             getattr(self, '_did_' + step, self._did)(step, now)
 
@@ -246,6 +262,7 @@ class Life:
         if seen.state == 'lost':
             return self._begin_attempt(now)
         self._has_looked = True
+        self._wait_for_turn(seen.state)
         self._record.cpu = max(self._record.cpu, self._record.before + seen.cpu)
         self._fraction = max(self._fraction, self._fraction_of(seen))
         self.messages += seen.messages
@@ -262,6 +279,13 @@ class Life:
             self._not_before = now
         elif self._is_checkpoint_due(now):
             self._checkpoint(now)
+
+    def _wait_for_turn(self, state: str) -> None:
+        """Takes whether it has begun: behind others, on a machine that runs only so many at once, no time of
+        its own passes."""
+        if state == 'queued' and not self._is_queued:
+            log.info('the program waits for its turn: its machine runs no more commands at once')
+        self._is_queued = state in ('queued', 'sent')
 
     def _fraction_of(self, seen: Look) -> float:
         if self._job.job_duration:
@@ -323,7 +347,7 @@ class Life:
         return not self._complained
 
     def _count_time(self, now: float) -> None:
-        if self._todo[0] in self.AT_WORK and self.wish == 'run' and not self._is_paused:
+        if self._todo[0] in self.AT_WORK and self.wish == 'run' and not (self._is_paused or self._is_queued):
             self._record.elapsed += now - self._last
             self._ran += now - self._last
             if self._ran > GOOD_RUN and (self._record.troubles or self._lost):

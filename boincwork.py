@@ -26,7 +26,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 
 import agent
 import hostconfig
-from boincjob import COMMAND, LEAST_MEMORY, Job, Moved, Trigger, Words, fraction_of, read_trigger
+from boincjob import COMMAND, FILE, LEAST_MEMORY, RESET, Job, Moved, Trigger, Words, fraction_of, read_trigger
 from boincslot import InitData, Record, Slot
 from faults import (
     AlreadyExists,
@@ -44,6 +44,7 @@ log = logging.getLogger('vmboinc')
 
 CHECKPOINT = 'checkpoint '     # + a number: name of a snapshot
 LEASE = 60                     # seconds without its wrapper after which a VM is saved
+TELL_AFTER = 10.0              # seconds without a machine after which it is told what is waited for
 LINK_EVERY = 60.0              # seconds between two links to the status page; one is good for two minutes
 LEASE_EVERY = 10.0             # seconds between two renewals
 START_PATIENCE = 60.0          # seconds that a host agent may take to answer
@@ -147,7 +148,10 @@ class HostAgent:
                 version = self._client.call('agentInfo')['version']
                 if is_older(version):
                     return self._end_older(version)
-                self._deadline = 0.0
+                if self._started:
+                    with contextlib.suppress(OSError):
+                        os.remove(os.path.join(self.folder, STARTING))
+                self._started = self._deadline = 0.0
                 return True
             except NoHost:
                 self._start()
@@ -183,9 +187,23 @@ class HostAgent:
         if now > self._deadline:
             self._deadline = 0.0
             raise NotStarted('the host agent doesn\'t start: %s' % self._last_words())
-        if now - self._started > START_AGAIN or not self._started:
+        if (now - self._started > START_AGAIN or not self._started) and self._is_first():
             self._started = now
             start_orphaned(self._command + [self.ini], self.folder)
+
+    def _is_first(self) -> bool:
+        """Whether no other task has started one just now: a client starts many tasks at once."""
+        path = os.path.join(self.folder, STARTING)
+        with contextlib.suppress(OSError):
+            if not 0 <= time.time() - os.stat(path).st_mtime < START_AGAIN:
+                os.remove(path)
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        except FileExistsError:
+            return False
+        except OSError:                # the start itself tells why nothing can be written there
+            pass
+        return True
 
     def _free_port(self) -> int:
         """The port that guests' agents try by themselves, where it is free now, and no other project of the
@@ -247,6 +265,7 @@ def write_new(path: str, text: str) -> None:
     os.remove(temporary)
 
 
+STARTING = 'starting'                  # there while a host agent was started by one of the tasks
 PRINTED = 'printed.log'                # what a host agent prints, which doesn't go into its log
 
 
@@ -300,6 +319,7 @@ class VirtualMachine:
         self._options = dict(options, linked=True)
         self._limits = limits
         self._record = record
+        self._has_run = False          # since it was told last that it doesn't
         self._forwards = []            # type: List[Dict[str, Any]]    # as getVM tells them
         self._leased = 0.0
 
@@ -315,6 +335,13 @@ class VirtualMachine:
                           % self._host.how_to('check'))
         self._follow()
         state = self._host.call('listVMsWithState').get(self.name)
+        if state not in ('Running', 'Paused') and not os.path.isfile(self._image):
+            raise Trouble('the project\'s disk image %s is missing: %sthe application\'s version lacks it'
+                          % (self._image, RESET))
+        if state not in ('Running', 'Paused') and self._has_run:
+            log.warning('the machine is %s, by somebody else or since its lease was over: it goes on',
+                        state or 'gone')
+            self._has_run = False
         if state is not None:          # before it starts: this process may die at any moment
             self.lease()
         if state is None:
@@ -336,6 +363,7 @@ class VirtualMachine:
             raise Trouble('the machine %s can\'t be read: %s; if it stays so, abort the task'
                           % (self.name, self._host.call('getVM', self.name)['trouble']))
         elif state == 'Running':
+            self._has_run = True
             told = self._host.call('getVM', self.name)
             self.pid = int(told['pid'])
             self._forwards = told['forwards']
@@ -347,8 +375,6 @@ class VirtualMachine:
         if self._record.put and self._register():
             return
         folder = os.path.join(self._options['folder'], self.name)
-        if not os.path.isfile(self._image):
-            raise Trouble('the project\'s disk image %s is missing' % self._image)
         if os.path.exists(folder):     # it was being made when something died, and nothing has run there
             shutil.rmtree(folder)
         try:
@@ -472,6 +498,8 @@ class GivenMachine:
         self._host = host
         self._record = record
         self._emptying = ''            # id of the command that removes what is in the folder
+        self._missing_since = 0.0      # 0: it isn't
+        self._is_told = False
 
     @property
     def name(self) -> str:
@@ -481,6 +509,7 @@ class GivenMachine:
     def ready(self) -> bool:
         """Whether it is there; at first, whether there is any, and the one with the fewest commands is it."""
         names = self._host.call('listRegisteredVMs')
+        self._tell_missing(names)
         if not names or not self.name and not self._end_former(names):
             return False
         if not self.name:
@@ -488,6 +517,19 @@ class GivenMachine:
             self._record.machine = min(names, key=lambda name: (load[name], name))
             self._record.save()
         return self.name in names and (self._record.emptied or self._is_emptied())
+
+    def _tell_missing(self, names: List[str]) -> None:
+        """Says once what has been waited for for a while."""
+        if self.name in names or names and not self.name:
+            self._missing_since = 0.0
+            return
+        now = time.monotonic()
+        self._missing_since = self._missing_since or now
+        if not self._is_told and now - self._missing_since > TELL_AFTER:
+            self._is_told = True
+            log.info('the machine %s isn\'t connected', self.name) if self.name else log.info(
+                'no machine has joined: vmguest is to be started on one, with the broker and the port that '
+                'stand in %s', self._host.ini)
 
     def _end_former(self, names: List[str]) -> bool:
         """Whether nothing goes on, on those machines, of a task of the same name that was reset, and that
@@ -501,7 +543,7 @@ class GivenMachine:
 
     def _is_emptied(self) -> bool:
         """Whether the task's folder held nothing of such a task, once; has it removed where it does."""
-        if not self._emptying and (self._record.put or not self._has_folder()):
+        if not self._emptying and (self._record.put or not self.has_folder()):
             self._record.emptied = True
             self._record.save()
         elif not self._emptying:
@@ -510,7 +552,8 @@ class GivenMachine:
             self._emptying = ''
         return self._record.emptied
 
-    def _has_folder(self) -> bool:
+    def has_folder(self) -> bool:
+        """Whether the task has its folder there."""
         try:
             self._host.call('listDir', self.name, '/' + self.files)
             return True
@@ -657,9 +700,9 @@ class Work:
         return VirtualMachine(self.host, self._name, image, wish, self._limits, self._record)
 
     def clean(self) -> bool:
-        """No VM is left of tasks of this project that the client has forgotten (a reset, say); nor one of this
-        name, where this slot has had none: a server sends tasks again that were reset."""
-        if not self._record.made:
+        """No VM is left of tasks of this project that the client has forgotten (a reset, say); nor one of
+        this name, where this slot has had none: a server sends tasks again that were reset."""
+        if not self._record.made and not isinstance(self.machine, GivenMachine):
             self._remove([self._name])
         slots = self._slots()
         if not all(slot.has_client and slot.init.is_whole for slot in slots):
@@ -724,12 +767,20 @@ class Work:
             return True
         if not self._waiting:
             self._waiting = [('put', self._slot.resolve(moved.logical), self.there(moved.path))
-                             for moved in self._inputs()]
+                             for moved in self._inputs()] or self._bare_folder()
         if not self._move_all():
             return False
         self._record.put = True
         self._record.save()
         return True
+
+    def _bare_folder(self) -> List[Tuple[str, str, str]]:
+        """What makes the task's folder in the guest, where that is missing and no file does."""
+        if not self.machine.files or self.machine.has_folder():
+            return []
+        bare = self.in_slot('vmboinc.bare')
+        os.makedirs(bare, exist_ok=True)
+        return [('put', bare, self.machine.files)]
 
     def _inputs(self) -> List[Moved]:
         found = list(self._job.inputs) + [Moved(name, posixpath.basename(name))
@@ -744,11 +795,12 @@ class Work:
         missing = [moved.logical for moved in found
                    if not moved.optional and not os.path.exists(self._slot.resolve(moved.logical))]
         if missing:
-            raise Trouble('the file %s is missing in the slot: reset the project' % missing[0])
+            raise Trouble('the file %s is missing in the slot: %s%s names a file that the task doesn\'t have'
+                          % (missing[0], RESET, FILE))
         found = [moved for moved in found if os.path.exists(self._slot.resolve(moved.logical))]
         for path in [self._slot.resolve(moved.logical) for moved in found]:
-            if not os.path.isfile(path) and not os.path.isdir(path):
-                raise Trouble('%s is neither file nor folder: reset the project' % path)  # a pipe: no end
+            if not os.path.isfile(path) and not os.path.isdir(path):       # a pipe has no end
+                raise Trouble('%s is neither file nor folder: reset the project' % path)
         return found
 
     def _shared(self) -> List[Moved]:

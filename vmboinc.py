@@ -15,6 +15,7 @@ API_VERSION_7.20.5
 """
 
 import codecs
+import contextlib
 import logging
 import os
 import queue
@@ -27,7 +28,7 @@ from typing import Any, Callable, List, Optional
 
 import agent
 import boincslot
-from boincjob import FILE, Job, JobError, read_words
+from boincjob import FILE, RESET, Job, JobError, read_words
 from boinclife import FIRST_DELAY, LONGEST_DELAY, End, Life
 from boincslot import (
     CONTROL,
@@ -207,8 +208,7 @@ def read_job(slot: Slot) -> Job:
         is_wide = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)        # as PowerShell writes
         return Job(content.decode('utf-16' if is_wide else 'utf-8', 'replace'))
     except FileNotFoundError:
-        raise JobError('%s is missing in the slot: reset the project; if it stays so, the application\'s '
-                       'version lacks it' % FILE)
+        raise JobError('%s is missing in the slot: %sthe application\'s version lacks it' % (FILE, RESET))
 
 
 def run_task(words: List[str]) -> int:
@@ -222,7 +222,8 @@ def run_task(words: List[str]) -> int:
             return leave(slot, End(delay=LOCK_DELAY, message=TAKEN))
         code = slot.finished()         # by now: the wrapper before may have brought it to its end
         if code is not None:
-            log.info('the task was over already')
+            log.info('the task was over already, as %s says%s', boincslot.FINISH_FILE,
+                     '' if slot.has_client else ': without that file, it begins anew')
             return exit_code(code)
         return leave(slot, live(slot, words))
     except OSError as error:
@@ -276,6 +277,9 @@ def leave(slot: Slot, end: End) -> int:
     elif end.finish:
         log.info('over, exit code %d%s', end.code, ': ' + end.message if end.message else '')
         insist(slot, lambda: slot.finish(end.code, end.message, end.notice))
+        if not slot.has_client:        # a client empties the slot; a person tries it again
+            with contextlib.suppress(OSError):
+                os.remove(slot.path(Record.FILE))
         if end.signal:
             slot.unlock()
             die_of(end.signal)

@@ -94,6 +94,16 @@ def load_rig():
     return found
 
 
+def hosts_in(folder, among=None):
+    """Pids of the host agents in a folder, not of the processes of their drivers; of all, or among some."""
+    found = []
+    for pid in map(int, filter(str.isdigit, os.listdir('/proc'))) if among is None else among:
+        with contextlib.suppress(OSError):             # it may end meanwhile
+            if os.readlink('/proc/%d/cwd' % pid) == str(folder) and '--host-agent' in vms.command_line(pid):
+                found.append(pid)
+    return found
+
+
 class Boinc:
     """A client, stopped at first; ``add`` tasks, then ``rig.start()``."""
 
@@ -144,7 +154,7 @@ class Boinc:
         self.rig.add(name, self.program, options + ['--flag', 'dont_throttle'])
 
     def forget(self):
-        """The stopped client forgets all tasks, as at a reset of the project; its host agent's folder stays."""
+        """The stopped client forgets all tasks, as at a reset; its host agent stays."""
         state = self.rig.read('data', 'client_state.xml')
         for tag in ('file', 'app', 'app_version', 'workunit', 'result', 'active_task_set'):
             state = re.sub('<%s>.*?</%s>\n' % (tag, tag), '', state, flags=re.DOTALL)
@@ -165,14 +175,8 @@ class Boinc:
         return '%s_%s' % (os.path.basename(self.project), name)
 
     def host_pids(self):
-        """The host agents of the project; not the processes of their drivers."""
-        found = []
-        for pid in self.rig.leftovers():
-            with contextlib.suppress(OSError):         # it may end meanwhile
-                if os.readlink('/proc/%d/cwd' % pid) == os.path.join(self.project, 'vmhost') \
-                        and '--host-agent' in vms.command_line(pid):
-                    found.append(pid)
-        return found
+        """The host agents of the project."""
+        return hosts_in(os.path.join(self.project, 'vmhost'), self.rig.leftovers())
 
     def told(self, slot=0):
         """(CPU time, that of the checkpoint, fraction or None) of each report of that slot's task that the

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import subprocess
 
 import boinc as boinc_rig
 import pytest
@@ -216,7 +217,7 @@ def files_in(folder):
 
 
 def test_ends(boinc):
-    """Twelve tasks at once, and each shows what became of its program."""
+    """Thirteen tasks at once, and each shows what became of its program."""
     rig = boinc.rig
     for name, program in (('one', 'exit 1'), ('most', 'exit 255'), ('segv', 'kill -SEGV $$'),
                           ('killed', 'kill -KILL $$'), ('lacks', 'exit 0'), ('endless', 'sleep 600'),
@@ -229,6 +230,7 @@ def test_ends(boinc):
               '<temporary_exit_trigger_file>rest</temporary_exit_trigger_file>')
     boinc.add('odd', 'exit 0\n', '<enable_floppyio>1</enable_floppyio><frobnicate/>')
     boinc.add('absent', '', '<command>no/such/program</command>')
+    boinc.add('bare', '', '<command>sh -c "ls -A > out"</command><output>out</output>', outputs=['out'])
     boinc.add('timed', 'sleep 600\n', '<job_duration>2</job_duration>')
     rig.start()
     wait_until(lambda: rig.task('endless')['process'] == 'running'
@@ -236,11 +238,13 @@ def test_ends(boinc):
     rig.operate('abort', 'endless')
     ends = {name: rig.wait(name, 'done=true', 60) for name in (
         'one', 'most', 'segv', 'killed', 'lacks', 'endless', 'completed', 'absent',
-        'timed', 'leaves')}
+        'timed', 'leaves', 'bare')}
     assert {name: (end['state'], end['exit']) for name, end in ends.items()} == {
         'one': ('error', 1), 'most': ('error', 255), 'segv': ('error', 11), 'killed': ('error', 193),
         'lacks': ('error', 0), 'endless': ('aborted', 203), 'completed': ('error', 3),
-        'absent': ('error', 206), 'timed': ('uploaded', 0), 'leaves': ('uploaded', 0)}
+        'absent': ('error', 206), 'timed': ('uploaded', 0), 'leaves': ('uploaded', 0),
+        'bare': ('uploaded', 0)}
+    assert 'ENOENT: No such file or directory: no/such/program' in rig.stderr('absent')
     daemon = re.search('left ([0-9]+)', rig.stderr('leaves')).group(1)
     wait_until(lambda: not os.path.exists('/proc/' + daemon), 20)
     assert re.search('Output file lacks_out.* absent', rig.read('client.log'))
@@ -275,3 +279,31 @@ def test_a_task_that_is_sent_again_after_a_reset_runs_again(boinc):
         assert again.count('\n') == 1 and again != before
     assert not os.path.exists('/proc/%d' % halted)
     wait_until(lambda: not os.listdir(boinc.guest.files), 20)
+
+
+def test_by_hand_a_task_runs_as_often_as_its_folder_is_told_to(boinc, tmp_path):
+    """With what stands there by then, on a machine that remembers the run before; and it says which file is
+    in the way."""
+    alone = tmp_path / 'alone'
+    alone.mkdir()
+    os.rename(os.path.join(boinc.project, 'vmhost'), str(alone / 'vmhost'))
+    (alone / 'vbox_job.xml').write_text('<vbox_job><input>in</input><output>out</output></vbox_job>')
+    (alone / 'boinc_app').write_text('cat in >> out\n')
+    boinc.project, finish_file = str(alone), alone / 'boinc_finish_called'
+
+    def run():
+        done = subprocess.run([boinc.program], cwd=str(alone), stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, timeout=60)
+        assert done.returncode == 0, done.stdout
+        return done.stdout.decode()
+    try:
+        for number in range(3):
+            (alone / 'in').write_text('%d\n' % number)
+            run()
+            assert (alone / 'out').read_text() == '%d\n' % number and finish_file.exists()
+            assert 'was over already, as boinc_finish_called says: without that file, it begins anew' in run()
+            finish_file.unlink()
+        assert sorted(os.listdir(str(alone))) == ['boinc_app', 'in', 'out', 'vbox_job.xml', 'vmhost']
+    finally:
+        for pid in boinc_rig.hosts_in(alone / 'vmhost'):
+            os.kill(pid, signal.SIGTERM)

@@ -2,11 +2,13 @@
 
 import ast
 import contextlib
+import logging
 import os
 import socket
 import subprocess
 import sys
 import threading
+import time
 import types
 
 import pytest
@@ -249,6 +251,9 @@ def test_our_own_fields():
     ('<output><name>boinc_finish_called</name><path>out</path></output>', 'another name'),
     ('<intermediate_upload_file>INIT_DATA.xml</intermediate_upload_file>', 'another name'),
     ('<output><name>a</name><mode>7</mode></output>', 'mode'),
+    ('<input><name>a</name><path>/etc/x</path></input>', 'a relative path without .., not <path>/etc/x$'),
+    ('<output><name>../a</name></output>', 'a relative path without .., not <name>../a$'),
+    ('<memory_size_mb>99999999999999</memory_size_mb>', 'a number from 0 to 1e12'),
     ('<command>"</command>', 'words'), ('<command/>', 'a command'),
     ('<checkpoint>often</checkpoint>', 'state, files, none'),
     ('<enable_remotedesktop>maybe</enable_remotedesktop>', '1 or 0'), ('<a>', 'no XML'),
@@ -500,6 +505,40 @@ def test_a_project_cannot_give_itself_leave(folder, tmp_path, monkeypatch):
         told._slot.init = boincslot.InitData(init.read_text())
 
 
+def test_a_machine_that_somebody_stopped_is_said_to_go_on(tmp_path, caplog):
+    """Also before its agent has come."""
+    states, machine = {'vm': 'Running'}, {'pid': 0, 'forwards': [], 'agent': 'never'}
+    answers = {'agentInfo': {'hypervisor': 'any'}, 'listVMsWithState': states, 'getVM': machine}
+    image = tmp_path / 'image'
+    image.write_text('')
+    host = types.SimpleNamespace(call=lambda method, *_: answers.get(method))
+    vm = boincwork.VirtualMachine(host, 'vm', str(image), {'folder': '', 'owner': ''}, dict,
+                                  Record(str(tmp_path / 'record')))
+    for state in ('Saved', 'Running', 'Running', 'Saved', 'Saved'):
+        states['vm'] = state
+        assert not vm.ready()
+    assert [record.getMessage() for record in caplog.records] == [
+        'the machine is Saved, by somebody else or since its lease was over: it goes on']
+
+
+def test_files_that_are_missing_are_named_with_what_to_do(tmp_path):
+    """An image as well as an input; also where a VM is there that was saved: to detach it is no help."""
+    (tmp_path / 'projects' / '127.0.0.1_p').mkdir(parents=True)
+    states = {}
+    answers = {'agentInfo': {'hypervisor': 'any'}, 'listVMsWithState': states}
+    host = types.SimpleNamespace(drives_vms=True, connect=lambda: True,
+                                 call=lambda method, *_: answers.get(method))
+    work = task_in(tmp_path, '<multiattach_vdi_file>image.vdi</multiattach_vdi_file><input>in</input>', host)
+    assert work.connect()
+    what_to_do = ' is missing%s: reset the project; if it stays so, %s'
+    for _ in range(2):
+        with pytest.raises(Trouble, match='image.vdi' + what_to_do % ('', 'the application\'s version')):
+            work.ready()
+        states['127.0.0.1_p_t1'] = 'Saved'
+    with pytest.raises(Trouble, match='in' + what_to_do % (' in the slot', 'vbox_job.xml names a file')):
+        work.put()
+
+
 def test_a_task_whose_clients_folder_was_moved_goes_on_with_its_command(tmp_path):
     """To another disk, say, with a link in its place or none: else its program would run a second time."""
     work = task_in(tmp_path / 'here')
@@ -527,6 +566,7 @@ def test_a_vm_whose_folder_was_moved_is_registered_there(tmp_path):
         work = task_in(tmp_path / place, '', types.SimpleNamespace(
             drives_vms=True, connect=lambda: True, call=call))
         del asked[:]
+        (tmp_path / place / 'slots' / '0' / 'vm_image.vdi').write_text('')
         assert work.connect() and not work.ready()
         told = [each for each in asked if each[0] == 'registerVM']
         slot = str(tmp_path / place / 'slots' / '0')
@@ -714,6 +754,19 @@ def test_what_the_wrapper_before_was_moving_is_waited_for(tmp_path):
     assert work.put()
 
 
+def test_of_many_tasks_at_once_one_starts_the_host_agent(tmp_path, monkeypatch):
+    """And another one, where that doesn't come to anything; a clock that was set back holds up nobody."""
+    started = []
+    monkeypatch.setattr(boincwork, 'start_orphaned', lambda command, folder: started.append(folder))
+    hosts = [boincwork.HostAgent(str(tmp_path), ['vmhost']) for _ in range(4)]
+    for count, when in ((1, None), (2, 1e9), (3, 4e9)):
+        if when:
+            os.utime(str(tmp_path / boincwork.STARTING), (when, when))
+        for host in hosts:
+            assert not host.connect()
+        assert started == [str(tmp_path)] * count
+
+
 @pytest.mark.skipif(os.name != 'posix', reason='Windows tells otherwise')
 def test_a_folder_in_which_no_host_agent_can_be_started_is_named(tmp_path):
     """A project's folder that is read-only, say."""
@@ -731,9 +784,9 @@ def test_by_hand_what_lies_beside_its_folder_is_nobodys_slot(tmp_path):
     work = boincwork.Work(Slot(str(folder)), job_of(), boincjob.read_words([], 1), Record(
         str(tmp_path / 'record')), types.SimpleNamespace(
             call=lambda *words: asked.append(words) or []))
-    assert work.clean() and asked == []
+    assert work.clean() and asked == [('cleanup', False, ['alone_'], boincwork.OWNER + str(folder))]
     (folder / 'init_data.xml').write_text(INIT)            # and what is no folder there is no slot
-    assert work.clean() and [words[0] for words in asked] == ['listVMs', 'cleanup']
+    assert work.clean() and [words[0] for words in asked] == ['cleanup', 'cleanup', 'listVMs', 'cleanup']
 
 
 def test_while_the_client_writes_whose_a_slot_is_no_vm_is_removed(tmp_path):
@@ -744,6 +797,7 @@ def test_while_the_client_writes_whose_a_slot_is_no_vm_is_removed(tmp_path):
     asked = []
     work = boincwork.Work(Slot(str(tmp_path / '0')), job_of(), boincjob.read_words([], 1), Record(
         str(tmp_path / 'record')), types.SimpleNamespace(call=lambda *words: asked.append(words[0]) or []))
+    work._record.made = True
     for half in ('', INIT[:-20]):
         (tmp_path / '1' / 'init_data.xml').write_text(half)
         assert work.clean() and asked == []
@@ -815,8 +869,13 @@ def test_a_vm_is_computed_no_sooner_than_its_task():
 
 def test_given_machines_share_the_tasks_and_a_task_stays_where_it_is(tmp_path):
     machines = {'busy': ['a', 'b'], 'idle': [], 'other': []}
-    host = types.SimpleNamespace(call=lambda method, *args: (
-        sorted(machines) if method == 'listRegisteredVMs' else {'commands': machines[args[0]]}))
+
+    def call(method, *args):
+        if method == 'listDir':
+            raise TransferError('/task on %s: /task: does not exist' % args[0])
+        return {'listRegisteredVMs': sorted(machines), 'listCmds': []}.get(method) \
+            if method.startswith('list') else {'commands': machines[args[0]]}
+    host = types.SimpleNamespace(ini='host.ini', call=call)
     record = Record(str(tmp_path / 'record'))
     assert boincwork.GivenMachine(host, 'task', record).ready() and record.machine == 'idle'
     machines.pop('idle')
@@ -824,7 +883,7 @@ def test_given_machines_share_the_tasks_and_a_task_stays_where_it_is(tmp_path):
     assert not again.ready() and again.name == 'idle'
     machines['idle'] = ['a', 'b', 'c']
     assert again.ready()
-    nobody = types.SimpleNamespace(call=lambda *_: [])
+    nobody = types.SimpleNamespace(ini='host.ini', call=lambda *_: [])
     assert not boincwork.GivenMachine(nobody, 'task', Record(str(tmp_path / 'none'))).ready()
 
 
@@ -940,6 +999,53 @@ def test_suspended_and_resumed(tmp_path):
     task.says('resume')
     task.says('resume')
     assert task.go(True, seen()) == ['resume', 'look'] and task.life.is_told()
+
+
+def test_a_client_that_throttles_fills_no_log(tmp_path, caplog):
+    """Where the application's version lacks <dont_throttle/>: suspend and resume, each second or two."""
+    caplog.set_level(logging.INFO)
+    task = Alive(tmp_path).runs()
+    for _ in range(1000):
+        task.says('suspend')
+        task.go(True)
+        task.says('resume')
+        task.go(True)
+    assert 10 < len(caplog.records) < 100
+    assert 'isn\'t noted any more' in caplog.records[-1].getMessage()
+    task.says('quit')
+    assert caplog.records[-1].getMessage() == 'the client says quit'
+
+
+def test_a_program_that_waits_for_its_turn_has_not_run_long_enough(tmp_path, caplog):
+    """On a machine that runs only so many commands at once: its time begins when it does."""
+    caplog.set_level(logging.INFO)
+    task = Alive(tmp_path, '<job_duration>10</job_duration>').runs(seen(state='queued'))
+    for _ in range(30):
+        assert task.go(seen(state='queued')) == ['look']
+    assert not task.record.elapsed
+    assert [record.getMessage() for record in caplog.records if 'its turn' in record.getMessage()] == [
+        'the program waits for its turn: its machine runs no more commands at once']
+    while not task.go(seen())[-1:] == ['collect']:
+        assert task.record.elapsed < 13
+    assert 9 < task.record.elapsed < 13
+
+
+def test_what_a_task_waits_for_is_said(tmp_path, caplog, monkeypatch):
+    """Long before it gives up; once."""
+    caplog.set_level(logging.INFO)
+    task = Alive(tmp_path)
+    task.go(True, True)
+    task.go(*[False] * 300)
+    assert [record.getMessage() for record in caplog.records] == ['the machine\'s agent isn\'t there yet']
+    caplog.clear()
+    names = []
+    host = types.SimpleNamespace(ini='host.ini', call=lambda *_: names)
+    machine = boincwork.GivenMachine(host, 'task', Record(str(tmp_path / 'other')))
+    assert not machine.ready() and not caplog.records
+    now = time.monotonic() + boincwork.TELL_AFTER
+    monkeypatch.setattr(boincwork, 'time', types.SimpleNamespace(monotonic=lambda: now))
+    assert not machine.ready() and not machine.ready()
+    assert ['no machine has joined' in record.getMessage() for record in caplog.records] == [True]
 
 
 def test_a_resume_out_of_nothing_changes_nothing(tmp_path):

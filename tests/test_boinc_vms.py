@@ -6,6 +6,7 @@ The hypervisor is the fake VirtualBox; what would be the VM's agent runs beside 
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,7 +28,7 @@ import boincslot
 import boincwork
 import hostclient
 import vmboinc
-from boincslot import GRAPHICS
+from boincslot import GRAPHICS, Record
 
 pytestmark = [pytest.mark.once, pytest.mark.slow, pytest.mark.ends,
               pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
@@ -431,6 +432,33 @@ def test_vms_of_tasks_that_the_client_forgot_go(project):
     second.start()
     project.has(second, 'Running')
     assert sorted(project.vms()) == ['project_other', second.vm]
+
+
+@pytest.mark.parametrize('had', ['ended', 'been saved'])
+def test_a_task_that_is_sent_again_after_a_reset_gets_another_vm(had, project):
+    """Under its old name, which its host agent remembers, with what ran there."""
+    task = project.task(app=APP + 'echo $1 >> out\n')
+    out = task.link('out')
+    task.start('first')
+    agent = project.agent(task)
+    uuid = project.call('getVM', task.vm)['uuid']
+    task.wait(lambda: task.status('fraction_done') == 0.5)
+    if had == 'ended':
+        finish(agent)
+    else:
+        task.says('quit')
+    assert task.wait_for_end() == 0
+    agent.stop()
+    for name in (Record.FILE, 'boinc_finish_called'):                  # as a reset does
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(task.slot, name))
+    shutil.rmtree(os.path.join(task.slot, task.vm), ignore_errors=True)
+    shutil.rmtree(os.path.join(project.folder, 'guest-' + task.name))
+    task.start('again')
+    agent = project.agent(task)
+    assert project.call('getVM', task.vm)['uuid'] != uuid
+    finish(agent)
+    assert task.wait_for_end() == 0 and open(out).read() == 'what goes in\nagain\n', task.read('stderr.txt')
 
 
 def test_a_host_agent_of_an_older_version_gives_way_to_a_new_one(project, monkeypatch):
