@@ -1027,7 +1027,11 @@ class Download(Move):
             return False
         if int(here.st_mtime) != found.mtime or not self._options.keep:
             return False
-        with open_regular(target) as file:
+        try:
+            file = open_regular(target)
+        except PermissionError:        # who may not read it may replace it, or is told then why not
+            return False
+        with file:
             if self._options.verify and not self._client.has_same(source, file, found.size, self._meter):
                 return False
             if not self._merges:

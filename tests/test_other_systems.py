@@ -21,13 +21,15 @@ import cliterminal
 import hostclient
 import hostconfig
 import hostjournal
+import hoststate
 import hosttransfers
 import hypervisor
 import protocol
 import stompbroker
 import vboxconnection
 import virtualbox
-from faults import Busy, HypervisorError
+from agent import AgentError
+from faults import Busy, HypervisorError, VMHostError
 
 PRIVATE = 'D:PAI(A;OICI;FA;;;SY)(A;OICI;FA;;;S-1-5-21-1-2-3-1001)'
 # What Windows gives a new folder below C:\, and one below a user's own.
@@ -140,6 +142,45 @@ def test_a_file_to_send_that_another_program_holds_is_told_so(tmp_path, monkeypa
         monkeypatch.setattr(chirplocal, 'ON_WINDOWS', on_windows)
         with pytest.raises(PermissionError, match=told):
             chirplocal.open_regular('file')
+
+
+@pytest.mark.parametrize('times', [3, 1000000])
+def test_a_file_that_another_program_holds_is_asked_for_again_on_windows(tmp_path, monkeypatch, times):
+    """A small one that somebody must have: token, ini file, a port of last time, the journal."""
+    left = []
+
+    def held(function):
+        def refusing(path, *args, **options):
+            if str(path).startswith(str(tmp_path)) and left:
+                left.pop()
+                raise PermissionError(errno.EACCES, 'Permission denied', path)
+            return function(path, *args, **options)
+        return refusing
+    folder = str(tmp_path)
+    for name, text in ('xmlrpc.token', 'secret'), ('broker.port', '4000'), ('host.ini', '[Host]'), (
+            'leases.json', '{}'):
+        (tmp_path / name).write_text(text)
+    state = hoststate.StateFolder(folder)
+    monkeypatch.setattr(agent, 'ON_WINDOWS', True)
+    monkeypatch.setattr(agent, 'HELD', 5.0 if times == 3 else 0.1)
+    monkeypatch.setattr('builtins.open', held(open))
+    monkeypatch.setattr(os, 'open', held(os.open))
+    steps = [
+        (lambda: hostclient.Client(folder)._read('xmlrpc.token'), 'secret', agent.NOT_TO_READ),
+        (lambda: agent.read_settings(str(tmp_path / 'host.ini'), {'Host': {}}) and 'read', 'read',
+         agent.NOT_TO_READ),
+        (lambda: state.secret('xmlrpc.token'), 'secret', agent.NOT_TO_READ),
+        (lambda: state.write('file', 'text'), None, agent.NOT_TO_WRITE),
+        (lambda: hostjournal.Journal(str(tmp_path / 'journal')).close(), None, agent.NOT_TO_WRITE)]
+    for step, wanted, told in steps:
+        left[:] = times * [None]
+        if times == 3:
+            assert step() == wanted and not left
+        else:
+            with pytest.raises((OSError, AgentError, VMHostError), match=re.escape(told)):
+                step()
+    left.clear()
+    state.close()
 
 
 def test_a_port_that_windows_keeps_for_itself_is_told_so():
@@ -336,7 +377,8 @@ def test_a_state_file_that_cannot_be_written_ends_the_start_with_1(tmp_path):
     os.chmod(host.state, 0o700)
     done = subprocess.run(host.words(), cwd=host.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           timeout=20)
-    assert done.returncode == 1 and re.search(rb'^vmhost: .*xmlrpc\.token: .*\n$', done.stdout, re.M), done.stdout
+    told = re.search(rb'^vmhost: .*xmlrpc\.token: .*\n$', done.stdout, re.M)
+    assert done.returncode == 1 and told, done.stdout
 
 
 def test_a_log_that_another_program_reads_is_rotated_later(tmp_path):

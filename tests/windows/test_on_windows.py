@@ -208,22 +208,39 @@ def test_what_is_called_as_another_is_for_short_is_told(verb, guest, tmp_path, k
 
 HOLD = """if True:
     import ctypes, sys, time
-    ctypes.windll.kernel32.CreateFileW('name', 0x80000000, 1, None, 3, 0, None)     # nobody may replace it
+    name, share = sys.argv[1], int(sys.argv[2])        # 1: nobody may replace it; 0: nor read it
+    ctypes.windll.kernel32.CreateFileW(name, 0x80000000, share, None, 3, 0, None)
     print('held', flush=True)
     time.sleep(60)
 """
 
 
+def hold(folder, name, share):
+    editor = Program('python', '-c', HOLD, name, str(share), folder=str(folder))
+    wait_until(lambda: 'held' in editor.said(), 30)
+    return editor
+
+
 def test_a_file_that_another_program_has_open_stays_and_is_told(verb, guest, tmp_path):
     write(os.path.join(guest.files, 'file'), b'new')
     write(tmp_path / 'name', b'old')
-    editor = Program('python', '-c', HOLD, folder=str(tmp_path))
-    wait_until(lambda: 'held' in editor.said(), 30)
-    code, said = verb('get', 'g', 'file', 'name')
-    editor.kill()
-    assert code == 1 and said.endswith('\\name: another program has it open, or it is read-only\n'), said
-    assert '?' not in said and (tmp_path / 'name').read_bytes() == b'old'
+    for share in 1, 0:
+        os.utime(os.path.join(guest.files, 'file'), (1500000000, 1500000000))
+        os.utime(str(tmp_path / 'name'), (1500000000, 1500000000))     # as if it were the same
+        editor = hold(tmp_path, 'name', share)
+        code, said = verb('get', 'g', 'file', 'name')
+        editor.kill()
+        assert code == 1 and said.endswith('\\name: another program has it open, or it is read-only\n'), said
+        assert '?' not in said and (tmp_path / 'name').read_bytes() == b'old'
     assert verb('get', 'g', 'file', 'name') == (0, '') and (tmp_path / 'name').read_bytes() == b'new'
+
+
+def test_a_token_that_another_program_has_open_is_told(host, verb):
+    editor = hold(host.state, 'xmlrpc.token', 0)
+    code, said = verb('ls')
+    editor.kill()
+    assert code == 1 and 'xmlrpc.token: another program has it open, or you may not read it' in said
+    assert verb('ls')[0] == 0
 
 
 def test_two_that_go_to_one_place_at_once_do_not_mix(host, windows):
