@@ -55,7 +55,7 @@ USAGE = '''usage: {me} [host.ini]             run the host agent until Ctrl-C or
        {me} --completion bash|zsh|fish
        {me} --version
 
-without host.ini: the one in this folder, else the defaults
+without host.ini: the one in this folder, else the defaults; "": the defaults
 '''
 EXIT_CODES = '''exit codes: 0 success; 1 the host agent refused or can't be reached; 2 usage;
      130 Ctrl-C.
@@ -233,6 +233,8 @@ Start = Callable[[Optional[str]], int]
 def split_ini(words: List[str]) -> Tuple[Optional[str], List[str]]:
     """(the ini file, the other words); None: the defaults."""
     first = words[0] if words else '-'
+    if not first:
+        return None, words[1:]
     is_verb = first in VERBS or first in ALIASES
     if os.path.isfile(first) if is_verb else first.endswith('.ini') or os.path.exists(first):
         return first, words[1:]

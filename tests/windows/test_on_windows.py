@@ -301,8 +301,9 @@ def test_the_folder_that_is_copied_works(tmp_path, windows):
     """On a package like that of python.org: the rig's Python, zipped as it is there."""
     make_package(str(tmp_path / 'python-embed-amd64.zip'))
     subprocess.check_call([sys.executable, TOP + '/vmhost.py', '--bundle', 'vmhost.pyz'], cwd=str(tmp_path))
-    subprocess.check_call([sys.executable, TOP + '/examples/windows/make_folder.py', 'python-embed-amd64.zip',
-                           'vmhost.pyz', 'vm host'], cwd=str(tmp_path))
+    make = [sys.executable, TOP + '/examples/windows/make_folder.py', 'python-embed-amd64.zip', 'vmhost.pyz',
+            'vm host']
+    subprocess.check_call(make, cwd=str(tmp_path))
     write(tmp_path / 'vm host' / 'host.ini', b'[Broker]\nport = auto\n[Host]\nxmlrpc_port = auto\n')
     state = tmp_path / 'vm host' / 'vmhost-state'
     command = path_there(tmp_path / 'vm host' / 'vmhost.cmd')
@@ -313,6 +314,29 @@ def test_the_folder_that_is_copied_works(tmp_path, windows):
     assert code == 0 and 'hypervisor' in said
     assert Program('cmd', '/c', command, 'shutdown', folder=str(tmp_path)).wait() == (0, '')
     assert host.wait()[0] == 0
+    # Without an ini file of its own it takes none that happens to be where it is typed.
+    os.rename(str(tmp_path / 'vm host' / 'host.ini'), str(tmp_path / 'host.ini'))
+    code, said = Program('cmd', '/c', command, 'ls', folder=str(tmp_path)).wait()
+    assert str(tmp_path.name) not in said, said
+    again = subprocess.run(make, cwd=str(tmp_path), stderr=subprocess.PIPE)
+    assert again.returncode == 1 and b'vm host is there already' in again.stderr
+
+
+@pytest.mark.parametrize('word, code, tasks', [
+    ('REMOVE', 0, ['Delete']), ('remove', 0, ['Delete']), ('', 0, ['Create']), ('delete', 2, [])])
+def test_at_logon_makes_a_task_for_no_word_that_it_does_not_know(tmp_path, windows, word, code, tasks):
+    """With programs of these names that write down what they are asked for."""
+    shutil.copy(TOP + '/examples/windows/at-logon.cmd', str(tmp_path))
+    for name in 'schtasks', 'powershell':
+        write(tmp_path / (name + '.py'), b'import sys\nprint(*sys.argv[1:])\n')
+    text = (tmp_path / 'at-logon.cmd').read_text()
+    for name in 'schtasks', 'powershell':
+        program = path_there(os.path.join(RIG, 'python', 'python.exe'))
+        text = text.replace(name + ' ', '"%s" %s.py ' % (program, name))
+    write(tmp_path / 'at-logon.cmd', text.replace('\n', '\r\n').encode())
+    words = [word] if word else []
+    found, said = Program('cmd', '/c', 'at-logon.cmd', *words, folder=str(tmp_path)).wait()
+    assert found == code and re.findall('^/(Create|Delete)', said, re.M) == tasks, said
 
 
 def make_package(path):
