@@ -18,6 +18,7 @@ from helpers import wait_until
 import agent
 import chirplocal
 import cliterminal
+import hostcli
 import hostclient
 import hostconfig
 import hostjournal
@@ -181,6 +182,17 @@ def test_a_file_that_another_program_holds_is_asked_for_again_on_windows(tmp_pat
                 step()
     left.clear()
     state.close()
+
+
+def test_examples_can_be_typed_in_the_command_prompt_of_windows(monkeypatch):
+    monkeypatch.setattr(agent, 'ON_WINDOWS', True)
+    lines = hostcli.overview().partition('\nexamples:\n')[2].partition('\n\n')[0].split('\n')
+    assert len(lines) > 10 and not [line for line in lines if re.search("'| shell | -t ", line)]
+    typed = [line.partition(' call listCmds ')[2] for line in lines if 'listCmds' in line]
+    assert typed == [r'"{\"vm\": \"web1\", \"state\": \"running\"}"']
+    of_run = hostcli.Parser(hostcli.VERBS['run']).format_help()
+    of_run = of_run.partition('examples:\n')[2].partition('\n\n')[0]
+    assert 'run "web*" uptime' in of_run and "'" not in of_run
 
 
 def test_a_port_that_windows_keeps_for_itself_is_told_so():
