@@ -42,6 +42,8 @@ def text(value: str) -> str:
 
 def path(value: str) -> str:
     """A path; ``read_settings`` makes it relative to the ini file."""
+    if len(value) > 1 and value[0] == value[-1] and value[0] in '"\'':
+        raise ValueError('a path without quotation marks')     # nobody means a folder of that name
     return value
 
 
@@ -57,7 +59,7 @@ class PathOr:
         self.pattern = pattern
 
     def __call__(self, value: str) -> str:
-        return value
+        return path(value)
 
     def is_path(self, value: str) -> bool:
         """Whether it is one."""

@@ -25,6 +25,7 @@ import hostjournal
 import hoststate
 import hosttransfers
 import hypervisor
+import localnames
 import protocol
 import stompbroker
 import vboxconnection
@@ -104,6 +105,23 @@ def test_a_variable_in_a_path_of_host_ini_is_what_it_stands_for_on_windows(tmp_p
     monkeypatch.delenv('STATE OF(1)')
     with pytest.raises(agent.ConfigError, match=r'\[Host\] state_dir = .*: there is no .* variable STATE'):
         hostconfig.read_settings(str(ini))
+
+
+@pytest.mark.parametrize('typed', ['"/my state"', "'state'"])
+def test_a_path_in_quotation_marks_is_told(tmp_path, typed):
+    ini = tmp_path / 'host.ini'
+    ini.write_text('[Host]\nstate_dir = %s\n' % typed)
+    with pytest.raises(agent.ConfigError, match=r'\[Host\] state_dir = .*: expected a path without quot'):
+        hostconfig.read_settings(str(ini))
+
+
+@pytest.mark.parametrize('path, told', [('D:state', 'needs a backslash'), ('D:/aux', 'the name aux')])
+def test_a_path_on_a_drive_that_nobody_means_is_told(monkeypatch, path, told):
+    """As it is where the ini file is on another drive."""
+    monkeypatch.setattr(agent, 'ON_WINDOWS', True)
+    monkeypatch.setattr(localnames, 'ON_WINDOWS', True)
+    with pytest.raises(agent.ConfigError, match=r'host\.ini: \[Host\] state_dir = .*: .*%s' % told):
+        hostconfig._check_path('host.ini', 'Host', 'state_dir', path)
 
 
 @pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16'])

@@ -181,6 +181,9 @@ def test_what_only_windows_minds_in_host_ini_is_told(tmp_path, windows):
         code, said = python(path_there(TOP + '/vmhost.py'), 'host.ini', 'ls', folder=str(tmp_path))
         assert code == 1 and told in said and 'hunter2' not in said, said
         assert '%' not in said.replace('%USERNAME%', '').replace('%NOTEMP%', ''), said
+    for device in 'aux.ini', 'nul.ini':
+        code, said = python(path_there(TOP + '/vmhost.py'), device, 'ls', folder=str(tmp_path))
+        assert code == 1 and said == 'vmhost: %s: no file can have the name %s here\n' % (device, device)
 
 
 SHORT = """if True:
