@@ -1145,7 +1145,9 @@ class Download(Move):
                 with contextlib.suppress(OSError):
                     os.rmdir(part)             # which nothing has arrived in
                 if isinstance(error, OSError) and error.errno in FULL:
-                    why = '%s; what has arrived is in %s' % (error.strerror, part)
+                    why = error.strerror
+                    if os.path.lexists(part):
+                        why = '%s; what has arrived is in %s' % (why, agent.short_path(part))
                     raise OSError(error.errno, why, target)
                 raise
             agent.replace(part, target)
