@@ -253,6 +253,14 @@ def catch_signals() -> socket.socket:
     return reader
 
 
+def signal_of(heard: socket.socket) -> str:
+    """The name of the signal that came, by what ``catch_signals`` gave, which can be read."""
+    try:
+        return signal.Signals(heard.recv(1)[0]).name
+    except (OSError, IndexError, ValueError):
+        return 'a signal'
+
+
 def release_memory() -> None:
     """Gives memory back to the system that isn't used any more, where the C library can: after a start.
 

@@ -366,6 +366,7 @@ def test_shutdown_waits_until_the_host_has_ended(tmp_path):
         done = host.verb('shutdown')
         assert (done.returncode, done.stdout, done.stderr) == (0, b'', b'')
         assert host.process.wait(10) == 0
+        assert 'vmhost ends: stopHost was called' in host.log()
         host.start()                   # nothing of the old one is in the way
         with host.api as api:
             assert api.stopHost() is True      # who asked gets the answer

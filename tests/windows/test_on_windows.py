@@ -414,6 +414,7 @@ def test_the_host_ends_in_order(tmp_path, windows, how):
         host.process.wait(20)
         assert not os.path.exists(os.path.join(host.state, 'broker.address'))
     assert host.has_stopped_in_order()
+    assert 'vmhost ends: ' + {'interrupt': 'SIGINT', 'close': 'Windows asked for that'}[how] in host.log()
 
 
 # What a console does to its programs: each of them runs a function of Windows' that calls their handlers.
