@@ -742,6 +742,8 @@ def _write_program(path: str, content: bytes) -> None:
             file.write(content)
         return
     path = os.path.realpath(path)
+    if os.path.isdir(path):            # of which Windows says that another program has it open
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     try:
         with open(path + '.new', 'wb') as file:
             file.write(content)

@@ -80,6 +80,9 @@ def test_a_bundle_made_there_is_the_one_made_here_and_runs(tmp_path, windows):
                           cwd=str(tmp_path))
     assert python(path_there(TOP + '/vmhost.py'), '--bundle', 'there.pyz', folder=str(tmp_path)) == (0, '')
     assert (tmp_path / 'here.pyz').read_bytes() == (tmp_path / 'there.pyz').read_bytes()
+    (tmp_path / 'folder').mkdir()
+    code, said = python(path_there(TOP + '/vmhost.py'), '--bundle', 'folder', folder=str(tmp_path))
+    assert code == 1 and said == "vmhost: folder can't be written: Is a directory\n"
     host = WindowsHost(tmp_path / 'host')
     host.bundle = str(tmp_path / 'there.pyz')
     with host, Agent(tmp_path / 'guest', host, 'g'):
