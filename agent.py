@@ -42,6 +42,8 @@ def text(value: str) -> str:
 
 def path(value: str) -> str:
     """A path; ``read_settings`` makes it relative to the ini file."""
+    if len(value) > 1 and value[0] == value[-1] and value[0] in '"\'':
+        raise ValueError('a path without quotation marks')     # nobody means a folder of that name
     return value
 
 
@@ -57,7 +59,7 @@ class PathOr:
         self.pattern = pattern
 
     def __call__(self, value: str) -> str:
-        return value
+        return path(value)
 
     def is_path(self, value: str) -> bool:
         """Whether it is one."""
@@ -170,8 +172,7 @@ def decoded(data: bytes) -> str:
 
 def _read_text(file: str) -> str:
     """A text file, whichever way it was saved. Raises ConfigError, OSError."""
-    with open(file, 'rb') as source:
-        data = source.read()
+    data = read_bytes(file)
     try:
         return decoded(data)
     except UnicodeDecodeError as error:
@@ -250,6 +251,14 @@ def catch_signals() -> socket.socket:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), lambda *_: None)
     return reader
+
+
+def signal_of(heard: socket.socket) -> str:
+    """The name of the signal that came, by what ``catch_signals`` gave, which can be read."""
+    try:
+        return signal.Signals(heard.recv(1)[0]).name
+    except (OSError, IndexError, ValueError):
+        return 'a signal'
 
 
 def release_memory() -> None:
@@ -574,24 +583,41 @@ def sync_descriptor(descriptor: int) -> None:
 
 HELD = 2.0                     # seconds that a virus scanner may hold a new file
 HELD_PAUSE = 0.05              # seconds between two tries
+NOT_TO_READ = 'another program has it open, or you may not read it'     # why, after that
+NOT_TO_WRITE = 'another program has it open, or it is read-only'
 
 
-def replace(source: str, target: str) -> None:
-    """Gives a file or folder a name, and ends what had it, as os.replace does. Raises OSError.
+def while_held(do: Callable[[], Any], why: str, path: str) -> Any:
+    """What ``do`` gives. Raises what it raises.
 
-    Windows refuses that while any program has the file open, as virus scanners do with what is new: there it
-    is tried again.
+    Windows refuses much while any other program has the file open, as virus scanners have what is new: there
+    it is done again, for HELD seconds; then the error says ``why``, and names the path.
     """
     deadline = time.monotonic() + HELD
     while True:
         try:
-            return os.replace(source, target)
+            return do()
         except PermissionError as error:
             if not ON_WINDOWS:
                 raise
             if time.monotonic() > deadline:
-                raise PermissionError(error.errno, 'another program has it open, or it is read-only', target)
+                raise PermissionError(error.errno, why, path)
         time.sleep(HELD_PAUSE)
+
+
+def read_bytes(path: str) -> bytes:
+    """A small file, which another program may hold for a moment. Raises OSError."""
+    def read() -> bytes:
+        if ON_WINDOWS and os.path.isdir(path):     # of which it says no more than that access is denied
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        with open(path, 'rb') as file:
+            return file.read()
+    return while_held(read, NOT_TO_READ, path)      # type: ignore[no-any-return]
+
+
+def replace(source: str, target: str) -> None:
+    """Gives a file or folder a name, and ends what had it, as os.replace does. Raises OSError."""
+    while_held(lambda: os.replace(source, target), NOT_TO_WRITE, target)
 
 
 WSAEACCES = 10013              # Windows' number
@@ -716,6 +742,8 @@ def _write_program(path: str, content: bytes) -> None:
             file.write(content)
         return
     path = os.path.realpath(path)
+    if os.path.isdir(path):            # of which Windows says that another program has it open
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     try:
         with open(path + '.new', 'wb') as file:
             file.write(content)

@@ -1027,7 +1027,11 @@ class Download(Move):
             return False
         if int(here.st_mtime) != found.mtime or not self._options.keep:
             return False
-        with open_regular(target) as file:
+        try:
+            file = open_regular(target)
+        except PermissionError:        # who may not read it may replace it, or is told then why not
+            return False
+        with file:
             if self._options.verify and not self._client.has_same(source, file, found.size, self._meter):
                 return False
             if not self._merges:
@@ -1141,7 +1145,9 @@ class Download(Move):
                 with contextlib.suppress(OSError):
                     os.rmdir(part)             # which nothing has arrived in
                 if isinstance(error, OSError) and error.errno in FULL:
-                    why = '%s; what has arrived is in %s' % (error.strerror, part)
+                    why = error.strerror
+                    if os.path.lexists(part):
+                        why = '%s; what has arrived is in %s' % (why, agent.short_path(part))
                     raise OSError(error.errno, why, target)
                 raise
             agent.replace(part, target)

@@ -52,7 +52,7 @@ def open_regular(path: str) -> Any:
                      | getattr(os, 'O_NOCTTY', 0) | getattr(os, 'O_CLOEXEC', 0))
     except PermissionError as error:
         if ON_WINDOWS:                 # where it is the same number, for whatever reason
-            error.strerror = 'another program has it open, or you may not read it'
+            error.strerror = agent.NOT_TO_READ
         raise
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):

@@ -61,7 +61,7 @@ class Host:
         self.settings = settings
         self.started = time.monotonic()
         self.server: Optional[Server] = None
-        self.is_ending = False                         # set by who wants it to end; within a tick, it does
+        self.is_ending = False                         # set by ``end``
         self.folder = StateFolder(settings.Host.state_dir)
         if self.folder.size('xmlrpc.token') and not self.folder.size('journal.sqlite'):
             log.warning('%s is gone, or empty: what it knew of commands, and the secrets of guests, is lost; '
@@ -115,14 +115,18 @@ class Host:
             return hypervisor.broker_address() or '127.0.0.1'
         return '127.0.0.1'
 
-    def end(self) -> None:
-        """Has ``run`` return within a tick. Any thread may call."""
+    def end(self, why: str, level: int = logging.INFO) -> None:
+        """Has ``run`` return within a tick, and says so in the log. Any thread may call."""
+        if not self.is_ending:
+            log.log(level, 'vmhost ends: %s', why)
         self.is_ending = True
 
     def run(self, ended: socket.socket) -> None:
         """Ticks until ``ended`` can be read, or ``is_ending`` is set. Raises VMHostError when the embedded
         broker has failed: a host agent that guests can't reach had better be started again."""
-        while not self.is_ending and not select.select([ended], [], [], TICK)[0]:
+        while not self.is_ending:
+            if select.select([ended], [], [], TICK)[0]:
+                return self.end(agent.signal_of(ended))
             self.connection.check_broker()
             try:
                 self.clock.tick()
@@ -204,11 +208,9 @@ class Clock:
             host.guests.forgive()
         host.leases.tick()
         if self._is_idle(now):
-            log.info('nothing to do for %.0f s: vmhost ends ([Host] idle_end)', host.settings.Host.idle_end)
-            host.is_ending = True
+            host.end('nothing to do for %.0f s ([Host] idle_end)' % host.settings.Host.idle_end)
         elif host.settings.Host.idle_end and self._program != identity_of(PROGRAM):
-            log.warning('%s was removed or replaced: vmhost ends, and whoever needs one starts it', PROGRAM)
-            host.is_ending = True
+            host.end('%s was removed or replaced; whoever needs one starts it' % PROGRAM, logging.WARNING)
         with host.journal.best_effort():
             host.commands.write_states()
         host.control.publish_due()
@@ -276,7 +278,7 @@ def run_host(ini: Optional[str]) -> int:
         ended = agent.catch_signals()
         if os.name == 'nt':
             import windows  # there alone
-            session = windows.SessionEnd(host.end)
+            session = windows.SessionEnd(lambda: host.end('Windows asked for that'))
         host.start()
         host.run(ended)
         return 0

@@ -133,7 +133,7 @@ class AgentMethods(Methods):
             >>> host.stopHost()
             True
         """
-        self._host.is_ending = True
+        self._host.end('stopHost was called')
         return True
 
     def version(self) -> str:

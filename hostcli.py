@@ -55,7 +55,7 @@ USAGE = '''usage: {me} [host.ini]             run the host agent until Ctrl-C or
        {me} --completion bash|zsh|fish
        {me} --version
 
-without host.ini: the one in this folder, else the defaults
+without host.ini: the one in this folder, else the defaults; "": the defaults
 '''
 EXIT_CODES = '''exit codes: 0 success; 1 the host agent refused or can't be reached; 2 usage;
      130 Ctrl-C.
@@ -78,9 +78,18 @@ def overview() -> str:
     lines = ['Manages virtual machines and the programs in them.\n', USAGE.format(me=program_name())]
     for subject, verbs in SUBJECTS:
         lines += ['%s:' % subject] + ['  %-8s %s' % (verb.name, verb.help) for verb in verbs] + ['']
-    examples = ['  %s %s' % (program_name(), example)
-                for verb in VERBS.values() for example in verb.examples]
+    examples = [example for verb in VERBS.values() for example in examples_of(verb)]
     return '\n'.join(lines + ['examples:'] + examples + ['', EXIT_CODES.rstrip()])
+
+
+def examples_of(verb: Verb) -> List[str]:
+    """Lines that a person can type on this system: Windows has no terminal for a guest's programs, and its
+    command prompt takes '…' for no quotation."""
+    examples = list(verb.examples)
+    if agent.ON_WINDOWS:
+        examples = [re.sub("'([^']*)'", lambda found: '"%s"' % found.group(1).replace('"', '\\"'), example)
+                    for example in examples if not example.startswith(('shell ', 'run -t '))]
+    return ['  %s %s' % (program_name(), example) for example in examples]
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -104,7 +113,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(*names, **options)
 
     def _epilog(self, verb: Verb) -> str:
-        lines = ['  %s %s' % (program_name(), example) for example in verb.examples]
+        lines = examples_of(verb)
         return '\n'.join((['examples:'] + lines if lines else []) + ['', EXIT_CODES])
 
     def print_help(self, file: Any = None) -> None:
@@ -233,6 +242,8 @@ Start = Callable[[Optional[str]], int]
 def split_ini(words: List[str]) -> Tuple[Optional[str], List[str]]:
     """(the ini file, the other words); None: the defaults."""
     first = words[0] if words else '-'
+    if not first:
+        return None, words[1:]
     is_verb = first in VERBS or first in ALIASES
     if os.path.isfile(first) if is_verb else first.endswith('.ini') or os.path.exists(first):
         return first, words[1:]

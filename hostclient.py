@@ -18,6 +18,7 @@ import struct
 import time
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
+import agent
 import localsocket
 import rpc
 from faults import AccessDenied, InvalidParams, NoSuchCommand, NoSuchVM, VMHostError
@@ -186,8 +187,7 @@ class Client:
     def _read(self, name: str) -> str:
         path = os.path.join(self.folder, name)
         try:
-            with open(path, encoding='utf-8') as file:
-                return file.read().strip()
+            return agent.read_bytes(path).decode('utf-8').strip()
         except FileNotFoundError:
             raise NoHost('no host agent runs here (%s is missing): start it with `vmhost.py host.ini`, or '
                          'name the ini file that it was started with' % path)

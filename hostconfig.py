@@ -1,7 +1,9 @@
 """host.ini: its sections and keys, each with its kind and default.
 """
 
+import errno
 import ipaddress
+import ntpath
 import os
 import re
 import sys
@@ -60,6 +62,10 @@ def ini_here() -> Optional[str]:
 
 def read_settings(ini: Optional[str]) -> Any:
     """The settings in host.ini; None: the defaults, state in the system's place. Raises ConfigError."""
+    try:
+        localnames.check_path(ini or '')       # Windows would read the device from aux.ini, and wait
+    except OSError as error:
+        raise agent.ConfigError('%s: %s' % (ini, error.strerror))
     settings = agent.read_settings(ini, SETTINGS)
     for section, keys in SETTINGS.items():
         for key, (kind, _) in keys.items():
@@ -89,6 +95,9 @@ def is_open_on_windows(file: str) -> bool:
 def _check_path(ini: Optional[str], section: str, key: str, path: str) -> None:
     try:
         localnames.check_path(path)
+        drive, rest = ntpath.splitdrive(path)
+        if agent.ON_WINDOWS and drive.endswith(':') and rest[:1] not in ('/', '\\'):
+            raise OSError(errno.EINVAL, 'on a drive it needs a backslash behind the colon')
     except OSError as error:
         raise agent.ConfigError('%s: [%s] %s = %s: %s' % (ini, section, key, path, error.strerror))
 

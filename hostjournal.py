@@ -110,7 +110,8 @@ class Journal:
         """It holds secrets; SQLite gives the files beside it the same mode. Before the first connection: to
         close a file of SQLite's lets go of all its locks on it."""
         try:
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+            os.close(agent.while_held(lambda: os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600),
+                                      agent.NOT_TO_WRITE, self.path))
             for path in (self.path, self.path + '-wal', self.path + '-shm'):
                 if os.path.exists(path):
                     os.chmod(path, 0o600)

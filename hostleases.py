@@ -13,6 +13,7 @@ import threading
 import time
 from typing import Any, Callable, Dict, List, Tuple
 
+import agent
 import vmstates
 from faults import NotSupported, VMHostError
 from hostjournal import Journal
@@ -42,8 +43,8 @@ class Leases:
 
     def _read(self) -> Dict[str, float]:
         try:
-            with open(self._folder.file(FILE), encoding='utf-8') as file:
-                return {str(name): float(seconds) for name, seconds in json.load(file).items()}
+            table = json.loads(agent.read_bytes(self._folder.file(FILE)).decode('utf-8'))
+            return {str(name): float(seconds) for name, seconds in table.items()}
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, AttributeError, TypeError) as error:

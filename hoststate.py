@@ -91,9 +91,7 @@ class StateFolder:
         Raises OSError, which names the file also where the disk is full.
         """
         temporary = self.file(name) + '.new'
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        descriptor = agent.while_held(lambda: make_anew(temporary), agent.NOT_TO_WRITE, temporary)
         try:
             with os.fdopen(descriptor, 'w') as file:
                 file.write(text + '\n')
@@ -107,15 +105,13 @@ class StateFolder:
         path = self.file(name)
         if not os.path.exists(path):
             self.write(name, make().strip())
-        with open(path) as file:
-            return file.read().strip()
+        return agent.read_bytes(path).decode('ascii').strip()
 
     def port(self, name: str, address: str, configured: int) -> int:
         """The port that is configured; where any will do (0), the one that ``keep_port`` noted under that
         name, if nobody listens there now: who knows the agent by it finds it again."""
         try:
-            with open(self.file(name + PORT)) as file:
-                last = int(file.read())
+            last = int(agent.read_bytes(self.file(name + PORT)))
         except (OSError, ValueError):      # the first start, or somebody wrote into it
             return configured
         usable = 0 < last < 65536 and agent.port_is_free(address, last)
@@ -135,6 +131,14 @@ class StateFolder:
     def close(self) -> None:
         """Lets another host use the folder."""
         self._lock.close()
+
+
+def make_anew(path: str) -> int:
+    """A new file in the place of what had that name, that only this user can read: open to write. Raises
+    OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
 
 
 def make_mode(path: str, mode: int) -> None:

@@ -21,6 +21,7 @@ NOT_ON_WINDOWS = re.compile(
     r'|^(con|prn|aux|nul|conin\$|conout\$|com[0-9\u00b9\u00b2\u00b3]|lpt[0-9\u00b9\u00b2\u00b3]) *(\.|$)',
     re.IGNORECASE)
 ON_WINDOWS = os.name == 'nt'
+LONGEST = 255                  # of a name on Windows, in what UTF-16 counts
 DEVICES = '\\\\.\\'            # begins what is meant to be a device of Windows'
 SHORT = re.compile(r'(?=[^.]{3,8}(\.|$))[^.~]+~[^.]+(\.[^.]{1,3})?$')      # what Windows may call a file, too
 MOST_NAMES = 1000 * 1000       # of one folder that are held
@@ -28,8 +29,15 @@ MOST_NAMES = 1000 * 1000       # of one folder that are held
 
 def check(name: str) -> None:
     """Raises OSError where no file or folder of this machine can have that name."""
+    check_length(name)
     if ON_WINDOWS and NOT_ON_WINDOWS.search(name):
         raise OSError(errno.EINVAL, 'no file can have this name here')
+
+
+def check_length(name: str, path: Optional[str] = None) -> None:
+    """Raises OSError, of the path, for a name of which Windows would say that it finds no such file."""
+    if ON_WINDOWS and len(name.encode('utf-16-le', 'surrogatepass')) > 2 * LONGEST:
+        raise OSError(errno.ENAMETOOLONG, 'a name of more than %d characters' % LONGEST, path)
 
 
 def check_path(path: str) -> None:
@@ -38,6 +46,7 @@ def check_path(path: str) -> None:
     if not ON_WINDOWS or path.startswith((LONG, DEVICES)):
         return
     for name in re.split(r'[/\\]', ntpath.splitdrive(path)[1]):
+        check_length(name, path)
         if name not in ('', '.', '..') and NOT_ON_WINDOWS.search(name):
             raise OSError(errno.EINVAL, 'no file can have the name %s here' % name, path)
 

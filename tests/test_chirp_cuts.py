@@ -18,6 +18,7 @@ from cutting import CuttingProxy
 from helpers import beside, let_others_in, wait_until
 from test_chirp import client, make_many, make_tree, our_server, seen, served, write  # noqa: F401  (fixtures)
 
+import agent
 import chirp
 import chirpclient
 import chirplocal
@@ -626,6 +627,36 @@ def test_a_disk_that_is_full(tmp_path):
             fill_up(server.address, folder, write(tmp_path / 'source', os.urandom(3 << 20)), 'no space')
     finally:
         subprocess.check_call(['umount', str(folder)])
+
+
+@pytest.mark.parametrize('way', ['put', 'get'])
+def test_a_folder_that_finds_no_room_tells_of_what_has_arrived_alone(tmp_path, way):
+    small, source = tmp_path / 'small', tmp_path / 'source'
+    small.mkdir()
+    (source / 'tree').mkdir(parents=True)
+    write(source / 'tree' / 'big', os.urandom(3 << 20))
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=1m', 'none', str(small)]
+    if subprocess.call(mount, stderr=subprocess.DEVNULL):
+        pytest.skip('a tmpfs can not be mounted here')
+    try:
+        with our_server(small if way == 'put' else source) as server, \
+                chirpclient.ChirpClient(*server.address) as client:
+            def move():
+                with pytest.raises((OSError, chirpwire.Refused)) as failed:
+                    client.put(str(source / 'tree'), '/new') if way == 'put' else \
+                        client.get('/tree', str(small / 'new'))
+                return agent.sentence(failed.value)
+            said = move()
+            assert 'new' in said and 'has arrived' not in said and os.listdir(str(small)) == []
+            write(source / 'tree' / 'first', b'first')
+            part = chirplocal.local_part(str(small / 'new'))
+            os.mkdir(part)
+            write(small / os.path.basename(part) / 'first', b'first')
+            said = move()
+            assert 'what has arrived is in' in said and os.path.basename(part) in said
+            assert os.listdir(part) == ['first']
+    finally:
+        subprocess.check_call(['umount', str(small)])
 
 
 @contextlib.contextmanager

@@ -36,6 +36,18 @@ def test_names_that_windows_can_not_have_are_refused(windows):
         localnames.check(name)
 
 
+def test_a_name_that_is_too_long_for_windows_is_told(windows):
+    for name in 255 * '\u00fc', 127 * '\U0001f600':
+        localnames.check(name)
+        localnames.check_path('C:\\dir\\' + name)
+    for name in 256 * 'a', 128 * '\U0001f600':
+        with pytest.raises(OSError, match='a name of more than 255'):
+            localnames.check(name)
+        with pytest.raises(OSError, match='a name of more than 255') as refused:
+            localnames.check_path('C:\\dir\\' + name)
+        assert refused.value.filename == 'C:\\dir\\' + name
+
+
 @pytest.mark.parametrize('path', ['C:\\dir\\aux.txt', 'C:\\con\\x', '/dir/name.', 'C:name ', 'C:\\a\\b:c',
                                   '\\\\server\\share\\nul'])
 def test_a_target_that_windows_would_take_for_another_is_refused(windows, path):

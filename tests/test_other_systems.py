@@ -18,16 +18,20 @@ from helpers import wait_until
 import agent
 import chirplocal
 import cliterminal
+import hostcli
 import hostclient
 import hostconfig
 import hostjournal
+import hoststate
 import hosttransfers
 import hypervisor
+import localnames
 import protocol
 import stompbroker
 import vboxconnection
 import virtualbox
-from faults import Busy, HypervisorError
+from agent import AgentError
+from faults import Busy, HypervisorError, VMHostError
 
 PRIVATE = 'D:PAI(A;OICI;FA;;;SY)(A;OICI;FA;;;S-1-5-21-1-2-3-1001)'
 # What Windows gives a new folder below C:\, and one below a user's own.
@@ -103,6 +107,23 @@ def test_a_variable_in_a_path_of_host_ini_is_what_it_stands_for_on_windows(tmp_p
         hostconfig.read_settings(str(ini))
 
 
+@pytest.mark.parametrize('typed', ['"/my state"', "'state'"])
+def test_a_path_in_quotation_marks_is_told(tmp_path, typed):
+    ini = tmp_path / 'host.ini'
+    ini.write_text('[Host]\nstate_dir = %s\n' % typed)
+    with pytest.raises(agent.ConfigError, match=r'\[Host\] state_dir = .*: expected a path without quot'):
+        hostconfig.read_settings(str(ini))
+
+
+@pytest.mark.parametrize('path, told', [('D:state', 'needs a backslash'), ('D:/aux', 'the name aux')])
+def test_a_path_on_a_drive_that_nobody_means_is_told(monkeypatch, path, told):
+    """As it is where the ini file is on another drive."""
+    monkeypatch.setattr(agent, 'ON_WINDOWS', True)
+    monkeypatch.setattr(localnames, 'ON_WINDOWS', True)
+    with pytest.raises(agent.ConfigError, match=r'host\.ini: \[Host\] state_dir = .*: .*%s' % told):
+        hostconfig._check_path('host.ini', 'Host', 'state_dir', path)
+
+
 @pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16'])
 def test_a_secret_is_read_as_any_editor_or_shell_wrote_it(tmp_path, encoding):
     import chirp
@@ -140,6 +161,56 @@ def test_a_file_to_send_that_another_program_holds_is_told_so(tmp_path, monkeypa
         monkeypatch.setattr(chirplocal, 'ON_WINDOWS', on_windows)
         with pytest.raises(PermissionError, match=told):
             chirplocal.open_regular('file')
+
+
+@pytest.mark.parametrize('times', [3, 1000000])
+def test_a_file_that_another_program_holds_is_asked_for_again_on_windows(tmp_path, monkeypatch, times):
+    """A small one that somebody must have: token, ini file, a port of last time, the journal."""
+    left = []
+
+    def held(function):
+        def refusing(path, *args, **options):
+            if str(path).startswith(str(tmp_path)) and left:
+                left.pop()
+                raise PermissionError(errno.EACCES, 'Permission denied', path)
+            return function(path, *args, **options)
+        return refusing
+    folder = str(tmp_path)
+    for name, text in ('xmlrpc.token', 'secret'), ('broker.port', '4000'), ('host.ini', '[Host]'), (
+            'leases.json', '{}'):
+        (tmp_path / name).write_text(text)
+    state = hoststate.StateFolder(folder)
+    monkeypatch.setattr(agent, 'ON_WINDOWS', True)
+    monkeypatch.setattr(agent, 'HELD', 5.0 if times == 3 else 0.1)
+    monkeypatch.setattr('builtins.open', held(open))
+    monkeypatch.setattr(os, 'open', held(os.open))
+    steps = [
+        (lambda: hostclient.Client(folder)._read('xmlrpc.token'), 'secret', agent.NOT_TO_READ),
+        (lambda: agent.read_settings(str(tmp_path / 'host.ini'), {'Host': {}}) and 'read', 'read',
+         agent.NOT_TO_READ),
+        (lambda: state.secret('xmlrpc.token'), 'secret', agent.NOT_TO_READ),
+        (lambda: state.write('file', 'text'), None, agent.NOT_TO_WRITE),
+        (lambda: hostjournal.Journal(str(tmp_path / 'journal')).close(), None, agent.NOT_TO_WRITE)]
+    for step, wanted, told in steps:
+        left[:] = times * [None]
+        if times == 3:
+            assert step() == wanted and not left
+        else:
+            with pytest.raises((OSError, AgentError, VMHostError), match=re.escape(told)):
+                step()
+    left.clear()
+    state.close()
+
+
+def test_examples_can_be_typed_in_the_command_prompt_of_windows(monkeypatch):
+    monkeypatch.setattr(agent, 'ON_WINDOWS', True)
+    lines = hostcli.overview().partition('\nexamples:\n')[2].partition('\n\n')[0].split('\n')
+    assert len(lines) > 10 and not [line for line in lines if re.search("'| shell | -t ", line)]
+    typed = [line.partition(' call listCmds ')[2] for line in lines if 'listCmds' in line]
+    assert typed == [r'"{\"vm\": \"web1\", \"state\": \"running\"}"']
+    of_run = hostcli.Parser(hostcli.VERBS['run']).format_help()
+    of_run = of_run.partition('examples:\n')[2].partition('\n\n')[0]
+    assert 'run "web*" uptime' in of_run and "'" not in of_run
 
 
 def test_a_port_that_windows_keeps_for_itself_is_told_so():
@@ -295,6 +366,7 @@ def test_shutdown_waits_until_the_host_has_ended(tmp_path):
         done = host.verb('shutdown')
         assert (done.returncode, done.stdout, done.stderr) == (0, b'', b'')
         assert host.process.wait(10) == 0
+        assert 'vmhost ends: stopHost was called' in host.log()
         host.start()                   # nothing of the old one is in the way
         with host.api as api:
             assert api.stopHost() is True      # who asked gets the answer
@@ -336,7 +408,8 @@ def test_a_state_file_that_cannot_be_written_ends_the_start_with_1(tmp_path):
     os.chmod(host.state, 0o700)
     done = subprocess.run(host.words(), cwd=host.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           timeout=20)
-    assert done.returncode == 1 and re.search(rb'^vmhost: .*xmlrpc\.token: .*\n$', done.stdout, re.M), done.stdout
+    told = re.search(rb'^vmhost: .*xmlrpc\.token: .*\n$', done.stdout, re.M)
+    assert done.returncode == 1 and told, done.stdout
 
 
 def test_a_log_that_another_program_reads_is_rotated_later(tmp_path):

@@ -667,6 +667,7 @@ def test_stops_within_three_seconds_and_leaves_nothing(tmp_path, number):
     assert host.stop(number, 3) == 0, host.log()
     assert time.monotonic() - begin < 6
     assert 'Traceback' not in host.log() + guest.log()
+    assert 'vmhost ends: %s' % signal.Signals(number).name in host.log() or host.on_windows
     with socket.socket() as again:
         if os.name == 'posix':
             again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -2,9 +2,13 @@
 rem Has Windows start the host agent whenever this user logs in, without a window, and starts it now.
 rem at-logon remove: no longer.
 setlocal DisableDelayedExpansion
-if "%~1" == "remove" (
+if /i "%~1" == "remove" (
     schtasks /Delete /TN vmhost /F
     exit /b
+)
+if not "%~1" == "" (
+    echo usage: at-logon, or at-logon remove 1>&2
+    exit /b 2
 )
 set "TASK=%TEMP%\vmhost-task.xml"
 set "HERE=%~dp0"

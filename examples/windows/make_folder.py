@@ -17,7 +17,10 @@ BESIDE = ('vmhost.cmd', 'at-logon.cmd', 'vmhost-task.xml')
 
 
 def make_folder(python, bundle, folder):
-    """Raises OSError, or ValueError for what is no embeddable package, or no bundle; nothing is made then."""
+    """Raises OSError, or ValueError for what is no embeddable package, or no bundle, or for a folder that was
+    made before; nothing is made then."""
+    if os.path.lexists(os.path.join(folder, 'python')):
+        raise ValueError('%s is there already: put a new vmhost.pyz into it, or name another folder' % folder)
     with zipfile.ZipFile(bundle) as program:
         if 'vmhost.py' not in program.namelist():
             raise ValueError('%s is no bundle: python vmhost.py --bundle vmhost.pyz makes one' % bundle)

@@ -80,6 +80,9 @@ def test_a_bundle_made_there_is_the_one_made_here_and_runs(tmp_path, windows):
                           cwd=str(tmp_path))
     assert python(path_there(TOP + '/vmhost.py'), '--bundle', 'there.pyz', folder=str(tmp_path)) == (0, '')
     assert (tmp_path / 'here.pyz').read_bytes() == (tmp_path / 'there.pyz').read_bytes()
+    (tmp_path / 'folder').mkdir()
+    code, said = python(path_there(TOP + '/vmhost.py'), '--bundle', 'folder', folder=str(tmp_path))
+    assert code == 1 and said == "vmhost: folder can't be written: Is a directory\n"
     host = WindowsHost(tmp_path / 'host')
     host.bundle = str(tmp_path / 'there.pyz')
     with host, Agent(tmp_path / 'guest', host, 'g'):
@@ -181,6 +184,9 @@ def test_what_only_windows_minds_in_host_ini_is_told(tmp_path, windows):
         code, said = python(path_there(TOP + '/vmhost.py'), 'host.ini', 'ls', folder=str(tmp_path))
         assert code == 1 and told in said and 'hunter2' not in said, said
         assert '%' not in said.replace('%USERNAME%', '').replace('%NOTEMP%', ''), said
+    for device in 'aux.ini', 'nul.ini':
+        code, said = python(path_there(TOP + '/vmhost.py'), device, 'ls', folder=str(tmp_path))
+        assert code == 1 and said == 'vmhost: %s: no file can have the name %s here\n' % (device, device)
 
 
 SHORT = """if True:
@@ -208,22 +214,39 @@ def test_what_is_called_as_another_is_for_short_is_told(verb, guest, tmp_path, k
 
 HOLD = """if True:
     import ctypes, sys, time
-    ctypes.windll.kernel32.CreateFileW('name', 0x80000000, 1, None, 3, 0, None)     # nobody may replace it
+    name, share = sys.argv[1], int(sys.argv[2])        # 1: nobody may replace it; 0: nor read it
+    ctypes.windll.kernel32.CreateFileW(name, 0x80000000, share, None, 3, 0, None)
     print('held', flush=True)
     time.sleep(60)
 """
 
 
+def hold(folder, name, share):
+    editor = Program('python', '-c', HOLD, name, str(share), folder=str(folder))
+    wait_until(lambda: 'held' in editor.said(), 30)
+    return editor
+
+
 def test_a_file_that_another_program_has_open_stays_and_is_told(verb, guest, tmp_path):
     write(os.path.join(guest.files, 'file'), b'new')
     write(tmp_path / 'name', b'old')
-    editor = Program('python', '-c', HOLD, folder=str(tmp_path))
-    wait_until(lambda: 'held' in editor.said(), 30)
-    code, said = verb('get', 'g', 'file', 'name')
-    editor.kill()
-    assert code == 1 and said.endswith('\\name: another program has it open, or it is read-only\n'), said
-    assert '?' not in said and (tmp_path / 'name').read_bytes() == b'old'
+    for share in 1, 0:
+        os.utime(os.path.join(guest.files, 'file'), (1500000000, 1500000000))
+        os.utime(str(tmp_path / 'name'), (1500000000, 1500000000))     # as if it were the same
+        editor = hold(tmp_path, 'name', share)
+        code, said = verb('get', 'g', 'file', 'name')
+        editor.kill()
+        assert code == 1 and said.endswith('\\name: another program has it open, or it is read-only\n'), said
+        assert '?' not in said and (tmp_path / 'name').read_bytes() == b'old'
     assert verb('get', 'g', 'file', 'name') == (0, '') and (tmp_path / 'name').read_bytes() == b'new'
+
+
+def test_a_token_that_another_program_has_open_is_told(host, verb):
+    editor = hold(host.state, 'xmlrpc.token', 0)
+    code, said = verb('ls')
+    editor.kill()
+    assert code == 1 and 'xmlrpc.token: another program has it open, or you may not read it' in said
+    assert verb('ls')[0] == 0
 
 
 def test_two_that_go_to_one_place_at_once_do_not_mix(host, windows):
@@ -284,8 +307,9 @@ def test_the_folder_that_is_copied_works(tmp_path, windows):
     """On a package like that of python.org: the rig's Python, zipped as it is there."""
     make_package(str(tmp_path / 'python-embed-amd64.zip'))
     subprocess.check_call([sys.executable, TOP + '/vmhost.py', '--bundle', 'vmhost.pyz'], cwd=str(tmp_path))
-    subprocess.check_call([sys.executable, TOP + '/examples/windows/make_folder.py', 'python-embed-amd64.zip',
-                           'vmhost.pyz', 'vm host'], cwd=str(tmp_path))
+    make = [sys.executable, TOP + '/examples/windows/make_folder.py', 'python-embed-amd64.zip', 'vmhost.pyz',
+            'vm host']
+    subprocess.check_call(make, cwd=str(tmp_path))
     write(tmp_path / 'vm host' / 'host.ini', b'[Broker]\nport = auto\n[Host]\nxmlrpc_port = auto\n')
     state = tmp_path / 'vm host' / 'vmhost-state'
     command = path_there(tmp_path / 'vm host' / 'vmhost.cmd')
@@ -296,6 +320,29 @@ def test_the_folder_that_is_copied_works(tmp_path, windows):
     assert code == 0 and 'hypervisor' in said
     assert Program('cmd', '/c', command, 'shutdown', folder=str(tmp_path)).wait() == (0, '')
     assert host.wait()[0] == 0
+    # Without an ini file of its own it takes none that happens to be where it is typed.
+    os.rename(str(tmp_path / 'vm host' / 'host.ini'), str(tmp_path / 'host.ini'))
+    code, said = Program('cmd', '/c', command, 'ls', folder=str(tmp_path)).wait()
+    assert str(tmp_path.name) not in said, said
+    again = subprocess.run(make, cwd=str(tmp_path), stderr=subprocess.PIPE)
+    assert again.returncode == 1 and b'vm host is there already' in again.stderr
+
+
+@pytest.mark.parametrize('word, code, tasks', [
+    ('REMOVE', 0, ['Delete']), ('remove', 0, ['Delete']), ('', 0, ['Create']), ('delete', 2, [])])
+def test_at_logon_makes_a_task_for_no_word_that_it_does_not_know(tmp_path, windows, word, code, tasks):
+    """With programs of these names that write down what they are asked for."""
+    shutil.copy(TOP + '/examples/windows/at-logon.cmd', str(tmp_path))
+    for name in 'schtasks', 'powershell':
+        write(tmp_path / (name + '.py'), b'import sys\nprint(*sys.argv[1:])\n')
+    text = (tmp_path / 'at-logon.cmd').read_text()
+    for name in 'schtasks', 'powershell':
+        program = path_there(os.path.join(RIG, 'python', 'python.exe'))
+        text = text.replace(name + ' ', '"%s" %s.py ' % (program, name))
+    write(tmp_path / 'at-logon.cmd', text.replace('\n', '\r\n').encode())
+    words = [word] if word else []
+    found, said = Program('cmd', '/c', 'at-logon.cmd', *words, folder=str(tmp_path)).wait()
+    assert found == code and re.findall('^/(Create|Delete)', said, re.M) == tasks, said
 
 
 def make_package(path):
@@ -370,6 +417,7 @@ def test_the_host_ends_in_order(tmp_path, windows, how):
         host.process.wait(20)
         assert not os.path.exists(os.path.join(host.state, 'broker.address'))
     assert host.has_stopped_in_order()
+    assert 'vmhost ends: ' + {'interrupt': 'SIGINT', 'close': 'Windows asked for that'}[how] in host.log()
 
 
 # What a console does to its programs: each of them runs a function of Windows' that calls their handlers.
