@@ -19,6 +19,7 @@ from faults import (
     AgentNotConnected,
     AlreadyExists,
     BadState,
+    DeadlineExceeded,
     InvalidParams,
     NoFiles,
     NoSuchVM,
@@ -58,11 +59,12 @@ class Machines:
     # The hypervisor.
 
     def start_hypervisor(self, settings: Any, state_dir: str) -> None:
-        """Starts the driver, if one is wanted and its hypervisor answers."""
+        """Starts the driver, if one is wanted and its hypervisor is there; it may answer later."""
         driver, reasons = start_driver(settings, state_dir, self._vm_event, self._trust.board_serial)
         self.no_hypervisor = '; '.join(['hypervisor=%s' % settings.Hypervisor.hypervisor] + reasons)
         if driver is not None and settings.Network.manage:
             try:
+                driver.version()                # which is at once told, where nothing answers
                 driver.setup_network()
             except VMHostError as error:
                 log.error('the host-only network can\'t be set up ([Network] manage): %s', error)
@@ -298,7 +300,8 @@ class Machines:
 
 def start_driver(settings: Any, state_dir: str, on_event: Callable[[str, str, str], None],
                  secret_of: Callable[[str, str], str]) -> Tuple[Any, List[str]]:
-    """The first driver whose hypervisor answers, None where none is wanted or none does; and why not each."""
+    """The first driver whose hypervisor answers, or hangs: the host agent goes on without it, and who asks for
+    VMs is told. None where none is wanted or there; and why not each."""
     wanted = settings.Hypervisor.hypervisor
     reasons = []  # type: List[str]
     for name in drivers.names_of(wanted):
@@ -309,6 +312,9 @@ def start_driver(settings: Any, state_dir: str, on_event: Callable[[str, str, st
             log.info('%s %s', name, driver.version())
             for warning in reasons + driver.warnings():
                 log.warning('%s', warning)
+            return driver, reasons
+        except DeadlineExceeded as error:
+            log.warning('%s: it hangs, perhaps. Its VMs are there as soon as it answers', error)
             return driver, reasons
         except VMHostError as error:
             reasons.append('%s: %s' % (name, error))

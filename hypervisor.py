@@ -744,13 +744,15 @@ class Watcher:
         return time.monotonic() - since if since else 0.0
 
     def ask(self, call: Call, patience: Optional[float] = None, at_most: float = 0) -> Any:
-        """The answer of a quick verb. Raises DeadlineExceeded after `patience` seconds; at_most: where the
-        process is coming up, or says something to others, after so many."""
+        """The answer of a quick verb. Raises DeadlineExceeded after `patience` seconds, or LIST_PATIENCE where it
+        has been silent for as long already; at_most: where the process is coming up, or says something to
+        others, after so many."""
         begun = time.monotonic()
+        patience = EVER if patience is None else max(min(patience, LIST_PATIENCE), patience - self.silence())
 
         def deadline() -> float:
             moved = min(begun + at_most, max(self._heard_at, self._comes_up_until))
-            return max(begun, moved) + (patience or float('inf'))
+            return max(begun, moved) + patience
 
         with self._lock:
             if self._closing:
@@ -1065,13 +1067,12 @@ class Hypervisor:
 
     def _at_once(self, verb: str, args: Tuple[Any, ...]) -> Any:
         """A quick verb's answer: as it is now; of what hardly changes, where nothing is heard for a while, as
-        it was told last. Raises DeadlineExceeded, with the reason, where it never was. The first version is
-        waited for: the hypervisor comes up."""
+        it was told last. Raises DeadlineExceeded, with the reason, where it never was."""
         vm = str(args[0]) if args else ''
         key = verb, self._watch.uuid_of(vm) or vm
         known = key in self._told
         try:
-            found = self._call(verb, args, None if verb == 'version' and not known else FIRST_PATIENCE, EVER)
+            found = self._call(verb, args, FIRST_PATIENCE, EVER)
         except DeadlineExceeded as error:
             if known:
                 return self._told[key]
@@ -1083,9 +1084,9 @@ class Hypervisor:
     def trouble(self) -> str:
         """A sentence, where the hypervisor answers nobody; else ''."""
         silence = self._watcher.silence()
-        return '' if silence < LIST_PATIENCE else (
-            '%s has not answered for %d s: VMs are told as they were seen before' % (
-                self.name, max(1, silence)))
+        return '' if silence < LIST_PATIENCE else '%s has not answered for %d s: %s' % (
+            self.name, max(1, silence), 'no VM was seen yet' if self._watch.rows() is None
+            else 'VMs are told as they were seen before')
 
     def _silent(self, error: Exception) -> DeadlineExceeded:
         """What those get who ask what isn't known."""

@@ -136,6 +136,26 @@ def test_whoever_looks_has_an_answer_within_a_second_while_nothing_answers(box, 
     box.remove_vm('asked', True)
 
 
+def test_who_asks_again_waits_no_more_for_what_has_been_silent_for_long(box, monkeypatch):
+    box.create_vm('asked')
+    monkeypatch.setattr(hypervisor, 'FIRST_PATIENCE', 3)
+    monkeypatch.setattr(hypervisor, 'LIST_PATIENCE', 0.1)
+    watcher = box._watcher._child.process
+    watcher.send_signal(signal.SIGSTOP)
+    try:
+        assert box.describe('asked')['trouble']             # waits for all of it
+        begun = time.monotonic()
+        for _ in range(3):
+            assert box.describe('asked')['trouble'] and box.state('asked') == 'PoweredOff'
+            with pytest.raises(faults.DeadlineExceeded):
+                box.list_snapshots('asked')
+        assert time.monotonic() - begun < 3
+    finally:
+        watcher.send_signal(signal.SIGCONT)
+    monkeypatch.undo()
+    box.remove_vm('asked', True)
+
+
 def test_a_process_that_hangs_is_ended_however_little_patience_all_have_who_ask(box, monkeypatch):
     box.create_vm('lasts')
     wait_until(lambda: 'lasts' in box.list_vms())    # what comes up later than that patience tells nothing

@@ -21,6 +21,7 @@ from vms import SETTINGS, VMHost, command_line, environment, fault_of, here, pro
 import climachines
 import cliscreen
 import faults
+import hostconfig
 import hostmachines
 import hypervisor
 import vboxconnection
@@ -292,6 +293,34 @@ def test_a_broker_that_no_vm_reaches_is_told_of(tmp_path):
         assert host.api.agentInfo()['broker']['address'].startswith('127.0.0.1:')
         checked = host.verb('check').stdout.decode()
         assert 'where no VM can reach it: restart the host agent' in ' '.join(checked.split())
+
+
+def test_a_hypervisor_that_hangs_while_the_host_starts_is_there_once_it_answers(tmp_path, monkeypatch):
+    """And no list says that there are no VMs."""
+    settings = hostconfig.read_settings(None)
+    settings.Hypervisor.command_timeout, settings.Network.mode = 1, 'nat'
+
+    def start():
+        return hostmachines.start_driver(settings, '', lambda *event: None, lambda id, uuid: '')
+
+    with environment(fake_virtualbox.install(tmp_path)), contextlib.ExitStack() as ending:
+        before, _ = start()
+        ending.callback(before.close)
+        before.create_vm('there')
+        server = next(pid for pid in processes() if command_line(pid)[-1:] == [str(tmp_path)])
+        os.kill(server, signal.SIGSTOP)
+        ending.callback(os.kill, server, signal.SIGCONT)
+        monkeypatch.setattr(hypervisor, 'COMES_UP_IN', 0.5)
+        monkeypatch.setattr(hypervisor, 'FIRST_PATIENCE', 0.5)
+        now, reasons = start()
+        ending.callback(now.close)
+        assert (now.name, reasons) == ('VirtualBox', [])
+        with pytest.raises(faults.DeadlineExceeded, match='VirtualBox has not answered for'):
+            now.list_vms()
+        assert now.trouble().endswith('no VM was seen yet')
+        os.kill(server, signal.SIGCONT)
+        wait_until(lambda: [row['name'] for row in now.known_vms()] == ['there'] and not now.trouble())
+        now.remove_vm('there', True)
 
 
 class Scripted(hypervisor.Hypervisor):
