@@ -212,7 +212,7 @@ def visit(host: Client, screen: Screen, vm: str, cmd_id: str, is_back: bool = Fa
     """
     import cliterminal  # which most do without
     try:
-        visit = cliterminal.Visit(host, screen, cmd_id)
+        visit = cliterminal.Visit(host, screen, vm, cmd_id)
         if is_back:
             visit.come_back()
         visit.stay()
