@@ -473,6 +473,39 @@ def test_check_of_a_running_host(host, guests):
     assert 'ok guest two' in verb(host, 'check', env=dict(os.environ, PYTHONIOENCODING='ascii'))
 
 
+def test_check_tells_what_keeps_the_agent_from_its_start(tmp_path):
+    def problems(code, *sections):
+        text = '[Hypervisor]\nhypervisor = none\n[Broker]\nport = 0\n' + '\n'.join(sections)
+        (tmp_path / 'host.ini').write_text(text)
+        done = subprocess.run([sys.executable, SCRIPT, str(tmp_path / 'host.ini'), 'check'],
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert done.returncode == code, done
+        return [line for line in (done.stdout + done.stderr).decode().splitlines()
+                if not line.startswith(('✓', 'ok', '!  host agent', '-- host agent'))]
+    host = '[Host]\nxmlrpc_port = 0\n'
+    assert problems(0, host) == problems(0, host, '[Logging]\nfile = new.log') == []
+    assert not (tmp_path / 'new.log').exists()
+    assert 'none/a.log' in problems(1, host, '[Logging]\nfile = none/a.log')[0]
+    assert 'none.ini' in problems(1, host, '[Logging]\nconfig = none.ini')[0]
+    assert 'anybody on 0.0.0.0' in problems(1, host + 'xmlrpc_listen_on = 0.0.0.0\nxmlrpc_auth = no')[0]
+    assert 'commands every VM' in problems(0, host + 'xmlrpc_listen_on = 0.0.0.0')[0]
+    assert problems(1, host + 'state_dir =')[0].endswith('[Host] state_dir = : expected a path')
+
+
+def test_check_of_machines_that_are_lost_and_of_a_host_that_hangs(tmp_path):
+    with Host(tmp_path / 'host') as host:
+        with Agent(tmp_path / 'guest', host, 'gone'):
+            verb(host, 'run', 'gone', 'true')
+        wait_until(lambda: 'lost' in verb(host, 'ls'), 60)
+        text = verb(host, 'check')
+        assert re.search('guest gone: lost: nothing was heard for .*`forget gone`', text), text
+        os.kill(host.process.pid, signal.SIGSTOP)
+        try:
+            assert 'it hangs, or was stopped' in verb(host, 'check', code=1)
+        finally:
+            os.kill(host.process.pid, signal.SIGCONT)
+
+
 # --- VMs and files: what the host does is played here, what the user sees is real ---
 
 TOKEN = 'token/with:signs'
