@@ -369,6 +369,17 @@ def test_output_that_cannot_be_had_is_never_left_out_in_silence(state, output, p
         assert tail.is_over == (output == b'12345')
 
 
+def test_no_machine_forges_the_line_of_another_on_a_terminal(host, guests):
+    words = ['run', '*', '--', 'printf', r'a\rtwo: forged\033[1A\302\233\tb\r\n\303\274\377']
+    code, text = Terminal(host.command(*words)).wait()
+    assert code == 0 and '2 ok' in text
+    lines = [line for line in text.replace('\r\n', '\n').split('\n') if line.startswith(('one: ', 'two: '))]
+    assert len(lines) == 4 and all(line.replace('\t', '').isprintable() for line in lines), lines
+    assert any(line.endswith('\tb') for line in lines), lines
+    assert any(line.endswith('ü\\xff') for line in lines), lines
+    assert b'a\rtwo: forged' in host.verb(*words).stdout     # for a program they are as they were
+
+
 # --- the other verbs ---
 
 def test_a_detached_command_is_listed_followed_and_killed(host, guests):
@@ -779,7 +790,7 @@ def test_names_in_any_locale(host, tmp_path):
 
 # --- completion ---
 
-def test_candidates(host, guests):
+def test_candidates(host, guests, tmp_path, monkeypatch):
     def completed(*words):
         return clicomplete.candidates([host.ini] + list(words), hostcli.VERBS)
     assert completed('p') == ['pause', 'ping', 'ps', 'put']
@@ -794,13 +805,25 @@ def test_candidates(host, guests):
     assert completed('call', 'getCmdS') == ['getCmdStatus']
     assert completed('ls', '') == ['one', 'two']
     assert clicomplete.candidates(['/nowhere.ini', 'info', ''], hostcli.VERBS) == []
-    assert clicomplete.candidates([''], hostcli.VERBS) == []
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'lab.ini').write_text('')
+    assert clicomplete.candidates([''], hostcli.VERBS) == ['lab.ini'] + list(hostcli.VERBS)
     cmd_id = verb(host, 'run', '-d', 'one', '--', 'true').strip()
     verb(host, 'wait', cmd_id)
     assert cmd_id in completed('out', cmd_id[:9])
     assert cmd_id not in completed('kill', cmd_id[:9]) + completed('shell', 'one', '')
     for words in (['exec', 'o'], [host.ini, 'exec', 'o']):
         assert hostcli.by_own_name(words) == words[:-2] + ['run', 'o']
+
+
+def test_a_shell_that_one_comes_back_to_is_of_its_machine(host, guests):
+    ids = [verb(host, 'run', '-d', name, '--', 'sleep', '99').strip() for name in ('one', 'two')]
+    try:
+        for name, cmd_id in zip(('one', 'two'), ids):
+            found = clicomplete.candidates([host.ini, 'shell', name, ''], hostcli.VERBS)
+            assert [each for each in found if each in ids] == [cmd_id]
+    finally:
+        verb(host, 'kill', *ids)
 
 
 def test_bash_completes(host, guests, tmp_path):
