@@ -18,7 +18,7 @@ import time
 from typing import Any, Dict, Iterator, List, Set, Tuple
 
 import agent
-from cliscreen import Screen
+from cliscreen import Screen, shown_size
 from faults import AgentNotConnected, BadState, DeadlineExceeded, NoSuchVM, VMHostError
 from hostclient import END, SILENCE, Client, Line, NoHost
 
@@ -30,6 +30,8 @@ ESCAPE, DETACH = ord('~'), ord('.')    # at the begin of a line, as in ssh
 LINE_ENDS = b'\r\n'
 FAREWELL = 2.0                 # seconds in which what was typed before that should be on its way
 UNANSWERED = 2.0               # seconds between looks whether the guest is there, while nothing answers
+INTERRUPTS = b'\x03\x1a\x1c'    # as they are typed: Ctrl-C, Ctrl-Z, Ctrl-\\
+FLOOD = 256 * 1024             # bytes that may still be shown of what came before one of them
 REPLAYED = 16 * 1024           # bytes of what a terminal showed that are shown again to who comes back
 
 
@@ -280,6 +282,8 @@ class Visit:
         self._modes = Modes()
         self._awaits_answer = True     # to what was typed, or to its begin
         self._told = False             # that the guest isn't there
+        self._interrupted = -1         # offset of the output up to which it was shown when it was interrupted
+        self._is_behind = False        # and so far that what comes next is left out
         self._typed = 0                # bytes of the input so far
         self._offset = 0               # of the output
         self._escapes = Escapes() if os.isatty(0) else None
@@ -306,10 +310,13 @@ class Visit:
         before[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, self._note_size)
         goes_on = True
         try:
-            with raw_mode(), contextlib.closing(self._host.terminal(self._id, self._offset)) as line:
-                goes_on = self._show(line)
+            with raw_mode():
                 while goes_on:
-                    goes_on = self._turn(line)
+                    self._is_behind = False
+                    with contextlib.closing(self._host.terminal(self._id, self._offset)) as line:
+                        goes_on = self._show(line)
+                        while goes_on and not self._is_behind:
+                            goes_on = self._turn(line)
         finally:
             if self._screen.out.isatty():
                 with contextlib.suppress(OSError):     # it may be gone
@@ -353,6 +360,8 @@ class Visit:
             line.put(self._typed, data, self._is_over)
             self._typed += len(data)
             self._awaits_answer = True
+        if any(key in data for key in INTERRUPTS):
+            self._interrupted = self._offset
         if leaves:
             line.finish(FAREWELL)
             raise Detached
@@ -364,7 +373,26 @@ class Visit:
             self._draw(data)
             self._offset = offset + len(data)
             self._awaits_answer = self._told = False
+            if 0 <= self._interrupted < self._offset - FLOOD:
+                self._catch_up()
+            if self._is_behind:
+                break
         return True
+
+    def _catch_up(self) -> None:
+        """Leaves out what a program wrote long before it was interrupted, and a person would have to see to
+        its end: a program isn't held up by a terminal. Raises VMHostError."""
+        status = self._host.call('getCmdStatus', self._id)
+        if not status['ended'] and status['inOffset'] < self._typed:
+            self._interrupted = self._offset           # it hasn't heard so yet
+            return
+        self._interrupted = -1
+        behind = int(status['outSize']) - REPLAYED - self._offset
+        self._is_behind = behind > FLOOD
+        if self._is_behind:
+            self._offset += behind
+            self._draw(b'\r\n[%s are not shown here; `out %s` has them]\r\n' % (
+                shown_size(behind).encode('ascii'), self._id.encode('utf-8')))
 
     def _draw(self, data: bytes) -> None:
         self._modes.read(data)

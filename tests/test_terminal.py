@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import pty
 import re
 import signal
 import sqlite3
@@ -429,6 +430,25 @@ def test_what_is_said_to_who_leaves_has_a_line_of_its_own(host, guest):
     person.sees(b'a prompt> ')
     os.kill(person.pid, signal.SIGTERM)
     assert 'a prompt> \r\nvmhost: the command continues' in person.wait()[1]
+
+
+def test_who_interrupts_a_flood_does_not_see_it_to_its_end(host, guest):
+    pid, fd = pty.fork()
+    if pid == 0:
+        script = 'trap "echo caught; exit 5" INT; yes flooding'
+        os.execv(sys.executable, host.command('run', '-t', '--id', 'flood', 'one', '--', 'sh', '-c', script))
+    with host.api as api:
+        wait_until(lambda: any(row['cmdId'] == 'flood' for row in api.listCmds()), 20)
+        wait_until(lambda: api.getCmdStatus('flood')['outSize'] > 20000000, 120)
+    os.write(fd, b'\x03')
+    shown = b''
+    with contextlib.suppress(OSError):     # Linux's way to say that the other side has been closed
+        while True:
+            shown += os.read(fd, 65536)
+    os.close(fd)
+    assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 5
+    assert b'MiB are not shown here; `out flood` has them]\r\n' in shown and shown.endswith(b'caught\r\n')
+    assert len(shown) < 5000000, len(shown)
 
 
 @pytest.mark.parametrize('shown, undone', [
