@@ -206,7 +206,10 @@ def _read_section(file: Optional[str], parser: configparser.ConfigParser, sectio
         except ValueError as expected:
             raise ConfigError('%s: [%s] %s = %.80s: expected %s'
                               % (file, section, key, given, expected))
-        if value and (kind is path or isinstance(kind, PathOr) and kind.is_path(value)):
+        is_path = kind is path or isinstance(kind, PathOr) and kind.is_path(value)
+        if is_path and default and not value:      # joined, it would be the whole folder
+            raise ConfigError('%s: [%s] %s = : expected a path' % (file, section, key))
+        if value and is_path:
             try:
                 value = os.path.join(folder, expanded(value))
             except ValueError as error:

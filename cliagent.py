@@ -103,7 +103,7 @@ def do_events(host: Client, screen: Screen, args: Any) -> int:
 
 
 def events(host: Client, number: int, follow: bool) -> Iterator[Dict[str, Any]]:
-    """So many of the last, however few one call tells; to follow, then each that comes. Raises VMHostError."""
+    """So many of the last, however few one call tells; then, to follow, what comes. Raises VMHostError."""
     answer = host.call('getEvents', -number or -1)
     told = answer['events'] if number else []
     while told or follow:

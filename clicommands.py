@@ -212,7 +212,7 @@ def visit(host: Client, screen: Screen, vm: str, cmd_id: str, is_back: bool = Fa
     """
     import cliterminal  # which most do without
     try:
-        visit = cliterminal.Visit(host, screen, cmd_id)
+        visit = cliterminal.Visit(host, screen, vm, cmd_id)
         if is_back:
             visit.come_back()
         visit.stay()
@@ -501,6 +501,7 @@ class Pipe:
 
     def __init__(self, stream: Any, vm: str) -> None:
         self._to = stream.buffer
+        self._is_shown = stream.isatty()
         self._prefix = (agent.printable(vm) + ': ').encode('utf-8', 'replace') if vm else b''
         self._begun = b''              # a line whose end hasn't come
 
@@ -509,6 +510,8 @@ class Pipe:
         if self._prefix:
             lines = (self._begun + data).split(b'\n')
             self._begun = lines.pop()
+            if self._is_shown:         # else one machine's line could be made to look like another's
+                lines = list(map(without_controls, lines))
             data = b''.join(self._prefix + line + b'\n' for line in lines)
         with naming_output():
             self._to.write(data)
@@ -518,6 +521,12 @@ class Pipe:
         """Nothing more comes."""
         if self._begun:
             self.write(b'\n')
+
+
+def without_controls(line: bytes) -> bytes:
+    """A line for a terminal that obeys nothing in it, but tabs."""
+    text = line.decode('utf-8', 'backslashreplace')
+    return '\t'.join(map(agent.printable, text.rstrip('\r').split('\t'))).encode('utf-8', 'replace')
 
 
 def exit_code(screen: Screen, results: Dict[str, Any], vm: str = '') -> int:

@@ -4,6 +4,7 @@ No threads, no locks.
 """
 
 import contextlib
+import glob
 import os
 import shlex
 import signal
@@ -78,7 +79,7 @@ def candidates(words: List[str], verbs: Dict[str, Verb]) -> List[str]:
         words.insert(0, ini_here() or '')
     if len(words) < 2:
         options = ['--help', '--bundle', '--completion', '--version']
-        found = options + list(verbs) if words[-1:] != [''] else []
+        found = options + list(verbs) if words[-1:] != [''] else sorted(glob.glob('*.ini')) + list(verbs)
     elif len(words) == 2:
         found = list(verbs)
     elif words[1] in verbs and '--' not in words[:-1]:
@@ -113,16 +114,13 @@ def candidates_of(verb: Verb, words: List[str]) -> List[str]:
         wanted = positional[len(given)] if len(given) < len(positional) else {}
     try:
         host = Client(read_settings(words[0] or None).Host.state_dir)
-        return meant(host, wanted, words[-2], verb.name in ('kill', 'shell'))
+        return meant(host, wanted, words[-2], verb.name)
     except agent.AgentError:
         return []           # no host, no names; a shell in the middle of a line wants no complaint
 
 
-def meant(host: Client, wanted: Dict[str, Any], vm: str, unfinished: bool) -> List[str]:
-    """All that an argument could be, by its metavar; ``unfinished``: what has ended is none of it.
-
-    Raises VMHostError.
-    """
+def meant(host: Client, wanted: Dict[str, Any], vm: str, verb: str) -> List[str]:
+    """All that an argument of that verb could be, by its metavar; vm: the word before. Raises VMHostError."""
     metavar = wanted.get('metavar')
     if 'choices' in wanted:
         return list(wanted['choices'])
@@ -136,6 +134,10 @@ def meant(host: Client, wanted: Dict[str, Any], vm: str, unfinished: bool) -> Li
     if metavar in ('VM', 'VM|ID'):
         found += host.vm_names()
     if metavar in ('ID', 'VM|ID'):
-        found += [row['cmdId'] for row in host.call('listCmds', dict(
-            {'limit': FINISHED_SHOWN}, **{'finished': False} if unfinished else {}))]
+        which = {'limit': FINISHED_SHOWN}  # type: Dict[str, Any]
+        if verb in ('kill', 'shell'):
+            which['finished'] = False
+        if verb == 'shell':
+            which['vm'] = vm
+        found += [row['cmdId'] for row in host.call('listCmds', which)]
     return found

@@ -8,16 +8,18 @@ host agent. No locks: it shares nothing.
 
 import contextlib
 import os
+import re
 import select
 import signal
 import stat
 import sys
 import threading
 import time
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Set, Tuple
 
-from cliscreen import Screen
-from faults import AgentNotConnected, BadState, DeadlineExceeded, VMHostError
+import agent
+from cliscreen import Screen, shown_size
+from faults import AgentNotConnected, BadState, DeadlineExceeded, NoSuchVM, VMHostError
 from hostclient import END, SILENCE, Client, Line, NoHost
 
 TYPED = 64 * 1024              # bytes of what is typed, or pasted, that are read at once
@@ -27,6 +29,9 @@ RETRY = 0.5                    # seconds until a host or guest that is away is a
 ESCAPE, DETACH = ord('~'), ord('.')    # at the begin of a line, as in ssh
 LINE_ENDS = b'\r\n'
 FAREWELL = 2.0                 # seconds in which what was typed before that should be on its way
+UNANSWERED = 2.0               # seconds between looks whether the guest is there, while nothing answers
+INTERRUPTS = b'\x03\x1a\x1c'    # as they are typed: Ctrl-C, Ctrl-Z, Ctrl-\\
+FLOOD = 256 * 1024             # bytes that may still be shown of what came before one of them
 REPLAYED = 16 * 1024           # bytes of what a terminal showed that are shown again to who comes back
 
 
@@ -210,13 +215,75 @@ def raw_mode() -> Iterator[None]:
         termios.tcsetattr(0, termios.TCSADRAIN, before)
 
 
+# What programs switch a terminal to: private modes, the keypad, a region that scrolls; and the reset of all.
+SWITCH = re.compile(rb'\033(?:\[\?([0-9;]{1,40})([hl])|([=>])|\[([0-9;]*)r|(c|\[!p))')
+LONGEST_SWITCH = 48            # bytes of one
+# Off in a terminal that nobody changed: cursor keys for programs, reverse video, origin, what the mouse does,
+# the focus' news, the other screen, marked pastes, held pictures. On: wrapping, the cursor.
+USUALLY_OFF = {1, 5, 6, 9, 47, 1000, 1001, 1002, 1003, 1004, 1005, 1006, 1015, 1016, 1047, 1049, 2004, 2026}
+USUALLY_ON = {7, 25}
+OTHER_SCREEN = {47, 1047, 1049}
+SCROLLS, KEYPAD = -1, -2       # that region, and the keypad, among the modes
+
+
+class Modes:
+    """What a terminal was switched to by what was shown on it, so that it can be switched back."""
+
+    def __init__(self) -> None:
+        self._changed: Set[int] = set()
+        self._rest = b''               # that may be the begin of a switch
+        self._is_at_begin = True       # of a line
+
+    def read(self, data: bytes) -> None:
+        """What is shown next."""
+        self._is_at_begin = data.endswith(b'\n') if data else self._is_at_begin
+        data = self._rest + data
+        for modes, sign, keypad, region, reset in SWITCH.findall(data):
+            for mode in map(int, filter(None, modes.split(b';'))):
+                self._note(mode, mode in (USUALLY_OFF if sign == b'h' else USUALLY_ON))
+            if keypad:
+                self._note(KEYPAD, keypad == b'=')
+            elif reset:
+                self._changed.clear()
+            elif not modes:
+                self._note(SCROLLS, bool(region))
+        begin = data.rfind(b'\033', -LONGEST_SWITCH)
+        self._rest = data[begin:] if begin >= 0 else b''
+
+    def _note(self, mode: int, is_changed: bool) -> None:
+        if is_changed:
+            self._changed.add(mode)
+        else:
+            self._changed.discard(mode)
+
+    def undone(self, on_new_line: bool) -> bytes:
+        """What switches it all back; the cursor is at the begin of a line then, if wanted."""
+        found = [b'\033[m'] * bool(self._changed)
+        if SCROLLS in self._changed:
+            found.append(b'\0337\033[r\0338')
+        if KEYPAD in self._changed:
+            found.append(b'\033>')
+        modes = sorted(mode for mode in self._changed if mode > 0)
+        found += [b'\033[?%d%c' % (mode, b'l' if mode in USUALLY_OFF else b'h') for mode in modes]
+        if on_new_line and not self._is_at_begin and not OTHER_SCREEN & self._changed:
+            found.append(b'\n')         # which the terminal's driver makes a CR and an LF
+        self._changed.clear()
+        return b''.join(found)
+
+
 class Visit:
     """A person at a command's terminal: keys go to it, what it writes is shown, until one of them ends."""
 
-    def __init__(self, host: Client, screen: Screen, cmd_id: str) -> None:
+    def __init__(self, host: Client, screen: Screen, vm: str, cmd_id: str) -> None:
         self._host = host
         self._screen = screen
+        self._vm = vm
         self._id = cmd_id
+        self._modes = Modes()
+        self._awaits_answer = True     # to what was typed, or to its begin
+        self._told = False             # that the guest isn't there
+        self._interrupted = -1         # offset of the output up to which it was shown when it was interrupted
+        self._is_behind = False        # and so far that what comes next is left out
         self._typed = 0                # bytes of the input so far
         self._offset = 0               # of the output
         self._escapes = Escapes() if os.isatty(0) else None
@@ -229,7 +296,7 @@ class Visit:
         status = self._host.call('getCmdStatus', self._id)
         begin = max(0, int(status['outSize']) - REPLAYED)
         shown = self._host.output(self._id, 'out', begin, REPLAYED).data
-        self._screen.write(shown[shown.find(b'\n') + 1 if begin else 0:])
+        self._draw(shown[shown.find(b'\n') + 1 if begin else 0:])
         self._offset = begin + len(shown)
         self._typed = int(status['inOffset'])
         size = terminal_size()
@@ -241,12 +308,19 @@ class Visit:
         before = {number: signal.signal(number, leave)
                   for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
         before[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, self._note_size)
+        goes_on = True
         try:
-            with raw_mode(), contextlib.closing(self._host.terminal(self._id, self._offset)) as line:
-                goes_on = self._show(line)
+            with raw_mode():
                 while goes_on:
-                    goes_on = self._turn(line)
+                    self._is_behind = False
+                    with contextlib.closing(self._host.terminal(self._id, self._offset)) as line:
+                        goes_on = self._show(line)
+                        while goes_on and not self._is_behind:
+                            goes_on = self._turn(line)
         finally:
+            if self._screen.out.isatty():
+                with contextlib.suppress(OSError):     # it may be gone
+                    self._screen.write(self._modes.undone(on_new_line=goes_on))
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -259,9 +333,11 @@ class Visit:
         reading: List[Any] = [line, self._resized]
         if line.has_room and not self._is_over:
             reading.append(0)
-        ready, room, _ = select.select(reading, [line] if line.unsent else [], [], SILENCE)
+        is_awaiting = self._awaits_answer and not self._told
+        ready, room, _ = select.select(reading, [line] if line.unsent else [], [],
+                                       UNANSWERED if is_awaiting else SILENCE)
         if not (ready or room):
-            line.check_alive()
+            self._tell_absence() if is_awaiting else line.check_alive()
         if 0 in ready:
             self._pass_on(line)
         if room:
@@ -283,6 +359,9 @@ class Visit:
         if data or self._is_over:
             line.put(self._typed, data, self._is_over)
             self._typed += len(data)
+            self._awaits_answer = True
+        if any(key in data for key in INTERRUPTS):
+            self._interrupted = self._offset
         if leaves:
             line.finish(FAREWELL)
             raise Detached
@@ -291,9 +370,41 @@ class Visit:
         for kind, offset, data in line.take():
             if kind == END:
                 return False
-            self._screen.write(data)
+            self._draw(data)
             self._offset = offset + len(data)
+            self._awaits_answer = self._told = False
+            if 0 <= self._interrupted < self._offset - FLOOD:
+                self._catch_up()
+            if self._is_behind:
+                break
         return True
+
+    def _catch_up(self) -> None:
+        """Leaves out what a program wrote long before it was interrupted, and a person would have to see to
+        its end: a program isn't held up by a terminal. Raises VMHostError."""
+        status = self._host.call('getCmdStatus', self._id)
+        if not status['ended'] and status['inOffset'] < self._typed:
+            self._interrupted = self._offset           # it hasn't heard so yet
+            return
+        self._interrupted = -1
+        behind = int(status['outSize']) - REPLAYED - self._offset
+        self._is_behind = behind > FLOOD
+        if self._is_behind:
+            self._offset += behind
+            self._draw(b'\r\n[%s are not shown here; `out %s` has them]\r\n' % (
+                shown_size(behind).encode('ascii'), self._id.encode('utf-8')))
+
+    def _draw(self, data: bytes) -> None:
+        self._modes.read(data)
+        self._screen.write(data)
+
+    def _tell_absence(self) -> None:
+        """Nothing answers: whether that is since the guest isn't there. Raises VMHostError."""
+        with contextlib.suppress(NoSuchVM):
+            if self._host.call('getVM', self._vm)['agent'] != 'alive':
+                self._told = True
+                self._draw(b'\r\nvmhost: %s does not answer; still waiting (Enter and ~. leaves)\r\n'
+                           % agent.printable(self._vm).encode('utf-8'))
 
     def _tell_size(self) -> None:
         size = terminal_size()

@@ -38,6 +38,8 @@ from guestspool import TRACE_PATIENCE, Command, describe_error, is_regular, make
 from gueststart import Origin, Start, become_subreaper, blame
 
 ACK_PATIENCE = 0.05            # seconds after which results that nobody has yet are brought to the disk
+FULL = (b'\r\n[the output limit of %d bytes is reached: nothing more is shown. Type ~. at the begin of a '
+        b'line to leave; `kill -9` ends the command, and a new `shell` begins anew]\r\n')
 DRAIN = 2.0                    # seconds for the pipes to be emptied after the end of the process
 SETTLE = 0.05                  # seconds more for orphans to end, where there are any
 CLOCK_DRIFT = 1.0              # seconds by which the machine's clock may be adjusted, without being set
@@ -332,7 +334,10 @@ class Runner:
             return
         kept = data[:self.room[name]]
         self.room[name] -= len(kept)
-        self.truncated[name] |= len(kept) < len(data)
+        if len(kept) < len(data) and not self.truncated[name]:
+            self.truncated[name] = True
+            if self.request.get('terminal'):       # else a person waits for ever to see what is typed
+                kept += FULL % int(self.request['output-limit'])
         try:
             while kept and not self.failure:
                 kept = kept[os.write(target, kept):]

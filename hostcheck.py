@@ -19,8 +19,11 @@ from faults import VMHostError
 from hostclient import Client, NoHost
 from hostlink import server_tls
 from hostmachines import driver_settings
+from hostserver import why_open_to_all
+from hosttrust import is_loopback
 
 LEAST_DISK = 100 * 1024 * 1024     # bytes that the state folder's disk should have free
+AWAITED = ('Running', 'Null')      # states in which a machine's agent should be there; Null: no hypervisor's
 CLOCK_TOLERANCE = 60.0             # seconds that a guest's clock may be off, and nobody cares
 
 
@@ -33,7 +36,8 @@ def do_check(host: Client, screen: Screen, args: Any) -> int:
     try:
         findings += check_running(host, host.call('agentInfo'), settings.Network)
     except NoHost as error:
-        findings += check_start(settings, error)
+        findings += [agent.Finding(False, 'host agent', str(error))] if error.hangs else (
+            check_start(settings, error))
     except VMHostError as error:
         findings.append(agent.Finding(False, 'host agent', str(error)))
     findings += check_program() + check_hypervisor(settings)
@@ -78,12 +82,19 @@ def check_running(host: Client, info: Dict[str, Any], network: Any) -> Iterator[
         unmade = '' if hypervisor.is_local(network.host_ip) else (
             'VMs made now get NAT; net --setup makes the host-only one; then: ')
         yield agent.Finding(False, 'network', unmade + OUT_OF_REACH % broker['address'], needed=False)
-    guests = [vm for vm in host.call('getVMs') if vm['agent'] in ('alive', 'late')]
+    vms = host.call('getVMs')
+    guests = [vm for vm in vms if vm['agent'] in ('alive', 'late')]
     if not guests:
         yield agent.Finding(False, 'guests', 'none has joined: start vmguest.py in a VM, where it '
                             'reaches %s' % broker['address'], needed=False)
     for guest in guests:
         yield check_guest(guest)
+    for vm in vms:
+        if vm['agent'] == 'lost' and vm['state'] in AWAITED:
+            yield agent.Finding(
+                False, 'guest %s' % vm['name'], 'lost: nothing was heard for %s. Is it switched off, its '
+                'agent stopped, its network down? `forget %s`, where it is gone for good'
+                % (shown_span(max(0, time.time() - vm['lastSeen'])), vm['name']), needed=False)
     for refused in info.get('refused', ()):
         yield agent.Finding(False, 'guest %s is not let in' % refused['id'], refused['why'], needed=False)
 
@@ -108,6 +119,13 @@ def check_start(settings: Any, why: NoHost) -> Iterator[agent.Finding]:
     """Whether the host agent could start: nobody in its place, and its ports free."""
     broker = settings.Broker
     yield agent.Finding(False, 'host agent', str(why), needed=False)
+    yield from check_log(settings.Logging)
+    listens = '[Host] xmlrpc_listen_on = %s' % settings.Host.xmlrpc_listen_on
+    if why_open_to_all(settings.Host):
+        yield agent.Finding(False, listens, why_open_to_all(settings.Host))
+    elif not is_loopback(settings.Host.xmlrpc_listen_on):
+        yield agent.Finding(False, listens, 'who reaches it, and reads the token on its way, commands every '
+                            'VM: keep it on 127.0.0.1, and come by ssh', needed=False)
     yield check_port('XML-RPC', settings.Host.xmlrpc_listen_on, settings.Host.xmlrpc_port,
                      '[Host] xmlrpc_listen_on, xmlrpc_port')
     host = '127.0.0.1' if broker.host == 'auto' else broker.host
@@ -121,11 +139,27 @@ def check_start(settings: Any, why: NoHost) -> Iterator[agent.Finding]:
         yield agent.check_broker([host], broker, protocol.try_broker)[0]
 
 
+def check_log(settings: Any) -> Iterator[agent.Finding]:
+    """Whether the section [Logging] names what can be used, without a trace of it."""
+    for key, path, mode in (('config', settings.config, 'rb'), ('file', settings.file, 'ab')):
+        if not path or key == 'file' and settings.config:
+            continue
+        try:
+            if os.path.exists(path) or mode == 'rb':
+                with open(path, mode):
+                    pass
+            else:
+                with agent.momentary_file(os.path.dirname(path)):
+                    pass
+        except OSError as error:
+            yield agent.Finding(False, '[Logging] %s = %s' % (key, path), agent.sentence(error))
+
+
 def check_port(what: str, host: str, port: int, keys: str) -> agent.Finding:
     """Whether this machine lets us listen there."""
     problem = listen_problem(host, port)
-    return agent.Finding(not problem, 'port %d of %s for %s' % (port, host, what),
-                         '%s (%s)' % (problem, keys))
+    named = 'port %d' % port if port else 'a port'
+    return agent.Finding(not problem, '%s of %s for %s' % (named, host, what), '%s (%s)' % (problem, keys))
 
 
 def listen_problem(host: str, port: int) -> str:

@@ -40,8 +40,9 @@ def proof(token: str, address: str, nonce: str) -> str:
 
 
 class NoHost(VMHostError):
-    """No host agent answers. ``was_asked``: one was there, and may have done what it was asked for."""
-    was_asked = False
+    """No host agent answers. ``was_asked``: one was there, and may have done what it was asked for.
+    ``hangs``: one is there."""
+    was_asked = hangs = False
 
 
 class Slice(NamedTuple):
@@ -108,7 +109,7 @@ class Client:
             self._leave()
             failed = NoHost('no host agent answers at %s (%s): start it again with `vmhost.py host.ini`'
                             % (self.address, error.strerror or error))
-            failed.was_asked = was_asked
+            failed.was_asked, failed.hangs = was_asked, error.errno == errno.ETIMEDOUT
             raise failed
         except (ValueError, KeyError) as error:        # no HTTP, no XML-RPC
             self._leave()

@@ -360,6 +360,14 @@ def answer_page(status: StatusPage, what: str, query: Dict[str, str]) -> Tuple[i
         return 503, {'error': str(error)}
 
 
+def why_open_to_all(settings: Any) -> str:
+    """Why nobody may listen as the section [Host] has it; '' where that is well."""
+    if settings.xmlrpc_auth or is_loopback(settings.xmlrpc_listen_on):
+        return ''
+    return ('[Host] xmlrpc_auth = no: anybody on %s could run commands; expected '
+            'xmlrpc_listen_on = 127.0.0.1 with it' % settings.xmlrpc_listen_on)
+
+
 class Server:
     """Listens on the XML-RPC port and on the state folder's socket, a thread per connection.
 
@@ -369,9 +377,9 @@ class Server:
     def __init__(self, host: Any) -> None:
         """Listens. Raises VMHostError that names the port."""
         settings = host.settings.Host
-        if not (settings.xmlrpc_auth or is_loopback(settings.xmlrpc_listen_on)):
-            raise VMHostError('[Host] xmlrpc_auth = no: anybody on %s could run commands; expected '
-                              'xmlrpc_listen_on = 127.0.0.1 with it' % settings.xmlrpc_listen_on)
+        refusal = why_open_to_all(settings)
+        if refusal:
+            raise VMHostError(refusal)
         api = Api(host)
         self.gate = Gate(settings.xmlrpc_listen_on, host.token if settings.xmlrpc_auth else '')
         self.dispatcher = Dispatcher(host, api)

@@ -369,6 +369,17 @@ def test_output_that_cannot_be_had_is_never_left_out_in_silence(state, output, p
         assert tail.is_over == (output == b'12345')
 
 
+def test_no_machine_forges_the_line_of_another_on_a_terminal(host, guests):
+    words = ['run', '*', '--', 'printf', r'a\rtwo: forged\033[1A\302\233\tb\r\n\303\274\377']
+    code, text = Terminal(host.command(*words)).wait()
+    assert code == 0 and '2 ok' in text
+    lines = [line for line in text.replace('\r\n', '\n').split('\n') if line.startswith(('one: ', 'two: '))]
+    assert len(lines) == 4 and all(line.replace('\t', '').isprintable() for line in lines), lines
+    assert any(line.endswith('\tb') for line in lines), lines
+    assert any(line.endswith('ü\\xff') for line in lines), lines
+    assert b'a\rtwo: forged' in host.verb(*words).stdout     # for a program they are as they were
+
+
 # --- the other verbs ---
 
 def test_a_detached_command_is_listed_followed_and_killed(host, guests):
@@ -471,6 +482,39 @@ def test_check_of_a_running_host(host, guests):
     assert all(line['ok'] for line in found.values())
     assert '✓  guest two' in verb(host, 'check', env=dict(os.environ, PYTHONIOENCODING='utf-8'))
     assert 'ok guest two' in verb(host, 'check', env=dict(os.environ, PYTHONIOENCODING='ascii'))
+
+
+def test_check_tells_what_keeps_the_agent_from_its_start(tmp_path):
+    def problems(code, *sections):
+        text = '[Hypervisor]\nhypervisor = none\n[Broker]\nport = 0\n' + '\n'.join(sections)
+        (tmp_path / 'host.ini').write_text(text)
+        done = subprocess.run([sys.executable, SCRIPT, str(tmp_path / 'host.ini'), 'check'],
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert done.returncode == code, done
+        return [line for line in (done.stdout + done.stderr).decode().splitlines()
+                if not line.startswith(('✓', 'ok', '!  host agent', '-- host agent'))]
+    host = '[Host]\nxmlrpc_port = 0\n'
+    assert problems(0, host) == problems(0, host, '[Logging]\nfile = new.log') == []
+    assert not (tmp_path / 'new.log').exists()
+    assert 'none/a.log' in problems(1, host, '[Logging]\nfile = none/a.log')[0]
+    assert 'none.ini' in problems(1, host, '[Logging]\nconfig = none.ini')[0]
+    assert 'anybody on 0.0.0.0' in problems(1, host + 'xmlrpc_listen_on = 0.0.0.0\nxmlrpc_auth = no')[0]
+    assert 'commands every VM' in problems(0, host + 'xmlrpc_listen_on = 0.0.0.0')[0]
+    assert problems(1, host + 'state_dir =')[0].endswith('[Host] state_dir = : expected a path')
+
+
+def test_check_of_machines_that_are_lost_and_of_a_host_that_hangs(tmp_path):
+    with Host(tmp_path / 'host') as host:
+        with Agent(tmp_path / 'guest', host, 'gone'):
+            verb(host, 'run', 'gone', 'true')
+        wait_until(lambda: 'lost' in verb(host, 'ls'), 60)
+        text = verb(host, 'check')
+        assert re.search('guest gone: lost: nothing was heard for .*`forget gone`', text), text
+        os.kill(host.process.pid, signal.SIGSTOP)
+        try:
+            assert 'it hangs, or was stopped' in verb(host, 'check', code=1)
+        finally:
+            os.kill(host.process.pid, signal.SIGCONT)
 
 
 # --- VMs and files: what the host does is played here, what the user sees is real ---
@@ -746,7 +790,7 @@ def test_names_in_any_locale(host, tmp_path):
 
 # --- completion ---
 
-def test_candidates(host, guests):
+def test_candidates(host, guests, tmp_path, monkeypatch):
     def completed(*words):
         return clicomplete.candidates([host.ini] + list(words), hostcli.VERBS)
     assert completed('p') == ['pause', 'ping', 'ps', 'put']
@@ -761,13 +805,25 @@ def test_candidates(host, guests):
     assert completed('call', 'getCmdS') == ['getCmdStatus']
     assert completed('ls', '') == ['one', 'two']
     assert clicomplete.candidates(['/nowhere.ini', 'info', ''], hostcli.VERBS) == []
-    assert clicomplete.candidates([''], hostcli.VERBS) == []
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'lab.ini').write_text('')
+    assert clicomplete.candidates([''], hostcli.VERBS) == ['lab.ini'] + list(hostcli.VERBS)
     cmd_id = verb(host, 'run', '-d', 'one', '--', 'true').strip()
     verb(host, 'wait', cmd_id)
     assert cmd_id in completed('out', cmd_id[:9])
     assert cmd_id not in completed('kill', cmd_id[:9]) + completed('shell', 'one', '')
     for words in (['exec', 'o'], [host.ini, 'exec', 'o']):
         assert hostcli.by_own_name(words) == words[:-2] + ['run', 'o']
+
+
+def test_a_shell_that_one_comes_back_to_is_of_its_machine(host, guests):
+    ids = [verb(host, 'run', '-d', name, '--', 'sleep', '99').strip() for name in ('one', 'two')]
+    try:
+        for name, cmd_id in zip(('one', 'two'), ids):
+            found = clicomplete.candidates([host.ini, 'shell', name, ''], hostcli.VERBS)
+            assert [each for each in found if each in ids] == [cmd_id]
+    finally:
+        verb(host, 'kill', *ids)
 
 
 def test_bash_completes(host, guests, tmp_path):

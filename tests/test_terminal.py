@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import pty
 import re
 import signal
 import sqlite3
@@ -343,6 +344,15 @@ def test_a_shell(host, guest):
     assert person.wait()[0] == 5
 
 
+def test_a_terminal_whose_output_has_no_more_room_says_so(host, guest):
+    person = Person(host, 'run', '-t', '--output-limit', '20000', 'one', '--', 'sh', '-c',
+                    'seq 9999; read x; exit 6')
+    person.sees(b'the output limit of 20000 bytes is reached: nothing more is shown')
+    person.type(b'\r')
+    code, text = person.wait()
+    assert code == 6 and text.count('nothing more is shown') == 1 and 'truncated' in text
+
+
 @pytest.mark.parametrize('how', ['keys', 'signal', 'hangup'])
 def test_a_shell_lasts_and_one_comes_back_to_it(host, guest, how):
     person = Person(host, 'shell', 'one')
@@ -402,6 +412,68 @@ def test_what_a_terminal_is_not_for(host, guest):
 def test_a_shell_reads_a_script(host, guest):
     done = host.verb('shell', 'one', input=b'echo from $0; exit 4\n')
     assert done.returncode == 4 and done.stdout.startswith(b'from ')
+
+
+def test_who_leaves_a_full_screen_has_their_own_terminal_back(host, guest):
+    person = Person(host, 'run', '-t', 'one', '--', 'sh', '-c',
+                    r"printf '\033[?1049h\033[?1;1000;1006h\033[?25l\033=here'; exec cat")
+    person.sees(b'here')
+    person.type(b'\r~.')
+    code, text = person.wait()
+    left = text.partition('here')[2]
+    assert code == 255 and all('\033[?%s' % mode in left for mode in ('1049l', '1l', '1000l', '1006l', '25h'))
+    assert '\033>' in left and left.index('1049l') < left.index('the command continues')
+
+
+def test_what_is_said_to_who_leaves_has_a_line_of_its_own(host, guest):
+    person = Person(host, 'run', '-t', 'one', '--', 'sh', '-c', 'printf "a prompt> "; exec sleep 600')
+    person.sees(b'a prompt> ')
+    os.kill(person.pid, signal.SIGTERM)
+    assert 'a prompt> \r\nvmhost: the command continues' in person.wait()[1]
+
+
+def test_who_interrupts_a_flood_does_not_see_it_to_its_end(host, guest):
+    pid, fd = pty.fork()
+    if pid == 0:
+        script = 'trap "echo caught; exit 5" INT; yes flooding'
+        os.execv(sys.executable, host.command('run', '-t', '--id', 'flood', 'one', '--', 'sh', '-c', script))
+    with host.api as api:
+        wait_until(lambda: any(row['cmdId'] == 'flood' for row in api.listCmds()), 20)
+        wait_until(lambda: api.getCmdStatus('flood')['outSize'] > 20000000, 120)
+    os.write(fd, b'\x03')
+    shown = b''
+    with contextlib.suppress(OSError):     # Linux's way to say that the other side has been closed
+        while True:
+            shown += os.read(fd, 65536)
+    os.close(fd)
+    assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 5
+    assert b'MiB are not shown here; `out flood` has them]\r\n' in shown and shown.endswith(b'caught\r\n')
+    assert len(shown) < 5000000, len(shown)
+
+
+@pytest.mark.parametrize('shown, undone', [
+    ([b'\033[1mtext\033[m\n'], b''), ([b'text'], b'\n'), ([b'\033[?2004h> ', b'\033[?2004l\n'], b''),
+    ([b'\033[?104', b'9h'], b'\033[m\033[?1049l'), ([b'\033[?25l', b'\033[?7l', b'\033c\n'], b''),
+    ([b'\033[2;9r', b'\n'], b'\033[m\0337\033[r\0338'), ([b'\033[2;9r', b'\033[r', b'\n'], b''),
+    ([b'\033[?25l\033[?25h\033=\033>\n'], b''), ([b'\033[?47;25l'], b'\033[m\033[?25h\n')])
+def test_what_switches_a_terminal_back(shown, undone):
+    modes = cliterminal.Modes()
+    for data in shown:
+        modes.read(data)
+    assert modes.undone(on_new_line=True) == undone and modes.undone(on_new_line=False) == b''
+
+
+def test_a_terminal_on_a_machine_that_is_away_says_so(host, tmp_path):
+    with Agent(tmp_path / 'guest', host, 'leaver'):
+        assert host.verb('run', 'leaver', 'true').returncode == 0
+    wait_until(lambda: b'lost' in host.verb('ls', 'leaver').stdout, 60)
+    person = Person(host, 'run', '-t', '--queue', 'leaver', 'true')
+    person.sees(b'vmhost: leaver does not answer; still waiting (Enter and ~. leaves)')
+    person.type(b'x\r~.')
+    code, text = person.wait()
+    assert code == 255 and text.count('does not answer') == 1
+    cmd_id = text.split()[-1].strip('`')
+    assert host.verb('kill', cmd_id).returncode == 0
 
 
 def test_escapes():
