@@ -78,6 +78,7 @@ class Runner:
         self.failure = ''              # why writing the spool failed
         self.timed_out = False
         self.status = None             # type: Optional[int]      # of the program, once it ended
+        self.own_cpu = 0.0             # seconds that it used, with what it has waited for
         self.deadline = None           # type: Optional[float]
         self.is_stopped = False        # the program itself, by a signal
         self.stopped_at = None         # type: Optional[float]    # since when all its processes are
@@ -270,6 +271,7 @@ class Runner:
                 self.usage.add(usage)
                 if pid == self.pid:
                     self.status = status
+                    self.own_cpu = usage.ru_utime + usage.ru_stime
         return self.status is not None
 
     def _note_stop(self) -> None:
@@ -424,7 +426,7 @@ class Runner:
         state = 'timeout' if self.timed_out else 'exited' if exited else 'signaled'
         by = self._ended_by(exited, code)
         error = 'ENOMEM: the kernel killed it for want of memory' if by == 'oom' else \
-            self._limit_that_ended_it(0 if exited else code)
+            self._limit_that_ended_it(0 if exited or by == 'signalCmd' else code)
         if self.timed_out:
             error = 'ran longer than its timeout of %g s' % float(self.request['timeout'])
         if self.failure:
@@ -453,9 +455,12 @@ class Runner:
         peak, kills = self.group.memory_peak(), self.group.oom_kills()
         return dict({} if peak is None else {'memory-peak': peak}, **{'oom-kills': kills} if kills else {})
 
+    def _blame(self, number: int) -> Tuple[str, int]:
+        return blame(self.request.get('limits', {}), number, self.group, self.own_cpu)
+
     def _limit_that_ended_it(self, number: int) -> str:
         """A sentence for who asked for a limit, of which this signal tells that it was met; else ''."""
-        name, code = blame(self.request.get('limits', {}), number, self.group)
+        name, code = self._blame(number)
         is_sure = code != errno.ENOMEM
         return name and describe_error(OSError(code, 'ended by signal %d%s' % (
             number, '' if is_sure else ', perhaps for want of room'), name))
@@ -473,7 +478,7 @@ class Runner:
             return 'itself'
         if number in self.command.sent_signals():
             return 'signalCmd'
-        if number in OF_ITSELF:
+        if number in OF_ITSELF or self._blame(number)[1] == errno.ETIME:
             return 'itself'
         if number == signal.SIGKILL and (self.group is not None and self.group.oom_kills()
                                          or was_killed_for_memory(self.pid, self.begin)):

@@ -520,6 +520,49 @@ def test_arguments_that_are_too_long_are_the_programs(runners, options):
     assert runners.run('echo', 'a' * 500000, **options)['error'] == 'E2BIG: Argument list too long: echo'
 
 
+DEAF = 'import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass'
+
+
+@pytest.mark.once
+def test_a_program_that_does_not_heed_its_limit_of_cpu_is_told_as_ended_for_it(runners):
+    """The kernel KILLs it some seconds of CPU later: that is nobody else's deed."""
+    result = runners.end(runners.begin(sys.executable, '-S', '-c', DEAF, limits={'cpu': 1}), 120)
+    assert (result['state'], result['exitCodeOrSignal'], result['by']) == ('signaled', 9, 'itself')
+    assert result['error'] == 'ETIME: ended by signal 9: limits.cpu'
+
+
+def test_a_kill_that_was_sent_speaks_for_no_limit(runners):
+    command = runners.begin(sys.executable, '-S', '-c', DEAF, limits={'cpu': 1, 'as': 10 ** 9})
+    pid = wait_until(command.process, 10)
+    wait_until(lambda: guestprocesses.live_usage([pid])[1].get('ru_utime', 0) > 1.2, 60)
+    command.note_signal(signal.SIGKILL)
+    command.send_signal(signal.SIGKILL)
+    result = runners.end(command)
+    assert (result['state'], result['by'], result['error']) == ('signaled', 'signalCmd', '')
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason='becomes another user')
+def test_what_a_user_may_not_is_told_by_its_option(tmp_path):
+    """Of an agent that isn't root: neither without a word, nor by a file of the agent's."""
+    program = '''
+import ctypes, os, sys
+sys.path[:0] = [%r, %r]
+import test_guest_runner
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+runners = test_guest_runner.Runners(sys.argv[1])
+for options in ({'nice': -5}, {'user': 'root'}, {'user': '65534:0'}):
+    print(runners.run('true', **options)['error'])
+runners.close()
+''' % (TOP, os.path.join(TOP, 'tests'))
+    let_others_in(tmp_path)
+    os.chmod(str(tmp_path), 0o777)
+    told = subprocess.run([sys.executable, '-c', program, str(tmp_path)], stdout=subprocess.PIPE, check=True)
+    assert told.stdout.decode().splitlines() == [
+        'EPERM: Operation not permitted: ' + option for option in ('nice -5', 'user root', 'user 65534:0')]
+
+
 def test_a_limit_that_the_system_refuses_is_named(runners):
     error = runners.run('true', limits={'nofile': 99999999999})['error']
     assert error.startswith('EPERM: ') and error.endswith(': limits.nofile'), error
