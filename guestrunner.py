@@ -35,7 +35,7 @@ from guestprocesses import (
     was_killed_for_memory,
 )
 from guestspool import TRACE_PATIENCE, Command, describe_error, is_regular, make_way, private, unrun_result
-from gueststart import Origin, Start, become_subreaper, blame
+from gueststart import Origin, Start, become_subreaper, blame, inheritance
 
 ACK_PATIENCE = 0.05            # seconds after which results that nobody has yet are brought to the disk
 DRAIN = 2.0                    # seconds for the pipes to be emptied after the end of the process
@@ -568,8 +568,9 @@ class Unsynced:
 class RunnerProcess:
     """A runner's main: runs the commands of the spool folders that come, one after the other.
 
-    Says by a byte that it is free again. It ends once the agent is gone, after the command that it has; and
-    after a command that left processes, which then belong to whoever takes orphans.
+    Says by a byte that it is free again. It ends once the agent is gone, after the command that it has; after
+    a command that left processes, which then belong to whoever takes orphans; and after one that changed what
+    the next would begin with (``renice -p $PPID``).
     """
 
     def __init__(self, orders: socket.socket, reports: int, origin: Origin) -> None:
@@ -598,6 +599,7 @@ class RunnerProcess:
 
     def run(self) -> None:
         """Until the agent is gone, or a command left processes."""
+        as_begun = inheritance()
         try:
             for folder in folders_to_run(self._orders, self.unsynced):
                 runner = Runner(folder, self)
@@ -605,7 +607,7 @@ class RunnerProcess:
                     run_command(runner)
                 except Exception:       # the agent sees that the command has no runner any more
                     log.exception('runner of %s', folder)
-                goes_on = not children_of(os.getpid()) and self._say_free()
+                goes_on = not children_of(os.getpid()) and inheritance() == as_begun and self._say_free()
                 runner.report()         # after that: the next command may follow at once
                 if not goes_on:
                     return

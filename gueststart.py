@@ -41,6 +41,7 @@ LOOK_EVERY = 0.2               # seconds between looks whether the start was can
 OWN_PATH = '/usr/local/bin:/usr/bin:/bin'      # PATH of another user …
 ROOTS_PATH = '/usr/local/sbin:/usr/sbin:/sbin:' + OWN_PATH     # … and of root
 REPORT = 3                     # the descriptor on which the starter reports
+ALL_LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith('RLIMIT_')]
 LEAST = {'nofile': REPORT + 1, 'cpu': 1, 'as': 128 * 1024}     # with less no program can begin (its stack)
 # What a death by these signals speaks for, where such a limit was asked for.
 DEATHS = {'cpu': (errno.ETIME, (signal.SIGXCPU,)), 'fsize': (errno.EFBIG, (signal.SIGXFSZ,)),
@@ -124,6 +125,12 @@ def become_subreaper() -> bool:
     except (ImportError, OSError, AttributeError) as error:
         log.debug('no subreaper: %s', error)
         return False
+
+
+def inheritance() -> Tuple[Any, ...]:
+    """What a program takes over from the process that begins it, and that another process may change."""
+    processors = os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else set()
+    return os.getpriority(os.PRIO_PROCESS, 0), processors, [resource.getrlimit(which) for which in ALL_LIMITS]
 
 
 # --- users -----------------------------------------------------------------------------------

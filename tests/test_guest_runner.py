@@ -520,6 +520,27 @@ def test_arguments_that_are_too_long_are_the_programs(runners, options):
     assert runners.run('echo', 'a' * 500000, **options)['error'] == 'E2BIG: Argument list too long: echo'
 
 
+CHANGES_ITS_RUNNER = '''
+import json, os, resource
+with open(os.path.join(os.path.dirname(os.environ['VM_PROGRESS_FILE']), 'process.json')) as file:
+    runner = json.load(file)['runner']
+os.setpriority(os.PRIO_PROCESS, runner, 7)
+if hasattr(resource, 'prlimit'):
+    resource.prlimit(runner, resource.RLIMIT_CORE, (0, 0))
+    resource.prlimit(runner, resource.RLIMIT_NOFILE, (200, 200))
+    os.sched_setaffinity(runner, [min(os.sched_getaffinity(0))])
+'''
+
+
+def test_what_a_program_does_to_its_runner_meets_no_other_command(runners):
+    """As by ``renice -p $PPID``, or taskset, or prlimit."""
+    told = ['sh', '-c', 'nice; ulimit -n; ulimit -H -c; grep -s Cpus_allowed_list /proc/self/status']
+    before = runners.run(*told)['out']
+    assert runners.run(sys.executable, '-c', CHANGES_ITS_RUNNER)['exitCodeOrSignal'] == 0
+    for _ in range(3):
+        assert runners.run(*told)['out'] == before
+
+
 DEAF = 'import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass'
 
 
