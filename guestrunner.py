@@ -35,7 +35,7 @@ from guestprocesses import (
     was_killed_for_memory,
 )
 from guestspool import TRACE_PATIENCE, Command, describe_error, is_regular, make_way, private, unrun_result
-from gueststart import Origin, Start, become_subreaper, blame
+from gueststart import Origin, Start, become_subreaper, blame, inheritance
 
 ACK_PATIENCE = 0.05            # seconds after which results that nobody has yet are brought to the disk
 FULL = (b'\r\n[the output limit of %d bytes is reached: nothing more is shown. Type ~. at the begin of a '
@@ -80,6 +80,7 @@ class Runner:
         self.failure = ''              # why writing the spool failed
         self.timed_out = False
         self.status = None             # type: Optional[int]      # of the program, once it ended
+        self.own_cpu = 0.0             # seconds that it used, with what it has waited for
         self.deadline = None           # type: Optional[float]
         self.is_stopped = False        # the program itself, by a signal
         self.stopped_at = None         # type: Optional[float]    # since when all its processes are
@@ -272,6 +273,7 @@ class Runner:
                 self.usage.add(usage)
                 if pid == self.pid:
                     self.status = status
+                    self.own_cpu = usage.ru_utime + usage.ru_stime
         return self.status is not None
 
     def _note_stop(self) -> None:
@@ -343,7 +345,7 @@ class Runner:
                 kept = kept[os.write(target, kept):]
         except OSError as error:
             # A full disk: the command can't be accounted for, and is ended.
-            self.failure = describe_error(error)
+            self.failure = describe_error(OSError(error.errno, error.strerror, self.command.path(name)))
             self._signal(signal.SIGKILL)
         if self.inlet is not None:
             self.inlet.tell()
@@ -429,7 +431,7 @@ class Runner:
         state = 'timeout' if self.timed_out else 'exited' if exited else 'signaled'
         by = self._ended_by(exited, code)
         error = 'ENOMEM: the kernel killed it for want of memory' if by == 'oom' else \
-            self._limit_that_ended_it(0 if exited else code)
+            self._limit_that_ended_it(0 if exited or by == 'signalCmd' else code)
         if self.timed_out:
             error = 'ran longer than its timeout of %g s' % float(self.request['timeout'])
         if self.failure:
@@ -458,9 +460,12 @@ class Runner:
         peak, kills = self.group.memory_peak(), self.group.oom_kills()
         return dict({} if peak is None else {'memory-peak': peak}, **{'oom-kills': kills} if kills else {})
 
+    def _blame(self, number: int) -> Tuple[str, int]:
+        return blame(self.request.get('limits', {}), number, self.group, self.own_cpu)
+
     def _limit_that_ended_it(self, number: int) -> str:
         """A sentence for who asked for a limit, of which this signal tells that it was met; else ''."""
-        name, code = blame(self.request.get('limits', {}), number, self.group)
+        name, code = self._blame(number)
         is_sure = code != errno.ENOMEM
         return name and describe_error(OSError(code, 'ended by signal %d%s' % (
             number, '' if is_sure else ', perhaps for want of room'), name))
@@ -478,7 +483,7 @@ class Runner:
             return 'itself'
         if number in self.command.sent_signals():
             return 'signalCmd'
-        if number in OF_ITSELF:
+        if number in OF_ITSELF or self._blame(number)[1] == errno.ETIME:
             return 'itself'
         if number == signal.SIGKILL and (self.group is not None and self.group.oom_kills()
                                          or was_killed_for_memory(self.pid, self.begin)):
@@ -568,8 +573,9 @@ class Unsynced:
 class RunnerProcess:
     """A runner's main: runs the commands of the spool folders that come, one after the other.
 
-    Says by a byte that it is free again. It ends once the agent is gone, after the command that it has; and
-    after a command that left processes, which then belong to whoever takes orphans.
+    Says by a byte that it is free again. It ends once the agent is gone, after the command that it has; after
+    a command that left processes, which then belong to whoever takes orphans; and after one that changed what
+    the next would begin with (``renice -p $PPID``).
     """
 
     def __init__(self, orders: socket.socket, reports: int, origin: Origin) -> None:
@@ -598,6 +604,7 @@ class RunnerProcess:
 
     def run(self) -> None:
         """Until the agent is gone, or a command left processes."""
+        as_begun = inheritance()
         try:
             for folder in folders_to_run(self._orders, self.unsynced):
                 runner = Runner(folder, self)
@@ -605,7 +612,7 @@ class RunnerProcess:
                     run_command(runner)
                 except Exception:       # the agent sees that the command has no runner any more
                     log.exception('runner of %s', folder)
-                goes_on = not children_of(os.getpid()) and self._say_free()
+                goes_on = not children_of(os.getpid()) and inheritance() == as_begun and self._say_free()
                 runner.report()         # after that: the next command may follow at once
                 if not goes_on:
                     return

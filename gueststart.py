@@ -14,6 +14,7 @@ import fcntl
 import grp
 import json
 import logging
+import math
 import os
 import pwd
 import re
@@ -25,7 +26,7 @@ import struct
 import sys
 import termios
 import time
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from guestcgroup import LIMITS as OF_GROUPS
 from guestcgroup import Group, Place
@@ -40,6 +41,7 @@ LOOK_EVERY = 0.2               # seconds between looks whether the start was can
 OWN_PATH = '/usr/local/bin:/usr/bin:/bin'      # PATH of another user …
 ROOTS_PATH = '/usr/local/sbin:/usr/sbin:/sbin:' + OWN_PATH     # … and of root
 REPORT = 3                     # the descriptor on which the starter reports
+ALL_LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith('RLIMIT_')]
 LEAST = {'nofile': REPORT + 1, 'cpu': 1, 'as': 128 * 1024}     # with less no program can begin (its stack)
 # What a death by these signals speaks for, where such a limit was asked for.
 DEATHS = {'cpu': (errno.ETIME, (signal.SIGXCPU,)), 'fsize': (errno.EFBIG, (signal.SIGXFSZ,)),
@@ -123,6 +125,12 @@ def become_subreaper() -> bool:
     except (ImportError, OSError, AttributeError) as error:
         log.debug('no subreaper: %s', error)
         return False
+
+
+def inheritance() -> Tuple[Any, ...]:
+    """What a program takes over from the process that begins it, and that another process may change."""
+    processors = os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else set()
+    return os.getpriority(os.PRIO_PROCESS, 0), processors, [resource.getrlimit(which) for which in ALL_LIMITS]
 
 
 # --- users -----------------------------------------------------------------------------------
@@ -226,7 +234,8 @@ class Start:
         Raises OSError.
         """
         if self._user is not None:
-            self._open_progress(self._user)
+            with blamed_on('user %s' % self._request['user']):
+                self._open_progress(self._user)
             if self._request.get('terminal'):
                 os.fchown(stdin, self._user.uid, -1)
         self._report, reporter = os.pipe()
@@ -373,11 +382,13 @@ class Start:
                                      for fd in (out, err, stdin, reporter))
         entrance = self._open_entrance()
         if request.get('nice'):
-            os.nice(int(request['nice']))
+            with blamed_on('nice %d' % request['nice']):
+                os.nice(int(request['nice']))
         if 'stdin' in request:
             stdin = os.open(self._command.path('stdin'), os.O_RDONLY)
         if self._user is not None:
-            self._user.become()
+            with blamed_on('user %s' % request['user']):
+                self._user.become()
         self._enter_folder()
         if request.get('fileForStdin'):
             stdin = self._open_stdin(request['fileForStdin'])
@@ -497,6 +508,15 @@ def not_the_program(number: Optional[int], what: str, path: bytes) -> OSError:
     return OSError(number, '%s: %s' % (what, os.strerror(number)), path)
 
 
+@contextlib.contextmanager
+def blamed_on(option: str) -> Iterator[None]:
+    """What the system refuses there is told by what was asked for, and not by a file of the agent's."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, option)
+
+
 def set_limit(name: str, value: int) -> None:
     """Raises OSError, ValueError."""
     which = LIMITS.get(name)
@@ -512,10 +532,13 @@ def set_limit(name: str, value: int) -> None:
         raise OSError(errno.EINVAL, 'larger than any limit: %d' % value, 'limits.%s' % name)
 
 
-def blame(limits: Dict[str, Any], number: int, group: Optional[Group]) -> Tuple[str, int]:
-    """The limit that a death by this signal speaks for, and its errno; '' and 0 for none."""
+def blame(limits: Dict[str, Any], number: int, group: Optional[Group], cpu: float = 0) -> Tuple[str, int]:
+    """The limit that a death by this signal speaks for, of what used so many seconds of CPU, and its errno;
+    '' and 0 for none."""
     if 'memory' in limits and number == signal.SIGKILL and group is not None and group.oom_kills():
         return 'limits.memory', errno.ENOMEM
+    if number == signal.SIGKILL and cpu >= limits.get('cpu', math.inf):     # it didn't heed XCPU
+        return 'limits.cpu', errno.ETIME
     for name, (code, signals) in DEATHS.items():
         if name in limits and number in signals:
             return 'limits.%s' % name, code

@@ -14,15 +14,18 @@ import protocol
 from faults import InvalidParams
 from rpc import Binary, FilePath
 
+FLAG, NUMBER = (bool, int), (int, float)
 OPTIONS = {                    # of runCmd: what it is called here, on the wire, and its type
-    'stdin': ('stdin', (str, Binary)), 'timeout': ('timeout', (int, float)),
-    'killAfter': ('kill-after', (int, float)), 'user': ('user', (str,)),
-    'envClear': ('env-clear', (bool,)), 'nice': ('nice', (int,)), 'limits': ('limits', (dict,)),
-    'statusInterval': ('status-interval', (int, float)), 'outputLimit': ('output-limit', (int, float)),
-    'inlineOutput': ('inline-output', (int, float)), 'expires': ('expires', (int, float)),
-    'terminal': ('terminal', (dict,)), 'leave': ('leave', (bool, int)), 'endLeft': ('end-left', (bool, int)),
-    'queue': ('queue', (bool, int)), 'id': ('id', (str,)), 'mayReturn': ('mayReturn', (bool, int)),
+    'stdin': ('stdin', (str, Binary)), 'timeout': ('timeout', NUMBER), 'killAfter': ('kill-after', NUMBER),
+    'user': ('user', (str,)), 'envClear': ('env-clear', FLAG), 'nice': ('nice', (int,)),
+    'limits': ('limits', (dict,)), 'statusInterval': ('status-interval', NUMBER),
+    'outputLimit': ('output-limit', NUMBER), 'inlineOutput': ('inline-output', NUMBER),
+    'expires': ('expires', NUMBER), 'terminal': ('terminal', (dict,)), 'leave': ('leave', FLAG),
+    'endLeft': ('end-left', FLAG), 'queue': ('queue', FLAG), 'id': ('id', (str,)),
+    'mayReturn': ('mayReturn', FLAG),
 }
+TYPES = {(str,): 'text', (str, Binary): 'text, or base64', (int,): 'a whole number', NUMBER: 'a number',
+         FLAG: 'true or false', (dict,): 'a struct'}   # type: Dict[Tuple[type, ...], str]
 LIMITS = ('as', 'cpu', 'fsize', 'nofile', 'nproc', 'memory', 'cpus', 'pids')
 # Of every system that guests run on; this one may have fewer.
 SIGNALS = ('HUP', 'INT', 'QUIT', 'ILL', 'TRAP', 'ABRT', 'BUS', 'FPE', 'KILL', 'USR1', 'SEGV', 'USR2', 'PIPE',
@@ -127,8 +130,10 @@ def read_options(options: Dict[str, Any]) -> Dict[str, Any]:
         if name not in OPTIONS:
             raise InvalidParams('no option %r; there are %s' % (name, ', '.join(sorted(OPTIONS))))
         wire, kinds = OPTIONS[name]
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise InvalidParams('option %s: %r is of the wrong type' % (name, value))
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds) \
+                or kinds == FLAG and value not in (0, 1):
+            raise InvalidParams('option %s: %.80r should be %s' % (name, value, TYPES[kinds]))
+        value = bool(value) if kinds == FLAG else value
         if isinstance(value, (int, float)) and not (-20 if name == 'nice' else 0) <= value <= LARGEST_NUMBER:
             raise InvalidParams('option %s: %r is out of range' % (name, value))
         read[wire] = value
@@ -154,9 +159,9 @@ def read_signal(name: Any) -> str:
     InvalidParams."""
     text = str(name).upper()
     text = text[3:] if text.startswith('SIG') else text
-    is_number = text.isdigit() and len(text) <= 2 and 0 < int(text) <= 64
-    is_realtime = re.fullmatch(r'RTMIN(\+[0-9]{1,2})?|RTMAX(-[0-9]{1,2})?', text, re.ASCII)
+    is_number = re.fullmatch('[0-9]{1,2}', text) and 0 < int(text) <= 64
+    is_realtime = re.fullmatch(r'RTMIN(\+(30|[12]?[0-9]))?|RTMAX(-(30|[12]?[0-9]))?', text)
     if isinstance(name, bool) or not (is_number or is_realtime or text in SIGNALS):
         raise InvalidParams('no signal %.40r; there are %s, RTMIN+n, RTMAX-n, and numbers from 1 to 64'
                             % (name, ', '.join(SIGNALS)))
-    return text
+    return str(int(text)) if is_number else text

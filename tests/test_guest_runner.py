@@ -551,6 +551,88 @@ def test_arguments_that_are_too_long_are_the_programs(runners, options):
     assert runners.run('echo', 'a' * 500000, **options)['error'] == 'E2BIG: Argument list too long: echo'
 
 
+CHANGES_ITS_RUNNER = '''
+import json, os, resource
+with open(os.path.join(os.path.dirname(os.environ['VM_PROGRESS_FILE']), 'process.json')) as file:
+    runner = json.load(file)['runner']
+os.setpriority(os.PRIO_PROCESS, runner, 7)
+if hasattr(resource, 'prlimit'):
+    resource.prlimit(runner, resource.RLIMIT_CORE, (0, 0))
+    resource.prlimit(runner, resource.RLIMIT_NOFILE, (200, 200))
+    os.sched_setaffinity(runner, [min(os.sched_getaffinity(0))])
+'''
+
+
+def test_what_a_program_does_to_its_runner_meets_no_other_command(runners):
+    """As by ``renice -p $PPID``, or taskset, or prlimit."""
+    told = ['sh', '-c', 'nice; ulimit -n; ulimit -H -c; grep -s Cpus_allowed_list /proc/self/status']
+    before = runners.run(*told)['out']
+    assert runners.run(sys.executable, '-c', CHANGES_ITS_RUNNER)['exitCodeOrSignal'] == 0
+    for _ in range(3):
+        assert runners.run(*told)['out'] == before
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
+def test_output_that_there_is_no_room_for_is_named(tmp_path, monkeypatch):
+    """So that it is no error of what never began."""
+    real = guestrunner.private
+
+    def private(path, flags):
+        return os.open('/dev/full', os.O_WRONLY | os.O_CLOEXEC) if path.endswith('/out') else real(path, flags)
+    monkeypatch.setattr(guestrunner, 'private', private)
+    runners = Runners(tmp_path)
+    try:
+        command = runners.begin('sh', '-c', 'echo hello; sleep 60')
+        result = runners.end(command)
+        assert (result['state'], result['error']) == (
+            'failed', 'ENOSPC: No space left on device: ' + command.path('out'))
+    finally:
+        runners.close()
+
+
+DEAF = 'import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass'
+
+
+@pytest.mark.once
+def test_a_program_that_does_not_heed_its_limit_of_cpu_is_told_as_ended_for_it(runners):
+    """The kernel KILLs it some seconds of CPU later: that is nobody else's deed."""
+    result = runners.end(runners.begin(sys.executable, '-S', '-c', DEAF, limits={'cpu': 1}), 120)
+    assert (result['state'], result['exitCodeOrSignal'], result['by']) == ('signaled', 9, 'itself')
+    assert result['error'] == 'ETIME: ended by signal 9: limits.cpu'
+
+
+def test_a_kill_that_was_sent_speaks_for_no_limit(runners):
+    command = runners.begin(sys.executable, '-S', '-c', DEAF, limits={'cpu': 1, 'as': 10 ** 9})
+    pid = wait_until(command.process, 10)
+    wait_until(lambda: guestprocesses.live_usage([pid])[1].get('ru_utime', 0) > 1.2, 60)
+    command.note_signal(signal.SIGKILL)
+    command.send_signal(signal.SIGKILL)
+    result = runners.end(command)
+    assert (result['state'], result['by'], result['error']) == ('signaled', 'signalCmd', '')
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason='becomes another user')
+def test_what_a_user_may_not_is_told_by_its_option(tmp_path):
+    """Of an agent that isn't root: neither without a word, nor by a file of the agent's."""
+    program = '''
+import ctypes, os, sys
+sys.path[:0] = [%r, %r]
+import test_guest_runner
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+runners = test_guest_runner.Runners(sys.argv[1])
+for options in ({'nice': -5}, {'user': 'root'}, {'user': '65534:0'}):
+    print(runners.run('true', **options)['error'])
+runners.close()
+''' % (TOP, os.path.join(TOP, 'tests'))
+    let_others_in(tmp_path)
+    os.chmod(str(tmp_path), 0o777)
+    told = subprocess.run([sys.executable, '-c', program, str(tmp_path)], stdout=subprocess.PIPE, check=True)
+    assert told.stdout.decode().splitlines() == [
+        'EPERM: Operation not permitted: ' + option for option in ('nice -5', 'user root', 'user 65534:0')]
+
+
 def test_a_limit_that_the_system_refuses_is_named(runners):
     error = runners.run('true', limits={'nofile': 99999999999})['error']
     assert error.startswith('EPERM: ') and error.endswith(': limits.nofile'), error

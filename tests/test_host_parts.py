@@ -582,16 +582,27 @@ def test_results_are_read_or_refused(keys):
 @pytest.mark.parametrize('options', [
     {'timeout': float('inf')}, {'timeout': float('nan')}, {'killAfter': -1}, {'inlineOutput': 1e19},
     {'nice': 10 ** 400}, {'limits': {'as': float('nan')}}, {'limits': {'cpu': 10 ** 400}},
-    {'limits': {'nothing': 1}}, {'stdin': 5}, {'typo': 1}])
+    {'limits': {'nothing': 1}}, {'stdin': 5}, {'typo': 1}, {'endLeft': 2}, {'queue': -1}])
 def test_options_that_no_guest_could_follow(options):
     with pytest.raises(faults.InvalidParams):
         hostrequests.read_options(options)
 
 
+def test_what_an_option_should_be_is_said():
+    for option, value, should in (
+            ('timeout', '5m', 'a number'), ('user', 3, 'text'), ('nice', 1.5, 'a whole number'),
+            ('endLeft', 2, 'true or false'), ('limits', [], 'a struct'), ('queue', 'no', 'true or false')):
+        with pytest.raises(faults.InvalidParams, match='option %s: .* should be %s' % (option, should)):
+            hostrequests.read_options({option: value})
+    assert hostrequests.read_options({'leave': 1, 'envClear': 0}) == {'leave': True, 'env-clear': False}
+
+
 def test_signals_by_their_names_and_numbers():
-    read = [hostrequests.read_signal(name) for name in ('TERM', 'sigusr1', 9, '15', 'SIGRTMIN+3', 'rtmax')]
-    assert read == ['TERM', 'USR1', '9', '15', 'RTMIN+3', 'RTMAX']
-    for name in ('FOO', '', '0', 0, 999, -1, True, 'TERM2'):
+    read = [hostrequests.read_signal(name) for name in ('TERM', 'sigusr1', 9, '15', 'SIGRTMIN+3', 'rtmax',
+                                                         '09', 'RTMAX-30')]
+    assert read == ['TERM', 'USR1', '9', '15', 'RTMIN+3', 'RTMAX', '9', 'RTMAX-30']
+    # A guest would drop the last ones.
+    for name in ('FOO', '', '0', 0, 999, -1, True, 'TERM2', '\u0669', '\xb2', 'RTMIN+31', 'RTMAX-31'):
         with pytest.raises(faults.InvalidParams):
             hostrequests.read_signal(name)
 
