@@ -367,15 +367,24 @@ class Record:
         self.put = self.made = self.collected = self.emptied = False
         self.taken: Dict[str, str] = {}
         self.machine = self.digest = self.folder = ''
-        with contextlib.suppress(OSError, ValueError, AttributeError):     # no such file, or a damaged one
-            with open(path, encoding='utf-8') as file:
-                for name, value in json.load(file).items():
-                    if type(value) is type(getattr(self, name, None)):
-                        setattr(self, name, value)
+        with contextlib.suppress(OSError):                     # there is none yet
+            with open(path, encoding='utf-8', errors='replace') as file:
+                self._read(file.read())
+
+    def _read(self, text: str) -> None:
+        """Takes what is sound. A damaged one doesn't tell that there is no machine: there may be."""
+        try:
+            for name, value in json.loads(text).items():
+                if type(value) is type(getattr(self, name, None)):
+                    setattr(self, name, value)
+        except (ValueError, AttributeError):
+            self.made = True
 
     def save(self) -> None:
         """Writes it; who reads it sees the old text or the new one. Raises OSError."""
         values = {name: value for name, value in vars(self).items() if not name.startswith('_')}
         with open(self._path + '.new', 'w', encoding='utf-8') as file:
             json.dump(values, file)
+            file.flush()
+            agent.sync_descriptor(file.fileno())       # after a power cut it says where the machine goes on
         agent.replace(self._path + '.new', self._path)

@@ -202,11 +202,13 @@ def test_files_at_the_end(tmp_path):
 
 @pytest.mark.parametrize('text', ['', '{', '[1]', '{"attempt": "two", "cpu": null, "unknown": 5}'])
 def test_a_damaged_record_is_a_new_one(text, tmp_path):
+    """But for a machine, which there may be: it isn't taken for one from before a reset, and removed."""
     path = str(tmp_path / 'record')
     with open(path, 'w') as file:
         file.write(text)
     record = Record(path, 7.0)
     assert (record.attempt, record.cpu, record.put) == (1, 7.0, False)
+    assert record.made == (text[:2] != '{"') and not Record(str(tmp_path / 'none')).made
     record.attempt, record.elapsed = 2, 3.5
     record.save()
     assert Record(path).attempt == 2 and Record(path).elapsed == 3.5
