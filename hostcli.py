@@ -18,7 +18,7 @@ import climachines
 from clicommands import FAILED
 from cliscreen import Screen, has_no_reader, naming_output, terminal_width
 from cliverbs import Function, Verb
-from hostclient import Client
+from hostclient import CALLED, Client
 from hostconfig import ini_here, read_settings
 
 TYPING_ERROR = 0.76            # how like a verb a word must be to be meant as it: others mean something else
@@ -70,7 +70,7 @@ All: 255 if standard output can't be written.
 
 def program_name() -> str:
     """How this program was called, for help and hints."""
-    return os.path.basename(sys.argv[0]) or 'vmhost.py'
+    return os.environ.get(CALLED) or os.path.basename(sys.argv[0]) or 'vmhost.py'
 
 
 def overview() -> str:

@@ -29,6 +29,7 @@ LONGEST_LINE = 64 * 1024       # bytes of a line of an answer's head
 SILENCE = 15.0                 # seconds without an answer, after which it is asked whether anybody is there
 LARGE = 64 * 1024              # bytes of a call that may find nobody who reads
 LOOK_UP = 0.2 if os.name == 'nt' else SILENCE  # seconds between two looks; on Windows Ctrl-C waits for them
+CALLED = 'VMHOST_CALLED'       # the environment's word for how this program is called: by vmhost.cmd, say
 EVERYWHERE = {'0.0.0.0': '127.0.0.1', '::': '::1', '': '127.0.0.1'}     # where it listens: where to connect
 
 
@@ -37,6 +38,11 @@ def proof(token: str, address: str, nonce: str) -> str:
     import hmac  # where there is a Unix socket, nobody needs it
     text = 'xmlrpc\n%s\n%s' % (address, nonce)
     return hmac.new(token.encode('utf-8'), text.encode('utf-8'), 'sha256').hexdigest()
+
+
+def how_to_start() -> str:
+    """What a person types to have a host agent."""
+    return os.environ.get(CALLED) or 'vmhost.py host.ini'
 
 
 class NoHost(VMHostError):
@@ -107,8 +113,8 @@ class Client:
         except OSError as error:
             was_asked = self._connection is not None
             self._leave()
-            failed = NoHost('no host agent answers at %s (%s): start it again with `vmhost.py host.ini`'
-                            % (self.address, error.strerror or error))
+            failed = NoHost('no host agent answers at %s (%s): start it again with `%s`'
+                            % (self.address, error.strerror or error, how_to_start()))
             failed.was_asked, failed.hangs = was_asked, error.errno == errno.ETIMEDOUT
             raise failed
         except (ValueError, KeyError) as error:        # no HTTP, no XML-RPC
@@ -190,8 +196,8 @@ class Client:
         try:
             return agent.read_bytes(path).decode('utf-8').strip()
         except FileNotFoundError:
-            raise NoHost('no host agent runs here (%s is missing): start it with `vmhost.py host.ini`, or '
-                         'name the ini file that it was started with' % path)
+            raise NoHost('no host agent runs here (%s is missing): start it with `%s`, or name the ini file '
+                         'that it was started with' % (path, how_to_start()))
         except (OSError, ValueError) as error:
             raise AccessDenied('%s: %s; only the user who runs the host agent can talk to it'
                                % (path, getattr(error, 'strerror', '') or error))

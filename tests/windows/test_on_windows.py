@@ -323,7 +323,9 @@ def test_the_folder_that_is_copied_works(tmp_path, windows):
     # Without an ini file of its own it takes none that happens to be where it is typed.
     os.rename(str(tmp_path / 'vm host' / 'host.ini'), str(tmp_path / 'host.ini'))
     code, said = Program('cmd', '/c', command, 'ls', folder=str(tmp_path)).wait()
-    assert str(tmp_path.name) not in said, said
+    assert code == 1 and str(tmp_path.name) not in said and 'start it with `vmhost`' in said, said
+    code, said = Program('cmd', '/c', command, '--help', folder=str(tmp_path)).wait()
+    assert code == 0 and '\n  vmhost run web1 uname -a\n' in said
     again = subprocess.run(make, cwd=str(tmp_path), stderr=subprocess.PIPE)
     assert again.returncode == 1 and b'vm host is there already' in again.stderr
 
