@@ -1144,7 +1144,7 @@ class Hypervisor:
                 return call.answer()
             why = why or 'the driver\'s process ended'
             if call.given_up:
-                raise Unresponsive('%s: no answer, and given up: %s was to be switched off' % (call.verb, call.vm))
+                raise Unresponsive('%s: no answer, and %s was to be switched off' % (call.verb, call.vm))
             if self._closing:
                 raise HypervisorError('the host agent is stopping')
             if call.begun and kind_of(call.verb) == 'changing':

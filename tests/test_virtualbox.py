@@ -456,7 +456,7 @@ def test_who_switches_a_vm_off_gives_up_what_hangs_in_it(monkeypatch):
         wait_until(lambda: len(box.processes) == 2)
         assert box.power_off('vm') == 'an answer'
         pausing.join(20)
-    assert failed == ['pause: no answer, and meanwhile vm was switched off']
+    assert failed == ['pause: no answer, and vm was to be switched off']
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='there, terminate is kill')
