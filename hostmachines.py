@@ -300,8 +300,8 @@ class Machines:
 
 def start_driver(settings: Any, state_dir: str, on_event: Callable[[str, str, str], None],
                  secret_of: Callable[[str, str], str]) -> Tuple[Any, List[str]]:
-    """The first driver whose hypervisor answers, or hangs: the host agent goes on without it, and who asks for
-    VMs is told. None where none is wanted or there; and why not each."""
+    """The first driver whose hypervisor answers, or hangs: the host agent goes on, and who asks for VMs is
+    told. None where none is wanted or there; and why not each."""
     wanted = settings.Hypervisor.hypervisor
     reasons = []  # type: List[str]
     for name in drivers.names_of(wanted):

@@ -58,6 +58,8 @@ REST_EVERY = 0.1               # seconds after which it looks whether something 
 NESTED = 3                     # questions at most that are answered within each other
 # What is told again while nothing answers.
 REMEMBERED = 'version', 'machine_states', 'find_chirp'
+# Changes of a VM after which its ports are where they were.
+MOVE_NO_PORT = 'pause', 'resume', 'take_snapshot', 'delete_snapshot', 'keep', 'set_limits', 'remote_desktop'
 
 
 class ConnectionLost(Exception):
@@ -744,9 +746,9 @@ class Watcher:
         return time.monotonic() - since if since else 0.0
 
     def ask(self, call: Call, patience: Optional[float] = None, at_most: float = 0) -> Any:
-        """The answer of a quick verb. Raises DeadlineExceeded after `patience` seconds, or LIST_PATIENCE where it
-        has been silent for as long already; at_most: where the process is coming up, or says something to
-        others, after so many."""
+        """The answer of a quick verb. Raises DeadlineExceeded after `patience` seconds, or LIST_PATIENCE
+        where it has been silent for as long already; at_most: where the process is coming up, or says
+        something to others, after so many."""
         begun = time.monotonic()
         patience = EVER if patience is None else max(min(patience, LIST_PATIENCE), patience - self.silence())
 
@@ -869,21 +871,23 @@ class Worker:
         self.thread = threading.Thread(target=self._read, name='worker-%d' % number, daemon=True)
         self.thread.start()
 
-    def carry_out(self, call: Call, patience: float) -> bool:
+    def carry_out(self, call: Call, patience: float, answers: Callable[[], bool] = lambda: True) -> bool:
         """Waits until the call is done; False where the process ended without an answer. Where it is silent
-        for `patience` seconds it is killed, and the call has failed with `Unresponsive`. Until it begins, it
-        is the machine that takes its time, and not the VM."""
+        for `patience` seconds it is killed, and the call has failed with `Unresponsive`. Until it begins,
+        it is the machine that takes its time, and not the VM; or the hypervisor, which `answers` tells."""
         self._call = call
         call.hand_to(self.child)
         while not call.done.wait(0.5):
             if self.ended.is_set():
                 return call.done.is_set()
-            if time.monotonic() - call.heard > (patience if call.begun else max(patience, SILENCE)):
+            silent = time.monotonic() - call.heard
+            if silent > (patience if call.begun else max(patience, SILENCE)) or (
+                    not call.begun and silent > SILENCE and not answers()):
                 self.child.kill()
                 self.ended.wait(5)
-                why = ('the VM\'s own process hangs, perhaps; powerOff (stop --force) ends it' if call.vm
-                       else 'the hypervisor itself hangs, perhaps')
-                call.fail(Unresponsive('%s: no answer for %d s: %s' % (call.verb, patience, why)))
+                why = ('the VM\'s own process hangs, perhaps; powerOff (stop --force) ends it'
+                       if call.vm and call.begun else 'the hypervisor itself hangs, perhaps')
+                call.fail(Unresponsive('%s: no answer for %d s: %s' % (call.verb, silent, why)))
         self.idle_since = time.monotonic()
         return True
 
@@ -1092,6 +1096,12 @@ class Hypervisor:
         """What those get who ask what isn't known."""
         return DeadlineExceeded(self.trouble().partition(':')[0] or str(error))
 
+    def _answers(self) -> bool:
+        """Whether the hypervisor says anything, to whoever asks."""
+        with contextlib.suppress(VMHostError):
+            self._call('version', (), FIRST_PATIENCE)
+        return self._watcher.silence() < FIRST_PATIENCE
+
     def _check_answers(self) -> None:
         """Before something that only looks, but takes its time. Raises DeadlineExceeded."""
         try:
@@ -1117,7 +1127,7 @@ class Hypervisor:
                 return self._work(call, patience or self._patience)
             finally:
                 if kind_of(verb) == 'changing' and not self._closing:
-                    self._forget_told(call.vm)
+                    self._forget_told(call)
                     self._look()
 
     def _work(self, call: Call, patience: float) -> Any:
@@ -1125,12 +1135,16 @@ class Hypervisor:
         deadline, pause = time.monotonic() + self._settings['command_timeout'], 0.2
         while True:
             with self._workers.one() as worker:
-                done, why = worker.carry_out(call, patience), worker.why
+                done, why = worker.carry_out(call, patience, self._answers), worker.why
+            if done and isinstance(call.error, Unresponsive) and not self._answers():
+                why = str(self._silent(call.error))
+                raise (Unresponsive('%s; whether %s was done is not known' % (why, call.verb)) if call.begun
+                       else DeadlineExceeded(why))
             if done:
                 return call.answer()
             why = why or 'the driver\'s process ended'
             if call.given_up:
-                raise Unresponsive('%s: no answer, and meanwhile %s was switched off' % (call.verb, call.vm))
+                raise Unresponsive('%s: no answer, and %s was to be switched off' % (call.verb, call.vm))
             if self._closing:
                 raise HypervisorError('the host agent is stopping')
             if call.begun and kind_of(call.verb) == 'changing':
@@ -1140,11 +1154,12 @@ class Hypervisor:
             time.sleep(pause)
             pause = min(2 * pause, 5)
 
-    def _forget_told(self, vm: str) -> None:
+    def _forget_told(self, call: Call) -> None:
         """What was told of a VM is no longer so."""
-        changed = self._watch.uuid_of(vm) or vm
-        for key in [key for key in list(self._told) if key[1] in (changed, vm)]:
-            self._told.pop(key, None)
+        changed = self._watch.uuid_of(call.vm) or call.vm
+        for verb, vm in list(self._told):
+            if vm in (changed, call.vm) and not (verb == 'find_chirp' and call.verb in MOVE_NO_PORT):
+                self._told.pop((verb, vm), None)
 
     def _look(self) -> None:
         """After a change: whoever made it finds the new state known, and no state goes untold."""
@@ -1213,17 +1228,18 @@ class Hypervisor:
             return self._call('end_process', (vm,))
 
     def _gives_up(self, key: str) -> bool:
-        """Ends the change of this VM that is under way, where it hangs. Waits until that is known; False
-        where there is none, or it does something."""
+        """Ends the change of this VM that is under way, where it hangs. Waits until that is known; True where
+        the VM's process is to be ended, then; False where nothing was under way, had begun, or it does
+        something."""
         until = time.monotonic() + HUNG + 1
         with self._free:
             while key in self._under_way and time.monotonic() < until:
                 other = self._under_way[key]
-                if other.begun and other.sent_to is not None and time.monotonic() - other.heard > HUNG:
+                if other.sent_to is not None and time.monotonic() - other.heard > HUNG:
                     log.warning('%s hangs in %s, which is given up', other.vm, other.verb)
                     other.given_up = True
                     other.sent_to.kill()
-                    return True
+                    return other.begun
                 self._free.wait(0.5)
         return False
 
@@ -1252,6 +1268,7 @@ class Hypervisor:
         found = self.find_chirp(vm)
         if not found and self._settings['network']['mode'] == 'nat':
             found = self._call('forward_chirp', (vm,))
+            self._told['find_chirp', self._watch.uuid_of(vm) or vm] = found
         return (found[0], found[1]) if found else None
 
     # Lists: what is there now; where that takes too long, what was seen last.

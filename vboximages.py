@@ -607,19 +607,20 @@ class Cleaning:
         rows = self._left_of(job, vms, owner) if owner else self._left_vms(job, vms) + self._left_disks(job)
         if dry_run:
             return [row for row, _ in rows]
-        return [row for row, remove in rows if row['kind'] == 'kept' or self._succeeds(row, remove)]
+        return [row if row['kind'] == 'kept' else self._after(row, remove) for row, remove in rows]
 
-    def _succeeds(self, row: Dict[str, str], remove: Callable[[], None]) -> bool:
-        """Removes it. What can't be removed mustn't hide what was, nor keep the rest."""
+    def _after(self, row: Dict[str, str], remove: Callable[[], None]) -> Dict[str, str]:
+        """Removes it; the row, or what it is then. What can't be removed mustn't hide what was, nor keep the
+        rest."""
         try:
             remove()
-            return True
+            return row
         except Exception as error:
             if self.box.is_dead(error):
                 raise
-            log.warning('cleanup could not remove the %s %s: %s', row['kind'], row['name'],
-                        self.box.translate(error))
-            return False
+            told = self.box.translate(error)
+            log.warning('cleanup could not remove the %s %s: %s', row['kind'], row['name'], told)
+            return {'kind': 'kept', 'name': row['name'], 'why': 'could not be removed: %s' % told}
 
     # VMs.
 
@@ -709,9 +710,13 @@ class Cleaning:
                 rows.append(({'kind': 'disk', 'name': path, 'why': 'no VM uses it'},
                              lambda uuid=uuid, path=path: self._remove_disk(job, path, uuid)))
         for path, begun in self._disks.expected():
-            if os.path.dirname(path) in making or self._disks.work_goes_on():
+            if os.path.dirname(path) in making:
                 continue
-            if not is_recent(path, begun):
+            if self._disks.work_goes_on():
+                if is_recent(path, begun):
+                    why = 'VirtualBox is at work, perhaps at this one: cleanup takes it later'
+                    rows.append(({'kind': 'kept', 'name': path, 'why': why}, None))
+            elif not is_recent(path, begun):
                 self._disks.forget_expected(path)
             elif not [disk for disk in known.values() if disk.location == path and self._is_used(disk)]:
                 rows.append(({'kind': 'disk', 'name': path, 'why': 'half made'},

@@ -435,7 +435,10 @@ class VBoxManage(Asking):
             told = self._run('createvm', *words)
         except Refused as error:
             if 'already exists' in str(error):
-                raise faults.AlreadyExists('%s, of a VM that is not registered' % error)
+                known = [row['name'] for row in self.machines(job)
+                         if "'%s'" % self._rows[row['uuid']][0] in str(error)]
+                raise faults.AlreadyExists('%s, of %s' % (
+                    error, 'the VM %r' % known[0] if known else 'a VM that is not registered'))
             raise
         uuid = re.findall(r'^UUID: +([0-9a-f-]{36})', told, re.MULTILINE)[-1]
         for mark in (MADE_BY_US, MAKING):           # if we die now, cleanup will find it

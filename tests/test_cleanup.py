@@ -286,7 +286,8 @@ def half(vbox, tmp_path, monkeypatch):
 def test_what_a_host_that_died_left_is_removed(box, vbox, half, content):
     half.write_text(content)
     vbox.progressOperations.append('going on')
-    assert box.cleanup(False) == []
+    row, = box.cleanup(False)
+    assert (row['kind'], row['name']) == ('kept', str(half)) and 'VirtualBox is at work' in row['why']
     vbox.progressOperations.clear()
     assert rows(box.cleanup()) == [('disk', str(half))] == rows(box.cleanup(False))
     assert not half.parent.exists()
@@ -320,7 +321,7 @@ def test_another_disk_that_was_put_in_the_place_of_ours_stays(box, vbox):
     disk.close()
     with open(disk.location, 'w') as file:
         file.write('another')
-    assert rows(box.cleanup(False, ['ours'])) == [('vm', 'ours')]
+    assert rows(box.cleanup(False, ['ours'])) == [('vm', 'ours'), ('kept', disk.location)]
     assert os.path.exists(disk.location) and not vbox.hardDisks
 
 
@@ -339,7 +340,10 @@ def test_what_can_not_be_removed_does_not_hide_the_rest(box, vbox, monkeypatch, 
 
     monkeypatch.setattr(fake_virtualbox.Machine, 'unregister', refuse(fake_virtualbox.Machine.unregister))
     monkeypatch.setattr(fake_virtualbox.Medium, 'deleteStorage', refuse(fake_virtualbox.Medium.deleteStorage))
-    assert rows(box.cleanup(False, names)) == [
+    found = box.cleanup(False, names)
+    assert [row['why'] for row in found if row['kind'] == 'kept'] == [
+        'could not be removed: no (VirtualBox 0x80bb000c)'] * 2
+    assert [row for row in rows(found) if row[0] != 'kept'] == [
         ('vm', 'second'), ('vm', 'third'), ('vm', 'fourth'), ('disk', left.location)]
     assert 'the vm first: no' in caplog.text and 'third.vdi: no' in caplog.text
     refused.clear()

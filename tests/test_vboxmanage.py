@@ -14,7 +14,7 @@ import hypervisor
 import vboxmanage
 import vboxnetwork
 import vboxprogram
-from faults import BadState, DeadlineExceeded, HypervisorError, InvalidParams
+from faults import AlreadyExists, BadState, DeadlineExceeded, HypervisorError, InvalidParams
 
 INFO = r'''name="b \"c\" \\"
 memory=16
@@ -131,6 +131,36 @@ def test_a_vm_of_which_virtualbox_says_no_has_not_gone(tmp_path, monkeypatch, co
     assert [(row['name'], row['native']) for row in seen] == [('one', 'PoweredOff')]
     (tmp_path / 'saying').write_text(code)
     assert driver.machines(None) == (seen if still_there else [])
+
+
+TAKEN = r"""
+words = sys.argv[1:]
+if words[0] == '--version':
+    print('7.2.4r1')
+elif words[0] == 'createvm':
+    print("VBoxManage: error: Machine settings file '/no/_/_.vbox' already exists", file=sys.stderr)
+    print('VBoxManage: error: Details: code VBOX_E_FILE_ERROR (0x80bb0004), component', file=sys.stderr)
+    sys.exit(1)
+elif words == ['list', 'vms']:
+    print('"?" {%(one)s}' if 'listed' in __file__ else '')
+elif words[0] == 'showvminfo':
+    print('name="?"\nUUID="%(one)s"\nCfgFile="/no/_/_.vbox"\nLogFldr="/no"\nVMState="poweroff"')
+""" % {'one': 36 * 'a'}
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+@pytest.mark.parametrize('folder, whose', [
+    ('listed', "the VM '?'"), ('other', 'a VM that is not registered')])
+def test_whose_settings_are_in_the_way_is_told(tmp_path, monkeypatch, folder, whose):
+    """VMs of different names may have the same folder."""
+    (tmp_path / folder).mkdir()
+    a_program(tmp_path / folder, monkeypatch, TAKEN)
+    driver = vboxmanage.VBoxManage(dict(SETTINGS, command_timeout=20))
+    driver.connect()
+    job = hypervisor.Job({'verb': 'create_vm'}, 20, lambda message: None)
+    with pytest.raises(AlreadyExists) as told:
+        driver.create_vm(job, '*', '', {'ostype': ''})
+    assert str(told.value).endswith("'/no/_/_.vbox' already exists, of " + whose), told.value
 
 
 FORWARDING = r"""

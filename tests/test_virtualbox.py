@@ -323,6 +323,41 @@ def test_a_hypervisor_that_hangs_while_the_host_starts_is_there_once_it_answers(
         now.remove_vm('there', True)
 
 
+def test_a_change_that_a_hung_hypervisor_keeps_from_beginning_is_told_so(tmp_path, monkeypatch):
+    """And not that the VM hangs; who switches it off waits for nobody, and isn't told that it is busy."""
+    told = []
+    with environment(fake_virtualbox.install(tmp_path)), contextlib.ExitStack() as ending:
+        box = hypervisor.Hypervisor('VirtualBox', dict(SETTINGS, command_timeout=30))
+        box.open()
+        ending.callback(box.close)
+        box.create_vm('there')
+        box.start('there')
+        server = next(pid for pid in processes() if command_line(pid)[-1:] == [str(tmp_path)])
+        for name, seconds in (('SILENCE', 2), ('HUNG', 1), ('FIRST_PATIENCE', 0.5)):
+            monkeypatch.setattr(hypervisor, name, seconds)
+        os.kill(server, signal.SIGSTOP)
+        ending.callback(os.kill, server, signal.SIGCONT)
+
+        def pause():
+            with pytest.raises(faults.DeadlineExceeded) as failed:
+                box.pause('there')
+            told.append(str(failed.value))
+
+        pausing = threading.Thread(target=pause)
+        pausing.start()
+        wait_until(lambda: box._under_way)
+        begun = time.monotonic()
+        with pytest.raises(faults.DeadlineExceeded, match='VirtualBox has not answered for'):
+            box.power_off('there')
+        assert time.monotonic() - begun < 15
+        pausing.join(20)
+        assert told and 'own process' not in told[0]
+        os.kill(server, signal.SIGCONT)
+        wait_until(lambda: not box.trouble())
+        assert box.state('there') == 'Running'
+        assert box.power_off('there') and box.remove_vm('there', True) == []
+
+
 class Scripted(hypervisor.Hypervisor):
     """One whose processes run these scripts, the last of them again and again."""
 
@@ -420,7 +455,7 @@ def test_who_switches_a_vm_off_gives_up_what_hangs_in_it(monkeypatch):
         wait_until(lambda: len(box.processes) == 2)
         assert box.power_off('vm') == 'an answer'
         pausing.join(20)
-    assert failed == ['pause: no answer, and meanwhile vm was switched off']
+    assert failed == ['pause: no answer, and vm was to be switched off']
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='there, terminate is kill')
