@@ -55,7 +55,8 @@ def do_ps(host: Client, screen: Screen, args: Any) -> int:
     statuses = dict(host.each('getCmdStatus', ids, args.long))     # with -l asked of the guests
     untold = [row['cmdId'] for row in rows if row['state'] == 'running'       # since the host agent's start
               and statuses.get(row['cmdId'], {}).get('age', 0) < 0]
-    statuses.update(host.each('getCmdStatus', untold if not args.long else [], True))
+    if untold and not args.long:
+        statuses.update(host.each('getCmdStatus', untold, True))
     if args.json:
         return show_list(screen, True, ids, [dict(row, status=statuses.get(row['cmdId'], {}))
                                              for row in rows])

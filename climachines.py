@@ -62,8 +62,9 @@ def vm_row(vm: Dict[str, Any], long: bool) -> List[Any]:
     if long:
         seen = shown_span(max(0, time.time() - vm['lastSeen'])) + ' ago' if vm['lastSeen'] else 'never'
         memory = shown_size(finite(facts['mem'])) if facts.get('mem') else '-'
-        row += [vm['id'], seen, facts.get('cpus', '-'), memory,
-                facts.get('python', '-'), '%+.1f s' % vm['clockOffset'], facts.get('os', '-')]
+        clock = '%+.1f s' % (round(vm['clockOffset'], 1) or 0.0)       # no -0.0
+        row += [vm['id'], seen, facts.get('cpus', '-'), memory, facts.get('python', '-'), clock,
+                facts.get('os', '-')]
     return row
 
 

@@ -32,6 +32,9 @@ FAREWELL = 2.0                 # seconds in which what was typed before that sho
 UNANSWERED = 2.0               # seconds between looks whether the guest is there, while nothing answers
 INTERRUPTS = b'\x03\x1a\x1c'    # as they are typed: Ctrl-C, Ctrl-Z, Ctrl-\\
 FLOOD = 256 * 1024             # bytes that may still be shown of what came before one of them
+LAST_OF_FLOOD = 512            # … and of the end of that
+LOOKED_BACK = 2 * 1024 * 1024  # bytes before those, in which it is looked for what it was switched to
+PIECE = 256 * 1024             # bytes of them at a time
 REPLAYED = 16 * 1024           # bytes of what a terminal showed that are shown again to who comes back
 
 
@@ -223,6 +226,7 @@ LONGEST_SWITCH = 48            # bytes of one
 USUALLY_OFF = {1, 5, 6, 9, 47, 1000, 1001, 1002, 1003, 1004, 1005, 1006, 1015, 1016, 1047, 1049, 2004, 2026}
 USUALLY_ON = {7, 25}
 OTHER_SCREEN = {47, 1047, 1049}
+SCREEN_CHANGE = re.compile(rb'\033\[\?(?:[0-9]+;)*(?:47|1047|1049)[hl;]')
 SCROLLS, KEYPAD = -1, -2       # that region, and the keypad, among the modes
 
 
@@ -255,6 +259,12 @@ class Modes:
             self._changed.add(mode)
         else:
             self._changed.discard(mode)
+
+    def done(self) -> bytes:
+        """What switches another terminal to the same, but for the region: who draws anew sets that."""
+        modes = sorted((mode for mode in self._changed if mode > 0), reverse=True)     # that screen first
+        found = [b'\033[?%d%c' % (mode, b'h' if mode in USUALLY_OFF else b'l') for mode in modes]
+        return b''.join(found + [b'\033='] * (KEYPAD in self._changed))
 
     def undone(self, on_new_line: bool) -> bytes:
         """What switches it all back; the cursor is at the begin of a line then, if wanted."""
@@ -296,12 +306,24 @@ class Visit:
         status = self._host.call('getCmdStatus', self._id)
         begin = max(0, int(status['outSize']) - REPLAYED)
         shown = self._host.output(self._id, 'out', begin, REPLAYED).data
+        self._find_modes(begin)
         self._draw(shown[shown.find(b'\n') + 1 if begin else 0:])
         self._offset = begin + len(shown)
         self._typed = int(status['inOffset'])
         size = terminal_size()
         self._host.call('resizeCmd', self._id, size['rows'], max(1, size['columns'] - 1))
         self._tell_size()
+
+    def _find_modes(self, end: int) -> None:
+        """Switches the terminal to what a program switched it to long ago, as far as that is found. Raises
+        VMHostError."""
+        begin, before = end, b''
+        while 0 < begin and end - begin < LOOKED_BACK and not SCREEN_CHANGE.search(before):
+            length = min(PIECE, begin)
+            begin -= length
+            before = self._host.output(self._id, 'out', begin, length).data + before
+        self._modes.read(before)
+        self._screen.write(self._modes.done())
 
     def stay(self) -> None:
         """Until the command has ended. Raises Detached, or VMHostError."""
@@ -387,7 +409,7 @@ class Visit:
             self._interrupted = self._offset           # it hasn't heard so yet
             return
         self._interrupted = -1
-        behind = int(status['outSize']) - REPLAYED - self._offset
+        behind = int(status['outSize']) - LAST_OF_FLOOD - self._offset
         self._is_behind = behind > FLOOD
         if self._is_behind:
             self._offset += behind

@@ -37,6 +37,7 @@ from protocol import BadWord, is_mac, read_id, read_secret
 log = logging.getLogger('vmhost')
 
 BROKER_PORT = 61613            # that guests try where nothing tells them another one
+MISTYPED = 0.75                # how like a name a word must be to be meant as it
 CHIRP_PORT = 9094              # where a guest's Chirp server listens, unless it says otherwise
 CHIRP_TIMEOUT = 30.0           # seconds of silence that a Chirp server may keep
 LOOKUP_EVERY = 1.0             # seconds between two lookups of names, however often guests say HELLO
@@ -229,7 +230,10 @@ class Machines:
         if guest is None or guest.agent == 'lost' or self._is_vms_name(guest.id):
             guest = self.describe(vm)[0] or guest
         if guest is None:
-            raise NoSuchVM('no VM %.100r' % vm)
+            import difflib  # needed here alone
+            names = [known.name for known in self._guests.all()]
+            close = difflib.get_close_matches(vm[:100], names, 1, MISTYPED)
+            raise NoSuchVM('no VM %.100r%s' % (vm, '; did you mean %s?' % close[0] if close else ''))
         return guest
 
     def _is_vms_name(self, machine_id: str) -> bool:

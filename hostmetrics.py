@@ -12,6 +12,18 @@ from rpc import finite
 
 CONTENT_TYPE = 'text/plain; version=0.0.4; charset=utf-8'
 MOST = 1000000                 # unfinished commands that are counted
+# What the embedded broker counts; of NOW what it has, of the others what came since its start.
+COUNTED = {
+    'connections_total': 'connections', 'connections': 'connections that are open',
+    'frames_in': 'frames heard', 'frames_out': 'frames said',
+    'bytes_in': 'bytes heard', 'bytes_out': 'bytes said',
+    'held_bytes': 'bytes of unfinished frames, transactions and subscriptions',
+    'held_up': 'times that a sender had to wait for the host agent',
+    'slowed': 'times that a client was over its rate', 'cut_off': 'clients that did not read',
+    'refused': 'connections and frames refused by login, limit or policy', 'errors': 'ERROR frames',
+    'destinations': 'destinations', 'dropped': 'messages dropped', 'expired': 'messages that expired',
+    'queued_bytes': 'bytes in queues', 'waiting_bytes': 'bytes that clients have not read'}
+NOW = ('connections', 'destinations', 'held_bytes', 'queued_bytes', 'waiting_bytes')
 Sample = Tuple[Dict[str, str], Any]        # labels, value
 
 
@@ -22,7 +34,10 @@ def metrics(host: Any) -> str:
     lines = describe('info', 'gauge', 'Version of the host agent.', [({'version': agent.VERSION}, 1)])
     lines += describe('uptime_seconds', 'gauge', 'Seconds since the host agent started.',
                       [({}, now - host.started)])
-    agents = by_label('state', (guest.agent for guest in host.guests.all()), ('alive', 'late', 'lost'))
+    guests = sorted(host.guests.all(), key=lambda guest: guest.name)
+    lines += describe('agent_up', 'gauge', 'Whether the agent of a machine is there, alive or late.',
+                      [({'vm': guest.name}, guest.agent != 'lost') for guest in guests])
+    agents = by_label('state', (guest.agent for guest in guests), ('alive', 'late', 'lost'))
     lines += describe('agents', 'gauge', 'Guest agents ever seen, by their liveness.', agents)
     unfinished = host.commands.list({'finished': False, 'limit': MOST})
     states = by_label('state', map(host.control.shown_state, unfinished), ('queued', 'sent', 'running'))
@@ -38,7 +53,9 @@ def metrics(host: Any) -> str:
     broker = host.connection.info()
     lines += describe('broker_connected', 'gauge', 'Whether the broker answers.', [({}, broker['connected'])])
     for name, value in sorted(broker.get('counters', {}).items()):
-        lines += describe('broker_' + name, 'untyped', 'Of the embedded broker.', [({}, value)])
+        kind = 'gauge' if name in NOW else 'counter'
+        help = 'Of the embedded broker: %s.' % COUNTED[name]
+        lines += describe('broker_' + name, kind, help, [({}, value)])
     return '\n'.join(lines) + '\n'
 
 

@@ -425,6 +425,10 @@ def test_ls_info_and_ping(host, guests):
     assert re.search('^agent +alive$', verb(host, 'info', 'one'), re.MULTILINE)
     assert 'PONG from one' in verb(host, 'ping', 'one')
     assert len(verb(host, 'ping', '*').splitlines()) == 2
+    for mistyped, meant in (('onee', 'one'), ('twoo', 'two'), ('node', '')):
+        said = host.verb('ping', mistyped).stderr.decode()
+        close = '; did you mean %s?' % meant if meant else ''
+        assert said == "vmhost: no VM '%s'%s (`ls` lists them)\n" % (mistyped, close)
     for missing in ('info', 'ping'):
         done = host.verb(missing, 'nobody')
         assert done.returncode == 1 and done.stderr.startswith(b'vmhost: ')

@@ -34,7 +34,11 @@ def test_what_is_counted(tmp_path):
     assert told['vmhost_commands_kept{state="failed"}'] == '1'
     assert told['vmhost_commands_unfinished{state="running"}'] == '0'
     assert told['vmhost_broker_connected'] == '1' and float(told['vmhost_uptime_seconds']) > 0
-    assert any(name.startswith('vmhost_broker_') for name in told)
+    assert told['vmhost_agent_up{vm="one"}'] == '1' and 'untyped' not in text
+    assert '# TYPE vmhost_broker_connections gauge\n' in text
+    assert '# TYPE vmhost_broker_errors counter\n' in text
+    counted = {name[len('vmhost_broker_'):] for name in told if name.startswith('vmhost_broker_')}
+    assert counted == set(hostmetrics.COUNTED) | {'connected'}
     for line in text.splitlines():             # each is a comment, or a name, labels and a number
         assert re.match(r'# (HELP|TYPE) vmhost_\w+ .+$|vmhost_\w+(\{\w+="[^"]*"\})? [0-9.e+-]+$', line), line
 

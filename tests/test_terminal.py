@@ -432,6 +432,21 @@ def test_what_is_said_to_who_leaves_has_a_line_of_its_own(host, guest):
     assert 'a prompt> \r\nvmhost: the command continues' in person.wait()[1]
 
 
+def test_who_comes_back_to_a_full_screen_has_its_modes(host, guest):
+    person = Person(host, 'run', '-t', '--id', 'full', 'one', '--', 'sh', '-c',
+                    r"printf '\033[?1049h\033[?1;1000h\033[?25l\033=begun\n'; seq 99999; echo here; exec cat")
+    person.sees(b'here')
+    os.kill(person.pid, signal.SIGTERM)
+    person.wait()
+    person = Person(host, 'shell', 'one', 'full')
+    person.sees(b'here')
+    back = person.written.partition(b'99999')[0]
+    assert b'begun' not in back and back.index(b'\033[?1049h') < back.index(b'\033[?1h')
+    assert all(switch in back for switch in (b'\033[?1000h', b'\033[?25l', b'\033='))
+    person.type(b'\r\x03')
+    assert '\033[?1049l' in person.wait()[1].partition('99999')[2]
+
+
 def test_who_interrupts_a_flood_does_not_see_it_to_its_end(host, guest):
     pid, fd = pty.fork()
     if pid == 0:
