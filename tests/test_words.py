@@ -101,7 +101,7 @@ def test_short_options_that_are_written_together():
     assert (args.stdin, args.terminal, args.timeout, args.command) == (True, True, 5, ['ls', '-la'])
     args = read('ps', '-aqn3', 'one')
     assert (args.all, args.quiet, args.number, args.vm) == (True, True, 3, 'one')
-    assert read('kill', '-9', 'id').signal == '9' and read('out', '-n', '-1', 'id').tail == -1
+    assert read('kill', '-9', 'id').signal == '9' and read('out', '-n1', 'id').tail == 1
     with pytest.raises(SystemExit):
         read('ps', '-qx')
 
