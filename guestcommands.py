@@ -57,7 +57,7 @@ class Commands:
         self._consoles = consoles
         self._look_by = look_by
         self._restart = restart
-        self._refusals = Refusals(reports)
+        self._refusals = Refusals(reports, spool.folder)
         self.name = ''                 # of this guest, as programs are told it
         # Guards what follows, and the state of each command.
         self._lock = threading.Lock()
@@ -464,9 +464,9 @@ class Commands:
     def _lose_unless_ended(self, command: Command) -> None:
         """For a runner that is gone: its result may have been its last deed. Raises OSError."""
         if not command.has_result():
-            left = command.end_processes()
-            self._lose(command, 'its runner was killed%s'
-                       % ('; its processes were, too' if left else ''))
+            and_all = '; its processes were, too' if command.group() is not None else \
+                '; and so were its processes, as far as they were found'
+            self._lose(command, 'its runner was killed' + (and_all if command.end_processes() else ''))
 
     def _lose(self, command: Command, why: str) -> None:
         """Its result is sent by the next look."""
@@ -498,13 +498,17 @@ class Refusals:
     """Commands that can't be written down, as the disk is full: they never run, and fail with that error.
     From any thread."""
 
-    def __init__(self, reports: Reports) -> None:
+    def __init__(self, reports: Reports, folder: str) -> None:
+        """``folder``: the spool's, where there is no room."""
         self._reports = reports
+        self._folder = folder
         self._lock = threading.Lock()          # guards what follows
         self._refusals = collections.OrderedDict()     # type: Any     # {cmd-id: Refusal}
 
     def refuse(self, cmd_id: str, error: OSError) -> None:
         """Has a command fail."""
+        if error.filename is None:
+            error = OSError(error.errno, error.strerror, self._folder)
         log.error('%s can\'t be taken: %s', cmd_id, error)
         refusal = Refusal(cmd_id, unrun_result('failed', describe_error(error)))
         with self._lock:

@@ -340,7 +340,7 @@ class Runner:
                 kept = kept[os.write(target, kept):]
         except OSError as error:
             # A full disk: the command can't be accounted for, and is ended.
-            self.failure = describe_error(error)
+            self.failure = describe_error(OSError(error.errno, error.strerror, self.command.path(name)))
             self._signal(signal.SIGKILL)
         if self.inlet is not None:
             self.inlet.tell()

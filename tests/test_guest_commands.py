@@ -444,6 +444,33 @@ def test_what_the_host_has_forgotten_takes_no_room_and_never_runs_again(guests, 
     guest.acknowledge('no-such', forget=True)
 
 
+def test_what_there_is_no_room_for_says_where(guests, monkeypatch):
+    def fail(self, request, now):
+        raise OSError(28, 'No space left on device')
+    guest = guests()
+    monkeypatch.setattr(guestspool.Command, 'write_request', fail)
+    guest.run('c', 'true')
+    result = guest.result('c')
+    assert (result['state'], result['error']) == (
+        'failed', 'ENOSPC: No space left on device: ' + guest.spool.folder)
+
+
+@pytest.mark.parametrize('is_grouped', [True, False])
+def test_no_more_is_said_of_a_dead_runners_processes_than_is_known(guests, monkeypatch, is_grouped):
+    """Without a control group, one that cleared its environment and made a session isn't found."""
+    guest = guests()
+    guest.run('c', 'sleep', '60')
+    command = guest.spool.command('c')
+    wait_until(command.process, 20)
+    if is_grouped and command.group() is None:
+        pytest.skip('no control groups here')
+    if not is_grouped:
+        monkeypatch.setattr(guestspool.Command, 'group', lambda self: None)
+    os.kill(command.read('process.json')['runner'], signal.SIGKILL)
+    assert guest.result('c')['error'] == 'its runner was killed; ' + (
+        'its processes were, too' if is_grouped else 'and so were its processes, as far as they were found')
+
+
 def test_what_goes_wrong_at_each_look_is_logged_once_a_minute(guests, monkeypatch, caplog):
     guest = guests()
     monkeypatch.setattr(guestcommands, 'POLL', 0.01)

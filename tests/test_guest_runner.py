@@ -541,6 +541,25 @@ def test_what_a_program_does_to_its_runner_meets_no_other_command(runners):
         assert runners.run(*told)['out'] == before
 
 
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
+def test_output_that_there_is_no_room_for_is_named(tmp_path, monkeypatch):
+    """So that it is no error of what never began."""
+    real = guestrunner.private
+
+    def private(path, flags):
+        is_out = path.endswith('/out')
+        return os.open('/dev/full', os.O_WRONLY | os.O_CLOEXEC) if is_out else real(path, flags)
+    monkeypatch.setattr(guestrunner, 'private', private)
+    runners = Runners(tmp_path)
+    try:
+        command = runners.begin('sh', '-c', 'echo hello; sleep 60')
+        result = runners.end(command)
+        assert (result['state'], result['error']) == (
+            'failed', 'ENOSPC: No space left on device: ' + command.path('out'))
+    finally:
+        runners.close()
+
+
 DEAF = 'import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass'
 
 
