@@ -299,6 +299,15 @@ def open_standard_streams() -> None:
     os.close(descriptor)
 
 
+def hand_on_no_descriptors() -> None:
+    """What this program was started with beside its streams, a lock's or a pipe's say, is for nobody that it
+    starts: what goes on for days would hold it as long."""
+    for name in os.listdir('/proc/self/fd' if os.path.isdir('/proc/self/fd') else '/dev/fd'):
+        if int(name) > 2:
+            with contextlib.suppress(OSError):     # the one of this list itself is closed by now
+                os.set_inheritable(int(name), False)
+
+
 def set_up_logging(settings: Any, unheard: str = '') -> None:
     """Logging as the section [Logging] wants it, a line for each message. Raises ConfigError.
 

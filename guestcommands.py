@@ -97,6 +97,7 @@ class Commands:
             self._lose_unless_ended(command)
         else:
             log.info('%s: goes on', command.cmd_id)
+            command.signals += command.due_signals()
             if signal.SIGKILL in command.sent_signals():       # noted; perhaps it wasn't sent any more
                 command.signals.append(signal.SIGKILL)
 
@@ -227,9 +228,9 @@ class Commands:
             return
         with contextlib.suppress(OSError):      # of a full disk: then the result doesn't tell who sent it
             command.note_signal(number)
-        with self._lock:
-            command.signals.append(number)
+        command.signals.append(number)
         self._deliver(command)
+        command.note_due()
 
     def _cancel_before_it_comes(self, cmd_id: str, why: str) -> None:
         """Notes the end of a command of which nothing but the id is known, unless there was one."""
@@ -260,13 +261,8 @@ class Commands:
 
     def _deliver(self, command: Command) -> None:
         """Sends the signals that are due to the processes of a command, once it has any."""
-        if not command.process():
-            return
-        with command.delivery:         # one after the other, in the order in which they came
-            while command.signals and command.send_signal(command.signals[0]):
-                with self._lock:
-                    command.signals.pop(0)
-            # Where its processes aren't seen yet, the next look tries again.
+        if command.process():
+            command.deliver()
 
     def acknowledge(self, message: Message) -> None:
         """CMD_ACK: the host has the results; they stay for keep_spool, and then go: with ``forget`` now."""
@@ -464,11 +460,9 @@ class Commands:
     def _lose_unless_ended(self, command: Command) -> None:
         """For a runner that is gone: its result may have been its last deed. Raises OSError."""
         if not command.has_result():
-            are_known = command.group() is not None
-            left = command.end_processes()
-            self._lose(command, 'its runner was killed%s' % (
-                '' if not left else '; its processes were, too' if are_known else
-                '; and so were its processes, as far as they were found'))
+            and_all = '; its processes were, too' if command.group() is not None else \
+                '; and so were its processes, as far as they were found'
+            self._lose(command, 'its runner was killed' + (and_all if command.end_processes() else ''))
 
     def _lose(self, command: Command, why: str) -> None:
         """Its result is sent by the next look."""

@@ -68,8 +68,7 @@ RESERVED = 8192                # bytes that each command has on the disk from it
 LONGEST_ERROR = 1000           # characters of an error, so that a result fits into that
 # What makes a request another one: all that its host says each time, whatever this guest's defaults are.
 OWN_KEYS = ('cmd', 'args', 'env', 'path', 'user', 'fileForStdin', 'timeout', 'limits')
-SIGNAL = 'signal-'             # begin of a file's name
-SIGNAL_NOTE = re.compile(SIGNAL + '[0-9]{1,3}')
+SIGNAL, DUE = 'signal-', 'due-'        # begins of files' names: of signals that the host sent; that wait
 LARGEST_JSON = 16 * 1024 * 1024        # characters of a file that is read as JSON
 KILL_ROUNDS = 10               # of KILL, for what forks as fast as it is killed
 TRACE_PATIENCE = 1.0           # seconds by which a runner may be late that a process traces
@@ -487,11 +486,33 @@ class Command:
 
     def sent_signals(self) -> List[int]:
         """The numbers of the signals that the host has sent so far."""
+        return self._noted(SIGNAL)
+
+    def due_signals(self) -> List[int]:
+        """Those among them of which an agent noted that the processes hadn't got them yet."""
+        return self._noted(DUE)
+
+    def _noted(self, kind: str) -> List[int]:
         try:
             names = os.listdir(self.folder)
         except OSError:
             return []
-        return [int(name[len(SIGNAL):]) for name in names if SIGNAL_NOTE.fullmatch(name)]
+        return [int(name[len(kind):]) for name in names if re.fullmatch(kind + '[0-9]{1,3}', name)]
+
+    def note_due(self) -> None:
+        """Notes those that wait for the processes: should this agent end, the next one sends them."""
+        with self.delivery, contextlib.suppress(OSError):      # of a full disk
+            for number in self.signals:
+                open(self.path('%s%d' % (DUE, number)), 'w', opener=private).close()
+
+    def deliver(self) -> None:
+        """Sends what is due, in the order in which it came, as far as its processes are seen: the next look
+        tries again."""
+        with self.delivery:
+            while self.signals and self.send_signal(self.signals[0]):
+                with contextlib.suppress(OSError):
+                    os.unlink(self.path('%s%d' % (DUE, self.signals[0])))
+                self.signals.pop(0)
 
     def members(self) -> List[int]:
         """The living processes of the command, while its runner lives."""

@@ -633,6 +633,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         settle_folders(settings.VM, ini or '')
         if '--check' in options:
             return check(settings)
+        agent.hand_on_no_descriptors()
         agent.set_up_logging(settings.Logging)
         warn_of_readers(settings.VM, ini or '')
         sys.setswitchinterval(agent.SWITCH_INTERVAL)

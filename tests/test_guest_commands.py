@@ -212,6 +212,22 @@ def test_a_kill_that_an_agent_noted_and_never_sent_is_sent_by_the_next_one(guest
     assert (result['state'], result['exitCodeOrSignal'], result['by']) == ('signaled', 9, 'signalCmd')
 
 
+@pytest.mark.parametrize('name, number', [('TERM', 15), ('USR1', 10)])
+def test_a_signal_that_waits_for_the_processes_outlives_its_agent(guests, monkeypatch, name, number):
+    """The host was told that it is taken; the agent ends before it sees the processes."""
+    guest = guests()
+    guest.run('c', 'sleep', '60')
+    wait_until(guest.spool.command('c').process, 20)
+    with monkeypatch.context() as patched:
+        patched.setattr(guestspool.Command, 'process', lambda self: 0)
+        guest.signal('c', name)
+        guest.stopping.set()            # nobody looks any more
+        guest.thread.join()
+    guest.begin_anew()
+    result = guest.result('c')
+    assert (result['state'], result['exitCodeOrSignal'], result['by']) == ('signaled', number, 'signalCmd')
+
+
 def test_a_signal_never_reaches_the_next_command_of_a_runner(guests, monkeypatch):
     """The runner ends one command and begins another, while the processes of the first are looked up."""
     guest = guests()

@@ -34,6 +34,27 @@ GUEST = os.path.join(TOP, 'vmguest.py')
 MAC = '02:00:00:00:AA:02'
 
 
+@pytest.mark.ends
+@pytest.mark.skipif(not os.path.isdir('/proc/self/fdinfo'), reason='needs /proc')
+def test_programs_get_no_descriptor_that_the_agent_was_started_with(tmp_path):
+    """A lock of whoever started it, or a pipe that somebody waits on, would be held for days."""
+    ini = tmp_path / 'guest.ini'
+    ini.write_text('[Broker]\nhost = 127.0.0.1\nport = 1\n[VM]\nid = one\nstate_dir = state\n')
+    reader, writer = os.pipe()
+    guest = subprocess.Popen([sys.executable, GUEST, str(ini)], pass_fds=[writer], stderr=subprocess.DEVNULL)
+    try:
+        def is_closed_by_exec():
+            with open('/proc/%d/fdinfo/%d' % (guest.pid, writer)) as file:
+                flags = [line.split()[1] for line in file if line.startswith('flags:')]
+            return int(flags[0], 8) & os.O_CLOEXEC
+        wait_until(is_closed_by_exec, 20)
+    finally:
+        guest.terminate()
+        guest.wait()
+        os.close(reader)
+        os.close(writer)
+
+
 # --- the network ---
 
 def in_namespace(name, *words, **options):

@@ -578,7 +578,8 @@ def test_output_that_there_is_no_room_for_is_named(tmp_path, monkeypatch):
     real = guestrunner.private
 
     def private(path, flags):
-        return os.open('/dev/full', os.O_WRONLY | os.O_CLOEXEC) if path.endswith('/out') else real(path, flags)
+        is_out = path.endswith('/out')
+        return os.open('/dev/full', os.O_WRONLY | os.O_CLOEXEC) if is_out else real(path, flags)
     monkeypatch.setattr(guestrunner, 'private', private)
     runners = Runners(tmp_path)
     try:
