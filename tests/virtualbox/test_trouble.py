@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import re
+import shutil
 import subprocess
 import threading
 import time
@@ -155,6 +156,10 @@ def test_a_vm_that_can_not_be_read(host, api, vm):
     assert fault_of(api.createVM, vm)[0] == 8
     assert [row for row in api.cleanup(False) if row['kind'] != 'kept'] == []
     assert api.removeVM(uuid) is True and vm not in api.listVMs()
+    row, = [row for row in api.cleanup(False) if path in row['why']]    # who mends the file has the VM again
+    assert row['kind'] == 'kept' and ' may use it' in row['why']
+    shutil.rmtree(os.path.dirname(path))
+    assert row not in api.cleanup()
 
 
 def test_two_vms_with_one_card(host, api, vm):
