@@ -569,6 +569,8 @@ def do_info(host: Client, screen: Screen, args: Any) -> int:
     """All that is known of a VM, or of a command."""
     try:
         found = host.call('getVM', args.vm)
+        if found['state'] == 'Null' and not args.json:
+            found['state'] = 'unknown'             # as `ls` has it
     except NoSuchVM:
         try:
             found = dict(host.call('getCmdDetails', args.vm), status=host.call('getCmdStatus', args.vm),

@@ -125,8 +125,8 @@ class Control:
             raise BadState('%s has no network card, by which its agent would be known' % guest.name)
         is_away = guest.agent == 'lost'
         if is_away and not queue:
-            raise AgentNotConnected('the agent of %s is not connected (queue lets the command wait '
-                                    'for it)' % guest.name)
+            raise AgentNotConnected('the agent of %s is not connected (the option queue, `run --queue`, lets '
+                                    'the command wait for it)' % guest.name)
         self._check_size(request)
         return self._submit(request, guest.name, False, [guest], client, cmd_id, self._names_of(vm))
 

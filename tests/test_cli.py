@@ -512,6 +512,8 @@ def test_check_of_machines_that_are_lost_and_of_a_host_that_hangs(tmp_path):
         with Agent(tmp_path / 'guest', host, 'gone'):
             verb(host, 'run', 'gone', 'true')
         wait_until(lambda: 'lost' in verb(host, 'ls'), 60)
+        assert re.search('^state +unknown$', verb(host, 'info', 'gone'), re.MULTILINE)
+        assert b'`run --queue`' in host.verb('run', 'gone', 'true').stderr
         text = verb(host, 'check')
         assert re.search('guest gone: lost: nothing was heard for .*`forget gone`', text), text
         os.kill(host.process.pid, signal.SIGSTOP)

@@ -619,6 +619,7 @@ def test_a_guest_that_goes_and_a_host_that_restarts(tmp_path, browser):
             page.wait(text_of('#say') + ' == "node1 is lost"')
             page.wait(text_of('#glance') + '.startsWith("1 lost, ")')
             assert page.js(text_of('#machines-count')) == '0 agents connected'
+            page.wait('document.title.startsWith("1 lost, vmhost ")')
             with Agent(tmp_path / 'other', host, 'node2') as other:
                 host.run('node2', 'true')
                 other.stop()

@@ -415,7 +415,7 @@ def test_a_shell_reads_a_script(host, guest):
 
 
 def test_who_leaves_a_full_screen_has_their_own_terminal_back(host, guest):
-    person = Person(host, 'run', '-t', 'one', '--', 'sh', '-c',
+    person = Person(host, 'run', '-t', '--id', 'screen', 'one', '--', 'sh', '-c',
                     r"printf '\033[?1049h\033[?1;1000;1006h\033[?25l\033=here'; exec cat")
     person.sees(b'here')
     person.type(b'\r~.')
@@ -423,13 +423,16 @@ def test_who_leaves_a_full_screen_has_their_own_terminal_back(host, guest):
     left = text.partition('here')[2]
     assert code == 255 and all('\033[?%s' % mode in left for mode in ('1049l', '1l', '1000l', '1006l', '25h'))
     assert '\033>' in left and left.index('1049l') < left.index('the command continues')
+    assert host.verb('kill', '-9', 'screen').returncode == 0
 
 
 def test_what_is_said_to_who_leaves_has_a_line_of_its_own(host, guest):
-    person = Person(host, 'run', '-t', 'one', '--', 'sh', '-c', 'printf "a prompt> "; exec sleep 600')
+    person = Person(host, 'run', '-t', '--id', 'prompt', 'one', '--', 'sh', '-c',
+                    'printf "a prompt> "; exec sleep 600')
     person.sees(b'a prompt> ')
     os.kill(person.pid, signal.SIGTERM)
     assert 'a prompt> \r\nvmhost: the command continues' in person.wait()[1]
+    assert host.verb('kill', '-9', 'prompt').returncode == 0
 
 
 def test_who_comes_back_to_a_full_screen_has_its_modes(host, guest):
