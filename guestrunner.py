@@ -312,9 +312,7 @@ class Runner:
         sources = list(self.pipes) + [self.process.wakeup]
         ready = wait_until_ready(sources + (inlet.readable() if inlet is not None else []),
                                  inlet.writable() if inlet is not None else [], timeout)
-        for descriptor in sources:
-            if descriptor not in ready:
-                continue
+        for descriptor in [each for each in sources if each in ready]:
             if descriptor == self.process.wakeup:
                 drain(descriptor)
             else:
