@@ -77,6 +77,7 @@ class Runner:
         self.terminal = -1             # the program's end of its terminal
         self.inlet = None              # type: Optional[Inlet]    # of a streamed input
         self.truncated = {'out': False, 'err': False}
+        self.lost = ''                 # an output's file that is gone
         self.failure = ''              # why writing the spool failed
         self.timed_out = False
         self.status = None             # type: Optional[int]      # of the program, once it ended
@@ -137,11 +138,16 @@ class Runner:
 
     def _close_pipes(self) -> None:
         self._close_terminal()
-        for reader, (_, target) in self.pipes.items():
-            os.close(reader)
-            if target >= 0:
-                os.close(target)
-        self.pipes = {}
+        for reader in list(self.pipes):
+            self._close_pipe(reader)
+
+    def _close_pipe(self, reader: int) -> None:
+        name, target = self.pipes.pop(reader)
+        os.close(reader)
+        if target >= 0:
+            if is_deleted(target):
+                self.truncated[name], self.lost = True, self.command.path(name)
+            os.close(target)
 
     def _start(self) -> None:
         """Begins the program. Raises whatever prevents that."""
@@ -328,9 +334,7 @@ class Runner:
         if not data:
             if self.request.get('terminal') and self.inlet is not None:
                 self.inlet.close_target()
-            del self.pipes[descriptor]
-            os.close(descriptor)
-            os.close(target)
+            self._close_pipe(descriptor)
             return
         kept = data[:self.room[name]]
         self.room[name] -= len(kept)
@@ -421,30 +425,22 @@ class Runner:
             log.debug('the agent is gone: %s', error)
 
     def _finish_exited(self, ended: float) -> None:
+        self._close_pipes()
         more = self._of_the_group()
         more.update({name + '-truncated': truncated for name, truncated in self.truncated.items()})
-        status = self.status or 0
-        exited = os.WIFEXITED(status)
-        code = os.WEXITSTATUS(status) if exited else os.WTERMSIG(status)
+        exited, code = how_it_ended(self.status or 0)
         state = 'timeout' if self.timed_out else 'exited' if exited else 'signaled'
         by = self._ended_by(exited, code)
         error = 'ENOMEM: the kernel killed it for want of memory' if by == 'oom' else \
             self._limit_that_ended_it(0 if exited or by == 'signalCmd' else code)
         if self.timed_out:
             error = 'ran longer than its timeout of %g s' % float(self.request['timeout'])
+        error = error or self.lost and 'ENOENT: what it wrote is lost, as somebody deleted ' + self.lost
         if self.failure:
             state, error = 'failed', self.failure
         self.finish(state, error, finished=exited, exitCodeOrSignal=code, by=by,
                     resources=self.usage.fields, inexact=self.usage.inexact(bool(self._starter)),
-                    left=len(self._members()), **self._times(ended), **more)
-
-    def _times(self, ended: float) -> Dict[str, float]:
-        """When it began and ended, by the machine's clock as that stood at the begin; by how many seconds it
-        was set meanwhile. ``ended``: monotonic."""
-        wall = ended - self.begin
-        was_set = time.time() - self.started - (time.monotonic() - self.begin)
-        return dict({'wall': wall, 'started': self.started, 'ended': self.started + wall},
-                    **{'clock-set': round(was_set, 3)} if abs(was_set) > CLOCK_DRIFT else {})
+                    left=len(self._members()), **times_of(self.begin, self.started, ended), **more)
 
     def _of_the_group(self) -> Dict[str, Any]:
         """What its control group alone can tell, as keys of the result."""
@@ -657,6 +653,26 @@ def run_command(runner: Runner) -> None:
     finally:
         runner.close()
     runner.process.unsynced.add(runner.command)
+
+
+def times_of(begin: float, started: float, ended: float) -> Dict[str, float]:
+    """How long it took, when it began and ended, by the machine's clock as that stood at the begin; by how
+    many seconds that was set meanwhile. ``begin``, ``ended``: monotonic; ``started``: begin by the clock."""
+    wall = ended - begin
+    was_set = time.time() - started - (time.monotonic() - begin)
+    return dict({'wall': wall, 'started': started, 'ended': started + wall},
+                **{'clock-set': round(was_set, 3)} if abs(was_set) > CLOCK_DRIFT else {})
+
+
+def is_deleted(descriptor: int) -> bool:
+    """Whether an open file has no name any more, so that nobody will read it."""
+    return os.fstat(descriptor).st_nlink == 0
+
+
+def how_it_ended(status: int) -> Tuple[bool, int]:
+    """(whether it exited, with what code, or signal else), of a status of wait4."""
+    exited = os.WIFEXITED(status)
+    return exited, os.WEXITSTATUS(status) if exited else os.WTERMSIG(status)
 
 
 def drain(descriptor: int) -> None:

@@ -591,6 +591,18 @@ def test_output_that_there_is_no_room_for_is_named(tmp_path, monkeypatch):
         runners.close()
 
 
+@pytest.mark.parametrize('after', ['', '; exec >&- 2>&-; sleep 0.2'])
+def test_output_that_somebody_deletes_is_told_as_lost(runners, after):
+    program = 'echo begun; while [ ! -e go ]; do sleep 0.05; done; echo done' + after
+    command = runners.begin('sh', '-c', program)
+    wait_until(lambda: command.has('out') and command.size('out'), 10)
+    os.remove(command.path('out'))
+    open(os.path.join(runners.served, 'go'), 'w').close()
+    result = runners.end(command)
+    assert (result['state'], result['exitCodeOrSignal'], result['out-truncated']) == ('exited', 0, True)
+    assert result['error'] == 'ENOENT: what it wrote is lost, as somebody deleted ' + command.path('out')
+
+
 DEAF = 'import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass'
 
 
