@@ -195,14 +195,15 @@ class Commands:
 
     def query(self, message: Message) -> None:
         """CMD_QUERY: how far it is, with slices of its output where they are asked for."""
-        cmd_id = message.text('cmd-id')
+        cmd_id, mark = message.text('cmd-id'), message.text('mark')
+        marked = {'mark': mark} if mark else {}        # what the answer is known by
         command = self._find(cmd_id)
         if command is None:
-            self._reports.unknown(cmd_id)
+            self._reports.unknown(cmd_id, **marked)
         else:
             self._notice_begin(command)
             if not self._consoles.query(command, message):
-                self._reports.status(command, **self._reports.slices(command, message))
+                self._reports.status(command, **marked, **self._reports.slices(command, message))
 
     def input(self, message: Message) -> None:
         """CMD_INPUT: the next piece of a streamed input, or the size of a terminal."""

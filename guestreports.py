@@ -71,9 +71,9 @@ class Reports:
         state = 'running' if command.state == 'starting' else command.state
         self._say(protocol.CMD_STATUS.howToSay(command.cmd_id, state, **keys))
 
-    def unknown(self, cmd_id: str) -> None:
+    def unknown(self, cmd_id: str, **keys: Any) -> None:
         """A CMD_STATUS of a command that this guest doesn't know, or no longer."""
-        self._say(protocol.CMD_STATUS.howToSay(cmd_id, 'unknown', error='not in the spool'))
+        self._say(protocol.CMD_STATUS.howToSay(cmd_id, 'unknown', error='not in the spool', **keys))
 
     def slices(self, command: Command, query: Message) -> Dict[str, Any]:
         """The slices of output that a CMD_QUERY asks for. Raises BadWord."""

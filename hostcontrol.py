@@ -52,6 +52,12 @@ class _Answer:
         return self.message
 
 
+def answers_to(mark: str) -> Callable[[Message], bool]:
+    """What is the answer to a CMD_QUERY with that mark, or the end of its command. A CMD_STATUS of before
+    would seem to be one; '': then any is."""
+    return lambda message: not mark or message.word == 'CMD_RESULTS' or message.get('mark') == mark
+
+
 class Answers:
     """Who waits for which message of a guest. Safe from any thread."""
 
@@ -207,9 +213,10 @@ class Control:
         errors, asked = [], []         # type: List[VMHostError], List[Tuple[Execution, _Answer]]
         with contextlib.ExitStack() as stack:
             for execution in unfinished:
-                answer = stack.enter_context(self.answers.expected(execution.index))
+                mark = self._mark_for(execution)
+                answer = stack.enter_context(self.answers.expected(execution.index, answers_to(mark)))
                 try:
-                    if self._signal(execution, name):
+                    if self._signal(execution, name, mark):
                         asked.append((execution, answer))
                 except VMHostError as error:
                     errors.append(error)
@@ -224,7 +231,12 @@ class Control:
             raise errors[0]
         return bool(unfinished)
 
-    def _signal(self, execution: Execution, name: str) -> bool:
+    def _mark_for(self, execution: Execution) -> str:
+        """A mark for a question, that its answer has, too; '' for a guest that doesn't do that."""
+        guest = self._guests.by_id(execution.vm_id)
+        return secrets.token_hex(4) if guest is not None and guest.repeats_marks else ''
+
+    def _signal(self, execution: Execution, name: str, mark: str) -> bool:
         """Whether its guest is to answer."""
         is_there = self._machines.can_answer(execution.vm_id)
         begun, ends = has_begun(execution), name in ENDING
@@ -240,8 +252,9 @@ class Control:
                                                cancel=ends and not begun))
         if ends and not begun and not (is_there and execution.state != 'queued'):
             self._cancel(execution, name)
-        if execution.state == 'running':       # what comes after the signal is answered after it
-            self.query(execution)
+        # What comes after the signal is answered after it.
+        if execution.state == 'running' or mark and ends and is_there and execution.state == 'sent':
+            self.query(execution, **{'mark': mark} if mark else {})
         return (ends or execution.state == 'running') and not execution.ended
 
     def _without_answer(self, execution: Execution, name: str) -> None:

@@ -54,6 +54,11 @@ class Guest:
         chirp = self.facts.get('chirp')
         return isinstance(chirp, dict) and chirp.get('tls') is True
 
+    @property
+    def repeats_marks(self) -> bool:
+        """Whether a CMD_STATUS has the mark of the CMD_QUERY that it answers."""
+        return self.facts.get('marks') is True
+
 
 class Guests:
     """The agents that said HELLO, and whether they are still there. Safe from any thread.

@@ -261,6 +261,7 @@ def read_facts(message: Message) -> Dict[str, Any]:
     for name in ('host', 'os', 'python', 'version'):
         value = message.get(name)
         facts[name] = value[:200] if isinstance(value, str) else ''
+    facts['marks'] = message.get('marks') is True
     chirp = message.get('chirp')
     port = finite(chirp.get('port') if isinstance(chirp, dict) else chirp)
     facts['chirp'] = {'port': port} if port else {}

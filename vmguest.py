@@ -429,7 +429,7 @@ class Agent:
                  'os': '%s %s, %s' % (system.sysname, system.release, system.machine),
                  'python': sys.version.split()[0],
                  'version': agent.VERSION, 'cpus': os.cpu_count() or 0,
-                 'mem': memory('MemTotal')}  # type: Dict[str, Any]
+                 'mem': memory('MemTotal'), 'marks': True}  # type: Dict[str, Any]
         if self.settings.VM.name:
             facts['name'] = self.settings.VM.name
         if self.files.port:

@@ -1,9 +1,12 @@
 """What a hostile guest tries at the host, over real sockets, and what it gets; what proves an honest one."""
 
+import contextlib
 import json
 import os
 import signal
+import threading
 import time
+import xmlrpc.client
 
 import pytest
 from agents import Agent, Host
@@ -165,6 +168,43 @@ def test_a_hello_with_a_living_guests_id_ends_nothing(host, guest, api):
     honest.word('CMD_STATUS', headers={'cmd-id': running}, state='running', processes=7)
     wait_until(lambda: api.getCmdStatus(running, False)['processes'] == 7)
     assert not [word for word in heard_by(thief) if word not in ('HELLO', 'PING')]
+
+
+@pytest.mark.parametrize('begun', [False, True])
+def test_a_signal_is_answered_by_what_was_asked_for_after_it(host, guest, api, begun):
+    """A CMD_STATUS that was said before the signal came tells nothing of it: the agent may die between."""
+    honest = guest('marks-%s' % begun).join(marks=True)
+    cmd_id = api.runCmd(honest.id, 'sleep')
+    honest.hear('CMD_RUN')
+    if begun:
+        honest.word('CMD_STATUS', headers={'cmd-id': cmd_id}, state='running')
+        wait_until(lambda: api.getCmdStatus(cmd_id, False)['state'] == 'running')
+    with signalling(host, cmd_id) as told:
+        honest.hear('CMD_SIGNAL')
+        honest.word('CMD_STATUS', headers={'cmd-id': cmd_id}, state='running', pid=5)
+    assert told == [7] and api.getCmdStatus(cmd_id, False)['pid'] == 5
+    with signalling(host, cmd_id) as told:
+        honest.hear('CMD_SIGNAL')
+        mark = honest.hear('CMD_QUERY')[1]['mark']
+        honest.word('CMD_STATUS', headers={'cmd-id': cmd_id}, state='running', mark=mark)
+    assert told == [True]
+
+
+@contextlib.contextmanager
+def signalling(host, cmd_id):
+    """Sends TERM meanwhile; what that answers, or with which fault it ends, is there afterwards."""
+    told = []
+
+    def send():
+        with host.api as api:
+            try:
+                told.append(api.signalCmd(cmd_id, 'TERM'))
+            except xmlrpc.client.Fault as fault:
+                told.append(fault.faultCode)
+    thread = threading.Thread(target=send)
+    thread.start()
+    yield told
+    thread.join(20)
 
 
 def heard_by(guest):
