@@ -45,6 +45,11 @@ def how_to_start() -> str:
     return os.environ.get(CALLED) or 'vmhost.py host.ini'
 
 
+def hung() -> OSError:
+    """What those get who are connected, and are not answered."""
+    return TimeoutError(errno.ETIMEDOUT, 'it is there, but answers nobody: it hangs, or was stopped')
+
+
 class NoHost(VMHostError):
     """No host agent answers. ``was_asked``: one was there, and may have done what it was asked for.
     ``hangs``: one is there."""
@@ -170,7 +175,11 @@ class Client:
         nonce = os.urandom(16).hex()
         connection = _Connection(
             socket.create_connection((EVERYWHERE.get(host, host), int(port)), CONNECT_TIMEOUT))
-        code, _, answer = connection.request('GET', '/proof?nonce=' + nonce)
+        try:
+            code, _, answer = connection.request('GET', '/proof?nonce=' + nonce)
+        except socket.timeout:
+            connection.close()
+            raise hung()
         wanted = proof(token, self.address, nonce).encode('ascii')
         if code != 200 or answer.strip() != wanted:
             connection.close()
@@ -184,8 +193,8 @@ class Client:
         try:
             other._connection = other._connect()
             other._connection.request('GET', '/proof?nonce=' + 32 * '0', patience=SILENCE)
-        except socket.timeout:
-            raise TimeoutError(errno.ETIMEDOUT, 'it is there, but answers nobody: it hangs, or was stopped')
+        except (socket.timeout, TimeoutError):         # two of them, before Python 3.10
+            raise hung()
         except OSError:
             return                     # it has its hands full
         finally:

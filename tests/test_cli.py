@@ -507,8 +507,9 @@ def test_check_tells_what_keeps_the_agent_from_its_start(tmp_path):
     assert problems(1, host + 'state_dir =')[0].endswith('[Host] state_dir = : expected a path')
 
 
-def test_check_of_machines_that_are_lost_and_of_a_host_that_hangs(tmp_path):
-    with Host(tmp_path / 'host') as host:
+@pytest.mark.parametrize('folder', ['host', 'by-tcp-' + 'x' * 60])      # no Unix socket has such a path
+def test_check_of_machines_that_are_lost_and_of_a_host_that_hangs(folder, tmp_path):
+    with Host(tmp_path / folder) as host:
         with Agent(tmp_path / 'guest', host, 'gone'):
             verb(host, 'run', 'gone', 'true')
         wait_until(lambda: 'lost' in verb(host, 'ls'), 60)
