@@ -275,7 +275,9 @@ class Runner:
                 if pid == self.pid and not (os.WIFSTOPPED(status) and is_traced(pid)):
                     self.is_stopped = os.WIFSTOPPED(status)
                     self.look_at, self.look_after = 0.0, FIRST_LOOK
-            elif pid != self._starter:
+            elif pid == self._starter:
+                self.usage.of_starter = usage.ru_utime + usage.ru_stime
+            else:
                 self.usage.add(usage)
                 if pid == self.pid:
                     self.status = status
@@ -448,8 +450,9 @@ class Runner:
             return {}
         cpu = self.group.cpu()
         # Processes that nobody waits for, as their parent ignores their end, and those that are left.
-        if cpu is not None and sum(cpu) > self.usage.cpu() + UNCOUNTED:
-            self.usage.is_partial = sum(cpu) > NOISE * self.usage.cpu() + UNCOUNTED and not self._members()
+        uncounted = self.usage.of_starter + UNCOUNTED
+        if cpu is not None and sum(cpu) > self.usage.cpu() + uncounted:
+            self.usage.is_partial = sum(cpu) > NOISE * self.usage.cpu() + uncounted and not self._members()
             self.usage.fields.update(ru_utime=cpu[0], ru_stime=cpu[1])
         peak, kills = self.group.memory_peak(), self.group.oom_kills()
         return dict({} if peak is None else {'memory-peak': peak}, **{'oom-kills': kills} if kills else {})
@@ -509,6 +512,7 @@ class Usage:
 
     def __init__(self) -> None:
         self.fields = dict.fromkeys(protocol.RUSAGE_FIELDS, 0)      # type: Any
+        self.of_starter = 0.0          # seconds of CPU of what became the program, perhaps in its group
         self.is_partial = False        # there were processes that nobody waited for: their CPU alone is known
 
     def add(self, usage: Any) -> None:
