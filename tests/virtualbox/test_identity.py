@@ -60,7 +60,7 @@ def test_a_new_card_while_the_host_runs(host, api, remove_all, tmp_path):
     api.powerOff('carded')
     waits = api.runCmd('carded', 'echo', ['waited'], {}, '', '', {'queue': True})
     manage('modifyvm', 'carded', '--macaddress1', '08002700C0DE')
-    wait_until(lambda: mac(api, 'carded') == '08:00:27:00:C0:DE')
+    wait_until(lambda: mac(api, 'carded') == '08:00:27:00:C0:DE', 90)     # where its agent's BYE was lost
     assert old not in api.getIdsToNamesMapping()
     event = host.wait_for_event('vm-card', 'carded')
     assert event['text'] == '08:00:27:00:C0:DE, was ' + old
