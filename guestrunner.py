@@ -512,7 +512,7 @@ class Usage:
 
     def __init__(self) -> None:
         self.fields = dict.fromkeys(protocol.RUSAGE_FIELDS, 0)      # type: Any
-        self.of_starter = 0.0          # seconds of CPU of what became the program, perhaps in its group
+        self.of_starter = 0.0          # seconds of CPU of who started it, perhaps in its group
         self.is_partial = False        # there were processes that nobody waited for: their CPU alone is known
 
     def add(self, usage: Any) -> None:
