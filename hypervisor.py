@@ -745,6 +745,11 @@ class Watcher:
         since = self._silent_since
         return time.monotonic() - since if since else 0.0
 
+    def others_were_answered(self) -> None:
+        """The hypervisor doesn't hang, whoever is silent here: what is asked now is waited for again."""
+        with self._lock:
+            self._silent_since = time.monotonic() if self._silent_since else 0.0
+
     def ask(self, call: Call, patience: Optional[float] = None, at_most: float = 0) -> Any:
         """The answer of a quick verb. Raises DeadlineExceeded after `patience` seconds, or LIST_PATIENCE
         where it has been silent for as long already; at_most: where the process is coming up, or says
@@ -1124,7 +1129,9 @@ class Hypervisor:
             self._check_answers()
         with self._owning(call):
             try:
-                return self._work(call, patience or self._patience)
+                done = self._work(call, patience or self._patience)
+                self._watcher.others_were_answered()
+                return done
             finally:
                 if kind_of(verb) == 'changing' and not self._closing:
                     self._forget_told(call)
