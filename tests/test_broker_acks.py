@@ -349,6 +349,7 @@ def test_who_refused_is_asked_again_when_all_have(connect, queue):
         one.ask('ACK', *key_of(message, '1.2'))
 
 
+@pytest.mark.once
 def test_many_refused_messages_cost_the_others_nothing(connect, queue):
     """3,000 wait for one that is busy; each ACK of another's is as quick as ever."""
     busy, client = connect('1.2'), connect('1.2')
