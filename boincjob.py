@@ -105,7 +105,7 @@ FIELDS: Dict[str, Tuple[Callable[[str], Any], Any]] = {
     'command': (_words, []), 'checkpoint': (_checkpoint, ''),
 }
 # Files of a slot that are its client's and its wrapper's: no output may be written over them.
-SLOTS_OWN = re.compile(r'(stderr|stdout)\.txt|init_data\.xml|%s|vmboinc\.(json|told)|'
+SLOTS_OWN = re.compile(r'(stderr|stdout)\.txt|init_data\.xml|%s|vmboinc\.(json|told|bare)|'
                        r'boinc_(lockfile|mmap_file|finish_called|temporary_exit|task_state\.xml|ufr_.*)'
                        % re.escape(FILE), re.IGNORECASE)
 NEEDLESS = {                   # that ask for what is done anyway, or otherwise; nobody need be warned

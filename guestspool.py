@@ -354,8 +354,8 @@ class Command:
                 return 'running' if is_want(error) else 'lost'
         if not self.has('runner'):
             return 'queued'
-        is_stopped = stands_still(self.process()) and all_stand_still(self.members())
-        return 'stopped' if is_stopped else 'running'
+        is_still = stands_still(self.process()) and all_stand_still(self.members())
+        return 'stopped' if is_still else 'running'
 
     def end(self, state: str, error: str, durable: bool = True, **more: Any) -> None:
         """Writes a result for what has none; not ``durable``: ``sync`` brings it to the disk."""

@@ -250,6 +250,7 @@ def test_our_own_fields():
     ('<job_duration>long</job_duration>', 'a number'),
     ('<job_duration>nan</job_duration>', 'a number'), ('<input>/etc/passwd</input>', 'a relative path'),
     ('<output>../../x</output>', 'a relative path'), ('<output>stderr.txt</output>', 'another name'),
+    ('<output>vmboinc.bare/x</output>', 'another name'),
     ('<output><name>boinc_finish_called</name><path>out</path></output>', 'another name'),
     ('<intermediate_upload_file>INIT_DATA.xml</intermediate_upload_file>', 'another name'),
     ('<output><name>a</name><mode>7</mode></output>', 'mode'),
