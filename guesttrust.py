@@ -35,6 +35,7 @@ class HostTrust:
         self._lock = threading.Lock()
         self._nonces = collections.deque(maxlen=NONCES)  # type: collections.deque
         self._sessions = []            # type: List[Signatures]     # the one that goes on, and the one before
+        self._judged = threading.Event()    # whether a greeting was heard, whatever it proved
         self._since = 0.0              # when the connection came up
         self._complaint = '', 0.0      # what is wrong with who answers there, and since when
         self._drops = Seldom(log, clock)
@@ -44,6 +45,7 @@ class HostTrust:
         with self._lock:
             self._nonces.clear()
             self._sessions = []
+            self._judged.clear()
             self._since = self._clock()
             self._complaint = '', 0.0
 
@@ -90,11 +92,17 @@ class HostTrust:
             if nonce in self._nonces:
                 self._nonces.remove(nonce)
             self._sessions = [Signatures(session_key, 'guest')] + self._sessions[:1]
+        self._judged.set()
 
     def _complain(self, why: str) -> None:
         with self._lock:
             if not self._complaint[0]:
                 self._complaint = why, self._clock()
+        self._judged.set()
+
+    def wait_for_greeting(self, timeout: float) -> None:
+        """Until who is there has greeted, or for so many seconds; not on the thread that hears."""
+        self._judged.wait(timeout)
 
     def say(self, message: Message, send: Callable[[str, Dict[str, str], bytes], bool]) -> bool:
         """Signs a word, and sends it. False before the host has proved itself. Raises LocalError."""

@@ -92,6 +92,7 @@ SETTINGS = {
 HOUSEKEEPING_EVERY = 60.0      # seconds
 SWEEP_PAUSE = 0.05             # seconds between two slices of a look for old folders
 GREETING_PATIENCE = 5.0        # seconds that results wait for the host's greeting on a new connection
+FAREWELL_PATIENCE = 1.0        # … and that the BYE of an agent waits for it that ends as it joins
 HELLO_LIMIT = 8 * 1000         # bytes of the commands in a HELLO, which may be the first word
 HELLO_EVERY = 1.0              # seconds between two of them, whoever asks
 
@@ -234,7 +235,7 @@ class Agent:
         self.stopping = True
         if self.files is not None:
             self.files.stop()
-        self.say(protocol.BYE.howToSay(self.id, self.ip, self.restart or 'the agent stops'))
+        self._say_bye()
         self.link.close()
         self._fork_server.stop()
         if self._consoles is not None:
@@ -246,6 +247,13 @@ class Agent:
             os.close(self._waker)
             self._waker = -1
         os.close(self._wakeup)
+
+    def _say_bye(self) -> None:
+        """To a host that has heard a HELLO, and whose greeting is on its way, once that is there: the host
+        knows this guest from the HELLO on, and would miss it."""
+        if self.link.up and self._trust is not None:
+            self._trust.wait_for_greeting(FAREWELL_PATIENCE)
+        self.say(protocol.BYE.howToSay(self.id, self.ip, self.restart or 'the agent stops'))
 
     def _restart(self, why: str) -> None:
         self.restart = why
@@ -330,16 +338,14 @@ class Agent:
     def _hear(self, frame: Any) -> None:
         """One MESSAGE. What isn't a word of the host for this guest is dropped, and counted."""
         headers, body = frame.headers, frame.body
-        if self.stopping:              # what it would be handed to is closed by now
-            return
         if not self.id or not protocol.is_addressed(headers.get('to', ''), self.id, self.name):
             return
         try:
             if body.startswith('HELLO') and 'mac' not in headers:
                 self._hear_greeting(protocol.interpret(headers, body))
-                return
-            headers = self._trust.check(headers.get('destination', ''), headers, body.encode('utf-8'))
-            protocol.hear(self, protocol.interpret(headers, body))
+            elif not self.stopping:    # what words are handed to is closed by then
+                headers = self._trust.check(headers.get('destination', ''), headers, body.encode('utf-8'))
+                protocol.hear(self, protocol.interpret(headers, body))
         except protocol.BadWord as error:
             self._count_aint(error)
         except protocol.Untrusted as error:
@@ -350,7 +356,7 @@ class Agent:
         if hello.headers.get('to') == '*':
             self._hello_due = self._said_hello + HELLO_EVERY
             self._wake_by(self._hello_due)
-        elif self._trust.greeted(hello):
+        elif self._trust.greeted(hello) and not self.stopping:
             self._host_address = self.link.peer_address[0]
             self._left.clear()
             self.heard_hello(hello)

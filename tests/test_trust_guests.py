@@ -7,6 +7,8 @@ import contextlib
 import json
 import os
 import re
+import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -187,6 +189,30 @@ def test_forged_repeated_and_reordered_words_of_a_host(stranger, tmp_path):
         assert own['mac'] == signature(key, 'guest', own['seq'], CONNECTIONS, own, frame.body.decode())
     finally:
         agent.stop()
+
+
+def test_who_ends_while_the_host_greets_says_bye(stranger, tmp_path):
+    """The host knows it from its HELLO on, and would miss it."""
+    secret = os.urandom(32)
+    agent = guest_at(stranger, tmp_path / 'guest', secret=secret.hex()).start(wait=False)
+    try:
+        told = {}
+        while 'chirp' not in told:
+            _, told = stranger.hear('HELLO')
+        os.kill(agent.process.pid, signal.SIGTERM)
+        wait_until(lambda: not listens(told['chirp']['port']))      # its file server ends first
+        nonces = 'one', told['nonce'], 'a' * 32
+        stranger.say('HELLO ' + json.dumps({'nonce': 'a' * 32, 'key': 'k', 'name': 'one', 'proof': keyed(
+            secret, 'host', *nonces).hexdigest()}), 'one')
+        frame, _ = stranger.hear('BYE')
+        assert frame.get('mac') and agent.process.wait(10) == 0
+    finally:
+        agent.stop()
+
+
+def listens(port):
+    with socket.socket() as client:
+        return client.connect_ex(('127.0.0.1', port)) == 0
 
 
 def test_one_session_after_another(tmp_path):
