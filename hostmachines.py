@@ -1,6 +1,6 @@
 """The machines: agents that said HELLO and VMs of the hypervisor, brought together under one name and one id.
 
-What it is not: a hypervisor's driver (hypervisor.py), or the list of live agents (hostguests.py).
+What it is not: a hypervisor's driver (hosthypervisor.py), or the list of live agents (hostguests.py).
 
 Threads: any thread may call. ``vm_event`` runs on the driver's thread; names that only the hypervisor
 knows are looked up on ``name-lookup-1``, since it may take its time. No locks of its own.
@@ -309,8 +309,8 @@ def start_driver(settings: Any, state_dir: str, on_event: Callable[[str, str, st
     wanted = settings.Hypervisor.hypervisor
     reasons = []  # type: List[str]
     for name in drivers.names_of(wanted):
-        import hypervisor  # some memory, where VMs are controlled
-        driver = hypervisor.Hypervisor(name, driver_settings(settings, state_dir), on_event, secret_of)
+        import hosthypervisor  # some memory, where VMs are controlled
+        driver = hosthypervisor.Hypervisor(name, driver_settings(settings, state_dir), on_event, secret_of)
         driver.open()
         try:
             log.info('%s %s', name, driver.version())

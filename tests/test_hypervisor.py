@@ -10,13 +10,14 @@ import pytest
 from driver_cases import *  # noqa: F403 (the tests, for pytest to find)
 from vms import SETTINGS, environment
 
+import hosthypervisor
 import hypervisor
 import virtualbox
 
 pytestmark = pytest.mark.skipif(not os.path.isdir('/proc'), reason='looks at /proc')
 
 
-class OfProcesses(hypervisor.Hypervisor):
+class OfProcesses(hosthypervisor.Hypervisor):
     """Whose driver is the tests' own."""
 
     def _command(self):
@@ -44,7 +45,7 @@ def box(request, tmp_path):
             yield box
         return
     with environment(fake_virtualbox.install(tmp_path)), opened(
-            hypervisor.Hypervisor, 'VirtualBox', settings) as box:
+            hosthypervisor.Hypervisor, 'VirtualBox', settings) as box:
         yield box
 
 

@@ -22,6 +22,7 @@ import climachines
 import cliscreen
 import faults
 import hostconfig
+import hosthypervisor
 import hostmachines
 import hypervisor
 import vboxconnection
@@ -311,7 +312,7 @@ def test_a_hypervisor_that_hangs_while_the_host_starts_is_there_once_it_answers(
         os.kill(server, signal.SIGSTOP)
         ending.callback(os.kill, server, signal.SIGCONT)
         monkeypatch.setattr(hypervisor, 'COMES_UP_IN', 0.5)
-        monkeypatch.setattr(hypervisor, 'FIRST_PATIENCE', 0.5)
+        monkeypatch.setattr(hosthypervisor, 'FIRST_PATIENCE', 0.5)
         now, reasons = start()
         ending.callback(now.close)
         assert (now.name, reasons) == ('VirtualBox', [])
@@ -327,14 +328,15 @@ def test_a_change_that_a_hung_hypervisor_keeps_from_beginning_is_told_so(tmp_pat
     """And not that the VM hangs; who switches it off waits for nobody, and isn't told that it is busy."""
     told = []
     with environment(fake_virtualbox.install(tmp_path)), contextlib.ExitStack() as ending:
-        box = hypervisor.Hypervisor('VirtualBox', dict(SETTINGS, command_timeout=30))
+        box = hosthypervisor.Hypervisor('VirtualBox', dict(SETTINGS, command_timeout=30))
         box.open()
         ending.callback(box.close)
         box.create_vm('there')
         box.start('there')
         server = next(pid for pid in processes() if command_line(pid)[-1:] == [str(tmp_path)])
-        for name, seconds in (('SILENCE', 2), ('HUNG', 1), ('FIRST_PATIENCE', 0.5)):
-            monkeypatch.setattr(hypervisor, name, seconds)
+        for room, name, seconds in ((hypervisor, 'SILENCE', 2), (hypervisor, 'HUNG', 1),
+                                    (hosthypervisor, 'FIRST_PATIENCE', 0.5)):
+            monkeypatch.setattr(room, name, seconds)
         os.kill(server, signal.SIGSTOP)
         ending.callback(os.kill, server, signal.SIGCONT)
 
@@ -358,7 +360,7 @@ def test_a_change_that_a_hung_hypervisor_keeps_from_beginning_is_told_so(tmp_pat
         assert box.power_off('there') and box.remove_vm('there', True) == []
 
 
-class Scripted(hypervisor.Hypervisor):
+class Scripted(hosthypervisor.Hypervisor):
     """One whose processes run these scripts, the last of them again and again."""
 
     def __init__(self, *scripts):
@@ -402,7 +404,7 @@ def test_a_silent_process_is_given_up():
 
 
 def test_a_worker_with_nothing_to_do_ends(monkeypatch):
-    monkeypatch.setattr(hypervisor, 'WORKER_IDLE', 0.2)
+    monkeypatch.setattr(hosthypervisor, 'WORKER_IDLE', 0.2)
     with started(ANSWERS) as box:
         assert box.version() == 'an answer'
         box.pause('vm')
@@ -470,7 +472,7 @@ def test_a_driver_that_hangs_ends_with_the_host(at_term):
 
 def test_what_processes_printed_is_kept(tmp_path):
     printed = tmp_path / 'virtualbox.log'
-    box = hypervisor.Hypervisor('VirtualBox', dict(SETTINGS, state_dir=str(tmp_path)))
+    box = hosthypervisor.Hypervisor('VirtualBox', dict(SETTINGS, state_dir=str(tmp_path)))
     for text in (b'first', b'second', b'x' * (1 << 20), b'anew'):
         with box._open_stderr() as stderr:
             stderr.write(text)
