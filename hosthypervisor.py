@@ -23,7 +23,8 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import hypervisor
 from faults import BadState, Busy, DeadlineExceeded, HypervisorError, VMHostError
-from hypervisor import EVER, Call, Child, Unresponsive, Watch, Watcher, Workers, is_local, kind_of
+from hostseen import Watch
+from hypervisor import EVER, Call, Child, Unresponsive, Watcher, Workers, is_local, kind_of
 from vmstates import CHANGING, PAUSED, RUNNING, STUCK
 
 log = logging.getLogger('vmhost.hypervisor')
