@@ -21,10 +21,12 @@ import threading
 import time
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
+import driverprocesses
 import hypervisor
+from driverprocesses import EVER, Call, Child, Unresponsive, Watcher, Workers
 from faults import BadState, Busy, DeadlineExceeded, HypervisorError, VMHostError
 from hostseen import Watch
-from hypervisor import EVER, Call, Child, Unresponsive, Watcher, Workers, is_local, kind_of
+from hypervisor import is_local, kind_of
 from vmstates import CHANGING, PAUSED, RUNNING, STUCK
 
 log = logging.getLogger('vmhost.hypervisor')
@@ -57,7 +59,7 @@ class Hypervisor:
         self._settings = settings
         self._on_event = on_event
         self._serial_of = serial_of
-        self._patience = settings['command_timeout'] + hypervisor.SILENCE
+        self._patience = settings['command_timeout'] + driverprocesses.SILENCE
         self._events = queue.Queue()  # type: queue.Queue
         self._watch = Watch(self._happened)
         self._watcher = Watcher(self._launch, self._watch.look, self._patience)
@@ -136,7 +138,7 @@ class Hypervisor:
     def trouble(self) -> str:
         """A sentence, where the hypervisor answers nobody; else ''."""
         silence = self._watcher.silence()
-        return '' if silence < hypervisor.LIST_PATIENCE else '%s has not answered for %d s: %s' % (
+        return '' if silence < driverprocesses.LIST_PATIENCE else '%s has not answered for %d s: %s' % (
             self.name, max(1, silence), 'no VM was seen yet' if self._watch.rows() is None
             else 'VMs are told as they were seen before')
 
@@ -302,7 +304,7 @@ class Hypervisor:
 
     def check(self) -> List[Tuple[bool, str, str, bool]]:
         """As Driver's; who asks sits there and waits, even where nothing answers."""
-        return self._call('check', patience=hypervisor.SILENCE)  # type: ignore[no-any-return]
+        return self._call('check', patience=driverprocesses.SILENCE)  # type: ignore[no-any-return]
 
     def screenshot(self, vm: str) -> bytes:
         """PNG."""
@@ -329,7 +331,7 @@ class Hypervisor:
         seen = self._watch.rows()
         try:
             rows = self._call('machines', (), *(
-                (FIRST_PATIENCE, EVER) if seen is None else (hypervisor.LIST_PATIENCE,)))
+                (FIRST_PATIENCE, EVER) if seen is None else (driverprocesses.LIST_PATIENCE,)))
         except DeadlineExceeded as error:
             if seen is None:
                 raise self._silent(error)

@@ -11,6 +11,7 @@ import time
 import pytest
 from helpers import others_take, wait_until
 
+import driverprocesses
 import faults
 import hosthypervisor
 import hypervisor
@@ -95,7 +96,7 @@ def test_what_was_seen_is_told_while_the_hypervisor_takes_its_time(box, monkeypa
     box.create_vm('slow')
     before = box.describe('slow')
     monkeypatch.setattr(hosthypervisor, 'FIRST_PATIENCE', 0.001)
-    monkeypatch.setattr(hypervisor, 'LIST_PATIENCE', 0.001)
+    monkeypatch.setattr(driverprocesses, 'LIST_PATIENCE', 0.001)
     watcher = box._watcher._child.process
     watcher.send_signal(signal.SIGSTOP)
     try:
@@ -140,7 +141,7 @@ def test_whoever_looks_has_an_answer_within_a_second_while_nothing_answers(box, 
 def test_who_asks_again_waits_no_more_for_what_has_been_silent_for_long(box, monkeypatch):
     box.create_vm('asked')
     monkeypatch.setattr(hosthypervisor, 'FIRST_PATIENCE', 3)
-    monkeypatch.setattr(hypervisor, 'LIST_PATIENCE', 0.1)
+    monkeypatch.setattr(driverprocesses, 'LIST_PATIENCE', 0.1)
     watcher = box._watcher._child.process
     watcher.send_signal(signal.SIGSTOP)
     try:

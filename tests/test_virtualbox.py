@@ -20,6 +20,7 @@ from vms import SETTINGS, VMHost, command_line, environment, fault_of, here, pro
 
 import climachines
 import cliscreen
+import driverprocesses
 import faults
 import hostconfig
 import hosthypervisor
@@ -311,7 +312,7 @@ def test_a_hypervisor_that_hangs_while_the_host_starts_is_there_once_it_answers(
         server = next(pid for pid in processes() if command_line(pid)[-1:] == [str(tmp_path)])
         os.kill(server, signal.SIGSTOP)
         ending.callback(os.kill, server, signal.SIGCONT)
-        monkeypatch.setattr(hypervisor, 'COMES_UP_IN', 0.5)
+        monkeypatch.setattr(driverprocesses, 'COMES_UP_IN', 0.5)
         monkeypatch.setattr(hosthypervisor, 'FIRST_PATIENCE', 0.5)
         now, reasons = start()
         ending.callback(now.close)
@@ -334,7 +335,7 @@ def test_a_change_that_a_hung_hypervisor_keeps_from_beginning_is_told_so(tmp_pat
         box.create_vm('there')
         box.start('there')
         server = next(pid for pid in processes() if command_line(pid)[-1:] == [str(tmp_path)])
-        for room, name, seconds in ((hypervisor, 'SILENCE', 2), (hypervisor, 'HUNG', 1),
+        for room, name, seconds in ((driverprocesses, 'SILENCE', 2), (hypervisor, 'HUNG', 1),
                                     (hosthypervisor, 'FIRST_PATIENCE', 0.5)):
             monkeypatch.setattr(room, name, seconds)
         os.kill(server, signal.SIGSTOP)
@@ -369,7 +370,7 @@ class Scripted(hosthypervisor.Hypervisor):
 
     def _launch(self, watches):
         script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
-        child = hypervisor.Child([sys.executable, '-c', script], {}, None)
+        child = driverprocesses.Child([sys.executable, '-c', script], {}, None)
         self.processes.append(child.process)
         return child
 
@@ -428,7 +429,7 @@ def test_a_check_waits_for_a_moment_where_the_hypervisor_hangs(monkeypatch):
     """And doesn't speak of a VM then."""
     with started(ANSWERS, HANGS % 'SIG_DFL') as box:
         assert box.version() == 'an answer' and box._patience > 20
-        monkeypatch.setattr(hypervisor, 'SILENCE', 0.3)
+        monkeypatch.setattr(driverprocesses, 'SILENCE', 0.3)
         begun = time.monotonic()
         with pytest.raises(faults.DeadlineExceeded, match='the hypervisor itself hangs'):
             box.check()
