@@ -5,7 +5,7 @@ to a VM's own process, is carried out by a worker: a process that does one thing
 hangs, and then takes nobody else's work along. Workers are started when they are needed, and end when nobody
 did for a while. A process that lost its hypervisor ends, too; its successor connects anew.
 
-What it is not: what runs in these processes (hypervisor.py, and a driver), or what is asked, and whom
+What it is not: what runs in these processes (driverserver.py, and a driver), or what is asked, and whom
 (hosthypervisor.py).
 
 Threads: `hypervisor` reads what the watcher says, `worker-N` what a worker says.

@@ -1,6 +1,6 @@
 """The machines: agents that said HELLO and VMs of the hypervisor, brought together under one name and one id.
 
-What it is not: a hypervisor's driver (hosthypervisor.py), or the list of live agents (hostguests.py).
+What it is not: the hypervisor (hosthypervisor.py), or the list of live agents (hostguests.py).
 
 Threads: any thread may call. ``vm_event`` runs on the driver's thread; names that only the hypervisor
 knows are looked up on ``name-lookup-1``, since it may take its time. No locks of its own.
