@@ -27,6 +27,7 @@ from vms import SETTINGS, VMHost, command_line, environment, fault_of, kill, pro
 
 import faults
 import hosthypervisor
+import vboxasking
 import vboxmanage
 import vmstates
 
@@ -190,7 +191,7 @@ def test_a_vm_that_hangs_holds_up_nobody_who_looks(box, vm):
             took.append(time.monotonic() - begun)
     assert max(took) < (hosthypervisor.FIRST_PATIENCE + 0.2) * others_take(), took
     wait_until(lambda: box.state(vm) == 'Running')
-    assert box.describe(vm)['trouble'] == vboxmanage.HANGS
+    assert box.describe(vm)['trouble'] == vboxasking.HANGS
     with pytest.raises(faults.DeadlineExceeded, match=vm + '.*its process does not answer'):
         box.list_snapshots(vm)
     assert box.power_off(vm) is True
