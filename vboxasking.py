@@ -20,7 +20,7 @@ from vboxprogram import Program, Refused, log_in, native_of, rules_in, slots_of
 
 LACKS = ('statistics, screenshots, the remote desktop, limits of the network, host-only networks, appliances '
          'and ISO images, cleanup of what was left half made')
-NOBODY = '<inaccessible>'          # what `list vms` calls a VM whose settings can't be read
+NOBODY = '<inaccessible>'          # what `list vms` calls a VM that can't be read; one may have that name
 ANSWERS_IN = 3.0                   # seconds in which a VM's own process has to answer, where all are listed
 HANGS = 'its process does not answer'
 ASK_AGAIN = 15.0                   # seconds until one that didn't is asked again
@@ -94,11 +94,11 @@ class Asking(Driver):
         """A VM's row; the last one where it is off, and its settings, which hold its state, are the same; or
         where its process hangs, which is asked now and then; or where VirtualBox says no. None of one that
         went meanwhile."""
-        if name == NOBODY:
-            return self._unreadable(uuid)
         path, stamp, row = self._rows.get(uuid, ('', None, {
             'name': name, 'id': '', 'uuid': uuid, 'native': 'PoweredOff', 'state': vmstates.OFF}))
         now = vboxprogram.stamp_of(path)
+        if name == NOBODY and row['native'] == 'Inaccessible' and stamp == now:
+            return row
         if not runs and row['native'] in OFF + SAVED and stamp == now is not None:
             return row
         try:
@@ -106,6 +106,8 @@ class Asking(Driver):
         except faults.DeadlineExceeded:
             return self._hung(row)
         except (Refused, faults.BadState) as error:
+            if name == NOBODY and self._rows.get(uuid, ('', None, {}))[2].get('native') == 'Inaccessible':
+                return self._rows[uuid][2]          # as it was seen just now
             gone = getattr(error, 'code', 0) == vboxconnection.OBJECT_NOT_FOUND
             return row if uuid in self._rows and not gone else None
         self._rows[uuid] = (info['CfgFile'], now if path == info['CfgFile'] else None, self._row(info))
@@ -146,18 +148,25 @@ class Asking(Driver):
 
     def _unreadable(self, uuid: str) -> Dict[str, Any]:
         """The row of a VM whose settings VirtualBox can't read; called as its file is."""
-        if self._rows.get(uuid, ('', None, {}))[2].get('native') != 'Inaccessible':
+        path, stamp, row = self._rows.get(uuid, ('', None, {}))
+        if row.get('native') != 'Inaccessible' or stamp != vboxprogram.stamp_of(path):
             told = ''
             try:
                 self._run('list', 'vms', '--long', patience=ANSWERS_IN)
             except Refused as error:
                 told = error.told
             path = ''.join(re.findall(r'^UUID: +%s\r?\nConfig file: +(.*?)\r?$' % uuid, told, re.MULTILINE))
-            self._rows[uuid] = path, None, {
+            self._rows[uuid] = path, vboxprogram.stamp_of(path), {
                 'name': vboxconnection.name_of_file(path) or uuid, 'id': '', 'uuid': uuid,
                 'native': 'Inaccessible', 'state': vmstates.INACCESSIBLE,
                 'trouble': 'VirtualBox can\'t read %s; `VBoxManage list vms --long` tells why' % path}
         return self._rows[uuid][2]
+
+    def _can_be_read(self, uuid: str) -> bool:
+        try:
+            return bool(self._info(uuid))
+        except faults.BadState:
+            return False
 
     def _info(self, uuid: str, patience: float = 0) -> Dict[str, str]:
         """Raises BadState where VirtualBox can't read it."""
@@ -225,7 +234,7 @@ class Asking(Driver):
     def _find(self, job: Job, vm: str) -> str:
         """The uuid of the VM of this name, id or uuid."""
         wanted = str(vm)
-        found = [uuid for name, uuid in self._listed('vms') if wanted in (uuid, name)]
+        found = [uuid for name, uuid in self._listed('vms') if wanted == uuid or wanted == name != NOBODY]
         if not found:                               # an id, or the name of one that can't be read
             found = [row['uuid'] for row in self.machines(job)
                      if wanted and (wanted == row['name'] or wanted.upper() == row['id'])]

@@ -133,7 +133,8 @@ class VBoxManage(Asking):
         if not image and name.lower().endswith('.vbox'):
             self._cannot('register VMs here: `VBoxManage registervm` does')
         vboximages.check_name(name)
-        if name in [each for each, _ in self._listed('vms')]:
+        with contextlib.suppress(faults.NoSuchVM):
+            self._find(job, name)
             raise faults.AlreadyExists('there is a VM %r already' % name)
         vboximages.check_image(image)
         if kind not in ('',) + vboximages.DISKS:
@@ -249,7 +250,7 @@ class VBoxManage(Asking):
 
     def remove_vm(self, job: Job, vm: str, delete_disks: bool = False, all_disks: bool = False) -> List[str]:
         uuid = self._find(job, vm)
-        if (NOBODY, uuid) in self._listed('vms'):
+        if (NOBODY, uuid) in self._listed('vms') and not self._can_be_read(uuid):
             self._run('unregistervm', uuid)
             return []
         info = self._ready(job, uuid, 'remove_vm')
