@@ -384,15 +384,16 @@ class ControlMethods(Methods):
     def removeVM(self, vm: str, deleteDisks: bool = False, allDisks: bool = False) -> bool:
         """Takes a VM out of the hypervisor; with its files and disks where asked.
 
-        Disks that were attached from elsewhere stay, and each is an event `disk-kept`; with allDisks they
-        go, too.
+        Disks that were attached from elsewhere stay; with allDisks they go, too. What stays, though disks
+        were to go, is an event `disk-kept`: its path, and why.
 
             >>> host.removeVM('node1', True)
             True
         """
         guest = self._host.machines.describe(vm)[0]
-        for disk in self._hypervisor().remove_vm(vm, deleteDisks, allDisks):
-            self._host.journal.event('disk-kept', guest.name if guest is not None else vm, '', disk)
+        for path, why in self._hypervisor().remove_vm(vm, deleteDisks, allDisks):
+            self._host.journal.event('disk-kept', guest.name if guest is not None else vm, '',
+                                     '%s: %s' % (path, why))
         if guest is not None and (deleteDisks or allDisks):
             self._host.machines.removed(guest)
         return True

@@ -262,8 +262,9 @@ class Hypervisor:
         serial = self._serial_of(row['id'], row['uuid']) if row is not None else ''
         return self._call('start', (vm, bool(gui_mode), serial))
 
-    def remove_vm(self, vm: str, delete_disks: bool = False, all_disks: bool = False) -> List[str]:
-        """The disks kept. No list shows the VM any more, however long the next look at all of them takes."""
+    def remove_vm(self, vm: str, delete_disks: bool = False, all_disks: bool = False) -> List[List[str]]:
+        """[path, why] of what is kept. No list shows the VM any more, however long the next look at all
+        takes."""
         uuid = self._watch.uuid_of(vm)
         kept = self._call('remove_vm', (vm, delete_disks, all_disks))
         self._watch.forget(uuid)

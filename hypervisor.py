@@ -172,10 +172,10 @@ class Driver:
 
     @changing
     def remove_vm(self, job: 'Job', vm: str, delete_disks: bool = False,
-                  all_disks: bool = False) -> List[str]:
+                  all_disks: bool = False) -> List[List[str]]:
         """Takes out a VM that is off or saved, or can't be read. delete_disks: its files go, too, and the
-        disks that were made with it; all_disks: those that were attached from elsewhere as well. Gives the
-        disks kept.
+        disks that were made with it; all_disks: those that were attached from elsewhere as well. Gives
+        [path, why] of what is kept then.
         """
         return self._cannot('remove VMs')
 

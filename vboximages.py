@@ -54,6 +54,7 @@ UUID = re.compile(r'^{?[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}}?$')
 LARGEST = 2 ** 31 - 1              # of the numbers that options hold
 NOT_LINKED = 'linked: expected an image that is a disk, on which the VM\'s own can lie'
 LONGEST_NAME = 200                 # bytes of a VM's name: it names files
+ELSEWHERE = 'attached from elsewhere; --all-disks (allDisks) deletes it, too'      # why a disk is kept
 
 
 class Images:
@@ -498,18 +499,31 @@ class Disks:
 
     # Deleting.
 
-    def delete(self, machine: Any, wanted: Callable[[Any], bool]) -> Tuple[Any, List[str]]:
+    def delete(self, machine: Any, wanted: Callable[[Any], bool]) -> Tuple[Any, List[List[str]]]:
         """Unregisters and deletes the VM's files, and of those of its disks that nothing else needs the
-        wanted ones. Gives the Progress, and the paths of the disks that are kept."""
-        media = self._unused(machine.unregister(self.box.const('CleanupMode_DetachAllReturnHardDisksOnly')))
-        images = self.images_under(media)      # are never ours, whoever wants them
+        wanted ones. Gives the Progress, and [path, why] of the disks that are kept, images apart."""
+        had = machine.unregister(self.box.const('CleanupMode_DetachAllReturnHardDisksOnly'))
+        media, images = self._unused(had), self.images_under(had)      # these are never ours, who wants them
+        unused = {medium.id for medium in media}
+        reasons = {medium.base.location: 'needed by ' + self._users(medium) for medium in had
+                   if medium.id not in unused and medium.id not in images}
         kept = [medium for medium in media if medium.id in images or not wanted(medium)]
         media = [medium for medium in media if medium not in kept]
         for medium in media:
             if not medium.parent or self.is_noted(medium):
                 self.forget(medium.id, medium.location)
-        paths = sorted({medium.base.location for medium in kept if medium.id not in images})
-        return machine.deleteConfig([medium for medium in media if not self._close_gone(medium)]), paths
+        reasons.update((medium.base.location, ELSEWHERE) for medium in kept if medium.id not in images)
+        return (machine.deleteConfig([medium for medium in media if not self._close_gone(medium)]),
+                [[path, why] for path, why in sorted(reasons.items())])
+
+    def _users(self, medium: Any) -> str:
+        """Who has a disk, or one that lies on it."""
+        users, disks = [], [medium]
+        for disk in disks:                          # which grows
+            users += self.box.array(disk, 'machineIds')
+            disks += self.box.array(disk, 'children')
+        names = sorted(machine.name for machine in self.box.machines_now() if machine.id in users)
+        return either(names, 'and') if names else 'a disk that lies on it'
 
     def take_away(self, disk: Any) -> None:
         """A disk that we made and that nothing uses."""
@@ -573,11 +587,13 @@ class Cleaning:
         self._disks = disks
         self.box = box
 
-    def remove_vm(self, job: Job, vm: str, delete_disks: bool = False, all_disks: bool = False) -> List[str]:
+    def remove_vm(self, job: Job, vm: str, delete_disks: bool = False,
+                  all_disks: bool = False) -> List[List[str]]:
         machine = self.box.find_any(vm)
         if not machine.accessible:
+            folder = os.path.dirname(machine.settingsFilePath)
             machine.unregister(self.box.const('CleanupMode_UnregisterOnly'))
-            return []
+            return files_of_unreadable(folder) if delete_disks or all_disks else []
         machine = self.box.ready(job, vm, 'remove_vm')
         if machine.sessionState != self.box.const('SessionState_Unlocked'):
             self.box.unlock(self.box.lock(job, machine))       # waits, or says Busy
@@ -591,8 +607,8 @@ class Cleaning:
             return all_disks or inside or self._disks.is_made(medium)
         return self._delete(job, machine, belongs)
 
-    def _delete(self, job: Job, machine: Any, wanted: Callable[[Any], bool]) -> List[str]:
-        """The VM, its files, and those of its disks that are wanted; gives the paths of the others."""
+    def _delete(self, job: Job, machine: Any, wanted: Callable[[Any], bool]) -> List[List[str]]:
+        """The VM, its files, and those of its disks that are wanted; gives [path, why] of the others."""
         images = self._disks.images_under(self._disks.of(machine))
         owner = OWNER + machine.id
         progress, kept = self._disks.delete(machine, wanted)
@@ -780,6 +796,12 @@ def check_still_there(path: str) -> None:
     disk for attached until it ends, and nobody can have it forget the disk."""
     if not os.path.exists(path):
         raise HypervisorError('%s is gone: somebody removed it while the VM was made' % path)
+
+
+def files_of_unreadable(folder: str) -> List[List[str]]:
+    """[path, why] of what is kept of a VM whose settings VirtualBox can't read, where there is anything."""
+    return [[folder, 'VirtualBox can\'t read the VM: what is its own there, nobody can tell']] \
+        if os.path.isdir(folder) else []
 
 
 def check_name(name: str) -> None:

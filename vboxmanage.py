@@ -248,19 +248,22 @@ class VBoxManage(Asking):
 
     # Removing.
 
-    def remove_vm(self, job: Job, vm: str, delete_disks: bool = False, all_disks: bool = False) -> List[str]:
+    def remove_vm(self, job: Job, vm: str, delete_disks: bool = False,
+                  all_disks: bool = False) -> List[List[str]]:
         uuid = self._find(job, vm)
         if (NOBODY, uuid) in self._listed('vms') and not self._can_be_read(uuid):
+            folder = os.path.dirname(self._rows[uuid][0])
             self._run('unregistervm', uuid)
-            return []
+            return vboximages.files_of_unreadable(folder) if delete_disks or all_disks else []
         info = self._ready(job, uuid, 'remove_vm')
         if not delete_disks and not all_disks:
             self._change(job, 'unregistervm', uuid)
             return []
         return self._delete(job, info, all_disks)
 
-    def _delete(self, job: Job, info: Dict[str, str], all_disks: bool) -> List[str]:
-        """The VM, its files, and its disks, those in its folder or all of them; gives those that are kept.
+    def _delete(self, job: Job, info: Dict[str, str], all_disks: bool) -> List[List[str]]:
+        """The VM, its files, and its disks, those in its folder or all of them; gives [path, why] of those
+        that are kept.
 
         VBoxManage by itself would also delete the image under a VM's disk: so no disk is left to it.
         """
@@ -278,11 +281,14 @@ class VBoxManage(Asking):
                 continue
             self._change(job, 'storageattach', uuid, '--storagectl=' + controller, '--port=' + port,
                          '--device=' + device, '--medium=none')
-            if all_disks or os.path.realpath(path).startswith(folder):
+            if not all_disks and not os.path.realpath(path).startswith(folder):
+                kept.append([path, vboximages.ELSEWHERE])
+                continue
+            try:
                 self._run('closemedium', 'disk', disk, *delete_words(path), job=job, text='deleting a disk')
                 self._forget_image(told)
-            else:
-                kept.append(path)
+            except Refused as error:                # another VM has it, or a disk that lies on it
+                kept.append([path, 'VirtualBox can\'t delete it: %s' % error])
         self._change(job, 'unregistervm', uuid, '--delete')
         self._run('setextradata', 'global', vboximages.OWNER + uuid)
         return sorted(kept)

@@ -141,7 +141,8 @@ def test_a_disk_under_a_linked_clone_stays(box, vbox, tmp_path, remove):
     base = machine.mediumAttachments[0].medium
     own = machine.mediumAttachments[0].medium = base.make_child(str(tmp_path / 'ours' / 'child.vdi'))
     attach(clone, base.make_child(str(tmp_path / 'clone.vdi')))
-    remove(box)
+    told = remove(box)
+    assert told in ([{'kind': 'vm', 'name': 'ours', 'why': 'named'}], [[base.location, 'needed by clone']])
     assert [row['name'] for row in box.machines()] == ['clone']
     assert not os.path.exists(own.location)
     assert os.path.exists(base.location) and os.path.exists(disk_of(clone))
@@ -153,9 +154,28 @@ def test_foreign_disks_are_deleted_only_on_demand(box, vbox, tmp_path):
         foreign = foreign_disk(vbox, tmp_path)
         own = disk_of(machine)
         attach(machine, foreign)
-        assert box.remove_vm('ours', True, all_disks) == ([] if all_disks else [foreign.location])
+        assert box.remove_vm('ours', True, all_disks) == ([] if all_disks else [
+            [foreign.location, 'attached from elsewhere; --all-disks (allDisks) deletes it, too']])
         assert not os.path.exists(own) and os.path.exists(foreign.location) is not all_disks
         vbox.hardDisks.clear()
+
+
+@pytest.mark.parametrize('all_disks', [False, True])
+def test_who_removes_a_vm_is_told_of_the_disk_that_another_one_has(box, vbox, tmp_path, all_disks):
+    machines = create(box, vbox, 'ours', diskSize=0), create(box, vbox, 'theirs', diskSize=0)
+    shared = foreign_disk(vbox, tmp_path)
+    for machine in machines:
+        attach(machine, shared)
+    assert box.remove_vm('ours', True, all_disks) == [[shared.location, 'needed by theirs']]
+    assert os.path.exists(shared.location)
+
+
+def test_who_removes_a_vm_that_can_not_be_read_is_told_that_its_files_stay(box, vbox, tmp_path):
+    unread = create(box, vbox, 'unread')
+    (tmp_path / 'unread-unread').write_text('its file is torn')
+    (path, why), = box.remove_vm('unread', True)
+    assert path == os.path.dirname(unread.settingsFilePath) and os.path.exists(unread.settingsFilePath)
+    assert why == 'VirtualBox can\'t read the VM: what is its own there, nobody can tell'
 
 
 def test_a_vm_that_can_not_be_read_may_use_any_disk(box, vbox, tmp_path):
