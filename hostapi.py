@@ -202,7 +202,7 @@ class MachineMethods(Methods):
             ['node1']
         """
         names = {guest.name for guest in self._host.guests.all()}
-        return sorted(names.union(self.listVMs()))
+        return sorted(names.union(row['name'] for row in self._host.machines.rows()))
 
     def getVM(self, vm: str) -> dict:
         """{name, id, uuid, state, trouble, agent, ip, lastSeen, clockOffset, facts, rdp, pid, forwards,
@@ -228,7 +228,8 @@ class MachineMethods(Methods):
     def getVMs(self) -> list:
         """All VMs, and all machines whose agents were ever seen: as getVM, less rdp, pid, forwards, bridged.
 
-        One look at the hypervisor for all of them; where that takes longer than a moment, what was seen last.
+        One look at the hypervisor for all of them; where that takes longer than a moment, what was seen last,
+        and machines of agents alone where that is nothing: agentInfo's `trouble` tells it.
 
             >>> [vm['name'] for vm in host.getVMs() if vm['agent'] == 'alive']
             ['node1']
@@ -271,9 +272,7 @@ class MachineMethods(Methods):
             >>> host.getNamesToIdsMapping()
             {'node1': '08:00:27:00:00:01'}
         """
-        names = {}
-        if self._host.machines.hypervisor is not None:
-            names.update(self._host.machines.hypervisor.names_to_ids())
+        names = {row['name']: row['id'] for row in self._host.machines.rows() if row['id']}
         names.update({guest.name: guest.id for guest in self._host.guests.on_list()})
         return names
 

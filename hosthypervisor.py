@@ -353,11 +353,6 @@ class Hypervisor:
         """{name: native state}."""
         return {row['name']: row['native'] for row in self.list_rows()}
 
-    def names_to_ids(self) -> Dict[str, str]:
-        """{name: MAC}, of those VMs that have a card of their own."""
-        rows = self.list_rows()
-        return {row['name']: row['id'] for row in rows if row['id']}
-
     def name_of(self, mac: str) -> str:
         """The name of the VM with this MAC, '' when there is none. An unknown one is looked up."""
         if not self._watch.name_of(mac):

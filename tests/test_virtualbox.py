@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+import types
 
 import fake_virtualbox
 import pytest
@@ -22,7 +23,9 @@ import climachines
 import cliscreen
 import driverprocesses
 import faults
+import hostapi
 import hostconfig
+import hostguests
 import hosthypervisor
 import hostmachines
 import hypervisor
@@ -434,6 +437,30 @@ def test_a_check_waits_for_a_moment_where_the_hypervisor_hangs(monkeypatch):
         with pytest.raises(faults.DeadlineExceeded, match='the hypervisor itself hangs'):
             box.check()
         assert time.monotonic() - begun < 10
+
+
+def test_machines_whose_agents_are_there_are_listed_while_no_vm_was_ever_seen(monkeypatch):
+    """As where the hypervisor hangs already when the host agent starts."""
+    monkeypatch.setattr(driverprocesses, 'COMES_UP_IN', 0.1)
+    monkeypatch.setattr(hosthypervisor, 'FIRST_PATIENCE', 0.7)
+    guests = hostguests.Guests(30)
+    machines = hostmachines.Machines(guests, None, None, None, None)
+    commands = types.SimpleNamespace(open_ones=lambda: [], open_of=lambda id: [])
+    api = hostapi.MachineMethods(
+        types.SimpleNamespace(machines=machines, guests=guests, commands=commands), None)
+    with started('import time; time.sleep(1000)') as machines.hypervisor:
+        for call in (api.listVMs, api.getVMs, api.listKnownVMs, api.getNamesToIdsMapping):
+            with pytest.raises(faults.DeadlineExceeded, match='VirtualBox has not answered'):
+                call()                  # and no list says that there is nothing
+        guests.add('A', 'lab1', '10.0.0.1', '', '', {}, 0)
+        row, = api.getVMs()
+        assert (row['name'], row['state'], row['agent'], row['trouble']) == ('lab1', 'Running', 'alive', '')
+        assert api.listKnownVMs() == ['lab1'] and api.getNamesToIdsMapping() == {'lab1': 'A'}
+        assert machines.hypervisor.trouble().endswith('no VM was seen yet')
+        alone = api.getVM('lab1')
+        assert alone['state'] == 'Running' and alone['trouble'].startswith('VirtualBox has not answered')
+        with pytest.raises(faults.DeadlineExceeded):
+            api.getVM('nobody')
 
 
 BEGINS_AND_HANGS = '''
