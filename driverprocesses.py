@@ -18,7 +18,7 @@ import logging
 import subprocess
 import threading
 import time
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple  # noqa: F401
 
 import agent
 import faults
@@ -142,6 +142,7 @@ class Watcher:
         # Guards the calls under way and which process has them. Held for moments, never while writing.
         self._lock = threading.Lock()
         self._calls = collections.OrderedDict()  # type: Dict[int, Call]
+        self._late = set()  # type: Set[int]    # looks at all VMs for which nobody waits any more
         self._child = None  # type: Optional[Child]
         self._wanted = threading.Event()         # somebody calls: start the process now
         self._closing = False
@@ -212,6 +213,8 @@ class Watcher:
         finally:
             with self._lock:
                 self._calls.pop(call.id, None)
+                if call.verb == 'machines' and not call.done.is_set():
+                    self._late.add(call.id)
 
     def _check_silence(self, call: Call, deadline: float) -> None:
         """Raises DeadlineExceeded where nobody waits any longer; a process that hangs is ended, even where
@@ -258,6 +261,7 @@ class Watcher:
     def _live_with(self, child: Child) -> None:
         with self._lock:
             self._child = child
+            self._late.clear()
             calls = [call for call in self._calls.values() if not call.done.is_set()]
             self._owes_since = time.monotonic() if calls else 0.0
             if self._comes_up_until >= 0:
@@ -285,9 +289,11 @@ class Watcher:
             return
         elif 'alive' not in message:
             with self._lock:
-                call = self._calls.get(message['id'])
+                call, late = self._calls.get(message['id']), message['id'] in self._late
             if call is not None:
                 call.hear(message)
+            elif late and 'value' in message:
+                self._tell_seen(message['value'])
         with self._lock:                            # it works
             owes = any(not each.done.is_set() for each in self._calls.values())
             self._heard_at = time.monotonic()

@@ -83,12 +83,12 @@ class AgentMethods(Methods):
         """{version, proto, python, hypervisor, trouble, broker, xmlrpc, uptime, vms, cmds, aint, untrusted,
         refused, jobs}.
 
-        trouble: a sentence, where the hypervisor answers nobody, so that VMs are told as they were seen
-        before; else ''; vms: how many agents are connected; cmds: how many commands are unfinished; aint: how
-        many words were dropped, since they weren't any, or not signed by whom they are said to be from;
-        untrusted: the latter alone; refused: agents that were not let in lately, [{id, why}]; broker:
-        where it is, and the embedded one's counters; jobs: what the hypervisor is busy with, [{verb,
-        vm, percent, text}].
+        trouble: a sentence, where the hypervisor answers nobody, or takes its time, so that VMs are told as
+        they were seen before; else ''; vms: how many agents are connected; cmds: how many commands are
+        unfinished; aint: how many words were dropped, since they weren't any, or not signed by whom they are
+        said to be from; untrusted: the latter alone; refused: agents that were not let in lately, [{id,
+        why}]; broker: where it is, and the embedded one's counters; jobs: what the hypervisor is busy with,
+        [{verb, vm, percent, text}].
 
             >>> host.agentInfo()['hypervisor']
             'none'

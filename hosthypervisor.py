@@ -72,6 +72,7 @@ class Hypervisor:
         self._calls = []  # type: List[Call]
         self._told = {}  # type: Dict[Tuple[str, str], Any]         # by verb and uuid: what was told last
         self._closing = False
+        self._asked_in_vain = 0.0               # monotonic: when a list was told last as it was seen before
         self._teller = threading.Thread(target=self._tell_events, name='vm-events', daemon=True)
 
     def open(self) -> None:
@@ -136,9 +137,13 @@ class Hypervisor:
         return found
 
     def trouble(self) -> str:
-        """A sentence, where the hypervisor answers nobody; else ''."""
-        silence = self._watcher.silence()
-        return '' if silence < driverprocesses.LIST_PATIENCE else '%s has not answered for %d s: %s' % (
+        """A sentence, where the hypervisor answers nobody, or what lists tell is not of now; else ''."""
+        silence, looked_at = self._watcher.silence(), self._watch.looked_at
+        if silence < driverprocesses.LIST_PATIENCE:
+            return '' if self._asked_in_vain <= looked_at else (
+                '%s takes its time: VMs are told as they were seen %d s ago' % (
+                    self.name, max(1, time.monotonic() - looked_at)))
+        return '%s has not answered for %d s: %s' % (
             self.name, max(1, silence), 'no VM was seen yet' if self._watch.rows() is None
             else 'VMs are told as they were seen before')
 
@@ -336,6 +341,7 @@ class Hypervisor:
         except DeadlineExceeded as error:
             if seen is None:
                 raise self._silent(error)
+            self._asked_in_vain = time.monotonic()
             return seen
         self._watch.look(rows)
         return rows

@@ -5,6 +5,7 @@ What it is not: it asks nobody; who looks brings the rows (hosthypervisor.py). F
 
 import collections
 import threading
+import time
 from typing import Any, Callable, Dict, List, Optional
 
 from hypervisor import either
@@ -22,6 +23,7 @@ class Watch:
         self._happened = happened
         # Only one look at a time; guards what was seen. Events are only queued while it is held.
         self._lock = threading.Lock()
+        self.looked_at = 0.0                # monotonic: when somebody last did
         # Replaced as a whole, never changed: so any thread may read them.
         self._seen = None  # type: Optional[Dict[str, Dict[str, Any]]]       # by uuid
         self._by_word = {}  # type: Dict[str, Dict[str, Any]]                # by name, id and uuid
@@ -52,6 +54,10 @@ class Watch:
 
     def look(self, rows: List[Dict[str, Any]]) -> None:
         """`rows`: as Driver.machines gives them. The first look tells clashes and trouble alone."""
+        self.looked_at = time.monotonic()
+        self._take(rows)
+
+    def _take(self, rows: List[Dict[str, Any]]) -> None:
         with self._lock:
             before, self._seen = self._seen, {row['uuid']: row for row in rows}
             names = collections.OrderedDict()  # type: Dict[str, List[str]]
@@ -72,7 +78,7 @@ class Watch:
         """That VM was removed; nobody may have looked since."""
         seen = self._seen or {}
         if uuid in seen:
-            self.look([row for row in seen.values() if row['uuid'] != uuid])
+            self._take([row for row in seen.values() if row['uuid'] != uuid])
 
     def _tell_difference(self, before: Optional[Dict[str, Dict[str, Any]]]) -> None:
         seen = self._seen or {}

@@ -463,6 +463,22 @@ def test_machines_whose_agents_are_there_are_listed_while_no_vm_was_ever_seen(mo
             api.getVM('nobody')
 
 
+def test_a_list_that_is_not_of_now_is_told_to_be_so_whoever_else_was_answered(monkeypatch):
+    """As where the process that looks hangs alone, or is busy for long."""
+    monkeypatch.setattr(hosthypervisor, 'LOOK_PATIENCE', 0.1)
+    with started(ANSWERS) as box:
+        assert box.list_rows() == [] and box.trouble() == ''
+        watcher = box._watcher._child.process
+        watcher.send_signal(signal.SIGSTOP)
+        try:
+            assert box.list_rows() == []
+            assert box.pause('vm') == 'an answer'           # by another process
+            assert box.trouble().startswith('VirtualBox takes its time: VMs are told as they were seen')
+        finally:
+            watcher.send_signal(signal.SIGCONT)
+        wait_until(lambda: not box.trouble())       # though nobody asks for a list
+
+
 BEGINS_AND_HANGS = '''
 import json, sys, time
 sys.stdin.readline()
