@@ -24,6 +24,7 @@ from faults import (
 from hypervisor import NOT_READY, Job, either, option
 from protocol import is_mac
 from vboxconnection import (
+    FILE_ERROR,
     INVALID_ARGUMENT,
     INVALID_OBJECT_STATE,
     KEEP,
@@ -46,6 +47,7 @@ IMPORTING = 'vmhost/importing/'    # + name: the .vbox that an import will regis
 EXPECTED = 'vmhost/expected'       # + path of a disk that createVM is about to make: when it began
 DISK_MADE = 'vmhost/disk/'         # + uuid of a disk that createVM made: its path then
 OWNER = 'vmhost/owner/'            # + uuid of a VM that createVM made: whose it is
+MAKER = 'vmhost/maker/'            # + folder of a VM that createVM is making: the process that does (note_of)
 
 DISKS = ('.vdi', '.vmdk', '.vhd', '.vhdx', '.qcow', '.qcow2', '.hdd')
 PREVIOUS = '-prev'                 # after the name of a .vbox file: what it was before the last change
@@ -79,14 +81,39 @@ class Images:
         self._check_ostype(wish['ostype'])
         check_image(image)
         self._cards.interface_of(wish['bridged'])
-        if kind in ('.ova', '.ovf'):
-            self._import(job, name, os.path.abspath(image), wish)
-        elif kind in ('', '.iso') + DISKS:
-            self._build(job, name, image and os.path.abspath(image), kind, wish)
-        else:
+        if kind not in ('', '.ova', '.ovf', '.iso') + DISKS:
             raise NotSupported('an image is .ova, .ovf, .iso, .vdi, .vmdk, .vhd or .qcow, not %r'
                                % kind)
+        with self._making(name, self._path_of(name, wish)):
+            if kind in ('.ova', '.ovf'):
+                self._import(job, name, os.path.abspath(image), wish)
+            else:
+                self._build(job, name, image and os.path.abspath(image), kind, wish)
         return name
+
+    @contextlib.contextmanager
+    def _making(self, name: str, path: str) -> Iterator[None]:
+        """Notes which process makes the VM: no other host agent takes its name meanwhile, or cleans it up."""
+        folder = os.path.dirname(path)
+        if folder in self._disks.in_the_making():
+            raise AlreadyExists('another program is just making a VM %r' % name)
+        self.box.vbox.setExtraData(MAKER + folder, note_of(os.getpid()))
+        try:
+            yield
+        finally:
+            with contextlib.suppress(Exception):    # VirtualBox died: so does this process
+                self.box.vbox.setExtraData(MAKER + folder, '')
+
+    @contextlib.contextmanager
+    def _taking(self, name: str) -> Iterator[None]:
+        """Says what is wrong where VirtualBox has a VM of this name by now."""
+        try:
+            yield
+        except Exception as error:
+            if self.box.code(error) not in (FILE_ERROR, OBJECT_IN_USE) or 'already' not in str(error):
+                raise
+            raise AlreadyExists('another program has just taken the name %r: %s'
+                                % (name, self.box.translate(error)))
 
     def _path_of(self, name: str, wish: Dict[str, Any]) -> str:
         """Where the settings of a new VM will be."""
@@ -175,12 +202,14 @@ class Images:
             arguments = [path, name, [], ostype, '', '', '', '']
         else:
             arguments = [path, name, [], ostype, '']
-        machine = self.box.vbox.createMachine(*arguments)
+        with self._taking(name):
+            machine = self.box.vbox.createMachine(*arguments)
         machine.applyDefaults('')
         machine.setExtraData(MADE_BY_US, machine.id)
         machine.setExtraData(MAKING, machine.id)
-        machine.saveSettings()
-        self.box.vbox.registerMachine(machine)
+        with self._taking(name):
+            machine.saveSettings()
+            self.box.vbox.registerMachine(machine)
         return machine
 
     def _remove_half_made(self, machine: Any, disk: Any = None) -> None:
@@ -490,8 +519,19 @@ class Disks:
         """As forget_in, for whatever a host began that has died, but for the folders where VMs are being
         made. The sooner the better: a user may put files of his own there."""
         if not self.work_goes_on():
-            for folder in {os.path.dirname(path) for _, path, _ in self._begun()}.difference(making):
+            begun = {os.path.dirname(path) for _, path, _ in self._begun()}
+            for folder in begun.difference(making, self.in_the_making()):
                 self.forget_in(folder)
+
+    def in_the_making(self) -> List[str]:
+        """The folders of VMs that processes of any host agent are just making. Forgets those that died."""
+        folders = []
+        for key in self.box.vbox.getExtraDataKeys():
+            if key.startswith(MAKER) and is_at_work(self.box.vbox.getExtraData(key)):
+                folders.append(key[len(MAKER):])
+            elif key.startswith(MAKER):
+                self.box.vbox.setExtraData(key, '')
+        return folders
 
     def work_goes_on(self) -> bool:
         """Whether VirtualBox is at work: it goes on with what a host began that has died."""
@@ -642,10 +682,11 @@ class Cleaning:
 
     def _left_vms(self, job: Job, named: List[str]) -> List[Tuple[Dict[str, str], Any]]:
         wanted = {self.box.find(vm).id for vm in named}
+        making = self._disks.in_the_making()
         rows = []  # type: List[Tuple[Dict[str, str], Any]]
         for machine in self.box.machines_now():
             why = self._why_left(job, machine, machine.id in wanted)
-            if why:
+            if why and os.path.dirname(machine.settingsFilePath) not in making:
                 rows.append(({'kind': 'vm', 'name': machine.name, 'why': why},
                              lambda machine=machine: self._remove_vm(job, machine)))
         return rows
@@ -672,7 +713,8 @@ class Cleaning:
         busy = {vm for _, vm in job.others} & {machine.name, machine.id, self.box.id_of(machine)}
         unlocked = machine.sessionState == self.box.const('SessionState_Unlocked')
         return not busy and unlocked and not has_mark(machine, KEEP) and has_mark(machine, MADE_BY_US) \
-            and self.box.state_of(machine) in states
+            and self.box.state_of(machine) in states \
+            and os.path.dirname(machine.settingsFilePath) not in self._disks.in_the_making()
 
     def _forget_vm(self, machine: Any) -> None:
         """Of which nothing is there any more."""
@@ -756,13 +798,13 @@ class Cleaning:
         return bool(self.box.array(disk, 'machineIds') or self.box.array(disk, 'children'))
 
     def _folders_in_the_making(self, job: Job) -> List[str]:
-        """Where VMs are being made, or changed, at this moment."""
+        """Where VMs are being made, by whomever, or changed by this host agent, at this moment."""
         busy = [vm for _, vm in job.others]
         machines = self.box.machines_now() if busy else []
         paths = [machine.settingsFilePath for machine in machines if {machine.name, machine.id} & set(busy)]
         paths += [self.box.vbox.composeMachineFilename(vm, '', '', '') for verb, vm in job.others
                   if verb == 'create_vm']
-        return [os.path.dirname(path) for path in paths]
+        return [os.path.dirname(path) for path in paths] + self._disks.in_the_making()
 
     def _remove_disk(self, job: Job, path: str, uuid: str) -> None:
         """uuid: the disk that was made there, '' where that was never finished."""
@@ -931,6 +973,21 @@ def remove_leavings(folder: str) -> None:
                     os.remove(each)
     if not os.listdir(folder):
         os.rmdir(folder)
+
+
+def note_of(pid: int) -> str:
+    """A process, as `is_at_work` finds it: its number, and when it began where the system tells that."""
+    try:
+        with open('/proc/%d/stat' % pid) as file:
+            return '%d %s' % (pid, file.read().rpartition(')')[2].split()[19])
+    except OSError:
+        return '%d ' % pid
+
+
+def is_at_work(note: str) -> bool:
+    """Whether the process of note_of is there, and no other one that got its number."""
+    pid = note.partition(' ')[0]
+    return pid.isdigit() and agent.is_alive(int(pid)) and note_of(int(pid)) == note
 
 
 def is_recent(path: str, begun: str) -> bool:

@@ -150,6 +150,7 @@ class VBoxManage(Asking):
                 self._run('closemedium', 'disk', path, *delete_words(path))
             self._delete(job, self._info(uuid), False)
             raise
+        self._run('setextradata', 'global', maker_of(self._info(uuid)))
         return name
 
     def register_vm(self, job: Job, name: str, folder: str, owner: str = '') -> bool:
@@ -188,6 +189,7 @@ class VBoxManage(Asking):
                     error, 'the VM %r' % known[0] if known else 'a VM that is not registered'))
             raise
         uuid = re.findall(r'^UUID: +([0-9a-f-]{36})', told, re.MULTILINE)[-1]
+        self._run('setextradata', 'global', maker_of(self._info(uuid)), vboximages.note_of(os.getpid()))
         for mark in (MADE_BY_US, MAKING):           # if we die now, cleanup will find it
             self._change(job, 'setextradata', uuid, mark, uuid)
         return uuid
@@ -290,7 +292,8 @@ class VBoxManage(Asking):
             except Refused as error:                # another VM has it, or a disk that lies on it
                 kept.append([path, 'VirtualBox can\'t delete it: %s' % error])
         self._change(job, 'unregistervm', uuid, '--delete')
-        self._run('setextradata', 'global', vboximages.OWNER + uuid)
+        for key in (vboximages.OWNER + uuid, maker_of(info)):
+            self._run('setextradata', 'global', key)
         return sorted(kept)
 
     def _forget_image(self, told: str) -> None:
@@ -446,6 +449,11 @@ class VBoxManage(Asking):
             words += [key, 'delete', rule[0], key, ','.join(rule)]
         if words:
             self._change(job, 'modifyvm', info['UUID'], *words)
+
+
+def maker_of(info: Dict[str, str]) -> str:
+    """The key of the note which process makes a VM."""
+    return vboximages.MAKER + os.path.dirname(info['CfgFile'])
 
 
 def delete_words(path: str) -> List[str]:

@@ -4,6 +4,7 @@ The fake VirtualBox is within reach of the test here.
 """
 
 import os
+import subprocess
 import time
 
 import fake_virtualbox
@@ -11,6 +12,7 @@ import pytest
 from vms import SETTINGS, here
 
 import faults
+import vboximages
 
 
 @pytest.fixture
@@ -273,6 +275,61 @@ def test_what_is_being_made_is_left_alone(box, vbox, appliance):
     assert box.cleanup() == [] and os.path.exists(disk.location)
     box.others = []
     assert rows(box.cleanup(False)) == [('vm', 'made'), ('disk', disk.location)]
+
+
+@pytest.mark.parametrize('kind', ['', 'appliance'])
+def test_what_another_host_agent_is_just_making_is_left_alone(box, vbox, appliance, monkeypatch, kind):
+    """From the moment that it is known to VirtualBox; and nobody else takes its name."""
+    told = []
+
+    def look(machine, value):
+        machine._memory = value
+        if value != 16:
+            return
+        with here(SETTINGS, vbox) as other:
+            told.append(other.cleanup(False) + other.cleanup(False, ['made']))
+            with pytest.raises(faults.AlreadyExists, match='made'):
+                other.create_vm('made', '', {})
+
+    memory = property(lambda machine: machine._memory, look)
+    monkeypatch.setattr(fake_virtualbox.Machine, 'memorySize', memory)
+    box.create_vm('made', kind and appliance, {'memory': 16})
+    assert told == [[]] and [row['name'] for row in box.machines()] == ['made']
+    assert box.cleanup() == [] and not [key for key in vbox.extra if 'maker' in key]
+
+
+def test_a_name_that_another_host_agent_is_about_to_take_is_taken(box, vbox, monkeypatch):
+    """Before VirtualBox knows of it, and, where both asked at once, by VirtualBox's word."""
+    def look(machine, flags):
+        with here(SETTINGS, vbox) as other:
+            with pytest.raises(faults.AlreadyExists, match='another program is just making a VM .made.'):
+                other.create_vm('made', '', {'diskSize': 0})
+
+    def refuse(vbox, *arguments):
+        raise fake_virtualbox.FakeError(fake_virtualbox.FILE_ERROR, 'Machine settings file already exists')
+
+    monkeypatch.setattr(fake_virtualbox.Machine, 'applyDefaults', look)
+    assert box.create_vm('made', '', {'diskSize': 0}) == 'made'
+    monkeypatch.setattr(fake_virtualbox.VirtualBox, 'createMachine', refuse)
+    with pytest.raises(faults.AlreadyExists, match='has just taken the name .raced.: .*exists'):
+        box.create_vm('raced', '', {'diskSize': 0})
+    assert not [key for key in vbox.extra if 'maker' in key]
+
+
+def test_what_a_host_agent_that_died_was_making_is_removed(box, vbox, tmp_path):
+    machine = create(box, vbox, 'half')
+    machine.setExtraData('vmhost/making', machine.id)
+    disk = machine.mediumAttachments.pop().medium
+    maker = subprocess.Popen(['sleep', '1000'])
+    note = 'vmhost/maker/' + os.path.dirname(machine.settingsFilePath)
+    vbox.setExtraData(note, vboximages.note_of(maker.pid))
+    assert box.cleanup() == []
+    maker.kill()
+    maker.wait()
+    assert rows(box.cleanup(False)) == [('vm', 'half'), ('disk', disk.location)] and not vbox.extra
+    vbox.setExtraData(note, '%d of another start' % os.getpid())       # whose number is another one's now
+    box.cleanup(False)
+    assert not vbox.extra
 
 
 def test_a_failed_import_notes_nothing(box, vbox, appliance):
