@@ -18,7 +18,7 @@ import time
 from typing import Any, Callable, Dict, List, Optional  # noqa: F401
 
 from faults import InvalidParams, VMHostError
-from hypervisor import NOT_READY, ConnectionLost, Driver, Job, NotReady, kind_of
+from hypervisor import ALONE, NOT_READY, ConnectionLost, Driver, Job, NotReady, kind_of
 
 log = logging.getLogger('vmhost.hypervisor')
 
@@ -135,7 +135,7 @@ class Server:
     def _carry_out(self, job: Job) -> Any:
         if not kind_of(job.verb):
             raise InvalidParams('no verb %s' % job.verb)
-        if job.verb != 'check':
+        if job.verb not in ALONE:
             self._driver.connect()
         if kind_of(job.verb) == 'changing':
             self._tell({'id': job.id, 'begun': True})

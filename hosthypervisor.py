@@ -180,7 +180,8 @@ class Hypervisor:
         with self._owning(call):
             try:
                 done = self._work(call, patience or self._patience)
-                self._watcher.others_were_answered()
+                if verb not in hypervisor.ALONE:
+                    self._watcher.others_were_answered()
                 return done
             finally:
                 if kind_of(verb) == 'changing' and not self._closing:
@@ -276,7 +277,27 @@ class Hypervisor:
         return kept  # type: ignore[no-any-return]
 
     def power_off(self, vm: str) -> bool:
-        """Pulls the plug; of a VM that hangs, ends the process."""
+        """Pulls the plug; of a VM that hangs, or whose hypervisor answers nobody, ends the process."""
+        uuid = self._watch.uuid_of(vm)
+        try:
+            return self._pull_the_plug(vm)
+        except DeadlineExceeded as error:
+            if not uuid or self._answers() or not self._was_killed(vm, uuid):
+                raise
+            text = 'its process was ended, since %s; what is listed tells that once it answers' % (
+                self._silent(error))
+            log.warning('%s: %s', vm, text)
+            self._happened('vm-trouble', vm, text)
+            return True
+
+    def _was_killed(self, vm: str, uuid: str) -> bool:
+        try:
+            return bool(self._call('kill_process', (uuid,)))
+        except VMHostError as error:
+            log.warning('the process of %s could not be ended: %s', vm, error)
+            return False
+
+    def _pull_the_plug(self, vm: str) -> bool:
         if self._gives_up(self._watch.uuid_of(vm) or vm):
             return self._call('end_process', (vm,))  # type: ignore[no-any-return]
         try:

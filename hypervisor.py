@@ -18,6 +18,7 @@ import agent
 from faults import Busy, HypervisorError, InvalidParams, NotSupported
 
 HUNG = 15.0                    # seconds of silence after which a VM that is switched off is one that hangs
+ALONE = 'check', 'kill_process'    # verbs that do without the hypervisor
 NOT_READY = 2.0                # seconds that a hypervisor may take to make an object, or to end it
 
 
@@ -77,7 +78,7 @@ class Driver:
     # the hypervisor answered something since the last time.
 
     def connect(self) -> None:
-        """Reaches the hypervisor, where that isn't done. Before each verb but `check`.
+        """Reaches the hypervisor, where that isn't done. Before each verb but those of ALONE.
 
         Raises ConnectionLost where a new process may reach it, VMHostError where something has to
         be fixed first.
@@ -204,6 +205,12 @@ class Driver:
     def end_process(self, job: 'Job', vm: str) -> bool:
         """Ends the process of a VM that answers nobody: called where power_off hung. True once it is off."""
         return self._cannot('end the process of a VM')
+
+    @changing
+    def kill_process(self, job: 'Job', vm: str) -> bool:
+        """Ends the process of a VM, by its uuid, without asking the hypervisor: called where that answers
+        nobody. True once it has ended; NotSupported where it can't be told from others for certain."""
+        return self._cannot('end the process of a VM by itself')
 
     @changing
     def pause(self, job: 'Job', vm: str) -> bool:

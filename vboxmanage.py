@@ -122,6 +122,9 @@ class VBoxManage(Asking):
         self._ask_at.pop(uuid, None)
         return self._reached(job, uuid, *OFF + SAVED)
 
+    def kill_process(self, job: Job, vm: str) -> bool:
+        return vboxconnection.kill_process(job, vm)
+
     # Making a VM.
 
     def create_vm(self, job: Job, name: str, image: str = '', options: Dict[str, Any] = {}) -> str:  # noqa: B006

@@ -49,6 +49,7 @@ from vboxconnection import (
     access_trouble,
     check_disks,
     has_mark,
+    kill_process,
     name_in_path,
     progress_of,
     system_lines,
@@ -348,6 +349,9 @@ class Life:
             machine.launchVMProcess(None, 'emergencystop', [] if self.box.api() >= (6, 1) else '')
         self.box.reached(job, machine, *OFF + SAVED)
         return True
+
+    def kill_process(self, job: Job, vm: str) -> bool:
+        return kill_process(job, vm)
 
     def pause(self, job: Job, vm: str) -> bool:
         machine = self.box.ready(job, vm, 'pause')

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -361,6 +362,50 @@ def test_a_change_that_a_hung_hypervisor_keeps_from_beginning_is_told_so(tmp_pat
         os.kill(server, signal.SIGCONT)
         wait_until(lambda: not box.trouble())
         assert box.state('there') == 'Running'
+        assert box.power_off('there') and box.remove_vm('there', True) == []
+
+
+@contextlib.contextmanager
+def a_process_of(uuid, program='VBoxHeadless', word='--startvm'):
+    """What looks like a VM's process in the list of processes."""
+    process = subprocess.Popen([program, '-c', 'import time; time.sleep(1000)', '--comment', 'x', word, uuid],
+                               executable=sys.executable)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_vm_is_switched_off_though_the_hypervisor_answers_nobody(tmp_path, monkeypatch):
+    """By ending its process, where that can be told from all others."""
+    happened = []
+    with environment(fake_virtualbox.install(tmp_path)), contextlib.ExitStack() as ending:
+        box = hosthypervisor.Hypervisor('VirtualBox', dict(SETTINGS, command_timeout=30),
+                                        lambda *event: happened.append(event))
+        box.open()
+        ending.callback(box.close)
+        box.create_vm('there')
+        box.start('there')
+        uuid = box.known_uuid('there')
+        others = [ending.enter_context(a_process_of(*words)) for words in (
+            ('0' + uuid[1:],), (uuid, 'VBoxEditor'), (uuid, 'VBoxHeadless', '--comment'))]
+        own = ending.enter_context(a_process_of(uuid))
+        server = next(pid for pid in processes() if command_line(pid)[-1:] == [str(tmp_path)])
+        for room, name, seconds in ((driverprocesses, 'SILENCE', 2), (hypervisor, 'HUNG', 1),
+                                    (hosthypervisor, 'FIRST_PATIENCE', 0.7)):
+            monkeypatch.setattr(room, name, seconds)
+        os.kill(server, signal.SIGSTOP)
+        ending.callback(os.kill, server, signal.SIGCONT)
+        assert box.power_off('there') is True
+        assert own.wait(10) == -signal.SIGKILL and [other.poll() for other in others] == [None] * 3
+        wait_until(lambda: [text for type, vm, text in happened if (type, vm) == ('vm-trouble', 'there')
+                            and text.startswith('its process was ended, since VirtualBox')])
+        assert box.trouble()
+        with pytest.raises(faults.DeadlineExceeded, match='VirtualBox has not answered for'):
+            box.power_off('there')                  # no such process any more
+        os.kill(server, signal.SIGCONT)
+        wait_until(lambda: not box.trouble())
         assert box.power_off('there') and box.remove_vm('there', True) == []
 
 
