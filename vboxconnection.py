@@ -65,7 +65,6 @@ STALL = 600                        # seconds without any progress after which a 
 
 # Status codes of the API (VirtualBox.xidl, "Result codes"; the last ones are COM's own).
 OBJECT_NOT_FOUND = 0x80bb0001
-FILE_ERROR = 0x80bb0004
 INVALID_VM_STATE = 0x80bb0002
 NOT_SUPPORTED = 0x80bb0009
 INVALID_OBJECT_STATE = 0x80bb0007

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import re
+import struct
 import time
 import xml.sax.saxutils as saxutils
 from typing import Any, Callable, Dict, Iterator, List, Tuple
@@ -24,7 +25,6 @@ from faults import (
 from hypervisor import NOT_READY, Job, either, option
 from protocol import is_mac
 from vboxconnection import (
-    FILE_ERROR,
     INVALID_ARGUMENT,
     INVALID_OBJECT_STATE,
     KEEP,
@@ -49,12 +49,14 @@ DISK_MADE = 'vmhost/disk/'         # + uuid of a disk that createVM made: its pa
 OWNER = 'vmhost/owner/'            # + uuid of a VM that createVM made: whose it is
 MAKER = 'vmhost/maker/'            # + folder of a VM that createVM is making: the process that does (note_of)
 
+VDI_HEAD, VDI_1_1 = 392, (0xbeda107f, 0x10001)        # bytes; signature and version of a .vdi file
 DISKS = ('.vdi', '.vmdk', '.vhd', '.vhdx', '.qcow', '.qcow2', '.hdd')
 PREVIOUS = '-prev'                 # after the name of a .vbox file: what it was before the last change
 HAS_DISK = re.compile(r'<AttachedDevice\b[^>]*\btype="HardDisk"')
 UUID = re.compile(r'^{?[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}}?$')
 LARGEST = 2 ** 31 - 1              # of the numbers that options hold
 NOT_LINKED = 'linked: expected an image that is a disk, on which the VM\'s own can lie'
+BROKEN = 'VERR_(EOF|TAR|VD|ZIP|XAR)'    # in VirtualBox's words where a disk in an appliance is cut or damaged
 LONGEST_NAME = 200                 # bytes of a VM's name: it names files
 ELSEWHERE = 'attached from elsewhere; --all-disks (allDisks) deletes it, too'      # why a disk is kept
 
@@ -110,10 +112,20 @@ class Images:
         try:
             yield
         except Exception as error:
-            if self.box.code(error) not in (FILE_ERROR, OBJECT_IN_USE) or 'already' not in str(error):
+            told = str(self.box.translate(error))
+            if not re.search('already (exists|registered)|ALREADY_EXISTS', told):
                 raise
-            raise AlreadyExists('another program has just taken the name %r: %s'
-                                % (name, self.box.translate(error)))
+            raise AlreadyExists('another program has just taken the name %r: %s' % (name, told))
+
+    @contextlib.contextmanager
+    def _reading(self, image: str, cut: str) -> Iterator[None]:
+        """Names the appliance, of which VirtualBox tells where it is wrong. cut: what its words match."""
+        try:
+            yield
+        except HypervisorError as error:
+            if not re.search(cut, str(error)):
+                raise
+            raise HypervisorError('%s is cut or damaged, or no appliance: get it anew (%s)' % (image, error))
 
     def _path_of(self, name: str, wish: Dict[str, Any]) -> str:
         """Where the settings of a new VM will be."""
@@ -381,7 +393,8 @@ class Images:
         """VirtualBox registers the VM when all its disks are there; until then a note of ours
         says whose it will be."""
         appliance = self.box.vbox.createAppliance()
-        self.box.finish(job, appliance.read(image), 'reading the appliance')
+        with self._reading(image, ''):
+            self.box.finish(job, appliance.read(image), 'reading the appliance')
         appliance.interpret()
         systems = self.box.array(appliance, 'virtualSystemDescriptions')
         if len(systems) != 1:
@@ -393,7 +406,8 @@ class Images:
         self.box.vbox.setExtraData(note, path)
         self._expect_disks(systems[0], os.path.dirname(path))
         try:
-            self.box.finish(job, appliance.importMachines([]), 'importing')
+            with self._reading(image, BROKEN):
+                self.box.finish(job, appliance.importMachines([]), 'importing')
         except Exception as error:                  # VirtualBox goes on, or died: what comes is ours
             if not isinstance(error, DeadlineExceeded) and not self.box.is_dead(error):
                 self._disks.forget_in(os.path.dirname(path))
@@ -861,6 +875,26 @@ def check_image(image: str) -> None:
     if image and not os.path.isfile(image):
         raise InvalidParams('%s: %s' % ('this is no regular file' if os.path.exists(image)
                                         else 'no such image file', image))
+    if image:
+        check_is_whole(image)
+
+
+def check_is_whole(image: str) -> None:
+    """Raises InvalidParams where a .vdi file is shorter than it says itself, by more than a block: VirtualBox
+    lays another disk on half an image, and says nothing; or finds out at the end of a long copying. What its
+    head holds: VDICore.h of VirtualBox."""
+    try:
+        with open(image, 'rb') as file:
+            head, size = file.read(VDI_HEAD), file.seek(0, os.SEEK_END)
+    except OSError:                                 # VirtualBox tells
+        return
+    if len(head) < VDI_HEAD or struct.unpack_from('<II', head, 64) != VDI_1_1:
+        return
+    data_at, block, extra, _, blocks = struct.unpack_from('<I28xIIII', head, 344)
+    least = data_at + blocks * (block + extra)
+    if size < least - block:
+        raise InvalidParams('%s is cut: it has %d bytes, and %d by what it says itself; get it anew'
+                            % (image, size, least))
 
 
 def check_is_no_id(name: str) -> None:

@@ -4,6 +4,7 @@ The fake VirtualBox is within reach of the test here.
 """
 
 import os
+import struct
 import subprocess
 import time
 
@@ -306,12 +307,12 @@ def test_a_name_that_another_host_agent_is_about_to_take_is_taken(box, vbox, mon
                 other.create_vm('made', '', {'diskSize': 0})
 
     def refuse(vbox, *arguments):
-        raise fake_virtualbox.FakeError(fake_virtualbox.FILE_ERROR, 'Machine settings file already exists')
+        raise fake_virtualbox.FakeError(0x80004005, 'Could not create the file (VERR_ALREADY_EXISTS)')
 
     monkeypatch.setattr(fake_virtualbox.Machine, 'applyDefaults', look)
     assert box.create_vm('made', '', {'diskSize': 0}) == 'made'
     monkeypatch.setattr(fake_virtualbox.VirtualBox, 'createMachine', refuse)
-    with pytest.raises(faults.AlreadyExists, match='has just taken the name .raced.: .*exists'):
+    with pytest.raises(faults.AlreadyExists, match='has just taken the name .raced.: .*EXISTS'):
         box.create_vm('raced', '', {'diskSize': 0})
     assert not [key for key in vbox.extra if 'maker' in key]
 
@@ -347,6 +348,45 @@ def test_an_import_that_is_refused_notes_nothing(box, vbox, appliance, monkeypat
     with pytest.raises(faults.HypervisorError):
         box.create_vm('refused', appliance, {})
     assert not vbox.extra
+
+
+@pytest.mark.parametrize('stage, words', [
+    ('reading', 'Premature end of data in tag VirtualQuantity line 46'),
+    ('reading', 'Error reading OVA (VERR_TAR_UNEXPECTED_EOS)'),
+    ('importing', 'Could not create the imported medium (VERR_EOF)')])
+def test_an_appliance_that_is_cut_is_told_to_be_so(box, vbox, appliance, stage, words):
+    setattr(vbox, stage, fake_virtualbox.Failed(words))
+    with pytest.raises(faults.HypervisorError) as told:
+        box.create_vm('cut', appliance, {})
+    assert str(told.value).startswith('%s is cut or damaged, or no appliance: get it anew (%s' % (
+        appliance, words))
+
+
+@pytest.mark.parametrize('words', ['VERR_DISK_FULL', 'VERR_ACCESS_DENIED'])
+def test_an_appliance_for_which_there_is_no_room_is_not_told_to_be_cut(box, vbox, appliance, words):
+    vbox.importing = fake_virtualbox.Failed('Could not create the imported medium (%s)' % words)
+    with pytest.raises(faults.HypervisorError, match='^Could not create'):
+        box.create_vm('whole', appliance, {})
+
+
+@pytest.mark.parametrize('linked', [False, True])
+def test_a_disk_that_is_cut_makes_no_vm(box, vbox, tmp_path, linked):
+    """VirtualBox lays a VM's disk on half an image, and says nothing."""
+    image = tmp_path / 'cut.vdi'
+    head = bytearray(4096)
+    struct.pack_into('<II', head, 64, 0xbeda107f, 0x10001)
+    struct.pack_into('<II', head, 340, 1 << 20, 2 << 20)
+    struct.pack_into('<QIIII', head, 368, 8 << 20, 1 << 20, 0, 8, 3)
+    with open(str(image), 'wb') as file:
+        file.write(head)
+        file.truncate(3 << 20)
+    with pytest.raises(faults.InvalidParams) as told:
+        box.create_vm('cut', str(image), {'linked': linked})
+    assert str(told.value) == ('%s is cut: it has 3145728 bytes, and 5242880 by what it says itself; get it '
+                               'anew' % image)
+    with open(str(image), 'ab') as file:
+        file.truncate(5 << 20)
+    vboximages.check_image(str(image))
 
 
 @pytest.fixture
