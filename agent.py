@@ -635,6 +635,32 @@ def replace(source: str, target: str) -> None:
 WSAEACCES = 10013              # Windows' number
 
 
+def is_alive(pid: int) -> bool:
+    """Whether there is a process of that number; one that has ended unwaited for counts."""
+    if os.name == 'nt':
+        return _is_alive_on_windows(pid)
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:                    # another user's
+        pass
+    return True
+
+
+def _is_alive_on_windows(pid: int) -> bool:
+    import ctypes  # needed there alone
+    synchronize, timed_out, denied = 0x100000, 0x102, 5
+    kernel = ctypes.windll.kernel32    # type: ignore[attr-defined]
+    handle = kernel.OpenProcess(synchronize, False, pid)
+    if not handle:
+        return bool(kernel.GetLastError() == denied)
+    try:
+        return bool(kernel.WaitForSingleObject(handle, 0) == timed_out)
+    finally:
+        kernel.CloseHandle(handle)
+
+
 def port_is_free(address: str, port: int) -> bool:
     """Whether this machine has the address ('' for all), and nobody listens there."""
     with socket.socket() as probe:

@@ -268,32 +268,6 @@ def _lock_windows(path: str) -> Any:
     return file
 
 
-def is_alive(pid: int) -> bool:
-    """Whether there is a process of that number; one that has ended unwaited for counts."""
-    if os.name == 'nt':
-        return _is_alive_on_windows(pid)
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:                    # another user's
-        pass
-    return True
-
-
-def _is_alive_on_windows(pid: int) -> bool:
-    import ctypes  # needed there alone
-    synchronize, timed_out, denied = 0x100000, 0x102, 5
-    kernel = ctypes.windll.kernel32    # type: ignore[attr-defined]
-    handle = kernel.OpenProcess(synchronize, False, pid)
-    if not handle:
-        return bool(kernel.GetLastError() == denied)
-    try:
-        return bool(kernel.WaitForSingleObject(handle, 0) == timed_out)
-    finally:
-        kernel.CloseHandle(handle)
-
-
 class Client:
     """What the wrapper hears of the client, and whether it is still there."""
 
@@ -319,7 +293,7 @@ class Client:
         if now - self._looked < self.LOOK_EVERY:
             return False
         self._looked = now
-        return not is_alive(self._pid)
+        return not agent.is_alive(self._pid)
 
 
 def wait_for_lock(slot: Slot, patience: float) -> bool:

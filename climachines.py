@@ -115,7 +115,7 @@ def make(host: Client, screen: Screen, *args: Any) -> Any:
 
 
 def do_rm(host: Client, screen: Screen, args: Any) -> int:
-    """Removes a VM, with its disks if asked; says which disks from elsewhere are kept."""
+    """Removes a VM, with its disks if asked; says which disks are kept nevertheless, and why."""
     name, after = host.call('getVM', args.vm)['name'], host.call('getEvents', -1)['last']
     try:
         watch(host, screen, args.vm, 'removeVM', args.vm, args.disks, args.all_disks)
@@ -124,7 +124,7 @@ def do_rm(host: Client, screen: Screen, args: Any) -> int:
     screen.say('%s removed' % agent.printable(args.vm))
     for event in host.call('getEvents', after)['events']:
         if (event['type'], event['vm']) == ('disk-kept', name):
-            screen.say('kept %s (rm --all-disks deletes it, too)' % agent.printable(event['text']))
+            screen.say('kept %s' % agent.printable(event['text']))
     return 0
 
 

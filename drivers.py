@@ -33,5 +33,5 @@ def names_of(wanted: str) -> List[str]:
 
 def run(name: str) -> None:
     """Main of a driver's process."""
-    import hypervisor
-    hypervisor.run_driver(DRIVERS[name])
+    import driverserver
+    driverserver.run_driver(DRIVERS[name])

@@ -83,12 +83,12 @@ class AgentMethods(Methods):
         """{version, proto, python, hypervisor, trouble, broker, xmlrpc, uptime, vms, cmds, aint, untrusted,
         refused, jobs}.
 
-        trouble: a sentence, where the hypervisor answers nobody, so that VMs are told as they were seen
-        before; else ''; vms: how many agents are connected; cmds: how many commands are unfinished; aint: how
-        many words were dropped, since they weren't any, or not signed by whom they are said to be from;
-        untrusted: the latter alone; refused: agents that were not let in lately, [{id, why}]; broker:
-        where it is, and the embedded one's counters; jobs: what the hypervisor is busy with, [{verb,
-        vm, percent, text}].
+        trouble: a sentence, where the hypervisor answers nobody, or takes its time, so that VMs are told as
+        they were seen before; else ''; vms: how many agents are connected; cmds: how many commands are
+        unfinished; aint: how many words were dropped, since they weren't any, or not signed by whom they are
+        said to be from; untrusted: the latter alone; refused: agents that were not let in lately, [{id,
+        why}]; broker: where it is, and the embedded one's counters; jobs: what the hypervisor is busy with,
+        [{verb, vm, percent, text}].
 
             >>> host.agentInfo()['hypervisor']
             'none'
@@ -202,7 +202,7 @@ class MachineMethods(Methods):
             ['node1']
         """
         names = {guest.name for guest in self._host.guests.all()}
-        return sorted(names.union(self.listVMs()))
+        return sorted(names.union(row['name'] for row in self._host.machines.rows()))
 
     def getVM(self, vm: str) -> dict:
         """{name, id, uuid, state, trouble, agent, ip, lastSeen, clockOffset, facts, rdp, pid, forwards,
@@ -228,7 +228,8 @@ class MachineMethods(Methods):
     def getVMs(self) -> list:
         """All VMs, and all machines whose agents were ever seen: as getVM, less rdp, pid, forwards, bridged.
 
-        One look at the hypervisor for all of them; where that takes longer than a moment, what was seen last.
+        One look at the hypervisor for all of them; where that takes longer than a moment, what was seen last,
+        and machines of agents alone where that is nothing: agentInfo's `trouble` tells it.
 
             >>> [vm['name'] for vm in host.getVMs() if vm['agent'] == 'alive']
             ['node1']
@@ -271,9 +272,7 @@ class MachineMethods(Methods):
             >>> host.getNamesToIdsMapping()
             {'node1': '08:00:27:00:00:01'}
         """
-        names = {}
-        if self._host.machines.hypervisor is not None:
-            names.update(self._host.machines.hypervisor.names_to_ids())
+        names = {row['name']: row['id'] for row in self._host.machines.rows() if row['id']}
         names.update({guest.name: guest.id for guest in self._host.guests.on_list()})
         return names
 
@@ -384,15 +383,16 @@ class ControlMethods(Methods):
     def removeVM(self, vm: str, deleteDisks: bool = False, allDisks: bool = False) -> bool:
         """Takes a VM out of the hypervisor; with its files and disks where asked.
 
-        Disks that were attached from elsewhere stay, and each is an event `disk-kept`; with allDisks they
-        go, too.
+        Disks that were attached from elsewhere stay; with allDisks they go, too. What stays, though disks
+        were to go, is an event `disk-kept`: its path, and why.
 
             >>> host.removeVM('node1', True)
             True
         """
         guest = self._host.machines.describe(vm)[0]
-        for disk in self._hypervisor().remove_vm(vm, deleteDisks, allDisks):
-            self._host.journal.event('disk-kept', guest.name if guest is not None else vm, '', disk)
+        for path, why in self._hypervisor().remove_vm(vm, deleteDisks, allDisks):
+            self._host.journal.event('disk-kept', guest.name if guest is not None else vm, '',
+                                     '%s: %s' % (path, why))
         if guest is not None and (deleteDisks or allDisks):
             self._host.machines.removed(guest)
         return True

@@ -11,6 +11,7 @@ from typing import Any, Dict, Iterator, List
 
 import agent
 import drivers
+import hosthypervisor
 import hypervisor
 import protocol
 from climachines import OUT_OF_REACH, is_out_of_reach
@@ -183,7 +184,7 @@ def check_hypervisor(settings: Any) -> List[agent.Finding]:
         return [agent.Finding(True, 'no hypervisor wanted')]
     lacking = []  # type: List[agent.Finding]       # why not those before it
     for name in drivers.names_of(wanted):
-        driver = hypervisor.Hypervisor(name, driver_settings(settings, ''))     # no file of a host's
+        driver = hosthypervisor.Hypervisor(name, driver_settings(settings, ''))     # no file of a host's
         driver.open()
         lines = []  # type: List[Any]
         try:

@@ -21,7 +21,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Op
 import agent
 import localsocket
 import rpc
-from faults import AccessDenied, InvalidParams, NoSuchCommand, NoSuchVM, VMHostError
+from faults import AccessDenied, DeadlineExceeded, InvalidParams, NoSuchCommand, NoSuchVM, VMHostError
 
 USER = 'vmhost'                # of HTTP Basic, with the token as its password
 CONNECT_TIMEOUT = 10.0         # seconds for a connection, and for the proof; an answer may take hours
@@ -221,8 +221,15 @@ class Client:
         return [(name, answer[0]) for name, answer in zip(names, answers) if isinstance(answer, list)]
 
     def vm_names(self) -> List[str]:
-        """All VMs, and all machines whose agents are connected."""
-        return sorted(set(self.call('listVMs')) | set(self.call('listRegisteredVMs')))
+        """All VMs, and all machines whose agents are connected; these alone where the hypervisor has never
+        answered."""
+        agents = set(self.call('listRegisteredVMs'))
+        try:
+            return sorted(agents.union(self.call('listVMs')))
+        except DeadlineExceeded:
+            if not agents:
+                raise
+            return sorted(agents)
 
     def is_pattern(self, vm: str) -> bool:
         """Whether it is a glob, and not just the name of a VM that has such characters.

@@ -3,8 +3,9 @@
 So a VM doesn't run on for ever where the program that had it started was killed. Which VMs have a lease is
 kept in the state folder: after a start of the host agent each has as long again as it had at last.
 
-What it is not: the hypervisor, which saves (hypervisor.py). Threads: any thread may take a lease; ``tick`` is
-for main; VMs are saved on ``lease-1``. One lock guards the table; nothing is called while it is held.
+What it is not: the hypervisor, which saves (hosthypervisor.py).
+Threads: any thread may take a lease; ``tick`` is for main; VMs are saved on ``lease-1``. One lock guards the
+table; nothing is called while it is held.
 """
 
 import json

@@ -1,6 +1,6 @@
 """The machines: agents that said HELLO and VMs of the hypervisor, brought together under one name and one id.
 
-What it is not: a hypervisor's driver (hypervisor.py), or the list of live agents (hostguests.py).
+What it is not: the hypervisor (hosthypervisor.py), or the list of live agents (hostguests.py).
 
 Threads: any thread may call. ``vm_event`` runs on the driver's thread; names that only the hypervisor
 knows are looked up on ``name-lookup-1``, since it may take its time. No locks of its own.
@@ -242,26 +242,41 @@ class Machines:
 
     def describe(self, vm: str) -> Tuple[Optional[Guest], Dict[str, Any]]:
         """A VM as its agent and as the hypervisor know it; (None, {}) where the hypervisor doesn't. As it was
-        seen last, where the hypervisor takes its time."""
+        seen last, where the hypervisor takes its time; of a machine whose agent was there that it hasn't
+        told yet, the trouble alone."""
         if self.hypervisor is None:
             return None, {}
         try:
             found = self.hypervisor.describe(vm)
         except NoSuchVM:
             return None, {}
+        except DeadlineExceeded as error:
+            if self._guests.find(vm) is None:
+                raise
+            return None, {'trouble': str(error)}
         guest = None if self.hypervisor.clash_of(found['id']) else self._guests.by_id(found['id'])
         return guest or Guest(found['id'], found['name']), found
 
     def all_described(self) -> List[Tuple[Guest, Dict[str, Any]]]:
         """`describe` of every known machine, in short: with the rows of the driver's `machines`, {} for a
         machine that the hypervisor doesn't know. One look for all of them. Raises VMHostError."""
-        rows = self.hypervisor.list_rows() if self.hypervisor is not None else ()
+        rows = self.rows()
         shared = {row['id'] for row in rows if self.hypervisor.clash_of(row['id'])}
         row_of = {row['id']: row for row in rows if row['id'] not in shared}
         guests = [guest for guest in self._guests.all() if guest.id not in shared]
         known = {guest.id for guest in guests}
         return ([(guest, row_of.get(guest.id, {})) for guest in guests]
                 + [(Guest(row['id'], row['name']), row) for row in rows if row['id'] not in known])
+
+    def rows(self) -> List[Dict[str, Any]]:
+        """The rows of the driver's `machines`. None where it has never answered, but there are other machines
+        to list: its `trouble` tells that then. Raises VMHostError."""
+        try:
+            return self.hypervisor.list_rows() if self.hypervisor is not None else []
+        except DeadlineExceeded:
+            if not self._guests.all():
+                raise
+            return []
 
     def all(self) -> List[Guest]:
         """Every known machine: all agents that were ever there, and the VMs of which none was heard."""
@@ -309,8 +324,8 @@ def start_driver(settings: Any, state_dir: str, on_event: Callable[[str, str, st
     wanted = settings.Hypervisor.hypervisor
     reasons = []  # type: List[str]
     for name in drivers.names_of(wanted):
-        import hypervisor  # some memory, where VMs are controlled
-        driver = hypervisor.Hypervisor(name, driver_settings(settings, state_dir), on_event, secret_of)
+        import hosthypervisor  # some memory, where VMs are controlled
+        driver = hosthypervisor.Hypervisor(name, driver_settings(settings, state_dir), on_event, secret_of)
         driver.open()
         try:
             log.info('%s %s', name, driver.version())

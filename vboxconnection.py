@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -87,6 +88,7 @@ DEAD = (0x80004004, 0x800706be, 0x800706ba, 0x80010108,    # abort, call failed,
 CALL_AGAIN = (0x80010001, 0x8001010a)          # Windows: the server is busy, and has done nothing
 FAULT_OF_CODE.update((code, Busy) for code in CALL_AGAIN)
 
+PROGRAMS = ('VBoxHeadless', 'VirtualBoxVM', 'VirtualBox')       # in which VMs run
 SOURCE = re.compile(r'\.? \S+\.cpp\[\d+\] \(.*\)$', re.DOTALL)    # where VirtualBox's code found an error
 NO_DRIVER = ('VERR_VM_DRIVER', 'rc=-1908', 'VERR_SUPDRV', 'vboxdrv')
 MEND_DRIVER = ('the kernel module vboxdrv is not loaded: install the kernel headers, then run '
@@ -493,6 +495,40 @@ def access_trouble(machine: Any) -> str:
 def has_mark(machine: Any, key: str) -> bool:
     """Whether the VM itself has this mark of ours, and not just one that it was cloned from."""
     return bool(machine.getExtraData(key) == machine.id)
+
+
+def kill_process(job: Job, uuid: str) -> bool:
+    """As Driver.kill_process: by the list of processes, which is there on Linux alone."""
+    pid = process_of(uuid)
+    if not pid:
+        raise NotSupported('no process can be told to be that of the VM %s' % uuid)
+    log.warning('the process %d of the VM %s is killed', pid, uuid)
+    os.kill(pid, signal.SIGKILL)
+    while process_of(uuid) == pid:
+        job.check_deadline(DeadlineExceeded('the process %d was killed, and is still there' % pid))
+        job.wait(0.05)
+    return True
+
+
+def process_of(uuid: str) -> int:
+    """The process of this user in which the VM runs, as the list of processes tells it; 0 for none."""
+    for name in os.listdir('/proc') if sys.platform.startswith('linux') else ():
+        with contextlib.suppress(OSError, StopIteration, LookupError, ValueError):
+            if name.isdigit() and runs_vm(name, uuid):
+                return int(name)
+    return 0
+
+
+def runs_vm(pid: str, uuid: str) -> bool:
+    """Whether this process is one of VirtualBox's, and this user's, that was started for the VM. Its folder
+    in /proc may be root's, as VirtualBox's programs are set-uid. Raises as `process_of` knows."""
+    with open('/proc/%s/cmdline' % pid, 'rb') as file:
+        words = file.read().decode('utf-8', 'replace').split('\0')
+    if os.path.basename(words[0]) not in PROGRAMS or words[words.index('--startvm') + 1] != uuid:
+        return False
+    with open('/proc/%s/status' % pid, encoding='utf-8', errors='replace') as file:
+        user = next(line.split()[1] for line in file if line.startswith('Uid:'))
+    return int(user) == os.getuid()
 
 
 def lacks_module() -> bool:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import re
+import struct
 import time
 import xml.sax.saxutils as saxutils
 from typing import Any, Callable, Dict, Iterator, List, Tuple
@@ -46,14 +47,18 @@ IMPORTING = 'vmhost/importing/'    # + name: the .vbox that an import will regis
 EXPECTED = 'vmhost/expected'       # + path of a disk that createVM is about to make: when it began
 DISK_MADE = 'vmhost/disk/'         # + uuid of a disk that createVM made: its path then
 OWNER = 'vmhost/owner/'            # + uuid of a VM that createVM made: whose it is
+MAKER = 'vmhost/maker/'            # + folder of a VM that createVM is making: the process that does (note_of)
 
+VDI_HEAD, VDI_1_1 = 392, (0xbeda107f, 0x10001)        # bytes; signature and version of a .vdi file
 DISKS = ('.vdi', '.vmdk', '.vhd', '.vhdx', '.qcow', '.qcow2', '.hdd')
 PREVIOUS = '-prev'                 # after the name of a .vbox file: what it was before the last change
 HAS_DISK = re.compile(r'<AttachedDevice\b[^>]*\btype="HardDisk"')
 UUID = re.compile(r'^{?[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}}?$')
 LARGEST = 2 ** 31 - 1              # of the numbers that options hold
 NOT_LINKED = 'linked: expected an image that is a disk, on which the VM\'s own can lie'
+BROKEN = 'VERR_(EOF|TAR|VD|ZIP|XAR)'    # in VirtualBox's words where a disk in an appliance is cut or damaged
 LONGEST_NAME = 200                 # bytes of a VM's name: it names files
+ELSEWHERE = 'attached from elsewhere; --all-disks (allDisks) deletes it, too'      # why a disk is kept
 
 
 class Images:
@@ -78,14 +83,49 @@ class Images:
         self._check_ostype(wish['ostype'])
         check_image(image)
         self._cards.interface_of(wish['bridged'])
-        if kind in ('.ova', '.ovf'):
-            self._import(job, name, os.path.abspath(image), wish)
-        elif kind in ('', '.iso') + DISKS:
-            self._build(job, name, image and os.path.abspath(image), kind, wish)
-        else:
+        if kind not in ('', '.ova', '.ovf', '.iso') + DISKS:
             raise NotSupported('an image is .ova, .ovf, .iso, .vdi, .vmdk, .vhd or .qcow, not %r'
                                % kind)
+        with self._making(name, self._path_of(name, wish)):
+            if kind in ('.ova', '.ovf'):
+                self._import(job, name, os.path.abspath(image), wish)
+            else:
+                self._build(job, name, image and os.path.abspath(image), kind, wish)
         return name
+
+    @contextlib.contextmanager
+    def _making(self, name: str, path: str) -> Iterator[None]:
+        """Notes which process makes the VM: no other host agent takes its name meanwhile, or cleans it up."""
+        folder = os.path.dirname(path)
+        if folder in self._disks.in_the_making():
+            raise AlreadyExists('another program is just making a VM %r' % name)
+        self.box.vbox.setExtraData(MAKER + folder, note_of(os.getpid()))
+        try:
+            yield
+        finally:
+            with contextlib.suppress(Exception):    # VirtualBox died: so does this process
+                self.box.vbox.setExtraData(MAKER + folder, '')
+
+    @contextlib.contextmanager
+    def _taking(self, name: str) -> Iterator[None]:
+        """Says what is wrong where VirtualBox has a VM of this name by now."""
+        try:
+            yield
+        except Exception as error:
+            told = str(self.box.translate(error))
+            if not re.search('already (exists|registered)|ALREADY_EXISTS', told):
+                raise
+            raise AlreadyExists('another program has just taken the name %r: %s' % (name, told))
+
+    @contextlib.contextmanager
+    def _reading(self, image: str, cut: str) -> Iterator[None]:
+        """Names the appliance, of which VirtualBox tells where it is wrong. cut: what its words match."""
+        try:
+            yield
+        except HypervisorError as error:
+            if not re.search(cut, str(error)):
+                raise
+            raise HypervisorError('%s is cut or damaged, or no appliance: get it anew (%s)' % (image, error))
 
     def _path_of(self, name: str, wish: Dict[str, Any]) -> str:
         """Where the settings of a new VM will be."""
@@ -174,12 +214,14 @@ class Images:
             arguments = [path, name, [], ostype, '', '', '', '']
         else:
             arguments = [path, name, [], ostype, '']
-        machine = self.box.vbox.createMachine(*arguments)
+        with self._taking(name):
+            machine = self.box.vbox.createMachine(*arguments)
         machine.applyDefaults('')
         machine.setExtraData(MADE_BY_US, machine.id)
         machine.setExtraData(MAKING, machine.id)
-        machine.saveSettings()
-        self.box.vbox.registerMachine(machine)
+        with self._taking(name):
+            machine.saveSettings()
+            self.box.vbox.registerMachine(machine)
         return machine
 
     def _remove_half_made(self, machine: Any, disk: Any = None) -> None:
@@ -351,7 +393,8 @@ class Images:
         """VirtualBox registers the VM when all its disks are there; until then a note of ours
         says whose it will be."""
         appliance = self.box.vbox.createAppliance()
-        self.box.finish(job, appliance.read(image), 'reading the appliance')
+        with self._reading(image, ''):
+            self.box.finish(job, appliance.read(image), 'reading the appliance')
         appliance.interpret()
         systems = self.box.array(appliance, 'virtualSystemDescriptions')
         if len(systems) != 1:
@@ -363,7 +406,8 @@ class Images:
         self.box.vbox.setExtraData(note, path)
         self._expect_disks(systems[0], os.path.dirname(path))
         try:
-            self.box.finish(job, appliance.importMachines([]), 'importing')
+            with self._reading(image, BROKEN):
+                self.box.finish(job, appliance.importMachines([]), 'importing')
         except Exception as error:                  # VirtualBox goes on, or died: what comes is ours
             if not isinstance(error, DeadlineExceeded) and not self.box.is_dead(error):
                 self._disks.forget_in(os.path.dirname(path))
@@ -489,8 +533,19 @@ class Disks:
         """As forget_in, for whatever a host began that has died, but for the folders where VMs are being
         made. The sooner the better: a user may put files of his own there."""
         if not self.work_goes_on():
-            for folder in {os.path.dirname(path) for _, path, _ in self._begun()}.difference(making):
+            begun = {os.path.dirname(path) for _, path, _ in self._begun()}
+            for folder in begun.difference(making, self.in_the_making()):
                 self.forget_in(folder)
+
+    def in_the_making(self) -> List[str]:
+        """The folders of VMs that processes of any host agent are just making. Forgets those that died."""
+        folders = []
+        for key in self.box.vbox.getExtraDataKeys():
+            if key.startswith(MAKER) and is_at_work(self.box.vbox.getExtraData(key)):
+                folders.append(key[len(MAKER):])
+            elif key.startswith(MAKER):
+                self.box.vbox.setExtraData(key, '')
+        return folders
 
     def work_goes_on(self) -> bool:
         """Whether VirtualBox is at work: it goes on with what a host began that has died."""
@@ -498,18 +553,31 @@ class Disks:
 
     # Deleting.
 
-    def delete(self, machine: Any, wanted: Callable[[Any], bool]) -> Tuple[Any, List[str]]:
+    def delete(self, machine: Any, wanted: Callable[[Any], bool]) -> Tuple[Any, List[List[str]]]:
         """Unregisters and deletes the VM's files, and of those of its disks that nothing else needs the
-        wanted ones. Gives the Progress, and the paths of the disks that are kept."""
-        media = self._unused(machine.unregister(self.box.const('CleanupMode_DetachAllReturnHardDisksOnly')))
-        images = self.images_under(media)      # are never ours, whoever wants them
+        wanted ones. Gives the Progress, and [path, why] of the disks that are kept, images apart."""
+        had = machine.unregister(self.box.const('CleanupMode_DetachAllReturnHardDisksOnly'))
+        media, images = self._unused(had), self.images_under(had)      # these are never ours, who wants them
+        unused = {medium.id for medium in media}
+        reasons = {medium.base.location: 'needed by ' + self._users(medium) for medium in had
+                   if medium.id not in unused and medium.id not in images}
         kept = [medium for medium in media if medium.id in images or not wanted(medium)]
         media = [medium for medium in media if medium not in kept]
         for medium in media:
             if not medium.parent or self.is_noted(medium):
                 self.forget(medium.id, medium.location)
-        paths = sorted({medium.base.location for medium in kept if medium.id not in images})
-        return machine.deleteConfig([medium for medium in media if not self._close_gone(medium)]), paths
+        reasons.update((medium.base.location, ELSEWHERE) for medium in kept if medium.id not in images)
+        return (machine.deleteConfig([medium for medium in media if not self._close_gone(medium)]),
+                [[path, why] for path, why in sorted(reasons.items())])
+
+    def _users(self, medium: Any) -> str:
+        """Who has a disk, or one that lies on it."""
+        users, disks = [], [medium]
+        for disk in disks:                          # which grows
+            users += self.box.array(disk, 'machineIds')
+            disks += self.box.array(disk, 'children')
+        names = sorted(machine.name for machine in self.box.machines_now() if machine.id in users)
+        return either(names, 'and') if names else 'a disk that lies on it'
 
     def take_away(self, disk: Any) -> None:
         """A disk that we made and that nothing uses."""
@@ -573,11 +641,13 @@ class Cleaning:
         self._disks = disks
         self.box = box
 
-    def remove_vm(self, job: Job, vm: str, delete_disks: bool = False, all_disks: bool = False) -> List[str]:
+    def remove_vm(self, job: Job, vm: str, delete_disks: bool = False,
+                  all_disks: bool = False) -> List[List[str]]:
         machine = self.box.find_any(vm)
         if not machine.accessible:
+            folder = os.path.dirname(machine.settingsFilePath)
             machine.unregister(self.box.const('CleanupMode_UnregisterOnly'))
-            return []
+            return files_of_unreadable(folder) if delete_disks or all_disks else []
         machine = self.box.ready(job, vm, 'remove_vm')
         if machine.sessionState != self.box.const('SessionState_Unlocked'):
             self.box.unlock(self.box.lock(job, machine))       # waits, or says Busy
@@ -591,8 +661,8 @@ class Cleaning:
             return all_disks or inside or self._disks.is_made(medium)
         return self._delete(job, machine, belongs)
 
-    def _delete(self, job: Job, machine: Any, wanted: Callable[[Any], bool]) -> List[str]:
-        """The VM, its files, and those of its disks that are wanted; gives the paths of the others."""
+    def _delete(self, job: Job, machine: Any, wanted: Callable[[Any], bool]) -> List[List[str]]:
+        """The VM, its files, and those of its disks that are wanted; gives [path, why] of the others."""
         images = self._disks.images_under(self._disks.of(machine))
         owner = OWNER + machine.id
         progress, kept = self._disks.delete(machine, wanted)
@@ -626,10 +696,11 @@ class Cleaning:
 
     def _left_vms(self, job: Job, named: List[str]) -> List[Tuple[Dict[str, str], Any]]:
         wanted = {self.box.find(vm).id for vm in named}
+        making = self._disks.in_the_making()
         rows = []  # type: List[Tuple[Dict[str, str], Any]]
         for machine in self.box.machines_now():
             why = self._why_left(job, machine, machine.id in wanted)
-            if why:
+            if why and os.path.dirname(machine.settingsFilePath) not in making:
                 rows.append(({'kind': 'vm', 'name': machine.name, 'why': why},
                              lambda machine=machine: self._remove_vm(job, machine)))
         return rows
@@ -656,7 +727,8 @@ class Cleaning:
         busy = {vm for _, vm in job.others} & {machine.name, machine.id, self.box.id_of(machine)}
         unlocked = machine.sessionState == self.box.const('SessionState_Unlocked')
         return not busy and unlocked and not has_mark(machine, KEEP) and has_mark(machine, MADE_BY_US) \
-            and self.box.state_of(machine) in states
+            and self.box.state_of(machine) in states \
+            and os.path.dirname(machine.settingsFilePath) not in self._disks.in_the_making()
 
     def _forget_vm(self, machine: Any) -> None:
         """Of which nothing is there any more."""
@@ -740,13 +812,13 @@ class Cleaning:
         return bool(self.box.array(disk, 'machineIds') or self.box.array(disk, 'children'))
 
     def _folders_in_the_making(self, job: Job) -> List[str]:
-        """Where VMs are being made, or changed, at this moment."""
+        """Where VMs are being made, by whomever, or changed by this host agent, at this moment."""
         busy = [vm for _, vm in job.others]
         machines = self.box.machines_now() if busy else []
         paths = [machine.settingsFilePath for machine in machines if {machine.name, machine.id} & set(busy)]
         paths += [self.box.vbox.composeMachineFilename(vm, '', '', '') for verb, vm in job.others
                   if verb == 'create_vm']
-        return [os.path.dirname(path) for path in paths]
+        return [os.path.dirname(path) for path in paths] + self._disks.in_the_making()
 
     def _remove_disk(self, job: Job, path: str, uuid: str) -> None:
         """uuid: the disk that was made there, '' where that was never finished."""
@@ -782,6 +854,12 @@ def check_still_there(path: str) -> None:
         raise HypervisorError('%s is gone: somebody removed it while the VM was made' % path)
 
 
+def files_of_unreadable(folder: str) -> List[List[str]]:
+    """[path, why] of what is kept of a VM whose settings VirtualBox can't read, where there is anything."""
+    return [[folder, 'VirtualBox can\'t read the VM: what is its own there, nobody can tell']] \
+        if os.path.isdir(folder) else []
+
+
 def check_name(name: str) -> None:
     """Raises InvalidParams where it is no name for a new VM."""
     if not name.strip() or re.search(r'[/\\\x00-\x1f]', name) or name in ('.', '..'):
@@ -797,6 +875,26 @@ def check_image(image: str) -> None:
     if image and not os.path.isfile(image):
         raise InvalidParams('%s: %s' % ('this is no regular file' if os.path.exists(image)
                                         else 'no such image file', image))
+    if image:
+        check_is_whole(image)
+
+
+def check_is_whole(image: str) -> None:
+    """Raises InvalidParams where a .vdi file is shorter than it says itself, by more than a block: VirtualBox
+    lays another disk on half an image, and says nothing; or finds out at the end of a long copying. What its
+    head holds: VDICore.h of VirtualBox."""
+    try:
+        with open(image, 'rb') as file:
+            head, size = file.read(VDI_HEAD), file.seek(0, os.SEEK_END)
+    except OSError:                                 # VirtualBox tells
+        return
+    if len(head) < VDI_HEAD or struct.unpack_from('<II', head, 64) != VDI_1_1:
+        return
+    data_at, block, extra, _, blocks = struct.unpack_from('<I28xIIII', head, 344)
+    least = data_at + blocks * (block + extra)
+    if size < least - block:
+        raise InvalidParams('%s is cut: it has %d bytes, and %d by what it says itself; get it anew'
+                            % (image, size, least))
 
 
 def check_is_no_id(name: str) -> None:
@@ -909,6 +1007,21 @@ def remove_leavings(folder: str) -> None:
                     os.remove(each)
     if not os.listdir(folder):
         os.rmdir(folder)
+
+
+def note_of(pid: int) -> str:
+    """A process, as `is_at_work` finds it: its number, and when it began where the system tells that."""
+    try:
+        with open('/proc/%d/stat' % pid) as file:
+            return '%d %s' % (pid, file.read().rpartition(')')[2].split()[19])
+    except OSError:
+        return '%d ' % pid
+
+
+def is_at_work(note: str) -> bool:
+    """Whether the process of note_of is there, and no other one that got its number."""
+    pid = note.partition(' ')[0]
+    return pid.isdigit() and agent.is_alive(int(pid)) and note_of(int(pid)) == note
 
 
 def is_recent(path: str, begun: str) -> bool:

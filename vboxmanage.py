@@ -2,7 +2,7 @@
 
 It is for machines where vboxapi can't be had, such as most volunteers' with Windows or macOS, and
 has what a task's VM needs: made from a disk or from nothing, its life, snapshots, the share of the processor,
-NAT, files. All else (`LACKS`) is virtualbox.py's alone: fault 9 here, with a sentence.
+NAT, files. All else (`LACKS` in vboxasking.py) is virtualbox.py's alone: fault 9 here, with a sentence.
 
 It reads what VBoxManage prints for programs (`--machinereadable`); VMs are named by their uuid
 alone, so that no name is taken for an option, and secrets go into a file that VBoxManage reads, since every
@@ -15,8 +15,7 @@ VirtualBox: states, marks, errors. One thread, that of a driver's process; no lo
 import contextlib
 import os
 import re
-import time
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional
 
 import faults
 import vboxconnection
@@ -25,270 +24,17 @@ import vboxnetwork
 import vboxprogram
 import virtualbox
 import vmstates
-from hypervisor import HUNG, Driver, Job, either
+from hypervisor import HUNG, Job
+from vboxasking import NOBODY, Asking
 from vboxconnection import KEEP, MADE_BY_US, MAKING, OFF, ONLINE, SAVED
-from vboxprogram import Program, Refused, attached_in, disk_path, log_in, native_of, rules_in, slots_of
+from vboxprogram import Refused, attached_in, disk_path, log_in, native_of, rules_in, slots_of
 
 CONTROLS = {                       # verb: VBoxManage's words, the states that they lead to, what takes long
     'reset': (('controlvm', 'reset'), ('Running',), ''), 'pause': (('controlvm', 'pause'), ('Paused',), ''),
     'resume': (('controlvm', 'resume'), ('Running',), ''),
     'save_state': (('controlvm', 'savestate'), ('Saved',), 'saving the state'),
     'shutdown': (('controlvm', 'acpipowerbutton'), OFF, ''), 'discard_state': (('discardstate',), OFF, '')}
-LACKS = ('statistics, screenshots, the remote desktop, limits of the network, host-only networks, appliances '
-         'and ISO images, cleanup of what was left half made')
-NOBODY = '<inaccessible>'          # what `list vms` calls a VM whose settings can't be read
 DEFAULT_DISK = 8192                # MB: VBoxManage doesn't tell what VirtualBox recommends
-ANSWERS_IN = 3.0                   # seconds in which a VM's own process has to answer, where all are listed
-HANGS = 'its process does not answer'
-ASK_AGAIN = 15.0                   # seconds until one that didn't is asked again
-
-
-class Asking(Driver):
-    """What there is, and how each VM is: the driver's base. It asks by `showvminfo`: `info` is {key: value}
-    of that."""
-    name = 'VBoxManage'
-
-    def __init__(self, settings: Dict[str, Any]) -> None:
-        super().__init__(settings)
-        self._program = None  # type: Any
-        self._version = ''
-        self._rows = {}  # type: Dict[str, Tuple[str, Any, Dict[str, Any]]]  # uuid: (.vbox, its stamp, row)
-        self._ask_at = {}  # type: Dict[str, float]          # uuid of a VM whose process hangs: when to ask
-        self._infos = {}  # type: Dict[str, Dict[str, str]]  # uuid of a VM that runs: what was told of it last
-
-    # Between the driver and its process.
-
-    def connect(self) -> None:
-        if self._program is None:
-            program = Program(self.settings['command_timeout'])
-            found = re.search(r'^(\d+\.\d+\.\d+)', program.run('--version'), re.MULTILINE)
-            if found is None:
-                raise faults.HypervisorError('%s tells no version of VirtualBox' % program.path)
-            program.run('list', 'vms')              # as the version doesn't need VBoxSVC
-            program.rest = self._take_a_rest
-            self._program, self._version = program, found.group(1)
-
-    def _take_a_rest(self, moved: bool) -> None:
-        self.rest(moved)
-
-    def translate(self, error: Exception) -> Exception:
-        if isinstance(error, Refused):
-            return vboxconnection.fault_of(error.code, str(error))
-        return super().translate(error)
-
-    def _run(self, *words: str, **how: Any) -> str:
-        """As Program.run."""
-        return str(self._program.run(*words, **how))
-
-    def _change(self, job: Job, *words: str, text: str = '', secret: bool = False) -> str:
-        """Like _run; somebody else may hold the VM for a moment: tried again until the job's deadline."""
-        return str(job.when_free(
-            lambda: self._run(*words, job=job, text=text, secret=secret),
-            lambda error: str(error) if getattr(error, 'code', 0) in vboxconnection.LOCKED else '', 'the VM'))
-
-    def _api(self) -> Tuple[int, int]:
-        major, minor = self._version.split('.')[:2]
-        return int(major), int(minor)
-
-    # What there is.
-
-    def version(self, job: Job) -> str:
-        return self._version
-
-    def machine_states(self, job: Job) -> Dict[str, int]:
-        names = [name for name in vboxprogram.STATES if name != 'AbortedSaved' or self._api() >= (7, 0)]
-        return {name: code for code, name in enumerate(names)}
-
-    def machines(self, job: Job) -> List[Dict[str, Any]]:
-        running = {uuid for _, uuid in self._listed('runningvms')}
-        rows = [self._look(name, uuid, uuid in running) for name, uuid in self._listed('vms')]
-        return [row for row in rows if row is not None]
-
-    def _listed(self, what: str) -> List[Tuple[str, str]]:
-        return re.findall(r'^"(.*)" \{([0-9a-f-]{36})\}\s*$', self._run('list', what), re.MULTILINE)
-
-    def _look(self, name: str, uuid: str, runs: bool) -> Optional[Dict[str, Any]]:
-        """A VM's row; the last one where it is off, and its settings, which hold its state, are the same; or
-        where its process hangs, which is asked now and then; or where VirtualBox says no. None of one that
-        went meanwhile."""
-        if name == NOBODY:
-            return self._unreadable(uuid)
-        path, stamp, row = self._rows.get(uuid, ('', None, {
-            'name': name, 'id': '', 'uuid': uuid, 'native': 'PoweredOff', 'state': vmstates.OFF}))
-        now = vboxprogram.stamp_of(path)
-        if not runs and row['native'] in OFF + SAVED and stamp == now is not None:
-            return row
-        try:
-            info, trouble = self._glance(uuid, runs)
-        except faults.DeadlineExceeded:
-            return self._hung(row)
-        except (Refused, faults.BadState) as error:
-            gone = getattr(error, 'code', 0) == vboxconnection.OBJECT_NOT_FOUND
-            return row if uuid in self._rows and not gone else None
-        self._rows[uuid] = (info['CfgFile'], now if path == info['CfgFile'] else None, self._row(info))
-        return dict(self._rows[uuid][2], trouble=trouble)
-
-    def _hung(self, row: Dict[str, Any]) -> Dict[str, Any]:
-        """The row of a VM whose process doesn't answer: it runs, and may have been off when it was seen."""
-        was_off = {'native': 'Running', 'state': vmstates.RUNNING} if row['native'] in OFF + SAVED else {}
-        return dict(row, trouble=HANGS, **was_off)
-
-    def _glance(self, uuid: str, runs: bool) -> Tuple[Dict[str, str], str]:
-        """As _info, for who only looks, and what is wrong: of a VM whose process hangs, which is asked now
-        and then, what was told last. Raises DeadlineExceeded where that is nothing."""
-        if not runs:
-            self._infos.pop(uuid, None)
-            self._ask_at.pop(uuid, None)
-            return self._info(uuid), ''
-        if time.monotonic() >= self._ask_at.get(uuid, 0):
-            self._ask_at[uuid] = time.monotonic() + ASK_AGAIN       # for who asks meanwhile, too
-            hangs = False
-            try:
-                self._infos[uuid] = self._info(uuid, ANSWERS_IN)
-                return self._infos[uuid], ''
-            except faults.DeadlineExceeded:
-                hangs = True
-            finally:
-                if not hangs:
-                    self._ask_at.pop(uuid, None)
-        if uuid not in self._infos:
-            raise faults.DeadlineExceeded('%s: %s; powerOff (stop --force) ends it' % (
-                self._rows[uuid][2]['name'] if uuid in self._rows else uuid, HANGS))
-        return self._infos[uuid], HANGS
-
-    def _seen(self, job: Job, vm: str) -> Tuple[Dict[str, str], str]:
-        """As _glance, of the VM that is meant."""
-        uuid = self._find(job, vm)
-        return self._glance(uuid, uuid in {each for _, each in self._listed('runningvms')})
-
-    def _unreadable(self, uuid: str) -> Dict[str, Any]:
-        """The row of a VM whose settings VirtualBox can't read; called as its file is."""
-        if self._rows.get(uuid, ('', None, {}))[2].get('native') != 'Inaccessible':
-            told = ''
-            try:
-                self._run('list', 'vms', '--long', patience=ANSWERS_IN)
-            except Refused as error:
-                told = error.told
-            path = ''.join(re.findall(r'^UUID: +%s\r?\nConfig file: +(.*?)\r?$' % uuid, told, re.MULTILINE))
-            self._rows[uuid] = path, None, {
-                'name': vboxconnection.name_of_file(path) or uuid, 'id': '', 'uuid': uuid,
-                'native': 'Inaccessible', 'state': vmstates.INACCESSIBLE,
-                'trouble': 'VirtualBox can\'t read %s; `VBoxManage list vms --long` tells why' % path}
-        return self._rows[uuid][2]
-
-    def _info(self, uuid: str, patience: float = 0) -> Dict[str, str]:
-        """Raises BadState where VirtualBox can't read it."""
-        try:
-            told = self._run('showvminfo', uuid, '--machinereadable', patience=patience)
-            return vboxprogram.read_info(told)
-        except Refused as error:
-            if 'functionality is limited' not in str(error):
-                raise
-            row = self._unreadable(uuid)
-            raise faults.BadState(vboxconnection.UNREADABLE % (row['name'], row['trouble']))
-
-    def _row(self, info: Dict[str, str]) -> Dict[str, Any]:
-        native = native_of(info)
-        card = self._card_of(info)
-        mac = vboxconnection.colons(info['macaddress%d' % card]) if card else ''
-        return {'name': info['name'], 'id': mac, 'uuid': info['UUID'], 'native': native, 'trouble': '',
-                'state': virtualbox.STATE_OF_NATIVE.get(native, vmstates.CHANGING)}
-
-    def describe(self, job: Job, vm: str) -> Dict[str, Any]:
-        try:
-            info, trouble = self._seen(job, vm)
-        except faults.BadState:
-            return dict(self._unreadable(self._find(job, vm)), memory=0, cpus=0, ostype='', snapshot='',
-                        tagged=False, rdp={}, pid=0, forwards=[], bridged='')
-        uuid = info['UUID']
-        return dict(self._row(info), trouble=trouble, memory=int(info['memory']), cpus=int(info['cpus']),
-                    ostype=info['ostype'], snapshot=info.get('CurrentSnapshotName', ''),
-                    tagged=self._marks(uuid).get(MADE_BY_US) == uuid, rdp={},
-                    forwards=vboxnetwork.forwards_in(rules_in(info)),
-                    bridged=info.get('bridgeadapter%d' % next(iter(slots_of(info, 'bridged')), 0), ''),
-                    pid=virtualbox.process_in(log_in(info)) if native_of(info) in ONLINE else 0)
-
-    def warnings(self, job: Job) -> List[str]:
-        return ['VirtualBox is driven by %s, without vboxapi, which brings %s' % (
-            self._program.path, LACKS)] + vboxconnection.system_warnings()
-
-    def check(self, job: Job) -> List[Tuple[bool, str, str, bool]]:
-        try:
-            self.connect()
-        except Exception as error:
-            found = error if isinstance(error, faults.VMHostError) else self.translate(error)
-            return [(False, 'VBoxManage', str(found), True)]
-        lines = [virtualbox.version_line(self._version, self._api())] + vboxconnection.system_lines()
-        lines += [(False, 'vboxapi', why, False) for why in self.warnings(job)[:1]]
-        if self.settings['network']['mode'] == 'hostonly' and not self._has_network():
-            lines.append((False, 'host-only network', 'without it new VMs get NAT, as with mode=nat; vboxapi '
-                          'makes it, or `VBoxManage hostonlyif create`', False))
-        return lines
-
-    def _interfaces(self) -> List[str]:
-        return re.findall(r'^Name: +(.*?)\r?$', self._run('list', 'hostonlyifs'), re.MULTILINE)
-
-    def _bridgeable(self) -> List[Tuple[str, str]]:
-        """(name, IPv4 address) of each interface to which a card can be bridged."""
-        return re.findall(r'^Name: +(.*?)\r?$(?:(?!^Name:).)*?^IPAddress: +(.*?)\r?$',
-                          self._run('list', 'bridgedifs'), re.MULTILINE | re.DOTALL)
-
-    def _has_network(self) -> bool:
-        """Whether there is the host-only network of [Network]."""
-        return self.settings['network']['interface'] in self._interfaces()
-
-    # Finding, and waiting.
-
-    def _find(self, job: Job, vm: str) -> str:
-        """The uuid of the VM of this name, id or uuid."""
-        wanted = str(vm)
-        found = [uuid for name, uuid in self._listed('vms') if wanted in (uuid, name)]
-        if not found:                               # an id, or the name of one that can't be read
-            found = [row['uuid'] for row in self.machines(job)
-                     if wanted and (wanted == row['name'] or wanted.upper() == row['id'])]
-        if not found:
-            raise faults.NoSuchVM('no VM has the name, id or uuid %r' % wanted)
-        return found[0]
-
-    def _ready(self, job: Job, vm: str, verb: str) -> Dict[str, str]:
-        """What the VM is; in a state in which `verb` makes sense."""
-        info = self._settled(job, self._find(job, vm))
-        vboxconnection.check_fits(verb, info['name'], native_of(info), info['CfgFile'])
-        return info
-
-    def _settled(self, job: Job, uuid: str) -> Dict[str, str]:
-        """Waits while the VM is on its way from one state to another."""
-        while True:
-            info = self._info(uuid)
-            if native_of(info) in virtualbox.STATE_OF_NATIVE:
-                return info
-            job.check_deadline(faults.Busy('%s is still %s' % (info['name'], native_of(info))))
-            job.wait(0.2)
-
-    def _reached(self, job: Job, uuid: str, *states: str) -> bool:
-        """True, once the VM is in one of these states. Raises HypervisorError where it is off instead."""
-        while True:
-            info = self._info(uuid)
-            native = native_of(info)
-            if native in states:
-                return True
-            if native in OFF:
-                raise faults.HypervisorError('%s is %s, and not %s: its process ended; getLog should tell why'
-                                             % (info['name'], native, either(states)))
-            job.check_deadline(faults.DeadlineExceeded('%s is %s, and not yet %s' % (
-                info['name'], native, either(states))))
-            job.wait(0.1)
-
-    def _marks(self, uuid: str) -> Dict[str, str]:
-        """{key: value} of a VM's extra data, or of `global`."""
-        return dict(re.findall(r'^Key: (.*?), Value: (.*?)\r?$', self._run('getextradata', uuid, 'enumerate'),
-                               re.MULTILINE))
-
-    def _card_of(self, info: Dict[str, str]) -> int:
-        """The slot of the card whose MAC is the VM's id: host-only or NAT by the mode, else the first; 0
-        for none."""
-        kind = self.settings['network']['mode']
-        return next(iter(slots_of(info, kind, kind + 'network') or slots_of(info)), 0)
 
 
 class VBoxManage(Asking):
@@ -376,6 +122,9 @@ class VBoxManage(Asking):
         self._ask_at.pop(uuid, None)
         return self._reached(job, uuid, *OFF + SAVED)
 
+    def kill_process(self, job: Job, vm: str) -> bool:
+        return vboxconnection.kill_process(job, vm)
+
     # Making a VM.
 
     def create_vm(self, job: Job, name: str, image: str = '', options: Dict[str, Any] = {}) -> str:  # noqa: B006
@@ -387,7 +136,8 @@ class VBoxManage(Asking):
         if not image and name.lower().endswith('.vbox'):
             self._cannot('register VMs here: `VBoxManage registervm` does')
         vboximages.check_name(name)
-        if name in [each for each, _ in self._listed('vms')]:
+        with contextlib.suppress(faults.NoSuchVM):
+            self._find(job, name)
             raise faults.AlreadyExists('there is a VM %r already' % name)
         vboximages.check_image(image)
         if kind not in ('',) + vboximages.DISKS:
@@ -403,6 +153,7 @@ class VBoxManage(Asking):
                 self._run('closemedium', 'disk', path, *delete_words(path))
             self._delete(job, self._info(uuid), False)
             raise
+        self._run('setextradata', 'global', maker_of(self._info(uuid)))
         return name
 
     def register_vm(self, job: Job, name: str, folder: str, owner: str = '') -> bool:
@@ -441,6 +192,7 @@ class VBoxManage(Asking):
                     error, 'the VM %r' % known[0] if known else 'a VM that is not registered'))
             raise
         uuid = re.findall(r'^UUID: +([0-9a-f-]{36})', told, re.MULTILINE)[-1]
+        self._run('setextradata', 'global', maker_of(self._info(uuid)), vboximages.note_of(os.getpid()))
         for mark in (MADE_BY_US, MAKING):           # if we die now, cleanup will find it
             self._change(job, 'setextradata', uuid, mark, uuid)
         return uuid
@@ -501,19 +253,22 @@ class VBoxManage(Asking):
 
     # Removing.
 
-    def remove_vm(self, job: Job, vm: str, delete_disks: bool = False, all_disks: bool = False) -> List[str]:
+    def remove_vm(self, job: Job, vm: str, delete_disks: bool = False,
+                  all_disks: bool = False) -> List[List[str]]:
         uuid = self._find(job, vm)
-        if (NOBODY, uuid) in self._listed('vms'):
+        if (NOBODY, uuid) in self._listed('vms') and not self._can_be_read(uuid):
+            folder = os.path.dirname(self._rows[uuid][0])
             self._run('unregistervm', uuid)
-            return []
+            return vboximages.files_of_unreadable(folder) if delete_disks or all_disks else []
         info = self._ready(job, uuid, 'remove_vm')
         if not delete_disks and not all_disks:
             self._change(job, 'unregistervm', uuid)
             return []
         return self._delete(job, info, all_disks)
 
-    def _delete(self, job: Job, info: Dict[str, str], all_disks: bool) -> List[str]:
-        """The VM, its files, and its disks, those in its folder or all of them; gives those that are kept.
+    def _delete(self, job: Job, info: Dict[str, str], all_disks: bool) -> List[List[str]]:
+        """The VM, its files, and its disks, those in its folder or all of them; gives [path, why] of those
+        that are kept.
 
         VBoxManage by itself would also delete the image under a VM's disk: so no disk is left to it.
         """
@@ -531,13 +286,17 @@ class VBoxManage(Asking):
                 continue
             self._change(job, 'storageattach', uuid, '--storagectl=' + controller, '--port=' + port,
                          '--device=' + device, '--medium=none')
-            if all_disks or os.path.realpath(path).startswith(folder):
+            if not all_disks and not os.path.realpath(path).startswith(folder):
+                kept.append([path, vboximages.ELSEWHERE])
+                continue
+            try:
                 self._run('closemedium', 'disk', disk, *delete_words(path), job=job, text='deleting a disk')
                 self._forget_image(told)
-            else:
-                kept.append(path)
+            except Refused as error:                # another VM has it, or a disk that lies on it
+                kept.append([path, 'VirtualBox can\'t delete it: %s' % error])
         self._change(job, 'unregistervm', uuid, '--delete')
-        self._run('setextradata', 'global', vboximages.OWNER + uuid)
+        for key in (vboximages.OWNER + uuid, maker_of(info)):
+            self._run('setextradata', 'global', key)
         return sorted(kept)
 
     def _forget_image(self, told: str) -> None:
@@ -693,6 +452,11 @@ class VBoxManage(Asking):
             words += [key, 'delete', rule[0], key, ','.join(rule)]
         if words:
             self._change(job, 'modifyvm', info['UUID'], *words)
+
+
+def maker_of(info: Dict[str, str]) -> str:
+    """The key of the note which process makes a VM."""
+    return vboximages.MAKER + os.path.dirname(info['CfgFile'])
 
 
 def delete_words(path: str) -> List[str]:

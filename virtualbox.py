@@ -6,7 +6,7 @@
 errors.
 
 What it is not: a process or a thread. All of it runs on the one thread of a driver's process
-(hypervisor.py), where importing vboxapi starts COM; no lock is needed.
+(driverserver.py), where importing vboxapi starts COM; no lock is needed.
 
 Seen with 7.2: VBoxSVC is also the hub of XPCOM's messages, so once it has died a client process never finds
 the next one, whatever it drops or creates anew. A fresh process does: a process that lost VBoxSVC ends.
@@ -49,6 +49,7 @@ from vboxconnection import (
     access_trouble,
     check_disks,
     has_mark,
+    kill_process,
     name_in_path,
     progress_of,
     system_lines,
@@ -157,7 +158,7 @@ def prepare_com() -> None:
 
     vboxapi deletes the modules that win32com has generated, and has them made anew: each process gets a
     folder of its own for them. COM's objects are let go of on the thread that made them: so the collector of
-    cycles, which may run on any, doesn't run by itself; the driver's loop calls it (hypervisor.py).
+    cycles, which may run on any, doesn't run by itself; the driver's loop calls it (driverserver.py).
     """
     import tempfile
 
@@ -348,6 +349,9 @@ class Life:
             machine.launchVMProcess(None, 'emergencystop', [] if self.box.api() >= (6, 1) else '')
         self.box.reached(job, machine, *OFF + SAVED)
         return True
+
+    def kill_process(self, job: Job, vm: str) -> bool:
+        return kill_process(job, vm)
 
     def pause(self, job: Job, vm: str) -> bool:
         machine = self.box.ready(job, vm, 'pause')

@@ -1,6 +1,6 @@
 """The states of a VM, whatever hypervisor has it; a driver tells its own word for one beside it.
 
-What it is not: a driver, or the machinery of one (hypervisor.py). No threads, no state of its own.
+What it is not: a driver, or the machinery of one (driverserver.py). No threads, no state of its own.
 """
 
 OFF, RUNNING, PAUSED, SAVED, STUCK, CHANGING = 'off', 'running', 'paused', 'saved', 'stuck', 'changing'

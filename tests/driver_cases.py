@@ -11,7 +11,9 @@ import time
 import pytest
 from helpers import others_take, wait_until
 
+import driverprocesses
 import faults
+import hosthypervisor
 import hypervisor
 import vmstates
 
@@ -93,8 +95,8 @@ def test_what_was_seen_is_told_while_the_hypervisor_takes_its_time(box, monkeypa
     """Of one VM as of all: its state is known, and so is what was said of it then."""
     box.create_vm('slow')
     before = box.describe('slow')
-    monkeypatch.setattr(hypervisor, 'FIRST_PATIENCE', 0.001)
-    monkeypatch.setattr(hypervisor, 'LIST_PATIENCE', 0.001)
+    monkeypatch.setattr(hosthypervisor, 'FIRST_PATIENCE', 0.001)
+    monkeypatch.setattr(driverprocesses, 'LIST_PATIENCE', 0.001)
     watcher = box._watcher._child.process
     watcher.send_signal(signal.SIGSTOP)
     try:
@@ -111,7 +113,7 @@ def test_whoever_looks_has_an_answer_within_a_second_while_nothing_answers(box, 
     """What is known, and why it isn't what is now; or an error that says so."""
     box.create_vm('asked')
     known = {'version': box.version(), 'machine_states': box.machine_states()}
-    monkeypatch.setattr(hypervisor, 'FIRST_PATIENCE', 0.8)
+    monkeypatch.setattr(hosthypervisor, 'FIRST_PATIENCE', 0.8)
     watcher = box._watcher._child.process
     watcher.send_signal(signal.SIGSTOP)
     try:
@@ -138,8 +140,8 @@ def test_whoever_looks_has_an_answer_within_a_second_while_nothing_answers(box, 
 
 def test_who_asks_again_waits_no_more_for_what_has_been_silent_for_long(box, monkeypatch):
     box.create_vm('asked')
-    monkeypatch.setattr(hypervisor, 'FIRST_PATIENCE', 3)
-    monkeypatch.setattr(hypervisor, 'LIST_PATIENCE', 0.1)
+    monkeypatch.setattr(hosthypervisor, 'FIRST_PATIENCE', 3)
+    monkeypatch.setattr(driverprocesses, 'LIST_PATIENCE', 0.1)
     watcher = box._watcher._child.process
     watcher.send_signal(signal.SIGSTOP)
     try:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import driverserver
 import hypervisor
 import vmstates
 from faults import AlreadyExists, BadState, InvalidParams, NoSuchVM
@@ -109,4 +110,4 @@ class Processes(hypervisor.Driver):
 
 
 if __name__ == '__main__':
-    hypervisor.run_driver(Processes)
+    driverserver.run_driver(Processes)

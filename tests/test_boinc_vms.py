@@ -470,7 +470,7 @@ def test_a_host_agent_of_an_older_version_gives_way_to_a_new_one(project, monkey
     with monkeypatch.context() as patched:
         patched.setattr(agent, 'VERSION', '1.10')
         assert not host.connect()
-    wait_until(lambda: not boincslot.is_alive(pid))
+    wait_until(lambda: not agent.is_alive(pid))
     with monkeypatch.context() as patched:
         patched.setattr(agent, 'VERSION', '0.9')       # an older task gets along with a newer agent
         wait_until(host.connect, 30)

@@ -4,6 +4,8 @@ The fake VirtualBox is within reach of the test here.
 """
 
 import os
+import struct
+import subprocess
 import time
 
 import fake_virtualbox
@@ -11,6 +13,7 @@ import pytest
 from vms import SETTINGS, here
 
 import faults
+import vboximages
 
 
 @pytest.fixture
@@ -141,7 +144,8 @@ def test_a_disk_under_a_linked_clone_stays(box, vbox, tmp_path, remove):
     base = machine.mediumAttachments[0].medium
     own = machine.mediumAttachments[0].medium = base.make_child(str(tmp_path / 'ours' / 'child.vdi'))
     attach(clone, base.make_child(str(tmp_path / 'clone.vdi')))
-    remove(box)
+    told = remove(box)
+    assert told in ([{'kind': 'vm', 'name': 'ours', 'why': 'named'}], [[base.location, 'needed by clone']])
     assert [row['name'] for row in box.machines()] == ['clone']
     assert not os.path.exists(own.location)
     assert os.path.exists(base.location) and os.path.exists(disk_of(clone))
@@ -153,9 +157,28 @@ def test_foreign_disks_are_deleted_only_on_demand(box, vbox, tmp_path):
         foreign = foreign_disk(vbox, tmp_path)
         own = disk_of(machine)
         attach(machine, foreign)
-        assert box.remove_vm('ours', True, all_disks) == ([] if all_disks else [foreign.location])
+        assert box.remove_vm('ours', True, all_disks) == ([] if all_disks else [
+            [foreign.location, 'attached from elsewhere; --all-disks (allDisks) deletes it, too']])
         assert not os.path.exists(own) and os.path.exists(foreign.location) is not all_disks
         vbox.hardDisks.clear()
+
+
+@pytest.mark.parametrize('all_disks', [False, True])
+def test_who_removes_a_vm_is_told_of_the_disk_that_another_one_has(box, vbox, tmp_path, all_disks):
+    machines = create(box, vbox, 'ours', diskSize=0), create(box, vbox, 'theirs', diskSize=0)
+    shared = foreign_disk(vbox, tmp_path)
+    for machine in machines:
+        attach(machine, shared)
+    assert box.remove_vm('ours', True, all_disks) == [[shared.location, 'needed by theirs']]
+    assert os.path.exists(shared.location)
+
+
+def test_who_removes_a_vm_that_can_not_be_read_is_told_that_its_files_stay(box, vbox, tmp_path):
+    unread = create(box, vbox, 'unread')
+    (tmp_path / 'unread-unread').write_text('its file is torn')
+    (path, why), = box.remove_vm('unread', True)
+    assert path == os.path.dirname(unread.settingsFilePath) and os.path.exists(unread.settingsFilePath)
+    assert why == 'VirtualBox can\'t read the VM: what is its own there, nobody can tell'
 
 
 def test_a_vm_that_can_not_be_read_may_use_any_disk(box, vbox, tmp_path):
@@ -255,6 +278,61 @@ def test_what_is_being_made_is_left_alone(box, vbox, appliance):
     assert rows(box.cleanup(False)) == [('vm', 'made'), ('disk', disk.location)]
 
 
+@pytest.mark.parametrize('kind', ['', 'appliance'])
+def test_what_another_host_agent_is_just_making_is_left_alone(box, vbox, appliance, monkeypatch, kind):
+    """From the moment that it is known to VirtualBox; and nobody else takes its name."""
+    told = []
+
+    def look(machine, value):
+        machine._memory = value
+        if value != 16:
+            return
+        with here(SETTINGS, vbox) as other:
+            told.append(other.cleanup(False) + other.cleanup(False, ['made']))
+            with pytest.raises(faults.AlreadyExists, match='made'):
+                other.create_vm('made', '', {})
+
+    memory = property(lambda machine: machine._memory, look)
+    monkeypatch.setattr(fake_virtualbox.Machine, 'memorySize', memory)
+    box.create_vm('made', kind and appliance, {'memory': 16})
+    assert told == [[]] and [row['name'] for row in box.machines()] == ['made']
+    assert box.cleanup() == [] and not [key for key in vbox.extra if 'maker' in key]
+
+
+def test_a_name_that_another_host_agent_is_about_to_take_is_taken(box, vbox, monkeypatch):
+    """Before VirtualBox knows of it, and, where both asked at once, by VirtualBox's word."""
+    def look(machine, flags):
+        with here(SETTINGS, vbox) as other:
+            with pytest.raises(faults.AlreadyExists, match='another program is just making a VM .made.'):
+                other.create_vm('made', '', {'diskSize': 0})
+
+    def refuse(vbox, *arguments):
+        raise fake_virtualbox.FakeError(0x80004005, 'Could not create the file (VERR_ALREADY_EXISTS)')
+
+    monkeypatch.setattr(fake_virtualbox.Machine, 'applyDefaults', look)
+    assert box.create_vm('made', '', {'diskSize': 0}) == 'made'
+    monkeypatch.setattr(fake_virtualbox.VirtualBox, 'createMachine', refuse)
+    with pytest.raises(faults.AlreadyExists, match='has just taken the name .raced.: .*EXISTS'):
+        box.create_vm('raced', '', {'diskSize': 0})
+    assert not [key for key in vbox.extra if 'maker' in key]
+
+
+def test_what_a_host_agent_that_died_was_making_is_removed(box, vbox, tmp_path):
+    machine = create(box, vbox, 'half')
+    machine.setExtraData('vmhost/making', machine.id)
+    disk = machine.mediumAttachments.pop().medium
+    maker = subprocess.Popen(['sleep', '1000'])
+    note = 'vmhost/maker/' + os.path.dirname(machine.settingsFilePath)
+    vbox.setExtraData(note, vboximages.note_of(maker.pid))
+    assert box.cleanup() == []
+    maker.kill()
+    maker.wait()
+    assert rows(box.cleanup(False)) == [('vm', 'half'), ('disk', disk.location)] and not vbox.extra
+    vbox.setExtraData(note, '%d of another start' % os.getpid())       # whose number is another one's now
+    box.cleanup(False)
+    assert not vbox.extra
+
+
 def test_a_failed_import_notes_nothing(box, vbox, appliance):
     vbox.importing = fake_virtualbox.Failed('no')
     with pytest.raises(faults.HypervisorError):
@@ -270,6 +348,45 @@ def test_an_import_that_is_refused_notes_nothing(box, vbox, appliance, monkeypat
     with pytest.raises(faults.HypervisorError):
         box.create_vm('refused', appliance, {})
     assert not vbox.extra
+
+
+@pytest.mark.parametrize('stage, words', [
+    ('reading', 'Premature end of data in tag VirtualQuantity line 46'),
+    ('reading', 'Error reading OVA (VERR_TAR_UNEXPECTED_EOS)'),
+    ('importing', 'Could not create the imported medium (VERR_EOF)')])
+def test_an_appliance_that_is_cut_is_told_to_be_so(box, vbox, appliance, stage, words):
+    setattr(vbox, stage, fake_virtualbox.Failed(words))
+    with pytest.raises(faults.HypervisorError) as told:
+        box.create_vm('cut', appliance, {})
+    assert str(told.value).startswith('%s is cut or damaged, or no appliance: get it anew (%s' % (
+        appliance, words))
+
+
+@pytest.mark.parametrize('words', ['VERR_DISK_FULL', 'VERR_ACCESS_DENIED'])
+def test_an_appliance_for_which_there_is_no_room_is_not_told_to_be_cut(box, vbox, appliance, words):
+    vbox.importing = fake_virtualbox.Failed('Could not create the imported medium (%s)' % words)
+    with pytest.raises(faults.HypervisorError, match='^Could not create'):
+        box.create_vm('whole', appliance, {})
+
+
+@pytest.mark.parametrize('linked', [False, True])
+def test_a_disk_that_is_cut_makes_no_vm(box, vbox, tmp_path, linked):
+    """VirtualBox lays a VM's disk on half an image, and says nothing."""
+    image = tmp_path / 'cut.vdi'
+    head = bytearray(4096)
+    struct.pack_into('<II', head, 64, 0xbeda107f, 0x10001)
+    struct.pack_into('<II', head, 340, 1 << 20, 2 << 20)
+    struct.pack_into('<QIIII', head, 368, 8 << 20, 1 << 20, 0, 8, 3)
+    with open(str(image), 'wb') as file:
+        file.write(head)
+        file.truncate(3 << 20)
+    with pytest.raises(faults.InvalidParams) as told:
+        box.create_vm('cut', str(image), {'linked': linked})
+    assert str(told.value) == ('%s is cut: it has 3145728 bytes, and 5242880 by what it says itself; get it '
+                               'anew' % image)
+    with open(str(image), 'ab') as file:
+        file.truncate(5 << 20)
+    vboximages.check_image(str(image))
 
 
 @pytest.fixture

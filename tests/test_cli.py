@@ -603,7 +603,7 @@ VM_ANSWERS = {
     'cleanup': [{'kind': 'disk', 'name': 'x', 'why': 'unused'},
                 {'kind': 'kept', 'name': 'y', 'why': 'unread'}],
     'getVM': lambda vm: {'name': vm}, 'discardState': True, 'keepVM': True,
-    'getEvents': {'last': 5, 'events': [{'type': 'disk-kept', 'vm': 'db', 'text': '/d.vdi'}]},
+    'getEvents': {'last': 5, 'events': [{'type': 'disk-kept', 'vm': 'db', 'text': '/d.vdi: needed by web'}]},
     'getStatusLink': 'http://127.0.0.1/status?key=k'}
 
 
@@ -614,7 +614,7 @@ VM_ANSWERS = {
     (['pause', 'db'], 'db is paused\n', ('pause', 'db')),
     (['resume', 'db'], 'db is running\n', ('resume', 'db')),
     (['save', 'db'], 'db is saved\n', ('saveState', 'db')),
-    (['rm', 'db', '--disks'], 'db removed\nkept /d.vdi (rm --all-disks deletes it, too)\n', ('getEvents', 5)),
+    (['rm', 'db', '--disks'], 'db removed\nkept /d.vdi: needed by web\n', ('getEvents', 5)),
     (['discard', 'db'], 'db is off\n', ('discardState', 'db')),
     (['keep', 'db', '--off'], 'db is not kept any more\n', ('keepVM', 'db', False)),
     (['snap', 'ls', 'db'], 'fresh\n', ('listSnapshots', 'db')),

@@ -10,13 +10,14 @@ import pytest
 from driver_cases import *  # noqa: F403 (the tests, for pytest to find)
 from vms import SETTINGS, environment
 
-import hypervisor
+import hosthypervisor
+import hostseen
 import virtualbox
 
 pytestmark = pytest.mark.skipif(not os.path.isdir('/proc'), reason='looks at /proc')
 
 
-class OfProcesses(hypervisor.Hypervisor):
+class OfProcesses(hosthypervisor.Hypervisor):
     """Whose driver is the tests' own."""
 
     def _command(self):
@@ -44,7 +45,7 @@ def box(request, tmp_path):
             yield box
         return
     with environment(fake_virtualbox.install(tmp_path)), opened(
-            hypervisor.Hypervisor, 'VirtualBox', settings) as box:
+            hosthypervisor.Hypervisor, 'VirtualBox', settings) as box:
         yield box
 
 
@@ -65,7 +66,7 @@ def test_what_was_removed_is_on_no_list_though_nobody_has_looked_since():
         return {'name': name, 'uuid': 'uuid of ' + name, 'id': '', 'state': 'off', 'native': 'PoweredOff',
                 'trouble': ''}
     told = []
-    watch = hypervisor.Watch(lambda *event: told.append(event))
+    watch = hostseen.Watch(lambda *event: told.append(event))
     watch.look([row('one'), row('other')])
     watch.forget('uuid of one')
     watch.forget('')                    # of a VM that was not known

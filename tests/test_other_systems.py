@@ -18,13 +18,13 @@ from helpers import wait_until
 import agent
 import chirplocal
 import cliterminal
+import driverprocesses
 import hostcli
 import hostclient
 import hostconfig
 import hostjournal
 import hoststate
 import hosttransfers
-import hypervisor
 import localnames
 import protocol
 import stompbroker
@@ -357,7 +357,7 @@ def test_a_driver_that_is_started_on_windows_opens_no_console(monkeypatch):
     real = subprocess.Popen
     monkeypatch.setattr(subprocess, 'CREATE_NO_WINDOW', 0x8000000, raising=False)
     monkeypatch.setattr(subprocess, 'Popen', begin)
-    child = hypervisor.Child(['cat'], {}, None)
+    child = driverprocesses.Child(['cat'], {}, None)
     child.kill()
     assert list(child.messages()) in ([], [{}]) and flags == [0x8000000]
 

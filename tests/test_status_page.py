@@ -23,9 +23,9 @@ from helpers import wait_until
 from vms import SETTINGS
 
 import hostguests
+import hosthypervisor
 import hostjournal
 import hostpages
-import hypervisor
 
 pytestmark = [pytest.mark.whole, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 in_chromium = pytest.mark.skipif(CHROMIUM is None, reason='no chromium here')
@@ -262,7 +262,7 @@ def test_vms_of_the_hypervisor_are_there_with_and_without_an_agent():
     guests.add('A', 'with-agent', '10.0.0.1', '', '', {}, 0)
     guests.add('B', 'no-vm', '10.0.0.2', '', '', {}, 0)
     guests.gone('B')
-    driver = hypervisor.Hypervisor('VirtualBox', SETTINGS)
+    driver = hosthypervisor.Hypervisor('VirtualBox', SETTINGS)
     machines = types.SimpleNamespace(hypervisor=driver)
     api = types.SimpleNamespace(methods={})
     page = hostpages.StatusPage(types.SimpleNamespace(guests=guests, machines=machines), api)

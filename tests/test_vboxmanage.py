@@ -133,6 +133,42 @@ def test_a_vm_of_which_virtualbox_says_no_has_not_gone(tmp_path, monkeypatch, co
     assert driver.machines(None) == (seen if still_there else [])
 
 
+NOBODIES = r"""
+words = sys.argv[1:]
+if words[0] == '--version':
+    print('7.2.4r1')
+elif words == ['list', 'vms', '--long']:
+    print('UUID:            %(two)s\nConfig file:     /no/torn.vbox')
+    sys.exit('VBoxManage: error: no')
+elif words == ['list', 'vms']:
+    print('"<inaccessible>" {%(two)s}\n"<inaccessible>" {%(one)s}')
+elif words[:2] == ['showvminfo', '%(two)s']:
+    sys.exit('VBoxManage: error: The object functionality is limited')
+elif words[0] == 'showvminfo':
+    print('name="<inaccessible>"\nUUID="%(one)s"\nCfgFile="/no/one.vbox"\nVMState="poweroff"')
+elif words[0] == 'unregistervm':
+    open(__file__ + '.done', 'a').write(' '.join(words) + '\n')
+""" % {'one': ONE, 'two': ONE.replace('6', '7')}
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+def test_a_vm_may_have_the_name_of_those_that_can_not_be_read(tmp_path, monkeypatch):
+    """VBoxManage lists both alike."""
+    a_program(tmp_path, monkeypatch, NOBODIES)
+    driver = vboxmanage.VBoxManage(dict(SETTINGS, command_timeout=20))
+    driver.connect()
+    job = hypervisor.Job({'verb': 'remove_vm'}, 20, lambda message: None)
+    for _ in range(2):
+        assert [(row['name'], row['state']) for row in driver.machines(job)] == [
+            ('torn', 'inaccessible'), ('<inaccessible>', 'off')]
+    for name in ('<inaccessible>', 'torn'):
+        with pytest.raises(AlreadyExists):
+            driver.create_vm(job, name, '', {})
+    assert driver.remove_vm(job, '<inaccessible>', True) == [] == driver.remove_vm(job, 'torn', True)
+    assert (tmp_path / 'VBoxManage.done').read_text().splitlines() == [
+        'unregistervm %s --delete' % ONE, 'unregistervm ' + ONE.replace('6', '7')]
+
+
 TAKEN = r"""
 words = sys.argv[1:]
 if words[0] == '--version':

@@ -7,9 +7,11 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
+import types
 
 import fake_virtualbox
 import pytest
@@ -20,8 +22,12 @@ from vms import SETTINGS, VMHost, command_line, environment, fault_of, here, pro
 
 import climachines
 import cliscreen
+import driverprocesses
 import faults
+import hostapi
 import hostconfig
+import hostguests
+import hosthypervisor
 import hostmachines
 import hypervisor
 import vboxconnection
@@ -310,8 +316,8 @@ def test_a_hypervisor_that_hangs_while_the_host_starts_is_there_once_it_answers(
         server = next(pid for pid in processes() if command_line(pid)[-1:] == [str(tmp_path)])
         os.kill(server, signal.SIGSTOP)
         ending.callback(os.kill, server, signal.SIGCONT)
-        monkeypatch.setattr(hypervisor, 'COMES_UP_IN', 0.5)
-        monkeypatch.setattr(hypervisor, 'FIRST_PATIENCE', 0.5)
+        monkeypatch.setattr(driverprocesses, 'COMES_UP_IN', 0.5)
+        monkeypatch.setattr(hosthypervisor, 'FIRST_PATIENCE', 0.5)
         now, reasons = start()
         ending.callback(now.close)
         assert (now.name, reasons) == ('VirtualBox', [])
@@ -327,14 +333,15 @@ def test_a_change_that_a_hung_hypervisor_keeps_from_beginning_is_told_so(tmp_pat
     """And not that the VM hangs; who switches it off waits for nobody, and isn't told that it is busy."""
     told = []
     with environment(fake_virtualbox.install(tmp_path)), contextlib.ExitStack() as ending:
-        box = hypervisor.Hypervisor('VirtualBox', dict(SETTINGS, command_timeout=30))
+        box = hosthypervisor.Hypervisor('VirtualBox', dict(SETTINGS, command_timeout=30))
         box.open()
         ending.callback(box.close)
         box.create_vm('there')
         box.start('there')
         server = next(pid for pid in processes() if command_line(pid)[-1:] == [str(tmp_path)])
-        for name, seconds in (('SILENCE', 2), ('HUNG', 1), ('FIRST_PATIENCE', 0.5)):
-            monkeypatch.setattr(hypervisor, name, seconds)
+        for room, name, seconds in ((driverprocesses, 'SILENCE', 2), (hypervisor, 'HUNG', 1),
+                                    (hosthypervisor, 'FIRST_PATIENCE', 0.5)):
+            monkeypatch.setattr(room, name, seconds)
         os.kill(server, signal.SIGSTOP)
         ending.callback(os.kill, server, signal.SIGCONT)
 
@@ -358,7 +365,51 @@ def test_a_change_that_a_hung_hypervisor_keeps_from_beginning_is_told_so(tmp_pat
         assert box.power_off('there') and box.remove_vm('there', True) == []
 
 
-class Scripted(hypervisor.Hypervisor):
+@contextlib.contextmanager
+def a_process_of(uuid, program='VBoxHeadless', word='--startvm'):
+    """What looks like a VM's process in the list of processes."""
+    process = subprocess.Popen([program, '-c', 'import time; time.sleep(1000)', '--comment', 'x', word, uuid],
+                               executable=sys.executable)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_vm_is_switched_off_though_the_hypervisor_answers_nobody(tmp_path, monkeypatch):
+    """By ending its process, where that can be told from all others."""
+    happened = []
+    with environment(fake_virtualbox.install(tmp_path)), contextlib.ExitStack() as ending:
+        box = hosthypervisor.Hypervisor('VirtualBox', dict(SETTINGS, command_timeout=30),
+                                        lambda *event: happened.append(event))
+        box.open()
+        ending.callback(box.close)
+        box.create_vm('there')
+        box.start('there')
+        uuid = box.known_uuid('there')
+        others = [ending.enter_context(a_process_of(*words)) for words in (
+            ('0' + uuid[1:],), (uuid, 'VBoxEditor'), (uuid, 'VBoxHeadless', '--comment'))]
+        own = ending.enter_context(a_process_of(uuid))
+        server = next(pid for pid in processes() if command_line(pid)[-1:] == [str(tmp_path)])
+        for room, name, seconds in ((driverprocesses, 'SILENCE', 2), (hypervisor, 'HUNG', 1),
+                                    (hosthypervisor, 'FIRST_PATIENCE', 0.7)):
+            monkeypatch.setattr(room, name, seconds)
+        os.kill(server, signal.SIGSTOP)
+        ending.callback(os.kill, server, signal.SIGCONT)
+        assert box.power_off('there') is True
+        assert own.wait(10) == -signal.SIGKILL and [other.poll() for other in others] == [None] * 3
+        wait_until(lambda: [text for type, vm, text in happened if (type, vm) == ('vm-trouble', 'there')
+                            and text.startswith('its process was ended, since VirtualBox')])
+        assert box.trouble()
+        with pytest.raises(faults.DeadlineExceeded, match='VirtualBox has not answered for'):
+            box.power_off('there')                  # no such process any more
+        os.kill(server, signal.SIGCONT)
+        wait_until(lambda: not box.trouble())
+        assert box.power_off('there') and box.remove_vm('there', True) == []
+
+
+class Scripted(hosthypervisor.Hypervisor):
     """One whose processes run these scripts, the last of them again and again."""
 
     def __init__(self, *scripts):
@@ -367,7 +418,7 @@ class Scripted(hypervisor.Hypervisor):
 
     def _launch(self, watches):
         script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
-        child = hypervisor.Child([sys.executable, '-c', script], {}, None)
+        child = driverprocesses.Child([sys.executable, '-c', script], {}, None)
         self.processes.append(child.process)
         return child
 
@@ -402,7 +453,7 @@ def test_a_silent_process_is_given_up():
 
 
 def test_a_worker_with_nothing_to_do_ends(monkeypatch):
-    monkeypatch.setattr(hypervisor, 'WORKER_IDLE', 0.2)
+    monkeypatch.setattr(hosthypervisor, 'WORKER_IDLE', 0.2)
     with started(ANSWERS) as box:
         assert box.version() == 'an answer'
         box.pause('vm')
@@ -426,11 +477,51 @@ def test_a_check_waits_for_a_moment_where_the_hypervisor_hangs(monkeypatch):
     """And doesn't speak of a VM then."""
     with started(ANSWERS, HANGS % 'SIG_DFL') as box:
         assert box.version() == 'an answer' and box._patience > 20
-        monkeypatch.setattr(hypervisor, 'SILENCE', 0.3)
+        monkeypatch.setattr(driverprocesses, 'SILENCE', 0.3)
         begun = time.monotonic()
         with pytest.raises(faults.DeadlineExceeded, match='the hypervisor itself hangs'):
             box.check()
         assert time.monotonic() - begun < 10
+
+
+def test_machines_whose_agents_are_there_are_listed_while_no_vm_was_ever_seen(monkeypatch):
+    """As where the hypervisor hangs already when the host agent starts."""
+    monkeypatch.setattr(driverprocesses, 'COMES_UP_IN', 0.1)
+    monkeypatch.setattr(hosthypervisor, 'FIRST_PATIENCE', 0.7)
+    guests = hostguests.Guests(30)
+    machines = hostmachines.Machines(guests, None, None, None, None)
+    commands = types.SimpleNamespace(open_ones=lambda: [], open_of=lambda id: [])
+    api = hostapi.MachineMethods(
+        types.SimpleNamespace(machines=machines, guests=guests, commands=commands), None)
+    with started('import time; time.sleep(1000)') as machines.hypervisor:
+        for call in (api.listVMs, api.getVMs, api.listKnownVMs, api.getNamesToIdsMapping):
+            with pytest.raises(faults.DeadlineExceeded, match='VirtualBox has not answered'):
+                call()                  # and no list says that there is nothing
+        guests.add('A', 'lab1', '10.0.0.1', '', '', {}, 0)
+        row, = api.getVMs()
+        assert (row['name'], row['state'], row['agent'], row['trouble']) == ('lab1', 'Running', 'alive', '')
+        assert api.listKnownVMs() == ['lab1'] and api.getNamesToIdsMapping() == {'lab1': 'A'}
+        assert machines.hypervisor.trouble().endswith('no VM was seen yet')
+        alone = api.getVM('lab1')
+        assert alone['state'] == 'Running' and alone['trouble'].startswith('VirtualBox has not answered')
+        with pytest.raises(faults.DeadlineExceeded):
+            api.getVM('nobody')
+
+
+def test_a_list_that_is_not_of_now_is_told_to_be_so_whoever_else_was_answered(monkeypatch):
+    """As where the process that looks hangs alone, or is busy for long."""
+    monkeypatch.setattr(hosthypervisor, 'LOOK_PATIENCE', 0.1)
+    with started(ANSWERS) as box:
+        assert box.list_rows() == [] and box.trouble() == ''
+        watcher = box._watcher._child.process
+        watcher.send_signal(signal.SIGSTOP)
+        try:
+            assert box.list_rows() == []
+            assert box.pause('vm') == 'an answer'           # by another process
+            assert box.trouble().startswith('VirtualBox takes its time: VMs are told as they were seen')
+        finally:
+            watcher.send_signal(signal.SIGCONT)
+        wait_until(lambda: not box.trouble())       # though nobody asks for a list
 
 
 BEGINS_AND_HANGS = '''
@@ -470,7 +561,7 @@ def test_a_driver_that_hangs_ends_with_the_host(at_term):
 
 def test_what_processes_printed_is_kept(tmp_path):
     printed = tmp_path / 'virtualbox.log'
-    box = hypervisor.Hypervisor('VirtualBox', dict(SETTINGS, state_dir=str(tmp_path)))
+    box = hosthypervisor.Hypervisor('VirtualBox', dict(SETTINGS, state_dir=str(tmp_path)))
     for text in (b'first', b'second', b'x' * (1 << 20), b'anew'):
         with box._open_stderr() as stderr:
             stderr.write(text)

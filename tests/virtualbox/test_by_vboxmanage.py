@@ -26,7 +26,8 @@ from test_hypervisor import opened
 from vms import SETTINGS, VMHost, command_line, environment, fault_of, kill, processes
 
 import faults
-import hypervisor
+import hosthypervisor
+import vboxasking
 import vboxmanage
 import vmstates
 
@@ -36,7 +37,7 @@ SERIAL = 'vmhost:' + '5' * 32
 @pytest.fixture
 def box(home, remove_all, tmp_path):
     settings = dict(SETTINGS, state_dir=str(tmp_path), command_timeout=45)
-    with opened(hypervisor.Hypervisor, 'VBoxManage', settings) as box:
+    with opened(hosthypervisor.Hypervisor, 'VBoxManage', settings) as box:
         yield box
 
 
@@ -98,8 +99,8 @@ def test_saved_and_back(box, vm):
 def test_the_secret_of_the_firmware(home, remove_all, tmp_path):
     """Is what the VM gets, and in no list of processes."""
     seen = []
-    box = hypervisor.Hypervisor('VBoxManage', dict(SETTINGS, state_dir=str(tmp_path), command_timeout=45),
-                                serial_of=lambda id, uuid: SERIAL)
+    box = hosthypervisor.Hypervisor('VBoxManage', dict(SETTINGS, state_dir=str(tmp_path), command_timeout=45),
+                                    serial_of=lambda id, uuid: SERIAL)
     box.open()
     with contextlib.closing(box), command_lines(seen):
         box.create_vm('secretive', '', {'memory': 16, 'diskSize': 0})
@@ -188,9 +189,9 @@ def test_a_vm_that_hangs_holds_up_nobody_who_looks(box, vm):
             begun = time.monotonic()
             assert ask()
             took.append(time.monotonic() - begun)
-    assert max(took) < (hypervisor.FIRST_PATIENCE + 0.2) * others_take(), took
+    assert max(took) < (hosthypervisor.FIRST_PATIENCE + 0.2) * others_take(), took
     wait_until(lambda: box.state(vm) == 'Running')
-    assert box.describe(vm)['trouble'] == vboxmanage.HANGS
+    assert box.describe(vm)['trouble'] == vboxasking.HANGS
     with pytest.raises(faults.DeadlineExceeded, match=vm + '.*its process does not answer'):
         box.list_snapshots(vm)
     assert box.power_off(vm) is True
@@ -209,7 +210,7 @@ def test_where_no_network_was_made_a_vm_gets_nat_until_there_is_one(home, remove
     forget_networks()
     network = {'mode': 'hostonly', 'interface': 'vboxnet0', 'host_ip': '192.168.56.1'}
     settings = dict(SETTINGS, network=network, state_dir=str(tmp_path), command_timeout=45)
-    with opened(hypervisor.Hypervisor, 'VBoxManage', settings) as box:
+    with opened(hosthypervisor.Hypervisor, 'VBoxManage', settings) as box:
         box.create_vm('early', '', {'memory': 16, 'diskSize': 0})
         box.create_vm('hasty', '', {'memory': 16, 'diskSize': 0, 'network': 'hostonly'})
         uuid, mac = box.known_uuid('early'), box.describe('early')['id']

@@ -6,14 +6,14 @@ from rig import a_vm_is_moved
 from test_hypervisor import opened
 from vms import SETTINGS
 
-import hypervisor
+import hosthypervisor
 import virtualbox
 
 
 @pytest.fixture
 def box(home, remove_all, tmp_path):
     settings = dict(SETTINGS, state_dir=str(tmp_path), command_timeout=45)
-    with opened(hypervisor.Hypervisor, 'VirtualBox', settings) as box:
+    with opened(hosthypervisor.Hypervisor, 'VirtualBox', settings) as box:
         yield box
 
 

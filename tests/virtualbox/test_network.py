@@ -11,8 +11,8 @@ from vms import VMHost, fault_of
 
 import agent
 import hostconfig
+import hosthypervisor
 import hostmachines
-import hypervisor
 
 CONF = '/etc/vbox/networks.conf'
 
@@ -187,7 +187,7 @@ def check(home, tmp_path):
     def check(**network):
         settings = agent.read_settings(None, hostconfig.SETTINGS)
         vars(settings.Network).update(network)
-        box = hypervisor.Hypervisor('VirtualBox', hostmachines.driver_settings(settings, str(tmp_path)))
+        box = hosthypervisor.Hypervisor('VirtualBox', hostmachines.driver_settings(settings, str(tmp_path)))
         box.open()
         try:
             return {what: (ok, mend) for ok, what, mend, _ in box.check()}

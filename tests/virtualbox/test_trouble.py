@@ -16,7 +16,7 @@ from test_hypervisor import opened
 from vms import SETTINGS, fault_of, kill
 
 import faults
-import hypervisor
+import hosthypervisor
 
 NUMBERS = itertools.count(1)
 SMALL = {'memory': 16, 'diskSize': 4}
@@ -179,8 +179,8 @@ def test_two_vms_with_one_card(host, api, vm):
 @pytest.fixture
 def secret_box(home, remove_all, tmp_path):
     """A hypervisor that gives each VM a secret of its own, made of the first digit of its uuid."""
-    box = hypervisor.Hypervisor('VirtualBox', dict(SETTINGS, state_dir=str(tmp_path), command_timeout=45),
-                                serial_of=lambda id, uuid: 'vmhost:' + 32 * uuid[0])
+    box = hosthypervisor.Hypervisor('VirtualBox', dict(SETTINGS, state_dir=str(tmp_path), command_timeout=45),
+                                    serial_of=lambda id, uuid: 'vmhost:' + 32 * uuid[0])
     box.open()
     yield box
     assert box.close()
@@ -253,7 +253,7 @@ def test_a_full_disk_pauses_a_vm_for_a_reason_that_is_told(host, api, remove_all
 def test_on_a_full_disk_a_vm_keeps_its_settings(home, remove_all, small_disk, tmp_path, driver):
     """VirtualBox would leave an empty file, and say that the snapshot is restored."""
     settings = dict(SETTINGS, state_dir=str(tmp_path), command_timeout=45)
-    with opened(hypervisor.Hypervisor, driver, settings) as box:
+    with opened(hosthypervisor.Hypervisor, driver, settings) as box:
         box.create_vm('full', '', dict(SMALL, folder=small_disk))
         box.start('full')
         box.take_snapshot('full', 'live')

@@ -20,7 +20,7 @@ from test_trouble import lists_are_asked
 from vm_cases import CHANGES
 from vms import fault_of, kill
 
-from hypervisor import LIST_PATIENCE
+from driverprocesses import LIST_PATIENCE
 
 WALKS = int(os.environ.get('VMHOST_WALKS') or 1)
 SEED = int(os.environ.get('VMHOST_WALK_SEED') or 0)

@@ -1,0 +1,479 @@
+"""A hypervisor and its machines, as the host sees them: verbs, lists, what was seen last, events.
+
+`Hypervisor` is what the rest of the host holds: each verb of `Driver` (hypervisor.py) is a method there. It
+decides who asks which of the driver's processes, how long for, and what is told where none answers; one
+change at a time for each VM.
+
+What it is not: a driver, which lives in processes of its own; it knows neither guests nor commands.
+
+Threads: `vm-events` calls `on_event`, and lets workers go that had nothing to do for long. Whoever calls a
+verb waits on his own thread.
+"""
+
+import base64
+import collections
+import contextlib
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+import driverprocesses
+import hypervisor
+from driverprocesses import EVER, Call, Child, Unresponsive, Watcher, Workers
+from faults import BadState, Busy, DeadlineExceeded, HypervisorError, VMHostError
+from hostseen import Watch
+from hypervisor import is_local, kind_of
+from vmstates import CHANGING, PAUSED, RUNNING, STUCK
+
+log = logging.getLogger('vmhost.hypervisor')
+
+FIRST_PATIENCE = 5.0           # seconds of silence until who asks for one VM, or for news, waits no more
+LOOK_PATIENCE = 5.0            # seconds that who changed a VM, or asks for one, waits while there are answers
+WORKER_IDLE = 60.0             # seconds without work after which a worker ends
+PRINTED_KEPT = 1024 * 1024     # bytes of a driver's log file, beyond which it begins anew
+# What is told again while nothing answers.
+REMEMBERED = 'version', 'machine_states', 'find_chirp'
+# Changes of a VM after which its ports are where they were.
+MOVE_NO_PORT = 'pause', 'resume', 'take_snapshot', 'delete_snapshot', 'keep', 'set_limits', 'remote_desktop'
+
+
+class Hypervisor:
+    """A hypervisor, for the rest of the host. Each verb of `Driver` is a method that takes its arguments
+    but the job, waits, and gives its value or raises its VMHostError. Any thread may call any method.
+
+    name        of the driver, in drivers.py
+    settings    as Driver's; what the driver prints is kept in `state_dir`, or nowhere where that is ''
+    on_event    called with (type, vm, text) on the thread `vm-events`
+    serial_of   called with a VM's id and uuid before each start: gives what its firmware tells the guest as
+                the board's serial number, '' for nothing
+    """
+
+    def __init__(self, name: str, settings: Dict[str, Any],
+                 on_event: Callable[[str, str, str], None] = lambda type, vm, text: None,
+                 serial_of: Callable[[str, str], str] = lambda id, uuid: '') -> None:
+        self.name = name
+        self._settings = settings
+        self._on_event = on_event
+        self._serial_of = serial_of
+        self._patience = settings['command_timeout'] + driverprocesses.SILENCE
+        self._events = queue.Queue()  # type: queue.Queue
+        self._watch = Watch(self._happened)
+        self._watcher = Watcher(self._launch, self._watch.look, self._patience)
+        self._workers = Workers(self._launch, self._progressed)
+        # Guards numbers and calls under way; a condition, so that who waits for a VM wakes up. Held for
+        # moments.
+        self._free = threading.Condition()
+        self._last_id = 0
+        self._under_way = collections.OrderedDict()  # type: Dict[str, Call]     # what is owned: by which call
+        self._calls = []  # type: List[Call]
+        self._told = {}  # type: Dict[Tuple[str, str], Any]         # by verb and uuid: what was told last
+        self._closing = False
+        self._asked_in_vain = 0.0               # monotonic: when a list was told last as it was seen before
+        self._teller = threading.Thread(target=self._tell_events, name='vm-events', daemon=True)
+
+    def open(self) -> None:
+        """Starts the threads and the process that looks. Gives no error: the first call does."""
+        self._watcher.start()
+        self._teller.start()
+
+    def close(self, timeout: float = 10) -> bool:
+        """Ends all processes; VMs go on. Whoever still waits gets an error. True when all ended."""
+        self._closing = True
+        ended = self._workers.stop(0.5 * timeout)
+        ended = self._watcher.stop(timeout) and ended
+        self._events.put(None)
+        self._teller.join(1)
+        if not ended or self._teller.is_alive():
+            log.warning('a thread of the hypervisor\'s did not end in time')
+        return ended and not self._teller.is_alive()
+
+    def _launch(self, watches: bool) -> Child:
+        with self._open_stderr() as stderr:
+            return Child(self._command() + ['watcher' if watches else 'worker'],
+                         {'settings': self._settings, 'watches': watches}, stderr)
+
+    def _command(self) -> List[str]:
+        """What runs a driver's process; its last word is for who looks at a list of processes."""
+        code = 'import sys; sys.path.insert(0, sys.argv[1]); import drivers; drivers.run(sys.argv[2])'
+        return [sys.executable, '-c', code, os.path.dirname(os.path.abspath(__file__)), self.name]
+
+    def _open_stderr(self) -> Any:
+        """A driver's library prints its troubles; they are kept for who looks for a reason, and each
+        process adds to what those before it left."""
+        folder = self._settings['state_dir']
+        if not folder or not os.path.isdir(folder):
+            return open(os.devnull, 'wb')
+        path = os.path.join(folder, self.name.lower() + '.log')
+        full = os.path.exists(path) and os.path.getsize(path) > PRINTED_KEPT
+        return open(path, 'wb' if full else 'ab')
+
+    # Verbs.
+
+    def __getattr__(self, verb: str) -> Callable[..., Any]:
+        if not kind_of(verb):
+            raise AttributeError(verb)
+
+        ask = self._at_once if kind_of(verb) == 'quick' and verb != 'warnings' else self._call
+        return lambda *args: ask(verb, args)
+
+    def _at_once(self, verb: str, args: Tuple[Any, ...]) -> Any:
+        """A quick verb's answer: as it is now; of what hardly changes, where nothing is heard for a while, as
+        it was told last. Raises DeadlineExceeded, with the reason, where it never was."""
+        vm = str(args[0]) if args else ''
+        key = verb, self._watch.uuid_of(vm) or vm
+        known = key in self._told
+        try:
+            found = self._call(verb, args, FIRST_PATIENCE, EVER)
+        except DeadlineExceeded as error:
+            if known:
+                return self._told[key]
+            raise self._silent(error)
+        if verb in REMEMBERED:
+            self._told[key] = found
+        return found
+
+    def trouble(self) -> str:
+        """A sentence, where the hypervisor answers nobody, or what lists tell is not of now; else ''."""
+        silence, looked_at = self._watcher.silence(), self._watch.looked_at
+        if silence < driverprocesses.LIST_PATIENCE:
+            return '' if self._asked_in_vain <= looked_at else (
+                '%s takes its time: VMs are told as they were seen %d s ago' % (
+                    self.name, max(1, time.monotonic() - looked_at)))
+        return '%s has not answered for %d s: %s' % (
+            self.name, max(1, silence), 'no VM was seen yet' if self._watch.rows() is None
+            else 'VMs are told as they were seen before')
+
+    def _silent(self, error: Exception) -> DeadlineExceeded:
+        """What those get who ask what isn't known."""
+        return DeadlineExceeded(self.trouble().partition(':')[0] or str(error))
+
+    def _answers(self) -> bool:
+        """Whether the hypervisor says anything, to whoever asks."""
+        with contextlib.suppress(VMHostError):
+            self._call('version', (), FIRST_PATIENCE)
+        return self._watcher.silence() < FIRST_PATIENCE
+
+    def _check_answers(self) -> None:
+        """Before something that only looks, but takes its time. Raises DeadlineExceeded."""
+        try:
+            self._call('version', (), FIRST_PATIENCE, EVER)
+        except DeadlineExceeded as error:
+            raise self._silent(error)
+        except VMHostError as error:
+            log.debug('%s: whoever does the work will tell', error)
+
+    def _call(self, verb: str, args: Tuple[Any, ...] = (), patience: Optional[float] = None,
+              at_most: float = 0) -> Any:
+        with self._free:
+            if self._closing:
+                raise HypervisorError('the host agent is stopping')
+            self._last_id += 1
+            call = Call(self._last_id, verb, args)
+        if kind_of(verb) == 'quick':
+            return self._watcher.ask(call, patience, at_most)
+        if verb == 'cleanup' and (not args or args[0]) or kind_of(verb) == 'looking' and verb != 'check':
+            self._check_answers()
+        with self._owning(call):
+            try:
+                done = self._work(call, patience or self._patience)
+                if verb not in hypervisor.ALONE:
+                    self._watcher.others_were_answered()
+                return done
+            finally:
+                if kind_of(verb) == 'changing' and not self._closing:
+                    self._forget_told(call)
+                    self._look()
+
+    def _work(self, call: Call, patience: float) -> Any:
+        """Has it done by a worker; by another one where the first lost the hypervisor before it began."""
+        deadline, pause = time.monotonic() + self._settings['command_timeout'], 0.2
+        while True:
+            with self._workers.one() as worker:
+                done, why = worker.carry_out(call, patience, self._answers), worker.why
+            if done and isinstance(call.error, Unresponsive) and not self._answers():
+                why = str(self._silent(call.error))
+                raise (Unresponsive('%s; whether %s was done is not known' % (why, call.verb)) if call.begun
+                       else DeadlineExceeded(why))
+            if done:
+                return call.answer()
+            why = why or 'the driver\'s process ended'
+            if call.given_up:
+                raise Unresponsive('%s: no answer, and %s was to be switched off' % (call.verb, call.vm))
+            if self._closing:
+                raise HypervisorError('the host agent is stopping')
+            if call.begun and kind_of(call.verb) == 'changing':
+                raise HypervisorError('%s: %s; look what state the VM is in' % (call.verb, why))
+            if time.monotonic() + pause > deadline or call.tries >= 10:
+                raise HypervisorError(why)
+            time.sleep(pause)
+            pause = min(2 * pause, 5)
+
+    def _forget_told(self, call: Call) -> None:
+        """What was told of a VM is no longer so."""
+        changed = self._watch.uuid_of(call.vm) or call.vm
+        for verb, vm in list(self._told):
+            if vm in (changed, call.vm) and not (verb == 'find_chirp' and call.verb in MOVE_NO_PORT):
+                self._told.pop((verb, vm), None)
+
+    def _look(self) -> None:
+        """After a change: whoever made it finds the new state known, and no state goes untold."""
+        with contextlib.suppress(VMHostError):
+            self._watch.look(self._call('machines', patience=LOOK_PATIENCE))
+
+    # One change at a time for each VM.
+
+    @contextlib.contextmanager
+    def _owning(self, call: Call) -> Iterator[None]:
+        """Nobody else changes this VM meanwhile; and none is made while cleanup looks for what is half
+        made."""
+        if kind_of(call.verb) == 'changing' and call.verb not in ('create_vm', 'remove_vm'):
+            self._refuse_clash(call.vm)
+        key = self._watch.uuid_of(call.vm) or call.vm
+        deadline = time.monotonic() + self._settings['command_timeout']
+        with self._free:
+            while kind_of(call.verb) == 'changing' and self._in_the_way(call, key):
+                if time.monotonic() > deadline or self._closing:
+                    other = self._in_the_way(call, key)
+                    raise Busy('%s is busy: %s is under way' % (call.vm or 'the hypervisor', other))
+                self._free.wait(0.5)
+            call.others = [[each.verb, each.vm] for each in self._calls]
+            self._calls.append(call)
+            if kind_of(call.verb) == 'changing':
+                self._under_way[key] = call
+        try:
+            yield
+        finally:
+            with self._free:
+                self._calls.remove(call)
+                if self._under_way.get(key) is call:
+                    del self._under_way[key]
+                self._free.notify_all()
+
+    def _in_the_way(self, call: Call, key: str) -> str:
+        """The verb for which this call has to wait, '' for none."""
+        if key in self._under_way:
+            return self._under_way[key].verb
+        cleans = any(each.verb == 'cleanup' for each in self._calls)
+        return 'cleanup' if call.verb == 'create_vm' and cleans else ''
+
+    # Verbs that are more than one call of the driver's.
+
+    def start(self, vm: str, gui_mode: bool = False) -> bool:
+        """Starts, or goes on from the saved state. True once it runs."""
+        row = self._row(vm)
+        serial = self._serial_of(row['id'], row['uuid']) if row is not None else ''
+        return self._call('start', (vm, bool(gui_mode), serial))
+
+    def remove_vm(self, vm: str, delete_disks: bool = False, all_disks: bool = False) -> List[List[str]]:
+        """[path, why] of what is kept. No list shows the VM any more, however long the next look at all
+        takes."""
+        uuid = self._watch.uuid_of(vm)
+        kept = self._call('remove_vm', (vm, delete_disks, all_disks))
+        self._watch.forget(uuid)
+        return kept  # type: ignore[no-any-return]
+
+    def power_off(self, vm: str) -> bool:
+        """Pulls the plug; of a VM that hangs, or whose hypervisor answers nobody, ends the process."""
+        uuid = self._watch.uuid_of(vm)
+        try:
+            return self._pull_the_plug(vm)
+        except DeadlineExceeded as error:
+            if not uuid or self._answers() or not self._was_killed(vm, uuid):
+                raise
+            text = 'its process was ended, since %s; what is listed tells that once it answers' % (
+                self._silent(error))
+            log.warning('%s: %s', vm, text)
+            self._happened('vm-trouble', vm, text)
+            return True
+
+    def _was_killed(self, vm: str, uuid: str) -> bool:
+        try:
+            return bool(self._call('kill_process', (uuid,)))
+        except VMHostError as error:
+            log.warning('the process of %s could not be ended: %s', vm, error)
+            return False
+
+    def _pull_the_plug(self, vm: str) -> bool:
+        if self._gives_up(self._watch.uuid_of(vm) or vm):
+            return self._call('end_process', (vm,))  # type: ignore[no-any-return]
+        try:
+            return self._call('power_off', (vm,), patience=min(
+                hypervisor.HUNG, self._settings['command_timeout'] + 2))
+        except Unresponsive as error:
+            log.warning('%s hangs: its process is ended (%s)', vm, error)
+            return self._call('end_process', (vm,))
+
+    def _gives_up(self, key: str) -> bool:
+        """Ends the change of this VM that is under way, where it hangs. Waits until that is known; True where
+        the VM's process is to be ended, then; False where nothing was under way, had begun, or it does
+        something."""
+        until = time.monotonic() + hypervisor.HUNG + 1
+        with self._free:
+            while key in self._under_way and time.monotonic() < until:
+                other = self._under_way[key]
+                if other.sent_to is not None and time.monotonic() - other.heard > hypervisor.HUNG:
+                    log.warning('%s hangs in %s, which is given up', other.vm, other.verb)
+                    other.given_up = True
+                    other.sent_to.kill()
+                    return other.begun
+                self._free.wait(0.5)
+        return False
+
+    def _row(self, vm: str) -> Optional[Dict[str, Any]]:
+        """A VM's row, looked up where it wasn't seen; None for an unknown one."""
+        if self._watch.row_of(vm) is None:
+            self.list_rows()
+        return self._watch.row_of(vm)
+
+    def check(self) -> List[Tuple[bool, str, str, bool]]:
+        """As Driver's; who asks sits there and waits, even where nothing answers."""
+        return self._call('check', patience=driverprocesses.SILENCE)  # type: ignore[no-any-return]
+
+    def screenshot(self, vm: str) -> bytes:
+        """PNG."""
+        return base64.b64decode(self._call('screenshot', (vm,)))
+
+    def list_snapshots(self, vm: str) -> List[str]:
+        """Names, each parent before its children."""
+        return [row['name'] for row in self.snapshots(vm)]
+
+    def chirp_endpoint(self, vm: str) -> Optional[Tuple[str, int]]:
+        """(host, port) by which the guest's Chirp port is reached where its address can't be, else None."""
+        if self._row(vm) is None:       # a machine outside the hypervisor
+            return None
+        found = self.find_chirp(vm)
+        if not found and self._settings['network']['mode'] == 'nat':
+            found = self._call('forward_chirp', (vm,))
+            self._told['find_chirp', self._watch.uuid_of(vm) or vm] = found
+        return (found[0], found[1]) if found else None
+
+    # Lists: what is there now; where that takes too long, what was seen last.
+
+    def list_rows(self) -> List[Dict[str, Any]]:
+        """The rows of `Driver.machines`."""
+        seen = self._watch.rows()
+        try:
+            rows = self._call('machines', (), *(
+                (FIRST_PATIENCE, EVER) if seen is None else (driverprocesses.LIST_PATIENCE,)))
+        except DeadlineExceeded as error:
+            if seen is None:
+                raise self._silent(error)
+            self._asked_in_vain = time.monotonic()
+            return seen
+        self._watch.look(rows)
+        return rows
+
+    def list_vms(self) -> List[str]:
+        """Names of all VMs, sorted."""
+        return sorted(row['name'] for row in self.list_rows())
+
+    def list_running(self) -> List[str]:
+        """Names of the VMs that have a process: running, paused or on their way."""
+        online = RUNNING, PAUSED, STUCK, CHANGING
+        return sorted(row['name'] for row in self.list_rows() if row['state'] in online)
+
+    def vms_with_state(self) -> Dict[str, str]:
+        """{name: native state}."""
+        return {row['name']: row['native'] for row in self.list_rows()}
+
+    def name_of(self, mac: str) -> str:
+        """The name of the VM with this MAC, '' when there is none. An unknown one is looked up."""
+        if not self._watch.name_of(mac):
+            self.list_rows()
+        return self._watch.name_of(mac)
+
+    def state(self, vm: str) -> str:
+        """The native state."""
+        return str(self.describe(vm)['native'])
+
+    def describe(self, vm: str) -> Dict[str, Any]:
+        """As Driver's; of a VM that was seen, where that takes longer than a moment, what was seen last: a
+        row of `Driver.machines` at least."""
+        seen = self._watch.row_of(vm)
+        try:
+            found = self._call('describe', (vm,), FIRST_PATIENCE, EVER if seen is None else LOOK_PATIENCE)
+            self._told['describe', found['uuid']] = found
+            return found  # type: ignore[no-any-return]
+        except DeadlineExceeded as error:
+            if seen is None:
+                raise self._silent(error)
+            last = self._told.get(('describe', seen['uuid']), {})
+            why = self.trouble() or 'told as it was seen before: %s takes its time' % self.name
+            return dict(last if last.get('native') == seen['native'] else {},
+                        **dict(seen, trouble=seen['trouble'] or why))
+
+    # What was seen last: asks nobody.
+
+    def known_name(self, mac: str) -> str:
+        """Like name_of; '' for a MAC that two VMs have."""
+        return self._watch.name_of(mac)
+
+    def known_uuid(self, vm: str) -> str:
+        """The uuid of a VM, by name or id; '' for one that was not seen, or an id that two VMs have."""
+        return self._watch.uuid_of(vm)
+
+    def known_state(self, vm: str) -> str:
+        """One of STATES; '' for a VM that was not seen."""
+        row = self._watch.row_of(vm)
+        return row['state'] if row is not None else ''
+
+    def known_native(self, vm: str) -> str:
+        """The native state; '' for a VM that was not seen."""
+        row = self._watch.row_of(vm)
+        return row['native'] if row is not None else ''
+
+    def known_vms(self) -> List[Dict[str, Any]]:
+        """The rows of `Driver.machines`."""
+        return self._watch.rows() or []
+
+    def clash_of(self, vm: str) -> str:
+        """A sentence, where the VM of this name or id shares its id with another one; else ''."""
+        return self._watch.clash_of(vm)
+
+    def _refuse_clash(self, vm: str) -> None:
+        clash = self.clash_of(vm)
+        if clash:
+            raise BadState(clash)
+
+    def broker_address(self) -> str:
+        """This machine's address on the VMs' network, '' while it has none."""
+        network = self._settings['network']
+        return network['host_ip'] if network['mode'] != 'nat' and is_local(network['host_ip']) else ''
+
+    def under_way(self) -> List[Dict[str, Any]]:
+        """Long jobs now: [{verb, vm, percent, text}]."""
+        with self._free:
+            calls = [call for call in self._calls if call.text]
+        return [{'verb': call.verb, 'vm': call.vm, 'percent': call.percent, 'text': call.text}
+                for call in calls]
+
+    # Events.
+
+    def _progressed(self, call: Call, percent: int, text: str) -> None:
+        if not text:
+            return
+        news = percent // 10 != call.percent // 10 or not call.text
+        call.percent, call.text = percent, text
+        if news:
+            self._happened('vm-progress', call.vm, '%s: %d%%, %s' % (call.verb, percent, text))
+
+    def _happened(self, type: str, vm: str, text: str) -> None:
+        self._events.put(lambda: self._on_event(type, vm, text))
+
+    def _tell_events(self) -> None:
+        while True:
+            try:
+                event = self._events.get(timeout=WORKER_IDLE / 2)
+            except queue.Empty:
+                self._workers.end_idle(time.monotonic() - WORKER_IDLE)
+                continue
+            if event is None:
+                return
+            try:
+                event()
+            except Exception:
+                log.exception('an event could not be delivered')

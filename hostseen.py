@@ -1,0 +1,116 @@
+"""What was seen of the VMs: the last look at all of them, and what differs from the one before.
+
+What it is not: it asks nobody; who looks brings the rows (hosthypervisor.py). From any thread; one lock.
+"""
+
+import collections
+import threading
+import time
+from typing import Any, Callable, Dict, List, Optional
+
+from hypervisor import either
+from vmstates import INACCESSIBLE, STUCK
+
+
+class Watch:
+    """Compares the VMs with what was seen before, and tells the difference.
+
+    The memory is here and not in the driver, so that a VM that died together with its hypervisor is noticed
+    by the driver's successor. From any thread.
+    """
+
+    def __init__(self, happened: Callable[[str, str, str], None]) -> None:
+        self._happened = happened
+        # Only one look at a time; guards what was seen. Events are only queued while it is held.
+        self._lock = threading.Lock()
+        self.looked_at = 0.0                # monotonic: when somebody last did
+        # Replaced as a whole, never changed: so any thread may read them.
+        self._seen = None  # type: Optional[Dict[str, Dict[str, Any]]]       # by uuid
+        self._by_word = {}  # type: Dict[str, Dict[str, Any]]                # by name, id and uuid
+        self._clashes = {}  # type: Dict[str, List[str]]                     # id: the names that share it
+
+    def rows(self) -> Optional[List[Dict[str, Any]]]:
+        """All of them; None before the first look."""
+        seen = self._seen
+        return None if seen is None else list(seen.values())
+
+    def row_of(self, vm: str) -> Optional[Dict[str, Any]]:
+        return self._by_word.get(vm) or (self._by_word.get(vm.upper()) if ':' in vm else None)
+
+    def uuid_of(self, vm: str) -> str:
+        row = self.row_of(vm)
+        return row['uuid'] if row is not None else ''
+
+    def name_of(self, mac: str) -> str:
+        row = self._by_word.get(mac.upper())
+        return row['name'] if row is not None and row['id'] == mac.upper() else ''
+
+    def clash_of(self, vm: str) -> str:
+        row = self._by_word.get(vm)
+        names = self._clashes.get(row['id'] if row is not None else vm.upper(), [])
+        if not names or (row is not None and vm == row['uuid']):
+            return ''
+        return clash_text(row['id'] if row is not None else vm.upper(), names)
+
+    def look(self, rows: List[Dict[str, Any]]) -> None:
+        """`rows`: as Driver.machines gives them. The first look tells clashes and trouble alone."""
+        self.looked_at = time.monotonic()
+        self._take(rows)
+
+    def _take(self, rows: List[Dict[str, Any]]) -> None:
+        with self._lock:
+            before, self._seen = self._seen, {row['uuid']: row for row in rows}
+            names = collections.OrderedDict()  # type: Dict[str, List[str]]
+            for row in rows:
+                if row['id']:
+                    names.setdefault(row['id'], []).append(row['name'])
+            clashed = self._clashes
+            self._clashes = {mac: each for mac, each in names.items() if len(each) > 1}
+            self._by_word = {row[key]: row for key in ('name', 'id', 'uuid') for row in rows
+                             if row[key] and not (key == 'id' and row['id'] in self._clashes)}
+            for mac in self._clashes:
+                if mac not in clashed:
+                    for name in self._clashes[mac]:
+                        self._happened('vm-clash', name, clash_text(mac, self._clashes[mac]))
+            self._tell_difference(before)
+
+    def forget(self, uuid: str) -> None:
+        """That VM was removed; nobody may have looked since."""
+        seen = self._seen or {}
+        if uuid in seen:
+            self._take([row for row in seen.values() if row['uuid'] != uuid])
+
+    def _tell_difference(self, before: Optional[Dict[str, Dict[str, Any]]]) -> None:
+        seen = self._seen or {}
+        for uuid, row in seen.items():
+            known = (before or {}).get(uuid)
+            if row['trouble'] and row['trouble'] != (known or {}).get('trouble'):
+                self._happened('vm-inaccessible' if row['state'] == INACCESSIBLE else 'vm-trouble',
+                               row['name'], row['trouble'])
+            if before is not None and known is None:
+                self._happened('vm-added', row['name'], row['native'])
+            elif known is not None and row != known:
+                self._tell_change(known, row)
+        for uuid, row in (before or {}).items():
+            if uuid not in seen:
+                self._happened('vm-removed', row['name'], '')
+
+    def _tell_change(self, before: Dict[str, Any], now: Dict[str, Any]) -> None:
+        name = now['name']
+        if name != before['name']:
+            self._happened('vm-renamed', name, 'was ' + before['name'])
+        if now['id'] != before['id']:
+            self._happened('vm-card', name, '%s, was %s' % (now['id'] or 'none', before['id'] or 'none'))
+        if now['native'] != before['native']:
+            self._happened('vm-state', name, now['native'])
+            if now['native'].startswith('Aborted'):
+                self._happened('vm-aborted', name, 'its process died; it was ' + before['native'])
+            elif now['state'] == STUCK:
+                self._happened('vm-stuck', name, 'the guest stopped with an error')
+
+
+def clash_text(mac: str, names: List[str]) -> str:
+    """What is wrong where VMs share a MAC, and how to fix it."""
+    return ('%s have the same MAC address, %s, so nobody can tell their guests apart: give one of them '
+            'another while it is off (VBoxManage modifyvm NAME --macaddress1 auto)'
+            % (either(sorted(names), 'and'), mac))
