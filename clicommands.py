@@ -15,10 +15,20 @@ import time
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 import agent
-from cliscreen import Screen, has_no_reader, naming_output, show_one, shown_size, shown_span, shown_time
+from cliscreen import (
+    FIRST,
+    Screen,
+    cells,
+    has_no_reader,
+    naming_output,
+    show_one,
+    shown_size,
+    shown_span,
+    shown_time,
+)
 from cliverbs import ID, IDS, JSON, VMS, Verb, argument, for_each, read_count, read_seconds, show_list, switch
 from faults import AgentNotConnected, BadState, DeadlineExceeded, InvalidParams, NoSuchCommand, NoSuchVM
-from hostclient import Client, NoHost
+from hostclient import Client, NoHost, PatientClient
 from rpc import Binary, carried, finite
 
 FAILED = 255                   # exit code of `run` for an error that isn't the command's
@@ -63,8 +73,11 @@ def do_ps(host: Client, screen: Screen, args: Any) -> int:
     headings = ['ID', 'VM', 'STATE', 'SUBMITTED', 'TIME']
     headings += ['CPU', 'MEMORY', 'PROGRESS', 'COMMAND'] if args.long else ['COMMAND']
     is_narrow = 0 < screen.width < WIDE
-    screen.table(headings, [cmd_row(row, statuses.get(row['cmdId'], {}), args.long, is_narrow)
-                            for row in rows], SPARE, ELASTIC)
+    # The VM has a column of its own.
+    drops_vm = is_narrow or screen.width and any(cells(cmd_id) > FIRST for cmd_id in ids)
+    shown = [dict(row, cmdId=row['cmdId'].partition('@')[0]) for row in rows] if drops_vm else rows
+    screen.table(headings, [cmd_row(row, statuses.get(cmd_id, {}), args.long, is_narrow)
+                            for row, cmd_id in zip(shown, ids)], SPARE, ELASTIC)
     return 0
 
 
@@ -75,8 +88,7 @@ def cmd_row(row: Dict[str, Any], status: Dict[str, Any], long: bool, is_narrow: 
     wall = finite(status.get('wall'))
     if wall and row['state'] == 'running':         # it was told some time ago
         wall += max(0.0, finite(status.get('age')))
-    cmd_id = row['cmdId'].partition('@')[0] if is_narrow else row['cmdId']     # the VM has a column
-    shown = [cmd_id, row['vm'], state, shown_time(row['submitted'], is_narrow),
+    shown = [row['cmdId'], row['vm'], state, shown_time(row['submitted'], is_narrow),
              shown_span(wall) if wall else '-']
     if long:
         usage = status.get('resources', {})
@@ -188,7 +200,8 @@ def run_request(host: Client, screen: Screen, args: Any, vm: str, *request: Any)
         codes = followed.exit_codes()
     worst = max(code for code, _ in codes.values())
     if many:
-        absent = [name for name in sorted(set(known) - set(codes)) if fnmatch.fnmatchcase(name, vm)]
+        absent = [name for name in sorted(set(known) - set(codes), key=agent.in_order)
+                  if fnmatch.fnmatchcase(name, vm)]
         screen.conclude(summary(codes, absent))
         return worst or (FAILED if absent else 0)
     return worst
@@ -279,7 +292,7 @@ def follow(host: Client, screen: Screen, cmd_id: str, many: bool, interrupts: 'I
     is_fed    its input comes from here
     """
     try:
-        followed = Followed(host, screen, cmd_id, many)
+        followed = Followed(PatientClient(host.folder, screen.complain), screen, cmd_id, many)
         followed.to_the_end(lambda: forward(host, screen, cmd_id, interrupts), limit)
         return followed
     except KeyboardInterrupt:
@@ -299,7 +312,8 @@ def follow(host: Client, screen: Screen, cmd_id: str, many: bool, interrupts: 'I
 
 def summary(codes: Dict[str, Tuple[int, str]], absent: List[str]) -> str:
     """How a command ended on many VMs: ``29 ok, lab12 exited 4, lab07 absent``."""
-    bad = ['%s %s' % (name, end) for name, (code, end) in sorted(codes.items()) if code]
+    bad = ['%s %s' % (name, end) for name, (code, end)
+           in sorted(codes.items(), key=lambda item: agent.in_order(item[0])) if code]
     good = len(codes) - len(bad)
     return ', '.join(['%d ok' % good] * bool(good) + bad + [name + ' absent' for name in absent])
 
@@ -345,7 +359,7 @@ def forward(host: Client, screen: Screen, cmd_id: str, interrupts: Interrupts) -
             screen.complain('%s sent to the command; press again to detach from it' % name)
         try:
             host.call('signalCmd', cmd_id, name)
-        except (AgentNotConnected, DeadlineExceeded) as error:     # one more detaches
+        except (AgentNotConnected, DeadlineExceeded, NoHost) as error:     # one more detaches
             screen.complain(str(error))
 
 
@@ -355,7 +369,7 @@ class Followed:
     One execution's bytes pass unchanged; where there are many, each line begins with its VM's name.
     """
 
-    def __init__(self, host: Client, screen: Screen, cmd_id: str, many: bool) -> None:
+    def __init__(self, host: PatientClient, screen: Screen, cmd_id: str, many: bool) -> None:
         self._host = host
         self._screen = screen
         self._told: Set[str] = set()
@@ -387,7 +401,7 @@ class Followed:
             between()
             pause = SHORTEST_LOOK if self.look() else min(2 * pause, LONGEST_LOOK)
             self._open = [execution for execution in self._open if not execution.is_over]
-            silent = [execution for execution in self._open if execution.is_silent()]
+            silent = [execution for execution in self._open if execution.is_silent(self._host.back_at)]
             if limit and time.monotonic() > limit:
                 self._open = [execution for execution in self._open if execution not in silent]
             for execution in silent if not limit else ():
@@ -467,9 +481,9 @@ class Tail:
             self._pipes[stream].write(data)
             self._offsets[stream] += len(data)
 
-    def is_silent(self) -> bool:
-        """Whether the guest hasn't answered for long."""
-        return time.monotonic() - self._answered > PATIENCE
+    def is_silent(self, since: float) -> bool:
+        """Whether the guest hasn't answered for long; since: when it could at the earliest."""
+        return time.monotonic() - max(self._answered, since) > PATIENCE
 
     def tail(self, lines: int) -> None:
         """Leaves out all but the last lines of what is there now. Raises VMHostError."""
@@ -614,6 +628,7 @@ def do_out(host: Client, screen: Screen, args: Any) -> int:
 
 def show_output(host: Client, screen: Screen, cmd_id: str, to_the_end: bool, lines: Optional[int]) -> int:
     """The output of one command, or of one on many VMs; gives the exit code."""
+    host = PatientClient(host.folder, screen.complain)
     details = host.call('getCmdDetails', cmd_id)
     followed = Followed(host, screen, cmd_id, details['executions'] != [cmd_id])
     if lines is not None:
@@ -631,7 +646,7 @@ def show_output(host: Client, screen: Screen, cmd_id: str, to_the_end: bool, lin
 
 def do_wait(host: Client, screen: Screen, args: Any) -> int:
     """Waits until commands have ended; the exit code is the highest of theirs."""
-    codes = []
+    host, codes = PatientClient(host.folder, screen.complain), []
     for cmd_id in args.ids:
         while not host.call('waitCmd', cmd_id, LONGEST_WAIT):
             pass

@@ -1294,12 +1294,12 @@ class Hypervisor:
 
     def list_vms(self) -> List[str]:
         """Names of all VMs, sorted."""
-        return sorted(row['name'] for row in self.list_rows())
+        return sorted((row['name'] for row in self.list_rows()), key=agent.in_order)
 
     def list_running(self) -> List[str]:
         """Names of the VMs that have a process: running, paused or on their way."""
         online = RUNNING, PAUSED, STUCK, CHANGING
-        return sorted(row['name'] for row in self.list_rows() if row['state'] in online)
+        return sorted((row['name'] for row in self.list_rows() if row['state'] in online), key=agent.in_order)
 
     def vms_with_state(self) -> Dict[str, str]:
         """{name: native state}."""
