@@ -44,6 +44,7 @@ STREAM = 'stream'              # the option stdin of a command whose input comes
 SMALL_INPUT = 64 * 1024        # bytes of input that go along with the command …
 AT_ONCE = 0.05                 # … if they, and the end, are there within so many seconds
 SHELL_OUTPUT = 1024 ** 3       # bytes of a shell's output that are kept
+SEEN_TO_END = 2.0              # seconds in which a command that was asked to end should have
 FINISHED_SHOWN = 20            # finished commands that `ps` lists, …
 MOST_SHOWN = 100000            # … and with -a
 
@@ -657,11 +658,53 @@ def do_wait(host: Client, screen: Screen, args: Any) -> int:
 
 
 def do_kill(host: Client, screen: Screen, args: Any) -> int:
-    """Sends a signal to all processes of commands."""
+    """Sends a signal to all processes of commands; where none is named, looks whether they end."""
+    signalled = []
+
     def kill(cmd_id: str) -> None:
-        if not host.call('signalCmd', cmd_id, args.signal):
+        if not host.call('signalCmd', cmd_id, args.signal or 'TERM'):
             raise BadState('%s has already ended' % cmd_id)
-    return for_each(screen, args.ids, kill)
+        signalled.append(cmd_id)
+    code = for_each(screen, args.ids, kill)
+    if args.signal is None or args.killAfter is not None:
+        return max(code, see_them_end(host, screen, signalled, args.signal is None, args.killAfter))
+    return code
+
+
+def see_them_end(host: Client, screen: Screen, ids: List[str], hangs_up: bool,
+                 patience: Optional[float]) -> int:
+    """Waits for the end of commands that were signalled, and says which go on.
+
+    hangs_up    shells ignore TERM, as their terminals' ends tell them to leave: theirs are hung up
+    patience    seconds after which they are killed; None: never
+    """
+    begin = time.monotonic()
+    left = still_there(host, ids, SEEN_TO_END if patience is None else min(SEEN_TO_END, patience))
+    shells = [cmd_id for cmd_id in left if hangs_up and has_terminal(host, cmd_id)]
+    for cmd_id in shells:
+        host.call('signalCmd', cmd_id, 'HUP')
+    if patience is not None:
+        left = still_there(host, left, begin + patience - time.monotonic())
+        for cmd_id in left:
+            host.call('signalCmd', cmd_id, 'KILL')
+    left = still_there(host, left, SEEN_TO_END) if shells or patience is not None else left
+
+    def complain(cmd_id: str) -> None:
+        raise BadState('%s goes on: %s' % (cmd_id, '`kill -9 %s` ends it' % cmd_id if patience is None
+                                           else 'it was sent KILL, and its end is not told yet'))
+    return for_each(screen, left, complain)
+
+
+def has_terminal(host: Client, cmd_id: str) -> bool:
+    """Whether a command was begun with one."""
+    return 'terminal' in host.call('getCmdDetails', cmd_id)['options']
+
+
+def still_there(host: Client, ids: List[str], seconds: float) -> List[str]:
+    """Those that have not ended after so many seconds."""
+    deadline = time.monotonic() + seconds
+    return [cmd_id for cmd_id in ids
+            if not host.call('waitCmd', cmd_id, max(0.0, deadline - time.monotonic()))]
 
 
 def read_variable(text: str) -> Tuple[str, str]:
@@ -752,6 +795,10 @@ VERBS = [
         ('out -f --tail 20 ID',)),
     Verb('wait', do_wait, 'wait until commands have ended, and exit with the highest code', [IDS]),
     Verb('kill', do_kill, 'send a signal to all processes of commands', [
-        argument('-s', '--signal', metavar='SIG', default='TERM', help='TERM, KILL, INT, HUP, 9, …'), IDS],
-        ('kill -9 ID',)),
+        argument('-s', '--signal', metavar='SIG',
+                 help='KILL, INT, HUP, 9, …; without it TERM, to a shell on a terminal HUP, too, and it is '
+                      'told what goes on'),
+        argument('-k', '--kill-after', metavar='SEC', type=read_seconds, dest='killAfter',
+                 help='and kill what goes on for so long after that'), IDS],
+        ('kill -9 ID', 'kill -k 10 ID')),
 ]

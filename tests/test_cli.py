@@ -470,6 +470,40 @@ def test_a_detached_command_is_listed_followed_and_killed(host, guests):
     verb(host, 'kill', cmd_id, code=1)
 
 
+STUBBORN = "trap '' TERM; echo begun; while :; do sleep 0.1; done"
+
+
+def stubborn(host, *options):
+    """The id of a command that ignores TERM, once it does."""
+    cmd_id = verb(host, 'run', '-d', *options, 'one', '--', 'sh', '-c', STUBBORN).strip()
+    wait_until(lambda: 'begun' in verb(host, 'out', cmd_id))
+    return cmd_id
+
+
+def test_who_kills_what_ignores_it_is_told_so(host, guests):
+    cmd_id = stubborn(host)
+    done = host.verb('kill', cmd_id)
+    assert done.stderr.decode() == 'vmhost: %s goes on: `kill -9 %s` ends it\n' % (cmd_id, cmd_id)
+    assert done.returncode == 1
+    verb(host, 'kill', '-s', 'TERM', cmd_id)       # as kill(1): it was sent, and that is all
+    verb(host, 'kill', '-k', '0.2', cmd_id)
+    verb(host, 'wait', cmd_id, code=128 + 9)
+
+
+def test_a_shell_on_a_terminal_is_hung_up(host, guests):
+    """It ignores TERM, and leaves as when its window is closed; what it runs, too."""
+    terminal = {'terminal': {'rows': 24, 'columns': 80, 'term': 'xterm'}}
+    with host.api as api:
+        cmd_id = api.runCmd('one', 'bash', ['--norc', '-i'], {'PS1': 'READY> '}, '', '', terminal)
+        wait_until(lambda: b'READY> ' in api.getCmdOutput(cmd_id)['data'].data)
+        api.putCmdInput(cmd_id, b'sleep 4242\r')
+        wait_until(lambda: b'4242' in api.getCmdOutput(cmd_id)['data'].data)
+        assert verb(host, 'kill', cmd_id) == ''
+        assert api.waitCmd(cmd_id, 20)
+        ended = api.getCmdResults(cmd_id)
+        assert (ended['state'], ended['exitCodeOrSignal'], ended['by']) == ('signaled', 1, 'signalCmd'), ended
+
+
 def test_cut_output_is_told(host, guests):
     words = ['one', 'head', '["-c", "100000", "/dev/zero"]', '{}', '', '', '{"outputLimit": 1000}']
     cmd_id = json.loads(verb(host, 'call', 'runCmd', *words))
