@@ -401,6 +401,14 @@ def printable(text: str) -> str:
     return ''.join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
+def in_order(name: str) -> List[Any]:
+    """A key by which names are sorted as people count: lab4 before lab10."""
+    parts = re.split('([0-9]+)', name)
+    numbers = [part.lstrip('0') for part in parts[1::2]]   # as text: there may be thousands of digits
+    parts[1::2] = numbers
+    return [[(len(part), part) if place % 2 else part for place, part in enumerate(parts)], name]
+
+
 def sentence(error: BaseException) -> str:
     """What went wrong, for a person: of what the system says, the path and the reason, and no number."""
     if not isinstance(error, OSError) or not error.strerror:

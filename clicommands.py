@@ -15,10 +15,20 @@ import time
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 import agent
-from cliscreen import Screen, has_no_reader, naming_output, show_one, shown_size, shown_span, shown_time
+from cliscreen import (
+    FIRST,
+    Screen,
+    cells,
+    has_no_reader,
+    naming_output,
+    show_one,
+    shown_size,
+    shown_span,
+    shown_time,
+)
 from cliverbs import ID, IDS, JSON, VMS, Verb, argument, for_each, read_count, read_seconds, show_list, switch
 from faults import AgentNotConnected, BadState, DeadlineExceeded, InvalidParams, NoSuchCommand, NoSuchVM
-from hostclient import Client, NoHost
+from hostclient import Client, NoHost, PatientClient
 from rpc import Binary, carried, finite
 
 FAILED = 255                   # exit code of `run` for an error that isn't the command's
@@ -34,6 +44,7 @@ STREAM = 'stream'              # the option stdin of a command whose input comes
 SMALL_INPUT = 64 * 1024        # bytes of input that go along with the command …
 AT_ONCE = 0.05                 # … if they, and the end, are there within so many seconds
 SHELL_OUTPUT = 1024 ** 3       # bytes of a shell's output that are kept
+SEEN_TO_END = 2.0              # seconds in which a command that was asked to end should have
 FINISHED_SHOWN = 20            # finished commands that `ps` lists, …
 MOST_SHOWN = 100000            # … and with -a
 
@@ -63,8 +74,11 @@ def do_ps(host: Client, screen: Screen, args: Any) -> int:
     headings = ['ID', 'VM', 'STATE', 'SUBMITTED', 'TIME']
     headings += ['CPU', 'MEMORY', 'PROGRESS', 'COMMAND'] if args.long else ['COMMAND']
     is_narrow = 0 < screen.width < WIDE
-    screen.table(headings, [cmd_row(row, statuses.get(row['cmdId'], {}), args.long, is_narrow)
-                            for row in rows], SPARE, ELASTIC)
+    # The VM has a column of its own.
+    drops_vm = is_narrow or screen.width and any(cells(cmd_id) > FIRST for cmd_id in ids)
+    shown = [dict(row, cmdId=row['cmdId'].partition('@')[0]) for row in rows] if drops_vm else rows
+    screen.table(headings, [cmd_row(row, statuses.get(cmd_id, {}), args.long, is_narrow)
+                            for row, cmd_id in zip(shown, ids)], SPARE, ELASTIC)
     return 0
 
 
@@ -75,8 +89,7 @@ def cmd_row(row: Dict[str, Any], status: Dict[str, Any], long: bool, is_narrow: 
     wall = finite(status.get('wall'))
     if wall and row['state'] == 'running':         # it was told some time ago
         wall += max(0.0, finite(status.get('age')))
-    cmd_id = row['cmdId'].partition('@')[0] if is_narrow else row['cmdId']     # the VM has a column
-    shown = [cmd_id, row['vm'], state, shown_time(row['submitted'], is_narrow),
+    shown = [row['cmdId'], row['vm'], state, shown_time(row['submitted'], is_narrow),
              shown_span(wall) if wall else '-']
     if long:
         usage = status.get('resources', {})
@@ -188,7 +201,8 @@ def run_request(host: Client, screen: Screen, args: Any, vm: str, *request: Any)
         codes = followed.exit_codes()
     worst = max(code for code, _ in codes.values())
     if many:
-        absent = [name for name in sorted(set(known) - set(codes)) if fnmatch.fnmatchcase(name, vm)]
+        absent = [name for name in sorted(set(known) - set(codes), key=agent.in_order)
+                  if fnmatch.fnmatchcase(name, vm)]
         screen.conclude(summary(codes, absent))
         return worst or (FAILED if absent else 0)
     return worst
@@ -279,7 +293,7 @@ def follow(host: Client, screen: Screen, cmd_id: str, many: bool, interrupts: 'I
     is_fed    its input comes from here
     """
     try:
-        followed = Followed(host, screen, cmd_id, many)
+        followed = Followed(PatientClient(host.folder, screen.complain), screen, cmd_id, many)
         followed.to_the_end(lambda: forward(host, screen, cmd_id, interrupts), limit)
         return followed
     except KeyboardInterrupt:
@@ -299,7 +313,8 @@ def follow(host: Client, screen: Screen, cmd_id: str, many: bool, interrupts: 'I
 
 def summary(codes: Dict[str, Tuple[int, str]], absent: List[str]) -> str:
     """How a command ended on many VMs: ``29 ok, lab12 exited 4, lab07 absent``."""
-    bad = ['%s %s' % (name, end) for name, (code, end) in sorted(codes.items()) if code]
+    bad = ['%s %s' % (name, end) for name, (code, end)
+           in sorted(codes.items(), key=lambda item: agent.in_order(item[0])) if code]
     good = len(codes) - len(bad)
     return ', '.join(['%d ok' % good] * bool(good) + bad + [name + ' absent' for name in absent])
 
@@ -345,7 +360,7 @@ def forward(host: Client, screen: Screen, cmd_id: str, interrupts: Interrupts) -
             screen.complain('%s sent to the command; press again to detach from it' % name)
         try:
             host.call('signalCmd', cmd_id, name)
-        except (AgentNotConnected, DeadlineExceeded) as error:     # one more detaches
+        except (AgentNotConnected, DeadlineExceeded, NoHost) as error:     # one more detaches
             screen.complain(str(error))
 
 
@@ -355,7 +370,7 @@ class Followed:
     One execution's bytes pass unchanged; where there are many, each line begins with its VM's name.
     """
 
-    def __init__(self, host: Client, screen: Screen, cmd_id: str, many: bool) -> None:
+    def __init__(self, host: PatientClient, screen: Screen, cmd_id: str, many: bool) -> None:
         self._host = host
         self._screen = screen
         self._told: Set[str] = set()
@@ -387,7 +402,7 @@ class Followed:
             between()
             pause = SHORTEST_LOOK if self.look() else min(2 * pause, LONGEST_LOOK)
             self._open = [execution for execution in self._open if not execution.is_over]
-            silent = [execution for execution in self._open if execution.is_silent()]
+            silent = [execution for execution in self._open if execution.is_silent(self._host.back_at)]
             if limit and time.monotonic() > limit:
                 self._open = [execution for execution in self._open if execution not in silent]
             for execution in silent if not limit else ():
@@ -467,9 +482,9 @@ class Tail:
             self._pipes[stream].write(data)
             self._offsets[stream] += len(data)
 
-    def is_silent(self) -> bool:
-        """Whether the guest hasn't answered for long."""
-        return time.monotonic() - self._answered > PATIENCE
+    def is_silent(self, since: float) -> bool:
+        """Whether the guest hasn't answered for long; since: when it could at the earliest."""
+        return time.monotonic() - max(self._answered, since) > PATIENCE
 
     def tail(self, lines: int) -> None:
         """Leaves out all but the last lines of what is there now. Raises VMHostError."""
@@ -614,6 +629,7 @@ def do_out(host: Client, screen: Screen, args: Any) -> int:
 
 def show_output(host: Client, screen: Screen, cmd_id: str, to_the_end: bool, lines: Optional[int]) -> int:
     """The output of one command, or of one on many VMs; gives the exit code."""
+    host = PatientClient(host.folder, screen.complain)
     details = host.call('getCmdDetails', cmd_id)
     followed = Followed(host, screen, cmd_id, details['executions'] != [cmd_id])
     if lines is not None:
@@ -631,7 +647,7 @@ def show_output(host: Client, screen: Screen, cmd_id: str, to_the_end: bool, lin
 
 def do_wait(host: Client, screen: Screen, args: Any) -> int:
     """Waits until commands have ended; the exit code is the highest of theirs."""
-    codes = []
+    host, codes = PatientClient(host.folder, screen.complain), []
     for cmd_id in args.ids:
         while not host.call('waitCmd', cmd_id, LONGEST_WAIT):
             pass
@@ -642,11 +658,53 @@ def do_wait(host: Client, screen: Screen, args: Any) -> int:
 
 
 def do_kill(host: Client, screen: Screen, args: Any) -> int:
-    """Sends a signal to all processes of commands."""
+    """Sends a signal to all processes of commands; where none is named, looks whether they end."""
+    signalled = []
+
     def kill(cmd_id: str) -> None:
-        if not host.call('signalCmd', cmd_id, args.signal):
+        if not host.call('signalCmd', cmd_id, args.signal or 'TERM'):
             raise BadState('%s has already ended' % cmd_id)
-    return for_each(screen, args.ids, kill)
+        signalled.append(cmd_id)
+    code = for_each(screen, args.ids, kill)
+    if args.signal is None or args.killAfter is not None:
+        return max(code, see_them_end(host, screen, signalled, args.signal is None, args.killAfter))
+    return code
+
+
+def see_them_end(host: Client, screen: Screen, ids: List[str], hangs_up: bool,
+                 patience: Optional[float]) -> int:
+    """Waits for the end of commands that were signalled, and says which go on.
+
+    hangs_up    shells ignore TERM, as their terminals' ends tell them to leave: theirs are hung up
+    patience    seconds after which they are killed; None: never
+    """
+    begin = time.monotonic()
+    left = still_there(host, ids, SEEN_TO_END if patience is None else min(SEEN_TO_END, patience))
+    shells = [cmd_id for cmd_id in left if hangs_up and has_terminal(host, cmd_id)]
+    for cmd_id in shells:
+        host.call('signalCmd', cmd_id, 'HUP')
+    if patience is not None:
+        left = still_there(host, left, begin + patience - time.monotonic())
+        for cmd_id in left:
+            host.call('signalCmd', cmd_id, 'KILL')
+    left = still_there(host, left, SEEN_TO_END) if shells or patience is not None else left
+
+    def complain(cmd_id: str) -> None:
+        raise BadState('%s goes on: %s' % (cmd_id, '`kill -9 %s` ends it' % cmd_id if patience is None
+                                           else 'it was sent KILL, and its end is not told yet'))
+    return for_each(screen, left, complain)
+
+
+def has_terminal(host: Client, cmd_id: str) -> bool:
+    """Whether a command was begun with one."""
+    return 'terminal' in host.call('getCmdDetails', cmd_id)['options']
+
+
+def still_there(host: Client, ids: List[str], seconds: float) -> List[str]:
+    """Those that have not ended after so many seconds."""
+    deadline = time.monotonic() + seconds
+    return [cmd_id for cmd_id in ids
+            if not host.call('waitCmd', cmd_id, max(0.0, deadline - time.monotonic()))]
 
 
 def read_variable(text: str) -> Tuple[str, str]:
@@ -737,6 +795,10 @@ VERBS = [
         ('out -f --tail 20 ID',)),
     Verb('wait', do_wait, 'wait until commands have ended, and exit with the highest code', [IDS]),
     Verb('kill', do_kill, 'send a signal to all processes of commands', [
-        argument('-s', '--signal', metavar='SIG', default='TERM', help='TERM, KILL, INT, HUP, 9, …'), IDS],
-        ('kill -9 ID',)),
+        argument('-s', '--signal', metavar='SIG',
+                 help='KILL, INT, HUP, 9, …; without it TERM, to a shell on a terminal HUP, too, and it is '
+                      'told what goes on'),
+        argument('-k', '--kill-after', metavar='SEC', type=read_seconds, dest='killAfter',
+                 help='and kill what goes on for so long after that'), IDS],
+        ('kill -9 ID', 'kill -k 10 ID')),
 ]

@@ -27,7 +27,8 @@ def do_ls(host: Client, screen: Screen, args: Any) -> int:
         known = [vm['name'] for vm in found]
         names = {name for pattern in args.vm for name in host.matching_of(pattern, known)}
         found = [vm for vm in found if vm['name'] in names]
-    found.sort(key=lambda vm: (not vm['trouble'], vm['agent'] not in ('lost', 'late'), vm['name']))
+    found.sort(key=lambda vm: (not vm['trouble'], vm['agent'] not in ('lost', 'late'),
+                               agent.in_order(vm['name'])))
     info = host.call('agentInfo')
     warn_of_silence(screen, info)
     if args.quiet or args.json:

@@ -23,7 +23,8 @@ COLOURS = {'alive': 32, 'Running': 32, 'running': 32, 'late': 33, 'Paused': 33, 
            'Stuck': 31, 'ok': 32, '--': 33, 'NO': 31}  # type: Dict[str, int]
 RED = 31
 FAILED_END = re.compile('(exited|signaled) [1-9][0-9]*')
-NARROWEST = 5                  # columns that are left of a cell, at least, …
+FIRST = 32                     # columns that are left of a name or id, at least; more where others have room
+NARROWEST = 5                  # … of another cell, …
 ELASTIC = 10                   # … and of one that may be cut before others are left out
 PROGRESS_EVERY = 0.2           # seconds between two looks at a progress
 
@@ -78,7 +79,8 @@ class Screen:
         """Columns as wide as they need to be, and no wider together than the terminal.
 
         Where there is no room, those of ``elastic`` are cut, then those of ``spare`` left out, in that order.
-        The first column is always shown, and whole.
+        The first column is always shown, and whole but for cells of more than FIRST columns: those lose what
+        is in their middle before anything else is left out.
         """
         lines = [[agent.printable(str(cell)) for cell in row] for row in [headings] + list(rows)]
         widths = dict(zip(headings, [max(map(cells, column)) for column in zip(*lines)]))
@@ -86,15 +88,15 @@ class Screen:
             fit(widths, self.width, list(spare), set(elastic))
         for line in lines:
             shown = [(text, widths[name]) for name, text in zip(headings, line) if name in widths]
-            padded = [self._cell(text, width) for text, width in shown]
+            padded = [self._cell(text, width, number == 0) for number, (text, width) in enumerate(shown)]
             self.say('  '.join(padded[:-1] + [padded[-1].rstrip()]))
 
-    def _cell(self, text: str, width: int) -> str:
+    def _cell(self, text: str, width: int, keeps_end: bool) -> str:
         shown = text
         if cells(shown) > width:
-            while cells(shown) > width - 1:
-                shown = shown[:-1]
-            shown += '…' if (self.out.encoding or '').lower().startswith('utf') else '~'
+            mark = '…' if (self.out.encoding or '').lower().startswith('utf') else '~'
+            end = last_cells(text, (width - 1) // 2) if keeps_end else ''
+            shown = first_cells(text, width - 1 - cells(end)) + mark + end
         padding = ' ' * (width - cells(shown))
         colour = RED if FAILED_END.fullmatch(text) else COLOURS.get(text, 0)
         return self.coloured(shown, colour) + padding
@@ -116,13 +118,15 @@ def fit(widths: Dict[str, int], room: int, spare: List[str], elastic: Set[str]) 
     """Makes columns fit into so many, as ``Screen.table`` has it: narrows them, or takes them out."""
     def needed(least: Dict[str, int]) -> int:
         return sum(min(width, least.get(name, width)) for name, width in widths.items()) + 2 * len(widths) - 2
+    first = next(iter(widths))
     cut = dict.fromkeys(elastic, ELASTIC)
+    cut[first] = FIRST
     for name in spare:
         if needed(cut) <= room:
             break
         widths.pop(name, 0)
     others = [name for name in list(widths)[1:] if name not in elastic]
-    for least, names in ((ELASTIC, elastic), (NARROWEST, others)):
+    for least, names in ((FIRST, {first}), (ELASTIC, elastic), (NARROWEST, others), (NARROWEST, {first})):
         while needed({}) > room:
             left = [name for name in names if name in widths]
             widest = max(left, key=lambda name: widths[name], default='')
@@ -214,6 +218,20 @@ def cells(text: str) -> int:
     """How many columns of a terminal it takes."""
     return sum(0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in 'WF' else 1
                for char in text)
+
+
+def first_cells(text: str, room: int) -> str:
+    """So much of its begin as has room in so many columns."""
+    while cells(text) > room:
+        text = text[:-1]
+    return text
+
+
+def last_cells(text: str, room: int) -> str:
+    """The same of its end."""
+    while cells(text) > room:
+        text = text[1:]
+    return text
 
 
 def shown_size(size: float) -> str:

@@ -26,7 +26,8 @@ from protocol import BadWord, Message
 from shortcut import Shortcut
 
 LOOK_EVERY = 0.01              # seconds between looks at output that no runner tells of
-ACK_AFTER = 0.01               # seconds in which news of taken input gather
+ACK_AFTER = 0.01               # seconds in which news of taken input gather, …
+ACK_AT_ONCE = 512 * 1024       # … but for so many bytes: the host may be waiting to send more
 RECEIVE = 64 * 1024            # bytes of notices that are read at once
 UNSENT = 4 * 1024 * 1024       # bytes of input that wait for one runner; what is more comes again
 SHOWN = 64 * 1024              # bytes of output that a shortcut carries at once
@@ -47,12 +48,13 @@ class Console:
         self.unsent = bytearray()      # pieces of input for that
         self.received = b''            # of a notice that isn't whole yet
         self.ack_at: Optional[float] = None    # when to tell how much input was taken
+        self.acked = 0                 # bytes of which that was told
         self.is_end_taken = False
         self.offsets: Dict[str, int] = {}      # of streams that are followed: what is told next
         self.until = 0.0               # monotonic: for so long
         self.ahead = 0                 # bytes that may be told before the host asks again
         self.has_notice = False        # the runner told that there may be output
-        self.shortcut: Optional[Shortcut] = None       # to the person who is at its terminal
+        self.shortcut: Optional[Shortcut] = None       # to the host
         self.offered: List[Optional[Shortcut]] = []    # what takes its place
         self.is_begun = False          # whether the host was heard there
         self.out = -1                  # descriptor of what its terminal wrote, while there is a shortcut
@@ -110,6 +112,8 @@ class Console:
             if (taken, bool(is_end)) != (self.command.taken, self.is_end_taken):
                 self.command.taken, self.is_end_taken = taken, bool(is_end)
                 self.ack_at = self.ack_at or time.monotonic() + ACK_AFTER
+                if taken - self.acked >= ACK_AT_ONCE:
+                    self.ack_at = time.monotonic()
         return is_more
 
     def disconnect(self) -> None:
@@ -280,7 +284,7 @@ class Consoles:
         return seconds > 0
 
     def _make_shortcut(self, command: Command, token: str) -> None:
-        if command.request.get('terminal') and not command.has_ended():
+        if command.request.get('stream') and not command.has_ended():
             made = self._dial(token)
             with self._lock:
                 self._of(command).offer(made)
@@ -395,7 +399,7 @@ class Consoles:
                 console.ahead -= told
                 console.offsets.update(ends)
             self._words -= 1
-            console.ack_at = None
+            console.ack_at, console.acked = None, console.command.taken or 0
             if console.is_end_taken:
                 keys['in-eof'] = True
         self._reports.news(console.command, **keys)

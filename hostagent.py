@@ -31,6 +31,7 @@ from hostlink import Connection
 from hostmachines import Machines
 from hostoutput import Fetcher, Output
 from hostserver import Server
+from hostshortcut import Feed
 from hoststate import StateFolder
 from hosttransfers import Transfers
 from hosttrust import Secrets, Trust
@@ -83,7 +84,8 @@ class Host:
         self.control = Control(self.commands, self.guests, self.machines, say, settings.Broker.max_frame)
         self.fetcher = Fetcher(self.commands, self.machines, say, self.folder, settings.Host.fetch_limit)
         self.output = Output(self.fetcher, self.control, self.machines)
-        self.inputs = Inputs(self.commands, self.control, say, settings.Broker.max_frame)
+        self.inputs = Inputs(self.commands, self.control, say, settings.Broker.max_frame,
+                             lambda execution: Feed(self.connection, execution))
         self.transfers = Transfers(self.machines, self.journal, settings.Host.max_transfers)
         # A moment later: one sync serves all that came meanwhile, and who waits for results gets them first.
         self.acknowledgements = Batch('acknowledge', self._acknowledge, before=ACK_DELAY)

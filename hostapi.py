@@ -202,7 +202,7 @@ class MachineMethods(Methods):
             ['node1']
         """
         names = {guest.name for guest in self._host.guests.all()}
-        return sorted(names.union(row['name'] for row in self._host.machines.rows()))
+        return sorted(names.union(row['name'] for row in self._host.machines.rows()), key=agent.in_order)
 
     def getVM(self, vm: str) -> dict:
         """{name, id, uuid, state, trouble, agent, ip, lastSeen, clockOffset, facts, rdp, pid, forwards,
@@ -237,8 +237,9 @@ class MachineMethods(Methods):
         keys = {}  # type: Dict[str, List[str]]
         for execution in self._host.commands.open_ones():
             keys.setdefault(execution.vm_id, []).append(execution.key)
-        return sorted((self._line(guest, row, keys.get(guest.id, []))
-                       for guest, row in self._host.machines.all_described()), key=lambda vm: vm['name'])
+        lines = [self._line(guest, row, keys.get(guest.id, []))
+                 for guest, row in self._host.machines.all_described()]
+        return sorted(lines, key=lambda vm: agent.in_order(vm['name']))
 
     def _line(self, guest: Guest, described: Dict[str, Any], open_here: List[str]) -> Dict[str, Any]:
         """A machine as its agent and the hypervisor tell of it; described: {} where the latter doesn't."""

@@ -28,6 +28,8 @@ CONNECT_TIMEOUT = 10.0         # seconds for a connection, and for the proof; an
 LONGEST_LINE = 64 * 1024       # bytes of a line of an answer's head
 SILENCE = 15.0                 # seconds without an answer, after which it is asked whether anybody is there
 LARGE = 64 * 1024              # bytes of a call that may find nobody who reads
+RESTART = 60.0                 # seconds in which a host agent that is restarted should be back …
+ASK_AGAIN = 0.2                # … and between two looks whether it is
 LOOK_UP = 0.2 if os.name == 'nt' else SILENCE  # seconds between two looks; on Windows Ctrl-C waits for them
 CALLED = 'VMHOST_CALLED'       # the environment's word for how this program is called: by vmhost.cmd, say
 EVERYWHERE = {'0.0.0.0': '127.0.0.1', '::': '::1', '': '127.0.0.1'}     # where it listens: where to connect
@@ -225,11 +227,11 @@ class Client:
         answered."""
         agents = set(self.call('listRegisteredVMs'))
         try:
-            return sorted(agents.union(self.call('listVMs')))
+            return sorted(agents.union(self.call('listVMs')), key=agent.in_order)
         except DeadlineExceeded:
             if not agents:
                 raise
-            return sorted(agents)
+            return sorted(agents, key=agent.in_order)
 
     def is_pattern(self, vm: str) -> bool:
         """Whether it is a glob, and not just the name of a VM that has such characters.
@@ -255,6 +257,46 @@ class Client:
         if not found:
             raise NoSuchVM('no VM matches %s' % pattern)
         return found
+
+
+class PatientClient(Client):
+    """The same for who follows something: where the host agent goes away, it is waited for, and asked again.
+
+    For what may be asked twice alone.
+    """
+
+    def __init__(self, folder: str, tell: Callable[[str], None]) -> None:
+        """tell(sentence): that it is gone, and that it is back."""
+        super().__init__(folder)
+        self._tell = tell
+        self._was_there = False        # else it is no restart, but a mistake
+        self.back_at = 0.0             # monotonic: when it was back last
+
+    def reach(self, ask: Callable[[], Any]) -> Any:
+        """What ``ask`` gives; what it raises as VMHostError, NoHost after RESTART seconds of silence."""
+        gone_at = 0.0
+        while True:
+            try:
+                answer = super().reach(ask)
+                break
+            except NoHost:
+                if not self._was_there or gone_at and time.monotonic() > gone_at + RESTART:
+                    raise
+                if not gone_at:
+                    gone_at = time.monotonic()
+                    self._tell('the host agent does not answer; waiting up to %.0f s for it' % RESTART)
+            except VMHostError:        # of a host that is there
+                self._note_answer(gone_at)
+                raise
+            time.sleep(ASK_AGAIN)
+        self._note_answer(gone_at)
+        return answer
+
+    def _note_answer(self, gone_at: float) -> None:
+        self._was_there = True
+        if gone_at:
+            self.back_at = time.monotonic()
+            self._tell('the host agent is back')
 
 
 class _Connection:

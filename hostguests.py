@@ -11,6 +11,7 @@ import threading
 import time
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
+import agent
 from faults import Busy
 from protocol import is_mac
 
@@ -243,7 +244,7 @@ class Guests:
         """All that are alive or late, by name."""
         with self._lock:
             return sorted((guest for guest in self._known.values() if guest.agent != 'lost'),
-                          key=lambda guest: guest.name)
+                          key=lambda guest: agent.in_order(guest.name))
 
     def all(self) -> List[Guest]:
         """All that are known, lost ones too."""

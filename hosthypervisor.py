@@ -21,6 +21,7 @@ import threading
 import time
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
+import agent
 import driverprocesses
 import hypervisor
 from driverprocesses import EVER, Call, Child, Unresponsive, Watcher, Workers
@@ -369,12 +370,12 @@ class Hypervisor:
 
     def list_vms(self) -> List[str]:
         """Names of all VMs, sorted."""
-        return sorted(row['name'] for row in self.list_rows())
+        return sorted((row['name'] for row in self.list_rows()), key=agent.in_order)
 
     def list_running(self) -> List[str]:
         """Names of the VMs that have a process: running, paused or on their way."""
         online = RUNNING, PAUSED, STUCK, CHANGING
-        return sorted(row['name'] for row in self.list_rows() if row['state'] in online)
+        return sorted((row['name'] for row in self.list_rows() if row['state'] in online), key=agent.in_order)
 
     def vms_with_state(self) -> Dict[str, str]:
         """{name: native state}."""

@@ -3,7 +3,11 @@
 A window of it is held for each command: it is sent, and sent again, until the guest has taken it. Each byte
 has its offset in the whole input, so none is taken twice; and what a guest has taken it tells any host.
 
-What it is not: the output (hostoutput.py). Nothing of it is journalled: it may be a password, or an image.
+What comes in large pieces goes by a shortcut, where there can be one: as base64 in JSON, through the broker,
+it would cost several times as much.
+
+What it is not: the output (hostoutput.py), or shortcuts (hostshortcut.py). Nothing of it is journalled: it
+may be a password, or an image.
 
 Threads: any thread may call; ``heard`` and ``joined`` are for ``link``, ``tick`` for ``main``. One lock for
 the table, one for each input; under the latter words are said, so that pieces go in their order.
@@ -11,6 +15,7 @@ the table, one for each input; under the latter words are said, so that pieces g
 
 import contextlib
 import logging
+import select
 import threading
 import time
 from typing import Any, Callable, Dict, Optional
@@ -31,6 +36,8 @@ ASK_TIMEOUT = 5.0              # seconds in which a guest tells how much it has 
 FIRST_RESEND = 1.0             # seconds after which a piece is sent again, doubled up to …
 LAST_RESEND = 30.0
 
+HAS_POLL = hasattr(select, 'poll')      # else words will do
+
 Way = Callable[[int, bytes, bool], bool]       # offset, bytes, whether they are the last; if it took them
 
 
@@ -48,6 +55,7 @@ class _Input:
         self.resend_at: Optional[float] = None
         self.pause = FIRST_RESEND
         self.way_end = -1              # up to where it went by a shortcut
+        self.feed: Any = None          # a shortcut of its own, once there is much
         # Guards all of it; words are said while it is held, nothing else is.
         self.changed = threading.Condition(threading.Lock())
 
@@ -66,11 +74,13 @@ class Inputs:
     """The inputs of all commands that have one."""
 
     def __init__(self, commands: Commands, control: Control, say: Callable[[Message], bool],
-                 max_frame: int) -> None:
+                 max_frame: int, make_feed: Callable[[Execution], Any]) -> None:
+        """make_feed: a Feed of hostshortcut.py."""
         self._commands = commands
         self._control = control
         self._say = say
         self._piece = min(PIECE, max_frame // 2)
+        self._make_feed = make_feed
         self._lock = threading.Lock()
         self._inputs: Dict[Execution, _Input] = {}     # whose name and id may change
 
@@ -101,8 +111,25 @@ class Inputs:
             taken = data[:WINDOW - len(found.held)]
             found.held += taken
             found.is_ended = is_end and len(taken) == len(data)
+            if found.feed is None and len(taken) >= PIECE and HAS_POLL and not found.is_terminal:
+                found.feed = self._make_feed(execution)
             self._send(found, way=way)
-            return before + len(taken)
+        self._wait_for_feed(found)
+        return before + len(taken)
+
+    def _wait_for_feed(self, found: _Input) -> None:
+        """Until a shortcut has had room for all, or for a moment: nobody else waits for that."""
+        deadline = time.monotonic() + ROOM_PATIENCE
+        while True:
+            with found.changed:
+                waits = found.feed.unsent() if found.feed is not None and self._flush(found) else None
+                number = waits.fileno() if waits is not None else -1
+            left = deadline - time.monotonic()
+            if number < 0 or left <= 0:
+                return
+            poll = select.poll()       # its number may be another's by now: then it is looked again
+            poll.register(number, select.POLLOUT)
+            poll.poll(1000 * left)
 
     def _check_open(self, found: _Input) -> None:
         if found.execution.ended:
@@ -196,9 +223,17 @@ class Inputs:
             is_end = found.is_ended and upto == found.end
             if upto == begin and not (is_end and not found.is_end_taken):
                 break
-            data = bytes(found.held[begin - found.taken:upto - found.taken])
+            with memoryview(found.held) as held:
+                data = bytes(held[begin - found.taken:upto - found.taken])
             # No shortcut overtakes words that are on their way: what comes too early isn't taken.
-            if way is not None and begin in (found.taken, found.way_end) and way(begin, data, is_end):
+            is_next = begin in (found.taken, found.way_end)
+            feeds = found.feed is not None and found.feed.is_there()
+            if feeds and not is_next:
+                break                  # it goes there once the words were taken
+            if feeds and not found.feed.put(begin, data, is_end):
+                begin = self._give_up(found)
+                continue
+            if feeds or way is not None and is_next and way(begin, data, is_end):
                 found.way_end = upto
             elif not self._say(self._word(found, begin, data, **({'eof': True} if is_end else {}))):
                 break                  # its guest isn't there; it is sent when that is back
@@ -207,6 +242,20 @@ class Inputs:
                 break
         if found.is_open and found.resend_at is None:
             found.resend_at = time.monotonic() + found.pause
+
+    def _flush(self, found: _Input) -> bool:
+        """Sends what its shortcut has room for; False where that broke."""
+        if found.feed is None or found.feed.flush():
+            return True
+        self._give_up(found)
+        self._send(found)
+        return False
+
+    def _give_up(self, found: _Input) -> int:
+        """Its shortcut, of which what wasn't taken may be lost: from where it goes on by words."""
+        if found.feed is not None and found.feed.give_up():
+            found.sent, found.way_end = found.taken, -1
+        return max(found.sent, found.taken)
 
     # What guests and time bring.
 
@@ -226,7 +275,7 @@ class Inputs:
             found.is_end_taken = found.is_end_taken or is_end_taken
             if moved > 0 or found.is_end_taken:
                 found.pause, found.resend_at = FIRST_RESEND, None
-                if found.is_open:
+                if found.is_open and self._flush(found):
                     self._send(found)
                 found.changed.notify_all()
 
@@ -235,6 +284,7 @@ class Inputs:
         for found in self._all():
             if found.execution.vm_id == vm_id and not found.execution.ended:
                 with found.changed:
+                    self._give_up(found)
                     found.sent, found.resend_at, found.pause = found.taken, None, FIRST_RESEND
                     if found.size:
                         self._say(self._word(found, found.taken, b'', **found.size))
@@ -256,10 +306,13 @@ class Inputs:
             with found.changed:
                 if found.execution.ended:
                     found.changed.notify_all()
+                    if found.feed is not None:
+                        found.feed.close()
                     with self._lock:
                         self._inputs.pop(found.execution, None)
                 elif found.resend_at is not None and now >= found.resend_at:
                     found.pause = min(LAST_RESEND, 2 * found.pause)
+                    self._give_up(found)
                     found.sent, found.resend_at = found.taken, None
                     self._send(found, self._piece)     # the rest follows once this was taken
 

@@ -279,10 +279,11 @@ class Machines:
             return []
 
     def all(self) -> List[Guest]:
-        """Every known machine: all agents that were ever there, and the VMs of which none was heard."""
+        """Every known machine by name: agents that were ever there, and VMs of which none was heard."""
         vms = self.hypervisor.known_vms() if self.hypervisor is not None else ()
-        return self._guests.all() + [Guest(row['id'], row['name']) for row in vms
-                                     if row['id'] and self._guests.by_id(row['id']) is None]
+        found = self._guests.all() + [Guest(row['id'], row['name']) for row in vms
+                                      if row['id'] and self._guests.by_id(row['id']) is None]
+        return sorted(found, key=lambda guest: agent.in_order(guest.name))
 
     def connected(self, vm: str) -> Guest:
         """A VM whose agent is there. Raises NoSuchVM, AgentNotConnected."""

@@ -34,7 +34,7 @@ def metrics(host: Any) -> str:
     lines = describe('info', 'gauge', 'Version of the host agent.', [({'version': agent.VERSION}, 1)])
     lines += describe('uptime_seconds', 'gauge', 'Seconds since the host agent started.',
                       [({}, now - host.started)])
-    guests = sorted(host.guests.all(), key=lambda guest: guest.name)
+    guests = sorted(host.guests.all(), key=lambda guest: agent.in_order(guest.name))
     lines += describe('agent_up', 'gauge', 'Whether the agent of a machine is there, alive or late.',
                       [({'vm': guest.name}, guest.agent != 'lost') for guest in guests])
     agents = by_label('state', (guest.agent for guest in guests), ('alive', 'late', 'lost'))

@@ -18,6 +18,7 @@ import threading
 import time
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
+import agent
 from hostapi import Api
 from hostcommands import describe_end
 from hostguests import Guest
@@ -262,7 +263,7 @@ class StatusPage:
             rows += [self._of_vm(row['name'], row['native'], row['id'])
                      for row in self._host.machines.hypervisor.known_vms()
                      if row['id'] not in known or not row['id']]
-        return sorted(rows, key=lambda row: (row['agent'] == 'lost', row['name'], row['id']))
+        return sorted(rows, key=lambda row: (row['agent'] == 'lost', agent.in_order(row['name']), row['id']))
 
     def _of_guest(self, guest: Guest) -> Dict[str, Any]:
         loads = [[load['time'], finite(load.get('load1')), finite(load.get('mem_free')),

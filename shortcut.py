@@ -1,6 +1,7 @@
-"""A shortcut between a person's line and a terminal's guest: what is typed and shown, without being a word.
+"""A shortcut to a command in a guest: what is typed and shown, or much input, without being a word.
 
 A word is parsed, routed, read as JSON, and passes two threads on each side: most of what a key's echo takes.
+A large piece of input in it is base64, too, which takes longer than all the rest.
 A shortcut is a connection of its own, which the guest makes to the host's embedded broker. On it both say
 pieces, signed by a key of this shortcut alone. All that it carries are offsets and bytes of CMD_INPUT and of
 CMD_STATUS: when it breaks, words go on where it ended.

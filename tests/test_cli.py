@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import xmlrpc.client
 import xmlrpc.server
 import zipfile
@@ -315,24 +316,92 @@ def test_a_reader_that_leaves_ends_the_command(host, guests):
     assert status['end'] == 'signaled 13' and 'ru_utime' in status['resources']
 
 
-def test_a_host_that_goes_away_tells_how_to_go_on(tmp_path):
-    with Host(tmp_path / 'host') as host:
-        with Agent(tmp_path / 'guest', host, 'g', name='g') as guest:
-            os.mkfifo(os.path.join(guest.files, 'go'))
-            process = started(host, 'run', 'g', '--', 'sh', '-c', 'echo begun; read line < go; echo $line')
-            assert process.stdout.readline() == b'begun\n'
-            host.stop()
-            _, errors = process.communicate(timeout=20)
-            assert process.returncode == 255
-            cmd_id = re.search('`out -f (.*)` when the host agent is back', errors.decode()).group(1)
-            ini = open(host.ini).read().replace('port = 0', 'port = %d' % host.broker_port, 1)
-            with open(host.ini, 'w') as file:
-                file.write(ini)
-            host.start()
-            wait_until(guest.has_joined, 60)
-            with open(os.path.join(guest.files, 'go'), 'w') as go:
-                go.write('goes on\n')
-            assert verb(host, 'out', '-f', cmd_id) == 'begun\ngoes on\n'
+def test_who_follows_goes_on_after_a_restart_of_the_host_agent(tmp_path):
+    """Nothing is told twice, and nothing left out."""
+    with Host(tmp_path / 'host') as host, Agent(tmp_path / 'guest', host, 'g', name='g') as guest:
+        os.mkfifo(os.path.join(guest.files, 'go'))
+        script = 'echo begun; echo error >&2; read line < go; echo $line; exit 200'
+        never_began = verb(host, 'run', '-d', 'g', '--', 'no-such-program').strip()
+        followers = {'run': started(host, 'run', 'g', '--', 'sh', '-c', script)}
+        assert followers['run'].stdout.readline() == b'begun\n'
+        cmd_id = verb(host, 'ps', '-q', '-n', '0').strip()
+        followers.update({'out': started(host, 'out', '-f', cmd_id),
+                          'wait': started(host, 'wait', never_began, cmd_id),
+                          'events': started(host, 'events', '-f', '--json', '-n', '1')})
+        assert followers['out'].stdout.readline() == b'begun\n'
+        assert b'ENOENT' in followers['wait'].stderr.readline()        # it waits for the other one now
+        seen = [json.loads(followers['events'].stdout.readline().decode())]
+        host.stop()
+        for name, process in followers.items():
+            lines = [process.stderr.readline() for _ in range(2 if name in ('run', 'out') else 1)]
+            assert lines[-1] == b'vmhost: the host agent does not answer; waiting up to 60 s for it\n', name
+        stay_on_port(host)
+        host.start()
+        wait_until(guest.has_joined, 60)
+        with open(os.path.join(guest.files, 'go'), 'w') as go:
+            go.write('goes on\n')
+        for name in ('run', 'out', 'wait'):
+            out, errors = followers[name].communicate(timeout=60)
+            assert (out, errors, followers[name].returncode) == (
+                b'' if name == 'wait' else b'goes on\n', b'vmhost: the host agent is back\n', 200), name
+        while seen[-1]['type'] != 'cmd-finished':
+            seen.append(json.loads(followers['events'].stdout.readline().decode()))
+        assert [event['seq'] for event in seen] == list(range(seen[0]['seq'], seen[0]['seq'] + len(seen)))
+        followers['events'].send_signal(signal.SIGINT)
+        followers['events'].communicate(timeout=20)
+
+
+def stay_on_port(host):
+    """Has a host agent that is started again listen where its guests know it."""
+    ini = open(host.ini).read().replace('port = 0', 'port = %d' % host.broker_port, 1)
+    with open(host.ini, 'w') as file:
+        file.write(ini)
+
+
+def test_who_waits_for_a_host_agent_may_leave(tmp_path):
+    with Host(tmp_path / 'host') as host, Agent(tmp_path / 'guest', host, 'g', name='g') as guest:
+        process = started(host, 'run', 'g', '--', 'sh', '-c', 'echo begun; sleep 99')
+        assert process.stdout.readline() == b'begun\n'
+        host.stop()
+        assert b'does not answer' in process.stderr.readline()
+        interrupt_twice(process)
+        _, errors = process.communicate(timeout=20)
+        assert process.returncode == 130 and b'detached; the command continues as ' in errors
+        guest.end_programs()
+
+
+def interrupt_twice(process):
+    """As by Ctrl-C; the second one once the first was noted."""
+    process.send_signal(signal.SIGINT)
+    with open('/proc/%d/status' % process.pid) as status:
+        wait_until(lambda: status.seek(0) or 'ShdPnd:\t0000000000000000' in status.read())
+    process.send_signal(signal.SIGINT)
+
+
+def test_a_host_agent_that_stays_away_is_not_waited_for_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(hostclient, 'RESTART', 0.1)
+    told = []
+    client = hostclient.PatientClient(str(tmp_path), told.append)
+    with pytest.raises(hostclient.NoHost, match='no host agent runs here'):
+        client.call('getVMs')          # it never was there
+    assert told == []
+    assert client.reach(lambda: 5) == 5
+    with pytest.raises(hostclient.NoHost, match='no host agent runs here'):
+        client.call('getVMs')
+    assert len(told) == 1 and 'waiting' in told[0]
+
+
+def test_a_host_that_stays_away_tells_how_to_go_on(tmp_path, monkeypatch):
+    class Away:
+        def __init__(self, *_):
+            raise hostclient.NoHost('it is gone')
+    monkeypatch.setattr(clicommands, 'Followed', Away)
+    told = []
+    screen = types.SimpleNamespace(complain=told.append)
+    with pytest.raises(hostclient.NoHost):
+        clicommands.follow(hostclient.Client(str(tmp_path)), screen, 'an-id', False, None, 0, True)
+    assert told == ['the command continues, but gets no more input; follow it with `out -f an-id` when the '
+                    'host agent is back']
 
 
 class Answers:
@@ -399,6 +468,40 @@ def test_a_detached_command_is_listed_followed_and_killed(host, guests):
         'vmhost: %s has already ended\nvmhost: %s has already ended\n' % (cmd_id, missing))
     assert host.verb('wait', cmd_id, missing).stderr.decode().startswith('vmhost: %s: ENOENT' % missing)
     verb(host, 'kill', cmd_id, code=1)
+
+
+STUBBORN = "trap '' TERM; echo begun; while :; do sleep 0.1; done"
+
+
+def stubborn(host, *options):
+    """The id of a command that ignores TERM, once it does."""
+    cmd_id = verb(host, 'run', '-d', *options, 'one', '--', 'sh', '-c', STUBBORN).strip()
+    wait_until(lambda: 'begun' in verb(host, 'out', cmd_id))
+    return cmd_id
+
+
+def test_who_kills_what_ignores_it_is_told_so(host, guests):
+    cmd_id = stubborn(host)
+    done = host.verb('kill', cmd_id)
+    assert done.stderr.decode() == 'vmhost: %s goes on: `kill -9 %s` ends it\n' % (cmd_id, cmd_id)
+    assert done.returncode == 1
+    verb(host, 'kill', '-s', 'TERM', cmd_id)       # as kill(1): it was sent, and that is all
+    verb(host, 'kill', '-k', '0.2', cmd_id)
+    verb(host, 'wait', cmd_id, code=128 + 9)
+
+
+def test_a_shell_on_a_terminal_is_hung_up(host, guests):
+    """It ignores TERM, and leaves as when its window is closed; what it runs, too."""
+    terminal = {'terminal': {'rows': 24, 'columns': 80, 'term': 'xterm'}}
+    with host.api as api:
+        cmd_id = api.runCmd('one', 'bash', ['--norc', '-i'], {'PS1': 'READY> '}, '', '', terminal)
+        wait_until(lambda: b'READY> ' in api.getCmdOutput(cmd_id)['data'].data)
+        api.putCmdInput(cmd_id, b'sleep 4242\r')
+        wait_until(lambda: b'4242' in api.getCmdOutput(cmd_id)['data'].data)
+        assert verb(host, 'kill', cmd_id) == ''
+        assert api.waitCmd(cmd_id, 20)
+        ended = api.getCmdResults(cmd_id)
+        assert (ended['state'], ended['exitCodeOrSignal'], ended['by']) == ('signaled', 1, 'signalCmd'), ended
 
 
 def test_cut_output_is_told(host, guests):
@@ -661,6 +764,19 @@ def test_ls_asks_as_often_for_many_vms_as_for_one(tmp_path):
         assert lines[-1] == 'web120: its disk is missing'
         assert host.verb('ls', '--json', 'web1?')[1].count('"name"') == 10
         assert host.calls == 2 * [('getVMs',), ('agentInfo',)]
+
+
+def test_names_are_in_the_order_in_which_people_count(tmp_path):
+    names = ['lab10', 'lab2b', 'LAB3', 'lab4', '7', 'lab04', 'lab', '10', 'lab' + 5000 * '9', 'lab2', 'lab²']
+    counted = ['7', '10', 'LAB3', 'lab', 'lab2', 'lab2b', 'lab04', 'lab4', 'lab10', names[8], 'lab²']
+    assert sorted(names, key=agent.in_order) == counted
+    vms = [{'name': name, 'trouble': '', 'agent': 'alive'} for name in names]
+    answers = dict(VM_ANSWERS, getVMs=vms, agentInfo={'jobs': []}, listVMs=names, ping=lambda vm, _: vm)
+    with PlayedHost(tmp_path, answers) as host:
+        assert host.verb('ls', '-q')[1].split() == counted
+        assert [line.split()[0] for line in host.verb('ping', '*')[1].splitlines()] == counted
+    codes = {name: (1, 'exited 1') for name in ('lab10', 'lab9')}
+    assert clicommands.summary(codes, []) == 'lab9 exited 1, lab10 exited 1'
 
 
 def test_a_vm_that_refuses_does_not_hold_up_the_others(tmp_path):

@@ -58,6 +58,36 @@ def test_what_matters_has_room_at_80_columns():
     assert names == ['ID', 'VM', 'STATE', 'CPU', 'PROGRESS', 'COMMAND']
 
 
+LONG = 'a-machine-whose-name-has-exactly-sixty-four-characters-all-told1'
+
+
+@pytest.mark.parametrize('headings, row, options', LISTS)
+def test_a_long_name_leaves_the_others_their_room(headings, row, options):
+    """It is cut in its middle: its end may be all that tells it from another's."""
+    for width in (80, 100, 160):
+        usual = shown(headings, row, width, **options)
+        lines = shown(headings, [LONG] + row[1:], width, **options)
+        assert max(map(cells, lines)) <= width
+        name = lines[1].split()[0]
+        assert name == LONG or len(name) >= 32 and '…' in name and LONG.startswith(name.split('…')[0])
+        assert LONG.endswith(name.split('…')[-1][-15:])
+        if width == 80:
+            assert set(lines[0].split()) >= {'STATE', 'COMMAND' if 'COMMAND' in headings else 'AGENT'}
+        if width == 160:
+            assert lines[0].split() == usual[0].split()
+
+
+def test_the_one_long_name_is_cut_and_the_others_are_whole():
+    screen = Screen()
+    screen.out, screen.width = Paper(), 80
+    names = ['NAME', 'STATE', 'AGENT', 'ADDRESS', 'COMMANDS']
+    rows = [[name, 'Running', 'alive', '192.168.56.101', '0'] for name in (LONG, 'lab01', 34 * 'x')]
+    screen.table(names, rows, climachines.SPARE)
+    lines = screen.out.getvalue().splitlines()
+    assert [line.split()[1:] for line in lines] == [names[1:]] + [row[1:] for row in rows]
+    assert '…' in lines[1] and lines[2].startswith('lab01 ') and lines[3].startswith(34 * 'x' + ' ')
+
+
 def test_to_no_terminal_all_is_shown_whole():
     assert shown(LS, MACHINE, 0, **LISTS[0][2])[1].split() == ' '.join(MACHINE).split()
 

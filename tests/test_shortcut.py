@@ -1,5 +1,6 @@
-"""A terminal's shortcut: its pieces, how a host comes by it, and that all goes on without it."""
+"""Shortcuts: their pieces, how a host comes by one, and that all goes on without it."""
 
+import base64
 import contextlib
 import os
 import select
@@ -181,16 +182,17 @@ def told(guest, since=0):
 
 # --- with a host, and a guest that shares no code with it --------------------------------------
 
-class Typist:
-    """A person at a terminal of a fake guest, which makes a shortcut."""
+class Feeding:
+    """A command of a fake guest, which makes a shortcut for its input."""
+
+    OPTIONS = {'stdin': 'stream'}
 
     def __init__(self, host, name):
         self.guest = Guest(host.broker_port, name).join()
         self.client = hostclient.Client(host.state)
-        self.cmd_id = self.client.call('runCmd', name, 'cat', [], {}, '', '', TERMINAL)
+        self.cmd_id = self.client.call('runCmd', name, 'cat', [], {}, '', '', self.OPTIONS)
         self.guest.hear('CMD_RUN')
         self.status(state='running', **{'in-offset': 0, 'out-size': 0})
-        self.line = self.client.terminal(self.cmd_id, 0)
 
     def status(self, **keys):
         self.guest.word('CMD_STATUS', headers={'cmd-id': self.cmd_id}, **keys)
@@ -201,11 +203,14 @@ class Typist:
         while 'shortcut' not in keys:
             headers, keys = self.guest.hear('CMD_QUERY', timeout)
         assert headers['cmd-id'] == self.cmd_id
-        self.key = keyed(self.guest.key, 'shortcut', keys['shortcut']).digest()
+        return self.dial(keys['shortcut'])
+
+    def dial(self, token):
+        """With that token."""
+        self.key = keyed(self.guest.key, 'shortcut', token).digest()
         self.said = self.heard = 0
         way = socket.create_connection(('127.0.0.1', self.guest.port), 30)
-        way.sendall(b'CONNECT\naccept-version:1.2\nhost:/\nshortcut:%b\n\n\0' % keys['shortcut'].encode())
-        assert self.take(way) == (b'b', 0, b'')
+        way.sendall(b'CONNECT\naccept-version:1.2\nhost:/\nshortcut:%b\n\n\0' % token.encode())
         return way
 
     def take(self, way):
@@ -217,6 +222,28 @@ class Typist:
         mac.update(head + data)
         assert receive(way, 32).decode() == mac.hexdigest()[:32]
         return head[:1], int.from_bytes(head[1:9], 'big'), data
+
+    def typed(self):
+        """By words: {offset, data64}."""
+        return self.guest.hear('CMD_INPUT')
+
+    def close(self):
+        self.guest.close()
+
+
+class Typist(Feeding):
+    """A person at its terminal."""
+
+    OPTIONS = TERMINAL
+
+    def __init__(self, host, name):
+        super().__init__(host, name)
+        self.line = self.client.terminal(self.cmd_id, 0)
+
+    def dial(self, token):
+        way = super().dial(token)
+        assert self.take(way) == (b'b', 0, b'')
+        return way
 
     def show(self, way, offset, data, key=None):
         self.said += 1
@@ -233,13 +260,9 @@ class Typist:
             data += b''.join(piece for kind, _, piece in self.line.take() if kind == OUTPUT)
         return data
 
-    def typed(self):
-        """By words: {offset, data64}."""
-        return self.guest.hear('CMD_INPUT')
-
     def close(self):
         self.line.close()
-        self.guest.close()
+        super().close()
 
 
 def receive(way, length):
@@ -325,3 +348,64 @@ def refuses(host, token):
         client.say('CONNECT', 'accept-version:1.2', 'host:/', 'shortcut:' + token)
         with contextlib.suppress(AssertionError):
             return client.take().command == 'CONNECTED'
+
+
+MUCH = 256 * 1024              # bytes of input from which on it goes by a shortcut
+
+
+@pytest.fixture
+def feeding(host):
+    with contextlib.closing(Feeding(host, 'feeding-%s' % os.urandom(4).hex())) as feeding:
+        yield feeding
+
+
+def begin_feeding(feeding):
+    """(the shortcut, how much input was so_far): the first went by words."""
+    assert feeding.client.put_input(feeding.cmd_id, bytes(MUCH), False, 0) == MUCH
+    way = feeding.make_shortcut()
+    assert feeding.typed()[0]['offset'] == '0'
+    for so_far in range(MUCH, MUCH + 100):      # its end at the host comes by another thread
+        feeding.status(state='running', **{'in-offset': so_far})
+        assert feeding.client.put_input(feeding.cmd_id, b'x', False, so_far) == 1
+        if select.select([way], [], [], 0.5)[0]:
+            assert feeding.take(way) == (b'i', so_far, b'x')
+            feeding.status(state='running', **{'in-offset': so_far + 1})
+            return way, so_far + 1
+    raise AssertionError('the shortcut is not used')
+
+
+def test_much_input_goes_by_a_shortcut(feeding):
+    way, so_far = begin_feeding(feeding)
+    with way:
+        data = os.urandom(MUCH)
+        assert feeding.client.put_input(feeding.cmd_id, data, False, so_far) == MUCH
+        assert feeding.take(way) == (b'i', so_far, data)
+        assert feeding.client.put_input(feeding.cmd_id, b'.', True, so_far + MUCH) == 1
+        assert feeding.take(way) == (b'l', so_far + MUCH, b'.')
+        feeding.status(state='running', **{'in-offset': so_far + MUCH + 1, 'in-eof': True})
+
+
+@pytest.mark.parametrize('how', ['it breaks', 'its other end hangs'])
+def test_input_that_a_shortcut_did_not_bring_comes_by_words(feeding, how):
+    way, so_far = begin_feeding(feeding)
+    with way:
+        data = os.urandom(MUCH)
+        if how == 'it breaks':
+            way.close()
+        assert feeding.client.put_input(feeding.cmd_id, data, False, so_far) == MUCH
+        headers, keys = feeding.typed()
+        while headers['offset'] != str(so_far) or base64.b64decode(keys['data64']) != data:
+            headers, keys = feeding.typed()    # what went before was not acknowledged
+
+
+def test_little_input_makes_no_shortcut(feeding):
+    for offset in range(3):
+        assert feeding.client.put_input(feeding.cmd_id, b'x', False, offset) == 1
+        assert feeding.typed()[0]['offset'] == str(offset)
+        feeding.status(state='running', **{'in-offset': offset + 1})
+    while True:
+        with contextlib.suppress(AssertionError):
+            _, keys = feeding.guest.hear('CMD_QUERY', 0.3)
+            assert 'shortcut' not in keys
+            continue
+        break

@@ -311,6 +311,27 @@ def test_run_passes_much_in_bounded_memory(host, guest, tmp_path):
     assert max(peaks) < 80 * 1024, peaks
 
 
+def test_much_input_is_exact_though_the_guest_agent_is_restarted(host, tmp_path):
+    with Agent(tmp_path, host, 'killed') as agent:
+        process = subprocess.Popen(host.command('run', '-i', 'killed', 'sha256sum'), stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, bufsize=0)
+        wanted = hashlib.sha256()
+        for number in range(48):
+            piece = os.urandom(2 ** 20)
+            process.stdin.write(piece)
+            wanted.update(piece)
+            if number == 16:
+                agent.stop(signal.SIGKILL)
+                agent.start()
+            if number == 32:
+                agent.stop()
+                agent.start()
+        process.stdin.close()
+        assert process.stdout.read().split()[0].decode() == wanted.hexdigest()
+        assert process.wait(30) == 0
+        process.stdout.close()
+
+
 def peak(pid):
     """KiB that a process had at most."""
     with open('/proc/%d/status' % pid) as file:
