@@ -57,6 +57,8 @@ UUID = re.compile(r'^{?[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}}?$')
 LARGEST = 2 ** 31 - 1              # of the numbers that options hold
 NOT_LINKED = 'linked: expected an image that is a disk, on which the VM\'s own can lie'
 BROKEN = 'VERR_(EOF|TAR|VD|ZIP|XAR)'    # in VirtualBox's words where a disk in an appliance is cut or damaged
+UNFIT = ('VirtualBox can\'t open the image %s: it is damaged, of another kind than its name says, or a copy '
+         'of a disk that VirtualBox has (%s)')
 LONGEST_NAME = 200                 # bytes of a VM's name: it names files
 ELSEWHERE = 'attached from elsewhere; --all-disks (allDisks) deletes it, too'      # why a disk is kept
 
@@ -287,9 +289,7 @@ class Images:
         except Exception as error:
             if self.box.code(error) != OBJECT_NOT_FOUND:
                 raise
-            raise HypervisorError('VirtualBox can\'t open the image %s: it is damaged, of another kind than '
-                                  'its name says, or a copy of a disk that VirtualBox has (%s)'
-                                  % (image, self.box.translate(error)))
+            raise HypervisorError(UNFIT % (image, self.box.translate(error)))
 
     def _clone(self, source: Any, disk: Any, variant: List[int]) -> Any:
         try:

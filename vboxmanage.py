@@ -34,6 +34,7 @@ CONTROLS = {                       # verb: VBoxManage's words, the states that t
     'resume': (('controlvm', 'resume'), ('Running',), ''),
     'save_state': (('controlvm', 'savestate'), ('Saved',), 'saving the state'),
     'shutdown': (('controlvm', 'acpipowerbutton'), OFF, ''), 'discard_state': (('discardstate',), OFF, '')}
+UNFIT_IN_WORDS = vboximages.BROKEN + '|storage format|with UUID'     # VBoxManage's, of an image
 DEFAULT_DISK = 8192                # MB: VBoxManage doesn't tell what VirtualBox recommends
 
 
@@ -236,6 +237,16 @@ class VBoxManage(Asking):
 
     def _make_disk(self, job: Job, path: str, image: str, wish: Dict[str, Any]) -> bool:
         """Whether one is wanted."""
+        try:
+            self._run_disk(job, path, image, wish)
+        except Refused as error:
+            if not image or not re.search(UNFIT_IN_WORDS, str(error)):
+                raise
+            raise faults.HypervisorError(vboximages.UNFIT % (image, self.translate(error)))
+        job.renew_deadline()
+        return bool(image or wish['diskSize'] != 0)
+
+    def _run_disk(self, job: Job, path: str, image: str, wish: Dict[str, Any]) -> None:
         if image and wish['linked']:
             self._run('createmedium', 'disk', '--filename=' + path, '--diffparent=' + image, job=job,
                       text='making a disk on the image')
@@ -248,8 +259,6 @@ class VBoxManage(Asking):
             size = DEFAULT_DISK if wish['diskSize'] is None else wish['diskSize']
             self._run('createmedium', 'disk', '--filename=' + path, '--size=%d' % size, job=job,
                       text='making a disk')
-        job.renew_deadline()
-        return bool(image or wish['diskSize'] != 0)
 
     # Removing.
 

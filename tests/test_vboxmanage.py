@@ -243,6 +243,8 @@ elif words[0] == 'setextradata' and words[1] != 'global':
 elif words[0] == 'getextradata':
     for pair in vm.get('marks', {}).items():
         print('Key: %%s, Value: %%s' %% pair)
+elif words[0] == 'clonemedium':
+    sys.exit('VBoxManage: error: Could not get the storage format of the medium (VERR_NOT_SUPPORTED)')
 elif words[0] == 'startvm' and os.path.exists(path + '.cut'):
     sys.exit('VBoxManage: error: The VM session was closed before any attempt to power it on')
 elif words[0] == 'startvm':
@@ -352,6 +354,13 @@ def test_a_card_in_the_network_of_this_machine(one, tmp_path, monkeypatch, verb)
     monkeypatch.setattr(vboxnetwork, 'address_outwards', lambda: '')
     interfaces(tmp_path, *eths)
     assert one('start', 'one') and one('describe', 'one')['bridged'] == 'eth1'
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+def test_an_image_that_is_none_is_told_to_be_so(one, tmp_path):
+    (tmp_path / 'image.vdi').write_text('')
+    with pytest.raises(HypervisorError, match='image.vdi: it is damaged, .*VERR_NOT_SUPPORTED'):
+        one('create_vm', 'one', str(tmp_path / 'image.vdi'), {})
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='runs a script')

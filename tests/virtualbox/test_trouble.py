@@ -13,7 +13,7 @@ import pytest
 from helpers import beside, others_take, wait_until
 from rig import facts, manage, stopped, vboxsvc, vm_process
 from test_hypervisor import opened
-from vms import SETTINGS, fault_of, kill
+from vms import SETTINGS, command_line, fault_of, kill
 
 import faults
 import hosthypervisor
@@ -314,3 +314,61 @@ def test_what_hangs_hides_no_vm(api, host, vm):
             assert ask() and time.monotonic() - begun < 5 + 0.2 * others_take()
     assert api.start(vm) is True
     assert api.agentInfo()['trouble'] == '' == api.getVM(vm)['trouble']
+
+
+def test_a_vm_is_switched_off_while_virtualbox_hangs(api, host, vm):
+    """By its process, which VBoxSVC would end in no other way."""
+    assert api.start(vm) is True
+    pid, after = vm_process(api.getVM(vm)['uuid']), host.last_event()
+    assert pid
+    with stopped(vboxsvc()):
+        assert api.powerOff(vm) is True
+        assert not command_line(pid)
+        assert vm in api.listVMs() and 'has not answered for' in api.agentInfo()['trouble']
+    text = host.wait_for_event('vm-trouble', vm, after)['text']
+    assert text.startswith('its process was ended, since VirtualBox has not answered for'), text
+    wait_until(lambda: fault_of(api.getState, vm) == (0, 'Aborted'), 60)
+    assert api.start(vm) is True
+
+
+@pytest.mark.parametrize('driver', ['VirtualBox', 'VBoxManage'])
+def test_a_cut_image_makes_no_vm(home, remove_all, small_image, tmp_path, driver):
+    """Whatever it is cut of."""
+    settings = dict(SETTINGS, state_dir=str(tmp_path), command_timeout=45)
+    with opened(hosthypervisor.Hypervisor, driver, settings) as box:
+        before = box.list_vms()
+        for path, size in cut(small_image, tmp_path):
+            for options in ({}, {'linked': True}):
+                if path.endswith('.ova') and (options or driver == 'VBoxManage'):
+                    continue
+                with pytest.raises(faults.VMHostError) as told:
+                    box.create_vm('cut', path, options)
+                text = str(told.value)
+                assert path in text and re.search('(is cut|damaged)[ :,]', text), (size, text)
+        assert box.list_vms() == before and (driver == 'VBoxManage' or box.cleanup() == [])
+
+
+@pytest.fixture
+def small_image(home, tmp_path):
+    """A disk of 8 MB, all of which is written, and an appliance that holds it."""
+    (tmp_path / 'raw').write_bytes(os.urandom(8 << 20))
+    disk, appliance = str(tmp_path / 'whole.vdi'), str(tmp_path / 'whole.ova')
+    manage('convertfromraw', str(tmp_path / 'raw'), disk)
+    manage('createvm', '--name', 'whole', '--ostype', 'Linux_64', '--register')
+    manage('storagectl', 'whole', '--name', 'SATA', '--add', 'sata')
+    manage('storageattach', 'whole', '--storagectl', 'SATA', '--port', '0', '--type', 'hdd', '--medium', disk)
+    manage('export', 'whole', '-o', appliance)
+    manage('unregistervm', 'whole', '--delete')
+    manage('convertfromraw', str(tmp_path / 'raw'), disk)
+    return disk, appliance
+
+
+def cut(images, tmp_path):
+    """(path, bytes) of what is left of each of them."""
+    for image in images:
+        whole = open(image, 'rb').read()
+        for part in (0.0, 0.00001, 0.3, 0.8):
+            path = str(tmp_path / ('part-%g' % part)) + os.path.splitext(image)[1]
+            with open(path, 'wb') as file:
+                file.write(whole[:int(part * len(whole))])
+            yield path, int(part * len(whole))
