@@ -38,7 +38,7 @@ COUNT = """\
 echo $$ >> starts
 n=$(cat counted 2> /dev/null || echo 0)
 while ! [ -e finish ]; do
-    i=0; while [ $i -lt 20000 ]; do i=$((i + 1)); done
+    i=0; while [ $i -lt 2000 ]; do i=$((i + 1)); done
     n=$((n + 1))
     echo $n > counted
     echo 0.$(printf %04d $n) > $VM_PROGRESS_FILE

@@ -1,8 +1,10 @@
 """What all tests share: the paths, and hypothesis without a clock (these machines are shared)."""
 
+import importlib.util
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 
@@ -31,6 +33,34 @@ if sys.version_info >= (3, 8) and os.environ.pop('PYTHONDONTWRITEBYTECODE', ''):
 
 # A shell has what it runs in the background ignore Ctrl-C, and that is inherited by what tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config):
+    """Workers (-n) begin side by side, and each would compile all modules of tests, for 9 s of a processor:
+    where these aren't there in compiled form, they are collected once before."""
+    has_workers = getattr(config.option, 'numprocesses', None) and not hasattr(config, 'workerinput')
+    is_kept = pycache or not sys.dont_write_bytecode
+    if has_workers and is_kept and not all(map(is_compiled, modules_of_tests())):
+        subprocess.call([sys.executable, '-m', 'pytest', '--collect-only', '-q', '-p', 'no:cacheprovider']
+                        + config.args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def pytest_collection_modifyitems(items):
+    """The house is the same on each Python; that module is a program, too, and imports no pytest."""
+    for item in items:
+        if os.path.basename(str(item.fspath)) == 'test_house.py':
+            item.add_marker(pytest.mark.once)
+
+
+def modules_of_tests():
+    return [os.path.join(folder, name) for folder, _, names in os.walk(TESTS) for name in names
+            if name.startswith('test_') and name.endswith('.py')]
+
+
+def is_compiled(path):
+    """Whether pytest has its form of a module of tests, with what it makes of assertions."""
+    name = importlib.util.cache_from_source(path).replace('.pyc', '-pytest-%s.pyc' % pytest.__version__)
+    return os.path.exists(name) and os.path.getmtime(name) >= os.path.getmtime(path)
 
 
 def pytest_unconfigure():

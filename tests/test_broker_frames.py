@@ -423,6 +423,7 @@ def test_a_nul_that_no_blank_line_can_follow(connect):
         client.take_error()
 
 
+@pytest.mark.once
 def test_a_long_frame_in_small_pieces_takes_linear_time(connect, topic):
     """A body without content-length is searched for its end; each piece must not begin anew."""
     client = connect('1.2')

@@ -244,6 +244,7 @@ def test_held():
     assert reader.next_frame().body == b'abcde' and reader.held == 0
 
 
+@pytest.mark.once
 @pytest.mark.parametrize('head', [
     b'SEND\ndestination:/a\n\n', b'SEND\ndestination:/a\ncontent-length:%d\n\n', b'SEND\ndestination:'])
 def test_linear_time(head):

@@ -18,6 +18,8 @@ import guestcgroup
 import guestprocesses
 from guestcgroup import Group, Place, find_place
 
+pytestmark = pytest.mark.ends
+
 # --- where ---
 
 class Hierarchy:

@@ -225,6 +225,7 @@ def test_a_process_of_any_name_disturbs_nobody(runners, odd_name):
 NEST = 'if [ $1 -gt 0 ]; then sh -c "$0" "$0" $(($1 - 1)); else sleep 60; fi; :'
 
 
+@pytest.mark.ends
 def test_processes_nested_by_hundreds(runners):
     command = runners.begin('sh', '-c', NEST, NEST, '1100', timeout=60)
     wait_until(lambda: len(command.members()) == 1102, 50)

@@ -86,6 +86,7 @@ def test_input_that_comes_bit_by_bit(api):
     assert api.getCmdResults(cmd_id)['out'] == 'line 0\nline 1\nline 2\n'
 
 
+@pytest.mark.once
 def test_input_is_whole_in_bounded_memory(host, api):
     data = os.urandom(2 ** 20) * 40
     cmd_id = begin(api, 'sha256sum', stdin='stream')
@@ -294,6 +295,7 @@ def test_run_passes_input_as_it_comes(host, guest):
     process.stdout.close()
 
 
+@pytest.mark.once
 def test_run_passes_much_in_bounded_memory(host, guest, tmp_path):
     """No process that it goes through holds more than a part of it."""
     size, piece = 96 * 2 ** 20, os.urandom(2 ** 20)

@@ -125,17 +125,18 @@ def test_a_second_guest_is_its_own(broker, host, guest, api):
         assert {key.partition('@')[2] for key in host.results(cmd_id, 40)} == {'one', 'two'}
 
 
-def test_a_multicast_to_200_guests(broker, host, guest, api):
-    crowd = []
+def test_a_multicast_to_many_guests(broker, host, guest, api):
+    """Each hears what is for the others, too: four times as many have sixteen times as much to do."""
+    crowd, many = [], 200 if os.environ.get('VMHOST_FULL') else 50
     try:
-        for number in range(200):
+        for number in range(many):
             crowd.append(Guest(broker.port, 'crowd-%d' % number, login=LOGIN).join())
-        wait_until(lambda: len(api.listRegisteredVMs()) >= 200, 60)
+        wait_until(lambda: len(api.listRegisteredVMs()) >= many, 60)
         cmd_id = api.runCmdOnAll('crowd-*', 'true')
         for one in crowd:
             one.hear('CMD_RUN')
             one.word('CMD_RESULTS', headers={'cmd-id': cmd_id}, state='exited', exitCodeOrSignal=0)
-        assert len(host.results(cmd_id, 90)) == 200
+        assert len(host.results(cmd_id, 90)) == many
     finally:
         for one in crowd:
             one.close()

@@ -546,7 +546,7 @@ def test_a_host_that_was_down_for_an_hour_of_guest_time(tmp_path):
 @pytest.mark.soak
 @pytest.mark.once
 def test_a_broker_that_bounces(tmp_path):
-    """Killed 100 times, in half a minute where the machine has nothing else to do."""
+    """Killed 30 times; with VMHOST_FULL=1 100 times, in half a minute where nothing else has to be done."""
     port, broker = free_port(), None
     words = [sys.executable, os.path.join(TOP, 'stompbroker.py'), '--host', '127.0.0.1', '--port', str(port)]
 
@@ -565,7 +565,7 @@ def test_a_broker_that_bounces(tmp_path):
     try:
         with host, Agent(tmp_path / 'guest', host, 'g'):
             proofs = []
-            for number in range(100):
+            for number in range(100 if os.environ.get('VMHOST_FULL') else 30):
                 os.makedirs(str(tmp_path / str(number)))
                 proof = Proof(tmp_path / str(number), 0.2 * (number % 5))
                 proofs.append((proof, proof.ask(host, 'g', queue=True)))

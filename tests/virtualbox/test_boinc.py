@@ -176,7 +176,7 @@ def test_the_science_of_a_task(boinc, image, tmp_path):
 
     def note(what):
         print('%3.0f s: %s' % (time.monotonic() - begun, what))
-    boinc.add('t1', boinc_rig.COUNT.replace('20000', '200'),
+    boinc.add('t1', boinc_rig.COUNT.replace('2000', '200'),
               '<multiattach_vdi_file>image.vdi</multiattach_vdi_file><input>in</input><input>more/in</input>'
               '<output>out</output><minimum_checkpoint_interval>15</minimum_checkpoint_interval>',
               [('in', 'apples\n'), ('more/in', 'pears\n')], ['out'], 'and plums', [image])

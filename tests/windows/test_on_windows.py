@@ -1,5 +1,6 @@
 """The host side on Windows: what a volunteer types, what may go wrong, and how it ends."""
 
+import glob
 import io
 import os
 import re
@@ -19,9 +20,6 @@ from terminals import Terminal
 from windows_host import WindowsHost
 from wine import RIG, Program, path_there, python, start_of
 
-VBOXAPI = '/usr/lib/python3/dist-packages/vboxapi'
-# VirtualBox's type library, which a run of test_com.py leaves that was killed.
-LIBRARY = r'HKCR\TypeLib\{D7569351-1750-46F0-936E-BD127D5BC264}'
 GONE = 'no host agent runs here'
 
 
@@ -348,14 +346,17 @@ def test_at_logon_makes_a_task_for_no_word_that_it_does_not_know(tmp_path, windo
 
 
 def make_package(path):
+    """Modules are compiled there, as far as they are here."""
     there = os.path.join(RIG, 'python')
     library = io.BytesIO()
     with zipfile.ZipFile(library, 'w') as package:
         for folder, folders, names in os.walk(os.path.join(there, 'Lib')):
             folders[:] = [name for name in folders if name not in ('site-packages', '__pycache__')]
             for name in names:
-                package.write(os.path.join(folder, name),
-                              os.path.relpath(os.path.join(folder, name), os.path.join(there, 'Lib')))
+                source = os.path.join(folder, name)
+                compiled = glob.glob('%s/__pycache__/%s.cpython-3*[0-9].pyc' % (folder, name[:-len('.py')]))
+                package.write((compiled or [source])[0],
+                              os.path.relpath(source + 'c' * bool(compiled), os.path.join(there, 'Lib')))
     (dll,) = [name for name in os.listdir(there) if re.fullmatch(r'python3\d+\.dll', name)]
     with zipfile.ZipFile(path, 'w') as package:
         for folder in there, os.path.join(there, 'DLLs'):
@@ -364,19 +365,6 @@ def make_package(path):
                     package.write(os.path.join(folder, name), name)
         package.writestr(dll.replace('.dll', '.zip'), library.getvalue())
         package.writestr(dll.replace('.dll', '._pth'), dll.replace('.dll', '.zip') + '\n.\n\n#import site\n')
-
-
-def test_vboxapis_part_for_windows_runs_up_to_the_type_library(tmp_path, windows):
-    """Wine has no VirtualBox: what its vboxapi imports, and asks pywin32 for, is there."""
-    rig = os.environ.get('VMHOST_RIG', '/var/tmp/vmhost-rig')
-    if not os.path.exists(rig + VBOXAPI):
-        pytest.skip('no vboxapi here: the VirtualBox rig has one')
-    shutil.copytree(rig + VBOXAPI, str(tmp_path / 'vboxapi'))
-    Program('reg', 'delete', LIBRARY, '/f').wait()
-    code, said = python('-c', 'import sys; sys.path[:0] = sys.argv[1:]; import virtualbox\n'
-                        'try:\n    virtualbox.import_virtualbox()\n'
-                        'except Exception as error:\n    print(error)', path_there(tmp_path), path_there(TOP))
-    assert code == 0 and 'TYPE_E_LIBNOTREGISTERED' in said, said
 
 
 # --- the end, and what comes after it ---
