@@ -26,7 +26,20 @@ from cliscreen import (
     shown_span,
     shown_time,
 )
-from cliverbs import ID, IDS, JSON, VMS, Verb, argument, for_each, read_count, read_seconds, show_list, switch
+from cliverbs import (
+    ID,
+    IDS,
+    JSON,
+    VMS,
+    Verb,
+    argument,
+    for_each,
+    life,
+    read_count,
+    read_seconds,
+    show_list,
+    switch,
+)
 from faults import AgentNotConnected, BadState, DeadlineExceeded, InvalidParams, NoSuchCommand, NoSuchVM
 from hostclient import Client, NoHost, PatientClient
 from rpc import Binary, carried, finite
@@ -85,7 +98,7 @@ def do_ps(host: Client, screen: Screen, args: Any) -> int:
 def cmd_row(row: Dict[str, Any], status: Dict[str, Any], long: bool, is_narrow: bool) -> List[str]:
     """A line of `ps`."""
     end = status.get('end', '')
-    state = end if end.startswith(('exited', 'signaled')) and end != 'exited 0' else row['state']
+    state = end.partition(':')[0] or row['state']      # why, is told by `info`
     wall = finite(status.get('wall'))
     if wall and row['state'] == 'running':         # it was told some time ago
         wall += max(0.0, finite(status.get('age')))
@@ -293,7 +306,7 @@ def follow(host: Client, screen: Screen, cmd_id: str, many: bool, interrupts: 'I
     is_fed    its input comes from here
     """
     try:
-        followed = Followed(PatientClient(host.folder, screen.complain), screen, cmd_id, many)
+        followed = Followed(host.patient(screen.complain), screen, cmd_id, many)
         followed.to_the_end(lambda: forward(host, screen, cmd_id, interrupts), limit)
         return followed
     except KeyboardInterrupt:
@@ -584,8 +597,10 @@ def do_info(host: Client, screen: Screen, args: Any) -> int:
     """All that is known of a VM, or of a command."""
     try:
         found = host.call('getVM', args.vm)
-        if found['state'] == 'Null' and not args.json:
-            found['state'] = 'unknown'             # as `ls` has it
+        if not args.json:              # as `ls` has it
+            found['state'] = 'unknown' if found['state'] == 'Null' else found['state']
+            found['agent'] = life(found)
+            found.pop('left', None)
     except NoSuchVM:
         try:
             found = dict(host.call('getCmdDetails', args.vm), status=host.call('getCmdStatus', args.vm),
@@ -629,7 +644,7 @@ def do_out(host: Client, screen: Screen, args: Any) -> int:
 
 def show_output(host: Client, screen: Screen, cmd_id: str, to_the_end: bool, lines: Optional[int]) -> int:
     """The output of one command, or of one on many VMs; gives the exit code."""
-    host = PatientClient(host.folder, screen.complain)
+    host = host.patient(screen.complain)
     details = host.call('getCmdDetails', cmd_id)
     followed = Followed(host, screen, cmd_id, details['executions'] != [cmd_id])
     if lines is not None:
@@ -647,7 +662,7 @@ def show_output(host: Client, screen: Screen, cmd_id: str, to_the_end: bool, lin
 
 def do_wait(host: Client, screen: Screen, args: Any) -> int:
     """Waits until commands have ended; the exit code is the highest of theirs."""
-    host, codes = PatientClient(host.folder, screen.complain), []
+    host, codes = host.patient(screen.complain), []
     for cmd_id in args.ids:
         while not host.call('waitCmd', cmd_id, LONGEST_WAIT):
             pass
@@ -678,15 +693,17 @@ def see_them_end(host: Client, screen: Screen, ids: List[str], hangs_up: bool,
     hangs_up    shells ignore TERM, as their terminals' ends tell them to leave: theirs are hung up
     patience    seconds after which they are killed; None: never
     """
+    def send(ids: List[str], name: str) -> None:
+        for_each(screen, ids, lambda cmd_id: host.call('signalCmd', cmd_id, name))
     begin = time.monotonic()
-    left = still_there(host, ids, SEEN_TO_END if patience is None else min(SEEN_TO_END, patience))
+    left = still_there(host, ids, AT_ONCE)
+    send(left, 'CONT')                 # a program that is stopped gets no other signal
+    left = still_there(host, left, SEEN_TO_END if patience is None else min(SEEN_TO_END, patience))
     shells = [cmd_id for cmd_id in left if hangs_up and has_terminal(host, cmd_id)]
-    for cmd_id in shells:
-        host.call('signalCmd', cmd_id, 'HUP')
+    send(shells, 'HUP')
     if patience is not None:
         left = still_there(host, left, begin + patience - time.monotonic())
-        for cmd_id in left:
-            host.call('signalCmd', cmd_id, 'KILL')
+        send(left, 'KILL')
     left = still_there(host, left, SEEN_TO_END) if shells or patience is not None else left
 
     def complain(cmd_id: str) -> None:
