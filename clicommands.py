@@ -12,7 +12,7 @@ import select
 import signal
 import stat
 import time
-from typing import Any, Callable, Dict, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import agent
 from cliscreen import (
@@ -181,7 +181,8 @@ def can_be_read(descriptor: int, seconds: float) -> bool:
 
 def do_rerun(host: Client, screen: Screen, args: Any) -> int:
     """Runs what a command ran, once more, on the same VMs."""
-    was, args.begun = host.call('getCmdDetails', args.id), b''
+    with no_vm(host, args.id):
+        was, args.begun = host.call('getCmdDetails', args.id), b''
     options = dict(was['options'])
     options.pop('fileForStdin', '')
     if 'stdin64' in options:
@@ -637,6 +638,19 @@ def described(found: Dict[str, Any]) -> Dict[str, Any]:
 
 # --- the others ------------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def no_vm(host: Client, cmd_id: str) -> Iterator[None]:
+    """Has a NoSuchCommand say so where that is a VM's name: other tools take those there."""
+    try:
+        yield
+    except NoSuchCommand:
+        with contextlib.suppress(NoSuchVM):
+            host.call('getVM', cmd_id)
+            raise NoSuchCommand('%s is a VM, and no command: `ps %s` lists those that ran there'
+                                % (cmd_id, cmd_id))
+        raise
+
+
 def do_out(host: Client, screen: Screen, args: Any) -> int:
     """The output of commands, now, or until they end; then the exit code is the highest of theirs."""
     return max(show_output(host, screen, cmd_id, args.follow, args.tail) for cmd_id in args.ids)
@@ -645,7 +659,8 @@ def do_out(host: Client, screen: Screen, args: Any) -> int:
 def show_output(host: Client, screen: Screen, cmd_id: str, to_the_end: bool, lines: Optional[int]) -> int:
     """The output of one command, or of one on many VMs; gives the exit code."""
     host = host.patient(screen.complain)
-    details = host.call('getCmdDetails', cmd_id)
+    with no_vm(host, cmd_id):
+        details = host.call('getCmdDetails', cmd_id)
     followed = Followed(host, screen, cmd_id, details['executions'] != [cmd_id])
     if lines is not None:
         followed.tail(lines)
@@ -664,8 +679,9 @@ def do_wait(host: Client, screen: Screen, args: Any) -> int:
     """Waits until commands have ended; the exit code is the highest of theirs."""
     host, codes = host.patient(screen.complain), []
     for cmd_id in args.ids:
-        while not host.call('waitCmd', cmd_id, LONGEST_WAIT):
-            pass
+        with no_vm(host, cmd_id):
+            while not host.call('waitCmd', cmd_id, LONGEST_WAIT):
+                pass
         for key in host.call('getCmdDetails', cmd_id)['executions']:
             name = key if len(args.ids) > 1 else key.partition('@')[2]
             codes.append(exit_code(screen, host.call('getCmdResults', key), name))
@@ -677,8 +693,9 @@ def do_kill(host: Client, screen: Screen, args: Any) -> int:
     signalled = []
 
     def kill(cmd_id: str) -> None:
-        if not host.call('signalCmd', cmd_id, args.signal or 'TERM'):
-            raise BadState('%s has already ended' % cmd_id)
+        with no_vm(host, cmd_id):
+            if not host.call('signalCmd', cmd_id, args.signal or 'TERM'):
+                raise BadState('%s has already ended' % cmd_id)
         signalled.append(cmd_id)
     code = for_each(screen, args.ids, kill)
     if args.signal is None or args.killAfter is not None:

@@ -235,6 +235,15 @@ def test_words_in_another_order_are_told_theirs(host, guests, words, said):
     assert done.returncode == 255 and said in done.stderr and done.stderr.count(b'\n') == 1
 
 
+@pytest.mark.parametrize('words, code', [
+    (('kill', 'one'), 1), (('out', '-f', 'one'), 1), (('logs', 'one'), 1), (('wait', 'one'), 1),
+    (('rerun', 'one'), 255)])
+def test_a_machine_in_the_place_of_a_command_is_told_to_be_one(host, guests, words, code):
+    done = host.verb(*words)
+    assert (done.returncode, done.stderr) == (
+        code, b'vmhost: one is a VM, and no command: `ps one` lists those that ran there\n')
+
+
 @pytest.mark.parametrize('words', [
     ('one', '-C', 'x', '--'), ('nobody', '--', 'true'), ('x*', '--', 'true'), ('one', '--'), ('one',),
     (), ('-T', 'soon', 'one', '--', 'true'), ('-e', 'X', 'one', '--', 'true')])
