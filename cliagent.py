@@ -14,7 +14,7 @@ import agent
 from cliscreen import Screen, show_one, shown_time
 from cliverbs import JSON, Verb, argument, read_count, switch
 from faults import DeadlineExceeded, InvalidParams
-from hostclient import Client, PatientClient
+from hostclient import Client
 from rpc import Binary, xml_number
 
 EVENTS_SHOWN = 100
@@ -89,7 +89,7 @@ def open_in_browser(folder: str, link: str) -> None:
 
 def do_events(host: Client, screen: Screen, args: Any) -> int:
     """What happened: the last events, and what comes."""
-    host, shown = PatientClient(host.folder, screen.complain) if args.follow else host, []
+    host, shown = host.patient(screen.complain) if args.follow else host, []
     for event in events(host, args.number, args.follow):
         if not args.json:
             screen.say(event_line(screen, event))

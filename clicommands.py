@@ -12,7 +12,7 @@ import select
 import signal
 import stat
 import time
-from typing import Any, Callable, Dict, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import agent
 from cliscreen import (
@@ -26,7 +26,20 @@ from cliscreen import (
     shown_span,
     shown_time,
 )
-from cliverbs import ID, IDS, JSON, VMS, Verb, argument, for_each, read_count, read_seconds, show_list, switch
+from cliverbs import (
+    ID,
+    IDS,
+    JSON,
+    VMS,
+    Verb,
+    argument,
+    for_each,
+    life,
+    read_count,
+    read_seconds,
+    show_list,
+    switch,
+)
 from faults import AgentNotConnected, BadState, DeadlineExceeded, InvalidParams, NoSuchCommand, NoSuchVM
 from hostclient import Client, NoHost, PatientClient
 from rpc import Binary, carried, finite
@@ -85,7 +98,7 @@ def do_ps(host: Client, screen: Screen, args: Any) -> int:
 def cmd_row(row: Dict[str, Any], status: Dict[str, Any], long: bool, is_narrow: bool) -> List[str]:
     """A line of `ps`."""
     end = status.get('end', '')
-    state = end if end.startswith(('exited', 'signaled')) and end != 'exited 0' else row['state']
+    state = end.partition(':')[0] or row['state']      # why, is told by `info`
     wall = finite(status.get('wall'))
     if wall and row['state'] == 'running':         # it was told some time ago
         wall += max(0.0, finite(status.get('age')))
@@ -168,7 +181,8 @@ def can_be_read(descriptor: int, seconds: float) -> bool:
 
 def do_rerun(host: Client, screen: Screen, args: Any) -> int:
     """Runs what a command ran, once more, on the same VMs."""
-    was, args.begun = host.call('getCmdDetails', args.id), b''
+    with no_vm(host, args.id):
+        was, args.begun = host.call('getCmdDetails', args.id), b''
     options = dict(was['options'])
     options.pop('fileForStdin', '')
     if 'stdin64' in options:
@@ -293,7 +307,7 @@ def follow(host: Client, screen: Screen, cmd_id: str, many: bool, interrupts: 'I
     is_fed    its input comes from here
     """
     try:
-        followed = Followed(PatientClient(host.folder, screen.complain), screen, cmd_id, many)
+        followed = Followed(host.patient(screen.complain), screen, cmd_id, many)
         followed.to_the_end(lambda: forward(host, screen, cmd_id, interrupts), limit)
         return followed
     except KeyboardInterrupt:
@@ -584,8 +598,10 @@ def do_info(host: Client, screen: Screen, args: Any) -> int:
     """All that is known of a VM, or of a command."""
     try:
         found = host.call('getVM', args.vm)
-        if found['state'] == 'Null' and not args.json:
-            found['state'] = 'unknown'             # as `ls` has it
+        if not args.json:              # as `ls` has it
+            found['state'] = 'unknown' if found['state'] == 'Null' else found['state']
+            found['agent'] = life(found)
+            found.pop('left', None)
     except NoSuchVM:
         try:
             found = dict(host.call('getCmdDetails', args.vm), status=host.call('getCmdStatus', args.vm),
@@ -622,6 +638,19 @@ def described(found: Dict[str, Any]) -> Dict[str, Any]:
 
 # --- the others ------------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def no_vm(host: Client, cmd_id: str) -> Iterator[None]:
+    """Has a NoSuchCommand say so where that is a VM's name: other tools take those there."""
+    try:
+        yield
+    except NoSuchCommand:
+        with contextlib.suppress(NoSuchVM):
+            host.call('getVM', cmd_id)
+            raise NoSuchCommand('%s is a VM, and no command: `ps %s` lists those that ran there'
+                                % (cmd_id, cmd_id))
+        raise
+
+
 def do_out(host: Client, screen: Screen, args: Any) -> int:
     """The output of commands, now, or until they end; then the exit code is the highest of theirs."""
     return max(show_output(host, screen, cmd_id, args.follow, args.tail) for cmd_id in args.ids)
@@ -629,8 +658,9 @@ def do_out(host: Client, screen: Screen, args: Any) -> int:
 
 def show_output(host: Client, screen: Screen, cmd_id: str, to_the_end: bool, lines: Optional[int]) -> int:
     """The output of one command, or of one on many VMs; gives the exit code."""
-    host = PatientClient(host.folder, screen.complain)
-    details = host.call('getCmdDetails', cmd_id)
+    host = host.patient(screen.complain)
+    with no_vm(host, cmd_id):
+        details = host.call('getCmdDetails', cmd_id)
     followed = Followed(host, screen, cmd_id, details['executions'] != [cmd_id])
     if lines is not None:
         followed.tail(lines)
@@ -647,10 +677,11 @@ def show_output(host: Client, screen: Screen, cmd_id: str, to_the_end: bool, lin
 
 def do_wait(host: Client, screen: Screen, args: Any) -> int:
     """Waits until commands have ended; the exit code is the highest of theirs."""
-    host, codes = PatientClient(host.folder, screen.complain), []
+    host, codes = host.patient(screen.complain), []
     for cmd_id in args.ids:
-        while not host.call('waitCmd', cmd_id, LONGEST_WAIT):
-            pass
+        with no_vm(host, cmd_id):
+            while not host.call('waitCmd', cmd_id, LONGEST_WAIT):
+                pass
         for key in host.call('getCmdDetails', cmd_id)['executions']:
             name = key if len(args.ids) > 1 else key.partition('@')[2]
             codes.append(exit_code(screen, host.call('getCmdResults', key), name))
@@ -662,8 +693,9 @@ def do_kill(host: Client, screen: Screen, args: Any) -> int:
     signalled = []
 
     def kill(cmd_id: str) -> None:
-        if not host.call('signalCmd', cmd_id, args.signal or 'TERM'):
-            raise BadState('%s has already ended' % cmd_id)
+        with no_vm(host, cmd_id):
+            if not host.call('signalCmd', cmd_id, args.signal or 'TERM'):
+                raise BadState('%s has already ended' % cmd_id)
         signalled.append(cmd_id)
     code = for_each(screen, args.ids, kill)
     if args.signal is None or args.killAfter is not None:
@@ -678,15 +710,17 @@ def see_them_end(host: Client, screen: Screen, ids: List[str], hangs_up: bool,
     hangs_up    shells ignore TERM, as their terminals' ends tell them to leave: theirs are hung up
     patience    seconds after which they are killed; None: never
     """
+    def send(ids: List[str], name: str) -> None:
+        for_each(screen, ids, lambda cmd_id: host.call('signalCmd', cmd_id, name))
     begin = time.monotonic()
-    left = still_there(host, ids, SEEN_TO_END if patience is None else min(SEEN_TO_END, patience))
+    left = still_there(host, ids, AT_ONCE)
+    send(left, 'CONT')                 # a program that is stopped gets no other signal
+    left = still_there(host, left, SEEN_TO_END if patience is None else min(SEEN_TO_END, patience))
     shells = [cmd_id for cmd_id in left if hangs_up and has_terminal(host, cmd_id)]
-    for cmd_id in shells:
-        host.call('signalCmd', cmd_id, 'HUP')
+    send(shells, 'HUP')
     if patience is not None:
         left = still_there(host, left, begin + patience - time.monotonic())
-        for cmd_id in left:
-            host.call('signalCmd', cmd_id, 'KILL')
+        send(left, 'KILL')
     left = still_there(host, left, SEEN_TO_END) if shells or patience is not None else left
 
     def complain(cmd_id: str) -> None:

@@ -11,7 +11,20 @@ from typing import Any, Dict, List
 
 import agent
 from cliscreen import Screen, show_pairs, shown_size, shown_span
-from cliverbs import JSON, VM, VMS, Function, Verb, argument, for_each, read_seconds, show_list, switch, watch
+from cliverbs import (
+    JSON,
+    VM,
+    VMS,
+    Function,
+    Verb,
+    argument,
+    for_each,
+    life,
+    read_seconds,
+    show_list,
+    switch,
+    watch,
+)
 from faults import BadState, InvalidParams, NotSupported
 from hostclient import Client
 from rpc import finite
@@ -27,7 +40,7 @@ def do_ls(host: Client, screen: Screen, args: Any) -> int:
         known = [vm['name'] for vm in found]
         names = {name for pattern in args.vm for name in host.matching_of(pattern, known)}
         found = [vm for vm in found if vm['name'] in names]
-    found.sort(key=lambda vm: (not vm['trouble'], vm['agent'] not in ('lost', 'late'),
+    found.sort(key=lambda vm: (not vm['trouble'], life(vm) not in ('lost', 'late'),
                                agent.in_order(vm['name'])))
     info = host.call('agentInfo')
     warn_of_silence(screen, info)
@@ -57,7 +70,7 @@ def vm_row(vm: Dict[str, Any], long: bool) -> List[Any]:
     """A line of `ls`."""
     facts = vm['facts']
     state = 'unknown' if vm['state'] == 'Null' else vm['state']
-    row = [vm['name'], state, vm['agent'], vm['ip'] or '-', len(vm['commands'])]
+    row = [vm['name'], state, life(vm), vm['ip'] or '-', len(vm['commands'])]
     if long and facts.get('unsigned'):
         row[2] += ' (unsigned)'
     if long:

@@ -72,6 +72,11 @@ def show_list(screen: Screen, as_json: bool, lines: List[str], found: Any) -> in
     return 0
 
 
+def life(vm: Dict[str, Any]) -> str:
+    """Of a VM's agent, in a word: who said that it goes has left, and isn't missed."""
+    return 'left' if vm.get('left') else str(vm['agent'])
+
+
 def for_each(screen: Screen, names: List[str], do: Callable[[str], Any]) -> int:
     """Does it for each name; one that fails holds up no other. The exit code: 1 where one did."""
     code = 0
@@ -115,7 +120,7 @@ def call_watched(host: Client, screen: Screen, vm: str, method: str, *args: Any)
         except VMHostError as error:
             answers.put((None, error))
     threading.Thread(target=work, name='call', daemon=True).start()
-    begin, looker = time.monotonic(), Client(host.folder)
+    begin, looker = time.monotonic(), host.another()
     while True:
         try:
             answer, error = answers.get(timeout=PROGRESS_EVERY)

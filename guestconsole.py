@@ -155,7 +155,8 @@ class Console:
                 if kind == shortcut.BEGIN:
                     self.is_begun = self.has_notice = True
                 if kind != shortcut.BEGIN and len(self.unsent) < UNSENT:
-                    self.unsent += Piece(offset, data, kind == shortcut.LAST_INPUT).packed()
+                    self.unsent += Piece(offset, data, kind == shortcut.LAST_INPUT).head()
+                    self.unsent += data
         except OSError as error:
             log.debug('%s: the shortcut ends: %s', self.command.cmd_id, error)
             self.take_shortcut(None)

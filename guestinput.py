@@ -14,6 +14,7 @@ import os
 import select
 import socket
 import struct
+import sys
 import termios
 import time
 from typing import Any, Dict, List, NamedTuple, Optional
@@ -25,6 +26,7 @@ LONGEST_PATH = 100             # bytes: an address holds 104 of them on some sys
 NEWS_PATIENCE = 0.002          # seconds in which output may follow a piece of input: both are told at once
 HELD = 256 * 1024              # bytes that a runner holds for a program that doesn't read
 RECEIVE = 256 * 1024           # bytes that are received at once
+SET_PIPE_SIZE = 1031           # fcntl's F_SETPIPE_SZ, which Python has from 3.10 on
 PIECE = struct.Struct('<QIHHB')        # offset, length, rows, columns, whether it is the end; then the bytes
 NOTICE = struct.Struct('<QB')          # how far the input was taken; whether its end was
 
@@ -37,9 +39,13 @@ class Piece(NamedTuple):
     rows: int = 0                  # of the terminal; 0: as they are
     columns: int = 0
 
+    def head(self) -> bytes:
+        """What the socket carries before the data."""
+        return PIECE.pack(self.offset, len(self.data), self.rows, self.columns, self.is_end)
+
     def packed(self) -> bytes:
         """As the socket carries it."""
-        return PIECE.pack(self.offset, len(self.data), self.rows, self.columns, self.is_end) + self.data
+        return self.head() + self.data
 
 
 def with_short_path(folder: str, use: Any) -> Any:
@@ -74,6 +80,14 @@ def set_size(terminal: int, rows: int, columns: int) -> None:
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack('HHHH', rows, columns, 0, 0))
 
 
+def widen(pipe: int) -> None:
+    """Has a pipe on Linux hold what is received at once, if that is allowed: 64 KiB else, and each of those
+    costs the program and its runner a turn."""
+    if sys.platform.startswith('linux'):
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(pipe, SET_PIPE_SIZE, RECEIVE)
+
+
 class Inlet:
     """A runner's end: takes pieces from the agent, and writes them to the program as fast as that reads."""
 
@@ -91,6 +105,8 @@ class Inlet:
         self._received = bytearray()   # of a piece that isn't whole yet
         self._agent: Optional[socket.socket] = None
         os.set_blocking(target, False)
+        if not is_terminal:
+            widen(target)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.setblocking(False)
         with_short_path(folder, self._listener.bind)

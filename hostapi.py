@@ -205,14 +205,14 @@ class MachineMethods(Methods):
         return sorted(names.union(row['name'] for row in self._host.machines.rows()), key=agent.in_order)
 
     def getVM(self, vm: str) -> dict:
-        """{name, id, uuid, state, trouble, agent, ip, lastSeen, clockOffset, facts, rdp, pid, forwards,
+        """{name, id, uuid, state, trouble, agent, left, ip, lastSeen, clockOffset, facts, rdp, pid, forwards,
         bridged, commands} of a VM.
 
         state is the machine's, trouble what is wrong with it, '' for nothing; agent (alive, late, lost or
-        never) is the agent's; commands: the ids of those that are unfinished; clockOffset: guest's clock
-        less the host's, roughly; pid: of the process in which it runs, 0 for none; forwards: createVM's, with
-        the ports of this machine that they have now; bridged: the interface of this machine to which a card
-        of the VM is, '' for none.
+        never) is the agent's, left whether it said that it goes, and so isn't missed; commands: the ids of
+        those that are unfinished; clockOffset: guest's clock less the host's, roughly; pid: of the process in
+        which it runs, 0 for none; forwards: createVM's, with the ports of this machine that they have now;
+        bridged: the interface of this machine to which a card of the VM is, '' for none.
 
             >>> vm = host.getVM('node1')
             >>> vm['state'], vm['agent'], vm['ip']
@@ -246,7 +246,8 @@ class MachineMethods(Methods):
         return {'name': guest.name, 'id': guest.id, 'uuid': described.get('uuid', ''),
                 'state': described.get('native', self._state_of(guest)),
                 'trouble': self._trouble(guest, described),
-                'agent': guest.agent if guest.last_seen else 'never', 'ip': guest.ip,
+                'agent': guest.agent if guest.last_seen else 'never',
+                'left': guest.agent == 'lost' and guest.has_left, 'ip': guest.ip,
                 'lastSeen': guest.last_seen, 'clockOffset': guest.clock_offset,
                 'facts': dict(guest.facts, boot=guest.boot), 'commands': open_here}
 

@@ -18,7 +18,7 @@ import climachines
 from clicommands import FAILED
 from cliscreen import Screen, has_no_reader, naming_output, terminal_width
 from cliverbs import Function, Verb
-from hostclient import CALLED, Client
+from hostclient import Client, how_to_start, program, program_name
 from hostconfig import ini_here, read_settings
 
 TYPING_ERROR = 0.76            # how like a verb a word must be to be meant as it: others mean something else
@@ -68,11 +68,6 @@ All: 255 if standard output can't be written.
 '''
 
 
-def program_name() -> str:
-    """How this program was called, for help and hints."""
-    return os.environ.get(CALLED) or os.path.basename(sys.argv[0]) or 'vmhost.py'
-
-
 def overview() -> str:
     """What --help says."""
     lines = ['Manages virtual machines and the programs in them.\n', USAGE.format(me=program_name())]
@@ -107,7 +102,7 @@ class Parser(argparse.ArgumentParser):
                          epilog=self._epilog(verb), allow_abbrev=False, formatter_class=Formatter,
                          usage='%(prog)s [OPTION …] VM [--] CMD [ARG …]' if verb.name == 'run' else None)
         self._code = code_of_errors(verb)
-        self._is_shell = verb.name == 'shell'
+        self._verb = verb.name
         self._takes_one = any(options.get('metavar') == 'SRC' for _, options in verb.arguments)
         for names, options in verb.arguments:
             self.add_argument(*names, **options)
@@ -126,9 +121,10 @@ class Parser(argparse.ArgumentParser):
         """One sentence, and where there is more."""
         if self._takes_one and re.match('unrecognized arguments: [^-]', message):
             message = 'one SRC at a time: call it for each, or put them into a folder'
-        if self._is_shell and message.startswith('unrecognized arguments'):
+        if self._verb == 'shell' and message.startswith('unrecognized arguments'):
             message = 'a shell is told no command; `run -t VM CMD` runs one on a terminal'
-        self.exit(self._code, 'vmhost: %s: %s (%s --help)\n' % (self.prog.split()[-1], message, self.prog))
+        self.exit(self._code, 'vmhost: %s: %s (%s %s --help)\n'
+                  % (self._verb, message, program(), self._verb))
 
 
 def code_of_errors(verb: Verb, code: int = 2) -> int:
@@ -187,22 +183,25 @@ def signal_option(word: str) -> List[str]:
     return ['-s', word[1:]] if is_signal else [word]
 
 
-def run_verb(ini: Optional[str], words: List[str], screen: Screen, check: Function) -> int:
-    """Does what the words say with the host agent of that ini file; gives the exit code."""
+def run_verb(ini: Optional[str], words: List[str], screen: Screen, check: Function, start: str) -> int:
+    """Does what the words say with the host agent of that ini file; gives the exit code.
+
+    start    what a person types to have it
+    """
     verb = VERBS.get(words[0])
     if verb is None:
         import difflib  # needed here alone
         close = [MEANT[words[0]]] if words[0] in MEANT else \
             difflib.get_close_matches(words[0], list(VERBS) + list(ALIASES), 1, TYPING_ERROR)
         screen.complain('unknown verb %s%s; `%s --help` lists them' % (
-            words[0], close and ' (did you mean %s?)' % close[0] or '', program_name()))
+            words[0], close and ' (did you mean %s?)' % close[0] or '', program()))
         return 2
     args = read_arguments(verb, words[1:])
     args.ini = ini
     try:
         args.settings = read_settings(ini)
         function = check if verb.name == 'check' else verb.function
-        return function(Client(args.settings.Host.state_dir), screen, args)
+        return function(Client(args.settings.Host.state_dir, start), screen, args)
     except agent.AgentError as error:
         screen.complain(str(error))
         return code_of_errors(verb, 1)
@@ -252,7 +251,9 @@ def split_ini(words: List[str]) -> Tuple[Optional[str], List[str]]:
 
 def run(words: List[str], screen: Screen, start: Optional[Start], check: Function) -> int:
     """Does what the words say; gives the exit code."""
-    ini, words = split_ini(words)
+    ini, others = split_ini(words)
+    how = how_to_start(words[:len(words) - len(others)])
+    words = others
     if words[:1] and words[0] in ALIASES:
         words = ALIASES[words[0]].split() + words[1:]
     if words[:1] == ['--help'] and words[1:]:
@@ -261,7 +262,7 @@ def run(words: List[str], screen: Screen, start: Optional[Start], check: Functio
     if words and words[0].startswith('-'):
         return run_option(words, screen)
     if words:
-        return run_verb(ini, words, screen, check)
+        return run_verb(ini, words, screen, check, how)
     if start is None:
         screen.err.write(USAGE.format(me=program_name()))
         return 2

@@ -12,11 +12,13 @@ import contextlib
 import errno
 import fnmatch
 import os
+import re
 import select
 import socket
 import struct
+import sys
 import time
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import agent
 import localsocket
@@ -42,9 +44,44 @@ def proof(token: str, address: str, nonce: str) -> str:
     return hmac.new(token.encode('utf-8'), text.encode('utf-8'), 'sha256').hexdigest()
 
 
-def how_to_start() -> str:
-    """What a person types to have a host agent."""
-    return os.environ.get(CALLED) or 'vmhost.py host.ini'
+def program_name() -> str:
+    """How this program is called, for help."""
+    return os.environ.get(CALLED) or os.path.basename(sys.argv[0]) or 'vmhost.py'
+
+
+def program() -> str:
+    """The same as it can be typed again, for hints."""
+    return os.environ.get(CALLED) or called(sys.argv[0], getattr(sys, 'orig_argv', []), agent.ON_WINDOWS,
+                                           sys.prefix != sys.base_prefix)
+
+
+def called(program: str, words: List[str], on_windows: bool, in_venv: bool) -> str:
+    """What that is, of what Python says: the program's file, and all that was typed (from Python 3.10 on);
+    in_venv: it is that of a virtual environment, which only its path leads to."""
+    if words[1:2] == ['-m']:
+        return ' '.join(typed(word) for word in words[:3])
+    name, extension = os.path.splitext(os.path.basename(program))
+    if extension not in ('.py', '.pyz'):
+        is_found = os.path.dirname(program) in os.environ.get('PATH', '').split(os.pathsep)
+        return name if is_found or on_windows else typed(program) or 'vmhost'
+    python = words[0] if words else 'python3'
+    if on_windows and (not words or python[1:2] == ':' and not in_venv):
+        python = 'py'                  # which the program of that long path was found by
+    elif os.path.isabs(python) and not in_venv:
+        python = os.path.basename(python)      # pyenv's python3 begins the real one by its path
+    return '%s %s' % (typed(python), typed(program))
+
+
+def how_to_start(words: Sequence[str] = ()) -> str:
+    """What a person types to have the host agent; words: what was typed to name its ini file."""
+    if os.environ.get(CALLED):         # it names the file itself
+        return program()
+    return ' '.join([program()] + [typed(word) or '""' for word in words])
+
+
+def typed(word: str) -> str:
+    """A word as it is typed in a shell."""
+    return word if re.fullmatch(r'[\w./~:\\+-]*', word) else '"%s"' % word
 
 
 def hung() -> OSError:
@@ -70,10 +107,20 @@ class Client:
     What the host raised comes out as the same VMHostError; NoHost where nobody answers.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, start: str = '') -> None:
+        """start: what a person types to have that host agent."""
         self.folder = folder
+        self.start = start or how_to_start()
         self.address = ''              # where it listens; known once it was called
         self._connection: Optional[_Connection] = None
+
+    def another(self) -> 'Client':
+        """For another thread, say."""
+        return Client(self.folder, self.start)
+
+    def patient(self, tell: Callable[[str], None]) -> 'PatientClient':
+        """One that outlives a restart of the host agent."""
+        return PatientClient(self.folder, self.start, tell)
 
     def call(self, method: str, *args: Any) -> Any:
         """What a method of the API answers. Raises VMHostError."""
@@ -121,7 +168,7 @@ class Client:
             was_asked = self._connection is not None
             self._leave()
             failed = NoHost('no host agent answers at %s (%s): start it again with `%s`'
-                            % (self.address, error.strerror or error, how_to_start()))
+                            % (self.address, error.strerror or error, self.start))
             failed.was_asked, failed.hangs = was_asked, error.errno == errno.ETIMEDOUT
             raise failed
         except (ValueError, KeyError) as error:        # no HTTP, no XML-RPC
@@ -191,7 +238,7 @@ class Client:
 
     def check_alive(self) -> None:
         """An answer may take hours, and comes from a host agent that answers others. Raises OSError."""
-        other = Client(self.folder)
+        other = self.another()
         try:
             other._connection = other._connect()
             other._connection.request('GET', '/proof?nonce=' + 32 * '0', patience=SILENCE)
@@ -208,7 +255,7 @@ class Client:
             return agent.read_bytes(path).decode('utf-8').strip()
         except FileNotFoundError:
             raise NoHost('no host agent runs here (%s is missing): start it with `%s`, or name the ini file '
-                         'that it was started with' % (path, how_to_start()))
+                         'that it was started with' % (path, self.start))
         except (OSError, ValueError) as error:
             raise AccessDenied('%s: %s; only the user who runs the host agent can talk to it'
                                % (path, getattr(error, 'strerror', '') or error))
@@ -265,9 +312,9 @@ class PatientClient(Client):
     For what may be asked twice alone.
     """
 
-    def __init__(self, folder: str, tell: Callable[[str], None]) -> None:
+    def __init__(self, folder: str, start: str, tell: Callable[[str], None]) -> None:
         """tell(sentence): that it is gone, and that it is back."""
-        super().__init__(folder)
+        super().__init__(folder, start)
         self._tell = tell
         self._was_there = False        # else it is no restart, but a mistake
         self.back_at = 0.0             # monotonic: when it was back last
@@ -279,7 +326,8 @@ class PatientClient(Client):
             try:
                 answer = super().reach(ask)
                 break
-            except NoHost:
+            except NoHost as error:
+                self._was_there = self._was_there or error.was_asked
                 if not self._was_there or gone_at and time.monotonic() > gone_at + RESTART:
                     raise
                 if not gone_at:

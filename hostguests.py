@@ -117,11 +117,11 @@ class Guests:
                 return
             count = sum(guest.ip == ip for guest in self._known.values())
         if count >= OF_ONE_ADDRESS:
-            raise Busy('%d agents of %s are known already: forget some (vmhost.py forget VM)' % (count, ip))
+            raise Busy('%d agents of %s are known already: forget some (`forget VM`)' % (count, ip))
 
     def _check_room(self, id: str) -> None:
         if id not in self._known and len(self._known) >= GUESTS_KEPT:
-            raise Busy('%d agents are known already: forget some (vmhost.py forget VM)' % len(self._known))
+            raise Busy('%d agents are known already: forget some (`forget VM`)' % len(self._known))
 
     def _free_name(self, id: str, name: str) -> str:
         """The name, with the id appended where it is another's name or id."""

@@ -37,7 +37,8 @@ def metrics(host: Any) -> str:
     guests = sorted(host.guests.all(), key=lambda guest: agent.in_order(guest.name))
     lines += describe('agent_up', 'gauge', 'Whether the agent of a machine is there, alive or late.',
                       [({'vm': guest.name}, guest.agent != 'lost') for guest in guests])
-    agents = by_label('state', (guest.agent for guest in guests), ('alive', 'late', 'lost'))
+    agents = by_label('state', ('left' if guest.agent == 'lost' and guest.has_left else guest.agent
+                                for guest in guests), ('alive', 'late', 'left', 'lost'))
     lines += describe('agents', 'gauge', 'Guest agents ever seen, by their liveness.', agents)
     unfinished = host.commands.list({'finished': False, 'limit': MOST})
     states = by_label('state', map(host.control.shown_state, unfinished), ('queued', 'sent', 'running'))

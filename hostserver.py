@@ -44,8 +44,8 @@ BACKLOG = 128
 LARGEST_HEAD = 32 * 1024       # bytes of a request's line and headers
 LARGEST_CALL = 16 * 1024 * 1024        # bytes of a call
 CHALLENGE = {'WWW-Authenticate': 'Basic realm="vmhost"'}
-HOW_TO_OPEN = ('the status page opens by a link, valid once and for two minutes: python vmhost.py host.ini '
-               'status --open; or for the user %s, with the token' % USER)
+HOW_TO_OPEN = ('the status page opens by a link, valid once and for two minutes, which '
+               '`status --open` makes; or for the user %s, with the token' % USER)
 REASONS = {200: 'OK', 400: 'Bad Request', 401: 'Unauthorized', 403: 'Forbidden', 404: 'Not Found',
            405: 'Method Not Allowed', 409: 'Conflict', 411: 'Length Required', 413: 'Payload Too Large',
            431: 'Request Header Fields Too Large', 500: 'Internal Server Error', 503: 'Service Unavailable'}

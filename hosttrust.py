@@ -39,7 +39,7 @@ DIGITS = re.compile('(?:[0-9a-f]{32}){1,2}')
 UNKNOWN = ('this host knows no secret of %s: it was forgotten, or the journal was lost. Delete the .host '
            'file in the guest\'s state_dir, and it tells its secret anew; a VM gets one at its next start; '
            'one that stands in guest.ini is told by pairVM')
-FORGET = 'if it is this machine from now on, run: vmhost.py forget %s'
+FORGET = 'if it is this machine from now on, `forget %s` on the host lets it in'
 OTHER_SECRET = '%s is known by another secret: %s'
 
 
@@ -65,7 +65,7 @@ class Secrets:
             if not DIGITS.fullmatch(digits):       # nobody knows another one, so that nobody takes its place
                 digits = random.token_hex(16)
                 log.error('the journal is damaged, the secret of %s lost: until it is forgotten '
-                          '(vmhost.py forget VM), it is not let in', holder)
+                          '(`forget VM`), it is not let in', holder)
             self._known[holder] = digits
 
     @property

@@ -966,14 +966,16 @@ class Keyed:
             raise Untrusted('a line end or a colon in its headers')
         return self.digits(text.encode('utf-8', 'replace') + body)[:MAC_DIGITS]
 
-    def digits(self, signed: bytes) -> str:
-        """Of what that side says: 64 hexadecimal digits."""
-        if len(signed) > self.SHORT:
+    def digits(self, *signed: bytes) -> str:
+        """Of what that side says, in parts: 64 hexadecimal digits."""
+        if sum(map(len, signed)) > self.SHORT:
             keyed = self._openssl.copy()
-            keyed.update(signed)
+            for part in signed:
+                keyed.update(part)
             return str(keyed.hexdigest())
         inner, outer = self._inner.copy(), self._outer.copy()
-        inner.update(signed)
+        for part in signed:
+            inner.update(part)
         outer.update(inner.digest())
         return str(outer.hexdigest())
 

@@ -49,16 +49,16 @@ class Shortcut:
     def say(self, kind: bytes, offset: int, data: bytes = b'') -> None:
         """A piece; what finds no room is sent later by ``flush``. Raises OSError."""
         self._said += 1
-        piece = HEAD.pack(kind, offset, len(data)) + data
-        piece += self._signature(self._says, self._said, piece)
+        head = HEAD.pack(kind, offset, len(data))
+        piece = b''.join((head, data, self._signature(self._says, self._said, head, data)))
         if self.unsent:
             self.unsent += piece
         else:
             self._send(piece)
 
     @staticmethod
-    def _signature(keyed: Any, number: int, piece: bytes) -> bytes:
-        return keyed.digits(b'%d\n%b' % (number, piece))[:protocol.MAC_DIGITS].encode('ascii')    # type: ignore
+    def _signature(keyed: Any, number: int, *piece: bytes) -> bytes:
+        return keyed.digits(b'%d\n' % number, *piece)[:protocol.MAC_DIGITS].encode('ascii')       # type: ignore
 
     def flush(self) -> None:
         """Sends what there is room for. Raises OSError."""
@@ -72,7 +72,8 @@ class Shortcut:
         except BlockingIOError:
             sent = 0
         if sent < len(data):
-            self.unsent += data[sent:]
+            with memoryview(data) as view:
+                self.unsent += view[sent:]
 
     def hear(self) -> List[Piece]:
         """What has come. Raises OSError at the end, and for what the other side can't have said."""
@@ -91,7 +92,8 @@ class Shortcut:
             end = HEAD.size + length
             if len(self._received) < end + protocol.MAC_DIGITS:
                 break
-            piece = bytes(self._received[:end])
+            with memoryview(self._received) as received:
+                piece = bytes(received[:end])
             signature = bytes(self._received[end:end + protocol.MAC_DIGITS])
             del self._received[:end + protocol.MAC_DIGITS]
             self._heard += 1

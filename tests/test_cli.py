@@ -214,7 +214,10 @@ def test_who_is_absent_is_no_success_and_who_is_at_work_is_not_forgotten_by_mist
         verb(host, 'kill', cmd_id)
         verb(host, 'wait', cmd_id, code=128 + 15)
         away.stop()
-    wait_until(lambda: 'lost' in verb(host, 'ls', 'away'))
+    wait_until(lambda: 'left' in verb(host, 'ls', 'away'))     # it said that it goes, and isn't missed
+    assert re.search('^agent +left$', verb(host, 'info', 'away'), re.MULTILINE)
+    vms = {vm['name']: (vm['agent'], vm['left']) for vm in json.loads(verb(host, 'ls', '--json'))}
+    assert vms['away'] == ('lost', True) and vms['one'] == ('alive', False)
     done = host.verb('run', '*', '--', 'true')
     assert (done.returncode, done.stderr) == (255, b'2 ok, away absent\n')
     assert host.verb('run', '*', '--', 'sh', '-c', 'exit 4').returncode == 4
@@ -230,6 +233,15 @@ def test_who_is_absent_is_no_success_and_who_is_at_work_is_not_forgotten_by_mist
 def test_words_in_another_order_are_told_theirs(host, guests, words, said):
     done = host.verb(*words)
     assert done.returncode == 255 and said in done.stderr and done.stderr.count(b'\n') == 1
+
+
+@pytest.mark.parametrize('words, code', [
+    (('kill', 'one'), 1), (('out', '-f', 'one'), 1), (('logs', 'one'), 1), (('wait', 'one'), 1),
+    (('rerun', 'one'), 255)])
+def test_a_machine_in_the_place_of_a_command_is_told_to_be_one(host, guests, words, code):
+    done = host.verb(*words)
+    assert (done.returncode, done.stderr) == (
+        code, b'vmhost: one is a VM, and no command: `ps one` lists those that ran there\n')
 
 
 @pytest.mark.parametrize('words', [
@@ -381,13 +393,27 @@ def interrupt_twice(process):
 def test_a_host_agent_that_stays_away_is_not_waited_for_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(hostclient, 'RESTART', 0.1)
     told = []
-    client = hostclient.PatientClient(str(tmp_path), told.append)
+    client = hostclient.Client(str(tmp_path)).patient(told.append)
     with pytest.raises(hostclient.NoHost, match='no host agent runs here'):
         client.call('getVMs')          # it never was there
     assert told == []
     assert client.reach(lambda: 5) == 5
     with pytest.raises(hostclient.NoHost, match='no host agent runs here'):
         client.call('getVMs')
+    assert len(told) == 1 and 'waiting' in told[0]
+
+
+@pytest.mark.skipif(not hasattr(socket, 'AF_UNIX'), reason='no Unix sockets')
+def test_who_gets_no_answer_to_the_first_call_waits_for_a_restart_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(hostclient, 'RESTART', 0.1)
+    here, there = socket.socketpair()
+    there.close()                      # it was there, and went away before it answered
+    told = []
+    client = hostclient.Client(str(tmp_path)).patient(told.append)
+    cut = [hostclient._Connection(here)]
+    monkeypatch.setattr(client, '_connect', lambda: cut.pop() if cut else client._read('gone'))
+    with pytest.raises(hostclient.NoHost):
+        client.call('waitCmd', 'an-id', 60)
     assert len(told) == 1 and 'waiting' in told[0]
 
 
@@ -488,6 +514,13 @@ def test_who_kills_what_ignores_it_is_told_so(host, guests):
     verb(host, 'kill', '-s', 'TERM', cmd_id)       # as kill(1): it was sent, and that is all
     verb(host, 'kill', '-k', '0.2', cmd_id)
     verb(host, 'wait', cmd_id, code=128 + 9)
+
+
+def test_a_stopped_program_is_woken_to_be_killed(host, guests):
+    cmd_id = verb(host, 'run', '-d', 'one', '--', 'sh', '-c', 'echo begun; kill -STOP $$; sleep 99').strip()
+    wait_until(lambda: 'stopped' in verb(host, 'ps', '-n', '0'))
+    verb(host, 'kill', cmd_id)
+    verb(host, 'wait', cmd_id, code=128 + 15)
 
 
 def test_a_shell_on_a_terminal_is_hung_up(host, guests):
@@ -909,6 +942,52 @@ def test_names_in_any_locale(host, tmp_path):
             assert verb(host, 'run', 'Zwölf Äpfel', '--', 'printf', 'ü', env=environment) == 'ü'
             assert json.loads(verb(host, 'info', 'Zwölf Äpfel', '--json', env=environment))['id'] == 'id-3'
             assert verb(host, 'ls', env=environment)
+
+
+# --- hints ---
+
+@pytest.mark.parametrize('program, words, on_windows, said', [
+    ('vmhost.py', ['/root/.pyenv/versions/3.11.7/bin/python3', 'vmhost.py'], False, 'python3 vmhost.py'),
+    ('vmhost.py', ['python3', 'vmhost.py', 'host.ini', 'ls'], False, 'python3 vmhost.py'),
+    ('vmhost.py', [], False, 'python3 vmhost.py'),
+    ('../vmhost.py', ['.venv/bin/python', '../vmhost.py'], False, '.venv/bin/python ../vmhost.py'),
+    ('/opt/my vms/vmhost.pyz', ['python3.6', '/opt/my vms/vmhost.pyz'], False,
+     'python3.6 "/opt/my vms/vmhost.pyz"'),
+    ('/usr/bin/vmhost', ['/usr/bin/python3', '/usr/bin/vmhost', 'ls'], False, 'vmhost'),
+    ('/no/path/vmhost', ['/usr/bin/python3', '/no/path/vmhost', 'ls'], False, '/no/path/vmhost'),
+    ('/lib/vmhost.py', ['python3', '-m', 'vmhost', 'ls'], False, 'python3 -m vmhost'),
+    ('vmhost.pyz', ['C:\\Python313\\python.exe', 'vmhost.pyz'], True, 'py vmhost.pyz'),
+    ('vmhost.py', ['.venv\\Scripts\\python', 'vmhost.py'], True, '.venv\\Scripts\\python vmhost.py'),
+    ('vmhost.py', [], True, 'py vmhost.py'),
+    ('vmhost.exe', ['vmhost.exe', 'ls'], True, 'vmhost')])
+def test_hints_name_the_program_as_it_was_called(program, words, on_windows, said, monkeypatch):
+    monkeypatch.setenv('PATH', '/bin:/usr/bin')
+    assert hostclient.called(program, words, on_windows, False) == said
+    venv = ['/srv/.venv/bin/python', 'vmhost.py']
+    assert hostclient.called('vmhost.py', venv, False, True) == '/srv/.venv/bin/python vmhost.py'
+
+
+@pytest.mark.parametrize('before, start', [
+    (['mine.ini'], ' mine.ini'), ([], ''), ([''], ' ""')])
+def test_who_has_no_host_agent_is_told_how_to_start_it_as_they_called_it(before, start, tmp_path):
+    for name in ('mine.ini', 'host.ini'):
+        (tmp_path / name).write_text('[Host]\nstate_dir = state\n')
+    script = os.path.relpath(SCRIPT, str(tmp_path))
+    environment = dict(os.environ, HOME=str(tmp_path), XDG_STATE_HOME=str(tmp_path))
+    done = subprocess.run([sys.executable, script] + before + ['ls'], cwd=str(tmp_path), env=environment,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    python = sys.executable if hasattr(sys, 'orig_argv') else 'python3'
+    if sys.prefix == sys.base_prefix:
+        python = os.path.basename(python)
+    said = done.stderr.decode()
+    assert done.returncode == 1 and 'start it with `%s %s%s`' % (python, script, start) in said, said
+    done = subprocess.run([sys.executable, script] + before + ['lst'], cwd=str(tmp_path), env=environment,
+                          stderr=subprocess.PIPE)
+    assert '`%s %s --help` lists them' % (python, script) in done.stderr.decode()
+    environment['VMHOST_CALLED'] = 'vmhost'
+    done = subprocess.run([sys.executable, script] + before + ['ls'], cwd=str(tmp_path), env=environment,
+                          stderr=subprocess.PIPE)
+    assert 'start it with `vmhost`' in done.stderr.decode()
 
 
 # --- completion ---

@@ -507,7 +507,7 @@ def test_what_switches_a_terminal_back(shown, undone):
 def test_a_terminal_on_a_machine_that_is_away_says_so(host, tmp_path):
     with Agent(tmp_path / 'guest', host, 'leaver'):
         assert host.verb('run', 'leaver', 'true').returncode == 0
-    wait_until(lambda: b'lost' in host.verb('ls', 'leaver').stdout, 60)
+    wait_until(lambda: b'left' in host.verb('ls', 'leaver').stdout, 60)
     person = Person(host, 'run', '-t', '--queue', 'leaver', 'true')
     person.sees(b'vmhost: leaver does not answer; still waiting (Enter and ~. leaves)')
     person.type(b'x\r~.')

@@ -220,6 +220,5 @@ def test_many_end_with_a_line_that_tells_who_is_missing(tmp_path):
                 assert done.returncode == 255
             finally:
                 second.process.send_signal(signal.SIGCONT)
-            lines = [line.split() for line in said(host, 'ls').splitlines()]
-            assert lines[1][0] in ('lab3', 'lab2') and 'lost' in lines[1]
-            assert {line[0] for line in lines[1:]} == {'lab1', 'lab2', 'lab3'}
+            lives = {line.split()[0]: line.split()[2] for line in said(host, 'ls').splitlines()[1:]}
+            assert set(lives) == {'lab1', 'lab2', 'lab3'} and lives['lab3'] == 'left'
