@@ -900,7 +900,8 @@ class FileMethods(Methods):
 
     def getTransfer(self, id: str) -> dict:
         """{state, bytes, total, rate, error, failures: [{path, reason}], …}; state: waiting, running, done,
-        failed, cancelled. failures: what of a folder was not moved; all else of it was.
+        failed, cancelled. error: also what one waits for that has begun, as for its VM's agent. failures:
+        what of a folder was not moved; all else of it was.
 
             >>> while host.getTransfer(transfer_id)['state'] in ('waiting', 'running'):
             ...     time.sleep(0.1)
