@@ -8,6 +8,7 @@ import binascii
 import contextlib
 import fnmatch
 import os
+import re
 import select
 import signal
 import stat
@@ -15,7 +16,16 @@ import time
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 import agent
-from cliscreen import Screen, has_no_reader, naming_output, show_one, shown_size, shown_span, shown_time
+from cliscreen import (
+    WIDE,
+    Screen,
+    has_no_reader,
+    naming_output,
+    show_one,
+    shown_size,
+    shown_span,
+    shown_time,
+)
 from cliverbs import ID, IDS, JSON, VMS, Verb, argument, for_each, read_count, read_seconds, show_list, switch
 from faults import AgentNotConnected, BadState, DeadlineExceeded, InvalidParams, NoSuchCommand, NoSuchVM
 from hostclient import Client, NoHost
@@ -29,7 +39,6 @@ SHORTEST_LOOK = 0.01           # seconds between looks at a command's output …
 LONGEST_LOOK = 0.25            # … which grow while nothing comes
 LONGEST_WAIT = 60              # seconds that one call may wait
 PATIENCE = 10.0                # seconds after a command's end in which all of its output should have come
-WIDE = 100                     # columns from which on `ps` shows whole dates
 STREAM = 'stream'              # the option stdin of a command whose input comes bit by bit
 SMALL_INPUT = 64 * 1024        # bytes of input that go along with the command …
 AT_ONCE = 0.05                 # … if they, and the end, are there within so many seconds
@@ -38,6 +47,8 @@ FINISHED_SHOWN = 20            # finished commands that `ps` lists, …
 MOST_SHOWN = 100000            # … and with -a
 
 
+TRANSFER = re.compile('transfer-[0-9a-f]{12}$')
+ENDING = ('TERM', 'INT', 'HUP', 'KILL', 'SIGTERM', 'SIGINT', 'SIGHUP', 'SIGKILL', '15', '2', '1', '9')
 SPARE = ['SUBMITTED', 'MEMORY', 'TIME', 'CPU', 'VM', 'PROGRESS', 'COMMAND', 'STATE']   # columns of `ps` that
 ELASTIC = ['VM', 'COMMAND']    # a narrow terminal does without; and those that it may cut before
 
@@ -642,10 +653,19 @@ def do_wait(host: Client, screen: Screen, args: Any) -> int:
 
 
 def do_kill(host: Client, screen: Screen, args: Any) -> int:
-    """Sends a signal to all processes of commands."""
-    def kill(cmd_id: str) -> None:
-        if not host.call('signalCmd', cmd_id, args.signal):
-            raise BadState('%s has already ended' % cmd_id)
+    """Sends a signal to all processes of commands; cancels transfers of files."""
+    def kill(id: str) -> None:
+        if not (cancel(id) if TRANSFER.match(id) else host.call('signalCmd', id, args.signal)):
+            raise BadState('%s has already ended' % id)
+
+    def cancel(id: str) -> bool:
+        try:
+            host.call('getTransfer', id)
+        except InvalidParams:          # a command's id may look so, too
+            return host.call('signalCmd', id, args.signal)
+        if args.signal.upper() not in ENDING:
+            raise BadState('%s moves files: it can be cancelled alone' % id)
+        return host.call('cancelTransfer', id)
     return for_each(screen, args.ids, kill)
 
 
@@ -736,7 +756,8 @@ VERBS = [
         argument('-n', '--tail', metavar='N', type=read_count, help='the last N lines'), IDS],
         ('out -f --tail 20 ID',)),
     Verb('wait', do_wait, 'wait until commands have ended, and exit with the highest code', [IDS]),
-    Verb('kill', do_kill, 'send a signal to all processes of commands', [
-        argument('-s', '--signal', metavar='SIG', default='TERM', help='TERM, KILL, INT, HUP, 9, …'), IDS],
+    Verb('kill', do_kill, 'send a signal to all processes of commands, or cancel transfers', [
+        argument('-s', '--signal', metavar='SIG', default='TERM', help='TERM, KILL, INT, HUP, 9, …'),
+        argument('ids', metavar='ID', nargs='+', help='as printed by `run -d`, `ps` and `transfers`')],
         ('kill -9 ID',)),
 ]

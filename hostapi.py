@@ -19,7 +19,15 @@ from hostarguments import names_of
 from hostcommands import LINE_SHOWN
 from hostguests import Guest
 from hostjournal import Execution
-from hostrequests import read_local, read_remote, read_request, read_seconds, read_signal, read_size
+from hostrequests import (
+    read_local,
+    read_remote,
+    read_request,
+    read_seconds,
+    read_signal,
+    read_size,
+    read_transfers_filter,
+)
 from hosttransfers import Transfer
 from rpc import Binary, FilePath, is_carried
 
@@ -897,6 +905,16 @@ class FileMethods(Methods):
         if unknown:
             raise InvalidParams('startTransfer: no option %r, but links and parents' % sorted(unknown)[0])
         return self._start(direction, vm, source, target, **options).id
+
+    def listTransfers(self, filter: dict = {}) -> list:
+        """What getTransfer tells, but for failures, of all transfers that are kept, the newest last: those
+        under way, and up to 1,000 that have ended, until the host agent ends. submitted and ended: seconds
+        since 1970, or 0. filter: vm, finished, limit (so many of the newest).
+
+            >>> host.listTransfers({'vm': 'node1', 'limit': 1})[0]['id'] == transfer_id
+            True
+        """
+        return self._host.transfers.list(**read_transfers_filter(filter))
 
     def getTransfer(self, id: str) -> dict:
         """{state, bytes, total, rate, error, failures: [{path, reason}], …}; state: waiting, running, done,

@@ -40,7 +40,7 @@ MEANT = {                      # what hands type that know other tools, and what
     'terminate': 'kill', 'signal': 'kill', 'retry': 'rerun', 'repeat': 'rerun', 'prune': 'cleanup',
     'gc': 'cleanup', 'vnc': 'rdp', 'console': 'rdp', 'network': 'net', 'doctor': 'check',
     'history': 'events', 'ssh': 'shell, or run', 'execute': 'run', 'purge': 'cleanup', 'sftp': 'cp',
-    'rsync': 'cp',
+    'rsync': 'cp', 'uploads': 'transfers', 'downloads': 'transfers', 'copies': 'transfers',
     'cat': 'get VM FILE -', 'login': 'shell', 'enter': 'shell', 'connect': 'shell', 'fg': 'shell VM ID',
     'screen': 'shell', 'tmux': 'shell', 'terminal': 'shell', 'bash': 'shell', 'build': 'create',
     'register': 'create', 'find': 'ls', 'who': 'ls', 'vms': 'ls', 'machines': 'ls', 'nodes': 'ls',

@@ -61,6 +61,8 @@ class Transfer:
         self.failures = []             # type: List[Tuple[str, str]]   # (path, reason), of a folder
         self.bytes = 0
         self.total = 0
+        self.submitted = time.time()           # since 1970
+        self.ended_at = 0.0                    # … or 0
         self.began = self.ended = 0.0          # monotonic
         self.due = 0.0                         # … before which it doesn't go on
         self.furthest = -1                     # bytes that it had when its guest was last waited for
@@ -115,7 +117,7 @@ class Transfer:
         seconds = (self.ended or time.monotonic()) - self.began if self.began else 0
         return {'id': self.id, 'direction': self.direction, 'vm': self.vm, 'source': self.source,
                 'target': self.target, 'state': self.state, 'error': self.error,
-                'bytes': self.bytes, 'total': self.total,
+                'submitted': self.submitted, 'ended': self.ended_at, 'bytes': self.bytes, 'total': self.total,
                 'rate': self.bytes / seconds if seconds > 0 else 0.0}
 
     def details(self) -> Dict[str, Any]:
@@ -281,11 +283,15 @@ class Transfers:
                 raise InvalidParams('no transfer %.100s' % id)
             return self._known[id]
 
-    def list(self) -> List[Dict[str, Any]]:
-        """All that are remembered, for the status page."""
+    def list(self, vm: str = '', finished: Optional[bool] = None,
+             limit: Optional[int] = None) -> List[Dict[str, Any]]:
+        """All that are remembered, the newest last, or so many of the newest; of that VM, by name or id;
+        ``finished`` or not."""
         with self._lock:
-            known = list(self._known.values())
-        return [transfer.shown() for transfer in known]
+            known = [transfer for transfer in self._known.values() if vm in ('', transfer.vm, transfer.vm_id)
+                     and finished in (None, transfer.done.is_set())]
+        first = 0 if limit is None else max(0, len(known) - limit)
+        return [transfer.shown() for transfer in known[first:]]
 
     def are_under_way(self) -> bool:
         """Whether one waits or runs."""
@@ -396,7 +402,7 @@ class Transfers:
 
     def _end(self, transfer: Transfer) -> None:
         """Notes the end in the journal, and wakes who waits for it, whatever becomes of the note."""
-        transfer.ended = time.monotonic()
+        transfer.ended, transfer.ended_at = time.monotonic(), max(transfer.submitted, time.time())
         try:
             text = '%s %s to %s %s' % (transfer.direction, transfer.source, transfer.target, transfer.error)
             self._journal.note('transfer-' + transfer.state, transfer.vm, '',
