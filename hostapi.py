@@ -938,13 +938,13 @@ class FileMethods(Methods):
         return self._host.transfers.cancel(id)
 
     def listDir(self, vm: str, path: FilePath = '/') -> list:
-        """[{name, size, mode, mtime, isDir}] of a folder in a VM; name64 holds a name's exact bytes where
-        XML-RPC can't carry it as text.
+        """[{name, size, mode, mtime, isDir}] of a folder in a VM, whose path is as for cpFileFromVM; name64
+        holds a name's exact bytes where XML-RPC can't carry it as text.
 
             >>> [entry['name'] for entry in host.listDir('node1', '/greetings')]
             ['hello.txt']
         """
-        return [shown_entry(entry) for entry in self._host.machines.list_dir(vm, read_remote(path))]
+        return [shown_entry(entry) for entry in self._host.transfers.list_dir(vm, read_remote(path))]
 
 
 def shown_entry(entry: chirpwire.Stat) -> Dict[str, Any]:

@@ -280,7 +280,8 @@ class Transfers:
         """Raises InvalidParams for an id that is unknown, or ended long ago."""
         with self._lock:
             if id not in self._known:
-                raise InvalidParams('no transfer %.100s' % id)
+                raise InvalidParams('no transfer %.100s (a host agent that ends forgets them: the same again '
+                                    'goes on from where it was)' % id)
             return self._known[id]
 
     def list(self, vm: str = '', finished: Optional[bool] = None,
@@ -292,6 +293,16 @@ class Transfers:
                      and finished in (None, transfer.done.is_set())]
         first = 0 if limit is None else max(0, len(known) - limit)
         return [transfer.shown() for transfer in known[first:]]
+
+    def list_dir(self, vm: str, path: str) -> List[chirpwire.Stat]:
+        """What is in a folder of a VM, whose path is as for a transfer. Raises TransferError, NoSuchVM,
+        AgentNotConnected."""
+        try:
+            with self._machines.chirp_client(self._machines.connected(vm)) as client:
+                return sorted(client.ls(GuestPaths(client, vm).listed(path)))
+        except (chirpwire.ChirpError, OSError) as error:
+            raise TransferError('%s on %s: %s' % (
+                path, vm, getattr(error, 'reason', '') or agent.sentence(error)))
 
     def are_under_way(self) -> bool:
         """Whether one waits or runs."""
@@ -444,6 +455,15 @@ class GuestPaths:
         if posixpath.normpath(path).split('/')[0] == '..':
             raise self._outside(path)
         return path
+
+    def listed(self, path: str) -> str:
+        """The same of a folder that is only looked at: what isn't there, the guest's server says."""
+        try:
+            return self.inside(path)
+        except TransferError:
+            if not path.startswith('/'):
+                raise
+            return path
 
     def _of_absolute(self, path: str) -> str:
         """Of the guest's own file system, or, of what is there already, of what is served."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shutil
 import signal
 import stat
@@ -382,3 +383,15 @@ def test_a_verb_says_what_its_transfer_waits_for(host, guest, tmp_path):
         said = process.stderr.read().decode()
         assert 'cancelled at 0 B' not in said and 'the same again goes on from there' in said
         assert process.wait(30) == 130
+
+
+def test_a_path_means_the_same_to_a_listing(guest, api):
+    tree = in_guest(guest, 'tree')
+    os.mkdir(tree)
+    write(pathlib.Path(tree) / 'x', b'x')
+    for path in 'tree', '/tree', '~/tree', tree, './tree/':
+        assert [row['name'] for row in api.listDir('g', path)] == ['x'], path
+    for path in '~', '/', guest.files, '':
+        assert 'tree' in [row['name'] for row in api.listDir('g', path)], path
+    for path in '../..', 'tree/../..', '/no/such', '~other':
+        assert fault_of(api.listDir, 'g', path).faultCode == 6, path
