@@ -144,6 +144,9 @@ def read_arguments(verb: Verb, words: List[str]) -> Any:
     elif verb.name == 'kill':
         words = [word for each in words for word in signal_option(each)]
     args = Parser(verb).parse_args([part for word in words for part in short_options(verb, word)])
+    for names, options in verb.arguments:
+        if 'nargs' not in options and getattr(args, names[0], None) == []:
+            setattr(args, names[0], '--')      # argparse leaves out a second one before Python 3.13
     args.command = command
     return args
 
