@@ -8,6 +8,7 @@ import binascii
 import contextlib
 import fnmatch
 import os
+import re
 import select
 import signal
 import stat
@@ -17,6 +18,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 import agent
 from cliscreen import (
     FIRST,
+    WIDE,
     Screen,
     cells,
     has_no_reader,
@@ -52,7 +54,6 @@ SHORTEST_LOOK = 0.01           # seconds between looks at a command's output …
 LONGEST_LOOK = 0.25            # … which grow while nothing comes
 LONGEST_WAIT = 60              # seconds that one call may wait
 PATIENCE = 10.0                # seconds after a command's end in which all of its output should have come
-WIDE = 100                     # columns from which on `ps` shows whole dates
 STREAM = 'stream'              # the option stdin of a command whose input comes bit by bit
 SMALL_INPUT = 64 * 1024        # bytes of input that go along with the command …
 AT_ONCE = 0.05                 # … if they, and the end, are there within so many seconds
@@ -62,6 +63,8 @@ FINISHED_SHOWN = 20            # finished commands that `ps` lists, …
 MOST_SHOWN = 100000            # … and with -a
 
 
+TRANSFER = re.compile('transfer-[0-9a-f]{12}$')
+ENDING = ('TERM', 'INT', 'HUP', 'KILL', 'SIGTERM', 'SIGINT', 'SIGHUP', 'SIGKILL', '15', '2', '1', '9')
 SPARE = ['SUBMITTED', 'MEMORY', 'TIME', 'CPU', 'VM', 'PROGRESS', 'COMMAND', 'STATE']   # columns of `ps` that
 ELASTIC = ['VM', 'COMMAND']    # a narrow terminal does without; and those that it may cut before
 
@@ -689,14 +692,28 @@ def do_wait(host: Client, screen: Screen, args: Any) -> int:
 
 
 def do_kill(host: Client, screen: Screen, args: Any) -> int:
-    """Sends a signal to all processes of commands; where none is named, looks whether they end."""
+    """Sends a signal to all processes of commands, and looks whether they end where none is named; cancels
+    transfers of files."""
     signalled = []
 
-    def kill(cmd_id: str) -> None:
+    def kill(id: str) -> None:
+        if not (cancel(id) if TRANSFER.match(id) else signal(id)):
+            raise BadState('%s has already ended' % id)
+
+    def signal(cmd_id: str) -> bool:
         with no_vm(host, cmd_id):
-            if not host.call('signalCmd', cmd_id, args.signal or 'TERM'):
-                raise BadState('%s has already ended' % cmd_id)
-        signalled.append(cmd_id)
+            is_sent = host.call('signalCmd', cmd_id, args.signal or 'TERM')
+        signalled.extend([cmd_id] * is_sent)
+        return is_sent
+
+    def cancel(id: str) -> bool:
+        try:
+            host.call('getTransfer', id)
+        except InvalidParams:          # a command's id may look so, too
+            return signal(id)
+        if (args.signal or 'TERM').upper() not in ENDING:
+            raise BadState('%s moves files: it can be cancelled alone' % id)
+        return host.call('cancelTransfer', id)
     code = for_each(screen, args.ids, kill)
     if args.signal is None or args.killAfter is not None:
         return max(code, see_them_end(host, screen, signalled, args.signal is None, args.killAfter))
@@ -828,11 +845,12 @@ VERBS = [
         argument('-n', '--tail', metavar='N', type=read_count, help='the last N lines'), IDS],
         ('out -f --tail 20 ID',)),
     Verb('wait', do_wait, 'wait until commands have ended, and exit with the highest code', [IDS]),
-    Verb('kill', do_kill, 'send a signal to all processes of commands', [
+    Verb('kill', do_kill, 'send a signal to all processes of commands, or cancel transfers', [
         argument('-s', '--signal', metavar='SIG',
                  help='KILL, INT, HUP, 9, …; without it TERM, to a shell on a terminal HUP, too, and it is '
                       'told what goes on'),
         argument('-k', '--kill-after', metavar='SEC', type=read_seconds, dest='killAfter',
-                 help='and kill what goes on for so long after that'), IDS],
+                 help='and kill what goes on for so long after that'),
+        argument('ids', metavar='ID', nargs='+', help='as printed by `run -d`, `ps` and `transfers`')],
         ('kill -9 ID', 'kill -k 10 ID')),
 ]

@@ -140,4 +140,6 @@ def meant(host: Client, wanted: Dict[str, Any], vm: str, verb: str) -> List[str]
         if verb == 'shell':
             which['vm'] = vm
         found += [row['cmdId'] for row in host.call('listCmds', which)]
+        if verb == 'kill':
+            found += [row['id'] for row in host.call('listTransfers', {'finished': False})]
     return found

@@ -17,12 +17,14 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import agent
 import localnames
-from cliscreen import PROGRESS_EVERY, Screen, shown_size, shown_span
-from cliverbs import JSON, VM, VMS, Verb, argument, switch
+from cliscreen import PROGRESS_EVERY, WIDE, Screen, shown_size, shown_span, shown_time
+from cliverbs import JSON, VM, VMS, Verb, argument, read_count, show_list, switch
 from faults import InvalidParams, VMHostError
 from hostclient import Client
 from rpc import carried
 
+ENDED_SHOWN = 20               # transfers that have ended, unless more are asked for
+WAIT_TOLD = 2.0                # seconds that a transfer waits for a VM before that is said
 TOLD = 3                       # failures that are told one by one on the screen
 GLOB = re.compile(r'[*?\[]')
 STREAMS = {'/dev/stdin': 0, '/dev/stdout': 1, '/dev/stderr': 2}
@@ -222,21 +224,42 @@ def transfer(host: Client, screen: Screen, args: Any, direction: str, vm: str, s
         moving = host.call('startTransfer', direction, vm, carried(source), carried(target),
                            {'links': args.links, 'parents': False})
         now = {'bytes': 0, 'total': 0}
+        waits = Waiting(screen, vm)
         try:
             while True:
                 now = host.call('getTransfer', moving)
                 if now['state'] not in ('waiting', 'running'):
                     break
+                waits.see(now['error'])
                 screen.progress('%s: %s' % (agent.printable(vm), transfer_line(now)))
                 time.sleep(PROGRESS_EVERY)
         except (KeyboardInterrupt, Ended):
             if host.call('cancelTransfer', moving):
+                now = host.call('getTransfer', moving)
                 screen.complain('%s: cancelled at %s of %s; the same again goes on from there' % (
                     vm, shown_size(now['bytes']), shown_size(now['total'])))
             raise
         finally:
             screen.progress('')
     return tell_end(screen, args, vm, now)
+
+
+class Waiting:
+    """Says that a transfer waits, and what for, once it has done so for a while."""
+
+    def __init__(self, screen: Screen, vm: str) -> None:
+        self._screen = screen
+        self._vm = vm
+        self._since = self._said = 0.0
+
+    def see(self, why: str) -> None:
+        """What it waits for now; '': nothing."""
+        now = time.monotonic()
+        self._since = (self._since or now) if why else 0.0
+        if why and now - self._since >= WAIT_TOLD and self._said != self._since:
+            self._said = self._since
+            self._screen.complain('%s: %s; it goes on when the agent is back (Ctrl-C ends it)' % (
+                self._vm, why))
 
 
 def tell_end(screen: Screen, args: Any, vm: str, now: Dict[str, Any]) -> int:
@@ -262,11 +285,42 @@ def transfer_line(now: Dict[str, Any]) -> str:
     return line
 
 
+def do_transfers(host: Client, screen: Screen, args: Any) -> int:
+    """Files on their way: all transfers under way, and the last that ended."""
+    found = host.call('getVM', args.vm) if args.vm else {}
+    of_vm = {'vm': found['id'] or found['name']} if found else {}
+    rows = host.call('listTransfers', dict(of_vm, finished=True, limit=args.number))
+    rows += host.call('listTransfers', dict(of_vm, finished=False))
+    if args.json or args.quiet:
+        return show_list(screen, args.json, [row['id'] for row in rows], rows)
+    is_narrow = 0 < screen.width < WIDE
+    screen.table(['ID', 'VM', 'STATE', 'SUBMITTED', 'MOVED', 'RATE', 'FILE'],
+                 [transfer_row(row, is_narrow) for row in rows],
+                 ['SUBMITTED', 'RATE', 'VM', 'MOVED', 'FILE', 'STATE'], ['VM', 'FILE'])
+    return 0
+
+
+def transfer_row(row: Dict[str, Any], is_narrow: bool) -> List[str]:
+    """A line of `transfers`."""
+    moved = shown_size(row['bytes'])
+    if row['total'] > row['bytes']:
+        moved += ' of ' + shown_size(row['total'])
+    there = '%s:%s' % (row['vm'], row['target'] if row['direction'] == 'put' else row['source'])
+    ways = [row['source'], there] if row['direction'] == 'put' else [there, row['target']]
+    return [row['id'], row['vm'], row['state'], shown_time(row['submitted'], is_narrow), moved,
+            shown_size(row['rate']) + '/s', ' to '.join(ways) + (': ' + row['error'] if row['error'] else '')]
+
+
 AS_CP = switch('-r', '-R', '-a', '-p', '--recursive',
                help='as for cp and scp; folders, modes and times are copied without it, too')
 LINKS = argument('--links', choices=('keep', 'skip', 'follow'), default='keep',
                  help='symbolic links in a folder: the same there, left out, or what they lead to')
 VERBS = [
+    Verb('transfers', do_transfers, 'list transfers of files: those under way, and the last that ended', [
+        argument('vm', metavar='VM', nargs='?', help='only those of this VM'), JSON,
+        switch('-q', '--quiet', help='their ids alone, as `kill` takes them to cancel one'),
+        argument('-n', '--number', metavar='N', type=read_count, default=ENDED_SHOWN,
+                 help='how many ended ones (default: %d)' % ENDED_SHOWN)], ('transfers web1', 'kill ID')),
     Verb('put', do_put, 'copy a file or folder to a VM', [
         VMS, argument('source', metavar='SRC', help='on this machine; -: standard input'),
         argument('target', metavar='DST', nargs='?', default='',

@@ -22,6 +22,7 @@ COLOURS = {'alive': 32, 'Running': 32, 'running': 32, 'late': 33, 'Paused': 33, 
            'queued': 33, 'sent': 33, 'lost': 31, 'failed': 31, 'timeout': 31, 'signaled': 31, 'Aborted': 31,
            'Stuck': 31, 'ok': 32, '--': 33, 'NO': 31}  # type: Dict[str, int]
 RED = 31
+WIDE = 100                     # columns from which on lists show whole dates
 FAILED_END = re.compile('(exited|signaled) [1-9][0-9]*|timeout [0-9]+')
 FIRST = 32                     # columns that are left of a name or id, at least; more where others have room
 NARROWEST = 5                  # … of another cell, …

@@ -3,7 +3,7 @@
 What it is not: a broker (stompbroker.py), the API (hostapi.py), or what any word does (hostwords.py).
 
 Threads: ``main`` runs the clock. ``link`` is the STOMP connection, where all words are heard; ``xmlrpc``
-accepts calls, with a thread per connection; ``transfer-N``, ``fetch-N``, ``name-lookup-1`` and
+accepts calls, with a thread per connection; ``transfers``, ``transfer-N``, ``fetch-N``, ``name-lookup-1`` and
 ``acknowledge-1`` work in the background; broker and hypervisor have their own. No locks.
 """
 

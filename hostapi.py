@@ -19,7 +19,15 @@ from hostarguments import names_of
 from hostcommands import LINE_SHOWN
 from hostguests import Guest
 from hostjournal import Execution
-from hostrequests import read_local, read_remote, read_request, read_seconds, read_signal, read_size
+from hostrequests import (
+    read_local,
+    read_remote,
+    read_request,
+    read_seconds,
+    read_signal,
+    read_size,
+    read_transfers_filter,
+)
 from hosttransfers import Transfer
 from rpc import Binary, FilePath, is_carried
 
@@ -900,9 +908,20 @@ class FileMethods(Methods):
             raise InvalidParams('startTransfer: no option %r, but links and parents' % sorted(unknown)[0])
         return self._start(direction, vm, source, target, **options).id
 
+    def listTransfers(self, filter: dict = {}) -> list:
+        """What getTransfer tells, but for failures, of all transfers that are kept, the newest last: those
+        under way, and up to 1,000 that have ended, until the host agent ends. submitted and ended: seconds
+        since 1970, or 0. filter: vm, finished, limit (so many of the newest).
+
+            >>> host.listTransfers({'vm': 'node1', 'limit': 1})[0]['id'] == transfer_id
+            True
+        """
+        return self._host.transfers.list(**read_transfers_filter(filter))
+
     def getTransfer(self, id: str) -> dict:
         """{state, bytes, total, rate, error, failures: [{path, reason}], …}; state: waiting, running, done,
-        failed, cancelled. failures: what of a folder was not moved; all else of it was.
+        failed, cancelled. error: also what one waits for that has begun, as for its VM's agent. failures:
+        what of a folder was not moved; all else of it was.
 
             >>> while host.getTransfer(transfer_id)['state'] in ('waiting', 'running'):
             ...     time.sleep(0.1)
@@ -921,13 +940,13 @@ class FileMethods(Methods):
         return self._host.transfers.cancel(id)
 
     def listDir(self, vm: str, path: FilePath = '/') -> list:
-        """[{name, size, mode, mtime, isDir}] of a folder in a VM; name64 holds a name's exact bytes where
-        XML-RPC can't carry it as text.
+        """[{name, size, mode, mtime, isDir}] of a folder in a VM, whose path is as for cpFileFromVM; name64
+        holds a name's exact bytes where XML-RPC can't carry it as text.
 
             >>> [entry['name'] for entry in host.listDir('node1', '/greetings')]
             ['hello.txt']
         """
-        return [shown_entry(entry) for entry in self._host.machines.list_dir(vm, read_remote(path))]
+        return [shown_entry(entry) for entry in self._host.transfers.list_dir(vm, read_remote(path))]
 
 
 def shown_entry(entry: chirpwire.Stat) -> Dict[str, Any]:

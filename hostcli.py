@@ -40,7 +40,7 @@ MEANT = {                      # what hands type that know other tools, and what
     'terminate': 'kill', 'signal': 'kill', 'retry': 'rerun', 'repeat': 'rerun', 'prune': 'cleanup',
     'gc': 'cleanup', 'vnc': 'rdp', 'console': 'rdp', 'network': 'net', 'doctor': 'check',
     'history': 'events', 'ssh': 'shell, or run', 'execute': 'run', 'purge': 'cleanup', 'sftp': 'cp',
-    'rsync': 'cp',
+    'rsync': 'cp', 'uploads': 'transfers', 'downloads': 'transfers', 'copies': 'transfers',
     'cat': 'get VM FILE -', 'login': 'shell', 'enter': 'shell', 'connect': 'shell', 'fg': 'shell VM ID',
     'screen': 'shell', 'tmux': 'shell', 'terminal': 'shell', 'bash': 'shell', 'build': 'create',
     'register': 'create', 'find': 'ls', 'who': 'ls', 'vms': 'ls', 'machines': 'ls', 'nodes': 'ls',
@@ -140,6 +140,9 @@ def read_arguments(verb: Verb, words: List[str]) -> Any:
     elif verb.name == 'kill':
         words = [word for each in words for word in signal_option(each)]
     args = Parser(verb).parse_args([part for word in words for part in short_options(verb, word)])
+    for names, options in verb.arguments:
+        if 'nargs' not in options and getattr(args, names[0], None) == []:
+            setattr(args, names[0], '--')      # argparse leaves out a second one before Python 3.13
     args.command = command
     return args
 

@@ -12,7 +12,6 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import agent
 import chirpclient
-import chirpwire
 import drivers
 import vmstates
 from faults import (
@@ -23,7 +22,6 @@ from faults import (
     InvalidParams,
     NoFiles,
     NoSuchVM,
-    TransferError,
     VMHostError,
 )
 from hostcommands import Commands
@@ -307,15 +305,6 @@ class Machines:
             raise NoFiles('%s offers no files (it has no Chirp server)' % guest.name)
         return chirpclient.ChirpClient(address, port, CHIRP_TIMEOUT, self._trust.secret_of(guest.id),
                                        guest.id, self._connection.files_tls() if guest.chirp_tls else None)
-
-    def list_dir(self, vm: str, path: str) -> List[chirpwire.Stat]:
-        """What is in a folder of a VM. Raises TransferError, NoSuchVM, AgentNotConnected."""
-        try:
-            with self.chirp_client(self.connected(vm)) as client:
-                return sorted(client.ls(path))
-        except (chirpwire.ChirpError, OSError) as error:
-            raise TransferError('%s on %s: %s' % (
-                path, vm, getattr(error, 'reason', '') or agent.sentence(error)))
 
 
 def start_driver(settings: Any, state_dir: str, on_event: Callable[[str, str, str], None],

@@ -165,3 +165,14 @@ def read_signal(name: Any) -> str:
         raise InvalidParams('no signal %.40r; there are %s, RTMIN+n, RTMAX-n, and numbers from 1 to 64'
                             % (name, ', '.join(SIGNALS)))
     return str(int(text)) if is_number else text
+
+
+def read_transfers_filter(asked: Dict[str, Any]) -> Dict[str, Any]:
+    """Which transfers are asked for. Raises InvalidParams."""
+    wanted = {'vm': (str,), 'finished': FLAG, 'limit': (int,)}  # type: Dict[str, Tuple[type, ...]]
+    for name, value in asked.items():
+        if name not in wanted:
+            raise InvalidParams('filter: no %.40r, but vm, finished and limit' % name)
+        if not isinstance(value, wanted[name]) or isinstance(value, int) and value < 0:
+            raise InvalidParams('filter: %s: expected %s' % (name, TYPES[wanted[name]]))
+    return asked

@@ -2,11 +2,14 @@
 
 What it is not: the output of commands (hostoutput.py).
 
-Threads: any thread may call; the files move on ``transfer-N``. ``Transfers`` has one lock: it guards the
-table, and the step from waiting to running or cancelled; nothing is called while it is held.
+Threads: any thread may call; the files move on ``transfer-N``, of which each transfer has one while it runs;
+``transfers`` hands the places out. ``Transfers`` has one lock: it guards the table, and the steps between
+waiting, running and cancelled. ``Line`` has one, for who waits and who has a place; while it is held threads
+are started, and nothing is called.
 """
 
 import collections
+import itertools
 import logging
 import os
 import posixpath
@@ -22,7 +25,6 @@ import rpc
 from faults import AgentNotConnected, Busy, InvalidParams, NoFiles, TransferError, VMHostError
 from hostjournal import Journal
 from hostmachines import Machines
-from hostworkers import Workers
 
 log = logging.getLogger('vmhost')
 
@@ -33,23 +35,39 @@ FILES_PATIENCE = 10.0          # … for one that is there, and offers no files:
 GUEST_LOOK = 0.5               # and between looks at whether it is back
 
 
+class Waits(Exception):
+    """A transfer can't go on now. ``of_vm``: nor can another one of its VM."""
+
+    def __init__(self, why: Exception, of_vm: bool) -> None:
+        super().__init__(str(why))
+        self.of_vm = of_vm
+
+
 class Transfer:
     """A file or folder on its way. ``state``: waiting, running, done, failed or cancelled."""
 
-    def __init__(self, direction: str, vm: str, source: str, target: str, links: str, parents: bool) -> None:
+    def __init__(self, direction: str, vm: str, source: str, target: str, links: str, parents: bool,
+                 vm_id: str = '') -> None:
         self.id = 'transfer-' + secrets.token_hex(6)
         self.direction = direction
         self.vm = vm
+        self.vm_id = vm_id or vm       # which stays, whatever it is called
         self.source = source
         self.target = target
         self.links = links             # keep, skip or follow
         self.parents = parents         # whether the folders that the target is to be in are made
         self.state = 'waiting'
-        self.error = ''
+        self.error = ''                # or, while it waits, what for
         self.failures = []             # type: List[Tuple[str, str]]   # (path, reason), of a folder
         self.bytes = 0
         self.total = 0
+        self.submitted = time.time()           # since 1970
+        self.ended_at = 0.0                    # … or 0
         self.began = self.ended = 0.0          # monotonic
+        self.due = 0.0                         # … before which it doesn't go on
+        self.furthest = -1                     # bytes that it had when its guest was last waited for
+        self.since = {}        # type: Dict[float, float]   # patience: when its first reason was
+        self.notes = agent.Seldom(log)
         self.cancelled = threading.Event()
         self.done = threading.Event()
         self.asked = self._place_asked_for()
@@ -88,15 +106,18 @@ class Transfer:
         return self.place_of(self.target) + ((self.own_name,) if is_put else ())
 
     def progress(self, moved: int, total: int) -> None:
-        """What the Chirp client tells from time to time."""
-        self.bytes, self.total = moved, total
+        """What the Chirp client tells from time to time. A new attempt counts once it knows something."""
+        if total or not self.total:
+            self.bytes, self.total = moved, total
+        if total:
+            self.error = ''
 
     def shown(self) -> Dict[str, Any]:
         """For the API; rate in bytes per second."""
         seconds = (self.ended or time.monotonic()) - self.began if self.began else 0
         return {'id': self.id, 'direction': self.direction, 'vm': self.vm, 'source': self.source,
                 'target': self.target, 'state': self.state, 'error': self.error,
-                'bytes': self.bytes, 'total': self.total,
+                'submitted': self.submitted, 'ended': self.ended_at, 'bytes': self.bytes, 'total': self.total,
                 'rate': self.bytes / seconds if seconds > 0 else 0.0}
 
     def details(self) -> Dict[str, Any]:
@@ -105,16 +126,119 @@ class Transfer:
                                             for path, reason in self.failures])
 
 
-class Transfers:
-    """Files to and from guests, by Chirp. ``max_transfers`` at once, the others wait their turn.
+class Line:
+    """Who waits for a place, and who has one: ``count`` go on at once. So that no VM holds up another one's,
+    each of ``count`` VMs is sure of one place, though others may have all. Safe from any thread.
 
-    Safe from any thread; the work is done on the threads ``transfer-N``.
+    ``run`` moves a transfer, on a thread of its own; it raises Waits where that can't go on yet.
     """
+
+    def __init__(self, count: int, run: Callable[[Transfer], None]) -> None:
+        self._count = count
+        self._run = run
+        # Guards all below; nothing but the start of threads happens while it is held.
+        self._changed = threading.Condition(threading.Lock())
+        self._waiting = []             # type: List[Transfer]   # in the order in which they came
+        self._going = []               # type: List[str]        # whose VMs, by id
+        self._away = {}                # type: Dict[str, float]   # VM's id: when it is looked for again
+        self._threads = []             # type: List[threading.Thread]
+        self._names = itertools.count(1)
+        self._stopping = False
+
+    def waiting(self) -> int:
+        """How many have no place."""
+        return len(self._waiting)
+
+    def join(self, transfer: Transfer) -> None:
+        """It waits for a place; returns at once."""
+        with self._changed:
+            self._waiting.append(transfer)
+            if not self._threads:
+                self._start('transfers', self._hand_out)
+            self._changed.notify_all()
+
+    def stop(self, deadline: float) -> None:
+        """Gives no more places, and waits for those that have one until that monotonic time."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+            threads = list(self._threads)
+        for thread in threads:
+            thread.join(max(0, deadline - time.monotonic()))
+            if thread.is_alive():
+                log.warning('thread %s still runs', thread.name)
+
+    def _start(self, name: str, target: Callable, *args: Any) -> bool:
+        thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:              # the next look, or the next one that joins, may have one
+            log.warning('thread %s can\'t be started: %s', name, error)
+            return False
+        self._threads.append(thread)
+        return True
+
+    def _hand_out(self) -> None:
+        with self._changed:
+            while not self._stopping:
+                transfer = self._next()
+                if transfer is None:
+                    self._changed.wait(self._until_due())
+                    continue
+                self._waiting.remove(transfer)
+                if self._start('transfer-%d' % next(self._names), self._go, transfer):
+                    self._going.append(transfer.vm_id)
+                else:
+                    self._give_back(transfer)
+
+    def _next(self) -> Optional[Transfer]:
+        """The first that may begin."""
+        going, now = collections.Counter(self._going), time.monotonic()
+        if len(self._going) >= self._count and len(going) >= self._count:
+            return None
+        for transfer in self._waiting:
+            of_vm = going[transfer.vm_id]
+            if now >= max(transfer.due, self._away.get(transfer.vm_id, 0.0)) and of_vm < self._count and (
+                    not of_vm or len(self._going) < self._count):
+                return transfer
+        return None
+
+    def _until_due(self) -> Optional[float]:
+        """Seconds until one may begin that can't now, if time alone brings that."""
+        now = time.monotonic()
+        dues = [max(transfer.due, self._away.get(transfer.vm_id, 0.0)) for transfer in self._waiting]
+        return min([due - now for due in dues if due > now], default=None)
+
+    def _go(self, transfer: Transfer) -> None:
+        waits = None                   # type: Optional[Waits]
+        try:
+            self._run(transfer)
+        except Waits as error:
+            waits = error
+        finally:
+            with self._changed:
+                self._going.remove(transfer.vm_id)
+                self._threads.remove(threading.current_thread())
+                self._away.pop(transfer.vm_id, None)
+                if waits is not None:
+                    self._give_back(transfer)
+                    if waits.of_vm:
+                        self._away[transfer.vm_id] = transfer.due
+                self._changed.notify_all()
+
+    def _give_back(self, transfer: Transfer) -> None:
+        """It waits again, as the last. Holds the lock."""
+        transfer.due = time.monotonic() + GUEST_LOOK
+        self._waiting.append(transfer)
+
+
+class Transfers:
+    """Files to and from guests, by Chirp; ``count`` at once, the others wait. Safe from any thread."""
 
     def __init__(self, machines: Machines, journal: Journal, count: int) -> None:
         self._machines = machines
         self._journal = journal
-        self._workers = Workers('transfer', count)
+        self._line = Line(count, self._run)
         self._lock = threading.Lock()
         self._known = collections.OrderedDict()  # type: collections.OrderedDict
 
@@ -127,14 +251,14 @@ class Transfers:
         guest = self._machines.connected(vm)
         if not source or '\0' in source + target:
             raise InvalidParams('source and target should be paths')
-        if self._workers.waiting() >= TRANSFERS_WAITING:
+        if self._line.waiting() >= TRANSFERS_WAITING:
             raise Busy('%d transfers wait already' % TRANSFERS_WAITING)
         if links not in ('keep', 'skip', 'follow'):
             raise InvalidParams('links is keep, skip or follow, not %.40r' % links)
         if parents not in (None, True, False):
             raise InvalidParams('parents is true or false, not %.40r' % parents)
         transfer = Transfer(direction, guest.name, source, target, links,
-                            direction == 'put' if parents is None else parents)
+                            direction == 'put' if parents is None else parents, guest.id)
         if not target and not transfer.own_name:
             raise InvalidParams('name the target: %.100r has no name of its own' % source)
         with self._lock:
@@ -143,7 +267,7 @@ class Transfers:
             ended = [known for known in self._known.values() if known.done.is_set()]
             for known in ended[:max(0, len(self._known) - TRANSFERS_KEPT)]:
                 del self._known[known.id]
-        self._workers.do(lambda: self._run(transfer))
+        self._line.join(transfer)
         return transfer
 
     def _check_place(self, place: Tuple[str, ...], places_of: Callable[[Transfer], Tuple]) -> None:
@@ -156,14 +280,29 @@ class Transfers:
         """Raises InvalidParams for an id that is unknown, or ended long ago."""
         with self._lock:
             if id not in self._known:
-                raise InvalidParams('no transfer %.100s' % id)
+                raise InvalidParams('no transfer %.100s (a host agent that ends forgets them: the same again '
+                                    'goes on from where it was)' % id)
             return self._known[id]
 
-    def list(self) -> List[Dict[str, Any]]:
-        """All that are remembered, for the status page."""
+    def list(self, vm: str = '', finished: Optional[bool] = None,
+             limit: Optional[int] = None) -> List[Dict[str, Any]]:
+        """All that are remembered, the newest last, or so many of the newest; of that VM, by name or id;
+        ``finished`` or not."""
         with self._lock:
-            known = list(self._known.values())
-        return [transfer.shown() for transfer in known]
+            known = [transfer for transfer in self._known.values() if vm in ('', transfer.vm, transfer.vm_id)
+                     and finished in (None, transfer.done.is_set())]
+        first = 0 if limit is None else max(0, len(known) - limit)
+        return [transfer.shown() for transfer in known[first:]]
+
+    def list_dir(self, vm: str, path: str) -> List[chirpwire.Stat]:
+        """What is in a folder of a VM, whose path is as for a transfer. Raises TransferError, NoSuchVM,
+        AgentNotConnected."""
+        try:
+            with self._machines.chirp_client(self._machines.connected(vm)) as client:
+                return sorted(client.ls(GuestPaths(client, vm).listed(path)))
+        except (chirpwire.ChirpError, OSError) as error:
+            raise TransferError('%s on %s: %s' % (
+                path, vm, getattr(error, 'reason', '') or agent.sentence(error)))
 
     def are_under_way(self) -> bool:
         """Whether one waits or runs."""
@@ -177,7 +316,7 @@ class Transfers:
             return False
         transfer.cancelled.set()
         if self._leaves_queue(transfer, 'cancelled'):
-            transfer.error = 'cancelled before it began'
+            transfer.error = 'cancelled' if transfer.began else 'cancelled before it began'
             self._end(transfer)
         return True
 
@@ -192,19 +331,23 @@ class Transfers:
     def stop(self, deadline: float) -> None:
         """Cancels all, and waits for them until that monotonic time."""
         with self._lock:
-            for transfer in self._known.values():
-                transfer.cancelled.set()
-        self._workers.stop(deadline)
+            under_way = [transfer for transfer in self._known.values() if transfer.is_under_way]
+        for transfer in under_way:
+            self.cancel(transfer.id)
+        self._line.stop(deadline)
 
     def _run(self, transfer: Transfer) -> None:
+        """Moves it, or a part of it. Raises Waits where it can't go on now."""
         if not self._leaves_queue(transfer, 'running'):
             return
-        transfer.began = time.monotonic()
+        transfer.began = transfer.began or time.monotonic()
         try:
-            if transfer.cancelled.is_set():
-                raise chirpwire.Cancelled('cancelled before it began')
             self._move(transfer)
-            transfer.state = 'done'
+            transfer.error, transfer.state = '', 'done'
+        except Waits as waits:
+            if self._waits(transfer, str(waits)):
+                raise
+            transfer.state = transfer.error = 'cancelled'
         except (VMHostError, chirpwire.ChirpError, OSError) as error:
             transfer.state = 'cancelled' if transfer.cancelled.is_set() else 'failed'
             transfer.error = agent.sentence(error)
@@ -212,33 +355,37 @@ class Transfers:
         except Exception as error:
             transfer.state, transfer.error = 'failed', '%s: %s' % (type(error).__name__, error)
             log.exception('in %s', transfer.id)
-        finally:
-            self._end(transfer)
+        self._end(transfer)
+
+    def _waits(self, transfer: Transfer, why: str) -> bool:
+        """From running back to waiting; False where it was cancelled."""
+        with self._lock:
+            if transfer.cancelled.is_set():
+                return False
+            transfer.state, transfer.error = 'waiting', why
+            return True
 
     def _move(self, transfer: Transfer) -> None:
-        """Goes on where the agent went away and comes back, as a command would; waits where another one goes
-        to the same place."""
-        moved, since = -1, {}      # type: int, Dict[float, float]   # patience: when its first reason was
-        waits = agent.Seldom(log)
-        while True:
-            try:
-                with self._machines.chirp_client(self._machines.connected(transfer.vm)) as client:
-                    return self._move_with(client, transfer)
-            except chirpwire.ProtocolError:
+        """Raises Waits where the agent went away, and may come back, as for a command; and where another one
+        goes to the same place."""
+        try:
+            with self._machines.chirp_client(self._machines.connected(transfer.vm_id)) as client:
+                self._move_with(client, transfer)
+        except chirpwire.ProtocolError:
+            raise
+        except Busy as busy:
+            log.debug('%s: %s; it waits for that', transfer.id, busy)
+            raise Waits(busy, False)
+        except (AgentNotConnected, NoFiles, chirpwire.Disconnected, chirpwire.TurnedAway) as error:
+            patience = GUEST_PATIENCE if isinstance(
+                error, (AgentNotConnected, chirpwire.Disconnected)) else FILES_PATIENCE
+            if transfer.bytes > transfer.furthest:
+                transfer.furthest = transfer.bytes
+                transfer.since.clear()
+            if time.monotonic() > transfer.since.setdefault(patience, time.monotonic()) + patience:
                 raise
-            except Busy as busy:
-                log.debug('%s: %s; it waits for that', transfer.id, busy)
-            except (AgentNotConnected, NoFiles, chirpwire.Disconnected, chirpwire.TurnedAway) as error:
-                patience = GUEST_PATIENCE if isinstance(
-                    error, (AgentNotConnected, chirpwire.Disconnected)) else FILES_PATIENCE
-                if transfer.bytes > moved:
-                    moved = transfer.bytes
-                    since.clear()
-                if time.monotonic() > since.setdefault(patience, time.monotonic()) + patience:
-                    raise
-                waits.info(str(error), '%s: %s; it waits for the agent', transfer.id, error)
-            if transfer.cancelled.wait(GUEST_LOOK):
-                raise chirpwire.Cancelled('cancelled')
+            transfer.notes.info(str(error), '%s: %s; it waits for the agent', transfer.id, error)
+            raise Waits(error, True)
 
     def _move_with(self, client: chirpclient.ChirpClient, transfer: Transfer) -> None:
         there = GuestPaths(client, transfer.vm)
@@ -266,7 +413,7 @@ class Transfers:
 
     def _end(self, transfer: Transfer) -> None:
         """Notes the end in the journal, and wakes who waits for it, whatever becomes of the note."""
-        transfer.ended = time.monotonic()
+        transfer.ended, transfer.ended_at = time.monotonic(), max(transfer.submitted, time.time())
         try:
             text = '%s %s to %s %s' % (transfer.direction, transfer.source, transfer.target, transfer.error)
             self._journal.note('transfer-' + transfer.state, transfer.vm, '',
@@ -308,6 +455,15 @@ class GuestPaths:
         if posixpath.normpath(path).split('/')[0] == '..':
             raise self._outside(path)
         return path
+
+    def listed(self, path: str) -> str:
+        """The same of a folder that is only looked at: what isn't there, the guest's server says."""
+        try:
+            return self.inside(path)
+        except TransferError:
+            if not path.startswith('/'):
+                raise
+            return path
 
     def _of_absolute(self, path: str) -> str:
         """Of the guest's own file system, or, of what is there already, of what is served."""

@@ -846,7 +846,7 @@ def test_a_transfer_shows_its_progress_and_ctrl_c_cancels_it(tmp_path):
         terminal.type(b'\x03')
         code, text = terminal.wait()
         assert code == 130 and 'vmhost: db: cancelled at 1.0 MiB of 4.0 MiB; the same again goes on' in text
-        assert host.calls[-1] == ('cancelTransfer', 't')
+        assert ('cancelTransfer', 't') in host.calls
 
 
 def test_the_content_of_a_file_has_standard_output_for_itself(tmp_path):
@@ -867,7 +867,7 @@ def test_a_transfer_ends_with_who_asked_for_it(tmp_path, words, number):
         wait_until(lambda: ('getTransfer', 't') in host.calls, 20)
         process.send_signal(getattr(signal, number))
         assert process.wait(20) == 128 + getattr(signal, number)
-        assert host.calls[-1] == ('cancelTransfer', 't')
+        assert ('cancelTransfer', 't') in host.calls
 
 
 def test_a_long_call_shows_how_far_the_hypervisor_is(tmp_path):

@@ -26,6 +26,7 @@ import chirpclient
 import chirplocal
 import chirpreal
 import chirpserver
+import chirpwire
 import faults
 import hostagent
 import hostcommands
@@ -278,6 +279,61 @@ def test_one_transfer_at_a_time_goes_to_a_place(tmp_path, monkeypatch):
         again = host.transfers.start('put', 'g', two, 'a/there')
         assert again.done.wait(20) and again.state == 'done'
     assert (tmp_path / 'served' / 'a' / 'there').read_text() == 'two'
+
+
+def test_a_vm_that_hangs_holds_up_no_other(tmp_path, monkeypatch):
+    """It has no more at once than there are places, and another one has one all the same."""
+    gate = threading.Event()
+    (tmp_path / 'source').write_text('content')
+    with one_process(tmp_path, monkeypatch) as host:
+        client, most = host.machines.chirp_client, host.settings.Host.max_transfers
+        monkeypatch.setattr(host.machines, 'chirp_client',
+                            lambda guest: (guest.id != 'HANGS' or gate.wait(60)) and client(guest))
+        try:
+            hanging = [host.transfers.start('put', 'hangs', str(tmp_path / 'source'), 'there%d' % n)
+                       for n in range(most + 1)]
+            other = host.transfers.start('put', 'well', str(tmp_path / 'source'), 'other')
+            assert other.done.wait(30) and other.state == 'done'
+            assert hanging[-1].shown()['state'] == 'waiting' and not any(one.done.is_set() for one in hanging)
+        finally:
+            gate.set()
+        assert all(one.done.wait(30) for one in hanging)
+    assert len(os.listdir(str(tmp_path / 'served'))) == most + 2
+
+
+def test_who_waits_for_a_vm_that_went_away_says_so_and_takes_no_place(tmp_path, monkeypatch):
+    """It is found again by its id, as it may have got another name meanwhile."""
+    monkeypatch.setattr(hosttransfers, 'GUEST_LOOK', 0.01)
+    (tmp_path / 'source').write_text('content')
+    away = []
+    with one_process(tmp_path, monkeypatch) as host:
+        connected, client = host.machines.connected, host.machines.chirp_client
+
+        def find(vm):
+            if vm in away:
+                raise faults.AgentNotConnected('it is away')
+            return connected(vm.lower())
+
+        def reach(guest):
+            if guest.name.startswith('vm') and len(away) < len(waiting):
+                away.append(guest.id)
+                raise chirpwire.Disconnected('it went')
+            return client(guest)
+        monkeypatch.setattr(host.machines, 'connected', find)
+        monkeypatch.setattr(host.machines, 'chirp_client', reach)
+        waiting = [None] * (host.settings.Host.max_transfers + 1)
+        for n in range(len(waiting)):
+            waiting[n] = host.transfers.start('put', 'vm%d' % n, str(tmp_path / 'source'), 'there%d' % n)
+        wait_until(lambda: all('it is away' in one.error for one in waiting), 30)
+        assert 'waiting' in [one.shown()['state'] for one in waiting]
+        other = host.transfers.start('put', 'well', str(tmp_path / 'source'), 'well')
+        assert other.done.wait(30) and other.state == 'done'
+        assert host.transfers.cancel(waiting[0].id) and waiting[0].done.wait(30)
+        assert waiting[0].shown()['state'] == 'cancelled'
+        away[:] = ['VM1'] * len(waiting)
+        assert all(one.done.wait(30) and one.state == 'done' and not one.error for one in waiting[2:])
+        host.transfers.stop(time.monotonic() + 20)
+        assert waiting[1].done.wait(30) and waiting[1].state == 'cancelled'
 
 
 def test_a_transfer_that_waits_is_cancelled_at_once(tmp_path, monkeypatch):

@@ -138,6 +138,15 @@ def test_ls_of_one_and_inspect(host, guests):
     assert json.loads(said(host, 'inspect', 'one', '--json'))['name'] == 'one'
 
 
+@pytest.mark.parametrize('words, source', [
+    ('put one -- -- there', '--'), ('put -- one -- there', '--'), ('get one -- there', 'there'),
+    ('get -- one -x', '-x')])
+def test_a_name_may_be_two_dashes(words, source):
+    verb, *words = words.split()
+    args = hostcli.read_arguments(hostcli.VERBS[verb], words)
+    assert (args.vm, args.source) == ('one', source)
+
+
 def test_help_and_version():
     def run(*words):
         done = subprocess.run([sys.executable, SCRIPT] + list(words), stdout=subprocess.PIPE,
