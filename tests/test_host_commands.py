@@ -2,6 +2,7 @@
 
 import base64
 import os
+import shutil
 import signal
 import threading
 import time
@@ -240,6 +241,36 @@ def test_what_is_cancelled_while_its_agent_starts_anew_never_runs(host, tmp_path
         assert (results['state'], results['by']) == ('cancelled', 'signalCmd')
         assert host.run(agent.id, 'true', queue=True)['state'] == 'exited'     # words come in turn
         assert proof.runs() == 0 and api.getCmdResults(cmd_id)['state'] == 'cancelled'
+
+
+def test_what_waits_in_a_restored_spool_and_ran_since_never_runs_again(host, tmp_path, api):
+    proofs = {name: Proof(tmp_path / name) for name in ('over', 'begun', 'waits')}
+    with Agent(tmp_path / 'restored', host, 'restored', max_commands=1) as agent:
+        last, copy = str(tmp_path / 'go'), str(tmp_path / 'copy')
+        spool = os.path.join(agent.state, 'spool')
+        first = api.runCmd(agent.id, 'sh', ['-c', 'until [ -e "$0" ]; do sleep 0.05; done', last])
+        ids = {}
+        for name in proofs:
+            os.mkdir(str(tmp_path / name))
+            then = 'until [ -e "$1.go" ]; do sleep 0.05; done' if name == 'begun' else ':'
+            ids[name] = api.runCmd(agent.id, *proofs[name].words(then))
+        wait_until(lambda: api.getCmdStatus(ids['waits'])['state'] == 'queued', 20)
+        agent.stop(signal.SIGKILL)
+        shutil.copytree(spool, copy)
+        agent.start()
+        open(last, 'w').close()
+        assert host.results(first)['state'] == host.results(ids['over'])['state'] == 'exited'
+        wait_until(proofs['begun'].runs, 20)
+        wait_until(lambda: api.getCmdStatus(ids['begun'])['state'] == 'running', 20)
+        agent.stop(signal.SIGKILL)
+        shutil.rmtree(spool)
+        shutil.copytree(copy, spool)
+        agent.start()
+        assert host.results(ids['waits'])['state'] == 'exited'
+        assert host.results(ids['over'])['state'] == 'exited'
+        assert host.results(ids['begun'])['state'] == 'lost'
+        assert {name: proof.runs() for name, proof in proofs.items()} == {'over': 1, 'begun': 1, 'waits': 1}
+        open(proofs['begun'].path + '.go', 'w').close()
 
 
 def test_an_end_that_was_decided_here_gives_way_to_the_truth(tmp_path):
