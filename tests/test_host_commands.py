@@ -273,6 +273,22 @@ def test_what_waits_in_a_restored_spool_and_ran_since_never_runs_again(host, tmp
         open(proofs['begun'].path + '.go', 'w').close()
 
 
+def test_output_that_is_nowhere_any_more_is_no_empty_output(host, guest, api):
+    cmd_id = api.runCmd('one', 'head', ['-c', '200000', '/dev/zero'])
+    assert host.results(cmd_id)['out-size'] == 200000
+
+    def has_fetched():
+        return os.path.exists(os.path.join(guest.state, 'spool', 'one', cmd_id, 'acked'))
+    wait_until(has_fetched, 20)
+    assert len(api.getCmdOutput(cmd_id, 'out', 0, 100)['data'].data) == 100
+    kept = os.path.join(host.state, 'output')
+    for path in [os.path.join(guest.state, 'spool', 'one', cmd_id, 'out')] + [
+            os.path.join(kept, name) for name in os.listdir(kept) if cmd_id in name]:
+        os.remove(path)
+    fault = fault_of(api.getCmdOutput, cmd_id, 'out', 0, 100)
+    assert fault.faultCode == 4 and 'no longer' in fault.faultString
+
+
 def test_an_end_that_was_decided_here_gives_way_to_the_truth(tmp_path):
     journal = hostjournal.Journal(str(tmp_path / 'journal'))
     try:
