@@ -635,6 +635,7 @@ def test_an_earlier_agents_queue_waits_for_its_host(guests, monkeypatch):
     guest.run('first', 'sleep', '60')
     for cmd_id in 'bcd':
         guest.run(cmd_id, 'sh', '-c', 'echo %s >> log' % cmd_id)
+    wait_until(lambda: guest.commands.states()['first'] == 'running', 20)
     guest.begin_anew()
     guest.signal('first', 'KILL')
     assert guest.result('first')['state'] == 'signaled'
@@ -654,6 +655,7 @@ def test_a_host_that_was_told_of_no_commands_is_told_what_waits(guests, is_liste
     guest = guests(max_commands=1)
     guest.run('first', 'sleep', '60')
     guest.run('last', 'true')
+    wait_until(lambda: guest.commands.states()['first'] == 'running', 20)
     guest.begin_anew()
     guest.said.clear()
     guest.commands.joined(is_listed)
