@@ -171,7 +171,6 @@ class Commands:
 
     def _answer_again(self, cmd_id: str, message: Message) -> None:
         """For a command whose folder is there: status or results, once more; it isn't run.
-
         Where it was another command, as its host has forgotten that, nobody gets the other one's results.
         """
         command = self._find(cmd_id)
@@ -215,6 +214,7 @@ class Commands:
             self._reports.unknown(cmd_id, **marked)
         else:
             self._notice_begin(command)
+            tell_end(command, self._send_results)
             if not self._consoles.query(command, message):
                 self._reports.status(command, **marked, **self._reports.slices(command, message))
 
@@ -488,6 +488,13 @@ class Commands:
                 self._set_state(command, result['state'])
         self._reports.results(command, result)
         log.log(logging.INFO if is_first else logging.DEBUG, '%s: %s', command.cmd_id, result['state'])
+
+
+def tell_end(command: Command, send: Callable[[Command], None]) -> None:
+    """Sends the results of what has just ended before who asks is answered: it may be about a signal."""
+    with contextlib.suppress(OSError):      # the next look tries again
+        if command.has_result() and not command.has_ended():
+            send(command)
 
 
 def is_held(command: Command) -> bool:

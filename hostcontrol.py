@@ -229,7 +229,7 @@ class Control:
                         errors.append(error)
         if errors:
             raise errors[0]
-        return bool(unfinished)
+        return not all(met_nobody(execution, name) for execution in unfinished)
 
     def _mark_for(self, execution: Execution) -> str:
         """A mark for a question, that its answer has, too; '' for a guest that doesn't do that."""
@@ -394,6 +394,11 @@ class Control:
                                     'rebooted, or its disk lost or restored from an earlier state')
             with self._lock:
                 self._missing.pop(index, None)
+
+
+def met_nobody(execution: Execution, name: str) -> bool:
+    """Whether a KILL came too late: who gets one doesn't exit. Of other signals that can't be told."""
+    return name in ('KILL', '9') and bool(execution.ended) and execution.answer()['by'] == 'itself'
 
 
 def has_begun(execution: Execution) -> bool:

@@ -145,6 +145,26 @@ def test_a_signal_that_may_be_lost_is_not_told_as_sent(host, guest, api):
     assert host.results(cmd_id)['state'] == 'signaled'
 
 
+@pytest.mark.parametrize('name', ['KILL', '9'])
+def test_a_kill_that_met_nobody_is_not_told_as_sent(host, guest, tmp_path, api, name):
+    """Its command ended a moment ago, and nobody here knows that yet."""
+    program = 'until [ -e "$0" ]; do sleep 0.05; done; exit 3'
+    cmd_id = api.runCmd('one', 'sh', ['-c', program, str(tmp_path / 'go')])
+    wait_until(lambda: api.getCmdStatus(cmd_id)['state'] == 'running', 20)
+    result = os.path.join(guest.state, 'spool', 'one', cmd_id, 'result.json')
+    os.kill(guest.process.pid, signal.SIGSTOP)
+    try:
+        (tmp_path / 'go').touch()
+        wait_until(lambda: os.path.exists(result), 20)
+        goes_on = threading.Timer(0.3, os.kill, (guest.process.pid, signal.SIGCONT))
+        goes_on.start()
+        assert api.signalCmd(cmd_id, name) is False
+        goes_on.join()
+    finally:
+        os.kill(guest.process.pid, signal.SIGCONT)
+    assert host.results(cmd_id)['exitCodeOrSignal'] == 3
+
+
 def test_a_multicast_with_an_id_runs_once_on_each(host, guest, tmp_path, api):
     proof = Proof(tmp_path)
     with Agent(tmp_path / 'two', host, 'one-more'):
