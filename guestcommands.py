@@ -31,6 +31,7 @@ from protocol import BadWord, Message
 RESEND_EVERY = 30.0            # seconds between two sendings of results that nobody acknowledged
 START_PATIENCE = 10.0          # seconds after which a runner that shows nothing is asked for again
 POLL = 1.0                     # seconds between looks at commands that runners can't report
+HOLD = 5.0                     # seconds for the host to say what it still wants of an earlier agent's queue
 REFUSALS_KEPT = 10000
 DELETED = 'its spool folder was deleted before it was seen to begin'
 
@@ -170,7 +171,6 @@ class Commands:
 
     def _answer_again(self, cmd_id: str, message: Message) -> None:
         """For a command whose folder is there: status or results, once more; it isn't run.
-
         Where it was another command, as its host has forgotten that, nobody gets the other one's results.
         """
         command = self._find(cmd_id)
@@ -188,10 +188,22 @@ class Commands:
             self._reports.status(command)
 
     def _find(self, cmd_id: str) -> Optional[Command]:
-        """A command that has files in the spool, acknowledged or not."""
+        """A command that has files in the spool, acknowledged or not, and that the host asks for."""
         with self._lock:
             command = self._commands.get(cmd_id)
+        if command is not None and is_held(command):
+            command.held_until = 0.0
+            self._begin_waiting()
         return command or self._spool.find(cmd_id)
+
+    def joined(self, is_listed: bool) -> None:
+        """The host is there, and says what it wants of what is_held; ``is_listed``: it was told of that."""
+        with self._lock:
+            held = list(filter(is_held, self._commands.values()))
+        for command in held:
+            command.held_until = time.monotonic() + HOLD
+            if not is_listed:
+                self._reports.status(command)
 
     def query(self, message: Message) -> None:
         """CMD_QUERY: how far it is, with slices of its output where they are asked for."""
@@ -202,6 +214,7 @@ class Commands:
             self._reports.unknown(cmd_id, **marked)
         else:
             self._notice_begin(command)
+            tell_end(command, self._send_results)
             if not self._consoles.query(command, message):
                 self._reports.status(command, **marked, **self._reports.slices(command, message))
 
@@ -210,11 +223,9 @@ class Commands:
         self._consoles.input(self._find(message.text('cmd-id')), message)
 
     def signal(self, message: Message) -> None:
-        """CMD_SIGNAL: to all processes of a command, as soon as it has any.
-
-        One that would end it cancels what hasn't begun; with ``cancel``, also what this guest was never asked
-        for: it won't run any more, should that word still be on its way.
-        """
+        """CMD_SIGNAL: to all processes of a command, as soon as it has any. One that would end it cancels
+        what hasn't begun; with ``cancel``, what this guest was never asked for, too: it won't run any
+        more, should that word still be on its way."""
         number = signal_number(message.text('signal', 'TERM'))
         cmd_id = message.text('cmd-id')
         with self._lock:
@@ -230,7 +241,7 @@ class Commands:
         with contextlib.suppress(OSError):      # of a full disk: then the result doesn't tell who sent it
             command.note_signal(number)
         command.signals.append(number)
-        self._deliver(command)
+        command.deliver()
         command.note_due()
 
     def _cancel_before_it_comes(self, cmd_id: str, why: str) -> None:
@@ -259,11 +270,6 @@ class Commands:
             command.end_anyhow(state, error, **more)
         self._send_results(command)
         return True
-
-    def _deliver(self, command: Command) -> None:
-        """Sends the signals that are due to the processes of a command, once it has any."""
-        if command.process():
-            command.deliver()
 
     def acknowledge(self, message: Message) -> None:
         """CMD_ACK: the host has the results; they stay for keep_spool, and then go: with ``forget`` now."""
@@ -295,8 +301,7 @@ class Commands:
     def states(self) -> Dict[str, str]:
         """{cmd-id: state} of all that aren't acknowledged. From any thread."""
         with self._lock:
-            return {cmd_id: 'running' if command.state == 'starting' else command.state
-                    for cmd_id, command in self._commands.items()}
+            return {cmd_id: command.told_state() for cmd_id, command in self._commands.items()}
 
     def count_unended(self) -> int:
         """How many haven't ended. From any thread."""
@@ -346,7 +351,7 @@ class Commands:
             self._begin_waiting()
         else:
             self._notice_begin(command)
-            self._deliver(command)
+            command.deliver()
             self._reports.status(command)
 
     def _look_at_all(self, now: float) -> None:
@@ -399,7 +404,7 @@ class Commands:
             return
         command.continue_runner()
         self._notice_begin(command)
-        self._deliver(command)
+        command.deliver()
         interval = command.request.get('status-interval', 0)
         if interval and now - command.told >= interval and command.is_running():
             self._reports.status(command)
@@ -420,7 +425,7 @@ class Commands:
         """Has those begun whose turn it is, in the order in which they came. From any thread."""
         limit, chosen = self._settings.max_commands, []
         with self._lock:
-            while self._waiting and (not limit or self._active < limit):
+            while self._waiting and (not limit or self._active < limit) and not is_held(self._waiting[0]):
                 command = self._waiting.popleft()
                 if command.state == 'queued':       # and was not cancelled
                     self._set_state(command, 'starting')
@@ -483,6 +488,22 @@ class Commands:
                 self._set_state(command, result['state'])
         self._reports.results(command, result)
         log.log(logging.INFO if is_first else logging.DEBUG, '%s: %s', command.cmd_id, result['state'])
+
+
+def tell_end(command: Command, send: Callable[[Command], None]) -> None:
+    """Sends the results of what has just ended before who asks is answered: it may be about a signal."""
+    with contextlib.suppress(OSError):      # the next look tries again
+        if command.has_result() and not command.has_ended():
+            send(command)
+
+
+def is_held(command: Command) -> bool:
+    """Whether it waits for its host to say that it still wants it, as all in an earlier agent's queue does.
+
+    The spool may be an earlier state of itself, restored or copied: what waits there may have run since. Of
+    what nothing is said within HOLD (by a host whose journal is lost, say), it is believed.
+    """
+    return command.state == 'queued' and time.monotonic() < command.held_until
 
 
 def why_of_boot(command: Command) -> str:

@@ -114,6 +114,17 @@ def children_of(pid: int) -> List[int]:
     return found
 
 
+def has_children() -> bool:
+    """Whether this process has children, or such as have ended and weren't waited for; also without /proc."""
+    if not hasattr(os, 'waitid'):      # macOS, before Python 3.13
+        return bool(children_of(os.getpid()))
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        return True
+    except ChildProcessError:
+        return False
+
+
 def children_table() -> Callable[[int], List[int]]:
     """The same for kernels that don't tell children: of all processes at once, by their parents."""
     table = {}  # type: Dict[int, List[int]]

@@ -47,7 +47,7 @@ class Reports:
         return max(0, self.largest_word - 2 * LARGEST_PROGRESS)
 
     def status(self, command: Command, **slices: Any) -> None:
-        """A CMD_STATUS. A command that begins is told as one that runs."""
+        """A CMD_STATUS."""
         command.told = time.monotonic()
         keys = {'out-size': command.size('out'), 'err-size': command.size('err'),
                 'progress': command.progress()}  # type: Dict[str, Any]
@@ -68,8 +68,7 @@ class Reports:
     def _say_status(self, command: Command, keys: Dict[str, Any]) -> None:
         if command.taken is not None:
             keys['in-offset'] = command.taken
-        state = 'running' if command.state == 'starting' else command.state
-        self._say(protocol.CMD_STATUS.howToSay(command.cmd_id, state, **keys))
+        self._say(protocol.CMD_STATUS.howToSay(command.cmd_id, command.told_state(), **keys))
 
     def unknown(self, cmd_id: str, **keys: Any) -> None:
         """A CMD_STATUS of a command that this guest doesn't know, or no longer."""

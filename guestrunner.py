@@ -24,8 +24,8 @@ from guestcgroup import Group, no_limit  # noqa: F401
 from guestinput import Inlet, read_output, set_size, wait_until_ready
 from guestprocesses import (
     all_stand_still,
-    children_of,
     descendants,
+    has_children,
     has_proc,
     in_session,
     is_traced,
@@ -34,7 +34,16 @@ from guestprocesses import (
     start_ticks,
     was_killed_for_memory,
 )
-from guestspool import TRACE_PATIENCE, Command, describe_error, is_regular, make_way, private, unrun_result
+from guestspool import (
+    TRACE_PATIENCE,
+    Command,
+    describe_error,
+    is_regular,
+    make_way,
+    private,
+    remove,
+    unrun_result,
+)
 from gueststart import Origin, Start, become_subreaper, blame, inheritance
 
 ACK_PATIENCE = 0.05            # seconds after which results that nobody has yet are brought to the disk
@@ -77,7 +86,7 @@ class Runner:
         self.terminal = -1             # the program's end of its terminal
         self.inlet = None              # type: Optional[Inlet]    # of a streamed input
         self.truncated = {'out': False, 'err': False}
-        self.lost = ''                 # an output's file that is gone
+        self.files = {}                # type: Dict[str, os.stat_result]   # of outputs, as they were closed
         self.failure = ''              # why writing the spool failed
         self.timed_out = False
         self.status = None             # type: Optional[int]      # of the program, once it ended
@@ -145,8 +154,7 @@ class Runner:
         name, target = self.pipes.pop(reader)
         os.close(reader)
         if target >= 0:
-            if is_deleted(target):
-                self.truncated[name], self.lost = True, self.command.path(name)
+            self.files[name] = os.fstat(target)
             os.close(target)
 
     def _start(self) -> None:
@@ -258,8 +266,8 @@ class Runner:
         """Makes the files of both streams, while the program comes to life."""
         for reader, (name, _) in self.pipes.items():
             make_way(self.command.path(name))          # the program may be quicker
-            self.pipes[reader] = (name, private(self.command.path(name),
-                                                os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC))
+            self.pipes[reader] = (name, private(self.command.path(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+                                                | os.O_APPEND | os.O_CLOEXEC))
 
     def _reap(self) -> bool:
         """Waits for whatever has ended; whether the program has."""
@@ -291,7 +299,7 @@ class Runner:
             return
         self.look_at = now + self.look_after if self.is_stopped else math.inf
         self.look_after = min(LONGEST_LOOK, 2 * self.look_after)
-        is_still = self.is_stopped and all_stand_still(self._signalled())
+        is_still = self.is_stopped and has_proc() and all_stand_still(self._signalled())    # none is unseen
         if is_still == (self.stopped_at is not None):
             return
         if self.stopped_at is not None and self.deadline is not None:
@@ -403,7 +411,7 @@ class Runner:
     def _wait_for_orphans(self, deadline: float) -> None:
         """Those that have no output any more are mostly about to end, too, and are to be measured."""
         self._reap()
-        while children_of(os.getpid()) and time.monotonic() < deadline:
+        while has_children() and time.monotonic() < deadline:
             self._pump(max(0.0, deadline - time.monotonic()))
             self._reap()
 
@@ -428,21 +436,24 @@ class Runner:
 
     def _finish_exited(self, ended: float) -> None:
         self._close_pipes()
+        limit = int(self.request['output-limit'])
+        harms = {name: harm_to(self.command.path(name), file, limit - self.room[name], self.truncated[name])
+                 for name, file in self.files.items()}
         more = self._of_the_group()
-        more.update({name + '-truncated': truncated for name, truncated in self.truncated.items()})
+        more.update({name + '-truncated': it or bool(harms.get(name)) for name, it in self.truncated.items()})
         exited, code = how_it_ended(self.status or 0)
         state = 'timeout' if self.timed_out else 'exited' if exited else 'signaled'
         by = self._ended_by(exited, code)
-        error = 'ENOMEM: the kernel killed it for want of memory' if by == 'oom' else \
+        error = 'ran longer than its timeout of %g s' % self.request['timeout'] if self.timed_out else \
+            'ENOMEM: the kernel killed it for want of memory' if by == 'oom' else \
             self._limit_that_ended_it(0 if exited or by == 'signalCmd' else code)
-        if self.timed_out:
-            error = 'ran longer than its timeout of %g s' % float(self.request['timeout'])
-        error = error or self.lost and 'ENOENT: what it wrote is lost, as somebody deleted ' + self.lost
+        error = error or max(harms.values(), default='')
         if self.failure:
             state, error = 'failed', self.failure
         self.finish(state, error, finished=exited, exitCodeOrSignal=code, by=by,
                     resources=self.usage.fields, inexact=self.usage.inexact(bool(self._starter)),
-                    left=len(self._members()), **times_of(self.begin, self.started, ended), **more)
+                    left=len(self._members()) or some_unseen(),
+                    **times_of(self.begin, self.started, ended), **more)
 
     def _of_the_group(self) -> Dict[str, Any]:
         """What its control group alone can tell, as keys of the result."""
@@ -610,7 +621,7 @@ class RunnerProcess:
                     run_command(runner)
                 except Exception:       # the agent sees that the command has no runner any more
                     log.exception('runner of %s', folder)
-                goes_on = not children_of(os.getpid()) and inheritance() == as_begun and self._say_free()
+                goes_on = not has_children() and inheritance() == as_begun and self._say_free()
                 runner.report()         # after that: the next command may follow at once
                 if not goes_on:
                     return
@@ -668,9 +679,21 @@ def times_of(begin: float, started: float, ended: float) -> Dict[str, float]:
                 **{'clock-set': round(was_set, 3)} if abs(was_set) > CLOCK_DRIFT else {})
 
 
-def is_deleted(descriptor: int) -> bool:
-    """Whether an open file has no name any more, so that nobody will read it."""
-    return os.fstat(descriptor).st_nlink == 0
+def harm_to(path: str, file: os.stat_result, size: int, is_cut: bool) -> str:
+    """What somebody did to an output's file that had that name, and so many bytes unless it was cut: a
+    sentence, or ''. What has the name instead was never the program's, and is deleted."""
+    with contextlib.suppress(OSError):
+        there = os.lstat(path)
+        if os.path.samestat(there, file):
+            return '' if is_cut or there.st_size == size else \
+                'EINVAL: what it wrote isn\'t what is there, as somebody changed ' + path
+        remove(path)
+    return 'ENOENT: what it wrote is lost, as somebody deleted ' + path
+
+
+def some_unseen() -> int:
+    """1 where a command left processes, and nothing tells how many; else 0."""
+    return int(not has_proc() and has_children())
 
 
 def how_it_ended(status: int) -> Tuple[bool, int]:

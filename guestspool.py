@@ -10,6 +10,7 @@ import fcntl
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -26,6 +27,7 @@ from guestprocesses import (
     PAGE,
     all_stand_still,
     descendants,
+    has_proc,
     in_session,
     is_stopped,
     is_traced,
@@ -170,6 +172,7 @@ class Command:
         self.folder = folder
         self.request = {}              # type: Dict[str, Any]
         self.state = 'queued'          # as far as the agent has seen: see WAY
+        self.held_until = 0.0          # monotonic: until then it waits for the host to want it
         self.begun = 0.0               # monotonic: when the fork server was asked
         self._runner = (0, 0)          # its pid and start time, while somebody may delete what says so
         self.told = 0.0                # monotonic: when its status was last sent
@@ -321,7 +324,7 @@ class Command:
             runner = int(self.read('process.json')['runner'])
         except (OSError, ValueError, KeyError, TypeError):
             return
-        if is_stopped(runner):
+        if is_stopped(runner) or not has_proc():       # to one that goes on, it is nothing
             signal_all([runner], signal.SIGCONT)
         elif is_traced(runner) and 0 < self.request.get('timeout', 0) < self.wall() - TRACE_PATIENCE:
             signal_all(set(self.members()).intersection([tracer_of(runner)]), signal.SIGKILL)
@@ -340,6 +343,12 @@ class Command:
     def is_running(self) -> bool:
         """Whether a runner has it, or will."""
         return self.state in ('starting', 'running', 'stopped')
+
+    def told_state(self) -> str:
+        """The state as the host is told it: what no runner has taken yet still waits."""
+        if self.state != 'starting':
+            return self.state
+        return 'running' if self.has('runner') else 'queued'
 
     def has_ended(self) -> bool:
         """Whether it has a result, or had one."""
@@ -509,7 +518,7 @@ class Command:
         """Sends what is due, in the order in which it came, as far as its processes are seen: the next look
         tries again."""
         with self.delivery:
-            while self.signals and self.send_signal(self.signals[0]):
+            while self.signals and self.process() and self.send_signal(self.signals[0]):
                 with contextlib.suppress(OSError):
                     os.unlink(self.path('%s%d' % (DUE, self.signals[0])))
                 self.signals.pop(0)
@@ -747,6 +756,7 @@ class Spool:
         if command.state == 'queued' and 'cmd' not in command.request:
             command.discard()          # to be refused or cancelled, which wasn't written down any more
             return None
+        command.held_until = math.inf if command.state == 'queued' else 0.0
         return command
 
     def let_go(self, cmd_id: str) -> None:

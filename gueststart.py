@@ -31,7 +31,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 from guestcgroup import LIMITS as OF_GROUPS
 from guestcgroup import Group, Place
 from guestidentity import PASSED
-from guestprocesses import children_of, executable, is_alive, is_stopped, signal_all, stat_fields
+from guestprocesses import children_of, executable, has_proc, is_alive, is_stopped, signal_all, stat_fields
 from guestspool import Command, private
 
 LIMITS = {'as': resource.RLIMIT_AS, 'cpu': resource.RLIMIT_CPU, 'fsize': resource.RLIMIT_FSIZE,
@@ -315,7 +315,7 @@ class Start:
                     data += piece
                 elif set(ENDING) & set(self._command.sent_signals()) and not self._has_begun():
                     raise InterruptedError(errno.EINTR, 'a signal came before the program began')
-                elif is_stopped(self.child):       # by the program, say, whose parent the starter is at first
+                elif is_stopped(self.child) or not has_proc():     # by the program, its child
                     os.kill(self.child, signal.SIGCONT)
                 elif time.monotonic() >= deadline and not self._has_begun():
                     raise OSError(errno.ETIMEDOUT, 'not started within %g s' % LONGEST_START)

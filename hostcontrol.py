@@ -229,7 +229,7 @@ class Control:
                         errors.append(error)
         if errors:
             raise errors[0]
-        return bool(unfinished)
+        return not all(met_nobody(execution, name) for execution in unfinished)
 
     def _mark_for(self, execution: Execution) -> str:
         """A mark for a question, that its answer has, too; '' for a guest that doesn't do that."""
@@ -340,11 +340,15 @@ class Control:
     # What guests know of it.
 
     def reconcile(self, guest: Guest, listed: Dict[str, Any]) -> None:
-        """Compares the commands that a HELLO lists with ours: what was only sent is sent again, what was
-        called off is recalled."""
+        """Compares the commands that a HELLO lists with ours: what was only sent is sent again, what is over
+        here is recalled; and what waits there is told to be wanted."""
         for cmd_id, state in listed.items():
-            if state not in FINISHED and self._commands.find_open(cmd_id, guest.id) is None:
-                self.recall_if_called_off(cmd_id, guest.id)
+            execution = self._commands.find_open(cmd_id, guest.id)
+            if execution is None:
+                if state not in FINISHED:
+                    self.recall_if_over(cmd_id, guest.id, state)
+            elif state == 'queued':
+                self._let_begin(execution)
         for execution in self._commands.open_of(guest.id):
             if execution.cmd_id in listed:
                 self.found(execution)
@@ -356,10 +360,21 @@ class Control:
                     self._missing[execution.index] = time.monotonic() + MISSING_GRACE
                 self.query(execution)
 
-    def recall_if_called_off(self, cmd_id: str, vm_id: str) -> None:
-        """A guest has a command that isn't open here: its end was decided without it."""
+    def _let_begin(self, execution: Execution) -> None:
+        """A guest has a command that it didn't begin, and that is wanted: it may; or it has begun it before,
+        and forgotten that."""
+        if execution.runs:
+            self._commands.lose(execution, 'the guest has begun this command, and no longer knows that: its '
+                                'disk was restored from an earlier state, or copied')
+            self.recall(execution)
+        else:
+            self.query(execution)
+
+    def recall_if_over(self, cmd_id: str, vm_id: str, state: str) -> None:
+        """A guest has a command that isn't open here, in that state: its end was decided without it, or the
+        guest has forgotten that it ran."""
         execution = self._commands.finished(cmd_id, vm_id)
-        if execution is not None and execution.state in CALLED_OFF:
+        if execution is not None and (state == 'queued' or execution.state in CALLED_OFF):
             self.recall(execution)
 
     def found(self, execution: Execution) -> None:
@@ -379,6 +394,11 @@ class Control:
                                     'rebooted, or its disk lost or restored from an earlier state')
             with self._lock:
                 self._missing.pop(index, None)
+
+
+def met_nobody(execution: Execution, name: str) -> bool:
+    """Whether a KILL came too late: who gets one doesn't exit. Of other signals that can't be told."""
+    return name in ('KILL', '9') and bool(execution.ended) and execution.answer()['by'] == 'itself'
 
 
 def has_begun(execution: Execution) -> bool:

@@ -347,6 +347,9 @@ class Output:
             raise BadState('the output of %s is no longer in %s: its spool was deleted, or lost'
                            % (execution.key, execution.vm))
         data = slice_in(message, stream)
+        if not data and execution.done.is_set() and offset < execution.answer()[stream + '-size']:
+            raise BadState('the output of %s is no longer in %s: somebody deleted it there'
+                           % (execution.key, execution.vm))
         ended = message.text('state') in FINISHED and execution.done.is_set()
         return output_slice(data, offset, int(message.number(stream + '-size')), ended)
 

@@ -219,7 +219,7 @@ class Words:
             elif state == 'unknown':
                 self._control.publish(execution)
         elif state in ('queued', 'running', 'stopped'):
-            self._control.recall_if_called_off(*index)
+            self._control.recall_if_over(*index, state=state)
         self._control.answers.arrived(index, message)
         if execution is not None:
             self._inputs.heard(execution, message)

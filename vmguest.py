@@ -385,6 +385,7 @@ class Agent:
             self.reports.limit(message.number('max_frame'))
         log.info('joined the host at %s as %s, id %s', self.link.peer_address[0], self.name, self.id)
         self._commands.resend(0.0)
+        self._commands.joined('cmds' in self._hello().keys)
         self._next_beacon = time.monotonic()
         self.wake()
 

@@ -628,6 +628,40 @@ def test_a_signal_that_waits_comes_at_the_begin(guests):
     assert (result['state'], result['exitCodeOrSignal']) in (('exited', 5), ('signaled', 10)), result
 
 
+def test_an_earlier_agents_queue_waits_for_its_host(guests, monkeypatch):
+    """The spool may be a restored one: what waits there may have run since, and then its host says so."""
+    monkeypatch.setattr(guestcommands, 'HOLD', 0.1)
+    guest = guests(max_commands=1)
+    guest.run('first', 'sleep', '60')
+    for cmd_id in 'bcd':
+        guest.run(cmd_id, 'sh', '-c', 'echo %s >> log' % cmd_id)
+    wait_until(lambda: guest.commands.states()['first'] == 'running', 20)
+    guest.begin_anew()
+    guest.signal('first', 'KILL')
+    assert guest.result('first')['state'] == 'signaled'
+    guest.signal('b', 'KILL', cancel=True)             # as it is over there
+    assert guest.result('b')['state'] == 'cancelled'
+    guest.commands.query(Message('', 'CMD_QUERY', {'cmd-id': 'c'}, {}))    # as it is wanted
+    assert guest.result('c')['state'] == 'exited'
+    assert guest.commands.states()['d'] == 'queued'
+    guest.commands.joined(True)                        # nothing is said of it
+    assert guest.result('d')['state'] == 'exited'
+    with open(os.path.join(guest.served, 'log')) as file:
+        assert file.read() == 'c\nd\n'
+
+
+@pytest.mark.parametrize('is_listed', [True, False])
+def test_a_host_that_was_told_of_no_commands_is_told_what_waits(guests, is_listed):
+    guest = guests(max_commands=1)
+    guest.run('first', 'sleep', '60')
+    guest.run('last', 'true')
+    wait_until(lambda: guest.commands.states()['first'] == 'running', 20)
+    guest.begin_anew()
+    guest.said.clear()
+    guest.commands.joined(is_listed)
+    assert [message.text('state') for message in guest.said['last']] == ([] if is_listed else ['queued'])
+
+
 def test_what_was_stopped_within_vfork_is_told_as_stopped(guests):
     """A parent in vfork can't be stopped itself: it waits for its child, which was."""
     guest = guests()

@@ -376,6 +376,21 @@ test_guest_runner.wait_until(killed.process, 10)
 killed.note_signal(9)
 print(killed.send_signal(9), guestprocesses.start_ticks(os.getpid()))
 print(runners.end(killed)['state'])
+stopped = runners.begin('sh', '-c', 'kill -STOP $$', timeout=0.2, **{'kill-after': 0})
+print(runners.end(stopped)['state'])
+held = runners.begin('sh', '-c', 'kill -STOP $PPID; exit 7')
+def goes_on():
+    held.continue_runner()
+    return held.has('result.json')
+test_guest_runner.wait_until(goes_on, 20)
+print(held.result()['exitCodeOrSignal'])
+import guestrunner
+guestrunner.Runner._make_group = lambda self: None      # as for who may make none
+os.mkdir(sys.argv[1] + '/ungrouped')
+ungrouped = test_guest_runner.Runners(sys.argv[1] + '/ungrouped')
+result = ungrouped.run('sh', '-c', 'setsid sleep 603 > /dev/null 2>&1 & exit 8')
+print(result['left'], result['exitCodeOrSignal'])
+ungrouped.forks.stop()
 runners.forks.stop()
 '''
 
@@ -390,7 +405,8 @@ def test_a_proc_of_other_processes_is_none(tmp_path):
     if b'unshare failed' in done.stderr:
         pytest.skip('may not make namespaces')
     end_groups(guestcgroup.find_place(), str(tmp_path))
-    assert done.stdout.decode().split('\n') == ['timeout [] []', 'True 0', 'signaled', ''], done
+    assert done.stdout.decode().split('\n') == [
+        'timeout [] []', 'True 0', 'signaled', 'timeout', '7', '1 8', ''], done
 
 
 def test_who_ended_it(runners):
@@ -592,16 +608,32 @@ def test_output_that_there_is_no_room_for_is_named(tmp_path, monkeypatch):
         runners.close()
 
 
+def forge(path):
+    """Another file in the place of one."""
+    with open(path + '.forged', 'w') as file:
+        file.write('begun\ndone\n')
+    os.rename(path + '.forged', path)
+
+
+DELETED = 'ENOENT: what it wrote is lost, as somebody deleted '
+CHANGED = 'EINVAL: what it wrote isn\'t what is there, as somebody changed '
+
+
 @pytest.mark.parametrize('after', ['', '; exec >&- 2>&-; sleep 0.2'])
-def test_output_that_somebody_deletes_is_told_as_lost(runners, after):
+@pytest.mark.parametrize('harm, said', [
+    (os.remove, DELETED), (lambda path: os.rename(path, path + '.moved'), DELETED), (forge, DELETED),
+    (lambda path: (os.remove(path), os.mkdir(path)), DELETED), (lambda path: os.truncate(path, 0), CHANGED),
+    (lambda path: os.truncate(path, 99), CHANGED)])
+def test_output_that_somebody_deletes_or_changes_is_told_so(runners, harm, said, after):
     program = 'echo begun; while [ ! -e go ]; do sleep 0.05; done; echo done' + after
     command = runners.begin('sh', '-c', program)
-    wait_until(lambda: command.has('out') and command.size('out'), 10)
-    os.remove(command.path('out'))
+    wait_until(lambda: command.has('out') and command.size('out') == 6, 10)
+    harm(command.path('out'))
     open(os.path.join(runners.served, 'go'), 'w').close()
     result = runners.end(command)
     assert (result['state'], result['exitCodeOrSignal'], result['out-truncated']) == ('exited', 0, True)
-    assert result['error'] == 'ENOENT: what it wrote is lost, as somebody deleted ' + command.path('out')
+    assert result['error'] == said + command.path('out')
+    assert said is CHANGED or result['out'] == b''     # and nothing that it didn't write
 
 
 DEAF = 'import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass'

@@ -2,6 +2,7 @@
 
 import base64
 import os
+import shutil
 import signal
 import threading
 import time
@@ -144,6 +145,26 @@ def test_a_signal_that_may_be_lost_is_not_told_as_sent(host, guest, api):
     assert host.results(cmd_id)['state'] == 'signaled'
 
 
+@pytest.mark.parametrize('name', ['KILL', '9'])
+def test_a_kill_that_met_nobody_is_not_told_as_sent(host, guest, tmp_path, api, name):
+    """Its command ended a moment ago, and nobody here knows that yet."""
+    program = 'until [ -e "$0" ]; do sleep 0.05; done; exit 3'
+    cmd_id = api.runCmd('one', 'sh', ['-c', program, str(tmp_path / 'go')])
+    wait_until(lambda: api.getCmdStatus(cmd_id)['state'] == 'running', 20)
+    result = os.path.join(guest.state, 'spool', 'one', cmd_id, 'result.json')
+    os.kill(guest.process.pid, signal.SIGSTOP)
+    try:
+        (tmp_path / 'go').touch()
+        wait_until(lambda: os.path.exists(result), 20)
+        goes_on = threading.Timer(0.3, os.kill, (guest.process.pid, signal.SIGCONT))
+        goes_on.start()
+        assert api.signalCmd(cmd_id, name) is False
+        goes_on.join()
+    finally:
+        os.kill(guest.process.pid, signal.SIGCONT)
+    assert host.results(cmd_id)['exitCodeOrSignal'] == 3
+
+
 def test_a_multicast_with_an_id_runs_once_on_each(host, guest, tmp_path, api):
     proof = Proof(tmp_path)
     with Agent(tmp_path / 'two', host, 'one-more'):
@@ -240,6 +261,52 @@ def test_what_is_cancelled_while_its_agent_starts_anew_never_runs(host, tmp_path
         assert (results['state'], results['by']) == ('cancelled', 'signalCmd')
         assert host.run(agent.id, 'true', queue=True)['state'] == 'exited'     # words come in turn
         assert proof.runs() == 0 and api.getCmdResults(cmd_id)['state'] == 'cancelled'
+
+
+def test_what_waits_in_a_restored_spool_and_ran_since_never_runs_again(host, tmp_path, api):
+    proofs = {name: Proof(tmp_path / name) for name in ('over', 'begun', 'waits')}
+    with Agent(tmp_path / 'restored', host, 'restored', max_commands=1) as agent:
+        last, copy = str(tmp_path / 'go'), str(tmp_path / 'copy')
+        spool = os.path.join(agent.state, 'spool')
+        first = api.runCmd(agent.id, 'sh', ['-c', 'until [ -e "$0" ]; do sleep 0.05; done', last])
+        ids = {}
+        for name in proofs:
+            os.mkdir(str(tmp_path / name))
+            then = 'until [ -e "$1.go" ]; do sleep 0.05; done' if name == 'begun' else ':'
+            ids[name] = api.runCmd(agent.id, *proofs[name].words(then))
+        wait_until(lambda: api.getCmdStatus(ids['waits'])['state'] == 'queued', 20)
+        agent.stop(signal.SIGKILL)
+        shutil.copytree(spool, copy)
+        agent.start()
+        open(last, 'w').close()
+        assert host.results(first)['state'] == host.results(ids['over'])['state'] == 'exited'
+        wait_until(proofs['begun'].runs, 20)
+        wait_until(lambda: api.getCmdStatus(ids['begun'])['state'] == 'running', 20)
+        agent.stop(signal.SIGKILL)
+        shutil.rmtree(spool)
+        shutil.copytree(copy, spool)
+        agent.start()
+        assert host.results(ids['waits'])['state'] == 'exited'
+        assert host.results(ids['over'])['state'] == 'exited'
+        assert host.results(ids['begun'])['state'] == 'lost'
+        assert {name: proof.runs() for name, proof in proofs.items()} == {'over': 1, 'begun': 1, 'waits': 1}
+        open(proofs['begun'].path + '.go', 'w').close()
+
+
+def test_output_that_is_nowhere_any_more_is_no_empty_output(host, guest, api):
+    cmd_id = api.runCmd('one', 'head', ['-c', '200000', '/dev/zero'])
+    assert host.results(cmd_id)['out-size'] == 200000
+
+    def has_fetched():
+        return os.path.exists(os.path.join(guest.state, 'spool', 'one', cmd_id, 'acked'))
+    wait_until(has_fetched, 20)
+    assert len(api.getCmdOutput(cmd_id, 'out', 0, 100)['data'].data) == 100
+    kept = os.path.join(host.state, 'output')
+    for path in [os.path.join(guest.state, 'spool', 'one', cmd_id, 'out')] + [
+            os.path.join(kept, name) for name in os.listdir(kept) if cmd_id in name]:
+        os.remove(path)
+    fault = fault_of(api.getCmdOutput, cmd_id, 'out', 0, 100)
+    assert fault.faultCode == 4 and 'no longer' in fault.faultString
 
 
 def test_an_end_that_was_decided_here_gives_way_to_the_truth(tmp_path):
