@@ -368,13 +368,14 @@ def test_a_verb_says_what_its_transfer_waits_for(host, guest, tmp_path):
     """Once, also where there is no terminal; Ctrl-C tells how far it came before that."""
     with open(str(tmp_path / 'large'), 'wb') as file:
         file.truncate(2 ** 40)
+    write(tmp_path / 'small', b'small')
     words = host.command('put', 'g', str(tmp_path / 'large'))
     with host.api as api, subprocess.Popen(words, stdin=subprocess.DEVNULL,
                                            stderr=subprocess.PIPE) as process:
         try:
             mine = wait_until(lambda: api.listTransfers({'finished': False}), 30)[0]['id']
             wait_until(lambda: api.getTransfer(mine)['bytes'], 30)
-            guest.process.kill()
+            guest.stop(signal.SIGKILL)
             assert process.stderr.readline().endswith(b' goes on when the agent is back (Ctrl-C ends it)\n')
             shown = api.getTransfer(mine)
             assert shown['bytes'] and shown['error'] and shown['state'] in ('waiting', 'running')
@@ -383,6 +384,8 @@ def test_a_verb_says_what_its_transfer_waits_for(host, guest, tmp_path):
         said = process.stderr.read().decode()
         assert 'cancelled at 0 B' not in said and 'the same again goes on from there' in said
         assert process.wait(30) == 130
+        guest.start()
+        assert api.cpFileToVM('g', str(tmp_path / 'small')) == ['', '', 0]    # the host has it again
 
 
 def test_a_path_means_the_same_to_a_listing(guest, api):
