@@ -16,6 +16,7 @@ import hypervisor
 import protocol
 from climachines import OUT_OF_REACH, is_out_of_reach
 from cliscreen import Screen, shown_span
+from cliverbs import life
 from faults import VMHostError
 from hostclient import Client, NoHost
 from hostlink import server_tls
@@ -92,12 +93,19 @@ def check_running(host: Client, info: Dict[str, Any], network: Any) -> Iterator[
         yield check_guest(guest)
     for vm in vms:
         if vm['agent'] == 'lost' and vm['state'] in AWAITED:
-            yield agent.Finding(
-                False, 'guest %s' % vm['name'], 'lost: nothing was heard for %s. Is it switched off, its '
-                'agent stopped, its network down? `forget %s`, where it is gone for good'
-                % (shown_span(max(0, time.time() - vm['lastSeen'])), vm['name']), needed=False)
+            yield check_absent(vm)
     for refused in info.get('refused', ()):
         yield agent.Finding(False, 'guest %s is not let in' % refused['id'], refused['why'], needed=False)
+
+
+def check_absent(guest: Dict[str, Any]) -> agent.Finding:
+    """What is to be done about one that was there."""
+    silence = shown_span(max(0, time.time() - guest['lastSeen']))
+    question = 'Is its agent to be started' if life(guest) == 'left' else \
+        'Is it switched off, its agent stopped, its network down'
+    mend = '%s: nothing was heard for %s. %s? `forget %s`, where it is gone for good' % (
+        life(guest), silence, question, guest['name'])
+    return agent.Finding(False, 'guest %s' % guest['name'], mend, needed=False)
 
 
 def check_guest(guest: Dict[str, Any]) -> agent.Finding:

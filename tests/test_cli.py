@@ -27,6 +27,7 @@ import agent
 import clicommands
 import clicomplete
 import faults
+import hostcheck
 import hostcli
 import hostclient
 
@@ -643,16 +644,22 @@ def test_check_tells_what_keeps_the_agent_from_its_start(tmp_path):
     assert problems(1, host + 'state_dir =')[0].endswith('[Host] state_dir = : expected a path')
 
 
+def test_what_check_says_of_who_is_lost_and_who_has_left():
+    gone = {'name': 'g', 'agent': 'lost', 'left': False, 'lastSeen': time.time() - 60}
+    assert re.match('lost: nothing was heard for 6. s. Is it switched off', hostcheck.check_absent(gone).mend)
+    assert hostcheck.check_absent(dict(gone, left=True)).mend.startswith('left: ')
+
+
 @pytest.mark.parametrize('folder', ['host', 'by-tcp-' + 'x' * 60])      # no Unix socket has such a path
 def test_check_of_machines_that_are_lost_and_of_a_host_that_hangs(folder, tmp_path):
     with Host(tmp_path / folder) as host:
         with Agent(tmp_path / 'guest', host, 'gone'):
             verb(host, 'run', 'gone', 'true')
-        wait_until(lambda: 'lost' in verb(host, 'ls'), 60)
+        wait_until(lambda: 'left' in verb(host, 'ls'), 60)
         assert re.search('^state +unknown$', verb(host, 'info', 'gone'), re.MULTILINE)
         assert b'`run --queue`' in host.verb('run', 'gone', 'true').stderr
         text = verb(host, 'check')
-        assert re.search('guest gone: lost: nothing was heard for .*`forget gone`', text), text
+        assert re.search('guest gone: left: nothing was heard for .*agent to be started.*`forget gone`', text)
         os.kill(host.process.pid, signal.SIGSTOP)
         try:
             assert 'it hangs, or was stopped' in verb(host, 'check', code=1)

@@ -116,7 +116,7 @@ def test_rerun(host, guests):
     ids = said(host, 'ps', '-q').split()
     assert done.stdout == b'\xff\x00' == host.verb('rerun', ids[-1]).stdout
     assert host.verb('rerun', 'no-such').returncode == 255
-    assert b'(`ps` lists them)' in host.verb('logs', 'one').stderr     # docker's would be a machine's
+    assert b'`ps one` lists those' in host.verb('logs', 'one').stderr     # docker's would be a machine's
 
 
 def test_cp_both_ways(host, guests, tmp_path):
