@@ -28,6 +28,7 @@ from vms import SETTINGS, VMHost, command_line, environment, fault_of, kill, pro
 import faults
 import hosthypervisor
 import vboxasking
+import vboximages
 import vboxmanage
 import vmstates
 
@@ -136,7 +137,7 @@ def test_a_disk_on_an_image_that_stays(box, images, tmp_path):
     assert box.cleanup(False, ['task-2', 'copied'], 'another') == []
     assert box.cleanup(False, ['task-2', 'copied'], 'the project') == [
         {'kind': 'vm', 'name': 'task-2', 'why': 'named'}]
-    assert box.remove_vm('task-1', True) == [path] and os.path.exists(path)
+    assert box.remove_vm('task-1', True) == [[path, vboximages.ELSEWHERE]] and os.path.exists(path)
     assert box.remove_vm('copied', True) == []
     assert (images / 'disk.vdi').read_bytes() == before and not glob.glob(str(tmp_path / 'task-*'))
     assert image not in manage('list', 'hdds') and 'task' not in manage('list', 'hdds')
