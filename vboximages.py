@@ -871,7 +871,8 @@ def check_name(name: str) -> None:
 
 
 def check_image(image: str) -> None:
-    """Raises InvalidParams where there is no such file; '' is none that has to be."""
+    """Raises InvalidParams where there is no such file, HypervisorError where it is cut; '' is none that has
+    to be."""
     if image and not os.path.isfile(image):
         raise InvalidParams('%s: %s' % ('this is no regular file' if os.path.exists(image)
                                         else 'no such image file', image))
@@ -880,9 +881,11 @@ def check_image(image: str) -> None:
 
 
 def check_is_whole(image: str) -> None:
-    """Raises InvalidParams where a .vdi file is shorter than it says itself, by more than a block: VirtualBox
-    lays another disk on half an image, and says nothing; or finds out at the end of a long copying. What its
-    head holds: VDICore.h of VirtualBox."""
+    """Raises HypervisorError where a .vdi file is shorter than it says itself, by more than a block.
+
+    VirtualBox lays another disk on half an image, and says nothing; or finds out at the end of a long
+    copying. What its head holds: VDICore.h of VirtualBox.
+    """
     try:
         with open(image, 'rb') as file:
             head, size = file.read(VDI_HEAD), file.seek(0, os.SEEK_END)
@@ -893,8 +896,8 @@ def check_is_whole(image: str) -> None:
     data_at, block, extra, _, blocks = struct.unpack_from('<I28xIIII', head, 344)
     least = data_at + blocks * (block + extra)
     if size < least - block:
-        raise InvalidParams('%s is cut: it has %d bytes, and %d by what it says itself; get it anew'
-                            % (image, size, least))
+        raise HypervisorError('%s is cut: it has %d bytes, and %d by what it says itself; get it anew'
+                              % (image, size, least))
 
 
 def check_is_no_id(name: str) -> None:

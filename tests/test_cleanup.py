@@ -380,7 +380,7 @@ def test_a_disk_that_is_cut_makes_no_vm(box, vbox, tmp_path, linked):
     with open(str(image), 'wb') as file:
         file.write(head)
         file.truncate(3 << 20)
-    with pytest.raises(faults.InvalidParams) as told:
+    with pytest.raises(faults.HypervisorError) as told:
         box.create_vm('cut', str(image), {'linked': linked})
     assert str(told.value) == ('%s is cut: it has 3145728 bytes, and 5242880 by what it says itself; get it '
                                'anew' % image)
