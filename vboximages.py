@@ -881,9 +881,11 @@ def check_image(image: str) -> None:
 
 
 def check_is_whole(image: str) -> None:
-    """Raises HypervisorError where a .vdi file is shorter than it says itself, by more than a block: VirtualBox
-    lays another disk on half an image, and says nothing; or finds out at the end of a long copying. What its
-    head holds: VDICore.h of VirtualBox."""
+    """Raises HypervisorError where a .vdi file is shorter than it says itself, by more than a block.
+
+    VirtualBox lays another disk on half an image, and says nothing; or finds out at the end of a long
+    copying. What its head holds: VDICore.h of VirtualBox.
+    """
     try:
         with open(image, 'rb') as file:
             head, size = file.read(VDI_HEAD), file.seek(0, os.SEEK_END)
