@@ -214,7 +214,7 @@ class Commands:
             self._reports.unknown(cmd_id, **marked)
         else:
             self._notice_begin(command)
-            tell_end(command, self._send_results)
+            tell_end(command, self._send_results, bool(mark))
             if not self._consoles.query(command, message):
                 self._reports.status(command, **marked, **self._reports.slices(command, message))
 
@@ -490,10 +490,12 @@ class Commands:
         log.log(logging.INFO if is_first else logging.DEBUG, '%s: %s', command.cmd_id, result['state'])
 
 
-def tell_end(command: Command, send: Callable[[Command], None]) -> None:
-    """Sends the results of what has just ended before who asks is answered: it may be about a signal."""
+def tell_end(command: Command, send: Callable[[Command], None], is_about_signal: bool) -> None:
+    """Sends the results of what has just ended before who asks is answered; where that may be about a signal
+    also what another thread is sending now."""
+    is_known = command.has_ended() and not (is_about_signal and command.state != 'acknowledged')
     with contextlib.suppress(OSError):      # the next look tries again
-        if command.has_result() and not command.has_ended():
+        if command.has_result() and not is_known:
             send(command)
 
 
