@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import queue
+import select
 import signal
 import threading
 import time
@@ -195,6 +196,7 @@ def run_driver(make: Callable[[Dict[str, Any]], Driver]) -> None:
         for line in requests:
             inbox.put(json.loads(line.decode()))
         inbox.put(None)
+        leave_with_reader(answers.fileno())
 
     def tell(message: Dict[str, Any]) -> None:
         try:
@@ -211,3 +213,13 @@ def run_driver(make: Callable[[Dict[str, Any]], Driver]) -> None:
         tell({'lost': str(error)})
         code = 3
     os._exit(code)                      # a hypervisor's library may take half a minute to end
+
+
+def leave_with_reader(pipe: int) -> None:
+    """Ends this process once nobody can read that pipe any more: the host agent was killed, and what is being
+    done is its successor's. Who only hangs up reads to the end. Without poll the next word ends it."""
+    if hasattr(select, 'poll'):
+        poll = select.poll()
+        poll.register(pipe, 0)
+        poll.poll()
+        os._exit(1)

@@ -1,15 +1,19 @@
 """The contract of drivers, on the fake VirtualBox and on a driver of plain processes."""
 
 import contextlib
+import json
 import os
+import subprocess
 import sys
 
 import fake_virtualbox
 import process_driver
 import pytest
 from driver_cases import *  # noqa: F403 (the tests, for pytest to find)
+from helpers import wait_until
 from vms import SETTINGS, environment
 
+import driverserver
 import hosthypervisor
 import hostseen
 import virtualbox
@@ -72,3 +76,45 @@ def test_what_was_removed_is_on_no_list_though_nobody_has_looked_since():
     watch.forget('')                    # of a VM that was not known
     assert [each['name'] for each in watch.rows()] == ['other'] and watch.row_of('one') is None
     assert told == [('vm-removed', 'one', '')]
+
+
+BUSY = """
+import os, sys, time
+sys.path[:0] = sys.argv[1:3]
+import driverserver, process_driver
+class Busy(process_driver.Processes):
+    def version(self, job):
+        os.mkdir(sys.argv[3])
+        while not os.path.exists(sys.argv[4]):
+            time.sleep(0.01)
+        return '2.0'
+driverserver.run_driver(Busy)
+"""
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='elsewhere its next word ends it')
+@pytest.mark.parametrize('is_killed', [True, False])
+def test_a_busy_process_ends_with_a_host_that_was_killed_alone(tmp_path, is_killed):
+    """What it does would be somebody else's by then; one that hung up has its answer."""
+    begun, go = tmp_path / 'begun', tmp_path / 'go'
+    words = [sys.executable, '-c', BUSY, os.path.dirname(process_driver.__file__),
+             os.path.dirname(driverserver.__file__), str(begun), str(go)]
+    driver = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        for line in ({'settings': dict(SETTINGS, state_dir=str(tmp_path)), 'watches': False},
+                     {'id': 7, 'verb': 'version', 'args': []}):
+            driver.stdin.write(json.dumps(line).encode() + b'\n')
+        driver.stdin.flush()
+        wait_until(begun.exists, 20)
+        driver.stdin.close()
+        if is_killed:
+            driver.stdout.close()
+            assert driver.wait(20) == 1
+        else:
+            go.touch()
+            assert json.loads(driver.stdout.readline().decode())['value'] == '2.0'
+            assert driver.wait(20) == 0
+    finally:
+        go.touch()
+        driver.wait(20)
+        driver.stdout.close()
