@@ -1013,10 +1013,14 @@ def remove_leavings(folder: str) -> None:
 
 
 def note_of(pid: int) -> str:
-    """A process, as `is_at_work` finds it: its number, and when it began where the system tells that."""
+    """A process, as `is_at_work` finds it: its number, and when it began where the system tells that.
+
+    One that has ended has none, though nobody waited for it: the first process of many a container doesn't.
+    """
     try:
         with open('/proc/%d/stat' % pid) as file:
-            return '%d %s' % (pid, file.read().rpartition(')')[2].split()[19])
+            fields = file.read().rpartition(')')[2].split()
+        return '%d %s' % (pid, fields[19]) if fields[0] not in 'ZX' else ''
     except OSError:
         return '%d ' % pid
 

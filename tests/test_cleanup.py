@@ -10,6 +10,7 @@ import time
 
 import fake_virtualbox
 import pytest
+from helpers import wait_until
 from vms import SETTINGS, here
 
 import faults
@@ -325,9 +326,10 @@ def test_what_a_host_agent_that_died_was_making_is_removed(box, vbox, tmp_path):
     note = 'vmhost/maker/' + os.path.dirname(machine.settingsFilePath)
     vbox.setExtraData(note, vboximages.note_of(maker.pid))
     assert box.cleanup() == []
-    maker.kill()
+    maker.kill()                # and nobody waits for it
+    wait_until(lambda: rows(box.cleanup(False)) == [('vm', 'half'), ('disk', disk.location)])
     maker.wait()
-    assert rows(box.cleanup(False)) == [('vm', 'half'), ('disk', disk.location)] and not vbox.extra
+    assert not vbox.extra
     vbox.setExtraData(note, '%d of another start' % os.getpid())       # whose number is another one's now
     box.cleanup(False)
     assert not vbox.extra
