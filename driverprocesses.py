@@ -142,7 +142,7 @@ class Watcher:
         # Guards the calls under way and which process has them. Held for moments, never while writing.
         self._lock = threading.Lock()
         self._calls = collections.OrderedDict()  # type: Dict[int, Call]
-        self._late = set()  # type: Set[int]    # looks at all VMs for which nobody waits any more
+        self._looks = set()  # type: Set[int]    # calls for all VMs that have no answer yet
         self._child = None  # type: Optional[Child]
         self._wanted = threading.Event()         # somebody calls: start the process now
         self._closing = False
@@ -198,6 +198,8 @@ class Watcher:
             if self._closing:
                 raise HypervisorError('the host agent is stopping')
             self._calls[call.id] = call
+            if call.verb == 'machines':
+                self._looks.add(call.id)
             child = self._child
             self._silent_since = self._silent_since or begun
             if child is not None:
@@ -213,8 +215,6 @@ class Watcher:
         finally:
             with self._lock:
                 self._calls.pop(call.id, None)
-                if call.verb == 'machines' and not call.done.is_set():
-                    self._late.add(call.id)
 
     def _check_silence(self, call: Call, deadline: float) -> None:
         """Raises DeadlineExceeded where nobody waits any longer; a process that hangs is ended, even where
@@ -261,7 +261,7 @@ class Watcher:
     def _live_with(self, child: Child) -> None:
         with self._lock:
             self._child = child
-            self._late.clear()
+            self._looks.intersection_update(self._calls)       # of the others nobody tells any more
             calls = [call for call in self._calls.values() if not call.done.is_set()]
             self._owes_since = time.monotonic() if calls else 0.0
             if self._comes_up_until >= 0:
@@ -289,11 +289,12 @@ class Watcher:
             return
         elif 'alive' not in message:
             with self._lock:
-                call, late = self._calls.get(message['id']), message['id'] in self._late
-            if call is not None:
-                call.hear(message)
-            elif late and 'value' in message:
+                call, is_look = self._calls.get(message['id']), message['id'] in self._looks
+                self._looks.discard(message['id'])
+            if is_look and 'value' in message:     # here, so that no older look is taken for the latest; …
                 self._tell_seen(message['value'])
+            if call is not None:                   # … before it is answered; also where nobody waits any more
+                call.hear(message)
         with self._lock:                            # it works
             owes = any(not each.done.is_set() for each in self._calls.values())
             self._heard_at = time.monotonic()

@@ -223,7 +223,7 @@ class Hypervisor:
     def _look(self) -> None:
         """After a change: whoever made it finds the new state known, and no state goes untold."""
         with contextlib.suppress(VMHostError):
-            self._watch.look(self._call('machines', patience=LOOK_PATIENCE))
+            self._call('machines', patience=LOOK_PATIENCE)
 
     # One change at a time for each VM.
 
@@ -358,15 +358,13 @@ class Hypervisor:
         """The rows of `Driver.machines`."""
         seen = self._watch.rows()
         try:
-            rows = self._call('machines', (), *(
+            return self._call('machines', (), *(  # type: ignore[no-any-return]
                 (FIRST_PATIENCE, EVER) if seen is None else (driverprocesses.LIST_PATIENCE,)))
         except DeadlineExceeded as error:
             if seen is None:
                 raise self._silent(error)
             self._asked_in_vain = time.monotonic()
             return seen
-        self._watch.look(rows)
-        return rows
 
     def list_vms(self) -> List[str]:
         """Names of all VMs, sorted."""
