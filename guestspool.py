@@ -176,6 +176,7 @@ class Command:
         self.begun = 0.0               # monotonic: when the fork server was asked
         self._runner = (0, 0)          # its pid and start time, while somebody may delete what says so
         self.told = 0.0                # monotonic: when its status was last sent
+        self._progress = ''            # as it was read last
         self.sent = 0.0                # monotonic: when its results were last sent
         self.taken = None              # type: Optional[int]   # bytes of a streamed input, as far as is known
         self.signals = []              # type: List[int]   # that its processes haven't got yet
@@ -337,8 +338,10 @@ class Command:
             return 0.0
 
     def progress(self) -> str:
-        """What the program wrote into $VM_PROGRESS_FILE."""
-        return self.slice('progress', 0, LARGEST_PROGRESS).decode('utf-8', 'replace').strip()
+        """What the program wrote into $VM_PROGRESS_FILE; while it writes anew, what was read there last."""
+        found = self.slice('progress', 0, LARGEST_PROGRESS).decode('utf-8', 'replace').strip()
+        self._progress = found or self._progress
+        return self._progress
 
     def is_running(self) -> bool:
         """Whether a runner has it, or will."""

@@ -608,7 +608,7 @@ def test_what_is_deleted_as_its_turn_comes_frees_its_place(guests, monkeypatch):
     order = guest.forks.run
 
     def run(folder):
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)       # it may be asked for a second time
         return order(folder)
     monkeypatch.setattr(guest.forks, 'run', run)
     guest.run('c', 'true')
@@ -616,6 +616,16 @@ def test_what_is_deleted_as_its_turn_comes_frees_its_place(guests, monkeypatch):
     monkeypatch.undo()
     guest.run('last', 'true')
     assert guest.result('last')['state'] == 'exited'
+
+
+def test_progress_that_is_written_anew_stays_as_it_was(tmp_path):
+    """A shell empties the file before it writes."""
+    command = guestspool.Command('c', str(tmp_path))
+    told = []
+    for text in ('', '0.5\n', '', '0.6'):
+        (tmp_path / 'progress').write_text(text)
+        told.append(command.progress())
+    assert told == ['', '0.5', '0.5', '0.6']
 
 
 def test_a_signal_that_waits_comes_at_the_begin(guests):
