@@ -33,6 +33,7 @@ PASSING = {                        # what VirtualBox says for a moment: how many
     'lock request pending': NOT_READY,      # another VBoxManage, such as one that looks at the VM, is quicker
     'Failed to assign the machine to the session': NOT_READY,       # a session of another one just ends
     'The session is not locked': NOT_READY,     # its server took it away meanwhile: nothing was changed
+    'was unlocked unexpectedly while attempting to share': NOT_READY,       # the same, a moment later
     'Failed to create the VirtualBox object': 10}       # its server just ends, as it does while nobody asks
 INFO_LINE = re.compile(
     r'^(?:(\w*Snapshot\w+(?:-\d+)*)="(.*?)"|("?[^="\n]+"?)=(?:"((?:[^"\\]|\\.)*)"|([^"\n]*)))$',

@@ -383,7 +383,9 @@ print('7.2.4r1')
 
 @pytest.mark.skipif(os.name == 'nt', reason='runs a script')
 @pytest.mark.parametrize('told', ['Failed to create the VirtualBox object!',
-                                  'Failed to assign the machine to the session (E_ACCESSDENIED)'])
+                                  'Failed to assign the machine to the session (E_ACCESSDENIED)',
+                                  "The machine 'vm' was unlocked unexpectedly while attempting to share its "
+                                  "session"])
 def test_what_just_ends_is_asked_again(tmp_path, monkeypatch, told):
     a_program(tmp_path, monkeypatch, STARTS_LATE % told)
     vboxmanage.VBoxManage(dict(SETTINGS, command_timeout=20)).connect()
