@@ -342,12 +342,13 @@ def test_who_follows_goes_on_after_a_restart_of_the_host_agent(tmp_path):
                           'wait': started(host, 'wait', never_began, cmd_id),
                           'events': started(host, 'events', '-f', '--json', '-n', '1')})
         assert followers['out'].stdout.readline() == b'begun\n'
+        assert [followers[name].stderr.readline() for name in ('run', 'out')] == 2 * [b'error\n']
         assert b'ENOENT' in followers['wait'].stderr.readline()        # it waits for the other one now
         seen = [json.loads(followers['events'].stdout.readline().decode())]
         host.stop()
         for name, process in followers.items():
-            lines = [process.stderr.readline() for _ in range(2 if name in ('run', 'out') else 1)]
-            assert lines[-1] == b'vmhost: the host agent does not answer; waiting up to 60 s for it\n', name
+            line = process.stderr.readline()
+            assert line == b'vmhost: the host agent does not answer; waiting up to 60 s for it\n', name
         stay_on_port(host)
         host.start()
         wait_until(guest.has_joined, 60)

@@ -110,7 +110,8 @@ def test_a_program_that_does_not_read_takes_no_more_than_fits(api):
 
 
 def test_what_was_put_before_is_not_taken_twice(api):
-    cmd_id = begin(api, 'cat', stdin='stream')
+    program = 'trap "exit 0" USR1; cat; while :; do sleep 0.1; done'       # its input ends, and it goes on
+    cmd_id = begin(api, 'sh', '-c', program, stdin='stream')
     for _ in range(2):
         assert api.putCmdInput(cmd_id, b'abc', False, 0) == 3
     assert api.putCmdInput(cmd_id, b'bcdef', False, 1) == 5
@@ -119,7 +120,8 @@ def test_what_was_put_before_is_not_taken_twice(api):
     assert fault_of(api.putCmdInput, cmd_id, b'', True, 3).faultCode == 4      # more than that was put
     for _ in range(2):
         assert api.putCmdInput(cmd_id, b'f!', True, 5) == 2
-    assert api.waitCmd(cmd_id, 10)
+    wait_until(lambda: api.getCmdOutput(cmd_id)['size'] == 7, 20)
+    assert api.signalCmd(cmd_id, 'USR1') and api.waitCmd(cmd_id, 20)
     assert api.getCmdResults(cmd_id)['out'] == 'abcdef!'
     assert fault_of(api.putCmdInput, cmd_id, b'x').faultCode == 4
 
