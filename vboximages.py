@@ -534,7 +534,7 @@ class Disks:
         made. The sooner the better: a user may put files of his own there."""
         if not self.work_goes_on():
             begun = {os.path.dirname(path) for _, path, _ in self._begun()}
-            for folder in begun.difference(making, self.in_the_making()):
+            for folder in begun.difference(making):
                 self.forget_in(folder)
 
     def in_the_making(self) -> List[str]:

@@ -101,7 +101,8 @@ class VirtualBox(Driver):
 
     def connect(self) -> None:
         if self._box.connect():
-            Disks(self._box).forget_what_never_came([])
+            disks = Disks(self._box)
+            disks.forget_what_never_came(disks.in_the_making())
 
     def disconnect(self) -> None:
         self._box.disconnect()

@@ -329,6 +329,17 @@ def test_a_hypervisor_that_hangs_while_the_host_starts_is_there_once_it_answers(
         now.remove_vm('there', True)
 
 
+def hang_server(folder, monkeypatch, ending, first_patience):
+    """Stops the fake's server until ``ending``, and makes all patience short; gives its pid."""
+    server = next(pid for pid in processes() if command_line(pid)[-1:] == [str(folder)])
+    for room, name, seconds in ((driverprocesses, 'SILENCE', 2), (hypervisor, 'HUNG', 1),
+                                (hosthypervisor, 'FIRST_PATIENCE', first_patience)):
+        monkeypatch.setattr(room, name, seconds)
+    os.kill(server, signal.SIGSTOP)
+    ending.callback(os.kill, server, signal.SIGCONT)
+    return server
+
+
 def test_a_change_that_a_hung_hypervisor_keeps_from_beginning_is_told_so(tmp_path, monkeypatch):
     """And not that the VM hangs; who switches it off waits for nobody, and isn't told that it is busy."""
     told = []
@@ -338,12 +349,7 @@ def test_a_change_that_a_hung_hypervisor_keeps_from_beginning_is_told_so(tmp_pat
         ending.callback(box.close)
         box.create_vm('there')
         box.start('there')
-        server = next(pid for pid in processes() if command_line(pid)[-1:] == [str(tmp_path)])
-        for room, name, seconds in ((driverprocesses, 'SILENCE', 2), (hypervisor, 'HUNG', 1),
-                                    (hosthypervisor, 'FIRST_PATIENCE', 0.5)):
-            monkeypatch.setattr(room, name, seconds)
-        os.kill(server, signal.SIGSTOP)
-        ending.callback(os.kill, server, signal.SIGCONT)
+        server = hang_server(tmp_path, monkeypatch, ending, 0.5)
 
         def pause():
             with pytest.raises(faults.DeadlineExceeded) as failed:
@@ -391,12 +397,7 @@ def test_a_vm_is_switched_off_though_the_hypervisor_answers_nobody(tmp_path, mon
         others = [ending.enter_context(a_process_of(*words)) for words in (
             ('0' + uuid[1:],), (uuid, 'VBoxEditor'), (uuid, 'VBoxHeadless', '--comment'))]
         own = ending.enter_context(a_process_of(uuid))
-        server = next(pid for pid in processes() if command_line(pid)[-1:] == [str(tmp_path)])
-        for room, name, seconds in ((driverprocesses, 'SILENCE', 2), (hypervisor, 'HUNG', 1),
-                                    (hosthypervisor, 'FIRST_PATIENCE', 0.7)):
-            monkeypatch.setattr(room, name, seconds)
-        os.kill(server, signal.SIGSTOP)
-        ending.callback(os.kill, server, signal.SIGCONT)
+        server = hang_server(tmp_path, monkeypatch, ending, 0.7)
         assert box.power_off('there') is True
         assert own.wait(10) == -signal.SIGKILL and [other.poll() for other in others] == [None] * 3
         wait_until(lambda: [text for type, vm, text in happened if (type, vm) == ('vm-trouble', 'there')
