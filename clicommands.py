@@ -244,10 +244,7 @@ def visit(host: Client, screen: Screen, vm: str, cmd_id: str, is_back: bool = Fa
     """
     import cliterminal  # which most do without
     try:
-        visit = cliterminal.Visit(host, screen, vm, cmd_id)
-        if is_back:
-            visit.come_back()
-        visit.stay()
+        cliterminal.Visit(host, screen, vm, cmd_id).stay(is_back)
         return exit_code(screen, host.call('getCmdResults', cmd_id))
     except (cliterminal.Detached, NoHost) as left:
         screen.complain('%sthe command continues; come back with `shell %s %s`'

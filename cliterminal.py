@@ -301,8 +301,9 @@ class Visit:
         self._resized, self._resize = os.pipe()
         os.set_blocking(self._resize, False)
 
-    def come_back(self) -> None:
-        """Has the last of what the terminal showed shown again, and its programs draw anew."""
+    def _come_back(self) -> None:
+        """Has the last of what the terminal showed shown again, and its programs draw anew. Raises
+        VMHostError."""
         status = self._host.call('getCmdStatus', self._id)
         begin = max(0, int(status['outSize']) - REPLAYED)
         shown = self._host.output(self._id, 'out', begin, REPLAYED).data
@@ -325,14 +326,19 @@ class Visit:
         self._modes.read(before)
         self._screen.write(self._modes.done())
 
-    def stay(self) -> None:
-        """Until the command has ended. Raises Detached, or VMHostError."""
+    def stay(self, is_back: bool) -> None:
+        """Until the command has ended. Raises Detached, or VMHostError.
+
+        is_back    somebody was there before
+        """
         before = {number: signal.signal(number, leave)
                   for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
         before[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, self._note_size)
         goes_on = True
         try:
             with raw_mode():
+                if is_back:            # in here: who sees it may press Ctrl-C, which is for the program
+                    self._come_back()
                 while goes_on:
                     self._is_behind = False
                     with contextlib.closing(self._host.terminal(self._id, self._offset)) as line:
