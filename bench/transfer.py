@@ -2,7 +2,8 @@
 
 In one run, in turns, medians: our client and server in each combination with the real ones (cctools),
 scp, and a bare socket loop with sendfile as the limit. A large file, and a folder of small ones, put
-and get; the time of a stat and of a new connection. Then the ratios that are promised.
+and get; the time of a stat and of a new connection. Then the ratios that are promised: each is the median
+of its rounds' own, for what is measured minutes apart met other weather.
 """
 
 import argparse
@@ -119,8 +120,8 @@ def timed(do, *words):
 
 
 def measure_moves(ways, sources, scratch, rounds):
-    """{(way, row): seconds}, medians; the ways in turn, so that all meet the same weather, and each round
-    begins with another one: what comes first meets an empty cache."""
+    """{(way, row): [seconds of each round]}; the ways in turn, so that all meet the same weather, and each
+    round begins with another one: what comes first meets an empty cache."""
     times, order = {}, list(ways.items())
     for _ in range(rounds):
         order = order[3:] + order[:3]
@@ -136,7 +137,7 @@ def measure_moves(ways, sources, scratch, rounds):
                     times.setdefault((way, call + what), []).append(timed(do, *words))
                 remove(back)
                 remove(str(served) + there)
-    return {key: statistics.median(value) for key, value in times.items()}
+    return times
 
 
 def measure_latency(address):
@@ -154,7 +155,8 @@ def measure_latency(address):
 def promises(times, latency):
     """(what, ratio, at least)."""
     def ratio(slow, fast, row):
-        return times[slow, row] / times[fast, row] if (slow, row) in times else None
+        if (slow, row) in times:
+            return statistics.median(a / b for a, b in zip(times[slow, row], times[fast, row]))
     for row in ('put file', 'get file'):
         yield row + ': ours, against the real pair', ratio('real/real', 'ours/ours', row), 0.9
         yield row + ': our client, real server', ratio('real/real', 'ours/real', row), 0.9
@@ -171,7 +173,7 @@ def promises(times, latency):
 
 def report(times, latency, size):
     for way, row in sorted(times, key=lambda key: (key[1], key[0])):
-        seconds = times[way, row]
+        seconds = statistics.median(times[way, row])
         print('%-12s %-22s %8.3f s%s' % (
             row, way, seconds, '  %6.0f MB/s' % (size / seconds / 1e6) if 'file' in row else ''))
     for name, (stat, connecting) in sorted(latency.items()):
