@@ -302,10 +302,14 @@ def open_standard_streams() -> None:
 def hand_on_no_descriptors() -> None:
     """What this program was started with beside its streams, a lock's or a pipe's say, is for nobody that it
     starts: what goes on for days would hold it as long."""
-    for name in os.listdir('/proc/self/fd' if os.path.isdir('/proc/self/fd') else '/dev/fd'):
-        if int(name) > 2:
+    open_ones: Iterable[int] = range(65536)    # where there is no list of them
+    for folder in ('/dev/fd', '/proc/self/fd'):
+        with contextlib.suppress(OSError):
+            open_ones = map(int, os.listdir(folder))
+    for descriptor in open_ones:
+        if descriptor > 2:
             with contextlib.suppress(OSError):     # the one of this list itself is closed by now
-                os.set_inheritable(int(name), False)
+                os.set_inheritable(descriptor, False)
 
 
 def set_up_logging(settings: Any, unheard: str = '') -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -165,7 +166,6 @@ def test_nice_and_limits(host, guest):
         ('signaled', signal.SIGXCPU), ('signaled', signal.SIGKILL))
 
 
-@pytest.mark.skipif(os.name != 'posix' or os.getuid() != 0, reason='only root may change the user')
 class StartedWithoutStreams(Agent):
     """As some services start theirs."""
 
@@ -180,6 +180,25 @@ def test_an_agent_without_standard_streams(host, tmp_path):
         assert (results['out'], results['err']) == ('out\n', 'err\n')
 
 
+class WithoutProc(Agent):
+    """As in a chroot into which nobody mounted it."""
+
+    def words(self):
+        script = 'mount -t tmpfs none /proc && exec "$@"'
+        return ['unshare', '--mount', 'sh', '-c', script, 'sh'] + super().words()
+
+
+@pytest.mark.skipif(os.name != 'posix' or os.getuid() != 0, reason='only root may mount')
+@pytest.mark.skipif(not shutil.which('unshare'), reason='needs unshare')
+def test_an_agent_without_proc(host, tmp_path):
+    with WithoutProc(tmp_path, host, 'procless'):
+        results = host.run('procless', 'sh', '-c', 'cat; exit 3', stdin='in')
+        assert (results['state'], results['exitCodeOrSignal'], results['out']) == ('exited', 3, 'in'), results
+        results = host.run('procless', 'sh', '-c', 'sleep 600 & sleep 600', timeout=0.3)
+        assert (results['state'], results['exitCodeOrSignal']) == ('timeout', signal.SIGTERM), results
+
+
+@pytest.mark.skipif(os.name != 'posix' or os.getuid() != 0, reason='only root may change the user')
 def test_user(host, guest, api):
     cmd_id = api.runCmd('one', 'id', ['-un'], {}, '/', '', {'user': 'nobody'})
     assert host.results(cmd_id)['out'] == 'nobody\n'
