@@ -166,12 +166,12 @@ def test_a_look_at_what_is_just_being_cancelled_doesnt_take_it_for_lost(guests, 
 def test_what_is_cancelled_before_it_came_is_never_begun(guests, monkeypatch):
     """The main thread looks for the next one to begin, while the cancelled one is noted."""
     guest = guests()
-    real = guestcommands.Commands._add
+    real = guest.commands._table.add
 
-    def add(commands, command):
-        real(commands, command)
-        commands._begin_waiting()
-    monkeypatch.setattr(guestcommands.Commands, '_add', add)
+    def add(command):
+        real(command)
+        guest.commands._begin_waiting()
+    monkeypatch.setattr(guest.commands._table, 'add', add)
     guest.signal('c', 'KILL', cancel=True)
     assert guest.result('c')['state'] == 'cancelled'
 
@@ -694,7 +694,7 @@ def test_what_is_put_back_while_it_is_looked_at_is_not_lost(guests, monkeypatch)
     has = guestspool.Command.has
 
     def put_back(self, name):
-        guest.commands._put_back(command)
+        guest.commands._table.put_back(command)
         return has(self, name)
     monkeypatch.setattr(guestspool.Command, 'has', put_back)
     guest.commands._look_at(command, time.monotonic())
@@ -752,7 +752,7 @@ def test_a_look_at_what_is_just_put_back_into_the_queue_loses_nothing(guests, mo
     guest = guests(max_commands=1)
     guest.run('first', 'sh', '-c', 'until [ -e go ]; do sleep 0.01; done')
     guest.run('a', 'echo', 'hi')
-    command = guest.commands._commands['a']
+    command = guest.commands._table.find('a')
 
     class PutBack(guestspool.Command):
         reads = 0

@@ -199,8 +199,8 @@ def test_what_an_earlier_host_had_sent_is_known_again(tmp_path):
 
 def test_output_is_here_as_it_is_written(host, api):
     """The program goes on only once its line was read here. How fast that is: bench/terminal.py."""
-    cmd_id = begin(api, 'python3', '-c', 'for line in range(10): print(line, flush=True); input()',
-                   stdin='stream')
+    program = 'for line in range(10): print("%d\\n" % line, end="", flush=True); input()'
+    cmd_id = begin(api, 'python3', '-c', program, stdin='stream')
     text = b''
     for line in range(10):
         part = api.getCmdOutput(cmd_id, 'out', len(text), 65536, 20)
