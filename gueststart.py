@@ -65,10 +65,14 @@ log = logging.getLogger('vmguest')
 # no more. Its words: the folder to work in, the path to execute, then the words of the program. It writes P
 # and the program's pid to descriptor 3; or D (the folder) or E (the program) and an errno. Where descriptor 4
 # is the folder of a control group, the program begins within that (a move would hold up all that fork).
+# Signals 32 and 33 are the C library's own: its posix_spawn leaves them ignored, and can't be told not to.
 STARTERS = {'x86_64': bytes.fromhex(
     '488b1c24'                 # _start: mov rbx, [rsp]                 argc
     '488d6c2408'               #         lea rbp, [rsp+8]               argv
     '4c8d64dd08'               #         lea r12, [rbp+rbx*8+8]         envp
+    '6a006a006a006a004889e631d26a08415a'       # 4 × push 0; mov rsi, rsp; xor edx, edx; push 8; pop r10
+    '6a205f6a0d580f05'         #         rt_sigaction(32, default)
+    '6a215f6a0d580f05'         #         rt_sigaction(33, default)
     '6a44415d'                 #         push 'D'; pop r13
     '6a5058488b7d000f05'       #         chdir(argv[0])
     '85c07864'                 #         test eax, eax; js failed

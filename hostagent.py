@@ -27,10 +27,10 @@ from hostguests import Guests
 from hostinput import Inputs
 from hostjournal import Journal, JournalError
 from hostleases import Leases
-from hostlink import Connection
+from hostlink import Connection, server_tls
 from hostmachines import Machines
 from hostoutput import Fetcher, Output
-from hostserver import Server
+from hostserver import Server, why_open_to_all
 from hostshortcut import Feed
 from hoststate import StateFolder
 from hosttransfers import Transfers
@@ -274,6 +274,7 @@ def run_host(ini: Optional[str]) -> int:
     host = session = None
     try:
         settings = read_settings(ini)
+        check_settings(settings)
         agent.set_up_logging(settings.Logging, os.path.join(settings.Host.state_dir, LOG))
         sys.setswitchinterval(agent.SWITCH_INTERVAL)
         host = Host(settings)
@@ -295,6 +296,18 @@ def run_host(ini: Optional[str]) -> int:
             host.stop()
         if session is not None:
             session.close()
+
+
+def check_settings(settings: Any) -> None:
+    """That the values go together, and their files are there, before anything is made. Raises VMHostError or
+    ConfigError."""
+    refusal = why_open_to_all(settings.Host)
+    if refusal:
+        raise agent.ConfigError(refusal)
+    if settings.Broker.embedded:
+        server_tls(settings.Broker)
+    elif settings.Broker.tls:
+        agent.client_tls(settings.Broker.ca_file)
 
 
 def complain(why: str, ini: Optional[str]) -> None:

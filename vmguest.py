@@ -45,6 +45,7 @@ from guestforks import ForkServer
 from guestidentity import (
     SERVED,
     Secret,
+    check_configured,
     find_broker_port,
     identify,
     make_folder,
@@ -638,6 +639,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         settings = agent.read_settings(ini, SETTINGS)
         settings.Broker.host = options.get('--broker', settings.Broker.host)
         settle_folders(settings.VM, ini or '')
+        check_configured(settings.VM)
         if '--check' in options:
             return check(settings)
         agent.hand_on_no_descriptors()

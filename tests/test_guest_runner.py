@@ -297,6 +297,8 @@ def test_signals_are_the_defaults_whatever_the_agent_inherited(tmp_path):
         for name in ('TERM', 'HUP', 'USR1', 'PIPE', 'USR2'):
             result = runners.run('sh', '-c', 'kill -%s $$; echo survived' % name)
             assert (result['state'], result['out']) == ('signaled', b''), name
+        shown = runners.run('grep', '-E', '^Sig(Blk|Ign)', '/proc/self/status')['out'].split()
+        assert set(shown[1::2]) == {b'0' * 16}      # the C library's own, 32 and 33, too
     finally:
         runners.close()
 
