@@ -41,6 +41,7 @@ LOOK_EVERY = 0.2               # seconds between looks whether the start was can
 OWN_PATH = '/usr/local/bin:/usr/bin:/bin'      # PATH of another user …
 ROOTS_PATH = '/usr/local/sbin:/usr/sbin:/sbin:' + OWN_PATH     # … and of root
 REPORT = 3                     # the descriptor on which the starter reports
+CPU_GRACE = 5                  # seconds of a processor between XCPU and KILL, for who exceeds limits.cpu
 ALL_LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith('RLIMIT_')]
 LEAST = {'nofile': REPORT + 1, 'cpu': 1, 'as': 128 * 1024}     # with less no program can begin (its stack)
 # What a death by these signals speaks for, where such a limit was asked for.
@@ -529,7 +530,7 @@ def set_limit(name: str, value: int) -> None:
     if value < LEAST.get(name, 0):
         raise OSError(errno.EINVAL, 'no program can begin with %d' % value, 'limits.%s' % name)
     try:
-        resource.setrlimit(which, (value, value + 5 if name == 'cpu' else value))
+        resource.setrlimit(which, (value, value + CPU_GRACE if name == 'cpu' else value))
     except ValueError as error:        # what the system refuses with EPERM
         raise OSError(errno.EPERM, str(error), 'limits.%s' % name)
     except OverflowError:

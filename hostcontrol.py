@@ -327,15 +327,22 @@ class Control:
 
     def status(self, execution: Execution) -> Dict[str, Any]:
         """How far it is, as the guest told last; how it ended."""
-        told = execution.answer() if execution.ended else execution.status
-        age = max(0, time.time() - execution.ended) if execution.ended else \
+        status = self._status(execution, execution.ended)
+        if status['ended'] != execution.ended:         # meanwhile
+            status = self._status(execution, execution.ended)
+        return status
+
+    def _status(self, execution: Execution, ended: float) -> Dict[str, Any]:
+        """``ended``: when it did; 0: not yet, though it may have by now."""
+        told = execution.answer() if ended else execution.status
+        age = max(0, time.time() - ended) if ended else \
             time.monotonic() - execution.status_time if execution.status_time else -1
         return {'state': self.shown_state(execution),
                 'pid': told.get('pid', 0), 'processes': told.get('processes', 0),
                 'wall': told.get('wall', 0), 'resources': told.get('resources', {}),
                 'outSize': told.get('out-size', 0), 'errSize': told.get('err-size', 0),
                 'progress': execution.status.get('progress', ''), 'error': told.get('error', ''),
-                'ended': execution.ended, 'end': describe_end(told) if execution.ended else '', 'age': age}
+                'ended': ended, 'end': describe_end(told) if ended else '', 'age': age}
 
     # What guests know of it.
 

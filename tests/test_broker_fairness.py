@@ -218,6 +218,7 @@ def test_other_frames_count_little(broker, connect):
     assert broker.counters()['slowed'] > 0
 
 
+@pytest.mark.once
 @pytest.mark.parametrize('how', ['two topics', 'receipts'])
 def test_few_bytes_that_make_much_work_delay_nobody(how):
     """A message to 500 subscriptions costs as much as 500; what one read brought was done in one turn."""

@@ -275,6 +275,7 @@ def test_heads_of_unfinished_frames_count_too():
 
 # --- who floods ---
 
+@pytest.mark.once
 def test_a_flood_delays_others_little():
     """One sends as fast as it can; the others' requests are answered meanwhile."""
     with Program() as program, connected(program, 3) as (flooder, asker, answerer):

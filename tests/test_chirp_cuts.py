@@ -409,6 +409,7 @@ class Failing:
         return self._file.write(data)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize('call', ['put', 'get'])
 def test_a_file_that_the_disk_loses_leaves_the_others_of_its_folder_alone(client, served, tmp_path,  # noqa: F811
                                                                           monkeypatch, call):
@@ -512,7 +513,7 @@ def test_a_folder_in_the_place_of_a_file_stays(client, served, tmp_path):  # noq
 
 @pytest.mark.once
 def test_a_sparse_file_stays_sparse(client, served, tmp_path):  # noqa: F811
-    size = int(os.environ.get('CHIRP_SPARSE', 256 << 20))
+    size = int(os.environ.get('CHIRP_SPARSE', 64 << 20))
     source = tmp_path / 'source'
     with open(str(source), 'wb') as file:
         file.write(b'begin')

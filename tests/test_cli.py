@@ -206,6 +206,7 @@ def test_one_that_hangs_holds_up_nobody_and_ends_by_the_limit(host, guests, tmp_
     verb(host, 'forget', '--force', 'hung')
 
 
+@pytest.mark.once
 def test_who_is_absent_is_no_success_and_who_is_at_work_is_not_forgotten_by_mistake(host, guests, tmp_path):
     with Agent(tmp_path, host, 'away') as away:
         cmd_id = verb(host, 'run', '-d', 'away', '--', 'sleep', '99').strip()
@@ -508,6 +509,7 @@ def stubborn(host, *options):
     return cmd_id
 
 
+@pytest.mark.once
 def test_who_kills_what_ignores_it_is_told_so(host, guests):
     cmd_id = stubborn(host)
     done = host.verb('kill', cmd_id)
@@ -651,6 +653,7 @@ def test_what_check_says_of_who_is_lost_and_who_has_left():
     assert hostcheck.check_absent(dict(gone, left=True)).mend.startswith('left: ')
 
 
+@pytest.mark.once
 @pytest.mark.parametrize('folder', ['host', 'by-tcp-' + 'x' * 60])      # no Unix socket has such a path
 def test_check_of_machines_that_are_lost_and_of_a_host_that_hangs(folder, tmp_path):
     with Host(tmp_path / folder) as host:
@@ -788,6 +791,7 @@ def test_verbs_of_vms(words, said, called, tmp_path, monkeypatch):
         assert host.calls[-1] == called
 
 
+@pytest.mark.once
 @pytest.mark.parametrize('ports', ['', 'http', '1:2:3', ':80', '80:', '-1:80', '1234567'])
 def test_ports_that_are_none_are_said_as_they_are_typed(ports, tmp_path):
     with PlayedHost(tmp_path, VM_ANSWERS) as host:
@@ -975,6 +979,7 @@ def test_hints_name_the_program_as_it_was_called(program, words, on_windows, sai
     assert hostclient.called('vmhost.py', venv, False, True) == '/srv/.venv/bin/python vmhost.py'
 
 
+@pytest.mark.once
 @pytest.mark.parametrize('before, start', [
     (['mine.ini'], ' mine.ini'), ([], ''), ([''], ' ""')])
 def test_who_has_no_host_agent_is_told_how_to_start_it_as_they_called_it(before, start, tmp_path):

@@ -372,6 +372,7 @@ def test_much_goes_there_and_comes_back(guest, api, tmp_path, make, size, compar
         shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
 
+@pytest.mark.once
 def test_a_transfer_that_is_cut_at_random_places_goes_on(tmp_path, monkeypatch):
     """20 cuts each way: each byte moves once, give or take what was under way."""
     size, places = 24 * 2 ** 20, random.Random(5)
@@ -426,6 +427,7 @@ def test_output_is_fetched_and_stays_when_the_guest_is_gone(tmp_path):
             assert os.listdir(os.path.join(host.state, 'output')) == []
 
 
+@pytest.mark.once
 def test_output_beyond_the_limit_comes_by_files_too_and_not_by_words(tmp_path):
     """Which a guest may say so many of alone, and each a slice."""
     with Host(tmp_path / 'host', fetch_limit='1M') as host, Agent(tmp_path / 'guest', host, 'g') as guest, \
@@ -440,6 +442,7 @@ def test_output_beyond_the_limit_comes_by_files_too_and_not_by_words(tmp_path):
             <= 2 * 2 ** 20
 
 
+@pytest.mark.once
 def test_what_is_forgotten_while_it_is_fetched_is_fetched_no_further(tmp_path):
     """The guest's server holds its output up for ever; so does what is left when the host stops."""
     with Host(tmp_path / 'host') as host, Agent(tmp_path / 'guest', host, 'g') as guest:
@@ -555,6 +558,7 @@ def test_a_guest_without_files_is_acknowledged_all_the_same(tmp_path):
         assert 'no Chirp server' in guest.log() and cmd_id in host.log()
 
 
+@pytest.mark.once
 @pytest.mark.skipif(os.name != 'posix' or os.getuid() != 0 or not shutil.which('chirp_server'),
                     reason='needs root, and chirp_server')
 @pytest.mark.parametrize('user', ['nobody', 'root'])

@@ -124,6 +124,7 @@ def test_max_commands_is_never_exceeded(guests):
         assert file.read() == '+\n-\n' * 100
 
 
+@pytest.mark.once
 def test_a_kill_as_the_turn_comes_is_told_truly(guests):
     """Either it never ran, or the signal ended it; and its result is one of the two."""
     guest = guests(max_commands=1)

@@ -245,6 +245,7 @@ def test_what_an_agent_does_not_answer_for_is_cancelled_and_told_truly(host, gue
     wait_until(lambda: told()[0] != 'cancelled' or not proof.runs(), 20)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize('name', ['TERM', 'KILL'])
 def test_what_is_cancelled_while_its_agent_starts_anew_never_runs(host, tmp_path, api, name):
     """The agent was killed a moment ago, and nobody knows yet; the next one is there before the time for an
@@ -263,6 +264,7 @@ def test_what_is_cancelled_while_its_agent_starts_anew_never_runs(host, tmp_path
         assert proof.runs() == 0 and api.getCmdResults(cmd_id)['state'] == 'cancelled'
 
 
+@pytest.mark.once
 def test_what_waits_in_a_restored_spool_and_ran_since_never_runs_again(host, tmp_path, api):
     proofs = {name: Proof(tmp_path / name) for name in ('over', 'begun', 'waits')}
     with Agent(tmp_path / 'restored', host, 'restored', max_commands=1) as agent:
@@ -358,6 +360,7 @@ def test_results_are_the_truth_though_the_command_expires_as_they_come(tmp_path)
         journal.close()
 
 
+@pytest.mark.once
 def test_all_of_a_multicast_are_signalled_whoever_is_away(host, guest, absent, tmp_path, api):
     absent.start()
     cmd_id = api.runCmdOnAll('*', 'sleep', ['60'])
@@ -382,6 +385,7 @@ def test_what_is_forgotten_makes_room_in_its_guest(host, guest, api):
 
 # --- expired ---
 
+@pytest.mark.once
 def test_what_has_not_begun_in_time_never_does(tmp_path):
     proof = Proof(tmp_path)
     with Host(tmp_path / 'host', vm_gc_grace=1) as host:

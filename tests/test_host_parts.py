@@ -19,6 +19,7 @@ import climachines
 import faults
 import hostapi
 import hostcommands
+import hostcontrol
 import hostguests
 import hostjournal
 import hostrequests
@@ -402,6 +403,30 @@ def test_a_command_ends_once(journal):
     assert commands.finish(execution, results_of(cmd_id), True)
     assert not commands.finish(execution, results_of(cmd_id, exitCodeOrSignal=5), True)
     assert commands.find(cmd_id)[0].answer()['exitCodeOrSignal'] == 0
+
+
+def test_a_status_is_whole_though_the_command_ends_while_it_is_told(journal):
+    commands = hostcommands.Commands(journal)
+    cmd_id, [execution] = new_command(commands)
+    commands.heard_status(execution, 'running', Message('', 'CMD_STATUS', {}, {'wall': 1}))
+    machines = types.SimpleNamespace(
+        is_suspended=lambda vm: not commands.finish(execution, results_of(cmd_id), True))
+    status = hostcontrol.Control(commands, None, machines, None, 10 ** 6).status(execution)
+    assert (status['state'], status['end'], status['ended'] > 0, status['wall']) == (
+        'exited', 'exited 0', True, 0)
+
+
+def test_who_sees_that_a_command_has_ended_sees_its_results(journal, monkeypatch):
+    commands, seen = hostcommands.Commands(journal), []
+    cmd_id, [execution] = new_command(commands)
+
+    def watch(self, name, value):
+        object.__setattr__(self, name, value)
+        if self.ended:
+            seen.append((self.answer().get('exitCodeOrSignal'), self.state, self.fetched))
+    monkeypatch.setattr(hostjournal.Execution, '__setattr__', watch, raising=False)
+    commands.finish(execution, results_of(cmd_id), False)
+    assert set(seen) == {(0, 'exited', False)}
 
 
 def test_what_is_not_answered_is_published_again(journal, clock):

@@ -276,11 +276,11 @@ def test_an_output_that_is_full_and_machines_that_no_hypervisor_has(tmp_path):
 
 
 def test_a_bundle_that_cant_be_written_is_a_sentence(tmp_path):
-    for program in 'vmhost.py', 'vmguest.py', 'vmboinc.py':
-        for place in tmp_path, tmp_path / 'missing' / 'x.pyz':
-            code, text = run('--bundle', place, program=program)
-            assert code == 1
-            sentences(text, str(place), 'can\'t be written')
+    for program, place in (('vmhost.py', tmp_path), ('vmguest.py', tmp_path / 'missing' / 'x.pyz'),
+                           ('vmboinc.py', tmp_path)):
+        code, text = run('--bundle', place, program=program)
+        assert code == 1
+        sentences(text, str(place), 'can\'t be written')
     assert not os.path.exists(str(tmp_path) + '.new')
 
 

@@ -314,6 +314,7 @@ def test_run_passes_much_in_bounded_memory(host, guest, tmp_path):
     assert max(peaks) < 80 * 1024, peaks
 
 
+@pytest.mark.once
 def test_much_input_is_exact_though_the_guest_agent_is_restarted(host, tmp_path):
     with Agent(tmp_path, host, 'killed') as agent:
         process = subprocess.Popen(host.command('run', '-i', 'killed', 'sha256sum'), stdin=subprocess.PIPE,
@@ -474,6 +475,7 @@ def test_who_comes_back_to_a_full_screen_has_its_modes(host, guest):
     assert '\033[?1049l' in person.wait()[1].partition('99999')[2]
 
 
+@pytest.mark.once
 def test_who_interrupts_a_flood_does_not_see_it_to_its_end(host, guest):
     pid, fd = pty.fork()
     if pid == 0:

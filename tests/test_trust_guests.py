@@ -125,6 +125,7 @@ def give_orders_without_proof(greeting, stranger, agent, mark):
     assert 'vmhost 1.0 gives none' in log or greeting != 'as of 1.0'
 
 
+@pytest.mark.once
 def test_who_takes_the_hosts_place_gets_a_guest_that_does_nothing(tmp_path):
     """A local user on its port while it is away; or who is asked by ARP for its address."""
     with Host(tmp_path / 'host') as host:
@@ -278,6 +279,7 @@ with Stranger(61613, '10.99.0.1') as stranger:
 ''' % (TOP, os.path.join(TOP, 'tests'))
 
 
+@pytest.mark.once
 @pytest.mark.skipif(not may_make_networks(), reason='needs network namespaces')
 def test_the_default_gateways_broker_commands_nobody(tmp_path):
     """And what it is told at the first use isn't what the host is told, at the next address."""

@@ -151,6 +151,7 @@ elif words[0] == 'unregistervm':
 """ % {'one': ONE, 'two': ONE.replace('6', '7')}
 
 
+@pytest.mark.once
 @pytest.mark.skipif(os.name == 'nt', reason='runs a script')
 def test_a_vm_may_have_the_name_of_those_that_can_not_be_read(tmp_path, monkeypatch):
     """VBoxManage lists both alike."""
@@ -269,6 +270,7 @@ def one(tmp_path, monkeypatch):
     return call
 
 
+@pytest.mark.once
 @pytest.mark.skipif(os.name == 'nt', reason='runs a script')
 @pytest.mark.parametrize('verb', ['power_off', 'save_state'])
 def test_ports_of_a_guest_are_reached_here(one, verb):
@@ -289,6 +291,7 @@ def test_ports_of_a_guest_are_reached_here(one, verb):
     assert moved[0]['hostPort'] not in (first['hostPort'], second['hostPort'])
 
 
+@pytest.mark.once
 @pytest.mark.skipif(os.name == 'nt', reason='runs a script')
 def test_what_to_do_where_the_saved_state_is_cut(one, tmp_path):
     one('create_vm', 'one', '', {'diskSize': 0})
@@ -298,6 +301,7 @@ def test_what_to_do_where_the_saved_state_is_cut(one, tmp_path):
         one('start', 'one')
 
 
+@pytest.mark.once
 @pytest.mark.skipif(os.name == 'nt', reason='runs a script')
 def test_no_vm_that_was_made_keeps_the_mark_of_one_in_the_making(one, tmp_path):
     """For which `cleanup` would take it away: VirtualBox was seen to keep it, though it says yes."""
@@ -315,6 +319,7 @@ def test_a_vm_whose_process_ends_under_a_verb_is_told_at_once(one):
         one('reset', 'one')
 
 
+@pytest.mark.once
 @pytest.mark.skipif(os.name == 'nt', reason='runs a script')
 def test_a_forward_of_a_port_that_was_asked_for_stays_there(one):
     with socket.socket() as other:
