@@ -4,7 +4,6 @@ No threads, no locks; while `run` lasts, the signals that would end it are hande
 """
 
 import argparse
-import binascii
 import contextlib
 import fnmatch
 import os
@@ -188,8 +187,6 @@ def do_rerun(host: Client, screen: Screen, args: Any) -> int:
         was, args.begun = host.call('getCmdDetails', args.id), b''
     options = dict(was['options'])
     options.pop('fileForStdin', '')
-    if 'stdin64' in options:
-        options['stdin'] = Binary(binascii.a2b_base64(options.pop('stdin64')))
     if options.pop('terminal', None) or options.get('stdin') == STREAM:
         options.pop('stdin', None)
         screen.complain('%s had input as it came, which is not kept: it gets none now' % args.id)

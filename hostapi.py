@@ -630,7 +630,7 @@ class CommandMethods(Methods):
 
         args: a list of texts; env: laid over the guest's own; path: the folder it starts in, relative to
         dir_to_serve; each as base64 where its bytes aren't UTF-8, or XML can't carry them. fileForStdin: a
-        file in the guest. Options: stdin (text, base64 for exact bytes, or 'stream': putCmdInput brings it),
+        file in the guest. Options: stdin (text, or 'stream': putCmdInput brings it), stdin64 (exact bytes),
         terminal ({rows, columns, term}: one of its own, its input streamed), timeout, killAfter (s), user,
         envClear, nice, limits {as, cpu, fsize, nofile, nproc: of each process; memory (bytes), cpus (cores:
         0.5, say), pids: of all together, where the guest can make control groups}, leave (daemons go on after

@@ -95,6 +95,7 @@ SWEEP_PAUSE = 0.05             # seconds between two slices of a look for old fo
 GREETING_PATIENCE = 5.0        # seconds that results wait for the host's greeting on a new connection
 FAREWELL_PATIENCE = 1.0        # … and that the BYE of an agent waits for it that ends as it joins
 HELLO_LIMIT = 8 * 1000         # bytes of the commands in a HELLO, which may be the first word
+SHORTEST_BEACON = 0.5          # seconds between two beacons, whatever is asked for
 HELLO_EVERY = 1.0              # seconds between two of them, whoever asks
 
 
@@ -115,7 +116,7 @@ class Agent:
         self.name = settings.VM.name or socket.gethostname()
         self.boot = read_boot_id()
         self.session = os.urandom(8).hex()
-        self.beacon_interval = max(0.5, settings.VM.beacon_interval)
+        self.beacon_interval = max(SHORTEST_BEACON, settings.VM.beacon_interval)
         self.aint = 0
         self._aints = agent.Seldom(log)        # a stranger's broker says them as fast as it likes
         self.stopping = False
@@ -380,8 +381,8 @@ class Agent:
         """The host's name for this guest, and its wishes."""
         self.name = self._commands.name = message.text('name', self.name)
         self.files.admit(message)
-        interval = message.number('beacon_interval', self.beacon_interval)
-        self.beacon_interval = min(max(0.5, interval), 3600.0)
+        wanted = message.number('beacon_interval', self.settings.VM.beacon_interval)
+        self.beacon_interval = max(SHORTEST_BEACON, min(wanted, self.settings.VM.beacon_interval))
         if message.get('max_frame') is not None:
             self.reports.limit(message.number('max_frame'))
         log.info('joined the host at %s as %s, id %s', self.link.peer_address[0], self.name, self.id)

@@ -607,7 +607,8 @@ def test_results_are_read_or_refused(keys):
 @pytest.mark.parametrize('options', [
     {'timeout': float('inf')}, {'timeout': float('nan')}, {'killAfter': -1}, {'inlineOutput': 1e19},
     {'nice': 10 ** 400}, {'limits': {'as': float('nan')}}, {'limits': {'cpu': 10 ** 400}},
-    {'limits': {'nothing': 1}}, {'stdin': 5}, {'typo': 1}, {'endLeft': 2}, {'queue': -1}])
+    {'limits': {'nothing': 1}}, {'stdin': 5}, {'stdin64': '!'}, {'stdin64': 'zwölf'},
+    {'stdin64': '', 'stdin': ''}, {'typo': 1}, {'endLeft': 2}, {'queue': -1}])
 def test_options_that_no_guest_could_follow(options):
     with pytest.raises(faults.InvalidParams):
         hostrequests.read_options(options)

@@ -136,8 +136,12 @@ def processes_called(words):
 def test_stdin_as_text_bytes_and_file(host, guest, api):
     assert host.run('one', 'cat', stdin='zwölf\n')['out'] == 'zwölf\n'
     exact = bytes(range(256))
-    results = host.run('one', 'cat', stdin=xmlrpc.client.Binary(exact))
-    assert base64.b64decode(results['out64']) == exact
+    for option in ({'stdin': xmlrpc.client.Binary(exact)}, {'stdin64': xmlrpc.client.Binary(exact)},
+                   {'stdin64': base64.encodebytes(exact).decode()}):
+        results = host.run('one', 'cat', **option)
+        assert base64.b64decode(results['out64']) == exact
+        asked = api.getCmdDetails(results['cmd-id'])['options']      # may be asked for as it is told
+        assert base64.b64decode(host.run('one', 'cat', **asked)['out64']) == exact
     with open(os.path.join(guest.files, 'input'), 'w') as file:
         file.write('from a file')
     results = host.results(api.runCmd('one', 'cat', [], {}, '', 'input'))

@@ -211,6 +211,22 @@ def test_who_ends_while_the_host_greets_says_bye(stranger, tmp_path):
         agent.stop()
 
 
+@pytest.mark.parametrize('own, told', [(3600, 0.5), (0.5, 3600)])
+def test_a_beacon_comes_as_often_as_the_guest_or_its_host_wants(stranger, tmp_path, own, told):
+    """A host asks for what it can do with; who wants more is not slowed."""
+    secret = os.urandom(32)
+    agent = guest_at(stranger, tmp_path / 'guest', secret=secret.hex(), beacon_interval=own).start(wait=False)
+    try:
+        nonces = 'one', stranger.hear('HELLO')[1]['nonce'], 'a' * 32
+        stranger.say('HELLO ' + json.dumps({
+            'nonce': 'a' * 32, 'key': 'k', 'name': 'one', 'beacon_interval': told,
+            'proof': keyed(secret, 'host', *nonces).hexdigest()}), 'one')
+        for _ in range(3):
+            stranger.hear('STILL_ALIVE')
+    finally:
+        agent.stop()
+
+
 def listens(port):
     with socket.socket() as client:
         return client.connect_ex(('127.0.0.1', port)) == 0

@@ -45,6 +45,13 @@ def test_first_use_pins_a_secret(host, guest, api):
     assert api.getCmdResults(cmd_id)['finished'] is True
 
 
+@pytest.mark.parametrize('grace, interval', [(1, 1), (30, 10), ('5m', 100)])
+def test_a_greeting_tells_how_often_a_beacon_is_wanted(tmp_path, grace, interval):
+    """Whatever guest.ini says: one of 60 s was lost to its host, and found, again and again."""
+    with Host(tmp_path, vm_gc_grace=grace) as host, contextlib.closing(Guest(host.broker_port, 'g')) as guest:
+        assert guest.hello()['beacon_interval'] == interval
+
+
 def test_it_is_told_once_and_proved_from_then_on(host, guest, api):
     secret = os.urandom(32)
     guest('again', secret).join()
