@@ -60,7 +60,7 @@ def our_server(folder, **options):
                     if thread not in before and thread.name.startswith('chirp')]
 
 
-@pytest.fixture(params=['ours', pytest.param('real', marks=[needs_cctools, pytest.mark.ends])])
+@pytest.fixture(params=['ours', pytest.param('real', marks=[needs_cctools, pytest.mark.once])])
 def served(request, tmp_path):
     """(address, the folder that is served)."""
     let_others_in(tmp_path)

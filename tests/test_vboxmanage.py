@@ -340,6 +340,7 @@ def interfaces(tmp_path, *rows):
     (tmp_path / 'interfaces').write_text(text)
 
 
+@pytest.mark.once
 @pytest.mark.skipif(os.name == 'nt', reason='runs a script')
 @pytest.mark.parametrize('verb', ['power_off', 'save_state'])
 def test_a_card_in_the_network_of_this_machine(one, tmp_path, monkeypatch, verb):

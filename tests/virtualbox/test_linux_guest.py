@@ -265,7 +265,8 @@ def test_a_snapshot_restored_under_commands(guest):
     guest.fresh = True
 
 
-@pytest.mark.parametrize('way', [ByCommandLine, ByXMLRPC])
+@pytest.mark.parametrize('way', [ByCommandLine, pytest.param(ByXMLRPC, marks=pytest.mark.skipif(
+    not os.environ.get('VMHOST_FULL'), reason='the old wrapper does much the same: VMHOST_FULL=1'))])
 def test_the_whole_job(guest, way):
     """By the command line from the VM's registration on, by XML-RPC from the snapshot with the agent."""
     by = way(guest)
