@@ -416,6 +416,10 @@ def test_an_agent_is_told_what_is_left_of_the_time():
 
 # --- queue ---
 
+def test_whom_a_glob_matches_that_are_all_away_are_not_unknown(absent, api):
+    fault = fault_of(api.runCmdOnAll, 'awa[y]', 'true')
+    assert fault.faultCode == 2 and 'away' in fault.faultString and 'queue' in fault.faultString
+
 def test_a_multicast_waits_for_those_that_are_away(host, guest, absent, tmp_path, api):
     proof = Proof(tmp_path)
     cmd_id = api.runCmdOnAll('*', *proof.words(), {}, '', '', {'queue': True})
@@ -425,7 +429,8 @@ def test_a_multicast_waits_for_those_that_are_away(host, guest, absent, tmp_path
         assert host.results(cmd_id + '@away')['state'] == 'exited' and proof.runs() == 2
     here = api.runCmdOnAll('*', 'true')
     assert 'one' in str(api.getCmdDetails(here)['executions'])
-    assert fault_of(api.runCmdOnAll, 'nobody*', 'true', [], {}, '', '', {'queue': True}).faultCode == 1
+    for options in ({}, {'queue': True}):
+        assert fault_of(api.runCmdOnAll, 'nobody*', 'true', [], {}, '', '', options).faultCode == 1
 
 
 # --- bytes ---
