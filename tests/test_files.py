@@ -694,8 +694,9 @@ def on_other_processors():
 @pytest.mark.soak
 @pytest.mark.once
 def test_many_guests_send_much_at_once(tmp_path):
-    """50 guests, 20 MB of output each, 1 GB in all: all arrive, soon, and no call waits for them."""
-    count, blocks = 50, 320
+    """16 guests, 20 MB of output each, with VMHOST_FULL=1 50, 1 GB in all: all arrive, soon, and no call
+    waits for them."""
+    count, blocks = 50 if FULL else 16, 320
     with Host(tmp_path / 'host') as host:
         agents = [Agent(tmp_path / ('m%d' % n), host, 'many%d' % n) for n in range(count)]
         try:
@@ -719,7 +720,7 @@ def test_many_guests_send_much_at_once(tmp_path):
                     part = api.getCmdOutput('%s@many%d' % (cmd_id, n), 'out', 5 * 65536, 65536)
                     assert part['data'].data == bytes(range(256)) * 256 and part['size'] == blocks * 65536
             print('slowest call %.2f s, host %d MiB, at most %d' % (max(took), first >> 20, peak >> 20))
-            # Of the GB that passed no more stays than the words that came with the results.
+            # Of what passed no more stays than the words that came with the results.
             assert peak - first < 80 * 2 ** 20
             assert 'cut off' not in host.log()
             # A second is what was promised; it may take longer where other tests have the processor.

@@ -395,7 +395,7 @@ def read_time(told):
 @pytest.mark.slow
 @pytest.mark.once
 def test_multicast_to_many_guests(host, tmp_path):
-    """Real agents; bench/guests.py has 300, and a test of the soak 50 that send much."""
+    """Real agents; bench/guests.py has 300, and a test of the soak those that send much."""
     many = 20 if FULL else 8
     agents = [Agent(tmp_path / ('m%d' % n), host, 'many%d' % n) for n in range(many)]
     try:
