@@ -129,6 +129,11 @@ def duration(value: str) -> float:
                       'a duration such as 45, 30s, 10m, 12h or 7d')
 
 
+def look_every(*spans: float) -> float:
+    """Seconds between two looks for what is kept no longer than these spans, be it days or seconds."""
+    return min(60.0, max(5.0, min(spans)))
+
+
 def naming_file(file: Optional[str], error: Exception) -> str:
     """What an error says, with the file's name before a section's."""
     return '%s: %s' % (file, error) if file and str(error).startswith('[') else str(error)

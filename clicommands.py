@@ -47,7 +47,8 @@ from rpc import Binary, carried, finite
 
 FAILED = 255                   # exit code of `run` for an error that isn't the command's
 TIMED_OUT = 124                # … of a command that ran into its timeout, and ended with 0: timeout(1)'s
-NOT_STARTED = {'ENOENT': 127, 'EACCES': 126, 'ENOEXEC': 126}       # as shells have it, …
+NOT_EXECUTED = ('EACCES', 'ENOEXEC', 'ENOTDIR', 'ELOOP', 'ENAMETOOLONG', 'ETXTBSY', 'E2BIG', 'ELIBBAD')
+NOT_STARTED = dict(dict.fromkeys(NOT_EXECUTED, 126), ENOENT=127)   # as shells have it, …
 NOT_THE_PROGRAM = ('its folder: ', 'standard input: ')     # … but for what isn't the program
 SHORTEST_LOOK = 0.01           # seconds between looks at a command's output …
 LONGEST_LOOK = 0.25            # … which grow while nothing comes

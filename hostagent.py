@@ -45,8 +45,8 @@ BROKER_ADDRESS = 'broker.address'      # the file that tells where the broker is
 TICK = 0.25                    # seconds between looks at the clock
 SLEPT = 5.0                    # seconds that a tick may be late before the host is said to have slept,
                                # or half of vm_gc_grace, where that is less
-RETENTION_EVERY = 60.0         # seconds between looks for what keep_results no longer keeps
-RETENTION_PAUSE = 1.0          # seconds between two slices of it
+RETENTION_PAUSE = 1.0          # seconds between two slices of a look for what keep_results no longer keeps
+CLOCK_JUMPED = 60.0            # seconds by which a clock that is set right as ever doesn't jump
 DOUBT = 3600.0                 # seconds without deletion after the clock jumped: it may be wrong
 ACK_DELAY = 0.02               # seconds in which results gather that one sync serves
 
@@ -188,6 +188,7 @@ class Clock:
         self._host = host
         self._last_tick = time.monotonic()
         self._last_clock = time.time()
+        self._retention_every = agent.look_every(host.settings.Host.keep_results)
         self._next_retention = self._last_tick + self._first_retention()
         self._program = identity_of(PROGRAM)
 
@@ -195,7 +196,7 @@ class Clock:
         """Seconds until something may be deleted: more where the clock may be wrong since the last run."""
         away = time.time() - self._host.journal.last_time()
         if away < DOUBT:
-            return RETENTION_EVERY
+            return self._retention_every
         log.info('the journal ended %.0f s ago, or the clock is wrong: nothing is deleted for %.0f s',
                  away, DOUBT)
         return DOUBT
@@ -229,7 +230,7 @@ class Clock:
         clock, passed = time.time(), now - self._last_tick
         jump = clock - self._last_clock - passed
         self._last_tick, self._last_clock = now, clock
-        if jump > RETENTION_EVERY:
+        if jump > CLOCK_JUMPED:
             log.warning('the clock jumped ahead by %.0f s: nothing is deleted for %.0f s', jump, DOUBT)
             self._next_retention = max(self._next_retention, now + DOUBT)
         return max(passed, jump) > min(SLEPT, self._host.settings.Host.vm_gc_grace / 2)
@@ -255,7 +256,7 @@ class Clock:
 
     def _delete_old(self, now: float) -> None:
         """Deletes a slice of what keep_results no longer keeps."""
-        self._next_retention = now + RETENTION_EVERY
+        self._next_retention = now + self._retention_every
         keep = self._host.settings.Host.keep_results
         count, all_gone = self._host.commands.forget_before(time.time() - keep)
         if count:

@@ -90,7 +90,6 @@ SETTINGS = {
 
 # --- the agent -------------------------------------------------------------------------------
 
-HOUSEKEEPING_EVERY = 60.0      # seconds
 SWEEP_PAUSE = 0.05             # seconds between two slices of a look for old folders
 GREETING_PATIENCE = 5.0        # seconds that results wait for the host's greeting on a new connection
 FAREWELL_PATIENCE = 1.0        # … and that the BYE of an agent waits for it that ends as it joins
@@ -144,7 +143,8 @@ class Agent:
         now = time.monotonic()
         self._awake_at = now           # when the main thread's next look is due at the latest
         self._next_beacon = now
-        self._next_housekeeping = now + HOUSEKEEPING_EVERY
+        self._housekeeping_every = agent.look_every(settings.VM.keep_spool, settings.VM.dedupe_ttl)
+        self._next_housekeeping = now + self._housekeeping_every
         broker = settings.Broker
         broker.port = find_broker_port(broker)
         self.link = protocol.Link(
@@ -485,7 +485,7 @@ class Agent:
             self._next_beacon = now + self.beacon_interval
             self._say_still_alive()
         if now >= self._next_housekeeping:
-            self._next_housekeeping = now + HOUSEKEEPING_EVERY
+            self._next_housekeeping = now + self._housekeeping_every
             self._keep_house()
 
     def _judge_host(self) -> None:

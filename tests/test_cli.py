@@ -103,10 +103,22 @@ def test_run_exits_with_128_and_the_signal(host, guests):
 
 
 @pytest.mark.windows
-@pytest.mark.parametrize('program, code', [('no-such-program', 127), ('/etc/passwd', 126), ('/etc', 126)])
+@pytest.mark.parametrize('program, code', [
+    ('no-such-program', 127), ('/etc/passwd', 126), ('/etc', 126), ('/etc/passwd/x', 126),
+    ('/' + 300 * 'n', 126)])
 def test_what_can_not_start_exits_as_in_a_shell(host, guests, program, code):
     done = host.verb('run', 'one', '--', program)
     assert done.returncode == code and re.match(b'vmhost: E[A-Z]+: ', done.stderr)
+
+
+def test_a_program_that_leads_to_itself_or_is_being_written_is_126(host, guests, tmp_path):
+    loop, written = tmp_path / 'loop', tmp_path / 'written'
+    loop.symlink_to(loop)
+    shutil.copy('/bin/true', str(written))
+    for path, name in ((loop, b'ELOOP'), (written, b'ETXTBSY')):
+        with open(str(written), 'ab'):
+            done = host.verb('run', 'one', '--', str(path))
+        assert (done.returncode, done.stderr.partition(b': ')[2][:len(name)]) == (126, name)
 
 
 @pytest.mark.parametrize('option', ['-I', '-C'])

@@ -498,3 +498,16 @@ def test_one_that_hangs_is_waited_for_once(host, guest, absent, api):
             os.kill(absent.process.pid, signal.SIGCONT)
         api.signalCmd(cmd_id, 'KILL')
         wait_until(lambda: api.waitCmd(cmd_id, 20), 30)
+
+
+# --- how long they are kept ---
+
+def test_what_is_kept_for_seconds_goes_in_seconds(tmp_path):
+    """Whatever the pace at which what is kept for days is looked for."""
+    with Host(tmp_path / 'host', keep_results=3) as host, \
+            Agent(tmp_path / 'guest', host, 'one', keep_spool=1) as guest, host.api as api:
+        cmd_id = host.run('one', 'echo', 'x')['cmd-id']
+        folder = os.path.join(guest.state, 'spool', 'one', cmd_id)
+        assert os.listdir(folder)
+        wait_until(lambda: not os.listdir(folder), 20)
+        wait_until(lambda: cmd_id not in api.listFinishedCmds(), 20)
