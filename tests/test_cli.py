@@ -223,6 +223,14 @@ def test_who_is_absent_is_no_success_and_who_is_at_work_is_not_forgotten_by_mist
     assert (done.returncode, done.stderr) == (255, b'2 ok, away absent\n')
     assert host.verb('run', '*', '--', 'sh', '-c', 'exit 4').returncode == 4
     assert verb(host, 'ls', '-q', 'away', 'one', '*o*') == 'away\none\ntwo\n'
+    (tmp_path / 'file').write_text('content')
+    for pattern in ('*', 'awa[y]'):    # who means all is told of those that got nothing
+        for words in (('ping', pattern), ('put', pattern, str(tmp_path / 'file'), 'for-all')):
+            done = host.verb(*words)
+            assert (done.returncode, done.stderr) == (1, b'vmhost: the agent of away is not connected\n'), words
+    for guest in guests:
+        with open(os.path.join(guest.files, 'for-all')) as file:
+            assert file.read() == 'content'
     verb(host, 'forget', 'away')
 
 
