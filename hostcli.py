@@ -5,8 +5,10 @@ clicommands.py, clifiles.py and cliagent.py. Threads: main alone; no locks.
 """
 
 import argparse
+import contextlib
 import os
 import re
+import signal
 import sys
 from typing import Any, Callable, List, Optional, Set, Tuple
 
@@ -22,7 +24,7 @@ from hostclient import Client, how_to_start, program, program_name
 from hostconfig import ini_here, read_settings
 
 TYPING_ERROR = 0.76            # how like a verb a word must be to be meant as it: others mean something else
-INTERRUPTED = 130              # exit code after Ctrl-C
+INTERRUPTED = 128 + signal.SIGINT      # exit code after Ctrl-C
 
 SUBJECTS = [('virtual machines', climachines.VERBS), ('commands', clicommands.VERBS),
             ('files', clifiles.VERBS), ('host agent', cliagent.VERBS)]
@@ -272,6 +274,17 @@ def run(words: List[str], screen: Screen, start: Optional[Start], check: Functio
     return start(ini)
 
 
+def end_interrupted() -> int:
+    """Ends by the SIGINT itself, where there are such: a shell's loop goes on after a program that exits,
+    whatever its code. A shell's $? is INTERRUPTED either way."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    if os.name == 'posix':
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    return INTERRUPTED
+
+
 def main(argv: List[str], start: Optional[Start] = None,
          check: Function = cliagent.do_check) -> int:
     """The command line; gives the exit code.
@@ -285,7 +298,7 @@ def main(argv: List[str], start: Optional[Start] = None,
         words = [os.fsencode(word).decode('utf-8', 'surrogateescape') for word in argv]
         return run(words, screen, start, check)
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return end_interrupted()
     except agent.AgentError as error:
         screen.complain(str(error))
         return 1

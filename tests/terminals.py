@@ -35,4 +35,5 @@ class Terminal:
         _, status = os.waitpid(self.pid, 0)
         self._reader.join(20)
         os.close(self.fd)
-        return os.WEXITSTATUS(status), self.written.decode()
+        code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)   # as a shell has it
+        return code, self.written.decode()

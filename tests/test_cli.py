@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -55,6 +56,15 @@ def started(host, *words, **kwargs):
 def test_run_keeps_the_outputs_apart_and_exits_with_the_code(host, guests):
     done = host.verb('run', 'one', '--', 'sh', '-c', 'echo out; echo err >&2; exit 7')
     assert (done.stdout, done.stderr, done.returncode) == (b'out\n', b'err\n', 7)
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='a device of Linux')
+@pytest.mark.parametrize('closed', ['stdout', 'stderr'])
+def test_output_that_has_no_room_here_is_not_the_commands_code(host, guests, closed):
+    with open('/dev/full', 'w') as full:
+        words = host.command('run', 'one', '--', 'sh', '-c', 'echo out; echo err >&2')
+        outputs = dict(dict.fromkeys(['stdout', 'stderr'], subprocess.DEVNULL), **{closed: full})
+        assert subprocess.call(words, timeout=60, **outputs) == 255
 
 
 @pytest.mark.windows
@@ -290,7 +300,7 @@ def test_a_second_ctrl_c_leaves(host, guests):
     assert process.stdout.readline() == b'caught\n'
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=20)
-    assert process.returncode == 130
+    assert process.returncode == -signal.SIGINT
     cmd_id = re.search(r'continues as (\S+)', errors.decode()).group(1)
     assert json.loads(verb(host, 'call', 'getCmdStatus', cmd_id))['state'] == 'running'
     verb(host, 'kill', '-s', 'KILL', cmd_id)
@@ -388,8 +398,20 @@ def test_who_waits_for_a_host_agent_may_leave(tmp_path):
         assert b'does not answer' in process.stderr.readline()
         interrupt_twice(process)
         _, errors = process.communicate(timeout=20)
-        assert process.returncode == 130 and b'detached; the command continues as ' in errors
+        assert process.returncode == -signal.SIGINT and b'detached; the command continues as ' in errors
         guest.end_programs()
+
+
+def test_ctrl_c_ends_the_loop_of_a_shell_too(host, guests):
+    ended = verb(host, 'run', '-d', 'one', '--', 'no-such-program').strip()
+    cmd_id = verb(host, 'run', '-d', 'one', '--', 'sleep', '99').strip()
+    wait = ' '.join(map(shlex.quote, host.command('wait', ended, cmd_id)))
+    shell = Terminal(['bash', '-c', 'for round in 1 2 3; do echo round $round; %s; done; echo went on' % wait])
+    wait_until(lambda: b'ENOENT' in shell.written)     # it waits for the other one
+    shell.type(b'\x03')
+    code, text = shell.wait()
+    assert code == 130 and 'round 2' not in text and 'went on' not in text
+    verb(host, 'kill', cmd_id)
 
 
 def interrupt_twice(process):
@@ -590,7 +612,7 @@ def test_events(host, guests):
         another = verb(host, 'run', '-d', 'one', '--', 'true').strip()
         assert any(json.loads(line.decode())['cmdId'] == another for line in process.stdout)
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130 and process.stderr.read() == b''
+        assert process.wait(20) == -signal.SIGINT and process.stderr.read() == b''
 
 
 def test_events_that_no_single_call_tells(tmp_path):
