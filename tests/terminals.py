@@ -31,9 +31,9 @@ class Terminal:
         os.write(self.fd, data)
 
     def wait(self):
-        """The exit code, and the text."""
+        """The exit code, as a shell has it, and the text."""
         _, status = os.waitpid(self.pid, 0)
         self._reader.join(20)
         os.close(self.fd)
-        code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)   # as a shell has it
+        code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
         return code, self.written.decode()

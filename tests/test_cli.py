@@ -31,6 +31,7 @@ import faults
 import hostcheck
 import hostcli
 import hostclient
+import hostcontrol
 
 pytestmark = [pytest.mark.whole, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 SCRIPT = os.path.join(TOP, 'vmhost.py')
@@ -199,6 +200,22 @@ def test_who_got_no_answer_is_told_the_id_of_what_may_run(tmp_path, is_there):
     assert (b'`run --id mine' in done.stderr) == is_there, done.stderr
 
 
+def test_one_that_hangs_holds_up_a_list_once(host, guests, tmp_path):
+    with Agent(tmp_path, host, 'hung') as hung, host.api as api:
+        ids = [api.runCmd('hung', 'sleep', ['99']) for _ in range(6)]
+        wait_until(lambda: all(api.getCmdStatus(cmd_id)['pid'] for cmd_id in ids))
+        os.kill(hung.process.pid, signal.SIGSTOP)
+        try:
+            begin = time.monotonic()
+            verb(host, 'ps', '-l', 'hung')
+            assert time.monotonic() - begin < 3 * hostcontrol.REFRESH_TIMEOUT
+        finally:
+            os.kill(hung.process.pid, signal.SIGCONT)
+        wait_until(lambda: all(api.getCmdStatus(cmd_id)['age'] < 1 for cmd_id in ids))     # it is asked again
+        verb(host, 'kill', *ids)
+    verb(host, 'forget', '--force', 'hung')
+
+
 @pytest.mark.slow
 def test_one_that_hangs_holds_up_nobody_and_ends_by_the_limit(host, guests, tmp_path):
     with Agent(tmp_path, host, 'hung') as hung:
@@ -237,7 +254,8 @@ def test_who_is_absent_is_no_success_and_who_is_at_work_is_not_forgotten_by_mist
     for pattern in ('*', 'awa[y]'):    # who means all is told of those that got nothing
         for words in (('ping', pattern), ('put', pattern, str(tmp_path / 'file'), 'for-all')):
             done = host.verb(*words)
-            assert (done.returncode, done.stderr) == (1, b'vmhost: the agent of away is not connected\n'), words
+            assert (done.returncode, done.stderr) == (
+                1, b'vmhost: the agent of away is not connected\n'), words
     for guest in guests:
         with open(os.path.join(guest.files, 'for-all')) as file:
             assert file.read() == 'content'
@@ -406,7 +424,8 @@ def test_ctrl_c_ends_the_loop_of_a_shell_too(host, guests):
     ended = verb(host, 'run', '-d', 'one', '--', 'no-such-program').strip()
     cmd_id = verb(host, 'run', '-d', 'one', '--', 'sleep', '99').strip()
     wait = ' '.join(map(shlex.quote, host.command('wait', ended, cmd_id)))
-    shell = Terminal(['bash', '-c', 'for round in 1 2 3; do echo round $round; %s; done; echo went on' % wait])
+    loop = 'for round in 1 2 3; do echo round $round; %s; done; echo went on' % wait
+    shell = Terminal(['bash', '-c', loop])
     wait_until(lambda: b'ENOENT' in shell.written)     # it waits for the other one
     shell.type(b'\x03')
     code, text = shell.wait()
