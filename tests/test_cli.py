@@ -107,6 +107,25 @@ def test_run_passes_environment_folder_and_arguments(host, guests):
     assert out == 'Dienstag ü=1 -e --\nsub\n'
 
 
+def test_run_knows_the_words_of_docker(host, guests, monkeypatch):
+    monkeypatch.setenv('DAY', 'Dienstag ü')
+    for option in ('-w', '--workdir'):
+        assert verb(host, 'exec', '-e', 'DAY', option, '/', 'one', 'sh', '-c', 'echo $DAY in $PWD') == (
+            'Dienstag ü in /\n')
+    done = host.verb('run', '-e', 'NOT_SET_HERE', 'one', 'true')
+    assert done.returncode == 255 and b'NOT_SET_HERE: expected NAME=VALUE' in done.stderr
+    assert verb(host, 'exec', '--interactive', 'one', 'cat', input=b'typed') == 'typed'
+    code, text = Terminal(host.command('exec', '--interactive', '--tty', 'one', 'tty')).wait()
+    assert code == 0 and 'not a tty' not in text
+
+
+@pytest.mark.parametrize('line, is_told', [
+    ('ls -l', True), ('echo hi | cat', True), ('cd', True), ('no-such-program', False), ('no/such', False)])
+def test_a_line_for_a_shell_is_told_how_it_gets_to_one(host, guests, line, is_told):
+    done = host.verb('run', 'one', line)
+    assert done.returncode == 127 and (b"`run VM -- sh -c '" in done.stderr) == is_told
+
+
 def test_run_exits_with_128_and_the_signal(host, guests):
     assert host.verb('run', 'one', '--', 'sh', '-c', 'kill -USR1 $$').returncode == 128 + signal.SIGUSR1
     done = host.verb('run', '-T', '0.5', 'one', '--', 'sleep', '77')
@@ -538,7 +557,7 @@ def test_a_detached_command_is_listed_followed_and_killed(host, guests):
         assert json.loads(verb(host, 'info', cmd_id, '--json'))['status']['state'] == 'running'
         verb(host, 'kill', cmd_id)
         assert (process.stdout.read(), process.stderr.read(), process.wait(20)) == (b'', b'', 128 + 15)
-    assert verb(host, 'out', cmd_id) == 'begun\n'
+    assert verb(host, 'out', cmd_id) == verb(host, 'logs', '--tail', 'all', cmd_id) == 'begun\n'
     assert 'signaled' in verb(host, 'info', cmd_id)
     missing = verb(host, 'run', '-d', 'one', '--', 'no-such-program').strip()
     assert host.verb('kill', cmd_id, missing).stderr.decode() == (
@@ -555,6 +574,17 @@ def stubborn(host, *options):
     cmd_id = verb(host, 'run', '-d', *options, 'one', '--', 'sh', '-c', STUBBORN).strip()
     wait_until(lambda: 'begun' in verb(host, 'out', cmd_id))
     return cmd_id
+
+
+def test_kill_tells_signals_and_whether_there_is_anybody(host, guests):
+    names = verb(host, 'kill', '-l').split()
+    assert {'HUP', 'KILL', 'TERM', 'USR1'} <= set(names)
+    cmd_id = verb(host, 'run', '-d', 'one', '--', 'sleep', '99').strip()
+    assert verb(host, 'kill', '-0', cmd_id) == ''
+    verb(host, 'kill', '-9', cmd_id)
+    verb(host, 'wait', cmd_id, code=128 + 9)
+    assert b'has already ended' in host.verb('kill', '-0', cmd_id).stderr
+    assert host.verb('kill', '-0', 'nosuch').returncode == 1
 
 
 def test_who_kills_what_ignores_it_is_told_so(host, guests):
@@ -601,7 +631,7 @@ def test_output_of_many_and_of_one_of_them(host, guests):
     assert verb(host, 'out', cmd_id + '@two') == 'x\n'
 
 
-def test_ls_info_and_ping(host, guests):
+def test_ls_info_and_ping(host, guests, tmp_path):
     lines = verb(host, 'ls').splitlines()
     assert lines[0].split() == ['NAME', 'STATE', 'AGENT', 'ADDRESS', 'COMMANDS']
     assert [line.split()[:4] for line in lines[1:]] == [
@@ -616,6 +646,9 @@ def test_ls_info_and_ping(host, guests):
         said = host.verb('ping', mistyped).stderr.decode()
         close = '; did you mean %s?' % meant if meant else ''
         assert said == "vmhost: no VM '%s'%s (`ls` lists them)\n" % (mistyped, close)
+    with Agent(tmp_path, host, 'ONT'):
+        assert b'did you mean one?' in host.verb('ping', 'ONE').stderr     # and not what is as near
+    verb(host, 'forget', 'ONT')
     for missing in ('info', 'ping'):
         done = host.verb(missing, 'nobody')
         assert done.returncode == 1 and done.stderr.startswith(b'vmhost: ')
@@ -1057,7 +1090,7 @@ def test_candidates(host, guests, tmp_path, monkeypatch):
     assert completed('run', '-T', '5', 't') == ['two']
     assert completed('run', '-T', '') == []
     assert completed('run', 'one', '--', 'o') == []
-    assert completed('run', '--t') == ['--timeout']
+    assert completed('run', '--ti') == ['--timeout']
     assert completed('snap', 't') == ['take']
     assert completed('snap', 'take', 'o') == ['one']
     assert completed('kill', '-s', 'KI') == ['KILL']
