@@ -22,6 +22,10 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Op
 
 ON_WINDOWS = os.name == 'nt'
 VERSION = '1.0.0'      # of the project; all its files are released together
+# The signals of every system that guests run on; this one may have fewer.
+SIGNALS = ('HUP', 'INT', 'QUIT', 'ILL', 'TRAP', 'ABRT', 'BUS', 'FPE', 'KILL', 'USR1', 'SEGV', 'USR2', 'PIPE',
+           'ALRM', 'TERM', 'CHLD', 'CONT', 'STOP', 'TSTP', 'TTIN', 'TTOU', 'URG', 'XCPU', 'XFSZ', 'VTALRM',
+           'PROF', 'WINCH', 'IO', 'POLL', 'PWR', 'SYS', 'EMT', 'INFO')
 IS_HEARD = sys.stderr is not None      # whether anybody could hear this program when it began: not from pyw
 
 

@@ -11,6 +11,7 @@ import re
 import select
 import signal
 import stat
+import sys
 import time
 from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
@@ -49,6 +50,8 @@ FAILED = 255                   # exit code of `run` for an error that isn't the 
 TIMED_OUT = 124                # … of a command that ran into its timeout, and ended with 0: timeout(1)'s
 NOT_EXECUTED = ('EACCES', 'ENOEXEC', 'ENOTDIR', 'ELOOP', 'ENAMETOOLONG', 'ETXTBSY', 'E2BIG', 'ELIBBAD')
 NOT_STARTED = dict(dict.fromkeys(NOT_EXECUTED, 126), ENOENT=127)   # as shells have it, …
+# What no program is called, but who comes from ssh types: a line, or a word that shells alone know.
+FOR_A_SHELL = re.compile(r'[\s;|&<>$`*"\']|^(cd|export|source|alias|ulimit|umask|exit|type|set|unset)$')
 NOT_THE_PROGRAM = ('its folder: ', 'standard input: ')     # … but for what isn't the program
 SHORTEST_LOOK = 0.01           # seconds between looks at a command's output …
 LONGEST_LOOK = 0.25            # … which grow while nothing comes
@@ -570,7 +573,10 @@ def exit_code(screen: Screen, results: Dict[str, Any], vm: str = '') -> int:
         return number or (FAILED if is_cut else 0)
     if state == 'failed' and not results['finished']:
         name, _, about = why.partition(': ')
-        return FAILED if about.startswith(NOT_THE_PROGRAM) else NOT_STARTED.get(name, FAILED)
+        code = FAILED if about.startswith(NOT_THE_PROGRAM) else NOT_STARTED.get(name, FAILED)
+        if code == NOT_STARTED['ENOENT'] and FOR_A_SHELL.search(about.rpartition(': ')[2]):
+            screen.complain('no shell is in between: `run VM -- sh -c \'…\'` has one read such a line')
+        return code
     return 128 + number if state in ('signaled', 'timeout') else FAILED
 
 
@@ -697,6 +703,8 @@ def do_kill(host: Client, screen: Screen, args: Any) -> int:
 
     def signal(cmd_id: str) -> bool:
         with no_vm(host, cmd_id):
+            if args.signal == '0':     # as kill(2) has it
+                return not host.call('waitCmd', cmd_id, 0)
             is_sent = host.call('signalCmd', cmd_id, args.signal or 'TERM')
         signalled.extend([cmd_id] * is_sent)
         return is_sent
@@ -754,11 +762,18 @@ def still_there(host: Client, ids: List[str], seconds: float) -> List[str]:
 
 
 def read_variable(text: str) -> Tuple[str, str]:
-    """K=V. Raises ArgumentTypeError."""
+    """K=V, or K as it is here. Raises ArgumentTypeError."""
     name, sign, value = text.partition('=')
+    if name and not sign and name in os.environ:
+        return name, os.fsencode(os.environ[name]).decode('utf-8', 'surrogateescape')
     if not name or not sign:
-        raise argparse.ArgumentTypeError('%s: expected NAME=VALUE' % text)
+        raise argparse.ArgumentTypeError('%s: expected NAME=VALUE, or NAME alone of what is set here' % text)
     return name, value
+
+
+def read_lines(text: str) -> Optional[int]:
+    """How many lines; None for all. Raises ArgumentTypeError."""
+    return None if text == 'all' else read_count(text)
 
 
 def read_limit(text: str) -> Tuple[str, float]:
@@ -786,20 +801,31 @@ def read_bytes(text: str) -> int:
         raise argparse.ArgumentTypeError('%s: expected %s' % (text, expected))
 
 
+class SignalNames(argparse.Action):
+    """Prints the names of the signals, as --help does its text."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        with naming_output():
+            sys.stdout.write(' '.join(agent.SIGNALS) + '\n')
+            sys.stdout.flush()
+        parser.exit()
+
+
 DETACH = switch('-d', '--detach', help='print the command\'s id, and return at once')
 RUN_ARGUMENTS = [
-    switch('-i', '--stdin', help='pass standard input, as it comes'),
-    switch('-t', dest='terminal', help='with a terminal of its own; ~. at the begin of a line leaves it'),
+    switch('-i', '--stdin', '--interactive', help='pass standard input, as it comes'),
+    switch('-t', '--tty', dest='terminal',
+           help='with a terminal of its own; ~. at the begin of a line leaves it'),
     DETACH,
     argument('-T', '--timeout', metavar='SEC', type=read_seconds,
              help='terminate it after that time (90, 5m, 2h; 0: never)'),
     argument('-k', '--kill-after', metavar='SEC', type=read_seconds, dest='killAfter',
              help='and kill it, if it goes on for so long after that'),
     argument('-e', '--env', metavar='K=V', type=read_variable, action='append', default=[],
-             help='set an environment variable; may be repeated'),
+             help='set an environment variable; K alone: as it is here; may be repeated'),
     switch('--clear-env', dest='envClear', help='nothing of the guest\'s own environment'),
     argument('-I', '--input', metavar='FILE', default='', help='standard input from a file in the VM'),
-    argument('-C', '--folder', metavar='DIR', default='',
+    argument('-C', '-w', '--folder', '--workdir', metavar='DIR', default='',
              help='working directory, relative to the folder that the VM serves'),
     argument('-u', '--user', metavar='USER', help='run it as this user'),
     argument('-n', '--nice', metavar='N', type=int, help='its niceness'),
@@ -837,15 +863,16 @@ VERBS = [
         argument('vm', metavar='VM|ID', help='of a VM or a command'), JSON]),
     Verb('out', do_out, 'print the output of commands', [
         switch('-f', '--follow', help='until they end; exit with the command\'s code'),
-        argument('-n', '--tail', metavar='N', type=read_count, help='the last N lines'), IDS],
+        argument('-n', '--tail', metavar='N', type=read_lines, help='the last N lines, or all'), IDS],
         ('out -f --tail 20 ID',)),
     Verb('wait', do_wait, 'wait until commands have ended, and exit with the highest code', [IDS]),
     Verb('kill', do_kill, 'send a signal to all processes of commands, or cancel transfers', [
         argument('-s', '--signal', metavar='SIG',
-                 help='KILL, INT, HUP, 9, …; without it TERM, to a shell on a terminal HUP, too, and it is '
-                      'told what goes on'),
+                 help='KILL, INT, HUP, 9, …; 0: only whether it goes on; without it TERM, to a shell on a '
+                      'terminal HUP, too, and it is told what goes on'),
         argument('-k', '--kill-after', metavar='SEC', type=read_seconds, dest='killAfter',
                  help='and kill what goes on for so long after that'),
+        argument('-l', '--list', action=SignalNames, nargs=0, help='print the names of the signals'),
         argument('ids', metavar='ID', nargs='+', help='as printed by `run -d`, `ps` and `transfers`')],
         ('kill -9 ID', 'kill -k 10 ID')),
 ]

@@ -7,7 +7,6 @@ import contextlib
 import glob
 import os
 import shlex
-import signal
 import sys
 from typing import Any, Dict, List
 
@@ -125,7 +124,7 @@ def meant(host: Client, wanted: Dict[str, Any], vm: str, verb: str) -> List[str]
     if 'choices' in wanted:
         return list(wanted['choices'])
     if metavar == 'SIG':
-        return [number.name[3:] for number in signal.Signals if number.name.startswith('SIG')]
+        return list(agent.SIGNALS)
     if metavar == 'METHOD':
         return host.call('system.listMethods')
     if metavar == 'SNAPSHOT':

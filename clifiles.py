@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 import agent
 import localnames
 from cliscreen import PROGRESS_EVERY, WIDE, Screen, shown_size, shown_span, shown_time
-from cliverbs import JSON, VM, VMS, Verb, argument, read_count, show_list, switch
+from cliverbs import JSON, VM, VMS, Verb, argument, for_each, read_count, show_list, switch
 from faults import InvalidParams, VMHostError
 from hostclient import Client
 from rpc import carried
@@ -87,7 +87,11 @@ def put(host: Client, screen: Screen, args: Any, source: str) -> int:
         source = os.path.abspath(source)
         # A folder goes into what the VM serves, as by cp -r: one of its name there takes in what it holds.
         target = '' if os.path.isdir(source) else os.path.basename(source)
-    return max([transfer(host, screen, args, 'put', vm, source, target) for vm in host.matching(args.vm)])
+    codes = []
+
+    def send(vm: str) -> None:
+        codes.append(transfer(host, screen, args, 'put', vm, source, target))
+    return max([for_each(screen, host.matching_known(args.vm), send)] + codes)
 
 
 def do_get(host: Client, screen: Screen, args: Any) -> int:

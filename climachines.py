@@ -201,7 +201,7 @@ def do_ping(host: Client, screen: Screen, args: Any) -> int:
         begin = time.monotonic()
         answer = host.call('ping', vm, args.timeout)
         screen.say('%s in %.1f ms' % (agent.printable(answer), 1000 * (time.monotonic() - begin)))
-    return for_each(screen, host.matching(args.vm), ping)
+    return for_each(screen, host.matching_known(args.vm), ping)
 
 
 def do_rdp(host: Client, screen: Screen, args: Any) -> int:

@@ -59,15 +59,17 @@ class Screen:
 
     def complain(self, text: str) -> None:
         """A line on standard error."""
-        self.progress('')
-        self.err.write('vmhost: %s\n' % agent.printable(text))
-        self.err.flush()
+        self._tell('vmhost: ' + agent.printable(text))
 
     def conclude(self, text: str) -> None:
         """The last line, on standard error."""
-        self.progress('')
-        self.err.write(agent.printable(text) + '\n')
-        self.err.flush()
+        self._tell(agent.printable(text))
+
+    def _tell(self, line: str) -> None:
+        with contextlib.suppress(OSError):     # the exit code tells as well
+            self.progress('')
+            self.err.write(line + '\n')
+            self.err.flush()
 
     def json(self, value: Any, indent: Optional[int] = 2) -> None:
         """The value as JSON, in which nothing is left that a terminal would obey."""

@@ -5,8 +5,10 @@ clicommands.py, clifiles.py and cliagent.py. Threads: main alone; no locks.
 """
 
 import argparse
+import contextlib
 import os
 import re
+import signal
 import sys
 from typing import Any, Callable, List, Optional, Set, Tuple
 
@@ -22,7 +24,7 @@ from hostclient import Client, how_to_start, program, program_name
 from hostconfig import ini_here, read_settings
 
 TYPING_ERROR = 0.76            # how like a verb a word must be to be meant as it: others mean something else
-INTERRUPTED = 130              # exit code after Ctrl-C
+INTERRUPTED = 128 + signal.SIGINT      # exit code after Ctrl-C
 
 SUBJECTS = [('virtual machines', climachines.VERBS), ('commands', clicommands.VERBS),
             ('files', clifiles.VERBS), ('host agent', cliagent.VERBS)]
@@ -31,7 +33,8 @@ VERBS = {verb.name: verb for _, verbs in SUBJECTS for verb in verbs}
 ALIASES = {'exec': 'run', 'logs': 'out', 'top': 'ps -l -n 0', 'list': 'ls', 'inspect': 'info',
            'version': '--version', 'help': '--help', '-v': '--version', '-V': '--version'}
 MEANT = {                      # what hands type that know other tools, and what it is here
-    'attach': 'out -f', 'tail': 'out -f', 'log': 'out', 'output': 'out', 'delete': 'rm', 'remove': 'rm',
+    'attach': 'shell VM ID, or out -f', 'tail': 'out -f', 'log': 'out', 'output': 'out',
+    'delete': 'rm', 'remove': 'rm',
     'destroy': 'rm', 'undefine': 'rm', 'restart': 'reset', 'reboot': 'reset', 'suspend': 'pause',
     'freeze': 'pause', 'unpause': 'resume', 'continue': 'resume', 'up': 'start', 'boot': 'start',
     'down': 'stop', 'halt': 'stop', 'poweroff': 'stop --force', 'snapshot': 'snap', 'upload': 'put',
@@ -46,7 +49,9 @@ MEANT = {                      # what hands type that know other tools, and what
     'register': 'create', 'find': 'ls', 'who': 'ls', 'vms': 'ls', 'machines': 'ls', 'nodes': 'ls',
     'hosts': 'ls', 'rollback': 'snap restore', 'revert': 'snap restore', 'recover': 'snap restore',
     'monitor': 'status --open', 'web': 'status --open', 'ip': 'info', 'port': 'net',
-    'dashboard': 'status --open', 'new': 'create', 'import': 'create'}
+    'dashboard': 'status --open', 'new': 'create', 'import': 'create', 'stat': 'status', 'uptime': 'status',
+    'killall': 'kill', 'less': 'out', 'new-session': 'shell', 'list-sessions': 'ps', 'kill-session': 'kill',
+    'quit': 'shutdown', 'exit': 'shutdown', 'reload': 'rerun', 'pid': 'info', 'df': 'info'}
 
 USAGE = '''usage: {me} [host.ini]             run the host agent until Ctrl-C or TERM
        {me} [host.ini] VERB …      talk to the running one
@@ -71,8 +76,9 @@ All: 255 if standard output can't be written.
 def overview() -> str:
     """What --help says."""
     lines = ['Manages virtual machines and the programs in them.\n', USAGE.format(me=program_name())]
+    width = max(map(len, VERBS))
     for subject, verbs in SUBJECTS:
-        lines += ['%s:' % subject] + ['  %-8s %s' % (verb.name, verb.help) for verb in verbs] + ['']
+        lines += ['%s:' % subject] + ['  %-*s %s' % (width, verb.name, verb.help) for verb in verbs] + ['']
     examples = [example for verb in VERBS.values() for example in examples_of(verb)]
     return '\n'.join(lines + ['examples:'] + examples + ['', EXIT_CODES.rstrip()])
 
@@ -186,6 +192,16 @@ def signal_option(word: str) -> List[str]:
     return ['-s', word[1:]] if is_signal else [word]
 
 
+def verb_meant(word: str) -> str:
+    """What a word that is no verb was probably to be, or ''."""
+    import difflib  # needed here alone
+    word, names = word.lower(), list(VERBS) + list(ALIASES)
+    if word in MEANT:
+        return MEANT[word]
+    swapped = [name for name in names if sorted(name) == sorted(word)]
+    return (swapped + difflib.get_close_matches(word, names, 1, TYPING_ERROR) + [''])[0]
+
+
 def run_verb(ini: Optional[str], words: List[str], screen: Screen, check: Function, start: str) -> int:
     """Does what the words say with the host agent of that ini file; gives the exit code.
 
@@ -193,11 +209,9 @@ def run_verb(ini: Optional[str], words: List[str], screen: Screen, check: Functi
     """
     verb = VERBS.get(words[0])
     if verb is None:
-        import difflib  # needed here alone
-        close = [MEANT[words[0]]] if words[0] in MEANT else \
-            difflib.get_close_matches(words[0], list(VERBS) + list(ALIASES), 1, TYPING_ERROR)
+        meant = verb_meant(words[0])
         screen.complain('unknown verb %s%s; `%s --help` lists them' % (
-            words[0], close and ' (did you mean %s?)' % close[0] or '', program()))
+            words[0], meant and ' (did you mean %s?)' % meant, program()))
         return 2
     args = read_arguments(verb, words[1:])
     args.ini = ini
@@ -272,6 +286,17 @@ def run(words: List[str], screen: Screen, start: Optional[Start], check: Functio
     return start(ini)
 
 
+def end_interrupted() -> int:
+    """Ends by the SIGINT itself, where there are such: a shell's loop goes on after a program that exits,
+    whatever its code. A shell's $? is INTERRUPTED either way."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    if os.name == 'posix':
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    return INTERRUPTED
+
+
 def main(argv: List[str], start: Optional[Start] = None,
          check: Function = cliagent.do_check) -> int:
     """The command line; gives the exit code.
@@ -285,7 +310,7 @@ def main(argv: List[str], start: Optional[Start] = None,
         words = [os.fsencode(word).decode('utf-8', 'surrogateescape') for word in argv]
         return run(words, screen, start, check)
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return end_interrupted()
     except agent.AgentError as error:
         screen.complain(str(error))
         return 1

@@ -296,6 +296,10 @@ class Client:
             return [vm]
         return self.matching_of(vm, self.vm_names())
 
+    def matching_known(self, vm: str) -> List[str]:
+        """The same, with the machines that are away: who means all of them is told of these, too."""
+        return self.matching_of(vm, self.call('listKnownVMs')) if self.is_pattern(vm) else [vm]
+
     def matching_of(self, pattern: str, names: Iterable[str]) -> List[str]:
         """Those of the names that a glob, or a name or id, means. Raises NoSuchVM where there is none."""
         if not any(sign in pattern for sign in '*?['):

@@ -112,6 +112,7 @@ class Control:
         # Guards the table of commands that a HELLO didn't list; nothing is called while it is held.
         self._lock = threading.Lock()
         self._missing = {}             # type: Dict[Tuple[str, str], float]
+        self._unanswered = {}          # type: Dict[str, Execution]    # of a guest, what it was waited for last
 
     def ping(self, vm: str, timeout: float) -> str:
         """'PONG from NAME'. Raises NoSuchVM, AgentNotConnected, DeadlineExceeded."""
@@ -313,16 +314,24 @@ class Control:
 
     def refresh(self, executions: List[Execution]) -> None:
         """The same, and waits for the answers: REFRESH_TIMEOUT at most, and only for those whose guests have
-        answered before; one that hangs holds nobody up twice."""
+        answered before; one that hangs holds nobody up twice, whichever of its commands is asked about."""
         now = time.monotonic()
         waited_for = {execution.index for execution in executions
-                      if execution.asked <= execution.status_time or now < execution.asked + REFRESH_TIMEOUT}
+                      if not self._owes_answer(execution, now)
+                      and not self._owes_answer(self._unanswered.get(execution.vm_id), now)}
         with contextlib.ExitStack() as stack:
             answers = {execution.index: stack.enter_context(self.answers.expected(execution.index))
                        for execution in executions}
             for execution in self.query_running(executions):
-                if execution.index in waited_for:
-                    answers[execution.index].wait(max(0.0, now + REFRESH_TIMEOUT - time.monotonic()))
+                if execution.index in waited_for and not answers[execution.index].wait(
+                        max(0.0, now + REFRESH_TIMEOUT - time.monotonic())):
+                    self._unanswered[execution.vm_id] = execution
+
+    @staticmethod
+    def _owes_answer(execution: Optional[Execution], now: float) -> bool:
+        """Whether its guest was asked about it long ago, and hasn't answered since."""
+        return (execution is not None and not execution.ended and execution.asked > execution.status_time
+                and now >= execution.asked + REFRESH_TIMEOUT)
 
     def shown_state(self, execution: Execution) -> str:
         """The state as a user sees it."""

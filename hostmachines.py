@@ -230,7 +230,8 @@ class Machines:
         if guest is None:
             import difflib  # needed here alone
             names = [known.name for known in self._guests.all()]
-            close = difflib.get_close_matches(vm[:100], names, 1, MISTYPED)
+            close = [name for name in names if name.lower() == vm.lower()] \
+                or difflib.get_close_matches(vm[:100], names, 1, MISTYPED)
             raise NoSuchVM('no VM %.100r%s' % (vm, '; did you mean %s?' % close[0] if close else ''))
         return guest
 

@@ -10,6 +10,7 @@ import os
 import re
 from typing import Any, Dict, List, Tuple
 
+import agent
 import chirpwire
 import protocol
 from faults import InvalidParams
@@ -29,10 +30,6 @@ OPTIONS = {                    # of runCmd: what it is called here, on the wire,
 TYPES = {(str,): 'text', (str, Binary): 'text, or base64', (int,): 'a whole number', NUMBER: 'a number',
          FLAG: 'true or false', (dict,): 'a struct'}   # type: Dict[Tuple[type, ...], str]
 LIMITS = ('as', 'cpu', 'fsize', 'nofile', 'nproc', 'memory', 'cpus', 'pids')
-# Of every system that guests run on; this one may have fewer.
-SIGNALS = ('HUP', 'INT', 'QUIT', 'ILL', 'TRAP', 'ABRT', 'BUS', 'FPE', 'KILL', 'USR1', 'SEGV', 'USR2', 'PIPE',
-           'ALRM', 'TERM', 'CHLD', 'CONT', 'STOP', 'TSTP', 'TTIN', 'TTOU', 'URG', 'XCPU', 'XFSZ', 'VTALRM',
-           'PROF', 'WINCH', 'IO', 'POLL', 'PWR', 'SYS', 'EMT', 'INFO')
 MOST_ROWS = 65535              # of a terminal, and columns
 LARGEST_NUMBER = 1e18          # of seconds or bytes, so that no system's integer overflows
 
@@ -180,9 +177,9 @@ def read_signal(name: Any) -> str:
     text = text[3:] if text.startswith('SIG') else text
     is_number = re.fullmatch('[0-9]{1,2}', text) and 0 < int(text) <= 64
     is_realtime = re.fullmatch(r'RTMIN(\+(30|[12]?[0-9]))?|RTMAX(-(30|[12]?[0-9]))?', text)
-    if isinstance(name, bool) or not (is_number or is_realtime or text in SIGNALS):
+    if isinstance(name, bool) or not (is_number or is_realtime or text in agent.SIGNALS):
         raise InvalidParams('no signal %.40r; there are %s, RTMIN+n, RTMAX-n, and numbers from 1 to 64'
-                            % (name, ', '.join(SIGNALS)))
+                            % (name, ', '.join(agent.SIGNALS)))
     return str(int(text)) if is_number else text
 
 

@@ -31,8 +31,9 @@ class Terminal:
         os.write(self.fd, data)
 
     def wait(self):
-        """The exit code, and the text."""
+        """The exit code, as a shell has it, and the text."""
         _, status = os.waitpid(self.pid, 0)
         self._reader.join(20)
         os.close(self.fd)
-        return os.WEXITSTATUS(status), self.written.decode()
+        code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+        return code, self.written.decode()

@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -30,6 +31,7 @@ import faults
 import hostcheck
 import hostcli
 import hostclient
+import hostcontrol
 
 pytestmark = [pytest.mark.whole, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 SCRIPT = os.path.join(TOP, 'vmhost.py')
@@ -55,6 +57,15 @@ def started(host, *words, **kwargs):
 def test_run_keeps_the_outputs_apart_and_exits_with_the_code(host, guests):
     done = host.verb('run', 'one', '--', 'sh', '-c', 'echo out; echo err >&2; exit 7')
     assert (done.stdout, done.stderr, done.returncode) == (b'out\n', b'err\n', 7)
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='a device of Linux')
+@pytest.mark.parametrize('closed', ['stdout', 'stderr'])
+def test_output_that_has_no_room_here_is_not_the_commands_code(host, guests, closed):
+    with open('/dev/full', 'w') as full:
+        words = host.command('run', 'one', '--', 'sh', '-c', 'echo out; echo err >&2')
+        outputs = dict(dict.fromkeys(['stdout', 'stderr'], subprocess.DEVNULL), **{closed: full})
+        assert subprocess.call(words, timeout=60, **outputs) == 255
 
 
 @pytest.mark.windows
@@ -94,6 +105,25 @@ def test_run_passes_environment_folder_and_arguments(host, guests):
     out = verb(host, 'run', '-e', 'DAY=Dienstag ü=1', '-C', 'sub', 'one', '--', 'sh', '-c',
                'echo "$DAY" "$0" "$1"; basename "$PWD"', '-e', '--')
     assert out == 'Dienstag ü=1 -e --\nsub\n'
+
+
+def test_run_knows_the_words_of_docker(host, guests, monkeypatch):
+    monkeypatch.setenv('DAY', 'Dienstag ü')
+    for option in ('-w', '--workdir'):
+        assert verb(host, 'exec', '-e', 'DAY', option, '/', 'one', 'sh', '-c', 'echo $DAY in $PWD') == (
+            'Dienstag ü in /\n')
+    done = host.verb('run', '-e', 'NOT_SET_HERE', 'one', 'true')
+    assert done.returncode == 255 and b'NOT_SET_HERE: expected NAME=VALUE' in done.stderr
+    assert verb(host, 'exec', '--interactive', 'one', 'cat', input=b'typed') == 'typed'
+    code, text = Terminal(host.command('exec', '--interactive', '--tty', 'one', 'tty')).wait()
+    assert code == 0 and 'not a tty' not in text
+
+
+@pytest.mark.parametrize('line, is_told', [
+    ('ls -l', True), ('echo hi | cat', True), ('cd', True), ('no-such-program', False), ('no/such', False)])
+def test_a_line_for_a_shell_is_told_how_it_gets_to_one(host, guests, line, is_told):
+    done = host.verb('run', 'one', line)
+    assert done.returncode == 127 and (b"`run VM -- sh -c '" in done.stderr) == is_told
 
 
 def test_run_exits_with_128_and_the_signal(host, guests):
@@ -201,6 +231,22 @@ def test_who_got_no_answer_is_told_the_id_of_what_may_run(tmp_path, is_there):
     assert (b'`run --id mine' in done.stderr) == is_there, done.stderr
 
 
+def test_one_that_hangs_holds_up_a_list_once(host, guests, tmp_path):
+    with Agent(tmp_path, host, 'hung') as hung, host.api as api:
+        ids = [api.runCmd('hung', 'sleep', ['99']) for _ in range(6)]
+        wait_until(lambda: all(api.getCmdStatus(cmd_id)['pid'] for cmd_id in ids))
+        os.kill(hung.process.pid, signal.SIGSTOP)
+        try:
+            begin = time.monotonic()
+            verb(host, 'ps', '-l', 'hung')
+            assert time.monotonic() - begin < 3 * hostcontrol.REFRESH_TIMEOUT
+        finally:
+            os.kill(hung.process.pid, signal.SIGCONT)
+        wait_until(lambda: all(api.getCmdStatus(cmd_id)['age'] < 1 for cmd_id in ids))     # it is asked again
+        verb(host, 'kill', *ids)
+    verb(host, 'forget', '--force', 'hung')
+
+
 @pytest.mark.slow
 def test_one_that_hangs_holds_up_nobody_and_ends_by_the_limit(host, guests, tmp_path):
     with Agent(tmp_path, host, 'hung') as hung:
@@ -236,6 +282,15 @@ def test_who_is_absent_is_no_success_and_who_is_at_work_is_not_forgotten_by_mist
     assert (done.returncode, done.stderr) == (255, b'2 ok, away absent\n')
     assert host.verb('run', '*', '--', 'sh', '-c', 'exit 4').returncode == 4
     assert verb(host, 'ls', '-q', 'away', 'one', '*o*') == 'away\none\ntwo\n'
+    (tmp_path / 'file').write_text('content')
+    for pattern in ('*', 'awa[y]'):    # who means all is told of those that got nothing
+        for words in (('ping', pattern), ('put', pattern, str(tmp_path / 'file'), 'for-all')):
+            done = host.verb(*words)
+            assert (done.returncode, done.stderr) == (
+                1, b'vmhost: the agent of away is not connected\n'), words
+    for guest in guests:
+        with open(os.path.join(guest.files, 'for-all')) as file:
+            assert file.read() == 'content'
     verb(host, 'forget', 'away')
 
 
@@ -295,7 +350,7 @@ def test_a_second_ctrl_c_leaves(host, guests):
     assert process.stdout.readline() == b'caught\n'
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=20)
-    assert process.returncode == 130
+    assert process.returncode == -signal.SIGINT
     cmd_id = re.search(r'continues as (\S+)', errors.decode()).group(1)
     assert json.loads(verb(host, 'call', 'getCmdStatus', cmd_id))['state'] == 'running'
     verb(host, 'kill', '-s', 'KILL', cmd_id)
@@ -393,8 +448,21 @@ def test_who_waits_for_a_host_agent_may_leave(tmp_path):
         assert b'does not answer' in process.stderr.readline()
         interrupt_twice(process)
         _, errors = process.communicate(timeout=20)
-        assert process.returncode == 130 and b'detached; the command continues as ' in errors
+        assert process.returncode == -signal.SIGINT and b'detached; the command continues as ' in errors
         guest.end_programs()
+
+
+def test_ctrl_c_ends_the_loop_of_a_shell_too(host, guests):
+    ended = verb(host, 'run', '-d', 'one', '--', 'no-such-program').strip()
+    cmd_id = verb(host, 'run', '-d', 'one', '--', 'sleep', '99').strip()
+    wait = ' '.join(map(shlex.quote, host.command('wait', ended, cmd_id)))
+    loop = 'for round in 1 2 3; do echo round $round; %s; done; echo went on' % wait
+    shell = Terminal(['bash', '-c', loop])
+    wait_until(lambda: b'ENOENT' in shell.written)     # it waits for the other one
+    shell.type(b'\x03')
+    code, text = shell.wait()
+    assert code == 130 and 'round 2' not in text and 'went on' not in text
+    verb(host, 'kill', cmd_id)
 
 
 def interrupt_twice(process):
@@ -502,7 +570,7 @@ def test_a_detached_command_is_listed_followed_and_killed(host, guests):
         assert json.loads(verb(host, 'info', cmd_id, '--json'))['status']['state'] == 'running'
         verb(host, 'kill', cmd_id)
         assert (process.stdout.read(), process.stderr.read(), process.wait(20)) == (b'', b'', 128 + 15)
-    assert verb(host, 'out', cmd_id) == 'begun\n'
+    assert verb(host, 'out', cmd_id) == verb(host, 'logs', '--tail', 'all', cmd_id) == 'begun\n'
     assert 'signaled' in verb(host, 'info', cmd_id)
     missing = verb(host, 'run', '-d', 'one', '--', 'no-such-program').strip()
     assert host.verb('kill', cmd_id, missing).stderr.decode() == (
@@ -519,6 +587,17 @@ def stubborn(host, *options):
     cmd_id = verb(host, 'run', '-d', *options, 'one', '--', 'sh', '-c', STUBBORN).strip()
     wait_until(lambda: 'begun' in verb(host, 'out', cmd_id))
     return cmd_id
+
+
+def test_kill_tells_signals_and_whether_there_is_anybody(host, guests):
+    names = verb(host, 'kill', '-l').split()
+    assert {'HUP', 'KILL', 'TERM', 'USR1'} <= set(names)
+    cmd_id = verb(host, 'run', '-d', 'one', '--', 'sleep', '99').strip()
+    assert verb(host, 'kill', '-0', cmd_id) == ''
+    verb(host, 'kill', '-9', cmd_id)
+    verb(host, 'wait', cmd_id, code=128 + 9)
+    assert b'has already ended' in host.verb('kill', '-0', cmd_id).stderr
+    assert host.verb('kill', '-0', 'nosuch').returncode == 1
 
 
 @pytest.mark.once
@@ -566,7 +645,7 @@ def test_output_of_many_and_of_one_of_them(host, guests):
     assert verb(host, 'out', cmd_id + '@two') == 'x\n'
 
 
-def test_ls_info_and_ping(host, guests):
+def test_ls_info_and_ping(host, guests, tmp_path):
     lines = verb(host, 'ls').splitlines()
     assert lines[0].split() == ['NAME', 'STATE', 'AGENT', 'ADDRESS', 'COMMANDS']
     assert [line.split()[:4] for line in lines[1:]] == [
@@ -581,6 +660,9 @@ def test_ls_info_and_ping(host, guests):
         said = host.verb('ping', mistyped).stderr.decode()
         close = '; did you mean %s?' % meant if meant else ''
         assert said == "vmhost: no VM '%s'%s (`ls` lists them)\n" % (mistyped, close)
+    with Agent(tmp_path, host, 'ONT'):
+        assert b'did you mean one?' in host.verb('ping', 'ONE').stderr     # and not what is as near
+    verb(host, 'forget', 'ONT')
     for missing in ('info', 'ping'):
         done = host.verb(missing, 'nobody')
         assert done.returncode == 1 and done.stderr.startswith(b'vmhost: ')
@@ -596,7 +678,7 @@ def test_events(host, guests):
         another = verb(host, 'run', '-d', 'one', '--', 'true').strip()
         assert any(json.loads(line.decode())['cmdId'] == another for line in process.stdout)
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130 and process.stderr.read() == b''
+        assert process.wait(20) == -signal.SIGINT and process.stderr.read() == b''
 
 
 def test_events_that_no_single_call_tells(tmp_path):
@@ -1025,7 +1107,7 @@ def test_candidates(host, guests, tmp_path, monkeypatch):
     assert completed('run', '-T', '5', 't') == ['two']
     assert completed('run', '-T', '') == []
     assert completed('run', 'one', '--', 'o') == []
-    assert completed('run', '--t') == ['--timeout']
+    assert completed('run', '--ti') == ['--timeout']
     assert completed('snap', 't') == ['take']
     assert completed('snap', 'take', 'o') == ['one']
     assert completed('kill', '-s', 'KI') == ['KILL']

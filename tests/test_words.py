@@ -168,7 +168,9 @@ def test_help_and_version():
     assert '--nonsense' in run('put', 'one', 'a', 'b', '--nonsense')[2]
     for typed, meant in (('delete', 'rm'), ('ssh', 'shell, or run'), ('download', 'get'),
                          ('restart', 'reset'), ('purge', 'cleanup'), ('sftp', 'cp'),
-                         ('shel', 'shell'), ('creat', 'create'), ('lgs', 'logs')):
+                         ('shel', 'shell'), ('creat', 'create'), ('lgs', 'logs'), ('lgos', 'logs'),
+                         ('sl', 'ls'), ('Run', 'run'), ('SSH', 'shell, or run'),
+                         ('attach', 'shell VM ID, or out -f')):
         code, _, text = run(typed, 'x')
         assert code == 2 and '(did you mean %s?)' % meant in text
 
