@@ -101,6 +101,7 @@ class Host:
         self.connection.start(host, self.folder.port('broker', host, self.settings.Broker.port))
         self.folder.write(BROKER_ADDRESS, '%s:%s' % self.connection.address)
         self.folder.keep_port('broker', self.connection.address[1])
+        self.transfers.tell_of_lost()
         self.server = Server(self)
         self.server.start()
         self.journal.event('host-start', text='vmhost %s, pid %d' % (agent.VERSION, os.getpid()))

@@ -217,10 +217,10 @@ def one_process(folder, monkeypatch, **server):
 def test_a_transfer_ends_though_the_journal_is_full(tmp_path, monkeypatch):
     (tmp_path / 'source').write_text('content')
 
-    def full(*_):
+    def full(*_, **options):
         raise hostjournal.JournalError('database or disk is full')
     with one_process(tmp_path, monkeypatch) as host:
-        monkeypatch.setattr(host.journal, 'event', full)
+        monkeypatch.setattr(host.journal, 'writing', full)
         transfer = host.transfers.start('put', 'g', str(tmp_path / 'source'), 'there')
         assert transfer.done.wait(20)
         assert (transfer.state, transfer.error) == ('done', '')
@@ -743,3 +743,37 @@ def fetched(host):
 def resident(pid):
     with open('/proc/%d/statm' % pid) as file:
         return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+
+
+def test_who_waits_for_a_transfer_learns_that_the_host_agent_was_killed(tmp_path):
+    """Also where it waited for its turn; the one before had ended, and isn't told of."""
+    source = tmp_path / 'with \udcff'
+    source.write_text('content')
+    here = xmlrpc.client.Binary(os.fsencode(str(source)))
+    with Host(tmp_path / 'host', max_transfers=1) as host, Agent(tmp_path / 'guest', host, 'one') as guest:
+        with host.api as api:
+            assert api.cpFileToVM('one', here, 'before') == ['', '', 0]
+            guest.process.send_signal(signal.SIGSTOP)
+            try:
+                under_way = [api.startTransfer('put', 'one', here, name)
+                             for name in ('first', 'second')]
+                wait_until(lambda: api.getTransfer(under_way[0])['state'] == 'running')
+                host.process.send_signal(signal.SIGKILL)
+                host.process.wait()
+            finally:
+                guest.process.send_signal(signal.SIGCONT)
+        host.start()
+        with host.api as api:
+            assert [row['id'] for row in api.listTransfers()] == under_way
+            for id, name in zip(under_way, ('first', 'second')):
+                found = api.getTransfer(id)
+                assert found['state'] == 'failed' and 'host agent was ended meanwhile' in found['error']
+                assert (found['direction'], found['vm'], found['target']) == ('put', 'one', name)
+                assert 0 < found['submitted'] <= found['ended'] and api.cancelTransfer(id) is False
+            told = [event['text'] for event in api.getEvents(-20, 0)['events']
+                    if event['type'] == 'transfer-failed']
+            assert len(told) == 2 and all('host agent was ended meanwhile' in text for text in told)
+        host.stop()
+        host.start()
+        with host.api as api:
+            assert api.listTransfers() == []
