@@ -910,9 +910,9 @@ class FileMethods(Methods):
 
     def listTransfers(self, filter: dict = {}) -> list:
         """What getTransfer tells, but for failures, of all transfers that are kept, the newest last: those
-        under way, and up to 1,000 that have ended, until the host agent ends. Those that were under way when it
-        was killed have failed once it is back, as their error and an event say. submitted and ended: seconds
-        since 1970, or 0. filter: vm, finished, limit (so many of the newest).
+        under way, and up to 1,000 that have ended, until the host agent ends. Those that were under way when
+        it was killed have failed once it is back, as their error and an event say. submitted and ended:
+        seconds since 1970, or 0. filter: vm, finished, limit (so many of the newest).
 
             >>> host.listTransfers({'vm': 'node1', 'limit': 1})[0]['id'] == transfer_id
             True
