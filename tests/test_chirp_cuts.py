@@ -321,7 +321,8 @@ def test_a_small_file_that_grows_costs_the_others_nothing(served, tmp_path):  # 
         assert len(proxy.connections) == 1
     for path in grown:
         there, back = path.read_bytes(), (tmp_path / 'back' / path.name).read_bytes()
-        assert back in (there, there[:-200000])
+        # It may be met while it grows.
+        assert there.startswith(back) and len(back) >= len(there) - 200000, path.name
 
 
 def test_a_source_that_changes_is_sent_as_it_is_then(client, served, tmp_path):  # noqa: F811

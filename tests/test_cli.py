@@ -390,7 +390,7 @@ def test_a_reader_that_leaves_ends_the_command(host, guests):
     assert process.stderr.read() == b''
     process.stderr.close()
     assert process.wait(20) == 128 + 13
-    last = json.loads(verb(host, 'ps', '--json'))[-1]
+    last = [row for row in json.loads(verb(host, 'ps', '--json')) if row['cmd'] == 'yes'][-1]
     wait_until(lambda: 'signaled' in verb(host, 'call', 'getCmdStatus', last['cmdId']), 20)
     rows = {row['cmdId']: row for row in json.loads(verb(host, 'ps', '--json'))}
     status = rows[last['cmdId']]['status']
