@@ -579,12 +579,34 @@ def test_an_id_that_another_command_had_gets_nothing_of_that(guests, again):
             assert state == 'failed' and guest.result('c')['error'].startswith('EEXIST: '), state
 
 
+ALWAYS = ('out err finished exitCodeOrSignal resources state by error wall started ended out-size err-size '
+          'out-offset err-offset out-truncated err-truncated spool').split()
+
+
+def test_results_have_all_their_keys_whatever_the_end(guests):
+    """Who reads them needn't know which ends have no output."""
+    guest = guests()
+    guest.run('exited', 'true')
+    guest.run('failed', 'no-such-program')
+    guest.run('refused', 'sleep', '1', timeout='soon')
+    guest.signal('cancelled', 'TERM', cancel=True)
+    for ended in ('exited', 'failed', 'refused', 'cancelled'):
+        assert not set(ALWAYS) - set(guest.result(ended)), ended
+    guest.said.clear()
+    guest.run('exited', 'false')               # another command: EEXIST
+    assert not set(ALWAYS) - set(guest.result('exited'))
+    guest.acknowledge('failed', forget=True)
+    guest.said.clear()
+    guest.run('failed', 'no-such-program')     # emptied: lost
+    assert guest.result('failed')['state'] == 'lost' and not set(ALWAYS) - set(guest.result('failed'))
+
+
 def test_the_same_input_is_the_same_command(guests):
     guest = guests()
     for stdin, state in (('same', 'exited'), ('same', 'exited'), ('other', 'failed'), ('same+', 'failed')):
         guest.run('c', 'cat', stdin=stdin)
         result = guest.result('c')
-        assert result['state'] == state and result.get('out', 'same') == 'same'
+        assert (result['state'], result['out']) == (state, 'same' if state == 'exited' else '')
 
 
 def test_the_place_of_what_was_deleted_while_it_waited_is_free_for_others(guests):
