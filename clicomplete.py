@@ -6,15 +6,18 @@ No threads, no locks.
 import contextlib
 import glob
 import os
+import posixpath
 import shlex
 import sys
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import agent
 from clicommands import FINISHED_SHOWN
+from clifiles import vm_and_path
 from cliverbs import Verb
 from hostclient import Client
 from hostconfig import ini_here, read_settings
+from rpc import carried
 
 # Each asks this program for what could stand where the cursor is: {me} --complete WORD…, without the
 # name of the program, up to the cursor. Nothing: a file.
@@ -37,6 +40,8 @@ _vmhost() {{
         esac
         COMPREPLY+=("$found")
     done < <({me} --complete "${{COMP_WORDS[@]:at:COMP_CWORD-at+1}}" 2> /dev/null)
+    [[ ${{COMPREPLY[*]}} != */ ]] || compopt -o nospace 2> /dev/null
+    case ,$cur,${{COMP_WORDS[COMP_CWORD-1]}}, in *,:,*) compopt +o default 2> /dev/null ;; esac   # of a VM
 }}
 complete -o default -F _vmhost vmhost.py vmhost.pyz vmhost python python3
 """,
@@ -45,7 +50,14 @@ complete -o default -F _vmhost vmhost.py vmhost.pyz vmhost python python3
 _vmhost() {{
     local -a found
     found=("${{(@f)$({me} --complete "${{(@Q)words[2,CURRENT]}}" 2> /dev/null)}}")
-    if [[ -n $found ]]; then compadd -a found; else _files; fi
+    local -a open=(${{(M)found:#*/}})
+    found=(${{found:#*/}})
+    if [[ -z $found$open ]]; then
+        [[ $words[CURRENT] == *:* ]] || _files
+        return
+    fi
+    [[ -z $open ]] || compadd -S '' -a open
+    [[ -z $found ]] || compadd -a found
 }}
 compdef _vmhost vmhost.py vmhost.pyz vmhost
 """,
@@ -73,7 +85,7 @@ def completion(shell: str) -> str:
 
 def candidates(words: List[str], verbs: Dict[str, Verb]) -> List[str]:
     """What could stand for the last word, behind the others: an ini file, a verb, its arguments."""
-    words = [unquoted(word) for word in words]
+    words, cut = rejoined([unquoted(word) for word in words])
     if len(words) > 1 and words[0] in verbs and not os.path.isfile(words[0]):
         words.insert(0, ini_here() or '')
     if len(words) < 2:
@@ -86,8 +98,24 @@ def candidates(words: List[str], verbs: Dict[str, Verb]) -> List[str]:
     else:
         found = []
     # What isn't printable would be more than one word, or obeyed by the terminal.
-    return [candidate for candidate in found
+    return [candidate[cut:] for candidate in found
             if words and candidate.startswith(words[-1]) and candidate.isprintable()]
+
+
+def rejoined(words: List[str]) -> Tuple[List[str], int]:
+    """(the words as they were typed, how much of the last one is not to be told again): bash breaks them at
+    colons, and completes what is behind the last one."""
+    found: List[str] = []
+    cut, is_open = 0, False
+    for at, word in enumerate(words):
+        if found and (word == ':' and at > 1 or is_open):
+            found[-1] += word
+            cut = len(found[-1]) - (0 if word == ':' else len(word))
+        else:
+            found.append(word)
+            cut = 0
+        is_open = word == ':'
+    return found, cut
 
 
 def unquoted(word: str) -> str:
@@ -103,7 +131,7 @@ def candidates_of(verb: Verb, words: List[str]) -> List[str]:
     options = {name: settings for names, settings in verb.arguments for name in names if name[0] == '-'}
     if words[-1].startswith('-'):
         return sorted(options) + ['--help']
-    before = options.get(words[-2], {})
+    before, given = options.get(words[-2], {}), []  # type: Any, List[str]
     if 'metavar' in before:
         wanted = before
     else:
@@ -113,9 +141,24 @@ def candidates_of(verb: Verb, words: List[str]) -> List[str]:
         wanted = positional[len(given)] if len(given) < len(positional) else {}
     try:
         host = Client(read_settings(words[0] or None).Host.state_dir)
+        if wanted.get('metavar') in ('SRC', 'DST'):
+            return paths_meant(host, verb.name, wanted['metavar'], given, words[-1])
         return meant(host, wanted, words[-2], verb.name)
     except agent.AgentError:
         return []           # no host, no names; a shell in the middle of a line wants no complaint
+
+
+def paths_meant(host: Client, verb: str, metavar: str, given: List[str], word: str) -> List[str]:
+    """The paths in a VM that a word could be, if it is one there; a folder's ends with a slash. Raises
+    VMHostError."""
+    vm, path = vm_and_path(word) if verb == 'cp' else [given[0], word]
+    if not vm or (verb, metavar) in (('put', 'SRC'), ('get', 'DST')):
+        return []
+    folder, name = posixpath.split(path)
+    begin = word[:len(word) - len(name)]
+    return sorted(begin + entry['name'] + '/' * bool(entry['isDir'])
+                  for entry in host.call('listDir', vm, carried(folder or '/'))
+                  if 'name64' not in entry and entry['name'].startswith('.') <= name.startswith('.'))
 
 
 def meant(host: Client, wanted: Dict[str, Any], vm: str, verb: str) -> List[str]:

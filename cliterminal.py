@@ -20,7 +20,7 @@ from typing import Any, Dict, Iterator, List, Set, Tuple
 import agent
 from cliscreen import Screen, shown_size
 from faults import AgentNotConnected, BadState, DeadlineExceeded, NoSuchVM, VMHostError
-from hostclient import END, SILENCE, Client, Line, NoHost
+from hostclient import ASK_AGAIN, END, RESTART, SILENCE, Client, Line, NoHost
 
 TYPED = 64 * 1024              # bytes of what is typed, or pasted, that are read at once
 READ = 1024 * 1024             # bytes of the input that are read, and handed over, at once
@@ -294,7 +294,7 @@ class Visit:
         self._told = False             # that the guest isn't there
         self._interrupted = -1         # offset of the output up to which it was shown when it was interrupted
         self._is_behind = False        # and so far that what comes next is left out
-        self._typed = 0                # bytes of the input so far
+        self._kept = Kept()            # the last of what was typed: a host that is restarted may not have it
         self._offset = 0               # of the output
         self._escapes = Escapes() if os.isatty(0) else None
         self._is_over = False          # the input
@@ -310,7 +310,7 @@ class Visit:
         self._find_modes(begin)
         self._draw(shown[shown.find(b'\n') + 1 if begin else 0:])
         self._offset = begin + len(shown)
-        self._typed = int(status['inOffset'])
+        self._kept.begin = int(status['inOffset'])
         size = terminal_size()
         self._host.call('resizeCmd', self._id, size['rows'], max(1, size['columns'] - 1))
         self._tell_size()
@@ -340,17 +340,47 @@ class Visit:
                 if is_back:            # in here: who sees it may press Ctrl-C, which is for the program
                     self._come_back()
                 while goes_on:
-                    self._is_behind = False
-                    with contextlib.closing(self._host.terminal(self._id, self._offset)) as line:
-                        goes_on = self._show(line)
-                        while goes_on and not self._is_behind:
-                            goes_on = self._turn(line)
+                    try:
+                        goes_on = self._stay_on_a_line()
+                    except NoHost as gone:
+                        self._await_host(gone)
         finally:
             if self._screen.out.isatty():
                 with contextlib.suppress(OSError):     # it may be gone
                     self._screen.write(self._modes.undone(on_new_line=goes_on))
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _stay_on_a_line(self) -> bool:
+        """Until the command has ended, or the line is to be begun anew: whether it is. Raises Detached,
+        VMHostError."""
+        self._is_behind = False
+        with contextlib.closing(self._host.terminal(self._id, self._offset)) as line:
+            for begin in range(self._kept.begin, self._kept.end, TYPED):   # what has come is not taken twice
+                is_last = self._is_over and begin + TYPED >= self._kept.end
+                line.put(begin, self._kept.since(begin)[:TYPED], is_last)
+            goes_on = self._show(line)
+            while goes_on and not self._is_behind:
+                goes_on = self._turn(line)
+        return goes_on
+
+    def _await_host(self, gone: NoHost) -> None:
+        """Until the host agent is back, if it is restarted; what is typed meanwhile is kept. Raises Detached,
+        and NoHost where it stays away, or hangs."""
+        deadline = time.monotonic() + RESTART
+        if not gone.hangs:
+            self._tell('the host agent does not answer; waiting up to %.0f s for it (Enter and ~. leaves)'
+                       % RESTART)
+        while True:
+            if gone.hangs or time.monotonic() > deadline:
+                raise gone
+            if select.select([] if self._is_over else [0], [], [], ASK_AGAIN)[0] and self._read_typed()[1]:
+                raise Detached
+            try:
+                self._host.call('getCmdStatus', self._id, False)
+                return self._tell('the host agent is back')
+            except NoHost as still:
+                gone = still
 
     def _note_size(self, *_: Any) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -377,6 +407,19 @@ class Visit:
 
     def _pass_on(self, line: Line) -> None:
         """What was typed. Raises Detached."""
+        begin = self._kept.end
+        data, leaves = self._read_typed()
+        if data or self._is_over:
+            line.put(begin, data, self._is_over)
+            self._awaits_answer = True
+        if any(key in data for key in INTERRUPTS):
+            self._interrupted = self._offset
+        if leaves:
+            line.finish(FAREWELL)
+            raise Detached
+
+    def _read_typed(self) -> Tuple[bytes, bool]:
+        """(what was typed for the program, whether the person wants to leave)."""
         data, leaves = read_input(TYPED), False
         if self._escapes is None:
             self._is_over = not data
@@ -384,15 +427,8 @@ class Visit:
             data, leaves = self._escapes.read(data)
         else:
             leaves = True              # the terminal is gone
-        if data or self._is_over:
-            line.put(self._typed, data, self._is_over)
-            self._typed += len(data)
-            self._awaits_answer = True
-        if any(key in data for key in INTERRUPTS):
-            self._interrupted = self._offset
-        if leaves:
-            line.finish(FAREWELL)
-            raise Detached
+        self._kept.add(data)
+        return data, leaves
 
     def _show(self, line: Line) -> bool:
         for kind, offset, data in line.take():
@@ -411,7 +447,7 @@ class Visit:
         """Leaves out what a program wrote long before it was interrupted, and a person would have to see to
         its end: a program isn't held up by a terminal. Raises VMHostError."""
         status = self._host.call('getCmdStatus', self._id)
-        if not status['ended'] and status['inOffset'] < self._typed:
+        if not status['ended'] and status['inOffset'] < self._kept.end:
             self._interrupted = self._offset           # it hasn't heard so yet
             return
         self._interrupted = -1
@@ -427,12 +463,20 @@ class Visit:
         self._screen.write(data)
 
     def _tell_absence(self) -> None:
-        """Nothing answers: whether that is since the guest isn't there. Raises VMHostError."""
-        with contextlib.suppress(NoSuchVM):
-            if self._host.call('getVM', self._vm)['agent'] != 'alive':
-                self._told = True
-                self._draw(b'\r\nvmhost: %s does not answer; still waiting (Enter and ~. leaves)\r\n'
-                           % agent.printable(self._vm).encode('utf-8'))
+        """Nothing answers: whether that is since host or guest isn't there. Raises VMHostError."""
+        away = ''
+        if not self._host.answers(UNANSWERED):
+            away = 'the host agent'
+        else:
+            with contextlib.suppress(NoSuchVM):
+                away = '' if self._host.call('getVM', self._vm)['agent'] == 'alive' else self._vm
+        if away:
+            self._told = True
+            self._tell('%s does not answer; still waiting (Enter and ~. leaves)' % away)
+
+    def _tell(self, sentence: str) -> None:
+        """On a line of its own, though the terminal is raw."""
+        self._draw(b'\r\nvmhost: %s\r\n' % agent.printable(sentence).encode('utf-8'))
 
     def _tell_size(self) -> None:
         size = terminal_size()

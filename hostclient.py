@@ -238,16 +238,22 @@ class Client:
 
     def check_alive(self) -> None:
         """An answer may take hours, and comes from a host agent that answers others. Raises OSError."""
+        if not self.answers(SILENCE):
+            raise hung()
+
+    def answers(self, seconds: float) -> bool:
+        """Whether somebody does within that time, or leaves at once. Raises VMHostError."""
         other = self.another()
         try:
             other._connection = other._connect()
-            other._connection.request('GET', '/proof?nonce=' + 32 * '0', patience=SILENCE)
+            other._connection.request('GET', '/proof?nonce=' + 32 * '0', patience=seconds)
         except (socket.timeout, TimeoutError):         # two of them, before Python 3.10
-            raise hung()
+            return False
         except OSError:
-            return                     # it has its hands full
+            pass                       # it has its hands full
         finally:
             other._leave()
+        return True
 
     def _read(self, name: str) -> str:
         path = os.path.join(self.folder, name)

@@ -1125,6 +1125,25 @@ def test_candidates(host, guests, tmp_path, monkeypatch):
         assert hostcli.by_own_name(words) == words[:-2] + ['run', 'o']
 
 
+def test_paths_in_a_vm_are_completed_there(host, guests, tmp_path, monkeypatch):
+    def completed(*words):
+        return clicomplete.candidates([host.ini] + list(words), hostcli.VERBS)
+    os.makedirs(os.path.join(guests[0].files, 'results', 'deep'))
+    for name in ('results/one file', 'results/.hidden'):
+        open(os.path.join(guests[0].files, name), 'w').close()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'results.here').write_text('')
+    assert completed('cp', 'one:res') == ['one:results/']
+    assert completed('cp', 'a', 'one:results/') == ['one:results/deep/', 'one:results/one file']
+    assert completed('get', 'one', 'results/.') == ['results/.hidden']
+    assert completed('put', 'one', 'a', 'results/d') == ['results/deep/']
+    assert completed('put', 'one', 'res') == completed('get', 'one', 'a', 'res') == []     # of this machine
+    assert completed('cp', 'res') == completed('cp', 'nobody:res') == []
+    assert completed('cp', 'one', ':', 'res') == ['results/']          # as bash has it
+    assert completed('cp', 'one', ':', 'a', 'one', ':') == [
+        name for name in completed('put', 'one', 'a', '') if not name.startswith('.')]
+
+
 def test_a_shell_that_one_comes_back_to_is_of_its_machine(host, guests):
     ids = [verb(host, 'run', '-d', name, '--', 'sleep', '99').strip() for name in ('one', 'two')]
     try:

@@ -377,7 +377,7 @@ def test_a_click_through(host, guest, api, browser):
     assert page.js('document.cookie') == ''
     page.wait(text_of('#machines tbody') + '.includes("node1")')
     page.wait('document.querySelector("#machines svg path").getAttribute("d").length > 20')
-    assert '1 alive' in page.js(text_of('#glance'))
+    assert page.js(text_of('#glance')).startswith('1 alive of 1 machine')
     hostile = HOSTILE.encode() + b' \x1b[1m \x00 \xff \xe2\x80\xae ende\r\nnext\n'
     cmd_id = api.runCmd('node1', sys.executable, ['-c', OUTPUT % hostile])
     row = '#commands tbody tr:first-child'
@@ -624,6 +624,7 @@ def test_a_guest_that_goes_and_a_host_that_restarts(tmp_path, browser):
                 host.run('node2', 'true')
                 other.stop()
             page.wait(text_of('#machines') + '.includes("left")')
+            page.wait(text_of('#glance') + ' == "1 lost, 0 alive, 1 left of 2 machines"')
         finally:
             guest.stop(signal.SIGKILL)
         port = host.address.split(':')[1]

@@ -413,6 +413,47 @@ def test_a_shell_goes_on_while_the_agent_is_restarted(host, tmp_path):
         assert person.wait()[0] == 0
 
 
+def test_a_shell_goes_on_while_the_host_agent_is_restarted(tmp_path):
+    with Host(tmp_path / 'host', broker={'port': free_port()}) as host, \
+            Agent(tmp_path / 'guest', host, 'one'):
+        person = Person(host, 'shell', 'one')
+        at_prompt(person)
+        person.type(b'here=$((40 + 2))\r')
+        person.sees(b'PROMPT> ')
+        host.stop(signal.SIGKILL)
+        person.type(b'echo typed$here meanwhile\r')
+        person.sees(b'the host agent does not answer; waiting up to 60 s for it (Enter and ~. leaves)')
+        host.start()
+        person.sees(b'vmhost: the host agent is back')
+        person.sees(b'typed42 meanwhile', 60)
+        person.type(b'echo again$here\r')
+        person.sees(b'again42')
+        host.stop()
+        person.sees(b'does not answer')
+        person.type(b'\r~.')
+        code, text = person.wait()
+        assert code == 255 and text.count('typed42') == 1 and 'come back with `shell one ' in text
+        host.start()
+        cmd_id = host.verb('ps', '-q', '-n', '0').stdout.decode().strip()
+        wait_until(lambda: host.verb('kill', '-9', cmd_id).returncode == 0, 30)
+
+
+def test_who_sits_before_a_host_agent_that_hangs_may_leave(tmp_path):
+    with Host(tmp_path / 'host') as host, Agent(tmp_path / 'guest', host, 'one') as guest:
+        person = Person(host, 'shell', 'one')
+        at_prompt(person)
+        os.kill(host.process.pid, signal.SIGSTOP)
+        try:
+            person.type(b'echo nobody hears\r')
+            person.sees(b'vmhost: the host agent does not answer; still waiting (Enter and ~. leaves)')
+            person.type(b'\r~.')
+            code, text = person.wait()
+        finally:
+            os.kill(host.process.pid, signal.SIGCONT)
+        assert code == 255 and 'come back with' in text
+        guest.end_programs()
+
+
 def test_a_paste_of_a_megabyte(host, guest, tmp_path):
     """Into a program that reads key by key, as editors and shells do."""
     target = tmp_path / 'pasted'
