@@ -160,7 +160,8 @@ def open_part(target: str) -> Any:
             raise
         remove_part(path, target)
         return open_part(target)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:          # another file's name as well
         os.close(fd)
         os.unlink(path)
         return open_part(target)

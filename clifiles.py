@@ -145,7 +145,7 @@ def here(path: str) -> str:
     """
     if not path:
         raise VMHostError('a path is empty: name a file or folder (. is the one you are in)')
-    return os.path.join(os.getcwd(), path)
+    return os.path.join(os.getcwd(), localnames.native(path))
 
 
 def own_descriptor(path: str) -> Optional[int]:

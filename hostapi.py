@@ -896,7 +896,8 @@ class FileMethods(Methods):
         once. Option ``links``: of a folder's symbolic links, ``keep`` makes the same where they stay inside,
         ``skip`` leaves them out, ``follow`` moves what they lead to. Option ``parents``: whether folders that
         the target is to be in are made where they are missing; as a rule in a VM, and not here. Names,
-        content, modes (but for setuid and its like), times and links arrive, or each that doesn't is told.
+        content, modes (but for setuid and its like), times and links arrive, or each that doesn't is told. A
+        file that is replaced leaves its mode and owner to the new one, as by ``cp``.
 
         Fault 10 (Busy) while another one goes to the same place, whose id it names.
 
@@ -910,9 +911,9 @@ class FileMethods(Methods):
 
     def listTransfers(self, filter: dict = {}) -> list:
         """What getTransfer tells, but for failures, of all transfers that are kept, the newest last: those
-        under way, and up to 1,000 that have ended, until the host agent ends. Those that were under way when it
-        was killed have failed once it is back, as their error and an event say. submitted and ended: seconds
-        since 1970, or 0. filter: vm, finished, limit (so many of the newest).
+        under way, and up to 1,000 that have ended, until the host agent ends. Those that were under way when
+        it was killed have failed once it is back, as their error and an event say. submitted and ended:
+        seconds since 1970, or 0. filter: vm, finished, limit (so many of the newest).
 
             >>> host.listTransfers({'vm': 'node1', 'limit': 1})[0]['id'] == transfer_id
             True
