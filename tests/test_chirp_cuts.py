@@ -891,3 +891,13 @@ def test_a_part_that_is_another_file_too_is_left_alone(tmp_path, way):
         moving.put(str(source / 'new'), '/new') if way == 'put' else moving.get('/new', str(target / 'new'))
     assert (target / 'new').read_bytes() == b'n' * 100000 and other.read_bytes() == b'n' * 50000
     assert sorted(os.listdir(str(target))) == ['new', 'other']
+
+
+def test_room_that_was_just_made_counts(tmp_path, monkeypatch):
+    """As on Btrfs, which tells it once it has written down what was deleted."""
+    free = [1000]
+    monkeypatch.setattr(chirplocal, 'free_here', lambda _: free[0])
+    monkeypatch.setattr(os, 'sync', lambda: free.append(free.pop() + 1000))
+    chirplocal.check_room(str(tmp_path), 2000)
+    with pytest.raises(OSError, match='4000 bytes are needed, 3000 are free'):
+        chirplocal.check_room(str(tmp_path), 4000)
