@@ -13,7 +13,7 @@ import posixpath
 import stat
 import threading
 import time
-from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
 
 import agent
 import localnames
@@ -625,10 +625,11 @@ class Upload(Move):
                 if not merge:
                     self._client.chmod(target, 0o700)
                 known.fill(None if merge else source)
-            failed = self._failures.count
+            unmoved: Set[bytes] = set()            # partial files that a later attempt goes on from
             folders: List[str] = []
             with os.scandir(source) as entries:
                 for entry in entries:
+                    failed = self._failures.count
                     with self._failing(entry.path):
                         check_whole(to_remote(entry.name))
                         self._check_name(to_remote(entry.name))
@@ -639,11 +640,13 @@ class Upload(Move):
                             folders.append(entry.name)
                         else:
                             self._put_entry(entry, target, known, merge)
+                    if self._failures.count > failed:
+                        unmoved.add(part_name(to_remote(entry.name)))
                     if len(folders) >= PENDING:
                         self._put_folders(source, folders, target, merge)
             self._put_folders(source, folders, target, merge)
-            if not merge and failed == self._failures.count:
-                known.remove_parts()
+            if not merge:
+                known.remove_parts(unmoved)
         if self._options.keep and (made or not merge):
             self._client.chmod(target, mode_there(found))
             self._client.utime(target, int(found.st_atime), int(found.st_mtime))
@@ -754,10 +757,11 @@ class Known:
     def has_part(self, name: bytes) -> bool:
         return bool(self._parts) and part_name(name) in self._parts
 
-    def remove_parts(self) -> None:
-        """Of files that the source doesn't have; those of the others have their names by now."""
+    def remove_parts(self, unmoved: Set[bytes]) -> None:
+        """Of files that the source doesn't have; those of the others have their names by now, but for
+        ``unmoved``."""
         for name in self._parts:
-            if self._client.find(join(self._folder, name), False) is not None:
+            if name not in unmoved and self._client.find(join(self._folder, name), False) is not None:
                 self._client.rmall(join(self._folder, name))
 
 

@@ -901,3 +901,20 @@ def test_room_that_was_just_made_counts(tmp_path, monkeypatch):
     chirplocal.check_room(str(tmp_path), 2000)
     with pytest.raises(OSError, match='4000 bytes are needed, 3000 are free'):
         chirplocal.check_room(str(tmp_path), 4000)
+
+
+def test_parts_of_what_the_source_has_no_more_go_though_something_failed(tmp_path):
+    """And that of a file that failed stays, to be gone on from."""
+    (tmp_path / 'served').mkdir()
+    (tmp_path / 'tree' / 'folder').mkdir(parents=True)
+    os.mkfifo(str(tmp_path / 'tree' / 'folder' / 'fifo'))
+    os.mkfifo(str(tmp_path / 'tree' / 'failed'))
+    part = tmp_path / 'served' / os.path.basename(chirplocal.local_part('tree'))
+    part.mkdir()
+    for name in 'failed', 'gone':
+        write(part / os.path.basename(chirplocal.local_part(name)), b'x' * 100000)
+    with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as moving, \
+            pytest.raises(chirpwire.Incomplete):
+        moving.put(str(tmp_path / 'tree'), '/tree')
+    assert sorted(os.listdir(str(tmp_path / 'served' / 'tree'))) == [
+        os.path.basename(chirplocal.local_part('failed')), 'folder']
