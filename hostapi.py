@@ -896,7 +896,8 @@ class FileMethods(Methods):
         once. Option ``links``: of a folder's symbolic links, ``keep`` makes the same where they stay inside,
         ``skip`` leaves them out, ``follow`` moves what they lead to. Option ``parents``: whether folders that
         the target is to be in are made where they are missing; as a rule in a VM, and not here. Names,
-        content, modes (but for setuid and its like), times and links arrive, or each that doesn't is told.
+        content, modes (but for setuid and its like), times and links arrive, or each that doesn't is told. A
+        file that is replaced leaves its mode and owner to the new one, as by ``cp``.
 
         Fault 10 (Busy) while another one goes to the same place, whose id it names.
 

@@ -12,6 +12,7 @@ from typing import Any, Dict, List, Tuple
 
 import agent
 import chirpwire
+import localnames
 import protocol
 from faults import InvalidParams
 from rpc import Binary, FilePath
@@ -36,7 +37,7 @@ LARGEST_NUMBER = 1e18          # of seconds or bytes, so that no system's intege
 
 def read_local(path: FilePath) -> str:
     """A path of this machine, as text whose surrogates stand for what isn't UTF-8."""
-    return path if isinstance(path, str) else os.fsdecode(path.data)
+    return localnames.native(path) if isinstance(path, str) else os.fsdecode(path.data)
 
 
 def read_remote(path: FilePath) -> str:

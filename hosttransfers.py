@@ -21,6 +21,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import agent
 import chirpclient
 import chirpwire
+import localnames
 import rpc
 from faults import AgentNotConnected, Busy, InvalidParams, NoFiles, TransferError, VMHostError
 from hostjournal import Journal
@@ -56,6 +57,7 @@ class Transfer:
         self.source = source
         self.target = target
         self.links = links             # keep, skip or follow
+        self.given = chirpclient.Given()       # where it goes to a device or FIFO
         self.parents = parents         # whether the folders that the target is to be in are made
         self.state = 'waiting'
         self.error = ''                # or, while it waits, what for
@@ -92,6 +94,7 @@ class Transfer:
         """Where that is, however it is written."""
         if self.direction == 'put':
             return self.vm, posixpath.normpath('/' + target.lstrip('/'))
+        target = localnames.native(target)
         try:
             return (os.path.normcase(os.path.realpath(target)),)
         except OSError:                # a device of Windows', as `con`: the transfer itself says why not
@@ -402,6 +405,10 @@ class Transfers:
         except Busy as busy:
             log.debug('%s: %s; it waits for that', transfer.id, busy)
             raise Waits(busy, False)
+        except chirpwire.Busy as busy:
+            if not self._others_put(transfer):
+                raise
+            raise Waits(busy, False)
         except (AgentNotConnected, NoFiles, chirpwire.Disconnected, chirpwire.TurnedAway) as error:
             patience = GUEST_PATIENCE if isinstance(
                 error, (AgentNotConnected, chirpwire.Disconnected)) else FILES_PATIENCE
@@ -412,6 +419,13 @@ class Transfers:
                 raise
             transfer.notes.info(str(error), '%s: %s; it waits for the agent', transfer.id, error)
             raise Waits(error, True)
+
+    def _others_put(self, transfer: Transfer) -> bool:
+        """Whether something else goes to its VM, which may have another path to the same place."""
+        with self._lock:
+            return transfer.direction == 'put' and any(
+                known.state == 'running' and known.direction == 'put' and known.vm_id == transfer.vm_id
+                for known in self._known.values() if known is not transfer)
 
     def _move_with(self, client: chirpclient.ChirpClient, transfer: Transfer) -> None:
         there = GuestPaths(client, transfer.vm)
@@ -429,7 +443,8 @@ class Transfers:
                 if transfer.parents:
                     os.makedirs(os.path.dirname(os.path.abspath(transfer.target)), exist_ok=True)
                 self._aim(transfer, chirpclient.landing_here(client, source, transfer.target))
-            client.get(source, transfer.target, transfer.progress, transfer.cancelled, links=transfer.links)
+            client.get(source, transfer.target, transfer.progress, transfer.cancelled, links=transfer.links,
+                       given=transfer.given)
 
     def _aim(self, transfer: Transfer, target: str) -> None:
         """From now on it goes there, and no other one. Raises Busy, where another one does."""

@@ -777,3 +777,29 @@ def test_who_waits_for_a_transfer_learns_that_the_host_agent_was_killed(tmp_path
         host.start()
         with host.api as api:
             assert api.listTransfers() == []
+
+
+def test_names_are_what_they_are_without_a_locale(tmp_path, monkeypatch):
+    """As in a unit or a cron job, where Python 3.6 knows ASCII alone: by the API, and by the command line."""
+    for name in 'LANG', 'LC_CTYPE':
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('LC_ALL', 'C')
+    folder = os.fsencode(str(tmp_path)) + b'/f\xc3\xbcr'
+    os.makedirs(folder + b'/d\xc3\xa9')
+    for name in b'/\xc3\xa9', b'/d\xc3\xa9/\xff':
+        with open(folder + name, 'wb') as file:
+            file.write(b'content')
+    at, vmhost = folder.decode('utf-8'), os.path.abspath('vmhost.py')
+    with Host(tmp_path / 'host') as host, Agent(tmp_path / 'guest', host, 'one') as guest, \
+            host.api as api:
+        for source, target in (at + '/é', ''), (at + '/dé', 'ü'), (at + '/dé', ''):
+            assert api.cpFileToVM('one', source, target) == ['', '', 0]
+        assert api.cpFileFromVM('one', 'é', at + '/zurück') == ['', '', 0]
+        assert api.cpFileFromVM('one', 'dé', at) == ['', '', 0]
+        for words in ['put', 'one', b'\xc3\xa9', b'\xc3\xb6'], ['get', 'one', b'\xc3\xb6', b'\xc3\xb6'], \
+                ['get', 'one', b'd\xc3\xa9', b'neu\xc3\xa9']:
+            subprocess.check_call([sys.executable, vmhost, host.ini] + words, cwd=folder)
+        names = {os.fsencode(name) for name in os.listdir(guest.files)}
+    assert names == {b'\xc3\xa9', b'\xc3\xbc', b'd\xc3\xa9', b'\xc3\xb6'}
+    assert {b'zur\xc3\xbcck', b'\xc3\xb6'} < set(os.listdir(folder))
+    assert os.listdir(folder + b'/neu\xc3\xa9') == [b'\xff']
