@@ -11,6 +11,7 @@ from vms import SETTINGS
 
 import drivers
 import hypervisor
+import vboximages
 import vboxmanage
 import vboxnetwork
 import vboxprogram
@@ -187,7 +188,7 @@ elif words[0] == 'showvminfo':
 
 @pytest.mark.skipif(os.name == 'nt', reason='runs a script')
 @pytest.mark.parametrize('folder, whose', [
-    ('listed', "the VM '?'"), ('other', 'a VM that is not registered')])
+    ('listed', "the VM '?'"), ('other', vboximages.NOT_REGISTERED)])
 def test_whose_settings_are_in_the_way_is_told(tmp_path, monkeypatch, folder, whose):
     """VMs of different names may have the same folder."""
     (tmp_path / folder).mkdir()
@@ -207,6 +208,8 @@ vm = json.load(open(path)) if os.path.exists(path) else {}
 words = sys.argv[1:]
 if words[0] == '--version':
     print('7.2.4r1')
+elif os.path.exists(path + '.no-server'):
+    sys.exit('VBoxManage: error: No')
 elif words[0] == 'createvm':
     vm = {'state': 'poweroff', 'rules': [], 'marks': {}, 'bridge': ''}
     print('Virtual machine is created and registered.\nUUID: %(one)s')
@@ -396,3 +399,39 @@ def test_what_just_ends_is_asked_again(tmp_path, monkeypatch, told):
     a_program(tmp_path, monkeypatch, STARTS_LATE % told)
     vboxmanage.VBoxManage(dict(SETTINGS, command_timeout=20)).connect()
     assert (tmp_path / 'asked').read_text() == '--version list list list '
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+def test_a_version_is_a_sign_that_virtualbox_answers(one, tmp_path):
+    """Who ends a VM by force, and hears nothing, asks for it: the VM hangs, or VirtualBox does."""
+    assert one('version') == '7.2.4'
+    (tmp_path / 'vm.json.no-server').write_text('')
+    with pytest.raises(vboxprogram.Refused):
+        one('version')
+
+
+def test_no_text_of_a_snapshot_is_another_snapshot(tmp_path):
+    """VBoxManage tells names and descriptions as they are."""
+    text = ('CfgFile="%s"\nVMState="poweroff"\nSnapshotName="a "q"\nb"\nSnapshotUUID="1"\n'
+            'SnapshotDescription="x"\nSnapshotName-2="none"\nSnapshotName-1="not b"\nSnapshotUUID-1="3"\n'
+            'SnapshotName-7="no"\nSnapshotUUID-7="7"\n"\n'
+            'SnapshotName-1="b"\nSnapshotUUID-1="2"\nCurrentSnapshotUUID="2"\n')
+    found = vboxprogram.read_snapshots(vboxprogram.read_info(text % '/no/such'))
+    assert [row['id'] for row in found] == ['1', '2', '7']
+    (tmp_path / 'one.vbox').write_text(
+        '<Snapshot uuid="{1}" name="a"><Snapshot name="b" uuid="{2}"/></Snapshot>')
+    found = vboxprogram.read_snapshots(vboxprogram.read_info(text % (tmp_path / 'one.vbox')))
+    assert [(row['name'], row['id'], row['depth']) for row in found] == [('a "q"\nb', '1', 0), ('b', '2', 1)]
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+def test_a_vm_named_like_anothers_uuid_is_not_that_one(tmp_path, monkeypatch):
+    other = ONE.replace('6', '7')
+    listed = 'print(\'"one" {%s}\')' % ONE
+    assert listed in SCRIPT
+    a_program(tmp_path, monkeypatch, SCRIPT.replace(
+        listed, 'print(\'"%s" {%s}\\n"one" {%s}\')' % (ONE, other, ONE)))
+    (tmp_path / 'saying').write_text('')
+    driver = vboxmanage.VBoxManage(dict(SETTINGS, command_timeout=20))
+    driver.connect()
+    assert driver._find(None, ONE) == ONE and driver._find(None, other) == other
