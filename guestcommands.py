@@ -230,7 +230,7 @@ class Commands:
         cmd_id = message.text('cmd-id')
         with self._lock:
             command = self._commands.get(cmd_id)
-        why = 'signal %d before it began' % number
+        why = 'ECANCELED: signal %d before it began' % number
         if command is None and message.flag('cancel'):
             self._cancel_before_it_comes(cmd_id, why)
         if command is None or command.has_ended():
