@@ -214,7 +214,7 @@ class Commands:
         number = signal_number(message.text('signal', 'TERM'))
         cmd_id = message.text('cmd-id')
         command = self._table.find(cmd_id)
-        why = 'signal %d before it began' % number
+        why = 'ECANCELED: signal %d before it began' % number
         if command is None and message.flag('cancel'):
             self._cancel_before_it_comes(cmd_id, why)
         if command is None or command.has_ended():

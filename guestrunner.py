@@ -444,7 +444,7 @@ class Runner:
         exited, code = how_it_ended(self.status or 0)
         state = 'timeout' if self.timed_out else 'exited' if exited else 'signaled'
         by = self._ended_by(exited, code)
-        error = 'ran longer than its timeout of %g s' % self.request['timeout'] if self.timed_out else \
+        error = 'ETIME: ran longer than its timeout, %g s' % self.request['timeout'] if self.timed_out else \
             'ENOMEM: the kernel killed it for want of memory' if by == 'oom' else \
             self._limit_that_ended_it(0 if exited or by == 'signalCmd' else code)
         error = error or max(harms.values(), default='')

@@ -277,7 +277,8 @@ class Control:
                                    'isn\'t known' % (execution.vm, SIGNAL_TIMEOUT, name, execution.key))
 
     def _cancel(self, execution: Execution, name: str) -> None:
-        self._commands.call_off(execution, 'cancelled', 'signal %s before it began' % name, 'signalCmd')
+        self._commands.call_off(execution, 'cancelled', 'ECANCELED: signal %s before it began' % name,
+                                'signalCmd')
 
     def give_up_expired(self) -> None:
         """Ends as expired what hasn't begun in time, as far as anybody knows."""

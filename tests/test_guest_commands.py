@@ -590,8 +590,11 @@ def test_results_have_all_their_keys_whatever_the_end(guests):
     guest.run('failed', 'no-such-program')
     guest.run('refused', 'sleep', '1', timeout='soon')
     guest.signal('cancelled', 'TERM', cancel=True)
-    for ended in ('exited', 'failed', 'refused', 'cancelled'):
-        assert not set(ALWAYS) - set(guest.result(ended)), ended
+    guest.run('timeout', 'sleep', '9', timeout=0.1)
+    for ended, error in (('exited', ''), ('failed', 'ENOENT'), ('refused', 'EINVAL'),
+                         ('cancelled', 'ECANCELED'), ('timeout', 'ETIME')):
+        result = guest.result(ended)
+        assert not set(ALWAYS) - set(result) and result['error'].partition(':')[0] == error, ended
     guest.said.clear()
     guest.run('exited', 'false')               # another command: EEXIST
     assert not set(ALWAYS) - set(guest.result('exited'))

@@ -2,6 +2,7 @@
 
 import base64
 import os
+import re
 import shutil
 import signal
 import threading
@@ -219,6 +220,7 @@ def test_what_waits_for_an_agent_is_cancelled_at_once_and_for_good(host, absent,
     assert api.signalCmd(cmd_id) is True
     results = api.getCmdResults(cmd_id)
     assert (results['state'], results['by'], results['exitCodeOrSignal']) == ('cancelled', 'signalCmd', -1)
+    assert re.match('ECANCELED: signal [A-Z]+ before it began', results['error'])
     assert api.signalCmd(cmd_id) is False
     with absent:
         assert host.run('away', 'true')['state'] == 'exited' and proof.runs() == 0
