@@ -35,13 +35,13 @@ done < input
 echo $total > output
 '''
 SCIENCE = '''#!/bin/sh
-echo "$1" >> runs
 total=0
 while read number; do
     total=$((total + number))
     echo $total
 done < input
-while [ $(wc -l < runs) -lt 2 ]; do sleep 1; done    # the first time it is told to quit
+# The first time it is told to quit, and waits, with nothing to do for who interprets it, until it runs again.
+if mkfifo gate 2> /dev/null; then read number < gate; else echo > gate; fi
 echo $total > output
 echo done >&2
 '''
