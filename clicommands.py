@@ -57,6 +57,7 @@ SHORTEST_LOOK = 0.01           # seconds between looks at a command's output …
 LONGEST_LOOK = 0.25            # … which grow while nothing comes
 LONGEST_WAIT = 60              # seconds that one call may wait
 PATIENCE = 10.0                # seconds after a command's end in which all of its output should have come
+AWAY = 'lost', 'never'         # how agents are that can't be asked
 STREAM = 'stream'              # the option stdin of a command whose input comes bit by bit
 SMALL_INPUT = 64 * 1024        # bytes of input that go along with the command …
 AT_ONCE = 0.05                 # … if they, and the end, are there within so many seconds
@@ -213,6 +214,8 @@ def run_request(host: Client, screen: Screen, args: Any, vm: str, *request: Any)
             return 0
         if 'terminal' in options:
             return visit(host, screen, vm, cmd_id)
+        if options.get('queue') and not many and host.call('getVM', vm)['agent'] in AWAY:
+            screen.complain('%s is away: the command begins once it is back (Ctrl-C cancels it)' % vm)
         waits = options.get('queue') or not options.get('timeout')
         limit = 0 if waits else time.monotonic() + options['timeout'] + PATIENCE
         followed = follow(host, screen, cmd_id, many, interrupts, limit, options.get('stdin') == STREAM)
@@ -258,7 +261,8 @@ SHELL = 'exec "${SHELL:-sh}" -l'        # in the guest, to a terminal, it is the
 
 def do_shell(host: Client, screen: Screen, args: Any) -> int:
     """A shell on a terminal of its own, which lasts when the person leaves; or one that does so already."""
-    vm = host.call('getVM', args.vm)['name']
+    found = host.call('getVM', args.vm)
+    vm = found['name']
     if args.id:
         need_posix()
         try:
@@ -269,6 +273,9 @@ def do_shell(host: Client, screen: Screen, args: Any) -> int:
         if details['vm'] != vm or 'terminal' not in details['options']:
             raise InvalidParams('%s is no command with a terminal on %s' % (args.id, vm))
         return visit(host, screen, vm, args.id, True)
+    if found['agent'] in AWAY:
+        heard = shown_span(max(0, time.time() - found['lastSeen'])) + ' ago' if found['lastSeen'] else 'never'
+        raise AgentNotConnected('%s is away (%s, last heard %s)' % (vm, life(found), heard))
     options: Dict[str, Any] = {'user': args.user} if args.user else {}
     args.detach, args.begun = False, b''
     if os.isatty(0):
@@ -633,6 +640,9 @@ def described(found: Dict[str, Any]) -> Dict[str, Any]:
         usage = results.get('resources') or status['resources']
         shown['state'] = status['end'] or status['state']
         shown.update({name: status[name] for name in ('pid', 'processes', 'progress', 'error')})
+        if shown['error'] and str(shown['state']).endswith(str(shown['error'])):
+            del shown['error']
+        shown['input'] = shown_size(finite(status['inOffset'])) if status.get('inOffset') else ''
         shown.update({name: results.get(name) for name in ('started', 'ended')})
         shown.update(wall=results.get('wall', status['wall']), output=shown_size(finite(status['outSize'])),
                      errors=shown_size(finite(status['errSize'])),

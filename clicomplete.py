@@ -9,7 +9,7 @@ import os
 import posixpath
 import shlex
 import sys
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, Iterable, List, Tuple
 
 import agent
 from clicommands import FINISHED_SHOWN
@@ -83,16 +83,17 @@ def completion(shell: str) -> str:
     return COMPLETION[shell].format(me=me).rstrip()
 
 
-def candidates(words: List[str], verbs: Dict[str, Verb]) -> List[str]:
+def candidates(words: List[str], verbs: Dict[str, Verb], aliases: Iterable[str] = ()) -> List[str]:
     """What could stand for the last word, behind the others: an ini file, a verb, its arguments."""
     words, cut = rejoined([unquoted(word) for word in words])
     if len(words) > 1 and words[0] in verbs and not os.path.isfile(words[0]):
         words.insert(0, ini_here() or '')
+    known = list(verbs) + [alias for alias in aliases if words[-1:] != [''] and alias[0] != '-']
     if len(words) < 2:
         options = ['--help', '--bundle', '--completion', '--version']
-        found = options + list(verbs) if words[-1:] != [''] else sorted(glob.glob('*.ini')) + list(verbs)
+        found = options + known if words[-1:] != [''] else sorted(glob.glob('*.ini')) + known
     elif len(words) == 2:
-        found = list(verbs)
+        found = known
     elif words[1] in verbs and '--' not in words[:-1]:
         found = candidates_of(verbs[words[1]], words)
     else:

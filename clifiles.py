@@ -142,7 +142,8 @@ def do_cp(host: Client, screen: Screen, args: Any) -> int:
     (there, source), (back, target) = vm_and_path(args.source), vm_and_path(args.target)
     if bool(there) == bool(back):
         raise VMHostError('one of the two should be VM:PATH, the other one a path of this machine%s' % (
-            ': a single letter is a drive; put and get take such a VM' if os.name == 'nt' else ''))
+            ': a single letter is a drive; put and get take such a VM' if os.name == 'nt' else
+            ', as ./%s is' % args.source if there and os.path.lexists(args.source) else ''))
     args.vm, args.source, args.target = there or back, source, target or (None if back else '')
     return do_put(host, screen, args) if back else do_get(host, screen, args)
 
@@ -296,6 +297,8 @@ def tell_end(screen: Screen, args: Any, vm: str, now: Dict[str, Any]) -> int:
 
 def transfer_line(now: Dict[str, Any]) -> str:
     """Bytes, rate and time left of a transfer."""
+    if now.get('state') == 'waiting' and not now['total']:
+        return 'waits for its turn'
     line = '%s of %s, %s/s' % (shown_size(now['bytes']), shown_size(now['total']), shown_size(now['rate']))
     if now['rate'] and now['total']:
         line += ', %s left' % shown_span((now['total'] - now['bytes']) / now['rate'])

@@ -26,7 +26,7 @@ TYPED = 64 * 1024              # bytes of what is typed, or pasted, that are rea
 READ = 1024 * 1024             # bytes of the input that are read, and handed over, at once
 KEPT = 4 * 1024 * 1024         # bytes of the input that may have to be sent again: more than the host holds
 RETRY = 0.5                    # seconds until a host or guest that is away is asked again
-ESCAPE, DETACH = ord('~'), ord('.')    # at the begin of a line, as in ssh
+ESCAPE, DETACH, HELP = b'~.?'  # at the begin of a line, as in ssh
 LINE_ENDS = b'\r\n'
 FAREWELL = 2.0                 # seconds in which what was typed before that should be on its way
 UNANSWERED = 2.0               # seconds between looks whether the guest is there, while nothing answers
@@ -43,9 +43,10 @@ class Detached(Exception):
 
 
 class Escapes:
-    """Finds ``~.`` at the begin of a line among what is typed; ``~~`` there is one of them."""
+    """Finds ``~.`` at the begin of a line among what is typed, and ``~?``; ``~~`` there is one of them."""
 
     def __init__(self) -> None:
+        self.asks = False              # for what there is
         self._at_begin = True
         self._escaped = False
 
@@ -57,6 +58,9 @@ class Escapes:
                 self._escaped = False
                 if byte == DETACH:
                     return bytes(passed), True
+                if byte == HELP:
+                    self.asks = self._at_begin = True
+                    continue
                 if byte != ESCAPE:
                     passed.append(ESCAPE)
             elif self._at_begin and byte == ESCAPE:
@@ -425,6 +429,9 @@ class Visit:
             self._is_over = not data
         elif data:
             data, leaves = self._escapes.read(data)
+            if self._escapes.asks:
+                self._escapes.asks = False
+                self._tell('at the begin of a line ~. leaves (the command continues), ~~ is a ~')
         else:
             leaves = True              # the terminal is gone
         self._kept.add(data)

@@ -237,7 +237,7 @@ def run_option(words: List[str], screen: Screen) -> int:
         screen.say(clicomplete.completion(words[1]))
     elif words[0] == '--complete':
         import clicomplete  # verbs do without it
-        for candidate in clicomplete.candidates(by_own_name(words[1:]), VERBS):
+        for candidate in clicomplete.candidates(by_own_name(words[1:]), VERBS, ALIASES):
             screen.say(candidate)
     else:
         screen.complain('%s: expected a verb, host.ini, --help, --bundle FILE.pyz, '

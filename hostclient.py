@@ -34,6 +34,7 @@ RESTART = 60.0                 # seconds in which a host agent that is restarted
 ASK_AGAIN = 0.2                # … and between two looks whether it is
 LOOK_UP = 0.2 if os.name == 'nt' else SILENCE  # seconds between two looks; on Windows Ctrl-C waits for them
 CALLED = 'VMHOST_CALLED'       # the environment's word for how this program is called: by vmhost.cmd, say
+PROOF = '/proof?nonce=' + 32 * '0'     # what any host agent answers at once
 EVERYWHERE = {'0.0.0.0': '127.0.0.1', '::': '::1', '': '127.0.0.1'}     # where it listens: where to connect
 
 
@@ -167,9 +168,10 @@ class Client:
         except OSError as error:
             was_asked = self._connection is not None
             self._leave()
-            failed = NoHost('no host agent answers at %s (%s): start it again with `%s`'
-                            % (self.address, error.strerror or error, self.start))
-            failed.was_asked, failed.hangs = was_asked, error.errno == errno.ETIMEDOUT
+            hangs = error.errno == errno.ETIMEDOUT
+            failed = NoHost('no host agent answers at %s (%s): %sstart it again with `%s`' % (
+                self.address, error.strerror or error, 'kill it, and ' * hangs, self.start))
+            failed.was_asked, failed.hangs = was_asked, hangs
             raise failed
         except (ValueError, KeyError) as error:        # no HTTP, no XML-RPC
             self._leave()
@@ -246,7 +248,7 @@ class Client:
         other = self.another()
         try:
             other._connection = other._connect()
-            other._connection.request('GET', '/proof?nonce=' + 32 * '0', patience=seconds)
+            other._connection.request('GET', PROOF, patience=seconds)
         except (socket.timeout, TimeoutError):         # two of them, before Python 3.10
             return False
         except OSError:
@@ -304,7 +306,9 @@ class Client:
 
     def matching_known(self, vm: str) -> List[str]:
         """The same, with the machines that are away: who means all of them is told of these, too."""
-        return self.matching_of(vm, self.call('listKnownVMs')) if self.is_pattern(vm) else [vm]
+        if not self.is_pattern(vm):
+            return [vm]
+        return self.matching_of(vm, sorted(self.call('listKnownVMs'), key=agent.in_order))
 
     def matching_of(self, pattern: str, names: Iterable[str]) -> List[str]:
         """Those of the names that a glob, or a name or id, means. Raises NoSuchVM where there is none."""
@@ -327,6 +331,7 @@ class PatientClient(Client):
         super().__init__(folder, start)
         self._tell = tell
         self._was_there = False        # else it is no restart, but a mistake
+        self._is_missed = False        # which was told
         self.back_at = 0.0             # monotonic: when it was back last
 
     def reach(self, ask: Callable[[], Any]) -> Any:
@@ -334,25 +339,30 @@ class PatientClient(Client):
         gone_at = 0.0
         while True:
             try:
+                if self._is_missed:    # what is asked may take long to answer
+                    super().reach(lambda: self._request('GET', PROOF, b''))
+                    self._note_answer()
                 answer = super().reach(ask)
                 break
             except NoHost as error:
                 self._was_there = self._was_there or error.was_asked
                 if not self._was_there or gone_at and time.monotonic() > gone_at + RESTART:
                     raise
-                if not gone_at:
-                    gone_at = time.monotonic()
+                gone_at = gone_at or time.monotonic()
+                if not self._is_missed:
+                    self._is_missed = True
                     self._tell('the host agent does not answer; waiting up to %.0f s for it' % RESTART)
             except VMHostError:        # of a host that is there
-                self._note_answer(gone_at)
+                self._note_answer()
                 raise
             time.sleep(ASK_AGAIN)
-        self._note_answer(gone_at)
+        self._note_answer()
         return answer
 
-    def _note_answer(self, gone_at: float) -> None:
+    def _note_answer(self) -> None:
         self._was_there = True
-        if gone_at:
+        if self._is_missed:
+            self._is_missed = False
             self.back_at = time.monotonic()
             self._tell('the host agent is back')
 

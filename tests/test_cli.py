@@ -420,12 +420,14 @@ def test_who_follows_goes_on_after_a_restart_of_the_host_agent(tmp_path):
         stay_on_port(host)
         host.start()
         wait_until(guest.has_joined, 60)
+        for name in ('run', 'out', 'wait'):            # before there is more to tell
+            assert followers[name].stderr.readline() == b'vmhost: the host agent is back\n', name
         with open(os.path.join(guest.files, 'go'), 'w') as go:
             go.write('goes on\n')
         for name in ('run', 'out', 'wait'):
             out, errors = followers[name].communicate(timeout=60)
             assert (out, errors, followers[name].returncode) == (
-                b'' if name == 'wait' else b'goes on\n', b'vmhost: the host agent is back\n', 200), name
+                b'' if name == 'wait' else b'goes on\n', b'', 200), name
         while seen[-1]['type'] != 'cmd-finished':
             seen.append(json.loads(followers['events'].stdout.readline().decode()))
         assert [event['seq'] for event in seen] == list(range(seen[0]['seq'], seen[0]['seq'] + len(seen)))
@@ -1103,6 +1105,8 @@ def test_candidates(host, guests, tmp_path, monkeypatch):
     def completed(*words):
         return clicomplete.candidates([host.ini] + list(words), hostcli.VERBS)
     assert completed('p') == ['pause', 'ping', 'ps', 'put']
+    for typed, found in (('log', ['logs']), ('ins', ['inspect']), ('', list(hostcli.VERBS))):
+        assert clicomplete.candidates([host.ini, typed], hostcli.VERBS, hostcli.ALIASES) == found
     assert completed('run', '') == ['one', 'two']
     assert completed('run', '-T', '5', 't') == ['two']
     assert completed('run', '-T', '') == []

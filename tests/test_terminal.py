@@ -561,11 +561,29 @@ def test_a_terminal_on_a_machine_that_is_away_says_so(host, tmp_path):
     assert host.verb('kill', cmd_id).returncode == 0
 
 
+def test_who_wants_a_shell_where_nobody_is_is_told_since_when(host, tmp_path):
+    with Agent(tmp_path / 'guest', host, 'goer'):
+        assert host.verb('run', 'goer', 'true').returncode == 0
+    wait_until(lambda: b'left' in host.verb('ls', 'goer').stdout, 60)
+    done = host.verb('shell', 'goer')
+    assert done.returncode == 255
+    assert re.fullmatch(rb'vmhost: goer is away \(left, last heard \d+ s ago\)\n', done.stderr), done.stderr
+    words = host.command('run', '--queue', 'goer', 'true')
+    with subprocess.Popen(words, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        assert process.stderr.readline() == (
+            b'vmhost: goer is away: the command begins once it is back (Ctrl-C cancels it)\n')
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 255 and b'before it began' in process.stderr.read()
+
+
 def test_escapes():
     escapes = cliterminal.Escapes()
     assert escapes.read(b'~~a~.b\r~x\r') == (b'~a~.b\r~x\r', False)
     assert escapes.read(b'~') == (b'', False)
     assert escapes.read(b'.more') == (b'', True)
+    escapes = cliterminal.Escapes()
+    assert escapes.read(b'a~?\r') == (b'a~?\r', False) and not escapes.asks
+    assert escapes.read(b'~?~.') == (b'', True) and escapes.asks
 
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='a system call of Linux')
