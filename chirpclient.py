@@ -1049,6 +1049,9 @@ class Download(Move):
         self._meter.total = max(self._meter.total, base + size)
         if limit is None and self._is_there(source, found, target):
             self._client.close(number)
+            if os.path.lexists(local_part(target)):
+                with open_part(target) as file:
+                    give_up_part(file, target)         # of what it was meanwhile
             return self._meter.add(size)
         with open_part(target) as file:
             try:
@@ -1257,15 +1260,18 @@ class Download(Move):
 
     def _remove_others(self, source: bytes, target: str) -> None:
         """What an earlier attempt brought of another source."""
-        names = set()          # type: set
+        names: Set[bytes] = set()
+        parts: Set[bytes] = set()      # of its files: they are gone on with
         for entry in self._client.ls(source):
             if len(names) > KNOWN:
                 break
             names.add(to_bytes(entry.name))
+            if entry.is_file or entry.is_link and self._options.links == 'follow':
+                parts.add(part_name(to_bytes(entry.name)))
         with os.scandir(target) as entries:
             for here in entries:
                 name = to_remote(here.name)
-                if name not in names and (len(names) <= KNOWN or is_part(name)
+                if name not in names and name not in parts and (len(names) <= KNOWN or is_part(name)
                                           or self._client.find(join(source, name), False) is None):
                     remove_tree(here.path)
 

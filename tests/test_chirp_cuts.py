@@ -918,3 +918,24 @@ def test_parts_of_what_the_source_has_no_more_go_though_something_failed(tmp_pat
         moving.put(str(tmp_path / 'tree'), '/tree')
     assert sorted(os.listdir(str(tmp_path / 'served' / 'tree'))) == [
         os.path.basename(chirplocal.local_part('failed')), 'folder']
+
+
+@pytest.mark.parametrize('way', ['put', 'get'])
+def test_a_large_file_in_a_folder_is_gone_on_with(tmp_path, way):
+    """The rest of it comes, and not all of it again; what was begun of others goes."""
+    source, target = tmp_path / 'here', tmp_path / 'served'
+    if way == 'get':
+        source, target = target, source
+    (source / 'tree').mkdir(parents=True)
+    content = os.urandom(4 << 20)
+    write(source / 'tree' / 'large', content)
+    part = target / os.path.basename(chirplocal.local_part('tree'))
+    part.mkdir(parents=True)
+    write(part / os.path.basename(chirplocal.local_part('large')), content[:3 << 20])
+    write(part / os.path.basename(chirplocal.local_part('gone')), content[:1000])
+    with our_server(tmp_path / 'served') as server, CuttingProxy(server.address) as proxy, \
+            chirpclient.ChirpClient(*proxy.address) as moving:
+        moving.put(str(source / 'tree'), '/tree') if way == 'put' else \
+            moving.get('/tree', str(target / 'tree'))
+        assert 1 << 20 <= max(proxy.up, proxy.down) < 2 << 20
+    assert seen(target / 'tree') == seen(source / 'tree')
