@@ -234,7 +234,8 @@ def test_a_long_name_goes_there_and_back_or_is_refused_at_once(client, served, t
     client.mkdir('/' + ' ' * 120)
     client.mkdir('/' + deep)
     write(source, b'y')
-    for path in str(source), str(tmp_path):
+    (tmp_path / 'folder').mkdir()
+    for path in str(source), str(tmp_path / 'folder'):
         with pytest.raises(chirpwire.Refused, match='name too long'):
             client.put(path, '/%s/%s' % (deep, 'n' * 30))
     assert set(os.listdir(str(served[1] / deep))) <= {'.__acl'}
@@ -939,3 +940,21 @@ def test_a_large_file_in_a_folder_is_gone_on_with(tmp_path, way):
             moving.get('/tree', str(target / 'tree'))
         assert 1 << 20 <= max(proxy.up, proxy.down) < 2 << 20
     assert seen(target / 'tree') == seen(source / 'tree')
+
+
+def test_a_folder_is_not_copied_into_itself(tmp_path):
+    """As cp has it, where what is served is on this machine; what begins with its name is another one."""
+    tree = tmp_path / 'served' / 'tree'
+    (tree / 'inner').mkdir(parents=True)
+    write(tree / 'x', b'x')
+    with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as moving:
+        for move in (lambda: moving.put(str(tree), '/tree'), lambda: moving.put(str(tree), '/tree/tree'),
+                     lambda: moving.put(str(tree), '/tree/inner/new'),
+                     lambda: moving.get('/tree', str(tree / 'inner' / 'new')),
+                     lambda: moving.get('/', str(tree / 'new'))):
+            with pytest.raises(OSError, match='into itself'):
+                move()
+        assert sorted(os.listdir(str(tree))) == ['inner', 'x'] and os.listdir(str(tree / 'inner')) == []
+        moving.put(str(tree), '/tree2')
+        moving.get('/tree/inner', str(tree / 'inner2'))
+        moving.put(str(tree / 'inner'), '/tree/inner3')
