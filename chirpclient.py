@@ -426,6 +426,21 @@ class Move:
                 raise
             self._failures.add(path, error)
 
+    def _check_apart(self, path: Path, ways: Callable[[str], Tuple[str, str]]) -> None:
+        """Raises OSError for a folder that would be copied into itself, where what is served is on this
+        machine. ``ways``: the source and the target here, if it is served from that folder."""
+        root = self._client.root
+        if os.name != 'posix' or not root:
+            return
+        try:
+            here, there = os.stat(root), self._client.stat('/')
+        except (OSError, Refused):
+            return
+        if (here.st_dev, here.st_ino, int(here.st_mtime)) == (there.dev, there.ino, there.mtime):
+            source, target = [os.path.join(os.path.realpath(way), '') for way in ways(root + '/')]
+            if target.startswith(source):
+                raise OSError(errno.EINVAL, 'a folder can\'t be copied into itself', shown(path))
+
     @contextlib.contextmanager
     def _inside(self, device: int, inode: int) -> Iterator[None]:
         """Raises OSError where a link has led back to a folder that we are in, or down too far."""
@@ -451,6 +466,7 @@ class Upload(Move):
             if not stat.S_ISDIR(found.st_mode):
                 self._meter.total = found.st_size
                 return self._send_still(source, target)
+            self._check_apart(target, lambda root: (source, root + os.fsdecode(target)))
             self._meter.total = tree_size(source)
             self._client.persist(self._meter, lambda: self._put_tree(source, target))
         self._failures.check()
@@ -968,6 +984,7 @@ class Download(Move):
         if found.is_dir:
             if is_device(target):
                 raise Refused(IS_DIR, shown(source))
+            self._check_apart(source, lambda root: (root + os.fsdecode(source), target))
             self._client.persist(self._meter, lambda: self._get_tree(source, target))
             return self._failures.check()
         if not found.is_file:
@@ -1049,6 +1066,9 @@ class Download(Move):
         self._meter.total = max(self._meter.total, base + size)
         if limit is None and self._is_there(source, found, target):
             self._client.close(number)
+            if os.path.lexists(local_part(target)):
+                with open_part(target) as file:
+                    give_up_part(file, target)         # of what it was meanwhile
             return self._meter.add(size)
         with open_part(target) as file:
             try:
@@ -1257,15 +1277,18 @@ class Download(Move):
 
     def _remove_others(self, source: bytes, target: str) -> None:
         """What an earlier attempt brought of another source."""
-        names = set()          # type: set
+        names: Set[bytes] = set()
+        parts: Set[bytes] = set()      # of its files: they are gone on with
         for entry in self._client.ls(source):
             if len(names) > KNOWN:
                 break
             names.add(to_bytes(entry.name))
+            if entry.is_file or entry.is_link and self._options.links == 'follow':
+                parts.add(part_name(to_bytes(entry.name)))
         with os.scandir(target) as entries:
             for here in entries:
                 name = to_remote(here.name)
-                if name not in names and (len(names) <= KNOWN or is_part(name)
+                if name not in names and name not in parts and (len(names) <= KNOWN or is_part(name)
                                           or self._client.find(join(source, name), False) is None):
                     remove_tree(here.path)
 

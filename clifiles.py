@@ -26,6 +26,7 @@ from rpc import carried
 
 ENDED_SHOWN = 20               # transfers that have ended, unless more are asked for
 WAIT_TOLD = 2.0                # seconds that a transfer waits for a VM before that is said
+FIRST_LOOK = 0.005             # seconds until a transfer is looked at again: a small file is there by then
 TOLD = 3                       # failures that are told one by one on the screen
 GLOB = re.compile(r'[*?\[]')
 STREAMS = {'/dev/stdin': 0, '/dev/stdout': 1, '/dev/stderr': 2}
@@ -242,7 +243,7 @@ def transfer(host: Client, screen: Screen, args: Any, direction: str, vm: str, s
         moving = host.call('startTransfer', direction, vm, carried(source), carried(target),
                            {'links': args.links, 'parents': False})
         now = {'bytes': 0, 'total': 0}
-        waits = Waiting(screen, vm)
+        waits, pause = Waiting(screen, vm), FIRST_LOOK
         try:
             while True:
                 now = host.call('getTransfer', moving)
@@ -250,7 +251,8 @@ def transfer(host: Client, screen: Screen, args: Any, direction: str, vm: str, s
                     break
                 waits.see(now['error'])
                 screen.progress('%s: %s' % (agent.printable(vm), transfer_line(now)))
-                time.sleep(PROGRESS_EVERY)
+                time.sleep(pause)
+                pause = min(2 * pause, PROGRESS_EVERY)
         except (KeyboardInterrupt, Ended):
             if host.call('cancelTransfer', moving):
                 now = host.call('getTransfer', moving)

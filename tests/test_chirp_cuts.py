@@ -234,7 +234,8 @@ def test_a_long_name_goes_there_and_back_or_is_refused_at_once(client, served, t
     client.mkdir('/' + ' ' * 120)
     client.mkdir('/' + deep)
     write(source, b'y')
-    for path in str(source), str(tmp_path):
+    (tmp_path / 'folder').mkdir()
+    for path in str(source), str(tmp_path / 'folder'):
         with pytest.raises(chirpwire.Refused, match='name too long'):
             client.put(path, '/%s/%s' % (deep, 'n' * 30))
     assert set(os.listdir(str(served[1] / deep))) <= {'.__acl'}
@@ -920,3 +921,42 @@ def test_parts_of_what_the_source_has_no_more_go_though_something_failed(tmp_pat
         moving.put(str(tmp_path / 'tree'), '/tree')
     assert sorted(os.listdir(str(tmp_path / 'served' / 'tree'))) == [
         os.path.basename(chirplocal.local_part('failed')), 'folder']
+
+
+@pytest.mark.parametrize('way', ['put', 'get'])
+def test_a_large_file_in_a_folder_is_gone_on_with(tmp_path, way):
+    """The rest of it comes, and not all of it again; what was begun of others goes."""
+    source, target = tmp_path / 'here', tmp_path / 'served'
+    if way == 'get':
+        source, target = target, source
+    (source / 'tree').mkdir(parents=True)
+    content = os.urandom(4 << 20)
+    write(source / 'tree' / 'large', content)
+    part = target / os.path.basename(chirplocal.local_part('tree'))
+    part.mkdir(parents=True)
+    write(part / os.path.basename(chirplocal.local_part('large')), content[:3 << 20])
+    write(part / os.path.basename(chirplocal.local_part('gone')), content[:1000])
+    with our_server(tmp_path / 'served') as server, CuttingProxy(server.address) as proxy, \
+            chirpclient.ChirpClient(*proxy.address) as moving:
+        moving.put(str(source / 'tree'), '/tree') if way == 'put' else \
+            moving.get('/tree', str(target / 'tree'))
+        assert 1 << 20 <= max(proxy.up, proxy.down) < 2 << 20
+    assert seen(target / 'tree') == seen(source / 'tree')
+
+
+def test_a_folder_is_not_copied_into_itself(tmp_path):
+    """As cp has it, where what is served is on this machine; what begins with its name is another one."""
+    tree = tmp_path / 'served' / 'tree'
+    (tree / 'inner').mkdir(parents=True)
+    write(tree / 'x', b'x')
+    with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as moving:
+        for move in (lambda: moving.put(str(tree), '/tree'), lambda: moving.put(str(tree), '/tree/tree'),
+                     lambda: moving.put(str(tree), '/tree/inner/new'),
+                     lambda: moving.get('/tree', str(tree / 'inner' / 'new')),
+                     lambda: moving.get('/', str(tree / 'new'))):
+            with pytest.raises(OSError, match='into itself'):
+                move()
+        assert sorted(os.listdir(str(tree))) == ['inner', 'x'] and os.listdir(str(tree / 'inner')) == []
+        moving.put(str(tree), '/tree2')
+        moving.get('/tree/inner', str(tree / 'inner2'))
+        moving.put(str(tree / 'inner'), '/tree/inner3')

@@ -1,5 +1,6 @@
 """put, get and cp from the command line, through a real host and a real guest: the habits of ``cp -r``."""
 
+import argparse
 import json
 import os
 import pathlib
@@ -16,6 +17,8 @@ from helpers import fault_of, halt, wait_until
 from test_chirp import write
 
 import clicomplete
+import clifiles
+import cliscreen
 import hostcli
 
 pytestmark = [pytest.mark.once, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
@@ -414,3 +417,18 @@ def test_what_was_hardly_meant_changes_nothing(host, guest, tmp_path):
     assert names(in_guest(guest)) == ['there']
     with open(in_guest(guest, 'there'), 'rb') as file:
         assert file.read() == b'old'
+
+
+def test_a_small_file_is_not_waited_for_long(monkeypatch):
+    """A pattern may mean thousands, one after the other; what takes long is asked about less often."""
+    states = ['waiting'] + 20 * ['running'] + ['done']
+    monkeypatch.setattr(clifiles.time, 'sleep', lambda seconds: slept.append(seconds))
+    slept = []
+
+    class FakeHost:
+        def call(self, method, *_):
+            return 'transfer-1' if method == 'startTransfer' else {
+                'state': states.pop(0), 'error': '', 'bytes': 0, 'total': 0, 'rate': 0}
+    args = argparse.Namespace(links='keep', json=False)
+    assert clifiles.transfer(FakeHost(), cliscreen.Screen(), args, 'get', 'g', 'a', '/b') == 0
+    assert slept[0] < 0.01 and slept[-1] == cliscreen.PROGRESS_EVERY and slept == sorted(slept)
