@@ -260,6 +260,9 @@ class Connection:
         for machine in self.unreadable():
             if name_in_path(machine) == wanted:
                 return machine
+        for machine in self.machines_now():         # a name that looks like a uuid
+            if machine.name == wanted:
+                return machine
         raise NoSuchVM('no VM has the name, id or uuid %r' % wanted)
 
     def machines_now(self) -> List[Any]:

@@ -717,7 +717,22 @@ class Cleaning:
             if why and os.path.dirname(machine.settingsFilePath) not in making:
                 rows.append(({'kind': 'vm', 'name': machine.name, 'why': why},
                              lambda machine=machine: self._remove_vm(job, machine)))
+            elif machine.id in wanted:
+                rows.append(({'kind': 'kept', 'name': machine.name, 'why': self._why_kept(machine, making)},
+                             None))
         return rows
+
+    def _why_kept(self, machine: Any, making: List[str]) -> str:
+        """Of one that was named."""
+        if os.path.dirname(machine.settingsFilePath) in making:
+            return 'it is just being made'
+        if has_mark(machine, KEEP):
+            return '`keep` excludes it'
+        if not has_mark(machine, MADE_BY_US):
+            return '`create` did not make it'
+        if self.box.state_of(machine) not in OFF:
+            return 'it is %s, and not off' % self.box.state_of(machine)
+        return 'somebody is at work with it'
 
     def _left_of(self, job: Job, named: List[str], owner: str) -> List[Tuple[Dict[str, str], Any]]:
         """The VMs of an owner, and nobody else's: those that are named, and those whose folder is gone."""
