@@ -178,6 +178,9 @@ class Images:
     def _register(self, job: Job, path: str) -> str:
         if not os.path.isfile(path):
             raise InvalidParams('no such file: %s' % path)
+        if not os.path.getsize(path) and os.path.isfile(path + PREVIOUS):
+            raise HypervisorError('%s is empty, as VirtualBox leaves it where the disk is full: make room, '
+                                  'and copy %s over it' % (path, path + PREVIOUS))
         for machine in self.box.array(self.box.vbox, 'machines'):       # those that can't be read, too
             there = self.box.if_there(lambda each: each.settingsFilePath, machine) or ''
             if os.path.abspath(there) == path:

@@ -452,6 +452,25 @@ def test_settings_of_a_vm_whose_maker_died_at_once_are_no_obstacle(box, vbox, mo
     assert box.cleanup() == []
 
 
+def test_settings_that_were_lost_on_a_full_disk_are_told_where_they_are(box, vbox):
+    machine = create(box, vbox, 'lost')
+    path = machine.settingsFilePath
+    os.rename(path, path + '-prev')
+    with open(path, 'w'):
+        pass
+    vbox.machines.remove(machine)
+    with pytest.raises(faults.HypervisorError, match='is empty, .* copy %s-prev over it' % path):
+        box.create_vm(path)
+
+
+def test_why_a_vm_can_not_be_read_is_told_in_words_for_its_user(box, vbox):
+    """And not where VirtualBox's code found it."""
+    create(box, vbox, 'torn')
+    with open(fake_virtualbox.steering('unread-torn'), 'w') as file:
+        file.write('Document is empty.\n/build/src/MachineImpl.cpp[999] (nsresult Machine::i_init())')
+    assert [row['trouble'] for row in box.machines()] == ['Document is empty']
+
+
 def test_why_a_vm_that_was_named_stays_is_told(box, vbox):
     create(box, vbox, 'kept', keep=True)
     create(box, vbox, 'runs')
