@@ -3,6 +3,7 @@
 What it is not: a part of the running host; it asks that one by XML-RPC, as the command line does. No threads.
 """
 
+import logging
 import os
 import socket
 import sys
@@ -17,7 +18,7 @@ import protocol
 from climachines import OUT_OF_REACH, is_out_of_reach
 from cliscreen import Screen, shown_span
 from cliverbs import life
-from faults import VMHostError
+from faults import DeadlineExceeded, VMHostError
 from hostclient import Client, NoHost
 from hostlink import server_tls
 from hostmachines import driver_settings
@@ -31,6 +32,7 @@ CLOCK_TOLERANCE = 60.0             # seconds that a guest's clock may be off, an
 
 def do_check(host: Client, screen: Screen, args: Any) -> int:
     """Looks at every precondition; the exit code is 0 when the host agent works, or would."""
+    logging.getLogger('vmhost').addHandler(logging.NullHandler())     # what is found is told, and no more
     settings = args.settings
     findings = [agent.check_python(), agent.check_package('stomper', needed=True),
                 agent.check_folder(settings.Host.state_dir, '[Host] state_dir'),
@@ -194,7 +196,7 @@ def check_hypervisor(settings: Any) -> List[agent.Finding]:
     for name in drivers.names_of(wanted):
         driver = hosthypervisor.Hypervisor(name, driver_settings(settings, ''))     # no file of a host's
         driver.open()
-        lines = []  # type: List[Any]
+        lines, hangs = [], False  # type: List[Any], bool
         try:
             lines = driver.check()
             lines += [(False, row['name'], clash, True) for row in driver.list_rows()
@@ -202,11 +204,14 @@ def check_hypervisor(settings: Any) -> List[agent.Finding]:
             works = True
         except VMHostError as error:
             lines, works = lines or [(False, name, str(error), True)], False
+            hangs = isinstance(error, DeadlineExceeded)
         finally:
-            driver.close()
+            driver.close(2 if hangs else 10)
         findings = [agent.Finding(ok, what, mend, needed and wanted != 'auto')
                     for ok, what, mend, needed in lines]
         if works:
             return [finding._replace(needed=False) for finding in lacking] + findings
         lacking += findings
+        if hangs:                                   # so does the next one, which asks the same VirtualBox
+            break
     return lacking

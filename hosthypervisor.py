@@ -305,6 +305,8 @@ class Hypervisor:
             return self._call('power_off', (vm,), patience=min(
                 hypervisor.HUNG, self._settings['command_timeout'] + 2))
         except Unresponsive as error:
+            if not self._answers():             # not the VM hangs, and nobody can be asked to end it
+                raise
             log.warning('%s hangs: its process is ended (%s)', vm, error)
             return self._call('end_process', (vm,))
 

@@ -8,7 +8,7 @@ import threading
 import time
 from typing import Any, Callable, Dict, List, Optional
 
-from hypervisor import either
+from hypervisor import either, meant_twice
 from vmstates import INACCESSIBLE, STUCK
 
 
@@ -56,9 +56,8 @@ class Watch:
         """A sentence, where this is a VM's name and the id or uuid of another one; else ''."""
         row = self.row_of(vm)
         named = [each['name'] for each in self.rows() or () if each['name'] == vm]
-        return '' if row is None or row['name'] == vm or not named else (
-            '%s is the name of a VM, and the %s of %s: use the name of that one, or the uuid of this one'
-            % (vm, 'uuid' if row['uuid'] == vm else 'id', row['name']))
+        return '' if row is None or row['name'] == vm or not named else meant_twice(
+            vm, row['uuid'] == vm, row['name'])
 
     def look(self, rows: List[Dict[str, Any]]) -> None:
         """`rows`: as Driver.machines gives them. The first look tells clashes and trouble alone."""

@@ -382,6 +382,12 @@ class Job:
 
 # --- plain helpers -----------------------------------------------------------------------------
 
+def meant_twice(word: str, is_uuid: bool, name: str) -> str:
+    """What is wrong where a word is a VM's name, and the uuid or id of another one, called `name`."""
+    return '%s is the name of a VM, and the %s of %s: use the name of that one, or the uuid of this one' % (
+        word, 'uuid' if is_uuid else 'id', name)
+
+
 def either(names: Any, word: str = 'or') -> str:
     """a, b or c."""
     names = list(names)

@@ -14,7 +14,7 @@ import vboxnetwork
 import vboxprogram
 import virtualbox
 import vmstates
-from hypervisor import Driver, Job, either
+from hypervisor import Driver, Job, either, kind_of, meant_twice
 from vboxconnection import MADE_BY_US, OFF, ONLINE, SAVED
 from vboxprogram import Program, Refused, log_in, native_of, rules_in, slots_of
 
@@ -239,8 +239,11 @@ class Asking(Driver):
         """The uuid of the VM of this name, id or uuid."""
         wanted = str(vm)
         vms = self._listed('vms')
-        found = [uuid for _, uuid in vms if wanted == uuid] or [
-            uuid for name, uuid in vms if wanted == name != NOBODY]
+        named = [uuid for name, uuid in vms if wanted == name != NOBODY]
+        found = [uuid for _, uuid in vms if wanted == uuid] or named
+        if set(named) - set(found) and wanted in job.args[:1] and kind_of(job.verb) == 'changing':
+            name = next(name for name, uuid in vms if uuid == wanted)   # who asks may not have seen both
+            raise faults.BadState(meant_twice(wanted, True, name))
         if not found:                               # an id, or the name of one that can't be read
             found = [row['uuid'] for row in self.machines(job)
                      if wanted and (wanted == row['name'] or wanted.upper() == row['id'])]

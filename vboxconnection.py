@@ -89,7 +89,7 @@ CALL_AGAIN = (0x80010001, 0x8001010a)          # Windows: the server is busy, an
 FAULT_OF_CODE.update((code, Busy) for code in CALL_AGAIN)
 
 PROGRAMS = ('VBoxHeadless', 'VirtualBoxVM', 'VirtualBox')       # in which VMs run
-SOURCE = re.compile(r'\.? \S+\.cpp\[\d+\] \(.*\)$', re.DOTALL)    # where VirtualBox's code found an error
+SOURCE = re.compile(r'\.?\s+\S+\.cpp\[\d+\] \(.*\)$', re.DOTALL)    # where VirtualBox's code found an error
 NO_DRIVER = ('VERR_VM_DRIVER', 'rc=-1908', 'VERR_SUPDRV', 'vboxdrv')
 MEND_DRIVER = ('the kernel module vboxdrv is not loaded: install the kernel headers, then run '
                '/sbin/vboxconfig (Debian: dpkg-reconfigure virtualbox-dkms), and with Secure Boot '
@@ -259,6 +259,9 @@ class Connection:
                 raise
         for machine in self.unreadable():
             if name_in_path(machine) == wanted:
+                return machine
+        for machine in self.machines_now():         # a name that looks like a uuid
+            if machine.name == wanted:
                 return machine
         raise NoSuchVM('no VM has the name, id or uuid %r' % wanted)
 

@@ -178,6 +178,9 @@ class Images:
     def _register(self, job: Job, path: str) -> str:
         if not os.path.isfile(path):
             raise InvalidParams('no such file: %s' % path)
+        if not os.path.getsize(path) and os.path.isfile(path + PREVIOUS):
+            raise HypervisorError('%s is empty, as VirtualBox leaves it where the disk is full: make room, '
+                                  'and copy %s over it' % (path, path + PREVIOUS))
         for machine in self.box.array(self.box.vbox, 'machines'):       # those that can't be read, too
             there = self.box.if_there(lambda each: each.settingsFilePath, machine) or ''
             if os.path.abspath(there) == path:
@@ -717,7 +720,22 @@ class Cleaning:
             if why and os.path.dirname(machine.settingsFilePath) not in making:
                 rows.append(({'kind': 'vm', 'name': machine.name, 'why': why},
                              lambda machine=machine: self._remove_vm(job, machine)))
+            elif machine.id in wanted:
+                rows.append(({'kind': 'kept', 'name': machine.name, 'why': self._why_kept(machine, making)},
+                             None))
         return rows
+
+    def _why_kept(self, machine: Any, making: List[str]) -> str:
+        """Of one that was named."""
+        if os.path.dirname(machine.settingsFilePath) in making:
+            return 'it is just being made'
+        if has_mark(machine, KEEP):
+            return '`keep` excludes it'
+        if not has_mark(machine, MADE_BY_US):
+            return '`create` did not make it'
+        if self.box.state_of(machine) not in OFF:
+            return 'it is %s, and not off' % self.box.state_of(machine)
+        return 'somebody is at work with it'
 
     def _left_of(self, job: Job, named: List[str], owner: str) -> List[Tuple[Dict[str, str], Any]]:
         """The VMs of an owner, and nobody else's: those that are named, and those whose folder is gone."""

@@ -126,7 +126,7 @@ def test_what_was_seen_is_told_while_the_hypervisor_comes_up(box, monkeypatch):
         box.describe('nobody')
     monkeypatch.undo()
     box.remove_vm('seen', True)
-    assert not box.trouble()
+    wait_until(lambda: not box.trouble())
 
 
 def test_whoever_looks_has_an_answer_within_a_second_while_nothing_answers(box, monkeypatch):

@@ -234,7 +234,7 @@ def test_cleanup_leaves_what_is_kept_or_merely_off(box, vbox):
     create(box, vbox, 'off')
     create(box, vbox, 'kept')
     box.keep('kept')
-    assert box.cleanup() == [] == box.cleanup(False, ['kept'])
+    assert box.cleanup() == [] and rows(box.cleanup(False, ['kept'])) == [('kept', 'kept')]
     box.keep('kept', False)
     assert rows(box.cleanup(False, ['kept'])) == [('vm', 'kept')]
 
@@ -296,7 +296,8 @@ def test_what_another_host_agent_is_just_making_is_left_alone(box, vbox, applian
     memory = property(lambda machine: machine._memory, look)
     monkeypatch.setattr(fake_virtualbox.Machine, 'memorySize', memory)
     box.create_vm('made', kind and appliance, {'memory': 16})
-    assert told == [[]] and [row['name'] for row in box.machines()] == ['made']
+    assert told == [[{'kind': 'kept', 'name': 'made', 'why': 'it is just being made'}]]
+    assert [row['name'] for row in box.machines()] == ['made']
     assert box.cleanup() == [] and not [key for key in vbox.extra if 'maker' in key]
 
 
@@ -449,6 +450,39 @@ def test_settings_of_a_vm_whose_maker_died_at_once_are_no_obstacle(box, vbox, mo
     assert rows(box.cleanup(False)) == [('vm', machine.settingsFilePath)]
     assert not os.path.exists(folder) and box.create_vm('early', '', {'diskSize': 0})
     assert box.cleanup() == []
+
+
+def test_settings_that_were_lost_on_a_full_disk_are_told_where_they_are(box, vbox):
+    machine = create(box, vbox, 'lost')
+    path = machine.settingsFilePath
+    os.rename(path, path + '-prev')
+    with open(path, 'w'):
+        pass
+    vbox.machines.remove(machine)
+    with pytest.raises(faults.HypervisorError, match='is empty, .* copy %s-prev over it' % path):
+        box.create_vm(path)
+
+
+def test_why_a_vm_can_not_be_read_is_told_in_words_for_its_user(box, vbox):
+    """And not where VirtualBox's code found it."""
+    create(box, vbox, 'torn')
+    with open(fake_virtualbox.steering('unread-torn'), 'w') as file:
+        file.write('Document is empty.\n/build/src/MachineImpl.cpp[999] (nsresult Machine::i_init())')
+    assert [row['trouble'] for row in box.machines()] == ['Document is empty']
+
+
+def test_why_a_vm_that_was_named_stays_is_told(box, vbox):
+    create(box, vbox, 'kept', keep=True)
+    create(box, vbox, 'runs')
+    create(box, vbox, 'off')
+    foreign = vbox.clone(create(box, vbox, 'origin'), 'foreign')
+    foreign = foreign or vbox.findMachine('foreign')
+    assert box.start('runs')
+    assert [(row['kind'], row['name'], row['why']) for row in box.cleanup(
+        True, ['kept', 'runs', 'foreign', 'off'])] == [
+            ('kept', 'kept', '`keep` excludes it'), ('kept', 'runs', 'it is Running, and not off'),
+            ('vm', 'off', 'named'), ('kept', 'foreign', '`create` did not make it')]
+    box.power_off('runs')
 
 
 @pytest.fixture

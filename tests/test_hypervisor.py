@@ -13,6 +13,7 @@ from driver_cases import *  # noqa: F403 (the tests, for pytest to find)
 from helpers import wait_until
 from vms import SETTINGS, environment
 
+import driverprocesses
 import driverserver
 import hosthypervisor
 import hostseen
@@ -74,6 +75,25 @@ def test_whoever_is_meant_by_two_words_is_told():
     assert watch.other_meant('u1').startswith('u1 is the name of a VM, and the uuid of one')
     assert 'the id of one' in watch.other_meant('08:00:27:00:00:01')
     assert [watch.other_meant(word) for word in ('one', 'u2', 'u3', 'nobody')] == 4 * ['']
+
+
+def test_nobody_is_asked_to_end_a_vm_where_nobody_answers(monkeypatch):
+    """That would be waited for as long again, until its process is ended at last."""
+    box = hosthypervisor.Hypervisor('VirtualBox', dict(SETTINGS, state_dir=''))
+    asked = []
+
+    def call(verb, args=(), patience=None, at_most=0):
+        asked.append(verb)
+        if verb == 'power_off':
+            raise driverprocesses.Unresponsive('no answer')
+        return True
+    monkeypatch.setattr(box, '_call', call)
+    monkeypatch.setattr(box, '_answers', lambda: False)
+    box._watch.look([{'name': 'one', 'uuid': 'u1', 'id': '', 'state': 'off', 'native': 'PoweredOff',
+                      'trouble': ''}])
+    assert box.power_off('one') and asked == ['power_off', 'kill_process']
+    monkeypatch.setattr(box, '_answers', lambda: True)
+    assert box.power_off('one') and asked[2:] == ['power_off', 'end_process']
 
 
 def test_what_was_removed_is_on_no_list_though_nobody_has_looked_since():

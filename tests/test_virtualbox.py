@@ -25,6 +25,7 @@ import cliscreen
 import driverprocesses
 import faults
 import hostapi
+import hostcheck
 import hostconfig
 import hostguests
 import hosthypervisor
@@ -302,6 +303,32 @@ def test_a_broker_that_no_vm_reaches_is_told_of(tmp_path):
         assert host.api.agentInfo()['broker']['address'].startswith('127.0.0.1:')
         checked = host.verb('check').stdout.decode()
         assert 'where no VM can reach it: restart the host agent' in ' '.join(checked.split())
+
+
+def test_who_checks_waits_once_for_a_virtualbox_that_hangs(tmp_path, monkeypatch):
+    """The other driver would ask the same one."""
+    settings = hostconfig.read_settings(None)
+    settings.Hypervisor.command_timeout, settings.Network.mode = 1, 'nat'
+    asked = []
+    make = hosthypervisor.Hypervisor
+
+    def made(name, *others):
+        asked.append(name)
+        return make(name, *others)
+    with environment(fake_virtualbox.install(tmp_path)), contextlib.ExitStack() as ending:
+        before = make('VirtualBox', dict(SETTINGS, state_dir=''))
+        before.open()
+        ending.callback(before.close)
+        before.version()
+        server = next(pid for pid in processes() if command_line(pid)[-1:] == [str(tmp_path)])
+        os.kill(server, signal.SIGSTOP)
+        ending.callback(os.kill, server, signal.SIGCONT)
+        monkeypatch.setattr(hosthypervisor, 'Hypervisor', made)
+        monkeypatch.setattr(driverprocesses, 'SILENCE', 1)
+        monkeypatch.setattr(driverprocesses, 'COMES_UP_IN', 0.5)
+        monkeypatch.setattr(hosthypervisor, 'FIRST_PATIENCE', 0.5)
+        findings = hostcheck.check_hypervisor(settings)
+    assert asked == ['VirtualBox'] and [(each.ok, each.what) for each in findings] == [(False, 'VirtualBox')]
 
 
 @pytest.mark.once
