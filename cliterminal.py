@@ -289,7 +289,7 @@ class Visit:
     """A person at a command's terminal: keys go to it, what it writes is shown, until one of them ends."""
 
     def __init__(self, host: Client, screen: Screen, vm: str, cmd_id: str) -> None:
-        self._host = host
+        self._host = host.another()    # which says nothing on a raw terminal
         self._screen = screen
         self._vm = vm
         self._id = cmd_id
@@ -399,7 +399,7 @@ class Visit:
         ready, room, _ = select.select(reading, [line] if line.unsent else [], [],
                                        UNANSWERED if is_awaiting else SILENCE)
         if not (ready or room):
-            self._tell_absence() if is_awaiting else line.check_alive()
+            line.check_alive() if self._told else self._tell_absence(is_awaiting)
         if 0 in ready:
             self._pass_on(line)
         if room:
@@ -469,12 +469,13 @@ class Visit:
         self._modes.read(data)
         self._screen.write(data)
 
-    def _tell_absence(self) -> None:
-        """Nothing answers: whether that is since host or guest isn't there. Raises VMHostError."""
+    def _tell_absence(self, is_awaiting: bool) -> None:
+        """Nothing comes: whether that is since the host isn't there, or, where an answer should, the guest.
+        Raises VMHostError."""
         away = ''
         if not self._host.answers(UNANSWERED):
             away = 'the host agent'
-        else:
+        elif is_awaiting:
             with contextlib.suppress(NoSuchVM):
                 away = '' if self._host.call('getVM', self._vm)['agent'] == 'alive' else self._vm
         if away:

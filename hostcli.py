@@ -218,7 +218,7 @@ def run_verb(ini: Optional[str], words: List[str], screen: Screen, check: Functi
     try:
         args.settings = read_settings(ini)
         function = check if verb.name == 'check' else verb.function
-        return function(Client(args.settings.Host.state_dir, start), screen, args)
+        return function(Client(args.settings.Host.state_dir, start, screen.complain), screen, args)
     except agent.AgentError as error:
         screen.complain(str(error))
         return code_of_errors(verb, 1)

@@ -28,7 +28,8 @@ from faults import AccessDenied, DeadlineExceeded, InvalidParams, NoSuchCommand,
 USER = 'vmhost'                # of HTTP Basic, with the token as its password
 CONNECT_TIMEOUT = 10.0         # seconds for a connection, and for the proof; an answer may take hours
 LONGEST_LINE = 64 * 1024       # bytes of a line of an answer's head
-SILENCE = 15.0                 # seconds without an answer, after which it is asked whether anybody is there
+UNHEARD = 5.0                  # seconds without an answer, after which it is asked whether anybody is there …
+SILENCE = 15.0                 # … and again; and in which somebody who is there says so
 LARGE = 64 * 1024              # bytes of a call that may find nobody who reads
 RESTART = 60.0                 # seconds in which a host agent that is restarted should be back …
 ASK_AGAIN = 0.2                # … and between two looks whether it is
@@ -108,8 +109,9 @@ class Client:
     What the host raised comes out as the same VMHostError; NoHost where nobody answers.
     """
 
-    def __init__(self, folder: str, start: str = '') -> None:
-        """start: what a person types to have that host agent."""
+    def __init__(self, folder: str, start: str = '', tell: Optional[Callable[[str], None]] = None) -> None:
+        """start: what a person types to have that host agent; tell(sentence): that it doesn't answer."""
+        self._tell = tell or (lambda sentence: None)
         self.folder = folder
         self.start = start or how_to_start()
         self.address = ''              # where it listens; known once it was called
@@ -240,8 +242,10 @@ class Client:
 
     def check_alive(self) -> None:
         """An answer may take hours, and comes from a host agent that answers others. Raises OSError."""
-        if not self.answers(SILENCE):
-            raise hung()
+        if not self.answers(UNHEARD):
+            self._tell('the host agent does not answer; still waiting')
+            if not self.answers(SILENCE):
+                raise hung()
 
     def answers(self, seconds: float) -> bool:
         """Whether somebody does within that time, or leaves at once. Raises VMHostError."""
@@ -328,8 +332,7 @@ class PatientClient(Client):
 
     def __init__(self, folder: str, start: str, tell: Callable[[str], None]) -> None:
         """tell(sentence): that it is gone, and that it is back."""
-        super().__init__(folder, start)
-        self._tell = tell
+        super().__init__(folder, start, tell)
         self._was_there = False        # else it is no restart, but a mistake
         self._is_missed = False        # which was told
         self.back_at = 0.0             # monotonic: when it was back last
@@ -426,7 +429,7 @@ class _Connection:
 
     def _wait_for_answer(self, timeout: Optional[float]) -> None:
         """None: as long as somebody is there. Raises OSError."""
-        patience = SILENCE if timeout is None else timeout
+        patience = UNHEARD if timeout is None else timeout
         deadline = time.monotonic() + patience
         while not select.select([self._socket], [], [], min(LOOK_UP, patience))[0]:
             patience = deadline - time.monotonic()

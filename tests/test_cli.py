@@ -442,6 +442,17 @@ def stay_on_port(host):
         file.write(ini)
 
 
+def test_who_waits_for_a_host_agent_that_hangs_is_told(tmp_path):
+    with Host(tmp_path / 'host') as host:
+        os.kill(host.process.pid, signal.SIGSTOP)
+        try:
+            process = started(host, 'ls', '-q')
+            assert process.stderr.readline() == b'vmhost: the host agent does not answer; still waiting\n'
+        finally:
+            os.kill(host.process.pid, signal.SIGCONT)
+        assert process.communicate(timeout=60) == (b'', b'') and process.returncode == 0
+
+
 def test_who_waits_for_a_host_agent_may_leave(tmp_path):
     with Host(tmp_path / 'host') as host, Agent(tmp_path / 'guest', host, 'g', name='g') as guest:
         process = started(host, 'run', 'g', '--', 'sh', '-c', 'echo begun; sleep 99')

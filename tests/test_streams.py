@@ -82,6 +82,7 @@ def test_the_command_line_asks_so(host, guest):
 
 
 def test_a_host_agent_that_hangs_is_told(host, guest, monkeypatch):
+    monkeypatch.setattr(hostclient, 'UNHEARD', 0.2)
     monkeypatch.setattr(hostclient, 'SILENCE', 0.2)
     monkeypatch.setattr(hostclient, 'LOOK_UP', 0.05)
     client = hostclient.Client(host.state)

@@ -440,11 +440,11 @@ def test_a_shell_goes_on_while_the_host_agent_is_restarted(tmp_path):
 
 def test_who_sits_before_a_host_agent_that_hangs_may_leave(tmp_path):
     with Host(tmp_path / 'host') as host, Agent(tmp_path / 'guest', host, 'one') as guest:
-        person = Person(host, 'shell', 'one')
-        at_prompt(person)
+        person = Person(host, 'run', '-t', 'one', 'sh', '-c', 'stty -echo; echo ready; exec cat')
+        person.sees(b'ready\r\n')
         os.kill(host.process.pid, signal.SIGSTOP)
         try:
-            person.type(b'echo nobody hears\r')
+            person.type(b'nobody hears\r')
             person.sees(b'vmhost: the host agent does not answer; still waiting (Enter and ~. leaves)')
             person.type(b'\r~.')
             code, text = person.wait()
