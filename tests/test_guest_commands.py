@@ -228,6 +228,45 @@ def test_a_signal_that_waits_for_the_processes_outlives_its_agent(guests, monkey
     assert (result['state'], result['exitCodeOrSignal'], result['by']) == ('signaled', number, 'signalCmd')
 
 
+@pytest.mark.parametrize('names', ['STOP CONT', 'CONT STOP', 'CONT STOP CONT STOP',
+                                   'STOP WINCH CONT STOP CONT'])
+def test_signals_that_wait_keep_their_order_over_a_restart(guests, monkeypatch, names):
+    """Else a command that was let go on stands still for ever."""
+    guest = guests(max_commands=1)
+    guest.run('first', 'sleep', '60')
+    guest.run('c', 'sleep', '60')
+    command = guest.spool.command('c')
+    for name in names.split():
+        guest.signal('c', name)
+    guest.begin_anew()
+    guest.commands.query(Message('', 'CMD_QUERY', {'cmd-id': 'c'}, {}))    # as it is wanted
+    real, sent = guestspool.Command.send_signal, []
+
+    def send_signal(self, number):
+        is_sent = real(self, number)
+        if is_sent and self.cmd_id == 'c':
+            sent.append(signal.Signals(number).name[3:])
+        return is_sent
+    monkeypatch.setattr(guestspool.Command, 'send_signal', send_signal)
+    guest.signal('first', 'KILL')
+    wait_until(lambda: len(sent) == len(names.split()), 20)
+    assert ' '.join(sent) == names
+    wait_until(lambda: not command.due_signals(), 20)
+    guest.signal('c', 'KILL')
+    assert guest.result('c')['state'] == 'signaled'
+
+
+def test_signals_that_an_older_agent_noted_are_sent(guests):
+    guest = guests()
+    guest.run('c', 'sleep', '60')
+    command = guest.spool.command('c')
+    wait_until(command.process, 20)
+    open(command.path('due-15'), 'w').close()
+    assert command.due_signals() == [15]
+    guest.begin_anew()
+    assert guest.result('c')['exitCodeOrSignal'] == 15
+
+
 def test_a_signal_never_reaches_the_next_command_of_a_runner(guests, monkeypatch):
     """The runner ends one command and begins another, while the processes of the first are looked up."""
     guest = guests()
