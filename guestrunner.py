@@ -685,8 +685,9 @@ def as_it_ended(runner: Runner) -> Dict[str, Any]:
 
 def was_ended_late(runner: Runner, ended: float) -> bool:
     """Whether the agent had to: the runner had no turn, as it was traced (ptrace)."""
-    return runner.deadline is not None and ended > runner.deadline + TRACE_PATIENCE and not runner.is_stopped \
-        and runner.status == signal.SIGKILL and signal.SIGKILL not in runner.command.sent_signals()
+    is_over = runner.deadline is not None and ended > runner.deadline + TRACE_PATIENCE
+    return is_over and not runner.is_stopped and runner.status == signal.SIGKILL \
+        and signal.SIGKILL not in runner.command.sent_signals()
 
 
 def times_of(begin: float, started: float, ended: float) -> Dict[str, float]:
