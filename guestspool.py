@@ -180,6 +180,7 @@ class Command:
         self.sent = 0.0                # monotonic: when its results were last sent
         self.taken = None              # type: Optional[int]   # bytes of a streamed input, as far as is known
         self.signals = []              # type: List[int]   # that its processes haven't got yet
+        self.refused = 0               # processes that didn't get the last one, as they are another user's
         self.delivery = threading.Lock()       # held by who sends them
         self.noted = []                # type: List[int]   # that the host has sent, as far as this agent knows
         self.unwritten = None          # type: Optional[Dict[str, Any]]    # its result, if the disk has no place
@@ -565,15 +566,20 @@ class Command:
         return found if group is None else sorted(set(found).union(group.pids()))
 
     def send_signal(self, number: int) -> bool:
-        """To all its processes; whether there were any."""
+        """To all its processes; whether there were any. Another user's, as of a setuid program, may refuse
+        it: how many did is noted, for who asked."""
+        refused = []                   # type: List[int]
         if number != signal.SIGKILL:
-            return bool(signal_all(self.members(), number))
-        is_sent = self.kill_group()
-        for _ in range(KILL_ROUNDS):           # what is forked meanwhile is killed, too
-            if not signal_all(self.members(), number):
-                break
-            is_sent = True
-        return is_sent
+            is_sent = bool(signal_all(self.members(), number, refused))
+        else:
+            is_sent = self.kill_group()
+            for _ in range(KILL_ROUNDS):       # what is forked meanwhile is killed, too
+                del refused[:]
+                if not signal_all(self.members(), number, refused):
+                    break
+                is_sent = True
+        self.refused = len(refused)
+        return is_sent or bool(refused)
 
     def kill_group(self) -> bool:
         """KILLs all at once, where it has a control group; whether there were any. ``members`` may tell of
