@@ -470,7 +470,13 @@ class Seldom:
         self._told[sender] = (now, 0) if is_due else (when, count + 1)
         if is_due:
             say(text + ' (and %d times since the last line)' * bool(count),
-                *[printable(str(value)) for value in values] + [count] * bool(count))
+                *[shown(value) for value in values] + [count] * bool(count))
+
+
+def shown(value: Any) -> Any:
+    """A value of a line for the log: a number as it is, since the line may say how; all else as a terminal
+    may show it."""
+    return value if isinstance(value, (int, float)) else printable(str(value))
 
 
 # --- is all well? ----------------------------------------------------------------------------

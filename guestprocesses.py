@@ -8,7 +8,7 @@ import contextlib
 import logging
 import os
 import re
-from typing import Callable, Dict, Iterable, List, Tuple
+from typing import Callable, Dict, Iterable, List, Optional, Tuple
 
 import protocol
 
@@ -150,8 +150,9 @@ def processes_with(variable: str, value: str) -> List[int]:
     return found
 
 
-def signal_all(pids: Iterable[int], number: int) -> int:
-    """Sends a signal to each of the processes; how many got it."""
+def signal_all(pids: Iterable[int], number: int, refused: Optional[List[int]] = None) -> int:
+    """Sends a signal to each of the processes; how many got it. Those that this user may not signal are added
+    to ``refused``."""
     count = 0
     for pid in pids:
         try:
@@ -161,6 +162,8 @@ def signal_all(pids: Iterable[int], number: int) -> int:
             continue
         except OSError as error:
             log.warning('signal %d to %d: %s', number, pid, error)
+            if refused is not None:
+                refused.append(pid)
     return count
 
 

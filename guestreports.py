@@ -71,6 +71,8 @@ class Reports:
     def _say_status(self, command: Command, keys: Dict[str, Any]) -> None:
         if command.taken is not None:
             keys['in-offset'] = command.taken
+        if command.refused and 'mark' in keys:         # who asks may have sent a signal
+            keys['refused'], command.refused = command.refused, 0
         self._say(protocol.CMD_STATUS.howToSay(command.cmd_id, command.told_state(), **keys))
 
     def unknown(self, cmd_id: str, **keys: Any) -> None:

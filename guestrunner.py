@@ -57,6 +57,7 @@ NOISE = 1.002                  # and as a factor, where there were many processe
 END_PATIENCE = 10.0            # seconds for processes to be ended that the system doesn't let go of
 FIRST_STATUS = 0.05            # seconds after which a command that still runs is reported
 FIRST_LOOK, LONGEST_LOOK = 0.02, 1.0   # seconds between looks whether others than a stopped program go on
+OUTPUT_IS_LOST = {'out-truncated': True, 'err-truncated': True}
 LONGEST_TOLD = 300             # characters of an error in a result that has to fit into a pipe at once
 PUMP = 256 * 1024              # bytes read from a pipe at a time
 # What a program brings upon itself: no other process has sent it.
@@ -117,16 +118,14 @@ class Runner:
             self.abandon()
             return self.finish('lost', describe_error(error))
         except Exception as error:      # of Python or the system: it is the command's
-            self.abandon()
-            is_killed = self.group is not None and self.group.oom_kills() > 0
-            return self.finish('failed', describe_error(error), **{'by': 'oom'} if is_killed else {})
+            return self.fail(error)
         while not self._reap():
             self._pump(self._patience())
             self._enforce()
             self._report_that_it_runs()
             self.process.unsynced.sync_due()
         ended = time.monotonic()
-        self.timed_out |= self._was_ended_late(ended)
+        self.timed_out |= was_ended_late(self, ended)
         self._close_terminal()
         while self.pipes and time.monotonic() < ended + DRAIN and not self.failure:
             self._pump(ended + DRAIN - time.monotonic())
@@ -172,7 +171,6 @@ class Runner:
         self.deadline = self.begin + float(timeout) if timeout else None
         with contextlib.suppress(OSError):     # it runs, and is found by its environment, too
             self._write_process()
-        self._open_outputs()
         is_awaited = self.inlet is not None or self.command.sent_signals()
         self.report_at = self.begin + (0 if is_awaited else FIRST_STATUS)
 
@@ -189,6 +187,14 @@ class Runner:
         finally:
             os.close(descriptor)
 
+    def fail(self, error: Exception) -> None:
+        """Ends what can't be accounted for, with the result: what began isn't told as what never did."""
+        self.abandon()
+        if self.status is not None:
+            return self.finish('failed', describe_error(error), **as_it_ended(self))
+        by = {'by': 'oom'} if self.group is not None and self.group.oom_kills() > 0 else {}
+        self.finish('lost' if self.pid else 'failed', describe_error(error), **by)
+
     def abandon(self) -> None:
         """Ends a program that can't be accounted for, since a file of it couldn't be written, say."""
         self._close_pipes()
@@ -201,6 +207,7 @@ class Runner:
         start = Start(self.command, self.request, self.process.origin, self.group)
         with contextlib.ExitStack() as stack:
             places = self._open_terminal() if self.request.get('terminal') else self._open_pipes(stack)
+            self._open_outputs()       # what can't be kept doesn't begin
             self.begin, self.started = time.monotonic(), time.time()
             start.begin(*places)
         self.pid = start.wait()
@@ -209,14 +216,9 @@ class Runner:
         if self.group is not None and not self.group.holds(self.pid):
             self._do_without_group()
 
-    def _limits(self) -> Dict[str, Any]:
-        """Those that a group has to keep."""
-        limits = self.request.get('limits', {})
-        return {name: limits[name] for name in OF_GROUPS if name in limits}
-
     def _make_group(self) -> None:
         """Raises OSError where there is no group that keeps the limits."""
-        limits = self._limits()
+        limits = limits_of_group(self.request)
         self.group = self.process.origin.place.make_group(self.command.folder)
         if self.group is not None:
             self.group.limit(limits)
@@ -228,8 +230,9 @@ class Runner:
         if self.group is not None:
             self.group.remove()
         self.group = None
-        if self._limits():
-            raise no_limit(min(self._limits()))
+        limits = limits_of_group(self.request)
+        if limits:
+            raise no_limit(min(limits))
 
     def _open_pipes(self, stack: contextlib.ExitStack) -> Tuple[int, int, int]:
         """The program's ends: two outputs, an input."""
@@ -263,9 +266,9 @@ class Runner:
         return writer
 
     def _open_outputs(self) -> None:
-        """Makes the files of both streams, while the program comes to life."""
+        """Makes the files of both streams."""
         for reader, (name, _) in self.pipes.items():
-            make_way(self.command.path(name))          # the program may be quicker
+            make_way(self.command.path(name))
             self.pipes[reader] = (name, private(self.command.path(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC
                                                 | os.O_APPEND | os.O_CLOEXEC))
 
@@ -373,11 +376,6 @@ class Runner:
         elif self.kill_at is not None and now >= self.kill_at:
             self.kill_at = now + 1
             self._signal(signal.SIGKILL)
-
-    def _was_ended_late(self, ended: float) -> bool:
-        """Whether the agent had to: this runner had no turn, as it was traced (ptrace)."""
-        return self.deadline is not None and not self.is_stopped and ended > self.deadline + TRACE_PATIENCE \
-            and self.status == signal.SIGKILL and signal.SIGKILL not in self.command.sent_signals()
 
     def _signal(self, number: int) -> int:
         """To all processes of the command; how many there were."""
@@ -510,7 +508,7 @@ class Runner:
             for name in filter(is_regular, map(self.command.path, ('out', 'err'))):
                 os.truncate(name, 0)
             state, error = 'failed', why
-            more.update({'out-truncated': True, 'err-truncated': True})
+            more.update(OUTPUT_IS_LOST)
             os.makedirs(self.command.folder, 0o700, exist_ok=True)
             self.command.end(state, error, **more)
         except OSError:
@@ -654,6 +652,12 @@ def folders_to_run(orders: socket.socket, unsynced: Unsynced) -> Iterator[str]:
             line = b''
 
 
+def limits_of_group(request: Dict[str, Any]) -> Dict[str, Any]:
+    """Those that a group has to keep."""
+    limits = request.get('limits', {})
+    return {name: limits[name] for name in OF_GROUPS if name in limits}
+
+
 def run_command(runner: Runner) -> None:
     """Runs one command, whatever happens to an end that can be told."""
     try:
@@ -662,12 +666,28 @@ def run_command(runner: Runner) -> None:
         runner.run()
     except Exception as error:      # whatever it is: a command has a result
         log.exception('runner of %s', runner.command.folder)
-        runner.abandon()
-        if not runner.command.has_result():
-            runner.finish('failed', describe_error(error))
+        if runner.command.has_result():
+            runner.abandon()
+        else:
+            runner.fail(error)
     finally:
         runner.close()
     runner.process.unsynced.add(runner.command)
+
+
+def as_it_ended(runner: Runner) -> Dict[str, Any]:
+    """Keys of the result of what began and has ended, where nothing more can be told."""
+    exited, code = how_it_ended(runner.status or 0)
+    return dict(times_of(runner.begin, runner.started, time.monotonic()), finished=exited,
+                exitCodeOrSignal=code, by='itself' if exited else '', resources=runner.usage.fields,
+                inexact=list(protocol.RUSAGE_FIELDS), **OUTPUT_IS_LOST)
+
+
+def was_ended_late(runner: Runner, ended: float) -> bool:
+    """Whether the agent had to: the runner had no turn, as it was traced (ptrace)."""
+    is_over = runner.deadline is not None and ended > runner.deadline + TRACE_PATIENCE
+    return is_over and not runner.is_stopped and runner.status == signal.SIGKILL \
+        and signal.SIGKILL not in runner.command.sent_signals()
 
 
 def times_of(begin: float, started: float, ended: float) -> Dict[str, float]:

@@ -180,6 +180,7 @@ class Command:
         self.sent = 0.0                # monotonic: when its results were last sent
         self.taken = None              # type: Optional[int]   # bytes of a streamed input, as far as is known
         self.signals = []              # type: List[int]   # that its processes haven't got yet
+        self.refused = 0               # processes that didn't get the last one, as they are another user's
         self.delivery = threading.Lock()       # held by who sends them
         self.noted = []                # type: List[int]   # that the host has sent, as far as this agent knows
         self.unwritten = None          # type: Optional[Dict[str, Any]]    # its result, if the disk has no place
@@ -501,30 +502,49 @@ class Command:
         return self._noted(SIGNAL)
 
     def due_signals(self) -> List[int]:
-        """Those among them of which an agent noted that the processes hadn't got them yet."""
-        return self._noted(DUE)
+        """Those among them of which an agent noted that the processes hadn't got them yet, as they came."""
+        return [number for _, number, _ in self._noted_as_due()]
 
     def _noted(self, kind: str) -> List[int]:
+        return [int(name[len(kind):]) for name in self._names() if re.fullmatch(kind + '[0-9]{1,3}', name)]
+
+    def _names(self) -> List[str]:
+        """Of its files."""
         try:
-            names = os.listdir(self.folder)
+            return os.listdir(self.folder)
         except OSError:
             return []
-        return [int(name[len(kind):]) for name in names if re.fullmatch(kind + '[0-9]{1,3}', name)]
+
+    def _noted_as_due(self) -> List[Tuple[int, int, str]]:
+        """[(place in the order, number of the signal, name of the file)], as they came. Older agents noted
+        no place."""
+        found = [re.fullmatch(DUE + '(?:([0-9]{1,9})-)?([0-9]{1,3})', name) for name in self._names()]
+        return sorted((int(match.group(1) or 0), int(match.group(2)), match.group())
+                      for match in found if match)
 
     def note_due(self) -> None:
-        """Notes those that wait for the processes: should this agent end, the next one sends them."""
+        """Notes those that wait for the processes: should this agent end, the next one sends them, in their
+        order."""
         with self.delivery, contextlib.suppress(OSError):      # of a full disk
-            for number in self.signals:
-                open(self.path('%s%d' % (DUE, number)), 'w', opener=private).close()
+            noted = self._noted_as_due()
+            first = noted[-1][0] + 1 if noted else 1
+            for place, number in enumerate(self.signals[len(noted):], first):
+                open(self.path('%s%d-%d' % (DUE, place, number)), 'w', opener=private).close()
+
+    def _drop_due(self, number: int) -> None:
+        """Its processes have the first of that number."""
+        for _, due, name in self._noted_as_due():
+            if due == number:
+                with contextlib.suppress(OSError):
+                    os.unlink(self.path(name))
+                return
 
     def deliver(self) -> None:
         """Sends what is due, in the order in which it came, as far as its processes are seen: the next look
         tries again."""
         with self.delivery:
             while self.signals and self.process() and self.send_signal(self.signals[0]):
-                with contextlib.suppress(OSError):
-                    os.unlink(self.path('%s%d' % (DUE, self.signals[0])))
-                self.signals.pop(0)
+                self._drop_due(self.signals.pop(0))
 
     def members(self) -> List[int]:
         """The living processes of the command, while its runner lives."""
@@ -546,15 +566,20 @@ class Command:
         return found if group is None else sorted(set(found).union(group.pids()))
 
     def send_signal(self, number: int) -> bool:
-        """To all its processes; whether there were any."""
+        """To all its processes; whether there were any. Another user's, as of a setuid program, may refuse
+        it: how many did is noted, for who asked."""
+        refused = []                   # type: List[int]
         if number != signal.SIGKILL:
-            return bool(signal_all(self.members(), number))
-        is_sent = self.kill_group()
-        for _ in range(KILL_ROUNDS):           # what is forked meanwhile is killed, too
-            if not signal_all(self.members(), number):
-                break
-            is_sent = True
-        return is_sent
+            is_sent = bool(signal_all(self.members(), number, refused))
+        else:
+            is_sent = self.kill_group()
+            for _ in range(KILL_ROUNDS):       # what is forked meanwhile is killed, too
+                del refused[:]
+                if not signal_all(self.members(), number, refused):
+                    break
+                is_sent = True
+        self.refused = len(refused)
+        return is_sent or bool(refused)
 
     def kill_group(self) -> bool:
         """KILLs all at once, where it has a control group; whether there were any. ``members`` may tell of

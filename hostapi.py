@@ -817,7 +817,9 @@ class CommandMethods(Methods):
         """Sends a signal, by its name or number, to all processes of a command; False where it has ended.
 
         What hasn't begun is cancelled by TERM, KILL, INT, HUP, QUIT and ABRT, for good, whether its agent is
-        there or not. Fault 7 where a guest doesn't answer: whether the signal came there isn't known.
+        there or not. Fault 7 where a guest doesn't answer: whether the signal came there isn't known. Fault
+        11 where processes didn't get it, which are another user's (setuid, sudo) than an agent's that isn't
+        root.
 
             >>> long_id = host.runCmd('node1', 'sleep', ['600'])
             >>> host.signalCmd(long_id, 'INT')

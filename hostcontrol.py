@@ -16,7 +16,15 @@ from fnmatch import fnmatchcase
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import protocol
-from faults import AgentNotConnected, BadState, DeadlineExceeded, InvalidParams, NoSuchVM, VMHostError
+from faults import (
+    AccessDenied,
+    AgentNotConnected,
+    BadState,
+    DeadlineExceeded,
+    InvalidParams,
+    NoSuchVM,
+    VMHostError,
+)
 from hostcommands import CALLED_OFF, Commands, describe_end, log_submitted, well_formed
 from hostguests import Guest, Guests
 from hostjournal import FINISHED, Execution
@@ -217,7 +225,8 @@ class Control:
 
         One of ENDING cancels what hasn't begun, for good: at once where its agent isn't there, and after
         SIGNAL_TIMEOUT where that doesn't answer. Raises BadState or AgentNotConnected for those that it can't
-        be sent to, once it was sent to the others; DeadlineExceeded where a guest doesn't answer.
+        be sent to, once it was sent to the others; DeadlineExceeded where a guest doesn't answer;
+        AccessDenied where processes refuse it.
         """
         unfinished = [execution for execution in executions if not execution.ended]
         errors, asked = [], []         # type: List[VMHostError], List[Tuple[Execution, _Answer]]
@@ -232,11 +241,10 @@ class Control:
                     errors.append(error)
             deadline = time.monotonic() + SIGNAL_TIMEOUT
             for execution, answer in asked:
-                if answer.wait(max(0.0, deadline - time.monotonic())) is None and not execution.ended:
-                    try:
-                        self._without_answer(execution, name)
-                    except VMHostError as error:
-                        errors.append(error)
+                try:
+                    self._see_answer(execution, name, answer.wait(max(0.0, deadline - time.monotonic())))
+                except VMHostError as error:
+                    errors.append(error)
         if errors:
             raise errors[0]
         return not all(met_nobody(execution, name) for execution in unfinished)
@@ -266,6 +274,19 @@ class Control:
         if execution.state == 'running' or mark and ends and is_there and execution.state == 'sent':
             self.query(execution, **{'mark': mark} if mark else {})
         return (ends or execution.state == 'running') and not execution.ended
+
+    def _see_answer(self, execution: Execution, name: str, answer: Optional[Message]) -> None:
+        """Raises DeadlineExceeded where there is none, AccessDenied where processes refused the signal."""
+        if execution.ended:
+            return
+        if answer is None:
+            return self._without_answer(execution, name)
+        count = answer.get('refused')
+        if isinstance(count, int) and count > 0:
+            what = '%d process%s of %s' % (count, 'es' if count > 1 else '', execution.key)
+            raise AccessDenied(
+                '%s did not get signal %s: another user\'s, which the agent of %s may not signal'
+                % (what, name, execution.vm))
 
     def _without_answer(self, execution: Execution, name: str) -> None:
         """Raises DeadlineExceeded where the signal may be lost."""

@@ -1121,7 +1121,7 @@ class Broker:
         """Logs what clients do that isn't the operator's to mend: of each kind and address it is seldom told,
         lest strangers fill a disk; but with debugging on, each time."""
         if log.isEnabledFor(logging.DEBUG):
-            log.info(text, *[agent.printable(str(value)) for value in values])
+            log.info(text, *[agent.shown(value) for value in values])
         else:
             self.told.info('%s %s' % (what, peer[0]), text, *values)
 

@@ -1,6 +1,8 @@
 """Heart-beats, both ways. Docstrings name the rules."""
 
+import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -64,6 +66,17 @@ def test_a_silent_client_is_taken_for_dead(connect, start):
     begin = time.monotonic()
     client.take_end(6)
     assert time.monotonic() - begin > 0.9
+
+
+@pytest.mark.parametrize('level', [logging.INFO, logging.DEBUG])
+def test_the_log_says_who_is_taken_for_dead(caplog, level):
+    caplog.set_level(level)
+    with running(Broker(port=0, heartbeat=0.1)) as broker, Client(broker.address) as client:
+        client.connect('1.2', 'heart-beat:100,0')
+        client.take_end(10)
+        told, = wait_until(lambda: [record.getMessage() for record in caplog.records
+                                    if 'taken for dead' in record.msg], 10)
+    assert re.search('is taken for dead: silent for [0-9]+[.][0-9] s$', told)
 
 
 def test_whoever_says_anything_is_kept(connect):

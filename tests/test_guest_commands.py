@@ -1,6 +1,7 @@
 """What a guest decides over its commands: their queue, their states, their cancelling; without a host."""
 
 import collections
+import errno
 import os
 import re
 import shutil
@@ -227,6 +228,77 @@ def test_a_signal_that_waits_for_the_processes_outlives_its_agent(guests, monkey
     guest.begin_anew()
     result = guest.result('c')
     assert (result['state'], result['exitCodeOrSignal'], result['by']) == ('signaled', number, 'signalCmd')
+
+
+@pytest.mark.parametrize('names', ['STOP CONT', 'CONT STOP', 'CONT STOP CONT STOP',
+                                   'STOP WINCH CONT STOP CONT'])
+def test_signals_that_wait_keep_their_order_over_a_restart(guests, monkeypatch, names):
+    """Else a command that was let go on stands still for ever."""
+    guest = guests(max_commands=1)
+    guest.run('first', 'sleep', '60')
+    guest.run('c', 'sleep', '60')
+    command = guest.spool.command('c')
+    for name in names.split():
+        guest.signal('c', name)
+    guest.begin_anew()
+    guest.commands.query(Message('', 'CMD_QUERY', {'cmd-id': 'c'}, {}))    # as it is wanted
+    real, sent = guestspool.Command.send_signal, []
+
+    def send_signal(self, number):
+        is_sent = real(self, number)
+        if is_sent and self.cmd_id == 'c':
+            sent.append(signal.Signals(number).name[3:])
+        return is_sent
+    monkeypatch.setattr(guestspool.Command, 'send_signal', send_signal)
+    guest.signal('first', 'KILL')
+    wait_until(lambda: len(sent) == len(names.split()), 20)
+    assert ' '.join(sent) == names
+    wait_until(lambda: not command.due_signals(), 20)
+    guest.signal('c', 'KILL')
+    assert guest.result('c')['state'] == 'signaled'
+
+
+@pytest.mark.parametrize('name', ['TERM', 'KILL', 'STOP'])
+def test_processes_that_refuse_a_signal_are_told_of(guests, monkeypatch, name):
+    """As of a setuid program, where the agent isn't root. It isn't tried again, and holds up no other."""
+    guest = guests()
+    guest.run('c', 'sleep', '60')
+    command = guest.spool.command('c')
+    wait_until(command.process, 20)
+    real, tried = os.kill, []
+
+    def kill(pid, number):
+        tried.append((pid, number))
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def refused():
+        guest.said.clear()
+        guest.commands.query(Message('', 'CMD_QUERY', {'cmd-id': 'c'}, {'mark': 'm'}))
+        return guest.said['c'][-1].get('refused')
+    monkeypatch.setattr(guestspool.Command, 'kill_group', lambda self: False)
+    monkeypatch.setattr(os, 'kill', kill)
+    guest.signal('c', name)
+    count = len(tried)
+    assert tried and refused() == 1 and refused() is None
+    guest.signal('c', 'USR1')
+    assert tried[count:] == [(command.process(), signal.SIGUSR1)]
+    monkeypatch.setattr(os, 'kill', real)
+    guest.signal('c', 'CONT')
+    assert refused() is None
+    monkeypatch.undo()
+    guest.signal('c', 'KILL')
+    assert guest.result('c')['state'] == 'signaled'
+
+
+def test_signals_that_an_older_agent_noted_are_sent(guests):
+    guest = guests()
+    guest.run('c', 'sleep', '60')
+    command = guest.spool.command('c')
+    wait_until(command.process, 20)
+    open(command.path('due-15'), 'w').close()
+    assert command.due_signals() == [15]
+    guest.begin_anew()
+    assert guest.result('c')['exitCodeOrSignal'] == 15
 
 
 def test_a_signal_never_reaches_the_next_command_of_a_runner(guests, monkeypatch):

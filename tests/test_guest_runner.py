@@ -1,6 +1,7 @@
 """Programs as the guest's runners start, watch, measure and end them: a fork server and folders, no host."""
 
 import base64
+import errno
 import json
 import os
 import pwd
@@ -609,6 +610,46 @@ def test_output_that_there_is_no_room_for_is_named(tmp_path, monkeypatch):
         result = runners.end(command)
         assert (result['state'], result['error']) == (
             'failed', 'ENOSPC: No space left on device: ' + command.path('out'))
+    finally:
+        runners.close()
+
+
+@pytest.mark.parametrize('name', ['out', 'err'])
+def test_what_has_no_file_for_its_output_never_begins(tmp_path, monkeypatch, name):
+    """Else it would be told as what never ran, and be run again."""
+    real = guestrunner.private
+
+    def private(path, flags):
+        if path.endswith('/' + name):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
+        return real(path, flags)
+    monkeypatch.setattr(guestrunner, 'private', private)
+    runners = Runners(tmp_path)
+    try:
+        result = runners.run('sh', '-c', 'echo it ran > began')
+        assert (result['state'], result['exitCodeOrSignal']) == ('failed', -1)
+        assert result['error'].startswith('EMFILE')
+        assert not os.path.exists(os.path.join(runners.served, 'began'))
+    finally:
+        runners.close()
+
+
+@pytest.mark.parametrize('method, script, told', [
+    ('_note_stop', 'echo it ran > began; sleep 60', (False, 9, '')),
+    ('_of_the_group', 'echo it ran > began; exit 3', (True, 3, 'itself')),
+    ('_wait_for_orphans', 'kill -TERM $$', (False, 15, ''))])
+def test_what_began_is_never_told_as_what_did_not(tmp_path, monkeypatch, method, script, told):
+    """Whatever its runner fails at: how it ended is told, with what it used until then."""
+    def fails(self, *values):
+        if method != '_note_stop' or os.path.exists(os.path.join(str(tmp_path), 'served', 'began')):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+    monkeypatch.setattr(guestrunner.Runner, method, fails)
+    runners = Runners(tmp_path)
+    try:
+        result = runners.run('sh', '-c', script)
+        assert (result['state'], result['error']) == ('failed', 'EIO: Input/output error')
+        assert (result['finished'], result['exitCodeOrSignal'], result['by']) == told
+        assert result['wall'] > 0 and result['started'] > 0 and result['resources']['ru_minflt'] > 0
     finally:
         runners.close()
 

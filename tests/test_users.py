@@ -4,9 +4,11 @@ one's own stays that. The agents are bundles, which any of them can read."""
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import xmlrpc.client
 
 import pytest
 from agents import Agent, Host, command
@@ -137,3 +139,21 @@ def test_a_file_that_the_host_may_not_read_goes_nowhere(host, guests, folder):
     code, told = verb(HOST, host, 'put', 'one', secret, 'taken')
     assert code and 'Permission denied' in told
     assert not os.path.exists(os.path.join(guests[0].files, 'taken'))
+
+
+@pytest.mark.parametrize('name', ['TERM', 'KILL'])
+def test_a_signal_that_root_s_program_does_not_get_is_not_told_as_sent(host, guests, folder, name):
+    """As by sudo: an agent that isn't root may not signal it."""
+    as_root = os.path.join(folder, 'as-root')
+    shutil.copy(shutil.which('setpriv'), as_root)
+    os.chmod(as_root, 0o4755)
+    cmd_id = host.api.runCmd('one', as_root, ['--reuid', '0', 'sh', '-c', 'echo begun; exec sleep 600'])
+    assert host.api.getCmdOutput(cmd_id, 'out', 0, 10, 30)['size']
+    with pytest.raises(xmlrpc.client.Fault) as raised:
+        host.api.signalCmd(cmd_id, name)
+    assert raised.value.faultCode == 11
+    code, told = verb(HOST, host, 'kill', '-s', name, cmd_id)
+    assert code == 1 and '1 process of %s did not get signal %s' % (cmd_id, name) in told
+    os.kill(host.api.getCmdStatus(cmd_id)['pid'], signal.SIGTERM)
+    wait_until(lambda: host.api.getCmdResults(cmd_id))
+    assert host.api.getCmdResults(cmd_id)['state'] == 'signaled'
