@@ -32,6 +32,14 @@ FINISH_FILE = 'boinc_finish_called'
 TEMPORARY_FILE = 'boinc_temporary_exit'
 LINK = re.compile(r'<soft_link>(.*?)</soft_link>')
 LINK_WITHIN = 512              # bytes at the begin of a file in which it may say that it is a link
+MARKUP = re.compile(r'<(?=[/!?])|]](?=>)')     # what ends an element or a section of XML, or begins one
+
+
+def without_markup(text: str) -> str:
+    """A text for the client, that can't end what the client puts it into: it copies stderr.txt and reasons
+    into its client_state.xml and its answers as they are, and a guest may have said it. With `</stderr_out>`
+    there, it would forget all tasks of the project at its next start."""
+    return MARKUP.sub(lambda found: found.group() + ' ', text)
 
 
 class Channels:
@@ -236,7 +244,7 @@ class Slot:
 
     def _write(self, name: str, lines: List[str]) -> None:
         with open(self.path(name + '.new'), 'w', encoding='utf-8') as file:
-            file.write('\n'.join(lines) + '\n')
+            file.write(without_markup('\n'.join(lines)) + '\n')
         agent.replace(self.path(name + '.new'), self.path(name))
 
 
