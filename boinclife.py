@@ -178,7 +178,7 @@ class Life:
         self._did(step, now)
 
     def _did_pause(self, step: str, now: float) -> None:
-        self._is_paused = True
+        self._is_paused, self._has_knocked = True, False
 
     def _did_stay(self, step: str, now: float) -> None:
         self._not_before = now + LOOK_EVERY
@@ -209,7 +209,7 @@ class Life:
             self._checkpointed = now
         elif isinstance(error, NoHost) and step in ('save', 'remove') and self._lost < AWAY_TRIES:
             self._try_again(step, now)
-        elif isinstance(error, NOT_REACHED) and self.wish in ('quit', 'abort'):
+        elif isinstance(error, NOT_REACHED) and self.wish != 'run':
             self._knock(step, error, now)
         elif self.wish in ('quit', 'abort'):
             log.warning('%s: %s', step, error)         # the lease, and the cleanup, take care of it
@@ -237,7 +237,7 @@ class Life:
     def _knock(self, step: str, error: Exception, now: float) -> None:
         """The machine's agent doesn't hear the last step: it may in a moment, as after a host agent that was
         killed. Until then its program goes on, and on a machine without a lease it would for as long as the
-        client is away."""
+        client is away, or has the task suspended."""
         if not self._has_knocked:
             log.warning('%s: %s', step, error)
         self._has_knocked = True

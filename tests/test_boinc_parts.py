@@ -1370,6 +1370,17 @@ def test_nor_where_its_agent_is_away_for_a_while(error, word, step, code, tmp_pa
     assert QUIT_WITHIN <= task.now - asked < QUIT_WITHIN + 5 and task.life.end == End(code)
 
 
+def test_a_suspended_task_whose_agent_is_away_is_paused_once_that_is_back(tmp_path, caplog):
+    """The wrapper doesn't leave meanwhile: no client starts a task again that is suspended."""
+    task = Alive(tmp_path).runs()
+    task.says('suspend')
+    away = [AgentNotConnected('it is away')] * 100
+    assert task.go(*away) == ['pause'] * 100 and task.life.end is None
+    assert task.go(True, True) == ['pause', 'stay'] and caplog.text.count('it is away') == 1
+    task.says('resume')
+    assert task.go(True, seen()) == ['resume', 'look']
+
+
 def test_a_finished_task_is_removed_by_the_next_host_agent(tmp_path):
     task = Alive(tmp_path).runs()
     assert task.go(seen(True, state='exited'), True, hostclient.NoHost('gone'), True, True)[2:] == [
