@@ -223,6 +223,17 @@ def test_no_text_of_a_guest_is_markup_in_the_clients_own_files(tmp_path):
         '3\nso it is ]] >< /stderr_out>< /result>\nnotice\n')
 
 
+def test_a_message_to_the_user_is_a_line_that_a_client_reads_as_one(tmp_path):
+    """Into a kilobyte: of a longer one, the rest would be taken for the line that says whether it is an
+    alert. And nothing in it that is no XML."""
+    slot = Slot(str(tmp_path))
+    slot.finish(5, '\x01two\nlines \x1b[1m ' + '\U0001f600' * 5000, True)
+    slot.exit_for_a_while(60, '\x01two\nlines \x1b[1m ' + '\U0001f600' * 5000, True)
+    for name in ('boinc_finish_called', 'boinc_temporary_exit'):
+        _, message, notice = (tmp_path / name).read_bytes().splitlines()
+        assert message.startswith(b'\\x01two lines \\x1b[1m ') and len(message) < 1024 and notice == b'notice'
+
+
 def test_nor_in_what_the_client_copies_of_stderr(tmp_path):
     """Whatever says it: the program's last words, a fault's text, a traceback."""
     said = subprocess.run(
