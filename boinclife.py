@@ -79,7 +79,7 @@ class Life:
         self._last = now               # when elapsed time was counted last
         self._checkpointed = now
         self._is_paused = self._is_connected = self._has_looked = self._complained = False
-        self._is_queued = self._has_waited = self._has_knocked = False
+        self._is_queued = self._has_waited = self._has_knocked = self._is_home = False
         self._fraction = record.fraction
         self._lost = self._heard = 0
         self._ran = 0.0
@@ -138,7 +138,9 @@ class Life:
         if not self._record.made or not (self._is_connected or self._lost):
             self._leave_for('quit')
             return ''
-        return 'save' if self._is_connected else 'connect'
+        if not self._is_connected:
+            return 'connect'
+        return 'remove' if self._is_home and self._todo[0] == 'remove' else 'save'
 
     def _next_abort(self) -> str:
         if not self._record.made:
@@ -147,7 +149,10 @@ class Life:
         return 'remove' if self._is_connected else 'connect'
 
     def _leave_for(self, wish: str) -> None:
-        self.end = self.end or (End(ABORTED) if wish == 'abort' else self._final or End())
+        final = self._final
+        if final and final.finish and not self._is_home:       # a client would miss its outputs: an error
+            final = None
+        self.end = self.end or (End(ABORTED) if wish == 'abort' else final or End())
 
     # How a step ended.
 
@@ -194,6 +199,10 @@ class Life:
     def _did_checkpoint(self, step: str, now: float) -> None:
         self._did(step, now)
         self._checkpoint(now)
+
+    def _did_collect(self, step: str, now: float) -> None:
+        self._is_home = True
+        self._did(step, now)
 
     def _did_remove(self, step: str, now: float) -> None:
         self._record.made = False

@@ -1058,6 +1058,29 @@ def test_a_program_that_failed_for_want_of_space_was_not_done(tmp_path):
     assert task.record.before == 4.0
 
 
+@pytest.mark.parametrize('is_slow', [False, True])
+def test_quit_while_outputs_are_on_their_way_is_no_end_of_the_task(is_slow, tmp_path):
+    """A client finds outputs missing in a task that is over, which is an error then. The next wrapper fetches
+    them."""
+    task = Alive(tmp_path).runs()
+    task.go(seen(True, state='exited', cpu=9, fraction=1.0), False)
+    task.says('quit')
+    assert task.step() == 'save'
+    if is_slow:
+        task.now += QUIT_WITHIN + 1
+        assert task.step() == ''
+    else:
+        task.life.succeeded(True, task.now)
+    assert task.life.end == End()
+
+
+def test_quit_once_they_are_there_ends_the_task(tmp_path):
+    task = Alive(tmp_path).runs()
+    task.go(seen(True, state='exited', code=3), True)
+    task.says('quit')
+    assert task.go(True) == ['remove'] and task.life.end == End(3, True)
+
+
 def test_from_nothing_to_a_finished_task(tmp_path):
     task = Alive(tmp_path)
     assert task.go(False, True, True, False, True, True, True, True, True) == [
