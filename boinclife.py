@@ -19,12 +19,13 @@ import agent
 from boincjob import Job, Trigger
 from boincslot import Record
 from boincwork import Look, Trouble
-from faults import VMHostError
+from faults import AgentNotConnected, DeadlineExceeded, VMHostError
 from hostclient import NoHost
 
 log = logging.getLogger('vmboinc')
 
 ABORTED, SIGNALLED, INIT_FAILURE = 194, 193, 206       # exit codes, as BOINC has them
+NOT_REACHED = (AgentNotConnected, DeadlineExceeded)
 NO_PROGRAM = ('ENOENT', 'EACCES', 'ENOEXEC', 'ENOTDIR')
 LOOK_EVERY = 1.0               # seconds between two looks at the science
 QUICK = 0.3                    # … and at what is soon so
@@ -78,7 +79,7 @@ class Life:
         self._last = now               # when elapsed time was counted last
         self._checkpointed = now
         self._is_paused = self._is_connected = self._has_looked = self._complained = False
-        self._is_queued = self._has_waited = False
+        self._is_queued = self._has_waited = self._has_knocked = self._is_home = False
         self._fraction = record.fraction
         self._lost = self._heard = 0
         self._ran = 0.0
@@ -137,7 +138,9 @@ class Life:
         if not self._record.made or not (self._is_connected or self._lost):
             self._leave_for('quit')
             return ''
-        return 'save' if self._is_connected else 'connect'
+        if not self._is_connected:
+            return 'connect'
+        return 'remove' if self._is_home and self._todo[0] == 'remove' else 'save'
 
     def _next_abort(self) -> str:
         if not self._record.made:
@@ -146,7 +149,10 @@ class Life:
         return 'remove' if self._is_connected else 'connect'
 
     def _leave_for(self, wish: str) -> None:
-        self.end = self.end or (End(ABORTED) if wish == 'abort' else self._final or End())
+        final = self._final
+        if final and final.finish and not self._is_home:       # a client would miss its outputs: an error
+            final = None
+        self.end = self.end or (End(ABORTED) if wish == 'abort' else final or End())
 
     # How a step ended.
 
@@ -177,7 +183,7 @@ class Life:
         self._did(step, now)
 
     def _did_pause(self, step: str, now: float) -> None:
-        self._is_paused = True
+        self._is_paused, self._has_knocked = True, False
 
     def _did_stay(self, step: str, now: float) -> None:
         self._not_before = now + LOOK_EVERY
@@ -194,9 +200,13 @@ class Life:
         self._did(step, now)
         self._checkpoint(now)
 
+    def _did_collect(self, step: str, now: float) -> None:
+        self._is_home = True
+        self._did(step, now)
+
     def _did_remove(self, step: str, now: float) -> None:
         self._record.made = False
-        self._save()
+        self._checkpoint(now)          # told with the end: a client that ends just then shows what it stored
         self._leave_for(self.wish)
 
     def failed(self, error: Exception, now: float) -> None:
@@ -208,6 +218,8 @@ class Life:
             self._checkpointed = now
         elif isinstance(error, NoHost) and step in ('save', 'remove') and self._lost < AWAY_TRIES:
             self._try_again(step, now)
+        elif isinstance(error, NOT_REACHED) and self.wish != 'run':
+            self._knock(step, error, now)
         elif self.wish in ('quit', 'abort'):
             log.warning('%s: %s', step, error)         # the lease, and the cleanup, take care of it
             self._leave_for(self.wish)
@@ -230,6 +242,15 @@ class Life:
         self._is_connected = False
         self._todo = ['connect', step]
         self._not_before = now + QUICK
+
+    def _knock(self, step: str, error: Exception, now: float) -> None:
+        """The machine's agent doesn't hear the last step: it may in a moment, as after a host agent that was
+        killed. Until then its program goes on, and on a machine without a lease it would for as long as the
+        client is away, or has the task suspended."""
+        if not self._has_knocked:
+            log.warning('%s: %s', step, error)
+        self._has_knocked = True
+        self._not_before = now + LOOK_EVERY
 
     def _begin_anew(self, why: str, now: float) -> None:
         """Looks again what is there, and does what is missing. More than some times in a row is a trouble."""
@@ -264,7 +285,8 @@ class Life:
         self._has_looked = True
         self._wait_for_turn(seen.state)
         self._record.cpu = max(self._record.cpu, self._record.before + seen.cpu)
-        self._fraction = max(self._fraction, self._fraction_of(seen))
+        if not seen.ended or seen.state in ('exited', 'signaled'):     # else it is begun again, perhaps
+            self._fraction = max(self._fraction, self._fraction_of(seen))
         self.messages += seen.messages
         if seen.done:
             self._over(End(seen.done.number, True, message=seen.done.message, notice=seen.done.notice), now)
@@ -300,6 +322,7 @@ class Life:
         log.info('the task is over: %s', describe(end))
         if end.delay:                  # it couldn't even begin, and this may pass
             self._record.attempt += 1
+            self._record.before = self._record.checkpoint
             return self._trouble(end.message)
         self._final = end
         self._todo = list(self.ENDING)

@@ -32,6 +32,20 @@ FINISH_FILE = 'boinc_finish_called'
 TEMPORARY_FILE = 'boinc_temporary_exit'
 LINK = re.compile(r'<soft_link>(.*?)</soft_link>')
 LINK_WITHIN = 512              # bytes at the begin of a file in which it may say that it is a link
+LONGEST_LINE = 250             # characters of a message to the user
+MARKUP = re.compile(r'<(?=[/!?])|]](?=>)')     # what ends an element or a section of XML, or begins one
+
+
+def without_markup(text: str) -> str:
+    """A text for the client, that can't end what the client puts it into: it copies stderr.txt and reasons
+    into its client_state.xml and its answers as they are, and a guest may have said it. With `</stderr_out>`
+    there, it would forget all tasks of the project at its next start."""
+    return MARKUP.sub(lambda found: found.group() + ' ', text)
+
+
+def line_of(message: str) -> str:
+    """A message as the one line of a file, of which a client reads a kilobyte at most."""
+    return without_markup(agent.printable(' '.join(message.split())))[:LONGEST_LINE]
 
 
 class Channels:
@@ -218,6 +232,7 @@ class Slot:
 
     def finish(self, code: int, message: str = '', notice: bool = False) -> None:
         """Tells the client that the task is over; with a message to the user, an alert where ``notice``."""
+        message = line_of(message)
         lines = ['%d' % code] + ([message] if message else []) + (['notice'] if message and notice else [])
         self._write(FINISH_FILE, lines)
 
@@ -231,8 +246,7 @@ class Slot:
 
     def exit_for_a_while(self, seconds: float, reason: str, notice: bool = False) -> None:
         """Asks the client to start the task again in a while, and to show why."""
-        self._write(TEMPORARY_FILE, ['%d' % seconds, ' '.join(reason.split())[:250]]
-                    + (['notice'] if notice else []))
+        self._write(TEMPORARY_FILE, ['%d' % seconds, line_of(reason)] + (['notice'] if notice else []))
 
     def _write(self, name: str, lines: List[str]) -> None:
         with open(self.path(name + '.new'), 'w', encoding='utf-8') as file:

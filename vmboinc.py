@@ -61,7 +61,7 @@ LOCK_PATIENCE = 35.0           # seconds that an earlier wrapper may still need 
 LOCK_DELAY = 600               # seconds of the temporary exit after that
 TAKEN = 'Waiting to acquire slot directory lock. Another instance may be running.'      # as libboinc says it
 # Signals after which a client starts a task again, as if it were its machine's fault and not the task's.
-STARTED_AGAIN = ('SIGHUP', 'SIGINT', 'SIGQUIT', 'SIGKILL', 'SIGTERM', 'SIGSTOP')
+STARTED_AGAIN = [getattr(signal, 'SIG' + name, 0) for name in ('HUP', 'INT', 'QUIT', 'KILL', 'TERM', 'STOP')]
 
 
 class Hands:
@@ -211,10 +211,24 @@ def read_job(slot: Slot) -> Job:
         raise JobError('%s is missing in the slot: %sthe application\'s version lacks it' % (FILE, RESET))
 
 
+class PlainFormatter(logging.Formatter):
+    """Lines for stderr.txt, that the client can copy into its own files."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's line, with its traceback if it has one."""
+        return boincslot.without_markup(super().format(record))
+
+
+def log_to_stderr() -> None:
+    """What is logged goes to the task's stderr.txt."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PlainFormatter('%(asctime)s vmboinc: %(message)s', '%Y-%m-%d %H:%M:%S'))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
 def run_task(words: List[str]) -> int:
     """Runs the task of this slot; gives the exit code."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format='%(asctime)s vmboinc: %(message)s',
-                        datefmt='%Y-%m-%d %H:%M:%S')
+    log_to_stderr()
     signal.signal(signal.SIGINT, signal.SIG_DFL)       # it ends as by any other signal
     slot = Slot('.')
     try:
@@ -312,13 +326,15 @@ def insist(slot: Slot, write: Callable[[], None]) -> None:
 
 
 def die_of(number: int) -> None:
-    """Ends this process as the science ended, by a signal; returns where the client would start it again."""
-    if os.name != 'posix' or signal.Signals(number).name in STARTED_AGAIN:
+    """Ends this process as the science ended, by a signal; returns where the client would start it again, and
+    where this system has none of that number: a guest told it."""
+    if os.name != 'posix' or number in STARTED_AGAIN:
         return
     import resource  # POSIX
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
+    with contextlib.suppress(OSError, ValueError, OverflowError):
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
 
 def host_agent_command() -> List[str]:

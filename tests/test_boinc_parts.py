@@ -36,7 +36,15 @@ from boinclife import (
 )
 from boincslot import CHANNEL, CHANNELS, Channels, InitData, Record, Slot
 from boincwork import Look, Trouble
-from faults import Busy, HypervisorError, InvalidParams, NotSupported, TransferError
+from faults import (
+    AgentNotConnected,
+    Busy,
+    DeadlineExceeded,
+    HypervisorError,
+    InvalidParams,
+    NotSupported,
+    TransferError,
+)
 
 # The shared memory.
 
@@ -200,6 +208,45 @@ def test_files_at_the_end(tmp_path):
     assert (tmp_path / 'boinc_finish_called').read_text() == '3\nso it is\n' and slot.finished() == 3
 
 
+# What ends an element of the client's own files.
+MARKUP = ']]></stderr_out></result>'
+
+
+def test_no_text_of_a_guest_is_markup_in_the_clients_own_files(tmp_path):
+    """A client copies what a task says into its client_state.xml as it is, and reads that up to the end of
+    the element: with one of these in it, it forgets all tasks of the project at its next start."""
+    slot = Slot(str(tmp_path))
+    slot.exit_for_a_while(60, 'no <room> ' + MARKUP)
+    slot.finish(3, 'so it is ' + MARKUP, True)
+    assert (tmp_path / 'boinc_temporary_exit').read_text() == '60\nno <room> ]] >< /stderr_out>< /result>\n'
+    assert (tmp_path / 'boinc_finish_called').read_text() == (
+        '3\nso it is ]] >< /stderr_out>< /result>\nnotice\n')
+
+
+def test_a_message_to_the_user_is_a_line_that_a_client_reads_as_one(tmp_path):
+    """Into a kilobyte: of a longer one, the rest would be taken for the line that says whether it is an
+    alert. And nothing in it that is no XML."""
+    slot = Slot(str(tmp_path))
+    slot.finish(5, '\x01two\nlines \x1b[1m ' + '\U0001f600' * 5000, True)
+    slot.exit_for_a_while(60, '\x01two\nlines \x1b[1m ' + '\U0001f600' * 5000, True)
+    for name in ('boinc_finish_called', 'boinc_temporary_exit'):
+        _, message, notice = (tmp_path / name).read_bytes().splitlines()
+        assert message.startswith(b'\\x01two lines \\x1b[1m ') and len(message) < 1024 and notice == b'notice'
+
+
+def test_nor_in_what_the_client_copies_of_stderr(tmp_path):
+    """Whatever says it: the program's last words, a fault's text, a traceback."""
+    said = subprocess.run(
+        [sys.executable, '-c', 'import logging, vmboinc; vmboinc.log_to_stderr(); from sys import argv\n'
+         'logging.getLogger("vmboinc").info("%s", argv[1])\n'
+         'try: raise OSError(argv[1])\n'
+         'except OSError: logging.getLogger("vmboinc").exception("<it> broke")\n', MARKUP],
+        cwd=os.path.dirname(os.path.abspath(vmboinc.__file__)), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, timeout=60).stdout.decode()
+    assert said.count(']] >< /stderr_out>< /result>') == 2 and '<it> broke' in said
+    assert ']]>' not in said and '</' not in said, said
+
+
 @pytest.mark.parametrize('text', ['', '{', '[1]', '{"attempt": "two", "cpu": null, "unknown": 5}'])
 def test_a_damaged_record_is_a_new_one(text, tmp_path):
     """But for a machine, which there may be: it isn't taken for one from before a reset, and removed."""
@@ -351,6 +398,21 @@ def test_no_code_but_0_is_a_success(code, exits, tmp_path, monkeypatch):
     assert vmboinc.leave(slot, End(code, True)) == exits and slot.finished() == code
     monkeypatch.chdir(str(tmp_path))
     assert vmboinc.run_task([]) == exits
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='Windows has no signals')
+@pytest.mark.parametrize('number, dies', [
+    (11, 11), (40, 40), (9, 0), (1, 0), (0, 0), (-9, 0), (32, None), (4711, 0)])
+def test_it_dies_of_any_signal_that_is_the_sciences_own_end(number, dies, tmp_path):
+    """Of real-time signals, too, for which Python has no names; what no signal is ends it as one that a
+    client would take for its machine's fault. (32 and 33 are the C library's.)"""
+    process = subprocess.run(
+        [sys.executable, '-c', 'import sys, vmboinc; from boinclife import End; from boincslot import Slot\n'
+         'sys.exit(vmboinc.leave(Slot(sys.argv[1]), End(193, True, signal=int(sys.argv[2]))))',
+         str(tmp_path), str(number)], cwd=os.path.dirname(os.path.abspath(vmboinc.__file__)),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+    assert b'Traceback' not in process.stdout, process.stdout.decode()
+    assert process.returncode in ((-number, 193) if dies is None else (-dies or 193,))
 
 
 @pytest.mark.parametrize('words', [['--bundle'], ['--bundle', 'a', 'b'], ['--host-agent']])
@@ -977,6 +1039,48 @@ def seen(ended=False, **how):
     return Look(ended=ended, **how)
 
 
+def test_the_end_is_a_checkpoint(tmp_path):
+    """Else a client that ends, or that unloads the task, in that moment would show what it had stored before;
+    and so a wrapper that does it once more, since the one before it was killed."""
+    task = Alive(tmp_path).runs(seen(cpu=5))
+    task.go(seen(True, state='exited', cpu=9, fraction=1.0), True, True)
+    assert '<checkpoint_cpu_time>9.0' in task.life.status() and '<fraction_done>1.0' in task.life.status()
+    again = Record(str(tmp_path / 'record'))
+    assert (again.cpu, again.checkpoint, again.fraction) == (9.0, 9.0, 1.0)
+
+
+def test_a_program_that_failed_for_want_of_space_was_not_done(tmp_path):
+    """Its progress doesn't go back from 100 % then."""
+    task = Alive(tmp_path).runs(seen(fraction=0.25, cpu=5))
+    task.record.checkpoint = 4.0
+    task.go(seen(True, state='failed', why='ENOSPC: disk full', fraction=1.0, cpu=6))
+    assert '<fraction_done>2.5' in task.life.status() and '<current_cpu_time>6.0' in task.life.status()
+    assert task.record.before == 4.0
+
+
+@pytest.mark.parametrize('is_slow', [False, True])
+def test_quit_while_outputs_are_on_their_way_is_no_end_of_the_task(is_slow, tmp_path):
+    """A client finds outputs missing in a task that is over, which is an error then. The next wrapper fetches
+    them."""
+    task = Alive(tmp_path).runs()
+    task.go(seen(True, state='exited', cpu=9, fraction=1.0), False)
+    task.says('quit')
+    assert task.step() == 'save'
+    if is_slow:
+        task.now += QUIT_WITHIN + 1
+        assert task.step() == ''
+    else:
+        task.life.succeeded(True, task.now)
+    assert task.life.end == End()
+
+
+def test_quit_once_they_are_there_ends_the_task(tmp_path):
+    task = Alive(tmp_path).runs()
+    task.go(seen(True, state='exited', code=3), True)
+    task.says('quit')
+    assert task.go(True) == ['remove'] and task.life.end == End(3, True)
+
+
 def test_from_nothing_to_a_finished_task(tmp_path):
     task = Alive(tmp_path)
     assert task.go(False, True, True, False, True, True, True, True, True) == [
@@ -1281,6 +1385,34 @@ def test_nor_is_a_machine_left_running_where_it_went_away_at_the_end(word, step,
     task.says(word)
     assert task.go(hostclient.NoHost('gone'), False, True, True) == [step, 'connect', 'connect', step]
     assert task.life.end == End(code)
+
+
+@pytest.mark.parametrize('word, step, code', [('quit', 'save', 0), ('abort', 'remove', 194)])
+@pytest.mark.parametrize('error', [AgentNotConnected('it is away'), DeadlineExceeded('no answer')])
+def test_nor_where_its_agent_is_away_for_a_while(error, word, step, code, tmp_path, caplog):
+    """As after a host agent that was killed: it comes back within seconds. What it isn't told in the time
+    that a client leaves isn't done."""
+    task = Alive(tmp_path).runs()
+    task.says(word)
+    assert task.go(error, error, error, True) == [step] * 4 and task.life.end == End(code)
+    assert caplog.text.count(str(error)) == 1
+    task = Alive(tmp_path).runs()
+    task.says(word)
+    asked = task.now
+    while task.life.end is None:
+        task.go(error)
+    assert QUIT_WITHIN <= task.now - asked < QUIT_WITHIN + 5 and task.life.end == End(code)
+
+
+def test_a_suspended_task_whose_agent_is_away_is_paused_once_that_is_back(tmp_path, caplog):
+    """The wrapper doesn't leave meanwhile: no client starts a task again that is suspended."""
+    task = Alive(tmp_path).runs()
+    task.says('suspend')
+    away = [AgentNotConnected('it is away')] * 100
+    assert task.go(*away) == ['pause'] * 100 and task.life.end is None
+    assert task.go(True, True) == ['pause', 'stay'] and caplog.text.count('it is away') == 1
+    task.says('resume')
+    assert task.go(True, seen()) == ['resume', 'look']
 
 
 def test_a_finished_task_is_removed_by_the_next_host_agent(tmp_path):
