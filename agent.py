@@ -133,6 +133,11 @@ def duration(value: str) -> float:
                       'a duration such as 45, 30s, 10m, 12h or 7d')
 
 
+def look_every(*spans: float) -> float:
+    """Seconds between two looks for what is kept no longer than these spans, be it days or seconds."""
+    return min(60.0, max(5.0, min(spans)))
+
+
 def naming_file(file: Optional[str], error: Exception) -> str:
     """What an error says, with the file's name before a section's."""
     return '%s: %s' % (file, error) if file and str(error).startswith('[') else str(error)
@@ -306,10 +311,14 @@ def open_standard_streams() -> None:
 def hand_on_no_descriptors() -> None:
     """What this program was started with beside its streams, a lock's or a pipe's say, is for nobody that it
     starts: what goes on for days would hold it as long."""
-    for name in os.listdir('/proc/self/fd' if os.path.isdir('/proc/self/fd') else '/dev/fd'):
-        if int(name) > 2:
+    open_ones: Iterable[int] = range(65536)    # where there is no list of them
+    for folder in ('/dev/fd', '/proc/self/fd'):
+        with contextlib.suppress(OSError):
+            open_ones = map(int, os.listdir(folder))
+    for descriptor in open_ones:
+        if descriptor > 2:
             with contextlib.suppress(OSError):     # the one of this list itself is closed by now
-                os.set_inheritable(int(name), False)
+                os.set_inheritable(descriptor, False)
 
 
 def set_up_logging(settings: Any, unheard: str = '') -> None:

@@ -13,7 +13,7 @@ import posixpath
 import stat
 import threading
 import time
-from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
 
 import agent
 import localnames
@@ -199,10 +199,10 @@ class ChirpClient(Connection):
 
     def get(self, source: Path, target: str, progress: Optional[Progress] = None,
             cancel: Optional[threading.Event] = None, verify: bool = True, keep: bool = True,
-            links: str = 'keep', within: Optional[float] = None) -> None:
+            links: str = 'keep', within: Optional[float] = None, given: Optional['Given'] = None) -> None:
         """Fetches a file or folder; as ``put``, and raises OSError for what is written here; Busy where
         any process on this machine fetches something else to there at the same time. A device or FIFO is
-        written to.
+        written to; ``given``: what it got by earlier calls, and by this one.
 
         Of a folder's symbolic links, ``keep`` makes those that stay within it, with no ``..`` after a
         name; the others are told of in Incomplete. Through a link nothing is written, but where ``target``
@@ -214,7 +214,7 @@ class ChirpClient(Connection):
             target = os.fspath(target)
             localnames.check_path(target)
             Download(self, meter, options(verify, keep, links)).run(
-                to_bytes(source), localnames.long_path(target.rstrip(SEPARATORS) or target))
+                to_bytes(source), localnames.long_path(target.rstrip(SEPARATORS) or target), given or Given())
 
     def fetch(self, source: Path, target: str, limit: int, progress: Optional[Progress] = None,
               cancel: Optional[threading.Event] = None, within: Optional[float] = None) -> int:
@@ -227,7 +227,7 @@ class ChirpClient(Connection):
              cancel: Optional[threading.Event] = None) -> None:
         """Gives the content of a file to ``write``, piece by piece, each once."""
         with self._moving(progress, cancel, None) as meter:
-            Download(self, meter, Options(True, False, 'skip')).stream(to_bytes(source), write)
+            Download(self, meter, Options(True, False, 'skip')).stream(to_bytes(source), write, Given())
 
     @contextlib.contextmanager
     def _moving(self, progress: Optional[Progress], cancel: Optional[threading.Event],
@@ -368,7 +368,7 @@ def landing_here(client: Connection, source: str, target: str) -> str:
     if name and source[-1] == '/' and not client.stat(source).is_dir:
         raise Refused(NOT_DIR, source)
     if name and (not target or os.path.isdir(target)):
-        to_local(name)                 # raises where that can't be a name here
+        name = to_local(name)          # raises where that can't be a name here
     return landing(name, target, is_folder, lambda: client.stat(source).is_dir, os.path)
 
 
@@ -447,11 +447,11 @@ class Upload(Move):
         found = stat_here(source)
         target = self._client.through_links(target)
         self._check_name(posixpath.basename(target), target)
-        if not stat.S_ISDIR(found.st_mode):
-            self._meter.total = found.st_size
-            return self._put_file(source, target)
-        self._meter.total = tree_size(source)
-        with CLAIMS.holding(self._client, target):
+        with CLAIMS.holding(self._client, target), self._client.holding(target):
+            if not stat.S_ISDIR(found.st_mode):
+                self._meter.total = found.st_size
+                return self._send_still(source, target)
+            self._meter.total = tree_size(source)
             self._client.persist(self._meter, lambda: self._put_tree(source, target))
         self._failures.check()
 
@@ -459,8 +459,12 @@ class Upload(Move):
 
     def _put_file(self, source: str, target: bytes) -> None:
         """Under a temporary name, which becomes its own at the end."""
+        with CLAIMS.holding(self._client, target):
+            self._send_still(source, target)
+
+    def _send_still(self, source: str, target: bytes) -> None:
         base = self._meter.moved
-        with CLAIMS.holding(self._client, target), naming(target):
+        with naming(target):
             self._client.until_it_holds_still(
                 self._meter, to_remote(source), lambda: self._send_file(source, target, base))
 
@@ -532,7 +536,7 @@ class Upload(Move):
         there = self._client.find(part, False)
         if there is None:
             return 0
-        if not there.is_file:
+        if not there.is_file or there.nlink > 1:       # another file's name as well
             self._client.rmall(part)
         elif 0 < there.size <= found.st_size and self._client.has_same(part, file, there.size, self._meter):
             return there.size
@@ -621,10 +625,11 @@ class Upload(Move):
                 if not merge:
                     self._client.chmod(target, 0o700)
                 known.fill(None if merge else source)
-            failed = self._failures.count
+            unmoved: Set[bytes] = set()            # partial files that a later attempt goes on from
             folders: List[str] = []
             with os.scandir(source) as entries:
                 for entry in entries:
+                    failed = self._failures.count
                     with self._failing(entry.path):
                         check_whole(to_remote(entry.name))
                         self._check_name(to_remote(entry.name))
@@ -635,11 +640,13 @@ class Upload(Move):
                             folders.append(entry.name)
                         else:
                             self._put_entry(entry, target, known, merge)
+                    if self._failures.count > failed:
+                        unmoved.add(part_name(to_remote(entry.name)))
                     if len(folders) >= PENDING:
                         self._put_folders(source, folders, target, merge)
             self._put_folders(source, folders, target, merge)
-            if not merge and failed == self._failures.count:
-                known.remove_parts()
+            if not merge:
+                known.remove_parts(unmoved)
         if self._options.keep and (made or not merge):
             self._client.chmod(target, mode_there(found))
             self._client.utime(target, int(found.st_atime), int(found.st_mtime))
@@ -688,11 +695,11 @@ class Upload(Move):
         found = entry.stat()
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, NEITHER)
-        if there is not None and there.is_dir and not merge:
-            self._small.asking(lambda: self._client.rmall(target))
-            there = None
         if there is not None and self._small.asking(lambda: self._has(entry.path, found, target, there)):
             return self._meter.add(found.st_size)
+        if there is not None and not merge:    # an earlier attempt's, which nobody may be able to write to
+            self._small.asking(lambda: self._client.rmall(target))
+            there = None
         check_file_there(there, target)
         if found.st_size <= SMALL:
             found, data = read_small(entry.path)
@@ -750,10 +757,11 @@ class Known:
     def has_part(self, name: bytes) -> bool:
         return bool(self._parts) and part_name(name) in self._parts
 
-    def remove_parts(self) -> None:
-        """Of files that the source doesn't have; those of the others have their names by now."""
+    def remove_parts(self, unmoved: Set[bytes]) -> None:
+        """Of files that the source doesn't have; those of the others have their names by now, but for
+        ``unmoved``."""
         for name in self._parts:
-            if self._client.find(join(self._folder, name), False) is not None:
+            if name not in unmoved and self._client.find(join(self._folder, name), False) is not None:
                 self._client.rmall(join(self._folder, name))
 
 
@@ -862,7 +870,7 @@ class SmallFiles:
 
     def _compare(self, file: SmallFile, algorithm: str, wire: Wire, result: Union[int, Refused]) -> None:
         file.check(wire, result)
-        if not isinstance(result, Refused) and not reads_same(wire, result, algorithm, file.data):
+        if not isinstance(result, Refused) and not reads_same(wire, result, new_hash(algorithm, file.data)):
             file.error = altered(file.target)
 
     def _complete_last(self) -> None:
@@ -893,9 +901,9 @@ def read_small(path: str) -> Tuple[os.stat_result, bytes]:
         return found, data
 
 
-def reads_same(wire: Wire, count: int, algorithm: str, content: bytes) -> bool:
-    """Whether the digest that follows is the content's; ``count``: the reply to its request."""
-    digest = new_hash(algorithm, content).digest()
+def reads_same(wire: Wire, count: int, checksum: Any) -> bool:
+    """Whether the digest that follows is that one's; ``count``: the reply to its request."""
+    digest = checksum.digest()
     if count != len(digest):
         raise ProtocolError('a checksum of %d bytes' % count)
     return wire.read(count) == digest
@@ -935,10 +943,25 @@ def space_of(found: Any) -> int:
     return min(found.st_size, found.st_blocks * 512) if hasattr(found, 'st_blocks') else found.st_size
 
 
+class Given:
+    """What somebody got of a file who takes each byte once."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.found: Optional[Stat] = None      # of the file, when it began
+        self.checksum = new_hash(CRC32)
+
+    def check(self, source: Path, found: Stat) -> None:
+        """Raises Changed where another file has the name by now, or it has become shorter."""
+        self.found = self.found or found
+        if (found.dev, found.ino) != (self.found.dev, self.found.ino) or found.size < self.found.size:
+            raise altered(source)
+
+
 class Download(Move):
     """One ``get`` or ``fetch``."""
 
-    def run(self, source: bytes, target: str) -> None:
+    def run(self, source: bytes, target: str, given: 'Given') -> None:
         found = self._find_source(source)
         if not is_device(target):
             target = through_links(target)
@@ -952,7 +975,7 @@ class Download(Move):
         self._meter.total = found.size
         if is_device(target):
             with open_device(target) as file:
-                return self.stream(source, lambda view: write_whole(file, view))
+                return self.stream(source, lambda view: write_whole(file, view), given)
         self._get_file(source, target, None)
 
     def _find_source(self, source: bytes) -> Stat:
@@ -969,18 +992,44 @@ class Download(Move):
         self._get_file(source, target, limit)
         return self._meter.moved
 
-    def stream(self, source: bytes, write: Callable[[memoryview], Any]) -> None:
-        """Each byte once, as it comes, also where the connection breaks meanwhile."""
+    def stream(self, source: bytes, write: Callable[[memoryview], Any], given: Given) -> None:
+        """Each byte once, as it comes, also where the connection breaks meanwhile. Raises Changed where the
+        file did: what has been given is neither what it was nor what it is."""
+        def give(view: memoryview) -> None:
+            write(view)
+            given.count += len(view)
+            given.checksum.update(view)
+
         def step() -> None:
             number, found = self._client.open(source, 'r')
             if not found.is_file:
                 raise Refused(IS_DIR if found.is_dir else INVALID, shown(source))
-            self._meter.total = found.size
-            if not found.size:
+            went_on = given.found is not None
+            given.check(source, found)
+            assert given.found is not None
+            size = self._meter.total = given.found.size
+            if not size:
                 return write(memoryview(self._client.getfile(source)))
-            self._receive_pieces(source, number, self._meter.moved, found.size, write)
+            self._meter.add(given.count - self._meter.moved)
+            self._receive_pieces(source, number, given.count, size, give, self._client.is_ours)
+            self._check_given(source, number, given, went_on)
             self._client.close(number)
         self._client.persist(self._meter, step)
+
+    def _check_given(self, source: bytes, number: int, given: Given, went_on: bool) -> None:
+        """Raises Changed. ``went_on``: from where an earlier connection broke."""
+        found, after = given.found, self._client.fstat(number)
+        assert found is not None
+        if self._client.is_ours and (went_on or self._client.has_changed(number)):
+            _, request = self._client.asking_for_digest(source, 0, found.size)
+            wire = self._client.connect()
+            wire.put(request)
+            with wire.patient(found.size / SLOWEST_HASH):
+                length = self._client.result(wire, 'checksum of %s' % shown(source))
+            if not reads_same(wire, length, given.checksum):
+                raise altered(source)
+        elif not self._client.is_ours and (found.size, found.mtime) != (after.size, after.mtime):
+            raise altered(source)
 
     # One file.
 
@@ -1171,6 +1220,9 @@ class Download(Move):
                 with self._failing(join(source, name)):
                     check_whole(name)
                     names.add(to_local(entry.name))
+                    if not stat.S_IFMT(entry.mode):            # the server may not look at it
+                        self._pipeline.drain()
+                        entry = self._client.lstat(join(source, name))._replace(name=entry.name)
                     if entry.is_link and self._options.links == 'follow':
                         self._pipeline.drain()
                         entry = self._client.stat(join(source, name))._replace(name=entry.name)
@@ -1275,7 +1327,7 @@ class Download(Move):
         if isinstance(result, Refused):
             if fetched.data is not None:
                 self._failures.add(fetched.path, result)
-        elif reads_same(wire, result, algorithm, fetched.data or b'') and fetched.data is not None:
+        elif reads_same(wire, result, new_hash(algorithm, fetched.data or b'')) and fetched.data is not None:
             self._write_small(fetched)
         elif fetched.data is not None:
             fetched.get_again()

@@ -136,14 +136,21 @@ def check_target(path: str) -> None:
 
 def check_room(folder: str, count: int) -> None:
     """Raises OSError where the disk of a folder has no room for so many bytes more."""
-    if hasattr(os, 'statvfs'):
-        found = os.statvfs(folder)
-        free = found.f_bavail * found.f_frsize
-    else:
-        import shutil
-        free = shutil.disk_usage(folder).free
+    free = free_here(folder)
+    if count > free and hasattr(os, 'sync'):
+        os.sync()                      # before that, Btrfs counts what was just deleted
+        free = free_here(folder)
     if count > free:
         raise OSError(errno.ENOSPC, '%d bytes are needed, %d are free' % (count, free), folder)
+
+
+def free_here(folder: str) -> int:
+    """Bytes that the disk of a folder has room for."""
+    if hasattr(os, 'statvfs'):
+        found = os.statvfs(folder)
+        return found.f_bavail * found.f_frsize
+    import shutil
+    return shutil.disk_usage(folder).free
 
 
 def open_part(target: str) -> Any:
@@ -160,7 +167,8 @@ def open_part(target: str) -> Any:
             raise
         remove_part(path, target)
         return open_part(target)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:          # another file's name as well
         os.close(fd)
         os.unlink(path)
         return open_part(target)

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import errno
 import logging
+import os
 import posixpath
 import re
 import socket
@@ -18,6 +19,7 @@ from typing import Any, Callable, Iterator, Optional, Tuple, TypeVar, Union
 
 import agent
 from chirpwire import (
+    BUSY,
     CHALLENGE,
     CODES,
     CRC32,
@@ -29,6 +31,8 @@ from chirpwire import (
     SECRET,
     STAT_LINE,
     AccessDenied,
+    Busy,
+    Cancelled,
     ChirpError,
     Disconnected,
     EndOfStream,
@@ -58,6 +62,8 @@ REPLY_LINE = re.compile(br'-?[0-9]{1,18} *$')
 STATFS_LINE = re.compile(br'-?[0-9]{1,20}( -?[0-9]{1,20}){6} *$')
 NAME_LINE = 1024               # bytes of a line in a listing
 LINKS = 40                     # symbolic links that one path may lead through
+HELD_ON = 3.0                  # seconds that a place may be held still, whose connection has just ended
+HELD_LOOK = 0.05               # and between looks
 DEPTH = 32                     # requests that are sent ahead
 AHEAD = 16 * 1024              # and their bytes: what a server takes in while it waits for us to read
 
@@ -87,6 +93,7 @@ class Connection:
         self.root: Optional[str] = None        # where what it serves is on its machine, if it is one of ours
         self._wire: Optional[Wire] = None
         self._used = False             # whether this connection has answered a request
+        self._held: Optional[Tuple[Path, str]] = None          # what is put, with our mark
 
     def __enter__(self: 'Client') -> 'Client':
         return self
@@ -104,6 +111,7 @@ class Connection:
             try:
                 self.subject = self._authenticate(wire)
                 self.root = self._greet(wire)
+                self._hold(wire)
             except BaseException:
                 wire.close()
                 raise
@@ -196,6 +204,43 @@ class Connection:
         if count > 4096:
             raise ProtocolError('a path of %d bytes' % count)
         return to_text(wire.read(count)) or None
+
+    @contextlib.contextmanager
+    def holding(self, path: Path) -> Iterator[None]:
+        """Meanwhile nobody else may put something there, where the server is one of ours; also on connections
+        that follow this one. Raises Busy."""
+        self._held = path, os.urandom(8).hex()
+        try:
+            self._hold(self.connect()) if self._wire is not None else self.connect()
+            yield
+            if self.root is not None:
+                with contextlib.suppress(Refused, Disconnected):       # an older one has no such request
+                    self.call('letgo', again=False)
+        except BaseException:
+            self.disconnect()          # replies may still be under way
+            raise
+        finally:
+            self._held = None
+
+    def _hold(self, wire: Wire) -> None:
+        """A connection that has just ended may hold it for a moment more."""
+        if self._held is None or self.root is None:
+            return
+        path, mark = self._held
+        patience = time.monotonic() + HELD_ON
+        while True:
+            wire.put(self.ask('hold', quote(to_bytes(path)), mark))
+            try:
+                self._number(wire, '')
+                return
+            except Refused as refused:
+                if refused.code != BUSY:       # an older server; or the put will say what is wrong
+                    return
+            if time.monotonic() > patience:
+                raise Busy(path)
+            if self.cancel is not None and self.cancel.wait(HELD_LOOK):
+                raise Cancelled('cancelled')
+            time.sleep(HELD_LOOK)
 
     # Requests and replies.
 

@@ -15,6 +15,7 @@ from chirpwire import OF_SERVERS, PATH, RESERVED, ChirpError, is_part, is_zero
 
 LINKS = 40                     # symbolic links that one path may lead through
 DEEPEST = 200                  # levels that rmall goes down
+UNSEEN = os.stat_result((0,) * 10, dict.fromkeys(('st_blksize', 'st_blocks', 'st_rdev'), 0))
 
 
 class Root:
@@ -48,6 +49,18 @@ class Root:
         root = copy.copy(self)
         root.ours, root._reserved, root._kept = True, (), OF_SERVERS
         return root
+
+    def look_again(self) -> None:
+        """Where another folder has its path by now, made anew or mounted there, that one is served, by all:
+        programs on this machine see it, too."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.lstat(self.path), os.fstat(self._fd)):
+                return
+            fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                os.dup2(fd, self._fd, False)
+            finally:
+                os.close(fd)
 
     def close(self) -> None:
         """Closes its descriptor. A second call does nothing: the number may be another file's by then."""
@@ -103,7 +116,8 @@ class Root:
             return open_in(fd, name, flags)
 
     def list(self, path: bytes) -> Iterator[Tuple[bytes, os.stat_result]]:
-        """What is in a folder, ``.`` and ``..`` too, one by one; not what can't be said."""
+        """What is in a folder, ``.`` and ``..`` too, one by one; not what can't be said. What may not be
+        looked at is told with UNSEEN, as by the real server."""
         fd = self.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             yield b'.', os.fstat(fd)
@@ -113,8 +127,10 @@ class Root:
                     continue
                 try:
                     yield name, os.stat(name, dir_fd=fd, follow_symlinks=False)
-                except OSError:                # it has gone, or may not be looked at
+                except FileNotFoundError:      # it has gone
                     continue
+                except OSError:
+                    yield name, UNSEEN
         finally:
             os.close(fd)
 
@@ -293,6 +309,19 @@ def change_mode(fd: int, mode: int, least: int) -> None:
     """chmod; setuid and its like don't come. ``least``: the rights of the owner that stay, of a folder's."""
     keep = least if stat.S_ISDIR(os.fstat(fd).st_mode) else least & 0o600
     os.fchmod(fd, mode & 0o777 | keep)
+
+
+def change_mode_of_shut(fd: int, name: bytes, mode: int, least: int) -> None:
+    """``change_mode`` of what its owner may not open; never of what a link leads to. Raises OSError, also
+    where the system has no such way."""
+    shut = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+    try:
+        found = os.fstat(shut).st_mode
+        if stat.S_ISLNK(found):
+            raise OSError(errno.EINVAL, 'a link')
+        os.chmod('/proc/self/fd/%d' % shut, mode & 0o777 | (least if stat.S_ISDIR(found) else least & 0o600))
+    finally:
+        os.close(shut)
 
 
 def keep_owner(fd: int, found: os.stat_result) -> None:

@@ -23,6 +23,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequ
 from chirproot import (
     Root,
     change_mode,
+    change_mode_of_shut,
     free_bytes,
     keep_owner,
     open_in,
@@ -35,6 +36,7 @@ from chirproot import (
 from chirpwire import (
     BAD_FD,
     BLOCK,
+    BUSY,
     CHALLENGE,
     CODES,
     CRC32,
@@ -133,6 +135,32 @@ class Fault(Exception):
         super().__init__(MEANINGS[code])
 
 
+class Holds:
+    """Who puts something where, so that two never write into one temporary file or folder, whichever way
+    their paths lead there. Safe from any thread."""
+
+    def __init__(self) -> None:
+        # Guards the table; nothing is called while it is held.
+        self._lock = threading.Lock()
+        self._held: Dict[Tuple[int, int, bytes], Tuple[bytes, 'Session']] = {}
+
+    def take(self, place: Tuple[int, int, bytes], mark: bytes, session: 'Session') -> None:
+        """From now on the place is that session's. One with the same mark is an earlier connection of the
+        same client, and ends. Raises Fault where the place is another one's."""
+        with self._lock:
+            held = self._held.get(place)
+            if held is not None and held[0] != mark:
+                raise Fault(BUSY)
+            self._held[place] = mark, session
+        if held is not None and held[1] is not session:
+            held[1].interrupt()
+
+    def leave(self, session: 'Session') -> None:
+        """All its places are free."""
+        with self._lock:
+            self._held = {place: held for place, held in self._held.items() if held[1] is not session}
+
+
 class Session:
     """One connection of a client, on a thread of its own: who it is, and its requests, one by one."""
 
@@ -168,6 +196,7 @@ class Session:
                 self.wire.flush()      # what was answered before the end
             self.wire.close()
             self._open_files.close_all()
+            self.server.holds.leave(self)
 
     def interrupt(self) -> None:
         """Ends the connection, and so ``run``. Safe from any thread."""
@@ -273,6 +302,7 @@ class Session:
     def _admit(self, method: str, name: str) -> None:
         self.wire.put(('yes\nyes\n%s\n%s\n' % (method, name)).encode('ascii', 'replace'))
         self.subject = '%s:%s' % (method, name)
+        self.root.look_again()
         self._rights = self.server.acl.rights(self.subject)
 
     def _serve(self) -> None:
@@ -649,6 +679,18 @@ class Names(Part):
                 keep_owner(fd, there)
         return self.rename(old, new)
 
+    def hold(self, path: bytes, mark: bytes) -> bytes:
+        """Of ours alone: nobody else may put something there until this connection ends, or lets go."""
+        with self._root.changing(unquote(path)) as (fd, name):
+            found = os.fstat(fd)
+            self._session.server.holds.take((found.st_dev, found.st_ino, name), mark, self._session)
+        return b'0\n'
+
+    def letgo(self) -> bytes:
+        """Of ours alone: of what it holds."""
+        self._session.server.holds.leave(self._session)
+        return b'0\n'
+
     def link(self, old: bytes, new: bytes) -> bytes:
         self._session.need('r')
         with self._root.changing(unquote(old)) as (old_fd, old_name), \
@@ -667,10 +709,14 @@ class Names(Part):
         return b'%d\n' % len(target) + target
 
     def chmod(self, path: bytes, mode: bytes) -> bytes:
-        with self._root.changing(unquote(path)):       # raises where it may not be changed
-            pass
-        with self._opened(unquote(path)) as fd:
-            change_mode(fd, number(mode), self._session.least)
+        with self._root.changing(unquote(path)) as (folder, name):     # raises where it may not be changed
+            try:
+                with self._opened(unquote(path)) as fd:
+                    change_mode(fd, number(mode), self._session.least)
+            except PermissionError:
+                if not hasattr(os, 'O_PATH'):
+                    raise
+                change_mode_of_shut(folder, name, number(mode), self._session.least)
         return b'0\n'
 
     def chown(self, path: bytes, user: bytes, group: bytes) -> bytes:
@@ -783,6 +829,7 @@ REQUESTS: Dict[type, Dict[str, Tuple[int, str]]] = {
     Names: {
         'getlongdir': (1, 'l'), 'getdir': (1, 'l'), 'stat': (1, 'l'), 'lstat': (1, 'l'), 'mkdir': (2, 'wv'),
         'unlink': (1, 'd'), 'rmdir': (1, 'd'), 'rmall': (1, 'd'), 'rename': (2, 'w'), 'replace': (2, 'w'),
+        'hold': (2, 'wp'), 'letgo': (0, ''),
         'link': (2, 'w'), 'symlink': (2, 'w'), 'readlink': (2, 'r'), 'chmod': (2, 'w'), 'chown': (3, 'w'),
         'lchown': (3, 'w'), 'utime': (3, 'w'), 'truncate': (2, 'w'), 'access': (2, ''), 'statfs': (1, 'l')},
     Identity: {
@@ -854,6 +901,7 @@ class ChirpServer:
         if auth == SECRET and not (secret and id):
             raise ChirpError('auth=secret needs a secret and an id')
         self.root = Root(root, shown)
+        self.holds = Holds()
         self.auth = auth
         self.secret = secret
         self.id = id

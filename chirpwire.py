@@ -132,7 +132,7 @@ class Unlistable(Refused):
 
 
 NOT_AUTHENTICATED, NOT_AUTHORIZED, DOESNT_EXIST, EXISTS, TOO_BIG, NO_SPACE = -1, -2, -3, -4, -5, -6
-INVALID, TOO_MANY_OPEN, BAD_FD, IS_DIR, NOT_DIR, NOT_EMPTY = -8, -9, -12, -13, -14, -15
+INVALID, TOO_MANY_OPEN, BUSY, BAD_FD, IS_DIR, NOT_DIR, NOT_EMPTY = -8, -9, -10, -12, -13, -14, -15
 UNKNOWN = -127
 
 # What the codes say, and the errnos that become them. Real clients take -18, -19, -20, -11 and -127

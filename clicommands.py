@@ -4,7 +4,6 @@ No threads, no locks; while `run` lasts, the signals that would end it are hande
 """
 
 import argparse
-import binascii
 import contextlib
 import fnmatch
 import os
@@ -49,7 +48,8 @@ from rpc import Binary, carried, finite
 
 FAILED = 255                   # exit code of `run` for an error that isn't the command's
 TIMED_OUT = 124                # … of a command that ran into its timeout, and ended with 0: timeout(1)'s
-NOT_STARTED = {'ENOENT': 127, 'EACCES': 126, 'ENOEXEC': 126}       # as shells have it, …
+NOT_EXECUTED = ('EACCES', 'ENOEXEC', 'ENOTDIR', 'ELOOP', 'ENAMETOOLONG', 'ETXTBSY', 'E2BIG', 'ELIBBAD')
+NOT_STARTED = dict(dict.fromkeys(NOT_EXECUTED, 126), ENOENT=127)   # as shells have it, …
 # What no program is called, but who comes from ssh types: a line, or a word that shells alone know.
 FOR_A_SHELL = re.compile(r'[\s;|&<>$`*"\']|^(cd|export|source|alias|ulimit|umask|exit|type|set|unset)$')
 NOT_THE_PROGRAM = ('its folder: ', 'standard input: ')     # … but for what isn't the program
@@ -192,8 +192,6 @@ def do_rerun(host: Client, screen: Screen, args: Any) -> int:
         was, args.begun = host.call('getCmdDetails', args.id), b''
     options = dict(was['options'])
     options.pop('fileForStdin', '')
-    if 'stdin64' in options:
-        options['stdin'] = Binary(binascii.a2b_base64(options.pop('stdin64')))
     if options.pop('terminal', None) or options.get('stdin') == STREAM:
         options.pop('stdin', None)
         screen.complain('%s had input as it came, which is not kept: it gets none now' % args.id)

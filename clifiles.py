@@ -5,6 +5,7 @@ No threads, no locks.
 
 import base64
 import contextlib
+import errno
 import fnmatch
 import os
 import posixpath
@@ -17,7 +18,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import agent
 import localnames
-from cliscreen import PROGRESS_EVERY, WIDE, Screen, shown_size, shown_span, shown_time
+from cliscreen import PROGRESS_EVERY, WIDE, Screen, input_is_closed, shown_size, shown_span, shown_time
 from cliverbs import JSON, VM, VMS, Verb, argument, for_each, read_count, show_list, switch
 from faults import InvalidParams, VMHostError
 from hostclient import Client
@@ -53,11 +54,14 @@ def heeding_signals() -> Iterator[None]:
 
 def do_put(host: Client, screen: Screen, args: Any) -> int:
     """Sends a file or folder to VMs; of -, what standard input has."""
+    check_target(args)
     descriptor = own_descriptor('/dev/stdin' if args.source == '-' else args.source)
     if descriptor is None:
         return put(host, screen, args, here(args.source))
     if not args.target:
         raise VMHostError('name the target: what comes from %s has no name of its own' % args.source)
+    if descriptor == 0 and input_is_closed():
+        raise VMHostError('%s: standard input is closed' % args.source)
     import tempfile  # needed here alone
     with heeding_signals(), tempfile.TemporaryDirectory(prefix='vmhost-') as folder:
         name = 'stdin' if args.source == '-' else os.path.basename(args.source)
@@ -77,7 +81,15 @@ def keep_input(descriptor: int, path: str, name: str) -> None:
             for data in iter(lambda: os.read(descriptor, 1 << 20), b''):
                 file.write(data)
     except OSError as error:
-        raise VMHostError('%s: %s' % (name, error.strerror))
+        full = ' in %s' % os.path.dirname(path) if error.errno == errno.ENOSPC else ''
+        raise VMHostError('%s: %s%s' % (name, error.strerror, full))
+
+
+def check_target(args: Any) -> None:
+    """Raises VMHostError for a target that was given and is empty, as a shell's variable may be."""
+    if args.target == '':
+        raise VMHostError('DST is empty: name it, or leave it out')
+    args.target = args.target or ''
 
 
 def put(host: Client, screen: Screen, args: Any, source: str) -> int:
@@ -96,6 +108,7 @@ def put(host: Client, screen: Screen, args: Any, source: str) -> int:
 
 def do_get(host: Client, screen: Screen, args: Any) -> int:
     """Fetches files and folders from a VM."""
+    check_target(args)
     descriptor = own_descriptor('/dev/stdout' if args.target == '-' else args.target)
     sources = matching(host, args.vm, args.source)
     if descriptor is not None:
@@ -131,7 +144,7 @@ def do_cp(host: Client, screen: Screen, args: Any) -> int:
         raise VMHostError('one of the two should be VM:PATH, the other one a path of this machine%s' % (
             ': a single letter is a drive; put and get take such a VM' if os.name == 'nt' else
             ', as ./%s is' % args.source if there and os.path.lexists(args.source) else ''))
-    args.vm, args.source, args.target = there or back, source, target
+    args.vm, args.source, args.target = there or back, source, target or (None if back else '')
     return do_put(host, screen, args) if back else do_get(host, screen, args)
 
 
@@ -150,7 +163,7 @@ def here(path: str) -> str:
     """
     if not path:
         raise VMHostError('a path is empty: name a file or folder (. is the one you are in)')
-    return os.path.join(os.getcwd(), path)
+    return os.path.join(os.getcwd(), localnames.native(path))
 
 
 def own_descriptor(path: str) -> Optional[int]:
@@ -263,7 +276,7 @@ class Waiting:
         self._since = (self._since or now) if why else 0.0
         if why and now - self._since >= WAIT_TOLD and self._said != self._since:
             self._said = self._since
-            self._screen.complain('%s: %s; it goes on when the agent is back (Ctrl-C ends it)' % (
+            self._screen.complain('%s: %s; it goes on once it can (Ctrl-C ends it)' % (
                 self._vm, why))
 
 
@@ -330,12 +343,12 @@ VERBS = [
                  help='how many ended ones (default: %d)' % ENDED_SHOWN)], ('transfers web1', 'kill ID')),
     Verb('put', do_put, 'copy a file or folder to a VM', [
         VMS, argument('source', metavar='SRC', help='on this machine; -: standard input'),
-        argument('target', metavar='DST', nargs='?', default='',
+        argument('target', metavar='DST', nargs='?',
                  help='in the VM; default: under its name where commands start'),
         AS_CP, LINKS, JSON], ('put web1 data/ input', 'put web1 - dump.sql < dump.sql')),
     Verb('get', do_get, 'copy files or a folder from a VM', [
         VM, argument('source', metavar='SRC', help='in the VM; * and ? match names'),
-        argument('target', metavar='DST', nargs='?', default='',
+        argument('target', metavar='DST', nargs='?',
                  help='on this machine; default: under its name in this folder; -: standard output'),
         AS_CP, LINKS, JSON], ('get web1 result.tar .', 'get web1 \'*.csv\' results/')),
     Verb('cp', do_cp, 'copy a file or folder to a VM or from one', [

@@ -165,6 +165,11 @@ def open_closed_streams() -> None:
         sys.stderr = open(os.devnull, 'w')
 
 
+def input_is_closed() -> bool:
+    """Whether standard input was closed when the program began."""
+    return sys.stdin is None or getattr(sys.stdin, 'name', None) == os.devnull
+
+
 @contextlib.contextmanager
 def naming_output() -> Iterator[None]:
     """Has an OSError of what is written to standard output say that it is that."""

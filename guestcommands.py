@@ -1,19 +1,16 @@
-"""The commands of a guest: which wait for their turn, which run, which have ended; and what is done about
-each.
+"""The commands of a guest: what is done about each.
 
 The one place that decides whether a command begins, is cancelled, signalled, lost or acknowledged. What it is
-not: who runs it (guestrunner.py), what its folder holds (guestspool.py), how it is told to the host
-(guestreports.py).
+not: the table of commands with their states (guesttable.py), who runs one (guestrunner.py), what its folder
+holds (guestspool.py), how it is told to the host (guestreports.py).
 
-Threads: the link's thread brings what the host asks for, the main thread what time and the runners bring. One
-lock guards the tables and every change of a command's state; it is never held while something is said, or
-waited for.
+Threads: the link's thread brings what the host asks for, the main thread what time and the runners bring.
+They meet in the table, which has a lock; a lock here guards when the next look is due.
 """
 
 import collections
 import contextlib
 import logging
-import os
 import signal
 import threading
 import time
@@ -24,8 +21,9 @@ from guestconsole import Consoles
 from guestforks import ForkServer
 from guestreports import Reports
 from guestrequests import read_request, signal_number
-from guestspool import WAY, Command, Spool, describe_error, is_want, unrun_result
+from guestspool import Command, Spool, describe_error, is_want, unrun_result
 from gueststart import ENDING
+from guesttable import Table, is_held
 from protocol import BadWord, Message
 
 RESEND_EVERY = 30.0            # seconds between two sendings of results that nobody acknowledged
@@ -60,12 +58,8 @@ class Commands:
         self._restart = restart
         self._refusals = Refusals(reports, spool.folder)
         self.name = ''                 # of this guest, as programs are told it
-        # Guards what follows, and the state of each command.
-        self._lock = threading.Lock()
-        self._commands = {}            # type: Dict[str, Command]
-        self._folders = {}             # type: Dict[str, Command]       # by the name of the folder
-        self._waiting = collections.deque()    # type: Any     # for their turn
-        self._active = 0               # commands that begin or run
+        self._table = Table(settings.max_commands)
+        self._lock = threading.Lock()  # guards the next line
         self._next_look = time.monotonic()
         self._troubles = agent.Seldom(log)     # a disk that is full stays so for many looks
 
@@ -75,7 +69,7 @@ class Commands:
         """Finds what earlier agents left; what is unfinished goes on, or is lost. Raises AgentError."""
         for command in self._spool.load():
             if command.state != 'acknowledged':
-                self._add(command)
+                self._table.add(command)
                 if not command.has_ended():
                     self._take_up(command)
         self._begin_waiting()
@@ -87,8 +81,7 @@ class Commands:
 
     def _is_over(self, name: str) -> bool:
         """Whether the command with a folder of that name has no runner any more."""
-        with self._lock:
-            command = self._folders.get(name)
+        command = self._table.of_folder(name)
         return command is None or command.has_ended()
 
     def _take_up(self, command: Command) -> None:
@@ -101,14 +94,6 @@ class Commands:
             command.signals += command.due_signals()
             if signal.SIGKILL in command.sent_signals():       # noted; perhaps it wasn't sent any more
                 command.signals.append(signal.SIGKILL)
-
-    def _add(self, command: Command) -> None:
-        with self._lock:
-            self._commands[command.cmd_id] = command
-            self._folders[os.path.basename(command.folder)] = command
-            self._active += command.is_running()
-            if command.state == 'queued':
-                self._waiting.append(command)
 
     # What the host asks for, on the link's thread.
 
@@ -134,7 +119,7 @@ class Commands:
             except OSError as error:        # then the host asks once more
                 log.error('%s: %s', cmd_id, describe_error(error))
             return
-        self._add(command)
+        self._table.add(command)
         if command.has_ended():
             self._send_results(command)
             return
@@ -171,6 +156,7 @@ class Commands:
 
     def _answer_again(self, cmd_id: str, message: Message) -> None:
         """For a command whose folder is there: status or results, once more; it isn't run.
+
         Where it was another command, as its host has forgotten that, nobody gets the other one's results.
         """
         command = self._find(cmd_id)
@@ -189,8 +175,7 @@ class Commands:
 
     def _find(self, cmd_id: str) -> Optional[Command]:
         """A command that has files in the spool, acknowledged or not, and that the host asks for."""
-        with self._lock:
-            command = self._commands.get(cmd_id)
+        command = self._table.find(cmd_id)
         if command is not None and is_held(command):
             command.held_until = 0.0
             self._begin_waiting()
@@ -198,9 +183,7 @@ class Commands:
 
     def joined(self, is_listed: bool) -> None:
         """The host is there, and says what it wants of what is_held; ``is_listed``: it was told of that."""
-        with self._lock:
-            held = list(filter(is_held, self._commands.values()))
-        for command in held:
+        for command in filter(is_held, self._table.all()):
             command.held_until = time.monotonic() + HOLD
             if not is_listed:
                 self._reports.status(command)
@@ -223,13 +206,14 @@ class Commands:
         self._consoles.input(self._find(message.text('cmd-id')), message)
 
     def signal(self, message: Message) -> None:
-        """CMD_SIGNAL: to all processes of a command, as soon as it has any. One that would end it cancels
-        what hasn't begun; with ``cancel``, what this guest was never asked for, too: it won't run any
-        more, should that word still be on its way."""
+        """CMD_SIGNAL: to all processes of a command, as soon as it has any.
+
+        One that would end it cancels what hasn't begun. With ``cancel``, what this guest was never asked for
+        is cancelled, too: it won't run any more, should that word still be on its way.
+        """
         number = signal_number(message.text('signal', 'TERM'))
         cmd_id = message.text('cmd-id')
-        with self._lock:
-            command = self._commands.get(cmd_id)
+        command = self._table.find(cmd_id)
         why = 'signal %d before it began' % number
         if command is None and message.flag('cancel'):
             self._cancel_before_it_comes(cmd_id, why)
@@ -251,7 +235,7 @@ class Commands:
             if command is not None:
                 command.end('cancelled', why, by='signalCmd')
                 command.state = 'cancelled'
-                self._add(command)
+                self._table.add(command)
                 self._send_results(command)
         except OSError as error:
             log.error('%s can\'t be cancelled: %s', cmd_id, describe_error(error))
@@ -261,12 +245,10 @@ class Commands:
 
         Whoever claims it first decides. Raises OSError where it can't be claimed.
         """
-        with self._lock:
-            lock = command.claim() if command.state in ('queued', 'starting') else None
-            if lock is None:
-                return False
-            self._set_state(command, state)
-        with lock:              # until there is a result: else its runner would seem to have been killed
+        claim = self._table.take_back(command, state)
+        if claim is None:
+            return False
+        with claim:             # until there is a result: else its runner would seem to have been killed
             command.end_anyhow(state, error, **more)
         self._send_results(command)
         return True
@@ -274,8 +256,7 @@ class Commands:
     def acknowledge(self, message: Message) -> None:
         """CMD_ACK: the host has the results; they stay for keep_spool, and then go: with ``forget`` now."""
         cmd_id, forget = message.text('cmd-id'), message.flag('forget')
-        with self._lock:
-            command = self._commands.get(cmd_id)
+        command = self._table.find(cmd_id)
         self._refusals.acknowledge(cmd_id)
         if command is None:
             if forget:
@@ -288,10 +269,7 @@ class Commands:
         except OSError as error:
             self._troubles.warn('acknowledge', '%s: acknowledged, but %s', cmd_id, describe_error(error))
             return              # it is sent again, and acknowledged again
-        with self._lock:
-            self._set_state(command, 'acknowledged')
-            self._commands.pop(cmd_id, None)
-            self._folders.pop(os.path.basename(command.folder), None)
+        self._table.remove(command)
         log.info('%s: acknowledged', cmd_id)
         if forget:
             self._spool.let_go(cmd_id)
@@ -300,19 +278,17 @@ class Commands:
 
     def states(self) -> Dict[str, str]:
         """{cmd-id: state} of all that aren't acknowledged. From any thread."""
-        with self._lock:
-            return {cmd_id: command.told_state() for cmd_id, command in self._commands.items()}
+        return self._table.states()
 
     def count_unended(self) -> int:
         """How many haven't ended. From any thread."""
-        with self._lock:
-            return sum(not command.has_ended() for command in self._commands.values())
+        return sum(not command.has_ended() for command in self._table.all())
 
     def resend(self, sent: float) -> None:
         """Has the next look believe that the results were last sent at ``sent``. From any thread."""
+        for command in self._table.all():
+            command.sent = sent
         with self._lock:
-            for command in self._commands.values():
-                command.sent = sent
             self._next_look = 0.0
         self._refusals.resend(sent)
         self._look_by(0.0)
@@ -321,8 +297,10 @@ class Commands:
 
     def due(self) -> Optional[float]:
         """When ``look`` is due, by the monotonic clock; None: not before something happens."""
+        if not self._table.all() and not self._refusals.are_unacknowledged():
+            return None
         with self._lock:
-            return self._next_look if self._commands or self._refusals.are_unacknowledged() else None
+            return self._next_look
 
     def look(self, now: float, reported: Iterable[str]) -> None:
         """``reported``: folders whose runners say that something happened; see ForkServer.reported."""
@@ -341,8 +319,7 @@ class Commands:
 
     def _look_at_reported(self, line: str) -> None:
         name, _, unwritten = line.partition(' ')
-        with self._lock:
-            command = self._folders.get(name)
+        command = self._table.of_folder(name)
         if command is None:
             return
         command.remember(unwritten)
@@ -356,9 +333,7 @@ class Commands:
 
     def _look_at_all(self, now: float) -> None:
         """Looks at each command that isn't over; sends again what nobody acknowledged."""
-        with self._lock:
-            commands = list(self._commands.values())
-        for command in commands:
+        for command in self._table.all():
             try:
                 self._look_at(command, now)
             except OSError as error:        # a full disk, say: the others' turn comes all the same
@@ -409,34 +384,17 @@ class Commands:
         if interval and now - command.told >= interval and command.is_running():
             self._reports.status(command)
 
-    # The changes of a command's state.
-
-    def _set_state(self, command: Command, state: str) -> None:
-        """The only place where it changes, with the lock held. Raises ValueError for what is not in WAY."""
-        if state == command.state:
-            return
-        if state not in WAY[command.state]:
-            raise ValueError('%s: no way from %s to %s' % (command.cmd_id, command.state, state))
-        self._active -= command.is_running()
-        command.state = state
-        self._active += command.is_running()
+    # The way of a command.
 
     def _begin_waiting(self) -> None:
-        """Has those begun whose turn it is, in the order in which they came. From any thread."""
-        limit, chosen = self._settings.max_commands, []
-        with self._lock:
-            while self._waiting and (not limit or self._active < limit) and not is_held(self._waiting[0]):
-                command = self._waiting.popleft()
-                if command.state == 'queued':       # and was not cancelled
-                    self._set_state(command, 'starting')
-                    chosen.append(command)
-        for command in chosen:
+        """Has those begun whose turn it is. From any thread."""
+        for command in self._table.take_turns():
             self._start(command)
 
     def _start(self, command: Command) -> None:
         log.debug('%s: begins', command.cmd_id)
         if not self._expire(command) and not self._order_runner(command):
-            self._put_back(command)
+            self._table.put_back(command)      # the next look tries again
 
     def _order_runner(self, command: Command) -> bool:
         """False where there is no room for one more runner now."""
@@ -447,21 +405,11 @@ class Commands:
             self._restart('the fork server died')
             return True
 
-    def _put_back(self, command: Command) -> None:
-        """Into the queue: there is no room for one more runner now. The next look tries again."""
-        with self._lock:
-            if command.state == 'starting':
-                self._set_state(command, 'queued')
-                self._waiting.append(command)
-
     def _notice_begin(self, command: Command) -> None:
         """Sees whether a command that a runner has runs, or is stopped."""
         if command.is_running() and command.process():
             command.note_runner()
-            state = command.read_state()
-            with self._lock:
-                if command.is_running() and state in ('running', 'stopped'):
-                    self._set_state(command, state)
+            self._table.note_begin(command, command.read_state())
 
     def _lose_unless_ended(self, command: Command) -> None:
         """For a runner that is gone: its result may have been its last deed. Raises OSError."""
@@ -474,18 +422,14 @@ class Commands:
         """Its result is sent by the next look."""
         log.warning('%s: lost: %s', command.cmd_id, why)
         command.end_anyhow('lost', why)
-        with self._lock:
-            if not command.has_ended():
-                self._set_state(command, 'lost')
+        self._table.end(command, 'lost')
 
     def _send_results(self, command: Command) -> None:
         """Of a command that has a result.json. Raises OSError; then the next look tries again."""
         is_first = not command.has_ended() or not command.sent
         result = command.sound_result()
         command.sent = time.monotonic()
-        with self._lock:
-            if not command.has_ended():
-                self._set_state(command, result['state'])
+        self._table.end(command, result['state'])
         self._reports.results(command, result)
         log.log(logging.INFO if is_first else logging.DEBUG, '%s: %s', command.cmd_id, result['state'])
 
@@ -497,15 +441,6 @@ def tell_end(command: Command, send: Callable[[Command], None], is_about_signal:
     with contextlib.suppress(OSError):      # the next look tries again
         if command.has_result() and not is_known:
             send(command)
-
-
-def is_held(command: Command) -> bool:
-    """Whether it waits for its host to say that it still wants it, as all in an earlier agent's queue does.
-
-    The spool may be an earlier state of itself, restored or copied: what waits there may have run since. Of
-    what nothing is said within HOLD (by a host whose journal is lost, say), it is believed.
-    """
-    return command.state == 'queued' and time.monotonic() < command.held_until
 
 
 def why_of_boot(command: Command) -> str:

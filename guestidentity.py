@@ -144,6 +144,8 @@ class Secret:
             return read_digits(self._made_path)
         except OSError as error:
             raise agent.AgentError('the secret %s can\'t be used: %s' % (self._made_path, error.strerror))
+        except agent.AgentError as error:
+            raise agent.AgentError('the secret %s' % error)
 
     @property
     def host_key(self) -> str:
@@ -187,7 +189,16 @@ def read_configured(value: str) -> str:
     try:
         return read_digits(value)
     except OSError as error:
-        raise agent.AgentError('[VM] secret: %s: %s' % (value, error.strerror))
+        raise agent.AgentError('[VM] secret: %s: %s; expected auto, 64 hexadecimal digits, or the path of a '
+                               'file that holds them' % (value, error.strerror))
+    except agent.AgentError as error:
+        raise agent.AgentError('[VM] secret: %s' % error)
+
+
+def check_configured(vm: Any) -> None:
+    """That [VM] secret is one, before the agent has an id to use it for. Raises AgentError."""
+    if vm.secret != 'auto':
+        read_configured(vm.secret)
 
 
 def warn_of_readers(vm: Any, ini: str) -> None:
@@ -202,13 +213,13 @@ def read_digits(path: str) -> str:
     with open(descriptor, encoding='ascii', errors='replace') as file:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
-            raise agent.AgentError('the secret %s is no file' % path)
+            raise agent.AgentError('%s is no file' % path)
         if found.st_mode & 0o077 or found.st_uid not in (0, os.geteuid()):
-            raise agent.AgentError('the secret %s can be read by others: chmod 600 it, and chown it to the '
-                                   'agent\'s user' % path)
+            raise agent.AgentError('%s can be read by others: chmod 600 it, and chown it to the agent\'s user'
+                                   % path)
         text = file.read(200).strip()
     if not DIGITS.fullmatch(text):
-        raise agent.AgentError('the secret %s should hold 64 hexadecimal digits' % path)
+        raise agent.AgentError('%s should hold 64 hexadecimal digits' % path)
     return text
 
 

@@ -22,6 +22,9 @@ SMALLEST_WORD = 2 * 1000       # whatever the host tells: a result without outpu
 FRAME_RESERVE = 4 * 1000       # bytes of max_frame that are left for what is not output
 SPARE = 64                     # bytes that a slice may take in JSON beside twice its own
 LARGEST_OFFSET = 2 ** 62       # of a file's bytes, as far as systems can tell
+# What results say of whom nobody ended, and who has written nothing.
+NOTHING = {'by': '', 'spool': '', 'out': '', 'err': '', 'out-size': 0, 'err-size': 0, 'out-offset': 0,
+           'err-offset': 0}            # type: Dict[str, Any]
 
 
 class Reports:
@@ -108,7 +111,7 @@ class Reports:
 
     def bare_results(self, cmd_id: str, result: Dict[str, Any]) -> None:
         """A CMD_RESULTS of a command that may have no folder."""
-        told = {key: value for key, value in result.items() if key != 'format'}
+        told = {key: value for key, value in dict(NOTHING, **result).items() if key != 'format'}
         self._say(protocol.CMD_RESULTS.howToSay(cmd_id, told))
 
     def _tails(self, command: Command) -> Dict[str, Any]:

@@ -41,6 +41,7 @@ LOOK_EVERY = 0.2               # seconds between looks whether the start was can
 OWN_PATH = '/usr/local/bin:/usr/bin:/bin'      # PATH of another user …
 ROOTS_PATH = '/usr/local/sbin:/usr/sbin:/sbin:' + OWN_PATH     # … and of root
 REPORT = 3                     # the descriptor on which the starter reports
+CPU_GRACE = 5                  # seconds of a processor between XCPU and KILL, for who exceeds limits.cpu
 ALL_LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith('RLIMIT_')]
 LEAST = {'nofile': REPORT + 1, 'cpu': 1, 'as': 128 * 1024}     # with less no program can begin (its stack)
 # What a death by these signals speaks for, where such a limit was asked for.
@@ -65,10 +66,14 @@ log = logging.getLogger('vmguest')
 # no more. Its words: the folder to work in, the path to execute, then the words of the program. It writes P
 # and the program's pid to descriptor 3; or D (the folder) or E (the program) and an errno. Where descriptor 4
 # is the folder of a control group, the program begins within that (a move would hold up all that fork).
+# Signals 32 and 33 are the C library's own: its posix_spawn leaves them ignored, and can't be told not to.
 STARTERS = {'x86_64': bytes.fromhex(
     '488b1c24'                 # _start: mov rbx, [rsp]                 argc
     '488d6c2408'               #         lea rbp, [rsp+8]               argv
     '4c8d64dd08'               #         lea r12, [rbp+rbx*8+8]         envp
+    '6a006a006a006a004889e631d26a08415a'       # 4 × push 0; mov rsi, rsp; xor edx, edx; push 8; pop r10
+    '6a205f6a0d580f05'         #         rt_sigaction(32, default)
+    '6a215f6a0d580f05'         #         rt_sigaction(33, default)
     '6a44415d'                 #         push 'D'; pop r13
     '6a5058488b7d000f05'       #         chdir(argv[0])
     '85c07864'                 #         test eax, eax; js failed
@@ -525,7 +530,7 @@ def set_limit(name: str, value: int) -> None:
     if value < LEAST.get(name, 0):
         raise OSError(errno.EINVAL, 'no program can begin with %d' % value, 'limits.%s' % name)
     try:
-        resource.setrlimit(which, (value, value + 5 if name == 'cpu' else value))
+        resource.setrlimit(which, (value, value + CPU_GRACE if name == 'cpu' else value))
     except ValueError as error:        # what the system refuses with EPERM
         raise OSError(errno.EPERM, str(error), 'limits.%s' % name)
     except OverflowError:

@@ -27,10 +27,10 @@ from hostguests import Guests
 from hostinput import Inputs
 from hostjournal import Journal, JournalError
 from hostleases import Leases
-from hostlink import Connection
+from hostlink import Connection, server_tls
 from hostmachines import Machines
 from hostoutput import Fetcher, Output
-from hostserver import Server
+from hostserver import Server, why_open_to_all
 from hostshortcut import Feed
 from hoststate import StateFolder
 from hosttransfers import Transfers
@@ -45,8 +45,8 @@ BROKER_ADDRESS = 'broker.address'      # the file that tells where the broker is
 TICK = 0.25                    # seconds between looks at the clock
 SLEPT = 5.0                    # seconds that a tick may be late before the host is said to have slept,
                                # or half of vm_gc_grace, where that is less
-RETENTION_EVERY = 60.0         # seconds between looks for what keep_results no longer keeps
-RETENTION_PAUSE = 1.0          # seconds between two slices of it
+RETENTION_PAUSE = 1.0          # seconds between two slices of a look for what keep_results no longer keeps
+CLOCK_JUMPED = 60.0            # seconds by which a clock that is set right as ever doesn't jump
 DOUBT = 3600.0                 # seconds without deletion after the clock jumped: it may be wrong
 ACK_DELAY = 0.02               # seconds in which results gather that one sync serves
 
@@ -101,6 +101,7 @@ class Host:
         self.connection.start(host, self.folder.port('broker', host, self.settings.Broker.port))
         self.folder.write(BROKER_ADDRESS, '%s:%s' % self.connection.address)
         self.folder.keep_port('broker', self.connection.address[1])
+        self.transfers.tell_of_lost()
         self.server = Server(self)
         self.server.start()
         self.journal.event('host-start', text='vmhost %s, pid %d' % (agent.VERSION, os.getpid()))
@@ -188,6 +189,7 @@ class Clock:
         self._host = host
         self._last_tick = time.monotonic()
         self._last_clock = time.time()
+        self._retention_every = agent.look_every(host.settings.Host.keep_results)
         self._next_retention = self._last_tick + self._first_retention()
         self._program = identity_of(PROGRAM)
 
@@ -195,7 +197,7 @@ class Clock:
         """Seconds until something may be deleted: more where the clock may be wrong since the last run."""
         away = time.time() - self._host.journal.last_time()
         if away < DOUBT:
-            return RETENTION_EVERY
+            return self._retention_every
         log.info('the journal ended %.0f s ago, or the clock is wrong: nothing is deleted for %.0f s',
                  away, DOUBT)
         return DOUBT
@@ -229,7 +231,7 @@ class Clock:
         clock, passed = time.time(), now - self._last_tick
         jump = clock - self._last_clock - passed
         self._last_tick, self._last_clock = now, clock
-        if jump > RETENTION_EVERY:
+        if jump > CLOCK_JUMPED:
             log.warning('the clock jumped ahead by %.0f s: nothing is deleted for %.0f s', jump, DOUBT)
             self._next_retention = max(self._next_retention, now + DOUBT)
         return max(passed, jump) > min(SLEPT, self._host.settings.Host.vm_gc_grace / 2)
@@ -255,7 +257,7 @@ class Clock:
 
     def _delete_old(self, now: float) -> None:
         """Deletes a slice of what keep_results no longer keeps."""
-        self._next_retention = now + RETENTION_EVERY
+        self._next_retention = now + self._retention_every
         keep = self._host.settings.Host.keep_results
         count, all_gone = self._host.commands.forget_before(time.time() - keep)
         if count:
@@ -274,6 +276,7 @@ def run_host(ini: Optional[str]) -> int:
     host = session = None
     try:
         settings = read_settings(ini)
+        check_settings(settings)
         agent.set_up_logging(settings.Logging, os.path.join(settings.Host.state_dir, LOG))
         sys.setswitchinterval(agent.SWITCH_INTERVAL)
         host = Host(settings)
@@ -295,6 +298,18 @@ def run_host(ini: Optional[str]) -> int:
             host.stop()
         if session is not None:
             session.close()
+
+
+def check_settings(settings: Any) -> None:
+    """That the values go together, and their files are there, before anything is made. Raises VMHostError or
+    ConfigError."""
+    refusal = why_open_to_all(settings.Host)
+    if refusal:
+        raise agent.ConfigError(refusal)
+    if settings.Broker.embedded:
+        server_tls(settings.Broker)
+    elif settings.Broker.tls:
+        agent.client_tls(settings.Broker.ca_file)
 
 
 def complain(why: str, ini: Optional[str]) -> None:

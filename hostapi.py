@@ -630,7 +630,7 @@ class CommandMethods(Methods):
 
         args: a list of texts; env: laid over the guest's own; path: the folder it starts in, relative to
         dir_to_serve; each as base64 where its bytes aren't UTF-8, or XML can't carry them. fileForStdin: a
-        file in the guest. Options: stdin (text, base64 for exact bytes, or 'stream': putCmdInput brings it),
+        file in the guest. Options: stdin (text, or 'stream': putCmdInput brings it), stdin64 (exact bytes),
         terminal ({rows, columns, term}: one of its own, its input streamed), timeout, killAfter (s), user,
         envClear, nice, limits {as, cpu, fsize, nofile, nproc: of each process; memory (bytes), cpus (cores:
         0.5, say), pids: of all together, where the guest can make control groups}, leave (daemons go on after
@@ -896,7 +896,8 @@ class FileMethods(Methods):
         once. Option ``links``: of a folder's symbolic links, ``keep`` makes the same where they stay inside,
         ``skip`` leaves them out, ``follow`` moves what they lead to. Option ``parents``: whether folders that
         the target is to be in are made where they are missing; as a rule in a VM, and not here. Names,
-        content, modes (but for setuid and its like), times and links arrive, or each that doesn't is told.
+        content, modes (but for setuid and its like), times and links arrive, or each that doesn't is told. A
+        file that is replaced leaves its mode and owner to the new one, as by ``cp``.
 
         Fault 10 (Busy) while another one goes to the same place, whose id it names.
 
@@ -910,8 +911,9 @@ class FileMethods(Methods):
 
     def listTransfers(self, filter: dict = {}) -> list:
         """What getTransfer tells, but for failures, of all transfers that are kept, the newest last: those
-        under way, and up to 1,000 that have ended, until the host agent ends. submitted and ended: seconds
-        since 1970, or 0. filter: vm, finished, limit (so many of the newest).
+        under way, and up to 1,000 that have ended, until the host agent ends. Those that were under way when
+        it was killed have failed once it is back, as their error and an event say. submitted and ended:
+        seconds since 1970, or 0. filter: vm, finished, limit (so many of the newest).
 
             >>> host.listTransfers({'vm': 'node1', 'limit': 1})[0]['id'] == transfer_id
             True

@@ -310,8 +310,9 @@ class Commands:
             execution.done.wait(FINISH_PATIENCE)       # another thread was faster, and sets what follows
             return False
         with self._lock:
-            execution.state, execution.ended, execution.results = results['state'], ended, text
-            execution.fetched = fetched
+            execution.results, execution.fetched = text, fetched
+            execution.state = results['state']
+            execution.ended = ended                    # last: who sees it reads the rest, without the lock
             self._open.pop(execution.index, None)
             self._by_key.pop(execution.key, None)
             self._unwritten.pop(execution.index, None)

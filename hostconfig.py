@@ -25,11 +25,19 @@ def port(value: str) -> int:
 
 
 def ip_address(value: str) -> str:
-    """A kind: an IPv4 address or netmask."""
+    """A kind: an IPv4 address."""
     try:
         return str(ipaddress.IPv4Address(value))
     except ValueError:
         raise ValueError('an IPv4 address')
+
+
+def netmask(value: str) -> str:
+    """A kind: an IPv4 netmask."""
+    bits = 2 ** 32 - 1 - int(ipaddress.IPv4Address(ip_address(value)))
+    if bits & bits + 1:                # what is left for hosts is the end of an address
+        raise ValueError('a netmask such as 255.255.255.0')
+    return value
 
 
 def port_range(value: str) -> str:
@@ -125,7 +133,7 @@ SETTINGS: Dict[str, Dict[str, Tuple[Callable, str]]] = {
     'Network': {
         'mode': (agent.choice('hostonly', 'nat'), 'hostonly'),
         'interface': (agent.text, 'vboxnet0'), 'manage': (agent.yes_no, 'no'),
-        'host_ip': (ip_address, '192.168.56.1'), 'netmask': (ip_address, '255.255.255.0'),
+        'host_ip': (ip_address, '192.168.56.1'), 'netmask': (netmask, '255.255.255.0'),
         'dhcp_server': (ip_address, '192.168.56.100'),
         'dhcp_lower': (ip_address, '192.168.56.101'),
         'dhcp_upper': (ip_address, '192.168.56.254')},

@@ -32,6 +32,7 @@ SIGNALS_KEPT = 10              # of a command that its guest hasn't answered yet
 SIGNAL_TIMEOUT = 2.0           # seconds in which a guest answers for a command that is signalled
 # Signals that cancel a command that hasn't begun; all others wait for it to begin.
 ENDING = frozenset(('TERM', 'KILL', 'INT', 'HUP', 'QUIT', 'ABRT', '15', '9', '2', '1', '3', '6'))
+QUEUE = 'the option queue, `run --queue`, lets the command wait for it'
 
 
 class _Answer:
@@ -50,6 +51,13 @@ class _Answer:
         """The message; None where it is late."""
         self._arrived.wait(timeout)
         return self.message
+
+
+def matching(pattern: str, guests: List[Guest]) -> List[Guest]:
+    """Those whose name or id the glob matches."""
+    wanted = pattern.upper() if ':' in pattern else pattern      # a MAC's: no other id or name has one
+    return [guest for guest in guests
+            if protocol.is_addressed(pattern, guest.id, guest.name) or fnmatchcase(guest.id, wanted)]
 
 
 def answers_to(mark: str) -> Callable[[Message], bool]:
@@ -132,8 +140,7 @@ class Control:
             raise BadState('%s has no network card, by which its agent would be known' % guest.name)
         is_away = guest.agent == 'lost'
         if is_away and not queue:
-            raise AgentNotConnected('the agent of %s is not connected (the option queue, `run --queue`, lets '
-                                    'the command wait for it)' % guest.name)
+            raise AgentNotConnected('the agent of %s is not connected (%s)' % (guest.name, QUEUE))
         self._check_size(request)
         return self._submit(request, guest.name, False, [guest], client, cmd_id, self._names_of(vm))
 
@@ -141,15 +148,17 @@ class Control:
                    cmd_id: str = '') -> str:
         """The same on every connected VM whose name or id matches the glob; with ``queue`` on all known ones.
 
-        Raises NoSuchVM, AlreadyExists.
+        Raises NoSuchVM, AgentNotConnected, AlreadyExists.
         """
         if cmd_id and self._commands.is_repeated(cmd_id, request, (pattern,)):
             return cmd_id
-        wanted = pattern.upper() if ':' in pattern else pattern      # a MAC's: no other id or name has one
-        guests = [guest for guest in (self._machines.all() if queue else self._guests.on_list())
-                  if protocol.is_addressed(pattern, guest.id, guest.name) or fnmatchcase(guest.id, wanted)]
+        guests = matching(pattern, self._machines.all() if queue else self._guests.on_list())
+        away = [] if guests or queue else matching(pattern, self._machines.all())
+        if away:
+            raise AgentNotConnected('of those that match %.100r no agent is connected: %.300s (%s)'
+                                    % (pattern, ', '.join(guest.name for guest in away), QUEUE))
         if not guests:
-            raise NoSuchVM('no %s VM matches %.100r' % ('known' if queue else 'connected', pattern))
+            raise NoSuchVM('no VM matches %.100r' % pattern)
         self._check_size(request)
         return self._submit(request, pattern, True, guests, client, cmd_id)
 
@@ -336,15 +345,22 @@ class Control:
 
     def status(self, execution: Execution) -> Dict[str, Any]:
         """How far it is, as the guest told last; how it ended."""
-        told = execution.answer() if execution.ended else execution.status
-        age = max(0, time.time() - execution.ended) if execution.ended else \
+        status = self._status(execution, execution.ended)
+        if status['ended'] != execution.ended:         # meanwhile
+            status = self._status(execution, execution.ended)
+        return status
+
+    def _status(self, execution: Execution, ended: float) -> Dict[str, Any]:
+        """``ended``: when it did; 0: not yet, though it may have by now."""
+        told = execution.answer() if ended else execution.status
+        age = max(0, time.time() - ended) if ended else \
             time.monotonic() - execution.status_time if execution.status_time else -1
         return {'state': self.shown_state(execution),
                 'pid': told.get('pid', 0), 'processes': told.get('processes', 0),
                 'wall': told.get('wall', 0), 'resources': told.get('resources', {}),
                 'outSize': told.get('out-size', 0), 'errSize': told.get('err-size', 0),
                 'progress': execution.status.get('progress', ''), 'error': told.get('error', ''),
-                'ended': execution.ended, 'end': describe_end(told) if execution.ended else '', 'age': age}
+                'ended': ended, 'end': describe_end(told) if ended else '', 'age': age}
 
     # What guests know of it.
 

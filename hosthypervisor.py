@@ -231,8 +231,8 @@ class Hypervisor:
     def _owning(self, call: Call) -> Iterator[None]:
         """Nobody else changes this VM meanwhile; and none is made while cleanup looks for what is half
         made."""
-        if kind_of(call.verb) == 'changing' and call.verb not in ('create_vm', 'remove_vm'):
-            self._refuse_clash(call.vm)
+        if kind_of(call.verb) == 'changing' and call.verb not in ('create_vm', 'kill_process'):
+            self._refuse_two_meant(call)
         key = self._watch.uuid_of(call.vm) or call.vm
         deadline = time.monotonic() + self._settings['command_timeout']
         with self._free:
@@ -363,8 +363,12 @@ class Hypervisor:
         except DeadlineExceeded as error:
             if seen is None:
                 raise self._silent(error)
-            self._asked_in_vain = time.monotonic()
-            return seen
+        except HypervisorError as error:            # it ended, and is not there again yet
+            if seen is None or self._closing:
+                raise
+            log.debug('VMs are told as they were seen before: %s', error)
+        self._asked_in_vain = time.monotonic()
+        return seen
 
     def list_vms(self) -> List[str]:
         """Names of all VMs, sorted."""
@@ -397,11 +401,13 @@ class Hypervisor:
             found = self._call('describe', (vm,), FIRST_PATIENCE, EVER if seen is None else LOOK_PATIENCE)
             self._told['describe', found['uuid']] = found
             return found  # type: ignore[no-any-return]
-        except DeadlineExceeded as error:
-            if seen is None:
-                raise self._silent(error)
+        except (DeadlineExceeded, HypervisorError) as error:
+            is_late = isinstance(error, DeadlineExceeded)
+            if seen is None or self._closing:
+                raise self._silent(error) if is_late else error
             last = self._told.get(('describe', seen['uuid']), {})
-            why = self.trouble() or 'told as it was seen before: %s takes its time' % self.name
+            why = self.trouble() or 'told as it was seen before: %s' % (
+                '%s takes its time' % self.name if is_late else error)
             return dict(last if last.get('native') == seen['native'] else {},
                         **dict(seen, trouble=seen['trouble'] or why))
 
@@ -433,10 +439,11 @@ class Hypervisor:
         """A sentence, where the VM of this name or id shares its id with another one; else ''."""
         return self._watch.clash_of(vm)
 
-    def _refuse_clash(self, vm: str) -> None:
-        clash = self.clash_of(vm)
-        if clash:
-            raise BadState(clash)
+    def _refuse_two_meant(self, call: Call) -> None:
+        refusal = self._watch.other_meant(call.vm) or (
+            '' if call.verb == 'remove_vm' else self.clash_of(call.vm))
+        if refusal:
+            raise BadState(refusal)
 
     def broker_address(self) -> str:
         """This machine's address on the VMs' network, '' while it has none."""

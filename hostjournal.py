@@ -1,6 +1,7 @@
 """The journal: the host's SQLite file, its memory and its audit trail.
 
-What it holds: commands and their executions, results that nobody here asked for, guests, events.
+What it holds: commands and their executions, results that nobody here asked for, guests, events,
+and transfers that are under way.
 What it is not: the state of what goes on; Commands and Guests keep that, and write it here.
 
 Threads: any thread may call; one at a time is inside, by the journal's lock. A transaction holds it from its
@@ -26,7 +27,7 @@ class JournalError(VMHostError):
     """The journal can't be read or written (a full disk, say)."""
 
 
-JOURNAL_FORMAT = 4
+JOURNAL_FORMAT = 5
 FINISHED = ('exited', 'signaled', 'timeout', 'failed', 'lost', 'cancelled', 'expired')
 TROUBLE_EVERY = 60.0           # seconds between two log lines about a journal that can't be written
 ROWS_AT_ONCE = 1000            # of a list, where the caller names no limit
@@ -59,6 +60,7 @@ CREATE TABLE guests (
     id TEXT PRIMARY KEY, name TEXT NOT NULL, ip TEXT NOT NULL, boot TEXT NOT NULL,
     session TEXT NOT NULL, facts TEXT NOT NULL, last_seen REAL NOT NULL);
 CREATE TABLE secrets (holder TEXT PRIMARY KEY, secret TEXT NOT NULL, since REAL NOT NULL);
+CREATE TABLE transfers (id TEXT PRIMARY KEY, facts TEXT NOT NULL);
 """
 
 
@@ -68,6 +70,7 @@ UPGRADES = {                   # format: what makes the next one of it
     2: 'CREATE TABLE secrets (holder TEXT PRIMARY KEY, secret TEXT NOT NULL, since REAL NOT NULL);',
     3: """ALTER TABLE executions ADD COLUMN expires REAL NOT NULL DEFAULT 0;
           ALTER TABLE executions ADD COLUMN line TEXT NOT NULL DEFAULT '';""",
+    4: 'CREATE TABLE transfers (id TEXT PRIMARY KEY, facts TEXT NOT NULL);',
 }
 # Of a damaged file, SQLite's own words may be no UTF-8.
 DAMAGED = sqlite3.DatabaseError, UnicodeDecodeError
@@ -342,6 +345,10 @@ class Journal:
                          '(SELECT vm, type, max(seq) FROM events '
                          'WHERE type IN (\'guest-hello\', \'guest-bye\') GROUP BY vm) ON vm = name')
 
+    def transfers(self) -> List[Dict[str, Any]]:
+        """The facts of all transfers that were under way, in the order in which they came."""
+        return [read_object(facts) for facts, in self.rows('SELECT facts FROM transfers ORDER BY rowid')]
+
     def secrets(self) -> List[Tuple[str, str]]:
         """(holder, hexadecimal digits) of all secrets: for hosttrust.Secrets alone."""
         return self.rows('SELECT holder, secret FROM secrets')
@@ -449,6 +456,13 @@ class Transaction:
         """Adds a guest (hostguests.Guest), or what is known of it now."""
         self.execute('INSERT OR REPLACE INTO guests VALUES (?, ?, ?, ?, ?, ?, ?)', guest.id, guest.name,
                      guest.ip, guest.boot, guest.session, json.dumps(guest.facts), guest.last_seen)
+
+    def add_transfer(self, id: str, facts: Dict[str, Any]) -> None:
+        """Notes that a transfer is under way."""
+        self.execute('INSERT INTO transfers VALUES (?, ?)', id, json.dumps(facts))
+
+    def end_transfer(self, id: str) -> None:
+        self.execute('DELETE FROM transfers WHERE id = ?', id)
 
     def add_execution(self, execution: 'Execution') -> None:
         """Adds one execution of a command."""

@@ -112,7 +112,7 @@ class Connection:
         self._broker: Optional[stompbroker.Broker] = None
         self._link: Any = None                 # a protocol.Link, or an InnerLink
         self._settings = settings.Broker
-        self._beacon_grace = settings.Host.vm_gc_grace
+        self._beacon_interval = max(1, settings.Host.vm_gc_grace / 3)
         self._hear = hear
         self._hear_news = hear_news
         self._on_up = on_up
@@ -229,10 +229,8 @@ class Connection:
 
         For the first time with what proves this host, later as a word like all others.
         """
-        keys = {'name': name, 'session': self.session,
-                'max_frame': self._settings.max_frame}  # type: Dict[str, Any]
-        if self._beacon_grace < 30:
-            keys['beacon_interval'] = max(1, self._beacon_grace / 3)
+        keys = {'name': name, 'session': self.session, 'max_frame': self._settings.max_frame,
+                'beacon_interval': self._beacon_interval}  # type: Dict[str, Any]
         if self._broker is None and self._link is not None:
             keys['addresses'] = own_addresses(self._link.local_address[0])
         is_first, session.name = not session.name, name

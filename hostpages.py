@@ -20,7 +20,6 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import agent
 from hostapi import Api
-from hostcommands import describe_end
 from hostguests import Guest
 from hostjournal import Execution
 from rpc import finite
@@ -300,8 +299,8 @@ class StatusPage:
                  for name in ('wall', 'processes', 'outSize', 'errSize', 'age')}    # type: Dict[str, Any]
         return dict(shown, cmdId=execution.key, vm=execution.vm, cmd=execution.cmd[:TEXT_SHOWN],
                     line=(execution.line or execution.cmd)[:TEXT_SHOWN],
-                    state=status['state'], ended=execution.ended,
+                    state=status['state'], ended=status['ended'],
                     progress=str(status['progress'])[:TEXT_SHOWN],
-                    end=describe_end(execution.answer())[:TEXT_SHOWN] if execution.ended else '',
+                    end=status['end'][:TEXT_SHOWN],
                     cpu=finite(usage.get('ru_utime')) + finite(usage.get('ru_stime')),
                     rss=finite(usage.get('ru_maxrss')) * 1024)

@@ -5,19 +5,22 @@ state.
 """
 
 import base64
+import binascii
 import os
 import re
 from typing import Any, Dict, List, Tuple
 
 import agent
 import chirpwire
+import localnames
 import protocol
 from faults import InvalidParams
 from rpc import Binary, FilePath
 
 FLAG, NUMBER = (bool, int), (int, float)
 OPTIONS = {                    # of runCmd: what it is called here, on the wire, and its type
-    'stdin': ('stdin', (str, Binary)), 'timeout': ('timeout', NUMBER), 'killAfter': ('kill-after', NUMBER),
+    'stdin': ('stdin', (str, Binary)), 'stdin64': ('stdin64', (str, Binary)),
+    'timeout': ('timeout', NUMBER), 'killAfter': ('kill-after', NUMBER),
     'user': ('user', (str,)), 'envClear': ('env-clear', FLAG), 'nice': ('nice', (int,)),
     'limits': ('limits', (dict,)), 'statusInterval': ('status-interval', NUMBER),
     'outputLimit': ('output-limit', NUMBER), 'inlineOutput': ('inline-output', NUMBER),
@@ -34,7 +37,7 @@ LARGEST_NUMBER = 1e18          # of seconds or bytes, so that no system's intege
 
 def read_local(path: FilePath) -> str:
     """A path of this machine, as text whose surrogates stand for what isn't UTF-8."""
-    return path if isinstance(path, str) else os.fsdecode(path.data)
+    return localnames.native(path) if isinstance(path, str) else os.fsdecode(path.data)
 
 
 def read_remote(path: FilePath) -> str:
@@ -134,14 +137,31 @@ def read_options(options: Dict[str, Any]) -> Dict[str, Any]:
         if isinstance(value, (int, float)) and not (-20 if name == 'nice' else 0) <= value <= LARGEST_NUMBER:
             raise InvalidParams('option %s: %r is out of range' % (name, value))
         read[wire] = value
-    if isinstance(read.get('stdin'), Binary):
-        read['stdin64'] = base64.b64encode(read.pop('stdin').data).decode('ascii')
+    read_exact_stdin(read)
     for name, value in read.get('limits', {}).items():
         if name not in LIMITS or isinstance(value, bool) or not isinstance(value, (int, float)) \
                 or not 0 <= value <= LARGEST_NUMBER:
             raise InvalidParams('limits: %r: %r; there are %s, each a number, none below 0'
                                 % (name, value, ', '.join(LIMITS)))
     return read
+
+
+def read_exact_stdin(read: Dict[str, Any]) -> None:
+    """Brings exact bytes of an input, however they are given, into ``stdin64``, as the text that is said.
+    Raises InvalidParams."""
+    if 'stdin' in read and 'stdin64' in read:
+        raise InvalidParams('stdin and stdin64: one of them')
+    if isinstance(read.get('stdin'), Binary):
+        read['stdin64'] = read.pop('stdin')
+    if 'stdin64' not in read:
+        return
+    exact = read['stdin64']
+    try:
+        if isinstance(exact, str):     # which may have lines, as many programs write it
+            exact = Binary(base64.b64decode(''.join(exact.split()).encode('utf-8'), validate=True))
+    except binascii.Error:
+        raise InvalidParams('option stdin64: %.40r: expected base64' % exact)
+    read['stdin64'] = base64.b64encode(exact.data).decode('ascii')
 
 
 def read_seconds(name: str, value: Any) -> float:

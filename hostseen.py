@@ -52,6 +52,14 @@ class Watch:
             return ''
         return clash_text(row['id'] if row is not None else vm.upper(), names)
 
+    def other_meant(self, vm: str) -> str:
+        """A sentence, where this is a VM's name and the id or uuid of another one; else ''."""
+        row = self.row_of(vm)
+        named = [each['name'] for each in self.rows() or () if each['name'] == vm]
+        return '' if row is None or row['name'] == vm or not named else (
+            '%s is the name of a VM, and the %s of %s: use the name of that one, or the uuid of this one'
+            % (vm, 'uuid' if row['uuid'] == vm else 'id', row['name']))
+
     def look(self, rows: List[Dict[str, Any]]) -> None:
         """`rows`: as Driver.machines gives them. The first look tells clashes and trouble alone."""
         self.looked_at = time.monotonic()

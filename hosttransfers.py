@@ -21,6 +21,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import agent
 import chirpclient
 import chirpwire
+import localnames
 import rpc
 from faults import AgentNotConnected, Busy, InvalidParams, NoFiles, TransferError, VMHostError
 from hostjournal import Journal
@@ -31,6 +32,7 @@ log = logging.getLogger('vmhost')
 TRANSFERS_KEPT = 1000          # ended ones that are remembered
 TRANSFERS_WAITING = 10000
 GUEST_PATIENCE = 600.0         # seconds without progress that a transfer waits for an agent that went away
+ENDED_MEANWHILE = 'the host agent was ended meanwhile; the same again goes on from where it was'
 FILES_PATIENCE = 10.0          # … for one that is there, and offers no files: chirp_server may be starting
 GUEST_LOOK = 0.5               # and between looks at whether it is back
 
@@ -55,6 +57,7 @@ class Transfer:
         self.source = source
         self.target = target
         self.links = links             # keep, skip or follow
+        self.given = chirpclient.Given()       # where it goes to a device or FIFO
         self.parents = parents         # whether the folders that the target is to be in are made
         self.state = 'waiting'
         self.error = ''                # or, while it waits, what for
@@ -91,6 +94,7 @@ class Transfer:
         """Where that is, however it is written."""
         if self.direction == 'put':
             return self.vm, posixpath.normpath('/' + target.lstrip('/'))
+        target = localnames.native(target)
         try:
             return (os.path.normcase(os.path.realpath(target)),)
         except OSError:                # a device of Windows', as `con`: the transfer itself says why not
@@ -104,6 +108,19 @@ class Transfer:
                 or self.target[-1] == '/' or not is_put and os.path.isdir(self.target)):
             return self.place_of(posixpath.join(self.target, self.own_name))
         return self.place_of(self.target) + ((self.own_name,) if is_put else ())
+
+    def facts(self) -> Dict[str, Any]:
+        """What a later host agent wants to know of it, as JSON has it."""
+        return {'id': self.id, 'direction': self.direction, 'vm': self.vm, 'vm_id': self.vm_id,
+                'source': self.source, 'target': self.target, 'links': self.links, 'parents': self.parents,
+                'submitted': self.submitted}
+
+    @classmethod
+    def of_facts(cls, facts: Dict[str, Any]) -> 'Transfer':
+        transfer = cls(*[facts[name] for name in ('direction', 'vm', 'source', 'target', 'links', 'parents',
+                                                  'vm_id')])
+        transfer.id, transfer.submitted = facts['id'], facts['submitted']
+        return transfer
 
     def progress(self, moved: int, total: int) -> None:
         """What the Chirp client tells from time to time. A new attempt counts once it knows something."""
@@ -267,8 +284,21 @@ class Transfers:
             ended = [known for known in self._known.values() if known.done.is_set()]
             for known in ended[:max(0, len(self._known) - TRANSFERS_KEPT)]:
                 del self._known[known.id]
+        with self._journal.best_effort(), self._journal.writing(durable=False) as journal:
+            journal.add_transfer(transfer.id, transfer.facts())
         self._line.join(transfer)
         return transfer
+
+    def tell_of_lost(self) -> None:
+        """Those that were under way when an earlier host agent was killed have failed."""
+        with self._journal.best_effort():
+            for facts in self._journal.transfers():
+                transfer = Transfer.of_facts(facts)
+                transfer.state, transfer.error = 'failed', ENDED_MEANWHILE
+                with self._lock:
+                    self._known[transfer.id] = transfer
+                log.warning('%s: %s', transfer.id, transfer.error)
+                self._end(transfer)
 
     def _check_place(self, place: Tuple[str, ...], places_of: Callable[[Transfer], Tuple]) -> None:
         """Two that go to one place at once would write into each other's partial files. Raises Busy."""
@@ -280,8 +310,7 @@ class Transfers:
         """Raises InvalidParams for an id that is unknown, or ended long ago."""
         with self._lock:
             if id not in self._known:
-                raise InvalidParams('no transfer %.100s (a host agent that ends forgets them: the same again '
-                                    'goes on from where it was)' % id)
+                raise InvalidParams('no transfer %.100s (a host agent that ends forgets what had ended)' % id)
             return self._known[id]
 
     def list(self, vm: str = '', finished: Optional[bool] = None,
@@ -376,6 +405,10 @@ class Transfers:
         except Busy as busy:
             log.debug('%s: %s; it waits for that', transfer.id, busy)
             raise Waits(busy, False)
+        except chirpwire.Busy as busy:
+            if not self._others_put(transfer):
+                raise
+            raise Waits(busy, False)
         except (AgentNotConnected, NoFiles, chirpwire.Disconnected, chirpwire.TurnedAway) as error:
             patience = GUEST_PATIENCE if isinstance(
                 error, (AgentNotConnected, chirpwire.Disconnected)) else FILES_PATIENCE
@@ -386,6 +419,13 @@ class Transfers:
                 raise
             transfer.notes.info(str(error), '%s: %s; it waits for the agent', transfer.id, error)
             raise Waits(error, True)
+
+    def _others_put(self, transfer: Transfer) -> bool:
+        """Whether something else goes to its VM, which may have another path to the same place."""
+        with self._lock:
+            return transfer.direction == 'put' and any(
+                known.state == 'running' and known.direction == 'put' and known.vm_id == transfer.vm_id
+                for known in self._known.values() if known is not transfer)
 
     def _move_with(self, client: chirpclient.ChirpClient, transfer: Transfer) -> None:
         there = GuestPaths(client, transfer.vm)
@@ -403,7 +443,8 @@ class Transfers:
                 if transfer.parents:
                     os.makedirs(os.path.dirname(os.path.abspath(transfer.target)), exist_ok=True)
                 self._aim(transfer, chirpclient.landing_here(client, source, transfer.target))
-            client.get(source, transfer.target, transfer.progress, transfer.cancelled, links=transfer.links)
+            client.get(source, transfer.target, transfer.progress, transfer.cancelled, links=transfer.links,
+                       given=transfer.given)
 
     def _aim(self, transfer: Transfer, target: str) -> None:
         """From now on it goes there, and no other one. Raises Busy, where another one does."""
@@ -416,8 +457,9 @@ class Transfers:
         transfer.ended, transfer.ended_at = time.monotonic(), max(transfer.submitted, time.time())
         try:
             text = '%s %s to %s %s' % (transfer.direction, transfer.source, transfer.target, transfer.error)
-            self._journal.note('transfer-' + transfer.state, transfer.vm, '',
-                               rpc.xml_safe(text))
+            with self._journal.best_effort(), self._journal.writing() as journal:
+                journal.event('transfer-' + transfer.state, transfer.vm, '', rpc.xml_safe(text))
+                journal.end_transfer(transfer.id)
         finally:
             transfer.done.set()
 

@@ -28,6 +28,7 @@ from protocol import Message, Signatures, Untrusted
 log = logging.getLogger('vmhost')
 
 LONGEST_HELLO = 64 * 1024      # bytes: of anything more a guest is asked
+TEXTS = 'name', 'host', 'boot', 'session', 'ip'     # of a HELLO; read once it has proved itself
 HELLOS = 5.0                   # a second, of one guest on one connection, …
 HELLOS_AT_ONCE = 20            # … and so many at once; what is more is dropped unread
 PENDING_AT_ONCE = 4            # sessions of one guest that it has not proved yet, on one connection …
@@ -324,7 +325,9 @@ class Trust:
             raise
 
     def judge(self, machine_id: str, hello: Message) -> None:
-        """Raises Refusal where a HELLO can't be let in, whatever it may prove. Asks nobody."""
+        """Raises Refusal or BadWord where a HELLO can't be let in, whatever it may prove. Asks nobody."""
+        for name in TEXTS:
+            hello.text(name)
         owner = self._guests.owner_of(machine_id)
         if owner not in (None, machine_id):
             raise Refusal('the id %s is another machine\'s name' % machine_id)

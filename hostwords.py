@@ -129,7 +129,7 @@ class Words:
         with self._lock:
             try:
                 self._join(session)
-            except (JournalError, Busy) as error:
+            except (protocol.BadWord, JournalError, Busy) as error:    # the next one's turn
                 self._trust.drop(session.id, error)
 
     def _refuse(self, session: Session, why: str) -> None:
@@ -154,8 +154,9 @@ class Words:
             facts=dict(read_facts(hello), **({} if session.secret else {'unsigned': True})))
         if not session.name:               # another goes on; the guest may know this one's nonce alone
             self._machines.greet(session, guest.name)
-        if isinstance(hello.get('cmds'), dict):
-            self._control.reconcile(guest, hello.mapping('cmds'))
+        listed = hello.get('cmds')
+        if isinstance(listed, dict):
+            self._control.reconcile(guest, {cmd_id: str(state) for cmd_id, state in listed.items()})
         else:
             for execution in self._commands.open_of(guest.id):   # too many for a HELLO; the answers tell
                 self._control.query(execution)

@@ -70,6 +70,12 @@ def long_path(path: str) -> str:
     return LONG + ('UNC' + path[1:] if path.startswith('\\\\') else path)
 
 
+def native(path: str) -> str:
+    """A path, of which half surrogates are bytes that are no UTF-8, as this Python has paths: without a
+    locale, 3.6 knows ASCII alone."""
+    return os.fsdecode(path.encode('utf-8', 'surrogateescape')) if os.name == 'posix' else path
+
+
 Fold = Callable[[str], str]
 
 

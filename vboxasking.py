@@ -55,6 +55,8 @@ class Asking(Driver):
         self.rest(moved)
 
     def translate(self, error: Exception) -> Exception:
+        if isinstance(error, Refused) and vboxprogram.NO_SERVER in str(error):
+            return faults.HypervisorError('VirtualBox does not answer: VBoxSVC could not be started')
         if isinstance(error, Refused):
             return vboxconnection.fault_of(error.code, str(error))
         return super().translate(error)
@@ -76,6 +78,8 @@ class Asking(Driver):
     # What there is.
 
     def version(self, job: Job) -> str:
+        """Whoever asks wants to know whether VirtualBox answers: `VBoxManage --version` asks nobody."""
+        self._run('list', 'vms')
         return self._version
 
     def machine_states(self, job: Job) -> Dict[str, int]:
@@ -234,7 +238,9 @@ class Asking(Driver):
     def _find(self, job: Job, vm: str) -> str:
         """The uuid of the VM of this name, id or uuid."""
         wanted = str(vm)
-        found = [uuid for name, uuid in self._listed('vms') if wanted == uuid or wanted == name != NOBODY]
+        vms = self._listed('vms')
+        found = [uuid for _, uuid in vms if wanted == uuid] or [
+            uuid for name, uuid in vms if wanted == name != NOBODY]
         if not found:                               # an id, or the name of one that can't be read
             found = [row['uuid'] for row in self.machines(job)
                      if wanted and (wanted == row['name'] or wanted.upper() == row['id'])]

@@ -489,7 +489,7 @@ def name_of_file(path: str) -> str:
 
 def access_trouble(machine: Any) -> str:
     """Why VirtualBox can't read a VM."""
-    return ' '.join(error_text(machine.accessError).split())
+    return ' '.join(SOURCE.sub('', error_text(machine.accessError)).split())
 
 
 def has_mark(machine: Any, key: str) -> bool:

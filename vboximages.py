@@ -3,11 +3,13 @@
 What it is not: it starts no VM. One thread, that of virtualbox.py; no locks.
 """
 
+import array
 import contextlib
 import logging
 import os
 import re
 import struct
+import sys
 import time
 import xml.sax.saxutils as saxutils
 from typing import Any, Callable, Dict, Iterator, List, Tuple
@@ -59,6 +61,11 @@ NOT_LINKED = 'linked: expected an image that is a disk, on which the VM\'s own c
 BROKEN = 'VERR_(EOF|TAR|VD|ZIP|XAR)'    # in VirtualBox's words where a disk in an appliance is cut or damaged
 UNFIT = ('VirtualBox can\'t open the image %s: it is damaged, of another kind than its name says, or a copy '
          'of a disk that VirtualBox has (%s)')
+UNUSED_IN_VHD = 2 ** 32 - 1        # for the place of a block
+STREAM_VMDK = 2 ** 64 - 1          # for the place of the tables
+MOST_BLOCKS = 2 ** 22              # of which the places are read: more are no disk's
+NOT_REGISTERED = ('a VM that is not registered: `create` of that file brings it back, and `cleanup` removes '
+                  'one that was left half made')
 LONGEST_NAME = 200                 # bytes of a VM's name: it names files
 ELSEWHERE = 'attached from elsewhere; --all-disks (allDisks) deletes it, too'      # why a disk is kept
 
@@ -140,7 +147,7 @@ class Images:
         if os.path.exists(path):
             raise AlreadyExists('%s exists already, of %s' % (path, next((
                 'the VM %r' % machine.name for machine in self.box.machines_now()
-                if machine.settingsFilePath == path), 'a VM that is not registered')))
+                if machine.settingsFilePath == path), NOT_REGISTERED)))
 
     def _check_ostype(self, ostype: str) -> None:
         known = [each.id for each in self.box.array(self.box.vbox, 'guestOSTypes')] if ostype else ['']
@@ -481,8 +488,8 @@ class Disks:
     # Notes.
 
     def expect(self, path: str) -> None:
-        """A disk will be made there. Two seconds are what some file systems' clocks are off."""
-        self.box.vbox.setExtraData(EXPECTED + path, '%d' % (time.time() - 2))
+        """A disk will be made there."""
+        self.box.vbox.setExtraData(EXPECTED + path, begun_now())
 
     def remember(self, disk: Any) -> None:
         """It is there, and ours."""
@@ -538,14 +545,19 @@ class Disks:
                 self.forget_in(folder)
 
     def in_the_making(self) -> List[str]:
-        """The folders of VMs that processes of any host agent are just making. Forgets those that died."""
+        """The folders of VMs that processes of any host agent are just making. Forgets those that died, and
+        left nothing."""
         folders = []
         for key in self.box.vbox.getExtraDataKeys():
             if key.startswith(MAKER) and is_at_work(self.box.vbox.getExtraData(key)):
                 folders.append(key[len(MAKER):])
-            elif key.startswith(MAKER):
+            elif key.startswith(MAKER) and not leavings_in(key[len(MAKER):]):
                 self.box.vbox.setExtraData(key, '')
         return folders
+
+    def makers_folders(self) -> List[str]:
+        """Of VMs that are being made, and of those whose maker died and left settings."""
+        return [key[len(MAKER):] for key in self.box.vbox.getExtraDataKeys() if key.startswith(MAKER)]
 
     def work_goes_on(self) -> bool:
         """Whether VirtualBox is at work: it goes on with what a host began that has died."""
@@ -649,6 +661,7 @@ class Cleaning:
             machine.unregister(self.box.const('CleanupMode_UnregisterOnly'))
             return files_of_unreadable(folder) if delete_disks or all_disks else []
         machine = self.box.ready(job, vm, 'remove_vm')
+        self.box.vbox.setExtraData(MAKER + os.path.dirname(machine.settingsFilePath), '')      # it was made
         if machine.sessionState != self.box.const('SessionState_Unlocked'):
             self.box.unlock(self.box.lock(job, machine))       # waits, or says Busy
         if not delete_disks and not all_disks:
@@ -673,8 +686,10 @@ class Cleaning:
 
     def cleanup(self, job: Job, dry_run: bool = True, vms: List[str] = [], owner: str = ''  # noqa: B006
                 ) -> List[Dict[str, str]]:
-        self._disks.forget_what_never_came(self._folders_in_the_making(job))
-        rows = self._left_of(job, vms, owner) if owner else self._left_vms(job, vms) + self._left_disks(job)
+        making = self._folders_in_the_making(job)       # once: a maker that dies now is dead for the next one
+        self._disks.forget_what_never_came(making)
+        rows = self._left_of(job, vms, owner) if owner else (
+            self._left_vms(job, vms, making) + self._left_disks(job, making) + self._left_settings(making))
         if dry_run:
             return [row for row, _ in rows]
         return [row if row['kind'] == 'kept' else self._after(row, remove) for row, remove in rows]
@@ -694,9 +709,8 @@ class Cleaning:
 
     # VMs.
 
-    def _left_vms(self, job: Job, named: List[str]) -> List[Tuple[Dict[str, str], Any]]:
+    def _left_vms(self, job: Job, named: List[str], making: List[str]) -> List[Tuple[Dict[str, str], Any]]:
         wanted = {self.box.find(vm).id for vm in named}
-        making = self._disks.in_the_making()
         rows = []  # type: List[Tuple[Dict[str, str], Any]]
         for machine in self.box.machines_now():
             why = self._why_left(job, machine, machine.id in wanted)
@@ -755,13 +769,12 @@ class Cleaning:
 
     # Disks.
 
-    def _left_disks(self, job: Job) -> List[Tuple[Dict[str, str], Any]]:
+    def _left_disks(self, job: Job, making: List[str]) -> List[Tuple[Dict[str, str], Any]]:
         """The disks that we made and that no VM has attached, nor a disk that lies on them.
 
         A VM that VirtualBox can't read may use any disk: then none that is whole goes; nor one of a VM that
         isn't listed, but has its settings beside it. Nothing unfinished is left while VirtualBox works.
         """
-        making = self._folders_in_the_making(job)
         known = {disk.id: disk for disk in self._disks.all()}
         unread = [name_in_path(machine) for machine in self.box.unreadable()]
         rows = []  # type: List[Tuple[Dict[str, str], Any]]
@@ -794,6 +807,15 @@ class Cleaning:
                 rows.append(({'kind': 'disk', 'name': path, 'why': 'half made'},
                              lambda path=path: self._remove_disk(job, path, '')))
         return rows
+
+    def _left_settings(self, making: List[str]) -> List[Tuple[Dict[str, str], Any]]:
+        """What was written of a VM whose maker died before VirtualBox listed it, or had its disk: nobody else
+        could make one of that name."""
+        return [({'kind': 'vm', 'name': path, 'why': 'half made'},
+                 lambda folder=folder: remove_leavings(folder))  # type: ignore
+                for folder in self._disks.makers_folders()
+                if folder not in making and not self._is_folder_of_vm(folder)
+                for path in leavings_in(folder)]
 
     def _unlisted_user(self, uuid: str, path: str) -> str:
         """Why a disk stays whose VM somebody took out of VirtualBox's list, and may bring back: its settings
@@ -881,23 +903,73 @@ def check_image(image: str) -> None:
 
 
 def check_is_whole(image: str) -> None:
-    """Raises HypervisorError where a .vdi file is shorter than it says itself, by more than a block.
+    """Raises HypervisorError where a disk's file is shorter than it says itself, by more than a block.
 
-    VirtualBox lays another disk on half an image, and says nothing; or finds out at the end of a long
-    copying. What its head holds: VDICore.h of VirtualBox.
+    VirtualBox lays another disk on half an image, and says nothing; copies half a .vhd, and says nothing; or
+    finds out at the end of a long copying.
     """
     try:
         with open(image, 'rb') as file:
-            head, size = file.read(VDI_HEAD), file.seek(0, os.SEEK_END)
+            size = os.fstat(file.fileno()).st_size
+            least, slack = max(measure(file) for measure in (length_of_vdi, length_of_vhd, length_of_vmdk))
     except OSError:                                 # VirtualBox tells
         return
-    if len(head) < VDI_HEAD or struct.unpack_from('<II', head, 64) != VDI_1_1:
-        return
-    data_at, block, extra, _, blocks = struct.unpack_from('<I28xIIII', head, 344)
-    least = data_at + blocks * (block + extra)
-    if size < least - block:
+    if size < least - slack:
         raise HypervisorError('%s is cut: it has %d bytes, and %d by what it says itself; get it anew'
                               % (image, size, least))
+
+
+def read_at(file: Any, place: int, length: int) -> bytes:
+    """Fewer bytes where the file ends."""
+    file.seek(min(place, 2 ** 62))
+    return bytes(file.read(length))
+
+
+def numbers_at(file: Any, place: int, count: int, order: str) -> Any:
+    """So many numbers of 32 bits; fewer where the file ends. order: of their bytes, as in sys.byteorder."""
+    data = read_at(file, place, 4 * min(count, MOST_BLOCKS))
+    numbers = array.array('I', data[:len(data) // 4 * 4])
+    if sys.byteorder != order:
+        numbers.byteswap()
+    return numbers
+
+
+def length_of_vdi(file: Any) -> Tuple[int, int]:
+    """How long a .vdi has to be, and how much of that may be missing; 0 for another file. Its head:
+    VirtualBox's VDICore.h."""
+    head = read_at(file, 0, VDI_HEAD)
+    if len(head) < VDI_HEAD or struct.unpack_from('<II', head, 64) != VDI_1_1:
+        return 0, 0
+    data_at, block, extra, _, blocks = struct.unpack_from('<I28xIIII', head, 344)
+    return data_at + blocks * (block + extra), block
+
+
+def length_of_vhd(file: Any) -> Tuple[int, int]:
+    """The same of a .vhd that grows: it begins with what ends it, and tells where its blocks are."""
+    head = read_at(file, 0, 512)
+    if len(head) < 512 or not head.startswith(b'conectix'):
+        return 0, 0
+    table = read_at(file, struct.unpack_from('>Q', head, 16)[0], 1024)
+    if len(table) < 1024 or not table.startswith(b'cxsparse'):
+        return 0, 0
+    table_at, _, count, block = struct.unpack_from('>QIII', table, 16)
+    used = [at for at in numbers_at(file, table_at, count, 'big') if at != UNUSED_IN_VHD]
+    return (max(used) * 512 + 512 + block, 0) if used else (0, 0)
+
+
+def length_of_vmdk(file: Any) -> Tuple[int, int]:
+    """The same of a .vmdk in one file that grows: it tells where tables of tables of its blocks are. One for
+    a stream tells that at its end."""
+    head = read_at(file, 0, 512)
+    if len(head) < 512 or not head.startswith(b'KDMV'):
+        return 0, 0
+    capacity, grain, _, _, count, _, tables_at = struct.unpack_from('<QQQQIQQ', head, 12)
+    if tables_at == STREAM_VMDK or not grain * count:
+        return 0, 0
+    places = numbers_at(file, tables_at * 512, -(-capacity // (grain * count)), 'little')
+    tables = [numbers_at(file, place * 512, count, 'little') for place in places if place]
+    last = max([0] + [max(table) for table in tables if table])
+    return (max([last] + list(places)) + grain) * 512, (grain - 1) * 512
 
 
 def check_is_no_id(name: str) -> None:
@@ -1000,14 +1072,19 @@ def check_fitting(options: Dict[str, Any], kind: str) -> None:
                                 % (name, kind))
 
 
+def leavings_in(folder: str) -> List[str]:
+    """The .vbox files of VMs of ours that have no disk, or none any more; whether registered or not."""
+    return [path for path in (settings_in(folder) if os.path.isdir(folder) else ()) for text in [
+        settings_text(path) or settings_text(path + PREVIOUS)]
+        if names_its_own_mark(text) and not HAS_DISK.search(text)]
+
+
 def remove_leavings(folder: str) -> None:
     """Settings of an unregistered VM of ours whose last disk has gone; and the folder, once empty."""
-    for path in settings_in(folder):
-        text = settings_text(path) or settings_text(path + PREVIOUS)
-        if names_its_own_mark(text) and not HAS_DISK.search(text):
-            for each in (path, path + PREVIOUS):
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(each)
+    for path in leavings_in(folder):
+        for each in (path, path + PREVIOUS):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(each)
     if not os.listdir(folder):
         os.rmdir(folder)
 
@@ -1029,6 +1106,11 @@ def is_at_work(note: str) -> bool:
     """Whether the process of note_of is there, and no other one that got its number."""
     pid = note.partition(' ')[0]
     return pid.isdigit() and agent.is_alive(int(pid)) and note_of(int(pid)) == note
+
+
+def begun_now() -> str:
+    """For is_recent. Two seconds are what some file systems' clocks are off."""
+    return '%d' % (time.time() - 2)
 
 
 def is_recent(path: str, begun: str) -> bool:

@@ -35,6 +35,7 @@ CONTROLS = {                       # verb: VBoxManage's words, the states that t
     'save_state': (('controlvm', 'savestate'), ('Saved',), 'saving the state'),
     'shutdown': (('controlvm', 'acpipowerbutton'), OFF, ''), 'discard_state': (('discardstate',), OFF, '')}
 UNFIT_IN_WORDS = vboximages.BROKEN + '|storage format|with UUID'     # VBoxManage's, of an image
+NEW_DISK = r'UUID: +([0-9a-f-]{36})'        # what createmedium and clonemedium tell
 DEFAULT_DISK = 8192                # MB: VBoxManage doesn't tell what VirtualBox recommends
 
 
@@ -149,9 +150,6 @@ class VBoxManage(Asking):
         try:
             self._fit_out(job, uuid, image and os.path.abspath(image), wish)
         except BaseException:
-            path = disk_path(self._info(uuid))
-            with contextlib.suppress(Refused):      # a disk that isn't attached yet
-                self._run('closemedium', 'disk', path, *delete_words(path))
             self._delete(job, self._info(uuid), False)
             raise
         self._run('setextradata', 'global', maker_of(self._info(uuid)))
@@ -190,7 +188,7 @@ class VBoxManage(Asking):
                 known = [row['name'] for row in self.machines(job)
                          if "'%s'" % self._rows[row['uuid']][0] in str(error)]
                 raise faults.AlreadyExists('%s, of %s' % (
-                    error, 'the VM %r' % known[0] if known else 'a VM that is not registered'))
+                    error, 'the VM %r' % known[0] if known else vboximages.NOT_REGISTERED))
             raise
         uuid = re.findall(r'^UUID: +([0-9a-f-]{36})', told, re.MULTILINE)[-1]
         self._run('setextradata', 'global', maker_of(self._info(uuid)), vboximages.note_of(os.getpid()))
@@ -220,6 +218,7 @@ class VBoxManage(Asking):
             bus = buses.get('IntelAhci') or next(iter(buses.values()))
             self._change(job, 'storageattach', uuid, '--storagectl=' + bus, '--port=0', '--device=0',
                          '--type=hdd', '--medium=' + path)
+            self._run('setextradata', 'global', vboximages.EXPECTED + path)
         if wish['keep']:
             self._change(job, 'setextradata', uuid, KEEP, uuid)
         if wish['owner']:
@@ -247,18 +246,25 @@ class VBoxManage(Asking):
         return bool(image or wish['diskSize'] != 0)
 
     def _run_disk(self, job: Job, path: str, image: str, wish: Dict[str, Any]) -> None:
+        if not image and wish['diskSize'] == 0:
+            return
+        # If we die now, cleanup will find it: by the same notes as vboximages.Disks has.
+        self._run('setextradata', 'global', vboximages.EXPECTED + path, vboximages.begun_now())
         if image and wish['linked']:
-            self._run('createmedium', 'disk', '--filename=' + path, '--diffparent=' + image, job=job,
-                      text='making a disk on the image')
+            told = self._run('createmedium', 'disk', '--filename=' + path, '--diffparent=' + image, job=job,
+                             text='making a disk on the image')
         elif image:
             known = image in self._run('list', 'hdds')
-            self._run('clonemedium', 'disk', image, path, '--format=VDI', job=job, text='copying the disk')
+            told = self._run('clonemedium', 'disk', image, path, '--format=VDI', job=job,
+                             text='copying the disk')
             if not known:
                 self._run('closemedium', 'disk', image)
-        elif wish['diskSize'] != 0:
+        else:
             size = DEFAULT_DISK if wish['diskSize'] is None else wish['diskSize']
-            self._run('createmedium', 'disk', '--filename=' + path, '--size=%d' % size, job=job,
-                      text='making a disk')
+            told = self._run('createmedium', 'disk', '--filename=' + path, '--size=%d' % size, job=job,
+                             text='making a disk')
+        for disk in re.findall(NEW_DISK, told)[-1:]:
+            self._run('setextradata', 'global', vboximages.DISK_MADE + disk, path)
 
     # Removing.
 
@@ -300,13 +306,31 @@ class VBoxManage(Asking):
                 continue
             try:
                 self._run('closemedium', 'disk', disk, *delete_words(path), job=job, text='deleting a disk')
+                self._run('setextradata', 'global', vboximages.DISK_MADE + disk)
                 self._forget_image(told)
             except Refused as error:                # another VM has it, or a disk that lies on it
                 kept.append([path, 'VirtualBox can\'t delete it: %s' % error])
+        self._delete_unfinished(disk_path(info))
         self._change(job, 'unregistervm', uuid, '--delete')
         for key in (vboximages.OWNER + uuid, maker_of(info)):
             self._run('setextradata', 'global', key)
         return sorted(kept)
+
+    def _delete_unfinished(self, path: str) -> None:
+        """The disk of a VM whose making was cut short, which isn't attached yet."""
+        notes = self._marks('global')
+        begun = notes.get(vboximages.EXPECTED + path, '')
+        if not begun:
+            return
+        if vboximages.is_recent(path, begun):
+            try:
+                self._run('closemedium', 'disk', path, '--delete')
+            except Refused:                         # not even a disk yet
+                with contextlib.suppress(OSError):
+                    os.remove(path)
+        for key, value in notes.items():
+            if key == vboximages.EXPECTED + path or (key.startswith(vboximages.DISK_MADE) and value == path):
+                self._run('setextradata', 'global', key)
 
     def _forget_image(self, told: str) -> None:
         """The image on which a disk lay that is deleted, unless another disk lies on it; its file stays."""

@@ -28,15 +28,18 @@ STATES = (                         # the API's names, in the order of its codes
 NATIVE = dict({name.lower(): name for name in STATES}, **{      # VBoxManage's word: the API's
     'poweroff': 'PoweredOff', 'aborted-saved': 'AbortedSaved', 'gurumeditation': 'Stuck',
     'deletingsnapshotlive': 'DeletingSnapshotOnline', 'deletingsnapshotlivepaused': 'DeletingSnapshotPaused'})
+NO_SERVER = 'Failed to create the VirtualBox object'
 PASSING = {                        # what VirtualBox says for a moment: how many seconds it is asked again
     'not ready': NOT_READY,        # it is still making the object, or ending it
     'lock request pending': NOT_READY,      # another VBoxManage, such as one that looks at the VM, is quicker
     'Failed to assign the machine to the session': NOT_READY,       # a session of another one just ends
     'The session is not locked': NOT_READY,     # its server took it away meanwhile: nothing was changed
     'was unlocked unexpectedly while attempting to share': NOT_READY,       # the same, a moment later
-    'Failed to create the VirtualBox object': 10}       # its server just ends, as it does while nobody asks
+    NO_SERVER: 10}       # its server just ends, as it does while nobody asks
 INFO_LINE = re.compile(
-    r'^(?:(\w*Snapshot\w+(?:-\d+)*)="(.*?)"|("?[^="\n]+"?)=(?:"((?:[^"\\]|\\.)*)"|([^"\n]*)))$',
+    r'^(?:(?P<named>SnapshotName(?P<place>(?:-\d+)*))="(?P<name>.*?)"'
+    r'(?=\r?\nSnapshotUUID(?P=place)="[^"\n]+"\r?$)|'
+    r'(\w*Snapshot\w+(?:-\d+)*)="(.*?)"|("?[^="\n]+"?)=(?:"((?:[^"\\]|\\.)*)"|([^"\n]*)))$',
     re.MULTILINE | re.DOTALL)
 
 
@@ -170,13 +173,18 @@ def read_info(text: str) -> Dict[str, str]:
     """{key: value} of `showvminfo --machinereadable`.
 
     Within a value, a quote has a backslash before it, but not where snapshots are told, which come last: so
-    the first value of a key holds, and no text that somebody gave a VM can say what VirtualBox doesn't.
+    the first value of a key holds, and no text that somebody gave a VM can say what VirtualBox doesn't. Of
+    what a snapshot's text says of others the last holds, which VirtualBox tells itself.
     """
     info = {}  # type: Dict[str, str]
     for found in INFO_LINE.finditer(text):
-        snapshot, raw, key, quoted, plain = found.groups()
+        snapshot, raw, key, quoted, plain = found.groups()[3:]
+        snapshot, raw = (snapshot, raw) if snapshot else (found.group('named'), found.group('name'))
         value = raw if snapshot else re.sub(r'\\(["\\])', r'\1', quoted or '') or plain or ''
-        info.setdefault(snapshot or key.strip('"'), value)
+        if snapshot:
+            info[snapshot] = value
+        else:
+            info.setdefault(key.strip('"'), value)
     return info
 
 
@@ -204,17 +212,26 @@ def disk_path(info: Dict[str, str]) -> str:
 
 
 def read_snapshots(info: Dict[str, str]) -> List[Dict[str, Any]]:
-    """As Driver.snapshots; VBoxManage doesn't tell when one was taken, nor whether the VM ran."""
+    """As Driver.snapshots; VBoxManage doesn't tell when one was taken, nor whether the VM ran.
+
+    Names and descriptions come as they are, quotes and ends of lines, too: a description may look like
+    another snapshot. Where the settings can be read, they tell what is one.
+    """
     rows = []
+    known = re.findall(r'<Snapshot\b[^>]*\suuid="{(.+?)}"', content_of(info['CfgFile'])) \
+        if os.access(info.get('CfgFile', ''), os.R_OK) else None
     for key, name in info.items():
         if re.match(r'SnapshotName(-\d+)*$', key):
             place = key[len('SnapshotName'):]
-            parent = info['SnapshotName' + place.rpartition('-')[0]] if place else ''
-            uuid = info['SnapshotUUID' + place]
+            parent = info.get('SnapshotName' + place.rpartition('-')[0], '') if place else ''
+            uuid = info.get('SnapshotUUID' + place, '')
+            if not uuid or (known is not None and uuid not in known):
+                continue
             rows.append({'name': name, 'id': uuid, 'parent': parent, 'depth': place.count('-'),
                          'desc': info.get('SnapshotDescription' + place, ''), 'taken': 0, 'online': False,
                          'current': uuid == info.get('CurrentSnapshotUUID')})
     return rows
+
 
 def log_in(info: Dict[str, str]) -> str:
     """The path of a VM's log."""

@@ -45,6 +45,7 @@ from guestforks import ForkServer
 from guestidentity import (
     SERVED,
     Secret,
+    check_configured,
     find_broker_port,
     identify,
     make_folder,
@@ -89,11 +90,11 @@ SETTINGS = {
 
 # --- the agent -------------------------------------------------------------------------------
 
-HOUSEKEEPING_EVERY = 60.0      # seconds
 SWEEP_PAUSE = 0.05             # seconds between two slices of a look for old folders
 GREETING_PATIENCE = 5.0        # seconds that results wait for the host's greeting on a new connection
 FAREWELL_PATIENCE = 1.0        # … and that the BYE of an agent waits for it that ends as it joins
 HELLO_LIMIT = 8 * 1000         # bytes of the commands in a HELLO, which may be the first word
+SHORTEST_BEACON = 0.5          # seconds between two beacons, whatever is asked for
 HELLO_EVERY = 1.0              # seconds between two of them, whoever asks
 
 
@@ -114,7 +115,7 @@ class Agent:
         self.name = settings.VM.name or socket.gethostname()
         self.boot = read_boot_id()
         self.session = os.urandom(8).hex()
-        self.beacon_interval = max(0.5, settings.VM.beacon_interval)
+        self.beacon_interval = max(SHORTEST_BEACON, settings.VM.beacon_interval)
         self.aint = 0
         self._aints = agent.Seldom(log)        # a stranger's broker says them as fast as it likes
         self.stopping = False
@@ -142,7 +143,8 @@ class Agent:
         now = time.monotonic()
         self._awake_at = now           # when the main thread's next look is due at the latest
         self._next_beacon = now
-        self._next_housekeeping = now + HOUSEKEEPING_EVERY
+        self._housekeeping_every = agent.look_every(settings.VM.keep_spool, settings.VM.dedupe_ttl)
+        self._next_housekeeping = now + self._housekeeping_every
         broker = settings.Broker
         broker.port = find_broker_port(broker)
         self.link = protocol.Link(
@@ -379,8 +381,8 @@ class Agent:
         """The host's name for this guest, and its wishes."""
         self.name = self._commands.name = message.text('name', self.name)
         self.files.admit(message)
-        interval = message.number('beacon_interval', self.beacon_interval)
-        self.beacon_interval = min(max(0.5, interval), 3600.0)
+        wanted = message.number('beacon_interval', self.settings.VM.beacon_interval)
+        self.beacon_interval = max(SHORTEST_BEACON, min(wanted, self.settings.VM.beacon_interval))
         if message.get('max_frame') is not None:
             self.reports.limit(message.number('max_frame'))
         log.info('joined the host at %s as %s, id %s', self.link.peer_address[0], self.name, self.id)
@@ -483,7 +485,7 @@ class Agent:
             self._next_beacon = now + self.beacon_interval
             self._say_still_alive()
         if now >= self._next_housekeeping:
-            self._next_housekeeping = now + HOUSEKEEPING_EVERY
+            self._next_housekeeping = now + self._housekeeping_every
             self._keep_house()
 
     def _judge_host(self) -> None:
@@ -638,6 +640,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         settings = agent.read_settings(ini, SETTINGS)
         settings.Broker.host = options.get('--broker', settings.Broker.host)
         settle_folders(settings.VM, ini or '')
+        check_configured(settings.VM)
         if '--check' in options:
             return check(settings)
         agent.hand_on_no_descriptors()

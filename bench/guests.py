@@ -8,6 +8,7 @@ and how long one multicast takes until all have answered.
 
 import argparse
 import collections
+import contextlib
 import heapq
 import os
 import resource
@@ -111,7 +112,7 @@ class Guest:
 
 
 class Crowd:
-    """Guests on one thread; ``joined`` ones say beacons until ``stop``."""
+    """Guests on one thread, until ``stop``; they say beacons from ``begin_beacons`` on."""
 
     def __init__(self, port, count):
         self.port = port
@@ -120,7 +121,8 @@ class Crowd:
         self.selector = selectors.DefaultSelector()
         self.guests = []
         self.due = []                       # when which guest says what
-        self.beaconing = True
+        self.beaconing = False
+        self.first_beacons = []             # as ``due``, of those who are to begin
         self.stopping = False
         now = time.monotonic()
         for number in range(count):
@@ -129,15 +131,24 @@ class Crowd:
                 guest.read()
             self.guests.append(guest)
             self.selector.register(guest.socket, selectors.EVENT_READ, guest)
-            heapq.heappush(self.due, (now + BEACON + BEACON * number / count, number, 'beacon'))
             heapq.heappush(self.due, (now + 5.0 * number / count, number, 'beat'))
         self.thread = threading.Thread(target=self.run, name='crowd')
         self.thread.start()
+
+    def begin_beacons(self, seconds):
+        """Each says its first one within that time."""
+        now = time.monotonic()
+        self.beaconing = True
+        self.first_beacons = [(now + seconds * number / len(self.guests), number, 'beacon')
+                              for number in range(len(self.guests))]
 
     def run(self):
         while not self.stopping:
             for key, _ in self.selector.select(0.05):
                 key.data.read()
+            begun, self.first_beacons = self.first_beacons, []
+            for entry in begun:
+                heapq.heappush(self.due, entry)
             now = time.monotonic()
             while self.due[0][0] <= now:
                 when, number, what = heapq.heappop(self.due)
@@ -185,22 +196,27 @@ def measure(folder, count, seconds):
 
 
 def beacons(host, api, crowd, seconds):
-    """What beacons cost; whether the host acknowledged each, and knows when the last one was."""
+    """What beacons cost; whether each came to the host agent, and it knows when the last one was."""
+    def passed_on():
+        return api.agentInfo()['broker']['counters']['frames_out']
+
+    def said():
+        return sum(guest.beacons for guest in crowd.guests)
+
+    def heard():
+        return sum(api.getVM(guest.name)['lastSeen'] >= guest.said for guest in crowd.guests)
     quiet(api)
-    said, frames = sum(guest.beacons for guest in crowd.guests), api.agentInfo()['broker']['counters']
-    pid, begin = host.process.pid, time.monotonic()
+    before, pid, begin = passed_on(), host.process.pid, time.monotonic()
     cpu = cpu_seconds(pid)
+    crowd.begin_beacons(min(BEACON, seconds))
     while time.monotonic() - begin < seconds:      # measured over time: there is no event to wait for
         time.sleep(1)
     load = (cpu_seconds(pid) - cpu) / (time.monotonic() - begin)
+    wait_until(lambda: all(guest.beacons for guest in crowd.guests), 60)
     crowd.beaconing = False
-    quiet(api)
-    said = sum(guest.beacons for guest in crowd.guests) - said
-    after = api.agentInfo()['broker']['counters']
-    acknowledged = after['frames_in'] - frames['frames_in'] - said
-    heard = sum(api.getVM(guest.name)['lastSeen'] >= guest.said for guest in crowd.guests)
-    crowd.beaconing = True
-    return {'load': load, 'said': said, 'acknowledged': acknowledged, 'heard': heard,
+    with contextlib.suppress(AssertionError):      # then they are fewer, and that is told
+        wait_until(lambda: passed_on() - before >= said() and heard() == len(crowd.guests), 20, 0.2)
+    return {'load': load, 'said': said(), 'came': passed_on() - before, 'heard': heard(),
             'aint': api.agentInfo()['aint']}
 
 
@@ -234,9 +250,9 @@ def report(found):
         count, found['joined'], found['memory']))
     for text, met in (
             ('host agent: %.1f %% of a core (target: under 10)' % (100 * found['load']), found['load'] < 0.1),
-            ('beacons: %d said, %d acknowledged by the host; lastSeen is the last of %d guests' % (
-                found['said'], found['acknowledged'], found['heard']),
-             found['said'] == found['acknowledged'] and found['heard'] == count and not found['aint']),
+            ('beacons: %d said, %d came to the host agent; lastSeen is the last of %d guests' % (
+                found['said'], found['came'], found['heard']),
+             count <= found['said'] == found['came'] and found['heard'] == count and not found['aint']),
             ('multicast: %d results in %.2f s, all acknowledged in %.2f s (target: 5)' % (
                 found['results'], found['answered'], found['acked']),
              found['results'] == count and found['acked'] <= 5)):

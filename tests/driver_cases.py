@@ -4,6 +4,7 @@ Imported by test_hypervisor.py and virtualbox/test_contract.py, which have the f
 ``box``, a Hypervisor that is open, and its ``happened``, the events so far as (type, vm, text).
 """
 
+import errno
 import inspect
 import signal
 import time
@@ -107,6 +108,25 @@ def test_what_was_seen_is_told_while_the_hypervisor_takes_its_time(box, monkeypa
         watcher.send_signal(signal.SIGCONT)
     monkeypatch.undo()
     box.remove_vm('slow', True)
+
+
+def test_what_was_seen_is_told_while_the_hypervisor_comes_up(box, monkeypatch):
+    """It died, or somebody ended it: VirtualBox's server takes half a minute until it is there again."""
+    box.create_vm('seen')
+
+    def not_yet(watches):
+        raise OSError(errno.EAGAIN, 'not yet')
+    monkeypatch.setattr(box._watcher, '_launch', not_yet)
+    box._watcher._child.kill()
+    wait_until(lambda: box._watcher._child is None)
+    assert 'seen' in box.list_vms() and box.name in box.trouble()
+    told = box.describe('seen')
+    assert (told['name'], told['native']) == ('seen', 'PoweredOff') and told['trouble']
+    with pytest.raises(faults.HypervisorError):
+        box.describe('nobody')
+    monkeypatch.undo()
+    box.remove_vm('seen', True)
+    assert not box.trouble()
 
 
 def test_whoever_looks_has_an_answer_within_a_second_while_nothing_answers(box, monkeypatch):

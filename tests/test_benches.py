@@ -42,14 +42,7 @@ def test_a_connection_of_the_broker_costs_little():
 @pytest.mark.soak
 @pytest.mark.skipif(not shutil.which('time') or not shutil.which('bash'), reason='needs time and bash')
 def test_usage_is_exact():
-    """A row that misses has to miss twice: two programs take turns on processors that others use, too."""
-    def missed():
-        done = subprocess.run([sys.executable, os.path.join(TOP, 'bench', 'accounting.py'), '--runs', '20'],
-                              stdout=subprocess.PIPE, timeout=600, universal_newlines=True)
-        assert 'true' in done.stdout
-        return {line[:24] for line in done.stdout.splitlines() if 'MISSED' in line}
-    first = missed()
-    assert not first or not first & missed()
+    assert 'true' in bench('accounting.py', '--runs', '50' if os.environ.get('VMHOST_FULL') else '8')
 
 
 @pytest.mark.soak

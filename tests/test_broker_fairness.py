@@ -174,12 +174,13 @@ def test_a_rate(broker, connect):
 
 
 def test_a_rate_counts_bytes(broker, connect):
-    """Of few frames that are large: the first three pass at once."""
+    """Of few frames that are large: the first three pass at once, and the sixth once five have been paid for:
+    2.5 MB, less the megabyte that is free, at 4 MB a second."""
     listener, slow = connect('1.2'), connect('1.2', 'login:heavy')
     listener.subscribe('/topic/a')
     begin = time.monotonic()
     slow.send(frame('SEND', WHERE, body=b'x' * 500000) * 6)
-    assert len(listener.take_all(6)) == 6 and 0.4 < time.monotonic() - begin < 10
+    assert len(listener.take_all(6)) == 6 and 0.37 < time.monotonic() - begin < 10
     assert broker.counters()['slowed'] > 0
 
 
@@ -218,6 +219,7 @@ def test_other_frames_count_little(broker, connect):
     assert broker.counters()['slowed'] > 0
 
 
+@pytest.mark.once
 @pytest.mark.parametrize('how', ['two topics', 'receipts'])
 def test_few_bytes_that_make_much_work_delay_nobody(how):
     """A message to 500 subscriptions costs as much as 500; what one read brought was done in one turn."""

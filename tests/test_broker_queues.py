@@ -45,6 +45,7 @@ def everything(client, queue, count, *lines):
 
 # --- consumers that die ---
 
+@pytest.mark.once
 @pytest.mark.parametrize('vanish', ['close', 'reset', 'disconnect', 'error'])
 @pytest.mark.parametrize('busy', [False, True])
 def test_a_dead_auto_consumer_costs_what_was_written_to_it(vanish, busy):
@@ -455,6 +456,7 @@ def seconds_of_the_end(broker, queue, others):
         return time.monotonic() - begin
 
 
+@pytest.mark.once
 @pytest.mark.parametrize('kind', ['queue', 'topic'])
 def test_the_end_of_a_subscription_costs_the_same_among_many(kind):
     with running(Broker(port=0)) as broker:

@@ -275,32 +275,35 @@ def test_heads_of_unfinished_frames_count_too():
 
 # --- who floods ---
 
+@pytest.mark.once
 def test_a_flood_delays_others_little():
-    """One sends as fast as it can; the others' requests are answered meanwhile."""
+    """One sends as fast as it can; between a request of another and its answer the broker takes no more of
+    that than in 0.2 s on a machine with nothing else to do: on a busy one all take longer."""
     with Program() as program, connected(program, 3) as (flooder, asker, answerer):
         answerer.subscribe('/topic/question')
         asker.subscribe('/topic/answer')
-        stop = threading.Event()
+        stop, sent = threading.Event(), [0]
 
         def flood():
-            burst = frame('SEND', 'destination:/topic/nobody', body=b'x' * 50) * 1000
+            burst = frame('SEND', 'destination:/topic/nobody', body=b'x' * 50) * 100
             while not stop.is_set():
                 flooder.send(burst)
+                sent[0] += 100
         thread = threading.Thread(target=flood)
         thread.start()
         try:
-            times = []
+            between = []
             for number in range(100):
-                begin = time.monotonic()
+                before = sent[0]
                 asker.say('SEND', 'destination:/topic/question', body=b'%d' % number)
                 assert answerer.take().body == b'%d' % number
                 answerer.say('SEND', 'destination:/topic/answer', body=b'%d' % number)
                 assert asker.take().body == b'%d' % number
-                times.append(time.monotonic() - begin)
+                between.append(sent[0] - before)
         finally:
             stop.set()
             thread.join(60)
-        assert statistics.median(times) < 0.2
+        assert statistics.median(between) < 20000 < sent[0], between
 
 
 def test_many_that_come_and_go(broker, connect):

@@ -354,7 +354,7 @@ def judge(run, dead):
     assert run.most['held_bytes'] <= 1.1 * LIMITS['held']
 
 
-@pytest.mark.parametrize('seed', [1, 2])
+@pytest.mark.parametrize('seed', [1, 2] if os.environ.get('VMHOST_FULL') else [1])
 def test_a_short_run(seed):
     a_run(seed, 6)
 

@@ -60,7 +60,7 @@ def our_server(folder, **options):
                     if thread not in before and thread.name.startswith('chirp')]
 
 
-@pytest.fixture(params=['ours', pytest.param('real', marks=[needs_cctools, pytest.mark.ends])])
+@pytest.fixture(params=['ours', pytest.param('real', marks=[needs_cctools, pytest.mark.once])])
 def served(request, tmp_path):
     """(address, the folder that is served)."""
     let_others_in(tmp_path)
@@ -292,7 +292,7 @@ def same(one, other):
 @pytest.mark.once
 def test_a_large_file_goes_there_and_back(client, served, tmp_path):
     """A GiB with VMHOST_FULL=1."""
-    source = make_large(tmp_path / 'source', GIB if os.environ.get('VMHOST_FULL') else GIB // 4)
+    source = make_large(tmp_path / 'source', GIB if os.environ.get('VMHOST_FULL') else GIB // 16)
     client.put(str(source), '/there')
     assert same(source, served[1] / 'there')
     client.get('/there', str(tmp_path / 'back'))

@@ -321,7 +321,8 @@ def test_a_small_file_that_grows_costs_the_others_nothing(served, tmp_path):  # 
         assert len(proxy.connections) == 1
     for path in grown:
         there, back = path.read_bytes(), (tmp_path / 'back' / path.name).read_bytes()
-        assert back in (there, there[:-200000])
+        # It may be met while it grows.
+        assert there.startswith(back) and len(back) >= len(there) - 200000, path.name
 
 
 def test_a_source_that_changes_is_sent_as_it_is_then(client, served, tmp_path):  # noqa: F811
@@ -409,6 +410,7 @@ class Failing:
         return self._file.write(data)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize('call', ['put', 'get'])
 def test_a_file_that_the_disk_loses_leaves_the_others_of_its_folder_alone(client, served, tmp_path,  # noqa: F811
                                                                           monkeypatch, call):
@@ -512,7 +514,7 @@ def test_a_folder_in_the_place_of_a_file_stays(client, served, tmp_path):  # noq
 
 @pytest.mark.once
 def test_a_sparse_file_stays_sparse(client, served, tmp_path):  # noqa: F811
-    size = int(os.environ.get('CHIRP_SPARSE', 256 << 20))
+    size = int(os.environ.get('CHIRP_SPARSE', 64 << 20))
     source = tmp_path / 'source'
     with open(str(source), 'wb') as file:
         file.write(b'begin')
@@ -726,3 +728,195 @@ def test_no_permission(tmp_path):
             with pytest.raises(chirpwire.Refused, match='^/new: not authorized'):
                 narrow.put(str(path), '/new')
     os.chmod(str(folder), 0o755)
+
+
+def test_what_goes_to_a_fifo_goes_there_once(tmp_path):
+    """By several calls, too, as where an agent was started anew meanwhile."""
+    (tmp_path / 'served').mkdir()
+    content = os.urandom(9 << 20)
+    write(tmp_path / 'served' / 'file', content)
+    given, got = chirpclient.Given(), []
+    os.mkfifo(str(tmp_path / 'fifo'))
+
+    def read():
+        with open(str(tmp_path / 'fifo'), 'rb') as file:
+            got.append(file.read())
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    with our_server(tmp_path / 'served') as server, CuttingProxy(server.address) as proxy:
+        keeper = open(str(tmp_path / 'fifo'), 'wb')
+        try:
+            proxy.left, proxy.most = 3 << 20, 1
+            with chirpclient.ChirpClient(*proxy.address) as client, \
+                    pytest.raises((chirpwire.Disconnected, chirpwire.TurnedAway)):
+                client.get('/file', str(tmp_path / 'fifo'), given=given)
+            assert 0 < given.count < len(content)
+            with chirpclient.ChirpClient(*server.address) as client:
+                client.get('/file', str(tmp_path / 'fifo'), given=given)
+        finally:
+            keeper.close()
+            reader.join(20)
+    assert got == [content]
+
+
+@pytest.mark.parametrize('way', ['in place', 'another file', 'between two calls'])
+def test_a_file_that_changes_while_it_is_given_is_told(tmp_path, way):
+    (tmp_path / 'served').mkdir()
+    path, pieces, given = tmp_path / 'served' / 'file', [], chirpclient.Given()
+    write(path, b'a' * (20 << 20))
+
+    def change(_):
+        pieces.append(1)
+        if len(pieces) == 1:
+            if way == 'another file':
+                os.rename(str(write(tmp_path / 'served' / 'other', b'b' * (20 << 20))), str(path))
+            else:
+                with open(str(path), 'r+b') as file:
+                    file.write(b'b')
+                    file.seek(19 << 20)
+                    file.write(b'b')
+        if len(pieces) == 2 and way != 'in place':
+            raise chirpwire.Disconnected('cut')
+    with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as getting, \
+            pytest.raises(chirpwire.Changed):
+        with getting._moving(None, None, None) as meter:
+            move = chirpclient.Download(getting, meter, chirpclient.Options(True, False, 'skip'))
+            move.stream(b'/file', change, given)
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='modes')
+def test_what_may_not_be_looked_at_is_told(tmp_path):
+    """In a folder that may be read but not entered: each of its names."""
+    let_others_in(tmp_path)
+    closed = tmp_path / 'served' / 'tree' / 'closed'
+    (closed / 'folder').mkdir(parents=True)
+    write(closed / 'file', b'x')
+    os.chmod(str(closed), 0o444)
+    try:
+        with forked_server(tmp_path / 'served', 65534 if os.getuid() == 0 else os.getuid()) as address, \
+                chirpclient.ChirpClient(*address) as narrow:
+            assert {'file', 'folder'} <= {entry.name for entry in narrow.ls('/tree/closed')}
+            with pytest.raises(chirpwire.Incomplete) as failed:
+                narrow.get('/tree', str(tmp_path / 'got'))
+    finally:
+        os.chmod(str(closed), 0o755)
+    assert sorted(failed.value.failures) == [('/tree/closed/file', 'not authorized'),
+                                             ('/tree/closed/folder', 'not authorized')]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason='reads what nobody may read')
+def test_what_its_owner_may_not_read_is_gone_on_from(tmp_path):
+    """Files and folders of an earlier attempt; also those that have changed since."""
+    let_others_in(tmp_path)
+    folder, source = tmp_path / 'served', tmp_path / 'tree'
+    part = folder / os.path.basename(chirplocal.local_part(str(folder / 'new')))
+    for top in part, source:
+        for mode in 0, 0o200, 0o111, 0o444:
+            inner = top / ('folder%o' % mode)
+            inner.mkdir(parents=True)
+            for name, size in ('small', 1), ('large', 100000):
+                write(inner / name, b'x' * size, mode)
+                write(inner / ('other ' + name), top.name[:1].encode() * size, mode)
+            os.chmod(str(inner), mode)
+    subprocess.check_call(['chown', '-R', '65534:65534', str(folder)])
+    with forked_server(folder, 65534) as address, chirpclient.ChirpClient(*address) as narrow:
+        narrow.put(str(source), '/new')
+    assert seen(folder / 'new') == seen(source) and os.listdir(str(folder)) == ['new']
+
+
+@pytest.mark.parametrize('what', ['file', 'tree'])
+def test_two_that_are_put_to_one_place_are_not_mixed(tmp_path, what):
+    """By two processes, which know nothing of each other, and by another path; the first one's connection
+    breaks meanwhile."""
+    for folder in 'one', 'two':
+        (tmp_path / folder / 'tree').mkdir(parents=True)
+        write(tmp_path / folder / 'file', folder.encode() * 2000000)
+        for number in range(100):
+            write(tmp_path / folder / 'tree' / ('%s %d' % (folder, number)), b'x' * 30000)
+    (tmp_path / 'served').mkdir()
+    (tmp_path / 'served' / 'link').symlink_to('.')
+    with our_server(tmp_path / 'served') as server, CuttingProxy(server.address) as proxy, \
+            CuttingProxy(server.address) as other:             # of another address: another server, to us
+        proxy.hold = 1 << 20
+
+        def move():
+            with chirpclient.ChirpClient(*proxy.address, timeout=20) as moving:
+                moving.put(str(tmp_path / 'one' / what), '/target')
+        first = threading.Thread(target=move)
+        first.start()
+        wait_until(lambda: proxy.up > proxy.hold)
+        with chirpclient.ChirpClient(*other.address) as second:
+            with pytest.raises(chirpwire.Busy, match='another transfer to .*target is under way'):
+                second.put(str(tmp_path / 'two' / what), '/link/target')
+            proxy.end(0)
+            proxy.gate.set()
+            first.join()
+            assert seen(tmp_path / 'served' / 'target') == seen(tmp_path / 'one' / what)
+            second.put(str(tmp_path / 'two' / what), '/link/./target')
+    assert sorted(os.listdir(str(tmp_path / 'served'))) == ['link', 'target']
+
+
+@pytest.mark.parametrize('how', ['made anew', 'mounted', 'a link'])
+def test_the_folder_that_has_the_path_now_is_served(tmp_path, how):
+    """But for a link: whoever may make one there doesn't choose what is served."""
+    served, other = tmp_path / 'served', tmp_path / 'other'  # noqa: F811
+    for folder in served, other:
+        folder.mkdir()
+    source = write(tmp_path / 'source', b'x')
+    with our_server(served) as server:
+        if how == 'mounted':
+            if subprocess.call(['mount', '-t', 'tmpfs', 'none', str(served)], stderr=subprocess.DEVNULL):
+                pytest.skip('a tmpfs can not be mounted here')
+        else:
+            os.rename(str(served), str(tmp_path / 'old'))
+            os.rename(str(other), str(served)) if how == 'made anew' else os.symlink(str(other), str(served))
+        try:
+            with chirpclient.ChirpClient(*server.address) as moving:
+                moving.put(str(source), '/target')
+            assert os.listdir(str(tmp_path / 'old' if how == 'a link' else served)) == ['target']
+        finally:
+            if how == 'mounted':
+                subprocess.check_call(['umount', '-l', str(served)])
+
+
+@pytest.mark.parametrize('way', ['put', 'get'])
+def test_a_part_that_is_another_file_too_is_left_alone(tmp_path, way):
+    source, target = tmp_path / 'here', tmp_path / 'served'
+    if way == 'get':
+        source, target = target, source
+    for folder in source, target:
+        folder.mkdir()
+    write(source / 'new', b'n' * 100000)
+    other = write(target / 'other', b'n' * 50000)
+    os.link(str(other), chirplocal.local_part(str(target / 'new')))
+    with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as moving:
+        moving.put(str(source / 'new'), '/new') if way == 'put' else moving.get('/new', str(target / 'new'))
+    assert (target / 'new').read_bytes() == b'n' * 100000 and other.read_bytes() == b'n' * 50000
+    assert sorted(os.listdir(str(target))) == ['new', 'other']
+
+
+def test_room_that_was_just_made_counts(tmp_path, monkeypatch):
+    """As on Btrfs, which tells it once it has written down what was deleted."""
+    free = [1000]
+    monkeypatch.setattr(chirplocal, 'free_here', lambda _: free[0])
+    monkeypatch.setattr(os, 'sync', lambda: free.append(free.pop() + 1000))
+    chirplocal.check_room(str(tmp_path), 2000)
+    with pytest.raises(OSError, match='4000 bytes are needed, 3000 are free'):
+        chirplocal.check_room(str(tmp_path), 4000)
+
+
+def test_parts_of_what_the_source_has_no_more_go_though_something_failed(tmp_path):
+    """And that of a file that failed stays, to be gone on from."""
+    (tmp_path / 'served').mkdir()
+    (tmp_path / 'tree' / 'folder').mkdir(parents=True)
+    os.mkfifo(str(tmp_path / 'tree' / 'folder' / 'fifo'))
+    os.mkfifo(str(tmp_path / 'tree' / 'failed'))
+    part = tmp_path / 'served' / os.path.basename(chirplocal.local_part('tree'))
+    part.mkdir()
+    for name in 'failed', 'gone':
+        write(part / os.path.basename(chirplocal.local_part(name)), b'x' * 100000)
+    with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as moving, \
+            pytest.raises(chirpwire.Incomplete):
+        moving.put(str(tmp_path / 'tree'), '/tree')
+    assert sorted(os.listdir(str(tmp_path / 'served' / 'tree'))) == [
+        os.path.basename(chirplocal.local_part('failed')), 'folder']

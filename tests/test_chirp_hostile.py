@@ -149,6 +149,7 @@ def test_authentication_that_goes_wrong(hello):
             chirpclient.ChirpClient(*server.address, timeout=0.5).stat('/')
 
 
+@pytest.mark.once
 @pytest.mark.parametrize('what', [
     lambda: endless(b'0\n', b'x' * 1000), lambda: endless(b'0\n', b'a name\n' + STAT % (FILE, 5)),
     lambda: endless(b'0\n', b'a\n'), lambda: endless(b'0\n', b'.\n' + STAT % (FILE, 5))])
@@ -161,6 +162,7 @@ def test_a_listing_without_an_end(monkeypatch, what):
             list(client.ls('/'))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize('mode, error', [(FOLDER, chirpwire.ProtocolError), (0o10644, chirpwire.Incomplete)],
                          ids=['folders', 'pipes'])
 def test_a_tree_without_an_end_is_bounded(tmp_path, mode, error, monkeypatch):
@@ -484,6 +486,7 @@ def test_writing_stays_inside(rooted, tmp_path):
         assert client.getfile('/passwd') == b'inside'              # links are resolved within the root
 
 
+@pytest.mark.once
 def test_a_link_that_is_swapped_in_reaches_nothing(rooted, tmp_path):
     server, folder = rooted
     stop = threading.Event()

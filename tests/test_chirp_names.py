@@ -249,6 +249,7 @@ def tree_of(folder, contents):
     return folder
 
 
+@pytest.mark.once
 @pytest.mark.parametrize('way', ['put', 'get'])
 def test_what_another_source_left_is_not_there(client, served, tmp_path, way):  # noqa: F811
     """A transfer is cancelled; something else is moved to the same target."""

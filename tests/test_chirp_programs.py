@@ -95,6 +95,7 @@ def test_each_failure_is_one_line(serving, tmp_path):
     assert sorted(line.split(': ')[1] for line in told.splitlines()) == ['tree/out%d' % n for n in range(5)]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize('words', [
     ['ls', '127.0.0.1:1', '--timeout', seconds] for seconds in ('-1', '0', 'nan', 'inf', '1e300', 'x')
 ] + [['serve', '.', '--port', port] for port in ('70000', '-1', 'x')])
@@ -118,6 +119,7 @@ def test_a_target_may_end_with_a_slash(serving, tmp_path):
     assert os.listdir(str(tmp_path / 'new' / 'tree')) == ['x']
 
 
+@pytest.mark.once
 def test_a_folder_that_is_too_deep_is_said(serving, tmp_path):
     """More levels than Python's calls may be nested."""
     folders = [str(tmp_path / 'deep')]

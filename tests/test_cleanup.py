@@ -391,6 +391,66 @@ def test_a_disk_that_is_cut_makes_no_vm(box, vbox, tmp_path, linked):
     vboximages.check_image(str(image))
 
 
+def growing_vhd():
+    """Its head, and where its second block ends."""
+    head = bytearray(2048)
+    head[:8] = b'conectix'
+    struct.pack_into('>Q', head, 16, 512)
+    head[512:520] = b'cxsparse'
+    struct.pack_into('>QIII', head, 512 + 16, 1536, 0, 3, 1 << 20)
+    struct.pack_into('>III', head, 1536, 2049 + 4, 2 ** 32 - 1, 4)
+    return head, 2048 + 2 * (512 + (1 << 20))
+
+
+def growing_vmdk():
+    head = bytearray(4096)
+    head[:4] = b'KDMV'
+    struct.pack_into('<QQQQIQQ', head, 12, 256, 128, 0, 0, 512, 0, 1)
+    struct.pack_into('<I', head, 512, 2)                 # a table of tables …
+    struct.pack_into('<II', head, 1024, 8, 8 + 128)      # … and a table of blocks
+    return head, 4096 + 2 * 128 * 512
+
+
+@pytest.mark.parametrize('kind, made', [('vhd', growing_vhd), ('vmdk', growing_vmdk)])
+def test_a_disk_of_another_maker_that_is_cut_is_told_to_be_so(tmp_path, kind, made):
+    image = tmp_path / ('cut.' + kind)
+    head, whole = made()
+    for length, is_whole in ((whole, True), (whole + 512, True), (whole - (1 << 20), False),
+                             (len(head), False)):
+        with open(str(image), 'wb') as file:
+            file.write(head)
+            file.truncate(max(len(head), length))
+        if is_whole:
+            vboximages.check_image(str(image))
+        else:
+            with pytest.raises(faults.HypervisorError, match='is cut: it has .* get it anew'):
+                vboximages.check_image(str(image))
+
+
+def test_what_looks_like_a_disk_and_tells_nonsense_is_left_to_virtualbox(tmp_path):
+    image = tmp_path / 'odd.vmdk'
+    for start in (b'KDMV', b'conectix'):
+        for fill in (b'\0', b'\xff'):
+            image.write_bytes(start + 600 * fill)
+            vboximages.check_image(str(image))
+    image.write_bytes(b'conectix' + 8 * b'\0' + 8 * b'\xff' + 600 * b'\0')
+    vboximages.check_image(str(image))
+
+
+def test_settings_of_a_vm_whose_maker_died_at_once_are_no_obstacle(box, vbox, monkeypatch):
+    """Before VirtualBox listed it, so that no list shows it, and nobody could make one of that name."""
+    machine = create(box, vbox, 'early', diskSize=0)
+    folder = os.path.dirname(machine.settingsFilePath)
+    vbox.machines.remove(machine)
+    assert box.cleanup() == []                           # the files of one that somebody took out
+    vbox.setExtraData('vmhost/maker/' + folder, '999999999 1')
+    with pytest.raises(faults.AlreadyExists, match='`cleanup` removes'):
+        box.create_vm('early', '', {'diskSize': 0})
+    assert rows(box.cleanup(False)) == [('vm', machine.settingsFilePath)]
+    assert not os.path.exists(folder) and box.create_vm('early', '', {'diskSize': 0})
+    assert box.cleanup() == []
+
+
 @pytest.fixture
 def half(vbox, tmp_path, monkeypatch):
     """Notes the file in which a host that died was making a disk; gives its path."""

@@ -133,10 +133,22 @@ def test_run_exits_with_128_and_the_signal(host, guests):
 
 
 @pytest.mark.windows
-@pytest.mark.parametrize('program, code', [('no-such-program', 127), ('/etc/passwd', 126), ('/etc', 126)])
+@pytest.mark.parametrize('program, code', [
+    ('no-such-program', 127), ('/etc/passwd', 126), ('/etc', 126), ('/etc/passwd/x', 126),
+    ('/' + 300 * 'n', 126)])
 def test_what_can_not_start_exits_as_in_a_shell(host, guests, program, code):
     done = host.verb('run', 'one', '--', program)
     assert done.returncode == code and re.match(b'vmhost: E[A-Z]+: ', done.stderr)
+
+
+def test_a_program_that_leads_to_itself_or_is_being_written_is_126(host, guests, tmp_path):
+    loop, written = tmp_path / 'loop', tmp_path / 'written'
+    loop.symlink_to(loop)
+    shutil.copy('/bin/true', str(written))
+    for path, name in ((loop, b'ELOOP'), (written, b'ETXTBSY')):
+        with open(str(written), 'ab'):
+            done = host.verb('run', 'one', '--', str(path))
+        assert (done.returncode, done.stderr.partition(b': ')[2][:len(name)]) == (126, name)
 
 
 @pytest.mark.parametrize('option', ['-I', '-C'])
@@ -252,6 +264,7 @@ def test_one_that_hangs_holds_up_nobody_and_ends_by_the_limit(host, guests, tmp_
     verb(host, 'forget', '--force', 'hung')
 
 
+@pytest.mark.once
 def test_who_is_absent_is_no_success_and_who_is_at_work_is_not_forgotten_by_mistake(host, guests, tmp_path):
     with Agent(tmp_path, host, 'away') as away:
         cmd_id = verb(host, 'run', '-d', 'away', '--', 'sleep', '99').strip()
@@ -377,7 +390,7 @@ def test_a_reader_that_leaves_ends_the_command(host, guests):
     assert process.stderr.read() == b''
     process.stderr.close()
     assert process.wait(20) == 128 + 13
-    last = json.loads(verb(host, 'ps', '--json'))[-1]
+    last = [row for row in json.loads(verb(host, 'ps', '--json')) if row['cmd'] == 'yes'][-1]
     wait_until(lambda: 'signaled' in verb(host, 'call', 'getCmdStatus', last['cmdId']), 20)
     rows = {row['cmdId']: row for row in json.loads(verb(host, 'ps', '--json'))}
     status = rows[last['cmdId']]['status']
@@ -600,6 +613,7 @@ def test_kill_tells_signals_and_whether_there_is_anybody(host, guests):
     assert host.verb('kill', '-0', 'nosuch').returncode == 1
 
 
+@pytest.mark.once
 def test_who_kills_what_ignores_it_is_told_so(host, guests):
     cmd_id = stubborn(host)
     done = host.verb('kill', cmd_id)
@@ -746,6 +760,7 @@ def test_what_check_says_of_who_is_lost_and_who_has_left():
     assert hostcheck.check_absent(dict(gone, left=True)).mend.startswith('left: ')
 
 
+@pytest.mark.once
 @pytest.mark.parametrize('folder', ['host', 'by-tcp-' + 'x' * 60])      # no Unix socket has such a path
 def test_check_of_machines_that_are_lost_and_of_a_host_that_hangs(folder, tmp_path):
     with Host(tmp_path / folder) as host:
@@ -883,6 +898,7 @@ def test_verbs_of_vms(words, said, called, tmp_path, monkeypatch):
         assert host.calls[-1] == called
 
 
+@pytest.mark.once
 @pytest.mark.parametrize('ports', ['', 'http', '1:2:3', ':80', '80:', '-1:80', '1234567'])
 def test_ports_that_are_none_are_said_as_they_are_typed(ports, tmp_path):
     with PlayedHost(tmp_path, VM_ANSWERS) as host:
@@ -907,10 +923,10 @@ def test_names_are_in_the_order_in_which_people_count(tmp_path):
     counted = ['7', '10', 'LAB3', 'lab', 'lab2', 'lab2b', 'lab04', 'lab4', 'lab10', names[8], 'lab²']
     assert sorted(names, key=agent.in_order) == counted
     vms = [{'name': name, 'trouble': '', 'agent': 'alive'} for name in names]
-    answers = dict(VM_ANSWERS, getVMs=vms, agentInfo={'jobs': []}, listKnownVMs=names, ping=lambda vm, _: vm)
+    answers = dict(VM_ANSWERS, getVMs=vms, agentInfo={'jobs': []}, listVMs=names)
     with PlayedHost(tmp_path, answers) as host:
         assert host.verb('ls', '-q')[1].split() == counted
-        assert [line.split()[0] for line in host.verb('ping', '*')[1].splitlines()] == counted
+        assert [line.split()[0] for line in host.verb('pause', '*')[1].splitlines()] == counted
     codes = {name: (1, 'exited 1') for name in ('lab10', 'lab9')}
     assert clicommands.summary(codes, []) == 'lab9 exited 1, lab10 exited 1'
 
@@ -1070,6 +1086,7 @@ def test_hints_name_the_program_as_it_was_called(program, words, on_windows, sai
     assert hostclient.called('vmhost.py', venv, False, True) == '/srv/.venv/bin/python vmhost.py'
 
 
+@pytest.mark.once
 @pytest.mark.parametrize('before, start', [
     (['mine.ini'], ' mine.ini'), ([], ''), ([''], ' ""')])
 def test_who_has_no_host_agent_is_told_how_to_start_it_as_they_called_it(before, start, tmp_path):

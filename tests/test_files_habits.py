@@ -7,6 +7,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 import time
 
 import pytest
@@ -376,7 +377,7 @@ def test_a_verb_says_what_its_transfer_waits_for(host, guest, tmp_path):
             mine = wait_until(lambda: api.listTransfers({'finished': False}), 30)[0]['id']
             wait_until(lambda: api.getTransfer(mine)['bytes'], 30)
             guest.stop(signal.SIGKILL)
-            assert process.stderr.readline().endswith(b' goes on when the agent is back (Ctrl-C ends it)\n')
+            assert process.stderr.readline().endswith(b' goes on once it can (Ctrl-C ends it)\n')
             shown = api.getTransfer(mine)
             assert shown['bytes'] and shown['error'] and shown['state'] in ('waiting', 'running')
         finally:
@@ -398,3 +399,18 @@ def test_a_path_means_the_same_to_a_listing(guest, api):
         assert 'tree' in [row['name'] for row in api.listDir('g', path)], path
     for path in '../..', 'tree/../..', '/no/such', '~other':
         assert fault_of(api.listDir, 'g', path).faultCode == 6, path
+
+
+def test_what_was_hardly_meant_changes_nothing(host, guest, tmp_path):
+    """A target of no characters, which a shell's variable may have; a standard input that is closed."""
+    write(tmp_path / 'x', b'new')
+    with open(in_guest(guest, 'there'), 'wb') as file:
+        file.write(b'old')
+    for words in ['put', 'g', tmp_path / 'x', ''], ['get', 'g', 'there', '']:
+        assert verb(host, *words) == (1, '', 'vmhost: DST is empty: name it, or leave it out\n')
+    command = [sys.executable, os.path.abspath('vmhost.py'), host.ini, 'put', 'g', '-', 'there']
+    done = subprocess.run(['sh', '-c', 'exec "$@" <&-', 'sh'] + command, stderr=subprocess.PIPE)
+    assert done.returncode == 1 and b'standard input is closed' in done.stderr
+    assert names(in_guest(guest)) == ['there']
+    with open(in_guest(guest, 'there'), 'rb') as file:
+        assert file.read() == b'old'

@@ -13,6 +13,7 @@ import logging
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -259,11 +260,22 @@ CHIRP_REPLIES = [
 
 
 @contextlib.contextmanager
+def no_file_above(size):
+    """What this process writes: a file of gigabytes is soon made, by `truncate`, and takes long to hash."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextlib.contextmanager
 def chirp_server(place):
     folder = place.folder / 'served'
     folder.mkdir()
     write(folder / 'file', b'x' * 1000)
-    with our_server(folder, max_clients=100, idle_timeout=5) as server:
+    with no_file_above(10 * MEGABYTE), our_server(folder, max_clients=100, idle_timeout=5) as server:
         yield lambda chance: exchange(server.address, mutated(
             chance, CHIRP_LINES[0] + some_of(chance, CHIRP_LINES)))
         with chirpclient.ChirpClient(*server.address) as client:

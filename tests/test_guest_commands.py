@@ -124,6 +124,7 @@ def test_max_commands_is_never_exceeded(guests):
         assert file.read() == '+\n-\n' * 100
 
 
+@pytest.mark.once
 def test_a_kill_as_the_turn_comes_is_told_truly(guests):
     """Either it never ran, or the signal ended it; and its result is one of the two."""
     guest = guests(max_commands=1)
@@ -166,12 +167,12 @@ def test_a_look_at_what_is_just_being_cancelled_doesnt_take_it_for_lost(guests, 
 def test_what_is_cancelled_before_it_came_is_never_begun(guests, monkeypatch):
     """The main thread looks for the next one to begin, while the cancelled one is noted."""
     guest = guests()
-    real = guestcommands.Commands._add
+    real = guest.commands._table.add
 
-    def add(commands, command):
-        real(commands, command)
-        commands._begin_waiting()
-    monkeypatch.setattr(guestcommands.Commands, '_add', add)
+    def add(command):
+        real(command)
+        guest.commands._begin_waiting()
+    monkeypatch.setattr(guest.commands._table, 'add', add)
     guest.signal('c', 'KILL', cancel=True)
     assert guest.result('c')['state'] == 'cancelled'
 
@@ -578,12 +579,34 @@ def test_an_id_that_another_command_had_gets_nothing_of_that(guests, again):
             assert state == 'failed' and guest.result('c')['error'].startswith('EEXIST: '), state
 
 
+ALWAYS = ('out err finished exitCodeOrSignal resources state by error wall started ended out-size err-size '
+          'out-offset err-offset out-truncated err-truncated spool').split()
+
+
+def test_results_have_all_their_keys_whatever_the_end(guests):
+    """Who reads them needn't know which ends have no output."""
+    guest = guests()
+    guest.run('exited', 'true')
+    guest.run('failed', 'no-such-program')
+    guest.run('refused', 'sleep', '1', timeout='soon')
+    guest.signal('cancelled', 'TERM', cancel=True)
+    for ended in ('exited', 'failed', 'refused', 'cancelled'):
+        assert not set(ALWAYS) - set(guest.result(ended)), ended
+    guest.said.clear()
+    guest.run('exited', 'false')               # another command: EEXIST
+    assert not set(ALWAYS) - set(guest.result('exited'))
+    guest.acknowledge('failed', forget=True)
+    guest.said.clear()
+    guest.run('failed', 'no-such-program')     # emptied: lost
+    assert guest.result('failed')['state'] == 'lost' and not set(ALWAYS) - set(guest.result('failed'))
+
+
 def test_the_same_input_is_the_same_command(guests):
     guest = guests()
     for stdin, state in (('same', 'exited'), ('same', 'exited'), ('other', 'failed'), ('same+', 'failed')):
         guest.run('c', 'cat', stdin=stdin)
         result = guest.result('c')
-        assert result['state'] == state and result.get('out', 'same') == 'same'
+        assert (result['state'], result['out']) == (state, 'same' if state == 'exited' else '')
 
 
 def test_the_place_of_what_was_deleted_while_it_waited_is_free_for_others(guests):
@@ -694,7 +717,7 @@ def test_what_is_put_back_while_it_is_looked_at_is_not_lost(guests, monkeypatch)
     has = guestspool.Command.has
 
     def put_back(self, name):
-        guest.commands._put_back(command)
+        guest.commands._table.put_back(command)
         return has(self, name)
     monkeypatch.setattr(guestspool.Command, 'has', put_back)
     guest.commands._look_at(command, time.monotonic())
@@ -752,7 +775,7 @@ def test_a_look_at_what_is_just_put_back_into_the_queue_loses_nothing(guests, mo
     guest = guests(max_commands=1)
     guest.run('first', 'sh', '-c', 'until [ -e go ]; do sleep 0.01; done')
     guest.run('a', 'echo', 'hi')
-    command = guest.commands._commands['a']
+    command = guest.commands._table.find('a')
 
     class PutBack(guestspool.Command):
         reads = 0

@@ -523,25 +523,32 @@ def test_the_bundle_is_the_same_from_every_python(tmp_path):
     assert len(made) == 1
 
 
+@pytest.fixture(scope='module')
+def bundle(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp('bundle') / 'vmguest.pyz')
+    subprocess.check_call([sys.executable, GUEST, '--bundle', path])
+    return path
+
+
 @pytest.mark.once
 @pytest.mark.parametrize('python', pythons(), ids=lambda path: path.split('/')[-3])
-def test_the_bundle_runs_alone_in_an_empty_folder(python, tmp_path):
-    folder = tmp_path / 'empty'
+def test_the_bundle_runs_alone_in_an_empty_folder(python, host, bundle, tmp_path):
+    folder, name = tmp_path / 'empty', 'alone-' + python.split('/')[-3]
     folder.mkdir()
-    subprocess.check_call([sys.executable, GUEST, '--bundle', str(folder / 'vmguest.pyz')])
-    with Host(tmp_path / 'host') as host:
-        (folder / 'guest.ini').write_text('[Broker]\nhost = 127.0.0.1\nport = %d\n[VM]\nid = alone\nname = '
-                                          'alone\nstate_dir = state\n[Chirp]\nport = 0\n' % host.broker_port)
-        with open(str(tmp_path / 'log'), 'wb') as log:
-            guest = subprocess.Popen([python, '-I', '-S', 'vmguest.pyz', 'guest.ini'], cwd=str(folder),
-                                     stdout=log, stderr=log)
-        try:
-            with host.api as api:
-                wait_until(lambda: 'alone' in api.listVMs(), 30)
-            assert host.run('alone', 'echo', 'hello')['out'] == 'hello\n'
-        finally:
-            guest.send_signal(signal.SIGTERM)
-            assert guest.wait(10) == 0
+    shutil.copy(bundle, str(folder))
+    (folder / 'guest.ini').write_text(
+        '[Broker]\nhost = 127.0.0.1\nport = %d\n[VM]\nid = %s\nname = %s\nstate_dir = state\n'
+        '[Chirp]\nport = 0\n' % (host.broker_port, name, name))
+    with open(str(tmp_path / 'log'), 'wb') as log:
+        guest = subprocess.Popen([python, '-I', '-S', 'vmguest.pyz', 'guest.ini'], cwd=str(folder),
+                                 stdout=log, stderr=log)
+    try:
+        with host.api as api:
+            wait_until(lambda: name in api.listVMs(), 30)
+        assert host.run(name, 'echo', 'hello')['out'] == 'hello\n'
+    finally:
+        guest.send_signal(signal.SIGTERM)
+        assert guest.wait(10) == 0
 
 
 def test_what_the_host_imports_is_on_every_system():

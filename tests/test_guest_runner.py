@@ -103,6 +103,7 @@ def cpu(result):
 SPIN = 'import os, time\nwhile sum(os.times()[:2]) < 0.3: pass\n'
 
 
+@pytest.mark.once
 @pytest.mark.skipif(not shutil.which('time'), reason='needs /usr/bin/time')
 def test_memory_is_the_programs_own_and_not_the_forkers(runners):
     """This one, that the runners were forked from, has many times as much."""
@@ -117,6 +118,7 @@ def test_memory_is_the_programs_own_and_not_the_forkers(runners):
         assert abs(ours - theirs) <= max(0.05 * theirs, 256)
 
 
+@pytest.mark.once
 def test_children_that_nobody_waited_for_are_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(guestrunner, 'DRAIN', 60.0)        # on a busy machine an orphan takes its time
     runners = Runners(tmp_path)
@@ -225,6 +227,7 @@ def test_a_process_of_any_name_disturbs_nobody(runners, odd_name):
 NEST = 'if [ $1 -gt 0 ]; then sh -c "$0" "$0" $(($1 - 1)); else sleep 60; fi; :'
 
 
+@pytest.mark.once
 @pytest.mark.ends
 def test_processes_nested_by_hundreds(runners):
     command = runners.begin('sh', '-c', NEST, NEST, '1100', timeout=60)
@@ -297,6 +300,8 @@ def test_signals_are_the_defaults_whatever_the_agent_inherited(tmp_path):
         for name in ('TERM', 'HUP', 'USR1', 'PIPE', 'USR2'):
             result = runners.run('sh', '-c', 'kill -%s $$; echo survived' % name)
             assert (result['state'], result['out']) == ('signaled', b''), name
+        shown = runners.run('grep', '-E', '^Sig(Blk|Ign)', '/proc/self/status')['out'].split()
+        assert set(shown[1::2]) == {b'0' * 16}      # the C library's own, 32 and 33, too
     finally:
         runners.close()
 
@@ -640,13 +645,16 @@ DEAF = 'import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True
 
 
 @pytest.mark.once
-def test_a_program_that_does_not_heed_its_limit_of_cpu_is_told_as_ended_for_it(runners):
+def test_a_program_that_does_not_heed_its_limit_of_cpu_is_told_as_ended_for_it(monkeypatch, request):
     """The kernel KILLs it some seconds of CPU later: that is nobody else's deed."""
+    monkeypatch.setattr(gueststart, 'CPU_GRACE', 1)        # before runners are forked from here
+    runners = request.getfixturevalue('runners')
     result = runners.end(runners.begin(sys.executable, '-S', '-c', DEAF, limits={'cpu': 1}), 120)
     assert (result['state'], result['exitCodeOrSignal'], result['by']) == ('signaled', 9, 'itself')
     assert result['error'] == 'ETIME: ended by signal 9: limits.cpu'
 
 
+@pytest.mark.once
 def test_a_kill_that_was_sent_speaks_for_no_limit(runners):
     command = runners.begin(sys.executable, '-S', '-c', DEAF, limits={'cpu': 1, 'as': 10 ** 9})
     pid = wait_until(command.process, 10)
@@ -707,6 +715,7 @@ def test_what_a_limit_ended_while_it_was_begun_has_not_begun(tmp_path, monkeypat
         runners.close()
 
 
+@pytest.mark.once
 def test_which_limit_a_program_was_ended_for_is_told(runners):
     result = runners.run('sh', '-c', 'while :; do :; done', limits={'cpu': 1})
     assert (result['state'], result['exitCodeOrSignal']) == ('signaled', signal.SIGXCPU)

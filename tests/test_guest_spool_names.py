@@ -33,6 +33,7 @@ sys.exit(9)
 '''
 
 
+@pytest.mark.once
 @pytest.mark.parametrize('kind', ['fifo', 'folder', 'link'])
 @pytest.mark.parametrize('name', FILES)
 def test_a_program_that_replaces_a_file_of_its_command_hangs_nobody(runners, name, kind):  # noqa: F811

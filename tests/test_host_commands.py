@@ -245,6 +245,7 @@ def test_what_an_agent_does_not_answer_for_is_cancelled_and_told_truly(host, gue
     wait_until(lambda: told()[0] != 'cancelled' or not proof.runs(), 20)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize('name', ['TERM', 'KILL'])
 def test_what_is_cancelled_while_its_agent_starts_anew_never_runs(host, tmp_path, api, name):
     """The agent was killed a moment ago, and nobody knows yet; the next one is there before the time for an
@@ -263,6 +264,7 @@ def test_what_is_cancelled_while_its_agent_starts_anew_never_runs(host, tmp_path
         assert proof.runs() == 0 and api.getCmdResults(cmd_id)['state'] == 'cancelled'
 
 
+@pytest.mark.once
 def test_what_waits_in_a_restored_spool_and_ran_since_never_runs_again(host, tmp_path, api):
     proofs = {name: Proof(tmp_path / name) for name in ('over', 'begun', 'waits')}
     with Agent(tmp_path / 'restored', host, 'restored', max_commands=1) as agent:
@@ -358,6 +360,7 @@ def test_results_are_the_truth_though_the_command_expires_as_they_come(tmp_path)
         journal.close()
 
 
+@pytest.mark.once
 def test_all_of_a_multicast_are_signalled_whoever_is_away(host, guest, absent, tmp_path, api):
     absent.start()
     cmd_id = api.runCmdOnAll('*', 'sleep', ['60'])
@@ -382,6 +385,7 @@ def test_what_is_forgotten_makes_room_in_its_guest(host, guest, api):
 
 # --- expired ---
 
+@pytest.mark.once
 def test_what_has_not_begun_in_time_never_does(tmp_path):
     proof = Proof(tmp_path)
     with Host(tmp_path / 'host', vm_gc_grace=1) as host:
@@ -412,6 +416,10 @@ def test_an_agent_is_told_what_is_left_of_the_time():
 
 # --- queue ---
 
+def test_whom_a_glob_matches_that_are_all_away_are_not_unknown(absent, api):
+    fault = fault_of(api.runCmdOnAll, 'awa[y]', 'true')
+    assert fault.faultCode == 2 and 'away' in fault.faultString and 'queue' in fault.faultString
+
 def test_a_multicast_waits_for_those_that_are_away(host, guest, absent, tmp_path, api):
     proof = Proof(tmp_path)
     cmd_id = api.runCmdOnAll('*', *proof.words(), {}, '', '', {'queue': True})
@@ -421,7 +429,8 @@ def test_a_multicast_waits_for_those_that_are_away(host, guest, absent, tmp_path
         assert host.results(cmd_id + '@away')['state'] == 'exited' and proof.runs() == 2
     here = api.runCmdOnAll('*', 'true')
     assert 'one' in str(api.getCmdDetails(here)['executions'])
-    assert fault_of(api.runCmdOnAll, 'nobody*', 'true', [], {}, '', '', {'queue': True}).faultCode == 1
+    for options in ({}, {'queue': True}):
+        assert fault_of(api.runCmdOnAll, 'nobody*', 'true', [], {}, '', '', options).faultCode == 1
 
 
 # --- bytes ---
@@ -489,3 +498,16 @@ def test_one_that_hangs_is_waited_for_once(host, guest, absent, api):
             os.kill(absent.process.pid, signal.SIGCONT)
         api.signalCmd(cmd_id, 'KILL')
         wait_until(lambda: api.waitCmd(cmd_id, 20), 30)
+
+
+# --- how long they are kept ---
+
+def test_what_is_kept_for_seconds_goes_in_seconds(tmp_path):
+    """Whatever the pace at which what is kept for days is looked for."""
+    with Host(tmp_path / 'host', keep_results=3) as host, \
+            Agent(tmp_path / 'guest', host, 'one', keep_spool=1) as guest, host.api as api:
+        cmd_id = host.run('one', 'echo', 'x')['cmd-id']
+        folder = os.path.join(guest.state, 'spool', 'one', cmd_id)
+        assert os.listdir(folder)
+        wait_until(lambda: not os.listdir(folder), 20)
+        wait_until(lambda: cmd_id not in api.listFinishedCmds(), 20)

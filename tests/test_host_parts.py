@@ -19,6 +19,7 @@ import climachines
 import faults
 import hostapi
 import hostcommands
+import hostcontrol
 import hostguests
 import hostjournal
 import hostrequests
@@ -202,7 +203,7 @@ def write_journal(path, number):
     """As a host of that format wrote it."""
     old = sqlite3.connect(path)
     schema = '\n'.join(line for line in hostjournal.SCHEMA.splitlines() if not any(
-        new in line for new in ('of_cmd ', 'by_submission', 'TABLE secrets')))
+        new in line for new in ('of_cmd ', 'by_submission', 'TABLE secrets', 'TABLE transfers')))
     old.executescript(schema.replace(" expires REAL NOT NULL DEFAULT 0, line TEXT NOT NULL DEFAULT '',", ''))
     for older in range(1, number):
         old.executescript(hostjournal.UPGRADES[older])
@@ -227,7 +228,7 @@ def test_an_older_journal_is_brought_up_to_date(tmp_path, number):
         assert journal.command('c')['client'] == 'x'
         assert journal.rows('PRAGMA user_version') == [(hostjournal.JOURNAL_FORMAT,)]
         made = journal.rows('SELECT name FROM sqlite_master')
-        assert ('by_submission',) in made and ('secrets',) in made
+        assert {('by_submission',), ('secrets',), ('transfers',)} <= set(made)
         assert len(journal.executions('expires = 0 AND line = ?', '')) == 1
     finally:
         journal.close()
@@ -402,6 +403,30 @@ def test_a_command_ends_once(journal):
     assert commands.finish(execution, results_of(cmd_id), True)
     assert not commands.finish(execution, results_of(cmd_id, exitCodeOrSignal=5), True)
     assert commands.find(cmd_id)[0].answer()['exitCodeOrSignal'] == 0
+
+
+def test_a_status_is_whole_though_the_command_ends_while_it_is_told(journal):
+    commands = hostcommands.Commands(journal)
+    cmd_id, [execution] = new_command(commands)
+    commands.heard_status(execution, 'running', Message('', 'CMD_STATUS', {}, {'wall': 1}))
+    machines = types.SimpleNamespace(
+        is_suspended=lambda vm: not commands.finish(execution, results_of(cmd_id), True))
+    status = hostcontrol.Control(commands, None, machines, None, 10 ** 6).status(execution)
+    assert (status['state'], status['end'], status['ended'] > 0, status['wall']) == (
+        'exited', 'exited 0', True, 0)
+
+
+def test_who_sees_that_a_command_has_ended_sees_its_results(journal, monkeypatch):
+    commands, seen = hostcommands.Commands(journal), []
+    cmd_id, [execution] = new_command(commands)
+
+    def watch(self, name, value):
+        object.__setattr__(self, name, value)
+        if self.ended:
+            seen.append((self.answer().get('exitCodeOrSignal'), self.state, self.fetched))
+    monkeypatch.setattr(hostjournal.Execution, '__setattr__', watch, raising=False)
+    commands.finish(execution, results_of(cmd_id), False)
+    assert set(seen) == {(0, 'exited', False)}
 
 
 def test_what_is_not_answered_is_published_again(journal, clock):
@@ -582,7 +607,8 @@ def test_results_are_read_or_refused(keys):
 @pytest.mark.parametrize('options', [
     {'timeout': float('inf')}, {'timeout': float('nan')}, {'killAfter': -1}, {'inlineOutput': 1e19},
     {'nice': 10 ** 400}, {'limits': {'as': float('nan')}}, {'limits': {'cpu': 10 ** 400}},
-    {'limits': {'nothing': 1}}, {'stdin': 5}, {'typo': 1}, {'endLeft': 2}, {'queue': -1}])
+    {'limits': {'nothing': 1}}, {'stdin': 5}, {'stdin64': '!'}, {'stdin64': 'zwölf'},
+    {'stdin64': '', 'stdin': ''}, {'typo': 1}, {'endLeft': 2}, {'queue': -1}])
 def test_options_that_no_guest_could_follow(options):
     with pytest.raises(faults.InvalidParams):
         hostrequests.read_options(options)

@@ -6,7 +6,7 @@ import math
 import pytest
 from fake_guest import REQUESTS, Guest
 
-pytestmark = pytest.mark.ends
+pytestmark = pytest.mark.once
 EVIL = 'x\n2026-01-01 00:00:00,000 INFO vmhost: forged\x1b[2J\r\x9b\u202e'
 NUMBERS = ['NaN', 'Infinity', '-1e999', '1' * 400, '-' + '1' * 400, '1e300', '-5', '3.7', '"7"', '"x"',
            'true', 'null', '[]', '{"a": 1}']

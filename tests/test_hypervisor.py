@@ -65,6 +65,17 @@ def test_no_part_of_a_driver_takes_anothers_verb():
         assert len([part for part in driver._parts if hasattr(part, verb)]) <= 1, verb
 
 
+def test_whoever_is_meant_by_two_words_is_told():
+    def row(name, uuid, id=''):
+        return {'name': name, 'uuid': uuid, 'id': id, 'state': 'off', 'native': 'PoweredOff', 'trouble': ''}
+    watch = hostseen.Watch(lambda *event: None)
+    assert watch.other_meant('u1') == ''
+    watch.look([row('one', 'u1', '08:00:27:00:00:01'), row('u1', 'u2'), row('08:00:27:00:00:01', 'u3')])
+    assert watch.other_meant('u1').startswith('u1 is the name of a VM, and the uuid of one')
+    assert 'the id of one' in watch.other_meant('08:00:27:00:00:01')
+    assert [watch.other_meant(word) for word in ('one', 'u2', 'u3', 'nobody')] == 4 * ['']
+
+
 def test_what_was_removed_is_on_no_list_though_nobody_has_looked_since():
     def row(name):
         return {'name': name, 'uuid': 'uuid of ' + name, 'id': '', 'state': 'off', 'native': 'PoweredOff',

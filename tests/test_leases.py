@@ -35,6 +35,7 @@ def test_a_vm_whose_lease_is_over_is_saved(host, api):
     assert api.getState('science') == 'Running'
 
 
+@pytest.mark.once
 def test_a_lease_outlives_the_host_agent(host, api):
     api.lease('science', 1)
     with environment(host.environment):
@@ -58,6 +59,7 @@ def test_an_idle_host_agent_ends(tmp_path):
     assert 'idle_end' in host.log()
 
 
+@pytest.mark.once
 def test_a_host_agent_whose_bundle_is_gone_ends_where_it_is_started_again_when_needed(tmp_path):
     """A BOINC client removes an application's version once no task is of it: drivers couldn't be started."""
     bundle = str(tmp_path / 'vmhost.pyz')
@@ -70,6 +72,7 @@ def test_a_host_agent_whose_bundle_is_gone_ends_where_it_is_started_again_when_n
     assert bundle + ' was removed or replaced' in host.log()
 
 
+@pytest.mark.once
 def test_a_host_agent_whose_guest_works_is_not_idle(tmp_path):
     with Host(tmp_path / 'host', {'port': free_port()}, idle_end='1') as host, \
             Agent(tmp_path / 'guest', host, 'g1') as guest:

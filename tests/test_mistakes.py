@@ -87,6 +87,35 @@ def test_a_value_that_the_host_could_not_live_with(line, told, tmp_path):
     sentences(text, 'bad.ini', line.splitlines()[-1].partition(' =')[0], told)
 
 
+@posix_host
+@pytest.mark.parametrize('line, told', [
+    ('[Host]\nxmlrpc_listen_on = 0.0.0.0\nxmlrpc_auth = no', '[Host] xmlrpc_auth = no'),
+    ('[Broker]\ntls = yes', '[Broker] tls=yes needs cert_file'),
+    ('[Broker]\ntls = yes\ncert_file = none.pem', '[Broker] cert_file'),
+    ('[Broker]\ntls = yes\nembedded = no\nca_file = none.pem', '[Broker] ca_file'),
+    ('[Network]\nnetmask = 255.0.255.0', '[Network] netmask = 255.0.255.0: expected a netmask')])
+def test_values_that_dont_go_together_stop_the_start_before_anything_is_made(line, told, tmp_path):
+    ini = write(tmp_path / 'bad.ini', line + '\n')
+    code, text = run(ini)
+    assert (code, text.count('\n'), os.listdir(str(tmp_path))) == (1, 1, ['bad.ini']), text
+    assert text.startswith('vmhost: %s: %s' % (ini, told))
+
+
+@pytest.mark.parametrize('id', ['auto', 'g'])
+@pytest.mark.parametrize('value, told', [
+    ('abc', 'abc: No such file or directory; expected auto, 64 hexadecimal digits, or the path of a file'),
+    ('loose', 'can be read by others: chmod 600'), ('short', 'should hold 64 hexadecimal digits')])
+def test_a_secret_that_is_none_stops_the_start_of_a_guest(id, value, told, tmp_path):
+    """Also of one that learns its id by its connection alone, which may take its time."""
+    write(tmp_path / 'loose', '5' * 64).chmod(0o644)
+    write(tmp_path / 'short', '5' * 63).chmod(0o600)
+    ini = write(tmp_path / 'guest.ini', '[Broker]\nhost = 127.0.0.1\nport = 1\n[VM]\nid = %s\nsecret = %s\n'
+                'state_dir = state\n' % (id, value))
+    code, text = run(ini, program='vmguest.py')
+    assert (code, text.count('\n')) == (1, 1) and not (tmp_path / 'state').exists(), text
+    assert text.startswith('vmguest: %s: [VM] secret: ' % ini) and told in text
+
+
 @pytest.mark.windows
 @pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16'])
 def test_an_ini_file_may_be_saved_in_any_unicode(encoding, tmp_path):
@@ -247,11 +276,11 @@ def test_an_output_that_is_full_and_machines_that_no_hypervisor_has(tmp_path):
 
 
 def test_a_bundle_that_cant_be_written_is_a_sentence(tmp_path):
-    for program in 'vmhost.py', 'vmguest.py', 'vmboinc.py':
-        for place in tmp_path, tmp_path / 'missing' / 'x.pyz':
-            code, text = run('--bundle', place, program=program)
-            assert code == 1
-            sentences(text, str(place), 'can\'t be written')
+    for program, place in (('vmhost.py', tmp_path), ('vmguest.py', tmp_path / 'missing' / 'x.pyz'),
+                           ('vmboinc.py', tmp_path)):
+        code, text = run('--bundle', place, program=program)
+        assert code == 1
+        sentences(text, str(place), 'can\'t be written')
     assert not os.path.exists(str(tmp_path) + '.new')
 
 

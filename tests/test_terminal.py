@@ -199,8 +199,8 @@ def test_what_an_earlier_host_had_sent_is_known_again(tmp_path):
 
 def test_output_is_here_as_it_is_written(host, api):
     """The program goes on only once its line was read here. How fast that is: bench/terminal.py."""
-    cmd_id = begin(api, 'python3', '-c', 'for line in range(10): print(line, flush=True); input()',
-                   stdin='stream')
+    program = 'for line in range(10): print("%d\\n" % line, end="", flush=True); input()'
+    cmd_id = begin(api, 'python3', '-c', program, stdin='stream')
     text = b''
     for line in range(10):
         part = api.getCmdOutput(cmd_id, 'out', len(text), 65536, 20)
@@ -314,6 +314,7 @@ def test_run_passes_much_in_bounded_memory(host, guest, tmp_path):
     assert max(peaks) < 80 * 1024, peaks
 
 
+@pytest.mark.once
 def test_much_input_is_exact_though_the_guest_agent_is_restarted(host, tmp_path):
     with Agent(tmp_path, host, 'killed') as agent:
         process = subprocess.Popen(host.command('run', '-i', 'killed', 'sha256sum'), stdin=subprocess.PIPE,
@@ -515,6 +516,7 @@ def test_who_comes_back_to_a_full_screen_has_its_modes(host, guest):
     assert '\033[?1049l' in person.wait()[1].partition('99999')[2]
 
 
+@pytest.mark.once
 def test_who_interrupts_a_flood_does_not_see_it_to_its_end(host, guest):
     pid, fd = pty.fork()
     if pid == 0:

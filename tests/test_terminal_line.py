@@ -87,6 +87,7 @@ def test_a_line_that_breaks_is_begun_anew_without_loss(client):
     client.call('signalCmd', cmd_id, 'KILL')
 
 
+@pytest.mark.once
 def test_who_does_not_read_holds_nobody_up_and_loses_nothing(client):
     cmd_id = begin(client, 'head -c 3000000 /dev/zero | tr "\\0" x; echo; cat')
     with line_to(client, cmd_id) as line, line_to(client, cmd_id) as other:

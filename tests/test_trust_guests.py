@@ -125,6 +125,7 @@ def give_orders_without_proof(greeting, stranger, agent, mark):
     assert 'vmhost 1.0 gives none' in log or greeting != 'as of 1.0'
 
 
+@pytest.mark.once
 def test_who_takes_the_hosts_place_gets_a_guest_that_does_nothing(tmp_path):
     """A local user on its port while it is away; or who is asked by ARP for its address."""
     with Host(tmp_path / 'host') as host:
@@ -210,6 +211,22 @@ def test_who_ends_while_the_host_greets_says_bye(stranger, tmp_path):
         agent.stop()
 
 
+@pytest.mark.parametrize('own, told', [(3600, 0.5), (0.5, 3600)])
+def test_a_beacon_comes_as_often_as_the_guest_or_its_host_wants(stranger, tmp_path, own, told):
+    """A host asks for what it can do with; who wants more is not slowed."""
+    secret = os.urandom(32)
+    agent = guest_at(stranger, tmp_path / 'guest', secret=secret.hex(), beacon_interval=own).start(wait=False)
+    try:
+        nonces = 'one', stranger.hear('HELLO')[1]['nonce'], 'a' * 32
+        stranger.say('HELLO ' + json.dumps({
+            'nonce': 'a' * 32, 'key': 'k', 'name': 'one', 'beacon_interval': told,
+            'proof': keyed(secret, 'host', *nonces).hexdigest()}), 'one')
+        for _ in range(3):
+            stranger.hear('STILL_ALIVE')
+    finally:
+        agent.stop()
+
+
 def listens(port):
     with socket.socket() as client:
         return client.connect_ex(('127.0.0.1', port)) == 0
@@ -278,6 +295,7 @@ with Stranger(61613, '10.99.0.1') as stranger:
 ''' % (TOP, os.path.join(TOP, 'tests'))
 
 
+@pytest.mark.once
 @pytest.mark.skipif(not may_make_networks(), reason='needs network namespaces')
 def test_the_default_gateways_broker_commands_nobody(tmp_path):
     """And what it is told at the first use isn't what the host is told, at the next address."""

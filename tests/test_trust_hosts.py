@@ -45,6 +45,13 @@ def test_first_use_pins_a_secret(host, guest, api):
     assert api.getCmdResults(cmd_id)['finished'] is True
 
 
+@pytest.mark.parametrize('grace, interval', [(1, 1), (30, 10), ('5m', 100)])
+def test_a_greeting_tells_how_often_a_beacon_is_wanted(tmp_path, grace, interval):
+    """Whatever guest.ini says: one of 60 s was lost to its host, and found, again and again."""
+    with Host(tmp_path, vm_gc_grace=grace) as host, contextlib.closing(Guest(host.broker_port, 'g')) as guest:
+        assert guest.hello()['beacon_interval'] == interval
+
+
 def test_it_is_told_once_and_proved_from_then_on(host, guest, api):
     secret = os.urandom(32)
     guest('again', secret).join()
@@ -80,6 +87,26 @@ def test_of_two_hellos_the_session_goes_on_in_which_the_guest_does(host, guest, 
     wait_until(lambda: api.getVM(name)['facts'].get('os') == 'signed')
     cmd_id = api.runCmd(name, 'id')
     assert twice.hear('CMD_RUN')[0]['cmd-id'] == cmd_id
+
+
+@pytest.mark.parametrize('keys', [{'name': {}}, {'name': '', 'host': []}, {'boot': {}}, {'session': [1]}])
+def test_a_hello_that_is_none_is_refused_before_it_is_anybodys(host, guest, keys):
+    """Else it was pinned, and what it broke held up all others that joined at that moment."""
+    one = guest('nonsense')
+    one.put(CONNECTIONS, {'id': 'nonsense'}, 'HELLO ' + json.dumps(
+        dict({'nonce': '0' * 32, 'secret': '0' * 64}, **keys)))
+    assert one.take_error().body.decode() == 'HELLO: %s should be text\n' % list(keys)[-1]
+    assert 'Traceback' not in host.log()
+
+
+@pytest.mark.parametrize('cmds', [5, [1], {'x': []}, {'x': {}}, {'x': 5}, {'x' * 9000: 'running'}])
+def test_a_hello_that_lists_nonsense_is_a_hello(host, guest, api, cmds):
+    one = guest('lists').join(cmds=cmds)
+    one.word('HELLO', CONNECTIONS, name='lists', cmds=cmds)
+    cmd_id = api.runCmd('lists', 'id')
+    assert one.hear('CMD_RUN')[0]['cmd-id'] == cmd_id
+    api.forgetVM('lists')
+    assert 'Traceback' not in host.log()
 
 
 def test_another_secret_is_refused_by_a_sentence_that_names_forget(host, guest, api):

@@ -11,6 +11,7 @@ from vms import SETTINGS
 
 import drivers
 import hypervisor
+import vboximages
 import vboxmanage
 import vboxnetwork
 import vboxprogram
@@ -151,6 +152,7 @@ elif words[0] == 'unregistervm':
 """ % {'one': ONE, 'two': ONE.replace('6', '7')}
 
 
+@pytest.mark.once
 @pytest.mark.skipif(os.name == 'nt', reason='runs a script')
 def test_a_vm_may_have_the_name_of_those_that_can_not_be_read(tmp_path, monkeypatch):
     """VBoxManage lists both alike."""
@@ -186,7 +188,7 @@ elif words[0] == 'showvminfo':
 
 @pytest.mark.skipif(os.name == 'nt', reason='runs a script')
 @pytest.mark.parametrize('folder, whose', [
-    ('listed', "the VM '?'"), ('other', 'a VM that is not registered')])
+    ('listed', "the VM '?'"), ('other', vboximages.NOT_REGISTERED)])
 def test_whose_settings_are_in_the_way_is_told(tmp_path, monkeypatch, folder, whose):
     """VMs of different names may have the same folder."""
     (tmp_path / folder).mkdir()
@@ -206,6 +208,8 @@ vm = json.load(open(path)) if os.path.exists(path) else {}
 words = sys.argv[1:]
 if words[0] == '--version':
     print('7.2.4r1')
+elif os.path.exists(path + '.no-server'):
+    sys.exit('VBoxManage: error: No')
 elif words[0] == 'createvm':
     vm = {'state': 'poweroff', 'rules': [], 'marks': {}, 'bridge': ''}
     print('Virtual machine is created and registered.\nUUID: %(one)s')
@@ -269,6 +273,7 @@ def one(tmp_path, monkeypatch):
     return call
 
 
+@pytest.mark.once
 @pytest.mark.skipif(os.name == 'nt', reason='runs a script')
 @pytest.mark.parametrize('verb', ['power_off', 'save_state'])
 def test_ports_of_a_guest_are_reached_here(one, verb):
@@ -289,6 +294,7 @@ def test_ports_of_a_guest_are_reached_here(one, verb):
     assert moved[0]['hostPort'] not in (first['hostPort'], second['hostPort'])
 
 
+@pytest.mark.once
 @pytest.mark.skipif(os.name == 'nt', reason='runs a script')
 def test_what_to_do_where_the_saved_state_is_cut(one, tmp_path):
     one('create_vm', 'one', '', {'diskSize': 0})
@@ -298,6 +304,7 @@ def test_what_to_do_where_the_saved_state_is_cut(one, tmp_path):
         one('start', 'one')
 
 
+@pytest.mark.once
 @pytest.mark.skipif(os.name == 'nt', reason='runs a script')
 def test_no_vm_that_was_made_keeps_the_mark_of_one_in_the_making(one, tmp_path):
     """For which `cleanup` would take it away: VirtualBox was seen to keep it, though it says yes."""
@@ -315,6 +322,7 @@ def test_a_vm_whose_process_ends_under_a_verb_is_told_at_once(one):
         one('reset', 'one')
 
 
+@pytest.mark.once
 @pytest.mark.skipif(os.name == 'nt', reason='runs a script')
 def test_a_forward_of_a_port_that_was_asked_for_stays_there(one):
     with socket.socket() as other:
@@ -335,6 +343,7 @@ def interfaces(tmp_path, *rows):
     (tmp_path / 'interfaces').write_text(text)
 
 
+@pytest.mark.once
 @pytest.mark.skipif(os.name == 'nt', reason='runs a script')
 @pytest.mark.parametrize('verb', ['power_off', 'save_state'])
 def test_a_card_in_the_network_of_this_machine(one, tmp_path, monkeypatch, verb):
@@ -390,3 +399,39 @@ def test_what_just_ends_is_asked_again(tmp_path, monkeypatch, told):
     a_program(tmp_path, monkeypatch, STARTS_LATE % told)
     vboxmanage.VBoxManage(dict(SETTINGS, command_timeout=20)).connect()
     assert (tmp_path / 'asked').read_text() == '--version list list list '
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+def test_a_version_is_a_sign_that_virtualbox_answers(one, tmp_path):
+    """Who ends a VM by force, and hears nothing, asks for it: the VM hangs, or VirtualBox does."""
+    assert one('version') == '7.2.4'
+    (tmp_path / 'vm.json.no-server').write_text('')
+    with pytest.raises(vboxprogram.Refused):
+        one('version')
+
+
+def test_no_text_of_a_snapshot_is_another_snapshot(tmp_path):
+    """VBoxManage tells names and descriptions as they are."""
+    text = ('CfgFile="%s"\nVMState="poweroff"\nSnapshotName="a "q"\nb"\nSnapshotUUID="1"\n'
+            'SnapshotDescription="x"\nSnapshotName-2="none"\nSnapshotName-1="not b"\nSnapshotUUID-1="3"\n'
+            'SnapshotName-7="no"\nSnapshotUUID-7="7"\n"\n'
+            'SnapshotName-1="b"\nSnapshotUUID-1="2"\nCurrentSnapshotUUID="2"\n')
+    found = vboxprogram.read_snapshots(vboxprogram.read_info(text % '/no/such'))
+    assert [row['id'] for row in found] == ['1', '2', '7']
+    (tmp_path / 'one.vbox').write_text(
+        '<Snapshot uuid="{1}" name="a"><Snapshot name="b" uuid="{2}"/></Snapshot>')
+    found = vboxprogram.read_snapshots(vboxprogram.read_info(text % (tmp_path / 'one.vbox')))
+    assert [(row['name'], row['id'], row['depth']) for row in found] == [('a "q"\nb', '1', 0), ('b', '2', 1)]
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+def test_a_vm_named_like_anothers_uuid_is_not_that_one(tmp_path, monkeypatch):
+    other = ONE.replace('6', '7')
+    listed = 'print(\'"one" {%s}\')' % ONE
+    assert listed in SCRIPT
+    a_program(tmp_path, monkeypatch, SCRIPT.replace(
+        listed, 'print(\'"%s" {%s}\\n"one" {%s}\')' % (ONE, other, ONE)))
+    (tmp_path / 'saying').write_text('')
+    driver = vboxmanage.VBoxManage(dict(SETTINGS, command_timeout=20))
+    driver.connect()
+    assert driver._find(None, ONE) == ONE and driver._find(None, other) == other

@@ -175,6 +175,7 @@ def test_a_vm_whose_process_dies_of_the_power_off_is_off(api, fake, vm):
     assert api.getState(vm) == 'Aborted'
 
 
+@pytest.mark.once
 def test_a_vboxsvc_that_died_and_came_back(tmp_path):
     environment = fake_virtualbox.install(tmp_path)
     with VMHost(tmp_path / 'host', environment) as host, host.api as api:
@@ -249,6 +250,7 @@ def test_what_waits_for_a_vm_that_gets_another_card_runs(host, api, vm, tmp_path
         assert [row['vm'] for row in api.listCmds({'vm': vm})] == [vm]
 
 
+@pytest.mark.once
 def test_what_was_sent_to_a_card_that_is_gone_is_not_sent_to_another(host, api, vm, tmp_path, give_card):
     """It may run, or have run: it is asked for again when the VM has that card again."""
     old = api.getVM(vm)['id']
@@ -292,6 +294,7 @@ def test_a_stranger_that_takes_a_vms_name(host, api, vm, tmp_path):
             assert api.getVM(vm)['agent'] == 'alive'
 
 
+@pytest.mark.once
 def test_a_broker_that_no_vm_reaches_is_told_of(tmp_path):
     environment = fake_virtualbox.install(tmp_path)
     network = {'mode': 'hostonly', 'host_ip': '203.0.113.1'}
@@ -301,6 +304,7 @@ def test_a_broker_that_no_vm_reaches_is_told_of(tmp_path):
         assert 'where no VM can reach it: restart the host agent' in ' '.join(checked.split())
 
 
+@pytest.mark.once
 def test_a_hypervisor_that_hangs_while_the_host_starts_is_there_once_it_answers(tmp_path, monkeypatch):
     """And no list says that there are no VMs."""
     settings = hostconfig.read_settings(None)
@@ -340,6 +344,7 @@ def hang_server(folder, monkeypatch, ending, first_patience):
     return server
 
 
+@pytest.mark.once
 def test_a_change_that_a_hung_hypervisor_keeps_from_beginning_is_told_so(tmp_path, monkeypatch):
     """And not that the VM hangs; who switches it off waits for nobody, and isn't told that it is busy."""
     told = []
@@ -383,6 +388,7 @@ def a_process_of(uuid, program='VBoxHeadless', word='--startvm'):
         process.wait()
 
 
+@pytest.mark.once
 def test_a_vm_is_switched_off_though_the_hypervisor_answers_nobody(tmp_path, monkeypatch):
     """By ending its process, where that can be told from all others."""
     happened = []
@@ -1015,6 +1021,7 @@ def test_a_vm_that_stays_on_its_way_is_ended(api, fake, vm):
     assert api.powerOff(vm) is True
 
 
+@pytest.mark.once
 def test_two_vms_with_one_card(host, api, fake, vm, give_card):
     api.createVM('twin', '', {'memory': 16, 'diskSize': 0})
     mac, uuid, after = api.getVM(vm)['id'], api.getVM('twin')['uuid'], host.last_event()

@@ -131,12 +131,17 @@ def parent_of(pid):
     return 0
 
 
+def listed(api):
+    """The VMs, before and after a test: there a hypervisor that others' work holds up has a minute."""
+    return wait_until(lambda: [found for code, found in [fault_of(api.listVMs)] if not code], 60, 0.2)[0]
+
+
 @contextlib.contextmanager
 def removing_new_vms(api):
     """Whatever VM is made meanwhile goes at the end."""
-    before = set(api.listVMs())
+    before = set(listed(api))
     yield
-    for name in set(api.listVMs()) - before:
+    for name in set(listed(api)) - before:
         fault_of(api.powerOff, name)
         api.removeVM(name, True)
 

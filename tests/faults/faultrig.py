@@ -32,7 +32,7 @@ class Wrapped:
     def words(self):
         return [sys.executable, WRAPPED, self.ini]
 
-    def wait_for_death(self, timeout=20):
+    def wait_for_death(self, timeout=60):
         """Until it has killed itself."""
         assert wait_until(lambda: self.process.poll(), timeout) == -signal.SIGKILL, self.log()
 

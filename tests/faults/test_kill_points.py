@@ -73,7 +73,7 @@ def test_the_next_agent_dies_when_it_takes_up_what_the_last_one_left(host, tmp_p
         os.kill(shell, signal.SIGSTOP)
         guest.stop(signal.SIGKILL)
         if end == 'lost':
-            os.kill(parent_of(shell), signal.SIGKILL)
+            os.kill(command.read('process.json')['runner'], signal.SIGKILL)
         guest.faults = {'die': die}
         guest.start(wait=False)
         guest.wait_for_death()
@@ -150,11 +150,6 @@ def test_a_runner_dies(host, tmp_path, point):
             assert results['state'] == 'lost' and 'runner was killed' in results['error'], results
             assert proof.runs() <= 1
         assert not running(proof)
-
-
-def parent_of(pid):
-    with open('/proc/%d/stat' % pid) as file:
-        return int(file.read().rpartition(')')[2].split()[1])
 
 
 def running(proof):

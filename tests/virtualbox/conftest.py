@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import tempfile
 
 import pytest
@@ -42,9 +43,7 @@ def home():
         name, _, value = key.partition('=')
         manage('setextradata', 'global', 'VBoxInternal/' + name, value)
     yield folder
-    for pid in processes():
-        if (command_line(pid) or [''])[0].endswith(('VBoxHeadless', 'VBoxSVC', 'VBoxXPCOMIPCD')):
-            kill(pid)
+    end_processes('VBoxHeadless', 'VBoxSVC', 'VBoxXPCOMIPCD')
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -57,11 +56,29 @@ def host(home, tmp_path_factory):
 
 @pytest.fixture
 def remove_all(host):
-    """Whatever VM a test made goes with it."""
-    before = set(manage('list', 'vms').splitlines())
+    """Whatever VM a test made goes with it; and a VirtualBox that answers nobody any more, so that this fails
+    one test, and not all that follow."""
+    before, hung = listed(), False
     yield
-    for line in set(manage('list', 'vms').splitlines()) - before:
+    try:
+        after = listed()
+    except subprocess.TimeoutExpired:
+        hung = True
+        end_processes('VBoxHeadless', 'VBoxSVC')
+        after = listed()
+    for line in after - before:
         remove(line.rpartition('{')[2].rstrip('}'))
+    assert not hung, 'VirtualBox did not answer, and was ended'
+
+
+def listed():
+    return set(manage('list', 'vms', patience=120).splitlines())
+
+
+def end_processes(*programs):
+    for pid in processes():
+        if (command_line(pid) or [''])[0].endswith(programs):
+            kill(pid)
 
 
 @pytest.fixture(scope='session')

@@ -14,25 +14,58 @@ import threading
 import vmguest
 
 PORT = 8765                    # where the guest looks for its agent
+PYTHON = 'python3.11'          # the guest's, which the machine may have, too
+# Compiles the modules of a bundle into a folder; under the names that they will have in the guest.
+COMPILE = '''
+import os, sys, zipfile
+from py_compile import PycInvalidationMode, compile
+archive, folder = sys.argv[1:]
+with zipfile.ZipFile(archive) as bundle:
+    for name in bundle.namelist():
+        if name.endswith('.py') and name != '__main__.py':
+            compile(bundle.extract(name, folder + '/sources'), os.path.join(folder, 'modules', name + 'c'),
+                    '/agent/modules/' + name, True, invalidation_mode=PycInvalidationMode.UNCHECKED_HASH)
+'''
+START = '''import runpy, sys
+sys.path.insert(0, '/agent/modules')
+runpy.run_module('vmguest', run_name='__main__', alter_sys=True)
+'''
 
 
-def agent_archive(ini, folder):
-    """agent.tar: the bundle, under the name that the guest runs, and guest.ini."""
+def agent_archive(ini, folder, compiled):
+    """agent.tar: guest.ini, and the bundle, under the name that the guest runs. ``compiled``: where that can
+    be had, what is in the bundle as the guest's Python would compile it."""
     bundle = os.path.join(str(folder), 'vmguest.pyz')
     subprocess.check_call([sys.executable, vmguest.__file__, '--bundle', bundle], stdout=subprocess.DEVNULL)
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode='w') as tar:
-        tar.add(bundle, 'vmguest.py')
-        entry = tarfile.TarInfo('guest.ini')
-        entry.size = len(ini.encode())
-        tar.addfile(entry, io.BytesIO(ini.encode()))
+        def add(name, data):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+        if compiled and compile_modules(bundle, str(folder)):
+            add('vmguest.py', START.encode())
+            tar.add(os.path.join(str(folder), 'modules'), 'modules')
+        else:
+            tar.add(bundle, 'vmguest.py')
+        add('guest.ini', ini.encode())
     return packed.getvalue()
 
 
+def compile_modules(bundle, folder):
+    """Into FOLDER/modules, by the machine's Python of the guest's version; False where it has none."""
+    there = os.environ.get('VMHOST_RIG_DIR', '')
+    found = subprocess.call(['chroot', '/machine', PYTHON, '-c', ''], stderr=subprocess.DEVNULL) == 0
+    if found:
+        subprocess.check_call(
+            ['chroot', '/machine', PYTHON, '-I', '-S', '-c', COMPILE, there + bundle, there + folder])
+    return found
+
+
 @contextlib.contextmanager
-def agent_on_offer(address, ini, folder):
-    """Serves the agent at http://ADDRESS:8765/agent.tar, to whoever asks."""
-    archive = agent_archive(ini, folder)
+def agent_on_offer(address, ini, folder, compiled=False):
+    """Serves the agent at http://ADDRESS:8765/agent.tar, to whoever asks; ``compiled``: see agent_archive."""
+    archive = agent_archive(ini, folder, compiled)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):

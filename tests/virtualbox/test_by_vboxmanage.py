@@ -115,7 +115,7 @@ def test_the_secret_of_the_firmware(home, remove_all, tmp_path):
 
 def command_lines(seen):
     """Those of all processes that there are meanwhile, as often as they can be read."""
-    return beside(lambda: seen.extend(' '.join(command_line(pid)) for pid in processes()))
+    return beside(lambda: seen.extend(' '.join(command_line(pid)) for pid in processes()), 0.005)
 
 
 def test_a_disk_on_an_image_that_stays(box, images, tmp_path):

@@ -30,7 +30,7 @@ def vm(api, remove_all):
 
 def test_vboxsvc_killed_under_the_host(host, api, vm):
     for _ in range(3):
-        kill(vboxsvc())
+        kill(wait_until(vboxsvc, 60))          # the one that was begun after the last
         assert vm in api.listVMs()
     assert api.start(vm) is True
     assert api.getState(vm) == 'Running'

@@ -69,8 +69,9 @@ def running(api, vm):
 
 
 @contextlib.contextmanager
-def lists_are_asked(host):
-    """Asks for all VMs again and again meanwhile; gives how long each answer took."""
+def lists_are_asked(host, pause=0.02):
+    """Asks for all VMs again and again meanwhile, as often as a busy page would; gives how long each answer
+    took. With a longer ``pause`` where it goes on for a minute: VMs need processors, too."""
     took = []
 
     def ask():
@@ -78,7 +79,7 @@ def lists_are_asked(host):
             begun = time.monotonic()
             getattr(api, method)()
             took.append(time.monotonic() - begun)
-    with host.api as api, beside(ask, 0.02):        # as often as a busy page would; VMs need processors, too
+    with host.api as api, beside(ask, pause):
         yield took
 
 
@@ -112,7 +113,7 @@ def test_what_hung_vms_are_asked_fails_alone(host, api, swept, remove_all):
         for method in calls:
             api.createVM('hung-' + method, '', SMALL)
             stack.enter_context(stopped(running(api, 'hung-' + method)))
-        with lists_are_asked(host) as took:
+        with lists_are_asked(host, 0.3) as took:
             asking = [threading.Thread(target=ask, args=(method,)) for method in calls]
             for thread in asking:
                 thread.start()
