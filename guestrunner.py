@@ -40,6 +40,7 @@ from guestspool import (
     describe_error,
     is_regular,
     make_way,
+    named,
     private,
     remove,
     unrun_result,
@@ -180,12 +181,10 @@ class Runner:
         text = json.dumps({'pid': self.pid, 'started': self.started, 'begin': self.begin,
                            'ticks': start_ticks(self.pid) if self.pid else 0, 'runner': os.getpid(),
                            'group': self.group.folder if self.group is not None else ''})
-        make_way(self.command.path('process.json'))
-        descriptor = private(self.command.path('process.json'), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC)
-        try:
-            os.write(descriptor, text.encode())
-        finally:
-            os.close(descriptor)
+        path = self.command.path('process.json')
+        make_way(path)
+        with named(path), os.fdopen(private(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC), 'wb', 0) as file:
+            file.write(text.encode())
 
     def fail(self, error: Exception) -> None:
         """Ends what can't be accounted for, with the result: what began isn't told as what never did."""

@@ -142,6 +142,17 @@ def reserve(path: str) -> None:
         file.write(b' ' * RESERVED)
 
 
+@contextlib.contextmanager
+def named(path: str) -> Iterator[None]:
+    """Errors within are of that file: those of a descriptor don't say so."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise OSError(error.errno, error.strerror, path)
+        raise
+
+
 def write_file(path: str, text: str, durable: bool = True) -> None:
     """Writes a small file so that it is either whole, or not there; ``durable``: on the disk, too.
 
@@ -150,7 +161,7 @@ def write_file(path: str, text: str, durable: bool = True) -> None:
     new = path + '.new'
     for place in (new, path):
         make_way(place)
-    with open(new, 'rb+' if os.path.exists(new) else 'wb', opener=private) as file:
+    with named(new), open(new, 'rb+' if os.path.exists(new) else 'wb', opener=private) as file:
         file.write(text.encode('utf-8'))
         file.truncate()
         if durable:

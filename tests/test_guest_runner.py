@@ -654,6 +654,26 @@ def test_what_began_is_never_told_as_what_did_not(tmp_path, monkeypatch, method,
         runners.close()
 
 
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
+def test_a_full_disk_is_told_with_the_path(tmp_path, monkeypatch):
+    def private(path, flags):
+        is_full = os.path.basename(path) in ('process.json', 'new.json.new')
+        return os.open('/dev/full', os.O_WRONLY | os.O_CLOEXEC) if is_full else real(path, flags)
+    real = guestspool.private
+    monkeypatch.setattr(guestspool, 'private', private)
+    monkeypatch.setattr(guestrunner, 'private', private)
+    with pytest.raises(OSError) as raised:
+        guestspool.write_file(str(tmp_path / 'new.json'), 'text')
+    assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(tmp_path / 'new.json.new'))
+    runners = Runners(tmp_path)
+    try:
+        command = runners.begin('true')
+        error = runners.end(command)['error']
+        assert error == 'ENOSPC: No space left on device: ' + command.path('process.json')
+    finally:
+        runners.close()
+
+
 def forge(path):
     """Another file in the place of one."""
     with open(path + '.forged', 'w') as file:
