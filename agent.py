@@ -133,9 +133,13 @@ def duration(value: str) -> float:
                       'a duration such as 45, 30s, 10m, 12h or 7d')
 
 
+HOUSEKEEPING_EVERY = 60.0      # seconds, …
+HOUSEKEEPING_PAUSE = 5.0       # … and at the least
+
+
 def look_every(*spans: float) -> float:
     """Seconds between two looks for what is kept no longer than these spans, be it days or seconds."""
-    return min(60.0, max(5.0, min(spans)))
+    return min(HOUSEKEEPING_EVERY, max(HOUSEKEEPING_PAUSE, min(spans)))
 
 
 def naming_file(file: Optional[str], error: Exception) -> str:

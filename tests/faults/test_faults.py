@@ -365,7 +365,7 @@ def test_a_guest_clock_that_jumps_forgets_no_command(tmp_path):
 def test_a_host_that_starts_with_a_wrong_clock_lets_no_result_go(tmp_path):
     host = Host(tmp_path / 'host')
     clock = run.Clock(str(tmp_path / 'host'))
-    host.faults = {'clock': clock.path, 'set': {'RETENTION_EVERY': 0.5}}
+    host.faults = {'clock': clock.path, 'set': {'HOUSEKEEPING_EVERY': 0.5}}
     with host, Agent(tmp_path / 'guest', host, 'g') as guest:
         cmd_id = host.api.runCmd('g', 'echo', ['kept'])
         host.results(cmd_id)

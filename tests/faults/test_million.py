@@ -38,7 +38,7 @@ def hasty(kind, **constants):
 
 def test_memory_stays_flat_and_the_disk_bounded(tmp_path):
     steps = list(million.many(
-        str(tmp_path), 800, 4, '0.5', hasty(Host, RETENTION_EVERY=0.2, RETENTION_PAUSE=0.2),
+        str(tmp_path), 800, 4, '0.5', hasty(Host, HOUSEKEEPING_EVERY=0.2, RETENTION_PAUSE=0.2),
         hasty(Agent, HOUSEKEEPING_EVERY=0.2)))
     assert [step.commands for step in steps] == [200, 400, 600, 800]
     half, end = steps[1], steps[-1]
