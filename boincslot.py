@@ -33,6 +33,7 @@ TEMPORARY_FILE = 'boinc_temporary_exit'
 LINK = re.compile(r'<soft_link>(.*?)</soft_link>')
 LINK_WITHIN = 512              # bytes at the begin of a file in which it may say that it is a link
 LONGEST_LINE = 250             # characters of a message to the user
+TAG = re.compile(r'<(?=[A-Za-z])')
 MARKUP = re.compile(r'<(?=[/!?])|]](?=>)')     # what ends an element or a section of XML, or begins one
 
 
@@ -44,8 +45,10 @@ def without_markup(text: str) -> str:
 
 
 def line_of(message: str) -> str:
-    """A message as the one line of a file, of which a client reads a kilobyte at most."""
-    return without_markup(agent.printable(' '.join(message.split())))[:LONGEST_LINE]
+    """A message as the one line of a file, of which a client reads a kilobyte at most. As a notice it is
+    HTML: a guest that says it loads no image there, and shows no link."""
+    line = agent.printable(' '.join(message.split()))
+    return TAG.sub('< ', without_markup(line))[:LONGEST_LINE]
 
 
 class Channels:
