@@ -378,7 +378,7 @@ def test_a_large_file_from_the_real_clients(ours, tmp_path):
 
 
 @needs_cctools
-def test_the_chirp_tool(ours, tmp_path):
+def test_the_chirp_tool(ours, tmp_path, monkeypatch):
     source = tmp_path / 'tree'
     source.mkdir()
     for name in ('plain', 'with blank', 'per%cent', 'quo"te', 'n' * 255):
@@ -387,7 +387,7 @@ def test_the_chirp_tool(ours, tmp_path):
     write(source / 'below' / 'file', b'inner', 0o600)
     os.symlink('plain', str(source / 'link'))
     tool(ours, 'put', source, '/tree')
-    os.chdir(str(tmp_path))
+    monkeypatch.chdir(str(tmp_path))
     tool(ours, 'get', '/tree', 'back')
     for name, what in seen(source).items():
         assert what[:2] == seen(tmp_path / 'back')[name][:2] == seen(tmp_path / 'served' / 'tree')[name][:2]

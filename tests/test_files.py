@@ -17,7 +17,7 @@ import xmlrpc.client
 
 import cutting
 import pytest
-from agents import Agent, Host, posix_host
+from agents import TOP, Agent, Host, posix_host
 from helpers import fault_of, let_others_in, wait_until
 from test_chirp import GIB, make_large, make_many, same, same_folder
 
@@ -788,7 +788,7 @@ def test_names_are_what_they_are_without_a_locale(tmp_path, monkeypatch):
     for name in b'/\xc3\xa9', b'/d\xc3\xa9/\xff':
         with open(folder + name, 'wb') as file:
             file.write(b'content')
-    at, vmhost = folder.decode('utf-8'), os.path.abspath('vmhost.py')
+    at, vmhost = folder.decode('utf-8'), os.path.join(TOP, 'vmhost.py')
     with Host(tmp_path / 'host') as host, Agent(tmp_path / 'guest', host, 'one') as guest, \
             host.api as api:
         for source, target in (at + '/é', ''), (at + '/dé', 'ü'), (at + '/dé', ''):
