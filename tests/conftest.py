@@ -35,6 +35,16 @@ if sys.version_info >= (3, 8) and os.environ.pop('PYTHONDONTWRITEBYTECODE', ''):
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def kill(pid, number, kill=os.kill):
+    """As os.kill, to one process: what a test takes for a pid may be 0, where there is none yet, and that is
+    whoever runs these tests, with all that runs beside them."""
+    assert pid > 0, 'signal %d to %d' % (number, pid)
+    kill(pid, number)
+
+
+os.kill = kill
+
+
 def pytest_configure(config):
     """Workers (-n) begin side by side, and each would compile all modules of tests, for 9 s of a processor:
     where these aren't there in compiled form, they are collected once before."""

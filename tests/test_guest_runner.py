@@ -269,7 +269,7 @@ def test_files_are_opened_by_the_commands_own_user(runners):
 def test_sessions_of_their_own_escape_neither_timeout_nor_kill(runners, end):
     program = 'setsid sleep 60 & setsid setsid sleep 61 & trap "" TERM; sleep 62'
     command = runners.begin('sh', '-c', program, timeout=1 if end == 'timeout' else 60)
-    wait_until(lambda: len(command.members()) >= 4, 10)
+    wait_until(lambda: command.process() and len(command.members()) >= 4, 10)
     members = command.members()
     if end == 'KILL':
         command.note_signal(signal.SIGKILL)
