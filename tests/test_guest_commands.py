@@ -264,7 +264,7 @@ def test_processes_that_refuse_a_signal_are_told_of(guests, monkeypatch, name):
     guest = guests()
     guest.run('c', 'sleep', '60')
     command = guest.spool.command('c')
-    wait_until(command.process, 20)
+    wait_until(lambda: command.process() and command.members() == [command.process()], 20)
     real, tried = os.kill, []
 
     def kill(pid, number):

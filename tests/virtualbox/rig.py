@@ -20,10 +20,20 @@ class Refused(Exception):
     """VBoxManage said no."""
 
 
+COMES_UP_IN = 60.0             # seconds that a VirtualBox that just goes may take to come up anew
+NOT_UP = 'the VirtualBox COM server is not running or failed to start'
+
+
 def manage(*words, patience=900):
-    """What VBoxManage says; fails where it fails."""
-    done = subprocess.run(('VBoxManage',) + words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          universal_newlines=True, timeout=patience)
+    """What VBoxManage says; fails where it fails, but for want of a server that just goes, as its last client
+    did: it says so within a second, and has done nothing."""
+    deadline = time.monotonic() + COMES_UP_IN
+    while True:
+        done = subprocess.run(('VBoxManage',) + words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              universal_newlines=True, timeout=patience)
+        if not done.returncode or NOT_UP not in done.stdout or time.monotonic() > deadline:
+            break
+        time.sleep(0.5)                # there is nothing to wait for but the server that goes
     if done.returncode:
         raise Refused('VBoxManage %s: %s' % (' '.join(words), done.stdout))
     return done.stdout
