@@ -44,11 +44,11 @@ def without_markup(text: str) -> str:
     return MARKUP.sub(lambda found: found.group() + ' ', text)
 
 
-def line_of(message: str) -> str:
+def line_of(message: str, notice: bool) -> str:
     """A message as the one line of a file, of which a client reads a kilobyte at most. As a notice it is
     HTML: a guest that says it loads no image there, and shows no link."""
-    line = agent.printable(' '.join(message.split()))
-    return TAG.sub('< ', without_markup(line))[:LONGEST_LINE]
+    line = without_markup(agent.printable(' '.join(message.split())))
+    return (TAG.sub('< ', line) if notice else line)[:LONGEST_LINE]
 
 
 class Channels:
@@ -235,7 +235,7 @@ class Slot:
 
     def finish(self, code: int, message: str = '', notice: bool = False) -> None:
         """Tells the client that the task is over; with a message to the user, an alert where ``notice``."""
-        message = line_of(message)
+        message = line_of(message, notice)
         lines = ['%d' % code] + ([message] if message else []) + (['notice'] if message and notice else [])
         self._write(FINISH_FILE, lines)
 
@@ -249,7 +249,8 @@ class Slot:
 
     def exit_for_a_while(self, seconds: float, reason: str, notice: bool = False) -> None:
         """Asks the client to start the task again in a while, and to show why."""
-        self._write(TEMPORARY_FILE, ['%d' % seconds, line_of(reason)] + (['notice'] if notice else []))
+        lines = ['%d' % seconds, line_of(reason, notice)] + (['notice'] if notice else [])
+        self._write(TEMPORARY_FILE, lines)
 
     def _write(self, name: str, lines: List[str]) -> None:
         with open(self.path(name + '.new'), 'w', encoding='utf-8') as file:

@@ -216,12 +216,12 @@ def test_no_text_of_a_guest_is_markup_in_the_clients_own_files(tmp_path):
     """A client copies what a task says into its client_state.xml as it is, and reads that up to the end of
     the element: with one of these in it, it forgets all tasks of the project at its next start."""
     slot = Slot(str(tmp_path))
-    slot.exit_for_a_while(60, 'no <img src=x> ' + MARKUP)
-    slot.finish(3, 'so it is ' + MARKUP, True)
+    slot.exit_for_a_while(60, 'no <room> ' + MARKUP)
+    slot.finish(3, 'so <img src=x> is ' + MARKUP, True)
     assert (tmp_path / 'boinc_temporary_exit').read_text() == (
-        '60\nno < img src=x> ]] >< /stderr_out>< /result>\n')
+        '60\nno <room> ]] >< /stderr_out>< /result>\n')
     assert (tmp_path / 'boinc_finish_called').read_text() == (
-        '3\nso it is ]] >< /stderr_out>< /result>\nnotice\n')
+        '3\nso < img src=x> is ]] >< /stderr_out>< /result>\nnotice\n')
 
 
 def test_a_message_to_the_user_is_a_line_that_a_client_reads_as_one(tmp_path):

@@ -323,7 +323,7 @@ def test_each_failure_is_told(host, guest, tmp_path):
 
 
 def test_a_transfer_goes_on_when_the_agent_is_back(host, guest, tmp_path):
-    content = os.urandom(128 << 20)
+    content = os.urandom(1 << 20) * 512
     write(tmp_path / 'big', content)
     with host.api as api:
         moving = api.startTransfer('put', 'g', str(tmp_path / 'big'), 'big')
