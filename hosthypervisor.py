@@ -314,7 +314,7 @@ class Hypervisor:
         """Ends the change of this VM that is under way, where it hangs. Waits until that is known; True where
         the VM's process is to be ended, then; False where nothing was under way, had begun, or it does
         something."""
-        until = time.monotonic() + hypervisor.HUNG + 1
+        until = time.monotonic() + hypervisor.HUNG + 5     # it may be about to be sent just now
         with self._free:
             while key in self._under_way and time.monotonic() < until:
                 other = self._under_way[key]

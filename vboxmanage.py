@@ -322,10 +322,11 @@ class VBoxManage(Asking):
         begun = notes.get(vboximages.EXPECTED + path, '')
         if not begun:
             return
-        if vboximages.is_recent(path, begun):
-            try:
-                self._run('closemedium', 'disk', path, '--delete')
-            except Refused:                         # not even a disk yet
+        is_there = vboximages.is_recent(path, begun)
+        try:
+            self._run('closemedium', 'disk', path, *delete_words(path) if is_there else ())
+        except Refused:                             # not even a disk yet
+            if is_there:
                 with contextlib.suppress(OSError):
                     os.remove(path)
         for key, value in notes.items():

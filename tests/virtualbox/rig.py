@@ -155,7 +155,23 @@ def stopped(pid):
 
 
 def remove(uuid):
-    """A VM, whatever its state; its files too."""
+    """A VM, whatever its state; its files too, also those that VirtualBox leaves, where it takes a disk for
+    locked: they would be in the way of the next one of its name."""
+    try:
+        folder = os.path.dirname(facts(uuid)['CfgFile'])
+    except Refused:                    # it can't be read
+        folder = ''
+    unregister(uuid)
+    place = os.path.join(os.environ['VBOX_USER_HOME'], 'vms')
+    if folder.startswith(place + os.sep) and os.path.isdir(folder):
+        for disk in re.findall(r'^Location: +(.*)$', manage('list', 'hdds'), re.MULTILINE):
+            if disk.startswith(folder + os.sep):
+                try_manage('closemedium', 'disk', disk)
+        shutil.rmtree(folder)
+
+
+def unregister(uuid):
+    """Takes a VM out of VirtualBox's list, with its files as far as it likes."""
     pid = vm_process(uuid)
     if pid:
         kill(pid)

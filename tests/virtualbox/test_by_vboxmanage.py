@@ -118,8 +118,9 @@ def command_lines(seen):
     return beside(lambda: seen.extend(' '.join(command_line(pid)) for pid in processes()), 0.005)
 
 
-def test_a_disk_on_an_image_that_stays(box, images, tmp_path):
+def test_a_disk_on_an_image_that_stays(box, images, tmp_path, monkeypatch):
     """A task's VM: in a folder of its own, on the project's image; removed with its disk, nothing else is."""
+    monkeypatch.setattr(hosthypervisor, 'FIRST_PATIENCE', 60.0)    # while its server comes up, beside others
     image = str(images / 'disk.vdi')
     before = (images / 'disk.vdi').read_bytes()
     for name in ('task-1', 'task-2'):
