@@ -32,6 +32,7 @@ from vmstates import CHANGING, PAUSED, RUNNING, STUCK
 
 log = logging.getLogger('vmhost.hypervisor')
 
+TURN_OF_THE_PLUG = 2.0         # seconds that a power_off waits until it looks whether what is there hangs
 FIRST_PATIENCE = 5.0           # seconds of silence until who asks for one VM, or for news, waits no more
 LOOK_PATIENCE = 5.0            # seconds that who changed a VM, or asks for one, waits while there are answers
 WORKER_IDLE = 60.0             # seconds without work after which a worker ends
@@ -234,7 +235,8 @@ class Hypervisor:
         if kind_of(call.verb) == 'changing' and call.verb not in ('create_vm', 'kill_process'):
             self._refuse_two_meant(call)
         key = self._watch.uuid_of(call.vm) or call.vm
-        deadline = time.monotonic() + self._settings['command_timeout']
+        deadline = time.monotonic() + (
+            TURN_OF_THE_PLUG if call.verb == 'power_off' else self._settings['command_timeout'])
         with self._free:
             while kind_of(call.verb) == 'changing' and self._in_the_way(call, key):
                 if time.monotonic() > deadline or self._closing:
@@ -299,16 +301,20 @@ class Hypervisor:
             return False
 
     def _pull_the_plug(self, vm: str) -> bool:
-        if self._gives_up(self._watch.uuid_of(vm) or vm):
-            return self._call('end_process', (vm,))  # type: ignore[no-any-return]
-        try:
-            return self._call('power_off', (vm,), patience=min(
-                hypervisor.HUNG, self._settings['command_timeout'] + 2))
-        except Unresponsive as error:
-            if not self._answers():             # not the VM hangs, and nobody can be asked to end it
-                raise
-            log.warning('%s hangs: its process is ended (%s)', vm, error)
-            return self._call('end_process', (vm,))
+        key, deadline = self._watch.uuid_of(vm) or vm, time.monotonic() + self._settings['command_timeout']
+        while not self._gives_up(key):
+            try:
+                return self._call('power_off', (vm,), patience=min(
+                    hypervisor.HUNG, self._settings['command_timeout'] + 2))
+            except Busy:                        # a change that came just before this one, and may hang
+                if time.monotonic() > deadline:
+                    raise
+            except Unresponsive as error:
+                if not self._answers():         # not the VM hangs, and nobody can be asked to end it
+                    raise
+                log.warning('%s hangs: its process is ended (%s)', vm, error)
+                break
+        return self._call('end_process', (vm,))  # type: ignore[no-any-return]
 
     def _gives_up(self, key: str) -> bool:
         """Ends the change of this VM that is under way, where it hangs. Waits until that is known; True where
