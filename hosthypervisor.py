@@ -33,6 +33,7 @@ from vmstates import CHANGING, PAUSED, RUNNING, STUCK
 log = logging.getLogger('vmhost.hypervisor')
 
 TURN_OF_THE_PLUG = 2.0         # seconds that a power_off waits until it looks whether what is there hangs
+TURNS = dict.fromkeys(('power_off', 'end_process'), TURN_OF_THE_PLUG)
 FIRST_PATIENCE = 5.0           # seconds of silence until who asks for one VM, or for news, waits no more
 LOOK_PATIENCE = 5.0            # seconds that who changed a VM, or asks for one, waits while there are answers
 WORKER_IDLE = 60.0             # seconds without work after which a worker ends
@@ -235,8 +236,7 @@ class Hypervisor:
         if kind_of(call.verb) == 'changing' and call.verb not in ('create_vm', 'kill_process'):
             self._refuse_two_meant(call)
         key = self._watch.uuid_of(call.vm) or call.vm
-        deadline = time.monotonic() + (
-            TURN_OF_THE_PLUG if call.verb == 'power_off' else self._settings['command_timeout'])
+        deadline = time.monotonic() + TURNS.get(call.verb, self._settings['command_timeout'])
         with self._free:
             while kind_of(call.verb) == 'changing' and self._in_the_way(call, key):
                 if time.monotonic() > deadline or self._closing:
@@ -301,30 +301,32 @@ class Hypervisor:
             return False
 
     def _pull_the_plug(self, vm: str) -> bool:
-        key, deadline = self._watch.uuid_of(vm) or vm, time.monotonic() + self._settings['command_timeout']
-        while not self._gives_up(key):
+        patience = self._settings['command_timeout']
+        key, deadline, hangs = self._watch.uuid_of(vm) or vm, time.monotonic() + patience, False
+        while True:                             # another change may take its turn before each of these
+            hangs = self._gives_up(key, TURN_OF_THE_PLUG if hangs else hypervisor.HUNG) or hangs
             try:
-                return self._call('power_off', (vm,), patience=min(
-                    hypervisor.HUNG, self._settings['command_timeout'] + 2))
-            except Busy:                        # a change that came just before this one, and may hang
+                if hangs:
+                    return self._call('end_process', (vm,))  # type: ignore[no-any-return]
+                return self._call('power_off', (vm,), min(hypervisor.HUNG, patience + 2))
+            except Busy:
                 if time.monotonic() > deadline:
                     raise
             except Unresponsive as error:
-                if not self._answers():         # not the VM hangs, and nobody can be asked to end it
+                if hangs or not self._answers():        # not the VM hangs, and nobody can be asked to end it
                     raise
                 log.warning('%s hangs: its process is ended (%s)', vm, error)
-                break
-        return self._call('end_process', (vm,))  # type: ignore[no-any-return]
+                hangs = True
 
-    def _gives_up(self, key: str) -> bool:
-        """Ends the change of this VM that is under way, where it hangs. Waits until that is known; True where
-        the VM's process is to be ended, then; False where nothing was under way, had begun, or it does
-        something."""
-        until = time.monotonic() + hypervisor.HUNG + 5     # it may be about to be sent just now
+    def _gives_up(self, key: str, silence: float) -> bool:
+        """Ends the change of this VM that is under way, where it hangs, by its silence for so many seconds.
+        Waits until that is known; True where the VM's process is to be ended, then; False where nothing was
+        under way, had begun, or it does something."""
+        until = time.monotonic() + silence + 5     # it may be about to be sent just now
         with self._free:
             while key in self._under_way and time.monotonic() < until:
                 other = self._under_way[key]
-                if other.sent_to is not None and time.monotonic() - other.heard > hypervisor.HUNG:
+                if other.sent_to is not None and time.monotonic() - other.heard > silence:
                     log.warning('%s hangs in %s, which is given up', other.vm, other.verb)
                     other.given_up = True
                     other.sent_to.kill()
