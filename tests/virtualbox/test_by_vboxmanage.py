@@ -244,6 +244,7 @@ def test_a_vm_that_can_not_be_read(box, vm):
     with pytest.raises(faults.BadState, match='`rm` takes it out'):
         box.start(name)
     assert box.remove_vm(name) == [] and box.list_vms() == []
+    shutil.rmtree(os.path.dirname(path))       # which stay: nobody can tell what is in there
 
 
 def test_a_task_whose_folder_is_gone(box, tmp_path):
