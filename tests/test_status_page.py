@@ -384,6 +384,7 @@ def test_a_click_through(host, guest, api, browser):
     page.wait('%s.includes("%s")' % (text_of('#commands'), cmd_id))          # no reload
     page.wait('document.querySelector("#commands progress").value > 0')
     page.wait('%s.includes("running")' % text_of(row))
+    assert 'time↵os.write(1, ' in page.js(text_of(row))                       # its lines, in one
     page.click(row + ' button')
     page.wait(text_of('#text') + '.includes("line 5")')
     assert page.js('document.activeElement.id') == 'output-title'
