@@ -95,8 +95,10 @@ from chirpwire import (
 
 log = logging.getLogger('vmhost.chirp')
 
-PIECE = 8 * 1024 * 1024        # bytes that one pread or pwrite moves
-AHEAD = 3 * PIECE              # bytes of preads or pwrites that are under way
+# Bytes that one pread or pwrite moves. chirp_server takes in all of a pwrite before it writes it: meanwhile
+# the next one fills the socket's buffers, if it is no larger than they are; and it wipes 16 MB for each.
+PIECE = 4 * 1024 * 1024
+AHEAD = 6 * PIECE              # bytes of preads or pwrites that are under way
 WINDOW = 64 * 1024 * 1024      # bytes of which a server of ours is asked for the checksum at once
 RETRIES = 2                    # new connections without progress before a transfer fails
 OVERLAP = 64 * 1024            # bytes of a partial file that are fetched again, to see if it goes on
