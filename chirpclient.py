@@ -285,13 +285,12 @@ class ChirpClient(Connection):
             wire.put(request)
             wire.flush()
             digest = hash_file(file, algorithm, start, count, meter.look_up)
-            with wire.patient(count / SLOWEST_HASH):
-                try:
-                    length = self.result(wire, 'checksum of %s' % shown(path))
-                except Refused as refused:
-                    if refused.code in (DOESNT_EXIST, NOT_AUTHORIZED):
-                        return False
-                    raise
+            try:
+                length = self.result(wire, 'checksum of %s' % shown(path), count / SLOWEST_HASH)
+            except Refused as refused:
+                if refused.code in (DOESNT_EXIST, NOT_AUTHORIZED):
+                    return False
+                raise
             if length != len(digest):
                 raise self.broken('a checksum of %d bytes' % length)
             if wire.read(length) != digest:
@@ -1043,8 +1042,7 @@ class Download(Move):
             _, request = self._client.asking_for_digest(source, 0, found.size)
             wire = self._client.connect()
             wire.put(request)
-            with wire.patient(found.size / SLOWEST_HASH):
-                length = self._client.result(wire, 'checksum of %s' % shown(source))
+            length = self._client.result(wire, 'checksum of %s' % shown(source), found.size / SLOWEST_HASH)
             if not reads_same(wire, length, given.checksum):
                 raise altered(source)
         elif not self._client.is_ours and (found.size, found.mtime) != (after.size, after.mtime):

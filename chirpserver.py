@@ -18,7 +18,7 @@ import socket
 import stat
 import threading
 import time
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 from chirproot import (
     Root,
@@ -172,7 +172,7 @@ class Session:
         self.waits_since: Optional[float] = time.monotonic()       # for a request, with no file open
         self._sock = sock
         self.wire = Wire(sock, AUTHENTICATION_TIME)
-        self._rights = ''
+        self._rights: FrozenSet[str] = frozenset()
         self._ended = False
         self._buffer: Optional[memoryview] = None      # once a file passed
         self._parts: Dict[type, Part] = {kind: kind(self) for kind in REQUESTS}
@@ -214,7 +214,7 @@ class Session:
 
     def need(self, rights: str) -> None:
         """Raises Fault unless the client has one of these."""
-        if not set(rights) & set(self._rights):
+        if self._rights.isdisjoint(rights):
             raise Fault(NOT_AUTHORIZED)
 
     def greet(self) -> None:
@@ -303,7 +303,7 @@ class Session:
         self.wire.put(('yes\nyes\n%s\n%s\n' % (method, name)).encode('ascii', 'replace'))
         self.subject = '%s:%s' % (method, name)
         self.root.look_again()
-        self._rights = self.server.acl.rights(self.subject)
+        self._rights = frozenset(self.server.acl.rights(self.subject))
 
     def _serve(self) -> None:
         while True:
