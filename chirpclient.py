@@ -553,10 +553,11 @@ class Upload(Move):
         there = self._client.find(part, False)
         if there is None:
             return 0
-        if not there.is_file or there.nlink > 1:       # another file's name as well
-            self._client.rmall(part)
-        elif 0 < there.size <= found.st_size and self._client.has_same(part, file, there.size, self._meter):
+        if (there.is_file and there.nlink == 1         # else another file's name as well
+                and 0 < there.size <= found.st_size
+                and self._client.has_same(part, file, there.size, self._meter)):
             return there.size
+        self._client.rmall(part)       # a connection that has just ended may still write to that file
         return 0
 
     def _send_rest(self, file: Any, start: int, found: os.stat_result, part: bytes, mode: int,

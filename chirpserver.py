@@ -145,15 +145,17 @@ class Holds:
         self._held: Dict[Tuple[int, int, bytes], Tuple[bytes, 'Session']] = {}
 
     def take(self, place: Tuple[int, int, bytes], mark: bytes, session: 'Session') -> None:
-        """From now on the place is that session's. One with the same mark is an earlier connection of the
-        same client, and ends. Raises Fault where the place is another one's."""
+        """From now on the place is that session's. Raises Fault where it is another one's. One with the same
+        mark is an earlier connection of the same client, and ends; until it has, what it took in already may
+        still be written."""
         with self._lock:
             held = self._held.get(place)
-            if held is not None and held[0] != mark:
-                raise Fault(BUSY)
-            self._held[place] = mark, session
-        if held is not None and held[1] is not session:
+            if held is None or held == (mark, session):
+                self._held[place] = mark, session
+                return
+        if held[0] == mark:
             held[1].interrupt()
+        raise Fault(BUSY)
 
     def leave(self, session: 'Session') -> None:
         """All its places are free."""
