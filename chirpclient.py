@@ -95,8 +95,10 @@ from chirpwire import (
 
 log = logging.getLogger('vmhost.chirp')
 
-PIECE = 8 * 1024 * 1024        # bytes that one pread or pwrite moves
-AHEAD = 3 * PIECE              # bytes of preads or pwrites that are under way
+# Bytes that one pread or pwrite moves. chirp_server takes in all of a pwrite before it writes it: meanwhile
+# the next one fills the socket's buffers, if it is no larger than they are; and it wipes 16 MB for each.
+PIECE = 4 * 1024 * 1024
+AHEAD = 6 * PIECE              # bytes of preads or pwrites that are under way
 WINDOW = 64 * 1024 * 1024      # bytes of which a server of ours is asked for the checksum at once
 RETRIES = 2                    # new connections without progress before a transfer fails
 OVERLAP = 64 * 1024            # bytes of a partial file that are fetched again, to see if it goes on
@@ -283,13 +285,12 @@ class ChirpClient(Connection):
             wire.put(request)
             wire.flush()
             digest = hash_file(file, algorithm, start, count, meter.look_up)
-            with wire.patient(count / SLOWEST_HASH):
-                try:
-                    length = self.result(wire, 'checksum of %s' % shown(path))
-                except Refused as refused:
-                    if refused.code in (DOESNT_EXIST, NOT_AUTHORIZED):
-                        return False
-                    raise
+            try:
+                length = self.result(wire, 'checksum of %s' % shown(path), count / SLOWEST_HASH)
+            except Refused as refused:
+                if refused.code in (DOESNT_EXIST, NOT_AUTHORIZED):
+                    return False
+                raise
             if length != len(digest):
                 raise self.broken('a checksum of %d bytes' % length)
             if wire.read(length) != digest:
@@ -552,10 +553,11 @@ class Upload(Move):
         there = self._client.find(part, False)
         if there is None:
             return 0
-        if not there.is_file or there.nlink > 1:       # another file's name as well
-            self._client.rmall(part)
-        elif 0 < there.size <= found.st_size and self._client.has_same(part, file, there.size, self._meter):
+        if (there.is_file and there.nlink == 1         # else another file's name as well
+                and 0 < there.size <= found.st_size
+                and self._client.has_same(part, file, there.size, self._meter)):
             return there.size
+        self._client.rmall(part)       # a connection that has just ended may still write to that file
         return 0
 
     def _send_rest(self, file: Any, start: int, found: os.stat_result, part: bytes, mode: int,
@@ -1041,8 +1043,7 @@ class Download(Move):
             _, request = self._client.asking_for_digest(source, 0, found.size)
             wire = self._client.connect()
             wire.put(request)
-            with wire.patient(found.size / SLOWEST_HASH):
-                length = self._client.result(wire, 'checksum of %s' % shown(source))
+            length = self._client.result(wire, 'checksum of %s' % shown(source), found.size / SLOWEST_HASH)
             if not reads_same(wire, length, given.checksum):
                 raise altered(source)
         elif not self._client.is_ours and (found.size, found.mtime) != (after.size, after.mtime):

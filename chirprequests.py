@@ -252,23 +252,26 @@ class Connection:
             raise Refused(CODES[errno.ENAMETOOLONG], shown(words[0]))
         return line + b'\n'
 
-    def result(self, wire: Wire, what: str = '') -> int:
-        """The number of a reply. Raises Refused where it is negative."""
+    def result(self, wire: Wire, what: Path = '', patience: float = 0) -> int:
+        """The number of a reply. Raises Refused where it is negative. ``patience``: seconds that it may take
+        longer, without a sign of life."""
+        wire.timeout += patience
         try:
             number = self._number(wire, what)
         except ProtocolError:
             self.disconnect()
             raise
         finally:
+            wire.timeout -= patience
             self._used = True
         return number
 
-    def _number(self, wire: Wire, what: str) -> int:
+    def _number(self, wire: Wire, what: Path) -> int:
         line = wire.line()
         if not REPLY_LINE.match(line):
             raise ProtocolError('not a reply: %.80r' % line)
         if line.startswith(b'-'):
-            raise Refused(int(line), what)
+            raise Refused(int(line), shown(what))
         return int(line)
 
     def broken(self, why: str) -> ProtocolError:
@@ -286,8 +289,7 @@ class Connection:
             fresh = not self._used
             try:
                 wire.put(line + data)
-                with wire.patient(patience):
-                    result = self.result(wire, shown(about))
+                result = self.result(wire, about, patience)
                 return result if read is None else read(wire, result)
             except Refused:
                 raise
@@ -445,7 +447,7 @@ class Connection:
 
     def _send_content(self, wire: Wire, content: bytes, path: Path) -> None:
         wire.put(content)
-        if self.result(wire, shown(path)) != len(content):
+        if self.result(wire, path) != len(content):
             raise ProtocolError('putfile: a wrong count')
 
     def _read_listing(self, wire: Wire, path: Path) -> Any:

@@ -78,6 +78,14 @@ class Root:
 
         ``reserved``: begins of names that it doesn't lead to, beside those that aren't shown.
         """
+        root, fd, name = self._find(path, follow, reserved)
+        try:
+            yield fd, name
+        finally:
+            root._leave(fd)
+
+    def _find(self, path: bytes, follow: bool, reserved: Tuple[bytes, ...]) -> Tuple['Root', int, bytes]:
+        """What ``parent`` gives, and the root that is to leave that descriptor."""
         reserved += self._reserved
         names = split_path(path)       # which can't climb over the root
         check_names(names, reserved)
@@ -85,10 +93,7 @@ class Root:
         if names and names[0] in self._shown:
             root, names = self._shown[names[0]], names[1:]
         fd, name = root._walk(names, follow, reserved)
-        try:
-            yield fd, name
-        finally:
-            root._leave(fd)
+        return root, fd, name
 
     @contextlib.contextmanager
     def changing(self, path: bytes, follow: bool = True,
@@ -106,8 +111,11 @@ class Root:
         return free_bytes(self._fd)
 
     def stat(self, path: bytes, follow: bool = True) -> os.stat_result:
-        with self.parent(path, follow) as (fd, name):
+        root, fd, name = self._find(path, follow, ())
+        try:
             return os.stat(name, dir_fd=fd, follow_symlinks=False)
+        finally:
+            root._leave(fd)
 
     def open(self, path: bytes, flags: int = os.O_RDONLY) -> int:
         """A descriptor of a regular file or, to read, of a folder."""
@@ -207,8 +215,9 @@ def split_path(path: bytes) -> List[bytes]:
 
 def check_names(names: Sequence[bytes], reserved: Tuple[bytes, ...]) -> None:
     """Raises PermissionError for a name that is the server's own."""
-    if any(name.startswith(reserved) for name in names):
-        raise PermissionError(errno.EACCES, 'a name of the server\'s own')
+    for name in names:
+        if name.startswith(reserved):
+            raise PermissionError(errno.EACCES, 'a name of the server\'s own')
 
 
 def names_in(fd: int) -> Iterator[bytes]:

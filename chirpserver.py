@@ -18,7 +18,7 @@ import socket
 import stat
 import threading
 import time
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 from chirproot import (
     Root,
@@ -145,15 +145,17 @@ class Holds:
         self._held: Dict[Tuple[int, int, bytes], Tuple[bytes, 'Session']] = {}
 
     def take(self, place: Tuple[int, int, bytes], mark: bytes, session: 'Session') -> None:
-        """From now on the place is that session's. One with the same mark is an earlier connection of the
-        same client, and ends. Raises Fault where the place is another one's."""
+        """From now on the place is that session's. Raises Fault where it is another one's. One with the same
+        mark is an earlier connection of the same client, and ends; until it has, what it took in already may
+        still be written."""
         with self._lock:
             held = self._held.get(place)
-            if held is not None and held[0] != mark:
-                raise Fault(BUSY)
-            self._held[place] = mark, session
-        if held is not None and held[1] is not session:
+            if held is None or held == (mark, session):
+                self._held[place] = mark, session
+                return
+        if held[0] == mark:
             held[1].interrupt()
+        raise Fault(BUSY)
 
     def leave(self, session: 'Session') -> None:
         """All its places are free."""
@@ -172,7 +174,7 @@ class Session:
         self.waits_since: Optional[float] = time.monotonic()       # for a request, with no file open
         self._sock = sock
         self.wire = Wire(sock, AUTHENTICATION_TIME)
-        self._rights = ''
+        self._rights: FrozenSet[str] = frozenset()
         self._ended = False
         self._buffer: Optional[memoryview] = None      # once a file passed
         self._parts: Dict[type, Part] = {kind: kind(self) for kind in REQUESTS}
@@ -214,7 +216,7 @@ class Session:
 
     def need(self, rights: str) -> None:
         """Raises Fault unless the client has one of these."""
-        if not set(rights) & set(self._rights):
+        if self._rights.isdisjoint(rights):
             raise Fault(NOT_AUTHORIZED)
 
     def greet(self) -> None:
@@ -303,7 +305,7 @@ class Session:
         self.wire.put(('yes\nyes\n%s\n%s\n' % (method, name)).encode('ascii', 'replace'))
         self.subject = '%s:%s' % (method, name)
         self.root.look_again()
-        self._rights = self.server.acl.rights(self.subject)
+        self._rights = frozenset(self.server.acl.rights(self.subject))
 
     def _serve(self) -> None:
         while True:

@@ -15,7 +15,7 @@ import stat
 import threading
 import time
 import zlib
-from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, List, NamedTuple, Optional, Tuple, Union
 
 import agent
 
@@ -312,15 +312,6 @@ class Wire:
         with contextlib.suppress(OSError):     # a TLS socket's own shutdown is for its thread alone
             socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
 
-    @contextlib.contextmanager
-    def patient(self, seconds: float) -> Iterator[None]:
-        """For what takes the peer so much longer, without a sign of life."""
-        self.timeout += seconds
-        try:
-            yield
-        finally:
-            self.timeout -= seconds
-
     # Receiving.
 
     def line(self, limit: int = LINE) -> bytes:
@@ -462,6 +453,8 @@ class Wire:
             except OSError as error:
                 raise Disconnected('the connection broke: %s' % agent.sentence(error))
             else:
+                if not view:
+                    return
                 silence = self.deadline(0)
                 self._check_pace(deadline)
 

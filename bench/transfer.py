@@ -1,9 +1,11 @@
 """How fast files go over Chirp: python bench/transfer.py [--quick] [--rounds N]
 
 In one run, in turns, medians: our client and server in each combination with the real ones (cctools),
-scp, and a bare socket loop with sendfile as the limit. A large file, and a folder of small ones, put
-and get; the time of a stat and of a new connection. Then the ratios that are promised: each is the median
-of its rounds' own, for what is measured minutes apart met other weather.
+scp, and as the limit a bare socket loop with sendfile. A large file, and a folder of small ones, put
+and get; the time of a stat and of a new connection, where the limit is a program that answers whatever comes
+with the same bytes. Then the ratios that are promised: each is the median of its rounds' own, for what is
+measured minutes apart met other weather. Beside some stands the limit's own against the same rival: where
+the limit misses it, too, this machine and its Python can't have it.
 """
 
 import argparse
@@ -34,11 +36,31 @@ with chirp.ChirpServer(sys.argv[1], allow=['127.0.0.1']) as server:
     sys.stdin.read()
 """
 
+# The least that a server in Python does for a request.
+ANSWER = """
+import socket, sys, threading
+reply = b'0\\n64768 1234567 16877 12 0 0 0 4096 4096 8 1700000000 1700000000 1700000000\\n'
+def accept():
+    while True:
+        threading.Thread(target=answer, args=listener.accept()[:1], daemon=True).start()
+def answer(sock):
+    with sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        while sock.recv(65536):
+            sock.send(reply)
+listener = socket.socket()
+listener.bind(('127.0.0.1', 0))
+listener.listen(64)
+threading.Thread(target=accept, daemon=True).start()
+print(listener.getsockname()[1], flush=True)
+sys.stdin.read()
+"""
+
 
 @contextlib.contextmanager
-def our_server(folder):
-    """Ours in a process of its own, as a guest has it."""
-    process = subprocess.Popen([sys.executable, '-c', SERVE, str(folder)], stdin=subprocess.PIPE,
+def a_server(program, *words):
+    """Where it listens, in a process of its own, as a guest has it."""
+    process = subprocess.Popen([sys.executable, '-c', program] + list(words), stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=TOP))
     try:
         yield '127.0.0.1', int(process.stdout.readline())
@@ -140,35 +162,74 @@ def measure_moves(ways, sources, scratch, rounds):
     return times
 
 
-def measure_latency(address):
-    """(seconds of a stat, of a new connection with its first answer)."""
-    with chirp.ChirpClient(*address) as client:
-        client.stat('/')
-        stats = [timed(lambda: client.stat('/')) for _ in range(2000)]
-
+@contextlib.contextmanager
+def our_asking(address):
+    """(what asks for a stat, what makes a new connection with its first answer), by our client."""
     def connect():
         with chirp.ChirpClient(*address) as client:
             client.connect()
-    return statistics.median(stats), statistics.median(timed(connect) for _ in range(100))
+    with chirp.ChirpClient(*address) as client:
+        yield lambda: client.stat('/'), connect
 
 
-def promises(times, latency):
-    """(what, ratio, at least)."""
+@contextlib.contextmanager
+def bare_asking(address):
+    """The same by a bare socket."""
+    def dial():
+        sock = socket.create_connection(address)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+
+    def ask(sock):
+        sock.send(b'stat /\n')
+        sock.recv(65536)
+
+    def connect():
+        with dial() as sock:
+            ask(sock)
+    with dial() as sock:
+        yield lambda: ask(sock), connect
+
+
+def measure_latency(ways, rounds=10):
+    """{(way, row): [seconds of each round]} of stats and of connecting; the ways in turn."""
+    times = {}
+    with contextlib.ExitStack() as stack:
+        ways = {name: stack.enter_context(asking) for name, asking in ways.items()}
+        for _ in range(rounds):
+            for name, (ask, connect) in ways.items():
+                ask()
+                for row, do, count in ('stat', ask, 200), ('connecting', connect, 10):
+                    times.setdefault((name, row), []).append(statistics.median(
+                        timed(do) for _ in range(count)))
+    return times
+
+
+def promises(times):
+    """(what, ratio, at least, the limit's ratio)."""
     def ratio(slow, fast, row):
-        if (slow, row) in times:
+        if (slow, row) in times and (fast, row) in times:
             return statistics.median(a / b for a, b in zip(times[slow, row], times[fast, row]))
+
+    def promise(row, what, slow, fast, least):
+        return row + ': ' + what, ratio(slow, fast, row), least, ratio(slow, 'limit', row)
     for row in ('put file', 'get file'):
-        yield row + ': ours, against the real pair', ratio('real/real', 'ours/ours', row), 0.9
-        yield row + ': our client, real server', ratio('real/real', 'ours/real', row), 0.9
-        yield row + ': ours, against scp', ratio('scp', 'ours/ours', row), 4
-        yield row + ': verified, against bare', ratio('ours/ours', 'ours/ours verified', row), 0.6
+        yield promise(row, 'ours, against the real pair', 'real/real', 'ours/ours', 0.9)
+        yield promise(row, 'our client, real server', 'real/real', 'ours/real', 0.9)
+        yield promise(row, 'ours, against scp', 'scp', 'ours/ours', 4)
+        yield row + ': verified, against bare', ratio('ours/ours', 'ours/ours verified', row), 0.6, None
     for row in ('put folder', 'get folder'):
-        yield row + ': ours, against the real pair', ratio('real/real', 'ours/ours', row), \
-            2 if row == 'put folder' else 4
-        yield row + ': our client, real server', ratio('real/real', 'ours/real', row), 1
-    if len(latency) == 2:
-        yield 'stat: ours, against the real server', latency['real'][0] / latency['ours'][0], 3
-        yield 'connecting: ours, against the real server', latency['real'][1] / latency['ours'][1], 10
+        yield promise(row, 'ours, against the real pair', 'real/real', 'ours/ours',
+                      2 if row == 'put folder' else 4)
+        yield promise(row, 'our client, real server', 'real/real', 'ours/real', 1)
+    for row, least in ('stat', 3), ('connecting', 10):
+        yield promise(row, 'ours, against the real server', 'real', 'ours', least)
+
+
+def verdict(found, least, limit):
+    if found >= least:
+        return 'at least'
+    return 'OUT OF REACH' if limit is not None and limit < least else 'MISSED'
 
 
 def report(times, latency, size):
@@ -176,13 +237,16 @@ def report(times, latency, size):
         seconds = statistics.median(times[way, row])
         print('%-12s %-22s %8.3f s%s' % (
             row, way, seconds, '  %6.0f MB/s' % (size / seconds / 1e6) if 'file' in row else ''))
-    for name, (stat, connecting) in sorted(latency.items()):
-        print('%-12s our client/%-11s %8.0f us, connecting %8.0f us' % (
-            'stat', name, stat * 1e6, connecting * 1e6))
+    for name in sorted({name for name, _ in latency}):
+        print('%-12s %-22s %8.0f us, connecting %8.0f us' % (
+            'stat', name if name == 'limit' else 'our client/' + name,
+            statistics.median(latency[name, 'stat']) * 1e6,
+            statistics.median(latency[name, 'connecting']) * 1e6))
     print()
-    for what, found, least in promises(times, latency):
+    for what, found, least, limit in promises({**times, **latency}):
         if found is not None:
-            print('%-48s %6.2f  (%s %.2f)' % (what, found, 'at least' if found >= least else 'MISSED', least))
+            print('%-48s %6.2f  (%s %.2f)%s' % (what, found, verdict(found, least, limit), least,
+                                                '' if limit is None else '  limit %6.2f' % limit))
 
 
 def main():
@@ -198,14 +262,14 @@ def main():
         for name in ('ours', 'real', 'transient', 'plain', 'key'):
             (scratch / name).mkdir()
         sources = make_sources(scratch, size, count)
-        at = stack.enter_context(our_server(scratch / 'ours'))
+        at = stack.enter_context(a_server(SERVE, str(scratch / 'ours')))
         ways = {'ours/ours': (our_way(at, False), scratch / 'ours'),
                 'ours/ours verified': (our_way(at, True), scratch / 'ours'),
                 'limit': (limit_way(scratch / 'plain'), scratch / 'plain')}
-        servers = {'ours': at}
+        asking = {'ours': our_asking(at), 'limit': bare_asking(stack.enter_context(a_server(ANSWER)))}
         if shutil.which('chirp_server'):
             real = stack.enter_context(real_server(scratch / 'real', scratch / 'transient'))
-            servers['real'] = real
+            asking['real'] = our_asking(real)
             ways.update({'ours/real': (our_way(real, False), scratch / 'real'),
                          'real/ours': (real_way(at), scratch / 'ours'),
                          'real/real': (real_way(real), scratch / 'real')})
@@ -213,7 +277,7 @@ def main():
         if ssh:
             ways['scp'] = (scp_way(ssh, scratch / 'plain'), scratch / 'plain')
         times = measure_moves(ways, sources, scratch, words.rounds)
-        report(times, {name: measure_latency(address) for name, address in servers.items()}, size)
+        report(times, measure_latency(asking), size)
 
 
 def make_sources(scratch, size, count):

@@ -857,6 +857,52 @@ def test_two_that_are_put_to_one_place_are_not_mixed(tmp_path, what):
     assert sorted(os.listdir(str(tmp_path / 'served'))) == ['link', 'target']
 
 
+def test_a_place_is_a_new_connections_once_the_old_one_writes_no_more(tmp_path, monkeypatch):
+    """What it had taken in already would land in what the new one writes."""
+    write_all, writes, go_on = chirpserver.write_all, threading.Event(), threading.Event()
+
+    def slow(*words):
+        writes.set()
+        assert go_on.wait(20)
+        write_all(*words)
+    monkeypatch.setattr(chirpserver, 'write_all', slow)
+
+    def hold(connection):
+        wire = connection.connect()
+        wire.put(connection.ask('hold', b'/a', 'the mark of both'))
+        try:
+            return connection.result(wire) == 0
+        except chirpwire.Refused as refused:
+            assert refused.code == chirpwire.BUSY
+    with our_server(tmp_path) as server, chirpclient.ChirpClient(*server.address) as old, \
+            chirpclient.ChirpClient(*server.address) as new:
+        assert hold(old)
+        number, _ = old.open('/a', 'wct')
+        wire = old.connect()
+        wire.put(old.ask('pwrite', number, 100000, 0) + b'o' * 100000)
+        wire.flush()
+        assert writes.wait(20)
+        old.disconnect()
+        for _ in range(3):
+            assert not hold(new)
+        go_on.set()
+        wait_until(lambda: hold(new))
+        new.unlink('/a')
+        new.putfile('/a', b'new')
+        assert (tmp_path / 'a').read_bytes() == b'new'
+
+
+def test_a_file_that_is_begun_anew_is_another_one(client, served, tmp_path):  # noqa: F811
+    """A connection that has just ended may still write to the old one."""
+    part = served[1] / chirpwire.part_name(b'target').decode()
+    source = write(tmp_path / 'source', b'new' * 1000000)
+    client.putfile('/' + part.name, b'of an earlier attempt')
+    with open(str(part), 'r+b') as earlier:
+        client.put(str(source), '/target')
+        earlier.write(b'late' * 1000000)
+    assert (served[1] / 'target').read_bytes() == source.read_bytes()
+
+
 @pytest.mark.parametrize('how', ['made anew', 'mounted', 'a link'])
 def test_the_folder_that_has_the_path_now_is_served(tmp_path, how):
     """But for a link: whoever may make one there doesn't choose what is served."""

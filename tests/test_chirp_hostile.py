@@ -221,7 +221,7 @@ def falls_silent(word, reply, size=LARGE):
 
 
 def test_silence_in_the_middle_has_its_time(tmp_path):
-    with HostileServer(falls_silent(b'pread', b'8388608\n1234')) as server, ends_soon(), \
+    with HostileServer(falls_silent(b'pread', b'%d\n1234' % chirpclient.PIECE)) as server, ends_soon(), \
             chirpclient.ChirpClient(*server.address, timeout=0.5) as client:
         client.get('/a', str(tmp_path / 'got'))
     with HostileServer(falls_silent(b'getfile', b'16000000\n1234')) as server, ends_soon(), \

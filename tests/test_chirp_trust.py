@@ -139,7 +139,7 @@ def test_a_guest_that_lets_in_by_address_says_so(tmp_path):
 # --- time --------------------------------------------------------------------------------------------
 
 def trickle():
-    yield b'5000000\n'
+    yield b'3000000\n'
     while True:
         yield b'x' * 2000
         time.sleep(0.05)
@@ -151,7 +151,7 @@ def test_a_server_that_trickles_has_its_time_for_the_whole(tmp_path, call):
     def answer(line):
         if line.startswith(b'pread'):
             return trickle()
-        return b'0\n1 2 33188 1 0 0 0 5000000 4096 8 0 0 0\n'
+        return b'0\n1 2 33188 1 0 0 0 3000000 4096 8 0 0 0\n'
     with HostileServer(answer) as server, chirpclient.ChirpClient(*server.address, timeout=20) as client:
         began = time.monotonic()
         with pytest.raises(chirpwire.TimedOut, match='longer than it may'):
