@@ -31,6 +31,7 @@ from guestprocesses import (
     is_traced,
     signal_all,
     signal_session,
+    stands_still,
     start_ticks,
     was_killed_for_memory,
 )
@@ -100,6 +101,7 @@ class Runner:
         self.look_after = 0.0          # seconds to the look after that
         self.kill_at = None            # type: Optional[float]
         self.report_at = None          # type: Optional[float]
+        self.told = ''                 # what process.json holds, which the program may delete or alter
         self._starter = 0              # the process that began the program, if that wasn't this one
         self._lock = None              # type: Any
 
@@ -178,9 +180,10 @@ class Runner:
     def _write_process(self) -> None:
         # Torn, it is as good as none: what a dead runner left is found by its environment, too. What is there
         # is written over by what is longer, so that it is whole at any time.
-        text = json.dumps({'pid': self.pid, 'started': self.started, 'begin': self.begin,
-                           'ticks': start_ticks(self.pid) if self.pid else 0, 'runner': os.getpid(),
-                           'group': self.group.folder if self.group is not None else ''})
+        text = self.told = json.dumps({
+            'pid': self.pid, 'started': self.started, 'begin': self.begin,
+            'ticks': start_ticks(self.pid) if self.pid else 0, 'runner': os.getpid(),
+            'group': self.group.folder if self.group is not None else ''})
         path = self.command.path('process.json')
         make_way(path)
         with named(path), os.fdopen(private(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC), 'wb', 0) as file:
@@ -299,9 +302,11 @@ class Runner:
         now = time.monotonic()
         if now < self.look_at:
             return
-        self.look_at = now + self.look_after if self.is_stopped else math.inf
+        is_stopped = self.is_stopped or stands_still(self.pid)     # of one within vfork nothing tells that
+        goes_on_looking = is_stopped or self.look_after < LONGEST_LOOK
+        self.look_at = now + self.look_after if goes_on_looking else math.inf
         self.look_after = min(LONGEST_LOOK, 2 * self.look_after)
-        is_still = self.is_stopped and has_proc() and all_stand_still(self._signalled())    # none is unseen
+        is_still = is_stopped and has_proc() and all_stand_still(self._signalled())    # none is unseen
         if is_still == (self.stopped_at is not None):
             return
         if self.stopped_at is not None and self.deadline is not None:
@@ -333,6 +338,7 @@ class Runner:
         for descriptor in [each for each in sources if each in ready]:
             if descriptor == self.process.wakeup:
                 drain(descriptor)
+                self.look_at, self.look_after = 0.0, FIRST_LOOK
             else:
                 self._read_pipe(descriptor)
         return inlet is not None and inlet.react(ready)
@@ -421,13 +427,13 @@ class Runner:
         """Once, of a command that isn't over in a moment: the agent tells its status."""
         if self.report_at is not None and time.monotonic() >= self.report_at:
             self.report_at = None
-            self.report()
+            self.report(self.told)
 
-    def report(self, result: str = '') -> None:
-        """Has the agent, if it still lives, look at the command's folder, or take a result from here."""
+    def report(self, told: str = '') -> None:
+        """Has the agent, if it still lives, look at the command's folder, and remember what is ``told``."""
         try:
             name = os.path.basename(self.command.folder)
-            os.write(self.process.reports, ' '.join(filter(None, (name, result))).encode() + b'\n')
+            os.write(self.process.reports, ' '.join(filter(None, (name, told))).encode() + b'\n')
         except OSError as error:
             log.debug('the agent is gone: %s', error)
 

@@ -177,6 +177,10 @@ def test_what_is_left_behind_ends_with_the_program_where_that_is_asked_for(runne
 
 # --- the fork server and its runners ---
 
+def names_of(reported):
+    return [line.partition(' ')[0] for line in reported]
+
+
 def test_one_runner_of_very_many_tells_of_the_end_as_well(runners, monkeypatch):
     """It isn't waited for, and ends after its command; whoever looks at the clock needn't find that out."""
     monkeypatch.setattr(guestforks, 'MOST_BUSY', 1)
@@ -184,10 +188,11 @@ def test_one_runner_of_very_many_tells_of_the_end_as_well(runners, monkeypatch):
     second = runners.begin('sleep', '60')
     wait_until(second.process, 20)
     told = []
-    wait_until(lambda: told.extend(runners.forks.reported()) or told.count('c1') == told.count('c2') == 1, 20)
+    wait_until(lambda: told.extend(names_of(runners.forks.reported()))
+               or told.count('c1') == told.count('c2') == 1, 20)
     open(os.path.join(runners.served, 'go'), 'w').close()
     runners.end(first)
-    wait_until(lambda: told.extend(runners.forks.reported()) or told.count('c1') == 2, 20)
+    wait_until(lambda: told.extend(names_of(runners.forks.reported())) or told.count('c1') == 2, 20)
     os.kill(second.process(), signal.SIGKILL)
     runners.end(second)
 
