@@ -97,10 +97,10 @@ class Runner:
         self.deadline = None           # type: Optional[float]
         self.is_stopped = False        # the program itself, by a signal
         self.stopped_at = None         # type: Optional[float]    # since when all its processes are
-        self.look_at = math.inf        # when to see again whether they are
-        self.look_after = 0.0          # seconds to the look after that
+        self.look_at, self.look_after = math.inf, 0.0  # when to see again whether they are; seconds on
         self.kill_at = None            # type: Optional[float]
         self.report_at = None          # type: Optional[float]
+        self.refused = []              # type: List[int]   # processes that didn't get a signal of this runner
         self.told = ''                 # what process.json holds, which the program may delete or alter
         self._starter = 0              # the process that began the program, if that wasn't this one
         self._lock = None              # type: Any
@@ -388,7 +388,7 @@ class Runner:
             return signal_session(self.pid, number) if self.pid else 0
         if number == signal.SIGKILL and self.group is not None and not self.request.get('leave'):
             self.group.kill()
-        return signal_all(self._signalled(), number)
+        return signal_all(self._signalled(), number, self.refused if number else None)
 
     def _signalled(self) -> List[int]:
         """Whom signals to the command go to."""
@@ -419,7 +419,7 @@ class Runner:
             self._reap()
 
     def _count_living(self) -> int:
-        """How many processes of the command live; those that have ended are waited for."""
+        """How many processes live that get signals; those that have ended are waited for."""
         self._reap()
         return self._signal(0)
 
@@ -447,7 +447,7 @@ class Runner:
         exited, code = how_it_ended(self.status or 0)
         state = 'timeout' if self.timed_out else 'exited' if exited else 'signaled'
         by = self._ended_by(exited, code)
-        error = 'ETIME: ran longer than its timeout, %g s' % self.request['timeout'] if self.timed_out else \
+        error = past_its_timeout(self) if self.timed_out else \
             'ENOMEM: the kernel killed it for want of memory' if by == 'oom' else \
             self._limit_that_ended_it(0 if exited or by == 'signalCmd' else code)
         error = error or max(harms.values(), default='')
@@ -693,6 +693,15 @@ def was_ended_late(runner: Runner, ended: float) -> bool:
     is_over = runner.deadline is not None and ended > runner.deadline + TRACE_PATIENCE
     return is_over and not runner.is_stopped and runner.status == signal.SIGKILL \
         and signal.SIGKILL not in runner.command.sent_signals()
+
+
+def past_its_timeout(runner: Runner) -> str:
+    """What is told of a timeout; also whom the agent, as it isn't root, couldn't signal."""
+    count = len(set(runner.refused))
+    error = 'ETIME: ran longer than its timeout, %g s' % runner.request['timeout']
+    if count:
+        error += '; %d of its processes got no signal: another user\'s (setuid, sudo)' % count
+    return error
 
 
 def times_of(begin: float, started: float, ended: float) -> Dict[str, float]:

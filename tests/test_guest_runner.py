@@ -339,6 +339,23 @@ def test_the_time_that_a_program_is_stopped_is_not_its_own(runners, tmp_path):
     assert (result['state'], result['out'], result['by']) == ('exited', b'done\n', 'itself')
 
 
+def test_a_timeout_tells_which_processes_got_no_signal(tmp_path, monkeypatch):
+    """A setuid program goes on until it has done, where the agent isn't root."""
+    def kill(pid, number):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+    monkeypatch.setattr(guestcgroup.Group, 'kill', lambda self: False)
+    monkeypatch.setattr(os, 'kill', kill)       # before the runners are forked
+    runners = Runners(tmp_path)
+    monkeypatch.undo()
+    try:
+        result = runners.run('sleep', '1.5', timeout=0.5)
+        assert (result['state'], result['exitCodeOrSignal']) == ('timeout', 0)
+        assert result['error'] == ('ETIME: ran longer than its timeout, 0.5 s; 1 of its processes got no '
+                                   'signal: another user\'s (setuid, sudo)')
+    finally:
+        runners.close()
+
+
 AS_PROCESS_1 = '''
 import os, signal, sys, time
 sys.path[:0] = [%r, %r]
