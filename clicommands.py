@@ -595,11 +595,13 @@ def end_of(results: Dict[str, Any]) -> str:
 
 
 def tell_cut(screen: Screen, results: Dict[str, Any], vm: str) -> bool:
-    """Whether there was more output than the guest keeps, which is complained about."""
+    """Whether output is missing, which is complained about. Why somebody else's deed or a full disk took it
+    is told by the error."""
     cut = [stream for stream in ('out', 'err') if results.get(stream + '-truncated')]
+    is_harm = results['state'] == 'failed' or ': what it wrote ' in results['error']
     for stream in cut:
-        screen.complain('%sstd%s was truncated: the command wrote more than output_limit'
-                        % (vm and vm + ': ', stream))
+        screen.complain('%sstd%s was truncated%s' % (
+            vm and vm + ': ', stream, '' if is_harm else ': the command wrote more than output_limit'))
     return bool(cut)
 
 

@@ -220,8 +220,11 @@ class Commands:
         if command is None or command.has_ended():
             return
         log.info('%s: signal %d', cmd_id, number)
-        if number in ENDING and self._take_back(command, 'cancelled', why, by='signalCmd'):
-            return
+        try:
+            if number in ENDING and self._take_back(command, 'cancelled', why, by='signalCmd'):
+                return
+        except OSError as error:                # somebody made its folder unreadable: it gets the signal
+            log.error('%s can\'t be cancelled: %s', cmd_id, describe_error(error))
         with contextlib.suppress(OSError):      # of a full disk: then the result doesn't tell who sent it
             command.note_signal(number)
         command.signals.append(number)
@@ -318,11 +321,11 @@ class Commands:
             self._begin_waiting()
 
     def _look_at_reported(self, line: str) -> None:
-        name, _, unwritten = line.partition(' ')
+        name, _, told = line.partition(' ')
         command = self._table.of_folder(name)
         if command is None:
             return
-        command.remember(unwritten)
+        command.remember(told)
         if command.has_result():
             self._send_results(command)
             self._begin_waiting()

@@ -15,6 +15,7 @@ from typing import List
 
 import agent
 from guestcgroup import find_place
+from guestprocesses import has_proc, is_stopped, signal_all
 from guestrunner import RunnerProcess
 from guestspool import describe_error
 from gueststart import Origin, become_subreaper, make_starter
@@ -168,7 +169,9 @@ class ForkServer:
                 self._free.pop(0).close()
 
     def lives(self) -> bool:
-        """Whether it can still start runners."""
+        """Whether it can still start runners. One that somebody stopped goes on."""
+        if is_stopped(self.pid) or not has_proc():     # to one that goes on, it is nothing
+            signal_all([self.pid], signal.SIGCONT)
         try:
             while True:
                 # As process 1 of a container, the agent is who waits for all orphans of that.
@@ -180,7 +183,7 @@ class ForkServer:
 
     def reported(self) -> List[str]:
         """Names of the folders whose commands ended, or turned out to last, since the last call; after a name
-        and a space the result, as JSON, that couldn't be written."""
+        and a space what Command.remember takes."""
         try:
             lines = (self._torn + os.read(self.reports, 65536)).split(b'\n')
         except BlockingIOError:

@@ -31,6 +31,7 @@ from guestprocesses import (
     is_traced,
     signal_all,
     signal_session,
+    stands_still,
     start_ticks,
     was_killed_for_memory,
 )
@@ -96,10 +97,11 @@ class Runner:
         self.deadline = None           # type: Optional[float]
         self.is_stopped = False        # the program itself, by a signal
         self.stopped_at = None         # type: Optional[float]    # since when all its processes are
-        self.look_at = math.inf        # when to see again whether they are
-        self.look_after = 0.0          # seconds to the look after that
+        self.look_at, self.look_after = math.inf, 0.0  # when to see again whether they are; seconds on
         self.kill_at = None            # type: Optional[float]
         self.report_at = None          # type: Optional[float]
+        self.refused = []              # type: List[int]   # processes that didn't get a signal of this runner
+        self.told = ''                 # what process.json holds, which the program may delete or alter
         self._starter = 0              # the process that began the program, if that wasn't this one
         self._lock = None              # type: Any
 
@@ -178,9 +180,10 @@ class Runner:
     def _write_process(self) -> None:
         # Torn, it is as good as none: what a dead runner left is found by its environment, too. What is there
         # is written over by what is longer, so that it is whole at any time.
-        text = json.dumps({'pid': self.pid, 'started': self.started, 'begin': self.begin,
-                           'ticks': start_ticks(self.pid) if self.pid else 0, 'runner': os.getpid(),
-                           'group': self.group.folder if self.group is not None else ''})
+        text = self.told = json.dumps({
+            'pid': self.pid, 'started': self.started, 'begin': self.begin,
+            'ticks': start_ticks(self.pid) if self.pid else 0, 'runner': os.getpid(),
+            'group': self.group.folder if self.group is not None else ''})
         path = self.command.path('process.json')
         make_way(path)
         with named(path), os.fdopen(private(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC), 'wb', 0) as file:
@@ -299,9 +302,11 @@ class Runner:
         now = time.monotonic()
         if now < self.look_at:
             return
-        self.look_at = now + self.look_after if self.is_stopped else math.inf
+        is_stopped = self.is_stopped or stands_still(self.pid)     # of one within vfork nothing tells that
+        goes_on_looking = is_stopped or self.look_after < LONGEST_LOOK
+        self.look_at = now + self.look_after if goes_on_looking else math.inf
         self.look_after = min(LONGEST_LOOK, 2 * self.look_after)
-        is_still = self.is_stopped and has_proc() and all_stand_still(self._signalled())    # none is unseen
+        is_still = is_stopped and has_proc() and all_stand_still(self._signalled())    # none is unseen
         if is_still == (self.stopped_at is not None):
             return
         if self.stopped_at is not None and self.deadline is not None:
@@ -333,6 +338,7 @@ class Runner:
         for descriptor in [each for each in sources if each in ready]:
             if descriptor == self.process.wakeup:
                 drain(descriptor)
+                self.look_at, self.look_after = 0.0, FIRST_LOOK
             else:
                 self._read_pipe(descriptor)
         return inlet is not None and inlet.react(ready)
@@ -382,7 +388,7 @@ class Runner:
             return signal_session(self.pid, number) if self.pid else 0
         if number == signal.SIGKILL and self.group is not None and not self.request.get('leave'):
             self.group.kill()
-        return signal_all(self._signalled(), number)
+        return signal_all(self._signalled(), number, self.refused if number else None)
 
     def _signalled(self) -> List[int]:
         """Whom signals to the command go to."""
@@ -413,7 +419,7 @@ class Runner:
             self._reap()
 
     def _count_living(self) -> int:
-        """How many processes of the command live; those that have ended are waited for."""
+        """How many processes live that get signals; those that have ended are waited for."""
         self._reap()
         return self._signal(0)
 
@@ -421,13 +427,13 @@ class Runner:
         """Once, of a command that isn't over in a moment: the agent tells its status."""
         if self.report_at is not None and time.monotonic() >= self.report_at:
             self.report_at = None
-            self.report()
+            self.report(self.told)
 
-    def report(self, result: str = '') -> None:
-        """Has the agent, if it still lives, look at the command's folder, or take a result from here."""
+    def report(self, told: str = '') -> None:
+        """Has the agent, if it still lives, look at the command's folder, and remember what is ``told``."""
         try:
             name = os.path.basename(self.command.folder)
-            os.write(self.process.reports, ' '.join(filter(None, (name, result))).encode() + b'\n')
+            os.write(self.process.reports, ' '.join(filter(None, (name, told))).encode() + b'\n')
         except OSError as error:
             log.debug('the agent is gone: %s', error)
 
@@ -441,7 +447,7 @@ class Runner:
         exited, code = how_it_ended(self.status or 0)
         state = 'timeout' if self.timed_out else 'exited' if exited else 'signaled'
         by = self._ended_by(exited, code)
-        error = 'ETIME: ran longer than its timeout, %g s' % self.request['timeout'] if self.timed_out else \
+        error = past_its_timeout(self) if self.timed_out else \
             'ENOMEM: the kernel killed it for want of memory' if by == 'oom' else \
             self._limit_that_ended_it(0 if exited or by == 'signalCmd' else code)
         error = error or max(harms.values(), default='')
@@ -687,6 +693,15 @@ def was_ended_late(runner: Runner, ended: float) -> bool:
     is_over = runner.deadline is not None and ended > runner.deadline + TRACE_PATIENCE
     return is_over and not runner.is_stopped and runner.status == signal.SIGKILL \
         and signal.SIGKILL not in runner.command.sent_signals()
+
+
+def past_its_timeout(runner: Runner) -> str:
+    """What is told of a timeout; also whom the agent, as it isn't root, couldn't signal."""
+    count = len(set(runner.refused))
+    error = 'ETIME: ran longer than its timeout, %g s' % runner.request['timeout']
+    if count:
+        error += '; %d of its processes got no signal: another user\'s (setuid, sudo)' % count
+    return error
 
 
 def times_of(begin: float, started: float, ended: float) -> Dict[str, float]:

@@ -72,6 +72,7 @@ LONGEST_ERROR = 1000           # characters of an error, so that a result fits i
 OWN_KEYS = ('cmd', 'args', 'env', 'path', 'user', 'fileForStdin', 'timeout', 'limits')
 SIGNAL, DUE = 'signal-', 'due-'        # begins of files' names: of signals that the host sent; that wait
 LARGEST_JSON = 16 * 1024 * 1024        # characters of a file that is read as JSON
+STOPPING = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 KILL_ROUNDS = 10               # of KILL, for what forks as fast as it is killed
 TRACE_PATIENCE = 1.0           # seconds by which a runner may be late that a process traces
 LARGEST_PROGRESS = 4096        # bytes of a progress file
@@ -170,31 +171,11 @@ def write_file(path: str, text: str, durable: bool = True) -> None:
     os.rename(new, path)
 
 
-class Command:
-    """One command: its spool folder, and what the agent knows of it.
+class Folder:
+    """The files of one command, which its program may have replaced by anything."""
 
-    The folder holds request.json (what was asked for), runner (locked while its runner lives),
-    process.json (the pid), out, err, stdin, progress, signal-N, result.json, acked. It is empty, and not
-    writable, once all that is over. Until there is a result, result.json.new keeps room for it.
-    """
-
-    def __init__(self, cmd_id: str, folder: str) -> None:
-        self.cmd_id = cmd_id
+    def __init__(self, folder: str) -> None:
         self.folder = folder
-        self.request = {}              # type: Dict[str, Any]
-        self.state = 'queued'          # as far as the agent has seen: see WAY
-        self.held_until = 0.0          # monotonic: until then it waits for the host to want it
-        self.begun = 0.0               # monotonic: when the fork server was asked
-        self._runner = (0, 0)          # its pid and start time, while somebody may delete what says so
-        self.told = 0.0                # monotonic: when its status was last sent
-        self._progress = ''            # as it was read last
-        self.sent = 0.0                # monotonic: when its results were last sent
-        self.taken = None              # type: Optional[int]   # bytes of a streamed input, as far as is known
-        self.signals = []              # type: List[int]   # that its processes haven't got yet
-        self.refused = 0               # processes that didn't get the last one, as they are another user's
-        self.delivery = threading.Lock()       # held by who sends them
-        self.noted = []                # type: List[int]   # that the host has sent, as far as this agent knows
-        self.unwritten = None          # type: Optional[Dict[str, Any]]    # its result, if the disk has no place
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -212,15 +193,6 @@ class Command:
         if not isinstance(value, dict):
             raise ValueError('%s: no JSON object' % self.path(name))
         return value
-
-    def size(self, name: str) -> int:
-        if name == 'err' and self.request.get('terminal'):
-            return 0                   # what is shown there is all out
-        try:
-            found = os.lstat(self.path(name))
-        except OSError:
-            return 0
-        return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
     def holds(self, name: str, content: bytes) -> bool:
         """Whether a file of it is just that."""
@@ -242,6 +214,43 @@ class Command:
             return b'', 0
         finally:
             os.close(descriptor)
+
+
+class Command(Folder):
+    """One command: its spool folder, and what the agent knows of it.
+
+    The folder holds request.json (what was asked for), runner (locked while its runner lives),
+    process.json (the pid), out, err, stdin, progress, signal-N, result.json, acked. It is empty, and not
+    writable, once all that is over. Until there is a result, result.json.new keeps room for it.
+    """
+
+    def __init__(self, cmd_id: str, folder: str) -> None:
+        super().__init__(folder)
+        self.cmd_id = cmd_id
+        self.request = {}              # type: Dict[str, Any]
+        self.state = 'queued'          # as far as the agent has seen: see WAY
+        self.held_until = 0.0          # monotonic: until then it waits for the host to want it
+        self.begun = 0.0               # monotonic: when the fork server was asked
+        self._process = {}             # type: Dict[str, Any]  # that its runner told: the file may be altered
+        self._runner = (0, 0)          # its pid and start time, while somebody may delete what says so
+        self.told = 0.0                # monotonic: when its status was last sent
+        self._progress = ''            # as it was read last
+        self.sent = 0.0                # monotonic: when its results were last sent
+        self.taken = None              # type: Optional[int]   # bytes of a streamed input, as far as is known
+        self.signals = []              # type: List[int]   # that its processes haven't got yet
+        self.refused = 0               # processes that didn't get the last one, as they are another user's
+        self.delivery = threading.Lock()       # held by who sends them
+        self.noted = []                # type: List[int]   # that the host has sent, as far as this agent knows
+        self.unwritten = None          # type: Optional[Dict[str, Any]]    # its result, if the disk has no place
+
+    def size(self, name: str) -> int:
+        if name == 'err' and self.request.get('terminal'):
+            return 0                   # what is shown there is all out
+        try:
+            found = os.lstat(self.path(name))
+        except OSError:
+            return 0
+        return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
     def write_request(self, request: Dict[str, Any], now: float) -> None:
         """Keeps what was asked for; ``now`` by the spool's clock. Raises OSError."""
@@ -283,25 +292,34 @@ class Command:
             return False
         except OSError as error:       # of one that lives: BlockingIOError
             if error.errno in (errno.ENOENT, errno.EINVAL, errno.ELOOP):
-                return False           # deleted, or replaced by what is no file
+                return self._program_lives()   # deleted, or replaced by what is no file
             log.debug('%s: %s', self.folder, error)
             return True
+
+    def _program_lives(self) -> bool:
+        """Whether the program does that its runner told of: then that still has this command."""
+        pid, ticks = int(self._process.get('pid', 0)), self._process.get('ticks')
+        return bool(pid and ticks) and start_ticks(pid) == ticks
 
     def was_cut(self) -> bool:
         """Whether it was begun, and power was lost before the system wrote what it had been asked for."""
         return self.has('runner') and not self.slice('runner', 0, PAGE).strip(b'\0')
 
+    def read_process(self) -> Dict[str, Any]:
+        """What process.json holds, or held when its runner told it. Raises OSError, ValueError."""
+        return self._process or self.read('process.json')
+
     def process(self) -> int:
         """The pid, which is the session, of the command; 0 where it hasn't begun."""
         try:
-            return int(self.read('process.json')['pid'])
+            return int(self.read_process()['pid'])
         except (OSError, ValueError, KeyError, TypeError):
             return 0
 
     def group(self) -> Optional[Group]:
         """Its control group, if it has one whose processes are to be ended with it."""
         try:
-            folder = self.read('process.json')['group']
+            folder = self.read_process()['group']
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return Group(str(folder)) if folder and not self.request.get('leave') else None
@@ -310,7 +328,7 @@ class Command:
         """Remembers who its runner is."""
         if not self._runner[0]:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                runner = int(self.read('process.json')['runner'])
+                runner = int(self.read_process()['runner'])
                 self._runner = runner, start_ticks(runner)
 
     def end_what_is_left(self) -> bool:
@@ -334,7 +352,7 @@ class Command:
         """Has its living runner go on, where somebody on this machine stopped it. A process of the command
         that traces it (ptrace), so that it can't end the command in time, is ended."""
         try:
-            runner = int(self.read('process.json')['runner'])
+            runner = int(self.read_process()['runner'])
         except (OSError, ValueError, KeyError, TypeError):
             return
         if is_stopped(runner) or not has_proc():       # to one that goes on, it is nothing
@@ -345,7 +363,7 @@ class Command:
     def wall(self) -> float:
         """Seconds since the program began; 0 where it hasn't."""
         try:
-            return max(0.0, time.monotonic() - float(self.read('process.json')['begin']))
+            return max(0.0, time.monotonic() - float(self.read_process()['begin']))
         except (OSError, ValueError, KeyError, TypeError):
             return 0.0
 
@@ -363,7 +381,11 @@ class Command:
         """The state as the host is told it: what no runner has taken yet still waits."""
         if self.state != 'starting':
             return self.state
-        return 'running' if self.has('runner') else 'queued'
+        return 'running' if self.has_begun() else 'queued'
+
+    def has_begun(self) -> bool:
+        """Whether a runner has taken it."""
+        return bool(self._process) or self.has('runner')
 
     def has_ended(self) -> bool:
         """Whether it has a result, or had one."""
@@ -376,7 +398,7 @@ class Command:
                 return str(self.result()['state'])
             except (OSError, ValueError) as error:
                 return 'running' if is_want(error) else 'lost'
-        if not self.has('runner'):
+        if not self.has_begun():
             return 'queued'
         is_still = stands_still(self.process()) and all_stand_still(self.members())
         return 'stopped' if is_still else 'running'
@@ -395,9 +417,14 @@ class Command:
             self.unwritten = dict(unrun_result(state, error), **more)
 
     def remember(self, text: str) -> None:
-        """Takes the result, as JSON, of a runner that couldn't write it; '' for none."""
+        """Takes what a runner tells, as JSON: who runs the command, or a result that it couldn't write; ''
+        for nothing."""
         with contextlib.suppress(ValueError):
-            self.unwritten = json.loads(text) if text else self.unwritten
+            told = json.loads(text) if text else {}
+            if 'state' in told:
+                self.unwritten = told
+            elif told:
+                self._process = told
 
     def has_result(self) -> bool:
         return self.unwritten is not None or is_regular(self.path('result.json'))
@@ -560,7 +587,7 @@ class Command:
     def members(self) -> List[int]:
         """The living processes of the command, while its runner lives."""
         try:
-            process = self.read('process.json')
+            process = self.read_process()
             runner, pid = int(process['runner']), int(process['pid'])
         except (OSError, ValueError, KeyError, TypeError):
             return []
@@ -590,7 +617,14 @@ class Command:
                     break
                 is_sent = True
         self.refused = len(refused)
+        if number in STOPPING:
+            self._have_runner_look()
         return is_sent or bool(refused)
+
+    def _have_runner_look(self) -> None:
+        """Wakes its runner, which isn't told of a program that is stopped within ``vfork``."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            signal_all([int(self.read_process()['runner'])], signal.SIGCHLD)
 
     def kill_group(self) -> bool:
         """KILLs all at once, where it has a control group; whether there were any. ``members`` may tell of
@@ -606,7 +640,7 @@ class Command:
         folder.
         """
         try:
-            process = self.read('process.json')
+            process = self.read_process()
             leader, ticks = int(process['pid']), process.get('ticks')
         except (OSError, ValueError, KeyError, TypeError):
             leader, ticks = 0, None

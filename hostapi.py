@@ -786,8 +786,9 @@ class CommandMethods(Methods):
         program doesn't read. ``eof``: with the last of them its input ends.
 
         For commands begun with stdin='stream', or a terminal. ``offset``: where the bytes begin in the whole
-        input (getCmdStatus tells what comes next: inOffset); what was taken before is not taken twice. Fault
-        4 where the command or its input has ended.
+        input (getCmdStatus tells what comes next: inOffset); what was taken before is not taken twice. What
+        hasn't reached the guest yet is lost where the host agent is killed: then go on from inOffset, or say
+        ``eof`` once more. Fault 4 where the command or its input has ended.
 
             >>> sort_id = host.runCmd('node1', 'sort', [], {}, '', '', {'stdin': 'stream'})
             >>> host.putCmdInput(sort_id, b'pear\\napple\\n', True)

@@ -492,6 +492,17 @@ def test_each_queued_command_costs_the_same(guests):
     assert guest.result('c749', 300)['state'] == 'exited'
 
 
+def test_a_fork_server_that_was_stopped_goes_on(guests):
+    """Else the guest is there, and begins nothing any more, without a word."""
+    guest = guests()
+    guest.run('first', 'sleep', '60')   # has the runner that was free
+    os.kill(guest.forks.pid, signal.SIGSTOP)
+    guest.run('c', 'true')
+    assert guest.result('c')['state'] == 'exited'
+    assert not guest.restarts
+    guest.signal('first', 'KILL')
+
+
 def test_want_of_descriptors_is_no_death_of_the_fork_server(guests, monkeypatch):
     guest = guests()
     guest.run('first', 'sleep', '60')           # takes the runner that is free
@@ -780,6 +791,22 @@ def test_what_was_stopped_within_vfork_is_told_as_stopped(guests):
     assert guest.result('c')['exitCodeOrSignal'] == 9
 
 
+@pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='no /proc')
+def test_the_time_for_which_it_is_stopped_within_vfork_is_not_its_own(guests):
+    """A shell, say, that is stopped just as it begins a program: nothing tells its runner of that."""
+    guest = guests()
+    guest.run('c', sys.executable, '-c', 'import ctypes, os, signal; libc = ctypes.CDLL(None); '
+              'None if libc.vfork() else os.kill(os.getpid(), signal.SIGSTOP)',
+              timeout=2, **{'kill-after': 0})
+    wait_until(lambda: guest.commands.states()['c'] == 'stopped', 20)
+    guest.signal('c', 'STOP')
+    time.sleep(2.5)                     # longer than its timeout
+    assert not guest.spool.command('c').has_result()
+    guest.signal('c', 'KILL')
+    result = guest.result('c')
+    assert (result['state'], result['by']) == ('signaled', 'signalCmd')
+
+
 def test_what_is_put_back_while_it_is_looked_at_is_not_lost(guests, monkeypatch):
     guest = guests()
     guest.run('first', 'sleep', '60')           # takes the runner that is free
@@ -843,6 +870,36 @@ def test_a_program_that_deletes_its_own_spool_folder_is_told_as_ended(guests):
     result = guest.result('c')
     assert result['state'] == 'failed' and result['error'].startswith('ENOENT: '), result
     assert not guest.restarts
+
+
+@pytest.mark.parametrize('deed', ['rm -r "$PWD"', 'rm process.json', 'echo "{}" > process.json',
+                                  'sed -i s/[0-9]/1/g process.json'])
+def test_a_program_that_hides_who_runs_it_runs_and_gets_signals(guests, deed):
+    guest = guests()
+    guest.run('c', 'sh', '-c', 'begun=$PWD/begun; cd "${VM_PROGRESS_FILE%/*}"; ' + deed
+              + '; touch "$begun"; exec sleep 60')
+    wait_until(lambda: os.path.exists(os.path.join(guest.served, 'begun')), 20)
+    wait_until(lambda: guest.commands.states()['c'] == 'running', 20)
+    guest.signal('c', 'KILL')
+    result = guest.result('c')
+    assert (result['exitCodeOrSignal'], result['by']) == (9, 'signalCmd'), result
+
+
+def test_what_can_not_be_claimed_gets_its_signal(guests, monkeypatch):
+    """Whoever made its folder unreadable: that isn't cancelled, and nothing falls over."""
+    guest = guests(max_commands=1)
+    guest.run('first', 'sleep', '60')
+    guest.run('c', 'sleep', '60')
+
+    def claim(command):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), command.folder)
+    monkeypatch.setattr(guestspool.Command, 'claim', claim)
+    guest.signal('c', 'TERM')
+    assert guest.commands.states()['c'] == 'queued'
+    monkeypatch.undo()
+    guest.signal('first', 'KILL')
+    result = guest.result('c')
+    assert (result['exitCodeOrSignal'], result['by']) == (15, 'signalCmd')
 
 
 def test_a_look_at_what_is_just_put_back_into_the_queue_loses_nothing(guests, monkeypatch):

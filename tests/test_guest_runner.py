@@ -177,6 +177,10 @@ def test_what_is_left_behind_ends_with_the_program_where_that_is_asked_for(runne
 
 # --- the fork server and its runners ---
 
+def names_of(reported):
+    return [line.partition(' ')[0] for line in reported]
+
+
 def test_one_runner_of_very_many_tells_of_the_end_as_well(runners, monkeypatch):
     """It isn't waited for, and ends after its command; whoever looks at the clock needn't find that out."""
     monkeypatch.setattr(guestforks, 'MOST_BUSY', 1)
@@ -184,10 +188,11 @@ def test_one_runner_of_very_many_tells_of_the_end_as_well(runners, monkeypatch):
     second = runners.begin('sleep', '60')
     wait_until(second.process, 20)
     told = []
-    wait_until(lambda: told.extend(runners.forks.reported()) or told.count('c1') == told.count('c2') == 1, 20)
+    wait_until(lambda: told.extend(names_of(runners.forks.reported()))
+               or told.count('c1') == told.count('c2') == 1, 20)
     open(os.path.join(runners.served, 'go'), 'w').close()
     runners.end(first)
-    wait_until(lambda: told.extend(runners.forks.reported()) or told.count('c1') == 2, 20)
+    wait_until(lambda: told.extend(names_of(runners.forks.reported())) or told.count('c1') == 2, 20)
     os.kill(second.process(), signal.SIGKILL)
     runners.end(second)
 
@@ -332,6 +337,23 @@ def test_the_time_that_a_program_is_stopped_is_not_its_own(runners, tmp_path):
     guestprocesses.signal_all(command.members(), signal.SIGCONT)
     result = runners.end(command)
     assert (result['state'], result['out'], result['by']) == ('exited', b'done\n', 'itself')
+
+
+def test_a_timeout_tells_which_processes_got_no_signal(tmp_path, monkeypatch):
+    """A setuid program goes on until it has done, where the agent isn't root."""
+    def kill(pid, number):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+    monkeypatch.setattr(guestcgroup.Group, 'kill', lambda self: False)
+    monkeypatch.setattr(os, 'kill', kill)       # before the runners are forked
+    runners = Runners(tmp_path)
+    monkeypatch.undo()
+    try:
+        result = runners.run('sleep', '1.5', timeout=0.5)
+        assert (result['state'], result['exitCodeOrSignal']) == ('timeout', 0)
+        assert result['error'] == ('ETIME: ran longer than its timeout, 0.5 s; 1 of its processes got no '
+                                   'signal: another user\'s (setuid, sudo)')
+    finally:
+        runners.close()
 
 
 AS_PROCESS_1 = '''

@@ -98,7 +98,8 @@ def test_a_result_that_can_not_be_written_is_told(runners, monkeypatch):  # noqa
     with open(os.path.join(runners.served, 'go'), 'w') as file:
         file.write('\n')
     told = []
-    wait_until(lambda: told.extend(line for line in runners.forks.reported() if ' ' in line) or told, 20)
+    wait_until(lambda: told.extend(line for line in runners.forks.reported() if '"state"' in line) or told,
+               20)
     command.remember(told[0].partition(' ')[2])
     assert command.has_result()
     assert command.result()['state'] in ('exited', 'failed')

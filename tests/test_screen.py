@@ -114,3 +114,15 @@ def test_help_fits_into_80_columns(monkeypatch):
     monkeypatch.setattr('sys.argv', ['vmhost.py'])
     texts = [hostcli.overview()] + [hostcli.Parser(verb).format_help() for verb in hostcli.VERBS.values()]
     assert [line for text in texts for line in text.splitlines() if len(line) > 80] == []
+
+
+@pytest.mark.parametrize('state, error, reason', [
+    ('exited', '', ': the command wrote more than output_limit'),
+    ('timeout', 'ETIME: ran longer than its timeout, 1 s', ': the command wrote more than output_limit'),
+    ('exited', 'ENOENT: what it wrote is lost, as somebody deleted /spool/c/out', ''),
+    ('failed', 'ENOSPC: No space left on device: /spool/c/out', '')])
+def test_output_that_is_missing_is_not_blamed_on_a_limit(monkeypatch, state, error, reason):
+    told = []
+    monkeypatch.setattr(Screen, 'complain', lambda self, text: told.append(text))
+    assert clicommands.tell_cut(Screen(), {'state': state, 'error': error, 'out-truncated': True}, 'node1')
+    assert told == ['node1: stdout was truncated' + reason]
