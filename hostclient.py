@@ -144,9 +144,13 @@ class Client:
         return self._ask('GET', path, b'',
                          lambda headers, answer: Slice(answer, headers['vmhost-eof'] == '1'))
 
-    def terminal(self, cmd_id: str, output: int) -> 'Line':
-        """The line to a command's terminal, whose output is shown from there on. Raises VMHostError."""
-        path = '/terminal/%s?output=%d' % (quoted(cmd_id), output)
+    def terminal(self, cmd_id: str, output: int, visitor: str, typed: int) -> 'Line':
+        """The line to a command's terminal, whose output is shown from there on. Raises VMHostError.
+
+        visitor    tells this person from others there; the same when a line is begun anew
+        typed      where what this person types next begins, as they count it; said again is what came before
+        """
+        path = '/terminal/%s?output=%d&visitor=%s&input=%d' % (quoted(cmd_id), output, visitor, typed)
         return Line(self, self.reach(lambda: self._upgrade(path)))
 
     def _upgrade(self, path: str) -> '_Connection':
