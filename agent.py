@@ -255,7 +255,8 @@ def is_open_to_others(file: str) -> bool:
 
 
 def catch_signals() -> socket.socket:
-    """A socket that can be read once SIGTERM, Ctrl-C or Ctrl-Break came; to be kept. On the main thread.
+    """A socket that can be read once SIGTERM, Ctrl-C or Ctrl-Break came, or the terminal went; to be kept. On
+    the main thread.
 
     No Python code runs at that moment: if it set an event, say, it would wait for a lock that the
     interrupted code may hold, for ever.
@@ -263,10 +264,18 @@ def catch_signals() -> socket.socket:
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.detach())
-    for name in ('SIGTERM', 'SIGINT', 'SIGBREAK'):
-        if hasattr(signal, name):
+    for name in ENDING:
+        if hasattr(signal, name) and not is_left_alone(getattr(signal, name)):
             signal.signal(getattr(signal, name), lambda *_: None)
     return reader
+
+
+ENDING = 'SIGTERM', 'SIGINT', 'SIGBREAK', 'SIGHUP'     # signals that end an agent
+
+
+def is_left_alone(number: int) -> bool:
+    """Whether a signal was meant to pass by: nohup has SIGHUP do so."""
+    return number == getattr(signal, 'SIGHUP', 0) and signal.getsignal(number) == signal.SIG_IGN
 
 
 def signal_of(heard: socket.socket) -> str:

@@ -131,8 +131,8 @@ def do_run(host: Client, screen: Screen, args: Any) -> int:
         check_terminal(host, args)
     words = [carried(word) for word in args.command]
     env = {name: carried(value) for name, value in args.env}
-    return run_request(host, screen, args, args.vm, words[0], words[1:], env, carried(args.folder),
-                       args.input, run_options(args))
+    return run_request(host, screen, args, args.vm, words[0], words[1:], env, carried(args.folder or ''),
+                       args.input or '', run_options(args))
 
 
 def run_options(args: Any) -> Dict[str, Any]:
@@ -261,7 +261,13 @@ SHELL = 'exec "${SHELL:-sh}" -l'        # in the guest, to a terminal, it is the
 
 def do_shell(host: Client, screen: Screen, args: Any) -> int:
     """A shell on a terminal of its own, which lasts when the person leaves; or one that does so already."""
-    found = host.call('getVM', args.vm)
+    try:
+        found = host.call('getVM', args.vm)
+    except NoSuchVM:
+        if args.id or not is_terminal(host, args.vm):
+            raise
+        args.vm, args.id = host.call('getCmdDetails', args.vm)['vm'], args.vm
+        found = host.call('getVM', args.vm)
     vm = found['name']
     if args.id:
         need_posix()
@@ -694,12 +700,28 @@ def do_wait(host: Client, screen: Screen, args: Any) -> int:
     host, codes = host.patient(screen.complain), []
     for cmd_id in args.ids:
         with no_vm(host, cmd_id):
-            while not host.call('waitCmd', cmd_id, LONGEST_WAIT):
-                pass
-        for key in host.call('getCmdDetails', cmd_id)['executions']:
+            executions = host.call('getCmdDetails', cmd_id)['executions']
+        wait_for_end(host, screen, cmd_id, executions)
+        for key in executions:
             name = key if len(args.ids) > 1 else key.partition('@')[2]
             codes.append(exit_code(screen, host.call('getCmdResults', key), name))
     return max(codes)
+
+
+def wait_for_end(host: PatientClient, screen: Screen, cmd_id: str, executions: List[str]) -> None:
+    """Until a command has ended; says, once, which VMs don't answer meanwhile."""
+    if host.call('waitCmd', cmd_id, PATIENCE):
+        return
+    silent: Set[str] = set()
+    while True:
+        for key in set(executions) - silent:
+            status = host.call('getCmdStatus', key)
+            if not status['ended'] and not 0 <= status['age'] < PATIENCE:
+                silent.add(key)
+                name = key.partition('@')[2] or host.call('getCmdDetails', key)['vm']
+                screen.complain('%s does not answer; still waiting' % name)
+        if host.call('waitCmd', cmd_id, LONGEST_WAIT):
+            return
 
 
 def do_kill(host: Client, screen: Screen, args: Any) -> int:
@@ -728,8 +750,13 @@ def do_kill(host: Client, screen: Screen, args: Any) -> int:
             raise BadState('%s moves files: it can be cancelled alone' % id)
         return host.call('cancelTransfer', id)
     code = for_each(screen, args.ids, kill)
-    if args.signal is None or args.killAfter is not None:
-        return max(code, see_them_end(host, screen, signalled, args.signal is None, args.killAfter))
+    try:
+        if args.signal is None or args.killAfter is not None:
+            code = max(code, see_them_end(host, screen, signalled, args.signal is None, args.killAfter))
+    except NoHost:
+        if args.killAfter is not None:         # which is counted here
+            screen.complain('nothing was sent KILL: once the host agent answers, `kill -9` does it')
+        raise
     return code
 
 
@@ -764,11 +791,27 @@ def has_terminal(host: Client, cmd_id: str) -> bool:
     return 'terminal' in host.call('getCmdDetails', cmd_id)['options']
 
 
+def is_terminal(host: Client, word: str) -> bool:
+    """Whether it is the id of a command with one."""
+    try:
+        return has_terminal(host, word)
+    except (NoSuchCommand, InvalidParams):
+        return False
+
+
 def still_there(host: Client, ids: List[str], seconds: float) -> List[str]:
     """Those that have not ended after so many seconds."""
     deadline = time.monotonic() + seconds
     return [cmd_id for cmd_id in ids
             if not host.call('waitCmd', cmd_id, max(0.0, deadline - time.monotonic()))]
+
+
+def read_word(text: str) -> str:
+    """What is not empty, as a shell's variable may be: that would be as if the option weren't there. Raises
+    ArgumentTypeError."""
+    if not text:
+        raise argparse.ArgumentTypeError('it is empty: name it, or leave the option out')
+    return text
 
 
 def read_variable(text: str) -> Tuple[str, str]:
@@ -822,6 +865,7 @@ class SignalNames(argparse.Action):
 
 
 DETACH = switch('-d', '--detach', help='print the command\'s id, and return at once')
+USER = argument('-u', '--user', metavar='USER', type=read_word, help='run it as this user')
 RUN_ARGUMENTS = [
     switch('-i', '--stdin', '--interactive', help='pass standard input, as it comes'),
     switch('-t', '--tty', dest='terminal',
@@ -834,10 +878,10 @@ RUN_ARGUMENTS = [
     argument('-e', '--env', metavar='K=V', type=read_variable, action='append', default=[],
              help='set an environment variable; K alone: as it is here; may be repeated'),
     switch('--clear-env', dest='envClear', help='nothing of the guest\'s own environment'),
-    argument('-I', '--input', metavar='FILE', default='', help='standard input from a file in the VM'),
-    argument('-C', '-w', '--folder', '--workdir', metavar='DIR', default='',
+    argument('-I', '--input', metavar='FILE', type=read_word, help='standard input from a file in the VM'),
+    argument('-C', '-w', '--folder', '--workdir', metavar='DIR', type=read_word,
              help='working directory, relative to the folder that the VM serves'),
-    argument('-u', '--user', metavar='USER', help='run it as this user'),
+    USER,
     argument('-n', '--nice', metavar='N', type=int, help='its niceness'),
     argument('-l', '--limit', metavar='NAME=N', type=read_limit, action='append', default=[], dest='limits',
              help='memory, cpus or pids: of all its processes together; as, cpu, fsize, nofile or nproc: of '
@@ -857,7 +901,7 @@ VERBS = [
         'run -t web1 top',
         'run \'web*\' uptime')),
     Verb('shell', do_shell, 'a shell in a VM, which lasts when you leave (type ~. to)', [
-        argument('-u', '--user', metavar='USER', help='run it as this user'),
+        USER,
         argument('vm', metavar='VM', help='name or id'),
         argument('id', metavar='ID', nargs='?', help='come back to this one, as told when you left')],
         ('shell web1', 'shell web1 ID')),
@@ -881,7 +925,7 @@ VERBS = [
                  help='KILL, INT, HUP, 9, …; 0: only whether it goes on; without it TERM, to a shell on a '
                       'terminal HUP, too, and it is told what goes on'),
         argument('-k', '--kill-after', metavar='SEC', type=read_seconds, dest='killAfter',
-                 help='and kill what goes on for so long after that'),
+                 help='and kill what goes on for so long after that, which is waited for here'),
         argument('-l', '--list', action=SignalNames, nargs=0, help='print the names of the signals'),
         argument('ids', metavar='ID', nargs='+', help='as printed by `run -d`, `ps` and `transfers`')],
         ('kill -9 ID', 'kill -k 10 ID')),

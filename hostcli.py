@@ -17,8 +17,9 @@ import cliagent
 import clicommands
 import clifiles
 import climachines
+import localnames
 from clicommands import FAILED
-from cliscreen import Screen, has_no_reader, naming_output, terminal_width
+from cliscreen import Screen, has_no_reader, lenient, naming_output, terminal_width
 from cliverbs import Function, Verb
 from hostclient import Client, how_to_start, program, program_name
 from hostconfig import ini_here, read_settings
@@ -35,13 +36,14 @@ ALIASES = {'exec': 'run', 'logs': 'out', 'top': 'ps -l -n 0', 'list': 'ls', 'ins
 MEANT = {                      # what hands type that know other tools, and what it is here
     'attach': 'shell VM ID, or out -f', 'tail': 'out -f', 'log': 'out', 'output': 'out',
     'delete': 'rm', 'remove': 'rm',
-    'destroy': 'rm', 'undefine': 'rm', 'restart': 'reset', 'reboot': 'reset', 'suspend': 'pause',
+    'destroy': 'stop --force, or rm', 'undefine': 'rm', 'suspend': 'pause',
+    'restart': 'stop, and start; reset pulls the plug', 'reboot': 'stop, and start; reset pulls the plug',
     'freeze': 'pause', 'unpause': 'resume', 'continue': 'resume', 'up': 'start', 'boot': 'start',
     'down': 'stop', 'halt': 'stop', 'poweroff': 'stop --force', 'snapshot': 'snap', 'upload': 'put',
     'push': 'put', 'download': 'get', 'pull': 'get', 'fetch': 'get', 'transfer': 'cp', 'scp': 'cp',
     'copy': 'cp', 'show': 'info', 'describe': 'info', 'stats': 'ps -l', 'jobs': 'ps', 'cancel': 'kill',
     'terminate': 'kill', 'signal': 'kill', 'retry': 'rerun', 'repeat': 'rerun', 'prune': 'cleanup',
-    'gc': 'cleanup', 'vnc': 'rdp', 'console': 'rdp', 'network': 'net', 'doctor': 'check',
+    'gc': 'cleanup', 'vnc': 'rdp', 'console': 'shell, or rdp', 'network': 'net', 'doctor': 'check',
     'history': 'events', 'ssh': 'shell, or run', 'execute': 'run', 'purge': 'cleanup', 'sftp': 'cp',
     'rsync': 'cp', 'uploads': 'transfers', 'downloads': 'transfers', 'copies': 'transfers',
     'cat': 'get VM FILE -', 'login': 'shell', 'enter': 'shell', 'connect': 'shell', 'fg': 'shell VM ID',
@@ -51,7 +53,12 @@ MEANT = {                      # what hands type that know other tools, and what
     'monitor': 'status --open', 'web': 'status --open', 'ip': 'info', 'port': 'net',
     'dashboard': 'status --open', 'new': 'create', 'import': 'create', 'stat': 'status', 'uptime': 'status',
     'killall': 'kill', 'less': 'out', 'new-session': 'shell', 'list-sessions': 'ps', 'kill-session': 'kill',
-    'quit': 'shutdown', 'exit': 'shutdown', 'reload': 'rerun', 'pid': 'info', 'df': 'info'}
+    'quit': 'shutdown', 'exit': 'shutdown', 'pid': 'info', 'df': 'info',
+    'reload': 'shutdown, and start the host agent again', 'journalctl': 'events -f', 'maintail': 'events -f',
+    'attach-session': 'shell VM ID', 'a': 'shell VM ID', 'has-session': 'ps', 'ls-sessions': 'ps',
+    'sessions': 'ps', 'queue': 'ps', 'job': 'ps', 'squeue': 'ps', 'scancel': 'kill', 'sbatch': 'run -d',
+    'bg': 'run -d', 'restore': 'snap restore', 'networks': 'net', 'mkdir': 'run VM mkdir', 'mv': 'run VM mv',
+    'is-active': 'ping'}
 
 USAGE = '''usage: {me} [host.ini]             run the host agent until Ctrl-C or TERM
        {me} [host.ini] VERB …      talk to the running one
@@ -120,8 +127,9 @@ class Parser(argparse.ArgumentParser):
     def print_help(self, file: Any = None) -> None:
         """Raises OSError where it can't be written, which argparse would keep to itself."""
         with naming_output():
-            sys.stdout.write(self.format_help())
-            sys.stdout.flush()
+            out = lenient(sys.stdout)
+            out.write(self.format_help())
+            out.flush()
 
     def error(self, message: str) -> Any:
         """One sentence, and where there is more."""
@@ -257,7 +265,7 @@ Start = Callable[[Optional[str]], int]
 
 def split_ini(words: List[str]) -> Tuple[Optional[str], List[str]]:
     """(the ini file, the other words); None: the defaults."""
-    first = words[0] if words else '-'
+    first = localnames.native(words[0]) if words else '-'
     if not first:
         return None, words[1:]
     is_verb = first in VERBS or first in ALIASES

@@ -144,10 +144,10 @@ class Client:
         return self._ask('GET', path, b'',
                          lambda headers, answer: Slice(answer, headers['vmhost-eof'] == '1'))
 
-    def terminal(self, cmd_id: str, output: int, visitor: str, typed: int) -> 'Line':
+    def terminal(self, cmd_id: str, output: int, visitor: str = '', typed: int = 0) -> 'Line':
         """The line to a command's terminal, whose output is shown from there on. Raises VMHostError.
 
-        visitor    tells this person from others there; the same when a line is begun anew
+        visitor    tells this person from others there; the same when a line is begun anew; '': there are none
         typed      where what this person types next begins, as they count it; said again is what came before
         """
         path = '/terminal/%s?output=%d&visitor=%s&input=%d' % (quoted(cmd_id), output, visitor, typed)

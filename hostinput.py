@@ -72,8 +72,8 @@ class _Input:
         return self.taken + len(self.held)
 
     def end_for(self, visitor: Optional[Visitor]) -> int:
-        """Where that visitor's next byte comes, by their count. Who was here with another run of this host has
-        had taken what the guest has, as far as anybody knows."""
+        """Where that visitor's next byte comes, by their count. Of those who were here before the host was
+        restarted, what the guest has was taken, as far as anybody knows."""
         if visitor is None:
             return self.end
         return self.visitors.setdefault(visitor.name, min(self.end, visitor.typed))
@@ -105,8 +105,8 @@ class Inputs:
         """How many of the bytes were taken: less than there are while the program doesn't read.
 
         ``offset``: where they begin in the whole input, if it is not the end of what was put so far; what was
-        put before counts as taken, and is left alone. ``way``: a shortcut, if there is one. ``visitor``: whose
-        offset it is. Raises BadState, DeadlineExceeded.
+        put before counts as taken, and is left alone. ``way``: a shortcut, if there is one. ``visitor``: who
+        counts so. Raises BadState, DeadlineExceeded.
         """
         found = self._of(execution)
         with found.changed:

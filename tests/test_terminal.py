@@ -406,7 +406,7 @@ def test_all_who_sit_at_a_terminal_type_there(host, guest):
     first = Person(host, 'shell', 'one')
     at_prompt(first)
     cmd_id = host.verb('ps', '-q', 'one').stdout.split()[-1].decode()
-    second = Person(host, 'shell', 'one', cmd_id)
+    second = Person(host, 'shell', cmd_id)     # its VM need not be named
     second.sees(b'PROMPT> ')
     for number in range(3):
         for person, other in ((second, first), (first, second)):

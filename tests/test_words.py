@@ -13,6 +13,7 @@ from helpers import wait_until
 from test_cli import SCRIPT
 from test_cli import verb as said
 
+import clicommands
 import hostcli
 
 pytestmark = [pytest.mark.once, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
@@ -161,18 +162,37 @@ def test_help_and_version():
     assert code == 0 and 'VM [--] CMD' in text and '--kill-after' in text
     assert run('help', 'exec') == run('help', 'run') and '--tail' in run('help', 'logs')[1]
     code, _, text = run('help', 'restart')
-    assert code == 2 and '(did you mean reset?)' in text
+    assert code == 2 and '(did you mean stop, and start; reset pulls the plug?)' in text
     for words in ('put', 'one', 'a', 'b', 'there/'), ('cp', 'a', 'b', 'one:'), ('get', 'one', 'a', 'b', '.'):
         code, _, text = run(*words)
         assert code == 2 and 'one SRC at a time' in text, text
     assert '--nonsense' in run('put', 'one', 'a', 'b', '--nonsense')[2]
     for typed, meant in (('delete', 'rm'), ('ssh', 'shell, or run'), ('download', 'get'),
-                         ('restart', 'reset'), ('purge', 'cleanup'), ('sftp', 'cp'),
+                         ('journalctl', 'events -f'), ('scancel', 'kill'), ('purge', 'cleanup'),
+                         ('sftp', 'cp'),
                          ('shel', 'shell'), ('creat', 'create'), ('lgs', 'logs'), ('lgos', 'logs'),
                          ('sl', 'ls'), ('Run', 'run'), ('SSH', 'shell, or run'),
                          ('attach', 'shell VM ID, or out -f')):
         code, _, text = run(typed, 'x')
         assert code == 2 and '(did you mean %s?)' % meant in text
+
+
+@pytest.mark.parametrize('words', [['run', '--help'], ['kill', '--help'], ['--help'], ['ü.ini', 'ls']])
+def test_words_beyond_ascii_where_the_locale_has_none(words, tmp_path):
+    """A Python 3.6 takes LC_ALL=C at its word."""
+    environment = dict(os.environ, LC_ALL='C', PYTHONCOERCECLOCALE='0', PYTHONUTF8='0')
+    environment.pop('PYTHONIOENCODING', None)
+    done = subprocess.run([sys.executable.encode(), SCRIPT.encode()] + [word.encode() for word in words],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd=str(tmp_path))
+    text = (done.stdout + done.stderr).decode('ascii')
+    assert done.returncode == (0 if '--help' in words else 1) and 'Traceback' not in text, text
+    assert '...' in text if words[0] in ('run', '--help') else '\\u2026' not in text
+
+
+@pytest.mark.parametrize('option', ['-u', '-C', '-I', '--user'])
+def test_an_option_that_is_empty_is_not_taken_for_none(option):
+    done = subprocess.run([sys.executable, SCRIPT, 'run', option, '', 'one', 'id'], stderr=subprocess.PIPE)
+    assert done.returncode == 255 and b'it is empty' in done.stderr
 
 
 def test_closed_standard_streams(host, guests):
@@ -233,3 +253,19 @@ def test_many_end_with_a_line_that_tells_who_is_missing(tmp_path):
                 second.process.send_signal(signal.SIGCONT)
             lives = {line.split()[0]: line.split()[2] for line in said(host, 'ls').splitlines()[1:]}
             assert set(lives) == {'lab1', 'lab2', 'lab3'} and lives['lab3'] == 'left'
+
+
+def test_who_waits_for_a_machine_that_is_away_is_told():
+    """`wait` said nothing for as long as it took."""
+    told, answers = [], iter([False, False, True])
+    status = {'c@one': {'ended': 0, 'age': -1}, 'c@two': {'ended': 5.0, 'age': 99},
+              'c@three': {'ended': 0, 'age': 1}}
+
+    class AwayHost:
+        def call(self, method, key, *_):
+            return {'waitCmd': lambda: next(answers), 'getCmdStatus': lambda: status[key]}[method]()
+
+    class Told:
+        complain = told.append
+    clicommands.wait_for_end(AwayHost(), Told, 'c', list(status))
+    assert told == ['one does not answer; still waiting'] and list(answers) == []
