@@ -75,17 +75,20 @@ ELASTIC = ['VM', 'COMMAND']    # a narrow terminal does without; and those that 
 
 def do_ps(host: Client, screen: Screen, args: Any) -> int:
     """Commands: all unfinished ones, and the last that finished."""
-    of_vm = {'vm': host.call('getVM', args.vm)['name']} if args.vm else {}
     limit = MOST_SHOWN if args.all else args.number
-    rows = host.call('listCmds', dict(of_vm, finished=True, limit=limit)) if limit else []
-    rows += host.call('listCmds', dict(of_vm, finished=False))
+    rows, unfinished = [], []          # type: List[Dict[str, Any]], List[Dict[str, Any]]
+    for of_vm in [{'vm': name} for name in host.matching_each(args.vm)] if args.vm else [{}]:
+        rows += host.call('listCmds', dict(of_vm, finished=True, limit=limit)) if limit else []
+        unfinished += host.call('listCmds', dict(of_vm, finished=False))
     rows.sort(key=lambda row: row['submitted'])
+    rows = sorted(rows[-limit:] + unfinished, key=lambda row: row['submitted'])
     ids = [row['cmdId'] for row in rows]
     if args.quiet and not args.json:
         return show_list(screen, False, ids, rows)
     statuses = dict(host.each('getCmdStatus', ids, args.long))     # with -l asked of the guests
-    untold = [row['cmdId'] for row in rows if row['state'] == 'running'       # since the host agent's start
-              and statuses.get(row['cmdId'], {}).get('age', 0) < 0]
+    # Since the start of the host agent, or the guest's.
+    untold = [row['cmdId'] for row in rows if row['state'] == 'running'
+              and not statuses.get(row['cmdId'], {}).get('pid')]
     if untold and not args.long:
         statuses.update(host.each('getCmdStatus', untold, True))
     if args.json:
@@ -99,7 +102,21 @@ def do_ps(host: Client, screen: Screen, args: Any) -> int:
     shown = [dict(row, cmdId=row['cmdId'].partition('@')[0]) for row in rows] if drops_vm else rows
     screen.table(headings, [cmd_row(row, statuses.get(cmd_id, {}), args.long, is_narrow)
                             for row, cmd_id in zip(shown, ids)], SPARE, ELASTIC)
+    tell_away(host, screen, {row['vm'] for row in unfinished})
     return 0
+
+
+def tell_away(host: Client, screen: Screen, names: Set[str]) -> None:
+    """Says which of the VMs are away: what is shown of their unfinished commands is what was heard last."""
+    for vm in host.call('getVMs') if names else ():
+        if vm['name'] in names and vm['agent'] in AWAY:
+            screen.complain('%s is away (%s, last heard %s): its commands are shown as they were then'
+                            % (vm['name'], life(vm), last_heard(vm)))
+
+
+def last_heard(vm: Dict[str, Any]) -> str:
+    """How long ago the agent of a VM was."""
+    return shown_span(max(0, time.time() - vm['lastSeen'])) + ' ago' if vm['lastSeen'] else 'never'
 
 
 def cmd_row(row: Dict[str, Any], status: Dict[str, Any], long: bool, is_narrow: bool) -> List[str]:
@@ -280,8 +297,7 @@ def do_shell(host: Client, screen: Screen, args: Any) -> int:
             raise InvalidParams('%s is no command with a terminal on %s' % (args.id, vm))
         return visit(host, screen, vm, args.id, True)
     if found['agent'] in AWAY:
-        heard = shown_span(max(0, time.time() - found['lastSeen'])) + ' ago' if found['lastSeen'] else 'never'
-        raise AgentNotConnected('%s is away (%s, last heard %s)' % (vm, life(found), heard))
+        raise AgentNotConnected('%s is away (%s, last heard %s)' % (vm, life(found), last_heard(found)))
     options: Dict[str, Any] = {'user': args.user} if args.user else {}
     args.detach, args.begun = False, b''
     if os.isatty(0):
@@ -619,6 +635,7 @@ def do_info(host: Client, screen: Screen, args: Any) -> int:
             found['state'] = 'unknown' if found['state'] == 'Null' else found['state']
             found['agent'] = life(found)
             found.pop('left', None)
+            found = in_words(found)
     except NoSuchVM:
         try:
             found = dict(host.call('getCmdDetails', args.vm), status=host.call('getCmdStatus', args.vm),
@@ -626,8 +643,27 @@ def do_info(host: Client, screen: Screen, args: Any) -> int:
         except NoSuchCommand:
             raise NoSuchVM('%s is neither a VM (`ls` lists them) nor a command (`ps`)' % args.vm)
         if not args.json:
+            tell_away(host, screen, set() if found['results'] else {found['vm']})
             found = described(found)
     return show_one(screen, found, args.json)
+
+
+# What getVM calls shorter than a person would, also among what its agent tells of the machine.
+WORDS = {'ip': 'address', 'lastSeen': 'last heard', 'clockOffset': 'clock', 'facts': 'machine',
+         'rdp': 'remote desktop', 'proto': 'protocol', 'mem': 'memory', 'host': 'host name', 'os': 'system',
+         'boot': 'boot id', 'version': 'agent version', 'chirp': 'files'}
+
+
+def in_words(found: Dict[str, Any]) -> Dict[str, Any]:
+    """The same with names, and numbers, for a person."""
+    shown = {}                         # type: Dict[str, Any]
+    for name, value in found.items():
+        if name == 'clockOffset' and isinstance(value, (int, float)):
+            value = '%+.1f s' % (value or 0)
+        elif name == 'facts' and isinstance(value, dict):
+            value = in_words(value)
+        shown[WORDS.get(name, name)] = value
+    return shown
 
 
 def described(found: Dict[str, Any]) -> Dict[str, Any]:
@@ -650,10 +686,29 @@ def described(found: Dict[str, Any]) -> Dict[str, Any]:
             del shown['error']
         shown['input'] = shown_size(finite(status['inOffset'])) if status.get('inOffset') else ''
         shown.update({name: results.get(name) for name in ('started', 'ended')})
-        shown.update(wall=results.get('wall', status['wall']), output=shown_size(finite(status['outSize'])),
+        wall = finite(status['wall'])
+        if wall and shown['state'] == 'running':       # it was told some time ago
+            wall += max(0.0, finite(status.get('age')))
+        shown.update(wall=results.get('wall', wall), output=shown_size(finite(status['outSize'])),
                      errors=shown_size(finite(status['errSize'])),
-                     resources={name: value for name, value in usage.items() if value})
+                     resources=dict(map(shown_use, *zip(*[use for use in usage.items() if use[1]])))
+                     if any(usage.values()) else {})
     return {name: value for name, value in shown.items() if value not in ('', {}, None, 0)}
+
+
+# What the names of resources mean, as getrusage(2) has them.
+USES = {'ru_utime': 'user time', 'ru_stime': 'system time', 'ru_maxrss': 'peak memory',
+        'ru_minflt': 'minor page faults', 'ru_majflt': 'major page faults', 'ru_inblock': 'blocks read',
+        'ru_oublock': 'blocks written', 'ru_nvcsw': 'switches it waited at',
+        'ru_nivcsw': 'switches that took its turn'}
+
+
+def shown_use(name: str, value: Any) -> Tuple[str, str]:
+    """What was used of one resource, for a person."""
+    number = finite(value)
+    shown = '%.2f s' % number if name in ('ru_utime', 'ru_stime') else \
+        shown_size(number * 1024) if name == 'ru_maxrss' else '%.0f' % number
+    return USES.get(name, name), shown
 
 
 # --- the others ------------------------------------------------------------------------------
@@ -907,8 +962,8 @@ VERBS = [
         ('shell web1', 'shell web1 ID')),
     Verb('rerun', do_rerun, 'run a command once more, as it was', [DETACH, ID]),
     Verb('ps', do_ps, 'list commands: unfinished ones, and the last finished', [
-        argument('vm', metavar='VM', nargs='?', help='only those of this VM'), JSON,
-        switch('-l', '--long', help='with CPU time, memory and progress'),
+        argument('vm', metavar='VM', nargs='*', help='only those of these, or of those that match a pattern'),
+        JSON, switch('-l', '--long', help='with CPU time, memory and progress'),
         switch('-q', '--quiet', help='their ids alone'),
         switch('-a', '--all', help='all that are kept, and not the last finished alone'),
         argument('-n', '--number', metavar='N', type=read_count, default=FINISHED_SHOWN,

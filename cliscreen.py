@@ -283,8 +283,8 @@ def shown_time(moment: float, is_short: bool = False) -> str:
         else time.strftime('%Y-%m-%d %H:%M:%S', then)
 
 
-SHOWN_AS = dict(dict.fromkeys(('submitted', 'started', 'ended', 'lastSeen'), shown_time),
-                mem=shown_size, uptime=shown_span, wall=shown_span)  # type: Dict[str, Any]
+SHOWN_AS = dict(dict.fromkeys(('submitted', 'started', 'ended', 'last heard'), shown_time),
+                memory=shown_size, uptime=shown_span, wall=shown_span)  # type: Dict[str, Any]
 
 
 def show_pairs(screen: Screen, found: Dict[str, Any], indent: str = '') -> None:

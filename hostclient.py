@@ -318,6 +318,16 @@ class Client:
             return [vm]
         return self.matching_of(vm, sorted(self.call('listKnownVMs'), key=agent.in_order))
 
+    def matching_each(self, patterns: Iterable[str]) -> List[str]:
+        """The machines, also those that are away, that names, ids and globs mean, each once. Raises
+        NoSuchVM."""
+        found = []                     # type: List[str]
+        for pattern in patterns:
+            names = self.matching_known(pattern)
+            names = [self.call('getVM', pattern)['name']] if names == [pattern] else names
+            found += [name for name in names if name not in found]
+        return found
+
     def matching_of(self, pattern: str, names: Iterable[str]) -> List[str]:
         """Those of the names that a glob, or a name or id, means. Raises NoSuchVM where there is none."""
         if not any(sign in pattern for sign in '*?['):

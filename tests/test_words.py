@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 from agents import TOP, Agent, Host
@@ -101,7 +102,7 @@ def test_short_options_that_are_written_together():
     args = read('run', '-itT5', 'one', 'ls', '-la')
     assert (args.stdin, args.terminal, args.timeout, args.command) == (True, True, 5, ['ls', '-la'])
     args = read('ps', '-aqn3', 'one')
-    assert (args.all, args.quiet, args.number, args.vm) == (True, True, 3, 'one')
+    assert (args.all, args.quiet, args.number, args.vm) == (True, True, 3, ['one'])
     assert read('kill', '-9', 'id').signal == '9' and read('out', '-n1', 'id').tail == 1
     with pytest.raises(SystemExit):
         read('ps', '-qx')
@@ -269,3 +270,61 @@ def test_who_waits_for_a_machine_that_is_away_is_told():
         complain = told.append
     clicommands.wait_for_end(AwayHost(), Told, 'c', list(status))
     assert told == ['one does not answer; still waiting'] and list(answers) == []
+
+
+@pytest.mark.parametrize('words, told', [
+    ('run root@one id', '`run -u root one`'), ('shell root@one', '`shell -u root one`'),
+    ('cp root@one:a .', 'the user of its agent'), ('put root@one a', 'the user of its agent'),
+    ('cp a@b root@one:b', 'the user of its agent'),
+    ('out --since 5m ID', '-n N shows its last lines'), ('ps --filter=a', '--json'),
+    ('ls -a', 'all are shown'),
+    ('status one', '`info one`'), ('stop {id}', 'is a command, and no VM: `kill {id}`'),
+    ('rm {id}', 'is a command'), ('start {id}', '`rerun {id}`')])
+def test_what_other_tools_have_is_told_as_it_is_here(host, guests, words, told):
+    cmd_id = said(host, 'run', '-d', 'one', 'true').strip() if '{id}' in words else ''
+    done = host.verb(*words.format(id=cmd_id).split())
+    assert done.returncode in (1, 2, 255) and told.format(id=cmd_id) in done.stderr.decode(), done
+
+
+def test_ps_and_events_of_some_machines(host, guests):
+    ids = {name: said(host, 'run', '-d', name, 'true').strip() for name in ('one', 'two')}
+    both = ['one', 'two']
+    for words, expected in (['o?e'], ['one']), (both, both), (['t*', 'one'], both):
+        listed = said(host, 'ps', '-q', '-a', *words).split()
+        assert [name for name in both if ids[name] in listed] == expected
+        told = said(host, 'events', *words)
+        assert [name for name in both if ids[name] in told] == expected
+    assert len(said(host, 'ps', '-q', '-n', '1', 'one', 'two').split()) == 1
+    assert len(said(host, 'events', '-n', '2', 'one').splitlines()) == 2
+    assert ids['one'] in said(host, 'events', '--since', '1h') and said(host, 'events', '--since', '0') == ''
+    for verb in 'ps', 'events':
+        assert b'no VM matches' in host.verb(verb, 'no*').stderr and host.verb(verb, 'no').returncode == 1
+
+
+def test_info_has_words_for_a_person(host, guests):
+    told = said(host, 'info', 'one')
+    assert 'last heard' in told and 'lastSeen' not in told and re.search('clock +[+-]0[.][0-9] s', told), told
+    cmd_id = said(host, 'run', '-d', 'one', 'true').strip()
+    host.verb('wait', cmd_id)
+    told = said(host, 'info', cmd_id)
+    assert re.search('peak memory +[0-9.]+ [KM]iB', told) and 'ru_' not in told, told
+
+
+def test_ps_tells_times_after_a_guest_agent_was_started_anew(host, tmp_path):
+    with Agent(tmp_path, host, 'anew') as guest:
+        cmd_id = said(host, 'run', '-d', 'anew', 'sleep', '60').strip()
+        wait_until(lambda: ' running ' in said(host, 'ps', 'anew'))
+        guest.process.kill()
+        guest.process.wait()
+        guest.start()
+        line = said(host, 'ps', 'anew').splitlines()[-1]
+        assert cmd_id in line and re.search(' [0-9]+ s +sleep 60', line), line
+
+
+def test_who_is_away_is_told_beside_what_was_heard_last():
+    vms = [{'name': name, 'agent': life, 'left': False, 'lastSeen': 0}
+           for name, life in (('one', 'lost'), ('two', 'alive'), ('three', 'lost'))]
+    told = []
+    host, screen = types.SimpleNamespace(call=lambda _: vms), types.SimpleNamespace(complain=told.append)
+    clicommands.tell_away(host, screen, {'one', 'two'})
+    assert told == ['one is away (lost, last heard never): its commands are shown as they were then']
