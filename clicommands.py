@@ -659,7 +659,7 @@ def in_words(found: Dict[str, Any]) -> Dict[str, Any]:
     shown = {}                         # type: Dict[str, Any]
     for name, value in found.items():
         if name == 'clockOffset' and isinstance(value, (int, float)):
-            value = '%+.1f s' % (value or 0)
+            value = '%+.1f s' % (round(value, 1) + 0.0)     # and no -0.0
         elif name == 'facts' and isinstance(value, dict):
             value = in_words(value)
         shown[WORDS.get(name, name)] = value
@@ -689,7 +689,7 @@ def described(found: Dict[str, Any]) -> Dict[str, Any]:
         wall = finite(status['wall'])
         if wall and shown['state'] == 'running':       # it was told some time ago
             wall += max(0.0, finite(status.get('age')))
-        shown.update(wall=results.get('wall', wall), output=shown_size(finite(status['outSize'])),
+        shown.update(time=results.get('wall', wall), output=shown_size(finite(status['outSize'])),
                      errors=shown_size(finite(status['errSize'])),
                      resources=dict(map(shown_use, *zip(*[use for use in usage.items() if use[1]])))
                      if any(usage.values()) else {})

@@ -341,6 +341,8 @@ def transfer_line(now: Dict[str, Any]) -> str:
     """Bytes, rate and time left of a transfer."""
     if now.get('state') == 'waiting' and not now['total']:
         return 'waits for its turn'
+    if not now['total'] and not now['bytes']:
+        return 'begins'
     line = '%s of %s, %s/s' % (shown_size(now['bytes']), shown_size(now['total']), shown_size(now['rate']))
     if now['rate'] and now['total']:
         line += ', %s left' % shown_span((now['total'] - now['bytes']) / now['rate'])

@@ -284,7 +284,7 @@ def shown_time(moment: float, is_short: bool = False) -> str:
 
 
 SHOWN_AS = dict(dict.fromkeys(('submitted', 'started', 'ended', 'last heard'), shown_time),
-                memory=shown_size, uptime=shown_span, wall=shown_span)  # type: Dict[str, Any]
+                memory=shown_size, uptime=shown_span, time=shown_span)  # type: Dict[str, Any]
 
 
 def show_pairs(screen: Screen, found: Dict[str, Any], indent: str = '') -> None:

@@ -307,7 +307,8 @@ def test_info_has_words_for_a_person(host, guests):
     cmd_id = said(host, 'run', '-d', 'one', 'true').strip()
     host.verb('wait', cmd_id)
     told = said(host, 'info', cmd_id)
-    assert re.search('peak memory +[0-9.]+ [KM]iB', told) and 'ru_' not in told, told
+    assert re.search('peak memory +[0-9.]+ [KM]iB', told) and re.search('(?m)^time +0 s', told), told
+    assert 'ru_' not in told and 'wall' not in told, told
 
 
 def test_ps_tells_times_after_a_guest_agent_was_started_anew(host, tmp_path):
