@@ -168,7 +168,7 @@ def read_settings(file: Optional[str], spec: Dict[str, Dict[str, Tuple[Callable,
         except OSError as error:
             raise ConfigError('%s: %s' % (file, error.strerror or error))
         except configparser.Error as error:
-            raise ConfigError('%s: %s' % (file, ' '.join(str(error).split())))
+            raise ConfigError('%s: %s' % (file, _mistake(error)))
     _refuse_unknown(file, parser, spec)
     folder = os.path.dirname(os.path.abspath(file)) if file is not None else os.getcwd()
     sections = {section: _read_section(file, parser, section, keys, folder)
@@ -192,6 +192,16 @@ def _read_text(file: str) -> str:
         line = error.object[:error.start].count(b'\n') + 1
         raise ConfigError('%s: line %d: not in %s: save the file as UTF-8'
                           % (file, line, error.encoding.upper().replace('-SIG', '')))
+
+
+def _mistake(error: configparser.Error) -> str:
+    """What is wrong in an ini file, and where, in a line."""
+    if isinstance(error, configparser.MissingSectionHeaderError):
+        return 'line %d: %s stands before any [Section]' % (error.lineno, error.line.strip())
+    if isinstance(error, configparser.ParsingError) and error.errors:
+        number, line = error.errors[0]         # the line as Python writes it
+        return 'line %d: %s is no KEY = VALUE' % (number, line.strip('\'"').replace('\\n', '').strip())
+    return ' '.join(str(error).split())
 
 
 def _refuse_unknown(file: Optional[str], parser: configparser.ConfigParser,

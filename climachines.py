@@ -294,7 +294,8 @@ VERBS = [
     Verb('discard', changing('discardState', 'is off'), 'discard the saved state of VMs', [VMS]),
     Verb('reset', changing('reset', 'is reset'), 'reset VMs', [VMS]),
     Verb('snap', do_snap, 'list, take, restore and remove snapshots of a VM', [
-        argument('action', choices=['ls', 'take', 'restore', 'rm'], help='what is done'), VM,
+        argument('action', choices=['ls', 'take', 'restore', 'rm'], metavar='ls|take|restore|rm',
+                 help='what is done'), VM,
         argument('name', metavar='SNAPSHOT', nargs='?', default='',
                  help='default of restore: the current one'),
         JSON], ('snap take web1 fresh', 'snap restore web1 fresh')),
