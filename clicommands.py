@@ -24,6 +24,7 @@ from cliscreen import (
     has_no_reader,
     naming_output,
     show_one,
+    shown_offset,
     shown_size,
     shown_span,
     shown_time,
@@ -36,6 +37,7 @@ from cliverbs import (
     Verb,
     argument,
     for_each,
+    last_heard,
     life,
     read_count,
     read_seconds,
@@ -112,11 +114,6 @@ def tell_away(host: Client, screen: Screen, names: Set[str]) -> None:
         if vm['name'] in names and vm['agent'] in AWAY:
             screen.complain('%s is away (%s, last heard %s): its commands are shown as they were then'
                             % (vm['name'], life(vm), last_heard(vm)))
-
-
-def last_heard(vm: Dict[str, Any]) -> str:
-    """How long ago the agent of a VM was."""
-    return shown_span(max(0, time.time() - vm['lastSeen'])) + ' ago' if vm['lastSeen'] else 'never'
 
 
 def cmd_row(row: Dict[str, Any], status: Dict[str, Any], long: bool, is_narrow: bool) -> List[str]:
@@ -659,7 +656,7 @@ def in_words(found: Dict[str, Any]) -> Dict[str, Any]:
     shown = {}                         # type: Dict[str, Any]
     for name, value in found.items():
         if name == 'clockOffset' and isinstance(value, (int, float)):
-            value = '%+.1f s' % (round(value, 1) + 0.0)     # and no -0.0
+            value = shown_offset(value)
         elif name == 'facts' and isinstance(value, dict):
             value = in_words(value)
         shown[WORDS.get(name, name)] = value

@@ -273,6 +273,11 @@ def shown_span(seconds: float) -> str:
         else '%.0f d' % (minutes / 1440)
 
 
+def shown_offset(seconds: float) -> str:
+    """How far a clock is off; no -0.0."""
+    return '%+.1f s' % (round(seconds, 1) or 0.0)
+
+
 def shown_time(moment: float, is_short: bool = False) -> str:
     """A time since 1970 for a person, in the local zone; '-' for 0. Short: today's time, or the day."""
     if not moment:
