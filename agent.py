@@ -168,7 +168,7 @@ def read_settings(file: Optional[str], spec: Dict[str, Dict[str, Tuple[Callable,
         except OSError as error:
             raise ConfigError('%s: %s' % (file, error.strerror or error))
         except configparser.Error as error:
-            raise ConfigError('%s: %s' % (file, ' '.join(str(error).split())))
+            raise ConfigError('%s: %s' % (file, _mistake(error)))
     _refuse_unknown(file, parser, spec)
     folder = os.path.dirname(os.path.abspath(file)) if file is not None else os.getcwd()
     sections = {section: _read_section(file, parser, section, keys, folder)
@@ -192,6 +192,16 @@ def _read_text(file: str) -> str:
         line = error.object[:error.start].count(b'\n') + 1
         raise ConfigError('%s: line %d: not in %s: save the file as UTF-8'
                           % (file, line, error.encoding.upper().replace('-SIG', '')))
+
+
+def _mistake(error: configparser.Error) -> str:
+    """What is wrong in an ini file, and where, in a line."""
+    if isinstance(error, configparser.MissingSectionHeaderError):
+        return 'line %d: %s stands before any [Section]' % (error.lineno, error.line.strip())
+    if isinstance(error, configparser.ParsingError) and error.errors:
+        number, line = error.errors[0]         # the line as Python writes it
+        return 'line %d: %s is no KEY = VALUE' % (number, line.strip('\'"').replace('\\n', '').strip())
+    return ' '.join(str(error).split())
 
 
 def _refuse_unknown(file: Optional[str], parser: configparser.ConfigParser,
@@ -255,7 +265,8 @@ def is_open_to_others(file: str) -> bool:
 
 
 def catch_signals() -> socket.socket:
-    """A socket that can be read once SIGTERM, Ctrl-C or Ctrl-Break came; to be kept. On the main thread.
+    """A socket that can be read once SIGTERM, Ctrl-C or Ctrl-Break came, or the terminal went; to be kept. On
+    the main thread.
 
     No Python code runs at that moment: if it set an event, say, it would wait for a lock that the
     interrupted code may hold, for ever.
@@ -263,10 +274,18 @@ def catch_signals() -> socket.socket:
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.detach())
-    for name in ('SIGTERM', 'SIGINT', 'SIGBREAK'):
-        if hasattr(signal, name):
+    for name in ENDING:
+        if hasattr(signal, name) and not is_left_alone(getattr(signal, name)):
             signal.signal(getattr(signal, name), lambda *_: None)
     return reader
+
+
+ENDING = 'SIGTERM', 'SIGINT', 'SIGBREAK', 'SIGHUP'     # signals that end an agent
+
+
+def is_left_alone(number: int) -> bool:
+    """Whether a signal was meant to pass by: nohup has SIGHUP do so."""
+    return number == getattr(signal, 'SIGHUP', 0) and signal.getsignal(number) == signal.SIG_IGN
 
 
 def signal_of(heard: socket.socket) -> str:

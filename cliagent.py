@@ -3,21 +3,23 @@
 No threads, no locks.
 """
 
+import collections
 import contextlib
 import json
 import os
 import sys
 import time
-from typing import Any, Dict, Iterator
+from typing import Any, Callable, Deque, Dict, Iterator
 
 import agent
 from cliscreen import Screen, show_one, shown_time
-from cliverbs import JSON, Verb, argument, read_count, switch
+from cliverbs import JSON, Verb, argument, read_count, read_seconds, switch
 from faults import DeadlineExceeded, InvalidParams
 from hostclient import Client
 from rpc import Binary, xml_number
 
 EVENTS_SHOWN = 100
+MOST_EVENTS = 100000           # of those since a time
 
 
 def do_check(host: Client, screen: Screen, args: Any) -> int:
@@ -90,7 +92,14 @@ def open_in_browser(folder: str, link: str) -> None:
 def do_events(host: Client, screen: Screen, args: Any) -> int:
     """What happened: the last events, and what comes."""
     host, shown = host.patient(screen.complain) if args.follow else host, []
-    for event in events(host, args.number, args.follow):
+    names, since = set(host.matching_each(args.vm)), 0.0
+    if args.since is not None:
+        since = time.time() - args.since
+    number = args.number if args.number is not None else MOST_EVENTS if since else EVENTS_SHOWN
+    found = events(host, number, args.follow) if not (names or since) else meant_events(
+        host, number, args.follow, lambda event: event['time'] >= since and (
+            not names or event['vm'] in names))
+    for event in found:
         if not args.json:
             screen.say(event_line(screen, event))
         elif args.follow:
@@ -113,6 +122,20 @@ def events(host: Client, number: int, follow: bool) -> Iterator[Dict[str, Any]]:
             break
         answer = host.call('getEvents', answer['last'], 60 if follow else 0)
         told = answer['events']
+
+
+def meant_events(host: Client, number: int, follow: bool, is_meant: Callable[[Dict[str, Any]], bool]
+                 ) -> Iterator[Dict[str, Any]]:
+    """The same of those that are meant. Raises VMHostError."""
+    past: Deque[Dict[str, Any]] = collections.deque(maxlen=number)
+    answer = host.call('getEvents', 0)
+    while answer['events']:
+        past.extend(filter(is_meant, answer['events']))
+        answer = host.call('getEvents', answer['last'])
+    yield from past
+    while follow:
+        answer = host.call('getEvents', answer['last'], 60)
+        yield from filter(is_meant, answer['events'])
 
 
 def event_line(screen: Screen, event: Dict[str, Any]) -> str:
@@ -149,9 +172,11 @@ VERBS = [
         switch('--open', help='open the status page in a browser'), JSON]),
     Verb('check', do_check, 'check the prerequisites, and say how to fix what is missing', [JSON]),
     Verb('events', do_events, 'show the event log', [
+        argument('vm', metavar='VM', nargs='*', help='only those of these, or of those that match a pattern'),
         switch('-f', '--follow', help='wait for new events, until Ctrl-C'), JSON,
-        argument('-n', '--number', metavar='N', type=read_count, default=EVENTS_SHOWN,
-                 help='how many past ones (default: %d)' % EVENTS_SHOWN)]),
+        argument('-n', '--number', metavar='N', type=read_count,
+                 help='how many past ones (default: %d; with --since, all)' % EVENTS_SHOWN),
+        argument('--since', metavar='SEC', type=read_seconds, help='those of so long (90, 5m, 2h)')]),
     Verb('shutdown', do_shutdown, 'end the host agent; commands and VMs go on', []),
     Verb('call', do_call, 'call a method of the API, and print its answer as JSON', [
         argument('method', metavar='METHOD', help='`call -r help` describes them'),

@@ -24,6 +24,7 @@ from cliscreen import (
     has_no_reader,
     naming_output,
     show_one,
+    shown_offset,
     shown_size,
     shown_span,
     shown_time,
@@ -36,6 +37,7 @@ from cliverbs import (
     Verb,
     argument,
     for_each,
+    last_heard,
     life,
     read_count,
     read_seconds,
@@ -75,17 +77,20 @@ ELASTIC = ['VM', 'COMMAND']    # a narrow terminal does without; and those that 
 
 def do_ps(host: Client, screen: Screen, args: Any) -> int:
     """Commands: all unfinished ones, and the last that finished."""
-    of_vm = {'vm': host.call('getVM', args.vm)['name']} if args.vm else {}
     limit = MOST_SHOWN if args.all else args.number
-    rows = host.call('listCmds', dict(of_vm, finished=True, limit=limit)) if limit else []
-    rows += host.call('listCmds', dict(of_vm, finished=False))
+    rows, unfinished = [], []          # type: List[Dict[str, Any]], List[Dict[str, Any]]
+    for of_vm in [{'vm': name} for name in host.matching_each(args.vm)] if args.vm else [{}]:
+        rows += host.call('listCmds', dict(of_vm, finished=True, limit=limit)) if limit else []
+        unfinished += host.call('listCmds', dict(of_vm, finished=False))
     rows.sort(key=lambda row: row['submitted'])
+    rows = sorted(rows[-limit:] + unfinished, key=lambda row: row['submitted'])
     ids = [row['cmdId'] for row in rows]
     if args.quiet and not args.json:
         return show_list(screen, False, ids, rows)
     statuses = dict(host.each('getCmdStatus', ids, args.long))     # with -l asked of the guests
-    untold = [row['cmdId'] for row in rows if row['state'] == 'running'       # since the host agent's start
-              and statuses.get(row['cmdId'], {}).get('age', 0) < 0]
+    # Since the start of the host agent, or the guest's.
+    untold = [row['cmdId'] for row in rows if row['state'] == 'running'
+              and not statuses.get(row['cmdId'], {}).get('pid')]
     if untold and not args.long:
         statuses.update(host.each('getCmdStatus', untold, True))
     if args.json:
@@ -99,7 +104,16 @@ def do_ps(host: Client, screen: Screen, args: Any) -> int:
     shown = [dict(row, cmdId=row['cmdId'].partition('@')[0]) for row in rows] if drops_vm else rows
     screen.table(headings, [cmd_row(row, statuses.get(cmd_id, {}), args.long, is_narrow)
                             for row, cmd_id in zip(shown, ids)], SPARE, ELASTIC)
+    tell_away(host, screen, {row['vm'] for row in unfinished})
     return 0
+
+
+def tell_away(host: Client, screen: Screen, names: Set[str]) -> None:
+    """Says which of the VMs are away: what is shown of their unfinished commands is what was heard last."""
+    for vm in host.call('getVMs') if names else ():
+        if vm['name'] in names and vm['agent'] in AWAY:
+            screen.complain('%s is away (%s, last heard %s): its commands are shown as they were then'
+                            % (vm['name'], life(vm), last_heard(vm)))
 
 
 def cmd_row(row: Dict[str, Any], status: Dict[str, Any], long: bool, is_narrow: bool) -> List[str]:
@@ -131,8 +145,8 @@ def do_run(host: Client, screen: Screen, args: Any) -> int:
         check_terminal(host, args)
     words = [carried(word) for word in args.command]
     env = {name: carried(value) for name, value in args.env}
-    return run_request(host, screen, args, args.vm, words[0], words[1:], env, carried(args.folder),
-                       args.input, run_options(args))
+    return run_request(host, screen, args, args.vm, words[0], words[1:], env, carried(args.folder or ''),
+                       args.input or '', run_options(args))
 
 
 def run_options(args: Any) -> Dict[str, Any]:
@@ -261,7 +275,13 @@ SHELL = 'exec "${SHELL:-sh}" -l'        # in the guest, to a terminal, it is the
 
 def do_shell(host: Client, screen: Screen, args: Any) -> int:
     """A shell on a terminal of its own, which lasts when the person leaves; or one that does so already."""
-    found = host.call('getVM', args.vm)
+    try:
+        found = host.call('getVM', args.vm)
+    except NoSuchVM:
+        if args.id or not is_terminal(host, args.vm):
+            raise
+        args.vm, args.id = host.call('getCmdDetails', args.vm)['vm'], args.vm
+        found = host.call('getVM', args.vm)
     vm = found['name']
     if args.id:
         need_posix()
@@ -274,8 +294,7 @@ def do_shell(host: Client, screen: Screen, args: Any) -> int:
             raise InvalidParams('%s is no command with a terminal on %s' % (args.id, vm))
         return visit(host, screen, vm, args.id, True)
     if found['agent'] in AWAY:
-        heard = shown_span(max(0, time.time() - found['lastSeen'])) + ' ago' if found['lastSeen'] else 'never'
-        raise AgentNotConnected('%s is away (%s, last heard %s)' % (vm, life(found), heard))
+        raise AgentNotConnected('%s is away (%s, last heard %s)' % (vm, life(found), last_heard(found)))
     options: Dict[str, Any] = {'user': args.user} if args.user else {}
     args.detach, args.begun = False, b''
     if os.isatty(0):
@@ -615,6 +634,7 @@ def do_info(host: Client, screen: Screen, args: Any) -> int:
             found['state'] = 'unknown' if found['state'] == 'Null' else found['state']
             found['agent'] = life(found)
             found.pop('left', None)
+            found = in_words(found)
     except NoSuchVM:
         try:
             found = dict(host.call('getCmdDetails', args.vm), status=host.call('getCmdStatus', args.vm),
@@ -622,8 +642,27 @@ def do_info(host: Client, screen: Screen, args: Any) -> int:
         except NoSuchCommand:
             raise NoSuchVM('%s is neither a VM (`ls` lists them) nor a command (`ps`)' % args.vm)
         if not args.json:
+            tell_away(host, screen, set() if found['results'] else {found['vm']})
             found = described(found)
     return show_one(screen, found, args.json)
+
+
+# What getVM calls shorter than a person would, also among what its agent tells of the machine.
+WORDS = {'ip': 'address', 'lastSeen': 'last heard', 'clockOffset': 'clock', 'facts': 'machine',
+         'rdp': 'remote desktop', 'proto': 'protocol', 'mem': 'memory', 'host': 'host name', 'os': 'system',
+         'boot': 'boot id', 'version': 'agent version', 'chirp': 'files'}
+
+
+def in_words(found: Dict[str, Any]) -> Dict[str, Any]:
+    """The same with names, and numbers, for a person."""
+    shown = {}                         # type: Dict[str, Any]
+    for name, value in found.items():
+        if name == 'clockOffset' and isinstance(value, (int, float)):
+            value = shown_offset(value)
+        elif name == 'facts' and isinstance(value, dict):
+            value = in_words(value)
+        shown[WORDS.get(name, name)] = value
+    return shown
 
 
 def described(found: Dict[str, Any]) -> Dict[str, Any]:
@@ -646,10 +685,29 @@ def described(found: Dict[str, Any]) -> Dict[str, Any]:
             del shown['error']
         shown['input'] = shown_size(finite(status['inOffset'])) if status.get('inOffset') else ''
         shown.update({name: results.get(name) for name in ('started', 'ended')})
-        shown.update(wall=results.get('wall', status['wall']), output=shown_size(finite(status['outSize'])),
+        wall = finite(status['wall'])
+        if wall and shown['state'] == 'running':       # it was told some time ago
+            wall += max(0.0, finite(status.get('age')))
+        shown.update(time=results.get('wall', wall), output=shown_size(finite(status['outSize'])),
                      errors=shown_size(finite(status['errSize'])),
-                     resources={name: value for name, value in usage.items() if value})
+                     resources=dict(map(shown_use, *zip(*[use for use in usage.items() if use[1]])))
+                     if any(usage.values()) else {})
     return {name: value for name, value in shown.items() if value not in ('', {}, None, 0)}
+
+
+# What the names of resources mean, as getrusage(2) has them.
+USES = {'ru_utime': 'user time', 'ru_stime': 'system time', 'ru_maxrss': 'peak memory',
+        'ru_minflt': 'minor page faults', 'ru_majflt': 'major page faults', 'ru_inblock': 'blocks read',
+        'ru_oublock': 'blocks written', 'ru_nvcsw': 'switches it waited at',
+        'ru_nivcsw': 'switches that took its turn'}
+
+
+def shown_use(name: str, value: Any) -> Tuple[str, str]:
+    """What was used of one resource, for a person."""
+    number = finite(value)
+    shown = '%.2f s' % number if name in ('ru_utime', 'ru_stime') else \
+        shown_size(number * 1024) if name == 'ru_maxrss' else '%.0f' % number
+    return USES.get(name, name), shown
 
 
 # --- the others ------------------------------------------------------------------------------
@@ -696,12 +754,28 @@ def do_wait(host: Client, screen: Screen, args: Any) -> int:
     host, codes = host.patient(screen.complain), []
     for cmd_id in args.ids:
         with no_vm(host, cmd_id):
-            while not host.call('waitCmd', cmd_id, LONGEST_WAIT):
-                pass
-        for key in host.call('getCmdDetails', cmd_id)['executions']:
+            executions = host.call('getCmdDetails', cmd_id)['executions']
+        wait_for_end(host, screen, cmd_id, executions)
+        for key in executions:
             name = key if len(args.ids) > 1 else key.partition('@')[2]
             codes.append(exit_code(screen, host.call('getCmdResults', key), name))
     return max(codes)
+
+
+def wait_for_end(host: PatientClient, screen: Screen, cmd_id: str, executions: List[str]) -> None:
+    """Until a command has ended; says, once, which VMs don't answer meanwhile."""
+    if host.call('waitCmd', cmd_id, PATIENCE):
+        return
+    silent: Set[str] = set()
+    while True:
+        for key in set(executions) - silent:
+            status = host.call('getCmdStatus', key)
+            if not status['ended'] and not 0 <= status['age'] < PATIENCE:
+                silent.add(key)
+                name = key.partition('@')[2] or host.call('getCmdDetails', key)['vm']
+                screen.complain('%s does not answer; still waiting' % name)
+        if host.call('waitCmd', cmd_id, LONGEST_WAIT):
+            return
 
 
 def do_kill(host: Client, screen: Screen, args: Any) -> int:
@@ -730,8 +804,13 @@ def do_kill(host: Client, screen: Screen, args: Any) -> int:
             raise BadState('%s moves files: it can be cancelled alone' % id)
         return host.call('cancelTransfer', id)
     code = for_each(screen, args.ids, kill)
-    if args.signal is None or args.killAfter is not None:
-        return max(code, see_them_end(host, screen, signalled, args.signal is None, args.killAfter))
+    try:
+        if args.signal is None or args.killAfter is not None:
+            code = max(code, see_them_end(host, screen, signalled, args.signal is None, args.killAfter))
+    except NoHost:
+        if args.killAfter is not None:         # which is counted here
+            screen.complain('nothing was sent KILL: once the host agent answers, `kill -9` does it')
+        raise
     return code
 
 
@@ -766,11 +845,27 @@ def has_terminal(host: Client, cmd_id: str) -> bool:
     return 'terminal' in host.call('getCmdDetails', cmd_id)['options']
 
 
+def is_terminal(host: Client, word: str) -> bool:
+    """Whether it is the id of a command with one."""
+    try:
+        return has_terminal(host, word)
+    except (NoSuchCommand, InvalidParams):
+        return False
+
+
 def still_there(host: Client, ids: List[str], seconds: float) -> List[str]:
     """Those that have not ended after so many seconds."""
     deadline = time.monotonic() + seconds
     return [cmd_id for cmd_id in ids
             if not host.call('waitCmd', cmd_id, max(0.0, deadline - time.monotonic()))]
+
+
+def read_word(text: str) -> str:
+    """What is not empty, as a shell's variable may be: that would be as if the option weren't there. Raises
+    ArgumentTypeError."""
+    if not text:
+        raise argparse.ArgumentTypeError('it is empty: name it, or leave the option out')
+    return text
 
 
 def read_variable(text: str) -> Tuple[str, str]:
@@ -824,6 +919,7 @@ class SignalNames(argparse.Action):
 
 
 DETACH = switch('-d', '--detach', help='print the command\'s id, and return at once')
+USER = argument('-u', '--user', metavar='USER', type=read_word, help='run it as this user')
 RUN_ARGUMENTS = [
     switch('-i', '--stdin', '--interactive', help='pass standard input, as it comes'),
     switch('-t', '--tty', dest='terminal',
@@ -836,10 +932,10 @@ RUN_ARGUMENTS = [
     argument('-e', '--env', metavar='K=V', type=read_variable, action='append', default=[],
              help='set an environment variable; K alone: as it is here; may be repeated'),
     switch('--clear-env', dest='envClear', help='nothing of the guest\'s own environment'),
-    argument('-I', '--input', metavar='FILE', default='', help='standard input from a file in the VM'),
-    argument('-C', '-w', '--folder', '--workdir', metavar='DIR', default='',
+    argument('-I', '--input', metavar='FILE', type=read_word, help='standard input from a file in the VM'),
+    argument('-C', '-w', '--folder', '--workdir', metavar='DIR', type=read_word,
              help='working directory, relative to the folder that the VM serves'),
-    argument('-u', '--user', metavar='USER', help='run it as this user'),
+    USER,
     argument('-n', '--nice', metavar='N', type=int, help='its niceness'),
     argument('-l', '--limit', metavar='NAME=N', type=read_limit, action='append', default=[], dest='limits',
              help='memory, cpus or pids: of all its processes together; as, cpu, fsize, nofile or nproc: of '
@@ -859,14 +955,14 @@ VERBS = [
         'run -t web1 top',
         'run \'web*\' uptime')),
     Verb('shell', do_shell, 'a shell in a VM, which lasts when you leave (type ~. to)', [
-        argument('-u', '--user', metavar='USER', help='run it as this user'),
+        USER,
         argument('vm', metavar='VM', help='name or id'),
         argument('id', metavar='ID', nargs='?', help='come back to this one, as told when you left')],
         ('shell web1', 'shell web1 ID')),
     Verb('rerun', do_rerun, 'run a command once more, as it was', [DETACH, ID]),
     Verb('ps', do_ps, 'list commands: unfinished ones, and the last finished', [
-        argument('vm', metavar='VM', nargs='?', help='only those of this VM'), JSON,
-        switch('-l', '--long', help='with CPU time, memory and progress'),
+        argument('vm', metavar='VM', nargs='*', help='only those of these, or of those that match a pattern'),
+        JSON, switch('-l', '--long', help='with CPU time, memory and progress'),
         switch('-q', '--quiet', help='their ids alone'),
         switch('-a', '--all', help='all that are kept, and not the last finished alone'),
         argument('-n', '--number', metavar='N', type=read_count, default=FINISHED_SHOWN,
@@ -883,7 +979,7 @@ VERBS = [
                  help='KILL, INT, HUP, 9, …; 0: only whether it goes on; without it TERM, to a shell on a '
                       'terminal HUP, too, and it is told what goes on'),
         argument('-k', '--kill-after', metavar='SEC', type=read_seconds, dest='killAfter',
-                 help='and kill what goes on for so long after that'),
+                 help='and kill what goes on for so long after that, which is waited for here'),
         argument('-l', '--list', action=SignalNames, nargs=0, help='print the names of the signals'),
         argument('ids', metavar='ID', nargs='+', help='as printed by `run -d`, `ps` and `transfers`')],
         ('kill -9 ID', 'kill -k 10 ID')),

@@ -89,7 +89,9 @@ def candidates(words: List[str], verbs: Dict[str, Verb], aliases: Iterable[str] 
     if len(words) > 1 and words[0] in verbs and not os.path.isfile(words[0]):
         words.insert(0, ini_here() or '')
     known = list(verbs) + [alias for alias in aliases if words[-1:] != [''] and alias[0] != '-']
-    if len(words) < 2:
+    if words[-2:-1] == ['--completion']:
+        found = list(COMPLETION)
+    elif len(words) < 2:
         options = ['--help', '--bundle', '--completion', '--version']
         found = options + known if words[-1:] != [''] else sorted(glob.glob('*.ini')) + known
     elif len(words) == 2:
@@ -133,13 +135,14 @@ def candidates_of(verb: Verb, words: List[str]) -> List[str]:
     if words[-1].startswith('-'):
         return sorted(options) + ['--help']
     before, given = options.get(words[-2], {}), []  # type: Any, List[str]
-    if 'metavar' in before:
+    if 'metavar' in before or 'choices' in before:
         wanted = before
     else:
         positional = [settings for names, settings in verb.arguments if names[0][0] != '-']
         given = [word for n, word in enumerate(words[2:-1], 2) if not word.startswith('-')
-                 and 'metavar' not in options.get(words[n - 1], {})]
-        wanted = positional[len(given)] if len(given) < len(positional) else {}
+                 and not {'metavar', 'choices'} & set(options.get(words[n - 1], {}))]
+        takes_more = positional[-1:] if positional and positional[-1].get('nargs') in ('*', '+') else []
+        wanted = (positional[len(given):] + takes_more + [{}])[0]
     try:
         host = Client(read_settings(words[0] or None).Host.state_dir)
         if wanted.get('metavar') in ('SRC', 'DST'):

@@ -63,12 +63,54 @@ def do_put(host: Client, screen: Screen, args: Any) -> int:
         raise VMHostError('name the target: what comes from %s has no name of its own' % args.source)
     if descriptor == 0 and input_is_closed():
         raise VMHostError('%s: standard input is closed' % args.source)
-    import tempfile  # needed here alone
-    with heeding_signals(), tempfile.TemporaryDirectory(prefix='vmhost-') as folder:
+    with heeding_signals(), own_folder() as folder:
         name = 'stdin' if args.source == '-' else os.path.basename(args.source)
         source = os.path.join(folder, name)
         keep_input(descriptor, source, args.source)
         return put(host, screen, args, source)
+
+
+FOLDER = 'vmhost-pipe-'        # begins the names of folders for what goes through a pipe
+NEW = 60.0                     # seconds in which one may have nobody's lock yet
+
+
+@contextlib.contextmanager
+def own_folder() -> Iterator[str]:
+    """A folder of our own for a moment; those of earlier ones that were killed are taken away."""
+    import tempfile  # needed here alone
+    if os.name == 'posix':
+        sweep(tempfile.gettempdir())
+    with tempfile.TemporaryDirectory(prefix=FOLDER) as folder, contextlib.ExitStack() as stack:
+        if os.name == 'posix':
+            stack.callback(os.close, lock(folder))
+        yield folder
+
+
+def lock(folder: str) -> int:
+    """A descriptor that tells others that the folder is somebody's, while that lives. Raises OSError where
+    it is already."""
+    import fcntl  # POSIX alone
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def sweep(place: str) -> None:
+    """Takes away folders that were this user's, and are nobody's any more."""
+    import glob  # needed here alone
+    import shutil
+    for folder in glob.glob(os.path.join(glob.escape(place), FOLDER + '*')):
+        with contextlib.suppress(OSError):     # another's, or in use
+            status = os.lstat(folder)
+            if status.st_uid == os.geteuid() and time.time() - status.st_mtime > NEW \
+                    and len(os.listdir(folder)) <= 1:
+                descriptor = lock(folder)
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(descriptor)
 
 
 def keep_input(descriptor: int, path: str, name: str) -> None:
@@ -192,7 +234,6 @@ def stream(host: Client, screen: Screen, args: Any, source: str, descriptor: int
     """Fetches a file to a descriptor of ours, as standard output: the host agent writes it into a FIFO."""
     if not hasattr(os, 'mkfifo'):
         raise VMHostError('this system has no FIFO: name a file instead of -')
-    import tempfile  # needed here alone
 
     def write(data: bytes) -> None:
         try:
@@ -201,8 +242,7 @@ def stream(host: Client, screen: Screen, args: Any, source: str, descriptor: int
         except OSError as error:
             raise VMHostError('%s: %s' % (args.target, error.strerror))
     out = screen.write if descriptor == 1 else write
-    with heeding_signals(), tempfile.TemporaryDirectory(prefix='vmhost-') as folder, \
-            contextlib.ExitStack() as stack:
+    with heeding_signals(), own_folder() as folder, contextlib.ExitStack() as stack:
         path = os.path.join(folder, 'stream')
         os.mkfifo(path, 0o600)
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -301,6 +341,8 @@ def transfer_line(now: Dict[str, Any]) -> str:
     """Bytes, rate and time left of a transfer."""
     if now.get('state') == 'waiting' and not now['total']:
         return 'waits for its turn'
+    if not now['total'] and not now['bytes']:
+        return 'begins'
     line = '%s of %s, %s/s' % (shown_size(now['bytes']), shown_size(now['total']), shown_size(now['rate']))
     if now['rate'] and now['total']:
         line += ', %s left' % shown_span((now['total'] - now['bytes']) / now['rate'])

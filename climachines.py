@@ -10,7 +10,7 @@ import time
 from typing import Any, Dict, List
 
 import agent
-from cliscreen import Screen, show_pairs, shown_size, shown_span
+from cliscreen import Screen, show_pairs, shown_offset, shown_size
 from cliverbs import (
     JSON,
     VM,
@@ -19,6 +19,7 @@ from cliverbs import (
     Verb,
     argument,
     for_each,
+    last_heard,
     life,
     read_seconds,
     show_list,
@@ -74,10 +75,9 @@ def vm_row(vm: Dict[str, Any], long: bool) -> List[Any]:
     if long and facts.get('unsigned'):
         row[2] += ' (unsigned)'
     if long:
-        seen = shown_span(max(0, time.time() - vm['lastSeen'])) + ' ago' if vm['lastSeen'] else 'never'
         memory = shown_size(finite(facts['mem'])) if facts.get('mem') else '-'
-        clock = '%+.1f s' % (round(vm['clockOffset'], 1) or 0.0)       # no -0.0
-        row += [vm['id'], seen, facts.get('cpus', '-'), memory, facts.get('python', '-'), clock,
+        clock = shown_offset(vm['clockOffset'])
+        row += [vm['id'], last_heard(vm), facts.get('cpus', '-'), memory, facts.get('python', '-'), clock,
                 facts.get('os', '-')]
     return row
 
@@ -294,7 +294,8 @@ VERBS = [
     Verb('discard', changing('discardState', 'is off'), 'discard the saved state of VMs', [VMS]),
     Verb('reset', changing('reset', 'is reset'), 'reset VMs', [VMS]),
     Verb('snap', do_snap, 'list, take, restore and remove snapshots of a VM', [
-        argument('action', choices=['ls', 'take', 'restore', 'rm'], help='what is done'), VM,
+        argument('action', choices=['ls', 'take', 'restore', 'rm'], metavar='ls|take|restore|rm',
+                 help='what is done'), VM,
         argument('name', metavar='SNAPSHOT', nargs='?', default='',
                  help='default of restore: the current one'),
         JSON], ('snap take web1 fresh', 'snap restore web1 fresh')),

@@ -4,6 +4,7 @@ What it is not: anything that knows the host agent. Imports nothing of ours but 
 """
 
 import binascii
+import codecs
 import contextlib
 import errno
 import functools
@@ -14,7 +15,7 @@ import re
 import sys
 import time
 import unicodedata
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Set
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Set, Tuple
 
 import agent
 
@@ -196,13 +197,25 @@ def escaped(text: str) -> str:
     return ''.join([char if char.isprintable() else json.dumps(char)[1:-1] for char in text])
 
 
+def in_place_of(error: UnicodeError) -> Tuple[str, int]:
+    """What stands for characters that an encoding doesn't have: escapes, and for the ellipsis three dots."""
+    assert isinstance(error, UnicodeEncodeError)
+    missing = error.object[error.start:error.end]
+    return ''.join(['...' if char == '…' else char.encode('ascii', 'backslashreplace').decode('ascii')
+                    for char in missing]), error.end
+
+
+LENIENT = 'vmhost-lenient'     # the name of that, as an error handler of codecs
+codecs.register_error(LENIENT, in_place_of)
+
+
 @functools.lru_cache(maxsize=None)      # a wrapper that is let go closes what it wraps
 def lenient(stream: Any) -> Any:
     """The stream, so that no character is an error, whatever the locale."""
     if hasattr(stream, 'reconfigure'):
-        stream.reconfigure(errors='backslashreplace')
+        stream.reconfigure(errors=LENIENT)
     elif hasattr(stream, 'buffer'):         # Python 3.6
-        return io.TextIOWrapper(stream.buffer, stream.encoding, 'backslashreplace', line_buffering=True)
+        return io.TextIOWrapper(stream.buffer, stream.encoding, LENIENT, line_buffering=True)
     return stream
 
 
@@ -260,6 +273,11 @@ def shown_span(seconds: float) -> str:
         else '%.0f d' % (minutes / 1440)
 
 
+def shown_offset(seconds: float) -> str:
+    """How far a clock is off; no -0.0."""
+    return '%+.1f s' % (round(seconds, 1) or 0.0)
+
+
 def shown_time(moment: float, is_short: bool = False) -> str:
     """A time since 1970 for a person, in the local zone; '-' for 0. Short: today's time, or the day."""
     if not moment:
@@ -270,8 +288,8 @@ def shown_time(moment: float, is_short: bool = False) -> str:
         else time.strftime('%Y-%m-%d %H:%M:%S', then)
 
 
-SHOWN_AS = dict(dict.fromkeys(('submitted', 'started', 'ended', 'lastSeen'), shown_time),
-                mem=shown_size, uptime=shown_span, wall=shown_span)  # type: Dict[str, Any]
+SHOWN_AS = dict(dict.fromkeys(('submitted', 'started', 'ended', 'last heard'), shown_time),
+                memory=shown_size, uptime=shown_span, time=shown_span)  # type: Dict[str, Any]
 
 
 def show_pairs(screen: Screen, found: Dict[str, Any], indent: str = '') -> None:

@@ -300,6 +300,7 @@ class Visit:
         self._is_behind = False        # and so far that what comes next is left out
         self._kept = Kept()            # the last of what was typed: a host that is restarted may not have it
         self._offset = 0               # of the output
+        self._visitor = os.urandom(8).hex()    # others may type there, too
         self._escapes = Escapes() if os.isatty(0) else None
         self._is_over = False          # the input
         self._resized, self._resize = os.pipe()
@@ -359,7 +360,8 @@ class Visit:
         """Until the command has ended, or the line is to be begun anew: whether it is. Raises Detached,
         VMHostError."""
         self._is_behind = False
-        with contextlib.closing(self._host.terminal(self._id, self._offset)) as line:
+        with contextlib.closing(self._host.terminal(self._id, self._offset, self._visitor,
+                                                    self._kept.end)) as line:
             for begin in range(self._kept.begin, self._kept.end, TYPED):   # what has come is not taken twice
                 is_last = self._is_over and begin + TYPED >= self._kept.end
                 line.put(begin, self._kept.since(begin)[:TYPED], is_last)

@@ -77,6 +77,11 @@ def life(vm: Dict[str, Any]) -> str:
     return 'left' if vm.get('left') else str(vm['agent'])
 
 
+def last_heard(vm: Dict[str, Any]) -> str:
+    """How long ago its agent was, in words."""
+    return shown_span(max(0, time.time() - vm['lastSeen'])) + ' ago' if vm['lastSeen'] else 'never'
+
+
 def for_each(screen: Screen, names: List[str], do: Callable[[str], Any]) -> int:
     """Does it for each name; one that fails holds up no other. The exit code: 1 where one did."""
     code = 0

@@ -17,9 +17,11 @@ import cliagent
 import clicommands
 import clifiles
 import climachines
+import localnames
 from clicommands import FAILED
-from cliscreen import Screen, has_no_reader, naming_output, terminal_width
+from cliscreen import Screen, has_no_reader, lenient, naming_output, terminal_width
 from cliverbs import Function, Verb
+from faults import InvalidParams, NoSuchCommand, NoSuchVM
 from hostclient import Client, how_to_start, program, program_name
 from hostconfig import ini_here, read_settings
 
@@ -35,13 +37,14 @@ ALIASES = {'exec': 'run', 'logs': 'out', 'top': 'ps -l -n 0', 'list': 'ls', 'ins
 MEANT = {                      # what hands type that know other tools, and what it is here
     'attach': 'shell VM ID, or out -f', 'tail': 'out -f', 'log': 'out', 'output': 'out',
     'delete': 'rm', 'remove': 'rm',
-    'destroy': 'rm', 'undefine': 'rm', 'restart': 'reset', 'reboot': 'reset', 'suspend': 'pause',
+    'destroy': 'stop --force, or rm', 'undefine': 'rm', 'suspend': 'pause',
+    'restart': 'stop, and start; reset pulls the plug', 'reboot': 'stop, and start; reset pulls the plug',
     'freeze': 'pause', 'unpause': 'resume', 'continue': 'resume', 'up': 'start', 'boot': 'start',
     'down': 'stop', 'halt': 'stop', 'poweroff': 'stop --force', 'snapshot': 'snap', 'upload': 'put',
     'push': 'put', 'download': 'get', 'pull': 'get', 'fetch': 'get', 'transfer': 'cp', 'scp': 'cp',
     'copy': 'cp', 'show': 'info', 'describe': 'info', 'stats': 'ps -l', 'jobs': 'ps', 'cancel': 'kill',
     'terminate': 'kill', 'signal': 'kill', 'retry': 'rerun', 'repeat': 'rerun', 'prune': 'cleanup',
-    'gc': 'cleanup', 'vnc': 'rdp', 'console': 'rdp', 'network': 'net', 'doctor': 'check',
+    'gc': 'cleanup', 'vnc': 'rdp', 'console': 'shell, or rdp', 'network': 'net', 'doctor': 'check',
     'history': 'events', 'ssh': 'shell, or run', 'execute': 'run', 'purge': 'cleanup', 'sftp': 'cp',
     'rsync': 'cp', 'uploads': 'transfers', 'downloads': 'transfers', 'copies': 'transfers',
     'cat': 'get VM FILE -', 'login': 'shell', 'enter': 'shell', 'connect': 'shell', 'fg': 'shell VM ID',
@@ -51,7 +54,12 @@ MEANT = {                      # what hands type that know other tools, and what
     'monitor': 'status --open', 'web': 'status --open', 'ip': 'info', 'port': 'net',
     'dashboard': 'status --open', 'new': 'create', 'import': 'create', 'stat': 'status', 'uptime': 'status',
     'killall': 'kill', 'less': 'out', 'new-session': 'shell', 'list-sessions': 'ps', 'kill-session': 'kill',
-    'quit': 'shutdown', 'exit': 'shutdown', 'reload': 'rerun', 'pid': 'info', 'df': 'info'}
+    'quit': 'shutdown', 'exit': 'shutdown', 'pid': 'info', 'df': 'info',
+    'reload': 'shutdown, and start the host agent again', 'journalctl': 'events -f', 'maintail': 'events -f',
+    'attach-session': 'shell VM ID', 'a': 'shell VM ID', 'has-session': 'ps', 'ls-sessions': 'ps',
+    'sessions': 'ps', 'queue': 'ps', 'job': 'ps', 'squeue': 'ps', 'scancel': 'kill', 'sbatch': 'run -d',
+    'bg': 'run -d', 'restore': 'snap restore', 'networks': 'net', 'mkdir': 'run VM mkdir', 'mv': 'run VM mv',
+    'is-active': 'ping'}
 
 USAGE = '''usage: {me} [host.ini]             run the host agent until Ctrl-C or TERM
        {me} [host.ini] VERB …      talk to the running one
@@ -93,6 +101,19 @@ def examples_of(verb: Verb) -> List[str]:
     return ['  %s %s' % (program_name(), example) for example in examples]
 
 
+AS_JSON, ALL_SHOWN = '--json tells all, for jq to choose', 'leave it out: all are shown'
+OFF_FIRST = '`stop --force` does that before it'
+ELSEWHERE = {                  # options that hands know from other tools, and what does that here
+    'out --since': 'output has no times: -n N shows its last lines',
+    'out -t': 'output has no times: `events` has', 'out --timestamps': 'output has no times: `events` has',
+    'run --rm': 'leave it out: a command leaves nothing that is to be removed',
+    'run --name': '--id gives a command an id of your own',
+    'ps --filter': AS_JSON, 'ps --format': AS_JSON, 'ps -o': AS_JSON,
+    'ls --format': AS_JSON, 'ls -o': AS_JSON, 'ls -a': ALL_SHOWN, 'ls --all': ALL_SHOWN,
+    'info --format': AS_JSON, 'info -f': AS_JSON,
+    'rm -f': OFF_FIRST, 'rm --force': OFF_FIRST}
+
+
 class Formatter(argparse.RawDescriptionHelpFormatter):
     """Help as wide as the terminal. Of its own accord argparse would load compressors to find that out."""
 
@@ -120,13 +141,20 @@ class Parser(argparse.ArgumentParser):
     def print_help(self, file: Any = None) -> None:
         """Raises OSError where it can't be written, which argparse would keep to itself."""
         with naming_output():
-            sys.stdout.write(self.format_help())
-            sys.stdout.flush()
+            out = lenient(sys.stdout)
+            out.write(self.format_help())
+            out.flush()
 
     def error(self, message: str) -> Any:
         """One sentence, and where there is more."""
         if self._takes_one and re.match('unrecognized arguments: [^-]', message):
             message = 'one SRC at a time: call it for each, or put them into a folder'
+        option = message.partition('unrecognized arguments: ')[2].partition(' ')[0]
+        elsewhere = ELSEWHERE.get('%s %s' % (self._verb, option.partition('=')[0]))
+        if elsewhere:
+            message = '%s: %s' % (option, elsewhere)
+        if self._verb == 'status' and option and not option.startswith('-'):
+            message = '`info %s` shows a VM or a command' % option
         if self._verb == 'shell' and message.startswith('unrecognized arguments'):
             message = 'a shell is told no command; `run -t VM CMD` runs one on a terminal'
         self.exit(self._code, 'vmhost: %s: %s (%s %s --help)\n'
@@ -218,10 +246,42 @@ def run_verb(ini: Optional[str], words: List[str], screen: Screen, check: Functi
     try:
         args.settings = read_settings(ini)
         function = check if verb.name == 'check' else verb.function
-        return function(Client(args.settings.Host.state_dir, start, screen.complain), screen, args)
+        host = Client(args.settings.Host.state_dir, start, screen.complain)
+        for name in ('source', 'target') if verb.name == 'cp' else ('vm',):
+            if isinstance(getattr(args, name, None), str):
+                check_vm(host, verb, getattr(args, name))
+        return function(host, screen, args)
     except agent.AgentError as error:
         screen.complain(str(error))
         return code_of_errors(verb, 1)
+
+
+COMMAND = re.compile('[0-9]{8}-[0-9]{6}-[0-9a-f]{8}(@.+)?')        # an id that the host agent gave
+USER_AT = re.compile('([a-z_][a-z0-9_-]*)@([^@:/]+)(:.*)?')
+
+
+def check_vm(host: Client, verb: Verb, word: str) -> None:
+    """Raises InvalidParams for a word that is to be a VM's, and is a command's, or has a user before it."""
+    meant = COMMAND.fullmatch(word) if verb in climachines.VERBS else None
+    if meant and not is_vm(host, word):
+        with contextlib.suppress(NoSuchCommand):
+            host.call('getCmdDetails', word)
+            raise InvalidParams('%s is a command, and no VM: `kill %s` ends it, `rerun %s` runs it again'
+                                % (word, word, word))
+    meant = USER_AT.fullmatch(word) if verb.name in ('run', 'shell', 'put', 'get', 'cp') else None
+    if meant and bool(meant.group(3)) == (verb.name == 'cp') and is_vm(host, meant.group(2)) \
+            and not is_vm(host, word.partition(':')[0]):
+        raise InvalidParams('%s: no user stands before a VM: %s' % (word, '`%s -u %s %s`' % (
+            verb.name, meant.group(1), meant.group(2)) if verb.name in ('run', 'shell')
+            else 'files are copied as the user of its agent'))
+
+
+def is_vm(host: Client, word: str) -> bool:
+    """Whether a VM has that name or id."""
+    try:
+        return bool(host.call('getVM', word))
+    except NoSuchVM:
+        return False
 
 
 def run_option(words: List[str], screen: Screen) -> int:
@@ -257,7 +317,7 @@ Start = Callable[[Optional[str]], int]
 
 def split_ini(words: List[str]) -> Tuple[Optional[str], List[str]]:
     """(the ini file, the other words); None: the defaults."""
-    first = words[0] if words else '-'
+    first = localnames.native(words[0]) if words else '-'
     if not first:
         return None, words[1:]
     is_verb = first in VERBS or first in ALIASES

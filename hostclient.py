@@ -144,9 +144,13 @@ class Client:
         return self._ask('GET', path, b'',
                          lambda headers, answer: Slice(answer, headers['vmhost-eof'] == '1'))
 
-    def terminal(self, cmd_id: str, output: int) -> 'Line':
-        """The line to a command's terminal, whose output is shown from there on. Raises VMHostError."""
-        path = '/terminal/%s?output=%d' % (quoted(cmd_id), output)
+    def terminal(self, cmd_id: str, output: int, visitor: str = '', typed: int = 0) -> 'Line':
+        """The line to a command's terminal, whose output is shown from there on. Raises VMHostError.
+
+        visitor    tells this person from others there; the same when a line is begun anew; '': there are none
+        typed      where what this person types next begins, as they count it; said again is what came before
+        """
+        path = '/terminal/%s?output=%d&visitor=%s&input=%d' % (quoted(cmd_id), output, visitor, typed)
         return Line(self, self.reach(lambda: self._upgrade(path)))
 
     def _upgrade(self, path: str) -> '_Connection':
@@ -313,6 +317,16 @@ class Client:
         if not self.is_pattern(vm):
             return [vm]
         return self.matching_of(vm, sorted(self.call('listKnownVMs'), key=agent.in_order))
+
+    def matching_each(self, patterns: Iterable[str]) -> List[str]:
+        """The machines, also those that are away, that names, ids and globs mean, each once. Raises
+        NoSuchVM."""
+        found = []                     # type: List[str]
+        for pattern in patterns:
+            names = self.matching_known(pattern)
+            names = [self.call('getVM', pattern)['name']] if names == [pattern] else names
+            found += [name for name in names if name not in found]
+        return found
 
     def matching_of(self, pattern: str, names: Iterable[str]) -> List[str]:
         """Those of the names that a glob, or a name or id, means. Raises NoSuchVM where there is none."""

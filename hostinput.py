@@ -18,7 +18,7 @@ import logging
 import select
 import threading
 import time
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, NamedTuple, Optional
 
 import protocol
 from faults import BadState, DeadlineExceeded
@@ -41,6 +41,12 @@ HAS_POLL = hasattr(select, 'poll')      # else words will do
 Way = Callable[[int, bytes, bool], bool]       # offset, bytes, whether they are the last; if it took them
 
 
+class Visitor(NamedTuple):
+    """Who types at a terminal at which others may type, too: counts alone what they typed themselves."""
+    name: str
+    typed: int                     # where what is said for the first time begins
+
+
 class _Input:
     """One command's: what the guest has not taken yet, and where that begins in the whole."""
 
@@ -51,6 +57,7 @@ class _Input:
         self.held = bytearray()        # that it may not have
         self.sent = taken              # how far it was sent, as far as anybody knows
         self.is_ended = self.is_end_taken = False
+        self.visitors: Dict[str, int] = {}     # up to where each one's input was taken, by their own count
         self.size: Dict[str, int] = {}     # of the terminal, as it was set last
         self.resend_at: Optional[float] = None
         self.pause = FIRST_RESEND
@@ -63,6 +70,13 @@ class _Input:
     def end(self) -> int:
         """Where the next byte comes."""
         return self.taken + len(self.held)
+
+    def end_for(self, visitor: Optional[Visitor]) -> int:
+        """Where that visitor's next byte comes, by their count. Of those who were here before the host was
+        restarted, what the guest has was taken, as far as anybody knows."""
+        if visitor is None:
+            return self.end
+        return self.visitors.setdefault(visitor.name, min(self.end, visitor.typed))
 
     @property
     def is_open(self) -> bool:
@@ -87,29 +101,32 @@ class Inputs:
     # What the API asks.
 
     def put(self, execution: Execution, data: bytes, is_end: bool, offset: int = -1,
-            way: Optional[Way] = None) -> int:
+            way: Optional[Way] = None, visitor: Optional[Visitor] = None) -> int:
         """How many of the bytes were taken: less than there are while the program doesn't read.
 
         ``offset``: where they begin in the whole input, if it is not the end of what was put so far; what was
-        put before counts as taken, and is left alone. ``way``: a shortcut, if there is one. Raises BadState,
-        DeadlineExceeded.
+        put before counts as taken, and is left alone. ``way``: a shortcut, if there is one. ``visitor``: who
+        counts so. Raises BadState, DeadlineExceeded.
         """
         found = self._of(execution)
         with found.changed:
-            before = 0 if offset < 0 else found.end - offset
+            end = found.end_for(visitor)
+            before = 0 if offset < 0 else end - offset
             if before < 0:
                 raise BadState('%s has had %d bytes of input; these begin at %d'
-                               % (execution.key, found.end, offset))
+                               % (execution.key, end, offset))
             if before >= len(data) and (found.is_ended or not is_end):
                 return len(data)
             if before > len(data):
                 raise BadState('%s has had %d bytes of input; these end at %d'
-                               % (execution.key, found.end, offset + len(data)))
+                               % (execution.key, end, offset + len(data)))
             data = data[before:]
             self._check_open(found)
             self._wait_for_room(found, min(len(data), PIECE))
             taken = data[:WINDOW - len(found.held)]
             found.held += taken
+            if visitor is not None:
+                found.visitors[visitor.name] = end + len(taken)
             found.is_ended = is_end and len(taken) == len(data)
             if found.feed is None and len(taken) >= PIECE and HAS_POLL and not found.is_terminal:
                 found.feed = self._make_feed(execution)

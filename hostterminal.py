@@ -1,8 +1,9 @@
 """A terminal's line: what is typed and what is shown, both on one connection, each as soon as it is there.
 
-``POST /terminal/ID?output=N`` with ``Upgrade: vmhost-terminal`` is answered by 101, and from then on both
-sides say pieces (hostclient.py): INPUT and LAST_INPUT to a command with a terminal, OUTPUT, END or FAULT from
-it. Each has its offset in the whole, so that a line that breaks is begun anew without loss.
+``POST /terminal/ID?output=N&visitor=WORD&input=N`` with ``Upgrade: vmhost-terminal`` is answered by 101, and
+from then on both sides say pieces (hostclient.py): INPUT and LAST_INPUT to a command with a terminal, OUTPUT,
+END or FAULT from it. Each has its offset in the whole, so that a line that breaks is begun anew without loss.
+Of the input that is a visitor's own count: several may sit at one terminal, and all of them type.
 
 What it is not: HTTP (hostserver.py), or where input and output are (hostinput.py, hostoutput.py).
 
@@ -16,12 +17,13 @@ import socket
 import threading
 import time
 import urllib.parse
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, Optional
 
 import hoststreams
 import shortcut
 from faults import AgentNotConnected, BadState, DeadlineExceeded, InvalidParams, VMHostError
 from hostclient import END, FAULT, INPUT, LAST_INPUT, OUTPUT, PIECE, Pieces
+from hostinput import Visitor
 from hostjournal import Execution
 from hostshortcut import Way
 from rpc import Fault
@@ -35,6 +37,7 @@ SHOW = 64 * 1024               # bytes of output in one piece
 RETRY = 0.5                    # seconds until a guest that is away is asked again
 PATIENCE = 10.0                # seconds after a command's end, or its person's, for what is still on its way
 ASKED_EVERY = 20.0             # seconds for which a guest is asked to tell output
+LONGEST_VISITOR = 64           # characters of the word that tells one from others
 LOOK_EVERY = 0.25              # seconds until it is seen that a command is lost, or its agent back
 NOW = getattr(socket, 'MSG_DONTWAIT', 0)       # 0: this system can't send without waiting
 
@@ -42,27 +45,29 @@ NOW = getattr(socket, 'MSG_DONTWAIT', 0)       # 0: this system can't send witho
 def open_line(host: Any, connection: socket.socket, path: str, query: Dict[str, str],
               asked: Callable[[], None]) -> 'Line':
     """The line that a request is about; asked(): somebody is still there. Raises Fault."""
-    offset = hoststreams.number(query, 'output', 0)
+    offset, typed = hoststreams.number(query, 'output', 0), hoststreams.number(query, 'input', 0)
     try:
-        if not 0 <= offset <= 2 ** 53:
-            raise InvalidParams('output is a number of bytes')
+        if not (0 <= offset <= 2 ** 53 and 0 <= typed <= 2 ** 53):
+            raise InvalidParams('output and input are numbers of bytes')
         execution = host.commands.find_one(urllib.parse.unquote(path[len(PATH):]))
         host.inputs.check_terminal(execution)
     except VMHostError as error:
         raise Fault(error.fault, str(error))
-    return Line(host, connection, execution, int(offset), asked)
+    visitor = Visitor(query['visitor'][:LONGEST_VISITOR], int(typed)) if query.get('visitor') else None
+    return Line(host, connection, execution, int(offset), visitor, asked)
 
 
 class Line:
     """One person's, to one command. ``serve`` on the connection's thread."""
 
     def __init__(self, host: Any, connection: socket.socket, execution: Execution, offset: int,
-                 asked: Callable[[], None]) -> None:
-        """offset: where the output goes on."""
+                 visitor: Optional[Visitor], asked: Callable[[], None]) -> None:
+        """offset: where the output goes on; visitor: None if nobody else types there."""
         self._inputs = host.inputs
         self._output = host.output
         self._connection = connection
         self._execution = execution
+        self._visitor = visitor
         self._asked = asked
         self._followed = self._output.follows.of(execution)
         self._offset = offset
@@ -112,7 +117,8 @@ class Line:
         moved = time.monotonic()
         while not self._is_over and not self._execution.ended:
             try:
-                taken = self._inputs.put(self._execution, data, is_last, offset, self._pass_on)
+                taken = self._inputs.put(self._execution, data, is_last, offset, self._pass_on,
+                                         self._visitor)
             except (AgentNotConnected, DeadlineExceeded):
                 taken = 0
                 time.sleep(RETRY)

@@ -29,6 +29,7 @@ if os.name != 'posix':
 
 import contextlib
 import logging
+import re
 import signal
 import socket
 import threading
@@ -516,7 +517,7 @@ USAGE = """usage: vmguest.py [--broker HOST] [guest.ini]            run the agen
        vmguest.py --bundle FILE.pyz                      write the agent as one file for a guest image
        vmguest.py --help | --version
 
-  --broker HOST   where the host's broker is, instead of [Broker] host
+  --broker HOST   where the host's broker is, instead of [Broker] host; HOST:PORT, instead of port as well
 """
 
 
@@ -540,9 +541,9 @@ def check(settings: Any) -> int:
     place = find_place()
     place.controllers = place.settled_controllers()
     findings.append(agent.Finding(
-        bool(place.folder), 'each command has a control group of its own, %s' % place.describe(),
-        'commands have no control groups, so their memory together can\'t be limited: %s' % place.describe(),
-        needed=False))
+        bool(place.folder), 'each command has a control group of its own, %s' % place.describe()
+        if place.folder else 'control groups', 'commands have none of their own, so their memory together '
+        'can\'t be limited: %s' % place.describe(), needed=False))
     if settings.Chirp.server == 'chirp_server':
         import shutil  # brings compressors along
         findings.append(agent.Finding(
@@ -592,15 +593,18 @@ def run_agent(settings: Any) -> int:
     def end(number: int, *_: Any) -> None:
         told.append(number)
         guest.stopping = True
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
+    ending = [getattr(signal, name) for name in agent.ENDING if hasattr(signal, name)]
+    for number in ending:
+        if not agent.is_left_alone(number):
+            signal.signal(number, end)
     try:
         guest.start()
         guest.run()
     finally:
         guest.stop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)       # from here on nothing is left to be tidied up
+    for number in ending:
+        if not agent.is_left_alone(number):
+            signal.signal(number, signal.SIG_DFL)       # from here on nothing is left to be tidied up
     if told:
         return 0
     if guest.restart and guest.id:
@@ -638,7 +642,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     ini = words[0] if words else None
     try:
         settings = agent.read_settings(ini, SETTINGS)
-        settings.Broker.host = options.get('--broker', settings.Broker.host)
+        if '--broker' in options:
+            settings.Broker.host, settings.Broker.port = read_broker(options['--broker'],
+                                                                     settings.Broker.port)
         settle_folders(settings.VM, ini or '')
         check_configured(settings.VM)
         if '--check' in options:
@@ -653,6 +659,20 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 1
 
 
+def read_broker(text: str, port: Any) -> Tuple[str, Any]:
+    """(host, port) of HOST, HOST:PORT, an IPv6 address, or one in brackets and :PORT; that port where none is
+    named. Raises ConfigError."""
+    found = re.fullmatch(r'\[([^]]+)\](?::(.*))?|([^:]*):([^:]*)', text)
+    if found is None:
+        return text, port
+    host, named = found.group(1) or found.group(3), found.group(2) if found.group(1) else found.group(4)
+    if named is None:
+        return host, port
+    if not host or not re.fullmatch('[0-9]{1,5}', named) or not 0 < int(named) < 65536:
+        raise agent.ConfigError('--broker %s: expected HOST, or HOST:PORT' % text)
+    return host, int(named)
+
+
 def split_options(argv: List[str]) -> Tuple[List[str], Dict[str, str]]:
     """The words that are no options, or no whole ones, and {option: its value}."""
     words, options, rest = [], {}, list(argv)  # type: List[str], Dict[str, str], List[str]
@@ -662,6 +682,8 @@ def split_options(argv: List[str]) -> Tuple[List[str], Dict[str, str]]:
             options[word] = 'yes'
         elif word == '--broker' and rest:
             options[word] = rest.pop(0)
+        elif word.startswith('--broker=') and word != '--broker=':
+            options['--broker'] = word.partition('=')[2]
         else:
             words.append(word)
     return words, options

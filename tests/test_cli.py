@@ -1127,7 +1127,10 @@ def test_candidates(host, guests, tmp_path, monkeypatch):
     assert completed('snap', 'take', 'o') == ['one']
     assert completed('kill', '-s', 'KI') == ['KILL']
     assert completed('call', 'getCmdS') == ['getCmdStatus']
-    assert completed('ls', '') == ['one', 'two']
+    assert completed('ls', '') == ['one', 'two'] == completed('ps', 'one', '')
+    assert completed('put', '--links', '') == ['keep', 'skip', 'follow']
+    assert completed('put', '--links', 'keep', 't') == ['two']
+    assert clicomplete.candidates(['--completion', 'z'], hostcli.VERBS) == ['zsh']
     assert clicomplete.candidates(['/nowhere.ini', 'info', ''], hostcli.VERBS) == []
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'lab.ini').write_text('')

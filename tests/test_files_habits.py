@@ -432,3 +432,28 @@ def test_a_small_file_is_not_waited_for_long(monkeypatch):
     args = argparse.Namespace(links='keep', json=False)
     assert clifiles.transfer(FakeHost(), cliscreen.Screen(), args, 'get', 'g', 'a', '/b') == 0
     assert slept[0] < 0.01 and slept[-1] == cliscreen.PROGRESS_EVERY and slept == sorted(slept)
+
+
+# --- folders for a moment ---
+
+def test_what_killed_ones_left_is_taken_away(tmp_path, monkeypatch):
+    """What a killed `put -` had read stayed for ever. What goes on, or is no such folder, stays."""
+    monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
+    monkeypatch.setattr(clifiles, 'NEW', -1)
+    left, others = tmp_path / (clifiles.FOLDER + 'left'), tmp_path / (clifiles.FOLDER + 'mine')
+    for folder, names in (left, ['stdin']), (others, ['a', 'b']):
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text('')
+    with clifiles.own_folder() as first:
+        assert not left.exists() and others.exists()
+        with clifiles.own_folder() as second:
+            assert os.path.isdir(first) and os.path.isdir(second)
+    assert os.listdir(str(tmp_path)) == [others.name]
+
+
+def test_what_is_new_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
+    (tmp_path / (clifiles.FOLDER + 'new')).mkdir()
+    with clifiles.own_folder():
+        assert len(os.listdir(str(tmp_path))) == 2

@@ -564,9 +564,22 @@ def test_what_the_host_imports_is_on_every_system():
 
 @pytest.mark.parametrize('words, found', [
     ([], ([], {})), (['a.ini'], (['a.ini'], {})), (['--check', 'a.ini'], (['a.ini'], {'--check': 'yes'})),
-    (['--broker', 'here', 'a.ini'], (['a.ini'], {'--broker': 'here'})), (['--broker'], (['--broker'], {}))])
+    (['--broker', 'here', 'a.ini'], (['a.ini'], {'--broker': 'here'})), (['--broker='], (['--broker='], {})),
+    (['--broker=here'], ([], {'--broker': 'here'})), (['--broker'], (['--broker'], {}))])
 def test_options(words, found):
     assert vmguest.split_options(words) == found
+
+
+@pytest.mark.parametrize('text, found', [
+    ('here', ('here', 1)), ('here:61613', ('here', 61613)), ('::1', ('::1', 1)), ('[::1]', ('::1', 1)),
+    ('[::1]:2', ('::1', 2)), ('fe80::1:2', ('fe80::1:2', 1)), ('here:', None), ('here:x', None), (':5', None),
+    ('here:0', None), ('here:99999', None), ('[::1]:', None)])
+def test_where_the_broker_is(text, found):
+    if found is None:
+        with pytest.raises(agent.ConfigError, match='HOST:PORT'):
+            vmguest.read_broker(text, 1)
+    else:
+        assert vmguest.read_broker(text, 1) == found
 
 
 def test_a_dead_fork_server_is_replaced(tmp_path):

@@ -19,6 +19,7 @@ import climachines
 import faults
 import hostapi
 import hostcommands
+import hostconfig
 import hostcontrol
 import hostguests
 import hostjournal
@@ -760,3 +761,14 @@ def test_a_batch_is_bounded(monkeypatch):
     helpers.wait_until(lambda: len(gate.seen) == 2)
     gate.batch.stop(time.monotonic() + 20)
     assert gate.seen[1] == list(range(10))
+
+
+@pytest.mark.parametrize('text, told', [
+    ('[Host\n', 'line 1: [Host stands before any [Section]'), ('a = 1\n', 'line 1: a = 1 stands before any'),
+    ('[Host]\nxmlrpc_port\n', 'line 2: xmlrpc_port is no KEY = VALUE'),
+    ('[Host]\n[Host]\n', 'section \'Host\' already exists')])
+def test_what_is_wrong_in_an_ini_file_is_told_in_a_line(tmp_path, text, told):
+    (tmp_path / 'host.ini').write_text(text)
+    with pytest.raises(agent.ConfigError) as raised:
+        hostconfig.read_settings(str(tmp_path / 'host.ini'))
+    assert told in str(raised.value) and '\n' not in str(raised.value), raised.value

@@ -102,7 +102,8 @@ def test_info_of_a_command_is_one_screen():
              'results': results}
     info = clicommands.described(found)
     assert info['command'] == "sh -c 'exit 4'" and info['state'] == 'exited 4'
-    assert info['resources'] == {'ru_utime': 1.5, 'ru_maxrss': 1828} and info['output'] == '2.0 KiB'
+    assert info['resources'] == {'user time': '1.50 s', 'peak memory': '1.8 MiB'}
+    assert info['output'] == '2.0 KiB'
     assert 'environment' not in info and len(info) < 20
     many = dict(found, executions=['c@a', 'c@b'], results='',
                 status={'c@a': status, 'c@b': dict(status, state='running', end='')})

@@ -689,13 +689,15 @@ def test_a_broker_that_cannot_be_reached_is_named(tmp_path):
 
 # --- start and stop ---
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, getattr(signal, 'SIGHUP', None)])
 def test_stops_within_three_seconds_and_leaves_nothing(tmp_path, number):
     host = Host(tmp_path / 'host').start()
     address, port = host.address.split(':')
     guest = Agent(tmp_path / 'guest', host, 'g').start()
     begin = time.monotonic()
     assert guest.stop(number, 3) == 0
+    with host.api as api:
+        wait_until(lambda: api.getVM('g')['left'])
     assert host.stop(number, 3) == 0, host.log()
     assert time.monotonic() - begin < 6
     assert 'Traceback' not in host.log() + guest.log()

@@ -401,6 +401,25 @@ def test_a_shell_lasts_and_one_comes_back_to_it(host, guest, how):
     assert person.wait()[0] == 0
 
 
+def test_all_who_sit_at_a_terminal_type_there(host, guest):
+    """What one types is not taken for what another has typed already."""
+    first = Person(host, 'shell', 'one')
+    at_prompt(first)
+    cmd_id = host.verb('ps', '-q', 'one').stdout.split()[-1].decode()
+    second = Person(host, 'shell', cmd_id)     # its VM need not be named
+    second.sees(b'PROMPT> ')
+    for number in range(3):
+        for person, other in ((second, first), (first, second)):
+            person.type(b'echo m$((40 + %d))by%d\r' % (number, person is first))
+            for each in person, other:
+                each.sees(b'm%dby%d' % (40 + number, person is first))
+    second.type(b'\r~.')
+    assert second.wait()[0] == 255
+    first.type(b'echo a"lon"e; exit 3\r')
+    first.sees(b'alone')
+    assert first.wait()[0] == 3
+
+
 def test_a_shell_goes_on_while_the_agent_is_restarted(host, tmp_path):
     with Agent(tmp_path, host, 'shaky') as agent:
         person = Person(host, 'shell', 'shaky')

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 from agents import TOP, Agent, Host
@@ -13,6 +14,7 @@ from helpers import wait_until
 from test_cli import SCRIPT
 from test_cli import verb as said
 
+import clicommands
 import hostcli
 
 pytestmark = [pytest.mark.once, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
@@ -100,7 +102,7 @@ def test_short_options_that_are_written_together():
     args = read('run', '-itT5', 'one', 'ls', '-la')
     assert (args.stdin, args.terminal, args.timeout, args.command) == (True, True, 5, ['ls', '-la'])
     args = read('ps', '-aqn3', 'one')
-    assert (args.all, args.quiet, args.number, args.vm) == (True, True, 3, 'one')
+    assert (args.all, args.quiet, args.number, args.vm) == (True, True, 3, ['one'])
     assert read('kill', '-9', 'id').signal == '9' and read('out', '-n1', 'id').tail == 1
     with pytest.raises(SystemExit):
         read('ps', '-qx')
@@ -161,18 +163,37 @@ def test_help_and_version():
     assert code == 0 and 'VM [--] CMD' in text and '--kill-after' in text
     assert run('help', 'exec') == run('help', 'run') and '--tail' in run('help', 'logs')[1]
     code, _, text = run('help', 'restart')
-    assert code == 2 and '(did you mean reset?)' in text
+    assert code == 2 and '(did you mean stop, and start; reset pulls the plug?)' in text
     for words in ('put', 'one', 'a', 'b', 'there/'), ('cp', 'a', 'b', 'one:'), ('get', 'one', 'a', 'b', '.'):
         code, _, text = run(*words)
         assert code == 2 and 'one SRC at a time' in text, text
     assert '--nonsense' in run('put', 'one', 'a', 'b', '--nonsense')[2]
     for typed, meant in (('delete', 'rm'), ('ssh', 'shell, or run'), ('download', 'get'),
-                         ('restart', 'reset'), ('purge', 'cleanup'), ('sftp', 'cp'),
+                         ('journalctl', 'events -f'), ('scancel', 'kill'), ('purge', 'cleanup'),
+                         ('sftp', 'cp'),
                          ('shel', 'shell'), ('creat', 'create'), ('lgs', 'logs'), ('lgos', 'logs'),
                          ('sl', 'ls'), ('Run', 'run'), ('SSH', 'shell, or run'),
                          ('attach', 'shell VM ID, or out -f')):
         code, _, text = run(typed, 'x')
         assert code == 2 and '(did you mean %s?)' % meant in text
+
+
+@pytest.mark.parametrize('words', [['run', '--help'], ['kill', '--help'], ['--help'], ['ü.ini', 'ls']])
+def test_words_beyond_ascii_where_the_locale_has_none(words, tmp_path):
+    """A Python 3.6 takes LC_ALL=C at its word."""
+    environment = dict(os.environ, LC_ALL='C', PYTHONCOERCECLOCALE='0', PYTHONUTF8='0')
+    environment.pop('PYTHONIOENCODING', None)
+    done = subprocess.run([sys.executable.encode(), SCRIPT.encode()] + [word.encode() for word in words],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd=str(tmp_path))
+    text = (done.stdout + done.stderr).decode('ascii')
+    assert done.returncode == (0 if '--help' in words else 1) and 'Traceback' not in text, text
+    assert '...' in text if words[0] in ('run', '--help') else '\\u2026' not in text
+
+
+@pytest.mark.parametrize('option', ['-u', '-C', '-I', '--user'])
+def test_an_option_that_is_empty_is_not_taken_for_none(option):
+    done = subprocess.run([sys.executable, SCRIPT, 'run', option, '', 'one', 'id'], stderr=subprocess.PIPE)
+    assert done.returncode == 255 and b'it is empty' in done.stderr
 
 
 def test_closed_standard_streams(host, guests):
@@ -233,3 +254,78 @@ def test_many_end_with_a_line_that_tells_who_is_missing(tmp_path):
                 second.process.send_signal(signal.SIGCONT)
             lives = {line.split()[0]: line.split()[2] for line in said(host, 'ls').splitlines()[1:]}
             assert set(lives) == {'lab1', 'lab2', 'lab3'} and lives['lab3'] == 'left'
+
+
+def test_who_waits_for_a_machine_that_is_away_is_told():
+    """`wait` said nothing for as long as it took."""
+    told, answers = [], iter([False, False, True])
+    status = {'c@one': {'ended': 0, 'age': -1}, 'c@two': {'ended': 5.0, 'age': 99},
+              'c@three': {'ended': 0, 'age': 1}}
+
+    class AwayHost:
+        def call(self, method, key, *_):
+            return {'waitCmd': lambda: next(answers), 'getCmdStatus': lambda: status[key]}[method]()
+
+    class Told:
+        complain = told.append
+    clicommands.wait_for_end(AwayHost(), Told, 'c', list(status))
+    assert told == ['one does not answer; still waiting'] and list(answers) == []
+
+
+@pytest.mark.parametrize('words, told', [
+    ('run root@one id', '`run -u root one`'), ('shell root@one', '`shell -u root one`'),
+    ('cp root@one:a .', 'the user of its agent'), ('put root@one a', 'the user of its agent'),
+    ('cp a@b root@one:b', 'the user of its agent'),
+    ('out --since 5m ID', '-n N shows its last lines'), ('ps --filter=a', '--json'),
+    ('ls -a', 'all are shown'),
+    ('status one', '`info one`'), ('stop {id}', 'is a command, and no VM: `kill {id}`'),
+    ('rm {id}', 'is a command'), ('start {id}', '`rerun {id}`')])
+def test_what_other_tools_have_is_told_as_it_is_here(host, guests, words, told):
+    cmd_id = said(host, 'run', '-d', 'one', 'true').strip() if '{id}' in words else ''
+    done = host.verb(*words.format(id=cmd_id).split())
+    assert done.returncode in (1, 2, 255) and told.format(id=cmd_id) in done.stderr.decode(), done
+
+
+def test_ps_and_events_of_some_machines(host, guests):
+    ids = {name: said(host, 'run', '-d', name, 'true').strip() for name in ('one', 'two')}
+    both = ['one', 'two']
+    for words, expected in (['o?e'], ['one']), (both, both), (['t*', 'one'], both):
+        listed = said(host, 'ps', '-q', '-a', *words).split()
+        assert [name for name in both if ids[name] in listed] == expected
+        told = said(host, 'events', *words)
+        assert [name for name in both if ids[name] in told] == expected
+    assert len(said(host, 'ps', '-q', '-n', '1', 'one', 'two').split()) == 1
+    assert len(said(host, 'events', '-n', '2', 'one').splitlines()) == 2
+    assert ids['one'] in said(host, 'events', '--since', '1h') and said(host, 'events', '--since', '0') == ''
+    for verb in 'ps', 'events':
+        assert b'no VM matches' in host.verb(verb, 'no*').stderr and host.verb(verb, 'no').returncode == 1
+
+
+def test_info_has_words_for_a_person(host, guests):
+    told = said(host, 'info', 'one')
+    assert 'last heard' in told and 'lastSeen' not in told and re.search('clock +[+-]0[.][0-9] s', told), told
+    cmd_id = said(host, 'run', '-d', 'one', 'true').strip()
+    host.verb('wait', cmd_id)
+    told = said(host, 'info', cmd_id)
+    assert re.search('peak memory +[0-9.]+ [KM]iB', told) and re.search('(?m)^time +0 s', told), told
+    assert 'ru_' not in told and 'wall' not in told, told
+
+
+def test_ps_tells_times_after_a_guest_agent_was_started_anew(host, tmp_path):
+    with Agent(tmp_path, host, 'anew') as guest:
+        cmd_id = said(host, 'run', '-d', 'anew', 'sleep', '60').strip()
+        wait_until(lambda: ' running ' in said(host, 'ps', 'anew'))
+        guest.process.kill()
+        guest.process.wait()
+        guest.start()
+        line = said(host, 'ps', 'anew').splitlines()[-1]
+        assert cmd_id in line and re.search(' [0-9]+ s +sleep 60', line), line
+
+
+def test_who_is_away_is_told_beside_what_was_heard_last():
+    vms = [{'name': name, 'agent': life, 'left': False, 'lastSeen': 0}
+           for name, life in (('one', 'lost'), ('two', 'alive'), ('three', 'lost'))]
+    told = []
+    host, screen = types.SimpleNamespace(call=lambda _: vms), types.SimpleNamespace(complain=told.append)
+    clicommands.tell_away(host, screen, {'one', 'two'})
+    assert told == ['one is away (lost, last heard never): its commands are shown as they were then']
