@@ -857,6 +857,43 @@ def test_two_that_are_put_to_one_place_are_not_mixed(tmp_path, what):
     assert sorted(os.listdir(str(tmp_path / 'served'))) == ['link', 'target']
 
 
+@pytest.mark.parametrize('what', ['file', 'tree'])
+@pytest.mark.parametrize('ways', ['put put', 'put get', 'get put'])
+def test_servers_of_one_folder_and_who_fetches_to_it_are_kept_apart(tmp_path, what, ways):
+    """As guests that share a home: the second of two moves to a place is refused; none ends with half."""
+    for folder in 'one', 'two':
+        (tmp_path / folder / 'tree').mkdir(parents=True)
+        write(tmp_path / folder / 'file', folder.encode() * 2000000)
+        for number in range(100):
+            write(tmp_path / folder / 'tree' / ('%s %d' % (folder, number)), b'x' * 30000)
+    (tmp_path / 'served').mkdir()
+    with our_server(tmp_path / 'served') as one, our_server(tmp_path / 'served') as other, \
+            our_server(tmp_path) as all_of_it, CuttingProxy(one.address) as putting, \
+            CuttingProxy(all_of_it.address) as getting:
+        def move(way, folder, address):
+            with chirpclient.ChirpClient(*address, timeout=20) as moving:
+                if way == 'put':
+                    moving.put(str(tmp_path / folder / what), '/target')
+                else:
+                    moving.get('/%s/%s' % (folder, what), str(tmp_path / 'served' / 'target'))
+        first, second = ways.split()
+        proxy = putting if first == 'put' else getting
+        proxy.hold = 1 << 20
+        thread = threading.Thread(target=move, args=(first, 'one', proxy.address))
+        thread.start()
+        wait_until(lambda: max(proxy.up, proxy.down) > proxy.hold)
+        address = other.address if second == 'put' else all_of_it.address
+        with pytest.raises(chirpwire.Busy, match='another transfer to .*target is under way'):
+            move(second, 'two', address)
+        proxy.gate.set()
+        thread.join()
+        assert seen(tmp_path / 'served' / 'target') == seen(tmp_path / 'one' / what)
+        if what == 'file':
+            move(second, 'two', address)
+            assert seen(tmp_path / 'served' / 'target') == seen(tmp_path / 'two' / what)
+    assert sorted(os.listdir(str(tmp_path / 'served'))) == ['target']
+
+
 @pytest.mark.parametrize('how', ['made anew', 'mounted', 'a link'])
 def test_the_folder_that_has_the_path_now_is_served(tmp_path, how):
     """But for a link: whoever may make one there doesn't choose what is served."""
