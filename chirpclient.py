@@ -636,7 +636,7 @@ class Upload(Move):
         found = os.stat(source)
         with self._inside(found.st_dev, found.st_ino):
             made = self._make_folder(target)
-            known = Known(self._client, target)
+            known, twins = Known(self._client, target), Twins(self._client, self._small, target)
             if not made:
                 if not merge:
                     self._client.chmod(target, 0o700)
@@ -655,12 +655,13 @@ class Upload(Move):
                                 self._make_way(known, target, to_remote(entry.name))
                             folders.append(entry.name)
                         else:
+                            twins.check(entry.name)
                             self._put_entry(entry, target, known, merge)
                     if self._failures.count > failed:
                         unmoved.add(part_name(to_remote(entry.name)))
                     if len(folders) >= PENDING:
-                        self._put_folders(source, folders, target, merge)
-            self._put_folders(source, folders, target, merge)
+                        self._put_folders(source, folders, target, merge, twins)
+            self._put_folders(source, folders, target, merge, twins)
             if not merge:
                 known.remove_parts(unmoved)
         if self._options.keep and (made or not merge):
@@ -675,12 +676,14 @@ class Upload(Move):
             raise OSError(errno.EINVAL, 'Chirp servers keep their own things under that name: choose another',
                           shown(path) or None)
 
-    def _put_folders(self, source: str, names: List[str], target: bytes, merge: bool) -> None:
+    def _put_folders(self, source: str, names: List[str], target: bytes, merge: bool,
+                     twins: 'Twins') -> None:
         self._small.finish()
         for name in names:
             path = os.path.join(source, name)
             with self._failing(path):
                 self._meter.add(0)
+                twins.check(name)
                 self._put_folder(path, join(target, to_remote(name)), merge)
         names.clear()
 
@@ -779,6 +782,28 @@ class Known:
         for name in self._parts:
             if name not in unmoved and self._client.find(join(self._folder, name), False) is not None:
                 self._client.rmall(join(self._folder, name))
+
+
+class Twins:
+    """Names of one folder that differ by case or accents alone, which the server's disk may take for one."""
+
+    def __init__(self, client: ChirpClient, small: 'SmallFiles', folder: bytes) -> None:
+        self._client = client
+        self._small = small
+        self._folder = folder
+        self._first: Dict[str, str] = {}
+
+    def check(self, name: str) -> None:
+        """What comes next. Raises OSError where it would replace another one that came before it."""
+        if len(self._first) > localnames.MOST_NAMES:
+            return
+        first = self._first.setdefault(localnames.case_folded(name), name)
+        if first == name:
+            return
+        one, other = self._small.asking(lambda: [
+            self._client.find(join(self._folder, to_remote(twin)), False) for twin in (first, name)])
+        if one is not None and other is not None and (one.dev, one.ino) == (other.dev, other.ino):
+            raise OSError(errno.EEXIST, 'there it would be the same file as %s, which came before it' % first)
 
 
 class SmallFile:
