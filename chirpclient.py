@@ -13,7 +13,20 @@ import posixpath
 import stat
 import threading
 import time
-from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
+from typing import (
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Set,
+    Tuple,
+    Union,
+)
 
 import agent
 import localnames
@@ -458,6 +471,9 @@ class Move:
 class Upload(Move):
     """One ``put``."""
 
+    _arrived: Optional['Arrived'] = None           # of a folder
+    _found: Optional[os.stat_result] = None        # of the file that was sent last
+
     def run(self, source: str, target: bytes) -> None:
         found = stat_here(source)
         target = self._client.through_links(target)
@@ -488,7 +504,7 @@ class Upload(Move):
         """What is there of it when it begins: a file may grow meanwhile."""
         with open_regular(source) as file:
             found, begin, seen = os.fstat(file.fileno()), beginning(file), time.time()
-            self._meter.moved = base
+            self._meter.moved, self._found = base, found
             there = self._client.find(target)
             check_file_there(there, target)
             if self._is_same(file, found, target, there):
@@ -605,6 +621,7 @@ class Upload(Move):
         self._meter.moved = 0
         self._around.clear()
         self._small = SmallFiles(self._client, self._meter, self._failures, self._options)
+        self._arrived = None if self._client.is_ours else Arrived(self._client)
         there = self._client.find(target)
         self._merges = there is not None
         if there is not None and not there.is_dir:
@@ -621,6 +638,8 @@ class Upload(Move):
         try:
             with naming(target):
                 self._put_folder(source, part, False)
+                if self._arrived is not None:
+                    self._arrived.check()
         except (Refused, OSError) as error:
             self._client.disconnect()          # requests may be under way
             with contextlib.suppress(Refused):
@@ -642,6 +661,7 @@ class Upload(Move):
                     self._client.chmod(target, 0o700)
                 known.fill(None if merge else source)
             unmoved: Set[bytes] = set()            # partial files that a later attempt goes on from
+            sent: 'Sent' = {}
             folders: List[str] = []
             with os.scandir(source) as entries:
                 for entry in entries:
@@ -654,9 +674,10 @@ class Upload(Move):
                             if not merge:
                                 self._make_way(known, target, to_remote(entry.name))
                             folders.append(entry.name)
+                            sent[to_remote(entry.name)] = None
                         else:
                             twins.check(entry.name)
-                            self._put_entry(entry, target, known, merge)
+                            self._put_entry(entry, target, known, merge, sent)
                     if self._failures.count > failed:
                         unmoved.add(part_name(to_remote(entry.name)))
                     if len(folders) >= PENDING:
@@ -664,6 +685,8 @@ class Upload(Move):
             self._put_folders(source, folders, target, merge, twins)
             if not merge:
                 known.remove_parts(unmoved)
+                if self._arrived is not None and not self._failures.count:
+                    self._arrived.check_folder(target, sent)
         if self._options.keep and (made or not merge):
             self._client.chmod(target, mode_there(found))
             self._client.utime(target, int(found.st_atime), int(found.st_mtime))
@@ -703,17 +726,21 @@ class Upload(Move):
                 raise
             return False
 
-    def _put_entry(self, entry: os.DirEntry, folder: bytes, known: 'Known', merge: bool) -> None:
+    def _put_entry(self, entry: os.DirEntry, folder: bytes, known: 'Known', merge: bool,
+                   sent: 'Sent') -> None:
+        """``sent``: notes it there."""
         name = to_remote(entry.name)
         target = join(folder, name)
         there = self._small.asking(lambda: known.find(name)) if known.must_ask else known.find(name)
         if is_link(entry) and self._options.links != 'follow':
             if self._options.links == 'keep':
                 self._small.asking(lambda: self._put_link(entry.path, target, there, merge))
+                sent[name] = None
             return
         found = entry.stat()
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, NEITHER)
+        sent[name] = self._about(found)
         if there is not None and self._small.asking(lambda: self._has(entry.path, found, target, there)):
             return self._meter.add(found.st_size)
         if there is not None and not merge:    # an earlier attempt's, which nobody may be able to write to
@@ -726,9 +753,17 @@ class Upload(Move):
                 if merge and known.has_part(name):
                     self._small.asking(lambda: self._client.rmall(part_path(target)))
                 mode = self._wanted_mode(found, there, data)
+                sent[name] = self._about(found)
                 return self._small.put(SmallFile(entry.path, target, merge, mode, there is not None, found,
                                                  data))
         self._small.asking(lambda: self._put_file(entry.path, target))
+        sent[name] = self._about(self._found)
+
+    def _about(self, found: Optional[os.stat_result]) -> Optional[Tuple[int, int]]:
+        """Size and time that a file has once it is there. Those of /proc tell no size."""
+        if found is None or not found.st_size or not self._options.keep:
+            return None
+        return found.st_size, int(found.st_mtime)
 
     def _has(self, source: str, found: os.stat_result, target: bytes, there: Optional[Stat]) -> bool:
         if there is None or not there.is_file or there.size != found.st_size:
@@ -782,6 +817,54 @@ class Known:
         for name in self._parts:
             if name not in unmoved and self._client.find(join(self._folder, name), False) is not None:
                 self._client.rmall(join(self._folder, name))
+
+
+Sent = Dict[bytes, Optional[Tuple[int, int]]]  # names in a folder, of files with size and time, where known
+
+
+class Arrived:
+    """What has been put to a server that isn't ours, which keeps nobody out of a partial folder: whether that
+    is still what is there when the folder gets its name."""
+
+    def __init__(self, client: ChirpClient) -> None:
+        self._client = client
+        self._folders: Dict[bytes, int] = {}           # with a sum of what was in them
+
+    def check_folder(self, folder: bytes, sent: Sent) -> None:
+        """Raises Changed."""
+        there = {to_bytes(entry.name): entry for entry in self._client.ls(folder)}
+        for name, expected in sent.items():
+            found = there.get(name)
+            if found is None or expected is not None and not (
+                    found.size == expected[0] and is_about(found.mtime, expected[1])):
+                raise self._changed(join(folder, name))
+        self._folders[folder] = sum_of(there.values())
+
+    def check(self) -> None:
+        """Of all folders. Raises Changed."""
+        for folder, expected in self._folders.items():
+            if sum_of(self._client.ls(folder)) != expected:
+                raise self._changed(folder)
+
+    def _changed(self, path: bytes) -> Changed:
+        return Changed(path, 'it changed while the folder was sent: does another transfer go there?')
+
+
+def is_about(there: int, sent: int) -> bool:
+    """Whether a time may be what a server's disk has made of another one."""
+    return abs(there - sent) <= 2 or not DOS_BEGIN < sent < DOS_END
+
+
+DOS_BEGIN, DOS_END = 315619200, 4354732800     # 1980 and 2108: FAT knows the time between
+
+
+def sum_of(entries: Iterable[Stat]) -> int:
+    """One number for a listing, in whatever order it comes."""
+    result = 0
+    for entry in entries:
+        about = (0, 0) if entry.is_dir else (entry.size, entry.mtime)
+        result ^= hash((entry.name, entry.ino) + about)
+    return result
 
 
 class Twins:

@@ -16,7 +16,17 @@ import threading
 import pytest
 from cutting import CuttingProxy
 from helpers import beside, let_others_in, wait_until
-from test_chirp import client, make_many, make_tree, our_server, seen, served, write  # noqa: F401  (fixtures)
+from test_chirp import (  # noqa: F401  (fixtures)
+    REAL,
+    client,
+    make_many,
+    make_tree,
+    our_server,
+    real_server,
+    seen,
+    served,
+    write,
+)
 
 import agent
 import chirp
@@ -892,6 +902,45 @@ def test_servers_of_one_folder_and_who_fetches_to_it_are_kept_apart(tmp_path, wh
             move(second, 'two', address)
             assert seen(tmp_path / 'served' / 'target') == seen(tmp_path / 'two' / what)
     assert sorted(os.listdir(str(tmp_path / 'served'))) == ['target']
+
+
+@pytest.mark.skipif(not REAL, reason='needs chirp_server of cctools')
+@pytest.mark.parametrize('loses', ['file', 'content', 'large', 'folder', 'more'])
+def test_what_another_client_does_to_what_goes_to_chirp_server_is_told(tmp_path, loses, monkeypatch):
+    """It keeps nobody out: two programs may put to one target, and each removes what the other brought."""
+    for name in 'a', 'b':
+        (tmp_path / 'tree' / name).mkdir(parents=True)
+        for number in range(5):
+            os.utime(str(write(tmp_path / 'tree' / name / str(number), b'x' * 1000)), (1e9, 1e9))
+        write(tmp_path / 'tree' / name / 'large', b'x' * 1000000)
+    for name in 'scratch', 'served':
+        (tmp_path / name).mkdir()
+    let_others_in(tmp_path / 'served')
+    put_folder = chirpclient.Upload._put_folder
+    part = chirplocal.local_part(str(tmp_path / 'served' / 'target'))
+
+    def and_another(upload, source, target, merge):
+        put_folder(upload, source, target, merge)
+        name = os.path.basename(source)
+        if name in 'ab' and sorted(os.listdir(part)) == ['.__acl', 'a', 'b']:
+            folder = os.path.join(part, 'a' if name == 'b' else 'b')
+            if loses == 'folder':
+                shutil.rmtree(folder)
+            elif loses in ('file', 'large'):
+                os.unlink(os.path.join(folder, '1' if loses == 'file' else 'large'))
+            else:
+                with open(os.path.join(folder, '1' if loses == 'content' else 'new'), 'w') as file:
+                    file.write('y' * 1000)
+    monkeypatch.setattr(chirpclient.Upload, '_put_folder', and_another)
+    with real_server(tmp_path / 'served', tmp_path / 'scratch') as address, \
+            chirpclient.ChirpClient(*address) as moving:
+        with pytest.raises(chirpwire.Changed, match='does another transfer go there'):
+            moving.put(str(tmp_path / 'tree'), '/target')
+        assert not os.path.exists(str(tmp_path / 'served' / 'target'))
+        monkeypatch.undo()
+        moving.put(str(tmp_path / 'tree'), '/target')
+        moving.get('/target', str(tmp_path / 'again'))
+    assert seen(tmp_path / 'again') == seen(tmp_path / 'tree')
 
 
 @pytest.mark.parametrize('how', ['made anew', 'mounted', 'a link'])
