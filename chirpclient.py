@@ -113,6 +113,7 @@ AHEAD = 3 * PIECE              # bytes of preads or pwrites that are under way
 WINDOW = 64 * 1024 * 1024      # bytes of which a server of ours is asked for the checksum at once
 RETRIES = 2                    # new connections without progress before a transfer fails
 OVERLAP = 64 * 1024            # bytes of a partial file that are fetched again, to see if it goes on
+READER = 60.0                  # seconds that somebody has to begin to read from a FIFO
 FAILURES = 10000               # failures of a folder that are told one by one
 KNOWN = 50000                  # names of a folder that are held; of more, each is asked for
 ENTRIES = 10 * 1000 * 1000     # in a folder that is fetched, with all in it
@@ -645,6 +646,8 @@ class Upload(Move):
             with contextlib.suppress(Refused):
                 self._client.rmdir(part)       # which nothing has arrived in
             if isinstance(error, Refused) and error.code == NO_SPACE:
+                if self._client.find(part, False) is None:
+                    raise Refused(NO_SPACE, shown(target))
                 raise Refused(NO_SPACE, '%s: what has arrived is in %s' % (shown(target), shown(part)))
             raise
         self._client.rename(part, target)
@@ -1099,9 +1102,20 @@ class Download(Move):
             raise OSError(errno.EINVAL, NEITHER, shown(source))
         self._meter.total = found.size
         if is_device(target):
-            with open_device(target) as file:
+            with self._open_device(target) as file:
                 return self.stream(source, lambda view: write_whole(file, view), given)
         self._get_file(source, target, None)
+
+    def _open_device(self, target: str) -> Any:
+        """Waits for who reads from a FIFO, as cp does, but not for ever: a transfer keeps its place."""
+        until = time.monotonic() + READER
+        while True:
+            try:
+                return open_device(target)
+            except OSError as error:
+                if error.errno != errno.ENXIO or time.monotonic() > until:
+                    raise
+            self._meter.wait(0.05)
 
     def _find_source(self, source: bytes) -> Stat:
         try:

@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -164,7 +165,8 @@ def test_a_second_transfer_to_a_target_is_refused(tmp_path, way, size):
     assert sorted(os.listdir(str(tmp_path / targets))) == ['target']
 
 
-def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(chirpclient, 'READER', 0)
     (tmp_path / 'served' / 'tree').mkdir(parents=True)
     write(tmp_path / 'served' / 'tree' / 'x', b'x')
     (tmp_path / 'here').mkdir()
@@ -173,7 +175,7 @@ def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
     os.symlink(fifo, link)
     with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as client:  # noqa: F811
         for target in fifo, link:
-            with pytest.raises(OSError):               # nobody reads
+            with pytest.raises(OSError, match='nobody reads from it'):
                 client.get('/tree/x', target)
             reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
             client.get('/tree/x', target)
@@ -741,6 +743,30 @@ def test_no_permission(tmp_path):
     os.chmod(str(folder), 0o755)
 
 
+def test_who_reads_from_a_fifo_is_waited_for(tmp_path, monkeypatch):
+    (tmp_path / 'served').mkdir()
+    write(tmp_path / 'served' / 'file', b'x' * 1000)
+    os.mkfifo(str(tmp_path / 'fifo'))
+    tried, got = threading.Event(), []
+    wait = chirpclient.Meter.wait
+
+    def note(meter, seconds):
+        tried.set()
+        wait(meter, seconds)
+    monkeypatch.setattr(chirpclient.Meter, 'wait', note)
+
+    def read():
+        tried.wait(20)
+        with open(str(tmp_path / 'fifo'), 'rb') as file:
+            got.append(file.read())
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as moving:
+        moving.get('/file', str(tmp_path / 'fifo'))
+    reader.join(20)
+    assert got == [b'x' * 1000]
+
+
 def test_what_goes_to_a_fifo_goes_there_once(tmp_path):
     """By several calls, too, as where an agent was started anew meanwhile."""
     (tmp_path / 'served').mkdir()
@@ -980,6 +1006,49 @@ def test_a_part_that_is_another_file_too_is_left_alone(tmp_path, way):
         moving.put(str(source / 'new'), '/new') if way == 'put' else moving.get('/new', str(target / 'new'))
     assert (target / 'new').read_bytes() == b'n' * 100000 and other.read_bytes() == b'n' * 50000
     assert sorted(os.listdir(str(target))) == ['new', 'other']
+
+
+@pytest.mark.parametrize('what', ['file', 'tree'])
+@pytest.mark.parametrize('way', ['put', 'get'])
+def test_a_socket_that_has_a_parts_name_goes(tmp_path, way, what):
+    source, target = tmp_path / 'here', tmp_path / 'served'
+    if way == 'get':
+        source, target = target, source
+    (source / 'tree').mkdir(parents=True)
+    target.mkdir()
+    write(source / 'file', b'x')
+    with socket.socket(socket.AF_UNIX) as made, working_in(target):
+        made.bind(os.path.basename(chirplocal.local_part('new')))
+    with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as moving:
+        moving.put(str(source / what), '/new') if way == 'put' else \
+            moving.get('/' + what, str(target / 'new'))
+    assert os.listdir(str(target)) == ['new']
+
+
+@contextlib.contextmanager
+def working_in(folder):
+    """Works in a folder: a socket's path must be short."""
+    before = os.getcwd()
+    os.chdir(str(folder))
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def test_a_folder_that_can_not_be_made_has_not_arrived_in_part(tmp_path):
+    """Where the disk has no inodes: nothing is there to be gone on from."""
+    (tmp_path / 'served').mkdir()
+    (tmp_path / 'tree').mkdir()
+    if subprocess.call(['mount', '-t', 'tmpfs', '-o', 'nr_inodes=1', 'none', str(tmp_path / 'served')],
+                       stderr=subprocess.DEVNULL):
+        pytest.skip('a tmpfs can not be mounted here')
+    try:
+        with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as moving, \
+                pytest.raises(chirpwire.Refused, match='^/tree: no space left$'):
+            moving.put(str(tmp_path / 'tree'), '/tree')
+    finally:
+        subprocess.check_call(['umount', '-l', str(tmp_path / 'served')])
 
 
 def test_room_that_was_just_made_counts(tmp_path, monkeypatch):
