@@ -103,6 +103,7 @@ from chirpwire import (
     part_name,
     quote,
     shown,
+    shown_whole,
     to_bytes,
 )
 
@@ -115,6 +116,7 @@ RETRIES = 2                    # new connections without progress before a trans
 OVERLAP = 64 * 1024            # bytes of a partial file that are fetched again, to see if it goes on
 READER = 60.0                  # seconds that somebody has to begin to read from a FIFO
 FAILURES = 10000               # failures of a folder that are told one by one
+LONG_PATHS = 1 << 20           # characters of paths that are told whole, of those: a guest may make up any
 KNOWN = 50000                  # names of a folder that are held; of more, each is asked for
 ENTRIES = 10 * 1000 * 1000     # in a folder that is fetched, with all in it
 PENDING = 1000                 # folders in a folder that wait until its files have been moved
@@ -169,6 +171,7 @@ class Failures:
 
     def __init__(self) -> None:
         self._some: List[Tuple[str, str]] = []
+        self._room = LONG_PATHS
         self.count = 0
 
     def add(self, path: Path, error: Any) -> None:
@@ -176,7 +179,9 @@ class Failures:
         if len(self._some) < FAILURES:
             reason = error.strerror if isinstance(error, OSError) else getattr(error, 'reason', '')
             told = path if isinstance(path, bytes) else to_remote(agent.short_path(path))
-            self._some.append((shown(told), reason or str(error)))
+            text = shown_whole(told) if self._room > 0 else shown(told)
+            self._room -= len(text)
+            self._some.append((text, reason or str(error)))
 
     def check(self) -> None:
         """Raises Incomplete."""

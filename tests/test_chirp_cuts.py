@@ -1051,6 +1051,23 @@ def test_a_folder_that_can_not_be_made_has_not_arrived_in_part(tmp_path):
         subprocess.check_call(['umount', '-l', str(tmp_path / 'served')])
 
 
+def test_a_failures_path_is_told_whole(tmp_path, monkeypatch):
+    """A program needs it so; what a person reads is short, and so are the many that a guest may make up."""
+    (tmp_path / 'served').mkdir()
+    folder = tmp_path / 'tree' / ('x' * 200) / ('y' * 200)
+    folder.mkdir(parents=True)
+    os.mkfifo(str(folder / 'fifo'))
+    with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as moving:
+        with pytest.raises(chirpwire.Incomplete) as incomplete:
+            moving.put(str(tmp_path / 'tree'), '/tree')
+        assert [path for path, _ in incomplete.value.failures] == [str(folder / 'fifo')]
+        assert len(str(incomplete.value)) < 400
+        monkeypatch.setattr(chirpclient, 'LONG_PATHS', 0)
+        with pytest.raises(chirpwire.Incomplete) as incomplete:
+            moving.put(str(tmp_path / 'tree'), '/tree')
+        assert len(incomplete.value.failures[0][0]) < 300
+
+
 def test_room_that_was_just_made_counts(tmp_path, monkeypatch):
     """As on Btrfs, which tells it once it has written down what was deleted."""
     free = [1000]
