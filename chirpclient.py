@@ -94,6 +94,7 @@ from chirpwire import (
     Shrunk,
     Stat,
     TimedOut,
+    Unlistable,
     Wire,
     hash_file,
     is_part,
@@ -682,7 +683,7 @@ class Upload(Move):
                             if not merge:
                                 self._make_way(known, target, to_remote(entry.name))
                             folders.append(entry.name)
-                            sent[to_remote(entry.name)] = None
+                            self._note(sent, to_remote(entry.name), None)
                         else:
                             twins.check(entry.name)
                             self._put_entry(entry, target, known, merge, sent)
@@ -743,12 +744,12 @@ class Upload(Move):
         if is_link(entry) and self._options.links != 'follow':
             if self._options.links == 'keep':
                 self._small.asking(lambda: self._put_link(entry.path, target, there, merge))
-                sent[name] = None
+                self._note(sent, name, None)
             return
         found = entry.stat()
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, NEITHER)
-        sent[name] = self._about(found)
+        self._note(sent, name, found)
         if there is not None and self._small.asking(lambda: self._has(entry.path, found, target, there)):
             return self._meter.add(found.st_size)
         if there is not None and not merge:    # an earlier attempt's, which nobody may be able to write to
@@ -761,17 +762,18 @@ class Upload(Move):
                 if merge and known.has_part(name):
                     self._small.asking(lambda: self._client.rmall(part_path(target)))
                 mode = self._wanted_mode(found, there, data)
-                sent[name] = self._about(found)
+                self._note(sent, name, found)
                 return self._small.put(SmallFile(entry.path, target, merge, mode, there is not None, found,
                                                  data))
         self._small.asking(lambda: self._put_file(entry.path, target))
-        sent[name] = self._about(self._found)
+        self._note(sent, name, self._found)
 
-    def _about(self, found: Optional[os.stat_result]) -> Optional[Tuple[int, int]]:
-        """Size and time that a file has once it is there. Those of /proc tell no size."""
-        if found is None or not found.st_size or not self._options.keep:
-            return None
-        return found.st_size, int(found.st_mtime)
+    def _note(self, sent: 'Sent', name: bytes, found: Optional[os.stat_result]) -> None:
+        """Where it will be looked at, as far as memory allows. ``found``: of a file; those of /proc tell no
+        size."""
+        if self._arrived is not None and (len(sent) < KNOWN or name in sent):
+            sent[name] = (found.st_size, int(found.st_mtime)) \
+                if found is not None and found.st_size and self._options.keep else None
 
     def _has(self, source: str, found: os.stat_result, target: bytes, there: Optional[Stat]) -> bool:
         if there is None or not there.is_file or there.size != found.st_size:
@@ -840,13 +842,17 @@ class Arrived:
 
     def check_folder(self, folder: bytes, sent: Sent) -> None:
         """Raises Changed."""
-        there = {to_bytes(entry.name): entry for entry in self._client.ls(folder)}
-        for name, expected in sent.items():
-            found = there.get(name)
-            if found is None or expected is not None and not (
-                    found.size == expected[0] and is_about(found.mtime, expected[1])):
+        def look(entry: Stat) -> Stat:
+            name = to_bytes(entry.name)
+            expected = sent.pop(name, None)
+            if expected is not None and not (
+                    entry.size == expected[0] and is_about(entry.mtime, expected[1])):
                 raise self._changed(join(folder, name))
-        self._folders[folder] = sum_of(there.values())
+            return entry
+        with contextlib.suppress(Unlistable):
+            self._folders[folder] = sum_of(map(look, self._client.ls(folder)))
+            if sent:
+                raise self._changed(join(folder, next(iter(sent))))
 
     def check(self) -> None:
         """Of all folders. Raises Changed."""
@@ -883,18 +889,28 @@ class Twins:
         self._small = small
         self._folder = folder
         self._first: Dict[str, str] = {}
+        self._folds: Optional[bool] = None     # whether the disk ignores case, once there are too many names
 
     def check(self, name: str) -> None:
         """What comes next. Raises OSError where it would replace another one that came before it."""
-        if len(self._first) > localnames.MOST_NAMES:
-            return
+        if len(self._first) >= KNOWN:
+            return self._check_disk()
         first = self._first.setdefault(localnames.case_folded(name), name)
-        if first == name:
-            return
-        one, other = self._small.asking(lambda: [
-            self._client.find(join(self._folder, to_remote(twin)), False) for twin in (first, name)])
-        if one is not None and other is not None and (one.dev, one.ino) == (other.dev, other.ino):
+        if first != name and self._are_one(first, name):
             raise OSError(errno.EEXIST, 'there it would be the same file as %s, which came before it' % first)
+
+    def _check_disk(self) -> None:
+        """More names can't be held: raises OSError, where the disk ignores case."""
+        if self._folds is None:
+            name = next((name for name in self._first.values() if name.swapcase() != name), '')
+            self._folds = bool(name) and self._are_one(name, name.swapcase())
+        if self._folds:
+            raise OSError(errno.EINVAL, 'a folder of too many names for a disk that ignores case')
+
+    def _are_one(self, *names: str) -> bool:
+        one, other = self._small.asking(lambda: [
+            self._client.find(join(self._folder, to_remote(name)), False) for name in names])
+        return one is not None and other is not None and (one.dev, one.ino) == (other.dev, other.ino)
 
 
 class SmallFile:

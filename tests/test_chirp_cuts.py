@@ -966,7 +966,10 @@ def test_what_another_client_does_to_what_goes_to_chirp_server_is_told(tmp_path,
         monkeypatch.undo()
         moving.put(str(tmp_path / 'tree'), '/target')
         moving.get('/target', str(tmp_path / 'again'))
-    assert seen(tmp_path / 'again') == seen(tmp_path / 'tree')
+        assert seen(tmp_path / 'again') == seen(tmp_path / 'tree')
+        write(tmp_path / 'tree' / '\nnot to be listed', b'x')
+        moving.put(str(tmp_path / 'tree'), '/other')
+        assert (tmp_path / 'served' / 'other' / '\nnot to be listed').read_bytes() == b'x'
 
 
 @pytest.mark.parametrize('how', ['made anew', 'mounted', 'a link'])

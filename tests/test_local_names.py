@@ -336,6 +336,22 @@ def test_a_server_whose_disk_ignores_case_is_sent_no_second_file_of_a_name(ignor
         assert len(os.listdir(str(ignores_case / tree))) == 4
 
 
+def test_more_names_than_can_be_held_go_to_a_disk_that_tells_them_apart(tmp_path, ignores_case, monkeypatch):
+    monkeypatch.setattr(chirpclient, 'KNOWN', 3)
+    (tmp_path / 'tree').mkdir()
+    for number in range(6):
+        (tmp_path / 'tree' / ('f%d' % number)).write_bytes(b'x')
+    (tmp_path / 'apart').mkdir()
+    with our_server(tmp_path / 'apart') as server, chirpclient.ChirpClient(*server.address) as moving:
+        moving.put(str(tmp_path / 'tree'), '/tree')
+    with our_server(ignores_case) as server, chirpclient.ChirpClient(*server.address) as moving:
+        with pytest.raises(chirpwire.Incomplete, match='too many names') as incomplete:
+            moving.put(str(tmp_path / 'tree'), '/tree')
+        assert incomplete.value.count == 3
+    assert len(os.listdir(str(ignores_case / 'tree'))) == 3
+    assert len(os.listdir(str(tmp_path / 'apart' / 'tree'))) == 6
+
+
 def test_names_that_differ_by_case_are_sent_where_they_are_two(ours, tmp_path):  # noqa: F811
     client, there = ours
     for name in 'README', 'Readme', 'D/x', 'd/y':
