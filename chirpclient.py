@@ -75,6 +75,7 @@ from chirpwire import (
     NOT_AUTHENTICATED,
     NOT_AUTHORIZED,
     NOT_DIR,
+    NOT_EMPTY,
     OF_SERVERS,
     PREAD_CRC32,
     PWRITE_CRC32,
@@ -656,7 +657,13 @@ class Upload(Move):
                     raise Refused(NO_SPACE, shown(target))
                 raise Refused(NO_SPACE, '%s: what has arrived is in %s' % (shown(target), shown(part)))
             raise
-        self._client.rename(part, target)
+        try:
+            self._client.rename(part, target)
+        except Refused as refused:
+            if refused.code in (NOT_EMPTY, NOT_DIR, EXISTS):
+                raise Refused(refused.code, '%s was made meanwhile; what has arrived is in %s' % (
+                    shown(target), shown(part)))
+            raise
 
     def _put_folder(self, source: str, target: bytes, merge: bool) -> None:
         """``merge``: others may read what is there already, so files must come in place all at once, and what
@@ -1362,7 +1369,13 @@ class Download(Move):
                         why = '%s; what has arrived is in %s' % (why, agent.short_path(part))
                     raise OSError(error.errno, why, target)
                 raise
-            agent.replace(part, target)
+            try:
+                agent.replace(part, target)
+            except OSError as error:
+                if os.path.lexists(target):
+                    raise OSError(error.errno, 'it was made meanwhile; what has arrived is in %s: %s' % (
+                        agent.short_path(part), error.strerror), target)
+                raise
 
     def _get_folder(self, source: bytes, target: str, found: Stat, inside: Tuple[str, ...],
                     merge: bool, made: bool) -> None:
@@ -1388,7 +1401,7 @@ class Download(Move):
                         entry = self._client.lstat(join(source, name))._replace(name=entry.name)
                     if entry.is_link and self._options.links == 'follow':
                         self._pipeline.drain()
-                        entry = self._client.stat(join(source, name))._replace(name=entry.name)
+                        entry = self._followed(join(source, name))._replace(name=entry.name)
                     if entry.is_dir:
                         folders.append(entry)
                     else:
@@ -1399,6 +1412,16 @@ class Download(Move):
         if self._options.keep and (made or not merge):
             set_mode(target, found.mode)
             set_times(target, (found.mtime, found.mtime))
+
+    def _followed(self, path: bytes) -> Stat:
+        """What a link leads to. Raises OSError, which tells where, for one that leads nowhere, or round."""
+        try:
+            return self._client.stat(path)
+        except Refused as refused:
+            if refused.code not in (DOESNT_EXIST, INVALID):
+                raise
+            raise OSError(errno.ENOENT, 'a link to %s, where nothing is that is served' %
+                          shown(self._client.readlink(path)))
 
     def _get_folders(self, source: bytes, target: str, folders: List[Stat], inside: Tuple[str, ...],
                      merge: bool, again: List[Tuple[bytes, str]]) -> None:

@@ -1054,6 +1054,48 @@ def test_a_folder_that_can_not_be_made_has_not_arrived_in_part(tmp_path):
         subprocess.check_call(['umount', '-l', str(tmp_path / 'served')])
 
 
+@pytest.mark.parametrize('way, mover', [('put', chirpclient.Upload), ('get', chirpclient.Download)])
+@pytest.mark.parametrize('what', ['file', 'folder'])
+def test_what_is_in_a_folders_way_at_the_end_is_named(tmp_path, monkeypatch, way, mover, what):
+    """Not its partial folder alone, of which a person knows nothing; and what was made meanwhile stays."""
+    for name in 'here', 'served':
+        (tmp_path / name).mkdir()
+    source, target = tmp_path / 'here', tmp_path / 'served'
+    if way == 'get':
+        source, target = target, source
+    (source / 'tree').mkdir()
+    write(source / 'tree' / 'x', b'x')
+    move_folder, made = getattr(mover, '_%s_folder' % way), target / 'new'
+
+    def and_make(*args):
+        move_folder(*args)
+        if what == 'folder':
+            made.mkdir()
+        write(made / 'theirs' if what == 'folder' else made, b'theirs')
+    monkeypatch.setattr(mover, '_%s_folder' % way, and_make)
+    with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as moving:
+        with pytest.raises((OSError, chirpwire.Refused), match='made meanwhile; what has arrived') as told:
+            moving.put(str(source / 'tree'), '/new') if way == 'put' else \
+                moving.get('/tree', str(target / 'new'))
+        assert 'new' in agent.sentence(told.value)
+    assert (made / 'theirs' if what == 'folder' else made).read_bytes() == b'theirs'
+
+
+def test_where_links_lead_that_can_not_be_followed_is_told(tmp_path):
+    (tmp_path / 'served' / 'tree').mkdir(parents=True)
+    links = {'loop': 'loop', 'dangling': 'missing', 'outside': '/etc/passwd'}
+    for name, leads in links.items():
+        os.symlink(leads, str(tmp_path / 'served' / 'tree' / name))
+    write(tmp_path / 'served' / 'tree' / 'x', b'x')
+    with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as moving, \
+            pytest.raises(chirpwire.Incomplete) as incomplete:
+        moving.get('/tree', str(tmp_path / 'here'), links='follow')
+    assert dict(incomplete.value.failures) == {
+        '/tree/' + name: 'a link to %s, where nothing is that is served' % leads
+        for name, leads in links.items()}
+    assert os.listdir(str(tmp_path / 'here')) == ['x']
+
+
 def test_a_failures_path_is_told_whole(tmp_path, monkeypatch):
     """A program needs it so; what a person reads is short, and so are the many that a guest may make up."""
     (tmp_path / 'served').mkdir()
