@@ -927,6 +927,8 @@ def test_servers_of_one_folder_and_who_fetches_to_it_are_kept_apart(tmp_path, wh
         if what == 'file':
             move(second, 'two', address)
             assert seen(tmp_path / 'served' / 'target') == seen(tmp_path / 'two' / what)
+        # Each server looks, as it ends, whether threads are left; those of another one's connections, too.
+        wait_until(lambda: not [one for one in threading.enumerate() if one.name.startswith('chirp-')])
     assert sorted(os.listdir(str(tmp_path / 'served'))) == ['target']
 
 
