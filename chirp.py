@@ -162,8 +162,10 @@ def standard_output() -> Iterator[Any]:
     try:
         yield sys.stdout
         sys.stdout.flush()
-    except OSError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())         # Python's end flushes it again
+        if isinstance(error, BrokenPipeError):
+            sys.exit(128 + 13)         # as of a program that SIGPIPE ends: who read has enough
         raise
 
 
@@ -177,6 +179,8 @@ def inside(path: str) -> str:
 
 def move(client: ChirpClient, words: argparse.Namespace) -> None:
     """As ``cp -r`` does."""
+    if not words.source or words.target == '':
+        raise ChirpError('a path is empty: name a file or folder')
     bar = Bar()
     source, target = words.source, words.target or ''
     try:

@@ -13,7 +13,20 @@ import posixpath
 import stat
 import threading
 import time
-from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
+from typing import (
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Set,
+    Tuple,
+    Union,
+)
 
 import agent
 import localnames
@@ -62,6 +75,7 @@ from chirpwire import (
     NOT_AUTHENTICATED,
     NOT_AUTHORIZED,
     NOT_DIR,
+    NOT_EMPTY,
     OF_SERVERS,
     PREAD_CRC32,
     PWRITE_CRC32,
@@ -81,6 +95,7 @@ from chirpwire import (
     Shrunk,
     Stat,
     TimedOut,
+    Unlistable,
     Wire,
     hash_file,
     is_part,
@@ -90,6 +105,7 @@ from chirpwire import (
     part_name,
     quote,
     shown,
+    shown_whole,
     to_bytes,
 )
 
@@ -102,7 +118,9 @@ AHEAD = 6 * PIECE              # bytes of preads or pwrites that are under way
 WINDOW = 64 * 1024 * 1024      # bytes of which a server of ours is asked for the checksum at once
 RETRIES = 2                    # new connections without progress before a transfer fails
 OVERLAP = 64 * 1024            # bytes of a partial file that are fetched again, to see if it goes on
+READER = 60.0                  # seconds that somebody has to begin to read from a FIFO
 FAILURES = 10000               # failures of a folder that are told one by one
+LONG_PATHS = 1 << 20           # characters of paths that are told whole, of those: a guest may make up any
 KNOWN = 50000                  # names of a folder that are held; of more, each is asked for
 ENTRIES = 10 * 1000 * 1000     # in a folder that is fetched, with all in it
 PENDING = 1000                 # folders in a folder that wait until its files have been moved
@@ -157,6 +175,7 @@ class Failures:
 
     def __init__(self) -> None:
         self._some: List[Tuple[str, str]] = []
+        self._room = LONG_PATHS
         self.count = 0
 
     def add(self, path: Path, error: Any) -> None:
@@ -164,7 +183,9 @@ class Failures:
         if len(self._some) < FAILURES:
             reason = error.strerror if isinstance(error, OSError) else getattr(error, 'reason', '')
             told = path if isinstance(path, bytes) else to_remote(agent.short_path(path))
-            self._some.append((shown(told), reason or str(error)))
+            text = shown_whole(told) if self._room > 0 else shown(told)
+            self._room -= len(text)
+            self._some.append((text, reason or str(error)))
 
     def check(self) -> None:
         """Raises Incomplete."""
@@ -459,6 +480,9 @@ class Move:
 class Upload(Move):
     """One ``put``."""
 
+    _arrived: Optional['Arrived'] = None           # of a folder
+    _found: Optional[os.stat_result] = None        # of the file that was sent last
+
     def run(self, source: str, target: bytes) -> None:
         found = stat_here(source)
         target = self._client.through_links(target)
@@ -489,7 +513,7 @@ class Upload(Move):
         """What is there of it when it begins: a file may grow meanwhile."""
         with open_regular(source) as file:
             found, begin, seen = os.fstat(file.fileno()), beginning(file), time.time()
-            self._meter.moved = base
+            self._meter.moved, self._found = base, found
             there = self._client.find(target)
             check_file_there(there, target)
             if self._is_same(file, found, target, there):
@@ -607,6 +631,7 @@ class Upload(Move):
         self._meter.moved = 0
         self._around.clear()
         self._small = SmallFiles(self._client, self._meter, self._failures, self._options)
+        self._arrived = None if self._client.is_ours else Arrived(self._client)
         there = self._client.find(target)
         self._merges = there is not None
         if there is not None and not there.is_dir:
@@ -623,14 +648,24 @@ class Upload(Move):
         try:
             with naming(target):
                 self._put_folder(source, part, False)
+                if self._arrived is not None:
+                    self._arrived.check()
         except (Refused, OSError) as error:
             self._client.disconnect()          # requests may be under way
             with contextlib.suppress(Refused):
                 self._client.rmdir(part)       # which nothing has arrived in
             if isinstance(error, Refused) and error.code == NO_SPACE:
+                if self._client.find(part, False) is None:
+                    raise Refused(NO_SPACE, shown(target))
                 raise Refused(NO_SPACE, '%s: what has arrived is in %s' % (shown(target), shown(part)))
             raise
-        self._client.rename(part, target)
+        try:
+            self._client.rename(part, target)
+        except Refused as refused:
+            if refused.code in (NOT_EMPTY, NOT_DIR, EXISTS):
+                raise Refused(refused.code, '%s was made meanwhile; what has arrived is in %s' % (
+                    shown(target), shown(part)))
+            raise
 
     def _put_folder(self, source: str, target: bytes, merge: bool) -> None:
         """``merge``: others may read what is there already, so files must come in place all at once, and what
@@ -638,12 +673,13 @@ class Upload(Move):
         found = os.stat(source)
         with self._inside(found.st_dev, found.st_ino):
             made = self._make_folder(target)
-            known = Known(self._client, target)
+            known, twins = Known(self._client, target), Twins(self._client, self._small, target)
             if not made:
                 if not merge:
                     self._client.chmod(target, 0o700)
                 known.fill(None if merge else source)
             unmoved: Set[bytes] = set()            # partial files that a later attempt goes on from
+            sent: 'Sent' = {}
             folders: List[str] = []
             with os.scandir(source) as entries:
                 for entry in entries:
@@ -656,15 +692,19 @@ class Upload(Move):
                             if not merge:
                                 self._make_way(known, target, to_remote(entry.name))
                             folders.append(entry.name)
+                            self._note(sent, to_remote(entry.name), None)
                         else:
-                            self._put_entry(entry, target, known, merge)
+                            twins.check(entry.name)
+                            self._put_entry(entry, target, known, merge, sent)
                     if self._failures.count > failed:
                         unmoved.add(part_name(to_remote(entry.name)))
                     if len(folders) >= PENDING:
-                        self._put_folders(source, folders, target, merge)
-            self._put_folders(source, folders, target, merge)
+                        self._put_folders(source, folders, target, merge, twins)
+            self._put_folders(source, folders, target, merge, twins)
             if not merge:
                 known.remove_parts(unmoved)
+                if self._arrived is not None and not self._failures.count:
+                    self._arrived.check_folder(target, sent)
         if self._options.keep and (made or not merge):
             self._client.chmod(target, mode_there(found))
             self._client.utime(target, int(found.st_atime), int(found.st_mtime))
@@ -677,12 +717,14 @@ class Upload(Move):
             raise OSError(errno.EINVAL, 'Chirp servers keep their own things under that name: choose another',
                           shown(path) or None)
 
-    def _put_folders(self, source: str, names: List[str], target: bytes, merge: bool) -> None:
+    def _put_folders(self, source: str, names: List[str], target: bytes, merge: bool,
+                     twins: 'Twins') -> None:
         self._small.finish()
         for name in names:
             path = os.path.join(source, name)
             with self._failing(path):
                 self._meter.add(0)
+                twins.check(name)
                 self._put_folder(path, join(target, to_remote(name)), merge)
         names.clear()
 
@@ -702,17 +744,21 @@ class Upload(Move):
                 raise
             return False
 
-    def _put_entry(self, entry: os.DirEntry, folder: bytes, known: 'Known', merge: bool) -> None:
+    def _put_entry(self, entry: os.DirEntry, folder: bytes, known: 'Known', merge: bool,
+                   sent: 'Sent') -> None:
+        """``sent``: notes it there."""
         name = to_remote(entry.name)
         target = join(folder, name)
         there = self._small.asking(lambda: known.find(name)) if known.must_ask else known.find(name)
         if is_link(entry) and self._options.links != 'follow':
             if self._options.links == 'keep':
                 self._small.asking(lambda: self._put_link(entry.path, target, there, merge))
+                self._note(sent, name, None)
             return
         found = entry.stat()
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, NEITHER)
+        self._note(sent, name, found)
         if there is not None and self._small.asking(lambda: self._has(entry.path, found, target, there)):
             return self._meter.add(found.st_size)
         if there is not None and not merge:    # an earlier attempt's, which nobody may be able to write to
@@ -725,9 +771,18 @@ class Upload(Move):
                 if merge and known.has_part(name):
                     self._small.asking(lambda: self._client.rmall(part_path(target)))
                 mode = self._wanted_mode(found, there, data)
+                self._note(sent, name, found)
                 return self._small.put(SmallFile(entry.path, target, merge, mode, there is not None, found,
                                                  data))
         self._small.asking(lambda: self._put_file(entry.path, target))
+        self._note(sent, name, self._found)
+
+    def _note(self, sent: 'Sent', name: bytes, found: Optional[os.stat_result]) -> None:
+        """Where it will be looked at, as far as memory allows. ``found``: of a file; those of /proc tell no
+        size."""
+        if self._arrived is not None and (len(sent) < KNOWN or name in sent):
+            sent[name] = (found.st_size, int(found.st_mtime)) \
+                if found is not None and found.st_size and self._options.keep else None
 
     def _has(self, source: str, found: os.stat_result, target: bytes, there: Optional[Stat]) -> bool:
         if there is None or not there.is_file or there.size != found.st_size:
@@ -781,6 +836,90 @@ class Known:
         for name in self._parts:
             if name not in unmoved and self._client.find(join(self._folder, name), False) is not None:
                 self._client.rmall(join(self._folder, name))
+
+
+Sent = Dict[bytes, Optional[Tuple[int, int]]]  # names in a folder, of files with size and time, where known
+
+
+class Arrived:
+    """What has been put to a server that isn't ours, which keeps nobody out of a partial folder: whether that
+    is still what is there when the folder gets its name."""
+
+    def __init__(self, client: ChirpClient) -> None:
+        self._client = client
+        self._folders: Dict[bytes, int] = {}           # with a sum of what was in them
+
+    def check_folder(self, folder: bytes, sent: Sent) -> None:
+        """Raises Changed."""
+        def look(entry: Stat) -> Stat:
+            name = to_bytes(entry.name)
+            expected = sent.pop(name, None)
+            if expected is not None and not (
+                    entry.size == expected[0] and is_about(entry.mtime, expected[1])):
+                raise self._changed(join(folder, name))
+            return entry
+        with contextlib.suppress(Unlistable):
+            self._folders[folder] = sum_of(map(look, self._client.ls(folder)))
+            if sent:
+                raise self._changed(join(folder, next(iter(sent))))
+
+    def check(self) -> None:
+        """Of all folders. Raises Changed."""
+        for folder, expected in self._folders.items():
+            if sum_of(self._client.ls(folder)) != expected:
+                raise self._changed(folder)
+
+    def _changed(self, path: bytes) -> Changed:
+        return Changed(path, 'it changed while the folder was sent: does another transfer go there?')
+
+
+def is_about(there: int, sent: int) -> bool:
+    """Whether a time may be what a server's disk has made of another one."""
+    return abs(there - sent) <= 2 or not DOS_BEGIN < sent < DOS_END
+
+
+DOS_BEGIN, DOS_END = 315619200, 4354732800     # 1980 and 2108: FAT knows the time between
+
+
+def sum_of(entries: Iterable[Stat]) -> int:
+    """One number for a listing, in whatever order it comes."""
+    result = 0
+    for entry in entries:
+        about = (0, 0) if entry.is_dir else (entry.size, entry.mtime)
+        result ^= hash((entry.name, entry.ino) + about)
+    return result
+
+
+class Twins:
+    """Names of one folder that differ by case or accents alone, which the server's disk may take for one."""
+
+    def __init__(self, client: ChirpClient, small: 'SmallFiles', folder: bytes) -> None:
+        self._client = client
+        self._small = small
+        self._folder = folder
+        self._first: Dict[str, str] = {}
+        self._folds: Optional[bool] = None     # whether the disk ignores case, once there are too many names
+
+    def check(self, name: str) -> None:
+        """What comes next. Raises OSError where it would replace another one that came before it."""
+        if len(self._first) >= KNOWN:
+            return self._check_disk()
+        first = self._first.setdefault(localnames.case_folded(name), name)
+        if first != name and self._are_one(first, name):
+            raise OSError(errno.EEXIST, 'there it would be the same file as %s, which came before it' % first)
+
+    def _check_disk(self) -> None:
+        """More names can't be held: raises OSError, where the disk ignores case."""
+        if self._folds is None:
+            name = next((name for name in self._first.values() if name.swapcase() != name), '')
+            self._folds = bool(name) and self._are_one(name, name.swapcase())
+        if self._folds:
+            raise OSError(errno.EINVAL, 'a folder of too many names for a disk that ignores case')
+
+    def _are_one(self, *names: str) -> bool:
+        one, other = self._small.asking(lambda: [
+            self._client.find(join(self._folder, to_remote(name)), False) for name in names])
+        return one is not None and other is not None and (one.dev, one.ino) == (other.dev, other.ino)
 
 
 class SmallFile:
@@ -993,9 +1132,20 @@ class Download(Move):
             raise OSError(errno.EINVAL, NEITHER, shown(source))
         self._meter.total = found.size
         if is_device(target):
-            with open_device(target) as file:
+            with self._open_device(target) as file:
                 return self.stream(source, lambda view: write_whole(file, view), given)
         self._get_file(source, target, None)
+
+    def _open_device(self, target: str) -> Any:
+        """Waits for who reads from a FIFO, as cp does, but not for ever: a transfer keeps its place."""
+        until = time.monotonic() + READER
+        while True:
+            try:
+                return open_device(target)
+            except OSError as error:
+                if error.errno != errno.ENXIO or time.monotonic() > until:
+                    raise
+            self._meter.wait(0.05)
 
     def _find_source(self, source: bytes) -> Stat:
         try:
@@ -1220,7 +1370,13 @@ class Download(Move):
                         why = '%s; what has arrived is in %s' % (why, agent.short_path(part))
                     raise OSError(error.errno, why, target)
                 raise
-            agent.replace(part, target)
+            try:
+                agent.replace(part, target)
+            except OSError as error:
+                if os.path.lexists(target):
+                    raise OSError(error.errno, 'it was made meanwhile; what has arrived is in %s: %s' % (
+                        agent.short_path(part), error.strerror), target)
+                raise
 
     def _get_folder(self, source: bytes, target: str, found: Stat, inside: Tuple[str, ...],
                     merge: bool, made: bool) -> None:
@@ -1246,7 +1402,7 @@ class Download(Move):
                         entry = self._client.lstat(join(source, name))._replace(name=entry.name)
                     if entry.is_link and self._options.links == 'follow':
                         self._pipeline.drain()
-                        entry = self._client.stat(join(source, name))._replace(name=entry.name)
+                        entry = self._followed(join(source, name))._replace(name=entry.name)
                     if entry.is_dir:
                         folders.append(entry)
                     else:
@@ -1257,6 +1413,16 @@ class Download(Move):
         if self._options.keep and (made or not merge):
             set_mode(target, found.mode)
             set_times(target, (found.mtime, found.mtime))
+
+    def _followed(self, path: bytes) -> Stat:
+        """What a link leads to. Raises OSError, which tells where, for one that leads nowhere, or round."""
+        try:
+            return self._client.stat(path)
+        except Refused as refused:
+            if refused.code not in (DOESNT_EXIST, INVALID):
+                raise
+            raise OSError(errno.ENOENT, 'a link to %s, where nothing is that is served' %
+                          shown(self._client.readlink(path)))
 
     def _get_folders(self, source: bytes, target: str, folders: List[Stat], inside: Tuple[str, ...],
                      merge: bool, again: List[Tuple[bytes, str]]) -> None:

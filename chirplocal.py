@@ -117,10 +117,15 @@ def is_device(path: str) -> bool:
 
 def open_device(path: str) -> Any:
     """Opens a device or FIFO to write to; of a file, as /dev/stdout may lead to, the end. Raises OSError
-    where nobody reads from it."""
+    where nobody reads from it, yet."""
     at_end = os.O_APPEND if stat.S_ISREG(os.stat(path).st_mode) else 0     # a disk is written from its start
-    fd = os.open(path, os.O_WRONLY | at_end | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_NOCTTY', 0)
-                 | getattr(os, 'O_CLOEXEC', 0))
+    try:
+        fd = os.open(path, os.O_WRONLY | at_end | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_NOCTTY', 0)
+                     | getattr(os, 'O_CLOEXEC', 0))
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            error.strerror = 'nobody reads from it'
+        raise
     if hasattr(os, 'set_blocking'):
         os.set_blocking(fd, True)
     return os.fdopen(fd, 'wb', buffering=0)
@@ -162,6 +167,9 @@ def open_part(target: str) -> Any:
         fd = os.open(path, flags | getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0), 0o600)
     except OSError as error:
         is_folder = ON_WINDOWS and os.path.isdir(path)     # of which it says that access is denied
+        if error.errno == errno.ENXIO:         # a socket
+            os.unlink(path)
+            return open_part(target)
         if error.errno not in (errno.ELOOP, errno.EISDIR) and not is_folder:
             error.filename = target        # a person knows no other name
             raise

@@ -26,11 +26,13 @@ from chirproot import (
     change_mode_of_shut,
     free_bytes,
     keep_owner,
+    lock,
     open_in,
     remove_folder,
     remove_tree,
     split_path,
     statfs_line,
+    unlock,
     write_all,
 )
 from chirpwire import (
@@ -59,9 +61,11 @@ from chirpwire import (
     ProtocolError,
     Wire,
     hash_file,
+    is_part,
     may_have_changed,
     new_buffer,
     new_hash,
+    part_name,
     quote,
     secret_answer,
     stat_line,
@@ -163,6 +167,58 @@ class Holds:
             self._held = {place: held for place, held in self._held.items() if held[1] is not session}
 
 
+class Locks:
+    """The partial files and folders that a session writes. They are locked as those are that come by a
+    fetch: another server may serve the folder, too, or a client on this machine fetch to it."""
+
+    def __init__(self) -> None:
+        self._fds: Dict[Tuple[int, int, bytes], int] = {}
+
+    def take(self, folder: int, name: bytes, opened: Optional[int] = None) -> None:
+        """``opened``: it, where it is open already. Raises Fault where another one has it."""
+        place = place_of(folder, name)
+        if place in self._fds or not is_part(name) or len(self._fds) >= OPEN_FILES:
+            return
+        try:
+            fd = os.open(name, LOOKS, dir_fd=folder) if opened is None else os.dup(opened)
+        except OSError:                # there is none, or it is a link, which nobody writes to
+            return
+        try:
+            if not lock(fd) or not is_still(fd, folder, name):
+                raise Fault(BUSY)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._fds[place] = fd
+
+    def leave(self, folder: int, name: bytes) -> None:
+        """It has its name, or is gone."""
+        if self._fds:
+            fd = self._fds.pop(place_of(folder, name), None)
+            if fd is not None:
+                unlock(fd)
+
+    def leave_all(self) -> None:
+        while self._fds:
+            unlock(self._fds.popitem()[1])
+
+
+LOOKS = os.O_RDONLY | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_NOCTTY', 0)
+
+
+def place_of(folder: int, name: bytes) -> Tuple[int, int, bytes]:
+    found = os.fstat(folder)
+    return found.st_dev, found.st_ino, name
+
+
+def is_still(fd: int, folder: int, name: bytes) -> bool:
+    """Whether what is open has this name there."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(name, dir_fd=folder, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
 class Session:
     """One connection of a client, on a thread of its own: who it is, and its requests, one by one."""
 
@@ -177,6 +233,7 @@ class Session:
         self._rights: FrozenSet[str] = frozenset()
         self._ended = False
         self._buffer: Optional[memoryview] = None      # once a file passed
+        self.locks: Optional[Locks] = None             # once it holds a place
         self._parts: Dict[type, Part] = {kind: kind(self) for kind in REQUESTS}
 
     def run(self) -> None:
@@ -198,12 +255,18 @@ class Session:
                 self.wire.flush()      # what was answered before the end
             self.wire.close()
             self._open_files.close_all()
-            self.server.holds.leave(self)
+            self.let_go()
 
     def interrupt(self) -> None:
         """Ends the connection, and so ``run``. Safe from any thread."""
         self._ended = True
         self.wire.interrupt()
+
+    def let_go(self) -> None:
+        """Of what it holds."""
+        self.server.holds.leave(self)
+        if self.locks is not None:
+            self.locks.leave_all()
 
     def look_up(self) -> None:
         """Raises EndOfStream where it was ended, for what takes long without the wire."""
@@ -508,7 +571,15 @@ class OpenFiles(Part):
             else:
                 self._session.need('rl')
                 how &= ~(os.O_CREAT | os.O_TRUNC | os.O_EXCL)
-            opened = open_in(fd, name, how, number(mode) & 0o777 | 0o600)
+            opened = open_in(fd, name, how & ~os.O_TRUNC, number(mode) & 0o777 | 0o600)
+            try:
+                if writes and self._session.locks is not None:
+                    self._session.locks.take(fd, name, opened)
+                if how & os.O_TRUNC:
+                    os.ftruncate(opened, 0)
+            except BaseException:
+                os.close(opened)
+                raise
         found = os.fstat(opened)
         file = OpenFile(opened, found, reads or not writes, writes, b'a' in flags)
         if not writes:
@@ -646,12 +717,18 @@ class Names(Part):
 
     def mkdir(self, path: bytes, mode: bytes) -> bytes:
         with self._root.changing(unquote(path), False) as (fd, name):
-            os.mkdir(name, number(mode) & 0o777 | 0o700, dir_fd=fd)
+            try:
+                os.mkdir(name, number(mode) & 0o777 | 0o700, dir_fd=fd)
+            finally:
+                if self._session.locks is not None:
+                    self._session.locks.take(fd, name)
         return b'0\n'
 
     def unlink(self, path: bytes) -> bytes:
         with self._root.changing(unquote(path), False, removes=True) as (fd, name):
             os.unlink(name, dir_fd=fd)
+            if self._session.locks is not None:
+                self._session.locks.leave(fd, name)
         return b'0\n'
 
     def rmdir(self, path: bytes) -> bytes:
@@ -664,6 +741,8 @@ class Names(Part):
             if name == b'.':
                 raise Fault(NOT_AUTHORIZED)
             remove_tree(fd, name)
+            if self._session.locks is not None:
+                self._session.locks.leave(fd, name)
         return b'0\n'
 
     def rename(self, old: bytes, new: bytes) -> bytes:
@@ -671,6 +750,8 @@ class Names(Part):
         with self._root.changing(unquote(old), False) as (old_fd, old_name), \
                 self._root.changing(unquote(new), False) as (new_fd, new_name):
             os.rename(old_name, new_name, src_dir_fd=old_fd, dst_dir_fd=new_fd)
+            if self._session.locks is not None:
+                self._session.locks.leave(old_fd, old_name)
         return b'0\n'
 
     def replace(self, old: bytes, new: bytes) -> bytes:
@@ -684,13 +765,18 @@ class Names(Part):
     def hold(self, path: bytes, mark: bytes) -> bytes:
         """Of ours alone: nobody else may put something there until this connection ends, or lets go."""
         with self._root.changing(unquote(path)) as (fd, name):
-            found = os.fstat(fd)
-            self._session.server.holds.take((found.st_dev, found.st_ino, name), mark, self._session)
+            self._session.server.holds.take(place_of(fd, name), mark, self._session)
+            self._session.locks = self._session.locks or Locks()
+            try:
+                self._session.locks.take(fd, part_name(name))
+            except Fault:
+                self._session.let_go()
+                raise
         return b'0\n'
 
     def letgo(self) -> bytes:
         """Of ours alone: of what it holds."""
-        self._session.server.holds.leave(self._session)
+        self._session.let_go()
         return b'0\n'
 
     def link(self, old: bytes, new: bytes) -> bytes:

@@ -107,7 +107,7 @@ class Incomplete(ChirpError):
     def __init__(self, failures: List[Tuple[str, str]], count: int) -> None:
         self.failures = failures
         self.count = count
-        text = '; '.join('%s: %s' % failure for failure in failures[:3])
+        text = '; '.join('%s: %s' % (shortened(path), reason) for path, reason in failures[:3])
         super().__init__('%d of the entries could not be moved: %s%s' % (
             count, text, '; and %d more' % (count - 3) if count > 3 else ''))
 
@@ -207,8 +207,16 @@ def secret_answer(secret: bytes, id: str, challenge: bytes) -> bytes:
 
 def shown(path: Path) -> str:
     """A path for a message: one line, not endless."""
+    return shortened(shown_whole(path))
+
+
+def shown_whole(path: Path) -> str:
+    """A path on one line, for a program."""
     text = to_bytes(path).decode('utf-8', 'backslashreplace')
-    text = ''.join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    return ''.join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def shortened(text: str) -> str:
     return text if len(text) <= 300 else text[:140] + '…' + text[-140:]
 
 

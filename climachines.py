@@ -170,9 +170,12 @@ def change(host: Client, screen: Screen, vms: List[str], done: str, method: str,
 def do_forget(host: Client, screen: Screen, args: Any) -> int:
     """Forgets a machine; one that is at work only if asked twice, as that would be lost."""
     found = host.call('getVM', args.vm)
-    if found['agent'] == 'alive' and found['commands'] and not args.force:
-        raise BadState('%s is there, and at work (`ps %s`): what comes of it would be lost; wait for it, or '
-                       'forget it with --force' % (found['name'], found['name']))
+    if found['agent'] == 'alive' and not args.force:
+        moves = not found['commands'] and host.call('listTransfers', {'vm': args.vm, 'finished': False})
+        if found['commands'] or moves:
+            raise BadState('%s is there, and at work (`%s %s`): what comes of it would be lost; wait for it, '
+                           'or forget it with --force' % (found['name'], 'transfers' if moves else 'ps',
+                                                       found['name']))
     host.call('forgetVM', args.vm)
     screen.say('%s is forgotten' % agent.printable(args.vm))
     return 0

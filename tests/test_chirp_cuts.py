@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -16,7 +17,17 @@ import threading
 import pytest
 from cutting import CuttingProxy
 from helpers import beside, let_others_in, wait_until
-from test_chirp import client, make_many, make_tree, our_server, seen, served, write  # noqa: F401  (fixtures)
+from test_chirp import (  # noqa: F401  (fixtures)
+    REAL,
+    client,
+    make_many,
+    make_tree,
+    our_server,
+    real_server,
+    seen,
+    served,
+    write,
+)
 
 import agent
 import chirp
@@ -154,7 +165,8 @@ def test_a_second_transfer_to_a_target_is_refused(tmp_path, way, size):
     assert sorted(os.listdir(str(tmp_path / targets))) == ['target']
 
 
-def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(chirpclient, 'READER', 0)
     (tmp_path / 'served' / 'tree').mkdir(parents=True)
     write(tmp_path / 'served' / 'tree' / 'x', b'x')
     (tmp_path / 'here').mkdir()
@@ -163,7 +175,7 @@ def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
     os.symlink(fifo, link)
     with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as client:  # noqa: F811
         for target in fifo, link:
-            with pytest.raises(OSError):               # nobody reads
+            with pytest.raises(OSError, match='nobody reads from it'):
                 client.get('/tree/x', target)
             reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
             client.get('/tree/x', target)
@@ -731,6 +743,30 @@ def test_no_permission(tmp_path):
     os.chmod(str(folder), 0o755)
 
 
+def test_who_reads_from_a_fifo_is_waited_for(tmp_path, monkeypatch):
+    (tmp_path / 'served').mkdir()
+    write(tmp_path / 'served' / 'file', b'x' * 1000)
+    os.mkfifo(str(tmp_path / 'fifo'))
+    tried, got = threading.Event(), []
+    wait = chirpclient.Meter.wait
+
+    def note(meter, seconds):
+        tried.set()
+        wait(meter, seconds)
+    monkeypatch.setattr(chirpclient.Meter, 'wait', note)
+
+    def read():
+        tried.wait(20)
+        with open(str(tmp_path / 'fifo'), 'rb') as file:
+            got.append(file.read())
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as moving:
+        moving.get('/file', str(tmp_path / 'fifo'))
+    reader.join(20)
+    assert got == [b'x' * 1000]
+
+
 def test_what_goes_to_a_fifo_goes_there_once(tmp_path):
     """By several calls, too, as where an agent was started anew meanwhile."""
     (tmp_path / 'served').mkdir()
@@ -903,6 +939,87 @@ def test_a_file_that_is_begun_anew_is_another_one(client, served, tmp_path):  # 
     assert (served[1] / 'target').read_bytes() == source.read_bytes()
 
 
+@pytest.mark.parametrize('what', ['file', 'tree'])
+@pytest.mark.parametrize('ways', ['put put', 'put get', 'get put'])
+def test_servers_of_one_folder_and_who_fetches_to_it_are_kept_apart(tmp_path, what, ways):
+    """As guests that share a home: the second of two moves to a place is refused; none ends with half."""
+    for folder in 'one', 'two':
+        (tmp_path / folder / 'tree').mkdir(parents=True)
+        write(tmp_path / folder / 'file', folder.encode() * 2000000)
+        for number in range(100):
+            write(tmp_path / folder / 'tree' / ('%s %d' % (folder, number)), b'x' * 30000)
+    (tmp_path / 'served').mkdir()
+    with our_server(tmp_path / 'served') as one, our_server(tmp_path / 'served') as other, \
+            our_server(tmp_path) as all_of_it, CuttingProxy(one.address) as putting, \
+            CuttingProxy(all_of_it.address) as getting:
+        def move(way, folder, address):
+            with chirpclient.ChirpClient(*address, timeout=20) as moving:
+                if way == 'put':
+                    moving.put(str(tmp_path / folder / what), '/target')
+                else:
+                    moving.get('/%s/%s' % (folder, what), str(tmp_path / 'served' / 'target'))
+        first, second = ways.split()
+        proxy = putting if first == 'put' else getting
+        proxy.hold = 1 << 20
+        thread = threading.Thread(target=move, args=(first, 'one', proxy.address))
+        thread.start()
+        wait_until(lambda: max(proxy.up, proxy.down) > proxy.hold)
+        address = other.address if second == 'put' else all_of_it.address
+        with pytest.raises(chirpwire.Busy, match='another transfer to .*target is under way'):
+            move(second, 'two', address)
+        proxy.gate.set()
+        thread.join()
+        assert seen(tmp_path / 'served' / 'target') == seen(tmp_path / 'one' / what)
+        if what == 'file':
+            move(second, 'two', address)
+            assert seen(tmp_path / 'served' / 'target') == seen(tmp_path / 'two' / what)
+        # Each server looks, as it ends, whether threads are left; those of another one's connections, too.
+        wait_until(lambda: not [one for one in threading.enumerate() if one.name.startswith('chirp-')])
+    assert sorted(os.listdir(str(tmp_path / 'served'))) == ['target']
+
+
+@pytest.mark.skipif(not REAL, reason='needs chirp_server of cctools')
+@pytest.mark.parametrize('loses', ['file', 'content', 'large', 'folder', 'more'])
+def test_what_another_client_does_to_what_goes_to_chirp_server_is_told(tmp_path, loses, monkeypatch):
+    """It keeps nobody out: two programs may put to one target, and each removes what the other brought."""
+    for name in 'a', 'b':
+        (tmp_path / 'tree' / name).mkdir(parents=True)
+        for number in range(5):
+            os.utime(str(write(tmp_path / 'tree' / name / str(number), b'x' * 1000)), (1e9, 1e9))
+        write(tmp_path / 'tree' / name / 'large', b'x' * 1000000)
+    for name in 'scratch', 'served':
+        (tmp_path / name).mkdir()
+    let_others_in(tmp_path / 'served')
+    put_folder = chirpclient.Upload._put_folder
+    part = chirplocal.local_part(str(tmp_path / 'served' / 'target'))
+
+    def and_another(upload, source, target, merge):
+        put_folder(upload, source, target, merge)
+        name = os.path.basename(source)
+        if name in 'ab' and sorted(os.listdir(part)) == ['.__acl', 'a', 'b']:
+            folder = os.path.join(part, 'a' if name == 'b' else 'b')
+            if loses == 'folder':
+                shutil.rmtree(folder)
+            elif loses in ('file', 'large'):
+                os.unlink(os.path.join(folder, '1' if loses == 'file' else 'large'))
+            else:
+                with open(os.path.join(folder, '1' if loses == 'content' else 'new'), 'w') as file:
+                    file.write('y' * 1000)
+    monkeypatch.setattr(chirpclient.Upload, '_put_folder', and_another)
+    with real_server(tmp_path / 'served', tmp_path / 'scratch') as address, \
+            chirpclient.ChirpClient(*address) as moving:
+        with pytest.raises(chirpwire.Changed, match='does another transfer go there'):
+            moving.put(str(tmp_path / 'tree'), '/target')
+        assert not os.path.exists(str(tmp_path / 'served' / 'target'))
+        monkeypatch.undo()
+        moving.put(str(tmp_path / 'tree'), '/target')
+        moving.get('/target', str(tmp_path / 'again'))
+        assert seen(tmp_path / 'again') == seen(tmp_path / 'tree')
+        write(tmp_path / 'tree' / '\nnot to be listed', b'x')
+        moving.put(str(tmp_path / 'tree'), '/other')
+        assert (tmp_path / 'served' / 'other' / '\nnot to be listed').read_bytes() == b'x'
+
+
 @pytest.mark.parametrize('how', ['made anew', 'mounted', 'a link'])
 def test_the_folder_that_has_the_path_now_is_served(tmp_path, how):
     """But for a link: whoever may make one there doesn't choose what is served."""
@@ -940,6 +1057,108 @@ def test_a_part_that_is_another_file_too_is_left_alone(tmp_path, way):
         moving.put(str(source / 'new'), '/new') if way == 'put' else moving.get('/new', str(target / 'new'))
     assert (target / 'new').read_bytes() == b'n' * 100000 and other.read_bytes() == b'n' * 50000
     assert sorted(os.listdir(str(target))) == ['new', 'other']
+
+
+@pytest.mark.parametrize('what', ['file', 'tree'])
+@pytest.mark.parametrize('way', ['put', 'get'])
+def test_a_socket_that_has_a_parts_name_goes(tmp_path, way, what):
+    source, target = tmp_path / 'here', tmp_path / 'served'
+    if way == 'get':
+        source, target = target, source
+    (source / 'tree').mkdir(parents=True)
+    target.mkdir()
+    write(source / 'file', b'x')
+    with socket.socket(socket.AF_UNIX) as made, working_in(target):
+        made.bind(os.path.basename(chirplocal.local_part('new')))
+    with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as moving:
+        moving.put(str(source / what), '/new') if way == 'put' else \
+            moving.get('/' + what, str(target / 'new'))
+    assert os.listdir(str(target)) == ['new']
+
+
+@contextlib.contextmanager
+def working_in(folder):
+    """Works in a folder: a socket's path must be short."""
+    before = os.getcwd()
+    os.chdir(str(folder))
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def test_a_folder_that_can_not_be_made_has_not_arrived_in_part(tmp_path):
+    """Where the disk has no inodes: nothing is there to be gone on from."""
+    (tmp_path / 'served').mkdir()
+    (tmp_path / 'tree').mkdir()
+    if subprocess.call(['mount', '-t', 'tmpfs', '-o', 'nr_inodes=1', 'none', str(tmp_path / 'served')],
+                       stderr=subprocess.DEVNULL):
+        pytest.skip('a tmpfs can not be mounted here')
+    try:
+        with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as moving, \
+                pytest.raises(chirpwire.Refused, match='^/tree: no space left$'):
+            moving.put(str(tmp_path / 'tree'), '/tree')
+    finally:
+        subprocess.check_call(['umount', '-l', str(tmp_path / 'served')])
+
+
+@pytest.mark.parametrize('way, mover', [('put', chirpclient.Upload), ('get', chirpclient.Download)])
+@pytest.mark.parametrize('what', ['file', 'folder'])
+def test_what_is_in_a_folders_way_at_the_end_is_named(tmp_path, monkeypatch, way, mover, what):
+    """Not its partial folder alone, of which a person knows nothing; and what was made meanwhile stays."""
+    for name in 'here', 'served':
+        (tmp_path / name).mkdir()
+    source, target = tmp_path / 'here', tmp_path / 'served'
+    if way == 'get':
+        source, target = target, source
+    (source / 'tree').mkdir()
+    write(source / 'tree' / 'x', b'x')
+    move_folder, made = getattr(mover, '_%s_folder' % way), target / 'new'
+
+    def and_make(*args):
+        move_folder(*args)
+        if what == 'folder':
+            made.mkdir()
+        write(made / 'theirs' if what == 'folder' else made, b'theirs')
+    monkeypatch.setattr(mover, '_%s_folder' % way, and_make)
+    with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as moving:
+        with pytest.raises((OSError, chirpwire.Refused), match='made meanwhile; what has arrived') as told:
+            moving.put(str(source / 'tree'), '/new') if way == 'put' else \
+                moving.get('/tree', str(target / 'new'))
+        assert 'new' in agent.sentence(told.value)
+    assert (made / 'theirs' if what == 'folder' else made).read_bytes() == b'theirs'
+
+
+def test_where_links_lead_that_can_not_be_followed_is_told(tmp_path):
+    (tmp_path / 'served' / 'tree').mkdir(parents=True)
+    links = {'loop': 'loop', 'dangling': 'missing', 'outside': '/etc/passwd'}
+    for name, leads in links.items():
+        os.symlink(leads, str(tmp_path / 'served' / 'tree' / name))
+    write(tmp_path / 'served' / 'tree' / 'x', b'x')
+    with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as moving, \
+            pytest.raises(chirpwire.Incomplete) as incomplete:
+        moving.get('/tree', str(tmp_path / 'here'), links='follow')
+    assert dict(incomplete.value.failures) == {
+        '/tree/' + name: 'a link to %s, where nothing is that is served' % leads
+        for name, leads in links.items()}
+    assert os.listdir(str(tmp_path / 'here')) == ['x']
+
+
+def test_a_failures_path_is_told_whole(tmp_path, monkeypatch):
+    """A program needs it so; what a person reads is short, and so are the many that a guest may make up."""
+    (tmp_path / 'served').mkdir()
+    folder = tmp_path / 'tree' / ('x' * 200) / ('y' * 200)
+    folder.mkdir(parents=True)
+    os.mkfifo(str(folder / 'fifo'))
+    with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as moving:
+        with pytest.raises(chirpwire.Incomplete) as incomplete:
+            moving.put(str(tmp_path / 'tree'), '/tree')
+        assert [path for path, _ in incomplete.value.failures] == [str(folder / 'fifo')]
+        assert len(str(incomplete.value)) < 400
+        monkeypatch.setattr(chirpclient, 'LONG_PATHS', 0)
+        with pytest.raises(chirpwire.Incomplete) as incomplete:
+            moving.put(str(tmp_path / 'tree'), '/tree')
+        assert len(incomplete.value.failures[0][0]) < 300
 
 
 def test_room_that_was_just_made_counts(tmp_path, monkeypatch):

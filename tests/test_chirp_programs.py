@@ -53,6 +53,25 @@ def test_serve_put_get_ls(serving, tmp_path):
                for line in chirp_py('ls', '-l', serving, '/source').splitlines())
 
 
+def test_an_empty_path_is_none(serving, tmp_path):
+    """As of a variable that isn't set."""
+    source = write(tmp_path / 'x', b'x')
+    for words in ('put', serving, source, ''), ('put', serving, '', 'y'), ('get', serving, 'x', ''):
+        assert 'a path is empty' in chirp_py(*words, code=1)
+    assert os.listdir(str(tmp_path / 'served')) == []
+
+
+def test_who_has_read_enough_is_no_error(serving, tmp_path):
+    write(tmp_path / 'served' / 'x', b'x' * 1000000)
+    for words in ('ls', serving), ('get', serving, 'x', '-'):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run([sys.executable, PROGRAM] + list(words), stdout=writer, stderr=subprocess.PIPE,
+                              timeout=60)
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (141, b'')
+
+
 @pytest.mark.skipif(not os.path.exists('/dev/stdout'), reason='needs /dev/stdout')
 def test_what_stands_in_standard_output_stays(serving, tmp_path):
     """Where that is a file, which /dev/stdout opens anew."""

@@ -264,7 +264,7 @@ class Round:
 def ways_to(top, path):
     """What a failure may name that keeps that path from arriving: itself, or a folder that it is in."""
     while path:
-        yield chirpwire.shown(top + b'/' + path)
+        yield chirpwire.shown_whole(top + b'/' + path)
         path = os.path.dirname(path)
 
 

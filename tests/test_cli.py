@@ -273,6 +273,13 @@ def test_who_is_absent_is_no_success_and_who_is_at_work_is_not_forgotten_by_mist
         assert done.returncode == 1 and b'at work' in done.stderr and b'--force' in done.stderr
         verb(host, 'kill', cmd_id)
         verb(host, 'wait', cmd_id, code=128 + 15)
+        verb(host, 'run', 'away', '--', 'sh', '-c', 'echo x > x')
+        os.mkfifo(str(tmp_path / 'fifo'))
+        with host.api as api:                          # until somebody reads from it
+            moving = api.startTransfer('get', 'away', 'x', str(tmp_path / 'fifo'))
+        done = host.verb('forget', 'away')
+        assert done.returncode == 1 and b'at work (`transfers away`)' in done.stderr
+        verb(host, 'kill', moving)
         away.stop()
     wait_until(lambda: 'left' in verb(host, 'ls', 'away'))     # it said that it goes, and isn't missed
     assert re.search('^agent +left$', verb(host, 'info', 'away'), re.MULTILINE)

@@ -9,6 +9,7 @@ import types
 import unicodedata
 
 import pytest
+from test_chirp import our_server
 from test_chirp_names import ours  # noqa: F401
 
 import agent
@@ -312,3 +313,51 @@ def test_links_of_windows_are_written_as_the_guest_reads_them(links, monkeypatch
         monkeypatch.setattr(chirplocal.os, 'readlink', lambda path, leads=leads: leads)
         with pytest.raises(OSError, match='which only this machine has'):
             chirplocal.link_there('path')
+
+
+def test_a_server_whose_disk_ignores_case_is_sent_no_second_file_of_a_name(ignores_case, tmp_path):
+    """The first of two stays as it came; the second is told, of files, folders, and one of each."""
+    for name in 'README', 'Readme', 'D/x', 'd/y', 'Both', 'both/z', 'other':
+        (tmp_path / 'tree' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'tree' / name).write_bytes(name.encode())
+    for tree in 'new', 'merged', 'new':
+        if tree == 'merged':
+            (ignores_case / tree).mkdir(exist_ok=True)
+        with our_server(ignores_case) as server, chirpclient.ChirpClient(*server.address) as moving, \
+                pytest.raises(chirpwire.Incomplete) as incomplete:
+            moving.put(str(tmp_path / 'tree'), '/' + tree)
+        failed = dict(incomplete.value.failures)
+        assert len(failed) == 3 and all('would be the same file as' in why for why in failed.values()), failed
+        arrived = [name for name in ('README', 'Readme', 'D/x', 'd/y', 'Both', 'both/z', 'other')
+                   if not any(str(tmp_path / 'tree' / name).startswith(path) for path in failed)]
+        assert len(arrived) == 4
+        for name in arrived:
+            assert (ignores_case / tree / name).read_bytes() == name.encode()
+        assert len(os.listdir(str(ignores_case / tree))) == 4
+
+
+def test_more_names_than_can_be_held_go_to_a_disk_that_tells_them_apart(tmp_path, ignores_case, monkeypatch):
+    monkeypatch.setattr(chirpclient, 'KNOWN', 3)
+    (tmp_path / 'tree').mkdir()
+    for number in range(6):
+        (tmp_path / 'tree' / ('f%d' % number)).write_bytes(b'x')
+    (tmp_path / 'apart').mkdir()
+    with our_server(tmp_path / 'apart') as server, chirpclient.ChirpClient(*server.address) as moving:
+        moving.put(str(tmp_path / 'tree'), '/tree')
+    with our_server(ignores_case) as server, chirpclient.ChirpClient(*server.address) as moving:
+        with pytest.raises(chirpwire.Incomplete, match='too many names') as incomplete:
+            moving.put(str(tmp_path / 'tree'), '/tree')
+        assert incomplete.value.count == 3
+    assert len(os.listdir(str(ignores_case / 'tree'))) == 3
+    assert len(os.listdir(str(tmp_path / 'apart' / 'tree'))) == 6
+
+
+def test_names_that_differ_by_case_are_sent_where_they_are_two(ours, tmp_path):  # noqa: F811
+    client, there = ours
+    for name in 'README', 'Readme', 'D/x', 'd/y':
+        (tmp_path / 'tree' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'tree' / name).write_bytes(name.encode())
+    for _ in 'new', 'again':
+        client.put(str(tmp_path / 'tree'), '/tree')
+        for name in 'README', 'Readme', 'D/x', 'd/y':
+            assert (there / 'tree' / name).read_bytes() == name.encode()
