@@ -189,3 +189,12 @@ def test_a_process_that_hangs_is_ended_however_little_patience_all_have_who_ask(
     monkeypatch.undo()
     wait_until(lambda: box.describe('lasts')['native'] == 'PoweredOff')
     box.remove_vm('lasts', True)
+
+
+# In these no driver's process answers: what the host does then is the same whatever the driver.
+UNANSWERED = (
+    test_what_was_seen_is_told_while_the_hypervisor_takes_its_time,
+    test_what_was_seen_is_told_while_the_hypervisor_comes_up,
+    test_whoever_looks_has_an_answer_within_a_second_while_nothing_answers,
+    test_who_asks_again_waits_no_more_for_what_has_been_silent_for_long,
+    test_a_process_that_hangs_is_ended_however_little_patience_all_have_who_ask)

@@ -1,5 +1,7 @@
 """The contract of drivers, on the real VirtualBox: by its API, and by its program VBoxManage."""
 
+import os
+
 import pytest
 from driver_cases import *  # noqa: F403 (the tests, for pytest to find)
 from rig import a_vm_is_moved
@@ -13,6 +15,9 @@ import virtualbox
 
 @pytest.fixture(params=[virtualbox.VirtualBox, vboxmanage.VBoxManage])
 def driver_class(request):
+    is_seen = request.param is virtualbox.VirtualBox or os.environ.get('VMHOST_FULL')
+    if request.function in UNANSWERED and not is_seen:          # noqa: F405
+        pytest.skip('the same as by the API: VMHOST_FULL=1')
     return request.param
 
 
