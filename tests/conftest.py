@@ -21,8 +21,14 @@ import wine  # noqa: E402
 
 import stompbroker  # noqa: E402
 
+# Files that take long, the longest first: workers (-n) begin with them; none is alone with one at the end.
+LONG = ['test_%s.py' % name for name in (
+    'boinc_client', 'boinc_vms', 'cli', 'status_page', 'virtualbox', 'files', 'kill_points', 'vboxmanage',
+    'external_brokers', 'terminal', 'faults', 'spine', 'chirp_cuts', 'guest_commands', 'words')]
+EXAMPLES = int(os.environ.get('VMHOST_EXAMPLES') or 50)        # fewer, where another Python has had as many
+
 settings.register_profile('shared-machine', deadline=None, suppress_health_check=[HealthCheck.too_slow],
-                          max_examples=100 if os.environ.get('VMHOST_FULL') else 50)
+                          max_examples=100 if os.environ.get('VMHOST_FULL') else EXAMPLES)
 settings.load_profile('shared-machine')
 
 # They start hundreds of times; what had to be compiled each time would take twice the processor's time.
@@ -48,6 +54,7 @@ os.kill = kill
 def pytest_configure(config):
     """Workers (-n) begin side by side, and each would compile all modules of tests, for 9 s of a processor:
     where these aren't there in compiled form, they are collected once before."""
+    config.option.loadscopereorder = False             # pytest-xdist would begin with files of many tests
     has_workers = getattr(config.option, 'numprocesses', None) and not hasattr(config, 'workerinput')
     is_kept = pycache or not sys.dont_write_bytecode
     if has_workers and is_kept and not all(map(is_compiled, modules_of_tests())):
@@ -55,11 +62,17 @@ def pytest_configure(config):
                         + config.args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """The house is the same on each Python; that module is a program, too, and imports no pytest."""
     for item in items:
-        if os.path.basename(str(item.fspath)) == 'test_house.py':
+        if file_of(item) == 'test_house.py':
             item.add_marker(pytest.mark.once)
+    if hasattr(config, 'workerinput'):
+        items.sort(key=lambda item: LONG.index(file_of(item)) if file_of(item) in LONG else len(LONG))
+
+
+def file_of(item):
+    return os.path.basename(str(item.fspath))
 
 
 def modules_of_tests():

@@ -593,6 +593,7 @@ def test_a_detached_command_is_listed_followed_and_killed(host, guests):
     assert verb(host, 'out', cmd_id) == verb(host, 'logs', '--tail', 'all', cmd_id) == 'begun\n'
     assert 'signaled' in verb(host, 'info', cmd_id)
     missing = verb(host, 'run', '-d', 'one', '--', 'no-such-program').strip()
+    host.verb('wait', missing)
     assert host.verb('kill', cmd_id, missing).stderr.decode() == (
         'vmhost: %s has already ended\nvmhost: %s has already ended\n' % (cmd_id, missing))
     assert host.verb('wait', cmd_id, missing).stderr.decode().startswith('vmhost: %s: ENOENT' % missing)

@@ -16,7 +16,7 @@ import time
 
 import pytest
 from agents import TOP
-from helpers import let_others_in, wait_until
+from helpers import let_others_in, others_take, wait_until
 
 import guestcgroup
 import guestforks
@@ -325,13 +325,13 @@ def test_a_program_that_is_stopped_while_its_others_work_has_its_timeout(runners
 
 
 def test_the_time_that_a_program_is_stopped_is_not_its_own(runners, tmp_path):
-    gate = tmp_path / 'gate'
+    gate, timeout = tmp_path / 'gate', others_take()       # which runs until the program is stopped
     program = 'touch %s.begun; while [ ! -e %s ]; do sleep 0.05; done; echo done' % (gate, gate)
-    command = runners.begin('sh', '-c', program, timeout=1)
+    command = runners.begin('sh', '-c', program, timeout=timeout)
     wait_until((tmp_path / 'gate.begun').exists, 10)
     guestprocesses.signal_all(wait_until(command.members), signal.SIGSTOP)     # known a moment later
     wait_until(lambda: command.read_state() == 'stopped', 10)
-    time.sleep(1.5)                     # longer than its timeout
+    time.sleep(1.5 * timeout)
     assert not command.has('result.json')
     gate.touch()
     guestprocesses.signal_all(command.members(), signal.SIGCONT)

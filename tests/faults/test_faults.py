@@ -496,7 +496,7 @@ def test_output_that_a_full_host_disk_can_not_take_stays_in_the_guest(tmp_path):
                 open(os.path.join(guest.files, 'go'), 'w').close()
                 folder = os.path.join(guest.spool, cmd_id)
                 wait_until(lambda: os.path.exists(os.path.join(folder, 'result.json')), 20)
-                wait_until(lambda: len(FULL.findall(host.log())) >= 2, 20)
+                wait_until(lambda: len(FULL.findall(host.log())) >= 2, 60)
                 assert not os.path.exists(os.path.join(folder, 'acked'))
                 assert api.ping('g') == 'PONG from g'
             results = host.results(cmd_id)

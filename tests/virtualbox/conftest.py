@@ -6,7 +6,7 @@ import subprocess
 import tempfile
 
 import pytest
-from rig import manage, remove, try_manage
+from rig import manage, remove, settings_files, try_manage
 from vms import VMHost, command_line, kill, processes
 
 IN_RIG = os.path.exists('/etc/vmhost-rig')
@@ -58,21 +58,22 @@ def host(home, tmp_path_factory):
 def remove_all(host):
     """Whatever VM a test made goes with it; and a VirtualBox that answers nobody any more, so that this fails
     one test, and not all that follow."""
-    before, hung = listed(), False
+    before, hung = set(settings_files()), False
     yield
     try:
-        after = listed()
+        listed()
     except subprocess.TimeoutExpired:
         hung = True
         end_processes('VBoxHeadless', 'VBoxSVC')
-        after = listed()
-    for line in after - before:
-        remove(line.rpartition('{')[2].rstrip('}'))
+        listed()
+    for uuid in set(settings_files()) - before:
+        remove(uuid)
     assert not hung, 'VirtualBox did not answer, and was ended'
 
 
 def listed():
-    return set(manage('list', 'vms', patience=120).splitlines())
+    """Fails where VirtualBox doesn't answer."""
+    manage('list', 'vms', patience=120)
 
 
 def end_processes(*programs):

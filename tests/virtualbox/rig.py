@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import time
+import xml.etree.ElementTree
 
 from helpers import beside, wait_until
 from vms import command_line, kill, processes
@@ -154,13 +155,22 @@ def stopped(pid):
             os.kill(pid, signal.SIGCONT)
 
 
+def settings_files():
+    """{uuid: its .vbox file} of all VMs, from where VirtualBox writes them down: each time that a test asked
+    VBoxManage instead, that would take 0.05 s of a processor."""
+    home = os.environ['VBOX_USER_HOME']
+
+    def elements():
+        with contextlib.suppress(FileNotFoundError, xml.etree.ElementTree.ParseError):     # it is replaced
+            return list(xml.etree.ElementTree.parse(os.path.join(home, 'VirtualBox.xml')).getroot().iter())
+    return {each.get('uuid').strip('{}'): os.path.join(home, each.get('src'))
+            for each in wait_until(elements, 20) if each.tag.endswith('MachineEntry')}
+
+
 def remove(uuid):
     """A VM, whatever its state; its files too, also those that VirtualBox leaves, where it takes a disk for
     locked: they would be in the way of the next one of its name."""
-    try:
-        folder = os.path.dirname(facts(uuid)['CfgFile'])
-    except Refused:                    # it can't be read
-        folder = ''
+    folder = os.path.dirname(settings_files().get(uuid, ''))
     unregister(uuid)
     place = os.path.join(os.environ['VBOX_USER_HOME'], 'vms')
     if folder.startswith(place + os.sep) and os.path.isdir(folder):

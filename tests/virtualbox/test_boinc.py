@@ -59,7 +59,7 @@ def uuid_of(disk, whose='UUID'):
 
 
 def reaches(vm, state):
-    wait_until(lambda: state_of(vm) == state, PATIENCE, 0.3)
+    wait_until(lambda: state_of(vm) == state, PATIENCE, 1)     # to ask takes 0.05 s of a processor
 
 
 def test_the_vm_of_a_task(boinc, image):

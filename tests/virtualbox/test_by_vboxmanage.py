@@ -1,4 +1,5 @@
-"""The contract of drivers, on the real VirtualBox by its program VBoxManage; and what it alone must do."""
+"""The real VirtualBox by its program VBoxManage: what that driver alone must do, and does in its own way; the
+contract of drivers is test_contract.py's."""
 
 import contextlib
 import glob
@@ -8,10 +9,8 @@ import signal
 import time
 
 import pytest
-from driver_cases import *  # noqa: F403 (the tests, for pytest to find)
 from helpers import beside, others_take, wait_until
 from rig import (
-    a_vm_is_moved,
     cards_of,
     facts,
     forget_networks,
@@ -29,7 +28,6 @@ import faults
 import hosthypervisor
 import vboxasking
 import vboximages
-import vboxmanage
 import vmstates
 
 SERIAL = 'vmhost:' + '5' * 32
@@ -40,11 +38,6 @@ def box(home, remove_all, tmp_path):
     settings = dict(SETTINGS, state_dir=str(tmp_path), command_timeout=45)
     with opened(hosthypervisor.Hypervisor, 'VBoxManage', settings) as box:
         yield box
-
-
-@pytest.fixture
-def driver_class():
-    return vboxmanage.VBoxManage
 
 
 @pytest.fixture
@@ -289,10 +282,6 @@ def test_a_vm_that_was_taken_out_of_the_list_is_registered_again(box, images, tm
         box.register_vm('task', str(tmp_path))
     assert box.cleanup(False, ['task'], 'me') == [] and len(box.cleanup(False, ['task'], 'another')) == 1
     assert not os.path.exists(str(tmp_path / 'task'))
-
-
-def test_a_vm_that_was_moved_is_found_again(box, images, tmp_path):
-    a_vm_is_moved(box, images, tmp_path)
 
 
 def test_a_host_agent_without_vboxapi_takes_it_by_itself(home, remove_all, tmp_path):

@@ -5,11 +5,12 @@ import os
 import re
 
 import pytest
-from helpers import wait_until
+from helpers import others_take, wait_until
 from rig import AS_VBOXMANAGE_SAYS, facts, manage, slowed, vboxsvc
 from terminals import Terminal
 
 VM = 'told'
+HELD_UP = r'vmhost: VirtualBox (has not answered for|takes its time).*VMs are told as they were seen .*\n'
 LIFE = [                        # a verb, what it says, and the state in which it leaves the VM
     (['create', VM, '--memory', '16', '--cpus', '2', '--disk', '4', '--network', 'nat'], VM, 'PoweredOff'),
     (['snap', 'take', VM, 'base'], 'snapshot taken', 'PoweredOff'),
@@ -50,9 +51,9 @@ def said(host, *words):
 
 
 def told(host, *words):
-    """What a verb printed; it does what it should."""
+    """What a verb printed; it does what it should. Where others' work holds VirtualBox up, it says that."""
     code, out, err = said(host, *words)
-    assert (code, err) == (0, ''), (words, out, err)
+    assert code == 0 and (not err or others_take() > 1 and re.fullmatch(HELD_UP, err)), (words, out, err)
     return out
 
 
