@@ -512,3 +512,23 @@ def test_a_vm_that_somebody_removes_meanwhile_is_told_by_its_name(one, tmp_path)
 def test_a_full_disk_is_named():
     told = "Could not create the clone medium '/srv/a b/x.vdi' (VERR_DISK_FULL)"
     assert str(vboxconnection.fault_of(0, told)) == told + ' -- the disk of /srv/a b/x.vdi is full: make room'
+
+
+@pytest.mark.once
+@pytest.mark.skipif(os.name != 'posix', reason='runs a script, which ends by a signal')
+@pytest.mark.parametrize('word', ['showvminfo', 'startvm'])
+def test_one_that_crashes_while_it_only_looks_is_asked_again(tmp_path, monkeypatch, word):
+    a_program(tmp_path, monkeypatch, """
+import os
+path = os.path.join(os.path.dirname(__file__), 'asked')
+open(path, 'a').write('.')
+if os.path.getsize(path) < 3:
+    os.kill(os.getpid(), 11)
+print('well')
+""")
+    program = vboxprogram.Program(20)
+    if word == 'showvminfo':
+        assert program.run(word, 'x') == 'well\n'
+    else:
+        with pytest.raises(vboxprogram.Refused, match='ended with -11'):
+            program.run(word, 'x')
