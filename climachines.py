@@ -241,8 +241,9 @@ def is_out_of_reach(broker: str, mode: str) -> bool:
 
 def do_cleanup(host: Client, screen: Screen, args: Any) -> int:
     """Unfinished VMs and unused disks that this tool created: listed, or removed."""
-    named = [host.call('getVM', vm)['name'] for vm in args.vms]
-    found = host.call('cleanup', not args.yes, args.vms)
+    vms = [vm for group in args.vms for vm in group]
+    named = [host.call('getVM', vm)['name'] for vm in vms]
+    found = host.call('cleanup', not args.yes, vms)
     verb = 'removed ' if args.yes else 'would remove '
     lines = ['%s %s (%s)' % (what['kind'] if what['kind'] == 'kept' else verb + what['kind'], what['name'],
                              what['why']) for what in found]
@@ -311,7 +312,8 @@ VERBS = [
         switch('--setup', help='create or repair it, as configured in host.ini'), JSON]),
     Verb('cleanup', do_cleanup, 'list unfinished VMs and unused disks that this tool created', [
         switch('--yes', help='remove them'),
-        argument('--vms', metavar='NAME', nargs='+', default=[], help='and these VMs, if they are off'),
+        argument('--vms', metavar='NAME', nargs='+', action='append', default=[],
+                 help='and these VMs, if they are off'),
         JSON]),
     Verb('keep', do_keep, 'keep VMs from cleanup', [VMS, switch('--off', help='no longer')]),
 ]

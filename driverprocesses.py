@@ -23,6 +23,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple  # 
 import agent
 import faults
 from faults import DeadlineExceeded, HypervisorError, VMHostError
+from hypervisor import spoken
 
 log = logging.getLogger('vmhost.hypervisor')
 
@@ -331,7 +332,7 @@ class Worker:
                 self.ended.wait(5)
                 why = ('the VM\'s own process hangs, perhaps; powerOff (stop --force) ends it'
                        if call.vm and call.begun else 'the hypervisor itself hangs, perhaps')
-                call.fail(Unresponsive('%s: no answer for %d s: %s' % (call.verb, silent, why)))
+                call.fail(Unresponsive('%s: no answer for %d s: %s' % (spoken(call.verb), silent, why)))
         self.idle_since = time.monotonic()
         return True
 

@@ -125,7 +125,7 @@ class Server:
             raise
         except Exception as error:
             if self._driver.is_lost(error):
-                raise ConnectionLost('the hypervisor died during %s' % job.verb)
+                raise ConnectionLost('the hypervisor died meanwhile')
             fault = self._driver.translate(error)
             if isinstance(fault, NotReady) and kind_of(job.verb) != 'changing' \
                     and time.monotonic() < message.get('until', float('inf')):

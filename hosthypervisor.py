@@ -27,7 +27,7 @@ import hypervisor
 from driverprocesses import EVER, Call, Child, Unresponsive, Watcher, Workers
 from faults import BadState, Busy, DeadlineExceeded, HypervisorError, VMHostError
 from hostseen import Watch
-from hypervisor import is_local, kind_of
+from hypervisor import is_local, kind_of, spoken
 from vmstates import CHANGING, PAUSED, RUNNING, STUCK
 
 log = logging.getLogger('vmhost.hypervisor')
@@ -73,6 +73,7 @@ class Hypervisor:
         self._last_id = 0
         self._under_way = collections.OrderedDict()  # type: Dict[str, Call]     # what is owned: by which call
         self._calls = []  # type: List[Call]
+        self._plugs = []  # type: List[str]         # what is owned of VMs whose plug is just being pulled
         self._told = {}  # type: Dict[Tuple[str, str], Any]         # by verb and uuid: what was told last
         self._closing = False
         self._asked_in_vain = 0.0               # monotonic: when a list was told last as it was seen before
@@ -95,7 +96,7 @@ class Hypervisor:
         return ended and not self._teller.is_alive()
 
     def _launch(self, watches: bool) -> Child:
-        with self._open_stderr() as stderr:
+        with open_stderr(self._settings['state_dir'], self.name) as stderr:
             return Child(self._command() + ['watcher' if watches else 'worker'],
                          {'settings': self._settings, 'watches': watches}, stderr)
 
@@ -103,16 +104,6 @@ class Hypervisor:
         """What runs a driver's process; its last word is for who looks at a list of processes."""
         code = 'import sys; sys.path.insert(0, sys.argv[1]); import drivers; drivers.run(sys.argv[2])'
         return [sys.executable, '-c', code, os.path.dirname(os.path.abspath(__file__)), self.name]
-
-    def _open_stderr(self) -> Any:
-        """A driver's library prints its troubles; they are kept for who looks for a reason, and each
-        process adds to what those before it left."""
-        folder = self._settings['state_dir']
-        if not folder or not os.path.isdir(folder):
-            return open(os.devnull, 'wb')
-        path = os.path.join(folder, self.name.lower() + '.log')
-        full = os.path.exists(path) and os.path.getsize(path) > PRINTED_KEPT
-        return open(path, 'wb' if full else 'ab')
 
     # Verbs.
 
@@ -199,17 +190,18 @@ class Hypervisor:
                 done, why = worker.carry_out(call, patience, self._answers), worker.why
             if done and isinstance(call.error, Unresponsive) and not self._answers():
                 why = str(self._silent(call.error))
-                raise (Unresponsive('%s; whether %s was done is not known' % (why, call.verb)) if call.begun
-                       else DeadlineExceeded(why))
+                raise (Unresponsive('%s; whether %s was done is not known' % (why, spoken(call.verb)))
+                       if call.begun else DeadlineExceeded(why))
             if done:
                 return call.answer()
             why = why or 'the driver\'s process ended'
             if call.given_up:
-                raise Unresponsive('%s: no answer, and %s was to be switched off' % (call.verb, call.vm))
+                raise Unresponsive('%s: no answer, and %s was to be switched off' % (
+                    spoken(call.verb), call.vm))
             if self._closing:
                 raise HypervisorError('the host agent is stopping')
             if call.begun and kind_of(call.verb) == 'changing':
-                raise HypervisorError('%s: %s; look what state the VM is in' % (call.verb, why))
+                raise HypervisorError('%s: %s; look what state the VM is in' % (spoken(call.verb), why))
             if time.monotonic() + pause > deadline or call.tries >= 10:
                 raise HypervisorError(why)
             time.sleep(pause)
@@ -259,7 +251,9 @@ class Hypervisor:
     def _in_the_way(self, call: Call, key: str) -> str:
         """The verb for which this call has to wait, '' for none."""
         if key in self._under_way:
-            return self._under_way[key].verb
+            return spoken(self._under_way[key].verb)
+        if key in self._plugs and call.verb not in TURNS:       # between two steps of that
+            return spoken('power_off')
         cleans = any(each.verb == 'cleanup' for each in self._calls)
         return 'cleanup' if call.verb == 'create_vm' and cleans else ''
 
@@ -283,7 +277,8 @@ class Hypervisor:
         """Pulls the plug; of a VM that hangs, or whose hypervisor answers nobody, ends the process."""
         uuid = self._watch.uuid_of(vm)
         try:
-            return self._pull_the_plug(vm)
+            with listed_in(self._plugs, uuid or vm, self._free):    # whatever else waits until it is off
+                return self._pull_the_plug(vm)
         except DeadlineExceeded as error:
             if not uuid or self._answers() or not self._was_killed(vm, uuid):
                 raise
@@ -493,3 +488,28 @@ class Hypervisor:
                 event()
             except Exception:
                 log.exception('an event could not be delivered')
+
+
+# --- plain helpers -----------------------------------------------------------------------------
+
+def open_stderr(folder: str, name: str) -> Any:
+    """A driver's library prints its troubles; they are kept for who looks for a reason, and each process adds
+    to what those before it left."""
+    if not folder or not os.path.isdir(folder):
+        return open(os.devnull, 'wb')
+    path = os.path.join(folder, name.lower() + '.log')
+    full = os.path.exists(path) and os.path.getsize(path) > PRINTED_KEPT
+    return open(path, 'wb' if full else 'ab')
+
+
+@contextlib.contextmanager
+def listed_in(keys: List[str], key: str, changed: threading.Condition) -> Iterator[None]:
+    """For so long; who waits for a change is told."""
+    with changed:
+        keys.append(key)
+    try:
+        yield
+    finally:
+        with changed:
+            keys.remove(key)
+            changed.notify_all()

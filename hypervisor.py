@@ -322,6 +322,11 @@ class Driver:
         return self._cannot('clean up')
 
 
+def spoken(verb: str) -> str:
+    """A verb as a person reads it."""
+    return verb.replace('_', ' ')
+
+
 def kind_of(verb: str) -> str:
     """quick, looking or changing; '' for what is no verb of the contract."""
     return getattr(getattr(Driver, verb, None), 'kind', '')

@@ -4,6 +4,7 @@ What it is not: it changes nothing; what does is vboxmanage.py's. One thread, th
 locks.
 """
 
+import contextlib
 import re
 import time
 from typing import Any, Dict, List, Optional, Tuple
@@ -23,6 +24,7 @@ LACKS = ('statistics, screenshots, the remote desktop, limits of the network, ho
 NOBODY = '<inaccessible>'          # what `list vms` calls a VM that can't be read; one may have that name
 ANSWERS_IN = 3.0                   # seconds in which a VM's own process has to answer, where all are listed
 HANGS = 'its process does not answer'
+HUNG_VM = '%s: %s; powerOff (stop --force) ends it'
 ASK_AGAIN = 15.0                   # seconds until one that didn't is asked again
 
 
@@ -36,6 +38,7 @@ class Asking(Driver):
         self._program = None  # type: Any
         self._version = ''
         self._rows = {}  # type: Dict[str, Tuple[str, Any, Dict[str, Any]]]  # uuid: (.vbox, its stamp, row)
+        self._names = {}  # type: Dict[str, str]             # uuid: name of the VMs that were listed last
         self._ask_at = {}  # type: Dict[str, float]          # uuid of a VM whose process hangs: when to ask
         self._infos = {}  # type: Dict[str, Dict[str, str]]  # uuid of a VM that runs: what was told of it last
 
@@ -58,12 +61,28 @@ class Asking(Driver):
         if isinstance(error, Refused) and vboxprogram.NO_SERVER in str(error):
             return faults.HypervisorError('VirtualBox does not answer: VBoxSVC could not be started')
         if isinstance(error, Refused):
+            gone = re.search(r'a registered machine \S+ UUID \{([0-9a-f-]{36})\}', str(error))
+            if gone is not None:
+                return faults.NoSuchVM('%s is gone: somebody removed it meanwhile' % self._names.get(
+                    gone.group(1), gone.group(1)))
             return vboxconnection.fault_of(error.code, str(error))
         return super().translate(error)
 
     def _run(self, *words: str, **how: Any) -> str:
-        """As Program.run."""
-        return str(self._program.run(*words, **how))
+        """As Program.run; says which VM hangs, where one does."""
+        try:
+            return str(self._program.run(*words, **how))
+        except faults.DeadlineExceeded:
+            vm = next((self._names[word] for word in words if word in self._names), '')
+            if how.get('patience') or not vm or not self._lists_vms():
+                raise
+            raise faults.DeadlineExceeded(HUNG_VM % (vm, HANGS))
+
+    def _lists_vms(self) -> bool:
+        """Whether VirtualBox itself answers: it does so without asking a VM's own process."""
+        with contextlib.suppress(Refused, faults.DeadlineExceeded):
+            return bool(self._program.run('list', 'vms', patience=ANSWERS_IN))
+        return False
 
     def _change(self, job: Job, *words: str, text: str = '', secret: bool = False) -> str:
         """Like _run; somebody else may hold the VM for a moment: tried again until the job's deadline."""
@@ -92,7 +111,10 @@ class Asking(Driver):
         return [row for row in rows if row is not None]
 
     def _listed(self, what: str) -> List[Tuple[str, str]]:
-        return re.findall(r'^"(.*)" \{([0-9a-f-]{36})\}\s*$', self._run('list', what), re.MULTILINE)
+        found = re.findall(r'^"(.*)" \{([0-9a-f-]{36})\}\s*$', self._run('list', what), re.MULTILINE)
+        if what == 'vms':
+            self._names = {uuid: name for name, uuid in found}
+        return found
 
     def _look(self, name: str, uuid: str, runs: bool) -> Optional[Dict[str, Any]]:
         """A VM's row; the last one where it is off, and its settings, which hold its state, are the same; or
@@ -141,7 +163,7 @@ class Asking(Driver):
                 if not hangs:
                     self._ask_at.pop(uuid, None)
         if uuid not in self._infos:
-            raise faults.DeadlineExceeded('%s: %s; powerOff (stop --force) ends it' % (
+            raise faults.DeadlineExceeded(HUNG_VM % (
                 self._rows[uuid][2]['name'] if uuid in self._rows else uuid, HANGS))
         return self._infos[uuid], HANGS
 

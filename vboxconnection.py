@@ -26,7 +26,7 @@ from faults import (
     NotSupported,
     VMHostError,
 )
-from hypervisor import ConnectionLost, Job, either
+from hypervisor import ConnectionLost, Job, either, spoken
 from protocol import is_mac
 
 log = logging.getLogger('vmhost.virtualbox')
@@ -90,6 +90,7 @@ FAULT_OF_CODE.update((code, Busy) for code in CALL_AGAIN)
 
 PROGRAMS = ('VBoxHeadless', 'VirtualBoxVM', 'VirtualBox')       # in which VMs run
 SOURCE = re.compile(r'\.?\s+\S+\.cpp\[\d+\] \(.*\)$', re.DOTALL)    # where VirtualBox's code found an error
+NO_MORE_TOLD = re.compile(r'Code \w+ \(0x[0-9a-f]{8}\) - (.*?) \(extended info not available\)')
 NO_DRIVER = ('VERR_VM_DRIVER', 'rc=-1908', 'VERR_SUPDRV', 'vboxdrv')
 MEND_DRIVER = ('the kernel module vboxdrv is not loaded: install the kernel headers, then run '
                '/sbin/vboxconfig (Debian: dpkg-reconfigure virtualbox-dkms), and with Secure Boot '
@@ -253,10 +254,12 @@ class Connection:
                 if self.id_of(machine) == wanted.upper():
                     return machine
         try:
-            return self.vbox.findMachine(wanted)
+            found = self.vbox.findMachine(wanted)
         except Exception as error:
             if self.code(error) != OBJECT_NOT_FOUND:
                 raise
+        else:
+            return self._named_so(wanted, found)
         for machine in self.unreadable():
             if name_in_path(machine) == wanted:
                 return machine
@@ -264,6 +267,13 @@ class Connection:
             if machine.name == wanted:
                 return machine
         raise NoSuchVM('no VM has the name, id or uuid %r' % wanted)
+
+    def _named_so(self, wanted: str, found: Any) -> Any:
+        """What VirtualBox found by a word; where that is a uuid in braces or capitals, it forgets the VM that
+        is called so."""
+        if wanted == found.id or self.if_there(lambda each: each.accessible and each.name == wanted, found):
+            return found
+        return next((each for each in self.machines_now() if each.name == wanted), found)
 
     def machines_now(self) -> List[Any]:
         """All machines that are there, and whose settings VirtualBox can read."""
@@ -420,7 +430,7 @@ def check_fits(verb: str, vm: str, state: str, settings: str) -> None:
     """Raises BadState where the verb makes no sense in this state, HypervisorError where there is no room."""
     if state not in ACCEPTABLE[verb]:
         raise BadState('%s is %s; %s needs it to be %s' % (
-            vm, state, verb.replace('_', ' '), either(ACCEPTABLE[verb])))
+            vm, state, spoken(verb), either(ACCEPTABLE[verb])))
     if verb in WRITES_SETTINGS:
         check_room(vm, settings)
 
@@ -451,9 +461,12 @@ def fault_of(code: int, text: str) -> VMHostError:
     if any(word in text for word in NO_DRIVER) or (
             'unexpectedly during startup' in text and lacks_module()):
         text += ' -- ' + MEND_DRIVER
-    text = SOURCE.sub('', text)
-    if code in DEAD:
+    text = NO_MORE_TOLD.sub(r'\1', SOURCE.sub('', text))
+    if code in DEAD or re.search('NS_ERROR_ABORT|Operation aborted', text):
         text += ' -- the VM\'s process ended meanwhile, or VirtualBox did'
+    if 'VERR_DISK_FULL' in text:
+        path = re.search('\'(/.*?|[A-Za-z]:.*?)\'', text)
+        text += ' -- the disk%s is full: make room' % (' of ' + path.group(1) if path is not None else '')
     told = ' (VirtualBox 0x%08x)' % code if code else ''
     return FAULT_OF_CODE.get(code, HypervisorError)(' '.join(text.split()) + told)
 

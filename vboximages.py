@@ -10,7 +10,9 @@ import os
 import re
 import struct
 import sys
+import tarfile
 import time
+import uuid as uuid_of
 import xml.sax.saxutils as saxutils
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
@@ -49,6 +51,8 @@ IMPORTING = 'vmhost/importing/'    # + name: the .vbox that an import will regis
 EXPECTED = 'vmhost/expected'       # + path of a disk that createVM is about to make: when it began
 DISK_MADE = 'vmhost/disk/'         # + uuid of a disk that createVM made: its path then
 OWNER = 'vmhost/owner/'            # + uuid of a VM that createVM made: whose it is
+REMOVING = 'vmhost/removing/'      # + .vbox of a VM that removeVM deletes: its uuid, and the file's stamp
+MAKES = 'vmhost/makes/'            # + uuid of a VM that createVM is about to make: the process that does
 MAKER = 'vmhost/maker/'            # + folder of a VM that createVM is making: the process that does (note_of)
 
 VDI_HEAD, VDI_1_1 = 392, (0xbeda107f, 0x10001)        # bytes; signature and version of a .vdi file
@@ -60,9 +64,10 @@ LARGEST = 2 ** 31 - 1              # of the numbers that options hold
 NOT_LINKED = 'linked: expected an image that is a disk, on which the VM\'s own can lie'
 BROKEN = 'VERR_(EOF|TAR|VD|ZIP|XAR)'    # in VirtualBox's words where a disk in an appliance is cut or damaged
 UNFIT = ('VirtualBox can\'t open the image %s: it is damaged, of another kind than its name says, or a copy '
-         'of a disk that VirtualBox has (%s)')
+         'of a disk that VirtualBox has%s')
 UNUSED_IN_VHD = 2 ** 32 - 1        # for the place of a block
 STREAM_VMDK = 2 ** 64 - 1          # for the place of the tables
+OVF_HEAD = 65536                   # bytes in which an .ovf tells what it is
 MOST_BLOCKS = 2 ** 22              # of which the places are read: more are no disk's
 NOT_REGISTERED = ('a VM that is not registered: `create` of that file brings it back, and `cleanup` removes '
                   'one that was left half made')
@@ -128,13 +133,14 @@ class Images:
 
     @contextlib.contextmanager
     def _reading(self, image: str, cut: str) -> Iterator[None]:
-        """Names the appliance, of which VirtualBox tells where it is wrong. cut: what its words match."""
+        """Names the image, of which VirtualBox tells where it is wrong. cut: what its words match."""
         try:
             yield
         except HypervisorError as error:
             if not re.search(cut, str(error)):
                 raise
-            raise HypervisorError('%s is cut or damaged, or no appliance: get it anew (%s)' % (image, error))
+            raise HypervisorError('%s is cut or damaged, or no %s: get it anew (%s)' % (
+                image, 'appliance' if image.lower().endswith(('.ova', '.ovf')) else 'disk', error))
 
     def _path_of(self, name: str, wish: Dict[str, Any]) -> str:
         """Where the settings of a new VM will be."""
@@ -242,7 +248,9 @@ class Images:
             note = IMPORTING + machine.name
             if disk is not None and not self.box.array(disk, 'machineIds'):
                 self._disks.take_away(disk)
+            path = machine.settingsFilePath
             self._disks.delete(machine, self._disks.is_made)[0].waitForCompletion(10000)
+            self._disks.forget_removing(path)
             self.box.vbox.setExtraData(note, '')
         except Exception as error:
             log.warning('a half-made VM is left for cleanup: %s', self.box.translate(error))
@@ -251,8 +259,9 @@ class Images:
         copied, size = image and kind != '.iso', wish['diskSize']
         if not copied and size == 0:
             return None
-        folder = os.path.dirname(machine.settingsFilePath)
-        disk = self.box.vbox.createMedium('VDI', os.path.join(folder, machine.name + '.vdi'),
+        path = os.path.join(os.path.dirname(machine.settingsFilePath), machine.name + '.vdi')
+        check_is_free(path)
+        disk = self.box.vbox.createMedium('VDI', path,
                                           self.box.const('AccessMode_ReadWrite'),
                                           self.box.const('DeviceType_HardDisk'))
         self._disks.expect(disk.location)
@@ -287,7 +296,8 @@ class Images:
             with self._opening(image):
                 source = self._open_twin(job, image, os.path.dirname(disk.location))
         try:
-            self.box.finish(job, self._clone(source, disk, variant), 'copying the disk')
+            with self._reading(image, BROKEN):
+                self.box.finish(job, self._clone(source, disk, variant), 'copying the disk')
         finally:
             self._drop_source(source, own_copy)
 
@@ -299,7 +309,7 @@ class Images:
         except Exception as error:
             if self.box.code(error) != OBJECT_NOT_FOUND:
                 raise
-            raise HypervisorError(UNFIT % (image, self.box.translate(error)))
+            raise HypervisorError(unfit(image, str(self.box.translate(error))))
 
     def _clone(self, source: Any, disk: Any, variant: List[int]) -> Any:
         try:
@@ -570,20 +580,58 @@ class Disks:
 
     def delete(self, machine: Any, wanted: Callable[[Any], bool]) -> Tuple[Any, List[List[str]]]:
         """Unregisters and deletes the VM's files, and of those of its disks that nothing else needs the
-        wanted ones. Gives the Progress, and [path, why] of the disks that are kept, images apart."""
-        had = machine.unregister(self.box.const('CleanupMode_DetachAllReturnHardDisksOnly'))
+        wanted ones. Gives the Progress, and [path, why] of the disks that are kept, images apart. Notes what
+        goes, so that cleanup finds it if we die meanwhile: once done, who calls it has to forget_removing."""
+        uuid, path = machine.id, machine.settingsFilePath
+        self.box.vbox.setExtraData(REMOVING + path, removal_of(path, uuid))
+        try:
+            had = self._unregister(machine)
+        except Exception:
+            self.forget_removing(path)
+            raise
+        self.box.vbox.setExtraData(REMOVING + path, removal_of(path, uuid))     # it may be written by that
         media, images = self._unused(had), self.images_under(had)      # these are never ours, who wants them
         unused = {medium.id for medium in media}
         reasons = {medium.base.location: 'needed by ' + self._users(medium) for medium in had
                    if medium.id not in unused and medium.id not in images}
         kept = [medium for medium in media if medium.id in images or not wanted(medium)]
         media = [medium for medium in media if medium not in kept]
-        for medium in media:
-            if not medium.parent or self.is_noted(medium):
-                self.forget(medium.id, medium.location)
+        noted = [(medium.id, medium.location) for medium in media
+                 if not medium.parent or self.is_noted(medium)]
         reasons.update((medium.base.location, ELSEWHERE) for medium in kept if medium.id not in images)
-        return (machine.deleteConfig([medium for medium in media if not self._close_gone(medium)]),
-                [[path, why] for path, why in sorted(reasons.items())])
+        progress = machine.deleteConfig([medium for medium in media if not self._close_gone(medium)])
+        for disk, location in noted:
+            self.forget(disk, location)
+        return progress, [[path, why] for path, why in sorted(reasons.items())]
+
+    def _unregister(self, machine: Any) -> List[Any]:
+        """The disks that it had. Whoever looks at a VM by VBoxManage locks it for a moment."""
+        until = time.monotonic() + NOT_READY
+        while True:
+            try:
+                return list(machine.unregister(self.box.const('CleanupMode_DetachAllReturnHardDisksOnly')))
+            except Exception as error:
+                if self.box.code(error) != INVALID_OBJECT_STATE or time.monotonic() > until:
+                    raise
+            time.sleep(0.1)
+
+    def forget_removing(self, path: str) -> None:
+        """Of a VM that is gone, with all that was to go with it."""
+        self.box.vbox.setExtraData(REMOVING + path, '')
+
+    def half_removed(self, listed: List[str]) -> List[str]:
+        """The .vbox files of VMs whose removal was cut short. Forgets those that are gone, altered since, or
+        listed again."""
+        found = []
+        for key in self.box.vbox.getExtraDataKeys():
+            path = key[len(REMOVING):] if key.startswith(REMOVING) else ''
+            if path and os.path.exists(path) and os.path.realpath(path) not in listed \
+                    and self.box.vbox.getExtraData(key) == removal_of(
+                        path, self.box.vbox.getExtraData(key).partition(' ')[0]):
+                found.append(path)
+            elif path:
+                self.box.vbox.setExtraData(key, '')
+        return found
 
     def _users(self, medium: Any) -> str:
         """Who has a disk, or one that lies on it."""
@@ -680,9 +728,12 @@ class Cleaning:
     def _delete(self, job: Job, machine: Any, wanted: Callable[[Any], bool]) -> List[List[str]]:
         """The VM, its files, and those of its disks that are wanted; gives [path, why] of the others."""
         images = self._disks.images_under(self._disks.of(machine))
-        owner = OWNER + machine.id
+        uuid, path = machine.id, machine.settingsFilePath
+        owner = OWNER + uuid
         progress, kept = self._disks.delete(machine, wanted)
         self.box.finish(job, progress, 'deleting')
+        self._disks.forget_removing(path)
+        self.box.vbox.setExtraData(MAKES + uuid, '')
         self.box.vbox.setExtraData(owner, '')
         self._disks.close_unused(images)
         return kept
@@ -692,7 +743,8 @@ class Cleaning:
         making = self._folders_in_the_making(job)       # once: a maker that dies now is dead for the next one
         self._disks.forget_what_never_came(making)
         rows = self._left_of(job, vms, owner) if owner else (
-            self._left_vms(job, vms, making) + self._left_disks(job, making) + self._left_settings(making))
+            self._left_vms(job, vms, making) + self._left_disks(job, making) + self._left_settings(making)
+            + self._left_of_removed(making))
         if dry_run:
             return [row for row, _ in rows]
         return [row if row['kind'] == 'kept' else self._after(row, remove) for row, remove in rows]
@@ -773,10 +825,15 @@ class Cleaning:
         busy = {vm for _, vm in job.others} & {machine.name, machine.id, self.box.id_of(machine)}
         if has_mark(machine, KEEP) or busy or machine.sessionState != self.box.const('SessionState_Unlocked'):
             return ''
-        if has_mark(machine, MAKING) or self._import_left(job, machine):
+        if has_mark(machine, MAKING) or self._import_left(job, machine) or self._maker_died(machine):
             return 'half made'
         ours = has_mark(machine, MADE_BY_US) and self.box.state_of(machine) in OFF
         return 'named' if named and ours else ''
+
+    def _maker_died(self, machine: Any) -> bool:
+        """Whether a process was about to make this very VM, by its uuid, and died before it had its marks."""
+        note = self.box.vbox.getExtraData(MAKES + machine.id)
+        return bool(note) and not is_at_work(note)
 
     def _import_left(self, job: Job, machine: Any) -> bool:
         path = self.box.vbox.getExtraData(IMPORTING + machine.name)
@@ -801,7 +858,8 @@ class Cleaning:
             path = disk.location if disk is not None else path
             if os.path.dirname(path) in making or (disk is not None and self._is_used(disk)):
                 continue
-            another = disk is None and path in [each.location for each in known.values()]
+            another = disk is None and (path in [each.location for each in known.values()]
+                                        or uuid_in_vdi(path) not in ('', uuid))
             if another or not os.path.exists(path):
                 self.box.vbox.setExtraData(DISK_MADE + uuid, '')
                 continue
@@ -835,12 +893,34 @@ class Cleaning:
                 if folder not in making and not self._is_folder_of_vm(folder)
                 for path in leavings_in(folder)]
 
+    def _left_of_removed(self, making: List[str]) -> List[Tuple[Dict[str, str], Any]]:
+        """Settings of VMs whose removal was cut short, after their disks."""
+        if self._disks.work_goes_on():
+            return []
+        return [({'kind': 'vm', 'name': path, 'why': 'half removed'},
+                 lambda path=path: self._remove_settings(path))  # type: ignore
+                for path in self._disks.half_removed(self._listed()) if os.path.dirname(path) not in making]
+
+    def _remove_settings(self, path: str) -> None:
+        for each in (path, path + PREVIOUS):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(each)
+        self._disks.forget_removing(path)
+        with contextlib.suppress(OSError):          # there is something else in it, such as the VM's log
+            os.rmdir(os.path.dirname(path))
+
+    def _listed(self) -> List[str]:
+        """Where the settings are of the VMs that VirtualBox lists."""
+        return [os.path.realpath(machine.settingsFilePath)
+                for machine in self.box.array(self.box.vbox, 'machines')]
+
     def _unlisted_user(self, uuid: str, path: str) -> str:
         """Why a disk stays whose VM somebody took out of VirtualBox's list, and may bring back: its settings
         are beside the disk. '' where there are none."""
         folder = os.path.dirname(path)
-        listed = [os.path.realpath(machine.settingsFilePath)
-                  for machine in self.box.array(self.box.vbox, 'machines')]
+        listed = self._listed()
+        if not self._disks.work_goes_on():
+            listed += [os.path.realpath(each) for each in self._disks.half_removed(listed)]
         for settings in settings_in(folder):
             use = '' if os.path.realpath(settings) in listed else use_of(settings, uuid)
             if use:
@@ -887,6 +967,17 @@ class Cleaning:
             for machine in self.box.array(self.box.vbox, 'machines')]
 
 
+def unfit(image: str, told: str) -> str:
+    """What is said of an image that VirtualBox doesn't open; `told`: what it says, if that is anything."""
+    return UNFIT % (image, '' if 'supplied arguments does not exist' in told else ' (%s)' % told)
+
+
+def check_is_free(path: str) -> None:
+    """The place of a new VM's disk. Raises AlreadyExists."""
+    if os.path.lexists(path):
+        raise AlreadyExists('%s lies where the new disk would be: move it away, or delete it' % path)
+
+
 def check_still_there(path: str) -> None:
     """The new disk, before it is attached: where VirtualBox then can't write the VM's settings, it takes the
     disk for attached until it ends, and nobody can have it forget the disk."""
@@ -918,6 +1009,7 @@ def check_image(image: str) -> None:
                                         else 'no such image file', image))
     if image:
         check_is_whole(image)
+        check_is_appliance(image)
 
 
 def check_is_whole(image: str) -> None:
@@ -935,6 +1027,35 @@ def check_is_whole(image: str) -> None:
     if size < least - slack:
         raise HypervisorError('%s is cut: it has %d bytes, and %d by what it says itself; get it anew'
                               % (image, size, least))
+
+
+def check_is_appliance(image: str) -> None:
+    """Raises HypervisorError where an .ova or .ovf is XML, and of another kind: VirtualBox's server dies of
+    such a one, and with it whatever else is under way."""
+    try:
+        head = head_of_ovf(image)
+    except (OSError, tarfile.TarError):             # VirtualBox tells
+        return
+    text = head.decode('utf-16' if head[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8', 'replace')
+    first = re.search(r'<(?:[\w.-]+:)?([A-Za-z_][\w.-]*)', re.sub(r'<!--.*?-->', '', text, flags=re.DOTALL))
+    if first is not None and first.group(1) != 'Envelope':
+        raise HypervisorError('%s is no appliance: it is XML of another kind (<%s>)' % (
+            image, first.group(1)))
+
+
+def head_of_ovf(image: str) -> bytes:
+    """How the description of an appliance begins, which is an .ova's first file; nothing of a disk."""
+    kind = os.path.splitext(image)[1].lower()
+    if kind == '.ovf':
+        with open(image, 'rb') as file:
+            return file.read(OVF_HEAD)
+    if kind != '.ova':
+        return b''
+    with tarfile.open(image, 'r:') as archive:
+        first = archive.next()
+        if first is None or not first.isfile() or not first.name.lower().endswith('.ovf'):
+            return b''
+        return archive.extractfile(first).read(OVF_HEAD)  # type: ignore
 
 
 def read_at(file: Any, place: int, length: int) -> bytes:
@@ -960,6 +1081,18 @@ def length_of_vdi(file: Any) -> Tuple[int, int]:
         return 0, 0
     data_at, block, extra, _, blocks = struct.unpack_from('<I28xIIII', head, 344)
     return data_at + blocks * (block + extra), block
+
+
+def uuid_in_vdi(path: str) -> str:
+    """Which disk a .vdi file says that it is; '' for another file, or none."""
+    try:
+        with open(path, 'rb') as file:
+            head = read_at(file, 0, VDI_HEAD + 16)
+    except OSError:
+        return ''
+    if len(head) < VDI_HEAD + 16 or struct.unpack_from('<II', head, 64) != VDI_1_1:
+        return ''
+    return str(uuid_of.UUID(bytes_le=head[VDI_HEAD:]))
 
 
 def length_of_vhd(file: Any) -> Tuple[int, int]:
@@ -1105,6 +1238,15 @@ def remove_leavings(folder: str) -> None:
                 os.remove(each)
     if not os.listdir(folder):
         os.rmdir(folder)
+
+
+def removal_of(path: str, uuid: str) -> str:
+    """The note of a VM that is being removed: its uuid, and its .vbox file as it is; '' without one."""
+    try:
+        status = os.stat(path)
+        return '%s %d %d' % (uuid, status.st_mtime_ns, status.st_size)
+    except OSError:
+        return ''
 
 
 def note_of(pid: int) -> str:

@@ -13,8 +13,10 @@ VirtualBox: states, marks, errors. One thread, that of a driver's process; no lo
 """
 
 import contextlib
+import logging
 import os
 import re
+import uuid as uuid_of
 from typing import Any, Callable, Dict, List, Optional
 
 import faults
@@ -29,6 +31,8 @@ from vboxasking import NOBODY, Asking
 from vboxconnection import KEEP, MADE_BY_US, MAKING, OFF, ONLINE, SAVED
 from vboxprogram import Refused, attached_in, disk_path, log_in, native_of, rules_in, slots_of
 
+log = logging.getLogger('vmhost.virtualbox')
+
 CONTROLS = {                       # verb: VBoxManage's words, the states that they lead to, what takes long
     'reset': (('controlvm', 'reset'), ('Running',), ''), 'pause': (('controlvm', 'pause'), ('Paused',), ''),
     'resume': (('controlvm', 'resume'), ('Running',), ''),
@@ -39,7 +43,86 @@ NEW_DISK = r'UUID: +([0-9a-f-]{36})'        # what createmedium and clonemedium 
 DEFAULT_DISK = 8192                # MB: VBoxManage doesn't tell what VirtualBox recommends
 
 
-class VBoxManage(Asking):
+class Cards(Asking):
+    """The network cards of VMs, and the ports of this machine that lead to them."""
+
+    def _card_words(self, mode: str, slot: int) -> List[str]:
+        """For modifyvm: the card over which the agent speaks."""
+        if mode == 'hostonly':
+            return ['--nic%d=hostonly' % slot,
+                    '--hostonlyadapter%d=%s' % (slot, self.settings['network']['interface'])]
+        return ['--nic%d=%s' % (slot, mode)] + (self._localhost_words(slot) if mode == 'nat' else [])
+
+    def _bridge_words(self, slot: int, interface: str) -> List[str]:
+        return ['--nic%d=bridged' % slot, '--bridgeadapter%d=%s' % (slot, interface)]
+
+    def _move_bridge(self, job: Job, info: Dict[str, str]) -> None:
+        """As vboxnetwork.Cards.move_bridge."""
+        for slot in slots_of(info, 'bridged')[:1]:
+            uuid, now = info['UUID'], info['bridgeadapter%d' % slot]
+            follows = self._marks(uuid).get(vboxnetwork.BRIDGED) == uuid
+            wanted = vboxnetwork.moved_bridge(info['name'], now, follows, self._bridgeable())
+            if wanted != now:
+                self._change(job, 'modifyvm', uuid, *self._bridge_words(slot, wanted))
+
+    def _settle_card(self, job: Job, info: Dict[str, str]) -> None:
+        """Before a cold start, as vboxnetwork.Cards.settle."""
+        uuid, mode = info['UUID'], self.settings['network']['mode']
+        waits = mode == 'hostonly' and self._marks(uuid).get(vboxnetwork.NAT_FOR_NOW) == uuid
+        if waits and self._has_network():
+            slot = self._card_of(info)
+            forget = ['--natpf%d' % slot, 'delete', vboxnetwork.CHIRP_RULE] if self._chirp_rule(info) else []
+            self._change(job, 'modifyvm', uuid, *forget + self._card_words(mode, slot))
+            self._change(job, 'setextradata', uuid, vboxnetwork.NAT_FOR_NOW)
+        elif waits or mode == 'nat':
+            self._add_chirp_rule(job, info)
+
+    def _localhost_words(self, slot: int) -> List[str]:
+        """Before 7.0, a guest could always reach its host's 127.0.0.1."""
+        return ['--nat-localhostreachable%d=on' % slot] if self._api() >= (7, 0) else []
+
+    def find_chirp(self, job: Job, vm: str) -> Optional[List[Any]]:
+        rule = self._chirp_rule(self._seen(job, vm)[0])
+        return [rule[2], int(rule[3])] if rule else None
+
+    def forward_chirp(self, job: Job, vm: str) -> List[Any]:
+        info = self._settled(job, self._find(job, vm))
+        self._add_chirp_rule(job, info)
+        found = self.find_chirp(job, vm)
+        if not found:
+            raise faults.HypervisorError('%s has no NAT card: its Chirp port can not be reached'
+                                         % info['name'])
+        return found
+
+    def _chirp_rule(self, info: Dict[str, str]) -> List[str]:
+        """name, protocol, host address, host port, guest address, guest port; [] for none."""
+        return next((rule for rule in rules_in(info) if rule[0] == vboxnetwork.CHIRP_RULE
+                     and rule[5] == str(self.settings['chirp_port'])), [])
+
+    def _add_chirp_rule(self, job: Job, info: Dict[str, str]) -> None:
+        slot = next(iter(slots_of(info, 'nat')), 0)
+        online = native_of(info) in ONLINE
+        if not slot or self._chirp_rule(info):
+            return
+        port = vboxnetwork.free_port('127.0.0.1', [int(each[3]) for each in rules_in(info)])
+        new = '%s,tcp,127.0.0.1,%d,,%d' % (vboxnetwork.CHIRP_RULE, port, self.settings['chirp_port'])
+        tell = ['controlvm', info['UUID'], 'natpf%d' % slot] if online else [
+            'modifyvm', info['UUID'], '--natpf%d' % slot]
+        if any(value.startswith(vboxnetwork.CHIRP_RULE + ',') for value in info.values()):
+            self._change(job, *tell + ['delete', vboxnetwork.CHIRP_RULE])
+        self._change(job, *tell + [new] + ([] if online else self._localhost_words(slot)))
+
+    def _move_forwards(self, job: Job, info: Dict[str, str]) -> None:
+        """As vboxnetwork.Cards.move_forwards."""
+        words = []  # type: List[str]
+        key = '--natpf%d' % next(iter(slots_of(info, 'nat')), 0)
+        for rule in vboxnetwork.moved_forwards(info['name'], rules_in(info)):
+            words += [key, 'delete', rule[0], key, ','.join(rule)]
+        if words:
+            self._change(job, 'modifyvm', info['UUID'], *words)
+
+
+class VBoxManage(Cards):
     """The driver: what it does to VMs."""
 
     def find_verb(self, name: str) -> Callable[..., Any]:
@@ -146,14 +229,26 @@ class VBoxManage(Asking):
             self._cannot('make VMs from %s, but from disks: %s' % (kind, ', '.join(vboximages.DISKS)))
         if wish['bridged']:
             vboxnetwork.pick_interface(wish['bridged'], self._bridgeable())
-        uuid = self._make(job, name, wish)
+        wanted = str(uuid_of.uuid4())                  # if we die now, cleanup will find it by that
+        self._run('setextradata', 'global', vboximages.MAKES + wanted, vboximages.note_of(os.getpid()))
         try:
-            self._fit_out(job, uuid, image and os.path.abspath(image), wish)
-        except BaseException:
-            self._delete(job, self._info(uuid), False)
+            made = self._make(job, name, wish, wanted)
+            self._fit_out(job, made, image and os.path.abspath(image), wish)
+        except BaseException as error:
+            self._take_back(job, wanted, error)
             raise
-        self._run('setextradata', 'global', maker_of(self._info(uuid)))
+        self._run('setextradata', 'global', maker_of(self._info(made)))
+        self._run('setextradata', 'global', vboximages.MAKES + wanted)
         return name
+
+    def _take_back(self, job: Job, wanted: str, why: BaseException) -> None:
+        """A VM that isn't whole, if it came so far; what can't be removed now is cleanup's."""
+        try:
+            if wanted in [each for _, each in self._listed('vms')]:
+                self._delete(job, self._info(wanted), False)
+            self._run('setextradata', 'global', vboximages.MAKES + wanted)
+        except (Refused, faults.VMHostError) as error:
+            log.warning('a half-made VM is left for cleanup: %s (%s)', error, why)
 
     def register_vm(self, job: Job, name: str, folder: str, owner: str = '') -> bool:
         wish = vboximages.wishes({'folder': folder, 'owner': owner}, self.settings['network']['mode'])
@@ -178,8 +273,9 @@ class VBoxManage(Asking):
                           re.MULTILINE)
         return found.group(1) if found else ''
 
-    def _make(self, job: Job, name: str, wish: Dict[str, Any]) -> str:
-        words = ['--name=' + name, '--ostype=' + (wish['ostype'] or 'Linux_64'), '--register', '--default']
+    def _make(self, job: Job, name: str, wish: Dict[str, Any], wanted: str) -> str:
+        words = ['--name=' + name, '--uuid=' + wanted, '--ostype=' + (wish['ostype'] or 'Linux_64'),
+                 '--register', '--default']
         words += ['--basefolder=' + wish['folder']] if wish['folder'] else []
         try:
             told = self._run('createvm', *words)
@@ -241,30 +337,41 @@ class VBoxManage(Asking):
         except Refused as error:
             if not image or not re.search(UNFIT_IN_WORDS, str(error)):
                 raise
-            raise faults.HypervisorError(vboximages.UNFIT % (image, self.translate(error)))
+            raise faults.HypervisorError(vboximages.unfit(image, str(self.translate(error))))
         job.renew_deadline()
         return bool(image or wish['diskSize'] != 0)
 
     def _run_disk(self, job: Job, path: str, image: str, wish: Dict[str, Any]) -> None:
         if not image and wish['diskSize'] == 0:
             return
+        vboximages.check_is_free(path)
         # If we die now, cleanup will find it: by the same notes as vboximages.Disks has.
         self._run('setextradata', 'global', vboximages.EXPECTED + path, vboximages.begun_now())
-        if image and wish['linked']:
-            told = self._run('createmedium', 'disk', '--filename=' + path, '--diffparent=' + image, job=job,
-                             text='making a disk on the image')
-        elif image:
-            known = image in self._run('list', 'hdds')
-            told = self._run('clonemedium', 'disk', image, path, '--format=VDI', job=job,
-                             text='copying the disk')
-            if not known:
-                self._run('closemedium', 'disk', image)
+        if image:
+            told = self._from_image(job, path, image, wish['linked'])
         else:
             size = DEFAULT_DISK if wish['diskSize'] is None else wish['diskSize']
             told = self._run('createmedium', 'disk', '--filename=' + path, '--size=%d' % size, job=job,
                              text='making a disk')
         for disk in re.findall(NEW_DISK, told)[-1:]:
             self._run('setextradata', 'global', vboximages.DISK_MADE + disk, path)
+
+    def _from_image(self, job: Job, path: str, image: str, linked: bool) -> str:
+        """What VBoxManage tells. VirtualBox remembers an image that it is shown: it has to forget it, above
+        all a damaged one, or it takes no other copy; but where a disk lies on it now."""
+        known = re.search('^Location: +%s\r?$' % re.escape(image), self._run('list', 'hdds'), re.MULTILINE)
+        words, text = ((['createmedium', 'disk', '--filename=' + path, '--diffparent=' + image],
+                        'making a disk on the image') if linked else
+                       (['clonemedium', 'disk', image, path, '--format=VDI'], 'copying the disk'))
+        stays = known is not None
+        try:
+            told = self._run(*words, job=job, text=text)
+            stays = stays or linked
+            return told
+        finally:
+            if not stays:
+                with contextlib.suppress(Refused, faults.VMHostError):     # it never knew it
+                    self._run('closemedium', 'disk', image)
 
     # Removing.
 
@@ -312,7 +419,7 @@ class VBoxManage(Asking):
                 kept.append([path, 'VirtualBox can\'t delete it: %s' % error])
         self._delete_unfinished(disk_path(info))
         self._change(job, 'unregistervm', uuid, '--delete')
-        for key in (vboximages.OWNER + uuid, maker_of(info)):
+        for key in (vboximages.OWNER + uuid, vboximages.MAKES + uuid, maker_of(info)):
             self._run('setextradata', 'global', key)
         return sorted(kept)
 
@@ -409,83 +516,6 @@ class VBoxManage(Asking):
         elif 'cpuPercent' in wish:
             self._change(job, 'modifyvm', info['UUID'], '--cpuexecutioncap=%d' % wish['cpuPercent'])
         return True
-
-    # The network.
-
-    def _card_words(self, mode: str, slot: int) -> List[str]:
-        """For modifyvm: the card over which the agent speaks."""
-        if mode == 'hostonly':
-            return ['--nic%d=hostonly' % slot,
-                    '--hostonlyadapter%d=%s' % (slot, self.settings['network']['interface'])]
-        return ['--nic%d=%s' % (slot, mode)] + (self._localhost_words(slot) if mode == 'nat' else [])
-
-    def _bridge_words(self, slot: int, interface: str) -> List[str]:
-        return ['--nic%d=bridged' % slot, '--bridgeadapter%d=%s' % (slot, interface)]
-
-    def _move_bridge(self, job: Job, info: Dict[str, str]) -> None:
-        """As vboxnetwork.Cards.move_bridge."""
-        for slot in slots_of(info, 'bridged')[:1]:
-            uuid, now = info['UUID'], info['bridgeadapter%d' % slot]
-            follows = self._marks(uuid).get(vboxnetwork.BRIDGED) == uuid
-            wanted = vboxnetwork.moved_bridge(info['name'], now, follows, self._bridgeable())
-            if wanted != now:
-                self._change(job, 'modifyvm', uuid, *self._bridge_words(slot, wanted))
-
-    def _settle_card(self, job: Job, info: Dict[str, str]) -> None:
-        """Before a cold start, as vboxnetwork.Cards.settle."""
-        uuid, mode = info['UUID'], self.settings['network']['mode']
-        waits = mode == 'hostonly' and self._marks(uuid).get(vboxnetwork.NAT_FOR_NOW) == uuid
-        if waits and self._has_network():
-            slot = self._card_of(info)
-            forget = ['--natpf%d' % slot, 'delete', vboxnetwork.CHIRP_RULE] if self._chirp_rule(info) else []
-            self._change(job, 'modifyvm', uuid, *forget + self._card_words(mode, slot))
-            self._change(job, 'setextradata', uuid, vboxnetwork.NAT_FOR_NOW)
-        elif waits or mode == 'nat':
-            self._add_chirp_rule(job, info)
-
-    def _localhost_words(self, slot: int) -> List[str]:
-        """Before 7.0, a guest could always reach its host's 127.0.0.1."""
-        return ['--nat-localhostreachable%d=on' % slot] if self._api() >= (7, 0) else []
-
-    def find_chirp(self, job: Job, vm: str) -> Optional[List[Any]]:
-        rule = self._chirp_rule(self._seen(job, vm)[0])
-        return [rule[2], int(rule[3])] if rule else None
-
-    def forward_chirp(self, job: Job, vm: str) -> List[Any]:
-        info = self._settled(job, self._find(job, vm))
-        self._add_chirp_rule(job, info)
-        found = self.find_chirp(job, vm)
-        if not found:
-            raise faults.HypervisorError('%s has no NAT card: its Chirp port can not be reached'
-                                         % info['name'])
-        return found
-
-    def _chirp_rule(self, info: Dict[str, str]) -> List[str]:
-        """name, protocol, host address, host port, guest address, guest port; [] for none."""
-        return next((rule for rule in rules_in(info) if rule[0] == vboxnetwork.CHIRP_RULE
-                     and rule[5] == str(self.settings['chirp_port'])), [])
-
-    def _add_chirp_rule(self, job: Job, info: Dict[str, str]) -> None:
-        slot = next(iter(slots_of(info, 'nat')), 0)
-        online = native_of(info) in ONLINE
-        if not slot or self._chirp_rule(info):
-            return
-        port = vboxnetwork.free_port('127.0.0.1', [int(each[3]) for each in rules_in(info)])
-        new = '%s,tcp,127.0.0.1,%d,,%d' % (vboxnetwork.CHIRP_RULE, port, self.settings['chirp_port'])
-        tell = ['controlvm', info['UUID'], 'natpf%d' % slot] if online else [
-            'modifyvm', info['UUID'], '--natpf%d' % slot]
-        if any(value.startswith(vboxnetwork.CHIRP_RULE + ',') for value in info.values()):
-            self._change(job, *tell + ['delete', vboxnetwork.CHIRP_RULE])
-        self._change(job, *tell + [new] + ([] if online else self._localhost_words(slot)))
-
-    def _move_forwards(self, job: Job, info: Dict[str, str]) -> None:
-        """As vboxnetwork.Cards.move_forwards."""
-        words = []  # type: List[str]
-        key = '--natpf%d' % next(iter(slots_of(info, 'nat')), 0)
-        for rule in vboxnetwork.moved_forwards(info['name'], rules_in(info)):
-            words += [key, 'delete', rule[0], key, ','.join(rule)]
-        if words:
-            self._change(job, 'modifyvm', info['UUID'], *words)
 
 
 def maker_of(info: Dict[str, str]) -> str:

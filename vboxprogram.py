@@ -36,6 +36,8 @@ PASSING = {                        # what VirtualBox says for a moment: how many
     'The session is not locked': NOT_READY,     # its server took it away meanwhile: nothing was changed
     'was unlocked unexpectedly while attempting to share': NOT_READY,       # the same, a moment later
     NO_SERVER: 10}       # its server just ends, as it does while nobody asks
+LOOKS = 'list', 'showvminfo', 'showmediuminfo', 'getextradata'      # what changes nothing
+CRASHED = r'VBoxManage ended with (-|\d{9})'        # seen with 7.2, where a VM comes or goes in that moment
 INFO_LINE = re.compile(
     r'^(?:(?P<named>SnapshotName(?P<place>(?:-\d+)*))="(?P<name>.*?)"'
     r'(?=\r?\nSnapshotUUID(?P=place)="[^"\n]+"\r?$)|'
@@ -81,6 +83,8 @@ class Program:
                 return self._run_once(words, job, text, patience, secret)
             except Refused as error:
                 passes_in = max([PASSING[word] for word in PASSING if word in str(error)] or [0.0])
+                if words[0] in LOOKS and re.search(CRASHED, str(error)):
+                    passes_in = NOT_READY
                 if time.monotonic() - begun > passes_in:
                     raise
             time.sleep(0.1)

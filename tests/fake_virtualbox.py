@@ -214,8 +214,9 @@ class VirtualBox(WithExtraData):
         return 1
 
     def findMachine(self, wanted):
-        for machine in self.machines:
-            if wanted in (machine.name, machine.id):
+        uuid = wanted.strip('{}').lower()           # which VirtualBox looks for first, as this does
+        for machine in [each for each in self.machines if each.id == uuid] + self.machines:
+            if wanted == machine.name or machine.id == uuid:
                 return machine
         raise FakeError(NOT_FOUND, 'Could not find a registered machine named %r' % wanted)
 

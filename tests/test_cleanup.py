@@ -6,7 +6,9 @@ The fake VirtualBox is within reach of the test here.
 import os
 import struct
 import subprocess
+import tarfile
 import time
+import uuid
 
 import fake_virtualbox
 import pytest
@@ -625,3 +627,116 @@ def test_an_owners_cleanup_takes_its_own_alone(box, vbox, image, tmp_path):
     assert rows(box.cleanup(False, ['mine', 'runs', 'yours'], 'me')) == wanted
     assert sorted(machine.name for machine in vbox.machines) == ['kept', 'runs', 'yours']
     assert rows(box.cleanup(True, [], 'nobody')) == []
+
+
+def test_a_vm_whose_removal_was_cut_short_goes_with_its_disk(box, vbox, monkeypatch):
+    """The host agent died between two steps: nobody could make a VM of that name, and its disk stayed."""
+    machine = create(box, vbox, 'half')
+    disk, folder = disk_of(machine), os.path.dirname(machine.settingsFilePath)
+
+    def die(self, media):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as dying:
+        dying.setattr(fake_virtualbox.Machine, 'deleteConfig', die)
+        with pytest.raises(KeyboardInterrupt):
+            box.remove_vm('half', True)
+    assert os.path.exists(machine.settingsFilePath)
+    assert rows(box.cleanup(True)) == rows(box.cleanup(False)) == [
+        ('disk', disk), ('vm', machine.settingsFilePath)]
+    assert not os.path.exists(folder) and box.cleanup() == []
+    assert not [key for key in vbox.getExtraDataKeys() if key.startswith(vboximages.REMOVING)]
+
+
+@pytest.mark.parametrize('change', ['written', 'listed'])
+def test_a_vm_that_somebody_took_up_again_is_no_half_removed_one(box, vbox, monkeypatch, change):
+    machine = create(box, vbox, 'half')
+    vbox.setExtraData(vboximages.REMOVING + machine.settingsFilePath,
+                      vboximages.removal_of(machine.settingsFilePath, machine.id))
+    if change == 'written':
+        box.remove_vm('half')
+        with open(machine.settingsFilePath, 'a') as file:
+            file.write(' ')
+    box.cleanup(False)
+    box.remove_vm('half') if change == 'listed' else None
+    assert [row['kind'] for row in box.cleanup(False)] == ['kept']
+    assert os.path.exists(machine.settingsFilePath)
+
+
+@pytest.mark.parametrize('alive', [True, False])
+def test_a_vm_whose_maker_died_before_its_marks_is_half_made(box, vbox, alive):
+    """By VBoxManage, which registers a VM before anything can be written of it."""
+    machine = create(box, vbox, 'new', diskSize=0)
+    machine.setExtraData('vmhost/made', '')
+    vbox.setExtraData(vboximages.MAKES + machine.id,
+                      vboximages.note_of(os.getpid()) if alive else '1000000 1')
+    assert rows(box.cleanup(False)) == ([] if alive else [('vm', 'new')])
+    assert bool(vbox.getExtraData(vboximages.MAKES + machine.id)) == alive
+
+
+def test_a_note_of_a_disk_that_another_one_replaced_is_told_by_nobody(box, vbox):
+    """Of two disks that were made at one place, one after the other, the file says which it is."""
+    machine = create(box, vbox, 'out')
+    disk = disk_of(machine)
+    box.remove_vm('out')
+    head = bytearray(vboximages.VDI_HEAD + 16)
+    struct.pack_into('<II', head, 64, *vboximages.VDI_1_1)
+    head[vboximages.VDI_HEAD:] = uuid.UUID('12345678-1234-1234-1234-123456789abc').bytes_le
+    with open(disk, 'wb') as file:
+        file.write(head)
+    vbox.hardDisks[:] = [each for each in vbox.hardDisks if each.location != disk]
+    for old in [key for key in vbox.getExtraDataKeys() if key.startswith(vboximages.DISK_MADE)]:
+        vbox.setExtraData(old, '')
+    for each in ('12345678-1234-1234-1234-123456789abc', '12345678-1234-1234-1234-00000000000d'):
+        vbox.setExtraData(vboximages.DISK_MADE + each, disk)
+    open(machine.settingsFilePath, 'w').close()
+    assert rows(box.cleanup()) == [('kept', disk)]
+
+
+def test_a_file_in_the_place_of_a_new_disk_is_named(box, vbox, tmp_path):
+    (tmp_path / 'new').mkdir()
+    (tmp_path / 'new' / 'new.vdi').write_text('of somebody')
+    with pytest.raises(faults.AlreadyExists, match='new.vdi lies where the new disk would be'):
+        box.create_vm('new', '', {'diskSize': 4})
+    assert (tmp_path / 'new' / 'new.vdi').read_text() == 'of somebody' and vbox.machines == []
+
+
+@pytest.mark.parametrize('kind', ['.ovf', '.ova'])
+def test_what_is_no_appliance_is_not_shown_to_virtualbox(box, tmp_path, kind):
+    """Its server dies of XML of another kind, and with it whatever else is under way."""
+    text = b'<?xml version="1.0"?>\n<!-- <Envelope> -->\n<x/>'
+    (tmp_path / 'image.ovf').write_bytes(text)
+    with tarfile.open(str(tmp_path / 'image.ova'), 'w') as archive:
+        archive.add(str(tmp_path / 'image.ovf'), 'image.ovf')
+    with pytest.raises(faults.HypervisorError, match='image%s is no appliance: .*<x>' % kind):
+        box.create_vm('new', str(tmp_path / ('image' + kind)))
+    for envelope in (b'<Envelope/>', b'<ovf:Envelope xmlns:ovf="x">'):
+        (tmp_path / 'image.ovf').write_bytes(text.replace(b'<x/>', envelope))
+        vboximages.check_image(str(tmp_path / 'image.ovf'))
+
+
+def test_a_vm_that_is_called_as_another_ones_uuid_in_braces(box, vbox):
+    first, second = create(box, vbox, 'first'), create(box, vbox, 'second')
+    second.name = '{%s}' % first.id
+    assert box.describe(second.name)['uuid'] == second.id
+    assert box.remove_vm(second.name, True) == [] and vbox.machines == [first]
+
+
+@pytest.mark.parametrize('times', [1, 10 ** 6])
+def test_a_vm_that_another_program_just_looks_at_is_removed_all_the_same(box, vbox, monkeypatch, times):
+    """For it locks it; what stays locked is told, and no removal of it is noted."""
+    machine = create(box, vbox, 'seen')
+    refused, unregister = [], machine.unregister
+    monkeypatch.setattr(vboximages, 'NOT_READY', 0.3)
+
+    def look(mode):
+        if len(refused) < times:
+            refused.append(mode)
+            raise fake_virtualbox.FakeError(fake_virtualbox.OBJECT_STATE, 'it is locked')
+        return unregister(mode)
+    monkeypatch.setattr(machine, 'unregister', look)
+    if times == 1:
+        assert box.remove_vm('seen', True) == [] and vbox.machines == []
+    else:
+        with pytest.raises(Exception, match='locked'):
+            box.remove_vm('seen', True)
+    assert not [key for key in vbox.getExtraDataKeys() if key.startswith(vboximages.REMOVING)]

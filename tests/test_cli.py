@@ -897,6 +897,8 @@ VM_ANSWERS = {
     (['cleanup'], 'would remove disk x (unused)\nkept y (unread)\n', ('cleanup', True, [])),
     (['cleanup', '--yes', '--vms', 'a', 'b'], 'removed disk x (unused)\nkept y (unread)\n',
      ('cleanup', False, ['a', 'b'])),
+    (['cleanup', '--vms', 'a', '--vms', 'b', 'c'], 'would remove disk x (unused)\nkept y (unread)\n',
+     ('cleanup', True, ['a', 'b', 'c'])),
     (['status', '--open'], 'http://127.0.0.1/status?key=k\n', ('getStatusLink',))])
 def test_verbs_of_vms(words, said, called, tmp_path, monkeypatch):
     monkeypatch.setenv('BROWSER', 'true')

@@ -11,11 +11,12 @@ from vms import SETTINGS
 
 import drivers
 import hypervisor
+import vboxconnection
 import vboximages
 import vboxmanage
 import vboxnetwork
 import vboxprogram
-from faults import AlreadyExists, BadState, DeadlineExceeded, HypervisorError, InvalidParams
+from faults import AlreadyExists, BadState, DeadlineExceeded, HypervisorError, InvalidParams, NoSuchVM
 
 INFO = r'''name="b \"c\" \\"
 memory=16
@@ -206,6 +207,8 @@ import json, os
 path = os.path.join(os.path.dirname(__file__), 'vm.json')
 vm = json.load(open(path)) if os.path.exists(path) else {}
 words = sys.argv[1:]
+with open(path + '.calls', 'a') as calls:
+    calls.write(' '.join(words) + '\n')
 if words[0] == '--version':
     print('7.2.4r1')
 elif os.path.exists(path + '.no-server'):
@@ -215,6 +218,18 @@ elif words[0] == 'createvm':
     print('Virtual machine is created and registered.\nUUID: %(one)s')
 elif words == ['list', 'vms'] and vm:
     print('"one" {%(one)s}')
+elif words[0] == 'unregistervm':
+    vm = {}
+elif os.path.exists(path + '.hangs') and words[0] == 'showvminfo':
+    import time
+    time.sleep(60)
+elif os.path.exists(path + '.gone') and words[0] == 'showvminfo':
+    sys.exit('VBoxManage: error: Could not find a registered machine with UUID {%(one)s}\n'
+             'VBoxManage: error: Details: code VBOX_E_OBJECT_NOT_FOUND (0x80bb0001), component')
+elif os.path.exists(path + '.dies') and words[0] == 'setextradata' and words[1] != 'global':
+    os.remove(path + '.dies')
+    sys.exit('VBoxManage: error: Code NS_ERROR_ABORT (0x80004004) - Operation aborted '
+             '(extended info not available)')
 elif words[0] == 'showvminfo':
     print('name="one"\nUUID="%(one)s"\nCfgFile="/no/one.vbox"\nLogFldr="/no"\nfirmware="BIOS"\nmemory=4')
     print('cpus=1\nostype="Linux"\nnic1="nat"\nmacaddress1="080027000001"\nVMState="%%s"' %% vm['state'])
@@ -264,12 +279,15 @@ with open(path, 'w') as file:
 def one(tmp_path, monkeypatch):
     """Calls a verb on a VBoxManage that knows one VM, `one`, and its rules of NAT."""
     a_program(tmp_path, monkeypatch, FORWARDING)
+    monkeypatch.setattr(vboxmanage.uuid_of, 'uuid4', lambda: ONE)
     driver = vboxmanage.VBoxManage(dict(SETTINGS, command_timeout=20))
     driver.connect()
 
-    def call(verb, *args):
+    def call(verb, *args, timeout=20):
+        driver._program._timeout = timeout
         job = hypervisor.Job({'verb': verb, 'args': args}, 20, lambda told: None)
         return driver.find_verb(verb)(job, *args)
+    call.translate = driver.translate
     return call
 
 
@@ -439,3 +457,78 @@ def test_a_vm_named_like_anothers_uuid_is_not_that_one(tmp_path, monkeypatch):
     assert driver._find(asking, ONE) == ONE and driver._find(changing, other) == other
     with pytest.raises(BadState, match='^%s is the name of a VM, and the uuid of one: use' % ONE):
         driver._find(changing, ONE)
+
+
+def calls(tmp_path, *first):
+    """What VBoxManage was told since, of the calls that begin so."""
+    return [line for line in (tmp_path / 'vm.json.calls').read_text().splitlines()
+            if line.split()[:len(first)] == list(first)]
+
+
+@pytest.mark.once
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+def test_an_image_that_is_no_good_is_forgotten(one, tmp_path):
+    """VirtualBox remembers it, and then takes no good copy of it."""
+    image = tmp_path / 'image.vdi'
+    image.write_text('')
+    with pytest.raises(HypervisorError, match='image.vdi'):
+        one('create_vm', 'one', str(image), {})
+    assert calls(tmp_path, 'closemedium', 'disk', str(image)) == ['closemedium disk %s' % image]
+
+
+@pytest.mark.once
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+def test_a_vm_that_could_not_be_made_is_taken_back(one, tmp_path):
+    """Whatever step VirtualBox refuses, or dies of; the words are for a person."""
+    (tmp_path / 'vm.json.dies').write_text('')
+    with pytest.raises(vboxprogram.Refused) as told:
+        one('create_vm', 'one', '', {'diskSize': 0})
+    assert str(vboxconnection.fault_of(told.value.code, str(told.value))) == (
+        'Operation aborted -- the VM\'s process ended meanwhile, or VirtualBox did')
+    assert json.loads((tmp_path / 'vm.json').read_text()) == {}
+    assert calls(tmp_path, 'setextradata', 'global', vboximages.MAKES + ONE)[-1].split()[3:] == []
+
+
+@pytest.mark.once
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+def test_a_vm_whose_process_hangs_is_told_to_whoever_changes_it(one, tmp_path):
+    """And not that VBoxManage didn't answer, which leads nowhere."""
+    one('create_vm', 'one', '', {'diskSize': 0})
+    (tmp_path / 'vm.json.hangs').write_text('')
+    with pytest.raises(DeadlineExceeded, match='^one: its process does not answer; powerOff'):
+        one('take_snapshot', 'one', 'x', timeout=1)
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+def test_a_vm_that_somebody_removes_meanwhile_is_told_by_its_name(one, tmp_path):
+    one('create_vm', 'one', '', {'diskSize': 0})
+    (tmp_path / 'vm.json.gone').write_text('')
+    with pytest.raises(vboxprogram.Refused) as told:
+        one('start', 'one')
+    fault = one.translate(told.value)
+    assert isinstance(fault, NoSuchVM) and str(fault) == 'one is gone: somebody removed it meanwhile'
+
+
+def test_a_full_disk_is_named():
+    told = "Could not create the clone medium '/srv/a b/x.vdi' (VERR_DISK_FULL)"
+    assert str(vboxconnection.fault_of(0, told)) == told + ' -- the disk of /srv/a b/x.vdi is full: make room'
+
+
+@pytest.mark.once
+@pytest.mark.skipif(os.name != 'posix', reason='runs a script, which ends by a signal')
+@pytest.mark.parametrize('word', ['showvminfo', 'startvm'])
+def test_one_that_crashes_while_it_only_looks_is_asked_again(tmp_path, monkeypatch, word):
+    a_program(tmp_path, monkeypatch, """
+import os
+path = os.path.join(os.path.dirname(__file__), 'asked')
+open(path, 'a').write('.')
+if os.path.getsize(path) < 3:
+    os.kill(os.getpid(), 11)
+print('well')
+""")
+    program = vboxprogram.Program(20)
+    if word == 'showvminfo':
+        assert program.run(word, 'x') == 'well\n'
+    else:
+        with pytest.raises(vboxprogram.Refused, match='ended with -11'):
+            program.run(word, 'x')

@@ -583,6 +583,46 @@ def test_who_switches_a_vm_off_gives_up_what_hangs_in_it(monkeypatch):
     assert failed == ['pause: no answer, and vm was to be switched off']
 
 
+def test_what_waits_for_a_vm_that_hangs_finds_it_off(monkeypatch):
+    """And isn't done between the steps of pulling its plug, in a state that is about to end."""
+    monkeypatch.setattr(hypervisor, 'HUNG', 0.3)
+    done, waits = [], {}
+    with started(ANSWERS, BEGINS_AND_HANGS, ANSWERS) as box:
+        work, in_the_way, gives_up = box._work, box._in_the_way, box._gives_up
+
+        def ask(verb):
+            with contextlib.suppress(faults.DeadlineExceeded):
+                getattr(box, verb)('vm')
+        threads = {verb: threading.Thread(target=ask, args=(verb,))
+                   for verb in ('pause', 'power_off', 'reset')}
+
+        def noted(call, patience):
+            done.append(call.verb)
+            return work(call, patience)
+
+        def noted_wait(call, key):
+            waits[call.verb] = in_the_way(call, key)
+            return waits[call.verb]
+
+        def between(key, silence):
+            given_up = gives_up(key, silence)
+            if given_up:
+                threads['reset'].start()
+                wait_until(lambda: waits.get('reset') or 'reset' in done)
+            return given_up
+        for name, each in (('_work', noted), ('_in_the_way', noted_wait), ('_gives_up', between)):
+            monkeypatch.setattr(box, name, each)
+        monkeypatch.setitem(box._settings, 'command_timeout', 20)
+        assert box.version() == 'an answer'
+        threads['pause'].start()
+        wait_until(lambda: len(box.processes) == 2)
+        threads['power_off'].start()
+        for verb in threads:
+            wait_until(lambda verb=verb: threads[verb].ident)
+            threads[verb].join(20)
+    assert done == ['pause', 'end_process', 'reset']
+
+
 @pytest.mark.skipif(os.name != 'posix', reason='there, terminate is kill')
 @pytest.mark.parametrize('at_term', ['SIG_DFL', 'SIG_IGN'])
 def test_a_driver_that_hangs_ends_with_the_host(at_term):
@@ -595,12 +635,11 @@ def test_a_driver_that_hangs_ends_with_the_host(at_term):
 
 def test_what_processes_printed_is_kept(tmp_path):
     printed = tmp_path / 'virtualbox.log'
-    box = hosthypervisor.Hypervisor('VirtualBox', dict(SETTINGS, state_dir=str(tmp_path)))
     for text in (b'first', b'second', b'x' * (1 << 20), b'anew'):
-        with box._open_stderr() as stderr:
+        with hosthypervisor.open_stderr(str(tmp_path), 'VirtualBox') as stderr:
             stderr.write(text)
     assert printed.read_bytes() == b'anew'
-    with box._open_stderr() as stderr:
+    with hosthypervisor.open_stderr(str(tmp_path), 'VirtualBox') as stderr:
         stderr.write(b', and more')
     assert printed.read_bytes() == b'anew, and more'
 
