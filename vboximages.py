@@ -3,20 +3,16 @@
 What it is not: it starts no VM. One thread, that of virtualbox.py; no locks.
 """
 
-import array
 import contextlib
 import logging
 import os
 import re
-import struct
-import sys
-import tarfile
 import time
-import uuid as uuid_of
 import xml.sax.saxutils as saxutils
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import agent
+import imagefiles
 from faults import (
     AlreadyExists,
     BadState,
@@ -55,7 +51,6 @@ REMOVING = 'vmhost/removing/'      # + .vbox of a VM that removeVM deletes: its 
 MAKES = 'vmhost/makes/'            # + uuid of a VM that createVM is about to make: the process that does
 MAKER = 'vmhost/maker/'            # + folder of a VM that createVM is making: the process that does (note_of)
 
-VDI_HEAD, VDI_1_1 = 392, (0xbeda107f, 0x10001)        # bytes; signature and version of a .vdi file
 DISKS = ('.vdi', '.vmdk', '.vhd', '.vhdx', '.qcow', '.qcow2', '.hdd')
 PREVIOUS = '-prev'                 # after the name of a .vbox file: what it was before the last change
 HAS_DISK = re.compile(r'<AttachedDevice\b[^>]*\btype="HardDisk"')
@@ -65,10 +60,6 @@ NOT_LINKED = 'linked: expected an image that is a disk, on which the VM\'s own c
 BROKEN = 'VERR_(EOF|TAR|VD|ZIP|XAR)'    # in VirtualBox's words where a disk in an appliance is cut or damaged
 UNFIT = ('VirtualBox can\'t open the image %s: it is damaged, of another kind than its name says, or a copy '
          'of a disk that VirtualBox has%s')
-UNUSED_IN_VHD = 2 ** 32 - 1        # for the place of a block
-STREAM_VMDK = 2 ** 64 - 1          # for the place of the tables
-OVF_HEAD = 65536                   # bytes in which an .ovf tells what it is
-MOST_BLOCKS = 2 ** 22              # of which the places are read: more are no disk's
 NOT_REGISTERED = ('a VM that is not registered: `create` of that file brings it back, and `cleanup` removes '
                   'one that was left half made')
 LONGEST_NAME = 200                 # bytes of a VM's name: it names files
@@ -95,7 +86,7 @@ class Images:
         check_name(name)
         self._check_is_new(name, self._path_of(name, wish))
         self._check_ostype(wish['ostype'])
-        check_image(image)
+        imagefiles.check_image(image)
         self._cards.interface_of(wish['bridged'])
         if kind not in ('', '.ova', '.ovf', '.iso') + DISKS:
             raise NotSupported('an image is .ova, .ovf, .iso, .vdi, .vmdk, .vhd or .qcow, not %r'
@@ -859,7 +850,7 @@ class Cleaning:
             if os.path.dirname(path) in making or (disk is not None and self._is_used(disk)):
                 continue
             another = disk is None and (path in [each.location for each in known.values()]
-                                        or uuid_in_vdi(path) not in ('', uuid))
+                                        or imagefiles.uuid_in_vdi(path) not in ('', uuid))
             if another or not os.path.exists(path):
                 self.box.vbox.setExtraData(DISK_MADE + uuid, '')
                 continue
@@ -999,128 +990,6 @@ def check_name(name: str) -> None:
         raise InvalidParams('%.20s… is too long for the name of a VM, whose files are called so: '
                             '%d bytes, and %d at most' % (name, len(name.encode('utf-8')), LONGEST_NAME))
     check_is_no_id(name)
-
-
-def check_image(image: str) -> None:
-    """Raises InvalidParams where there is no such file, HypervisorError where it is cut; '' is none that has
-    to be."""
-    if image and not os.path.isfile(image):
-        raise InvalidParams('%s: %s' % ('this is no regular file' if os.path.exists(image)
-                                        else 'no such image file', image))
-    if image:
-        check_is_whole(image)
-        check_is_appliance(image)
-
-
-def check_is_whole(image: str) -> None:
-    """Raises HypervisorError where a disk's file is shorter than it says itself, by more than a block.
-
-    VirtualBox lays another disk on half an image, and says nothing; copies half a .vhd, and says nothing; or
-    finds out at the end of a long copying.
-    """
-    try:
-        with open(image, 'rb') as file:
-            size = os.fstat(file.fileno()).st_size
-            least, slack = max(measure(file) for measure in (length_of_vdi, length_of_vhd, length_of_vmdk))
-    except OSError:                                 # VirtualBox tells
-        return
-    if size < least - slack:
-        raise HypervisorError('%s is cut: it has %d bytes, and %d by what it says itself; get it anew'
-                              % (image, size, least))
-
-
-def check_is_appliance(image: str) -> None:
-    """Raises HypervisorError where an .ova or .ovf is XML, and of another kind: VirtualBox's server dies of
-    such a one, and with it whatever else is under way."""
-    try:
-        head = head_of_ovf(image)
-    except (OSError, tarfile.TarError):             # VirtualBox tells
-        return
-    text = head.decode('utf-16' if head[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8', 'replace')
-    first = re.search(r'<(?:[\w.-]+:)?([A-Za-z_][\w.-]*)', re.sub(r'<!--.*?-->', '', text, flags=re.DOTALL))
-    if first is not None and first.group(1) != 'Envelope':
-        raise HypervisorError('%s is no appliance: it is XML of another kind (<%s>)' % (
-            image, first.group(1)))
-
-
-def head_of_ovf(image: str) -> bytes:
-    """How the description of an appliance begins, which is an .ova's first file; nothing of a disk."""
-    kind = os.path.splitext(image)[1].lower()
-    if kind == '.ovf':
-        with open(image, 'rb') as file:
-            return file.read(OVF_HEAD)
-    if kind != '.ova':
-        return b''
-    with tarfile.open(image, 'r:') as archive:
-        first = archive.next()
-        if first is None or not first.isfile() or not first.name.lower().endswith('.ovf'):
-            return b''
-        return archive.extractfile(first).read(OVF_HEAD)  # type: ignore
-
-
-def read_at(file: Any, place: int, length: int) -> bytes:
-    """Fewer bytes where the file ends."""
-    file.seek(min(place, 2 ** 62))
-    return bytes(file.read(length))
-
-
-def numbers_at(file: Any, place: int, count: int, order: str) -> Any:
-    """So many numbers of 32 bits; fewer where the file ends. order: of their bytes, as in sys.byteorder."""
-    data = read_at(file, place, 4 * min(count, MOST_BLOCKS))
-    numbers = array.array('I', data[:len(data) // 4 * 4])
-    if sys.byteorder != order:
-        numbers.byteswap()
-    return numbers
-
-
-def length_of_vdi(file: Any) -> Tuple[int, int]:
-    """How long a .vdi has to be, and how much of that may be missing; 0 for another file. Its head:
-    VirtualBox's VDICore.h."""
-    head = read_at(file, 0, VDI_HEAD)
-    if len(head) < VDI_HEAD or struct.unpack_from('<II', head, 64) != VDI_1_1:
-        return 0, 0
-    data_at, block, extra, _, blocks = struct.unpack_from('<I28xIIII', head, 344)
-    return data_at + blocks * (block + extra), block
-
-
-def uuid_in_vdi(path: str) -> str:
-    """Which disk a .vdi file says that it is; '' for another file, or none."""
-    try:
-        with open(path, 'rb') as file:
-            head = read_at(file, 0, VDI_HEAD + 16)
-    except OSError:
-        return ''
-    if len(head) < VDI_HEAD + 16 or struct.unpack_from('<II', head, 64) != VDI_1_1:
-        return ''
-    return str(uuid_of.UUID(bytes_le=head[VDI_HEAD:]))
-
-
-def length_of_vhd(file: Any) -> Tuple[int, int]:
-    """The same of a .vhd that grows: it begins with what ends it, and tells where its blocks are."""
-    head = read_at(file, 0, 512)
-    if len(head) < 512 or not head.startswith(b'conectix'):
-        return 0, 0
-    table = read_at(file, struct.unpack_from('>Q', head, 16)[0], 1024)
-    if len(table) < 1024 or not table.startswith(b'cxsparse'):
-        return 0, 0
-    table_at, _, count, block = struct.unpack_from('>QIII', table, 16)
-    used = [at for at in numbers_at(file, table_at, count, 'big') if at != UNUSED_IN_VHD]
-    return (max(used) * 512 + 512 + block, 0) if used else (0, 0)
-
-
-def length_of_vmdk(file: Any) -> Tuple[int, int]:
-    """The same of a .vmdk in one file that grows: it tells where tables of tables of its blocks are. One for
-    a stream tells that at its end."""
-    head = read_at(file, 0, 512)
-    if len(head) < 512 or not head.startswith(b'KDMV'):
-        return 0, 0
-    capacity, grain, _, _, count, _, tables_at = struct.unpack_from('<QQQQIQQ', head, 12)
-    if tables_at == STREAM_VMDK or not grain * count:
-        return 0, 0
-    places = numbers_at(file, tables_at * 512, -(-capacity // (grain * count)), 'little')
-    tables = [numbers_at(file, place * 512, count, 'little') for place in places if place]
-    last = max([0] + [max(table) for table in tables if table])
-    return (max([last] + list(places)) + grain) * 512, (grain - 1) * 512
 
 
 def check_is_no_id(name: str) -> None:

@@ -20,6 +20,7 @@ import uuid as uuid_of
 from typing import Any, Callable, Dict, List, Optional
 
 import faults
+import imagefiles
 import vboxconnection
 import vboximages
 import vboxnetwork
@@ -224,7 +225,7 @@ class VBoxManage(Cards):
         with contextlib.suppress(faults.NoSuchVM):
             self._find(job, name)
             raise faults.AlreadyExists('there is a VM %r already' % name)
-        vboximages.check_image(image)
+        imagefiles.check_image(image)
         if kind not in ('',) + vboximages.DISKS:
             self._cannot('make VMs from %s, but from disks: %s' % (kind, ', '.join(vboximages.DISKS)))
         if wish['bridged']:

@@ -16,6 +16,7 @@ from helpers import wait_until
 from vms import SETTINGS, here
 
 import faults
+import imagefiles
 import vboximages
 
 
@@ -391,7 +392,7 @@ def test_a_disk_that_is_cut_makes_no_vm(box, vbox, tmp_path, linked):
                                'anew' % image)
     with open(str(image), 'ab') as file:
         file.truncate(5 << 20)
-    vboximages.check_image(str(image))
+    imagefiles.check_image(str(image))
 
 
 def growing_vhd():
@@ -424,10 +425,10 @@ def test_a_disk_of_another_maker_that_is_cut_is_told_to_be_so(tmp_path, kind, ma
             file.write(head)
             file.truncate(max(len(head), length))
         if is_whole:
-            vboximages.check_image(str(image))
+            imagefiles.check_image(str(image))
         else:
             with pytest.raises(faults.HypervisorError, match='is cut: it has .* get it anew'):
-                vboximages.check_image(str(image))
+                imagefiles.check_image(str(image))
 
 
 def test_what_looks_like_a_disk_and_tells_nonsense_is_left_to_virtualbox(tmp_path):
@@ -435,9 +436,9 @@ def test_what_looks_like_a_disk_and_tells_nonsense_is_left_to_virtualbox(tmp_pat
     for start in (b'KDMV', b'conectix'):
         for fill in (b'\0', b'\xff'):
             image.write_bytes(start + 600 * fill)
-            vboximages.check_image(str(image))
+            imagefiles.check_image(str(image))
     image.write_bytes(b'conectix' + 8 * b'\0' + 8 * b'\xff' + 600 * b'\0')
-    vboximages.check_image(str(image))
+    imagefiles.check_image(str(image))
 
 
 def test_settings_of_a_vm_whose_maker_died_at_once_are_no_obstacle(box, vbox, monkeypatch):
@@ -678,9 +679,9 @@ def test_a_note_of_a_disk_that_another_one_replaced_is_told_by_nobody(box, vbox)
     machine = create(box, vbox, 'out')
     disk = disk_of(machine)
     box.remove_vm('out')
-    head = bytearray(vboximages.VDI_HEAD + 16)
-    struct.pack_into('<II', head, 64, *vboximages.VDI_1_1)
-    head[vboximages.VDI_HEAD:] = uuid.UUID('12345678-1234-1234-1234-123456789abc').bytes_le
+    head = bytearray(imagefiles.VDI_HEAD + 16)
+    struct.pack_into('<II', head, 64, *imagefiles.VDI_1_1)
+    head[imagefiles.VDI_HEAD:] = uuid.UUID('12345678-1234-1234-1234-123456789abc').bytes_le
     with open(disk, 'wb') as file:
         file.write(head)
     vbox.hardDisks[:] = [each for each in vbox.hardDisks if each.location != disk]
@@ -711,7 +712,44 @@ def test_what_is_no_appliance_is_not_shown_to_virtualbox(box, tmp_path, kind):
         box.create_vm('new', str(tmp_path / ('image' + kind)))
     for envelope in (b'<Envelope/>', b'<ovf:Envelope xmlns:ovf="x">'):
         (tmp_path / 'image.ovf').write_bytes(text.replace(b'<x/>', envelope))
-        vboximages.check_image(str(tmp_path / 'image.ovf'))
+        imagefiles.check_image(str(tmp_path / 'image.ovf'))
+
+
+def vmdk_of(*names):
+    """One that is a text, and names the files of its parts."""
+    return '\n'.join(['# Disk DescriptorFile', 'version=1', 'createType="twoGbMaxExtentFlat"']
+                     + ['RW 8192 FLAT "%s" 0' % name for name in names] + ['ddb.adapterType = "ide"', ''])
+
+
+@pytest.mark.parametrize('name', ['/etc/passwd', '../outside', 'sub/../../outside', 'link'])
+@pytest.mark.parametrize('kind', ['vmdk', 'ovf', 'vmdk of ovf', 'qcow2'])
+def test_an_image_that_names_a_file_elsewhere_is_not_shown_to_virtualbox(box, tmp_path, kind, name):
+    """Who made it would have any file of this user's in the guest."""
+    folder = tmp_path / 'images'
+    (folder / 'sub').mkdir(parents=True)
+    (tmp_path / 'outside').write_bytes(b'x' * 512)
+    (folder / 'link').symlink_to(tmp_path / 'outside')
+    image = folder / ('image.' + kind.split()[-1])
+    disk = image if kind == 'vmdk' else folder / 'disk.vmdk'
+    disk.write_text(vmdk_of('part', name).replace('\n', '\r\n'))
+    if kind == 'qcow2':
+        head = struct.pack('>4sIQI', b'QFI\xfb', 3, 512, len(name))
+        image.write_bytes(head.ljust(512, b'\0') + name.encode())
+    elif image != disk:
+        named = disk.name if kind == 'vmdk of ovf' else name.replace('/', '&#47;')
+        image.write_text('<Envelope><References><File ovf:href="%s"/></References></Envelope>' % named)
+    with pytest.raises(faults.HypervisorError, match='is made of a file elsewhere, %r' % name):
+        box.create_vm('new', str(image), {})
+
+
+def test_an_image_of_several_files_beside_it_is_as_good_as_any(tmp_path):
+    (tmp_path / 'sub').mkdir()
+    (tmp_path / 'else.vmdk').symlink_to(tmp_path / 'sub' / 'disk.vmdk')
+    names = 'part-1', 'sub/part-2', str(tmp_path / 'sub' / 'part-3')
+    (tmp_path / 'sub' / 'disk.vmdk').write_text(vmdk_of(*names))
+    (tmp_path / 'image.ovf').write_text('<Envelope><File href="sub/disk.vmdk"/><File href=""/></Envelope>')
+    for image in 'sub/disk.vmdk', 'else.vmdk', 'image.ovf':
+        imagefiles.check_image(str(tmp_path / image))
 
 
 def test_a_vm_that_is_called_as_another_ones_uuid_in_braces(box, vbox):
