@@ -77,7 +77,7 @@ class Program:
         """What it prints; asked again where VirtualBox says one of PASSING. Raises Refused, and
         DeadlineExceeded where it makes no progress for `patience` seconds; it is ended then. job, text: whom
         to tell how far it is, of something long. secret: nobody sees the words in the list of processes."""
-        begun = time.monotonic()
+        refused = 0.0                  # when it was for the first time, which itself may take long
         while True:
             try:
                 return self._run_once(words, job, text, patience, secret)
@@ -85,7 +85,8 @@ class Program:
                 passes_in = max([PASSING[word] for word in PASSING if word in str(error)] or [0.0])
                 if words[0] in LOOKS and re.search(CRASHED, str(error)):
                     passes_in = NOT_READY
-                if time.monotonic() - begun > passes_in:
+                refused = refused or time.monotonic()
+                if not passes_in or time.monotonic() - refused > passes_in:
                     raise
             time.sleep(0.1)
 

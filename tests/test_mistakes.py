@@ -331,7 +331,7 @@ def test_a_read_only_folder(readonly, tmp_path):
 
 @pytest.mark.parametrize('program, text, said', [
     ('vmhost.py', '[Host]\nxmlrpc_prot = 1\n', 'xmlrpc_prot'), ('vmhost.py', '[Hots]\n', 'Hots'),
-    ('vmhost.py', '[Broker]\nport = many\n', 'many'), ('vmhost.py', 'port = 1\n', 'section'),
+    ('vmhost.py', '[Broker]\nport = many\n', 'many'), ('vmhost.py', 'port = 1\n', '[Section]'),
     ('vmhost.py', '[Logging]\nlevel = LOUD\n', 'LOUD'),
     ('vmhost.py', '[Logging]\nfile = /no/such/log\n', '/no/such/log'),
     ('vmguest.py', '[VM]\nbeacon = 1\n', 'beacon'), ('vmguest.py', '[VM]\nmax_commands = few\n', 'few')])

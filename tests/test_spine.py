@@ -687,13 +687,27 @@ def test_a_broker_that_cannot_be_reached_is_named(tmp_path):
         assert 'broker at 127.0.0.1:%d' % port in shown and 'no connection: is it running' in shown
 
 
+@contextlib.contextmanager
+def no_longer_ignored(number):
+    """By what is started within: under nohup, say, an agent leaves it so."""
+    before = signal.getsignal(number)
+    if before == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+
 # --- start and stop ---
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, getattr(signal, 'SIGHUP', None)])
 def test_stops_within_three_seconds_and_leaves_nothing(tmp_path, number):
-    host = Host(tmp_path / 'host').start()
+    with no_longer_ignored(number):
+        host = Host(tmp_path / 'host').start()
+        guest = Agent(tmp_path / 'guest', host, 'g').start()
     address, port = host.address.split(':')
-    guest = Agent(tmp_path / 'guest', host, 'g').start()
     begin = time.monotonic()
     assert guest.stop(number, 3) == 0
     with host.api as api:

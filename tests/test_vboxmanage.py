@@ -419,6 +419,22 @@ def test_what_just_ends_is_asked_again(tmp_path, monkeypatch, told):
     assert (tmp_path / 'asked').read_text() == '--version list list list '
 
 
+@pytest.mark.once
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+def test_a_refusal_that_comes_late_is_asked_again_too(tmp_path, monkeypatch):
+    """On a busy machine one takes longer than what it tells may last."""
+    monkeypatch.setitem(vboxprogram.PASSING, 'not ready', 0.001)
+    a_program(tmp_path, monkeypatch, """
+import os
+path = os.path.join(os.path.dirname(__file__), 'asked')
+if not os.path.exists(path):
+    open(path, 'w').close()
+    sys.exit('VBoxManage: error: The object is not ready')
+print('well')
+""")
+    assert vboxprogram.Program(20).run('startvm', 'x') == 'well\n'
+
+
 @pytest.mark.skipif(os.name == 'nt', reason='runs a script')
 def test_a_version_is_a_sign_that_virtualbox_answers(one, tmp_path):
     """Who ends a VM by force, and hears nothing, asks for it: the VM hangs, or VirtualBox does."""
