@@ -14,8 +14,8 @@ from agents import TOP, Agent, Host
 from helpers import wait_until
 
 import agent
+import guestagent
 import hostconfig
-import vmguest
 
 pytestmark = [pytest.mark.once, pytest.mark.skipif(os.name != 'posix', reason='guests are POSIX')]
 
@@ -62,7 +62,7 @@ def test_every_ini_file_is_one_that_the_agents_take(tmp_path):
     host = settings_of('host.ini with another broker', hostconfig.SETTINGS, tmp_path)
     assert not host.Broker.embedded and host.Broker.port == 61613
     for block in ('guest.ini with TLS', 'guest.ini with another broker', '/etc/vmguest/guest.ini'):
-        settings_of(block, vmguest.SETTINGS, tmp_path)
+        settings_of(block, guestagent.SETTINGS, tmp_path)
 
 
 @pytest.mark.parametrize('title', UNITS)

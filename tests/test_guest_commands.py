@@ -15,13 +15,13 @@ from agents import TOP
 from helpers import wait_until
 
 import agent
+import guestagent
 import guestcommands
 import guestconsole
 import guestforks
 import guestidentity
 import guestreports
 import guestspool
-import vmguest
 from protocol import Message
 
 pytestmark = pytest.mark.skipif(not os.path.exists('/proc/self/stat'), reason='needs /proc')
@@ -34,7 +34,7 @@ class Guest:
         self.state = os.path.join(str(folder), 'state')
         self.served = os.path.join(str(folder), 'served')
         os.makedirs(self.served, exist_ok=True)
-        self.settings = agent.read_settings(None, vmguest.SETTINGS).VM
+        self.settings = agent.read_settings(None, guestagent.SETTINGS).VM
         vars(self.settings).update(vm)
         self.said = collections.defaultdict(list)
         self.restarts = []
@@ -973,7 +973,7 @@ def test_a_folder_without_hard_links(guests, monkeypatch):
 # --- who the guest is ---
 
 def settle(folder, ini='', **vm):
-    found = agent.read_settings(None, vmguest.SETTINGS).VM
+    found = agent.read_settings(None, guestagent.SETTINGS).VM
     vars(found).update(vm)
     guestidentity.settle_folders(found, ini)
     return found
@@ -1014,7 +1014,7 @@ def test_folders_of_others_and_links_are_refused(tmp_path):
 
 
 def secret(tmp_path, serial='/nowhere', **vm):
-    found = agent.read_settings(None, vmguest.SETTINGS).VM
+    found = agent.read_settings(None, guestagent.SETTINGS).VM
     vars(found).update(dict({'state_dir': str(tmp_path)}, **vm))
     return guestidentity.Secret(found, 'g', serial=str(serial))
 
@@ -1074,7 +1074,7 @@ def test_a_secret_in_an_ini_that_others_can_read_is_warned_of(tmp_path, caplog, 
     ini = tmp_path / 'guest.ini'
     ini.write_text('[VM]\nsecret = %s\n' % DIGITS)
     ini.chmod(mode)
-    guestidentity.warn_of_readers(agent.read_settings(str(ini), vmguest.SETTINGS).VM, str(ini))
+    guestidentity.warn_of_readers(agent.read_settings(str(ini), guestagent.SETTINGS).VM, str(ini))
     assert ('chmod 600 %s' % ini in caplog.text) is is_told and DIGITS not in caplog.text
 
 

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import agent
+import guestagent
 import guestcgroup
 import guestidentity
 import guestmachine
@@ -28,7 +29,6 @@ import guestspool
 import gueststart
 import hostfollow
 import protocol
-import vmguest
 
 GUEST = os.path.join(TOP, 'vmguest.py')
 MAC = '02:00:00:00:AA:02'
@@ -437,7 +437,7 @@ def test_what_is_no_signal(name):
 def test_who_wakes_an_agent_that_has_stopped_meets_nothing():
     """As the link's thread does, which may outlive it on a busy machine."""
     forks = types.SimpleNamespace(stop=lambda: None)
-    guest = vmguest.Agent(agent.read_settings(None, vmguest.SETTINGS), forks)
+    guest = guestagent.Agent(agent.read_settings(None, guestagent.SETTINGS), forks)
     descriptors = os.listdir('/proc/self/fd')
     guest.wake()
     guest.stop()
@@ -567,7 +567,7 @@ def test_what_the_host_imports_is_on_every_system():
     (['--broker', 'here', 'a.ini'], (['a.ini'], {'--broker': 'here'})), (['--broker='], (['--broker='], {})),
     (['--broker=here'], ([], {'--broker': 'here'})), (['--broker'], (['--broker'], {}))])
 def test_options(words, found):
-    assert vmguest.split_options(words) == found
+    assert guestagent.split_options(words) == found
 
 
 @pytest.mark.parametrize('text, found', [
@@ -577,9 +577,9 @@ def test_options(words, found):
 def test_where_the_broker_is(text, found):
     if found is None:
         with pytest.raises(agent.ConfigError, match='HOST:PORT'):
-            vmguest.read_broker(text, 1)
+            guestagent.read_broker(text, 1)
     else:
-        assert vmguest.read_broker(text, 1) == found
+        assert guestagent.read_broker(text, 1) == found
 
 
 def test_a_dead_fork_server_is_replaced(tmp_path):

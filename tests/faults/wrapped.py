@@ -121,7 +121,8 @@ def main(ini):
         for place in places:
             setattr(place, name, value)
     if 'boot' in fault:
-        module.read_boot_id = lambda: fault['boot']
+        import guestagent
+        guestagent.read_boot_id = lambda: fault['boot']
     if 'vm_state' in fault:
         patch_hypervisor(fault['vm_state'])
     if 'die' in fault:
