@@ -82,6 +82,8 @@ class Program:
             try:
                 return self._run_once(words, job, text, patience, secret)
             except Refused as error:
+                if refused and was_attached(words, str(error)):
+                    return ''
                 passes_in = max([PASSING[word] for word in PASSING if word in str(error)] or [0.0])
                 if words[0] in LOOKS and re.search(CRASHED, str(error)):
                     passes_in = NOT_READY
@@ -141,6 +143,13 @@ def find_program() -> str:
         if path and os.path.isfile(path):
             return path
     raise HypervisorError('there is no program VBoxManage: install VirtualBox')
+
+
+def was_attached(words: Sequence[str], told: str) -> bool:
+    """Whether a disk is attached already, to the VM that it was to be attached to: so the refusal before this
+    one came too late."""
+    return words[0] == 'storageattach' and \
+        'already associated with the current state of machine uuid {%s}' % words[1] in told
 
 
 def hide(folder: str, words: Sequence[str]) -> str:

