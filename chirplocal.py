@@ -6,21 +6,13 @@ What it is not: anything that knows a server. No threads.
 import contextlib
 import errno
 import itertools
-import logging
 import os
 import stat
 from typing import Any, Callable, Iterator, Optional, Tuple, Union
 
 import agent
 import localnames
-from chirpwire import Busy, ChirpError, is_zero, part_name, to_bytes
-
-try:
-    import fcntl
-except ImportError:                    # Windows
-    fcntl = None               # type: ignore
-
-log = logging.getLogger('vmhost.chirp')
+from chirpwire import Busy, ChirpError, is_zero, lock_part, part_name, to_bytes
 
 ON_WINDOWS = os.name == 'nt'
 JUNCTION = getattr(stat, 'IO_REPARSE_TAG_MOUNT_POINT', None)     # on Windows, from Python 3.8 on
@@ -215,14 +207,10 @@ def remove_tree(path: str) -> None:
 
 def lock(fd: int, target: str) -> None:
     """Locks what is made for a target, until it is closed. Raises Busy."""
-    if fcntl is None:
+    if ON_WINDOWS:
         return lock_on_windows(fd, target)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not lock_part(fd):
         raise Busy(to_remote(target))
-    except OSError as error:           # a file system that has none
-        log.debug('%s: no lock: %s', target, error)
 
 
 LOCKED_BYTE = 2 ** 31 - 2      # of a partial file on Windows, where no other program can read what is locked
@@ -252,7 +240,7 @@ def locked_folder(path: str, target: str) -> Iterator[bool]:
     except OSError as error:
         error.filename = target        # a person knows no other name
         raise
-    if fcntl is None:
+    if ON_WINDOWS:
         with locked_beside(path, target):
             yield made
         return
@@ -285,7 +273,7 @@ def locked_beside(path: str, target: str) -> Iterator[None]:
 def is_still(fd: int, path: str) -> bool:
     """Whether what is open has this name: who had it locked before may have given it another one."""
     try:
-        return fcntl is None or os.path.samestat(os.fstat(fd), os.lstat(path))
+        return ON_WINDOWS or os.path.samestat(os.fstat(fd), os.lstat(path))
     except FileNotFoundError:
         return False
 
@@ -314,7 +302,7 @@ def give_up_part(file: Any, target: str) -> None:
 def close_where_needed(file: Any) -> None:
     """Closes a file that is to be renamed or removed, where no system does that with an open one; elsewhere
     it stays locked meanwhile."""
-    if fcntl is None:
+    if ON_WINDOWS:
         file.close()
 
 

@@ -7,19 +7,11 @@ it.
 import contextlib
 import copy
 import errno
-import logging
 import os
 import stat
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 from chirpwire import OF_SERVERS, PATH, RESERVED, ChirpError, is_part, is_zero
-
-try:
-    import fcntl
-except ImportError:                    # Windows, which serves nothing
-    fcntl = None               # type: ignore
-
-log = logging.getLogger('vmhost.chirp')
 
 LINKS = 40                     # symbolic links that one path may lead through
 DEEPEST = 200                  # levels that rmall goes down
@@ -308,24 +300,6 @@ def remove_folder(fd: int, name: bytes) -> None:
     finally:
         os.close(inner)
     os.rmdir(name, dir_fd=fd)
-
-
-def lock(fd: int) -> bool:
-    """Locks what is open, as who fetches to there does, until it is closed; False where another has it."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:           # a file system that has none
-        log.debug('no lock: %s', error)
-    return True
-
-
-def unlock(fd: int) -> None:
-    """Closes it; a process that was forked meanwhile has it open still, and locks it no more."""
-    with contextlib.suppress(OSError):
-        fcntl.flock(fd, fcntl.LOCK_UN)
-    os.close(fd)
 
 
 def write_all(fd: int, view: memoryview, offset: int, holes: bool = True) -> None:

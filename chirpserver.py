@@ -26,13 +26,11 @@ from chirproot import (
     change_mode_of_shut,
     free_bytes,
     keep_owner,
-    lock,
     open_in,
     remove_folder,
     remove_tree,
     split_path,
     statfs_line,
-    unlock,
     write_all,
 )
 from chirpwire import (
@@ -62,6 +60,7 @@ from chirpwire import (
     Wire,
     hash_file,
     is_part,
+    lock_part,
     may_have_changed,
     new_buffer,
     new_hash,
@@ -69,6 +68,7 @@ from chirpwire import (
     quote,
     secret_answer,
     stat_line,
+    unlock_part,
     unquote,
 )
 
@@ -173,18 +173,21 @@ class Locks:
 
     def __init__(self) -> None:
         self._fds: Dict[Tuple[int, int, bytes], int] = {}
+        self.wanted = False            # once the session holds a place: others' clients hold none
 
     def take(self, folder: int, name: bytes, opened: Optional[int] = None) -> None:
         """``opened``: it, where it is open already. Raises Fault where another one has it."""
+        if not self.wanted or not is_part(name) or len(self._fds) >= OPEN_FILES:
+            return
         place = place_of(folder, name)
-        if place in self._fds or not is_part(name) or len(self._fds) >= OPEN_FILES:
+        if place in self._fds:
             return
         try:
             fd = os.open(name, LOOKS, dir_fd=folder) if opened is None else os.dup(opened)
         except OSError:                # there is none, or it is a link, which nobody writes to
             return
         try:
-            if not lock(fd) or not is_still(fd, folder, name):
+            if not lock_part(fd) or not is_still(fd, folder, name):
                 raise Fault(BUSY)
         except BaseException:
             os.close(fd)
@@ -196,11 +199,11 @@ class Locks:
         if self._fds:
             fd = self._fds.pop(place_of(folder, name), None)
             if fd is not None:
-                unlock(fd)
+                unlock_part(fd)
 
     def leave_all(self) -> None:
         while self._fds:
-            unlock(self._fds.popitem()[1])
+            unlock_part(self._fds.popitem()[1])
 
 
 LOOKS = os.O_RDONLY | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_NOCTTY', 0)
@@ -233,7 +236,7 @@ class Session:
         self._rights: FrozenSet[str] = frozenset()
         self._ended = False
         self._buffer: Optional[memoryview] = None      # once a file passed
-        self.locks: Optional[Locks] = None             # once it holds a place
+        self.locks = Locks()
         self._parts: Dict[type, Part] = {kind: kind(self) for kind in REQUESTS}
 
     def run(self) -> None:
@@ -265,8 +268,7 @@ class Session:
     def let_go(self) -> None:
         """Of what it holds."""
         self.server.holds.leave(self)
-        if self.locks is not None:
-            self.locks.leave_all()
+        self.locks.leave_all()
 
     def look_up(self) -> None:
         """Raises EndOfStream where it was ended, for what takes long without the wire."""
@@ -573,7 +575,7 @@ class OpenFiles(Part):
                 how &= ~(os.O_CREAT | os.O_TRUNC | os.O_EXCL)
             opened = open_in(fd, name, how & ~os.O_TRUNC, number(mode) & 0o777 | 0o600)
             try:
-                if writes and self._session.locks is not None:
+                if writes:
                     self._session.locks.take(fd, name, opened)
                 if how & os.O_TRUNC:
                     os.ftruncate(opened, 0)
@@ -720,15 +722,13 @@ class Names(Part):
             try:
                 os.mkdir(name, number(mode) & 0o777 | 0o700, dir_fd=fd)
             finally:
-                if self._session.locks is not None:
-                    self._session.locks.take(fd, name)
+                self._session.locks.take(fd, name)
         return b'0\n'
 
     def unlink(self, path: bytes) -> bytes:
         with self._root.changing(unquote(path), False, removes=True) as (fd, name):
             os.unlink(name, dir_fd=fd)
-            if self._session.locks is not None:
-                self._session.locks.leave(fd, name)
+            self._session.locks.leave(fd, name)
         return b'0\n'
 
     def rmdir(self, path: bytes) -> bytes:
@@ -741,8 +741,7 @@ class Names(Part):
             if name == b'.':
                 raise Fault(NOT_AUTHORIZED)
             remove_tree(fd, name)
-            if self._session.locks is not None:
-                self._session.locks.leave(fd, name)
+            self._session.locks.leave(fd, name)
         return b'0\n'
 
     def rename(self, old: bytes, new: bytes) -> bytes:
@@ -750,8 +749,7 @@ class Names(Part):
         with self._root.changing(unquote(old), False) as (old_fd, old_name), \
                 self._root.changing(unquote(new), False) as (new_fd, new_name):
             os.rename(old_name, new_name, src_dir_fd=old_fd, dst_dir_fd=new_fd)
-            if self._session.locks is not None:
-                self._session.locks.leave(old_fd, old_name)
+            self._session.locks.leave(old_fd, old_name)
         return b'0\n'
 
     def replace(self, old: bytes, new: bytes) -> bytes:
@@ -766,7 +764,7 @@ class Names(Part):
         """Of ours alone: nobody else may put something there until this connection ends, or lets go."""
         with self._root.changing(unquote(path)) as (fd, name):
             self._session.server.holds.take(place_of(fd, name), mark, self._session)
-            self._session.locks = self._session.locks or Locks()
+            self._session.locks.wanted = True
             try:
                 self._session.locks.take(fd, part_name(name))
             except Fault:

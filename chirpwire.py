@@ -19,6 +19,11 @@ from typing import Any, Callable, List, NamedTuple, Optional, Tuple, Union
 
 import agent
 
+try:
+    import fcntl
+except ImportError:                    # Windows
+    fcntl = None               # type: ignore
+
 log = logging.getLogger('vmhost.chirp')
 
 PORT = 9094
@@ -191,6 +196,25 @@ def part_name(name: bytes) -> bytes:
     """Under which name a file or folder is while it isn't whole, beside where it will be. No user's file has
     such a name but by intent."""
     return b'.%s.vmhost-part' % new_hash('sha1', name).hexdigest()[:16].encode('ascii')
+
+
+def lock_part(fd: int) -> bool:
+    """Keeps everybody else, of either end, out of a partial file or folder that is open, until it is closed;
+    False where another one has it. On POSIX."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:           # a file system that has none
+        log.debug('no lock: %s', error)
+    return True
+
+
+def unlock_part(fd: int) -> None:
+    """Closes it; a process that was forked meanwhile has it open still, and locks it no more."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
 
 
 def is_part(name: bytes) -> bool:

@@ -861,16 +861,21 @@ def test_what_its_owner_may_not_read_is_gone_on_from(tmp_path):
     assert seen(folder / 'new') == seen(source) and os.listdir(str(folder)) == ['new']
 
 
+def make_two_sources(folder):
+    """`one` and `two`, each with a `file` and a `tree` of its own, and `served`, an empty folder."""
+    for name in 'one', 'two':
+        (folder / name / 'tree').mkdir(parents=True)
+        write(folder / name / 'file', name.encode() * 2000000)
+        for number in range(100):
+            write(folder / name / 'tree' / ('%s %d' % (name, number)), b'x' * 30000)
+    (folder / 'served').mkdir()
+
+
 @pytest.mark.parametrize('what', ['file', 'tree'])
 def test_two_that_are_put_to_one_place_are_not_mixed(tmp_path, what):
     """By two processes, which know nothing of each other, and by another path; the first one's connection
     breaks meanwhile."""
-    for folder in 'one', 'two':
-        (tmp_path / folder / 'tree').mkdir(parents=True)
-        write(tmp_path / folder / 'file', folder.encode() * 2000000)
-        for number in range(100):
-            write(tmp_path / folder / 'tree' / ('%s %d' % (folder, number)), b'x' * 30000)
-    (tmp_path / 'served').mkdir()
+    make_two_sources(tmp_path)
     (tmp_path / 'served' / 'link').symlink_to('.')
     with our_server(tmp_path / 'served') as server, CuttingProxy(server.address) as proxy, \
             CuttingProxy(server.address) as other:             # of another address: another server, to us
@@ -943,12 +948,7 @@ def test_a_file_that_is_begun_anew_is_another_one(client, served, tmp_path):  # 
 @pytest.mark.parametrize('ways', ['put put', 'put get', 'get put'])
 def test_servers_of_one_folder_and_who_fetches_to_it_are_kept_apart(tmp_path, what, ways):
     """As guests that share a home: the second of two moves to a place is refused; none ends with half."""
-    for folder in 'one', 'two':
-        (tmp_path / folder / 'tree').mkdir(parents=True)
-        write(tmp_path / folder / 'file', folder.encode() * 2000000)
-        for number in range(100):
-            write(tmp_path / folder / 'tree' / ('%s %d' % (folder, number)), b'x' * 30000)
-    (tmp_path / 'served').mkdir()
+    make_two_sources(tmp_path)
     with our_server(tmp_path / 'served') as one, our_server(tmp_path / 'served') as other, \
             our_server(tmp_path) as all_of_it, CuttingProxy(one.address) as putting, \
             CuttingProxy(all_of_it.address) as getting:
