@@ -1,6 +1,6 @@
 """What both agents and their programs share, and is no protocol.
 
-Ini files, logging, signals, preconditions that `check` looks at, bundles, the base of errors.
+Ini files, logging, signals, TLS, files that another program may hold, the base of errors.
 
 What it is not: anything that knows a word, a frame or a guest. Imports nothing of ours. No threads, no state.
 """
@@ -9,7 +9,6 @@ import codecs
 import configparser
 import contextlib
 import errno
-import importlib.util
 import io
 import os
 import re
@@ -18,7 +17,7 @@ import socket
 import sys
 import time
 import types
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 ON_WINDOWS = os.name == 'nt'
 VERSION = '1.0.0'      # of the project; all its files are released together
@@ -502,37 +501,6 @@ def shown(value: Any) -> Any:
     return value if isinstance(value, (int, float)) else printable(str(value))
 
 
-# --- is all well? ----------------------------------------------------------------------------
-
-class Finding(NamedTuple):
-    """One precondition: whether it holds, what it is, how to mend it; not ``needed``: all else works."""
-    ok: bool
-    what: str
-    mend: str = ''
-    needed: bool = True
-
-
-def describe_findings(findings: Iterable[Finding], encoding: Optional[str]) -> List[str]:
-    """A line for each: a tick, or what is wrong and how to mend it."""
-    marks = '✓!✗' if (encoding or '').lower().replace('-', '') == 'utf8' else ('ok', '--', 'NO')
-    return ['%-2s %s' % (marks[0 if found.ok else 2 if found.needed else 1],
-                         found.what if found.ok else '%s: %s' % (found.what, found.mend))
-            for found in findings]
-
-
-def check_python() -> Finding:
-    """The Python that runs this."""
-    return Finding(sys.version_info >= (3, 6), 'Python ' + sys.version.split()[0],
-                   'Python 3.6 or later is needed')
-
-
-def check_package(name: str, needed: bool) -> Finding:
-    """Whether a package can be imported."""
-    return Finding(importlib.util.find_spec(name) is not None, 'package ' + name,
-                   'missing for %s: %s, or use the bundle (--bundle)' % (sys.executable, how_to_get(name)),
-                   needed)
-
-
 def how_to_get(package: str) -> str:
     """What to type for a package that this Python lacks: a system's own mostly takes none from pip."""
     if sys.prefix != sys.base_prefix:
@@ -543,18 +511,6 @@ def how_to_get(package: str) -> str:
         return 'start it by %s' % there
     return '%s -m venv .venv && %s -m pip install %s, and start it by %s' % (
         sys.executable, python, package, python)
-
-
-def check_folder(folder: str, key: str) -> Finding:
-    """Whether files can be made in the folder, or the folder in the nearest one that exists."""
-    place, writable = existing(folder), True
-    try:
-        with momentary_file(place):    # what modes say isn't all, on Windows least of all
-            pass
-    except OSError:
-        writable = False
-    return Finding(writable, 'folder %s' % folder, '%s can\'t be written by this user: change its owner '
-                   'or mode, or name another folder as %s' % (place, key))
 
 
 @contextlib.contextmanager
@@ -575,51 +531,12 @@ def momentary_file(folder: str) -> Iterator[str]:
             os.remove(path)
 
 
-def check_disk(folder: str, least: int) -> Finding:
-    """Whether there is room on the folder's disk, in bytes."""
-    import shutil  # brings compressors along, that an agent doesn't need
-    try:
-        free = shutil.disk_usage(existing(folder)).free
-    except OSError as error:           # Windows: a drive that isn't there
-        return Finding(False, 'disk of %s' % folder, sentence(error))
-    return Finding(free >= least, '%d MB free for %s' % (free // 1000000, folder),
-                   'less than %d MB: make room, or move it to another disk' % (least // 1000000))
-
-
 def existing(path: str) -> str:
     """The path, or the nearest one above it that exists; the root of a drive that isn't there, on Windows."""
     path = os.path.abspath(path)
     while not os.path.exists(path) and path != os.path.dirname(path):
         path = os.path.dirname(path)
     return path
-
-
-RELEASED = 1735689600      # 2025-01-01: no clock that is right shows an earlier time
-
-
-def check_clock() -> Finding:
-    """Whether this machine's clock can be right."""
-    return Finding(time.time() > RELEASED, 'clock: %s' % time.strftime('%Y-%m-%d %H:%M:%S %z'),
-                   'this was years ago: set it (date, ntpdate, chronyd); TLS fails until then')
-
-
-def check_broker(hosts: Iterable[str], settings: Any,
-                 try_broker: Callable[[str, Any, Any], Any]) -> Tuple[Finding, str]:
-    """Whether the broker of [Broker] answers at one of the hosts; then our own address towards it.
-
-    try_broker    protocol's: takes a host, [Broker] and what TLS needs, gives a link that is closed again
-    """
-    tls = client_tls(settings.ca_file) if settings.tls else None
-    tried = []
-    for host in hosts:
-        link = try_broker(host, settings, tls)
-        if link.server:
-            return Finding(True, 'broker at %s:%d (%s)' % (host, settings.port, link.server)), \
-                str(link.local_address[0])
-        tried.append(link.last_error or '%s:%d: no answer' % (host, settings.port))
-    return Finding(False, 'broker', 'none answers (%s); is it running, does it listen where this machine can '
-                   'reach it, and are [Broker] host, port, username, password and tls right?'
-                   % '; '.join(tried)), ''
 
 
 def sync(path: str) -> None:
@@ -735,160 +652,3 @@ def why_not_listening(error: OSError) -> str:
     if error.errno in (errno.EACCES, errno.EPERM):
         return 'this user may not: take a port above 1023'
     return sentence(error)
-
-
-# --- one file to drop into an image ----------------------------------------------------------
-
-BUNDLE_MAIN = """\
-import sys
-if sys.version_info < (3, 6):
-    sys.exit('%(name)s needs Python 3.6 or later, and this is %%s: try python3' %% sys.version.split()[0])
-import importlib.machinery
-import importlib.util
-import os
-import warnings
-import zipimport
-warnings.filterwarnings('ignore', category=SyntaxWarning)      # stomper's, on new Pythons
-
-MODULES = %(modules)r
-bundle = zipimport.zipimporter(os.path.abspath(__loader__.archive))
-
-
-class Loader(importlib.machinery.SourceFileLoader):
-    # Compiles a module once; zipimporter does so twice, first for the name of its file.
-
-    def get_data(self, path):
-        return bundle.get_data(path)
-
-    def path_stats(self, path):
-        raise OSError('a bundle holds no bytecode')
-
-
-class Finder:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name not in MODULES:
-            return None
-        place = os.path.join(bundle.archive, *MODULES[name].split('/'))
-        return importlib.util.spec_from_file_location(name, place, loader=Loader(name, place))
-
-
-sys.meta_path.insert(0, Finder)
-import %(name)s
-sys.exit(%(name)s.main(sys.argv[1:]))
-"""
-OLDEST_DATE = (1980, 1, 1, 0, 0, 0)    # that a zip can hold: a bundle's bytes depend on no clock
-
-
-def bundle(path: str, main_module: str, data: Iterable[str] = (), programs: Iterable[str] = ()) -> int:
-    """``write_bundle`` for a command line: says what is wrong on standard error; gives the exit code."""
-    try:
-        write_bundle(path, main_module, data, programs)
-    except AgentError as error:
-        print('%s: %s' % (main_module, error), file=sys.stderr)
-        return 1
-    return 0
-
-
-def write_bundle(path: str, main_module: str, data: Iterable[str] = (), programs: Iterable[str] = ()) -> None:
-    """Writes a zip that Python runs under any name: a module, what it imports, and a start of its ``main``.
-
-    ``data``: names of text files that lie beside the main module, and do so in the bundle, too.
-    ``programs``: modules that it runs without importing them, with what they import.
-    The bytes are the same from every Python: stored, not compressed, since zlib's versions differ.
-    Raises AgentError.
-    """
-    import zipfile  # brings compressors along, that an agent doesn't need
-    files = {}  # type: Dict[str, str]
-    for module in sorted(_modules_of(main_module, *programs)):
-        files.update(_sources(module))
-    named = {file[:-len('.py')].replace('/__init__', '').replace('/', '.'): file for file in sorted(files)}
-    files['__main__.py'] = BUNDLE_MAIN % {'name': main_module, 'modules': named}
-    for name in data:
-        spec = importlib.util.find_spec(main_module)  # type: Any
-        place = os.path.join(os.path.dirname(spec.origin), name)
-        files[name] = spec.loader.get_data(place).decode('utf-8')
-    buffer = io.BytesIO()
-    buffer.write(b'#!/usr/bin/env python3\n')
-    with zipfile.ZipFile(buffer, 'w') as bundle:
-        for name in sorted(files):
-            entry = zipfile.ZipInfo(name, OLDEST_DATE)
-            entry.create_system = 3        # Unix, wherever it is written
-            entry.external_attr = 0o644 << 16
-            bundle.writestr(entry, files[name].encode('utf-8'))
-    try:
-        _write_program(path, buffer.getvalue())
-    except OSError as error:
-        raise AgentError('%s can\'t be written: %s' % (path, error.strerror or error))
-
-
-def _write_program(path: str, content: bytes) -> None:
-    """All at once, and executable. A device or a pipe is written to, and a link followed: they stay what they
-    are. Raises OSError."""
-    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
-        with open(path, 'wb') as file:
-            file.write(content)
-        return
-    path = os.path.realpath(path)
-    if os.path.isdir(path):            # of which Windows says that another program has it open
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-    try:
-        with open(path + '.new', 'wb') as file:
-            file.write(content)
-        os.chmod(path + '.new', 0o755)
-        replace(path + '.new', path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(path + '.new')
-        raise
-
-
-def _modules_of(*main_modules: str) -> Set[str]:
-    """The modules, all modules beside the first that it and they import, and the package stomper."""
-    folder = os.path.dirname(_loader_of(main_modules[0]).get_filename(main_modules[0]))
-    found = set(main_modules)
-    to_read = list(main_modules)
-    while to_read:
-        module = to_read.pop()
-        for name in _imports_of(_loader_of(module).get_source(module)) - found:
-            spec = importlib.util.find_spec(name)
-            if spec is not None and spec.origin and os.path.dirname(spec.origin) == folder:
-                found.add(name)
-                to_read.append(name)
-    return found | {'stomper'}
-
-
-def _imports_of(source: str) -> Set[str]:
-    """The modules that a source text imports, anywhere in it."""
-    import ast  # needed here alone
-    names = set()  # type: Set[str]
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-    return {name.split('.')[0] for name in names}
-
-
-def _loader_of(module: str) -> Any:
-    """What gives the source of a module, wherever it lies. Raises AgentError where there is none."""
-    spec = importlib.util.find_spec(module)
-    if spec is None:
-        raise AgentError('the module %s is missing for this Python, and so can\'t go into the bundle: '
-                         '%s' % (module, how_to_get(module)))
-    return spec.loader
-
-
-def _sources(module: str) -> Dict[str, str]:
-    """{name in the bundle: source} of a module or package, also where this runs from a bundle itself."""
-    loader = _loader_of(module)
-    spec = importlib.util.find_spec(module)  # type: Any
-    name = module.replace('.', '/')
-    if spec.submodule_search_locations is None:
-        return {name + '.py': loader.get_source(module)}
-    files = {name + '/__init__.py': loader.get_source(module)}
-    import pkgutil  # needed here alone
-    for _, part, is_package in pkgutil.iter_modules(list(spec.submodule_search_locations)):
-        if not is_package:
-            files.update(_sources('%s.%s' % (module, part)))
-    return files

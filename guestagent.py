@@ -29,7 +29,6 @@ from typing import Any, Dict, List, Optional, Set, Tuple  # noqa: F401
 import agent
 import protocol
 import shortcut
-from guestcgroup import find_place
 from guestcommands import RESEND_EVERY, Commands
 from guestconsole import Consoles
 from guestforks import ForkServer
@@ -46,11 +45,9 @@ from guestidentity import (
 )
 from guestinput import wait_until_ready
 from guestmachine import Network, memory, read_boot_id, uptime
-from guestprocesses import has_proc
 from guestreports import Reports
 from guestrunner import drain
 from guestspool import SHOWN_AS, Spool, folder_name
-from gueststart import become_subreaper, make_starter
 from guesttrust import HostTrust
 from protocol import Message
 
@@ -511,69 +508,6 @@ USAGE = """usage: vmguest.py [--broker HOST] [guest.ini]            run the agen
 """
 
 
-LEAST_DISK = 50 * 1000 * 1000      # bytes that should be free for the output of commands
-
-
-def check(settings: Any) -> int:
-    """Looks at every precondition, and tells what the agent would use; 0 when it would work."""
-    root, state = settings.VM.dir_to_serve, settings.VM.state_dir
-    findings = [agent.check_python(), agent.check_package('stomper', needed=True),
-                agent.check_folder(root, '[VM] dir_to_serve'), agent.check_folder(state, '[VM] state_dir'),
-                agent.check_disk(state, LEAST_DISK), agent.check_clock()]
-    findings.append(agent.Finding(
-        make_starter() >= 0, 'peak memory of commands is told exactly', 'it is only known to be no more than '
-        'what is told: exact on Linux on x86-64', needed=False))
-    findings.append(agent.Finding(
-        has_proc() and become_subreaper(),
-        'processes of a command are followed into sessions of their own (subreaper)',
-        'those that make a session of their own escape timeout and KILL: this needs Linux, and a /proc of '
-        'this PID namespace (unshare --mount-proc)', needed=False))
-    place = find_place()
-    place.controllers = place.settled_controllers()
-    findings.append(agent.Finding(
-        bool(place.folder), 'each command has a control group of its own, %s' % place.describe()
-        if place.folder else 'control groups', 'commands have none of their own, so their memory together '
-        'can\'t be limited: %s' % place.describe(), needed=False))
-    if settings.Chirp.server == 'chirp_server':
-        import shutil  # brings compressors along
-        findings.append(agent.Finding(
-            shutil.which('chirp_server') is not None, 'program chirp_server', 'it is not in PATH: install '
-            'cctools, or take [Chirp] server=embedded; commands work without it', needed=False))
-    network = Network()
-    configured = settings.Broker.host
-    settings.Broker.port = find_broker_port(settings.Broker)
-    try:
-        hosts = network.candidates(settings.Broker.port) if configured == 'auto' else [configured]
-        if hosts:
-            found, address = agent.check_broker(hosts, settings.Broker, protocol.try_broker)
-        else:
-            found = agent.Finding(False, 'broker', network.why_nowhere(settings.Broker.port))
-        findings.append(found)
-        if found.ok:
-            findings += check_identity(settings, network, address)
-    except agent.AgentError as error:
-        findings.append(agent.Finding(False, 'network', str(error)))
-    return report(findings)
-
-
-def report(findings: List[agent.Finding]) -> int:
-    """Prints them; 0 when all that is needed is there."""
-    encoding = sys.stdout.encoding or 'ascii'
-    for line in agent.describe_findings(findings, encoding):
-        print(line.encode(encoding, 'backslashreplace').decode(encoding))
-    return 0 if all(found.ok or not found.needed for found in findings) else 1
-
-
-def check_identity(settings: Any, network: Network, address: str) -> List[agent.Finding]:
-    """Id and network card, as the agent would find them for that local address."""
-    machine_id, card = identify(settings.VM, network, address)
-    there = settings.VM.network_interface in ('auto',) + tuple(network.interfaces())
-    return [agent.Finding(there, 'interface %s (%s)' % (card or 'none', address),
-                          'this machine has no such card, but %s: correct [VM] network_interface'
-                          % (', '.join(network.interfaces()) or 'none')),
-            agent.Finding(True, 'id %s' % machine_id)]
-
-
 def run_agent(settings: Any) -> int:
     """Runs the agent; gives the exit code."""
     fork_server = ForkServer()
@@ -622,7 +556,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         print('vmguest %s' % agent.VERSION)
         return 0
     if argv[:1] == ['--bundle'] and len(argv) == 2:
-        return agent.bundle(argv[1], 'vmguest')
+        import bundles  # an agent that runs does without
+        return bundles.bundle(argv[1], 'vmguest')
     words, options = split_options(argv)
     if len(words) > 1 or any(word.startswith('-') for word in words):
         print('vmguest: %s: %s\n%s' % (' '.join(argv), 'whose? name the host' if words[-1] == '--broker' else
@@ -638,7 +573,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         settle_folders(settings.VM, ini or '')
         check_configured(settings.VM)
         if '--check' in options:
-            return check(settings)
+            import guestcheck  # an agent that runs does without
+            return guestcheck.check(settings)
         agent.hand_on_no_descriptors()
         agent.set_up_logging(settings.Logging)
         warn_of_readers(settings.VM, ini or '')

@@ -291,7 +291,8 @@ def run_option(words: List[str], screen: Screen) -> int:
     elif words == ['--version']:
         screen.say('vmhost %s' % agent.VERSION)
     elif words[0] == '--bundle' and len(words) == 2:
-        agent.write_bundle(words[1], 'vmhost', ['status.html'])
+        import bundles  # verbs do without it
+        bundles.write_bundle(words[1], 'vmhost', ['status.html'])
     elif words[0] == '--completion' and words[1:] in (['bash'], ['zsh'], ['fish']):
         import clicomplete  # verbs do without it
         screen.say(clicomplete.completion(words[1]))

@@ -353,7 +353,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     """The command line; gives the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ['--bundle'] and len(argv) == 2:
-        return agent.bundle(argv[1], 'vmboinc', BUNDLED, PROGRAMS)
+        import bundles  # a task does without
+        return bundles.bundle(argv[1], 'vmboinc', BUNDLED, PROGRAMS)
     if argv[:1] == ['--host-agent'] and len(argv) > 1:
         run_host_agent(argv[1:])
     if argv[:1] in (['--bundle'], ['--host-agent']):

@@ -15,8 +15,8 @@ from typing import List, Optional
 
 if os.name != 'posix':
     if sys.argv[1:2] == ['--bundle'] and len(sys.argv) == 3:           # which goes to a guest
-        import agent
-        sys.exit(agent.bundle(sys.argv[2], 'vmguest'))
+        import bundles
+        sys.exit(bundles.bundle(sys.argv[2], 'vmguest'))
     sys.exit('vmguest: guests are Linux, macOS and other POSIX systems; here the host agent runs (vmhost.py)')
 
 import guestagent

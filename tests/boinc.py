@@ -25,7 +25,7 @@ from agents import TOP, Agent
 from brokers import free_port
 from helpers import wait_until
 
-import agent
+import bundles
 import hostclient
 import vboxnetwork
 import vmboinc
@@ -122,7 +122,7 @@ class Boinc:
 
     def setup(self):
         """What tasks need, once the rig's client is there."""
-        agent.write_bundle(self.program, 'vmboinc', vmboinc.BUNDLED, vmboinc.PROGRAMS)
+        bundles.write_bundle(self.program, 'vmboinc', vmboinc.BUNDLED, vmboinc.PROGRAMS)
         self.rig.change('global_prefs_override.xml', ['disk_interval=1'])
         self.rig.change('cc_config.xml', ['ncpus=16'])
 

@@ -14,7 +14,7 @@ import subprocess
 import pytest
 from agents import TOP
 
-import agent
+import bundles
 
 IMAGE = os.environ.get('VMHOST_GUEST_IMAGE', '')
 pytestmark = [
@@ -48,7 +48,7 @@ def cpio(files):
 def told(tmp_path_factory):
     """{layout: {what: result}} as the guest says it."""
     folder = tmp_path_factory.mktemp('kernel')
-    assert agent.bundle(str(folder / 'vmguest.pyz'), 'vmguest') == 0
+    assert bundles.bundle(str(folder / 'vmguest.pyz'), 'vmguest') == 0
     with open(os.path.join(TOP, 'tests', 'kernel_guest.py'), 'rb') as program:
         files = {'test-init': INIT.encode(), 'kernel_guest.py': program.read(),
                  'vmguest.pyz': (folder / 'vmguest.pyz').read_bytes()}

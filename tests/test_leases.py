@@ -11,7 +11,7 @@ from brokers import free_port
 from helpers import fault_of, wait_until
 from vms import VMHost, environment
 
-import agent
+import bundles
 import faults
 
 pytestmark = pytest.mark.whole
@@ -63,7 +63,7 @@ def test_an_idle_host_agent_ends(tmp_path):
 def test_a_host_agent_whose_bundle_is_gone_ends_where_it_is_started_again_when_needed(tmp_path):
     """A BOINC client removes an application's version once no task is of it: drivers couldn't be started."""
     bundle = str(tmp_path / 'vmhost.pyz')
-    agent.write_bundle(bundle, 'vmhost', ['status.html'])
+    bundles.write_bundle(bundle, 'vmhost', ['status.html'])
     host = Host(tmp_path / 'host', idle_end='10m')
     host.program = bundle
     host.start()

@@ -16,6 +16,7 @@ from agents import Host
 from helpers import wait_until
 
 import agent
+import checks
 import chirplocal
 import cliterminal
 import driverprocesses
@@ -221,8 +222,8 @@ def test_a_port_that_windows_keeps_for_itself_is_told_so():
 
 
 def test_a_folder_is_checked_by_writing_to_it(tmp_path):
-    assert agent.check_folder(str(tmp_path / 'new' / 'one'), 'key').ok and os.listdir(str(tmp_path)) == []
-    assert not agent.check_folder('/proc/self/new', 'key').ok
+    assert checks.check_folder(str(tmp_path / 'new' / 'one'), 'key').ok and os.listdir(str(tmp_path)) == []
+    assert not checks.check_folder('/proc/self/new', 'key').ok
     with agent.momentary_file(str(tmp_path)) as path:
         assert [os.path.basename(path)] == os.listdir(str(tmp_path))
     with pytest.raises(OSError), agent.momentary_file(str(tmp_path / 'missing')):
