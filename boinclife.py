@@ -16,9 +16,10 @@ import logging
 from typing import Any, NamedTuple, Optional, Tuple
 
 import agent
+from boinchost import Trouble
 from boincjob import Job, Trigger
 from boincslot import Record
-from boincwork import Look, Trouble
+from boincwork import Look
 from faults import AgentNotConnected, DeadlineExceeded, VMHostError
 from hostclient import NoHost
 

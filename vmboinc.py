@@ -28,6 +28,7 @@ from typing import Any, Callable, List, Optional
 
 import agent
 import boincslot
+from boinchost import HostAgent
 from boincjob import FILE, RESET, Job, JobError, read_words
 from boinclife import FIRST_DELAY, LONGEST_DELAY, End, Life
 from boincslot import (
@@ -42,7 +43,7 @@ from boincslot import (
     Slot,
     words_of,
 )
-from boincwork import HostAgent, Work
+from boincwork import Work
 
 log = logging.getLogger('vmboinc')
 

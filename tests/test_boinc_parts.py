@@ -16,11 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import agent
+import boinchost
 import boincjob
+import boincmachines
 import boincslot
 import boincwork
 import hostclient
 import vmboinc
+from boinchost import Trouble
 from boinclife import (
     AWAY_TRIES,
     FIRST_DELAY,
@@ -35,7 +38,7 @@ from boinclife import (
     delay_of,
 )
 from boincslot import CHANNEL, CHANNELS, Channels, InitData, Record, Slot
-from boincwork import Look, Trouble
+from boincwork import Look
 from faults import (
     AgentNotConnected,
     Busy,
@@ -578,7 +581,7 @@ def test_a_machine_that_somebody_stopped_is_said_to_go_on(tmp_path, caplog):
     image = tmp_path / 'image'
     image.write_text('')
     host = types.SimpleNamespace(call=lambda method, *_: answers.get(method))
-    vm = boincwork.VirtualMachine(host, 'vm', str(image), {'folder': '', 'owner': ''}, dict,
+    vm = boincmachines.VirtualMachine(host, 'vm', str(image), {'folder': '', 'owner': ''}, dict,
                                   Record(str(tmp_path / 'record')))
     for state in ('Saved', 'Running', 'Running', 'Saved', 'Saved'):
         states['vm'] = state
@@ -736,7 +739,7 @@ def test_what_a_trigger_file_asked_for_is_done_once_whoever_comes_next(tmp_path)
 
 def test_tasks_that_begin_at_once_write_one_ini_file(tmp_path):
     folder = str(tmp_path / 'vmhost')
-    agents = [boincwork.HostAgent(folder, []) for _ in range(8)]
+    agents = [boinchost.HostAgent(folder, []) for _ in range(8)]
     threads = [threading.Thread(target=lambda each=each: each.drives_vms) for each in agents]
     for thread in threads:
         thread.start()
@@ -745,7 +748,7 @@ def test_tasks_that_begin_at_once_write_one_ini_file(tmp_path):
     assert os.listdir(folder) == ['host.ini'] and all(each.drives_vms for each in agents)
     with open(os.path.join(folder, 'host.ini')) as file:
         before = file.read()
-    boincwork.write_new(os.path.join(folder, 'host.ini'), 'another')
+    boinchost.write_new(os.path.join(folder, 'host.ini'), 'another')
     with open(os.path.join(folder, 'host.ini')) as file:
         assert file.read() == before and os.listdir(folder) == ['host.ini']
 
@@ -757,7 +760,7 @@ def port_of(host):
 
 
 def test_each_project_has_a_port_of_its_own_and_leaves_one_that_another_program_has_taken(tmp_path):
-    hosts = [boincwork.HostAgent(str(tmp_path / name / 'vmhost'), []) for name in 'abc']
+    hosts = [boinchost.HostAgent(str(tmp_path / name / 'vmhost'), []) for name in 'abc']
     ports = [port_of(host) for host in hosts]
     assert len(set(ports)) == 3
     assert not hosts[0].take_another_port()
@@ -767,7 +770,7 @@ def test_each_project_has_a_port_of_its_own_and_leaves_one_that_another_program_
         assert hosts[1].take_another_port() and port_of(hosts[1]) not in ports
         with open(hosts[1].ini, 'w') as file:          # a person's own words
             file.write('[Broker]\nport = %d\n' % ports[1])
-        assert not boincwork.HostAgent(hosts[1].folder, []).take_another_port()
+        assert not boinchost.HostAgent(hosts[1].folder, []).take_another_port()
 
 
 @pytest.mark.parametrize('made', [False, True])
@@ -781,7 +784,7 @@ def test_the_port_stays_where_a_vm_that_was_saved_will_look_for_it(made, tmp_pat
     moved = []
 
     def connect():
-        raise boincwork.NotStarted('it doesn\'t start')
+        raise boinchost.NotStarted('it doesn\'t start')
     host = types.SimpleNamespace(connect=connect, take_another_port=lambda: moved.append(1) or True,
                                  drives_vms=True)
     work = boincwork.Work(Slot(str(slot)), job_of(), boincjob.read_words([], 1), Record(
@@ -823,11 +826,11 @@ def test_what_the_wrapper_before_was_moving_is_waited_for(tmp_path):
 def test_of_many_tasks_at_once_one_starts_the_host_agent(tmp_path, monkeypatch):
     """And another one, where that doesn't come to anything; a clock that was set back holds up nobody."""
     started = []
-    monkeypatch.setattr(boincwork, 'start_orphaned', lambda command, folder: started.append(folder))
-    hosts = [boincwork.HostAgent(str(tmp_path), ['vmhost']) for _ in range(4)]
+    monkeypatch.setattr(boinchost, 'start_orphaned', lambda command, folder: started.append(folder))
+    hosts = [boinchost.HostAgent(str(tmp_path), ['vmhost']) for _ in range(4)]
     for count, when in ((1, None), (2, 1e9), (3, 4e9)):
         if when:
-            os.utime(str(tmp_path / boincwork.STARTING), (when, when))
+            os.utime(str(tmp_path / boinchost.STARTING), (when, when))
         for host in hosts:
             assert not host.connect()
         assert started == [str(tmp_path)] * count
@@ -836,9 +839,9 @@ def test_of_many_tasks_at_once_one_starts_the_host_agent(tmp_path, monkeypatch):
 @pytest.mark.skipif(os.name != 'posix', reason='Windows tells otherwise')
 def test_a_folder_in_which_no_host_agent_can_be_started_is_named(tmp_path):
     """A project's folder that is read-only, say."""
-    host = boincwork.HostAgent(str(tmp_path), [sys.executable, '-c', ''])
-    (tmp_path / boincwork.PRINTED).mkdir()
-    with pytest.raises(Trouble, match='can\'t be used: .*%s: Is a directory$' % boincwork.PRINTED):
+    host = boinchost.HostAgent(str(tmp_path), [sys.executable, '-c', ''])
+    (tmp_path / boinchost.PRINTED).mkdir()
+    with pytest.raises(Trouble, match='can\'t be used: .*%s: Is a directory$' % boinchost.PRINTED):
         host.connect()
 
 
@@ -916,7 +919,7 @@ def test_a_new_host_agent_moves_what_the_one_before_was_moving(tmp_path):
 
 @pytest.mark.skipif(not os.path.isdir('/proc/self/task'), reason='looks at threads as Linux has them')
 def test_a_vm_is_computed_no_sooner_than_its_task():
-    code = 'import os, boincwork; os.nice(%d); boincwork.share_priority(%d)'
+    code = 'import os, boincmachines; os.nice(%d); boincmachines.share_priority(%d)'
     threads = ('import sys, threading\n'
                'threading.Thread(target=sys.stdin.read).start()\n'
                'print(flush=True)')
@@ -927,7 +930,7 @@ def test_a_vm_is_computed_no_sooner_than_its_task():
         ids = list(map(int, os.listdir('/proc/%d/task' % vm.pid)))
         for lower, after in ((3, 3), (0, 3), (5, 5)):      # it is never raised
             subprocess.run([sys.executable, '-c', code % (lower, vm.pid)], check=True,
-                           cwd=os.path.dirname(os.path.abspath(boincwork.__file__)))
+                           cwd=os.path.dirname(os.path.abspath(boincmachines.__file__)))
             assert {os.getpriority(os.PRIO_PROCESS, id) for id in ids} == {min(now + after, 19)}
         vm.stdin.close()
     assert len(ids) == 2
@@ -943,14 +946,14 @@ def test_given_machines_share_the_tasks_and_a_task_stays_where_it_is(tmp_path):
             if method.startswith('list') else {'commands': machines[args[0]]}
     host = types.SimpleNamespace(ini='host.ini', call=call)
     record = Record(str(tmp_path / 'record'))
-    assert boincwork.GivenMachine(host, 'task', record).ready() and record.machine == 'idle'
+    assert boincmachines.GivenMachine(host, 'task', record).ready() and record.machine == 'idle'
     machines.pop('idle')
-    again = boincwork.GivenMachine(host, 'task', Record(str(tmp_path / 'record')))
+    again = boincmachines.GivenMachine(host, 'task', Record(str(tmp_path / 'record')))
     assert not again.ready() and again.name == 'idle'
     machines['idle'] = ['a', 'b', 'c']
     assert again.ready()
     nobody = types.SimpleNamespace(ini='host.ini', call=lambda *_: [])
-    assert not boincwork.GivenMachine(nobody, 'task', Record(str(tmp_path / 'none'))).ready()
+    assert not boincmachines.GivenMachine(nobody, 'task', Record(str(tmp_path / 'none'))).ready()
 
 
 def test_commands_of_tasks_that_the_client_forgot_are_ended_on_given_machines(tmp_path):
@@ -1148,10 +1151,10 @@ def test_what_a_task_waits_for_is_said(tmp_path, caplog, monkeypatch):
     caplog.clear()
     names = []
     host = types.SimpleNamespace(ini='host.ini', call=lambda *_: names)
-    machine = boincwork.GivenMachine(host, 'task', Record(str(tmp_path / 'other')))
+    machine = boincmachines.GivenMachine(host, 'task', Record(str(tmp_path / 'other')))
     assert not machine.ready() and not caplog.records
-    now = time.monotonic() + boincwork.TELL_AFTER
-    monkeypatch.setattr(boincwork, 'time', types.SimpleNamespace(monotonic=lambda: now))
+    now = time.monotonic() + boincmachines.TELL_AFTER
+    monkeypatch.setattr(boincmachines, 'time', types.SimpleNamespace(monotonic=lambda: now))
     assert not machine.ready() and not machine.ready()
     assert ['no machine has joined' in record.getMessage() for record in caplog.records] == [True]
 

@@ -24,6 +24,7 @@ from helpers import wait_until
 from vms import environment, kill
 
 import agent
+import boinchost
 import boincslot
 import boincwork
 import hostclient
@@ -462,7 +463,7 @@ def test_a_task_that_is_sent_again_after_a_reset_gets_another_vm(had, project):
 
 
 def test_a_host_agent_of_an_older_version_gives_way_to_a_new_one(project, monkeypatch):
-    host = boincwork.HostAgent(os.path.join(project.place, 'vmhost'),
+    host = boinchost.HostAgent(os.path.join(project.place, 'vmhost'),
                                [sys.executable, os.path.join(TOP, 'vmboinc.py'), '--host-agent'])
     monkeypatch.setattr(os, 'environ', dict(os.environ, **project.environment))
     wait_until(host.connect, 30)

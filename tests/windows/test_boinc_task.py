@@ -112,7 +112,7 @@ def test_a_task_is_suspended_goes_on_and_ends_well(task, tmp_path):
 PRIORITIES = """
 import ctypes, subprocess, sys
 sys.path.insert(0, sys.argv[1])
-import boincwork, windows
+import boincmachines, windows
 kernel = windows.library('kernel32')
 kernel.GetCurrentProcess.restype = kernel.OpenProcess.restype = ctypes.c_void_p
 def own(priority):
@@ -121,10 +121,10 @@ with subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE) 
     vm_process = ctypes.c_void_p(kernel.OpenProcess(0x1000, False, vm.pid))
     for priority in (0x4000, 0x40, 0x20):
         own(priority)
-        boincwork.share_priority(vm.pid)
+        boincmachines.share_priority(vm.pid)
         print('%#x' % kernel.GetPriorityClass(vm_process))
     vm.stdin.write(b'end\\r\\n')
-boincwork.share_priority(vm.pid)
+boincmachines.share_priority(vm.pid)
 print('it has ended')
 """
 
