@@ -17,6 +17,8 @@ from hostclient import Client, NoHost
 Function = Callable[[Client, Screen, Any], int]     # what a verb does; gives the exit code
 Argument = Tuple[Tuple[str, ...], Dict[str, Any]]
 
+FAILED = 255                   # exit code of `run` for an error that isn't the command's
+
 
 class Verb(NamedTuple):
     """A verb: its name, what does it, what is said of it, its arguments, and some examples.

@@ -18,9 +18,8 @@ import clicommands
 import clifiles
 import climachines
 import localnames
-from clicommands import FAILED
 from cliscreen import Screen, has_no_reader, lenient, naming_output, terminal_width
-from cliverbs import Function, Verb
+from cliverbs import FAILED, Function, Verb
 from faults import InvalidParams, NoSuchCommand, NoSuchVM
 from hostclient import Client, how_to_start, program, program_name
 from hostconfig import ini_here, read_settings

@@ -28,6 +28,7 @@ from terminals import Terminal
 import agent
 import clicommands
 import clicomplete
+import clifollow
 import faults
 import hostcheck
 import hostcli
@@ -559,8 +560,8 @@ class Answers:
     ('exited', faults.AgentNotConnected('away'), 1e-9, faults.AgentNotConnected)])
 def test_output_that_cannot_be_had_is_never_left_out_in_silence(state, output, patience, raises, tmp_path):
     with open(str(tmp_path / 'out'), 'w+') as out:
-        tail = clicommands.Tail(Answers(state, 5, output), 'id', clicommands.Pipe(out, ''),
-                                clicommands.Pipe(out, ''))
+        tail = clifollow.Tail(Answers(state, 5, output), 'id', clifollow.Pipe(out, ''),
+                                clifollow.Pipe(out, ''))
         if raises:
             with pytest.raises(raises):
                 tail.look(patience)

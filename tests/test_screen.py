@@ -5,6 +5,7 @@ import io
 import pytest
 
 import clicommands
+import clifollow
 import climachines
 import hostcli
 from cliscreen import Screen, cells
@@ -125,5 +126,5 @@ def test_help_fits_into_80_columns(monkeypatch):
 def test_output_that_is_missing_is_not_blamed_on_a_limit(monkeypatch, state, error, reason):
     told = []
     monkeypatch.setattr(Screen, 'complain', lambda self, text: told.append(text))
-    assert clicommands.tell_cut(Screen(), {'state': state, 'error': error, 'out-truncated': True}, 'node1')
+    assert clifollow.tell_cut(Screen(), {'state': state, 'error': error, 'out-truncated': True}, 'node1')
     assert told == ['node1: stdout was truncated' + reason]
