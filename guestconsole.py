@@ -319,17 +319,11 @@ class Consoles:
 
     def watched(self) -> Tuple[List[Any], List[Any]]:
         """The runners and shortcuts that may tell something, and those that should take something."""
-        reading: List[Any] = []
-        writing: List[Any] = []
         with self._lock:
-            for console in self._consoles.values():
-                for each, unsent in ((console.connection, console.unsent),
-                                     (console.shortcut, console.has_unsent)):
-                    if each is not None:
-                        reading.append(each)
-                        if unsent:
-                            writing.append(each)
-        return reading, writing
+            ends = [(end, bool(unsent)) for console in self._consoles.values()
+                    for end, unsent in ((console.connection, console.unsent),
+                                        (console.shortcut, console.has_unsent)) if end is not None]
+        return [end for end, _ in ends], [end for end, has_unsent in ends if has_unsent]
 
     def due(self) -> Optional[float]:
         """When ``look`` is due, by the monotonic clock; None: not before something happens."""

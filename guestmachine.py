@@ -208,12 +208,10 @@ def memory(field: str) -> int:
     """Bytes, by a field of /proc/meminfo; 0 where there is none."""
     try:
         with open('/proc/meminfo') as file:
-            for line in file:
-                if line.startswith(field + ':'):
-                    return int(line.split()[1]) * 1024
+            return next((int(line.split()[1]) * 1024 for line in file if line.startswith(field + ':')), 0)
     except (OSError, ValueError) as error:
         log.debug('no %s: %s', field, error)
-    return 0
+        return 0
 
 
 def uptime() -> float:

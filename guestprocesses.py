@@ -8,7 +8,7 @@ import contextlib
 import logging
 import os
 import re
-from typing import Callable, Dict, Iterable, List, Optional, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import protocol
 
@@ -224,17 +224,16 @@ def was_killed_for_memory(pid: int, since: float, path: str = '/dev/kmsg') -> bo
     ``since``: by the monotonic clock.
     """
     killed = re.compile(rb'\d+,\d+,(\d+),[^;]*;.*Killed process %d[ ,]' % pid)
+    return any(found is not None and int(found.group(1)) / 1000000 >= since - 1
+               for found in map(killed.match, kernel_log(path)))
+
+
+def kernel_log(path: str) -> Iterator[bytes]:
+    """The lines of the kernel's log, as far as this user may read it."""
     with contextlib.suppress(OSError):      # BlockingIOError at the end; else an old Linux, or not root
-        log_of_kernel = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            while True:
-                lines = os.read(log_of_kernel, 8192)
-                if not lines:
-                    return False
-                for line in lines.splitlines():
-                    found = killed.match(line)
-                    if found and int(found.group(1)) / 1000000 >= since - 1:
-                        return True
+            for lines in iter(lambda: os.read(descriptor, 8192), b''):
+                yield from lines.splitlines()
         finally:
-            os.close(log_of_kernel)
-    return False
+            os.close(descriptor)

@@ -36,6 +36,7 @@ TRIM_ORPHANS = ('DELETE FROM orphans WHERE rowid IN (SELECT rowid FROM orphans W
                 'ORDER BY received DESC LIMIT -1 OFFSET ?)')
 LINE_SHOWN = 1000                      # characters of command and arguments that a list shows
 FINISH_PATIENCE = 5.0                  # seconds for another thread to set what it has journalled
+UNFINISHED = ('queued', 'running', 'stopped')  # states that a guest tells of a command before its end
 CALLED_OFF = ('cancelled', 'expired')  # ends that the host may decide without the guest
 LARGEST_CODE = 255                     # of an exit, or a signal: guests are POSIX systems
 ENDED_BY = ('itself', 'timeout', 'signalCmd', 'oom', 'other')
@@ -250,22 +251,22 @@ class Commands:
     def heard_status(self, execution: Execution, state: str, message: Message) -> None:
         """A CMD_STATUS: remembered."""
         with self._lock:
-            if execution.index in self._open:
-                # The results of what has ended come by themselves; unless an earlier state of this
-                # journal was restored, and they were acknowledged before: then they are asked for.
-                execution.next_publish = None if state not in FINISHED \
-                    else self._clock() + RETRY_DELAYS[0]
-                told, now = read_status(message), self._clock()
-                if execution.status.get('wall') and state == 'running':    # not each one tells it
-                    told.setdefault('wall', execution.status['wall'] + now - execution.status_time)
-                execution.status = dict(execution.status, **told)
-                execution.status_time = now
-                if state in ('running', 'stopped', 'queued') \
-                        and execution.state in ('sent', 'queued', 'running'):
-                    if state != 'queued' and not execution.runs:
-                        execution.runs = True
-                        self._unwritten[execution.index] = execution
-                    execution.state = 'running'
+            if execution.index not in self._open:
+                return
+            now = self._clock()
+            # The results of what has ended come by themselves; unless an earlier state of this journal was
+            # restored, and they were acknowledged before: then they are asked for.
+            execution.next_publish = None if state not in FINISHED else now + RETRY_DELAYS[0]
+            told = read_status(message)
+            if execution.status.get('wall') and state == 'running':        # not each one tells it
+                told.setdefault('wall', execution.status['wall'] + now - execution.status_time)
+            execution.status = dict(execution.status, **told)
+            execution.status_time = now
+            if state in UNFINISHED and execution.state in ('sent', 'queued', 'running'):
+                if state != 'queued' and not execution.runs:
+                    execution.runs = True
+                    self._unwritten[execution.index] = execution
+                execution.state = 'running'    # last: who sees it reads the rest, without the lock
 
     def write_states(self) -> None:
         """Journals the states that changed since the last call; results don't wait for that."""

@@ -41,6 +41,7 @@ CALLS_AT_ONCE = 200            # connections that have
 HEAD_TIMEOUT = 5.0             # seconds in which a stranger's request has to be whole
 SOCKET_TIMEOUT = 75.0          # seconds of silence on a connection of who has shown the token
 BACKLOG = 128
+ACCEPT_PAUSE = 0.05            # seconds after a connection that couldn't be served
 LARGEST_HEAD = 32 * 1024       # bytes of a request's line and headers
 LARGEST_CALL = 16 * 1024 * 1024        # bytes of a call
 CHALLENGE = {'WWW-Authenticate': 'Basic realm="vmhost"'}
@@ -433,11 +434,15 @@ class Server:
                 if self._stopping in ready:
                     return
                 for listener in ready:
-                    try:
-                        self._accept(listener)
-                    except (OSError, RuntimeError) as error:   # no more descriptors, or threads
-                        log.warning('a connection can\'t be served: %s', error)
-                        time.sleep(0.05)
+                    self._accept_one(listener)
+
+    def _accept_one(self, listener: Any) -> None:
+        """The next connection, if there is room for it."""
+        try:
+            self._accept(listener)
+        except (OSError, RuntimeError) as error:       # no more descriptors, or threads
+            log.warning('a connection can\'t be served: %s', error)
+            time.sleep(ACCEPT_PAUSE)
 
     def _accept(self, listener: Any) -> None:
         """Hands the next connection to a thread of its own. Raises OSError, RuntimeError."""

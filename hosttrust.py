@@ -121,11 +121,14 @@ class Secrets:
     def forget(self, machine_id: str, uuid: str) -> None:
         """Deletes a guest's secret, and what its VM's firmware holds. Raises JournalError."""
         with self._lock:
-            for holder in (machine_id, 'vm/' + uuid):
-                if holder in self._known:
-                    with self._journal.writing() as journal:
-                        journal.execute('DELETE FROM secrets WHERE holder = ?', holder)
-                    del self._known[holder]
+            holders = [holder for holder in (machine_id, 'vm/' + uuid) if holder in self._known]
+            if not holders:
+                return
+            with self._journal.writing() as journal:
+                for holder in holders:
+                    journal.execute('DELETE FROM secrets WHERE holder = ?', holder)
+            for holder in holders:
+                del self._known[holder]
 
 
 # --- sessions --------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, Optional
 
 import protocol
 from faults import Busy
-from hostcommands import CALLED_OFF, Commands, has_more_output, read_results
+from hostcommands import CALLED_OFF, UNFINISHED, Commands, has_more_output, read_results
 from hostcontrol import Control
 from hostfollow import Follows
 from hostguests import Guests
@@ -179,7 +179,6 @@ class Words:
             self._connection.call_the_roll()
         return sender
 
-
     # Who is there.
 
     def heard_bye(self, message: Message) -> None:
@@ -219,7 +218,7 @@ class Words:
                                     'its disk was lost, or restored from an earlier state')
             elif state == 'unknown':
                 self._control.publish(execution)
-        elif state in ('queued', 'running', 'stopped'):
+        elif state in UNFINISHED:
             self._control.recall_if_over(*index, state=state)
         self._control.answers.arrived(index, message)
         if execution is not None:
