@@ -1,18 +1,15 @@
 """The guest agent: joins a host's broker, hears and says the words, beats its beacon.
 
-Here are the keys of guest.ini, the agent, its command line (the program is vmguest.py). The rooms behind it:
-guestcommands.py decides over commands, guestreports.py tells of them, guestrequests.py reads
-what is asked, guestspool.py remembers them, guestforks.py and guestrunner.py run them, guestprocesses.py and
-guestmachine.py know /proc, guestidentity.py keeps the secret, guesttrust.py knows which host is obeyed,
-guestfiles.py serves files.
+Here are the keys of guest.ini, the agent, its command line (the program is vmguest.py). CONTRIBUTING.md lists
+the rooms behind it.
 
-What it is not: the parent of the commands. A runner outlives the agent, and writes its result into the spool;
-the next agent finds it there.
+What it is not: what decides over commands (guestcommands.py), or their parent. A runner outlives the agent,
+and writes its result into the spool; the next agent finds it there.
 
 Threads: ``main`` sends beacons and looks after commands; ``link`` is the STOMP connection, where all words
 are heard; the Chirp server has its own. Runners are processes without threads, forked from one (the fork
-server) that was forked before any thread began. A lock guards the moment when the main thread wakes; Commands
-has its own.
+server) that was forked before any thread began. One lock guards the moment when the main thread wakes, one
+the pipe that wakes it; the rooms behind have their own.
 """
 
 import contextlib
@@ -104,7 +101,6 @@ class Agent:
         self.boot = read_boot_id()
         self.session = os.urandom(8).hex()
         self.beacon_interval = max(SHORTEST_BEACON, settings.VM.beacon_interval)
-        self.aint = 0
         self._aints = agent.Seldom(log)        # a stranger's broker says them as fast as it likes
         self.stopping = False
         self.restart = ''              # why the agent should begin anew, as another process image
@@ -326,7 +322,7 @@ class Agent:
             return None
 
     def _hear(self, frame: Any) -> None:
-        """One MESSAGE. What isn't a word of the host for this guest is dropped, and counted."""
+        """One MESSAGE. What isn't a word of the host for this guest is dropped, and said now and then."""
         headers, body = frame.headers, frame.body
         if not self.id or not protocol.is_addressed(headers.get('to', ''), self.id, self.name):
             return
@@ -337,7 +333,7 @@ class Agent:
                 headers = self._trust.check(headers.get('destination', ''), headers, body.encode('utf-8'))
                 protocol.hear(self, protocol.interpret(headers, body))
         except protocol.BadWord as error:
-            self._count_aint(error)
+            self._aints.warn('', 'AINT: %s', error)
         except protocol.Untrusted as error:
             self._trust.drop(error)
 
@@ -353,13 +349,9 @@ class Agent:
             self.say(self._hello())        # what it said before, anybody may have said
         self._wake_by(self._trust.verdict(self._is_only_address)[1])
 
-    def _count_aint(self, why: Any) -> None:
-        self.aint += 1
-        self._aints.warn('', 'AINT: %s', why)
-
     def heard_aint(self, message: Message) -> None:
         """An unknown word, or one that isn't for a guest."""
-        self._count_aint('%.40r' % message.word)
+        self._aints.warn('', 'AINT: %.40r', message.word)
 
     def heard_bye(self, message: Message) -> None:
         """The host goes; it will be back."""

@@ -490,9 +490,9 @@ class Message:
             raise BadWord('%s: %s should be a number' % (self.word, name))
         return value
 
-    def flag(self, name: str, default: bool = False) -> bool:
-        """The same, as true or false. Raises BadWord."""
-        value = self.get(name, default)
+    def flag(self, name: str) -> bool:
+        """The same, as true or false; false where there is none. Raises BadWord."""
+        value = self.get(name, False)
         if value in (True, False):
             return bool(value)
         if isinstance(value, str) and value.lower() in ('true', 'yes', '1', 'false', 'no', '0', ''):
@@ -1020,7 +1020,6 @@ class Link:
     on_down(reason) the connection is gone; another is being made
     heartbeat       seconds, both ways; 0: none
     tls             an ssl.SSLContext, or None
-    headers         further headers of CONNECT
     max_body        bytes of the largest body that is taken
 
     Callbacks run on the link's thread, and must not block for long, or heart-beats stop. ``send``
@@ -1033,8 +1032,7 @@ class Link:
                  on_up: Callable[['Link'], None], on_message: Callable[[Any], None],
                  on_down: Callable[[str], None] = lambda reason: None,
                  login: str = '', passcode: str = '', heartbeat: float = 10, tls: Any = None,
-                 headers: Optional[Dict[str, str]] = None, max_body: int = MAX_BODY,
-                 name: str = 'link', first_delay: float = FIRST_DELAY) -> None:
+                 max_body: int = MAX_BODY, first_delay: float = FIRST_DELAY) -> None:
         self._candidates = candidates
         self._subscriptions = subscriptions
         self._on_up = on_up
@@ -1044,7 +1042,6 @@ class Link:
         self._passcode = passcode
         self._heartbeat = heartbeat
         self._tls = tls
-        self._headers = headers or {}
         self.max_body = max_body
         self._first_delay = first_delay
         self.up = False
@@ -1067,7 +1064,7 @@ class Link:
         self._wake_receiver.setblocking(False)
         self._wake_sender.setblocking(False)
         self._engine = self._make_engine()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._run, name='link', daemon=True)
 
     def _make_engine(self) -> Any:
         stomper = import_stomper()
@@ -1136,14 +1133,14 @@ class Link:
                 del self._outbox[:sent]
                 self._last_sent = time.monotonic()
         except OSError as error:
-            if not _would_block(error):
+            if not would_block(error):
                 self._broken = str(error)
 
     def _wake(self) -> None:
         try:
             self._wake_sender.send(b'w')
         except OSError as error:
-            if not _would_block(error) and not self._stopping.is_set():
+            if not would_block(error) and not self._stopping.is_set():
                 log.warning('wake-up of the link failed: %s', error)
 
     # The thread.
@@ -1255,7 +1252,7 @@ class Link:
             while self._wake_receiver.recv(4096):
                 pass
         except OSError as error:
-            if not _would_block(error):
+            if not would_block(error):
                 raise
 
     def _handshake(self) -> None:
@@ -1267,7 +1264,7 @@ class Link:
                    'heart-beat': '%d,%d' % (beat, beat)}
         if self._login:
             headers.update(login=self._login, passcode=self._passcode)
-        self._send_frame('CONNECT', dict(headers, **self._headers))
+        self._send_frame('CONNECT', headers)
         deadline = time.monotonic() + CONNECT_TIMEOUT
         while not self._connected:
             self._check_stopped()
@@ -1334,7 +1331,7 @@ class Link:
                 with self._lock:
                     data = self._socket.recv(RECV_SIZE)
             except OSError as error:
-                if _would_block(error):
+                if would_block(error):
                     return
                 raise
             if not data:
@@ -1541,7 +1538,8 @@ def _wrap(connection: socket.socket, host: str, tls: Any, wait_for: WaitFor) -> 
         raise
 
 
-def _would_block(error: OSError) -> bool:
+def would_block(error: OSError) -> bool:
+    """Whether that is what a socket raises that doesn't block, and has nothing now, or no room."""
     if isinstance(error, (BlockingIOError, InterruptedError)):
         return True
     # ssl.SSLWantReadError and SSLWantWriteError, without importing ssl where there is no TLS.

@@ -84,9 +84,9 @@ def link(peer):
 
 
 def test_it_asks_for_every_version_and_says_who_it_is(peer, link):
-    link(login='me', passcode='a:b', headers={'x': 'y'}, heartbeat=3)
+    link(login='me', passcode='a:b', heartbeat=3)
     peer.accept()
-    for line in (b'accept-version:1.0,1.1,1.2\n', b'heart-beat:3000,3000\n', b'login:me\n', b'x:y\n'):
+    for line in (b'accept-version:1.0,1.1,1.2\n', b'heart-beat:3000,3000\n', b'login:me\n'):
         assert line in peer.connect
     assert b'ack:client-individual\n' in peer.subscribe and b'destination:/topic/x\n' in peer.subscribe
 
