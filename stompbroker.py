@@ -37,15 +37,14 @@ import select
 import selectors
 import signal
 import socket
-import ssl
 import sys
 import threading
 import time
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import agent
-from protocol import CLIENT_COMMANDS, FrameReader, RemoteError, WireFrame
-from stompoutbox import RECEIVE, SHARE, WOULD_BLOCK, Delivery, Memory, Outbox
+from protocol import CLIENT_COMMANDS, FrameReader, RemoteError, WireFrame, would_block
+from stompoutbox import RECEIVE, SHARE, Delivery, Memory, Outbox
 from stompqueues import NEVER, Audience, DestinationError, Destinations, Outlet, Status
 from stompsession import Session, StompError
 
@@ -364,6 +363,7 @@ class Connection(Outlet):
 
     def _shake_hands(self) -> bool:
         """Whether TLS is established."""
+        import ssl  # some memory, where there is TLS
         try:
             self._sock.do_handshake()  # type: ignore[attr-defined]
         except ssl.SSLWantReadError:
@@ -421,7 +421,9 @@ class Connection(Outlet):
         """What has come; b'' at the end, None where nothing has."""
         try:
             return self._sock.recv(RECEIVE)
-        except WOULD_BLOCK:
+        except OSError as error:
+            if not would_block(error):
+                raise
             return None
 
     def _is_buffered_by_tls(self) -> bool:
@@ -657,6 +659,7 @@ class Connection(Outlet):
     def _say_goodbye_in_tls(self) -> None:
         """Tells a TLS client that this is the end, and no attacker's cut; its answer isn't waited for."""
         if self.broker.tls is not None:
+            import ssl
             with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 self._sock.unwrap()  # type: ignore[attr-defined]
 
@@ -843,7 +846,7 @@ class Broker:
     """
 
     def __init__(self, host: str = '127.0.0.1', port: int = 61613, login: str = '',
-                 passcode: str = '', tls: Optional[ssl.SSLContext] = None,
+                 passcode: str = '', tls: Any = None,
                  policy: Optional[Policy] = None, heartbeat: float = 0.2,
                  **limits: Any) -> None:
         self.limits = Limits(**limits)
@@ -1408,11 +1411,11 @@ def _read_passcode(path: str) -> str:
     return passcode
 
 
-def _server_tls(cert: Optional[str], key: Optional[str]) -> Optional[ssl.SSLContext]:
+def _server_tls(cert: Optional[str], key: Optional[str]) -> Any:
     if not cert:
         return None
     try:
-        return agent.server_tls(cert, key or '')  # type: ignore[no-any-return]
+        return agent.server_tls(cert, key or '')
     except agent.AgentError as error:
         raise BrokerError(str(error))
 

@@ -8,15 +8,14 @@ Threads: none of its own. All of it is called on the broker's thread, so nothing
 
 import collections
 import socket
-import ssl
 from typing import Any, List, Optional, Tuple
 
+from protocol import would_block
 from stompqueues import LARGE, BrokerMessage, Queue
 
 RECEIVE = 64 * 1024                       # bytes taken from a client, or from its senders' lanes, at a time
 JOINED = 256 * 1024                       # bytes that one write carries, if the chunks are small
 SHARE = 256 * 1024                        # bytes that one sender may have waiting at a door
-WOULD_BLOCK = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 Delivery = Tuple[Queue, BrokerMessage]
 
@@ -105,7 +104,9 @@ class Outbox:
             chunks.appendleft(chunk)
             try:
                 sent = sock.send(chunk)
-            except WOULD_BLOCK:
+            except OSError as error:
+                if not would_block(error):
+                    raise
                 return                     # the selector says when to go on
             self.waiting -= sent
             chunks.popleft()
