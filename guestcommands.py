@@ -5,7 +5,7 @@ not: the table of commands with their states (guesttable.py), who runs one (gues
 holds (guestspool.py), how it is told to the host (guestreports.py).
 
 Threads: the link's thread brings what the host asks for, the main thread what time and the runners bring.
-They meet in the table, which has a lock; a lock here guards when the next look is due.
+They meet in the table, which has a lock; one here guards when the next look is due, and one the refusals.
 """
 
 import collections

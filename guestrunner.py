@@ -1,6 +1,9 @@
 """Runners: processes that run commands to their end, and leave the results in the spool.
 
-A runner outlives the agent. It has no threads.
+A runner outlives the agent.
+
+What it is not: the start of a program (gueststart.py), or what forks the runners (guestforks.py). No threads;
+the lock is a file's, which tells that a command has a runner.
 """
 
 import collections

@@ -1,7 +1,7 @@
 """The spool: what a guest remembers of commands, a folder for each.
 
-What it is not: who runs them (guestrunner.py), or tells the host (vmguest.py). No threads; no lock but that
-of a file, by which one agent at a time uses a spool, and one that whoever signals a command holds.
+What it is not: who runs them (guestrunner.py), or tells the host (guestreports.py). No threads; no lock but
+that of a file, by which one agent at a time uses a spool, and one that whoever signals a command holds.
 """
 
 import contextlib
