@@ -4,6 +4,8 @@ chirpclient.py moves files and folders by the requests of chirprequests.py; chir
 which chirproot.py keeps every path; chirpreal.py runs cctools' own server instead. chirplocal.py and
 chirpwire.py are below them all. Programs outside find ``ChirpClient``, ``ChirpServer`` and
 ``RealChirpServer`` here.
+
+What it is not: where any of that is done. Threads: main alone, here; a server has its own. No locks.
 """
 
 import argparse

@@ -1,6 +1,7 @@
-"""Runs cctools' chirp_server.
+"""Runs cctools' chirp_server, with the rights that our own server would have.
 
-Thread ``chirp-watch`` starts the process and waits for it.
+What it is not: a server, or a judge of who may do what (its ACL files). Thread ``chirp-watch`` starts the
+process and waits for it. No locks.
 """
 
 import contextlib
@@ -16,9 +17,6 @@ from chirpserver import CLIENTS, IDLE
 from chirpwire import ChirpError
 
 log = logging.getLogger('vmhost.chirp')
-
-
-# --- the real server -------------------------------------------------------------------------
 
 START_TIME = 20.0              # seconds until the real server listens
 RESTART_MOST = 30.0            # seconds before it is started again, at most

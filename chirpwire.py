@@ -1,6 +1,7 @@
 """What both ends of Chirp share: errors, words on the wire, a connected socket, checksums.
 
-No threads.
+What it is not: a request (chirprequests.py), or its answer (chirpserver.py). No threads, no locks: a socket
+belongs to one thread at a time.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """The verbs for the host agent itself: its state, its events, its API, and its preconditions.
 
-No threads, no locks.
+What it is not: what `check` looks at (hostcheck.py). No threads, no locks.
 """
 
 import collections

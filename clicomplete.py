@@ -1,6 +1,6 @@
 """Completion: scripts for shells, and what they ask this program for.
 
-No threads, no locks.
+What it is not: a list of verbs, which it is given. No threads, no locks.
 """
 
 import contextlib

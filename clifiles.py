@@ -1,6 +1,7 @@
 """The verbs for files and folders: to VMs, and from them, with the habits of ``cp -r``.
 
-No threads, no locks.
+What it is not: what moves them: the host agent does (hosttransfers.py). No threads; no lock but that of a
+folder for what comes through a pipe, by which it is seen to be in use.
 """
 
 import base64

@@ -1,6 +1,7 @@
 """The fork server: a process without threads, forked before any thread exists, that forks the runners.
 
-What it is not: the runners' work (guestrunner.py). A lock guards the lists of runners.
+What it is not: the runners' work (guestrunner.py). Threads: the link's and the main one ask it; a lock guards
+the lists of runners.
 """
 
 import errno
