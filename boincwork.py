@@ -379,7 +379,7 @@ class Work:
     def _end(self, status: Dict[str, Any]) -> Look:
         results = self.host.call('getCmdResults', self.command)
         if results['err']:
-            log.info('the last that the program said:')
+            log.info('the end of the program\'s standard error:')
             for line in results['err'][-LAST_WORDS:].splitlines():
                 log.info('  %s', agent.printable(line))
         return Look(True, results['state'], cpu_of(results), 1.0, int(results['exitCodeOrSignal']),

@@ -577,7 +577,7 @@ def do_kill(host: Client, screen: Screen, args: Any) -> int:
         except InvalidParams:          # a command's id may look so, too
             return signal(id)
         if (args.signal or 'TERM').upper() not in ENDING:
-            raise BadState('%s moves files: it can be cancelled alone' % id)
+            raise BadState('%s is a transfer of files: it can only be cancelled' % id)
         return host.call('cancelTransfer', id)
     code = for_each(screen, args.ids, kill)
     try:

@@ -219,7 +219,7 @@ def exit_code(screen: Screen, results: Dict[str, Any], vm: str = '') -> int:
         name, _, about = why.partition(': ')
         code = FAILED if about.startswith(NOT_THE_PROGRAM) else NOT_STARTED.get(name, FAILED)
         if code == NOT_STARTED['ENOENT'] and FOR_A_SHELL.search(about.rpartition(': ')[2]):
-            screen.complain('no shell is in between: `run VM -- sh -c \'…\'` has one read such a line')
+            screen.complain('commands are not run by a shell: for such a line, `run VM -- sh -c \'…\'`')
         return code
     return 128 + number if state in ('signaled', 'timeout') else FAILED
 

@@ -1,6 +1,6 @@
 """The verbs for VMs: what there is, and what the hypervisor does with them.
 
-No threads but a long call's (cliverbs.watch), no locks.
+What it is not: anything that knows a hypervisor. No threads but a long call's (cliverbs.watch), no locks.
 """
 
 import argparse
@@ -191,7 +191,7 @@ def do_snap(host: Client, screen: Screen, args: Any) -> int:
         names = host.call('listSnapshots', args.vm)
         return show_list(screen, args.json, names, names)
     if args.action != 'restore' and not args.name:
-        raise InvalidParams('which snapshot? snap %s VM NAME' % args.action)
+        raise InvalidParams('no snapshot named: snap %s VM NAME' % args.action)
     method, done = SNAPSHOTS[args.action]
     watch(host, screen, args.vm, method, args.vm, args.name)
     screen.say('snapshot %s' % done)

@@ -552,7 +552,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         return bundles.bundle(argv[1], 'vmguest')
     words, options = split_options(argv)
     if len(words) > 1 or any(word.startswith('-') for word in words):
-        print('vmguest: %s: %s\n%s' % (' '.join(argv), 'whose? name the host' if words[-1] == '--broker' else
+        print('vmguest: %s: %s\n%s' % (' '.join(argv), '--broker needs HOST' if words[-1] == '--broker' else
                                        'expected options as below, and one guest.ini at most', USAGE),
               file=sys.stderr)
         return 2

@@ -365,7 +365,7 @@ class Start:
         found = children_of(os.getpid())
         if len(found) == 1 and is_program(found[0]):
             return found[0]
-        raise ChildProcessError(errno.ECHILD, 'what was to begin it was killed: perhaps it had begun')
+        raise ChildProcessError(errno.ECHILD, 'its starter was killed: it may have begun')
 
     def _not_begun(self, number: int) -> OSError:
         """What a command fails with whose program was to be begun by a process that this signal ended."""

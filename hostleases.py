@@ -104,7 +104,7 @@ class Leases:
             if hypervisor.known_state(name) in (vmstates.RUNNING, vmstates.PAUSED):
                 hypervisor.save_state(name)
                 self._journal.note('lease-over', name, '', 'nobody looked after it: it was saved')
-                log.info('%s: nobody looked after it any more: saved', name)
+                log.info('%s: its lease is over: saved', name)
         except VMHostError as error:
             log.warning('%s: its lease is over, and it can\'t be saved: %s', name, error)
             return

@@ -91,11 +91,11 @@ class Request:
         """How many bytes of body follow. Raises Refused."""
         length = self.headers.get('content-length', '')
         if 'transfer-encoding' in self.headers:    # by which somebody in between may see another end than we
-            raise Refused(411, 'Content-Length is all that says where a call ends')
+            raise Refused(411, 'Transfer-Encoding is not supported: send Content-Length')
         if not (length.isdigit() and len(length) < 20):
             raise Refused(411, 'Content-Length is missing')
         if int(length) > LARGEST_CALL:
-            raise Refused(413, 'at most %d bytes are taken' % LARGEST_CALL)
+            raise Refused(413, 'a call has at most %d bytes' % LARGEST_CALL)
         return int(length)
 
     def authorization(self) -> Tuple[str, str]:
@@ -202,7 +202,7 @@ class Connection:
             elif request.method == 'GET':
                 self._show(request)
             else:
-                raise Refused(405, 'GET and POST are all', {'Allow': 'GET, POST'})
+                raise Refused(405, 'only GET and POST are supported', {'Allow': 'GET, POST'})
             return request.goes_on
         except Refused as refused:
             # What the request still holds is not read; the connection can't be used for another one.
@@ -218,7 +218,7 @@ class Connection:
         deadline = time.monotonic() + (SOCKET_TIMEOUT if self.is_trusted else HEAD_TIMEOUT)
         while b'\r\n\r\n' not in self._received:
             if len(self._received) > LARGEST_HEAD:
-                raise Refused(431, 'at most %d bytes of headers are taken' % LARGEST_HEAD)
+                raise Refused(431, 'a request has at most %d bytes of headers' % LARGEST_HEAD)
             left = deadline - time.monotonic()
             if left <= 0:
                 raise socket.timeout('no whole request in time')
@@ -262,8 +262,8 @@ class Connection:
         if not (self._is_local or is_visitor or self._server.gate.has_token(request)):
             # To the page itself a browser's own dialogue would only be in the way.
             challenge = {} if request.headers.get('x-requested-with') else CHALLENGE
-            raise Refused(401, why or 'user %s and the password in state_dir/xmlrpc.token are wanted' % USER,
-                          challenge)
+            needed = 'user %s and the password in state_dir/xmlrpc.token are required' % USER
+            raise Refused(401, why or needed, challenge)
         if not self.is_trusted:
             self._server.trust(self)
 
@@ -476,7 +476,7 @@ class Server:
         with self._lock:
             same = [connection for connection in self._connections if connection.is_trusted == is_trusted]
         if is_trusted and len(same) >= CALLS_AT_ONCE:
-            raise OSError('more than %d of them' % CALLS_AT_ONCE)
+            raise OSError('more than %d connections' % CALLS_AT_ONCE)
         if not is_trusted and len(same) >= STRANGERS:
             self._forget(same[0])
             same[0].end()

@@ -625,7 +625,7 @@ class Connection(Outlet):
             self.fail('no %s within %g s' % ('CONNECT' if self.state == State.OPENING else 'word who this is',
                                              self.broker.limits.connect_time))
         else:
-            self.close('its time to connect or to end is over')
+            self.close('timed out while it connected or ended')
 
     # -- the end
 
@@ -765,8 +765,9 @@ class Peers:
     def _let_go(self, unidentified: 'collections.OrderedDict[int, Connection]', now: float) -> None:
         oldest = next(iter(unidentified.values()))
         if now - oldest.since > UNIDENTIFIED_TIME:
-            self._told.warn('goes ' + oldest.peer[0], '%s goes: too many have not said who they are', oldest)
-            oldest.close('another one takes its place')
+            self._told.warn('goes ' + oldest.peer[0],
+                            '%s is disconnected: too many have not said who they are', oldest)
+            oldest.close('to make room for another')
 
     def came(self, connection: Connection) -> None:
         address = connection.peer[0]
@@ -1117,7 +1118,7 @@ class Broker:
                 sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
             Connection(self, sock, peer, next(self._connection_numbers)).begin()
         except (OSError, ValueError) as error:
-            self.tell('is gone', peer, '%s is gone already: %s', _spoken(peer), agent.sentence(error))
+            self.tell('is gone', peer, '%s disconnected already: %s', _spoken(peer), agent.sentence(error))
             sock.close()
 
     def tell(self, what: str, peer: Tuple[Any, ...], text: str, *values: Any) -> None:

@@ -259,13 +259,13 @@ def live(slot: Slot, words: List[str]) -> End:
     except (JobError, OSError) as error:
         return End(delay=LONGEST_DELAY, message=agent.sentence(error))
     except Exception as error:
-        log.exception('the wrapper broke')
+        log.exception('the wrapper failed')
         return End(delay=LONGEST_DELAY,
                    message='vmboinc can\'t go on: %s: %s' % (type(error).__name__, error))
     try:
         end = task.run()
     except Exception as error:
-        log.exception('the wrapper broke')
+        log.exception('the wrapper failed')
         end = task.broke(error)
     task.tell_last_status()
     return end
