@@ -10,7 +10,7 @@ import importlib.util
 import io
 import os
 import sys
-from typing import Any, Dict, Iterable, Set
+from typing import Any, Dict, Iterable, List, Set
 
 from agent import AgentError, how_to_get, replace
 
@@ -137,11 +137,14 @@ def _imports_of(source: str) -> Set[str]:
     """The modules that a source text imports, anywhere in it."""
     import ast  # needed here alone
     names = set()  # type: Set[str]
-    for node in ast.walk(ast.parse(source)):
+    nodes: List[Any] = [ast.parse(source)]
+    for node in nodes:                 # what is in it is appended, but expressions: they import nothing
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
+        for block in ('body', 'handlers', 'orelse', 'finalbody', 'cases'):
+            nodes.extend(getattr(node, block, ()))
     return {name.split('.')[0] for name in names}
 
 
