@@ -52,12 +52,9 @@ class Watch:
             return ''
         return clash_text(row['id'] if row is not None else vm.upper(), names)
 
-    def other_meant(self, vm: str) -> str:
-        """A sentence, where this is a VM's name and the id or uuid of another one; else ''."""
-        row = self.row_of(vm)
-        named = [each['name'] for each in self.rows() or () if each['name'] == vm]
-        return '' if row is None or row['name'] == vm or not named else meant_twice(
-            vm, row['uuid'] == vm, row['name'])
+    def meant_twice(self, vm: str) -> str:
+        """A sentence, where this word means more than one VM; else ''."""
+        return meant_twice(vm, self.rows() or [])
 
     def look(self, rows: List[Dict[str, Any]]) -> None:
         """`rows`: as Driver.machines gives them. The first look tells clashes and trouble alone."""

@@ -16,6 +16,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import agent
 from faults import Busy, HypervisorError, InvalidParams, NotSupported
+from vmstates import INACCESSIBLE
 
 HUNG = 15.0                    # seconds of silence after which a VM that is switched off is one that hangs
 ALONE = 'check', 'kill_process'    # verbs that do without the hypervisor
@@ -387,10 +388,20 @@ class Job:
 
 # --- plain helpers -----------------------------------------------------------------------------
 
-def meant_twice(word: str, is_uuid: bool, name: str) -> str:
-    """What is wrong where a word is a VM's name, and the uuid or id of another one, called `name`."""
-    return '%s is the name of a VM, and the %s of %s: use the name of that one, or the uuid of this one' % (
-        word, 'uuid' if is_uuid else 'id', name)
+def meant_twice(word: str, rows: List[Dict[str, Any]]) -> str:
+    """A sentence, where a word means more than one of these VMs, whose name, id or uuid it is; else ''. One
+    that can't be read is called as its file is, and so only where no other is."""
+    named = [row for row in rows if row['name'] == word]
+    named = [row for row in named if row['state'] != INACCESSIBLE] or named
+    if len(named) > 1:
+        return '%s is the name of %d VMs: use the uuid of one, %s' % (
+            word, len(named), either(sorted(row['uuid'] for row in named)))
+    for key in ('uuid', 'id') if named else ():
+        for row in rows:
+            if row not in named and row[key] and word.lower() == row[key].lower():
+                return '%s is the name of a VM, and the %s of %s: use the name of that one, or %s, the ' \
+                    'uuid of this one' % (word, key, row['name'], named[0]['uuid'])
+    return ''
 
 
 def either(names: Any, word: str = 'or') -> str:
