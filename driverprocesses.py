@@ -91,7 +91,7 @@ class Call:
         self.others = []  # type: List[List[str]]
         self.sent_to = None  # type: Optional[Child]
         self.tries = 0
-        self.begun = False                      # the driver began to change something
+        self.begun = False                      # the hypervisor answered, and the driver began with it
         self.given_up = False                   # by who switched the VM off: its process is ended
         self.percent = 0
         self.text = ''
@@ -230,9 +230,9 @@ class Watcher:
         now = time.monotonic()
         hangs = self._end_if_hung(call, now)
         if now >= deadline:
-            raise DeadlineExceeded('the hypervisor did not answer %s at once' % call.verb)
+            raise Unanswered('the hypervisor did not answer %s at once' % call.verb)
         if hangs or now - call.heard > self._patience:
-            raise DeadlineExceeded('the hypervisor did not answer %s for %d s' % (call.verb, self._patience))
+            raise Unanswered('the hypervisor did not answer %s for %d s' % (call.verb, self._patience))
 
     def _end_if_hung(self, call: Call, now: float) -> bool:
         with self._lock:
@@ -367,6 +367,10 @@ class Worker:
         call = self._call
         if call is not None and not call.done.is_set():
             call.heard = time.monotonic()
+
+
+class Unanswered(DeadlineExceeded):
+    """Nobody waits any longer; the process that was asked may answer yet."""
 
 
 class Unresponsive(DeadlineExceeded):

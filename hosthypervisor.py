@@ -5,8 +5,8 @@ decides who asks which of the driver's processes, how long for, and what is told
 
 What it is not: a driver, which lives in processes of its own; it knows neither guests nor commands.
 
-Threads: `vm-events` calls `on_event`, and lets workers go that had nothing to do for long. Whoever calls a
-verb waits on his own thread.
+Threads: `vm-pulse` asks VMs that run (hostpulse.py); `vm-events` calls `on_event`, and lets workers go that
+had nothing to do for long. Whoever calls a verb waits on his own thread.
 """
 
 import base64
@@ -23,8 +23,9 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import agent
 import driverprocesses
 import hypervisor
-from driverprocesses import EVER, Call, Child, Unresponsive, Watcher, Workers
+from driverprocesses import EVER, Call, Child, Unanswered, Unresponsive, Watcher, Workers
 from faults import BadState, Busy, DeadlineExceeded, HypervisorError, VMHostError
+from hostpulse import Pulse
 from hostseen import Watch
 from hostturns import TURN_OF_THE_PLUG, Turns
 from hypervisor import is_local, kind_of, spoken
@@ -67,6 +68,8 @@ class Hypervisor:
         self._watch = Watch(self._happened)
         self._watcher = Watcher(self._launch, self._watch.look, self._answered, self._patience)
         self._workers = Workers(self._launch, self._progressed)
+        self._pulse = Pulse(lambda uuid: self._call('hears', (uuid,), hypervisor.ANSWERS_IN),
+                            self._watch.rows, self._watch.mark)
         self._turns = Turns(settings['command_timeout'], self._check_begins)
         self._numbers = itertools.count(1)
         self._told = {}  # type: Dict[Tuple[str, str], Any]         # by verb and uuid: what was told last
@@ -78,11 +81,13 @@ class Hypervisor:
         """Starts the threads and the process that looks. Gives no error: the first call does."""
         self._watcher.start()
         self._teller.start()
+        self._pulse.start()
 
     def close(self, timeout: float = 10) -> bool:
         """Ends all processes; VMs go on. Whoever still waits gets an error. True when all ended."""
         self._closing = True
         self._turns.close()
+        self._pulse.stop()
         ended = self._workers.stop(0.5 * timeout)
         ended = self._watcher.stop(timeout) and ended
         self._events.put(None)
@@ -130,14 +135,14 @@ class Hypervisor:
                     else (FIRST_PATIENCE, EVER))
         try:
             return self._call(verb, args, *patience), ''
-        except DeadlineExceeded as error:
+        except Unanswered as error:
             if not is_known:
                 raise self._silent(error)
             self._asked_in_vain = time.monotonic()
             if not self._watcher.is_to_look():          # whose answer ends the trouble that is told
                 self._look(0)
             return None, '%s takes its time' % self.name
-        except HypervisorError as error:
+        except (DeadlineExceeded, HypervisorError) as error:        # the driver's: as where the VM hangs
             if not is_known or self._closing:
                 raise
             log.debug('%s is told as it was before: %s', verb, error)
@@ -207,10 +212,11 @@ class Hypervisor:
         while True:
             with self._workers.one() as worker:
                 done, why = worker.carry_out(call, patience, self._begins_in(), self._answers), worker.why
+            begun = call.begun and kind_of(call.verb) == 'changing'
             if done and isinstance(call.error, Unresponsive) and not self._answers():
                 why = str(self._silent(call.error))
                 raise (Unresponsive('%s; whether %s was done is not known' % (why, spoken(call.verb)))
-                       if call.begun else DeadlineExceeded(why))
+                       if begun else DeadlineExceeded(why))
             if done:
                 return call.answer()
             why = why or 'the driver\'s process ended'
@@ -219,7 +225,7 @@ class Hypervisor:
                     spoken(call.verb), call.vm))
             if self._closing:
                 raise HypervisorError('the host agent is stopping')
-            if call.begun and kind_of(call.verb) == 'changing':
+            if begun:
                 raise HypervisorError('%s: %s; look what state the VM is in' % (spoken(call.verb), why))
             if time.monotonic() + pause > deadline or call.tries >= 10:
                 raise HypervisorError(why)
@@ -338,11 +344,12 @@ class Hypervisor:
 
     def list_rows(self) -> List[Dict[str, Any]]:
         """The rows of `Driver.machines`."""
+        self._pulse.want()
         seen = self._watch.rows()
         found, why = self._now('machines', (), seen is not None)
         if why:
             self._asked_in_vain = time.monotonic()
-        return seen if why else found       # type: ignore
+        return self._watch.marked(found if seen is None or not why else seen)
 
     def list_vms(self) -> List[str]:
         """Names of all VMs, sorted."""
@@ -370,10 +377,11 @@ class Hypervisor:
     def describe(self, vm: str) -> Dict[str, Any]:
         """As Driver's; of a VM that was seen, where that takes longer than a moment, what was seen last: a
         row of `Driver.machines` at least."""
+        self._pulse.want()
         seen = self._watch.row_of(vm)
         found, why = self._now('describe', (vm,), seen is not None)
         if not why or seen is None:
-            return found  # type: ignore[no-any-return]
+            return self._watch.marked([found])[0]
         last = self._told.get(('describe', seen['uuid']), {})
         return dict(last if last.get('native') == seen['native'] else {}, **dict(
             seen, trouble=seen['trouble'] or self.trouble() or 'told as it was seen before: ' + why))

@@ -50,7 +50,7 @@ class Turns:
     @contextlib.contextmanager
     def of(self, call: Call, key: str) -> Iterator[None]:
         """For so long nobody else changes this VM, where the call changes it; and `others` of the call are
-        those that were under way. Raises Busy where another one's end takes too long."""
+        the changes that were under way. Raises Busy where another one's end takes too long."""
         deadline = call.asked + TURNS.get(call.verb, self._patience)
         with self._free:
             while kind_of(call.verb) == 'changing' and self._in_the_way(call, key):
@@ -60,7 +60,7 @@ class Turns:
                 if key in self._under_way and not self._under_way[key].begun:
                     self._check_begins(call)
                 self._free.wait(0.5)
-            call.others = [[each.verb, each.vm] for each in self._calls]
+            call.others = [[each.verb, each.vm] for each in self._calls if kind_of(each.verb) == 'changing']
             self._calls.append(call)
             if kind_of(call.verb) == 'changing':
                 self._under_way[key] = call

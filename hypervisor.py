@@ -19,6 +19,8 @@ from faults import Busy, HypervisorError, InvalidParams, NotSupported
 from vmstates import INACCESSIBLE
 
 HUNG = 15.0                    # seconds of silence after which a VM that is switched off is one that hangs
+ANSWERS_IN = 3.0               # seconds in which a VM's own process has to answer who only looks
+HANGS = 'its process does not answer'       # what is wrong with a VM where it doesn't
 ALONE = 'check', 'kill_process'    # verbs that do without the hypervisor
 NOT_READY = 2.0                # seconds that a hypervisor may take to make an object, or to end it
 
@@ -206,6 +208,12 @@ class Driver:
     def end_process(self, job: 'Job', vm: str) -> bool:
         """Ends the process of a VM that answers nobody: called where power_off hung. True once it is off."""
         return self._cannot('end the process of a VM')
+
+    @looking
+    def hears(self, job: 'Job', vm: str) -> bool:
+        """Asks the VM's own process something small, and takes no lock for that: True once it has answered.
+        Who asks gives it up. NotSupported where `machines` tells by itself which VMs hang (HANGS)."""
+        return self._cannot('ask the process of a VM')
 
     @changing
     def kill_process(self, job: 'Job', vm: str) -> bool:

@@ -15,15 +15,13 @@ import vboxnetwork
 import vboxprogram
 import virtualbox
 import vmstates
-from hypervisor import Driver, Job, either, meant_twice
+from hypervisor import ANSWERS_IN, HANGS, Driver, Job, either, meant_twice
 from vboxconnection import MADE_BY_US, OFF, ONLINE, SAVED
 from vboxprogram import Program, Refused, log_in, native_of, rules_in, slots_of
 
 LACKS = ('statistics, screenshots, the remote desktop, limits of the network, host-only networks, appliances '
          'and ISO images, cleanup of what was left half made')
 NOBODY = '<inaccessible>'          # what `list vms` calls a VM that can't be read; one may have that name
-ANSWERS_IN = 3.0                   # seconds in which a VM's own process has to answer, where all are listed
-HANGS = 'its process does not answer'
 HUNG_VM = '%s: %s; powerOff (stop --force) ends it'
 ASK_AGAIN = 15.0                   # seconds until one that didn't is asked again
 

@@ -17,7 +17,9 @@ import driverprocesses
 import driverserver
 import faults
 import hosthypervisor
+import hostpulse
 import hostseen
+import hypervisor
 import virtualbox
 
 pytestmark = pytest.mark.skipif(not os.path.isdir('/proc'), reason='looks at /proc')
@@ -85,6 +87,42 @@ def test_who_may_mean_two_vms_is_told_so_by_whatever_he_asks(monkeypatch):
                 getattr(box, verb)(word)
     assert [box.refusal_of(word) for word in ('one', 'u2', 'u3', 'u4', 'whole', 'nobody')] == 6 * ['']
     assert box.describe('u4')['uuid'] == 'u4'
+
+
+def test_a_vm_whose_process_hangs_is_told_to_while_it_does(monkeypatch):
+    """Whichever driver it has: beside it, and as an event. What the hypervisor lacks says nothing of it."""
+    def row(name, state='running'):
+        return {'name': name, 'uuid': name, 'id': '', 'state': state, 'native': 'Running', 'trouble': ''}
+    told, answers, asked = [], {}, []
+    watch = hostseen.Watch(lambda *event: told.append(event))
+
+    def ask(uuid):
+        asked.append(uuid)
+        if answers.get(uuid):
+            raise answers[uuid]
+    monkeypatch.setattr(hostpulse, 'ASK_AGAIN', 0.01)
+    monkeypatch.setattr(hostpulse, 'ASK_EVERY', 0.02)
+    pulse = hostpulse.Pulse(ask, watch.rows, watch.mark)
+    watch.look([row('one'), row('two'), row('off', 'off')])
+    answers['one'] = driverprocesses.Unresponsive('no answer')
+    pulse.start()
+    wait_until(lambda: watch.row_of('one')['trouble'] == hypervisor.HANGS)
+    assert watch.row_of('two')['trouble'] == '' and told == [('vm-trouble', 'one', hypervisor.HANGS)]
+    watch.look([row('one'), row('two'), row('off', 'off')])
+    answers['one'] = faults.DeadlineExceeded('of the hypervisor')
+    seen = len(asked)
+    wait_until(lambda: len(asked) > seen + 4)
+    assert watch.marked([row('one')])[0]['trouble'] == hypervisor.HANGS == watch.rows()[0]['trouble']
+    answers['one'] = None
+    wait_until(lambda: watch.row_of('one')['trouble'] == '')
+    watch.mark('two', True)
+    answers['two'] = faults.NotSupported('the driver knows')
+    wait_until(lambda: not pulse._thread.is_alive())
+    watch.forget('one')
+    watch.look([row('two', 'off')])
+    watch.look([row('two')])
+    assert [each['trouble'] for each in watch.rows()] == [''] and set(asked) == {'one', 'two'}
+    pulse.stop()
 
 
 def test_nobody_is_asked_to_end_a_vm_where_nobody_answers(monkeypatch):

@@ -26,7 +26,7 @@ from vms import SETTINGS, VMHost, command_line, environment, fault_of, kill, pro
 
 import faults
 import hosthypervisor
-import vboxasking
+import hypervisor
 import vboximages
 import vmstates
 
@@ -204,7 +204,7 @@ def test_a_vm_that_hangs_holds_up_nobody_who_looks(box, vm):
             assert ask()
             took.append(time.monotonic() - begun)
     assert max(took) < 0.8 + 0.2 * others_take(), took
-    wait_until(lambda: box.state(vm) == 'Running' and box.describe(vm)['trouble'] == vboxasking.HANGS, 60)
+    wait_until(lambda: box.state(vm) == 'Running' and box.describe(vm)['trouble'] == hypervisor.HANGS, 60)
     with pytest.raises(faults.DeadlineExceeded, match=vm + '.*its process does not answer'):
         box.list_snapshots(vm)
     assert box.power_off(vm) is True

@@ -17,6 +17,7 @@ from vms import SETTINGS, command_line, fault_of, kill
 
 import faults
 import hosthypervisor
+import hypervisor
 
 NUMBERS = itertools.count(1)
 SMALL = {'memory': 16, 'diskSize': 4}
@@ -86,6 +87,12 @@ def lists_are_asked(host, pause=0.02):
 def test_a_hung_vm_is_switched_off_and_blocks_nobody(host, api, vm):
     api.createVM('other', '', SMALL)
     pid = running(api, vm)
+    after = host.last_event()
+    with stopped(pid):
+        wait_until(lambda: api.getVM(vm)['trouble'] == hypervisor.HANGS, 30)
+        assert host.wait_for_event('vm-trouble', vm, after)['text'] == hypervisor.HANGS
+        assert [each['trouble'] for each in api.getVMs() if each['name'] != vm] == ['']
+    wait_until(lambda: not api.getVM(vm)['trouble'], 30)
     with stopped(pid), lists_are_asked(host) as took:
         with host.api as killer:
             ended = []
