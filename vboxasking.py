@@ -109,8 +109,9 @@ class Asking(Driver):
         return [row for row in rows if row is not None]
 
     def _listed(self, what: str, patience: float = 0) -> List[Tuple[str, str]]:
+        """(name, uuid) of each VM; VirtualBox lets a name have quotes and ends of lines."""
         told = self._run('list', what, patience=patience)
-        found = re.findall(r'^"(.*)" \{([0-9a-f-]{36})\}\s*$', told, re.MULTILINE)
+        found = re.findall(r'^"(.*?)" \{([0-9a-f-]{36})\}\r?$', told, re.MULTILINE | re.DOTALL)
         if what == 'vms':
             self._names = {uuid: name for name, uuid in found}
         return found

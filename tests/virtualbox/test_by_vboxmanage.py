@@ -17,6 +17,7 @@ from rig import (
     forwards_are_served_and_move,
     manage,
     stopped,
+    try_manage,
     uplinks,
     vboxsvc,
     vm_process,
@@ -212,10 +213,13 @@ def test_a_vm_that_hangs_holds_up_nobody_who_looks(box, vm):
 
 def test_what_another_tool_does_is_seen(box, vm):
     uuid = box.describe(vm)['uuid']
-    manage('modifyvm', uuid, '--name', 'renamed')
-    wait_until(lambda: ('vm-renamed', 'renamed', 'was ' + vm) in box.happened, 40)
-    manage('startvm', uuid, '--type', 'headless')
-    wait_until(lambda: ('vm-state', 'renamed', 'Running') in box.happened, 40)
+    name = 're"named\nby " {another}'
+    manage('modifyvm', uuid, '--name', name)
+    wait_until(lambda: ('vm-renamed', name, 'was ' + vm) in box.happened, 40)
+    assert box.describe(name)['uuid'] == uuid and box.list_vms() == [name]
+    wait_until(lambda: try_manage('startvm', uuid, '--type', 'headless'), 20)   # while nobody looks at it
+    wait_until(lambda: ('vm-state', name, 'Running') in box.happened, 40)
+    assert box.power_off(name) is True
 
 
 def test_where_no_network_was_made_a_vm_gets_nat_until_there_is_one(home, remove_all, tmp_path):
