@@ -189,6 +189,7 @@ def do_snap(host: Client, screen: Screen, args: Any) -> int:
     """Lists, takes, restores and deletes snapshots."""
     if args.action == 'ls':
         names = host.call('listSnapshots', args.vm)
+        warn_of_silence(screen, host.call('agentInfo'))
         return show_list(screen, args.json, names, names)
     if args.action != 'restore' and not args.name:
         raise InvalidParams('no snapshot named: snap %s VM NAME' % args.action)
@@ -222,6 +223,7 @@ OUT_OF_REACH = 'the broker listens on %s, where no VM can reach it: restart the 
 def do_net(host: Client, screen: Screen, args: Any) -> int:
     """The network of the VMs, as it is."""
     network = host.call('setupNetwork' if args.setup else 'getNetwork')
+    warn_of_silence(screen, host.call('agentInfo'))
     if args.json:
         screen.json(network)
     else:

@@ -31,6 +31,7 @@ SILENCE = 20.0                 # seconds beyond command_timeout after which a si
 LIST_PATIENCE = 0.6            # seconds until a list is what was seen last, rather than what is there now
 COMES_UP_IN = 10.0             # seconds for which a process that was just started may be silent
 EVER = float('inf')
+KEPT = 20                      # questions at most that are still asked though nobody waits any more
 WORKERS = 8                    # at most: as many changes go on at once
 
 
@@ -79,8 +80,8 @@ class Child:
 
 
 class Call:
-    """One call of a verb, and who waits for its answer. `heard` is when the driver last said something of
-    it."""
+    """One call of a verb, and who waits for its answer. `asked` is when that began, `heard` when the driver
+    last said something of it."""
 
     def __init__(self, number: int, verb: str, args: Tuple[Any, ...]) -> None:
         self.id = number
@@ -90,11 +91,11 @@ class Call:
         self.others = []  # type: List[List[str]]
         self.sent_to = None  # type: Optional[Child]
         self.tries = 0
-        self.begun = False                      # the driver began to change something
+        self.begun = False                      # the hypervisor answered, and the driver began with it
         self.given_up = False                   # by who switched the VM off: its process is ended
         self.percent = 0
         self.text = ''
-        self.heard = time.monotonic()
+        self.asked = self.heard = time.monotonic()
         self.done = threading.Event()
         self.value = None  # type: Any
         self.error = None  # type: Optional[Exception]
@@ -136,9 +137,10 @@ class Watcher:
     """
 
     def __init__(self, launch: Callable[[bool], Child], seen: Callable[[List[Dict[str, Any]]], None],
-                 patience: float) -> None:
+                 answered: Callable[[str, Any], None], patience: float) -> None:
         self._launch = launch
         self._tell_seen = seen
+        self._tell_answered = answered
         self._patience = patience
         # Guards the calls under way and which process has them. Held for moments, never while writing.
         self._lock = threading.Lock()
@@ -215,7 +217,12 @@ class Watcher:
             return call.answer()
         finally:
             with self._lock:
-                self._calls.pop(call.id, None)
+                if call.done.is_set() or len(self._calls) > KEPT:
+                    self._calls.pop(call.id, None)
+
+    def is_to_look(self) -> bool:
+        """Whether it was asked for all VMs, and hasn't answered yet."""
+        return bool(self._looks)
 
     def _check_silence(self, call: Call, deadline: float) -> None:
         """Raises DeadlineExceeded where nobody waits any longer; a process that hangs is ended, even where
@@ -223,9 +230,9 @@ class Watcher:
         now = time.monotonic()
         hangs = self._end_if_hung(call, now)
         if now >= deadline:
-            raise DeadlineExceeded('the hypervisor did not answer %s at once' % call.verb)
+            raise Unanswered('the hypervisor did not answer %s at once' % call.verb)
         if hangs or now - call.heard > self._patience:
-            raise DeadlineExceeded('the hypervisor did not answer %s for %d s' % (call.verb, self._patience))
+            raise Unanswered('the hypervisor did not answer %s for %d s' % (call.verb, self._patience))
 
     def _end_if_hung(self, call: Call, now: float) -> bool:
         with self._lock:
@@ -241,6 +248,7 @@ class Watcher:
     def _fail_all(self, error: Exception) -> None:
         with self._lock:
             calls = list(self._calls.values())
+            self._calls.clear()
         for call in calls:
             call.fail(error)
 
@@ -269,6 +277,8 @@ class Watcher:
                 self._comes_up_until = time.monotonic() + COMES_UP_IN
         for call in calls:
             if call.tries >= 3:
+                with self._lock:
+                    self._calls.pop(call.id, None)
                 call.fail(HypervisorError(self._why or 'the hypervisor died %d times during %s'
                                           % (call.tries, call.verb)))
             else:
@@ -295,7 +305,11 @@ class Watcher:
             if is_look and 'value' in message:     # here, so that no older look is taken for the latest; …
                 self._tell_seen(message['value'])
             if call is not None:                   # … before it is answered; also where nobody waits any more
+                if 'value' in message:
+                    self._tell_answered(call.verb, message['value'])
                 call.hear(message)
+                with self._lock:
+                    self._calls.pop(call.id if call.done.is_set() else 0, None)
         with self._lock:                            # it works
             owes = any(not each.done.is_set() for each in self._calls.values())
             self._heard_at = time.monotonic()
@@ -316,10 +330,12 @@ class Worker:
         self.thread = threading.Thread(target=self._read, name='worker-%d' % number, daemon=True)
         self.thread.start()
 
-    def carry_out(self, call: Call, patience: float, answers: Callable[[], bool] = lambda: True) -> bool:
+    def carry_out(self, call: Call, patience: float, begins_in: float = EVER,
+                  answers: Callable[[], bool] = lambda: True) -> bool:
         """Waits until the call is done; False where the process ended without an answer. Where it is silent
         for `patience` seconds it is killed, and the call has failed with `Unresponsive`. Until it begins,
-        it is the machine that takes its time, and not the VM; or the hypervisor, which `answers` tells."""
+        it is the machine that takes its time, and not the VM; or the hypervisor, which `answers` tells, once
+        the call was asked for `begins_in` seconds ago."""
         self._call = call
         call.hand_to(self.child)
         while not call.done.wait(0.5):
@@ -327,7 +343,7 @@ class Worker:
                 return call.done.is_set()
             silent = time.monotonic() - call.heard
             if silent > (patience if call.begun else max(patience, SILENCE)) or (
-                    not call.begun and silent > SILENCE and not answers()):
+                    not call.begun and time.monotonic() - call.asked > begins_in and not answers()):
                 self.child.kill()
                 self.ended.wait(5)
                 why = ('the VM\'s own process hangs, perhaps; powerOff (stop --force) ends it'
@@ -351,6 +367,10 @@ class Worker:
         call = self._call
         if call is not None and not call.done.is_set():
             call.heard = time.monotonic()
+
+
+class Unanswered(DeadlineExceeded):
+    """Nobody waits any longer; the process that was asked may answer yet."""
 
 
 class Unresponsive(DeadlineExceeded):

@@ -138,7 +138,9 @@ class Server:
             raise InvalidParams('no verb %s' % job.verb)
         if job.verb not in ALONE:
             self._driver.connect()
-        if kind_of(job.verb) == 'changing':
+        if kind_of(job.verb) in ('changing', 'looking'):
+            if job.verb not in ALONE:               # it answers now: nothing has begun where it doesn't
+                self._driver.find_verb('version')(job)
             self._tell({'id': job.id, 'begun': True})
         return self._driver.find_verb(job.verb)(job, *job.args)
 

@@ -220,7 +220,9 @@ class MachineMethods(Methods):
         never) is the agent's, left whether it said that it goes, and so isn't missed; commands: the ids of
         those that are unfinished; clockOffset: guest's clock less the host's, roughly; pid: of the process in
         which it runs, 0 for none; forwards: createVM's, with the ports of this machine that they have now;
-        bridged: the interface of this machine to which a card of the VM is, '' for none.
+        bridged: the interface of this machine to which a card of the VM is, '' for none. Where the hypervisor
+        takes longer than a moment, of a VM that was seen, what was told last, and its `trouble` says so; 5 s,
+        then fault 7, for a name that nobody has seen.
 
             >>> vm = host.getVM('node1')
             >>> vm['state'], vm['agent'], vm['ip']
@@ -509,6 +511,9 @@ class ControlMethods(Methods):
     def listSnapshots(self, vm: str) -> list:
         """Names of a VM's snapshots, parents first.
 
+        Where the hypervisor takes longer than a moment, those that were told last: agentInfo's `trouble`
+        tells it; 5 s, then fault 7, where none were.
+
             >>> host.listSnapshots('node1')
             ['fresh']
         """
@@ -523,7 +528,7 @@ class ControlMethods(Methods):
         return self._hypervisor().get_stats(vm, key)
 
     def getLog(self, vm: str, tail: int = 65536) -> str:
-        """The end of a VM's VBox.log.
+        """The end of a VM's VBox.log. Fault 7 after 5 s in which the hypervisor answers nothing.
 
             >>> print(host.getLog('node1', 200))
         """
@@ -568,6 +573,8 @@ class ControlMethods(Methods):
 
     def getNetwork(self) -> dict:
         """{mode, interface, hostIp, netmask, dhcp: {server, lower, upper, enabled}}.
+
+        Where the hypervisor takes longer than a moment, as listSnapshots.
 
             >>> host.getNetwork()['hostIp']
             '192.168.56.1'

@@ -1,46 +1,47 @@
 """A hypervisor and its machines, as the host sees them: verbs, lists, what was seen last, events.
 
 `Hypervisor` is what the rest of the host holds: each verb of `Driver` (hypervisor.py) is a method there. It
-decides who asks which of the driver's processes, how long for, and what is told where none answers; one
-change at a time for each VM.
+decides who asks which of the driver's processes, how long for, and what is told where none answers.
 
 What it is not: a driver, which lives in processes of its own; it knows neither guests nor commands.
 
-Threads: `vm-events` calls `on_event`, and lets workers go that had nothing to do for long. Whoever calls a
-verb waits on his own thread.
+Threads: `vm-pulse` asks VMs that run (hostpulse.py); `vm-events` calls `on_event`, and lets workers go that
+had nothing to do for long. Whoever calls a verb waits on his own thread.
 """
 
 import base64
-import collections
 import contextlib
+import itertools
 import logging
 import os
 import queue
 import sys
 import threading
 import time
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import agent
 import driverprocesses
 import hypervisor
-from driverprocesses import EVER, Call, Child, Unresponsive, Watcher, Workers
+from driverprocesses import EVER, Call, Child, Unanswered, Unresponsive, Watcher, Workers
 from faults import BadState, Busy, DeadlineExceeded, HypervisorError, VMHostError
+from hostpulse import Pulse
 from hostseen import Watch
+from hostturns import TURN_OF_THE_PLUG, Turns
 from hypervisor import is_local, kind_of, spoken
 from vmstates import CHANGING, PAUSED, RUNNING, STUCK
 
 log = logging.getLogger('vmhost.hypervisor')
 
-TURN_OF_THE_PLUG = 2.0         # seconds that a power_off waits until it looks whether what is there hangs
-TURNS = dict.fromkeys(('power_off', 'end_process'), TURN_OF_THE_PLUG)
-FIRST_PATIENCE = 5.0           # seconds of silence until who asks for one VM, or for news, waits no more
-LOOK_PATIENCE = 5.0            # seconds that who changed a VM, or asks for one, waits while there are answers
+FIRST_PATIENCE = 5.0           # seconds of silence until who asks for what was never told waits no more
+AT_WORK_PATIENCE = 0.3         # seconds more for a list, while there are other answers
+LOOK_PATIENCE = 5.0            # seconds that who changed a VM waits for a look at it
 WORKER_IDLE = 60.0             # seconds without work after which a worker ends
 PRINTED_KEPT = 1024 * 1024     # bytes of a driver's log file, beyond which it begins anew
 # What is told again while nothing answers.
-REMEMBERED = 'version', 'machine_states', 'find_chirp'
+REMEMBERED = 'version', 'machine_states', 'find_chirp', 'snapshots', 'get_network'
 # Changes of a VM after which its ports are where they were.
+NAMES_NO_VM = 'create_vm', 'register_vm', 'kill_process'       # verbs that take another word first
 MOVE_NO_PORT = 'pause', 'resume', 'take_snapshot', 'delete_snapshot', 'keep', 'set_limits', 'remote_desktop'
 
 
@@ -65,15 +66,12 @@ class Hypervisor:
         self._patience = settings['command_timeout'] + driverprocesses.SILENCE
         self._events = queue.Queue()  # type: queue.Queue
         self._watch = Watch(self._happened)
-        self._watcher = Watcher(self._launch, self._watch.look, self._patience)
+        self._watcher = Watcher(self._launch, self._watch.look, self._answered, self._patience)
         self._workers = Workers(self._launch, self._progressed)
-        # Guards numbers and calls under way; a condition, so that who waits for a VM wakes up. Held for
-        # moments.
-        self._free = threading.Condition()
-        self._last_id = 0
-        self._under_way = collections.OrderedDict()  # type: Dict[str, Call]     # what is owned: by which call
-        self._calls = []  # type: List[Call]
-        self._plugs = []  # type: List[str]         # what is owned of VMs whose plug is just being pulled
+        self._pulse = Pulse(lambda uuid: self._call('hears', (uuid,), hypervisor.ANSWERS_IN),
+                            self._watch.rows, self._watch.mark)
+        self._turns = Turns(settings['command_timeout'], self._check_begins)
+        self._numbers = itertools.count(1)
         self._told = {}  # type: Dict[Tuple[str, str], Any]         # by verb and uuid: what was told last
         self._closing = False
         self._asked_in_vain = 0.0               # monotonic: when a list was told last as it was seen before
@@ -83,10 +81,13 @@ class Hypervisor:
         """Starts the threads and the process that looks. Gives no error: the first call does."""
         self._watcher.start()
         self._teller.start()
+        self._pulse.start()
 
     def close(self, timeout: float = 10) -> bool:
         """Ends all processes; VMs go on. Whoever still waits gets an error. True when all ended."""
         self._closing = True
+        self._turns.close()
+        self._pulse.stop()
         ended = self._workers.stop(0.5 * timeout)
         ended = self._watcher.stop(timeout) and ended
         self._events.put(None)
@@ -115,20 +116,37 @@ class Hypervisor:
         return lambda *args: ask(verb, args)
 
     def _at_once(self, verb: str, args: Tuple[Any, ...]) -> Any:
-        """A quick verb's answer: as it is now; of what hardly changes, where nothing is heard for a while, as
-        it was told last. Raises DeadlineExceeded, with the reason, where it never was."""
+        """A quick verb's answer: as it is now; of what hardly changes, where that takes longer than a moment,
+        as it was told last. Raises DeadlineExceeded, with the reason, where it never was."""
         vm = str(args[0]) if args else ''
         key = verb, self._watch.uuid_of(vm) or vm
-        known = key in self._told
-        try:
-            found = self._call(verb, args, FIRST_PATIENCE, EVER)
-        except DeadlineExceeded as error:
-            if known:
-                return self._told[key]
-            raise self._silent(error)
+        found, why = self._now(verb, args, key in self._told)
+        if why:
+            return self._told[key]
         if verb in REMEMBERED:
             self._told[key] = found
         return found
+
+    def _now(self, verb: str, args: Tuple[Any, ...], is_known: bool) -> Tuple[Any, str]:
+        """A quick verb's answer, and ''. Where something was told before, and is to be told again as soon as
+        it takes longer than a list may, or the hypervisor ended and isn't there again yet: None, and why.
+        Else raises VMHostError, DeadlineExceeded after FIRST_PATIENCE of silence."""
+        patience = ((driverprocesses.LIST_PATIENCE, AT_WORK_PATIENCE) if is_known
+                    else (FIRST_PATIENCE, EVER))
+        try:
+            return self._call(verb, args, *patience), ''
+        except Unanswered as error:
+            if not is_known:
+                raise self._silent(error)
+            self._asked_in_vain = time.monotonic()
+            if not self._watcher.is_to_look():          # whose answer ends the trouble that is told
+                self._look(0)
+            return None, '%s takes its time' % self.name
+        except (DeadlineExceeded, HypervisorError) as error:        # the driver's: as where the VM hangs
+            if not is_known or self._closing:
+                raise
+            log.debug('%s is told as it was before: %s', verb, error)
+            return None, str(error)
 
     def trouble(self) -> str:
         """A sentence, where the hypervisor answers nobody, or what lists tell is not of now; else ''."""
@@ -160,25 +178,31 @@ class Hypervisor:
         except VMHostError as error:
             log.debug('%s: whoever does the work will tell', error)
 
+    def _check_begins(self, call: Call) -> None:
+        """For one that waits for another change, which hasn't begun: where the hypervisor answers nobody, it
+        is told so as soon as if it were alone. Raises DeadlineExceeded."""
+        if (time.monotonic() - call.asked > driverprocesses.SILENCE
+                and self._watcher.silence() > FIRST_PATIENCE):
+            raise self._silent(DeadlineExceeded('the hypervisor answers nobody'))
+
     def _call(self, verb: str, args: Tuple[Any, ...] = (), patience: Optional[float] = None,
               at_most: float = 0) -> Any:
-        with self._free:
-            if self._closing:
-                raise HypervisorError('the host agent is stopping')
-            self._last_id += 1
-            call = Call(self._last_id, verb, args)
+        if self._closing:
+            raise HypervisorError('the host agent is stopping')
+        call = Call(next(self._numbers), verb, args)
+        self._refuse_two_meant(call)
         if kind_of(verb) == 'quick':
             return self._watcher.ask(call, patience, at_most)
         if verb == 'cleanup' and (not args or args[0]) or kind_of(verb) == 'looking' and verb != 'check':
             self._check_answers()
-        with self._owning(call):
+        with self._turns.of(call, self._watch.uuid_of(call.vm) or call.vm):
             try:
                 done = self._work(call, patience or self._patience)
                 if verb not in hypervisor.ALONE:
                     self._watcher.others_were_answered()
                 return done
             finally:
-                if kind_of(verb) == 'changing' and not self._closing:
+                if call.begun and kind_of(verb) == 'changing' and not self._closing:
                     self._forget_told(call)
                     self._look()
 
@@ -187,11 +211,12 @@ class Hypervisor:
         deadline, pause = time.monotonic() + self._settings['command_timeout'], 0.2
         while True:
             with self._workers.one() as worker:
-                done, why = worker.carry_out(call, patience, self._answers), worker.why
+                done, why = worker.carry_out(call, patience, self._begins_in(), self._answers), worker.why
+            begun = call.begun and kind_of(call.verb) == 'changing'
             if done and isinstance(call.error, Unresponsive) and not self._answers():
                 why = str(self._silent(call.error))
                 raise (Unresponsive('%s; whether %s was done is not known' % (why, spoken(call.verb)))
-                       if call.begun else DeadlineExceeded(why))
+                       if begun else DeadlineExceeded(why))
             if done:
                 return call.answer()
             why = why or 'the driver\'s process ended'
@@ -200,62 +225,36 @@ class Hypervisor:
                     spoken(call.verb), call.vm))
             if self._closing:
                 raise HypervisorError('the host agent is stopping')
-            if call.begun and kind_of(call.verb) == 'changing':
+            if begun:
                 raise HypervisorError('%s: %s; look what state the VM is in' % (spoken(call.verb), why))
             if time.monotonic() + pause > deadline or call.tries >= 10:
                 raise HypervisorError(why)
             time.sleep(pause)
             pause = min(2 * pause, 5)
 
+    def _begins_in(self) -> float:
+        """Seconds until who asked for something looks why it hasn't begun, which takes FIRST_PATIENCE: less,
+        the longer the hypervisor has answered nobody."""
+        return max(FIRST_PATIENCE, driverprocesses.SILENCE - FIRST_PATIENCE - self._watcher.silence())
+
     def _forget_told(self, call: Call) -> None:
-        """What was told of a VM is no longer so."""
+        """What was told of a VM, or of the network, is no longer so."""
+        if call.verb == 'setup_network':
+            self._told.pop(('get_network', ''), None)
         changed = self._watch.uuid_of(call.vm) or call.vm
         for verb, vm in list(self._told):
-            if vm in (changed, call.vm) and not (verb == 'find_chirp' and call.verb in MOVE_NO_PORT):
+            if vm and vm in (changed, call.vm) and not (verb == 'find_chirp' and call.verb in MOVE_NO_PORT):
                 self._told.pop((verb, vm), None)
 
-    def _look(self) -> None:
+    def _look(self, patience: Optional[float] = None) -> None:
         """After a change: whoever made it finds the new state known, and no state goes untold."""
         with contextlib.suppress(VMHostError):
-            self._call('machines', patience=LOOK_PATIENCE)
+            self._call('machines', patience=LOOK_PATIENCE if patience is None else patience)
 
-    # One change at a time for each VM.
-
-    @contextlib.contextmanager
-    def _owning(self, call: Call) -> Iterator[None]:
-        """Nobody else changes this VM meanwhile; and none is made while cleanup looks for what is half
-        made."""
-        if kind_of(call.verb) == 'changing' and call.verb not in ('create_vm', 'kill_process'):
-            self._refuse_two_meant(call)
-        key = self._watch.uuid_of(call.vm) or call.vm
-        deadline = time.monotonic() + TURNS.get(call.verb, self._settings['command_timeout'])
-        with self._free:
-            while kind_of(call.verb) == 'changing' and self._in_the_way(call, key):
-                if time.monotonic() > deadline or self._closing:
-                    other = self._in_the_way(call, key)
-                    raise Busy('%s is busy: %s is under way' % (call.vm or 'the hypervisor', other))
-                self._free.wait(0.5)
-            call.others = [[each.verb, each.vm] for each in self._calls]
-            self._calls.append(call)
-            if kind_of(call.verb) == 'changing':
-                self._under_way[key] = call
-        try:
-            yield
-        finally:
-            with self._free:
-                self._calls.remove(call)
-                if self._under_way.get(key) is call:
-                    del self._under_way[key]
-                self._free.notify_all()
-
-    def _in_the_way(self, call: Call, key: str) -> str:
-        """The verb for which this call has to wait, '' for none."""
-        if key in self._under_way:
-            return spoken(self._under_way[key].verb)
-        if key in self._plugs and call.verb not in TURNS:       # between two steps of that
-            return spoken('power_off')
-        cleans = any(each.verb == 'cleanup' for each in self._calls)
-        return 'cleanup' if call.verb == 'create_vm' and cleans else ''
+    def _answered(self, verb: str, value: Any) -> None:
+        """On the watcher's thread: what it said of a VM is known, also where nobody waits for it any more."""
+        if verb == 'describe':
+            self._told[verb, value['uuid']] = value
 
     # Verbs that are more than one call of the driver's.
 
@@ -277,7 +276,7 @@ class Hypervisor:
         """Pulls the plug; of a VM that hangs, or whose hypervisor answers nobody, ends the process."""
         uuid = self._watch.uuid_of(vm)
         try:
-            with listed_in(self._plugs, uuid or vm, self._free):    # whatever else waits until it is off
+            with self._turns.pulling(uuid or vm):       # whatever else waits until it is off
                 return self._pull_the_plug(vm)
         except DeadlineExceeded as error:
             if not uuid or self._answers() or not self._was_killed(vm, uuid):
@@ -299,7 +298,7 @@ class Hypervisor:
         patience = self._settings['command_timeout']
         key, deadline, hangs = self._watch.uuid_of(vm) or vm, time.monotonic() + patience, False
         while True:                             # another change may take its turn before each of these
-            hangs = self._gives_up(key, TURN_OF_THE_PLUG if hangs else hypervisor.HUNG) or hangs
+            hangs = self._turns.give_up(key, TURN_OF_THE_PLUG if hangs else hypervisor.HUNG) or hangs
             try:
                 if hangs:
                     return self._call('end_process', (vm,))  # type: ignore[no-any-return]
@@ -312,22 +311,6 @@ class Hypervisor:
                     raise
                 log.warning('%s hangs: its process is ended (%s)', vm, error)
                 hangs = True
-
-    def _gives_up(self, key: str, silence: float) -> bool:
-        """Ends the change of this VM that is under way, where it hangs, by its silence for so many seconds.
-        Waits until that is known; True where the VM's process is to be ended, then; False where nothing was
-        under way, had begun, or it does something."""
-        until = time.monotonic() + silence + 5     # it may be about to be sent just now
-        with self._free:
-            while key in self._under_way and time.monotonic() < until:
-                other = self._under_way[key]
-                if other.sent_to is not None and time.monotonic() - other.heard > silence:
-                    log.warning('%s hangs in %s, which is given up', other.vm, other.verb)
-                    other.given_up = True
-                    other.sent_to.kill()
-                    return other.begun
-                self._free.wait(0.5)
-        return False
 
     def _row(self, vm: str) -> Optional[Dict[str, Any]]:
         """A VM's row, looked up where it wasn't seen; None for an unknown one."""
@@ -361,19 +344,12 @@ class Hypervisor:
 
     def list_rows(self) -> List[Dict[str, Any]]:
         """The rows of `Driver.machines`."""
+        self._pulse.want()
         seen = self._watch.rows()
-        try:
-            return self._call('machines', (), *(  # type: ignore[no-any-return]
-                (FIRST_PATIENCE, EVER) if seen is None else (driverprocesses.LIST_PATIENCE,)))
-        except DeadlineExceeded as error:
-            if seen is None:
-                raise self._silent(error)
-        except HypervisorError as error:            # it ended, and is not there again yet
-            if seen is None or self._closing:
-                raise
-            log.debug('VMs are told as they were seen before: %s', error)
-        self._asked_in_vain = time.monotonic()
-        return seen
+        found, why = self._now('machines', (), seen is not None)
+        if why:
+            self._asked_in_vain = time.monotonic()
+        return self._watch.marked(found if seen is None or not why else seen)
 
     def list_vms(self) -> List[str]:
         """Names of all VMs, sorted."""
@@ -401,20 +377,14 @@ class Hypervisor:
     def describe(self, vm: str) -> Dict[str, Any]:
         """As Driver's; of a VM that was seen, where that takes longer than a moment, what was seen last: a
         row of `Driver.machines` at least."""
+        self._pulse.want()
         seen = self._watch.row_of(vm)
-        try:
-            found = self._call('describe', (vm,), FIRST_PATIENCE, EVER if seen is None else LOOK_PATIENCE)
-            self._told['describe', found['uuid']] = found
-            return found  # type: ignore[no-any-return]
-        except (DeadlineExceeded, HypervisorError) as error:
-            is_late = isinstance(error, DeadlineExceeded)
-            if seen is None or self._closing:
-                raise self._silent(error) if is_late else error
-            last = self._told.get(('describe', seen['uuid']), {})
-            why = self.trouble() or 'told as it was seen before: %s' % (
-                '%s takes its time' % self.name if is_late else error)
-            return dict(last if last.get('native') == seen['native'] else {},
-                        **dict(seen, trouble=seen['trouble'] or why))
+        found, why = self._now('describe', (vm,), seen is not None)
+        if not why or seen is None:
+            return self._watch.marked([found])[0]
+        last = self._told.get(('describe', seen['uuid']), {})
+        return dict(last if last.get('native') == seen['native'] else {}, **dict(
+            seen, trouble=seen['trouble'] or self.trouble() or 'told as it was seen before: ' + why))
 
     # What was seen last: asks nobody.
 
@@ -444,11 +414,17 @@ class Hypervisor:
         """A sentence, where the VM of this name or id shares its id with another one; else ''."""
         return self._watch.clash_of(vm)
 
+    def refusal_of(self, vm: str) -> str:
+        """A sentence, where this word means two VMs, or one that can't be told from another; else ''."""
+        return self._watch.meant_twice(vm) or self.clash_of(vm)
+
     def _refuse_two_meant(self, call: Call) -> None:
-        refusal = self._watch.other_meant(call.vm) or (
-            '' if call.verb == 'remove_vm' else self.clash_of(call.vm))
-        if refusal:
-            raise BadState(refusal)
+        """Before any verb, whichever driver has it: so that all say the same."""
+        if call.verb not in NAMES_NO_VM:
+            changes = kind_of(call.verb) == 'changing' and call.verb != 'remove_vm'
+            refusal = self._watch.meant_twice(call.vm) or (self.clash_of(call.vm) if changes else '')
+            if refusal:
+                raise BadState(refusal)
 
     def broker_address(self) -> str:
         """This machine's address on the VMs' network, '' while it has none."""
@@ -457,10 +433,8 @@ class Hypervisor:
 
     def under_way(self) -> List[Dict[str, Any]]:
         """Long jobs now: [{verb, vm, percent, text}]."""
-        with self._free:
-            calls = [call for call in self._calls if call.text]
         return [{'verb': call.verb, 'vm': call.vm, 'percent': call.percent, 'text': call.text}
-                for call in calls]
+                for call in self._turns.calls() if call.text]
 
     # Events.
 
@@ -500,16 +474,3 @@ def open_stderr(folder: str, name: str) -> Any:
     path = os.path.join(folder, name.lower() + '.log')
     full = os.path.exists(path) and os.path.getsize(path) > PRINTED_KEPT
     return open(path, 'wb' if full else 'ab')
-
-
-@contextlib.contextmanager
-def listed_in(keys: List[str], key: str, changed: threading.Condition) -> Iterator[None]:
-    """For so long; who waits for a change is told."""
-    with changed:
-        keys.append(key)
-    try:
-        yield
-    finally:
-        with changed:
-            keys.remove(key)
-            changed.notify_all()

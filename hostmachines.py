@@ -219,10 +219,10 @@ class Machines:
         return guest.name if guest is not None else machine_id
 
     def find(self, vm: str) -> Guest:
-        """A known VM, by name or id. Raises NoSuchVM; BadState where two VMs have its id."""
-        clash = self.hypervisor.clash_of(vm) if self.hypervisor is not None else ''
-        if clash:
-            raise BadState(clash)
+        """A known VM, by name or id. Raises NoSuchVM; BadState where two VMs are meant, or have its id."""
+        refusal = self.hypervisor.refusal_of(vm) if self.hypervisor is not None else ''
+        if refusal:
+            raise BadState(refusal)
         guest = self._guests.find(vm)
         # By now the VM may have another card; or it is a new one, of the name of a machine outside.
         if guest is None or guest.agent == 'lost' or self._is_vms_name(guest.id):

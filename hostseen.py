@@ -6,10 +6,10 @@ What it is not: it asks nobody; who looks brings the rows (hosthypervisor.py). F
 import collections
 import threading
 import time
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Set  # noqa: F401
 
-from hypervisor import either, meant_twice
-from vmstates import INACCESSIBLE, STUCK
+from hypervisor import HANGS, either, meant_twice
+from vmstates import INACCESSIBLE, PAUSED, RUNNING, STUCK
 
 
 class Watch:
@@ -27,6 +27,8 @@ class Watch:
         # Replaced as a whole, never changed: so any thread may read them.
         self._seen = None  # type: Optional[Dict[str, Dict[str, Any]]]       # by uuid
         self._by_word = {}  # type: Dict[str, Dict[str, Any]]                # by name, id and uuid
+        self._told = []  # type: List[Dict[str, Any]]            # the rows of the last look, as they came
+        self._hung = set()  # type: Set[str]                     # uuids of VMs whose process answers nobody
         self._clashes = {}  # type: Dict[str, List[str]]                     # id: the names that share it
 
     def rows(self) -> Optional[List[Dict[str, Any]]]:
@@ -52,20 +54,34 @@ class Watch:
             return ''
         return clash_text(row['id'] if row is not None else vm.upper(), names)
 
-    def other_meant(self, vm: str) -> str:
-        """A sentence, where this is a VM's name and the id or uuid of another one; else ''."""
-        row = self.row_of(vm)
-        named = [each['name'] for each in self.rows() or () if each['name'] == vm]
-        return '' if row is None or row['name'] == vm or not named else meant_twice(
-            vm, row['uuid'] == vm, row['name'])
+    def meant_twice(self, vm: str) -> str:
+        """A sentence, where this word means more than one VM; else ''."""
+        return meant_twice(vm, self.rows() or [])
 
     def look(self, rows: List[Dict[str, Any]]) -> None:
         """`rows`: as Driver.machines gives them. The first look tells clashes and trouble alone."""
         self.looked_at = time.monotonic()
         self._take(rows)
 
-    def _take(self, rows: List[Dict[str, Any]]) -> None:
+    def mark(self, uuid: str, hangs: bool) -> None:
+        """Whether that VM's own process answers nobody: it is told beside the VM, and where it is news."""
         with self._lock:
+            is_news = hangs != (uuid in self._hung)
+            (self._hung.add if hangs else self._hung.discard)(uuid)
+        if is_news:
+            self._take(None)
+
+    def marked(self, rows: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+        """The rows, of a driver's or longer ones, with that trouble."""
+        return [dict(row, trouble=HANGS) if row['uuid'] in self._hung and not row['trouble']
+                and row['state'] in (RUNNING, PAUSED) else row for row in rows]
+
+    def _take(self, told: Optional[List[Dict[str, Any]]]) -> None:
+        """None: of the VMs that were told last something else is known now."""
+        with self._lock:
+            self._told = self._told if told is None else told
+            rows = self.marked(self._told)
+            self._hung.intersection_update(row['uuid'] for row in rows if row['state'] in (RUNNING, PAUSED))
             before, self._seen = self._seen, {row['uuid']: row for row in rows}
             names = collections.OrderedDict()  # type: Dict[str, List[str]]
             for row in rows:
@@ -83,9 +99,8 @@ class Watch:
 
     def forget(self, uuid: str) -> None:
         """That VM was removed; nobody may have looked since."""
-        seen = self._seen or {}
-        if uuid in seen:
-            self._take([row for row in seen.values() if row['uuid'] != uuid])
+        if uuid in (self._seen or {}):
+            self._take([row for row in self._told if row['uuid'] != uuid])
 
     def _tell_difference(self, before: Optional[Dict[str, Dict[str, Any]]]) -> None:
         seen = self._seen or {}

@@ -16,8 +16,11 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import agent
 from faults import Busy, HypervisorError, InvalidParams, NotSupported
+from vmstates import INACCESSIBLE
 
 HUNG = 15.0                    # seconds of silence after which a VM that is switched off is one that hangs
+ANSWERS_IN = 3.0               # seconds in which a VM's own process has to answer who only looks
+HANGS = 'its process does not answer'       # what is wrong with a VM where it doesn't
 ALONE = 'check', 'kill_process'    # verbs that do without the hypervisor
 NOT_READY = 2.0                # seconds that a hypervisor may take to make an object, or to end it
 
@@ -206,6 +209,12 @@ class Driver:
         """Ends the process of a VM that answers nobody: called where power_off hung. True once it is off."""
         return self._cannot('end the process of a VM')
 
+    @looking
+    def hears(self, job: 'Job', vm: str) -> bool:
+        """Asks the VM's own process something small, and takes no lock for that: True once it has answered.
+        Who asks gives it up. NotSupported where `machines` tells by itself which VMs hang (HANGS)."""
+        return self._cannot('ask the process of a VM')
+
     @changing
     def kill_process(self, job: 'Job', vm: str) -> bool:
         """Ends the process of a VM, by its uuid, without asking the hypervisor: called where that answers
@@ -387,10 +396,20 @@ class Job:
 
 # --- plain helpers -----------------------------------------------------------------------------
 
-def meant_twice(word: str, is_uuid: bool, name: str) -> str:
-    """What is wrong where a word is a VM's name, and the uuid or id of another one, called `name`."""
-    return '%s is the name of a VM, and the %s of %s: use the name of that one, or the uuid of this one' % (
-        word, 'uuid' if is_uuid else 'id', name)
+def meant_twice(word: str, rows: List[Dict[str, Any]]) -> str:
+    """A sentence, where a word means more than one of these VMs, whose name, id or uuid it is; else ''. One
+    that can't be read is called as its file is, and so only where no other is."""
+    named = [row for row in rows if row['name'] == word]
+    named = [row for row in named if row['state'] != INACCESSIBLE] or named
+    if len(named) > 1:
+        return '%s is the name of %d VMs: use the uuid of one, %s' % (
+            word, len(named), either(sorted(row['uuid'] for row in named)))
+    for key in ('uuid', 'id') if named else ():
+        for row in rows:
+            if row not in named and row[key] and word.lower() == row[key].lower():
+                return '%s is the name of a VM, and the %s of %s: use the name of that one, or %s, the ' \
+                    'uuid of this one' % (word, key, row['name'], named[0]['uuid'])
+    return ''
 
 
 def either(names: Any, word: str = 'or') -> str:

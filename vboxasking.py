@@ -15,15 +15,13 @@ import vboxnetwork
 import vboxprogram
 import virtualbox
 import vmstates
-from hypervisor import Driver, Job, either, kind_of, meant_twice
+from hypervisor import ANSWERS_IN, HANGS, Driver, Job, either, meant_twice
 from vboxconnection import MADE_BY_US, OFF, ONLINE, SAVED
 from vboxprogram import Program, Refused, log_in, native_of, rules_in, slots_of
 
 LACKS = ('statistics, screenshots, the remote desktop, limits of the network, host-only networks, appliances '
          'and ISO images, cleanup of what was left half made')
 NOBODY = '<inaccessible>'          # what `list vms` calls a VM that can't be read; one may have that name
-ANSWERS_IN = 3.0                   # seconds in which a VM's own process has to answer, where all are listed
-HANGS = 'its process does not answer'
 HUNG_VM = '%s: %s; powerOff (stop --force) ends it'
 ASK_AGAIN = 15.0                   # seconds until one that didn't is asked again
 
@@ -110,8 +108,10 @@ class Asking(Driver):
         rows = [self._look(name, uuid, uuid in running) for name, uuid in self._listed('vms')]
         return [row for row in rows if row is not None]
 
-    def _listed(self, what: str) -> List[Tuple[str, str]]:
-        found = re.findall(r'^"(.*)" \{([0-9a-f-]{36})\}\s*$', self._run('list', what), re.MULTILINE)
+    def _listed(self, what: str, patience: float = 0) -> List[Tuple[str, str]]:
+        """(name, uuid) of each VM; VirtualBox lets a name have quotes and ends of lines."""
+        told = self._run('list', what, patience=patience)
+        found = re.findall(r'^"(.*?)" \{([0-9a-f-]{36})\}\r?$', told, re.MULTILINE | re.DOTALL)
         if what == 'vms':
             self._names = {uuid: name for name, uuid in found}
         return found
@@ -263,9 +263,10 @@ class Asking(Driver):
         vms = self._listed('vms')
         named = [uuid for name, uuid in vms if wanted == name != NOBODY]
         found = [uuid for _, uuid in vms if wanted == uuid] or named
-        if set(named) - set(found) and wanted in job.args[:1] and kind_of(job.verb) == 'changing':
-            name = next(name for name, uuid in vms if uuid == wanted)   # who asks may not have seen both
-            raise faults.BadState(meant_twice(wanted, True, name))
+        refusal = meant_twice(wanted, [{'name': name, 'uuid': uuid, 'id': '', 'state': ''}
+                                       for name, uuid in vms if name != NOBODY])
+        if refusal and wanted in job.args[:1]:      # who asks may not have seen both
+            raise faults.BadState(refusal)
         if not found:                               # an id, or the name of one that can't be read
             found = [row['uuid'] for row in self.machines(job)
                      if wanted and (wanted == row['name'] or wanted.upper() == row['id'])]
@@ -275,14 +276,25 @@ class Asking(Driver):
 
     def _ready(self, job: Job, vm: str, verb: str) -> Dict[str, str]:
         """What the VM is; in a state in which `verb` makes sense."""
-        info = self._settled(job, self._find(job, vm))
+        uuid, takes_running = self._find(job, vm), set(ONLINE) & set(vboxconnection.ACCEPTABLE[verb])
+        try:
+            info = self._settled(job, uuid, 0 if takes_running else ANSWERS_IN)
+        except faults.DeadlineExceeded:
+            if not takes_running and uuid in {each for _, each in self._listed('runningvms', ANSWERS_IN)}:
+                vboxconnection.check_fits(verb, self._names[uuid], self._online_state(uuid), '')
+            raise
         vboxconnection.check_fits(verb, info['name'], native_of(info), info['CfgFile'])
         return info
 
-    def _settled(self, job: Job, uuid: str) -> Dict[str, str]:
+    def _online_state(self, uuid: str) -> str:
+        """Of a VM that runs, as VirtualBox says, though its process doesn't answer."""
+        native = self._rows[uuid][2]['native'] if uuid in self._rows else ''
+        return native if native in ONLINE else 'Running'
+
+    def _settled(self, job: Job, uuid: str, patience: float = 0) -> Dict[str, str]:
         """Waits while the VM is on its way from one state to another."""
         while True:
-            info = self._info(uuid)
+            info = self._info(uuid, patience)
             if native_of(info) in virtualbox.STATE_OF_NATIVE:
                 return info
             job.check_deadline(faults.Busy('%s is still %s' % (info['name'], native_of(info))))

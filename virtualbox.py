@@ -351,6 +351,11 @@ class Life:
         self.box.reached(job, machine, *OFF + SAVED)
         return True
 
+    def hears(self, job: Job, vm: str) -> bool:
+        """VBoxSVC asks the VM's process for a guest property, as it knows those of a VM that is off alone."""
+        self.box.find(vm).getGuestPropertyValue('vmhost')
+        return True
+
     def kill_process(self, job: Job, vm: str) -> bool:
         return kill_process(job, vm)
 

@@ -722,7 +722,7 @@ def vmdk_of(*names):
 
 
 @pytest.mark.parametrize('name', ['/etc/passwd', '../outside', 'sub/../../outside', 'link'])
-@pytest.mark.parametrize('kind', ['vmdk', 'ovf', 'vmdk of ovf', 'qcow2'])
+@pytest.mark.parametrize('kind', ['vmdk', 'ovf', 'vmdk of ovf'])
 def test_an_image_that_names_a_file_elsewhere_is_not_shown_to_virtualbox(box, tmp_path, kind, name):
     """Who made it would have any file of this user's in the guest."""
     folder = tmp_path / 'images'
@@ -732,14 +732,24 @@ def test_an_image_that_names_a_file_elsewhere_is_not_shown_to_virtualbox(box, tm
     image = folder / ('image.' + kind.split()[-1])
     disk = image if kind == 'vmdk' else folder / 'disk.vmdk'
     disk.write_text(vmdk_of('part', name).replace('\n', '\r\n'))
-    if kind == 'qcow2':
-        head = struct.pack('>4sIQI', b'QFI\xfb', 3, 512, len(name))
-        image.write_bytes(head.ljust(512, b'\0') + name.encode())
-    elif image != disk:
+    if image != disk:
         named = disk.name if kind == 'vmdk of ovf' else name.replace('/', '&#47;')
         image.write_text('<Envelope><References><File ovf:href="%s"/></References></Envelope>' % named)
     with pytest.raises(faults.HypervisorError, match='is made of a file elsewhere, %r' % name):
         box.create_vm('new', str(image), {})
+
+
+@pytest.mark.parametrize('name', ['/etc/passwd', 'beside'])
+def test_an_image_that_holds_only_differences_makes_no_disk_of_zeros(box, tmp_path, name):
+    (tmp_path / 'beside').write_bytes(b'x' * 512)
+    image = tmp_path / 'image.qcow2'
+    head = struct.pack('>4sIQI', b'QFI\xfb', 3, 512, len(name)).ljust(512, b'\0')
+    image.write_bytes(head + name.encode())
+    with pytest.raises(faults.HypervisorError, match='differs from another file, %r' % name):
+        box.create_vm('new', str(image), {})
+    for whole in (head.replace(bytes([0, 0, 2, 0]), bytes(4)), b'QFI\xfb', b''):
+        image.write_bytes(whole)
+        imagefiles.check_image(str(image))
 
 
 def test_an_image_of_several_files_beside_it_is_as_good_as_any(tmp_path):

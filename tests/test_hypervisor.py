@@ -15,8 +15,11 @@ from vms import SETTINGS, environment
 
 import driverprocesses
 import driverserver
+import faults
 import hosthypervisor
+import hostpulse
 import hostseen
+import hypervisor
 import virtualbox
 
 pytestmark = pytest.mark.skipif(not os.path.isdir('/proc'), reason='looks at /proc')
@@ -66,15 +69,60 @@ def test_no_part_of_a_driver_takes_anothers_verb():
         assert len([part for part in driver._parts if hasattr(part, verb)]) <= 1, verb
 
 
-def test_whoever_is_meant_by_two_words_is_told():
-    def row(name, uuid, id=''):
-        return {'name': name, 'uuid': uuid, 'id': id, 'state': 'off', 'native': 'PoweredOff', 'trouble': ''}
-    watch = hostseen.Watch(lambda *event: None)
-    assert watch.other_meant('u1') == ''
-    watch.look([row('one', 'u1', '08:00:27:00:00:01'), row('u1', 'u2'), row('08:00:27:00:00:01', 'u3')])
-    assert watch.other_meant('u1').startswith('u1 is the name of a VM, and the uuid of one')
-    assert 'the id of one' in watch.other_meant('08:00:27:00:00:01')
-    assert [watch.other_meant(word) for word in ('one', 'u2', 'u3', 'nobody')] == 4 * ['']
+def test_who_may_mean_two_vms_is_told_so_by_whatever_he_asks(monkeypatch):
+    """Before any driver is asked: a word that is the name of two, or of one and the id of another."""
+    def row(name, uuid, id='', state='off'):
+        return {'name': name, 'uuid': uuid, 'id': id, 'state': state, 'native': 'PoweredOff', 'trouble': ''}
+    box = hosthypervisor.Hypervisor('VirtualBox', dict(SETTINGS, state_dir=''))
+    monkeypatch.setattr(box._watcher, 'ask', lambda call, *patience: dict(row(call.vm, call.vm)))
+    assert box.refusal_of('u1') == ''
+    box._watch.look([row('one', 'u1', '08:00:27:00:00:01'), row('u1', 'u2'), row('08:00:27:00:00:01', 'u3'),
+                     row('twin', 'u4'), row('twin', 'u5'), row('whole', 'u6'),
+                     row('whole', 'u7', '', 'inaccessible')])
+    for word, why in (('u1', 'u1 is the name of a VM, and the uuid of one: use the name of that one, or u2'),
+                      ('08:00:27:00:00:01', 'the id of one'), ('twin', 'the name of 2 VMs: .* u4 or u5')):
+        for verb in ('describe', 'snapshots', 'get_log', 'state', 'start', 'remove_vm', 'screenshot',
+                     'power_off'):
+            with pytest.raises(faults.BadState, match=why):
+                getattr(box, verb)(word)
+    assert [box.refusal_of(word) for word in ('one', 'u2', 'u3', 'u4', 'whole', 'nobody')] == 6 * ['']
+    assert box.describe('u4')['uuid'] == 'u4'
+
+
+def test_a_vm_whose_process_hangs_is_told_to_while_it_does(monkeypatch):
+    """Whichever driver it has: beside it, and as an event. What the hypervisor lacks says nothing of it."""
+    def row(name, state='running'):
+        return {'name': name, 'uuid': name, 'id': '', 'state': state, 'native': 'Running', 'trouble': ''}
+    told, answers, asked = [], {}, []
+    watch = hostseen.Watch(lambda *event: told.append(event))
+
+    def ask(uuid):
+        asked.append(uuid)
+        if answers.get(uuid):
+            raise answers[uuid]
+    monkeypatch.setattr(hostpulse, 'ASK_AGAIN', 0.01)
+    monkeypatch.setattr(hostpulse, 'ASK_EVERY', 0.02)
+    pulse = hostpulse.Pulse(ask, watch.rows, watch.mark)
+    watch.look([row('one'), row('two'), row('off', 'off')])
+    answers['one'] = driverprocesses.Unresponsive('no answer')
+    pulse.start()
+    wait_until(lambda: watch.row_of('one')['trouble'] == hypervisor.HANGS)
+    assert watch.row_of('two')['trouble'] == '' and told == [('vm-trouble', 'one', hypervisor.HANGS)]
+    watch.look([row('one'), row('two'), row('off', 'off')])
+    answers['one'] = faults.DeadlineExceeded('of the hypervisor')
+    seen = len(asked)
+    wait_until(lambda: len(asked) > seen + 4)
+    assert watch.marked([row('one')])[0]['trouble'] == hypervisor.HANGS == watch.rows()[0]['trouble']
+    answers['one'] = None
+    wait_until(lambda: watch.row_of('one')['trouble'] == '')
+    watch.mark('two', True)
+    answers['two'] = faults.NotSupported('the driver knows')
+    wait_until(lambda: not pulse._thread.is_alive())
+    watch.forget('one')
+    watch.look([row('two', 'off')])
+    watch.look([row('two')])
+    assert [each['trouble'] for each in watch.rows()] == [''] and set(asked) == {'one', 'two'}
+    pulse.stop()
 
 
 def test_nobody_is_asked_to_end_a_vm_where_nobody_answers(monkeypatch):

@@ -489,11 +489,11 @@ def test_a_vm_named_like_anothers_uuid_is_not_that_one(tmp_path, monkeypatch):
     (tmp_path / 'saying').write_text('')
     driver = vboxmanage.VBoxManage(dict(SETTINGS, command_timeout=20))
     driver.connect()
-    asking, changing = [hypervisor.Job({'verb': verb, 'args': [ONE]}, 20, lambda told: None)
-                        for verb in ('describe', 'remove_vm')]
-    assert driver._find(asking, ONE) == ONE and driver._find(changing, other) == other
-    with pytest.raises(BadState, match='^%s is the name of a VM, and the uuid of one: use' % ONE):
-        driver._find(changing, ONE)
+    for verb in ('describe', 'remove_vm'):
+        job = hypervisor.Job({'verb': verb, 'args': [ONE]}, 20, lambda told: None)
+        assert driver._find(job, other) == other
+        with pytest.raises(BadState, match='^%s is the name of a VM, and the uuid of one: use' % ONE):
+            driver._find(job, ONE)
 
 
 def calls(tmp_path, *first):

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import struct
 import threading
 
 import pytest
@@ -168,6 +169,34 @@ def test_a_vm_that_can_not_be_made_leaves_nothing(api, images, remove_all, tmp_p
     assert 'Object corresponding' not in text.partition(' (')[0], text
     assert (manage('list', 'hdds'), manage('list', 'dvds'), manage('list', 'vms')) == before
     assert not os.path.exists(folder_of('fails')) and api.cleanup() == []
+
+
+def qcow2(data, below=b''):
+    """A disk of 1 MB that begins with this data, or lies on another file."""
+    head = struct.pack('>4sIQIIQIIQQIIQ', b'QFI\xfb', 2, 512 if below else 0, len(below), 16, 1 << 20, 0, 1,
+                       3 << 16, 1 << 16, 1, 0, 0)
+    parts = [head.ljust(512, b'\0') + below, struct.pack('>Q', 2 << 16), struct.pack('>6H', *6 * [1]),
+             struct.pack('>Q', 4 << 16 | 1 << 63), struct.pack('>Q', 5 << 16 | 1 << 63 if data else 0), data]
+    return b''.join(part.ljust(1 << 16, b'\0') for part in parts)
+
+
+def test_an_image_of_qemu_is_copied_where_it_is_all_there_is(api, remove_all, tmp_path):
+    """VirtualBox doesn't look at the file on which one lies, and copies zeros."""
+    below, image, raw = (tmp_path / name for name in ('below', 'image.qcow2', 'raw'))
+    below.write_bytes(b'below'.ljust(1 << 20, b'.'))
+    image.write_bytes(qcow2(b'whole'))
+    api.createVM('whole', str(image), {'memory': 16})
+    disk = next(value for value in facts('whole').values() if value.endswith('.vdi'))
+    manage('clonemedium', 'disk', disk, str(raw), '--format', 'RAW')
+    assert raw.read_bytes() == b'whole'.ljust(1 << 20, b'\0')
+    manage('closemedium', 'disk', str(raw), '--delete')
+    image.write_bytes(qcow2(b'', str(below).encode()))
+    code, text = fault_of(api.createVM, 'parts', str(image), {'memory': 16})
+    assert code == 5 and str(below) in text
+    manage('clonemedium', 'disk', str(image), str(raw), '--format', 'RAW')
+    assert raw.read_bytes() == bytes(1 << 20)       # else a refusal is for its content's sake
+    for path in raw, image:
+        manage('closemedium', 'disk', str(path))
 
 
 def test_what_a_linked_vm_has_is_not_left_over(api, images, remove_all):

@@ -17,6 +17,7 @@ from vms import SETTINGS, command_line, fault_of, kill
 
 import faults
 import hosthypervisor
+import hypervisor
 
 NUMBERS = itertools.count(1)
 SMALL = {'memory': 16, 'diskSize': 4}
@@ -86,6 +87,12 @@ def lists_are_asked(host, pause=0.02):
 def test_a_hung_vm_is_switched_off_and_blocks_nobody(host, api, vm):
     api.createVM('other', '', SMALL)
     pid = running(api, vm)
+    after = host.last_event()
+    with stopped(pid):
+        wait_until(lambda: api.getVM(vm)['trouble'] == hypervisor.HANGS, 30)
+        assert host.wait_for_event('vm-trouble', vm, after)['text'] == hypervisor.HANGS
+        assert [each['trouble'] for each in api.getVMs() if each['name'] != vm] == ['']
+    wait_until(lambda: not api.getVM(vm)['trouble'], 30)
     with stopped(pid), lists_are_asked(host) as took:
         with host.api as killer:
             ended = []
@@ -296,14 +303,16 @@ def test_what_hangs_hides_no_vm(api, host, vm):
     """VBoxSVC answers nobody for a while: what was seen last is told at once, of one VM as of all, and that
     it is so; or a fault says it."""
     uuid, version, states = api.getVM(vm)['uuid'], api.version(), api.states()
+    api.takeSnapshot(vm, 'known')
+    assert api.listSnapshots(vm) == ['known'] and api.cleanup() == []      # after which all is known still
     with stopped(vboxsvc()):
         for seconds, ask in (
                 (0.8, lambda: vm in api.listVMs()), (0.8, lambda: vm in str(api.getVMs())),
-                (5, lambda: api.getVM(vm)['uuid'] == uuid), (5, lambda: api.getState(vm) == 'PoweredOff'),
-                (5, lambda: fault_of(api.listSnapshots, vm)[0] == 7), (5, lambda: api.version() == version),
+                (0.8, lambda: api.getVM(vm)['uuid'] == uuid), (0.8, lambda: api.getState(vm) == 'PoweredOff'),
+                (0.8, lambda: api.listSnapshots(vm) == ['known']), (0.8, lambda: api.version() == version),
                 (5, lambda: fault_of(api.getNetwork)[0] == 7), (5, lambda: fault_of(api.cleanup)[0] == 7),
                 (5, lambda: fault_of(api.getLog, vm)[0] == 7),
-                (5, lambda: 'has not answered for' in api.getVM(vm)['trouble']),
+                (0.8, lambda: 'has not answered for' in api.getVM(vm)['trouble']),
                 (0.8, lambda: 'has not answered for' in api.agentInfo()['trouble'])):
             begun = time.monotonic()
             assert ask() and time.monotonic() - begun < seconds + 0.2 * others_take()
