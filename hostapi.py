@@ -937,7 +937,8 @@ class FileMethods(Methods):
 
     @audited
     def cancelTransfer(self, id: str) -> bool:
-        """Stops a transfer; what has arrived stays, to be gone on from. False where it has ended.
+        """Stops a transfer, which then ends as `cancelled`; what has arrived stays, to be gone on from: all
+        of it, where that was there just then. False where it has ended.
 
             >>> host.cancelTransfer(transfer_id)      # it has ended
             False
