@@ -82,6 +82,7 @@ from chirpwire import (
     RESERVED,
     SMALL,
     TOO_BIG,
+    AccessDenied,
     Busy,
     Cancelled,
     Changed,
@@ -123,6 +124,9 @@ FAILURES = 10000               # failures of a folder that are told one by one
 LONG_PATHS = 1 << 20           # characters of paths that are told whole, of those: a guest may make up any
 KNOWN = 50000                  # names of a folder that are held; of more, each is asked for
 ENTRIES = 10 * 1000 * 1000     # in a folder that is fetched, with all in it
+FURTHER = 1                    # connections beside the first, for small files to a server that isn't ours
+FURTHER_WORTH = 50             # small files that are worth one more
+FURTHER_SOON = 2.0             # seconds in which it must be there
 PENDING = 1000                 # folders in a folder that wait until its files have been moved
 NEITHER = 'neither file, folder nor link'
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -481,7 +485,10 @@ class Upload(Move):
     """One ``put``."""
 
     _arrived: Optional['Arrived'] = None           # of a folder
-    _found: Optional[os.stat_result] = None        # of the file that was sent last
+
+    def __init__(self, client: ChirpClient, meter: Meter, options: Options) -> None:
+        super().__init__(client, meter, options)
+        self._further = Further(client)
 
     def run(self, source: str, target: bytes) -> None:
         found = stat_here(source)
@@ -490,34 +497,37 @@ class Upload(Move):
         with CLAIMS.holding(self._client, target), self._client.holding(target):
             if not stat.S_ISDIR(found.st_mode):
                 self._meter.total = found.st_size
-                return self._send_still(source, target)
+                self._send_still(source, target)
+                return
             self._check_apart(target, lambda root: (source, root + os.fsdecode(target)))
             self._meter.total = tree_size(source)
-            self._client.persist(self._meter, lambda: self._put_tree(source, target))
+            with contextlib.closing(self._further):
+                self._client.persist(self._meter, lambda: self._put_tree(source, target))
         self._failures.check()
 
     # One file.
 
-    def _put_file(self, source: str, target: bytes) -> None:
-        """Under a temporary name, which becomes its own at the end."""
+    def _put_file(self, source: str, target: bytes) -> os.stat_result:
+        """Under a temporary name, which becomes its own at the end. Gives the stat of what was sent."""
         with CLAIMS.holding(self._client, target):
-            self._send_still(source, target)
+            return self._send_still(source, target)
 
-    def _send_still(self, source: str, target: bytes) -> None:
+    def _send_still(self, source: str, target: bytes) -> os.stat_result:
         base = self._meter.moved
         with naming(target):
-            self._client.until_it_holds_still(
+            return self._client.until_it_holds_still(  # type: ignore[no-any-return]
                 self._meter, to_remote(source), lambda: self._send_file(source, target, base))
 
-    def _send_file(self, source: str, target: bytes, base: int) -> None:
+    def _send_file(self, source: str, target: bytes, base: int) -> os.stat_result:
         """What is there of it when it begins: a file may grow meanwhile."""
         with open_regular(source) as file:
             found, begin, seen = os.fstat(file.fileno()), beginning(file), time.time()
-            self._meter.moved, self._found = base, found
+            self._meter.moved = base
             there = self._client.find(target)
             check_file_there(there, target)
             if self._is_same(file, found, target, there):
-                return self._meter.add(found.st_size)
+                self._meter.add(found.st_size)
+                return found
             part = part_path(target)
             self._client.replacing(part, target)       # raises where that is too long
             start = self._resume(file, found, part)
@@ -538,6 +548,7 @@ class Upload(Move):
         if self._options.keep:
             self._client.utime(part, int(found.st_atime), int(found.st_mtime))
         self._client.replace(part, target)
+        return found
 
     def _wanted_mode(self, found: os.stat_result, there: Optional[Stat], begin: bytes) -> int:
         """That of the file which is replaced, unless an earlier attempt left that; else of the source."""
@@ -630,7 +641,8 @@ class Upload(Move):
         self._failures = Failures()
         self._meter.moved = 0
         self._around.clear()
-        self._small = SmallFiles(self._client, self._meter, self._failures, self._options)
+        self._further.close()          # an earlier attempt's: requests may be under way
+        self._small = SmallFiles(self._client, self._further, self._meter, self._failures, self._options)
         self._arrived = None if self._client.is_ours else Arrived(self._client)
         there = self._client.find(target)
         self._merges = there is not None
@@ -652,6 +664,7 @@ class Upload(Move):
                     self._arrived.check()
         except (Refused, OSError) as error:
             self._client.disconnect()          # requests may be under way
+            self._further.close()
             with contextlib.suppress(Refused):
                 self._client.rmdir(part)       # which nothing has arrived in
             if isinstance(error, Refused) and error.code == NO_SPACE:
@@ -688,14 +701,20 @@ class Upload(Move):
                         check_whole(to_remote(entry.name))
                         self._check_name(to_remote(entry.name))
                         follow = self._options.links == 'follow'
+                        file: Optional[os.stat_result] = None
                         if entry.is_dir(follow_symlinks=follow) and (follow or not is_link(entry)):
                             if not merge:
                                 self._make_way(known, target, to_remote(entry.name))
                             folders.append(entry.name)
-                            self._note(sent, to_remote(entry.name), None)
+                        elif not follow and is_link(entry):
+                            if self._options.links == 'skip':
+                                continue
+                            twins.check(entry.name)
+                            self._put_link(entry, target, known, merge)
                         else:
                             twins.check(entry.name)
-                            self._put_entry(entry, target, known, merge, sent)
+                            file = self._put_entry(entry, target, known, merge)
+                        self._note(sent, to_remote(entry.name), file)
                     if self._failures.count > failed:
                         unmoved.add(part_name(to_remote(entry.name)))
                     if len(folders) >= PENDING:
@@ -730,7 +749,7 @@ class Upload(Move):
 
     def _make_way(self, known: 'Known', folder: bytes, name: bytes) -> None:
         """Removes what an earlier attempt left where a folder is to be."""
-        there = self._small.asking(lambda: known.find(name)) if known.must_ask else known.find(name)
+        there = self._find(known, name)
         if there is not None and not there.is_dir:
             self._small.asking(lambda: self._client.unlink(join(folder, name)))
 
@@ -744,23 +763,17 @@ class Upload(Move):
                 raise
             return False
 
-    def _put_entry(self, entry: os.DirEntry, folder: bytes, known: 'Known', merge: bool,
-                   sent: 'Sent') -> None:
-        """``sent``: notes it there."""
+    def _put_entry(self, entry: os.DirEntry, folder: bytes, known: 'Known', merge: bool) -> os.stat_result:
+        """A file; gives the stat of what was sent."""
         name = to_remote(entry.name)
         target = join(folder, name)
-        there = self._small.asking(lambda: known.find(name)) if known.must_ask else known.find(name)
-        if is_link(entry) and self._options.links != 'follow':
-            if self._options.links == 'keep':
-                self._small.asking(lambda: self._put_link(entry.path, target, there, merge))
-                self._note(sent, name, None)
-            return
+        there = self._find(known, name)
         found = entry.stat()
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, NEITHER)
-        self._note(sent, name, found)
         if there is not None and self._small.asking(lambda: self._has(entry.path, found, target, there)):
-            return self._meter.add(found.st_size)
+            self._meter.add(found.st_size)
+            return found
         if there is not None and not merge:    # an earlier attempt's, which nobody may be able to write to
             self._small.asking(lambda: self._client.rmall(target))
             there = None
@@ -771,16 +784,18 @@ class Upload(Move):
                 if merge and known.has_part(name):
                     self._small.asking(lambda: self._client.rmall(part_path(target)))
                 mode = self._wanted_mode(found, there, data)
-                self._note(sent, name, found)
-                return self._small.put(SmallFile(entry.path, target, merge, mode, there is not None, found,
-                                                 data))
-        self._small.asking(lambda: self._put_file(entry.path, target))
-        self._note(sent, name, self._found)
+                self._small.put(SmallFile(entry.path, target, merge, mode, there is not None, found, data))
+                return found
+        return self._small.asking(lambda: self._put_file(entry.path, target))
+
+    def _find(self, known: 'Known', name: bytes) -> Optional[Stat]:
+        """What is there of that name."""
+        return self._small.asking(lambda: known.find(name)) if known.must_ask else known.find(name)
 
     def _note(self, sent: 'Sent', name: bytes, found: Optional[os.stat_result]) -> None:
-        """Where it will be looked at, as far as memory allows. ``found``: of a file; those of /proc tell no
-        size."""
-        if self._arrived is not None and (len(sent) < KNOWN or name in sent):
+        """What was sent, to be looked at, as far as memory allows. ``found``: of a file; those of /proc tell
+        no size."""
+        if self._arrived is not None and len(sent) < KNOWN:
             sent[name] = (found.st_size, int(found.st_mtime)) \
                 if found is not None and found.st_size and self._options.keep else None
 
@@ -790,8 +805,10 @@ class Upload(Move):
         with open_regular(source) as file:
             return self._is_same(file, found, target, there)
 
-    def _put_link(self, source: str, target: bytes, there: Optional[Stat], merge: bool) -> None:
-        leads = link_there(source)
+    def _put_link(self, entry: os.DirEntry, folder: bytes, known: 'Known', merge: bool) -> None:
+        target, leads = join(folder, to_remote(entry.name)), link_there(entry.path)
+        self._small.finish()
+        there = known.find(to_remote(entry.name))
         if there is not None:
             if there.is_link and to_bytes(self._client.readlink(target)) == leads:
                 return
@@ -944,15 +961,90 @@ class SmallFile:
             self.error = Refused(result.code)
 
 
-class SmallFiles:
-    """Small files of a folder, the next one's request with the content of the last."""
+class Further:
+    """Connections beside a client's own, for the small files of a folder that goes to a server which isn't
+    ours: there each file costs a round trip. One that is refused or lost just means that there are none."""
 
-    def __init__(self, client: ChirpClient, meter: Meter, failures: Failures, options: Options) -> None:
+    def __init__(self, client: Connection) -> None:
         self._client = client
+        self._others: List[Connection] = []
+        self._wanted = True
+
+    def another(self) -> Optional[Connection]:
+        """One more, where there may be one. It is made now."""
+        if not self._wanted or self._client.is_ours or len(self._others) >= FURTHER:
+            return None
+        try:
+            self._others.append(self._client.another(FURTHER_SOON))
+        except (Disconnected, AccessDenied) as error:
+            log.debug('%s; one connection will do', error)
+            self._wanted = False
+            return None
+        return self._others[-1]
+
+    def lose(self, connection: Connection, error: Exception) -> Exception:
+        """What to raise where a connection broke. Where it isn't the client's own, all begins again with that
+        alone, whatever the error was."""
+        if connection is self._client:
+            return error
+        self._wanted = False
+        return Disconnected('a further connection: %s' % error)
+
+    def close(self) -> None:
+        """Ends those that there are. More can be made."""
+        while self._others:
+            self._others.pop().disconnect()
+
+
+class SmallFiles:
+    """Small files of a folder, one after the other; by turns over what connections there are."""
+
+    def __init__(self, client: ChirpClient, further: Further, meter: Meter, failures: Failures,
+                 options: Options) -> None:
+        self._further = further
+        self._new_lane = lambda connection: Lane(connection, meter, failures, options)
+        self._lanes = [self._new_lane(client)]
+        self._count = 0
+
+    def put(self, file: SmallFile) -> None:
+        """Begins to send it."""
+        self._count += 1
+        if self._count % FURTHER_WORTH == 0:
+            self._widen()
+        lane = self._lanes[self._count % len(self._lanes)]
+        try:
+            lane.put(file)
+        except (Disconnected, AccessDenied) as error:
+            raise self._further.lose(lane.connection, error)
+
+    def _widen(self) -> None:
+        connection = self._further.another()
+        if connection is not None:
+            self._lanes.append(self._new_lane(connection))
+
+    def asking(self, do: Callable[[], Any]) -> Any:
+        """Does what asks the server by itself, once all are in place."""
+        self.finish()
+        return do()
+
+    def finish(self) -> None:
+        """Waits until all are in place."""
+        for lane in self._lanes:
+            try:
+                lane.finish()
+            except (Disconnected, AccessDenied) as error:
+                raise self._further.lose(lane.connection, error)
+
+
+class Lane:
+    """Small files over one connection, the next one's request with the content of the last."""
+
+    def __init__(self, connection: Connection, meter: Meter, failures: Failures, options: Options) -> None:
+        self.connection = connection
         self._meter = meter
         self._failures = failures
         self._options = options
-        self._pipeline = Pipeline(client)
+        self._pipeline = Pipeline(connection)
         self._asked: Optional[SmallFile] = None        # the one whose content waits for the server's consent
         self._last: Optional[SmallFile] = None         # the one that has no name yet
 
@@ -961,19 +1053,14 @@ class SmallFiles:
         meanwhile: it takes as many bytes as that has, and then reads on. This one's content can't go along:
         after a refusal, it would be taken for requests."""
         if self._pipeline.is_idle():
-            self._client.drop_if_ended()
+            self.connection.drop_if_ended()
         if file.name != file.target:
-            self._client.replacing(file.name, file.target)     # raises where that is too long
-        line = self._client.ask('putfile', quote(file.name), self._first_mode(file), len(file.data))
+            self.connection.replacing(file.name, file.target)     # raises where that is too long
+        line = self.connection.ask('putfile', quote(file.name), self._first_mode(file), len(file.data))
         self._send_asked()
         self._asked = file
         self._pipeline.add(line, lambda wire, result: self._agreed(file, result))
-        self._client.connect().flush()         # the server works on it while the next file is read here
-
-    def asking(self, do: Callable[[], Any]) -> Any:
-        """Does what asks the server by itself, once all are in place."""
-        self.finish()
-        return do()
+        self.connection.connect().flush()         # the server works on it while the next file is read here
 
     def finish(self) -> None:
         """Waits until all are in place."""
@@ -987,7 +1074,7 @@ class SmallFiles:
         self._pipeline.drain()
         file, self._asked = self._asked, None
         if file is not None:
-            self._client.connect().put(file.data)
+            self.connection.connect().put(file.data)
             self._follow(file)
 
     def _agreed(self, file: SmallFile, result: Union[int, Refused]) -> None:
@@ -999,11 +1086,11 @@ class SmallFiles:
 
     def _follow(self, file: SmallFile) -> None:
         """What comes after the content, without waiting; its name last, once all replies were good."""
-        add, ask, name = self._pipeline.add, self._client.ask, quote(file.name)
+        add, ask, name = self._pipeline.add, self.connection.ask, quote(file.name)
         add(b'', lambda wire, result: self._arrived(file, result))
         self._complete_last()
         if self._options.verify:
-            algorithm, request = self._client.asking_for_digest(file.name, 0, len(file.data))
+            algorithm, request = self.connection.asking_for_digest(file.name, 0, len(file.data))
             add(request, lambda wire, result: self._compare(file, algorithm, wire, result))
         if self._first_mode(file) != file.mode and (self._options.keep or file.replaces):
             add(ask('chmod', name, file.mode), file.check)
@@ -1014,7 +1101,7 @@ class SmallFiles:
 
     def _first_mode(self, file: SmallFile) -> int:
         """What it has first: a server of ours has to read it for its checksum; the real one has a umask."""
-        return file.mode | 0o400 if self._client.is_ours else file.mode & ~0o077
+        return file.mode | 0o400 if self.connection.is_ours else file.mode & ~0o077
 
     def _arrived(self, file: SmallFile, result: Union[int, Refused]) -> None:
         file.check(None, result)
@@ -1022,7 +1109,7 @@ class SmallFiles:
             if result.code == NO_SPACE:
                 raise Refused(NO_SPACE, shown(file.target))
         elif result != len(file.data):
-            raise self._client.broken('putfile: a wrong count')
+            raise self.connection.broken('putfile: a wrong count')
         else:
             self._meter.add(result)
 
@@ -1038,7 +1125,7 @@ class SmallFiles:
             self._failures.add(file.source, file.error)
         elif file is not None and file.name != file.target:
             source = file.source
-            self._pipeline.add(self._client.replacing(file.name, file.target),
+            self._pipeline.add(self.connection.replacing(file.name, file.target),
                                lambda wire, result: self._named(source, result))
 
     def _named(self, source: str, result: Union[int, Refused]) -> None:

@@ -125,6 +125,14 @@ class Connection:
         if wire is not None:
             wire.close()
 
+    def another(self, patience: float) -> 'Connection':
+        """One more to the same server, made now: in so many seconds at most. Raises as ``connect``."""
+        other = Connection(self.address, self.port, min(patience, self.timeout), self.secret, self.id,
+                           self.tls)
+        other.cancel, other.until = self.cancel, self.until
+        other.connect().timeout = other.timeout = self.timeout
+        return other
+
     @property
     def is_ours(self) -> bool:
         """Whether the server is one of ours; connects, if need be. No request may be under way then."""
