@@ -79,6 +79,7 @@ from chirpwire import (
     OF_SERVERS,
     PREAD_CRC32,
     PWRITE_CRC32,
+    READ_ONLY,
     RESERVED,
     SMALL,
     TOO_BIG,
@@ -324,6 +325,11 @@ class ChirpClient(Connection):
 
 
 
+def concerns_all(refused: Refused) -> bool:
+    """Whether what else there is of a folder would be refused, too."""
+    return refused.code in (NO_SPACE, NOT_AUTHENTICATED) or refused.name == READ_ONLY
+
+
 def altered(path: Path) -> Changed:
     return Changed(path, 'it changed while it was read, or arrived altered')
 
@@ -447,7 +453,7 @@ class Move:
         try:
             yield
         except (Refused, Changed, Busy, OSError) as error:
-            if isinstance(error, Refused) and error.code in (NO_SPACE, NOT_AUTHENTICATED) \
+            if isinstance(error, Refused) and concerns_all(error) \
                     or isinstance(error, OSError) and error.errno in FULL:
                 raise
             self._failures.add(path, error)
@@ -559,8 +565,7 @@ class Upload(Move):
     @contextlib.contextmanager
     def _keeping_room(self, part: bytes, target: bytes, count: int) -> Iterator[None]:
         """Looks whether so many bytes have room; what turns out to have none is removed."""
-        if count > self._client.free_bytes(posixpath.dirname(part) or b'/'):
-            raise Refused(NO_SPACE, '%s: %d bytes' % (shown(target), count))
+        self._client.check_room(posixpath.dirname(part) or b'/', count, target)
         try:
             yield
         except Refused as refused:
@@ -568,7 +573,7 @@ class Upload(Move):
                 self._client.disconnect()      # pieces are under way
                 with contextlib.suppress(Refused):
                     self._client.unlink(part)
-                raise Refused(refused.code, shown(target))
+                raise refused.about(shown(target))
             raise
 
     def _is_same(self, file: Any, found: os.stat_result, target: bytes, there: Optional[Stat]) -> bool:
@@ -653,8 +658,8 @@ class Upload(Move):
         part = part_path(target)
         self._client.ask('rename', quote(part), quote(target))         # raises where that is too long
         old = self._client.find(part, False)
-        if old is None and self._meter.total > self._client.free_bytes(posixpath.dirname(part) or b'/'):
-            raise Refused(NO_SPACE, '%s: %d bytes' % (shown(target), self._meter.total))
+        if old is None:
+            self._client.check_room(posixpath.dirname(part) or b'/', self._meter.total, target)
         if old is not None and not old.is_dir:
             self._client.unlink(part)
         try:
@@ -958,7 +963,7 @@ class SmallFile:
     def check(self, _: Optional[Wire], result: Union[int, Refused]) -> None:
         """Notes a refusal."""
         if isinstance(result, Refused) and self.error is None:
-            self.error = Refused(result.code)
+            self.error = result
 
 
 class Further:
@@ -1080,8 +1085,8 @@ class Lane:
     def _agreed(self, file: SmallFile, result: Union[int, Refused]) -> None:
         if isinstance(result, Refused):
             self._asked = None
-            if result.code in (NO_SPACE, NOT_AUTHENTICATED):
-                raise Refused(result.code, shown(file.target))
+            if concerns_all(result):
+                raise result.about(shown(file.target))
             self._failures.add(file.source, result)
 
     def _follow(self, file: SmallFile) -> None:
@@ -1106,8 +1111,8 @@ class Lane:
     def _arrived(self, file: SmallFile, result: Union[int, Refused]) -> None:
         file.check(None, result)
         if isinstance(result, Refused):
-            if result.code == NO_SPACE:
-                raise Refused(NO_SPACE, shown(file.target))
+            if concerns_all(result):
+                raise result.about(shown(file.target))
         elif result != len(file.data):
             raise self.connection.broken('putfile: a wrong count')
         else:
@@ -1160,7 +1165,7 @@ def naming(target: bytes) -> Iterator[None]:
     try:
         yield
     except Refused as refused:
-        raise Refused(refused.code, refused.what.replace(shown(part_path(target)), shown(target)))
+        raise refused.about(refused.what.replace(shown(part_path(target)), shown(target)))
 
 
 def check_file_there(there: Optional[Stat], target: bytes) -> None:

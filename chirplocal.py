@@ -138,7 +138,14 @@ def check_room(folder: str, count: int) -> None:
         os.sync()                      # before that, Btrfs counts what was just deleted
         free = free_here(folder)
     if count > free:
+        check_writable(folder)
         raise OSError(errno.ENOSPC, '%d bytes are needed, %d are free' % (count, free), folder)
+
+
+def check_writable(folder: str) -> None:
+    """Raises OSError where its disk is read only, which has no room either."""
+    if hasattr(os, 'statvfs') and os.statvfs(folder).f_flag & os.ST_RDONLY:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), folder)
 
 
 def free_here(folder: str) -> int:

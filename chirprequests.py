@@ -25,6 +25,8 @@ from chirpwire import (
     CRC32,
     DOESNT_EXIST,
     LINE,
+    NO_SPACE,
+    NOT_AUTHORIZED,
     NOT_DIR,
     PORT,
     RESERVED,
@@ -59,6 +61,7 @@ SLOWEST_HASH = 2 * 1024 * 1024         # bytes per second of which a peer must c
 LISTING = 256 * 1024 * 1024    # bytes of a folder's names that are taken in
 IN_MEMORY = 1024 * 1024        # and of these, what is not on disk
 REPLY_LINE = re.compile(br'-?[0-9]{1,18} *$')
+NAMED_LINE = re.compile(br'(-[0-9]{1,18}) (E[A-Z0-9]{1,20})$')         # an error of ours, with its errno
 STATFS_LINE = re.compile(br'-?[0-9]{1,20}( -?[0-9]{1,20}){6} *$')
 NAME_LINE = 1024               # bytes of a line in a listing
 LINKS = 40                     # symbolic links that one path may lead through
@@ -204,7 +207,7 @@ class Connection:
 
     def _greet(self, wire: Wire) -> Optional[str]:
         """Says that this is one of ours, and learns whether the server is, and what it serves."""
-        wire.put(b'vmhost 1\n')
+        wire.put(b'vmhost 2\n')
         try:
             count = self._number(wire, '')
         except Refused:
@@ -277,7 +280,10 @@ class Connection:
     def _number(self, wire: Wire, what: Path) -> int:
         line = wire.line()
         if not REPLY_LINE.match(line):
-            raise ProtocolError('not a reply: %.80r' % line)
+            named = NAMED_LINE.match(line)
+            if named is None:
+                raise ProtocolError('not a reply: %.80r' % line)
+            raise Refused(int(named.group(1)), shown(what), named.group(2).decode('ascii'))
         if line.startswith(b'-'):
             raise Refused(int(line), shown(what))
         return int(line)
@@ -399,9 +405,16 @@ class Connection:
     def utime(self, path: Path, atime: int, mtime: int) -> None:
         self.call('utime', quote(path), int(atime), int(mtime), about=path)
 
-    def free_bytes(self, path: Path = '/') -> int:
-        """What the disk of a folder has room for."""
-        return self.call('statfs', quote(path), about=path, read=read_free_bytes)
+    def check_room(self, folder: Path, count: int, target: Path) -> None:
+        """Raises Refused, about the target, where a folder's disk has no room for so many bytes."""
+        if count <= self.call('statfs', quote(folder), about=folder, read=read_free_bytes):
+            return
+        try:
+            self.call('access', quote(folder), os.W_OK)        # one that is read only has no room, too
+        except Refused as refused:
+            if refused.code == NOT_AUTHORIZED:
+                raise refused.about(shown(target))
+        raise Refused(NO_SPACE, '%s: %d bytes' % (shown(target), count))
 
     def hash(self, path: Path, algorithm: str = 'sha1', size: int = 0) -> bytes:
         """The digest, ``sha1`` or ``md5``, that the server has of a file. ``size``: the file's, for the time

@@ -314,6 +314,20 @@ def write_all(fd: int, view: memoryview, offset: int, holes: bool = True) -> Non
         view = view[count:]
 
 
+def check_access(fd: int, name: bytes, bits: int) -> None:
+    """Raises OSError, which says why, for what may not be read, written or entered."""
+    if os.access(name, bits, dir_fd=fd):
+        return
+    if bits & os.W_OK:
+        here = os.open(name, WALK & ~getattr(os, 'O_DIRECTORY', 0), dir_fd=fd)
+        try:
+            if os.fstatvfs(here).f_flag & os.ST_RDONLY:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        finally:
+            os.close(here)
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
 def change_mode(fd: int, mode: int, least: int) -> None:
     """chmod; setuid and its like don't come. ``least``: the rights of the owner that stay, of a folder's."""
     keep = least if stat.S_ISDIR(os.fstat(fd).st_mode) else least & 0o600

@@ -24,6 +24,7 @@ from chirproot import (
     Root,
     change_mode,
     change_mode_of_shut,
+    check_access,
     free_bytes,
     keep_owner,
     open_in,
@@ -38,7 +39,6 @@ from chirpwire import (
     BLOCK,
     BUSY,
     CHALLENGE,
-    CODES,
     CRC32,
     INVALID,
     IS_DIR,
@@ -58,6 +58,7 @@ from chirpwire import (
     EndOfStream,
     ProtocolError,
     Wire,
+    error_line,
     hash_file,
     is_part,
     lock_part,
@@ -235,6 +236,7 @@ class Session:
         self.wire = Wire(sock, AUTHENTICATION_TIME)
         self._rights: FrozenSet[str] = frozenset()
         self._ended = False
+        self._names_errors = False
         self._buffer: Optional[memoryview] = None      # once a file passed
         self.locks = Locks()
         self._parts: Dict[type, Part] = {kind: kind(self) for kind in REQUESTS}
@@ -284,8 +286,10 @@ class Session:
         if self._rights.isdisjoint(rights):
             raise Fault(NOT_AUTHORIZED)
 
-    def greet(self) -> None:
-        """The client is one of ours: names and modes are what they are from now on."""
+    def greet(self, version: bytes) -> None:
+        """The client is one of ours: names and modes are what they are from now on, and from version 2 on it
+        takes errnos' names."""
+        self._names_errors = version != b'1'
         if not self.root.ours:
             self.root = self.root.for_ours()
 
@@ -396,7 +400,7 @@ class Session:
         except Fault as fault:
             return b'%d\n' % fault.code
         except OSError as error:
-            return b'%d\n' % CODES.get(error.errno or 0, INVALID)
+            return error_line(error, self._names_errors)
         except MemoryError:
             return b'-7\n'
 
@@ -440,8 +444,7 @@ class Part:
             raise Fault(IS_DIR)
         if not stat.S_ISREG(found.st_mode):
             raise Fault(INVALID)
-        if not os.access(name, os.W_OK, dir_fd=fd):
-            raise Fault(NOT_AUTHORIZED)
+        check_access(fd, name, os.W_OK)
         return found
 
 
@@ -828,8 +831,7 @@ class Names(Part):
             self._session.need('l' if stat.S_ISDIR(found.st_mode) else 'r')
             if bits & os.W_OK:
                 self._session.need('w')
-            if not os.access(name, bits, dir_fd=fd):
-                raise Fault(NOT_AUTHORIZED)
+            check_access(fd, name, bits)
         return b'0\n'
 
     def statfs(self, path: bytes) -> bytes:
@@ -842,7 +844,7 @@ class Identity(Part):
 
     def vmhost(self, version: bytes) -> bytes:
         """Of ours alone: the client is one, too. Told is where the folder is."""
-        self._session.greet()
+        self._session.greet(version)
         path = os.fsencode(self._root.path)
         return b'%d\n' % len(path) + path
 

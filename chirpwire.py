@@ -118,13 +118,20 @@ class Incomplete(ChirpError):
 
 
 class Refused(ChirpError):
-    """The peer answered with an error. ``code`` is the protocol's (negative), ``reason`` what it says."""
+    """The peer answered with an error. ``code`` is the protocol's (negative), ``name`` the one of the errno
+    that it had there, where the code doesn't say that, ``reason`` what both say."""
 
-    def __init__(self, code: int, what: str = '') -> None:
+    def __init__(self, code: int, what: str = '', name: str = '') -> None:
         self.code = code if code in MEANINGS else UNKNOWN
         self.what = what
-        self.reason = MEANINGS[self.code]
+        self.name = name
+        self.reason = meaning_of(name) or MEANINGS[self.code]
         super().__init__('%s%s' % (what + ': ' if what else '', self.reason))
+
+
+    def about(self, what: str) -> 'Refused':
+        """The same of something else."""
+        return Refused(self.code, what, self.name)
 
 
 class Unlistable(Refused):
@@ -156,6 +163,25 @@ CODES = {
     errno.EMFILE: -9, errno.ENFILE: -9, errno.EBUSY: -10, errno.ETXTBSY: -10, errno.EBADF: -12,
     errno.EISDIR: -13, errno.ENOTDIR: -14, errno.ENOTEMPTY: -15, errno.EXDEV: -16,
     errno.ESPIPE: -22, errno.EOPNOTSUPP: -23, errno.ENAMETOOLONG: -24}
+# Those whose code means another one: between two of ours their names are said beside it, as of all without.
+UNSAID = frozenset((errno.EROFS, errno.EDQUOT, errno.ENFILE, errno.ETXTBSY))
+READ_ONLY = 'EROFS'
+
+
+def error_line(error: OSError, named: bool) -> bytes:
+    """The reply for an error. ``named``: to a client that takes an errno's name."""
+    number = error.errno or 0
+    name = errno.errorcode.get(number, '') if named and (number in UNSAID or number not in CODES) else ''
+    return ('%d %s' % (CODES.get(number, INVALID), name)).rstrip().encode('ascii') + b'\n'
+
+
+def meaning_of(name: str) -> str:
+    """What an errno of that name says; '' where this system has none."""
+    number = getattr(errno, name, None) if name else None
+    if number is None:
+        return ''
+    text = os.strerror(number)
+    return text if text[1:2].isupper() or text[1:2] == '/' else text[:1].lower() + text[1:]
 
 
 # --- words on the wire -----------------------------------------------------------------------

@@ -644,6 +644,56 @@ def test_a_disk_that_is_full(tmp_path):
         subprocess.check_call(['umount', str(folder)])
 
 
+def test_a_disk_that_is_read_only_is_called_so(tmp_path, monkeypatch):
+    """Either end's: of a new file, one that is there, a large one, and a folder, which ends at once."""
+    disk, here = tmp_path / 'disk', tmp_path / 'here'
+    disk.mkdir()
+    (here / 'tree').mkdir(parents=True)
+    for name in 'new', 'there', 'tree/new', 'tree/there':
+        write(here / name, b'content')
+    write(here / 'large', os.urandom(3 << 20))
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=1m', 'none', str(disk)]
+    if subprocess.call(mount, stderr=subprocess.DEVNULL):
+        pytest.skip('a tmpfs can not be mounted here')
+    try:
+        (disk / 'tree').mkdir()
+        for name in 'there', 'tree/there':
+            write(disk / name, b'old')
+        subprocess.check_call(['mount', '-o', 'remount,ro', str(disk)])
+        said = os.strerror(errno.EROFS)
+        for served, locally in (disk, here), (here, disk):
+            with our_server(served) as server, chirpclient.ChirpClient(*server.address) as moving:
+                for name, target in (('new', 'new'), ('there', 'there'), ('large', 'large'), ('tree', 'tree'),
+                                     ('tree', 'other')):
+                    with pytest.raises((chirpwire.Refused, OSError), match='(?i)' + said):
+                        if served == disk:
+                            moving.put(str(locally / name), '/' + target)
+                        else:
+                            moving.get('/' + name, str(locally / target))
+                if served == disk:             # an older client
+                    moving.disconnect()
+                    monkeypatch.setattr(moving, '_greet', lambda wire: wire.put(b'vmhost 1\n') or wire.read(
+                        moving._number(wire, '')).decode())
+                    with pytest.raises(chirpwire.Refused, match='not authorized'):
+                        moving.put(str(locally / 'new'), '/new')
+    finally:
+        subprocess.check_call(['umount', '-l', str(disk)])
+
+
+def test_what_has_no_code_of_chirps_is_told_by_its_errno(tmp_path, monkeypatch):
+    real = os.rename
+
+    def rename(old, new, **options):
+        if new == b'target':
+            raise OSError(errno.EIO, 'the disk')
+        real(old, new, **options)
+    monkeypatch.setattr(os, 'rename', rename)
+    write(tmp_path / 'source', b'content')
+    with our_server(tmp_path) as server, chirpclient.ChirpClient(*server.address) as moving:
+        with pytest.raises(chirpwire.Refused, match='(?i)target: %s$' % os.strerror(errno.EIO)):
+            moving.put(str(tmp_path / 'source'), '/target')
+
+
 @pytest.mark.parametrize('way', ['put', 'get'])
 def test_a_folder_that_finds_no_room_tells_of_what_has_arrived_alone(tmp_path, way):
     small, source = tmp_path / 'small', tmp_path / 'source'
