@@ -33,6 +33,7 @@ import localnames
 from chirplocal import (
     NESTED,
     beginning,
+    check_own_place,
     check_room,
     check_target,
     finish_part,
@@ -1477,6 +1478,7 @@ class Download(Move):
         ``made``: that is nothing."""
         with self._inside(found.dev, found.ino):
             if not made and not merge:
+                check_own_place(target)
                 os.chmod(target, 0o700)
                 self._remove_others(source, target)
             folders: List[Stat] = []

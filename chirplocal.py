@@ -12,7 +12,7 @@ from typing import Any, Callable, Iterator, Optional, Tuple, Union
 
 import agent
 import localnames
-from chirpwire import Busy, ChirpError, is_zero, lock_part, part_name, to_bytes
+from chirpwire import Busy, ChirpError, check_unmounted, is_zero, lock_part, part_name, to_bytes
 
 ON_WINDOWS = os.name == 'nt'
 JUNCTION = getattr(stat, 'IO_REPARSE_TAG_MOUNT_POINT', None)     # on Windows, from Python 3.8 on
@@ -181,6 +181,8 @@ def open_part(target: str) -> Any:
         return open_part(target)
     file = os.fdopen(fd, 'r+b', buffering=0)
     try:
+        if found.st_size:
+            check_own_place(path)
         lock(fd, target)
         if is_still(fd, path):
             return file
@@ -200,11 +202,27 @@ def remove_part(path: str, target: str) -> None:
             remove_tree(path)
 
 
+def check_own_place(path: str) -> None:
+    """Raises OSError where something is mounted there."""
+    if not hasattr(os, 'O_PATH'):
+        if os.path.ismount(path):
+            raise OSError(errno.EBUSY, 'something is mounted there', path)
+        return
+    with contextlib.ExitStack() as stack:
+        fds = []
+        for each in path, os.path.dirname(path):
+            fds.append(os.open(each or '.', os.O_PATH | os.O_CLOEXEC))
+            stack.callback(os.close, fds[-1])
+        check_unmounted(*fds)
+
+
 def remove_tree(path: str) -> None:
     """Removes a file, or a folder and all in it. shutil is imported here alone: a guest that waits does
     without its memory."""
     if os.path.isdir(path) and not os.path.islink(path):
         import shutil
+        for folder, _, _ in os.walk(path):
+            check_own_place(folder)
         for folder, _, _ in os.walk(path):
             os.chmod(folder, 0o700)
         shutil.rmtree(path)

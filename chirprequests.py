@@ -405,9 +405,13 @@ class Connection:
     def utime(self, path: Path, atime: int, mtime: int) -> None:
         self.call('utime', quote(path), int(atime), int(mtime), about=path)
 
+    def free_bytes(self, path: Path = '/') -> int:
+        """What the disk of a folder has room for."""
+        return self.call('statfs', quote(path), about=path, read=read_free_bytes)
+
     def check_room(self, folder: Path, count: int, target: Path) -> None:
         """Raises Refused, about the target, where a folder's disk has no room for so many bytes."""
-        if count <= self.call('statfs', quote(folder), about=folder, read=read_free_bytes):
+        if count <= self.free_bytes(folder):
             return
         try:
             self.call('access', quote(folder), os.W_OK)        # one that is read only has no room, too

@@ -11,7 +11,7 @@ import os
 import stat
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
-from chirpwire import OF_SERVERS, PATH, RESERVED, ChirpError, is_part, is_zero
+from chirpwire import OF_SERVERS, PATH, RESERVED, ChirpError, check_unmounted, is_part, is_zero
 
 LINKS = 40                     # symbolic links that one path may lead through
 DEEPEST = 200                  # levels that rmall goes down
@@ -270,6 +270,7 @@ def remove_tree(fd: int, name: bytes, depth: int = 0) -> None:
         raise OSError(errno.EMFILE, 'too deep')
     inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
     try:
+        check_unmounted(inner, fd)
         with contextlib.suppress(OSError):     # one that may not be written; or what follows says so
             os.fchmod(inner, 0o700)
         for entry in names_in(inner):

@@ -21,6 +21,7 @@ import time
 from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 from chirproot import (
+    WALK,
     Root,
     change_mode,
     change_mode_of_shut,
@@ -58,6 +59,7 @@ from chirpwire import (
     EndOfStream,
     ProtocolError,
     Wire,
+    check_unmounted,
     error_line,
     hash_file,
     is_part,
@@ -183,6 +185,8 @@ class Locks:
         place = place_of(folder, name)
         if place in self._fds:
             return
+        if opened is not None:
+            check_unmounted(opened, folder)
         try:
             fd = os.open(name, LOOKS, dir_fd=folder) if opened is None else os.dup(opened)
         except OSError:                # there is none, or it is a link, which nobody writes to
@@ -208,6 +212,16 @@ class Locks:
 
 
 LOOKS = os.O_RDONLY | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_NOCTTY', 0)
+
+
+def check_place(folder: int, name: bytes) -> None:
+    """Raises OSError where something is mounted under that name."""
+    with contextlib.suppress(FileNotFoundError):
+        fd = os.open(name, WALK & ~getattr(os, 'O_DIRECTORY', 0), dir_fd=folder)
+        try:
+            check_unmounted(fd, folder)
+        finally:
+            os.close(fd)
 
 
 def place_of(folder: int, name: bytes) -> Tuple[int, int, bytes]:
@@ -724,6 +738,10 @@ class Names(Part):
         with self._root.changing(unquote(path), False) as (fd, name):
             try:
                 os.mkdir(name, number(mode) & 0o777 | 0o700, dir_fd=fd)
+            except FileExistsError:
+                if any(map(is_part, split_path(unquote(path)))):
+                    check_place(fd, name)      # which the client is going to clear
+                raise
             finally:
                 self._session.locks.take(fd, name)
         return b'0\n'

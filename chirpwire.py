@@ -243,6 +243,22 @@ def unlock_part(fd: int) -> None:
     os.close(fd)
 
 
+def check_unmounted(fd: int, folder: int) -> None:
+    """Raises OSError where what is open is mounted in that folder, which is open, too: what is somebody
+    else's isn't ours to empty, whatever it is called."""
+    if mount_of(fd) != mount_of(folder):
+        raise OSError(errno.EBUSY, 'something is mounted there')
+
+
+def mount_of(fd: int) -> int:
+    """What tells one mount from another one; where only Linux' kernel knows it, its device."""
+    with contextlib.suppress(OSError), open('/proc/self/fdinfo/%d' % fd) as lines:
+        for line in lines:
+            if line.startswith('mnt_id:'):
+                return int(line[len('mnt_id:'):])
+    return os.fstat(fd).st_dev
+
+
 def is_part(name: bytes) -> bool:
     """Whether what is called so isn't whole: a transfer's, or what a server of ours is still receiving."""
     return PART.match(name) is not None

@@ -1109,6 +1109,41 @@ def test_a_part_that_is_another_file_too_is_left_alone(tmp_path, way):
     assert sorted(os.listdir(str(target))) == ['new', 'other']
 
 
+@pytest.mark.parametrize('way', ['put', 'get'])
+def test_what_is_mounted_where_a_part_is_to_be_keeps_its_content(tmp_path, way):
+    """A folder, one in a partial folder, and a file; of the same disk, too."""
+    mine = tmp_path / 'mine'
+    for folder in mine, tmp_path / 'here' / 'tree' / 'sub', tmp_path / 'served':
+        folder.mkdir(parents=True)
+    for path in mine / 'kept', tmp_path / 'here' / 'file', tmp_path / 'here' / 'tree' / 'sub' / 'file':
+        write(path, b'content')
+    sources, targets = (tmp_path / name for name in (
+        ('here', 'served') if way == 'put' else ('served', 'here')))
+    if way == 'get':
+        sources.rmdir()
+        targets.rename(sources)
+        targets.mkdir()
+    tree, file = (chirplocal.local_part(str(targets / name)) for name in ('tree', 'file'))
+    os.makedirs(tree + '/sub')
+    write(targets / os.path.basename(file), b'')
+    with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as moving:
+        for what, place, name in (
+                (mine, tree, 'tree'), (mine / 'kept', file, 'file'), (mine, tree + '/sub', 'tree')):
+            if subprocess.call(['mount', '--bind', str(what), place], stderr=subprocess.DEVNULL):
+                pytest.skip('nothing can be mounted here')
+            try:
+                with pytest.raises((chirpwire.ChirpError, OSError), match='mounted|busy'):
+                    if way == 'put':
+                        moving.put(str(sources / name), '/' + name)
+                    else:
+                        moving.get('/' + name, str(targets / name))
+            finally:
+                if place.endswith('sub'):      # the others of its folder have their place by now
+                    place = str(targets / name / 'sub')
+                subprocess.check_call(['umount', '-l', place])
+            assert (mine / 'kept').read_bytes() == b'content'
+
+
 @pytest.mark.parametrize('what', ['file', 'tree'])
 @pytest.mark.parametrize('way', ['put', 'get'])
 def test_a_socket_that_has_a_parts_name_goes(tmp_path, way, what):
