@@ -41,6 +41,7 @@ from chirplocal import (
     is_device,
     is_link,
     join,
+    keep,
     link_there,
     local_part,
     locked_folder,
@@ -53,8 +54,6 @@ from chirplocal import (
     open_part,
     open_regular,
     remove_tree,
-    set_mode,
-    set_times,
     stat_here,
     through_links,
     to_local,
@@ -63,7 +62,7 @@ from chirplocal import (
     tree_size,
     write_here,
 )
-from chirprequests import SLOWEST_HASH, Connection, Pipeline, leads_nowhere
+from chirprequests import SLOWEST_HASH, Connection, Pipeline, leads_nowhere, unkept_by
 from chirpwire import (
     BLOCK,
     CHECKED,
@@ -72,6 +71,7 @@ from chirpwire import (
     EXISTS,
     INVALID,
     IS_DIR,
+    MODE_UNKEPT,
     NO_SPACE,
     NOT_AUTHENTICATED,
     NOT_AUTHORIZED,
@@ -83,7 +83,9 @@ from chirpwire import (
     READ_ONLY,
     RESERVED,
     SMALL,
+    TIME_UNKEPT,
     TOO_BIG,
+    UNKEPT,
     AccessDenied,
     Busy,
     Cancelled,
@@ -177,26 +179,35 @@ class Meter:
 
 
 class Failures:
-    """What of a folder could not be moved."""
+    """What of a folder could not be moved, or was not kept: ``some`` of the (path, reason), and the ``count``
+    of all."""
 
     def __init__(self) -> None:
-        self._some: List[Tuple[str, str]] = []
+        self.clear()
+
+    def clear(self) -> None:
+        self.some: List[Tuple[str, str]] = []
         self._room = LONG_PATHS
         self.count = 0
 
     def add(self, path: Path, error: Any) -> None:
         self.count += 1
-        if len(self._some) < FAILURES:
+        if len(self.some) < FAILURES:
             reason = error.strerror if isinstance(error, OSError) else getattr(error, 'reason', '')
             told = path if isinstance(path, bytes) else to_remote(agent.short_path(path))
             text = shown_whole(told) if self._room > 0 else shown(told)
             self._room -= len(text)
-            self._some.append((text, reason or str(error)))
+            self.some.append((text, reason or str(error)))
+
+    def add_unkept(self, path: Path, bits: int) -> None:
+        """What the disk there didn't keep, bits of chirpwire.UNKEPT: often 0."""
+        if bits:
+            self.add(path, UNKEPT[bits])
 
     def check(self) -> None:
         """Raises Incomplete."""
         if self.count:
-            raise Incomplete(self._some, self.count)
+            raise Incomplete(self.some, self.count)
 
 
 class Options(NamedTuple):
@@ -207,7 +218,15 @@ class Options(NamedTuple):
 
 
 class ChirpClient(Connection):
-    """Puts and gets files and folders. What isn't whole yet has a name of ``part_name``, beside its own."""
+    """Puts and gets files and folders. What isn't whole yet has a name of ``part_name``, beside its own.
+
+    ``unkept``: whose modes and times the disk didn't keep where the last put or get came to: its content is
+    there all the same. Of a put to chirp_server, it is what that refused.
+    """
+
+    def __init__(self, *words: Any, **options: Any) -> None:
+        super().__init__(*words, **options)
+        self.unkept = Failures()
 
     def put(self, source: str, target: Path, progress: Optional[Progress] = None,
             cancel: Optional[threading.Event] = None, verify: bool = True, keep: bool = True,
@@ -261,7 +280,7 @@ class ChirpClient(Connection):
     @contextlib.contextmanager
     def _moving(self, progress: Optional[Progress], cancel: Optional[threading.Event],
                 within: Optional[float]) -> Iterator[Meter]:
-        meter = Meter(progress, cancel)
+        meter, self.unkept = Meter(progress, cancel), Failures()
         self.cancel = cancel
         self.until = None if within is None else time.monotonic() + within
         try:
@@ -445,6 +464,7 @@ class Move:
         self._meter = meter
         self._options = options
         self._failures = Failures()
+        self._unkept = client.unkept
         self._merges = True            # whether what is at the target already is somebody's
         self._around: List[Tuple[int, int]] = []       # (device, inode) of the folders that we are in
 
@@ -532,7 +552,7 @@ class Upload(Move):
             self._meter.moved = base
             there = self._client.find(target)
             check_file_there(there, target)
-            if self._is_same(file, found, target, there):
+            if self._is_same(file, source, found, target, there):
                 self._meter.add(found.st_size)
                 return found
             part = part_path(target)
@@ -549,12 +569,13 @@ class Upload(Move):
                 if not self._client.has_same(part, file, found.st_size, self._meter):
                     self._client.unlink(part)
                     raise altered(to_remote(source))
-        wanted = self._wanted_mode(found, there, begin)
+        wanted, bits = self._wanted_mode(found, there, begin), 0
         if mode != wanted:
-            self._client.chmod(part, wanted)
+            bits = self._client.keep_mode(part, wanted)
         if self._options.keep:
-            self._client.utime(part, int(found.st_atime), int(found.st_mtime))
+            bits |= self._client.keep_times(part, int(found.st_atime), int(found.st_mtime), wanted)
         self._client.replace(part, target)
+        self._unkept.add_unkept(to_remote(source), bits)
         return found
 
     def _wanted_mode(self, found: os.stat_result, there: Optional[Stat], begin: bytes) -> int:
@@ -577,7 +598,8 @@ class Upload(Move):
                 raise refused.about(shown(target))
             raise
 
-    def _is_same(self, file: Any, found: os.stat_result, target: bytes, there: Optional[Stat]) -> bool:
+    def _is_same(self, file: Any, source: str, found: os.stat_result, target: bytes,
+                 there: Optional[Stat]) -> bool:
         """Whether nothing needs to be sent."""
         if there is None or there.size != found.st_size or there.mtime != int(found.st_mtime):
             return False
@@ -586,7 +608,7 @@ class Upload(Move):
             return False
         wanted = self._wanted_mode(found, there, beginning(file))
         if there.mode & 0o777 != wanted:
-            self._client.chmod(target, wanted)
+            self._unkept.add_unkept(to_remote(source), self._client.keep_mode(target, wanted))
         return True
 
     def _resume(self, file: Any, found: os.stat_result, part: bytes) -> int:
@@ -645,6 +667,7 @@ class Upload(Move):
     def _put_tree(self, source: str, target: bytes) -> None:
         """Into the folder of that name, or, where there is none, into a temporary one."""
         self._failures = Failures()
+        self._unkept.clear()
         self._meter.moved = 0
         self._around.clear()
         self._further.close()          # an earlier attempt's: requests may be under way
@@ -731,8 +754,10 @@ class Upload(Move):
                 if self._arrived is not None and not self._failures.count:
                     self._arrived.check_folder(target, sent)
         if self._options.keep and (made or not merge):
-            self._client.chmod(target, mode_there(found))
-            self._client.utime(target, int(found.st_atime), int(found.st_mtime))
+            mode = mode_there(found)
+            self._unkept.add_unkept(to_remote(source), self._client.keep_mode(target, mode)
+                                    | self._client.keep_times(target, int(found.st_atime),
+                                                              int(found.st_mtime), mode))
 
     def _check_name(self, name: bytes, path: Path = b'') -> None:
         """Raises OSError for what would be there, and in no listing; or what no server has written."""
@@ -809,7 +834,7 @@ class Upload(Move):
         if there is None or not there.is_file or there.size != found.st_size:
             return False
         with open_regular(source) as file:
-            return self._is_same(file, found, target, there)
+            return self._is_same(file, source, found, target, there)
 
     def _put_link(self, entry: os.DirEntry, folder: bytes, known: 'Known', merge: bool) -> None:
         target, leads = join(folder, to_remote(entry.name)), link_there(entry.path)
@@ -948,7 +973,7 @@ class Twins:
 
 class SmallFile:
     """A small file on its way to the server."""
-    __slots__ = ('source', 'target', 'name', 'mode', 'replaces', 'found', 'data', 'error')
+    __slots__ = ('source', 'target', 'name', 'mode', 'replaces', 'found', 'data', 'error', 'unkept')
 
     def __init__(self, source: str, target: bytes, merge: bool, mode: int, replaces: bool,
                  found: os.stat_result, data: bytes) -> None:
@@ -960,6 +985,19 @@ class SmallFile:
         self.found = found
         self.data = data
         self.error: Optional[Exception] = None
+        self.unkept = 0                # bits of chirpwire.UNKEPT
+
+    def mode_set(self, _: Optional[Wire], result: Union[int, Refused]) -> None:
+        self._set(result, MODE_UNKEPT)
+
+    def times_set(self, _: Optional[Wire], result: Union[int, Refused]) -> None:
+        self._set(result, TIME_UNKEPT)
+
+    def _set(self, result: Union[int, Refused], what: int) -> None:
+        try:
+            self.unkept |= unkept_by(result, what)
+        except Refused:
+            self.check(None, result)
 
     def check(self, _: Optional[Wire], result: Union[int, Refused]) -> None:
         """Notes a refusal."""
@@ -1008,7 +1046,7 @@ class SmallFiles:
     def __init__(self, client: ChirpClient, further: Further, meter: Meter, failures: Failures,
                  options: Options) -> None:
         self._further = further
-        self._new_lane = lambda connection: Lane(connection, meter, failures, options)
+        self._new_lane = lambda connection: Lane(connection, meter, failures, client.unkept, options)
         self._lanes = [self._new_lane(client)]
         self._count = 0
 
@@ -1045,10 +1083,12 @@ class SmallFiles:
 class Lane:
     """Small files over one connection, the next one's request with the content of the last."""
 
-    def __init__(self, connection: Connection, meter: Meter, failures: Failures, options: Options) -> None:
+    def __init__(self, connection: Connection, meter: Meter, failures: Failures, unkept: Failures,
+                 options: Options) -> None:
         self.connection = connection
         self._meter = meter
         self._failures = failures
+        self._unkept = unkept
         self._options = options
         self._pipeline = Pipeline(connection)
         self._asked: Optional[SmallFile] = None        # the one whose content waits for the server's consent
@@ -1099,10 +1139,11 @@ class Lane:
             algorithm, request = self.connection.asking_for_digest(file.name, 0, len(file.data))
             add(request, lambda wire, result: self._compare(file, algorithm, wire, result))
         if self._first_mode(file) != file.mode and (self._options.keep or file.replaces):
-            add(ask('chmod', name, file.mode), file.check)
+            add(ask('chmod', name, file.mode), file.mode_set)
         if self._options.keep:
             # The time comes last: by it a later attempt knows what is complete.
-            add(ask('utime', name, int(file.found.st_atime), int(file.found.st_mtime)), file.check)
+            add(ask('utime', name, int(file.found.st_atime), int(file.found.st_mtime),
+                    *self.connection.mode_to_tell(file.mode)), file.times_set)
         self._last = file
 
     def _first_mode(self, file: SmallFile) -> int:
@@ -1129,7 +1170,10 @@ class Lane:
         file, self._last = self._last, None
         if file is not None and file.error is not None:
             self._failures.add(file.source, file.error)
-        elif file is not None and file.name != file.target:
+            return
+        if file is not None and file.unkept:
+            self._unkept.add_unkept(to_remote(file.source), file.unkept)
+        if file is not None and file.name != file.target:
             source = file.source
             self._pipeline.add(self.connection.replacing(file.name, file.target),
                                lambda wire, result: self._named(source, result))
@@ -1327,7 +1371,8 @@ class Download(Move):
                 raise
             if self._options.keep:
                 there = mode_of_file(target) if self._merges else None
-                finish_part(file, target, (found.atime, found.mtime), found.mode if there is None else there)
+                self._unkept.add_unkept(source, finish_part(
+                    file, target, (found.atime, found.mtime), found.mode if there is None else there))
             else:
                 finish_part(file, target)
 
@@ -1349,7 +1394,7 @@ class Download(Move):
             if self._options.verify and not self._client.has_same(source, file, found.size, self._meter):
                 return False
             if not self._merges:
-                set_mode(file.fileno(), found.mode)
+                self._unkept.add_unkept(source, keep(file.fileno(), None, found.mode))
             return True
 
     def _resume(self, file: Any, number: int, size: int) -> int:
@@ -1439,6 +1484,7 @@ class Download(Move):
     def _get_tree(self, source: bytes, target: str) -> None:
         """Into the folder of that name, or, where there is none, into a temporary one."""
         self._failures = Failures()
+        self._unkept.clear()
         self._meter.moved = self._meter.total = self._entries = 0
         self._around.clear()
         self._pipeline = Pipeline(self._client)
@@ -1506,8 +1552,7 @@ class Download(Move):
                     self._get_folders(source, target, folders, inside, merge, again)
             self._get_folders(source, target, folders, inside, merge, again)
         if self._options.keep and (made or not merge):
-            set_mode(target, found.mode)
-            set_times(target, (found.mtime, found.mtime))
+            self._unkept.add_unkept(source, keep(target, (found.mtime, found.mtime), found.mode))
 
     def _followed(self, path: bytes) -> Stat:
         """What a link leads to. Raises OSError, which tells where, for one that leads nowhere, or round."""
@@ -1625,7 +1670,8 @@ class Download(Move):
                 write_here(file, memoryview(data))
                 file.truncate(len(data))
                 if self._options.keep:
-                    finish_part(file, fetched.here, (entry.mtime, entry.mtime), entry.mode)
+                    bits = finish_part(file, fetched.here, (entry.mtime, entry.mtime), entry.mode)
+                    self._unkept.add_unkept(fetched.path, bits)
                 else:
                     finish_part(file, fetched.here)
             self._meter.add(len(data))

@@ -12,7 +12,17 @@ from typing import Any, Callable, Iterator, Optional, Tuple, Union
 
 import agent
 import localnames
-from chirpwire import Busy, ChirpError, check_unmounted, is_zero, lock_part, part_name, to_bytes
+from chirpwire import (
+    Busy,
+    ChirpError,
+    check_unmounted,
+    is_zero,
+    lock_part,
+    part_name,
+    taking,
+    to_bytes,
+    unkept,
+)
 
 ON_WINDOWS = os.name == 'nt'
 JUNCTION = getattr(stat, 'IO_REPARSE_TAG_MOUNT_POINT', None)     # on Windows, from Python 3.8 on
@@ -304,18 +314,16 @@ def is_still(fd: int, path: str) -> bool:
 
 
 def finish_part(file: Any, target: str, times: Optional[Tuple[int, int]] = None,
-                mode: Optional[int] = None) -> None:
+                mode: Optional[int] = None) -> int:
     """Gives a partial file its times (accessed, changed), its mode and its name, and the owner of the file
-    that it replaces, where we may."""
+    that it replaces, where we may. Gives what of it wasn't kept, as ``keep``."""
     localnames.check_own(target)
     keep_owner(file, target)
     close_where_needed(file)
     part = local_part(target) if file.closed else file.fileno()        # type: Union[int, str]
-    if times is not None:
-        set_times(part, times)
-    if mode is not None:
-        set_mode(part, mode)
+    bits = keep(part, times, mode) if times is not None or mode is not None else 0
     agent.replace(local_part(target), target)
+    return bits
 
 
 def give_up_part(file: Any, target: str) -> None:
@@ -356,17 +364,18 @@ def write_here(file: Any, view: memoryview) -> None:
         view = view[file.write(view):]
 
 
-def set_times(where: Union[int, str], times: Tuple[int, int]) -> None:
-    """Sets when the file or folder of that descriptor, or path, was accessed and changed last."""
-    with contextlib.suppress(OverflowError):           # a server may say any number
-        os.utime(where, times)
-
-
-def set_mode(where: Union[int, str], mode: int) -> None:
-    """Sets the mode of the file or folder of that descriptor, or path. Nothing on Windows, which of all its
-    bits knows that nobody may write: no later transfer could replace such a file."""
-    if not ON_WINDOWS:
-        os.chmod(where, mode & 0o777)
+def keep(where: Union[int, str], times: Optional[Tuple[int, int]], mode: Optional[int]) -> int:
+    """Sets when the file or folder of that descriptor, or path, was accessed and changed last, and its mode;
+    gives what the disk didn't keep, bits of chirpwire.UNKEPT. No mode on Windows, which of all its bits knows
+    that nobody may write: no later transfer could replace such a file."""
+    mode = None if mode is None or ON_WINDOWS else mode & 0o777
+    if times is not None:
+        with taking(), contextlib.suppress(OverflowError):     # a server may say any number
+            os.utime(where, times)
+    if mode is not None:
+        with taking():
+            os.chmod(where, mode)
+    return unkept(os.stat(where), mode, None if times is None else times[1])
 
 
 def mode_there(found: os.stat_result, begin: bytes = b'') -> int:

@@ -25,13 +25,17 @@ from chirpwire import (
     CRC32,
     DOESNT_EXIST,
     LINE,
+    MODE_UNKEPT,
     NO_SPACE,
     NOT_AUTHORIZED,
     NOT_DIR,
+    NOT_SUPPORTED,
     PORT,
     RESERVED,
     SECRET,
     STAT_LINE,
+    TIME_UNKEPT,
+    UNKEPT,
     AccessDenied,
     Busy,
     Cancelled,
@@ -405,6 +409,25 @@ class Connection:
     def utime(self, path: Path, atime: int, mtime: int) -> None:
         self.call('utime', quote(path), int(atime), int(mtime), about=path)
 
+    def keep_mode(self, path: Path, mode: int) -> int:
+        """``chmod``; gives what the disk there didn't keep, bits of chirpwire.UNKEPT, as far as the server
+        tells that."""
+        return self._keep(MODE_UNKEPT, 'chmod', path, mode & 0o777)
+
+    def keep_times(self, path: Path, atime: int, mtime: int, mode: int) -> int:
+        """``utime`` of what has that mode; gives what of both isn't kept."""
+        return self._keep(TIME_UNKEPT, 'utime', path, atime, mtime, *self.mode_to_tell(mode))
+
+    def mode_to_tell(self, mode: int) -> Tuple[int, ...]:
+        """What ``utime`` says beside the times: a server of ours looks whether that is the mode."""
+        return (mode,) if self.is_ours else ()
+
+    def _keep(self, what: int, *words: Any) -> int:
+        try:
+            return self.call(words[0], quote(words[1]), *words[2:], about=words[1]) & max(UNKEPT)
+        except Refused as refused:
+            return unkept_by(refused, what)
+
     def free_bytes(self, path: Path = '/') -> int:
         """What the disk of a folder has room for."""
         return self.call('statfs', quote(path), about=path, read=read_free_bytes)
@@ -538,6 +561,16 @@ def link_word(target: Path) -> bytes:
 def leads_nowhere(path: Path, leads: str) -> ChirpError:
     """What to raise for a link of the server."""
     return ChirpError('%s is a link to %s, where nothing is that is served' % (shown(path), shown(leads)))
+
+
+def unkept_by(result: Union[int, Refused], what: int) -> int:
+    """What a reply to a request that sets a mode or time says isn't kept; ``what``: which of them. Raises
+    Refused, unless that is what a disk says that keeps none."""
+    if not isinstance(result, Refused):
+        return result & max(UNKEPT)
+    if result.code not in (NOT_AUTHORIZED, NOT_SUPPORTED) or result.name:
+        raise result
+    return what
 
 
 def payload(limit: int) -> Callable[[Wire, int], bytes]:

@@ -71,6 +71,8 @@ from chirpwire import (
     quote,
     secret_answer,
     stat_line,
+    taking,
+    unkept,
     unlock_part,
     unquote,
 )
@@ -410,6 +412,8 @@ class Session:
                 words = line.split(None, count)
             if right:
                 self.need(right)
+            if words[0] in WITH_MORE:
+                count += 1
             return getattr(self._parts[kind], name)(*words[1:count + 1])
         except Fault as fault:
             return b'%d\n' % fault.code
@@ -498,7 +502,8 @@ class WholeFiles(Part):
                 yield file
                 if old is not None:
                     keep_owner(file, old)
-                change_mode(file, mode, self._session.least)
+                with taking():         # one of ours is told with the time
+                    change_mode(file, mode, self._session.least)
                 os.rename(temporary, name, src_dir_fd=fd, dst_dir_fd=fd)
             except BaseException:
                 with contextlib.suppress(OSError):
@@ -817,14 +822,21 @@ class Names(Part):
 
     def chmod(self, path: bytes, mode: bytes) -> bytes:
         with self._root.changing(unquote(path)) as (folder, name):     # raises where it may not be changed
-            try:
-                with self._opened(unquote(path)) as fd:
-                    change_mode(fd, number(mode), self._session.least)
-            except PermissionError:
-                if not hasattr(os, 'O_PATH'):
-                    raise
-                change_mode_of_shut(folder, name, number(mode), self._session.least)
-        return b'0\n'
+            with taking(self._root.ours):
+                try:
+                    with self._opened(unquote(path)) as fd:
+                        change_mode(fd, number(mode), self._session.least)
+                except PermissionError as error:
+                    if not hasattr(os, 'O_PATH') or error.errno != errno.EACCES:
+                        raise
+                    change_mode_of_shut(folder, name, number(mode), self._session.least)
+            return self._kept(folder, name, number(mode), None)
+
+    def _kept(self, folder: int, name: bytes, mode: Optional[int], mtime: Optional[int]) -> bytes:
+        """The reply to what sets them: to a program of ours with what the disk hasn't kept."""
+        if not self._root.ours:
+            return b'0\n'
+        return b'%d\n' % unkept(os.stat(name, dir_fd=folder, follow_symlinks=False), mode, mtime)
 
     def chown(self, path: bytes, user: bytes, group: bytes) -> bytes:
         self._root.stat(unquote(path), False)
@@ -832,10 +844,12 @@ class Names(Part):
 
     lchown = chown
 
-    def utime(self, path: bytes, atime: bytes, mtime: bytes) -> bytes:
+    def utime(self, path: bytes, atime: bytes, mtime: bytes, *mode: bytes) -> bytes:
+        """``mode``: of ours alone, that which the file should have by now."""
         with self._root.changing(unquote(path)) as (fd, name):
-            os.utime(name, (number(atime), number(mtime)), dir_fd=fd, follow_symlinks=False)
-        return b'0\n'
+            with taking(self._root.ours):
+                os.utime(name, (number(atime), number(mtime)), dir_fd=fd, follow_symlinks=False)
+            return self._kept(fd, name, number(mode[0]) if mode else None, number(mtime))
 
     def truncate(self, path: bytes, length: bytes) -> bytes:
         with self._opened(unquote(path), os.O_WRONLY) as fd:
@@ -947,6 +961,9 @@ REQUESTS: Dict[type, Dict[str, Tuple[int, str]]] = {
         'unknown': (0, '')}}
 COMMANDS = {word.encode('ascii'): (kind, word, count, right) for kind, requests in REQUESTS.items()
             for word, (count, right) in requests.items()}
+
+# Requests with a word that may be left out.
+WITH_MORE = frozenset((b'utime',))
 
 # Requests whose path the real clients send as it is, not quoted: it is the rest of the line.
 RAW_PATHS = frozenset((b'hash', b'localpath', b'getstream', b'putstream'))

@@ -15,7 +15,7 @@ import stat
 import threading
 import time
 import zlib
-from typing import Any, Callable, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import agent
 
@@ -48,6 +48,11 @@ RESERVED = b'.__'              # names that begin so are the server's own; real 
 TEMPORARY = b'.__put.'         # what a server of ours is still receiving
 
 OF_SERVERS = (TEMPORARY, b'.__acl', b'.__uuid', b'.__ticket.', b'.__alloc')      # ours, and the real one
+
+MODE_UNKEPT, TIME_UNKEPT = 1, 2        # bits: what a disk didn't keep, though it may have taken it
+UNKEPT = {MODE_UNKEPT: 'its mode', TIME_UNKEPT: 'its time', MODE_UNKEPT | TIME_UNKEPT: 'its mode and time'}
+KEEPS_NONE = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)     # what disks say that keep none
+FINEST = 2                     # seconds, which FAT knows the even ones of
 
 Path = Union[str, bytes]
 
@@ -145,6 +150,7 @@ class Unlistable(Refused):
 
 NOT_AUTHENTICATED, NOT_AUTHORIZED, DOESNT_EXIST, EXISTS, TOO_BIG, NO_SPACE = -1, -2, -3, -4, -5, -6
 INVALID, TOO_MANY_OPEN, BUSY, BAD_FD, IS_DIR, NOT_DIR, NOT_EMPTY = -8, -9, -10, -12, -13, -14, -15
+NOT_SUPPORTED = -23
 UNKNOWN = -127
 
 # What the codes say, and the errnos that become them. Real clients take -18, -19, -20, -11 and -127
@@ -182,6 +188,25 @@ def meaning_of(name: str) -> str:
         return ''
     text = os.strerror(number)
     return text if text[1:2].isupper() or text[1:2] == '/' else text[:1].lower() + text[1:]
+
+
+def unkept(found: os.stat_result, mode: Optional[int], mtime: Optional[int]) -> int:
+    """What of a mode and a time was not kept of what has that stat, bits of UNKEPT. None: none was given."""
+    bits = MODE_UNKEPT if mode is not None and (found.st_mode ^ mode) & 0o777 else 0
+    if mtime is not None and abs(found.st_mtime - mtime) > FINEST:
+        bits |= TIME_UNKEPT
+    return bits
+
+
+@contextlib.contextmanager
+def taking(known: bool = True) -> Iterator[None]:
+    """Where a mode or time is set: passes over what a disk says that keeps none, where somebody is going to
+    know that."""
+    try:
+        yield
+    except OSError as error:
+        if not known or error.errno not in KEEPS_NONE:
+            raise
 
 
 # --- words on the wire -----------------------------------------------------------------------

@@ -62,6 +62,7 @@ class Transfer:
         self.state = 'waiting'
         self.error = ''                # or, while it waits, what for
         self.failures = []             # type: List[Tuple[str, str]]   # (path, reason), of a folder
+        self.unkept = []               # type: List[Tuple[str, str]]   # (path, what), whose disk keeps no such
         self.bytes = 0
         self.total = 0
         self.submitted = time.time()           # since 1970
@@ -138,9 +139,10 @@ class Transfer:
                 'rate': self.bytes / seconds if seconds > 0 else 0.0}
 
     def details(self) -> Dict[str, Any]:
-        """``shown``, and every entry of a folder that failed."""
+        """``shown``, and every entry of a folder that failed, or lost its mode or time."""
         return dict(self.shown(), failures=[{'path': rpc.xml_safe(path), 'reason': rpc.xml_safe(reason)}
-                                            for path, reason in self.failures])
+                                            for path, reason in self.failures],
+                    unkept=[{'path': rpc.xml_safe(path), 'what': what} for path, what in self.unkept])
 
 
 class Line:
@@ -407,7 +409,10 @@ class Transfers:
         goes to the same place."""
         try:
             with self._machines.chirp_client(self._machines.connected(transfer.vm_id)) as client:
-                self._move_with(client, transfer)
+                try:
+                    self._move_with(client, transfer)
+                finally:
+                    transfer.unkept = client.unkept.some
         except chirpwire.ProtocolError:
             raise
         except Busy as busy:

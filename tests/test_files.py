@@ -354,6 +354,16 @@ def test_what_is_told_to_be_cancelled_is_never_told_done(tmp_path, monkeypatch, 
         assert host.transfers.cancel(transfer.id) is False
 
 
+def test_what_a_disk_did_not_keep_is_told_and_is_no_failure(tmp_path, monkeypatch):
+    (tmp_path / 'source').write_text('content')
+    (tmp_path / 'source').chmod(0o666)
+    with one_process(tmp_path, monkeypatch) as host:
+        monkeypatch.setattr(os, 'fchmod', lambda *_: None)
+        transfer = host.transfers.start('put', 'g', str(tmp_path / 'source'), 'there')
+        assert transfer.done.wait(20) and transfer.state == 'done' and not transfer.error
+        assert transfer.details()['unkept'] == [{'path': str(tmp_path / 'source'), 'what': 'its mode'}]
+
+
 def test_a_transfer_that_waits_is_cancelled_at_once(tmp_path, monkeypatch):
     gate = threading.Event()
     (tmp_path / 'source').write_text('content')
