@@ -53,6 +53,7 @@ from chirplocal import (
     open_device,
     open_part,
     open_regular,
+    open_regular_fd,
     remove_tree,
     stat_here,
     through_links,
@@ -725,27 +726,27 @@ class Upload(Move):
             folders: List[str] = []
             with os.scandir(source) as entries:
                 for entry in entries:
-                    failed = self._failures.count
+                    failed, name = self._failures.count, to_remote(entry.name)
                     with self._failing(entry.path):
-                        check_whole(to_remote(entry.name))
-                        self._check_name(to_remote(entry.name))
+                        check_whole(name)
+                        self._check_name(name)
                         follow = self._options.links == 'follow'
                         file: Optional[os.stat_result] = None
                         if entry.is_dir(follow_symlinks=follow) and (follow or not is_link(entry)):
                             if not merge:
-                                self._make_way(known, target, to_remote(entry.name))
+                                self._make_way(known, target, name)
                             folders.append(entry.name)
                         elif not follow and is_link(entry):
                             if self._options.links == 'skip':
                                 continue
                             twins.check(entry.name)
-                            self._put_link(entry, target, known, merge)
+                            self._put_link(entry.path, target, name, known, merge)
                         else:
                             twins.check(entry.name)
-                            file = self._put_entry(entry, target, known, merge)
-                        self._note(sent, to_remote(entry.name), file)
+                            file = self._put_entry(entry, target, name, known, merge)
+                        self._note(sent, name, file)
                     if self._failures.count > failed:
-                        unmoved.add(part_name(to_remote(entry.name)))
+                        unmoved.add(part_name(name))
                     if len(folders) >= PENDING:
                         self._put_folders(source, folders, target, merge, twins)
             self._put_folders(source, folders, target, merge, twins)
@@ -794,29 +795,31 @@ class Upload(Move):
                 raise
             return False
 
-    def _put_entry(self, entry: os.DirEntry, folder: bytes, known: 'Known', merge: bool) -> os.stat_result:
+    def _put_entry(self, entry: os.DirEntry, folder: bytes, name: bytes, known: 'Known',
+                   merge: bool) -> os.stat_result:
         """A file; gives the stat of what was sent."""
-        name = to_remote(entry.name)
         target = join(folder, name)
         there = self._find(known, name)
-        found = entry.stat()
-        if not stat.S_ISREG(found.st_mode):
+        if not entry.is_file():
+            entry.stat()               # raises where a link leads nowhere
             raise OSError(errno.EINVAL, NEITHER)
-        if there is not None and self._small.asking(lambda: self._has(entry.path, found, target, there)):
-            self._meter.add(found.st_size)
-            return found
-        if there is not None and not merge:    # an earlier attempt's, which nobody may be able to write to
-            self._small.asking(lambda: self._client.rmall(target))
-            there = None
-        check_file_there(there, target)
-        if found.st_size <= SMALL:
-            found, data = read_small(entry.path)
-            if len(data) <= SMALL:
-                if merge and known.has_part(name):
-                    self._small.asking(lambda: self._client.rmall(part_path(target)))
-                mode = self._wanted_mode(found, there, data)
-                self._small.put(SmallFile(entry.path, target, merge, mode, there is not None, found, data))
+        if there is not None:
+            found = entry.stat()
+            if self._small.asking(lambda: self._has(entry.path, found, target, there)):
+                self._meter.add(found.st_size)
                 return found
+            if not merge:              # an earlier attempt's, which nobody may be able to write to
+                self._small.asking(lambda: self._client.rmall(target))
+                there = None
+            check_file_there(there, target)
+        read = read_small(entry.path)
+        if read is not None:
+            found, data = read
+            if merge and known.has_part(name):
+                self._small.asking(lambda: self._client.rmall(part_path(target)))
+            mode = self._wanted_mode(found, there, data)
+            self._small.put(SmallFile(entry.path, target, merge, mode, there is not None, found, data))
+            return found
         return self._small.asking(lambda: self._put_file(entry.path, target))
 
     def _find(self, known: 'Known', name: bytes) -> Optional[Stat]:
@@ -836,10 +839,10 @@ class Upload(Move):
         with open_regular(source) as file:
             return self._is_same(file, source, found, target, there)
 
-    def _put_link(self, entry: os.DirEntry, folder: bytes, known: 'Known', merge: bool) -> None:
-        target, leads = join(folder, to_remote(entry.name)), link_there(entry.path)
+    def _put_link(self, source: str, folder: bytes, name: bytes, known: 'Known', merge: bool) -> None:
+        target, leads = join(folder, name), link_there(source)
         self._small.finish()
-        there = known.find(to_remote(entry.name))
+        there = known.find(name)
         if there is not None:
             if there.is_link and to_bytes(self._client.readlink(target)) == leads:
                 return
@@ -973,14 +976,15 @@ class Twins:
 
 class SmallFile:
     """A small file on its way to the server."""
-    __slots__ = ('source', 'target', 'name', 'mode', 'replaces', 'found', 'data', 'error', 'unkept')
+    __slots__ = ('source', 'target', 'name', 'mode', 'first_mode', 'replaces', 'found', 'data', 'error',
+                 'unkept')
 
     def __init__(self, source: str, target: bytes, merge: bool, mode: int, replaces: bool,
                  found: os.stat_result, data: bytes) -> None:
         self.source = source
         self.target = target
         self.name = part_path(target) if merge else target     # by which it is sent
-        self.mode = mode
+        self.mode = self.first_mode = mode
         self.replaces = replaces       # a file, whose mode that is
         self.found = found
         self.data = data
@@ -1102,7 +1106,8 @@ class Lane:
             self.connection.drop_if_ended()
         if file.name != file.target:
             self.connection.replacing(file.name, file.target)     # raises where that is too long
-        line = self.connection.ask('putfile', quote(file.name), self._first_mode(file), len(file.data))
+        file.first_mode = self._first_mode(file)
+        line = self.connection.ask('putfile', quote(file.name), file.first_mode, len(file.data))
         self._send_asked()
         self._asked = file
         self._pipeline.add(line, lambda wire, result: self._agreed(file, result))
@@ -1138,7 +1143,7 @@ class Lane:
         if self._options.verify:
             algorithm, request = self.connection.asking_for_digest(file.name, 0, len(file.data))
             add(request, lambda wire, result: self._compare(file, algorithm, wire, result))
-        if self._first_mode(file) != file.mode and (self._options.keep or file.replaces):
+        if file.first_mode != file.mode and (self._options.keep or file.replaces):
             add(ask('chmod', name, file.mode), file.mode_set)
         if self._options.keep:
             # The time comes last: by it a later attempt knows what is complete.
@@ -1183,17 +1188,21 @@ class Lane:
             self._failures.add(source, result)
 
 
-def read_small(path: str) -> Tuple[os.stat_result, bytes]:
-    """A file's stat, and its content, or a byte more than SMALL of it."""
-    with open_regular(path) as file:
-        found = os.fstat(file.fileno())
-        data = b''
-        while len(data) <= SMALL:
-            more = file.read(SMALL + 1 - len(data))
+def read_small(path: str) -> Optional[Tuple[os.stat_result, bytes]]:
+    """A file's stat and content; None of one that is larger than SMALL."""
+    fd, found = open_regular_fd(path)
+    try:
+        if found.st_size > SMALL:
+            return None
+        data = os.read(fd, SMALL + 1)
+        while len(data) != found.st_size and len(data) <= SMALL:       # those of /proc say 0
+            more = os.read(fd, SMALL + 1 - len(data))
             if not more:
                 break
             data += more
-        return found, data
+        return (found, data) if len(data) <= SMALL else None
+    finally:
+        os.close(fd)
 
 
 def reads_same(wire: Wire, count: int, checksum: Any) -> bool:

@@ -49,6 +49,11 @@ def local_part(path: str) -> str:
 
 def open_regular(path: str) -> Any:
     """Opens a local file to read, unbuffered. Raises OSError where it is something else."""
+    return os.fdopen(open_regular_fd(path)[0], 'rb', buffering=0)
+
+
+def open_regular_fd(path: str) -> Tuple[int, os.stat_result]:
+    """The same; its descriptor and its stat."""
     try:
         fd = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
                      | getattr(os, 'O_NOCTTY', 0) | getattr(os, 'O_CLOEXEC', 0))
@@ -56,11 +61,12 @@ def open_regular(path: str) -> Any:
         if ON_WINDOWS:                 # where it is the same number, for whatever reason
             error.strerror = agent.NOT_TO_READ
         raise
-    mode = os.fstat(fd).st_mode
-    if not stat.S_ISREG(mode):
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode):
         os.close(fd)
-        raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, 'not a regular file', path)
-    return os.fdopen(fd, 'rb', buffering=0)
+        raise OSError(errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EINVAL, 'not a regular file',
+                      path)
+    return fd, found
 
 
 def is_link(entry: os.DirEntry) -> bool:

@@ -438,7 +438,10 @@ class Wire:
         return data
 
     def read_into(self, view: memoryview, deadline: Optional[float] = None) -> int:
-        """Fills some of the view, at least a byte; says how many."""
+        """Fills some of the view, at least a byte; says how many. With a little, what follows it is received,
+        too: who sent the next request along with a small file gets both replies at once."""
+        if self._at == len(self._data) and len(view) < RECEIVE:
+            self._receive_more(deadline or self.deadline(0))
         have = len(self._data) - self._at
         if have:
             count = min(have, len(view))
