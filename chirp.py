@@ -195,6 +195,9 @@ def move(client: ChirpClient, words: argparse.Namespace) -> None:
             client.get(os.fsencode(inside(source)), landing_here(client, source, target), progress=bar)
     finally:
         bar.end()
+        for path, what in client.unkept.some:
+            print('chirp.py: %s' % agent.printable('%s came without %s: the disk there doesn\'t keep that' % (
+                path, what)), file=sys.stderr)
 
 
 def print_listing(client: ChirpClient, words: argparse.Namespace) -> None:

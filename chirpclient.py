@@ -33,6 +33,7 @@ import localnames
 from chirplocal import (
     NESTED,
     beginning,
+    check_own_place,
     check_room,
     check_target,
     finish_part,
@@ -40,6 +41,7 @@ from chirplocal import (
     is_device,
     is_link,
     join,
+    keep,
     link_there,
     local_part,
     locked_folder,
@@ -51,9 +53,8 @@ from chirplocal import (
     open_device,
     open_part,
     open_regular,
+    open_regular_fd,
     remove_tree,
-    set_mode,
-    set_times,
     stat_here,
     through_links,
     to_local,
@@ -62,7 +63,7 @@ from chirplocal import (
     tree_size,
     write_here,
 )
-from chirprequests import SLOWEST_HASH, Connection, Pipeline, leads_nowhere
+from chirprequests import SLOWEST_HASH, Connection, Pipeline, leads_nowhere, unkept_by
 from chirpwire import (
     BLOCK,
     CHECKED,
@@ -71,6 +72,7 @@ from chirpwire import (
     EXISTS,
     INVALID,
     IS_DIR,
+    MODE_UNKEPT,
     NO_SPACE,
     NOT_AUTHENTICATED,
     NOT_AUTHORIZED,
@@ -79,9 +81,13 @@ from chirpwire import (
     OF_SERVERS,
     PREAD_CRC32,
     PWRITE_CRC32,
+    READ_ONLY,
     RESERVED,
     SMALL,
+    TIME_UNKEPT,
     TOO_BIG,
+    UNKEPT,
+    AccessDenied,
     Busy,
     Cancelled,
     Changed,
@@ -123,6 +129,9 @@ FAILURES = 10000               # failures of a folder that are told one by one
 LONG_PATHS = 1 << 20           # characters of paths that are told whole, of those: a guest may make up any
 KNOWN = 50000                  # names of a folder that are held; of more, each is asked for
 ENTRIES = 10 * 1000 * 1000     # in a folder that is fetched, with all in it
+FURTHER = 1                    # connections beside the first, for small files to a server that isn't ours
+FURTHER_WORTH = 50             # small files that are worth one more
+FURTHER_SOON = 2.0             # seconds in which it must be there
 PENDING = 1000                 # folders in a folder that wait until its files have been moved
 NEITHER = 'neither file, folder nor link'
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -171,26 +180,35 @@ class Meter:
 
 
 class Failures:
-    """What of a folder could not be moved."""
+    """What of a folder could not be moved, or was not kept: ``some`` of the (path, reason), and the ``count``
+    of all."""
 
     def __init__(self) -> None:
-        self._some: List[Tuple[str, str]] = []
+        self.clear()
+
+    def clear(self) -> None:
+        self.some: List[Tuple[str, str]] = []
         self._room = LONG_PATHS
         self.count = 0
 
     def add(self, path: Path, error: Any) -> None:
         self.count += 1
-        if len(self._some) < FAILURES:
+        if len(self.some) < FAILURES:
             reason = error.strerror if isinstance(error, OSError) else getattr(error, 'reason', '')
             told = path if isinstance(path, bytes) else to_remote(agent.short_path(path))
             text = shown_whole(told) if self._room > 0 else shown(told)
             self._room -= len(text)
-            self._some.append((text, reason or str(error)))
+            self.some.append((text, reason or str(error)))
+
+    def add_unkept(self, path: Path, bits: int) -> None:
+        """What the disk there didn't keep, bits of chirpwire.UNKEPT: often 0."""
+        if bits:
+            self.add(path, UNKEPT[bits])
 
     def check(self) -> None:
         """Raises Incomplete."""
         if self.count:
-            raise Incomplete(self._some, self.count)
+            raise Incomplete(self.some, self.count)
 
 
 class Options(NamedTuple):
@@ -201,7 +219,15 @@ class Options(NamedTuple):
 
 
 class ChirpClient(Connection):
-    """Puts and gets files and folders. What isn't whole yet has a name of ``part_name``, beside its own."""
+    """Puts and gets files and folders. What isn't whole yet has a name of ``part_name``, beside its own.
+
+    ``unkept``: whose modes and times the disk didn't keep where the last put or get came to: its content is
+    there all the same. Of a put to chirp_server, it is what that refused.
+    """
+
+    def __init__(self, *words: Any, **options: Any) -> None:
+        super().__init__(*words, **options)
+        self.unkept = Failures()
 
     def put(self, source: str, target: Path, progress: Optional[Progress] = None,
             cancel: Optional[threading.Event] = None, verify: bool = True, keep: bool = True,
@@ -255,7 +281,7 @@ class ChirpClient(Connection):
     @contextlib.contextmanager
     def _moving(self, progress: Optional[Progress], cancel: Optional[threading.Event],
                 within: Optional[float]) -> Iterator[Meter]:
-        meter = Meter(progress, cancel)
+        meter, self.unkept = Meter(progress, cancel), Failures()
         self.cancel = cancel
         self.until = None if within is None else time.monotonic() + within
         try:
@@ -318,6 +344,11 @@ class ChirpClient(Connection):
                 return False
         return True
 
+
+
+def concerns_all(refused: Refused) -> bool:
+    """Whether what else there is of a folder would be refused, too."""
+    return refused.code in (NO_SPACE, NOT_AUTHENTICATED) or refused.name == READ_ONLY
 
 
 def altered(path: Path) -> Changed:
@@ -434,6 +465,7 @@ class Move:
         self._meter = meter
         self._options = options
         self._failures = Failures()
+        self._unkept = client.unkept
         self._merges = True            # whether what is at the target already is somebody's
         self._around: List[Tuple[int, int]] = []       # (device, inode) of the folders that we are in
 
@@ -443,7 +475,7 @@ class Move:
         try:
             yield
         except (Refused, Changed, Busy, OSError) as error:
-            if isinstance(error, Refused) and error.code in (NO_SPACE, NOT_AUTHENTICATED) \
+            if isinstance(error, Refused) and concerns_all(error) \
                     or isinstance(error, OSError) and error.errno in FULL:
                 raise
             self._failures.add(path, error)
@@ -481,7 +513,10 @@ class Upload(Move):
     """One ``put``."""
 
     _arrived: Optional['Arrived'] = None           # of a folder
-    _found: Optional[os.stat_result] = None        # of the file that was sent last
+
+    def __init__(self, client: ChirpClient, meter: Meter, options: Options) -> None:
+        super().__init__(client, meter, options)
+        self._further = Further(client)
 
     def run(self, source: str, target: bytes) -> None:
         found = stat_here(source)
@@ -490,34 +525,37 @@ class Upload(Move):
         with CLAIMS.holding(self._client, target), self._client.holding(target):
             if not stat.S_ISDIR(found.st_mode):
                 self._meter.total = found.st_size
-                return self._send_still(source, target)
+                self._send_still(source, target)
+                return
             self._check_apart(target, lambda root: (source, root + os.fsdecode(target)))
             self._meter.total = tree_size(source)
-            self._client.persist(self._meter, lambda: self._put_tree(source, target))
+            with contextlib.closing(self._further):
+                self._client.persist(self._meter, lambda: self._put_tree(source, target))
         self._failures.check()
 
     # One file.
 
-    def _put_file(self, source: str, target: bytes) -> None:
-        """Under a temporary name, which becomes its own at the end."""
+    def _put_file(self, source: str, target: bytes) -> os.stat_result:
+        """Under a temporary name, which becomes its own at the end. Gives the stat of what was sent."""
         with CLAIMS.holding(self._client, target):
-            self._send_still(source, target)
+            return self._send_still(source, target)
 
-    def _send_still(self, source: str, target: bytes) -> None:
+    def _send_still(self, source: str, target: bytes) -> os.stat_result:
         base = self._meter.moved
         with naming(target):
-            self._client.until_it_holds_still(
+            return self._client.until_it_holds_still(  # type: ignore[no-any-return]
                 self._meter, to_remote(source), lambda: self._send_file(source, target, base))
 
-    def _send_file(self, source: str, target: bytes, base: int) -> None:
+    def _send_file(self, source: str, target: bytes, base: int) -> os.stat_result:
         """What is there of it when it begins: a file may grow meanwhile."""
         with open_regular(source) as file:
             found, begin, seen = os.fstat(file.fileno()), beginning(file), time.time()
-            self._meter.moved, self._found = base, found
+            self._meter.moved = base
             there = self._client.find(target)
             check_file_there(there, target)
-            if self._is_same(file, found, target, there):
-                return self._meter.add(found.st_size)
+            if self._is_same(file, source, found, target, there):
+                self._meter.add(found.st_size)
+                return found
             part = part_path(target)
             self._client.replacing(part, target)       # raises where that is too long
             start = self._resume(file, found, part)
@@ -532,12 +570,14 @@ class Upload(Move):
                 if not self._client.has_same(part, file, found.st_size, self._meter):
                     self._client.unlink(part)
                     raise altered(to_remote(source))
-        wanted = self._wanted_mode(found, there, begin)
+        wanted, bits = self._wanted_mode(found, there, begin), 0
         if mode != wanted:
-            self._client.chmod(part, wanted)
+            bits = self._client.keep_mode(part, wanted)
         if self._options.keep:
-            self._client.utime(part, int(found.st_atime), int(found.st_mtime))
+            bits |= self._client.keep_times(part, int(found.st_atime), int(found.st_mtime), wanted)
         self._client.replace(part, target)
+        self._unkept.add_unkept(to_remote(source), bits)
+        return found
 
     def _wanted_mode(self, found: os.stat_result, there: Optional[Stat], begin: bytes) -> int:
         """That of the file which is replaced, unless an earlier attempt left that; else of the source."""
@@ -548,8 +588,7 @@ class Upload(Move):
     @contextlib.contextmanager
     def _keeping_room(self, part: bytes, target: bytes, count: int) -> Iterator[None]:
         """Looks whether so many bytes have room; what turns out to have none is removed."""
-        if count > self._client.free_bytes(posixpath.dirname(part) or b'/'):
-            raise Refused(NO_SPACE, '%s: %d bytes' % (shown(target), count))
+        self._client.check_room(posixpath.dirname(part) or b'/', count, target)
         try:
             yield
         except Refused as refused:
@@ -557,10 +596,11 @@ class Upload(Move):
                 self._client.disconnect()      # pieces are under way
                 with contextlib.suppress(Refused):
                     self._client.unlink(part)
-                raise Refused(refused.code, shown(target))
+                raise refused.about(shown(target))
             raise
 
-    def _is_same(self, file: Any, found: os.stat_result, target: bytes, there: Optional[Stat]) -> bool:
+    def _is_same(self, file: Any, source: str, found: os.stat_result, target: bytes,
+                 there: Optional[Stat]) -> bool:
         """Whether nothing needs to be sent."""
         if there is None or there.size != found.st_size or there.mtime != int(found.st_mtime):
             return False
@@ -569,7 +609,7 @@ class Upload(Move):
             return False
         wanted = self._wanted_mode(found, there, beginning(file))
         if there.mode & 0o777 != wanted:
-            self._client.chmod(target, wanted)
+            self._unkept.add_unkept(to_remote(source), self._client.keep_mode(target, wanted))
         return True
 
     def _resume(self, file: Any, found: os.stat_result, part: bytes) -> int:
@@ -628,9 +668,11 @@ class Upload(Move):
     def _put_tree(self, source: str, target: bytes) -> None:
         """Into the folder of that name, or, where there is none, into a temporary one."""
         self._failures = Failures()
+        self._unkept.clear()
         self._meter.moved = 0
         self._around.clear()
-        self._small = SmallFiles(self._client, self._meter, self._failures, self._options)
+        self._further.close()          # an earlier attempt's: requests may be under way
+        self._small = SmallFiles(self._client, self._further, self._meter, self._failures, self._options)
         self._arrived = None if self._client.is_ours else Arrived(self._client)
         there = self._client.find(target)
         self._merges = there is not None
@@ -641,8 +683,8 @@ class Upload(Move):
         part = part_path(target)
         self._client.ask('rename', quote(part), quote(target))         # raises where that is too long
         old = self._client.find(part, False)
-        if old is None and self._meter.total > self._client.free_bytes(posixpath.dirname(part) or b'/'):
-            raise Refused(NO_SPACE, '%s: %d bytes' % (shown(target), self._meter.total))
+        if old is None:
+            self._client.check_room(posixpath.dirname(part) or b'/', self._meter.total, target)
         if old is not None and not old.is_dir:
             self._client.unlink(part)
         try:
@@ -652,6 +694,7 @@ class Upload(Move):
                     self._arrived.check()
         except (Refused, OSError) as error:
             self._client.disconnect()          # requests may be under way
+            self._further.close()
             with contextlib.suppress(Refused):
                 self._client.rmdir(part)       # which nothing has arrived in
             if isinstance(error, Refused) and error.code == NO_SPACE:
@@ -683,21 +726,27 @@ class Upload(Move):
             folders: List[str] = []
             with os.scandir(source) as entries:
                 for entry in entries:
-                    failed = self._failures.count
+                    failed, name = self._failures.count, to_remote(entry.name)
                     with self._failing(entry.path):
-                        check_whole(to_remote(entry.name))
-                        self._check_name(to_remote(entry.name))
+                        check_whole(name)
+                        self._check_name(name)
                         follow = self._options.links == 'follow'
+                        file: Optional[os.stat_result] = None
                         if entry.is_dir(follow_symlinks=follow) and (follow or not is_link(entry)):
                             if not merge:
-                                self._make_way(known, target, to_remote(entry.name))
+                                self._make_way(known, target, name)
                             folders.append(entry.name)
-                            self._note(sent, to_remote(entry.name), None)
+                        elif not follow and is_link(entry):
+                            if self._options.links == 'skip':
+                                continue
+                            twins.check(entry.name)
+                            self._put_link(entry.path, target, name, known, merge)
                         else:
                             twins.check(entry.name)
-                            self._put_entry(entry, target, known, merge, sent)
+                            file = self._put_entry(entry, target, name, known, merge)
+                        self._note(sent, name, file)
                     if self._failures.count > failed:
-                        unmoved.add(part_name(to_remote(entry.name)))
+                        unmoved.add(part_name(name))
                     if len(folders) >= PENDING:
                         self._put_folders(source, folders, target, merge, twins)
             self._put_folders(source, folders, target, merge, twins)
@@ -706,8 +755,10 @@ class Upload(Move):
                 if self._arrived is not None and not self._failures.count:
                     self._arrived.check_folder(target, sent)
         if self._options.keep and (made or not merge):
-            self._client.chmod(target, mode_there(found))
-            self._client.utime(target, int(found.st_atime), int(found.st_mtime))
+            mode = mode_there(found)
+            self._unkept.add_unkept(to_remote(source), self._client.keep_mode(target, mode)
+                                    | self._client.keep_times(target, int(found.st_atime),
+                                                              int(found.st_mtime), mode))
 
     def _check_name(self, name: bytes, path: Path = b'') -> None:
         """Raises OSError for what would be there, and in no listing; or what no server has written."""
@@ -730,7 +781,7 @@ class Upload(Move):
 
     def _make_way(self, known: 'Known', folder: bytes, name: bytes) -> None:
         """Removes what an earlier attempt left where a folder is to be."""
-        there = self._small.asking(lambda: known.find(name)) if known.must_ask else known.find(name)
+        there = self._find(known, name)
         if there is not None and not there.is_dir:
             self._small.asking(lambda: self._client.unlink(join(folder, name)))
 
@@ -744,43 +795,41 @@ class Upload(Move):
                 raise
             return False
 
-    def _put_entry(self, entry: os.DirEntry, folder: bytes, known: 'Known', merge: bool,
-                   sent: 'Sent') -> None:
-        """``sent``: notes it there."""
-        name = to_remote(entry.name)
+    def _put_entry(self, entry: os.DirEntry, folder: bytes, name: bytes, known: 'Known',
+                   merge: bool) -> os.stat_result:
+        """A file; gives the stat of what was sent."""
         target = join(folder, name)
-        there = self._small.asking(lambda: known.find(name)) if known.must_ask else known.find(name)
-        if is_link(entry) and self._options.links != 'follow':
-            if self._options.links == 'keep':
-                self._small.asking(lambda: self._put_link(entry.path, target, there, merge))
-                self._note(sent, name, None)
-            return
-        found = entry.stat()
-        if not stat.S_ISREG(found.st_mode):
+        there = self._find(known, name)
+        if not entry.is_file():
+            entry.stat()               # raises where a link leads nowhere
             raise OSError(errno.EINVAL, NEITHER)
-        self._note(sent, name, found)
-        if there is not None and self._small.asking(lambda: self._has(entry.path, found, target, there)):
-            return self._meter.add(found.st_size)
-        if there is not None and not merge:    # an earlier attempt's, which nobody may be able to write to
-            self._small.asking(lambda: self._client.rmall(target))
-            there = None
-        check_file_there(there, target)
-        if found.st_size <= SMALL:
-            found, data = read_small(entry.path)
-            if len(data) <= SMALL:
-                if merge and known.has_part(name):
-                    self._small.asking(lambda: self._client.rmall(part_path(target)))
-                mode = self._wanted_mode(found, there, data)
-                self._note(sent, name, found)
-                return self._small.put(SmallFile(entry.path, target, merge, mode, there is not None, found,
-                                                 data))
-        self._small.asking(lambda: self._put_file(entry.path, target))
-        self._note(sent, name, self._found)
+        if there is not None:
+            found = entry.stat()
+            if self._small.asking(lambda: self._has(entry.path, found, target, there)):
+                self._meter.add(found.st_size)
+                return found
+            if not merge:              # an earlier attempt's, which nobody may be able to write to
+                self._small.asking(lambda: self._client.rmall(target))
+                there = None
+            check_file_there(there, target)
+        read = read_small(entry.path)
+        if read is not None:
+            found, data = read
+            if merge and known.has_part(name):
+                self._small.asking(lambda: self._client.rmall(part_path(target)))
+            mode = self._wanted_mode(found, there, data)
+            self._small.put(SmallFile(entry.path, target, merge, mode, there is not None, found, data))
+            return found
+        return self._small.asking(lambda: self._put_file(entry.path, target))
+
+    def _find(self, known: 'Known', name: bytes) -> Optional[Stat]:
+        """What is there of that name."""
+        return self._small.asking(lambda: known.find(name)) if known.must_ask else known.find(name)
 
     def _note(self, sent: 'Sent', name: bytes, found: Optional[os.stat_result]) -> None:
-        """Where it will be looked at, as far as memory allows. ``found``: of a file; those of /proc tell no
-        size."""
-        if self._arrived is not None and (len(sent) < KNOWN or name in sent):
+        """What was sent, to be looked at, as far as memory allows. ``found``: of a file; those of /proc tell
+        no size."""
+        if self._arrived is not None and len(sent) < KNOWN:
             sent[name] = (found.st_size, int(found.st_mtime)) \
                 if found is not None and found.st_size and self._options.keep else None
 
@@ -788,10 +837,12 @@ class Upload(Move):
         if there is None or not there.is_file or there.size != found.st_size:
             return False
         with open_regular(source) as file:
-            return self._is_same(file, found, target, there)
+            return self._is_same(file, source, found, target, there)
 
-    def _put_link(self, source: str, target: bytes, there: Optional[Stat], merge: bool) -> None:
-        leads = link_there(source)
+    def _put_link(self, source: str, folder: bytes, name: bytes, known: 'Known', merge: bool) -> None:
+        target, leads = join(folder, name), link_there(source)
+        self._small.finish()
+        there = known.find(name)
         if there is not None:
             if there.is_link and to_bytes(self._client.readlink(target)) == leads:
                 return
@@ -925,34 +976,125 @@ class Twins:
 
 class SmallFile:
     """A small file on its way to the server."""
-    __slots__ = ('source', 'target', 'name', 'mode', 'replaces', 'found', 'data', 'error')
+    __slots__ = ('source', 'target', 'name', 'mode', 'first_mode', 'replaces', 'found', 'data', 'error',
+                 'unkept')
 
     def __init__(self, source: str, target: bytes, merge: bool, mode: int, replaces: bool,
                  found: os.stat_result, data: bytes) -> None:
         self.source = source
         self.target = target
         self.name = part_path(target) if merge else target     # by which it is sent
-        self.mode = mode
+        self.mode = self.first_mode = mode
         self.replaces = replaces       # a file, whose mode that is
         self.found = found
         self.data = data
         self.error: Optional[Exception] = None
+        self.unkept = 0                # bits of chirpwire.UNKEPT
+
+    def mode_set(self, _: Optional[Wire], result: Union[int, Refused]) -> None:
+        self._set(result, MODE_UNKEPT)
+
+    def times_set(self, _: Optional[Wire], result: Union[int, Refused]) -> None:
+        self._set(result, TIME_UNKEPT)
+
+    def _set(self, result: Union[int, Refused], what: int) -> None:
+        try:
+            self.unkept |= unkept_by(result, what)
+        except Refused:
+            self.check(None, result)
 
     def check(self, _: Optional[Wire], result: Union[int, Refused]) -> None:
         """Notes a refusal."""
         if isinstance(result, Refused) and self.error is None:
-            self.error = Refused(result.code)
+            self.error = result
+
+
+class Further:
+    """Connections beside a client's own, for the small files of a folder that goes to a server which isn't
+    ours: there each file costs a round trip. One that is refused or lost just means that there are none."""
+
+    def __init__(self, client: Connection) -> None:
+        self._client = client
+        self._others: List[Connection] = []
+        self._wanted = True
+
+    def another(self) -> Optional[Connection]:
+        """One more, where there may be one. It is made now."""
+        if not self._wanted or self._client.is_ours or len(self._others) >= FURTHER:
+            return None
+        try:
+            self._others.append(self._client.another(FURTHER_SOON))
+        except (Disconnected, AccessDenied) as error:
+            log.debug('%s; one connection will do', error)
+            self._wanted = False
+            return None
+        return self._others[-1]
+
+    def lose(self, connection: Connection, error: Exception) -> Exception:
+        """What to raise where a connection broke. Where it isn't the client's own, all begins again with that
+        alone, whatever the error was."""
+        if connection is self._client:
+            return error
+        self._wanted = False
+        return Disconnected('a further connection: %s' % error)
+
+    def close(self) -> None:
+        """Ends those that there are. More can be made."""
+        while self._others:
+            self._others.pop().disconnect()
 
 
 class SmallFiles:
-    """Small files of a folder, the next one's request with the content of the last."""
+    """Small files of a folder, one after the other; by turns over what connections there are."""
 
-    def __init__(self, client: ChirpClient, meter: Meter, failures: Failures, options: Options) -> None:
-        self._client = client
+    def __init__(self, client: ChirpClient, further: Further, meter: Meter, failures: Failures,
+                 options: Options) -> None:
+        self._further = further
+        self._new_lane = lambda connection: Lane(connection, meter, failures, client.unkept, options)
+        self._lanes = [self._new_lane(client)]
+        self._count = 0
+
+    def put(self, file: SmallFile) -> None:
+        """Begins to send it."""
+        self._count += 1
+        if self._count % FURTHER_WORTH == 0:
+            self._widen()
+        lane = self._lanes[self._count % len(self._lanes)]
+        try:
+            lane.put(file)
+        except (Disconnected, AccessDenied) as error:
+            raise self._further.lose(lane.connection, error)
+
+    def _widen(self) -> None:
+        connection = self._further.another()
+        if connection is not None:
+            self._lanes.append(self._new_lane(connection))
+
+    def asking(self, do: Callable[[], Any]) -> Any:
+        """Does what asks the server by itself, once all are in place."""
+        self.finish()
+        return do()
+
+    def finish(self) -> None:
+        """Waits until all are in place."""
+        for lane in self._lanes:
+            try:
+                lane.finish()
+            except (Disconnected, AccessDenied) as error:
+                raise self._further.lose(lane.connection, error)
+
+
+class Lane:
+    """Small files over one connection, the next one's request with the content of the last."""
+
+    def __init__(self, connection: Connection, meter: Meter, failures: Failures, unkept: Failures,
+                 options: Options) -> None:
+        self.connection = connection
         self._meter = meter
         self._failures = failures
+        self._unkept = unkept
         self._options = options
-        self._pipeline = Pipeline(client)
+        self._pipeline = Pipeline(connection)
         self._asked: Optional[SmallFile] = None        # the one whose content waits for the server's consent
         self._last: Optional[SmallFile] = None         # the one that has no name yet
 
@@ -961,19 +1103,15 @@ class SmallFiles:
         meanwhile: it takes as many bytes as that has, and then reads on. This one's content can't go along:
         after a refusal, it would be taken for requests."""
         if self._pipeline.is_idle():
-            self._client.drop_if_ended()
+            self.connection.drop_if_ended()
         if file.name != file.target:
-            self._client.replacing(file.name, file.target)     # raises where that is too long
-        line = self._client.ask('putfile', quote(file.name), self._first_mode(file), len(file.data))
+            self.connection.replacing(file.name, file.target)     # raises where that is too long
+        file.first_mode = self._first_mode(file)
+        line = self.connection.ask('putfile', quote(file.name), file.first_mode, len(file.data))
         self._send_asked()
         self._asked = file
         self._pipeline.add(line, lambda wire, result: self._agreed(file, result))
-        self._client.connect().flush()         # the server works on it while the next file is read here
-
-    def asking(self, do: Callable[[], Any]) -> Any:
-        """Does what asks the server by itself, once all are in place."""
-        self.finish()
-        return do()
+        self.connection.connect().flush()         # the server works on it while the next file is read here
 
     def finish(self) -> None:
         """Waits until all are in place."""
@@ -987,42 +1125,43 @@ class SmallFiles:
         self._pipeline.drain()
         file, self._asked = self._asked, None
         if file is not None:
-            self._client.connect().put(file.data)
+            self.connection.connect().put(file.data)
             self._follow(file)
 
     def _agreed(self, file: SmallFile, result: Union[int, Refused]) -> None:
         if isinstance(result, Refused):
             self._asked = None
-            if result.code in (NO_SPACE, NOT_AUTHENTICATED):
-                raise Refused(result.code, shown(file.target))
+            if concerns_all(result):
+                raise result.about(shown(file.target))
             self._failures.add(file.source, result)
 
     def _follow(self, file: SmallFile) -> None:
         """What comes after the content, without waiting; its name last, once all replies were good."""
-        add, ask, name = self._pipeline.add, self._client.ask, quote(file.name)
+        add, ask, name = self._pipeline.add, self.connection.ask, quote(file.name)
         add(b'', lambda wire, result: self._arrived(file, result))
         self._complete_last()
         if self._options.verify:
-            algorithm, request = self._client.asking_for_digest(file.name, 0, len(file.data))
+            algorithm, request = self.connection.asking_for_digest(file.name, 0, len(file.data))
             add(request, lambda wire, result: self._compare(file, algorithm, wire, result))
-        if self._first_mode(file) != file.mode and (self._options.keep or file.replaces):
-            add(ask('chmod', name, file.mode), file.check)
+        if file.first_mode != file.mode and (self._options.keep or file.replaces):
+            add(ask('chmod', name, file.mode), file.mode_set)
         if self._options.keep:
             # The time comes last: by it a later attempt knows what is complete.
-            add(ask('utime', name, int(file.found.st_atime), int(file.found.st_mtime)), file.check)
+            add(ask('utime', name, int(file.found.st_atime), int(file.found.st_mtime),
+                    *self.connection.mode_to_tell(file.mode)), file.times_set)
         self._last = file
 
     def _first_mode(self, file: SmallFile) -> int:
         """What it has first: a server of ours has to read it for its checksum; the real one has a umask."""
-        return file.mode | 0o400 if self._client.is_ours else file.mode & ~0o077
+        return file.mode | 0o400 if self.connection.is_ours else file.mode & ~0o077
 
     def _arrived(self, file: SmallFile, result: Union[int, Refused]) -> None:
         file.check(None, result)
         if isinstance(result, Refused):
-            if result.code == NO_SPACE:
-                raise Refused(NO_SPACE, shown(file.target))
+            if concerns_all(result):
+                raise result.about(shown(file.target))
         elif result != len(file.data):
-            raise self._client.broken('putfile: a wrong count')
+            raise self.connection.broken('putfile: a wrong count')
         else:
             self._meter.add(result)
 
@@ -1036,9 +1175,12 @@ class SmallFiles:
         file, self._last = self._last, None
         if file is not None and file.error is not None:
             self._failures.add(file.source, file.error)
-        elif file is not None and file.name != file.target:
+            return
+        if file is not None and file.unkept:
+            self._unkept.add_unkept(to_remote(file.source), file.unkept)
+        if file is not None and file.name != file.target:
             source = file.source
-            self._pipeline.add(self._client.replacing(file.name, file.target),
+            self._pipeline.add(self.connection.replacing(file.name, file.target),
                                lambda wire, result: self._named(source, result))
 
     def _named(self, source: str, result: Union[int, Refused]) -> None:
@@ -1046,17 +1188,21 @@ class SmallFiles:
             self._failures.add(source, result)
 
 
-def read_small(path: str) -> Tuple[os.stat_result, bytes]:
-    """A file's stat, and its content, or a byte more than SMALL of it."""
-    with open_regular(path) as file:
-        found = os.fstat(file.fileno())
-        data = b''
-        while len(data) <= SMALL:
-            more = file.read(SMALL + 1 - len(data))
+def read_small(path: str) -> Optional[Tuple[os.stat_result, bytes]]:
+    """A file's stat and content; None of one that is larger than SMALL."""
+    fd, found = open_regular_fd(path)
+    try:
+        if found.st_size > SMALL:
+            return None
+        data = os.read(fd, SMALL + 1)
+        while len(data) != found.st_size and len(data) <= SMALL:       # those of /proc say 0
+            more = os.read(fd, SMALL + 1 - len(data))
             if not more:
                 break
             data += more
-        return found, data
+        return (found, data) if len(data) <= SMALL else None
+    finally:
+        os.close(fd)
 
 
 def reads_same(wire: Wire, count: int, checksum: Any) -> bool:
@@ -1073,7 +1219,7 @@ def naming(target: bytes) -> Iterator[None]:
     try:
         yield
     except Refused as refused:
-        raise Refused(refused.code, refused.what.replace(shown(part_path(target)), shown(target)))
+        raise refused.about(refused.what.replace(shown(part_path(target)), shown(target)))
 
 
 def check_file_there(there: Optional[Stat], target: bytes) -> None:
@@ -1234,7 +1380,8 @@ class Download(Move):
                 raise
             if self._options.keep:
                 there = mode_of_file(target) if self._merges else None
-                finish_part(file, target, (found.atime, found.mtime), found.mode if there is None else there)
+                self._unkept.add_unkept(source, finish_part(
+                    file, target, (found.atime, found.mtime), found.mode if there is None else there))
             else:
                 finish_part(file, target)
 
@@ -1256,7 +1403,7 @@ class Download(Move):
             if self._options.verify and not self._client.has_same(source, file, found.size, self._meter):
                 return False
             if not self._merges:
-                set_mode(file.fileno(), found.mode)
+                self._unkept.add_unkept(source, keep(file.fileno(), None, found.mode))
             return True
 
     def _resume(self, file: Any, number: int, size: int) -> int:
@@ -1346,6 +1493,7 @@ class Download(Move):
     def _get_tree(self, source: bytes, target: str) -> None:
         """Into the folder of that name, or, where there is none, into a temporary one."""
         self._failures = Failures()
+        self._unkept.clear()
         self._meter.moved = self._meter.total = self._entries = 0
         self._around.clear()
         self._pipeline = Pipeline(self._client)
@@ -1385,6 +1533,7 @@ class Download(Move):
         ``made``: that is nothing."""
         with self._inside(found.dev, found.ino):
             if not made and not merge:
+                check_own_place(target)
                 os.chmod(target, 0o700)
                 self._remove_others(source, target)
             folders: List[Stat] = []
@@ -1412,8 +1561,7 @@ class Download(Move):
                     self._get_folders(source, target, folders, inside, merge, again)
             self._get_folders(source, target, folders, inside, merge, again)
         if self._options.keep and (made or not merge):
-            set_mode(target, found.mode)
-            set_times(target, (found.mtime, found.mtime))
+            self._unkept.add_unkept(source, keep(target, (found.mtime, found.mtime), found.mode))
 
     def _followed(self, path: bytes) -> Stat:
         """What a link leads to. Raises OSError, which tells where, for one that leads nowhere, or round."""
@@ -1531,7 +1679,8 @@ class Download(Move):
                 write_here(file, memoryview(data))
                 file.truncate(len(data))
                 if self._options.keep:
-                    finish_part(file, fetched.here, (entry.mtime, entry.mtime), entry.mode)
+                    bits = finish_part(file, fetched.here, (entry.mtime, entry.mtime), entry.mode)
+                    self._unkept.add_unkept(fetched.path, bits)
                 else:
                     finish_part(file, fetched.here)
             self._meter.add(len(data))

@@ -12,7 +12,17 @@ from typing import Any, Callable, Iterator, Optional, Tuple, Union
 
 import agent
 import localnames
-from chirpwire import Busy, ChirpError, is_zero, lock_part, part_name, to_bytes
+from chirpwire import (
+    Busy,
+    ChirpError,
+    check_unmounted,
+    is_zero,
+    lock_part,
+    part_name,
+    taking,
+    to_bytes,
+    unkept,
+)
 
 ON_WINDOWS = os.name == 'nt'
 JUNCTION = getattr(stat, 'IO_REPARSE_TAG_MOUNT_POINT', None)     # on Windows, from Python 3.8 on
@@ -39,6 +49,11 @@ def local_part(path: str) -> str:
 
 def open_regular(path: str) -> Any:
     """Opens a local file to read, unbuffered. Raises OSError where it is something else."""
+    return os.fdopen(open_regular_fd(path)[0], 'rb', buffering=0)
+
+
+def open_regular_fd(path: str) -> Tuple[int, os.stat_result]:
+    """The same; its descriptor and its stat."""
     try:
         fd = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
                      | getattr(os, 'O_NOCTTY', 0) | getattr(os, 'O_CLOEXEC', 0))
@@ -46,11 +61,12 @@ def open_regular(path: str) -> Any:
         if ON_WINDOWS:                 # where it is the same number, for whatever reason
             error.strerror = agent.NOT_TO_READ
         raise
-    mode = os.fstat(fd).st_mode
-    if not stat.S_ISREG(mode):
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode):
         os.close(fd)
-        raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, 'not a regular file', path)
-    return os.fdopen(fd, 'rb', buffering=0)
+        raise OSError(errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EINVAL, 'not a regular file',
+                      path)
+    return fd, found
 
 
 def is_link(entry: os.DirEntry) -> bool:
@@ -138,7 +154,14 @@ def check_room(folder: str, count: int) -> None:
         os.sync()                      # before that, Btrfs counts what was just deleted
         free = free_here(folder)
     if count > free:
+        check_writable(folder)
         raise OSError(errno.ENOSPC, '%d bytes are needed, %d are free' % (count, free), folder)
+
+
+def check_writable(folder: str) -> None:
+    """Raises OSError where its disk is read only, which has no room either."""
+    if hasattr(os, 'statvfs') and os.statvfs(folder).f_flag & os.ST_RDONLY:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), folder)
 
 
 def free_here(folder: str) -> int:
@@ -174,6 +197,8 @@ def open_part(target: str) -> Any:
         return open_part(target)
     file = os.fdopen(fd, 'r+b', buffering=0)
     try:
+        if found.st_size:
+            check_own_place(path)
         lock(fd, target)
         if is_still(fd, path):
             return file
@@ -193,11 +218,27 @@ def remove_part(path: str, target: str) -> None:
             remove_tree(path)
 
 
+def check_own_place(path: str) -> None:
+    """Raises OSError where something is mounted there."""
+    if not hasattr(os, 'O_PATH'):
+        if os.path.ismount(path):
+            raise OSError(errno.EBUSY, 'something is mounted there', path)
+        return
+    with contextlib.ExitStack() as stack:
+        fds = []
+        for each in path, os.path.dirname(path):
+            fds.append(os.open(each or '.', os.O_PATH | os.O_CLOEXEC))
+            stack.callback(os.close, fds[-1])
+        check_unmounted(*fds)
+
+
 def remove_tree(path: str) -> None:
     """Removes a file, or a folder and all in it. shutil is imported here alone: a guest that waits does
     without its memory."""
     if os.path.isdir(path) and not os.path.islink(path):
         import shutil
+        for folder, _, _ in os.walk(path):
+            check_own_place(folder)
         for folder, _, _ in os.walk(path):
             os.chmod(folder, 0o700)
         shutil.rmtree(path)
@@ -279,18 +320,16 @@ def is_still(fd: int, path: str) -> bool:
 
 
 def finish_part(file: Any, target: str, times: Optional[Tuple[int, int]] = None,
-                mode: Optional[int] = None) -> None:
+                mode: Optional[int] = None) -> int:
     """Gives a partial file its times (accessed, changed), its mode and its name, and the owner of the file
-    that it replaces, where we may."""
+    that it replaces, where we may. Gives what of it wasn't kept, as ``keep``."""
     localnames.check_own(target)
     keep_owner(file, target)
     close_where_needed(file)
     part = local_part(target) if file.closed else file.fileno()        # type: Union[int, str]
-    if times is not None:
-        set_times(part, times)
-    if mode is not None:
-        set_mode(part, mode)
+    bits = keep(part, times, mode) if times is not None or mode is not None else 0
     agent.replace(local_part(target), target)
+    return bits
 
 
 def give_up_part(file: Any, target: str) -> None:
@@ -331,17 +370,18 @@ def write_here(file: Any, view: memoryview) -> None:
         view = view[file.write(view):]
 
 
-def set_times(where: Union[int, str], times: Tuple[int, int]) -> None:
-    """Sets when the file or folder of that descriptor, or path, was accessed and changed last."""
-    with contextlib.suppress(OverflowError):           # a server may say any number
-        os.utime(where, times)
-
-
-def set_mode(where: Union[int, str], mode: int) -> None:
-    """Sets the mode of the file or folder of that descriptor, or path. Nothing on Windows, which of all its
-    bits knows that nobody may write: no later transfer could replace such a file."""
-    if not ON_WINDOWS:
-        os.chmod(where, mode & 0o777)
+def keep(where: Union[int, str], times: Optional[Tuple[int, int]], mode: Optional[int]) -> int:
+    """Sets when the file or folder of that descriptor, or path, was accessed and changed last, and its mode;
+    gives what the disk didn't keep, bits of chirpwire.UNKEPT. No mode on Windows, which of all its bits knows
+    that nobody may write: no later transfer could replace such a file."""
+    mode = None if mode is None or ON_WINDOWS else mode & 0o777
+    if times is not None:
+        with taking(), contextlib.suppress(OverflowError):     # a server may say any number
+            os.utime(where, times)
+    if mode is not None:
+        with taking():
+            os.chmod(where, mode)
+    return unkept(os.stat(where), mode, None if times is None else times[1])
 
 
 def mode_there(found: os.stat_result, begin: bytes = b'') -> int:

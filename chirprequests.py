@@ -25,11 +25,17 @@ from chirpwire import (
     CRC32,
     DOESNT_EXIST,
     LINE,
+    MODE_UNKEPT,
+    NO_SPACE,
+    NOT_AUTHORIZED,
     NOT_DIR,
+    NOT_SUPPORTED,
     PORT,
     RESERVED,
     SECRET,
     STAT_LINE,
+    TIME_UNKEPT,
+    UNKEPT,
     AccessDenied,
     Busy,
     Cancelled,
@@ -59,6 +65,7 @@ SLOWEST_HASH = 2 * 1024 * 1024         # bytes per second of which a peer must c
 LISTING = 256 * 1024 * 1024    # bytes of a folder's names that are taken in
 IN_MEMORY = 1024 * 1024        # and of these, what is not on disk
 REPLY_LINE = re.compile(br'-?[0-9]{1,18} *$')
+NAMED_LINE = re.compile(br'(-[0-9]{1,18}) (E[A-Z0-9]{1,20})$')         # an error of ours, with its errno
 STATFS_LINE = re.compile(br'-?[0-9]{1,20}( -?[0-9]{1,20}){6} *$')
 NAME_LINE = 1024               # bytes of a line in a listing
 LINKS = 40                     # symbolic links that one path may lead through
@@ -124,6 +131,14 @@ class Connection:
         wire, self._wire = self._wire, None
         if wire is not None:
             wire.close()
+
+    def another(self, patience: float) -> 'Connection':
+        """One more to the same server, made now: in so many seconds at most. Raises as ``connect``."""
+        other = Connection(self.address, self.port, min(patience, self.timeout), self.secret, self.id,
+                           self.tls)
+        other.cancel, other.until = self.cancel, self.until
+        other.connect().timeout = other.timeout = self.timeout
+        return other
 
     @property
     def is_ours(self) -> bool:
@@ -196,7 +211,7 @@ class Connection:
 
     def _greet(self, wire: Wire) -> Optional[str]:
         """Says that this is one of ours, and learns whether the server is, and what it serves."""
-        wire.put(b'vmhost 1\n')
+        wire.put(b'vmhost 2\n')
         try:
             count = self._number(wire, '')
         except Refused:
@@ -269,7 +284,10 @@ class Connection:
     def _number(self, wire: Wire, what: Path) -> int:
         line = wire.line()
         if not REPLY_LINE.match(line):
-            raise ProtocolError('not a reply: %.80r' % line)
+            named = NAMED_LINE.match(line)
+            if named is None:
+                raise ProtocolError('not a reply: %.80r' % line)
+            raise Refused(int(named.group(1)), shown(what), named.group(2).decode('ascii'))
         if line.startswith(b'-'):
             raise Refused(int(line), shown(what))
         return int(line)
@@ -391,9 +409,39 @@ class Connection:
     def utime(self, path: Path, atime: int, mtime: int) -> None:
         self.call('utime', quote(path), int(atime), int(mtime), about=path)
 
+    def keep_mode(self, path: Path, mode: int) -> int:
+        """``chmod``; gives what the disk there didn't keep, bits of chirpwire.UNKEPT, as far as the server
+        tells that."""
+        return self._keep(MODE_UNKEPT, 'chmod', path, mode & 0o777)
+
+    def keep_times(self, path: Path, atime: int, mtime: int, mode: int) -> int:
+        """``utime`` of what has that mode; gives what of both isn't kept."""
+        return self._keep(TIME_UNKEPT, 'utime', path, atime, mtime, *self.mode_to_tell(mode))
+
+    def mode_to_tell(self, mode: int) -> Tuple[int, ...]:
+        """What ``utime`` says beside the times: a server of ours looks whether that is the mode."""
+        return (mode,) if self.is_ours else ()
+
+    def _keep(self, what: int, *words: Any) -> int:
+        try:
+            return self.call(words[0], quote(words[1]), *words[2:], about=words[1]) & max(UNKEPT)
+        except Refused as refused:
+            return unkept_by(refused, what)
+
     def free_bytes(self, path: Path = '/') -> int:
         """What the disk of a folder has room for."""
         return self.call('statfs', quote(path), about=path, read=read_free_bytes)
+
+    def check_room(self, folder: Path, count: int, target: Path) -> None:
+        """Raises Refused, about the target, where a folder's disk has no room for so many bytes."""
+        if count <= self.free_bytes(folder):
+            return
+        try:
+            self.call('access', quote(folder), os.W_OK)        # one that is read only has no room, too
+        except Refused as refused:
+            if refused.code == NOT_AUTHORIZED:
+                raise refused.about(shown(target))
+        raise Refused(NO_SPACE, '%s: %d bytes' % (shown(target), count))
 
     def hash(self, path: Path, algorithm: str = 'sha1', size: int = 0) -> bytes:
         """The digest, ``sha1`` or ``md5``, that the server has of a file. ``size``: the file's, for the time
@@ -513,6 +561,16 @@ def link_word(target: Path) -> bytes:
 def leads_nowhere(path: Path, leads: str) -> ChirpError:
     """What to raise for a link of the server."""
     return ChirpError('%s is a link to %s, where nothing is that is served' % (shown(path), shown(leads)))
+
+
+def unkept_by(result: Union[int, Refused], what: int) -> int:
+    """What a reply to a request that sets a mode or time says isn't kept; ``what``: which of them. Raises
+    Refused, unless that is what a disk says that keeps none."""
+    if not isinstance(result, Refused):
+        return result & max(UNKEPT)
+    if result.code not in (NOT_AUTHORIZED, NOT_SUPPORTED) or result.name:
+        raise result
+    return what
 
 
 def payload(limit: int) -> Callable[[Wire, int], bytes]:

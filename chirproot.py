@@ -11,7 +11,7 @@ import os
 import stat
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
-from chirpwire import OF_SERVERS, PATH, RESERVED, ChirpError, is_part, is_zero
+from chirpwire import OF_SERVERS, PATH, RESERVED, ChirpError, check_unmounted, is_part, is_zero
 
 LINKS = 40                     # symbolic links that one path may lead through
 DEEPEST = 200                  # levels that rmall goes down
@@ -270,6 +270,7 @@ def remove_tree(fd: int, name: bytes, depth: int = 0) -> None:
         raise OSError(errno.EMFILE, 'too deep')
     inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
     try:
+        check_unmounted(inner, fd)
         with contextlib.suppress(OSError):     # one that may not be written; or what follows says so
             os.fchmod(inner, 0o700)
         for entry in names_in(inner):
@@ -312,6 +313,20 @@ def write_all(fd: int, view: memoryview, offset: int, holes: bool = True) -> Non
         count = os.pwrite(fd, view, offset)
         offset += count
         view = view[count:]
+
+
+def check_access(fd: int, name: bytes, bits: int) -> None:
+    """Raises OSError, which says why, for what may not be read, written or entered."""
+    if os.access(name, bits, dir_fd=fd):
+        return
+    if bits & os.W_OK:
+        here = os.open(name, WALK & ~getattr(os, 'O_DIRECTORY', 0), dir_fd=fd)
+        try:
+            if os.fstatvfs(here).f_flag & os.ST_RDONLY:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        finally:
+            os.close(here)
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def change_mode(fd: int, mode: int, least: int) -> None:

@@ -21,9 +21,11 @@ import time
 from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 from chirproot import (
+    WALK,
     Root,
     change_mode,
     change_mode_of_shut,
+    check_access,
     free_bytes,
     keep_owner,
     open_in,
@@ -38,7 +40,6 @@ from chirpwire import (
     BLOCK,
     BUSY,
     CHALLENGE,
-    CODES,
     CRC32,
     INVALID,
     IS_DIR,
@@ -58,6 +59,8 @@ from chirpwire import (
     EndOfStream,
     ProtocolError,
     Wire,
+    check_unmounted,
+    error_line,
     hash_file,
     is_part,
     lock_part,
@@ -68,6 +71,8 @@ from chirpwire import (
     quote,
     secret_answer,
     stat_line,
+    taking,
+    unkept,
     unlock_part,
     unquote,
 )
@@ -182,6 +187,8 @@ class Locks:
         place = place_of(folder, name)
         if place in self._fds:
             return
+        if opened is not None:
+            check_unmounted(opened, folder)
         try:
             fd = os.open(name, LOOKS, dir_fd=folder) if opened is None else os.dup(opened)
         except OSError:                # there is none, or it is a link, which nobody writes to
@@ -207,6 +214,16 @@ class Locks:
 
 
 LOOKS = os.O_RDONLY | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_NOCTTY', 0)
+
+
+def check_place(folder: int, name: bytes) -> None:
+    """Raises OSError where something is mounted under that name."""
+    with contextlib.suppress(FileNotFoundError):
+        fd = os.open(name, WALK & ~getattr(os, 'O_DIRECTORY', 0), dir_fd=folder)
+        try:
+            check_unmounted(fd, folder)
+        finally:
+            os.close(fd)
 
 
 def place_of(folder: int, name: bytes) -> Tuple[int, int, bytes]:
@@ -235,6 +252,7 @@ class Session:
         self.wire = Wire(sock, AUTHENTICATION_TIME)
         self._rights: FrozenSet[str] = frozenset()
         self._ended = False
+        self._names_errors = False
         self._buffer: Optional[memoryview] = None      # once a file passed
         self.locks = Locks()
         self._parts: Dict[type, Part] = {kind: kind(self) for kind in REQUESTS}
@@ -284,8 +302,10 @@ class Session:
         if self._rights.isdisjoint(rights):
             raise Fault(NOT_AUTHORIZED)
 
-    def greet(self) -> None:
-        """The client is one of ours: names and modes are what they are from now on."""
+    def greet(self, version: bytes) -> None:
+        """The client is one of ours: names and modes are what they are from now on, and from version 2 on it
+        takes errnos' names."""
+        self._names_errors = version != b'1'
         if not self.root.ours:
             self.root = self.root.for_ours()
 
@@ -392,11 +412,13 @@ class Session:
                 words = line.split(None, count)
             if right:
                 self.need(right)
+            if words[0] in WITH_MORE:
+                count += 1
             return getattr(self._parts[kind], name)(*words[1:count + 1])
         except Fault as fault:
             return b'%d\n' % fault.code
         except OSError as error:
-            return b'%d\n' % CODES.get(error.errno or 0, INVALID)
+            return error_line(error, self._names_errors)
         except MemoryError:
             return b'-7\n'
 
@@ -440,8 +462,7 @@ class Part:
             raise Fault(IS_DIR)
         if not stat.S_ISREG(found.st_mode):
             raise Fault(INVALID)
-        if not os.access(name, os.W_OK, dir_fd=fd):
-            raise Fault(NOT_AUTHORIZED)
+        check_access(fd, name, os.W_OK)
         return found
 
 
@@ -481,7 +502,8 @@ class WholeFiles(Part):
                 yield file
                 if old is not None:
                     keep_owner(file, old)
-                change_mode(file, mode, self._session.least)
+                with taking():         # one of ours is told with the time
+                    change_mode(file, mode, self._session.least)
                 os.rename(temporary, name, src_dir_fd=fd, dst_dir_fd=fd)
             except BaseException:
                 with contextlib.suppress(OSError):
@@ -721,6 +743,10 @@ class Names(Part):
         with self._root.changing(unquote(path), False) as (fd, name):
             try:
                 os.mkdir(name, number(mode) & 0o777 | 0o700, dir_fd=fd)
+            except FileExistsError:
+                if any(map(is_part, split_path(unquote(path)))):
+                    check_place(fd, name)      # which the client is going to clear
+                raise
             finally:
                 self._session.locks.take(fd, name)
         return b'0\n'
@@ -796,14 +822,21 @@ class Names(Part):
 
     def chmod(self, path: bytes, mode: bytes) -> bytes:
         with self._root.changing(unquote(path)) as (folder, name):     # raises where it may not be changed
-            try:
-                with self._opened(unquote(path)) as fd:
-                    change_mode(fd, number(mode), self._session.least)
-            except PermissionError:
-                if not hasattr(os, 'O_PATH'):
-                    raise
-                change_mode_of_shut(folder, name, number(mode), self._session.least)
-        return b'0\n'
+            with taking(self._root.ours):
+                try:
+                    with self._opened(unquote(path)) as fd:
+                        change_mode(fd, number(mode), self._session.least)
+                except PermissionError as error:
+                    if not hasattr(os, 'O_PATH') or error.errno != errno.EACCES:
+                        raise
+                    change_mode_of_shut(folder, name, number(mode), self._session.least)
+            return self._kept(folder, name, number(mode), None)
+
+    def _kept(self, folder: int, name: bytes, mode: Optional[int], mtime: Optional[int]) -> bytes:
+        """The reply to what sets them: to a program of ours with what the disk hasn't kept."""
+        if not self._root.ours:
+            return b'0\n'
+        return b'%d\n' % unkept(os.stat(name, dir_fd=folder, follow_symlinks=False), mode, mtime)
 
     def chown(self, path: bytes, user: bytes, group: bytes) -> bytes:
         self._root.stat(unquote(path), False)
@@ -811,10 +844,12 @@ class Names(Part):
 
     lchown = chown
 
-    def utime(self, path: bytes, atime: bytes, mtime: bytes) -> bytes:
+    def utime(self, path: bytes, atime: bytes, mtime: bytes, *mode: bytes) -> bytes:
+        """``mode``: of ours alone, that which the file should have by now."""
         with self._root.changing(unquote(path)) as (fd, name):
-            os.utime(name, (number(atime), number(mtime)), dir_fd=fd, follow_symlinks=False)
-        return b'0\n'
+            with taking(self._root.ours):
+                os.utime(name, (number(atime), number(mtime)), dir_fd=fd, follow_symlinks=False)
+            return self._kept(fd, name, number(mode[0]) if mode else None, number(mtime))
 
     def truncate(self, path: bytes, length: bytes) -> bytes:
         with self._opened(unquote(path), os.O_WRONLY) as fd:
@@ -828,8 +863,7 @@ class Names(Part):
             self._session.need('l' if stat.S_ISDIR(found.st_mode) else 'r')
             if bits & os.W_OK:
                 self._session.need('w')
-            if not os.access(name, bits, dir_fd=fd):
-                raise Fault(NOT_AUTHORIZED)
+            check_access(fd, name, bits)
         return b'0\n'
 
     def statfs(self, path: bytes) -> bytes:
@@ -842,7 +876,7 @@ class Identity(Part):
 
     def vmhost(self, version: bytes) -> bytes:
         """Of ours alone: the client is one, too. Told is where the folder is."""
-        self._session.greet()
+        self._session.greet(version)
         path = os.fsencode(self._root.path)
         return b'%d\n' % len(path) + path
 
@@ -927,6 +961,9 @@ REQUESTS: Dict[type, Dict[str, Tuple[int, str]]] = {
         'unknown': (0, '')}}
 COMMANDS = {word.encode('ascii'): (kind, word, count, right) for kind, requests in REQUESTS.items()
             for word, (count, right) in requests.items()}
+
+# Requests with a word that may be left out.
+WITH_MORE = frozenset((b'utime',))
 
 # Requests whose path the real clients send as it is, not quoted: it is the rest of the line.
 RAW_PATHS = frozenset((b'hash', b'localpath', b'getstream', b'putstream'))

@@ -16,7 +16,7 @@ import stat
 import threading
 import time
 import zlib
-from typing import Any, Callable, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import agent
 
@@ -49,6 +49,11 @@ RESERVED = b'.__'              # names that begin so are the server's own; real 
 TEMPORARY = b'.__put.'         # what a server of ours is still receiving
 
 OF_SERVERS = (TEMPORARY, b'.__acl', b'.__uuid', b'.__ticket.', b'.__alloc')      # ours, and the real one
+
+MODE_UNKEPT, TIME_UNKEPT = 1, 2        # bits: what a disk didn't keep, though it may have taken it
+UNKEPT = {MODE_UNKEPT: 'its mode', TIME_UNKEPT: 'its time', MODE_UNKEPT | TIME_UNKEPT: 'its mode and time'}
+KEEPS_NONE = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)     # what disks say that keep none
+FINEST = 2                     # seconds, which FAT knows the even ones of
 
 Path = Union[str, bytes]
 
@@ -119,13 +124,20 @@ class Incomplete(ChirpError):
 
 
 class Refused(ChirpError):
-    """The peer answered with an error. ``code`` is the protocol's (negative), ``reason`` what it says."""
+    """The peer answered with an error. ``code`` is the protocol's (negative), ``name`` the one of the errno
+    that it had there, where the code doesn't say that, ``reason`` what both say."""
 
-    def __init__(self, code: int, what: str = '') -> None:
+    def __init__(self, code: int, what: str = '', name: str = '') -> None:
         self.code = code if code in MEANINGS else UNKNOWN
         self.what = what
-        self.reason = MEANINGS[self.code]
+        self.name = name
+        self.reason = meaning_of(name) or MEANINGS[self.code]
         super().__init__('%s%s' % (what + ': ' if what else '', self.reason))
+
+
+    def about(self, what: str) -> 'Refused':
+        """The same of something else."""
+        return Refused(self.code, what, self.name)
 
 
 class Unlistable(Refused):
@@ -139,6 +151,7 @@ class Unlistable(Refused):
 
 NOT_AUTHENTICATED, NOT_AUTHORIZED, DOESNT_EXIST, EXISTS, TOO_BIG, NO_SPACE = -1, -2, -3, -4, -5, -6
 INVALID, TOO_MANY_OPEN, BUSY, BAD_FD, IS_DIR, NOT_DIR, NOT_EMPTY = -8, -9, -10, -12, -13, -14, -15
+NOT_SUPPORTED = -23
 UNKNOWN = -127
 
 # What the codes say, and the errnos that become them. Real clients take -18, -19, -20, -11 and -127
@@ -157,6 +170,44 @@ CODES = {
     errno.EMFILE: -9, errno.ENFILE: -9, errno.EBUSY: -10, errno.ETXTBSY: -10, errno.EBADF: -12,
     errno.EISDIR: -13, errno.ENOTDIR: -14, errno.ENOTEMPTY: -15, errno.EXDEV: -16,
     errno.ESPIPE: -22, errno.EOPNOTSUPP: -23, errno.ENAMETOOLONG: -24}
+# Those whose code means another one: between two of ours their names are said beside it, as of all without.
+UNSAID = frozenset((errno.EROFS, errno.EDQUOT, errno.ENFILE, errno.ETXTBSY))
+READ_ONLY = 'EROFS'
+
+
+def error_line(error: OSError, named: bool) -> bytes:
+    """The reply for an error. ``named``: to a client that takes an errno's name."""
+    number = error.errno or 0
+    name = errno.errorcode.get(number, '') if named and (number in UNSAID or number not in CODES) else ''
+    return ('%d %s' % (CODES.get(number, INVALID), name)).rstrip().encode('ascii') + b'\n'
+
+
+def meaning_of(name: str) -> str:
+    """What an errno of that name says; '' where this system has none."""
+    number = getattr(errno, name, None) if name else None
+    if number is None:
+        return ''
+    text = os.strerror(number)
+    return text if text[1:2].isupper() or text[1:2] == '/' else text[:1].lower() + text[1:]
+
+
+def unkept(found: os.stat_result, mode: Optional[int], mtime: Optional[int]) -> int:
+    """What of a mode and a time was not kept of what has that stat, bits of UNKEPT. None: none was given."""
+    bits = MODE_UNKEPT if mode is not None and (found.st_mode ^ mode) & 0o777 else 0
+    if mtime is not None and abs(found.st_mtime - mtime) > FINEST:
+        bits |= TIME_UNKEPT
+    return bits
+
+
+@contextlib.contextmanager
+def taking(known: bool = True) -> Iterator[None]:
+    """Where a mode or time is set: passes over what a disk says that keeps none, where somebody is going to
+    know that."""
+    try:
+        yield
+    except OSError as error:
+        if not known or error.errno not in KEEPS_NONE:
+            raise
 
 
 # --- words on the wire -----------------------------------------------------------------------
@@ -216,6 +267,22 @@ def unlock_part(fd: int) -> None:
     with contextlib.suppress(OSError):
         fcntl.flock(fd, fcntl.LOCK_UN)
     os.close(fd)
+
+
+def check_unmounted(fd: int, folder: int) -> None:
+    """Raises OSError where what is open is mounted in that folder, which is open, too: what is somebody
+    else's isn't ours to empty, whatever it is called."""
+    if mount_of(fd) != mount_of(folder):
+        raise OSError(errno.EBUSY, 'something is mounted there')
+
+
+def mount_of(fd: int) -> int:
+    """What tells one mount from another one; where only Linux' kernel knows it, its device."""
+    with contextlib.suppress(OSError), open('/proc/self/fdinfo/%d' % fd) as lines:
+        for line in lines:
+            if line.startswith('mnt_id:'):
+                return int(line[len('mnt_id:'):])
+    return os.fstat(fd).st_dev
 
 
 def is_part(name: bytes) -> bool:
@@ -372,7 +439,10 @@ class Wire:
         return data
 
     def read_into(self, view: memoryview, deadline: Optional[float] = None) -> int:
-        """Fills some of the view, at least a byte; says how many."""
+        """Fills some of the view, at least a byte; says how many. With a little, what follows it is received,
+        too: who sent the next request along with a small file gets both replies at once."""
+        if self._at == len(self._data) and len(view) < RECEIVE:
+            self._receive_more(deadline or self.deadline(0))
         have = len(self._data) - self._at
         if have:
             count = min(have, len(view))

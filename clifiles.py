@@ -15,7 +15,7 @@ import select
 import signal
 import sys
 import time
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 import agent
 import localnames
@@ -335,7 +335,18 @@ def tell_end(screen: Screen, args: Any, vm: str, now: Dict[str, Any]) -> int:
             screen.complain('%s: and %d more; --json tells all' % (vm, len(failures) - TOLD))
         elif not failures:
             screen.complain('%s: %s' % (vm, now['error'] or now['state']))
+    if not args.json:
+        tell_unkept(screen, vm, now.get('unkept', ()))
     return 0 if now['state'] == 'done' else 1
+
+
+def tell_unkept(screen: Screen, vm: str, unkept: Sequence[Dict[str, str]]) -> None:
+    """Says how many came without their mode or time; their content is there, so that is no failure."""
+    if unkept:
+        more = len(unkept) - 1
+        screen.complain('%s: %s came without %s%s: the disk there doesn\'t keep that' % (
+            vm, unkept[0]['path'], unkept[0]['what'],
+            ', and %d more without theirs (--json tells all)' % more if more else ''))
 
 
 def transfer_line(now: Dict[str, Any]) -> str:

@@ -920,10 +920,10 @@ class FileMethods(Methods):
         return self._start(direction, vm, source, target, **options).id
 
     def listTransfers(self, filter: dict = {}) -> list:
-        """What getTransfer tells, but for failures, of all transfers that are kept, the newest last: those
-        under way, and up to 1,000 that have ended, until the host agent ends. Those that were under way when
-        it was killed have failed once it is back, as their error and an event say. submitted and ended:
-        seconds since 1970, or 0. filter: vm, finished, limit (so many of the newest).
+        """What getTransfer tells, but for failures and unkept, of all transfers that are remembered, the
+        newest last: those under way, and up to 1,000 that have ended, until the host agent ends. Those that
+        were under way when it was killed have failed once it is back, as their error and an event say.
+        submitted and ended: seconds since 1970, or 0. filter: vm, finished, limit (so many of the newest).
 
             >>> host.listTransfers({'vm': 'node1', 'limit': 1})[0]['id'] == transfer_id
             True
@@ -931,9 +931,10 @@ class FileMethods(Methods):
         return self._host.transfers.list(**read_transfers_filter(filter))
 
     def getTransfer(self, id: str) -> dict:
-        """{state, bytes, total, rate, error, failures: [{path, reason}], …}; state: waiting, running, done,
-        failed, cancelled. error: also what one waits for that has begun, as for its VM's agent. failures:
-        what of a folder was not moved; all else of it was.
+        """{state, bytes, total, rate, error, failures: [{path, reason}], unkept: [{path, what}], …}; state:
+        waiting, running, done, failed, cancelled. error: also what one waits for that has begun, as for its
+        VM's agent. failures: what of a folder was not moved; all else of it was. unkept: what was, but for
+        its mode, its time, or both, which the disk there doesn't keep.
 
             >>> while host.getTransfer(transfer_id)['state'] in ('waiting', 'running'):
             ...     time.sleep(0.1)
@@ -944,7 +945,8 @@ class FileMethods(Methods):
 
     @audited
     def cancelTransfer(self, id: str) -> bool:
-        """Stops a transfer; what has arrived stays, to be gone on from. False where it has ended.
+        """Stops a transfer, which then ends as `cancelled`; what has arrived stays, to be gone on from: all
+        of it, where that was there just then. False where it has ended.
 
             >>> host.cancelTransfer(transfer_id)      # it has ended
             False

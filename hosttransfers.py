@@ -62,6 +62,7 @@ class Transfer:
         self.state = 'waiting'
         self.error = ''                # or, while it waits, what for
         self.failures = []             # type: List[Tuple[str, str]]   # (path, reason), of a folder
+        self.unkept = []               # type: List[Tuple[str, str]]   # (path, what), whose disk keeps no such
         self.bytes = 0
         self.total = 0
         self.submitted = time.time()           # since 1970
@@ -138,9 +139,10 @@ class Transfer:
                 'rate': self.bytes / seconds if seconds > 0 else 0.0}
 
     def details(self) -> Dict[str, Any]:
-        """``shown``, and every entry of a folder that failed."""
+        """``shown``, and every entry of a folder that failed, or lost its mode or time."""
         return dict(self.shown(), failures=[{'path': rpc.xml_safe(path), 'reason': rpc.xml_safe(reason)}
-                                            for path, reason in self.failures])
+                                            for path, reason in self.failures],
+                    unkept=[{'path': rpc.xml_safe(path), 'what': what} for path, what in self.unkept])
 
 
 class Line:
@@ -339,11 +341,12 @@ class Transfers:
             return any(transfer.is_under_way for transfer in self._known.values())
 
     def cancel(self, id: str) -> bool:
-        """Has it end, at once where it waits. False where it has ended. Raises InvalidParams."""
+        """Has it end as cancelled, at once where it waits. False where it has ended. Raises InvalidParams."""
         transfer = self.get(id)
-        if transfer.done.is_set():
-            return False
-        transfer.cancelled.set()
+        with self._lock:
+            if not transfer.is_under_way:
+                return False
+            transfer.cancelled.set()
         if self._leaves_queue(transfer, 'cancelled'):
             transfer.error = 'cancelled' if transfer.began else 'cancelled before it began'
             self._end(transfer)
@@ -372,19 +375,26 @@ class Transfers:
         transfer.began = transfer.began or time.monotonic()
         try:
             self._move(transfer)
-            transfer.error, transfer.state = '', 'done'
+            self._settle(transfer, 'done', '')
         except Waits as waits:
             if self._waits(transfer, str(waits)):
                 raise
-            transfer.state = transfer.error = 'cancelled'
+            self._settle(transfer, 'failed', 'cancelled')
         except (VMHostError, chirpwire.ChirpError, OSError) as error:
-            transfer.state = 'cancelled' if transfer.cancelled.is_set() else 'failed'
-            transfer.error = agent.sentence(error)
             transfer.failures = getattr(error, 'failures', [])
+            self._settle(transfer, 'failed', agent.sentence(error))
         except Exception as error:
-            transfer.state, transfer.error = 'failed', '%s: %s' % (type(error).__name__, error)
             log.exception('in %s', transfer.id)
+            self._settle(transfer, 'failed', '%s: %s' % (type(error).__name__, error))
         self._end(transfer)
+
+    def _settle(self, transfer: Transfer, state: str, error: str) -> None:
+        """What has become of it: cancelled, once somebody was told so."""
+        with self._lock:
+            if transfer.cancelled.is_set():
+                error = 'cancelled, when all of it was there' if state == 'done' else error
+                state = 'cancelled'
+            transfer.error, transfer.state = error, state
 
     def _waits(self, transfer: Transfer, why: str) -> bool:
         """From running back to waiting; False where it was cancelled."""
@@ -399,7 +409,10 @@ class Transfers:
         goes to the same place."""
         try:
             with self._machines.chirp_client(self._machines.connected(transfer.vm_id)) as client:
-                self._move_with(client, transfer)
+                try:
+                    self._move_with(client, transfer)
+                finally:
+                    transfer.unkept = client.unkept.some
         except chirpwire.ProtocolError:
             raise
         except Busy as busy:

@@ -23,7 +23,9 @@ class CuttingProxy:
     """Passes connections on to a server; counts what goes each way, and cuts where it is told to.
     ``hold``: after so many bytes of one way of a connection the rest waits for ``gate``.
     ``alter``: the byte that comes after so many of one way arrives as another one, once.
-    ``most``: connections that are passed on; later ones are closed at once."""
+    ``most``: connections that are passed on; later ones are closed at once.
+    ``stops``: (number of a connection, way, bytes): after so many that one ends; ``silently``: it waits for
+    ``gate`` before."""
 
     def __init__(self, server):
         self._server = server
@@ -34,7 +36,8 @@ class CuttingProxy:
         self.left = None               # bytes until the next cut
         self.distances = iter(())      # and from that to those after it
         self.hold, self.gate = None, threading.Event()
-        self.alter = self.most = None
+        self.alter = self.most = self.stops = None
+        self.silently = False
         self.connections = []          # (socket to the client, socket to the server)
         self._lock = threading.Lock()
         self._threads = []
@@ -78,7 +81,8 @@ class CuttingProxy:
             for sock in (near, far):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for source, target, way in ((near, far, 'up'), (far, near, 'down')):
-                thread = threading.Thread(target=self._pass, args=(source, target, way))
+                thread = threading.Thread(target=self._pass, args=(
+                    source, target, way, len(self.connections) - 1))
                 thread.start()
                 self._threads.append(thread)
 
@@ -88,7 +92,7 @@ class CuttingProxy:
             with contextlib.suppress(OSError):         # those who pass its bytes are quicker
                 sock.shutdown(socket.SHUT_RDWR)
 
-    def _pass(self, source, target, way):
+    def _pass(self, source, target, way, number):
         passed = 0
         with contextlib.suppress(OSError):
             while True:
@@ -96,11 +100,14 @@ class CuttingProxy:
                 with self._lock:
                     data, cut = self._count(data, way)
                     data = self._altered(data, passed)
+                    data, stops = self._up_to_stop(data, passed, (number, way))
                 passed += len(data)
                 if self.hold is not None and passed > self.hold:
                     self.gate.wait()
                 target.sendall(data)
-                if cut or not data:
+                if stops and self.silently:
+                    self.gate.wait()
+                if cut or stops or not data:
                     break
         for sock in (source, target):
             with contextlib.suppress(OSError):
@@ -112,6 +119,11 @@ class CuttingProxy:
             return data
         at, self.alter = self.alter - passed, None
         return data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]
+
+    def _up_to_stop(self, data, passed, which):
+        if self.stops is None or self.stops[:2] != which or passed + len(data) <= self.stops[2]:
+            return data, False
+        return data[:self.stops[2] - passed], True
 
     def _count(self, data, way):
         cut = self.left is not None and len(data) >= self.left

@@ -644,6 +644,56 @@ def test_a_disk_that_is_full(tmp_path):
         subprocess.check_call(['umount', str(folder)])
 
 
+def test_a_disk_that_is_read_only_is_called_so(tmp_path, monkeypatch):
+    """Either end's: of a new file, one that is there, a large one, and a folder, which ends at once."""
+    disk, here = tmp_path / 'disk', tmp_path / 'here'
+    disk.mkdir()
+    (here / 'tree').mkdir(parents=True)
+    for name in 'new', 'there', 'tree/new', 'tree/there':
+        write(here / name, b'content')
+    write(here / 'large', os.urandom(3 << 20))
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=1m', 'none', str(disk)]
+    if subprocess.call(mount, stderr=subprocess.DEVNULL):
+        pytest.skip('a tmpfs can not be mounted here')
+    try:
+        (disk / 'tree').mkdir()
+        for name in 'there', 'tree/there':
+            write(disk / name, b'old')
+        subprocess.check_call(['mount', '-o', 'remount,ro', str(disk)])
+        said = os.strerror(errno.EROFS)
+        for served, locally in (disk, here), (here, disk):
+            with our_server(served) as server, chirpclient.ChirpClient(*server.address) as moving:
+                for name, target in (('new', 'new'), ('there', 'there'), ('large', 'large'), ('tree', 'tree'),
+                                     ('tree', 'other')):
+                    with pytest.raises((chirpwire.Refused, OSError), match='(?i)' + said):
+                        if served == disk:
+                            moving.put(str(locally / name), '/' + target)
+                        else:
+                            moving.get('/' + name, str(locally / target))
+                if served == disk:             # an older client
+                    moving.disconnect()
+                    monkeypatch.setattr(moving, '_greet', lambda wire: wire.put(b'vmhost 1\n') or wire.read(
+                        moving._number(wire, '')).decode())
+                    with pytest.raises(chirpwire.Refused, match='not authorized'):
+                        moving.put(str(locally / 'new'), '/new')
+    finally:
+        subprocess.check_call(['umount', '-l', str(disk)])
+
+
+def test_what_has_no_code_of_chirps_is_told_by_its_errno(tmp_path, monkeypatch):
+    real = os.rename
+
+    def rename(old, new, **options):
+        if new == b'target':
+            raise OSError(errno.EIO, 'the disk')
+        real(old, new, **options)
+    monkeypatch.setattr(os, 'rename', rename)
+    write(tmp_path / 'source', b'content')
+    with our_server(tmp_path) as server, chirpclient.ChirpClient(*server.address) as moving:
+        with pytest.raises(chirpwire.Refused, match='(?i)target: %s$' % os.strerror(errno.EIO)):
+            moving.put(str(tmp_path / 'source'), '/target')
+
+
 @pytest.mark.parametrize('way', ['put', 'get'])
 def test_a_folder_that_finds_no_room_tells_of_what_has_arrived_alone(tmp_path, way):
     small, source = tmp_path / 'small', tmp_path / 'source'
@@ -1057,6 +1107,41 @@ def test_a_part_that_is_another_file_too_is_left_alone(tmp_path, way):
         moving.put(str(source / 'new'), '/new') if way == 'put' else moving.get('/new', str(target / 'new'))
     assert (target / 'new').read_bytes() == b'n' * 100000 and other.read_bytes() == b'n' * 50000
     assert sorted(os.listdir(str(target))) == ['new', 'other']
+
+
+@pytest.mark.parametrize('way', ['put', 'get'])
+def test_what_is_mounted_where_a_part_is_to_be_keeps_its_content(tmp_path, way):
+    """A folder, one in a partial folder, and a file; of the same disk, too."""
+    mine = tmp_path / 'mine'
+    for folder in mine, tmp_path / 'here' / 'tree' / 'sub', tmp_path / 'served':
+        folder.mkdir(parents=True)
+    for path in mine / 'kept', tmp_path / 'here' / 'file', tmp_path / 'here' / 'tree' / 'sub' / 'file':
+        write(path, b'content')
+    sources, targets = (tmp_path / name for name in (
+        ('here', 'served') if way == 'put' else ('served', 'here')))
+    if way == 'get':
+        sources.rmdir()
+        targets.rename(sources)
+        targets.mkdir()
+    tree, file = (chirplocal.local_part(str(targets / name)) for name in ('tree', 'file'))
+    os.makedirs(tree + '/sub')
+    write(targets / os.path.basename(file), b'')
+    with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as moving:
+        for what, place, name in (
+                (mine, tree, 'tree'), (mine / 'kept', file, 'file'), (mine, tree + '/sub', 'tree')):
+            if subprocess.call(['mount', '--bind', str(what), place], stderr=subprocess.DEVNULL):
+                pytest.skip('nothing can be mounted here')
+            try:
+                with pytest.raises((chirpwire.ChirpError, OSError), match='mounted|busy'):
+                    if way == 'put':
+                        moving.put(str(sources / name), '/' + name)
+                    else:
+                        moving.get('/' + name, str(targets / name))
+            finally:
+                if place.endswith('sub'):      # the others of its folder have their place by now
+                    place = str(targets / name / 'sub')
+                subprocess.check_call(['umount', '-l', place])
+            assert (mine / 'kept').read_bytes() == b'content'
 
 
 @pytest.mark.parametrize('what', ['file', 'tree'])

@@ -94,7 +94,7 @@ class HostileServer:
             lines.readline()
             sock.sendall(self._hello)
             for line in lines:
-                answer = b'-8\n' if line == b'vmhost 1\n' and not self._greets else \
+                answer = b'-8\n' if line.startswith(b'vmhost ') and not self._greets else \
                     WHOAMI if line.startswith(b'whoami ') else self._answer(line)
                 if answer is None:
                     break

@@ -1,5 +1,6 @@
 """What a folder may hold: odd names, modes, links, sizes, numbers; and attempts that stopped half way."""
 
+import errno
 import os
 import shutil
 import stat
@@ -250,6 +251,46 @@ def tree_of(folder, contents):
 
 
 @pytest.mark.once
+@pytest.mark.parametrize('way', ['put', 'get'])
+@pytest.mark.parametrize('disk', ['takes all', 'takes none', 'keeps no modes'])
+def test_what_a_disk_does_not_keep_is_told_and_is_no_failure(tmp_path, monkeypatch, way, disk):
+    """As of ntfs-3g, which takes any mode, and of vfat, which refuses many."""
+    there, here = tmp_path / 'there', tmp_path / 'here'
+    for folder in there, here:
+        folder.mkdir()
+    source, target = (here, there) if way == 'put' else (there, here)
+    (source / 'tree' / 'sub').mkdir(parents=True)
+    contents = {'tree/small': b'1', 'tree/sub/secret': b'2', 'tree/large': os.urandom(100000)}
+    for name, content in contents.items():
+        write(source / name, content, 0o440)
+    for name in 'tree/sub', 'tree':
+        (source / name).chmod(0o555)
+        os.utime(str(source / name), (1e9, 1e9))
+
+    def take(*_, **options):
+        if disk == 'takes none':
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+    for name in ('chmod', 'fchmod') + (('utime',) if disk != 'keeps no modes' else ()):
+        monkeypatch.setattr(os, name, take)
+    what = 'its mode' if disk == 'keeps no modes' else 'its mode and time'
+    with our_server(there) as server, chirpclient.ChirpClient(*server.address) as moving:
+        for name, those in ('tree', {'tree', 'tree/sub'} | set(contents)), ('tree/large', {'tree/large'}):
+            target_name = name.replace('/', ' ')
+            if way == 'put':
+                moving.put(str(source / name), '/' + target_name)
+            else:
+                moving.get('/' + name, str(target / target_name))
+            told = {path[path.index('tree'):]: why for path, why in moving.unkept.some}
+            assert told == dict.fromkeys(those, what)
+            assert moving.unkept.count == len(those)
+        for name, content in contents.items():
+            assert (target / name).read_bytes() == content
+        monkeypatch.undo()
+        if way == 'put':
+            moving.put(str(source / 'tree'), '/again')
+            assert not moving.unkept.count and seen(target / 'again') == seen(source / 'tree')
+
+
 @pytest.mark.parametrize('way', ['put', 'get'])
 def test_what_another_source_left_is_not_there(client, served, tmp_path, way):  # noqa: F811
     """A transfer is cancelled; something else is moved to the same target."""

@@ -970,6 +970,10 @@ def test_put_and_get(tmp_path):
         steps[:] = [moved('failed', 0)]
         assert host.verb('get', 'db', 'a/b', str(tmp_path)) == (1, '', 'vmhost: db: torn\n')
         assert host.calls[-2] == ('startTransfer', 'get', 'db', 'a/b', str(tmp_path), AS_CP)
+        lost = [{'path': '/tree/%d' % index, 'what': 'its mode'} for index in range(3)]
+        steps[:] = [dict(moved('done', 9), unkept=lost)]
+        code, out, errors = host.verb('get', 'db', 'tree', str(tmp_path))
+        assert (code, out) == (0, '') and '/tree/0 came without its mode, and 2 more' in errors
 
 
 def test_a_transfer_shows_its_progress_and_ctrl_c_cancels_it(tmp_path):

@@ -336,6 +336,34 @@ def test_who_waits_for_a_vm_that_went_away_says_so_and_takes_no_place(tmp_path, 
         assert waiting[1].done.wait(30) and waiting[1].state == 'cancelled'
 
 
+@pytest.mark.parametrize('fails', [None, OSError('no'), ValueError('a bug')])
+def test_what_is_told_to_be_cancelled_is_never_told_done(tmp_path, monkeypatch, fails):
+    """Nor failed: also where it ends that way just then."""
+    (tmp_path / 'source').write_text('content')
+    put = chirpclient.ChirpClient.put
+    with one_process(tmp_path, monkeypatch) as host:
+        def put_and_cancel(client, *words, **options):
+            put(client, *words, **options)
+            assert host.transfers.cancel(host.transfers.list()[-1]['id']) is True
+            if fails:
+                raise fails
+        monkeypatch.setattr(chirpclient.ChirpClient, 'put', put_and_cancel)
+        transfer = host.transfers.start('put', 'g', str(tmp_path / 'source'), 'there')
+        assert transfer.done.wait(20)
+        assert transfer.state == 'cancelled' and transfer.error
+        assert host.transfers.cancel(transfer.id) is False
+
+
+def test_what_a_disk_did_not_keep_is_told_and_is_no_failure(tmp_path, monkeypatch):
+    (tmp_path / 'source').write_text('content')
+    (tmp_path / 'source').chmod(0o666)
+    with one_process(tmp_path, monkeypatch) as host:
+        monkeypatch.setattr(os, 'fchmod', lambda *_: None)
+        transfer = host.transfers.start('put', 'g', str(tmp_path / 'source'), 'there')
+        assert transfer.done.wait(20) and transfer.state == 'done' and not transfer.error
+        assert transfer.details()['unkept'] == [{'path': str(tmp_path / 'source'), 'what': 'its mode'}]
+
+
 def test_a_transfer_that_waits_is_cancelled_at_once(tmp_path, monkeypatch):
     gate = threading.Event()
     (tmp_path / 'source').write_text('content')

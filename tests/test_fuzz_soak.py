@@ -250,7 +250,8 @@ def kill_those_in(folder):
 # --- files ----------------------------------------------------------------------------------------
 
 CHIRP_LINES = [
-    b'address\n', b'secret\n', b'vmhost 1\n', b'stat /file\n', b'getfile /file\n', b'open /file rwc 420\n',
+    b'address\n', b'secret\n', b'vmhost 1\n', b'vmhost 2\n',
+    b'stat /file\n', b'getfile /file\n', b'open /file rwc 420\n',
     b'pread 0 100 0\n', b'pwrite 0 3 0\nabc', b'putfile /new 420 5\nhello', b'getlongdir /\n', b'close 0\n',
     b'mkdir /d 493\n', b'rename /new /d/new\n', b'rmall /d\n', b'hash sha1 /file\n', b'symlink a /l\n',
     b'readlink /l\n', b'whoami 100\n', b'statfs /\n', b'utime /file 1 2\n', b'truncate /file 5\n']
