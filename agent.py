@@ -862,11 +862,14 @@ def _imports_of(source: str) -> Set[str]:
     """The modules that a source text imports, anywhere in it."""
     import ast  # needed here alone
     names = set()  # type: Set[str]
-    for node in ast.walk(ast.parse(source)):
+    nodes = [ast.parse(source)]  # type: List[Any]
+    for node in nodes:                 # what is in it is appended, but expressions: they import nothing
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
+        for block in ('body', 'handlers', 'orelse', 'finalbody', 'cases'):
+            nodes.extend(getattr(node, block, ()))
     return {name.split('.')[0] for name in names}
 
 
