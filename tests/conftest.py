@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ TESTS = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(TESTS), TESTS]
 
 import agents  # noqa: E402
+import forks  # noqa: E402
 import helpers  # noqa: E402
 import stomp_client  # noqa: E402
 import wine  # noqa: E402
@@ -57,9 +59,29 @@ def pytest_configure(config):
     config.option.loadscopereorder = False             # pytest-xdist would begin with files of many tests
     has_workers = getattr(config.option, 'numprocesses', None) and not hasattr(config, 'workerinput')
     is_kept = pycache or not sys.dont_write_bytecode
-    if has_workers and is_kept and not all(map(is_compiled, modules_of_tests())):
-        subprocess.call([sys.executable, '-m', 'pytest', '--collect-only', '-q', '-p', 'no:cacheprovider']
+    if has_workers and is_kept and not all(map(is_compiled, modules_of_tests(config.option.markexpr))):
+        subprocess.call([sys.executable, '-m', 'pytest', '--collect-only', '-q', '-p', 'no:cacheprovider',
+                         '-m', config.option.markexpr, '--assert', config.option.assertmode]
                         + config.args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """A module of which no test is wanted isn't loaded: to compile them all takes a newer Python's suite as
+    long as to run it."""
+    path = str(collection_path)
+    return True if path.endswith('.py') and not is_wanted(path, config.option.markexpr) else None
+
+
+def is_wanted(path, marks):
+    """Whether a module may have tests for an expression of marks; as far as that is `not this and not that`,
+    or one mark alone."""
+    with open(path, encoding='utf-8') as file:
+        source = file.read()
+    if re.match(r'\w+$', marks):
+        return 'pytest.mark.%s\b' % marks in source
+    whole = re.search(r'^pytestmark = (\[.*?\]$|.*)', source, re.MULTILINE | re.DOTALL)
+    unwanted = re.findall(r'not (\w+)', marks) if re.match(r'not \w+( and not \w+)*$', marks) else []
+    return not whole or not any('pytest.mark.' + mark in whole.group(1) for mark in unwanted)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -75,9 +97,10 @@ def file_of(item):
     return os.path.basename(str(item.fspath))
 
 
-def modules_of_tests():
-    return [os.path.join(folder, name) for folder, _, names in os.walk(TESTS) for name in names
-            if name.startswith('test_') and name.endswith('.py')]
+def modules_of_tests(marks):
+    paths = [os.path.join(folder, name) for folder, _, names in os.walk(TESTS) for name in names
+             if name.startswith('test_') and name.endswith('.py')]
+    return [path for path in paths if is_wanted(path, marks)]
 
 
 def is_compiled(path):
@@ -98,6 +121,12 @@ def null_device_stays():
     before = os.stat(os.devnull).st_mode
     yield
     assert os.stat(os.devnull).st_mode == before, 'the test changed the mode of ' + os.devnull
+
+
+@pytest.fixture(scope='session', autouse=True)
+def forks_end():
+    yield
+    forks.stop()
 
 
 @pytest.fixture(scope='session', autouse=agents.ON_WINDOWS)
