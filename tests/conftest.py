@@ -59,7 +59,7 @@ def pytest_configure(config):
     config.option.loadscopereorder = False             # pytest-xdist would begin with files of many tests
     has_workers = getattr(config.option, 'numprocesses', None) and not hasattr(config, 'workerinput')
     is_kept = pycache or not sys.dont_write_bytecode
-    if has_workers and is_kept and not all(map(is_compiled, modules_of_tests(config.option.markexpr))):
+    if has_workers and is_kept and not all(is_compiled(path, config) for path in modules_of_tests(config)):
         subprocess.call([sys.executable, '-m', 'pytest', '--collect-only', '-q', '-p', 'no:cacheprovider',
                          '-m', config.option.markexpr, '--assert', config.option.assertmode]
                         + config.args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -73,15 +73,16 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def is_wanted(path, marks):
-    """Whether a module may have tests for an expression of marks; as far as that is `not this and not that`,
-    or one mark alone."""
+    """Whether a module may have tests for such an expression of marks; not so where one that is for all of
+    them is unwanted."""
     with open(path, encoding='utf-8') as file:
         source = file.read()
-    if re.match(r'\w+$', marks):
-        return 'pytest.mark.%s\b' % marks in source
-    whole = re.search(r'^pytestmark = (\[.*?\]$|.*)', source, re.MULTILINE | re.DOTALL)
-    unwanted = re.findall(r'not (\w+)', marks) if re.match(r'not \w+( and not \w+)*$', marks) else []
-    return not whole or not any('pytest.mark.' + mark in whole.group(1) for mark in unwanted)
+    if marks == 'soak':
+        return 'pytest.mark.soak' in source
+    of_all = re.search(r'^pytestmark = .*?\n(?=\S|\n)', source, re.MULTILINE | re.DOTALL)
+    if not of_all or not re.match(r'not \w+( and not \w+)*$', marks):
+        return True
+    return set(re.findall(r'pytest\.mark\.(\w+)', of_all.group())).isdisjoint(re.findall(r'not (\w+)', marks))
 
 
 def pytest_collection_modifyitems(config, items):
@@ -97,15 +98,17 @@ def file_of(item):
     return os.path.basename(str(item.fspath))
 
 
-def modules_of_tests(marks):
+def modules_of_tests(config):
     paths = [os.path.join(folder, name) for folder, _, names in os.walk(TESTS) for name in names
              if name.startswith('test_') and name.endswith('.py')]
-    return [path for path in paths if is_wanted(path, marks)]
+    return [path for path in paths if is_wanted(path, config.option.markexpr)]
 
 
-def is_compiled(path):
-    """Whether pytest has its form of a module of tests, with what it makes of assertions."""
-    name = importlib.util.cache_from_source(path).replace('.pyc', '-pytest-%s.pyc' % pytest.__version__)
+def is_compiled(path, config):
+    """Whether Python, or pytest with what it makes of assertions, has its form of a module of tests."""
+    name = importlib.util.cache_from_source(path)
+    if config.option.assertmode == 'rewrite':
+        name = name.replace('.pyc', '-pytest-%s.pyc' % pytest.__version__)
     return os.path.exists(name) and os.path.getmtime(name) >= os.path.getmtime(path)
 
 
