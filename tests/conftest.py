@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ TESTS = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(TESTS), TESTS]
 
 import agents  # noqa: E402
+import forks  # noqa: E402
 import helpers  # noqa: E402
 import stomp_client  # noqa: E402
 import wine  # noqa: E402
@@ -57,9 +59,30 @@ def pytest_configure(config):
     config.option.loadscopereorder = False             # pytest-xdist would begin with files of many tests
     has_workers = getattr(config.option, 'numprocesses', None) and not hasattr(config, 'workerinput')
     is_kept = pycache or not sys.dont_write_bytecode
-    if has_workers and is_kept and not all(map(is_compiled, modules_of_tests())):
-        subprocess.call([sys.executable, '-m', 'pytest', '--collect-only', '-q', '-p', 'no:cacheprovider']
+    if has_workers and is_kept and not all(is_compiled(path, config) for path in modules_of_tests(config)):
+        subprocess.call([sys.executable, '-m', 'pytest', '--collect-only', '-q', '-p', 'no:cacheprovider',
+                         '-m', config.option.markexpr, '--assert', config.option.assertmode]
                         + config.args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """A module of which no test is wanted isn't loaded: to compile them all takes a newer Python's suite as
+    long as to run it."""
+    path = str(collection_path)
+    return True if path.endswith('.py') and not is_wanted(path, config.option.markexpr) else None
+
+
+def is_wanted(path, marks):
+    """Whether a module may have tests for such an expression of marks; not so where one that is for all of
+    them is unwanted."""
+    with open(path, encoding='utf-8') as file:
+        source = file.read()
+    if marks == 'soak':
+        return 'pytest.mark.soak' in source
+    of_all = re.search(r'^pytestmark = .*?\n(?=\S|\n)', source, re.MULTILINE | re.DOTALL)
+    if not of_all or not re.match(r'not \w+( and not \w+)*$', marks):
+        return True
+    return set(re.findall(r'pytest\.mark\.(\w+)', of_all.group())).isdisjoint(re.findall(r'not (\w+)', marks))
 
 
 def pytest_collection_modifyitems(config, items):
@@ -75,14 +98,17 @@ def file_of(item):
     return os.path.basename(str(item.fspath))
 
 
-def modules_of_tests():
-    return [os.path.join(folder, name) for folder, _, names in os.walk(TESTS) for name in names
-            if name.startswith('test_') and name.endswith('.py')]
+def modules_of_tests(config):
+    paths = [os.path.join(folder, name) for folder, _, names in os.walk(TESTS) for name in names
+             if name.startswith('test_') and name.endswith('.py')]
+    return [path for path in paths if is_wanted(path, config.option.markexpr)]
 
 
-def is_compiled(path):
-    """Whether pytest has its form of a module of tests, with what it makes of assertions."""
-    name = importlib.util.cache_from_source(path).replace('.pyc', '-pytest-%s.pyc' % pytest.__version__)
+def is_compiled(path, config):
+    """Whether Python, or pytest with what it makes of assertions, has its form of a module of tests."""
+    name = importlib.util.cache_from_source(path)
+    if config.option.assertmode == 'rewrite':
+        name = name.replace('.pyc', '-pytest-%s.pyc' % pytest.__version__)
     return os.path.exists(name) and os.path.getmtime(name) >= os.path.getmtime(path)
 
 
@@ -98,6 +124,12 @@ def null_device_stays():
     before = os.stat(os.devnull).st_mode
     yield
     assert os.stat(os.devnull).st_mode == before, 'the test changed the mode of ' + os.devnull
+
+
+@pytest.fixture(scope='session', autouse=True)
+def forks_end():
+    yield
+    forks.stop()
 
 
 @pytest.fixture(scope='session', autouse=agents.ON_WINDOWS)
