@@ -213,7 +213,8 @@ class Hypervisor:
         deadline, pause = time.monotonic() + self._settings['command_timeout'], 0.2
         while True:
             with self._workers.one() as worker:
-                done, why = worker.carry_out(call, patience, self._begins_in(), self._answers), worker.why
+                done = worker.carry_out(call, patience, self._begins_in(call.verb), self._answers)
+                why = worker.why
             begun = call.begun and kind_of(call.verb) == 'changing'
             if done and isinstance(call.error, Unresponsive) and not self._answers():
                 why = str(self._silent(call.error))
@@ -234,10 +235,11 @@ class Hypervisor:
             time.sleep(pause)
             pause = min(2 * pause, 5)
 
-    def _begins_in(self) -> float:
+    def _begins_in(self, verb: str) -> float:
         """Seconds until who asked for something looks why it hasn't begun, which takes FIRST_PATIENCE: less,
-        the longer the hypervisor has answered nobody."""
-        return max(FIRST_PATIENCE, driverprocesses.SILENCE - FIRST_PATIENCE - self._watcher.silence())
+        the longer the hypervisor has answered nobody; never, where that isn't needed."""
+        least = driverprocesses.SILENCE - FIRST_PATIENCE - self._watcher.silence()
+        return EVER if verb in hypervisor.ALONE else max(FIRST_PATIENCE, least)
 
     def _forget_told(self, call: Call) -> None:
         """What was told of a VM, or of the network, is no longer so."""

@@ -302,7 +302,7 @@ def test_a_vm_that_was_taken_out_of_the_list_is_registered_again(box, images, tm
     options = {'memory': 16, 'linked': True, 'owner': 'me', 'folder': str(tmp_path)}
     box.create_vm('task', str(images / 'disk.vdi'), options)
     id = box.describe('task')['id']
-    manage('unregistervm', 'task')
+    wait_until(lambda: try_manage('unregistervm', 'task'), 20)      # while nobody looks at it
     assert box.register_vm('other', str(tmp_path)) is False
     assert box.register_vm('task', str(tmp_path), 'another') is True and box.describe('task')['id'] == id
     with pytest.raises(faults.AlreadyExists):
