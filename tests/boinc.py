@@ -41,8 +41,8 @@ while ! [ -e finish ]; do
     i=0; while [ $i -lt 2000 ]; do i=$((i + 1)); done
     n=$((n + 1))
     echo $n > counted
-    echo 0.$(printf %04d $n) > $VM_PROGRESS_FILE
-    sleep 0.05
+    printf '0.%04d\n' $n > $VM_PROGRESS_FILE
+    sleep 0.2
 done
 { cat in more/in; echo "$@"; wc -l < starts; times; } > out
 """

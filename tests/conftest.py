@@ -26,7 +26,7 @@ import stompbroker  # noqa: E402
 # Files that take long, the longest first: workers (-n) begin with them; none is alone with one at the end.
 LONG = ['test_%s.py' % name for name in (
     'boinc_client', 'boinc_vms', 'cli', 'status_page', 'virtualbox', 'files', 'kill_points', 'vboxmanage',
-    'external_brokers', 'terminal', 'faults', 'spine', 'chirp_cuts', 'guest_commands', 'words')]
+    'external_brokers', 'terminal', 'faults', 'spine', 'chirp_cuts', 'guest_commands', 'words', 'vm_methods')]
 EXAMPLES = int(os.environ.get('VMHOST_EXAMPLES') or 50)        # fewer, where another Python has had as many
 
 settings.register_profile('shared-machine', deadline=None, suppress_health_check=[HealthCheck.too_slow],

@@ -61,7 +61,7 @@ def _line_to_server():
     global _server, _line, _started_with
     with _lock:
         start = {name: value for name, value in os.environ.items() if name.startswith(AT_THE_START)}
-        if _line is None:
+        if _line is None or _server.poll() is not None:        # a test may have ended it, as it was left over
             _line, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with there:
                 _server = subprocess.Popen(
@@ -99,6 +99,7 @@ def _end_of(told, words, timeout):
 def fork_for_each(line):
     """Forks for each request, and returns there: as that program, but for its modules. Ends where there will
     be no more requests."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)      # ignored, nothing can be waited for
     waiting = 0                        # forks, of which each waits for a program
     room = socket.CMSG_SPACE(4 * array.array('i').itemsize)
     while True:

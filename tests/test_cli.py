@@ -1333,6 +1333,7 @@ def test_a_bundle_compiles_each_module_once(program, tmp_path):
     assert set(ours.values()) == {1}, ours
 
 
+@pytest.mark.once
 def test_two_bundles_and_two_ini_files_are_enough(tmp_path):
     for program in ('vmhost', 'vmguest'):
         subprocess.check_call([sys.executable, os.path.join(TOP, program + '.py'), '--bundle',

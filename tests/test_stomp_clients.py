@@ -159,6 +159,7 @@ def key_for_stomp_py(headers, version):
     return [headers['message-id']] + (['1'] if version == '1.1' else [])
 
 
+@pytest.mark.once
 @pytest.mark.parametrize('version', ['1.0', '1.1', '1.2'])
 def test_stomp_py(guarded, errors, stomp_py, version):
     kind = {'1.0': stomp_py.Connection10, '1.1': stomp_py.Connection11, '1.2': stomp_py.Connection12}[version]
@@ -190,6 +191,7 @@ def test_stomp_py(guarded, errors, stomp_py, version):
     assert listener.errors == [] and listener.messages.empty()
 
 
+@pytest.mark.once
 def test_stomp_py_heart_beats(guarded, errors, stomp_py):
     """Both sides beat for many intervals, and neither takes the other for dead."""
     connection = stomp_py.Connection12([guarded.address], heartbeats=(250, 250))
@@ -207,6 +209,7 @@ def test_stomp_py_heart_beats(guarded, errors, stomp_py):
     assert listener.errors == []
 
 
+@pytest.mark.once
 def test_stomp_py_with_a_wrong_passcode(guarded, stomp_py):
     connection, listener = stomp_py.Connection12([guarded.address]), listener_of(stomp_py)
     connection.set_listener('', listener)
@@ -217,6 +220,7 @@ def test_stomp_py_with_a_wrong_passcode(guarded, stomp_py):
 
 # --- stompest: a synchronous client ---
 
+@pytest.mark.once
 @pytest.mark.parametrize('version', ['1.0', '1.1', '1.2'])
 def test_stompest(guarded, errors, version):
     config = pytest.importorskip('stompest.config')
@@ -261,6 +265,7 @@ def test_stompest(guarded, errors, version):
 
 # --- stompman: asynchronous, version 1.2 alone ---
 
+@pytest.mark.once
 def test_stompman(guarded, errors):
     stompman = pytest.importorskip('stompman', reason='needs a newer Python')
     host, port = guarded.address

@@ -1,4 +1,4 @@
-"""The cases of vm_cases.py on the fake VirtualBox, and what only the fake does at will."""
+"""What only the fake VirtualBox does at will."""
 
 import contextlib
 import http.client
@@ -17,7 +17,7 @@ import fake_virtualbox
 import pytest
 from agents import Agent
 from helpers import others_take, wait_until
-from vm_cases import *  # noqa: F403 (the tests, for pytest to find)
+from vm_cases import left_over
 from vms import SETTINGS, VMHost, command_line, environment, fault_of, here, processes, removing_new_vms
 
 import climachines
@@ -35,7 +35,7 @@ import vboxconnection
 import vboxnetwork
 import virtualbox
 
-pytestmark = pytest.mark.ends
+pytestmark = pytest.mark.once
 
 NUMBERS = itertools.count(1)
 ANSWERS = '''
@@ -99,7 +99,7 @@ def test_a_lock_that_another_program_holds(api, fake, vm):
                          ('setLimits', ({'cpuPercent': 50},))):
         code, text = fault_of(getattr(api, method), vm, *args)
         assert code == 10 and vm in text, '%s: %s' % (method, text)
-    assert ('vm', vm) not in left_over(api.cleanup(False))      # noqa: F405
+    assert ('vm', vm) not in left_over(api.cleanup(False))
     lock.unlink()
     assert api.start(vm) is True
 

@@ -1,6 +1,6 @@
 """What must hold of every VM method, on the real VirtualBox and on the fake alike.
 
-Imported by test_virtualbox.py and virtualbox/test_methods.py, which have the fixtures: ``host``
+Imported by test_vm_methods.py and virtualbox/test_methods.py, which have the fixtures: ``host``
 and its ``api``; ``vm``, the name of a new VM that is off; ``abort(vm)``, which kills its process.
 """
 
