@@ -333,11 +333,11 @@ class ControlMethods(Methods):
         """Makes a VM from .ova, .ovf, .vdi, .vmdk or .iso; or registers a .vbox file. [True, name].
 
         Options: memory (MB), cpus, ostype, network (hostonly, nat or none), diskSize (MB) of the new, empty
-        disk, 0 for none, keep (cleanup leaves the VM alone), acceptEula (an appliance's licence), linked (the
-        VM's disk lies on the image, which is only read and must stay; no copy), folder (where the folder of
-        the VM's files is made; an absolute path), owner (any text, that cleanup can look for), forwards
-        and bridged. What an image decides itself is refused: diskSize beside a disk or an appliance, ostype
-        beside an appliance, all beside a .vbox file.
+        disk, 0 for none, 2097152 (2 TB) at most, keep (cleanup leaves the VM alone), acceptEula (an
+        appliance's licence), linked (the VM's disk lies on the image, which is only read and must stay; no
+        copy), folder (where the folder of the VM's files is made; an absolute path), owner (any text, that
+        cleanup can look for), forwards and bridged. What an image decides itself is refused: diskSize beside
+        a disk or an appliance, ostype beside an appliance, all beside a .vbox file.
 
         forwards: [{guestPort, hostPort, isRemote}], TCP ports of a guest with NAT that are reached on this
         machine: on 127.0.0.1, or with isRemote on all its addresses. hostPort 0, as where it isn't given, is

@@ -56,6 +56,7 @@ PREVIOUS = '-prev'                 # after the name of a .vbox file: what it was
 HAS_DISK = re.compile(r'<AttachedDevice\b[^>]*\btype="HardDisk"')
 UUID = re.compile(r'^{?[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}}?$')
 LARGEST = 2 ** 31 - 1              # of the numbers that options hold
+LARGEST_DISK = 2 ** 21             # MB: VirtualBox's own limit; of more it writes a table for minutes
 NOT_LINKED = 'linked: expected an image that is a disk, on which the VM\'s own can lie'
 BROKEN = 'VERR_(EOF|TAR|VD|ZIP|XAR)'    # in VirtualBox's words where a disk in an appliance is cut or damaged
 UNFIT = ('VirtualBox can\'t open the image %s: it is damaged, of another kind than its name says, or a copy '
@@ -1008,9 +1009,9 @@ def wishes(options: Dict[str, Any], mode: str) -> Dict[str, Any]:
         raise InvalidParams('createVM knows no option %s; it knows %s' % (
             ', '.join(sorted(unknown)), ', '.join(sorted(wish))))
     wish.update(options)
-    for name, least in (('memory', 4), ('cpus', 1), ('diskSize', 0)):
+    for name, least, most in (('memory', 4, LARGEST), ('cpus', 1, LARGEST), ('diskSize', 0, LARGEST_DISK)):
         if wish[name] is not None:
-            wish[name] = option(name, wish[name], agent.integer(least, LARGEST))
+            wish[name] = option(name, wish[name], agent.integer(least, most))
     for name in ('folder', 'owner'):
         if not isinstance(wish[name], str) or not wish[name].isprintable():
             raise InvalidParams('%s: %.80r: expected text' % (name, wish[name]))

@@ -169,7 +169,7 @@ def test_making_a_vm_with_options(host, api, remove_all):
 
 @pytest.mark.parametrize('options, told', [
     ({'memroy': 64}, 'memroy'), ({'memory': 'much'}, 'memory'), ({'memory': '\xb2'}, 'memory'),
-    ({'keep': 'perhaps'}, 'keep'), ({'cpus': 0}, 'cpus'),
+    ({'keep': 'perhaps'}, 'keep'), ({'cpus': 0}, 'cpus'), ({'diskSize': 2097153}, 'diskSize'),
     ({'ostype': 'Plan9_65'}, 'Plan9_65'), ({'network': 'wlan'}, 'wlan'), ({'diskSize': -1}, 'diskSize')])
 def test_wrong_options_of_a_new_vm(api, options, told):
     code, text = fault_of(api.createVM, 'wrong', '', options)
