@@ -38,6 +38,7 @@ from vboxconnection import (
     has_mark,
     name_in_path,
 )
+from vboxdoors import close_doors
 from vboxnetwork import Cards, check_bridged, check_card, read_forwards
 
 log = logging.getLogger('vmhost.virtualbox')
@@ -430,11 +431,15 @@ class Images:
         try:
             for disk in self._disks.of(machine):
                 self._disks.remember(disk)
-            self.box.edit(job, machine, lambda mutable: self._apply(mutable, wish))
+            self.box.edit(job, machine, lambda mutable: self._take_in(mutable, wish))
         except BaseException:
             self._remove_half_made(machine)
             raise
         self.box.vbox.setExtraData(note, '')
+
+    def _take_in(self, machine: Any, wish: Dict[str, Any]) -> None:
+        close_doors(self.box, machine)
+        self._apply(machine, wish)
 
     def _check_licence(self, system: Any, image: str, accepted: bool) -> None:
         kind = self.box.const('VirtualSystemDescriptionType_License')
