@@ -988,9 +988,15 @@ def files_of_unreadable(folder: str) -> List[List[str]]:
 
 
 def check_name(name: str) -> None:
-    """Raises InvalidParams where it is no name for a new VM."""
-    if not name.strip() or re.search(r'[/\\\x00-\x1f]', name) or name in ('.', '..'):
-        raise InvalidParams('%r is no name for a VM' % name)
+    """Raises InvalidParams where it is no name for one, HypervisorError where this Python writes none."""
+    if not name.strip() or re.search(r'[/\\\x00-\x1f\x7f]', name) or name in ('.', '..'):
+        raise InvalidParams('%r is no name for a VM, whose folder is called so: expected no /, no \\ and no '
+                            'control characters' % name)
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        raise HypervisorError('%r is beyond ASCII, and in the locale C this Python writes no such name: run '
+                              'the host agent with LC_ALL=C.UTF-8' % name) from None
     if len(name.encode('utf-8')) > LONGEST_NAME:
         raise InvalidParams('%.20s… is too long for the name of a VM, whose files are called so: '
                             '%d bytes, and %d at most' % (name, len(name.encode('utf-8')), LONGEST_NAME))
