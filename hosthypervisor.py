@@ -127,12 +127,14 @@ class Hypervisor:
             self._told[key] = found
         return found
 
-    def _now(self, verb: str, args: Tuple[Any, ...], is_known: bool) -> Tuple[Any, str]:
+    def _now(self, verb: str, args: Tuple[Any, ...], is_known: bool, at_work: Optional[float] = None
+             ) -> Tuple[Any, str]:
         """A quick verb's answer, and ''. Where something was told before, and is to be told again as soon as
         it takes longer than a list may, or the hypervisor ended and isn't there again yet: None, and why.
-        Else raises VMHostError, DeadlineExceeded after FIRST_PATIENCE of silence."""
-        patience = ((driverprocesses.LIST_PATIENCE, AT_WORK_PATIENCE) if is_known
-                    else (FIRST_PATIENCE, EVER))
+        Else raises VMHostError, DeadlineExceeded after FIRST_PATIENCE of silence. at_work: how many seconds
+        more it may take what was told before, while there are other answers."""
+        at_work = AT_WORK_PATIENCE if at_work is None else at_work
+        patience = (driverprocesses.LIST_PATIENCE, at_work) if is_known else (FIRST_PATIENCE, EVER)
         try:
             return self._call(verb, args, *patience), ''
         except Unanswered as error:
@@ -211,7 +213,8 @@ class Hypervisor:
         deadline, pause = time.monotonic() + self._settings['command_timeout'], 0.2
         while True:
             with self._workers.one() as worker:
-                done, why = worker.carry_out(call, patience, self._begins_in(), self._answers), worker.why
+                done = worker.carry_out(call, patience, self._begins_in(call.verb), self._answers)
+                why = worker.why
             begun = call.begun and kind_of(call.verb) == 'changing'
             if done and isinstance(call.error, Unresponsive) and not self._answers():
                 why = str(self._silent(call.error))
@@ -232,10 +235,11 @@ class Hypervisor:
             time.sleep(pause)
             pause = min(2 * pause, 5)
 
-    def _begins_in(self) -> float:
+    def _begins_in(self, verb: str) -> float:
         """Seconds until who asked for something looks why it hasn't begun, which takes FIRST_PATIENCE: less,
-        the longer the hypervisor has answered nobody."""
-        return max(FIRST_PATIENCE, driverprocesses.SILENCE - FIRST_PATIENCE - self._watcher.silence())
+        the longer the hypervisor has answered nobody; never, where that isn't needed."""
+        least = driverprocesses.SILENCE - FIRST_PATIENCE - self._watcher.silence()
+        return EVER if verb in hypervisor.ALONE else max(FIRST_PATIENCE, least)
 
     def _forget_told(self, call: Call) -> None:
         """What was told of a VM, or of the network, is no longer so."""
@@ -379,7 +383,8 @@ class Hypervisor:
         row of `Driver.machines` at least."""
         self._pulse.want()
         seen = self._watch.row_of(vm)
-        found, why = self._now('describe', (vm,), seen is not None)
+        is_row = seen is not None and ('describe', seen['uuid']) not in self._told     # which isn't all of it
+        found, why = self._now('describe', (vm,), seen is not None, LOOK_PATIENCE if is_row else None)
         if not why or seen is None:
             return self._watch.marked([found])[0]
         last = self._told.get(('describe', seen['uuid']), {})

@@ -23,6 +23,7 @@ LACKS = ('statistics, screenshots, the remote desktop, limits of the network, ho
          'and ISO images, cleanup of what was left half made')
 NOBODY = '<inaccessible>'          # what `list vms` calls a VM that can't be read; one may have that name
 HUNG_VM = '%s: %s; powerOff (stop --force) ends it'
+NOT_FOR_A_MOMENT = 'more than the one snapshot allowed for deletion'     # as VirtualBox says it
 ASK_AGAIN = 15.0                   # seconds until one that didn't is asked again
 
 
@@ -86,7 +87,7 @@ class Asking(Driver):
         """Like _run; somebody else may hold the VM for a moment: tried again until the job's deadline."""
         return str(job.when_free(
             lambda: self._run(*words, job=job, text=text, secret=secret),
-            lambda error: str(error) if getattr(error, 'code', 0) in vboxconnection.LOCKED else '', 'the VM'))
+            lambda error: str(error) if is_held(error) else '', 'the VM'))
 
     def _api(self) -> Tuple[int, int]:
         major, minor = self._version.split('.')[:2]
@@ -324,3 +325,11 @@ class Asking(Driver):
         for none."""
         kind = self.settings['network']['mode']
         return next(iter(slots_of(info, kind, kind + 'network') or slots_of(info)), 0)
+
+
+# --- plain helpers -----------------------------------------------------------------------------
+
+def is_held(error: Exception) -> bool:
+    """Whether somebody else holds the VM for a moment; VirtualBox has the same code for a snapshot of which
+    another one's disk is made, which stays so."""
+    return getattr(error, 'code', 0) in vboxconnection.LOCKED and not re.search(NOT_FOR_A_MOMENT, str(error))

@@ -72,6 +72,11 @@ def test_snapshots(box, vm):
     with pytest.raises(faults.BadState, match='snapshots'):
         box.remove_vm(vm, True)
     assert box.restore_snapshot(vm, '-live') is True and box.snapshots(vm)[0]['current']
+    assert box.take_snapshot(vm, 'second') is True
+    begun = time.monotonic()
+    with pytest.raises(faults.BadState, match='more than the one snapshot'):
+        box.delete_snapshot(vm, '-live')
+    assert time.monotonic() - begun < 20 and box.delete_snapshot(vm, 'second') is True
     for row in reversed(rows):
         assert box.delete_snapshot(vm, row['id']) is True
     assert box.snapshots(vm) == []
@@ -214,10 +219,10 @@ def test_a_vm_that_hangs_holds_up_nobody_who_looks(box, vm):
 def test_what_another_tool_does_is_seen(box, vm):
     uuid = box.describe(vm)['uuid']
     name = 're"named\nby " {another}'
-    manage('modifyvm', uuid, '--name', name)
+    wait_until(lambda: try_manage('modifyvm', uuid, '--name', name), 20)    # while nobody looks at it
     wait_until(lambda: ('vm-renamed', name, 'was ' + vm) in box.happened, 40)
     assert box.describe(name)['uuid'] == uuid and box.list_vms() == [name]
-    wait_until(lambda: try_manage('startvm', uuid, '--type', 'headless'), 20)   # while nobody looks at it
+    wait_until(lambda: try_manage('startvm', uuid, '--type', 'headless'), 20)
     wait_until(lambda: ('vm-state', name, 'Running') in box.happened, 40)
     assert box.power_off(name) is True
 
@@ -297,7 +302,7 @@ def test_a_vm_that_was_taken_out_of_the_list_is_registered_again(box, images, tm
     options = {'memory': 16, 'linked': True, 'owner': 'me', 'folder': str(tmp_path)}
     box.create_vm('task', str(images / 'disk.vdi'), options)
     id = box.describe('task')['id']
-    manage('unregistervm', 'task')
+    wait_until(lambda: try_manage('unregistervm', 'task'), 20)      # while nobody looks at it
     assert box.register_vm('other', str(tmp_path)) is False
     assert box.register_vm('task', str(tmp_path), 'another') is True and box.describe('task')['id'] == id
     with pytest.raises(faults.AlreadyExists):
