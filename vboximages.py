@@ -38,6 +38,7 @@ from vboxconnection import (
     has_mark,
     name_in_path,
 )
+from vboxdoors import close_doors
 from vboxnetwork import Cards, check_bridged, check_card, read_forwards
 
 log = logging.getLogger('vmhost.virtualbox')
@@ -431,11 +432,15 @@ class Images:
         try:
             for disk in self._disks.of(machine):
                 self._disks.remember(disk)
-            self.box.edit(job, machine, lambda mutable: self._apply(mutable, wish))
+            self.box.edit(job, machine, lambda mutable: self._take_in(mutable, wish))
         except BaseException:
             self._remove_half_made(machine)
             raise
         self.box.vbox.setExtraData(note, '')
+
+    def _take_in(self, machine: Any, wish: Dict[str, Any]) -> None:
+        close_doors(self.box, machine)
+        self._apply(machine, wish)
 
     def _check_licence(self, system: Any, image: str, accepted: bool) -> None:
         kind = self.box.const('VirtualSystemDescriptionType_License')
@@ -984,9 +989,15 @@ def files_of_unreadable(folder: str) -> List[List[str]]:
 
 
 def check_name(name: str) -> None:
-    """Raises InvalidParams where it is no name for a new VM."""
-    if not name.strip() or re.search(r'[/\\\x00-\x1f]', name) or name in ('.', '..'):
-        raise InvalidParams('%r is no name for a VM' % name)
+    """Raises InvalidParams where it is no name for one, HypervisorError where this Python writes none."""
+    if not name.strip() or re.search(r'[/\\\x00-\x1f\x7f]', name) or name in ('.', '..'):
+        raise InvalidParams('%r is no name for a VM, whose folder is called so: expected no /, no \\ and no '
+                            'control characters' % name)
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        raise HypervisorError('%r is beyond ASCII, and in the locale C this Python writes no such name: run '
+                              'the host agent with LC_ALL=C.UTF-8' % name) from None
     if len(name.encode('utf-8')) > LONGEST_NAME:
         raise InvalidParams('%.20s… is too long for the name of a VM, whose files are called so: '
                             '%d bytes, and %d at most' % (name, len(name.encode('utf-8')), LONGEST_NAME))

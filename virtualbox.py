@@ -282,9 +282,12 @@ class Life:
     def _launch(self, job: Job, machine: Any, kind: str) -> None:
         environment = [] if self.box.api() >= (6, 1) else ''
         session = self.box.manager.getSessionObject()
+
+        def launch() -> Any:
+            self.box.ready(job, machine.id, 'start')       # whoever holds the lock may be starting it
+            return machine.launchVMProcess(session, kind, environment)
         try:
-            progress = self.box.when_unlocked(
-                job, machine, lambda: machine.launchVMProcess(session, kind, environment))
+            progress = self.box.when_unlocked(job, machine, launch)
             self.box.finish(job, progress, 'starting')
         except Exception as error:
             why = '' if self.box.is_dead(error) else self._why_not_started(machine)

@@ -38,6 +38,7 @@ VALUES = {
     'BandwidthGroupType': {'Network': 2}, 'HostNetworkInterfaceType': {'Bridged': 1, 'HostOnly': 2},
     'ProcessorFeature': {'HWVirtEx': 0},
     'FirmwareType': {'BIOS': 1, 'EFI': 2}, 'VBoxEventType': {'Any': 1},
+    'ClipboardMode': {'Disabled': 0}, 'DnDMode': {'Disabled': 0}, 'PortMode': {'Disconnected': 0},
     'DHCPOption': {'Routers': 3}, 'DHCPOptionEncoding': {'Normal': 0},
 }
 PNG = b'\x89PNG\r\n\x1a\n' + bytes(100)
@@ -446,6 +447,8 @@ class Machine(WithExtraData):
         self.memorySize, self.CPUCount, self.CPUExecutionCap = 128, 1, 100
         self.cards = [Card(slot == 0) for slot in range(8)]
         self.VRDEServer, self.bandwidthControl = Desktop(), Bandwidth()
+        self.recordingSettings = Named(enabled=False, screens=[])
+        self.USBDeviceFilters = Named(deviceFilters=[])
         self.firmwareSettings = Named(firmwareType=VALUES['FirmwareType']['BIOS'])
         self.storageControllers = [Named(name='SATA', bus=2, portCount=1, maxPortCount=30)]
         self.mediumAttachments = []
@@ -576,6 +579,12 @@ class Machine(WithExtraData):
 
     def getNetworkAdapter(self, slot):
         return self.cards[slot]
+
+    def getParallelPort(self, slot):
+        return Named(enabled=False, path='')
+
+    def getSerialPort(self, slot):
+        return Named(hostMode=0, path='')
 
     @property
     def memorySize(self):

@@ -32,6 +32,7 @@ import hosthypervisor
 import hostmachines
 import hypervisor
 import vboxconnection
+import vboximages
 import vboxnetwork
 import virtualbox
 
@@ -1025,6 +1026,23 @@ def test_a_name_beyond_ascii_in_the_locale_c(driver, monkeypatch):
         monkeypatch.setattr(fake_virtualbox.Machine, 'launchVMProcess', launch)
         with pytest.raises(faults.HypervisorError, match='LC_ALL=C.UTF-8'):
             driver.start('vm-\u00e4')
+
+
+def test_a_name_that_python_can_not_write_is_refused_before_anything_is_made(monkeypatch):
+    """Python 3.6 with LC_ALL=C: nothing of a VM of that name can be told, started or removed."""
+    monkeypatch.setattr(os, 'fsencode', lambda name: name.encode('ascii'))
+    vboximages.check_name('vm')
+    with pytest.raises(faults.HypervisorError, match='LC_ALL=C.UTF-8'):
+        vboximages.check_name('vm-\u00e4')
+
+
+def test_a_vm_that_another_tool_starts_meanwhile_runs_and_is_not_locked_by_it(driver, made, monkeypatch):
+    def overtaken(machine, *_):
+        machine.go_to('Running')
+        raise fake_virtualbox.FakeError(fake_virtualbox.OBJECT_STATE, 'already locked by a session')
+    monkeypatch.setattr(fake_virtualbox.Machine, 'launchVMProcess', overtaken)
+    with pytest.raises(faults.BadState, match='vm is Running; start needs it to be'):
+        driver.start('vm')
 
 
 def test_a_long_name_is_told_to_be_too_long(driver):

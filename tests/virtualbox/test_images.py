@@ -34,6 +34,41 @@ def test_a_vm_from_an_image_runs_and_shuts_down(api, host, images, remove_all, t
     assert str(images) not in manage('list', 'hdds')
 
 
+def test_what_an_appliance_brings_leads_nowhere_out_of_its_vm(api, images, remove_all, tmp_path):
+    """Who made it could have had files of the host's user read and written, ports opened, cards bridged."""
+    victim, elsewhere = tmp_path / 'victim', tmp_path / 'elsewhere'
+    victim.write_bytes(b'precious')
+    elsewhere.mkdir()
+    manage('createvm', '--name', 'stranger', '--ostype', 'Linux_64', '--register')
+    manage('modifyvm', 'stranger', '--memory', '16', '--nic1', 'nat', '--nat-tftp-prefix1', '/',
+           '--nat-tftp-file1', 'x', '--nat-pf1', 'ssh,tcp,0.0.0.0,2299,,22', '--nictrace1', 'on',
+           '--nictracefile1', str(victim))
+    manage('modifyvm', 'stranger', '--nic2', 'bridged', '--bridgeadapter2', 'eth0', '--nic3', 'generic',
+           '--nic-generic-drv3', 'UDPTunnel', '--nic4', 'nat', '--nat-localhostreachable4', 'on',
+           '--lptmode1', str(victim), '--lpt1', '0x378', '7', '--uart1', '0x3f8', '4',
+           '--uartmode1', 'file', str(victim))
+    manage('modifyvm', 'stranger', '--vrde', 'on', '--vrdeaddress', '0.0.0.0', '--vrdeport', '3399',
+           '--clipboard-mode', 'bidirectional', '--draganddrop', 'bidirectional', '--teleporter', 'on',
+           '--teleporterport', '6000', '--snapshotfolder', str(elsewhere), '--usbohci', 'on')
+    manage('modifyvm', 'stranger', '--audio-driver', 'null', '--audio-enabled', 'on', '--audio-in', 'on',
+           '--recording', 'on', '--recordingfile', str(victim))
+    try_manage('usbfilter', 'add', '0', '--target', 'stranger', '--name', 'all', '--active', 'yes')
+    manage('export', 'stranger', '--output', str(tmp_path / 'stranger.ova'))
+    manage('unregistervm', 'stranger')
+    assert api.createVM('guarded', str(tmp_path / 'stranger.ova'), {'network': 'nat'}) == [True, 'guarded']
+    found = facts('guarded')
+    assert [found['nic%d' % slot] for slot in (1, 2, 3, 4)] == ['nat', 'null', 'null', 'nat']
+    assert (found['vrde'], found['clipboard'], found['draganddrop']) == ('off', 'disabled', 'disabled')
+    assert os.path.samefile(os.path.dirname(found['SnapFldr']), folder_of('guarded'))
+    with open(found['CfgFile']) as file:
+        settings = file.read()
+    for word in (str(tmp_path), 'TFTP', '2299', 'trace="true"', 'enabledIn="true"', 'DeviceFilter ',
+                 '<Teleporter enabled="true"', '<Recording enabled="true"'):
+        assert word not in settings, word
+    assert api.start('guarded') is True and api.powerOff('guarded') is True
+    assert victim.read_bytes() == b'precious' and not os.listdir(str(elsewhere))
+
+
 def test_two_vms_from_one_image(api, images, remove_all):
     """VirtualBox refuses two disks of one uuid."""
     for name in ('first', 'second'):

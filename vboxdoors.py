@@ -1,0 +1,58 @@
+"""What an appliance brings that leads out of its VM: files of the host, ports, networks, a person's desktop.
+
+VirtualBox imports a VM's settings as whoever made the appliance wrote them, less shared folders, serial ports
+and extra data: a card's trace is written over any file of the user's, TFTP gives the guest each of them.
+
+What it is not: it reads no images (imagefiles.py), and gives no VM its card (vboxnetwork.py). One thread,
+that of virtualbox.py.
+"""
+
+from typing import Any
+
+from vboxconnection import Connection
+
+NETWORKS = ('NAT', 'NATNetwork', 'HostOnly', 'HostOnlyNetwork', 'Internal', 'Null')    # a card may stay in
+
+
+def close_doors(box: Connection, machine: Any) -> None:
+    """Of a VM that was just imported, whose session's mutable machine this is. Cards that are bridged, or in
+    a network of another kind, stay without a network."""
+    _put(machine, snapshotFolder='', teleporterEnabled=False,
+         clipboardMode=box.const('ClipboardMode_Disabled'), dnDMode=box.const('DnDMode_Disabled'))
+    _put(machine.VRDEServer, enabled=False)
+    for slot in range(8):
+        _close_card(box, machine.getNetworkAdapter(slot))
+    for slot in range(2):
+        _put(machine.getParallelPort(slot), path='', enabled=False)
+    for slot in range(4):
+        _put(machine.getSerialPort(slot), hostMode=box.const('PortMode_Disconnected'), path='')
+    _close_recording(box, machine)
+    sound = getattr(machine, 'audioSettings', None)                     # since 7.0
+    _put(sound.adapter if sound else getattr(machine, 'audioAdapter', None), enabledIn=False)
+    _put(getattr(machine, 'guestDebugControl', None), debugProvider=0)  # None; since 7.1
+    for _ in box.array(machine.USBDeviceFilters, 'deviceFilters'):
+        machine.USBDeviceFilters.removeDeviceFilter(0)
+
+
+def _close_recording(box: Connection, machine: Any) -> None:
+    recording = machine.recordingSettings
+    _put(recording, enabled=False)
+    for screen in box.array(recording, 'screens'):
+        _put(screen, enabled=False, filename='')
+
+
+def _close_card(box: Connection, card: Any) -> None:
+    if card.attachmentType not in box.attachments(*NETWORKS):
+        card.attachmentType = box.const('NetworkAttachmentType_Null')
+    _put(card, traceEnabled=False, traceFile='')
+    engine = card.NATEngine
+    _put(engine, TFTPPrefix='', TFTPBootFile='', TFTPNextServer='', localhostReachable=False)
+    for rule in box.array(engine, 'redirects'):
+        engine.removeRedirect(rule.split(',')[0])
+
+
+def _put(thing: Any, **values: Any) -> None:
+    """Sets those that this VirtualBox knows, where they differ: it refuses some even as they are."""
+    for name, value in values.items():
+        if getattr(thing, name, value) != value:
+            setattr(thing, name, value)
