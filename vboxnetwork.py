@@ -28,6 +28,8 @@ ANY = '-any'                       # whose host port is any that is free at a st
 AUTO = 'auto'                      # in createVM's `bridged`: the interface of the default route
 BRIDGED = 'vmhost/bridged-auto'    # a mark: the VM's bridged card follows that
 NAT_FOR_NOW = 'vmhost/nat-for-now'     # a mark: there was no host-only network yet when the VM was made
+SET_UP = 'vmhost/network/'         # + an interface that was set up as [Network] says: its address then
+UNCLAIMED = ('', '192.168.56.1')       # an interface's address that nobody chose: a new one has it
 
 
 class Network:
@@ -84,6 +86,7 @@ class Network:
             self._make_interface(job)
         self._address_interface()
         self._setup_dhcp()
+        self.box.vbox.setExtraData(SET_UP + self.box.network['interface'], self.box.network['host_ip'])
         return self.get_network(job)
 
     def _problem(self) -> str:
@@ -92,7 +95,23 @@ class Network:
         others = [each.name for each in self.box.array(self.box.vbox.host, 'networkInterfaces')
                   if each.IPAddress == wish['host_ip'] and each.name != wish['interface']]
         taken = '[Network] host_ip %s is the address of %s already' % (wish['host_ip'], ', '.join(others))
-        return address_problem(wish) or range_problem(wish['host_ip']) or (taken if others else '')
+        return (address_problem(wish) or range_problem(wish['host_ip']) or (taken if others else '')
+                or self._foreign())
+
+    def _foreign(self) -> str:
+        """What is wrong where the interface has an address that somebody else chose, '' elsewhere: their VMs
+        may be in that network."""
+        if networks_on_mac(self.box):
+            return ''
+        found, wish = self._interface(), self.box.network
+        if found is None:
+            return ''
+        given = self.box.vbox.getExtraData(SET_UP + found.name)
+        if found.IPAddress in UNCLAIMED + (given, wish['host_ip']):
+            return ''
+        return ('%s has the address %s, which was not given to it here: name that one and its network in '
+                '[Network], or give it yours: VBoxManage hostonlyif ipconfig "%s" --ip %s'
+                % (found.name, found.IPAddress, found.name, wish['host_ip']))
 
     def _make_interface(self, job: Job) -> Any:
         answer = self.box.vbox.host.createHostOnlyNetworkInterface()

@@ -64,6 +64,26 @@ def test_the_network_is_made_once_and_mended(no_network, tmp_path):
         assert api.setupNetwork() == MADE
 
 
+def test_an_interface_that_somebody_else_gave_an_address_keeps_it(no_network, tmp_path):
+    manage('hostonlyif', 'create')
+    manage('hostonlyif', 'ipconfig', 'vboxnet0', '--ip', '192.168.60.1')
+    with VMHost(tmp_path, network=dict(HOST_ONLY, manage='yes')) as host, host.api as api:
+        assert api.getNetwork()['hostIp'] == '192.168.60.1'
+        code, text = fault_of(api.setupNetwork)
+        assert code == 5 and '192.168.60.1' in text and 'hostonlyif ipconfig' in text, text
+        assert '192.168.60.1/24' in ip('addr', 'show', 'vboxnet0')
+        manage('hostonlyif', 'ipconfig', 'vboxnet0', '--ip', '192.168.56.1')
+        assert api.setupNetwork() == MADE
+
+
+def test_an_address_that_was_given_here_is_changed_here(no_network, tmp_path):
+    other = {'host_ip': '192.168.57.1', 'dhcp_server': '192.168.57.2', 'dhcp_lower': '192.168.57.3',
+             'dhcp_upper': '192.168.57.4'}
+    for network, made in ((other, '192.168.57.1'), ({}, '192.168.56.1')):
+        with VMHost(tmp_path, network=dict(HOST_ONLY, **network)) as host, host.api as api:
+            assert api.setupNetwork()['hostIp'] == made
+
+
 def test_a_managed_network_is_there_at_the_start(no_network, tmp_path):
     with VMHost(tmp_path, network=dict(HOST_ONLY, manage='yes')) as host, host.api as api:
         assert api.getNetwork() == MADE
