@@ -523,8 +523,9 @@ class Upload(Move):
             start = self._resume(file, found, part)
             self._meter.add(start)
             checked = self._options.verify and self._client.is_ours
+            wanted = self._wanted_mode(found, there, begin)
             with self._keeping_room(part, target, space_of(found) - start):
-                mode = self._send_rest(file, start, found, part, mode_there(found, begin), checked)
+                mode = self._send_rest(file, start, found, part, wanted, checked)
             if not found.st_size:
                 self._send_unsized(file, source, part)
             elif self._options.verify and not checked or may_have_changed(
@@ -532,7 +533,6 @@ class Upload(Move):
                 if not self._client.has_same(part, file, found.st_size, self._meter):
                     self._client.unlink(part)
                     raise altered(to_remote(source))
-        wanted = self._wanted_mode(found, there, begin)
         if mode != wanted:
             self._client.chmod(part, wanted)
         if self._options.keep:

@@ -12,7 +12,7 @@ from typing import Any, Callable, Iterator, Optional, Tuple, Union
 
 import agent
 import localnames
-from chirpwire import Busy, ChirpError, is_zero, lock_part, part_name, to_bytes
+from chirpwire import Busy, ChirpError, is_zero, keep_attributes, lock_part, part_name, to_bytes
 
 ON_WINDOWS = os.name == 'nt'
 JUNCTION = getattr(stat, 'IO_REPARSE_TAG_MOUNT_POINT', None)     # on Windows, from Python 3.8 on
@@ -280,8 +280,8 @@ def is_still(fd: int, path: str) -> bool:
 
 def finish_part(file: Any, target: str, times: Optional[Tuple[int, int]] = None,
                 mode: Optional[int] = None) -> None:
-    """Gives a partial file its times (accessed, changed), its mode and its name, and the owner of the file
-    that it replaces, where we may."""
+    """Gives a partial file its times (accessed, changed), its mode and its name, and the owner, where we may,
+    and the access list of the file that it replaces."""
     localnames.check_own(target)
     keep_owner(file, target)
     close_where_needed(file)
@@ -316,10 +316,15 @@ def mode_of_file(path: str) -> Optional[int]:
 
 
 def keep_owner(file: Any, target: str) -> None:
-    with contextlib.suppress(OSError, AttributeError):
+    """Gives a partial file the owner of the file that it replaces, where we may, and its access list."""
+    try:
         found = os.lstat(target)
-        if stat.S_ISREG(found.st_mode):
+    except FileNotFoundError:
+        return
+    if stat.S_ISREG(found.st_mode) and not ON_WINDOWS:
+        with contextlib.suppress(OSError):
             os.fchown(file.fileno(), found.st_uid, found.st_gid)
+        keep_attributes(file.fileno(), target)
 
 
 def write_here(file: Any, view: memoryview) -> None:
