@@ -51,6 +51,7 @@ from chirplocal import (
     open_device,
     open_part,
     open_regular,
+    pinned,
     remove_tree,
     set_mode,
     set_times,
@@ -1383,37 +1384,45 @@ class Download(Move):
                     merge: bool, made: bool) -> None:
         """Into a folder that is here. ``merge``: what is there already, and the server doesn't have, stays;
         ``made``: that is nothing."""
-        with self._inside(found.dev, found.ino):
-            if not made and not merge:
-                os.chmod(target, 0o700)
-                self._remove_others(source, target)
-            folders: List[Stat] = []
-            again: List[Tuple[bytes, str]] = []
-            names = localnames.Names(self._fold)
-            for entry in self._client.ls(source):
-                name = to_bytes(entry.name)
-                self._entries += 1
-                if self._entries > ENTRIES:
-                    raise ProtocolError('a folder of too many entries')
-                with self._failing(join(source, name)):
-                    check_whole(name)
-                    names.add(to_local(entry.name))
-                    if not stat.S_IFMT(entry.mode):            # the server may not look at it
-                        self._pipeline.drain()
-                        entry = self._client.lstat(join(source, name))._replace(name=entry.name)
-                    if entry.is_link and self._options.links == 'follow':
-                        self._pipeline.drain()
-                        entry = self._followed(join(source, name))._replace(name=entry.name)
-                    if entry.is_dir:
-                        folders.append(entry)
-                    else:
-                        self._get_entry(entry, source, target, inside, merge, again)
-                if len(folders) >= PENDING:
-                    self._get_folders(source, target, folders, inside, merge, again)
-            self._get_folders(source, target, folders, inside, merge, again)
-        if self._options.keep and (made or not merge):
-            set_mode(target, found.mode)
-            set_times(target, (found.mtime, found.mtime))
+        with self._inside(found.dev, found.ino), pinned(target) as here:
+            try:
+                self._fill_folder(source, here, inside, merge, made)
+            except (Refused, Changed, Busy, OSError):
+                self._pipeline.drain()         # of what is to come to here
+                raise
+            if self._options.keep and (made or not merge):
+                set_mode(here, found.mode)
+                set_times(here, (found.mtime, found.mtime))
+
+    def _fill_folder(self, source: bytes, target: str, inside: Tuple[str, ...], merge: bool,
+                     made: bool) -> None:
+        if not made and not merge:
+            os.chmod(target, 0o700)
+            self._remove_others(source, target)
+        folders: List[Stat] = []
+        again: List[Tuple[bytes, str]] = []
+        names = localnames.Names(self._fold)
+        for entry in self._client.ls(source):
+            name = to_bytes(entry.name)
+            self._entries += 1
+            if self._entries > ENTRIES:
+                raise ProtocolError('a folder of too many entries')
+            with self._failing(join(source, name)):
+                check_whole(name)
+                names.add(to_local(entry.name))
+                if not stat.S_IFMT(entry.mode):            # the server may not look at it
+                    self._pipeline.drain()
+                    entry = self._client.lstat(join(source, name))._replace(name=entry.name)
+                if entry.is_link and self._options.links == 'follow':
+                    self._pipeline.drain()
+                    entry = self._followed(join(source, name))._replace(name=entry.name)
+                if entry.is_dir:
+                    folders.append(entry)
+                else:
+                    self._get_entry(entry, source, target, inside, merge, again)
+            if len(folders) >= PENDING:
+                self._get_folders(source, target, folders, inside, merge, again)
+        self._get_folders(source, target, folders, inside, merge, again)
 
     def _followed(self, path: bytes) -> Stat:
         """What a link leads to. Raises OSError, which tells where, for one that leads nowhere, or round."""
