@@ -54,6 +54,7 @@ from chirplocal import (
     open_part,
     open_regular,
     open_regular_fd,
+    pinned,
     remove_tree,
     stat_here,
     through_links,
@@ -561,8 +562,9 @@ class Upload(Move):
             start = self._resume(file, found, part)
             self._meter.add(start)
             checked = self._options.verify and self._client.is_ours
+            wanted = self._wanted_mode(found, there, begin)
             with self._keeping_room(part, target, space_of(found) - start):
-                mode = self._send_rest(file, start, found, part, mode_there(found, begin), checked)
+                mode = self._send_rest(file, start, found, part, wanted, checked)
             if not found.st_size:
                 self._send_unsized(file, source, part)
             elif self._options.verify and not checked or may_have_changed(
@@ -570,7 +572,7 @@ class Upload(Move):
                 if not self._client.has_same(part, file, found.st_size, self._meter):
                     self._client.unlink(part)
                     raise altered(to_remote(source))
-        wanted, bits = self._wanted_mode(found, there, begin), 0
+        bits = 0
         if mode != wanted:
             bits = self._client.keep_mode(part, wanted)
         if self._options.keep:
@@ -1531,37 +1533,46 @@ class Download(Move):
                     merge: bool, made: bool) -> None:
         """Into a folder that is here. ``merge``: what is there already, and the server doesn't have, stays;
         ``made``: that is nothing."""
-        with self._inside(found.dev, found.ino):
-            if not made and not merge:
-                check_own_place(target)
-                os.chmod(target, 0o700)
-                self._remove_others(source, target)
-            folders: List[Stat] = []
-            again: List[Tuple[bytes, str]] = []
-            names = localnames.Names(self._fold)
-            for entry in self._client.ls(source):
-                name = to_bytes(entry.name)
-                self._entries += 1
-                if self._entries > ENTRIES:
-                    raise ProtocolError('a folder of too many entries')
-                with self._failing(join(source, name)):
-                    check_whole(name)
-                    names.add(to_local(entry.name))
-                    if not stat.S_IFMT(entry.mode):            # the server may not look at it
-                        self._pipeline.drain()
-                        entry = self._client.lstat(join(source, name))._replace(name=entry.name)
-                    if entry.is_link and self._options.links == 'follow':
-                        self._pipeline.drain()
-                        entry = self._followed(join(source, name))._replace(name=entry.name)
-                    if entry.is_dir:
-                        folders.append(entry)
-                    else:
-                        self._get_entry(entry, source, target, inside, merge, again)
-                if len(folders) >= PENDING:
-                    self._get_folders(source, target, folders, inside, merge, again)
-            self._get_folders(source, target, folders, inside, merge, again)
-        if self._options.keep and (made or not merge):
-            self._unkept.add_unkept(source, keep(target, (found.mtime, found.mtime), found.mode))
+        if not made and not merge:
+            check_own_place(target)
+        with self._inside(found.dev, found.ino), pinned(target) as here:
+            try:
+                self._fill_folder(source, here, inside, merge, made)
+            except (Refused, Changed, Busy, OSError):
+                self._pipeline.drain()         # of what is to come to here
+                raise
+            if self._options.keep and (made or not merge):
+                self._unkept.add_unkept(source, keep(here, (found.mtime, found.mtime), found.mode))
+
+    def _fill_folder(self, source: bytes, target: str, inside: Tuple[str, ...], merge: bool,
+                     made: bool) -> None:
+        if not made and not merge:
+            os.chmod(target, 0o700)
+            self._remove_others(source, target)
+        folders: List[Stat] = []
+        again: List[Tuple[bytes, str]] = []
+        names = localnames.Names(self._fold)
+        for entry in self._client.ls(source):
+            name = to_bytes(entry.name)
+            self._entries += 1
+            if self._entries > ENTRIES:
+                raise ProtocolError('a folder of too many entries')
+            with self._failing(join(source, name)):
+                check_whole(name)
+                names.add(to_local(entry.name))
+                if not stat.S_IFMT(entry.mode):            # the server may not look at it
+                    self._pipeline.drain()
+                    entry = self._client.lstat(join(source, name))._replace(name=entry.name)
+                if entry.is_link and self._options.links == 'follow':
+                    self._pipeline.drain()
+                    entry = self._followed(join(source, name))._replace(name=entry.name)
+                if entry.is_dir:
+                    folders.append(entry)
+                else:
+                    self._get_entry(entry, source, target, inside, merge, again)
+            if len(folders) >= PENDING:
+                self._get_folders(source, target, folders, inside, merge, again)
+        self._get_folders(source, target, folders, inside, merge, again)
 
     def _followed(self, path: bytes) -> Stat:
         """What a link leads to. Raises OSError, which tells where, for one that leads nowhere, or round."""

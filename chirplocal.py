@@ -7,6 +7,7 @@ import contextlib
 import errno
 import itertools
 import os
+import re
 import stat
 from typing import Any, Callable, Iterator, Optional, Tuple, Union
 
@@ -17,6 +18,7 @@ from chirpwire import (
     ChirpError,
     check_unmounted,
     is_zero,
+    keep_attributes,
     lock_part,
     part_name,
     taking,
@@ -108,6 +110,34 @@ def tree_size(path: str, depth: int = 0) -> int:
     return size
 
 
+@contextlib.contextmanager
+def pinned(path: str) -> Iterator[str]:
+    """A folder, by a path that leads to it whatever other programs put in its place meanwhile. Of Linux;
+    elsewhere the path as it is. Raises OSError for a link."""
+    if not os.path.isdir(PINS):
+        yield path
+        return
+    fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield PINS + str(fd)
+    except OSError as error:
+        if error.filename is not None:
+            error.filename = unpinned(error.filename)
+        raise
+    finally:
+        os.close(fd)
+
+
+def unpinned(path: str) -> str:
+    """How a person knows what is in a pinned folder."""
+    pin = PINNED.match(path)
+    return os.readlink(pin.group(1)) + pin.group(2) if pin else path
+
+
+PINS = '/proc/self/fd/'
+PINNED = re.compile('(%s[0-9]+)(/.*)$' % PINS, re.DOTALL)
+
+
 def join(folder: bytes, name: bytes) -> bytes:
     return folder.rstrip(b'/') + b'/' + name
 
@@ -119,7 +149,8 @@ def is_device(path: str) -> bool:
     except OSError:                    # nothing, or a link to it
         return False
     path = os.path.abspath(path)
-    return (not stat.S_ISREG(mode) and not stat.S_ISDIR(mode) or path.startswith('/proc/')
+    return (not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+            or path.startswith('/proc/') and not PINNED.match(path)
             or path.startswith('/dev/') and os.path.islink(path))      # as /dev/stdout
 
 
@@ -186,7 +217,7 @@ def open_part(target: str) -> Any:
             os.unlink(path)
             return open_part(target)
         if error.errno not in (errno.ELOOP, errno.EISDIR) and not is_folder:
-            error.filename = target        # a person knows no other name
+            error.filename = unpinned(target)      # a person knows no other name
             raise
         remove_part(path, target)
         return open_part(target)
@@ -240,7 +271,8 @@ def remove_tree(path: str) -> None:
         for folder, _, _ in os.walk(path):
             check_own_place(folder)
         for folder, _, _ in os.walk(path):
-            os.chmod(folder, 0o700)
+            with pinned(folder) as there:
+                os.chmod(there, 0o700)
         shutil.rmtree(path)
     else:
         os.unlink(path)
@@ -251,7 +283,7 @@ def lock(fd: int, target: str) -> None:
     if ON_WINDOWS:
         return lock_on_windows(fd, target)
     if not lock_part(fd):
-        raise Busy(to_remote(target))
+        raise Busy(to_remote(unpinned(target)))
 
 
 LOCKED_BYTE = 2 ** 31 - 2      # of a partial file on Windows, where no other program can read what is locked
@@ -264,7 +296,7 @@ def lock_on_windows(fd: int, target: str) -> None:
     try:
         msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)         # type: ignore
     except OSError:
-        raise Busy(to_remote(target))
+        raise Busy(to_remote(unpinned(target)))
     finally:
         os.lseek(fd, 0, os.SEEK_SET)
 
@@ -279,7 +311,7 @@ def locked_folder(path: str, target: str) -> Iterator[bool]:
     try:
         made = make_folder(path)
     except OSError as error:
-        error.filename = target        # a person knows no other name
+        error.filename = unpinned(target)      # a person knows no other name
         raise
     if ON_WINDOWS:
         with locked_beside(path, target):
@@ -289,7 +321,7 @@ def locked_folder(path: str, target: str) -> Iterator[bool]:
     try:
         lock(fd, target)
         if not is_still(fd, path):
-            raise Busy(to_remote(target))
+            raise Busy(to_remote(unpinned(target)))
         yield made
     finally:
         os.close(fd)
@@ -304,7 +336,7 @@ def locked_beside(path: str, target: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.EACCES):
             raise
-        raise Busy(to_remote(target))
+        raise Busy(to_remote(unpinned(target)))
     try:
         yield
     finally:
@@ -321,8 +353,8 @@ def is_still(fd: int, path: str) -> bool:
 
 def finish_part(file: Any, target: str, times: Optional[Tuple[int, int]] = None,
                 mode: Optional[int] = None) -> int:
-    """Gives a partial file its times (accessed, changed), its mode and its name, and the owner of the file
-    that it replaces, where we may. Gives what of it wasn't kept, as ``keep``."""
+    """Gives a partial file its times (accessed, changed), its mode and its name, and the owner, where we may,
+    and the access list of the file that it replaces. Gives what of it wasn't kept, as ``keep``."""
     localnames.check_own(target)
     keep_owner(file, target)
     close_where_needed(file)
@@ -355,10 +387,15 @@ def mode_of_file(path: str) -> Optional[int]:
 
 
 def keep_owner(file: Any, target: str) -> None:
-    with contextlib.suppress(OSError, AttributeError):
+    """Gives a partial file the owner of the file that it replaces, where we may, and its access list."""
+    try:
         found = os.lstat(target)
-        if stat.S_ISREG(found.st_mode):
+    except FileNotFoundError:
+        return
+    if stat.S_ISREG(found.st_mode) and not ON_WINDOWS:
+        with contextlib.suppress(OSError):
             os.fchown(file.fileno(), found.st_uid, found.st_gid)
+        keep_attributes(file.fileno(), target)
 
 
 def write_here(file: Any, view: memoryview) -> None:

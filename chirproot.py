@@ -11,7 +11,16 @@ import os
 import stat
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
-from chirpwire import OF_SERVERS, PATH, RESERVED, ChirpError, check_unmounted, is_part, is_zero
+from chirpwire import (
+    OF_SERVERS,
+    PATH,
+    RESERVED,
+    ChirpError,
+    check_unmounted,
+    is_part,
+    is_zero,
+    keep_attributes,
+)
 
 LINKS = 40                     # symbolic links that one path may lead through
 DEEPEST = 200                  # levels that rmall goes down
@@ -348,10 +357,12 @@ def change_mode_of_shut(fd: int, name: bytes, mode: int, least: int) -> None:
         os.close(shut)
 
 
-def keep_owner(fd: int, found: os.stat_result) -> None:
-    """Gives an open file the owner of another, where we may."""
+def keep_owner(part: Tuple[int, bytes], old: Tuple[int, bytes], found: os.stat_result) -> None:
+    """Gives a file the owner of the old one, where we may, and its access list; each is its folder
+    and its name there."""
     with contextlib.suppress(OSError):
-        os.fchown(fd, found.st_uid, found.st_gid)
+        os.chown(part[1], found.st_uid, found.st_gid, dir_fd=part[0], follow_symlinks=False)
+    keep_attributes(b'/proc/self/fd/%d/%s' % part, b'/proc/self/fd/%d/%s' % old)
 
 
 def statfs_line(fd: int) -> bytes:

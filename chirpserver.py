@@ -501,7 +501,7 @@ class WholeFiles(Part):
             try:
                 yield file
                 if old is not None:
-                    keep_owner(file, old)
+                    keep_owner((fd, temporary), (fd, name), old)
                 with taking():         # one of ours is told with the time
                     change_mode(file, mode, self._session.least)
                 os.rename(temporary, name, src_dir_fd=fd, dst_dir_fd=fd)
@@ -779,11 +779,13 @@ class Names(Part):
         return b'0\n'
 
     def replace(self, old: bytes, new: bytes) -> bytes:
-        """Of ours alone: ``rename`` of a file, which gets the owner of the one that it replaces."""
-        with contextlib.suppress(FileNotFoundError, PermissionError), self._opened(unquote(old)) as fd:
-            there = self._root.stat(unquote(new), False)
+        """Of ours alone: ``rename`` of a file, which gets the owner, and the access list, of the one that it
+        replaces."""
+        with contextlib.suppress(FileNotFoundError), self._root.changing(unquote(old), False) as part, \
+                self._root.changing(unquote(new), False) as (fd, name):
+            there = os.stat(name, dir_fd=fd, follow_symlinks=False)
             if stat.S_ISREG(there.st_mode):
-                keep_owner(fd, there)
+                keep_owner(part, (fd, name), there)
         return self.rename(old, new)
 
     def hold(self, path: bytes, mark: bytes) -> bytes:

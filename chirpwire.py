@@ -285,6 +285,36 @@ def mount_of(fd: int) -> int:
     return os.fstat(fd).st_dev
 
 
+def keep_attributes(part: Union[int, Path], old: Path) -> None:
+    """Gives a file, open or by its path, the access list and the user's attributes of the one that it
+    replaces: without the list the group would have what its mask says, which is what the mode shows.
+    Of Linux. Raises OSError where the list can't be had, or set."""
+    if not hasattr(os, 'listxattr'):
+        return
+    follow, there = isinstance(part, int), attributes(old)
+    if ACL in there:
+        os.setxattr(part, ACL, os.getxattr(old, ACL, follow_symlinks=False), follow_symlinks=follow)
+    elif ACL in attributes(part):      # of the folder's default
+        os.removexattr(part, ACL, follow_symlinks=follow)
+    for name in there:
+        if name.startswith('user.'):
+            with contextlib.suppress(OSError):         # of a file that we may not read
+                os.setxattr(part, name, os.getxattr(old, name, follow_symlinks=False), follow_symlinks=follow)
+
+
+def attributes(path: Union[int, Path]) -> List[str]:
+    """The extended attributes of a file, not of what a link leads to; none where its disk has none."""
+    try:
+        return os.listxattr(path, follow_symlinks=isinstance(path, int))
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.ENOSYS):
+            raise
+        return []
+
+
+ACL = 'system.posix_acl_access'
+
+
 def is_part(name: bytes) -> bool:
     """Whether what is called so isn't whole: a transfer's, or what a server of ours is still receiving."""
     return PART.match(name) is not None

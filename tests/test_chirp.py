@@ -8,6 +8,7 @@ import random
 import shutil
 import socket
 import stat
+import struct
 import subprocess
 import threading
 import time
@@ -126,6 +127,55 @@ def test_what_is_replaced_keeps_its_mode_and_its_owner(client, served, tmp_path)
         for path in there, back:
             assert path.read_bytes() == content and stat.S_IMODE(path.stat().st_mode) == 0o640
             assert path.stat().st_uid == owner
+
+
+NOBODY = 2 ** 32 - 1
+ACCESS_LIST = struct.pack('<I' + 'HHI' * 5, 2, 1, 6, NOBODY, 2, 6, 1, 4, 0, NOBODY, 16, 6, NOBODY,
+                          32, 0, NOBODY)
+# u::rw, u:1:rw, g::-, m::rw, o::-: the mode shows 0660
+
+
+@pytest.mark.skipif(not hasattr(os, 'setxattr'), reason='Linux knows access lists')
+@pytest.mark.parametrize('size', [4, 300000])
+def test_what_is_replaced_keeps_its_access_list(tmp_path, size):
+    """Without it its group might read what the list keeps from it; the folder's default is not the file's."""
+    (tmp_path / 'served').mkdir()
+    source, back, there = tmp_path / 'x', tmp_path / 'back', tmp_path / 'served' / 'x'
+    write(source, b'n' * size, 0o644)
+    with our_server(there.parent) as server, chirpclient.ChirpClient(*server.address) as client:
+        for listed in True, False:
+            for path in back, there:
+                write(path, b'old', 0o660)
+                if listed:
+                    os.setxattr(str(path), 'system.posix_acl_access', ACCESS_LIST)
+                    os.setxattr(str(path), 'user.tag', b'mine')
+                else:
+                    path.unlink()
+                    write(path, b'old', 0o660)
+                    os.setxattr(str(path.parent), 'system.posix_acl_default', ACCESS_LIST)
+            client.put(str(source), '/x')
+            client.get('/x', str(back))
+            for path in back, there:
+                assert path.stat().st_size == size and stat.S_IMODE(path.stat().st_mode) == 0o660
+                kept = {name: os.getxattr(str(path), name) for name in os.listxattr(str(path))}
+                wanted = {'system.posix_acl_access': ACCESS_LIST, 'user.tag': b'mine'}
+                assert kept == (wanted if listed else {})
+
+
+def test_a_part_is_as_private_as_what_it_will_replace(tmp_path, monkeypatch):
+    (tmp_path / 'served').mkdir()
+    source, there, modes = tmp_path / 'x', tmp_path / 'served' / 'x', []
+    write(source, b'n' * 300000, 0o644)
+    write(there, b'old', 0o600)
+    send = chirpclient.Upload._send_pieces
+
+    def look(*arguments):
+        modes.extend(stat.S_IMODE(path.stat().st_mode) for path in there.parent.glob('.*.vmhost-part'))
+        return send(*arguments)
+    monkeypatch.setattr(chirpclient.Upload, '_send_pieces', look)
+    with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as client:
+        client.put(str(source), '/x')
+    assert modes == [0o600] and stat.S_IMODE(there.stat().st_mode) == 0o600
 
 
 def test_a_folder_that_is_there_keeps_its_mode_and_its_time(client, served, tmp_path):

@@ -220,6 +220,36 @@ def falls_silent(word, reply, size=LARGE):
     return answer
 
 
+@pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='Linux pins folders')
+@pytest.mark.parametrize('there', [False, True])
+def test_a_folder_that_becomes_a_link_while_it_is_fetched_leads_nowhere(tmp_path, monkeypatch, there):
+    """Who shares the target, as a guest does its shared folder, leads no file out of it."""
+    served, outside, target = [tmp_path / name for name in ('served', 'outside', 'target')]
+    (served / 'tree' / 'sub').mkdir(parents=True)
+    outside.mkdir(mode=0o711)
+    for name, size in ('small', 10), ('large', 300000):
+        (served / 'tree' / 'sub' / name).write_bytes(b'n' * size)
+        (outside / name).write_bytes(b'precious')
+    if there:
+        (target / 'sub').mkdir(parents=True)
+    get, swapped = chirpclient.Download._get_entry, []
+
+    def swap(self, entry, source, *arguments):
+        if source.endswith(b'/sub') and not swapped:
+            swapped.extend(tmp_path.glob('target/sub') if there else tmp_path.glob('.*.vmhost-part/sub'))
+            swapped[0].rename(tmp_path / 'aside')
+            swapped[0].symlink_to(outside)
+        return get(self, entry, source, *arguments)
+    monkeypatch.setattr(chirpclient.Download, '_get_entry', swap)
+    with our_server(served) as server, \
+            chirpclient.ChirpClient(*server.address) as client, \
+            contextlib.suppress(chirpwire.ChirpError, OSError):
+        client.get('/tree', str(target))
+    assert swapped and {path.name: path.read_bytes() for path in outside.iterdir()} == {
+        'small': b'precious', 'large': b'precious'}
+    assert outside.stat().st_mode & 0o777 == 0o711
+
+
 def test_silence_in_the_middle_has_its_time(tmp_path):
     with HostileServer(falls_silent(b'pread', b'%d\n1234' % chirpclient.PIECE)) as server, ends_soon(), \
             chirpclient.ChirpClient(*server.address, timeout=0.5) as client:
