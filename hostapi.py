@@ -263,7 +263,8 @@ class MachineMethods(Methods):
 
     def _trouble(self, guest: Guest, described: Dict[str, Any]) -> str:
         hypervisor = self._host.machines.hypervisor
-        return described.get('trouble') or (hypervisor.clash_of(guest.id) if hypervisor is not None else '')
+        clash = hypervisor.clash_of(guest.id) if hypervisor is not None else ''
+        return '; '.join(filter(None, (described.get('trouble', ''), clash)))
 
     def _state_of(self, guest: Guest) -> str:
         return 'Null' if guest.agent == 'lost' else 'Running'

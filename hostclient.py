@@ -331,7 +331,8 @@ class Client:
     def matching_of(self, pattern: str, names: Iterable[str]) -> List[str]:
         """Those of the names that a glob, or a name or id, means. Raises NoSuchVM where there is none."""
         if not any(sign in pattern for sign in '*?['):
-            return [self.call('getVM', pattern)['name']]
+            names = [name for name in names if name == pattern]
+            return names if len(names) == 1 else [self.call('getVM', pattern)['name']]
         found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
         if not found:
             raise NoSuchVM('no VM matches %s' % pattern)

@@ -73,6 +73,7 @@ class Hypervisor:
         self._turns = Turns(settings['command_timeout'], self._check_begins)
         self._numbers = itertools.count(1)
         self._told = {}  # type: Dict[Tuple[str, str], Any]         # by verb and uuid: what was told last
+        self._described = {}  # type: Dict[str, float]              # by uuid: when, monotonic
         self._closing = False
         self._asked_in_vain = 0.0               # monotonic: when a list was told last as it was seen before
         self._teller = threading.Thread(target=self._tell_events, name='vm-events', daemon=True)
@@ -206,7 +207,7 @@ class Hypervisor:
             finally:
                 if call.begun and kind_of(verb) == 'changing' and not self._closing:
                     self._forget_told(call)
-                    self._look()
+                    self._look(vm=call.vm)
 
     def _work(self, call: Call, patience: float) -> Any:
         """Has it done by a worker; by another one where the first lost the hypervisor before it began."""
@@ -250,15 +251,19 @@ class Hypervisor:
             if vm and vm in (changed, call.vm) and not (verb == 'find_chirp' and call.verb in MOVE_NO_PORT):
                 self._told.pop((verb, vm), None)
 
-    def _look(self, patience: Optional[float] = None) -> None:
-        """After a change: whoever made it finds the new state known, and no state goes untold."""
+    def _look(self, patience: float = LOOK_PATIENCE, vm: str = '') -> None:
+        """After a change: whoever made it finds the new state known, and all of that VM; no state goes
+        untold."""
         with contextlib.suppress(VMHostError):
-            self._call('machines', patience=LOOK_PATIENCE if patience is None else patience)
+            self._call('machines', patience=patience)
+            if vm:
+                self._call('describe', (vm,), patience)
 
     def _answered(self, verb: str, value: Any) -> None:
         """On the watcher's thread: what it said of a VM is known, also where nobody waits for it any more."""
         if verb == 'describe':
             self._told[verb, value['uuid']] = value
+            self._described[value['uuid']] = time.monotonic()
 
     # Verbs that are more than one call of the driver's.
 
@@ -388,6 +393,8 @@ class Hypervisor:
         if not why or seen is None:
             return self._watch.marked([found])[0]
         last = self._told.get(('describe', seen['uuid']), {})
+        if last and self._described.get(seen['uuid'], 0) > self._watch.looked_at:
+            seen = dict(seen, **last)      # no state of before one that was told
         return dict(last if last.get('native') == seen['native'] else {}, **dict(
             seen, trouble=seen['trouble'] or self.trouble() or 'told as it was seen before: ' + why))
 

@@ -281,9 +281,11 @@ class Asking(Driver):
         try:
             info = self._settled(job, uuid, 0 if takes_running else ANSWERS_IN)
         except faults.DeadlineExceeded:
-            if not takes_running and uuid in {each for _, each in self._listed('runningvms', ANSWERS_IN)}:
+            if takes_running:
+                raise
+            if uuid in {each for _, each in self._listed('runningvms')}:
                 vboxconnection.check_fits(verb, self._names[uuid], self._online_state(uuid), '')
-            raise
+            info = self._settled(job, uuid)    # no process of its own: the machine is busy
         vboxconnection.check_fits(verb, info['name'], native_of(info), info['CfgFile'])
         return info
 

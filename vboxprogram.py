@@ -29,6 +29,7 @@ NATIVE = dict({name.lower(): name for name in STATES}, **{      # VBoxManage's w
     'poweroff': 'PoweredOff', 'aborted-saved': 'AbortedSaved', 'gurumeditation': 'Stuck',
     'deletingsnapshotlive': 'DeletingSnapshotOnline', 'deletingsnapshotlivepaused': 'DeletingSnapshotPaused'})
 NO_SERVER = 'Failed to create the VirtualBox object'
+LEAST_TRIES = 3                # of what passes, however long each takes on a busy machine
 PASSING = {                        # what VirtualBox says for a moment: how many seconds it is asked again
     'not ready': NOT_READY,        # it is still making the object, or ending it
     'lock request pending': NOT_READY,      # another VBoxManage, such as one that looks at the VM, is quicker
@@ -78,7 +79,9 @@ class Program:
         DeadlineExceeded where it makes no progress for `patience` seconds; it is ended then. job, text: whom
         to tell how far it is, of something long. secret: nobody sees the words in the list of processes."""
         refused = 0.0                  # when it was for the first time, which itself may take long
+        tries = 0
         while True:
+            tries += 1
             try:
                 return self._run_once(words, job, text, patience, secret)
             except Refused as error:
@@ -88,7 +91,7 @@ class Program:
                 if words[0] in LOOKS and re.search(CRASHED, str(error)):
                     passes_in = NOT_READY
                 refused = refused or time.monotonic()
-                if not passes_in or time.monotonic() - refused > passes_in:
+                if not passes_in or tries >= LEAST_TRIES and time.monotonic() - refused > passes_in:
                     raise
             time.sleep(0.1)
 

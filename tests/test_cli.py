@@ -950,7 +950,7 @@ def test_a_vm_that_refuses_does_not_hold_up_the_others(tmp_path):
     with PlayedHost(tmp_path, VM_ANSWERS) as host:
         assert host.verb('reset', 'web*') == (1, 'web 2 is reset\n', 'vmhost: web 1: it is off\n')
         assert host.verb('reset', 'nobody*')[0] == 1
-        assert 'which snapshot' in host.verb('snap', 'take', 'db')[2]
+        assert 'no snapshot named' in host.verb('snap', 'take', 'db')[2]
 
 
 def moved(state, done):

@@ -28,7 +28,7 @@ class Between(CuttingProxy):
         self.signed = {'up': [], 'down': []}
         super().__init__(server)
 
-    def _pass(self, source, target, way):
+    def _pass(self, source, target, way, number):
         reader = FrameReader(CLIENT_COMMANDS if way == 'up' else SERVER_COMMANDS, '1.2')
         with contextlib.suppress(OSError):
             for data in iter(lambda: source.recv(65536), b''):

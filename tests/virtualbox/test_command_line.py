@@ -108,7 +108,7 @@ def test_mistakes_about_vms_disks_and_snapshots(host, small, tmp_path):
             (['create', 'new', '--ostype', 'Plan9_65'], 'knows no ostype'),
             (['create', 'new', '--memory', '1'], 'whole number from 4'),
             (['snap', 'restore', VM, 'x'], 'needs it to be'), (['snap', 'rm', VM, 'x'], 'has no snapshot'),
-            (['snap', 'rm', VM], 'which snapshot'), (['snap', 'take', VM], 'which snapshot'),
+            (['snap', 'rm', VM], 'no snapshot named'), (['snap', 'take', VM], 'no snapshot named'),
             (['call', 'setLimits', VM, '{"cpuPercent": 0}'], '1 to 100'),
             (['call', 'setLimits', VM, '{"cpuPercent": '], 'not valid JSON'),
             (['run', VM, '--', 'true'], 'agent'), (['ping', VM], 'agent'), (['get', VM, 'x'], 'agent')]:
