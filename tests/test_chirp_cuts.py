@@ -436,8 +436,8 @@ def test_a_file_that_the_disk_loses_leaves_the_others_of_its_folder_alone(client
     real = getattr(chirpclient, how)
     if call == 'get':
         client.put(str(source), '/tree')
-    monkeypatch.setattr(chirpclient, how, lambda path: Failing(real(path), 2 << 20) if path.endswith('b')
-                        else real(path))
+    monkeypatch.setattr(chirpclient, how, lambda path, *more: Failing(real(path, *more), 2 << 20)
+                        if path.endswith('b') else real(path, *more))
     with pytest.raises(chirpwire.Incomplete) as info:
         if call == 'put':
             client.put(str(source), '/tree')
