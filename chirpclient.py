@@ -136,6 +136,7 @@ FURTHER_WORTH = 50             # small files that are worth one more
 FURTHER_SOON = 2.0             # seconds in which it must be there
 PENDING = 1000                 # folders in a folder that wait until its files have been moved
 NEITHER = 'neither file, folder nor link'
+AT_TARGET = ' (at the target)'  # ends the reason of a failure there
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 Progress = Callable[[int, int], None]
@@ -183,9 +184,10 @@ class Meter:
 
 class Failures:
     """What of a folder could not be moved, or was not kept: ``some`` of the (path, reason), and the ``count``
-    of all."""
+    of all. The path is the source's; ``is_targets``: whether an error tells of the target."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_targets: Callable[[Any], bool] = lambda error: False) -> None:
+        self._is_targets = is_targets
         self.clear()
 
     def clear(self) -> None:
@@ -200,7 +202,7 @@ class Failures:
             told = path if isinstance(path, bytes) else to_remote(agent.short_path(unpinned(path)))
             text = shown_whole(told) if self._room > 0 else shown(told)
             self._room -= len(text)
-            self.some.append((text, reason or str(error)))
+            self.some.append((text, (reason or str(error)) + AT_TARGET * self._is_targets(error)))
 
     def add_unkept(self, path: Path, bits: int) -> None:
         """What the disk there didn't keep, bits of chirpwire.UNKEPT: often 0."""
@@ -671,7 +673,7 @@ class Upload(Move):
 
     def _put_tree(self, source: str, target: bytes) -> None:
         """Into the folder of that name, or, where there is none, into a temporary one."""
-        self._failures = Failures()
+        self._failures = Failures(lambda error: isinstance(error, Refused))
         self._unkept.clear()
         self._meter.moved = 0
         self._around.clear()
@@ -1503,7 +1505,7 @@ class Download(Move):
 
     def _get_tree(self, source: bytes, target: str) -> None:
         """Into the folder of that name, or, where there is none, into a temporary one."""
-        self._failures = Failures()
+        self._failures = Failures(lambda error: isinstance(error, OSError) and error.filename is not None)
         self._unkept.clear()
         self._meter.moved = self._meter.total = self._entries = 0
         self._around.clear()
