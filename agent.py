@@ -169,10 +169,18 @@ def read_settings(file: Optional[str], spec: Dict[str, Dict[str, Tuple[Callable,
         except configparser.Error as error:
             raise ConfigError('%s: %s' % (file, _mistake(error)))
     _refuse_unknown(file, parser, spec)
-    folder = os.path.dirname(os.path.abspath(file)) if file is not None else os.getcwd()
+    folder = os.path.dirname(os.path.abspath(file)) if file is not None else current_folder()
     sections = {section: _read_section(file, parser, section, keys, folder)
                 for section, keys in spec.items()}
     return types.SimpleNamespace(**sections)
+
+
+def current_folder() -> str:
+    """The folder that this program runs in. Raises AgentError where that has been removed."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        raise AgentError('the current folder is gone')
 
 
 def decoded(data: bytes) -> str:

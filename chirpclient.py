@@ -62,6 +62,7 @@ from chirplocal import (
     to_local_link,
     to_remote,
     tree_size,
+    unpinned,
     write_here,
 )
 from chirprequests import SLOWEST_HASH, Connection, Pipeline, leads_nowhere, unkept_by
@@ -135,6 +136,7 @@ FURTHER_WORTH = 50             # small files that are worth one more
 FURTHER_SOON = 2.0             # seconds in which it must be there
 PENDING = 1000                 # folders in a folder that wait until its files have been moved
 NEITHER = 'neither file, folder nor link'
+AT_TARGET = ' (at the target)'  # ends the reason of a failure there
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 Progress = Callable[[int, int], None]
@@ -182,9 +184,10 @@ class Meter:
 
 class Failures:
     """What of a folder could not be moved, or was not kept: ``some`` of the (path, reason), and the ``count``
-    of all."""
+    of all. The path is the source's; ``is_targets``: whether an error tells of the target."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_targets: Callable[[Any], bool] = lambda error: False) -> None:
+        self._is_targets = is_targets
         self.clear()
 
     def clear(self) -> None:
@@ -196,10 +199,10 @@ class Failures:
         self.count += 1
         if len(self.some) < FAILURES:
             reason = error.strerror if isinstance(error, OSError) else getattr(error, 'reason', '')
-            told = path if isinstance(path, bytes) else to_remote(agent.short_path(path))
+            told = path if isinstance(path, bytes) else to_remote(agent.short_path(unpinned(path)))
             text = shown_whole(told) if self._room > 0 else shown(told)
             self._room -= len(text)
-            self.some.append((text, reason or str(error)))
+            self.some.append((text, (reason or str(error)) + AT_TARGET * self._is_targets(error)))
 
     def add_unkept(self, path: Path, bits: int) -> None:
         """What the disk there didn't keep, bits of chirpwire.UNKEPT: often 0."""
@@ -518,6 +521,7 @@ class Upload(Move):
     def __init__(self, client: ChirpClient, meter: Meter, options: Options) -> None:
         super().__init__(client, meter, options)
         self._further = Further(client)
+        self._follows = True           # reads what a link leads to
 
     def run(self, source: str, target: bytes) -> None:
         found = stat_here(source)
@@ -549,7 +553,7 @@ class Upload(Move):
 
     def _send_file(self, source: str, target: bytes, base: int) -> os.stat_result:
         """What is there of it when it begins: a file may grow meanwhile."""
-        with open_regular(source) as file:
+        with open_regular(source, self._follows) as file:
             found, begin, seen = os.fstat(file.fileno()), beginning(file), time.time()
             self._meter.moved = base
             there = self._client.find(target)
@@ -578,7 +582,7 @@ class Upload(Move):
         if self._options.keep:
             bits |= self._client.keep_times(part, int(found.st_atime), int(found.st_mtime), wanted)
         self._client.replace(part, target)
-        self._unkept.add_unkept(to_remote(source), bits)
+        self._unkept.add_unkept(source, bits)
         return found
 
     def _wanted_mode(self, found: os.stat_result, there: Optional[Stat], begin: bytes) -> int:
@@ -611,7 +615,7 @@ class Upload(Move):
             return False
         wanted = self._wanted_mode(found, there, beginning(file))
         if there.mode & 0o777 != wanted:
-            self._unkept.add_unkept(to_remote(source), self._client.keep_mode(target, wanted))
+            self._unkept.add_unkept(source, self._client.keep_mode(target, wanted))
         return True
 
     def _resume(self, file: Any, found: os.stat_result, part: bytes) -> int:
@@ -669,11 +673,12 @@ class Upload(Move):
 
     def _put_tree(self, source: str, target: bytes) -> None:
         """Into the folder of that name, or, where there is none, into a temporary one."""
-        self._failures = Failures()
+        self._failures = Failures(lambda error: isinstance(error, Refused))
         self._unkept.clear()
         self._meter.moved = 0
         self._around.clear()
         self._further.close()          # an earlier attempt's: requests may be under way
+        self._follows = self._options.links == 'follow'
         self._small = SmallFiles(self._client, self._further, self._meter, self._failures, self._options)
         self._arrived = None if self._client.is_ours else Arrived(self._client)
         there = self._client.find(target)
@@ -715,52 +720,57 @@ class Upload(Move):
     def _put_folder(self, source: str, target: bytes, merge: bool) -> None:
         """``merge``: others may read what is there already, so files must come in place all at once, and what
         the source doesn't have stays."""
-        found = os.stat(source)
-        with self._inside(found.st_dev, found.st_ino):
-            made = self._make_folder(target)
-            known, twins = Known(self._client, target), Twins(self._client, self._small, target)
-            if not made:
-                if not merge:
-                    self._client.chmod(target, 0o700)
-                known.fill(None if merge else source)
-            unmoved: Set[bytes] = set()            # partial files that a later attempt goes on from
-            sent: 'Sent' = {}
-            folders: List[str] = []
-            with os.scandir(source) as entries:
-                for entry in entries:
-                    failed, name = self._failures.count, to_remote(entry.name)
-                    with self._failing(entry.path):
-                        check_whole(name)
-                        self._check_name(name)
-                        follow = self._options.links == 'follow'
-                        file: Optional[os.stat_result] = None
-                        if entry.is_dir(follow_symlinks=follow) and (follow or not is_link(entry)):
-                            if not merge:
-                                self._make_way(known, target, name)
-                            folders.append(entry.name)
-                        elif not follow and is_link(entry):
-                            if self._options.links == 'skip':
-                                continue
-                            twins.check(entry.name)
-                            self._put_link(entry.path, target, name, known, merge)
-                        else:
-                            twins.check(entry.name)
-                            file = self._put_entry(entry, target, name, known, merge)
-                        self._note(sent, name, file)
-                    if self._failures.count > failed:
-                        unmoved.add(part_name(name))
-                    if len(folders) >= PENDING:
-                        self._put_folders(source, folders, target, merge, twins)
-            self._put_folders(source, folders, target, merge, twins)
+        with pinned(source, self._follows or not self._around) as here:    # first the user's own link
+            found = os.stat(here)
+            with self._inside(found.st_dev, found.st_ino):
+                made = self._put_content(here, target, merge)
+            if self._options.keep and (made or not merge):
+                mode = mode_there(found)
+                self._unkept.add_unkept(here, self._client.keep_mode(target, mode)
+                                        | self._client.keep_times(target, int(found.st_atime),
+                                                                  int(found.st_mtime), mode))
+
+    def _put_content(self, source: str, target: bytes, merge: bool) -> bool:
+        """Makes the folder, unless it is there, and puts all into it; whether it was made."""
+        made = self._make_folder(target)
+        known, twins = Known(self._client, target), Twins(self._client, self._small, target)
+        if not made:
             if not merge:
-                known.remove_parts(unmoved)
-                if self._arrived is not None and not self._failures.count:
-                    self._arrived.check_folder(target, sent)
-        if self._options.keep and (made or not merge):
-            mode = mode_there(found)
-            self._unkept.add_unkept(to_remote(source), self._client.keep_mode(target, mode)
-                                    | self._client.keep_times(target, int(found.st_atime),
-                                                              int(found.st_mtime), mode))
+                self._client.chmod(target, 0o700)
+            known.fill(None if merge else source)
+        unmoved: Set[bytes] = set()            # partial files that a later attempt goes on from
+        sent: 'Sent' = {}
+        folders: List[str] = []
+        with os.scandir(source) as entries:
+            for entry in entries:
+                failed, name = self._failures.count, to_remote(entry.name)
+                with self._failing(entry.path):
+                    check_whole(name)
+                    self._check_name(name)
+                    file: Optional[os.stat_result] = None
+                    if entry.is_dir(follow_symlinks=self._follows) and (self._follows or not is_link(entry)):
+                        if not merge:
+                            self._make_way(known, target, name)
+                        folders.append(entry.name)
+                    elif not self._follows and is_link(entry):
+                        if self._options.links == 'skip':
+                            continue
+                        twins.check(entry.name)
+                        self._put_link(entry.path, target, name, known, merge)
+                    else:
+                        twins.check(entry.name)
+                        file = self._put_entry(entry, target, name, known, merge)
+                    self._note(sent, name, file)
+                if self._failures.count > failed:
+                    unmoved.add(part_name(name))
+                if len(folders) >= PENDING:
+                    self._put_folders(source, folders, target, merge, twins)
+        self._put_folders(source, folders, target, merge, twins)
+        if not merge:
+            known.remove_parts(unmoved)
+            if self._arrived is not None and not self._failures.count:
+                self._arrived.check_folder(target, sent)
+        return made
 
     def _check_name(self, name: bytes, path: Path = b'') -> None:
         """Raises OSError for what would be there, and in no listing; or what no server has written."""
@@ -814,13 +824,14 @@ class Upload(Move):
                 self._small.asking(lambda: self._client.rmall(target))
                 there = None
             check_file_there(there, target)
-        read = read_small(entry.path)
+        read = read_small(entry.path, self._follows)
         if read is not None:
             found, data = read
             if merge and known.has_part(name):
                 self._small.asking(lambda: self._client.rmall(part_path(target)))
             mode = self._wanted_mode(found, there, data)
-            self._small.put(SmallFile(entry.path, target, merge, mode, there is not None, found, data))
+            self._small.put(SmallFile(unpinned(entry.path), target, merge, mode, there is not None, found,
+                                      data))
             return found
         return self._small.asking(lambda: self._put_file(entry.path, target))
 
@@ -838,7 +849,7 @@ class Upload(Move):
     def _has(self, source: str, found: os.stat_result, target: bytes, there: Optional[Stat]) -> bool:
         if there is None or not there.is_file or there.size != found.st_size:
             return False
-        with open_regular(source) as file:
+        with open_regular(source, self._follows) as file:
             return self._is_same(file, source, found, target, there)
 
     def _put_link(self, source: str, folder: bytes, name: bytes, known: 'Known', merge: bool) -> None:
@@ -1179,7 +1190,7 @@ class Lane:
             self._failures.add(file.source, file.error)
             return
         if file is not None and file.unkept:
-            self._unkept.add_unkept(to_remote(file.source), file.unkept)
+            self._unkept.add_unkept(file.source, file.unkept)
         if file is not None and file.name != file.target:
             source = file.source
             self._pipeline.add(self.connection.replacing(file.name, file.target),
@@ -1190,9 +1201,9 @@ class Lane:
             self._failures.add(source, result)
 
 
-def read_small(path: str) -> Optional[Tuple[os.stat_result, bytes]]:
+def read_small(path: str, follow: bool) -> Optional[Tuple[os.stat_result, bytes]]:
     """A file's stat and content; None of one that is larger than SMALL."""
-    fd, found = open_regular_fd(path)
+    fd, found = open_regular_fd(path, follow)
     try:
         if found.st_size > SMALL:
             return None
@@ -1494,7 +1505,7 @@ class Download(Move):
 
     def _get_tree(self, source: bytes, target: str) -> None:
         """Into the folder of that name, or, where there is none, into a temporary one."""
-        self._failures = Failures()
+        self._failures = Failures(lambda error: isinstance(error, OSError) and error.filename is not None)
         self._unkept.clear()
         self._meter.moved = self._meter.total = self._entries = 0
         self._around.clear()

@@ -7,9 +7,8 @@ import contextlib
 import errno
 import itertools
 import os
-import re
 import stat
-from typing import Any, Callable, Iterator, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple, Union
 
 import agent
 import localnames
@@ -49,19 +48,21 @@ def local_part(path: str) -> str:
     return os.path.join(folder, os.fsdecode(part_name(os.fsencode(name))))
 
 
-def open_regular(path: str) -> Any:
-    """Opens a local file to read, unbuffered. Raises OSError where it is something else."""
-    return os.fdopen(open_regular_fd(path)[0], 'rb', buffering=0)
+def open_regular(path: str, follow: bool = True) -> Any:
+    """Opens a local file to read, unbuffered. ``follow``: through a link, where it is one. Raises OSError
+    where it is something else."""
+    return os.fdopen(open_regular_fd(path, follow)[0], 'rb', buffering=0)
 
 
-def open_regular_fd(path: str) -> Tuple[int, os.stat_result]:
+def open_regular_fd(path: str, follow: bool = True) -> Tuple[int, os.stat_result]:
     """The same; its descriptor and its stat."""
     try:
-        fd = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
-                     | getattr(os, 'O_NOCTTY', 0) | getattr(os, 'O_CLOEXEC', 0))
-    except PermissionError as error:
-        if ON_WINDOWS:                 # where it is the same number, for whatever reason
+        fd = os.open(path, READING if follow else READING | getattr(os, 'O_NOFOLLOW', 0))
+    except OSError as error:
+        if ON_WINDOWS and isinstance(error, PermissionError):  # of the same number, for whatever reason
             error.strerror = agent.NOT_TO_READ
+        elif not follow and error.errno == errno.ELOOP:
+            error.strerror = 'it became a link meanwhile'
         raise
     found = os.fstat(fd)
     if not stat.S_ISREG(found.st_mode):
@@ -69,6 +70,10 @@ def open_regular_fd(path: str) -> Tuple[int, os.stat_result]:
         raise OSError(errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EINVAL, 'not a regular file',
                       path)
     return fd, found
+
+
+READING = (os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
+           | getattr(os, 'O_NOCTTY', 0) | getattr(os, 'O_CLOEXEC', 0))
 
 
 def is_link(entry: os.DirEntry) -> bool:
@@ -111,31 +116,35 @@ def tree_size(path: str, depth: int = 0) -> int:
 
 
 @contextlib.contextmanager
-def pinned(path: str) -> Iterator[str]:
+def pinned(path: str, follow: bool = False) -> Iterator[str]:
     """A folder, by a path that leads to it whatever other programs put in its place meanwhile. Of Linux;
-    elsewhere the path as it is. Raises OSError for a link."""
+    elsewhere the path as it is. Raises OSError for a link, unless ``follow``."""
     if not os.path.isdir(PINS):
         yield path
         return
-    fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
+    PINNED[str(fd)] = unpinned(path)
     try:
         yield PINS + str(fd)
     except OSError as error:
-        if error.filename is not None:
+        if isinstance(error.filename, str):
             error.filename = unpinned(error.filename)
         raise
     finally:
+        del PINNED[str(fd)]
         os.close(fd)
 
 
 def unpinned(path: str) -> str:
-    """How a person knows what is in a pinned folder."""
-    pin = PINNED.match(path)
-    return os.readlink(pin.group(1)) + pin.group(2) if pin else path
+    """How a person knows a pinned folder, or what is in it."""
+    fd, _, name = path[len(PINS):].partition('/')
+    if not path.startswith(PINS) or fd not in PINNED:
+        return path
+    return os.path.join(PINNED[fd], name) if name else PINNED[fd]
 
 
 PINS = '/proc/self/fd/'
-PINNED = re.compile('(%s[0-9]+)(/.*)$' % PINS, re.DOTALL)
+PINNED: Dict[str, str] = {}    # what a person calls each; of all threads, each has descriptors of its own
 
 
 def join(folder: bytes, name: bytes) -> bytes:
@@ -150,7 +159,7 @@ def is_device(path: str) -> bool:
         return False
     path = os.path.abspath(path)
     return (not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
-            or path.startswith('/proc/') and not PINNED.match(path)
+            or path.startswith('/proc/') and unpinned(path) == path
             or path.startswith('/dev/') and os.path.islink(path))      # as /dev/stdout
 
 

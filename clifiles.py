@@ -162,7 +162,8 @@ def do_get(host: Client, screen: Screen, args: Any) -> int:
     target = here(args.target) if args.target else ''
     if len(sources) > 1 and target and not os.path.isdir(target):
         raise VMHostError('%s is not a folder, and %d files match' % (args.target, len(sources)))
-    names = localnames.Names(localnames.folding(target or os.getcwd()) if len(sources) > 1 else None)
+    folds = localnames.folding(target or agent.current_folder()) if len(sources) > 1 else None
+    names = localnames.Names(folds)
     return max([fetch(host, screen, args, source, target, names) for source in sources])
 
 
@@ -203,11 +204,12 @@ def vm_and_path(text: str) -> List[str]:
 def here(path: str) -> str:
     """A path of this machine for the host agent, whose working directory is not ours; ends as it did.
 
-    Raises VMHostError for an empty one: joined, it would be the whole working directory.
+    Raises VMHostError for an empty one: joined, it would be the whole working directory; AgentError where
+    that is gone.
     """
     if not path:
         raise VMHostError('a path is empty: name a file or folder (. is the one you are in)')
-    return os.path.join(os.getcwd(), localnames.native(path))
+    return os.path.join(agent.current_folder(), localnames.native(path))
 
 
 def own_descriptor(path: str) -> Optional[int]:

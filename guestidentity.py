@@ -53,9 +53,9 @@ def state_folders(ini: str) -> List[str]:
     if os.geteuid() == 0:
         return [ROOTS_STATE]
     home = os.environ.get('XDG_STATE_HOME') or os.path.expanduser('~/.local/state')
-    beside = os.path.join(os.path.dirname(os.path.abspath(ini)) if ini else os.getcwd(), STATE_NAME)
+    folder = os.path.dirname(os.path.abspath(ini)) if ini else agent.current_folder()
     usable = os.path.isabs(home) and os.access(agent.existing(home), os.W_OK | os.X_OK)
-    return [os.path.join(home, 'vmguest')] * usable + [beside]
+    return [os.path.join(home, 'vmguest')] * usable + [os.path.join(folder, STATE_NAME)]
 
 
 def is_within(path: str, folder: str) -> bool:

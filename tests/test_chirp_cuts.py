@@ -436,8 +436,8 @@ def test_a_file_that_the_disk_loses_leaves_the_others_of_its_folder_alone(client
     real = getattr(chirpclient, how)
     if call == 'get':
         client.put(str(source), '/tree')
-    monkeypatch.setattr(chirpclient, how, lambda path: Failing(real(path), 2 << 20) if path.endswith('b')
-                        else real(path))
+    monkeypatch.setattr(chirpclient, how, lambda path, *more: Failing(real(path, *more), 2 << 20)
+                        if path.endswith('b') else real(path, *more))
     with pytest.raises(chirpwire.Incomplete) as info:
         if call == 'put':
             client.put(str(source), '/tree')
@@ -495,6 +495,23 @@ def test_what_vanishes_from_a_folder_is_told_and_the_rest_is_moved(client, serve
     with pytest.raises(chirpwire.Incomplete, match='/tree/b: .*does not exist'):
         client.get('/tree', str(tmp_path / 'back'))
     assert sorted(os.listdir(str(tmp_path / 'back'))) == ['a', 'c']
+
+
+@pytest.mark.parametrize('call', ['put', 'get'])
+def test_what_fails_at_the_target_is_told_so(client, served, tmp_path, call):  # noqa: F811
+    """The path is the source's, where the file is as it was."""
+    source, target = tmp_path / 'tree', served[1] / 'there'
+    if call == 'get':
+        source, target = served[1] / 'tree', tmp_path / 'there'
+    for folder in source / 'sub', target:
+        folder.mkdir(parents=True)
+    write(source / 'sub' / 'x', b'x')
+    write(target / 'sub', b'no folder')
+    with pytest.raises(chirpwire.Incomplete) as info:
+        client.put(str(source), '/there') if call == 'put' else client.get('/tree', str(target))
+    ((path, why),) = info.value.failures
+    assert path == (str(source / 'sub') if call == 'put' else '/tree/sub')
+    assert why.lower() == 'not a directory (at the target)'
 
 
 def test_pipes_and_sockets_are_told_and_not_waited_for(client, served, tmp_path):  # noqa: F811

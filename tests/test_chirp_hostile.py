@@ -250,6 +250,36 @@ def test_a_folder_that_becomes_a_link_while_it_is_fetched_leads_nowhere(tmp_path
     assert outside.stat().st_mode & 0o777 == 0o711
 
 
+@pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='Linux pins folders')
+@pytest.mark.parametrize('hook, swapped, kept', [
+    ('_put_folders', 'sub', ''), ('_put_entry', 'sub', 'small large'),
+    ('_put_entry', 'sub/small', 'large'), ('_put_entry', 'sub/large', 'small')])
+def test_a_link_that_comes_while_a_folder_is_sent_leads_nowhere(tmp_path, monkeypatch, hook, swapped, kept):
+    """Who shares the source, as a guest does its shared folder, has nothing sent from outside of it."""
+    served, tree, outside = [tmp_path / name for name in ('served', 'tree', 'outside')]
+    for folder in served, tree / 'sub', outside:
+        folder.mkdir(parents=True)
+    for name, size in ('small', 10), ('large', 300000):
+        (tree / 'sub' / name).write_bytes(b'n' * size)
+        (outside / name).write_bytes(b's' * size)
+    put, aside, failures = getattr(chirpclient.Upload, hook), tmp_path / 'aside', []
+
+    def swap(self, *arguments):
+        if not aside.exists() and (hook == '_put_folders' or arguments[1].endswith(b'/sub')):
+            (tree / swapped).rename(aside)
+            (tree / swapped).symlink_to(outside / swapped[4:])
+        return put(self, *arguments)
+    monkeypatch.setattr(chirpclient.Upload, hook, swap)
+    with our_server(served) as server, chirpclient.ChirpClient(*server.address) as client:
+        try:
+            client.put(str(tree), '/tree')
+        except chirpwire.Incomplete as incomplete:
+            failures = [path for path, _ in incomplete.failures]
+    assert aside.exists() and {path.name: path.read_bytes()[:1] for path in served.glob('tree/sub/*')} == \
+        dict.fromkeys(kept.split(), b'n')
+    assert failures == ([] if 'small large' == kept else [str(tree / swapped)])
+
+
 def test_silence_in_the_middle_has_its_time(tmp_path):
     with HostileServer(falls_silent(b'pread', b'%d\n1234' % chirpclient.PIECE)) as server, ends_soon(), \
             chirpclient.ChirpClient(*server.address, timeout=0.5) as client:

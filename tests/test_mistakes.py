@@ -275,6 +275,19 @@ def test_an_output_that_is_full_and_machines_that_no_hypervisor_has(tmp_path):
         sentences(done.stderr.decode(), 'no hypervisor here', '`forget lab07`')
 
 
+@posix_host
+def test_a_current_folder_that_is_gone(tmp_path):
+    """A build folder that was removed and made again under a shell."""
+    gone = ['sh', '-c', 'rmdir "$PWD" && exec "$@"', 'sh', sys.executable]
+    ini, folder = host_ini(tmp_path), tmp_path / 'gone'
+    for program, words in (('vmhost.py', ['ls']), ('vmhost.py', [ini, 'put', 'lab07', 'a', 'b']),
+                           ('vmhost.py', []), ('vmguest.py', [])):
+        folder.mkdir()
+        code, text = run(*words, program=program, python=gone, cwd=str(folder))
+        assert code == 1 and text.endswith(': the current folder is gone\n'), (words, text)
+        assert text.count('\n') == 1
+
+
 def test_a_bundle_that_cant_be_written_is_a_sentence(tmp_path):
     for program, place in (('vmhost.py', tmp_path), ('vmguest.py', tmp_path / 'missing' / 'x.pyz'),
                            ('vmboinc.py', tmp_path)):
