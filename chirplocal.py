@@ -119,7 +119,7 @@ def tree_size(path: str, depth: int = 0) -> int:
 def pinned(path: str, follow: bool = False) -> Iterator[str]:
     """A folder, by a path that leads to it whatever other programs put in its place meanwhile. Of Linux;
     elsewhere the path as it is. Raises OSError for a link, unless ``follow``."""
-    if not os.path.isdir(PINS):
+    if not hasattr(os, 'O_PATH') or not os.path.isdir(PINS):    # a Windows' own disk may have that folder
         yield path
         return
     fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
