@@ -128,14 +128,14 @@ class Hypervisor:
             self._told[key] = found
         return found
 
-    def _now(self, verb: str, args: Tuple[Any, ...], is_known: bool, at_work: Optional[float] = None
+    def _now(self, verb: str, args: Tuple[Any, ...], is_known: bool,
+             patience: Tuple[float, float] = (driverprocesses.LIST_PATIENCE, AT_WORK_PATIENCE)
              ) -> Tuple[Any, str]:
         """A quick verb's answer, and ''. Where something was told before, and is to be told again as soon as
         it takes longer than a list may, or the hypervisor ended and isn't there again yet: None, and why.
-        Else raises VMHostError, DeadlineExceeded after FIRST_PATIENCE of silence. at_work: how many seconds
-        more it may take what was told before, while there are other answers."""
-        at_work = AT_WORK_PATIENCE if at_work is None else at_work
-        patience = (driverprocesses.LIST_PATIENCE, at_work) if is_known else (FIRST_PATIENCE, EVER)
+        Else raises VMHostError, DeadlineExceeded after FIRST_PATIENCE of silence. patience: seconds until
+        what was told before is told again, of silence, and how much more while there are other answers."""
+        patience = patience if is_known else (FIRST_PATIENCE, EVER)
         try:
             return self._call(verb, args, *patience), ''
         except Unanswered as error:
@@ -388,8 +388,7 @@ class Hypervisor:
         row of `Driver.machines` at least."""
         self._pulse.want()
         seen = self._watch.row_of(vm)
-        is_row = seen is not None and ('describe', seen['uuid']) not in self._told     # which isn't all of it
-        found, why = self._now('describe', (vm,), seen is not None, LOOK_PATIENCE if is_row else None)
+        found, why = self._now('describe', (vm,), seen is not None, (FIRST_PATIENCE, LOOK_PATIENCE))
         if not why or seen is None:
             return self._watch.marked([found])[0]
         last = self._told.get(('describe', seen['uuid']), {})

@@ -134,13 +134,11 @@ def test_whoever_looks_has_an_answer_within_a_second_while_nothing_answers(box, 
     """What is known, and why it isn't what is now; or an error that says so."""
     box.create_vm('asked')
     known = {'version': box.version(), 'machine_states': box.machine_states()}
+    monkeypatch.setattr(hosthypervisor, 'FIRST_PATIENCE', 0.8)
     watcher = box._watcher._child.process
     watcher.send_signal(signal.SIGSTOP)
     try:
-        begun = time.monotonic()
-        assert box.describe('asked')['trouble'] and box.state('asked') == 'PoweredOff'
-        took = [(time.monotonic() - begun) / 2]
-        monkeypatch.setattr(hosthypervisor, 'FIRST_PATIENCE', 0.8)
+        took = []
         for verb, args in (('list_vms', ()), ('describe', ('asked',)), ('state', ('asked',)),
                            ('describe', ('nobody',)), ('version', ()), ('machine_states', ()),
                            ('list_snapshots', ('asked',)), ('snapshots', ('asked',)), ('get_network', ()),

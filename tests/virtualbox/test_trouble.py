@@ -308,7 +308,7 @@ def test_what_hangs_hides_no_vm(api, host, vm):
     with stopped(vboxsvc()):
         for seconds, ask in (
                 (0.8, lambda: vm in api.listVMs()), (0.8, lambda: vm in str(api.getVMs())),
-                (0.8, lambda: api.getVM(vm)['uuid'] == uuid), (0.8, lambda: api.getState(vm) == 'PoweredOff'),
+                (5, lambda: api.getVM(vm)['uuid'] == uuid), (0.8, lambda: api.getState(vm) == 'PoweredOff'),
                 (0.8, lambda: api.listSnapshots(vm) == ['known']), (0.8, lambda: api.version() == version),
                 (5, lambda: fault_of(api.getNetwork)[0] == 7), (5, lambda: fault_of(api.cleanup)[0] == 7),
                 (5, lambda: fault_of(api.getLog, vm)[0] == 7),
