@@ -38,6 +38,7 @@ AT_WORK_PATIENCE = 0.3         # seconds more for a list, while there are other 
 LOOK_PATIENCE = 5.0            # seconds that who changed a VM waits for a look at it
 WORKER_IDLE = 60.0             # seconds without work after which a worker ends
 PRINTED_KEPT = 1024 * 1024     # bytes of a driver's log file, beyond which it begins anew
+NEVER = object()               # in place of what was never told
 # What is told again while nothing answers.
 REMEMBERED = 'version', 'machine_states', 'find_chirp', 'snapshots', 'get_network'
 # Changes of a VM after which its ports are where they were.
@@ -121,9 +122,10 @@ class Hypervisor:
         as it was told last. Raises DeadlineExceeded, with the reason, where it never was."""
         vm = str(args[0]) if args else ''
         key = verb, self._watch.uuid_of(vm) or vm
-        found, why = self._now(verb, args, key in self._told)
+        last = self._told.get(key, NEVER)      # others may forget it meanwhile
+        found, why = self._now(verb, args, last is not NEVER)
         if why:
-            return self._told[key]
+            return last
         if verb in REMEMBERED:
             self._told[key] = found
         return found

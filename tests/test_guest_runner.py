@@ -755,6 +755,7 @@ def test_what_a_user_may_not_is_told_by_its_option(tmp_path):
 import ctypes, os, sys
 sys.path[:0] = [%r, %r]
 import test_guest_runner
+open(os.devnull, 'w').close()          # loads what text is encoded by, which a user may not read
 os.setgroups([])
 os.setgid(65534)
 os.setuid(65534)
