@@ -930,7 +930,8 @@ def test_ls_asks_as_often_for_many_vms_as_for_one(tmp_path):
         assert len(lines) == 1 + 121 + 1 and lines[1].startswith('web120 ')
         assert lines[-1] == 'web120: its disk is missing'
         assert host.verb('ls', '--json', 'web1?')[1].count('"name"') == 10
-        assert host.calls == 2 * [('getVMs',), ('agentInfo',)]
+        assert host.verb('ls', '-q', 'web7')[1] == 'web7\n'
+        assert host.calls == 3 * [('getVMs',), ('agentInfo',)]     # nobody is asked for one of them alone
 
 
 def test_names_are_in_the_order_in_which_people_count(tmp_path):
