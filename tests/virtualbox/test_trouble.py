@@ -315,7 +315,8 @@ def test_what_hangs_hides_no_vm(api, host, vm):
                 (0.8, lambda: 'has not answered for' in api.getVM(vm)['trouble']),
                 (0.8, lambda: 'has not answered for' in api.agentInfo()['trouble'])):
             begun = time.monotonic()
-            assert ask() and time.monotonic() - begun < seconds + 0.2 * others_take()
+            assert ask(), ask.__code__.co_names
+            assert time.monotonic() - begun < seconds + 0.2 * others_take()
     wait_until(lambda: api.agentInfo()['trouble'] == '', 20)
     with stopped(vboxsvc()):           # anew: a process that looks, and hangs for 65 s, is replaced
         for ask in (lambda: api.states() == states, lambda: fault_of(api.getVM, 'nobody')[0] == 7,
