@@ -41,8 +41,8 @@ PRINTED_KEPT = 1024 * 1024     # bytes of a driver's log file, beyond which it b
 NEVER = object()               # in place of what was never told
 # What is told again while nothing answers.
 REMEMBERED = 'version', 'machine_states', 'find_chirp', 'snapshots', 'get_network'
-# Changes of a VM after which its ports are where they were.
 NAMES_NO_VM = 'create_vm', 'register_vm', 'kill_process'       # verbs that take another word first
+# Changes of a VM after which its ports are where they were.
 MOVE_NO_PORT = 'pause', 'resume', 'take_snapshot', 'delete_snapshot', 'keep', 'set_limits', 'remote_desktop'
 
 
