@@ -1,9 +1,9 @@
 """Files over Chirp, the protocol of cctools: the door of the rooms behind it, and the command line.
 
-chirpclient.py moves files and folders by the requests of chirprequests.py; chirpserver.py serves a folder, in
-which chirproot.py keeps every path; chirpreal.py runs cctools' own server instead. chirplocal.py and
-chirpwire.py are below them all. Programs outside find ``ChirpClient``, ``ChirpServer`` and
-``RealChirpServer`` here.
+chirpclient.py moves files and folders, by chirpupload.py and chirpdownload.py, and by the requests of
+chirprequests.py; chirpserver.py serves a folder, in which chirproot.py keeps every path; chirpreal.py runs
+cctools' own server instead. chirplocal.py and chirpwire.py are below them all. Programs outside find
+``ChirpClient``, ``ChirpServer`` and ``RealChirpServer`` here.
 
 What it is not: where any of that is done. Threads: main alone, here; a server has its own. No locks.
 """
@@ -23,7 +23,8 @@ import time
 from typing import Any, Iterator, List, Optional, Sequence, Tuple, Union
 
 import agent
-from chirpclient import ChirpClient, landing_here, landing_there
+from chirpclient import ChirpClient
+from chirplanding import landing_here, landing_there
 from chirpreal import RealChirpServer
 from chirpserver import ChirpServer
 from chirpwire import PORT, ChirpError, Incomplete, shown

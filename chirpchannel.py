@@ -73,6 +73,7 @@ class Channel:
         self._wire: Optional[Wire] = None
         self._used = False             # whether this connection has answered a request
         self._held: Optional[Tuple[Path, str]] = None          # what is put, with our mark
+        self._linkless: Optional[Path] = None          # below which folder of the server no link leads on
 
     def __enter__(self: 'Client') -> 'Client':
         return self
@@ -91,6 +92,7 @@ class Channel:
                 self.subject = self._authenticate(wire)
                 self.root = self._greet(wire)
                 self._hold(wire)
+                self._say_linkless(wire)
             except BaseException:
                 wire.close()
                 raise
@@ -185,12 +187,17 @@ class Channel:
         return to_text(wire.read(count)) or None
 
     @contextlib.contextmanager
-    def holding(self, path: Path) -> Iterator[None]:
-        """Meanwhile nobody else may put something there, where the server is one of ours; also on connections
-        that follow this one. Raises Busy."""
-        self._held = path, os.urandom(8).hex()
+    def holding(self, path: Optional[Path], linkless: Optional[Path] = None) -> Iterator[None]:
+        """Meanwhile nobody else may put something there, and below the folder ``linkless`` no link leads on,
+        where the server is one of ours; also on connections that follow this one. Raises Busy."""
+        self._held = None if path is None else (path, os.urandom(8).hex())
+        self._linkless = linkless
         try:
-            self._hold(self.connect()) if self._wire is not None else self.connect()
+            was_there = self._wire is not None
+            wire = self.connect()
+            if was_there:              # a new one has been told
+                self._hold(wire)
+                self._say_linkless(wire)
             yield
             if self.root is not None:
                 with contextlib.suppress(Refused, Disconnected):       # an older one has no such request
@@ -199,7 +206,13 @@ class Channel:
             self.disconnect()          # replies may still be under way
             raise
         finally:
-            self._held = None
+            self._held = self._linkless = None
+
+    def _say_linkless(self, wire: Wire) -> None:
+        if self._linkless is not None and self.root is not None:
+            wire.put(self.ask('nolinks', quote(to_bytes(self._linkless))))
+            with contextlib.suppress(Refused):         # by an older server
+                self._number(wire, '')
 
     def _hold(self, wire: Wire) -> None:
         """A connection that has just ended may hold it for a moment more."""

@@ -13,6 +13,7 @@ from typing import Any, Callable, Dict, Iterator, Optional, Tuple, Union
 import agent
 import localnames
 from chirpwire import (
+    SMALL,
     Busy,
     ChirpError,
     check_unmounted,
@@ -74,6 +75,23 @@ def open_regular_fd(path: str, follow: bool = True) -> Tuple[int, os.stat_result
 
 READING = (os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
            | getattr(os, 'O_NOCTTY', 0) | getattr(os, 'O_CLOEXEC', 0))
+
+
+def read_small(path: str, follow: bool) -> Optional[Tuple[os.stat_result, bytes]]:
+    """A file's stat and content; None of one that is larger than SMALL."""
+    fd, found = open_regular_fd(path, follow)
+    try:
+        if found.st_size > SMALL:
+            return None
+        data = os.read(fd, SMALL + 1)
+        while len(data) != found.st_size and len(data) <= SMALL:       # those of /proc say 0
+            more = os.read(fd, SMALL + 1 - len(data))
+            if not more:
+                break
+            data += more
+        return (found, data) if len(data) <= SMALL else None
+    finally:
+        os.close(fd)
 
 
 def is_link(entry: os.DirEntry) -> bool:
@@ -211,6 +229,11 @@ def free_here(folder: str) -> int:
         return found.f_bavail * found.f_frsize
     import shutil
     return shutil.disk_usage(folder).free
+
+
+def space_of(found: Any) -> int:
+    """Bytes on disk that a file of that stat needs: one with holes needs less than its size."""
+    return min(found.st_size, found.st_blocks * 512) if hasattr(found, 'st_blocks') else found.st_size
 
 
 def open_part(target: str) -> Any:
@@ -412,6 +435,11 @@ def write_here(file: Any, view: memoryview) -> None:
     if is_zero(view):
         file.seek(len(view), os.SEEK_CUR)
         return
+    while view:
+        view = view[file.write(view):]
+
+
+def write_whole(file: Any, view: memoryview) -> None:
     while view:
         view = view[file.write(view):]
 

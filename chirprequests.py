@@ -146,7 +146,10 @@ class Connection(Channel):
                   again=False)
 
     def readlink(self, path: Path) -> str:
-        return to_text(self.call('readlink', quote(path), 4096, about=path, read=payload(4096)))
+        leads: bytes = self.call('readlink', quote(path), 4096, about=path, read=payload(4096))
+        if b'\0' in leads:
+            raise ProtocolError('a link to %.300r' % leads)
+        return to_text(leads)
 
     def chmod(self, path: Path, mode: int) -> None:
         self.call('chmod', quote(path), mode & 0o7777, about=path)

@@ -43,6 +43,7 @@ class Root:
         self._reserved: Tuple[bytes, ...] = (RESERVED,)        # begins of names that aren't shown …
         self._kept: Tuple[bytes, ...] = (RESERVED,)    # … or not changed
         self._closed = False
+        self._linkless: Optional[List[bytes]] = None   # names of a folder below which no link leads anywhere
         self._shown: Dict[bytes, Root] = {}
         self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -58,6 +59,11 @@ class Root:
         root = copy.copy(self)
         root.ours, root._reserved, root._kept = True, (), OF_SERVERS
         return root
+
+    def lead_through_no_link(self, below: Optional[bytes]) -> None:
+        """Of what lies below that folder, whose own path may hold links, each name is from now on what it is
+        itself: so who shares the folder leads nobody out of it. None: links lead on everywhere."""
+        self._linkless = None if below is None else split_path(below)
 
     def look_again(self) -> None:
         """Where another folder has its path by now, made anew or mounted there, that one is served, by all:
@@ -83,7 +89,8 @@ class Root:
     def parent(self, path: bytes, follow: bool = True,
                reserved: Tuple[bytes, ...] = ()) -> Iterator[Tuple[int, bytes]]:
         """The descriptor of the folder that a path's last name is in, and that name ('.': the root).
-        With ``follow`` the name isn't a link, or wasn't a moment ago: use it without following.
+        With ``follow`` the name isn't a link, or wasn't a moment ago, but below a folder where none leads on:
+        use it without following.
 
         ``reserved``: begins of names that it doesn't lead to, beside those that aren't shown.
         """
@@ -98,10 +105,11 @@ class Root:
         reserved += self._reserved
         names = split_path(path)       # which can't climb over the root
         check_names(names, reserved)
-        root = self
+        root, below = self, self._linkless
+        linkless = 0 if below is None or names[:len(below)] != below else len(names) - len(below)
         if names and names[0] in self._shown:
             root, names = self._shown[names[0]], names[1:]
-        fd, name = root._walk(names, follow, reserved)
+        fd, name = root._walk(names, follow, reserved, linkless)
         return root, fd, name
 
     @contextlib.contextmanager
@@ -151,7 +159,9 @@ class Root:
         finally:
             os.close(fd)
 
-    def _walk(self, names: List[bytes], follow: bool, reserved: Tuple[bytes, ...]) -> Tuple[int, bytes]:
+    def _walk(self, names: List[bytes], follow: bool, reserved: Tuple[bytes, ...],
+              linkless: int) -> Tuple[int, bytes]:
+        """``linkless``: so many names at the end lead through no link."""
         here, done, links = self._fd, [], 0    # type: int, List[bytes], int
         try:
             while names:
@@ -160,7 +170,7 @@ class Root:
                     names[:0] = done[:-1]
                     here, done = self._leave(here), []
                     continue
-                target = None
+                target, leads_on = None, len(names) >= linkless
                 if names:
                     there, target = self._step(here, name)
                     if target is None:
@@ -168,7 +178,9 @@ class Root:
                         here = there
                         done.append(name)
                         continue
-                elif follow:
+                    if not leads_on:
+                        raise NotADirectoryError(errno.ENOTDIR, 'a link')
+                elif follow and leads_on:
                     target = link_target(here, name)
                 if target is None:
                     return here, name

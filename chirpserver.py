@@ -287,6 +287,8 @@ class Session:
         """Of what it holds."""
         self.server.holds.leave(self)
         self.locks.leave_all()
+        if self.root.ours:
+            self.root.lead_through_no_link(None)
 
     def look_up(self) -> None:
         """Raises EndOfStream where it was ended, for what takes long without the wire."""
@@ -800,8 +802,15 @@ class Names(Part):
                 raise
         return b'0\n'
 
+    def nolinks(self, path: bytes) -> bytes:
+        """Of ours alone: below that folder no link leads on, until this connection ends, or lets go."""
+        if not self._root.ours:
+            raise Fault(INVALID)
+        self._root.lead_through_no_link(unquote(path))
+        return b'0\n'
+
     def letgo(self) -> bytes:
-        """Of ours alone: of what it holds."""
+        """Of ours alone: of what it holds, and of ``nolinks``."""
         self._session.let_go()
         return b'0\n'
 
@@ -951,7 +960,7 @@ REQUESTS: Dict[type, Dict[str, Tuple[int, str]]] = {
     Names: {
         'getlongdir': (1, 'l'), 'getdir': (1, 'l'), 'stat': (1, 'l'), 'lstat': (1, 'l'), 'mkdir': (2, 'wv'),
         'unlink': (1, 'd'), 'rmdir': (1, 'd'), 'rmall': (1, 'd'), 'rename': (2, 'w'), 'replace': (2, 'w'),
-        'hold': (2, 'wp'), 'letgo': (0, ''),
+        'hold': (2, 'wp'), 'nolinks': (1, ''), 'letgo': (0, ''),
         'link': (2, 'w'), 'symlink': (2, 'w'), 'readlink': (2, 'r'), 'chmod': (2, 'w'), 'chown': (3, 'w'),
         'lchown': (3, 'w'), 'utime': (3, 'w'), 'truncate': (2, 'w'), 'access': (2, ''), 'statfs': (1, 'l')},
     Identity: {

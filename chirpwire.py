@@ -172,7 +172,6 @@ CODES = {
     errno.ESPIPE: -22, errno.EOPNOTSUPP: -23, errno.ENAMETOOLONG: -24}
 # Those whose code means another one: between two of ours their names are said beside it, as of all without.
 UNSAID = frozenset((errno.EROFS, errno.EDQUOT, errno.ENFILE, errno.ETXTBSY))
-READ_ONLY = 'EROFS'
 
 
 def error_line(error: OSError, named: bool) -> bytes:

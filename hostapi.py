@@ -569,7 +569,7 @@ class ControlMethods(Methods):
             >>> host.lease('node1', 60)
             True
         """
-        self._host.leases.take(vm, seconds)
+        self._host.leases.take(vm, read_seconds('seconds', seconds))
         return True
 
     def getNetwork(self) -> dict:
@@ -923,7 +923,7 @@ class FileMethods(Methods):
     def listTransfers(self, filter: dict = {}) -> list:
         """What getTransfer tells, but for failures and unkept, of all transfers that are remembered, the
         newest last: those under way, and up to 1,000 that have ended, until the host agent ends. Those that
-        were under way when it was killed have failed once it is back, as their error and an event say.
+        were under way when it ended, or was killed, have failed once it is back, as error and an event say.
         submitted and ended: seconds since 1970, or 0. filter: vm, finished, limit (so many of the newest).
 
             >>> host.listTransfers({'vm': 'node1', 'limit': 1})[0]['id'] == transfer_id

@@ -20,6 +20,9 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import agent
 import chirpclient
+import chirpdownload
+import chirplanding
+import chirplocal
 import chirpwire
 import localnames
 import rpc
@@ -57,7 +60,7 @@ class Transfer:
         self.source = source
         self.target = target
         self.links = links             # keep, skip or follow
-        self.given = chirpclient.Given()       # where it goes to a device or FIFO
+        self.given = chirpdownload.Given()     # where it goes to a device or FIFO
         self.parents = parents         # whether the folders that the target is to be in are made
         self.state = 'waiting'
         self.error = ''                # or, while it waits, what for
@@ -73,6 +76,7 @@ class Transfer:
         self.since = {}        # type: Dict[float, float]   # patience: when its first reason was
         self.notes = agent.Seldom(log)
         self.cancelled = threading.Event()
+        self.is_left = False                   # under way when the host agent ends
         self.done = threading.Event()
         self.asked = self._place_asked_for()
         self.place = ()        # type: Tuple[str, ...]   # where it goes, once that is known
@@ -89,7 +93,7 @@ class Transfer:
     @property
     def own_name(self) -> str:
         """What it is called where it is; '' for ``/``, ``.`` and ``..``."""
-        return chirpclient.own_name(self.source, chirpclient.SEPARATORS if self.direction == 'put' else '/')
+        return chirplanding.own_name(self.source, chirplanding.SEPARATORS if self.direction == 'put' else '/')
 
     def place_of(self, target: str) -> Tuple[str, ...]:
         """Where that is, however it is written."""
@@ -105,7 +109,7 @@ class Transfer:
         """Where it goes, as far as that can be said before the VM is asked: in a target that is a folder, it
         has its own name."""
         is_put = self.direction == 'put'
-        if (not chirpclient.own_name(self.target, '/' if is_put else chirpclient.SEPARATORS)
+        if (not chirplanding.own_name(self.target, '/' if is_put else chirplanding.SEPARATORS)
                 or self.target[-1] == '/' or not is_put and os.path.isdir(self.target)):
             return self.place_of(posixpath.join(self.target, self.own_name))
         return self.place_of(self.target) + ((self.own_name,) if is_put else ())
@@ -292,7 +296,7 @@ class Transfers:
         return transfer
 
     def tell_of_lost(self) -> None:
-        """Those that were under way when an earlier host agent was killed have failed."""
+        """Those that were under way when an earlier host agent ended, or was killed, have failed."""
         with self._journal.best_effort():
             for facts in self._journal.transfers():
                 transfer = Transfer.of_facts(facts)
@@ -361,9 +365,11 @@ class Transfers:
             return True
 
     def stop(self, deadline: float) -> None:
-        """Cancels all, and waits for them until that monotonic time."""
+        """Cancels all, and waits for them until that monotonic time. The next host agent tells of them."""
         with self._lock:
             under_way = [transfer for transfer in self._known.values() if transfer.is_under_way]
+            for transfer in under_way:
+                transfer.is_left = not transfer.cancelled.is_set()
         for transfer in under_way:
             self.cancel(transfer.id)
         self._line.stop(deadline)
@@ -446,16 +452,17 @@ class Transfers:
             if not transfer.place:
                 target = there.inside(transfer.target) if transfer.target else ''
                 if transfer.parents:
+                    chirplocal.stat_here(transfer.source)          # raises where there is nothing to put
                     make_parents(client, target)
-                self._aim(transfer, chirpclient.landing_there(client, transfer.source, target))
+                self._aim(transfer, chirplanding.landing_there(client, transfer.source, target))
             client.put(transfer.source, transfer.target, transfer.progress, transfer.cancelled,
                        links=transfer.links)
         else:
             source = there.inside(transfer.source)
             if not transfer.place:
-                if transfer.parents:
+                if transfer.parents and client.find(source) is not None:
                     os.makedirs(os.path.dirname(os.path.abspath(transfer.target)), exist_ok=True)
-                self._aim(transfer, chirpclient.landing_here(client, source, transfer.target))
+                self._aim(transfer, chirplanding.landing_here(client, source, transfer.target))
             client.get(source, transfer.target, transfer.progress, transfer.cancelled, links=transfer.links,
                        given=transfer.given)
 
@@ -469,6 +476,8 @@ class Transfers:
         """Notes the end in the journal, and wakes who waits for it, whatever becomes of the note."""
         transfer.ended, transfer.ended_at = time.monotonic(), max(transfer.submitted, time.time())
         try:
+            if transfer.is_left and transfer.state == 'cancelled':
+                return
             text = '%s %s to %s %s' % (transfer.direction, transfer.source, transfer.target, transfer.error)
             with self._journal.best_effort(), self._journal.writing() as journal:
                 journal.event('transfer-' + transfer.state, transfer.vm, '', rpc.xml_safe(text))

@@ -13,7 +13,7 @@ import os
 import re
 import threading
 from ctypes import wintypes
-from typing import Any, Callable, Iterable, List, Set
+from typing import Any, Callable, Iterable, Iterator, List, Set
 
 # --- who may do what with a file ---------------------------------------------------------------
 
@@ -117,6 +117,11 @@ def number_of(sid: Any) -> str:
     text = wintypes.LPWSTR()
     if not library('advapi32').ConvertSidToStringSidW(ctypes.c_void_p(sid), ctypes.byref(text)):
         raise last_error()
+    return taken(text)
+
+
+def taken(text: Any) -> str:
+    """What Windows allocated as text, which is given back."""
     try:
         return text.value or ''
     finally:
@@ -130,34 +135,32 @@ def free(pointer: Any) -> None:
 
 def owner_of(path: str) -> str:
     """The number of the user whose file or folder it is. Raises OSError."""
-    owner, descriptor = ctypes.c_void_p(), ctypes.c_void_p()
-    code = library('advapi32').GetNamedSecurityInfoW(
-        ctypes.c_wchar_p(path), SE_FILE_OBJECT, OWNER, ctypes.byref(owner), None, None, None,
-        ctypes.byref(descriptor))
-    if code:
-        raise ctypes.WinError(code)                    # type: ignore
-    try:
+    owner = ctypes.c_void_p()
+    with descriptor_of(path, OWNER, ctypes.byref(owner)):
         return number_of(owner.value)
-    finally:
-        free(descriptor)
 
 
 def access_of(path: str) -> str:
     """The access list of a file or folder, as text. Raises OSError."""
-    security = library('advapi32')
-    descriptor, text = ctypes.c_void_p(), wintypes.LPWSTR()
-    code = security.GetNamedSecurityInfoW(ctypes.c_wchar_p(path), SE_FILE_OBJECT, ACCESS, None, None, None,
-                                          None, ctypes.byref(descriptor))
+    text = wintypes.LPWSTR()
+    with descriptor_of(path, ACCESS) as descriptor:
+        if not library('advapi32').ConvertSecurityDescriptorToStringSecurityDescriptorW(
+                descriptor, 1, ACCESS, ctypes.byref(text), None):
+            raise last_error()
+        return taken(text)
+
+
+@contextlib.contextmanager
+def descriptor_of(path: str, part: int, owner: Any = None) -> Iterator[Any]:
+    """A part of the security descriptor of a file or folder. ``owner``: where to note whose it is. Raises
+    OSError."""
+    descriptor = ctypes.c_void_p()
+    code = library('advapi32').GetNamedSecurityInfoW(
+        ctypes.c_wchar_p(path), SE_FILE_OBJECT, part, owner, None, None, None, ctypes.byref(descriptor))
     if code:
         raise ctypes.WinError(code)                    # type: ignore
     try:
-        if not security.ConvertSecurityDescriptorToStringSecurityDescriptorW(
-                descriptor, 1, ACCESS, ctypes.byref(text), None):
-            raise last_error()
-        try:
-            return text.value or ''
-        finally:
-            free(text)
+        yield descriptor
     finally:
         free(descriptor)
 

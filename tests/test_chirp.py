@@ -17,7 +17,9 @@ import pytest
 from helpers import let_others_in, wait_until
 
 import chirpclient
+import chirplanding
 import chirpserver
+import chirpupload
 import chirpwire
 
 REAL = shutil.which('chirp_server')
@@ -167,12 +169,12 @@ def test_a_part_is_as_private_as_what_it_will_replace(tmp_path, monkeypatch):
     source, there, modes = tmp_path / 'x', tmp_path / 'served' / 'x', []
     write(source, b'n' * 300000, 0o644)
     write(there, b'old', 0o600)
-    send = chirpclient.Upload._send_pieces
+    send = chirpupload.Upload._send_pieces
 
     def look(*arguments):
         modes.extend(stat.S_IMODE(path.stat().st_mode) for path in there.parent.glob('.*.vmhost-part'))
         return send(*arguments)
-    monkeypatch.setattr(chirpclient.Upload, '_send_pieces', look)
+    monkeypatch.setattr(chirpupload.Upload, '_send_pieces', look)
     with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as client:
         client.put(str(source), '/x')
     assert modes == [0o600] and stat.S_IMODE(there.stat().st_mode) == 0o600
@@ -292,6 +294,44 @@ def test_what_is_appended_goes_to_the_end(client, served):
         assert client.pwrite(number, content, 1000000) == len(content)
     client.close(number)
     assert (served[1] / 'log').read_bytes() == bytes(65536) + b'x' + bytes(65536)
+
+
+def test_a_folder_is_not_put_through_a_link_in_its_place(client, served, tmp_path):
+    """As by cp -r: what the link leads to isn't the target's."""
+    for folder in 'sub', 'beside':
+        (tmp_path / 'source' / folder).mkdir(parents=True)
+        write(tmp_path / 'source' / folder / 'file', b'new')
+    client.mkdir('/target')
+    client.mkdir('/other')
+    client.putfile('/other/file', b'precious')
+    client.symlink('../other', '/target/sub')
+    with pytest.raises(chirpwire.Incomplete) as caught:
+        client.put(str(tmp_path / 'source'), '/target')
+    assert [path for path, _ in caught.value.failures] == [str(tmp_path / 'source' / 'sub')]
+    assert client.getfile('/other/file') == b'precious' and client.getfile('/target/beside/file') == b'new'
+
+
+def test_a_folder_that_lands_where_a_link_is_is_refused(client, served, tmp_path):
+    """As by cp -r; one whose content goes to a link that the user names goes through it."""
+    here = tmp_path / 'here'
+    for folder in tmp_path / 'source', here / 'other', here / 'into':
+        folder.mkdir(parents=True)
+    write(tmp_path / 'source' / 'file', b'new')
+    for path in '/source', '/other', '/into':
+        client.mkdir(path)
+    client.putfile('/source/file', b'new')
+    client.symlink('../other', '/into/source')
+    (here / 'into' / 'source').symlink_to('../other')
+    with pytest.raises(chirpwire.ChirpError, match='into/source: .*link'):
+        client.put(str(tmp_path / 'source'),
+                   chirplanding.landing_there(client, str(tmp_path / 'source'), '/into'))
+    with pytest.raises(chirpwire.ChirpError, match='into/source: .*link'):
+        client.get('/source', chirplanding.landing_here(client, '/source', str(here / 'into')))
+    assert list(client.ls('/other')) == [] == os.listdir(str(here / 'other'))
+    client.put(str(tmp_path / 'source'),
+               chirplanding.landing_there(client, str(tmp_path / 'source') + '/.', '/into/source'))
+    client.get('/source', chirplanding.landing_here(client, '/source/.', str(here / 'into' / 'source')))
+    assert client.getfile('/other/file') == b'new' == (here / 'other' / 'file').read_bytes()
 
 
 @pytest.mark.parametrize('what, code', [

@@ -8,6 +8,9 @@ import pytest
 from test_chirp import our_server, write
 
 import chirpclient
+import chirpdownload
+import chirpmove
+import chirpupload
 import chirpwire
 
 
@@ -54,28 +57,34 @@ def test_content_goes_with_its_checksum(tmp_path, size):
         assert client.result(wire) == 0 and wire.read(4) == bytes(4)
 
 
+def move_of(client):
+    options = chirpmove.Options(True, False, 'skip')
+    return chirpmove.Move(client, chirpmove.Meter(None, None), client.unkept, options)
+
+
 @pytest.mark.parametrize('size', [1, 100000, 3 << 20])
 def test_what_differs_in_one_byte_is_not_the_same(tmp_path, size, monkeypatch):
     """Wherever that is, in one window or in several."""
-    monkeypatch.setattr(chirpclient, 'WINDOW', 1 << 20)
+    monkeypatch.setattr(chirpmove, 'WINDOW', 1 << 20)
     content = os.urandom(size)
-    meter = chirpclient.Meter(None, None)
     with our_server(tmp_path) as server, chirpclient.ChirpClient(*server.address) as client:
         there = write(tmp_path / 'there', content)
         write(tmp_path / 'here', content)
+        has_same = move_of(client)._has_same
         with open(str(tmp_path / 'here'), 'r+b', buffering=0) as here:
-            assert client.has_same(b'/there', here, size, meter)
+            assert has_same(b'/there', here, size)
             for at in 0, size // 2, size - 1:
                 there.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1:])
-                assert not client.has_same(b'/there', here, size, meter)
-            assert not client.has_same(b'/missing', here, size, meter)
+                assert not has_same(b'/there', here, size)
+            assert not has_same(b'/missing', here, size)
 
 
 # --- along with the content ---
 
 def of_pieces(monkeypatch, folder):
     """Pieces of 64 KiB; and an old file of many of them."""
-    monkeypatch.setattr(chirpclient, 'CHECKED', 65536)
+    for module in chirpupload, chirpdownload:
+        monkeypatch.setattr(module, 'CHECKED', 65536)
     source = write(folder / 'source', os.urandom(1 << 20))
     os.utime(str(source), (1e9, 1e9))
     return source
@@ -88,7 +97,7 @@ def no_second_reading(*words):
 @pytest.mark.parametrize('way', ['put', 'get'])
 def test_what_holds_still_is_read_once(tmp_path, monkeypatch, way):
     source = of_pieces(monkeypatch, tmp_path)
-    monkeypatch.setattr(chirpclient.ChirpClient, 'has_same', no_second_reading)
+    monkeypatch.setattr(chirpmove.Move, '_has_same', no_second_reading)
     with our_server(tmp_path) as server, chirpclient.ChirpClient(*server.address) as client:
         if way == 'put':
             client.put(str(source), '/target')
@@ -108,7 +117,7 @@ def test_a_change_of_what_has_passed_already_is_noticed(tmp_path, monkeypatch, w
             with open(str(source), 'r+b') as file:
                 file.write(b'changed')
             os.utime(str(source), (1e9, 1e9))      # what can't be set is the time of that
-    monkeypatch.setattr(chirpclient.Meter, 'EVERY', 0)
+    monkeypatch.setattr(chirpmove.Meter, 'EVERY', 0)
     with our_server(tmp_path) as server, chirpclient.ChirpClient(*server.address) as client:
         if way == 'put':
             client.put(str(source), '/target', progress=change)

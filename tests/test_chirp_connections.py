@@ -12,7 +12,9 @@ from helpers import wait_until
 from test_chirp import our_server, seen, write
 
 import chirpclient
+import chirpmove
 import chirpserver
+import chirpsmall
 import chirpwire
 
 pytestmark = pytest.mark.ends
@@ -36,8 +38,8 @@ def tree(tmp_path):
 def other(tmp_path, monkeypatch):
     """(server, proxy before it): one that isn't ours, where a connection is worth it for two small files."""
     monkeypatch.delitem(chirpserver.COMMANDS, b'vmhost')
-    monkeypatch.setattr(chirpclient, 'FURTHER_WORTH', 2)
-    monkeypatch.setattr(chirpclient.Meter, 'EVERY', 0)
+    monkeypatch.setattr(chirpsmall, 'FURTHER_WORTH', 2)
+    monkeypatch.setattr(chirpmove.Meter, 'EVERY', 0)
     (tmp_path / 'served').mkdir()
     with our_server(tmp_path / 'served') as server, CuttingProxy(server.address) as proxy:
         yield server, proxy
@@ -83,7 +85,7 @@ def test_each_failure_is_told_whatever_connection_it_is_on(other, tree, tmp_path
 @pytest.mark.parametrize('way', ['refused', 'unserved'])
 def test_a_second_connection_that_is_not_to_be_had_just_means_one(tmp_path, other, tree, way, monkeypatch):
     server, proxy = other
-    monkeypatch.setattr(chirpclient, 'FURTHER_SOON', 0.2)
+    monkeypatch.setattr(chirpsmall, 'FURTHER_SOON', 0.2)
     if way == 'refused':
         proxy.most = 1
     else:

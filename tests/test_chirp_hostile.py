@@ -16,9 +16,12 @@ from hypothesis import strategies as st
 from test_chirp import our_server, write
 
 import chirpclient
+import chirpdownload
 import chirplocal
+import chirpmove
 import chirprequests
 import chirpserver
+import chirpupload
 import chirpwire
 
 pytestmark = pytest.mark.ends
@@ -167,7 +170,7 @@ def test_a_listing_without_an_end(monkeypatch, what):
                          ids=['folders', 'pipes'])
 def test_a_tree_without_an_end_is_bounded(tmp_path, mode, error, monkeypatch):
     """In each folder there are another one and 3,000 more."""
-    monkeypatch.setattr(chirpclient, 'ENTRIES', 9000 if mode == FOLDER else 30000)
+    monkeypatch.setattr(chirpdownload, 'ENTRIES', 9000 if mode == FOLDER else 30000)
 
     def listing():
         yield b'0\n0\n' + STAT % (FOLDER, 0)
@@ -232,15 +235,15 @@ def test_a_folder_that_becomes_a_link_while_it_is_fetched_leads_nowhere(tmp_path
         (outside / name).write_bytes(b'precious')
     if there:
         (target / 'sub').mkdir(parents=True)
-    get, swapped = chirpclient.Download._get_entry, []
+    get, swapped = chirpdownload.Download._get_entry, []
 
-    def swap(self, entry, source, *arguments):
-        if source.endswith(b'/sub') and not swapped:
+    def swap(self, entry, folder, *arguments):
+        if folder.source.endswith(b'/sub') and not swapped:
             swapped.extend(tmp_path.glob('target/sub') if there else tmp_path.glob('.*.vmhost-part/sub'))
             swapped[0].rename(tmp_path / 'aside')
             swapped[0].symlink_to(outside)
-        return get(self, entry, source, *arguments)
-    monkeypatch.setattr(chirpclient.Download, '_get_entry', swap)
+        return get(self, entry, folder, *arguments)
+    monkeypatch.setattr(chirpdownload.Download, '_get_entry', swap)
     with our_server(served) as server, \
             chirpclient.ChirpClient(*server.address) as client, \
             contextlib.suppress(chirpwire.ChirpError, OSError):
@@ -252,8 +255,8 @@ def test_a_folder_that_becomes_a_link_while_it_is_fetched_leads_nowhere(tmp_path
 
 @pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='Linux pins folders')
 @pytest.mark.parametrize('hook, swapped, kept', [
-    ('_put_folders', 'sub', ''), ('_put_entry', 'sub', 'small large'),
-    ('_put_entry', 'sub/small', 'large'), ('_put_entry', 'sub/large', 'small')])
+    ('_put_folders', 'sub', ''), ('_put_regular', 'sub', 'small large'),
+    ('_put_regular', 'sub/small', 'large'), ('_put_regular', 'sub/large', 'small')])
 def test_a_link_that_comes_while_a_folder_is_sent_leads_nowhere(tmp_path, monkeypatch, hook, swapped, kept):
     """Who shares the source, as a guest does its shared folder, has nothing sent from outside of it."""
     served, tree, outside = [tmp_path / name for name in ('served', 'tree', 'outside')]
@@ -262,14 +265,14 @@ def test_a_link_that_comes_while_a_folder_is_sent_leads_nowhere(tmp_path, monkey
     for name, size in ('small', 10), ('large', 300000):
         (tree / 'sub' / name).write_bytes(b'n' * size)
         (outside / name).write_bytes(b's' * size)
-    put, aside, failures = getattr(chirpclient.Upload, hook), tmp_path / 'aside', []
+    put, aside, failures = getattr(chirpupload.Upload, hook), tmp_path / 'aside', []
 
     def swap(self, *arguments):
-        if not aside.exists() and (hook == '_put_folders' or arguments[1].endswith(b'/sub')):
+        if not aside.exists() and (hook == '_put_folders' or arguments[1].path.endswith(b'/sub')):
             (tree / swapped).rename(aside)
             (tree / swapped).symlink_to(outside / swapped[4:])
         return put(self, *arguments)
-    monkeypatch.setattr(chirpclient.Upload, hook, swap)
+    monkeypatch.setattr(chirpupload.Upload, hook, swap)
     with our_server(served) as server, chirpclient.ChirpClient(*server.address) as client:
         try:
             client.put(str(tree), '/tree')
@@ -280,8 +283,67 @@ def test_a_link_that_comes_while_a_folder_is_sent_leads_nowhere(tmp_path, monkey
     assert failures == ([] if 'small large' == kept else [str(tree / swapped)])
 
 
+@pytest.mark.parametrize('swapped', ['sub', 'sub/small', 'sub/large'])
+@pytest.mark.parametrize('there', [False, True])
+def test_a_link_that_comes_where_a_folder_is_put_leads_nowhere(tmp_path, monkeypatch, there, swapped):
+    """Who shares the target with the guest's agent leads no file to another folder of what is served."""
+    served, tree = tmp_path / 'served', tmp_path / 'tree'
+    outside, target = served / 'outside', served / 'target'
+    for folder in (tree / 'sub', outside) + ((target / 'sub',) if there else ()):
+        folder.mkdir(parents=True)
+    for name, size in ('small', 10), ('large', 300000):
+        (tree / 'sub' / name).write_bytes(b'n' * size)
+        (outside / name).write_bytes(b'precious')
+        os.utime(str(outside / name), (1, 1))
+    (outside / 'else').write_bytes(b'precious')
+    put, came = chirpupload.Upload._put_entry, []
+
+    def swap(self, entry, folder, *arguments):
+        sent = put(self, entry, folder, *arguments)
+        if folder.path.endswith(b'/sub') and (swapped == 'sub' or entry.name == swapped[4:]) and not came:
+            self._small.finish()       # a small file is there, under its own name or another
+            place = (target if there else next(served.glob('.*.vmhost-part'))) / swapped
+            place.rename(served / 'aside')
+            place.symlink_to(os.path.join('..', '..'[:len(swapped) - 3], 'outside', swapped[4:]))
+            came.append(place)
+        return sent
+    monkeypatch.setattr(chirpupload.Upload, '_put_entry', swap)
+    with our_server(served) as server, chirpclient.ChirpClient(*server.address) as client, \
+            contextlib.suppress(chirpwire.ChirpError, OSError):
+        client.put(str(tree), '/target')
+    assert came and {path.name: path.read_bytes() for path in outside.iterdir()} == dict.fromkeys(
+        ('small', 'large', 'else'), b'precious')
+    assert {(outside / name).stat().st_mtime for name in ('small', 'large')} == {1}
+
+
+@pytest.mark.parametrize('swapped', ['sub', 'sub/small', 'sub/large'])
+def test_a_link_that_comes_where_a_folder_is_fetched_from_leads_nowhere(tmp_path, monkeypatch, swapped):
+    """Who shares the source with the guest's agent has nothing read that is not in that folder."""
+    served, target = tmp_path / 'served', tmp_path / 'target'
+    for folder in served / 'tree' / 'sub', served / 'outside':
+        folder.mkdir(parents=True)
+    for name, size in ('small', 10), ('large', 300000):
+        (served / 'tree' / 'sub' / name).write_bytes(b'n' * size)
+        (served / 'outside' / name).write_bytes(b's' * size)
+    get, came = chirpdownload.Download._get_entry, []
+
+    def swap(self, entry, folder, *arguments):
+        if folder.source.endswith(b'/sub') and not came:
+            came.append(served / 'tree' / swapped)
+            came[0].rename(served / 'aside')
+            came[0].symlink_to(os.path.join('..', '..'[:len(swapped) - 3], 'outside', swapped[4:]))
+        return get(self, entry, folder, *arguments)
+    monkeypatch.setattr(chirpdownload.Download, '_get_entry', swap)
+    with our_server(served) as server, chirpclient.ChirpClient(*server.address) as client, \
+            pytest.raises(chirpwire.Incomplete) as caught:
+        client.get('/tree', str(target))
+    assert came and {path for path, _ in caught.value.failures} <= {
+        '/tree/sub', '/tree/sub/small', '/tree/sub/large'}
+    assert b's' not in {path.read_bytes()[:1] for path in target.glob('sub/*')}
+
+
 def test_silence_in_the_middle_has_its_time(tmp_path):
-    with HostileServer(falls_silent(b'pread', b'%d\n1234' % chirpclient.PIECE)) as server, ends_soon(), \
+    with HostileServer(falls_silent(b'pread', b'%d\n1234' % chirpmove.PIECE)) as server, ends_soon(), \
             chirpclient.ChirpClient(*server.address, timeout=0.5) as client:
         client.get('/a', str(tmp_path / 'got'))
     with HostileServer(falls_silent(b'getfile', b'16000000\n1234')) as server, ends_soon(), \
@@ -421,6 +483,13 @@ def test_nothing_is_written_through_a_link(tmp_path, entries, links):
                 with contextlib.suppress(chirpwire.ChirpError, OSError):
                     client.get('/', str(tmp_path / 'got'), links=links)
     assert os.listdir(str(outside)) == ['victim'] and victim.read_bytes() == b'untouched'
+
+
+def test_a_link_that_no_disk_could_hold_is_an_error_of_ours(tmp_path):
+    with HostileServer(serves_tree([(b'.', FOLDER), (b'a', LINK)], target=b'x\0y')) as server, \
+            chirpclient.ChirpClient(*server.address, timeout=2) as client, \
+            pytest.raises(chirpwire.ProtocolError, match='a link'):
+        client.get('/', str(tmp_path / 'got'))
 
 
 def test_links_that_lead_out_are_told_and_not_made(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from test_chirp import client, our_server, seen, served, write  # noqa: F401
 
 import chirpclient
+import chirpmove
 import chirpwire
 
 ODD = ['new\nline', 'Icon\r', '\r', '.__mine', '.__', 'x.vmhost-part', 'a\\b', '%0A', 'tab\t', 'é',
@@ -27,7 +28,7 @@ def ours(tmp_path):
 
 @pytest.fixture(autouse=True)
 def all_progress(monkeypatch):
-    monkeypatch.setattr(chirpclient.Meter, 'EVERY', 0)
+    monkeypatch.setattr(chirpmove.Meter, 'EVERY', 0)
 
 
 def make_odd(folder):
@@ -345,6 +346,7 @@ def test_links_are_kept_skipped_or_followed(ours, tmp_path):
             move()
         told = [path.rpartition('/')[2] for path, _ in incomplete.value.failures]
         assert set(told) == {'none', 'up'}     # 'up' leads back to where we are
+        assert os.listdir(str(folder / 'folder')) == ['inner']
         assert (folder / 'to file').read_bytes() == b'x' and not (folder / 'to file').is_symlink()
         assert (folder / 'to folder' / 'inner').read_bytes() == b'y'
         assert (folder / 'to big').read_bytes() == (source / 'big').read_bytes()
@@ -394,7 +396,7 @@ def test_a_transfer_is_cancelled_while_checksums_are_computed(ours, tmp_path, mo
     def slow(file, algorithm, start, count, look_up):
         cancel.set()
         return computing(file, algorithm, start, count, look_up)
-    monkeypatch.setattr(chirpclient, 'hash_file', slow)
+    monkeypatch.setattr(chirpmove, 'hash_file', slow)
     with pytest.raises(chirpwire.Cancelled):           # it looks whether that is there already
         client.put(str(source), '/target', cancel=cancel)
     assert os.listdir(str(there)) == ['target']

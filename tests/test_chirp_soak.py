@@ -20,6 +20,7 @@ from cutting import CuttingProxy
 
 import chirp
 import chirpclient
+import chirpmove
 import chirpwire
 
 NAMES = ['plain', 'with blank', 'new\nline', 'Icon\r', '\r', '.__mine', 'x.vmhost-part', 'é', '%41', 'a\\b',
@@ -271,7 +272,7 @@ def ways_to(top, path):
 @pytest.mark.soak
 def test_nothing_is_silently_lost(tmp_path, monkeypatch):
     seconds, seed = float(os.environ.get('CHIRP_SOAK', 600)), int(os.environ.get('CHIRP_SEED', 0))
-    monkeypatch.setattr(chirpclient.Meter, 'EVERY', 0)
+    monkeypatch.setattr(chirpmove.Meter, 'EVERY', 0)
     counts = dict.fromkeys(('rounds', 'done', 'told', 'entries', 'errors', 'cancels', 'restarts', 'kills',
                             'full'), 0)
     disks = [Disk(str(tmp_path / name)) for name in ('served', 'here')]

@@ -24,6 +24,7 @@ from test_chirp import GIB, make_large, make_many, same, same_folder
 import agent
 import chirpclient
 import chirplocal
+import chirpmove
 import chirpreal
 import chirpserver
 import chirpwire
@@ -419,7 +420,7 @@ def test_a_transfer_that_is_cut_at_random_places_goes_on(tmp_path, monkeypatch):
             assert digest_of(there) == digest_of(back) == digest_of(source)
         moved = json.loads(report.read_text())         # some 50 ms old, which are few bytes more
         assert moved['cuts'] >= 20
-        assert moved['up'] + moved['down'] <= 2 * size + moved['cuts'] * (chirpclient.PIECE + 65536)
+        assert moved['up'] + moved['down'] <= 2 * size + moved['cuts'] * (chirpmove.PIECE + 65536)
         assert not os.path.exists(chirplocal.local_part(there))
         assert not os.path.exists(chirplocal.local_part(back))
 
@@ -772,7 +773,8 @@ def resident(pid):
         return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
 
 
-def test_who_waits_for_a_transfer_learns_that_the_host_agent_was_killed(tmp_path):
+@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGTERM])
+def test_who_waits_for_a_transfer_learns_that_the_host_agent_was_ended(tmp_path, how):
     """Also where it waited for its turn; the one before had ended, and isn't told of."""
     source = tmp_path / 'with \udcff'
     source.write_text('content')
@@ -785,7 +787,7 @@ def test_who_waits_for_a_transfer_learns_that_the_host_agent_was_killed(tmp_path
                 under_way = [api.startTransfer('put', 'one', here, name)
                              for name in ('first', 'second')]
                 wait_until(lambda: api.getTransfer(under_way[0])['state'] == 'running')
-                host.process.send_signal(signal.SIGKILL)
+                host.process.send_signal(how)
                 host.process.wait()
             finally:
                 guest.process.send_signal(signal.SIGCONT)

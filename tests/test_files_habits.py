@@ -267,6 +267,10 @@ def test_a_folder_that_is_missing_is_named(host, guest, tmp_path):
     assert names(guest.files) == ['tree', 'x'] and not (tmp_path / 'no').exists()
     with host.api as api:
         assert api.cpFileToVM('g', str(tmp_path / 'x'), 'made/for/y')[2] == 0
+        assert api.cpFileToVM('g', str(tmp_path / 'none'), 'for/nothing/y')[2] == 1
+        moving = api.startTransfer('get', 'g', 'none', str(tmp_path / 'for' / 'y'), {'parents': True})
+        wait_until(lambda: api.getTransfer(moving)['state'] == 'failed', 20)
+        assert not (tmp_path / 'for').exists() and names(guest.files) == ['made', 'tree', 'x']
         assert api.cpFileFromVM('g', 'x', str(tmp_path / 'no' / 'y'))[2] == 1
         moving = api.startTransfer('get', 'g', 'x', str(tmp_path / 'made' / 'y'), {'parents': True})
         wait_until(lambda: api.getTransfer(moving)['state'] == 'done', 20)

@@ -14,7 +14,9 @@ from test_chirp_names import ours  # noqa: F401
 
 import agent
 import chirpclient
+import chirpfolder
 import chirplocal
+import chirpupload
 import chirpwire
 import hostconfig
 import localnames
@@ -277,7 +279,7 @@ def test_a_junction_is_moved_as_a_link_is(ours, tmp_path, monkeypatch, links):  
     (tmp_path / 'tree' / 'junction').mkdir(parents=True)
     for name in 'file', 'junction/file':
         (tmp_path / 'tree' / name).write_text('text')
-    for module in chirplocal, chirpclient:
+    for module in chirplocal, chirpupload:
         monkeypatch.setattr(module, 'is_link', lambda entry: entry.name == 'junction')
     try:
         client.put(str(tmp_path / 'tree'), '/tree', links=links)
@@ -337,7 +339,7 @@ def test_a_server_whose_disk_ignores_case_is_sent_no_second_file_of_a_name(ignor
 
 
 def test_more_names_than_can_be_held_go_to_a_disk_that_tells_them_apart(tmp_path, ignores_case, monkeypatch):
-    monkeypatch.setattr(chirpclient, 'KNOWN', 3)
+    monkeypatch.setattr(chirpfolder, 'KNOWN', 3)
     (tmp_path / 'tree').mkdir()
     for number in range(6):
         (tmp_path / 'tree' / ('f%d' % number)).write_bytes(b'x')
