@@ -39,6 +39,7 @@ from cliverbs import (
     VMS,
     Verb,
     argument,
+    as_in_ini,
     for_each,
     last_heard,
     life,
@@ -678,10 +679,7 @@ def read_cores(text: str) -> float:
 
 def read_bytes(text: str) -> int:
     """A size as in the ini files. Raises ArgumentTypeError."""
-    try:
-        return agent.size(text)
-    except ValueError as expected:
-        raise argparse.ArgumentTypeError('%s: expected %s' % (text, expected))
+    return as_in_ini(text, agent.size)
 
 
 class SignalNames(argparse.Action):

@@ -102,7 +102,7 @@ def read_forward(text: str) -> Dict[str, int]:
 def do_launch(host: Client, screen: Screen, args: Any) -> int:
     """Makes a VM from an image, starts it, and waits for its agent."""
     options = dict(hardware_of(args), timeout=args.timeout)
-    make(host, screen, args.name, 'launchVM', args.name, os.path.abspath(args.image), options)
+    make(host, screen, args.name, 'launchVM', args.name, path_here(args.image), options)
     screen.say(agent.printable(args.name))
     return 0
 
@@ -110,11 +110,18 @@ def do_launch(host: Client, screen: Screen, args: Any) -> int:
 def do_create(host: Client, screen: Screen, args: Any) -> int:
     """Makes a VM from an image, or registers a .vbox file."""
     options = hardware_of(args)
-    image = args.image and os.path.abspath(args.image)     # the host's working directory is not ours
+    image = args.image and path_here(args.image)
     name = os.path.abspath(args.name) if not image and args.name.endswith('.vbox') else args.name
     _, made = make(host, screen, name, 'createVM', name, image, options)
     screen.say(agent.printable(made))
     return 0
+
+
+def path_here(path: str) -> str:
+    """From the root, as the host's working directory is not ours; a slash at its end stays, as no file has
+    one."""
+    found = os.path.abspath(path)
+    return os.path.join(found, '') if path[-1] in (os.sep, os.altsep) else found
 
 
 def make(host: Client, screen: Screen, *args: Any) -> Any:

@@ -7,7 +7,7 @@ What it is not: the verbs (climachines.py, clicommands.py, clifiles.py, cliagent
 import argparse
 import re
 import time
-from typing import Any, Callable, Dict, List, NamedTuple, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple, TypeVar
 
 import agent
 from cliscreen import PROGRESS_EVERY, Screen, shown_span
@@ -42,12 +42,20 @@ def switch(*names: str, **options: Any) -> Argument:
     return names, dict(options, action='store_true')
 
 
-def read_seconds(text: str) -> float:
-    """A duration as in the ini files. Raises ArgumentTypeError."""
+Value = TypeVar('Value')
+
+
+def as_in_ini(text: str, kind: Callable[[str], Value]) -> Value:
+    """A value as the ini files have it. Raises ArgumentTypeError."""
     try:
-        return agent.duration(text)
+        return kind(text)
     except ValueError as expected:
         raise argparse.ArgumentTypeError('%s: expected %s' % (text, expected))
+
+
+def read_seconds(text: str) -> float:
+    """A duration. Raises ArgumentTypeError."""
+    return as_in_ini(text, agent.duration)
 
 
 def read_count(text: str) -> int:

@@ -22,6 +22,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple  # 
 
 import agent
 import faults
+import hypervisor
 from faults import DeadlineExceeded, HypervisorError, VMHostError
 from hypervisor import spoken
 
@@ -91,6 +92,7 @@ class Call:
         self.others = []  # type: List[List[str]]
         self.sent_to = None  # type: Optional[Child]
         self.tries = 0
+        self.troubles = []  # type: List[str]   # what went wrong beside
         self.begun = False                      # the hypervisor answered, and the driver began with it
         self.given_up = False                   # by who switched the VM off: its process is ended
         self.percent = 0
@@ -111,6 +113,8 @@ class Call:
         self.heard = time.monotonic()
         if 'begun' in message:
             self.begun = True
+        elif 'trouble' in message:
+            self.troubles.append(message['trouble'])
         elif 'error' in message:
             self.fail(error_from(message['error']))
         elif 'value' in message:
@@ -331,11 +335,12 @@ class Worker:
         self.thread.start()
 
     def carry_out(self, call: Call, patience: float, begins_in: float = EVER,
-                  answers: Callable[[], bool] = lambda: True) -> bool:
+                  answers: Callable[[], bool] = lambda: True, hangs: Callable[[], bool] = lambda: False
+                  ) -> bool:
         """Waits until the call is done; False where the process ended without an answer. Where it is silent
-        for `patience` seconds it is killed, and the call has failed with `Unresponsive`. Until it begins,
-        it is the machine that takes its time, and not the VM; or the hypervisor, which `answers` tells, once
-        the call was asked for `begins_in` seconds ago."""
+        for `patience` seconds, or HUNG ones and the VM `hangs`, it is killed, and the call has failed with
+        `Unresponsive`. Until it begins, it is the machine that takes its time, and not the VM; or the
+        hypervisor, which `answers` tells, once the call was asked for `begins_in` seconds ago."""
         self._call = call
         call.hand_to(self.child)
         while not call.done.wait(0.5):
@@ -343,7 +348,8 @@ class Worker:
                 return call.done.is_set()
             silent = time.monotonic() - call.heard
             if silent > (patience if call.begun else max(patience, SILENCE)) or (
-                    not call.begun and time.monotonic() - call.asked > begins_in and not answers()):
+                    not call.begun and time.monotonic() - call.asked > begins_in and not answers()) or (
+                    call.begun and silent > hypervisor.HUNG and hangs() and not call.done.is_set()):
                 self.child.kill()
                 self.ended.wait(5)
                 why = ('the VM\'s own process hangs, perhaps; powerOff (stop --force) ends it'

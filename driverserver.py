@@ -19,7 +19,7 @@ import time
 from typing import Any, Callable, Dict, List, Optional  # noqa: F401
 
 from faults import InvalidParams, VMHostError
-from hypervisor import ALONE, NOT_READY, ConnectionLost, Driver, Job, NotReady, kind_of
+from hypervisor import ALONE, NOT_READY, ConnectionLost, Driver, Job, NotReady, kind_of, row_of
 
 log = logging.getLogger('vmhost.hypervisor')
 
@@ -43,6 +43,8 @@ class Server:
         self._watches = watches
         self._waiting = []  # type: List[Dict[str, Any]]
         self._seen = None  # type: Any
+        self._described = {}  # type: Dict[str, Dict[str, Any]]     # by uuid: since a look at all began
+        self._is_doubtful = False                  # whether that look may have seen one of them later
         self._next_news = 0.0
         self._next_look = 0.0                      # when to look without news
         self._pause = LOOK_EVERY
@@ -99,22 +101,24 @@ class Server:
             return True
 
     def _serve(self, message: Dict[str, Any]) -> None:
-        """Answers a request; and all that ask the same, where it only looks: a crowd costs as much as one."""
+        """Answers a request; and all that wait for the same, where it only looks: a crowd costs as much as
+        one. Not those that come meanwhile: what they ask for may have changed since it was looked at."""
         if time.monotonic() < message.get('due', 0):
             self._waiting.append(message)
             return
         job = Job(message, self._driver.settings['command_timeout'], self._tell)
+        crowd = [each for each in self._waiting if kind_of(job.verb) == 'quick'
+                 and (each['verb'], each['args']) == (job.verb, job.args)]
         answer = self._answer(job, message)
         if answer is None:                          # not ready: looked at again in a moment
             message['due'] = time.monotonic() + 0.05
             message.setdefault('until', time.monotonic() + NOT_READY)
             self._waiting.append(message)
             return
-        same = [each for each in self._waiting if kind_of(job.verb) == 'quick'
-                and (each['verb'], each['args']) == (job.verb, job.args)]
-        for each in [message] + same:
+        crowd = [each for each in crowd if each in self._waiting]       # who has no answer yet
+        for each in [message] + crowd:
             self._tell(dict(answer, id=each['id']))
-        self._waiting = [each for each in self._waiting if each not in same]
+        self._waiting = [each for each in self._waiting if each not in crowd]
 
     def _answer(self, job: Job, message: Dict[str, Any]) -> Optional[Dict[str, Any]]:
         try:
@@ -142,7 +146,21 @@ class Server:
             if job.verb not in ALONE:               # it answers now: nothing has begun where it doesn't
                 self._driver.find_verb('version')(job)
             self._tell({'id': job.id, 'begun': True})
-        return self._driver.find_verb(job.verb)(job, *job.args)
+        if job.verb == 'machines':
+            return self._machines(job)
+        found = self._driver.find_verb(job.verb)(job, *job.args)
+        if job.verb == 'describe':
+            self._described[found['uuid']] = found
+        return found
+
+    def _machines(self, job: Job) -> List[Dict[str, Any]]:
+        """All VMs. Of one that somebody asked for meanwhile, what he was told, which may be newer."""
+        self._described.clear()
+        rows = self._driver.find_verb('machines')(job)
+        told = {uuid: row_of(found) for uuid, found in self._described.items()}
+        newer = [told.pop(row['uuid'], row) for row in rows]
+        self._is_doubtful = newer != rows
+        return newer + list(told.values())
 
     # Watching.
 
@@ -152,7 +170,7 @@ class Server:
         try:
             self._driver.connect()
             news = self._driver.has_news()
-            if news or now >= self._next_look:
+            if news or self._is_doubtful or now >= self._next_look:
                 changed = self._look()
                 quiet = news is not None or not changed
                 self._pause = min(self._pause * 1.5, LOOK_AT_LEAST) if quiet else LOOK_EVERY
@@ -169,7 +187,7 @@ class Server:
 
     def _look(self) -> bool:
         """Tells all VMs where they differ from what was told last. Whether they do."""
-        rows = self._driver.find_verb('machines')(Job({'verb': 'machines'}, 0, self._tell))
+        rows = self._machines(Job({'verb': 'machines'}, 0, self._tell))
         changed = bool(rows != self._seen)
         if changed:
             self._seen = rows

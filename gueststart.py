@@ -52,6 +52,7 @@ ENDING = (signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGHUP, signal.S
 BECOMES = b'SX'                # records by which a child tells what it becomes: the starter, the program
 OF_FOLDER, OF_INPUT = 'its folder', 'standard input'       # whose errors aren't the program's
 STARTERS_NAME = 'vmguest-starter'
+MOST_TOLD = 300                # characters of what keeps a program from beginning: a pipe takes all at once
 SPARE = 10                     # descriptors from here on are free to be moved to
 SET_CHILD_SUBREAPER = 36       # of prctl
 
@@ -303,7 +304,8 @@ class Start:
                 text = getattr(error, 'strerror', None) or '%s: %s' % (type(error).__name__, error)
                 about = getattr(error, 'filename', None)
                 about = os.fsdecode(about) if isinstance(about, (str, bytes)) else ''
-                os.write(reporter, json.dumps([number, text, about]).encode()[:4096])
+                told = json.dumps([number, text[:MOST_TOLD], about[:MOST_TOLD]])
+                os.write(reporter, told.encode())
             finally:
                 os._exit(127)
 

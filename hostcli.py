@@ -8,9 +8,10 @@ import argparse
 import contextlib
 import os
 import re
+import shlex
 import signal
 import sys
-from typing import Any, Callable, List, Optional, Set, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Set, Tuple
 
 import agent
 import cliagent
@@ -123,10 +124,11 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """The arguments of one verb; what is wrong with them ends with that verb's exit code."""
 
-    def __init__(self, verb: Verb) -> None:
+    def __init__(self, verb: Verb, words: Sequence[str] = ()) -> None:
         super().__init__(prog='%s %s' % (program_name(), verb.name), description=verb.help,
                          epilog=self._epilog(verb), allow_abbrev=False, formatter_class=Formatter,
                          usage='%(prog)s [OPTION …] VM [--] CMD [ARG …]' if verb.name == 'run' else None)
+        self._words = words
         self._code = code_of_errors(verb)
         self._verb = verb.name
         self._takes_one = any(options.get('metavar') == 'SRC' for _, options in verb.arguments)
@@ -148,6 +150,10 @@ class Parser(argparse.ArgumentParser):
         """One sentence, and where there is more."""
         if self._takes_one and re.match('unrecognized arguments: [^-]', message):
             message = 'one SRC at a time: call it for each, or put them into a folder'
+        taken = self._taken_for_an_option()
+        if taken and message.startswith('the following arguments are required'):
+            message = '%s is no option here; a name that begins with - comes after --: `%s -- %s`' % (
+                taken, self._verb, shlex.quote(taken))
         option = message.partition('unrecognized arguments: ')[2].partition(' ')[0]
         elsewhere = ELSEWHERE.get('%s %s' % (self._verb, option.partition('=')[0]))
         if elsewhere:
@@ -158,6 +164,14 @@ class Parser(argparse.ArgumentParser):
             message = 'a shell is told no command; `run -t VM CMD` runs one on a terminal'
         self.exit(self._code, 'vmhost: %s: %s (%s %s --help)\n'
                   % (self._verb, message, program(), self._verb))
+
+
+    def _taken_for_an_option(self) -> str:
+        """The first word that looks like an option, and isn't one; '' for none."""
+        words = self._words[:self._words.index('--')] if '--' in self._words else self._words
+        known = self._option_string_actions
+        return next((word for word in words if re.match('--?[^-]', word)
+                     and word.partition('=')[0] not in known and word[:2] not in known), '')
 
 
 def code_of_errors(verb: Verb, code: int = 2) -> int:
@@ -172,7 +186,7 @@ def read_arguments(verb: Verb, words: List[str]) -> Any:
         words, command = split_command(verb, words)
     elif verb.name == 'kill':
         words = [word for each in words for word in signal_option(each)]
-    args = Parser(verb).parse_args([part for word in words for part in short_options(verb, word)])
+    args = Parser(verb, words).parse_args([part for word in words for part in short_options(verb, word)])
     for names, options in verb.arguments:
         if 'nargs' not in options and getattr(args, names[0], None) == []:
             setattr(args, names[0], '--')      # argparse leaves out a second one before Python 3.13

@@ -24,11 +24,11 @@ import agent
 import driverprocesses
 import hypervisor
 from driverprocesses import EVER, Call, Child, Unanswered, Unresponsive, Watcher, Workers
-from faults import BadState, Busy, DeadlineExceeded, HypervisorError, VMHostError
+from faults import BadState, Busy, DeadlineExceeded, HypervisorError, NoSuchVM, VMHostError
 from hostpulse import Pulse
 from hostseen import Watch
 from hostturns import TURN_OF_THE_PLUG, Turns
-from hypervisor import is_local, kind_of, spoken
+from hypervisor import HANGS, HUNG_VM, is_local, kind_of, spoken
 from vmstates import CHANGING, PAUSED, RUNNING, STUCK
 
 log = logging.getLogger('vmhost.hypervisor')
@@ -69,12 +69,11 @@ class Hypervisor:
         self._watch = Watch(self._happened)
         self._watcher = Watcher(self._launch, self._watch.look, self._answered, self._patience)
         self._workers = Workers(self._launch, self._progressed)
-        self._pulse = Pulse(lambda uuid: self._call('hears', (uuid,), hypervisor.ANSWERS_IN),
+        self._pulse = Pulse(lambda uuid, patience: self._call('hears', (uuid,), patience),
                             self._watch.rows, self._watch.mark)
         self._turns = Turns(settings['command_timeout'], self._check_begins)
         self._numbers = itertools.count(1)
         self._told = {}  # type: Dict[Tuple[str, str], Any]         # by verb and uuid: what was told last
-        self._described = {}  # type: Dict[str, float]              # by uuid: when, monotonic
         self._closing = False
         self._asked_in_vain = 0.0               # monotonic: when a list was told last as it was seen before
         self._teller = threading.Thread(target=self._tell_events, name='vm-events', daemon=True)
@@ -200,6 +199,8 @@ class Hypervisor:
             return self._watcher.ask(call, patience, at_most)
         if verb == 'cleanup' and (not args or args[0]) or kind_of(verb) == 'looking' and verb != 'check':
             self._check_answers()
+        if self._hangs(call):
+            raise DeadlineExceeded(HUNG_VM % (call.vm, HANGS))
         with self._turns.of(call, self._watch.uuid_of(call.vm) or call.vm):
             try:
                 done = self._work(call, patience or self._patience)
@@ -207,22 +208,28 @@ class Hypervisor:
                     self._watcher.others_were_answered()
                 return done
             finally:
+                for text in call.troubles:
+                    self._happened('vm-trouble', self._watch.called(call.vm), text)
                 if call.begun and kind_of(verb) == 'changing' and not self._closing:
                     self._forget_told(call)
-                    self._look(vm=call.vm)
+                    self._look_at_changed(call)
 
     def _work(self, call: Call, patience: float) -> Any:
         """Has it done by a worker; by another one where the first lost the hypervisor before it began."""
         deadline, pause = time.monotonic() + self._settings['command_timeout'], 0.2
         while True:
             with self._workers.one() as worker:
-                done = worker.carry_out(call, patience, self._begins_in(call.verb), self._answers)
+                done = worker.carry_out(call, patience, self._begins_in(call.verb), self._answers,
+                                        lambda: self._hangs(call))
                 why = worker.why
             begun = call.begun and kind_of(call.verb) == 'changing'
             if done and isinstance(call.error, Unresponsive) and not self._answers():
                 why = str(self._silent(call.error))
                 raise (Unresponsive('%s; whether %s was done is not known' % (why, spoken(call.verb)))
                        if begun else DeadlineExceeded(why))
+            if done and isinstance(call.error, HypervisorError) and call.verb in hypervisor.TALKS_TO_VM \
+                    and self._watch.hangs(call.vm):
+                raise DeadlineExceeded(HUNG_VM % (call.vm, HANGS))
             if done:
                 return call.answer()
             why = why or 'the driver\'s process ended'
@@ -237,6 +244,13 @@ class Hypervisor:
                 raise HypervisorError(why)
             time.sleep(pause)
             pause = min(2 * pause, 5)
+
+    def _hangs(self, call: Call) -> bool:
+        """Whether it needs a VM that answers nobody for certain; where that just began, it is known soon."""
+        if call.verb not in hypervisor.TALKS_TO_VM:
+            return False
+        self._pulse.want()
+        return self._watch.hangs(call.vm) and self._pulse.still_hangs(self._watch.uuid_of(call.vm))
 
     def _begins_in(self, verb: str) -> float:
         """Seconds until who asked for something looks why it hasn't begun, which takes FIRST_PATIENCE: less,
@@ -253,19 +267,28 @@ class Hypervisor:
             if vm and vm in (changed, call.vm) and not (verb == 'find_chirp' and call.verb in MOVE_NO_PORT):
                 self._told.pop((verb, vm), None)
 
-    def _look(self, patience: float = LOOK_PATIENCE, vm: str = '') -> None:
-        """After a change: whoever made it finds the new state known, and all of that VM; no state goes
-        untold."""
+    def _look(self, patience: float = LOOK_PATIENCE) -> None:
+        """No state goes untold."""
         with contextlib.suppress(VMHostError):
             self._call('machines', patience=patience)
-            if vm:
-                self._call('describe', (vm,), patience)
+
+    def _look_at_changed(self, call: Call) -> None:
+        """Whoever made the change finds the new state known, and all of that VM: it alone is asked for, where
+        it is still there, and the others were seen before."""
+        vm = self._watch.uuid_of(call.vm) or call.vm
+        alone = bool(vm) and call.verb != 'remove_vm' and self._watch.rows() is not None
+        try:
+            self._call('describe' if alone else 'machines', (vm,) if alone else (), LOOK_PATIENCE)
+        except NoSuchVM:                            # made, and taken back, say
+            self._look()
+        except VMHostError as error:
+            log.debug('%s is told as before: %s', call.vm, error)
 
     def _answered(self, verb: str, value: Any) -> None:
         """On the watcher's thread: what it said of a VM is known, also where nobody waits for it any more."""
         if verb == 'describe':
             self._told[verb, value['uuid']] = value
-            self._described[value['uuid']] = time.monotonic()
+            self._watch.describe(value)
 
     # Verbs that are more than one call of the driver's.
 
@@ -356,11 +379,10 @@ class Hypervisor:
     def list_rows(self) -> List[Dict[str, Any]]:
         """The rows of `Driver.machines`."""
         self._pulse.want()
-        seen = self._watch.rows()
-        found, why = self._now('machines', (), seen is not None)
+        found, why = self._now('machines', (), self._watch.rows() is not None)
         if why:
             self._asked_in_vain = time.monotonic()
-        return self._watch.marked(found if seen is None or not why else seen)
+        return self._watch.marked(found if not why else self._watch.rows() or [])
 
     def list_vms(self) -> List[str]:
         """Names of all VMs, sorted."""
@@ -393,9 +415,8 @@ class Hypervisor:
         found, why = self._now('describe', (vm,), seen is not None, (FIRST_PATIENCE, LOOK_PATIENCE))
         if not why or seen is None:
             return self._watch.marked([found])[0]
+        seen = self._watch.row_of(seen['uuid']) or seen        # others may have been told of it meanwhile
         last = self._told.get(('describe', seen['uuid']), {})
-        if last and self._described.get(seen['uuid'], 0) > self._watch.looked_at:
-            seen = dict(seen, **last)      # no state of before one that was told
         return dict(last if last.get('native') == seen['native'] else {}, **dict(
             seen, trouble=seen['trouble'] or self.trouble() or 'told as it was seen before: ' + why))
 

@@ -1,4 +1,4 @@
-"""What was seen of the VMs: the last look at all of them, and what differs from the one before.
+"""What was seen of the VMs: the last look at all of them, or at one since; and what differs from before.
 
 What it is not: it asks nobody; who looks brings the rows (hosthypervisor.py). From any thread; one lock.
 """
@@ -8,7 +8,7 @@ import threading
 import time
 from typing import Any, Callable, Dict, List, Optional, Set  # noqa: F401
 
-from hypervisor import HANGS, either, meant_twice
+from hypervisor import HANGS, either, meant_twice, row_of
 from vmstates import INACCESSIBLE, PAUSED, RUNNING, STUCK
 
 
@@ -27,7 +27,7 @@ class Watch:
         # Replaced as a whole, never changed: so any thread may read them.
         self._seen = None  # type: Optional[Dict[str, Dict[str, Any]]]       # by uuid
         self._by_word = {}  # type: Dict[str, Dict[str, Any]]                # by name, id and uuid
-        self._told = []  # type: List[Dict[str, Any]]            # the rows of the last look, as they came
+        self._told = []  # type: List[Dict[str, Any]]            # the rows, as they were told last
         self._hung = set()  # type: Set[str]                     # uuids of VMs whose process answers nobody
         self._clashes = {}  # type: Dict[str, List[str]]                     # id: the names that share it
 
@@ -38,6 +38,16 @@ class Watch:
 
     def row_of(self, vm: str) -> Optional[Dict[str, Any]]:
         return self._by_word.get(vm) or (self._by_word.get(vm.upper()) if ':' in vm else None)
+
+    def called(self, vm: str) -> str:
+        """The VM's name; what it was called by, where it was not seen."""
+        row = self.row_of(vm)
+        return row['name'] if row is not None else vm
+
+    def hangs(self, vm: str) -> bool:
+        """Whether it is told to."""
+        row = self.row_of(vm)
+        return row is not None and row['trouble'] == HANGS
 
     def uuid_of(self, vm: str) -> str:
         row = self.row_of(vm)
@@ -61,7 +71,16 @@ class Watch:
     def look(self, rows: List[Dict[str, Any]]) -> None:
         """`rows`: as Driver.machines gives them. The first look tells clashes and trouble alone."""
         self.looked_at = time.monotonic()
-        self._take(rows)
+        self._take(lambda told: rows)
+
+    def describe(self, told: Dict[str, Any]) -> None:
+        """One VM was looked at, alone, since: `told` as Driver.describe gives it. Before the first look at
+        all of them it says nothing of the others, so that it isn't kept."""
+        def put(rows: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+            at = next((at for at, row in enumerate(rows) if row['uuid'] == told['uuid']), len(rows))
+            return rows[:at] + [row_of(told)] + rows[at + 1:]
+        if self._seen is not None:
+            self._take(put)
 
     def mark(self, uuid: str, hangs: bool) -> None:
         """Whether that VM's own process answers nobody: it is told beside the VM, and where it is news."""
@@ -69,17 +88,17 @@ class Watch:
             is_news = hangs != (uuid in self._hung)
             (self._hung.add if hangs else self._hung.discard)(uuid)
         if is_news:
-            self._take(None)
+            self._take(lambda rows: rows)
 
     def marked(self, rows: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
         """The rows, of a driver's or longer ones, with that trouble."""
         return [dict(row, trouble=HANGS) if row['uuid'] in self._hung and not row['trouble']
                 and row['state'] in (RUNNING, PAUSED) else row for row in rows]
 
-    def _take(self, told: Optional[List[Dict[str, Any]]]) -> None:
-        """None: of the VMs that were told last something else is known now."""
+    def _take(self, change: Callable[[List[Dict[str, Any]]], List[Dict[str, Any]]]) -> None:
+        """change: makes the rows as they are told now of those that were told last."""
         with self._lock:
-            self._told = self._told if told is None else told
+            self._told = change(self._told)
             rows = self.marked(self._told)
             self._hung.intersection_update(row['uuid'] for row in rows if row['state'] in (RUNNING, PAUSED))
             before, self._seen = self._seen, {row['uuid']: row for row in rows}
@@ -100,7 +119,7 @@ class Watch:
     def forget(self, uuid: str) -> None:
         """That VM was removed; nobody may have looked since."""
         if uuid in (self._seen or {}):
-            self._take([row for row in self._told if row['uuid'] != uuid])
+            self._take(lambda rows: [row for row in rows if row['uuid'] != uuid])
 
     def _tell_difference(self, before: Optional[Dict[str, Dict[str, Any]]]) -> None:
         seen = self._seen or {}

@@ -21,7 +21,11 @@ from vmstates import INACCESSIBLE
 HUNG = 15.0                    # seconds of silence after which a VM that is switched off is one that hangs
 ANSWERS_IN = 3.0               # seconds in which a VM's own process has to answer who only looks
 HANGS = 'its process does not answer'       # what is wrong with a VM where it doesn't
+HUNG_VM = '%s: %s; powerOff (stop --force) ends it'         # what those are told who want something of it
 ALONE = 'check', 'kill_process'    # verbs that do without the hypervisor
+# Verbs that a VM's own process carries out, where it has one.
+TALKS_TO_VM = ('pause', 'resume', 'shutdown', 'reset', 'save_state', 'take_snapshot', 'delete_snapshot',
+               'set_limits', 'remote_desktop', 'keep', 'forward_chirp', 'get_stats', 'screenshot')
 NOT_READY = 2.0                # seconds that a hypervisor may take to make an object, or to end it
 
 
@@ -64,7 +68,7 @@ class Driver:
 
     From the rows of `machines` the host tells these events: vm-added, vm-removed, vm-renamed, vm-card,
     vm-state, vm-aborted, vm-stuck, vm-clash, vm-inaccessible, vm-trouble; from the reports of jobs:
-    vm-progress.
+    vm-progress, vm-trouble.
 
     settings    {network{…}, remote_desktop{…}: as the sections [Network] and [RemoteDesktop]; chirp_port,
                 state_dir, machine_folder, command_timeout: s; broker_hint: what the firmware of VMs is to
@@ -341,6 +345,11 @@ def kind_of(verb: str) -> str:
     return getattr(getattr(Driver, verb, None), 'kind', '')
 
 
+def row_of(described: Dict[str, Any]) -> Dict[str, Any]:
+    """What `Driver.machines` tells of a VM, of what `Driver.describe` does."""
+    return {key: described[key] for key in ('name', 'id', 'uuid', 'state', 'native', 'trouble')}
+
+
 class Job:
     """One request, as the driver sees it. On the driver's thread."""
 
@@ -361,6 +370,10 @@ class Job:
         """Sleeps, while the process tells that it lives."""
         time.sleep(seconds)
         self.report(*self._last)
+
+    def tell_trouble(self, text: str) -> None:
+        """What went wrong beside, though the verb succeeds: the host makes an event of it."""
+        self._tell({'id': self.id, 'trouble': text})
 
     def check_deadline(self, error: Exception) -> None:
         if time.monotonic() > self.deadline:
@@ -429,6 +442,16 @@ def address_outwards() -> str:
         probe.connect(('192.0.2.1', 9))             # of nobody; and nothing is sent
         return str(probe.getsockname()[0])
     return ''
+
+
+def options_over(defaults: Dict[str, Any], options: Dict[str, Any], method: str) -> Dict[str, Any]:
+    """The defaults of a method's options, and over them what a client asked for. Raises InvalidParams for
+    one that isn't among them."""
+    unknown = set(options) - set(defaults)
+    if unknown:
+        raise InvalidParams('%s knows no option %s; it knows %s' % (
+            method, ', '.join(sorted(unknown)), ', '.join(sorted(defaults))))
+    return dict(defaults, **options)
 
 
 def option(name: str, value: Union[str, int, float, bool], kind: Callable[[str], Any]) -> Any:

@@ -1,16 +1,16 @@
-"""Images of disks and appliances, by what their files say of themselves: whether they are whole, and what
-else they name. Strangers make them, and a hypervisor opens whatever they name with its user's rights.
+"""Images of disks, by what their files say of themselves: whether they are whole, and what else they name.
+Strangers make them, and a hypervisor opens whatever they name with its user's rights.
 
-What it is not: it asks no hypervisor, and changes nothing. Any thread; no state.
+What it is not: it reads no appliances (appliances.py), asks no hypervisor, and changes nothing. Any thread;
+no state.
 """
 
 import array
-import html
+import contextlib
 import os
 import re
 import struct
 import sys
-import tarfile
 import uuid
 from typing import Any, List, Tuple
 
@@ -19,25 +19,48 @@ from faults import HypervisorError, InvalidParams
 VDI_HEAD, VDI_1_1 = 392, (0xbeda107f, 0x10001)        # bytes; signature and version of a .vdi file
 UNUSED_IN_VHD = 2 ** 32 - 1        # for the place of a block
 STREAM_VMDK = 2 ** 64 - 1          # for the place of the tables
-LONGEST_TEXT = 16 * 1024 * 1024    # bytes of what describes an appliance or a disk
+LONGEST_TEXT = 16 * 1024 * 1024    # bytes of what describes a disk
 DESCRIPTOR = re.compile(br'#\s?Disk ?Descriptor ?File', re.IGNORECASE)        # how that of a .vmdk begins
 EXTENT = re.compile(br'\s*(?:RW|RDONLY|NOACCESS)\s[^"]*"([^"]+)"', re.IGNORECASE)      # "the file of a part"
-REFERENCE = re.compile(r'<(?:[\w.-]+:)?File\b[^>]*?\bhref\s*=\s*["\']([^"\']+)', re.IGNORECASE)   # in an .ovf
-QCOW = b'QFI\xfb'
+PARENT = re.compile(br'^\s*(?:parentCID|ddb\.uuid\.parent)\s*=\s*"?([\w-]+)', re.IGNORECASE | re.MULTILINE)
+PARENT_HINT = re.compile(br'^\s*parentFileNameHint\s*=\s*"([^"]+)"', re.IGNORECASE | re.MULTILINE)
+NO_PARENTS = b'ffffffff', b'00000000-0000-0000-0000-000000000000'       # in a .vmdk
+QCOW, QED, VMDK = b'QFI\xfb', b'QED\0', b'KDMV'
+TEXT = re.compile(br'(?!<<< )[\t\r\n -~]{24}')      # longer than what disks begin with, but .vdi
+LONGEST_LEAD = 64 * 1024           # bytes of white space before a text
 MOST_BLOCKS = 2 ** 22              # of which the places are read: more are no disk's
 
 
 def check_image(image: str) -> None:
-    """Raises InvalidParams where there is no such file, HypervisorError where it is cut, of another kind than
-    its name says, or made of files elsewhere; '' is none that has to be."""
+    """Of a disk, hard or optical. Raises InvalidParams where there is no such file, HypervisorError where it
+    is cut, of another kind than its name says, or made of files elsewhere; '' is none that has to be."""
+    if not image:
+        return
+    check_is_file(image)
+    check_is_whole(image)
+    with contextlib.suppress(OSError), open(image, 'rb') as file:       # VirtualBox tells
+        check_content(image, file, image)
+
+
+def check_is_file(image: str) -> None:
+    """Raises InvalidParams; '' is none that has to be."""
     if image and not os.path.isfile(image):
         raise InvalidParams('%s: %s' % ('this is no regular file' if os.path.exists(image)
                                         else 'no such image file', image))
-    if image:
-        check_is_whole(image)
-        description = description_of(image)
-        check_is_appliance(image, description)
-        check_is_all_there_is(image, description)
+
+
+def check_content(name: str, file: Any, image: str) -> None:
+    """Raises HypervisorError where who made this disk could have another file of this user's in the guest,
+    or where the guest would find zeros.
+
+    file    of the disk, at any place
+    image   beside which the files have to be that the disk may name
+    """
+    check_is_no_text(name, file)
+    check_is_no_qed(name, file)
+    check_lies_on_nothing(name, file)
+    for named in named_in_disk(name, file):
+        check_is_beside(image, os.fsdecode(named))
 
 
 def check_is_whole(image: str) -> None:
@@ -57,88 +80,67 @@ def check_is_whole(image: str) -> None:
                               % (image, size, least))
 
 
-def description_of(image: str) -> str:
-    """The text of an .ovf, which is an .ova's first file; '' for a disk. Raises HypervisorError for what is
-    too long to be one."""
-    try:
-        text = read_description(image)
-    except (OSError, tarfile.TarError):             # VirtualBox tells
-        return ''
-    if len(text) > LONGEST_TEXT:
-        raise HypervisorError('%s is no appliance: its description has over %d bytes' % (image, LONGEST_TEXT))
-    return text.decode('utf-16' if text[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8', 'replace')
+def check_is_no_text(name: str, file: Any) -> None:
+    """Raises HypervisorError for a text that isn't a .vmdk's. VirtualBox reads some as discs that are made of
+    the files that they name, whatever name they have: VISO, CUE. What comes before their first word, it
+    skips."""
+    head = read_at(file, 0, LONGEST_LEAD).lstrip()
+    if TEXT.match(head) and not DESCRIPTOR.match(head):
+        raise HypervisorError('%s is a text, and no disk: use an image that holds its data itself' % name)
 
 
-def read_description(image: str) -> bytes:
-    kind = os.path.splitext(image)[1].lower()
-    if kind == '.ovf':
-        with open(image, 'rb') as file:
-            return file.read(LONGEST_TEXT + 1)
-    if kind != '.ova':
-        return b''
-    with tarfile.open(image, 'r:') as archive:
-        first = archive.next()
-        if first is None or not first.isfile() or not first.name.lower().endswith('.ovf'):
-            return b''
-        return archive.extractfile(first).read(LONGEST_TEXT + 1)  # type: ignore
+def check_is_no_qed(name: str, file: Any) -> None:
+    """Raises HypervisorError. Seen with 7.2: of one with a backing file VirtualBox's server dies, and with
+    it each VM that runs."""
+    if read_at(file, 0, 4) == QED:
+        raise HypervisorError('%s is a .qed image, of which VirtualBox can die, and all VMs with it: make '
+                              'another one of it (qemu-img convert)' % name)
 
 
-def check_is_appliance(image: str, description: str) -> None:
-    """Raises HypervisorError where an .ova or .ovf is XML, and of another kind: VirtualBox's server dies of
-    such a one, and with it whatever else is under way."""
-    first = re.search(r'<(?:[\w.-]+:)?([A-Za-z_][\w.-]*)',
-                      re.sub(r'<!--.*?-->', '', description, flags=re.DOTALL))
-    if first is not None and first.group(1) != 'Envelope':
-        raise HypervisorError('%s is no appliance: it is XML of another kind (<%s>)' % (
-            image, first.group(1)))
-
-
-def check_is_all_there_is(image: str, description: str) -> None:
-    """Raises HypervisorError where an image is made of files that don't lie beside it: who made it could
-    have any file of this user's in the guest, by its name.
-
-    A .vmdk may be a text that names the files of its parts, or a device; an .ovf names its disks. A .qcow2
-    that names the disk below it is no whole disk, wherever that lies.
-    """
-    disks = [image]
-    if image.lower().endswith('.ovf'):
-        for name in REFERENCE.findall(description):
-            disks.append(check_is_beside(image, html.unescape(name)))
-    for disk in disks:
-        check_lies_on_nothing(disk)
-        for name in named_in_disk(disk):
-            check_is_beside(disk, os.fsdecode(name))
-
-
-def check_lies_on_nothing(disk: str) -> None:
-    """Raises HypervisorError for a .qcow2 that holds only what differs from another file. Seen with 7.2:
-    VirtualBox doesn't look at that one, and gives the guest zeros for what is there. Its head: QEMU's
-    docs/interop/qcow2.txt."""
-    try:
-        with open(disk, 'rb') as file:
-            head = read_at(file, 0, 20)
-            place, length = struct.unpack_from('>QI', head.ljust(20, b'\0'), 8)
-            name = read_at(file, place, min(length, 1023)) if head.startswith(QCOW) and place else b''
-    except OSError:                                 # VirtualBox tells
-        return
-    if name:
+def check_lies_on_nothing(name: str, file: Any) -> None:
+    """Raises HypervisorError for a .qcow2 or .vmdk that holds only what differs from another file. Seen
+    with 7.2: VirtualBox doesn't look at that one, and gives the guest zeros for what is there."""
+    below = under_qcow(file) or under_vmdk(name, file)
+    if below:
         raise HypervisorError('%s holds only what differs from another file, %r, which VirtualBox doesn\'t '
-                              'read: make one file of both (qemu-img convert)' % (disk, os.fsdecode(name)))
+                              'read: make one file of both (qemu-img convert)' % (name, os.fsdecode(below)))
 
 
-def named_in_disk(disk: str) -> List[bytes]:
+def under_qcow(file: Any) -> bytes:
+    """What a .qcow2 lies on, b'' for nothing. Its head: QEMU's docs/interop/qcow2.txt."""
+    head = read_at(file, 0, 20)
+    place, length = struct.unpack_from('>QI', head.ljust(20, b'\0'), 8)
+    return read_at(file, place, min(length, 1023)) if head.startswith(QCOW) and place else b''
+
+
+def under_vmdk(name: str, file: Any) -> bytes:
+    """The same of a .vmdk."""
+    text = description_of_disk(name, file)
+    parents = [parent for parent in PARENT.findall(text) if parent.lower() not in NO_PARENTS]
+    return (PARENT_HINT.findall(text) + parents)[0] if parents else b''
+
+
+def named_in_disk(name: str, file: Any) -> List[bytes]:
     """The files that it is made of, beside itself. Raises HypervisorError."""
-    try:
-        with open(disk, 'rb') as file:
-            head = file.read(64)
-            if not DESCRIPTOR.match(head):
-                return []
-            text = head + file.read(LONGEST_TEXT)
-    except OSError:                                 # VirtualBox tells
+    if not DESCRIPTOR.match(read_at(file, 0, 64)):
         return []
+    lines = re.split(b'[\r\n\0]+', description_of_disk(name, file))
+    return [extent.group(1) for extent in map(EXTENT.match, lines) if extent]
+
+
+def description_of_disk(name: str, file: Any) -> bytes:
+    """The text of a .vmdk, which is all of it, or a part of it; b'' for another disk. Raises
+    HypervisorError."""
+    head = read_at(file, 0, 512)
+    text = b''
+    if DESCRIPTOR.match(head):
+        text = read_at(file, 0, LONGEST_TEXT + 1)
+    elif head.startswith(VMDK) and len(head) == 512:
+        place, sectors = struct.unpack_from('<QQ', head, 28)
+        text = read_at(file, place * 512, min(sectors * 512, LONGEST_TEXT + 1))
     if len(text) > LONGEST_TEXT:
-        raise HypervisorError('%s is no disk: its description has over %d bytes' % (disk, LONGEST_TEXT))
-    return [extent.group(1) for extent in map(EXTENT.match, re.split(b'[\r\n\0]+', text)) if extent]
+        raise HypervisorError('%s is no disk: its description has over %d bytes' % (name, LONGEST_TEXT))
+    return text
 
 
 def check_is_beside(image: str, name: str) -> str:
@@ -148,9 +150,15 @@ def check_is_beside(image: str, name: str) -> str:
     there = os.path.realpath(path)
     if not any(there.startswith(os.path.join(beside, ''))
                for beside in (os.path.realpath(folder), os.path.dirname(os.path.realpath(image)))):
-        raise HypervisorError('%s is made of a file elsewhere, %r, that the guest could read then: use an '
-                              'image whose files are all in one folder' % (image, name))
+        raise is_elsewhere(image, name)
+    if os.path.exists(there) and not os.path.isfile(there):
+        raise HypervisorError('%s is made of what is no regular file: %s' % (image, path))
     return path
+
+
+def is_elsewhere(image: str, name: str) -> HypervisorError:
+    return HypervisorError('%s is made of a file elsewhere, %r, that the guest could read then: use an '
+                           'image whose files are all in one folder' % (image, name))
 
 
 def read_at(file: Any, place: int, length: int) -> bytes:
@@ -207,7 +215,7 @@ def length_of_vmdk(file: Any) -> Tuple[int, int]:
     """The same of a .vmdk in one file that grows: it tells where tables of tables of its blocks are. One for
     a stream tells that at its end."""
     head = read_at(file, 0, 512)
-    if len(head) < 512 or not head.startswith(b'KDMV'):
+    if len(head) < 512 or not head.startswith(VMDK):
         return 0, 0
     capacity, grain, _, _, count, _, tables_at = struct.unpack_from('<QQQQIQQ', head, 12)
     if tables_at == STREAM_VMDK or not grain * count:

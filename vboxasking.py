@@ -15,15 +15,16 @@ import vboxnetwork
 import vboxprogram
 import virtualbox
 import vmstates
-from hypervisor import ANSWERS_IN, HANGS, Driver, Job, either, meant_twice
+from hypervisor import ANSWERS_IN, HANGS, HUNG, HUNG_VM, Driver, Job, either, meant_twice
 from vboxconnection import MADE_BY_US, OFF, ONLINE, SAVED
 from vboxprogram import Program, Refused, log_in, native_of, rules_in, slots_of
 
 LACKS = ('statistics, screenshots, the remote desktop, limits of the network, host-only networks, appliances '
          'and ISO images, cleanup of what was left half made')
 NOBODY = '<inaccessible>'          # what `list vms` calls a VM that can't be read; one may have that name
-HUNG_VM = '%s: %s; powerOff (stop --force) ends it'
 NOT_FOR_A_MOMENT = 'more than the one snapshot allowed for deletion'     # as VirtualBox says it
+SURELY_ANSWERS_IN = HUNG       # seconds that a VM's process has to answer who wants something of it; or …
+MUCH_LONGER = 20               # … so many times as long as VirtualBox itself took: the machine is busy then
 ASK_AGAIN = 15.0                   # seconds until one that didn't is asked again
 
 
@@ -277,17 +278,25 @@ class Asking(Driver):
 
     def _ready(self, job: Job, vm: str, verb: str) -> Dict[str, str]:
         """What the VM is; in a state in which `verb` makes sense."""
+        begun = time.monotonic()
         uuid, takes_running = self._find(job, vm), set(ONLINE) & set(vboxconnection.ACCEPTABLE[verb])
+        surely = max(SURELY_ANSWERS_IN, MUCH_LONGER * (time.monotonic() - begun))
         try:
-            info = self._settled(job, uuid, 0 if takes_running else ANSWERS_IN)
+            info = self._settled(job, uuid, surely if takes_running else ANSWERS_IN)
         except faults.DeadlineExceeded:
-            if takes_running:
-                raise
-            if uuid in {each for _, each in self._listed('runningvms')}:
+            if self._runs(uuid):
+                if takes_running:
+                    raise faults.DeadlineExceeded(HUNG_VM % (self._names[uuid], HANGS))
                 vboxconnection.check_fits(verb, self._names[uuid], self._online_state(uuid), '')
-            info = self._settled(job, uuid)    # no process of its own: the machine is busy
+            info = self._settled(job, uuid)    # no process of its own, or the machine is busy
         vboxconnection.check_fits(verb, info['name'], native_of(info), info['CfgFile'])
         return info
+
+    def _runs(self, uuid: str) -> bool:
+        """Whether VirtualBox says so, and doesn't take its time itself."""
+        with contextlib.suppress(faults.DeadlineExceeded):
+            return uuid in {each for _, each in self._listed('runningvms', ANSWERS_IN)}
+        return False
 
     def _online_state(self, uuid: str) -> str:
         """Of a VM that runs, as VirtualBox says, though its process doesn't answer."""
@@ -305,11 +314,15 @@ class Asking(Driver):
 
     def _reached(self, job: Job, uuid: str, *states: str) -> bool:
         """True, once the VM is in one of these states. Raises HypervisorError where it is off instead."""
+        return bool(self._once_in(job, uuid, *states))
+
+    def _once_in(self, job: Job, uuid: str, *states: str) -> Dict[str, str]:
+        """As _reached; gives what the VM is then."""
         while True:
             info = self._info(uuid)
             native = native_of(info)
             if native in states:
-                return True
+                return info
             if native in OFF:
                 raise faults.HypervisorError('%s is %s, and not %s: its process ended; getLog should tell why'
                                              % (info['name'], native, either(states)))

@@ -22,6 +22,7 @@ from faults import (
     Busy,
     DeadlineExceeded,
     HypervisorError,
+    InvalidParams,
     NoSuchVM,
     NotSupported,
     VMHostError,
@@ -60,6 +61,7 @@ ACCEPTABLE = {                     # the states in which a verb makes sense
 WRITES_SETTINGS = ('start', 'save_state', 'discard_state', 'take_snapshot', 'delete_snapshot',
                    'restore_snapshot', 'set_limits')
 ROOM = 1 << 20
+NO_ROOM = 'the disk of %s is full, and VirtualBox left nothing of the VM\'s settings: %s'
 UNREADABLE = 'VirtualBox can\'t read %s: %s; `rm` takes it out of VirtualBox, and leaves its files'
 STALL = 600                        # seconds without any progress after which a job is given up
 
@@ -90,6 +92,9 @@ FAULT_OF_CODE.update((code, Busy) for code in CALL_AGAIN)
 
 PROGRAMS = ('VBoxHeadless', 'VirtualBoxVM', 'VirtualBox')       # in which VMs run
 SOURCE = re.compile(r'\.?\s+\S+\.cpp\[\d+\] \(.*\)$', re.DOTALL)    # where VirtualBox's code found an error
+# What VirtualBox says of more memory or processors than it gives a VM.
+BEYOND = re.compile(r'Invalid (RAM size|virtual CPU count): (\d+)(?: MB)? '
+                    r'\(must be in range \[(\d+), (\d+)\](?: MB)?\)')
 NO_MORE_TOLD = re.compile(r'Code \w+ \(0x[0-9a-f]{8}\) - (.*?) \(extended info not available\)')
 NO_DRIVER = ('VERR_VM_DRIVER', 'rc=-1908', 'VERR_SUPDRV', 'vboxdrv')
 MEND_DRIVER = ('the kernel module vboxdrv is not loaded: install the kernel headers, then run '
@@ -456,6 +461,30 @@ def check_room(vm: str, settings: str) -> None:
                                   'make room first' % (vm, settings))
 
 
+def put_back_settings(job: Job, settings: str) -> None:
+    """After a VM was stopped, which has to be possible on a full disk, too: has it keep its settings.
+
+    Seen with 7.2: VirtualBox leaves an empty file there, and what was in it beside, as .vbox-prev. It knows
+    the settings itself until VBoxSVC ends; then the VM can't be read.
+    """
+    if is_whole(settings) or not is_whole(settings + '-prev'):
+        return
+    try:
+        os.link(settings + '-prev', settings + '-back')       # which takes no room
+        os.replace(settings + '-back', settings)
+        job.tell_trouble(NO_ROOM % (settings, 'those of before were put back; make room'))
+    except OSError as error:
+        job.tell_trouble(NO_ROOM % (settings, 'those of before are in %s-prev (%s); make room, and put them '
+                                    'back' % (settings, agent.sentence(error))))
+
+
+def is_whole(settings: str) -> bool:
+    """Whether this is a .vbox file to its end."""
+    with contextlib.suppress(OSError), open(settings, 'rb') as file:
+        return b'</VirtualBox>' in file.read()
+    return False
+
+
 def fault_of(code: int, text: str) -> VMHostError:
     """VirtualBox's code, 0 where there is none, and text as an error of ours."""
     if any(word in text for word in NO_DRIVER) or (
@@ -467,6 +496,11 @@ def fault_of(code: int, text: str) -> VMHostError:
     if 'VERR_DISK_FULL' in text:
         path = re.search('\'(/.*?|[A-Za-z]:.*?)\'', text)
         text += ' -- the disk%s is full: make room' % (' of ' + path.group(1) if path is not None else '')
+    beyond = BEYOND.search(text)
+    if beyond is not None:
+        what, given, least, most = beyond.groups()
+        return InvalidParams('%s is a whole number from %s to %s in this VirtualBox, not %s' % (
+            'memory' if what == 'RAM size' else 'cpus', least, most, given))
     told = ' (VirtualBox 0x%08x)' % code if code else ''
     return FAULT_OF_CODE.get(code, HypervisorError)(' '.join(text.split()) + told)
 

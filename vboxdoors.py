@@ -7,16 +7,17 @@ What it is not: it reads no images (imagefiles.py), and gives no VM its card (vb
 that of virtualbox.py.
 """
 
+import contextlib
 from typing import Any
 
 from vboxconnection import Connection
 
-NETWORKS = ('NAT', 'NATNetwork', 'HostOnly', 'HostOnlyNetwork', 'Internal', 'Null')    # a card may stay in
+NETWORKS = 'NAT', 'Null'           # in which a card may stay: no other VM is there
 
 
 def close_doors(box: Connection, machine: Any) -> None:
     """Of a VM that was just imported, whose session's mutable machine this is. Cards that are bridged, or in
-    a network of another kind, stay without a network."""
+    a network that other VMs may have, stay without a network."""
     _put(machine, snapshotFolder='', teleporterEnabled=False,
          clipboardMode=box.const('ClipboardMode_Disabled'), dnDMode=box.const('DnDMode_Disabled'))
     _put(machine.VRDEServer, enabled=False)
@@ -32,6 +33,21 @@ def close_doors(box: Connection, machine: Any) -> None:
     _put(getattr(machine, 'guestDebugControl', None), debugProvider=0)  # None; since 7.1
     for _ in box.array(machine.USBDeviceFilters, 'deviceFilters'):
         machine.USBDeviceFilters.removeDeviceFilter(0)
+    _close_machine(box, machine)
+
+
+def _close_machine(box: Connection, machine: Any) -> None:
+    """The picture that its firmware shows, the host's devices, and what VirtualBox does of itself."""
+    _put(getattr(machine, 'firmwareSettings', None) or machine.BIOSSettings, logoImagePath='')      # 7.1
+    _put(machine, tracingEnabled=False, tracingConfig='', allowTracingToAccessVM=False,
+         emulatedUSBCardReaderEnabled=False)
+    with contextlib.suppress(Exception):            # refused where the host starts none of its own accord
+        _put(machine, autostartEnabled=False)
+    for device in box.array(machine, 'PCIDeviceAssignments'):
+        machine.detachHostPCIDevice(device.hostAddress)
+    for place in box.array(machine, 'mediumAttachments'):
+        if place.passthrough:
+            machine.passthroughDevice(place.controller, place.port, place.device, False)
 
 
 def _close_recording(box: Connection, machine: Any) -> None:
@@ -46,7 +62,8 @@ def _close_card(box: Connection, card: Any) -> None:
         card.attachmentType = box.const('NetworkAttachmentType_Null')
     _put(card, traceEnabled=False, traceFile='')
     engine = card.NATEngine
-    _put(engine, TFTPPrefix='', TFTPBootFile='', TFTPNextServer='', localhostReachable=False)
+    _put(engine, hostIP='', network='', TFTPPrefix='', TFTPBootFile='', TFTPNextServer='',
+         localhostReachable=False)
     for rule in box.array(engine, 'redirects'):
         engine.removeRedirect(rule.split(',')[0])
 

@@ -13,6 +13,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import agent
 import imagefiles
+from appliances import APPLIANCES, check_appliance
 from faults import (
     AlreadyExists,
     BadState,
@@ -22,7 +23,7 @@ from faults import (
     InvalidParams,
     NotSupported,
 )
-from hypervisor import NOT_READY, Job, either, option
+from hypervisor import NOT_READY, Job, either, option, options_over
 from protocol import is_mac
 from vboxconnection import (
     INVALID_ARGUMENT,
@@ -81,20 +82,21 @@ class Images:
         registers = not image and name.lower().endswith('.vbox')
         kind = os.path.splitext(name if registers else image)[1].lower()
         check_fitting(options, kind)
-        if wish['linked'] and kind in ('', '.iso', '.ova', '.ovf'):
+        if wish['linked'] and kind in ('', '.iso') + APPLIANCES:
             raise InvalidParams(NOT_LINKED)
         if registers:
             return self._register(job, os.path.abspath(name))
         check_name(name)
         self._check_is_new(name, self._path_of(name, wish))
         self._check_ostype(wish['ostype'])
-        imagefiles.check_image(image)
-        self._cards.interface_of(wish['bridged'])
-        if kind not in ('', '.ova', '.ovf', '.iso') + DISKS:
+        imagefiles.check_is_file(image)
+        if kind not in ('', '.iso') + APPLIANCES + DISKS:
             raise NotSupported('an image is .ova, .ovf, .iso, .vdi, .vmdk, .vhd or .qcow, not %r'
                                % kind)
+        (check_appliance if kind in APPLIANCES else imagefiles.check_image)(image)
+        self._cards.interface_of(wish['bridged'])
         with self._making(name, self._path_of(name, wish)):
-            if kind in ('.ova', '.ovf'):
+            if kind in APPLIANCES:
                 self._import(job, name, os.path.abspath(image), wish)
             else:
                 self._build(job, name, image and os.path.abspath(image), kind, wish)
@@ -462,7 +464,7 @@ class Images:
         disk = self.box.const('VirtualSystemDescriptionType_HardDiskImage')
         kinds, _, _, values, _ = system.getDescription()
         for kind, value in zip(kinds, values):
-            location = os.path.join(folder, value)
+            location = os.path.normpath(os.path.join(folder, value))
             if kind == disk and not os.path.exists(location):
                 self._disks.expect(location)
 
@@ -871,12 +873,12 @@ class Cleaning:
             if os.path.dirname(path) in making:
                 continue
             if self._disks.work_goes_on():
-                if is_recent(path, begun):
+                if is_recent(path, begun) and not self._is_used_at(path):
                     why = 'VirtualBox is at work, perhaps at this one: cleanup takes it later'
                     rows.append(({'kind': 'kept', 'name': path, 'why': why}, None))
             elif not is_recent(path, begun):
                 self._disks.forget_expected(path)
-            elif not [disk for disk in known.values() if disk.location == path and self._is_used(disk)]:
+            elif not self._is_used_at(path):
                 rows.append(({'kind': 'disk', 'name': path, 'why': 'half made'},
                              lambda path=path: self._remove_disk(job, path, '')))
         return rows
@@ -927,6 +929,14 @@ class Cleaning:
 
     def _is_used(self, disk: Any) -> bool:
         return bool(self.box.array(disk, 'machineIds') or self.box.array(disk, 'children'))
+
+    def _is_used_at(self, path: str) -> bool:
+        """Whether a VM has what lies there, in its drive, too, or had it when VirtualBox last listed the VM:
+        an appliance brings ISO images as it does disks."""
+        known = self._disks.all() + list(self.box.array(self.box.vbox, 'DVDImages'))
+        name = saxutils.escape(os.path.basename(path))
+        return any(self._is_used(each) for each in known if os.path.normpath(each.location) == path) or any(
+            name in settings_text(each) for each in settings_in(os.path.dirname(path)))
 
     def _folders_in_the_making(self, job: Job) -> List[str]:
         """Where VMs are being made, by whomever, or changed by this host agent, at this moment."""
@@ -1012,14 +1022,10 @@ def check_is_no_id(name: str) -> None:
 
 def wishes(options: Dict[str, Any], mode: str) -> Dict[str, Any]:
     """createVM's options, checked; None or '' where nothing was asked for. mode: that of [Network]."""
-    wish = {'memory': None, 'cpus': None, 'ostype': '', 'network': '', 'diskSize': None,
-            'keep': False, 'acceptEula': False, 'linked': False, 'folder': '', 'owner': '',
-            'forwards': [], 'bridged': ''}  # type: Dict[str, Any]
-    unknown = set(options) - set(wish)
-    if unknown:
-        raise InvalidParams('createVM knows no option %s; it knows %s' % (
-            ', '.join(sorted(unknown)), ', '.join(sorted(wish))))
-    wish.update(options)
+    wish = options_over({
+        'memory': None, 'cpus': None, 'ostype': '', 'network': '', 'diskSize': None, 'keep': False,
+        'acceptEula': False, 'linked': False, 'folder': '', 'owner': '', 'forwards': [], 'bridged': '',
+    }, options, 'createVM')
     for name, least, most in (('memory', 4, LARGEST), ('cpus', 1, LARGEST), ('diskSize', 0, LARGEST_DISK)):
         if wish[name] is not None:
             wish[name] = option(name, wish[name], agent.integer(least, most))

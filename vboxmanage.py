@@ -176,7 +176,7 @@ class VBoxManage(Cards):
                 raise
             self._write_settings(job, uuid)
         job.renew_deadline()
-        return self._reached(job, uuid, *states)
+        return self._stopped(job, uuid) if job.verb == 'shutdown' else self._reached(job, uuid, *states)
 
     def _write_settings(self, job: Job, uuid: str) -> None:
         """Seen with 7.2: the state is saved, but VBoxSVC fails while it writes the .vbox file, which then
@@ -195,7 +195,7 @@ class VBoxManage(Cards):
             return self.end_process(job, vm)
         self._ready(job, uuid, 'power_off')
         self._change(job, 'controlvm', uuid, 'poweroff')
-        return self._reached(job, uuid, *OFF)
+        return self._stopped(job, uuid)
 
     def end_process(self, job: Job, vm: str) -> bool:
         """Asks VBoxSVC alone, as the VM's own process doesn't answer."""
@@ -206,7 +206,12 @@ class VBoxManage(Cards):
             job.check_deadline(faults.DeadlineExceeded('%s still runs' % vm))
             job.wait(0.1)
         self._ask_at.pop(uuid, None)
-        return self._reached(job, uuid, *OFF + SAVED)
+        return self._stopped(job, uuid)
+
+    def _stopped(self, job: Job, uuid: str) -> bool:
+        """True, once it is off, and has its settings still."""
+        vboxconnection.put_back_settings(job, self._once_in(job, uuid, *OFF + SAVED)['CfgFile'])
+        return True
 
     def kill_process(self, job: Job, vm: str) -> bool:
         return vboxconnection.kill_process(job, vm)
@@ -225,9 +230,10 @@ class VBoxManage(Cards):
         with contextlib.suppress(faults.NoSuchVM):
             self._find(job, name)
             raise faults.AlreadyExists('there is a VM %r already' % name)
-        imagefiles.check_image(image)
+        imagefiles.check_is_file(image)
         if kind not in ('',) + vboximages.DISKS:
             self._cannot('make VMs from %s, but from disks: %s' % (kind, ', '.join(vboximages.DISKS)))
+        imagefiles.check_image(image)
         if wish['bridged']:
             vboxnetwork.pick_interface(wish['bridged'], self._bridgeable())
         wanted = str(uuid_of.uuid4())                  # if we die now, cleanup will find it by that

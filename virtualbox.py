@@ -37,7 +37,7 @@ from faults import (
     NotSupported,
     VMHostError,
 )
-from hypervisor import ConnectionLost, Driver, Job, either, is_local, option
+from hypervisor import ConnectionLost, Driver, Job, either, is_local, option, options_over
 from vboxconnection import (
     KEEP,
     MADE_BY_US,
@@ -52,6 +52,7 @@ from vboxconnection import (
     kill_process,
     name_in_path,
     progress_of,
+    put_back_settings,
     system_lines,
     system_warnings,
 )
@@ -315,6 +316,7 @@ class Life:
                 % (machine.name, self.box.timeout)))
             job.wait(0.1)
         self.box.settled(job, machine)
+        put_back_settings(job, machine.settingsFilePath)
         return True
 
     def reset(self, job: Job, vm: str) -> bool:
@@ -335,6 +337,7 @@ class Life:
             if self.box.state_of(machine) not in OFF:
                 raise
         self.box.reached(job, machine, *OFF)
+        put_back_settings(job, machine.settingsFilePath)
         return True
 
     def _is_at_work(self, machine: Any) -> bool:
@@ -352,6 +355,7 @@ class Life:
         if self.box.state_of(machine) not in OFF:
             machine.launchVMProcess(None, 'emergencystop', [] if self.box.api() >= (6, 1) else '')
         self.box.reached(job, machine, *OFF + SAVED)
+        put_back_settings(job, machine.settingsFilePath)
         return True
 
     def hears(self, job: Job, vm: str) -> bool:
@@ -512,13 +516,9 @@ class Desktop:
 
     def _wish(self, options: Dict[str, Any]) -> Dict[str, Any]:
         """[RemoteDesktop], and the options over it, checked."""
-        wish = dict(self.box.desktop, port=0)
-        del wish['ports']
-        unknown = set(options) - set(wish)
-        if unknown:
-            raise InvalidParams('remoteDesktop knows no option %s; it knows %s' % (
-                ', '.join(sorted(unknown)), ', '.join(sorted(wish))))
-        wish.update(options)
+        defaults = dict(self.box.desktop, port=0)
+        del defaults['ports']
+        wish = options_over(defaults, options, 'remoteDesktop')
         wish['port'] = option('port', wish['port'], agent.integer(0, 65535))
         for key, known in (('auth', self._auth_types()), ('security', DESKTOP_SECURITY)):
             if str(wish[key]).lower() not in known:

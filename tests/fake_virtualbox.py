@@ -56,9 +56,17 @@ def install(folder):
     return {'PYTHONPATH': between.join(path for path in paths if path), 'FAKE_VIRTUALBOX': str(folder)}
 
 
+def disk(number=1):
+    """What the file of a disk holds that VirtualBox doesn't know yet."""
+    return SIGNATURE + '5d7d8d0a-0000-4000-8000-%012d' % number
+
+
 def steering(name):
     """The path of a file that steers the fake."""
     return os.path.join(os.environ['FAKE_VIRTUALBOX'], name)
+
+
+SIGNATURE = '<<< Fake VM VirtualBox Disk Image >>>\n'    # as a .vdi file begins
 
 
 class FakeError(Exception):
@@ -194,6 +202,7 @@ class VirtualBox(WithExtraData):
         super().__init__()
         self.reading, self.importing = Progress(), Progress()       # what an Appliance's work comes to
         self.machines, self.hardDisks, self.DHCPServers, self.progressOperations = [], [], [], []
+        self.DVDImages = []
         self.unregistered = {}                                      # {settings file: machine}
         self.systemProperties = Named(defaultVRDEExtPack='VNC')
         self.performanceCollector = Collector()
@@ -268,7 +277,7 @@ class VirtualBox(WithExtraData):
         """A disk that VirtualBox doesn't know yet: its file holds its uuid."""
         medium = Medium(self, location)
         with open(location) as file:
-            medium.id = file.read()
+            medium.id = file.read().replace(SIGNATURE, '')
         if not medium.id:
             raise FakeError(FILE_ERROR, 'Could not get the storage format of the medium %r' % location)
         if medium.id in [each.id for each in self.hardDisks]:
@@ -348,7 +357,7 @@ class Medium:
     def createBaseStorage(self, size, variant):
         os.makedirs(os.path.dirname(self.location), exist_ok=True)
         with open(self.location, 'w') as file:
-            file.write(self.id)
+            file.write(SIGNATURE + self.id)
         self.vbox.hardDisks.append(self)
         return Progress()
 
@@ -360,7 +369,7 @@ class Medium:
     def createDiffStorage(self, target, variant):
         target.parent, target.base = self, self.base
         with open(target.location, 'w') as file:
-            file.write(target.id)
+            file.write(SIGNATURE + target.id)
         self.children.append(target)
         return Progress()
 
@@ -451,7 +460,7 @@ class Machine(WithExtraData):
         self.USBDeviceFilters = Named(deviceFilters=[])
         self.firmwareSettings = Named(firmwareType=VALUES['FirmwareType']['BIOS'])
         self.storageControllers = [Named(name='SATA', bus=2, portCount=1, maxPortCount=30)]
-        self.mediumAttachments = []
+        self.mediumAttachments, self.PCIDeviceAssignments = [], []
         self.snapshots, self.currentSnapshot = [], None
         self.session = None
         self.readable = True
@@ -593,12 +602,13 @@ class Machine(WithExtraData):
     @memorySize.setter
     def memorySize(self, megabytes):
         if megabytes > 2 << 20:
-            raise FakeError(INVALID_ARGUMENT, 'Invalid RAM size: %d MB' % megabytes)
+            raise FakeError(INVALID_ARGUMENT, 'Invalid RAM size: %d MB (must be in range [4, 2097152] MB)'
+                            % megabytes)
         self._memory = megabytes
 
     def attachDevice(self, controller, port, device, kind, medium):
         self.mediumAttachments.append(Named(controller=controller, port=port, device=device, type=kind,
-                                            medium=medium))
+                                            passthrough=False, medium=medium))
 
     def queryLogFilename(self, number):
         return os.path.join(os.path.dirname(self.settingsFilePath), 'VBox.log')

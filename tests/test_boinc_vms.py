@@ -4,6 +4,7 @@ The hypervisor is the fake VirtualBox; what would be the VM's agent runs beside 
 """
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -67,7 +68,7 @@ class Project:
         self.place = os.path.join(self.folder, 'projects', name)
         os.makedirs(os.path.join(self.place, 'vmhost'), mode=0o700)
         self.image = os.path.join(self.place, 'image.vdi')
-        for path, text in ((self.image, '5d7d8d0a-0000-4000-8000-00000000000%d' % len(name)),
+        for path, text in ((self.image, fake_virtualbox.disk(len(name))),
                            (os.path.join(self.place, 'vmhost', 'host.ini'), INI)):
             with open(path, 'w') as file:
                 file.write(text)
@@ -143,7 +144,7 @@ def test_the_life_of_a_vm(project):
     task.wait(lambda: task.status('fraction_done') == 0.5)
     assert os.path.exists(os.path.join(task.slot, task.vm, task.vm + '.vbox'))
     with open(os.path.join(project.place, 'vmhost', 'state', 'leases.json')) as file:
-        assert file.read().strip() == '{"%s": 60}' % task.vm
+        assert json.load(file) == {task.vm: 60}
     task.says('suspend')
     project.has(task, 'Paused')
     task.says('resume')
@@ -160,7 +161,7 @@ def test_the_life_of_a_vm(project):
     task.says('abort')
     assert task.wait_for_end(60) == 194 and project.vms() == {}
     assert not os.path.exists(out) and not os.path.exists(os.path.join(task.slot, task.vm))
-    assert open(project.image).read().startswith('5d7d8d0a')
+    assert open(project.image).read() == fake_virtualbox.disk(len(project.name))
 
 
 def test_a_finished_task_leaves_nothing(project):

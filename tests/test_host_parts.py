@@ -660,6 +660,12 @@ def test_where_vms_reach_the_broker():
     assert not climachines.is_out_of_reach('192.168.56.1:61613', 'hostonly')
 
 
+def test_a_slash_behind_an_image_stays():
+    """As a file has none: else another one than was typed would be taken."""
+    assert climachines.path_here('small.vdi') == os.path.abspath('small.vdi')
+    assert climachines.path_here('small.vdi/') == os.path.join(os.path.abspath('small.vdi'), '')
+
+
 # --- what XML-RPC can carry ---
 
 values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

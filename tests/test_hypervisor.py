@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import queue
 import subprocess
 import sys
 
@@ -96,7 +97,7 @@ def test_a_vm_whose_process_hangs_is_told_to_while_it_does(monkeypatch):
     told, answers, asked = [], {}, []
     watch = hostseen.Watch(lambda *event: told.append(event))
 
-    def ask(uuid):
+    def ask(uuid, patience):
         asked.append(uuid)
         if answers.get(uuid):
             raise answers[uuid]
@@ -113,11 +114,16 @@ def test_a_vm_whose_process_hangs_is_told_to_while_it_does(monkeypatch):
     seen = len(asked)
     wait_until(lambda: len(asked) > seen + 4)
     assert watch.marked([row('one')])[0]['trouble'] == hypervisor.HANGS == watch.rows()[0]['trouble']
+    assert not pulse.still_hangs('one')         # nobody can say so
+    answers['one'] = driverprocesses.Unresponsive('no answer')
+    assert pulse.still_hangs('one')
     answers['one'] = None
+    assert not pulse.still_hangs('one')
     wait_until(lambda: watch.row_of('one')['trouble'] == '')
     watch.mark('two', True)
     answers['two'] = faults.NotSupported('the driver knows')
     wait_until(lambda: not pulse._thread.is_alive())
+    assert not pulse.still_hangs('two')
     watch.forget('one')
     watch.look([row('two', 'off')])
     watch.look([row('two')])
@@ -155,6 +161,102 @@ def test_what_was_removed_is_on_no_list_though_nobody_has_looked_since():
     watch.forget('')                    # of a VM that was not known
     assert [each['name'] for each in watch.rows()] == ['other'] and watch.row_of('one') is None
     assert told == [('vm-removed', 'one', '')]
+
+
+def row_of(name, native='PoweredOff', state='off', id=''):
+    return {'name': name, 'uuid': 'uuid of ' + name, 'id': id, 'state': state, 'native': native,
+            'trouble': ''}
+
+
+def test_what_is_told_of_one_vm_is_seen_of_it():
+    """So that nothing older is told of it; and a new one is there before anybody has looked at all."""
+    told = []
+    watch = hostseen.Watch(lambda *event: told.append(event))
+    watch.describe(dict(row_of('one'), memory=16))
+    assert watch.rows() is None         # else it would be taken for all of them
+    watch.look([row_of('one'), row_of('other', id='08:00:27:00:00:01')])
+    watch.describe(dict(row_of('one', 'Running', 'running'), memory=16, cpus=1))
+    watch.describe(dict(row_of('new', id='08:00:27:00:00:01'), memory=16))
+    assert watch.rows() == [row_of('one', 'Running', 'running'), row_of('other', id='08:00:27:00:00:01'),
+                            row_of('new', id='08:00:27:00:00:01')]
+    assert [event[:2] for event in told] == [
+        ('vm-state', 'one'), ('vm-clash', 'other'), ('vm-clash', 'new'), ('vm-added', 'new')]
+
+
+class LooksFor(hypervisor.Driver):
+    """While it looks at all VMs, ``meanwhile`` is called."""
+
+    def __init__(self):
+        super().__init__({'command_timeout': 1})
+        self.vms, self.looks, self.meanwhile = {}, 0, lambda: None
+
+    def machines(self, job):
+        self.looks += 1
+        rows = [row_of(name, native) for name, native in self.vms.items()]
+        self.meanwhile()
+        self.rest(True)
+        return rows
+
+    def describe(self, job, vm):
+        return dict(row_of(vm, self.vms[vm]), memory=16)
+
+    def version(self, job):
+        return '1'
+
+
+@pytest.fixture
+def server():
+    """A driver's process without one; ``answers``: what it told, by the request's number."""
+    inbox, told, driver = queue.Queue(), [], LooksFor()
+    server = driverserver.Server(driver, inbox, told.append, True)
+
+    def ask(number, verb, *args):
+        inbox.put({'id': number, 'verb': verb, 'args': list(args)})
+    server.ask, server.driver, server.told = ask, driver, told
+
+    def serve():
+        """All that is asked."""
+        server._take_messages(0.001)
+        while server._waiting:
+            server._serve(server._waiting.pop(0))
+        return {each['id']: each['value'] for each in told if 'id' in each}
+    server.serve = serve
+    return server
+
+
+def test_no_look_at_all_overtakes_what_was_told_of_one_vm_meanwhile(server):
+    """It may have seen that VM before it changed, or before it was there."""
+    def change():
+        server.driver.vms.update(one='Running', new='PoweredOff')
+        server.ask(2, 'describe', 'one')
+        server.ask(3, 'describe', 'new')
+    server.driver.vms['one'] = 'PoweredOff'
+    server.driver.meanwhile = change
+    server.ask(1, 'machines')
+    answers = server.serve()
+    assert [each['id'] for each in server.told if 'id' in each] == [2, 3, 1]
+    assert answers[2]['native'] == 'Running' and answers[1] == [row_of('one', 'Running'), row_of('new')]
+    server.driver.meanwhile = lambda: None
+    server.driver.vms['one'] = 'Paused'
+    server.ask(4, 'machines')           # which nobody was told anything of meanwhile
+    assert server.serve()[4][0]['native'] == 'Paused'
+
+
+def test_who_asks_while_all_are_looked_at_has_a_look_of_his_own(server):
+    """Else he would be told what was so before he asked: of a VM that he has just started, say. A crowd that
+    waits has one for all."""
+    def change():
+        server.driver.vms['one'] = 'Running'
+        server.driver.meanwhile = lambda: None
+        server.ask(3, 'machines')
+        server.ask(4, 'machines')
+    server.driver.vms['one'] = 'PoweredOff'
+    server.driver.meanwhile = change
+    server.ask(1, 'machines')
+    server.ask(2, 'machines')
+    answers = server.serve()
+    assert [answers[number][0]['native'] for number in (1, 2, 3, 4)] == 2 * ['PoweredOff'] + 2 * ['Running']
+    assert server.driver.looks == 2
 
 
 BUSY = """
@@ -197,3 +299,9 @@ def test_a_busy_process_ends_with_a_host_that_was_killed_alone(tmp_path, is_kill
         go.touch()
         driver.wait(20)
         driver.stdout.close()
+
+
+def test_an_option_that_a_method_does_not_know_is_told_with_those_that_it_does():
+    assert hypervisor.options_over({'a': 1, 'b': 2}, {'b': 3}, 'someMethod') == {'a': 1, 'b': 3}
+    with pytest.raises(faults.InvalidParams, match='^someMethod knows no option c, d; it knows a, b$'):
+        hypervisor.options_over({'a': 1, 'b': 2}, {'d': 1, 'c': 2, 'a': 3}, 'someMethod')

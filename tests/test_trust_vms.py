@@ -205,5 +205,5 @@ def test_launch_waits_for_the_agent(host, guest, api, tmp_path):
 def image_in(folder, name='image'):
     """The path of a disk of its own."""
     path = folder / (name + '.vdi')
-    path.write_text('5d7d8d0a-0000-4000-8000-%012d' % len(name))
+    path.write_text(fake_virtualbox.disk(len(name)))
     return str(path)

@@ -11,6 +11,7 @@ from vms import SETTINGS
 
 import drivers
 import hypervisor
+import vboxasking
 import vboxconnection
 import vboximages
 import vboxmanage
@@ -216,7 +217,7 @@ elif os.path.exists(path + '.no-server'):
 elif words[0] == 'createvm':
     vm = {'state': 'poweroff', 'rules': [], 'marks': {}, 'bridge': ''}
     print('Virtual machine is created and registered.\nUUID: %(one)s')
-elif words == ['list', 'vms'] and vm:
+elif vm and (words == ['list', 'vms'] or words == ['list', 'runningvms'] and vm['state'] == 'running'):
     print('"one" {%(one)s}')
 elif words[0] == 'unregistervm':
     vm = {}
@@ -534,6 +535,27 @@ def test_a_vm_whose_process_hangs_is_told_to_whoever_changes_it(one, tmp_path):
     (tmp_path / 'vm.json.hangs').write_text('')
     with pytest.raises(DeadlineExceeded, match='^one: its process does not answer; powerOff'):
         one('take_snapshot', 'one', 'x', timeout=1)
+
+
+@pytest.mark.once
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+@pytest.mark.parametrize('verb, args', [('pause', ()), ('set_limits', ({'cpuPercent': 50},))])
+def test_a_vm_whose_process_hangs_is_told_so_before_the_timeout(one, tmp_path, monkeypatch, verb, args):
+    """But where it doesn't run: then it is the machine that takes its time."""
+    monkeypatch.setattr(vboxasking, 'SURELY_ANSWERS_IN', 0.2)
+    monkeypatch.setattr(vboxasking, 'MUCH_LONGER', 1)
+    one('create_vm', 'one', '', {'diskSize': 0})
+    hangs = tmp_path / 'vm.json.hangs'
+    hangs.write_text('')
+    with pytest.raises(DeadlineExceeded, match='VBoxManage did not answer|its process does not'):
+        one(verb, 'one', *args, timeout=1.5)
+    hangs.unlink()
+    assert one('start', 'one') is True
+    hangs.write_text('')
+    begun = time.monotonic()
+    with pytest.raises(DeadlineExceeded, match='^one: its process does not answer; powerOff'):
+        one(verb, 'one', *args, timeout=60)
+    assert time.monotonic() - begun < 20
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='runs a script')

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import itertools
 import os
+import queue
 import re
 import signal
 import socket
@@ -16,6 +17,7 @@ import types
 import fake_virtualbox
 import pytest
 from agents import Agent
+from appliance_files import appliance_at
 from helpers import others_take, wait_until
 from vm_cases import left_over
 from vms import SETTINGS, VMHost, command_line, environment, fault_of, here, processes, removing_new_vms
@@ -30,6 +32,7 @@ import hostconfig
 import hostguests
 import hosthypervisor
 import hostmachines
+import hostpulse
 import hypervisor
 import vboxconnection
 import vboximages
@@ -44,7 +47,9 @@ import json, sys
 sys.stdin.readline()
 for line in sys.stdin:
     asked = json.loads(line)
-    value = {'machines': [], 'describe': {'uuid': 'vm'}}.get(asked['verb'], 'an answer')
+    row = dict.fromkeys(('name', 'uuid'), 'vm')
+    row.update(id='', state='running', native='Running', trouble='')
+    value = {'machines': [], 'describe': row}.get(asked['verb'], 'an answer')
     print(json.dumps({'id': asked['id'], 'value': value}), flush=True)
 '''
 HANGS = '''
@@ -618,6 +623,103 @@ def test_who_switches_a_vm_off_gives_up_what_hangs_in_it(monkeypatch):
     assert failed == ['pause: no answer, and vm was to be switched off']
 
 
+@contextlib.contextmanager
+def hanging(monkeypatch, *scripts):
+    """A hypervisor of such processes, one VM of which runs, and is told to hang."""
+    monkeypatch.setattr(hostpulse, 'ASK_AGAIN', 1000)
+    monkeypatch.setattr(hostpulse, 'ASKED_AGAIN', 0.3)
+    monkeypatch.setattr(hypervisor, 'HUNG', 0.3)
+    with started(*scripts) as box:
+        assert box.version() == 'an answer'
+        box._watch.look([{'name': 'vm', 'uuid': 'vm', 'id': '', 'state': 'running', 'native': 'Running',
+                          'trouble': ''}])
+        box._watch.mark('vm', True)
+        yield box
+
+
+@pytest.mark.parametrize('verb, args', [('pause', ()), ('set_limits', ({},)), ('get_stats', ()),
+                                        ('screenshot', ())])
+def test_what_talks_to_a_vm_that_hangs_is_told_so_before_it_begins(monkeypatch, verb, args):
+    """It is asked once more, as it may answer by now. What doesn't talk to it is done at once."""
+    with hanging(monkeypatch, ANSWERS, BEGINS_AND_HANGS, ANSWERS) as box:
+        with pytest.raises(faults.DeadlineExceeded) as told:
+            getattr(box, verb)('vm', *args)
+        assert str(told.value) == 'vm: its process does not answer; powerOff (stop --force) ends it'
+        assert box._watch.row_of('vm')['trouble'] == hypervisor.HANGS
+        assert box.discard_state('vm') == 'an answer'
+        box._watch.mark('vm', True)
+        assert box._call(verb, ('vm',) + args) == 'an answer' and box._watch.row_of('vm')['trouble'] == ''
+
+
+BEGINS_AND_ANSWERS_LATE = BEGINS_AND_HANGS.replace('time.sleep(1000)', """import os
+while os.getppid() and not os.path.exists(%r):
+    time.sleep(0.01)
+print(json.dumps({'id': 2, 'value': 'late'}), flush=True)
+sys.stdin.read()""")
+
+
+@pytest.mark.parametrize('hangs', [True, False])
+def test_what_was_begun_is_given_up_where_its_vm_hangs_and_not_where_that_is_slow(monkeypatch, tmp_path,
+                                                                                   hangs):
+    """It began to hang just now, so that nobody knew it: who looks learns it meanwhile."""
+    go, ended = tmp_path / 'go', []
+    late = BEGINS_AND_ANSWERS_LATE % str(go)
+    with hanging(monkeypatch, ANSWERS, late, BEGINS_AND_HANGS if hangs else ANSWERS) as box:
+        box._watch.mark('vm', False)
+
+        def pause():
+            try:
+                ended.append(box.pause('vm'))
+            except faults.DeadlineExceeded as error:
+                ended.append(str(error))
+        pausing = threading.Thread(target=pause)
+        pausing.start()
+        wait_until(lambda: [call for call in box._turns.calls() if call.begun])
+        box._watch.mark('vm', True)
+        if hangs:
+            pausing.join(20)
+            assert ended[0].startswith('pause: no answer for') and 'stop --force' in ended[0]
+        else:
+            wait_until(lambda: box._watch.row_of('vm')['trouble'] == '')
+            assert not ended
+            go.write_text('')
+            pausing.join(20)
+            assert ended == ['late']
+
+
+def test_what_virtualbox_says_of_a_vm_that_hangs_is_told_as_what_it_is(monkeypatch):
+    fails = BEGINS_AND_HANGS.replace('time.sleep(1000)', """print(json.dumps({
+        'id': 2, 'error': ['HypervisorError', 'Call to remote object failed']}), flush=True)
+sys.stdin.read()""")
+    with hanging(monkeypatch, ANSWERS, fails, ANSWERS) as box:
+        monkeypatch.setattr(box._pulse, 'still_hangs', lambda uuid: False)      # it began to, just now
+        with pytest.raises(faults.DeadlineExceeded, match='^vm: its process does not answer; powerOff'):
+            box.get_stats('vm')
+
+
+def test_what_went_wrong_beside_is_an_event():
+    tells = ANSWERS.replace("    value =", """    if asked['verb'] == 'power_off':
+        print(json.dumps({'id': asked['id'], 'trouble': 'the disk is full'}), flush=True)
+    value =""")
+    told = queue.Queue()
+    with started(ANSWERS, tells) as box:
+        box._on_event = lambda *event: told.put(event)
+        assert box.version() == box.power_off('vm') == 'an answer'
+        assert told.get(timeout=20) == ('vm-trouble', 'vm', 'the disk is full')
+
+
+@pytest.mark.parametrize('here, before, back', [(b'', True, True), (b'', False, False), (b'now', True, True),
+                                                (b'now</VirtualBox>', True, False)])
+def test_settings_that_virtualbox_left_empty_are_put_back(tmp_path, here, before, back):
+    told, path = [], tmp_path / 'vm.vbox'
+    path.write_bytes(here)
+    (tmp_path / 'vm.vbox-prev').write_bytes(b'before</VirtualBox>' if before else b'')
+    vboxconnection.put_back_settings(hypervisor.Job({'verb': 'power_off'}, 1, told.append), str(path))
+    assert path.read_bytes() == (b'before</VirtualBox>' if back else here)
+    assert [str(path) in each['trouble'] for each in told] == [True] * back
+    assert sorted(each.name for each in tmp_path.iterdir()) == ['vm.vbox', 'vm.vbox-prev']
+
+
 def test_what_waits_for_a_vm_that_hangs_finds_it_off(monkeypatch):
     """And isn't done between the steps of pulling its plug, in a state that is about to end."""
     monkeypatch.setattr(hypervisor, 'HUNG', 0.3)
@@ -847,8 +949,7 @@ def cards_of(driver):
 def test_a_card_in_the_network_of_this_machine(driver, image, tmp_path):
     """Beside the one over which the agent speaks, whose MAC is the VM's id; and rates are both's."""
     if image:
-        image = str(tmp_path / image)
-        open(image, 'w').close()
+        image = appliance_at(str(tmp_path / image))
     driver.create_vm('vm', image, {'memory': 16, 'bridged': 'eth1'})
     assert cards_of(driver) == [('NAT', ''), ('Bridged', 'eth1')]
     machine = driver.fake.machines[0]
@@ -896,6 +997,16 @@ def test_interfaces_to_which_no_card_can_be_bridged(driver, monkeypatch, options
     with pytest.raises(faults.InvalidParams, match='^bridged: .*' + told):
         driver.create_vm('vm', '', dict(options, diskSize=0))
     assert driver.fake.machines == []
+
+
+@pytest.mark.parametrize('said, told', [
+    ('Invalid RAM size: 99999999 MB (must be in range [4, 2097152] MB)',
+     'memory is a whole number from 4 to 2097152 in this VirtualBox, not 99999999'),
+    ('Invalid virtual CPU count: 300 (must be in range [1, 64])',
+     'cpus is a whole number from 1 to 64 in this VirtualBox, not 300')])
+def test_more_than_virtualbox_gives_a_vm_is_told_as_the_option_that_it_is(said, told):
+    fault = vboxconnection.fault_of(0x80070057, said)
+    assert (type(fault), str(fault)) == (faults.InvalidParams, told)
 
 
 def test_a_rate_reaches_a_card_that_came_later(driver):
@@ -991,14 +1102,13 @@ def test_a_vm_that_is_paused_again_at_once(driver, made, tmp_path):
 
 
 def test_the_licence_of_an_appliance(driver, tmp_path, monkeypatch):
-    image = tmp_path / 'image.ova'
-    image.write_text('')
+    image = appliance_at(str(tmp_path / 'image.ova'))
     monkeypatch.setattr(fake_virtualbox.Description, 'kinds', [3, 41, 16, 7])
     monkeypatch.setattr(fake_virtualbox.Description, 'values', ['its name', '', 'disk.vmdk', 'Pay us.'])
     with pytest.raises(faults.BadState, match='(?s)accept-eula.*Pay us'):
-        driver.create_vm('vm', str(image))
+        driver.create_vm('vm', image)
     assert not driver.fake.machines and not driver.fake.extra
-    assert driver.create_vm('vm', str(image), {'acceptEula': True}) == 'vm'
+    assert driver.create_vm('vm', image, {'acceptEula': True}) == 'vm'
 
 
 def test_the_licence_is_shown_as_it_is_written(capsys):

@@ -108,6 +108,17 @@ def test_short_options_that_are_written_together():
         read('ps', '-qx')
 
 
+@pytest.mark.parametrize('line, taken', [
+    ('start -all', '-all'), ('stop --force -all', '-all'), ('info --x=1', '--x=1'), ('stop --force', '')])
+def test_a_name_that_looks_like_an_option_is_told_how_it_is_none(capsys, line, taken):
+    verb, *words = line.split()
+    with pytest.raises(SystemExit):
+        hostcli.read_arguments(hostcli.VERBS[verb], words)
+    told = capsys.readouterr().err
+    wanted = '%s is no option here; a name that begins with - comes after --: `%s -- %s`'
+    assert (wanted % (taken, verb, taken) if taken else 'the following arguments are required: VM') in told
+
+
 def test_rerun(host, guests):
     cmd_id = said(host, 'run', '-d', '-e', 'A=5', 'one', 'sh', '-c', 'echo $A $PWD; exit 2').strip()
     assert host.verb('wait', cmd_id).returncode == 2

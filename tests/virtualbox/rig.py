@@ -23,6 +23,8 @@ class Refused(Exception):
 
 COMES_UP_IN = 60.0             # seconds that a VirtualBox that just goes may take to come up anew
 NOT_UP = 'the VirtualBox COM server is not running or failed to start'
+# Of showvminfo, beside another one.
+LOOKED_AT = 'The object is not ready', 'The session is not locked', 'already has a lock request pending'
 
 
 def manage(*words, patience=900):
@@ -49,8 +51,16 @@ def try_manage(*words):
 
 
 def facts(vm):
-    """{key: value} of `VBoxManage showvminfo --machinereadable`."""
-    lines = manage('showvminfo', vm, '--machinereadable', patience=120).splitlines()
+    """{key: value} of `VBoxManage showvminfo --machinereadable`; the host may just look at the VM, too."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            lines = manage('showvminfo', vm, '--machinereadable', patience=120).splitlines()
+            break
+        except Refused as error:
+            if time.monotonic() > deadline or not any(words in str(error) for words in LOOKED_AT):
+                raise
+        time.sleep(0.3)                # until the other one has looked, which nobody tells
     pairs = (line.partition('=') for line in lines if '=' in line)
     return {key.strip('"'): value.strip('"') for key, _, value in pairs}
 

@@ -1,0 +1,268 @@
+"""What a stranger's image or appliance may name, before any hypervisor is shown it.
+
+Who made it would have any file of this user's in the guest, or written, or a disk of another VM's.
+"""
+
+import gzip
+import os
+import struct
+import tarfile
+
+import pytest
+from appliance_files import appliance_at, description, vmdk_of
+from hypothesis import given, settings
+from hypothesis import strategies as some
+
+import faults
+import imagefiles
+from appliances import check_appliance, read_elements
+
+ELSEWHERE = 'is made of a file elsewhere, %r'
+VISO = b' \n--iprt-iso-maker-file-marker-bourne-sh 1234 --volume-id=X /passwd=/etc/passwd\n'
+CUE = b'FILE "/etc/passwd" BINARY\n  TRACK 01 MODE1/2048\n    INDEX 01 00:00:00\n'
+TEXT = 'is a text, and no disk'
+
+
+@pytest.fixture(params=['.ova', '.ovf'])
+def put(request, tmp_path):
+    """Makes an appliance of this description, with these disks; gives its path."""
+    def put(text, files=(('disk.vmdk', b'KDMV' + bytes(600)),)):
+        path = tmp_path / ('image' + request.param)
+        if request.param == '.ova':
+            return appliance_at(str(path), text, files)
+        path.write_bytes(text.encode())
+        for name, content in files:
+            (tmp_path / name).write_bytes(content)
+        return str(path)
+
+    return put
+
+
+def refused(image, why):
+    with pytest.raises(faults.HypervisorError) as told:
+        check_appliance(image)
+    assert why in str(told.value) and os.path.dirname(image) in str(told.value)
+
+
+def test_what_virtualbox_exports_is_taken(put):
+    check_appliance(put(description()))
+    check_appliance(put('<Envelope><References><File href=""/></References></Envelope>'))
+    check_appliance(put('<ovf:Envelope xmlns:ovf="x"/>'))
+
+
+@pytest.mark.parametrize('name', [
+    '/etc/passwd', '../outside', 'sub/../../outside', '..\\outside', 'C:\\outside', 'http://x/outside',
+    'file:///etc/passwd', '%2e%2e/outside', '%2Fetc/passwd'])
+def test_names_lead_nowhere_else(put, name):
+    refused(put(description('<File ovf:href="%s"/>' % name.replace('.', '&#46;'))), ELSEWHERE % name)
+
+
+@pytest.mark.parametrize('name', ['../outside.iso', '/tmp/outside.iso', 'sub/../../outside.iso'])
+def test_nor_do_those_of_an_archive(tmp_path, name):
+    """VirtualBox would write that file."""
+    refused(appliance_at(str(tmp_path / 'image.ova'), files=[(name, b'')]), ELSEWHERE % name)
+
+
+def test_a_link_beside_an_appliance_leads_nowhere_else(tmp_path):
+    (tmp_path / 'images').mkdir()
+    (tmp_path / 'outside').write_bytes(bytes(600))
+    (tmp_path / 'images' / 'disk.vmdk').symlink_to(tmp_path / 'outside')
+    image = tmp_path / 'images' / 'image.ovf'
+    image.write_text(description())
+    refused(str(image), ELSEWHERE % 'disk.vmdk')
+
+
+@pytest.mark.parametrize('settings, named', [
+    ('<MediaRegistry><HardDisks><HardDisk uuid="{1}" location="/dev/sda" format="RAW"/></HardDisks>'
+     '</MediaRegistry>', '/dev/sda'),
+    ('<MediaRegistry><DVDImages><Image uuid="{1}" location="/etc/passwd"/></DVDImages></MediaRegistry>',
+     '/etc/passwd'),
+    ('<x:MediaRegistry xmlns:x="y"><HardDisks><HardDisk location="127.0.0.1|iqn|0" format="iSCSI"/>'
+     '</HardDisks></x:MediaRegistry>', '127.0.0.1|iqn|0')])
+def test_no_medium_is_known_that_is_not_brought(put, settings, named):
+    refused(put(description(settings=settings)), ELSEWHERE % named)
+
+
+@pytest.mark.parametrize('device, named', [
+    ('<Image uuid="{22222222-0000-4000-8000-000000000000}"/>', '{22222222-0000-4000-8000-000000000000}'),
+    ('<HostDrive src="/dev/sr0"/>', '/dev/sr0')])
+def test_no_medium_is_attached_that_is_not_brought(put, device, named):
+    attached = '<AttachedDevice type="DVD">%s</AttachedDevice>' % device
+    refused(put(description(attached=attached)), ELSEWHERE % named)
+
+
+def test_an_attribute_that_is_there_twice_hides_none(put):
+    text = description().replace('ovf:href=', 'xmlns:a="b" a:href="../outside" ovf:href=')
+    refused(put(text), '<File> has an attribute twice')
+
+
+@pytest.mark.parametrize('text', [
+    description(settings='<Snapshot uuid="{1}"/>'), description(attributes='stateFile="x.sav"')])
+def test_a_saved_state_or_snapshots_are_told(put, text):
+    refused(put(text), 'holds snapshots or a saved state, which can\'t be imported: export it anew')
+
+
+def test_no_words_are_declared_that_hide_what_is_named(put):
+    text = description().replace('<Envelope', '<!DOCTYPE a [<!ENTITY y "../outside">]><Envelope', 1)
+    refused(put(text.replace('disk.vmdk', '&y;')), 'declares a document type of its own')
+
+
+@pytest.mark.parametrize('kind', ['disk.vmdk', 'part'])
+def test_a_pipe_is_no_file(tmp_path, kind):
+    """VirtualBox would wait for who writes into it."""
+    os.mkfifo(str(tmp_path / kind))
+    (tmp_path / 'image.vmdk').write_text(vmdk_of('part'))
+    (tmp_path / 'image.ovf').write_text(description())
+    with pytest.raises(faults.HypervisorError, match='is made of what is no regular file: .*' + kind):
+        if kind == 'part':
+            imagefiles.check_image(str(tmp_path / 'image.vmdk'))
+        check_appliance(str(tmp_path / 'image.ovf'))
+
+
+@pytest.mark.parametrize('text, why', [
+    ('<?xml version="1.0" encoding="utf-7"?><Envelope/>', 'it is written in utf-7'),
+    ('<?xml version="1.0"?>\n<!-- <Envelope> -->\n<x/>', 'it is XML of another kind (<x>)'),
+    ('<Envelope><File', 'is cut or damaged, or no appliance: get it anew'),
+    ('', 'is cut or damaged, or no appliance: get it anew'),
+    ('<Envelope a="%s"/>' % ('x' * imagefiles.LONGEST_TEXT), 'its description has over 16777216 bytes')])
+def test_what_is_no_appliance_is_told_to_be_none(put, text, why):
+    """VirtualBox's server dies of XML of another kind, and with it whatever else is under way."""
+    refused(put(text or ' '), why)
+
+
+@pytest.mark.parametrize('content, why', [
+    (VISO, TEXT), (CUE, TEXT), (b'QED\0' + bytes(600), 'is a .qed image'), (gzip.compress(VISO), TEXT),
+    (vmdk_of('/etc/passwd').encode(), ELSEWHERE % '/etc/passwd'),
+    (vmdk_of('x', parent='12345678').encode(), 'holds only what differs')],
+    ids=['VISO', 'CUE', 'QED', 'packed VISO', 'VMDK', 'differences'])
+def test_what_its_disks_name_is_looked_at(put, content, why):
+    refused(put(description(), [('disk.vmdk', content)]), why)
+
+
+def test_a_disk_is_looked_at_whatever_its_name(put):
+    refused(put(description().replace('disk.vmdk', 'disk.mf'), [('disk.mf', VISO)]), TEXT)
+
+
+def archive_of(tmp_path, change):
+    """An appliance whose disk's entry was changed."""
+    entry = tarfile.TarInfo('disk.vmdk')
+    change(entry)
+    return appliance_at(str(tmp_path / 'image.ova'), files=[(entry, bytes(100))], format=tarfile.PAX_FORMAT)
+
+
+@pytest.mark.parametrize('changes', [
+    {'type': tarfile.LNKTYPE, 'linkname': '/etc/passwd'}, {'type': tarfile.SYMTYPE, 'linkname': 'x'},
+    {'type': tarfile.GNUTYPE_SPARSE}, {'type': tarfile.CHRTYPE}, {'pax_headers': {'path': 'x'}},
+    {'pax_headers': {'size': '5'}}, {'name': 'x' * 200}])
+def test_an_archive_holds_plain_files(tmp_path, changes):
+    def change(entry):
+        for name, value in changes.items():
+            setattr(entry, name, value)
+
+    refused(archive_of(tmp_path, change), 'is no plain file (tar --format=ustar)')
+
+
+def test_an_archive_may_hold_times(tmp_path):
+    check_appliance(archive_of(tmp_path, lambda entry: setattr(entry, 'mtime', 1.5)))
+
+
+def test_nothing_follows_an_archive(tmp_path):
+    image = tmp_path / 'image.ova'
+    appliance_at(str(image))
+    whole = image.read_bytes()
+    image.write_bytes(whole + whole)
+    refused(str(image), 'what follows its last whole file is none')
+    for length in 2000, 100, 0:
+        image.write_bytes(whole[:length])
+        refused(str(image), 'is cut or damaged')
+
+
+def test_an_archive_begins_with_its_description(tmp_path):
+    image = tmp_path / 'image.ova'
+    with tarfile.open(str(image), 'w', format=tarfile.USTAR_FORMAT) as archive:
+        archive.addfile(tarfile.TarInfo('disk.vmdk'))
+    refused(str(image), 'its first file is no .ovf')
+
+
+@settings(max_examples=200, deadline=None)
+@given(some.binary(max_size=200))
+def test_any_bytes_are_read_or_told(text):
+    for each in (text, b'<Envelope>' + text + b'</Envelope>', b'<Envelope ' + text + b'/>'):
+        try:
+            read_elements('image.ovf', each)
+        except faults.HypervisorError as error:
+            assert str(error).startswith('image.ovf ')
+
+
+# --- disks ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('content', [VISO, CUE, VISO.lstrip(), b'\n' * 5000 + VISO],
+                         ids=['VISO', 'CUE', 'VISO at once', 'VISO late'])
+@pytest.mark.parametrize('name', ['disc.iso', 'disk.vdi'])
+def test_a_text_is_no_disk(tmp_path, name, content):
+    """VirtualBox makes discs of the files that it names."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(faults.HypervisorError, match='%s %s' % (name, TEXT)):
+        imagefiles.check_image(str(tmp_path / name))
+
+
+@pytest.mark.parametrize('head', [
+    b'<<< Oracle VM VirtualBox Disk Image >>>\n', b'WithoutFreeSpace\2\0\0\0', b'conectix\0\0\0\2',
+    b'QFI\xfb', b'vhdxfileM\0i\0', b'KDMV', b'\xeb\x63\x90', bytes(16), b'', b'short text'])
+def test_a_disk_of_any_kind_is_no_text(tmp_path, head):
+    image = tmp_path / 'image.vdi'
+    for content in (head, head + bytes(4096)):
+        image.write_bytes(content)
+        imagefiles.check_image(str(image))
+
+
+@pytest.mark.parametrize('name', ['/etc/passwd', '../outside', 'sub/../../outside', 'link'])
+def test_a_disk_that_names_a_file_elsewhere(tmp_path, name):
+    folder = tmp_path / 'images'
+    (folder / 'sub').mkdir(parents=True)
+    (tmp_path / 'outside').write_bytes(b'x' * 512)
+    (folder / 'link').symlink_to(tmp_path / 'outside')
+    image = folder / 'image.vmdk'
+    image.write_text(vmdk_of('part', name).replace('\n', '\r\n'))
+    with pytest.raises(faults.HypervisorError, match=ELSEWHERE % name):
+        imagefiles.check_image(str(image))
+
+
+def embedded(text):
+    """A .vmdk in one file, which describes itself in its second sector."""
+    head = struct.pack('<4sIIQQQQ', b'KDMV', 1, 3, 0, 0, 1, 1)
+    return head.ljust(512, b'\0') + text.encode().ljust(512, b'\0')
+
+
+LIES_ON = {
+    'qcow2': struct.pack('>4sIQI', b'QFI\xfb', 3, 512, 6).ljust(512, b'\0') + b'beside',
+    'text.vmdk': vmdk_of('part', parent='1234abcd', more=['parentFileNameHint="beside"']).encode(),
+    'vmdk': embedded('parentCID=1234abcd\nparentFileNameHint = "beside"\n'),
+    'box.vmdk': embedded('parentCID=ffffffff\nparentFileNameHint="beside"\nddb.uuid.parent="b8e5"\n')}
+
+
+@pytest.mark.parametrize('kind', sorted(LIES_ON))
+def test_a_disk_that_holds_only_differences_makes_none_of_zeros(tmp_path, kind):
+    image = tmp_path / ('image.' + kind)
+    image.write_bytes(LIES_ON[kind])
+    with pytest.raises(faults.HypervisorError, match='differs from another file, \'beside\''):
+        imagefiles.check_image(str(image))
+
+
+@pytest.mark.parametrize('content', [
+    struct.pack('>4sIQI', b'QFI\xfb', 3, 0, 6).ljust(512, b'\0'), b'QFI\xfb', embedded(''),
+    embedded('parentCID=FFFFFFFF\nddb.uuid.parent="00000000-0000-0000-0000-000000000000"\n'), b''])
+def test_a_disk_that_holds_all_is_taken(tmp_path, content):
+    (tmp_path / 'image.vmdk').write_bytes(content)
+    imagefiles.check_image(str(tmp_path / 'image.vmdk'))
+
+
+def test_an_image_of_several_files_beside_it_is_as_good_as_any(tmp_path):
+    (tmp_path / 'sub').mkdir()
+    (tmp_path / 'else.vmdk').symlink_to(tmp_path / 'sub' / 'disk.vmdk')
+    names = 'part-1', 'sub/part-2', str(tmp_path / 'sub' / 'part-3')
+    (tmp_path / 'sub' / 'disk.vmdk').write_text(vmdk_of(*names))
+    for image in 'sub/disk.vmdk', 'else.vmdk':
+        imagefiles.check_image(str(tmp_path / image))
+    (tmp_path / 'image.ovf').write_text(description().replace('disk.vmdk', 'sub/disk.vmdk'))
+    check_appliance(str(tmp_path / 'image.ovf'))
