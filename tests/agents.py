@@ -58,11 +58,22 @@ class Process:
         self.process = None
 
     def start(self):
-        words = wine.INTO_FILE + [self.log_path] + self.words() if self.on_windows else self.words()
         with open(self.log_path, 'ab') as log:
-            self.process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder)
+            self.process = self._begin(log)
         return self
+
+    def _begin(self, log):
+        kind = self.kind_of_fork()
+        if kind:
+            with contextlib.suppress(forks.Unfit):
+                return forks.start(kind, [self.ini], self.folder, log)
+        words = wine.INTO_FILE + [self.log_path] + self.words() if self.on_windows else self.words()
+        return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder)
+
+    def kind_of_fork(self):
+        """What forks it, of forks.MODULES; '' where none will do: it is started with other words."""
+        is_plain = compiled and self.words() == command(self.program, self.ini)
+        return self.program if is_plain and self.program in forks.MODULES else ''
 
     def words(self):
         """What starts it."""

@@ -294,7 +294,7 @@ class WithFakeVMs(Boinc):
         self.agents = []
         self.box = None
         self.others = []               # of further projects
-        self.image = self.write('image.vdi', '5d7d8d0a-0000-4000-8000-000000000001')
+        self.image = self.write('image.vdi', fake_virtualbox.disk())
 
     def setup(self):
         with vms.environment(self.environment):
@@ -308,7 +308,7 @@ class WithFakeVMs(Boinc):
         """One more project of the same client, for tasks that are added after all those of this one."""
         other = copy.copy(self)
         other.use(self.rig.beside(name))
-        other.image = self.write(name + '.vdi', '5d7d8d0a-0000-4000-8000-%012d' % (len(self.others) + 2))
+        other.image = self.write(name + '.vdi', fake_virtualbox.disk(len(self.others) + 2))
         self.others.append(other)
         return other
 

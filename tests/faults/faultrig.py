@@ -32,6 +32,10 @@ class Wrapped:
     def words(self):
         return [sys.executable, WRAPPED, self.ini]
 
+    def kind_of_fork(self):
+        """'' where it has a clock of its own, which its modules must have from the first."""
+        return '' if 'clock' in self.faults else 'wrapped ' + self.program
+
     def wait_for_death(self, timeout=60):
         """Until it has killed itself."""
         assert wait_until(lambda: self.process.poll(), timeout) == -signal.SIGKILL, self.log()
