@@ -73,8 +73,9 @@ def check_archive(image: str) -> None:
             raise HypervisorError('%s is no appliance: its first file is no .ovf' % image)
         text = archive.extractfile(members[0]).read(LONGEST_TEXT + 1)  # type: ignore
         disks = {name.lower() for name in check_description(image, text)}
-        for member in members[1:]:
+        for member in members:
             check_name(image, member.name)
+        for member in members[1:]:
             if member.name.lower() in disks or not member.name.lower().endswith(DESCRIBING):
                 content = unpacked(archive.extractfile(member))
                 check_content('%s in %s' % (member.name, image), content, image)

@@ -134,7 +134,7 @@ class Server:
             if isinstance(fault, NotReady) and kind_of(job.verb) != 'changing' \
                     and time.monotonic() < message.get('until', float('inf')):
                 return None
-            kind = 'AccessDenied' if isinstance(fault, NotReady) else type(fault).__name__
+            kind = 'Busy' if isinstance(fault, NotReady) else type(fault).__name__
             return {'error': [kind, str(fault)]}
 
     def _carry_out(self, job: Job) -> Any:

@@ -44,6 +44,7 @@ REMEMBERED = 'version', 'machine_states', 'find_chirp', 'snapshots', 'get_networ
 NAMES_NO_VM = 'create_vm', 'register_vm', 'kill_process'       # verbs that take another word first
 # Changes of a VM after which its ports are where they were.
 MOVE_NO_PORT = 'pause', 'resume', 'take_snapshot', 'delete_snapshot', 'keep', 'set_limits', 'remote_desktop'
+CHANGE_SNAPSHOTS = 'take_snapshot', 'restore_snapshot', 'delete_snapshot', 'remove_vm'
 
 
 class Hypervisor:
@@ -259,12 +260,13 @@ class Hypervisor:
         return EVER if verb in hypervisor.ALONE else max(FIRST_PATIENCE, least)
 
     def _forget_told(self, call: Call) -> None:
-        """What was told of a VM, or of the network, is no longer so."""
+        """What was told of a VM, or of the network, is no longer so, where the change may have changed it."""
         if call.verb == 'setup_network':
             self._told.pop(('get_network', ''), None)
         changed = self._watch.uuid_of(call.vm) or call.vm
+        stays = {'find_chirp': call.verb in MOVE_NO_PORT, 'snapshots': call.verb not in CHANGE_SNAPSHOTS}
         for verb, vm in list(self._told):
-            if vm and vm in (changed, call.vm) and not (verb == 'find_chirp' and call.verb in MOVE_NO_PORT):
+            if vm and vm in (changed, call.vm) and not stays.get(verb):
                 self._told.pop((verb, vm), None)
 
     def _look(self, patience: float = LOOK_PATIENCE) -> None:

@@ -17,7 +17,6 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import agent
 from faults import (
-    AccessDenied,
     BadState,
     Busy,
     DeadlineExceeded,
@@ -27,7 +26,7 @@ from faults import (
     NotSupported,
     VMHostError,
 )
-from hypervisor import ConnectionLost, Job, either, spoken
+from hypervisor import NOT_READY, ConnectionLost, Job, either, spoken
 from protocol import is_mac
 
 log = logging.getLogger('vmhost.virtualbox')
@@ -82,7 +81,7 @@ FAULT_OF_CODE = {
     INVALID_OBJECT_STATE: BadState,
     INVALID_SESSION_STATE: Busy,
     OBJECT_IN_USE: Busy,
-    ACCESS_DENIED: AccessDenied,
+    ACCESS_DENIED: Busy,               # as VirtualBox uses it: to an object, not to a person
 }  # type: Dict[int, Any]
 LOCKED = (INVALID_OBJECT_STATE, INVALID_SESSION_STATE, OBJECT_IN_USE)      # by somebody else
 DEAD = (0x80004004, 0x800706be, 0x800706ba, 0x80010108,    # abort, call failed, RPC down, gone
@@ -332,11 +331,18 @@ class Connection:
     # Waiting for a VM.
 
     def ready(self, job: Job, vm: str, verb: str) -> Any:
-        """Finds and checks the VM: it is in a state in which `verb` makes sense."""
-        machine = self.find(vm)
-        state = self.settled(job, machine)
-        check_fits(verb, machine.name, state, machine.settingsFilePath)
-        return machine
+        """Finds and checks the VM: it is in a state in which `verb` makes sense. One that VirtualBox is just
+        making, or about to end, gets a moment."""
+        until = time.monotonic() + NOT_READY
+        while True:
+            try:
+                machine = self.find(vm)
+                check_fits(verb, machine.name, self.settled(job, machine), machine.settingsFilePath)
+                return machine
+            except Exception as error:
+                if not self.is_not_ready(error) or time.monotonic() > until:
+                    raise
+            job.wait(0.05)
 
     def settled(self, job: Job, machine: Any) -> str:
         """Waits while the VM is on its way from one state to another."""
@@ -496,6 +502,8 @@ def fault_of(code: int, text: str) -> VMHostError:
     if 'VERR_DISK_FULL' in text:
         path = re.search('\'(/.*?|[A-Za-z]:.*?)\'', text)
         text += ' -- the disk%s is full: make room' % (' of ' + path.group(1) if path is not None else '')
+    if code == ACCESS_DENIED and 'not ready' in text:
+        text += ' -- VirtualBox is about to make it, or to end it'
     beyond = BEYOND.search(text)
     if beyond is not None:
         what, given, least, most = beyond.groups()

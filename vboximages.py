@@ -51,7 +51,9 @@ DISK_MADE = 'vmhost/disk/'         # + uuid of a disk that createVM made: its pa
 OWNER = 'vmhost/owner/'            # + uuid of a VM that createVM made: whose it is
 REMOVING = 'vmhost/removing/'      # + .vbox of a VM that removeVM deletes: its uuid, and the file's stamp
 MAKES = 'vmhost/makes/'            # + uuid of a VM that createVM is about to make: the process that does
-MAKER = 'vmhost/maker/'            # + folder of a VM that createVM is making: the process that does (note_of)
+MAKER = 'vmhost/maker/'            # + folder of a VM that createVM is making: the process that does (note_of), or …
+DIED = 'died'                      # … this word, and when that was seen: in seconds since 1970
+WRITES_LATER = 60                  # seconds that VirtualBox may go on with what a process asked for that died
 
 DISKS = ('.vdi', '.vmdk', '.vhd', '.vhdx', '.qcow', '.qcow2', '.hdd')
 PREVIOUS = '-prev'                 # after the name of a .vbox file: what it was before the last change
@@ -561,11 +563,21 @@ class Disks:
         left nothing."""
         folders = []
         for key in self.box.vbox.getExtraDataKeys():
-            if key.startswith(MAKER) and is_at_work(self.box.vbox.getExtraData(key)):
+            note = self.box.vbox.getExtraData(key) if key.startswith(MAKER) else ''
+            if note and is_at_work(note):
                 folders.append(key[len(MAKER):])
-            elif key.startswith(MAKER) and not leavings_in(key[len(MAKER):]):
-                self.box.vbox.setExtraData(key, '')
+            elif note and not leavings_in(key[len(MAKER):]):
+                self._forget_maker(key, note)
         return folders
+
+    def _forget_maker(self, key: str, note: str) -> None:
+        """Once WRITES_LATER seconds have gone since it was first seen to be dead."""
+        now = int(time.time())
+        word, _, since = note.partition(' ')
+        if abs(now - (int(since) if word == DIED else now)) >= WRITES_LATER:
+            self.box.vbox.setExtraData(key, '')
+        elif word != DIED:
+            self.box.vbox.setExtraData(key, '%s %d' % (DIED, now))
 
     def makers_folders(self) -> List[str]:
         """Of VMs that are being made, and of those whose maker died and left settings."""

@@ -30,6 +30,9 @@ BRIDGED = 'vmhost/bridged-auto'    # a mark: the VM's bridged card follows that
 NAT_FOR_NOW = 'vmhost/nat-for-now'     # a mark: there was no host-only network yet when the VM was made
 SET_UP = 'vmhost/network/'         # + an interface that was set up as [Network] says: its address then
 UNCLAIMED = ('', '192.168.56.1')       # an interface's address that nobody chose: a new one has it
+NEW_MASKS = ('', '255.255.255.0')      # the same of its netmask
+NEW_POOL = ('192.168.56.100', '255.255.255.0', '192.168.56.101', '192.168.56.254')     # and of its DHCP server
+FOREIGN = '%s has the %s, not given to it here: name %s in [Network], or give it yours: '
 
 
 class Network:
@@ -84,9 +87,8 @@ class Network:
             return self.get_network(job)
         if self._interface() is None:
             self._make_interface(job)
-        self._address_interface()
-        self._setup_dhcp()
-        self.box.vbox.setExtraData(SET_UP + self.box.network['interface'], self.box.network['host_ip'])
+        if self._address_interface() | self._setup_dhcp():         # else it may be somebody else's still
+            self.box.vbox.setExtraData(SET_UP + self.box.network['interface'], self.box.network['host_ip'])
         return self.get_network(job)
 
     def _problem(self) -> str:
@@ -99,19 +101,26 @@ class Network:
                 or self._foreign())
 
     def _foreign(self) -> str:
-        """What is wrong where the interface has an address that somebody else chose, '' elsewhere: their VMs
-        may be in that network."""
-        if networks_on_mac(self.box):
-            return ''
-        found, wish = self._interface(), self.box.network
+        """What is wrong where the interface, or its DHCP server, is as somebody else chose, '' elsewhere: their
+        VMs may be in that network."""
+        found = None if networks_on_mac(self.box) else self._interface()
         if found is None:
             return ''
-        given = self.box.vbox.getExtraData(SET_UP + found.name)
-        if found.IPAddress in UNCLAIMED + (given, wish['host_ip']):
+        wish, mine = self.box.network, self.box.vbox.getExtraData(SET_UP + found.name)
+        if mine and found.IPAddress in ('', mine):
             return ''
-        return ('%s has the address %s, which was not given to it here: name that one and its network in '
-                '[Network], or give it yours: VBoxManage hostonlyif ipconfig "%s" --ip %s'
-                % (found.name, found.IPAddress, found.name, wish['host_ip']))
+        if found.IPAddress not in UNCLAIMED + (wish['host_ip'],):
+            return FOREIGN % (found.name, 'address ' + found.IPAddress, 'that one and its network') + (
+                'VBoxManage hostonlyif ipconfig "%s" --ip %s' % (found.name, wish['host_ip']))
+        if found.networkMask not in NEW_MASKS + (wish['netmask'],):
+            return FOREIGN % (found.name, 'netmask ' + found.networkMask, 'that one') + (
+                'VBoxManage hostonlyif ipconfig "%s" --ip %s --netmask %s'
+                % (found.name, wish['host_ip'], wish['netmask']))
+        dhcp = self._dhcp_server()
+        if dhcp is not None and dhcp.enabled and pool_of(dhcp) not in (NEW_POOL, wished_pool(wish)):
+            return FOREIGN % (found.name, 'DHCP server %s (netmask %s), which gives %s to %s' % pool_of(dhcp),
+                              'these') + 'VBoxManage dhcpserver remove --interface "%s"' % found.name
+        return ''
 
     def _make_interface(self, job: Job) -> Any:
         answer = self.box.vbox.host.createHostOnlyNetworkInterface()
@@ -124,23 +133,29 @@ class Network:
         raise HypervisorError('VirtualBox would call the new interface %s: write interface=%s in '
                               '[Network]' % (name, name))
 
-    def _address_interface(self) -> None:
+    def _address_interface(self) -> bool:
+        """Whether there was something to do."""
         wanted = self.box.network['host_ip'], self.box.network['netmask']
         found = self._interface()
-        if (found.IPAddress, found.networkMask) != wanted or not is_local(wanted[0]):
-            found.enableStaticIPConfig(*wanted)
+        if (found.IPAddress, found.networkMask) == wanted and is_local(wanted[0]):
+            return False
+        found.enableStaticIPConfig(*wanted)
+        return True
 
-    def _setup_dhcp(self) -> None:
+    def _setup_dhcp(self) -> bool:
+        """Whether there was something to do."""
         wish = self.box.network
         dhcp = self._dhcp_server()
         if dhcp is None:
             dhcp = self.box.vbox.createDHCPServer('HostInterfaceNetworking-' + wish['interface'])
-        wanted = (wish['dhcp_server'], wish['netmask'], wish['dhcp_lower'], wish['dhcp_upper'])
-        if (dhcp.IPAddress, dhcp.networkMask, dhcp.lowerIP, dhcp.upperIP) != wanted:
-            dhcp.setConfiguration(*wanted)
+        differs = pool_of(dhcp) != wished_pool(wish)
+        if differs:
+            dhcp.setConfiguration(*wished_pool(wish))
         self._announce_router(dhcp)
-        if not dhcp.enabled:
-            dhcp.enabled = True
+        if dhcp.enabled:
+            return differs
+        dhcp.enabled = True
+        return True
 
     def _announce_router(self, dhcp: Any) -> None:
         """The guest looks for the broker at its gateway, which is this host."""
@@ -527,6 +542,16 @@ def check_interfaces(vm: str, wanted: List[str], there: Callable[[], List[str]])
     if missing:
         raise BadState('%s can\'t start: there is no host-only interface %s, which its network card uses; '
                        'net --setup makes the one of [Network]' % (vm, min(missing) or '(none is named)'))
+
+
+def pool_of(dhcp: Any) -> Tuple[str, str, str, str]:
+    """A DHCP server's address, netmask, first and last address that it gives."""
+    return dhcp.IPAddress, dhcp.networkMask, dhcp.lowerIP, dhcp.upperIP
+
+
+def wished_pool(network: Dict[str, Any]) -> Tuple[str, str, str, str]:
+    """The same, as [Network] has it."""
+    return network['dhcp_server'], network['netmask'], network['dhcp_lower'], network['dhcp_upper']
 
 
 def address_problem(network: Dict[str, Any]) -> str:

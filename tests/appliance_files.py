@@ -26,10 +26,11 @@ def description(files='', attributes='', settings='', attached=''):
                               uuid=DISK_UUID)
 
 
-def appliance_at(path, text=None, files=(('disk.vmdk', b'KDMV' + bytes(600)),), format=tarfile.USTAR_FORMAT):
-    """An .ova file of this description, with these files. Gives its path."""
+def appliance_at(path, text=None, files=(('disk.vmdk', b'KDMV' + bytes(600)),), format=tarfile.USTAR_FORMAT,
+                 first='image.ovf'):
+    """An .ova file of this description, called `first`, with these files. Gives its path."""
     with tarfile.open(path, 'w', format=format) as archive:
-        for name, content in [('image.ovf', (text or description()).encode())] + list(files):
+        for name, content in [(first, (text or description()).encode())] + list(files):
             member = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))

@@ -60,7 +60,9 @@ def test_names_lead_nowhere_else(put, name):
 @pytest.mark.parametrize('name', ['../outside.iso', '/tmp/outside.iso', 'sub/../../outside.iso'])
 def test_nor_do_those_of_an_archive(tmp_path, name):
     """VirtualBox would write that file."""
-    refused(appliance_at(str(tmp_path / 'image.ova'), files=[(name, b'')]), ELSEWHERE % name)
+    image = str(tmp_path / 'image.ova')
+    refused(appliance_at(image, files=[(name, b'')]), ELSEWHERE % name)
+    refused(appliance_at(image, first=name + '.ovf'), ELSEWHERE % (name + '.ovf'))
 
 
 def test_a_link_beside_an_appliance_leads_nowhere_else(tmp_path):

@@ -321,7 +321,22 @@ def test_a_name_that_another_host_agent_is_about_to_take_is_taken(box, vbox, mon
     assert not [key for key in vbox.extra if 'maker' in key]
 
 
-def test_what_a_host_agent_that_died_was_making_is_removed(box, vbox, tmp_path):
+def test_what_virtualbox_writes_once_the_maker_has_died_is_removed(box, vbox, monkeypatch):
+    """It ends the call that it was asked for; meanwhile another host agent has looked."""
+    machine = create(box, vbox, 'half', diskSize=0)
+    path = machine.settingsFilePath
+    vbox.setExtraData('vmhost/maker/' + os.path.dirname(path), '999999999 1')
+    vbox.machines.remove(machine)
+    os.rename(path, path + '-later')
+    assert box.cleanup() == [] == box.cleanup(False)
+    os.rename(path + '-later', path)
+    assert rows(box.cleanup(False)) == [('vm', path)] and not os.path.exists(path)
+    monkeypatch.setattr(vboximages, 'WRITES_LATER', 0)
+    assert box.cleanup(False) == [] and not [key for key in vbox.extra if 'maker' in key]
+
+
+def test_what_a_host_agent_that_died_was_making_is_removed(box, vbox, tmp_path, monkeypatch):
+    monkeypatch.setattr(vboximages, 'WRITES_LATER', 0)
     machine = create(box, vbox, 'half')
     machine.setExtraData('vmhost/making', machine.id)
     disk = machine.mediumAttachments.pop().medium

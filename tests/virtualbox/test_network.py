@@ -76,6 +76,30 @@ def test_an_interface_that_somebody_else_gave_an_address_keeps_it(no_network, tm
         assert api.setupNetwork() == MADE
 
 
+def test_what_else_somebody_gave_an_interface_stays(no_network, tmp_path):
+    """Its netmask, its DHCP server; and who only found all as it should be has not chosen it."""
+    manage('hostonlyif', 'create')
+    manage('hostonlyif', 'ipconfig', 'vboxnet0', '--ip', '192.168.56.1', '--netmask', '255.255.255.128')
+    with VMHost(tmp_path, network=dict(HOST_ONLY, manage='yes')) as host, host.api as api:
+        code, text = fault_of(api.setupNetwork)
+        assert code == 5 and '255.255.255.128' in text and '--netmask 255.255.255.0' in text, text
+        assert '192.168.56.1/25' in ip('addr', 'show', 'vboxnet0')
+        manage('hostonlyif', 'ipconfig', 'vboxnet0', '--ip', '192.168.56.1', '--netmask', '255.255.255.0')
+        pool = ['--interface', 'vboxnet0', '--server-ip', '192.168.56.9', '--netmask', '255.255.255.0',
+                '--lower-ip', '192.168.56.10', '--upper-ip', '192.168.56.20', '--enable']
+        manage('dhcpserver', 'add', *pool)
+        code, text = fault_of(api.setupNetwork)
+        assert code == 5 and '192.168.56.10 to 192.168.56.20' in text and 'dhcpserver remove' in text, text
+        assert api.getNetwork()['dhcp']['lower'] == '192.168.56.10'
+    theirs = dict(dhcp_server='192.168.56.9', dhcp_lower='192.168.56.10', dhcp_upper='192.168.56.20')
+    with VMHost(tmp_path, network=dict(HOST_ONLY, **theirs)) as host, host.api as api:
+        assert api.setupNetwork()['dhcp']['lower'] == '192.168.56.10'
+    with VMHost(tmp_path, network=dict(HOST_ONLY)) as host, host.api as api:
+        assert fault_of(api.setupNetwork)[0] == 5
+        manage('dhcpserver', 'remove', '--interface', 'vboxnet0')
+        assert api.setupNetwork() == MADE
+
+
 def test_an_address_that_was_given_here_is_changed_here(no_network, tmp_path):
     other = {'host_ip': '192.168.57.1', 'dhcp_server': '192.168.57.2', 'dhcp_lower': '192.168.57.3',
              'dhcp_upper': '192.168.57.4'}
