@@ -26,7 +26,7 @@ import hypervisor
 from driverprocesses import EVER, Call, Child, Unanswered, Unresponsive, Watcher, Workers
 from faults import BadState, Busy, DeadlineExceeded, HypervisorError, NoSuchVM, VMHostError
 from hostpulse import Pulse
-from hostseen import Watch
+from hostseen import NEVER, Told, Watch
 from hostturns import TURN_OF_THE_PLUG, Turns
 from hypervisor import HANGS, HUNG_VM, is_local, kind_of, spoken
 from vmstates import CHANGING, PAUSED, RUNNING, STUCK
@@ -38,13 +38,8 @@ AT_WORK_PATIENCE = 0.3         # seconds more for a list, while there are other 
 LOOK_PATIENCE = 5.0            # seconds that who changed a VM waits for a look at it
 WORKER_IDLE = 60.0             # seconds without work after which a worker ends
 PRINTED_KEPT = 1024 * 1024     # bytes of a driver's log file, beyond which it begins anew
-NEVER = object()               # in place of what was never told
 # What is told again while nothing answers.
-REMEMBERED = 'version', 'machine_states', 'find_chirp', 'snapshots', 'get_network'
 NAMES_NO_VM = 'create_vm', 'register_vm', 'kill_process'       # verbs that take another word first
-# Changes of a VM after which its ports are where they were.
-MOVE_NO_PORT = 'pause', 'resume', 'take_snapshot', 'delete_snapshot', 'keep', 'set_limits', 'remote_desktop'
-CHANGE_SNAPSHOTS = 'take_snapshot', 'restore_snapshot', 'delete_snapshot', 'remove_vm'
 
 
 class Hypervisor:
@@ -74,7 +69,7 @@ class Hypervisor:
                             self._watch.rows, self._watch.mark)
         self._turns = Turns(settings['command_timeout'], self._check_begins)
         self._numbers = itertools.count(1)
-        self._told = {}  # type: Dict[Tuple[str, str], Any]         # by verb and uuid: what was told last
+        self._told = Told()
         self._closing = False
         self._asked_in_vain = 0.0               # monotonic: when a list was told last as it was seen before
         self._teller = threading.Thread(target=self._tell_events, name='vm-events', daemon=True)
@@ -121,13 +116,12 @@ class Hypervisor:
         """A quick verb's answer: as it is now; of what hardly changes, where that takes longer than a moment,
         as it was told last. Raises DeadlineExceeded, with the reason, where it never was."""
         vm = str(args[0]) if args else ''
-        key = verb, self._watch.uuid_of(vm) or vm
-        last = self._told.get(key, NEVER)      # others may forget it meanwhile
+        uuid = self._watch.uuid_of(vm) or vm
+        last = self._told.last(verb, uuid)     # others may forget it meanwhile
         found, why = self._now(verb, args, last is not NEVER)
         if why:
             return last
-        if verb in REMEMBERED:
-            self._told[key] = found
+        self._told.keep(verb, uuid, found)
         return found
 
     def _now(self, verb: str, args: Tuple[Any, ...], is_known: bool,
@@ -212,7 +206,7 @@ class Hypervisor:
                 for text in call.troubles:
                     self._happened('vm-trouble', self._watch.called(call.vm), text)
                 if call.begun and kind_of(verb) == 'changing' and not self._closing:
-                    self._forget_told(call)
+                    self._told.forget(call.verb, {self._watch.uuid_of(call.vm) or call.vm, call.vm})
                     self._look_at_changed(call)
 
     def _work(self, call: Call, patience: float) -> Any:
@@ -259,16 +253,6 @@ class Hypervisor:
         least = driverprocesses.SILENCE - FIRST_PATIENCE - self._watcher.silence()
         return EVER if verb in hypervisor.ALONE else max(FIRST_PATIENCE, least)
 
-    def _forget_told(self, call: Call) -> None:
-        """What was told of a VM, or of the network, is no longer so, where the change may have changed it."""
-        if call.verb == 'setup_network':
-            self._told.pop(('get_network', ''), None)
-        changed = self._watch.uuid_of(call.vm) or call.vm
-        stays = {'find_chirp': call.verb in MOVE_NO_PORT, 'snapshots': call.verb not in CHANGE_SNAPSHOTS}
-        for verb, vm in list(self._told):
-            if vm and vm in (changed, call.vm) and not stays.get(verb):
-                self._told.pop((verb, vm), None)
-
     def _look(self, patience: float = LOOK_PATIENCE) -> None:
         """No state goes untold."""
         with contextlib.suppress(VMHostError):
@@ -289,7 +273,7 @@ class Hypervisor:
     def _answered(self, verb: str, value: Any) -> None:
         """On the watcher's thread: what it said of a VM is known, also where nobody waits for it any more."""
         if verb == 'describe':
-            self._told[verb, value['uuid']] = value
+            self._told.keep(verb, value['uuid'], value)
             self._watch.describe(value)
 
     # Verbs that are more than one call of the driver's.
@@ -373,7 +357,7 @@ class Hypervisor:
         found = self.find_chirp(vm)
         if not found and self._settings['network']['mode'] == 'nat':
             found = self._call('forward_chirp', (vm,))
-            self._told['find_chirp', self._watch.uuid_of(vm) or vm] = found
+            self._told.keep('find_chirp', self._watch.uuid_of(vm) or vm, found)
         return (found[0], found[1]) if found else None
 
     # Lists: what is there now; where that takes too long, what was seen last.
@@ -418,8 +402,9 @@ class Hypervisor:
         if not why or seen is None:
             return self._watch.marked([found])[0]
         seen = self._watch.row_of(seen['uuid']) or seen        # others may have been told of it meanwhile
-        last = self._told.get(('describe', seen['uuid']), {})
-        return dict(last if last.get('native') == seen['native'] else {}, **dict(
+        last = self._told.last('describe', seen['uuid'])
+        is_so = last is not NEVER and last['native'] == seen['native']
+        return dict(last if is_so else {}, **dict(
             seen, trouble=seen['trouble'] or self.trouble() or 'told as it was seen before: ' + why))
 
     # What was seen last: asks nobody.

@@ -1,4 +1,5 @@
-"""What was seen of the VMs: the last look at all of them, or at one since; and what differs from before.
+"""What was seen of the VMs: the last look at all of them, or at one since; what differs from before; and what
+was told of each beside.
 
 What it is not: it asks nobody; who looks brings the rows (hosthypervisor.py). From any thread; one lock.
 """
@@ -6,10 +7,41 @@ What it is not: it asks nobody; who looks brings the rows (hosthypervisor.py). F
 import collections
 import threading
 import time
-from typing import Any, Callable, Dict, List, Optional, Set  # noqa: F401
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple  # noqa: F401
 
 from hypervisor import HANGS, either, meant_twice, row_of
 from vmstates import INACCESSIBLE, PAUSED, RUNNING, STUCK
+
+NEVER = object()               # in place of what was never told
+REMEMBERED = 'version', 'machine_states', 'find_chirp', 'snapshots', 'get_network', 'describe'
+# Changes of a VM after which its ports are where they were; and those after which its snapshots are others.
+MOVE_NO_PORT = 'pause', 'resume', 'take_snapshot', 'delete_snapshot', 'keep', 'set_limits', 'remote_desktop'
+CHANGE_SNAPSHOTS = 'take_snapshot', 'restore_snapshot', 'delete_snapshot', 'remove_vm'
+
+
+class Told:
+    """What verbs that only look told last, of what hardly changes: to be told again where nobody answers.
+    From any thread: each step is one of a dict's."""
+
+    def __init__(self) -> None:
+        self._last = {}  # type: Dict[Tuple[str, str], Any]          # by verb, and uuid of a VM or ''
+
+    def last(self, verb: str, vm: str) -> Any:
+        """What was told, or NEVER."""
+        return self._last.get((verb, vm), NEVER)
+
+    def keep(self, verb: str, vm: str, found: Any) -> None:
+        if verb in REMEMBERED:
+            self._last[verb, vm] = found
+
+    def forget(self, change: str, vms: Set[str]) -> None:
+        """What a change of a VM, by whichever of these words, or of the network, may have made untrue."""
+        stays = {'find_chirp': change in MOVE_NO_PORT, 'snapshots': change not in CHANGE_SNAPSHOTS}
+        for verb, vm in list(self._last):
+            if vm and vm in vms and not stays.get(verb):
+                self._last.pop((verb, vm), None)
+        if change == 'setup_network':
+            self._last.pop(('get_network', ''), None)
 
 
 class Watch:

@@ -51,8 +51,8 @@ DISK_MADE = 'vmhost/disk/'         # + uuid of a disk that createVM made: its pa
 OWNER = 'vmhost/owner/'            # + uuid of a VM that createVM made: whose it is
 REMOVING = 'vmhost/removing/'      # + .vbox of a VM that removeVM deletes: its uuid, and the file's stamp
 MAKES = 'vmhost/makes/'            # + uuid of a VM that createVM is about to make: the process that does
-MAKER = 'vmhost/maker/'            # + folder of a VM that createVM is making: the process that does (note_of), or …
-DIED = 'died'                      # … this word, and when that was seen: in seconds since 1970
+MAKER = 'vmhost/maker/'            # + folder of a VM that createVM is making: the process that does (note_of)
+DIED = 'died'                      # or this word, and when it was seen to be dead: in seconds since 1970
 WRITES_LATER = 60                  # seconds that VirtualBox may go on with what a process asked for that died
 
 DISKS = ('.vdi', '.vmdk', '.vhd', '.vhdx', '.qcow', '.qcow2', '.hdd')

@@ -31,7 +31,7 @@ NAT_FOR_NOW = 'vmhost/nat-for-now'     # a mark: there was no host-only network 
 SET_UP = 'vmhost/network/'         # + an interface that was set up as [Network] says: its address then
 UNCLAIMED = ('', '192.168.56.1')       # an interface's address that nobody chose: a new one has it
 NEW_MASKS = ('', '255.255.255.0')      # the same of its netmask
-NEW_POOL = ('192.168.56.100', '255.255.255.0', '192.168.56.101', '192.168.56.254')     # and of its DHCP server
+NEW_POOL = '192.168.56.100', '255.255.255.0', '192.168.56.101', '192.168.56.254'      # and of its DHCP server
 FOREIGN = '%s has the %s, not given to it here: name %s in [Network], or give it yours: '
 
 
@@ -101,8 +101,8 @@ class Network:
                 or self._foreign())
 
     def _foreign(self) -> str:
-        """What is wrong where the interface, or its DHCP server, is as somebody else chose, '' elsewhere: their
-        VMs may be in that network."""
+        """What is wrong where the interface, or its DHCP server, is as somebody else chose, '' elsewhere:
+        their VMs may be in that network."""
         found = None if networks_on_mac(self.box) else self._interface()
         if found is None:
             return ''

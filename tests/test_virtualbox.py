@@ -52,7 +52,8 @@ for line in sys.stdin:
     value = {'machines': [], 'describe': row}.get(asked['verb'], 'an answer')
     print(json.dumps({'id': asked['id'], 'value': value}), flush=True)
 '''
-BEGINS_FIRST = ANSWERS.replace('    print', "    print(json.dumps({'id': asked['id'], 'begun': True}))\n    print")
+BEGINS_FIRST = ANSWERS.replace(
+    '    print', "    print(json.dumps({'id': asked['id'], 'begun': True}))\n    print")
 HANGS = '''
 import signal
 signal.signal(signal.SIGTERM, signal.%s)
