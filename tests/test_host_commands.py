@@ -133,8 +133,10 @@ def test_what_is_too_late_is_not_sent_any_more(host, guest, tmp_path, api):
     assert host.results(cmd_id)['state'] == 'expired' and proof.runs() == 0
 
 
-def test_a_signal_that_may_be_lost_is_not_told_as_sent(host, guest, api):
-    cmd_id = api.runCmd('one', 'sleep', ['600'])
+def test_a_signal_that_may_be_lost_is_not_told_as_sent(host, guest, tmp_path, api):
+    deaf = tmp_path / 'deaf'            # it may come yet, which must not end what is killed then
+    cmd_id = api.runCmd('one', 'sh', ['-c', 'trap "" USR1; > %s; exec sleep 600' % deaf])
+    wait_until(deaf.exists, 20)
     wait_until(lambda: api.getCmdStatus(cmd_id)['pid'], 20)
     os.kill(guest.process.pid, signal.SIGSTOP)
     try:
