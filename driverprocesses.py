@@ -29,6 +29,7 @@ from hypervisor import spoken
 log = logging.getLogger('vmhost.hypervisor')
 
 SILENCE = 20.0                 # seconds beyond command_timeout after which a silent process hangs
+ALONE = 10.0                   # seconds of silence of the process that looks, while others are answered
 LIST_PATIENCE = 0.6            # seconds until a list is what was seen last, rather than what is there now
 COMES_UP_IN = 10.0             # seconds for which a process that was just started may be silent
 EVER = float('inf')
@@ -155,6 +156,7 @@ class Watcher:
         self._closing = False
         self._owes_since = 0.0                   # when it was first asked what it hasn't answered; 0: it has
         self._silent_since = 0.0                 # the same, whichever process it was that was asked
+        self._others_at = 0.0                    # when another process was last answered
         self._heard_at = 0.0                     # when it last said anything
         self._comes_up_until = 0.0               # it was started: patience for who asks what was never told
         self._why = ''                           # why the last process lost its hypervisor
@@ -186,9 +188,11 @@ class Watcher:
         return time.monotonic() - since if since else 0.0
 
     def others_were_answered(self) -> None:
-        """The hypervisor doesn't hang, whoever is silent here: what is asked now is waited for again."""
+        """The hypervisor doesn't hang, whoever is silent here: what is asked now is waited for again, and
+        for ALONE."""
         with self._lock:
-            self._silent_since = time.monotonic() if self._silent_since else 0.0
+            self._others_at = time.monotonic()
+            self._silent_since = self._others_at if self._silent_since else 0.0
 
     def ask(self, call: Call, patience: Optional[float] = None, at_most: float = 0) -> Any:
         """The answer of a quick verb. Raises DeadlineExceeded after `patience` seconds, or LIST_PATIENCE
@@ -241,8 +245,9 @@ class Watcher:
     def _end_if_hung(self, call: Call, now: float) -> bool:
         with self._lock:
             child = self._child
+            patience = ALONE if self._others_at > self._owes_since else self._patience
             hangs = (child is not None and child is call.sent_to and self._owes_since > 0
-                     and now - self._owes_since > self._patience)
+                     and now - self._owes_since > patience)
         if hangs and child is not None:
             log.warning('the process that looks at the VMs hangs: starting another one')
             self._comes_up_until = -1.0             # the next one will hang as well, perhaps

@@ -66,7 +66,8 @@ class Hypervisor:
         self._watcher = Watcher(self._launch, self._watch.look, self._answered, self._patience)
         self._workers = Workers(self._launch, self._progressed)
         self._pulse = Pulse(lambda uuid, patience: self._call('hears', (uuid,), patience),
-                            self._watch.rows, self._watch.mark)
+                            self._watch.rows, self._watch.mark,
+                            lambda: self._call('machine_states', (), FIRST_PATIENCE))
         self._turns = Turns(settings['command_timeout'], self._check_begins)
         self._numbers = itertools.count(1)
         self._told = Told()

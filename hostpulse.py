@@ -1,5 +1,5 @@
 """Whether each VM's own process answers: VMs that run are asked, now and then, where somebody lists them, or
-wants something of one that didn't.
+wants something of one that didn't; and whether the driver's process does that looks at them.
 
 What it is not: what is seen of VMs (hostseen.py), which it tells; or who asks (hosthypervisor.py): that is
 done where it can be given up, so that a VM that hangs holds up nobody.
@@ -7,6 +7,7 @@ done where it can be given up, so that a VM that hangs holds up nobody.
 Threads: `vm-pulse`, from `start` to `stop`.
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -31,11 +32,13 @@ class Pulse:
             seconds, NotSupported where the driver finds that out by itself
     rows    gives what was seen of all VMs
     tell    is told (uuid, does it hang?)
+    look    asks the driver's process that looks: one that hangs is found, though nobody else asks
     """
 
     def __init__(self, ask: Callable[[str, float], Any], rows: Callable[[], Optional[List[Dict[str, Any]]]],
-                 tell: Callable[[str, bool], None]) -> None:
+                 tell: Callable[[str, bool], None], look: Callable[[], Any]) -> None:
         self._ask = ask
+        self._look = look
         self._rows = rows
         self._tell = tell
         self._driver_asks = False
@@ -65,10 +68,13 @@ class Pulse:
             return False
 
     def _run(self) -> None:
+        """Until it is stopped, or the driver is one that finds out by itself what hangs."""
         while not self._closing.wait(ASK_AGAIN):
             self._wanted.wait(ASK_EVERY - ASK_AGAIN)
             self._wanted.clear()
             try:
+                with contextlib.suppress(VMHostError):
+                    self._look()
                 for row in self._rows() or ():
                     if row['state'] in (RUNNING, PAUSED) and not self._closing.is_set():
                         self._hangs(row['uuid'], ANSWERS_IN)

@@ -103,7 +103,7 @@ def test_a_vm_whose_process_hangs_is_told_to_while_it_does(monkeypatch):
             raise answers[uuid]
     monkeypatch.setattr(hostpulse, 'ASK_AGAIN', 0.01)
     monkeypatch.setattr(hostpulse, 'ASK_EVERY', 0.02)
-    pulse = hostpulse.Pulse(ask, watch.rows, watch.mark)
+    pulse = hostpulse.Pulse(ask, watch.rows, watch.mark, bool)
     watch.look([row('one'), row('two'), row('off', 'off')])
     answers['one'] = driverprocesses.Unresponsive('no answer')
     pulse.start()

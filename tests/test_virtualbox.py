@@ -604,6 +604,23 @@ def test_a_list_that_is_not_of_now_is_told_to_be_so_whoever_else_was_answered(mo
         wait_until(lambda: not box.trouble())       # though nobody asks for a list
 
 
+def test_a_process_that_looks_and_hangs_alone_has_a_successor_though_nobody_asks(monkeypatch):
+    """Events would not come, for as long as nobody does."""
+    for module, name, value in ((hostpulse, 'ASK_AGAIN', 0.05), (hostpulse, 'ASK_EVERY', 0.1),
+                                (hosthypervisor, 'FIRST_PATIENCE', 0.1), (hosthypervisor, 'LOOK_PATIENCE', 0.1),
+                                (driverprocesses, 'ALONE', 0.3)):
+        monkeypatch.setattr(module, name, value)
+    with started(ANSWERS) as box:
+        assert box.version() == 'an answer'
+        hung = box._watcher._child.process
+        with silent(hung):
+            wait_until(lambda: box._watcher.silence() > 0.5)        # it may be the hypervisor
+            assert hung.returncode is None
+            box.pause('vm')                                         # which is answered by another process
+            wait_until(lambda: hung.returncode is not None)
+        assert box.version() == 'an answer'
+
+
 def test_snapshots_are_told_as_before_after_what_changes_none(monkeypatch):
     monkeypatch.setattr(hosthypervisor, 'LOOK_PATIENCE', 0.1)
     monkeypatch.setattr(hosthypervisor, 'FIRST_PATIENCE', 0.3)
