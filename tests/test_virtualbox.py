@@ -606,9 +606,9 @@ def test_a_list_that_is_not_of_now_is_told_to_be_so_whoever_else_was_answered(mo
 
 def test_a_process_that_looks_and_hangs_alone_has_a_successor_though_nobody_asks(monkeypatch):
     """Events would not come, for as long as nobody does."""
-    for module, name, value in ((hostpulse, 'ASK_AGAIN', 0.05), (hostpulse, 'ASK_EVERY', 0.1),
-                                (hosthypervisor, 'FIRST_PATIENCE', 0.1), (hosthypervisor, 'LOOK_PATIENCE', 0.1),
-                                (driverprocesses, 'ALONE', 0.3)):
+    for module, name, value in (
+            (hostpulse, 'ASK_AGAIN', 0.05), (hostpulse, 'ASK_EVERY', 0.1), (driverprocesses, 'ALONE', 0.3),
+            (hosthypervisor, 'FIRST_PATIENCE', 0.1), (hosthypervisor, 'LOOK_PATIENCE', 0.1)):
         monkeypatch.setattr(module, name, value)
     with started(ANSWERS) as box:
         assert box.version() == 'an answer'
