@@ -752,17 +752,20 @@ def forked_server(folder, user):
     near, far = os.pipe()
     pid = os.fork()
     if pid == 0:
-        os.setuid(user)
-        server = chirpserver.ChirpServer(str(folder), allow=['127.0.0.1']).start()
-        os.write(far, b'%d\n' % server.address[1])
-        signal.pause()
+        try:
+            os.setuid(user)
+            server = chirpserver.ChirpServer(str(folder), allow=['127.0.0.1']).start()
+            os.write(far, b'%d\n' % server.address[1])
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(far)                       # so that its end is told, where it can't begin
     try:
         yield '127.0.0.1', int(os.read(near, 20))
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         os.close(near)
-        os.close(far)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason='reads what nobody may read')
