@@ -326,4 +326,5 @@ def test_a_folder_of_very_many_names_takes_no_memory(tmp_path):
             server.stop()
         assert len(os.listdir(str(tmp_path / ('back %d' % count)))) == count
     print('KiB at most, of put, get and the server:', peaks[:3], peaks[3:])
-    assert all(many - few < 8000 for few, many in zip(peaks[:3], peaks[3:]))
+    # Up to 50,000 names are held, of a million as of these.
+    assert all(many - few < 15000 for few, many in zip(peaks[:3], peaks[3:]))
