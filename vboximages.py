@@ -353,7 +353,8 @@ class Images:
         job.renew_deadline()
 
     def _fit_out(self, machine: Any, wish: Dict[str, Any], disk: Any, iso: str) -> None:
-        """The disk last: one attached in vain counts as in use until VirtualBox ends (seen with 7.2)."""
+        """The disk last: one attached in vain counts as in use until VirtualBox ends (seen with 7.2). The mark
+        after that: VirtualBox saves at once that it is gone, and with it all that the VM has by then alone."""
         self._apply(machine, wish)
         if iso:
             with self._opening(iso):
@@ -363,6 +364,7 @@ class Images:
         if disk is not None:
             bus, port = self._free_place(machine, ('SATA', 'SCSI', 'VirtioSCSI', 'IDE'))
             machine.attachDevice(bus, port, 0, self.box.const('DeviceType_HardDisk'), disk)
+        machine.setExtraData(MAKING, '')
 
     def _free_place(self, machine: Any, kinds: Tuple[str, ...]) -> Tuple[str, int]:
         buses = self.box.manager.constants.all_values('StorageBus')
@@ -404,7 +406,6 @@ class Images:
         if wish['owner']:
             self.box.vbox.setExtraData(OWNER + machine.id, wish['owner'])
         machine.setExtraData(MADE_BY_US, machine.id)
-        machine.setExtraData(MAKING, '')
 
     def _import(self, job: Job, name: str, image: str, wish: Dict[str, Any]) -> None:
         """VirtualBox registers the VM when all its disks are there; until then a note of ours
