@@ -34,6 +34,7 @@ DESCRIBING = '.mf', '.cert'               # which of an appliance's files are no
 ENCODINGS = 'utf-8', 'utf-16', 'us-ascii', 'iso-8859-1', 'windows-1252'        # of a description
 GUARDED = 'File', 'Disk', 'Image', 'HardDisk'         # by whose attributes media are found
 GZIPPED = b'\x1f\x8b'
+DEEPEST, MOST = 100, 100000               # elements: in each other, and in all; an export has 10, and 200
 PLAIN = tarfile.REGTYPE, tarfile.AREGTYPE
 TIMES = {'mtime', 'atime', 'ctime'}
 BLOCK = 512                               # bytes of an archive's header
@@ -166,6 +167,9 @@ def read_elements(image: str, text: bytes) -> List[Element]:
 
     def begin(name: str, attributes: Dict[str, str]) -> None:
         path.append(plain(name))
+        if len(path) > DEEPEST or len(elements) >= MOST:
+            raise HypervisorError('%s is no appliance: its description has more than %d elements, or %d in '
+                                  'each other' % (image, MOST, DEEPEST))
         if path[0] != 'Envelope':
             raise HypervisorError('%s is no appliance: it is XML of another kind (<%s>)' % (image, path[0]))
         known = {plain(key): value for key, value in attributes.items()}

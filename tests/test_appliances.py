@@ -126,6 +126,8 @@ def test_a_pipe_is_no_file(tmp_path, kind):
     ('<?xml version="1.0"?>\n<!-- <Envelope> -->\n<x/>', 'it is XML of another kind (<x>)'),
     ('<Envelope><File', 'is cut or damaged, or no appliance: get it anew'),
     ('', 'is cut or damaged, or no appliance: get it anew'),
+    ('<Envelope>%s%s</Envelope>' % ('<a>' * 100000, '</a>' * 100000), 'or 100 in each other'),
+    ('<Envelope>%s</Envelope>' % ('<a/>' * 100000), 'has more than 100000 elements'),
     ('<Envelope a="%s"/>' % ('x' * imagefiles.LONGEST_TEXT), 'its description has over 16777216 bytes')])
 def test_what_is_no_appliance_is_told_to_be_none(put, text, why):
     """VirtualBox's server dies of XML of another kind, and with it whatever else is under way."""
