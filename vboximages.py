@@ -353,8 +353,7 @@ class Images:
         job.renew_deadline()
 
     def _fit_out(self, machine: Any, wish: Dict[str, Any], disk: Any, iso: str) -> None:
-        """The disk last: one attached in vain counts as in use until VirtualBox ends (seen with 7.2). The mark
-        after that: VirtualBox saves at once that it is gone, and with it all that the VM has by then alone."""
+        """The disk last: one attached in vain counts as in use until VirtualBox ends (seen with 7.2)."""
         self._apply(machine, wish)
         if iso:
             with self._opening(iso):
@@ -364,7 +363,7 @@ class Images:
         if disk is not None:
             bus, port = self._free_place(machine, ('SATA', 'SCSI', 'VirtioSCSI', 'IDE'))
             machine.attachDevice(bus, port, 0, self.box.const('DeviceType_HardDisk'), disk)
-        machine.setExtraData(MAKING, '')
+        self._finish(machine, wish)
 
     def _free_place(self, machine: Any, kinds: Tuple[str, ...]) -> Tuple[str, int]:
         buses = self.box.manager.constants.all_values('StorageBus')
@@ -401,11 +400,17 @@ class Images:
             machine.CPUCount = wish['cpus']
         self._cards.give(machine, wish['network'], wish['forwards'])
         self._cards.bridge(machine, wish['bridged'])
-        if wish['keep']:
-            machine.setExtraData(KEEP, machine.id)
         if wish['owner']:
             self.box.vbox.setExtraData(OWNER + machine.id, wish['owner'])
         machine.setExtraData(MADE_BY_US, machine.id)
+
+    def _finish(self, machine: Any, wish: Dict[str, Any]) -> None:
+        """Once it has all that it is to have: VirtualBox saves a mark at once, and with it all that the VM
+        has by then, but no more. `cleanup` passes a VM over that is kept, but not a disk that it hasn't
+        got."""
+        if wish['keep']:
+            machine.setExtraData(KEEP, machine.id)
+        machine.setExtraData(MAKING, '')
 
     def _import(self, job: Job, name: str, image: str, wish: Dict[str, Any]) -> None:
         """VirtualBox registers the VM when all its disks are there; until then a note of ours
@@ -446,6 +451,7 @@ class Images:
     def _take_in(self, machine: Any, wish: Dict[str, Any]) -> None:
         close_doors(self.box, machine)
         self._apply(machine, wish)
+        self._finish(machine, wish)
 
     def _check_licence(self, system: Any, image: str, accepted: bool) -> None:
         kind = self.box.const('VirtualSystemDescriptionType_License')
