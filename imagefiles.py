@@ -109,8 +109,8 @@ def check_tables(name: str, file: Any) -> None:
     size = file.seek(0, os.SEEK_END)
     ends = tables_of_qcow(head) if version == 1 else tables_of_qcow2(head)
     if not ends or max(ends) > size:
-        raise HypervisorError('%s is cut or damaged: its tables are not in it, and VirtualBox can die of that, '
-                              'and all VMs with it; get it anew' % name)
+        raise HypervisorError('%s is cut or damaged: its tables are not in it, and VirtualBox can die of '
+                              'that, and all VMs with it; get it anew' % name)
 
 
 def tables_of_qcow(head: bytes) -> List[int]:

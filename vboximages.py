@@ -363,6 +363,7 @@ class Images:
         if disk is not None:
             bus, port = self._free_place(machine, ('SATA', 'SCSI', 'VirtioSCSI', 'IDE'))
             machine.attachDevice(bus, port, 0, self.box.const('DeviceType_HardDisk'), disk)
+        machine.saveSettings()
         self._finish(machine, wish)
 
     def _free_place(self, machine: Any, kinds: Tuple[str, ...]) -> Tuple[str, int]:
@@ -405,9 +406,8 @@ class Images:
         machine.setExtraData(MADE_BY_US, machine.id)
 
     def _finish(self, machine: Any, wish: Dict[str, Any]) -> None:
-        """Once it has all that it is to have: VirtualBox saves a mark at once, and with it all that the VM
-        has by then, but no more. `cleanup` passes a VM over that is kept, but not a disk that it hasn't
-        got."""
+        """Once it has all that it is to have: VirtualBox saves a mark at once, and nothing else with it.
+        `cleanup` passes a VM over that is kept, but not a disk that it hasn't got."""
         if wish['keep']:
             machine.setExtraData(KEEP, machine.id)
         machine.setExtraData(MAKING, '')

@@ -360,7 +360,7 @@ def test_a_vm_is_half_made_until_it_has_its_disk(box, vbox, monkeypatch):
 
     def put(machine, key, value):
         if key == 'vmhost/keep' or (key, value) == ('vmhost/making', ''):
-            had.append((key, len(machine.mediumAttachments)))
+            had.append((key, len(machine.saved_attachments)))
         set_extra_data(machine, key, value)
 
     monkeypatch.setattr(fake_virtualbox.Machine, 'setExtraData', put)
