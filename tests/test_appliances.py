@@ -89,8 +89,26 @@ def test_no_medium_is_known_that_is_not_brought(put, settings, named):
     ('<Image uuid="{22222222-0000-4000-8000-000000000000}"/>', '{22222222-0000-4000-8000-000000000000}'),
     ('<HostDrive src="/dev/sr0"/>', '/dev/sr0')])
 def test_no_medium_is_attached_that_is_not_brought(put, device, named):
-    attached = '<AttachedDevice type="DVD">%s</AttachedDevice>' % device
+    attached = '<AttachedDevice type="HardDisk">%s</AttachedDevice>' % device
     refused(put(description(attached=attached)), ELSEWHERE % named)
+
+
+def test_what_was_in_a_drive_is_not_needed(put):
+    """VirtualBox exports it only where it is asked to, but tells of it."""
+    device = '<AttachedDevice %s><Image uuid="{22222222-0000-4000-8000-000000000000}"/></AttachedDevice>'
+    for kind in 'DVD', 'Floppy':
+        check_appliance(put(description(attached=device % ('type="%s"' % kind))))
+    refused(put(description(attached=device % '')), 'is made of a file elsewhere')
+    refused(put(description(attached=device % 'xmlns:a="b" a:type="DVD" type="HardDisk"')),
+            '<AttachedDevice> has an attribute twice')
+
+
+def test_disks_are_brought_as_ovf_0_9_says_it(put):
+    text = description().replace('<Envelope', '<Envelope xmlns:xsi="x"')
+    text = text.replace('</DiskSection>', '</Section>')
+    check_appliance(put(text.replace('<DiskSection>', '<Section xsi:type="ovf:DiskSection_Type">')))
+    refused(put(text.replace('<DiskSection>', '<Section xsi:type="ovf:OtherSection_Type">')),
+            'is made of a file elsewhere')
 
 
 def test_an_attribute_that_is_there_twice_hides_none(put):
