@@ -36,6 +36,7 @@ from vboxconnection import (
     OFF,
     SAVED,
     Connection,
+    check_room,
     has_mark,
     name_in_path,
 )
@@ -280,6 +281,7 @@ class Images:
         """A differencing disk: what is written goes there, and the image is only read, by all on it."""
         with self._opening(image):
             source = self._disks.open(image)
+        self._check_room_of_users(source)
         self.box.finish(job, source.createDiffStorage(disk, variant), 'making a disk on the image')
 
     def _copy_disk(self, job: Job, image: str, disk: Any, variant: List[int]) -> None:
@@ -293,6 +295,7 @@ class Images:
             with self._opening(image):
                 source = self._open_twin(job, image, os.path.dirname(disk.location))
         try:
+            self._check_room_of_users(source)
             with self._reading(image, BROKEN):
                 self.box.finish(job, self._clone(source, disk, variant), 'copying the disk')
         finally:
@@ -307,6 +310,13 @@ class Images:
             if self.box.code(error) != OBJECT_NOT_FOUND:
                 raise
             raise HypervisorError(unfit(image, str(self.box.translate(error))))
+
+    def _check_room_of_users(self, disk: Any) -> None:
+        """Raises HypervisorError where there is none for the settings of a VM that has this disk: VirtualBox
+        writes them, too, where the disk is copied, or another one laid on it."""
+        for uuid in self.box.array(disk, 'machineIds'):
+            machine = self.box.vbox.findMachine(uuid)
+            check_room(machine.name, machine.settingsFilePath)
 
     def _clone(self, source: Any, disk: Any, variant: List[int]) -> Any:
         try:
