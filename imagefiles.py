@@ -26,6 +26,7 @@ PARENT = re.compile(br'^\s*(?:parentCID|ddb\.uuid\.parent)\s*=\s*"?([\w-]+)', re
 PARENT_HINT = re.compile(br'^\s*parentFileNameHint\s*=\s*"([^"]+)"', re.IGNORECASE | re.MULTILINE)
 NO_PARENTS = b'ffffffff', b'00000000-0000-0000-0000-000000000000'       # in a .vmdk
 CLUSTERS = range(9, 22)            # of a .qcow2: of which power of two they may be
+PARALLELS, PARALLELS_EXT = b'WithoutFreeSpace', b'WithouFreSpacExt'
 QCOW, QED, VMDK = b'QFI\xfb', b'QED\0', b'KDMV'
 TEXT = re.compile(br'(?!<<< )[\t\r\n -~]{24}')      # longer than what disks begin with, but .vdi
 LONGEST_LEAD = 64 * 1024           # bytes of white space before a text
@@ -61,6 +62,7 @@ def check_content(name: str, file: Any, image: str) -> None:
     check_is_no_qed(name, file)
     check_lies_on_nothing(name, file)
     check_tables(name, file)
+    check_parallels(name, file)
     for named in named_in_disk(name, file):
         check_is_beside(image, os.fsdecode(named))
 
@@ -111,6 +113,18 @@ def check_tables(name: str, file: Any) -> None:
     if not ends or max(ends) > size:
         raise HypervisorError('%s is cut or damaged: its tables are not in it, and VirtualBox can die of '
                               'that, and all VMs with it; get it anew' % name)
+
+
+def check_parallels(name: str, file: Any) -> None:
+    """Raises HypervisorError for a .hdd that VirtualBox can't read. Seen with 7.2: of the newer kind, which
+    qemu-img writes, it takes the file itself for the disk; by a track without sectors it divides, and
+    dies."""
+    head = read_at(file, 0, 32)
+    if head.startswith(PARALLELS_EXT):
+        raise HypervisorError('%s is a Parallels image of a kind that VirtualBox reads wrongly: make another '
+                              'one of it (qemu-img convert)' % name)
+    if head.startswith(PARALLELS) and not int.from_bytes(head[28:], 'little'):
+        raise HypervisorError('%s is cut or damaged: a track of it has no sectors; get it anew' % name)
 
 
 def tables_of_qcow(head: bytes) -> List[int]:

@@ -94,8 +94,7 @@ class Images:
         self._check_ostype(wish['ostype'])
         imagefiles.check_is_file(image)
         if kind not in ('', '.iso') + APPLIANCES + DISKS:
-            raise NotSupported('an image is .ova, .ovf, .iso, .vdi, .vmdk, .vhd or .qcow, not %r'
-                               % kind)
+            raise NotSupported('an image is %s, not %r' % (either(APPLIANCES + ('.iso',) + DISKS), kind))
         (check_appliance if kind in APPLIANCES else imagefiles.check_image)(image)
         self._cards.interface_of(wish['bridged'])
         with self._making(name, self._path_of(name, wish)):

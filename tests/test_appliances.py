@@ -229,7 +229,7 @@ def test_a_text_is_no_disk(tmp_path, name, content):
 
 
 @pytest.mark.parametrize('head', [
-    b'<<< Oracle VM VirtualBox Disk Image >>>\n', b'WithoutFreeSpace\2\0\0\0', b'conectix\0\0\0\2',
+    b'<<< Oracle VM VirtualBox Disk Image >>>\n', b'WithoutFreeSpace' + 4 * b'\2\0\0\0', b'conectix\0\0\0\2',
     b'QFI\xfb', b'vhdxfileM\0i\0', b'KDMV', b'\xeb\x63\x90', bytes(16), b'', b'short text'])
 def test_a_disk_of_any_kind_is_no_text(tmp_path, head):
     image = tmp_path / 'image.vdi'
@@ -303,6 +303,21 @@ def test_the_tables_of_a_disk_are_in_it(tmp_path, content, is_whole):
         imagefiles.check_image(str(image))
     else:
         with pytest.raises(faults.HypervisorError, match='its tables are not in it'):
+            imagefiles.check_image(str(image))
+
+
+@pytest.mark.parametrize('head, why', [
+    (b'WithouFreSpacExt', 'is a Parallels image of a kind that VirtualBox reads wrongly'),
+    (struct.pack('<16sIIII', b'WithoutFreeSpace', 2, 16, 32, 0), 'a track of it has no sectors'),
+    (b'WithoutFreeSpace', 'a track of it has no sectors'),
+    (struct.pack('<16sIIII', b'WithoutFreeSpace', 2, 16, 32, 2048), '')])
+def test_a_parallels_image_is_one_that_virtualbox_can_read(tmp_path, head, why):
+    image = tmp_path / 'image.hdd'
+    image.write_bytes(head.ljust(64, b'\0'))
+    if not why:
+        imagefiles.check_image(str(image))
+    else:
+        with pytest.raises(faults.HypervisorError, match=why):
             imagefiles.check_image(str(image))
 
 
