@@ -32,8 +32,11 @@ from imagefiles import (
 APPLIANCES = '.ova', '.ovf'
 DESCRIBING = '.mf', '.cert'               # which of an appliance's files are no disks
 ENCODINGS = 'utf-8', 'utf-16', 'us-ascii', 'iso-8859-1', 'windows-1252'        # of a description
-GUARDED = 'File', 'Disk', 'Image', 'HardDisk'         # by whose attributes media are found
+GUARDED = 'File', 'Disk', 'Image', 'HardDisk', 'AttachedDevice', 'Section'         # they tell of media
+DRIVES = 'DVD', 'Floppy'                  # types of devices whose medium close_doors takes out
+OLD_DISKS = 'ovf:DiskSection_Type'        # of a Section: how OVF 0.9 calls its list of disks
 GZIPPED = b'\x1f\x8b'
+DEEPEST, MOST = 100, 100000               # elements: in each other, and in all; an export has 10, and 200
 PLAIN = tarfile.REGTYPE, tarfile.AREGTYPE
 TIMES = {'mtime', 'atime', 'ctime'}
 BLOCK = 512                               # bytes of an archive's header
@@ -137,10 +140,13 @@ def is_damaged(image: str, error: Exception) -> HypervisorError:
 
 def check_media(image: str, elements: List[Element]) -> None:
     """Raises HypervisorError where the VM's settings, as VirtualBox writes them (vbox:Machine), know or
-    attach a disk that isn't brought. VirtualBox writes none there."""
+    attach a disk that isn't brought. VirtualBox writes none there; but what was in a drive, which is emptied
+    once the VM was imported (vboxdoors.py)."""
     brought = {attributes.get('uuid', '').strip('{}').lower() for path, attributes in elements
                if path[-2:] == ('DiskSection', 'Disk')}
+    device = ''
     for path, attributes in elements:
+        device = attributes.get('type', '') if path[-1] == 'AttachedDevice' else device
         if 'Machine' not in path:
             continue
         if path[-1] == 'Snapshot' or attributes.get('stateFile'):
@@ -150,7 +156,7 @@ def check_media(image: str, elements: List[Element]) -> None:
             raise is_elsewhere(image, attributes.get('location', attributes.get('uuid', '')))
         if path[-2:] == ('AttachedDevice', 'HostDrive'):
             raise is_elsewhere(image, attributes.get('src', path[-1]))
-        if 'AttachedDevice' in path and path[-1] == 'Image':
+        if 'AttachedDevice' in path and path[-1] == 'Image' and device not in DRIVES:
             if attributes.get('uuid', '').strip('{}').lower() not in brought:
                 raise is_elsewhere(image, attributes.get('uuid', ''))
 
@@ -166,11 +172,16 @@ def read_elements(image: str, text: bytes) -> List[Element]:
 
     def begin(name: str, attributes: Dict[str, str]) -> None:
         path.append(plain(name))
+        if len(path) > DEEPEST or len(elements) >= MOST:
+            raise HypervisorError('%s is no appliance: its description has more than %d elements, or %d in '
+                                  'each other' % (image, MOST, DEEPEST))
         if path[0] != 'Envelope':
             raise HypervisorError('%s is no appliance: it is XML of another kind (<%s>)' % (image, path[0]))
         known = {plain(key): value for key, value in attributes.items()}
         if len(known) != len(attributes) and path[-1] in GUARDED:
             raise HypervisorError('%s is no appliance: <%s> has an attribute twice' % (image, path[-1]))
+        if path[-1] == 'Section' and known.get('type') == OLD_DISKS:
+            path[-1] = 'DiskSection'
         elements.append((tuple(path), known))
 
     def declare(version: str, encoding: Optional[str], standalone: int) -> None:

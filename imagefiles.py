@@ -25,6 +25,8 @@ EXTENT = re.compile(br'\s*(?:RW|RDONLY|NOACCESS)\s[^"]*"([^"]+)"', re.IGNORECASE
 PARENT = re.compile(br'^\s*(?:parentCID|ddb\.uuid\.parent)\s*=\s*"?([\w-]+)', re.IGNORECASE | re.MULTILINE)
 PARENT_HINT = re.compile(br'^\s*parentFileNameHint\s*=\s*"([^"]+)"', re.IGNORECASE | re.MULTILINE)
 NO_PARENTS = b'ffffffff', b'00000000-0000-0000-0000-000000000000'       # in a .vmdk
+CLUSTERS = range(9, 22)            # of a .qcow2: of which power of two they may be
+PARALLELS, PARALLELS_EXT = b'WithoutFreeSpace', b'WithouFreSpacExt'
 QCOW, QED, VMDK = b'QFI\xfb', b'QED\0', b'KDMV'
 TEXT = re.compile(br'(?!<<< )[\t\r\n -~]{24}')      # longer than what disks begin with, but .vdi
 LONGEST_LEAD = 64 * 1024           # bytes of white space before a text
@@ -59,6 +61,8 @@ def check_content(name: str, file: Any, image: str) -> None:
     check_is_no_text(name, file)
     check_is_no_qed(name, file)
     check_lies_on_nothing(name, file)
+    check_tables(name, file)
+    check_parallels(name, file)
     for named in named_in_disk(name, file):
         check_is_beside(image, os.fsdecode(named))
 
@@ -95,6 +99,49 @@ def check_is_no_qed(name: str, file: Any) -> None:
     if read_at(file, 0, 4) == QED:
         raise HypervisorError('%s is a .qed image, of which VirtualBox can die, and all VMs with it: make '
                               'another one of it (qemu-img convert)' % name)
+
+
+def check_tables(name: str, file: Any) -> None:
+    """Raises HypervisorError for a .qcow or .qcow2 without the tables that its head names. Seen with 7.2: of
+    a .qcow2 that is cut before one of them VirtualBox's server dies, as of a .qed."""
+    head = read_at(file, 0, 104).ljust(104, b'\0')
+    version, = struct.unpack_from('>I', head, 4)
+    if not head.startswith(QCOW) or version not in (1, 2, 3):
+        return
+    size = file.seek(0, os.SEEK_END)
+    ends = tables_of_qcow(head) if version == 1 else tables_of_qcow2(head)
+    if not ends or max(ends) > size:
+        raise HypervisorError('%s is cut or damaged: its tables are not in it, and VirtualBox can die of '
+                              'that, and all VMs with it; get it anew' % name)
+
+
+def check_parallels(name: str, file: Any) -> None:
+    """Raises HypervisorError for a .hdd that VirtualBox can't read. Seen with 7.2: of the newer kind, which
+    qemu-img writes, it takes the file itself for the disk; by a track without sectors it divides, and
+    dies."""
+    head = read_at(file, 0, 32)
+    if head.startswith(PARALLELS_EXT):
+        raise HypervisorError('%s is a Parallels image of a kind that VirtualBox reads wrongly: make another '
+                              'one of it (qemu-img convert)' % name)
+    if head.startswith(PARALLELS) and not int.from_bytes(head[28:], 'little'):
+        raise HypervisorError('%s is cut or damaged: a track of it has no sectors; get it anew' % name)
+
+
+def tables_of_qcow(head: bytes) -> List[int]:
+    """Where those end that a .qcow's head names; none where it makes no sense."""
+    size, cluster_bits, table_bits, place = struct.unpack_from('>QBB6xQ', head, 24)
+    if cluster_bits not in CLUSTERS or table_bits not in CLUSTERS:
+        return []
+    return [48, place + 8 * -(-size >> cluster_bits + table_bits)]
+
+
+def tables_of_qcow2(head: bytes) -> List[int]:
+    """The same of a .qcow2."""
+    cluster_bits, = struct.unpack_from('>I', head, 20)
+    entries, place, count_place, count_clusters = struct.unpack_from('>IQQI', head, 36)
+    if cluster_bits not in CLUSTERS or not count_clusters:
+        return []
+    return [72, place + 8 * entries, count_place + (count_clusters << cluster_bits)]
 
 
 def check_lies_on_nothing(name: str, file: Any) -> None:

@@ -8,6 +8,7 @@ that of virtualbox.py.
 """
 
 import contextlib
+import os
 from typing import Any
 
 from vboxconnection import Connection
@@ -40,7 +41,8 @@ def _close_machine(box: Connection, machine: Any) -> None:
     """The picture that its firmware shows, the host's devices, and what VirtualBox does of itself."""
     _put(getattr(machine, 'firmwareSettings', None) or machine.BIOSSettings, logoImagePath='')      # 7.1
     _put(machine, tracingEnabled=False, tracingConfig='', allowTracingToAccessVM=False,
-         emulatedUSBCardReaderEnabled=False)
+         emulatedUSBCardReaderEnabled=False, paravirtDebug='')
+    _close_chip(box, getattr(machine, 'trustedPlatformModule', None))
     with contextlib.suppress(Exception):            # refused where the host starts none of its own accord
         _put(machine, autostartEnabled=False)
     for device in box.array(machine, 'PCIDeviceAssignments'):
@@ -48,6 +50,21 @@ def _close_machine(box: Connection, machine: Any) -> None:
     for place in box.array(machine, 'mediumAttachments'):
         if place.passthrough:
             machine.passthroughDevice(place.controller, place.port, place.device, False)
+        if place.type != box.const('DeviceType_HardDisk') and place.medium is not None:
+            _empty_drive(machine, place)
+
+
+def _empty_drive(machine: Any, place: Any) -> None:
+    """Where the appliance hasn't brought what is in it: VirtualBox found one of the host's, by its uuid."""
+    if os.path.dirname(place.medium.location) != os.path.dirname(machine.settingsFilePath):
+        machine.unmountMedium(place.controller, place.port, place.device, True)
+
+
+def _close_chip(box: Connection, chip: Any) -> None:
+    """A TPM (since 7.0) that is the host's own, or a server's somewhere: the VM stays without one."""
+    if chip is not None and chip.type in (box.const('TpmType_Host'), box.const('TpmType_Swtpm')):
+        _put(chip, location='')
+        chip.type = box.const('TpmType_None')
 
 
 def _close_recording(box: Connection, machine: Any) -> None:
@@ -60,7 +77,8 @@ def _close_recording(box: Connection, machine: Any) -> None:
 def _close_card(box: Connection, card: Any) -> None:
     if card.attachmentType not in box.attachments(*NETWORKS):
         card.attachmentType = box.const('NetworkAttachmentType_Null')
-    _put(card, traceEnabled=False, traceFile='')
+    _put(card, traceEnabled=False, traceFile='',
+         promiscModePolicy=box.const('NetworkAdapterPromiscModePolicy_Deny'))
     engine = card.NATEngine
     _put(engine, hostIP='', network='', TFTPPrefix='', TFTPBootFile='', TFTPNextServer='',
          localhostReachable=False)

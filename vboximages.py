@@ -36,6 +36,7 @@ from vboxconnection import (
     OFF,
     SAVED,
     Connection,
+    check_room,
     has_mark,
     name_in_path,
 )
@@ -93,8 +94,7 @@ class Images:
         self._check_ostype(wish['ostype'])
         imagefiles.check_is_file(image)
         if kind not in ('', '.iso') + APPLIANCES + DISKS:
-            raise NotSupported('an image is .ova, .ovf, .iso, .vdi, .vmdk, .vhd or .qcow, not %r'
-                               % kind)
+            raise NotSupported('an image is %s, not %r' % (either(APPLIANCES + ('.iso',) + DISKS), kind))
         (check_appliance if kind in APPLIANCES else imagefiles.check_image)(image)
         self._cards.interface_of(wish['bridged'])
         with self._making(name, self._path_of(name, wish)):
@@ -280,6 +280,7 @@ class Images:
         """A differencing disk: what is written goes there, and the image is only read, by all on it."""
         with self._opening(image):
             source = self._disks.open(image)
+        self._check_room_of_users(source)
         self.box.finish(job, source.createDiffStorage(disk, variant), 'making a disk on the image')
 
     def _copy_disk(self, job: Job, image: str, disk: Any, variant: List[int]) -> None:
@@ -293,6 +294,7 @@ class Images:
             with self._opening(image):
                 source = self._open_twin(job, image, os.path.dirname(disk.location))
         try:
+            self._check_room_of_users(source)
             with self._reading(image, BROKEN):
                 self.box.finish(job, self._clone(source, disk, variant), 'copying the disk')
         finally:
@@ -307,6 +309,13 @@ class Images:
             if self.box.code(error) != OBJECT_NOT_FOUND:
                 raise
             raise HypervisorError(unfit(image, str(self.box.translate(error))))
+
+    def _check_room_of_users(self, disk: Any) -> None:
+        """Raises HypervisorError where there is none for the settings of a VM that has this disk: VirtualBox
+        writes them, too, where the disk is copied, or another one laid on it."""
+        for uuid in self.box.array(disk, 'machineIds'):
+            machine = self.box.vbox.findMachine(uuid)
+            check_room(machine.name, machine.settingsFilePath)
 
     def _clone(self, source: Any, disk: Any, variant: List[int]) -> Any:
         try:
@@ -363,6 +372,8 @@ class Images:
         if disk is not None:
             bus, port = self._free_place(machine, ('SATA', 'SCSI', 'VirtioSCSI', 'IDE'))
             machine.attachDevice(bus, port, 0, self.box.const('DeviceType_HardDisk'), disk)
+        machine.saveSettings()
+        self._finish(machine, wish)
 
     def _free_place(self, machine: Any, kinds: Tuple[str, ...]) -> Tuple[str, int]:
         buses = self.box.manager.constants.all_values('StorageBus')
@@ -399,11 +410,15 @@ class Images:
             machine.CPUCount = wish['cpus']
         self._cards.give(machine, wish['network'], wish['forwards'])
         self._cards.bridge(machine, wish['bridged'])
-        if wish['keep']:
-            machine.setExtraData(KEEP, machine.id)
         if wish['owner']:
             self.box.vbox.setExtraData(OWNER + machine.id, wish['owner'])
         machine.setExtraData(MADE_BY_US, machine.id)
+
+    def _finish(self, machine: Any, wish: Dict[str, Any]) -> None:
+        """Once it has all that it is to have: VirtualBox saves a mark at once, and nothing else with it.
+        `cleanup` passes a VM over that is kept, but not a disk that it hasn't got."""
+        if wish['keep']:
+            machine.setExtraData(KEEP, machine.id)
         machine.setExtraData(MAKING, '')
 
     def _import(self, job: Job, name: str, image: str, wish: Dict[str, Any]) -> None:
@@ -445,6 +460,7 @@ class Images:
     def _take_in(self, machine: Any, wish: Dict[str, Any]) -> None:
         close_doors(self.box, machine)
         self._apply(machine, wish)
+        self._finish(machine, wish)
 
     def _check_licence(self, system: Any, image: str, accepted: bool) -> None:
         kind = self.box.const('VirtualSystemDescriptionType_License')

@@ -29,7 +29,7 @@ import virtualbox
 import vmstates
 from hypervisor import HUNG, Job
 from vboxasking import NOBODY, Asking
-from vboxconnection import KEEP, MADE_BY_US, MAKING, OFF, ONLINE, SAVED
+from vboxconnection import KEEP, MADE_BY_US, MAKING, OFF, ONLINE, SAVED, check_room
 from vboxprogram import Refused, attached_in, disk_path, log_in, native_of, rules_in, slots_of
 
 log = logging.getLogger('vmhost.virtualbox')
@@ -371,6 +371,8 @@ class VBoxManage(Cards):
                         'making a disk on the image') if linked else
                        (['clonemedium', 'disk', image, path, '--format=VDI'], 'copying the disk'))
         stays = known is not None
+        if stays:
+            self._check_room_of_users(image)
         try:
             told = self._run(*words, job=job, text=text)
             stays = stays or linked
@@ -379,6 +381,13 @@ class VBoxManage(Cards):
             if not stays:
                 with contextlib.suppress(Refused, faults.VMHostError):     # it never knew it
                     self._run('closemedium', 'disk', image)
+
+    def _check_room_of_users(self, image: str) -> None:
+        """As vboximages.Images has it."""
+        users = self._run('showmediuminfo', 'disk', image).partition('In use by VMs:')[2]
+        for uuid in re.findall(r'\(UUID: ([0-9a-f-]{36})\)', users):
+            info = self._info(uuid)
+            check_room(info['name'], info['CfgFile'])
 
     # Removing.
 

@@ -16,6 +16,7 @@ from faults import BadState, HypervisorError, InvalidParams
 from hypervisor import Job, address_outwards, is_local, option
 from vboxconnection import (
     MAKING,
+    OBJECT_NOT_FOUND,
     OFF,
     Connection,
     has_mark,
@@ -28,7 +29,7 @@ ANY = '-any'                       # whose host port is any that is free at a st
 AUTO = 'auto'                      # in createVM's `bridged`: the interface of the default route
 BRIDGED = 'vmhost/bridged-auto'    # a mark: the VM's bridged card follows that
 NAT_FOR_NOW = 'vmhost/nat-for-now'     # a mark: there was no host-only network yet when the VM was made
-SET_UP = 'vmhost/network/'         # + an interface that was set up as [Network] says: its address then
+SET_UP = 'vmhost/network/'         # + an interface that was set up as [Network] says: what it was given
 UNCLAIMED = ('', '192.168.56.1')       # an interface's address that nobody chose: a new one has it
 NEW_MASKS = ('', '255.255.255.0')      # the same of its netmask
 NEW_POOL = '192.168.56.100', '255.255.255.0', '192.168.56.101', '192.168.56.254'      # and of its DHCP server
@@ -88,7 +89,9 @@ class Network:
         if self._interface() is None:
             self._make_interface(job)
         if self._address_interface() | self._setup_dhcp():         # else it may be somebody else's still
-            self.box.vbox.setExtraData(SET_UP + self.box.network['interface'], self.box.network['host_ip'])
+            given = [self.box.network['host_ip'], self.box.network['netmask']] + list(
+                wished_pool(self.box.network))
+            self.box.vbox.setExtraData(SET_UP + self.box.network['interface'], ' '.join(given))
         return self.get_network(job)
 
     def _problem(self) -> str:
@@ -106,21 +109,42 @@ class Network:
         found = None if networks_on_mac(self.box) else self._interface()
         if found is None:
             return ''
-        wish, mine = self.box.network, self.box.vbox.getExtraData(SET_UP + found.name)
-        if mine and found.IPAddress in ('', mine):
-            return ''
-        if found.IPAddress not in UNCLAIMED + (wish['host_ip'],):
+        wish, given = self.box.network, self.box.vbox.getExtraData(SET_UP + found.name).split(' ')
+        if found.IPAddress not in UNCLAIMED + (wish['host_ip'], given[0]):
             return FOREIGN % (found.name, 'address ' + found.IPAddress, 'that one and its network') + (
                 'VBoxManage hostonlyif ipconfig "%s" --ip %s' % (found.name, wish['host_ip']))
-        if found.networkMask not in NEW_MASKS + (wish['netmask'],):
+        if found.networkMask not in NEW_MASKS + (wish['netmask'],) + tuple(given[1:2]):
             return FOREIGN % (found.name, 'netmask ' + found.networkMask, 'that one') + (
                 'VBoxManage hostonlyif ipconfig "%s" --ip %s --netmask %s'
                 % (found.name, wish['host_ip'], wish['netmask']))
-        dhcp = self._dhcp_server()
-        if dhcp is not None and dhcp.enabled and pool_of(dhcp) not in (NEW_POOL, wished_pool(wish)):
-            return FOREIGN % (found.name, 'DHCP server %s (netmask %s), which gives %s to %s' % pool_of(dhcp),
-                              'these') + 'VBoxManage dhcpserver remove --interface "%s"' % found.name
+        return self._foreign_dhcp(found.name, given)
+
+    def _foreign_dhcp(self, interface: str, given: List[str]) -> str:
+        """The same of its DHCP server. given: what the interface was given here, if anything."""
+        wish, dhcp = self.box.network, self._dhcp_server()
+        if dhcp is None or not dhcp.enabled:
+            return ''
+        yours = 'VBoxManage dhcpserver remove --interface "%s"' % interface
+        if pool_of(dhcp) not in (NEW_POOL, wished_pool(wish), tuple(given[2:])):
+            return FOREIGN % (interface, 'DHCP server %s (netmask %s), which gives %s to %s' % pool_of(dhcp),
+                              'these') + yours
+        router = self._router_of(dhcp)
+        if router not in ('', wish['host_ip'], given[0]):
+            return ('%s has a DHCP server that tells guests the gateway %s, not given to it here, and they '
+                    'look for their host there: %s' % (interface, router, yours))
         return ''
+
+    def _router_of(self, dhcp: Any) -> str:
+        """The gateway that it tells; '' for none."""
+        if self.box.api() < (6, 1):
+            return ''
+        try:
+            told = dhcp.globalConfig.getOption(self.box.const('DHCPOption_Routers'))
+        except Exception as error:
+            if self.box.code(error) != OBJECT_NOT_FOUND:
+                raise
+            return ''
+        return next(part for part in told if isinstance(part, str))       # the encoding is a number
 
     def _make_interface(self, job: Job) -> Any:
         answer = self.box.vbox.host.createHostOnlyNetworkInterface()

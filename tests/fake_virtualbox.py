@@ -39,6 +39,7 @@ VALUES = {
     'ProcessorFeature': {'HWVirtEx': 0},
     'FirmwareType': {'BIOS': 1, 'EFI': 2}, 'VBoxEventType': {'Any': 1},
     'ClipboardMode': {'Disabled': 0}, 'DnDMode': {'Disabled': 0}, 'PortMode': {'Disconnected': 0},
+    'NetworkAdapterPromiscModePolicy': {'Deny': 1},
     'DHCPOption': {'Routers': 3}, 'DHCPOptionEncoding': {'Normal': 0},
 }
 PNG = b'\x89PNG\r\n\x1a\n' + bytes(100)

@@ -89,8 +89,26 @@ def test_no_medium_is_known_that_is_not_brought(put, settings, named):
     ('<Image uuid="{22222222-0000-4000-8000-000000000000}"/>', '{22222222-0000-4000-8000-000000000000}'),
     ('<HostDrive src="/dev/sr0"/>', '/dev/sr0')])
 def test_no_medium_is_attached_that_is_not_brought(put, device, named):
-    attached = '<AttachedDevice type="DVD">%s</AttachedDevice>' % device
+    attached = '<AttachedDevice type="HardDisk">%s</AttachedDevice>' % device
     refused(put(description(attached=attached)), ELSEWHERE % named)
+
+
+def test_what_was_in_a_drive_is_not_needed(put):
+    """VirtualBox exports it only where it is asked to, but tells of it."""
+    device = '<AttachedDevice %s><Image uuid="{22222222-0000-4000-8000-000000000000}"/></AttachedDevice>'
+    for kind in 'DVD', 'Floppy':
+        check_appliance(put(description(attached=device % ('type="%s"' % kind))))
+    refused(put(description(attached=device % '')), 'is made of a file elsewhere')
+    refused(put(description(attached=device % 'xmlns:a="b" a:type="DVD" type="HardDisk"')),
+            '<AttachedDevice> has an attribute twice')
+
+
+def test_disks_are_brought_as_ovf_0_9_says_it(put):
+    text = description().replace('<Envelope', '<Envelope xmlns:xsi="x"')
+    text = text.replace('</DiskSection>', '</Section>')
+    check_appliance(put(text.replace('<DiskSection>', '<Section xsi:type="ovf:DiskSection_Type">')))
+    refused(put(text.replace('<DiskSection>', '<Section xsi:type="ovf:OtherSection_Type">')),
+            'is made of a file elsewhere')
 
 
 def test_an_attribute_that_is_there_twice_hides_none(put):
@@ -126,6 +144,8 @@ def test_a_pipe_is_no_file(tmp_path, kind):
     ('<?xml version="1.0"?>\n<!-- <Envelope> -->\n<x/>', 'it is XML of another kind (<x>)'),
     ('<Envelope><File', 'is cut or damaged, or no appliance: get it anew'),
     ('', 'is cut or damaged, or no appliance: get it anew'),
+    ('<Envelope>%s%s</Envelope>' % ('<a>' * 100000, '</a>' * 100000), 'or 100 in each other'),
+    ('<Envelope>%s</Envelope>' % ('<a/>' * 100000), 'has more than 100000 elements'),
     ('<Envelope a="%s"/>' % ('x' * imagefiles.LONGEST_TEXT), 'its description has over 16777216 bytes')])
 def test_what_is_no_appliance_is_told_to_be_none(put, text, why):
     """VirtualBox's server dies of XML of another kind, and with it whatever else is under way."""
@@ -209,7 +229,7 @@ def test_a_text_is_no_disk(tmp_path, name, content):
 
 
 @pytest.mark.parametrize('head', [
-    b'<<< Oracle VM VirtualBox Disk Image >>>\n', b'WithoutFreeSpace\2\0\0\0', b'conectix\0\0\0\2',
+    b'<<< Oracle VM VirtualBox Disk Image >>>\n', b'WithoutFreeSpace' + 4 * b'\2\0\0\0', b'conectix\0\0\0\2',
     b'QFI\xfb', b'vhdxfileM\0i\0', b'KDMV', b'\xeb\x63\x90', bytes(16), b'', b'short text'])
 def test_a_disk_of_any_kind_is_no_text(tmp_path, head):
     image = tmp_path / 'image.vdi'
@@ -252,11 +272,53 @@ def test_a_disk_that_holds_only_differences_makes_none_of_zeros(tmp_path, kind):
 
 
 @pytest.mark.parametrize('content', [
-    struct.pack('>4sIQI', b'QFI\xfb', 3, 0, 6).ljust(512, b'\0'), b'QFI\xfb', embedded(''),
+    b'QFI\xfb', embedded(''),
     embedded('parentCID=FFFFFFFF\nddb.uuid.parent="00000000-0000-0000-0000-000000000000"\n'), b''])
 def test_a_disk_that_holds_all_is_taken(tmp_path, content):
     (tmp_path / 'image.vmdk').write_bytes(content)
     imagefiles.check_image(str(tmp_path / 'image.vmdk'))
+
+
+def qcow2(cluster_bits=9, entries=8, place=512, counts=1024, clusters=1):
+    head = struct.pack('>4sIQIIQIIQQI', b'QFI\xfb', 3, 0, 0, cluster_bits, 1 << 20, 0, entries, place, counts,
+                       clusters)
+    return head.ljust(1536, b'\0')
+
+
+def qcow(cluster_bits=12, table_bits=9, place=48):
+    return struct.pack('>4sIQIIQBBHIQ', b'QFI\xfb', 1, 0, 0, 0, 1 << 23, cluster_bits, table_bits, 0, 0,
+                       place).ljust(48 + 32, b'\0')
+
+
+@pytest.mark.parametrize('content, is_whole', [
+    (qcow2(), True), (qcow2()[:-1], False), (qcow2()[:600], False), (qcow2()[:70], False),
+    (qcow2(entries=200), False), (qcow2(place=2 ** 63), False), (qcow2(counts=2 ** 63), False),
+    (qcow2(clusters=2 ** 31), False), (qcow2(clusters=0), False), (qcow2(cluster_bits=63), False),
+    (qcow(), True), (qcow()[:-1], False), (qcow(place=512), False), (qcow(cluster_bits=255), False)])
+def test_the_tables_of_a_disk_are_in_it(tmp_path, content, is_whole):
+    """Seen with 7.2: VirtualBox's server dies of some without, and all VMs with it."""
+    image = tmp_path / 'image.qcow2'
+    image.write_bytes(content)
+    if is_whole:
+        imagefiles.check_image(str(image))
+    else:
+        with pytest.raises(faults.HypervisorError, match='its tables are not in it'):
+            imagefiles.check_image(str(image))
+
+
+@pytest.mark.parametrize('head, why', [
+    (b'WithouFreSpacExt', 'is a Parallels image of a kind that VirtualBox reads wrongly'),
+    (struct.pack('<16sIIII', b'WithoutFreeSpace', 2, 16, 32, 0), 'a track of it has no sectors'),
+    (b'WithoutFreeSpace', 'a track of it has no sectors'),
+    (struct.pack('<16sIIII', b'WithoutFreeSpace', 2, 16, 32, 2048), '')])
+def test_a_parallels_image_is_one_that_virtualbox_can_read(tmp_path, head, why):
+    image = tmp_path / 'image.hdd'
+    image.write_bytes(head.ljust(64, b'\0'))
+    if not why:
+        imagefiles.check_image(str(image))
+    else:
+        with pytest.raises(faults.HypervisorError, match=why):
+            imagefiles.check_image(str(image))
 
 
 def test_an_image_of_several_files_beside_it_is_as_good_as_any(tmp_path):

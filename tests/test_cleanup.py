@@ -353,6 +353,21 @@ def test_what_a_host_agent_that_died_was_making_is_removed(box, vbox, tmp_path, 
     assert not vbox.extra
 
 
+def test_a_vm_is_half_made_until_it_has_its_disk(box, vbox, monkeypatch):
+    """VirtualBox saves at once that the mark is gone: a host agent that died then had left a VM without one;
+    and its disk alone where it was to be kept."""
+    had, set_extra_data = [], fake_virtualbox.Machine.setExtraData
+
+    def put(machine, key, value):
+        if key == 'vmhost/keep' or (key, value) == ('vmhost/making', ''):
+            had.append((key, len(machine.saved_attachments)))
+        set_extra_data(machine, key, value)
+
+    monkeypatch.setattr(fake_virtualbox.Machine, 'setExtraData', put)
+    create(box, vbox, 'web1', keep=True)
+    assert had == [('vmhost/keep', 1), ('vmhost/making', 1)]
+
+
 def test_a_failed_import_notes_nothing(box, vbox, appliance):
     vbox.importing = fake_virtualbox.Failed('no')
     with pytest.raises(faults.HypervisorError):

@@ -55,6 +55,9 @@ def test_what_an_appliance_brings_leads_nowhere_out_of_its_vm(api, images, remov
     manage('modifyvm', 'stranger', '--nic5', 'intnet', '--intnet5', 'others', '--natnet1', '10.9.9.0/24')
     try_manage('modifyvm', 'stranger', '--tracing-enabled', 'on', '--tracing-config', 'x',
                '--usbcardreader', 'on')
+    try_manage('modifyvm', 'stranger', '--tpm-type', 'swtpm', '--tpm-location', 'localhost:6543',
+               '--paravirt-provider', 'hyperv', '--paravirt-debug', 'enabled=1,address=127.0.0.1,port=6544',
+               '--nic-promisc1', 'allow-all')
     manage('storagectl', 'stranger', '--name', 'IDE', '--add', 'ide')
     manage('storageattach', 'stranger', '--storagectl', 'IDE', '--port', '0', '--device', '0',
            '--type', 'dvddrive', '--medium', 'emptydrive', '--passthrough', 'on')
@@ -70,7 +73,8 @@ def test_what_an_appliance_brings_leads_nowhere_out_of_its_vm(api, images, remov
         settings = file.read()
     for word in (str(tmp_path), 'TFTP', '2299', 'trace="true"', 'enabledIn="true"', 'DeviceFilter ',
                  '<Teleporter enabled="true"', '<Recording enabled="true"', '<Tracing enabled="true"',
-                 '<CardReader enabled="true"', 'passthrough="true"', '10.9.9.0', 'imagePath'):
+                 '<CardReader enabled="true"', 'passthrough="true"', '10.9.9.0', 'imagePath', '6543', '6544',
+                 'AllowAll'):
         assert word not in settings, word
     assert api.start('guarded') is True and api.powerOff('guarded') is True
     assert victim.read_bytes() == b'precious' and not os.listdir(str(elsewhere))
@@ -135,6 +139,17 @@ def test_what_an_appliance_brought_in_its_drive_is_nothing_to_clean_up(api, imag
     brought = [value for value in facts('brought').values() if value.endswith('.iso')]
     assert len(brought) == 1 and brought[0].startswith(folder_of('brought')), brought
     assert api.cleanup(False) == [] and os.path.exists(brought[0])
+
+
+@pytest.mark.parametrize('way', ['--ovf10', '--ovf09', '--legacy09'])
+def test_what_was_in_a_drive_is_taken_out_where_it_is_not_brought(api, images, remove_all, tmp_path, way):
+    """Else a stranger who knows its uuid has the guest read it. All that VirtualBox exports is taken."""
+    api.createVM('carrier', str(images / 'disc.iso'), {'memory': 16, 'diskSize': 4})
+    manage('export', 'carrier', '--output', str(tmp_path / 'carrier.ova'), way)
+    api.createVM('brought', str(tmp_path / 'carrier.ova'))
+    values = list(facts('brought').values())
+    assert 'emptydrive' in values and not [value for value in values if value.endswith('.iso')], values
+    assert [value for value in facts('carrier').values() if value.endswith('.iso')]
 
 
 def test_a_vbox_file_is_registered(api, images, remove_all, home):

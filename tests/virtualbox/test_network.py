@@ -6,7 +6,15 @@ import re
 import subprocess
 
 import pytest
-from rig import cards_of, facts, forget_networks, forwards_are_served_and_move, manage, uplinks
+from rig import (
+    cards_of,
+    facts,
+    forget_networks,
+    forwards_are_served_and_move,
+    manage,
+    try_manage,
+    uplinks,
+)
 from vms import VMHost, fault_of
 
 import agent
@@ -96,6 +104,28 @@ def test_what_else_somebody_gave_an_interface_stays(no_network, tmp_path):
         assert api.setupNetwork()['dhcp']['lower'] == '192.168.56.10'
     with VMHost(tmp_path, network=dict(HOST_ONLY)) as host, host.api as api:
         assert fault_of(api.setupNetwork)[0] == 5
+        manage('dhcpserver', 'remove', '--interface', 'vboxnet0')
+        assert api.setupNetwork() == MADE
+
+
+def test_what_somebody_made_anew_is_theirs(no_network, tmp_path):
+    """Under the name of what was given here: VirtualBox has no other."""
+    with VMHost(tmp_path, network=HOST_ONLY) as host, host.api as api:
+        assert api.setupNetwork() == MADE
+        manage('hostonlyif', 'remove', 'vboxnet0')
+        manage('hostonlyif', 'create')
+        manage('hostonlyif', 'ipconfig', 'vboxnet0', '--ip', '192.168.56.1', '--netmask', '255.255.255.0')
+        for told, lower, more in (
+                ('192.168.56.10 to 192.168.56.254', '192.168.56.10', ()),
+                ('gateway 192.168.56.77', '192.168.56.101', ('--set-opt=3', '192.168.56.77'))):
+            try_manage('dhcpserver', 'remove', '--interface', 'vboxnet0')
+            manage('dhcpserver', 'add', '--interface', 'vboxnet0', '--server-ip', '192.168.56.100',
+                   '--netmask', '255.255.255.0', '--lower-ip', lower, '--upper-ip', '192.168.56.254',
+                   '--enable', *more)
+            before = manage('list', 'dhcpservers')
+            code, text = fault_of(api.setupNetwork)
+            assert code == 5 and told in text and 'dhcpserver remove' in text, text
+            assert manage('list', 'dhcpservers') == before
         manage('dhcpserver', 'remove', '--interface', 'vboxnet0')
         assert api.setupNetwork() == MADE
 

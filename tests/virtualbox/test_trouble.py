@@ -281,6 +281,8 @@ def test_on_a_full_disk_a_vm_keeps_its_settings(home, remove_all, small_disk, tm
                            ('set_limits', ({'cpuPercent': 50},))):
             with pytest.raises(faults.HypervisorError, match='full.vbox is full'):
                 getattr(box, verb)('full', *args)
+        with pytest.raises(faults.HypervisorError, match='full.vbox is full'):  # which is written, too
+            box.create_vm('copy', os.path.join(small_disk, 'full', 'full.vdi'), {'memory': 16})
         os.remove(os.path.join(small_disk, 'filling'))
         now = facts('full')
         assert os.path.getsize(now['CfgFile']) and now == before
