@@ -343,9 +343,7 @@ class Download(Move):
         if not self._merges:
             return self._get_new(source, target, found)
         check_no_link(target, os.path.islink(target))  # which has come meanwhile
-        made = make_folder(target)
-        self._fold = localnames.folding(target)
-        self._get_folder(source, target, found, (), True, made)
+        self._get_folder(source, target, found, (), True, make_folder(target))
 
     def _begin(self) -> None:
         """Forgets an earlier attempt."""
@@ -359,7 +357,6 @@ class Download(Move):
         """Under a temporary name, which becomes its own at the end."""
         part = local_part(target)
         with locked_folder(part, target) as made:
-            self._fold = localnames.folding(part)
             try:
                 self._get_folder(source, part, found, (), False, made)
             except BaseException as error:
@@ -386,6 +383,8 @@ class Download(Move):
         if not made and not merge:
             check_own_place(target)
         with self._inside(found.dev, found.ino), pinned(target) as here:
+            if not inside:
+                self._fold = localnames.folding(here)
             try:
                 self._fill_folder(LocalFolder(source, here, inside, merge), made)
             except (Refused, Changed, Busy, OSError):

@@ -277,6 +277,21 @@ def open_in(fd: int, name: bytes, flags: int, mode: int = 0o600) -> int:
     return opened
 
 
+def check_tree_unmounted(fd: int, name: bytes, depth: int = 0) -> None:
+    """Raises OSError where something is mounted at a folder, or in it. What can't be looked at is passed
+    over: who removes it is told."""
+    with contextlib.ExitStack() as stack:
+        try:
+            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+        except OSError:                # a file, mostly
+            return
+        stack.callback(os.close, inner)
+        check_unmounted(inner, fd)
+        if depth < DEEPEST:
+            for entry in names_in(inner):
+                check_tree_unmounted(inner, entry, depth + 1)
+
+
 def remove_tree(fd: int, name: bytes, depth: int = 0) -> None:
     """Removes a file, or a folder and all in it, the server's own files too; follows no link."""
     try:

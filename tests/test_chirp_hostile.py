@@ -23,6 +23,7 @@ import chirprequests
 import chirpserver
 import chirpupload
 import chirpwire
+import localnames
 
 pytestmark = pytest.mark.ends
 
@@ -251,6 +252,70 @@ def test_a_folder_that_becomes_a_link_while_it_is_fetched_leads_nowhere(tmp_path
     assert swapped and {path.name: path.read_bytes() for path in outside.iterdir()} == {
         'small': b'precious', 'large': b'precious'}
     assert outside.stat().st_mode & 0o777 == 0o711
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='Linux pins folders')
+@pytest.mark.parametrize('turn', range(1, 8))
+def test_a_link_that_comes_while_a_folder_is_removed_leads_nowhere(tmp_path, monkeypatch, turn):
+    """What an earlier attempt left is removed; who shares the target has nothing outside of it changed."""
+    served, outside = tmp_path / 'served', tmp_path / 'outside'
+    left = tmp_path / os.fsdecode(chirpwire.part_name(b'target')) / 'left'
+    (served / 'tree').mkdir(parents=True)
+    for folder in outside / 'b', left / 'a' / 'b':
+        (folder / 'c').mkdir(parents=True)
+        write(folder / 'c' / 'file', b'precious')
+        (folder / 'c').chmod(0o711)
+        folder.chmod(0o711)
+    steps = []
+
+    def swap_after(do):
+        def step(*arguments, **keywords):
+            done = do(*arguments, **keywords)
+            steps.append(arguments)
+            if len(steps) == turn:
+                with contextlib.suppress(FileNotFoundError):
+                    (left / 'a').rename(tmp_path / 'aside')
+                    (left / 'a').symlink_to(outside)
+            return done
+        return step
+    with our_server(served) as server, chirpclient.ChirpClient(*server.address) as client, \
+            contextlib.suppress(chirpwire.ChirpError, OSError), monkeypatch.context() as patch:
+        for name in 'chmod', 'fchmod', 'unlink', 'rmdir':
+            patch.setattr(os, name, swap_after(getattr(os, name)))
+        client.get('/tree', str(tmp_path / 'target'))
+    assert len(steps) >= min(turn, 6) and (outside / 'b' / 'c' / 'file').read_bytes() == b'precious'
+    assert {path.stat().st_mode & 0o777 for path in (outside / 'b', outside / 'b' / 'c')} == {0o711}
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='Linux pins folders')
+@pytest.mark.parametrize('there', [False, True])
+def test_a_link_that_comes_while_a_disk_is_tried_leads_nowhere(tmp_path, monkeypatch, there):
+    """Whether the target's disk takes names of one kind for one is tried there alone."""
+    (tmp_path / 'served' / 'tree').mkdir(parents=True)
+    outside, target = tmp_path / 'outside', tmp_path / 'target'
+    (outside / 'x').mkdir(parents=True)
+    if there:
+        target.mkdir()
+    folding, came = localnames.folding, []
+
+    def swap(folder):
+        place = target if there else next(tmp_path.glob('.*.vmhost-part'))
+        place.rename(tmp_path / 'aside')
+        place.symlink_to(outside)
+        made = os.open
+
+        def look(path, flags, *arguments, **keywords):
+            fd = made(path, flags, *arguments, **keywords)
+            came.extend(outside.glob('.vmhost-*'))
+            return fd
+        with monkeypatch.context() as patch:
+            patch.setattr(os, 'open', look)
+            return folding(folder)
+    monkeypatch.setattr(localnames, 'folding', swap)
+    with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as client, \
+            contextlib.suppress(chirpwire.ChirpError, OSError):
+        client.get('/tree', str(target))
+    assert (tmp_path / 'aside').is_dir() and not came
 
 
 @pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='Linux pins folders')
