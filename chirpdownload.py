@@ -439,17 +439,24 @@ class Download(Move):
                 self._get_file(path, here, None)
         folder.again.clear()
         for entry in folder.waiting:
-            path = join(folder.source, to_bytes(entry.name))
-            with self._failing(path):
-                self._meter.add(0)
-                self._check_new(entry.dev, entry.ino)          # before a folder is made for it
-                here = os.path.join(folder.target, to_local(entry.name))
-                if not folder.merge and os.path.lexists(here) and (
-                        os.path.islink(here) or not os.path.isdir(here)):
-                    os.unlink(here)
-                self._get_folder(path, here, entry, folder.inside + (entry.name,), folder.merge,
-                                 make_folder(here))
+            self._get_waiting(entry, folder)
         folder.waiting.clear()
+
+    def _get_waiting(self, entry: Stat, folder: 'LocalFolder') -> None:
+        path = join(folder.source, to_bytes(entry.name))
+        here = os.path.join(folder.target, to_local(entry.name))
+        with self._failing_apart(path, lambda: os.path.ismount(here), self._begin_afresh):
+            self._meter.add(0)
+            self._check_new(entry.dev, entry.ino)      # before a folder is made for it
+            if not folder.merge and os.path.lexists(here) and (
+                    os.path.islink(here) or not os.path.isdir(here)):
+                os.unlink(here)
+            self._get_folder(path, here, entry, folder.inside + (entry.name,), folder.merge,
+                             make_folder(here))
+
+    def _begin_afresh(self) -> None:
+        self._client.disconnect()
+        self._pipeline = Pipeline(self._client)
 
     def _remove_others(self, source: bytes, target: str) -> None:
         """What an earlier attempt brought of another source."""

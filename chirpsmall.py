@@ -130,6 +130,12 @@ class SmallFiles:
         self.finish()
         return do()
 
+    def begin_afresh(self) -> None:
+        """Forgets those that are under way, with the connections that they are on."""
+        self._further.client.disconnect()
+        self._further.close()
+        self._lanes = [self._new_lane(self._further.client)]
+
     def finish(self) -> None:
         """Waits until all are in place."""
         for lane in self._lanes:

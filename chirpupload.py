@@ -397,12 +397,20 @@ class Upload(Move):
         """Those that wait."""
         self._small.finish()
         for name in folder.waiting:
-            path = os.path.join(source, name)
-            with self._failing(path):
-                self._meter.add(0)
-                folder.twins.check(name)
-                self._put_folder(path, join(folder.path, to_remote(name)), folder.merge)
+            self._put_waiting(os.path.join(source, name), folder, name)
         folder.waiting.clear()
+
+    def _put_waiting(self, source: str, folder: Folder, name: str) -> None:
+        target = join(folder.path, to_remote(name))
+        with self._failing_apart(source, lambda: self._is_mounted(target), self._small.begin_afresh):
+            self._meter.add(0)
+            folder.twins.check(name)
+            self._put_folder(source, target, folder.merge)
+
+    def _is_mounted(self, target: bytes) -> bool:
+        """Whether a folder of the server has a disk of its own."""
+        here, around = [self._client.find(path, False) for path in (target, posixpath.dirname(target))]
+        return here is not None and around is not None and here.dev != around.dev
 
     def _make_way(self, folder: Folder, name: bytes) -> None:
         """Removes what an earlier attempt left where a folder is to be."""
