@@ -80,6 +80,7 @@ from chirpwire import (
     new_hash,
     part_name,
     quote,
+    seconds,
     shown,
     to_bytes,
 )
@@ -117,7 +118,8 @@ class Download(Move):
         if found.is_dir:
             if is_device(target):
                 raise Refused(IS_DIR, shown(source))
-            self._check_apart(source, lambda root: (root + os.fsdecode(source), target))
+            there = os.fsdecode(self._client.through_links(source))    # its links lead within what is served
+            self._check_apart(source, lambda root: (root + there, target))
             with self._client.holding(None, linkless=None if self._options.links == 'follow' else source):
                 self._persist(lambda: self._get_tree(source, target))
             return self._failures.check()
@@ -238,7 +240,7 @@ class Download(Move):
             return False
         if not stat.S_ISREG(here.st_mode) or here.st_size != found.size:
             return False
-        if int(here.st_mtime) != found.mtime or not self._options.keep:
+        if seconds(here.st_mtime_ns) != found.mtime or not self._options.keep:
             return False
         try:
             file = open_regular(target)

@@ -21,6 +21,7 @@ from chirpwire import (
     keep_attributes,
     lock_part,
     part_name,
+    seconds,
     taking,
     to_bytes,
     unkept,
@@ -229,6 +230,11 @@ def free_here(folder: str) -> int:
         return found.f_bavail * found.f_frsize
     import shutil
     return shutil.disk_usage(folder).free
+
+
+def times_of(found: os.stat_result) -> Tuple[int, int]:
+    """When a file or folder was accessed and changed last, in seconds."""
+    return seconds(found.st_atime_ns), seconds(found.st_mtime_ns)
 
 
 def space_of(found: Any) -> int:
@@ -540,7 +546,12 @@ NO_PRIVILEGE = 1314            # Windows' number for a right that a user hasn't
 
 def link_there(path: str) -> bytes:
     """Where a link of this machine leads, for the server. Raises OSError where that can't be said there."""
-    leads = os.readlink(path)
+    try:
+        leads = os.readlink(path)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            error.strerror = 'it was a link, and is none any more'
+        raise
     if not ON_WINDOWS:
         return to_remote(leads)
     leads = agent.short_path(leads).replace('\\', '/')

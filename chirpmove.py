@@ -35,6 +35,7 @@ from chirpwire import (
     hash_file,
     is_part,
     part_name,
+    seconds,
     shown,
     shown_whole,
 )
@@ -209,7 +210,7 @@ class Move:
             here, there = os.stat(root), self._client.stat('/')
         except (OSError, Refused):
             return
-        if (here.st_dev, here.st_ino, int(here.st_mtime)) == (there.dev, there.ino, there.mtime):
+        if (here.st_dev, here.st_ino, seconds(here.st_mtime_ns)) == (there.dev, there.ino, there.mtime):
             source, target = [os.path.join(os.path.realpath(way), '') for way in ways(root + '/')]
             if target.startswith(source):
                 raise OSError(errno.EINVAL, 'a folder can\'t be copied into itself', shown(path))

@@ -24,7 +24,8 @@ from chirpwire import (
 
 LINKS = 40                     # symbolic links that one path may lead through
 DEEPEST = 200                  # levels that rmall goes down
-UNSEEN = os.stat_result((0,) * 10, dict.fromkeys(('st_blksize', 'st_blocks', 'st_rdev'), 0))
+UNSEEN = os.stat_result((0,) * 10, dict.fromkeys((
+    'st_blksize', 'st_blocks', 'st_rdev', 'st_atime_ns', 'st_mtime_ns', 'st_ctime_ns'), 0))
 
 
 class Root:

@@ -375,7 +375,13 @@ def stat_line(found: os.stat_result) -> bytes:
     """A stat result for the wire."""
     return b'%d %d %d %d %d %d %d %d %d %d %d %d %d\n' % (
         found.st_dev, found.st_ino, found.st_mode, found.st_nlink, found.st_uid, found.st_gid,
-        found.st_rdev, found.st_size, 4096, found.st_blocks, found.st_atime, found.st_mtime, found.st_ctime)
+        found.st_rdev, found.st_size, 4096, found.st_blocks, seconds(found.st_atime_ns),
+        seconds(found.st_mtime_ns), seconds(found.st_ctime_ns))
+
+
+def seconds(nanoseconds: int) -> int:
+    """The second that a time is in: as a float, the last moment of one is the next one."""
+    return nanoseconds // 10 ** 9
 
 
 STAT_LINE = re.compile(br'-?[0-9]{1,20}(?: -?[0-9]{1,20}){12} *$')

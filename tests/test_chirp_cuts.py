@@ -1366,7 +1366,13 @@ def test_a_folder_is_not_copied_into_itself(tmp_path):
                      lambda: moving.get('/', str(tree / 'new'))):
             with pytest.raises(OSError, match='into itself'):
                 move()
+        (tmp_path / 'served' / 'link').symlink_to('/tree')     # within what is served
+        with pytest.raises(OSError, match='into itself'):
+            moving.get('/link', str(tree / 'inner' / 'new'))
         assert sorted(os.listdir(str(tree))) == ['inner', 'x'] and os.listdir(str(tree / 'inner')) == []
+        (tmp_path / 'served' / 'top').symlink_to('/')
+        moving.get('/top', str(tmp_path / 'copy'), links='skip')
+        assert os.listdir(str(tmp_path / 'copy')) == ['tree']
         moving.put(str(tree), '/tree2')
         moving.get('/tree/inner', str(tree / 'inner2'))
         moving.put(str(tree / 'inner'), '/tree/inner3')
