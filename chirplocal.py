@@ -313,6 +313,9 @@ def remove_tree(path: str) -> None:
     try:
         chirproot.check_tree_unmounted(fd, os.fsencode(name))
         chirproot.remove_tree(fd, os.fsencode(name))
+    except OSError as error:
+        error.filename = unpinned(path)        # of what is in there it has the last name alone
+        raise
     finally:
         os.close(fd)
 

@@ -334,6 +334,17 @@ def test_the_last_moment_of_a_second_is_in_that_second(client, served, tmp_path)
     assert client.stat('/tree/late').mtime == 1600000000
 
 
+@pytest.mark.skipif(os.name == 'nt', reason='Windows tells the whole path itself')
+def test_what_can_not_be_removed_is_told_by_its_path(tmp_path, monkeypatch):
+    def rmdir(name, **options):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), name)
+    monkeypatch.setattr(os, 'rmdir', rmdir)
+    (tmp_path / 'left' / 'inner').mkdir(parents=True)
+    with pytest.raises(OSError) as failed:
+        chirplocal.remove_tree(str(tmp_path / 'left'))
+    assert failed.value.filename == str(tmp_path / 'left')
+
+
 @pytest.mark.skipif(os.name != 'posix', reason='a link that becomes a folder')
 def test_a_link_that_becomes_something_else_is_told_to_be_none(tmp_path):
     with pytest.raises(OSError, match='none any more'):
