@@ -17,6 +17,7 @@ from chirpwire import (
     Busy,
     ChirpError,
     check_unmounted,
+    is_trusted,
     is_zero,
     keep_attributes,
     lock_part,
@@ -246,9 +247,8 @@ def open_part(target: str) -> Any:
     """Opens the partial file of a target here, to go on with it; never through a link. Raises Busy where
     somebody else has it open so, until it has its name or is closed."""
     path = local_part(target)
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0)
     try:
-        fd = os.open(path, flags | getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0), 0o600)
+        fd, made = open_or_make(path)
     except OSError as error:
         is_folder = ON_WINDOWS and os.path.isdir(path)     # of which it says that access is denied
         if error.errno == errno.ENXIO:         # a socket
@@ -270,12 +270,35 @@ def open_part(target: str) -> Any:
             check_own_place(path)
         lock(fd, target)
         if is_still(fd, path):
-            return file
+            if made or is_trusted(found, os.stat(os.path.dirname(path) or '.')):
+                return file
+            remove_anothers(path, target)
     except BaseException:
         file.close()
         raise
     file.close()
     return open_part(target)
+
+
+def open_or_make(path: str) -> Tuple[int, bool]:
+    """The descriptor of a partial file, and whether it was made."""
+    flags = (os.O_RDWR | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0)
+             | getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0))
+    while True:
+        try:
+            return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600), True
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):       # it has gone meanwhile
+                return os.open(path, flags), False
+
+
+def remove_anothers(path: str, target: str) -> None:
+    """Removes what isn't trusted, and is locked."""
+    try:
+        remove_tree(path)
+    except PermissionError as error:
+        raise OSError(error.errno, '%s is in the way, which another user has made there' %
+                      os.path.basename(path), unpinned(target))
 
 
 def remove_part(path: str, target: str) -> None:
@@ -377,9 +400,14 @@ def locked_folder(path: str, target: str) -> Iterator[bool]:
         lock(fd, target)
         if not is_still(fd, path):
             raise Busy(to_remote(unpinned(target)))
-        yield made
+        if made or is_trusted(os.fstat(fd), os.stat(os.path.dirname(path) or '.')):
+            yield made
+            return
+        remove_anothers(path, target)
     finally:
         os.close(fd)
+    with locked_folder(path, target) as made:
+        yield made
 
 
 @contextlib.contextmanager

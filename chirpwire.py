@@ -284,6 +284,13 @@ def mount_of(fd: int) -> int:
     return os.fstat(fd).st_dev
 
 
+def is_trusted(found: os.stat_result, folder: os.stat_result) -> bool:
+    """Whether what is there already, where a partial file or folder is to be, is this user's: another one
+    could have made it, in a folder that all may write to, such as /tmp, to read what comes into it, and to
+    change that. Who has the folder, or the machine, can do so anyway; some disks have one owner for all."""
+    return not hasattr(os, 'geteuid') or found.st_uid in (os.geteuid(), 0, folder.st_uid)
+
+
 def keep_attributes(part: Union[int, Path], old: Path) -> None:
     """Gives a file, open or by its path, the access list and the user's attributes of the one that it
     replaces: without the list the group would have what its mask says, which is what the mode shows.
