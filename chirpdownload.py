@@ -80,6 +80,7 @@ from chirpwire import (
     new_hash,
     part_name,
     quote,
+    seconds,
     shown,
     to_bytes,
 )
@@ -117,7 +118,8 @@ class Download(Move):
         if found.is_dir:
             if is_device(target):
                 raise Refused(IS_DIR, shown(source))
-            self._check_apart(source, lambda root: (root + os.fsdecode(source), target))
+            there = os.fsdecode(self._client.through_links(source))    # its links lead within what is served
+            self._check_apart(source, lambda root: (root + there, target))
             with self._client.holding(None, linkless=None if self._options.links == 'follow' else source):
                 self._persist(lambda: self._get_tree(source, target))
             return self._failures.check()
@@ -238,7 +240,7 @@ class Download(Move):
             return False
         if not stat.S_ISREG(here.st_mode) or here.st_size != found.size:
             return False
-        if int(here.st_mtime) != found.mtime or not self._options.keep:
+        if seconds(here.st_mtime_ns) != found.mtime or not self._options.keep:
             return False
         try:
             file = open_regular(target)
@@ -343,9 +345,7 @@ class Download(Move):
         if not self._merges:
             return self._get_new(source, target, found)
         check_no_link(target, os.path.islink(target))  # which has come meanwhile
-        made = make_folder(target)
-        self._fold = localnames.folding(target)
-        self._get_folder(source, target, found, (), True, made)
+        self._get_folder(source, target, found, (), True, make_folder(target))
 
     def _begin(self) -> None:
         """Forgets an earlier attempt."""
@@ -359,7 +359,6 @@ class Download(Move):
         """Under a temporary name, which becomes its own at the end."""
         part = local_part(target)
         with locked_folder(part, target) as made:
-            self._fold = localnames.folding(part)
             try:
                 self._get_folder(source, part, found, (), False, made)
             except BaseException as error:
@@ -386,6 +385,8 @@ class Download(Move):
         if not made and not merge:
             check_own_place(target)
         with self._inside(found.dev, found.ino), pinned(target) as here:
+            if not inside:
+                self._fold = localnames.folding(here)
             try:
                 self._fill_folder(LocalFolder(source, here, inside, merge), made)
             except (Refused, Changed, Busy, OSError):
@@ -440,17 +441,24 @@ class Download(Move):
                 self._get_file(path, here, None)
         folder.again.clear()
         for entry in folder.waiting:
-            path = join(folder.source, to_bytes(entry.name))
-            with self._failing(path):
-                self._meter.add(0)
-                self._check_new(entry.dev, entry.ino)          # before a folder is made for it
-                here = os.path.join(folder.target, to_local(entry.name))
-                if not folder.merge and os.path.lexists(here) and (
-                        os.path.islink(here) or not os.path.isdir(here)):
-                    os.unlink(here)
-                self._get_folder(path, here, entry, folder.inside + (entry.name,), folder.merge,
-                                 make_folder(here))
+            self._get_waiting(entry, folder)
         folder.waiting.clear()
+
+    def _get_waiting(self, entry: Stat, folder: 'LocalFolder') -> None:
+        path = join(folder.source, to_bytes(entry.name))
+        here = os.path.join(folder.target, to_local(entry.name))
+        with self._failing_apart(path, lambda: os.path.ismount(here), self._begin_afresh):
+            self._meter.add(0)
+            self._check_new(entry.dev, entry.ino)      # before a folder is made for it
+            if not folder.merge and os.path.lexists(here) and (
+                    os.path.islink(here) or not os.path.isdir(here)):
+                os.unlink(here)
+            self._get_folder(path, here, entry, folder.inside + (entry.name,), folder.merge,
+                             make_folder(here))
+
+    def _begin_afresh(self) -> None:
+        self._client.disconnect()
+        self._pipeline = Pipeline(self._client)
 
     def _remove_others(self, source: bytes, target: str) -> None:
         """What an earlier attempt brought of another source."""

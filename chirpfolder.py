@@ -14,7 +14,7 @@ import localnames
 from chirplocal import join, to_local, to_remote
 from chirpmove import KNOWN
 from chirprequests import Connection
-from chirpwire import Changed, Stat, Unlistable, is_part, part_name, to_bytes
+from chirpwire import Changed, Stat, Unlistable, is_part, part_name, seconds, to_bytes
 
 Asking = Callable[[Callable[[], Any]], Any]
 Sent = Dict[bytes, Optional[Tuple[int, int]]]  # names in a folder, of files with size and time, where known
@@ -36,8 +36,8 @@ class Folder:
         """What was sent, to be looked at, as far as memory allows. ``found``: of a file that keeps its time;
         those of /proc tell no size."""
         if len(self.sent) < KNOWN:
-            self.sent[name] = (found.st_size, int(found.st_mtime)) if found is not None and found.st_size \
-                else None
+            self.sent[name] = None if found is None or not found.st_size else (
+                found.st_size, seconds(found.st_mtime_ns))
 
 
 class Known:

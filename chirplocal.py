@@ -17,10 +17,12 @@ from chirpwire import (
     Busy,
     ChirpError,
     check_unmounted,
+    is_trusted,
     is_zero,
     keep_attributes,
     lock_part,
     part_name,
+    seconds,
     taking,
     to_bytes,
     unkept,
@@ -231,6 +233,11 @@ def free_here(folder: str) -> int:
     return shutil.disk_usage(folder).free
 
 
+def times_of(found: os.stat_result) -> Tuple[int, int]:
+    """When a file or folder was accessed and changed last, in seconds."""
+    return seconds(found.st_atime_ns), seconds(found.st_mtime_ns)
+
+
 def space_of(found: Any) -> int:
     """Bytes on disk that a file of that stat needs: one with holes needs less than its size."""
     return min(found.st_size, found.st_blocks * 512) if hasattr(found, 'st_blocks') else found.st_size
@@ -240,9 +247,8 @@ def open_part(target: str) -> Any:
     """Opens the partial file of a target here, to go on with it; never through a link. Raises Busy where
     somebody else has it open so, until it has its name or is closed."""
     path = local_part(target)
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0)
     try:
-        fd = os.open(path, flags | getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0), 0o600)
+        fd, made = open_or_make(path)
     except OSError as error:
         is_folder = ON_WINDOWS and os.path.isdir(path)     # of which it says that access is denied
         if error.errno == errno.ENXIO:         # a socket
@@ -264,12 +270,35 @@ def open_part(target: str) -> Any:
             check_own_place(path)
         lock(fd, target)
         if is_still(fd, path):
-            return file
+            if made or is_trusted(found, os.stat(os.path.dirname(path) or '.')):
+                return file
+            remove_anothers(path, target)
     except BaseException:
         file.close()
         raise
     file.close()
     return open_part(target)
+
+
+def open_or_make(path: str) -> Tuple[int, bool]:
+    """The descriptor of a partial file, and whether it was made."""
+    flags = (os.O_RDWR | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0)
+             | getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0))
+    while True:
+        try:
+            return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600), True
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):       # it has gone meanwhile
+                return os.open(path, flags), False
+
+
+def remove_anothers(path: str, target: str) -> None:
+    """Removes what isn't trusted, and is locked."""
+    try:
+        remove_tree(path)
+    except PermissionError as error:
+        raise OSError(error.errno, '%s is in the way, which another user has made there' %
+                      os.path.basename(path), unpinned(target))
 
 
 def remove_part(path: str, target: str) -> None:
@@ -296,15 +325,32 @@ def check_own_place(path: str) -> None:
 
 
 def remove_tree(path: str) -> None:
-    """Removes a file, or a folder and all in it. shutil is imported here alone: a guest that waits does
-    without its memory."""
+    """Removes a file, or a folder and all in it, unless something is mounted in there; goes through no link,
+    nor through one that comes meanwhile, where the system opens files relative to a folder. What does it is
+    imported here alone: a guest that waits does without its memory."""
+    if os.open not in os.supports_dir_fd:
+        return remove_tree_by_path(path)
+    import chirproot
+    folder, name = os.path.split(path)
+    fd = os.open(folder or '.', getattr(os, 'O_PATH', os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        chirproot.check_tree_unmounted(fd, os.fsencode(name))
+        chirproot.remove_tree(fd, os.fsencode(name))
+    except OSError as error:
+        error.filename = unpinned(path)        # of what is in there it has the last name alone
+        raise
+    finally:
+        os.close(fd)
+
+
+def remove_tree_by_path(path: str) -> None:
+    """The same on Windows."""
     if os.path.isdir(path) and not os.path.islink(path):
         import shutil
         for folder, _, _ in os.walk(path):
             check_own_place(folder)
         for folder, _, _ in os.walk(path):
-            with pinned(folder) as there:
-                os.chmod(there, 0o700)
+            os.chmod(folder, 0o700)
         shutil.rmtree(path)
     else:
         os.unlink(path)
@@ -354,9 +400,14 @@ def locked_folder(path: str, target: str) -> Iterator[bool]:
         lock(fd, target)
         if not is_still(fd, path):
             raise Busy(to_remote(unpinned(target)))
-        yield made
+        if made or is_trusted(os.fstat(fd), os.stat(os.path.dirname(path) or '.')):
+            yield made
+            return
+        remove_anothers(path, target)
     finally:
         os.close(fd)
+    with locked_folder(path, target) as made:
+        yield made
 
 
 @contextlib.contextmanager
@@ -526,7 +577,12 @@ NO_PRIVILEGE = 1314            # Windows' number for a right that a user hasn't
 
 def link_there(path: str) -> bytes:
     """Where a link of this machine leads, for the server. Raises OSError where that can't be said there."""
-    leads = os.readlink(path)
+    try:
+        leads = os.readlink(path)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            error.strerror = 'it was a link, and is none any more'
+        raise
     if not ON_WINDOWS:
         return to_remote(leads)
     leads = agent.short_path(leads).replace('\\', '/')

@@ -35,6 +35,7 @@ from chirpwire import (
     hash_file,
     is_part,
     part_name,
+    seconds,
     shown,
     shown_whole,
 )
@@ -145,6 +146,12 @@ def concerns_all(refused: Refused) -> bool:
     return refused.code in (NO_SPACE, NOT_AUTHENTICATED)
 
 
+def has_no_room(error: Exception) -> bool:
+    """Whether a disk, there or here, is full."""
+    return isinstance(error, Refused) and error.code == NO_SPACE \
+        or isinstance(error, OSError) and error.errno in NO_ROOM
+
+
 def altered(path: Path) -> Changed:
     return Changed(path, 'it changed while it was read, or arrived altered')
 
@@ -173,10 +180,25 @@ class Move:
         try:
             yield
         except (Refused, Changed, Busy, OSError) as error:
-            if isinstance(error, Refused) and concerns_all(error) \
-                    or isinstance(error, OSError) and error.errno in NO_ROOM:
+            if isinstance(error, Refused) and concerns_all(error) or has_no_room(error):
                 raise
             self._failures.add(path, error)
+
+    @contextlib.contextmanager
+    def _failing_apart(self, path: Path, is_apart: Callable[[], bool],
+                       begin_afresh: Callable[[], None]) -> Iterator[None]:
+        """``_failing`` of a folder. One that has no room, and ``is_apart``, on a disk of its own, isn't the
+        others' failure; ``begin_afresh``: forgets what is under way, all of which goes to that folder."""
+        with self._failing(path):
+            try:
+                yield
+            except (Refused, OSError) as error:
+                if not has_no_room(error):
+                    raise
+                begin_afresh()
+                if not is_apart():
+                    raise
+                self._failures.add(path, error)
 
     def _check_apart(self, path: Path, ways: Callable[[str], Tuple[str, str]]) -> None:
         """Raises OSError for a folder that would be copied into itself, where what is served is on this
@@ -188,7 +210,7 @@ class Move:
             here, there = os.stat(root), self._client.stat('/')
         except (OSError, Refused):
             return
-        if (here.st_dev, here.st_ino, int(here.st_mtime)) == (there.dev, there.ino, there.mtime):
+        if (here.st_dev, here.st_ino, seconds(here.st_mtime_ns)) == (there.dev, there.ino, there.mtime):
             source, target = [os.path.join(os.path.realpath(way), '') for way in ways(root + '/')]
             if target.startswith(source):
                 raise OSError(errno.EINVAL, 'a folder can\'t be copied into itself', shown(path))

@@ -24,7 +24,8 @@ from chirpwire import (
 
 LINKS = 40                     # symbolic links that one path may lead through
 DEEPEST = 200                  # levels that rmall goes down
-UNSEEN = os.stat_result((0,) * 10, dict.fromkeys(('st_blksize', 'st_blocks', 'st_rdev'), 0))
+UNSEEN = os.stat_result((0,) * 10, dict.fromkeys((
+    'st_blksize', 'st_blocks', 'st_rdev', 'st_atime_ns', 'st_mtime_ns', 'st_ctime_ns'), 0))
 
 
 class Root:
@@ -275,6 +276,21 @@ def open_in(fd: int, name: bytes, flags: int, mode: int = 0o600) -> int:
         os.close(opened)
         raise OSError(errno.EINVAL, 'neither file nor folder')
     return opened
+
+
+def check_tree_unmounted(fd: int, name: bytes, depth: int = 0) -> None:
+    """Raises OSError where something is mounted at a folder, or in it. What can't be looked at is passed
+    over: who removes it is told."""
+    with contextlib.ExitStack() as stack:
+        try:
+            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+        except OSError:                # a file, mostly
+            return
+        stack.callback(os.close, inner)
+        check_unmounted(inner, fd)
+        if depth < DEEPEST:
+            for entry in names_in(inner):
+                check_tree_unmounted(inner, entry, depth + 1)
 
 
 def remove_tree(fd: int, name: bytes, depth: int = 0) -> None:

@@ -63,6 +63,7 @@ from chirpwire import (
     error_line,
     hash_file,
     is_part,
+    is_trusted,
     lock_part,
     may_have_changed,
     new_buffer,
@@ -211,6 +212,24 @@ class Locks:
     def leave_all(self) -> None:
         while self._fds:
             unlock_part(self._fds.popitem()[1])
+
+
+    def remove_anothers(self, folder: int, name: bytes, found: os.stat_result, begins: bool) -> bool:
+        """Removes what isn't trusted where a partial file or folder is to be; whether it was so. ``begins``:
+        nothing of it is gone on with. Raises OSError; Fault where that user's own transfer has it."""
+        if is_trusted(found, os.fstat(folder)):
+            return False
+        if not begins:
+            raise PermissionError(errno.EPERM, 'another user has made it')
+        self.leave(folder, name)
+        fd = os.open(name, LOOKS, dir_fd=folder)
+        try:
+            if not lock_part(fd):
+                raise Fault(BUSY)
+            remove_tree(folder, name)
+        finally:
+            os.close(fd)
+        return True
 
 
 LOOKS = os.O_RDONLY | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_NOCTTY', 0)
@@ -593,7 +612,10 @@ class OpenFiles(Part):
         find = self._root.changing if writes else self._root.parent
         with find(unquote(path)) as (fd, name):
             if writes:
-                self._check_target(fd, name)
+                there = self._check_target(fd, name)
+                if is_part(name) and (there is None or self._session.locks.remove_anothers(
+                        fd, name, there, b't' in flags)):
+                    how |= os.O_EXCL   # else another user's may come meanwhile
             else:
                 self._session.need('rl')
                 how &= ~(os.O_CREAT | os.O_TRUNC | os.O_EXCL)
@@ -748,7 +770,10 @@ class Names(Part):
             except FileExistsError:
                 if any(map(is_part, split_path(unquote(path)))):
                     check_place(fd, name)      # which the client is going to clear
-                raise
+                there = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                if not is_part(name) or not self._session.locks.remove_anothers(fd, name, there, True):
+                    raise
+                os.mkdir(name, number(mode) & 0o777 | 0o700, dir_fd=fd)
             finally:
                 self._session.locks.take(fd, name)
         return b'0\n'

@@ -9,6 +9,7 @@ import logging
 import os
 from typing import Any, Callable, List, Optional, Union
 
+from chirplocal import times_of
 from chirpmove import Failures, Meter, Options, altered, concerns_all, part_path, reads_same
 from chirprequests import Connection, Pipeline, unkept_by
 from chirpwire import (
@@ -130,6 +131,12 @@ class SmallFiles:
         self.finish()
         return do()
 
+    def begin_afresh(self) -> None:
+        """Forgets those that are under way, with the connections that they are on."""
+        self._further.client.disconnect()
+        self._further.close()
+        self._lanes = [self._new_lane(self._further.client)]
+
     def finish(self) -> None:
         """Waits until all are in place."""
         for lane in self._lanes:
@@ -202,8 +209,8 @@ class Lane:
             add(ask('chmod', name, file.mode), file.mode_set)
         if self._options.keep:
             # The time comes last: by it a later attempt knows what is complete.
-            add(ask('utime', name, int(file.found.st_atime), int(file.found.st_mtime),
-                    *self.connection.mode_to_tell(file.mode)), file.times_set)
+            add(ask('utime', name, *times_of(file.found), *self.connection.mode_to_tell(file.mode)),
+                file.times_set)
         self._last = file
 
     def _first_mode(self, file: SmallFile) -> int:
@@ -231,13 +238,15 @@ class Lane:
         if file is not None and file.error is not None:
             self._failures.add(file.source, file.error)
             return
-        if file is not None and file.unkept:
-            self._unkept.add_unkept(file.source, file.unkept)
         if file is not None and file.name != file.target:
-            source = file.source
+            named = file
             self._pipeline.add(self.connection.replacing(file.name, file.target),
-                               lambda wire, result: self._named(source, result))
+                               lambda wire, result: self._named(named, result))
+        elif file is not None:
+            self._unkept.add_unkept(file.source, file.unkept)
 
-    def _named(self, source: str, result: Union[int, Refused]) -> None:
+    def _named(self, file: SmallFile, result: Union[int, Refused]) -> None:
         if isinstance(result, Refused):
-            self._failures.add(source, result)
+            self._failures.add(file.source, result)
+        else:
+            self._unkept.add_unkept(file.source, file.unkept)

@@ -28,6 +28,7 @@ from chirplocal import (
     read_small,
     space_of,
     stat_here,
+    times_of,
     to_remote,
     tree_size,
     unpinned,
@@ -70,6 +71,7 @@ from chirpwire import (
     new_hash,
     part_name,
     quote,
+    seconds,
     shown,
     to_bytes,
 )
@@ -174,7 +176,7 @@ class Upload(Move):
         if mode != wanted:
             bits = self._client.keep_mode(part, wanted)
         if self._options.keep:
-            bits |= self._client.keep_times(part, int(found.st_atime), int(found.st_mtime), wanted)
+            bits |= self._client.keep_times(part, *times_of(found), wanted)
         self._client.replace(part, target)
         self._unkept.add_unkept(source, bits)
         return found
@@ -202,7 +204,7 @@ class Upload(Move):
     def _is_same(self, file: Any, source: str, found: os.stat_result, target: bytes,
                  there: Optional[Stat]) -> bool:
         """Whether nothing needs to be sent."""
-        if there is None or there.size != found.st_size or there.mtime != int(found.st_mtime):
+        if there is None or there.size != found.st_size or there.mtime != seconds(found.st_mtime_ns):
             return False
         if not self._options.keep or self._options.verify and not self._has_same(target, file, found.st_size):
             return False
@@ -336,7 +338,7 @@ class Upload(Move):
         """Its mode and times, now that all is in it."""
         mode = mode_there(found)
         bits = self._client.keep_mode(target, mode)
-        bits |= self._client.keep_times(target, int(found.st_atime), int(found.st_mtime), mode)
+        bits |= self._client.keep_times(target, *times_of(found), mode)
         self._unkept.add_unkept(source, bits)
 
     def _put_content(self, source: str, target: bytes, merge: bool) -> bool:
@@ -397,12 +399,20 @@ class Upload(Move):
         """Those that wait."""
         self._small.finish()
         for name in folder.waiting:
-            path = os.path.join(source, name)
-            with self._failing(path):
-                self._meter.add(0)
-                folder.twins.check(name)
-                self._put_folder(path, join(folder.path, to_remote(name)), folder.merge)
+            self._put_waiting(os.path.join(source, name), folder, name)
         folder.waiting.clear()
+
+    def _put_waiting(self, source: str, folder: Folder, name: str) -> None:
+        target = join(folder.path, to_remote(name))
+        with self._failing_apart(source, lambda: self._is_mounted(target), self._small.begin_afresh):
+            self._meter.add(0)
+            folder.twins.check(name)
+            self._put_folder(source, target, folder.merge)
+
+    def _is_mounted(self, target: bytes) -> bool:
+        """Whether a folder of the server has a disk of its own."""
+        here, around = [self._client.find(path, False) for path in (target, posixpath.dirname(target))]
+        return here is not None and around is not None and here.dev != around.dev
 
     def _make_way(self, folder: Folder, name: bytes) -> None:
         """Removes what an earlier attempt left where a folder is to be."""

@@ -284,6 +284,13 @@ def mount_of(fd: int) -> int:
     return os.fstat(fd).st_dev
 
 
+def is_trusted(found: os.stat_result, folder: os.stat_result) -> bool:
+    """Whether what is there already, where a partial file or folder is to be, is this user's: another one
+    could have made it, in a folder that all may write to, such as /tmp, to read what comes into it, and to
+    change that. Who has the folder, or the machine, can do so anyway; some disks have one owner for all."""
+    return not hasattr(os, 'geteuid') or found.st_uid in (os.geteuid(), 0, folder.st_uid)
+
+
 def keep_attributes(part: Union[int, Path], old: Path) -> None:
     """Gives a file, open or by its path, the access list and the user's attributes of the one that it
     replaces: without the list the group would have what its mask says, which is what the mode shows.
@@ -375,7 +382,13 @@ def stat_line(found: os.stat_result) -> bytes:
     """A stat result for the wire."""
     return b'%d %d %d %d %d %d %d %d %d %d %d %d %d\n' % (
         found.st_dev, found.st_ino, found.st_mode, found.st_nlink, found.st_uid, found.st_gid,
-        found.st_rdev, found.st_size, 4096, found.st_blocks, found.st_atime, found.st_mtime, found.st_ctime)
+        found.st_rdev, found.st_size, 4096, found.st_blocks, seconds(found.st_atime_ns),
+        seconds(found.st_mtime_ns), seconds(found.st_ctime_ns))
+
+
+def seconds(nanoseconds: int) -> int:
+    """The second that a time is in: as a float, the last moment of one is the next one."""
+    return nanoseconds // 10 ** 9
 
 
 STAT_LINE = re.compile(br'-?[0-9]{1,20}(?: -?[0-9]{1,20}){12} *$')

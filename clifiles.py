@@ -22,7 +22,7 @@ import localnames
 from cliscreen import PROGRESS_EVERY, WIDE, Screen, input_is_closed, shown_size, shown_span, shown_time
 from cliverbs import JSON, VM, VMS, Verb, argument, for_each, read_count, show_list, switch
 from faults import InvalidParams, VMHostError
-from hostclient import Client
+from hostclient import Client, NoHost
 from rpc import carried
 
 ENDED_SHOWN = 20               # transfers that have ended, unless more are asked for
@@ -301,6 +301,10 @@ def transfer(host: Client, screen: Screen, args: Any, direction: str, vm: str, s
                 now = host.call('getTransfer', moving)
                 screen.complain('%s: cancelled at %s of %s; the same again goes on from there' % (
                     vm, shown_size(now['bytes']), shown_size(now['total'])))
+            raise
+        except NoHost:
+            screen.complain('%s: the host agent ended while the transfer went on; once it is back, the same '
+                            'again goes on from where it was' % vm)
             raise
         finally:
             screen.progress('')

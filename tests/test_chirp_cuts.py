@@ -746,6 +746,43 @@ def test_a_folder_that_finds_no_room_tells_of_what_has_arrived_alone(tmp_path, w
         subprocess.check_call(['umount', str(small)])
 
 
+@pytest.mark.parametrize('way', ['put', 'get'])
+@pytest.mark.parametrize('real', [False, pytest.param(True, marks=pytest.mark.skipif(
+    not REAL, reason='needs chirp_server of cctools'))])
+def test_a_full_disk_of_one_folder_is_that_folders_failure(tmp_path, way, real):
+    """As by cp -r: what has room elsewhere arrives."""
+    source, target = tmp_path / 'source' / 'tree', tmp_path / 'target' / 'tree'
+    for folder in 'a', 'b', 'c', 'b/sub':
+        (source / folder).mkdir(parents=True)
+        (target / folder).mkdir(parents=True)
+        for number in range(60):
+            write(source / folder / ('small%d' % number), b'small' * 2000)
+    for folder in 'b', 'b/sub':
+        write(source / folder / 'big', os.urandom(3 << 20))
+    if subprocess.call(['mount', '-t', 'tmpfs', '-o', 'size=300k', 'none', str(target / 'b')],
+                       stderr=subprocess.DEVNULL):
+        pytest.skip('a tmpfs can not be mounted here')
+    try:
+        if real:
+            let_others_in(tmp_path)
+            (tmp_path / 'scratch').mkdir()
+            subprocess.check_call(['chown', '-R', 'nobody', str(tmp_path)])
+        with contextlib.ExitStack() as stack:
+            served = (target if way == 'put' else source).parent
+            address = stack.enter_context(real_server(served, tmp_path / 'scratch')) if real else \
+                stack.enter_context(our_server(served)).address
+            client = stack.enter_context(chirpclient.ChirpClient(*address))
+            failed = stack.enter_context(pytest.raises(chirpwire.Incomplete))
+            client.put(str(source), '/tree') if way == 'put' else client.get('/tree', str(target))
+        path = str(source / 'b') if way == 'put' else '/tree/b'
+        assert [told for told, _ in failed.value.failures] == [path]
+        for folder in 'a', 'c':
+            assert sorted(name for name in os.listdir(str(target / folder)) if name != '.__acl') == sorted(
+                os.listdir(str(source / folder)))
+    finally:
+        subprocess.check_call(['umount', str(target / 'b')])
+
+
 @contextlib.contextmanager
 def forked_server(folder, user):
     """A server in a process of another user; that one may not be able to run a program of ours."""
@@ -1332,7 +1369,13 @@ def test_a_folder_is_not_copied_into_itself(tmp_path):
                      lambda: moving.get('/', str(tree / 'new'))):
             with pytest.raises(OSError, match='into itself'):
                 move()
+        (tmp_path / 'served' / 'link').symlink_to('/tree')     # within what is served
+        with pytest.raises(OSError, match='into itself'):
+            moving.get('/link', str(tree / 'inner' / 'new'))
         assert sorted(os.listdir(str(tree))) == ['inner', 'x'] and os.listdir(str(tree / 'inner')) == []
+        (tmp_path / 'served' / 'top').symlink_to('/')
+        moving.get('/top', str(tmp_path / 'copy'), links='skip')
+        assert os.listdir(str(tmp_path / 'copy')) == ['tree']
         moving.put(str(tree), '/tree2')
         moving.get('/tree/inner', str(tree / 'inner2'))
         moving.put(str(tree / 'inner'), '/tree/inner3')

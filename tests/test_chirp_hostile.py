@@ -10,7 +10,7 @@ import threading
 import time
 
 import pytest
-from helpers import wait_until
+from helpers import let_others_in, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_chirp import our_server, write
@@ -23,6 +23,7 @@ import chirprequests
 import chirpserver
 import chirpupload
 import chirpwire
+import localnames
 
 pytestmark = pytest.mark.ends
 
@@ -251,6 +252,157 @@ def test_a_folder_that_becomes_a_link_while_it_is_fetched_leads_nowhere(tmp_path
     assert swapped and {path.name: path.read_bytes() for path in outside.iterdir()} == {
         'small': b'precious', 'large': b'precious'}
     assert outside.stat().st_mode & 0o777 == 0o711
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='Linux pins folders')
+@pytest.mark.parametrize('turn', range(1, 8))
+def test_a_link_that_comes_while_a_folder_is_removed_leads_nowhere(tmp_path, monkeypatch, turn):
+    """What an earlier attempt left is removed; who shares the target has nothing outside of it changed."""
+    served, outside = tmp_path / 'served', tmp_path / 'outside'
+    left = tmp_path / os.fsdecode(chirpwire.part_name(b'target')) / 'left'
+    (served / 'tree').mkdir(parents=True)
+    for folder in outside / 'b', left / 'a' / 'b':
+        (folder / 'c').mkdir(parents=True)
+        write(folder / 'c' / 'file', b'precious')
+        (folder / 'c').chmod(0o711)
+        folder.chmod(0o711)
+    steps = []
+
+    def swap_after(do):
+        def step(*arguments, **keywords):
+            done = do(*arguments, **keywords)
+            steps.append(arguments)
+            if len(steps) == turn:
+                with contextlib.suppress(FileNotFoundError):
+                    (left / 'a').rename(tmp_path / 'aside')
+                    (left / 'a').symlink_to(outside)
+            return done
+        return step
+    with our_server(served) as server, chirpclient.ChirpClient(*server.address) as client, \
+            contextlib.suppress(chirpwire.ChirpError, OSError), monkeypatch.context() as patch:
+        for name in 'chmod', 'fchmod', 'unlink', 'rmdir':
+            patch.setattr(os, name, swap_after(getattr(os, name)))
+        client.get('/tree', str(tmp_path / 'target'))
+    assert len(steps) >= min(turn, 6) and (outside / 'b' / 'c' / 'file').read_bytes() == b'precious'
+    assert {path.stat().st_mode & 0o777 for path in (outside / 'b', outside / 'b' / 'c')} == {0o711}
+
+
+@contextlib.contextmanager
+def as_nobody():
+    """Meanwhile this process is another user, where it may be."""
+    if os.name == 'nt' or os.getuid():
+        pytest.skip('becomes another user')
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize('way', ['put', 'get'])
+@pytest.mark.parametrize('what', ['file', 'folder'])
+@pytest.mark.parametrize('held', [False, True])
+def test_what_another_user_made_where_a_partial_file_is_to_be_is_not_gone_on_with(tmp_path, way, what, held):
+    """In a folder that all may write to, such as /tmp: whose it is could read and change what comes."""
+    let_others_in(tmp_path)
+    source, shared = tmp_path / 'source', tmp_path / 'shared'
+    shared.mkdir()
+    shared.chmod(0o1777)
+    (source / 'folder').mkdir(parents=True)
+    for name in 'file', 'folder/file':
+        write(source / name, b'for us alone', 0o600)
+    part = chirplocal.local_part(str(shared / what))
+    with as_nobody():
+        os.mkdir(part) if what == 'folder' else open(part, 'wb').close()
+        others = os.open(part, os.O_RDONLY)
+        if held:
+            chirpwire.lock_part(others)
+
+    def move():
+        with our_server(shared if way == 'put' else source) as server, \
+                chirpclient.ChirpClient(*server.address) as client:
+            client.put(str(source / what), '/' + what) if way == 'put' else \
+                client.get('/' + what, str(shared / what))
+    try:
+        if held:                       # as by a transfer of that user's
+            with pytest.raises((chirpwire.Busy, chirpwire.Refused)):
+                move()
+            assert os.path.samestat(os.stat(part), os.fstat(others))
+            return
+        move()
+        assert (shared / what).stat().st_uid == 0 and not os.path.samestat(
+            (shared / what).stat(), os.fstat(others))
+        assert os.listdir(str(shared)) == [what]
+    finally:
+        os.close(others)
+
+
+def test_a_partial_file_that_another_user_began_well_is_not_gone_on_with(tmp_path):
+    let_others_in(tmp_path)
+    shared, source = tmp_path / 'shared', write(tmp_path / 'source', os.urandom(3 << 20))
+    shared.mkdir()
+    shared.chmod(0o1777)
+    part = chirplocal.local_part(str(shared / 'file'))
+    with as_nobody(), open(part, 'wb') as file:
+        file.write(source.read_bytes()[:1 << 20])
+    with our_server(shared) as server, chirpclient.ChirpClient(*server.address) as client:
+        try:
+            client.put(str(source), '/file')
+        except chirpwire.Refused:
+            assert not (shared / 'file').exists()
+        else:
+            assert (shared / 'file').stat().st_uid == 0
+            assert (shared / 'file').read_bytes() == source.read_bytes()
+
+
+def test_what_another_user_made_and_nobody_else_may_remove_is_told(tmp_path):
+    let_others_in(tmp_path)
+    served, shared = tmp_path / 'served', tmp_path / 'shared'
+    shared.mkdir()
+    shared.chmod(0o1777)
+    (served / 'folder').mkdir(parents=True)
+    for name in 'file', 'folder/file':
+        write(served / name, b'for all')
+    for name in 'file', 'folder':
+        part = chirplocal.local_part(str(shared / name))
+        os.mkdir(part, 0o777) if name == 'folder' else write(shared / os.path.basename(part), b'', 0o666)
+        os.chmod(part, 0o777)
+        os.chown(part, 65533, 65533)
+    with our_server(served) as server, chirpclient.ChirpClient(*server.address) as client, as_nobody():
+        for name in 'file', 'folder':
+            with pytest.raises(OSError, match='another user'):
+                client.get('/' + name, str(shared / name))
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='Linux pins folders')
+@pytest.mark.parametrize('there', [False, True])
+def test_a_link_that_comes_while_a_disk_is_tried_leads_nowhere(tmp_path, monkeypatch, there):
+    """Whether the target's disk takes names of one kind for one is tried there alone."""
+    (tmp_path / 'served' / 'tree').mkdir(parents=True)
+    outside, target = tmp_path / 'outside', tmp_path / 'target'
+    (outside / 'x').mkdir(parents=True)
+    if there:
+        target.mkdir()
+    folding, came = localnames.folding, []
+
+    def swap(folder):
+        place = target if there else next(tmp_path.glob('.*.vmhost-part'))
+        place.rename(tmp_path / 'aside')
+        place.symlink_to(outside)
+        made = os.open
+
+        def look(path, flags, *arguments, **keywords):
+            fd = made(path, flags, *arguments, **keywords)
+            came.extend(outside.glob('.vmhost-*'))
+            return fd
+        with monkeypatch.context() as patch:
+            patch.setattr(os, 'open', look)
+            return folding(folder)
+    monkeypatch.setattr(localnames, 'folding', swap)
+    with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as client, \
+            contextlib.suppress(chirpwire.ChirpError, OSError):
+        client.get('/tree', str(target))
+    assert (tmp_path / 'aside').is_dir() and not came
 
 
 @pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='Linux pins folders')

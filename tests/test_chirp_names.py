@@ -11,6 +11,7 @@ import pytest
 from test_chirp import client, our_server, seen, served, write  # noqa: F401
 
 import chirpclient
+import chirplocal
 import chirpmove
 import chirpwire
 
@@ -290,6 +291,64 @@ def test_what_a_disk_does_not_keep_is_told_and_is_no_failure(tmp_path, monkeypat
         if way == 'put':
             moving.put(str(source / 'tree'), '/again')
             assert not moving.unkept.count and seen(target / 'again') == seen(source / 'tree')
+
+
+@pytest.mark.parametrize('way', ['put', 'get'])
+def test_what_does_not_arrive_is_not_told_to_have_come_without_its_mode(tmp_path, monkeypatch, way):
+    here, there = tmp_path / 'here', tmp_path / 'there'
+    for folder in here / 'tree', there / 'tree':
+        folder.mkdir(parents=True)
+    source = here if way == 'put' else there
+    for name in 'bad', 'good':
+        write(source / 'tree' / name, b'content', 0o440)
+    replace = os.replace
+
+    def rename(old, new, **options):
+        if os.path.basename(os.fsencode(new)) == b'bad':
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), new)
+        replace(old, new, **options)
+    for name in 'rename', 'replace':
+        monkeypatch.setattr(os, name, rename)
+    for name in 'chmod', 'fchmod':
+        monkeypatch.setattr(os, name, lambda *_, **options: None)
+    with our_server(there) as server, chirpclient.ChirpClient(*server.address) as moving:
+        with pytest.raises(chirpwire.Incomplete) as failed:
+            move = moving.put if way == 'put' else moving.get
+            move(*(str(here / 'tree'), '/tree')[::1 if way == 'put' else -1])
+        assert [os.path.basename(path) for path, _ in failed.value.failures] == ['bad']
+        assert [os.path.basename(path) for path, _ in moving.unkept.some] == ['good']
+
+
+def test_the_last_moment_of_a_second_is_in_that_second(client, served, tmp_path):  # noqa: F811
+    """A copy is never newer than what it was made of."""
+    times = {'late': 1600000000999999999, 'before 1970': -1, 'whole': 1600000000 * 10 ** 9}
+    (tmp_path / 'tree').mkdir()
+    for name, moment in times.items():
+        os.utime(str(write(tmp_path / 'tree' / name, b'content')), ns=(moment, moment))
+    client.put(str(tmp_path / 'tree'), '/tree')
+    client.get('/tree', str(tmp_path / 'again'))
+    for folder in served[1] / 'tree', tmp_path / 'again':
+        assert {name: (folder / name).stat().st_mtime_ns for name in times} == {
+            name: moment // 10 ** 9 * 10 ** 9 for name, moment in times.items()}
+    os.utime(str(served[1] / 'tree' / 'late'), ns=(times['late'], times['late']))
+    assert client.stat('/tree/late').mtime == 1600000000
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='Windows tells the whole path itself')
+def test_what_can_not_be_removed_is_told_by_its_path(tmp_path, monkeypatch):
+    def rmdir(name, **options):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), name)
+    monkeypatch.setattr(os, 'rmdir', rmdir)
+    (tmp_path / 'left' / 'inner').mkdir(parents=True)
+    with pytest.raises(OSError) as failed:
+        chirplocal.remove_tree(str(tmp_path / 'left'))
+    assert failed.value.filename == str(tmp_path / 'left')
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='a link that becomes a folder')
+def test_a_link_that_becomes_something_else_is_told_to_be_none(tmp_path):
+    with pytest.raises(OSError, match='none any more'):
+        chirplocal.link_there(str(tmp_path))
 
 
 @pytest.mark.parametrize('way', ['put', 'get'])

@@ -28,6 +28,7 @@ from terminals import Terminal
 import agent
 import clicommands
 import clicomplete
+import clifiles
 import clifollow
 import faults
 import hostcheck
@@ -975,6 +976,20 @@ def test_put_and_get(tmp_path):
         steps[:] = [dict(moved('done', 9), unkept=lost)]
         code, out, errors = host.verb('get', 'db', 'tree', str(tmp_path))
         assert (code, out) == (0, '') and '/tree/0 came without its mode, and 2 more' in errors
+
+
+def test_a_transfer_whose_host_agent_ends_is_told_to_have_been_cut():
+    def call(method, *args):
+        if method == 'startTransfer':
+            return 't'
+        raise hostclient.NoHost('no host agent answers')
+    told = []
+    screen = types.SimpleNamespace(complain=told.append, progress=lambda text: None)
+    with pytest.raises(hostclient.NoHost):
+        clifiles.transfer(types.SimpleNamespace(call=call), screen, types.SimpleNamespace(links='keep'),
+                          'put', 'db', 'in', 'in')
+    assert told == ['db: the host agent ended while the transfer went on; once it is back, the same again '
+                    'goes on from where it was']
 
 
 def test_a_transfer_shows_its_progress_and_ctrl_c_cancels_it(tmp_path):
