@@ -17,6 +17,7 @@ import agent
 import localnames
 from chirplanding import check_no_link
 from chirplocal import (
+    NO_LINK,
     check_own_place,
     check_room,
     check_target,
@@ -56,7 +57,7 @@ from chirpmove import (
     check_whole,
     reads_same,
 )
-from chirprequests import SLOWEST_HASH, Pipeline, leads_nowhere
+from chirprequests import SLOWEST_HASH, Connection, Pipeline, leads_nowhere
 from chirpwire import (
     BLOCK,
     CHECKED,
@@ -495,7 +496,7 @@ class Download(Move):
     def _get_link(self, path: bytes, here: str, inside: Tuple[str, ...]) -> None:
         if self._options.links == 'skip':
             return
-        leads = self._client.readlink(path)
+        leads = link_of(self._client, path)
         if may_leave(leads, inside):
             raise OSError(errno.EINVAL, 'a link that leads out of the folder, or could, to %s' % shown(leads))
         if os.path.islink(here) and os.readlink(here) == to_local_link(leads):
@@ -553,6 +554,16 @@ class Download(Move):
                 else:
                     finish_part(file, fetched.here)
             self._meter.add(len(data))
+
+
+def link_of(client: Connection, path: bytes) -> str:
+    """Where a link of the server leads. Raises Changed where it is none any more."""
+    try:
+        return client.readlink(path)
+    except Refused as refused:
+        if refused.code != INVALID or refused.name:
+            raise
+        raise Changed(path, NO_LINK)
 
 
 MOST_SMALL = 16 * 1024 * 1024  # bytes that a file may have grown to, which was small when it was listed

@@ -31,6 +31,7 @@ from chirpwire import (
 ON_WINDOWS = os.name == 'nt'
 JUNCTION = getattr(stat, 'IO_REPARSE_TAG_MOUNT_POINT', None)     # on Windows, from Python 3.8 on
 NESTED = 200                   # levels of a folder that are followed
+NO_LINK = 'it was a link, and is none any more'
 
 
 def to_remote(name: str) -> bytes:
@@ -581,7 +582,7 @@ def link_there(path: str) -> bytes:
         leads = os.readlink(path)
     except OSError as error:
         if error.errno == errno.EINVAL:
-            error.strerror = 'it was a link, and is none any more'
+            error.strerror = NO_LINK
         raise
     if not ON_WINDOWS:
         return to_remote(leads)

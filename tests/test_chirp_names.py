@@ -11,6 +11,7 @@ import pytest
 from test_chirp import client, our_server, seen, served, write  # noqa: F401
 
 import chirpclient
+import chirpdownload
 import chirplocal
 import chirpmove
 import chirpwire
@@ -346,9 +347,21 @@ def test_what_can_not_be_removed_is_told_by_its_path(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='a link that becomes a folder')
-def test_a_link_that_becomes_something_else_is_told_to_be_none(tmp_path):
+def test_a_link_that_becomes_something_else_is_told_to_be_none(client, served, tmp_path, monkeypatch):  # noqa: F811
     with pytest.raises(OSError, match='none any more'):
         chirplocal.link_there(str(tmp_path))
+    (served[1] / 'tree').mkdir()
+    link = served[1] / 'tree' / 'link'
+    link.symlink_to('nowhere')
+    get = chirpdownload.Download._get_link
+
+    def become(self, *arguments):
+        link.unlink()
+        link.mkdir()
+        get(self, *arguments)
+    monkeypatch.setattr(chirpdownload.Download, '_get_link', become)
+    with pytest.raises(chirpwire.Incomplete, match='/tree/link: it was a link, and is none any more'):
+        client.get('/tree', str(tmp_path / 'here'))
 
 
 @pytest.mark.parametrize('way', ['put', 'get'])
