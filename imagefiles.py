@@ -113,6 +113,18 @@ def check_tables(name: str, file: Any) -> None:
     if not ends or max(ends) > size:
         raise HypervisorError('%s is cut or damaged: its tables are not in it, and VirtualBox can die of '
                               'that, and all VMs with it; get it anew' % name)
+    unread = unread_in_qcow2(head) if version > 1 else ''
+    if unread:
+        raise HypervisorError('%s has %s, which VirtualBox doesn\'t read: make another one of it (qemu-img '
+                              'convert)' % (name, unread))
+
+
+def unread_in_qcow2(head: bytes) -> str:
+    """What it has that VirtualBox refuses, without a word of why where it is asked by vboxapi."""
+    version, cipher, snapshots = (struct.unpack_from('>I', head, place)[0] for place in (4, 32, 60))
+    features, = struct.unpack_from('>Q', head, 72)
+    return ('a cipher' if cipher else 'snapshots' if snapshots else
+            'features that need a newer reader' if version > 2 and features else '')
 
 
 def check_parallels(name: str, file: Any) -> None:

@@ -306,6 +306,19 @@ def test_the_tables_of_a_disk_are_in_it(tmp_path, content, is_whole):
             imagefiles.check_image(str(image))
 
 
+@pytest.mark.parametrize('place, value, why', [
+    (32, 1, 'a cipher'), (60, 1, 'snapshots'), (76, 8, 'features that need a newer reader'), (84, 1, '')])
+def test_what_virtualbox_does_not_read_in_a_qcow2_is_told(tmp_path, place, value, why):
+    image, content = tmp_path / 'image.qcow2', bytearray(qcow2())
+    content[place:place + 4] = struct.pack('>I', value)
+    image.write_bytes(bytes(content))
+    if not why:
+        imagefiles.check_image(str(image))
+    else:
+        with pytest.raises(faults.HypervisorError, match='has %s, which VirtualBox doesn\'t read' % why):
+            imagefiles.check_image(str(image))
+
+
 @pytest.mark.parametrize('head, why', [
     (b'WithouFreSpacExt', 'is a Parallels image of a kind that VirtualBox reads wrongly'),
     (struct.pack('<16sIIII', b'WithoutFreeSpace', 2, 16, 32, 0), 'a track of it has no sectors'),
