@@ -42,6 +42,7 @@ from vboxconnection import (
 )
 from vboxdoors import close_doors
 from vboxnetwork import Cards, check_bridged, check_card, read_forwards
+from vboxprogram import check_opens
 
 log = logging.getLogger('vmhost.virtualbox')
 
@@ -96,6 +97,8 @@ class Images:
         if kind not in ('', '.iso') + APPLIANCES + DISKS:
             raise NotSupported('an image is %s, not %r' % (either(APPLIANCES + ('.iso',) + DISKS), kind))
         (check_appliance if kind in APPLIANCES else imagefiles.check_image)(image)
+        if kind in DISKS:
+            check_opens(image)
         self._cards.interface_of(wish['bridged'])
         with self._making(name, self._path_of(name, wish)):
             if kind in APPLIANCES:

@@ -234,6 +234,8 @@ class VBoxManage(Cards):
         if kind not in ('',) + vboximages.DISKS:
             self._cannot('make VMs from %s, but from disks: %s' % (kind, ', '.join(vboximages.DISKS)))
         imagefiles.check_image(image)
+        if kind:
+            vboxprogram.check_opens(image)
         if wish['bridged']:
             vboxnetwork.pick_interface(wish['bridged'], self._bridgeable())
         wanted = str(uuid_of.uuid4())                  # if we die now, cleanup will find it by that

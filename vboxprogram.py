@@ -6,6 +6,7 @@ errors come as lines of their own, with VirtualBox's status code; and how far it
 What it is not: it knows no verb of a driver. No threads, no locks.
 """
 
+import logging
 import os
 import re
 import shlex
@@ -20,6 +21,7 @@ from faults import DeadlineExceeded, HypervisorError
 from hypervisor import NOT_READY, Job
 from vboxconnection import STALL
 
+log = logging.getLogger('vmhost.virtualbox')
 STATES = (                         # the API's names, in the order of its codes
     'Null', 'PoweredOff', 'Saved', 'Teleported', 'Aborted', 'AbortedSaved', 'Running', 'Paused', 'Stuck',
     'Teleporting', 'LiveSnapshotting', 'Starting', 'Stopping', 'Saving', 'Restoring', 'TeleportingPausedVM',
@@ -37,6 +39,8 @@ PASSING = {                        # what VirtualBox says for a moment: how many
     'The session is not locked': NOT_READY,     # its server took it away meanwhile: nothing was changed
     'was unlocked unexpectedly while attempting to share': NOT_READY,       # the same, a moment later
     NO_SERVER: 10}       # its server just ends, as it does while nobody asks
+UNREADABLE = 'VERR_(EOF|VD|NOT_SUPPORTED)'     # its words for a disk that is cut, damaged, or unknown
+OPENS_IN = 60                  # seconds until it is left to VirtualBox's server
 LOOKS = 'list', 'showvminfo', 'showmediuminfo', 'getextradata'      # what changes nothing
 CRASHED = r'VBoxManage ended with (-|\d{9})'        # seen with 7.2, where a VM comes or goes in that moment
 INFO_LINE = re.compile(
@@ -161,6 +165,21 @@ def hide(folder: str, words: Sequence[str]) -> str:
     with open(path, 'w', encoding='utf-8') as file:
         file.write(' '.join(shlex.quote(word) for word in words))
     return '@' + path
+
+
+def check_opens(image: str) -> None:
+    """Has a process of its own open a disk before VirtualBox's server does: that one can die of what is
+    damaged, and all VMs with it (seen with 7.2). Raises HypervisorError where it can't be opened for what is
+    in it; tells nothing where that can't be found out."""
+    try:
+        Program(OPENS_IN).run('internalcommands', 'dumphdinfo', os.path.abspath(image))
+    except Refused as error:
+        if re.search(UNREADABLE + '|' + CRASHED, str(error)):
+            raise HypervisorError('%s is cut or damaged, or a disk that VirtualBox can\'t read (%s)' % (
+                image, error))
+        log.debug('%s: %s', image, error)
+    except (DeadlineExceeded, HypervisorError) as error:
+        log.debug('%s is not looked at: %s', image, error)
 
 
 def content_of(path: str) -> str:

@@ -70,6 +70,21 @@ def test_what_it_refuses(tmp_path, monkeypatch, text, code, told):
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+@pytest.mark.parametrize('text, is_refused', [
+    ('print(sys.argv)', False), ('sys.exit("VBoxManage: error: VD: error VERR_EOF opening image")', True),
+    ('sys.exit("VBoxManage: error: VD: error VERR_SHARING_VIOLATION opening image")', False),
+    ('import os; os.abort()', True), ('sys.exit("VBoxManage: error: VERR_VD_VDI_INVALID_HEADER")', True)])
+def test_a_disk_is_opened_by_a_process_that_may_die_of_it(tmp_path, monkeypatch, text, is_refused):
+    image = str(tmp_path / 'image.vdi')
+    a_program(tmp_path, monkeypatch, text)
+    if is_refused:
+        with pytest.raises(HypervisorError, match='image.vdi is cut or damaged'):
+            vboxprogram.check_opens(image)
+    else:
+        vboxprogram.check_opens(image)
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
 def test_one_that_hangs_is_ended(tmp_path, monkeypatch):
     begun = time.monotonic()
     with pytest.raises(DeadlineExceeded):

@@ -240,6 +240,18 @@ def test_a_vm_that_can_not_be_made_leaves_nothing(api, images, remove_all, tmp_p
     assert not os.path.exists(folder_of('fails')) and api.cleanup() == []
 
 
+@pytest.mark.parametrize('options', [{}, {'linked': True}])
+def test_an_image_that_can_not_be_opened_never_meets_virtualbox_s_server(api, images, remove_all, tmp_path,
+                                                                        options):
+    """Which could die of it: a process of its own tells what is wrong."""
+    with open(str(images / 'disk.vdi'), 'rb') as file:
+        data = file.read()
+    odd = tmp_path / 'odd.vdi'
+    odd.write_bytes(data[:68] + b'\1\0\2\0' + data[72:])       # of a version that nobody has made
+    code, text = fault_of(api.createVM, 'fails', str(odd), options)
+    assert code == 5 and '%s is cut or damaged' % odd in text and 'VERR_VD_VDI_UNSUPPORTED_VERSION' in text
+
+
 def qcow2(data, below=b''):
     """A disk of 1 MB that begins with this data, or lies on another file."""
     head = struct.pack('>4sIQIIQIIQQIIQ', b'QFI\xfb', 2, 512 if below else 0, len(below), 16, 1 << 20, 0, 1,
