@@ -185,8 +185,8 @@ def remove(uuid):
     place = os.path.join(os.environ['VBOX_USER_HOME'], 'vms')
     if folder.startswith(place + os.sep) and os.path.isdir(folder):
         for disk in re.findall(r'^Location: +(.*)$', manage('list', 'hdds'), re.MULTILINE):
-            if disk.startswith(folder + os.sep):
-                try_manage('closemedium', 'disk', disk)
+            if disk.startswith(folder + os.sep):       # which others look at meanwhile
+                wait_until(lambda: try_manage('closemedium', 'disk', disk), 20, 0.3)  # noqa: B023
         shutil.rmtree(folder)
 
 
