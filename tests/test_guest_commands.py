@@ -426,7 +426,10 @@ def test_a_runner_that_was_stopped_goes_on(guests):
 
 HOLDS_ITS_RUNNER = '''
 import ctypes, json, os, sys, time
-with open(os.path.join(os.path.dirname(os.environ['VM_PROGRESS_FILE']), 'process.json')) as file:
+path = os.path.join(os.path.dirname(os.environ['VM_PROGRESS_FILE']), 'process.json')
+while not os.path.exists(path):         # its runner may be slower
+    time.sleep(0.01)
+with open(path) as file:
     runner = json.load(file)['runner']
 if ctypes.CDLL(None).ptrace(16, runner, 0, 0) != 0:     # PTRACE_ATTACH
     sys.exit(77)
