@@ -213,7 +213,6 @@ class Locks:
         while self._fds:
             unlock_part(self._fds.popitem()[1])
 
-
     def remove_anothers(self, folder: int, name: bytes, found: os.stat_result, begins: bool) -> bool:
         """Removes what isn't trusted where a partial file or folder is to be; whether it was so. ``begins``:
         nothing of it is gone on with. Raises OSError; Fault where that user's own transfer has it."""
