@@ -149,7 +149,7 @@ class Server:
         if job.verb == 'machines':
             return self._machines(job)
         found = self._driver.find_verb(job.verb)(job, *job.args)
-        if job.verb == 'describe':
+        if job.verb in ('describe', 'describe_changed'):
             self._described[found['uuid']] = found
         return found
 

@@ -35,7 +35,8 @@ log = logging.getLogger('vmhost.hypervisor')
 
 FIRST_PATIENCE = 5.0           # seconds of silence until who asks for what was never told waits no more
 AT_WORK_PATIENCE = 0.3         # seconds more for a list, while there are other answers
-LOOK_PATIENCE = 5.0            # seconds that who changed a VM waits for a look at it
+LOOK_PATIENCE = 5.0            # seconds of silence that who changed a VM waits for a look at it; …
+BUSY_PATIENCE = 15.0           # … and how many more while there are other answers
 WORKER_IDLE = 60.0             # seconds without work after which a worker ends
 PRINTED_KEPT = 1024 * 1024     # bytes of a driver's log file, beyond which it begins anew
 # What is told again while nothing answers.
@@ -265,7 +266,10 @@ class Hypervisor:
         vm = self._watch.uuid_of(call.vm) or call.vm
         alone = bool(vm) and call.verb != 'remove_vm' and self._watch.rows() is not None
         try:
-            self._call('describe' if alone else 'machines', (vm,) if alone else (), LOOK_PATIENCE)
+            if alone:
+                self._call('describe_changed', (vm,), LOOK_PATIENCE, BUSY_PATIENCE)
+            else:
+                self._call('machines', (), LOOK_PATIENCE)
         except NoSuchVM:                            # made, and taken back, say
             self._look()
         except VMHostError as error:
@@ -273,8 +277,8 @@ class Hypervisor:
 
     def _answered(self, verb: str, value: Any) -> None:
         """On the watcher's thread: what it said of a VM is known, also where nobody waits for it any more."""
-        if verb == 'describe':
-            self._told.keep(verb, value['uuid'], value)
+        if verb in ('describe', 'describe_changed'):
+            self._told.keep('describe', value['uuid'], value)
             self._watch.describe(value)
 
     # Verbs that are more than one call of the driver's.

@@ -146,7 +146,7 @@ class Asking(Driver):
         was_off = {'native': 'Running', 'state': vmstates.RUNNING} if row['native'] in OFF + SAVED else {}
         return dict(row, trouble=HANGS, **was_off)
 
-    def _glance(self, uuid: str, runs: bool) -> Tuple[Dict[str, str], str]:
+    def _glance(self, uuid: str, runs: bool, patience: float = ANSWERS_IN) -> Tuple[Dict[str, str], str]:
         """As _info, for who only looks, and what is wrong: of a VM whose process hangs, which is asked now
         and then, what was told last. Raises DeadlineExceeded where that is nothing."""
         if not runs:
@@ -157,7 +157,7 @@ class Asking(Driver):
             self._ask_at[uuid] = time.monotonic() + ASK_AGAIN       # for who asks meanwhile, too
             hangs = False
             try:
-                self._infos[uuid] = self._info(uuid, ANSWERS_IN)
+                self._infos[uuid] = self._info(uuid, patience)
                 return self._infos[uuid], ''
             except faults.DeadlineExceeded:
                 hangs = True
@@ -169,10 +169,13 @@ class Asking(Driver):
                 self._rows[uuid][2]['name'] if uuid in self._rows else uuid, HANGS))
         return self._infos[uuid], HANGS
 
-    def _seen(self, job: Job, vm: str) -> Tuple[Dict[str, str], str]:
-        """As _glance, of the VM that is meant."""
+    def _seen(self, job: Job, vm: str, changed: bool = False) -> Tuple[Dict[str, str], str]:
+        """As _glance, of the VM that is meant; changed: it is asked, whether it hung or not."""
         uuid = self._find(job, vm)
-        return self._glance(uuid, uuid in {each for _, each in self._listed('runningvms')})
+        runs = uuid in {each for _, each in self._listed('runningvms')}
+        if changed:
+            self._ask_at.pop(uuid, None)
+        return self._glance(uuid, runs, HUNG if changed else ANSWERS_IN)
 
     def _unreadable(self, uuid: str) -> Dict[str, Any]:
         """The row of a VM whose settings VirtualBox can't read; called as its file is."""
@@ -215,8 +218,15 @@ class Asking(Driver):
                 'state': virtualbox.STATE_OF_NATIVE.get(native, vmstates.CHANGING)}
 
     def describe(self, job: Job, vm: str) -> Dict[str, Any]:
+        return self._described(job, vm, False)
+
+    def describe_changed(self, job: Job, vm: str) -> Dict[str, Any]:
+        """Its process answered whoever changed it, though it may have hung a moment ago."""
+        return self._described(job, vm, True)
+
+    def _described(self, job: Job, vm: str, changed: bool) -> Dict[str, Any]:
         try:
-            info, trouble = self._seen(job, vm)
+            info, trouble = self._seen(job, vm, changed)
         except faults.BadState:
             return dict(self._unreadable(self._find(job, vm)), memory=0, cpus=0, ostype='', snapshot='',
                         tagged=False, rdp={}, pid=0, forwards=[], bridged='')

@@ -7,9 +7,12 @@ import sys
 import time
 
 import pytest
+from helpers import wait_until
+from test_hypervisor import opened
 from vms import SETTINGS
 
 import drivers
+import hosthypervisor
 import hypervisor
 import vboxasking
 import vboxconnection
@@ -222,6 +225,7 @@ FORWARDING = r"""
 import json, os
 path = os.path.join(os.path.dirname(__file__), 'vm.json')
 vm = json.load(open(path)) if os.path.exists(path) else {}
+before = json.dumps(vm)
 words = sys.argv[1:]
 with open(path + '.calls', 'a') as calls:
     calls.write(' '.join(words) + '\n')
@@ -232,7 +236,8 @@ elif os.path.exists(path + '.no-server'):
 elif words[0] == 'createvm':
     vm = {'state': 'poweroff', 'rules': [], 'marks': {}, 'bridge': ''}
     print('Virtual machine is created and registered.\nUUID: %(one)s')
-elif vm and (words == ['list', 'vms'] or words == ['list', 'runningvms'] and vm['state'] == 'running'):
+elif vm and (words == ['list', 'vms'] or
+             words == ['list', 'runningvms'] and vm['state'] in ('running', 'paused')):
     print('"one" {%(one)s}')
 elif words[0] == 'unregistervm':
     vm = {}
@@ -285,9 +290,12 @@ elif words[0] == 'startvm' and os.path.exists(path + '.cut'):
 elif words[0] == 'startvm':
     vm['state'] = 'running'
 elif words[0] == 'controlvm':
-    vm['state'] = {'savestate': 'saved', 'poweroff': 'poweroff', 'reset': 'aborted'}[words[2]]
-with open(path, 'w') as file:
-    json.dump(vm, file)
+    vm['state'] = {'savestate': 'saved', 'poweroff': 'poweroff', 'reset': 'aborted',
+                   'pause': 'paused'}[words[2]]
+if json.dumps(vm) != before:            # others run beside this one
+    with open(path + '.new', 'w') as file:
+        json.dump(vm, file)
+    os.replace(path + '.new', path)
 """ % {'one': ONE}
 
 
@@ -571,6 +579,22 @@ def test_a_vm_whose_process_hangs_is_told_so_before_the_timeout(one, tmp_path, m
     with pytest.raises(DeadlineExceeded, match='^one: its process does not answer; powerOff'):
         one(verb, 'one', *args, timeout=60)
     assert time.monotonic() - begun < 20
+
+
+@pytest.mark.once
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+def test_a_vm_that_hung_a_moment_ago_is_told_as_it_was_changed(tmp_path, monkeypatch):
+    """And not as it was before, until it is asked again: its process answered whoever changed it."""
+    a_program(tmp_path, monkeypatch, FORWARDING)
+    settings = dict(SETTINGS, state_dir=str(tmp_path), command_timeout=20)
+    with opened(hosthypervisor.Hypervisor, 'VBoxManage', settings) as box:
+        (tmp_path / 'vm.json').write_text(json.dumps({'state': 'running', 'rules': [], 'bridge': ''}))
+        wait_until(lambda: box.known_native('one') == 'Running')
+        (tmp_path / 'vm.json.hangs').write_text('')
+        wait_until(lambda: box.describe('one')['trouble'] == hypervisor.HANGS, 30)
+        (tmp_path / 'vm.json.hangs').unlink()
+        assert box.pause('one') is True and box.state('one') == 'Paused'
+        assert box.describe('one')['trouble'] == ''
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='runs a script')

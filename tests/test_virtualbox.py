@@ -49,7 +49,7 @@ for line in sys.stdin:
     asked = json.loads(line)
     row = dict.fromkeys(('name', 'uuid'), 'vm')
     row.update(id='', state='running', native='Running', trouble='')
-    value = {'machines': [], 'describe': row}.get(asked['verb'], 'an answer')
+    value = {'machines': [], 'describe': row, 'describe_changed': row}.get(asked['verb'], 'an answer')
     print(json.dumps({'id': asked['id'], 'value': value}), flush=True)
 '''
 BEGINS_FIRST = ANSWERS.replace(
