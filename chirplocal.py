@@ -8,7 +8,7 @@ import errno
 import itertools
 import os
 import stat
-from typing import Any, Callable, Dict, Iterator, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Tuple, Union
 
 import agent
 import localnames
@@ -113,6 +113,14 @@ def stat_here(path: str) -> os.stat_result:
         raise
 
 
+def stat_of(path: str, follow: bool) -> Optional[os.stat_result]:
+    """None of what isn't there, or can't be looked at."""
+    try:
+        return os.stat(path, follow_symlinks=follow)
+    except OSError:
+        return None
+
+
 def through_links(path: str) -> str:
     """Where what is written to a path goes: what a link leads to. Raises OSError where that is nothing."""
     if not os.path.islink(path):
@@ -154,6 +162,16 @@ def pinned(path: str, follow: bool = False) -> Iterator[str]:
     finally:
         del PINNED[str(fd)]
         os.close(fd)
+
+
+@contextlib.contextmanager
+def pinned_below(top: str, names: Iterable[str], follow: bool = False) -> Iterator[str]:
+    """A folder in another one, ``pinned`` step by step: the first one may be the user's own link."""
+    with contextlib.ExitStack() as stack:
+        here = stack.enter_context(pinned(top, True))
+        for name in names:
+            here = stack.enter_context(pinned(os.path.join(here, name), follow))
+        yield here
 
 
 def unpinned(path: str) -> str:
