@@ -107,7 +107,7 @@ def changed_here(folders: List[Listed], first: bool, follow: bool) -> List[Liste
     return changed
 
 
-def changed_there(client: Connection, folders: List[Listed], first: bool, follow: bool) -> List[Listed]:
+def changed_there(client: Connection, folders: List[Listed], first: bool, links: str) -> List[Listed]:
     """Of a server, whose times are whole seconds."""
     times: Dict[int, int] = {}
 
@@ -119,7 +119,7 @@ def changed_there(client: Connection, folders: List[Listed], first: bool, follow
 
     pipeline = Pipeline(client)
     for at, listed in enumerate(folders):
-        word = 'stat' if follow or not listed.names else 'lstat'
+        word = 'stat' if links == 'follow' or not listed.names else 'lstat'
         pipeline.add(client.ask(word, quote(listed.source)), functools.partial(note, at))
     pipeline.drain()
     latest = max(times.values(), default=0) - SAME_TIME

@@ -11,7 +11,7 @@ import errno
 import os
 import stat
 import time
-from typing import Any, Callable, Deque, List, Optional, Set, Tuple, Union
+from typing import Any, Callable, Deque, Iterator, List, Optional, Set, Tuple, Union
 
 import agent
 import localnames
@@ -378,24 +378,24 @@ class Download(Again):
             if not inside:
                 self._fold = localnames.folding(here)
             listed = Listed(source, here, inside, merge, made or not merge, list(self._around), found, 0)
-            self._fill(listed, made)
+            with self._filling(listed):
+                self._fill_folder(LocalFolder(source, here, inside, merge), made)
 
-    def _fill(self, listed: Listed, made: bool) -> None:
-        found, here = listed.found, listed.target
-        folder = LocalFolder(listed.source, here, listed.names, listed.merge)
+    @contextlib.contextmanager
+    def _filling(self, listed: Listed) -> Iterator[None]:
+        found = listed.found
         self._note_listed(listed)
         with self._inside(found.dev, found.ino):
             try:
-                self._fill_folder(folder, made)
+                yield
             except (Refused, Changed, Busy, OSError):
                 self._pipeline.drain()         # of what is to come to here
                 raise
         if self._options.keep and listed.kept:
-            self._unkept.add_unkept(listed.source, keep(here, (found.mtime, found.mtime), found.mode))
+            self._unkept.add_unkept(listed.source, keep(listed.target, (found.mtime,) * 2, found.mode))
 
     def _changed(self, first: bool) -> List[Listed]:
-        follow = self._options.links == 'follow'
-        return changed_there(self._client, list(self._listed.values()), first, follow)
+        return changed_there(self._client, list(self._listed.values()), first, self._options.links)
 
     def _fill_again(self, listed: Listed) -> None:
         found = (self._client.lstat if listed.names and self._options.links != 'follow'
@@ -403,15 +403,17 @@ class Download(Again):
         if not found.is_dir:
             raise Refused(NOT_DIR, shown(listed.source))
         with pinned_below(self._top, map(to_local, listed.names)) as here:
-            self._fill(listed._replace(target=here, found=found), False)
+            listed = listed._replace(target=here, found=found)
+            with self._filling(listed):
+                self._fill_folder(LocalFolder(listed.source, here, listed.names, listed.merge), False)
 
     def _fill_folder(self, folder: 'LocalFolder', made: bool) -> None:
         if not made and not folder.merge:
             if not self._again:
-                os.chmod(folder.target, 0o700)
+                keep(folder.target, None, 0o700)
                 self._remove_others(folder.source, folder.target)
             elif not os.access(folder.target, os.W_OK | os.X_OK):
-                os.chmod(folder.target, 0o700)
+                keep(folder.target, None, 0o700)
         names = localnames.Names(self._fold)
         for entry in self._client.ls(folder.source):
             name = to_bytes(entry.name)

@@ -337,17 +337,11 @@ class Upload(Again):
             found, seen = os.stat(here), time.time()
             listed = Listed(unpinned(source), target, self._names(source), merge, not merge,
                             list(self._around), found, seen)
-            self._fill(listed, here)
-
-    def _fill(self, listed: Listed, here: str) -> None:
-        found, target = listed.found, listed.target
-        self._note_listed(listed)
-        with self._inside(found.st_dev, found.st_ino):
-            made = self._put_content(here, target, listed.merge)
-        if made or listed.kept:
-            self._note_listed(listed._replace(kept=True))
-            if self._options.keep:
-                self._keep_folder(here, found, target)
+            self._note_listed(listed)
+            with self._inside(found.st_dev, found.st_ino):
+                made = self._put_content(here, target, merge)
+            if made or not merge:
+                self._keep_folder(here, listed)
 
     def _names(self, source: str) -> Tuple[str, ...]:
         """Those that lead to a folder from the one that is put."""
@@ -361,11 +355,19 @@ class Upload(Again):
 
     def _fill_again(self, listed: Listed) -> None:
         with pinned_below(self._top, listed.names, self._follows) as here:
-            self._fill(listed._replace(found=os.stat(here), seen=time.time()), here)
+            listed = listed._replace(found=os.stat(here), seen=time.time())
+            self._note_listed(listed)
+            with self._inside(listed.found.st_dev, listed.found.st_ino):
+                self._put_content(here, listed.target, listed.merge)
+            if listed.kept:
+                self._keep_folder(here, listed)
 
-    def _keep_folder(self, source: str, found: os.stat_result, target: bytes) -> None:
+    def _keep_folder(self, source: str, listed: Listed) -> None:
         """Its mode and times, now that all is in it."""
-        mode = mode_there(found)
+        self._note_listed(listed._replace(kept=True))
+        if not self._options.keep:
+            return
+        found, target, mode = listed.found, listed.target, mode_there(listed.found)
         bits = self._client.keep_mode(target, mode)
         bits |= self._client.keep_times(target, *times_of(found), mode)
         self._unkept.add_unkept(source, bits)
