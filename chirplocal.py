@@ -17,6 +17,7 @@ from chirpwire import (
     Busy,
     ChirpError,
     check_unmounted,
+    inherited,
     is_trusted,
     is_zero,
     keep_attributes,
@@ -524,7 +525,7 @@ def keep(where: Union[int, str], times: Optional[Tuple[int, int]], mode: Optiona
             os.utime(where, times)
     if mode is not None:
         with taking():
-            os.chmod(where, mode)
+            os.chmod(where, mode | inherited(os.stat(where).st_mode))
     return unkept(os.stat(where), mode, None if times is None else times[1])
 
 

@@ -190,6 +190,12 @@ def meaning_of(name: str) -> str:
     return text if text[1:2].isupper() or text[1:2] == '/' else text[:1].lower() + text[1:]
 
 
+def inherited(mode: int) -> int:
+    """Of a folder's mode, the bit by which what is made in it has its group: it has that of the folder that
+    it is in, as by ``cp``."""
+    return mode & stat.S_ISGID if stat.S_ISDIR(mode) else 0
+
+
 def unkept(found: os.stat_result, mode: Optional[int], mtime: Optional[int]) -> int:
     """What of a mode and a time was not kept of what has that stat, bits of UNKEPT. None: none was given."""
     bits = MODE_UNKEPT if mode is not None and (found.st_mode ^ mode) & 0o777 else 0
