@@ -130,19 +130,21 @@ def through_links(path: str) -> str:
     return os.path.realpath(path)
 
 
-def tree_size(path: str, depth: int = 0) -> int:
-    """Bytes of the files in a folder that will be sent."""
-    size = 0
+def tree_size(path: str, depth: int = 0) -> Tuple[int, int]:
+    """Bytes of the files in a folder that will be sent, and those that they need on disk."""
+    size = space = 0
     with contextlib.suppress(OSError), os.scandir(path) as entries:
         for entry in entries:
             with contextlib.suppress(OSError):
                 if is_link(entry):
                     continue
                 if entry.is_dir(follow_symlinks=False):
-                    size += tree_size(entry.path, depth + 1) if depth < NESTED else 0
+                    inner = tree_size(entry.path, depth + 1) if depth < NESTED else (0, 0)
+                    size, space = size + inner[0], space + inner[1]
                 elif entry.is_file(follow_symlinks=False):
-                    size += entry.stat(follow_symlinks=False).st_size
-    return size
+                    found = entry.stat(follow_symlinks=False)
+                    size, space = size + found.st_size, space + space_of(found)
+    return size, space
 
 
 @contextlib.contextmanager

@@ -132,7 +132,7 @@ class Upload(Again):
                 return
             self._check_apart(target, lambda root: (source, root + os.fsdecode(target)))
             self._top = source
-            self._meter.total = tree_size(source)
+            self._meter.total, self._space = tree_size(source)
             with contextlib.closing(self._further):
                 self._persist(lambda: self._put_tree(source, target))
         self._failures.check()
@@ -299,7 +299,7 @@ class Upload(Again):
         self._client.ask('rename', quote(part), quote(target))         # raises where that is too long
         old = self._client.find(part, False)
         if old is None:
-            self._client.check_room(posixpath.dirname(part) or b'/', self._meter.total, target)
+            self._client.check_room(posixpath.dirname(part) or b'/', self._space, target)
         elif not old.is_dir:
             self._client.unlink(part)
         try:
