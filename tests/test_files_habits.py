@@ -118,6 +118,17 @@ def test_a_path_outside_is_an_error_that_says_so(host, guest, tmp_path):
     good(host, 'get', 'g', '/one', tmp_path / 'got')    # what is there may be named as the API lists it
 
 
+def test_a_file_is_no_folder_that_a_path_ends_in(host, guest, tmp_path):
+    for folder in tmp_path, pathlib.Path(guest.files):
+        write(folder / 'file', b'x')
+    for end in '/', '/.':
+        for words in (('get', 'g', 'file' + end, tmp_path / 'new'),
+                      ('put', 'g', str(tmp_path / 'file') + end, 'new')):
+            code, _, err = verb(host, *words)
+            assert code == 1 and 'not a directory' in err.lower(), err
+    assert not (tmp_path / 'new').exists() and names(guest.files) == ['file']
+
+
 def test_dots_after_a_link_lead_where_the_link_leads(host, guest, tmp_path):
     """As those of a path here, and those of cp; not to the folder that the link is in."""
     for folder in tmp_path / 'here', pathlib.Path(guest.files):
