@@ -133,7 +133,7 @@ class Download(Again):
         self._meter.total = found.size
         if is_device(target):
             with open_waiting(target, self._meter) as file:
-                return self.stream(source, lambda view: write_whole(file, view), given)
+                return self.stream(source, lambda view: write_named(file, view, target), given)
         self._get_file(source, target, None)
 
     def fetch(self, source: bytes, target: str, limit: int) -> int:
@@ -572,6 +572,14 @@ def open_waiting(target: str, meter: Meter) -> Any:
             if error.errno != errno.ENXIO or time.monotonic() > until:
                 raise
         meter.wait(0.05)
+
+
+def write_named(file: Any, view: memoryview, path: str) -> None:
+    """Raises OSError that names the path."""
+    try:
+        write_whole(file, view)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path)
 
 
 def find_source(client: Connection, source: bytes) -> Stat:

@@ -66,6 +66,7 @@ from chirpwire import (
     Crc32,
     Path,
     Refused,
+    Special,
     Stat,
     Unlistable,
     may_have_changed,
@@ -536,8 +537,8 @@ def naming(target: bytes) -> Iterator[None]:
 
 
 def check_file_there(there: Optional[Stat], target: bytes) -> None:
-    """Raises Refused, or OSError, for what no file may replace: a folder, or a device, FIFO or socket."""
+    """Raises Refused for what no file may replace: a folder, or a device, FIFO or socket."""
     if there is not None and there.is_dir:
         raise Refused(IS_DIR, shown(target))
     if there is not None and not there.is_file and not there.is_link:
-        raise OSError(errno.EINVAL, 'neither a file nor a folder', shown(target))
+        raise Special(shown(target))

@@ -149,6 +149,18 @@ class Unlistable(Refused):
         self.args = ('%s: %s' % (self.what, self.reason),)
 
 
+class Special(Refused):
+    """A device, FIFO or socket, which no file may replace."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(INVALID, what)
+        self.reason = 'neither a file nor a folder'
+        self.args = ('%s: %s' % (self.what, self.reason),)
+
+    def about(self, what: str) -> 'Special':
+        return Special(what)
+
+
 NOT_AUTHENTICATED, NOT_AUTHORIZED, DOESNT_EXIST, EXISTS, TOO_BIG, NO_SPACE = -1, -2, -3, -4, -5, -6
 INVALID, TOO_MANY_OPEN, BUSY, BAD_FD, IS_DIR, NOT_DIR, NOT_EMPTY = -8, -9, -10, -12, -13, -14, -15
 NOT_SUPPORTED = -23

@@ -149,6 +149,13 @@ def test_dots_after_a_link_lead_where_the_link_leads(host, guest, tmp_path):
         assert verb(host, 'get', 'g', path, tmp_path / 'none')[0] == 1
 
 
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
+def test_a_device_that_takes_nothing_is_named(host, guest):
+    write(pathlib.Path(guest.files) / 'x', b'x')
+    code, _, err = verb(host, 'get', 'g', 'x', '/dev/full')
+    assert code == 1 and '/dev/full: No space left on device' in err
+
+
 def test_a_file_goes_to_standard_output(host, guest, tmp_path):
     content = bytes(range(256)) * 3000
     write(tmp_path / 'x', content)
