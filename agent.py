@@ -534,9 +534,11 @@ def momentary_file(folder: str) -> Iterator[str]:
     try:
         yield path
     finally:
-        os.close(descriptor)
-        if not delete_on_close:
-            os.remove(path)
+        try:
+            os.close(descriptor)       # may fail, as of a full disk in a network
+        finally:
+            if not delete_on_close:
+                os.remove(path)
 
 
 def existing(path: str) -> str:

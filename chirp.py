@@ -172,12 +172,12 @@ def standard_output() -> Iterator[Any]:
         raise
 
 
-def inside(path: str) -> str:
+def inside(client: ChirpClient, path: str) -> str:
     """The path of what is served. Raises ChirpError for one that leads out: the server would take it as one
     that is within."""
     if posixpath.normpath(path).split('/')[0] == '..':
         raise ChirpError('%s is outside of what is served: name a path in there' % path)
-    return path
+    return client.without_climbing(path)
 
 
 def move(client: ChirpClient, words: argparse.Namespace) -> None:
@@ -187,13 +187,15 @@ def move(client: ChirpClient, words: argparse.Namespace) -> None:
     bar = Bar()
     source, target = words.source, words.target or ''
     try:
+        if words.verb == 'get':
+            source = inside(client, source)
         if words.verb == 'put':
-            client.put(source, landing_there(client, source, inside(target)), progress=bar)
+            client.put(source, landing_there(client, source, inside(client, target)), progress=bar)
         elif target == '-':
             with standard_output() as out:
-                client.read(os.fsencode(inside(source)), out.buffer.write)
+                client.read(os.fsencode(source), out.buffer.write)
         else:
-            client.get(os.fsencode(inside(source)), landing_here(client, source, target), progress=bar)
+            client.get(os.fsencode(source), landing_here(client, source, target), progress=bar)
     finally:
         bar.end()
         for path, what in client.unkept.some:
@@ -203,7 +205,7 @@ def move(client: ChirpClient, words: argparse.Namespace) -> None:
 
 def print_listing(client: ChirpClient, words: argparse.Namespace) -> None:
     with standard_output() as out:
-        for entry in sorted(client.ls(os.fsencode(inside(words.path)))):
+        for entry in sorted(client.ls(os.fsencode(inside(client, words.path)))):
             name = shown(entry.name) + ('/' if entry.is_dir else '')
             if words.long:
                 stamp = time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(entry.mtime))

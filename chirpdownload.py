@@ -11,10 +11,11 @@ import errno
 import os
 import stat
 import time
-from typing import Any, Callable, Deque, List, Optional, Set, Tuple, Union
+from typing import Any, Callable, Deque, Iterator, List, Optional, Set, Tuple, Union
 
 import agent
 import localnames
+from chirpagain import Again, Listed, changed_there
 from chirplanding import check_no_link
 from chirplocal import (
     NO_LINK,
@@ -36,7 +37,9 @@ from chirplocal import (
     open_part,
     open_regular,
     pinned,
+    pinned_below,
     remove_tree,
+    stat_of,
     through_links,
     to_local,
     to_local_link,
@@ -52,7 +55,7 @@ from chirpmove import (
     PENDING,
     PIECE,
     Failures,
-    Move,
+    Meter,
     altered,
     check_whole,
     reads_same,
@@ -65,6 +68,7 @@ from chirpwire import (
     DOESNT_EXIST,
     INVALID,
     IS_DIR,
+    NOT_DIR,
     PREAD_CRC32,
     SMALL,
     Busy,
@@ -106,12 +110,12 @@ class Given:
             raise altered(source)
 
 
-class Download(Move):
+class Download(Again):
     """One ``get`` or ``fetch``."""
 
     def run(self, source: bytes, target: str, given: Given, follows: bool) -> None:
         """``follows``: a folder, too, goes where a link leads that the target is."""
-        found = self._find_source(source)
+        found = find_source(self._client, source)
         if found.is_dir:
             check_no_link(target, not follows and os.path.islink(target))
         if not is_device(target):
@@ -128,29 +132,9 @@ class Download(Move):
             raise OSError(errno.EINVAL, NEITHER, shown(source))
         self._meter.total = found.size
         if is_device(target):
-            with self._open_device(target) as file:
-                return self.stream(source, lambda view: write_whole(file, view), given)
+            with open_waiting(target, self._meter) as file:
+                return self.stream(source, lambda view: write_named(file, view, target), given)
         self._get_file(source, target, None)
-
-    def _open_device(self, target: str) -> Any:
-        """Waits for who reads from a FIFO, as cp does, but not for ever: a transfer keeps its place."""
-        until = time.monotonic() + READER
-        while True:
-            try:
-                return open_device(target)
-            except OSError as error:
-                if error.errno != errno.ENXIO or time.monotonic() > until:
-                    raise
-            self._meter.wait(0.05)
-
-    def _find_source(self, source: bytes) -> Stat:
-        try:
-            return self._client.stat(source)
-        except Refused:
-            found = self._client.find(source, False)
-            if found is None or not found.is_link:
-                raise
-            raise leads_nowhere(source, self._client.readlink(source))
 
     def fetch(self, source: bytes, target: str, limit: int) -> int:
         """The first bytes of a file."""
@@ -346,7 +330,9 @@ class Download(Move):
         if not self._merges:
             return self._get_new(source, target, found)
         check_no_link(target, os.path.islink(target))  # which has come meanwhile
+        self._top = target
         self._get_folder(source, target, found, (), True, make_folder(target))
+        self._look_again()
 
     def _begin(self) -> None:
         """Forgets an earlier attempt."""
@@ -354,6 +340,7 @@ class Download(Move):
         self._unkept.clear()
         self._meter.moved = self._meter.total = self._entries = 0
         self._around.clear()
+        self._forget_listed()
         self._pipeline = Pipeline(self._client)
 
     def _get_new(self, source: bytes, target: str, found: Stat) -> None:
@@ -361,7 +348,9 @@ class Download(Move):
         part = local_part(target)
         with locked_folder(part, target) as made:
             try:
+                self._top = part
                 self._get_folder(source, part, found, (), False, made)
+                self._look_again()
             except BaseException as error:
                 with contextlib.suppress(OSError):
                     os.rmdir(part)             # which nothing has arrived in
@@ -385,21 +374,46 @@ class Download(Move):
         ``made``: that is nothing."""
         if not made and not merge:
             check_own_place(target)
-        with self._inside(found.dev, found.ino), pinned(target) as here:
+        with pinned(target) as here:
             if not inside:
                 self._fold = localnames.folding(here)
-            try:
+            listed = Listed(source, here, inside, merge, made or not merge, list(self._around), found, 0)
+            with self._filling(listed):
                 self._fill_folder(LocalFolder(source, here, inside, merge), made)
+
+    @contextlib.contextmanager
+    def _filling(self, listed: Listed) -> Iterator[None]:
+        found = listed.found
+        self._note_listed(listed)
+        with self._inside(found.dev, found.ino):
+            try:
+                yield
             except (Refused, Changed, Busy, OSError):
                 self._pipeline.drain()         # of what is to come to here
                 raise
-            if self._options.keep and (made or not merge):
-                self._unkept.add_unkept(source, keep(here, (found.mtime, found.mtime), found.mode))
+        if self._options.keep and listed.kept:
+            self._unkept.add_unkept(listed.source, keep(listed.target, (found.mtime,) * 2, found.mode))
+
+    def _changed(self, first: bool) -> List[Listed]:
+        return changed_there(self._client, list(self._listed.values()), first, self._options.links)
+
+    def _fill_again(self, listed: Listed) -> None:
+        found = (self._client.lstat if listed.names and self._options.links != 'follow'
+                 else self._client.stat)(listed.source)
+        if not found.is_dir:
+            raise Refused(NOT_DIR, shown(listed.source))
+        with pinned_below(self._top, map(to_local, listed.names)) as here:
+            listed = listed._replace(target=here, found=found)
+            with self._filling(listed):
+                self._fill_folder(LocalFolder(listed.source, here, listed.names, listed.merge), False)
 
     def _fill_folder(self, folder: 'LocalFolder', made: bool) -> None:
         if not made and not folder.merge:
-            os.chmod(folder.target, 0o700)
-            self._remove_others(folder.source, folder.target)
+            if not self._again:
+                keep(folder.target, None, 0o700)
+                self._remove_others(folder.source, folder.target)
+            elif not os.access(folder.target, os.W_OK | os.X_OK):
+                keep(folder.target, None, 0o700)
         names = localnames.Names(self._fold)
         for entry in self._client.ls(folder.source):
             name = to_bytes(entry.name)
@@ -407,6 +421,8 @@ class Download(Move):
             if self._entries > ENTRIES:
                 raise ProtocolError('a folder of too many entries')
             path = join(folder.source, name)
+            if self._again and (self._failures.is_told(path) or folder.has(entry) or self._is_listed(entry)):
+                continue
             with self._failing(path):
                 check_whole(name)
                 names.add(to_local(entry.name))
@@ -415,7 +431,7 @@ class Download(Move):
                     entry = self._client.lstat(path)._replace(name=entry.name)
                 if entry.is_link and self._options.links == 'follow':
                     self._pipeline.drain()
-                    entry = self._followed(path)._replace(name=entry.name)
+                    entry = followed(self._client, path)._replace(name=entry.name)
                 if entry.is_dir:
                     folder.waiting.append(entry)
                 else:
@@ -423,16 +439,6 @@ class Download(Move):
             if len(folder.waiting) >= PENDING:
                 self._get_folders(folder)
         self._get_folders(folder)
-
-    def _followed(self, path: bytes) -> Stat:
-        """What a link leads to. Raises OSError, which tells where, for one that leads nowhere, or round."""
-        try:
-            return self._client.stat(path)
-        except Refused as refused:
-            if refused.code not in (DOESNT_EXIST, INVALID):
-                raise
-            raise OSError(errno.ENOENT, 'a link to %s, where nothing is that is served' %
-                          shown(self._client.readlink(path)))
 
     def _get_folders(self, folder: 'LocalFolder') -> None:
         """Waits for the small files, fetches those again that changed, and then the folders in it."""
@@ -556,6 +562,48 @@ class Download(Move):
             self._meter.add(len(data))
 
 
+def open_waiting(target: str, meter: Meter) -> Any:
+    """Waits for who reads from a FIFO, as cp does, but not for ever: a transfer keeps its place."""
+    until = time.monotonic() + READER
+    while True:
+        try:
+            return open_device(target)
+        except OSError as error:
+            if error.errno != errno.ENXIO or time.monotonic() > until:
+                raise
+        meter.wait(0.05)
+
+
+def write_named(file: Any, view: memoryview, path: str) -> None:
+    """Raises OSError that names the path."""
+    try:
+        write_whole(file, view)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path)
+
+
+def find_source(client: Connection, source: bytes) -> Stat:
+    """Of what is to be fetched. Raises Refused, or ChirpError for a link that leads nowhere."""
+    try:
+        return client.stat(source)
+    except Refused:
+        found = client.find(source, False)
+        if found is None or not found.is_link:
+            raise
+        raise leads_nowhere(source, client.readlink(source))
+
+
+def followed(client: Connection, path: bytes) -> Stat:
+    """What a link leads to. Raises OSError, which tells where, for one that leads nowhere, or round."""
+    try:
+        return client.stat(path)
+    except Refused as refused:
+        if refused.code not in (DOESNT_EXIST, INVALID):
+            raise
+        raise OSError(errno.ENOENT, 'a link to %s, where nothing is that is served' %
+                      shown(client.readlink(path)))
+
+
 def link_of(client: Connection, path: bytes) -> str:
     """Where a link of the server leads. Raises Changed where it is none any more."""
     try:
@@ -580,6 +628,12 @@ class LocalFolder:
         self.merge = merge
         self.waiting: List[Stat] = []          # folders in it, until its files are here
         self.again: List[Tuple[bytes, str]] = []       # files that changed meanwhile: (path, where to)
+
+    def has(self, entry: Stat) -> bool:
+        """Whether what is looked at again has been fetched."""
+        here = stat_of(os.path.join(self.target, to_local(entry.name)), False)
+        return here is not None and (not self.merge or entry.is_file and stat.S_ISREG(here.st_mode) and (
+            here.st_size, seconds(here.st_mtime_ns)) == (entry.size, entry.mtime))
 
 
 class Fetched:

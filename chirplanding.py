@@ -76,7 +76,7 @@ def landing_here(client: Connection, source: str, target: str) -> str:
     def is_folder(path: str) -> Optional[bool]:
         return os.path.isdir(path) if os.path.exists(path) else None
     name = own_name(source)
-    if name and source[-1] == '/' and not client.stat(source).is_dir:
+    if (source[-1] == '/' or not name) and not client.stat(source).is_dir:     # as file/ and file/.
         raise Refused(NOT_DIR, source)
     if name and (not target or os.path.isdir(target)):
         name = to_local(name)          # raises where that can't be a name here

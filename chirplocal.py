@@ -8,7 +8,7 @@ import errno
 import itertools
 import os
 import stat
-from typing import Any, Callable, Dict, Iterator, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Tuple, Union
 
 import agent
 import localnames
@@ -17,6 +17,7 @@ from chirpwire import (
     Busy,
     ChirpError,
     check_unmounted,
+    inherited,
     is_trusted,
     is_zero,
     keep_attributes,
@@ -113,6 +114,14 @@ def stat_here(path: str) -> os.stat_result:
         raise
 
 
+def stat_of(path: str, follow: bool) -> Optional[os.stat_result]:
+    """None of what isn't there, or can't be looked at."""
+    try:
+        return os.stat(path, follow_symlinks=follow)
+    except OSError:
+        return None
+
+
 def through_links(path: str) -> str:
     """Where what is written to a path goes: what a link leads to. Raises OSError where that is nothing."""
     if not os.path.islink(path):
@@ -121,19 +130,21 @@ def through_links(path: str) -> str:
     return os.path.realpath(path)
 
 
-def tree_size(path: str, depth: int = 0) -> int:
-    """Bytes of the files in a folder that will be sent."""
-    size = 0
+def tree_size(path: str, depth: int = 0) -> Tuple[int, int]:
+    """Bytes of the files in a folder that will be sent, and those that they need on disk."""
+    size = space = 0
     with contextlib.suppress(OSError), os.scandir(path) as entries:
         for entry in entries:
             with contextlib.suppress(OSError):
                 if is_link(entry):
                     continue
                 if entry.is_dir(follow_symlinks=False):
-                    size += tree_size(entry.path, depth + 1) if depth < NESTED else 0
+                    inner = tree_size(entry.path, depth + 1) if depth < NESTED else (0, 0)
+                    size, space = size + inner[0], space + inner[1]
                 elif entry.is_file(follow_symlinks=False):
-                    size += entry.stat(follow_symlinks=False).st_size
-    return size
+                    found = entry.stat(follow_symlinks=False)
+                    size, space = size + found.st_size, space + space_of(found)
+    return size, space
 
 
 @contextlib.contextmanager
@@ -154,6 +165,16 @@ def pinned(path: str, follow: bool = False) -> Iterator[str]:
     finally:
         del PINNED[str(fd)]
         os.close(fd)
+
+
+@contextlib.contextmanager
+def pinned_below(top: str, names: Iterable[str], follow: bool = False) -> Iterator[str]:
+    """A folder in another one, ``pinned`` step by step: the first one may be the user's own link."""
+    with contextlib.ExitStack() as stack:
+        here = stack.enter_context(pinned(top, True))
+        for name in names:
+            here = stack.enter_context(pinned(os.path.join(here, name), follow))
+        yield here
 
 
 def unpinned(path: str) -> str:
@@ -506,7 +527,7 @@ def keep(where: Union[int, str], times: Optional[Tuple[int, int]], mode: Optiona
             os.utime(where, times)
     if mode is not None:
         with taking():
-            os.chmod(where, mode)
+            os.chmod(where, mode | inherited(os.stat(where).st_mode))
     return unkept(os.stat(where), mode, None if times is None else times[1])
 
 

@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 import agent
 from chirplocal import NESTED, to_remote, unpinned
@@ -111,14 +111,28 @@ class Failures:
     def clear(self) -> None:
         self.some: List[Tuple[str, str]] = []
         self._room = LONG_PATHS
+        self._told: Optional[Set[str]] = None
         self.count = 0
 
+    def tell_once(self) -> None:
+        """From now on, what has been told of isn't told again."""
+        self._told = {path for path, _ in self.some}
+
+    def is_told(self, path: Path) -> bool:
+        """Whether ``tell_once`` has been called, and this been told before it."""
+        return self._told is not None and self._text(path) in self._told
+
+    def _text(self, path: Path) -> str:
+        told = path if isinstance(path, bytes) else to_remote(agent.short_path(unpinned(path)))
+        return shown_whole(told) if self._room > 0 else shown(told)
+
     def add(self, path: Path, error: Any) -> None:
+        text = self._text(path)
+        if self._told is not None and (text in self._told or len(self.some) >= FAILURES):
+            return
         self.count += 1
         if len(self.some) < FAILURES:
             reason = error.strerror if isinstance(error, OSError) else getattr(error, 'reason', '')
-            told = path if isinstance(path, bytes) else to_remote(agent.short_path(unpinned(path)))
-            text = shown_whole(told) if self._room > 0 else shown(told)
             self._room -= len(text)
             self.some.append((text, (reason or str(error)) + AT_TARGET * self._is_targets(error)))
 

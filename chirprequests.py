@@ -11,7 +11,7 @@ import os
 import posixpath
 import re
 import time
-from typing import Any, Callable, Iterator, Optional, Tuple, Union
+from typing import Any, Callable, Iterator, List, Optional, Tuple, Union
 
 from chirpchannel import Channel
 from chirpwire import (
@@ -89,7 +89,20 @@ class Connection(Channel):
         found = self.find(path, False)
         if found is None or not found.is_link:
             return path
-        names, done, links = path.split(b'/'), b'', 0
+        return self._walk(path.split(b'/'), lambda: leads_nowhere(path, self.readlink(path)))
+
+    def without_climbing(self, path: str) -> str:
+        """A path without ``..``, each of which leads where the kernel has it: to what the folder is in that
+        a link before it leads to. (A server drops the name before it, whatever that is.)"""
+        names = to_bytes(path).split(b'/')
+        if b'..' not in names:
+            return path
+        end = len(names) - names[::-1].index(b'..')
+        climbed = self._walk(names[:end], lambda: Refused(DOESNT_EXIST, shown(path)))
+        return to_text(posixpath.join(climbed, b'/'.join(names[end:]).lstrip(b'/') or b'.'))
+
+    def _walk(self, names: List[bytes], error: Callable[[], Exception]) -> bytes:
+        done, links = b'', 0
         while names:
             name = names.pop(0)
             if name in (b'', b'.', b'..'):
@@ -97,8 +110,8 @@ class Connection(Channel):
                 continue
             here = done + b'/' + name
             found = self.find(here, False)
-            if found is None or links > LINKS:
-                raise leads_nowhere(path, self.readlink(path))
+            if found is None or links > LINKS or not found.is_dir and not found.is_link and b'..' in names:
+                raise error()
             if not found.is_link:
                 done = here
                 continue

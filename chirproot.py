@@ -17,6 +17,7 @@ from chirpwire import (
     RESERVED,
     ChirpError,
     check_unmounted,
+    inherited,
     is_part,
     is_zero,
     keep_attributes,
@@ -368,8 +369,7 @@ def check_access(fd: int, name: bytes, bits: int) -> None:
 
 def change_mode(fd: int, mode: int, least: int) -> None:
     """chmod; setuid and its like don't come. ``least``: the rights of the owner that stay, of a folder's."""
-    keep = least if stat.S_ISDIR(os.fstat(fd).st_mode) else least & 0o600
-    os.fchmod(fd, mode & 0o777 | keep)
+    os.fchmod(fd, mode & 0o777 | least_of(os.fstat(fd).st_mode, least))
 
 
 def change_mode_of_shut(fd: int, name: bytes, mode: int, least: int) -> None:
@@ -380,9 +380,14 @@ def change_mode_of_shut(fd: int, name: bytes, mode: int, least: int) -> None:
         found = os.fstat(shut).st_mode
         if stat.S_ISLNK(found):
             raise OSError(errno.EINVAL, 'a link')
-        os.chmod('/proc/self/fd/%d' % shut, mode & 0o777 | (least if stat.S_ISDIR(found) else least & 0o600))
+        os.chmod('/proc/self/fd/%d' % shut, mode & 0o777 | least_of(found, least))
     finally:
         os.close(shut)
+
+
+def least_of(found: int, least: int) -> int:
+    """Bits that stay of that mode, whatever is asked for."""
+    return least | inherited(found) if stat.S_ISDIR(found) else least & 0o600
 
 
 def keep_owner(part: Tuple[int, bytes], old: Tuple[int, bytes], found: os.stat_result) -> None:

@@ -15,6 +15,7 @@ import threading
 import time
 from typing import Any, Deque, Iterator, List, Optional, Tuple
 
+from chirpagain import Again, Listed, changed_here
 from chirpfolder import Arrived, Folder, Known
 from chirplanding import check_no_link
 from chirplocal import (
@@ -25,6 +26,7 @@ from chirplocal import (
     mode_there,
     open_regular,
     pinned,
+    pinned_below,
     read_small,
     space_of,
     stat_here,
@@ -40,7 +42,6 @@ from chirpmove import (
     PIECE,
     Failures,
     Meter,
-    Move,
     Options,
     altered,
     check_whole,
@@ -65,7 +66,9 @@ from chirpwire import (
     Crc32,
     Path,
     Refused,
+    Special,
     Stat,
+    Unlistable,
     may_have_changed,
     new_buffer,
     new_hash,
@@ -106,7 +109,7 @@ class Claims:
 CLAIMS = Claims()
 
 
-class Upload(Move):
+class Upload(Again):
     """One ``put``."""
 
     _arrived: Optional[Arrived] = None           # of a folder
@@ -129,7 +132,8 @@ class Upload(Move):
                 self._send_still(source, target)
                 return
             self._check_apart(target, lambda root: (source, root + os.fsdecode(target)))
-            self._meter.total = tree_size(source)
+            self._top = source
+            self._meter.total, self._space = tree_size(source)
             with contextlib.closing(self._further):
                 self._persist(lambda: self._put_tree(source, target))
         self._failures.check()
@@ -275,6 +279,7 @@ class Upload(Move):
         if not there.is_dir:
             raise Refused(NOT_DIR, shown(target))
         self._put_folder(source, target, True)
+        self._look_again()
 
     def _begin(self) -> None:
         """Forgets an earlier attempt, whose requests may be under way."""
@@ -282,6 +287,7 @@ class Upload(Move):
         self._unkept.clear()
         self._meter.moved = 0
         self._around.clear()
+        self._forget_listed()
         self._further.close()
         self._follows = self._options.links == 'follow'
         self._small = SmallFiles(self._further, lambda connection: Lane(
@@ -294,14 +300,15 @@ class Upload(Move):
         self._client.ask('rename', quote(part), quote(target))         # raises where that is too long
         old = self._client.find(part, False)
         if old is None:
-            self._client.check_room(posixpath.dirname(part) or b'/', self._meter.total, target)
+            self._client.check_room(posixpath.dirname(part) or b'/', self._space, target)
         elif not old.is_dir:
             self._client.unlink(part)
         try:
             with naming(target):
                 self._put_folder(source, part, False)
+                self._look_again()
                 if self._arrived is not None:
-                    self._arrived.check()
+                    self._arrived.check(self._arrived.latest)
         except (Refused, OSError) as error:
             self._leave(part, target, error)
             raise
@@ -328,15 +335,40 @@ class Upload(Move):
         """``merge``: others may read what is there already, so files must come in place all at once, and what
         the source doesn't have stays."""
         with pinned(source, self._follows or not self._around) as here:    # first the user's own link
-            found = os.stat(here)
+            found, seen = os.stat(here), time.time()
+            listed = Listed(unpinned(source), target, self._names(source), merge, not merge,
+                            list(self._around), found, seen)
+            self._note_listed(listed)
             with self._inside(found.st_dev, found.st_ino):
                 made = self._put_content(here, target, merge)
-            if self._options.keep and (made or not merge):
-                self._keep_folder(here, found, target)
+            if made or not merge:
+                self._keep_folder(here, listed)
 
-    def _keep_folder(self, source: str, found: os.stat_result, target: bytes) -> None:
+    def _names(self, source: str) -> Tuple[str, ...]:
+        """Those that lead to a folder from the one that is put."""
+        return tuple(name for name in unpinned(source)[len(self._top):].split(os.sep) if name)
+
+    def _changed(self, first: bool) -> List[Listed]:
+        changed = changed_here(list(self._listed.values()), first, self._follows)
+        if changed and self._arrived is not None:
+            self._arrived.check()              # before what is there is taken as it is
+        return changed
+
+    def _fill_again(self, listed: Listed) -> None:
+        with pinned_below(self._top, listed.names, self._follows) as here:
+            listed = listed._replace(found=os.stat(here), seen=time.time())
+            self._note_listed(listed)
+            with self._inside(listed.found.st_dev, listed.found.st_ino):
+                self._put_content(here, listed.target, listed.merge)
+            if listed.kept:
+                self._keep_folder(here, listed)
+
+    def _keep_folder(self, source: str, listed: Listed) -> None:
         """Its mode and times, now that all is in it."""
-        mode = mode_there(found)
+        self._note_listed(listed._replace(kept=True))
+        if not self._options.keep:
+            return
+        found, target, mode = listed.found, listed.target, mode_there(listed.found)
         bits = self._client.keep_mode(target, mode)
         bits |= self._client.keep_times(target, *times_of(found), mode)
         self._unkept.add_unkept(source, bits)
@@ -350,13 +382,20 @@ class Upload(Move):
                 raise Refused(NOT_DIR, shown(target))          # as cp: not through a link
             if not merge:
                 self._client.chmod(target, 0o700)
-            folder.known.fill(None if merge else source)
+            try:
+                folder.known.fill(None if merge or self._again else source)
+            except Unlistable:
+                if not self._again:
+                    raise
+                folder.known.must_ask = True
         with os.scandir(source) as entries:
             for entry in entries:
                 failed, name = self._failures.count, to_remote(entry.name)
+                told = self._again and self._failures.is_told(entry.path)
                 with self._failing(entry.path):
-                    self._put_entry(entry, folder, name)
-                if self._failures.count > failed:
+                    if not told and not self._has_come(entry, folder, name):
+                        self._put_entry(entry, folder, name)
+                if told or self._failures.count > failed:
                     folder.unmoved.add(part_name(name))
                 if len(folder.waiting) >= PENDING:
                     self._put_folders(source, folder)
@@ -366,6 +405,16 @@ class Upload(Move):
             if self._arrived is not None and not self._failures.count:
                 self._arrived.check_folder(target, folder.sent)
         return made
+
+    def _has_come(self, entry: os.DirEntry, folder: Folder, name: bytes) -> bool:
+        """Whether what is looked at again has been moved."""
+        if not self._again:
+            return False
+        there = self._find(folder.known, name)
+        found = os.stat(entry.path, follow_symlinks=self._follows)
+        return there is not None and not folder.merge or self._is_listed(found) or (
+            there is not None and there.is_file and stat.S_ISREG(found.st_mode)
+            and (there.size, there.mtime) == (found.st_size, seconds(found.st_mtime_ns)))
 
     def _put_entry(self, entry: os.DirEntry, folder: Folder, name: bytes) -> None:
         """A file or a link; a folder waits until those have been moved."""
@@ -488,8 +537,8 @@ def naming(target: bytes) -> Iterator[None]:
 
 
 def check_file_there(there: Optional[Stat], target: bytes) -> None:
-    """Raises Refused, or OSError, for what no file may replace: a folder, or a device, FIFO or socket."""
+    """Raises Refused for what no file may replace: a folder, or a device, FIFO or socket."""
     if there is not None and there.is_dir:
         raise Refused(IS_DIR, shown(target))
     if there is not None and not there.is_file and not there.is_link:
-        raise OSError(errno.EINVAL, 'neither a file nor a folder', shown(target))
+        raise Special(shown(target))

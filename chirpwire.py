@@ -149,6 +149,18 @@ class Unlistable(Refused):
         self.args = ('%s: %s' % (self.what, self.reason),)
 
 
+class Special(Refused):
+    """A device, FIFO or socket, which no file may replace."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(INVALID, what)
+        self.reason = 'neither a file nor a folder'
+        self.args = ('%s: %s' % (self.what, self.reason),)
+
+    def about(self, what: str) -> 'Special':
+        return Special(what)
+
+
 NOT_AUTHENTICATED, NOT_AUTHORIZED, DOESNT_EXIST, EXISTS, TOO_BIG, NO_SPACE = -1, -2, -3, -4, -5, -6
 INVALID, TOO_MANY_OPEN, BUSY, BAD_FD, IS_DIR, NOT_DIR, NOT_EMPTY = -8, -9, -10, -12, -13, -14, -15
 NOT_SUPPORTED = -23
@@ -188,6 +200,12 @@ def meaning_of(name: str) -> str:
         return ''
     text = os.strerror(number)
     return text if text[1:2].isupper() or text[1:2] == '/' else text[:1].lower() + text[1:]
+
+
+def inherited(mode: int) -> int:
+    """Of a folder's mode, the bit by which what is made in it has its group: it has that of the folder that
+    it is in, as by ``cp``."""
+    return mode & stat.S_ISGID if stat.S_ISDIR(mode) else 0
 
 
 def unkept(found: os.stat_result, mode: Optional[int], mtime: Optional[int]) -> int:

@@ -409,7 +409,7 @@ VERBS = [
                  help='in the VM; default: under its name where commands start'),
         AS_CP, LINKS, JSON], ('put web1 data/ input', 'put web1 - dump.sql < dump.sql')),
     Verb('get', do_get, 'copy files or a folder from a VM', [
-        VM, argument('source', metavar='SRC', help='in the VM; * and ? match names'),
+        VM, argument('source', metavar='SRC', help='in the VM; * and ? in its last part match names'),
         argument('target', metavar='DST', nargs='?',
                  help='on this machine; default: under its name in this folder; -: standard output'),
         AS_CP, LINKS, JSON], ('get web1 result.tar .', 'get web1 \'*.csv\' results/')),

@@ -934,9 +934,10 @@ class FileMethods(Methods):
     def getTransfer(self, id: str) -> dict:
         """{state, bytes, total, rate, error, failures: [{path, reason}], unkept: [{path, what}], …}; state:
         waiting, running, done, failed, cancelled. error: also what one waits for that has begun, as for its
-        VM's agent. failures: what of a folder was not moved, by its path at the source; the reason ends with
-        "(at the target)" where it failed there. All else was moved. unkept: what was, but for its mode, its
-        time, or both, which the disk there doesn't keep.
+        VM's agent. failures: what of a folder was not moved, by its path at the source, 10,000 of them at
+        most (error tells how many there are); the reason ends with "(at the target)" where it failed there.
+        All else was moved. unkept: what was, but for its mode, its time, or both, which the disk there
+        doesn't keep.
 
             >>> while host.getTransfer(transfer_id)['state'] in ('waiting', 'running'):
             ...     time.sleep(0.1)

@@ -515,10 +515,10 @@ class GuestPaths:
         elif path.startswith('~'):
             raise TransferError('%.200s: only ~ itself is known there' % path)
         if path.startswith('/'):
-            return self._of_absolute(path)
-        if posixpath.normpath(path).split('/')[0] == '..':
+            path = self._of_absolute(path)
+        elif posixpath.normpath(path).split('/')[0] == '..':
             raise self._outside(path)
-        return path
+        return self._client.without_climbing(path)
 
     def listed(self, path: str) -> str:
         """The same of a folder that is only looked at: what isn't there, the guest's server says."""
@@ -535,6 +535,9 @@ class GuestPaths:
         root = self._client.root
         normal = posixpath.normpath('/' + path.lstrip('/'))
         if root and root != '/' and (normal + '/').startswith(root + '/'):
+            rest = path[len(root):]
+            if path.startswith(root + '/') and posixpath.normpath(rest.lstrip('/')).split('/')[0] != '..':
+                return rest
             return normal[len(root):] + '/' * (path.endswith('/') and normal != root) or '/'
         if normal == '/' or root == '/' or self._client.find(path, False) is not None:
             return path

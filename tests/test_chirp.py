@@ -18,6 +18,7 @@ from helpers import let_others_in, wait_until
 
 import chirpclient
 import chirplanding
+import chirplocal
 import chirpserver
 import chirpupload
 import chirpwire
@@ -199,6 +200,27 @@ def test_a_folder_that_is_there_keeps_its_mode_and_its_time(client, served, tmp_
     client.put(str(source), '/')
     assert (served[1] / 'new' / 'x').read_bytes() == b'x'
     assert stat.S_IMODE(served[1].stat().st_mode) != 0o700
+
+
+def test_a_folder_in_a_folder_of_a_group_is_of_that_group(tmp_path):
+    """As by cp -r: what is made in it later, too. Also where an attempt has stopped half way."""
+    group = 33 if os.geteuid() == 0 else os.getegid()
+    for folder in tmp_path / 'here', tmp_path / 'there':
+        (folder / 'tree' / 'sub').mkdir(parents=True)
+        os.chmod(str(folder / 'tree'), 0o750)
+        target = folder / 'target'
+        target.mkdir()
+        os.chown(str(target), -1, group)
+        os.chmod(str(target), 0o2775)
+        os.mkdir(chirplocal.local_part(str(target / 'half')))
+    with our_server(tmp_path / 'there') as server, chirpclient.ChirpClient(*server.address) as moving:
+        for name in 'new', 'half':
+            moving.put(str(tmp_path / 'here' / 'tree'), '/target/' + name)
+            moving.get('/tree', str(tmp_path / 'here' / 'target' / name))
+            for folder in tmp_path / 'here' / 'target' / name, tmp_path / 'there' / 'target' / name:
+                for made, mode in (folder, 0o2750), (folder / 'sub', 0o2755):
+                    found = os.stat(str(made))
+                    assert (stat.S_IMODE(found.st_mode), found.st_gid) == (mode, group), made
 
 
 def make_tree(folder):

@@ -545,6 +545,23 @@ def test_a_folder_in_the_place_of_a_file_stays(client, served, tmp_path):  # noq
     assert source.read_bytes() == b'x' * 100000 and client.getfile('/file') == b'y'
 
 
+def test_a_folder_needs_no_room_for_holes(tmp_path, monkeypatch):
+    """As its files don't, one by one: a disk may have room for what is in them alone."""
+    (tmp_path / 'served').mkdir()
+    (tmp_path / 'tree').mkdir()
+    with open(str(tmp_path / 'tree' / 'sparse'), 'wb') as file:
+        file.truncate(8 << 20)
+    if os.stat(str(tmp_path / 'tree' / 'sparse')).st_blocks:
+        pytest.skip('this disk knows no holes')
+    monkeypatch.setattr(chirpclient.ChirpClient, 'free_bytes', lambda *_: 1 << 20)
+    with our_server(tmp_path / 'served') as server, chirpclient.ChirpClient(*server.address) as moving:
+        moving.put(str(tmp_path / 'tree'), '/new')
+        write(tmp_path / 'tree' / 'full', b'x' * (2 << 20))
+        with pytest.raises(chirpwire.Refused, match='no space'):
+            moving.put(str(tmp_path / 'tree'), '/other')
+    assert seen(tmp_path / 'served' / 'new')[b'sparse'][1] == bytes(8 << 20)
+
+
 @pytest.mark.once
 def test_a_sparse_file_stays_sparse(client, served, tmp_path):  # noqa: F811
     size = int(os.environ.get('CHIRP_SPARSE', 64 << 20))

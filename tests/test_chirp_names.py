@@ -163,10 +163,11 @@ def test_what_is_no_file_there_is_not_replaced_by_one(ours, tmp_path):
     (there / 'tree').mkdir()
     for name in 'fifo', 'large':
         os.mkfifo(str(there / 'tree' / name))
-        with pytest.raises(OSError, match='neither a file nor a folder'):
+        with pytest.raises(chirpwire.Refused, match='neither a file nor a folder'):
             client.put(str(source / name), '/tree/' + name)
     with pytest.raises(chirpwire.Incomplete, match='neither a file nor a folder') as incomplete:
         client.put(str(source), '/tree')
+    assert all(reason.endswith('(at the target)') for _, reason in incomplete.value.failures)
     assert incomplete.value.count == 2 and (there / 'tree' / 'other').read_bytes() == b'x'
     assert all(stat.S_ISFIFO(os.lstat(str(there / 'tree' / name)).st_mode) for name in ('fifo', 'large'))
 

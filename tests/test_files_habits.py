@@ -118,6 +118,44 @@ def test_a_path_outside_is_an_error_that_says_so(host, guest, tmp_path):
     good(host, 'get', 'g', '/one', tmp_path / 'got')    # what is there may be named as the API lists it
 
 
+def test_a_file_is_no_folder_that_a_path_ends_in(host, guest, tmp_path):
+    for folder in tmp_path, pathlib.Path(guest.files):
+        write(folder / 'file', b'x')
+    for end in '/', '/.':
+        for words in (('get', 'g', 'file' + end, tmp_path / 'new'),
+                      ('put', 'g', str(tmp_path / 'file') + end, 'new')):
+            code, _, err = verb(host, *words)
+            assert code == 1 and 'not a directory' in err.lower(), err
+    assert not (tmp_path / 'new').exists() and names(guest.files) == ['file']
+
+
+def test_dots_after_a_link_lead_where_the_link_leads(host, guest, tmp_path):
+    """As those of a path here, and those of cp; not to the folder that the link is in."""
+    for folder in tmp_path / 'here', pathlib.Path(guest.files):
+        (folder / 'real' / 'sub').mkdir(parents=True)
+        os.symlink('real/sub', str(folder / 'link'))
+        write(folder / 'real' / 'file', b'right')
+        write(folder / 'file', b'wrong')
+    good(host, 'get', 'g', 'link/../file', tmp_path / 'got')
+    good(host, 'get', 'g', os.path.realpath(guest.files) + '/link/../file', tmp_path / 'again')
+    assert (tmp_path / 'got').read_bytes() == (tmp_path / 'again').read_bytes() == b'right'
+    good(host, 'put', 'g', tmp_path / 'here' / 'link' / '..' / 'file', 'link/../put')
+    good(host, 'put', 'g', tmp_path / 'got', 'link/..')
+    assert names(guest.files) == ['file', 'link', 'real'] and names(in_guest(guest, 'real')) == [
+        'file', 'got', 'put', 'sub']
+    good(host, 'get', 'g', 'link/..', tmp_path / 'all')
+    assert names(tmp_path / 'all') == ['file', 'got', 'put', 'sub']
+    for path in 'no/../file', 'file/../file':
+        assert verb(host, 'get', 'g', path, tmp_path / 'none')[0] == 1
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
+def test_a_device_that_takes_nothing_is_named(host, guest):
+    write(pathlib.Path(guest.files) / 'x', b'x')
+    code, _, err = verb(host, 'get', 'g', 'x', '/dev/full')
+    assert code == 1 and '/dev/full: No space left on device' in err
+
+
 def test_a_file_goes_to_standard_output(host, guest, tmp_path):
     content = bytes(range(256)) * 3000
     write(tmp_path / 'x', content)

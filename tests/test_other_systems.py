@@ -230,6 +230,19 @@ def test_a_folder_is_checked_by_writing_to_it(tmp_path):
         pass
 
 
+def test_a_file_for_a_moment_goes_though_its_disk_fails(tmp_path, monkeypatch):
+    """As one in a network may, which is full, as late as that."""
+    close = os.close
+
+    def fail(descriptor):
+        close(descriptor)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(OSError), agent.momentary_file(str(tmp_path)):
+        monkeypatch.setattr(os, 'close', fail)
+    monkeypatch.undo()
+    assert os.listdir(str(tmp_path)) == []
+
+
 def test_the_kernel_module_is_a_thing_of_linux(monkeypatch):
     monkeypatch.setattr(vboxconnection.sys, 'platform', 'win32')
     assert vboxconnection.system_lines() == []
