@@ -462,10 +462,9 @@ def test_a_disk_of_another_maker_that_is_cut_is_told_to_be_so(tmp_path, kind, ma
 
 def test_what_looks_like_a_disk_and_tells_nonsense_is_left_to_virtualbox(tmp_path):
     image = tmp_path / 'odd.vmdk'
-    for start in (b'KDMV', b'conectix'):
-        for fill in (b'\0', b'\xff'):
-            image.write_bytes(start + 600 * fill)
-            imagefiles.check_image(str(image))
+    for start, fill in ((b'KDMV', b'\0'), (b'conectix', b'\0'), (b'conectix', b'\xff')):
+        image.write_bytes(start + 600 * fill)
+        imagefiles.check_image(str(image))
     image.write_bytes(b'conectix' + 8 * b'\0' + 8 * b'\xff' + 600 * b'\0')
     imagefiles.check_image(str(image))
 
