@@ -264,8 +264,9 @@ class Hypervisor:
         it is still there, and the others were seen before."""
         vm = self._watch.uuid_of(call.vm) or call.vm
         alone = bool(vm) and call.verb != 'remove_vm' and self._watch.rows() is not None
+        words = () if not alone else (vm, True) if self._watch.hangs(vm) else (vm,)     # type: Tuple[Any, ...]
         try:
-            self._call('describe' if alone else 'machines', (vm,) if alone else (), LOOK_PATIENCE)
+            self._call('describe' if alone else 'machines', words, LOOK_PATIENCE)
         except NoSuchVM:                            # made, and taken back, say
             self._look()
         except VMHostError as error:

@@ -137,7 +137,7 @@ class Driver:
         return self._cannot('list VMs')
 
     @quick
-    def describe(self, job: 'Job', vm: str) -> Dict[str, Any]:
+    def describe(self, job: 'Job', vm: str, anew: bool = False) -> Dict[str, Any]:
         """A row of `machines` with memory (MB), cpus, ostype, snapshot, tagged (made by us), rdp{…}, pid (of
         the process in which it runs; 0 where none does, or it isn't known), forwards (create_vm's, with the
         host ports that they have), bridged (the interface of this machine to which a card is; '')."""

@@ -104,8 +104,8 @@ def check_is_no_qed(name: str, file: Any) -> None:
 
 
 def check_description_of_vmdk(name: str, file: Any) -> None:
-    """Raises HypervisorError for a .vmdk without the description that its head names. Seen with 7.2: of one in
-    an appliance that has half a gigabyte of that by its own word VirtualBox's server dies."""
+    """Raises HypervisorError for a .vmdk without the description that its head names. Seen with 7.2: of one
+    in an appliance that has half a gigabyte of that by its own word VirtualBox's server dies."""
     head = read_at(file, 0, 512)
     if not head.startswith(VMDK) or len(head) < 512:
         return

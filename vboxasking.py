@@ -214,7 +214,9 @@ class Asking(Driver):
         return {'name': info['name'], 'id': mac, 'uuid': info['UUID'], 'native': native, 'trouble': '',
                 'state': virtualbox.STATE_OF_NATIVE.get(native, vmstates.CHANGING)}
 
-    def describe(self, job: Job, vm: str) -> Dict[str, Any]:
+    def describe(self, job: Job, vm: str, anew: bool = False) -> Dict[str, Any]:
+        if anew:
+            self._ask_at.pop(self._find(job, vm), None)
         try:
             info, trouble = self._seen(job, vm)
         except faults.BadState:

@@ -303,6 +303,7 @@ class VBoxManage(Cards):
 
     def _fit_out(self, job: Job, uuid: str, image: str, wish: Dict[str, Any]) -> None:
         info = self._info(uuid)
+        check_room(info['name'], info['CfgFile'])
         words = ['--%s=%d' % (key, wish[key]) for key in ('memory', 'cpus') if wish[key]]
         mode = wish['network'] or self.settings['network']['mode']
         if mode == 'hostonly' and not wish['network'] and not self._has_network():
@@ -328,11 +329,13 @@ class VBoxManage(Cards):
             self._change(job, 'setextradata', uuid, KEEP, uuid)
         if wish['owner']:
             self._run('setextradata', 'global', vboximages.OWNER + uuid, wish['owner'])
-        self._is_made(job, uuid)
+        self._is_made(job, info)
 
-    def _is_made(self, job: Job, uuid: str) -> None:
-        """It is half made no longer. Seen with 7.2, where others look at the VM meanwhile: VirtualBox says
-        yes, and keeps the mark, for which `cleanup` would take a whole VM away."""
+    def _is_made(self, job: Job, info: Dict[str, str]) -> None:
+        """It is half made no longer, where there is room for that. Seen with 7.2, where others look at the VM
+        meanwhile: VirtualBox says yes, and keeps the mark, for which `cleanup` would take a whole VM away."""
+        uuid = info['UUID']
+        check_room(info['name'], info['CfgFile'])
         self._change(job, 'setextradata', uuid, MAKING)
         while MAKING in self._marks(uuid):
             job.check_deadline(faults.Busy('VirtualBox keeps %s of %s' % (MAKING, uuid)))

@@ -226,7 +226,7 @@ class Looking:
                 'state': STATE_OF_NATIVE.get(native, vmstates.CHANGING), 'native': native,
                 'trouble': pause_trouble(machine) if native == 'Paused' else ''}
 
-    def describe(self, job: Job, vm: str) -> Dict[str, Any]:
+    def describe(self, job: Job, vm: str, anew: bool = False) -> Dict[str, Any]:
         machine = self.box.find_any(vm)
         row = self._row(machine)
         if not machine.accessible:

@@ -60,7 +60,7 @@ class Processes(hypervisor.Driver):
     def machines(self, job):
         return [self._row(name, *vm) for name, vm in self._read().items()]
 
-    def describe(self, job, vm):
+    def describe(self, job, vm, anew=False):
         vms = self._read()
         name = self._find(vms, vm)
         row = self._row(name, *vms[name])

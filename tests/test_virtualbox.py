@@ -696,6 +696,13 @@ def test_what_talks_to_a_vm_that_hangs_is_told_so_before_it_begins(monkeypatch, 
         assert box._call(verb, ('vm',) + args) == 'an answer' and box._watch.row_of('vm')['trouble'] == ''
 
 
+def test_a_vm_that_hung_is_asked_anew_once_it_was_changed(monkeypatch):
+    """It was heard of: so nobody is told its state of before."""
+    asked = ANSWERS.replace("native='Running'", "native=str(asked['args'])")
+    with hanging(monkeypatch, asked, BEGINS_FIRST) as box:
+        assert box.discard_state('vm') == 'an answer' and box.known_native('vm') == "['vm', True]"
+
+
 BEGINS_AND_ANSWERS_LATE = BEGINS_AND_HANGS.replace('time.sleep(1000)', """import os
 while os.getppid() and not os.path.exists(%r):
     time.sleep(0.01)
