@@ -1153,6 +1153,14 @@ def test_a_vm_that_is_paused_again_at_once(driver, made, tmp_path):
     assert driver.resume('vm') and driver.machines()[0]['trouble'] == ''
 
 
+@pytest.mark.parametrize('verb', ['pause', 'resume', 'reset'])
+def test_a_vm_whose_process_ends_under_a_verb_is_told_at_once(driver, made, monkeypatch, verb):
+    assert driver.start('vm') and (verb != 'resume' or driver.pause('vm'))
+    monkeypatch.setattr(fake_virtualbox.Console, verb, lambda console: console.machine.go_to('Aborted'))
+    with pytest.raises(faults.HypervisorError, match='vm is Aborted, and not .*getLog'):
+        getattr(driver, verb)('vm')
+
+
 def test_the_licence_of_an_appliance(driver, tmp_path, monkeypatch):
     image = appliance_at(str(tmp_path / 'image.ova'))
     monkeypatch.setattr(fake_virtualbox.Description, 'kinds', [3, 41, 16, 7])
