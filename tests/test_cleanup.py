@@ -385,10 +385,32 @@ def test_an_import_that_is_refused_notes_nothing(box, vbox, appliance, monkeypat
     assert not vbox.extra
 
 
+@pytest.mark.parametrize('disk', ['disk.vmdk', 'sub/disk.vmdk'])
+def test_a_failed_import_leaves_no_disks(box, vbox, appliance, tmp_path, monkeypatch, disk):
+    """Where it is the settings that VirtualBox doesn't like, it leaves the disks, however large."""
+    folder = tmp_path / 'failed'
+    monkeypatch.setattr(fake_virtualbox.VirtualBox, 'composeMachineFilename',
+                        lambda vbox, name, *others: str(folder / 'failed.vbox'))
+    monkeypatch.setattr(fake_virtualbox.Description, 'values', ['its name', '', disk])
+
+    def fail(appliance, options):
+        (folder / disk).parent.mkdir(parents=True, exist_ok=True)
+        (folder / disk).write_bytes(b'x')
+        (folder / 'mine.vmdk').write_bytes(b'x')
+        return fake_virtualbox.Failed('Invalid port count: 0')
+
+    monkeypatch.setattr(fake_virtualbox.Appliance, 'importMachines', fail)
+    with pytest.raises(faults.HypervisorError, match='Invalid port count'):
+        box.create_vm('failed', appliance, {})
+    assert not (folder / disk).exists() and (folder / 'mine.vmdk').exists()
+
+
 @pytest.mark.parametrize('stage, words', [
     ('reading', 'Premature end of data in tag VirtualQuantity line 46'),
     ('reading', 'Error reading OVA (VERR_TAR_UNEXPECTED_EOS)'),
-    ('importing', 'Could not create the imported medium (VERR_EOF)')])
+    ('importing', 'Could not create the imported medium (VERR_EOF)'),
+    ('importing', 'Digest mismatch (VERR_NOT_EQUAL): Attribute \'SHA1\' on \'disk.vmdk\' does not match'),
+    ('importing', 'Unexpected end of OVA package')])
 def test_an_appliance_that_is_cut_is_told_to_be_so(box, vbox, appliance, stage, words):
     setattr(vbox, stage, fake_virtualbox.Failed(words))
     with pytest.raises(faults.HypervisorError) as told:
