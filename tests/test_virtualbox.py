@@ -1247,7 +1247,9 @@ NETWORK = {'mode': 'hostonly', 'interface': 'vboxnet0', 'host_ip': '192.168.56.1
 
 @pytest.mark.parametrize('changes, told', [
     ({'dhcp_server': '192.168.56.1'}, 'host_ip itself'), ({'dhcp_server': '192.168.56.150'}, 'gives away'),
-    ({'dhcp_lower': '192.168.56.1'}, 'gives away|among'), ({'host_ip': '10.0.0.1'}, 'not in the network')])
+    ({'dhcp_lower': '192.168.56.1'}, 'gives away|among'), ({'host_ip': '10.0.0.1'}, 'not in the network'),
+    ({'netmask': '0.0.0.0'}, 'reach nothing else'), ({'host_ip': '192.168.56.0'}, 'host_ip=.*of the network'),
+    ({'dhcp_upper': '192.168.56.255'}, 'dhcp_upper=.*or of all in it')])
 def test_a_network_that_makes_no_sense(changes, told):
     assert re.search(told, vboxnetwork.address_problem(dict(NETWORK, **changes)))
     assert vboxnetwork.address_problem(NETWORK) == ''
