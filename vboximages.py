@@ -72,6 +72,7 @@ NOT_REGISTERED = ('a VM that is not registered: `create` of that file brings it 
                   'one that was left half made')
 LONGEST_NAME = 200                 # bytes of a VM's name: it names files
 ELSEWHERE = 'attached from elsewhere; --all-disks (allDisks) deletes it, too'      # why a disk is kept
+WRITTEN_OVER = 'holds what was written over %s, which was attached from elsewhere; --all-disks deletes both'
 
 
 class Images:
@@ -639,7 +640,11 @@ class Disks:
         media = [medium for medium in media if medium not in kept]
         noted = [(medium.id, medium.location) for medium in media
                  if not medium.parent or self.is_noted(medium)]
-        reasons.update((medium.base.location, ELSEWHERE) for medium in kept if medium.id not in images)
+        for medium in kept:
+            if medium.id not in images:
+                reasons[medium.base.location] = ELSEWHERE
+                if medium.parent:
+                    reasons[medium.location] = WRITTEN_OVER % medium.base.location
         progress = machine.deleteConfig([medium for medium in media if not self._close_gone(medium)])
         for disk, location in noted:
             self.forget(disk, location)

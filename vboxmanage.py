@@ -462,11 +462,23 @@ class VBoxManage(Cards):
                 self._run('setextradata', 'global', key)
 
     def _forget_image(self, told: str) -> None:
-        """The image on which a disk lay that is deleted, unless another disk lies on it; its file stays."""
-        parent = re.search(r'^Parent UUID: +([0-9a-f-]{36})$', told, re.MULTILINE)
-        if parent is not None:
-            with contextlib.suppress(Refused):
-                self._run('closemedium', 'disk', parent.group(1))
+        """What a disk lay on that is deleted, unless another one lies on it: the image, whose file stays; and
+        before that a disk that was made with the VM, on which VirtualBox laid another one by itself, as it
+        does on an image for a stream."""
+        while True:
+            parent = re.search(r'^Parent UUID: +([0-9a-f-]{36})\r?$', told, re.MULTILINE)
+            if parent is None:
+                return
+            disk = parent.group(1)
+            path = self._marks('global').get(vboximages.DISK_MADE + disk, '')
+            try:
+                told = self._run('showmediuminfo', 'disk', disk)
+                self._run('closemedium', 'disk', disk, *delete_words(path) if path else ())
+            except Refused:
+                return
+            if not path:
+                return
+            self._run('setextradata', 'global', vboximages.DISK_MADE + disk)
 
     def cleanup(self, job: Job, dry_run: bool = True, vms: List[str] = [], owner: str = ''  # noqa: B006
                 ) -> List[Dict[str, str]]:

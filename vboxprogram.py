@@ -45,6 +45,7 @@ PASSING = {                        # what VirtualBox says for a moment: how many
 UNREADABLE = 'VERR_(EOF|VD|NOT_SUPPORTED)'     # its words for a disk that is cut, damaged, or unknown
 OPENS_IN = 60                  # seconds until it is left to VirtualBox's server
 LOOKS = 'list', 'showvminfo', 'showmediuminfo', 'getextradata'      # what changes nothing
+VMS = 2 ** 30                  # bytes that stand for VMs
 LONGEST_TURN = 5.0             # seconds that who looks at a VM waits for another one that does
 CRASHED = r'VBoxManage ended with (-|\d{9})'        # seen with 7.2, where a VM comes or goes in that moment
 INFO_LINE = re.compile(
@@ -148,10 +149,11 @@ def in_turn(words: Sequence[str], rest: Callable[[bool], None]) -> Iterator[None
     runs: the first one's session ends while the other reads its controllers. So they do it one after the
     other. One that takes its time looks at a VM that runs, and hangs: it isn't waited for, as there two may.
     """
-    file = open_turns() if words[0] == 'showvminfo' else None
+    at_all = words[0] == 'list' and '--long' in words
+    file = open_turns() if at_all or words[0] == 'showvminfo' else None
+    vm, until = '' if at_all else ''.join(words[1:2]), time.monotonic() + LONGEST_TURN
     try:
-        until = time.monotonic() + LONGEST_TURN
-        while file is not None and not take_turn(file, words[1]) and time.monotonic() < until:
+        while file is not None and not take_turn(file, vm) and time.monotonic() < until:
             rest(False)
             time.sleep(0.02)
         yield
@@ -171,15 +173,16 @@ def open_turns() -> Optional[int]:
 
 
 def take_turn(file: int, vm: str) -> bool:
-    """Locks the byte that stands for a VM, by its uuid: which never has to be there."""
-    os.lseek(file, zlib.crc32(vm.encode()) >> 1, os.SEEK_SET)
+    """Locks the byte that stands for a VM, by its uuid; all of them for ''. None has to be there."""
+    os.lseek(file, zlib.crc32(vm.encode()) % VMS if vm else 0, os.SEEK_SET)
+    length = 1 if vm else VMS
     try:
         if sys.platform == 'win32':
             import msvcrt
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(file, msvcrt.LK_NBLCK, length)
         else:
             import fcntl
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0, os.SEEK_CUR)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, 0, os.SEEK_CUR)
     except OSError:
         return False
     return True

@@ -166,6 +166,17 @@ def test_foreign_disks_are_deleted_only_on_demand(box, vbox, tmp_path):
         vbox.hardDisks.clear()
 
 
+def test_who_removes_a_vm_is_told_of_what_was_written_over_a_foreign_disk(box, vbox, tmp_path):
+    """As it lies in the VM's own folder, and nobody would look for it there."""
+    foreign = foreign_disk(vbox, tmp_path)
+    machine = create(box, vbox, 'ours', diskSize=0)
+    over = foreign.make_child(os.path.join(os.path.dirname(machine.settingsFilePath), 'over.vdi'))
+    attach(machine, over)
+    told = dict(box.remove_vm('ours', True))
+    assert told[foreign.location].startswith('attached from elsewhere')
+    assert 'written over %s' % foreign.location in told[over.location] and os.path.exists(over.location)
+
+
 @pytest.mark.parametrize('all_disks', [False, True])
 def test_who_removes_a_vm_is_told_of_the_disk_that_another_one_has(box, vbox, tmp_path, all_disks):
     machines = create(box, vbox, 'ours', diskSize=0), create(box, vbox, 'theirs', diskSize=0)

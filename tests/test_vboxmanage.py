@@ -581,10 +581,10 @@ time.sleep(0.1)
 os.remove(here)
 """)
     looks = []
-    for vm in ('a', 'a', 'b', 'a'):
+    for words in (('showvminfo', 'a'), ('list', 'a', '--long'), ('showvminfo', 'b'), ('showvminfo', 'a')):
         looks.append(os.fork())
         if not looks[-1]:
-            program.run('showvminfo', vm)
+            program.run(*words)
             os._exit(0)
     assert [os.waitpid(look, 0)[1] for look in looks] == [0, 0, 0, 0]
     assert not (tmp_path / 'a.two').exists()
