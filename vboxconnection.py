@@ -361,8 +361,13 @@ class Connection:
                 'restart the machine; nothing on its disks is lost')
 
     def reached(self, job: Job, machine: Any, *states: str) -> None:
-        """Waits until the VM is in one of these states and nobody is about to let it go."""
+        """Waits until the VM is in one of these states and nobody is about to let it go. Raises
+        HypervisorError where it has ended instead."""
         while self.state_of(machine) not in states:
+            now = self.state_of(machine)
+            if now in OFF + SAVED and now not in states:
+                raise HypervisorError('%s is %s, and not %s: its process ended; getLog should tell why' % (
+                    machine.name, now, either(states)))
             job.check_deadline(DeadlineExceeded(
                 '%s is %s, and not yet %s after %d s' % (
                     machine.name, self.state_of(machine), either(states), self.timeout)))

@@ -64,13 +64,15 @@ UUID = re.compile(r'^{?[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}}?$')
 LARGEST = 2 ** 31 - 1              # of the numbers that options hold
 LARGEST_DISK = 2 ** 21             # MB: VirtualBox's own limit; of more it writes a table for minutes
 NOT_LINKED = 'linked: expected an image that is a disk, on which the VM\'s own can lie'
-BROKEN = 'VERR_(EOF|TAR|VD|ZIP|XAR)'    # in VirtualBox's words where a disk in an appliance is cut or damaged
+# In VirtualBox's words where a disk in an appliance is cut, damaged or missing.
+BROKEN = 'VERR_(EOF|TAR|VD|ZIP|XAR)|Digest mismatch|Unexpected end of OVA'
 UNFIT = ('VirtualBox can\'t open the image %s: it is damaged, of another kind than its name says, or a copy '
          'of a disk that VirtualBox has%s')
 NOT_REGISTERED = ('a VM that is not registered: `create` of that file brings it back, and `cleanup` removes '
                   'one that was left half made')
 LONGEST_NAME = 200                 # bytes of a VM's name: it names files
 ELSEWHERE = 'attached from elsewhere; --all-disks (allDisks) deletes it, too'      # why a disk is kept
+WRITTEN_OVER = 'holds what was written over %s, which was attached from elsewhere; --all-disks deletes both'
 
 
 class Images:
@@ -445,6 +447,7 @@ class Images:
                 self.box.finish(job, appliance.importMachines([]), 'importing')
         except Exception as error:                  # VirtualBox goes on, or died: what comes is ours
             if not isinstance(error, DeadlineExceeded) and not self.box.is_dead(error):
+                self._disks.delete_left_in(os.path.dirname(path))
                 self._disks.forget_in(os.path.dirname(path))
                 if is_new:
                     with contextlib.suppress(OSError):      # there is something in it
@@ -562,6 +565,15 @@ class Disks:
             if os.path.dirname(path) == folder and not is_recent(path, begun):
                 self.box.vbox.setExtraData(key, '')
 
+    def delete_left_in(self, folder: str) -> None:
+        """What a failed import made there, and VirtualBox knows no longer. It deletes that itself, as a rule;
+        where it is the settings that it doesn't like, the disks stay, however large."""
+        known = {disk.location for disk in self.all()}
+        for path, begun in self.expected():
+            if path.startswith(os.path.join(folder, '')) and is_recent(path, begun) and path not in known:
+                with contextlib.suppress(OSError):      # cleanup will find it
+                    os.remove(path)
+
     def _begun(self) -> List[Tuple[str, str, str]]:
         """(key of the note, path, when it began) of unfinished disks, and of the .vbox files that imports
         make."""
@@ -628,7 +640,11 @@ class Disks:
         media = [medium for medium in media if medium not in kept]
         noted = [(medium.id, medium.location) for medium in media
                  if not medium.parent or self.is_noted(medium)]
-        reasons.update((medium.base.location, ELSEWHERE) for medium in kept if medium.id not in images)
+        for medium in kept:
+            if medium.id not in images:
+                reasons[medium.base.location] = ELSEWHERE
+                if medium.parent:
+                    reasons[medium.location] = WRITTEN_OVER % medium.base.location
         progress = machine.deleteConfig([medium for medium in media if not self._close_gone(medium)])
         for disk, location in noted:
             self.forget(disk, location)

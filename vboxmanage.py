@@ -303,6 +303,7 @@ class VBoxManage(Cards):
 
     def _fit_out(self, job: Job, uuid: str, image: str, wish: Dict[str, Any]) -> None:
         info = self._info(uuid)
+        check_room(info['name'], info['CfgFile'])
         words = ['--%s=%d' % (key, wish[key]) for key in ('memory', 'cpus') if wish[key]]
         mode = wish['network'] or self.settings['network']['mode']
         if mode == 'hostonly' and not wish['network'] and not self._has_network():
@@ -328,11 +329,13 @@ class VBoxManage(Cards):
             self._change(job, 'setextradata', uuid, KEEP, uuid)
         if wish['owner']:
             self._run('setextradata', 'global', vboximages.OWNER + uuid, wish['owner'])
-        self._is_made(job, uuid)
+        self._is_made(job, info)
 
-    def _is_made(self, job: Job, uuid: str) -> None:
-        """It is half made no longer. Seen with 7.2, where others look at the VM meanwhile: VirtualBox says
-        yes, and keeps the mark, for which `cleanup` would take a whole VM away."""
+    def _is_made(self, job: Job, info: Dict[str, str]) -> None:
+        """It is half made no longer, where there is room for that. Seen with 7.2, where others look at the VM
+        meanwhile: VirtualBox says yes, and keeps the mark, for which `cleanup` would take a whole VM away."""
+        uuid = info['UUID']
+        check_room(info['name'], info['CfgFile'])
         self._change(job, 'setextradata', uuid, MAKING)
         while MAKING in self._marks(uuid):
             job.check_deadline(faults.Busy('VirtualBox keeps %s of %s' % (MAKING, uuid)))
@@ -459,11 +462,23 @@ class VBoxManage(Cards):
                 self._run('setextradata', 'global', key)
 
     def _forget_image(self, told: str) -> None:
-        """The image on which a disk lay that is deleted, unless another disk lies on it; its file stays."""
-        parent = re.search(r'^Parent UUID: +([0-9a-f-]{36})$', told, re.MULTILINE)
-        if parent is not None:
-            with contextlib.suppress(Refused):
-                self._run('closemedium', 'disk', parent.group(1))
+        """What a disk lay on that is deleted, unless another one lies on it: the image, whose file stays; and
+        before that a disk that was made with the VM, on which VirtualBox laid another one by itself, as it
+        does on an image for a stream."""
+        while True:
+            parent = re.search(r'^Parent UUID: +([0-9a-f-]{36})\r?$', told, re.MULTILINE)
+            if parent is None:
+                return
+            disk = parent.group(1)
+            path = self._marks('global').get(vboximages.DISK_MADE + disk, '')
+            try:
+                told = self._run('showmediuminfo', 'disk', disk)
+                self._run('closemedium', 'disk', disk, *delete_words(path) if path else ())
+            except Refused:
+                return
+            if not path:
+                return
+            self._run('setextradata', 'global', vboximages.DISK_MADE + disk)
 
     def cleanup(self, job: Job, dry_run: bool = True, vms: List[str] = [], owner: str = ''  # noqa: B006
                 ) -> List[Dict[str, str]]:

@@ -31,6 +31,7 @@ BRIDGED = 'vmhost/bridged-auto'    # a mark: the VM's bridged card follows that
 NAT_FOR_NOW = 'vmhost/nat-for-now'     # a mark: there was no host-only network yet when the VM was made
 SET_UP = 'vmhost/network/'         # + an interface that was set up as [Network] says: what it was given
 UNCLAIMED = ('', '192.168.56.1')       # an interface's address that nobody chose: a new one has it
+LARGEST = 8                        # bits of a netmask, at least: 10.0.0.0/8 is the largest that is private
 NEW_MASKS = ('', '255.255.255.0')      # the same of its netmask
 NEW_POOL = '192.168.56.100', '255.255.255.0', '192.168.56.101', '192.168.56.254'      # and of its DHCP server
 FOREIGN = '%s has the %s, not given to it here: name %s in [Network], or give it yours: '
@@ -582,9 +583,16 @@ def address_problem(network: Dict[str, Any]) -> str:
     """What is wrong with the addresses of [Network], '' when nothing is."""
     try:
         net = ipaddress.ip_network('%s/%s' % (network['host_ip'], network['netmask']), False)
-        for key in ('dhcp_server', 'dhcp_lower', 'dhcp_upper'):
-            if ipaddress.ip_address(network[key]) not in net:
-                return '[Network] %s=%s is not in the network %s' % (key, network[key], net)
+        if net.prefixlen < LARGEST:
+            return '[Network] netmask=%s: this machine would reach nothing else by its other networks' % (
+                network['netmask'])
+        for key in ('host_ip', 'dhcp_server', 'dhcp_lower', 'dhcp_upper'):
+            address = ipaddress.ip_address(network[key])
+            if address not in net:
+                return '[Network] %s=%s is not in the network %s' % (key, address, net)
+            if address in (net.network_address, net.broadcast_address):
+                return '[Network] %s=%s is no machine\'s, but that of the network %s, or of all in it' % (
+                    key, address, net)
         lower, upper, host = (int(ipaddress.ip_address(network[key]))
                               for key in ('dhcp_lower', 'dhcp_upper', 'host_ip'))
     except ValueError as error:

@@ -3,9 +3,11 @@
 VirtualBox's own tool, of which vboxmanage.py makes a driver. It prints for programs (`--machinereadable`);
 errors come as lines of their own, with VirtualBox's status code; and how far it is, in percent.
 
-What it is not: it knows no verb of a driver. No threads, no locks.
+What it is not: it knows no verb of a driver. No threads. One lock, of a file that all processes of this
+user's share: who looks at a VM takes turns (`in_turn`).
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -15,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+import zlib
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from faults import DeadlineExceeded, HypervisorError
 from hypervisor import NOT_READY, Job
@@ -42,6 +45,8 @@ PASSING = {                        # what VirtualBox says for a moment: how many
 UNREADABLE = 'VERR_(EOF|VD|NOT_SUPPORTED)'     # its words for a disk that is cut, damaged, or unknown
 OPENS_IN = 60                  # seconds until it is left to VirtualBox's server
 LOOKS = 'list', 'showvminfo', 'showmediuminfo', 'getextradata'      # what changes nothing
+VMS = 2 ** 30                  # bytes that stand for VMs
+LONGEST_TURN = 5.0             # seconds that who looks at a VM waits for another one that does
 CRASHED = r'VBoxManage ended with (-|\d{9})'        # seen with 7.2, where a VM comes or goes in that moment
 INFO_LINE = re.compile(
     r'^(?:(?P<named>SnapshotName(?P<place>(?:-\d+)*))="(?P<name>.*?)"'
@@ -87,7 +92,8 @@ class Program:
         while True:
             tries += 1
             try:
-                return self._run_once(words, job, text, patience, secret)
+                with in_turn(words, self.rest):
+                    return self._run_once(words, job, text, patience, secret)
             except Refused as error:
                 if refused and was_attached(words, str(error)):
                     return ''
@@ -136,6 +142,51 @@ class Program:
 
 
 # --- plain helpers -----------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def in_turn(words: Sequence[str], rest: Callable[[bool], None]) -> Iterator[None]:
+    """Seen with 7.2: where two look at one VM that is off, VirtualBox's server dies, and with it each VM that
+    runs: the first one's session ends while the other reads its controllers. So they do it one after the
+    other. One that takes its time looks at a VM that runs, and hangs: it isn't waited for, as there two may.
+    """
+    at_all = words[0] == 'list' and '--long' in words
+    file = open_turns() if at_all or words[0] == 'showvminfo' else None
+    vm, until = '' if at_all else ''.join(words[1:2]), time.monotonic() + LONGEST_TURN
+    try:
+        while file is not None and not take_turn(file, vm) and time.monotonic() < until:
+            rest(False)
+            time.sleep(0.02)
+        yield
+    finally:
+        if file is not None:
+            os.close(file)             # which ends the turn
+
+
+def open_turns() -> Optional[int]:
+    """An empty file of this user's; None where there can be none."""
+    path = os.path.join(tempfile.gettempdir(), 'vmhost-looks-%s' % getattr(os, 'getuid', str)())
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o600)
+    except OSError as error:
+        log.debug('who looks at a VM takes no turns: %s', error)
+        return None
+
+
+def take_turn(file: int, vm: str) -> bool:
+    """Locks the byte that stands for a VM, by its uuid; all of them for ''. None has to be there."""
+    os.lseek(file, zlib.crc32(vm.encode()) % VMS if vm else 0, os.SEEK_SET)
+    length = 1 if vm else VMS
+    try:
+        if sys.platform == 'win32':
+            import msvcrt
+            msvcrt.locking(file, msvcrt.LK_NBLCK, length)
+        else:
+            import fcntl
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, 0, os.SEEK_CUR)
+    except OSError:
+        return False
+    return True
+
 
 def find_program() -> str:
     """The path of VBoxManage. Raises HypervisorError."""
@@ -276,7 +327,8 @@ def log_in(info: Dict[str, str]) -> str:
 
 def rules_in(info: Dict[str, str]) -> List[List[str]]:
     """A VM's rules of NAT, as vboxnetwork has them."""
-    return [value.split(',') for key, value in info.items() if key.startswith('Forwarding(')]
+    rules = [value.split(',') for key, value in info.items() if key.startswith('Forwarding(')]
+    return [rule for rule in rules if len(rule) == 6]       # another tool may give them names of any kind
 
 
 def stamp_of(path: str) -> Optional[Tuple[int, int]]:

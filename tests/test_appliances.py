@@ -161,6 +161,11 @@ def test_what_its_disks_name_is_looked_at(put, content, why):
     refused(put(description(), [('disk.vmdk', content)]), why)
 
 
+def test_what_a_disk_says_to_lie_further_than_a_file_may_be_long_is_told_of_that_disk(put):
+    far = b'QFI\xfb\0\0\0\3' + b'\xff' * 100 + bytes(600)
+    refused(put(description(), [('disk.vmdk', far)]), 'its tables are not in it')
+
+
 def test_a_disk_is_looked_at_whatever_its_name(put):
     refused(put(description().replace('disk.vmdk', 'disk.mf'), [('disk.mf', VISO)]), TEXT)
 
@@ -245,9 +250,21 @@ def test_a_disk_that_names_a_file_elsewhere(tmp_path, name):
     (tmp_path / 'outside').write_bytes(b'x' * 512)
     (folder / 'link').symlink_to(tmp_path / 'outside')
     image = folder / 'image.vmdk'
-    image.write_text(vmdk_of('part', name).replace('\n', '\r\n'))
+    image.write_text(vmdk_of('part.vmdk', name).replace('\n', '\r\n'))
     with pytest.raises(faults.HypervisorError, match=ELSEWHERE % name):
         imagefiles.check_image(str(image))
+
+
+@pytest.mark.parametrize('name', ['.netrc', 'tax.pdf', 'id_rsa', 'called.vmdk'])
+def test_a_disk_is_made_of_disks(tmp_path, name):
+    """Who made it knows what lies in a home folder, into which somebody may have put it."""
+    (tmp_path / '.pgpass').write_bytes(b'x' * 512)
+    (tmp_path / 'called.vmdk').symlink_to(tmp_path / '.pgpass')
+    (tmp_path / 'image.vmdk').write_text(vmdk_of('image-flat.vmdk', name))
+    (tmp_path / 'image.ovf').write_text(description().replace('disk.vmdk', 'image.vmdk'))
+    for check, image in (imagefiles.check_image, 'image.vmdk'), (check_appliance, 'image.ovf'):
+        with pytest.raises(faults.HypervisorError, match='made of %r, .* no disk by its name' % name):
+            check(str(tmp_path / image))
 
 
 def embedded(text):
@@ -277,6 +294,14 @@ def test_a_disk_that_holds_only_differences_makes_none_of_zeros(tmp_path, kind):
 def test_a_disk_that_holds_all_is_taken(tmp_path, content):
     (tmp_path / 'image.vmdk').write_bytes(content)
     imagefiles.check_image(str(tmp_path / 'image.vmdk'))
+
+
+@pytest.mark.parametrize('place, sectors', [(1, 2 ** 64 - 1), (1, 2 ** 20), (2 ** 63, 1), (3, 1)])
+def test_the_description_of_a_disk_is_in_it(put, place, sectors):
+    """Seen with 7.2: VirtualBox's server dies of one in an appliance that isn't, and all VMs with it."""
+    content = bytearray(embedded('parentCID=ffffffff\n'))
+    struct.pack_into('<QQ', content, 28, place, sectors)
+    refused(put(description(), [('disk.vmdk', bytes(content))]), 'its description is not in it')
 
 
 def qcow2(cluster_bits=9, entries=8, place=512, counts=1024, clusters=1):
@@ -337,7 +362,7 @@ def test_a_parallels_image_is_one_that_virtualbox_can_read(tmp_path, head, why):
 def test_an_image_of_several_files_beside_it_is_as_good_as_any(tmp_path):
     (tmp_path / 'sub').mkdir()
     (tmp_path / 'else.vmdk').symlink_to(tmp_path / 'sub' / 'disk.vmdk')
-    names = 'part-1', 'sub/part-2', str(tmp_path / 'sub' / 'part-3')
+    names = 'part-1.vmdk', 'sub/part-2.IMG', str(tmp_path / 'sub' / 'part-3.raw')
     (tmp_path / 'sub' / 'disk.vmdk').write_text(vmdk_of(*names))
     for image in 'sub/disk.vmdk', 'else.vmdk':
         imagefiles.check_image(str(tmp_path / image))

@@ -166,6 +166,17 @@ def test_foreign_disks_are_deleted_only_on_demand(box, vbox, tmp_path):
         vbox.hardDisks.clear()
 
 
+def test_who_removes_a_vm_is_told_of_what_was_written_over_a_foreign_disk(box, vbox, tmp_path):
+    """As it lies in the VM's own folder, and nobody would look for it there."""
+    foreign = foreign_disk(vbox, tmp_path)
+    machine = create(box, vbox, 'ours', diskSize=0)
+    over = foreign.make_child(os.path.join(os.path.dirname(machine.settingsFilePath), 'over.vdi'))
+    attach(machine, over)
+    told = dict(box.remove_vm('ours', True))
+    assert told[foreign.location].startswith('attached from elsewhere')
+    assert 'written over %s' % foreign.location in told[over.location] and os.path.exists(over.location)
+
+
 @pytest.mark.parametrize('all_disks', [False, True])
 def test_who_removes_a_vm_is_told_of_the_disk_that_another_one_has(box, vbox, tmp_path, all_disks):
     machines = create(box, vbox, 'ours', diskSize=0), create(box, vbox, 'theirs', diskSize=0)
@@ -385,10 +396,32 @@ def test_an_import_that_is_refused_notes_nothing(box, vbox, appliance, monkeypat
     assert not vbox.extra
 
 
+@pytest.mark.parametrize('disk', ['disk.vmdk', 'sub/disk.vmdk'])
+def test_a_failed_import_leaves_no_disks(box, vbox, appliance, tmp_path, monkeypatch, disk):
+    """Where it is the settings that VirtualBox doesn't like, it leaves the disks, however large."""
+    folder = tmp_path / 'failed'
+    monkeypatch.setattr(fake_virtualbox.VirtualBox, 'composeMachineFilename',
+                        lambda vbox, name, *others: str(folder / 'failed.vbox'))
+    monkeypatch.setattr(fake_virtualbox.Description, 'values', ['its name', '', disk])
+
+    def fail(appliance, options):
+        (folder / disk).parent.mkdir(parents=True, exist_ok=True)
+        (folder / disk).write_bytes(b'x')
+        (folder / 'mine.vmdk').write_bytes(b'x')
+        return fake_virtualbox.Failed('Invalid port count: 0')
+
+    monkeypatch.setattr(fake_virtualbox.Appliance, 'importMachines', fail)
+    with pytest.raises(faults.HypervisorError, match='Invalid port count'):
+        box.create_vm('failed', appliance, {})
+    assert not (folder / disk).exists() and (folder / 'mine.vmdk').exists()
+
+
 @pytest.mark.parametrize('stage, words', [
     ('reading', 'Premature end of data in tag VirtualQuantity line 46'),
     ('reading', 'Error reading OVA (VERR_TAR_UNEXPECTED_EOS)'),
-    ('importing', 'Could not create the imported medium (VERR_EOF)')])
+    ('importing', 'Could not create the imported medium (VERR_EOF)'),
+    ('importing', 'Digest mismatch (VERR_NOT_EQUAL): Attribute \'SHA1\' on \'disk.vmdk\' does not match'),
+    ('importing', 'Unexpected end of OVA package')])
 def test_an_appliance_that_is_cut_is_told_to_be_so(box, vbox, appliance, stage, words):
     setattr(vbox, stage, fake_virtualbox.Failed(words))
     with pytest.raises(faults.HypervisorError) as told:
@@ -462,10 +495,9 @@ def test_a_disk_of_another_maker_that_is_cut_is_told_to_be_so(tmp_path, kind, ma
 
 def test_what_looks_like_a_disk_and_tells_nonsense_is_left_to_virtualbox(tmp_path):
     image = tmp_path / 'odd.vmdk'
-    for start in (b'KDMV', b'conectix'):
-        for fill in (b'\0', b'\xff'):
-            image.write_bytes(start + 600 * fill)
-            imagefiles.check_image(str(image))
+    for start, fill in ((b'KDMV', b'\0'), (b'conectix', b'\0'), (b'conectix', b'\xff')):
+        image.write_bytes(start + 600 * fill)
+        imagefiles.check_image(str(image))
     image.write_bytes(b'conectix' + 8 * b'\0' + 8 * b'\xff' + 600 * b'\0')
     imagefiles.check_image(str(image))
 

@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import time
+import types
 
 import pytest
 from helpers import wait_until
@@ -58,6 +59,7 @@ def a_program(tmp_path, monkeypatch, text):
     path.write_text('#!%s\nimport sys, time\n%s\n' % (sys.executable, text))
     path.chmod(0o755)
     monkeypatch.setenv('PATH', str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(vboxprogram.tempfile, 'tempdir', str(tmp_path))   # for turns
     return vboxprogram.Program(20)
 
 
@@ -548,6 +550,77 @@ def test_a_vm_that_could_not_be_made_is_taken_back(one, tmp_path):
         'Operation aborted -- the VM\'s process ended meanwhile, or VirtualBox did')
     assert json.loads((tmp_path / 'vm.json').read_text()) == {}
     assert calls(tmp_path, 'setextradata', 'global', vboximages.MAKES + ONE)[-1].split()[3:] == []
+
+
+@pytest.mark.once
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+def test_a_vm_whose_settings_find_no_room_is_taken_back(one, tmp_path, monkeypatch):
+    """VirtualBox says that all went well, and leaves an empty .vbox file."""
+    monkeypatch.setattr(vboxconnection.shutil, 'disk_usage', lambda folder: types.SimpleNamespace(free=0))
+    with pytest.raises(HypervisorError, match='^one: the disk of /no/one.vbox is full'):
+        one('create_vm', 'one', '', {'diskSize': 0})
+    assert json.loads((tmp_path / 'vm.json').read_text()) == {}
+
+
+@pytest.mark.once
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+def test_a_vm_that_hung_is_asked_again_by_whoever_has_heard_of_it(one, tmp_path, monkeypatch):
+    monkeypatch.setattr(vboxasking, 'ANSWERS_IN', 1)
+    one('create_vm', 'one', '', {'diskSize': 0})
+    assert one('start', 'one') and one('describe', 'one')['trouble'] == ''
+    (tmp_path / 'vm.json.hangs').write_text('')
+    assert one('describe', 'one')['trouble'] == hypervisor.HANGS
+    (tmp_path / 'vm.json.hangs').unlink()
+    assert one('describe', 'one')['trouble'] == hypervisor.HANGS
+    assert one('describe_changed', 'one')['trouble'] == ''
+
+
+@pytest.mark.once
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+def test_those_who_look_at_one_vm_take_turns(tmp_path, monkeypatch):
+    """VirtualBox's server dies of two that look at one VM that is off, and all VMs with it."""
+    program = a_program(tmp_path, monkeypatch, """
+import os
+here = os.path.join(os.path.dirname(__file__), sys.argv[2])
+if os.path.exists(here):
+    open(here + '.two', 'w')
+open(here, 'w')
+time.sleep(0.1)
+os.remove(here)
+""")
+    looks = []
+    for words in (('showvminfo', 'a'), ('list', 'a', '--long'), ('showvminfo', 'b'), ('showvminfo', 'a')):
+        looks.append(os.fork())
+        if not looks[-1]:
+            program.run(*words)
+            os._exit(0)
+    assert [os.waitpid(look, 0)[1] for look in looks] == [0, 0, 0, 0]
+    assert not (tmp_path / 'a.two').exists()
+
+
+@pytest.mark.once
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+def test_one_that_looks_at_a_vm_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(vboxprogram, 'LONGEST_TURN', 0.2)
+    program = a_program(tmp_path, monkeypatch, 'print("well")')
+    taken, other = os.pipe()
+    looks = os.fork()
+    if not looks:
+        os.write(other, str(vboxprogram.take_turn(vboxprogram.open_turns(), 'a')).encode())
+        time.sleep(60)
+        os._exit(0)
+    try:
+        assert os.read(taken, 9) == b'True' and program.run('showvminfo', 'a') == 'well\n'
+    finally:
+        os.kill(looks, 9)
+        os.waitpid(looks, 0)
+        os.close(taken)
+        os.close(other)
+
+
+def test_another_tools_rules_may_have_any_name():
+    ours = 'vmhost-forward-0,tcp,127.0.0.1,2000,,22'
+    assert vboxprogram.rules_in({'Forwarding(0)': 'a', 'Forwarding(1)': ours}) == [ours.split(',')]
 
 
 @pytest.mark.once

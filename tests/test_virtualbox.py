@@ -1146,6 +1146,14 @@ def test_a_vm_that_is_paused_again_at_once(driver, made, tmp_path):
     assert driver.resume('vm') and driver.machines()[0]['trouble'] == ''
 
 
+@pytest.mark.parametrize('verb', ['pause', 'resume', 'reset'])
+def test_a_vm_whose_process_ends_under_a_verb_is_told_at_once(driver, made, monkeypatch, verb):
+    assert driver.start('vm') and (verb != 'resume' or driver.pause('vm'))
+    monkeypatch.setattr(fake_virtualbox.Console, verb, lambda console: console.machine.go_to('Aborted'))
+    with pytest.raises(faults.HypervisorError, match='vm is Aborted, and not .*getLog'):
+        getattr(driver, verb)('vm')
+
+
 def test_the_licence_of_an_appliance(driver, tmp_path, monkeypatch):
     image = appliance_at(str(tmp_path / 'image.ova'))
     monkeypatch.setattr(fake_virtualbox.Description, 'kinds', [3, 41, 16, 7])
@@ -1232,7 +1240,9 @@ NETWORK = {'mode': 'hostonly', 'interface': 'vboxnet0', 'host_ip': '192.168.56.1
 
 @pytest.mark.parametrize('changes, told', [
     ({'dhcp_server': '192.168.56.1'}, 'host_ip itself'), ({'dhcp_server': '192.168.56.150'}, 'gives away'),
-    ({'dhcp_lower': '192.168.56.1'}, 'gives away|among'), ({'host_ip': '10.0.0.1'}, 'not in the network')])
+    ({'dhcp_lower': '192.168.56.1'}, 'gives away|among'), ({'host_ip': '10.0.0.1'}, 'not in the network'),
+    ({'netmask': '0.0.0.0'}, 'reach nothing else'), ({'host_ip': '192.168.56.0'}, 'host_ip=.*of the network'),
+    ({'dhcp_upper': '192.168.56.255'}, 'dhcp_upper=.*or of all in it')])
 def test_a_network_that_makes_no_sense(changes, told):
     assert re.search(told, vboxnetwork.address_problem(dict(NETWORK, **changes)))
     assert vboxnetwork.address_problem(NETWORK) == ''

@@ -144,6 +144,16 @@ def test_a_disk_on_an_image_that_stays(box, images, tmp_path, monkeypatch):
     manage('closemedium', 'disk', path)
 
 
+def test_a_vm_on_an_image_for_a_stream_goes_with_all_its_disks(box, tmp_path):
+    """VirtualBox lays one more on the one that was made with it."""
+    image = str(tmp_path / 'stream.vmdk')
+    manage('createmedium', 'disk', '--filename', image, '--size', '4', '--format', 'VMDK', '--variant=Stream')
+    manage('closemedium', 'disk', image)
+    box.create_vm('task', image, {'memory': 16, 'linked': True, 'folder': str(tmp_path)})
+    assert box.remove_vm('task', True) == [] and os.path.exists(image)
+    assert not (tmp_path / 'task').exists() and str(tmp_path) not in manage('list', 'hdds')
+
+
 def test_ports_of_a_guest_are_reached_here(box):
     """And a saved VM's moves, where another program took it meanwhile."""
     box.create_vm('serves', '', {'memory': 16, 'diskSize': 0, 'forwards': [
