@@ -13,6 +13,8 @@ import xml.etree.ElementTree
 from helpers import beside, wait_until
 from vms import command_line, kill, processes
 
+import vboxprogram
+
 AS_VBOXMANAGE_SAYS = {'PoweredOff': 'poweroff', 'Running': 'running', 'Paused': 'paused', 'Saved': 'saved',
                       'Aborted': 'aborted', 'AbortedSaved': 'aborted-saved'}
 
@@ -51,11 +53,13 @@ def try_manage(*words):
 
 
 def facts(vm):
-    """{key: value} of `VBoxManage showvminfo --machinereadable`; the host may just look at the VM, too."""
+    """{key: value} of `VBoxManage showvminfo --machinereadable`; the host may just look at the VM, too, by
+    VirtualBox's API."""
     deadline = time.monotonic() + 20
     while True:
         try:
-            lines = manage('showvminfo', vm, '--machinereadable', patience=120).splitlines()
+            with vboxprogram.in_turn(('list', 'vms', '--long'), lambda moved: None):    # whichever VM it is
+                lines = manage('showvminfo', vm, '--machinereadable', patience=120).splitlines()
             break
         except Refused as error:
             if time.monotonic() > deadline or not any(words in str(error) for words in LOOKED_AT):
