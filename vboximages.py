@@ -285,8 +285,13 @@ class Images:
         """A differencing disk: what is written goes there, and the image is only read, by all on it."""
         with self._opening(image):
             source = self._disks.open(image)
-        self._check_room_of_users(source)
-        self.box.finish(job, source.createDiffStorage(disk, variant), 'making a disk on the image')
+        try:
+            self._check_room_of_users(source)
+            with self._reading(image, BROKEN):
+                self.box.finish(job, source.createDiffStorage(disk, variant), 'making a disk on the image')
+        except BaseException:
+            self._drop_source(source, False)
+            raise
 
     def _copy_disk(self, job: Job, image: str, disk: Any, variant: List[int]) -> None:
         own_copy = False

@@ -652,6 +652,17 @@ def create_on(box, vbox, name, image, **options):
     return vbox.findMachine(name)
 
 
+def test_an_image_on_which_no_disk_can_be_laid_is_forgotten(box, vbox, tmp_path, monkeypatch):
+    """VirtualBox remembers it, and then takes no good copy of it."""
+    image = tmp_path / 'image.vhd'
+    image.write_text(fake_virtualbox.SIGNATURE + 'image')
+    monkeypatch.setattr(fake_virtualbox.Medium, 'createDiffStorage', lambda *_: fake_virtualbox.Failed(
+        'Could not create the differencing medium storage unit (VERR_VD_INVALID_SIZE)'))
+    with pytest.raises(faults.HypervisorError, match='image.vhd is cut or damaged'):
+        box.create_vm('laid', str(image), {'linked': True})
+    assert not vbox.hardDisks and image.exists()
+
+
 def test_disks_lie_on_an_image_that_stays(box, vbox, image, tmp_path):
     before = open(image).read()
     first = create_on(box, vbox, 'first', image, folder=str(tmp_path / 'slot'), owner='me')
