@@ -8,6 +8,7 @@ thread at a time. What is held is bounded: of more folders, the first ones are l
 import errno
 import functools
 import os
+import time
 from typing import Any, Dict, List, NamedTuple, Tuple, Union
 
 from chirplocal import stat_of
@@ -17,6 +18,7 @@ from chirpwire import Refused, Stat, Wire, may_have_changed, quote
 
 LOOKS = 3                      # at folders that go on changing
 SAME_TIME = 1                  # seconds: by a server's times, two changes in them may be one
+CLOCKS_DIFFER = 86400          # seconds, at most, or that isn't seen
 
 Key = Tuple[int, int]          # device and inode
 
@@ -122,6 +124,6 @@ def changed_there(client: Connection, folders: List[Listed], first: bool, links:
         word = 'stat' if links == 'follow' or not listed.names else 'lstat'
         pipeline.add(client.ask(word, quote(listed.source)), functools.partial(note, at))
     pipeline.drain()
-    latest = max(times.values(), default=0) - SAME_TIME
-    return [folders[at] for at, time in times.items()
-            if time != folders[at].found.mtime or first and time >= latest]
+    latest = max(max(times.values(), default=0) - SAME_TIME, time.time() - CLOCKS_DIFFER)
+    return [folders[at] for at, changed in times.items()
+            if changed != folders[at].found.mtime or first and changed >= latest]
