@@ -78,6 +78,7 @@ class Program:
         self.path = find_program()
         self.rest = lambda moved: None  # type: Any
         self._timeout = timeout
+        self._looking = []  # type: List[Tuple[Optional[str], Any]]      # of what runs: (looked_at, process)
         # In UTF-8, so that no name is lost; and English, which is what `translate` knows.
         self._environment = dict(os.environ) if sys.platform == 'win32' else dict(
             os.environ, LC_ALL='en_US.UTF-8' if sys.platform == 'darwin' else 'C.UTF-8')
@@ -92,6 +93,7 @@ class Program:
         while True:
             tries += 1
             try:
+                self._let_end(words)
                 with in_turn(words, self.rest):
                     return self._run_once(words, job, text, patience, secret)
             except Refused as error:
@@ -105,6 +107,14 @@ class Program:
                     raise
             time.sleep(0.1)
 
+    def _let_end(self, words: Sequence[str]) -> None:
+        """What this process itself asked before, and somebody else's question came in between: no lock keeps
+        it waiting, and nobody else is served meanwhile."""
+        vm, until = looked_at(words), time.monotonic() + LONGEST_TURN
+        before = [process for other, process in self._looking if other == vm or '' in (vm, other)]
+        while vm is not None and time.monotonic() < until and any(each.poll() is None for each in before):
+            time.sleep(0.02)
+
     def _run_once(self, words: Sequence[str], job: Optional[Job], text: str, patience: float,
                   secret: bool) -> str:
         with tempfile.TemporaryDirectory(prefix='vmhost-') as folder:
@@ -115,9 +125,12 @@ class Program:
                 process = subprocess.Popen(
                     [self.path] + told, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
                     env=self._environment, creationflags=getattr(subprocess, 'CREATE_NO_WINDOW', 0))
+            looking = looked_at(words), process
+            self._looking.append(looking)
             try:
                 self._wait(process, errors, job, text, patience or (STALL if text else self._timeout))
             finally:
+                self._looking.remove(looking)
                 if process.poll() is None:
                     process.kill()
                     process.wait()
@@ -149,17 +162,23 @@ def in_turn(words: Sequence[str], rest: Callable[[bool], None]) -> Iterator[None
     runs: the first one's session ends while the other reads its controllers. So they do it one after the
     other. One that takes its time looks at a VM that runs, and hangs: it isn't waited for, as there two may.
     """
-    at_all = words[0] == 'list' and '--long' in words
-    file = open_turns() if at_all or words[0] == 'showvminfo' else None
-    vm, until = '' if at_all else ''.join(words[1:2]), time.monotonic() + LONGEST_TURN
+    vm, until = looked_at(words), time.monotonic() + LONGEST_TURN
+    file = None if vm is None else open_turns()
     try:
-        while file is not None and not take_turn(file, vm) and time.monotonic() < until:
+        while file is not None and not take_turn(file, vm or '') and time.monotonic() < until:
             rest(False)
             time.sleep(0.02)
         yield
     finally:
         if file is not None:
             os.close(file)             # which ends the turn
+
+
+def looked_at(words: Sequence[str]) -> Optional[str]:
+    """The VM that these words of VBoxManage look at, '' for all of them, None for none."""
+    if words[0] == 'showvminfo':
+        return words[1]
+    return '' if words[0] == 'list' and '--long' in words else None
 
 
 def open_turns() -> Optional[int]:

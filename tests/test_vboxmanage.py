@@ -600,6 +600,30 @@ os.remove(here)
 
 @pytest.mark.once
 @pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+@pytest.mark.parametrize('words', [('showvminfo', 'a'), ('list', 'a', '--long')])
+def test_a_question_within_another_one_waits_for_its_look_at_the_vm(tmp_path, monkeypatch, words):
+    """Both are one process's, which no lock keeps apart."""
+    program, nested = a_program(tmp_path, monkeypatch, """
+import os
+here = os.path.join(os.path.dirname(__file__), sys.argv[2])
+if os.path.exists(here):
+    open(here + '.two', 'w')
+open(here, 'w')
+time.sleep(0.4)
+os.remove(here)
+"""), []
+
+    def rest(moved):
+        if (tmp_path / 'a').exists() and not nested:
+            nested.append(words)
+            program.run(*words)
+    program.rest = rest
+    assert program.run('showvminfo', 'a') == '' and nested
+    assert not (tmp_path / 'a.two').exists()
+
+
+@pytest.mark.once
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
 def test_one_that_looks_at_a_vm_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(vboxprogram, 'LONGEST_TURN', 0.2)
     program = a_program(tmp_path, monkeypatch, 'print("well")')
