@@ -266,10 +266,8 @@ class Hypervisor:
         vm = self._watch.uuid_of(call.vm) or call.vm
         alone = bool(vm) and call.verb != 'remove_vm' and self._watch.rows() is not None
         try:
-            if alone:
-                self._call('describe_changed', (vm,), LOOK_PATIENCE, BUSY_PATIENCE)
-            else:
-                self._call('machines', (), LOOK_PATIENCE)
+            self._call('describe_changed' if alone else 'machines', (vm,) if alone else (),
+                       LOOK_PATIENCE, BUSY_PATIENCE)
         except NoSuchVM:                            # made, and taken back, say
             self._look()
         except VMHostError as error:
