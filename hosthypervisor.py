@@ -36,6 +36,7 @@ log = logging.getLogger('vmhost.hypervisor')
 FIRST_PATIENCE = 5.0           # seconds of silence until who asks for what was never told waits no more
 AT_WORK_PATIENCE = 0.3         # seconds more for a list, while there are other answers
 LOOK_PATIENCE = 5.0            # seconds of silence that who changed a VM waits for a look at it; …
+DONE_PATIENCE = 15.0           # … where it was done: so the hypervisor answered just now; …
 BUSY_PATIENCE = 15.0           # … and how many more while there are other answers
 WORKER_IDLE = 60.0             # seconds without work after which a worker ends
 PRINTED_KEPT = 1024 * 1024     # bytes of a driver's log file, beyond which it begins anew
@@ -265,9 +266,10 @@ class Hypervisor:
         it is still there, and the others were seen before."""
         vm = self._watch.uuid_of(call.vm) or call.vm
         alone = bool(vm) and call.verb != 'remove_vm' and self._watch.rows() is not None
+        is_done = call.done.is_set() and not call.error and call.verb not in hypervisor.ALONE
         try:
             self._call('describe_changed' if alone else 'machines', (vm,) if alone else (),
-                       LOOK_PATIENCE, BUSY_PATIENCE)
+                       DONE_PATIENCE if is_done else LOOK_PATIENCE, BUSY_PATIENCE)
         except NoSuchVM:                            # made, and taken back, say
             self._look()
         except VMHostError as error:

@@ -623,6 +623,7 @@ def test_a_process_that_looks_and_hangs_alone_has_a_successor_though_nobody_asks
 
 def test_snapshots_are_told_as_before_after_what_changes_none(monkeypatch):
     monkeypatch.setattr(hosthypervisor, 'LOOK_PATIENCE', 0.1)
+    monkeypatch.setattr(hosthypervisor, 'DONE_PATIENCE', 0.1)
     monkeypatch.setattr(hosthypervisor, 'FIRST_PATIENCE', 0.3)
     with started(ANSWERS, BEGINS_FIRST) as box:
         assert box.snapshots('vm') == 'an answer'
