@@ -188,7 +188,8 @@ def remove(uuid):
     unregister(uuid)
     place = os.path.join(os.environ['VBOX_USER_HOME'], 'vms')
     if folder.startswith(place + os.sep) and os.path.isdir(folder):
-        for disk in re.findall(r'^Location: +(.*)$', manage('list', 'hdds'), re.MULTILINE):
+        disks = re.findall(r'^Location: +(.*)$', manage('list', 'hdds'), re.MULTILINE)
+        for disk in reversed(disks):                   # what lies on another one comes after it
             if disk.startswith(folder + os.sep):       # which others look at meanwhile
                 wait_until(lambda: try_manage('closemedium', 'disk', disk), 20, 0.3)  # noqa: B023
         shutil.rmtree(folder)
