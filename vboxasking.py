@@ -334,8 +334,7 @@ class Asking(Driver):
             if native in states:
                 return info
             if native in OFF:
-                raise faults.HypervisorError('%s is %s, and not %s: its process ended; getLog should tell why'
-                                             % (info['name'], native, either(states)))
+                raise faults.HypervisorError(vboxconnection.ENDED % (info['name'], native, either(states)))
             job.check_deadline(faults.DeadlineExceeded('%s is %s, and not yet %s' % (
                 info['name'], native, either(states))))
             job.wait(0.1)

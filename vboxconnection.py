@@ -61,6 +61,7 @@ WRITES_SETTINGS = ('start', 'save_state', 'discard_state', 'take_snapshot', 'del
                    'restore_snapshot', 'set_limits')
 ROOM = 1 << 20
 NO_ROOM = 'the disk of %s is full, and VirtualBox left nothing of the VM\'s settings: %s'
+ENDED = '%s is %s, and not %s: its process ended; getLog should tell why'       # instead of these states
 UNREADABLE = 'VirtualBox can\'t read %s: %s; `rm` takes it out of VirtualBox, and leaves its files'
 STALL = 600                        # seconds without any progress after which a job is given up
 
@@ -363,15 +364,14 @@ class Connection:
     def reached(self, job: Job, machine: Any, *states: str) -> None:
         """Waits until the VM is in one of these states and nobody is about to let it go. Raises
         HypervisorError where it has ended instead."""
-        while self.state_of(machine) not in states:
-            now = self.state_of(machine)
-            if now in OFF + SAVED and now not in states:
-                raise HypervisorError('%s is %s, and not %s: its process ended; getLog should tell why' % (
-                    machine.name, now, either(states)))
-            job.check_deadline(DeadlineExceeded(
-                '%s is %s, and not yet %s after %d s' % (
-                    machine.name, self.state_of(machine), either(states), self.timeout)))
+        now = self.state_of(machine)
+        while now not in states:
+            if now in OFF + SAVED:
+                raise HypervisorError(ENDED % (machine.name, now, either(states)))
+            job.check_deadline(DeadlineExceeded('%s is %s, and not yet %s after %d s' % (
+                machine.name, now, either(states), self.timeout)))
             job.wait(0.05)
+            now = self.state_of(machine)
         self.settled(job, machine)
 
     def disks_of(self, machine: Any) -> List[str]:
