@@ -575,19 +575,23 @@ def test_a_vm_that_hung_is_asked_again_by_whoever_has_heard_of_it(one, tmp_path,
     assert one('describe_changed', 'one')['trouble'] == ''
 
 
-@pytest.mark.once
-@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
-def test_those_who_look_at_one_vm_take_turns(tmp_path, monkeypatch):
-    """VirtualBox's server dies of two that look at one VM that is off, and all VMs with it."""
-    program = a_program(tmp_path, monkeypatch, """
+# For so many seconds, at what its second word says; leaves a file where another one did so, too.
+LOOKS_AT = """
 import os
 here = os.path.join(os.path.dirname(__file__), sys.argv[2])
 if os.path.exists(here):
     open(here + '.two', 'w')
 open(here, 'w')
-time.sleep(0.1)
+time.sleep(%g)
 os.remove(here)
-""")
+"""
+
+
+@pytest.mark.once
+@pytest.mark.skipif(os.name == 'nt', reason='runs a script')
+def test_those_who_look_at_one_vm_take_turns(tmp_path, monkeypatch):
+    """VirtualBox's server dies of two that look at one VM that is off, and all VMs with it."""
+    program = a_program(tmp_path, monkeypatch, LOOKS_AT % 0.1)
     looks = []
     for words in (('showvminfo', 'a'), ('list', 'a', '--long'), ('showvminfo', 'b'), ('showvminfo', 'a')):
         looks.append(os.fork())
@@ -603,15 +607,7 @@ os.remove(here)
 @pytest.mark.parametrize('words', [('showvminfo', 'a'), ('list', 'a', '--long')])
 def test_a_question_within_another_one_waits_for_its_look_at_the_vm(tmp_path, monkeypatch, words):
     """Both are one process's, which no lock keeps apart."""
-    program, nested = a_program(tmp_path, monkeypatch, """
-import os
-here = os.path.join(os.path.dirname(__file__), sys.argv[2])
-if os.path.exists(here):
-    open(here + '.two', 'w')
-open(here, 'w')
-time.sleep(0.4)
-os.remove(here)
-"""), []
+    program, nested = a_program(tmp_path, monkeypatch, LOOKS_AT % 0.4), []
 
     def rest(moved):
         if (tmp_path / 'a').exists() and not nested:
